@@ -1,0 +1,3 @@
+"""fastft: faster, leaner and exact fine-tuning with Hugging Face Trainer."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,73 @@
+"""Loads the native libraries and remembers why one is not there. Nothing here raises: a library that is missing, damaged or
+built for another machine costs speed, never an import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parent / "_lib"
+
+
+@functools.cache
+def library(kind: str) -> ctypes.CDLL | str:
+    """The loaded library `kind` ("cpu" or "cuda") with its kernels registered, or the reason why it is not usable."""
+    try:
+        return _load(kind)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def missing(kind: str) -> str | None:
+    """Why the library `kind` is not loaded; None if it is."""
+    loaded = library(kind)
+    return loaded if isinstance(loaded, str) else None
+
+
+@functools.cache
+def cuda_unusable(device_index: int) -> str | None:
+    """Why the compiled CUDA kernels do not run on this device (driver too old, no code for the chip); None if they do."""
+    loaded = library("cuda")
+    if isinstance(loaded, str):
+        return loaded
+    error = loaded.fastft_cuda_probe(device_index)
+    loaded.fastft_cuda_error.restype = ctypes.c_char_p
+    return loaded.fastft_cuda_error(error).decode() if error else None
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use, e.g. "avx2"; None without the library."""
+    loaded = library("cpu")
+    if isinstance(loaded, str):
+        return None
+    loaded.fastft_cpu_isa.restype = ctypes.c_char_p
+    return loaded.fastft_cpu_isa().decode()
+
+
+def _load(kind: str) -> ctypes.CDLL | str:
+    disabled = os.environ.get("FASTFT_DISABLE", "").split(",")
+    if kind in disabled or "all" in disabled:
+        return "disabled by FASTFT_DISABLE"
+    path, record = _FOLDER / f"libfastft_{kind}.so", _FOLDER / "build_info.json"
+    built = json.loads(record.read_text()).get(kind, {}) if record.exists() else {}
+    if not path.exists():
+        return f"not built: {built.get('missing', f'{path.name} is missing')}"
+    if path.stat().st_size != built.get("bytes"):
+        # dlopen of a truncated file ends the process with SIGBUS, which no except clause catches
+        return f"{path.name} is damaged (not the size that was built): reinstall fastft"
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version is None or (int(version[1]), int(version[2])) < (2, 10):
+        return f"torch {torch.__version__} is older than 2.10"
+    if kind == "cuda" and (torch.version.cuda is None or torch.version.hip):
+        return "this torch build has no CUDA"
+    loaded = ctypes.CDLL(str(path))
+    loaded.fastft_register.restype = ctypes.c_char_p
+    error = loaded.fastft_register()
+    return f"registration failed: {error.decode()}" if error else loaded

@@ -1,0 +1,1 @@
+"""Packing plans, packed datasets and the collator."""

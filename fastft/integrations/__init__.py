@@ -1,0 +1,1 @@
+"""What only transformers needs."""

@@ -1,0 +1,1 @@
+"""Cross-entropy: over logits, over hidden states, and lazily inside any model."""

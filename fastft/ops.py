@@ -1,0 +1,78 @@
+"""The contract between an operation and its engines.
+
+Each room defines its operators here with a schema, an eager reference and a fake, so that `torch.ops.fastft.*` exists on every
+machine; the native libraries add kernels under torch's CPU and CUDA dispatch keys. `impl=` says how an operation is
+computed, never what: "auto" takes the best engine there is, an explicit one never falls back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastft import _native
+
+_library = torch.library.Library("fastft", "DEF")
+OPERATORS: dict[str, Operator] = {}  # filled by the rooms at import; `python -m fastft` lists it
+
+
+class Operator:
+    """One operator of `torch.ops.fastft`: its schema, its eager reference and the native engines which implement it.
+
+    Args:
+        schema: as `torch.library.Library.define` takes it, e.g. `"adamw_(Tensor(a!)[] params, ...) -> ()"`.
+        reference: plain torch with the schema's signature; runs where no native engine does, and as `impl="eager"`.
+        engines: which native engines have a kernel, out of `"cpp"` (CPU) and `"cuda"`.
+        fake: shape inference for `torch.compile`; None for an operator that returns nothing.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        *,
+        engines: tuple[str, ...],
+        fake: Callable[..., Any] | None = None,
+    ) -> None:
+        self.name, self.reference, self.engines = schema.partition("(")[0], reference, engines
+        _library.define(schema)
+        # the key under which torch looks when a device has no kernel of its own
+        _library.impl(self.name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastft::{self.name}", fake or (lambda *args, **kwargs: None), lib=_library)
+        for engine in engines:
+            _native.library({"cpp": "cpu"}.get(engine, engine))
+        self.native = getattr(torch.ops.fastft, self.name).default
+        OPERATORS[self.name] = self
+
+    def unavailable(self, engine: str, device: torch.device) -> str | None:
+        """Why `engine` cannot compute this operator on `device`; None if it can."""
+        if engine not in self.engines:
+            return f"{self.name} has no {engine} kernel"
+        home = "cpu" if engine == "cpp" else "cuda"
+        if device.type != home:
+            return f"it computes {home} tensors, these are on {device.type}"
+        return _native.missing("cpu") if engine == "cpp" else _native.cuda_unusable(device.index or 0)
+
+    def resolve(self, impl: str, device: torch.device) -> str:
+        """The engine that `impl` means on `device`: "eager" or one of `engines`.
+
+        Raises:
+            ValueError: `impl` is no engine's name.
+            RuntimeError: the engine asked for is not available; says why.
+        """
+        if impl == "eager":
+            return impl
+        if impl == "auto":
+            return next((engine for engine in self.engines if self.unavailable(engine, device) is None), "eager")
+        if impl not in ("cpp", "cuda"):
+            raise ValueError(f"impl must be 'auto', 'eager', 'cpp' or 'cuda', got {impl!r}")
+        reason = self.unavailable(impl, device)
+        if reason is not None:
+            raise RuntimeError(f"impl={impl!r} is not available for {self.name}: {reason}")
+        return impl
+
+    def implementation(self, impl: str, device: torch.device) -> Callable[..., Any]:
+        """The function that computes this operator with `impl` on tensors of `device`; raises as `resolve` does."""
+        return self.reference if self.resolve(impl, device) == "eager" else self.native

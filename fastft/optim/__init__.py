@@ -1,0 +1,1 @@
+"""AdamW and what hands it to Trainer."""
