@@ -1,3 +1,53 @@
-"""fastft: faster, leaner and exact fine-tuning with Hugging Face Trainer."""
+"""fastft: faster, leaner and exact fine-tuning with Hugging Face Trainer.
+
+Three pieces, each of which works alone and enters through an official Trainer input:
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=fastft.pack(dataset, max_tokens=8192),
+        data_collator=fastft.PackingCollator(),
+        optimizers=fastft.adamw(model, args),
+        callbacks=[fastft.FusedLossCallback()],
+    )
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fastft.data.collator import PackingCollator
+from fastft.data.packed import pack
+from fastft.data.plan import plan_packs
+from fastft.loss.attach import fused_loss
+from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
+from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from fastft.optim.adamw import AdamW
+from fastft.optim.factory import adamw, adamw_spec
+
+if TYPE_CHECKING:
+    from fastft.integrations.fused_loss import FusedLossCallback
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdamW",
+    "CrossEntropyLoss",
+    "FusedLossCallback",
+    "LinearCrossEntropyLoss",
+    "PackingCollator",
+    "adamw",
+    "adamw_spec",
+    "cross_entropy",
+    "fused_loss",
+    "linear_cross_entropy",
+    "pack",
+    "plan_packs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the callback subclasses a class of transformers, which fastft does not need to be imported
+    if name == "FusedLossCallback":
+        from fastft.integrations.fused_loss import FusedLossCallback
+
+        return FusedLossCallback
+    raise AttributeError(f"module 'fastft' has no attribute {name!r}")

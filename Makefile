@@ -1,0 +1,54 @@
+# make demo     fine-tune on this machine and measure it          make test   everything CI checks but lint
+# make bench    benchmarks against rivals                         make lint   ruff, clang-format, mypy
+# make wheel    one wheel for every Python >= 3.10, torch >= 2.10
+# make gpu-check PYTHON=python3    build, test and measure with the torch of that Python, on its GPU
+
+# The environment that demo, test and bench make for themselves. TORCH is pinned: an unpinned torch brings gigabytes of CUDA.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 build
+
+.PHONY: demo test lint format bench wheel gpu-check native clean
+
+demo: native
+	$(BIN)/python examples/finetune.py
+
+test: native
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+bench: native
+	$(BIN)/python -m pip install -q --no-deps trl==1.16.0 bitsandbytes==0.50.2
+	$(BIN)/python benchmarks/record.py --machine cpu
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --outdir dist
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
+# rebuilds only what changed: ninja follows the sources
+native: $(READY)
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+$(READY): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[bench]" $(TOOLS)
+	touch $@
+
+clean:
+	rm -rf build dist out fastft/_lib $(VENV) *.egg-info

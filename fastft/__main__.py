@@ -1,0 +1,51 @@
+"""`python -m fastft`: versions, devices, and for each operator the engine that `impl="auto"` takes and why not a faster one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+import fastft
+from fastft import _native
+from fastft.ops import OPERATORS
+
+_COMPANIONS = ("torch", "transformers", "accelerate", "datasets", "triton", "liger-kernel", "bitsandbytes")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu"), *gpus]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, kernels for {_native.cpu_isa() or 'none'}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    """Prints the report; never fails because something is missing."""
+    print(f"fastft {fastft.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(", ".join(f"{package} {_version(package)}" for package in _COMPANIONS))
+    for kind in ("cpu", "cuda"):
+        print(f"libfastft_{kind}: {_native.missing(kind) or 'loaded'}")
+    for device in _devices():
+        print(f"\n{device} ({_device_name(device)})")
+        home = "cpp" if device.type == "cpu" else "cuda"
+        for name, operator in sorted(OPERATORS.items()):
+            chosen = operator.resolve("auto", device)
+            reason = "" if chosen == home else f"  ({home}: {operator.unavailable(home, device)})"
+            print(f"  {name:<24} {chosen}{reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The package as a whole: what importing it may need, and the promise of impl=."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastft
+from fastft.ops import OPERATORS
+
+OPTIONAL = ("transformers", "accelerate", "datasets", "triton", "numpy", "tokenizers", "peft")
+
+
+def test_import_needs_only_torch() -> None:
+    hide = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))"  # None makes every import of them fail
+    script = f"{hide}\nimport fastft, torch\nassert [getattr(fastft, n) for n in fastft.__all__ if n != 'FusedLossCallback']"
+    script += "\nloss = fastft.linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4]))"
+    script += "\nassert loss.isfinite()\nassert len(fastft.plan_packs([3, 4, 5], 8)) == 2"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", fastft.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    assert getattr(fastft, name).__doc__
+
+
+def test_unknown_attribute() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'adam'"):
+        fastft.adam  # noqa: B018
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+class TestEngines:
+    def test_unknown_impl(self, operator) -> None:
+        with pytest.raises(ValueError, match=r"impl must be 'auto', 'eager', 'cpp' or 'cuda', got 'fast'"):
+            operator.resolve("fast", torch.device("cpu"))
+
+    def test_explicit_impl_never_falls_back(self, operator) -> None:
+        with pytest.raises(RuntimeError, match="impl='cuda' is not available"):
+            operator.resolve("cuda", torch.device("cpu"))
+
+    def test_eager_is_always_there(self, operator) -> None:
+        assert operator.implementation("eager", torch.device("cpu")) is operator.reference
