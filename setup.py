@@ -1,9 +1,9 @@
 """Builds fastft's two native libraries, libfastft_cpu.so and libfastft_cuda.so, next to the Python package.
 
-Neither needs torch, Python.h or a GPU to be built: they are linked against empty libraries that carry torch's SONAMEs, so
-that at run time the loader finds the libtorch which `import torch` has already loaded. This file only writes the rules;
-ninja compiles in parallel, follows header dependencies and rebuilds no more than what changed. Where a compiler is missing the
-package is installed without that library and `python -m fastft` tells why.
+Neither needs torch, Python.h or a GPU to be built: they are linked against empty libraries that carry torch's SONAMEs,
+so that at run time the loader finds the libtorch which `import torch` has already loaded. This file only writes the
+rules; ninja compiles in parallel, follows header dependencies and rebuilds no more than what changed. Where a compiler
+is missing the package is installed without that library and `python -m fastft` tells why.
 
 FASTFT_BUILD_CPU, FASTFT_BUILD_CUDA   auto (default), 0, or 1 to fail where the library cannot be built
 FASTFT_CUDA_ARCHS                     default "80;86;89;90;100;120+PTX"
@@ -168,7 +168,7 @@ def compile_library(kind):
 
 
 class BuildLibraries(build_ext):
-    """Puts the libraries that can be built, and build_info.json with the reasons of those that cannot, into fastft/_lib."""
+    """Puts the libraries, and build_info.json with the reasons for those that cannot be built, into fastft/_lib."""
 
     def run(self):
         in_place = self.inplace or getattr(self, "editable_mode", False)
@@ -200,7 +200,7 @@ class BuildLibraries(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """No Python C API is used: one wheel serves every Python of the platform, or every platform where nothing was built."""
+    """No Python C API is used: one wheel serves every Python of its platform; with nothing built, every platform."""
 
     def get_tag(self):
         built = self.bdist_dir and list(Path(self.bdist_dir).rglob("libfastft_*.so"))

@@ -21,7 +21,7 @@ def compare(
     bytes_moved: int = 0,
     limit: Run | None = None,
 ) -> None:
-    """Runs `ours`, every rival and the `limit` (what nobody can beat, e.g. a bare copy) alternately and stores the medians.
+    """Runs `ours`, every rival and the `limit` (what nobody can beat, e.g. a bare copy) alternately and keeps medians.
 
     pytest-benchmark receives the times of `ours`; `extra_info` receives medians in milliseconds, the ratio rival / ours
     (above 1: ours is faster), the ratio ours / limit, and GB/s where `bytes_moved` is given.

@@ -3,8 +3,8 @@
     python examples/finetune.py                                       a small Llama on Python's own standard library
     python examples/finetune.py --model NAME --dataset NAME           a model and a text data set of the hub
 
-Every run takes the same examples in the same batches, so their losses must coincide step by step. Each runs in a process of
-its own, so that its peak memory is its own. The table, report.json and report.png go to the folder of --output.
+Every run takes the same examples in the same batches, so their losses must coincide step by step. Each runs in a
+process of its own, so that its peak memory is its own. The table, report.json and report.png go to the folder of --output.
 """
 
 from __future__ import annotations
@@ -77,7 +77,12 @@ class Recorder(TrainerCallback):
 
     def __init__(self, name: str, steps: int) -> None:
         self.losses: list[float] = []
-        columns = TextColumn(f"{name:>14}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}")
+        columns = (
+            TextColumn(f"{name:>14}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+        )
         self.progress = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True))
         self.task = self.progress.add_task("", total=steps, loss=float("nan"))
 
@@ -113,7 +118,9 @@ def build_model(name: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         return AutoModelForCausalLM.from_pretrained(name)
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
     return AutoModelForCausalLM.from_config(
-        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, pad_token_id=tokenizer.pad_token_id, **shape)
+        LlamaConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=2048, pad_token_id=tokenizer.pad_token_id, **shape
+        )
     )
 
 
@@ -182,8 +189,12 @@ def agreement(results: list[Result], tolerance: float) -> list[dict]:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a causal language model of the hub or a folder; default: a small Llama, made here")
-    parser.add_argument("--dataset", help="a text data set of the hub; needs --model; default: Python's standard library")
+    parser.add_argument(
+        "--model", help="a causal language model of the hub or a folder; default: a small Llama, made here"
+    )
+    parser.add_argument(
+        "--dataset", help="a text data set of the hub; needs --model; default: Python's standard library"
+    )
     parser.add_argument("--text-column", default="text", help="the column of --dataset (default: text)")
     parser.add_argument("--max-tokens", type=int, default=512, help="longer examples are cut (default: 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="examples per step (default: 8)")
@@ -206,7 +217,10 @@ def main() -> None:
     print("Preparing the data ...", flush=True)
     tokenizer, examples = load_data(options)
     lengths = [len(example["input_ids"]) for example in examples]
-    print(f"{len(examples)} examples, {sum(lengths)} tokens, median {statistics.median(lengths):.0f} a piece\n", flush=True)
+    print(
+        f"{len(examples)} examples, {sum(lengths)} tokens, median {statistics.median(lengths):.0f} a piece\n",
+        flush=True,
+    )
     # a fork server imports once and holds no tensors: every run starts from the same small process
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "fastft", "rich.progress"])

@@ -17,7 +17,16 @@ COLORS = ["#8c8c8c", "#d9480f", "#1971c2", "#2f9e44", "#9c36b5"]
 def print_table(results: list, agreement: list[dict], tolerance: float) -> None:
     stock = results[0]
     table = Table(title="The same examples in the same batches")
-    for heading in ("run", "loss at the end", "tokens/s", "", "seconds", "peak memory", "padding", "losses against stock"):
+    for heading in (
+        "run",
+        "loss at the end",
+        "tokens/s",
+        "",
+        "seconds",
+        "peak memory",
+        "padding",
+        "losses against stock",
+    ):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for result, row in zip(results, [None, *agreement], strict=True):
         table.add_row(
@@ -33,14 +42,20 @@ def print_table(results: list, agreement: list[dict], tolerance: float) -> None:
     console = Console(width=120)
     console.print(table)
     if all(row["agrees"] for row in agreement):
-        console.print(f"Every run's losses agree with stock Trainer's at every step (relative difference <= {tolerance:g}).")
+        console.print(
+            f"Every run's losses agree with stock Trainer's at every step (relative difference <= {tolerance:g})."
+        )
     for row in agreement:
         if not row["agrees"]:
-            console.print(f"[red]{row['name']} does NOT agree: off by {row['largest_difference']:.2g} at its worst step.")
+            console.print(
+                f"[red]{row['name']} does NOT agree: off by {row['largest_difference']:.2g} at its worst step."
+            )
 
 
 def plot(results: list, path: Path, device: str) -> None:
-    figure, (curves, speed, memory) = plt.subplots(1, 3, figsize=(13, 4), width_ratios=[1.4, 1, 1], layout="constrained")
+    figure, (curves, speed, memory) = plt.subplots(
+        1, 3, figsize=(13, 4), width_ratios=[1.4, 1, 1], layout="constrained"
+    )
     for result, color in zip(results, COLORS, strict=True):
         stock = result is results[0]
         style = {"linewidth": 6, "alpha": 0.5} if stock else {"linewidth": 1.5}

@@ -57,7 +57,9 @@ def load(vocab_size: int, max_tokens: int) -> tuple[PreTrainedTokenizerFast, lis
     tokenizer = train_tokenizer(texts, vocab_size)
     prompts, completions = zip(*(pair for text in texts for pair in functions(text)), strict=True)
     examples = []
-    for prompt, completion in zip(*(tokenizer(list(part))["input_ids"] for part in (prompts, completions)), strict=True):
+    for prompt, completion in zip(
+        *(tokenizer(list(part))["input_ids"] for part in (prompts, completions)), strict=True
+    ):
         input_ids = [*prompt, *completion, tokenizer.eos_token_id][:max_tokens]
         labels = [IGNORED] * len(prompt) + input_ids[len(prompt) :]
         if len(labels) == len(input_ids):  # else the cut left the prompt alone

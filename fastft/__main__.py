@@ -1,4 +1,4 @@
-"""`python -m fastft`: versions, devices, and for each operator the engine that `impl="auto"` takes and why not a faster one."""
+"""`python -m fastft`: versions, devices, the engine that `impl="auto"` takes for each operator and why no faster one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Loads the native libraries and remembers why one is not there. Nothing here raises: a library that is missing, damaged or
-built for another machine costs speed, never an import.
+"""Loads the native libraries and remembers why one is not there.
+
+Nothing here raises: a library that is missing, damaged or built for another machine costs speed, never an import.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def missing(kind: str) -> str | None:
 
 @functools.cache
 def cuda_unusable(device_index: int) -> str | None:
-    """Why the compiled CUDA kernels do not run on this device (driver too old, no code for the chip); None if they do."""
+    """Why the CUDA kernels do not run on this device (driver too old, no code for the chip); None if they do."""
     loaded = library("cuda")
     if isinstance(loaded, str):
         return loaded

@@ -1,4 +1,4 @@
-"""The one tolerance: ours may be at most twice as far from the float64 truth as plain torch is in the same dtype, plus a floor."""
+"""The one tolerance: at most twice as far from the float64 truth as plain torch in the same dtype, plus a floor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _NOISE = 4  # roundings of the result's own dtype that are granted even where pl
 
 
 def assert_no_worse(actual: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, what: str = "result") -> None:
-    """Compares `actual` (ours) and `plain` (torch, same dtype) with `truth` (float64); non-finite values must coincide."""
+    """Compares `actual` (ours) and `plain` (torch, same dtype) with `truth` (float64); NaN and Inf must coincide."""
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +19,7 @@ from fastft import _native
 PACKAGE = Path(fastft.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
 LIBRARIES = sorted((PACKAGE / "_lib").glob("libfastft_*.so"))
-needs_cpu_library = pytest.mark.skipif(_native.library("cpu") is str, reason="no native library")
+needs_cpu_library = pytest.mark.skipif(_native.missing("cpu") is not None, reason="no native CPU library")
 
 REPORT = [sys.executable, "-m", "fastft"]
 
@@ -29,8 +31,6 @@ def copied_package(tmp_path: Path) -> Path:
 
 
 def report(folder: Path, **environment: str) -> str:
-    import os
-
     done = subprocess.run(
         REPORT, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder), **environment}, capture_output=True, text=True
     )
@@ -51,7 +51,7 @@ def foreign(path: Path) -> None:
     source.write_text("int nothing;")
     subprocess.run(["gcc", "-shared", "-o", str(path), str(source)], check=True)
     record = path.parent / "build_info.json"
-    record.write_text('{"cpu": {"bytes": %d}}' % path.stat().st_size)
+    record.write_text(json.dumps({"cpu": {"bytes": path.stat().st_size}}))
 
 
 @needs_cpu_library

@@ -1,7 +1,7 @@
-// Run-time choice of the instruction set. A file X_kernel.cpp is compiled once per set with FASTFT_ISA defined and exports
-// FASTFT_KERNEL(name); its host file X.cpp declares them with FASTFT_DECLARE_KERNEL and calls through name_kernel().
-// Kernel files hold static functions only and include no C++ library header: an inline std:: function compiled there with
-// AVX-512 could be the copy which the linker keeps for everybody.
+// Run-time choice of the instruction set. A file X_kernel.cpp is compiled once per set with FASTFT_ISA defined and
+// exports FASTFT_KERNEL(name); its host file X.cpp declares them with FASTFT_DECLARE_KERNEL and calls through
+// name_kernel(). Kernel files hold static functions only and include no C++ library header: an inline std:: function
+// compiled there with AVX-512 could be the copy which the linker keeps for everybody.
 #pragma once
 
 namespace fastft {
@@ -14,21 +14,25 @@ Isa isa();  // the best of this processor, capped by the environment variable FA
 #define FASTFT_KERNEL(name) FASTFT_JOIN(fastft_##name, FASTFT_ISA)
 
 #if defined(__x86_64__)
-#define FASTFT_DECLARE_KERNEL(name, ...)            \
+#define FASTFT_DECLARE_KERNEL(name, ...)                   \
   extern "C" void fastft_##name##_baseline(__VA_ARGS__);   \
   extern "C" void fastft_##name##_avx2(__VA_ARGS__);       \
   extern "C" void fastft_##name##_avx512(__VA_ARGS__);     \
   extern "C" void fastft_##name##_avx512bf16(__VA_ARGS__); \
-  static inline auto name##_kernel() {              \
-    switch (fastft::isa()) {                        \
-      case fastft::Isa::avx512bf16: return fastft_##name##_avx512bf16; \
-      case fastft::Isa::avx512: return fastft_##name##_avx512;         \
-      case fastft::Isa::avx2: return fastft_##name##_avx2;             \
-      default: return fastft_##name##_baseline;     \
-    }                                               \
+  static inline auto name##_kernel() {                     \
+    switch (fastft::isa()) {                               \
+      case fastft::Isa::avx512bf16:                        \
+        return fastft_##name##_avx512bf16;                 \
+      case fastft::Isa::avx512:                            \
+        return fastft_##name##_avx512;                     \
+      case fastft::Isa::avx2:                              \
+        return fastft_##name##_avx2;                       \
+      default:                                             \
+        return fastft_##name##_baseline;                   \
+    }                                                      \
   }
 #else
-#define FASTFT_DECLARE_KERNEL(name, ...)          \
+#define FASTFT_DECLARE_KERNEL(name, ...)                 \
   extern "C" void fastft_##name##_baseline(__VA_ARGS__); \
   static inline auto name##_kernel() { return fastft_##name##_baseline; }
 #endif

@@ -1,6 +1,6 @@
-// The entry points of libtorch's C shim that fastft uses, declared here so that building needs no torch. All of them exist
-// since libtorch 2.10 and carry its two-year promise. tests/test_native.py compiles this file together with torch's own
-// headers: a declaration that differs is a compile error.
+// The entry points of libtorch's C shim that fastft uses, declared here so that building needs no torch. All of them
+// exist since libtorch 2.10 and carry its two-year promise. tests/test_native.py compiles this file together with
+// torch's own headers: a declaration that differs is a compile error.
 #pragma once
 #include <cstdarg>
 #include <cstddef>
@@ -25,7 +25,8 @@ typedef void (*ParallelFunc)(int64_t begin, int64_t end, void* context);
 
 extern "C" {
 AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, TorchLibraryHandle*);
-AOTITorchError torch_library_impl(TorchLibraryHandle, const char*, void (*)(StableIValue*, uint64_t, uint64_t), uint64_t);
+AOTITorchError torch_library_impl(TorchLibraryHandle, const char*, void (*)(StableIValue*, uint64_t, uint64_t),
+                                  uint64_t);
 uint64_t aoti_torch_abi_version();
 AOTITorchError torch_list_size(StableListHandle, size_t*);
 AOTITorchError torch_list_get_item(StableListHandle, size_t, StableIValue*);
@@ -54,8 +55,8 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 #ifndef FASTFT_SHIM_DECLARATIONS_ONLY
 #define FASTFT_EXPORT extern "C" __attribute__((visibility("default")))
-#define FT_CHECK(condition, ...)                                              \
-  do {                                                                        \
+#define FT_CHECK(condition, ...)                                                \
+  do {                                                                          \
     if (__builtin_expect(!(condition), 0)) fastft::fail(__LINE__, __VA_ARGS__); \
   } while (0)
 #define FT_CALL(call) FT_CHECK((call) == 0, "%s", "libtorch call failed: " #call)
@@ -139,8 +140,9 @@ void parallel_for(int64_t n, int64_t grain, Body&& body) {
   if (n > 0) FT_CALL(torch_parallel_for(0, n, grain, call, const_cast<void*>(static_cast<const void*>(&body))));
 }
 
-// An operator's kernel, registered by a static object in the file which holds it; schemas are defined in Python. A kernel
-// receives its arguments as a stack of `nargs` values, takes ownership of each, and writes its results over them.
+// An operator's kernel, registered by a static object in the file which holds it; schemas are defined in Python. A
+// kernel receives its arguments as a stack of `nargs` values, takes ownership of each, and writes its results over
+// them.
 struct Kernel {
   const char* name;
   void (*function)(StableIValue* stack, uint64_t nargs, uint64_t nreturns);

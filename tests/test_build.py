@@ -1,0 +1,108 @@
+"""Installing fastft as a user does: with and without compilers, from a wheel, on other Pythons."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "fastft")
+OTHER_PYTHONS = ("3.10", "3.12", "3.13")
+
+pytestmark = pytest.mark.build
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what a user checks out, with nothing built."""
+    folder = tmp_path / "checkout"
+    for name in SOURCES:
+        source, copy = ROOT / name, folder / name
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("_lib", "__pycache__"))
+        else:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(source, copy)
+    return folder
+
+
+def wheel(checkout: Path, **environment: str) -> Path:
+    """Builds a wheel without isolation, so that the environment's setuptools and ninja are used."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
+    done = subprocess.run(command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next((checkout / "dist").glob("*.whl"))
+
+
+def build_info(built: Path) -> dict:
+    return json.loads(zipfile.ZipFile(built).read("fastft/_lib/build_info.json"))
+
+
+@pytest.fixture
+def bare_path(tmp_path: Path) -> str:
+    """A PATH with coreutils and no compiler."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("mv", "sh", "uname"):
+        os.symlink(shutil.which(tool), folder / tool)
+    return str(folder)
+
+
+def test_without_compilers(checkout: Path, bare_path: str) -> None:
+    built = wheel(checkout, PATH=bare_path, CXX="", CUDA_HOME="/nonexistent")
+    assert built.name.endswith("-py3-none-any.whl")
+    assert "no C++ compiler found" in build_info(built)["cpu"]["missing"]
+    site = checkout / "site"
+    zipfile.ZipFile(built).extractall(site)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-m", "fastft"], cwd=site, env=environment, capture_output=True, text=True)
+    assert "libfastft_cpu: not built: no C++ compiler found" in done.stdout, done
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_without_nvcc(checkout: Path) -> None:
+    built = wheel(checkout, CUDA_HOME="/nonexistent")
+    assert "-py3-none-" in built.name and not built.name.endswith("any.whl")
+    info = build_info(built)
+    assert info["cpu"]["bytes"] > 0 and "nvcc not found" in info["cuda"]["missing"]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_demanded_library_fails_the_build(checkout: Path, bare_path: str, kind: str) -> None:
+    demand = {"PATH": bare_path, "CXX": "", "CUDA_HOME": "/nonexistent", f"FASTFT_BUILD_{kind.upper()}": "1"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=checkout, env={**os.environ, **demand}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"libfastft_{kind}.so cannot be built" in done.stderr
+
+
+def python_of(version: str) -> str | None:
+    folder = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = sorted(folder.glob(f"{version}.*/bin/python"))
+    return str(found[-1]) if found else shutil.which(f"python{version}")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_one_wheel_for_every_python(checkout: Path) -> None:
+    """The library loads and registers in other Pythons; they have no torch, so the loader is shown this one's folder."""
+    library = checkout / "libfastft_cpu.so"
+    library.write_bytes(zipfile.ZipFile(wheel(checkout, FASTFT_BUILD_CUDA="0")).read("fastft/_lib/libfastft_cpu.so"))
+    torch_lib = Path(torch.__file__).parent / "lib"
+    script = "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); lib.fastft_cpu_isa.restype = ctypes.c_char_p"
+    script += "; lib.fastft_register.restype = ctypes.c_char_p; assert lib.fastft_register() is None"
+    script += "; print(lib.fastft_cpu_isa())"
+    pythons = [python for version in OTHER_PYTHONS if (python := python_of(version))]
+    if not pythons:
+        pytest.skip("no other Python on this machine")
+    for python in pythons:
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(torch_lib)}
+        done = subprocess.run([python, "-c", script, str(library)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("b'"), (python, done.stderr)
