@@ -4,7 +4,8 @@
     python examples/finetune.py --model NAME --dataset NAME           a model and a text data set of the hub
 
 Every run takes the same examples in the same batches, so their losses must coincide step by step. Each runs in a
-process of its own, so that its peak memory is its own. The table, report.json and report.png go to the folder of --output.
+process of its own, so that its peak memory is its own.
+The table, report.json and report.png go to the folder of --output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m fastft`: versions, devices, the engine that `impl="auto"` takes for each operator and why no faster one."""
+"""`python -m fastft`: versions, devices, the engine that `impl="auto"` takes for each operator, and why."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def python_of(version: str) -> str | None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_one_wheel_for_every_python(checkout: Path) -> None:
-    """The library loads and registers in other Pythons; they have no torch, so the loader is shown this one's folder."""
+    """The library loads and registers in other Pythons, which have no torch: the loader is shown the folder of ours."""
     library = checkout / "libfastft_cpu.so"
     library.write_bytes(zipfile.ZipFile(wheel(checkout, FASTFT_BUILD_CUDA="0")).read("fastft/_lib/libfastft_cpu.so"))
     torch_lib = Path(torch.__file__).parent / "lib"
