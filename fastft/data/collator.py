@@ -27,7 +27,7 @@ TASKS = ("causal_lm",)
 IGNORE_INDEX = -100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pack:
     """Examples that go through the model together, as `fastft.pack` yields them.
 
@@ -130,6 +130,7 @@ def _without_masked(columns: dict[str, list[Any]], lengths: list[int]) -> list[i
         return lengths
     left = list(lengths)
     for index, mask in enumerate(masks):
+        # the usual case, which must not cost a conversion
         if isinstance(mask, list) and mask.count(1) == len(mask):
             continue
         kept = torch.as_tensor(mask) != 0
@@ -138,8 +139,8 @@ def _without_masked(columns: dict[str, list[Any]], lengths: list[int]) -> list[i
         left[index] = int(kept.sum())
         if left[index] == 0:
             raise ValueError(f"example {index} has no tokens: its attention_mask is all zeros")
-        for values in columns.values():
-            values[index] = _flat("", [values[index]])[kept]
+        for key, values in columns.items():
+            values[index] = _flat(key, [values[index]])[kept]
     return left
 
 
@@ -168,8 +169,11 @@ def _flat_lists(key: str, values: Sequence[list[Any]]) -> Tensor:
         return torch.frombuffer(flat, dtype=torch.int64)
     except TypeError:
         try:
-            return torch.cat([torch.tensor(value, dtype=torch.float32) for value in values])
-        except (TypeError, ValueError):
+            floats = array("f")
+            for value in values:
+                floats.fromlist(value)
+            return torch.frombuffer(floats, dtype=torch.float32)
+        except TypeError:
             raise ValueError(f"{key} must hold one number per token") from None
 
 
@@ -178,7 +182,7 @@ class PackingCollator:
 
     An example is a dict with `input_ids` (list, array or tensor of n > 0 integers), optionally `labels` (n integers;
     else they are the input_ids) and `attention_mask` (tokens that it masks are removed). Other keys with n numbers are
-    kept; text and single numbers are left out. The batch, for T tokens in S segments:
+    kept; position_ids, seq_idx, text and single numbers are left out. The batch, for T tokens in S segments:
 
     | key | value |
     |---|---|

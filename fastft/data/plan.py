@@ -1,7 +1,7 @@
 """Which examples share a pack: best-fit decreasing bin packing over the whole data set.
 
 The lengths are taken from the longest to the shortest (ties in the order they came). Each goes into the open pack whose
-remaining capacity is the smallest that takes it, among equal ones into the pack which has had that capacity longest, and
+remaining capacity is the smallest that takes it, among equal ones into the pack that has had this capacity longest, and
 into a new pack where none takes it. Only lengths and indices move: 8 bytes are read and 24 written per example.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,8 @@ PLAN = ops.Operator(
 )
 
 
-@dataclass(frozen=True)
-class PackPlan(Sequence[Tensor]):
+@dataclass(frozen=True, eq=False)
+class PackPlan:
     """Packs of example indices; `plan[p]` is the int64 tensor of pack p's, iteration goes over all packs.
 
     Attributes:
@@ -88,7 +88,7 @@ class PackPlan(Sequence[Tensor]):
     def __len__(self) -> int:
         return self.offsets.numel() - 1
 
-    def __getitem__(self, pack: Any) -> Any:
+    def __getitem__(self, pack: int) -> Tensor:
         begin, end = self.bounds(pack)
         return self.indices[begin:end]
 
