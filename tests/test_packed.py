@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_no_worse
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fastft.data.collator import Pack, PackingCollator
+from fastft.data.packed import PackedDataset, pack, scan_lengths
+
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+
+SIZES = [5, 17, 3, 30, 8, 1, 12, 22, 9, 4, 31]
+
+
+def make(sizes: list[int] = SIZES, masked: int = 0) -> list[dict]:
+    """Examples of the given sizes; the first `masked` labels of each are ignored."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i, size in enumerate(sizes):
+        ids = torch.randint(0, 97, (size,), generator=generator).tolist()
+        made.append(
+            {"input_ids": ids, "labels": [-100] * min(masked, size - 1) + ids[min(masked, size - 1) :], "id": i}
+        )
+    return made
+
+
+class TorchDataset(Dataset):
+    def __init__(self, examples: list[dict]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"input_ids": torch.tensor(self.examples[index]["input_ids"]), "id": self.examples[index]["id"]}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(make())
+
+
+def from_list(examples: list[dict]) -> datasets.Dataset:
+    return datasets.Dataset.from_list(examples)
+
+
+KINDS = {
+    "list": lambda examples: examples,
+    "torch": TorchDataset,
+    "datasets": from_list,
+    "datasets numpy": lambda examples: from_list(examples).with_format("numpy"),
+    "datasets torch": lambda examples: from_list(examples).with_format("torch", columns=["input_ids"]),
+    "datasets arrow slices": lambda examples: datasets.concatenate_datasets(
+        [from_list(examples[:4]), from_list(examples[4:])]
+    ),
+    "datasets selected": lambda examples: from_list(examples[::-1]).select(range(len(examples) - 1, -1, -1)),
+    "datasets fixed": lambda examples: from_list(examples).with_transform(lambda batch: batch),
+}
+
+
+def tokens(packed: PackedDataset, p: int) -> list[list[int]]:
+    return [list(map(int, example["input_ids"])) for example in packed[p].examples]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_dataset_gives_the_same_packs(kind):
+    examples = make()
+    packed = pack(KINDS[kind](examples), 32)
+    assert len(packed) == 5
+    assert scan_lengths(packed.dataset).tolist() == SIZES
+    seen = []
+    for p in range(len(packed)):
+        assert [examples[i]["input_ids"] for i in packed.plan[p].tolist()] == tokens(packed, p)
+        assert sum(map(len, tokens(packed, p))) <= 32
+        seen += packed.plan[p].tolist()
+    assert sorted(seen) == list(range(len(SIZES)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_and_single_items_agree(kind):
+    packed = pack(KINDS[kind](make()), 32, seed=1)
+    collator = PackingCollator()
+    for p, one in zip([3, -1, 0], packed.__getitems__([3, -1, 0]), strict=True):
+        assert collator([one])["input_ids"].tolist() == collator([packed[p]])["input_ids"].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    st.integers(1, 40),
+    st.sampled_from(["truncate", "split", "drop"]),
+    st.none() | st.integers(1, 4),
+    st.sampled_from(["list", "datasets"]),
+)
+def test_overlong_examples(sizes, max_tokens, overlong, max_sequences, kind):
+    if overlong == "drop" and min(sizes) > max_tokens:
+        return
+    examples = make(sizes)
+    packed = pack(KINDS[kind](examples), max_tokens, overlong=overlong, max_sequences=max_sequences)
+    pieces: dict[int, list[int]] = {}
+    for p in range(len(packed)):
+        parts = packed[p].examples
+        assert sum(len(part["input_ids"]) for part in parts) <= max_tokens
+        assert max_sequences is None or len(parts) <= max_sequences
+    entries = [part for p in range(len(packed)) for part in packed[p].examples]
+    for entry in packed.plan.starts.argsort(stable=True).tolist():
+        part = entries[entry]
+        pieces.setdefault(int(part["id"]), []).extend(part["input_ids"])
+        assert list(part["labels"]) == list(part["input_ids"])
+    kept = {
+        "truncate": lambda ids: ids[:max_tokens],
+        "split": lambda ids: ids,
+        "drop": lambda ids: ids if len(ids) <= max_tokens else None,
+    }[overlong]
+    expected = {e["id"]: kept(e["input_ids"]) for e in examples if kept(e["input_ids"]) is not None}
+    assert pieces == expected
+
+
+def test_length_column_spares_the_tokens_of_a_transform():
+    dataset = from_list([{"text": "x" * size, "length": size} for size in SIZES])
+
+    def tokenize(batch):
+        return {"input_ids": [list(map(ord, text)) for text in batch["text"]]}
+
+    packed = pack(dataset.with_transform(tokenize), 32)
+    assert len(packed) == 5 and sum(map(len, tokens(packed, 0))) == 32
+    packed.dataset = dataset.with_transform(lambda batch: {"input_ids": [[1] for _ in batch["text"]]})
+    with pytest.raises(ValueError, match=r"example \d+ has 1 tokens, but had \d+ or more when it was packed"):
+        packed.__getitems__(range(len(packed)))
+
+
+@pytest.mark.parametrize("kind", ["list", "torch", "datasets"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_loader(kind, workers):
+    packed = pack(KINDS[kind](make()), 32)
+    loader = DataLoader(packed, batch_size=2, collate_fn=PackingCollator(), num_workers=workers)
+    batches = list(loader)
+    assert len(batches) == 3
+    assert sum(batch["input_ids"].numel() for batch in batches) == sum(SIZES)
+
+
+@pytest.mark.parametrize("kind", ["list", "torch", "datasets"])
+def test_pickles(kind):
+    packed = pack(KINDS[kind](make()), 32)
+    again = pickle.loads(pickle.dumps(packed))
+    assert [tokens(again, p) for p in range(len(again))] == [tokens(packed, p) for p in range(len(packed))]
+
+
+def test_is_a_sequence():
+    packed = pack(make(), 32)
+    assert isinstance(packed, Dataset) and isinstance(packed[0], Pack) and len(list(packed)) == len(packed)
+    for index in (5, -6):
+        with pytest.raises(IndexError, match=f"pack {index} of a plan with 5 packs"):
+            packed[index]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        ([], ValueError, "dataset is empty"),
+        ([{"text": "a"}], ValueError, "example 0 has no input_ids"),
+        ([{"input_ids": [1]}, {"input_ids": []}], ValueError, "example 1 has no tokens"),
+        ([{"input_ids": [1]}, {"input_ids": [1] * 33}], ValueError, "example 1 has 33 tokens, more than max_tokens=32"),
+        (Stream(), TypeError, "pack needs a map-style dataset, with __len__ and __getitem__, got Stream"),
+        (iter(make()), TypeError, "got list_iterator"),
+        ({"train": make()}, TypeError, "got dict"),
+        (from_list([{"text": "a"}]), ValueError, "example 0 has no input_ids"),
+        (from_list(make()).to_iterable_dataset(), TypeError, "got IterableDataset"),
+        (datasets.DatasetDict(train=from_list(make())), TypeError, "got DatasetDict"),
+    ],
+)
+def test_bad_datasets(dataset, error, message):
+    with pytest.raises(error, match=message):
+        pack(dataset, 32)
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def separately(model: torch.nn.Module, examples: list[dict]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The token-weighted mean loss over examples run alone, and its gradients."""
+    model.zero_grad()
+    batches = [{key: torch.tensor([e[key]]) for key in ("input_ids", "labels")} for e in examples]
+    count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    losses = [model(**batch, num_items_in_batch=count).loss for batch in batches if batch["labels"].numel() > 1]
+    total = torch.stack(losses).sum()
+    total.backward()
+    return total.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("multiple", [None, 16])
+@pytest.mark.parametrize("packs", [1, 2, 5])
+def test_packed_batch_equals_examples_run_alone(packs, multiple):
+    model = tiny_llama()
+    packed = pack(from_list(make(masked=3)), 32)
+    fetched = packed.__getitems__(range(packs))
+    truth, true_gradients = separately(tiny_llama(torch.float64), [e for one in fetched for e in one.examples])
+    loss, gradients = separately(model, [e for one in fetched for e in one.examples])
+    model.zero_grad()
+    batch = PackingCollator(pad_to_multiple_of=multiple)(fetched)
+    ours = model(**batch, num_items_in_batch=(batch["labels"] != -100).sum()).loss
+    ours.backward()
+    assert_no_worse(ours.detach(), loss, truth)
+    for p, plain, exact in zip(model.parameters(), gradients, true_gradients, strict=True):
+        assert_no_worse(p.grad, plain, exact)
+
+
+@pytest.mark.parametrize("kind", ["list", "torch", "datasets"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_trainer_trains_on_packs(kind, batch_size, tmp_path):
+    model = tiny_llama()
+    examples = make()
+    packed = pack(KINDS[kind](examples), 32)
+    args = transformers.TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=batch_size,
+        train_sampling_strategy="sequential",
+        num_train_epochs=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    reference = copy.deepcopy(model)
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=packed, data_collator=PackingCollator())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    expected = []
+    for first in range(0, len(packed), batch_size):
+        groups = [packed.plan[p].tolist() for p in range(first, min(first + batch_size, len(packed)))]
+        loss, gradients = separately(reference, [examples[i] for group in groups for i in group])
+        expected.append(loss.item())
+        with torch.no_grad():
+            for p, gradient in zip(reference.parameters(), gradients, strict=True):
+                p.sub_(gradient, alpha=1e-2)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_trainer_evaluates_on_packs(tmp_path):
+    model = tiny_llama()
+    args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=1)
+    trainer = transformers.Trainer(
+        model=model, args=args, eval_dataset=pack(make(), 512), data_collator=PackingCollator()
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(separately(model, make())[0].item(), rel=1e-5)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fastft.data.plan import OVERLONG, PLAN, PackPlan, plan_packs
+
+FIELDS = ("indices", "offsets", "starts", "lengths")
+ENGINES = ["eager", "cpp"]
+
+
+def best_fit_decreasing(lengths: list[int], max_tokens: int, max_sequences: int | None = None) -> list[list[int]]:
+    """The oracle: looks at every open pack for every example; among equals the one wins that was filled longest ago."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    filled: list[int] = []
+    for now, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        fits = [
+            p
+            for p in range(len(packs))
+            if room[p] >= lengths[i] and (max_sequences is None or len(packs[p]) < max_sequences)
+        ]
+        if fits:
+            p = min(fits, key=lambda p: (room[p], filled[p]))
+        else:
+            p = len(packs)
+            packs.append([])
+            room.append(max_tokens)
+            filled.append(now)
+        packs[p].append(i)
+        room[p] -= lengths[i]
+        filled[p] = now
+    return packs
+
+
+def as_lists(plan: PackPlan) -> list[list[int]]:
+    return [pack.tolist() for pack in plan]
+
+
+def assert_same(ours: PackPlan, theirs: PackPlan) -> None:
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(ours, field), getattr(theirs, field), rtol=0, atol=0)
+        assert getattr(ours, field).dtype == torch.int64
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[int], int, int | None]:
+    max_tokens = draw(st.sampled_from([1, 2, 7, 63, 64, 65, 100, 4095, 4096, 4097, 8192, 100_000]))
+    some = st.integers(1, max_tokens) | st.integers(1, min(8, max_tokens)) | st.just(max_tokens)
+    lengths = draw(st.lists(some, min_size=1, max_size=120))
+    return lengths, max_tokens, draw(st.none() | st.integers(1, 5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+@example(([1], 1, None))
+@example(([5] * 63, 64, None))
+@example(([1] * 507, 2**31 - 1, None))
+def test_equals_the_oracle(problem):
+    lengths, max_tokens, max_sequences = problem
+    expected = best_fit_decreasing(lengths, max_tokens, max_sequences)
+    native = plan_packs(lengths, max_tokens, max_sequences=max_sequences, impl="cpp")
+    assert as_lists(native) == expected
+    assert_same(native, plan_packs(lengths, max_tokens, max_sequences=max_sequences, impl="eager"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=100),
+    st.integers(1, 100),
+    st.sampled_from(["truncate", "split", "drop"]),
+    st.none() | st.integers(0, 2**40),
+)
+def test_every_token_once_and_no_pack_too_full(lengths, max_tokens, overlong, seed):
+    if overlong == "drop" and min(lengths) > max_tokens:
+        return
+    plan = plan_packs(lengths, max_tokens, overlong=overlong, seed=seed)
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for entry, start, length in zip(plan.indices.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True):
+        spans.setdefault(entry, []).append((start, start + length))
+    for i, length in enumerate(lengths):
+        kept = {"truncate": min(length, max_tokens), "split": length, "drop": length * (length <= max_tokens)}[overlong]
+        pieces = sorted(spans.get(i, []))
+        assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])][: len(pieces)]
+        assert (pieces[-1][1] if pieces else 0) == kept
+    tokens = torch.stack([part.sum() for part in plan.lengths.split(plan.offsets.diff().tolist())])
+    assert tokens.max() <= max_tokens
+    assert len(plan) >= math.ceil(int(tokens.sum()) / max_tokens)
+    assert plan.efficiency == pytest.approx(int(tokens.sum()) / (len(plan) * max_tokens))
+
+
+def test_engines_agree_on_many_lengths():
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.8, 0.9, 20_000), 1, 8192).astype(np.int64)
+    native, eager = (plan_packs(lengths, 8192, impl=impl) for impl in ("cpp", "eager"))
+    assert_same(native, eager)
+    assert len(native) <= math.ceil(lengths.sum() / 8192) + 2
+
+
+def test_outputs_are_written_whole(poisoned_empty):
+    plan = plan_packs([3, 4, 5, 6, 1], 7, overlong="split", impl="cpp")
+    assert as_lists(plan) == [[3, 4], [2], [1, 0]]
+    assert plan.offsets.tolist() == [0, 2, 3, 5] and plan.lengths.tolist() == [6, 1, 5, 4, 3]
+
+
+def test_seed_shuffles_the_packs_and_nothing_else():
+    lengths = torch.randint(1, 50, (507,))
+    plain, shuffled, again, other = (plan_packs(lengths, 64, seed=seed) for seed in (None, 3, 3, 4))
+    assert_same(shuffled, again)
+    assert as_lists(shuffled) != as_lists(plain) and as_lists(shuffled) != as_lists(other)
+    assert sorted(as_lists(shuffled)) == sorted(as_lists(plain))
+    assert torch.equal(shuffled.lengths, lengths[shuffled.indices])
+
+
+@pytest.mark.parametrize(
+    "lengths", [[3, 1, 2], (3, 1, 2), np.array([3, 1, 2], np.int32), torch.tensor([3, 1, 2]).short()]
+)
+@pytest.mark.parametrize("impl", ["auto", *ENGINES])
+def test_kinds_of_lengths(lengths, impl):
+    assert as_lists(plan_packs(lengths, 3, impl=impl)) == [[0], [2, 1]]
+
+
+def test_noncontiguous_lengths():
+    lengths = torch.tensor([[3, 9], [1, 9], [2, 9]])[:, 0]
+    assert as_lists(plan_packs(lengths, 3, impl="cpp")) == [[0], [2, 1]]
+
+
+def test_plan_is_a_sequence_that_pickles():
+    plan = plan_packs([3, 1, 2], 3)
+    assert len(plan) == 2 and plan[0].tolist() == [0] and plan[-1].tolist() == [2, 1]
+    assert_same(pickle.loads(pickle.dumps(plan)), plan)
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"pack {index} of a plan with 2 packs"):
+            plan[index]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "message"),
+    [
+        ([], {}, "lengths is empty"),
+        ([1, 0, 2], {}, "example 1 has no tokens"),
+        ([1, -4], {}, "example 1 has the negative length -4"),
+        ([1.5], {}, "one-dimensional integers"),
+        ([[1, 2]], {}, r"shape \(1, 2\)"),
+        ([True], {}, "torch.bool"),
+        ([4, 11, 3], {}, "example 1 has 11 tokens, more than max_tokens=10"),
+        ([11, 12], {"overlong": "drop"}, "leaves nothing"),
+        ([1], {"overlong": "wrap"}, f"overlong must be one of {', '.join(OVERLONG)}, got 'wrap'"),
+        ([1], {"max_sequences": 0}, "max_sequences must be a positive integer or None, got 0"),
+        ([1], {"impl": "numba"}, "impl must be"),
+    ],
+)
+def test_bad_input(lengths, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_packs(lengths, 10, **options)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1, 2.0, True, None, 2**31])
+def test_bad_capacity(max_tokens):
+    with pytest.raises(ValueError, match="max_tokens must be an integer"):
+        plan_packs([1], max_tokens)
+
+
+def test_explicit_engine_never_falls_back():
+    with pytest.raises(RuntimeError, match="no cuda kernel"):
+        plan_packs([1], 10, impl="cuda")
+
+
+def test_kernel_refuses_what_does_not_fit():
+    short = torch.empty(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="outputs do not fit 3 lengths"):
+        PLAN.native(torch.tensor([1, 2, 3]), 10, 0, short, short, short, short)
