@@ -1,0 +1,105 @@
+"""Ways to hand AdamW to Trainer: `optimizers=adamw(model, args)` and `optimizer_cls_and_kwargs=adamw_spec(args)`.
+
+Trainer ignores `TrainingArguments` for an optimizer that it is given, and its own decay / no-decay groups with them; both functions
+put them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from fastft.optim.adamw import AdamW
+
+
+def adamw(
+    model_or_params: torch.nn.Module | Iterable[Any],
+    args: Any = None,
+    *,
+    lr: float | torch.Tensor | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    **options: Any,
+) -> tuple[AdamW, None]:
+    """The pair that `Trainer(optimizers=...)` takes: AdamW, and None, for which Trainer builds the learning-rate schedule.
+
+    Args:
+        model_or_params: a model, whose trainable parameters go into Trainer's two groups (no decay for biases and norms, which
+            needs transformers); or an iterable of tensors, of `(name, tensor)` pairs or of parameter groups, used as they are.
+        args: a `transformers.TrainingArguments`, which gives lr, betas, eps and weight decay where the keyword is None.
+        lr: learning rate; without it and without `args`, AdamW's default 1e-3. The others likewise.
+        betas: default (0.9, 0.999).
+        eps: default 1e-8.
+        weight_decay: default 1e-2; of a model, only for the parameters that decay.
+        options: further keywords of `AdamW`: `maximize`, `moments`, `rounding`, `impl`, ...
+
+    Raises:
+        TypeError: `model_or_params` is neither a model nor an iterable, `args` is no TrainingArguments, or an unknown keyword.
+        ValueError: as `AdamW`; or a model without trainable parameters.
+    """
+    kwargs = _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
+    if isinstance(model_or_params, torch.nn.Module):
+        return AdamW(_decay_groups(model_or_params), **kwargs), None
+    if isinstance(model_or_params, torch.Tensor | str) or not isinstance(model_or_params, Iterable):
+        raise TypeError(
+            "model_or_params must be a torch.nn.Module or an iterable of parameters or parameter groups, "
+            f"got {type(model_or_params).__name__}"
+        )
+    return AdamW(model_or_params, **kwargs), None
+
+
+def adamw_spec(
+    args: Any = None,
+    *,
+    lr: float | torch.Tensor | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    **options: Any,
+) -> tuple[type[AdamW], dict[str, Any]]:
+    """The pair that `Trainer(optimizer_cls_and_kwargs=...)` takes: the way in under FSDP, DeepSpeed and `model_init`.
+
+    Trainer makes the parameter groups, and takes their weight decay from its own `args` whatever is given here. Arguments are those
+    of `adamw`.
+
+    Raises:
+        TypeError: `args` is no TrainingArguments.
+    """
+    return AdamW, _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
+
+
+def _kwargs(args: Any, **explicit: Any) -> dict[str, Any]:
+    """AdamW's keywords: the explicit ones, else those of `args`, else none, which leaves AdamW's defaults."""
+    given = {name: value for name, value in explicit.items() if value is not None}
+    if args is None:
+        return given
+    try:
+        of_args = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "weight_decay": args.weight_decay,
+        }
+    except AttributeError as error:
+        raise TypeError(f"args must be a transformers.TrainingArguments, got {type(args).__name__} ({error})") from None
+    return of_args | given
+
+
+def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """The two groups of `Trainer.create_optimizer`; the first takes the optimizer's weight decay."""
+    try:
+        from transformers import Trainer
+    except ImportError as error:
+        raise ImportError("adamw(model) needs transformers for its decay groups; or give adamw() the parameters") from error
+    # Trainer's method uses nothing of its instance, and is the one place that knows which names do not decay
+    decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: there is nothing to train")
+    return [
+        {"params": [param for name, param in trainable if name in decaying]},
+        {"params": [param for name, param in trainable if name not in decaying], "weight_decay": 0.0},
+    ]
