@@ -1,8 +1,9 @@
 """The contract between an operation and its engines.
 
 Each room defines its operators here with a schema, an eager reference and a fake, so that `torch.ops.fastft.*` exists
-on every machine; the native libraries add kernels under torch's CPU and CUDA dispatch keys. `impl=` says how an operation
-is computed, never what: "auto" takes the best engine there is, an explicit one never falls back.
+on every machine; the native libraries add kernels under torch's CPU and CUDA dispatch keys.
+`impl=` says how an operation is computed, never what: "auto" takes the best engine there is, an explicit
+one never falls back.
 """
 
 from __future__ import annotations

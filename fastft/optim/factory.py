@@ -93,7 +93,9 @@ def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     try:
         from transformers import Trainer
     except ImportError as error:
-        raise ImportError("adamw(model) needs transformers for its decay groups; or give adamw() the parameters") from error
+        raise ImportError(
+            "adamw(model) needs transformers for its decay groups; or give adamw() the parameters"
+        ) from error
     # Trainer's method uses nothing of its instance, and is the one place that knows which names do not decay
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
