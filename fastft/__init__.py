@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
-from fastft.loss.attach import fused_loss
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from fastft.loss.output_head import fused_loss
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import adamw, adamw_spec
 
