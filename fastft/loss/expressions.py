@@ -273,9 +273,7 @@ def sum_over_rows(
     return _apply(linear, expression, function, True, row_arguments)
 
 
-def map_rows(
-    linear: Linear, expression: Expression, function: Callable[..., Tensor], *row_arguments: Tensor
-) -> Tensor:
+def map_rows(linear: Linear, expression: Expression, function: Callable[..., Tensor], *row_arguments: Tensor) -> Tensor:
     """`function(z, *row_arguments)`, which returns one result (of any shape) for each row, for all T rows."""
     return _apply(linear, expression, function, False, row_arguments)
 

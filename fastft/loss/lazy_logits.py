@@ -80,7 +80,8 @@ class _LazyNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, recipe: _Recipe, *tensors: Tensor | None) -> LazyLogits:
-        ctx.recipe, ctx.save = recipe, ctx.save_for_backward(*tensors)
+        ctx.recipe = recipe
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # nobody's gradient (the loss went past the logits) must stay nobody's
         with torch._C.DisableTorchFunctionSubclass():
             return LazyLogits._wrap(recipe)
@@ -92,6 +93,7 @@ class _LazyNode(torch.autograd.Function):
             return (None,) * (1 + len(saved))
         if ctx.recipe.rewritten:
             raise RuntimeError("fastft: lazy logits were changed in place after a custom autograd Function used them.")
+        ctx.recipe.report.note_materialised("the backward pass of a function that torch functions do not see")
         tensors = [
             tensor.detach().requires_grad_(need) if tensor is not None else None
             for tensor, need in zip(saved, needs, strict=True)
@@ -175,7 +177,9 @@ class LazyLogits(Tensor):
         x, weight, _ = self.linear.terms[0]
         with torch.no_grad():
             dtype = evaluate(expression, x.new_empty(0, weight.shape[0])).dtype
-        return self._make(linear or self.source, expression, torch.empty_like(self.shadow, dtype=dtype), self._recipe.report)
+        return self._make(
+            linear or self.source, expression, torch.empty_like(self.shadow, dtype=dtype), self._recipe.report
+        )
 
     def viewed(
         self,
@@ -260,11 +264,13 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _ATTRIBUTES:
+        if func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _HOOKS and isinstance(args[0], cls):
             return _hook(args[0], func, args, kwargs)
+        if func in _LEAF_MAKERS and isinstance(args[0], cls):
+            return _make_leaf(args[0], func, args, kwargs)
         result = _apply_rule(func, args, kwargs)
         if result is not NotImplemented:
             return result
@@ -333,16 +339,49 @@ def _hook(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return func(lazy.materialise(func.__name__), *args[1:], **kwargs)
 
 
+def _make_leaf(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Detached logits that are to collect a gradient of their own (reentrant checkpointing): real ones, without history."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if not lazy.requires_grad and not lazy.is_inference():
+            lazy._dense = lazy._numbers(func.__name__)
+            func(lazy._dense, *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
 def _attribute(name: str) -> Any:
     return getattr(getattr(Tensor, name, None), "__get__", None)
 
 
+_GRADIENTS = {_attribute(name) for name in ("grad", "retains_grad")}
+_LEAF_MAKERS = {Tensor.requires_grad.__set__, Tensor.requires_grad_}  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _ATTRIBUTES = {
     _attribute(name)
     for name in (
-        *("shape", "dtype", "device", "ndim", "requires_grad", "grad_fn", "is_leaf", "layout", "is_cuda", "is_cpu", "is_meta"),
-        *("is_sparse", "is_quantized", "is_nested", "is_mps", "is_xla", "is_xpu", "is_mkldnn", "is_sparse_csr", "is_mtia"),
+        *(
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "requires_grad",
+            "grad_fn",
+            "is_leaf",
+            "layout",
+            "is_cuda",
+            "is_cpu",
+            "is_meta",
+        ),
+        *(
+            "is_sparse",
+            "is_quantized",
+            "is_nested",
+            "is_mps",
+            "is_xla",
+            "is_xpu",
+            "is_mkldnn",
+            "is_sparse_csr",
+            "is_mtia",
+        ),
         *("names", "_version", "output_nr", "itemsize", "nbytes", "_backward_hooks", "_base"),
     )
 } - {None}
@@ -350,7 +389,7 @@ _ATTRIBUTES |= {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.storage_offset),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size, Tensor.get_device),
     *(Tensor.__len__, Tensor.__hash__, Tensor.is_inference, Tensor.is_signed, Tensor.is_conj, Tensor.is_neg),
-    *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.requires_grad.__set__),  # type: ignore[attr-defined]
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
 
 

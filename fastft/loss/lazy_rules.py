@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.expressions import LOGITS, Call, Expression, Linear, autocast_state, map_rows, sum_over_rows
+from fastft.loss.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from fastft.loss.lazy_logits import LazyLogits
@@ -74,7 +75,12 @@ def _along_rows(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...
 
 
 def _part(
-    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], index: int, shadow: Tensor
+    lazy: LazyLogits,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    index: int,
+    shadow: Tensor,
 ) -> LazyLogits:
     def take(tensor: Tensor) -> Tensor:
         return func(tensor, *args, **kwargs)[index]
@@ -121,7 +127,9 @@ def _indexed_dimensions(index: tuple[Any, ...], dimensions: int) -> bool:
     for position, item in enumerate(index):
         if item is Ellipsis:
             return any(after is not None for after in index[position + 1 :])
-    used = [item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1 for item in index if item is not None]
+    used = [
+        item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1 for item in index if item is not None
+    ]
     return sum(used) >= dimensions
 
 
@@ -199,7 +207,13 @@ def _sum_of_two(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...
     other, dtype = args[0], lazy.shadow.dtype
     if isinstance(other, type(lazy)):
         scale = _scale_of(other.expression) if other.is_lazy else None
-        if scale is None or other.shape != lazy.shape or other.dtype != dtype or lazy.linear.head is not None and _freed(lazy):
+        if (
+            scale is None
+            or other.shape != lazy.shape
+            or other.dtype != dtype
+            or lazy.linear.head is not None
+            and _freed(lazy)
+        ):
             return NotImplemented
         return lazy.derived(LOGITS, lazy.source.plus(other.source, scale))
     is_bias = isinstance(other, Tensor) and other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
@@ -304,21 +318,38 @@ def _loss(
         return NotImplemented
     if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
         return NotImplemented
-    options: dict[str, Any] = {"ignore_index": ignore_index}
-    if label_smoothing:
-        options["label_smoothing"] = label_smoothing
-    if reduction == "none":
-        result = map_rows(
-            lazy.checked(), lazy.expression, lambda z, t: func(z, t, reduction="none", **options), target
-        )
+    linear = lazy.checked()
+    if func is F.cross_entropy and not label_smoothing and _is_plain(lazy, target):
+        result = linear.inside_head(lambda layer: _fused(layer, target, reduction, ignore_index))
+        autocast, _ = autocast_state(result.device.type)
+        result = result if autocast else result.to(lazy.shadow.dtype)
     else:
-        result = sum_over_rows(
-            lazy.checked(), lazy.expression, lambda z, t: func(z, t, reduction="sum", **options), target
-        )
+        smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
+        options: dict[str, Any] = {"ignore_index": ignore_index, **smoothing}
+        options["reduction"] = "none" if reduction == "none" else "sum"
+        over_rows = map_rows if reduction == "none" else sum_over_rows
+        result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
         if reduction == "mean":
             result = result / (target != ignore_index).sum().clamp(min=1)
     lazy.evaluated(result)
     return result
+
+
+def _is_plain(lazy: LazyLogits, target: Tensor) -> bool:
+    """Whether these are a linear layer's logits as they are, or 16 bits of them cast to fp32."""
+    if len(lazy.linear.terms) != 1 or target.dtype not in (torch.int64, torch.int32):
+        return False
+    if lazy.expression is LOGITS:
+        return True
+    function, arguments, *_ = lazy.expression  # type: ignore[misc]
+    narrow = lazy.linear.terms[0][0].element_size() == 2
+    return function is T.to and arguments == (LOGITS, torch.float32) and narrow
+
+
+def _fused(layer: Linear, target: Tensor, reduction: str, ignore_index: int) -> Tensor:
+    ((x, weight, bias),) = layer.terms
+    with torch.autocast(x.device.type, enabled=False):  # it had its say when the head ran
+        return linear_cross_entropy(x, weight, target, linear_bias=bias, reduction=reduction, ignore_index=ignore_index)
 
 
 # --- the table
@@ -345,7 +376,20 @@ RULES: dict[Callable[..., Any], Rule] = {
         _detach: _named("detach"),
         _cast: [*CASTS, T.to, T.type_as],
         _pointwise: _named(
-            *("mul", "div", "add", "sub", "true_divide", "multiply", "divide", "neg", "pow", "square", "clamp", "clamp_min"),
+            *(
+                "mul",
+                "div",
+                "add",
+                "sub",
+                "true_divide",
+                "multiply",
+                "divide",
+                "neg",
+                "pow",
+                "square",
+                "clamp",
+                "clamp_min",
+            ),
             *("tanh", "exp", "log", "sigmoid", "logsigmoid", "relu", "nan_to_num"),
             *("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__add__", "__radd__", "__sub__", "__rsub__"),
             *("__neg__", "__pow__"),
