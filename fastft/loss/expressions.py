@@ -1,0 +1,289 @@
+"""Row-wise expressions over a linear layer, evaluated a chunk of rows at a time.
+
+    logits = x_0 W_0^T + b_0 + x_1 W_1^T + ...      a `Linear`: never held as a whole, T x V
+    z      = f_k(... f_1(logits))                   a tree of `Call`s: casts, softcap, scale, log-softmax, ...
+    result = g(z, rows)                             a sum over rows, or one result per row
+
+T rows, V vocabulary, H hidden size. Each chunk makes its own logits, C x V with C >= 256, so a pass holds a workspace of
+a few C x V instead of several T x V. A summed result takes its gradients in the forward pass (three GEMMs); a result per
+row makes its logits again in the backward pass (four GEMMs). Gradients of the weight are summed over chunks in fp32.
+
+This is the path for whatever `linear_cross_entropy` does not know; it is made of torch operations alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WORKSPACE_BYTES = 64 << 20
+MIN_CHUNK_ROWS = 256
+
+Term: TypeAlias = tuple[Tensor, Tensor, "Tensor | None"]
+AutocastState: TypeAlias = tuple[bool, torch.dtype]
+
+
+class Call(NamedTuple):
+    """One recorded function; its arguments may be `Call`s themselves, or `LOGITS`."""
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    autocast: AutocastState
+
+
+class _Logits:
+    """The place in an expression where the logits of the linear layer go in."""
+
+
+LOGITS = _Logits()
+Expression: TypeAlias = Call | _Logits
+
+
+def autocast_state(device_type: str) -> AutocastState:
+    """Whether autocast is on, and to which dtype."""
+    return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+
+def _autocast(device_type: str, state: AutocastState) -> contextlib.AbstractContextManager:
+    if state == autocast_state(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=state[1], enabled=state[0], cache_enabled=False)
+
+
+def evaluate(expression: Expression, logits: Tensor) -> Tensor:
+    """`expression` with `logits` put in; a sub-expression that occurs twice is evaluated once."""
+    known: dict[int, Tensor] = {}
+
+    def value(node: Any) -> Any:
+        if node is LOGITS:
+            return logits
+        if not isinstance(node, Call):
+            return node
+        if id(node) not in known:
+            arguments = [value(argument) for argument in node.arguments]
+            with _autocast(logits.device.type, node.autocast):
+                known[id(node)] = node.function(*arguments, **node.keywords)
+        return known[id(node)]
+
+    return value(expression)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """The sum of `terms` (input, weight, bias or None); every input has the same leading shape, every weight V rows."""
+
+    terms: tuple[Term, ...]
+    versions: tuple[int, ...]
+    head: Callable[..., Any] | None = None
+
+    @classmethod
+    def of(cls, *terms: Term, head: Callable[..., Any] | None = None) -> Linear:
+        """A linear layer over tensors as they are now."""
+        return cls(terms, tuple(_version(weight) for _, weight, _ in terms), head)
+
+    @property
+    def vocab(self) -> int:
+        """V."""
+        return self.terms[0][1].shape[0]
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        """The shape of the logits without the vocabulary."""
+        return self.terms[0][0].shape[:-1]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The terms, one after another."""
+        return tuple(tensor for term in self.terms for tensor in term)
+
+    def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Linear:
+        """The layer over changed inputs: a view or a selection of rows."""
+        return replace(self, terms=tuple((change(x), weight, bias) for x, weight, bias in self.terms))
+
+    def plus(self, other: Linear, scale: float = 1.0) -> Linear:
+        """The sum with `scale` times another layer (base head + LoRA)."""
+        if scale != 1.0:
+            scaled = ((x * scale, weight, None if bias is None else bias * scale) for x, weight, bias in other.terms)
+            other = replace(other, terms=tuple(scaled))
+        return replace(self, terms=self.terms + other.terms, versions=self.versions + other.versions)
+
+    def same_as(self, other: Linear) -> bool:
+        """Whether both give the same logits because they are made of the same tensors."""
+        return len(self.terms) == len(other.terms) and all(
+            mine is theirs for mine, theirs in zip(self.tensors, other.tensors, strict=True)
+        )
+
+    def detached(self) -> Linear:
+        """The same numbers without their history."""
+        terms = ((x.detach(), w.detach(), None if b is None else b.detach()) for x, w, b in self.terms)
+        return replace(self, terms=tuple(terms))
+
+    def check_unchanged(self) -> None:
+        """Raises RuntimeError when a weight is not what it was when the head ran."""
+        for version, (_, weight, _) in zip(self.versions, self.terms, strict=True):
+            if _version(weight) != version:
+                raise RuntimeError(
+                    "fastft: these logits are read after the output head's weight was changed (an optimizer step?); "
+                    "they were never computed. Read or detach() them before the step."
+                )
+
+    def inside_head(self, task: Callable[[Linear], Tensor]) -> Tensor:
+        """`task` of a layer whose weight is there.
+
+        FSDP2 and ZeRO-3 free the gathered weight of a head that is a unit of its own as soon as its forward is over; then
+        the head is entered again, so that its own hooks gather it, and `task` runs in there.
+        """
+        if self.head is None or len(self.terms) != 1 or not _is_freed(self.terms[0][1]):
+            return task(self)
+        return self.head(self.terms[0][0], fastft_task=lambda *term: task(Linear.of(term)))
+
+    def dense(self) -> Tensor:
+        """The logits."""
+        return _linear(self.terms)
+
+
+def _is_freed(weight: Tensor) -> bool:
+    return weight.dim() != 2 or weight.untyped_storage().size() < weight.numel() * weight.element_size()
+
+
+def _linear(terms: tuple[Term, ...], rows: slice | None = None) -> Tensor:
+    """The logits (of some rows) in the dtype of the operands, which autocast has already had its say on."""
+    total = None
+    with torch.autocast(terms[0][0].device.type, enabled=False):
+        for x, weight, bias in terms:
+            part = F.linear(x if rows is None else x[rows], weight, bias)
+            total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What `_RowWise` does to each chunk: `function(expression(logits), *row_arguments)`."""
+
+    function: Callable[..., Tensor]
+    expression: Expression
+    summed: bool
+    row_arguments: tuple[Tensor, ...]
+    autocast: AutocastState
+
+    def run(self, logits: Tensor, rows: slice) -> Tensor:
+        with _autocast(logits.device.type, self.autocast):
+            return self.function(evaluate(self.expression, logits), *(rows_of[rows] for rows_of in self.row_arguments))
+
+
+def _terms(tensors: tuple[Tensor | None, ...]) -> tuple[Term, ...]:
+    """The flat list that autograd sees, as terms over a matrix of rows."""
+    terms = []
+    for x, weight, bias in zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True):
+        assert x is not None and weight is not None
+        terms.append((x.detach().reshape(-1, x.shape[-1]), weight.detach(), None if bias is None else bias.detach()))
+    return tuple(terms)
+
+
+def _chunks(terms: tuple[Term, ...]) -> Iterator[slice]:
+    """Slices of rows; one empty slice where there is no row, so that shapes and dtypes come out right."""
+    count, vocab = terms[0][0].shape[0], terms[0][1].shape[0]
+    size = max(MIN_CHUNK_ROWS, WORKSPACE_BYTES // (4 * max(vocab, 1)))
+    for start in range(0, max(count, 1), size):
+        yield slice(start, min(start + size, count))
+
+
+def _accumulator(index: int, tensor: Tensor) -> Tensor:
+    """Where a gradient is collected. Rows of x are written once; W and b are summed over chunks, hence in fp32."""
+    narrow = index % 3 != 0 and tensor.element_size() < 4
+    return torch.zeros(tensor.shape, dtype=torch.float32 if narrow else tensor.dtype, device=tensor.device)
+
+
+def _differentiate(
+    task: _Task, tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...], grad_output: Tensor | None
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The sum of a summed task and the gradients of `tensors`; `grad_output` holds a row for each row otherwise."""
+    terms = _terms(tensors)
+    gradients = [
+        _accumulator(index, tensor) if need and tensor is not None else None
+        for index, (tensor, need) in enumerate(zip(tensors, needs, strict=True))
+    ]
+    total = None
+    for rows in _chunks(terms):
+        logits = _linear(terms, rows).requires_grad_()
+        with torch.enable_grad():
+            result = task.run(logits, rows)
+        if grad_output is None:
+            total = result.detach() if total is None else total + result.detach()
+        if not result.requires_grad:
+            continue
+        (grad_logits,) = torch.autograd.grad(result, logits, None if grad_output is None else grad_output[rows])
+        with torch.autocast(logits.device.type, enabled=False):
+            _collect(gradients, terms, rows, grad_logits)
+    return total, gradients
+
+
+def _collect(gradients: list[Tensor | None], terms: tuple[Term, ...], rows: slice, grad_logits: Tensor) -> None:
+    for index, (x, weight, _) in enumerate(terms):
+        grad_x, grad_weight, grad_bias = gradients[3 * index : 3 * index + 3]
+        if grad_x is not None:
+            grad_x.view(-1, grad_x.shape[-1])[rows] = grad_logits @ weight
+        if grad_weight is not None and grad_weight.dtype == x.dtype:
+            grad_weight.addmm_(grad_logits.T, x[rows])
+        elif grad_weight is not None:
+            grad_weight += grad_logits.T @ x[rows]
+        if grad_bias is not None:
+            grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
+
+
+class _RowWise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, task: _Task, *tensors: Tensor | None) -> Tensor:
+        needs = ctx.needs_input_grad[1:]
+        ctx.task = task
+        if task.summed and any(needs):
+            total, ctx.gradients = _differentiate(task, tensors, needs, None)
+            assert total is not None
+            return total
+        ctx.save_for_backward(*tensors)
+        terms = _terms(tensors)
+        pieces = [task.run(_linear(terms, rows), rows) for rows in _chunks(terms)]
+        return torch.stack(pieces).sum(0) if task.summed else torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.task.summed:
+            gradients = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients]
+        else:
+            _, gradients = _differentiate(ctx.task, ctx.saved_tensors, ctx.needs_input_grad[1:], grad_output)
+        return None, *gradients
+
+
+def sum_over_rows(
+    linear: Linear, expression: Expression, function: Callable[..., Tensor], *row_arguments: Tensor
+) -> Tensor:
+    """`sum over chunks of function(z, *row_arguments)`: `function` returns the sum over the rows it is given."""
+    return _apply(linear, expression, function, True, row_arguments)
+
+
+def map_rows(linear: Linear, expression: Expression, function: Callable[..., Tensor], *row_arguments: Tensor) -> Tensor:
+    """`function(z, *row_arguments)`, which returns one result (of any shape) for each row, for all T rows."""
+    return _apply(linear, expression, function, False, row_arguments)
+
+
+def _apply(
+    linear: Linear,
+    expression: Expression,
+    function: Callable[..., Tensor],
+    summed: bool,
+    row_arguments: tuple[Tensor, ...],
+) -> Tensor:
+    task = _Task(function, expression, summed, row_arguments, autocast_state(linear.terms[0][0].device.type))
+    return linear.inside_head(lambda layer: _RowWise.apply(task, *layer.tensors))

@@ -1,0 +1,413 @@
+"""Lazy logits: what an output head returns in training instead of T x V numbers.
+
+A `LazyLogits` looks like the tensor `linear(x, W, b)` to everybody (shape, strides, dtype, device, autograd), but holds
+only x, W and b and the row-wise functions applied since. Three layers keep it right:
+
+* `__torch_function__`, above autograd: the rules of `lazy_rules` keep it lazy through views, casts, softcaps and scales,
+  and evaluate losses a chunk of rows at a time.
+* What no rule covers *materialises*: the real logits are computed once, with their autograd history, and used from then
+  on. The `Report` says where. Slower, never wrong.
+* `__torch_dispatch__`, below autograd: code that passes by torch functions (`autograd.Function.apply`, C++) gets the
+  numbers too, and its dense gradient flows on to x, W and b, because every `LazyLogits` comes out of an autograd node.
+
+Views of the same logits are a family with one root. Whatever needs memory that is shared (a change in place, a hook)
+materialises the root; each member then is the same view of it that plain torch would have made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastft.loss.expressions import LOGITS, Expression, Linear, evaluate
+from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
+
+Replay: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
+
+
+@dataclass
+class Report:
+    """What became of the logits of a model.
+
+    `fused`: how many losses (and differentiable reductions over the vocabulary) were computed without logits.
+    `materialised`: what asked for real logits, as "function at file:line", each place once.
+    `skipped`: why a head, or the whole model, was left as it is.
+    """
+
+    fused: int = 0
+    materialised: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def note_materialised(self, function: str) -> None:
+        """Remembers the caller of `function`."""
+        place = f"{function} at {_caller()}"
+        if place not in self.materialised:
+            self.materialised.append(place)
+
+
+def _caller() -> str:
+    """file:line of the innermost frame that is neither torch nor this package's loss."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] != "torch" and not module.startswith("fastft.loss."):
+            return f"{frame.f_code.co_filename.split('site-packages/')[-1]}:{frame.f_lineno}"
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return "unknown"
+
+
+@dataclass(eq=False)
+class _Recipe:
+    """What a `LazyLogits` and its autograd node share."""
+
+    linear: Linear
+    expression: Expression
+    shadow: Tensor
+    report: Report
+    rewritten: bool = False
+
+
+class _LazyNode(torch.autograd.Function):
+    """Makes the wrapper; a dense gradient that arrives at it is carried on to x, W and b."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: _Recipe, *tensors: Tensor | None) -> LazyLogits:
+        ctx.recipe = recipe
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)  # nobody's gradient (the loss went past the logits) must stay nobody's
+        with torch._C.DisableTorchFunctionSubclass():
+            return LazyLogits._wrap(recipe)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if grad_output is None:
+            return (None,) * (1 + len(saved))
+        if ctx.recipe.rewritten:
+            raise RuntimeError("fastft: lazy logits were changed in place after a custom autograd Function used them.")
+        ctx.recipe.report.note_materialised("the backward pass of a function that torch functions do not see")
+        tensors = [
+            tensor.detach().requires_grad_(need) if tensor is not None else None
+            for tensor, need in zip(saved, needs, strict=True)
+        ]
+        terms = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
+        with torch.enable_grad():
+            logits = evaluate(ctx.recipe.expression, Linear.of(*terms).dense())  # type: ignore[arg-type]
+        wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
+        gradients = iter(torch.autograd.grad(logits, wanted, _data(grad_output), allow_unused=True))
+        return None, *(next(gradients) if need else None for need in needs)
+
+
+def _data(tensor: Tensor) -> Tensor:
+    return tensor._numbers("gradient") if isinstance(tensor, LazyLogits) else tensor
+
+
+class LazyLogits(Tensor):
+    """`expression(linear(x, W, b))`, not computed yet."""
+
+    _recipe: _Recipe
+    _root: LazyLogits | None
+    _replay: Replay
+    _dense: Tensor | None
+    _has_views: bool
+    _used: bool
+
+    @classmethod
+    def _wrap(cls, recipe: _Recipe) -> LazyLogits:
+        shadow = recipe.shadow
+        wrapper = Tensor._make_wrapper_subclass(
+            cls,
+            shadow.shape,
+            strides=shadow.stride(),
+            dtype=shadow.dtype,
+            device=recipe.linear.terms[0][0].device,
+        )
+        wrapper._recipe, wrapper._root, wrapper._replay, wrapper._dense = recipe, None, (), None
+        wrapper._has_views = wrapper._used = False
+        return wrapper
+
+    @classmethod
+    def _make(cls, linear: Linear, expression: Expression, shadow: Tensor, report: Report) -> LazyLogits:
+        return _LazyNode.apply(_Recipe(linear, expression, shadow, report), *linear.tensors)
+
+    # What the rules see.
+
+    @property
+    def linear(self) -> Linear:
+        """The layer below."""
+        return self._recipe.linear
+
+    @property
+    def expression(self) -> Expression:
+        """What has been applied to its logits."""
+        return self._recipe.expression
+
+    @property
+    def shadow(self) -> Tensor:
+        """A tensor on the meta device with the shape, strides and dtype that plain torch would have."""
+        return self._recipe.shadow
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether no real logits exist of this tensor or of what it is a view of."""
+        return self._dense is None and (self._root is None or self._root._dense is None)
+
+    @property
+    def source(self) -> Linear:
+        """The layer, without its history if this tensor was made where no gradients were recorded."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.linear if self.requires_grad else self.linear.detached()
+
+    def checked(self) -> Linear:
+        """`source`, if the weights are still those that the head ran with; else RuntimeError."""
+        self.linear.check_unchanged()
+        return self.source
+
+    def derived(self, expression: Expression, linear: Linear | None = None) -> LazyLogits:
+        """New logits of the same shape: another expression (or another layer), in memory of their own."""
+        self._family()._used = True
+        x, weight, _ = self.linear.terms[0]
+        with torch.no_grad():
+            dtype = evaluate(expression, x.new_empty(0, weight.shape[0])).dtype
+        return self._make(
+            linear or self.source, expression, torch.empty_like(self.shadow, dtype=dtype), self._recipe.report
+        )
+
+    def viewed(
+        self,
+        func: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shadow: Tensor | None,
+        change: Callable[[Tensor], Tensor],
+    ) -> LazyLogits:
+        """`func(self, *args, **kwargs)`, a view or selection of rows, as `change` of the hidden states.
+
+        `shadow` None: a copy whose shape depends on data (a boolean mask).
+        """
+        linear = self.source.with_inputs(change)
+        is_view = shadow is not None and (shadow is self.shadow or shadow._is_view())
+        if shadow is None:
+            shape = (*linear.leading_shape, linear.vocab)
+            shadow = torch.empty(shape, dtype=self.shadow.dtype, device="meta")
+        result = self._make(linear, self.expression, shadow, self._recipe.report)
+        family = self._family()
+        if is_view:
+            result._root, result._replay = family, (*self._replay, (func, args, kwargs))
+            family._has_views = True
+        else:
+            family._used = True
+        return result
+
+    def evaluated(self, result: Tensor) -> None:
+        """Told by a rule that `result` was computed from these logits."""
+        if result.requires_grad:
+            self._recipe.report.fused += 1
+            self._family()._used = True
+
+    def _family(self) -> LazyLogits:
+        return self if self._root is None else self._root
+
+    # Real numbers.
+
+    def materialise(self, function: str) -> Tensor:
+        """The real logits with their history, computed once; `function` is what asked for them."""
+        if self._dense is None and self._root is not None:
+            dense = self._root.materialise(function)
+            for func, args, kwargs in self._replay:
+                dense = func(dense, *args, **kwargs)
+            self._dense = dense
+        elif self._dense is None:
+            with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(self.requires_grad):
+                self._dense = self._compute(function)
+        return self._dense  # type: ignore[return-value]
+
+    def _compute(self, function: str) -> Tensor:
+        self._recipe.report.note_materialised(function)
+        linear = self.checked()
+        dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense()))
+        if dense.stride() == self.shadow.stride():
+            return dense
+        strided = torch.empty_strided(dense.shape, self.shadow.stride(), dtype=dense.dtype, device=dense.device)
+        return strided.copy_(dense)
+
+    def _numbers(self, function: str) -> Tensor:
+        """The real logits without history, for code below autograd."""
+        if not self.is_lazy:
+            return self.materialise(function).detach()
+        with torch.no_grad():
+            return self._compute(function).detach()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        aten = torch.ops.aten
+        if func in (aten.detach.default, aten.alias.default, aten.clone.default) and args[0].is_lazy:
+            recipe = args[0]._recipe
+            return cls._wrap(_Recipe(recipe.linear, recipe.expression, recipe.shadow, recipe.report))
+        args, kwargs = tree_map(
+            lambda value: value._numbers(str(func)) if isinstance(value, cls) else value, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _HOOKS and isinstance(args[0], cls):
+            return _hook(args[0], func, args, kwargs)
+        if func in _LEAF_MAKERS and isinstance(args[0], cls):
+            return _make_leaf(args[0], func, args, kwargs)
+        result = _apply_rule(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__"):
+            name = str(getattr(getattr(func, "__self__", None), "__name__", name))
+        args, kwargs = tree_map(
+            lambda value: value.materialise(name) if isinstance(value, cls) else value, (args, kwargs)
+        )
+        return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+
+def _apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not args and "input" in kwargs:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("input"),)
+    if not args:
+        return NotImplemented
+    if not isinstance(args[0], LazyLogits):
+        lazy = args[1] if len(args) == 2 else None
+        if func in REFLECTED and isinstance(lazy, LazyLogits) and lazy.is_lazy:
+            return REFLECTED[func](lazy, func, args, kwargs)
+        return NotImplemented
+    lazy, *rest = args
+    if func in IN_PLACE:
+        return _change_in_place(lazy, func, tuple(rest), kwargs)
+    if func not in RULES or not lazy.is_lazy:
+        return NotImplemented
+    return RULES[func](lazy, func, tuple(rest), kwargs)
+
+
+def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits:
+    """Rewrites the expression where nobody shares the memory; else changes real logits, which all views see."""
+    recipe = lazy._recipe
+    if lazy.is_lazy and lazy._root is None and not lazy._has_views:
+        changed = RULES[IN_PLACE[func]](lazy, IN_PLACE[func], args, kwargs)
+        if isinstance(changed, LazyLogits) and changed.linear.same_as(lazy.source):
+            if changed.dtype != lazy.shadow.dtype:
+                changed = changed.to(lazy.shadow.dtype)
+            recipe.expression = changed.expression
+            return lazy
+    dense = lazy.materialise(func.__name__)
+    recipe.rewritten = lazy._family()._recipe.rewritten = True
+    func(dense, *tree_map(lambda v: v.materialise(func.__name__) if isinstance(v, LazyLogits) else v, args), **kwargs)
+    return lazy
+
+
+def _hook(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A gradient that somebody wants to see must exist: from now on the logits are real.
+
+    The hooks of torch.distributed only wait for the moment (FSDP gathers weights before the backward pass; the loss has
+    such a hook as well), so that they do not need the gradient.
+    """
+    hook = args[1] if len(args) > 1 else kwargs.get("hook")
+    if func is Tensor.register_hook and str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if lazy.is_lazy and lazy._family()._used:
+        raise RuntimeError(
+            f"fastft: {func.__name__} on logits whose loss is already fused would never see a gradient. Call it before the "
+            "loss is computed, or without fastft's fused loss."
+        )
+    return func(lazy.materialise(func.__name__), *args[1:], **kwargs)
+
+
+def _make_leaf(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Detached logits that are to collect a gradient of their own (reentrant checkpointing): real ones, without history."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if not lazy.requires_grad and not lazy.is_inference():
+            lazy._dense = lazy._numbers(func.__name__)
+            func(lazy._dense, *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attribute(name: str) -> Any:
+    return getattr(getattr(Tensor, name, None), "__get__", None)
+
+
+_GRADIENTS = {_attribute(name) for name in ("grad", "retains_grad")}
+_LEAF_MAKERS = {Tensor.requires_grad.__set__, Tensor.requires_grad_}  # type: ignore[attr-defined]
+_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+_ATTRIBUTES = {
+    _attribute(name)
+    for name in (
+        *(
+            "shape",
+            "dtype",
+            "device",
+            "ndim",
+            "requires_grad",
+            "grad_fn",
+            "is_leaf",
+            "layout",
+            "is_cuda",
+            "is_cpu",
+            "is_meta",
+        ),
+        *(
+            "is_sparse",
+            "is_quantized",
+            "is_nested",
+            "is_mps",
+            "is_xla",
+            "is_xpu",
+            "is_mkldnn",
+            "is_sparse_csr",
+            "is_mtia",
+        ),
+        *("names", "_version", "output_nr", "itemsize", "nbytes", "_backward_hooks", "_base"),
+    )
+} - {None}
+_ATTRIBUTES |= {
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.storage_offset),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size, Tensor.get_device),
+    *(Tensor.__len__, Tensor.__hash__, Tensor.is_inference, Tensor.is_signed, Tensor.is_conj, Tensor.is_neg),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+}
+
+
+def lazy_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, report: Report, head: Callable[..., Any] | None = None
+) -> LazyLogits:
+    """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks for.
+
+    Args:
+        input: hidden states (..., H).
+        weight: (V, H).
+        bias: (V,) or None.
+        report: where fusions and materialisations are counted.
+        head: the module; entered again if its weight is freed when the logits are needed.
+    """
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
+    return LazyLogits._make(Linear.of((input, weight, bias), head=head), LOGITS, shadow, report)

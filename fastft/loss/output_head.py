@@ -1,0 +1,160 @@
+"""Finding a model's output head and letting it return lazy logits.
+
+A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance, and nothing else. No
+parameter, buffer, hook or class is added, so that state dicts keep their keys; a copy or a pickle of the model has stock
+heads. Quantised, offloaded, kernelised or custom heads are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft.loss.lazy_logits import Report, lazy_linear
+
+
+class LazyForward:
+    """The `forward` of an attached head: lazy in training, stock in evaluation and where no gradients are recorded.
+
+    It copies and pickles as the method that the module's class has, so that a copy of the model is a stock one.
+    """
+
+    def __init__(self, head: nn.Linear, report: Report) -> None:
+        self.head = head
+        self.report = report
+        self._outside_compiled = torch.compiler.disable(self._forward)
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._outside_compiled(input, *args, **kwargs)
+
+    def _forward(self, input: Tensor, *args: Any, fastft_task: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        head = self.head
+        if (
+            fastft_task is not None
+        ):  # entered again, so that a sharded weight is gathered: expressions.Linear.inside_head
+            return fastft_task(input, head.weight, head.bias)
+        if args or kwargs or not self._can_be_lazy(input):
+            return type(head).forward(head, input, *args, **kwargs)
+        return lazy_linear(input, head.weight, head.bias, self.report, head)
+
+    def _can_be_lazy(self, input: Tensor) -> bool:
+        if not (self.head.training and torch.is_grad_enabled()) or torch.jit.is_tracing():
+            return False
+        if type(self.head.weight) not in (Tensor, nn.Parameter):  # a DTensor: tensor parallel
+            reason = f"the weight of the output head is a {type(self.head.weight).__name__}"
+            if reason not in self.report.skipped:
+                self.report.skipped.append(reason)
+            return False
+        return type(input) in (Tensor, nn.Parameter) and input.dim() >= 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.head, "forward")
+
+
+class Attachment:
+    """The heads of `model` that return lazy logits until `remove()`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.report = Report()
+        self.heads: list[nn.Linear] = []
+        if isinstance(model, nn.DataParallel):
+            self.report.skipped.append("DataParallel: its replicas would call the head of the first device")
+            return
+        for head in find_heads(model):
+            reason = _reason_against(head)
+            if reason is not None:
+                self.report.skipped.append(reason)
+                continue
+            head.forward = LazyForward(head, self.report)  # type: ignore[method-assign]
+            self.heads.append(head)
+        if not self.heads and not self.report.skipped:
+            self.report.skipped.append(f"{type(model).__name__} has no output head that could be found")
+
+    def remove(self) -> None:
+        """Takes the heads back to stock. Harmless when called twice."""
+        for head in self.heads:
+            if isinstance(head.__dict__.get("forward"), LazyForward):
+                del head.__dict__["forward"]
+        self.heads = []
+
+
+def find_heads(model: nn.Module) -> list[nn.Linear]:
+    """The linear modules whose sum is the model's logits: the output embeddings, looked up inside PEFT wrappers."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else unwrap(model)
+    try:
+        head = base.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        head = None
+    if head is not None:
+        return _linear_parts(head)
+    config = getattr(base, "config", None)
+    sizes = {getattr(config, "vocab_size", None)}
+    if hasattr(config, "get_text_config"):
+        sizes.add(getattr(config.get_text_config(), "vocab_size", None))
+    return [module for module in base.modules() if type(module) is nn.Linear and module.out_features in sizes]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside wrappers such as DistributedDataParallel and torch.compile."""
+    while not hasattr(model, "config"):
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+def _linear_parts(module: nn.Module) -> list[nn.Linear]:
+    if type(module).__name__ == "ModulesToSaveWrapper":
+        copies: Any = module.modules_to_save
+        return [part for copy in copies.values() for part in _linear_parts(copy)]
+    if hasattr(module, "base_layer"):  # LoRA: the base head plus one B matrix, V x rank, for each adapter
+        adapters: Any = getattr(module, "lora_B", {})
+        layers: list[Any] = [module.base_layer, *adapters.values()]
+        return [part for layer in layers for part in _linear_parts(layer)]
+    return [module] if isinstance(module, nn.Linear) else []
+
+
+def _reason_against(head: nn.Linear) -> str | None:
+    """Why this head must keep its own forward; None if it is a plain linear layer."""
+    if type(head).forward is not nn.Linear.forward:
+        return f"the output head is a {type(head).__name__}, not a plain torch.nn.Linear"
+    own = head.__dict__.get("forward")
+    stock = isinstance(own, types.MethodType) and own.__func__ is nn.Linear.forward and own.__self__ is head
+    if isinstance(own, LazyForward):
+        return "the output head is attached to another fused loss already"
+    if own is not None and not stock:
+        return "the output head's forward is patched by somebody else"
+    if type(head.weight).__name__ == "DTensor" and getattr(head, "_hf_tp_plan", None):
+        return "the output head is tensor-parallel"
+    return None
+
+
+@contextlib.contextmanager
+def fused_loss(model: nn.Module) -> Iterator[Report]:
+    """While the context is open, `model` computes its training losses without logits.
+
+    The output head returns lazy logits in training mode; any loss which the model, or the loop, computes of them by
+    `torch.nn.functional.cross_entropy`, `nll_loss`, `log_softmax` and `gather`, ... is fused; any other use computes
+    real logits and is still right. Evaluation, and forward passes without gradients, are stock.
+
+    Args:
+        model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers included). Where there is none,
+            or under DataParallel and tensor parallelism, the model is left as it is and the report's `skipped` says why.
+
+    Yields:
+        `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.
+
+    Raises:
+        RuntimeError: from the loop, when logits are read after an optimizer step has changed the head's weight.
+    """
+    attachment = Attachment(model)
+    try:
+        yield attachment.report
+    finally:
+        attachment.remove()
