@@ -36,7 +36,10 @@ def plain_linear_cross_entropy(x, weight, target, *, linear_bias=None, upcast=Fa
 
 
 def loss_and_grads(function, x, weight, bias, target, upstream=None, needs=(True, True, True), **options):
-    leaves = [None if t is None else t.detach().clone().requires_grad_(n) for t, n in zip((x, weight, bias), needs)]
+    leaves = [
+        None if t is None else t.detach().clone().requires_grad_(n)
+        for t, n in zip((x, weight, bias), needs, strict=True)
+    ]
     loss = function(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
@@ -51,7 +54,9 @@ def check(x, weight, bias, target, impl="auto", upstream=None, needs=(True, True
     )
     exact = (None if t is None else t.double() for t in (x, weight, bias))
     truth = loss_and_grads(plain_linear_cross_entropy, *exact, target, upstream, needs, **options)
-    for name, *results in zip(("loss", "first gradient", "second gradient", "third gradient"), ours, plain, truth):
+    for name, *results in zip(
+        ("loss", "first gradient", "second gradient", "third gradient"), ours, plain, truth, strict=False
+    ):
         assert results[0].dtype == results[1].dtype
         assert_no_worse(*results, name)
 
@@ -65,7 +70,7 @@ def test_matches_torch(impl, dtype, shape, reduction, small_workspace, poisoned_
     check(*make(*shape, dtype), impl, upstream, reduction=reduction)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 @pytest.mark.parametrize("chunks", ["one", "many"])
@@ -73,6 +78,12 @@ def test_mean(dtype, bias, ignored, chunks, request):
     if chunks == "many":
         request.getfixturevalue("small_workspace")
     check(*make(63, 33, 507, dtype, ignored, bias))
+
+
+def test_float64(small_workspace):
+    operands = make(63, 33, 507, torch.float64)
+    ours, plain = (loss_and_grads(f, *operands) for f in (linear_cross_entropy, plain_linear_cross_entropy))
+    torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("needs", [(i, w, b) for i in (True, False) for w in (True, False) for b in (True, False)])
@@ -134,7 +145,7 @@ def test_num_items_replaces_the_count(num_items):
     operands = make(63, 33, 507)
     total = loss_and_grads(linear_cross_entropy, *operands, reduction="sum")
     mean = loss_and_grads(linear_cross_entropy, *operands, num_items=num_items)
-    assert mean[0].shape == () and all(torch.equal(m, t / 8) for m, t in zip(mean, total))
+    assert mean[0].shape == () and all(torch.equal(m, t / 8) for m, t in zip(mean, total, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3)])
@@ -164,7 +175,7 @@ def test_inputs_are_never_changed_and_graphs_can_be_kept(reduction, small_worksp
     loss = linear_cross_entropy(leaves[0], leaves[1], operands[3], linear_bias=leaves[2], reduction=reduction).sum()
     first, second = (torch.autograd.grad(2 * loss, leaves, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
-    assert all(torch.equal(t.detach(), b) and t._version == 0 for t, b in zip(operands, before))
+    assert all(torch.equal(t.detach(), b) and t._version == 0 for t, b in zip(operands, before, strict=True))
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss, leaves, create_graph=True)
 
@@ -191,7 +202,7 @@ def test_autocast(parameters, reduction, small_workspace):
     truth = loss_and_grads(plain_linear_cross_entropy, *exact, target, reduction=reduction)
     in_fp32 = linear_cross_entropy(x.float(), weight, target, linear_bias=bias, reduction=reduction)
     assert not torch.equal(ours[0], in_fp32)  # it did run in bf16
-    for name, *results in zip(("loss", "d_input", "d_weight", "d_bias"), ours, plain, truth):
+    for name, *results in zip(("loss", "d_input", "d_weight", "d_bias"), ours, plain, truth, strict=False):
         assert results[0].dtype == results[1].dtype
         assert_no_worse(*results, name)
 

@@ -274,9 +274,11 @@ def linear_cross_entropy(
     flat_target = target.reshape(-1).contiguous()
     flat_input = input.reshape(-1, input.shape[-1])
     with torch.autocast(input.device.type, enabled=False):
-        losses = _LinearCrossEntropy.apply(
-            flat_input, linear_weight, linear_bias, flat_target, reduction == "none", dtype, ignore_index, rows
-        )
+        operands, call = (flat_input, linear_weight, linear_bias, flat_target), (dtype, ignore_index, rows)
+        if torch.is_grad_enabled():
+            losses = _LinearCrossEntropy.apply(*operands, reduction == "none", *call)
+        else:  # needs_input_grad does not know about no_grad
+            losses = _sweep(_cast_head(*operands, *call), (False, False, False)).losses
         reduced = reduce_losses(losses, flat_target, reduction, ignore_index, num_items)
     return reduced.view(target.shape) if reduction == "none" else reduced
 
