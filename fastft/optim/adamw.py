@@ -148,7 +148,11 @@ class AdamW(torch.optim.Optimizer):
         rounding: str = "exact",
         impl: str = "auto",
     ) -> None:
-        for name, value, known in (("moments", moments, ("fp32",)), ("rounding", rounding, ("exact",)), ("impl", impl, _IMPLS)):
+        for name, value, known in (
+            ("moments", moments, ("fp32",)),
+            ("rounding", rounding, ("exact",)),
+            ("impl", impl, _IMPLS),
+        ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
         self.moments, self.rounding, self.impl = moments, rounding, impl
@@ -360,7 +364,9 @@ def _restore_state(param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     if not saved:
         return {}
     if missing := {"step", "exp_avg", "exp_avg_sq"} - saved.keys():
-        raise ValueError(f"this is no AdamW state: {', '.join(sorted(missing))} missing, found {', '.join(map(str, saved))}")
+        raise ValueError(
+            f"this is no AdamW state: {', '.join(sorted(missing))} missing, found {', '.join(map(str, saved))}"
+        )
     fresh = _new_state(param)
     restored = {name: value for name, value in saved.items() if name != "remainder"}
     # a tensor of its own: plans replace it by a view

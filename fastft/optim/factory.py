@@ -66,9 +66,12 @@ def adamw_spec(
     of `adamw`.
 
     Raises:
-        TypeError: `args` is no TrainingArguments.
+        TypeError: `args` is no TrainingArguments, or an unknown keyword.
+        ValueError: as `AdamW`.
     """
-    return AdamW, _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
+    kwargs = _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
+    AdamW([torch.zeros(1)], **kwargs)  # a wrong keyword is told here, not after Trainer has loaded the model
+    return AdamW, kwargs
 
 
 def _kwargs(args: Any, **explicit: Any) -> dict[str, Any]:
@@ -93,7 +96,9 @@ def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     try:
         from transformers import Trainer
     except ImportError as error:
-        raise ImportError("adamw(model) needs transformers for its decay groups; or give adamw() the parameters") from error
+        raise ImportError(
+            "adamw(model) needs transformers for its decay groups; or give adamw() the parameters"
+        ) from error
     # Trainer's method uses nothing of its instance, and is the one place that knows which names do not decay
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
