@@ -96,7 +96,10 @@ def test_bits_of_torch_fused(options):
 @pytest.mark.parametrize("rival", [{"fused": True}, {"foreach": False}, {"foreach": True}])
 def test_one_step_is_within_an_ulp_of_torch(rival):
     shapes, grads = [(507,), (63,), (1,)], gradients([(507,), (63,), (1,)], 1)
-    ours, theirs = train(AdamW(start(shapes), impl="cpp"), grads), train(torch.optim.AdamW(start(shapes), **rival), grads)
+    ours, theirs = (
+        train(AdamW(start(shapes), impl="cpp"), grads),
+        train(torch.optim.AdamW(start(shapes), **rival), grads),
+    )
     for a, b in zip(ours, theirs, strict=True):
         assert ((a - b).abs() <= torch.finfo(torch.float32).eps * b.abs()).all()
 
@@ -111,7 +114,10 @@ def test_bf16_follows_fp32_to_the_last_bit(impl, options):
     ours, fp32 = AdamW(narrow, impl=impl, **options), AdamW(wide, impl=impl, **options)
     train(ours, grads)
     train(fp32, grads)
-    equal([_join(p.detach(), r) for p, r in zip(narrow, states(ours, "remainder"), strict=True)], [w.detach() for w in wide])
+    equal(
+        [_join(p.detach(), r) for p, r in zip(narrow, states(ours, "remainder"), strict=True)],
+        [w.detach() for w in wide],
+    )
     equal(states(ours, "exp_avg"), states(fp32, "exp_avg"))
     equal(states(ours, "exp_avg_sq"), states(fp32, "exp_avg_sq"))
     for param, master in zip(narrow, wide, strict=True):

@@ -66,9 +66,12 @@ def adamw_spec(
     of `adamw`.
 
     Raises:
-        TypeError: `args` is no TrainingArguments.
+        TypeError: `args` is no TrainingArguments, or an unknown keyword.
+        ValueError: as `AdamW`.
     """
-    return AdamW, _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
+    kwargs = _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
+    AdamW([torch.zeros(1)], **kwargs)  # a wrong keyword is told here, not after Trainer has loaded the model
+    return AdamW, kwargs
 
 
 def _kwargs(args: Any, **explicit: Any) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastft.optim.adamw import AdamW
+from fastft.optim.factory import adamw, adamw_spec
+
+transformers = pytest.importorskip("transformers")
+
+
+def tiny_llama(dtype=torch.float32):
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        attention_bias=True,
+    )
+    torch.manual_seed(3)
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "max_steps": 8,
+        "learning_rate": 3e-3,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "optim": "adamw_torch_fused",
+        "warmup_steps": 2,
+        "max_grad_norm": 1.0,
+    }
+    return transformers.TrainingArguments(**{**defaults, **options})
+
+
+def examples():
+    tokens = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(5))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+class Recorder(transformers.TrainerCallback):
+    """Keeps the parameters after every optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps.append([param.detach().clone() for param in model.parameters()])
+
+
+def run(args, model, checkpoint=None, **options):
+    recorder = Recorder()
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=examples(), callbacks=[recorder], **options)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, losses, recorder.steps
+
+
+@pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])
+def test_trainer_equals_stock_step_by_step(way, tmp_path):
+    args = arguments(tmp_path)
+    stock, stock_losses, stock_steps = run(args, tiny_llama())
+    model = tiny_llama()
+    trainer, losses, steps = run(args, model, **{way: adamw(model, args) if way == "optimizers" else adamw_spec(args)})
+    ours = trainer.optimizer.optimizer
+    assert isinstance(ours, AdamW) and isinstance(stock.optimizer.optimizer, torch.optim.AdamW)
+    for group, stock_group in zip(ours.param_groups, stock.optimizer.optimizer.param_groups, strict=True):
+        assert [tuple(p.shape) for p in group["params"]] == [tuple(p.shape) for p in stock_group["params"]]
+        for name in ("lr", "betas", "eps", "weight_decay", "initial_lr"):
+            assert group[name] == stock_group[name], name
+    assert len(losses) == 8 and losses == pytest.approx(stock_losses, rel=1e-5)
+    for params, stock_params in zip(steps, stock_steps, strict=True):
+        for param, stock_param in zip(params, stock_params, strict=True):
+            torch.testing.assert_close(param, stock_param, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(dtype, tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4, bf16=dtype == torch.bfloat16)
+    model = tiny_llama(dtype)
+    whole, _, whole_steps = run(args, model, optimizers=adamw(model, args))
+    model = tiny_llama(dtype)
+    resumed, _, steps = run(args, model, checkpoint=str(tmp_path / "checkpoint-4"), optimizers=adamw(model, args))
+    assert len(steps) == 4
+    for params, whole_params in zip(steps, whole_steps[4:], strict=True):
+        assert all(map(torch.equal, params, whole_params))
+    for state, whole_state in zip(resumed.optimizer.state.values(), whole.optimizer.state.values(), strict=True):
+        assert state.keys() == whole_state.keys() and ("remainder" in state) == (dtype == torch.bfloat16)
+        assert all(torch.equal(state[name], whole_state[name]) for name in state)
+
+
+def test_model_init_takes_the_spec(tmp_path):
+    args = arguments(tmp_path, max_steps=2)
+    trainer = transformers.Trainer(
+        model_init=tiny_llama, args=args, train_dataset=examples(), optimizer_cls_and_kwargs=adamw_spec(args)
+    )
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, AdamW)
+
+
+EXPLICIT = {"lr": 0.5, "betas": (0.1, 0.2), "eps": 1e-3, "weight_decay": 0.25}
+
+
+@pytest.mark.parametrize("name", [None, *EXPLICIT])
+def test_keywords_win_over_arguments(name, tmp_path):
+    given = {} if name is None else {name: EXPLICIT[name]}
+    expected = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1} | given
+    args, model = arguments(tmp_path), tiny_llama()
+    optimizer, schedule = adamw(model, args, **given)
+    assert schedule is None
+    decay, no_decay = optimizer.param_groups
+    assert {key: decay[key] for key in expected} == expected
+    assert {key: no_decay[key] for key in expected} == expected | {"weight_decay": 0.0}
+    assert adamw_spec(args, maximize=True, **given) == (AdamW, expected | {"maximize": True})
+    assert adamw_spec(**given) == (AdamW, given)
+
+
+def test_groups_are_trainers_own(tmp_path):
+    model = tiny_llama()
+    model.model.embed_tokens.requires_grad_(False)
+    names = {param: name for name, param in model.named_parameters()}
+    optimizer, _ = adamw(model)
+    decay, no_decay = ([names[param] for param in group["params"]] for group in optimizer.param_groups)
+    trainer = transformers.Trainer(model=model, args=arguments(tmp_path), train_dataset=examples())
+    stock = trainer.create_optimizer()
+    assert [[names[param] for param in group["params"]] for group in stock.param_groups] == [decay, no_decay]
+    assert decay and no_decay and all("bias" in name or "norm" in name for name in no_decay)
+    assert "model.embed_tokens.weight" not in decay + no_decay
+
+
+PARAMS = {
+    "generator": lambda layer: layer.parameters(),
+    "list": lambda layer: list(layer.parameters()),
+    "groups": lambda layer: [{"params": [layer.weight], "lr": 0.1}, {"params": [layer.bias]}],
+    "named": lambda layer: layer.named_parameters(),
+}
+
+
+@pytest.mark.parametrize("form", PARAMS)
+def test_parameters_instead_of_a_model(form):
+    layer = torch.nn.Linear(3, 2)
+    optimizer, schedule = adamw(PARAMS[form](layer), lr=0.2)
+    assert schedule is None and sum(len(group["params"]) for group in optimizer.param_groups) == 2
+    assert optimizer.param_groups[-1]["lr"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: adamw(3), TypeError, "model_or_params"),
+        (lambda: adamw("model"), TypeError, "model_or_params"),
+        (lambda: adamw(torch.zeros(3)), TypeError, "model_or_params"),
+        (lambda: adamw(torch.nn.Linear(2, 2), {"learning_rate": 1.0}), TypeError, "TrainingArguments"),
+        (lambda: adamw_spec(1e-3), TypeError, "TrainingArguments"),
+        (lambda: adamw([]), ValueError, "empty"),
+        (lambda: adamw(torch.nn.Linear(2, 2).requires_grad_(False)), ValueError, "Linear"),
+        (lambda: adamw(torch.nn.Linear(2, 2), lr=-1.0), ValueError, "lr"),
+        (lambda: adamw(torch.nn.Linear(2, 2), learning_rate=1.0), TypeError, "learning_rate"),
+        (lambda: adamw(torch.nn.Linear(2, 2), impl="fast"), ValueError, "impl"),
+        (lambda: adamw_spec(lr=1e-3, impl="fast"), ValueError, "impl"),
+        (lambda: adamw_spec(moment="fp32"), TypeError, "moment"),
+    ],
+)
+def test_bad_input(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
