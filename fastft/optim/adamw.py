@@ -7,10 +7,10 @@ For a parameter p with gradient g at step t (fp32 inside, whatever p's dtype):
     v = v * beta2 + (1 - beta2) * g * g              v: exp_avg_sq
     p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-The order of roundings is that of torch's fused CPU kernel. The moments are fp32. `rounding="exact"` keeps for a bf16 parameter
-the 16 bits that its rounding drops: parameter and int16 `remainder` together are the fp32 master, whose bits are
-`(parameter << 16) + remainder`, so that training equals fp32 AdamW bit for bit. The parameter is the master rounded to nearest;
-exact ties go away from zero, because with ties to even two masters would share one (parameter, remainder).
+The order of roundings is that of torch's fused CPU kernel. The moments are fp32. `rounding="exact"` keeps for a bf16
+parameter the 16 bits that its rounding drops: parameter and int16 `remainder` together are the fp32 master, whose bits are
+`(parameter << 16) + remainder`, so that training equals fp32 AdamW bit for bit. The parameter is the master rounded to
+nearest; exact ties go away from zero, because with ties to even two masters would share one (parameter, remainder).
 
 Bytes moved per element and step: fp32 28 (p, m, v read and written, g read), bf16 26 (p, remainder, m, v, g).
 """
@@ -18,7 +18,7 @@ Bytes moved per element and step: fp32 28 (p, m, v read and written, g read), bf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ from torch import Tensor
 from fastft import ops
 
 _IMPLS = ("auto", "eager", "cpp", "cuda")
-_HYPER = 8  # columns of the hyper table, in the order of struct AdamwHyper
 
 
 def _join(param: Tensor, remainder: Tensor) -> Tensor:
@@ -56,7 +55,9 @@ def _adamw_reference(
     hyper: Tensor,
     counts: Sequence[int],
 ) -> None:
-    """Plain torch. Row r of `hyper` (float32, 8 columns) serves the next counts[r] tensors; bf16 tensors take a remainder each."""
+    """Plain torch. Row r of `hyper` (float32, 8 columns, as struct AdamwHyper) serves the next counts[r] tensors; each
+    bf16 tensor takes the next remainder.
+    """
     rows = (row for row, count in zip(hyper.tolist(), counts, strict=True) for _ in range(count))
     unused = iter(remainders)
     for param, grad, m, v, row in zip(params, grads, exp_avgs, exp_avg_sqs, rows, strict=True):
@@ -74,15 +75,15 @@ def _adamw_reference(
 
 
 OP = ops.Operator(
-    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] remainders, "
-    "Tensor hyper, int[] counts) -> ()",
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] remainders, Tensor hyper, int[] counts) -> ()",
     _adamw_reference,
     engines=("cpp", "cuda"),
 )
 
 
 class _Plan(NamedTuple):
-    """What steps over the same parameters have in common; every entry is compared by identity before it is used again."""
+    """What steps over the same parameters share; params, states and step views are compared before it is used again."""
 
     params: list[Tensor]  # those with a gradient, in the order of the groups
     states: list[dict[str, Any]]
@@ -96,7 +97,7 @@ class _Plan(NamedTuple):
 
 
 class _Verbatim:
-    """Hides a parameter's saved state from the casts of `Optimizer.load_state_dict`, which would round it to the parameter's dtype."""
+    """Hides a saved state from `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         self.entries = entries
@@ -105,8 +106,9 @@ class _Verbatim:
 class AdamW(torch.optim.Optimizer):
     """AdamW with torch's interface, fp32 moments, and bf16 parameters which follow fp32 AdamW to the last bit.
 
-    `state[p]` holds `step` (float32, on the CPU), `exp_avg`, `exp_avg_sq` (float32, the shape of p) and, for bf16 parameters,
-    `remainder` (int16, the shape of p). State dicts load into and from `torch.optim.AdamW`; every dtype and bit is kept.
+    `state[p]` holds `step` (float32, on the CPU), `exp_avg`, `exp_avg_sq` (float32, the shape of p) and, for bf16
+    parameters, `remainder` (int16, the shape of p). State dicts of fp32 parameters load into `torch.optim.AdamW`, its state
+    dicts load here, and saving and loading keeps every dtype and bit.
 
     Args:
         params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of any layout.
@@ -173,7 +175,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as `torch.optim.Optimizer` does; raises as the constructor does and then leaves the optimizer as it was."""
+        """Adds a group as torch's optimizers do. Raises as the constructor does, and then leaves the optimizer as it was."""
         if isinstance(param_group, dict):
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -199,7 +201,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class or of `torch.optim.AdamW`, whose 16-bit moments become fp32; nothing is rounded.
+        """Loads a state dict of this class or of `torch.optim.AdamW`, whose 16-bit moments become fp32.
 
         As with torch, tensors which need no conversion are shared with `state_dict`, not copied.
 
@@ -245,16 +247,24 @@ class AdamW(torch.optim.Optimizer):
             return loss
         params, grads, group_index = map(list, zip(*found, strict=True))
         plan = self._current_plan(params, group_index)
-        if any(map(_is_sparse, grads)):
-            raise RuntimeError("AdamW does not take sparse gradients (an Embedding with sparse=True makes them)")
-        plan.steps.add_(1)
         columns = [params, grads, [s["exp_avg"] for s in plan.states], [s["exp_avg_sq"] for s in plan.states]]
         remainders = {i: plan.states[i]["remainder"] for i in plan.narrow}
         copied: list[tuple[Tensor, Tensor]] = []
-        if not (plan.plain and all(map(Tensor.is_contiguous, grads))):
+        if not (plan.plain and all(map(Tensor.is_contiguous, grads))):  # sparse tensors are not contiguous
+            if any(grad.layout != torch.strided for grad in grads):
+                raise RuntimeError("AdamW does not take sparse gradients (an Embedding with sparse=True makes them)")
             columns, remainders, copied = _align(columns, remainders)
-        keys = list(zip(group_index, plan.steps.tolist(), strict=True))
-        order: Sequence[int] = range(len(params))
+        plan.steps.add_(1)
+        self._launch(plan, columns, remainders)
+        for param, updated in copied:
+            param.copy_(updated)
+        torch.autograd.graph.increment_version(params)  # the kernels write outside autograd's sight
+        return loss
+
+    def _launch(self, plan: _Plan, columns: list[list[Tensor]], remainders: dict[int, Tensor]) -> None:
+        """Calls the operator once per device; neighbours of the same group and step count share a row of hyper-parameters."""
+        keys = list(zip(plan.group_index, plan.steps.tolist(), strict=True))
+        order: Sequence[int] = range(len(keys))
         if plan.order is not None:
             order, keys = plan.order, [keys[i] for i in plan.order]
             columns = [[column[i] for i in order] for column in columns]
@@ -262,17 +272,13 @@ class AdamW(torch.optim.Optimizer):
             rows, counts = [], []
             for (index, step), run in groupby(keys[begin:end]):
                 rows.append(_hyper_row(self.param_groups[index], step))
-                counts.append(sum(1 for _ in run))
+                counts.append(len(list(run)))
             narrow = [remainders[i] for i in order[begin:end] if i in remainders] if remainders else []
             hyper = torch.tensor(rows, dtype=torch.float32)
             OP.implementation(self.impl, device)(*(column[begin:end] for column in columns), narrow, hyper, counts)
-        for param, updated in copied:
-            param.copy_(updated)
-        torch.autograd.graph.increment_version(params)  # the kernels write outside autograd's sight
-        return loss
 
     def _current_plan(self, params: list[Tensor], group_index: list[int]) -> _Plan:
-        """The plan for these parameters, made anew where parameters, groups or states are not the same objects as before."""
+        """The plan for these parameters, made anew unless parameters, groups and states are the same objects as before."""
         plan = self._plan
         if plan is not None and len(plan.params) == len(params) and plan.group_index == group_index:
             states = [self.state[param] for param in params]
@@ -301,15 +307,11 @@ class AdamW(torch.optim.Optimizer):
             steps,
             step_views,
             group_index,
-            order=sum(by_device.values(), []) if len(by_device) > 1 else None,
+            order=list(chain(*by_device.values())) if len(by_device) > 1 else None,
             devices=[(device, begin, end) for device, (begin, end) in zip(by_device, bounds, strict=True)],
             narrow=[i for i, param in enumerate(params) if param.dtype == torch.bfloat16],
             plain=all(p.is_contiguous() and not hasattr(p, "to_local") for p in params),
         )
-
-
-def _is_sparse(grad: Tensor) -> bool:
-    return grad.layout is not torch.strided
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -360,7 +362,7 @@ def _new_state(param: Tensor) -> dict[str, Any]:
 
 
 def _restore_state(param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved state with this optimizer's dtypes and the parameter's device and layout; unknown entries are kept as they are."""
+    """A saved state with our dtypes and the parameter's device and layout; unknown entries are kept as they are."""
     if not saved:
         return {}
     if missing := {"step", "exp_avg", "exp_avg_sq"} - saved.keys():

@@ -1,7 +1,7 @@
 """Ways to hand AdamW to Trainer: `optimizers=adamw(model, args)` and `optimizer_cls_and_kwargs=adamw_spec(args)`.
 
-Trainer ignores `TrainingArguments` for an optimizer that it is given, and its own decay / no-decay groups with them; both functions
-put them back.
+For an optimizer that it is given, Trainer ignores its `TrainingArguments` and makes no decay / no-decay groups; both
+functions put that right.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def adamw(
     weight_decay: float | None = None,
     **options: Any,
 ) -> tuple[AdamW, None]:
-    """The pair that `Trainer(optimizers=...)` takes: AdamW, and None, for which Trainer builds the learning-rate schedule.
+    """The pair that `Trainer(optimizers=...)` takes: AdamW, and None, for which Trainer builds its schedule.
 
     Args:
-        model_or_params: a model, whose trainable parameters go into Trainer's two groups (no decay for biases and norms, which
-            needs transformers); or an iterable of tensors, of `(name, tensor)` pairs or of parameter groups, used as they are.
+        model_or_params: a model, whose trainable parameters go into Trainer's two groups (biases and norms do not decay;
+            needs transformers); or an iterable of tensors, of `(name, tensor)` pairs or of parameter groups.
         args: a `transformers.TrainingArguments`, which gives lr, betas, eps and weight decay where the keyword is None.
         lr: learning rate; without it and without `args`, AdamW's default 1e-3. The others likewise.
         betas: default (0.9, 0.999).
@@ -37,7 +37,8 @@ def adamw(
         options: further keywords of `AdamW`: `maximize`, `moments`, `rounding`, `impl`, ...
 
     Raises:
-        TypeError: `model_or_params` is neither a model nor an iterable, `args` is no TrainingArguments, or an unknown keyword.
+        TypeError: `model_or_params` is neither a model nor an iterable, `args` is no TrainingArguments, or a keyword is
+            unknown.
         ValueError: as `AdamW`; or a model without trainable parameters.
     """
     kwargs = _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
@@ -62,8 +63,8 @@ def adamw_spec(
 ) -> tuple[type[AdamW], dict[str, Any]]:
     """The pair that `Trainer(optimizer_cls_and_kwargs=...)` takes: the way in under FSDP, DeepSpeed and `model_init`.
 
-    Trainer makes the parameter groups, and takes their weight decay from its own `args` whatever is given here. Arguments are those
-    of `adamw`.
+    Trainer makes the parameter groups, with the weight decay of its own `args` whatever is given here. Arguments are those of
+    `adamw`.
 
     Raises:
         TypeError: `args` is no TrainingArguments, or an unknown keyword.
