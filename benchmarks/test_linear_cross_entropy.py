@@ -12,9 +12,15 @@ from fastft.loss.linear_cross_entropy import linear_cross_entropy
 N, H, V = 1024, 512, 16384
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head", ["trainable", "frozen"])
-@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("dtype", "head", "ignored"),
+    [
+        (torch.float32, "trainable", 0.0),
+        (torch.float32, "trainable", 0.5),
+        (torch.float32, "frozen", 0.0),
+        (torch.bfloat16, "trainable", 0.0),
+    ],
+)
 def test_linear_cross_entropy(benchmark, dtype, head, ignored):
     torch.manual_seed(0)
     x = torch.randn(N, H).to(dtype).requires_grad_()
@@ -36,14 +42,15 @@ def test_linear_cross_entropy(benchmark, dtype, head, ignored):
                 torch.mm(logits.T, rows, out=d_weight)
 
     rivals = {"torch eager": lambda: step(lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target))}
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    # its chunked option takes seconds a call on a CPU: once is enough
+    if hasattr(torch.nn, "LinearCrossEntropyOptions") and head == "trainable" and not ignored:
         options = torch.nn.LinearCrossEntropyOptions()
         rivals["torch chunked"] = lambda: step(F.linear_cross_entropy, ignore_index=-100, options=options)
     compare(
         benchmark,
         lambda: step(linear_cross_entropy),
         rivals,
-        rounds=5,
+        rounds=3,
         bytes_moved=dtype.itemsize * 4 * len(counted) * V,
         limit=gemms,
     )

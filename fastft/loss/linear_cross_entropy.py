@@ -141,11 +141,18 @@ def _sweep(head: _Head, needs: tuple[bool, bool, bool], row_scale: Tensor | None
     return _Sweep(losses, d_input, None if d_weight is None else d_weight.sum, d_bias)
 
 
+def _graph_is_kept() -> bool:
+    """Whether the running backward may be followed by another over the same graph; True where torch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """`gradient` times `scale` in fp32, rounded once to `dtype`; a new tensor, for a retained graph may run again."""
+    """`gradient` times `scale` in fp32, rounded once to `dtype`; in place where nobody can ask for it again."""
     if gradient is None:
         return None
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    in_place = gradient.dtype == dtype and not _graph_is_kept()  # saves a second (V, H) and its page faults
+    return torch.mul(gradient, scale, out=gradient if in_place else torch.empty_like(gradient, dtype=dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
