@@ -199,7 +199,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 def separately(model: torch.nn.Module, examples: list[dict]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The token-weighted mean loss over examples run alone, and its gradients."""
     model.zero_grad()
-    batches = [{key: torch.tensor([e[key]]) for key in ("input_ids", "labels")} for e in examples]
+    batches = [{key: torch.tensor(np.array([e[key]])) for key in ("input_ids", "labels")} for e in examples]
     count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     losses = [model(**batch, num_items_in_batch=count).loss for batch in batches if batch["labels"].numel() > 1]
     total = torch.stack(losses).sum()
