@@ -154,6 +154,16 @@ def test_pickles(kind):
     assert [tokens(again, p) for p in range(len(again))] == [tokens(packed, p) for p in range(len(packed))]
 
 
+def test_arrow_columns_that_are_no_number_lists():
+    rows = [
+        {"input_ids": [1, 2], "weights": [0.5, None], "text": "a"},
+        {"input_ids": [3], "weights": [2.0], "text": None},
+    ]
+    examples = pack(from_list(rows), 8)[0].examples
+    assert [list(example["input_ids"]) for example in examples] == [[1, 2], [3]]
+    assert [(example["weights"], example["text"]) for example in examples] == [([0.5, None], "a"), ([2.0], None)]
+
+
 def test_is_a_sequence():
     packed = pack(make(), 32)
     assert isinstance(packed, Dataset) and isinstance(packed[0], Pack) and len(list(packed)) == len(packed)

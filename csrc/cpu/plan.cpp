@@ -126,7 +126,7 @@ void plan_packs(StableIValue* stack, uint64_t nargs, uint64_t) {
   const Tensor lengths(stack[0]), indices(stack[3]), entry_lengths(stack[4]), offsets(stack[5]), count(stack[6]);
   const int64_t n = lengths.numel(), max_sequences = as_int(stack[2]);
   for (const Tensor* tensor : {&lengths, &indices, &entry_lengths, &offsets, &count})
-    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int64() && tensor->contiguous(), "plan_packs: needs contiguous int64 tensors");
+    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int64() && tensor->contiguous(), "plan_packs: needs contiguous int64");
   FT_CHECK(indices.numel() == n && entry_lengths.numel() == n && offsets.numel() == n + 1 && count.numel() == 1,
            "plan_packs: outputs do not fit %lld lengths", static_cast<long long>(n));
   FT_CHECK(n < INT32_MAX && as_int(stack[1]) > 0 && as_int(stack[1]) <= INT32_MAX, "plan_packs: more than 2^31 - 1");
