@@ -154,6 +154,16 @@ def test_pickles(kind):
     assert [tokens(again, p) for p in range(len(again))] == [tokens(packed, p) for p in range(len(packed))]
 
 
+def test_arrow_columns_that_are_no_number_lists():
+    rows = [
+        {"input_ids": [1, 2], "weights": [0.5, None], "text": "a"},
+        {"input_ids": [3], "weights": [2.0], "text": None},
+    ]
+    examples = pack(from_list(rows), 8)[0].examples
+    assert [list(example["input_ids"]) for example in examples] == [[1, 2], [3]]
+    assert [(example["weights"], example["text"]) for example in examples] == [([0.5, None], "a"), ([2.0], None)]
+
+
 def test_is_a_sequence():
     packed = pack(make(), 32)
     assert isinstance(packed, Dataset) and isinstance(packed[0], Pack) and len(list(packed)) == len(packed)
@@ -199,7 +209,7 @@ def tiny_llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 def separately(model: torch.nn.Module, examples: list[dict]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The token-weighted mean loss over examples run alone, and its gradients."""
     model.zero_grad()
-    batches = [{key: torch.tensor([e[key]]) for key in ("input_ids", "labels")} for e in examples]
+    batches = [{key: torch.tensor(np.array([e[key]])) for key in ("input_ids", "labels")} for e in examples]
     count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     losses = [model(**batch, num_items_in_batch=count).loss for batch in batches if batch["labels"].numel() > 1]
     total = torch.stack(losses).sum()

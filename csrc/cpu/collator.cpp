@@ -39,9 +39,11 @@ void packed_boundaries(StableIValue* stack, uint64_t nargs, uint64_t) {
   const Tensor lengths(stack[0]), source(stack[1]), labels(stack[4]), position_ids(stack[5]), seq_idx(stack[6]);
   const Tensor cu_seqlens(stack[7]);
   for (const Tensor* tensor : {&lengths, &source, &labels, &position_ids})
-    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int64() && tensor->contiguous(), "packed_boundaries: needs contiguous int64");
+    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int64() && tensor->contiguous(),
+             "packed_boundaries: not contiguous int64");
   for (const Tensor* tensor : {&seq_idx, &cu_seqlens})
-    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int32() && tensor->contiguous(), "packed_boundaries: needs contiguous int32");
+    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int32() && tensor->contiguous(),
+             "packed_boundaries: not contiguous int32");
   const int64_t segments = lengths.numel(), tokens = source.numel();
   FT_CHECK(labels.numel() == tokens && position_ids.numel() == tokens && seq_idx.numel() == tokens &&
                cu_seqlens.numel() == segments + 1 && tokens <= INT32_MAX,

@@ -13,6 +13,8 @@ namespace {
 using fastft::as_int;
 using fastft::Tensor;
 
+constexpr int64_t kNone = INT64_MAX;
+
 class Capacities {  // FIFO queues of packs, one per remaining capacity
  public:
   explicit Capacities(int64_t largest)
@@ -23,14 +25,16 @@ class Capacities {  // FIFO queues of packs, one per remaining capacity
     return static_cast<int32_t>(next_.size() - 1);
   }
 
-  int64_t smallest_from(int64_t need) const {  // -1 where no open pack has this much room
+  bool waiting(int64_t capacity) const { return head_[capacity] >= 0; }
+
+  int64_t smallest_from(int64_t need) const {  // kNone where no open pack has this much room
     size_t word = static_cast<size_t>(need) / 64;
     if (uint64_t bits = used_[word] & (~0ULL << (need % 64))) return lowest(word, bits);
-    if (++word >= used_.size()) return -1;
+    if (++word >= used_.size()) return kNone;
     size_t block = word / 64;
     uint64_t words = used_words_[block] & (~0ULL << (word % 64));
     while (!words) {
-      if (++block >= used_words_.size()) return -1;
+      if (++block >= used_words_.size()) return kNone;
       words = used_words_[block];
     }
     word = static_cast<size_t>(lowest(block, words));
@@ -87,25 +91,31 @@ std::vector<int32_t> decreasing(const int64_t* lengths, int64_t n, std::vector<i
   return order;
 }
 
-// Writes pack_of[k] for the k-th longest length and sizes[p] + 1 at offsets[p + 1]; returns the number of packs.
+// Writes pack_of[k] for the k-th longest length and the size of pack p at offsets[p + 1]; returns the number of packs.
 int64_t assign(const std::vector<int64_t>& counts, int64_t max_tokens, int64_t max_sequences, int32_t* pack_of,
                int64_t* offsets) {
   Capacities capacities(max_tokens);
-  int64_t packs = 0, k = 0;
+  int64_t packs = 0;
   for (int64_t length = static_cast<int64_t>(counts.size()) - 1; length > 0; length--) {
-    for (int64_t left = counts[length]; left > 0; left--, k++) {
-      int64_t capacity = capacities.smallest_from(length);
+    int64_t capacity = max_tokens;
+    for (int64_t left = counts[length]; left > 0;) {
+      if (!capacities.waiting(capacity)) capacity = capacities.smallest_from(length);
       int32_t pack;
-      if (capacity < 0) {
+      if (capacity > max_tokens) {
         capacity = max_tokens;
         pack = capacities.open_pack();
         offsets[++packs] = 0;
       } else {
         pack = capacities.pop(capacity);
       }
-      pack_of[k] = pack;
-      const bool full = ++offsets[pack + 1] == max_sequences;
-      if (capacity > length && !full) capacities.push(capacity - length, pack);
+      // what it has left is less than any other capacity that takes this length: it stays the best fit until it is none
+      int64_t many = capacity < 2 * length ? 1 : std::min(left, capacity / length);
+      if (max_sequences > 0) many = std::min(many, max_sequences - offsets[pack + 1]);
+      for (int64_t i = 0; i < many; i++) *pack_of++ = pack;
+      left -= many;
+      offsets[pack + 1] += many;
+      const int64_t rest = capacity - many * length;
+      if (rest > 0 && offsets[pack + 1] != max_sequences) capacities.push(rest, pack);
     }
   }
   return packs;
@@ -116,7 +126,7 @@ void plan_packs(StableIValue* stack, uint64_t nargs, uint64_t) {
   const Tensor lengths(stack[0]), indices(stack[3]), entry_lengths(stack[4]), offsets(stack[5]), count(stack[6]);
   const int64_t n = lengths.numel(), max_sequences = as_int(stack[2]);
   for (const Tensor* tensor : {&lengths, &indices, &entry_lengths, &offsets, &count})
-    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int64() && tensor->contiguous(), "plan_packs: needs contiguous int64 tensors");
+    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int64() && tensor->contiguous(), "plan_packs: needs contiguous int64");
   FT_CHECK(indices.numel() == n && entry_lengths.numel() == n && offsets.numel() == n + 1 && count.numel() == 1,
            "plan_packs: outputs do not fit %lld lengths", static_cast<long long>(n));
   FT_CHECK(n < INT32_MAX && as_int(stack[1]) > 0 && as_int(stack[1]) <= INT32_MAX, "plan_packs: more than 2^31 - 1");

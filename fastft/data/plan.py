@@ -120,8 +120,8 @@ def _checked_lengths(lengths: Any) -> Tensor:
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"lengths must be one-dimensional integers, got shape {tuple(tensor.shape)} of {tensor.dtype}")
     tensor = tensor.to("cpu", torch.int64).contiguous()
-    smallest, index = tensor.min(0)
-    if smallest <= 0:
+    if tensor.amin() <= 0:
+        smallest, index = tensor.min(0)
         what = "has no tokens" if smallest == 0 else f"has the negative length {smallest}"
         raise ValueError(f"lengths: example {index} {what}; take it out of the dataset")
     return tensor
@@ -129,10 +129,10 @@ def _checked_lengths(lengths: Any) -> Tensor:
 
 def _entries(lengths: Tensor, max_tokens: int, overlong: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(example of each entry, its start, its length) once no entry exceeds max_tokens; None where it is trivial."""
-    longest, index = lengths.max(0)
-    if longest <= max_tokens:
+    if lengths.amax() <= max_tokens:
         return None, None, lengths
     if overlong == "error":
+        longest, index = lengths.max(0)
         raise ValueError(
             f"example {index} has {longest} tokens, more than max_tokens={max_tokens}; "
             "overlong='truncate', 'split' or 'drop' says what to do with it"
