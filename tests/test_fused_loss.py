@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -10,7 +14,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.output_head import LazyForward
+from fastft.loss import lazy_rules
+from fastft.loss.lazy_logits import LazyLogits
+from fastft.loss.output_head import LazyForward, fused_loss
 
 V = 997
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
@@ -210,8 +216,6 @@ def test_verify_accepts_what_is_right(bf16, tmp_path):
 
 
 def test_verify_raises_on_a_wrong_loss(tmp_path, monkeypatch):
-    from fastft.loss import lazy_rules
-
     monkeypatch.setattr(lazy_rules, "_fused", lambda layer, *_: layer.terms[0][0].sum() * 0 + 1.5)
     with pytest.raises(RuntimeError, match=r"the fused loss of the first batch is .* the stock loss"):
         train(tmp_path, callbacks=[FusedLossCallback(verify=True)])
