@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -15,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft.loss import expressions
 from fastft.loss.lazy_logits import LazyLogits, Report, lazy_linear
-from fastft.loss.output_head import Attachment, fused_loss
 
 B, S, V, H = 2, 9, 53, 16
+VOCAB = 20_000  # so large that 1024 rows are more than any workspace
 TARGET = (torch.arange(B * S).reshape(B, S) * 7) % V
 IGNORED = TARGET.masked_fill(torch.arange(S) < 3, -100)
 MASK = TARGET % 3 != 0
@@ -77,13 +76,6 @@ def hooked_view(z):
     rows = z.view(-1, V)
     z.register_hook(lambda g: g * 2)
     return F.cross_entropy(rows, TARGET.view(-1))
-
-
-def retained(z):
-    z.retain_grad()
-    loss = z.logsumexp(-1).sum()
-    (g,) = torch.autograd.grad(loss, z, retain_graph=True) if not isinstance(z, LazyLogits) else (None,)
-    return loss
 
 
 def without_history(z):
@@ -254,3 +246,184 @@ def test_as_dense(name, monkeypatch):
             mine, theirs, rtol=1e-5, atol=2e-6 * max(scale, 1), msg=lambda m, w=what: f"{w}: {m}"
         )
     assert bool(report.materialised) == (name in MATERIALISED), report
+
+
+def lazy_example(dtype=torch.float32):
+    x, weight = torch.randn(B, S, H, dtype=dtype).requires_grad_(), torch.randn(V, H, dtype=dtype).requires_grad_()
+    report = Report()
+    return lazy_linear(x, weight, None, report), x, weight, report
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, LazyLogits) and tensor.device.type != "meta":
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda z, t: F.cross_entropy(z.float().view(-1, VOCAB), t),
+        lambda z, t: F.cross_entropy((torch.tanh(z / 5) * 5).float().view(-1, VOCAB), t, label_smoothing=0.1),
+        lambda z, t: F.log_softmax(z.float(), -1).view(-1, VOCAB).gather(-1, t[:, None]).sum(),
+    ],
+)
+def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
+    monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)
+    rows = 1024
+    x = torch.randn(2, rows // 2, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(VOCAB, 8, dtype=dtype, requires_grad=True)
+    with LargestTensor() as seen:
+        use(lazy_linear(x, weight, None, Report()), torch.randint(0, VOCAB, (rows,))).backward()
+    assert 0 < seen.largest <= rows * VOCAB // 2
+
+
+def test_looks_like_the_dense_tensor():
+    z, x, weight, report = lazy_example()
+    dense = F.linear(x, weight)
+    for mine, theirs in ((z, dense), (z[:, 1:], dense[:, 1:]), (z.transpose(0, 1), dense.transpose(0, 1))):
+        assert (mine.shape, mine.stride(), mine.dtype, mine.device) == (
+            theirs.shape,
+            theirs.stride(),
+            theirs.dtype,
+            theirs.device,
+        )
+        assert mine.requires_grad and mine.is_contiguous() == theirs.is_contiguous() and len(mine) == len(theirs)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        z[:, 1:].view(-1, V)
+    assert "LazyLogits" in repr(z) and z.grad_fn is not None and not report.materialised
+    torch.testing.assert_close(torch.tensor(z.detach().tolist()), dense.detach())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(z)), dense)
+    torch.testing.assert_close(copy.deepcopy(z.detach()), dense.detach())
+
+
+def test_the_report_names_the_line():
+    z, *_, report = lazy_example()
+    z.sort(-1)
+    z.sort(-1)
+    assert len(report.materialised) == 1 and report.materialised[0].startswith("sort at ")
+    assert "test_lazy_logits.py:" in report.materialised[0]
+
+
+def test_reading_after_the_weight_changed_raises():
+    for read in (lambda z: z.sum(), lambda z: z.logsumexp(-1), lambda z: F.cross_entropy(z[0], TARGET[0])):
+        z, _, weight, _ = lazy_example()
+        with torch.no_grad():
+            weight.add_(1.0)
+        with pytest.raises(RuntimeError, match="read after the output head's weight was changed"):
+            read(z)
+
+
+def test_a_retained_gradient_is_there():
+    z, x, weight, _ = lazy_example()
+    z.retain_grad()
+    F.cross_entropy(z.view(-1, V), TARGET.view(-1)).backward()
+    dense = F.linear(x.detach(), weight.detach()).requires_grad_()
+    F.cross_entropy(dense.view(-1, V), TARGET.view(-1)).backward()
+    torch.testing.assert_close(z.grad, dense.grad)
+
+
+@pytest.mark.parametrize("watch", [lambda z: z.retain_grad(), lambda z: z.register_hook(print)])
+def test_a_hook_that_would_never_run_raises(watch):
+    z, *_ = lazy_example()
+    F.cross_entropy(z.view(-1, V), TARGET.view(-1))
+    with pytest.raises(RuntimeError, match="would never see a gradient"):
+        watch(z)
+
+
+def test_every_label_ignored_costs_nothing():
+    for use in (lambda z: z, lambda z: torch.tanh(z)):
+        z, x, weight, _ = lazy_example()
+        loss = F.cross_entropy(use(z).view(-1, V), torch.full((B * S,), -100))
+        loss.backward()
+        assert loss == 0 and not x.grad.any() and not weight.grad.any()
+
+
+def test_no_row_at_all():
+    z, x, weight, _ = lazy_example()
+    loss = z[:, :0].logsumexp(-1).sum() + F.cross_entropy(
+        torch.tanh(z)[z.new_zeros(B, S).bool()], TARGET[:0, 0], reduction="sum"
+    )
+    loss.backward()
+    assert loss == 0 and not x.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_is_obeyed(inside):
+    values = []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        x, weight = torch.randn(B, S, H).requires_grad_(), torch.randn(V, H).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            z = lazy_linear(x, weight, None, Report()) if lazy else F.linear(x, weight)
+            z = torch.tanh(z / 5) * 5
+            loss = F.cross_entropy(z.view(-1, V), TARGET.view(-1)) if inside else None
+        loss = F.cross_entropy(z.float().view(-1, V), TARGET.view(-1)) if loss is None else loss
+        loss.backward()
+        values.append((z.dtype, loss.dtype, x.grad, weight.grad, loss.detach()))
+    (*dtypes, x_grad, weight_grad, loss), (*lazy_dtypes, lazy_x_grad, lazy_weight_grad, lazy_loss) = values
+    assert dtypes == lazy_dtypes and dtypes[0] == torch.bfloat16
+    torch.testing.assert_close(lazy_loss, loss)
+    torch.testing.assert_close(lazy_x_grad, x_grad, rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(lazy_weight_grad, weight_grad, rtol=2e-2, atol=1e-3)
+
+
+def test_the_loss_is_an_ordinary_tensor_and_its_graph_can_be_kept():
+    z, x, _, _ = lazy_example(torch.bfloat16)
+    loss = F.cross_entropy(torch.tanh(z).float().view(-1, V), TARGET.view(-1))
+    assert type(loss) is Tensor and loss.dtype == torch.float32
+    loss *= 2
+    loss.backward(retain_graph=True)
+    first = x.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * first, rtol=0, atol=0)
+
+
+def test_two_linear_layers_are_one():
+    """LoRA on the head: base(x) + scale * B(A(x))."""
+    results = []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        tensors = [torch.randn(*shape).requires_grad_() for shape in ((B, S, H), (V, H), (H, 4), (V, 4))]
+        x, weight, down, up = tensors
+        report = Report()
+        parts = [(x, weight), (x @ down, up)]
+        base, low_rank = [lazy_linear(*part, None, report) if lazy else F.linear(*part) for part in parts]
+        z = base + low_rank * 0.5
+        loss = F.cross_entropy(z.view(-1, V), TARGET.view(-1))
+        loss.backward()
+        results.append([loss.detach(), *(tensor.grad for tensor in tensors)])
+    assert report.fused == 1 and not report.materialised
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_freed_weight_is_gathered_by_the_head():
+    """FSDP2 and ZeRO-3: a head that is a unit of its own holds its weight only inside its forward."""
+    head = nn.Linear(H, V, bias=False)
+    full, gradient = head.weight.detach().clone(), []
+
+    class Holder(nn.Module):
+        def forward(self, input, fastft_task=None):
+            gathered = full.clone().requires_grad_()
+            gathered.register_hook(gradient.append)
+            if fastft_task is not None:
+                return fastft_task(input, gathered, None)
+            logits = lazy_linear(input, gathered, None, Report(), self)
+            gathered.untyped_storage().resize_(0)
+            return logits
+
+    x = torch.randn(B, S, H, requires_grad=True)
+    loss = F.cross_entropy(Holder()(x).view(-1, V), TARGET.view(-1))
+    loss.backward()
+    expected = F.cross_entropy(F.linear(x.detach(), full).view(-1, V), TARGET.view(-1))
+    torch.testing.assert_close(loss, expected)
+    assert len(gradient) == 1 and x.grad.any()

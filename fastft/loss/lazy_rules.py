@@ -102,7 +102,7 @@ def _iterate(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], 
 
 def _getitem(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     index = args[0] if isinstance(args[0], tuple) else (args[0],)
-    if any(isinstance(item, bool | list | range) or item is not None and _is_mixed(item) for item in index):
+    if any(isinstance(item, bool | list | range) or (item is not None and _is_mixed(item)) for item in index):
         return NotImplemented
     if _indexed_dimensions(index, lazy.shadow.dim()):
         if not (isinstance(index[-1], slice) and _takes_all(index[-1], lazy.shadow.shape[-1])):
@@ -211,8 +211,7 @@ def _sum_of_two(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...
             scale is None
             or other.shape != lazy.shape
             or other.dtype != dtype
-            or lazy.linear.head is not None
-            and _freed(lazy)
+            or (lazy.linear.head is not None and _freed(lazy))
         ):
             return NotImplemented
         return lazy.derived(LOGITS, lazy.source.plus(other.source, scale))

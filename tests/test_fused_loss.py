@@ -1,0 +1,344 @@
+"""Trainer with FusedLossCallback against stock Trainer, and `fused_loss` on models of several kinds."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+import transformers
+from numerics import assert_no_worse
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from fastft.integrations.fused_loss import FusedLossCallback
+from fastft.loss import lazy_rules
+from fastft.loss.lazy_logits import LazyLogits
+from fastft.loss.output_head import LazyForward, fused_loss
+
+V = 997
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
+SMALL |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {**SMALL, "num_key_value_heads": 2}
+STEPS = 10
+
+
+def llama(**changes):
+    set_seed(3)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes}))
+
+
+def examples(count=40, length=24):
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(3, V, (count, length), generator=generator)
+    labels = rows.clone()
+    for index in range(count):
+        labels[index, : index % 9] = -100
+    return [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": label}
+        for ids, label in zip(rows, labels, strict=True)
+    ]
+
+
+class Curve(TrainerCallback):
+    def __init__(self):
+        self.losses, self.norms = [], []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.norms.append(float(logs["grad_norm"]))
+
+
+def arguments(tmp_path, **changes):
+    options = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+    }
+    options |= {
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    options |= {"optim": "adamw_torch", "seed": 11}
+    return TrainingArguments(str(tmp_path), **{**options, **changes})
+
+
+def train(tmp_path, model=None, callbacks=(), trainer_options=None, **changes):
+    """The curve and the final parameters."""
+    model = model or llama()
+    curve = Curve()
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, **changes),
+        train_dataset=examples(),
+        callbacks=[curve, *callbacks],
+        **(trainer_options or {}),
+    )
+    trainer.train()
+    return curve, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, trainer
+
+
+def assert_stock(model):
+    assert not [
+        name
+        for name, module in model.named_modules()
+        if "forward" in module.__dict__ and isinstance(module.__dict__["forward"], LazyForward)
+    ]
+    assert "forward" not in model.get_output_embeddings().__dict__ and "_loss_function" not in model.__dict__
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not [key for module in model.modules() for key in module.__dict__ if "fastft" in key]
+
+
+def per_token_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].float()
+    return (
+        nn.functional.cross_entropy(logits.reshape(-1, V), labels[:, 1:].reshape(-1), reduction="sum")
+        / num_items_in_batch
+    )
+
+
+TRAINERS = {
+    "plain": ({}, {}, {}),
+    "smoothing": ({"label_smoothing_factor": 0.1}, {}, {}),
+    "loss function": ({}, {"compute_loss_func": per_token_loss}, {}),
+    "checkpointing": ({"gradient_checkpointing": True}, {}, {}),
+    "tied": ({}, {}, {"tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_ten_steps_in_fp32_are_stock(name, tmp_path):
+    changes, options, config = TRAINERS[name]
+    stock, expected, _ = train(tmp_path, llama(**config), trainer_options=options, **changes)
+    callback = FusedLossCallback()
+    model = llama(**config)
+    fused, actual, _ = train(tmp_path, model, [callback], options, **changes)
+    assert callback.report.fused >= 2 * STEPS and not callback.report.materialised, callback.report
+    assert len(fused.losses) == STEPS
+    assert fused.losses == pytest.approx(stock.losses, rel=1e-5)
+    assert fused.norms == pytest.approx(stock.norms, rel=1e-4)
+    for key in expected:
+        torch.testing.assert_close(actual[key], expected[key], rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+    assert_stock(model)
+
+
+def test_ten_steps_in_bf16_are_no_further_from_fp32_than_stock(tmp_path):
+    truth, _, _ = train(tmp_path, llama().double())
+    stock, _, _ = train(tmp_path, bf16=True)
+    callback = FusedLossCallback()
+    fused, _, _ = train(tmp_path, callbacks=[callback], bf16=True)
+    assert callback.report.fused == 2 * STEPS and not callback.report.materialised, callback.report
+    for what in ("losses", "norms"):
+        curves = [torch.tensor(getattr(curve, what), dtype=torch.float64) for curve in (fused, stock, truth)]
+        assert_no_worse(curves[0], curves[1], curves[2], what)
+
+
+def test_evaluation_saving_and_copies_in_the_middle(tmp_path):
+    class Middle(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                self.during = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)))
+                self.attached = "forward" in model.lm_head.__dict__
+                self.at_copy = {key: value.clone() for key, value in model.state_dict().items()}
+
+    middle, callback, model = Middle(), FusedLossCallback(), llama()
+    kept = model.state_dict().keys()
+    options = {
+        "eval_dataset": examples(6),
+        "compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    }
+    changes = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 5}
+    _, expected, stock = train(tmp_path / "stock", trainer_options=options, **changes)
+    _, actual, fused = train(tmp_path / "fused", model, [callback, middle], options, **changes)
+    evaluations = [
+        [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        for trainer in (stock, fused)
+    ]
+    assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-5) and len(evaluations[0]) >= 2
+    assert not callback.report.materialised and middle.attached
+    assert model.state_dict().keys() == kept
+    for twin in middle.during:
+        assert twin.state_dict().keys() == kept and "fastft" not in repr(twin)
+        assert twin.lm_head.forward.__func__ is nn.Linear.forward and twin.lm_head.forward.__self__ is twin.lm_head
+        twin.train()
+        assert type(twin(torch.tensor([[1, 2, 3]])).logits) is torch.Tensor
+        for key, value in twin.state_dict().items():
+            assert torch.equal(value, middle.at_copy[key])
+        with fused_loss(twin) as report:  # a copy can be fused again
+            twin(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+        assert report.fused == 1
+    copy.deepcopy(model), pickle.dumps(model)
+    saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "fused" / "checkpoint-10")
+    for key, value in model.state_dict().items():
+        assert torch.equal(saved.state_dict()[key], value)
+    assert_stock(model)
+
+
+def test_an_exception_leaves_the_model_to_restore(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model, callback = llama(), FusedLossCallback(verify=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, model, [callback, Stop()])
+    callback.restore()
+    callback.restore()
+    assert_stock(model)
+    with pytest.raises(ZeroDivisionError), fused_loss(model):
+        raise ZeroDivisionError
+    assert_stock(model)
+
+
+def test_training_twice_attaches_once(tmp_path):
+    model, callback = llama(), FusedLossCallback()
+    trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=examples(), callbacks=[callback])
+    for _ in range(2):
+        trainer.train()
+        assert callback.report.fused == 2
+    assert_stock(model)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_verify_accepts_what_is_right(bf16, tmp_path):
+    model = llama(attention_dropout=0.1)
+    stock, _, _ = train(tmp_path, llama(attention_dropout=0.1), max_steps=2, bf16=bf16)
+    fused, _, _ = train(tmp_path, model, [FusedLossCallback(verify=True)], max_steps=2, bf16=bf16)
+    assert fused.losses == pytest.approx(stock.losses, rel=1e-2 if bf16 else 1e-5)
+    assert_stock(model)
+
+
+def test_verify_raises_on_a_wrong_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy_rules, "_fused", lambda layer, *_: layer.terms[0][0].sum() * 0 + 1.5)
+    with pytest.raises(RuntimeError, match=r"the fused loss of the first batch is .* the stock loss"):
+        train(tmp_path, callbacks=[FusedLossCallback(verify=True)])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            lambda model: setattr(model.lm_head, "forward", lambda x: nn.functional.linear(x, model.lm_head.weight)),
+            "patched by somebody else",
+        ),
+        (
+            lambda model: setattr(
+                model,
+                "lm_head",
+                type("Quantised", (nn.Linear,), {"forward": lambda s, x: x @ s.weight.T})(64, V, bias=False),
+            ),
+            "a Quantised, not a plain",
+        ),
+        (lambda model: setattr(model, "lm_head", nn.Sequential(model.lm_head)), "no output head"),
+    ],
+)
+def test_what_cannot_be_fused_is_said(spoil, reason, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model, callback = llama(), FusedLossCallback()
+    spoil(model)
+    train(tmp_path, model, [callback], max_steps=1)
+    assert callback.report.fused == 0 and reason in callback.report.skipped[0]
+    warnings = [record.message for record in caplog.records if "no loss was fused" in record.message]
+    assert len(warnings) == 1 and reason in warnings[0]
+
+
+def test_data_parallel_is_left_alone():
+    with fused_loss(nn.DataParallel(llama())) as report:
+        assert "DataParallel" in report.skipped[0]
+
+
+MODELS = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**LLAMA, "head_dim": 16, "final_logit_softcapping": 3.0}),
+    "cohere": ("CohereForCausalLM", "CohereConfig", {**LLAMA, "logit_scale": 0.3}),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", {**LLAMA, "logits_scaling": 3.0}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": V, "n_positions": 64},
+    ),
+    "phi": ("PhiForCausalLM", "PhiConfig", SMALL),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 4, "output_router_logits": True}),
+    "bert": ("BertForMaskedLM", "BertConfig", SMALL),
+    "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig", {**SMALL, "cls_token_id": 1, "sep_token_id": 2}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 96,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": V,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 96,
+            "decoder_ffn_dim": 96,
+            "vocab_size": V,
+            "max_position_embeddings": 64,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("num_items", [None, 37])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_stock(name, num_items):
+    kind, config, options = MODELS[name]
+    set_seed(4)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**options)).train()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8.0)  # so that a wrong loss differs much
+    ids = torch.randint(5, V, (2, 20))
+    labels = ids.masked_fill(torch.rand(2, 20) < 0.3, -100)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if num_items is not None:
+        if not Trainer(model, TrainingArguments(report_to="none", use_cpu=True)).model_accepts_loss_kwargs:
+            pytest.skip("this model takes no num_items_in_batch")
+        inputs["num_items_in_batch"] = torch.tensor(num_items)
+
+    def run():
+        set_seed(6)
+        model.zero_grad()
+        output = model(**inputs)
+        output.loss.backward()
+        return output, {
+            key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None
+        }
+
+    stock, expected = run()
+    with fused_loss(model) as report:
+        fused, actual = run()
+        assert report.fused == 1 and not report.materialised and not report.skipped, report
+        assert isinstance(fused.logits, LazyLogits) and type(fused.loss) is torch.Tensor
+        assert fused.loss.dtype == torch.float32
+        torch.testing.assert_close(fused.logits.detach(), stock.logits.detach())
+        assert len(report.materialised) == 1
+    torch.testing.assert_close(fused.loss, stock.loss, rtol=1e-6, atol=1e-6)
+    assert actual.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for key in expected:
+        scale = max(expected[key].abs().max().item(), 1e-3 * largest.item())
+        torch.testing.assert_close(
+            actual[key], expected[key], rtol=0, atol=2e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
+    assert_stock(model)
