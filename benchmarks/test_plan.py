@@ -1,7 +1,7 @@
 """The packing plan of a million lognormal lengths against TRL's best-fit decreasing, over all of them as ours.
 
 TRL as shipped packs windows of 1000 rows, and its function takes the tokens along; here they are nulls,
-which cost nothing. It needs some ten seconds for a million, so that it competes over a tenth of them only.
+which cost nothing. It takes seconds for a hundred thousand, so that it competes over those only.
 """
 
 from __future__ import annotations
