@@ -159,13 +159,8 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
         self.moments, self.rounding, self.impl = moments, rounding, impl
         self._plan: _Plan | None = None
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-        }
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+        defaults |= {"weight_decay": weight_decay, "amsgrad": amsgrad}
         defaults |= {"maximize": maximize, "capturable": capturable, "differentiable": differentiable}
         defaults |= {"foreach": None, "fused": None}
         _check_group(defaults)
