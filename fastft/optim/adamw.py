@@ -8,9 +8,9 @@ For a parameter p with gradient g at step t (fp32 inside, whatever p's dtype):
     p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 The order of roundings is that of torch's fused CPU kernel. The moments are fp32. `rounding="exact"` keeps for a bf16
-parameter the 16 bits that its rounding drops: parameter and int16 `remainder` together are the fp32 master, whose bits are
-`(parameter << 16) + remainder`, so that training equals fp32 AdamW bit for bit. The parameter is the master rounded to
-nearest; exact ties go away from zero, because with ties to even two masters would share one (parameter, remainder).
+parameter the 16 bits that its rounding drops: parameter and int16 `remainder` together are the fp32 master, whose bits
+are `(parameter << 16) + remainder`, so that training equals fp32 AdamW bit for bit. The parameter is the master rounded
+to nearest; exact ties go away from zero, for with ties to even two masters would share one (parameter, remainder).
 
 Bytes moved per element and step: fp32 28 (p, m, v read and written, g read), bf16 26 (p, remainder, m, v, g).
 """
@@ -107,8 +107,8 @@ class AdamW(torch.optim.Optimizer):
     """AdamW with torch's interface, fp32 moments, and bf16 parameters which follow fp32 AdamW to the last bit.
 
     `state[p]` holds `step` (float32, on the CPU), `exp_avg`, `exp_avg_sq` (float32, the shape of p) and, for bf16
-    parameters, `remainder` (int16, the shape of p). State dicts of fp32 parameters load into `torch.optim.AdamW`, its state
-    dicts load here, and saving and loading keeps every dtype and bit.
+    parameters, `remainder` (int16, the shape of p). State dicts of fp32 parameters load into `torch.optim.AdamW`, its
+    state dicts load here, and saving and loading keeps every dtype and bit.
 
     Args:
         params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of any layout.
@@ -159,23 +159,15 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
         self.moments, self.rounding, self.impl = moments, rounding, impl
         self._plan: _Plan | None = None
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": None,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": None,
-        }
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+        defaults |= {"weight_decay": weight_decay, "amsgrad": amsgrad}
+        defaults |= {"maximize": maximize, "capturable": capturable, "differentiable": differentiable}
+        defaults |= {"foreach": None, "fused": None}
         _check_group(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch's optimizers do. Raises as the constructor does, and then leaves the optimizer as it was."""
+        """Adds a group as torch does. Raises as the constructor does, leaving the optimizer as it was."""
         if isinstance(param_group, dict):
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -262,7 +254,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _launch(self, plan: _Plan, columns: list[list[Tensor]], remainders: dict[int, Tensor]) -> None:
-        """Calls the operator once per device; neighbours of the same group and step count share a row of hyper-parameters."""
+        """Calls the operator once per device; neighbours of the same group and step count share a row of the table."""
         keys = list(zip(plan.group_index, plan.steps.tolist(), strict=True))
         order: Sequence[int] = range(len(keys))
         if plan.order is not None:
@@ -278,7 +270,7 @@ class AdamW(torch.optim.Optimizer):
             OP.implementation(self.impl, device)(*(column[begin:end] for column in columns), narrow, hyper, counts)
 
     def _current_plan(self, params: list[Tensor], group_index: list[int]) -> _Plan:
-        """The plan for these parameters, made anew unless parameters, groups and states are the same objects as before."""
+        """The plan for these parameters, made anew unless parameters, groups and states are the very same as before."""
         plan = self._plan
         if plan is not None and len(plan.params) == len(params) and plan.group_index == group_index:
             states = [self.state[param] for param in params]

@@ -27,8 +27,8 @@ def adamw(
     """The pair that `Trainer(optimizers=...)` takes: AdamW, and None, for which Trainer builds its schedule.
 
     Args:
-        model_or_params: a model, whose trainable parameters go into Trainer's two groups (biases and norms do not decay;
-            needs transformers); or an iterable of tensors, of `(name, tensor)` pairs or of parameter groups.
+        model_or_params: a model, whose trainable parameters go into Trainer's two groups (biases and norms do not
+            decay; needs transformers); or an iterable of tensors, of `(name, tensor)` pairs or of parameter groups.
         args: a `transformers.TrainingArguments`, which gives lr, betas, eps and weight decay where the keyword is None.
         lr: learning rate; without it and without `args`, AdamW's default 1e-3. The others likewise.
         betas: default (0.9, 0.999).
@@ -63,8 +63,8 @@ def adamw_spec(
 ) -> tuple[type[AdamW], dict[str, Any]]:
     """The pair that `Trainer(optimizer_cls_and_kwargs=...)` takes: the way in under FSDP, DeepSpeed and `model_init`.
 
-    Trainer makes the parameter groups, with the weight decay of its own `args` whatever is given here. Arguments are those of
-    `adamw`.
+    Trainer makes the parameter groups, with the weight decay of its own `args` whatever is given here. The arguments
+    are those of `adamw`.
 
     Raises:
         TypeError: `args` is no TrainingArguments, or an unknown keyword.
