@@ -1,4 +1,4 @@
-"""Lazy logits against dense ones: values and gradients of x, W and b for every kind of use; what must stay lazy, does."""
+"""Lazy logits against dense ones: values and gradients for every kind of use; what must stay lazy, does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastft.loss import expressions
-from fastft.loss.lazy_logits import LazyLogits, Report, lazy_linear
+from fastft.loss.lazy_logits import LazyLogits, lazy_linear
+from fastft.loss.report import Report
 
 B, S, V, H = 2, 9, 53, 16
 VOCAB = 20_000  # so large that 1024 rows are more than any workspace
