@@ -2,9 +2,10 @@
 
     loss[t] = lse[t] - z[t, y[t]],   lse[t] = log sum_v exp(z[t, v]),   dz[t, v] = softmax(z[t])[v] - (v == y[t])
 
-z are the logits (T, V), y the targets; a row whose target is `ignore_index` has loss 0 and gradient 0. All maths is fp32
-for 16-bit logits. Sums leave the target out (`others`), and its gradient is -others / sum: a row whose target leads by 25
-nats has a loss and a gradient, where `1 - softmax` rounds both to zero. A row that holds NaN or +Inf is NaN, as torch's.
+z are the logits (T, V), y the targets; a row whose target is `ignore_index` has loss 0 and gradient 0. All maths is
+fp32 for 16-bit logits. Sums leave the target out (`others`), and its gradient is -others / sum: a row whose target
+leads by 25 nats has a loss and a gradient, where `1 - softmax` rounds both to zero. A row that holds NaN or +Inf is
+NaN, as torch's.
 
 Kept for backward: the logits themselves, no copy. Bytes moved: forward reads the logits twice (maximum, sum), backward
 reads them three times and writes their gradient; all but the first read of a row hit the cache.
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastft import ops
 
@@ -52,8 +52,8 @@ def _cross_entropy_rows(
         out.copy_(softmax.masked_fill_(ignored, 0.0))
 
 
-# grad is empty, or one tensor like logits (or logits themselves) that receives softmax - onehot times row_scale; losses,
-# lse and row_scale, which may be left out, are fp32 (fp64 for fp64 logits), one element a row
+# grad is empty, or one tensor like logits (or logits themselves) that receives softmax - onehot times row_scale;
+# losses, lse and row_scale, which may be left out, are fp32 (fp64 for fp64 logits), one element a row
 ROWS = ops.Operator(
     "cross_entropy_rows(Tensor logits, Tensor target, Tensor(a!) losses, Tensor(b!) lse, Tensor(c!)[] grad, "
     "Tensor[] row_scale, int ignore_index) -> ()",
@@ -121,6 +121,12 @@ def reduce_losses(
     return total / torch.where(counted > 0, items, 1).to(losses.dtype)
 
 
+def refuse_second_derivative(what: str) -> None:
+    """Called in backward: raises under `create_graph=True`, which would take the gradient for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} cannot be differentiated twice (create_graph=True); torch.nn.functional's can")
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, rows: Callable[..., Any]) -> Tensor:
@@ -131,8 +137,8 @@ class _CrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        refuse_second_derivative("cross_entropy")
         logits, target = ctx.saved_tensors
         losses = torch.empty_like(upstream, memory_format=torch.contiguous_format)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -161,14 +167,14 @@ def cross_entropy(
         impl: "auto" (default), "eager" or "cpp"; an explicit one never falls back.
 
     Returns:
-        A scalar, or the losses in `target`'s shape for "none"; fp32 for 16-bit logits (torch: 16 bits), else in `input`'s
-        dtype. The mean over no row at all is 0 (torch: NaN).
+        A scalar, or the losses in `target`'s shape for "none"; fp32 for 16-bit logits (torch: 16 bits), else in
+        `input`'s dtype. The mean over no row at all is 0 (torch: NaN).
 
     Raises:
         TypeError: `input` is not floating point, or `target` holds no indices.
         ValueError: shapes do not fit, a target is out of range (checked on the CPU only), `reduction` or `impl` is
             unknown, `num_items` is negative or goes with another reduction.
-        RuntimeError: the engine asked for is not available here; says why.
+        RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
     check_reduction(reduction, num_items)
     if not input.is_floating_point():

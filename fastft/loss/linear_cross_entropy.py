@@ -3,9 +3,9 @@
     loss[t] = lse(z[t]) - z[t, y[t]],   z = x W^T + b,   dz[t] = softmax(z[t]) - onehot(y[t])
     dx = dz W,   dW = dz^T x,   db = sum_t dz[t]
 
-x are the hidden states (T, H), W the head (V, H), y the targets. The rows that count go through one reused workspace of R
-rows: logits by GEMM, the row kernel of `cross_entropy` turns them into dz in place, two GEMMs take dx and dW out of it.
-Which GEMMs run:
+x are the hidden states (T, H), W the head (V, H), y the targets. The rows that count go through one reused workspace
+of R rows: logits by GEMM, the row kernel of `cross_entropy` turns them into dz in place, two GEMMs take dx and dW out
+of it. Which GEMMs run:
 
     trainable head, sum or mean   forward 6THV                    gradients computed in forward, scaled in backward
     frozen head                   forward 4THV                    each row of dx waits for its own upstream gradient
@@ -13,11 +13,11 @@ Which GEMMs run:
     trainable head, none          forward 2THV, backward 6THV     dW needs every upstream gradient first
     nothing needs a gradient      forward 2THV
 
-T counts rows that are not ignored. dz is stored unnormalised, within [-1, 1], in the dtype of the logits; what scales it,
-the upstream gradient and 1 / count, is applied in fp32. dW adds up in fp32 and is rounded once.
+T counts rows that are not ignored. dz is stored unnormalised, within [-1, 1], in the dtype of the logits; what scales
+it, the upstream gradient and 1 / count, is applied in fp32. dW adds up in fp32 and is rounded once.
 
-Kept for backward: dx (T H, dtype of x) and dW (V H, fp32, or the dtype of W where one chunk holds all rows). Bytes moved
-besides the GEMMs' operands: for each chunk, 4 passes over the workspace (R V) and 2 over dW.
+Kept for backward: dx (T H, dtype of x) and dW (V H, fp32, or the dtype of W where one chunk holds all rows). Bytes
+moved besides the GEMMs' operands: for each chunk, 4 passes over the workspace (R V) and 2 over dW.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastft.loss.cross_entropy import (
     check_reduction,
     check_target,
     reduce_losses,
+    refuse_second_derivative,
     rows_implementation,
     statistics_dtype,
 )
@@ -141,11 +141,18 @@ def _sweep(head: _Head, needs: tuple[bool, bool, bool], row_scale: Tensor | None
     return _Sweep(losses, d_input, None if d_weight is None else d_weight.sum, d_bias)
 
 
+def _graph_is_kept() -> bool:
+    """Whether the running backward may be followed by another over the same graph; True where torch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """`gradient` times `scale` in fp32, rounded once to `dtype`; a new tensor, for a retained graph may run again."""
+    """`gradient` times `scale` in fp32, rounded once to `dtype`; in place where nobody can ask for it again."""
     if gradient is None:
         return None
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    in_place = gradient.dtype == dtype and not _graph_is_kept()  # saves a second (V, H) and its page faults
+    return torch.mul(gradient, scale, out=gradient if in_place else torch.empty_like(gradient, dtype=dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -173,8 +180,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return sweep.losses if rowwise else sweep.losses.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_cross_entropy")
         if ctx.recompute:
             sweep = _sweep(_cast_head(*ctx.saved_tensors, *ctx.call), ctx.needs, upstream.contiguous())
             gradients = (None if g is None else g.to(d) for g, d in zip(sweep[1:], ctx.dtypes, strict=True))
@@ -241,9 +248,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `linear(input, linear_weight, linear_bias)`, without ever holding these logits.
 
-    `torch.nn.functional.linear_cross_entropy` with class indices. The workspace is at most 32 MB on the CPU (one row, where
-    a row is larger). Obeys autocast as `F.linear` does. Changes no input; works under gradient checkpointing; a retained
-    graph gives the same gradients again; differentiating twice raises.
+    `torch.nn.functional.linear_cross_entropy` with class indices. The workspace is at most 32 MB on the CPU (one row,
+    where a row is larger). Obeys autocast as `F.linear` does. Changes no input; works under gradient checkpointing; a
+    retained graph gives the same gradients again; differentiating twice raises.
 
     Args:
         input: hidden states (..., H), floating point.
@@ -257,14 +264,14 @@ def linear_cross_entropy(
         impl: how the rows are computed: "auto" (default), "eager" or "cpp"; an explicit one never falls back.
 
     Returns:
-        A scalar, or the losses in `target`'s shape for "none"; fp32 for 16-bit operands (torch: 16 bits). The mean over no
-        row at all is 0 with zero gradients (torch: NaN). Gradients have the dtypes of their tensors.
+        A scalar, or the losses in `target`'s shape for "none"; fp32 for 16-bit operands (torch: 16 bits). The mean
+        over no row at all is 0 with zero gradients (torch: NaN). Gradients have the dtypes of their tensors.
 
     Raises:
         TypeError: operands are not floating point or differ in dtype, or `target` holds no indices.
-        ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU only), `reduction` or `impl`
-            is unknown, `num_items` is negative or goes with another reduction.
-        RuntimeError: the engine asked for is not available here; says why.
+        ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU only), `reduction` or
+            `impl` is unknown, `num_items` is negative or goes with another reduction.
+        RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
     check_reduction(reduction, num_items)
     dtype = _compute_dtype(input, linear_weight, linear_bias)
@@ -274,9 +281,11 @@ def linear_cross_entropy(
     flat_target = target.reshape(-1).contiguous()
     flat_input = input.reshape(-1, input.shape[-1])
     with torch.autocast(input.device.type, enabled=False):
-        losses = _LinearCrossEntropy.apply(
-            flat_input, linear_weight, linear_bias, flat_target, reduction == "none", dtype, ignore_index, rows
-        )
+        operands, call = (flat_input, linear_weight, linear_bias, flat_target), (dtype, ignore_index, rows)
+        if torch.is_grad_enabled():
+            losses = _LinearCrossEntropy.apply(*operands, reduction == "none", *call)
+        else:  # needs_input_grad does not know about no_grad
+            losses = _sweep(_cast_head(*operands, *call), (False, False, False)).losses
         reduced = reduce_losses(losses, flat_target, reduction, ignore_index, num_items)
     return reduced.view(target.shape) if reduction == "none" else reduced
 

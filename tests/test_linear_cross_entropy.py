@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_no_worse
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from fastft import _native
+from fastft.loss import linear_cross_entropy as room
+from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, chunk_rows, linear_cross_entropy
+
+ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built"))]
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 1, 1), (1, 63, 507), (63, 1, 15), (63, 33, 507), (130, 16, 1)]  # rows, H, V
+
+
+@pytest.fixture
+def small_workspace(monkeypatch):
+    """Room for 8 rows of 507 fp32 logits: every larger test runs in several chunks."""
+    monkeypatch.setitem(room._WORKSPACE_BYTES, "cpu", 8 * 507 * 4)
+
+
+def make(rows, hidden, classes, dtype=torch.float32, ignored=0.2, bias=True):
+    x, weight = torch.randn(rows, hidden).to(dtype), torch.randn(classes, hidden).to(dtype)
+    target = torch.randint(0, classes, (rows,)).masked_fill(torch.rand(rows) < ignored, -100)
+    return x, weight, torch.randn(classes).to(dtype) if bias else None, target
+
+
+def plain_linear_cross_entropy(x, weight, target, *, linear_bias=None, upcast=False, **options):
+    logits = F.linear(x, weight, linear_bias)
+    return F.cross_entropy(logits.float() if upcast else logits, target.long(), **options)
+
+
+def loss_and_grads(function, x, weight, bias, target, upstream=None, needs=(True, True, True), **options):
+    leaves = [
+        None if t is None else t.detach().clone().requires_grad_(n)
+        for t, n in zip((x, weight, bias), needs, strict=True)
+    ]
+    loss = function(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return [loss.detach(), *(torch.autograd.grad(loss, wanted, upstream) if wanted else ())]
+
+
+def check(x, weight, bias, target, impl="auto", upstream=None, needs=(True, True, True), **options):
+    upcast = x.dtype in (torch.bfloat16, torch.float16)
+    ours = loss_and_grads(linear_cross_entropy, x, weight, bias, target, upstream, needs, impl=impl, **options)
+    plain = loss_and_grads(
+        plain_linear_cross_entropy, x, weight, bias, target, upstream, needs, upcast=upcast, **options
+    )
+    exact = (None if t is None else t.double() for t in (x, weight, bias))
+    truth = loss_and_grads(plain_linear_cross_entropy, *exact, target, upstream, needs, **options)
+    for name, *results in zip(
+        ("loss", "first gradient", "second gradient", "third gradient"), ours, plain, truth, strict=False
+    ):
+        assert results[0].dtype == results[1].dtype
+        assert_no_worse(*results, name)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_matches_torch(impl, dtype, shape, reduction, small_workspace, poisoned_empty):
+    upstream = torch.randn(shape[0]) if reduction == "none" else torch.tensor(1.75)
+    check(*make(*shape, dtype), impl, upstream, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.parametrize("chunks", ["one", "many"])
+def test_mean(dtype, bias, ignored, chunks, request):
+    if chunks == "many":
+        request.getfixturevalue("small_workspace")
+    check(*make(63, 33, 507, dtype, ignored, bias))
+
+
+def test_float64(small_workspace):
+    operands = make(63, 33, 507, torch.float64)
+    ours, plain = (loss_and_grads(f, *operands) for f in (linear_cross_entropy, plain_linear_cross_entropy))
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("needs", [(i, w, b) for i in (True, False) for w in (True, False) for b in (True, False)])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_only_the_gradients_that_are_needed(needs, reduction, small_workspace, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        room, "_sweep", lambda *args, sweep=room._sweep: written.append(result := sweep(*args)) or result
+    )
+    upstream = torch.randn(63) if reduction == "none" else None
+    check(*make(63, 33, 507), upstream=upstream, needs=needs, reduction=reduction)
+    assert tuple(gradient is not None for gradient in written[-1][1:]) == needs
+
+
+def test_no_gradient_is_computed_without_grad_mode(monkeypatch):
+    x, weight, bias, target = (t.requires_grad_() if t.is_floating_point() else t for t in make(63, 33, 507))
+    written = []
+    monkeypatch.setattr(
+        room, "_sweep", lambda *args, sweep=room._sweep: written.append(result := sweep(*args)) or result
+    )
+    with torch.no_grad():
+        linear_cross_entropy(x, weight, target, linear_bias=bias)
+    assert written[0][1:] == (None, None, None)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("options", [{}, {"num_items": 0}, {"num_items": torch.tensor(0)}, {"reduction": "sum"}])
+def test_no_row_counts(impl, rows, options, poisoned_empty):
+    x, weight, bias, target = make(rows, 9, 15, ignored=1.1)
+    results = loss_and_grads(linear_cross_entropy, x, weight, bias, target, impl=impl, **options)
+    assert len(results) == 4 and all(torch.equal(result, torch.zeros_like(result)) for result in results)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_confident_row_keeps_loss_and_gradient(impl):
+    x, weight = torch.ones(1, 1), torch.zeros(7, 1)
+    weight[3] = 25.0
+    check_target = torch.tensor([3])
+    loss, d_input, d_weight = loss_and_grads(linear_cross_entropy, x, weight, None, check_target, impl=impl)
+    others = 6 * torch.exp(torch.tensor(-25.0, dtype=torch.float64))
+    torch.testing.assert_close(loss.double(), others.log1p(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(d_weight[3, 0].double(), -others / (1 + others), rtol=1e-6, atol=0)
+    torch.testing.assert_close(d_input[0, 0].double(), -25 * others / (1 + others), rtol=1e-6, atol=0)
+
+
+def test_a_row_that_is_not_finite_poisons_only_what_it_touches():
+    x, weight, _, target = make(9, 5, 15, ignored=0.0)
+    x[4, 2] = float("nan")
+    losses, d_input, _ = loss_and_grads(linear_cross_entropy, x, weight, None, target, reduction="none")
+    assert losses.isnan().nonzero().tolist() == [[4]] and d_input.isnan().any(1).nonzero().tolist() == [[4]]
+    target[4] = -100
+    for result in loss_and_grads(linear_cross_entropy, x, weight, None, target, reduction="sum"):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("num_items", [8, 8.0, torch.tensor(8), torch.tensor([8.0])])
+def test_num_items_replaces_the_count(num_items):
+    operands = make(63, 33, 507)
+    total = loss_and_grads(linear_cross_entropy, *operands, reduction="sum")
+    mean = loss_and_grads(linear_cross_entropy, *operands, num_items=num_items)
+    assert mean[0].shape == () and all(torch.equal(m, t / 8) for m, t in zip(mean, total, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_leading_dimensions_and_int32_targets(shape, reduction):
+    x, weight = torch.randn(*shape, 9), torch.randn(15, 9)
+    target = torch.randint(0, 15, shape, dtype=torch.int32)
+    loss = linear_cross_entropy(x, weight, target, reduction=reduction, ignore_index=20)
+    logits, flat = F.linear(x, weight).reshape(-1, 15), target.long().reshape(-1)
+    expected = F.cross_entropy(logits, flat, reduction=reduction)
+    torch.testing.assert_close(loss, expected.view(shape) if reduction == "none" else expected)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+def test_strided_operands(ignored, small_workspace):
+    x, weight = torch.randn(33, 126).T[::2], torch.randn(33, 1014)[:, ::2].T
+    target = make(126, 1, 507, ignored=ignored)[3][::2]
+    check(x, weight, torch.randn(1014)[::2], target)
+    check(x, weight, None, target, upstream=torch.randn(2, 63).T[:, 0], reduction="none")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_inputs_are_never_changed_and_graphs_can_be_kept(reduction, small_workspace):
+    operands = make(63, 33, 507)
+    before = [t.clone() for t in operands]
+    leaves = [t.requires_grad_() for t in operands[:3]]
+    loss = linear_cross_entropy(leaves[0], leaves[1], operands[3], linear_bias=leaves[2], reduction=reduction).sum()
+    first, second = (torch.autograd.grad(2 * loss, leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert all(torch.equal(t.detach(), b) and t._version == 0 for t, b in zip(operands, before, strict=True))
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss, leaves, create_graph=True)
+
+
+def test_gradient_checkpointing():
+    x, weight, _, target = make(63, 33, 507)
+    plain = loss_and_grads(linear_cross_entropy, x, weight, None, target)
+
+    def checkpointed(x, weight, target, *, linear_bias):
+        return checkpoint(lambda x: linear_cross_entropy(2 * x, weight, target), x / 2, use_reentrant=False)
+
+    assert all(map(torch.equal, loss_and_grads(checkpointed, x, weight, None, target), plain))
+
+
+@pytest.mark.parametrize("parameters", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_autocast(parameters, reduction, small_workspace):
+    x, weight, bias, target = make(63, 33, 507)
+    x, weight, bias = x.to(parameters[0]), weight.to(parameters[1]), bias.to(parameters[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = loss_and_grads(linear_cross_entropy, x, weight, bias, target, reduction=reduction)
+        plain = loss_and_grads(plain_linear_cross_entropy, x, weight, bias, target, reduction=reduction)
+    exact = [t.double() for t in (x, weight, bias)]
+    truth = loss_and_grads(plain_linear_cross_entropy, *exact, target, reduction=reduction)
+    in_fp32 = linear_cross_entropy(x.float(), weight, target, linear_bias=bias, reduction=reduction)
+    assert not torch.equal(ours[0], in_fp32)  # it did run in bf16
+    for name, *results in zip(("loss", "d_input", "d_weight", "d_bias"), ours, plain, truth, strict=False):
+        assert results[0].dtype == results[1].dtype
+        assert_no_worse(*results, name)
+
+
+def test_deterministic(small_workspace):
+    operands = make(63, 33, 507)
+    one, two = (loss_and_grads(linear_cross_entropy, *operands) for _ in range(2))
+    assert all(map(torch.equal, one, two))
+
+
+def test_many_bf16_chunks_lose_nothing(monkeypatch):
+    """Sums in bf16 stop growing: 128 chunks cost torch's chunked loss 6 %."""
+    monkeypatch.setitem(room._WORKSPACE_BYTES, "cpu", 8 * 64 * 2)
+    check(*make(1024, 16, 64, torch.bfloat16))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_never_holds_the_logits(impl, dtype, reduction, small_workspace):
+    rows, hidden, classes = 300, 4, 507
+    operands = make(rows, hidden, classes, dtype)
+    with LargestTensor() as largest:
+        loss_and_grads(linear_cross_entropy, *operands, impl=impl, reduction=reduction)
+    assert largest.elements <= max(8 * classes * 4 // dtype.itemsize, rows * hidden, classes * hidden)
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "itemsize", "expected"),
+    [
+        (1024, 16384, 4, 512),
+        (1024, 16384, 2, 1024),
+        (1025, 16384, 2, 513),
+        (8192, 128256, 4, 65),
+        (3, 10**9, 4, 1),
+        (0, 507, 4, 0),
+    ],
+)
+def test_chunk_rows_fill_the_workspace_evenly(count, classes, itemsize, expected):
+    rows = chunk_rows(count, classes, itemsize, torch.device("cpu"))
+    assert rows == expected and (rows <= 1 or rows * classes * itemsize <= 32 << 20)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hidden=st.integers(1, 9),
+    classes=st.integers(1, 40),
+    targets=st.lists(st.integers(-1, 39), max_size=30),
+    budget=st.integers(1, 2000),
+    reduction=st.sampled_from(["none", "sum"]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_chunking_and_ignore_pattern(hidden, classes, targets, budget, reduction, seed):
+    torch.manual_seed(seed)
+    x, weight, bias, _ = make(len(targets), hidden, classes)
+    target = torch.tensor([min(t, classes - 1) for t in targets], dtype=torch.int64)
+    upstream = torch.randn(len(targets)) if reduction == "none" else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(room._WORKSPACE_BYTES, "cpu", budget)
+        for impl in ("eager", "auto"):
+            check(x, weight, bias, target, impl, upstream, reduction=reduction, ignore_index=-1)
+
+
+GOOD = {"input": torch.randn(4, 9), "linear_weight": torch.randn(7, 9), "target": torch.tensor([0, 6, -100, 3])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"target": torch.tensor([0, 7, 1, 1])}, ValueError, r"target\[1\] is 7.*\[0, 7\)"),
+        (
+            {"input": torch.ones(2, 2, 9), "target": torch.tensor([[0, 1], [-1, 1]])},
+            ValueError,
+            r"target\[1, 0\] is -1",
+        ),
+        ({"target": torch.tensor([0, 1, 1])}, ValueError, r"\(3,\).*\(4, 9\)"),
+        ({"target": torch.zeros(4)}, TypeError, "target.*float32"),
+        ({"input": torch.tensor(1.0)}, ValueError, "input must be"),
+        ({"input": torch.zeros(4, 9, dtype=torch.int64)}, TypeError, "input.*int64"),
+        ({"linear_weight": torch.randn(7, 8)}, ValueError, r"linear_weight.*\(7, 8\).*\(4, 9\)"),
+        ({"linear_weight": torch.randn(7)}, ValueError, r"linear_weight.*\(7,\)"),
+        ({"linear_weight": torch.randn(0, 9)}, ValueError, r"linear_weight.*\(0, 9\)"),
+        ({"linear_weight": torch.randn(7, 9).bfloat16()}, TypeError, "linear_weight.*bfloat16.*float32"),
+        ({"linear_weight": torch.randn(7, 9, device="meta")}, ValueError, "linear_weight is on meta"),
+        ({"linear_bias": torch.randn(9)}, ValueError, r"linear_bias.*\(9,\).*\(7, 9\)"),
+        ({"linear_bias": torch.randn(7).double()}, TypeError, "linear_bias.*float64"),
+        ({"reduction": "average"}, ValueError, "'average'"),
+        ({"impl": "fast"}, ValueError, "'fast'"),
+        ({"impl": "cuda"}, RuntimeError, "impl='cuda'"),
+        ({"num_items": 3, "reduction": "none"}, ValueError, "num_items.*'none'"),
+        ({"num_items": -3}, ValueError, "num_items.*-3"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**(GOOD | arguments))
+
+
+def test_module():
+    loss = LinearCrossEntropyLoss(9, 7, bias=True, ignore_index=3)
+    expected = F.cross_entropy(loss.linear(GOOD["input"]), GOOD["target"].clamp_min(0), ignore_index=3)
+    torch.testing.assert_close(loss(GOOD["input"], GOOD["target"].clamp_min(0)), expected)
+    assert set(loss.state_dict()) == {"linear.weight", "linear.bias"} and "ignore_index=3" in repr(loss)
+    with pytest.raises(ValueError, match="reduction"):
+        LinearCrossEntropyLoss(9, 7, reduction="median")
