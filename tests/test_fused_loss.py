@@ -166,8 +166,8 @@ def test_evaluation_saving_and_copies_in_the_middle(tmp_path):
         "compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     }
     changes = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 5}
-    _, expected, stock = train(tmp_path / "stock", trainer_options=options, **changes)
-    _, actual, fused = train(tmp_path / "fused", model, [callback, middle], options, **changes)
+    _, _, stock = train(tmp_path / "stock", trainer_options=options, **changes)
+    _, _, fused = train(tmp_path / "fused", model, [callback, middle], options, **changes)
     evaluations = [
         [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         for trainer in (stock, fused)

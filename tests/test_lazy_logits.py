@@ -323,6 +323,14 @@ def test_reading_after_the_weight_changed_raises():
             read(z)
 
 
+def test_reading_after_the_hidden_states_changed_raises():
+    hidden = torch.randn(B, S, H)
+    z = lazy_linear(hidden, torch.randn(V, H), None, Report())
+    hidden.mul_(2.0)
+    with pytest.raises(RuntimeError, match="or its input"):
+        z[:, 1:].logsumexp(-1)
+
+
 def test_a_retained_gradient_is_there():
     z, x, weight, _ = lazy_example()
     z.retain_grad()

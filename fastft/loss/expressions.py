@@ -6,7 +6,7 @@
 
 T rows, V vocabulary, H hidden size. Each chunk makes its own logits, C x V with C >= 256, so a pass holds a workspace
 of a few C x V instead of several T x V. A summed result takes its gradients in the forward pass (three GEMMs); a result
-per row makes its logits again in the backward pass (four GEMMs). Gradients of the weight are summed over chunks in fp32.
+per row makes its logits again in the backward pass (four GEMMs). The weight's gradient is summed over chunks in fp32.
 
 This is the path for whatever `linear_cross_entropy` does not know; it is made of torch operations alone.
 """

@@ -5,8 +5,8 @@
 * A loss, or a reduction over the vocabulary, is evaluated a chunk of rows at a time.
 
 A rule gets the lazy logits, the function and its arguments, and returns `NotImplemented` for whatever it is not sure
-of: the logits are then materialised. Every rule for a view also applies the function to `lazy.shadow`, a tensor on the meta
-device, which gives shape and strides, tells a view from a copy, and raises what torch would raise.
+of: the logits are then materialised. Every rule for a view also applies the function to `lazy.shadow`, a tensor on the
+meta device, which gives shape and strides, tells a view from a copy, and raises what torch would raise.
 """
 
 from __future__ import annotations
@@ -346,45 +346,32 @@ def _named(*names: str) -> list[Callable[..., Any]]:
     return [getattr(space, name) for name in names for space in spaces if callable(getattr(space, name, None))]
 
 
+_FUNCTIONS: dict[Rule, list[Callable[..., Any]]] = {
+    _reshape: _named("view", "reshape", "view_as", "reshape_as"),
+    _along_rows: _named(
+        *("flatten", "unsqueeze", "squeeze", "transpose", "swapaxes", "swapdims", "split", "chunk", "unbind"),
+        *("select", "narrow", "index_select"),
+    ),
+    _permute: _named("permute"),
+    _iterate: [T.__iter__],
+    _getitem: [T.__getitem__],
+    _clone: _named("clone", "contiguous"),
+    _detach: _named("detach"),
+    _cast: [*CASTS, T.to, T.type_as],
+    _pointwise: _named(
+        *("mul", "div", "add", "sub", "true_divide", "multiply", "divide", "neg", "pow", "square"),
+        *("clamp", "clamp_min"),
+        *("tanh", "exp", "log", "sigmoid", "logsigmoid", "relu", "nan_to_num"),
+        *("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__add__", "__radd__", "__sub__", "__rsub__"),
+        *("__neg__", "__pow__"),
+    ),
+    _softmax: _named("log_softmax", "softmax"),
+    _reduce: _named("logsumexp", "sum", "mean", "argmax", "amax"),
+    _gather: _named("gather"),
+    _cross_entropy: [F.cross_entropy, F.nll_loss],
+}
 RULES: dict[Callable[..., Any], Rule] = {
-    function: rule
-    for rule, functions in {
-        _reshape: _named("view", "reshape", "view_as", "reshape_as"),
-        _along_rows: _named(
-            *("flatten", "unsqueeze", "squeeze", "transpose", "swapaxes", "swapdims", "split", "chunk", "unbind"),
-            *("select", "narrow", "index_select"),
-        ),
-        _permute: _named("permute"),
-        _iterate: [T.__iter__],
-        _getitem: [T.__getitem__],
-        _clone: _named("clone", "contiguous"),
-        _detach: _named("detach"),
-        _cast: [*CASTS, T.to, T.type_as],
-        _pointwise: _named(
-            *(
-                "mul",
-                "div",
-                "add",
-                "sub",
-                "true_divide",
-                "multiply",
-                "divide",
-                "neg",
-                "pow",
-                "square",
-                "clamp",
-                "clamp_min",
-            ),
-            *("tanh", "exp", "log", "sigmoid", "logsigmoid", "relu", "nan_to_num"),
-            *("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__add__", "__radd__", "__sub__", "__rsub__"),
-            *("__neg__", "__pow__"),
-        ),
-        _softmax: _named("log_softmax", "softmax"),
-        _reduce: _named("logsumexp", "sum", "mean", "argmax", "amax"),
-        _gather: _named("gather"),
-        _cross_entropy: [F.cross_entropy, F.nll_loss],
-    }.items()
-    for function in functions
+    function: rule for rule, functions in _FUNCTIONS.items() for function in functions
 }
 REFLECTED: dict[Callable[..., Any], Rule] = dict.fromkeys(_named("mul", "div", "add", "sub"), _reflected)
 IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -31,6 +31,7 @@ class LazyForward:
         self._outside_compiled = torch.compiler.disable(self._forward)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`nn.Linear.forward`: lazy logits or stock ones."""
         return self._outside_compiled(input, *args, **kwargs)
 
     def _forward(self, input: Tensor, *args: Any, fastft_task: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
