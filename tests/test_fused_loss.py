@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-import logging
 import pickle
 
 import pytest
 import torch
 import transformers
 from numerics import assert_no_worse
+from test_lazy_logits import LargestTensor
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.loss import lazy_rules
 from fastft.loss.lazy_logits import LazyLogits
@@ -22,7 +23,7 @@ V = 997
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
 SMALL |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = {**SMALL, "num_key_value_heads": 2}
-STEPS = 10
+STEPS, LEARNING_RATE = 10, 1e-3
 
 
 def llama(**changes):
@@ -60,7 +61,7 @@ def arguments(tmp_path, **changes):
         "logging_steps": 1,
     }
     options |= {
-        "learning_rate": 1e-3,
+        "learning_rate": LEARNING_RATE,
         "report_to": "none",
         "use_cpu": True,
         "save_strategy": "no",
@@ -122,11 +123,21 @@ def test_ten_steps_in_fp32_are_stock(name, tmp_path):
     fused, actual, _ = train(tmp_path, model, [callback], options, **changes)
     assert callback.report.fused >= 2 * STEPS and not callback.report.materialised, callback.report
     assert len(fused.losses) == STEPS
-    assert fused.losses == pytest.approx(stock.losses, rel=1e-5)
-    assert fused.norms == pytest.approx(stock.norms, rel=1e-4)
-    for key in expected:
-        torch.testing.assert_close(actual[key], expected[key], rtol=1e-4, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+    assert fused.losses == pytest.approx(stock.losses, rel=1e-6)
+    assert fused.norms == pytest.approx(stock.norms, rel=1e-5)
+    for key in expected:  # AdamW divides by the gradient's size: where that is next to nothing, rounding shows
+        apart = (actual[key] - expected[key]).abs()
+        assert apart.max() <= 0.02 * STEPS * LEARNING_RATE and apart.norm() <= 3e-5 * expected[key].norm(), key
     assert_stock(model)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_no_training_step_makes_a_tensor_as_large_as_the_logits(bf16):
+    model = llama(vocab_size=20_000, max_position_embeddings=256).train()
+    ids = torch.randint(3, 20_000, (4, 256))
+    with LargestTensor() as seen, fused_loss(model), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert 0 < seen.largest <= ids.numel() * 20_000 // 2
 
 
 def test_ten_steps_in_bf16_are_no_further_from_fp32_than_stock(tmp_path):
@@ -155,8 +166,8 @@ def test_evaluation_saving_and_copies_in_the_middle(tmp_path):
         "compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     }
     changes = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 5}
-    _, expected, stock = train(tmp_path / "stock", trainer_options=options, **changes)
-    _, actual, fused = train(tmp_path / "fused", model, [callback, middle], options, **changes)
+    _, _, stock = train(tmp_path / "stock", trainer_options=options, **changes)
+    _, _, fused = train(tmp_path / "fused", model, [callback, middle], options, **changes)
     evaluations = [
         [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         for trainer in (stock, fused)
@@ -239,13 +250,13 @@ def test_verify_raises_on_a_wrong_loss(tmp_path, monkeypatch):
         (lambda model: setattr(model, "lm_head", nn.Sequential(model.lm_head)), "no output head"),
     ],
 )
-def test_what_cannot_be_fused_is_said(spoil, reason, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+def test_what_cannot_be_fused_is_said(spoil, reason, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(fused_loss_module.logger, "warning", warnings.append)
     model, callback = llama(), FusedLossCallback()
     spoil(model)
     train(tmp_path, model, [callback], max_steps=1)
     assert callback.report.fused == 0 and reason in callback.report.skipped[0]
-    warnings = [record.message for record in caplog.records if "no loss was fused" in record.message]
     assert len(warnings) == 1 and reason in warnings[0]
 
 

@@ -1,4 +1,4 @@
-"""Lazy logits against dense ones: values and gradients of x, W and b for every kind of use; what must stay lazy, does."""
+"""Lazy logits against dense ones: values and gradients for every kind of use; what must stay lazy, does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastft.loss import expressions
-from fastft.loss.lazy_logits import LazyLogits, Report, lazy_linear
+from fastft.loss.lazy_logits import LazyLogits, lazy_linear
+from fastft.loss.report import Report
 
 B, S, V, H = 2, 9, 53, 16
 VOCAB = 20_000  # so large that 1024 rows are more than any workspace
@@ -320,6 +321,14 @@ def test_reading_after_the_weight_changed_raises():
             weight.add_(1.0)
         with pytest.raises(RuntimeError, match="read after the output head's weight was changed"):
             read(z)
+
+
+def test_reading_after_the_hidden_states_changed_raises():
+    hidden = torch.randn(B, S, H)
+    z = lazy_linear(hidden, torch.randn(V, H), None, Report())
+    hidden.mul_(2.0)
+    with pytest.raises(RuntimeError, match="or its input"):
+        z[:, 1:].logsumexp(-1)
 
 
 def test_a_retained_gradient_is_there():

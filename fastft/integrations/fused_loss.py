@@ -9,8 +9,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from fastft.loss.lazy_logits import Report
 from fastft.loss.output_head import Attachment, unwrap
+from fastft.loss.report import Report
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
 
@@ -28,8 +28,8 @@ class FusedLossCallback(TrainerCallback):
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
             `skipped`, why the model was left as it is. Of the latest training.
 
-    An exception out of `train()` leaves the model attached, because Trainer then calls no callback: `restore()` takes it
-    off, and so does the next `train()`.
+    An exception out of `train()` leaves the model attached, because Trainer then calls no callback: `restore()` takes
+    it off, and so does the next `train()`.
     """
 
     def __init__(self, verify: bool = False) -> None:
@@ -141,6 +141,6 @@ def _compare(stock: torch.Tensor | None, fused: torch.Tensor | None, dtype: torc
     expected, actual = float(stock), float(fused)
     if abs(expected - actual) > _TOLERANCE.get(dtype, 5e-2) * max(1.0, abs(expected)):
         raise RuntimeError(
-            f"fastft: the fused loss of the first batch is {actual:.8g}, the stock loss {expected:.8g}. Please report this "
-            "model; train it without FusedLossCallback."
+            f"fastft: the fused loss of the first batch is {actual:.8g}, the stock loss {expected:.8g}. Please report "
+            "this model; train it without FusedLossCallback."
         )

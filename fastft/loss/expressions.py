@@ -4,9 +4,9 @@
     z      = f_k(... f_1(logits))                   a tree of `Call`s: casts, softcap, scale, log-softmax, ...
     result = g(z, rows)                             a sum over rows, or one result per row
 
-T rows, V vocabulary, H hidden size. Each chunk makes its own logits, C x V with C >= 256, so a pass holds a workspace of
-a few C x V instead of several T x V. A summed result takes its gradients in the forward pass (three GEMMs); a result per
-row makes its logits again in the backward pass (four GEMMs). Gradients of the weight are summed over chunks in fp32.
+T rows, V vocabulary, H hidden size. Each chunk makes its own logits, C x V with C >= 256, so a pass holds a workspace
+of a few C x V instead of several T x V. A summed result takes its gradients in the forward pass (three GEMMs); a result
+per row makes its logits again in the backward pass (four GEMMs). The weight's gradient is summed over chunks in fp32.
 
 This is the path for whatever `linear_cross_entropy` does not know; it is made of torch operations alone.
 """
@@ -75,8 +75,9 @@ def evaluate(expression: Expression, logits: Tensor) -> Tensor:
     return value(expression)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(terms: tuple[Term, ...]) -> tuple[int, ...]:
+    tensors = (tensor for term in terms for tensor in term if tensor is not None)
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class Linear:
     @classmethod
     def of(cls, *terms: Term, head: Callable[..., Any] | None = None) -> Linear:
         """A linear layer over tensors as they are now."""
-        return cls(terms, tuple(_version(weight) for _, weight, _ in terms), head)
+        return cls(terms, _versions(terms), head)
 
     @property
     def vocab(self) -> int:
@@ -109,14 +110,23 @@ class Linear:
 
     def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Linear:
         """The layer over changed inputs: a view or a selection of rows."""
-        return replace(self, terms=tuple((change(x), weight, bias) for x, weight, bias in self.terms))
+        self.check_unchanged()
+        return Linear.of(*((change(x), weight, bias) for x, weight, bias in self.terms), head=self.head)
 
     def plus(self, other: Linear, scale: float = 1.0) -> Linear:
         """The sum with `scale` times another layer (base head + LoRA)."""
-        if scale != 1.0:
-            scaled = ((x * scale, weight, None if bias is None else bias * scale) for x, weight, bias in other.terms)
-            other = replace(other, terms=tuple(scaled))
-        return replace(self, terms=self.terms + other.terms, versions=self.versions + other.versions)
+        self.check_unchanged()
+        other.check_unchanged()
+        if scale == 1.0:
+            return Linear.of(*self.terms, *other.terms)
+        scaled = ((x * scale, weight, None if bias is None else bias * scale) for x, weight, bias in other.terms)
+        return Linear.of(*self.terms, *scaled)
+
+    def plus_bias(self, extra: Tensor) -> Linear:
+        """The sum with one more bias (V,), trained or not."""
+        self.check_unchanged()
+        (x, weight, bias), *more = self.terms
+        return Linear.of((x, weight, extra if bias is None else bias + extra), *more)
 
     def same_as(self, other: Linear) -> bool:
         """Whether both give the same logits because they are made of the same tensors."""
@@ -130,30 +140,37 @@ class Linear:
         return replace(self, terms=tuple(terms))
 
     def check_unchanged(self) -> None:
-        """Raises RuntimeError when a weight is not what it was when the head ran."""
-        for version, (_, weight, _) in zip(self.versions, self.terms, strict=True):
-            if _version(weight) != version:
-                raise RuntimeError(
-                    "fastft: these logits are read after the output head's weight was changed (an optimizer step?); "
-                    "they were never computed. Read or detach() them before the step."
-                )
+        """Raises RuntimeError when a tensor is not what it was when the head ran."""
+        if self.versions != _versions(self.terms):
+            raise RuntimeError(
+                "fastft: these logits are read after the output head's weight was changed (an optimizer step?), or its "
+                "input; they were never computed. Read or detach() them before the step."
+            )
 
     def inside_head(self, task: Callable[[Linear], Tensor]) -> Tensor:
         """`task` of a layer whose weight is there.
 
-        FSDP2 and ZeRO-3 free the gathered weight of a head that is a unit of its own as soon as its forward is over; then
-        the head is entered again, so that its own hooks gather it, and `task` runs in there.
+        FSDP2 and ZeRO-3 free the gathered weight of a head that is a unit of its own as soon as its forward is over;
+        then the head is entered again, so that its own hooks gather it, and `task` runs in there.
         """
-        if self.head is None or len(self.terms) != 1 or not _is_freed(self.terms[0][1]):
+        if not any(is_freed(weight) for _, weight, _ in self.terms):
             return task(self)
-        return self.head(self.terms[0][0], fastft_task=lambda *term: task(Linear.of(term)))
+        if self.head is None:
+            raise RuntimeError("fastft: the output head's sharded weight is gone and the head cannot be entered again.")
+        x = self.terms[0][0]
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return task(Linear.of((x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))))
+
+        return self.head(x, fastft_task=run)
 
     def dense(self) -> Tensor:
         """The logits."""
         return _linear(self.terms)
 
 
-def _is_freed(weight: Tensor) -> bool:
+def is_freed(weight: Tensor) -> bool:
+    """Whether a sharding library has taken the numbers away again."""
     return weight.dim() != 2 or weight.untyped_storage().size() < weight.numel() * weight.element_size()
 
 
@@ -258,7 +275,7 @@ class _RowWise(torch.autograd.Function):
         return torch.stack(pieces).sum(0) if task.summed else torch.cat(pieces)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.task.summed:
             gradients = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients]
         else:

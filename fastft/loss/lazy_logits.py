@@ -3,8 +3,8 @@
 A `LazyLogits` looks like the tensor `linear(x, W, b)` to everybody (shape, strides, dtype, device, autograd), but holds
 only x, W and b and the row-wise functions applied since. Three layers keep it right:
 
-* `__torch_function__`, above autograd: the rules of `lazy_rules` keep it lazy through views, casts, softcaps and scales,
-  and evaluate losses a chunk of rows at a time.
+* `__torch_function__`, above autograd: the rules of `lazy_rules` keep it lazy through views, casts, softcaps and
+  scales, and evaluate losses a chunk of rows at a time.
 * What no rule covers *materialises*: the real logits are computed once, with their autograd history, and used from then
   on. The `Report` says where. Slower, never wrong.
 * `__torch_dispatch__`, below autograd: code that passes by torch functions (`autograd.Function.apply`, C++) gets the
@@ -16,9 +16,8 @@ materialises the root; each member then is the same view of it that plain torch 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -27,41 +26,9 @@ from torch.utils._pytree import tree_map
 
 from fastft.loss.expressions import LOGITS, Expression, Linear, evaluate
 from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
+from fastft.loss.report import Report
 
 Replay: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
-
-
-@dataclass
-class Report:
-    """What became of the logits of a model.
-
-    `fused`: how many losses (and differentiable reductions over the vocabulary) were computed without logits.
-    `materialised`: what asked for real logits, as "function at file:line", each place once.
-    `skipped`: why a head, or the whole model, was left as it is.
-    """
-
-    fused: int = 0
-    materialised: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-
-    def note_materialised(self, function: str) -> None:
-        """Remembers the caller of `function`."""
-        place = f"{function} at {_caller()}"
-        if place not in self.materialised:
-            self.materialised.append(place)
-
-
-def _caller() -> str:
-    """file:line of the innermost frame that is neither torch nor this package's loss."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] != "torch" and not module.startswith("fastft.loss."):
-            return f"{frame.f_code.co_filename.split('site-packages/')[-1]}:{frame.f_lineno}"
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return "unknown"
 
 
 @dataclass(eq=False)
@@ -87,7 +54,7 @@ class _LazyNode(torch.autograd.Function):
             return LazyLogits._wrap(recipe)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
         if grad_output is None:
             return (None,) * (1 + len(saved))
@@ -228,7 +195,7 @@ class LazyLogits(Tensor):
         elif self._dense is None:
             with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(self.requires_grad):
                 self._dense = self._compute(function)
-        return self._dense  # type: ignore[return-value]
+        return self._dense
 
     def _compute(self, function: str) -> Tensor:
         self._recipe.report.note_materialised(function)
@@ -247,7 +214,7 @@ class LazyLogits(Tensor):
             return self._compute(function).detach()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         aten = torch.ops.aten
@@ -282,7 +249,7 @@ class LazyLogits(Tensor):
         )
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
 
@@ -333,14 +300,14 @@ def _hook(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             return func(*args, **kwargs)
     if lazy.is_lazy and lazy._family()._used:
         raise RuntimeError(
-            f"fastft: {func.__name__} on logits whose loss is already fused would never see a gradient. Call it before the "
-            "loss is computed, or without fastft's fused loss."
+            f"fastft: {func.__name__} on logits whose loss is already fused would never see a gradient. Call it before "
+            "the loss is computed, or without fastft's fused loss."
         )
     return func(lazy.materialise(func.__name__), *args[1:], **kwargs)
 
 
 def _make_leaf(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Detached logits that are to collect a gradient of their own (reentrant checkpointing): real ones, without history."""
+    """Detached logits that are to collect a gradient of their own (reentrant checkpointing): real ones, no history."""
     with torch._C.DisableTorchFunctionSubclass():
         if not lazy.requires_grad and not lazy.is_inference():
             lazy._dense = lazy._numbers(func.__name__)

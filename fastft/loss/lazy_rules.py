@@ -4,9 +4,9 @@
 * A function that works on each row alone is recorded as an expression.
 * A loss, or a reduction over the vocabulary, is evaluated a chunk of rows at a time.
 
-A rule gets the lazy logits, the function and its arguments, and returns `NotImplemented` for whatever it is not sure of:
-the logits are then materialised. Every rule for a view also applies the function to `lazy.shadow`, a tensor on the meta
-device, which gives shape and strides, tells a view from a copy, and raises what torch would raise.
+A rule gets the lazy logits, the function and its arguments, and returns `NotImplemented` for whatever it is not sure
+of: the logits are then materialised. Every rule for a view also applies the function to `lazy.shadow`, a tensor on the
+meta device, which gives shape and strides, tells a view from a copy, and raises what torch would raise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.loss.expressions import LOGITS, Call, Expression, Linear, autocast_state, map_rows, sum_over_rows
+from fastft.loss.expressions import LOGITS, Call, Expression, Linear, autocast_state, is_freed, map_rows, sum_over_rows
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _clone(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
 
 
 def _detach(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Somebody who detaches while gradients are recorded wants to keep the numbers; inside a Function it is plumbing."""
+    """Who detaches while gradients are recorded wants to keep the numbers; inside a Function it is plumbing."""
     return NotImplemented if torch.is_grad_enabled() else lazy.derived(lazy.expression)
 
 
@@ -163,7 +163,7 @@ def _cast(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwa
         return NotImplemented
     if dtype is None or (dtype == lazy.shadow.dtype and not kwargs.get("copy")):
         return lazy if not kwargs.get("copy") else lazy.derived(lazy.expression)
-    return _record(lazy, T.to, (LOGITS, dtype), {})
+    return _record(lazy, T.to, (lazy.expression, dtype), {})
 
 
 def _pointwise(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,7 +175,7 @@ def _pointwise(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]
         if operand is None:
             return _sum_of_two(lazy, func, args, kwargs)
         arguments.append(operand[0])
-    return _record(lazy, func, tuple(arguments), kwargs, composed=True)
+    return _record(lazy, func, tuple(arguments), kwargs)
 
 
 def _reflected(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,7 +183,7 @@ def _reflected(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]
     operand = _operand(lazy, args[0])
     if operand is None or kwargs:
         return NotImplemented
-    return _record(lazy, func, (operand[0], lazy.expression), kwargs, composed=True)
+    return _record(lazy, func, (operand[0], lazy.expression), kwargs)
 
 
 def _operand(lazy: LazyLogits, arg: Any) -> tuple[Any] | None:
@@ -207,24 +207,18 @@ def _sum_of_two(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...
     other, dtype = args[0], lazy.shadow.dtype
     if isinstance(other, type(lazy)):
         scale = _scale_of(other.expression) if other.is_lazy else None
-        if (
-            scale is None
-            or other.shape != lazy.shape
-            or other.dtype != dtype
-            or (lazy.linear.head is not None and _freed(lazy))
-        ):
+        if scale is None or other.shape != lazy.shape or other.dtype != dtype or _any_freed(lazy, other):
             return NotImplemented
         return lazy.derived(LOGITS, lazy.source.plus(other.source, scale))
     is_bias = isinstance(other, Tensor) and other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
-    if not is_bias or other.dtype != dtype or other.dim() > lazy.shadow.dim():
+    if not is_bias or other.dtype != dtype or other.dim() > lazy.shadow.dim() or _any_freed(lazy):
         return NotImplemented
-    (x, weight, bias), *more = lazy.source.terms
-    bias = other.reshape(-1) if bias is None else bias + other.reshape(-1)
-    return lazy.derived(LOGITS, Linear(((x, weight, bias), *more), lazy.linear.versions, lazy.linear.head))
+    return lazy.derived(LOGITS, lazy.source.plus_bias(other.reshape(-1)))
 
 
-def _freed(lazy: LazyLogits) -> bool:
-    return lazy.linear.terms[0][1].untyped_storage().size() == 0
+def _any_freed(*logits: LazyLogits) -> bool:
+    """Whether a head must be entered again, which knows of its own term alone."""
+    return any(is_freed(weight) for lazy in logits for _, weight, _ in lazy.linear.terms)
 
 
 def _scale_of(expression: Expression) -> float | None:
@@ -245,21 +239,13 @@ def _softmax(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], 
         return NotImplemented
     dtypes = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
     function = torch.log_softmax if "log" in func.__name__ else torch.softmax
-    return _record(lazy, function, (LOGITS, -1), {"dtype": dtypes[0]} if dtypes else {})
+    return _record(lazy, function, (lazy.expression, -1), {"dtype": dtypes[0]} if dtypes else {})
 
 
 def _record(
-    lazy: LazyLogits,
-    func: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    composed: bool = False,
+    lazy: LazyLogits, func: Callable[..., Any], arguments: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> LazyLogits:
-    """The lazy logits with one more function on top; `composed` if the sub-expressions are already in the arguments."""
-    if not composed:
-        arguments = tuple(lazy.expression if argument is LOGITS else argument for argument in arguments)
-    state = autocast_state(lazy.linear.terms[0][0].device.type)
-    return lazy.derived(Call(func, arguments, kwargs, state))
+    return lazy.derived(Call(func, arguments, kwargs, autocast_state(lazy.linear.terms[0][0].device.type)))
 
 
 # --- reductions over the vocabulary and losses
@@ -286,7 +272,7 @@ def _reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], k
 
 def _gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     dim = kwargs.get("dim", args[0] if args else None)
-    index = kwargs.get("index", args[1] if len(args) > 1 else None)
+    index: Any = kwargs.get("index", args[1] if len(args) > 1 else None)
     if not _is_last(lazy, dim) or index.shape[:-1] != lazy.shadow.shape[:-1] or index.dim() != lazy.shadow.dim():
         return NotImplemented
     rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
@@ -340,9 +326,9 @@ def _is_plain(lazy: LazyLogits, target: Tensor) -> bool:
         return False
     if lazy.expression is LOGITS:
         return True
-    function, arguments, *_ = lazy.expression  # type: ignore[misc]
+    cast = lazy.expression
     narrow = lazy.linear.terms[0][0].element_size() == 2
-    return function is T.to and arguments == (LOGITS, torch.float32) and narrow
+    return isinstance(cast, Call) and cast.function is T.to and cast.arguments == (LOGITS, torch.float32) and narrow
 
 
 def _fused(layer: Linear, target: Tensor, reduction: str, ignore_index: int) -> Tensor:
@@ -360,45 +346,32 @@ def _named(*names: str) -> list[Callable[..., Any]]:
     return [getattr(space, name) for name in names for space in spaces if callable(getattr(space, name, None))]
 
 
+_FUNCTIONS: dict[Rule, list[Callable[..., Any]]] = {
+    _reshape: _named("view", "reshape", "view_as", "reshape_as"),
+    _along_rows: _named(
+        *("flatten", "unsqueeze", "squeeze", "transpose", "swapaxes", "swapdims", "split", "chunk", "unbind"),
+        *("select", "narrow", "index_select"),
+    ),
+    _permute: _named("permute"),
+    _iterate: [T.__iter__],
+    _getitem: [T.__getitem__],
+    _clone: _named("clone", "contiguous"),
+    _detach: _named("detach"),
+    _cast: [*CASTS, T.to, T.type_as],
+    _pointwise: _named(
+        *("mul", "div", "add", "sub", "true_divide", "multiply", "divide", "neg", "pow", "square"),
+        *("clamp", "clamp_min"),
+        *("tanh", "exp", "log", "sigmoid", "logsigmoid", "relu", "nan_to_num"),
+        *("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__add__", "__radd__", "__sub__", "__rsub__"),
+        *("__neg__", "__pow__"),
+    ),
+    _softmax: _named("log_softmax", "softmax"),
+    _reduce: _named("logsumexp", "sum", "mean", "argmax", "amax"),
+    _gather: _named("gather"),
+    _cross_entropy: [F.cross_entropy, F.nll_loss],
+}
 RULES: dict[Callable[..., Any], Rule] = {
-    function: rule
-    for rule, functions in {
-        _reshape: _named("view", "reshape", "view_as", "reshape_as"),
-        _along_rows: _named(
-            *("flatten", "unsqueeze", "squeeze", "transpose", "swapaxes", "swapdims", "split", "chunk", "unbind"),
-            *("select", "narrow", "index_select"),
-        ),
-        _permute: _named("permute"),
-        _iterate: [T.__iter__],
-        _getitem: [T.__getitem__],
-        _clone: _named("clone", "contiguous"),
-        _detach: _named("detach"),
-        _cast: [*CASTS, T.to, T.type_as],
-        _pointwise: _named(
-            *(
-                "mul",
-                "div",
-                "add",
-                "sub",
-                "true_divide",
-                "multiply",
-                "divide",
-                "neg",
-                "pow",
-                "square",
-                "clamp",
-                "clamp_min",
-            ),
-            *("tanh", "exp", "log", "sigmoid", "logsigmoid", "relu", "nan_to_num"),
-            *("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__add__", "__radd__", "__sub__", "__rsub__"),
-            *("__neg__", "__pow__"),
-        ),
-        _softmax: _named("log_softmax", "softmax"),
-        _reduce: _named("logsumexp", "sum", "mean", "argmax", "amax"),
-        _gather: _named("gather"),
-        _cross_entropy: [F.cross_entropy, F.nll_loss],
-    }.items()
-    for function in functions
+    function: rule for rule, functions in _FUNCTIONS.items() for function in functions
 }
 REFLECTED: dict[Callable[..., Any], Rule] = dict.fromkeys(_named("mul", "div", "add", "sub"), _reflected)
 IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {

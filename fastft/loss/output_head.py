@@ -1,8 +1,8 @@
 """Finding a model's output head and letting it return lazy logits.
 
 A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance, and nothing else. No
-parameter, buffer, hook or class is added, so that state dicts keep their keys; a copy or a pickle of the model has stock
-heads. Quantised, offloaded, kernelised or custom heads are left alone.
+parameter, buffer, hook or class is added, so that state dicts keep their keys; a copy or a pickle of the model has
+stock heads. Quantised, offloaded, kernelised or custom heads are left alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.loss.lazy_logits import Report, lazy_linear
+from fastft.loss.lazy_logits import lazy_linear
+from fastft.loss.report import Report
 
 
 class LazyForward:
@@ -30,6 +31,7 @@ class LazyForward:
         self._outside_compiled = torch.compiler.disable(self._forward)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`nn.Linear.forward`: lazy logits or stock ones."""
         return self._outside_compiled(input, *args, **kwargs)
 
     def _forward(self, input: Tensor, *args: Any, fastft_task: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
@@ -85,14 +87,15 @@ class Attachment:
 
 def find_heads(model: nn.Module) -> list[nn.Linear]:
     """The linear modules whose sum is the model's logits: the output embeddings, looked up inside PEFT wrappers."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else unwrap(model)
+    get_base: Any = getattr(model, "get_base_model", None)
+    base: Any = get_base() if get_base is not None else unwrap(model)
     try:
         head = base.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         head = None
     if head is not None:
         return _linear_parts(head)
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     sizes = {getattr(config, "vocab_size", None)}
     if hasattr(config, "get_text_config"):
         sizes.add(getattr(config.get_text_config(), "vocab_size", None))
@@ -144,8 +147,9 @@ def fused_loss(model: nn.Module) -> Iterator[Report]:
     real logits and is still right. Evaluation, and forward passes without gradients, are stock.
 
     Args:
-        model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers included). Where there is none,
-            or under DataParallel and tensor parallelism, the model is left as it is and the report's `skipped` says why.
+        model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers included). Where there is
+            none, or under DataParallel or tensor parallelism, the model is left as it is and the report's `skipped`
+            says why.
 
     Yields:
         `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.

@@ -1,0 +1,38 @@
+"""What became of a model's logits, for people to read."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from types import FrameType
+
+
+@dataclass
+class Report:
+    """What became of the logits of a model.
+
+    `fused`: how many losses (and differentiable reductions over the vocabulary) were computed without logits.
+    `materialised`: what asked for real logits, as "function at file:line", each place once.
+    `skipped`: why a head, or the whole model, was left as it is.
+    """
+
+    fused: int = 0
+    materialised: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def note_materialised(self, function: str) -> None:
+        """Remembers the caller of `function`."""
+        place = f"{function} at {_caller()}"
+        if place not in self.materialised:
+            self.materialised.append(place)
+
+
+def _caller() -> str:
+    """file:line of the innermost frame that is neither torch nor this package's loss."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] != "torch" and not module.startswith("fastft.loss."):
+            return f"{frame.f_code.co_filename.split('site-packages/')[-1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown"
