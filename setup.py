@@ -135,7 +135,8 @@ def write_rules(kind, folder):
         rules.rule("stub", f"{quote(cxx)} -shared -nostdlib -Wl,-soname,$out -x c++ /dev/null -o $out")
         # linked aside and renamed: an interrupted build leaves no half library behind
         link = f"{quote([*cxx, *extra])} -shared -s -o $out.part $in -Wl,--no-as-needed -L. $torch -Wl,--as-needed"
-        link += f" {quote(libs)} -Wl,--version-script={quote([CSRC / 'exports.map'])} -Wl,-z,relro -Wl,--gc-sections && mv $out.part $out"
+        exports = quote([f"-Wl,--version-script={CSRC / 'exports.map'}"])
+        link += f" {quote(libs)} {exports} -Wl,-z,relro -Wl,--gc-sections && mv $out.part $out"
         rules.rule("link", link, description=f"{kind}: $out")
         for source, name, flags in objects:
             rules.build(name, "compile", str(source), variables={"flags": quote(flags)})

@@ -26,7 +26,10 @@ def seeded() -> None:
 @pytest.fixture
 def poisoned_empty():
     """torch.empty filled with NaN (or the largest integer), so that an output which nobody wrote shows."""
-    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

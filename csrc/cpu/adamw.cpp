@@ -12,11 +12,12 @@ constexpr int64_t kGrain = 16384;  // elements; fewer are not worth waking a thr
 
 void update(const fastft::AdamwTensor& t, int64_t begin, int64_t n) {
   if (!t.remainder) {
-    adamw_fp32_kernel()(static_cast<float*>(t.param) + begin, static_cast<const float*>(t.grad) + begin, t.exp_avg + begin,
-                        t.exp_avg_sq + begin, n, t.hyper);
+    adamw_fp32_kernel()(static_cast<float*>(t.param) + begin, static_cast<const float*>(t.grad) + begin,
+                        t.exp_avg + begin, t.exp_avg_sq + begin, n, t.hyper);
   } else {
     adamw_bf16_kernel()(static_cast<uint16_t*>(t.param) + begin, t.remainder + begin,
-                        static_cast<const uint16_t*>(t.grad) + begin, t.exp_avg + begin, t.exp_avg_sq + begin, n, t.hyper);
+                        static_cast<const uint16_t*>(t.grad) + begin, t.exp_avg + begin, t.exp_avg_sq + begin, n,
+                        t.hyper);
   }
 }
 

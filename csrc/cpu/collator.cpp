@@ -22,7 +22,8 @@ struct Batch {
 
   void fill(int64_t begin, int64_t end) const {
     int64_t segment = std::upper_bound(cu_seqlens, cu_seqlens + segments + 1, begin) - cu_seqlens - 1;
-    if (labels != source) std::memcpy(labels + begin, source + begin, static_cast<size_t>(end - begin) * sizeof *labels);
+    if (labels != source)
+      std::memcpy(labels + begin, source + begin, static_cast<size_t>(end - begin) * sizeof *labels);
     for (int64_t t = begin; t < end; segment++) {
       const int64_t first = cu_seqlens[segment], stop = std::min<int64_t>(end, cu_seqlens[segment + 1]);
       if (t == first && t < stop) labels[t] = kIgnored;

@@ -56,8 +56,8 @@ void compute(const Tensor& logits, const Target& target, float* losses, float* l
         continue;
       }
       const float scale = row_scale ? row_scale[i] : 1.0f;
-      const fastft::CrossEntropyRow job{data + i * stride * itemsize, grad_row, losses + i, lse + i, classes,
-                                        target[i], scale, bfloat16};
+      const fastft::CrossEntropyRow job{
+          data + i * stride * itemsize, grad_row, losses + i, lse + i, classes, target[i], scale, bfloat16};
       kernel(&job);
     }
   });
@@ -89,8 +89,8 @@ void cross_entropy_rows(StableIValue* stack, uint64_t nargs, uint64_t) {
     scale = static_cast<const float*>(row_scale.data());
   }
   if (logits.numel())
-    compute(logits, targets, static_cast<float*>(losses.mutable_data()), static_cast<float*>(lse.mutable_data()), grad_data,
-            grad_stride, scale, ignore_index);
+    compute(logits, targets, static_cast<float*>(losses.mutable_data()), static_cast<float*>(lse.mutable_data()),
+            grad_data, grad_stride, scale, ignore_index);
 }
 
 static fastft::Kernel kernel_cross_entropy_rows("cross_entropy_rows", cross_entropy_rows);

@@ -1,5 +1,6 @@
-// One row of logits: loss, log sum exp and gradient. Written with the compiler's vector types at the width of the instruction
-// set; sums always run in 16 lanes that are added up in one order, so that every instruction set gives the same bits.
+// One row of logits: loss, log sum exp and gradient. Written with the compiler's vector types at the width of the
+// instruction set; sums always run in 16 lanes that are added up in one order, so that every instruction set gives the
+// same bits.
 #include <stdint.h>
 
 #include "cross_entropy.h"
@@ -61,10 +62,11 @@ inline void put(Bfloat16* p, float x) {
 inline void put_minus_infinity(float* p) { *p = -__builtin_inff(); }
 inline void put_minus_infinity(Bfloat16* p) { p->bits = 0xff80; }
 
-// exp for x <= 0, within 1 ulp: 2^n * e^r with Cephes' minimax polynomial for e^r. Below the smallest normal number it is 0;
-// NaN stays NaN.
+// exp for x <= 0, within 1 ulp: 2^n * e^r with Cephes' minimax polynomial for e^r. Below the smallest normal number it
+// is 0; NaN stays NaN.
 inline __attribute__((always_inline)) Floats exp_negative(Floats x) {
-  constexpr float kSmallest = -87.0f, kRound = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
+  constexpr float kSmallest = -87.0f,
+                  kRound = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
   const Floats zero = {}, clamped = x < kSmallest ? zero + kSmallest : x;
   const Floats shifted = clamped * 1.44269504f + kRound;
   const Floats n = shifted - kRound;
@@ -114,8 +116,10 @@ double sum_of_others(const T* logits, int64_t classes, int64_t target, float max
     }
     T block[kLanes];
     for (int k = 0; k < kLanes; k++)
-      if (i + k < classes && i + k != target) block[k] = logits[i + k];
-      else put_minus_infinity(block + k);
+      if (i + k < classes && i + k != target)
+        block[k] = logits[i + k];
+      else
+        put_minus_infinity(block + k);
     add_exp(block, max, sums);
   }
   double total = 0.0;
@@ -149,6 +153,8 @@ void row(const fastft::CrossEntropyRow& job) {
 }  // namespace
 
 extern "C" void FASTFT_KERNEL(cross_entropy_row)(const fastft::CrossEntropyRow* job) {
-  if (job->bfloat16) row<Bfloat16>(*job);
-  else row<float>(*job);
+  if (job->bfloat16)
+    row<Bfloat16>(*job);
+  else
+    row<float>(*job);
 }

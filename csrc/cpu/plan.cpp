@@ -1,9 +1,9 @@
 // plan_packs(Tensor lengths, int max_tokens, int max_sequences, Tensor(a!) indices, Tensor(b!) entry_lengths,
 //            Tensor(c!) offsets, Tensor(d!) count) -> ()
 // Best-fit decreasing over all lengths at once. The lengths are put in decreasing order by a counting sort (ties in the
-// order they came); each goes to the open pack with the smallest remaining capacity that takes it, the one waiting longest
-// among equals. Capacities are small integers: a bitset of those in use, with a second one over its words, finds it in a
-// few instructions.
+// order they came); each goes to the open pack with the smallest remaining capacity that takes it, the one waiting
+// longest among equals. Capacities are small integers: a bitset of those in use, with a second one over its words,
+// finds it in a few instructions.
 #include <algorithm>
 #include <vector>
 
@@ -18,7 +18,10 @@ constexpr int64_t kNone = INT64_MAX;
 class Capacities {  // FIFO queues of packs, one per remaining capacity
  public:
   explicit Capacities(int64_t largest)
-      : used_(largest / 64 + 1, 0), used_words_(largest / 4096 + 1, 0), head_(largest + 1, -1), tail_(largest + 1, -1) {}
+      : used_(largest / 64 + 1, 0),
+        used_words_(largest / 4096 + 1, 0),
+        head_(largest + 1, -1),
+        tail_(largest + 1, -1) {}
 
   int32_t open_pack() {
     next_.push_back(-1);

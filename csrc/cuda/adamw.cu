@@ -1,6 +1,6 @@
-// fastft::adamw_ on CUDA. The tables of up to 64 tensors of any size travel as the kernel's parameters, so a step needs one
-// launch for each 64 tensors, no device memory of its own and no synchronisation. Memory-bound: 28 bytes per element for fp32
-// and 26 for bf16, in 16-byte (bf16: 8-byte) loads and stores.
+// fastft::adamw_ on CUDA. The tables of up to 64 tensors of any size travel as the kernel's parameters, so a step needs
+// one launch for each 64 tensors, no device memory of its own and no synchronisation. Memory-bound: 28 bytes per
+// element for fp32 and 26 for bf16, in 16-byte (bf16: 8-byte) loads and stores.
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -121,7 +121,8 @@ class Launcher {
   void add(const fastft::AdamwTensor& t) {
     if (t.numel == 0) return;
     const int64_t blocks = (t.numel + kChunk - 1) / kChunk;
-    FT_CHECK(blocks < (int64_t(1) << 31), "adamw_: a tensor of %lld elements is too large", static_cast<long long>(t.numel));
+    FT_CHECK(blocks < (int64_t(1) << 31), "adamw_: a tensor of %lld elements is too large",
+             static_cast<long long>(t.numel));
     const bool new_row = t.hyper != last_row_;
     if (batch_.tensors == kTensors || (new_row && rows_ == kRows) || blocks_ + blocks >= (int64_t(1) << 31)) launch();
     if (t.hyper != last_row_) {

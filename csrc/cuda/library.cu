@@ -7,7 +7,8 @@ namespace {
 __global__ void probe() {}
 }  // namespace
 
-// 0 if this library's code runs on the device, else a CUDA error: no driver, one that is too old, no code for this chip.
+// 0 if this library's code runs on the device, else a CUDA error: no driver, one that is too old, no code for this
+// chip.
 FASTFT_EXPORT int fastft_cuda_probe(int device) {
   int current = 0;
   cudaError_t error = cudaGetDevice(&current);

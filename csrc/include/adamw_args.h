@@ -39,11 +39,16 @@ struct AdamwArgs {
   int32_t device_index = -1;
 
   explicit AdamwArgs(StableIValue* stack)
-      : params(stack[0]), grads(stack[1]), exp_avgs(stack[2]), exp_avg_sqs(stack[3]), remainders(stack[4]),
-        hyper(stack[5]), counts(stack[6]) {
+      : params(stack[0]),
+        grads(stack[1]),
+        exp_avgs(stack[2]),
+        exp_avg_sqs(stack[3]),
+        remainders(stack[4]),
+        hyper(stack[5]),
+        counts(stack[6]) {
     const size_t n = params.size;
-    FT_CHECK(grads.size == n && exp_avgs.size == n && exp_avg_sqs.size == n, "adamw_: lists of %zu, %zu, %zu and %zu tensors", n,
-             grads.size, exp_avgs.size, exp_avg_sqs.size);
+    FT_CHECK(grads.size == n && exp_avgs.size == n && exp_avg_sqs.size == n,
+             "adamw_: lists of %zu, %zu, %zu and %zu tensors", n, grads.size, exp_avgs.size, exp_avg_sqs.size);
     FT_CHECK(hyper.dtype() == aoti_torch_dtype_float32() && hyper.contiguous() && hyper.dim() == 2 &&
                  hyper.size(1) * sizeof(float) == sizeof(AdamwHyper) && size_t(hyper.size(0)) == counts.size,
              "adamw_: hyper must be a contiguous float32 table with one row of 8 for each count");
@@ -53,11 +58,13 @@ struct AdamwArgs {
     for (size_t segment = 0; segment < counts.size; segment++, row++) {
       StableIValue count;
       FT_CALL(torch_list_get_item(counts.handle, segment, &count));
-      FT_CHECK(as_int(count) >= 0 && size_t(as_int(count)) <= n - tensors.size(), "adamw_: the counts exceed %zu tensors", n);
+      FT_CHECK(as_int(count) >= 0 && size_t(as_int(count)) <= n - tensors.size(),
+               "adamw_: the counts exceed %zu tensors", n);
       for (int64_t k = 0; k < as_int(count); k++) read(tensors.size(), row, next_remainder);
     }
-    FT_CHECK(tensors.size() == n && next_remainder == remainders.size, "adamw_: %zu tensors and %zu remainders are left over",
-             n - tensors.size(), remainders.size - next_remainder);
+    FT_CHECK(tensors.size() == n && next_remainder == remainders.size,
+             "adamw_: %zu tensors and %zu remainders are left over", n - tensors.size(),
+             remainders.size - next_remainder);
   }
 
  private:
@@ -85,7 +92,8 @@ struct AdamwArgs {
   static void check(size_t i, const Tensor& param, const Tensor& other, int32_t dtype, const char* what) {
     FT_CHECK(other.dtype() == dtype && other.numel() == param.numel() && other.device_index() == param.device_index() &&
                  other.dim() == param.dim() && same_layout(param, other),
-             "adamw_: tensor %zu: the %s does not have the parameter's shape, strides and device or has a wrong dtype", i, what);
+             "adamw_: tensor %zu: the %s does not have the parameter's shape, strides and device or has a wrong dtype",
+             i, what);
   }
 };
 }  // namespace fastft

@@ -1,6 +1,6 @@
-// AdamW for one element, shared by the CPU and the CUDA sources: fp32 inside, every operation rounded on its own except the
-// two fused multiply-adds, which are where torch's fused CPU kernel has them, so that fp32 results equal it bit for bit.
-// Everything is static: a CPU kernel file is compiled once per instruction set and must share no inline function.
+// AdamW for one element, shared by the CPU and the CUDA sources: fp32 inside, every operation rounded on its own except
+// the two fused multiply-adds, which are where torch's fused CPU kernel has them, so that fp32 results equal it bit for
+// bit. Everything is static: a CPU kernel file is compiled once per instruction set and must share no inline function.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -13,14 +13,14 @@
 
 // One row of the op's `hyper` table, in this order.
 struct AdamwHyper {
-  float decay;            // 1 - lr * weight_decay
-  float lerp_weight;      // 1 - beta1
+  float decay;        // 1 - lr * weight_decay
+  float lerp_weight;  // 1 - beta1
   float beta2;
   float one_minus_beta2;
-  float negative_step;    // -lr / (1 - beta1^t)
-  float correction2_sqrt; // sqrt(1 - beta2^t)
+  float negative_step;     // -lr / (1 - beta1^t)
+  float correction2_sqrt;  // sqrt(1 - beta2^t)
   float eps;
-  float grad_sign;        // -1 to maximize
+  float grad_sign;  // -1 to maximize
 };
 
 #if defined(__CUDA_ARCH__)  // the intrinsics keep nvcc from contracting what the CPU rounds twice
@@ -50,9 +50,9 @@ FASTFT_HD float adamw_element(float param, float grad, float* exp_avg, float* ex
   return ft_add(ft_mul(param, h.decay), ft_div(ft_mul(h.negative_step, m), denominator));
 }
 
-// A bf16 parameter and the int16 remainder together are the fp32 master: its bits are (param << 16) + remainder, signed.
-// The parameter is the master rounded to nearest, ties away from zero: with ties to even, both neighbours of an even
-// parameter at exactly half a step would need the same 16 bits, and one of the two masters would be lost.
+// A bf16 parameter and the int16 remainder together are the fp32 master: its bits are (param << 16) + remainder,
+// signed. The parameter is the master rounded to nearest, ties away from zero: with ties to even, both neighbours of an
+// even parameter at exactly half a step would need the same 16 bits, and one of the two masters would be lost.
 FASTFT_HD float master_join(uint16_t param, int16_t remainder) {
   // No split makes these pairs: somebody has overwritten the parameter, and the old remainder would turn it into NaN.
   const bool zero = (param & 0x7fff) == 0, infinite = (param & 0x7fff) == 0x7f80;
