@@ -199,7 +199,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--text-column", default="text", help="the column of --dataset (default: text)")
     parser.add_argument("--max-tokens", type=int, default=512, help="longer examples are cut (default: 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="examples per step (default: 8)")
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each run (default: 24)")
+    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of each run (default: 16)")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--cpu", action="store_true", help="do not use the GPU")
