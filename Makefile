@@ -9,7 +9,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 build
+TOOLS := ninja setuptools ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 build
 
 .PHONY: demo test lint format bench wheel gpu-check native clean
 

@@ -185,7 +185,7 @@ class BuildLibraries(build_ext):
                 os.replace(part, installed)  # a running process keeps the library that it has mapped
                 info[kind] = {"bytes": installed.stat().st_size}
                 print(f"fastft: {installed.name} built, {info[kind]['bytes']} bytes", file=sys.stderr)
-            except Unavailable as reason:
+            except Unavailable as reason:  # what an earlier build left may not fit today's schemas
                 installed.unlink(missing_ok=True)
                 if os.environ.get(f"FASTFT_BUILD_{kind.upper()}") == "1":
                     raise SystemExit(f"fastft: {installed.name} cannot be built: {reason}") from None

@@ -197,7 +197,7 @@ def parse_options() -> argparse.Namespace:
         "--dataset", help="a text data set of the hub; needs --model; default: Python's standard library"
     )
     parser.add_argument("--text-column", default="text", help="the column of --dataset (default: text)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="longer examples are cut (default: 512)")
+    parser.add_argument("--max-tokens", type=int, default=320, help="longer examples are cut (default: 320)")
     parser.add_argument("--batch-size", type=int, default=8, help="examples per step (default: 8)")
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps of each run (default: 16)")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
