@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+# where benchmarks run, at the sizes of a real fine-tune on a GPU
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Run = Callable[[], object]
+
+
+def rival(module: str) -> ModuleType | None:
+    """A rival's module, or None where it cannot be imported here (not installed, or it finds no GPU)."""
+    try:
+        return importlib.import_module(module)
+    except Exception:
+        return None
 
 
 def compare(

@@ -1,10 +1,10 @@
-"""One optimizer step against torch's fused AdamW."""
+"""One optimizer step against torch's fused AdamW, bitsandbytes and torchao. The limit is a copy of as many bytes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from compare import compare
+from compare import compare, rival
 
 from fastft.optim.adamw import AdamW
 
@@ -20,19 +20,22 @@ BYTES = {FP32: 28, BF16: 26}  # of ours, per element; torch's bf16 moments move 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_adamw(benchmark, case):
+def test_adamw(benchmark, device, case):
     def optimizer(cls, **options):
-        params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape, dtype in CASES[case]]
+        params = [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape, dtype in CASES[case]]
         for param in params:
             param.grad = torch.randn_like(param)
-        return cls(params, **options)
+        made = cls(params, **options)
+        made.step()
+        return made
 
-    ours, fused = optimizer(AdamW), optimizer(torch.optim.AdamW, fused=True)
-    ours.step()
-    fused.step()
+    ours = optimizer(AdamW)
+    rivals = {"torch fused": optimizer(torch.optim.AdamW, fused=True).step}
+    if bitsandbytes := rival("bitsandbytes"):
+        rivals["bitsandbytes 32-bit"] = optimizer(bitsandbytes.optim.AdamW32bit).step
+    if device == "cuda" and (torchao := rival("torchao.optim")):
+        rivals["torchao 8-bit"] = optimizer(torchao.AdamW8bit).step
     bytes_moved = sum(p.numel() * BYTES[p.dtype] for p in ours.param_groups[0]["params"])
-    source = torch.ones(bytes_moved // 8)
+    source = torch.ones(bytes_moved // 8, device=device)
     target = torch.ones_like(source)
-    compare(
-        benchmark, ours.step, {"torch fused": fused.step}, bytes_moved=bytes_moved, limit=lambda: target.copy_(source)
-    )
+    compare(benchmark, ours.step, rivals, bytes_moved=bytes_moved, limit=lambda: target.copy_(source))

@@ -36,9 +36,7 @@ class LazyForward:
 
     def _forward(self, input: Tensor, *args: Any, fastft_task: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         head = self.head
-        if (
-            fastft_task is not None
-        ):  # entered again, so that a sharded weight is gathered: expressions.Linear.inside_head
+        if fastft_task is not None:  # entered again by Linear.inside_head, so that a sharded weight is gathered
             return fastft_task(input, head.weight, head.bias)
         if args or kwargs or not self._can_be_lazy(input):
             return type(head).forward(head, input, *args, **kwargs)
