@@ -8,8 +8,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --no-compile
 READY := $(VENV)/.ready
-TOOLS := ninja setuptools ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 build
+LINTERS := $(VENV)/.linters
 
 .PHONY: demo test lint format bench wheel gpu-check native clean
 
@@ -19,22 +20,22 @@ demo: native
 test: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-lint: $(READY)
+lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(LINTERS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: native
-	$(BIN)/python -m pip install -q --no-deps trl==1.16.0 bitsandbytes==0.50.2
+	$(PIP) --no-deps trl==1.16.0 bitsandbytes==0.50.2
 	$(BIN)/python benchmarks/record.py --machine cpu
 
-wheel: $(READY)
+wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
 
 gpu-check:
@@ -46,8 +47,12 @@ native: $(READY)
 
 $(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[bench]" $(TOOLS)
+	$(PIP) "$(TORCH)"
+	$(PIP) ninja setuptools -e ".[bench]"
+	touch $@
+
+$(LINTERS): $(READY)
+	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 build
 	touch $@
 
 clean:
