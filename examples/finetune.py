@@ -40,6 +40,13 @@ from transformers import (
 import fastft
 
 VOCABULARY = 16_384
+SLOW_IMPORTS = [
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "fastft.integrations.fused_loss",
+    "matplotlib.pyplot",
+    "rich.progress",
+]
 
 
 @dataclass
@@ -222,9 +229,9 @@ def main() -> None:
         f"{len(examples)} examples, {sum(lengths)} tokens, median {statistics.median(lengths):.0f} a piece\n",
         flush=True,
     )
-    # a fork server imports once and holds no tensors: every run starts from the same small process
+    # a fork server imports once what takes seconds and holds no tensors: every run starts from the same small process
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "fastft", "rich.progress"])
+    context.set_forkserver_preload(SLOW_IMPORTS)
     results = []
     for variant in VARIANTS:
         with ProcessPoolExecutor(1, mp_context=context) as process:
