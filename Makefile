@@ -32,7 +32,7 @@ format: $(LINTERS)
 	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: native
-	$(PIP) --no-deps trl==1.16.0 bitsandbytes==0.50.2
+	$(PIP) --no-deps trl==1.16.0
 	$(BIN)/python benchmarks/record.py --machine cpu
 
 wheel: $(LINTERS)

@@ -20,7 +20,7 @@ def make(form: str, labels: bool) -> list[dict[str, Any]]:
     return [{key: FORMS[form](one) for key in ("input_ids", "labels")[: 1 + labels]} for one in ids]
 
 
-@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("labels", [False, True], ids=["ids", "ids_and_labels"])
 @pytest.mark.parametrize("form", FORMS)
 def test_collate(benchmark, form, labels):
     transformers = pytest.importorskip("transformers")

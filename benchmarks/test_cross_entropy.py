@@ -12,7 +12,7 @@ from fastft.loss.cross_entropy import cross_entropy
 ROWS, CLASSES = (8192, 128256) if DEVICE == "cuda" else (1024, 16384)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_cross_entropy(benchmark, device, dtype):
     torch.manual_seed(0)
     logits = torch.randn(ROWS, CLASSES, device=device).to(dtype).requires_grad_()

@@ -25,6 +25,9 @@ N, H, V = (8192, 4096, 128256) if DEVICE == "cuda" else (1024, 512, 16384)
         (torch.bfloat16, "trainable", 0.5),
         (torch.bfloat16, "frozen", 0.0),
     ],
+    ids=lambda value: {torch.float32: "fp32", torch.bfloat16: "bf16", 0.0: "all_counted", 0.5: "half_ignored"}.get(
+        value
+    ),
 )
 def test_linear_cross_entropy(benchmark, device, dtype, head, ignored):
     if device == "cuda" and dtype == torch.float32:

@@ -35,7 +35,9 @@ def trl_plan(lengths: np.ndarray) -> Callable[[], int]:
     return lambda: len(_pack_bfd(table, MAX_TOKENS))
 
 
-@pytest.mark.parametrize(("examples", "rounds", "against_trl"), [(100_000, 3, True), (1_000_000, 9, False)])
+@pytest.mark.parametrize(
+    ("examples", "rounds", "against_trl"), [(100_000, 3, True), (1_000_000, 9, False)], ids=["100k", "1M"]
+)
 def test_plan(benchmark, examples, rounds, against_trl):
     lengths = lognormal_lengths(examples)
     rivals = {}
