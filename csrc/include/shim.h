@@ -160,7 +160,7 @@ inline const char* register_kernels(const char* key) {
   static TorchLibraryHandle library = nullptr;  // kept for the life of the process: deleting it would unregister
   if (library) return nullptr;
   if (aoti_torch_abi_version() < kAbi) return "libtorch is older than 2.10";
-  if (aoti_torch_library_init_impl("fastft", key, __FILE__, __LINE__, &library)) return "library_init_impl failed";
+  if (aoti_torch_library_init_impl("fastft", key, "shim.h", __LINE__, &library)) return "library_init_impl failed";
   for (Kernel* k = Kernel::first(); k; k = k->next)
     if (torch_library_impl(library, k->name, k->function, kAbi)) return k->name;
   return nullptr;
