@@ -142,7 +142,7 @@ def load_data(options: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, lis
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = load_dataset(options.dataset, split=f"train[:{options.steps * options.batch_size}]")
-    texts = tokenizer(rows[options.text_column], truncation=True, max_length=options.max_tokens)["input_ids"]
+    texts = tokenizer(list(rows[options.text_column]), truncation=True, max_length=options.max_tokens)["input_ids"]
     return tokenizer, [{"input_ids": ids, "labels": ids} for ids in texts if ids]
 
 
