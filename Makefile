@@ -43,7 +43,7 @@ gpu-check:
 
 # rebuilds only what changed: ninja follows the sources
 native: $(READY)
-	@$(BIN)/python setup.py -q build_ext --inplace
+	@FASTFT_CXXFLAGS=-Werror $(BIN)/python setup.py -q build_ext --inplace
 
 $(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

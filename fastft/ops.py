@@ -16,7 +16,15 @@ import torch
 from fastft import _native
 
 _library = torch.library.Library("fastft", "DEF")
+LIBRARIES = {"cpp": "cpu", "cuda": "cuda"}  # the native engines: each has a library, named as the device type it serves
+IMPLS = ("auto", "eager", *LIBRARIES)
 OPERATORS: dict[str, Operator] = {}  # filled by the rooms at import; `python -m fastft` lists it
+
+
+def check_impl(impl: str) -> None:
+    """Raises ValueError if `impl` is no engine's name."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
 
 
 class Operator:
@@ -43,7 +51,7 @@ class Operator:
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastft::{self.name}", fake or (lambda *args, **kwargs: None), lib=_library)
         for engine in engines:
-            _native.library({"cpp": "cpu"}.get(engine, engine))
+            _native.library(LIBRARIES[engine])
         self.native = getattr(torch.ops.fastft, self.name).default
         OPERATORS[self.name] = self
 
@@ -51,9 +59,8 @@ class Operator:
         """Why `engine` cannot compute this operator on `device`; None if it can."""
         if engine not in self.engines:
             return f"{self.name} has no {engine} kernel"
-        home = "cpu" if engine == "cpp" else "cuda"
-        if device.type != home:
-            return f"it computes {home} tensors, these are on {device.type}"
+        if device.type != LIBRARIES[engine]:
+            return f"it computes {LIBRARIES[engine]} tensors, these are on {device.type}"
         return _native.missing("cpu") if engine == "cpp" else _native.cuda_unusable(device.index or 0)
 
     def resolve(self, impl: str, device: torch.device) -> str:
@@ -63,12 +70,11 @@ class Operator:
             ValueError: `impl` is no engine's name.
             RuntimeError: the engine asked for is not available; says why.
         """
+        check_impl(impl)
         if impl == "eager":
             return impl
         if impl == "auto":
             return next((engine for engine in self.engines if self.unavailable(engine, device) is None), "eager")
-        if impl not in ("cpp", "cuda"):
-            raise ValueError(f"impl must be 'auto', 'eager', 'cpp' or 'cuda', got {impl!r}")
         reason = self.unavailable(impl, device)
         if reason is not None:
             raise RuntimeError(f"impl={impl!r} is not available for {self.name}: {reason}")

@@ -442,3 +442,12 @@ def test_bad_parameters_gradients_engines_and_checkpoints():
         AdamW(start([(5,)])).load_state_dict(amsgrad.state_dict())
     with pytest.raises(ValueError, match="missing"):
         AdamW(start([(5,)])).load_state_dict({**checkpoint, "state": {0: {"momentum_buffer": torch.zeros(5)}}})
+
+
+def test_an_unavailable_engine_leaves_the_step_uncounted() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = AdamW([param], impl="cuda")
+    with pytest.raises(RuntimeError, match="impl='cuda' is not available"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3)) and optimizer.state[param]["step"] == 0

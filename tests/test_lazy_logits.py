@@ -436,3 +436,13 @@ def test_a_freed_weight_is_gathered_by_the_head():
     expected = F.cross_entropy(F.linear(x.detach(), full).view(-1, V), TARGET.view(-1))
     torch.testing.assert_close(loss, expected)
     assert len(gradient) == 1 and x.grad.any()
+
+
+def test_second_derivatives_are_refused() -> None:
+    """A gradient of the gradient would silently miss the head's part."""
+    x = torch.randn(5, 8, requires_grad=True)
+    head = torch.nn.Linear(8, 11)
+    logits = lazy_linear(x, head.weight, head.bias, Report())
+    loss = F.cross_entropy(torch.tanh(logits), torch.arange(5))
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss, x, create_graph=True)

@@ -161,20 +161,15 @@ def _flat(key: str, values: Sequence[Any]) -> Tensor:
 
 
 def _flat_lists(key: str, values: Sequence[list[Any]]) -> Tensor:
-    try:
-        # by far the fastest way from lists of Python integers to memory
-        flat = array("q")
-        for value in values:
-            flat.fromlist(value)
-        return torch.frombuffer(flat, dtype=torch.int64)
-    except TypeError:
+    for code, dtype in (("q", torch.int64), ("f", torch.float32)):
+        flat = array(code)  # by far the fastest way from lists of Python numbers to memory
         try:
-            floats = array("f")
             for value in values:
-                floats.fromlist(value)
-            return torch.frombuffer(floats, dtype=torch.float32)
+                flat.fromlist(value)
         except TypeError:
-            raise ValueError(f"{key} must hold one number per token") from None
+            continue
+        return torch.frombuffer(flat, dtype=dtype)
+    raise ValueError(f"{key} must hold one number per token")
 
 
 class PackingCollator:

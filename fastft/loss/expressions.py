@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastft.loss.cross_entropy import refuse_second_derivative
+
 WORKSPACE_BYTES = 64 << 20
 MIN_CHUNK_ROWS = 256
 
@@ -276,6 +278,7 @@ class _RowWise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a fused loss")
         if ctx.task.summed:
             gradients = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients]
         else:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastft.loss.cross_entropy import refuse_second_derivative
 from fastft.loss.expressions import LOGITS, Expression, Linear, evaluate
 from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
 from fastft.loss.report import Report
@@ -58,6 +59,7 @@ class _LazyNode(torch.autograd.Function):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
         if grad_output is None:
             return (None,) * (1 + len(saved))
+        refuse_second_derivative("a function of lazy logits that torch functions do not see")
         if ctx.recipe.rewritten:
             raise RuntimeError("fastft: lazy logits were changed in place after a custom autograd Function used them.")
         ctx.recipe.report.note_materialised("the backward pass of a function that torch functions do not see")

@@ -27,8 +27,6 @@ from torch import Tensor
 
 from fastft import ops
 
-_IMPLS = ("auto", "eager", "cpp", "cuda")
-
 
 def _join(param: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 master of a bf16 parameter and its int16 remainder."""
@@ -150,11 +148,8 @@ class AdamW(torch.optim.Optimizer):
         rounding: str = "exact",
         impl: str = "auto",
     ) -> None:
-        for name, value, known in (
-            ("moments", moments, ("fp32",)),
-            ("rounding", rounding, ("exact",)),
-            ("impl", impl, _IMPLS),
-        ):
+        ops.check_impl(impl)
+        for name, value, known in (("moments", moments, ("fp32",)), ("rounding", rounding, ("exact",))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
         self.moments, self.rounding, self.impl = moments, rounding, impl
@@ -246,28 +241,35 @@ class AdamW(torch.optim.Optimizer):
             if any(grad.layout != torch.strided for grad in grads):
                 raise RuntimeError("AdamW does not take sparse gradients (an Embedding with sparse=True makes them)")
             columns, remainders, copied = _align(columns, remainders)
+        updates = [OP.implementation(self.impl, device) for device, _, _ in plan.devices]  # raises before a step counts
         plan.steps.add_(1)
-        self._launch(plan, columns, remainders)
+        self._launch(plan, updates, columns, remainders)
         for param, updated in copied:
             param.copy_(updated)
         torch.autograd.graph.increment_version(params)  # the kernels write outside autograd's sight
         return loss
 
-    def _launch(self, plan: _Plan, columns: list[list[Tensor]], remainders: dict[int, Tensor]) -> None:
+    def _launch(
+        self,
+        plan: _Plan,
+        updates: list[Callable[..., None]],
+        columns: list[list[Tensor]],
+        remainders: dict[int, Tensor],
+    ) -> None:
         """Calls the operator once per device; neighbours of the same group and step count share a row of the table."""
         keys = list(zip(plan.group_index, plan.steps.tolist(), strict=True))
         order: Sequence[int] = range(len(keys))
         if plan.order is not None:
             order, keys = plan.order, [keys[i] for i in plan.order]
             columns = [[column[i] for i in order] for column in columns]
-        for device, begin, end in plan.devices:
+        for update, (_, begin, end) in zip(updates, plan.devices, strict=True):
             rows, counts = [], []
             for (index, step), run in groupby(keys[begin:end]):
                 rows.append(_hyper_row(self.param_groups[index], step))
                 counts.append(len(list(run)))
             narrow = [remainders[i] for i in order[begin:end] if i in remainders] if remainders else []
             hyper = torch.tensor(rows, dtype=torch.float32)
-            OP.implementation(self.impl, device)(*(column[begin:end] for column in columns), narrow, hyper, counts)
+            update(*(column[begin:end] for column in columns), narrow, hyper, counts)
 
     def _current_plan(self, params: list[Tensor], group_index: list[int]) -> _Plan:
         """The plan for these parameters, made anew unless parameters, groups and states are the very same as before."""
