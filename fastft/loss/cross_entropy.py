@@ -58,7 +58,7 @@ ROWS = ops.Operator(
     "cross_entropy_rows(Tensor logits, Tensor target, Tensor(a!) losses, Tensor(b!) lse, Tensor(c!)[] grad, "
     "Tensor[] row_scale, int ignore_index) -> ()",
     _cross_entropy_rows,
-    engines=("cpp",),
+    engines=("cpp", "cuda", "triton"),
 )
 
 
