@@ -78,7 +78,7 @@ def compiled_for(capability: int) -> Iterator[list[Any]]:
 
 @dataclass
 class Binary:
-    """Facts about one kernel's machine code: registers of a thread, bytes of stack, how often each instruction stands."""
+    """Facts about a kernel's machine code: registers of a thread, bytes of stack, the count of each instruction."""
 
     registers: int
     stack: int
