@@ -46,7 +46,7 @@ struct Job {
   bool* is_top1;
   int64_t stride, grad_stride, ignore_index;
   int classes;
-  bool wide_target;
+  bool wide_target, held;  // held: between the passes the row stays in shared memory
   float smoothing, z_loss, scale, softcap, softcap_inverse;
 };
 
@@ -270,7 +270,7 @@ __device__ void ignore(const Row<T>& row, const Job& job, int64_t r) {
   for (int k = threadIdx.x; k < row.vectors; k += blockDim.x) row.store(grad, k, zeros);
 }
 
-template <class T, bool kOptions, bool kHeld>
+template <class T, bool kOptions>
 __device__ void write_gradient(const Scratch& of_row, const Vector<T>* held, const Job& job) {
   // read back instead of kept: the registers that pass 1 and the double precision between need are short
   const int64_t r = of_row.row;
@@ -279,17 +279,17 @@ __device__ void write_gradient(const Scratch& of_row, const Vector<T>* held, con
   T* grad = static_cast<T*>(job.grad) + r * job.grad_stride;
   for (int k = row.vectors - 1 - static_cast<int>(threadIdx.x); k >= 0; k -= 2 * threads) {
     const int next = k >= threads ? k - threads : k;
-    const Vector<T> first = kHeld ? held[k] : row.load(k), second = kHeld ? held[next] : row.load(next);
+    const Vector<T> first = held ? held[k] : row.load(k), second = held ? held[next] : row.load(next);
     row.store(grad, k, gradient<T, kOptions>(first, k, row, of_row, job));
     if (next != k) row.store(grad, next, gradient<T, kOptions>(second, next, row, of_row, job));
   }
 }
 
-template <class T, bool kOptions, bool kHeld>
+template <class T, bool kOptions>
 __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant__ Job job) {
   FASTFT_SHARED(shared);
   Scratch* scratch = reinterpret_cast<Scratch*>(shared);
-  Vector<T>* held = reinterpret_cast<Vector<T>*>(scratch + 1);
+  Vector<T>* held = job.held ? reinterpret_cast<Vector<T>*>(scratch + 1) : nullptr;
   const int64_t r = blockIdx.x;
   const Row<T> row(static_cast<const T*>(job.logits) + r * job.stride, job.classes);
   const int64_t y =
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
   for (int k = threadIdx.x; k < row.vectors; k += 2 * threads) {  // two loads in flight
     const bool two = k + threads < row.vectors;
     const Vector<T> first = row.load(k), second = row.load(two ? k + threads : k);
-    if (kHeld) {
+    if (held) {
       held[k] = first;
       if (two) held[k + threads] = second;
     }
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
   }
   __syncthreads();  // also: every thread has read the target's logit and the row, which the gradient may overwrite
 
-  if (job.grad) write_gradient<T, kOptions, kHeld>(*scratch, held, job);
+  if (job.grad) write_gradient<T, kOptions>(*scratch, held, job);
 }
 
 // Whether `bytes` of shared memory are there for two blocks of an SM.
@@ -333,14 +333,14 @@ bool two_fit(int bytes, int32_t device) {
 }
 
 template <class T, bool kOptions>
-void launch(const Job& job, int64_t rows, int32_t device) {
+void launch(Job job, int64_t rows, int32_t device) {
   const int64_t vectors = (int64_t(job.classes) + 2 * Vector<T>::kSize - 2) / Vector<T>::kSize;
   int bytes = sizeof(Scratch), most = kMaxThreads;  // few rows in flight: they share the L2 cache
-  auto kernel = rows_kernel<T, kOptions, false>;
+  const auto kernel = rows_kernel<T, kOptions>;
   if (job.grad && vectors < 16384 && two_fit(bytes + static_cast<int>(vectors) * 16, device)) {
     bytes += static_cast<int>(vectors) * 16;
     most = kMaxThreads / 2;
-    kernel = rows_kernel<T, kOptions, true>;
+    job.held = true;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     FT_CHECK(error == cudaSuccess, "cross_entropy_rows: %d bytes of shared memory refused: %s", bytes,
              cudaGetErrorString(error));
