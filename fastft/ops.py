@@ -20,7 +20,7 @@ import torch
 
 from fastft import _native
 
-_library = torch.library.Library("fastft", "DEF")
+library = torch.library.Library("fastft", "DEF")
 LIBRARIES = {"cpp": "cpu", "cuda": "cuda"}  # the native engines: each has a library, named as the device type it serves
 DEVICES = {**LIBRARIES, "triton": "cuda"}  # the device type that each engine serves
 IMPLS = ("auto", "eager", *DEVICES)
@@ -64,18 +64,19 @@ class Operator:
         fake: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.reference, self.engines = schema.partition("(")[0], reference, engines
-        _library.define(schema)
+        self.qualified_name = f"fastft::{self.name}"
+        library.define(schema)
         # the key under which torch looks when a device has no kernel of its own
-        _library.impl(self.name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastft::{self.name}", fake or (lambda *args, **kwargs: None), lib=_library)
+        library.impl(self.name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(self.qualified_name, fake or (lambda *args, **kwargs: None), lib=library)
         for engine in set(engines) & set(LIBRARIES):
             _native.library(LIBRARIES[engine])
         self.native = getattr(torch.ops.fastft, self.name).default
         if "triton" in engines:
             twin = f"{self.name}_triton"
-            _library.define(schema.replace(self.name, twin, 1))
-            _library.impl(twin, lambda *args: self._triton_function()(*args), "CUDA")
-            torch.library.register_fake(f"fastft::{twin}", fake or (lambda *args, **kwargs: None), lib=_library)
+            library.define(schema.replace(self.name, twin, 1))
+            library.impl(twin, lambda *args: self._triton_function()(*args), "CUDA")
+            torch.library.register_fake(f"fastft::{twin}", fake or (lambda *args, **kwargs: None), lib=library)
             self.triton = getattr(torch.ops.fastft, twin).default
         OPERATORS[self.name] = self
 
