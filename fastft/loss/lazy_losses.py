@@ -1,0 +1,112 @@
+"""Losses of lazy logits and reductions over their vocabulary, evaluated a chunk of rows at a time.
+
+A rule that is not sure returns `NotImplemented`: the logits are then materialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastft.loss.expressions import LOGITS, Call, Linear, autocast_state, map_rows, sum_over_rows
+from fastft.loss.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from fastft.loss.lazy_logits import LazyLogits
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def is_last(lazy: LazyLogits, dim: Any) -> bool:
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        dim = dim[0]
+    return isinstance(dim, int) and not isinstance(dim, bool) and dim in (-1, lazy.shadow.dim() - 1)
+
+
+def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`logsumexp`, `sum`, `argmax`, ... over the vocabulary."""
+    dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else None))
+    if not is_last(lazy, dim) or "out" in kwargs:
+        return NotImplemented
+    keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
+    dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
+    function = getattr(torch, func.__name__)
+    result = map_rows(lazy.checked(), lazy.expression, lambda z: function(z, dim=-1, **dtype))
+    lazy.evaluated(result)
+    result = result.reshape(lazy.linear.leading_shape)
+    return result.unsqueeze(-1) if keepdim else result
+
+
+def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`gather` along the vocabulary."""
+    dim = kwargs.get("dim", args[0] if args else None)
+    index: Any = kwargs.get("index", args[1] if len(args) > 1 else None)
+    if not is_last(lazy, dim) or index.shape[:-1] != lazy.shadow.shape[:-1] or index.dim() != lazy.shadow.dim():
+        return NotImplemented
+    rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
+    result = map_rows(lazy.checked(), lazy.expression, lambda z, i: z.gather(-1, i), rows)
+    lazy.evaluated(result)
+    return result.reshape(index.shape)
+
+
+def cross_entropy(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`F.cross_entropy` and `F.nll_loss` with class indices."""
+    names = ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    named = dict(zip(names, args, strict=False))
+    return _loss(lazy, func, **named, **kwargs)
+
+
+def _loss(
+    lazy: LazyLogits,
+    func: Callable[..., Any],
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    unusual = weight is not None or size_average is not None or reduce is not None
+    if unusual or lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
+        return NotImplemented
+    if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
+        return NotImplemented
+    linear = lazy.checked()
+    if func is F.cross_entropy and not label_smoothing and _is_plain(lazy, target):
+        result = linear.inside_head(lambda layer: _fused(layer, target, reduction, ignore_index))
+        autocast, _ = autocast_state(result.device.type)
+        result = result if autocast else result.to(lazy.shadow.dtype)
+    else:
+        smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
+        options: dict[str, Any] = {"ignore_index": ignore_index, **smoothing}
+        options["reduction"] = "none" if reduction == "none" else "sum"
+        over_rows = map_rows if reduction == "none" else sum_over_rows
+        result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
+        if reduction == "mean":
+            result = result / (target != ignore_index).sum().clamp(min=1)
+    lazy.evaluated(result)
+    return result
+
+
+def _is_plain(lazy: LazyLogits, target: Tensor) -> bool:
+    """Whether these are a linear layer's logits as they are, or 16 bits of them cast to fp32."""
+    if len(lazy.linear.terms) != 1 or target.dtype not in (torch.int64, torch.int32):
+        return False
+    if lazy.expression is LOGITS:
+        return True
+    cast = lazy.expression
+    narrow = lazy.linear.terms[0][0].element_size() == 2
+    return (
+        isinstance(cast, Call) and cast.function is Tensor.to and cast.arguments == (LOGITS, torch.float32) and narrow
+    )
+
+
+def _fused(layer: Linear, target: Tensor, reduction: str, ignore_index: int) -> Tensor:
+    ((x, weight, bias),) = layer.terms
+    with torch.autocast(x.device.type, enabled=False):  # it had its say when the head ran
+        return linear_cross_entropy(x, weight, target, linear_bias=bias, reduction=reduction, ignore_index=ignore_index)
