@@ -22,10 +22,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastft.loss.cross_entropy import refuse_second_derivative
-from fastft.loss.expressions import LOGITS, Expression, Linear, evaluate
+from fastft.loss.expressions import LOGITS, Expression, Linear, Origin, evaluate
 from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
 from fastft.loss.report import Report
 
@@ -142,13 +142,12 @@ class LazyLogits(Tensor):
 
     def derived(self, expression: Expression, linear: Linear | None = None) -> LazyLogits:
         """New logits of the same shape: another expression (or another layer), in memory of their own."""
-        self._family()._used = True
-        x, weight, _ = self.linear.terms[0]
         with torch.no_grad():
-            dtype = evaluate(expression, x.new_empty(0, weight.shape[0])).dtype
-        return self._make(
-            linear or self.source, expression, torch.empty_like(self.shadow, dtype=dtype), self._recipe.report
-        )
+            dtype = evaluate(expression, self.linear.terms[0][0].new_empty(0, self.linear.vocab)).dtype
+        shadow = torch.empty_like(self.shadow, dtype=dtype)
+        result = self._make(linear or self.source, expression, shadow, self._recipe.report)
+        self._family()._used |= result.requires_grad
+        return result
 
     def viewed(
         self,
@@ -173,7 +172,7 @@ class LazyLogits(Tensor):
             result._root, result._replay = family, (*self._replay, (func, args, kwargs))
             family._has_views = True
         else:
-            family._used = True
+            family._used |= result.requires_grad
         return result
 
     def evaluated(self, result: Tensor) -> None:
@@ -181,6 +180,11 @@ class LazyLogits(Tensor):
         if result.requires_grad:
             self._recipe.report.fused += 1
             self._family()._used = True
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether a gradient may flow past these logits, or none flows at all."""
+        return self.is_lazy and (self._family()._used or not self.requires_grad)
 
     def _family(self) -> LazyLogits:
         return self if self._root is None else self._root
@@ -233,13 +237,15 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy):
+        if func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy) or (func is _GRAD_FN and args[0]._is_fused):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _HOOKS and isinstance(args[0], cls):
             return _hook(args[0], func, args, kwargs)
         if func in _LEAF_MAKERS and isinstance(args[0], cls):
             return _make_leaf(args[0], func, args, kwargs)
+        if func is torch.autograd.grad and any(isinstance(arg, cls) and arg._is_fused for arg in tree_leaves(args[1])):
+            raise RuntimeError(_NO_GRADIENT.format("torch.autograd.grad"))
         result = _apply_rule(func, args, kwargs)
         if result is not NotImplemented:
             return result
@@ -300,11 +306,8 @@ def _hook(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if func is Tensor.register_hook and str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    if lazy.is_lazy and lazy._family()._used:
-        raise RuntimeError(
-            f"fastft: {func.__name__} on logits whose loss is already fused would never see a gradient. Call it before "
-            "the loss is computed, or without fastft's fused loss."
-        )
+    if lazy._is_fused and lazy.requires_grad:
+        raise RuntimeError(_NO_GRADIENT.format(func.__name__))
     return func(lazy.materialise(func.__name__), *args[1:], **kwargs)
 
 
@@ -321,6 +324,12 @@ def _attribute(name: str) -> Any:
     return getattr(getattr(Tensor, name, None), "__get__", None)
 
 
+_NO_GRADIENT = (
+    "fastft: {} on logits whose loss is already fused would never see a gradient. Call it before the loss is computed, "
+    "or without fastft's fused loss."
+)
+_GRAD_FN = _attribute("grad_fn")  # who asks for it may be about to watch the gradient: real logits, while there is time
+
 _GRADIENTS = {_attribute(name) for name in ("grad", "retains_grad")}
 _LEAF_MAKERS = {Tensor.requires_grad.__set__, Tensor.requires_grad_}  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
@@ -333,7 +342,6 @@ _ATTRIBUTES = {
             "device",
             "ndim",
             "requires_grad",
-            "grad_fn",
             "is_leaf",
             "layout",
             "is_cuda",
@@ -363,7 +371,12 @@ _ATTRIBUTES |= {
 
 
 def lazy_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, report: Report, head: Callable[..., Any] | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    report: Report,
+    head: Callable[..., Any] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> LazyLogits:
     """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks for.
 
@@ -373,10 +386,12 @@ def lazy_linear(
         bias: (V,) or None.
         report: where fusions and materialisations are counted.
         head: the module; entered again if its weight is freed when the logits are needed.
+        check: called before the logits are used; raises where a sharded weight may not be used any more.
     """
+    origin = Origin(weight.shape[0], head, check)
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
-    return LazyLogits._make(Linear.of((input, weight, bias), head=head), LOGITS, shadow, report)
+    return LazyLogits._make(Linear.of((input, weight, bias), origin=origin), LOGITS, shadow, report)

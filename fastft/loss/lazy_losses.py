@@ -22,6 +22,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def is_last(lazy: LazyLogits, dim: Any) -> bool:
+    """Whether `dim` is the vocabulary."""
     if isinstance(dim, tuple | list) and len(dim) == 1:
         dim = dim[0]
     return isinstance(dim, int) and not isinstance(dim, bool) and dim in (-1, lazy.shadow.dim() - 1)
