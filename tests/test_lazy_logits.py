@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft.loss import expressions
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
+from fastft.loss.output_head import fused_loss
 from fastft.loss.report import Report
 
 B, S, V, H = 2, 9, 53, 16
@@ -300,7 +301,7 @@ def test_looks_like_the_dense_tensor():
         assert mine.requires_grad and mine.is_contiguous() == theirs.is_contiguous() and len(mine) == len(theirs)
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         z[:, 1:].view(-1, V)
-    assert "LazyLogits" in repr(z) and z.grad_fn is not None and not report.materialised
+    assert "LazyLogits" in repr(z) and not z.is_leaf and not report.materialised
     torch.testing.assert_close(torch.tensor(z.detach().tolist()), dense.detach())
     torch.testing.assert_close(pickle.loads(pickle.dumps(z)), dense)
     torch.testing.assert_close(copy.deepcopy(z.detach()), dense.detach())
@@ -340,12 +341,72 @@ def test_a_retained_gradient_is_there():
     torch.testing.assert_close(z.grad, dense.grad)
 
 
-@pytest.mark.parametrize("watch", [lambda z: z.retain_grad(), lambda z: z.register_hook(print)])
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda z, loss: z.retain_grad(),
+        lambda z, loss: z.register_hook(print),
+        lambda z, loss: z.view(-1, V).register_hook(print),
+        lambda z, loss: torch.autograd.graph.register_multi_grad_hook([z], print),
+        lambda z, loss: torch.autograd.grad(loss, z),
+        lambda z, loss: torch.autograd.grad(loss, [z], allow_unused=True),
+    ],
+)
 def test_a_hook_that_would_never_run_raises(watch):
     z, *_ = lazy_example()
-    F.cross_entropy(z.view(-1, V), TARGET.view(-1))
+    loss = F.cross_entropy(z.float().view(-1, V), TARGET.view(-1))
     with pytest.raises(RuntimeError, match="would never see a gradient"):
-        watch(z)
+        watch(z, loss)
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda z, seen: z.register_hook(seen.append),
+        lambda z, seen: torch.autograd.graph.register_multi_grad_hook([z], lambda grads: seen.append(grads[0])),
+        lambda z, seen: z.grad_fn.register_prehook(lambda grads: seen.append(grads[0])),
+    ],
+)
+def test_who_watches_before_the_loss_sees_the_gradient(watch):
+    z, x, weight, _ = lazy_example()
+    with torch.no_grad():
+        z.argmax(-1), z.detach()
+    seen = []
+    watch(z, seen)
+    F.cross_entropy(z.float().view(-1, V), TARGET.view(-1)).backward()
+    dense = F.linear(x.detach(), weight.detach()).requires_grad_()
+    F.cross_entropy(dense.view(-1, V), TARGET.view(-1)).backward()
+    torch.testing.assert_close(seen, [dense.grad])
+
+
+@pytest.mark.parametrize("register", [lambda m, hook: m.register_full_backward_hook(hook), None])
+@pytest.mark.parametrize("watched", ["head", "model"])
+def test_a_module_backward_hook_keeps_the_logits_real(watched, register):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.head = None, nn.Linear(H, V)
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self, x):
+            return self.head(x)
+
+    model, seen, x = Model(), [], torch.randn(B, S, H, requires_grad=True)
+
+    def hook(module, grad_input, grad_output):
+        if module is (model.head if watched == "head" else model):
+            seen.append(grad_output[0].abs().sum())
+
+    register = register or (lambda module, hook: nn.modules.module.register_module_full_backward_hook(hook))
+    handle = register(model.head if watched == "head" else model, hook)
+    try:
+        with fused_loss(model) as report:
+            F.cross_entropy(model(x).view(-1, V), TARGET.view(-1)).backward()
+    finally:
+        handle.remove()
+    assert len(seen) == 1 and seen[0] > 0 and "backward hook watches" in report.skipped[0]
 
 
 def test_every_label_ignored_costs_nothing():

@@ -16,6 +16,7 @@ materialises the root; each member then is the same view of it that plain torch 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -237,7 +238,10 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy) or (func is _GRAD_FN and args[0]._is_fused):
+        own = func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy)
+        if func == _GRAD_FN and args[0].is_lazy:
+            own = args[0]._is_fused or sys._getframe(1).f_globals.get("__name__", "").startswith(_PLUMBERS)
+        if own:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _HOOKS and isinstance(args[0], cls):
@@ -299,11 +303,12 @@ def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs:
 def _hook(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A gradient that somebody wants to see must exist: from now on the logits are real.
 
-    The hooks of torch.distributed only wait for the moment (FSDP gathers weights before the backward pass; the loss has
-    such a hook as well), so that they do not need the gradient.
+    The hooks of sharding libraries only wait for the moment (FSDP gathers weights before the backward pass; the loss
+    has such a hook as well), so that they do not need the gradient.
     """
     hook = args[1] if len(args) > 1 else kwargs.get("hook")
-    if func is Tensor.register_hook and str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+    hook = getattr(hook, "func", hook)  # of a functools.partial
+    if func is Tensor.register_hook and str(getattr(hook, "__module__", "")).startswith(_PLUMBERS):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if lazy._is_fused and lazy.requires_grad:
@@ -328,7 +333,8 @@ _NO_GRADIENT = (
     "fastft: {} on logits whose loss is already fused would never see a gradient. Call it before the loss is computed, "
     "or without fastft's fused loss."
 )
-_GRAD_FN = _attribute("grad_fn")  # who asks for it may be about to watch the gradient: real logits, while there is time
+_PLUMBERS = ("torch.distributed", "torch.nn.parallel", "deepspeed")  # they look at gradients' ways, not at gradients
+_GRAD_FN = _attribute("grad_fn")  # others who ask for it may be about to watch the gradient: real logits, in time
 
 _GRADIENTS = {_attribute(name) for name in ("grad", "retains_grad")}
 _LEAF_MAKERS = {Tensor.requires_grad.__set__, Tensor.requires_grad_}  # type: ignore[attr-defined]

@@ -85,7 +85,7 @@ class Attachment:
                 continue
             around = [module for module in model.modules() if any(part is head for part in module.modules())]
             library = sharding_library(head, around)
-            sharding = None if library is None else Sharding(library, _base_model(model))
+            sharding = None if library is None else Sharding(library, head, _base_model(model))
             head.forward = LazyForward(head, around, sharding, self.report)  # type: ignore[method-assign]
             self.heads.append(head)
             self._shardings += [] if sharding is None else [sharding]

@@ -26,11 +26,22 @@ def sharding_library(head: nn.Linear, around: list[nn.Module]) -> str | None:
     return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
 
 
+def _shares_a_resharded_unit(head: nn.Linear) -> bool:
+    """Whether entering the head again would have FSDP2 free its neighbours' weights before their backward pass."""
+    get_state: Any = getattr(head, "_get_fsdp_state", None)
+    state = None if get_state is None else get_state()
+    if state is None or len(getattr(state, "_modules", (head,))) < 2:
+        return False
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
+
+
 class Sharding:
     """Follows the forward passes of `model`, whose head is sharded by `library`, until `remove()`."""
 
-    def __init__(self, library: str, model: nn.Module) -> None:
+    def __init__(self, library: str, head: nn.Linear, model: nn.Module) -> None:
         self.library = library
+        self.head = head
         self._passes = 0
         self._computes_loss = False
         self._hooks = [
@@ -53,9 +64,11 @@ class Sharding:
 
     def reason_now(self) -> str | None:
         """Why this forward pass needs real logits; None where the model itself computes the loss."""
-        if self._computes_loss:
-            return None
-        return f"the output head is sharded by {self.library}, and the loss is computed outside the model's forward"
+        if not self._computes_loss:
+            return f"the output head is sharded by {self.library}, and the loss is computed outside the model's forward"
+        if _shares_a_resharded_unit(self.head):
+            return "the output head shares an FSDP2 unit that reshards after forward with other modules"
+        return None
 
     def permission(self) -> Callable[[], None]:
         """What raises when logits of this forward pass are used where the library would not know of it."""
