@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -116,6 +118,15 @@ def ddp(**options):
     return DistributedDataParallel(model, **options), model
 
 
+def compare_tensor_parallel():
+    def make():
+        model = llama()
+        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        return (parallelize_module(model, init_device_mesh("cpu", (PROCESSES,)), plan),) * 2
+
+    return compare(make)
+
+
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 LAYOUTS = ("one unit", "root", "root resharded", "head", "tail")
 FUSED = {
@@ -139,6 +150,11 @@ STOCK = {
     "fsdp1 use_orig_params": functools.partial(compare, functools.partial(fsdp1, True), True),
     "fsdp1 inner model": functools.partial(compare, functools.partial(fsdp1, True, True), True),
 }
+
+
+REASONS = {name: "the loss is computed outside" for name in STOCK}
+REASONS["fsdp2 tail resharded"] = "shares an FSDP2 unit"
+STOCK["tensor parallel"], REASONS["tensor parallel"] = compare_tensor_parallel, "tensor-parallel"
 
 
 class Curve(TrainerCallback):
@@ -236,11 +252,119 @@ def test_a_loss_inside_forward_is_fused_and_stock(results, name):
 def test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so(results, name):
     for result in of(results, ("stock", name)):
         assert result["fused"] == 0 and not result["materialised"]
-        reason = "shares an FSDP2 unit" if name.endswith("tail resharded") else "the loss is computed outside"
-        assert reason in result["skipped"][0]
+        assert REASONS[name] in result["skipped"][0]
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainer_on_two_processes(results, name):
     for result in of(results, ("trainer", name)):
         assert result["fused"] >= 3 and not result["materialised"] and not result["skipped"]
+
+
+class BeforeBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, zero3, module, output):
+        ctx.call = zero3.gather, module
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.call[0](ctx.call[1])
+        return None, None, gradient
+
+
+class AfterBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, zero3, module, input):
+        ctx.call = zero3.release, module
+        return input.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.call[0](ctx.call[1])
+        return None, None, gradient
+
+
+class Zero3:
+    """What DeepSpeed's hooks do: a parameter is empty, but inside the forward and the backward of its own module."""
+
+    def __init__(self, model):
+        self.full, self.gathers, self.gradients = {}, {}, {}
+        for index, parameter in enumerate(model.parameters()):
+            parameter.ds_id = index
+            self.full[parameter] = parameter.data.clone()
+            parameter.data = torch.empty(0)
+            parameter.register_post_accumulate_grad_hook(self.reduce)
+        for module in model.modules():
+            if list(module.parameters(recurse=False)):
+                module.register_forward_pre_hook(self.before)
+                module.register_forward_hook(self.after)
+
+    def gather(self, module):
+        self.gathers[module] = self.gathers.get(module, 0) + 1
+        for parameter in module.parameters(recurse=False):
+            parameter.data = self.full[parameter]
+
+    def release(self, module):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0)
+
+    def before(self, module, args):
+        self.gather(module)
+        return tuple(AfterBackward.apply(self, module, arg) if arg.requires_grad else arg for arg in args)
+
+    def after(self, module, args, output):
+        self.release(module)
+        return BeforeBackward.apply(self, module, output) if output.requires_grad else output
+
+    def reduce(self, parameter):
+        self.gradients[parameter] = self.gradients.get(parameter, 0) + parameter.grad
+        parameter.grad = None
+
+    def step(self):
+        gradients = [gradient.clone() for gradient in self.gradients.values()]
+        for parameter, gradient in self.gradients.items():
+            self.full[parameter] -= 0.5 * gradient
+            parameter.data = torch.empty(0)
+        self.gradients = {}
+        return gradients
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_under_zero3_the_head_is_entered_for_its_weight(tied, outside):
+    curves = []
+    for fused in (False, True):
+        model = llama(tie_word_embeddings=tied)
+        zero3, curve = Zero3(model), []
+        with fused_loss(model) if fused else contextlib.nullcontext() as report:
+            for step in range(STEPS):
+                inputs = batch(0, step)
+                labels = inputs["labels"]
+                if outside:
+                    logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+                    loss = nn.functional.cross_entropy(logits.reshape(-1, V), labels[:, 1:].reshape(-1))
+                else:
+                    loss = model(**inputs).loss
+                assert model.lm_head.weight.numel() == 0
+                loss.backward()
+                curve += [loss.detach(), *zero3.step()]
+        curves.append(curve)
+    for mine, theirs in zip(curves[1], curves[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert report.fused == (0 if outside else STEPS) and not report.materialised
+    assert zero3.gathers[model.lm_head] == (2 if outside else 3) * STEPS
+    assert ("sharded by ZeRO-3" in report.skipped[0]) if outside else not report.skipped
+
+
+def test_logits_of_a_sharded_head_cannot_be_used_after_forward():
+    model = llama()
+    Zero3(model)
+    with fused_loss(model):
+        logits = model(**batch(0, 0)).logits
+        with pytest.raises(RuntimeError, match="sharded by ZeRO-3; with labels given"):
+            logits[:, -1].logsumexp(-1)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"sharded by ZeRO-3"):
+            model(**batch(0, 1))
+            logits.argmax(-1)
+    assert not model._forward_hooks and not model._forward_pre_hooks

@@ -79,12 +79,14 @@ class Attachment:
             self.report.skipped.append("DataParallel: its replicas would call the head of the first device")
             return
         for head in find_heads(model):
+            around = [module for module in model.modules() if any(part is head for part in module.modules())]
+            library = sharding_library(head, around)
             reason = _reason_against(head)
+            if library is None and type(head.weight).__name__ == "DTensor":
+                reason = "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
             if reason is not None:
                 self.report.skipped.append(reason)
                 continue
-            around = [module for module in model.modules() if any(part is head for part in module.modules())]
-            library = sharding_library(head, around)
             sharding = None if library is None else Sharding(library, head, _base_model(model))
             head.forward = LazyForward(head, around, sharding, self.report)  # type: ignore[method-assign]
             self.heads.append(head)
@@ -160,8 +162,6 @@ def _reason_against(head: nn.Linear) -> str | None:
         return "the output head is attached to another fused loss already"
     if own is not None and not stock:
         return "the output head's forward is patched by somebody else"
-    if type(head.weight).__name__ == "DTensor" and getattr(head, "_hf_tp_plan", None):
-        return "the output head is tensor-parallel"
     return None
 
 
