@@ -90,7 +90,9 @@ def test_adapters_are_trained_as_stock(name, dtype):
     assert actual.keys() == expected.keys() and expected
     for key, gradient in expected.items():
         scale = max(gradient.abs().max().item(), 1e-3)
-        torch.testing.assert_close(actual[key], gradient, rtol=0, atol=20 * rounding * scale, msg=lambda m, k=key: k + m)
+        torch.testing.assert_close(
+            actual[key], gradient, rtol=0, atol=20 * rounding * scale, msg=lambda m, k=key: k + m
+        )
     assert not report.skipped
     assert (report.fused, bool(report.materialised)) == ((1, False) if name in FUSED else (0, True)), report
 
