@@ -507,3 +507,46 @@ def test_second_derivatives_are_refused() -> None:
     loss = F.cross_entropy(torch.tanh(logits), torch.arange(5))
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss, x, create_graph=True)
+
+
+def all_statistics(z):
+    """What a loss, an accuracy and a z-loss ask for."""
+    rows = z.view(-1, V)
+    loss = F.cross_entropy(rows, TARGET.view(-1))
+    right = (z.argmax(-1) == TARGET).float().mean()
+    with torch.no_grad():
+        perplexity = rows.logsumexp(-1, keepdim=True).mean()
+        right = right + rows.detach().argmax(-1).float().mean()
+    return loss + right + perplexity + z.argmax(dim=2).float().mean()
+
+
+def lse_again(z):
+    """Kept without a history, then asked for with one."""
+    best = z.argmax(-1)
+    best += 1  # a copy: what is kept does not change
+    total = z.argmax(-1).float().sum() + z.logsumexp(-1).pow(2).sum() + z.clone().view(-1, V).logsumexp(-1).sum()
+    with torch.no_grad():
+        fixed = z.detach().logsumexp(-1).sum()
+    return total + fixed
+
+
+def lse_after_a_change_in_place(z):
+    z = z * 1.0
+    with torch.no_grad():
+        before = z.logsumexp(-1)
+    z.mul_(-1.0)
+    return (before + z.logsumexp(-1) * z.argmax(-1)).sum()
+
+
+HEAD_PASSES = {all_statistics: 1, lse_again: 1 + 2, lse_after_a_change_in_place: 2 + 1}  # forward + backward
+
+
+@pytest.mark.parametrize("use", HEAD_PASSES)
+def test_lse_and_argmax_are_computed_once(use, monkeypatch):
+    passes, linear = [], expressions._linear
+    monkeypatch.setattr(expressions, "_linear", lambda *args: passes.append(1) or linear(*args))
+    (expected, expected_grads, _), (actual, grads, report) = run(use, False), run(use, True)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(theirs.abs().max().item(), 1))
+    assert len(passes) == HEAD_PASSES[use] and not report.materialised

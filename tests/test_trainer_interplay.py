@@ -1,4 +1,4 @@
-"""FusedLossCallback beside the other things that Trainer can do, each step by step as stock; and beside other patchers."""
+"""FusedLossCallback beside what else Trainer can do, step by step as stock; and beside others who patch the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import transformers
 from test_fused_loss import V, arguments, assert_stock, examples, llama, train
 from test_lazy_logits import LargestTensor
 from torch import nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, set_seed
 
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -41,6 +41,7 @@ class _Recipe:
     expression: Expression
     shadow: Tensor
     report: Report
+    kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     rewritten: bool = False
 
 
@@ -126,6 +127,11 @@ class LazyLogits(Tensor):
         return self._recipe.shadow
 
     @property
+    def kept(self) -> dict[Any, tuple[Tensor, Tensor]]:
+        """The rows' logsumexp and argmax by autocast state, where known. Shared by logits that hold the same rows."""
+        return self._recipe.kept
+
+    @property
     def is_lazy(self) -> bool:
         """Whether no real logits exist of this tensor or of what it is a view of."""
         return self._dense is None and (self._root is None or self._root._dense is None)
@@ -147,6 +153,8 @@ class LazyLogits(Tensor):
             dtype = evaluate(expression, self.linear.terms[0][0].new_empty(0, self.linear.vocab)).dtype
         shadow = torch.empty_like(self.shadow, dtype=dtype)
         result = self._make(linear or self.source, expression, shadow, self._recipe.report)
+        if linear is None and expression is self.expression:
+            result._recipe.kept = self.kept
         self._family()._used |= result.requires_grad
         return result
 
@@ -157,10 +165,11 @@ class LazyLogits(Tensor):
         kwargs: dict[str, Any],
         shadow: Tensor | None,
         change: Callable[[Tensor], Tensor],
+        same_rows: bool = False,
     ) -> LazyLogits:
         """`func(self, *args, **kwargs)`, a view or selection of rows, as `change` of the hidden states.
 
-        `shadow` None: a copy whose shape depends on data (a boolean mask).
+        `shadow` None: a copy whose shape depends on data (a boolean mask). `same_rows`: all rows, in their order.
         """
         linear = self.source.with_inputs(change)
         is_view = shadow is not None and (shadow is self.shadow or shadow._is_view())
@@ -168,6 +177,8 @@ class LazyLogits(Tensor):
             shape = (*linear.leading_shape, linear.vocab)
             shadow = torch.empty(shape, dtype=self.shadow.dtype, device="meta")
         result = self._make(linear, self.expression, shadow, self._recipe.report)
+        if same_rows:
+            result._recipe.kept = self.kept
         family = self._family()
         if is_view:
             result._root, result._replay = family, (*self._replay, (func, args, kwargs))
@@ -292,7 +303,7 @@ def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs:
         if isinstance(changed, LazyLogits) and changed.linear.same_as(lazy.source):
             if changed.dtype != lazy.shadow.dtype:
                 changed = changed.to(lazy.shadow.dtype)
-            recipe.expression = changed.expression
+            recipe.expression, recipe.kept = changed.expression, {}
             return lazy
     dense = lazy.materialise(func.__name__)
     recipe.rewritten = lazy._family()._recipe.rewritten = True
@@ -342,31 +353,10 @@ _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _ATTRIBUTES = {
     _attribute(name)
     for name in (
-        *(
-            "shape",
-            "dtype",
-            "device",
-            "ndim",
-            "requires_grad",
-            "is_leaf",
-            "layout",
-            "is_cuda",
-            "is_cpu",
-            "is_meta",
-        ),
-        *(
-            "is_sparse",
-            "is_quantized",
-            "is_nested",
-            "is_mps",
-            "is_xla",
-            "is_xpu",
-            "is_mkldnn",
-            "is_sparse_csr",
-            "is_mtia",
-        ),
-        *("names", "_version", "output_nr", "itemsize", "nbytes", "_backward_hooks", "_base"),
-    )
+        "shape dtype device ndim requires_grad is_leaf layout names itemsize nbytes output_nr _version _base "
+        "_backward_hooks is_cpu is_cuda is_meta is_mps is_mtia is_xla is_xpu is_mkldnn is_sparse is_sparse_csr "
+        "is_quantized is_nested"
+    ).split()
 } - {None}
 _ATTRIBUTES |= {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.storage_offset),

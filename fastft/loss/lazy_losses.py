@@ -34,12 +34,36 @@ def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
     if not is_last(lazy, dim) or "out" in kwargs:
         return NotImplemented
     keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
-    dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
-    function = getattr(torch, func.__name__)
-    result = map_rows(lazy.checked(), lazy.expression, lambda z: function(z, dim=-1, **dtype))
+    name = func.__name__
+    if name in ("logsumexp", "argmax"):
+        result = _kept(lazy, name)
+    else:
+        dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
+        function = getattr(torch, name)
+        result = map_rows(lazy.checked(), lazy.expression, lambda z: function(z, dim=-1, **dtype))
     lazy.evaluated(result)
     result = result.reshape(lazy.linear.leading_shape)
     return result.unsqueeze(-1) if keepdim else result
+
+
+def _kept(lazy: LazyLogits, name: str) -> Tensor:
+    """`logsumexp` or `argmax` of each row. One pass gives both, and is not made again for logits that share `kept`."""
+    linear = lazy.checked()
+    state = autocast_state(linear.terms[0][0].device.type)  # sets the dtype of logsumexp
+    if state not in lazy.kept:
+        best: list[Tensor] = []
+
+        def both(z: Tensor) -> Tensor:
+            best.append(z.argmax(-1))
+            return z.logsumexp(-1)
+
+        with torch.no_grad():
+            lse = map_rows(linear, lazy.expression, both)
+        lazy.kept[state] = lse, torch.cat(best)
+    lse, argmax = lazy.kept[state]
+    if name == "argmax":
+        return argmax.clone()
+    return map_rows(linear, lazy.expression, lambda z: z.logsumexp(-1), known=lse)
 
 
 def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

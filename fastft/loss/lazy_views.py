@@ -24,7 +24,7 @@ def reshape(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], k
     shadow = func(lazy.shadow, *args, **kwargs)
     if shadow.dim() == 0 or shadow.shape[-1] != lazy.shadow.shape[-1] or shadow.numel() == 0:
         return NotImplemented
-    return lazy.viewed(func, args, kwargs, shadow, lambda x: x.reshape(*shadow.shape[:-1], x.shape[-1]))
+    return lazy.viewed(func, args, kwargs, shadow, lambda x: x.reshape(*shadow.shape[:-1], x.shape[-1]), same_rows=True)
 
 
 def _dimensions(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -126,7 +126,7 @@ def clone(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwa
     shadow = func(lazy.shadow, *args, **kwargs)
     if shadow is lazy.shadow:
         return lazy
-    return lazy.viewed(func, args, kwargs, shadow, lambda x: x)
+    return lazy.viewed(func, args, kwargs, shadow, lambda x: x, same_rows=True)
 
 
 def detach(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
