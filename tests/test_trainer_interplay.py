@@ -17,6 +17,13 @@ from fastft.loss.output_head import fused_loss
 STEPS = 4
 
 
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr(fused_loss_module.logger, "warning", said.append)
+    return said
+
+
 def accuracy(prediction):
     return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
 
@@ -155,6 +162,19 @@ def test_accelerate_converts_lazy_logits_without_numbers(tmp_path):
     assert set(seen) == {("LazyLogits", torch.float32)} and not callback.report.materialised
 
 
+def test_each_place_that_asks_for_real_logits_is_said_once(tmp_path, warnings):
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        late = len(seen) >= 4
+        seen.append(outputs.logits.sort(-1).values if late else None)
+        logits = outputs.logits[:, :-1].reshape(-1, V)
+        return nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum") / num_items_in_batch
+
+    seen, callback = [], FusedLossCallback()
+    train(tmp_path, callbacks=[callback], trainer_options={"compute_loss_func": loss_of}, max_steps=4)
+    assert callback.report.fused == 4 and len(callback.report.materialised) == 1
+    assert len(warnings) == 1 and "sort at " in warnings[0] and "test_trainer_interplay.py:" in warnings[0]
+
+
 # --- beside others who patch the model
 
 
@@ -187,13 +207,6 @@ def liger():
     kind = type("LigerLlama", (transformers.LlamaForCausalLM,), {"forward": loss_utils.lce_forward})
     model.__class__ = kind
     return model, loss_utils, loss_in_torch
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    said = []
-    monkeypatch.setattr(fused_loss_module.logger, "warning", said.append)
-    return said
 
 
 def assert_inert(tmp_path, make, warnings):
