@@ -5,14 +5,15 @@ A rule that is not sure returns `NotImplemented`: the logits are then materialis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.loss.expressions import LOGITS, Call, Linear, autocast_state, map_rows, sum_over_rows
+from fastft.loss.expressions import LOGITS, Call, Expression, Linear, autocast_state, map_rows, sum_over_rows
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -96,42 +97,84 @@ def _loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    unusual = weight is not None or size_average is not None or reduce is not None
-    if unusual or lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
+    if size_average is not None or reduce is not None or (weight is not None and weight.requires_grad):
+        return NotImplemented
+    if lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
         return NotImplemented
     if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
         return NotImplemented
     linear = lazy.checked()
-    if func is F.cross_entropy and not label_smoothing and _is_plain(lazy, target):
-        result = linear.inside_head(lambda layer: _fused(layer, target, reduction, ignore_index))
+    options: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight}
+    if func is F.cross_entropy:
+        options["label_smoothing"] = label_smoothing
+    known = _known_rows(lazy, func, target)
+    if known is not None:
+        options |= known | {"reduction": reduction}
+        result = linear.inside_head(lambda layer: _fused(layer, target, **options))
         autocast, _ = autocast_state(result.device.type)
         result = result if autocast else result.to(lazy.shadow.dtype)
     else:
-        smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
-        options: dict[str, Any] = {"ignore_index": ignore_index, **smoothing}
         options["reduction"] = "none" if reduction == "none" else "sum"
         over_rows = map_rows if reduction == "none" else sum_over_rows
         result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
         if reduction == "mean":
-            result = result / (target != ignore_index).sum().clamp(min=1)
+            counted = target != ignore_index
+            ones = counted if weight is None else weight[target.where(counted, 0).long()] * counted
+            result = result / torch.where(counted.any(), ones.sum(), 1)
     lazy.evaluated(result)
     return result
 
 
-def _is_plain(lazy: LazyLogits, target: Tensor) -> bool:
-    """Whether these are a linear layer's logits as they are, or 16 bits of them cast to fp32."""
+def _known_rows(lazy: LazyLogits, func: Callable[..., Any], target: Tensor) -> dict[str, Any] | None:
+    """The options by which `linear_cross_entropy` computes this loss of one linear layer; None if it cannot."""
     if len(lazy.linear.terms) != 1 or target.dtype not in (torch.int64, torch.int32):
-        return False
-    if lazy.expression is LOGITS:
-        return True
-    cast = lazy.expression
-    narrow = lazy.linear.terms[0][0].element_size() == 2
-    return (
-        isinstance(cast, Call) and cast.function is Tensor.to and cast.arguments == (LOGITS, torch.float32) and narrow
-    )
+        return None
+    expression, casts = lazy.expression, set()
+    if func is F.nll_loss:
+        if not (isinstance(expression, Call) and expression.function is torch.log_softmax):
+            return None
+        expression, casts = expression.arguments[0], set(expression.keywords.values())
+    found = scale_and_softcap(expression)
+    if found is None or not casts | found.casts <= {torch.promote_types(lazy.linear.terms[0][0].dtype, torch.float32)}:
+        return None
+    return {"logit_scale": found.scale, "softcap": found.softcap}
 
 
-def _fused(layer: Linear, target: Tensor, reduction: str, ignore_index: int) -> Tensor:
+class ScaleAndSoftcap(NamedTuple):
+    """`scale * logits`, or `softcap * tanh(scale * logits / softcap)`, with casts to `casts` on the way."""
+
+    scale: float
+    softcap: float | None
+    casts: set[torch.dtype]
+
+
+def scale_and_softcap(expression: Expression) -> ScaleAndSoftcap | None:
+    """What an expression made of positive factors, one tanh and casts comes to; None for any other expression."""
+    before, after, casts, capped = 1.0, 1.0, set(), False
+    while isinstance(expression, Call):
+        name, arguments = expression.function.__name__, expression.arguments
+        numbers = [argument for argument in arguments if type(argument) in (int, float) and 0 < argument < math.inf]
+        inner = [argument for argument in arguments if isinstance(argument, Call) or argument is LOGITS]
+        if expression.keywords or len(inner) != 1:
+            return None
+        if expression.function is Tensor.to:
+            casts.add(arguments[1])
+        elif name == "tanh" and not capped:
+            capped = True
+        elif len(numbers) == 1 and (name in _PRODUCTS or (name in _QUOTIENTS and arguments[0] is inner[0])):
+            factor = numbers[0] if name in _PRODUCTS else 1 / numbers[0]
+            before, after = (before * factor, after) if capped else (before, after * factor)
+        else:
+            return None
+        expression = inner[0]
+    return ScaleAndSoftcap(before * after, after if capped else None, casts)
+
+
+_PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
+_QUOTIENTS = ("div", "divide", "true_divide", "__truediv__")
+
+
+def _fused(layer: Linear, target: Tensor, **options: Any) -> Tensor:
     ((x, weight, bias),) = layer.terms
     with torch.autocast(x.device.type, enabled=False):  # it had its say when the head ran
-        return linear_cross_entropy(x, weight, target, linear_bias=bias, reduction=reduction, ignore_index=ignore_index)
+        return linear_cross_entropy(x, weight, target, linear_bias=bias, **options)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.loss.expressions import LOGITS, Call, Expression, autocast_state, is_freed
-from fastft.loss.lazy_losses import cross_entropy, gather, is_last, reduce
+from fastft.loss.expressions import LOGITS, Call, autocast_state, is_freed
+from fastft.loss.lazy_losses import cross_entropy, gather, is_last, reduce, scale_and_softcap
 from fastft.loss.lazy_views import along_rows, clone, detach, getitem, iterate, permute, reshape
 
 if TYPE_CHECKING:
@@ -87,10 +87,12 @@ def _sum_of_two(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...
         return NotImplemented
     other, dtype = args[0], lazy.shadow.dtype
     if isinstance(other, type(lazy)):
-        scale = _scale_of(other.expression) if other.is_lazy else None
-        if scale is None or other.shape != lazy.shape or other.dtype != dtype or _any_freed(lazy, other):
+        found = scale_and_softcap(other.expression) if other.is_lazy else None
+        if found is None or found.softcap is not None or found.casts or _any_freed(lazy, other):
             return NotImplemented
-        return lazy.derived(LOGITS, lazy.source.plus(other.source, scale))
+        if other.shape != lazy.shape or other.dtype != dtype:
+            return NotImplemented
+        return lazy.derived(LOGITS, lazy.source.plus(other.source, found.scale))
     is_bias = isinstance(other, Tensor) and other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
     if not is_bias or other.dtype != dtype or other.dim() > lazy.shadow.dim() or _any_freed(lazy):
         return NotImplemented
@@ -100,18 +102,6 @@ def _sum_of_two(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...
 def _any_freed(*logits: LazyLogits) -> bool:
     """Whether a head must be entered again, which knows of its own term alone."""
     return any(is_freed(weight) for lazy in logits for _, weight, _ in lazy.linear.terms)
-
-
-def _scale_of(expression: Expression) -> float | None:
-    """c where the expression is c * logits."""
-    if not isinstance(expression, Call):
-        return 1.0
-    if expression.function.__name__ not in ("mul", "__mul__", "__rmul__") or len(expression.arguments) != 2:
-        return None
-    factors = [argument for argument in expression.arguments if isinstance(argument, int | float)]
-    inner = [argument for argument in expression.arguments if isinstance(argument, Call) or argument is LOGITS]
-    scale = _scale_of(inner[0]) if len(factors) == len(inner) == 1 else None
-    return None if scale is None else scale * factors[0]
 
 
 def _softmax(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
