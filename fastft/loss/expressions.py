@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.loss.cross_entropy import refuse_second_derivative
+from fastft.loss.options import refuse_second_derivative
 
 WORKSPACE_BYTES = 64 << 20
 MIN_CHUNK_ROWS = 256
