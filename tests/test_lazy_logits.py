@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastft.loss import expressions
+from fastft.loss import expressions, lazy_losses
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
 from fastft.loss.lazy_losses import scale_and_softcap
 from fastft.loss.output_head import fused_loss
@@ -598,3 +598,26 @@ def test_only_a_scale_and_a_softcap_go_to_the_kernel(name):
     result = change(z)
     found = scale_and_softcap(result.expression) if isinstance(result, LazyLogits) and result.is_lazy else None
     assert (None if found is None else found[:2]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("ce shifted contiguous", True),
+        ("ce softcap", True),
+        ("ce scaled softcap", True),
+        ("ce module smoothed", True),
+        ("ce weights smoothed", True),
+        ("nll weights", True),
+        ("nll of an expression", False),
+        ("ce softcap twice", False),
+        ("ce row", False),
+        ("ce float64", False),
+        ("label smoother", False),
+    ],
+)
+def test_which_losses_reach_the_kernel(name, kernel, monkeypatch):
+    calls, fused = [], lazy_losses._fused
+    monkeypatch.setattr(lazy_losses, "_fused", lambda *args, **options: calls.append(1) or fused(*args, **options))
+    run(LAZY[name], True)
+    assert bool(calls) == kernel
