@@ -2,7 +2,7 @@
 
 Both runs draw the same random numbers and share every operation below the head, so that they may differ by the rounding
 of the head and the loss alone. How much that is, the stock model itself says: it is run once more with its logits, and
-the gradient that comes back through them, off by one rounding (`_Nudge`). In bf16 autocast the truth is stock fp32, and
+the gradient that comes back through them, off by one rounding (`Nudge`). In bf16 autocast the truth is stock fp32, and
 stock bf16 says how far from it one may be.
 """
 
@@ -17,10 +17,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from architectures.models import Case, batch, build, seed, takes_any
 from torch import Tensor, nn
 
 import fastft
+from architectures.models import Case, batch, build, seed, takes_any
 from fastft.loss.output_head import find_heads
 
 FUSED, MATERIALISED, INERT = "exact and fused", "exact, materialised", "exact, inert"
@@ -76,7 +76,7 @@ def errors(truth: Run, other: Run) -> dict[str, float]:
     return {name: float("inf") if error != error else error for name, error in result.items()}
 
 
-class _Nudge:
+class Nudge:
     """While open, the heads' outputs, and the gradients through them, are off by up to one rounding of each row."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -117,7 +117,9 @@ def examine(case: Case) -> Outcome:
         if not torch.isfinite(stock.loss):
             return Outcome(NOT_RUN, f"the loss of stock is {float(stock.loss)}")
         if worst(errors(stock, again))[1] > 0:
-            return Outcome(NONDETERMINISTIC, "two runs of stock differ by {1:.0e} ({0})".format(*worst(errors(stock, again))))
+            return Outcome(
+                NONDETERMINISTIC, "two runs of stock differ by {1:.0e} ({0})".format(*worst(errors(stock, again)))
+            )
         return compare(model, inputs, stock)
 
 
@@ -133,7 +135,7 @@ def compare(model: nn.Module, inputs: dict[str, Any], stock: Run) -> Outcome:
 
 
 def _compare_fp32(model: nn.Module, inputs: dict[str, Any], stock: Run) -> Outcome:
-    with _Nudge(model):
+    with Nudge(model):
         nudged = worst(errors(stock, run(model, inputs)))[1]
     with fastft.fused_loss(model) as report:
         fused = run(model, inputs)
@@ -152,7 +154,9 @@ def _compare_fp32(model: nn.Module, inputs: dict[str, Any], stock: Run) -> Outco
 
 def _same_logits(stock: Tensor, fused: Tensor) -> bool:
     with torch.no_grad():
-        return torch.allclose(stock.detach(), fused.detach() + 0, rtol=1e-5, atol=1e-5 * float(stock.detach().abs().max()))
+        return torch.allclose(
+            stock.detach(), fused.detach() + 0, rtol=1e-5, atol=1e-5 * float(stock.detach().abs().max())
+        )
 
 
 def _compare_bf16(model: nn.Module, inputs: dict[str, Any], truth: Run, outcome: Outcome) -> Outcome:

@@ -53,16 +53,16 @@ AFTER_THE_HEAD = {
     "logits_mup_width_multiplier": 2.5,
 }
 
-_KINDS_OF_LAYERS = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "layer_block_types")
-_LEFT_OUT = {"transformers_version", "architectures", "dtype", "_name_or_path", "model_type"}
+_LEFT_OUT = {"transformers_version", "architectures", "dtype", "_name_or_path", "model_type", "per_layer_config"}
 
 
 def shrink(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """A config's dictionary with small sizes; `overrides` rule, and nest where a config holds another."""
+    layers = next((config[name] for name in ("num_hidden_layers", "num_layers") if name in config), None)
     small = {
-        name: _shrunk(name, value, overrides.get(name))
+        name: _per_layer(value) if isinstance(value, list) and len(value) == layers else _shrunk(name, value, overrides)
         for name, value in config.items()
-        if name not in _LEFT_OUT and not (name in overrides and not _is_config(name, value))
+        if name not in _LEFT_OUT
     }
     given = {name: value for name, value in overrides.items() if not _is_config(name, config.get(name))}
     return {**small, **given}
@@ -72,19 +72,17 @@ def _is_config(name: str, value: Any) -> bool:
     return isinstance(value, dict) and ("model_type" in value or name.endswith("_config"))
 
 
-def _shrunk(name: str, value: Any, overrides: Any) -> Any:
+def _shrunk(name: str, value: Any, overrides: dict[str, Any]) -> Any:
     if _is_config(name, value):
-        small = shrink(value, overrides or {})
+        small = shrink(value, overrides.get(name) or {})
         return {**small, "model_type": value["model_type"]} if "model_type" in value else small
     if isinstance(value, int | float) and not isinstance(value, bool):
         return _number(name, value)
     if name.endswith("_token_id") and isinstance(value, list):
         return [token if token < VOCABULARY else 1 for token in value]
-    if name in (*_KINDS_OF_LAYERS, "attn_layer_types") and isinstance(value, list):
-        return _two_kinds(value)
     if name in ("rope_parameters", "rope_scaling") and isinstance(value, dict) and "mrope_section" in value:
         return {**value, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}
-    return None if name == "per_layer_config" else value
+    return value
 
 
 def _number(name: str, value: float) -> float:
@@ -95,9 +93,9 @@ def _number(name: str, value: float) -> float:
     return 0 if name == "pad_token_id" and value < 0 else value
 
 
-def _two_kinds(layers: list[str]) -> list[str]:
-    """As many layers as there are, of two kinds if the model has two."""
-    first, kinds = layers[:LAYERS], list(dict.fromkeys(layers))
-    if len(set(first)) > 1 or len(kinds) < 2:
+def _per_layer(values: list[Any]) -> list[Any]:
+    """One value for each layer that is left; two kinds of layers if the model has two."""
+    first, others = values[:LAYERS], [value for value in values if value != values[0]]
+    if not others or any(value != values[0] for value in first) or not isinstance(values[0], str):
         return first
-    return [kinds[0], "full_attention" if "full_attention" in kinds[1:] else kinds[1]]
+    return [values[0], "full_attention" if "full_attention" in others else others[0]]
