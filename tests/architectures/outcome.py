@@ -25,6 +25,7 @@ from fastft.loss.output_head import find_heads
 
 FUSED, MATERIALISED, INERT = "exact and fused", "exact, materialised", "exact, inert"
 NONDETERMINISTIC, NOT_RUN, WRONG = "non-deterministic in stock", "not run", "WRONG"
+KINDS = (FUSED, MATERIALISED, INERT, NONDETERMINISTIC, NOT_RUN, WRONG)
 SECONDS = 120
 NUDGES = 4.0  # a head's GEMM in another order is off by a few roundings, not by one
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}

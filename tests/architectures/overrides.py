@@ -22,6 +22,7 @@ _REFORMER = {
 }
 
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_MROPE_TEXT = {"text_config": _MROPE}
 _INDEXER = {
     **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16},
     **{"indexer_budget": 16, "indexer_compress_ratio": 4},
@@ -30,7 +31,7 @@ _BLT = {"hidden_size_global": 64, "sliding_window": 64}
 
 OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "youtu"), _MLA),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glmga", "glm_ocr"), {"text_config": _MROPE}),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glmga", "glm_ocr"), _MROPE_TEXT),
     "blt": {
         **{"encoder_hash_byte_group_vocab": 50, "patcher_config": _BLT, "global_config": _BLT},
         **{"encoder_config": _BLT, "decoder_config": _BLT},
@@ -58,6 +59,7 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
             **{"depths": [1, 1, 1, 1], "window_size": 4, "patch_size": [7, 3, 3, 3]},
         }
     },
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
     "gemma4": {"text_config": _NO_LAYER_LISTS},
