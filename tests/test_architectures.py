@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from architectures.models import Case, all_cases, batch, build
-from architectures.outcome import FUSED, INERT, MATERIALISED, NONDETERMINISTIC, NOT_RUN, WRONG, compare, examine, run
+from architectures.outcome import FUSED, INERT, MATERIALISED, NOT_RUN, WRONG, compare, examine, run
 
 from fastft.loss import lazy_rules
 
@@ -48,17 +48,13 @@ REPRESENTATIVE = (
 
 # What is not fused, and is known not to be.
 OTHERWISE = {
-    "BigBirdForCausalLM": NONDETERMINISTIC,
-    "BigBirdForMaskedLM": NONDETERMINISTIC,
-    "BigBirdPegasusForConditionalGeneration": NONDETERMINISTIC,
-    "ReformerForMaskedLM": NONDETERMINISTIC,
-    "ReformerModelWithLMHead": NONDETERMINISTIC,
     "ChameleonForConditionalGeneration": MATERIALISED,  # writes into columns of the logits
     "FSMTForConditionalGeneration": INERT,  # multiplies by its embeddings itself
     "IdeficsForVisionText2Text": INERT,  # a head of two weights
     "MobileBertForMaskedLM": INERT,  # multiplies by two weights, concatenated
     "MusicgenForCausalLM": INERT,  # a head for each codebook
     "MusicgenMelodyForCausalLM": INERT,
+    "PerceiverForMaskedLM": INERT,  # multiplies by its embeddings itself
 }
 
 

@@ -58,7 +58,10 @@ def seed(number: int) -> None:
 
 
 def build(case: Case) -> nn.Module:
-    """The model in training mode, its head's weight scaled up so that a wrong loss differs much."""
+    """The model in training mode, its head's weight scaled up so that a wrong loss differs much.
+
+    Biases and gates begin at zero, which hides what they multiply: here they do not.
+    """
     config = _small_config(case)
     kind = getattr(transformers, case.class_name)
     with torch.device("meta"):
@@ -70,13 +73,18 @@ def build(case: Case) -> nn.Module:
     with torch.no_grad():
         for weight in {id(head.weight): head.weight for head in find_heads(model)}.values():
             weight.mul_(8.0)
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
     return model
 
 
 def _small_config(case: Case) -> Any:
     kind = getattr(transformers, case.class_name)
     overrides = OVERRIDES.get((case.mapping, case.model_type), OVERRIDES.get(case.model_type, {}))
-    config = _part_for(kind, transformers.CONFIG_MAPPING[case.model_type]())
+    whole = transformers.CONFIG_MAPPING[case.model_type]()
+    config = _part_for(kind, whole)
+    overrides = overrides if config is whole else overrides.get("text_config", overrides)
     config = type(config)(**shrink(config.to_dict(), overrides))
     if case.mapping == "causal" and hasattr(config, "is_decoder"):
         config.is_decoder = True

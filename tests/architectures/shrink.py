@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 VOCABULARY = 97
+IMAGE_TOKEN = VOCABULARY - 3
 LAYERS = 2
 
 _SIZES: tuple[tuple[int, str], ...] = (
@@ -89,7 +90,7 @@ def _number(name: str, value: float) -> float:
     if name in AFTER_THE_HEAD or name in SIZES:
         return AFTER_THE_HEAD.get(name, SIZES.get(name, value))
     if name.endswith(("_token_id", "_token_index")) and value >= VOCABULARY:
-        return VOCABULARY - 3 if name.startswith(("image", "video", "audio")) else 1
+        return IMAGE_TOKEN if name.startswith(("image", "video", "audio")) else 1
     return 0 if name == "pad_token_id" and value < 0 else value
 
 

@@ -44,11 +44,12 @@ def written(rows: list[tuple[Case, Outcome]]) -> str:
     lines = [
         "# The fused loss on every architecture",
         "",
-        f"`make sweep`: transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a CPU. Every",
-        "class that transformers lists for causal and masked language models, sequence to sequence, image-text to text",
-        "(with text alone where the model allows it), with a shrunken random config: loss and all gradients",
-        "under `fastft.fused_loss(model)` against stock, in fp32 (with `num_items_in_batch` as well) and in bf16 autocast;",
-        "logit scales and softcaps have non-trivial values.",
+        f"`make sweep`: transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a CPU.",
+        "",
+        "Every class that transformers lists for causal and masked language models, sequence to sequence and image-text",
+        "to text (with text alone where the model allows it), with a shrunken random config: loss and the gradients of",
+        "all parameters under `fastft.fused_loss(model)` against stock, in fp32 (with `num_items_in_batch` as well) and",
+        "in bf16 autocast. Logit scales and softcaps have non-trivial values.",
         "",
         f"{classes} distinct classes are exact and fused.",
         "",
@@ -61,9 +62,9 @@ def written(rows: list[tuple[Case, Outcome]]) -> str:
         lines.append(f"| {kind} | {' | '.join(map(str, counts))} | **{len(found)}** | {_MEANING[kind]} |")
     lines += [
         "",
-        "Errors are relative, the largest of the loss and of all gradients. fp32: fused against stock and, in brackets,",
-        "what one more rounding of the logits does to stock. bf16: fused against stock fp32 and, in brackets, stock bf16",
-        "against stock fp32.",
+        "Errors are relative, the largest of the loss and of all gradients. fp32: fused against stock and, in",
+        "brackets, what one more rounding of the logits does to stock. bf16: fused against stock fp32 and, in",
+        "brackets, stock bf16 against stock fp32.",
         "",
     ]
     others = [row for row in rows if row[1].kind != FUSED]
