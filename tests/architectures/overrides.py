@@ -11,6 +11,7 @@ from typing import Any
 from architectures.shrink import IMAGE_TOKEN, VOCABULARY
 
 _MLA = {"head_dim": 8, "num_key_value_heads": 4}  # latent attention: all heads share one rotary key
+_DOTS3 = {**_MLA, "per_layer_config": {}}
 _NO_LAYER_LISTS = {"per_layer_config": None, "layer_types": None, "num_kv_shared_layers": 0}
 _GEMMA3N = {
     **{"num_hidden_layers": 2, "intermediate_size": 64, "activation_sparsity_pattern": None, "layer_types": None},
@@ -58,11 +59,11 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
         **{"norm_topk_prob": True, "routed_scaling_factor": 1.0},
     },
     "dots3_note": {
-        "text_config": _MLA,
+        "text_config": _DOTS3,
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
-    "dots3_note_text": _MLA,
+    "dots3_note_text": _DOTS3,
     "emu3": {"vocabulary_map": {"<image>": 94}, "vq_config": {"base_channels": 32}},
     "ernie4_5_vl_moe": {
         "text_config": {

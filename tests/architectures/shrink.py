@@ -10,6 +10,7 @@ LAYERS = 2
 
 _SIZES: tuple[tuple[int, str], ...] = (
     (VOCABULARY, "vocab_size n_vocab text_vocab_size encoder_vocab_size decoder_vocab_size vocab_size_per_layer_input"),
+    (VOCABULARY, "src_vocab_size tgt_vocab_size"),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers depth encoder_layers decoder_layers num_decoder_layers"),
     (LAYERS, "num_encoder_layers n_encoder_layers n_decoder_layers num_layers_per_stack"),
     (64, "hidden_size d_model n_embd dim embed_dim hidden_dim embedding_size word_embed_proj_dim emb_dim model_dim"),
@@ -70,7 +71,7 @@ def shrink(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_config(name: str, value: Any) -> bool:
-    return isinstance(value, dict) and ("model_type" in value or name.endswith("_config"))
+    return isinstance(value, dict) and ("model_type" in value or (name.endswith("_config") and name not in _LEFT_OUT))
 
 
 def _shrunk(name: str, value: Any, overrides: dict[str, Any]) -> Any:
