@@ -1,7 +1,6 @@
 """What the shrinker cannot guess, as data: model type -> values of its config, nested as configs nest.
 
-A key (mapping, model type) is for one mapping alone. `DEFAULTS` are arguments without which the config class has no
-default config at all.
+A key (mapping, model type) is for one mapping alone.
 """
 
 from __future__ import annotations
@@ -11,20 +10,31 @@ from typing import Any
 from architectures.shrink import IMAGE_TOKEN, VOCABULARY
 
 _MLA = {"head_dim": 8, "num_key_value_heads": 4}  # latent attention: all heads share one rotary key
-_DOTS3 = {**_MLA, "per_layer_config": {}}
+_DOTS3 = {**_MLA, "head_dim": 16, "per_layer_config": {}}
 _NO_LAYER_LISTS = {"per_layer_config": None, "layer_types": None, "num_kv_shared_layers": 0}
 _GEMMA3N = {
-    **{"num_hidden_layers": 2, "intermediate_size": 64, "activation_sparsity_pattern": None, "layer_types": None},
-    **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "altup_num_inputs": 2},
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "activation_sparsity_pattern": None,
+    "layer_types": None,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 8,
+    "altup_num_inputs": 2,
 }
 _REFORMER = {
-    **{"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [4, 8], "attn_layers": ["local", "lsh"], "num_buckets": 2},
-    **{"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8},
+    "axial_pos_embds_dim": [32, 32],
+    "axial_pos_shape": [4, 8],
+    "attn_layers": ["local", "lsh"],
+    "num_buckets": 2,
+    "lsh_attn_chunk_length": 8,
+    "local_attn_chunk_length": 8,
     # it seeds its dropout and its hashes by the clock, so that no two runs agree
-    **{"hash_seed": 1, "hidden_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0},
+    "hash_seed": 1,
+    "hidden_dropout_prob": 0.0,
+    "lsh_attention_probs_dropout_prob": 0.0,
     "local_attention_probs_dropout_prob": 0.0,
 }
-
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 _MROPE_TEXT = {"text_config": _MROPE}
 _FULL_ATTENTION = {"attention_type": "original_full"}  # what it changes to in its first pass over so short a text
@@ -32,8 +42,11 @@ _QUERIES = {"num_query_tokens": 4, "image_token_index": IMAGE_TOKEN, "image_toke
 _VIBEVOICE = {"num_filters": 2, "depths": [1] * 7, "hidden_size": 16}
 _ZAMBA = {"attention_head_dim": 32, "attention_hidden_size": 128}
 _INDEXER = {
-    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16},
-    **{"indexer_budget": 16, "indexer_compress_ratio": 4},
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
 }
 _BLT = {"hidden_size_global": 64, "sliding_window": 64}
 
@@ -44,8 +57,11 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     **dict.fromkeys(("blip-2", "instructblip"), _QUERIES),
     "instructblipvideo": {**_QUERIES, "video_token_index": IMAGE_TOKEN},
     "blt": {
-        **{"encoder_hash_byte_group_vocab": 50, "patcher_config": _BLT, "global_config": _BLT},
-        **{"encoder_config": _BLT, "decoder_config": _BLT},
+        "encoder_hash_byte_group_vocab": 50,
+        "patcher_config": _BLT,
+        "global_config": _BLT,
+        "encoder_config": _BLT,
+        "decoder_config": _BLT,
     },
     "chameleon": {"vocabulary_map": {"<image>": 94}, "vq_config": {"base_channels": 32, "resolution": 32}},
     "codegen": {"rotary_dim": 8},
@@ -55,8 +71,13 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
     "deepseek_v2": {**_MLA, "topk_method": "greedy", "num_experts_per_tok": 2},
     "dots1": {
-        **{"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-        **{"norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
     },
     "dots3_note": {
         "text_config": _DOTS3,
@@ -75,8 +96,12 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     "esmc": {"num_key_value_heads": 4},
     "florence2": {
         "vision_config": {
-            **{"embed_dim": [16, 32, 64, 64], "num_heads": [2, 2, 4, 4], "num_groups": [2, 2, 4, 4]},
-            **{"depths": [1, 1, 1, 1], "window_size": 4, "patch_size": [7, 3, 3, 3]},
+            "embed_dim": [16, 32, 64, 64],
+            "num_heads": [2, 2, 4, 4],
+            "num_groups": [2, 2, 4, 4],
+            "depths": [1, 1, 1, 1],
+            "window_size": 4,
+            "patch_size": [7, 3, 3, 3],
         }
     },
     "gemma3": {"mm_tokens_per_image": 4},
@@ -93,7 +118,11 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {
-        **{"head_dim": 16, "num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 32, "num_shared_expert": 1},
+        "head_dim": 16,
+        "num_experts": 4,
+        "moe_topk": 2,
+        "moe_intermediate_size": 32,
+        "num_shared_expert": 1,
     },
     "hunyuan_vl": {"text_config": {"head_dim": 16, **_MROPE}},
     "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 64}},
@@ -132,9 +161,16 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], **_ZAMBA},
     "zamba2": {
-        **{"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_mem_blocks": 1, "mamba_expand": 2},
-        **{"n_mamba_heads": 8, "mamba_headdim": 16, "attention_head_dim": 32, "attention_hidden_size": 128},
-        **{"adapter_rank": 8, "use_mem_rope": True},
+        "layers_block_type": ["mamba", "hybrid"],
+        "hybrid_layer_ids": [1],
+        "num_mem_blocks": 1,
+        "mamba_expand": 2,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+        "adapter_rank": 8,
+        "use_mem_rope": True,
     },
     "zaya": {"num_experts_per_tok": 1},
 }
