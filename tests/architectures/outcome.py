@@ -121,18 +121,28 @@ def examine(case: Case) -> Outcome:
             return Outcome(
                 NONDETERMINISTIC, "two runs of stock differ by {1:.0e} ({0})".format(*worst(errors(stock, again)))
             )
-        return compare(model, inputs, stock)
+        try:
+            return compare(model, inputs, stock)
+        except Exception as error:
+            return Outcome(WRONG, f"fused fails where stock does not: {_reason(error)}")
 
 
 def compare(model: nn.Module, inputs: dict[str, Any], stock: Run) -> Outcome:
     """The outcome of a model that stock trains."""
     outcome = _compare_fp32(model, inputs, stock)
-    if outcome.kind != WRONG and takes_any(model):
-        counted = {**inputs, "num_items_in_batch": torch.tensor(123)}
-        with contextlib.suppress(TypeError):  # forward's **kwargs go to somebody who does not know it
-            other = _compare_fp32(model, counted, run(model, counted))
-            outcome = other if other.kind == WRONG else outcome
+    counted = {**inputs, "num_items_in_batch": torch.tensor(123)}
+    if outcome.kind != WRONG and takes_any(model) and (stock_counted := _run_if_it_can(model, counted)) is not None:
+        other = _compare_fp32(model, counted, stock_counted)
+        outcome = other if other.kind == WRONG else outcome
     return outcome if outcome.kind == WRONG else _compare_bf16(model, inputs, stock, outcome)
+
+
+def _run_if_it_can(model: nn.Module, inputs: dict[str, Any]) -> Run | None:
+    """None where forward hands its **kwargs to somebody who does not know `num_items_in_batch`."""
+    try:
+        return run(model, inputs)
+    except TypeError:
+        return None
 
 
 def _compare_fp32(model: nn.Module, inputs: dict[str, Any], stock: Run) -> Outcome:
