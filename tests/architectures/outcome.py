@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import fastft
 from architectures.models import Case, batch, build, seed, takes_any
 from fastft.loss.output_head import find_heads
+from fastft.loss.report import Report
 
 FUSED, MATERIALISED, INERT = "exact and fused", "exact, materialised", "exact, inert"
 NONDETERMINISTIC, NOT_RUN, WRONG = "non-deterministic in stock", "not run", "WRONG"
@@ -117,10 +118,9 @@ def examine(case: Case) -> Outcome:
             return Outcome(NOT_RUN, _reason(error))
         if not torch.isfinite(stock.loss):
             return Outcome(NOT_RUN, f"the loss of stock is {float(stock.loss)}")
-        if worst(errors(stock, again))[1] > 0:
-            return Outcome(
-                NONDETERMINISTIC, "two runs of stock differ by {1:.0e} ({0})".format(*worst(errors(stock, again)))
-            )
+        name, difference = worst(errors(stock, again))
+        if difference > 0:
+            return Outcome(NONDETERMINISTIC, f"two runs of stock differ by {difference:.0e} ({name})")
         try:
             return compare(model, inputs, stock)
         except Exception as error:
@@ -133,7 +133,7 @@ def compare(model: nn.Module, inputs: dict[str, Any], stock: Run) -> Outcome:
     counted = {**inputs, "num_items_in_batch": torch.tensor(123)}
     if outcome.kind != WRONG and takes_any(model) and (stock_counted := _run_if_it_can(model, counted)) is not None:
         other = _compare_fp32(model, counted, stock_counted)
-        outcome = other if other.kind == WRONG else outcome
+        outcome = max(outcome, other, key=lambda found: KINDS.index(found.kind))
     return outcome if outcome.kind == WRONG else _compare_bf16(model, inputs, stock, outcome)
 
 
@@ -150,17 +150,21 @@ def _compare_fp32(model: nn.Module, inputs: dict[str, Any], stock: Run) -> Outco
         nudged = worst(errors(stock, run(model, inputs)))[1]
     with fastft.fused_loss(model) as report:
         fused = run(model, inputs)
-        kind, why = FUSED, ""
-        if report.materialised:
-            kind, why = MATERIALISED, "; ".join(report.materialised)
-        elif not report.fused:
-            kind, why = INERT, "; ".join(report.skipped) or "nothing called the output head"
+        kind, why = _what_became(report)
         name, error = worst(errors(stock, fused))
         if error > NUDGES * nudged + FLOOR[torch.float32]:
             kind, why = WRONG, f"fp32: {name} is off by {error:.1e}, one rounding of the logits by {nudged:.1e}"
         elif isinstance(stock.logits, Tensor) and not _same_logits(stock.logits, fused.logits):
             kind, why = WRONG, "outputs.logits read other values"
     return Outcome(kind, why, fp32=error, fp32_nudged=nudged)
+
+
+def _what_became(report: Report) -> tuple[str, str]:
+    if report.materialised:
+        return MATERIALISED, "; ".join(report.materialised)
+    if not report.fused:
+        return INERT, "; ".join(report.skipped) or "nothing called the output head"
+    return FUSED, ""
 
 
 def _same_logits(stock: Tensor, fused: Tensor) -> bool:
@@ -177,8 +181,11 @@ def _compare_bf16(model: nn.Module, inputs: dict[str, Any], truth: Run, outcome:
         except Exception as error:
             outcome.why = "; ".join(filter(None, (outcome.why, f"stock fails in bf16 autocast: {_reason(error)}")))
             return outcome
-        with fastft.fused_loss(model):
+        with fastft.fused_loss(model) as report:
             fused = errors(truth, run(model, inputs))
+            kind, why = _what_became(report)
+    if KINDS.index(kind) > KINDS.index(outcome.kind):
+        outcome.kind, outcome.why = kind, f"in bf16: {why}"
     typical = sum(stock.values()) / len(stock)
     for name, error in fused.items():
         allowed = 2 * max(stock.get(name, 0.0), typical) + FLOOR[torch.bfloat16]
