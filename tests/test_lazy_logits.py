@@ -139,6 +139,10 @@ LAZY = {
     "ce softcap upside down": lambda z: F.cross_entropy((torch.tanh(z) * -3.0).view(-1, V), TARGET.view(-1)),
     "ce reciprocal": lambda z: F.cross_entropy((3.0 / (z * z + 1.0)).view(-1, V), TARGET.view(-1)),
     "ce shifted softcap": lambda z: F.cross_entropy((torch.tanh(z + 1.0) * 3.0).view(-1, V), TARGET.view(-1)),
+    "ce soft": lambda z: F.cross_entropy(z.view(-1, V), NOISE.view(-1, V).softmax(-1)),
+    "ce soft smoothed": lambda z: F.cross_entropy(
+        (torch.tanh(z / 5) * 5).view(-1, V), NOISE.view(-1, V).softmax(-1), ROW, label_smoothing=0.2, reduction="sum"
+    ),
     "ce row": lambda z: F.cross_entropy((z + ROW).view(-1, V), TARGET.view(-1)),
     "ce row of batch": lambda z: F.cross_entropy((z + ROW.view(1, 1, V)).view(-1, V), TARGET.view(-1)),
     "ce float64": lambda z: F.cross_entropy(z.double().view(-1, V), TARGET.view(-1)),
@@ -201,7 +205,7 @@ MATERIALISED = {
     "function": lambda z: DoubledGradient.apply(z).sum(),
     "function after softcap": lambda z: DoubledGradient.apply(torch.tanh(z / 5) * 5).sum(),
     "ce transposed": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
-    "ce soft": lambda z: F.cross_entropy(z.view(-1, V), NOISE.view(-1, V).softmax(-1)),
+    "ce soft of an expression": lambda z: F.cross_entropy(z.exp().view(-1, V), NOISE.view(-1, V).softmax(-1)),
     "ce cut": lambda z: F.cross_entropy(z[..., :40].reshape(-1, 40), TARGET.clamp(max=39).view(-1)),
     "ce trained scale": lambda z: F.cross_entropy((z * SCALE).view(-1, V), TARGET.view(-1)),
     "token scale": lambda z: (z * TOKEN_SCALE).logsumexp(-1).sum(),
