@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_no_worse
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from watch import Watch
 
 from fastft.loss import expressions, lazy_losses
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
@@ -277,19 +277,6 @@ def lazy_example(dtype=torch.float32):
     return lazy_linear(x, weight, None, report), x, weight, report
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, LazyLogits) and tensor.device.type != "meta":
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "use",
@@ -304,9 +291,9 @@ def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
     rows = 1024
     x = torch.randn(2, rows // 2, 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(VOCAB, 8, dtype=dtype, requires_grad=True)
-    with LargestTensor() as seen:
+    with Watch() as seen:
         use(lazy_linear(x, weight, None, Report()), torch.randint(0, VOCAB, (rows,))).backward()
-    assert 0 < seen.largest <= rows * VOCAB // 2
+    assert 0 < seen.elements <= rows * VOCAB // 2
 
 
 def test_looks_like_the_dense_tensor():
