@@ -434,6 +434,16 @@ def test_no_row_at_all():
     assert loss == 0 and not x.grad.any() and not weight.grad.any()
 
 
+def test_a_bias_of_more_bits_than_the_logits():
+    use = LAZY["trained bias"]
+    truth, dense, lazy = (
+        run(use, kind, dtype) for kind, dtype in ((0, torch.float64), (0, torch.bfloat16), (1, torch.bfloat16))
+    )
+    assert lazy[0].dtype == dense[0].dtype == torch.float32 and lazy[2].fused == 1 and not lazy[2].materialised
+    for what, mine, theirs, exact in zip(("x", "W", "b", "BIAS"), lazy[1], dense[1], truth[1], strict=False):
+        assert_no_worse(mine, theirs, exact.double(), what)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inside", [True, False])
 def test_autocast_is_obeyed(inside, dtype):
