@@ -19,6 +19,7 @@ from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linear_token_loss
 from fastft.loss.output_head import fused_loss
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import adamw, adamw_spec
@@ -33,12 +34,15 @@ __all__ = [
     "CrossEntropyLoss",
     "FusedLossCallback",
     "LinearCrossEntropyLoss",
+    "LinearLogProbs",
     "PackingCollator",
     "adamw",
     "adamw_spec",
     "cross_entropy",
     "fused_loss",
     "linear_cross_entropy",
+    "linear_log_probs",
+    "linear_token_loss",
     "pack",
     "plan_packs",
 ]

@@ -15,7 +15,7 @@ import torch
 
 from fastft import _native
 
-_library = torch.library.Library("fastft", "DEF")
+library = torch.library.Library("fastft", "DEF")
 LIBRARIES = {"cpp": "cpu", "cuda": "cuda"}  # the native engines: each has a library, named as the device type it serves
 IMPLS = ("auto", "eager", *LIBRARIES)
 OPERATORS: dict[str, Operator] = {}  # filled by the rooms at import; `python -m fastft` lists it
@@ -46,10 +46,11 @@ class Operator:
         fake: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.reference, self.engines = schema.partition("(")[0], reference, engines
-        _library.define(schema)
+        self.qualified_name = f"fastft::{self.name}"
+        library.define(schema)
         # the key under which torch looks when a device has no kernel of its own
-        _library.impl(self.name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastft::{self.name}", fake or (lambda *args, **kwargs: None), lib=_library)
+        library.impl(self.name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(self.qualified_name, fake or (lambda *args, **kwargs: None), lib=library)
         for engine in engines:
             _native.library(LIBRARIES[engine])
         self.native = getattr(torch.ops.fastft, self.name).default

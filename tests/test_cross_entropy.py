@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,9 @@ def check(logits, target, impl, upstream=None, **options):
     ours = loss_and_grad(cross_entropy, logits, target, upstream, impl=impl, **options)
     # the loss of 16-bit logits is fp32: compare with torch's on fp32 copies
     statistics = torch.promote_types(logits.dtype, torch.float32)
-    plain_loss, _ = loss_and_grad(F.cross_entropy, logits.to(statistics), target.long(), upstream, **options)
-    _, plain_grad = loss_and_grad(F.cross_entropy, logits, target.long(), upstream, **options)
-    truth = loss_and_grad(F.cross_entropy, logits.double(), target.long(), upstream, **options)
+    plain_loss, _ = loss_and_grad(oracle.cross_entropy, logits.to(statistics), target, upstream, **options)
+    _, plain_grad = loss_and_grad(oracle.cross_entropy, logits, target, upstream, **options)
+    truth = loss_and_grad(oracle.cross_entropy, logits.double(), target, upstream, **options)
     assert ours[0].dtype == statistics and ours[1].dtype == logits.dtype
     assert_no_worse(ours[0], plain_loss, truth[0], "loss")
     assert_no_worse(ours[1], plain_grad, truth[1], "gradient")
@@ -53,6 +54,56 @@ def test_matches_torch(impl, dtype, shape, reduction, poisoned_empty):
     logits, target = make(*shape, dtype)
     upstream = torch.randn(shape[0]) if reduction == "none" else torch.tensor(1.75)
     check(logits, target, impl, upstream, reduction=reduction)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)
+@pytest.mark.parametrize("classes", [1, 63, 507])
+def test_options(impl, dtype, reduction, options, classes, poisoned_empty):
+    logits, target = make(33, classes, dtype)
+    target[0] = 0
+    upstream = torch.randn(33) if reduction == "none" else None
+    options = oracle.options_with_weight(options, classes)
+    if reduction == "mean" and classes == 1 and "weight" in options:
+        options["weight"] += 1.0  # torch's mean over weights that sum to 0 is NaN, as ours
+    check(logits, target, impl, upstream, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)
+def test_float64(options):
+    logits, target = make(33, 507, torch.float64)
+    options = oracle.options_with_weight(options, 507)
+    ours, truth = (loss_and_grad(f, logits, target, **options) for f in (cross_entropy, oracle.cross_entropy))
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)
+def test_num_items_divides_the_sum(impl, options):
+    logits, target = make(33, 63)
+    options = oracle.options_with_weight(options, 63)
+    total = loss_and_grad(cross_entropy, logits, target, impl=impl, reduction="sum", **options)
+    mean = loss_and_grad(cross_entropy, logits, target, impl=impl, num_items=8, **options)
+    assert torch.equal(mean[0], total[0] / 8) and torch.equal(mean[1], total[1] / 8)
+
+
+@pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_target_probabilities(options, reduction):
+    logits = torch.randn(2, 7, 3, requires_grad=True)
+    probabilities = torch.rand(2, 7, 3).softmax(1)
+    options = oracle.options_with_weight(options, 7)
+    z_loss, cap = options.pop("z_loss", 0.0), {k: options.pop(k) for k in ("softcap", "logit_scale") if k in options}
+    ours = cross_entropy(logits, probabilities, reduction=reduction, z_loss=z_loss, **options, **cap)
+    z = oracle.capped(logits, **cap)
+    expected = F.cross_entropy(z, probabilities, reduction=reduction, **options)
+    squares = z_loss * z.logsumexp(1).square()
+    expected = expected + {"none": squares, "sum": squares.sum(), "mean": squares.mean()}[reduction]
+    torch.testing.assert_close(ours, expected)
+    gradients = (torch.autograd.grad(loss.sum(), logits)[0] for loss in (ours, expected))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -231,27 +282,89 @@ def test_any_shape_and_ignore_pattern(rows, classes, offset, spread, seed, data)
         check(logits, target, impl, torch.randn(rows), reduction="none", ignore_index=-1)
 
 
-def operator_arguments(rows=7, classes=33, dtype=torch.float32, scaled=True):
+def operator_arguments(rows=7, classes=33, dtype=torch.float32, weight=True, upstream=3, statistics=True):
     logits, target = make(rows, classes, dtype)
-    losses, lse = torch.empty(rows), torch.empty(rows)
-    return logits, target, losses, lse, [torch.empty_like(logits)], [torch.rand(rows)] if scaled else [], -100
+    outputs = [torch.empty(rows), torch.empty(rows, dtype=torch.bool)] if statistics else []
+    return [
+        *(logits, target, [torch.rand(classes)] if weight else [], list(torch.randn(upstream, rows))),
+        *(torch.empty(rows), torch.empty(rows), outputs, [torch.empty_like(logits)], -100, 0.1, 0.02, 4.0, 0.5),
+    ]
 
 
 def test_operator_contract():
-    torch.library.opcheck(ROWS.native, operator_arguments())
-    torch.library.opcheck(ROWS.native, operator_arguments(dtype=torch.bfloat16, scaled=False))
+    torch.library.opcheck(ROWS.native, tuple(operator_arguments()))
+    torch.library.opcheck(
+        ROWS.native, tuple(operator_arguments(dtype=torch.bfloat16, weight=False, upstream=0, statistics=False))
+    )
+
+
+def row_truth(logits, target, weight, upstream, options):
+    """lse, entropy, is_top1 and the gradient of everything, in float64."""
+    leaf = logits.double().requires_grad_()
+    names = ("ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale")
+    named = dict(zip(names, options, strict=True))
+    losses = oracle.cross_entropy(leaf, target, weight=weight, reduction="none", **named)
+    capped = {name: named[name] for name in ("softcap", "logit_scale")}
+    _, entropy, lse, is_top1 = oracle.log_probs(leaf, target, **capped)
+    (gradient,) = torch.autograd.grad((losses, lse, entropy), leaf, [u.double() for u in upstream])
+    return losses.detach(), lse.detach(), entropy.detach(), is_top1, gradient
 
 
 @pytest.mark.parametrize("impl", ENGINES)
-def test_operator_writes_lse_and_works_in_place(impl):
-    logits, target, losses, lse, grad, scale, ignore = operator_arguments()
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("classes", [1, 16, 507])
+def test_operator_writes_every_output(impl, in_place, classes):
+    logits, target, weight, upstream, losses, lse, statistics, grad, *options = operator_arguments(9, classes)
     target[2] = -100
+    truth = row_truth(logits, target, weight[0], upstream, options)
+    output = logits if in_place else grad[0].fill_(torch.nan)
     rows = ROWS.implementation(impl, logits.device)
-    rows(logits, target, losses, lse, grad, scale, ignore)
-    expected = logits.double().logsumexp(1).masked_fill(target == -100, 0)
-    assert_no_worse(lse, logits.logsumexp(1), expected, "lse")
-    rows(logits, target, losses, lse, [logits], scale, ignore)
-    assert torch.equal(logits, grad[0])
+    rows(logits, target, weight, upstream, losses, lse, statistics, [output], *options)
+    for actual, exact in zip((losses, lse, statistics[0], output), (*truth[:3], truth[4]), strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=2e-6)
+    assert torch.equal(statistics[1], truth[3]) and not output[2].any() and losses[2] == lse[2] == 0
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("softcap", [0.0, 1.0])
+@pytest.mark.parametrize("target", [3, 40, 506])
+def test_of_equal_classes_the_first_is_the_top_one(impl, softcap, target):
+    logits = torch.randn(3, 507)
+    logits[:, target] = 1e4
+    logits[1, target - 2] = logits[2, (target + 1) % 507] = 1e4
+    statistics = [torch.empty(3), torch.empty(3, dtype=torch.bool)]
+    rows = ROWS.implementation(impl, logits.device)
+    arguments = ([], [], torch.empty(3), torch.empty(3), statistics, [], -100, 0.0, 0.0, softcap, 1.0)
+    rows(logits, torch.full((3,), target), *arguments)
+    assert statistics[1].tolist() == [True, False, target != 506]
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_entropy_where_a_class_is_impossible(impl):
+    logits = torch.randn(4, 40)
+    logits[:, ::3] = -torch.inf
+    arguments = operator_arguments(4, 40, weight=False)
+    arguments[0], arguments[1], arguments[8:] = logits, torch.tensor([1, 2, 0, -100]), (-100, 0.0, 0.0, 0.0, 1.0)
+    ROWS.implementation(impl, logits.device)(*arguments)
+    _, entropy, lse, _ = oracle.log_probs(logits.double(), arguments[1])
+    torch.testing.assert_close(arguments[6][0].double(), entropy, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(arguments[5].double(), lse, rtol=1e-6, atol=1e-6)
+    assert arguments[4][2] == torch.inf and arguments[7][0].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_a_long_row_is_summed_without_losing_digits(impl):
+    logits = torch.randn(2, 300_000)
+    check(logits, torch.tensor([7, 299_999]), impl, reduction="sum", label_smoothing=0.3)
+
+
+def test_a_target_that_nobody_checked_poisons_its_row():
+    """On a device nobody looks at the targets: the row must not look right."""
+    arguments = operator_arguments(4, 9)
+    arguments[1] = torch.tensor([0, 9, -1, -100])
+    ROWS.reference(*arguments)
+    assert arguments[4].isnan().tolist() == [False, True, True, False]
+    assert arguments[7][0].isnan().all(1).tolist() == [False, True, True, False]
 
 
 @pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")
@@ -261,14 +374,18 @@ def test_operator_writes_lse_and_works_in_place(impl):
         (0, torch.randn(7, 33, dtype=torch.float64), "float32 or bfloat16"),
         (0, torch.randn(33, 7).T, "contiguous"),
         (1, torch.full((7,), 33), r"target\[0\] is 33, not in \[0, 33\)"),
-        (1, torch.zeros(6, dtype=torch.int64), "one element a row"),
-        (2, torch.empty(7, dtype=torch.float64), "must be float32"),
-        (4, [torch.empty(7, 32)], "shape and dtype of logits"),
-        (5, [torch.empty(6)], "row_scale"),
+        (1, torch.zeros(6, dtype=torch.int64), "target must be a contiguous vector of 7"),
+        (2, [torch.ones(32)], "weight must be a contiguous vector of 33"),
+        (3, [torch.ones(6)], "upstream must be a contiguous vector of 7"),
+        (3, list(torch.ones(2, 7)), "upstream holds 0, 1 or 3"),
+        (4, torch.empty(7, dtype=torch.float64), "losses must be"),
+        (6, [torch.empty(7)], "statistics holds 0 or 2"),
+        (6, [torch.empty(7), torch.empty(7)], "is_top1 must be"),
+        (7, [torch.empty(7, 32)], "grad must have the shape and dtype of logits"),
     ],
 )
 def test_kernel_refuses(position, replacement, message):
-    arguments = list(operator_arguments())
+    arguments = operator_arguments()
     arguments[position] = replacement
     with pytest.raises(RuntimeError, match=message):
         ROWS.native(*arguments)
@@ -283,16 +400,29 @@ GOOD = {"input": torch.randn(4, 7), "target": torch.tensor([0, 6, -100, 3])}
         ({"target": torch.tensor([0, 7, 1, 1])}, ValueError, r"target\[1\] is 7.*\[0, 7\)"),
         ({"target": torch.tensor([0, 1, -1, 1])}, ValueError, r"target\[2\] is -1"),
         ({"target": torch.tensor([0, 1, 1])}, ValueError, r"\(4, 7\).*\(3,\)"),
-        ({"target": torch.zeros(4)}, TypeError, "target.*float32"),
+        ({"target": torch.zeros(4, dtype=torch.bool)}, TypeError, "target.*bool"),
+        ({"target": torch.zeros(4)}, ValueError, r"probabilities.*\(4, 7\).*\(4,\)"),
         ({"input": torch.zeros(4, 7, dtype=torch.int64)}, TypeError, "input.*int64"),
         ({"input": torch.zeros(4, 0)}, ValueError, "at least one class"),
-        ({"input": torch.tensor(1.0)}, ValueError, "input is"),
+        ({"input": torch.tensor(1.0)}, ValueError, "input must have at least one class"),
         ({"reduction": "average"}, ValueError, "'average'"),
         ({"impl": "fast"}, ValueError, "'fast'"),
         ({"impl": "cuda"}, RuntimeError, "impl='cuda'"),
         ({"input": torch.zeros(4, 7, dtype=torch.float16), "impl": "cpp"}, RuntimeError, "impl='cpp'"),
         ({"num_items": 3, "reduction": "sum"}, ValueError, "num_items.*'sum'"),
         ({"num_items": -3}, ValueError, "num_items.*-3"),
+        ({"label_smoothing": 1.1}, ValueError, "label_smoothing.*1.1"),
+        ({"label_smoothing": float("nan")}, ValueError, "label_smoothing.*nan"),
+        ({"z_loss": -1.0}, ValueError, "z_loss.*-1.0"),
+        ({"softcap": 0.0}, ValueError, "softcap.*0.0"),
+        ({"logit_scale": float("inf")}, ValueError, "logit_scale.*inf"),
+        ({"weight": torch.ones(6)}, ValueError, r"weight.*\(7,\).*\(6,\)"),
+        ({"weight": torch.ones(7, dtype=torch.int64)}, TypeError, "weight.*int64"),
+        ({"weight": torch.ones(7, device="meta")}, ValueError, "weight is on meta"),
+        ({"target": torch.rand(4, 6)}, ValueError, r"probabilities.*\(4, 7\).*\(4, 6\)"),
+        ({"target": torch.rand(4, 7).requires_grad_()}, ValueError, "must not require a gradient"),
+        ({"target": torch.rand(4, 7), "impl": "cpp"}, RuntimeError, "impl='cpp'.*probabilities"),
+        ({"target": torch.rand(4, 7), "impl": "fast"}, ValueError, "'fast'"),
         ({"num_items": torch.ones(2)}, ValueError, r"num_items.*\(2,\)"),
     ],
 )
@@ -300,6 +430,25 @@ def test_bad_input(arguments, error, message):
     arguments = GOOD | arguments
     with pytest.raises(error, match=message):
         cross_entropy(arguments.pop("input"), arguments.pop("target"), **arguments)
+
+
+def test_targets_of_a_device_are_checked_on_demand(monkeypatch):
+    target = torch.tensor([9], device="meta")
+    cross_entropy_on_meta = lambda: cross_entropy(torch.ones(1, 7, device="meta"), target)  # noqa: E731
+    cross_entropy_on_meta()
+    monkeypatch.setenv("FASTFT_CHECK_TARGETS", "1")
+    with pytest.raises((RuntimeError, NotImplementedError)):  # it looks: a meta tensor has no values to show
+        cross_entropy_on_meta()
+
+
+def test_module_knows_every_option():
+    logits, target = make(33, 63)
+    options = oracle.options_with_weight(oracle.OPTIONS["all"], 63)
+    loss = CrossEntropyLoss(**options)
+    assert torch.equal(loss(logits, target, num_items=5), cross_entropy(logits, target, num_items=5, **options))
+    assert set(loss.state_dict()) == {"weight"}
+    with pytest.raises(ValueError, match="label_smoothing"):
+        CrossEntropyLoss(label_smoothing=-1.0)
 
 
 def test_module():

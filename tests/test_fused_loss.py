@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss import lazy_rules
+from fastft.loss import lazy_losses
 from fastft.loss.lazy_logits import LazyLogits
 from fastft.loss.output_head import LazyForward, fused_loss
 
@@ -227,7 +227,7 @@ def test_verify_accepts_what_is_right(bf16, tmp_path):
 
 
 def test_verify_raises_on_a_wrong_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy_rules, "_fused", lambda layer, *_: layer.terms[0][0].sum() * 0 + 1.5)
+    monkeypatch.setattr(lazy_losses, "_fused", lambda layer, *_, **__: layer.terms[0][0].sum() * 0 + 1.5)
     with pytest.raises(RuntimeError, match=r"the fused loss of the first batch is .* the stock loss"):
         train(tmp_path, callbacks=[FusedLossCallback(verify=True)])
 

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_no_worse
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from watch import Watch
 
 from fastft import _native
-from fastft.loss import linear_cross_entropy as room
-from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, chunk_rows, linear_cross_entropy
+from fastft.loss import head_gemms
+from fastft.loss import linear_rows as room
+from fastft.loss.cross_entropy import cross_entropy
+from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from fastft.loss.linear_rows import HEAD, chunk_rows
 
 ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built"))]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -21,7 +25,7 @@ SHAPES = [(1, 1, 1), (1, 63, 507), (63, 1, 15), (63, 33, 507), (130, 16, 1)]  # 
 @pytest.fixture
 def small_workspace(monkeypatch):
     """Room for 8 rows of 507 fp32 logits: every larger test runs in several chunks."""
-    monkeypatch.setitem(room._WORKSPACE_BYTES, "cpu", 8 * 507 * 4)
+    monkeypatch.setitem(room._LIMITS, "cpu", room._Limits(8 * 507 * 4, 1, 1 << 31))
 
 
 def make(rows, hidden, classes, dtype=torch.float32, ignored=0.2, bias=True):
@@ -30,15 +34,14 @@ def make(rows, hidden, classes, dtype=torch.float32, ignored=0.2, bias=True):
     return x, weight, torch.randn(classes).to(dtype) if bias else None, target
 
 
-def plain_linear_cross_entropy(x, weight, target, *, linear_bias=None, upcast=False, **options):
-    logits = F.linear(x, weight, linear_bias)
-    return F.cross_entropy(logits.float() if upcast else logits, target.long(), **options)
+def plain_linear_cross_entropy(x, head, target, *, linear_bias=None, upcast=False, **options):
+    logits = F.linear(x, head, linear_bias)
+    return oracle.cross_entropy(logits.float() if upcast else logits, target, **options)
 
 
-def loss_and_grads(function, x, weight, bias, target, upstream=None, needs=(True, True, True), **options):
+def loss_and_grads(function, x, head, bias, target, upstream=None, needs=(True, True, True), **options):
     leaves = [
-        None if t is None else t.detach().clone().requires_grad_(n)
-        for t, n in zip((x, weight, bias), needs, strict=True)
+        None if t is None else t.detach().clone().requires_grad_(n) for t, n in zip((x, head, bias), needs, strict=True)
     ]
     loss = function(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
@@ -46,13 +49,12 @@ def loss_and_grads(function, x, weight, bias, target, upstream=None, needs=(True
     return [loss.detach(), *(torch.autograd.grad(loss, wanted, upstream) if wanted else ())]
 
 
-def check(x, weight, bias, target, impl="auto", upstream=None, needs=(True, True, True), **options):
+def check(x, head, bias, target, impl="auto", upstream=None, needs=(True, True, True), **options):
     upcast = x.dtype in (torch.bfloat16, torch.float16)
-    ours = loss_and_grads(linear_cross_entropy, x, weight, bias, target, upstream, needs, impl=impl, **options)
-    plain = loss_and_grads(
-        plain_linear_cross_entropy, x, weight, bias, target, upstream, needs, upcast=upcast, **options
-    )
-    exact = (None if t is None else t.double() for t in (x, weight, bias))
+    plan = {name: options.pop(name) for name in ("chunk_rows",) if name in options}
+    ours = loss_and_grads(linear_cross_entropy, x, head, bias, target, upstream, needs, impl=impl, **plan, **options)
+    plain = loss_and_grads(plain_linear_cross_entropy, x, head, bias, target, upstream, needs, upcast=upcast, **options)
+    exact = (None if t is None else t.double() for t in (x, head, bias))
     truth = loss_and_grads(plain_linear_cross_entropy, *exact, target, upstream, needs, **options)
     for name, *results in zip(
         ("loss", "first gradient", "second gradient", "third gradient"), ours, plain, truth, strict=False
@@ -68,6 +70,27 @@ def check(x, weight, bias, target, impl="auto", upstream=None, needs=(True, True
 def test_matches_torch(impl, dtype, shape, reduction, small_workspace, poisoned_empty):
     upstream = torch.randn(shape[0]) if reduction == "none" else torch.tensor(1.75)
     check(*make(*shape, dtype), impl, upstream, reduction=reduction)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)
+def test_options(impl, dtype, reduction, options, small_workspace, poisoned_empty):
+    upstream = torch.randn(63) if reduction == "none" else None
+    operands = make(63, 16, 507, dtype)
+    check(*operands, impl, upstream, reduction=reduction, **oracle.options_with_weight(options, 507))
+
+
+@pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_target_probabilities(options, reduction, small_workspace):
+    x, weight, bias, _ = make(6, 5, 7)
+    options = oracle.options_with_weight(options, 7) | {"reduction": reduction}
+    probabilities = torch.rand(2, 3, 7).softmax(-1)
+    ours = linear_cross_entropy(x.view(2, 3, 5), weight, probabilities, linear_bias=bias, **options)
+    plain = cross_entropy(F.linear(x, weight, bias), probabilities.view(6, 7), **options)
+    torch.testing.assert_close(ours, plain.view(2, 3) if reduction == "none" else plain)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
@@ -86,27 +109,45 @@ def test_float64(small_workspace):
     torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("needs", [(i, w, b) for i in (True, False) for w in (True, False) for b in (True, False)])
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_only_the_gradients_that_are_needed(needs, reduction, small_workspace, monkeypatch):
-    written = []
-    monkeypatch.setattr(
-        room, "_sweep", lambda *args, sweep=room._sweep: written.append(result := sweep(*args)) or result
-    )
+# which gradients are needed, reduction -> products in forward, in backward
+PLANS = [
+    ((True, True, True), "mean", 3, 0),
+    ((True, False, False), "mean", 2, 0),
+    ((False, True, False), "sum", 2, 0),
+    ((False, False, True), "sum", 1, 0),
+    ((False, False, False), "mean", 1, 0),
+    ((True, False, False), "none", 2, 0),
+    ((True, True, False), "none", 1, 3),
+    ((False, True, True), "none", 1, 2),
+    ((False, False, True), "none", 1, 1),
+    ((False, False, False), "none", 1, 0),
+]
+
+
+@pytest.mark.parametrize(("needs", "reduction", "forward", "backward"), PLANS)
+@pytest.mark.parametrize("ignored", [0, 21])
+def test_plans_compute_only_what_is_needed(needs, reduction, forward, backward, ignored, small_workspace):
+    x, weight, bias, target = make(63, 33, 507, ignored=0.0)
+    target[:ignored] = -100
     upstream = torch.randn(63) if reduction == "none" else None
-    check(*make(63, 33, 507), upstream=upstream, needs=needs, reduction=reduction)
-    assert tuple(gradient is not None for gradient in written[-1][1:]) == needs
+    check(x, weight, bias, target, upstream=upstream, needs=needs, reduction=reduction)
+    unit = 2 * (63 - ignored) * 33 * 507
+    leaves = [tensor.requires_grad_(need) for tensor, need in zip((x, weight, bias), needs, strict=True)]
+    with Watch() as watch:
+        loss = linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], reduction=reduction).sum()
+    assert watch.flops == forward * unit
+    with Watch() as watch:
+        if any(needs):
+            loss.backward()
+    assert watch.flops == backward * unit
+    assert [leaf.grad is not None for leaf in leaves] == list(needs)
 
 
-def test_no_gradient_is_computed_without_grad_mode(monkeypatch):
-    x, weight, bias, target = (t.requires_grad_() if t.is_floating_point() else t for t in make(63, 33, 507))
-    written = []
-    monkeypatch.setattr(
-        room, "_sweep", lambda *args, sweep=room._sweep: written.append(result := sweep(*args)) or result
-    )
-    with torch.no_grad():
+def test_no_gradient_is_computed_without_grad_mode():
+    x, weight, bias, target = (t.requires_grad_() if t.is_floating_point() else t for t in make(63, 33, 507, ignored=0))
+    with torch.no_grad(), Watch() as watch:
         linear_cross_entropy(x, weight, target, linear_bias=bias)
-    assert written[0][1:] == (None, None, None)
+    assert watch.flops == 2 * 63 * 33 * 507
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -213,25 +254,9 @@ def test_deterministic(small_workspace):
     assert all(map(torch.equal, one, two))
 
 
-def test_many_bf16_chunks_lose_nothing(monkeypatch):
+def test_many_bf16_chunks_lose_nothing():
     """Sums in bf16 stop growing: 128 chunks cost torch's chunked loss 6 %."""
-    monkeypatch.setitem(room._WORKSPACE_BYTES, "cpu", 8 * 64 * 2)
-    check(*make(1024, 16, 64, torch.bfloat16))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
+    check(*make(1024, 16, 64, torch.bfloat16), chunk_rows=8)
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -240,25 +265,98 @@ class LargestTensor(TorchDispatchMode):
 def test_never_holds_the_logits(impl, dtype, reduction, small_workspace):
     rows, hidden, classes = 300, 4, 507
     operands = make(rows, hidden, classes, dtype)
-    with LargestTensor() as largest:
+    with Watch() as watch:
         loss_and_grads(linear_cross_entropy, *operands, impl=impl, reduction=reduction)
-    assert largest.elements <= max(8 * classes * 4 // dtype.itemsize, rows * hidden, classes * hidden)
+    assert watch.elements <= max(8 * classes * 4 // dtype.itemsize, rows * hidden, classes * hidden)
 
 
 @pytest.mark.parametrize(
-    ("count", "classes", "itemsize", "expected"),
+    ("device", "count", "classes", "dtype", "expected"),
     [
-        (1024, 16384, 4, 512),
-        (1024, 16384, 2, 1024),
-        (1025, 16384, 2, 513),
-        (8192, 128256, 4, 65),
-        (3, 10**9, 4, 1),
-        (0, 507, 4, 0),
+        ("cpu", 1024, 16384, torch.float32, 512),
+        ("cpu", 1025, 16384, torch.float32, 342),
+        ("cpu", 8192, 128256, torch.float32, 256),
+        ("cpu", 3, 10**9, torch.float32, 3),
+        ("cpu", 0, 507, torch.float32, 0),
+        ("cuda", 8192, 128256, torch.bfloat16, 2048),
+        ("cuda", 8192, 256000, torch.bfloat16, 1024),
+        ("cuda", 100000, 1000, torch.bfloat16, 4000),
     ],
 )
-def test_chunk_rows_fill_the_workspace_evenly(count, classes, itemsize, expected):
-    rows = chunk_rows(count, classes, itemsize, torch.device("cpu"))
-    assert rows == expected and (rows <= 1 or rows * classes * itemsize <= 32 << 20)
+def test_chunk_rows_fill_the_workspace_evenly(device, count, classes, dtype, expected):
+    assert chunk_rows(count, classes, dtype, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunk_rows_can_be_given(dtype):
+    operands = make(63, 33, 507, dtype)
+    one, many = (loss_and_grads(linear_cross_entropy, *operands, chunk_rows=rows) for rows in (63, 5))
+    for name, *results in zip(("loss", "d_input", "d_weight", "d_bias"), many, one, strict=True):
+        tolerance = 4 * torch.finfo(results[0].dtype).eps
+        torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(("chunks", "narrow"), [(1, True), (4, True), (5, False), (64, False)])
+def test_a_16_bit_weight_gradient_is_summed_in_16_bits_over_few_chunks_only(chunks, narrow, monkeypatch):
+    """Both sides of the rule stay within twice torch's error; torch makes one product."""
+    monkeypatch.setattr(room, "is_emulated", lambda *_: False)
+    monkeypatch.setattr(head_gemms, "is_emulated", lambda *_: False)
+    operands = make(64 * chunks, 8, 63, torch.bfloat16)
+    call = room.HeadCall((True,) * 3, True, False, torch.bfloat16, "auto", 64, -1, room.RowOptions())
+    assert (call.weight_sum_dtype(64 * chunks, operands[1]) == torch.bfloat16) == narrow
+    assert call.weight_sum_dtype(64 * chunks, operands[1].float()) == torch.float32
+    check(*operands, chunk_rows=64)
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_products_by_slabs_of_the_weight(emulated, reduction, monkeypatch, small_workspace, poisoned_empty):
+    """What a processor without 16-bit matrix units does, and one that has them."""
+    for module in (room, head_gemms):
+        monkeypatch.setattr(module, "is_emulated", lambda dtype, _: emulated and dtype == torch.bfloat16)
+    monkeypatch.setattr(head_gemms, "_SLAB_BYTES", 4 * 33 * 100)
+    upstream = torch.randn(63) if reduction == "none" else None
+    check(*make(63, 33, 507, torch.bfloat16), upstream=upstream, reduction=reduction)
+
+
+@pytest.mark.parametrize("bound", [50, 63, 100])
+def test_a_bound_of_the_counted_rows_changes_nothing(bound):
+    operands = make(63, 33, 507, ignored=0.0)
+    operands[3][50:] = -100
+    plain, bounded = (loss_and_grads(linear_cross_entropy, *operands, max_counted=b) for b in (None, bound))
+    assert all(map(torch.equal, plain, bounded))
+    with pytest.raises(ValueError, match="max_counted is 49, but 50 rows count"):
+        linear_cross_entropy(*operands[:2], operands[3], max_counted=49)
+
+
+def test_rows_of_a_device_are_taken_out_without_looking():
+    target = torch.tensor([-100, 3, -100, 5, 6, -100])
+    positions = room.device_positions(target != -100, 4)
+    assert positions.tolist()[:3] == [1, 3, 4] and len(positions) == 4
+
+
+@pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiles_to_one_graph(options, reduction):
+    x, weight, bias, target = make(63, 33, 507)
+    options = oracle.options_with_weight(options, 507)
+    torch._dynamo.reset()  # each set of options is a graph of its own
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    eager, ours = (
+        loss_and_grads(f, x, weight, bias, target, reduction=reduction, **options)
+        for f in (linear_cross_entropy, compiled)
+    )
+    assert all(map(torch.equal, eager, ours))
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operator_contract(summed, frozen):
+    x, weight, bias, target = make(9, 5, 15)
+    needs = (True, not frozen, not frozen) if summed or frozen else (False,) * 3
+    call = room.HeadCall(needs, summed, not summed and not frozen, torch.float32, "auto", 4, -1, room.RowOptions())
+    leaves = x.requires_grad_(), weight.requires_grad_(not frozen), bias.requires_grad_(not frozen)
+    torch.library.opcheck(HEAD.native, (*leaves, target, torch.rand(15), [], *call.flat()))
 
 
 @settings(max_examples=40, deadline=None)
@@ -276,7 +374,7 @@ def test_any_shape_chunking_and_ignore_pattern(hidden, classes, targets, budget,
     target = torch.tensor([min(t, classes - 1) for t in targets], dtype=torch.int64)
     upstream = torch.randn(len(targets)) if reduction == "none" else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(room._WORKSPACE_BYTES, "cpu", budget)
+        patch.setitem(room._LIMITS, "cpu", room._Limits(budget, 1, 1 << 31))
         for impl in ("eager", "auto"):
             check(x, weight, bias, target, impl, upstream, reduction=reduction, ignore_index=-1)
 
@@ -293,8 +391,15 @@ GOOD = {"input": torch.randn(4, 9), "linear_weight": torch.randn(7, 9), "target"
             ValueError,
             r"target\[1, 0\] is -1",
         ),
-        ({"target": torch.tensor([0, 1, 1])}, ValueError, r"\(3,\).*\(4, 9\)"),
-        ({"target": torch.zeros(4)}, TypeError, "target.*float32"),
+        ({"target": torch.tensor([0, 1, 1])}, ValueError, r"\(3,\).*\(4,\)"),
+        ({"target": torch.zeros(4, dtype=torch.bool)}, TypeError, "target.*bool"),
+        ({"target": torch.zeros(4)}, ValueError, r"probabilities.*\(4, 7\).*\(4,\)"),
+        ({"target": torch.rand(4, 7).requires_grad_()}, ValueError, "must not require a gradient"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing.*-0.1"),
+        ({"softcap": -1.0}, ValueError, "softcap.*-1.0"),
+        ({"weight": torch.ones(9)}, ValueError, r"weight.*\(7,\).*\(9,\)"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows.*0"),
+        ({"max_counted": -1}, ValueError, "max_counted.*-1"),
         ({"input": torch.tensor(1.0)}, ValueError, "input must be"),
         ({"input": torch.zeros(4, 9, dtype=torch.int64)}, TypeError, "input.*int64"),
         ({"linear_weight": torch.randn(7, 8)}, ValueError, r"linear_weight.*\(7, 8\).*\(4, 9\)"),

@@ -4,7 +4,7 @@
 #include "isa.h"
 #include "shim.h"
 
-FASTFT_DECLARE_KERNEL(cross_entropy_row, const fastft::CrossEntropyRow*)
+FASTFT_DECLARE_KERNEL(cross_entropy_row, fastft::CrossEntropyRow*)
 
 namespace {
 using fastft::Tensor;
@@ -19,78 +19,145 @@ struct Target {
   }
 };
 
-void check_rows(const Tensor& logits, const Tensor& target, const Tensor& losses, const Tensor& lse) {
-  const int32_t fp32 = aoti_torch_dtype_float32(), integer = target.dtype();
-  FT_CHECK(logits.dim() == 2, "cross_entropy_rows: logits must be (rows, classes)");
-  FT_CHECK(logits.dtype() == fp32 || logits.dtype() == aoti_torch_dtype_bfloat16(),
-           "cross_entropy_rows: logits must be float32 or bfloat16");
-  FT_CHECK(logits.size(1) == 1 || logits.stride(1) == 1, "cross_entropy_rows: each row of logits must be contiguous");
-  FT_CHECK(integer == aoti_torch_dtype_int64() || integer == aoti_torch_dtype_int32(),
-           "cross_entropy_rows: target must be int64 or int32");
-  FT_CHECK(losses.dtype() == fp32 && lse.dtype() == fp32, "cross_entropy_rows: losses and lse must be float32");
-  for (const Tensor* vector : {&target, &losses, &lse})
-    FT_CHECK(vector->numel() == logits.size(0) && vector->contiguous(),
-             "cross_entropy_rows: target, losses and lse must be contiguous, one element a row");
-}
+// The arguments of cross_entropy_rows; a list that may be empty is a pointer that may be null.
+struct Arguments {
+  Tensor logits, target, losses, lse;
+  TensorList weight, upstream, statistics, grad;
+  int64_t ignore_index, rows, classes;
+  float label_smoothing, z_loss, softcap, logit_scale;
+  bool bfloat16;
 
-void check_targets(const Target& target, int64_t rows, int64_t classes, int64_t ignore_index) {
-  for (int64_t i = 0; i < rows; i++)
-    FT_CHECK(target[i] == ignore_index || (target[i] >= 0 && target[i] < classes),
+  explicit Arguments(StableIValue* stack)
+      : logits(stack[0]),
+        target(stack[1]),
+        losses(stack[4]),
+        lse(stack[5]),
+        weight(stack[2]),
+        upstream(stack[3]),
+        statistics(stack[6]),
+        grad(stack[7]),
+        ignore_index(fastft::as_int(stack[8])),
+        label_smoothing(static_cast<float>(fastft::as_double(stack[9]))),
+        z_loss(static_cast<float>(fastft::as_double(stack[10]))),
+        softcap(static_cast<float>(fastft::as_double(stack[11]))),
+        logit_scale(static_cast<float>(fastft::as_double(stack[12]))) {
+    FT_CHECK(logits.dim() == 2, "cross_entropy_rows: logits must be (rows, classes)");
+    rows = logits.size(0);
+    classes = logits.size(1);
+    bfloat16 = logits.dtype() == aoti_torch_dtype_bfloat16();
+    FT_CHECK(bfloat16 || logits.dtype() == aoti_torch_dtype_float32(),
+             "cross_entropy_rows: logits must be float32 or bfloat16");
+    check_matrix(logits, "logits");
+    const int32_t integer = target.dtype();
+    FT_CHECK(integer == aoti_torch_dtype_int64() || integer == aoti_torch_dtype_int32(),
+             "cross_entropy_rows: target must be int64 or int32");
+    check_vector(target, "target", integer, rows);
+    check_vector(losses, "losses", aoti_torch_dtype_float32(), rows);
+    check_vector(lse, "lse", aoti_torch_dtype_float32(), rows);
+    FT_CHECK(weight.size <= 1 && grad.size <= 1, "cross_entropy_rows: weight and grad hold at most one tensor");
+    FT_CHECK(upstream.size <= 1 || upstream.size == 3, "cross_entropy_rows: upstream holds 0, 1 or 3 tensors");
+    FT_CHECK(statistics.size == 0 || statistics.size == 2, "cross_entropy_rows: statistics holds 0 or 2 tensors");
+  }
+
+  void check_matrix(const Tensor& tensor, const char* name) const {
+    FT_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == classes &&
+                 tensor.dtype() == logits.dtype() && (classes == 1 || tensor.stride(1) == 1),
+             "cross_entropy_rows: %s must have the shape and dtype of logits, and contiguous rows", name);
+  }
+  static void check_vector(const Tensor& tensor, const char* name, int32_t dtype, int64_t size) {
+    FT_CHECK(tensor.numel() == size && tensor.contiguous() && tensor.dtype() == dtype,
+             "cross_entropy_rows: %s must be a contiguous vector of %lld, of the right dtype", name,
+             static_cast<long long>(size));
+  }
+  // The data of element `i` of a list, checked; null where the list is empty.
+  template <class T>
+  T* vector(const TensorList& list, size_t i, const char* name, int32_t dtype, int64_t size) const {
+    if (i >= list.size) return nullptr;
+    const Tensor tensor = list[i];
+    check_vector(tensor, name, dtype, size);
+    return static_cast<T*>(tensor.mutable_data());
+  }
+};
+
+void check_targets(const Target& target, const Arguments& job) {
+  for (int64_t i = 0; i < job.rows; i++)
+    FT_CHECK(target[i] == job.ignore_index || (target[i] >= 0 && target[i] < job.classes),
              "cross_entropy_rows: target[%lld] is %lld, not in [0, %lld)", static_cast<long long>(i),
-             static_cast<long long>(target[i]), static_cast<long long>(classes));
+             static_cast<long long>(target[i]), static_cast<long long>(job.classes));
 }
 
-void compute(const Tensor& logits, const Target& target, float* losses, float* lse, char* grad, int64_t grad_stride,
-             const float* row_scale, int64_t ignore_index) {
-  const int64_t rows = logits.size(0), classes = logits.size(1), stride = logits.stride(0);
-  const bool bfloat16 = logits.dtype() == aoti_torch_dtype_bfloat16();
-  const int64_t itemsize = bfloat16 ? 2 : 4;
-  const char* data = static_cast<const char*>(logits.data());
-  const auto kernel = cross_entropy_row_kernel();
-  fastft::parallel_for(rows, 1 + 16384 / classes, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      char* grad_row = grad ? grad + i * grad_stride * itemsize : nullptr;
-      if (target[i] == ignore_index) {
-        losses[i] = lse[i] = 0.0f;
-        if (grad_row) std::memset(grad_row, 0, classes * itemsize);
-        continue;
-      }
-      const float scale = row_scale ? row_scale[i] : 1.0f;
-      const fastft::CrossEntropyRow job{
-          data + i * stride * itemsize, grad_row, losses + i, lse + i, classes, target[i], scale, bfloat16};
-      kernel(&job);
+// What a row needs and gives, with the pointers of all rows.
+struct Rows {
+  const Arguments& job;
+  Target target;
+  const int32_t fp32 = aoti_torch_dtype_float32();
+  const float* weight = job.vector<const float>(job.weight, 0, "weight", fp32, job.classes);
+  const float* upstream[3];
+  float* losses = static_cast<float*>(job.losses.mutable_data());
+  float* lse = static_cast<float*>(job.lse.mutable_data());
+  float* entropy = job.vector<float>(job.statistics, 0, "entropy", fp32, job.rows);
+  bool* is_top1 = job.vector<bool>(job.statistics, 1, "is_top1", aoti_torch_dtype_bool(), job.rows);
+  const char* logits = static_cast<const char*>(job.logits.data());
+  char* grad = nullptr;
+  int64_t itemsize = job.bfloat16 ? 2 : 4, stride = job.logits.stride(0), grad_stride = 0;
+  double weight_sum = static_cast<double>(job.classes);
+
+  explicit Rows(const Arguments& job) : job(job), target(job.target) {
+    for (size_t i = 0; i < 3; i++) upstream[i] = job.vector<const float>(job.upstream, i, "upstream", fp32, job.rows);
+    if (job.grad.size) {
+      const Tensor tensor = job.grad[0];
+      job.check_matrix(tensor, "grad");
+      grad = static_cast<char*>(tensor.mutable_data());
+      grad_stride = tensor.stride(0);
     }
-  });
-}
+    if (weight) weight_sum = 0.0;
+    for (int64_t i = 0; weight && i < job.classes; i++) weight_sum += weight[i];
+  }
+
+  void ignore(int64_t i) const {
+    losses[i] = lse[i] = 0.0f;
+    if (entropy) entropy[i] = 0.0f, is_top1[i] = false;
+    if (grad) std::memset(grad + i * grad_stride * itemsize, 0, job.classes * itemsize);
+  }
+
+  void compute(int64_t i, void (*kernel)(fastft::CrossEntropyRow*)) const {
+    fastft::CrossEntropyRow row{};
+    row.logits = logits + i * stride * itemsize;
+    row.grad = grad ? grad + i * grad_stride * itemsize : nullptr;
+    row.weight = weight;
+    row.weight_sum = weight_sum;
+    row.classes = job.classes;
+    row.target = target[i];
+    row.label_smoothing = job.label_smoothing;
+    row.z_loss = job.z_loss;
+    row.logit_scale = job.logit_scale;
+    row.softcap = job.softcap;
+    row.upstream_loss = upstream[0] ? upstream[0][i] : 1.0f;
+    row.upstream_lse = upstream[1] ? upstream[1][i] : 0.0f;
+    row.upstream_entropy = upstream[2] ? upstream[2][i] : 0.0f;
+    row.bfloat16 = job.bfloat16;
+    row.statistics = entropy != nullptr;
+    kernel(&row);
+    losses[i] = row.loss;
+    lse[i] = row.lse;
+    if (entropy) entropy[i] = row.entropy, is_top1[i] = row.is_top1;
+  }
+};
 
 void cross_entropy_rows(StableIValue* stack, uint64_t nargs, uint64_t) {
-  Tensor logits(stack[0]), target(stack[1]), losses(stack[2]), lse(stack[3]);
-  TensorList grads(stack[4]), scales(stack[5]);
-  FT_CHECK(nargs == 7, "cross_entropy_rows: 7 arguments expected, got %d", static_cast<int>(nargs));
-  check_rows(logits, target, losses, lse);
-  const int64_t rows = logits.size(0), ignore_index = fastft::as_int(stack[6]);
-  const Target targets(target);
-  check_targets(targets, rows, logits.size(1), ignore_index);
-  char* grad_data = nullptr;
-  int64_t grad_stride = 0;
-  if (grads.size) {
-    const Tensor grad = grads[0];
-    FT_CHECK(grad.dim() == 2 && grad.size(0) == rows && grad.size(1) == logits.size(1) &&
-                 grad.dtype() == logits.dtype() && (grad.size(1) == 1 || grad.stride(1) == 1),
-             "cross_entropy_rows: grad must have the shape and dtype of logits, and contiguous rows");
-    grad_data = static_cast<char*>(grad.mutable_data());
-    grad_stride = grad.stride(0);
-  }
-  const float* scale = nullptr;
-  if (scales.size) {
-    const Tensor row_scale = scales[0];
-    FT_CHECK(row_scale.numel() == rows && row_scale.contiguous() && row_scale.dtype() == aoti_torch_dtype_float32(),
-             "cross_entropy_rows: row_scale must be contiguous float32, one element a row");
-    scale = static_cast<const float*>(row_scale.data());
-  }
-  if (logits.numel())
-    compute(logits, targets, static_cast<float*>(losses.mutable_data()), static_cast<float*>(lse.mutable_data()),
-            grad_data, grad_stride, scale, ignore_index);
+  FT_CHECK(nargs == 13, "cross_entropy_rows: 13 arguments expected, got %d", static_cast<int>(nargs));
+  const Arguments job(stack);
+  const Rows rows(job);
+  check_targets(rows.target, job);
+  if (job.classes == 0) return;
+  const auto kernel = cross_entropy_row_kernel();
+  fastft::parallel_for(job.rows, 1 + 16384 / job.classes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      if (rows.target[i] == job.ignore_index)
+        rows.ignore(i);
+      else
+        rows.compute(i, kernel);
+  });
 }
 
 static fastft::Kernel kernel_cross_entropy_rows("cross_entropy_rows", cross_entropy_rows);

@@ -4,12 +4,16 @@
 
 namespace fastft {
 struct CrossEntropyRow {
-  const void* logits;  // `classes` floats or bfloat16s, one after another
-  void* grad;          // as many of the same type, or null; may be `logits`
-  float* loss;
-  float* lse;
+  const void* logits;   // `classes` floats or bfloat16s, one after another
+  void* grad;           // as many of the same type, or null; may be `logits`
+  const float* weight;  // of the classes, or null: all 1
+  double weight_sum;
   int64_t classes, target;
-  float scale;  // of the gradient
-  bool bfloat16;
+  float label_smoothing, z_loss, logit_scale;
+  float softcap;  // 0: none
+  float upstream_loss, upstream_lse, upstream_entropy;
+  bool bfloat16, statistics;
+  float loss, lse, entropy;  // results; entropy and is_top1 only with `statistics`
+  bool is_top1;
 };
 }  // namespace fastft

@@ -1,6 +1,6 @@
-// One row of logits: loss, log sum exp and gradient. Written with the compiler's vector types at the width of the
-// instruction set; sums always run in 16 lanes that are added up in one order, so that every instruction set gives the
-// same bits.
+// One row of logits: loss, log sum exp, entropy and gradient. Written with the compiler's vector types at the width of
+// the instruction set; sums always run in 16 lanes that are added up in one order, so that every instruction set gives
+// the same bits.
 #include <stdint.h>
 
 #include "cross_entropy.h"
@@ -59,8 +59,6 @@ inline void put(Bfloat16* p, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
   p->bits = x == x ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
 }
-inline void put_minus_infinity(float* p) { *p = -__builtin_inff(); }
-inline void put_minus_infinity(Bfloat16* p) { p->bits = 0xff80; }
 
 // exp for x <= 0, within 1 ulp: 2^n * e^r with Cephes' minimax polynomial for e^r. Below the smallest normal number it
 // is 0; NaN stays NaN.
@@ -81,80 +79,170 @@ inline __attribute__((always_inline)) Floats exp_negative(Floats x) {
   return x < kSmallest ? zero : p * bit_cast<Floats>(power);
 }
 
-template <class T>
-float row_max(const T* logits, int64_t classes) {
+// What is multiplied with exp_negative(x): 0 where that is 0, because 0 * -Inf is NaN.
+inline __attribute__((always_inline)) Floats finite(Floats x) { return x < -87.0f ? Floats{} : x; }
+
+// tanh within 2 ulp: Cephes' polynomial near zero, where 1 - e^(-2x) would cancel.
+inline __attribute__((always_inline)) Floats hyperbolic_tangent(Floats x) {
+  const Floats size = x < 0.0f ? -x : x, square = x * x;
+  Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Floats small = p * square * x + x, e = exp_negative(size * -2.0f), large = (1.0f - e) / (1.0f + e);
+  return size < 0.625f ? small : (x < 0.0f ? -large : large);
+}
+
+// The logits of a row after scale and softcap; `kCap` says whether there is a softcap.
+template <class T, bool kCap>
+struct Logits {
+  const T* data;
+  float scale, cap;  // with a softcap the scale is divided by it
+
+  explicit Logits(const fastft::CrossEntropyRow& row)
+      : data(static_cast<const T*>(row.logits)),
+        scale(kCap ? row.logit_scale / row.softcap : row.logit_scale),
+        cap(row.softcap) {}
+  Floats through(Floats x) const { return kCap ? hyperbolic_tangent(x * scale) * cap : x * scale; }
+  Floats at(int64_t i) const { return through(load(data + i)); }
+  float one(int64_t i) const { return through(Floats{} + to_float(data[i]))[0]; }
+  // d z / d logit where z is known, without the factor of the scale
+  Floats slope(Floats z) const {
+    const Floats t = z / cap;
+    return 1.0f - t * t;
+  }
+};
+
+template <class T, bool kCap>
+float row_max(const Logits<T, kCap>& logits, int64_t classes) {
   const Floats lowest = Floats{} - __builtin_inff();
   Floats best[kVectors];
   for (int v = 0; v < kVectors; v++) best[v] = lowest;
   int64_t i = 0;
   for (; i + kLanes <= classes; i += kLanes)
     for (int v = 0; v < kVectors; v++) {
-      const Floats x = load(logits + i + v * kWidth);
+      const Floats x = load(logits.data + i + v * kWidth);
       best[v] = x > best[v] ? x : best[v];
     }
   float max = -__builtin_inff();
   for (int v = 0; v < kVectors; v++)
     for (int k = 0; k < kWidth; k++) max = best[v][k] > max ? best[v][k] : max;
-  for (; i < classes; i++) max = to_float(logits[i]) > max ? to_float(logits[i]) : max;
-  return max;
+  for (; i < classes; i++) max = to_float(logits.data[i]) > max ? to_float(logits.data[i]) : max;
+  return logits.through(Floats{} + max)[0];  // scale and softcap keep the order
 }
 
-template <class T>
-inline __attribute__((always_inline)) void add_exp(const T* logits, float max, Floats* sums) {
-  for (int v = 0; v < kVectors; v++) sums[v] += exp_negative(load(logits + v * kWidth) - max);
-}
-
-// The sum of exp(logit - max) over all classes but the target's.
-template <class T>
-double sum_of_others(const T* logits, int64_t classes, int64_t target, float max) {
-  Floats sums[kVectors] = {};
-  const int64_t block_of_target = target - target % kLanes, whole = classes - classes % kLanes;
-  for (int64_t i = 0; i < classes; i += kLanes) {
-    if (__builtin_expect(i != block_of_target && i != whole, 1)) {
-      add_exp(logits + i, max, sums);
-      continue;
-    }
-    T block[kLanes];
-    for (int k = 0; k < kLanes; k++)
-      if (i + k < classes && i + k != target)
-        block[k] = logits[i + k];
-      else
-        put_minus_infinity(block + k);
-    add_exp(block, max, sums);
-  }
+// Adds up `term(z, i)` over the row in fp32 lanes which are emptied into fp64 before they lose digits. Where `skipped`
+// is a class it counts as -Inf, as do the lanes behind the last class.
+template <class T, bool kCap, class Term>
+inline __attribute__((always_inline)) double sum_row(const Logits<T, kCap>& logits, int64_t classes, int64_t skipped,
+                                                     Term term) {
+  constexpr int64_t kSpan = 256 * kLanes;
+  const int64_t block_of_skipped = skipped - skipped % kLanes, whole = classes - classes % kLanes;
   double total = 0.0;
-  for (int v = 0; v < kVectors; v++)
-    for (int k = 0; k < kWidth; k++) total += sums[v][k];
+  for (int64_t begin = 0; begin < classes; begin += kSpan) {
+    Floats sums[kVectors] = {};
+    const int64_t end = begin + kSpan < classes ? begin + kSpan : classes;
+    for (int64_t i = begin; i < end; i += kLanes) {
+      if (__builtin_expect((skipped < 0 || i != block_of_skipped) && i != whole, 1)) {
+        for (int v = 0; v < kVectors; v++) sums[v] += term(logits.at(i + v * kWidth), i + v * kWidth);
+        continue;
+      }
+      float block[kLanes];
+      for (int k = 0; k < kLanes; k++)
+        block[k] = i + k < classes && i + k != skipped ? logits.one(i + k) : -__builtin_inff();
+      for (int v = 0; v < kVectors; v++) sums[v] += term(load(block + v * kWidth), i + v * kWidth);
+    }
+    for (int v = 0; v < kVectors; v++)
+      for (int k = 0; k < kWidth; k++) total += sums[v][k];
+  }
   return total;
 }
 
-template <class T>
-void write_softmax(const T* logits, T* grad, int64_t classes, float max, float scale) {
-  int64_t i = 0;
-  for (; i + kLanes <= classes; i += kLanes)
-    for (int v = 0; v < kVectors; v++)
-      store(grad + i + v * kWidth, exp_negative(load(logits + i + v * kWidth) - max) * scale);
-  for (; i < classes; i++) put(grad + i, exp_negative(Floats{} + to_float(logits[i]) - max)[0] * scale);
+// sum of weight * (max - z) over the whole row
+template <class T, bool kCap>
+double sum_below(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow& row, float max) {
+  const int64_t whole = row.classes - row.classes % kLanes;
+  double total = 0.0;
+  if (row.weight)
+    total = sum_row(logits, whole, -1, [&](Floats z, int64_t i) { return (max - z) * load(row.weight + i); });
+  else
+    total = sum_row(logits, whole, -1, [&](Floats z, int64_t) { return max - z; });
+  for (int64_t i = whole; i < row.classes; i++) total += (max - logits.one(i)) * (row.weight ? row.weight[i] : 1.0f);
+  return total;
 }
 
-template <class T>
-void row(const fastft::CrossEntropyRow& job) {
-  const T* logits = static_cast<const T*>(job.logits);
-  const float max = row_max(logits, job.classes), target_logit = to_float(logits[job.target]);
+template <class T, bool kCap>
+bool is_first_maximum(const Logits<T, kCap>& logits, int64_t target, float max) {
+  if (logits.one(target) != max) return false;
+  int64_t i = 0;
+  for (; i + kWidth <= target; i += kWidth) {
+    const auto equal = logits.at(i) == max;
+    for (int k = 0; k < kWidth; k++)
+      if (equal[k]) return false;
+  }
+  for (; i < target; i++)
+    if (logits.one(i) == max) return false;
+  return true;
+}
+
+// `kTerms`: whether the gradient has more terms than the softmax, which entropy and label smoothing bring.
+template <class T, bool kCap, bool kTerms>
+void write_gradient(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow& row, float max,
+                    const fastft::RowResult& result) {
+  T* grad = static_cast<T*>(row.grad);  // may be the logits themselves
+  const float scale = row.logit_scale, base = result.base * scale;
+  auto value = [&](Floats z, Floats weight) {
+    const Floats distance = z - max;
+    Floats g = exp_negative(distance) * base;
+    if (kTerms) {
+      g = (exp_negative(distance) * (result.base + result.slope * finite(distance)) - result.spread * weight) * scale;
+    }
+    return kCap ? g * logits.slope(z) : g;
+  };
+  const float target_logit = logits.one(row.target);  // before it is written over
+  const Floats one = Floats{} + 1.0f;
+  int64_t i = 0;
+  for (; i + kLanes <= row.classes; i += kLanes)
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t at = i + v * kWidth;
+      store(grad + at, value(logits.at(at), kTerms && row.weight ? load(row.weight + at) : one));
+    }
+  for (; i < row.classes; i++)
+    put(grad + i, value(Floats{} + logits.one(i), kTerms && row.weight ? Floats{} + row.weight[i] : one)[0]);
+  const Floats target_grad = Floats{} + result.target_grad * scale;
+  put(grad + row.target, (kCap ? target_grad * logits.slope(Floats{} + target_logit) : target_grad)[0]);
+}
+
+template <class T, bool kCap>
+void compute_row(fastft::CrossEntropyRow& row) {
+  const Logits<T, kCap> logits(row);
+  const float max = row_max(logits, row.classes);
+  const float target_weight = row.weight ? row.weight[row.target] : 1.0f;
+  fastft::RowSums sums{max, logits.one(row.target), 0.0, 0.0, 0.0};
+  sums.others = sum_row(logits, row.classes, row.target, [=](Floats z, int64_t) { return exp_negative(z - max); });
+  if (row.label_smoothing != 0.0f) sums.below = sum_below(logits, row, max);
+  if (row.statistics || row.upstream_entropy != 0.0f)
+    sums.moment =
+        sum_row(logits, row.classes, -1, [=](Floats z, int64_t) { return exp_negative(z - max) * finite(z - max); });
+  const double smoothing = row.label_smoothing;
   const fastft::RowResult result =
-      fastft::finish_row(max, target_logit, sum_of_others(logits, job.classes, job.target, max));
-  *job.loss = result.loss;
-  *job.lse = result.lse;
-  if (!job.grad) return;
-  T* grad = static_cast<T*>(job.grad);  // may be the logits themselves
-  write_softmax(logits, grad, job.classes, max, result.inverse_sum * job.scale);
-  put(grad + job.target, result.target_grad * job.scale);
+      fastft::finish_row(sums, {(1.0 - smoothing) * target_weight, smoothing / row.classes, row.weight_sum,
+                                target_weight, row.z_loss, row.upstream_loss, row.upstream_lse, row.upstream_entropy});
+  row.loss = result.loss;
+  row.lse = result.lse;
+  row.entropy = result.entropy;
+  row.is_top1 = row.statistics && is_first_maximum(logits, row.target, max);
+  if (!row.grad) return;
+  if (result.slope != 0.0f || result.spread != 0.0f)
+    write_gradient<T, kCap, true>(logits, row, max, result);
+  else
+    write_gradient<T, kCap, false>(logits, row, max, result);
 }
 }  // namespace
 
-extern "C" void FASTFT_KERNEL(cross_entropy_row)(const fastft::CrossEntropyRow* job) {
-  if (job->bfloat16)
-    row<Bfloat16>(*job);
+extern "C" void FASTFT_KERNEL(cross_entropy_row)(fastft::CrossEntropyRow* row) {
+  if (row->bfloat16)
+    row->softcap != 0.0f ? compute_row<Bfloat16, true>(*row) : compute_row<Bfloat16, false>(*row);
   else
-    row<float>(*job);
+    row->softcap != 0.0f ? compute_row<float, true>(*row) : compute_row<float, false>(*row);
 }

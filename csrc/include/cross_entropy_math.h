@@ -1,4 +1,5 @@
-// What becomes of one row of logits once its maximum and its exponentials are known; the same on CPU and CUDA.
+// What becomes of one row of logits once its sums are known; the same on CPU and CUDA. The formulas stand at the top of
+// fastft/loss/cross_entropy.py; z are the logits after scale and softcap.
 #pragma once
 #include <math.h>
 
@@ -9,21 +10,50 @@
 #endif
 
 namespace fastft {
-struct RowResult {
-  float loss;         // lse - target logit
-  float lse;          // log sum exp of the row
-  float inverse_sum;  // softmax = exp(logit - max) * inverse_sum
-  float target_grad;  // softmax of the target - 1
+struct RowSums {
+  float max, target_logit;
+  double others;  // sum of exp(z - max) over all classes but the target
+  double below;   // sum of weight * (max - z) over all classes; 0 without label smoothing
+  double moment;  // sum of exp(z - max) * (z - max) over all classes; 0 where no entropy is asked for
 };
 
-// `others` is the sum of exp(logit - max) over all classes but the target's. Keeping the target out of the sum is what
-// leaves a confident row, whose others are far below one rounding of the whole sum, its loss and its gradient.
-FASTFT_MATH RowResult finish_row(float max, float target_logit, double others) {
-  const double below = static_cast<double>(max) - target_logit;
-  const double target = expm1(-below) + 1.0, sum = others + target;  // exp would need GLIBC_2.29
+struct RowTerms {
+  double hit;     // (1 - label_smoothing) * weight of the target: what the loss gives to the target's class
+  double spread;  // label_smoothing / classes: what it gives to each class, times the class' weight
+  double weight_sum, target_weight;
+  double z_loss;
+  double upstream_loss, upstream_lse, upstream_entropy;
+};
+
+struct RowResult {
+  float loss, lse, entropy;
+  // d/dz of the row: exp(z - max) * (base + slope * (z - max)) - spread * weight, except for the target
+  float base, slope, spread, target_grad;
+};
+
+// Keeping the target out of the sum is what leaves a confident row, whose others are far below one rounding of the
+// whole sum, its loss and its gradient.
+FASTFT_MATH RowResult finish_row(const RowSums& sums, const RowTerms& terms) {
+  const double distance = static_cast<double>(sums.max) - sums.target_logit;
+  const double target = expm1(-distance) + 1.0, sum = sums.others + target;  // exp would need GLIBC_2.29
   // log of the sum is log1p of the sum without the class that holds the maximum, whose exponential is exactly 1
-  const double log_sum = log1p(below == 0.0 ? others : (others - 1.0) + target);
-  return {static_cast<float>(below + log_sum), static_cast<float>(max + log_sum), static_cast<float>(1.0 / sum),
-          static_cast<float>(-others / sum)};
+  const double log_sum = log1p(distance == 0.0 ? sums.others : (sums.others - 1.0) + target);
+  const double lse = sums.max + log_sum, entropy = log_sum - sums.moment / sum;
+  RowResult result;
+  double loss = terms.hit * (distance + log_sum) + terms.z_loss * lse * lse;
+  if (terms.spread != 0.0) loss += terms.spread * (sums.below + terms.weight_sum * log_sum);
+  result.loss = static_cast<float>(loss);
+  result.lse = static_cast<float>(lse);
+  result.entropy = static_cast<float>(entropy);
+  const double hit = terms.upstream_loss * terms.hit, spread = terms.upstream_loss * terms.spread;
+  const double extra = spread * terms.weight_sum + 2.0 * terms.z_loss * terms.upstream_loss * lse + terms.upstream_lse;
+  const double slope = -terms.upstream_entropy, shift = entropy - log_sum;
+  result.base = static_cast<float>((hit + extra + slope * shift) / sum);
+  result.slope = static_cast<float>(slope / sum);
+  result.spread = static_cast<float>(spread);
+  // a target whose probability is 0 may lie infinitely far below
+  const double target_extra = target > 0.0 ? target * (extra + slope * (shift - distance)) : 0.0;
+  result.target_grad = static_cast<float>((target_extra - sums.others * hit) / sum - spread * terms.target_weight);
+  return result;
 }
 }  // namespace fastft

@@ -1,0 +1,102 @@
+"""The matrix products of an output head with a chunk of rows, through one reused workspace.
+
+    z  = x W^T + b        (R, V), into the workspace, where the row kernel turns it into dz
+    dx = dz W             (R, H)
+    dW = sum over chunks of dz^T x                (V, H)
+    db = sum over chunks and rows of dz           (V,)
+
+dW is summed in fp32 and rounded once, except for a 16-bit parameter in a few chunks: there each sum is rounded, which
+stays below the rounding of the operands and saves V H 4 bytes (over hundreds of chunks it doubles the error).
+
+A processor without 16-bit matrix units emulates 16-bit products, twenty times slower than fp32 ones. There the weight
+is taken to fp32 a slab of classes at a time; the logits then are not rounded to 16 bits at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# a 16-bit parameter's gradient is summed in 16 bits over this many chunks at most
+NARROW_CHUNKS = 4
+_SLAB_BYTES = 4 << 20  # of the buffer that a slab of the weight, or of its gradient, goes through
+
+
+@functools.cache
+def is_emulated(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether matrix products of `dtype` are emulated on this device."""
+    if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
+        return False
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return supported is not None and not supported()
+
+
+def working_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype of the workspace for operands of `dtype`."""
+    return torch.float32 if is_emulated(dtype, device_type) else dtype
+
+
+class HeadGemms:
+    """The products of one head, a chunk after the other.
+
+    Args:
+        weight: (V, H), in the dtype of the computation.
+        bias: (V,) in the same dtype, or None.
+        rows: R, of the largest chunk.
+        d_weight: (V, H), receives dW; its dtype is that of the sum.
+        d_bias: (V,) zeros, receives db.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, d_weight: Tensor, d_bias: Tensor) -> None:
+        self.weight, self.bias, self.d_weight, self.d_bias = weight, bias, d_weight, d_bias
+        self.emulated = is_emulated(weight.dtype, weight.device.type)
+        self.workspace = weight.new_empty(rows, len(weight), dtype=working_dtype(weight.dtype, weight.device.type))
+        self.slab = max(1, min(len(weight), _SLAB_BYTES // max(1, 4 * weight.shape[1])))
+        self.first = True
+
+    def _slabs(self) -> Iterator[slice]:
+        for begin in range(0, len(self.weight), self.slab):
+            yield slice(begin, min(begin + self.slab, len(self.weight)))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """z of rows `x` (R, H), in the workspace."""
+        z = self.workspace[: len(x)]
+        if not self.emulated:
+            if self.bias is None:
+                return torch.mm(x, self.weight.T, out=z)
+            return torch.addmm(self.bias, x, self.weight.T, out=z)
+        wide = x.to(z.dtype)
+        for slab in self._slabs():
+            torch.mm(wide, self.weight[slab].to(z.dtype).T, out=z[:, slab])
+        return z if self.bias is None else z.add_(self.bias)
+
+    def d_input(self, dz: Tensor) -> Tensor:
+        """dx of these rows, in the dtype of the workspace."""
+        if not self.emulated:
+            return torch.mm(dz, self.weight)
+        total = dz.new_zeros(len(dz), self.weight.shape[1])
+        for slab in self._slabs():
+            total.addmm_(dz[:, slab], self.weight[slab].to(dz.dtype))
+        return total
+
+    def add_parameters(self, dz: Tensor, x: Tensor, needs: tuple[bool, bool, bool]) -> None:
+        """Adds the part of this chunk to dW and db, as far as they are wanted."""
+        if needs[2]:
+            self.d_bias += dz.sum(0, dtype=self.d_bias.dtype)
+        if needs[1]:
+            self._add_weight(self.d_weight, dz, x.to(dz.dtype))
+        self.first = False
+
+    def _add_weight(self, total: Tensor, dz: Tensor, x: Tensor) -> None:
+        if total.dtype == dz.dtype:
+            torch.mm(dz.T, x, out=total) if self.first else total.addmm_(dz.T, x)
+        elif total.is_cuda and total.dtype == torch.float32 and not self.first:
+            torch.addmm(total, dz.T, x, out_dtype=torch.float32, out=total)
+        else:  # there is no product that adds to another dtype: it goes through a slab
+            for slab in self._slabs():
+                product = torch.mm(dz[:, slab].T, x)
+                total[slab].copy_(product) if self.first else total[slab].add_(product)

@@ -1,0 +1,161 @@
+"""What the losses have in common: their options, the checks at the door, and the reduction over rows."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastft import ops
+
+
+class RowOptions(NamedTuple):
+    """The options of the row operator, in the order of its schema; a softcap of 0 is none."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    logit_scale: float = 1.0
+
+
+def row_options(
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> RowOptions:
+    """The options of a public call, checked.
+
+    Raises:
+        ValueError: `label_smoothing` is not in [0, 1], `z_loss` is negative, or `softcap` or `logit_scale` is not
+            positive and finite.
+    """
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
+    if not 0.0 < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
+    return RowOptions(ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), float(logit_scale))
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses and sums over logits of `dtype`: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises if `target` is no integer tensor or holds an index that is neither a class nor ignored.
+
+    Indices on a device are looked at only where the environment variable FASTFT_CHECK_TARGETS is set.
+    """
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target must hold class indices of dtype int64 or int32, got {target.dtype}")
+    # looking at the values would wait for a device, and break a compiled graph; there the kernels see to it
+    if torch.compiler.is_compiling() or not (target.device.type == "cpu" or os.environ.get("FASTFT_CHECK_TARGETS")):
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        position = tuple(wrong.nonzero()[0].tolist())
+        place = f"target[{', '.join(map(str, position))}]" if position else "target"
+        value = int(target[position])
+        raise ValueError(f"{place} is {value}; it must be in [0, {classes}) or equal ignore_index={ignore_index}")
+
+
+def check_probabilities(target: Tensor, shape: torch.Size, label: str) -> None:
+    """Raises if `target`, probabilities, does not have the shape of the logits or asks for a gradient."""
+    if target.shape != shape:
+        raise ValueError(
+            f"target, as probabilities, must have the shape of {label}: {tuple(shape)}, got {tuple(target.shape)}"
+        )
+    if target.requires_grad and torch.is_grad_enabled():
+        raise ValueError("target, as probabilities, must not require a gradient; torch.nn.functional's may")
+
+
+def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
+    """Raises if `reduction` is unknown or `num_items` does not fit it."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items replaces the count of reduction='mean'; it cannot go with reduction={reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be a number or a tensor of one, got shape {tuple(num_items.shape)}")
+    elif num_items < 0:
+        raise ValueError(f"num_items must not be negative, got {num_items}")
+
+
+def check_weight(weight: Tensor | None, classes: int, device: torch.device) -> None:
+    """Raises if `weight` is not one number per class, on the device of the logits."""
+    if weight is None:
+        return
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be a floating-point tensor, got {weight.dtype}")
+    if weight.shape != (classes,):
+        raise ValueError(f"weight must hold one number per class, shape ({classes},), got {tuple(weight.shape)}")
+    if weight.device != device:
+        raise ValueError(f"weight is on {weight.device}, the logits are on {device}; they must be on one device")
+
+
+def check_impl_of_probabilities(impl: str) -> None:
+    """Raises if an engine is asked for that computes class indices only."""
+    ops.check_impl(impl)
+    if impl not in ("auto", "eager"):
+        raise RuntimeError(f"impl={impl!r} is not available for target probabilities: they are computed in plain torch")
+
+
+def class_weights(
+    weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    num_items: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """`weight` as the row operator takes it, in `dtype`.
+
+    The mean of weighted losses divides by the weights of the counted rows, but its z term by their number. With the
+    weights scaled to an average of 1 over these rows, one division by the number does both.
+    """
+    if weight is None:
+        return None
+    weight = weight.detach().to(dtype).contiguous()
+    if reduction == "mean" and num_items is None:
+        counted = target != ignore_index
+        index = torch.where(counted & (target >= 0) & (target < len(weight)), target, 0)
+        weight = weight * (counted.sum() / (weight[index] * counted).sum())
+    return weight
+
+
+def reduce_losses(
+    losses: Tensor, target: Tensor | None, reduction: str, ignore_index: int, num_items: float | Tensor | None
+) -> Tensor:
+    """`losses`, of rows or their sum: as they are, their sum, or that divided by `num_items` or the counted rows.
+
+    Without a `target` every row counts, and `losses` holds them all.
+    """
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    rows = torch.ones_like(losses, dtype=torch.bool) if target is None else target != ignore_index
+    counted = rows.sum()
+    items = counted if num_items is None else torch.as_tensor(num_items, device=losses.device).reshape(())
+    # without a counted row the total is 0, and must stay 0 whatever the divisor
+    return total / torch.where(counted > 0, items, 1).to(losses.dtype)
+
+
+def refuse_second_derivative(what: str) -> None:
+    """Called in backward: raises under `create_graph=True`, which would take the gradient for a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{what} cannot be differentiated twice (create_graph=True); torch.nn.functional's can")

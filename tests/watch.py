@@ -1,0 +1,34 @@
+"""Sees every operation of a piece of code: how large its results are, and what its products cost."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fastft.loss.linear_rows import HEAD
+
+
+class Watch(TorchDispatchMode):
+    """`elements`: of the largest tensor that any operation made; `flops`: of all matrix products.
+
+    It looks into fastft's own operator of a head, which a dispatch mode would see as one operation.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.elements = self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is HEAD.native:
+            with self:
+                return HEAD.reference(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        # the registry does not know the product that adds in place
+        packet = torch.ops.aten.addmm if func is torch.ops.aten.addmm_.default else func.overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        return result
