@@ -78,6 +78,8 @@ def _shrunk(name: str, value: Any, overrides: dict[str, Any]) -> Any:
     if _is_config(name, value):
         small = shrink(value, overrides.get(name) or {})
         return {**small, "model_type": value["model_type"]} if "model_type" in value else small
+    if name in AFTER_THE_HEAD and (value is None or isinstance(value, int | float)):
+        return AFTER_THE_HEAD[name]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return _number(name, value)
     if name.endswith("_token_id") and isinstance(value, list):
@@ -88,8 +90,8 @@ def _shrunk(name: str, value: Any, overrides: dict[str, Any]) -> Any:
 
 
 def _number(name: str, value: float) -> float:
-    if name in AFTER_THE_HEAD or name in SIZES:
-        return AFTER_THE_HEAD.get(name, SIZES.get(name, value))
+    if name in SIZES:
+        return SIZES[name]
     if name.endswith(("_token_id", "_token_index")) and value >= VOCABULARY:
         return IMAGE_TOKEN if name.startswith(("image", "video", "audio")) else 1
     return 0 if name == "pad_token_id" and value < 0 else value
