@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -226,13 +227,17 @@ def process(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each case returned on each process."""
-    folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with contextlib.suppress(mp.ProcessExitedException):  # gloo may abort at exit; what is missing is seen
-        mp.spawn(process, (port, folder), nprocs=PROCESSES)
+    """What each case returned on each process; they run once, whichever of pytest's workers comes first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two processes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            with contextlib.suppress(mp.ProcessExitedException):  # gloo may abort at exit; what is missing is seen
+                mp.spawn(process, (port, folder), nprocs=PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastft.loss import expressions
+from fastft.loss import expressions, lazy_losses
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
 from fastft.loss.lazy_losses import scale_and_softcap
 from fastft.loss.output_head import fused_loss
@@ -443,24 +443,26 @@ def test_no_row_at_all():
     assert loss == 0 and not x.grad.any() and not weight.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inside", [True, False])
-def test_autocast_is_obeyed(inside):
+def test_autocast_is_obeyed(inside, dtype):
     values = []
     for kind in ("truth", "dense", "lazy"):
         torch.manual_seed(0)
         x, weight = torch.randn(B, S, H), torch.randn(V, H)
         x, weight = (t.double().requires_grad_() if kind == "truth" else t.requires_grad_() for t in (x, weight))
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind != "truth"):
+        with torch.autocast("cpu", dtype, enabled=kind != "truth"):
             z = lazy_linear(x, weight, None, Report()) if kind == "lazy" else F.linear(x, weight)
             z = torch.tanh(z / 5) * 5
-            loss = F.cross_entropy(z.view(-1, V), TARGET.view(-1)) if inside else None
+            losses = F.cross_entropy(z.view(-1, V), TARGET.view(-1), reduction="none") if inside else None
         wide = z.double() if kind == "truth" else z.float()
-        loss = F.cross_entropy(wide.view(-1, V), TARGET.view(-1)) if loss is None else loss
-        loss.backward()
-        values.append((z.dtype, loss.dtype, loss.detach(), x.grad, weight.grad))
+        if losses is None:
+            losses = F.cross_entropy(wide.view(-1, V), TARGET.view(-1), reduction="none")
+        losses.mean().backward()
+        values.append((z.dtype, losses.dtype, losses.detach(), x.grad, weight.grad))
     truth, dense, lazy = values
-    assert lazy[:2] == dense[:2] == (torch.bfloat16, torch.float32)
-    for what, mine, theirs, exact in zip(("loss", "dx", "dW"), lazy[2:], dense[2:], truth[2:], strict=True):
+    assert lazy[:2] == dense[:2] == (dtype, torch.float32)
+    for what, mine, theirs, exact in zip(("losses", "dx", "dW"), lazy[2:], dense[2:], truth[2:], strict=True):
         assert_no_worse(mine, theirs, exact, what)
 
 
@@ -620,3 +622,26 @@ def test_only_a_scale_and_a_softcap_go_to_the_kernel(name):
     result = change(z)
     found = scale_and_softcap(result.expression) if isinstance(result, LazyLogits) and result.is_lazy else None
     assert (None if found is None else found[:2]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("ce shifted contiguous", True),
+        ("ce softcap", True),
+        ("ce scaled softcap", True),
+        ("ce module smoothed", True),
+        ("ce weights smoothed", True),
+        ("nll weights", True),
+        ("nll of an expression", False),
+        ("ce softcap twice", False),
+        ("ce row", False),
+        ("ce float64", False),
+        ("label smoother", False),
+    ],
+)
+def test_which_losses_reach_the_kernel(name, kernel, monkeypatch):
+    calls, fused = [], lazy_losses._fused
+    monkeypatch.setattr(lazy_losses, "_fused", lambda *args, **options: calls.append(1) or fused(*args, **options))
+    run(LAZY[name], True)
+    assert bool(calls) == kernel
