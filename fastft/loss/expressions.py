@@ -109,12 +109,6 @@ class Linear:
         return self.origin.vocab
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the logits: that of the operands, or of a wider bias that was added to them afterwards."""
-        (x, _, bias), *_ = self.terms
-        return x.dtype if bias is None else torch.promote_types(x.dtype, bias.dtype)
-
-    @property
     def leading_shape(self) -> torch.Size:
         """The shape of the logits without the vocabulary."""
         return self.terms[0][0].shape[:-1]
@@ -206,11 +200,7 @@ def _linear(terms: tuple[Term, ...], rows: slice | None = None) -> Tensor:
     total = None
     with torch.autocast(terms[0][0].device.type, enabled=False):
         for x, weight, bias in terms:
-            rows_of_x = x if rows is None else x[rows]
-            if bias is None or bias.dtype == x.dtype:
-                part = F.linear(rows_of_x, weight, bias)
-            else:
-                part = F.linear(rows_of_x, weight) + bias
+            part = F.linear(x if rows is None else x[rows], weight, bias)
             total = part if total is None else total + part
     assert total is not None
     return total
@@ -282,15 +272,14 @@ def _differentiate(
 def _collect(gradients: list[Tensor | None], terms: tuple[Term, ...], rows: slice, grad_logits: Tensor) -> None:
     for index, (x, weight, _) in enumerate(terms):
         grad_x, grad_weight, grad_bias = gradients[3 * index : 3 * index + 3]
+        if grad_x is not None:
+            grad_x.view(-1, grad_x.shape[-1])[rows] = grad_logits @ weight
+        if grad_weight is not None and grad_weight.dtype == x.dtype:
+            grad_weight.addmm_(grad_logits.T, x[rows])
+        elif grad_weight is not None:
+            grad_weight += grad_logits.T @ x[rows]
         if grad_bias is not None:
             grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
-        grad = grad_logits.to(x.dtype)
-        if grad_x is not None:
-            grad_x.view(-1, grad_x.shape[-1])[rows] = grad @ weight
-        if grad_weight is not None and grad_weight.dtype == x.dtype:
-            grad_weight.addmm_(grad.T, x[rows])
-        elif grad_weight is not None:
-            grad_weight += grad.T @ x[rows]
 
 
 class _RowWise(torch.autograd.Function):

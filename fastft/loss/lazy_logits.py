@@ -150,8 +150,7 @@ class LazyLogits(Tensor):
     def derived(self, expression: Expression, linear: Linear | None = None) -> LazyLogits:
         """New logits of the same shape: another expression (or another layer), in memory of their own."""
         with torch.no_grad():
-            empty = self.linear.terms[0][0].new_empty(0, self.linear.vocab, dtype=(linear or self.linear).dtype)
-            dtype = evaluate(expression, empty).dtype
+            dtype = evaluate(expression, self.linear.terms[0][0].new_empty(0, self.linear.vocab)).dtype
         shadow = torch.empty_like(self.shadow, dtype=dtype)
         result = self._make(linear or self.source, expression, shadow, self._recipe.report)
         if linear is None and expression is self.expression:

@@ -129,8 +129,6 @@ def _known_rows(lazy: LazyLogits, func: Callable[..., Any], target: Tensor) -> d
     """The options by which `linear_cross_entropy` computes this loss of one linear layer; None if it cannot."""
     if len(lazy.linear.terms) != 1 or target.dtype not in (torch.int64, torch.int32):
         return None
-    if lazy.linear.dtype != lazy.linear.terms[0][0].dtype:  # rounded, then a wider bias was added
-        return None
     expression, casts = lazy.expression, set()
     if func is F.nll_loss:
         if not (isinstance(expression, Call) and expression.function is torch.log_softmax):

@@ -94,10 +94,7 @@ def _sum_of_two(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...
             return NotImplemented
         return lazy.derived(LOGITS, lazy.source.plus(other.source, found.scale))
     is_bias = isinstance(other, Tensor) and other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
-    if not is_bias or other.dim() > lazy.shadow.dim() or _any_freed(lazy):
-        return NotImplemented
-    is_wider = torch.promote_types(other.dtype, dtype) == other.dtype and lazy.linear.terms[0][2] is None  # autocast
-    if other.dtype != dtype and not is_wider:
+    if not is_bias or other.dtype != dtype or other.dim() > lazy.shadow.dim() or _any_freed(lazy):
         return NotImplemented
     return lazy.derived(LOGITS, lazy.source.plus_bias(other.reshape(-1)))
 
