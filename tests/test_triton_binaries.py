@@ -40,9 +40,9 @@ def compiled(case: Case, classes: int, dtype: torch.dtype, chip: int) -> Binary:
     return binary(kernels[0])
 
 
-# 128256, 151936 and 256000 classes are one kernel: only divisibility by 16 and the number of warps tell them apart
+# 128256, 151936 and 256000 classes are one kernel, and 32000 classes the same with half the warps
 @pytest.mark.parametrize(("chip", "dtype"), [(80, HALF), (90, HALF), (100, HALF), (90, FULL)])
-@pytest.mark.parametrize("classes", [32_000, 50_257, 151_936])
+@pytest.mark.parametrize("classes", [50_257, 151_936])
 def test_no_spills(classes: int, chip: int, dtype: torch.dtype) -> None:
     code = compiled(CASES["everything in place"], classes, dtype, chip)
     assert (code.spills, code.stack, code.atomics) == (0, 0, 0)

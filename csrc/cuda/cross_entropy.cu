@@ -198,14 +198,11 @@ __device__ void finish(Scratch* scratch, const Sums& sums, const Target& target,
   const double below = sums.below + weights * (static_cast<double>(max) - target.center);
   const fastft::RowSums row{max, target.z, all.total, job.smoothing > 0.0f ? below : 0.0,
                             all.moment + static_cast<double>(expf(d)) * d};
-  const fastft::RowTerms terms{(1.0 - job.smoothing) * weight,
-                               static_cast<double>(job.smoothing) / job.classes,
-                               weights,
-                               weight,
-                               job.z_loss,
-                               job.upstream[0] ? job.upstream[0][r] : 1.0f,
-                               job.upstream[1] ? job.upstream[1][r] : 0.0f,
-                               job.upstream[2] ? job.upstream[2][r] : 0.0f};
+  const double hit = (1.0 - job.smoothing) * weight, spread = static_cast<double>(job.smoothing) / job.classes;
+  const double g_loss = job.upstream[0] ? job.upstream[0][r] : 1.0f,
+               g_lse = job.upstream[1] ? job.upstream[1][r] : 0.0f;
+  const double g_entropy = job.upstream[2] ? job.upstream[2][r] : 0.0f;
+  const fastft::RowTerms terms{hit, spread, weights, weight, job.z_loss, g_loss, g_lse, g_entropy};
   const fastft::RowResult result = fastft::finish_row(row, terms);
   job.losses[r] = result.loss;
   job.lse[r] = result.lse;
@@ -323,13 +320,12 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
   if (job.grad) write_gradient<T, kOptions>(*scratch, held, job);
 }
 
-// Whether `bytes` of shared memory are there for two blocks of an SM.
+// Whether `bytes` of shared memory are there for two blocks of an SM, each with the KiB that the driver takes.
 bool two_fit(int bytes, int32_t device) {
-  constexpr int kReserved = 1024;  // of each block, by the driver
   int block = 0, processor = 0;
   cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  return bytes <= block && 2 * (bytes + kReserved) <= processor;
+  return bytes <= block && 2 * (bytes + 1024) <= processor;
 }
 
 template <class T, bool kOptions>
@@ -360,53 +356,44 @@ void launch_for(const Job& job, int64_t rows, int32_t device) {
 }
 
 Job read(const fastft::CrossEntropyArgs& args) {
-  const int32_t fp32 = aoti_torch_dtype_float32();
   Job job{};
-  job.logits = args.logits.data();
-  job.stride = args.logits.stride(0);
-  if (args.grad.size) {
-    const fastft::Tensor grad = args.grad[0];
-    args.check_matrix(grad, "grad");
-    job.grad = grad.mutable_data();
-    job.grad_stride = grad.stride(0);
-  }
-  job.target = args.target.data();
-  job.wide_target = args.target.dtype() == aoti_torch_dtype_int64();
-  job.weight = args.vector<const float>(args.weight, 0, "weight", fp32, args.classes);
-  for (size_t i = 0; i < 3; i++)
-    job.upstream[i] = args.vector<const float>(args.upstream, i, "upstream", fp32, args.rows);
-  job.losses = static_cast<float*>(args.losses.mutable_data());
-  job.lse = static_cast<float*>(args.lse.mutable_data());
-  job.entropy = args.vector<float>(args.statistics, 0, "entropy", fp32, args.rows);
-  job.is_top1 = args.vector<bool>(args.statistics, 1, "is_top1", aoti_torch_dtype_bool(), args.rows);
+  job.logits = args.logits;
+  job.grad = args.grad;
+  job.target = args.target;
+  job.weight = args.weight;
+  for (int i = 0; i < 3; i++) job.upstream[i] = args.upstream[i];
+  job.losses = args.losses;
+  job.lse = args.lse;
+  job.entropy = args.entropy;
+  job.is_top1 = args.is_top1;
+  job.stride = args.stride;
+  job.grad_stride = args.grad_stride;
   job.ignore_index = args.ignore_index;
   job.classes = static_cast<int>(args.classes);
-  job.smoothing = static_cast<float>(args.label_smoothing);
-  job.z_loss = static_cast<float>(args.z_loss);
-  job.scale = static_cast<float>(args.logit_scale);
-  job.softcap = static_cast<float>(args.softcap);
-  job.softcap_inverse = args.softcap > 0.0 ? static_cast<float>(1.0 / args.softcap) : 0.0f;
+  job.wide_target = args.wide_target;
+  job.smoothing = args.label_smoothing;
+  job.z_loss = args.z_loss;
+  job.scale = args.logit_scale;
+  job.softcap = args.softcap;
+  job.softcap_inverse = args.softcap > 0.0f ? 1.0f / args.softcap : 0.0f;
   return job;
 }
 
 void cross_entropy_rows(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 13, "cross_entropy_rows: 13 arguments expected, got %d", static_cast<int>(nargs));
-  const fastft::CrossEntropyArgs args(stack);
+  const fastft::CrossEntropyArgs args(stack, true);
   FT_CHECK(args.rows < (int64_t(1) << 31) && args.classes < (int64_t(1) << 29),
            "cross_entropy_rows: logits of %lld x %lld are too large", static_cast<long long>(args.rows),
            static_cast<long long>(args.classes));
   if (args.rows == 0) return;
   const Job job = read(args);
-  const int32_t dtype = args.logits.dtype(), device = args.logits.device_index();
-  const fastft::DeviceGuard guard(device);
-  if (dtype == aoti_torch_dtype_float32())
-    launch_for<float>(job, args.rows, device);
-  else if (dtype == aoti_torch_dtype_bfloat16())
-    launch_for<Bf16>(job, args.rows, device);
-  else if (dtype == aoti_torch_dtype_float16())
-    launch_for<__half>(job, args.rows, device);
+  const fastft::DeviceGuard guard(args.device_index);
+  if (args.dtype == aoti_torch_dtype_float32())
+    launch_for<float>(job, args.rows, args.device_index);
+  else if (args.dtype == aoti_torch_dtype_bfloat16())
+    launch_for<Bf16>(job, args.rows, args.device_index);
   else
-    FT_CHECK(false, "cross_entropy_rows: logits must be float32, bfloat16 or float16");
+    launch_for<__half>(job, args.rows, args.device_index);
 }
 
 fastft::Kernel kernel_cross_entropy_rows("cross_entropy_rows", cross_entropy_rows);
