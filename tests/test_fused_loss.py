@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from numerics import assert_no_worse
-from test_lazy_logits import LargestTensor
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from watch import Watch
 
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
@@ -135,9 +135,9 @@ def test_ten_steps_in_fp32_are_stock(name, tmp_path):
 def test_no_training_step_makes_a_tensor_as_large_as_the_logits(bf16):
     model = llama(vocab_size=20_000, max_position_embeddings=256).train()
     ids = torch.randint(3, 20_000, (4, 256))
-    with LargestTensor() as seen, fused_loss(model), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with Watch() as seen, fused_loss(model), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         model(input_ids=ids, labels=ids).loss.backward()
-    assert 0 < seen.largest <= ids.numel() * 20_000 // 2
+    assert 0 < seen.elements <= ids.numel() * 20_000 // 2
 
 
 def test_ten_steps_in_bf16_are_no_further_from_fp32_than_stock(tmp_path):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_no_worse
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from watch import Watch
 
 from fastft.loss import expressions, lazy_losses
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
@@ -139,6 +139,10 @@ LAZY = {
     "ce softcap upside down": lambda z: F.cross_entropy((torch.tanh(z) * -3.0).view(-1, V), TARGET.view(-1)),
     "ce reciprocal": lambda z: F.cross_entropy((3.0 / (z * z + 1.0)).view(-1, V), TARGET.view(-1)),
     "ce shifted softcap": lambda z: F.cross_entropy((torch.tanh(z + 1.0) * 3.0).view(-1, V), TARGET.view(-1)),
+    "ce soft": lambda z: F.cross_entropy(z.view(-1, V), NOISE.view(-1, V).softmax(-1)),
+    "ce soft smoothed": lambda z: F.cross_entropy(
+        (torch.tanh(z / 5) * 5).view(-1, V), NOISE.view(-1, V).softmax(-1), ROW, label_smoothing=0.2, reduction="sum"
+    ),
     "ce row": lambda z: F.cross_entropy((z + ROW).view(-1, V), TARGET.view(-1)),
     "ce row of batch": lambda z: F.cross_entropy((z + ROW.view(1, 1, V)).view(-1, V), TARGET.view(-1)),
     "ce float64": lambda z: F.cross_entropy(z.double().view(-1, V), TARGET.view(-1)),
@@ -201,7 +205,7 @@ MATERIALISED = {
     "function": lambda z: DoubledGradient.apply(z).sum(),
     "function after softcap": lambda z: DoubledGradient.apply(torch.tanh(z / 5) * 5).sum(),
     "ce transposed": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
-    "ce soft": lambda z: F.cross_entropy(z.view(-1, V), NOISE.view(-1, V).softmax(-1)),
+    "ce soft of an expression": lambda z: F.cross_entropy(z.exp().view(-1, V), NOISE.view(-1, V).softmax(-1)),
     "ce cut": lambda z: F.cross_entropy(z[..., :40].reshape(-1, 40), TARGET.clamp(max=39).view(-1)),
     "ce trained scale": lambda z: F.cross_entropy((z * SCALE).view(-1, V), TARGET.view(-1)),
     "token scale": lambda z: (z * TOKEN_SCALE).logsumexp(-1).sum(),
@@ -273,19 +277,6 @@ def lazy_example(dtype=torch.float32):
     return lazy_linear(x, weight, None, report), x, weight, report
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, LazyLogits) and tensor.device.type != "meta":
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "use",
@@ -300,9 +291,9 @@ def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
     rows = 1024
     x = torch.randn(2, rows // 2, 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(VOCAB, 8, dtype=dtype, requires_grad=True)
-    with LargestTensor() as seen:
+    with Watch() as seen:
         use(lazy_linear(x, weight, None, Report()), torch.randint(0, VOCAB, (rows,))).backward()
-    assert 0 < seen.largest <= rows * VOCAB // 2
+    assert 0 < seen.elements <= rows * VOCAB // 2
 
 
 def test_looks_like_the_dense_tensor():
@@ -441,6 +432,16 @@ def test_no_row_at_all():
     )
     loss.backward()
     assert loss == 0 and not x.grad.any() and not weight.grad.any()
+
+
+def test_a_bias_of_more_bits_than_the_logits():
+    use = LAZY["trained bias"]
+    truth, dense, lazy = (
+        run(use, kind, dtype) for kind, dtype in ((0, torch.float64), (0, torch.bfloat16), (1, torch.bfloat16))
+    )
+    assert lazy[0].dtype == dense[0].dtype == torch.float32 and lazy[2].fused == 1 and not lazy[2].materialised
+    for what, mine, theirs, exact in zip(("x", "W", "b", "BIAS"), lazy[1], dense[1], truth[1], strict=False):
+        assert_no_worse(mine, theirs, exact.double(), what)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 from test_fused_loss import V, arguments, assert_stock, examples, llama, train
-from test_lazy_logits import LargestTensor
 from torch import nn
 from transformers import Trainer, set_seed
+from watch import Watch
 
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
@@ -149,10 +149,10 @@ def test_no_tensor_as_large_as_the_logits_in_a_whole_trainer_step(changes, tmp_p
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     model = llama(vocab_size=vocabulary, max_position_embeddings=length, **small)
     trainer = Trainer(model, options, train_dataset=data, callbacks=[callback])
-    with LargestTensor() as seen:
+    with Watch() as seen:
         trainer.train()
     assert callback.report.fused and not callback.report.materialised
-    assert vocabulary < seen.largest < rows * length * vocabulary
+    assert vocabulary < seen.elements < rows * length * vocabulary
 
 
 def test_accelerate_converts_lazy_logits_without_numbers(tmp_path):

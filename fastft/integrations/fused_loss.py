@@ -28,6 +28,10 @@ class FusedLossCallback(TrainerCallback):
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
             `skipped`, why the model was left as it is. Of the latest training.
 
+    Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with label smoothing or a
+    `compute_loss_func` it stays stock, and `report.skipped` says so. Tensor-parallel heads, DataParallel, and models
+    whose loss others compute (Liger, TRL) are left alone, and a warning says so.
+
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback: `restore()` takes
     it off, and so does the next `train()`.
     """

@@ -83,11 +83,14 @@ def _versions(terms: tuple[Term, ...]) -> tuple[int, ...]:
 
 
 class Origin(NamedTuple):
-    """Where logits come from: the head, to be entered again, and what raises once its shards may not be used."""
+    """Where logits come from: the head, to be entered again, and what raises when its shards may not be used.
+
+    `check` is told whether the head is about to be entered.
+    """
 
     vocab: int
     head: Callable[..., Any] | None = None
-    check: Callable[[], None] | None = None
+    check: Callable[[bool], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +156,7 @@ class Linear:
     def check_unchanged(self) -> None:
         """Raises RuntimeError when a tensor is not what it was when the head ran."""
         if self.origin.check is not None:
-            self.origin.check()
+            self.origin.check(False)
         if self.versions != _versions(self.terms):
             raise RuntimeError(
                 "fastft: these logits are read after the output head's weight was changed (an optimizer step?), or its "
@@ -177,6 +180,8 @@ class Linear:
 
         if head is None:
             raise RuntimeError(_GONE)
+        if self.origin.check is not None:
+            self.origin.check(True)
         return head(x, fastft_task=run)
 
     def dense(self) -> Tensor:

@@ -372,7 +372,7 @@ def lazy_linear(
     bias: Tensor | None,
     report: Report,
     head: Callable[..., Any] | None = None,
-    check: Callable[[], None] | None = None,
+    check: Callable[[bool], None] | None = None,
 ) -> LazyLogits:
     """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks for.
 
@@ -382,7 +382,7 @@ def lazy_linear(
         bias: (V,) or None.
         report: where fusions and materialisations are counted.
         head: the module; entered again if its weight is freed when the logits are needed.
-        check: called before the logits are used; raises where a sharded weight may not be used any more.
+        check: called before the logits are used, with whether `head` is about to be entered; may raise.
     """
     origin = Origin(weight.shape[0], head, check)
     if torch.is_autocast_enabled(input.device.type):

@@ -99,6 +99,8 @@ def _loss(
 ) -> Any:
     if size_average is not None or reduce is not None or (weight is not None and weight.requires_grad):
         return NotImplemented
+    if func is F.cross_entropy and target.is_floating_point():
+        return _of_probabilities(lazy, target, weight=weight, reduction=reduction, label_smoothing=label_smoothing)
     if lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
         return NotImplemented
     if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
@@ -107,27 +109,38 @@ def _loss(
     options: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight}
     if func is F.cross_entropy:
         options["label_smoothing"] = label_smoothing
-    known = _known_rows(lazy, func, target)
+    known = _known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
     if known is not None:
-        options |= known | {"reduction": reduction}
-        result = linear.inside_head(lambda layer: _fused(layer, target, **options))
-        autocast, _ = autocast_state(result.device.type)
-        result = result if autocast else result.to(lazy.shadow.dtype)
-    else:
-        options["reduction"] = "none" if reduction == "none" else "sum"
-        over_rows = map_rows if reduction == "none" else sum_over_rows
-        result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
-        if reduction == "mean":
-            counted = target != ignore_index
-            ones = counted if weight is None else weight[target.where(counted, 0).long()] * counted
-            result = result / torch.where(counted.any(), ones.sum(), 1)
+        return _known_loss(lazy, target, reduction=reduction, **options, **known)
+    options["reduction"] = "none" if reduction == "none" else "sum"
+    over_rows = map_rows if reduction == "none" else sum_over_rows
+    result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
+    if reduction == "mean":
+        counted = target != ignore_index
+        ones = counted if weight is None else weight[target.where(counted, 0).long()] * counted
+        result = result / torch.where(counted.any(), ones.sum(), 1)
     lazy.evaluated(result)
     return result
 
 
-def _known_rows(lazy: LazyLogits, func: Callable[..., Any], target: Tensor) -> dict[str, Any] | None:
-    """The options by which `linear_cross_entropy` computes this loss of one linear layer; None if it cannot."""
-    if len(lazy.linear.terms) != 1 or target.dtype not in (torch.int64, torch.int32):
+def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
+    known = _known_rows(lazy, F.cross_entropy)
+    if known is None or target.shape != lazy.shape or lazy.shadow.dim() != 2 or target.requires_grad:
+        return NotImplemented
+    return _known_loss(lazy, target, **options, **known)
+
+
+def _known_loss(lazy: LazyLogits, target: Tensor, **options: Any) -> Tensor:
+    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options))
+    autocast, _ = autocast_state(result.device.type)
+    result = result if autocast else result.to(lazy.shadow.dtype)
+    lazy.evaluated(result)
+    return result
+
+
+def _known_rows(lazy: LazyLogits, func: Callable[..., Any]) -> dict[str, Any] | None:
+    """The options by which `linear_cross_entropy` computes a loss of these logits of one layer; None if it cannot."""
+    if len(lazy.linear.terms) != 1:
         return None
     expression, casts = lazy.expression, set()
     if func is F.nll_loss:

@@ -94,9 +94,12 @@ def _sum_of_two(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...
             return NotImplemented
         return lazy.derived(LOGITS, lazy.source.plus(other.source, found.scale))
     is_bias = isinstance(other, Tensor) and other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
-    if not is_bias or other.dtype != dtype or other.dim() > lazy.shadow.dim() or _any_freed(lazy):
+    if not is_bias or other.dim() > lazy.shadow.dim() or _any_freed(lazy):
         return NotImplemented
-    return lazy.derived(LOGITS, lazy.source.plus_bias(other.reshape(-1)))
+    if other.dtype != dtype and not (other.dtype == torch.float32 and lazy.linear.terms[0][0].element_size() == 2):
+        return NotImplemented
+    result = lazy.derived(LOGITS, lazy.source.plus_bias(other.reshape(-1).to(dtype)))
+    return result.to(other.dtype)  # where autocast ran the head in 16 bits, the sum with a bias of 32 has 32
 
 
 def _any_freed(*logits: LazyLogits) -> bool:

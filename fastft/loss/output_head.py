@@ -182,7 +182,9 @@ def fused_loss(model: nn.Module) -> Iterator[Report]:
         `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.
 
     Raises:
-        RuntimeError: from the loop, when logits are read after an optimizer step has changed the head's weight.
+        RuntimeError: from the loop, when logits are read after an optimizer step has changed the head's weight, when
+            the gradient of logits is asked for (`register_hook`, `retain_grad`, `torch.autograd.grad`) after their loss
+            was computed, or when logits of a sharded head are used after the forward pass that computed their loss.
     """
     attachment = Attachment(model)
     try:

@@ -70,17 +70,20 @@ class Sharding:
             return "the output head shares an FSDP2 unit that reshards after forward with other modules"
         return None
 
-    def permission(self) -> Callable[[], None]:
-        """What raises when logits of this forward pass are used where the library would not know of it."""
+    def permission(self) -> Callable[[bool], None]:
+        """What raises when logits of this forward pass are used where the library would not know of it.
+
+        It is told whether the head has to be entered for its weight, which may be another one after the forward pass.
+        """
         made_in = self._passes
 
-        def check() -> None:
+        def check(entering: bool) -> None:
             inside = self._computes_loss and self._passes == made_in
-            if not inside and (torch.is_grad_enabled() or self._passes != made_in):
+            if not inside and (entering or torch.is_grad_enabled() or self._passes != made_in):
                 raise RuntimeError(
                     f"fastft: the output head is sharded by {self.library}; with labels given to the model its logits "
-                    "are for the loss inside its forward alone, and cannot be used afterwards. Leave the labels out, "
-                    "detach the logits under no_grad() before the next forward pass, or train without the fused loss."
+                    "are for the loss inside its forward alone and cannot be used afterwards. Leave the labels out and "
+                    "compute the loss outside, or train without the fused loss."
                 )
 
         return check
