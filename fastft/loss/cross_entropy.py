@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fastft import ops
 from fastft.loss.options import (
     RowOptions,
-    check_impl_of_probabilities,
+    check_plain_impl,
     check_probabilities,
     check_reduction,
     check_target,
@@ -260,7 +260,7 @@ def cross_entropy(
     logits = input.movedim(class_dim, -1).reshape(-1, classes)
     if target.is_floating_point():
         check_probabilities(target, input.shape, "input")
-        check_impl_of_probabilities(impl)
+        check_plain_impl(impl, "target probabilities")
         losses = probability_losses(logits, target.movedim(class_dim, -1).reshape(-1, classes), weight, options)
         counted = None
     else:
