@@ -48,11 +48,11 @@ class Shard(NamedTuple):
             ValueError: this process is not in it, or the processes have tensors of different shapes. They tell each
                 other once for each shape: later calls neither communicate nor wait for the device.
         """
+        if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group does not contain this process")
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
         rank, world = dist.get_rank(group), dist.get_world_size(group)
-        if rank < 0:
-            raise ValueError("group does not contain this process")
         seen = _EVEN.setdefault(group, set())
         if tuple(shape) not in seen:
             own = torch.tensor(shape, device=device)
