@@ -174,7 +174,7 @@ def check_bad_input():
         ((replicated, copy, target), {}, TypeError, "linear_weight has placements.*redistribute"),
         ((rows, shard, target), {}, TypeError, "input has placements.*redistribute"),
         ((x, partial_sum, target), {}, TypeError, "linear_weight is a DTensor with placements.*redistribute"),
-        ((replicated, uneven, target), {}, ValueError, "group must have a linear_weight of one shape"),
+        ((replicated, uneven, target), {}, ValueError, "group must have a linear_weight of one size"),
     ]
     for operands, options, error, message in wrong:
         with pytest.raises(error, match=message):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 
 import oracle
@@ -12,6 +13,7 @@ from numerics import assert_no_worse
 from watch import Watch
 
 import fastft
+from fastft.loss import linear_rows
 
 ROWS, HIDDEN = 63, 16
 
@@ -26,6 +28,20 @@ def make(dtype=torch.float32, ignored=0.2, rows=ROWS, shard=None):
 
 def mine(whole):
     return whole.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+@contextmanager
+def counted(collective):
+    """The numbers of elements that went through a collective."""
+    sizes, original = [], getattr(dist, collective)
+
+    def counting(result, *args, **kwargs):
+        sizes.append(sum(tensor.numel() for tensor in ([result] if isinstance(result, torch.Tensor) else result)))
+        return original(result, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, collective, counting)
+        yield sizes
 
 
 def leaves_of(x, head, bias, needs=(True, True, True)):
@@ -71,6 +87,43 @@ def check_options(options, reduction, dtype):
     check(*operands, upstream=upstream, reduction=reduction, **oracle.options_with_weight(options, len(operands[1])))
 
 
+def check_logits(options, reduction, dtype):
+    """Logits that exist, sharded: (T, V), and (T, V, d) for a mean."""
+    x, weight, bias, target = make()
+    whole = F.linear(x, weight, bias).to(dtype)
+    options = oracle.options_with_weight(options, len(weight)) | {"reduction": reduction}
+    upstream = torch.randn(ROWS) if reduction == "none" else torch.tensor(1.75)
+    results = []
+    for logits in (mine(whole.T).T, whole, whole.double()):
+        leaf = logits.detach().clone().requires_grad_()
+        if logits is whole or logits.dtype == torch.float64:
+            loss = oracle.cross_entropy(leaf if leaf.dtype == torch.float64 else leaf.float(), target, **options)
+        elif reduction == "mean":
+            cube = leaf.view(7, 9, -1).movedim(1, 2)
+            loss = fastft.cross_entropy(cube, target.view(7, 9), group=dist.group.WORLD, **options)
+        else:
+            loss = fastft.cross_entropy(leaf, target, group=dist.group.WORLD, **options)
+        (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(loss.dtype))
+        results.append((loss.detach(), gradient if logits.shape != whole.shape else mine(gradient.T).T))
+    for actual, plain, truth in zip(*results, strict=True):
+        assert actual.dtype == plain.dtype
+        assert_no_worse(actual, plain, truth)
+
+
+def check_logits_in_chunks():
+    logits = torch.randn(ROWS, 40).requires_grad_()
+    target = torch.randint(0, 80, (ROWS,))
+    plain = fastft.cross_entropy(logits, target, group=dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(linear_rows._LIMITS, "cpu", linear_rows._Limits(8 * 40 * 4, 1, 1 << 31))
+        with counted("all_reduce") as sizes:
+            loss = fastft.cross_entropy(logits, target, group=dist.group.WORLD)
+            (gradient,) = torch.autograd.grad(loss, logits)
+    assert sizes == [8, 16] * 7 + [7, 14]  # a maximum and two sums a row; nothing in backward
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain, logits)[0])
+
+
 def check_needs(needs, reduction):
     check(*make(), upstream=torch.randn(ROWS) if reduction == "none" else None, needs=needs, reduction=reduction)
 
@@ -114,14 +167,14 @@ def check_confident_row(owner):
     torch.testing.assert_close(d_bias.double(), mine(expected), rtol=1e-6, atol=0)
 
 
-def check_poison():
-    """A row that is not finite on one process is NaN on all, and touches no other row."""
-    x, weight, bias, target = make(ignored=0.0)
-    weight, bias = weight.abs(), bias.clone()
-    x[4] = torch.inf
-    bias[-1], weight[-1] = 0.0, 0.0  # Inf times 0: only the last process sees a NaN
-    losses, d_input, *_ = ours(x, weight, bias, target, reduction="none")
-    assert losses.isnan().nonzero().tolist() == [[4]] and d_input.isnan().any(1).nonzero().tolist() == [[4]]
+def check_poison(value):
+    """A number on the last process that is not finite poisons its row on all of them, and no other row."""
+    logits, target = torch.randn(ROWS, 5), torch.arange(ROWS) % 10
+    if dist.get_rank() == dist.get_world_size() - 1:
+        logits[4, 3] = value
+    losses = fastft.cross_entropy(logits.requires_grad_(), target, reduction="none", group=dist.group.WORLD)
+    (gradient,) = torch.autograd.grad(losses, logits, torch.ones_like(losses))
+    assert losses.isnan().nonzero().tolist() == [[4]] and gradient.isnan().any(1).nonzero().tolist() == [[4]]
 
 
 def check_masked_classes():
@@ -156,17 +209,9 @@ def check_autograd(reduction):
 
 def check_reductions(reduction, needs, forward, backward):
     """63 rows make 8 chunks of 8; each costs two all-reduces, the gradient of the input one for all."""
-    sizes = []
-    original = dist.all_reduce
-
-    def counting(tensor, *args, **kwargs):
-        sizes.append(tensor.numel())
-        return original(tensor, *args, **kwargs)
-
     x, weight, bias, target = make(ignored=0.0)
     leaves = leaves_of(x, weight, bias, needs)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_reduce", counting)
+    with counted("all_reduce") as sizes:
         plan = {"group": dist.group.WORLD, "chunk_rows": 8, "reduction": reduction}
         loss = fastft.linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], **plan).sum()
         in_forward = len(sizes)
@@ -199,17 +244,9 @@ def check_uneven():
     x, target = torch.randn(5, 3), torch.arange(5)
     uneven = torch.randn(7 + (dist.get_rank() == 1), 3)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"group must have a linear_weight of one shape.*\(7, 3\), \(8, 3\)"):
+        with pytest.raises(ValueError, match=r"group must have a linear_weight of one size.*\(7, 3\), \(8, 3\)"):
             fastft.linear_cross_entropy(x, uneven, target, group=dist.group.WORLD)
-    compared = []
-    original = dist.all_gather
-
-    def counting(*args, **kwargs):
-        compared.append(args)
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_gather", counting)
+    with counted("all_gather") as compared:
         for classes in (9, 9, 11, 9, 11):
             fastft.linear_cross_entropy(x, torch.randn(classes, 3), target, group=dist.group.WORLD)
     assert len(compared) == 2
@@ -235,6 +272,12 @@ def check_bad_input():
         given = {"input": x, "linear_weight": head, "target": target, "group": dist.group.WORLD} | arguments
         with pytest.raises(error, match=message):
             fastft.linear_cross_entropy(**given)
+    for group, columns, error, message in (
+        ("world", 5, TypeError, "group must be"),
+        (dist.group.WORLD, 5 + dist.get_rank(), ValueError, "group must have a class dimension of input of one size"),
+    ):
+        with pytest.raises(error, match=message):
+            fastft.cross_entropy(torch.randn(3, columns), torch.arange(3), group=group)
 
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -256,13 +299,18 @@ CASES = {
         for name in ("plain", "weight_smoothing", "all")
         for reduction in REDUCTIONS
     },
+    **{
+        f"logits_{n}_{r}": partial(check_logits, o, r, F32) for n, o in oracle.OPTIONS.items() for r in ("none", "mean")
+    },
+    **{f"logits_{n}_bf16": partial(check_logits, oracle.OPTIONS[n], "sum", BF16) for n in ("plain", "all")},
+    "logits_in_chunks": check_logits_in_chunks,
     **{f"{n}_alone_{r}": partial(check_needs, needs, r) for n, needs in NEEDS.items() for r in ("none", "mean")},
     **{f"shape_{s}": partial(check_shape, *s) for s in ((1, 1, 8), (63, 1, 5), (1, 63, None), (63, 7, None))},
     "autocast": check_autocast,
     "num_items": check_num_items,
     **{f"no_row_{n}_{r}": partial(check_no_row_counts, n, r) for n in (0, 5) for r in REDUCTIONS},
     **{f"confident_row_of_{owner}": partial(check_confident_row, owner) for owner in (0, 1, 2)},
-    "poison": check_poison,
+    **{f"poison_{value}": partial(check_poison, value) for value in (torch.nan, torch.inf)},
     "masked_classes": check_masked_classes,
     **{f"autograd_{r}": partial(check_autograd, r) for r in ("none", "mean")},
     "reductions_mean": partial(check_reductions, "mean", (True, True, True), 17, 0),

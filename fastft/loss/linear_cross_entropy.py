@@ -99,14 +99,6 @@ def check_positive(name: str, value: int | None, least: int) -> None:
         raise ValueError(f"{name} must be None or at least {least}, got {value}")
 
 
-def head_shard(linear_weight: Tensor, target: Tensor, group: ProcessGroup, impl: str) -> Shard:
-    """The classes of this process; raises if they are not spread evenly, or `group` does not go with the arguments."""
-    check_plain_impl(impl, "the rows of a group's processes")
-    if target.is_floating_point():
-        raise ValueError("target must hold class indices where a group is given, got probabilities")
-    return Shard.of(linear_weight.shape, group, linear_weight.device, "linear_weight")
-
-
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -187,7 +179,7 @@ def linear_cross_entropy(
     dtype = compute_dtype(input, linear_weight, linear_bias)
     check_shapes(input, linear_weight, linear_bias)
     input, linear_weight, linear_bias, target, group = local_head(input, linear_weight, linear_bias, target, group)
-    shard = None if group is None else head_shard(linear_weight, target, group, impl)
+    shard = None if group is None else Shard.of(linear_weight.shape, group, "linear_weight", target, impl)
     classes = len(linear_weight) if shard is None else shard.classes
     check_weight(weight, classes, input.device)
     shape, summed = input.shape[:-1], reduction != "none"

@@ -9,7 +9,8 @@
 
 From the sums every process computes the same losses, to the bit. They leave the target out, as `cross_entropy` does for
 confident rows. Chunks, products and who needs a gradient when are those of `linear_rows`; rows are computed in plain
-torch, with the formulas in fp32. Class weights are no parameter and no shard: every process has all of them.
+torch, with the formulas in fp32. Logits that exist, sharded in the same way, take the same road without the products;
+they are what is kept then, besides the 4 numbers. Every process has the class weights of all classes.
 
 Kept for backward: dx, dW_i and db_i; or the operands and 4 numbers a row, with which backward reduces nothing but dx.
 Bytes moved: those of `linear_rows` for V / n classes, about 8 more passes over the workspace, and the all-reduces.
@@ -18,6 +19,7 @@ Bytes moved: those of `linear_rows` for V / n classes, about 8 more passes over 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastft.loss.cross_entropy import capped
-from fastft.loss.linear_rows import HeadCall, Outputs, scaled, sweep
-from fastft.loss.options import RowOptions, refuse_second_derivative, statistics_dtype
+from fastft.loss.linear_rows import HeadCall, Outputs, chunk_rows, scaled, sweep
+from fastft.loss.options import RowOptions, check_plain_impl, refuse_second_derivative, statistics_dtype
 
 # shapes that a group's processes have compared; a group that is gone takes its shapes along
 _EVEN: weakref.WeakKeyDictionary[Any, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
@@ -40,14 +42,19 @@ class Shard(NamedTuple):
     classes: int  # of all processes
 
     @classmethod
-    def of(cls, shape: torch.Size, group: Any, device: torch.device, label: str) -> Shard:
-        """For a tensor named `label`, of `shape` (V / n, ...) on `device`; all processes of the group must call it.
+    def of(cls, shape: Sequence[int], group: Any, label: str, target: Tensor, impl: str) -> Shard:
+        """For a tensor named `label`, of `shape` (V / n, ...); all processes of the group must call it.
 
         Raises:
             TypeError: `group` is no process group.
-            ValueError: this process is not in it, or the processes have tensors of different shapes. They tell each
-                other once for each shape: later calls neither communicate nor wait for the device.
+            ValueError: this process is not in it, `target` holds probabilities, or the processes have tensors of
+                different shapes. They tell each other once for each shape: later calls neither communicate nor wait for
+                the device.
+            RuntimeError: `impl` is not plain torch.
         """
+        check_plain_impl(impl, "the rows of a group's processes")
+        if target.is_floating_point():
+            raise ValueError("target must hold class indices where a group is given, got probabilities")
         if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group does not contain this process")
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -55,13 +62,13 @@ class Shard(NamedTuple):
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         seen = _EVEN.setdefault(group, set())
         if tuple(shape) not in seen:
-            own = torch.tensor(shape, device=device)
+            own = torch.tensor(shape, device=target.device)
             shapes = [torch.empty_like(own) for _ in range(world)]
             dist.all_gather(shapes, own, group=group)
             every = [tuple(other.tolist()) for other in shapes]
             if len(set(every)) > 1:
                 raise ValueError(
-                    f"group must have a {label} of one shape on all of its processes (pad the classes to a multiple of "
+                    f"group must have a {label} of one size on all of its processes (pad the classes to a multiple of "
                     f"their number, the bias of the padding -inf): in their order they have {every}"
                 )
             seen.add(tuple(shape))
@@ -249,7 +256,7 @@ def vocab_parallel_losses(
     chunk_rows: int | None,
     max_counted: int | None,
 ) -> Tensor:
-    """Losses of flat rows, or their sum: the same on every process of the group, all of which must call it alike.
+    """Losses of a head's rows, or their sum: the same on every process of the group, all of which must call it alike.
 
     Args:
         operands: input (T, H), the same everywhere; linear_weight (V / n, H) and linear_bias (V / n,) or None: shards.
@@ -267,3 +274,43 @@ def vocab_parallel_losses(
     bound = -1 if max_counted is None else max_counted
     call = HeadCall(needs, summed, False, dtype, "eager", chunk_rows or 0, bound, options)
     return _VocabParallel.apply(*operands, target, weight, call, shard)
+
+
+class _ShardedLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, shard: Shard
+    ) -> Tensor:
+        dtype = statistics_dtype(logits.dtype)
+        losses, known = logits.new_empty(len(logits), dtype=dtype), logits.new_empty(len(logits), 4, dtype=dtype)
+        for chunk in _chunks(logits):
+            rows = _rows_of(logits[chunk], target[chunk], weight, options, shard, dtype)
+            shared = _shared_of(rows, shard.group)
+            known[chunk], losses[chunk] = torch.cat(shared, 1), _losses_of(rows, shared, options)
+        ctx.options, ctx.shard = options, shard
+        ctx.save_for_backward(logits, target, weight, known)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("cross_entropy")
+        logits, target, weight, known = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for chunk in _chunks(logits):
+            rows = _rows_of(logits[chunk], target[chunk], weight, ctx.options, ctx.shard, known.dtype)
+            shared = _Shared(*known[chunk].split(1, 1))
+            gradient[chunk] = _gradient_of(rows, shared, upstream[chunk], ctx.options)
+        return gradient, None, None, None, None
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Of rows, so that what is computed on the way stays small."""
+    count, classes = logits.shape
+    step = chunk_rows(count, classes, statistics_dtype(logits.dtype), logits.device)
+    return (slice(begin, begin + step) for begin in range(0, count, step or 1))
+
+
+@torch.compiler.disable
+def sharded_losses(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, shard: Shard) -> Tensor:
+    """Losses of rows of logits (T, V / n), the shards of this process; the rest as in `vocab_parallel_losses`."""
+    return _ShardedLogits.apply(logits, target, weight, options, shard)
