@@ -13,7 +13,7 @@ from numerics import assert_no_worse
 from watch import Watch
 
 import fastft
-from fastft.loss import linear_rows
+from fastft.loss import linear_rows, vocab_parallel
 
 ROWS, HIDDEN = 63, 16
 
@@ -240,16 +240,23 @@ def check_compiled():
 
 
 def check_uneven():
-    """The processes that have the right shape raise too; a shape that went well is not compared again."""
+    """The processes that have the right shape raise too, and it may have gone well before."""
     x, target = torch.randn(5, 3), torch.arange(5)
     uneven = torch.randn(7 + (dist.get_rank() == 1), 3)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"group must have a linear_weight of one size.*\(7, 3\), \(8, 3\)"):
             fastft.linear_cross_entropy(x, uneven, target, group=dist.group.WORLD)
-    with counted("all_gather") as compared:
+        fastft.linear_cross_entropy(x, torch.randn(7, 3), target, group=dist.group.WORLD)
+
+
+def check_shapes_are_compared_once_where_looking_waits(places, times):
+    x, target = torch.randn(5, 4), torch.arange(5)
+    with pytest.MonkeyPatch.context() as patch, counted("all_gather") as compared:
+        patch.setattr(vocab_parallel, "_LOOKING_IS_FREE", places)
+        vocab_parallel._EVEN.clear()
         for classes in (9, 9, 11, 9, 11):
-            fastft.linear_cross_entropy(x, torch.randn(classes, 3), target, group=dist.group.WORLD)
-    assert len(compared) == 2
+            fastft.linear_cross_entropy(x, torch.randn(classes, 4), target, group=dist.group.WORLD)
+    assert len(compared) == times
 
 
 def check_bad_input():
@@ -320,6 +327,8 @@ CASES = {
     **{f"workspace_{r}_{d}": partial(check_workspace, r, d) for r in ("none", "mean") for d in (F32, BF16)},
     "compiled": check_compiled,
     "uneven": check_uneven,
+    "compared_once": partial(check_shapes_are_compared_once_where_looking_waits, (), 2),
+    "compared_at_every_call": partial(check_shapes_are_compared_once_where_looking_waits, ("cpu",), 5),
     "bad_input": check_bad_input,
 }
 

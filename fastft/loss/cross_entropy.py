@@ -253,7 +253,7 @@ def cross_entropy(
         ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU; elsewhere its row is
             NaN, unless the environment variable FASTFT_CHECK_TARGETS is set), an option is out of range or unknown,
             `num_items` is negative or goes with another reduction, target probabilities require a gradient; processes
-            of a `group` have different numbers of classes (they compare each once) or this process is not in it.
+            of a `group` have different numbers of classes or this process is not in it.
         RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
     check_reduction(reduction, num_items)

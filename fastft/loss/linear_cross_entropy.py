@@ -150,7 +150,8 @@ def linear_cross_entropy(
             `linear_weight` (V / n, H) and `linear_bias` (V / n,) are this process's shards; `input`, `target` (of all
             V classes), `weight` (V,) and the options must be the same on all of them, and so is the loss. The gradient
             of `input` is summed over the group, those of the shards stay local. Two all-reduces of a few numbers a row
-            for each chunk. Class indices only; in plain torch; a graph break under `torch.compile`. None (default):
+            for each chunk. Class indices only; in plain torch; a graph break under `torch.compile`. A bias of -inf
+            takes out the classes that pad the last shard, unless there is a softcap or label smoothing. None (default):
             one process has all classes.
 
     A head may be a DTensor, such as one of FSDP2 outside its module's forward. With a plain `input` it is gathered (all
@@ -169,7 +170,8 @@ def linear_cross_entropy(
         ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU; elsewhere its row is
             NaN, unless the environment variable FASTFT_CHECK_TARGETS is set), an option is out of range or unknown,
             `num_items` is negative or goes with another reduction, target probabilities require a gradient; the
-            shards of a `group` differ in shape (processes compare each shape once) or this process is not in it.
+            shards of a `group` differ in shape (compared at every call on the CPU, elsewhere once for each shape) or
+            this process is not in it.
         RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
     check_reduction(reduction, num_items)

@@ -30,7 +30,9 @@ from fastft.loss.cross_entropy import capped
 from fastft.loss.linear_rows import HeadCall, Outputs, chunk_rows, scaled, sweep
 from fastft.loss.options import RowOptions, check_plain_impl, refuse_second_derivative, statistics_dtype
 
-# shapes that a group's processes have compared; a group that is gone takes its shapes along
+# the processes of a group compare the shapes of their shards at every call where looking at the answer is free,
+# elsewhere once for each shape; a group that is gone takes its shapes along
+_LOOKING_IS_FREE = ("cpu",)
 _EVEN: weakref.WeakKeyDictionary[Any, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
@@ -48,8 +50,8 @@ class Shard(NamedTuple):
         Raises:
             TypeError: `group` is no process group.
             ValueError: this process is not in it, `target` holds probabilities, or the processes have tensors of
-                different shapes. They tell each other once for each shape: later calls neither communicate nor wait for
-                the device.
+                different shapes. On other devices than CPUs they compare each shape once, so that later calls do not
+                wait for the device; there a process whose shape is new waits for those that know theirs.
             RuntimeError: `impl` is not plain torch.
         """
         check_plain_impl(impl, "the rows of a group's processes")
@@ -61,15 +63,14 @@ class Shard(NamedTuple):
             raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         seen = _EVEN.setdefault(group, set())
-        if tuple(shape) not in seen:
+        if target.device.type in _LOOKING_IS_FREE or tuple(shape) not in seen:
             own = torch.tensor(shape, device=target.device)
             shapes = [torch.empty_like(own) for _ in range(world)]
             dist.all_gather(shapes, own, group=group)
             every = [tuple(other.tolist()) for other in shapes]
             if len(set(every)) > 1:
                 raise ValueError(
-                    f"group must have a {label} of one size on all of its processes (pad the classes to a multiple of "
-                    f"their number, the bias of the padding -inf): in their order they have {every}"
+                    f"group must have a {label} of one size on all of its processes, got {every} in their order"
                 )
             seen.add(tuple(shape))
         return cls(group, rank * shape[0], world * shape[0])
