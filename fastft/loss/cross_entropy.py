@@ -43,7 +43,8 @@ from fastft.loss.options import (
 if TYPE_CHECKING:  # builds of torch without processes do not have it
     from torch.distributed import ProcessGroup
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_KERNEL_DTYPES = {"cpp": _CPU_DTYPES, "cuda": (*_CPU_DTYPES, torch.float16), "triton": (*_CPU_DTYPES, torch.float16)}
 
 
 def capped(logits: Tensor, options: RowOptions) -> Tensor:
@@ -162,18 +163,18 @@ ROWS = ops.Operator(
     "Tensor(b!) lse, Tensor(c!)[] statistics, Tensor(d!)[] grad, int ignore_index, float label_smoothing, "
     "float z_loss, float softcap, float logit_scale) -> ()",
     _cross_entropy_rows,
-    engines=("cpp",),
+    engines=("cpp", "cuda", "triton"),
 )
 
 
 def rows_implementation(impl: str, logits_dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
     """The function that computes `cross_entropy_rows` for logits of this dtype; raises as `Operator.resolve` does."""
     engine = ROWS.resolve(impl, device)
-    if engine == "cpp" and logits_dtype not in _NATIVE_DTYPES:
-        if impl == "cpp":
-            raise RuntimeError(f"impl='cpp' is not available for {ROWS.name}: it has no kernel for {logits_dtype}")
+    if engine != "eager" and logits_dtype not in _KERNEL_DTYPES[engine]:
+        if impl != "auto":
+            raise RuntimeError(f"impl={impl!r} is not available for {ROWS.name}: it has no kernel for {logits_dtype}")
         engine = "eager"
-    return ROWS.reference if engine == "eager" else ROWS.native
+    return ROWS.implementation(engine, device)
 
 
 class _CrossEntropy(torch.autograd.Function):
