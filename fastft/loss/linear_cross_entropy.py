@@ -28,6 +28,7 @@ from fastft.loss.options import (
     row_options,
     statistics_dtype,
 )
+from fastft.loss.weight_grad import check_accumulates, sum_into_grad
 
 
 def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -110,6 +111,7 @@ def linear_cross_entropy(
     num_items: float | Tensor | None = None,
     chunk_rows: int | None = None,
     max_counted: int | None = None,
+    accumulate_weight_grad: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Cross-entropy of `linear(input, linear_weight, linear_bias)`, without ever holding these logits.
@@ -139,6 +141,9 @@ def linear_cross_entropy(
         max_counted: an upper bound of the rows that are not ignored, if the host knows one. With it ignored rows cost
             nothing on a GPU either, and nobody waits for the GPU to count them. Too low a bound raises on the CPU and
             gives NaN elsewhere.
+        accumulate_weight_grad: backward adds the weight's gradient to `linear_weight.grad` itself, in one pass; autograd
+            then sees none for it, so that `torch.autograd.grad` has none to return. For a parameter without hooks on its
+            gradient, "mean" or "sum", and class indices; not under torch.compile. Default False.
         impl: how the rows are computed: "auto" (default), "eager" or "cpp"; an explicit one never falls back.
 
     Returns:
@@ -150,11 +155,15 @@ def linear_cross_entropy(
         TypeError: operands are not floating point or differ in dtype, or `target` holds no indices.
         ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU; elsewhere its row is
             NaN, unless the environment variable FASTFT_CHECK_TARGETS is set), an option is out of range or unknown,
-            `num_items` is negative or goes with another reduction, target probabilities require a gradient.
+            `num_items` is negative or goes with another reduction, target probabilities require a gradient,
+            `accumulate_weight_grad` is not possible.
         RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
     check_reduction(reduction, num_items)
     options = row_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    accumulate = accumulate_weight_grad and torch.is_grad_enabled()
+    if accumulate:
+        check_accumulates(linear_weight, target, reduction)
     check_positive("chunk_rows", chunk_rows, 1)
     check_positive("max_counted", max_counted, 0)
     dtype = compute_dtype(input, linear_weight, linear_bias)
@@ -173,8 +182,12 @@ def linear_cross_entropy(
         else:
             flat = check_indices(target, shape, len(linear_weight), ignore_index)
             scaled = class_weights(weight, flat, ignore_index, reduction, num_items, statistics_dtype(dtype))
-            plan: dict[str, Any] = {"summed": summed, "chunk_rows": chunk_rows, "max_counted": max_counted}
-            losses, *_ = linear_rows(operands, flat, scaled, dtype=dtype, options=options, impl=impl, **plan)
+            plan: dict[str, Any] = {"dtype": dtype, "options": options, "impl": impl}
+            plan |= {"chunk_rows": chunk_rows, "max_counted": max_counted}
+            if accumulate:
+                losses = sum_into_grad(operands, flat, scaled, **plan)
+            else:
+                losses, *_ = linear_rows(operands, flat, scaled, summed=summed, **plan)
         reduced = reduce_losses(losses, flat, reduction, ignore_index, num_items)
     return reduced.view(shape) if reduction == "none" else reduced
 
