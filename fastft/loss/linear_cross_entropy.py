@@ -141,8 +141,8 @@ def linear_cross_entropy(
         max_counted: an upper bound of the rows that are not ignored, if the host knows one. With it ignored rows cost
             nothing on a GPU either, and nobody waits for the GPU to count them. Too low a bound raises on the CPU and
             gives NaN elsewhere.
-        accumulate_weight_grad: backward adds the weight's gradient to `linear_weight.grad` itself, in one pass; autograd
-            then sees none for it, so that `torch.autograd.grad` has none to return. For a parameter without hooks on its
+        accumulate_weight_grad: backward adds the weight's gradient to `linear_weight.grad` itself, in one pass;
+            autograd sees none, so that `torch.autograd.grad` has none to return. For a parameter without hooks on its
             gradient, "mean" or "sum", and class indices; not under torch.compile. Default False.
         impl: how the rows are computed: "auto" (default), "eager" or "cpp"; an explicit one never falls back.
 

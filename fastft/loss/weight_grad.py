@@ -4,9 +4,9 @@
 
 dW is the (V, H) sum of the forward pass. Autograd would scale it, round it and add it: up to five passes over V H
 elements where this makes three, and, where dW was summed in fp32 for a 16-bit weight or the graph is kept, one more
-(V, H) buffer. The weight's AccumulateGrad node gets no gradient from the loss but runs all the same, after this: whoever
-waits for that node (DistributedDataParallel) finds the sum in `weight.grad`. Hooks that want to see or change the
-gradient cannot be served and are refused.
+(V, H) buffer. The weight's AccumulateGrad node gets no gradient from the loss but runs all the same, after this:
+whoever waits for that node (DistributedDataParallel) finds the sum in `weight.grad`. Hooks that want to see or change
+the gradient cannot be served and are refused.
 """
 
 from __future__ import annotations
