@@ -34,6 +34,7 @@ format: $(LINTERS)
 bench: native
 	$(PIP) --no-deps trl==1.16.0
 	$(BIN)/python benchmarks/record.py --machine cpu
+	$(BIN)/python benchmarks/memory.py --machine cpu
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist

@@ -3,8 +3,8 @@
 python benchmarks/memory.py --machine cpu
 
 A one-layer Llama with H=512 and V=128256 (tied embeddings) takes one step over T=4096 tokens in fp32 on the CPU, with
-Trainer's own AdamW. Counted is what the process holds at its peak above what it held before `train()`: the model (262 MB)
-is in neither, gradients and optimizer states are in both. Writes results/<machine>-memory.json and .md.
+Trainer's own AdamW. Counted is what the process holds at its peak above what it held before `train()`: the model
+(262 MB) is in neither, gradients and optimizer states are in both. Writes results/<machine>-memory.json and .md.
 """
 
 from __future__ import annotations
