@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from compare import DEVICE, compare, rival
 
+from fastft.loss.cross_entropy import ROWS as OPERATOR
 from fastft.loss.cross_entropy import cross_entropy
 
 ROWS, CLASSES = (8192, 128256) if DEVICE == "cuda" else (1024, 16384)
@@ -49,4 +50,27 @@ def test_cross_entropy(benchmark, device, dtype, options):
         rivals,
         bytes_moved=2 * logits.numel() * dtype.itemsize,
         limit=lambda: logits.detach().clone(),
+    )
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="compares the engines of a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("classes", [32_000, 50_257, 128_256, 151_936])
+def test_engines(benchmark, device, dtype, classes):
+    """Losses and gradient in one launch, by the CUDA and by the Triton kernel."""
+    rows = 4096
+    logits = torch.randn(rows, classes, device=device).to(dtype)
+    grad, (losses, lse) = torch.empty_like(logits), torch.empty(2, rows, device=device)
+    target = torch.randint(0, classes, (rows,), device=device)
+
+    def step(engine):
+        function = OPERATOR.implementation(engine, logits.device)
+        function(logits, target, [], [], losses, lse, [], [grad], -100, 0.0, 0.0, 0.0, 1.0)
+
+    compare(
+        benchmark,
+        lambda: step("cuda"),
+        {"triton": lambda: step("triton")} if OPERATOR.unavailable("triton", logits.device) is None else {},
+        bytes_moved=2 * logits.numel() * dtype.itemsize,
+        limit=lambda: grad.copy_(logits),
     )

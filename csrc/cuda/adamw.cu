@@ -1,11 +1,10 @@
 // fastft::adamw_ on CUDA. The tables of up to 64 tensors of any size travel as the kernel's parameters, so a step needs
 // one launch for each 64 tensors, no device memory of its own and no synchronisation. Memory-bound: 28 bytes per
 // element for fp32 and 26 for bf16, in 16-byte (bf16: 8-byte) loads and stores.
-#include <cuda_runtime.h>
-
 #include <cstring>
 
 #include "adamw_args.h"
+#include "launch.h"
 
 namespace {
 constexpr int kThreads = 256, kVector = 4, kRounds = 4, kChunk = kThreads * kVector * kRounds;
@@ -108,12 +107,6 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
     update_chunk(Fp32(batch, t, base), exp_avg, exp_avg_sq, n, h);
 }
 
-struct DeviceGuard {
-  DeviceGuardHandle handle = nullptr;
-  explicit DeviceGuard(int32_t device) { FT_CALL(aoti_torch_create_device_guard(device, &handle)); }
-  ~DeviceGuard() { aoti_torch_delete_device_guard(handle); }
-};
-
 class Launcher {
  public:
   explicit Launcher(cudaStream_t stream) : stream_(stream) {}
@@ -143,9 +136,8 @@ class Launcher {
 
   void launch() {
     if (blocks_ > 0) {
-      adamw_kernel<<<static_cast<unsigned>(blocks_), kThreads, 0, stream_>>>(batch_);
-      const cudaError_t error = cudaGetLastError();
-      FT_CHECK(error == cudaSuccess, "adamw_: launch failed: %s", cudaGetErrorString(error));
+      FASTFT_LAUNCH(adamw_kernel, static_cast<unsigned>(blocks_), kThreads, 0, stream_, batch_);
+      fastft::check_launch("adamw_");
     }
     batch_.tensors = rows_ = 0;
     blocks_ = 0;
@@ -164,10 +156,8 @@ void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 7, "adamw_: 7 arguments expected, got %d", int(nargs));
   const fastft::AdamwArgs args(stack);
   if (args.tensors.empty()) return;
-  const DeviceGuard guard(args.device_index);
-  void* stream = nullptr;
-  FT_CALL(aoti_torch_get_current_cuda_stream(args.device_index, &stream));
-  Launcher launcher(static_cast<cudaStream_t>(stream));
+  const fastft::DeviceGuard guard(args.device_index);
+  Launcher launcher(fastft::current_stream(args.device_index));
   for (const fastft::AdamwTensor& tensor : args.tensors) launcher.add(tensor);
   launcher.launch();
 }

@@ -159,7 +159,7 @@ ROWS = ops.Operator(
     "Tensor(b!) lse, Tensor(c!)[] statistics, Tensor(d!)[] grad, int ignore_index, float label_smoothing, "
     "float z_loss, float softcap, float logit_scale) -> ()",
     _cross_entropy_rows,
-    engines=("cpp",),
+    engines=("cpp", "cuda", "triton"),
 )
 
 
