@@ -32,9 +32,14 @@ def relative_errors(losses: dict[str, Loss], truth: Loss, x: Tensor, weight: Ten
     return errors
 
 
-def peaks_mib(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """What each run allocates at its peak above what was held before, gradients that it leaves included."""
-    return {name: round(_peak_bytes(run) / 2**20, 1) for name, run in runs.items()}
+def peaks_mib(runs: dict[str, Callable[[], object]], *leaves: Tensor) -> dict[str, float]:
+    """What each run allocates at its peak above what was held before; the gradients of `leaves` are made by each."""
+    peaks = {}
+    for name, run in runs.items():
+        for leaf in leaves:  # what a run frees of the one before must not count for it
+            leaf.grad = None
+        peaks[name] = round(_peak_bytes(run) / 2**20, 1)
+    return peaks
 
 
 def _peak_bytes(run: Callable[[], object]) -> int:
