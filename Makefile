@@ -35,6 +35,7 @@ format: $(LINTERS)
 bench: native
 	$(PIP) --no-deps trl==1.16.0
 	$(BIN)/python benchmarks/record.py --machine cpu
+	$(BIN)/python benchmarks/memory.py --machine cpu
 
 sweep: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -r f -n 2 -m sweep tests/test_architectures.py \

@@ -30,6 +30,7 @@ from fastft.loss.options import (
     statistics_dtype,
 )
 from fastft.loss.vocab_parallel import Shard, vocab_parallel_losses
+from fastft.loss.weight_grad import check_accumulates, sum_into_grad
 
 if TYPE_CHECKING:  # builds of torch without processes do not have it
     from torch.distributed import ProcessGroup
@@ -115,6 +116,7 @@ def linear_cross_entropy(
     num_items: float | Tensor | None = None,
     chunk_rows: int | None = None,
     max_counted: int | None = None,
+    accumulate_weight_grad: bool = False,
     impl: str = "auto",
     group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -145,6 +147,9 @@ def linear_cross_entropy(
         max_counted: an upper bound of the rows that are not ignored, if the host knows one. With it ignored rows cost
             nothing on a GPU either, and nobody waits for the GPU to count them. Too low a bound raises on the CPU and
             gives NaN elsewhere.
+        accumulate_weight_grad: backward adds the weight's gradient to `linear_weight.grad` itself, in one pass;
+            autograd sees none, so that `torch.autograd.grad` has none to return. For a parameter without hooks on its
+            gradient, "mean" or "sum", and class indices; not under torch.compile. Default False.
         impl: how the rows are computed: "auto" (default), "eager" or "cpp"; an explicit one never falls back.
         group: processes over which the classes are spread, V / n on each, in the order of the group. Then
             `linear_weight` (V / n, H) and `linear_bias` (V / n,) are this process's shards; `input`, `target` (of all
@@ -169,13 +174,16 @@ def linear_cross_entropy(
             group, or DTensors have placements other than these.
         ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU; elsewhere its row is
             NaN, unless the environment variable FASTFT_CHECK_TARGETS is set), an option is out of range or unknown,
-            `num_items` is negative or goes with another reduction, target probabilities require a gradient; the
-            shards of a `group` differ in shape (compared at every call on the CPU, elsewhere once for each shape) or
-            this process is not in it.
+            `num_items` is negative or goes with another reduction, target probabilities require a gradient,
+            `accumulate_weight_grad` is not possible; the shards of a `group` differ in shape (compared at every call on
+            the CPU, elsewhere once for each shape) or this process is not in it.
         RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
     check_reduction(reduction, num_items)
     options = row_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    accumulate = accumulate_weight_grad and torch.is_grad_enabled()
+    if accumulate:
+        check_accumulates(linear_weight, target, reduction, group)
     check_positive("chunk_rows", chunk_rows, 1)
     check_positive("max_counted", max_counted, 0)
     dtype = compute_dtype(input, linear_weight, linear_bias)
@@ -197,12 +205,14 @@ def linear_cross_entropy(
         else:
             flat = check_indices(target, shape, classes, ignore_index)
             scaled = class_weights(weight, flat, ignore_index, reduction, num_items, statistics_dtype(dtype))
-            plan: dict[str, Any] = {"summed": summed, "chunk_rows": chunk_rows, "max_counted": max_counted}
-            plan |= {"dtype": dtype, "options": options}
+            plan: dict[str, Any] = {"dtype": dtype, "options": options}
+            plan |= {"chunk_rows": chunk_rows, "max_counted": max_counted}
             if shard is not None:
-                losses = vocab_parallel_losses(operands, flat, scaled, shard, **plan)
+                losses = vocab_parallel_losses(operands, flat, scaled, shard, summed=summed, **plan)
+            elif accumulate:
+                losses = sum_into_grad(operands, flat, scaled, impl=impl, **plan)
             else:
-                losses, *_ = linear_rows(operands, flat, scaled, impl=impl, **plan)
+                losses, *_ = linear_rows(operands, flat, scaled, summed=summed, impl=impl, **plan)
         reduced = reduce_losses(losses, flat, reduction, ignore_index, num_items)
     return reduced.view(shape) if reduction == "none" else reduced
 
