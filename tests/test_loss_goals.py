@@ -525,6 +525,7 @@ def hooked():
         (lambda: torch.randn(V, H), {}, "must be a leaf that requires a gradient"),
         (hooked, {}, "hooks"),
         (lambda: torch.randn(V, H, requires_grad=True), {"reduction": "none"}, "reduction"),
+        (lambda: torch.randn(V, H, requires_grad=True), {"group": object()}, "spread over the processes"),
     ],
 )
 def test_accumulating_into_weight_grad_is_refused_where_it_would_go_unseen(head, options, message):
