@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import traceback
 from datetime import timedelta
-from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from filelock import FileLock
 
 
 def _work(rank, world, module, folder):
@@ -30,9 +32,17 @@ def _work(rank, world, module, folder):
     dist.destroy_process_group()
 
 
-def run(module: str, world: int, folder: Path) -> dict[str, list[str]]:
-    """Of every case, what went wrong on each process ("": nothing), or that it was not reached."""
-    torch.multiprocessing.spawn(_work, (world, module, str(folder)), nprocs=world)
+def run(module: str, world: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Of every case, what went wrong on each process ("": nothing), or that it was not reached.
+
+    The cases run once, whichever of pytest's workers comes first.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{module} {world}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            torch.multiprocessing.spawn(_work, (world, module, str(folder)), nprocs=world)
     outcomes = [torch.load(folder / str(rank)) for rank in range(world)]
     cases = importlib.import_module(module).CASES
     return {name: [outcome.get(name, "not reached") for outcome in outcomes] for name in cases}

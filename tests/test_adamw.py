@@ -398,7 +398,7 @@ BAD = [
     ({"weight_decay": -0.1}, ValueError, "weight_decay"),
     ({"moments": "8bit"}, ValueError, "moments"),
     ({"rounding": "down"}, ValueError, "rounding"),
-    ({"impl": "triton"}, ValueError, "impl"),
+    ({"impl": "metal"}, ValueError, "impl"),
     ({"amsgrad": True}, ValueError, "amsgrad"),
     ({"capturable": True}, ValueError, "capturable"),
     ({"differentiable": True}, ValueError, "differentiable"),

@@ -203,7 +203,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return processes.run(__name__, 2, tmp_path_factory.mktemp("gloo"))
+    return processes.run(__name__, 2, tmp_path_factory)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -335,7 +335,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["two", "three"])
 def outcomes(request, tmp_path_factory):
-    return processes.run(__name__, request.param, tmp_path_factory.mktemp("gloo"))
+    return processes.run(__name__, request.param, tmp_path_factory)
 
 
 @pytest.mark.parametrize("case", CASES)
