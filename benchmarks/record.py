@@ -138,7 +138,8 @@ def main() -> None:
     stem = RESULTS / (options.machine if options.only is None else f"{options.machine}-{options.only[0]}")
     stem.with_suffix(".json").write_text(json.dumps({"machine": where, "benchmarks": rows}, indent=1) + "\n")
     described = ", ".join(f"{key} {value}" for key, value in where.items())
-    command = f"`python benchmarks/record.py --machine {options.machine}`"
+    only = "" if options.only is None else f" --only {' '.join(options.only)}"
+    command = f"`python benchmarks/record.py --machine {options.machine}{only}`"
     name = where.get("gpu") or where["cpu"]
     tables = f"{table(rows)}\n\n{exactness(rows)}"
     stem.with_suffix(".md").write_text(f"# {name}\n\n{described}.\nMade by {command}.\n\n{tables}\n")

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from fastft.loss.linear_rows import HEAD, HeadCall, scaled
 from fastft.loss.options import RowOptions, refuse_second_derivative
 
+_SLAB = 2048  # classes whose gradient goes through a wider copy at once
+
 
 def check_accumulates(weight: Tensor, target: Tensor, reduction: str, group: Any) -> None:
     """Raises ValueError if the gradient of `weight` cannot be added to its `grad` by the loss."""
@@ -81,8 +83,11 @@ def _add(weight: Tensor, d_weight: Tensor, upstream: Tensor) -> None:
         weight.grad = scaled(d_weight, upstream, weight.dtype)
     elif weight.grad.layout != torch.strided:
         raise RuntimeError("accumulate_weight_grad=True needs a dense weight.grad; something made it sparse")
-    else:
+    elif weight.grad.dtype == d_weight.dtype:
         weight.grad.addcmul_(d_weight, upstream)
+    else:  # torch would make a copy of all in the wider dtype
+        for part, total in zip(d_weight.split(_SLAB), weight.grad.split(_SLAB), strict=True):
+            total.copy_(torch.addcmul(total.to(torch.promote_types(total.dtype, part.dtype)), part, upstream))
 
 
 def sum_into_grad(
