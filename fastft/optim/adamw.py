@@ -232,7 +232,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params: list[Tensor] = []
+        params: list[Any] = []
         for group in self.param_groups:
             params += group["params"]
         grads = [param.grad for param in params]
