@@ -18,14 +18,14 @@ pytestmark = pytest.mark.gpu
 SIZES = [1, 3, 63, 507, 16_384, 16_385, 1_000_003, *[4097] * 80]  # more tensors than one launch carries
 
 
-def trained(device: str, dtype: torch.dtype, impl: str, steps: int = 5) -> list[torch.Tensor]:
+def trained(device: str, dtype: torch.dtype, impl: str, steps: int = 5, **options) -> list[torch.Tensor]:
     """Parameters and states after some steps, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     draw = [[torch.randn(size, generator=generator) for size in SIZES] for _ in range(steps + 1)]
     params = [torch.nn.Parameter(value.to(device, dtype)) for value in draw[0]]
     half = len(params) // 2
     groups = [{"params": params[:half], "weight_decay": 0.1}, {"params": params[half:], "lr": 3e-3}]
-    optimizer = fastft.AdamW(groups, impl=impl)
+    optimizer = fastft.AdamW(groups, impl=impl, **options)
     for grads in draw[1:]:
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.to(device, dtype)
@@ -35,9 +35,15 @@ def trained(device: str, dtype: torch.dtype, impl: str, steps: int = 5) -> list[
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adamw_has_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
-    for ours, expected in zip(trained("cuda", dtype, "cuda"), trained("cpu", dtype, "cpp"), strict=True):
-        assert torch.equal(ours, expected)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"amsgrad": True}, {"rounding": "kahan"}, {"rounding": "stochastic", "moments": "bf16"}],
+    ids=lambda options: "-".join(map(str, options.values())) or "default",
+)
+@pytest.mark.filterwarnings("ignore:rounding=")
+def test_adamw_has_the_bits_of_the_cpu(dtype: torch.dtype, options: dict[str, object]) -> None:
+    ours, expected = trained("cuda", dtype, "cuda", seed=1, **options), trained("cpu", dtype, "cpp", seed=1, **options)
+    assert all(map(torch.equal, ours, expected))
 
 
 def test_adamw_follows_the_current_stream() -> None:

@@ -1,0 +1,78 @@
+"""The norm of all gradients in one pass, and the factor by which clipping scales them.
+
+    norm = sqrt(sum of g * g over all elements of all gradients)
+    factor = min(1, max_norm / (norm + 1e-6))        as torch.nn.utils.clip_grad_norm_
+
+Squares are summed in double: the norm is finite if and only if every gradient is, and sums over any number of threads
+are the same to the bit. Bytes moved for each element: 4 (fp32) or 2 (bf16), the gradient read once; torch's clipping
+reads it twice and writes it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft import ops
+
+
+def _grad_norm_squared_reference(total: Tensor, grads: Sequence[Tensor]) -> None:
+    """Plain torch; writes the sum of the squares of all elements into `total`, one float64."""
+    total.zero_()
+    for grad in grads:
+        total += grad.double().square().sum()
+
+
+OP = ops.Operator(
+    "grad_norm_squared_(Tensor(a!) total, Tensor[] grads) -> ()", _grad_norm_squared_reference, engines=("cpp",)
+)
+
+
+def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
+    """The Euclidean norm of all `grads` together.
+
+    Args:
+        grads: float32 or bfloat16 tensors of any shape and layout, on any devices; of DTensors, the whole counts.
+        impl: as of `AdamW`; devices without a kernel of their own are computed with plain torch.
+
+    Returns:
+        float32, shape (), on the device of the first gradient.
+    """
+    groups: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        sharded = hasattr(grad, "to_local")
+        groups.setdefault((grad.device_mesh, grad.placements) if sharded else grad.device, []).append(grad)  # type: ignore[attr-defined]
+    totals = [
+        _sharded(members, impl) if isinstance(key, tuple) else _total(members, impl) for key, members in groups.items()
+    ]
+    if not totals:
+        return torch.zeros(())
+    return sum((total.to(totals[0].device) for total in totals[1:]), totals[0]).sqrt().float()
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What clipping to `max_norm` multiplies every gradient by: float32, shape (); NaN where the norm is NaN."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _total(grads: list[Tensor], impl: str) -> Tensor:
+    """The sum of squares of tensors on one device."""
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    if impl == "eager" or OP.unavailable("cpp", total.device) is not None:
+        OP.reference(total, grads)
+    else:
+        OP.native(total, [grad.contiguous() for grad in grads])
+    return total
+
+
+def _sharded(grads: list[Any], impl: str) -> Tensor:
+    """The sum of squares of DTensors with the same placements, over all their processes."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    local = _total([grad.to_local() for grad in grads], impl)
+    mesh, placements = grads[0].device_mesh, grads[0].placements
+    parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    return DTensor.from_local(local, mesh, parts, run_check=False).full_tensor()
