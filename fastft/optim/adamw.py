@@ -26,22 +26,9 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-
-
-def _join(param: Tensor, remainder: Tensor) -> Tensor:
-    """The fp32 master of a bf16 parameter and its int16 remainder."""
-    magnitude = param.view(torch.int16) & 0x7FFF
-    # pairs that no split makes: the parameter was overwritten, and the old remainder would turn it into NaN
-    stale = ((magnitude == 0) & (remainder < 0)) | ((magnitude == 0x7F80) & (remainder > 0))
-    bits = (param.view(torch.int16).int() << 16) + remainder.masked_fill(stale, 0)
-    return bits.view(torch.float32)
-
-
-def _split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
-    """Writes an fp32 master into a bf16 parameter and its int16 remainder."""
-    bits = master.view(torch.int32).masked_fill(master.isnan(), 0x7FC00000)
-    param.view(torch.int16).copy_((bits + 0x8000) >> 16)
-    remainder.copy_(bits)
+from fastft.optim import checkpoint
+from fastft.optim.remainder import join as _join
+from fastft.optim.remainder import split as _split
 
 
 def _adamw_reference(
@@ -92,13 +79,6 @@ class _Plan(NamedTuple):
     devices: list[tuple[torch.device, int, int]]  # with the slice of the ordered tensors
     narrow: list[int]  # positions of the bf16 parameters
     plain: bool  # all parameters are contiguous and none is a DTensor
-
-
-class _Verbatim:
-    """Hides a saved state from `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
-
-    def __init__(self, entries: dict[str, Any]) -> None:
-        self.entries = entries
 
 
 class AdamW(torch.optim.Optimizer):
@@ -182,9 +162,7 @@ class AdamW(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["foreach"] = group["fused"] = None  # a checkpoint of torch's may say otherwise
-        for param, entries in self.state.items():
-            if isinstance(entries, _Verbatim):
-                self.state[param] = _restore_state(param, entries.entries)
+        checkpoint.reveal(self)
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -195,17 +173,7 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError: groups or shapes which do not fit this optimizer, or a checkpoint made with amsgrad.
         """
-
-        def hide(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            for group in loaded["param_groups"]:
-                _check_group({**self.defaults, **group})
-            return {**loaded, "state": {key: _Verbatim(entries) for key, entries in loaded["state"].items()}}
-
-        handle = self.register_load_state_dict_pre_hook(hide)  # the last one: the user's hooks see real states
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
+        checkpoint.load(self, state_dict, _check_group, _new_state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -353,29 +321,6 @@ def _new_state(param: Tensor) -> dict[str, Any]:
     if param.dtype == torch.bfloat16:
         state["remainder"] = torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format)
     return state
-
-
-def _restore_state(param: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved state with our dtypes and the parameter's device and layout; unknown entries are kept as they are."""
-    if not saved:
-        return {}
-    if missing := {"step", "exp_avg", "exp_avg_sq"} - saved.keys():
-        raise ValueError(
-            f"this is no AdamW state: {', '.join(sorted(missing))} missing, found {', '.join(map(str, saved))}"
-        )
-    fresh = _new_state(param)
-    restored = {name: value for name, value in saved.items() if name != "remainder"}
-    # a tensor of its own: plans replace it by a view
-    restored["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32)
-    for name in fresh.keys() - {"step"}:
-        template = fresh[name]
-        value = saved.get(name, template)
-        if value.shape != template.shape:
-            shapes = f"{tuple(value.shape)}, the parameter has {tuple(template.shape)}"
-            raise ValueError(f"the loaded {name} has shape {shapes}")
-        value = value.to(device=template.device, dtype=template.dtype)
-        restored[name] = value if value.stride() == template.stride() else template.copy_(value)
-    return restored
 
 
 def _align(
