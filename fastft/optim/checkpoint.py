@@ -9,6 +9,9 @@ it has in training. What is read, beside our own state dicts:
     TransformerEngine       `master_param`: the fp32 master, or the int16 remainder, which is ours
 
 Where a checkpoint has masters, they overwrite the parameters (of which the model's file has the roundings).
+
+A state dict holds the 16 bits of a `remainder` under the dtype bfloat16: neither gloo nor NCCL sends int16, so that
+FSDP could not gather it, and torch's own optimizers would cast it. Loading takes either dtype.
 """
 
 from __future__ import annotations
@@ -32,16 +35,27 @@ class _Verbatim:
         self.entries = entries
 
 
+def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those of the optimizer."""
+
+    def entries_of(state: Any) -> Any:
+        if not isinstance(state, dict) or "remainder" not in state:
+            return state
+        return {**state, "remainder": _reinterpreted(state["remainder"], torch.bfloat16)}
+
+    return {**state_dict, "state": {key: entries_of(state) for key, state in state_dict["state"].items()}}
+
+
 def load(
     optimizer: torch.optim.Optimizer,
     state_dict: dict[str, Any],
     check_group: Callable[[dict[str, Any]], None],
-    new_state: Callable[[Tensor], dict[str, Any]],
+    new_state: Callable[[Tensor, dict[str, Any]], dict[str, Any]],
 ) -> None:
     """What `optimizer.load_state_dict(state_dict)` does; nothing changes where it raises.
 
-    `check_group` raises on a group that `optimizer` cannot follow; `new_state` makes a parameter's state, which gives
-    names, shapes, dtypes and devices.
+    `check_group` raises on a group that `optimizer` cannot follow; `new_state(param, group)` makes a parameter's state,
+    which gives names, shapes, dtypes and devices.
     """
     masters: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
 
@@ -50,11 +64,12 @@ def load(
         state = dict(loaded["state"])
         # a group more or less, or other sizes: torch raises after this
         for saved_group, group in zip(loaded["param_groups"], optimizer.param_groups, strict=False):
-            check_group({**optimizer.defaults, **saved_group})
+            whole_group = {**optimizer.defaults, **saved_group}
+            check_group(whole_group)
             for position, (key, param) in enumerate(zip(saved_group["params"], group["params"], strict=False)):
                 entries, master = _torch_form(state.get(key, {}), saved_group, position)
                 if entries:
-                    state[key] = _Verbatim(_restored(entries, new_state(param), f"parameter {key}"))
+                    state[key] = _Verbatim(_restored(entries, new_state(param, whole_group), f"parameter {key}"))
                     if master is not None:
                         _same_shape(master, param, "master", f"parameter {key}")
                         masters.append((param, master, state[key].entries))
@@ -155,6 +170,8 @@ def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[
     for name in fresh.keys() - {"step"}:
         template = fresh[name]
         value = saved.get(name, template)
+        if name == "remainder" and value.dtype == torch.bfloat16:
+            value = _reinterpreted(value, torch.int16)
         _same_shape(value, template, name, owner)
         value = _placed_like(value.to(device=template.device, dtype=template.dtype), template)
         restored[name] = value if value.stride() == template.stride() else template.copy_(value)
@@ -165,6 +182,21 @@ def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:
     if value.shape != template.shape:
         shapes = f"{tuple(value.shape)}, the parameter has {tuple(template.shape)}"
         raise ValueError(f"the loaded {name} of {owner} has shape {shapes}")
+
+
+def sharded_like(local: Tensor, template: Any) -> Tensor:
+    """`local` itself, or where `template` is a DTensor a DTensor of its shape with `local` as this rank's part."""
+    if not hasattr(template, "to_local"):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    layout = {"shape": template.shape, "stride": template.stride()}
+    return DTensor.from_local(local, template.device_mesh, template.placements, **layout)
+
+
+def _reinterpreted(tensor: Any, dtype: torch.dtype) -> Tensor:
+    """The same bits under another dtype of the same size."""
+    return sharded_like((tensor.to_local() if hasattr(tensor, "to_local") else tensor).view(dtype), tensor)
 
 
 def _placed_like(value: Tensor, template: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastft.optim.adamw import AdamW, _new_state
-from fastft.optim.checkpoint import write_master
+from fastft.optim.checkpoint import sharded_like, write_master
 from fastft.optim.remainder import join
 
 
@@ -155,14 +155,9 @@ def _master(tensor: Any, optimizer: AdamW) -> Tensor:
     remainder = optimizer.state[tensor].get("remainder") if tensor in optimizer.state else None
     if remainder is None:
         master = _as_saved(tensor.detach())
-    elif hasattr(tensor, "to_local"):
-        from torch.distributed.tensor import DTensor
-
-        local = join(tensor.to_local(), remainder.to_local())
-        layout = {"shape": tensor.shape, "stride": tensor.stride()}
-        master = DTensor.from_local(local, tensor.device_mesh, tensor.placements, **layout)
     else:
-        master = join(tensor.detach(), remainder)
+        local = (part.to_local() if hasattr(part, "to_local") else part for part in (tensor.detach(), remainder))
+        master = sharded_like(join(*local), tensor)
     whole: Tensor = master.full_tensor() if hasattr(master, "full_tensor") else master
     return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
 

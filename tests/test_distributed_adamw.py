@@ -1,0 +1,228 @@
+"""AdamW under DDP, FSDP2 and torch.distributed.checkpoint: two processes on gloo, started once for all tests.
+
+Each rank sees the same batch, so that the mean of the gradients over the ranks is exact and every result can be
+compared with one process to the bit.
+"""
+
+from __future__ import annotations
+
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+
+from fastft.optim.adamw import AdamW
+from fastft.optim.fp32_weights import load_fp32, save_fp32
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STEPS = 6
+WORLD = 2
+
+
+def build(dtype):
+    """Odd sizes: neither the 7 nor the single row is a multiple of two ranks."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1)]
+    return torch.nn.Sequential(*layers).to(DTYPES[dtype])
+
+
+def optimizer_of(model):
+    decaying = [param for param in model.parameters() if param.ndim > 1]
+    rest = [param for param in model.parameters() if param.ndim <= 1]
+    return AdamW([{"params": decaying}, {"params": rest, "weight_decay": 0.0}], lr=1e-2)
+
+
+def train(model, optimizer, first, last):
+    dtype = next(model.parameters()).dtype
+    for step in range(first, last):
+        inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(step)).to(dtype)
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        optimizer.step()
+
+
+def whole(tensor):
+    if tensor.dtype == torch.int16:  # which gloo does not send
+        tensor = tensor.to(torch.int32)
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def snapshot(model, optimizer):
+    """All weights and states, unsharded, under the model's names."""
+    model = getattr(model, "module", model)
+    return {
+        name: {"weight": whole(param.detach()).clone()}
+        | {entry: whole(value).clone() for entry, value in optimizer.state[param].items()}
+        for name, param in model.named_parameters()
+    }
+
+
+def assert_same_bits(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].keys() == right[name].keys()
+        for entry, value in left[name].items():
+            assert value.dtype == right[name][entry].dtype and torch.equal(value, right[name][entry]), (name, entry)
+
+
+def undisturbed(dtype, steps=STEPS):
+    model = build(dtype)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, steps)
+    return model, optimizer
+
+
+def sharded(dtype):
+    model = build(dtype)
+    for layer in model:
+        if isinstance(layer, torch.nn.Linear):
+            fully_shard(layer)
+    fully_shard(model)
+    return model, optimizer_of(model)
+
+
+def save(model, optimizer, folder, flatten):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    weights, states = get_state_dict(model, optimizer, options=options)
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def load(model, optimizer, folder, flatten):
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    weights, states = get_state_dict(model, optimizer, options=options)
+    parts = {"model": weights, "optimizer": states}
+    dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_state_dict(
+        model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"], options=options
+    )
+
+
+def under_ddp(dtype, folder):
+    model = torch.nn.parallel.DistributedDataParallel(build(dtype))
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, STEPS)
+    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(dtype)))
+    save_fp32(model, optimizer, f"{folder}/ddp-{dtype}")  # keys without "module."
+    dist.barrier()
+    alone = build(dtype)
+    load_fp32(alone, optimizer_of(alone), f"{folder}/ddp-{dtype}")
+    assert all(map(torch.equal, alone.parameters(), model.parameters()))
+
+
+def under_fsdp2(dtype, folder):
+    model, optimizer = sharded(dtype)
+    train(model, optimizer, 0, STEPS)
+    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(dtype)))
+    assert all(type(state["exp_avg"]).__name__ == "DTensor" for state in optimizer.state.values())
+
+
+def fp32_weights_under_fsdp2(dtype, folder):
+    model, optimizer = sharded(dtype)
+    train(model, optimizer, 0, 3)
+    save_fp32(model, optimizer, f"{folder}/fsdp2-{dtype}")
+    dist.barrier()
+    again, resumed = sharded(dtype)
+    resumed.load_state_dict(optimizer.state_dict())
+    load_fp32(again, resumed, f"{folder}/fsdp2-{dtype}")
+    train(again, resumed, 3, STEPS)
+    assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(dtype)))
+
+
+def checkpoint_of_one_process(dtype, folder):
+    for flatten in (False, True):
+        model, optimizer = sharded(dtype)
+        load(model, optimizer, f"{folder}/one-{dtype}-{flatten}", flatten)
+        train(model, optimizer, 3, STEPS)
+        assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(dtype)))
+
+
+def checkpoint_of_two_processes(dtype, folder):
+    for flatten in (False, True):
+        model, optimizer = sharded(dtype)
+        train(model, optimizer, 0, 3)
+        save(model, optimizer, f"{folder}/two-{dtype}-{flatten}", flatten)
+        again, resumed = sharded(dtype)
+        load(again, resumed, f"{folder}/two-{dtype}-{flatten}", flatten)
+        train(again, resumed, 3, STEPS)
+        assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(dtype)))
+
+
+def full_state_from_rank_0(dtype, folder):
+    """As accelerate resumes FSDP2: rank 0 reads whole tensors, each rank keeps its shard."""
+    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, optimizer = sharded(dtype)
+    train(model, optimizer, 0, 3)
+    weights, states = get_state_dict(model, optimizer, options=gathered)
+    again, resumed = sharded(dtype)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(again, weights, options=options)
+    set_optimizer_state_dict(again, resumed, states, options=options)
+    train(again, resumed, 3, STEPS)
+    assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(dtype)))
+
+
+CHECKS = [
+    under_ddp,
+    under_fsdp2,
+    fp32_weights_under_fsdp2,
+    checkpoint_of_one_process,
+    checkpoint_of_two_processes,
+    full_state_from_rank_0,
+]
+
+
+def rank_main(rank, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    results = {}
+    for check in CHECKS:
+        for dtype in DTYPES:
+            try:
+                check(dtype, folder)
+                results[check.__name__, dtype] = ""
+            except Exception:
+                results[check.__name__, dtype] = traceback.format_exc()
+            dist.barrier()
+    torch.save(results, f"{folder}/results-{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    for dtype in DTYPES:
+        for flatten in (False, True):
+            save(*undisturbed(dtype, steps=3), folder / f"one-{dtype}-{flatten}", flatten)
+    torch.multiprocessing.spawn(rank_main, args=(str(folder),), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_two_processes_equal_one(check, dtype, ranks):
+    for rank in range(WORLD):
+        failure = torch.load(ranks / f"results-{rank}")[check, dtype]
+        assert not failure, f"rank {rank}: {failure}"
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_process_loads_what_two_saved(dtype, flatten, ranks):
+    model = build(dtype)
+    optimizer = optimizer_of(model)
+    load(model, optimizer, ranks / f"two-{dtype}-{flatten}", flatten)
+    train(model, optimizer, 3, STEPS)
+    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(dtype)))
