@@ -25,6 +25,7 @@ from torch import Tensor
 from fastft.optim.remainder import split
 
 _NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
+_RESIDUES = ("remainder", "kahan")  # what an optimizer of another `rounding` has no use for
 _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
@@ -39,9 +40,11 @@ def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
     """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those of the optimizer."""
 
     def entries_of(state: Any) -> Any:
-        if not isinstance(state, dict) or "remainder" not in state:
+        if not isinstance(state, dict):
             return state
-        return {**state, "remainder": _reinterpreted(state["remainder"], torch.bfloat16)}
+        if "remainder" in state:
+            state = {**state, "remainder": _reinterpreted(state["remainder"], torch.bfloat16)}
+        return dict(state)
 
     return {**state_dict, "state": {key: entries_of(state) for key, state in state_dict["state"].items()}}
 
@@ -163,19 +166,21 @@ def _dequantised(entries: dict[str, Any], number: str) -> Tensor:
 
 
 def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[str, Any]:
-    """A saved state with the dtypes, devices and layouts of a fresh one; unknown entries are kept as they are."""
-    restored = {name: value for name, value in saved.items() if name != "remainder"}
-    # a tensor of its own: plans replace it by a view
-    restored["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32)
-    for name in fresh.keys() - {"step"}:
-        template = fresh[name]
-        value = saved.get(name, template)
-        if name == "remainder" and value.dtype == torch.bfloat16:
-            value = _reinterpreted(value, torch.int16)
-        _same_shape(value, template, name, owner)
-        value = _placed_like(value.to(device=template.device, dtype=template.dtype), template)
-        restored[name] = value if value.stride() == template.stride() else template.copy_(value)
-    return restored
+    """`fresh` with the saved values, in its own dtypes, devices and layouts; unknown entries come as they are."""
+    for name, value in saved.items():
+        if name == "step":
+            fresh["step"] = torch.tensor(float(value), dtype=torch.float32)  # of its own: plans replace it by a view
+        elif name not in fresh:
+            if name not in _RESIDUES:
+                fresh[name] = value
+        else:
+            template = fresh[name]
+            if name == "remainder" and value.dtype == torch.bfloat16:
+                value = _reinterpreted(value, torch.int16)
+            _same_shape(value, template, name, owner)
+            value = _placed_like(value.to(device=template.device, dtype=template.dtype), template)
+            fresh[name] = value if value.stride() == template.stride() else template.copy_(value)
+    return fresh
 
 
 def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:
