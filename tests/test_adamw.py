@@ -16,7 +16,8 @@ from numerics import assert_no_worse
 from torch.nn import Parameter
 
 from fastft import _native
-from fastft.optim.adamw import AdamW, _join, _split
+from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_update import join_master, split_master
 
 NATIVE = _native.missing("cpu") is None
 ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
@@ -115,7 +116,7 @@ def test_bf16_follows_fp32_to_the_last_bit(impl, options):
     train(ours, grads)
     train(fp32, grads)
     equal(
-        [_join(p.detach(), r) for p, r in zip(narrow, states(ours, "remainder"), strict=True)],
+        [join_master(p.detach(), r) for p, r in zip(narrow, states(ours, "remainder"), strict=True)],
         [w.detach() for w in wide],
     )
     equal(states(ours, "exp_avg"), states(fp32, "exp_avg"))
@@ -133,8 +134,8 @@ def test_split_and_join_lose_no_bit():
             bits = ((((high | sign) << 16) ^ 0x80000000) - 0x80000000) + low
             master = bits.view(torch.float32)
             param, remainder = torch.empty(0x10000, dtype=torch.bfloat16), torch.empty(0x10000, dtype=torch.int16)
-            _split(master, param, remainder)
-            back, nan = _join(param, remainder), master.isnan()
+            split_master(master, param, remainder)
+            back, nan = join_master(param, remainder), master.isnan()
             assert torch.equal(back.view(torch.int32)[~nan], bits[~nan])
             assert back[nan].isnan().all() and param[nan].isnan().all()
             regular = ~nan & (low != 0x8000)
@@ -399,8 +400,9 @@ BAD = [
     ({"moments": "8bit"}, ValueError, "moments"),
     ({"rounding": "down"}, ValueError, "rounding"),
     ({"impl": "triton"}, ValueError, "impl"),
-    ({"amsgrad": True}, ValueError, "amsgrad"),
-    ({"capturable": True}, ValueError, "capturable"),
+    ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
+    ({"seed": -1}, ValueError, "seed"),
+    ({"seed": 0.5}, TypeError, "seed"),
     ({"differentiable": True}, ValueError, "differentiable"),
 ]
 
@@ -410,7 +412,7 @@ def test_bad_options(options, error, match):
     with pytest.raises(error, match=match):
         AdamW(start([(3,)]), **options)
     optimizer = AdamW(start([(3,)]))
-    if match not in ("moments", "rounding", "impl"):
+    if match not in ("moments", "rounding", "impl", "max_grad_norm"):
         with pytest.raises(error, match=match):
             optimizer.add_param_group({"params": start([(4,)]), **options})
         assert len(optimizer.param_groups) == 1
@@ -437,9 +439,6 @@ def test_bad_parameters_gradients_engines_and_checkpoints():
     checkpoint = optimizer.state_dict()
     with pytest.raises(ValueError, match=r"exp_avg.*\(4, 3\).*\(5,\)"):
         AdamW(start([(5,)])).load_state_dict(checkpoint)
-    amsgrad = torch.optim.AdamW(start([(5,)]), amsgrad=True)
-    with pytest.raises(ValueError, match="amsgrad"):
-        AdamW(start([(5,)])).load_state_dict(amsgrad.state_dict())
     with pytest.raises(ValueError, match="missing"):
         AdamW(start([(5,)])).load_state_dict({**checkpoint, "state": {0: {"momentum_buffer": torch.zeros(5)}}})
 

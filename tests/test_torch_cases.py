@@ -36,8 +36,6 @@ TAKEN = {
 # what torch takes: a step is one operator without autograd formulas, so there is no graph to differentiate through
 REFUSED = {"differentiable": True}
 
-XFAIL = pytest.mark.xfail(reason="amsgrad and tensor betas come with the new step")
-
 
 def params_and_grads(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +63,7 @@ def assert_close(left, right):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("desc", [pytest.param(d, marks=XFAIL) if d == "amsgrad" else d for d in INPUTS])
+@pytest.mark.parametrize("desc", INPUTS)
 class TestInputs:
     def test_equals_torch(self, desc):
         ours, theirs = params_and_grads(), params_and_grads()
@@ -185,7 +183,7 @@ class TestInputs:
         assert_close(results[0][0], results[1][0])
 
 
-@pytest.mark.parametrize("desc", [pytest.param(d, marks=XFAIL) if "betas" in d else d for d in ERRORS])
+@pytest.mark.parametrize("desc", ERRORS)
 def test_bad_inputs_raise_what_torch_raises(desc):
     case = ERRORS[desc]
     params, kwargs = case.optimizer_error_input.params, case.optimizer_error_input.kwargs

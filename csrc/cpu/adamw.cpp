@@ -1,42 +1,73 @@
 // fastft::adamw_ on the CPU: one parallel region over the elements of all tensors laid end to end.
+//
+// adamw_bind checks the tensors once and keeps them; adamw_bound_ is then a step over them that reads only the list of
+// gradients. Walking all lists through libtorch's C shim at each step costs more than the arithmetic of a small tensor.
 #include <algorithm>
+#include <memory>
 
 #include "adamw_args.h"
 #include "isa.h"
 
-FASTFT_DECLARE_KERNEL(adamw_fp32, float*, const float*, float*, float*, int64_t, const AdamwHyper*)
-FASTFT_DECLARE_KERNEL(adamw_bf16, uint16_t*, int16_t*, const uint16_t*, float*, float*, int64_t, const AdamwHyper*)
+FASTFT_DECLARE_KERNEL(adamw, const AdamwTensor*, int64_t, int64_t, const AdamwHyper*, float, uint64_t)
 
 namespace {
 constexpr int64_t kGrain = 16384;  // elements; fewer are not worth waking a thread
 
-void update(const fastft::AdamwTensor& t, int64_t begin, int64_t n) {
-  if (!t.remainder) {
-    adamw_fp32_kernel()(static_cast<float*>(t.param) + begin, static_cast<const float*>(t.grad) + begin,
-                        t.exp_avg + begin, t.exp_avg_sq + begin, n, t.hyper);
-  } else {
-    adamw_bf16_kernel()(static_cast<uint16_t*>(t.param) + begin, t.remainder + begin,
-                        static_cast<const uint16_t*>(t.grad) + begin, t.exp_avg + begin, t.exp_avg_sq + begin, n,
-                        t.hyper);
-  }
-}
-
-void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
-  FT_CHECK(nargs == 7, "adamw_: 7 arguments expected, got %d", int(nargs));
-  const fastft::AdamwArgs args(stack);
-  std::vector<int64_t> ends;
-  ends.reserve(args.tensors.size());
-  int64_t total = 0;
-  for (const fastft::AdamwTensor& t : args.tensors) ends.push_back(total += t.numel);
-  fastft::parallel_for(total, kGrain, [&](int64_t begin, int64_t end) {
+void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step) {
+  const float factor = *static_cast<const float*>(step.grad_factor.data());
+  const AdamwHyper* hyper = step.rows();
+  const std::vector<int64_t>& ends = tensors.ends;
+  const auto kernel = adamw_kernel();
+  fastft::parallel_for(ends.empty() ? 0 : ends.back(), kGrain, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
     for (; begin < end; i++) {
-      const int64_t stop = std::min(end, ends[i]), first = ends[i] - args.tensors[i].numel;
-      if (stop > begin) update(args.tensors[i], begin - first, stop - begin);
+      const AdamwTensor& t = tensors.rows[i];
+      const int64_t stop = std::min(end, ends[i]), first = ends[i] - t.numel;
+      if (stop > begin) kernel(&t, begin - first, stop - first, hyper + t.row, factor, uint64_t(step.seed));
       begin = stop;
     }
   });
 }
 
-fastft::Kernel kernel_adamw("adamw_", adamw);
+// adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
+//        Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed)
+void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
+  const fastft::TensorList params(stack[0]), grads(stack[1]), exp_avgs(stack[2]), exp_avg_sqs(stack[3]),
+      max_exp_avg_sqs(stack[4]), residues(stack[5]);
+  const fastft::Tensor table(stack[6]);
+  fastft::AdamwTensors tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
+  const fastft::AdamwStep step(stack + 7, tensors);
+  const int64_t misfit = tensors.take(grads);
+  FT_CHECK(misfit < 0, "adamw_: gradient %d has not its parameter's dtype, shape, strides and device", int(misfit));
+  update(tensors, step);
+}
+
+// adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs,
+//            Tensor(e!)[] residues, Tensor table) -> int
+void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 6, "adamw_bind: 6 arguments expected, got %d", int(nargs));
+  const fastft::TensorList params(stack[0]), exp_avgs(stack[1]), exp_avg_sqs(stack[2]), max_exp_avg_sqs(stack[3]),
+      residues(stack[4]);
+  const fastft::Tensor table(stack[5]);
+  auto bound = std::make_unique<fastft::AdamwTensors>(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
+  stack[0] = reinterpret_cast<StableIValue>(bound.release());
+}
+
+// adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int: 0, or with nothing done 1
+// where a bound tensor has changed since and 2 where a gradient does not fit its parameter.
+void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 5, "adamw_bound_: 5 arguments expected, got %d", int(nargs));
+  const fastft::TensorList grads(stack[0]);
+  auto& tensors = *reinterpret_cast<fastft::AdamwTensors*>(stack[4]);
+  const fastft::AdamwStep step(stack + 1, tensors);
+  const int code = !tensors.unchanged() ? 1 : tensors.take(grads) >= 0 ? 2 : 0;
+  if (code == 0) update(tensors, step);
+  stack[0] = StableIValue(code);
+}
+
+fastft::Kernel kernel_adamw("adamw_", adamw), kernel_bind("adamw_bind", bind), kernel_bound("adamw_bound_", step_bound);
 }  // namespace
+
+// Lets go of what adamw_bind returned.
+FASTFT_EXPORT void fastft_adamw_release(void* bound) { delete static_cast<fastft::AdamwTensors*>(bound); }

@@ -1,4 +1,4 @@
-// Reads and checks the arguments of fastft::adamw_ for the CPU and the CUDA launcher.
+// Reads and checks the tensors of fastft::adamw_ for the CPU and the CUDA launcher.
 #pragma once
 #include <vector>
 
@@ -6,21 +6,12 @@
 #include "shim.h"
 
 namespace fastft {
-struct AdamwTensor {
-  void* param;
-  const void* grad;
-  float* exp_avg;
-  float* exp_avg_sq;
-  int16_t* remainder;  // nullptr for an fp32 parameter
-  int64_t numel;
-  const AdamwHyper* hyper;
-};
-
 // Whether elements at the same memory offset belong together: all contiguous, or all with the same dense strides.
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   if (a.contiguous() && b.contiguous()) return true;
   const int64_t dim = a.dim();
   int64_t span = 1;
+  if (b.dim() != dim) return false;
   for (int64_t d = 0; d < dim; d++) {
     const int64_t size = a.size(d);
     if (size != b.size(d) || (size > 1 && a.stride(d) != b.stride(d))) return false;
@@ -29,71 +20,136 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return span == a.numel();
 }
 
-// adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] remainders,
-//        Tensor hyper, int[] counts)
-struct AdamwArgs {
-  TensorList params, grads, exp_avgs, exp_avg_sqs, remainders;
-  Tensor hyper;
-  TensorList counts;
-  std::vector<AdamwTensor> tensors;
+// The tensors that an update changes, checked against each other. It owns handles of them, which keep them alive and
+// with which `unchanged` sees that one was given other memory (`p.data = ...`) or another shape since.
+class AdamwTensors {
+ public:
+  std::vector<AdamwTensor> rows;
+  std::vector<int64_t> ends;  // elements up to and including each tensor
   int32_t device_index = -1;
+  int64_t hyper_rows = 0;
 
-  explicit AdamwArgs(StableIValue* stack)
-      : params(stack[0]),
-        grads(stack[1]),
-        exp_avgs(stack[2]),
-        exp_avg_sqs(stack[3]),
-        remainders(stack[4]),
-        hyper(stack[5]),
-        counts(stack[6]) {
+  // Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, Tensor[] residues, Tensor table
+  AdamwTensors(const TensorList& params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+               const TensorList& max_exp_avg_sqs, const TensorList& residues, const Tensor& table) {
     const size_t n = params.size;
-    FT_CHECK(grads.size == n && exp_avgs.size == n && exp_avg_sqs.size == n,
-             "adamw_: lists of %zu, %zu, %zu and %zu tensors", n, grads.size, exp_avgs.size, exp_avg_sqs.size);
-    FT_CHECK(hyper.dtype() == aoti_torch_dtype_float32() && hyper.contiguous() && hyper.dim() == 2 &&
-                 hyper.size(1) * sizeof(float) == sizeof(AdamwHyper) && size_t(hyper.size(0)) == counts.size,
-             "adamw_: hyper must be a contiguous float32 table with one row of 8 for each count");
-    tensors.reserve(n);
-    size_t next_remainder = 0;
-    const AdamwHyper* row = static_cast<const AdamwHyper*>(hyper.data());
-    for (size_t segment = 0; segment < counts.size; segment++, row++) {
-      StableIValue count;
-      FT_CALL(torch_list_get_item(counts.handle, segment, &count));
-      FT_CHECK(as_int(count) >= 0 && size_t(as_int(count)) <= n - tensors.size(),
-               "adamw_: the counts exceed %zu tensors", n);
-      for (int64_t k = 0; k < as_int(count); k++) read(tensors.size(), row, next_remainder);
+    FT_CHECK(exp_avgs.size == n && exp_avg_sqs.size == n, "adamw_: lists of %zu, %zu and %zu tensors", n, exp_avgs.size,
+             exp_avg_sqs.size);
+    FT_CHECK(table.dtype() == aoti_torch_dtype_int64() && table.contiguous() && table.numel() == int64_t(4 * n),
+             "adamw_: table must be contiguous int64 with one row of 4 for each tensor");
+    const int64_t* entry = static_cast<const int64_t*>(table.data());
+    size_t next_max = 0, next_residue = 0;
+    rows.reserve(n), ends.reserve(n), kept_.reserve(n);
+    for (size_t i = 0; i < n; i++, entry += 4) {
+      const auto rounding = static_cast<AdamwRounding>(entry[1]);
+      FT_CHECK(entry[0] >= 0 && rounding >= kFp32 && rounding <= kNearest, "adamw_: bad table row %zu", i);
+      const bool amsgrad = entry[2], keeps = rounding == kExact || rounding == kKahan;
+      FT_CHECK(!amsgrad || next_max < max_exp_avg_sqs.size, "adamw_: tensor %zu has no max_exp_avg_sq", i);
+      FT_CHECK(!keeps || next_residue < residues.size, "adamw_: bfloat16 tensor %zu has no residue", i);
+      Kept kept{params[i], exp_avgs[i], exp_avg_sqs[i], amsgrad ? max_exp_avg_sqs[next_max++] : Tensor(StableIValue(0)),
+                keeps ? residues[next_residue++] : Tensor(StableIValue(0))};
+      rows.push_back(check(i, kept, rounding));
+      rows.back().row = entry[0], rows.back().first = entry[3];
+      hyper_rows = entry[0] >= hyper_rows ? entry[0] + 1 : hyper_rows;
+      ends.push_back((i ? ends[i - 1] : 0) + rows.back().numel);
+      kept_.push_back(std::move(kept));
     }
-    FT_CHECK(tensors.size() == n && next_remainder == remainders.size,
-             "adamw_: %zu tensors and %zu remainders are left over", n - tensors.size(),
-             remainders.size - next_remainder);
+    FT_CHECK(next_max == max_exp_avg_sqs.size && next_residue == residues.size, "adamw_: tensors are left over");
+  }
+
+  bool unchanged() const {
+    constexpr size_t kAhead = 6;
+    for (size_t i = 0; i < rows.size(); i++) {
+      if (i + kAhead < rows.size()) kept_[i + kAhead].prefetch();
+      const AdamwTensor& row = rows[i];
+      const Kept& kept = kept_[i];
+      if (!same(kept.param, row.param, row.numel) || kept.param.contiguous() != kept.contiguous ||
+          !same(kept.exp_avg, row.exp_avg, row.numel) || !same(kept.exp_avg_sq, row.exp_avg_sq, row.numel) ||
+          (row.max_exp_avg_sq && !same(kept.max_exp_avg_sq, row.max_exp_avg_sq, row.numel)) ||
+          (row.residue && !same(kept.residue, row.residue, row.numel)))
+        return false;
+    }
+    return true;
+  }
+
+  // Takes the gradients' pointers; returns the index of the first one which does not fit its parameter, or -1.
+  int64_t take(const TensorList& grads) {
+    FT_CHECK(grads.size == rows.size(), "adamw_: %zu gradients for %zu parameters", grads.size, rows.size());
+    for (size_t i = 0; i < rows.size(); i++) {
+      const Tensor grad = grads[i];
+      const Kept& kept = kept_[i];
+      if (grad.dtype() != kept.dtype || grad.numel() != rows[i].numel || grad.device_index() != device_index ||
+          !(kept.contiguous ? grad.contiguous() : same_layout(kept.param, grad)))
+        return int64_t(i);
+      rows[i].grad = grad.data();
+    }
+    return -1;
   }
 
  private:
-  void read(size_t i, const AdamwHyper* row, size_t& next_remainder) {
-    const Tensor param = params[i], grad = grads[i], exp_avg = exp_avgs[i], exp_avg_sq = exp_avg_sqs[i];
-    const int64_t numel = param.numel();
-    const bool wide = param.dtype() == aoti_torch_dtype_float32();
-    FT_CHECK((wide || param.dtype() == aoti_torch_dtype_bfloat16()) && grad.dtype() == param.dtype(),
-             "adamw_: tensor %zu: parameter and gradient must both be float32 or both be bfloat16", i);
-    check(i, param, exp_avg, aoti_torch_dtype_float32(), "exp_avg");
-    check(i, param, exp_avg_sq, aoti_torch_dtype_float32(), "exp_avg_sq");
-    check(i, param, grad, param.dtype(), "gradient");
-    int16_t* remainder_data = nullptr;
-    if (!wide) {
-      FT_CHECK(next_remainder < remainders.size, "adamw_: bfloat16 tensor %zu has no remainder", i);
-      const Tensor remainder = remainders[next_remainder++];
-      check(i, param, remainder, aoti_torch_dtype_int16(), "remainder");
-      remainder_data = static_cast<int16_t*>(remainder.mutable_data());
+  struct Kept {
+    Tensor param, exp_avg, exp_avg_sq, max_exp_avg_sq, residue;
+    int32_t dtype = 0;
+    bool contiguous = false;
+
+    // Since the last step the forward and the backward pass have swept the caches. A handle points to an at::Tensor,
+    // whose first word points to what `unchanged` reads; were it another word, this would only be useless.
+    void prefetch() const {
+      for (const Tensor* tensor : {&param, &exp_avg, &exp_avg_sq})
+        for (int line = 0; line < 4; line++)
+          __builtin_prefetch(*reinterpret_cast<char* const*>(tensor->handle) + 64 * line);
     }
-    if (i == 0) device_index = param.device_index();
-    tensors.push_back({param.mutable_data(), grad.data(), static_cast<float*>(exp_avg.mutable_data()),
-                       static_cast<float*>(exp_avg_sq.mutable_data()), remainder_data, numel, row});
+  };
+  std::vector<Kept> kept_;
+
+  static bool same(const Tensor& tensor, const void* data, int64_t numel) {
+    return tensor.numel() == numel && (numel == 0 || tensor.data() == data);
   }
 
-  static void check(size_t i, const Tensor& param, const Tensor& other, int32_t dtype, const char* what) {
+  AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding) {
+    const Tensor& param = kept.param;
+    kept.dtype = param.dtype(), kept.contiguous = param.contiguous();
+    const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16();
+    FT_CHECK(kept.dtype == (rounding == kFp32 ? fp32 : bf16), "adamw_: tensor %zu: wrong dtype for its rounding", i);
+    if (i == 0) device_index = param.device_index();
+    FT_CHECK(param.device_index() == device_index, "adamw_: tensor %zu is on another device", i);
+    const bool narrow = kept.exp_avg.dtype() == bf16;
+    const int32_t moment = narrow ? bf16 : fp32;
+    AdamwTensor row{};
+    row.param = param.mutable_data(), row.numel = param.numel();
+    row.rounding = rounding, row.narrow_moments = narrow;
+    row.exp_avg = checked(i, param, kept.exp_avg, moment, "exp_avg");
+    row.exp_avg_sq = checked(i, param, kept.exp_avg_sq, moment, "exp_avg_sq");
+    if (kept.max_exp_avg_sq.handle)
+      row.max_exp_avg_sq = checked(i, param, kept.max_exp_avg_sq, moment, "max_exp_avg_sq");
+    if (kept.residue.handle)
+      row.residue = checked(i, param, kept.residue, rounding == kExact ? aoti_torch_dtype_int16() : bf16, "residue");
+    return row;
+  }
+
+  static void* checked(size_t i, const Tensor& param, const Tensor& other, int32_t dtype, const char* what) {
     FT_CHECK(other.dtype() == dtype && other.numel() == param.numel() && other.device_index() == param.device_index() &&
                  other.dim() == param.dim() && same_layout(param, other),
              "adamw_: tensor %zu: the %s does not have the parameter's shape, strides and device or has a wrong dtype",
              i, what);
+    return other.mutable_data();
   }
+};
+
+// The hyper-parameters of a step.
+struct AdamwStep {
+  Tensor hyper, grad_factor;
+  int64_t seed;
+
+  AdamwStep(const StableIValue* stack, const AdamwTensors& tensors)
+      : hyper(stack[0]), grad_factor(stack[1]), seed(as_int(stack[2])) {
+    FT_CHECK(hyper.dtype() == aoti_torch_dtype_float32() && hyper.contiguous() && hyper.dim() == 2 &&
+                 hyper.size(1) * sizeof(float) == sizeof(AdamwHyper) && hyper.size(0) >= tensors.hyper_rows,
+             "adamw_: hyper must be a contiguous float32 table with %zu columns and a row for each index in table",
+             sizeof(AdamwHyper) / sizeof(float));
+    FT_CHECK(grad_factor.dtype() == aoti_torch_dtype_float32() && grad_factor.numel() == 1,
+             "adamw_: grad_factor must be one float32");
+  }
+  const AdamwHyper* rows() const { return static_cast<const AdamwHyper*>(hyper.data()); }
 };
 }  // namespace fastft

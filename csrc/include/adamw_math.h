@@ -21,6 +21,24 @@ struct AdamwHyper {
   float correction2_sqrt;  // sqrt(1 - beta2^t)
   float eps;
   float grad_sign;  // -1 to maximize
+  float step;       // t, for the random bits
+};
+
+// How a parameter is kept; the op's `table` has these numbers.
+enum AdamwRounding : int64_t { kFp32 = 0, kExact = 1, kKahan = 2, kStochastic = 3, kNearest = 4 };
+
+// One tensor of the op, or one processor's part of it.
+struct AdamwTensor {
+  void* param;  // float32 where rounding is kFp32, else bfloat16
+  const void* grad;
+  void *exp_avg, *exp_avg_sq;  // float32, or bfloat16 where narrow_moments
+  void* max_exp_avg_sq;        // nullptr without amsgrad
+  void* residue;               // what rounding keeps: int16 remainder, bfloat16 compensation, or nullptr
+  int64_t numel;
+  int64_t first;  // index of the first element among all of the optimizer's, for the random bits
+  int64_t row;    // of the hyper table
+  AdamwRounding rounding;
+  bool narrow_moments;
 };
 
 #if defined(__CUDA_ARCH__)  // the intrinsics keep nvcc from contracting what the CPU rounds twice
@@ -37,38 +55,78 @@ FASTFT_HD float ft_sqrt(float a) { return __builtin_sqrtf(a); }
 FASTFT_HD float ft_div(float a, float b) { return a / b; }
 #endif
 
-// Updates both moments in place and returns the new parameter.
-FASTFT_HD float adamw_element(float param, float grad, float* exp_avg, float* exp_avg_sq, const AdamwHyper& h) {
-  grad = ft_mul(grad, h.grad_sign);
+FASTFT_HD uint32_t float_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+FASTFT_HD float bits_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Updates the moments in place and returns the new parameter. `factor` is grad_sign times what clipping and loss
+// scaling ask for; `max_exp_avg_sq` is nullptr without amsgrad.
+FASTFT_HD float adamw_element(float param, float grad, float factor, float* exp_avg, float* exp_avg_sq,
+                              float* max_exp_avg_sq, const AdamwHyper& h) {
+  grad = ft_mul(grad, factor);
   const bool near = h.lerp_weight < 0.5f;  // torch's lerp starts from the nearer end
   const float weight = near ? h.lerp_weight : ft_add(h.lerp_weight, -1.0f);
   const float m = ft_fma(weight, ft_add(grad, -*exp_avg), near ? *exp_avg : grad);
   const float v = ft_fma(ft_mul(h.one_minus_beta2, grad), grad, ft_mul(*exp_avg_sq, h.beta2));
-  const float denominator = ft_add(ft_div(ft_sqrt(v), h.correction2_sqrt), h.eps);
+  float largest = v;
+  if (max_exp_avg_sq) {
+    const float old = *max_exp_avg_sq;
+    largest = old > v || old != old ? old : v;  // NaN wins, as in torch.maximum
+    *max_exp_avg_sq = largest;
+  }
+  const float denominator = ft_add(ft_div(ft_sqrt(largest), h.correction2_sqrt), h.eps);
   *exp_avg = m;
   *exp_avg_sq = v;
   return ft_add(ft_mul(param, h.decay), ft_div(ft_mul(h.negative_step, m), denominator));
+}
+
+FASTFT_HD float bf16_to_float(uint16_t value) { return bits_float((uint32_t)value << 16); }
+
+// The nearest bf16, ties to even.
+FASTFT_HD uint16_t bf16_nearest(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return value != value ? (uint16_t)0x7fc0 : (uint16_t)rounded;
+}
+
+// One of the two neighbouring bf16 values, the nearer the likelier, so that the mean over all `random` is `value`.
+FASTFT_HD uint16_t bf16_stochastic(float value, uint16_t random) {
+  const uint32_t bits = float_bits(value);
+  return value != value ? (uint16_t)0x7fc0 : (uint16_t)((bits + random) >> 16);
 }
 
 // A bf16 parameter and the int16 remainder together are the fp32 master: its bits are (param << 16) + remainder,
 // signed. The parameter is the master rounded to nearest, ties away from zero: with ties to even, both neighbours of an
 // even parameter at exactly half a step would need the same 16 bits, and one of the two masters would be lost.
 FASTFT_HD float master_join(uint16_t param, int16_t remainder) {
-  // No split makes these pairs: somebody has overwritten the parameter, and the old remainder would turn it into NaN.
-  const bool zero = (param & 0x7fff) == 0, infinite = (param & 0x7fff) == 0x7f80;
-  const bool stale = (zero && remainder < 0) || (infinite && remainder > 0);
-  const uint32_t bits = ((uint32_t)param << 16) + (stale ? 0u : (uint32_t)(int32_t)remainder);
-  float master;
-  memcpy(&master, &bits, sizeof bits);
-  return master;
+  const uint32_t high = (uint32_t)param << 16;
+  const float master = bits_float(high + (uint32_t)(int32_t)remainder);
+  // No split makes NaN from another parameter: somebody has overwritten it, and the old remainder does not fit.
+  return master == master ? master : bits_float(high);
 }
 
 FASTFT_HD void master_split(float master, uint16_t* param, int16_t* remainder) {
-  uint32_t bits;
-  memcpy(&bits, &master, sizeof bits);
-  bits = master != master ? 0x7fc00000u : bits;  // rounding would turn some NaNs into Inf or zero
+  const uint32_t bits = master != master ? 0x7fc00000u : float_bits(master);  // rounding makes Inf or 0 of some NaNs
   *param = (uint16_t)((bits + 0x8000u) >> 16);
   *remainder = (int16_t)(uint16_t)bits;
 }
 
-FASTFT_HD float bf16_to_float(uint16_t value) { return master_join(value, 0); }
+// A bf16 parameter and its bf16 compensation: together 16 bits of mantissa, at least.
+FASTFT_HD float kahan_join(uint16_t param, uint16_t compensation) {
+  return ft_add(bf16_to_float(param), bf16_to_float(compensation));
+}
+
+FASTFT_HD void kahan_split(float value, uint16_t* param, uint16_t* compensation) {
+  const uint16_t rounded = bf16_nearest(value);
+  const float lost = ft_add(value, -bf16_to_float(rounded));
+  *param = rounded;
+  *compensation = ft_add(lost, -lost) == 0.0f ? bf16_nearest(lost) : (uint16_t)0;  // none beside Inf and NaN
+}

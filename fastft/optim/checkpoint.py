@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.optim.remainder import split
+from fastft.optim.adamw_update import RESIDUES, store_value
 
 _NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
-_RESIDUES = ("remainder", "kahan")  # what an optimizer of another `rounding` has no use for
+_RESIDUES = {name for name, _ in RESIDUES.values()}  # what an optimizer of another `rounding` has no use for
 _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
@@ -84,7 +84,7 @@ def load(
     finally:
         handle.remove()
     for param, master, entries in masters:
-        write_master(param, master, entries.get("remainder"))
+        write_master(param, master, entries)
 
 
 def reveal(optimizer: torch.optim.Optimizer) -> None:
@@ -95,13 +95,20 @@ def reveal(optimizer: torch.optim.Optimizer) -> None:
 
 
 @torch.no_grad()
-def write_master(param: Tensor, master: Tensor, remainder: Tensor | None) -> None:
-    """Sets a parameter, and its remainder where it has one, to an fp32 master. All may be DTensors."""
-    master = _placed_like(master.float(), param)
-    if remainder is None:
-        param.copy_(master)
-    else:
-        split(*(tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in (master, param, remainder)))
+def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
+    """Sets a parameter, and what `state` keeps with it, to an fp32 master. All may be DTensors."""
+    parts = (_placed_like(master.float(), param), param, residue_of(state))
+    store_value(*(local(part) for part in parts))
+
+
+def residue_of(state: dict[str, Any]) -> Any:
+    """What a state keeps of its parameter's bits: the remainder, the compensation, or None."""
+    return next((state[name] for name in _RESIDUES if name in state), None)
+
+
+def local(tensor: Any) -> Any:
+    """This rank's part of a DTensor; anything else as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
@@ -189,19 +196,19 @@ def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:
         raise ValueError(f"the loaded {name} of {owner} has shape {shapes}")
 
 
-def sharded_like(local: Tensor, template: Any) -> Tensor:
-    """`local` itself, or where `template` is a DTensor a DTensor of its shape with `local` as this rank's part."""
+def sharded_like(part: Tensor, template: Any) -> Tensor:
+    """`part` itself, or where `template` is a DTensor a DTensor of its shape with `part` as this rank's."""
     if not hasattr(template, "to_local"):
-        return local
+        return part
     from torch.distributed.tensor import DTensor
 
     layout = {"shape": template.shape, "stride": template.stride()}
-    return DTensor.from_local(local, template.device_mesh, template.placements, **layout)
+    return DTensor.from_local(part, template.device_mesh, template.placements, **layout)
 
 
 def _reinterpreted(tensor: Any, dtype: torch.dtype) -> Tensor:
     """The same bits under another dtype of the same size."""
-    return sharded_like((tensor.to_local() if hasattr(tensor, "to_local") else tensor).view(dtype), tensor)
+    return sharded_like(local(tensor).view(dtype), tensor)
 
 
 def _placed_like(value: Tensor, template: Any) -> Tensor:

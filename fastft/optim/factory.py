@@ -71,7 +71,9 @@ def adamw_spec(
         ValueError: as `AdamW`.
     """
     kwargs = _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
-    AdamW([torch.zeros(1)], **kwargs)  # a wrong keyword is told here, not after Trainer has loaded the model
+    AdamW(
+        [torch.zeros(1, dtype=torch.bfloat16)], **{"seed": 0, **kwargs}
+    )  # a wrong keyword is told here, not after Trainer has loaded the model
     return AdamW, kwargs
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.optim.adamw import AdamW, _new_state
-from fastft.optim.checkpoint import sharded_like, write_master
-from fastft.optim.remainder import join
+from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_plan import new_state
+from fastft.optim.adamw_update import load_value
+from fastft.optim.checkpoint import local, residue_of, sharded_like, write_master
 
 
 def save_fp32(
@@ -103,7 +104,8 @@ def load_fp32(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: st
         with safe_open(file, framework="pt") as weights:
             for name, tensor in chosen:
                 if file_of[name] == file:
-                    _write(tensor, weights.get_tensor(name), adamw if tensor in trained else None)
+                    state = _state(tensor, adamw) if tensor in trained else {}
+                    write_master(tensor, weights.get_tensor(name).to(tensor.device), state)
 
 
 def _adamw(optimizer: Any) -> AdamW:
@@ -152,12 +154,11 @@ def _as_saved(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _master(tensor: Any, optimizer: AdamW) -> Tensor:
     """A copy on the CPU of a whole tensor, with the bits of its remainder."""
-    remainder = optimizer.state[tensor].get("remainder") if tensor in optimizer.state else None
-    if remainder is None:
+    residue = residue_of(optimizer.state[tensor]) if tensor in optimizer.state else None
+    if residue is None:
         master = _as_saved(tensor.detach())
     else:
-        local = (part.to_local() if hasattr(part, "to_local") else part for part in (tensor.detach(), remainder))
-        master = sharded_like(join(*local), tensor)
+        master = sharded_like(load_value(local(tensor.detach()), local(residue)), tensor)
     whole: Tensor = master.full_tensor() if hasattr(master, "full_tensor") else master
     return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
@@ -186,10 +187,9 @@ def _read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, P
     return shapes, file_of
 
 
-def _write(tensor: Tensor, saved: Tensor, optimizer: AdamW | None) -> None:
-    remainder = None
-    if optimizer is not None and tensor.dtype == torch.bfloat16:
-        if not optimizer.state[tensor]:
-            optimizer.state[tensor] = _new_state(tensor)
-        remainder = optimizer.state[tensor].get("remainder")
-    write_master(tensor, saved.to(tensor.device), remainder)
+def _state(param: Tensor, optimizer: AdamW) -> dict[str, Any]:
+    """The parameter's state, made where there was no step yet: a residue needs a place."""
+    if param not in optimizer.state:
+        optimizer.state[param] = new_state(param, optimizer.moments, optimizer.rounding, amsgrad=False)
+    state: dict[str, Any] = optimizer.state[param]
+    return state

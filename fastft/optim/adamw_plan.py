@@ -1,0 +1,278 @@
+"""What AdamW's steps over the same parameters share, found once and looked over again at every step.
+
+A plan holds for a step if parameters, groups and states are the very same objects as before; the C++ engine looks over
+their memory as well, because `p.data = ...` changes no object. Whatever differs makes a new plan: nothing is written
+through a pointer that was not checked in the same step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from itertools import chain, compress
+from operator import is_
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastft import _native
+from fastft.optim.adamw_update import OP, RESIDUES, Rounding
+
+ALIGNMENT = 512  # each parameter's first random bits: whole blocks of the kernels
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class State(dict[str, Any]):
+    """A parameter's state. Replacing an entry of any state counts, so that steps need not compare every entry."""
+
+    changes: ClassVar[int] = 0
+
+    def _changing(method: Any) -> Any:
+        def changed(self: State, *args: Any, **kwargs: Any) -> Any:
+            State.changes += 1
+            return method(self, *args, **kwargs)
+
+        return changed
+
+    __setitem__, __delitem__, __ior__ = map(_changing, (dict.__setitem__, dict.__delitem__, dict.__ior__))
+    update, setdefault, pop = map(_changing, (dict.update, dict.setdefault, dict.pop))
+    popitem, clear = map(_changing, (dict.popitem, dict.clear))
+
+
+def rounding_of(param: Tensor, rounding: str) -> Rounding:
+    """How `param` is kept where the optimizer was given `rounding`."""
+    return Rounding.FP32 if param.dtype == torch.float32 else Rounding[rounding.upper()]
+
+
+def new_state(param: Tensor, moments: str, rounding: str, amsgrad: bool) -> State:
+    """The state before the first step, in the parameter's layout."""
+
+    def zeros(dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+    state = State(step=torch.zeros((), dtype=torch.float32))
+    state["exp_avg"], state["exp_avg_sq"] = zeros(MOMENTS[moments]), zeros(MOMENTS[moments])
+    if amsgrad:
+        state["max_exp_avg_sq"] = zeros(MOMENTS[moments])
+    if residue := RESIDUES.get(rounding_of(param, rounding)):
+        state[residue[0]] = zeros(residue[1])
+    return state
+
+
+class Plan:
+    """Steps over the parameters that have a gradient.
+
+    Args:
+        groups: the optimizer's `param_groups`.
+        state: the optimizer's `state`; entries which are missing are made.
+        present: for each parameter of the groups, whether it has a gradient.
+        moments, rounding, impl: the optimizer's.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        present: list[bool],
+        moments: str,
+        rounding: str,
+        impl: str,
+    ) -> None:
+        every = [(param, index) for index, group in enumerate(groups) for param in group["params"]]
+        found = list(compress(every, present))
+        self.params, self.present = [param for param, _ in found], present
+        self.signature = _signature(groups)
+        self.states = [_ready(state, p, moments, rounding, groups[i]["amsgrad"]) for p, i in found]
+        self.steps = torch.tensor([float(entries["step"]) for entries in self.states], dtype=torch.float32)
+        for entries, view in zip(self.states, self.steps.unbind(), strict=True):
+            entries["step"] = view
+        self.every_state, self.entries = list(state.values()), _entries(self.states)
+        self.state_changes, self.steps_version = State.changes, self.steps._version
+        self.sharded = any(hasattr(param, "to_local") for param in self.params)
+        keys = list(zip((index for _, index in found), self.steps.tolist(), strict=True))
+        self.rows = list(dict.fromkeys(keys))  # (group, steps done) of each row of the hyper table
+        firsts = dict(zip((id(param) for param, _ in every), _first_elements(every), strict=True))
+        table = [
+            [self.rows.index(key), rounding_of(param, rounding), groups[key[0]]["amsgrad"], firsts[id(param)]]
+            for param, key in zip(self.params, keys, strict=True)
+        ]
+        by_device: dict[torch.device, list[int]] = {}
+        for i, param in enumerate(self.params):
+            by_device.setdefault(param.device, []).append(i)
+        capturable = [param.device for param, i in found if groups[i]["capturable"] and param.device.type != "cpu"]
+        if capturable:
+            raise RuntimeError(
+                f"capturable=True is not implemented on {capturable[0]}: the step counts live on the host"
+            )
+        self.parts = [
+            _Part(device, positions if len(by_device) > 1 else None, self, table, impl)
+            for device, positions in by_device.items()
+        ]
+
+    def holds(
+        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], params: list[Tensor], present: list[bool]
+    ) -> bool:
+        """Whether a step over `params`, those of the groups with a gradient, may use this plan."""
+        if len(params) != len(self.params) or len(state) != len(self.every_state) or self.present != present:
+            return False
+        same = all(map(is_, params, self.params)) and all(map(is_, state.values(), self.every_state))
+        if not same or self.signature != _signature(groups) or self.steps_version != self.steps._version:
+            return False
+        if self.state_changes != State.changes:  # of this optimizer or of another
+            if not all(map(is_, _entries(self.states), self.entries)):
+                return False
+            self.state_changes = State.changes
+        return all(part.holds() for part in self.parts)
+
+    def step(
+        self, groups: list[dict[str, Any]], grads: Sequence[Tensor], grad_factor: Tensor | None, seed: int
+    ) -> bool:
+        """One update, counted; False, with nothing done, if parameters or states have other memory than before."""
+        hyper = torch.tensor([_hyper_row(groups[index], step + 1) for index, step in self.rows], dtype=torch.float32)
+        if self.sharded:
+            grads = [_local(grad) for grad in grads]
+        for part in self.parts:
+            if not part.step(grads, hyper, grad_factor, seed):
+                return False
+        self.rows = [(index, step + 1) for index, step in self.rows]
+        self.steps.add_(1)
+        self.steps_version = self.steps._version
+        return True
+
+
+class _Part:
+    """The tensors of a plan that are on one device."""
+
+    def __init__(
+        self, device: torch.device, positions: list[int] | None, plan: Plan, table: list[list[int]], impl: str
+    ) -> None:
+        self.positions = positions
+        chosen = range(len(plan.params)) if positions is None else positions
+        self.originals = [plan.params[i] for i in chosen]
+        self.params = [_local(param) for param in self.originals]
+        self.dtypes = [param.dtype for param in self.params]
+        states = [plan.states[i] for i in chosen]
+        self.exp_avgs = [_local(state["exp_avg"]) for state in states]
+        self.exp_avg_sqs = [_local(state["exp_avg_sq"]) for state in states]
+        rows = [table[i] for i in chosen]
+        self.max_exp_avg_sqs = [
+            _local(state["max_exp_avg_sq"]) for state, row in zip(states, rows, strict=True) if row[2]
+        ]
+        self.residues = [
+            _local(state[RESIDUES[Rounding(row[1])][0]])
+            for state, row in zip(states, rows, strict=True)
+            if row[1] in RESIDUES
+        ]
+        self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
+        self.update = OP.implementation(impl, device)  # raises where an explicit engine is not there
+        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.bound: int | None = None
+        if OP.resolve(impl, device) == "cpp" and all(map(_same_layout, self.params, self.exp_avgs)):
+            self.bound = torch.ops.fastft.adamw_bind.default(
+                self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues, self.table
+            )
+            weakref.finalize(self, _release, self.bound)
+
+    def holds(self) -> bool:
+        """Whether shards and, where no C++ plan looks at them, dtypes are those of before."""
+        if self.originals[0] is not self.params[0] and not all(map(is_, map(_local, self.originals), self.params)):
+            return False
+        return self.bound is not None or [param.dtype for param in self.params] == self.dtypes
+
+    def step(self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int) -> bool:
+        """Updates; False, with nothing done, if what is bound has other memory than before."""
+        grads = all_grads if self.positions is None else [all_grads[i] for i in self.positions]
+        factor = self.one if grad_factor is None else grad_factor.to(self.one.device)
+        if self.bound is not None:
+            try:
+                code = torch.ops.fastft.adamw_bound_.default(grads, hyper, factor, seed, self.bound)
+            except NotImplementedError:  # no such kernel for sparse tensors
+                code = 2
+            if code != 2:
+                return code == 0
+        if any(grad.layout != torch.strided for grad in grads):
+            raise RuntimeError("AdamW does not take sparse gradients (an Embedding with sparse=True makes them)")
+        params = [_like(param, exp_avg) for param, exp_avg in zip(self.params, self.exp_avgs, strict=True)]
+        grads = [_like(grad, exp_avg) for grad, exp_avg in zip(grads, self.exp_avgs, strict=True)]
+        states = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues)
+        self.update(params, grads, *states, self.table, hyper, factor, seed)
+        for param, updated in zip(self.params, params, strict=True):
+            if param is not updated:
+                param.copy_(updated)
+        return True
+
+
+def _ready(state: dict[Tensor, Any], param: Tensor, moments: str, rounding: str, amsgrad: bool) -> State:
+    """The parameter's state, with the entries that are missing."""
+    entries = state[param]
+    fresh_names = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
+    if residue := RESIDUES.get(rounding_of(param, rounding)):
+        fresh_names.add(residue[0])
+    if not isinstance(entries, State) or fresh_names - entries.keys():
+        fresh = new_state(param, moments, rounding, amsgrad) if fresh_names - entries.keys() else {}
+        entries = state[param] = State({**fresh, **entries})
+    return entries
+
+
+def _signature(groups: list[dict[str, Any]]) -> list[tuple[int, bool, bool]]:
+    return [(len(group["params"]), group["amsgrad"], group["capturable"]) for group in groups]
+
+
+def _entries(states: list[State]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, states)))
+
+
+def _first_elements(every: list[tuple[Tensor, int]]) -> list[int]:
+    """Each parameter's first index in the numbering of all elements, which does not depend on shards."""
+    firsts, end = [], 0
+    for param, _ in every:
+        firsts.append(end + _shard_begin(param))
+        end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
+    return firsts
+
+
+def _shard_begin(param: Any) -> int:
+    """Where this process's rows of a DTensor begin in the whole tensor, in elements."""
+    if not hasattr(param, "to_local"):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    return sum(offset * stride for offset, stride in zip(offsets, param.stride(), strict=True))
+
+
+def _hyper_row(group: dict[str, Any], step: float) -> list[float]:
+    """A row of the hyper table, in double precision up to the table's float32, as torch does."""
+    lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+    return [
+        1 - lr * float(group["weight_decay"]),
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        -(lr / (1 - beta1**step)),
+        (1 - beta2**step) ** 0.5,
+        float(group["eps"]),
+        -1.0 if group["maximize"] else 1.0,
+        step,
+    ]
+
+
+def _release(bound: int) -> None:
+    library = _native.library("cpu")
+    if isinstance(library, ctypes.CDLL):
+        library.fastft_adamw_release(ctypes.c_void_p(bound))
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _same_layout(tensor: Tensor, layout: Tensor) -> bool:
+    return tensor.stride() == layout.stride() or (tensor.is_contiguous() and layout.is_contiguous())
+
+
+def _like(tensor: Tensor, layout: Tensor) -> Tensor:
+    """`tensor`, or a copy of it in the strides of `layout`, in which the op can walk through both."""
+    return tensor if _same_layout(tensor, layout) else torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)

@@ -1,0 +1,164 @@
+"""The update of AdamW and the forms in which it keeps values: the operator `adamw_`.
+
+For a parameter p with gradient g at step t (fp32 inside, whatever p's dtype):
+
+    g = g * factor * (-1 if maximize else 1)         factor: of clipping and loss scaling
+    p = p * (1 - lr * weight_decay)
+    m = m + (1 - beta1) * (g - m)                    m: exp_avg
+    v = v * beta2 + (1 - beta2) * g * g              v: exp_avg_sq
+    w = max(w, v) with amsgrad, else v               w: max_exp_avg_sq
+    p = p - lr / (1 - beta1^t) * m / (sqrt(w) / sqrt(1 - beta2^t) + eps)
+
+The order of roundings is that of torch's fused CPU kernel.
+
+A bf16 parameter is one of four things (`Rounding`):
+
+* exact: with the 16 bits that its rounding drops, the int16 `remainder`, it is an fp32 master, whose bits are
+  `(parameter << 16) + remainder`. The parameter is the master rounded to nearest; exact ties go away from zero, for
+  with ties to even two masters would share one (parameter, remainder).
+* kahan: with the bf16 `kahan`, what its rounding to nearest lost, it is the sum of both: at least 16 bits of mantissa.
+* stochastic: the result is rounded to one of its two neighbours, the nearer the likelier, so that it is right in the
+  mean; random bits as in philox.py, stream 0.
+* nearest: the result is rounded to nearest, ties to even. Updates below half of a last place are lost.
+
+Moments are fp32, or bf16 rounded stochastically (streams 1 to 3: m, v, w); the update uses them before the rounding.
+
+Bytes moved for each element and step (p, residue, m and v read and written, g read; amsgrad adds 8, or 4 in bf16):
+
+    parameter         fp32 moments   bf16 moments
+    fp32                        28             20
+    bf16 exact, kahan           26             18
+    bf16 stochastic             22             14
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from fastft import ops
+from fastft.optim.philox import random_bits
+
+
+class Rounding(IntEnum):
+    """How a parameter is kept; the numbers are those of the op's `table` and of csrc/include/adamw_math.h."""
+
+    FP32 = 0
+    EXACT = 1
+    KAHAN = 2
+    STOCHASTIC = 3
+    NEAREST = 4
+
+
+RESIDUES = {Rounding.EXACT: ("remainder", torch.int16), Rounding.KAHAN: ("kahan", torch.bfloat16)}
+
+
+def join_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 master of a bf16 parameter and its int16 remainder."""
+    high = param.view(torch.int16).int() << 16
+    master = (high + remainder).view(torch.float32)
+    # no split makes NaN from another parameter: somebody has overwritten it, and the old remainder does not fit
+    return torch.where(master.isnan(), high.view(torch.float32), master)
+
+
+def split_master(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+    """Writes an fp32 master into a bf16 parameter and its int16 remainder."""
+    bits = master.view(torch.int32).masked_fill(master.isnan(), 0x7FC00000)
+    param.view(torch.int16).copy_((bits + 0x8000) >> 16)
+    remainder.copy_(bits)
+
+
+def _split_kahan(value: Tensor, param: Tensor, compensation: Tensor) -> None:
+    param.copy_(value)
+    lost = value - param.float()
+    compensation.copy_(lost.where(lost.isfinite(), 0.0))
+
+
+def _round_stochastic(value: Tensor, bits: Tensor, to: Tensor) -> None:
+    rounded = (value.view(torch.int32) + bits) >> 16
+    to.view(torch.int16).copy_(rounded.masked_fill(value.isnan(), 0x7FC0))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in the order of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _adamw_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    residues: Sequence[Tensor],
+    table: Tensor,
+    hyper: Tensor,
+    grad_factor: Tensor,
+    seed: int,
+) -> None:
+    """Plain torch. The tensors of one index have the same shape and dense strides. A row of `table` (int64) for each:
+    its row of `hyper` (float32, as struct AdamwHyper), its Rounding, whether it takes the next of `max_exp_avg_sqs`,
+    and the index of its first element, for the random bits. Those with exact or kahan take the next of `residues`.
+    """
+    next_max, next_residue, factor = iter(max_exp_avg_sqs), iter(residues), grad_factor.reshape(())
+    for *tensors, (row, kept_as, amsgrad, first) in zip(
+        params, grads, exp_avgs, exp_avg_sqs, table.tolist(), strict=True
+    ):
+        param, grad, *moments = map(_flat, tensors)
+        if amsgrad:
+            moments.append(_flat(next(next_max)))
+        residue = _flat(next(next_residue)) if kept_as in RESIDUES else None
+        decay, lerp_weight, beta2, one_minus_beta2, negative_step, correction2_sqrt, eps, sign, step = hyper[
+            row
+        ].tolist()
+        m, v, *largest = (moment.float() for moment in moments)  # themselves where they are fp32
+        grad = grad.float() * (factor * sign)
+        m.lerp_(grad, lerp_weight)
+        v.mul_(beta2).addcmul_(grad * one_minus_beta2, grad)
+        for w in largest:
+            torch.maximum(w, v, out=w)
+        denominator = ((largest[0] if largest else v).sqrt() / correction2_sqrt) + eps
+        result = load_value(param, residue) * decay + (m * negative_step) / denominator
+
+        def bits(stream: int) -> Tensor:
+            return random_bits(first, param.numel(), int(step), stream, seed, param.device)  # noqa: B023
+
+        store_value(result, param, residue, bits(0) if kept_as == Rounding.STOCHASTIC else None)
+        for stream, (moment, value) in enumerate(zip(moments, (m, v, *largest), strict=True), 1):
+            if moment is not value:
+                _round_stochastic(value, bits(stream), moment)
+
+
+def load_value(param: Tensor, residue: Tensor | None) -> Tensor:
+    """The fp32 value of a parameter with its int16 remainder, its bf16 compensation, or neither."""
+    if residue is None:
+        return param.float()
+    return join_master(param, residue) if residue.dtype == torch.int16 else param.float() + residue.float()
+
+
+def store_value(result: Tensor, param: Tensor, residue: Tensor | None, bits: Tensor | None = None) -> None:
+    """Writes an fp32 value into a parameter and what it is kept with; `bits` round it stochastically."""
+    if bits is not None:
+        _round_stochastic(result, bits, param)
+    elif residue is None:
+        param.copy_(result)
+    else:
+        (split_master if residue.dtype == torch.int16 else _split_kahan)(result, param, residue)
+
+
+OP = ops.Operator(
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed) "
+    "-> ()",
+    _adamw_reference,
+    engines=("cpp", "cuda"),
+)
+# Of the C++ engine only: a step over tensors that were checked once and are kept (csrc/cpu/adamw.cpp says why).
+ops.library.define(
+    "adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+    "Tensor(e!)[] residues, Tensor table) -> int"
+)
+ops.library.define("adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int")
