@@ -56,38 +56,85 @@ def assert_same(left, right):
             assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_state_dict_keeps_every_dtype_and_bit(dtype):
-    trained = AdamW(start(dtype))
+MODES = {
+    "fp32": (torch.float32, {}),
+    "fp32 amsgrad": (torch.float32, {"amsgrad": True}),
+    "fp32 bf16 moments": (torch.float32, {"moments": "bf16", "amsgrad": True}),
+    "exact": (torch.bfloat16, {}),
+    "kahan": (torch.bfloat16, {"rounding": "kahan"}),
+    "stochastic": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
+    "nearest": (torch.bfloat16, {"rounding": "nearest"}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_dict_keeps_every_dtype_and_bit(mode):
+    dtype, options = MODES[mode]
+    trained = AdamW(start(dtype), **options)
     train(trained, gradients(3))
-    loaded = AdamW(start(dtype))
+    loaded = AdamW(start(dtype), **options)
     loaded.load_state_dict(on_disk(trained.state_dict()))
     assert_same(states(loaded), states(trained))
     assert loaded.state_dict()["param_groups"] == trained.state_dict()["param_groups"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_resuming_equals_no_interruption(mode):
+    dtype, options = MODES[mode]
+    whole, first = AdamW(start(dtype), **options), AdamW(start(dtype), **options)
+    first.load_state_dict(whole.state_dict())  # the seed of stochastic rounding, before the first step
+    train(whole, gradients(8))
+    resumed = AdamW(clones(train(first, gradients(8)[:5])), **options)
+    resumed.load_state_dict(on_disk(first.state_dict()))
+    train(resumed, gradients(8)[5:])
+    assert_same(states(resumed), states(whole))
+    assert all(map(torch.equal, resumed.param_groups[0]["params"], whole.param_groups[0]["params"]))
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", [0, 2])
-def test_accelerate_prepares_without_a_loss(dtype, steps):
+def test_accelerate_prepares_without_a_loss(mode, steps):
     accelerate = pytest.importorskip("accelerate")
-    optimizer = AdamW(start(dtype))
+    dtype, options = MODES[mode]
+    optimizer = AdamW(start(dtype), **options)
     train(optimizer, gradients(steps))
-    before = copy.deepcopy(states(optimizer))
+    before, groups = copy.deepcopy(states(optimizer)), copy.deepcopy(optimizer.state_dict()["param_groups"])
     prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
     assert_same(states(prepared.optimizer), before)
+    assert prepared.state_dict()["param_groups"] == groups
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_from_one_mode_to_another(mode):
+    # what the other mode has is taken, what only this one has starts from zero, the rest is dropped
+    saved = AdamW(start(torch.bfloat16), amsgrad=True)
+    train(saved, gradients(2))
+    dtype, options = MODES[mode]
+    optimizer = AdamW(start(dtype), **options)
+    optimizer.load_state_dict(on_disk(saved.state_dict()))
+    expected = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}  # amsgrad came with the groups
+    expected |= {"exact": {"remainder"}, "kahan": {"kahan"}}.get(mode, set())
+    for mine, theirs in zip(states(optimizer), states(saved), strict=True):
+        assert mine.keys() == expected
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert torch.equal(mine[name], theirs[name].to(mine[name].dtype))
+    train(optimizer, gradients(1))
 
 
 @pytest.mark.parametrize("saved_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", ["fused", "foreach", "loop"])
 def test_torchs_checkpoints_of_any_dtype(saved_dtype, dtype, way):
-    torchs = torch.optim.AdamW(start(saved_dtype), fused=way == "fused", foreach=way == "foreach", lr=0.02)
+    options = {"fused": way == "fused", "foreach": way == "foreach", "amsgrad": way == "loop"}
+    torchs = torch.optim.AdamW(start(saved_dtype), lr=0.02, **options)
     train(torchs, gradients(2))
     ours = AdamW(start(dtype))
     ours.load_state_dict(on_disk(torchs.state_dict()))
+    assert ours.param_groups[0]["amsgrad"] == options["amsgrad"]
     for mine, theirs in zip(states(ours), states(torchs), strict=True):
         assert mine["step"] == theirs["step"] == 2
-        for name in ("exp_avg", "exp_avg_sq"):
+        assert theirs.keys() <= mine.keys()
+        for name in theirs.keys() - {"step"}:
             assert mine[name].dtype == torch.float32 and torch.equal(mine[name], theirs[name].float())
     assert ours.param_groups[0]["lr"] == 0.02
     train(ours, gradients(1))
