@@ -26,22 +26,27 @@ from fastft.optim.adamw import AdamW
 from fastft.optim.fp32_weights import load_fp32, save_fp32
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODES = {
+    "fp32": (torch.float32, {"amsgrad": True}),
+    "exact": (torch.bfloat16, {}),
+    "stochastic": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
+}
 STEPS = 6
 WORLD = 2
 
 
-def build(dtype):
+def build(mode):
     """Odd sizes: neither the 7 nor the single row is a multiple of two ranks."""
     torch.manual_seed(0)
     layers = [torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1)]
-    return torch.nn.Sequential(*layers).to(DTYPES[dtype])
+    return torch.nn.Sequential(*layers).to(MODES[mode][0])
 
 
-def optimizer_of(model):
+def optimizer_of(model, mode, seed=5):
+    options = {"seed": seed, **MODES[mode][1]}
     decaying = [param for param in model.parameters() if param.ndim > 1]
     rest = [param for param in model.parameters() if param.ndim <= 1]
-    return AdamW([{"params": decaying}, {"params": rest, "weight_decay": 0.0}], lr=1e-2)
+    return AdamW([{"params": decaying}, {"params": rest, "weight_decay": 0.0}], lr=1e-2, **options)
 
 
 def train(model, optimizer, first, last):
@@ -77,20 +82,20 @@ def assert_same_bits(left, right):
             assert value.dtype == right[name][entry].dtype and torch.equal(value, right[name][entry]), (name, entry)
 
 
-def undisturbed(dtype, steps=STEPS):
-    model = build(dtype)
-    optimizer = optimizer_of(model)
+def undisturbed(mode, steps=STEPS):
+    model = build(mode)
+    optimizer = optimizer_of(model, mode)
     train(model, optimizer, 0, steps)
     return model, optimizer
 
 
-def sharded(dtype):
-    model = build(dtype)
+def sharded(mode, seed=5):
+    model = build(mode)
     for layer in model:
         if isinstance(layer, torch.nn.Linear):
             fully_shard(layer)
     fully_shard(model)
-    return model, optimizer_of(model)
+    return model, optimizer_of(model, mode, seed)
 
 
 def save(model, optimizer, folder, flatten):
@@ -109,68 +114,68 @@ def load(model, optimizer, folder, flatten):
     )
 
 
-def under_ddp(dtype, folder):
-    model = torch.nn.parallel.DistributedDataParallel(build(dtype))
-    optimizer = optimizer_of(model)
+def under_ddp(mode, folder):
+    model = torch.nn.parallel.DistributedDataParallel(build(mode))
+    optimizer = optimizer_of(model, mode)
     train(model, optimizer, 0, STEPS)
-    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(dtype)))
-    save_fp32(model, optimizer, f"{folder}/ddp-{dtype}")  # keys without "module."
+    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(mode)))
+    save_fp32(model, optimizer, f"{folder}/ddp-{mode}")  # keys without "module."
     dist.barrier()
-    alone = build(dtype)
-    load_fp32(alone, optimizer_of(alone), f"{folder}/ddp-{dtype}")
+    alone = build(mode)
+    load_fp32(alone, optimizer_of(alone, mode), f"{folder}/ddp-{mode}")
     assert all(map(torch.equal, alone.parameters(), model.parameters()))
 
 
-def under_fsdp2(dtype, folder):
-    model, optimizer = sharded(dtype)
+def under_fsdp2(mode, folder):
+    model, optimizer = sharded(mode)
     train(model, optimizer, 0, STEPS)
-    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(dtype)))
+    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(mode)))
     assert all(type(state["exp_avg"]).__name__ == "DTensor" for state in optimizer.state.values())
 
 
-def fp32_weights_under_fsdp2(dtype, folder):
-    model, optimizer = sharded(dtype)
+def fp32_weights_under_fsdp2(mode, folder):
+    model, optimizer = sharded(mode)
     train(model, optimizer, 0, 3)
-    save_fp32(model, optimizer, f"{folder}/fsdp2-{dtype}")
+    save_fp32(model, optimizer, f"{folder}/fsdp2-{mode}")
     dist.barrier()
-    again, resumed = sharded(dtype)
+    again, resumed = sharded(mode, seed=6)  # that of the checkpoint counts
     resumed.load_state_dict(optimizer.state_dict())
-    load_fp32(again, resumed, f"{folder}/fsdp2-{dtype}")
+    load_fp32(again, resumed, f"{folder}/fsdp2-{mode}")
     train(again, resumed, 3, STEPS)
-    assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(dtype)))
+    assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(mode)))
 
 
-def checkpoint_of_one_process(dtype, folder):
+def checkpoint_of_one_process(mode, folder):
     for flatten in (False, True):
-        model, optimizer = sharded(dtype)
-        load(model, optimizer, f"{folder}/one-{dtype}-{flatten}", flatten)
+        model, optimizer = sharded(mode, seed=6)
+        load(model, optimizer, f"{folder}/one-{mode}-{flatten}", flatten)
         train(model, optimizer, 3, STEPS)
-        assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(dtype)))
+        assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(mode)))
 
 
-def checkpoint_of_two_processes(dtype, folder):
+def checkpoint_of_two_processes(mode, folder):
     for flatten in (False, True):
-        model, optimizer = sharded(dtype)
+        model, optimizer = sharded(mode)
         train(model, optimizer, 0, 3)
-        save(model, optimizer, f"{folder}/two-{dtype}-{flatten}", flatten)
-        again, resumed = sharded(dtype)
-        load(again, resumed, f"{folder}/two-{dtype}-{flatten}", flatten)
+        save(model, optimizer, f"{folder}/two-{mode}-{flatten}", flatten)
+        again, resumed = sharded(mode, seed=6)  # that of the checkpoint counts
+        load(again, resumed, f"{folder}/two-{mode}-{flatten}", flatten)
         train(again, resumed, 3, STEPS)
-        assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(dtype)))
+        assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(mode)))
 
 
-def full_state_from_rank_0(dtype, folder):
+def full_state_from_rank_0(mode, folder):
     """As accelerate resumes FSDP2: rank 0 reads whole tensors, each rank keeps its shard."""
     gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model, optimizer = sharded(dtype)
+    model, optimizer = sharded(mode)
     train(model, optimizer, 0, 3)
     weights, states = get_state_dict(model, optimizer, options=gathered)
-    again, resumed = sharded(dtype)
+    again, resumed = sharded(mode, seed=6)  # that of the checkpoint counts
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(again, weights, options=options)
     set_optimizer_state_dict(again, resumed, states, options=options)
     train(again, resumed, 3, STEPS)
-    assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(dtype)))
+    assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(mode)))
 
 
 CHECKS = [
@@ -189,12 +194,12 @@ def rank_main(rank, folder):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     results = {}
     for check in CHECKS:
-        for dtype in DTYPES:
+        for mode in MODES:
             try:
-                check(dtype, folder)
-                results[check.__name__, dtype] = ""
+                check(mode, folder)
+                results[check.__name__, mode] = ""
             except Exception:
-                results[check.__name__, dtype] = traceback.format_exc()
+                results[check.__name__, mode] = traceback.format_exc()
             dist.barrier()
     torch.save(results, f"{folder}/results-{rank}")
     dist.destroy_process_group()
@@ -203,26 +208,26 @@ def rank_main(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    for dtype in DTYPES:
+    for mode in MODES:
         for flatten in (False, True):
-            save(*undisturbed(dtype, steps=3), folder / f"one-{dtype}-{flatten}", flatten)
+            save(*undisturbed(mode, steps=3), folder / f"one-{mode}-{flatten}", flatten)
     torch.multiprocessing.spawn(rank_main, args=(str(folder),), nprocs=WORLD)
     return folder
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-def test_two_processes_equal_one(check, dtype, ranks):
+def test_two_processes_equal_one(check, mode, ranks):
     for rank in range(WORLD):
-        failure = torch.load(ranks / f"results-{rank}")[check, dtype]
+        failure = torch.load(ranks / f"results-{rank}")[check, mode]
         assert not failure, f"rank {rank}: {failure}"
 
 
 @pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_process_loads_what_two_saved(dtype, flatten, ranks):
-    model = build(dtype)
-    optimizer = optimizer_of(model)
-    load(model, optimizer, ranks / f"two-{dtype}-{flatten}", flatten)
+@pytest.mark.parametrize("mode", MODES)
+def test_one_process_loads_what_two_saved(mode, flatten, ranks):
+    model = build(mode)
+    optimizer = optimizer_of(model, mode, seed=6)
+    load(model, optimizer, ranks / f"two-{mode}-{flatten}", flatten)
     train(model, optimizer, 3, STEPS)
-    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(dtype)))
+    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(mode)))
