@@ -39,18 +39,32 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
         float32, shape (), on the device of the first gradient.
     """
     by_device: dict[torch.device, list[Tensor]] = {}
-    sharded: list[Any] = [grad for grad in grads if hasattr(grad, "full_tensor")]
-    for grad in grads if not sharded else [grad for grad in grads if not hasattr(grad, "full_tensor")]:
-        by_device.setdefault(grad.device, []).append(grad)
+    by_layout: dict[tuple[Any, Any], list[Any]] = {}
+    grad: Any
+    for grad in grads:
+        if hasattr(grad, "placements"):
+            by_layout.setdefault((grad.device_mesh, grad.placements), []).append(grad)
+        else:
+            by_device.setdefault(grad.device, []).append(grad)
     norms = [_norm_on(device, local, impl) for device, local in by_device.items()]
-    if sharded:
-        total: Any = torch.nn.utils.get_total_norm(sharded)
-        norms.append(total.full_tensor().float())  # reduces over the processes
+    norms += [_norm_of_shards(mesh, cut, parts, impl) for (mesh, cut), parts in by_layout.items()]
     if not norms:
         return torch.zeros(())
     if len(norms) == 1:
         return norms[0]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
+def _norm_of_shards(mesh: Any, placements: tuple[Any, ...], grads: list[Any], impl: str) -> Tensor:
+    """The norm of DTensors of one layout: each process takes that of its parts, and their squares are added up."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    if any(placement.is_partial() for placement in placements):
+        return grad_norm([grad.full_tensor() for grad in grads], impl)
+    square = grad_norm([grad.to_local() for grad in grads], impl).double().square()
+    parts = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    norm: Tensor = DTensor.from_local(square, mesh, parts).full_tensor().sqrt().float()
+    return norm
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
