@@ -135,6 +135,20 @@ def under_fsdp2(mode, folder):
     assert all(type(state["exp_avg"]).__name__ == "DTensor" for state in optimizer.state.values())
 
 
+def sharded_after_construction(mode, folder):
+    """As accelerate prepares FSDP2: the optimizer comes first, and its groups get the sharded parameters later."""
+    model = build(mode)
+    optimizer = optimizer_of(model, mode)
+    names = {param: name for name, param in model.named_parameters()}
+    groups = [[names[param] for param in group["params"]] for group in optimizer.param_groups]
+    optimizer.load_state_dict(optimizer.state_dict())
+    fully_shard(model)
+    for group, of_group in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [model.get_parameter(name) for name in of_group]
+    train(model, optimizer, 0, STEPS)
+    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(mode)))
+
+
 def fp32_weights_under_fsdp2(mode, folder):
     model, optimizer = sharded(mode)
     train(model, optimizer, 0, 3)
@@ -221,6 +235,7 @@ CHECKS = [
     clipping_under_fsdp2,
     under_ddp,
     under_fsdp2,
+    sharded_after_construction,
     fp32_weights_under_fsdp2,
     checkpoint_of_one_process,
     checkpoint_of_two_processes,
