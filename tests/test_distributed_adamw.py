@@ -27,10 +27,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from fastft.optim.adamw import AdamW
 from fastft.optim.fp32_weights import load_fp32, save_fp32
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # told of one process, which is meant
+]
 MODES = {
     "fp32": (torch.float32, {"amsgrad": True}),
     "exact": (torch.bfloat16, {}),
+    "kahan": (torch.bfloat16, {"rounding": "kahan", "amsgrad": True}),
     "stochastic": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
 }
 STEPS = 6
@@ -221,13 +225,10 @@ def clipping_under_fsdp2(mode, folder):
     alone = build(mode)
     plain = optimizer_of(alone, mode)
     optimizer.max_grad_norm = plain.max_grad_norm = 0.1
-    train(model, optimizer, 0, 1)
-    train(alone, plain, 0, 1)
-    assert plain.grad_norm > 0.1
-    torch.testing.assert_close(optimizer.grad_norm, plain.grad_norm, rtol=1e-6, atol=0.0)
-    for name, param in model.named_parameters():
-        near = {"rtol": 1e-5, "atol": 1e-7} if param.dtype == torch.float32 else {}
-        torch.testing.assert_close(param.full_tensor(), alone.get_parameter(name), **near)
+    train(model, optimizer, 0, 3)
+    train(alone, plain, 0, 3)
+    assert plain.grad_norm > 0.1 and torch.equal(optimizer.grad_norm, plain.grad_norm)
+    assert_same_bits(snapshot(model, optimizer), snapshot(alone, plain))
 
 
 CHECKS = [
