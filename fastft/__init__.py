@@ -24,6 +24,7 @@ from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linea
 from fastft.loss.output_head import fused_loss
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import adamw, adamw_spec
+from fastft.optim.fp32_weights import load_fp32, save_fp32
 
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
@@ -45,8 +46,10 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_probs",
     "linear_token_loss",
+    "load_fp32",
     "pack",
     "plan_packs",
+    "save_fp32",
 ]
 
 

@@ -11,7 +11,17 @@ import torch
 import fastft
 from fastft.ops import OPERATORS
 
-OPTIONAL = ("transformers", "accelerate", "datasets", "triton", "numpy", "tokenizers", "peft")
+OPTIONAL = (
+    "transformers",
+    "accelerate",
+    "datasets",
+    "triton",
+    "numpy",
+    "tokenizers",
+    "peft",
+    "safetensors",
+    "huggingface_hub",
+)
 
 
 def test_import_needs_only_torch() -> None:

@@ -23,18 +23,12 @@ import torch
 from torch import Tensor
 
 from fastft import ops
+from fastft.optim import checkpoint
 from fastft.optim.adamw_plan import MOMENTS, Plan, new_state
 from fastft.optim.adamw_update import Rounding
 from fastft.optim.grad_norm import clip_factor, grad_norm
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
-
-
-class _Verbatim:
-    """Hides a saved state from `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
-
-    def __init__(self, entries: dict[str, Any]) -> None:
-        self.entries = entries
 
 
 class _Clipping(NamedTuple):
@@ -157,61 +151,36 @@ class AdamW(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["foreach"] = group["fused"] = None  # a checkpoint of torch's may say otherwise
-        amsgrad = {param: group["amsgrad"] for group in self.param_groups for param in group["params"]}
-        for param, entries in self.state.items():
-            if isinstance(entries, _Verbatim):
-                self.state[param] = self._restored(param, entries.entries, amsgrad.get(param, False))
-
-    def _restored(self, param: Tensor, saved: dict[str, Any], amsgrad: bool) -> dict[str, Any]:
-        """A saved state with our dtypes and the parameter's device and layout; unknown entries are kept as they are."""
-        if not saved:
-            return {}
-        if missing := {"step", "exp_avg", "exp_avg_sq"} - saved.keys():
-            names = ", ".join(sorted(missing))
-            raise ValueError(f"this is no AdamW state: {names} missing, found {', '.join(map(str, saved))}")
-        fresh = new_state(param, self.moments, self.rounding, amsgrad)
-        restored = {name: value for name, value in saved.items() if name not in ("remainder", "kahan")}
-        # a tensor of its own: plans replace it by a view
-        restored["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32)
-        for name in fresh.keys() - {"step"}:
-            template = fresh[name]
-            value = saved.get(name, template)
-            if value.shape != template.shape:
-                shapes = f"{tuple(value.shape)}, the parameter has {tuple(template.shape)}"
-                raise ValueError(f"the loaded {name} has shape {shapes}")
-            value = value.to(device=template.device, dtype=template.dtype)
-            restored[name] = value if value.stride() == template.stride() else template.copy_(value)
-        return restored
+        checkpoint.reveal(self)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; plain dicts, numbers and tensors, which `torch.load(weights_only=True)` reads."""
-        packed = super().state_dict()
-        states = {
-            key: dict(entries) if isinstance(entries, dict) else entries for key, entries in packed["state"].items()
-        }
-        return {**packed, "state": states}
+        """As torch's; a `remainder` has its 16 bits under the dtype bfloat16, which every backend of FSDP sends."""
+        return checkpoint.packed(super().state_dict())
+
+    @torch._disable_dynamo
+    def torch_state_dict(self) -> dict[str, Any]:
+        """What `torch.optim.AdamW` continues from: fp32 moments, and nothing that torch does not know.
+
+        The weights are the model's own; those of bf16 parameters lose what rounding kept for them, unless the model
+        takes `save_fp32`'s. On loading, torch casts the moments to the dtype of its parameters.
+        """
+        return checkpoint.for_torch(super().state_dict())
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class or of `torch.optim.AdamW`, whose 16-bit moments become fp32.
+        """Loads a state dict of this class, `torch.optim.AdamW`, bitsandbytes, apex or TransformerEngine.
 
+        What is read of each: checkpoint.py. Moments become what `moments` says; fp32 masters overwrite the parameters.
         As with torch, tensors which need no conversion are shared with `state_dict`, not copied.
 
         Raises:
             ValueError: groups or shapes which do not fit this optimizer.
         """
+        checkpoint.load(self, state_dict, _check_group, self._new_state)
 
-        def hide(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            for group in loaded["param_groups"]:
-                _check_group({**self.defaults, **group})
-            return {**loaded, "state": {key: _Verbatim(entries) for key, entries in loaded["state"].items()}}
-
-        handle = self.register_load_state_dict_pre_hook(hide)  # the last one: the user's hooks see real states
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
+    def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return new_state(param, self.moments, self.rounding, group["amsgrad"])
 
     @torch._disable_dynamo
     @torch.no_grad()

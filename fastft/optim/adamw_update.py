@@ -123,12 +123,12 @@ def _adamw_reference(
             torch.maximum(w, v, out=w)
         root = (largest[0] if largest else v).double().sqrt().float()  # torch's fp32 sqrt may be off by a last place
         denominator = root / correction2_sqrt + eps
-        result = _load(param, residue, kept_as) * decay + (m * negative_step) / denominator
+        result = load_value(param, residue) * decay + (m * negative_step) / denominator
 
         def bits(stream: int) -> Tensor:
             return random_bits(first, param.numel(), int(step), stream, seed, param.device)  # noqa: B023
 
-        _store(result, param, residue, bits(0) if kept_as == Rounding.STOCHASTIC else None)
+        store_value(result, param, residue, bits(0) if kept_as == Rounding.STOCHASTIC else None)
         for stream, (moment, value) in enumerate(zip(moments, (m, v, *largest), strict=True), 1):
             if moment is not value:
                 _round_stochastic(value, bits(stream), moment)
@@ -139,13 +139,15 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
     return (a.double() * b + c).float()
 
 
-def _load(param: Tensor, residue: Tensor | None, kept_as: int) -> Tensor:
+def load_value(param: Tensor, residue: Tensor | None) -> Tensor:
+    """The fp32 value of a parameter with its int16 remainder, its bf16 compensation, or neither."""
     if residue is None:
         return param.float()
-    return join_master(param, residue) if kept_as == Rounding.EXACT else param.float() + residue.float()
+    return join_master(param, residue) if residue.dtype == torch.int16 else param.float() + residue.float()
 
 
-def _store(result: Tensor, param: Tensor, residue: Tensor | None, bits: Tensor | None) -> None:
+def store_value(result: Tensor, param: Tensor, residue: Tensor | None, bits: Tensor | None = None) -> None:
+    """Writes an fp32 value into a parameter and what it is kept with; `bits` round it stochastically."""
     if bits is not None:
         _round_stochastic(result, bits, param)
     elif residue is None:

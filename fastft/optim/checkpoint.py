@@ -1,0 +1,232 @@
+"""Loading optimizer states: without a lost bit, and from the optimizers whose checkpoints people have.
+
+`torch.optim.Optimizer.load_state_dict` casts every state to its parameter's dtype; here each state keeps the dtype that
+it has in training. What is read, beside our own state dicts:
+
+    torch.optim.AdamW       any dtype, fused, foreach or neither, with amsgrad
+    bitsandbytes AdamW*     32-bit and block-wise 8-bit `state1`, `state2`, nested or not: qmap[code] * absmax[block]
+    apex FusedAdam          `step` in the group; masters as a list `master` of the group, or FP16_Optimizer's own dict
+    TransformerEngine       `master_param`: the fp32 master, or the int16 remainder, which is ours
+
+Where a checkpoint has masters, they overwrite the parameters (of which the model's file has the roundings).
+
+A state dict holds the 16 bits of a `remainder` under the dtype bfloat16: neither gloo nor NCCL sends int16, so that
+FSDP could not gather it, and torch's own optimizers would cast it. Loading takes either dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.optim.adamw_update import RESIDUES, store_value
+
+_NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
+_RESIDUES = {name for name, _ in RESIDUES.values()}  # what an optimizer of another `rounding` has no use for
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_OWN_OPTIONS = ("seed",)
+_BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
+
+
+class _Verbatim:
+    """Hides a restored state from `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        self.entries = entries
+
+
+def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those of the optimizer."""
+
+    def entries_of(state: Any) -> Any:
+        if not isinstance(state, dict):
+            return state
+        if "remainder" in state:
+            state = {**state, "remainder": _reinterpreted(state["remainder"], torch.bfloat16)}
+        return dict(state)
+
+    return {**state_dict, "state": {key: entries_of(state) for key, state in state_dict["state"].items()}}
+
+
+def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` with fp32 moments and torch's own entries only."""
+    state = {
+        key: {name: value.float() for name, value in entries.items() if name in ("step", *_MOMENTS)}
+        for key, entries in state_dict["state"].items()
+    }
+    groups = [{k: v for k, v in group.items() if k not in _OWN_OPTIONS} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def load(
+    optimizer: torch.optim.Optimizer,
+    state_dict: dict[str, Any],
+    check_group: Callable[[dict[str, Any]], None],
+    new_state: Callable[[Tensor, dict[str, Any]], dict[str, Any]],
+) -> None:
+    """What `optimizer.load_state_dict(state_dict)` does; nothing changes where it raises.
+
+    `check_group` raises on a group that `optimizer` cannot follow; `new_state(param, group)` makes a parameter's state,
+    which gives names, shapes, dtypes and devices.
+    """
+    masters: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+
+    def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+        loaded = _of_apex(loaded)
+        state = dict(loaded["state"])
+        # a group more or less, or other sizes: torch raises after this
+        for saved_group, group in zip(loaded["param_groups"], optimizer.param_groups, strict=False):
+            whole_group = {**optimizer.defaults, **saved_group}
+            check_group(whole_group)
+            for position, (key, param) in enumerate(zip(saved_group["params"], group["params"], strict=False)):
+                entries, master = _torch_form(state.get(key, {}), saved_group, position)
+                if entries:
+                    state[key] = _Verbatim(_restored(entries, new_state(param, whole_group), f"parameter {key}"))
+                    if master is not None:
+                        _same_shape(master, param, "master", f"parameter {key}")
+                        masters.append((param, master, state[key].entries))
+        return {**loaded, "state": state, "param_groups": [_without_apex(group) for group in loaded["param_groups"]]}
+
+    handle = optimizer.register_load_state_dict_pre_hook(restore)  # the last one: the user's hooks see the file's form
+    try:
+        torch.optim.Optimizer.load_state_dict(optimizer, state_dict)
+    finally:
+        handle.remove()
+    for param, master, entries in masters:
+        write_master(param, master, entries)
+
+
+def reveal(optimizer: torch.optim.Optimizer) -> None:
+    """Puts the states that `load` has hidden into place; for `__setstate__`, after which the user's hooks run."""
+    for param, entries in optimizer.state.items():
+        if isinstance(entries, _Verbatim):
+            optimizer.state[param] = entries.entries
+
+
+@torch.no_grad()
+def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
+    """Sets a parameter, and what `state` keeps with it, to an fp32 master. All may be DTensors."""
+    parts = (_placed_like(master.float(), param), param, residue_of(state))
+    store_value(*(local(part) for part in parts))
+
+
+def residue_of(state: dict[str, Any]) -> Any:
+    """What a state keeps of its parameter's bits: the remainder, the compensation, or None."""
+    return next((state[name] for name in _RESIDUES if name in state), None)
+
+
+def local(tensor: Any) -> Any:
+    """This rank's part of a DTensor; anything else as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
+    """The state dict inside that of apex's FP16_Optimizer, whose masters go into their groups."""
+    if "optimizer_state_dict" not in loaded or "fp32_from_fp16" not in loaded:
+        return loaded
+    inner, masters = loaded["optimizer_state_dict"], loaded["fp32_from_fp16"]
+    groups = [{**group, "master": of_group} for group, of_group in zip(inner["param_groups"], masters, strict=True)]
+    return {**inner, "param_groups": groups}
+
+
+def _without_apex(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("step", "master", "bias_correction")}
+
+
+def _torch_form(saved: dict[str, Any], group: dict[str, Any], position: int) -> tuple[dict[str, Any], Tensor | None]:
+    """A parameter's saved state under torch's names, and its fp32 master where the checkpoint has one."""
+    if not saved:
+        return {}, None
+    if not group.get("bias_correction", True):
+        raise ValueError("the checkpoint was trained with bias_correction=False, which AdamW does not do")
+    entries = {**saved, **saved.get(_NESTED_BY_BITSANDBYTES, {})}
+    entries.pop(_NESTED_BY_BITSANDBYTES, None)
+    if "state1" in entries:
+        entries = _of_bitsandbytes(entries)
+    if "step" not in entries and "step" in group:
+        entries["step"] = group["step"]
+    masters = group.get("master")
+    if masters is not None and len(masters) != len(group["params"]):
+        raise ValueError(f"the checkpoint has {len(masters)} masters for a group of {len(group['params'])} parameters")
+    master = entries.pop("master_param", None if masters is None else masters[position])
+    if master is not None and master.dtype == torch.int16:
+        entries["remainder"], master = master, None
+    if missing := {"step", "exp_avg", "exp_avg_sq"} - entries.keys():
+        found = ", ".join(map(str, entries))
+        raise ValueError(f"this is no AdamW state: {', '.join(sorted(missing))} missing, found {found}")
+    return entries, master
+
+
+def _of_bitsandbytes(entries: dict[str, Any]) -> dict[str, Any]:
+    if "state2" not in entries:
+        raise ValueError("this is a bitsandbytes optimizer with one moment, not AdamW: it has state1 and no state2")
+    return {
+        "step": entries["step"],
+        "exp_avg": _dequantised(entries, "1"),
+        "exp_avg_sq": _dequantised(entries, "2"),
+    }
+
+
+def _dequantised(entries: dict[str, Any], number: str) -> Tensor:
+    codes: Tensor = entries["state" + number]
+    if codes.dtype != torch.uint8:
+        return codes
+    if missing := {"qmap" + number, "absmax" + number} - entries.keys():
+        raise ValueError(f"the 8-bit bitsandbytes state lacks {', '.join(sorted(missing))}: it is not block-wise")
+    scale: Tensor = entries["absmax" + number].float()
+    block = next((size for size in _BLOCK_SIZES if -(-codes.numel() // size) == scale.numel()), None)
+    if block is None:
+        raise ValueError(f"absmax{number} has {scale.numel()} blocks for {codes.numel()} elements")
+    values = entries["qmap" + number].float()[codes.flatten().int()]
+    return (values * scale.repeat_interleave(block)[: values.numel()]).view(codes.shape)
+
+
+def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[str, Any]:
+    """`fresh` with the saved values, in its own dtypes, devices and layouts; unknown entries come as they are."""
+    for name, value in saved.items():
+        if name == "step":
+            fresh["step"] = torch.tensor(float(value), dtype=torch.float32)  # of its own: plans replace it by a view
+        elif name not in fresh:
+            if name not in _RESIDUES:
+                fresh[name] = value
+        else:
+            template = fresh[name]
+            if name == "remainder" and value.dtype == torch.bfloat16:
+                value = _reinterpreted(value, torch.int16)
+            _same_shape(value, template, name, owner)
+            value = _placed_like(value.to(device=template.device, dtype=template.dtype), template)
+            fresh[name] = value if value.stride() == template.stride() else template.copy_(value)
+    return fresh
+
+
+def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:
+    if value.shape != template.shape:
+        shapes = f"{tuple(value.shape)}, the parameter has {tuple(template.shape)}"
+        raise ValueError(f"the loaded {name} of {owner} has shape {shapes}")
+
+
+def sharded_like(part: Tensor, template: Any) -> Tensor:
+    """`part` itself, or where `template` is a DTensor a DTensor of its shape with `part` as this rank's."""
+    if not hasattr(template, "to_local"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    layout = {"shape": template.shape, "stride": template.stride()}
+    return DTensor.from_local(part, template.device_mesh, template.placements, **layout)
+
+
+def _reinterpreted(tensor: Any, dtype: torch.dtype) -> Tensor:
+    """The same bits under another dtype of the same size."""
+    return sharded_like(local(tensor).view(dtype), tensor)
+
+
+def _placed_like(value: Tensor, template: Any) -> Tensor:
+    """A whole tensor cut as the DTensor `template` is; all else as it came."""
+    if not hasattr(template, "device_mesh") or hasattr(value, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, template.device_mesh, template.placements)

@@ -1,0 +1,194 @@
+"""The exact fp32 weights of a model trained in bf16, as safetensors: a bf16 parameter and the 16 bits of its remainder.
+
+The files are those of `save_pretrained` (`model.safetensors`, or shards with an index), the keys those of
+`model.state_dict()`, so that a program which knows nothing of fastft reads the masters. At most one shard is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_update import load_value
+from fastft.optim.checkpoint import local, residue_of, sharded_like, write_master
+
+
+def save_fp32(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    path: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes every weight as the optimizer knows it, in fp32, under the model's own keys.
+
+    Of 16-bit parameters without a remainder (frozen, or of another `rounding`) the values are written as fp32; tensors
+    of other dtypes are written as they are, tied weights once. Under FSDP2 every rank must call this; rank 0 writes.
+
+    Args:
+        model: the model that is trained; DistributedDataParallel and torch.compile are looked through.
+        optimizer: the AdamW that trains it, or accelerate's wrapper around it.
+        path: a folder, made if need be; weights that are there under the same file names are replaced. It holds weights
+            only: `from_pretrained` also wants `model.config.save_pretrained(path)`.
+        max_shard_size: bytes of a file, or a string such as "5GB".
+
+    Raises:
+        TypeError: `optimizer` is not fastft's AdamW.
+        ValueError: `optimizer` trains no parameter of `model`.
+        ImportError: huggingface_hub or safetensors is missing.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    model, adamw = _unwrapped(model), _adamw(optimizer)
+    tensors = _by_name(model)
+    _check_trained(adamw, list(tensors.values()))
+    sizes = {names[0]: _as_saved(torch.empty_like(tensor, device="meta")) for names, tensor in _untied(model, tensors)}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    writes = not distributed or torch.distributed.get_rank() == 0
+    folder = Path(path)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_weights(folder)
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: _master(tensors[name], adamw) for name in names}  # a collective where tensors are sharded
+        if writes:
+            save_file(shard, folder / file, metadata={"format": "pt"})
+    if writes and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@torch.no_grad()
+def load_fp32(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> None:
+    """Restores what `save_fp32` wrote: each weight and, of a bf16 parameter with `rounding="exact"`, its remainder.
+
+    The moments come from `optimizer.load_state_dict`, before or after; without it they start from zero.
+
+    Args:
+        model: of the same keys and shapes, in bf16 or fp32. An fp32 model takes the masters as they are.
+        optimizer: the AdamW that will train it, or accelerate's wrapper around it.
+        path: the folder.
+
+    Raises:
+        FileNotFoundError: there are no weights in the folder.
+        TypeError: `optimizer` is not fastft's AdamW.
+        ValueError: `optimizer` trains no parameter of `model`, or keys or shapes differ; nothing has changed then.
+    """
+    from safetensors import safe_open
+
+    model, adamw = _unwrapped(model), _adamw(optimizer)
+    tensors = _by_name(model)
+    _check_trained(adamw, list(tensors.values()))
+    shapes, file_of = _read_headers(Path(path))
+    untied = _untied(model, tensors)
+    chosen = [(next((name for name in names if name in shapes), names[0]), tensor) for names, tensor in untied]
+    missing = [name for name, _ in chosen if name not in shapes]
+    unknown = sorted(shapes.keys() - tensors.keys())
+    if missing or unknown:
+        raise ValueError(f"the weights in {path} do not fit the model: missing {missing}, unknown {unknown}")
+    for name, tensor in chosen:
+        if shapes[name] != tuple(tensor.shape):
+            raise ValueError(f"{name} has shape {shapes[name]} in {path} and {tuple(tensor.shape)} in the model")
+    group_of = {param: group for group in adamw.param_groups for param in group["params"]}
+    for file in sorted(set(file_of.values())):
+        with safe_open(file, framework="pt") as weights:
+            for name, tensor in chosen:
+                if file_of[name] == file:
+                    state = _state(tensor, adamw, group_of[tensor]) if tensor in group_of else {}
+                    write_master(tensor, weights.get_tensor(name).to(tensor.device), state)
+
+
+def _adamw(optimizer: Any) -> AdamW:
+    while not isinstance(optimizer, AdamW) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, AdamW):
+        raise TypeError(f"optimizer must be fastft's AdamW or a wrapper around it, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _unwrapped(model: Any) -> torch.nn.Module:
+    while hasattr(model, "_orig_mod") or isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    whole: torch.nn.Module = model
+    return whole
+
+
+def _by_name(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The tensors of the model's state dict, tied ones under each of their names."""
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
+def _check_trained(optimizer: AdamW, tensors: list[Tensor]) -> None:
+    known = set(map(id, tensors))
+    if not any(id(param) in known for group in optimizer.param_groups for param in group["params"]):
+        raise ValueError("optimizer trains no parameter of model: is it another model's optimizer?")
+
+
+def _untied(model: Any, tensors: dict[str, Tensor]) -> list[tuple[list[str], Tensor]]:
+    """Each distinct tensor with its names, first the one which `save_pretrained` keeps."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    return [
+        (ordered, tensors[ordered[0]])
+        for names in names_of.values()
+        if (ordered := sorted(names, key=tied.__contains__))
+    ]
+
+
+def _as_saved(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+@torch.no_grad()
+def _master(tensor: Any, optimizer: AdamW) -> Tensor:
+    """A copy on the CPU of a whole tensor, with the bits of its remainder."""
+    residue = residue_of(optimizer.state[tensor]) if tensor in optimizer.state else None
+    if residue is None:
+        master = _as_saved(tensor.detach())
+    else:
+        master = sharded_like(load_value(local(tensor.detach()), local(residue)), tensor)
+    whole: Tensor = master.full_tensor() if hasattr(master, "full_tensor") else master
+    return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _remove_weights(folder: Path) -> None:
+    for file in folder.iterdir():
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name):
+            file.unlink()
+
+
+def _read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
+    """Shape and file of every saved tensor."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    )
+    if absent := [name for name in names if not (folder / name).exists()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which save_fp32 writes")
+    shapes, file_of = {}, {}
+    for file in (folder / name for name in names):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():
+                shapes[name], file_of[name] = tuple(weights.get_slice(name).get_shape()), file
+    return shapes, file_of
+
+
+def _state(param: Tensor, optimizer: AdamW, group: dict[str, Any]) -> dict[str, Any]:
+    """The parameter's state, made where there was no step yet: a residue needs a place."""
+    if param not in optimizer.state:
+        optimizer.state[param] = optimizer._new_state(param, group)
+    state: dict[str, Any] = optimizer.state[param]
+    return state

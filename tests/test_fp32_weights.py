@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastft
+from fastft.optim.adamw import AdamW
+
+transformers = pytest.importorskip("transformers")
+
+
+class Tiny(torch.nn.Module):
+    """Tied weights, a frozen part, one fp32 parameter, and buffers of both kinds."""
+
+    def __init__(self, dtype=torch.bfloat16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(13, 8)
+        self.middle = torch.nn.Linear(8, 8)
+        self.frozen = torch.nn.Linear(8, 8).requires_grad_(False)
+        self.head = torch.nn.Linear(8, 13, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("count", torch.tensor(7))
+        self.to(torch.bfloat16).to(dtype)
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def loss(self, tokens):
+        hidden_states = self.embed(tokens)
+        hidden_states = self.frozen(self.middle(hidden_states).tanh())
+        logits = self.head(hidden_states) * self.gain
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+
+def gradients_of(model, tokens):
+    model.loss(tokens).backward()
+    return [param.grad for param in model.parameters() if param.requires_grad]
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 13, (4, 6), generator=generator) for _ in range(count)]
+
+
+def trainable(model):
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+def train(model, optimizer, steps):
+    for tokens in steps:
+        optimizer.zero_grad()
+        model.loss(tokens).backward()
+        optimizer.step()
+
+
+def trained(steps=5):
+    model = Tiny()
+    optimizer = AdamW(trainable(model), lr=1e-3)
+    train(model, optimizer, batches(steps))
+    return model, optimizer
+
+
+def weights_in(folder):
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def assert_same_bits(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]), name
+
+
+def test_the_file_holds_what_fp32_training_would_have(tmp_path):
+    model, wide = Tiny(), Tiny(torch.float32)
+    ours, fp32 = AdamW(trainable(model), lr=1e-3), AdamW(trainable(wide), lr=1e-3)
+    for tokens in batches(20):
+        for param, twin, grad in zip(trainable(model), trainable(wide), gradients_of(model, tokens), strict=True):
+            param.grad, twin.grad = grad, grad.float()
+        for optimizer in (ours, fp32):
+            optimizer.step()
+            optimizer.zero_grad()
+    fastft.save_fp32(model, ours, tmp_path)
+    expected = {name: value for name, value in wide.state_dict().items() if name != "head.weight"}  # which is tied
+    assert_same_bits(weights_in(tmp_path), expected)
+
+
+@pytest.mark.parametrize("order", ["states first", "weights first", "states without remainders"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", 300])
+def test_continuing_equals_never_having_stopped(order, max_shard_size, tmp_path):
+    model, optimizer = trained()
+    fastft.save_fp32(model, optimizer, tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == 300)
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = Tiny()
+    resumed = AdamW(trainable(again), lr=1e-3)
+    if order == "weights first":
+        fastft.load_fp32(again, resumed, tmp_path)
+    if order == "states without remainders":
+        for state in saved["state"].values():
+            state.pop("remainder", None)
+    resumed.load_state_dict(saved)
+    if order != "weights first":
+        fastft.load_fp32(again, resumed, tmp_path)
+    train(model, optimizer, batches(9)[5:])
+    train(again, resumed, batches(9)[5:])
+    assert_same_bits(again.state_dict(), model.state_dict())
+    for mine, whole in zip(resumed.state.values(), optimizer.state.values(), strict=True):
+        assert_same_bits(mine, whole)
+
+
+def test_a_fresh_optimizer_takes_the_remainders(tmp_path):
+    model, optimizer = trained()
+    fastft.save_fp32(model, optimizer, tmp_path / "new" / "folder")
+    again = Tiny()
+    resumed = AdamW(trainable(again))
+    fastft.load_fp32(again, resumed, tmp_path / "new" / "folder")
+    assert_same_bits(again.state_dict(), model.state_dict())
+    for mine, whole in zip(trainable(again), trainable(model), strict=True):
+        if mine.dtype == torch.bfloat16:
+            assert torch.equal(resumed.state[mine]["remainder"], optimizer.state[whole]["remainder"])
+            assert resumed.state[mine]["step"] == 0 and not resumed.state[mine]["exp_avg"].any()
+    train(again, resumed, batches(1))
+
+
+@pytest.mark.parametrize("rounding", ["kahan", "stochastic", "nearest"])
+def test_other_roundings(rounding, tmp_path):
+    model = Tiny()
+    optimizer = AdamW(trainable(model)[1:], rounding=rounding)  # the first one is fp32
+    train(model, optimizer, batches(3))
+    fastft.save_fp32(model, optimizer, tmp_path)
+    saved = weights_in(tmp_path)
+    for name, param in model.named_parameters():
+        kept = optimizer.state[param].get("kahan") if param in optimizer.state else None
+        assert torch.equal(saved[name], param.float() if kept is None else param.float() + kept.float())
+    again = Tiny()
+    resumed = AdamW(trainable(again)[1:], rounding=rounding)
+    fastft.load_fp32(again, resumed, tmp_path)
+    if rounding != "kahan":  # where a compensation of half a last place may change sides; the sum is the same
+        assert_same_bits(again.state_dict(), model.state_dict())
+    fastft.save_fp32(again, resumed, tmp_path / "again")
+    assert_same_bits(weights_in(tmp_path / "again"), saved)
+
+
+def test_an_fp32_model_takes_the_masters(tmp_path):
+    model, optimizer = trained()
+    fastft.save_fp32(model, optimizer, tmp_path)
+    wide = Tiny(torch.float32)
+    fastft.load_fp32(wide, AdamW(trainable(wide)), tmp_path)
+    saved = weights_in(tmp_path)
+    assert_same_bits({name: value for name, value in wide.state_dict().items() if name in saved}, saved)
+    assert not torch.equal(wide.embed.weight, model.embed.weight)
+
+
+def test_shards_are_small_and_replaced(tmp_path):
+    model, optimizer = trained()
+    (tmp_path / "notes.txt").write_text("kept")
+    fastft.save_fp32(model, optimizer, tmp_path, max_shard_size=300)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in tmp_path.glob("*.safetensors")}
+    sizes = [sum(t.nbytes for t in load_file(file).values()) for file in tmp_path.glob("*.safetensors")]
+    assert len(sizes) > 1 and sum(sizes) == index["metadata"]["total_size"]
+    assert sum(size > 300 for size in sizes) == 1  # the embedding alone is larger
+    fastft.save_fp32(model, optimizer, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "notes.txt"]
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_from_pretrained_reads_it(tie, tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tie,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).bfloat16()
+    optimizer, _ = fastft.adamw(model, lr=1e-3)
+    tokens = torch.arange(24).view(2, 12)
+    for _ in range(3):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    names = weights_in(tmp_path).keys()
+    fastft.save_fp32(torch.compile(model), optimizer, tmp_path)  # through the wrapper, over the bf16 file
+    saved = weights_in(tmp_path)
+    assert saved.keys() == names and {value.dtype for value in saved.values()} == {torch.float32}
+    wide = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert_same_bits({name: value for name, value in wide.state_dict().items() if name in saved}, saved)
+    narrow = {name: value.bfloat16() for name, value in saved.items()}
+    ties = {name: (value.view(torch.int32) & 0xFFFF) == 0x8000 for name, value in saved.items()}
+    for name, value in model.state_dict().items():
+        if name in saved:
+            assert torch.equal(value[~ties[name]], narrow[name][~ties[name]])
+
+
+def test_through_accelerates_wrapper(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, optimizer = trained()
+    fastft.save_fp32(model, optimizer, tmp_path / "plain")
+    prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    fastft.save_fp32(model, prepared, tmp_path / "wrapped")
+    assert_same_bits(weights_in(tmp_path / "wrapped"), weights_in(tmp_path / "plain"))
+    fastft.load_fp32(model, prepared, tmp_path / "plain")
+
+
+def test_bad_input(tmp_path):
+    model, optimizer = trained(1)
+    with pytest.raises(TypeError, match=r"fastft's AdamW.*got SGD"):
+        fastft.save_fp32(model, torch.optim.SGD(trainable(model)), tmp_path)
+    with pytest.raises(ValueError, match="no parameter of model"):
+        fastft.save_fp32(Tiny(), optimizer, tmp_path)
+    with pytest.raises(ValueError, match="no parameter of model"):
+        fastft.load_fp32(Tiny(), optimizer, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
+        fastft.load_fp32(model, optimizer, tmp_path)
+    fastft.save_fp32(model, optimizer, tmp_path)
+    before, good = copy.deepcopy(model.state_dict()), load_file(tmp_path / "model.safetensors")
+    bad = {
+        r"missing \['gain'\], unknown \[\]": {name: value for name, value in good.items() if name != "gain"},
+        r"missing \[\], unknown \['extra'\]": {**good, "extra": torch.ones(1)},
+        r"middle.bias has shape \(9,\).*\(8,\) in the model": {**good, "middle.bias": torch.ones(9)},
+    }
+    for sentence, tensors in bad.items():
+        save_file({name: torch.zeros_like(value) for name, value in tensors.items()}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=sentence):
+            fastft.load_fp32(model, optimizer, tmp_path)
+    assert_same_bits(model.state_dict(), before)
