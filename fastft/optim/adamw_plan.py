@@ -154,6 +154,8 @@ class _Part:
         self.params = [_local(param) for param in self.originals]
         self.dtypes = [param.dtype for param in self.params]
         states = [plan.states[i] for i in chosen]
+        self.steps = [state["step"] for state in states]
+        self.step_pointers = [step.data_ptr() for step in self.steps]
         self.exp_avgs = [_local(state["exp_avg"]) for state in states]
         self.exp_avg_sqs = [_local(state["exp_avg_sq"]) for state in states]
         rows = [table[i] for i in chosen]
@@ -176,10 +178,13 @@ class _Part:
             weakref.finalize(self, _release, self.bound)
 
     def holds(self) -> bool:
-        """Whether shards and, where no C++ plan looks at them, dtypes are those of before."""
+        """Whether shards and, where the C++ engine does not look over all memory, dtypes and counts are as before."""
         if self.originals[0] is not self.params[0] and not all(map(is_, map(_local, self.originals), self.params)):
             return False
-        return self.bound is not None or [param.dtype for param in self.params] == self.dtypes
+        return self.bound is not None or (
+            [param.dtype for param in self.params] == self.dtypes
+            and [step.data_ptr() for step in self.steps] == self.step_pointers
+        )
 
     def step(self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int) -> bool:
         """Updates; False, with nothing done, if what is bound has other memory than before."""
