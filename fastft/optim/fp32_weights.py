@@ -190,6 +190,7 @@ def _read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, P
 def _state(param: Tensor, optimizer: AdamW) -> dict[str, Any]:
     """The parameter's state, made where there was no step yet: a residue needs a place."""
     if param not in optimizer.state:
-        optimizer.state[param] = new_state(param, optimizer.moments, optimizer.rounding, amsgrad=False)
+        (group,) = (group for group in optimizer.param_groups if any(member is param for member in group["params"]))
+        optimizer.state[param] = new_state(param, group["moments"], optimizer.rounding, amsgrad=False)
     state: dict[str, Any] = optimizer.state[param]
     return state
