@@ -5,14 +5,14 @@
 #include "adamw_math.h"
 #include "isa.h"
 #include "moments_8bit.h"
-#include "philox.h"
+#include "philox_lanes.h"
 
 namespace {
-constexpr int kBlock = 512, kLanes = 16, kGroup = 8 * kLanes;  // kGroup elements' random bits are made at once
+constexpr int kBlock = 512;  // elements
 
-struct Block {
+struct alignas(64) Block {
   float param[kBlock], grad[kBlock], exp_avg[kBlock], exp_avg_sq[kBlock], max_exp_avg_sq[kBlock];
-  uint16_t bits[kBlock + kGroup];
+  uint16_t bits[kBlock + kPhiloxGroup];
 };
 
 struct Random {
@@ -21,9 +21,8 @@ struct Random {
 
   // The bits of `n` elements.
   const uint16_t* draw(uint32_t stream, int n, uint16_t* bits) const {
-    const int skip = int(first % kGroup);
-    for (int i = 0; i < skip + n; i += kGroup)
-      philox_bits<kLanes>((first - skip + i) / 8, step, stream, seed, bits + i);
+    const int skip = int(first % kPhiloxGroup);
+    for (int i = 0; i < skip + n; i += kPhiloxGroup) philox_group(first - skip + i, step, stream, seed, bits + i);
     return bits + skip;
   }
 };
@@ -112,7 +111,7 @@ void decode_moments(const AdamwTensor& t, int64_t i, int n, Block& block) {
 }
 
 void encode_moments(const AdamwTensor& t, int64_t i, int n, const Random& random, Block& block) {
-  uint16_t sq_buffer[kBlock + kGroup];
+  uint16_t sq_buffer[kBlock + kPhiloxGroup];
   const uint16_t* bits = random.draw(kStreamExpAvg, n, block.bits);
   const uint16_t* sq_bits = random.draw(kStreamExpAvgSq, n, sq_buffer);
   each_moment_block(t, i, n, [&](int from, int size, int64_t scale) {

@@ -252,20 +252,14 @@ class Launcher {
 };
 
 void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
-  FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
-  const fastft::TensorList params(stack[0]), grads(stack[1]), exp_avgs(stack[2]), exp_avg_sqs(stack[3]),
-      max_exp_avg_sqs(stack[4]), residues(stack[5]);
-  const fastft::Tensor table(stack[6]);
-  fastft::AdamwTensors tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
-  const fastft::AdamwStep step(stack + 7, tensors);
-  const int64_t misfit = tensors.take(grads);
-  FT_CHECK(misfit < 0, "adamw_: gradient %d has not its parameter's dtype, shape, strides and device", int(misfit));
+  const fastft::AdamwCall call(stack, nargs);
+  const fastft::AdamwTensors& tensors = call.tensors;
   if (tensors.rows.empty()) return;
-  FT_CHECK(step.grad_factor.device_index() == tensors.device_index, "adamw_: grad_factor is on another device");
+  FT_CHECK(call.step.grad_factor.device_index() == tensors.device_index, "adamw_: grad_factor is on another device");
   const DeviceGuard guard(tensors.device_index);
   void* stream = nullptr;
   FT_CALL(aoti_torch_get_current_cuda_stream(tensors.device_index, &stream));
-  Launcher launcher(static_cast<cudaStream_t>(stream), step);
+  Launcher launcher(static_cast<cudaStream_t>(stream), call.step);
   for (const AdamwTensor& tensor : tensors.rows) launcher.add(tensor);
   launcher.launch();
 }

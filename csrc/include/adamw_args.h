@@ -30,11 +30,9 @@ class AdamwTensors {
   int32_t device_index = -1;
   int64_t hyper_rows = 0;
 
-  // Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, Tensor[] residues, Tensor table;
-  // `takes_8bit`: the kernel does.
+  // Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, Tensor[] residues, Tensor table
   AdamwTensors(const TensorList& params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-               const TensorList& max_exp_avg_sqs, const TensorList& residues, const Tensor& table,
-               bool takes_8bit = false) {
+               const TensorList& max_exp_avg_sqs, const TensorList& residues, const Tensor& table) {
     const size_t n = params.size;
     FT_CHECK(exp_avgs.size == n && exp_avg_sqs.size == n, "adamw_: lists of %zu, %zu and %zu tensors", n, exp_avgs.size,
              exp_avg_sqs.size);
@@ -51,7 +49,6 @@ class AdamwTensors {
       FT_CHECK(!keeps || next_residue < residues.size, "adamw_: bfloat16 tensor %zu has no residue", i);
       Tensor exp_avg = exp_avgs[i];
       const bool coded = exp_avg.dtype() == aoti_torch_dtype_int8();
-      FT_CHECK(!coded || takes_8bit, "adamw_: tensor %zu: this engine has no kernel for 8-bit moments", i);
       FT_CHECK(!coded || next_residue + keeps + 2 <= residues.size, "adamw_: tensor %zu has no scales", i);
       const auto next = [&](bool there, const TensorList& list, size_t& index) {
         return there ? list[index++] : Tensor(StableIValue(0));
@@ -133,6 +130,7 @@ class AdamwTensors {
 
   AdamwTensor check_8bit(size_t i, Kept& kept, AdamwRounding rounding) {
     AdamwTensor row = check(i, kept, rounding, aoti_torch_dtype_int8(), aoti_torch_dtype_uint8());
+    FT_CHECK(device_index < 0, "adamw_: tensor %zu: there is no CUDA kernel for 8-bit moments", i);
     FT_CHECK(kept.param.dim() > 1 && kept.param.contiguous() && kept.exp_avg.contiguous() && !row.max_exp_avg_sq,
              "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of two dimensions without amsgrad", i);
     row.columns = row.numel ? row.numel / kept.param.size(0) : 0;
@@ -188,5 +186,30 @@ struct AdamwStep {
              "adamw_: grad_factor must be one float32");
   }
   const AdamwHyper* rows() const { return static_cast<const AdamwHyper*>(hyper.data()); }
+};
+
+// adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
+//        Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed)
+struct AdamwCall {
+  TensorList params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues;
+  Tensor table;
+  AdamwTensors tensors;
+  AdamwStep step;
+
+  AdamwCall(const StableIValue* stack, uint64_t nargs)
+      : params(stack[0]),
+        grads(stack[1]),
+        exp_avgs(stack[2]),
+        exp_avg_sqs(stack[3]),
+        max_exp_avg_sqs(stack[4]),
+        residues(stack[5]),
+        table(stack[6]),
+        tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table),
+        step(stack + 7, tensors) {
+    FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
+    const int64_t misfit = tensors.take(grads);
+    FT_CHECK(misfit < 0, "adamw_: gradient %d does not have its parameter's dtype, shape, strides and device",
+             int(misfit));
+  }
 };
 }  // namespace fastft

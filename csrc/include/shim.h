@@ -42,6 +42,7 @@ AOTITorchError aoti_torch_get_stride(AtenTensorHandle, int64_t, int64_t*);
 AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle, bool*);
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t*);
 int32_t aoti_torch_dtype_float32();
+int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_int8();
