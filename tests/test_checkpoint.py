@@ -64,6 +64,7 @@ MODES = {
     "kahan": (torch.bfloat16, {"rounding": "kahan"}),
     "stochastic": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
     "nearest": (torch.bfloat16, {"rounding": "nearest"}),
+    "8bit": (torch.bfloat16, {"moments": "8bit"}),
 }
 
 
@@ -107,17 +108,21 @@ def test_accelerate_prepares_without_a_loss(mode, steps):
 @pytest.mark.parametrize("mode", MODES)
 def test_from_one_mode_to_another(mode):
     # what the other mode has is taken, what only this one has starts from zero, the rest is dropped
-    saved = AdamW(start(torch.bfloat16), amsgrad=True)
-    train(saved, gradients(2))
     dtype, options = MODES[mode]
+    saved = AdamW(start(torch.bfloat16), amsgrad=mode != "8bit")
+    train(saved, gradients(2))
     optimizer = AdamW(start(dtype), **options)
     optimizer.load_state_dict(on_disk(saved.state_dict()))
-    expected = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}  # amsgrad came with the groups
-    expected |= {"exact": {"remainder"}, "kahan": {"kahan"}}.get(mode, set())
+    residue = {"exact": {"remainder"}, "8bit": {"remainder"}, "kahan": {"kahan"}}.get(mode, set())
+    scales = {"exp_avg_scale", "exp_avg_sq_scale"}
     for mine, theirs in zip(states(optimizer), states(saved), strict=True):
-        assert mine.keys() == expected
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        coded = mode == "8bit" and mine["exp_avg"].ndim > 1
+        moments = {"exp_avg", "exp_avg_sq"} | (set() if mode == "8bit" else {"max_exp_avg_sq"})  # came with the groups
+        assert mine.keys() == {"step"} | moments | residue | (scales if coded else set())
+        for name in () if coded else moments:
             assert torch.equal(mine[name], theirs[name].to(mine[name].dtype))
+        if coded:
+            assert mine["exp_avg"].dtype == torch.int8 and mine["exp_avg_sq"].dtype == torch.uint8
     train(optimizer, gradients(1))
 
 
