@@ -64,6 +64,7 @@ MODES = {
     "kahan": (torch.bfloat16, {"rounding": "kahan"}),
     "stochastic": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
     "nearest": (torch.bfloat16, {"rounding": "nearest"}),
+    "8bit": (torch.bfloat16, {"moments": "8bit"}),
 }
 
 
@@ -104,7 +105,7 @@ def test_accelerate_prepares_without_a_loss(mode, steps):
     assert prepared.state_dict()["param_groups"] == groups
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "8bit"])  # which has no amsgrad
 def test_from_one_mode_to_another(mode):
     # what the other mode has is taken, what only this one has starts from zero, the rest is dropped
     saved = AdamW(start(torch.bfloat16), amsgrad=True)
@@ -156,6 +157,25 @@ def test_torch_continues_from_our_state(dtype):
     for mine, theirs in zip(params, torchs.param_groups[0]["params"], strict=True):
         assert torchs.state[theirs]["step"] == ours.state[mine]["step"] == 7
         torch.testing.assert_close(mine, theirs, **near)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_form_for_torch(mode):
+    dtype, options = MODES[mode]
+    ours = AdamW(start(dtype), **options)
+    params = train(ours, gradients(4))
+    written = on_disk(ours.torch_state_dict())
+    torchs = torch.optim.AdamW([Parameter(param.detach().float()) for param in params])
+    assert written["param_groups"][0].keys() <= torchs.param_groups[0].keys()
+    torchs.load_state_dict(written)
+    train(torchs, gradients(1, seed=3))
+    fp32 = AdamW([Parameter(param.detach().float()) for param in params])
+    fp32.load_state_dict(ours.state_dict())
+    train(fp32, gradients(1, seed=3))
+    for mine, theirs in zip(states(fp32), states(torchs), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name].float())
 
 
 def bitsandbytes_state(nested, block):

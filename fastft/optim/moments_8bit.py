@@ -29,6 +29,7 @@ from torch import Tensor
 
 BLOCK = 128
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+ENTRIES = ("exp_avg", "exp_avg_sq", *SCALES)  # the moments' part of a state, in the order of `dequantise`
 _HALF = 1 << 15
 _NAN = -128
 _M_UNITS = 127.0**4
