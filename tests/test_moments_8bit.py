@@ -160,7 +160,7 @@ def test_fine_tune_ends_at_the_loss_of_fp32():
         model = torch.nn.Sequential(torch.nn.Linear(32, 160), torch.nn.Tanh(), torch.nn.Linear(160, 4))
         optimizer = AdamW(model.parameters(), lr=1e-3, moments=moments, seed=5)
         noise = torch.Generator().manual_seed(4)
-        for step in range(300):
+        for _ in range(300):
             rows = torch.randint(512, (64,), generator=noise)
             loss = (model(inputs[rows]) - target[rows] - 0.5 * torch.randn(64, 4, generator=noise)).square().mean()
             optimizer.zero_grad()
@@ -348,7 +348,7 @@ def test_into_torchs_form_and_back():
     for param in ours.param_groups[0]["params"]:
         if param.ndim > 1:
             decoded = moments_8bit.dequantise(*(ours.state[param][name] for name in moments_8bit.ENTRIES))
-            at = [other for other, mine in zip(wide.state, ours.state, strict=True) if mine is param][0]
+            at = next(other for other, mine in zip(wide.state, ours.state, strict=True) if mine is param)
             assert torch.equal(wide.state[at]["exp_avg"], decoded[0])
             assert torch.equal(wide.state[at]["exp_avg_sq"], decoded[1])
     again = AdamW(start(), moments="8bit", seed=3)

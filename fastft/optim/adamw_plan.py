@@ -170,7 +170,9 @@ class _Part:
             _local(state["max_exp_avg_sq"]) for state, row in zip(states, rows, strict=True) if row[2]
         ]
         self.residues = [
-            _local(state[name]) for state, row in zip(states, rows, strict=True) for name in _residue_names(state, row[1])
+            _local(state[name])
+            for state, row in zip(states, rows, strict=True)
+            for name in _residue_names(state, row[1])
         ]
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
         if impl == "auto" and device.type == "cuda" and any(part.dtype == torch.int8 for part in self.exp_avgs):
