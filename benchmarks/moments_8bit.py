@@ -93,7 +93,7 @@ def simulate(stream: str, steps: int, round_m: Rounder, round_v: Rounder) -> tup
 
 def print_codes() -> None:
     own_m, own_v = own_levels()
-    exact, m = (lambda value: value), rounder(own_m)  # noqa: E731
+    exact, m = (lambda value: value), rounder(own_m)
     cases: dict[str, tuple[Rounder, Rounder]] = {"ours": (m, rounder(own_v))}
     cases |= {f"ours, blocks of {size}": (rounder(own_m, block=size), rounder(own_v, block=size)) for size in (64, 256)}
     cases |= {"ours, to nearest": (rounder(own_m, False), rounder(own_v, False))}
@@ -115,7 +115,9 @@ def print_codes() -> None:
         )
 
 
-def tune(moments: str, dtype: torch.dtype, steps: int, start: dict[str, Tensor] | None, seed: int) -> tuple[float, dict]:
+def tune(
+    moments: str, dtype: torch.dtype, steps: int, start: dict[str, Tensor] | None, seed: int
+) -> tuple[float, dict]:
     """Trains a small Llama on bytes of the standard library; the loss on unseen text and the weights.
 
     Without `start` it begins at random, on other modules than with it.

@@ -105,7 +105,7 @@ def test_accelerate_prepares_without_a_loss(mode, steps):
     assert prepared.state_dict()["param_groups"] == groups
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "8bit"])  # which has no amsgrad
 def test_from_one_mode_to_another(mode):
     # what the other mode has is taken, what only this one has starts from zero, the rest is dropped
     dtype, options = MODES[mode]

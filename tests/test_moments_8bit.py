@@ -68,7 +68,7 @@ def assert_same(left, right):
 
 def codes_of(m, v):
     state = moments_8bit.new_entries(m)
-    names = ("exp_avg", "exp_avg_sq", *moments_8bit.SCALES)
+    names = moments_8bit.ENTRIES
     moments_8bit.quantise(m, v, tuple(state[name] for name in names))
     return tuple(state[name] for name in names)
 
@@ -141,7 +141,7 @@ def test_second_moments_decay(impl):
     weight.grad = torch.rand(32, 128, generator=torch.Generator().manual_seed(1)) + 0.5
     optimizer.step()
     state = optimizer.state[weight]
-    names = ("exp_avg", "exp_avg_sq", *moments_8bit.SCALES)
+    names = moments_8bit.ENTRIES
     first = moments_8bit.dequantise(*(state[name] for name in names))[1].mean()
     weight.grad = torch.zeros_like(weight)
     for _ in range(200):
@@ -160,7 +160,7 @@ def test_fine_tune_ends_at_the_loss_of_fp32():
         model = torch.nn.Sequential(torch.nn.Linear(32, 160), torch.nn.Tanh(), torch.nn.Linear(160, 4))
         optimizer = AdamW(model.parameters(), lr=1e-3, moments=moments, seed=5)
         noise = torch.Generator().manual_seed(4)
-        for step in range(300):
+        for _ in range(300):
             rows = torch.randint(512, (64,), generator=noise)
             loss = (model(inputs[rows]) - target[rows] - 0.5 * torch.randn(64, 4, generator=noise)).square().mean()
             optimizer.zero_grad()
@@ -269,7 +269,7 @@ def test_rows_do_not_depend_on_each_other(impl, columns):
     """A shard of rows, whose random bits begin where they do in the whole, has the bits of the whole."""
     from fastft.optim.adamw_update import OP
 
-    names = ("exp_avg", "exp_avg_sq", *moments_8bit.SCALES)
+    names = moments_8bit.ENTRIES
 
     def step(param, grad, state, first, number):
         table = torch.tensor([[0, 0, 0, first]])
@@ -340,14 +340,17 @@ def test_resuming_equals_no_interruption(dtype, options):
 def test_into_torchs_form_and_back():
     ours = AdamW(start(), moments="8bit", seed=3)
     train(ours, 0, 4)
-    wide = AdamW(start(), seed=3)
+    torchs, wide = torch.optim.AdamW(start()), AdamW(start(), seed=3)
+    torchs.load_state_dict(on_disk(ours.torch_state_dict()))
     wide.load_state_dict(on_disk(ours.state_dict()))
     assert all(group["moments"] == "fp32" for group in wide.param_groups)
-    torchs = torch.optim.AdamW(start())
-    torchs.load_state_dict(on_disk(wide.state_dict()))
-    for param in torchs.param_groups[0]["params"]:
-        assert not any(name in torchs.state[param] for name in moments_8bit.SCALES)
-        assert torchs.state[param]["exp_avg"].dtype == torch.float32
+    assert_same(snapshot(torchs), snapshot(wide))
+    for param in ours.param_groups[0]["params"]:
+        if param.ndim > 1:
+            decoded = moments_8bit.dequantise(*(ours.state[param][name] for name in moments_8bit.ENTRIES))
+            at = next(other for other, mine in zip(wide.state, ours.state, strict=True) if mine is param)
+            assert torch.equal(wide.state[at]["exp_avg"], decoded[0])
+            assert torch.equal(wide.state[at]["exp_avg_sq"], decoded[1])
     again = AdamW(start(), moments="8bit", seed=3)
     again.load_state_dict(on_disk(torchs.state_dict()))
     for left, right in zip(snapshot(again), snapshot(ours), strict=True):

@@ -1,7 +1,7 @@
 // AdamW over a run of one tensor's elements; compiled once per instruction set (isa.h). What is kept as fp32 is updated
 // where it lies; what is kept in 16 bits is widened block by block into the first-level cache, updated there by the
-// same loop, and rounded back: one loop for the arithmetic, however the values are kept. 8-bit moments likewise, in whole
-// blocks of theirs.
+// same loop, and rounded back: one loop for the arithmetic, however the values are kept. 8-bit moments likewise, in
+// whole blocks of theirs.
 #include "adamw_math.h"
 #include "isa.h"
 #include "moments_8bit.h"
@@ -130,8 +130,7 @@ void encode_moments(const AdamwTensor& t, int64_t i, int n, const Random& random
     const float sq_divisor = largest_sq ? bits_float(uint32_t(largest_sq)) : 1.0f;
     int8_t* __restrict codes = static_cast<int8_t*>(t.exp_avg) + i + from;
     uint8_t* __restrict sq_codes = static_cast<uint8_t*>(t.exp_avg_sq) + i + from;
-    for (int j = 0; j < size; j++)
-      codes[j] = exp_avg_encode(m[j], both_finite(m[j], v[j]), divisor, bits[from + j]);
+    for (int j = 0; j < size; j++) codes[j] = exp_avg_encode(m[j], both_finite(m[j], v[j]), divisor, bits[from + j]);
     for (int j = 0; j < size; j++)
       sq_codes[j] = exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor, sq_bits[from + j]);
   });

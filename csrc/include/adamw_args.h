@@ -79,8 +79,8 @@ class AdamwTensors {
           !same(kept.exp_avg, row.exp_avg, row.numel) || !same(kept.exp_avg_sq, row.exp_avg_sq, row.numel) ||
           (row.max_exp_avg_sq && !same(kept.max_exp_avg_sq, row.max_exp_avg_sq, row.numel)) ||
           (row.residue && !same(kept.residue, row.residue, row.numel)) ||
-          (row.columns && (kept.exp_avg_scale.data() != row.exp_avg_scale ||
-                           kept.exp_avg_sq_scale.data() != row.exp_avg_sq_scale)))
+          (row.columns &&
+           (kept.exp_avg_scale.data() != row.exp_avg_scale || kept.exp_avg_sq_scale.data() != row.exp_avg_sq_scale)))
         return false;
     }
     return true;

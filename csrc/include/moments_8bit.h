@@ -4,7 +4,7 @@
 #include "adamw_math.h"
 
 enum { kMomentBlock = 128, kExpAvgNan = -128, kSqOctave = 12 };
-#define FASTFT_EXP_AVG_UNITS 260144641.0f  // 127^4
+#define FASTFT_EXP_AVG_UNITS 260144641.0f   // 127^4
 #define FASTFT_EXP_AVG_SQ_UNITS 2621440.0f  // code 255 in units of code 0: 1.25 * 2^21
 
 FASTFT_HD float exp_avg_decode(int8_t code, float scale) {

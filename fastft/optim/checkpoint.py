@@ -55,7 +55,7 @@ def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
 def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     """`state_dict` with fp32 moments and torch's own entries only."""
     state = {
-        key: {n: value.float() for n, value in _in_form_of({}, entries, "").items() if n in ("step", *_MOMENTS)}
+        key: {name: value.float() for name, value in _decoded(entries).items() if name in ("step", *_MOMENTS)}
         for key, entries in state_dict["state"].items()
     }
     groups = [{k: v for k, v in group.items() if k not in _OWN_OPTIONS} for group in state_dict["param_groups"]]
@@ -209,21 +209,25 @@ def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[
 
 def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dict[str, Any]:
     """`saved` with its moments in 8 bits where those of `fresh` are, and as fp32 where they are not."""
-    names = ("exp_avg", "exp_avg_sq", *moments_8bit.SCALES)
     wanted, coded = (moments_8bit.SCALES[0] in entries for entries in (fresh, saved))
-    if wanted == coded:
-        return saved
-    others = {name: value for name, value in saved.items() if name not in names}
-    if coded:
-        codes = [saved[name] for name in names]
-        moments = moments_8bit.dequantise(*map(local, codes))
-        return others | {name: sharded_like(value, codes[0]) for name, value in zip(names, moments, strict=False)}
+    if coded or not wanted:
+        return saved if wanted else _decoded(saved)
     values = []
-    for name in names[:2]:
+    for name in ("exp_avg", "exp_avg_sq"):
         _same_shape(saved[name], fresh[name], name, owner)
         values.append(local(_placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])).contiguous())
-    moments_8bit.quantise(*values, tuple(local(fresh[name]) for name in names))
-    return others | {name: fresh[name] for name in names}
+    moments_8bit.quantise(*values, tuple(local(fresh[name]) for name in moments_8bit.ENTRIES))
+    return saved | {name: fresh[name] for name in moments_8bit.ENTRIES}
+
+
+def _decoded(saved: dict[str, Any]) -> dict[str, Any]:
+    """`saved` with fp32 moments where they are in 8 bits."""
+    if moments_8bit.SCALES[0] not in saved:
+        return saved
+    codes = [saved[name] for name in moments_8bit.ENTRIES]
+    moments = (sharded_like(value, codes[0]) for value in moments_8bit.dequantise(*map(local, codes)))
+    others = {name: value for name, value in saved.items() if name not in moments_8bit.SCALES}
+    return others | dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
 
 
 def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:

@@ -14,10 +14,32 @@ from then on, and does not count for the scales.
 Bytes: 1 an element for each moment and 4 a block for each scale: 2.06 an element instead of 8. Codes need no table:
 |c| is a fourth root, and the bits of a float32 are an octave and a place in it.
 
-The experiment behind these choices (benchmarks/moments_8bit.py; blocks of 128; the error of an update is relative to
-fp32's, root mean square over elements, in the last 50 steps):
+The experiment behind these choices (benchmarks/moments_8bit.py; blocks of 128, stochastic rounding, m and v as above
+where nothing else is said): the error of the last 50 updates relative to fp32's, root mean square over elements; the
+largest update relative to fp32's; v relative to fp32's in the mean. Gradients: (a) independent normal; (b) one element
+in 128 a thousand times larger; (c) all of them 30 times smaller after 200 of 500 steps; (d) times 1e-7.
 
-@FIGURES@
+                                   (a)           (b)                    (c)           (d)
+                                   error     v   error  largest      v  error     v   error
+    as above                       0.081  1.00   0.139     1.14   1.00  0.080  1.00   0.068
+    blocks of 64                   0.081  1.00   0.111     1.14   1.00  0.078  1.00   0.066
+    blocks of 256                  0.081  1.00   0.152     1.15   1.00  0.081  1.00   0.067
+    rounded to nearest             0.093  1.14   0.103     1.19   1.00  0.074  1.07   0.061
+    m linear, v exact              0.019         4.008    50.00         0.019         0.019
+    m to the 2nd, v exact          0.020         0.341     2.12         0.020         0.020
+    m to the 3rd, v exact          0.025         0.163     1.19         0.025         0.025
+    m to the 4th, v exact          0.032         0.126     1.13         0.031         0.031
+    m to the 5th, v exact          0.038         0.114     1.11         0.038         0.038
+    v: 8 values to an octave       0.109  1.00   0.160     1.19   1.00  0.107  1.00   0.094
+    v: 10                          0.093  1.00   0.151     1.17   1.00  0.090  1.00   0.079
+    v: 14                          0.074  1.00   0.446     1.03   3.22  0.072  1.00   0.063
+    v: 16                          0.073  1.00   0.746     1.06  15.91  0.069  1.00   0.062
+    v: even over 20 octaves        0.081  1.00   0.145     1.06   1.13  0.078  1.00   0.069
+    v: even over 32 octaves        0.108  1.00   0.160     1.14   1.00  0.106  1.00   0.093
+    v: even over 20, with a zero   0.081  1.00  2079.1   223510   1.00  0.077  1.00   0.069
+
+So: the noise of v decides (a), (c) and (d), and m's code decides (b); 12 values to an octave are the most whose range
+still holds an outlier's neighbours (a million times smaller v); to nearest v is biased by 14 %; a zero in v is fatal.
 """
 
 from __future__ import annotations
@@ -29,6 +51,7 @@ from torch import Tensor
 
 BLOCK = 128
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+ENTRIES = ("exp_avg", "exp_avg_sq", *SCALES)  # the moments' part of a state, in the order of `dequantise`
 _HALF = 1 << 15
 _NAN = -128
 _M_UNITS = 127.0**4
