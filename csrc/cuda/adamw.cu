@@ -2,11 +2,10 @@
 // one launch for each 48 tensors, no device memory of its own and no synchronisation. Memory-bound: 28 bytes per
 // element for fp32 and 26 for bf16 with exact rounding, in 16-byte (bf16: 8-byte) loads and stores. The other ways of
 // keeping values take a plainer path: eight neighbouring elements for each thread, which share their random bits.
-#include <cuda_runtime.h>
-
 #include <cstring>
 
 #include "adamw_args.h"
+#include "launch.h"
 #include "philox.h"
 
 namespace {
@@ -192,12 +191,6 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
     update_chunk(Fp32(batch, t, base), exp_avg, exp_avg_sq, n, factor, h);
 }
 
-struct DeviceGuard {
-  DeviceGuardHandle handle = nullptr;
-  explicit DeviceGuard(int32_t device) { FT_CALL(aoti_torch_create_device_guard(device, &handle)); }
-  ~DeviceGuard() { aoti_torch_delete_device_guard(handle); }
-};
-
 class Launcher {
  public:
   Launcher(cudaStream_t stream, const fastft::AdamwStep& step) : stream_(stream), hyper_(step.rows()) {
@@ -234,9 +227,8 @@ class Launcher {
 
   void launch() {
     if (blocks_ > 0) {
-      adamw_kernel<<<static_cast<unsigned>(blocks_), kThreads, 0, stream_>>>(batch_);
-      const cudaError_t error = cudaGetLastError();
-      FT_CHECK(error == cudaSuccess, "adamw_: launch failed: %s", cudaGetErrorString(error));
+      FASTFT_LAUNCH(adamw_kernel, static_cast<unsigned>(blocks_), kThreads, 0, stream_, batch_);
+      fastft::check_launch("adamw_");
     }
     batch_.tensors = rows_ = 0;
     blocks_ = 0;
