@@ -36,6 +36,7 @@ MODES = {
     "exact": (torch.bfloat16, {}),
     "kahan": (torch.bfloat16, {"rounding": "kahan", "amsgrad": True}),
     "stochastic": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
+    "8bit": (torch.bfloat16, {"moments": "8bit"}),
 }
 STEPS = 6
 WORLD = 2

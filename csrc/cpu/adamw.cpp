@@ -13,6 +13,11 @@ FASTFT_DECLARE_KERNEL(adamw, const AdamwTensor*, int64_t, int64_t, const AdamwHy
 namespace {
 constexpr int64_t kGrain = 16384;  // elements; fewer are not worth waking a thread
 
+// The last place at or before element i where a processor's part of a tensor may begin: any, or a block's first.
+int64_t part_begin(const AdamwTensor& t, int64_t i) {
+  return t.columns && i < t.numel ? i - i % t.columns % kMomentBlock : i;
+}
+
 void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step) {
   const float factor = *static_cast<const float*>(step.grad_factor.data());
   const AdamwHyper* hyper = step.rows();
@@ -23,7 +28,8 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step) 
     for (; begin < end; i++) {
       const AdamwTensor& t = tensors.rows[i];
       const int64_t stop = std::min(end, ends[i]), first = ends[i] - t.numel;
-      if (stop > begin) kernel(&t, begin - first, stop - first, hyper + t.row, factor, uint64_t(step.seed));
+      const int64_t from = part_begin(t, begin - first), to = part_begin(t, stop - first);
+      if (to > from) kernel(&t, from, to, hyper + t.row, factor, uint64_t(step.seed));
       begin = stop;
     }
   });

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "adamw_math.h"
+#include "moments_8bit.h"
 #include "shim.h"
 
 namespace fastft {
@@ -46,9 +47,20 @@ class AdamwTensors {
       const bool amsgrad = entry[2], keeps = rounding == kExact || rounding == kKahan;
       FT_CHECK(!amsgrad || next_max < max_exp_avg_sqs.size, "adamw_: tensor %zu has no max_exp_avg_sq", i);
       FT_CHECK(!keeps || next_residue < residues.size, "adamw_: bfloat16 tensor %zu has no residue", i);
-      Kept kept{params[i], exp_avgs[i], exp_avg_sqs[i], amsgrad ? max_exp_avg_sqs[next_max++] : Tensor(StableIValue(0)),
-                keeps ? residues[next_residue++] : Tensor(StableIValue(0))};
-      rows.push_back(check(i, kept, rounding));
+      Tensor exp_avg = exp_avgs[i];
+      const bool coded = exp_avg.dtype() == aoti_torch_dtype_int8();
+      FT_CHECK(!coded || next_residue + keeps + 2 <= residues.size, "adamw_: tensor %zu has no scales", i);
+      const auto next = [&](bool there, const TensorList& list, size_t& index) {
+        return there ? list[index++] : Tensor(StableIValue(0));
+      };
+      Kept kept{params[i],
+                std::move(exp_avg),
+                exp_avg_sqs[i],
+                next(amsgrad, max_exp_avg_sqs, next_max),
+                next(keeps, residues, next_residue),
+                next(coded, residues, next_residue),
+                next(coded, residues, next_residue)};
+      rows.push_back(coded ? check_8bit(i, kept, rounding) : check(i, kept, rounding));
       rows.back().row = entry[0], rows.back().first = entry[3];
       hyper_rows = entry[0] >= hyper_rows ? entry[0] + 1 : hyper_rows;
       ends.push_back((i ? ends[i - 1] : 0) + rows.back().numel);
@@ -66,7 +78,9 @@ class AdamwTensors {
       if (!same(kept.param, row.param, row.numel) || kept.param.contiguous() != kept.contiguous ||
           !same(kept.exp_avg, row.exp_avg, row.numel) || !same(kept.exp_avg_sq, row.exp_avg_sq, row.numel) ||
           (row.max_exp_avg_sq && !same(kept.max_exp_avg_sq, row.max_exp_avg_sq, row.numel)) ||
-          (row.residue && !same(kept.residue, row.residue, row.numel)))
+          (row.residue && !same(kept.residue, row.residue, row.numel)) ||
+          (row.columns && (kept.exp_avg_scale.data() != row.exp_avg_scale ||
+                           kept.exp_avg_sq_scale.data() != row.exp_avg_sq_scale)))
         return false;
     }
     return true;
@@ -88,7 +102,7 @@ class AdamwTensors {
 
  private:
   struct Kept {
-    Tensor param, exp_avg, exp_avg_sq, max_exp_avg_sq, residue;
+    Tensor param, exp_avg, exp_avg_sq, max_exp_avg_sq, residue, exp_avg_scale, exp_avg_sq_scale;
     int32_t dtype = 0;
     bool contiguous = false;
 
@@ -107,19 +121,40 @@ class AdamwTensors {
   }
 
   AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding) {
+    const bool narrow = kept.exp_avg.dtype() == aoti_torch_dtype_bfloat16();
+    const int32_t moment = narrow ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+    AdamwTensor row = check(i, kept, rounding, moment, moment);
+    row.narrow_moments = narrow;
+    return row;
+  }
+
+  AdamwTensor check_8bit(size_t i, Kept& kept, AdamwRounding rounding) {
+    AdamwTensor row = check(i, kept, rounding, aoti_torch_dtype_int8(), aoti_torch_dtype_uint8());
+    FT_CHECK(device_index < 0, "adamw_: tensor %zu: there is no CUDA kernel for 8-bit moments", i);
+    FT_CHECK(kept.param.dim() > 1 && kept.param.contiguous() && kept.exp_avg.contiguous() && !row.max_exp_avg_sq,
+             "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of two dimensions without amsgrad", i);
+    row.columns = row.numel ? row.numel / kept.param.size(0) : 0;
+    const int64_t blocks = row.numel ? kept.param.size(0) * ((row.columns + kMomentBlock - 1) / kMomentBlock) : 0;
+    for (const Tensor* scale : {&kept.exp_avg_scale, &kept.exp_avg_sq_scale})
+      FT_CHECK(scale->dtype() == aoti_torch_dtype_float32() && scale->contiguous() &&
+                   scale->device_index() == device_index && (row.numel == 0 || scale->numel() == blocks),
+               "adamw_: tensor %zu: scales must be contiguous float32 on its device, one for each block", i);
+    row.exp_avg_scale = static_cast<float*>(kept.exp_avg_scale.mutable_data());
+    row.exp_avg_sq_scale = static_cast<float*>(kept.exp_avg_sq_scale.mutable_data());
+    return row;
+  }
+
+  AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding, int32_t moment, int32_t moment_sq) {
     const Tensor& param = kept.param;
     kept.dtype = param.dtype(), kept.contiguous = param.contiguous();
     const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16();
     FT_CHECK(kept.dtype == (rounding == kFp32 ? fp32 : bf16), "adamw_: tensor %zu: wrong dtype for its rounding", i);
     if (i == 0) device_index = param.device_index();
     FT_CHECK(param.device_index() == device_index, "adamw_: tensor %zu is on another device", i);
-    const bool narrow = kept.exp_avg.dtype() == bf16;
-    const int32_t moment = narrow ? bf16 : fp32;
     AdamwTensor row{};
-    row.param = param.mutable_data(), row.numel = param.numel();
-    row.rounding = rounding, row.narrow_moments = narrow;
+    row.param = param.mutable_data(), row.numel = param.numel(), row.rounding = rounding;
     row.exp_avg = checked(i, param, kept.exp_avg, moment, "exp_avg");
-    row.exp_avg_sq = checked(i, param, kept.exp_avg_sq, moment, "exp_avg_sq");
+    row.exp_avg_sq = checked(i, param, kept.exp_avg_sq, moment_sq, "exp_avg_sq");
     if (kept.max_exp_avg_sq.handle)
       row.max_exp_avg_sq = checked(i, param, kept.max_exp_avg_sq, moment, "max_exp_avg_sq");
     if (kept.residue.handle)

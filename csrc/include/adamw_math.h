@@ -31,7 +31,9 @@ enum AdamwRounding : int64_t { kFp32 = 0, kExact = 1, kKahan = 2, kStochastic = 
 struct AdamwTensor {
   void* param;  // float32 where rounding is kFp32, else bfloat16
   const void* grad;
-  void *exp_avg, *exp_avg_sq;  // float32, or bfloat16 where narrow_moments
+  void *exp_avg, *exp_avg_sq;  // float32, bfloat16 where narrow_moments, or codes where there are scales
+  float *exp_avg_scale, *exp_avg_sq_scale;  // nullptr, or of 8-bit moments the blocks' scales
+  int64_t columns;                          // elements of a row, in which such blocks lie
   void* max_exp_avg_sq;        // nullptr without amsgrad
   void* residue;               // what rounding keeps: int16 remainder, bfloat16 compensation, or nullptr
   int64_t numel;

@@ -3,10 +3,10 @@
 The formula, how parameters and moments are kept, and the bytes that a step moves: adamw_update.py. Bytes resident for
 each element, gradient included (amsgrad adds 4, or 2 with bf16 moments):
 
-    parameter         fp32 moments   bf16 moments
-    fp32                        16             12
-    bf16 exact, kahan           14             10
-    bf16 stochastic             12              8
+    parameter         fp32 moments   bf16 moments   8-bit moments
+    fp32                        16             12           10.06
+    bf16 exact, kahan           14             10            8.06
+    bf16 stochastic             12              8            6.06
 
 Clipping adds one reading of the gradients (4 or 2 bytes an element); torch's clip_grad_norm_ adds three passes' worth.
 """
@@ -45,8 +45,10 @@ class AdamW(torch.optim.Optimizer):
 
     `state[p]` holds `step` (float32, on the CPU), `exp_avg`, `exp_avg_sq` (float32, or bfloat16 with `moments="bf16"`;
     the shape of p), with amsgrad `max_exp_avg_sq` (likewise) and, for bf16 parameters, `remainder` (int16, with
-    `rounding="exact"`) or `kahan` (bfloat16). State dicts of fp32 parameters load into `torch.optim.AdamW`, its state
-    dicts load here, and saving and loading keeps every dtype and bit.
+    `rounding="exact"`) or `kahan` (bfloat16). With `moments="8bit"`, `exp_avg` and `exp_avg_sq` are int8 and uint8
+    codes, and `exp_avg_scale`, `exp_avg_sq_scale` (float32, rows x blocks) go with them. State dicts of fp32 parameters
+    with fp32 moments load into `torch.optim.AdamW`, its state dicts load here, and saving and loading keeps every dtype
+    and bit; an optimizer with other `moments` converts what it loads.
 
     torch's `GradScaler` is served through its attributes: with `found_inf` nothing is updated or counted and
     `step_was_skipped` becomes True. A gradient that is NaN or Inf without a GradScaler spoils its own element, and with
@@ -65,7 +67,9 @@ class AdamW(torch.optim.Optimizer):
         capturable: has no effect on CPU parameters; not implemented for others.
         differentiable: must be False.
         fused: as foreach.
-        moments: how the running averages are kept: "fp32", or "bf16", rounded stochastically.
+        moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; or "8bit", codes with a
+            scale for each block of 128 elements of a row (moments_8bit.py), likewise, not with amsgrad; parameters of
+            fewer than two dimensions keep fp32 then. A parameter group may have its own.
         rounding: how a bf16 parameter is kept: "exact" keeps the 16 bits which rounding drops and follows fp32 to the
             last bit; "kahan" keeps a bf16 compensation; "stochastic" keeps nothing and is right in the mean; "nearest"
             keeps nothing and loses small updates. fp32 parameters need none: it is ignored, with one warning.
@@ -108,21 +112,18 @@ class AdamW(torch.optim.Optimizer):
         impl: str = "auto",
     ) -> None:
         ops.check_impl(impl)
-        for name, value, known in (("moments", moments, tuple(MOMENTS)), ("rounding", rounding, ROUNDINGS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm!r}")
-        self.moments, self.rounding, self.impl, self.max_grad_norm = moments, rounding, impl, max_grad_norm
+        self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
         self._warned = False
-        if seed is None and (moments != "fp32" or rounding == "stochastic"):
-            seed = int(torch.randint(2**63 - 1, ()))
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "amsgrad": amsgrad}
         defaults |= {"maximize": maximize, "capturable": capturable, "differentiable": differentiable}
-        defaults |= {"foreach": None, "fused": None, "seed": seed}
+        defaults |= {"foreach": None, "fused": None, "moments": moments, "seed": seed}
         _check_group(defaults)
         super().__init__(params, defaults)
 
@@ -136,12 +137,17 @@ class AdamW(torch.optim.Optimizer):
             if param.dtype not in (torch.float32, torch.bfloat16):
                 del self.param_groups[-1]
                 raise TypeError(f"AdamW trains float32 and bfloat16 parameters, got one of {param.dtype}")
+        random = self.rounding == "stochastic" or self.param_groups[-1]["moments"] != "fp32"
+        if random and self.param_groups[0]["seed"] is None:  # all groups have that of the first
+            self.defaults["seed"] = int(torch.randint(2**63 - 1, ()))
+            for group in self.param_groups:
+                group["seed"] = self.defaults["seed"]
         if self.rounding != "exact" and not self._warned and any(p.dtype == torch.float32 for p in params):
             self._warned = True
             warnings.warn(f"rounding={self.rounding!r} has no effect on float32 parameters", stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("moments", "rounding", "impl", "max_grad_norm", "_warned")
+        names = ("rounding", "impl", "max_grad_norm", "_warned")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -180,7 +186,7 @@ class AdamW(torch.optim.Optimizer):
         checkpoint.load(self, state_dict, _check_group, self._new_state)
 
     def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        return new_state(param, self.moments, self.rounding, group["amsgrad"])
+        return new_state(param, group["moments"], self.rounding, group["amsgrad"])
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -201,7 +207,9 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [param for group in self.param_groups for param in group["params"]]
+        params: list[Tensor] = []
+        for group in self.param_groups:
+            params += group["params"]
         grads = [param.grad for param in params]
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
@@ -222,7 +230,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _make_plan(self, present: list[bool]) -> None:
         self._plan = None  # should the new one raise
-        self._plan = Plan(self.param_groups, self.state, present, self.moments, self.rounding, self.impl)
+        self._plan = Plan(self.param_groups, self.state, present, self.rounding, self.impl)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -284,6 +292,10 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be finite and not negative, got {value}")
     if group["differentiable"]:
         raise ValueError("differentiable=True is not implemented by fastft's AdamW; use torch.optim.AdamW for it")
+    if group["moments"] not in MOMENTS:
+        raise ValueError(f"moments must be one of {', '.join(map(repr, MOMENTS))}, got {group['moments']!r}")
+    if group["moments"] == "8bit" and group["amsgrad"]:
+        raise ValueError('amsgrad with moments="8bit" is not implemented: a maximum of rounded values only grows')
     seed = group["seed"]
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(f"seed must be an integer or None, got {seed!r}")

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from fastft import _native
+from fastft.optim import moments_8bit
 from fastft.optim.adamw_update import OP, RESIDUES, Rounding
 
 ALIGNMENT = 512  # each parameter's first random bits: whole blocks of the kernels
-MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = ("fp32", "bf16", "8bit")
 
 
 class State(dict[str, Any]):
@@ -47,15 +48,22 @@ def rounding_of(param: Tensor, rounding: str) -> Rounding:
 
 
 def new_state(param: Tensor, moments: str, rounding: str, amsgrad: bool) -> State:
-    """The state before the first step, in the parameter's layout."""
+    """The state before the first step, in the parameter's layout; with 8-bit moments, of which vectors have none, rows
+    lie one after the other.
+    """
+    coded = moments == "8bit" and param.ndim > 1
 
     def zeros(dtype: torch.dtype) -> Tensor:
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        layout = torch.contiguous_format if coded else torch.preserve_format
+        return torch.zeros_like(param, dtype=dtype, memory_format=layout)
 
     state = State(step=torch.zeros((), dtype=torch.float32))
-    state["exp_avg"], state["exp_avg_sq"] = zeros(MOMENTS[moments]), zeros(MOMENTS[moments])
-    if amsgrad:
-        state["max_exp_avg_sq"] = zeros(MOMENTS[moments])
+    if coded:
+        state |= moments_8bit.new_entries(param)
+    else:
+        dtype = torch.bfloat16 if moments == "bf16" else torch.float32
+        names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if amsgrad else ())
+        state |= {name: zeros(dtype) for name in names}
     if residue := RESIDUES.get(rounding_of(param, rounding)):
         state[residue[0]] = zeros(residue[1])
     return state
@@ -68,7 +76,7 @@ class Plan:
         groups: the optimizer's `param_groups`.
         state: the optimizer's `state`; entries which are missing are made.
         present: for each parameter of the groups, whether it has a gradient.
-        moments, rounding, impl: the optimizer's.
+        rounding, impl: the optimizer's.
     """
 
     def __init__(
@@ -76,7 +84,6 @@ class Plan:
         groups: list[dict[str, Any]],
         state: dict[Tensor, Any],
         present: list[bool],
-        moments: str,
         rounding: str,
         impl: str,
     ) -> None:
@@ -84,7 +91,7 @@ class Plan:
         found = list(compress(every, present))
         self.params, self.present = [param for param, _ in found], present
         self.signature = _signature(groups)
-        self.states = [_ready(state, p, moments, rounding, groups[i]["amsgrad"]) for p, i in found]
+        self.states = [_ready(state, param, groups[i], rounding) for param, i in found]
         self.steps = torch.tensor([float(entries["step"]) for entries in self.states], dtype=torch.float32)
         for entries, view in zip(self.states, self.steps.unbind(), strict=True):
             entries["step"] = view
@@ -163,11 +170,11 @@ class _Part:
             _local(state["max_exp_avg_sq"]) for state, row in zip(states, rows, strict=True) if row[2]
         ]
         self.residues = [
-            _local(state[RESIDUES[Rounding(row[1])][0]])
-            for state, row in zip(states, rows, strict=True)
-            if row[1] in RESIDUES
+            _local(state[name]) for state, row in zip(states, rows, strict=True) for name in _residue_names(state, row[1])
         ]
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
+        if impl == "auto" and device.type == "cuda" and any(part.dtype == torch.int8 for part in self.exp_avgs):
+            impl = "eager"  # there is no CUDA kernel for 8-bit moments
         self.update = OP.implementation(impl, device)  # raises where an explicit engine is not there
         self.any_dtype = OP.reference if impl == "auto" else self.update  # of a gradient unlike its parameter's
         self.one = torch.ones((), dtype=torch.float32, device=device)
@@ -211,32 +218,24 @@ class _Part:
         return True
 
 
-def _ready(state: dict[Tensor, Any], param: Tensor, moments: str, rounding: str, amsgrad: bool) -> State:
+def _ready(state: dict[Tensor, Any], param: Tensor, group: dict[str, Any], rounding: str) -> State:
     """The parameter's state, with the entries that are missing."""
-    entries, residue = state[param], RESIDUES.get(rounding_of(param, rounding))
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
-    dtypes = dict.fromkeys(names, MOMENTS[moments]) | dict([residue] if residue else [])
-    missing = {"step", *dtypes} - entries.keys()
-    if missing or not isinstance(entries, State):
-        fresh = new_state(param, moments, rounding, amsgrad) if missing else {}
+    entries = state[param]
+    fresh_names = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
+    if residue := RESIDUES.get(rounding_of(param, rounding)):
+        fresh_names.add(residue[0])
+    if not isinstance(entries, State) or fresh_names - entries.keys():
+        missing = fresh_names - entries.keys()
+        fresh = new_state(param, group["moments"], rounding, group["amsgrad"]) if missing else {}
         entries = state[param] = State({**fresh, **entries})
-    _check_fit(param, entries, dtypes)
     return entries
 
 
-def _check_fit(param: Tensor, entries: State, dtypes: dict[str, torch.dtype]) -> None:
-    """Raises where a parameter does not fit its gradient or state, which `p.data = ...` or a new entry can make so."""
-    if param.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"AdamW trains float32 and bfloat16 parameters, one has become {param.dtype}")
-    grad = param.grad
-    if grad is not None and (grad.shape != param.shape or grad.device != param.device):
-        of_grad = f"a gradient has shape {tuple(grad.shape)} on {grad.device}"
-        raise RuntimeError(f"{of_grad}, its parameter {tuple(param.shape)} on {param.device}")
-    for name, dtype in dtypes.items():
-        entry = entries[name]
-        if entry.shape != param.shape or entry.dtype != dtype:
-            needed = f"{dtype} of shape {tuple(param.shape)}"
-            raise RuntimeError(f"{name} of a parameter must be {needed}, is {entry.dtype} of {tuple(entry.shape)}")
+def _residue_names(state: State, rounding: int) -> list[str]:
+    """What the op's `residues` has of a state: what rounding keeps, and the scales of 8-bit moments."""
+    residue = RESIDUES.get(Rounding(rounding))
+    coded = state["exp_avg"].dtype == torch.int8
+    return ([residue[0]] if residue else []) + (list(moments_8bit.SCALES) if coded else [])
 
 
 def _signature(groups: list[dict[str, Any]]) -> list[tuple[int, bool, bool]]:

@@ -21,25 +21,27 @@ A bf16 parameter is one of four things (`Rounding`):
   mean; random bits as in philox.py, stream 0.
 * nearest: the result is rounded to nearest, ties to even. Updates below half of a last place are lost.
 
-Moments are fp32, or bf16 rounded stochastically (streams 1 to 3: m, v, w); the update uses them before the rounding.
+Moments are fp32, or bf16 rounded stochastically (streams 1 to 3: m, v, w), or block-wise 8-bit codes likewise
+(moments_8bit.py); the update uses them before the rounding.
 
 Bytes moved for each element and step (p, residue, m and v read and written, g read; amsgrad adds 8, or 4 in bf16):
 
-    parameter         fp32 moments   bf16 moments
-    fp32                        28             20
-    bf16 exact, kahan           26             18
-    bf16 stochastic             22             14
+    parameter         fp32 moments   bf16 moments   8-bit moments
+    fp32                        28             20           16.13
+    bf16 exact, kahan           26             18           14.13
+    bf16 stochastic             22             14           10.13
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from fastft import ops
+from fastft.optim import moments_8bit
 from fastft.optim.philox import random_bits
 
 
@@ -53,6 +55,7 @@ class Rounding(IntEnum):
     NEAREST = 4
 
 
+_Coded = tuple[Tensor, Tensor, Tensor, Tensor]  # codes and scales, in the order of moments_8bit
 RESIDUES = {Rounding.EXACT: ("remainder", torch.int16), Rounding.KAHAN: ("kahan", torch.bfloat16)}
 
 
@@ -101,7 +104,8 @@ def _adamw_reference(
 ) -> None:
     """Plain torch. The tensors of one index have the same shape and dense strides. A row of `table` (int64) for each:
     its row of `hyper` (float32, as struct AdamwHyper), its Rounding, whether it takes the next of `max_exp_avg_sqs`,
-    and the index of its first element, for the random bits. Those with exact or kahan take the next of `residues`.
+    and the index of its first element, for the random bits. Of `residues`, those with exact or kahan take the next one,
+    and then those with 8-bit moments two: the scales.
     """
     next_max, next_residue, factor = iter(max_exp_avg_sqs), iter(residues), grad_factor.reshape(())
     for *tensors, (row, kept_as, amsgrad, first) in zip(
@@ -111,10 +115,11 @@ def _adamw_reference(
         if amsgrad:
             moments.append(_flat(next(next_max)))
         residue = _flat(next(next_residue)) if kept_as in RESIDUES else None
+        coded = (*tensors[2:], next(next_residue), next(next_residue)) if moments[0].dtype == torch.int8 else None
+        m, v, *largest = _load_moments(moments, coded)
         decay, lerp_weight, beta2, one_minus_beta2, negative_step, correction2_sqrt, eps, sign, step = hyper[
             row
         ].tolist()
-        m, v, *largest = (moment.float() for moment in moments)  # themselves where they are fp32
         grad = grad.float() * (factor * sign)
         near = lerp_weight < 0.5  # torch's lerp starts from the nearer end
         m.copy_(_fma(grad - m, lerp_weight if near else lerp_weight - 1, m if near else grad))
@@ -129,9 +134,25 @@ def _adamw_reference(
             return random_bits(first, param.numel(), int(step), stream, seed, param.device)  # noqa: B023
 
         store_value(result, param, residue, bits(0) if kept_as == Rounding.STOCHASTIC else None)
-        for stream, (moment, value) in enumerate(zip(moments, (m, v, *largest), strict=True), 1):
-            if moment is not value:
-                _round_stochastic(value, bits(stream), moment)
+        _store_moments((m, v, *largest), moments, coded, bits)
+
+
+def _load_moments(moments: list[Tensor], coded: _Coded | None) -> list[Tensor]:
+    """The flat moments in fp32, themselves where they are that; `coded`: the codes in their shape and the scales."""
+    return list(map(_flat, moments_8bit.dequantise(*coded))) if coded else [moment.float() for moment in moments]
+
+
+def _store_moments(
+    values: Sequence[Tensor], moments: list[Tensor], coded: _Coded | None, bits: Callable[[int], Tensor]
+) -> None:
+    if coded:
+        shape = coded[0].shape
+        m, v = (value.view(shape) for value in values)
+        moments_8bit.quantise(m, v, coded, bits(1).view(shape), bits(2).view(shape))
+        return
+    for stream, (moment, value) in enumerate(zip(moments, values, strict=True), 1):
+        if moment is not value:
+            _round_stochastic(value, bits(stream), moment)
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:

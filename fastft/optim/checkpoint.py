@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.optim import moments_8bit
 from fastft.optim.adamw_update import RESIDUES, store_value
 
 _NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
 _RESIDUES = {name for name, _ in RESIDUES.values()}  # what an optimizer of another `rounding` has no use for
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-_OWN_OPTIONS = ("seed",)
+_OWN_OPTIONS = ("seed", "moments")
 _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
@@ -54,7 +55,7 @@ def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
 def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     """`state_dict` with fp32 moments and torch's own entries only."""
     state = {
-        key: {name: value.float() for name, value in entries.items() if name in ("step", *_MOMENTS)}
+        key: {name: value.float() for name, value in _decoded(entries).items() if name in ("step", *_MOMENTS)}
         for key, entries in state_dict["state"].items()
     }
     groups = [{k: v for k, v in group.items() if k not in _OWN_OPTIONS} for group in state_dict["param_groups"]]
@@ -79,7 +80,7 @@ def load(
         state = dict(loaded["state"])
         # a group more or less, or other sizes: torch raises after this
         for saved_group, group in zip(loaded["param_groups"], optimizer.param_groups, strict=False):
-            whole_group = {**optimizer.defaults, **saved_group}
+            whole_group = {**optimizer.defaults, **saved_group, "moments": group["moments"]}
             check_group(whole_group)
             for position, (key, param) in enumerate(zip(saved_group["params"], group["params"], strict=False)):
                 entries, master = _torch_form(state.get(key, {}), saved_group, position)
@@ -88,7 +89,10 @@ def load(
                     if master is not None:
                         _same_shape(master, param, "master", f"parameter {key}")
                         masters.append((param, master, state[key].entries))
-        return {**loaded, "state": state, "param_groups": [_without_apex(group) for group in loaded["param_groups"]]}
+        groups = [_without_apex(saved_group) for saved_group in loaded["param_groups"]]
+        for saved_group, group in zip(groups, optimizer.param_groups, strict=False):
+            saved_group["moments"] = group["moments"]
+        return {**loaded, "state": state, "param_groups": groups}
 
     handle = optimizer.register_load_state_dict_pre_hook(restore)  # the last one: the user's hooks see the file's form
     try:
@@ -186,6 +190,7 @@ def _dequantised(entries: dict[str, Any], number: str) -> Tensor:
 
 def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[str, Any]:
     """`fresh` with the saved values, in its own dtypes, devices and layouts; unknown entries come as they are."""
+    saved = _in_form_of(fresh, saved, owner)
     for name, value in saved.items():
         if name == "step":
             fresh["step"] = torch.tensor(float(value), dtype=torch.float32)  # of its own: plans replace it by a view
@@ -200,6 +205,29 @@ def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[
             value = _placed_like(value.to(device=template.device, dtype=template.dtype), template)
             fresh[name] = value if value.stride() == template.stride() else template.copy_(value)
     return fresh
+
+
+def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dict[str, Any]:
+    """`saved` with its moments in 8 bits where those of `fresh` are, and as fp32 where they are not."""
+    wanted, coded = (moments_8bit.SCALES[0] in entries for entries in (fresh, saved))
+    if coded or not wanted:
+        return saved if wanted else _decoded(saved)
+    values = []
+    for name in ("exp_avg", "exp_avg_sq"):
+        _same_shape(saved[name], fresh[name], name, owner)
+        values.append(local(_placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])).contiguous())
+    moments_8bit.quantise(*values, tuple(local(fresh[name]) for name in moments_8bit.ENTRIES))
+    return saved | {name: fresh[name] for name in moments_8bit.ENTRIES}
+
+
+def _decoded(saved: dict[str, Any]) -> dict[str, Any]:
+    """`saved` with fp32 moments where they are in 8 bits."""
+    if moments_8bit.SCALES[0] not in saved:
+        return saved
+    codes = [saved[name] for name in moments_8bit.ENTRIES]
+    moments = (sharded_like(value, codes[0]) for value in moments_8bit.dequantise(*map(local, codes)))
+    others = {name: value for name, value in saved.items() if name not in moments_8bit.SCALES}
+    return others | dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
 
 
 def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:

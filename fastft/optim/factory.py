@@ -34,7 +34,8 @@ def adamw(
         betas: default (0.9, 0.999).
         eps: default 1e-8.
         weight_decay: default 1e-2; of a model, only for the parameters that decay.
-        options: further keywords of `AdamW`: `maximize`, `moments`, `rounding`, `impl`, ...
+        options: further keywords of `AdamW`: `maximize`, `moments`, `rounding`, `impl`, ... Of a model with
+            `moments="8bit"`, embeddings and the output head keep fp32 moments, in groups of their own.
 
     Raises:
         TypeError: `model_or_params` is neither a model nor an iterable, `args` is no TrainingArguments, or a keyword is
@@ -43,7 +44,10 @@ def adamw(
     """
     kwargs = _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
     if isinstance(model_or_params, torch.nn.Module):
-        return AdamW(_decay_groups(model_or_params), **kwargs), None
+        groups = _decay_groups(model_or_params)
+        if options.get("moments") == "8bit":
+            groups = _with_fp32_moments(groups, _embeddings_and_head(model_or_params))
+        return AdamW(groups, **kwargs), None
     if isinstance(model_or_params, torch.Tensor | str) or not isinstance(model_or_params, Iterable):
         raise TypeError(
             "model_or_params must be a torch.nn.Module or an iterable of parameters or parameter groups, "
@@ -64,7 +68,7 @@ def adamw_spec(
     """The pair that `Trainer(optimizer_cls_and_kwargs=...)` takes: the way in under FSDP, DeepSpeed and `model_init`.
 
     Trainer makes the parameter groups, with the weight decay of its own `args` whatever is given here. The arguments
-    are those of `adamw`.
+    are those of `adamw`; with `moments="8bit"` embeddings and head have 8-bit moments as well.
 
     Raises:
         TypeError: `args` is no TrainingArguments, or an unknown keyword.
@@ -111,3 +115,21 @@ def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
         {"params": [param for name, param in trainable if name in decaying]},
         {"params": [param for name, param in trainable if name not in decaying], "weight_decay": 0.0},
     ]
+
+
+def _embeddings_and_head(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    modules = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    if head := getattr(model, "get_output_embeddings", lambda: None)():
+        modules.append(head)
+    return {param for module in modules for param in module.parameters()}
+
+
+def _with_fp32_moments(groups: list[dict[str, Any]], chosen: set[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """The groups, each followed by one of its `chosen` parameters, where it has any."""
+    split = []
+    for group in groups:
+        kept = [param for param in group["params"] if param in chosen]
+        split.append({**group, "params": [param for param in group["params"] if param not in chosen]})
+        if kept:
+            split.append({**group, "params": kept, "moments": "fp32"})
+    return split
