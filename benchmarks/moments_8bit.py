@@ -4,7 +4,7 @@
     python benchmarks/moments_8bit.py tune       the fine-tune: fp32 against 8-bit moments, about a minute
 
 A code is a sorted list of values from 0 (or the smallest) to 1, here looked up; rounding is stochastic or to nearest.
-Four streams of gradients: (a) independent normal; (b) likewise, one element in 128 a thousand times larger; (c) likewise
+Four streams of gradients: (a) independent normal; (b) likewise, one element in 128 a thousand times larger; (c) as (a)
 until all shrink by 30; (d) likewise times 1e-7.
 """
 
@@ -71,7 +71,7 @@ def gradients(stream: str, step: int) -> Tensor:
 
 
 def simulate(stream: str, steps: int, round_m: Rounder, round_v: Rounder) -> tuple[float, float, float]:
-    """The relative error of the last 50 updates, the largest |update| relative to fp32's, and the mean of v / fp32's."""
+    """The relative error of the last 50 updates, the largest |update| and the mean of v relative to those of fp32."""
     m, v, true_m, true_v = (torch.zeros(ELEMENTS) for _ in range(4))
     squares, true_squares, largest, true_largest = 0.0, 0.0, 0.0, 0.0
     for step in range(1, steps + 1):

@@ -115,7 +115,9 @@ def _adamw_reference(
         if amsgrad:
             moments.append(_flat(next(next_max)))
         residue = _flat(next(next_residue)) if kept_as in RESIDUES else None
-        coded = (*tensors[2:], next(next_residue), next(next_residue)) if moments[0].dtype == torch.int8 else None
+        coded: _Coded | None = None
+        if moments[0].dtype == torch.int8:
+            coded = (tensors[2], tensors[3], next(next_residue), next(next_residue))
         m, v, *largest = _load_moments(moments, coded)
         decay, lerp_weight, beta2, one_minus_beta2, negative_step, correction2_sqrt, eps, sign, step = hyper[
             row

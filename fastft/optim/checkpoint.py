@@ -216,7 +216,8 @@ def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dic
     for name in ("exp_avg", "exp_avg_sq"):
         _same_shape(saved[name], fresh[name], name, owner)
         values.append(local(_placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])).contiguous())
-    moments_8bit.quantise(*values, tuple(local(fresh[name]) for name in moments_8bit.ENTRIES))
+    codes = [local(fresh[name]) for name in moments_8bit.ENTRIES]
+    moments_8bit.quantise(values[0], values[1], (codes[0], codes[1], codes[2], codes[3]))
     return saved | {name: fresh[name] for name in moments_8bit.ENTRIES}
 
 
