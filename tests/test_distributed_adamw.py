@@ -206,7 +206,7 @@ def any_placement(mode, folder):
     value = torch.randn(7, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
     grads = [torch.randn(7, 9, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
     placements = [Shard(0), Replicate()]
-    if mode != "stochastic":  # whose random bits follow rows
+    if mode not in ("stochastic", "8bit"):  # whose random bits and blocks follow rows
         placements.append(Shard(1))
     for placement in placements:
         plain = torch.nn.Parameter(value.clone())
