@@ -36,6 +36,17 @@ class LinearLogProbs(NamedTuple):
     is_top1: Tensor
 
 
+def _checked_head(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor, Tensor, torch.dtype]:
+    """Input (T, H), weight and bias of a whole head; the target, as it came and flat; the dtype of the products."""
+    dtype = compute_dtype(input, weight, bias)
+    check_shapes(input, weight, bias)
+    input, weight, bias, target = whole_head(input, weight, bias, target)
+    flat = check_indices(target, input.shape[:-1], len(weight), ignore_index)
+    return (input.reshape(-1, input.shape[-1]), weight, bias), target, flat, dtype
+
+
 def linear_log_probs(
     input: Tensor,
     linear_weight: Tensor,
@@ -73,11 +84,7 @@ def linear_log_probs(
     options = row_options(ignore_index, softcap=softcap, logit_scale=logit_scale)
     check_positive("chunk_rows", chunk_rows, 1)
     check_positive("max_counted", max_counted, 0)
-    dtype = compute_dtype(input, linear_weight, linear_bias)
-    check_shapes(input, linear_weight, linear_bias)
-    input, linear_weight, linear_bias, target = whole_head(input, linear_weight, linear_bias, target)
-    flat = check_indices(target, input.shape[:-1], len(linear_weight), ignore_index)
-    operands = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
+    operands, target, flat, dtype = _checked_head(input, linear_weight, linear_bias, target, ignore_index)
     plan: dict[str, Any] = {"statistics": True, "chunk_rows": chunk_rows, "max_counted": max_counted}
     losses, lse, entropy, is_top1 = linear_rows(operands, flat, None, dtype=dtype, options=options, impl=impl, **plan)
     log_probs, entropy, lse, is_top1 = (result.view(target.shape) for result in (-losses, entropy, lse, is_top1))
@@ -177,10 +184,7 @@ def linear_token_loss(
     options = row_options(ignore_index, softcap=softcap, logit_scale=logit_scale)
     check_positive("chunk_rows", chunk_rows, 1)
     check_positive("max_counted", max_counted, 0)
-    dtype = compute_dtype(input, linear_weight, linear_bias)
-    check_shapes(input, linear_weight, linear_bias)
-    input, linear_weight, linear_bias, target = whole_head(input, linear_weight, linear_bias, target)
-    flat = check_indices(target, input.shape[:-1], len(linear_weight), ignore_index)
+    operands, target, flat, dtype = _checked_head(input, linear_weight, linear_bias, target, ignore_index)
     for i, argument in enumerate(arguments):
         if argument.shape != target.shape:
             raise ValueError(
@@ -188,7 +192,6 @@ def linear_token_loss(
             )
         if argument.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"arguments[{i}] requires a gradient, which linear_token_loss does not compute")
-    operands = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
     recording = torch.is_grad_enabled()
     needs = [recording and tensor is not None and tensor.requires_grad for tensor in operands]
     bound = -1 if max_counted is None else max_counted
