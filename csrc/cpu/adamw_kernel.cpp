@@ -1,9 +1,9 @@
-// AdamW over a run of one tensor's elements; compiled once per instruction set (isa.h). What is kept as fp32 is updated
-// where it lies; what is kept in 16 bits is widened block by block into the first-level cache, updated there by the
-// same loop, and rounded back: one loop for the arithmetic, however the values are kept. 8-bit moments likewise, in
-// whole blocks of theirs.
+// AdamW over a run of one tensor's elements; compiled once per instruction set (isa.h). One loop widens what is kept in
+// 16 bits, updates and rounds. What needs random bits goes block by block, with the bits drawn into the first-level
+// cache before; 8-bit moments as well, decoded there, in whole blocks of theirs.
 #include "adamw_math.h"
 #include "isa.h"
+#include "lanes.h"
 #include "moments_8bit.h"
 #include "philox_lanes.h"
 
@@ -11,8 +11,8 @@ namespace {
 constexpr int kBlock = 512;  // elements
 
 struct alignas(64) Block {
-  float param[kBlock], grad[kBlock], exp_avg[kBlock], exp_avg_sq[kBlock], max_exp_avg_sq[kBlock];
-  uint16_t bits[kBlock + kPhiloxGroup];
+  float exp_avg[kBlock], exp_avg_sq[kBlock];
+  uint16_t bits[4][kBlock + kPhiloxGroup];  // of each stream
 };
 
 struct Random {
@@ -27,50 +27,93 @@ struct Random {
   }
 };
 
-template <bool amsgrad>
-void update(float* __restrict param, const float* __restrict grad, float* __restrict exp_avg,
-            float* __restrict exp_avg_sq, float* __restrict max_exp_avg_sq, int64_t n, float factor,
-            const AdamwHyper& hyper) {
+// Elements as Numbers, which are floats or Lanes.
+inline void load(const float* from, float* to) { *to = *from; }
+inline void load(const uint16_t* from, float* to) { *to = bf16_to_float(*from); }
+inline void load_master(const uint16_t* param, const int16_t* remainder, float* to) {
+  *to = master_join(*param, *remainder);
+}
+inline void store(float value, float* to) { *to = value; }
+inline void store_nearest(float value, uint16_t* to) { *to = bf16_nearest(value); }
+inline void store_stochastic(float value, const uint16_t* random, uint16_t* to) { *to = bf16_stochastic(value, *random); }
+inline void store_master(float value, uint16_t* param, int16_t* remainder) { master_split(value, param, remainder); }
+
+template <AdamwRounding rounding, class Number, class Element>
+FASTFT_HD Number load_param(const Element* param, const void* residue, int64_t i) {
+  Number value;
+  if constexpr (rounding == kExact) {
+    load_master(param + i, static_cast<const int16_t*>(residue) + i, &value);
+  } else {
+    load(param + i, &value);
+    if constexpr (rounding == kKahan) {
+      Number compensation;
+      load(static_cast<const uint16_t*>(residue) + i, &compensation);
+      value = ft_add(value, compensation);
+    }
+  }
+  return value;
+}
+
+template <AdamwRounding rounding, class Number, class Element>
+FASTFT_HD void store_param(Number value, const uint16_t* random, Element* param, void* residue, int64_t i) {
+  if constexpr (rounding == kFp32) store(value, param + i);
+  if constexpr (rounding == kExact) store_master(value, param + i, static_cast<int16_t*>(residue) + i);
+  if constexpr (rounding == kStochastic) store_stochastic(value, random + i, param + i);
+  if constexpr (rounding == kNearest || rounding == kKahan) store_nearest(value, param + i);
+  if constexpr (rounding == kKahan) {
+    Number rounded;
+    load(param + i, &rounded);
+    store_nearest(finite_or_zero(ft_sub(value, rounded)), static_cast<uint16_t*>(residue) + i);
+  }
+}
+
+template <class Number>
+FASTFT_HD void store_moment(Number value, const uint16_t*, float* to, int64_t i) {
+  store(value, to + i);
+}
+template <class Number>
+FASTFT_HD void store_moment(Number value, const uint16_t* random, uint16_t* to, int64_t i) {
+  store_stochastic(value, random + i, to + i);
+}
+
+// The random bits of each stream that something is rounded with.
+struct Bits {
+  const uint16_t* of[4];
+};
+
+template <AdamwRounding rounding>
+struct Kept {
+  using Element = uint16_t;
+};
+template <>
+struct Kept<kFp32> {
+  using Element = float;
+};
+
+template <AdamwRounding rounding, class Moment, bool amsgrad, class Element = typename Kept<rounding>::Element>
+void update(Element* __restrict param, const Element* __restrict grad, void* __restrict residue,
+            Moment* __restrict exp_avg, Moment* __restrict exp_avg_sq, Moment* __restrict max_exp_avg_sq, int64_t n,
+            float factor, const AdamwHyper& hyper, const Bits& bits) {
   const AdamwHyper h = hyper;
-  for (int64_t i = 0; i < n; i++)
-    param[i] = adamw_element(param[i], grad[i], factor, &exp_avg[i], &exp_avg_sq[i],
-                             amsgrad ? &max_exp_avg_sq[i] : nullptr, h);
-}
-
-void widen(const uint16_t* __restrict from, float* __restrict to, int n) {
-  for (int i = 0; i < n; i++) to[i] = bf16_to_float(from[i]);
-}
-
-void round_stochastic(const float* __restrict from, const uint16_t* __restrict bits, uint16_t* __restrict to, int n) {
-  for (int i = 0; i < n; i++) to[i] = bf16_stochastic(from[i], bits[i]);
-}
-
-void load_param(AdamwRounding rounding, const uint16_t* __restrict param, const void* residue, float* __restrict to,
-                int n) {
-  if (rounding == kExact) {
-    const int16_t* __restrict remainder = static_cast<const int16_t*>(residue);
-    for (int i = 0; i < n; i++) to[i] = master_join(param[i], remainder[i]);
-  } else if (rounding == kKahan) {
-    const uint16_t* __restrict compensation = static_cast<const uint16_t*>(residue);
-    for (int i = 0; i < n; i++) to[i] = kahan_join(param[i], compensation[i]);
-  } else {
-    widen(param, to, n);
-  }
-}
-
-void store_param(AdamwRounding rounding, const float* __restrict from, uint16_t* __restrict param, void* residue, int n,
-                 const Random& random, uint16_t* bits) {
-  if (rounding == kExact) {
-    int16_t* __restrict remainder = static_cast<int16_t*>(residue);
-    for (int i = 0; i < n; i++) master_split(from[i], &param[i], &remainder[i]);
-  } else if (rounding == kKahan) {
-    uint16_t* __restrict compensation = static_cast<uint16_t*>(residue);
-    for (int i = 0; i < n; i++) kahan_split(from[i], &param[i], &compensation[i]);
-  } else if (rounding == kStochastic) {
-    round_stochastic(from, random.draw(kStreamParam, n, bits), param, n);
-  } else {
-    for (int i = 0; i < n; i++) param[i] = bf16_nearest(from[i]);
-  }
+  const auto at = [&](int64_t i, auto g) __attribute__((always_inline)) {
+    using Number = decltype(g);
+    Number m, v, largest;
+    load(grad + i, &g);
+    load(exp_avg + i, &m);
+    load(exp_avg_sq + i, &v);
+    if constexpr (amsgrad) load(max_exp_avg_sq + i, &largest);
+    const Number value = adamw_element(load_param<rounding, Number>(param, residue, i), g, factor, &m, &v,
+                                       amsgrad ? &largest : nullptr, h);
+    store_param<rounding>(value, bits.of[kStreamParam], param, residue, i);
+    store_moment(m, bits.of[kStreamExpAvg], exp_avg, i);
+    store_moment(v, bits.of[kStreamExpAvgSq], exp_avg_sq, i);
+    if constexpr (amsgrad) store_moment(largest, bits.of[kStreamMaxExpAvgSq], max_exp_avg_sq, i);
+  };
+  int64_t i = 0;
+#if defined(FASTFT_LANES)
+  for (; i + FASTFT_LANES <= n; i += FASTFT_LANES) at(i, Lanes());
+#endif
+  for (; i < n; i++) at(i, float());
 }
 
 // The blocks of 8-bit moments in `n` elements from element `i` on, as f(offset from i, elements, scale).
@@ -111,9 +154,8 @@ void decode_moments(const AdamwTensor& t, int64_t i, int n, Block& block) {
 }
 
 void encode_moments(const AdamwTensor& t, int64_t i, int n, const Random& random, Block& block) {
-  uint16_t sq_buffer[kBlock + kPhiloxGroup];
-  const uint16_t* bits = random.draw(kStreamExpAvg, n, block.bits);
-  const uint16_t* sq_bits = random.draw(kStreamExpAvgSq, n, sq_buffer);
+  const uint16_t* bits = random.draw(kStreamExpAvg, n, block.bits[kStreamExpAvg]);
+  const uint16_t* sq_bits = random.draw(kStreamExpAvgSq, n, block.bits[kStreamExpAvgSq]);
   each_moment_block(t, i, n, [&](int from, int size, int64_t scale) {
     const float* __restrict m = block.exp_avg + from;
     const float* __restrict v = block.exp_avg_sq + from;
@@ -141,31 +183,40 @@ T* at(void* base, int64_t i) {
   return base ? static_cast<T*>(base) + i : nullptr;
 }
 
-// At most kBlock elements from `i` on.
-void update_block(const AdamwTensor& t, int64_t i, int n, float factor, const AdamwHyper& h, const Random& random,
-                  Block& block) {
-  const bool wide = t.rounding == kFp32;
-  float* param = wide ? at<float>(t.param, i) : block.param;
-  const float* grad = wide ? static_cast<const float*>(t.grad) + i : block.grad;
-  void* residue = at<uint16_t>(t.residue, i);
-  if (!wide) {
-    load_param(t.rounding, at<uint16_t>(t.param, i), residue, block.param, n);
-    widen(static_cast<const uint16_t*>(t.grad) + i, block.grad, n);
+// `n` elements from `i` on, with the moments there or, decoded from 8 bits, in `block`.
+template <AdamwRounding rounding, class Moment, bool amsgrad>
+void update_part(const AdamwTensor& t, int64_t i, int64_t n, float factor, const AdamwHyper& h, const Bits& bits,
+                 Block* block) {
+  using Element = typename Kept<rounding>::Element;
+  Moment* exp_avg = block ? reinterpret_cast<Moment*>(block->exp_avg) : at<Moment>(t.exp_avg, i);
+  Moment* exp_avg_sq = block ? reinterpret_cast<Moment*>(block->exp_avg_sq) : at<Moment>(t.exp_avg_sq, i);
+  update<rounding, Moment, amsgrad>(at<Element>(t.param, i), static_cast<const Element*>(t.grad) + i,
+                                    at<uint16_t>(t.residue, i), exp_avg, exp_avg_sq, at<Moment>(t.max_exp_avg_sq, i), n,
+                                    factor, h, bits);
+}
+
+using UpdatePart = void (*)(const AdamwTensor&, int64_t, int64_t, float, const AdamwHyper&, const Bits&, Block*);
+
+template <AdamwRounding rounding>
+UpdatePart update_part_of(const AdamwTensor& t) {
+  if (t.narrow_moments)
+    return t.max_exp_avg_sq ? update_part<rounding, uint16_t, true> : update_part<rounding, uint16_t, false>;
+  return t.max_exp_avg_sq ? update_part<rounding, float, true> : update_part<rounding, float, false>;
+}
+
+UpdatePart update_part_of(const AdamwTensor& t) {
+  switch (t.rounding) {
+    case kExact:
+      return update_part_of<kExact>(t);
+    case kKahan:
+      return update_part_of<kKahan>(t);
+    case kStochastic:
+      return update_part_of<kStochastic>(t);
+    case kNearest:
+      return update_part_of<kNearest>(t);
+    default:
+      return update_part_of<kFp32>(t);
   }
-  void* const kept[] = {t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq};
-  float* const buffers[] = {block.exp_avg, block.exp_avg_sq, block.max_exp_avg_sq};
-  float* moments[3];
-  if (t.columns) decode_moments(t, i, n, block);
-  for (int k = 0; k < 3; k++) {
-    moments[k] = t.narrow_moments || t.columns ? buffers[k] : at<float>(kept[k], i);
-    if (t.narrow_moments && kept[k]) widen(at<uint16_t>(kept[k], i), buffers[k], n);
-  }
-  (t.max_exp_avg_sq ? update<true> : update<false>)(param, grad, moments[0], moments[1], moments[2], n, factor, h);
-  if (!wide) store_param(t.rounding, param, at<uint16_t>(t.param, i), residue, n, random, block.bits);
-  if (t.columns) encode_moments(t, i, n, random, block);
-  for (int k = 0; k < 3 && t.narrow_moments; k++)
-    if (kept[k])
-      round_stochastic(buffers[k], random.draw(kStreamExpAvg + k, n, block.bits), at<uint16_t>(kept[k], i), n);
 }
 }  // namespace
 
@@ -173,11 +224,9 @@ extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, i
                                      float factor, uint64_t seed) {
   const AdamwTensor& t = *tensor;
   factor = ft_mul(hyper->grad_sign, factor);
-  if (t.rounding == kFp32 && !t.narrow_moments && !t.columns) {
-    (t.max_exp_avg_sq ? update<true> : update<false>)(at<float>(t.param, begin),
-                                                      static_cast<const float*>(t.grad) + begin,
-                                                      at<float>(t.exp_avg, begin), at<float>(t.exp_avg_sq, begin),
-                                                      at<float>(t.max_exp_avg_sq, begin), end - begin, factor, *hyper);
+  const UpdatePart update_part = update_part_of(t);
+  if (t.rounding != kStochastic && !t.narrow_moments && !t.columns) {
+    update_part(t, begin, end - begin, factor, *hyper, Bits{}, nullptr);
     return;
   }
   Block block;
@@ -185,7 +234,14 @@ extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, i
     const Random random{seed, uint64_t(t.first + begin), uint32_t(hyper->step)};
     const int64_t room = kBlock - int64_t(random.first % kBlock);
     const int n = t.columns ? whole_moment_blocks(t, begin, end) : int(end - begin < room ? end - begin : room);
-    update_block(t, begin, n, factor, *hyper, random, block);
+    const bool drawn[] = {t.rounding == kStochastic, t.narrow_moments, t.narrow_moments,
+                          t.narrow_moments && t.max_exp_avg_sq};
+    Bits bits{};
+    for (int stream = 0; stream < 4; stream++)
+      if (drawn[stream]) bits.of[stream] = random.draw(uint32_t(stream), n, block.bits[stream]);
+    if (t.columns) decode_moments(t, begin, n, block);
+    update_part(t, begin, n, factor, *hyper, bits, t.columns ? &block : nullptr);
+    if (t.columns) encode_moments(t, begin, n, random, block);
     begin += n;
   }
 }

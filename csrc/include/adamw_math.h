@@ -46,12 +46,14 @@ struct AdamwTensor {
 #if defined(__CUDA_ARCH__)  // the intrinsics keep nvcc from contracting what the CPU rounds twice
 FASTFT_HD float ft_mul(float a, float b) { return __fmul_rn(a, b); }
 FASTFT_HD float ft_add(float a, float b) { return __fadd_rn(a, b); }
+FASTFT_HD float ft_sub(float a, float b) { return __fsub_rn(a, b); }
 FASTFT_HD float ft_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FASTFT_HD float ft_sqrt(float a) { return __fsqrt_rn(a); }
 FASTFT_HD float ft_div(float a, float b) { return __fdiv_rn(a, b); }
 #else
 FASTFT_HD float ft_mul(float a, float b) { return a * b; }
 FASTFT_HD float ft_add(float a, float b) { return a + b; }
+FASTFT_HD float ft_sub(float a, float b) { return a - b; }
 FASTFT_HD float ft_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTFT_HD float ft_sqrt(float a) { return __builtin_sqrtf(a); }
 FASTFT_HD float ft_div(float a, float b) { return a / b; }
@@ -69,25 +71,25 @@ FASTFT_HD float bits_float(uint32_t bits) {
   return value;
 }
 
+FASTFT_HD float ft_larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN wins, as in torch.maximum
+
 // Updates the moments in place and returns the new parameter. `factor` is grad_sign times what clipping and loss
-// scaling ask for; `max_exp_avg_sq` is nullptr without amsgrad.
-FASTFT_HD float adamw_element(float param, float grad, float factor, float* exp_avg, float* exp_avg_sq,
-                              float* max_exp_avg_sq, const AdamwHyper& h) {
-  grad = ft_mul(grad, factor);
+// scaling ask for; `max_exp_avg_sq` is nullptr without amsgrad. A Number is a float, or what csrc/cpu/lanes.h makes one.
+template <class Number>
+FASTFT_HD Number adamw_element(Number param, Number grad, float factor, Number* exp_avg, Number* exp_avg_sq,
+                               Number* max_exp_avg_sq, const AdamwHyper& h) {
+  grad = ft_mul(grad, Number(factor));
   const bool near = h.lerp_weight < 0.5f;  // torch's lerp starts from the nearer end
-  const float weight = near ? h.lerp_weight : ft_add(h.lerp_weight, -1.0f);
-  const float m = ft_fma(weight, ft_add(grad, -*exp_avg), near ? *exp_avg : grad);
-  const float v = ft_fma(ft_mul(h.one_minus_beta2, grad), grad, ft_mul(*exp_avg_sq, h.beta2));
-  float largest = v;
-  if (max_exp_avg_sq) {
-    const float old = *max_exp_avg_sq;
-    largest = old > v || old != old ? old : v;  // NaN wins, as in torch.maximum
-    *max_exp_avg_sq = largest;
-  }
-  const float denominator = ft_add(ft_div(ft_sqrt(largest), h.correction2_sqrt), h.eps);
+  const Number change = ft_sub(grad, *exp_avg);
+  const Number m = near ? ft_fma(Number(h.lerp_weight), change, *exp_avg)
+                        : ft_fma(Number(ft_add(h.lerp_weight, -1.0f)), change, grad);
+  const Number v = ft_fma(ft_mul(Number(h.one_minus_beta2), grad), grad, ft_mul(*exp_avg_sq, Number(h.beta2)));
+  const Number largest = max_exp_avg_sq ? ft_larger(*max_exp_avg_sq, v) : v;
+  if (max_exp_avg_sq) *max_exp_avg_sq = largest;
+  const Number denominator = ft_add(ft_div(ft_sqrt(largest), Number(h.correction2_sqrt)), Number(h.eps));
   *exp_avg = m;
   *exp_avg_sq = v;
-  return ft_add(ft_mul(param, h.decay), ft_div(ft_mul(h.negative_step, m), denominator));
+  return ft_add(ft_mul(param, Number(h.decay)), ft_div(ft_mul(Number(h.negative_step), m), denominator));
 }
 
 FASTFT_HD float bf16_to_float(uint16_t value) { return bits_float((uint32_t)value << 16); }
@@ -126,9 +128,9 @@ FASTFT_HD float kahan_join(uint16_t param, uint16_t compensation) {
   return ft_add(bf16_to_float(param), bf16_to_float(compensation));
 }
 
+FASTFT_HD float finite_or_zero(float value) { return ft_add(value, -value) == 0.0f ? value : 0.0f; }
+
 FASTFT_HD void kahan_split(float value, uint16_t* param, uint16_t* compensation) {
-  const uint16_t rounded = bf16_nearest(value);
-  const float lost = ft_add(value, -bf16_to_float(rounded));
-  *param = rounded;
-  *compensation = ft_add(lost, -lost) == 0.0f ? bf16_nearest(lost) : (uint16_t)0;  // none beside Inf and NaN
+  *param = bf16_nearest(value);
+  *compensation = bf16_nearest(finite_or_zero(ft_sub(value, bf16_to_float(*param))));  // none beside Inf and NaN
 }
