@@ -19,7 +19,7 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="no native library")
 
 
 def test_philox_known_answer():
-    words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)  # of the paper's authors: counter 0, key 0
+    words = (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)  # of the paper's authors: seven rounds, counter 0, key 0
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     assert random_bits(0, 8, 0, 0, 0, torch.device("cpu")).tolist() == halves
 

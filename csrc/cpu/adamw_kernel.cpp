@@ -4,7 +4,7 @@
 #include "adamw_math.h"
 #include "isa.h"
 #include "lanes.h"
-#include "moments_8bit.h"
+#include "moments_8bit_lanes.h"
 #include "philox_lanes.h"
 
 namespace {
@@ -12,7 +12,7 @@ constexpr int kBlock = 512;  // elements
 
 struct alignas(64) Block {
   float exp_avg[kBlock], exp_avg_sq[kBlock];
-  uint16_t bits[4][kBlock + kPhiloxGroup];  // of each stream
+  uint16_t bits[3][kBlock + kPhiloxGroup], swapped[kBlock];  // of each stream; those of the moments with bytes swapped
 };
 
 struct Random {
@@ -35,7 +35,9 @@ inline void load_master(const uint16_t* param, const int16_t* remainder, float* 
 }
 inline void store(float value, float* to) { *to = value; }
 inline void store_nearest(float value, uint16_t* to) { *to = bf16_nearest(value); }
-inline void store_stochastic(float value, const uint16_t* random, uint16_t* to) { *to = bf16_stochastic(value, *random); }
+inline void store_stochastic(float value, const uint16_t* random, uint16_t* to) {
+  *to = bf16_stochastic(value, *random);
+}
 inline void store_master(float value, uint16_t* param, int16_t* remainder) { master_split(value, param, remainder); }
 
 template <AdamwRounding rounding, class Number, class Element>
@@ -76,9 +78,8 @@ FASTFT_HD void store_moment(Number value, const uint16_t* random, uint16_t* to, 
   store_stochastic(value, random + i, to + i);
 }
 
-// The random bits of each stream that something is rounded with.
 struct Bits {
-  const uint16_t* of[4];
+  const uint16_t *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // nullptr where nothing is drawn
 };
 
 template <AdamwRounding rounding>
@@ -104,16 +105,28 @@ void update(Element* __restrict param, const Element* __restrict grad, void* __r
     if constexpr (amsgrad) load(max_exp_avg_sq + i, &largest);
     const Number value = adamw_element(load_param<rounding, Number>(param, residue, i), g, factor, &m, &v,
                                        amsgrad ? &largest : nullptr, h);
-    store_param<rounding>(value, bits.of[kStreamParam], param, residue, i);
-    store_moment(m, bits.of[kStreamExpAvg], exp_avg, i);
-    store_moment(v, bits.of[kStreamExpAvgSq], exp_avg_sq, i);
-    if constexpr (amsgrad) store_moment(largest, bits.of[kStreamMaxExpAvgSq], max_exp_avg_sq, i);
+    store_param<rounding>(value, bits.param, param, residue, i);
+    store_moment(m, bits.exp_avg, exp_avg, i);
+    store_moment(v, bits.exp_avg_sq, exp_avg_sq, i);
+    if constexpr (amsgrad) store_moment(largest, bits.max_exp_avg_sq, max_exp_avg_sq, i);
   };
   int64_t i = 0;
 #if defined(FASTFT_LANES)
   for (; i + FASTFT_LANES <= n; i += FASTFT_LANES) at(i, Lanes());
 #endif
   for (; i < n; i++) at(i, float());
+}
+
+// The bits for `n` elements of whatever is rounded stochastically.
+Bits draw(const AdamwTensor& t, const Random& random, int n, Block& block) {
+  const auto of = [&](PhiloxStream stream) { return random.draw(stream, n, block.bits[stream]); };
+  Bits bits{};
+  if (t.rounding == kStochastic) bits.param = of(kStreamParam);
+  if (!t.narrow_moments && !t.columns) return bits;
+  bits.exp_avg = of(kStreamMoments), bits.exp_avg_sq = block.swapped;
+  for (int i = 0; i < n; i++) block.swapped[i] = swap_bytes(bits.exp_avg[i]);
+  if (t.max_exp_avg_sq) bits.max_exp_avg_sq = of(kStreamMaxExpAvgSq);
+  return bits;
 }
 
 // The blocks of 8-bit moments in `n` elements from element `i` on, as f(offset from i, elements, scale).
@@ -148,17 +161,21 @@ void decode_moments(const AdamwTensor& t, int64_t i, int n, Block& block) {
     const int8_t* __restrict codes = static_cast<const int8_t*>(t.exp_avg) + i + from;
     const uint8_t* __restrict sq_codes = static_cast<const uint8_t*>(t.exp_avg_sq) + i + from;
     const float m_scale = t.exp_avg_scale[scale], v_scale = t.exp_avg_sq_scale[scale];
+    if (decode_block(codes, sq_codes, m_scale, v_scale, size, block.exp_avg + from, block.exp_avg_sq + from)) return;
     for (int j = 0; j < size; j++) block.exp_avg[from + j] = exp_avg_decode(codes[j], m_scale);
     for (int j = 0; j < size; j++) block.exp_avg_sq[from + j] = exp_avg_sq_decode(sq_codes[j], v_scale);
   });
 }
 
-void encode_moments(const AdamwTensor& t, int64_t i, int n, const Random& random, Block& block) {
-  const uint16_t* bits = random.draw(kStreamExpAvg, n, block.bits[kStreamExpAvg]);
-  const uint16_t* sq_bits = random.draw(kStreamExpAvgSq, n, block.bits[kStreamExpAvgSq]);
+void encode_moments(const AdamwTensor& t, int64_t i, int n, const Bits& bits, const Block& block) {
   each_moment_block(t, i, n, [&](int from, int size, int64_t scale) {
     const float* __restrict m = block.exp_avg + from;
     const float* __restrict v = block.exp_avg_sq + from;
+    int8_t* __restrict codes = static_cast<int8_t*>(t.exp_avg) + i + from;
+    uint8_t* __restrict sq_codes = static_cast<uint8_t*>(t.exp_avg_sq) + i + from;
+    float *m_scale = t.exp_avg_scale + scale, *v_scale = t.exp_avg_sq_scale + scale;
+    if (encode_block(m, v, bits.exp_avg + from, bits.exp_avg_sq + from, size, codes, sq_codes, m_scale, v_scale))
+      return;
     int32_t largest = 0, largest_sq = 0;
     for (int j = 0; j < size; j++) {
       const bool finite = both_finite(m[j], v[j]);
@@ -166,15 +183,12 @@ void encode_moments(const AdamwTensor& t, int64_t i, int n, const Random& random
       largest = a > largest ? a : largest;
       largest_sq = b > largest_sq ? b : largest_sq;
     }
-    t.exp_avg_scale[scale] = bits_float(uint32_t(largest));
-    t.exp_avg_sq_scale[scale] = bits_float(uint32_t(largest_sq));
-    const float divisor = largest ? bits_float(uint32_t(largest)) : 1.0f;
-    const float sq_divisor = largest_sq ? bits_float(uint32_t(largest_sq)) : 1.0f;
-    int8_t* __restrict codes = static_cast<int8_t*>(t.exp_avg) + i + from;
-    uint8_t* __restrict sq_codes = static_cast<uint8_t*>(t.exp_avg_sq) + i + from;
-    for (int j = 0; j < size; j++) codes[j] = exp_avg_encode(m[j], both_finite(m[j], v[j]), divisor, bits[from + j]);
+    *m_scale = bits_float(uint32_t(largest)), *v_scale = bits_float(uint32_t(largest_sq));
+    const float divisor = largest ? *m_scale : 1.0f, sq_divisor = largest_sq ? *v_scale : 1.0f;
     for (int j = 0; j < size; j++)
-      sq_codes[j] = exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor, sq_bits[from + j]);
+      codes[j] = exp_avg_encode(m[j], both_finite(m[j], v[j]), divisor, bits.exp_avg[from + j]);
+    for (int j = 0; j < size; j++)
+      sq_codes[j] = exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor, bits.exp_avg_sq[from + j]);
   });
 }
 
@@ -234,14 +248,10 @@ extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, i
     const Random random{seed, uint64_t(t.first + begin), uint32_t(hyper->step)};
     const int64_t room = kBlock - int64_t(random.first % kBlock);
     const int n = t.columns ? whole_moment_blocks(t, begin, end) : int(end - begin < room ? end - begin : room);
-    const bool drawn[] = {t.rounding == kStochastic, t.narrow_moments, t.narrow_moments,
-                          t.narrow_moments && t.max_exp_avg_sq};
-    Bits bits{};
-    for (int stream = 0; stream < 4; stream++)
-      if (drawn[stream]) bits.of[stream] = random.draw(uint32_t(stream), n, block.bits[stream]);
+    const Bits bits = draw(t, random, n, block);
     if (t.columns) decode_moments(t, begin, n, block);
     update_part(t, begin, n, factor, *hyper, bits, t.columns ? &block : nullptr);
-    if (t.columns) encode_moments(t, begin, n, random, block);
+    if (t.columns) encode_moments(t, begin, n, bits, block);
     begin += n;
   }
 }

@@ -1,6 +1,7 @@
-// Sixteen floats at once with AVX2, by hand where compilers spend half of a loop on getting from 16 bits to 32 and back.
-// A register of 16-bit values is read with its quarters in the order 0 2 1 3: unpacking and packing work within halves of
-// a register, and so keep the elements in order. Every function has the bits of its scalar namesake in adamw_math.h.
+// Sixteen floats at once with AVX2, by hand where compilers spend half of a loop on getting from 16 bits to 32 and
+// back. A register of 16-bit values is read with its quarters in the order 0 2 1 3: unpacking and packing work within
+// halves of a register, and so keep the elements in order. Every function has the bits of its scalar namesake in
+// adamw_math.h.
 #pragma once
 #include "adamw_math.h"
 

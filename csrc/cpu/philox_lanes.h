@@ -56,7 +56,7 @@ static inline void philox_group(uint64_t first, uint32_t step, uint32_t stream, 
   const __m256i word3 = _mm256_set1_epi32((int)stream);
   PhiloxLanes lanes0{block0, word1, word2, word3}, lanes1{block1, word1, word2, word3};
   uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-  for (int round = 0; round < 10; round++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+  for (int round = 0; round < kPhiloxRounds; round++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
     philox_round(&lanes0, key0, key1);
     philox_round(&lanes1, key0, key1);
   }

@@ -116,10 +116,9 @@ struct Moment {  // fp32, or bf16 rounded stochastically
   }
 };
 
-// One element of a tensor that is kept in any way; `bits` are those of the param, exp_avg, exp_avg_sq and
-// max_exp_avg_sq streams.
+// One element of a tensor that is kept in any way; `bits` are those of the streams.
 __device__ void update_any(const Batch& batch, int t, int64_t i, float factor, const AdamwHyper& h,
-                           const uint16_t (&bits)[4]) {
+                           const uint16_t (&bits)[3]) {
   const bool narrow = batch.narrow_moments[t];
   const Moment moments[3] = {
       {batch.exp_avg[t], narrow}, {batch.exp_avg_sq[t], narrow}, {batch.max_exp_avg_sq[t], narrow}};
@@ -148,8 +147,8 @@ __device__ void update_any(const Batch& batch, int t, int64_t i, float factor, c
     kahan_split(p, param, compensation);
   else
     *param = rounding == kStochastic ? bf16_stochastic(p, bits[kStreamParam]) : bf16_nearest(p);
-  moments[0].store(i, m, bits[kStreamExpAvg]);
-  moments[1].store(i, v, bits[kStreamExpAvgSq]);
+  moments[0].store(i, m, bits[kStreamMoments]);
+  moments[1].store(i, v, swap_bytes(bits[kStreamMoments]));
   if (amsgrad) moments[2].store(i, w, bits[kStreamMaxExpAvgSq]);
 }
 
@@ -157,16 +156,16 @@ __device__ void update_chunk_any(const Batch& batch, int t, int64_t base, int n,
   const uint64_t first = uint64_t(batch.first[t] + base), block0 = first / 8;
   const int blocks = int((first + n + 7) / 8 - block0);
   for (int b = threadIdx.x; b < blocks; b += kThreads) {
-    uint16_t bits[4][8] = {};
+    uint16_t bits[3][8] = {};
 #pragma unroll
-    for (int stream = 0; stream < 4; stream++) {
+    for (int stream = 0; stream < 3; stream++) {
       const bool drawn = stream == kStreamParam ? batch.rounding[t] == kStochastic : batch.narrow_moments[t];
       if (drawn) philox_bits<1>(block0 + b, uint32_t(h.step), stream, batch.seed, bits[stream]);
     }
 #pragma unroll
     for (int k = 0; k < 8; k++) {
       const int64_t i = int64_t((block0 + b) * 8 + k - first);  // within the chunk
-      const uint16_t own[4] = {bits[0][k], bits[1][k], bits[2][k], bits[3][k]};
+      const uint16_t own[3] = {bits[0][k], bits[1][k], bits[2][k]};
       if (i >= 0 && i < n) update_any(batch, t, base + i, factor, h, own);
     }
   }

@@ -73,11 +73,17 @@ FASTFT_HD float bits_float(uint32_t bits) {
 
 FASTFT_HD float ft_larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN wins, as in torch.maximum
 
+template <class Number>
+struct Just {  // where a template argument is not to be deduced, so that nullptr will do
+  using Type = Number;
+};
+
 // Updates the moments in place and returns the new parameter. `factor` is grad_sign times what clipping and loss
-// scaling ask for; `max_exp_avg_sq` is nullptr without amsgrad. A Number is a float, or what csrc/cpu/lanes.h makes one.
+// scaling ask for; `max_exp_avg_sq` is nullptr without amsgrad. A Number is a float, or what csrc/cpu/lanes.h makes
+// one.
 template <class Number>
 FASTFT_HD Number adamw_element(Number param, Number grad, float factor, Number* exp_avg, Number* exp_avg_sq,
-                               Number* max_exp_avg_sq, const AdamwHyper& h) {
+                               typename Just<Number>::Type* max_exp_avg_sq, const AdamwHyper& h) {
   grad = ft_mul(grad, Number(factor));
   const bool near = h.lerp_weight < 0.5f;  // torch's lerp starts from the nearer end
   const Number change = ft_sub(grad, *exp_avg);

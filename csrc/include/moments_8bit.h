@@ -6,6 +6,7 @@
 enum { kMomentBlock = 128, kExpAvgNan = -128, kSqOctave = 12 };
 #define FASTFT_EXP_AVG_UNITS 260144641.0f   // 127^4
 #define FASTFT_EXP_AVG_SQ_UNITS 2621440.0f  // code 255 in units of code 0: 1.25 * 2^21
+#define FASTFT_SMALL_SCALE 0x1p-100f
 
 FASTFT_HD float exp_avg_decode(int8_t code, float scale) {
   const float root = ft_mul((float)code, 1.0f / 127.0f);
@@ -24,9 +25,16 @@ FASTFT_HD int32_t magnitude(float value) { return (int32_t)(float_bits(value) & 
 
 FASTFT_HD bool both_finite(float m, float v) { return (magnitude(m) < 0x7f800000) & (magnitude(v) < 0x7f800000); }
 
+// value / divisor by way of the reciprocal, of which a block needs only one; scaled where that would overflow.
+FASTFT_HD float share_of(float value, float divisor) {
+  const float up = divisor < FASTFT_SMALL_SCALE ? 0x1p64f : 1.0f;
+  return ft_mul(ft_mul(value, up), ft_div(1.0f, ft_mul(divisor, up)));
+}
+
 // `divisor` is the block's scale, or 1 where that is 0; `finite` is of both moments.
 FASTFT_HD int8_t exp_avg_encode(float m, bool finite, float divisor, uint16_t random) {
-  const float x = finite ? ft_mul(ft_div(bits_float((uint32_t)magnitude(m)), divisor), FASTFT_EXP_AVG_UNITS) : 0.0f;
+  const float share = share_of(bits_float((uint32_t)magnitude(m)), divisor);
+  const float x = finite ? ft_mul(share, FASTFT_EXP_AVG_UNITS) : 0.0f;
   const int32_t floor = (int32_t)ft_sqrt(ft_sqrt(x)), low = floor < 126 ? floor : 126;
   const float root = (float)(low * low), next = (float)((low + 1) * (low + 1));
   const float below = ft_mul(root, root), above = ft_mul(next, next);
@@ -36,8 +44,8 @@ FASTFT_HD int8_t exp_avg_encode(float m, bool finite, float divisor, uint16_t ra
 }
 
 FASTFT_HD uint8_t exp_avg_sq_encode(float v, bool finite, float divisor, uint16_t random) {
-  const float units = finite ? ft_mul(ft_div(v, divisor), FASTFT_EXP_AVG_SQ_UNITS) : 1.0f;
-  const uint32_t bits = float_bits(units > 1.0f ? units : 1.0f), fraction = bits & 0x7fffffu;
-  const uint32_t place = (fraction * kSqOctave + ((uint32_t)random << 7)) >> 23;
-  return (uint8_t)(((bits >> 23) - 127u) * kSqOctave + place);
+  const float units = finite ? ft_mul(share_of(v, divisor), FASTFT_EXP_AVG_SQ_UNITS) : 1.0f;
+  const float most = units < FASTFT_EXP_AVG_SQ_UNITS ? units : FASTFT_EXP_AVG_SQ_UNITS;
+  const uint32_t place = float_bits(most > 1.0f ? most : 1.0f) - 0x3f800000u;  // an octave, 23 bits of the next
+  return (uint8_t)((place * kSqOctave + ((uint32_t)random << 7)) >> 23);
 }

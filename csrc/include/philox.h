@@ -1,13 +1,17 @@
-// Random bits for stochastic rounding: Philox4x32-10 (Salmon et al., 2011). They are a function of the seed, the step,
+// Random bits for stochastic rounding: Philox4x32 (Salmon et al., 2011), with the seven rounds which that paper finds
+// enough for every test. They are a function of the seed, the step,
 // the stream (what is rounded) and the element's global index alone, so that neither the engine nor the way in which
 // tensors are split over threads and processes changes them. Elements 8k to 8k + 7 share one call, whose counter is
-// (k, k >> 32, step, stream); each takes 16 of its 128 bits in memory order.
+// (k, k >> 32, step, stream); each takes 16 of its 128 bits in memory order. Both moments of an element are rounded
+// with the same 16 bits, the second one with the two bytes swapped: half of the work, and the pair fills the square
+// evenly.
 #pragma once
 #include <stdint.h>
 
 #include "adamw_math.h"
 
-enum PhiloxStream : uint32_t { kStreamParam = 0, kStreamExpAvg = 1, kStreamExpAvgSq = 2, kStreamMaxExpAvgSq = 3 };
+enum PhiloxStream : uint32_t { kStreamParam = 0, kStreamMoments = 1, kStreamMaxExpAvgSq = 2 };
+enum { kPhiloxRounds = 7 };
 
 // One round over `lanes` counters at once, stored as structure of arrays: compilers turn the loop into vectors.
 #define FASTFT_PHILOX_ROUND(lanes, c0, c1, c2, c3, key0, key1)                                 \
@@ -21,6 +25,8 @@ enum PhiloxStream : uint32_t { kStreamParam = 0, kStreamExpAvg = 1, kStreamExpAv
     c3[lane] = (uint32_t)a;                                                                    \
   }
 
+FASTFT_HD uint16_t swap_bytes(uint16_t bits) { return (uint16_t)(bits << 8 | bits >> 8); }
+
 // The 16 bits of each of the 8 * lanes elements from 8 * block on.
 template <int lanes>
 FASTFT_HD void philox_bits(uint64_t block, uint32_t step, uint32_t stream, uint64_t seed, uint16_t* bits) {
@@ -32,7 +38,7 @@ FASTFT_HD void philox_bits(uint64_t block, uint32_t step, uint32_t stream, uint6
     c3[lane] = stream;
   }
   uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-  for (int round = 0; round < 10; round++) {
+  for (int round = 0; round < kPhiloxRounds; round++) {
     FASTFT_PHILOX_ROUND(lanes, c0, c1, c2, c3, key0, key1)
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;

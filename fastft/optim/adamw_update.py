@@ -42,7 +42,7 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.optim import moments_8bit
-from fastft.optim.philox import random_bits
+from fastft.optim.philox import STREAMS, random_bits, swap_bytes
 
 
 class Rounding(IntEnum):
@@ -135,7 +135,7 @@ def _adamw_reference(
         def bits(stream: int) -> Tensor:
             return random_bits(first, param.numel(), int(step), stream, seed, param.device)  # noqa: B023
 
-        store_value(result, param, residue, bits(0) if kept_as == Rounding.STOCHASTIC else None)
+        store_value(result, param, residue, bits(STREAMS["param"]) if kept_as == Rounding.STOCHASTIC else None)
         _store_moments((m, v, *largest), moments, coded, bits)
 
 
@@ -150,11 +150,14 @@ def _store_moments(
     if coded:
         shape = coded[0].shape
         m, v = (value.view(shape) for value in values)
-        moments_8bit.quantise(m, v, coded, bits(1).view(shape), bits(2).view(shape))
-        return
-    for stream, (moment, value) in enumerate(zip(moments, values, strict=True), 1):
-        if moment is not value:
-            _round_stochastic(value, bits(stream), moment)
+        drawn = bits(STREAMS["moments"]).view(shape)
+        moments_8bit.quantise(m, v, coded, drawn, swap_bytes(drawn))
+    elif moments[0] is not values[0]:
+        drawn = bits(STREAMS["moments"])
+        _round_stochastic(values[0], drawn, moments[0])
+        _round_stochastic(values[1], swap_bytes(drawn), moments[1])
+        for moment, value in zip(moments[2:], values[2:], strict=True):
+            _round_stochastic(value, bits(STREAMS["max_exp_avg_sq"]), moment)
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:

@@ -124,13 +124,13 @@ def quantise(
         rows = value.reshape(value.shape[0], -1)
         padded = torch.nn.functional.pad(rows, (0, scale.shape[1] * BLOCK - rows.shape[1]))
         scale.copy_(padded.view(*scale.shape, BLOCK).abs().amax(2))
-    x = m.abs() / _divisor(scale_m, m) * _M_UNITS
+    x = _share(m.abs(), scale_m) * _M_UNITS
     low = _root(_root(x)).int().clamp_(max=126)
     below, above = (low * low).float().square(), ((low + 1) * (low + 1)).float().square()
     up = m_bits * (above - below) < (x - below) * 65536.0
     code = (low + up) * m.sign().int()
     codes_m.copy_(code.masked_fill_(spoilt, _NAN))
-    u = (v / _divisor(scale_v, v) * _V_UNITS).clamp_(min=1.0).view(torch.int32)
+    u = (_share(v, scale_v) * _V_UNITS).clamp_(1.0, _V_UNITS).view(torch.int32)
     fraction = (u & 0x7FFFFF) * _V_OCTAVE + (v_bits << 7)
     codes_v.copy_(((u >> 23) - 127) * _V_OCTAVE + (fraction >> 23))
 
@@ -145,5 +145,8 @@ def _of_elements(scale: Tensor, elements: Tensor) -> Tensor:
     return scale.repeat_interleave(BLOCK, 1)[:, :columns].reshape(elements.shape)
 
 
-def _divisor(scale: Tensor, elements: Tensor) -> Tensor:
-    return _of_elements(scale.masked_fill(scale == 0, 1.0), elements)
+def _share(value: Tensor, scale: Tensor) -> Tensor:
+    """value / scale by way of the scales' reciprocals; those that would overflow are taken 2^64 times larger."""
+    divisor = scale.masked_fill(scale == 0, 1.0)
+    up = torch.where(divisor < 2.0**-100, 2.0**64, 1.0)
+    return value * _of_elements(up, value) * _of_elements((divisor * up).reciprocal(), value)
