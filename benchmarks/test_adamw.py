@@ -1,10 +1,15 @@
 """One optimizer step against torch's fused AdamW, alone and with clipping, and on a GPU bitsandbytes and torchao.
 
 The limit reads and writes as many bytes in place. bitsandbytes' CPU library brings OpenMP threads of its own, which
-spin between the runs and slow everybody else's down: it cannot alternate with others in one process there.
+spin between the runs and slow everybody else's down: there, processes alternate instead of calls in one.
 """
 
 from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,10 +20,12 @@ from fastft.optim.grad_norm import grad_norm
 
 FP32, BF16 = torch.float32, torch.bfloat16
 MIXED = [((1024, 256), FP32), ((256,), FP32), ((63, 507), FP32), ((512, 128), BF16)]
+LORA = [((16, 1024), BF16), ((1024, 16), BF16), ((1024,), BF16), ((63, 507), BF16)]
 CASES = {
     "50M_fp32": [((50_000_000,), FP32)],
     "50M_bf16": [((50_000_000,), BF16)],
     "400_mixed": MIXED * 100,
+    "400_bf16": LORA * 100,
     "1000x256_fp32": [((256,), FP32)] * 1000,
 }
 BYTES = {FP32: 28, BF16: 26}  # of ours, per element; torch's bf16 moments move 14
@@ -113,6 +120,46 @@ def test_adamw_bf16_modes(benchmark, device, mode):
     rivals = {"torch fused": optimizer(torch.optim.AdamW, shapes, device, fused=True).step}
     bytes_moved = int(moved * param.numel())
     compare(benchmark, ours.step, rivals, bytes_moved=bytes_moved, limit=in_place(bytes_moved, device))
+
+
+STEPS = """
+import json, sys, time, torch
+import {module}
+generator = torch.Generator().manual_seed(0)
+param = torch.nn.Parameter(torch.randn(2000, 2048, generator=generator).to(torch.{dtype}))
+param.grad = torch.randn(2000, 2048, generator=generator).to(torch.{dtype})
+optimizer, times = {made}([param]{options}), []
+for _ in range(8):
+    start = time.perf_counter()
+    optimizer.step()
+    times.append(time.perf_counter() - start)
+print(json.dumps(times[1:]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU they alternate in one process")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adamw_8bit(benchmark, dtype):
+    """4 M elements with 8-bit moments, in processes by turns."""
+    if rival("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    times = {"ours": [], "bitsandbytes": []}
+
+    def steps(name, module, made, options):
+        code = STEPS.format(module=module, made=made, options=options, dtype=dtype)
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        times[name] += json.loads(ran.stdout)
+
+    benchmark.pedantic(
+        lambda: steps("ours", "fastft", "fastft.AdamW", ", moments='8bit'"),
+        setup=lambda: steps("bitsandbytes", "bitsandbytes", "bitsandbytes.optim.AdamW8bit", ""),
+        rounds=5,
+    )
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    benchmark.extra_info["median_ms"] = {name: round(1e3 * seconds, 4) for name, seconds in medians.items()}
+    ratio = round(medians["bitsandbytes"] / medians["ours"], 3)
+    benchmark.extra_info["times_faster_than"] = {"bitsandbytes": ratio}
+    print(f"\n{benchmark.name}: {benchmark.extra_info}")
 
 
 @pytest.mark.parametrize("case", ["50M_fp32", "50M_bf16", "1000x256_fp32"])

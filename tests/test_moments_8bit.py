@@ -43,11 +43,11 @@ def gradients(step, shapes=SHAPES):
     return [one(shape) for shape in shapes]
 
 
-def train(optimizer, first, last, shapes=SHAPES):
+def train(optimizer, first, last, shapes=SHAPES, size=1.0):
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for step in range(first, last):
         for param, grad in zip(params, gradients(step, shapes), strict=True):
-            param.grad = grad.to(param.dtype)
+            param.grad = grad.mul_(size).to(param.dtype)
         optimizer.step()
     return params
 
@@ -229,11 +229,13 @@ def test_a_bad_gradient_spoils_its_own_element(impl, bad):
 
 @pytest.mark.skipif(not NATIVE, reason="no native library")
 @pytest.mark.parametrize(("dtype", "options"), MODES)
-def test_engines_have_the_same_bits(dtype, options, poisoned_empty):
+@pytest.mark.parametrize("size", [1.0, 1e-17, 1e-33])
+def test_engines_have_the_same_bits(dtype, options, size, poisoned_empty):
+    """Also where the reciprocal of a scale overflows."""
     optimizers = [AdamW(start(dtype=dtype), moments="8bit", impl=impl, seed=3, **options) for impl in ("eager", "cpp")]
     for step in range(8):
         for optimizer in optimizers:
-            train(optimizer, step, step + 1)
+            train(optimizer, step, step + 1, size=size)
         assert_same(*map(snapshot, optimizers))
 
 
