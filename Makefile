@@ -1,5 +1,6 @@
 # make demo     fine-tune on this machine and measure it          make test   everything CI checks but lint
 # make bench    benchmarks against rivals                         make lint   ruff, clang-format, mypy
+# make sweep   the fused loss on every architecture of transformers
 # make wheel    one wheel for every Python >= 3.10, torch >= 2.10
 # make gpu-check PYTHON=python3    build, test and measure with the torch of that Python, on its GPU
 
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install -q --no-compile
 READY := $(VENV)/.ready
 LINTERS := $(VENV)/.linters
 
-.PHONY: demo test lint format bench wheel gpu-check native clean
+.PHONY: demo test lint format bench sweep wheel gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -34,6 +35,11 @@ format: $(LINTERS)
 bench: native
 	$(PIP) --no-deps trl==1.16.0
 	$(BIN)/python benchmarks/record.py --machine cpu
+	$(BIN)/python benchmarks/memory.py --machine cpu
+
+sweep: native
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -r f -n 2 -m sweep tests/test_architectures.py \
+		--architectures benchmarks/results/architectures.md
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist

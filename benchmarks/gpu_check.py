@@ -37,7 +37,7 @@ def main() -> None:
         raise SystemExit(f"torch {torch.__version__} of {sys.executable} sees no CUDA device")
     gpu = torch.cuda.get_device_name()
     print(f"{gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    for package in (*RIVALS, "pytest", "pytest_benchmark"):
+    for package in ("triton", *RIVALS, "pytest", "pytest_benchmark"):
         print(f"  {package}: {'importable' if importlib.util.find_spec(package) else 'not importable'}")
     python = sys.executable
     if not step("build", python, "setup.py", "build_ext", "--inplace"):

@@ -1,6 +1,6 @@
-"""Runs every benchmark and keeps what came out: results/<machine>.json, a table in Markdown and a picture.
+"""Runs every benchmark and keeps what came out: results/<machine>.json, tables in Markdown and pictures.
 
-python benchmarks/record.py --machine cpu [--only adamw]
+python benchmarks/record.py --machine cpu [--only adamw collator]
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+GRADIENTS = ("loss", "d_input", "d_weight")
 
 
-def run(only: str | None) -> list[dict]:
+def run(only: list[str] | None) -> list[dict]:
     """The benchmarks' names with their extra_info."""
-    files = [str(HERE / f"test_{only}.py")] if only else [str(HERE)]
+    files = [str(HERE / f"test_{stem}.py") for stem in only] if only else [str(HERE)]
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "benchmarks.json"
         command = [
@@ -79,6 +80,40 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def exactness(rows: list[dict]) -> str:
+    """Of the losses: errors against float64, and memory, beside the time."""
+    lines = [
+        "| benchmark | who | ms | peak, MiB | error of the loss | of d_input | of d_weight |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for who, errors in row.get("relative_errors", {}).items():
+            found = " | ".join(f"{errors[what]:.1e}" if what in errors else "" for what in GRADIENTS)
+            lines.append(f"| {row['name']} | {who} | {row['median_ms'][who]:.1f} | {row['peak_mib'][who]} | {found} |")
+    return "\n".join(lines)
+
+
+def plot_losses(rows: list[dict], path: Path, title: str) -> None:
+    """Time and error of each way to the same loss, a pair of panels a benchmark."""
+    rows = [row for row in rows if "relative_errors" in row]
+    figure, axes = plt.subplots(len(rows), 2, figsize=(11, 1.7 * len(rows) + 0.6), layout="constrained", squeeze=False)
+    for row, (time, error) in zip(rows, axes, strict=True):
+        names = [*row["relative_errors"]][::-1]
+        colors = ["#d9480f" if name == "ours" else "#8c8c8c" for name in names]
+        drawn = time.barh(names, [row["median_ms"][name] for name in names], color=colors)
+        time.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=8)
+        errors = [max(row["relative_errors"][name]["loss"], 1e-16) for name in names]
+        error.bar_label(error.barh(names, errors, color=colors), fmt="{:.0e}", padding=3, fontsize=8)
+        error.set(xscale="log", title="relative error of the loss", yticks=[])
+        time.set_title(f"{row['name']}, {row['shape']}: ms")
+        for panel in (time, error):
+            panel.margins(x=0.2)
+            panel.title.set_fontsize(9)
+            panel.tick_params(labelsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
+
+
 def plot(rows: list[dict], path: Path, title: str) -> None:
     pairs = [
         (f"{row['name']}\nagainst {rival}", ratio) for row in rows for rival, ratio in row["times_faster_than"].items()
@@ -97,17 +132,19 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--machine", required=True, help="names the files in benchmarks/results/")
-    parser.add_argument("--only", help="one benchmark file's stem, e.g. adamw")
+    parser.add_argument("--only", help="the stems of some benchmark files, e.g. adamw", nargs="+")
     options = parser.parse_args()
     rows, where = run(options.only), machine()
-    stem = RESULTS / (options.machine if options.only is None else f"{options.machine}-{options.only}")
+    stem = RESULTS / (options.machine if options.only is None else f"{options.machine}-{options.only[0]}")
     stem.with_suffix(".json").write_text(json.dumps({"machine": where, "benchmarks": rows}, indent=1) + "\n")
     described = ", ".join(f"{key} {value}" for key, value in where.items())
     command = f"`python benchmarks/record.py --machine {options.machine}`"
-    stem.with_suffix(".md").write_text(
-        f"# {where.get('gpu') or where['cpu']}\n\n{described}.\nMade by {command}.\n\n{table(rows)}\n"
-    )
-    plot(rows, stem.with_suffix(".png"), where.get("gpu") or where["cpu"])
+    name = where.get("gpu") or where["cpu"]
+    tables = f"{table(rows)}\n\n{exactness(rows)}"
+    stem.with_suffix(".md").write_text(f"# {name}\n\n{described}.\nMade by {command}.\n\n{tables}\n")
+    if any("relative_errors" in row for row in rows):
+        plot_losses(rows, stem.with_name(f"{stem.name}-loss.png"), name)
+    plot(rows, stem.with_suffix(".png"), name)
     print(table(rows))
 
 

@@ -9,7 +9,7 @@ import torch
 
 import fastft
 from fastft import _native
-from fastft.ops import OPERATORS
+from fastft.ops import DEVICES, OPERATORS, triton_missing
 
 _COMPANIONS = ("torch", "transformers", "accelerate", "datasets", "triton", "liger-kernel", "bitsandbytes")
 
@@ -38,13 +38,16 @@ def main() -> None:
     print(", ".join(f"{package} {_version(package)}" for package in _COMPANIONS))
     for kind in ("cpu", "cuda"):
         print(f"libfastft_{kind}: {_native.missing(kind) or 'loaded'}")
+    kernels = ", ".join(name for name, operator in sorted(OPERATORS.items()) if "triton" in operator.engines)
+    print(f"triton kernels: {triton_missing() or kernels}")
     for device in _devices():
         print(f"\n{device} ({_device_name(device)})")
-        home = "cpp" if device.type == "cpu" else "cuda"
         for name, operator in sorted(OPERATORS.items()):
             chosen = operator.resolve("auto", device)
-            reason = "" if chosen == home else f"  ({home}: {operator.unavailable(home, device)})"
-            print(f"  {name:<24} {chosen}{reason}")
+            others = [engine for engine in DEVICES if DEVICES[engine] == device.type and engine != chosen]
+            reasons = {engine: operator.unavailable(engine, device) for engine in others}
+            listed = "; ".join(f"{engine}: {reason or 'available'}" for engine, reason in reasons.items())
+            print(f"  {name:<24} {chosen}{f'  ({listed})' if listed else ''}")
 
 
 if __name__ == "__main__":

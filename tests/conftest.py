@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads make a busy machine many times slower
+
 import pytest
 import torch
 
@@ -11,10 +13,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--architectures", metavar="FILE", help="where the sweep writes its table (make sweep)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--architectures")
+    if path and not hasattr(config, "workerinput"):  # the process that hears of every worker's tests
+        from architectures.table import Table
+
+        config.pluginmanager.register(Table(path))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # not item.keywords: a folder may be called gpu
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 

@@ -399,7 +399,7 @@ BAD = [
     ({"weight_decay": -0.1}, ValueError, "weight_decay"),
     ({"moments": "8bit"}, ValueError, "moments"),
     ({"rounding": "down"}, ValueError, "rounding"),
-    ({"impl": "triton"}, ValueError, "impl"),
+    ({"impl": "metal"}, ValueError, "impl"),
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
     ({"seed": -1}, ValueError, "seed"),
     ({"seed": 0.5}, TypeError, "seed"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_no_worse
+from support.row_problems import CASES, EVERYTHING, IGNORED, Case, check, draw, plain, run
 
 import fastft
 from fastft.ops import OPERATORS
@@ -57,11 +60,99 @@ def test_unaligned_parameters() -> None:
     assert torch.equal(*results)
 
 
+ROWS = OPERATORS["cross_entropy_rows"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def rows(request: pytest.FixtureRequest):
+    """The function of one of the engines."""
+    reason = ROWS.unavailable(request.param, torch.device("cuda", 0))
+    if request.param == "triton" and reason is not None:
+        pytest.skip(reason)
+    return ROWS.implementation(request.param, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 507, 32_000, 50_257, 151_936])
+def test_cross_entropy_rows(rows, classes: int, dtype: torch.dtype) -> None:
+    for case in CASES.values():
+        check(rows, draw(case, 5, classes, dtype, "cuda"))
+
+
+@pytest.mark.parametrize("padding", [1, 8, 24])
+def test_cross_entropy_rows_at_any_distance(rows, padding: int) -> None:
+    for case in (EVERYTHING, CASES["in place"]):
+        check(rows, draw(case, 63, 2051, torch.bfloat16, "cuda", padding))
+
+
+def test_cross_entropy_rows_repeats_its_bits(rows) -> None:
+    problem = draw(EVERYTHING, 507, 50_257, torch.bfloat16, "cuda")
+    first, second = run(rows, problem), run(rows, problem)
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_cross_entropy_rows_past_two_to_the_31(rows) -> None:
+    near = draw(CASES["plain"], 5, 63, torch.bfloat16, "cuda")
+    far = torch.empty(2**31 + 200, dtype=torch.bfloat16, device="cuda")
+    check(rows, replace(near, logits=far.as_strided((5, 63), (2**29 + 8, 1)).copy_(near.logits)))
+
+
+@pytest.mark.parametrize("target", [-1, 63, 2**31 - 1])
+def test_a_target_out_of_range_is_nan_in_its_row(rows, target: int) -> None:
+    problem = draw(EVERYTHING, 3, 63, torch.float32, "cuda")
+    problem.target[0] = target
+    ours = run(rows, problem)
+    assert ours["losses"][0].isnan() and ours["grad"][0].isnan().all() and not ours["is_top1"][0]
+    assert all(value[1:].isfinite().all() for value in ours.values())
+
+
+def test_cross_entropy_rows_in_a_graph_and_without_waiting(rows) -> None:
+    """One launch that a CUDA graph captures; nothing in it waits for the device."""
+    problem = draw(Case(softcap=5.0), 63, 32_000, torch.bfloat16, "cuda")
+    losses, lse = torch.full((2, 63), torch.nan, device="cuda")
+    grad = torch.full_like(problem.logits, torch.nan)
+
+    def compute() -> None:
+        options = (IGNORED, *problem.case.floats())
+        rows(problem.logits, problem.target, [], problem.upstream, losses, lse, [], [grad], *options)
+
+    compute()  # compiles what is to be compiled
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        compute()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compute()
+    other = draw(problem.case, 63, 32_000, torch.bfloat16, "cuda")
+    problem.logits.copy_(other.logits)
+    problem.target.copy_(other.target)
+    for tensor in (losses, lse, grad):
+        tensor.fill_(torch.nan)
+    graph.replay()
+    theirs, truth = plain(problem, torch.float32), plain(problem, torch.float64)
+    for name, actual in {"losses": losses, "lse": lse, "grad": grad}.items():
+        assert_no_worse(actual, theirs[name].to(actual.dtype), truth[name], name)
+
+
+def test_cross_entropy_rows_follows_the_current_stream(rows) -> None:
+    problem, stream = draw(EVERYTHING, 63, 32_000, torch.bfloat16, "cuda"), torch.cuda.Stream()
+    expected = run(rows, problem)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = run(rows, problem)
+    stream.synchronize()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 63, 507])
-def test_linear_cross_entropy(dtype: torch.dtype, rows: int) -> None:
-    x, weight = torch.randn(rows, 64, device="cuda", dtype=dtype), torch.randn(1003, 64, device="cuda", dtype=dtype)
-    target = torch.randint(0, 1003, (rows,), device="cuda")
+@pytest.mark.parametrize("tokens", [1, 63, 507])
+def test_linear_cross_entropy(dtype: torch.dtype, tokens: int) -> None:
+    x, weight = torch.randn(tokens, 64, device="cuda", dtype=dtype), torch.randn(1003, 64, device="cuda", dtype=dtype)
+    target = torch.randint(0, 1003, (tokens,), device="cuda")
     target[::7] = -100
 
     def run(loss, kind: torch.dtype) -> list[torch.Tensor]:
@@ -101,5 +192,6 @@ def test_a_training_step_is_stocks() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_auto_takes_the_cuda_kernel() -> None:
-    assert OPERATORS["adamw_"].resolve("auto", torch.device("cuda", 0)) == "cuda"
+def test_auto_takes_the_cuda_kernels() -> None:
+    for operator in (OPERATORS["adamw_"], ROWS):
+        assert operator.resolve("auto", torch.device("cuda", 0)) == "cuda"

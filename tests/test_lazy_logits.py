@@ -8,12 +8,15 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import assert_no_worse
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from watch import Watch
 
-from fastft.loss import expressions
+from fastft.loss import expressions, lazy_losses
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
+from fastft.loss.lazy_losses import scale_and_softcap
+from fastft.loss.output_head import fused_loss
 from fastft.loss.report import Report
 
 B, S, V, H = 2, 9, 53, 16
@@ -120,6 +123,26 @@ LAZY = {
     "ce tensor scale": lambda z: F.cross_entropy((z / torch.tensor(2.0)).view(-1, V), TARGET.view(-1)),
     "ce mask": lambda z: F.cross_entropy(z[MASK], TARGET[MASK]),
     "ce nested": lambda z: F.cross_entropy(z.view(-1, V).float()[MASK.view(-1)], TARGET[MASK]),
+    "ce weights": lambda z: F.cross_entropy(z.view(-1, V), IGNORED.view(-1), weight=ROW),
+    "ce weights smoothed": lambda z: F.cross_entropy(z.view(-1, V), IGNORED.view(-1), ROW, label_smoothing=0.1),
+    "ce weights sum": lambda z: F.cross_entropy((z / 3.0).view(-1, V), TARGET.view(-1), ROW, reduction="sum"),
+    "ce weights of an expression": lambda z: F.cross_entropy(z.exp().view(-1, V), IGNORED.view(-1), weight=ROW),
+    "nll weights": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, V), IGNORED.view(-1), weight=ROW),
+    "nll of an expression": lambda z: F.nll_loss(F.log_softmax(-z, -1).view(-1, V), IGNORED.view(-1), weight=ROW),
+    "ce smoothed none": lambda z: (
+        F.cross_entropy(z.view(-1, V), IGNORED.view(-1), reduction="none", label_smoothing=0.3) * torch.arange(B * S)
+    ).sum(),
+    "ce scaled softcap": lambda z: F.cross_entropy(
+        (2 * torch.tanh(z.float() * 0.3 / 4) * 5).view(-1, V), IGNORED.view(-1), label_smoothing=0.1
+    ),
+    "ce softcap twice": lambda z: F.cross_entropy(torch.tanh(torch.tanh(z) * 2).view(-1, V), TARGET.view(-1)),
+    "ce softcap upside down": lambda z: F.cross_entropy((torch.tanh(z) * -3.0).view(-1, V), TARGET.view(-1)),
+    "ce reciprocal": lambda z: F.cross_entropy((3.0 / (z * z + 1.0)).view(-1, V), TARGET.view(-1)),
+    "ce shifted softcap": lambda z: F.cross_entropy((torch.tanh(z + 1.0) * 3.0).view(-1, V), TARGET.view(-1)),
+    "ce soft": lambda z: F.cross_entropy(z.view(-1, V), NOISE.view(-1, V).softmax(-1)),
+    "ce soft smoothed": lambda z: F.cross_entropy(
+        (torch.tanh(z / 5) * 5).view(-1, V), NOISE.view(-1, V).softmax(-1), ROW, label_smoothing=0.2, reduction="sum"
+    ),
     "ce row": lambda z: F.cross_entropy((z + ROW).view(-1, V), TARGET.view(-1)),
     "ce row of batch": lambda z: F.cross_entropy((z + ROW.view(1, 1, V)).view(-1, V), TARGET.view(-1)),
     "ce float64": lambda z: F.cross_entropy(z.double().view(-1, V), TARGET.view(-1)),
@@ -182,8 +205,7 @@ MATERIALISED = {
     "function": lambda z: DoubledGradient.apply(z).sum(),
     "function after softcap": lambda z: DoubledGradient.apply(torch.tanh(z / 5) * 5).sum(),
     "ce transposed": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
-    "ce weights": lambda z: F.cross_entropy(z.view(-1, V), TARGET.view(-1), weight=ROW),
-    "ce soft": lambda z: F.cross_entropy(z.view(-1, V), NOISE.view(-1, V).softmax(-1)),
+    "ce soft of an expression": lambda z: F.cross_entropy(z.exp().view(-1, V), NOISE.view(-1, V).softmax(-1)),
     "ce cut": lambda z: F.cross_entropy(z[..., :40].reshape(-1, 40), TARGET.clamp(max=39).view(-1)),
     "ce trained scale": lambda z: F.cross_entropy((z * SCALE).view(-1, V), TARGET.view(-1)),
     "token scale": lambda z: (z * TOKEN_SCALE).logsumexp(-1).sum(),
@@ -255,19 +277,6 @@ def lazy_example(dtype=torch.float32):
     return lazy_linear(x, weight, None, report), x, weight, report
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, LazyLogits) and tensor.device.type != "meta":
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "use",
@@ -282,9 +291,9 @@ def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
     rows = 1024
     x = torch.randn(2, rows // 2, 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(VOCAB, 8, dtype=dtype, requires_grad=True)
-    with LargestTensor() as seen:
+    with Watch() as seen:
         use(lazy_linear(x, weight, None, Report()), torch.randint(0, VOCAB, (rows,))).backward()
-    assert 0 < seen.largest <= rows * VOCAB // 2
+    assert 0 < seen.elements <= rows * VOCAB // 2
 
 
 def test_looks_like_the_dense_tensor():
@@ -300,7 +309,7 @@ def test_looks_like_the_dense_tensor():
         assert mine.requires_grad and mine.is_contiguous() == theirs.is_contiguous() and len(mine) == len(theirs)
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         z[:, 1:].view(-1, V)
-    assert "LazyLogits" in repr(z) and z.grad_fn is not None and not report.materialised
+    assert "LazyLogits" in repr(z) and not z.is_leaf and not report.materialised
     torch.testing.assert_close(torch.tensor(z.detach().tolist()), dense.detach())
     torch.testing.assert_close(pickle.loads(pickle.dumps(z)), dense)
     torch.testing.assert_close(copy.deepcopy(z.detach()), dense.detach())
@@ -340,12 +349,72 @@ def test_a_retained_gradient_is_there():
     torch.testing.assert_close(z.grad, dense.grad)
 
 
-@pytest.mark.parametrize("watch", [lambda z: z.retain_grad(), lambda z: z.register_hook(print)])
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda z, loss: z.retain_grad(),
+        lambda z, loss: z.register_hook(print),
+        lambda z, loss: z.view(-1, V).register_hook(print),
+        lambda z, loss: torch.autograd.graph.register_multi_grad_hook([z], print),
+        lambda z, loss: torch.autograd.grad(loss, z),
+        lambda z, loss: torch.autograd.grad(loss, [z], allow_unused=True),
+    ],
+)
 def test_a_hook_that_would_never_run_raises(watch):
     z, *_ = lazy_example()
-    F.cross_entropy(z.view(-1, V), TARGET.view(-1))
+    loss = F.cross_entropy(z.float().view(-1, V), TARGET.view(-1))
     with pytest.raises(RuntimeError, match="would never see a gradient"):
-        watch(z)
+        watch(z, loss)
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda z, seen: z.register_hook(seen.append),
+        lambda z, seen: torch.autograd.graph.register_multi_grad_hook([z], lambda grads: seen.append(grads[0])),
+        lambda z, seen: z.grad_fn.register_prehook(lambda grads: seen.append(grads[0])),
+    ],
+)
+def test_who_watches_before_the_loss_sees_the_gradient(watch):
+    z, x, weight, _ = lazy_example()
+    with torch.no_grad():
+        z.argmax(-1), z.detach()
+    seen = []
+    watch(z, seen)
+    F.cross_entropy(z.float().view(-1, V), TARGET.view(-1)).backward()
+    dense = F.linear(x.detach(), weight.detach()).requires_grad_()
+    F.cross_entropy(dense.view(-1, V), TARGET.view(-1)).backward()
+    torch.testing.assert_close(seen, [dense.grad])
+
+
+@pytest.mark.parametrize("register", [lambda m, hook: m.register_full_backward_hook(hook), None])
+@pytest.mark.parametrize("watched", ["head", "model"])
+def test_a_module_backward_hook_keeps_the_logits_real(watched, register):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.head = None, nn.Linear(H, V)
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self, x):
+            return self.head(x)
+
+    model, seen, x = Model(), [], torch.randn(B, S, H, requires_grad=True)
+
+    def hook(module, grad_input, grad_output):
+        if module is (model.head if watched == "head" else model):
+            seen.append(grad_output[0].abs().sum())
+
+    register = register or (lambda module, hook: nn.modules.module.register_module_full_backward_hook(hook))
+    handle = register(model.head if watched == "head" else model, hook)
+    try:
+        with fused_loss(model) as report:
+            F.cross_entropy(model(x).view(-1, V), TARGET.view(-1)).backward()
+    finally:
+        handle.remove()
+    assert len(seen) == 1 and seen[0] > 0 and "backward hook watches" in report.skipped[0]
 
 
 def test_every_label_ignored_costs_nothing():
@@ -365,24 +434,37 @@ def test_no_row_at_all():
     assert loss == 0 and not x.grad.any() and not weight.grad.any()
 
 
+def test_a_bias_of_more_bits_than_the_logits():
+    use = LAZY["trained bias"]
+    truth, dense, lazy = (
+        run(use, kind, dtype) for kind, dtype in ((0, torch.float64), (0, torch.bfloat16), (1, torch.bfloat16))
+    )
+    assert lazy[0].dtype == dense[0].dtype == torch.float32 and lazy[2].fused == 1 and not lazy[2].materialised
+    for what, mine, theirs, exact in zip(("x", "W", "b", "BIAS"), lazy[1], dense[1], truth[1], strict=False):
+        assert_no_worse(mine, theirs, exact.double(), what)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inside", [True, False])
-def test_autocast_is_obeyed(inside):
+def test_autocast_is_obeyed(inside, dtype):
     values = []
-    for lazy in (False, True):
+    for kind in ("truth", "dense", "lazy"):
         torch.manual_seed(0)
-        x, weight = torch.randn(B, S, H).requires_grad_(), torch.randn(V, H).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            z = lazy_linear(x, weight, None, Report()) if lazy else F.linear(x, weight)
+        x, weight = torch.randn(B, S, H), torch.randn(V, H)
+        x, weight = (t.double().requires_grad_() if kind == "truth" else t.requires_grad_() for t in (x, weight))
+        with torch.autocast("cpu", dtype, enabled=kind != "truth"):
+            z = lazy_linear(x, weight, None, Report()) if kind == "lazy" else F.linear(x, weight)
             z = torch.tanh(z / 5) * 5
-            loss = F.cross_entropy(z.view(-1, V), TARGET.view(-1)) if inside else None
-        loss = F.cross_entropy(z.float().view(-1, V), TARGET.view(-1)) if loss is None else loss
-        loss.backward()
-        values.append((z.dtype, loss.dtype, x.grad, weight.grad, loss.detach()))
-    (*dtypes, x_grad, weight_grad, loss), (*lazy_dtypes, lazy_x_grad, lazy_weight_grad, lazy_loss) = values
-    assert dtypes == lazy_dtypes and dtypes[0] == torch.bfloat16
-    torch.testing.assert_close(lazy_loss, loss)
-    torch.testing.assert_close(lazy_x_grad, x_grad, rtol=2e-2, atol=1e-3)
-    torch.testing.assert_close(lazy_weight_grad, weight_grad, rtol=2e-2, atol=1e-3)
+            losses = F.cross_entropy(z.view(-1, V), TARGET.view(-1), reduction="none") if inside else None
+        wide = z.double() if kind == "truth" else z.float()
+        if losses is None:
+            losses = F.cross_entropy(wide.view(-1, V), TARGET.view(-1), reduction="none")
+        losses.mean().backward()
+        values.append((z.dtype, losses.dtype, losses.detach(), x.grad, weight.grad))
+    truth, dense, lazy = values
+    assert lazy[:2] == dense[:2] == (dtype, torch.float32)
+    for what, mine, theirs, exact in zip(("losses", "dx", "dW"), lazy[2:], dense[2:], truth[2:], strict=True):
+        assert_no_worse(mine, theirs, exact, what)
 
 
 def test_the_loss_is_an_ordinary_tensor_and_its_graph_can_be_kept():
@@ -446,3 +528,99 @@ def test_second_derivatives_are_refused() -> None:
     loss = F.cross_entropy(torch.tanh(logits), torch.arange(5))
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss, x, create_graph=True)
+
+
+def all_statistics(z):
+    """What a loss, an accuracy and a z-loss ask for."""
+    rows = z.view(-1, V)
+    loss = F.cross_entropy(rows, TARGET.view(-1))
+    right = (z.argmax(-1) == TARGET).float().mean()
+    with torch.no_grad():
+        perplexity = rows.logsumexp(-1, keepdim=True).mean()
+        right = right + rows.detach().argmax(-1).float().mean()
+    return loss + right + perplexity + z.argmax(dim=2).float().mean()
+
+
+def lse_again(z):
+    """Kept without a history, then asked for with one."""
+    best = z.argmax(-1)
+    best += 1  # a copy: what is kept does not change
+    total = z.argmax(-1).float().sum() + z.logsumexp(-1).pow(2).sum() + z.clone().view(-1, V).logsumexp(-1).sum()
+    with torch.no_grad():
+        fixed = z.detach().logsumexp(-1).sum()
+    return total + fixed
+
+
+def lse_after_a_change_in_place(z):
+    z = z * 1.0
+    with torch.no_grad():
+        before = z.logsumexp(-1)
+    z.mul_(-1.0)
+    return (before + z.logsumexp(-1) * z.argmax(-1)).sum()
+
+
+HEAD_PASSES = {all_statistics: 1, lse_again: 1 + 2, lse_after_a_change_in_place: 2 + 1}  # forward + backward
+
+
+@pytest.mark.parametrize("use", HEAD_PASSES)
+def test_lse_and_argmax_are_computed_once(use, monkeypatch):
+    passes, linear = [], expressions._linear
+    monkeypatch.setattr(expressions, "_linear", lambda *args: passes.append(1) or linear(*args))
+    (expected, expected_grads, _), (actual, grads, report) = run(use, False), run(use, True)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(theirs.abs().max().item(), 1))
+    assert len(passes) == HEAD_PASSES[use] and not report.materialised
+
+
+KNOWN = {
+    "logits": (lambda z: z, (1.0, None)),
+    "cast": (lambda z: z.float(), (1.0, None)),
+    "scale": (lambda z: z * 0.25, (0.25, None)),
+    "scale from the left": (lambda z: 3 * z, (3.0, None)),
+    "quotient": (lambda z: z.float() / 8, (0.125, None)),
+    "softcap": (lambda z: torch.tanh(z / 30.0) * 30.0, (1.0, 30.0)),
+    "scaled softcap": (lambda z: 4.0 * (z * 0.5 / 2.0).tanh().float(), (1.0, 4.0)),
+    "in place": (lambda z: (z * 1.0).mul_(0.5), (0.5, None)),
+}
+UNKNOWN = {
+    "negative": lambda z: z * -1.0,
+    "shifted": lambda z: z + 1.0,
+    "reciprocal": lambda z: 1.0 / z,
+    "two tanh": lambda z: z.tanh().tanh(),
+    "of the logits twice": lambda z: z * z.tanh(),
+    "rounding": lambda z: torch.div(z, 2.0, rounding_mode="floor"),
+    "row": lambda z: z * ROW,
+}
+
+
+@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+def test_only_a_scale_and_a_softcap_go_to_the_kernel(name):
+    z, *_ = lazy_example(torch.bfloat16)
+    change, expected = KNOWN.get(name) or (UNKNOWN[name], None)
+    result = change(z)
+    found = scale_and_softcap(result.expression) if isinstance(result, LazyLogits) and result.is_lazy else None
+    assert (None if found is None else found[:2]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("ce shifted contiguous", True),
+        ("ce softcap", True),
+        ("ce scaled softcap", True),
+        ("ce module smoothed", True),
+        ("ce weights smoothed", True),
+        ("nll weights", True),
+        ("nll of an expression", False),
+        ("ce softcap twice", False),
+        ("ce row", False),
+        ("ce float64", False),
+        ("label smoother", False),
+    ],
+)
+def test_which_losses_reach_the_kernel(name, kernel, monkeypatch):
+    calls, fused = [], lazy_losses._fused
+    monkeypatch.setattr(lazy_losses, "_fused", lambda *args, **options: calls.append(1) or fused(*args, **options))
+    run(LAZY[name], True)
+    assert bool(calls) == kernel

@@ -48,7 +48,9 @@ def test_unknown_attribute() -> None:
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 class TestEngines:
     def test_unknown_impl(self, operator) -> None:
-        with pytest.raises(ValueError, match=r"impl must be one of 'auto', 'eager', 'cpp', 'cuda', got 'fast'"):
+        with pytest.raises(
+            ValueError, match=r"impl must be one of 'auto', 'eager', 'cpp', 'cuda', 'triton', got 'fast'"
+        ):
             operator.resolve("fast", torch.device("cpu"))
 
     def test_explicit_impl_never_falls_back(self, operator) -> None:

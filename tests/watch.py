@@ -25,7 +25,7 @@ class Watch(TorchDispatchMode):
                 return HEAD.reference(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if type(tensor) is torch.Tensor and tensor.device.type != "meta":  # a subclass may hold no numbers
                 self.elements = max(self.elements, tensor.numel())
         # the registry does not know the product that adds in place
         packet = torch.ops.aten.addmm if func is torch.ops.aten.addmm_.default else func.overloadpacket

@@ -13,6 +13,7 @@ Bytes moved per token behind the concatenation: 8 read, 20 written.
 
 from __future__ import annotations
 
+import inspect
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -172,6 +173,30 @@ def _flat_lists(key: str, values: Sequence[list[Any]]) -> Tensor:
     raise ValueError(f"{key} must hold one number per token")
 
 
+def _check_slices_logits(model: Any) -> None:
+    """Raises ValueError where a mask of the logits to keep would not be understood; `model` may be just True."""
+    import transformers
+
+    if not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
+        raise ValueError(f"supervised_only needs transformers >= 5.23, {transformers.__version__} is installed")
+    if model is True:
+        return
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"supervised_only must be True, False or a model, got {model!r}")
+    get_base: Any = getattr(model, "get_base_model", None)  # PEFT
+    base = model if get_base is None else get_base()
+    if "slice_logits_to_keep" not in inspect.unwrap(type(base).forward).__code__.co_names:
+        raise ValueError(f"supervised_only: {type(base).__name__} does not use transformers' slice_logits_to_keep")
+
+
+def _supervised(labels: Tensor) -> dict[str, Tensor]:
+    """What makes a causal model compute logits for the tokens alone whose successor has a label."""
+    following = torch.full_like(labels, IGNORE_INDEX)
+    following[:-1] = labels[1:]
+    keep = following != IGNORE_INDEX
+    return {"logits_to_keep": keep[None], "shift_labels": following[keep]}
+
+
 class PackingCollator:
     """A list of examples, or of packs from `fastft.pack`, becomes one packed batch. For `Trainer(data_collator=...)`.
 
@@ -187,6 +212,12 @@ class PackingCollator:
     | `max_length_q`, `max_length_k` | int, the longest segment |
     | `use_cache` | False |
     | other keys | int64 or the array's floating-point dtype (float32 from lists), (1, T) |
+    | `logits_to_keep` | with `supervised_only`: bool (1, T), whether the token after has a label |
+    | `shift_labels` | with `supervised_only`: int64 (K,), these labels |
+
+    With `supervised_only` the model computes hidden states for all T tokens, but logits for K alone; the loss is the
+    same. The model's logits are then (K, V): evaluate with `prediction_loss_only=True`, and leave label smoothing and
+    `compute_loss_func` alone, which expect (1, T, V). A model that does not know a mask raises in its forward.
 
     Args:
         task: `"causal_lm"`: labels are shifted by the model, so the first one of each example is ignored.
@@ -194,11 +225,14 @@ class PackingCollator:
         pad_to_multiple_of: T is rounded up to a multiple; the padding is one more segment, labels -100, other keys 0.
         position_ids_start: position of an example's first token; RoBERTa-like models need 2.
         pad_token_id: the token used for padding.
+        supervised_only: False; True; or the model that the batches are for, which is then checked. Needs transformers
+            5.23 and a causal model that uses its `slice_logits_to_keep`.
         impl: `"auto"`, `"cpp"` or `"eager"`.
 
     Raises:
-        ValueError: an argument out of its range; in a call, no examples, input_ids missing or empty, keys that differ
-            between examples, a key that has not one number per token.
+        ValueError: an argument out of its range; `supervised_only` where transformers or the model lacks it; in a call,
+            no examples, input_ids missing or empty, keys that differ between examples, a key that has not one number
+            per token.
         TypeError: in a call, a feature that is neither a dict nor a pack.
         RuntimeError: the engine asked for is not available.
     """
@@ -211,6 +245,7 @@ class PackingCollator:
         pad_to_multiple_of: int | None = None,
         position_ids_start: int = 0,
         pad_token_id: int = 0,
+        supervised_only: Any = False,
         impl: str = "auto",
     ) -> None:
         if task not in TASKS:
@@ -219,6 +254,9 @@ class PackingCollator:
             raise ValueError(f"rows must be 1, got {rows!r}: all examples of a batch go into one row")
         if pad_to_multiple_of is not None and (not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1):
             raise ValueError(f"pad_to_multiple_of must be a positive integer or None, got {pad_to_multiple_of!r}")
+        if supervised_only is not False:
+            _check_slices_logits(supervised_only)
+        self.supervised_only = supervised_only is not False
         BOUNDARIES.resolve(impl, torch.device("cpu"))
         self.task, self.rows, self.impl = task, rows, impl
         self.pad_to_multiple_of, self.pad_token_id = pad_to_multiple_of, pad_token_id
@@ -263,4 +301,5 @@ class PackingCollator:
             "max_length_k": max(lengths),
             "use_cache": False,
             **{key: value[None] for key, value in flat.items()},
+            **(_supervised(labels) if self.supervised_only else {}),
         }

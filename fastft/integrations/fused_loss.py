@@ -28,6 +28,10 @@ class FusedLossCallback(TrainerCallback):
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
             `skipped`, why the model was left as it is. Of the latest training.
 
+    Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with label smoothing or a
+    `compute_loss_func` it stays stock, and `report.skipped` says so. Tensor-parallel heads, DataParallel, and models
+    whose loss others compute (Liger, TRL) are left alone, and a warning says so.
+
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback: `restore()` takes
     it off, and so does the next `train()`.
     """
@@ -38,7 +42,7 @@ class FusedLossCallback(TrainerCallback):
         self._attachment: Attachment | None = None
         self._compiled_loss_of: nn.Module | None = None
         self._hooks: list[Any] = []
-        self._said = False
+        self._said, self._said_places = False, 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,7 +50,7 @@ class FusedLossCallback(TrainerCallback):
         """Attaches, after `restore()`: auto_find_batch_size begins again without an end."""
         self.restore()
         model = kwargs["model"]
-        self._said = False
+        self._said, self._said_places = False, 0
         if args.n_gpu > 1:
             self.report = Report(skipped=["DataParallel: its replicas would call the head of the first device"])
             return
@@ -58,18 +62,22 @@ class FusedLossCallback(TrainerCallback):
             self._verify_first_batch(model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Says once what became of the loss."""
+        """Says after the first step what became of the loss, and later of each new place that asks for real logits."""
+        places = self.report.materialised[self._said_places :]
+        self._said_places += len(places)
+        if places:
+            where = ", ".join(places)
+            logger.warning(f"fastft: real logits were asked for by {where}: right, but without the saving")
         if self._said:
             return
         self._said = True
         if self.report.fused:
-            message = f"fastft: the loss is fused ({self.report.fused} evaluations in the first step)"
-            if self.report.materialised:
-                message += f"; real logits were asked for by {', '.join(self.report.materialised)}"
-            logger.info(message)
+            logger.info(f"fastft: the loss is fused ({self.report.fused} evaluations in the first step)")
             return
-        reasons = self.report.skipped + [f"real logits were asked for by {place}" for place in self.report.materialised]
-        why = "; ".join(reasons) or "nothing called the output head (is Liger, or another fused loss, at work?)"
+        why = "; ".join(self.report.skipped)
+        if not why and places:
+            why = "something asked for real logits before the loss"
+        why = why or "nothing called the output head (is Liger, or another fused loss, at work?)"
         logger.warning(f"fastft: no loss was fused in the first step: {why}")
 
     def on_train_end(

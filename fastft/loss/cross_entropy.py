@@ -19,7 +19,7 @@ reads them three times and writes their gradient; all but the first read of a ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fastft import ops
 from fastft.loss.options import (
     RowOptions,
-    check_impl_of_probabilities,
+    check_plain_impl,
     check_probabilities,
     check_reduction,
     check_target,
@@ -40,7 +40,11 @@ from fastft.loss.options import (
     statistics_dtype,
 )
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+if TYPE_CHECKING:  # builds of torch without processes do not have it
+    from torch.distributed import ProcessGroup
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_KERNEL_DTYPES = {"cpp": _CPU_DTYPES, "cuda": (*_CPU_DTYPES, torch.float16), "triton": (*_CPU_DTYPES, torch.float16)}
 
 
 def capped(logits: Tensor, options: RowOptions) -> Tensor:
@@ -159,18 +163,18 @@ ROWS = ops.Operator(
     "Tensor(b!) lse, Tensor(c!)[] statistics, Tensor(d!)[] grad, int ignore_index, float label_smoothing, "
     "float z_loss, float softcap, float logit_scale) -> ()",
     _cross_entropy_rows,
-    engines=("cpp",),
+    engines=("cpp", "cuda", "triton"),
 )
 
 
 def rows_implementation(impl: str, logits_dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
     """The function that computes `cross_entropy_rows` for logits of this dtype; raises as `Operator.resolve` does."""
     engine = ROWS.resolve(impl, device)
-    if engine == "cpp" and logits_dtype not in _NATIVE_DTYPES:
-        if impl == "cpp":
-            raise RuntimeError(f"impl='cpp' is not available for {ROWS.name}: it has no kernel for {logits_dtype}")
+    if engine != "eager" and logits_dtype not in _KERNEL_DTYPES[engine]:
+        if impl != "auto":
+            raise RuntimeError(f"impl={impl!r} is not available for {ROWS.name}: it has no kernel for {logits_dtype}")
         engine = "eager"
-    return ROWS.reference if engine == "eager" else ROWS.native
+    return ROWS.implementation(engine, device)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -218,6 +222,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     num_items: float | Tensor | None = None,
     impl: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """`torch.nn.functional.cross_entropy`, with more options; never changes its input.
 
@@ -235,16 +240,21 @@ def cross_entropy(
         num_items: what "mean" divides the sum by instead of the count, a number or a tensor of one element, such as
             Trainer's `num_items_in_batch`.
         impl: "auto" (default), "eager" or "cpp"; an explicit one never falls back.
+        group: processes over which the classes are spread, V / n on each, in the order of the group. Then `input` holds
+            this process's classes; `target` (of all V classes), `weight` (V,) and the options must be the same on all
+            of them, and so is the loss. Class indices only; in plain torch; a graph break under `torch.compile`. None
+            (default): one process has all classes.
 
     Returns:
         A scalar, or the losses in `target`'s shape (without the classes) for "none"; fp32 for 16-bit logits (torch:
         16 bits), else in `input`'s dtype. The mean over no row at all is 0 (torch: NaN).
 
     Raises:
-        TypeError: `input` or `weight` is not floating point, or `target` holds no indices.
+        TypeError: `input` or `weight` is not floating point, `target` holds no indices, or `group` is no process group.
         ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU; elsewhere its row is
             NaN, unless the environment variable FASTFT_CHECK_TARGETS is set), an option is out of range or unknown,
-            `num_items` is negative or goes with another reduction, target probabilities require a gradient.
+            `num_items` is negative or goes with another reduction, target probabilities require a gradient; processes
+            of a `group` have different numbers of classes or this process is not in it.
         RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
     check_reduction(reduction, num_items)
@@ -256,11 +266,17 @@ def cross_entropy(
         raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
     classes = input.shape[class_dim]
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
+    shard = None
+    if group is not None:
+        from fastft.loss.vocab_parallel import Shard, sharded_losses  # which is built on this room
+
+        shard = Shard.of((classes,), group, "class dimension of input", target, impl)
+        classes = shard.classes
     check_weight(weight, classes, input.device)
-    logits = input.movedim(class_dim, -1).reshape(-1, classes)
+    logits = input.movedim(class_dim, -1).reshape(-1, input.shape[class_dim])
     if target.is_floating_point():
         check_probabilities(target, input.shape, "input")
-        check_impl_of_probabilities(impl)
+        check_plain_impl(impl, "target probabilities")
         losses = probability_losses(logits, target.movedim(class_dim, -1).reshape(-1, classes), weight, options)
         counted = None
     else:
@@ -272,9 +288,12 @@ def cross_entropy(
         check_target(target, classes, ignore_index)
         counted = target.reshape(-1).contiguous()
         scaled = class_weights(weight, counted, ignore_index, reduction, num_items, statistics_dtype(logits.dtype))
-        rows = rows_implementation(impl, logits.dtype, logits.device)
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        losses = _CrossEntropy.apply(logits, counted, scaled, options, rows)
+        if shard is not None:
+            losses = sharded_losses(logits, counted, scaled, options, shard)
+        else:
+            rows = rows_implementation(impl, logits.dtype, logits.device)
+            losses = _CrossEntropy.apply(logits, counted, scaled, options, rows)
     reduced = reduce_losses(losses, counted, reduction, ignore_index, num_items)
     return reduced.view(shape) if reduction == "none" else reduced
 

@@ -82,23 +82,34 @@ def _versions(terms: tuple[Term, ...]) -> tuple[int, ...]:
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
 
 
+class Origin(NamedTuple):
+    """Where logits come from: the head, to be entered again, and what raises when its shards may not be used.
+
+    `check` is told whether the head is about to be entered.
+    """
+
+    vocab: int
+    head: Callable[..., Any] | None = None
+    check: Callable[[bool], None] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Linear:
     """The sum of `terms` (input, weight, bias or None); every input has the same leading shape, every weight V rows."""
 
     terms: tuple[Term, ...]
     versions: tuple[int, ...]
-    head: Callable[..., Any] | None = None
+    origin: Origin
 
     @classmethod
-    def of(cls, *terms: Term, head: Callable[..., Any] | None = None) -> Linear:
+    def of(cls, *terms: Term, origin: Origin | None = None) -> Linear:
         """A linear layer over tensors as they are now."""
-        return cls(terms, _versions(terms), head)
+        return cls(terms, _versions(terms), origin or Origin(terms[0][1].shape[0]))
 
     @property
     def vocab(self) -> int:
-        """V."""
-        return self.terms[0][1].shape[0]
+        """V, which a weight that was freed does not tell any more."""
+        return self.origin.vocab
 
     @property
     def leading_shape(self) -> torch.Size:
@@ -113,22 +124,23 @@ class Linear:
     def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Linear:
         """The layer over changed inputs: a view or a selection of rows."""
         self.check_unchanged()
-        return Linear.of(*((change(x), weight, bias) for x, weight, bias in self.terms), head=self.head)
+        return Linear.of(*((change(x), weight, bias) for x, weight, bias in self.terms), origin=self.origin)
 
     def plus(self, other: Linear, scale: float = 1.0) -> Linear:
         """The sum with `scale` times another layer (base head + LoRA)."""
         self.check_unchanged()
         other.check_unchanged()
-        if scale == 1.0:
-            return Linear.of(*self.terms, *other.terms)
-        scaled = ((x * scale, weight, None if bias is None else bias * scale) for x, weight, bias in other.terms)
-        return Linear.of(*self.terms, *scaled)
+        more = other.terms
+        if scale != 1.0:
+            more = tuple((x * scale, weight, None if bias is None else bias * scale) for x, weight, bias in more)
+        return Linear.of(*self.terms, *more, origin=self.origin._replace(head=None))
 
     def plus_bias(self, extra: Tensor) -> Linear:
         """The sum with one more bias (V,), trained or not."""
         self.check_unchanged()
         (x, weight, bias), *more = self.terms
-        return Linear.of((x, weight, extra if bias is None else bias + extra), *more)
+        bias = extra if bias is None else bias + extra
+        return Linear.of((x, weight, bias), *more, origin=self.origin._replace(head=None))
 
     def same_as(self, other: Linear) -> bool:
         """Whether both give the same logits because they are made of the same tensors."""
@@ -143,6 +155,8 @@ class Linear:
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError when a tensor is not what it was when the head ran."""
+        if self.origin.check is not None:
+            self.origin.check(False)
         if self.versions != _versions(self.terms):
             raise RuntimeError(
                 "fastft: these logits are read after the output head's weight was changed (an optimizer step?), or its "
@@ -157,18 +171,28 @@ class Linear:
         """
         if not any(is_freed(weight) for _, weight, _ in self.terms):
             return task(self)
-        if self.head is None:
-            raise RuntimeError("fastft: the output head's sharded weight is gone and the head cannot be entered again.")
-        x = self.terms[0][0]
+        head, x = self.origin.head, self.terms[0][0]
 
         def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if is_freed(weight):
+                raise RuntimeError(_GONE)
             return task(Linear.of((x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))))
 
-        return self.head(x, fastft_task=run)
+        if head is None:
+            raise RuntimeError(_GONE)
+        if self.origin.check is not None:
+            self.origin.check(True)
+        return head(x, fastft_task=run)
 
     def dense(self) -> Tensor:
         """The logits."""
         return _linear(self.terms)
+
+
+_GONE = (
+    "fastft: the output head's sharded weight is gone, and entering the head does not bring it back. Use the logits "
+    "inside the model's forward, or train without fastft's fused loss."
+)
 
 
 def is_freed(weight: Tensor) -> bool:
@@ -196,6 +220,7 @@ class _Task:
     summed: bool
     row_arguments: tuple[Tensor, ...]
     autocast: AutocastState
+    known: Tensor | None = None
 
     def run(self, logits: Tensor, rows: slice) -> Tensor:
         with _autocast(logits.device.type, self.autocast):
@@ -272,6 +297,8 @@ class _RowWise(torch.autograd.Function):
             assert total is not None
             return total
         ctx.save_for_backward(*tensors)
+        if task.known is not None:
+            return task.known.clone()
         terms = _terms(tensors)
         pieces = [task.run(_linear(terms, rows), rows) for rows in _chunks(terms)]
         return torch.stack(pieces).sum(0) if task.summed else torch.cat(pieces)
@@ -293,9 +320,18 @@ def sum_over_rows(
     return _apply(linear, expression, function, True, row_arguments)
 
 
-def map_rows(linear: Linear, expression: Expression, function: Callable[..., Tensor], *row_arguments: Tensor) -> Tensor:
-    """`function(z, *row_arguments)`, which returns one result (of any shape) for each row, for all T rows."""
-    return _apply(linear, expression, function, False, row_arguments)
+def map_rows(
+    linear: Linear,
+    expression: Expression,
+    function: Callable[..., Tensor],
+    *row_arguments: Tensor,
+    known: Tensor | None = None,
+) -> Tensor:
+    """`function(z, *row_arguments)`, which returns one result (of any shape) for each row, for all T rows.
+
+    `known`: these results, where they were computed before; only their gradient is left to do.
+    """
+    return _apply(linear, expression, function, False, row_arguments, known)
 
 
 def _apply(
@@ -304,6 +340,7 @@ def _apply(
     function: Callable[..., Tensor],
     summed: bool,
     row_arguments: tuple[Tensor, ...],
+    known: Tensor | None = None,
 ) -> Tensor:
-    task = _Task(function, expression, summed, row_arguments, autocast_state(linear.terms[0][0].device.type))
+    task = _Task(function, expression, summed, row_arguments, autocast_state(linear.terms[0][0].device.type), known)
     return linear.inside_head(lambda layer: _RowWise.apply(task, *layer.tensors))

@@ -16,15 +16,16 @@ materialises the root; each member then is the same view of it that plain torch 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fastft.loss.expressions import LOGITS, Expression, Linear, evaluate
+from fastft.loss.expressions import LOGITS, Expression, Linear, Origin, evaluate
 from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
 from fastft.loss.options import refuse_second_derivative
 from fastft.loss.report import Report
@@ -40,6 +41,7 @@ class _Recipe:
     expression: Expression
     shadow: Tensor
     report: Report
+    kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     rewritten: bool = False
 
 
@@ -125,6 +127,11 @@ class LazyLogits(Tensor):
         return self._recipe.shadow
 
     @property
+    def kept(self) -> dict[Any, tuple[Tensor, Tensor]]:
+        """The rows' logsumexp and argmax by autocast state, where known. Shared by logits that hold the same rows."""
+        return self._recipe.kept
+
+    @property
     def is_lazy(self) -> bool:
         """Whether no real logits exist of this tensor or of what it is a view of."""
         return self._dense is None and (self._root is None or self._root._dense is None)
@@ -142,13 +149,14 @@ class LazyLogits(Tensor):
 
     def derived(self, expression: Expression, linear: Linear | None = None) -> LazyLogits:
         """New logits of the same shape: another expression (or another layer), in memory of their own."""
-        self._family()._used = True
-        x, weight, _ = self.linear.terms[0]
         with torch.no_grad():
-            dtype = evaluate(expression, x.new_empty(0, weight.shape[0])).dtype
-        return self._make(
-            linear or self.source, expression, torch.empty_like(self.shadow, dtype=dtype), self._recipe.report
-        )
+            dtype = evaluate(expression, self.linear.terms[0][0].new_empty(0, self.linear.vocab)).dtype
+        shadow = torch.empty_like(self.shadow, dtype=dtype)
+        result = self._make(linear or self.source, expression, shadow, self._recipe.report)
+        if linear is None and expression is self.expression:
+            result._recipe.kept = self.kept
+        self._family()._used |= result.requires_grad
+        return result
 
     def viewed(
         self,
@@ -157,10 +165,11 @@ class LazyLogits(Tensor):
         kwargs: dict[str, Any],
         shadow: Tensor | None,
         change: Callable[[Tensor], Tensor],
+        same_rows: bool = False,
     ) -> LazyLogits:
         """`func(self, *args, **kwargs)`, a view or selection of rows, as `change` of the hidden states.
 
-        `shadow` None: a copy whose shape depends on data (a boolean mask).
+        `shadow` None: a copy whose shape depends on data (a boolean mask). `same_rows`: all rows, in their order.
         """
         linear = self.source.with_inputs(change)
         is_view = shadow is not None and (shadow is self.shadow or shadow._is_view())
@@ -168,12 +177,14 @@ class LazyLogits(Tensor):
             shape = (*linear.leading_shape, linear.vocab)
             shadow = torch.empty(shape, dtype=self.shadow.dtype, device="meta")
         result = self._make(linear, self.expression, shadow, self._recipe.report)
+        if same_rows:
+            result._recipe.kept = self.kept
         family = self._family()
         if is_view:
             result._root, result._replay = family, (*self._replay, (func, args, kwargs))
             family._has_views = True
         else:
-            family._used = True
+            family._used |= result.requires_grad
         return result
 
     def evaluated(self, result: Tensor) -> None:
@@ -181,6 +192,11 @@ class LazyLogits(Tensor):
         if result.requires_grad:
             self._recipe.report.fused += 1
             self._family()._used = True
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether a gradient may flow past these logits, or none flows at all."""
+        return self.is_lazy and (self._family()._used or not self.requires_grad)
 
     def _family(self) -> LazyLogits:
         return self if self._root is None else self._root
@@ -233,13 +249,18 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy):
+        own = func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy)
+        if func == _GRAD_FN and args[0].is_lazy:
+            own = args[0]._is_fused or sys._getframe(1).f_globals.get("__name__", "").startswith(_PLUMBERS)
+        if own:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _HOOKS and isinstance(args[0], cls):
             return _hook(args[0], func, args, kwargs)
         if func in _LEAF_MAKERS and isinstance(args[0], cls):
             return _make_leaf(args[0], func, args, kwargs)
+        if func is torch.autograd.grad and any(isinstance(arg, cls) and arg._is_fused for arg in tree_leaves(args[1])):
+            raise RuntimeError(_NO_GRADIENT.format("torch.autograd.grad"))
         result = _apply_rule(func, args, kwargs)
         if result is not NotImplemented:
             return result
@@ -282,7 +303,7 @@ def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs:
         if isinstance(changed, LazyLogits) and changed.linear.same_as(lazy.source):
             if changed.dtype != lazy.shadow.dtype:
                 changed = changed.to(lazy.shadow.dtype)
-            recipe.expression = changed.expression
+            recipe.expression, recipe.kept = changed.expression, {}
             return lazy
     dense = lazy.materialise(func.__name__)
     recipe.rewritten = lazy._family()._recipe.rewritten = True
@@ -293,18 +314,16 @@ def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs:
 def _hook(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A gradient that somebody wants to see must exist: from now on the logits are real.
 
-    The hooks of torch.distributed only wait for the moment (FSDP gathers weights before the backward pass; the loss has
-    such a hook as well), so that they do not need the gradient.
+    The hooks of sharding libraries only wait for the moment (FSDP gathers weights before the backward pass; the loss
+    has such a hook as well), so that they do not need the gradient.
     """
     hook = args[1] if len(args) > 1 else kwargs.get("hook")
-    if func is Tensor.register_hook and str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+    hook = getattr(hook, "func", hook)  # of a functools.partial
+    if func is Tensor.register_hook and str(getattr(hook, "__module__", "")).startswith(_PLUMBERS):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-    if lazy.is_lazy and lazy._family()._used:
-        raise RuntimeError(
-            f"fastft: {func.__name__} on logits whose loss is already fused would never see a gradient. Call it before "
-            "the loss is computed, or without fastft's fused loss."
-        )
+    if lazy._is_fused and lazy.requires_grad:
+        raise RuntimeError(_NO_GRADIENT.format(func.__name__))
     return func(lazy.materialise(func.__name__), *args[1:], **kwargs)
 
 
@@ -321,38 +340,23 @@ def _attribute(name: str) -> Any:
     return getattr(getattr(Tensor, name, None), "__get__", None)
 
 
+_NO_GRADIENT = (
+    "fastft: {} on logits whose loss is already fused would never see a gradient. Call it before the loss is computed, "
+    "or without fastft's fused loss."
+)
+_PLUMBERS = ("torch.distributed", "torch.nn.parallel", "deepspeed")  # they look at gradients' ways, not at gradients
+_GRAD_FN = _attribute("grad_fn")  # others who ask for it may be about to watch the gradient: real logits, in time
+
 _GRADIENTS = {_attribute(name) for name in ("grad", "retains_grad")}
 _LEAF_MAKERS = {Tensor.requires_grad.__set__, Tensor.requires_grad_}  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _ATTRIBUTES = {
     _attribute(name)
     for name in (
-        *(
-            "shape",
-            "dtype",
-            "device",
-            "ndim",
-            "requires_grad",
-            "grad_fn",
-            "is_leaf",
-            "layout",
-            "is_cuda",
-            "is_cpu",
-            "is_meta",
-        ),
-        *(
-            "is_sparse",
-            "is_quantized",
-            "is_nested",
-            "is_mps",
-            "is_xla",
-            "is_xpu",
-            "is_mkldnn",
-            "is_sparse_csr",
-            "is_mtia",
-        ),
-        *("names", "_version", "output_nr", "itemsize", "nbytes", "_backward_hooks", "_base"),
-    )
+        "shape dtype device ndim requires_grad is_leaf layout names itemsize nbytes output_nr _version _base "
+        "_backward_hooks is_cpu is_cuda is_meta is_mps is_mtia is_xla is_xpu is_mkldnn is_sparse is_sparse_csr "
+        "is_quantized is_nested"
+    ).split()
 } - {None}
 _ATTRIBUTES |= {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.storage_offset),
@@ -363,7 +367,12 @@ _ATTRIBUTES |= {
 
 
 def lazy_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, report: Report, head: Callable[..., Any] | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    report: Report,
+    head: Callable[..., Any] | None = None,
+    check: Callable[[bool], None] | None = None,
 ) -> LazyLogits:
     """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks for.
 
@@ -373,10 +382,12 @@ def lazy_linear(
         bias: (V,) or None.
         report: where fusions and materialisations are counted.
         head: the module; entered again if its weight is freed when the logits are needed.
+        check: called before the logits are used, with whether `head` is about to be entered; may raise.
     """
+    origin = Origin(weight.shape[0], head, check)
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
-    return LazyLogits._make(Linear.of((input, weight, bias), head=head), LOGITS, shadow, report)
+    return LazyLogits._make(Linear.of((input, weight, bias), origin=origin), LOGITS, shadow, report)

@@ -8,17 +8,18 @@ the head, what is kept for backward and which bytes are moved in `linear_rows`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastft.loss.cross_entropy import probability_losses
+from fastft.loss.dtensor_head import local_head
 from fastft.loss.expressions import LOGITS, Linear, map_rows, sum_over_rows
 from fastft.loss.linear_rows import linear_rows
 from fastft.loss.options import (
     RowOptions,
-    check_impl_of_probabilities,
+    check_plain_impl,
     check_probabilities,
     check_reduction,
     check_target,
@@ -28,6 +29,11 @@ from fastft.loss.options import (
     row_options,
     statistics_dtype,
 )
+from fastft.loss.vocab_parallel import Shard, vocab_parallel_losses
+from fastft.loss.weight_grad import check_accumulates, sum_into_grad
+
+if TYPE_CHECKING:  # builds of torch without processes do not have it
+    from torch.distributed import ProcessGroup
 
 
 def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -110,7 +116,9 @@ def linear_cross_entropy(
     num_items: float | Tensor | None = None,
     chunk_rows: int | None = None,
     max_counted: int | None = None,
+    accumulate_weight_grad: bool = False,
     impl: str = "auto",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Cross-entropy of `linear(input, linear_weight, linear_bias)`, without ever holding these logits.
 
@@ -139,7 +147,22 @@ def linear_cross_entropy(
         max_counted: an upper bound of the rows that are not ignored, if the host knows one. With it ignored rows cost
             nothing on a GPU either, and nobody waits for the GPU to count them. Too low a bound raises on the CPU and
             gives NaN elsewhere.
+        accumulate_weight_grad: backward adds the weight's gradient to `linear_weight.grad` itself, in one pass;
+            autograd sees none, so that `torch.autograd.grad` has none to return. For a parameter without hooks on its
+            gradient, "mean" or "sum", and class indices; not under torch.compile. Default False.
         impl: how the rows are computed: "auto" (default), "eager" or "cpp"; an explicit one never falls back.
+        group: processes over which the classes are spread, V / n on each, in the order of the group. Then
+            `linear_weight` (V / n, H) and `linear_bias` (V / n,) are this process's shards; `input`, `target` (of all
+            V classes), `weight` (V,) and the options must be the same on all of them, and so is the loss. The gradient
+            of `input` is summed over the group, those of the shards stay local. Two all-reduces of a few numbers a row
+            for each chunk. Class indices only; in plain torch; a graph break under `torch.compile`. A bias of -inf
+            takes out the classes that pad the last shard, unless there is a softcap or label smoothing. None (default):
+            one process has all classes.
+
+    A head may be a DTensor, such as one of FSDP2 outside its module's forward. With a plain `input` it is gathered (all
+    processes of its mesh must call), and its gradient is the mean over them, sharded as the head is: what FSDP2 does
+    inside forward by default. With an `input` that is a DTensor, replicated on a mesh of one dimension, a head sharded
+    by classes on that mesh stays where it is, as with `group`; the loss is a plain tensor.
 
     Returns:
         A scalar, or the losses in `target`'s shape (without the classes) for "none"; fp32 for 16-bit operands (torch:
@@ -147,34 +170,49 @@ def linear_cross_entropy(
         tensors.
 
     Raises:
-        TypeError: operands are not floating point or differ in dtype, or `target` holds no indices.
+        TypeError: operands are not floating point or differ in dtype, `target` holds no indices, `group` is no process
+            group, or DTensors have placements other than these.
         ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU; elsewhere its row is
             NaN, unless the environment variable FASTFT_CHECK_TARGETS is set), an option is out of range or unknown,
-            `num_items` is negative or goes with another reduction, target probabilities require a gradient.
+            `num_items` is negative or goes with another reduction, target probabilities require a gradient,
+            `accumulate_weight_grad` is not possible; the shards of a `group` differ in shape (compared at every call on
+            the CPU, elsewhere once for each shape) or this process is not in it.
         RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
     check_reduction(reduction, num_items)
     options = row_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    accumulate = accumulate_weight_grad and torch.is_grad_enabled()
+    if accumulate:
+        check_accumulates(linear_weight, target, reduction, group)
     check_positive("chunk_rows", chunk_rows, 1)
     check_positive("max_counted", max_counted, 0)
     dtype = compute_dtype(input, linear_weight, linear_bias)
     check_shapes(input, linear_weight, linear_bias)
-    check_weight(weight, len(linear_weight), input.device)
+    input, linear_weight, linear_bias, target, group = local_head(input, linear_weight, linear_bias, target, group)
+    shard = None if group is None else Shard.of(linear_weight.shape, group, "linear_weight", target, impl)
+    classes = len(linear_weight) if shard is None else shard.classes
+    check_weight(weight, classes, input.device)
     shape, summed = input.shape[:-1], reduction != "none"
     operands = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
     with torch.autocast(input.device.type, enabled=False):
         if target.is_floating_point():
-            check_probabilities(target, torch.Size([*shape, len(linear_weight)]), "the logits")
-            check_impl_of_probabilities(impl)
+            check_probabilities(target, torch.Size([*shape, classes]), "the logits")
+            check_plain_impl(impl, "target probabilities")
             flat = torch.zeros(shape.numel(), dtype=torch.int64, device=input.device)
-            rows = target.reshape(-1, len(linear_weight))
+            rows = target.reshape(-1, classes)
             losses = _probability_losses(operands, rows, weight, dtype, options, summed)
             ignore_index = -1
         else:
-            flat = check_indices(target, shape, len(linear_weight), ignore_index)
+            flat = check_indices(target, shape, classes, ignore_index)
             scaled = class_weights(weight, flat, ignore_index, reduction, num_items, statistics_dtype(dtype))
-            plan: dict[str, Any] = {"summed": summed, "chunk_rows": chunk_rows, "max_counted": max_counted}
-            losses, *_ = linear_rows(operands, flat, scaled, dtype=dtype, options=options, impl=impl, **plan)
+            plan: dict[str, Any] = {"dtype": dtype, "options": options}
+            plan |= {"chunk_rows": chunk_rows, "max_counted": max_counted}
+            if shard is not None:
+                losses = vocab_parallel_losses(operands, flat, scaled, shard, summed=summed, **plan)
+            elif accumulate:
+                losses = sum_into_grad(operands, flat, scaled, impl=impl, **plan)
+            else:
+                losses, *_ = linear_rows(operands, flat, scaled, summed=summed, impl=impl, **plan)
         reduced = reduce_losses(losses, flat, reduction, ignore_index, num_items)
     return reduced.view(shape) if reduction == "none" else reduced
 

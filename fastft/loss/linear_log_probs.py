@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastft.loss.cross_entropy import rows_implementation
+from fastft.loss.dtensor_head import whole_head
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.linear_cross_entropy import check_indices, check_positive, check_shapes, compute_dtype
 from fastft.loss.linear_rows import HeadCall, Outputs, linear_rows, scaled, sweep
@@ -54,7 +55,8 @@ def linear_log_probs(
 
     Args:
         input: hidden states (..., H), floating point.
-        linear_weight: the head's weight (V, H), `input`'s dtype unless autocast is on.
+        linear_weight: the head's weight (V, H), `input`'s dtype unless autocast is on; a DTensor is gathered, as in
+            `linear_cross_entropy`.
         target: class indices in [0, V) or `ignore_index`, int64 or int32, of shape (...).
         linear_bias: the head's bias (V,), or None (default).
         ignore_index: rows with this target are 0 in every result and get no gradient. Default -100.
@@ -73,6 +75,7 @@ def linear_log_probs(
     check_positive("max_counted", max_counted, 0)
     dtype = compute_dtype(input, linear_weight, linear_bias)
     check_shapes(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias, target = whole_head(input, linear_weight, linear_bias, target)
     flat = check_indices(target, input.shape[:-1], len(linear_weight), ignore_index)
     operands = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
     plan: dict[str, Any] = {"statistics": True, "chunk_rows": chunk_rows, "max_counted": max_counted}
@@ -176,6 +179,7 @@ def linear_token_loss(
     check_positive("max_counted", max_counted, 0)
     dtype = compute_dtype(input, linear_weight, linear_bias)
     check_shapes(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias, target = whole_head(input, linear_weight, linear_bias, target)
     flat = check_indices(target, input.shape[:-1], len(linear_weight), ignore_index)
     for i, argument in enumerate(arguments):
         if argument.shape != target.shape:

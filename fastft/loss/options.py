@@ -106,11 +106,11 @@ def check_weight(weight: Tensor | None, classes: int, device: torch.device) -> N
         raise ValueError(f"weight is on {weight.device}, the logits are on {device}; they must be on one device")
 
 
-def check_impl_of_probabilities(impl: str) -> None:
-    """Raises if an engine is asked for that computes class indices only."""
+def check_plain_impl(impl: str, what: str) -> None:
+    """Raises if an engine is asked for that does not compute `what`."""
     ops.check_impl(impl)
     if impl not in ("auto", "eager"):
-        raise RuntimeError(f"impl={impl!r} is not available for target probabilities: they are computed in plain torch")
+        raise RuntimeError(f"impl={impl!r} is not available for {what}: they are computed in plain torch")
 
 
 def class_weights(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastft.loss.lazy_logits import lazy_linear
 from fastft.loss.report import Report
+from fastft.loss.sharding import Sharding, sharding_library
 
 
 class LazyForward:
@@ -25,8 +26,10 @@ class LazyForward:
     It copies and pickles as the method that the module's class has, so that a copy of the model is a stock one.
     """
 
-    def __init__(self, head: nn.Linear, report: Report) -> None:
+    def __init__(self, head: nn.Linear, around: list[nn.Module], sharding: Sharding | None, report: Report) -> None:
         self.head = head
+        self.around = around
+        self.sharding = sharding
         self.report = report
         self._outside_compiled = torch.compiler.disable(self._forward)
 
@@ -40,17 +43,26 @@ class LazyForward:
             return fastft_task(input, head.weight, head.bias)
         if args or kwargs or not self._can_be_lazy(input):
             return type(head).forward(head, input, *args, **kwargs)
-        return lazy_linear(input, head.weight, head.bias, self.report, head)
+        check = None if self.sharding is None else self.sharding.permission()
+        return lazy_linear(input, head.weight, head.bias, self.report, head, check)
 
     def _can_be_lazy(self, input: Tensor) -> bool:
         if not (self.head.training and torch.is_grad_enabled()) or torch.jit.is_tracing():
             return False
-        if type(self.head.weight) not in (Tensor, nn.Parameter):  # a DTensor: tensor parallel
-            reason = f"the weight of the output head is a {type(self.head.weight).__name__}"
-            if reason not in self.report.skipped:
-                self.report.skipped.append(reason)
+        if type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
             return False
-        return type(input) in (Tensor, nn.Parameter) and input.dim() >= 2
+        reason = self._reason_now()
+        if reason is not None and reason not in self.report.skipped:
+            self.report.skipped.append(reason)
+        return reason is None
+
+    def _reason_now(self) -> str | None:
+        """What forbids lazy logits in this forward pass alone."""
+        if type(self.head.weight) not in (Tensor, nn.Parameter):
+            return f"the weight of the output head is a {type(self.head.weight).__name__}"
+        if _has_global_backward_hooks() or any(m._backward_hooks or m._backward_pre_hooks for m in self.around):
+            return "a module backward hook watches the gradient of the logits"
+        return None if self.sharding is None else self.sharding.reason_now()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.head, "forward")
@@ -62,16 +74,23 @@ class Attachment:
     def __init__(self, model: nn.Module) -> None:
         self.report = Report()
         self.heads: list[nn.Linear] = []
+        self._shardings: list[Sharding] = []
         if isinstance(model, nn.DataParallel):
             self.report.skipped.append("DataParallel: its replicas would call the head of the first device")
             return
         for head in find_heads(model):
+            around = [module for module in model.modules() if any(part is head for part in module.modules())]
+            library = sharding_library(head, around)
             reason = _reason_against(head)
+            if library is None and type(head.weight).__name__ == "DTensor":
+                reason = "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
             if reason is not None:
                 self.report.skipped.append(reason)
                 continue
-            head.forward = LazyForward(head, self.report)  # type: ignore[method-assign]
+            sharding = None if library is None else Sharding(library, head, _base_model(model))
+            head.forward = LazyForward(head, around, sharding, self.report)  # type: ignore[method-assign]
             self.heads.append(head)
+            self._shardings += [] if sharding is None else [sharding]
         if not self.heads and not self.report.skipped:
             self.report.skipped.append(f"{type(model).__name__} has no output head that could be found")
 
@@ -80,13 +99,14 @@ class Attachment:
         for head in self.heads:
             if isinstance(head.__dict__.get("forward"), LazyForward):
                 del head.__dict__["forward"]
-        self.heads = []
+        for sharding in self._shardings:
+            sharding.remove()
+        self.heads, self._shardings = [], []
 
 
 def find_heads(model: nn.Module) -> list[nn.Linear]:
     """The linear modules whose sum is the model's logits: the output embeddings, looked up inside PEFT wrappers."""
-    get_base: Any = getattr(model, "get_base_model", None)
-    base: Any = get_base() if get_base is not None else unwrap(model)
+    base: Any = _base_model(model)
     try:
         head = base.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -100,6 +120,12 @@ def find_heads(model: nn.Module) -> list[nn.Linear]:
     return [module for module in base.modules() if type(module) is nn.Linear and module.out_features in sizes]
 
 
+def _base_model(model: nn.Module) -> nn.Module:
+    """The model that owns the output embeddings."""
+    get_base: Any = getattr(model, "get_base_model", None)
+    return unwrap(model) if get_base is None else get_base()
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside wrappers such as DistributedDataParallel and torch.compile."""
     while not hasattr(model, "config"):
@@ -108,6 +134,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
+
+
+def _has_global_backward_hooks() -> bool:
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks)
 
 
 def _linear_parts(module: nn.Module) -> list[nn.Linear]:
@@ -131,8 +162,6 @@ def _reason_against(head: nn.Linear) -> str | None:
         return "the output head is attached to another fused loss already"
     if own is not None and not stock:
         return "the output head's forward is patched by somebody else"
-    if type(head.weight).__name__ == "DTensor" and getattr(head, "_hf_tp_plan", None):
-        return "the output head is tensor-parallel"
     return None
 
 
@@ -153,7 +182,9 @@ def fused_loss(model: nn.Module) -> Iterator[Report]:
         `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.
 
     Raises:
-        RuntimeError: from the loop, when logits are read after an optimizer step has changed the head's weight.
+        RuntimeError: from the loop, when logits are read after an optimizer step has changed the head's weight, when
+            the gradient of logits is asked for (`register_hook`, `retain_grad`, `torch.autograd.grad`) after their loss
+            was computed, or when logits of a sharded head are used after the forward pass that computed their loss.
     """
     attachment = Attachment(model)
     try:

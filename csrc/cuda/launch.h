@@ -1,0 +1,32 @@
+// How kernels are launched. Tests compile the .cu files with g++ and run them on the CPU; there, FASTFT_LAUNCH and
+// FASTFT_SHARED are theirs (tests/support/cuda_on_host.h).
+#pragma once
+#include <cuda_runtime.h>
+
+#include "shim.h"
+
+#ifndef FASTFT_LAUNCH
+#define FASTFT_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
+  kernel<<<blocks, threads, shared_bytes, stream>>>(__VA_ARGS__)
+// the launch's dynamic shared memory
+#define FASTFT_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace fastft {
+struct DeviceGuard {
+  DeviceGuardHandle handle = nullptr;
+  explicit DeviceGuard(int32_t device) { FT_CALL(aoti_torch_create_device_guard(device, &handle)); }
+  ~DeviceGuard() { aoti_torch_delete_device_guard(handle); }
+};
+
+inline cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  FT_CALL(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(const char* name) {
+  const cudaError_t error = cudaGetLastError();
+  FT_CHECK(error == cudaSuccess, "%s: launch failed: %s", name, cudaGetErrorString(error));
+}
+}  // namespace fastft

@@ -1,0 +1,193 @@
+"""Losses of lazy logits and reductions over their vocabulary, evaluated a chunk of rows at a time.
+
+A rule that is not sure returns `NotImplemented`: the logits are then materialised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastft.loss.expressions import LOGITS, Call, Expression, Linear, autocast_state, map_rows, sum_over_rows
+from fastft.loss.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from fastft.loss.lazy_logits import LazyLogits
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def is_last(lazy: LazyLogits, dim: Any) -> bool:
+    """Whether `dim` is the vocabulary."""
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        dim = dim[0]
+    return isinstance(dim, int) and not isinstance(dim, bool) and dim in (-1, lazy.shadow.dim() - 1)
+
+
+def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`logsumexp`, `sum`, `argmax`, ... over the vocabulary."""
+    dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else None))
+    if not is_last(lazy, dim) or "out" in kwargs:
+        return NotImplemented
+    keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
+    name = func.__name__
+    if name in ("logsumexp", "argmax"):
+        result = _kept(lazy, name)
+    else:
+        dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
+        function = getattr(torch, name)
+        result = map_rows(lazy.checked(), lazy.expression, lambda z: function(z, dim=-1, **dtype))
+    lazy.evaluated(result)
+    result = result.reshape(lazy.linear.leading_shape)
+    return result.unsqueeze(-1) if keepdim else result
+
+
+def _kept(lazy: LazyLogits, name: str) -> Tensor:
+    """`logsumexp` or `argmax` of each row. One pass gives both, and is not made again for logits that share `kept`."""
+    linear = lazy.checked()
+    state = autocast_state(linear.terms[0][0].device.type)  # sets the dtype of logsumexp
+    if state not in lazy.kept:
+        best: list[Tensor] = []
+
+        def both(z: Tensor) -> Tensor:
+            best.append(z.argmax(-1))
+            return z.logsumexp(-1)
+
+        with torch.no_grad():
+            lse = map_rows(linear, lazy.expression, both)
+        lazy.kept[state] = lse, torch.cat(best)
+    lse, argmax = lazy.kept[state]
+    if name == "argmax":
+        return argmax.clone()
+    return map_rows(linear, lazy.expression, lambda z: z.logsumexp(-1), known=lse)
+
+
+def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`gather` along the vocabulary."""
+    dim = kwargs.get("dim", args[0] if args else None)
+    index: Any = kwargs.get("index", args[1] if len(args) > 1 else None)
+    if not is_last(lazy, dim) or index.shape[:-1] != lazy.shadow.shape[:-1] or index.dim() != lazy.shadow.dim():
+        return NotImplemented
+    rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
+    result = map_rows(lazy.checked(), lazy.expression, lambda z, i: z.gather(-1, i), rows)
+    lazy.evaluated(result)
+    return result.reshape(index.shape)
+
+
+def cross_entropy(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`F.cross_entropy` and `F.nll_loss` with class indices."""
+    names = ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    named = dict(zip(names, args, strict=False))
+    return _loss(lazy, func, **named, **kwargs)
+
+
+def _loss(
+    lazy: LazyLogits,
+    func: Callable[..., Any],
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    if size_average is not None or reduce is not None or (weight is not None and weight.requires_grad):
+        return NotImplemented
+    if func is F.cross_entropy and target.is_floating_point():
+        return _of_probabilities(lazy, target, weight=weight, reduction=reduction, label_smoothing=label_smoothing)
+    if lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
+        return NotImplemented
+    if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
+        return NotImplemented
+    linear = lazy.checked()
+    options: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight}
+    if func is F.cross_entropy:
+        options["label_smoothing"] = label_smoothing
+    known = _known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
+    if known is not None:
+        return _known_loss(lazy, target, reduction=reduction, **options, **known)
+    options["reduction"] = "none" if reduction == "none" else "sum"
+    over_rows = map_rows if reduction == "none" else sum_over_rows
+    result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
+    if reduction == "mean":
+        counted = target != ignore_index
+        ones = counted if weight is None else weight[target.where(counted, 0).long()] * counted
+        result = result / torch.where(counted.any(), ones.sum(), 1)
+    lazy.evaluated(result)
+    return result
+
+
+def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
+    known = _known_rows(lazy, F.cross_entropy)
+    if known is None or target.shape != lazy.shape or lazy.shadow.dim() != 2 or target.requires_grad:
+        return NotImplemented
+    return _known_loss(lazy, target, **options, **known)
+
+
+def _known_loss(lazy: LazyLogits, target: Tensor, **options: Any) -> Tensor:
+    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options))
+    autocast, _ = autocast_state(result.device.type)
+    result = result if autocast else result.to(lazy.shadow.dtype)
+    lazy.evaluated(result)
+    return result
+
+
+def _known_rows(lazy: LazyLogits, func: Callable[..., Any]) -> dict[str, Any] | None:
+    """The options by which `linear_cross_entropy` computes a loss of these logits of one layer; None if it cannot."""
+    if len(lazy.linear.terms) != 1:
+        return None
+    expression, casts = lazy.expression, set()
+    if func is F.nll_loss:
+        if not (isinstance(expression, Call) and expression.function is torch.log_softmax):
+            return None
+        expression, casts = expression.arguments[0], set(expression.keywords.values())
+    found = scale_and_softcap(expression)
+    if found is None or not casts | found.casts <= {torch.promote_types(lazy.linear.terms[0][0].dtype, torch.float32)}:
+        return None
+    return {"logit_scale": found.scale, "softcap": found.softcap}
+
+
+class ScaleAndSoftcap(NamedTuple):
+    """`scale * logits`, or `softcap * tanh(scale * logits / softcap)`, with casts to `casts` on the way."""
+
+    scale: float
+    softcap: float | None
+    casts: set[torch.dtype]
+
+
+def scale_and_softcap(expression: Expression) -> ScaleAndSoftcap | None:
+    """What an expression made of positive factors, one tanh and casts comes to; None for any other expression."""
+    before, after, casts, capped = 1.0, 1.0, set(), False
+    while isinstance(expression, Call):
+        name, arguments = expression.function.__name__, expression.arguments
+        numbers = [argument for argument in arguments if type(argument) in (int, float) and 0 < argument < math.inf]
+        inner = [argument for argument in arguments if isinstance(argument, Call) or argument is LOGITS]
+        if expression.keywords or len(inner) != 1:
+            return None
+        if expression.function is Tensor.to:
+            casts.add(arguments[1])
+        elif name == "tanh" and not capped:
+            capped = True
+        elif len(numbers) == 1 and (name in _PRODUCTS or (name in _QUOTIENTS and arguments[0] is inner[0])):
+            factor = numbers[0] if name in _PRODUCTS else 1 / numbers[0]
+            before, after = (before * factor, after) if capped else (before, after * factor)
+        else:
+            return None
+        expression = inner[0]
+    return ScaleAndSoftcap(before * after, after if capped else None, casts)
+
+
+_PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
+_QUOTIENTS = ("div", "divide", "true_divide", "__truediv__")
+
+
+def _fused(layer: Linear, target: Tensor, **options: Any) -> Tensor:
+    ((x, weight, bias),) = layer.terms
+    with torch.autocast(x.device.type, enabled=False):  # it had its say when the head ran
+        return linear_cross_entropy(x, weight, target, linear_bias=bias, **options)

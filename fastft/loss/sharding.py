@@ -1,0 +1,89 @@
+"""Output heads whose weight is sharded by FSDP1, FSDP2 or ZeRO-3: when may their logits be lazy?
+
+The libraries gather a weight when the module that owns it is called, take it away afterwards, and learn from the
+gradient of what a forward pass *returns* that a backward pass begins. A loss which is computed inside the model's
+forward is returned by it, and its weight is there, or comes back when the head is called again. A loss that is computed
+outside, from logits that were never computed, would pass by all of that: the logits then have to be real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def sharding_library(head: nn.Linear, around: list[nn.Module]) -> str | None:
+    """What shards the weight of `head`, which the modules `around` contain; None for nobody."""
+    if hasattr(head.weight, "ds_id"):
+        return "ZeRO-3"
+    kinds = {base.__name__ for module in around for base in type(module).__mro__}
+    if "FSDPModule" in kinds:
+        return "FSDP2"
+    flattened = "weight" not in head._parameters or getattr(head.weight, "_fsdp_flattened", False)
+    return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
+
+
+def _shares_a_resharded_unit(head: nn.Linear) -> bool:
+    """Whether entering the head again would have FSDP2 free its neighbours' weights before their backward pass."""
+    get_state: Any = getattr(head, "_get_fsdp_state", None)
+    state = None if get_state is None else get_state()
+    if state is None or len(getattr(state, "_modules", (head,))) < 2:
+        return False
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
+
+
+class Sharding:
+    """Follows the forward passes of `model`, whose head is sharded by `library`, until `remove()`."""
+
+    def __init__(self, library: str, head: nn.Linear, model: nn.Module) -> None:
+        self.library = library
+        self.head = head
+        self._passes = 0
+        self._computes_loss = False
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._passes += 1
+        self._computes_loss = kwargs.get("labels") is not None
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._computes_loss = False
+
+    def reason_now(self) -> str | None:
+        """Why this forward pass needs real logits; None where the model itself computes the loss."""
+        if not self._computes_loss:
+            return f"the output head is sharded by {self.library}, and the loss is computed outside the model's forward"
+        if _shares_a_resharded_unit(self.head):
+            return "the output head shares an FSDP2 unit that reshards after forward with other modules"
+        return None
+
+    def permission(self) -> Callable[[bool], None]:
+        """What raises when logits of this forward pass are used where the library would not know of it.
+
+        It is told whether the head has to be entered for its weight, which may be another one after the forward pass.
+        """
+        made_in = self._passes
+
+        def check(entering: bool) -> None:
+            inside = self._computes_loss and self._passes == made_in
+            if not inside and (entering or torch.is_grad_enabled() or self._passes != made_in):
+                raise RuntimeError(
+                    f"fastft: the output head is sharded by {self.library}; with labels given to the model its logits "
+                    "are for the loss inside its forward alone and cannot be used afterwards. Leave the labels out and "
+                    "compute the loss outside, or train without the fused loss."
+                )
+
+        return check

@@ -1,0 +1,377 @@
+"""The fused loss on two processes (gloo): DDP, FSDP1, FSDP2; and under ZeRO-3's hooks, imitated in one process.
+
+All cases run in one pair of processes, because starting it costs more than the cases; each has a test of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import socket
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import transformers
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from fastft.integrations.fused_loss import FusedLossCallback
+from fastft.loss.output_head import fused_loss
+
+PROCESSES, V, S, STEPS = 2, 53, 12, 2
+CONFIG = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIG |= {"num_key_value_heads": 1, "vocab_size": V, "max_position_embeddings": 32, "pad_token_id": 0}
+
+
+def llama(**changes):
+    set_seed(3)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**CONFIG, **changes})).train()
+
+
+def batch(rank, step):
+    generator = torch.Generator().manual_seed(17 * step + rank)
+    ids = torch.randint(3, V, (2, S), generator=generator)
+    labels = ids.clone()
+    labels[:, : 2 + 5 * rank] = -100  # the processes count different numbers of labels
+    return {"input_ids": ids, "labels": labels}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def train_by_hand(model, inner, outside, fused):
+    """Losses, the gradients of the last step, the report."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    with fused_loss(inner) if fused else contextlib.nullcontext() as report:
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            inputs = batch(dist.get_rank(), step)
+            labels = inputs.pop("labels")
+            if outside:
+                logits = model(**inputs).logits[:, :-1].float()
+                loss = nn.functional.cross_entropy(logits.reshape(-1, V), labels[:, 1:].reshape(-1))
+            else:
+                loss = model(**inputs, labels=labels).loss
+            loss.backward()
+            losses.append(loss.detach().float())
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+    return torch.stack(losses), [whole(gradient) for gradient in gradients], report
+
+
+def compare(make, outside=False, tolerance=1e-5):
+    """`make` returns the model to call and the model to attach to."""
+    stock, stock_gradients, _ = train_by_hand(*make(), outside, False)
+    fused, gradients, report = train_by_hand(*make(), outside, True)
+    torch.testing.assert_close(fused, stock, rtol=tolerance, atol=tolerance)
+    assert len(gradients) == len(stock_gradients) > 0
+    for mine, theirs in zip(gradients, stock_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2 * tolerance * max(theirs.abs().max().item(), 0.1))
+    return {"fused": report.fused, "materialised": report.materialised, "skipped": report.skipped}
+
+
+def fsdp2(layout, policy=None, **config):
+    model = llama(**config)
+    body, head = model.model, model.lm_head
+    options = {"mesh": init_device_mesh("cpu", (PROCESSES,))}
+    if policy is not None:
+        options["mp_policy"] = policy
+    if layout != "one unit":
+        for layer in body.layers:
+            fully_shard(layer, **options)
+    if layout == "head":
+        fully_shard(head, **options)
+    tail = [body.norm, body.embed_tokens, head] if config.get("tie_word_embeddings") else [body.norm, head]
+    if layout == "tail":  # accelerate's
+        fully_shard(tail, reshard_after_forward=False, **options)
+    if layout == "tail resharded":
+        fully_shard(tail, reshard_after_forward=True, **options)
+    fully_shard(model, **options, **({"reshard_after_forward": True} if layout == "root resharded" else {}))
+    return model, model
+
+
+def fsdp1(use_orig_params, attach_inside=False):
+    inner = llama()
+    wrap = ModuleWrapPolicy({LlamaDecoderLayer})
+    model = FullyShardedDataParallel(
+        inner, auto_wrap_policy=wrap, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    return model, inner if attach_inside else model
+
+
+def ddp(**options):
+    model = llama()
+    return DistributedDataParallel(model, **options), model
+
+
+def compare_tensor_parallel():
+    def make():
+        model = llama()
+        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        return (parallelize_module(model, init_device_mesh("cpu", (PROCESSES,)), plan),) * 2
+
+    return compare(make)
+
+
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+LAYOUTS = ("one unit", "root", "root resharded", "head", "tail")
+FUSED = {
+    **{f"fsdp2 {layout}": functools.partial(compare, functools.partial(fsdp2, layout)) for layout in LAYOUTS},
+    "fsdp2 tied": functools.partial(compare, functools.partial(fsdp2, "root", tie_word_embeddings=True)),
+    "fsdp2 tied tail": functools.partial(compare, functools.partial(fsdp2, "tail", tie_word_embeddings=True)),
+    "fsdp2 bf16": functools.partial(compare, functools.partial(fsdp2, "root", BF16), tolerance=1e-2),
+    "fsdp2 bf16 head": functools.partial(compare, functools.partial(fsdp2, "head", BF16), tolerance=1e-2),
+    "fsdp1": functools.partial(compare, functools.partial(fsdp1, False)),
+    "fsdp1 use_orig_params": functools.partial(compare, functools.partial(fsdp1, True)),
+    "fsdp1 inner model": functools.partial(compare, functools.partial(fsdp1, True, True)),
+    "ddp": functools.partial(compare, functools.partial(ddp, find_unused_parameters=True)),
+    "ddp loss outside": functools.partial(compare, functools.partial(ddp, find_unused_parameters=True), True),
+    "ddp static graph": functools.partial(compare, functools.partial(ddp, static_graph=True)),
+}
+STOCK = {
+    "fsdp2 tail resharded": functools.partial(compare, functools.partial(fsdp2, "tail resharded")),
+    **{f"fsdp2 {layout}": functools.partial(compare, functools.partial(fsdp2, layout), True) for layout in LAYOUTS},
+    "fsdp2 tied": functools.partial(compare, functools.partial(fsdp2, "root", tie_word_embeddings=True), True),
+    "fsdp1": functools.partial(compare, functools.partial(fsdp1, False), True),
+    "fsdp1 use_orig_params": functools.partial(compare, functools.partial(fsdp1, True), True),
+    "fsdp1 inner model": functools.partial(compare, functools.partial(fsdp1, True, True), True),
+}
+
+
+REASONS = {name: "the loss is computed outside" for name in STOCK}
+REASONS["fsdp2 tail resharded"] = "shares an FSDP2 unit"
+STOCK["tensor parallel"], REASONS["tensor parallel"] = compare_tensor_parallel, "tensor-parallel"
+
+
+class Curve(TrainerCallback):
+    def __init__(self):
+        self.losses, self.norms = [], []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.norms.append(float(logs["grad_norm"]))
+
+
+def trainer_run(callbacks, **changes):
+    rows = [{key: value[0] for key, value in batch(index % 2, index).items()} for index in range(16)]
+    arguments = TrainingArguments(
+        "unused", max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True, seed=1,
+        save_strategy="no", disable_tqdm=True, learning_rate=1e-3, ddp_backend="gloo", **changes,
+    )  # fmt: skip
+    curve, model = Curve(), llama()
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[curve, *callbacks])
+    trainer.train()
+    assert arguments.world_size == PROCESSES and isinstance(trainer.model_wrapped, DistributedDataParallel)
+    assert trainer.model_wrapped.find_unused_parameters
+    return curve
+
+
+def compare_trainers(**changes):
+    stock = trainer_run([], **changes)
+    callback = FusedLossCallback()
+    fused = trainer_run([callback], **changes)
+    assert fused.losses == pytest.approx(stock.losses, rel=1e-6) and len(stock.losses) == 3
+    assert fused.norms == pytest.approx(stock.norms, rel=1e-5)
+    report = callback.report
+    return {"fused": report.fused, "materialised": report.materialised, "skipped": report.skipped}
+
+
+TRAINERS = {
+    "plain": compare_trainers,
+    "accumulation": functools.partial(compare_trainers, gradient_accumulation_steps=2),
+    "tokens of all processes": functools.partial(
+        compare_trainers, gradient_accumulation_steps=2, average_tokens_across_devices=True
+    ),
+    "tokens of each process": functools.partial(
+        compare_trainers, gradient_accumulation_steps=2, average_tokens_across_devices=False
+    ),
+    "label smoothing": functools.partial(compare_trainers, label_smoothing_factor=0.1),
+}
+CASES = {
+    **{("fused", name): case for name, case in FUSED.items()},
+    **{("stock", name): case for name, case in STOCK.items()},
+    **{("trainer", name): case for name, case in TRAINERS.items()},
+}
+
+
+def process(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = {}
+    for name, case in CASES.items():
+        try:
+            results[name] = case()
+        except Exception:
+            results[name] = traceback.format_exc()
+        torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each case returned on each process; they run once, whichever of pytest's workers comes first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two processes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            with contextlib.suppress(mp.ProcessExitedException):  # gloo may abort at exit; what is missing is seen
+                mp.spawn(process, (port, folder), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
+
+
+def of(results, name):
+    for result in results:
+        assert isinstance(result.get(name), dict), result.get(name, "the process ended before")
+        yield result[name]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_loss_inside_forward_is_fused_and_stock(results, name):
+    for result in of(results, ("fused", name)):
+        assert result["fused"] == STEPS and not result["materialised"] and not result["skipped"]
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so(results, name):
+    for result in of(results, ("stock", name)):
+        assert result["fused"] == 0 and not result["materialised"]
+        assert REASONS[name] in result["skipped"][0]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainer_on_two_processes(results, name):
+    for result in of(results, ("trainer", name)):
+        assert result["fused"] >= 3 and not result["materialised"] and not result["skipped"]
+
+
+class BeforeBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, zero3, module, output):
+        ctx.call = zero3.gather, module
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.call[0](ctx.call[1])
+        return None, None, gradient
+
+
+class AfterBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, zero3, module, input):
+        ctx.call = zero3.release, module
+        return input.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.call[0](ctx.call[1])
+        return None, None, gradient
+
+
+class Zero3:
+    """What DeepSpeed's hooks do: a parameter is empty, but inside the forward and the backward of its own module."""
+
+    def __init__(self, model):
+        self.full, self.gathers, self.gradients = {}, {}, {}
+        for index, parameter in enumerate(model.parameters()):
+            parameter.ds_id = index
+            self.full[parameter] = parameter.data.clone()
+            parameter.data = torch.empty(0)
+            parameter.register_post_accumulate_grad_hook(self.reduce)
+        for module in model.modules():
+            if list(module.parameters(recurse=False)):
+                module.register_forward_pre_hook(self.before)
+                module.register_forward_hook(self.after)
+
+    def gather(self, module):
+        self.gathers[module] = self.gathers.get(module, 0) + 1
+        for parameter in module.parameters(recurse=False):
+            parameter.data = self.full[parameter]
+
+    def release(self, module):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0)
+
+    def before(self, module, args):
+        self.gather(module)
+        return tuple(AfterBackward.apply(self, module, arg) if arg.requires_grad else arg for arg in args)
+
+    def after(self, module, args, output):
+        self.release(module)
+        return BeforeBackward.apply(self, module, output) if output.requires_grad else output
+
+    def reduce(self, parameter):
+        self.gradients[parameter] = self.gradients.get(parameter, 0) + parameter.grad
+        parameter.grad = None
+
+    def step(self):
+        gradients = [gradient.clone() for gradient in self.gradients.values()]
+        for parameter, gradient in self.gradients.items():
+            self.full[parameter] -= 0.5 * gradient
+            parameter.data = torch.empty(0)
+        self.gradients = {}
+        return gradients
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_under_zero3_the_head_is_entered_for_its_weight(tied, outside):
+    curves = []
+    for fused in (False, True):
+        model = llama(tie_word_embeddings=tied)
+        zero3, curve = Zero3(model), []
+        with fused_loss(model) if fused else contextlib.nullcontext() as report:
+            for step in range(STEPS):
+                inputs = batch(0, step)
+                labels = inputs["labels"]
+                if outside:
+                    logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+                    loss = nn.functional.cross_entropy(logits.reshape(-1, V), labels[:, 1:].reshape(-1))
+                else:
+                    loss = model(**inputs).loss
+                assert model.lm_head.weight.numel() == 0
+                loss.backward()
+                curve += [loss.detach(), *zero3.step()]
+        curves.append(curve)
+    for mine, theirs in zip(curves[1], curves[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert report.fused == (0 if outside else STEPS) and not report.materialised
+    assert zero3.gathers[model.lm_head] == (2 if outside else 3) * STEPS
+    assert ("sharded by ZeRO-3" in report.skipped[0]) if outside else not report.skipped
+
+
+def test_logits_of_a_sharded_head_cannot_be_used_after_forward():
+    model = llama()
+    Zero3(model)
+    with fused_loss(model):
+        logits = model(**batch(0, 0)).logits
+        with pytest.raises(RuntimeError, match="sharded by ZeRO-3; with labels given"):
+            logits[:, -1].logsumexp(-1)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"sharded by ZeRO-3"):
+            logits.argmax(-1)  # an optimizer step may have changed the weight that the head would gather
+        model(**batch(0, 1))
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"sharded by ZeRO-3"):
+            logits[:, 1:]
+    assert not model._forward_hooks and not model._forward_pre_hooks
