@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
+from fastft.integrations.clipping import fuse_clipping
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linear_token_loss
@@ -40,6 +41,7 @@ __all__ = [
     "adamw",
     "adamw_spec",
     "cross_entropy",
+    "fuse_clipping",
     "fused_loss",
     "linear_cross_entropy",
     "linear_log_probs",

@@ -152,8 +152,10 @@ class _Part:
         chosen = range(len(plan.params)) if positions is None else positions
         self.originals = [plan.params[i] for i in chosen]
         self.params = [_local(param) for param in self.originals]
-        self.dtypes = [param.dtype for param in self.params]
+        self.forms = [(param.dtype, param.shape) for param in self.params]
         states = [plan.states[i] for i in chosen]
+        self.steps = [state["step"] for state in states]
+        self.step_pointers = [step.data_ptr() for step in self.steps]
         self.exp_avgs = [_local(state["exp_avg"]) for state in states]
         self.exp_avg_sqs = [_local(state["exp_avg_sq"]) for state in states]
         rows = [table[i] for i in chosen]
@@ -167,6 +169,7 @@ class _Part:
         ]
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
         self.update = OP.implementation(impl, device)  # raises where an explicit engine is not there
+        self.any_dtype = OP.reference if impl == "auto" else self.update  # of a gradient unlike its parameter's
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.bound: int | None = None
         if OP.resolve(impl, device) == "cpp" and all(map(_same_layout, self.params, self.exp_avgs)):
@@ -176,10 +179,13 @@ class _Part:
             weakref.finalize(self, _release, self.bound)
 
     def holds(self) -> bool:
-        """Whether shards and, where no C++ plan looks at them, dtypes are those of before."""
+        """Whether shards and, where the C++ engine does not look over all memory, forms and counts are as before."""
         if self.originals[0] is not self.params[0] and not all(map(is_, map(_local, self.originals), self.params)):
             return False
-        return self.bound is not None or [param.dtype for param in self.params] == self.dtypes
+        return self.bound is not None or (
+            [(param.dtype, param.shape) for param in self.params] == self.forms
+            and [step.data_ptr() for step in self.steps] == self.step_pointers
+        )
 
     def step(self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int) -> bool:
         """Updates; False, with nothing done, if what is bound has other memory than before."""
@@ -197,7 +203,8 @@ class _Part:
         params = [_like(param, exp_avg) for param, exp_avg in zip(self.params, self.exp_avgs, strict=True)]
         grads = [_like(grad, exp_avg) for grad, exp_avg in zip(grads, self.exp_avgs, strict=True)]
         states = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues)
-        self.update(params, grads, *states, self.table, hyper, factor, seed)
+        alike = all(param.dtype == grad.dtype for param, grad in zip(params, grads, strict=True))
+        (self.update if alike else self.any_dtype)(params, grads, *states, self.table, hyper, factor, seed)
         for param, updated in zip(self.params, params, strict=True):
             if param is not updated:
                 param.copy_(updated)
@@ -206,14 +213,30 @@ class _Part:
 
 def _ready(state: dict[Tensor, Any], param: Tensor, moments: str, rounding: str, amsgrad: bool) -> State:
     """The parameter's state, with the entries that are missing."""
-    entries = state[param]
-    fresh_names = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
-    if residue := RESIDUES.get(rounding_of(param, rounding)):
-        fresh_names.add(residue[0])
-    if not isinstance(entries, State) or fresh_names - entries.keys():
-        fresh = new_state(param, moments, rounding, amsgrad) if fresh_names - entries.keys() else {}
+    entries, residue = state[param], RESIDUES.get(rounding_of(param, rounding))
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+    dtypes = dict.fromkeys(names, MOMENTS[moments]) | dict([residue] if residue else [])
+    missing = {"step", *dtypes} - entries.keys()
+    if missing or not isinstance(entries, State):
+        fresh = new_state(param, moments, rounding, amsgrad) if missing else {}
         entries = state[param] = State({**fresh, **entries})
+    _check_fit(param, entries, dtypes)
     return entries
+
+
+def _check_fit(param: Tensor, entries: State, dtypes: dict[str, torch.dtype]) -> None:
+    """Raises where a parameter does not fit its gradient or state, which `p.data = ...` or a new entry can make so."""
+    if param.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"AdamW trains float32 and bfloat16 parameters, one has become {param.dtype}")
+    grad = param.grad
+    if grad is not None and (grad.shape != param.shape or grad.device != param.device):
+        of_grad = f"a gradient has shape {tuple(grad.shape)} on {grad.device}"
+        raise RuntimeError(f"{of_grad}, its parameter {tuple(param.shape)} on {param.device}")
+    for name, dtype in dtypes.items():
+        entry = entries[name]
+        if entry.shape != param.shape or entry.dtype != dtype:
+            needed = f"{dtype} of shape {tuple(param.shape)}"
+            raise RuntimeError(f"{name} of a parameter must be {needed}, is {entry.dtype} of {tuple(entry.shape)}")
 
 
 def _signature(groups: list[dict[str, Any]]) -> list[tuple[int, bool, bool]]:

@@ -116,11 +116,13 @@ def _adamw_reference(
         ].tolist()
         m, v, *largest = (moment.float() for moment in moments)  # themselves where they are fp32
         grad = grad.float() * (factor * sign)
-        m.lerp_(grad, lerp_weight)
-        v.mul_(beta2).addcmul_(grad * one_minus_beta2, grad)
+        near = lerp_weight < 0.5  # torch's lerp starts from the nearer end
+        m.copy_(_fma(grad - m, lerp_weight if near else lerp_weight - 1, m if near else grad))
+        v.copy_(_fma(grad * one_minus_beta2, grad, v * beta2))
         for w in largest:
             torch.maximum(w, v, out=w)
-        denominator = ((largest[0] if largest else v).sqrt() / correction2_sqrt) + eps
+        root = (largest[0] if largest else v).double().sqrt().float()  # torch's fp32 sqrt may be off by a last place
+        denominator = root / correction2_sqrt + eps
         result = load_value(param, residue) * decay + (m * negative_step) / denominator
 
         def bits(stream: int) -> Tensor:
@@ -130,6 +132,11 @@ def _adamw_reference(
         for stream, (moment, value) in enumerate(zip(moments, (m, v, *largest), strict=True), 1):
             if moment is not value:
                 _round_stochastic(value, bits(stream), moment)
+
+
+def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
+    """a * b + c with one rounding, as the C++ engine (but for one case in 2^29, where double rounds first)."""
+    return (a.double() * b + c).float()
 
 
 def load_value(param: Tensor, residue: Tensor | None) -> Tensor:

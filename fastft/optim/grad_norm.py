@@ -46,6 +46,8 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     if sharded:
         total: Any = torch.nn.utils.get_total_norm(sharded)
         norms.append(total.full_tensor().float())  # reduces over the processes
+    if not norms:
+        return torch.zeros(())
     if len(norms) == 1:
         return norms[0]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

@@ -1,0 +1,99 @@
+"""Bad input at the step, which torch's autograd cannot refuse: what was swapped behind the optimizer's back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from fastft import _native
+from fastft.optim.adamw import AdamW
+
+NATIVE = _native.missing("cpu") is None
+ENGINES = ["auto", "eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
+
+
+def swap_data(value):
+    def swap(param, state):
+        param.data = value
+
+    return swap
+
+
+def swap_entry(name, value):
+    def swap(param, state):
+        state[name] = value
+
+    return swap
+
+
+SWAPS = {
+    "a larger parameter": (swap_data(torch.zeros(8, 3)), RuntimeError, r"\(4, 3\).*\(8, 3\)|\(8, 3\).*\(4, 3\)"),
+    "a smaller parameter": (swap_data(torch.zeros(2, 3)), RuntimeError, r"\(4, 3\).*\(2, 3\)|\(2, 3\).*\(4, 3\)"),
+    "another shape of as many elements": (swap_data(torch.zeros(3, 4)), RuntimeError, r"\(4, 3\).*\(3, 4\)"),
+    "a float16 parameter": (swap_data(torch.zeros(4, 3).half()), TypeError, "has become torch.float16"),
+    "a float64 parameter": (swap_data(torch.zeros(4, 3).double()), TypeError, "has become torch.float64"),
+    "a sparse gradient": (
+        lambda param, _: setattr(param, "grad", torch.eye(4, 3).to_sparse()),
+        RuntimeError,
+        "does not take sparse gradients",
+    ),
+    "a state of another shape": (swap_entry("exp_avg", torch.zeros(2, 2)), RuntimeError, r"exp_avg of.*\(2, 2\)"),
+    "a state of another dtype": (
+        swap_entry("exp_avg_sq", torch.zeros(4, 3).double()),
+        RuntimeError,
+        "is torch.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("what", SWAPS)
+def test_swapped_tensors(what, stepped, impl):
+    swap, error, sentence = SWAPS[what]
+    bystander, param = Parameter(torch.ones(5)), Parameter(torch.ones(4, 3))
+    bystander.grad, param.grad = torch.ones(5), torch.ones(4, 3)
+    optimizer = AdamW([bystander, param], impl=impl)
+    if stepped or "state" in what:
+        optimizer.step()
+    before, steps = bystander.detach().clone(), [float(state["step"]) for state in optimizer.state.values()]
+    swap(param, optimizer.state[param])
+    with pytest.raises(error, match=sentence):
+        optimizer.step()
+    assert torch.equal(bystander, before)
+    assert [float(state["step"]) for state in optimizer.state.values()] == (steps or [0.0, 0.0][: len(optimizer.state)])
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        ([], ValueError),
+        (torch.zeros(3), TypeError),
+        (["weight"], TypeError),
+        ([Parameter(torch.zeros(3)) * 2], ValueError),
+        ([torch.zeros(3, dtype=torch.complex64)], TypeError),
+        ([torch.zeros(3, dtype=torch.int64)], TypeError),
+    ],
+)
+def test_parameters_which_cannot_be_trained(params, error):
+    with pytest.raises(error):
+        AdamW(params)
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_of_another_dtype_keeps_its_bits(impl, dtype):
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has no grad_dtype")
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    value, grads = torch.randn(63).bfloat16(), [torch.randn(63).to(other) for _ in range(3)]
+    param, wide = Parameter(value.to(dtype)), Parameter(value.float())
+    param.grad_dtype = other
+    optimizers = AdamW([param], impl=impl), AdamW([wide], impl="eager")
+    for grad in grads:
+        param.grad, wide.grad = grad, grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(optimizers[0].state[param]["exp_avg"], optimizers[1].state[wide]["exp_avg"])
+    torch.testing.assert_close(param.float(), wide, rtol=2**-8, atol=1e-8)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastft import _native
+from fastft.optim.grad_norm import clip_factor, grad_norm
+
+NATIVE = _native.missing("cpu") is None
+ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
+SHAPES = [(1,), (0,), (63,), (507,), (16384,), (16385,), (3, 5, 7), ()]
+
+
+def gradients(dtype, scale=1.0):
+    return [(torch.randn(shape) * scale).to(dtype) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])  # squares beyond the range of float32
+def test_the_rounded_float64_norm(impl, dtype, scale):
+    grads = gradients(dtype, scale)
+    truth = torch.cat([grad.double().flatten() for grad in grads]).norm()
+    norm = grad_norm(grads, impl)
+    assert norm.dtype == torch.float32 and norm.shape == ()
+    torch.testing.assert_close(norm.double(), truth, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_layouts_mixed_dtypes_and_nothing(impl):
+    base = torch.randn(30, 40)
+    grads = [base.t(), base[:, ::2], base.bfloat16().t()]
+    truth = torch.cat([grad.double().flatten() for grad in grads]).norm()
+    torch.testing.assert_close(grad_norm(grads, impl).double(), truth, rtol=1e-7, atol=0)
+    assert grad_norm([], impl) == 0 and grad_norm([torch.zeros(0)], impl) == 0
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("position", [0, 15, 16, 506])
+def test_not_finite_exactly_where_a_gradient_is_not(impl, bad, dtype, position):
+    grads = gradients(dtype)
+    grads[3][position] = bad
+    norm = grad_norm(grads, impl)
+    assert norm.isnan() if bad != bad else norm.isposinf()
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, float("inf")])
+@pytest.mark.parametrize("bad", [1.0, float("nan"), float("inf")])
+def test_the_factor_is_torchs(max_norm, bad):
+    params = [torch.nn.Parameter(torch.zeros(64))]
+    params[0].grad = torch.randn(64)
+    params[0].grad[3] = bad
+    grad = params[0].grad.clone()
+    expected = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    norm = grad_norm([grad])
+    torch.testing.assert_close(norm, expected, equal_nan=True)
+    torch.testing.assert_close(grad * clip_factor(norm, max_norm), params[0].grad, equal_nan=True)
+
+
+SWEEP = """
+import sys, torch
+from fastft.optim.grad_norm import grad_norm
+torch.manual_seed(0)
+torch.set_num_threads(int(sys.argv[1]))
+grads = [torch.randn(n) for n in (1, 63, 507, 200_001)]
+print([grad_norm(some, "cpp").item().hex() for some in (grads, [g.bfloat16() for g in grads], grads[:1])])
+"""
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+def test_same_bits_for_every_instruction_set_and_thread_count():
+    printed = set()
+    for isa, threads in (("baseline", 1), ("avx2", 2), ("avx512", 3)):
+        paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "FASTFT_CPU_ISA": isa, "PYTHONPATH": paths}
+        command = [sys.executable, "-c", SWEEP, str(threads)]
+        printed.add(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert len(printed) == 1
