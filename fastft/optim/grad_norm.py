@@ -25,7 +25,7 @@ def _grad_norm_reference(norm: Tensor, grads: Sequence[Tensor]) -> None:
     norm.copy_(torch.stack(squares).sum().sqrt() if squares else torch.zeros(()))
 
 
-OP = ops.Operator("grad_norm_(Tensor(a!) norm, Tensor[] grads) -> ()", _grad_norm_reference, engines=("cpp",))
+OP = ops.Operator("grad_norm_(Tensor(a!) norm, Tensor[] grads) -> ()", _grad_norm_reference, engines=("cpp", "cuda"))
 
 
 def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
@@ -60,7 +60,7 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 def _norm_on(device: torch.device, grads: list[Tensor], impl: str) -> Tensor:
     norm = torch.zeros((), device=device)
-    cpp = impl != "eager" and OP.unavailable("cpp", device) is None
-    compute = OP.native if cpp else OP.reference
-    compute(norm, [grad.contiguous() for grad in grads] if cpp else grads)
+    native = impl in ("auto", *ops.LIBRARIES) and OP.resolve("auto", device) != "eager"
+    compute = OP.native if native else OP.reference
+    compute(norm, [grad.contiguous() for grad in grads] if native else grads)
     return norm
