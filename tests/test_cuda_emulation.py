@@ -12,9 +12,6 @@ import torch
 from support import cuda_host
 from support.row_problems import CASES, EVERYTHING, IGNORED, Case, check, draw, run
 
-import fastft
-from fastft.ops import OPERATORS
-
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 SEEDS = ["0", "1", "2"]
@@ -95,33 +92,6 @@ def test_arguments_are_checked(emulated: Any) -> None:
     ):
         with pytest.raises(RuntimeError, match="cross_entropy_rows: "):
             run(emulated.cross_entropy_rows, broken)
-
-
-def trained(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Parameters and states after some steps; one parameter starts in the middle of a vector."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [1, 3, 63, 507, 4097, *[5] * 80]  # more tensors than one launch carries
-    params = [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
-    params.append(torch.nn.Parameter(torch.randn(1001, generator=generator).to(dtype)[1:]))
-    groups = [{"params": params[:40], "weight_decay": 0.1}, {"params": params[40:], "lr": 3e-3}]
-    optimizer = fastft.AdamW(groups, impl="cpp")
-    for _ in range(2):
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(dtype)
-        optimizer.step()
-    states = [value for param in params for key, value in sorted(optimizer.state[param].items()) if key != "step"]
-    return [tensor.detach() for tensor in [*params, *states]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adamw_has_the_bits_of_the_cpu(
-    emulated: Any, order: None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if OPERATORS["adamw_"].unavailable("cpp", torch.device("cpu")):
-        pytest.skip("no native CPU library")
-    expected = trained(dtype)
-    monkeypatch.setattr(OPERATORS["adamw_"], "native", emulated.adamw_.default)
-    assert all(torch.equal(a, b) for a, b in zip(trained(dtype), expected, strict=True))
 
 
 FAULTY = r"""
