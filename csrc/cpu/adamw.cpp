@@ -23,7 +23,8 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step) 
     for (; begin < end; i++) {
       const AdamwTensor& t = tensors.rows[i];
       const int64_t stop = std::min(end, ends[i]), first = ends[i] - t.numel;
-      if (stop > begin && hyper[t.row].step != 0.0f) kernel(&t, begin - first, stop - first, hyper + t.row, factor, uint64_t(step.seed));
+      if (stop > begin && hyper[t.row].step != 0.0f)
+        kernel(&t, begin - first, stop - first, hyper + t.row, factor, uint64_t(step.seed));
       begin = stop;
     }
   });

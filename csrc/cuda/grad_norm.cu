@@ -2,8 +2,8 @@
 // double and in an order that depends on sizes alone. Squares of float32 cannot leave double's range: the norm is
 // finite if and only if every gradient is. 190 gradients of any size for each launch, which travel as its parameters;
 // loads are of 16 bytes where a gradient lies on 16 bytes.
-#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "adamw_math.h"
 #include "launch.h"
@@ -126,8 +126,10 @@ void grad_norm(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(norm.dtype() == aoti_torch_dtype_float32() && norm.numel() == 1, "grad_norm_: norm must be one float32");
   const int32_t device = norm.device_index();
   int64_t count = 0;
+  std::vector<fastft::Tensor> kept;  // a list gives each handle away once
   for (size_t i = 0; i < grads.size; i++) {
-    const fastft::Tensor grad = grads[i];
+    kept.push_back(grads[i]);
+    const fastft::Tensor& grad = kept.back();
     const bool narrow = grad.dtype() == aoti_torch_dtype_bfloat16();
     FT_CHECK(
         (narrow || grad.dtype() == aoti_torch_dtype_float32()) && grad.contiguous() && grad.device_index() == device,
@@ -139,10 +141,7 @@ void grad_norm(StableIValue* stack, uint64_t nargs, uint64_t) {
   const fastft::Tensor memory = fastft::device_memory((count + 1) * int64_t(sizeof(double)), device);
   double* sums = static_cast<double*>(memory.mutable_data());
   Launcher launcher(sums, stream);
-  for (size_t i = 0; i < grads.size; i++) {
-    const fastft::Tensor grad = grads[i];
-    launcher.add(grad, grad.numel());
-  }
+  for (const fastft::Tensor& grad : kept) launcher.add(grad, grad.numel());
   launcher.launch();
   float* result = static_cast<float*>(norm.mutable_data());
   FASTFT_LAUNCH(norm_kernel, 1, kThreads, kThreads * sizeof(double), stream, sums, count, result);

@@ -6,9 +6,10 @@
 
 Triton's own interpreter is corrected where its results differ from a GPU's in what our kernels use: bf16 is rounded to
 nearest even and not cut off, Python floats arrive as fp32 and not as fp64, an fma rounds once, NaN goes through max
-and min only where they say so. Every access must lie in a tensor argument or in `memory`, and no program may touch what another one
-has written, or write what another one has touched. Not shown: a missing barrier inside one program, and the GPU's
-approximations of exp2 and division. Nothing stays changed afterwards, so that the same process can compile the kernel.
+and min only where they say so. Every access must lie in a tensor argument or in `memory`, and no program may touch
+what another one has written, or write what another one has touched. Not shown: a missing barrier inside one program,
+and the GPU's approximations of exp2 and division. Nothing stays changed afterwards, so that the same process can
+compile the kernel.
 """
 
 from __future__ import annotations
