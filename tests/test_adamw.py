@@ -154,6 +154,7 @@ SWEEP = """
 import sys, torch
 from test_adamw import AdamW, gradients, start, states, train
 from fastft import _native
+from fastft.optim.grad_norm import grad_norm
 torch.set_num_threads(int(sys.argv[1]))
 shapes = [(1,), (63,), (507,), (20000,), (0,)]
 out = [torch.tensor(list((_native.cpu_isa() or "").encode()))]
@@ -164,19 +165,22 @@ for dtype in (torch.float32, torch.bfloat16):
         out += [p.detach() for p in train(optimizer, gradients(shapes, 3))]
         for name in next(iter(optimizer.state.values())):
             out += states(optimizer, name)
+        out.append(grad_norm(gradients(shapes, 1)[0], "cpp"))
 torch.save(out, sys.argv[2])
 """
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native library")
 def test_same_bits_for_every_instruction_set_and_thread_count(tmp_path):
-    outputs, here = {}, Path(__file__).parent
-    for isa, threads in (("baseline", 1), ("avx2", 1), ("avx2", 2), ("avx512", 3), ("avx512bf16", 1)):
+    here, running = Path(__file__).parent, {}
+    for isa, threads in (("baseline", 1), ("avx2", 2), ("avx512", 3), ("avx512bf16", 1)):
         path = tmp_path / f"{isa}{threads}.pt"
         paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "FASTFT_CPU_ISA": isa, "PYTHONPATH": paths}
-        subprocess.run([sys.executable, "-c", SWEEP, str(threads), str(path)], env=environment, check=True)
-        outputs[isa, threads] = torch.load(path)
+        command = [sys.executable, "-c", SWEEP, str(threads), str(path)]
+        running[isa, threads] = path, subprocess.Popen(command, env=environment)
+    assert [process.wait() for _, process in running.values()] == [0] * len(running)
+    outputs = {key: torch.load(path) for key, (path, _) in running.items()}
     assert bytes(outputs["baseline", 1][0].tolist()) in (b"baseline", b"avx2")
     for output in outputs.values():
         equal(output[1:], outputs["baseline", 1][1:])

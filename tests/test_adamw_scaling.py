@@ -151,6 +151,6 @@ def test_a_compiled_training_step():
             return loss
 
         run = torch.compile(train_step, backend="eager") if compiled else train_step
-        results.append([float(run()) for _ in range(3)])
+        results.append([run().item() for _ in range(3)])
         assert [float(step) for step in states(optimizer, "step")] == [3.0, 3.0]
     assert results[0] == results[1]

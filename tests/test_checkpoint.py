@@ -158,6 +158,25 @@ def test_torch_continues_from_our_state(dtype):
         torch.testing.assert_close(mine, theirs, **near)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_form_for_torch(mode):
+    dtype, options = MODES[mode]
+    ours = AdamW(start(dtype), **options)
+    params = train(ours, gradients(4))
+    written = on_disk(ours.torch_state_dict())
+    torchs = torch.optim.AdamW([Parameter(param.detach().float()) for param in params])
+    assert written["param_groups"][0].keys() <= torchs.param_groups[0].keys()
+    torchs.load_state_dict(written)
+    train(torchs, gradients(1, seed=3))
+    fp32 = AdamW([Parameter(param.detach().float()) for param in params])
+    fp32.load_state_dict(ours.state_dict())
+    train(fp32, gradients(1, seed=3))
+    for mine, theirs in zip(states(fp32), states(torchs), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name].float())
+
+
 def bitsandbytes_state(nested, block):
     """A state as bitsandbytes writes it, and what it stands for: code by code, in float64."""
     generator = torch.Generator().manual_seed(4)

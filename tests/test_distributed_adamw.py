@@ -20,15 +20,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from fastft.optim.adamw import AdamW
 from fastft.optim.fp32_weights import load_fp32, save_fp32
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # told of one process, which is meant
+]
 MODES = {
     "fp32": (torch.float32, {"amsgrad": True}),
     "exact": (torch.bfloat16, {}),
+    "kahan": (torch.bfloat16, {"rounding": "kahan", "amsgrad": True}),
     "stochastic": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
 }
 STEPS = 6
@@ -133,6 +139,20 @@ def under_fsdp2(mode, folder):
     assert all(type(state["exp_avg"]).__name__ == "DTensor" for state in optimizer.state.values())
 
 
+def sharded_after_construction(mode, folder):
+    """As accelerate prepares FSDP2: the optimizer comes first, and its groups get the sharded parameters later."""
+    model = build(mode)
+    optimizer = optimizer_of(model, mode)
+    names = {param: name for name, param in model.named_parameters()}
+    groups = [[names[param] for param in group["params"]] for group in optimizer.param_groups]
+    optimizer.load_state_dict(optimizer.state_dict())
+    fully_shard(model)
+    for group, of_group in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [model.get_parameter(name) for name in of_group]
+    train(model, optimizer, 0, STEPS)
+    assert_same_bits(snapshot(model, optimizer), snapshot(*undisturbed(mode)))
+
+
 def fp32_weights_under_fsdp2(mode, folder):
     model, optimizer = sharded(mode)
     train(model, optimizer, 0, 3)
@@ -178,9 +198,45 @@ def full_state_from_rank_0(mode, folder):
     assert_same_bits(snapshot(again, resumed), snapshot(*undisturbed(mode)))
 
 
+def any_placement(mode, folder):
+    """Parameters sharded by hand: by rows, by columns, not at all."""
+    dtype, options = MODES[mode]
+    mesh = init_device_mesh("cpu", (WORLD,))
+    value = torch.randn(7, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = [torch.randn(7, 9, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    placements = [Shard(0), Replicate()]
+    if mode != "stochastic":  # whose random bits follow rows
+        placements.append(Shard(1))
+    for placement in placements:
+        plain = torch.nn.Parameter(value.clone())
+        parts = torch.nn.Parameter(distribute_tensor(value, mesh, [placement]))
+        optimizers = [AdamW([param], seed=3, **options) for param in (plain, parts)]
+        for grad in grads:
+            plain.grad, parts.grad = grad, distribute_tensor(grad, mesh, [placement])
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(parts.full_tensor(), plain), placement
+        for entry, state in optimizers[0].state[plain].items():
+            assert torch.equal(whole(optimizers[1].state[parts][entry]), whole(state)), (placement, entry)
+
+
+def clipping_under_fsdp2(mode, folder):
+    model, optimizer = sharded(mode)
+    alone = build(mode)
+    plain = optimizer_of(alone, mode)
+    optimizer.max_grad_norm = plain.max_grad_norm = 0.1
+    train(model, optimizer, 0, 3)
+    train(alone, plain, 0, 3)
+    assert plain.grad_norm > 0.1 and torch.equal(optimizer.grad_norm, plain.grad_norm)
+    assert_same_bits(snapshot(model, optimizer), snapshot(alone, plain))
+
+
 CHECKS = [
+    any_placement,
+    clipping_under_fsdp2,
     under_ddp,
     under_fsdp2,
+    sharded_after_construction,
     fp32_weights_under_fsdp2,
     checkpoint_of_one_process,
     checkpoint_of_two_processes,

@@ -1,10 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -62,24 +57,3 @@ def test_the_factor_is_torchs(max_norm, bad):
     norm = grad_norm([grad])
     torch.testing.assert_close(norm, expected, equal_nan=True)
     torch.testing.assert_close(grad * clip_factor(norm, max_norm), params[0].grad, equal_nan=True)
-
-
-SWEEP = """
-import sys, torch
-from fastft.optim.grad_norm import grad_norm
-torch.manual_seed(0)
-torch.set_num_threads(int(sys.argv[1]))
-grads = [torch.randn(n) for n in (1, 63, 507, 200_001)]
-print([grad_norm(some, "cpp").item().hex() for some in (grads, [g.bfloat16() for g in grads], grads[:1])])
-"""
-
-
-@pytest.mark.skipif(not NATIVE, reason="no native library")
-def test_same_bits_for_every_instruction_set_and_thread_count():
-    printed = set()
-    for isa, threads in (("baseline", 1), ("avx2", 2), ("avx512", 3)):
-        paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "FASTFT_CPU_ISA": isa, "PYTHONPATH": paths}
-        command = [sys.executable, "-c", SWEEP, str(threads)]
-        printed.add(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
-    assert len(printed) == 1

@@ -30,18 +30,9 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step) 
   });
 }
 
-// adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
-//        Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed)
 void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
-  FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
-  const fastft::TensorList params(stack[0]), grads(stack[1]), exp_avgs(stack[2]), exp_avg_sqs(stack[3]),
-      max_exp_avg_sqs(stack[4]), residues(stack[5]);
-  const fastft::Tensor table(stack[6]);
-  fastft::AdamwTensors tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
-  const fastft::AdamwStep step(stack + 7, tensors);
-  const int64_t misfit = tensors.take(grads);
-  FT_CHECK(misfit < 0, "adamw_: gradient %d has not its parameter's dtype, shape, strides and device", int(misfit));
-  update(tensors, step);
+  const fastft::AdamwCall call(stack, nargs);
+  update(call.tensors, call.step);
 }
 
 // adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs,

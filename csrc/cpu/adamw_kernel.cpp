@@ -3,12 +3,12 @@
 // same loop, and rounded back: one loop for the arithmetic, however the values are kept.
 #include "adamw_math.h"
 #include "isa.h"
-#include "philox.h"
+#include "philox_lanes.h"
 
 namespace {
-constexpr int kBlock = 512, kLanes = 16, kGroup = 8 * kLanes;  // kGroup elements' random bits are made at once
+constexpr int kBlock = 512;  // elements
 
-struct Block {
+struct alignas(64) Block {
   float param[kBlock], grad[kBlock], exp_avg[kBlock], exp_avg_sq[kBlock], max_exp_avg_sq[kBlock];
   uint16_t bits[kBlock];
 };
@@ -19,9 +19,8 @@ struct Random {
 
   // The bits of `n` elements; a block never reaches over a multiple of kBlock.
   const uint16_t* draw(uint32_t stream, int n, uint16_t* bits) const {
-    const int skip = int(first % kGroup);
-    for (int i = 0; i < skip + n; i += kGroup)
-      philox_bits<kLanes>((first - skip + i) / 8, step, stream, seed, bits + i);
+    const int skip = int(first % kPhiloxGroup);
+    for (int i = 0; i < skip + n; i += kPhiloxGroup) philox_group(first - skip + i, step, stream, seed, bits + i);
     return bits + skip;
   }
 };

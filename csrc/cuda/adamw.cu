@@ -9,7 +9,6 @@
 // but for the last elements of a tensor and for tensors that do not begin on 16 bytes. Not yet run on a GPU.
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "adamw_args.h"
@@ -331,31 +330,20 @@ class Bound {
   }
 };
 
-std::unique_ptr<Bound> bound_to(const StableIValue* params, const StableIValue* rest) {
-  const fastft::TensorList param_list(params[0]), exp_avgs(rest[0]), exp_avg_sqs(rest[1]), max_exp_avg_sqs(rest[2]),
-      residues(rest[3]);
-  const fastft::Tensor table(rest[4]);
-  return std::make_unique<Bound>(
-      fastft::AdamwTensors(param_list, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table));
-}
-
-// adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
-//        Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed)
 void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
-  FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
-  const fastft::TensorList grads(stack[1]);
-  const std::unique_ptr<Bound> bound = bound_to(stack, stack + 2);
-  const fastft::AdamwStep step(stack + 7, bound->tensors);
-  const int64_t misfit = bound->tensors.take(grads);
-  FT_CHECK(misfit < 0, "adamw_: gradient %d has not its parameter's dtype, shape, strides and device", int(misfit));
-  bound->run(step);
+  fastft::AdamwCall call(stack, nargs);
+  Bound(std::move(call.tensors)).run(call.step);
 }
 
 // adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs,
 //            Tensor(e!)[] residues, Tensor table) -> int
 void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 6, "adamw_bind: 6 arguments expected, got %d", int(nargs));
-  stack[0] = reinterpret_cast<StableIValue>(bound_to(stack, stack + 1).release());
+  const fastft::TensorList params(stack[0]), exp_avgs(stack[1]), exp_avg_sqs(stack[2]), max_exp_avg_sqs(stack[3]),
+      residues(stack[4]);
+  const fastft::Tensor table(stack[5]);
+  fastft::AdamwTensors tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
+  stack[0] = reinterpret_cast<StableIValue>(new Bound(std::move(tensors)));
 }
 
 // adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int: 0, or with nothing done 1

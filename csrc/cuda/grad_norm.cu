@@ -1,8 +1,7 @@
-// fastft::grad_norm_ on CUDA: sums of squares of fixed chunks, one block each, then one block that adds them up; all in
-// double and in an order that depends on sizes alone. Squares of float32 cannot leave double's range: the norm is
-// finite if and only if every gradient is. 190 gradients of any size for each launch, which travel as its parameters;
-// loads are of 16 bytes where a gradient lies on 16 bytes.
-#include <cmath>
+// fastft::grad_norm_squared_ on CUDA: sums of squares of fixed chunks, one block each, then one block that adds them
+// up; all in double and in an order that depends on sizes alone. Squares of float32 cannot leave double's range: the
+// sum is finite if and only if every gradient is. 190 gradients of any size for each launch, which travel as its
+// parameters; loads are of 16 bytes where a gradient lies on 16 bytes.
 #include <vector>
 
 #include "adamw_math.h"
@@ -77,11 +76,11 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant
   if (threadIdx.x == 0) batch.sums[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads) norm_kernel(const double* sums, int64_t count, float* norm) {
+__global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int64_t count, double* total) {
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += sums[i];
   sum = sum_of_block(sum);
-  if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
+  if (threadIdx.x == 0) *total = sum;
 }
 
 int64_t blocks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
@@ -93,7 +92,7 @@ class Launcher {
 
   void add(const fastft::Tensor& grad, int64_t numel) {
     if (numel == 0) return;
-    FT_CHECK(blocks_of(numel) < (int64_t(1) << 31), "grad_norm_: a gradient of %lld elements is too large",
+    FT_CHECK(blocks_of(numel) < (int64_t(1) << 31), "grad_norm_squared_: a gradient of %lld elements is too large",
              static_cast<long long>(numel));
     if (batch_.tensors == kTensors || blocks_ + blocks_of(numel) >= (int64_t(1) << 31)) launch();
     const int i = batch_.tensors++;
@@ -118,13 +117,14 @@ class Launcher {
   int64_t blocks_ = 0;
 };
 
-// grad_norm_(Tensor(a!) norm, Tensor[] grads)
-void grad_norm(StableIValue* stack, uint64_t nargs, uint64_t) {
-  FT_CHECK(nargs == 2, "grad_norm_: 2 arguments expected, got %d", int(nargs));
-  const fastft::Tensor norm(stack[0]);
+// grad_norm_squared_(Tensor(a!) total, Tensor[] grads)
+void grad_norm_squared(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 2, "grad_norm_squared_: 2 arguments expected, got %d", int(nargs));
+  const fastft::Tensor total(stack[0]);
   const fastft::TensorList grads(stack[1]);
-  FT_CHECK(norm.dtype() == aoti_torch_dtype_float32() && norm.numel() == 1, "grad_norm_: norm must be one float32");
-  const int32_t device = norm.device_index();
+  FT_CHECK(total.dtype() == aoti_torch_dtype_float64() && total.numel() == 1,
+           "grad_norm_squared_: total must be one float64");
+  const int32_t device = total.device_index();
   int64_t count = 0;
   std::vector<fastft::Tensor> kept;  // a list gives each handle away once
   for (size_t i = 0; i < grads.size; i++) {
@@ -133,7 +133,7 @@ void grad_norm(StableIValue* stack, uint64_t nargs, uint64_t) {
     const bool narrow = grad.dtype() == aoti_torch_dtype_bfloat16();
     FT_CHECK(
         (narrow || grad.dtype() == aoti_torch_dtype_float32()) && grad.contiguous() && grad.device_index() == device,
-        "grad_norm_: gradient %zu is not a contiguous float32 or bfloat16 tensor on the norm's device", i);
+        "grad_norm_squared_: gradient %zu is not a contiguous float32 or bfloat16 tensor on the total's device", i);
     count += blocks_of(grad.numel());
   }
   const fastft::DeviceGuard guard(device);
@@ -143,10 +143,10 @@ void grad_norm(StableIValue* stack, uint64_t nargs, uint64_t) {
   Launcher launcher(sums, stream);
   for (const fastft::Tensor& grad : kept) launcher.add(grad, grad.numel());
   launcher.launch();
-  float* result = static_cast<float*>(norm.mutable_data());
-  FASTFT_LAUNCH(norm_kernel, 1, kThreads, kThreads * sizeof(double), stream, sums, count, result);
-  fastft::check_launch("grad_norm_");
+  double* result = static_cast<double*>(total.mutable_data());
+  FASTFT_LAUNCH(total_kernel, 1, kThreads, kThreads * sizeof(double), stream, sums, count, result);
+  fastft::check_launch("grad_norm_squared_");
 }
 
-fastft::Kernel kernel_grad_norm("grad_norm_", grad_norm);
+fastft::Kernel kernel_grad_norm("grad_norm_squared_", grad_norm_squared);
 }  // namespace

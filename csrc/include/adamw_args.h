@@ -152,4 +152,29 @@ struct AdamwStep {
   }
   const AdamwHyper* rows() const { return static_cast<const AdamwHyper*>(hyper.data()); }
 };
+
+// adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
+//        Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed)
+struct AdamwCall {
+  TensorList params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues;
+  Tensor table;
+  AdamwTensors tensors;
+  AdamwStep step;
+
+  AdamwCall(const StableIValue* stack, uint64_t nargs)
+      : params(stack[0]),
+        grads(stack[1]),
+        exp_avgs(stack[2]),
+        exp_avg_sqs(stack[3]),
+        max_exp_avg_sqs(stack[4]),
+        residues(stack[5]),
+        table(stack[6]),
+        tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table),
+        step(stack + 7, tensors) {
+    FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
+    const int64_t misfit = tensors.take(grads);
+    FT_CHECK(misfit < 0, "adamw_: gradient %d does not have its parameter's dtype, shape, strides and device",
+             int(misfit));
+  }
+};
 }  // namespace fastft

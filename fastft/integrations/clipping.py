@@ -38,7 +38,7 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
     Raises:
         TypeError: `trainer` has no accelerator.
     """
-    accelerator = getattr(trainer, "accelerator", None)
+    accelerator: Any = getattr(trainer, "accelerator", None)
     if not hasattr(accelerator, "clip_grad_norm_"):
         raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__} without an accelerator")
     stock = accelerator.clip_grad_norm_

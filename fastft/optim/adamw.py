@@ -161,6 +161,15 @@ class AdamW(torch.optim.Optimizer):
         return checkpoint.packed(super().state_dict())
 
     @torch._disable_dynamo
+    def torch_state_dict(self) -> dict[str, Any]:
+        """What `torch.optim.AdamW` continues from: fp32 moments, and nothing that torch does not know.
+
+        The weights are the model's own; those of bf16 parameters lose what rounding kept for them, unless the model
+        takes `save_fp32`'s. On loading, torch casts the moments to the dtype of its parameters.
+        """
+        return checkpoint.for_torch(super().state_dict())
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class, `torch.optim.AdamW`, bitsandbytes, apex or TransformerEngine.
 
@@ -170,11 +179,10 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError: groups or shapes which do not fit this optimizer.
         """
+        checkpoint.load(self, state_dict, _check_group, self._new_state)
 
-        def fresh(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-            return new_state(param, self.moments, self.rounding, group["amsgrad"])
-
-        checkpoint.load(self, state_dict, _check_group, fresh)
+    def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return new_state(param, self.moments, self.rounding, group["amsgrad"])
 
     @torch._disable_dynamo
     @torch.no_grad()

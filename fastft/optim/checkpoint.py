@@ -26,6 +26,8 @@ from fastft.optim.adamw_update import RESIDUES, store_value
 
 _NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
 _RESIDUES = {name for name, _ in RESIDUES.values()}  # what an optimizer of another `rounding` has no use for
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_OWN_OPTIONS = ("seed",)
 _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
@@ -47,6 +49,16 @@ def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
         return dict(state)
 
     return {**state_dict, "state": {key: entries_of(state) for key, state in state_dict["state"].items()}}
+
+
+def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` with fp32 moments and torch's own entries only."""
+    state = {
+        key: {name: value.float() for name, value in entries.items() if name in ("step", *_MOMENTS)}
+        for key, entries in state_dict["state"].items()
+    }
+    groups = [{k: v for k, v in group.items() if k not in _OWN_OPTIONS} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def load(

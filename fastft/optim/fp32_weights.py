@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastft.optim.adamw import AdamW
-from fastft.optim.adamw_plan import new_state
 from fastft.optim.adamw_update import load_value
 from fastft.optim.checkpoint import local, residue_of, sharded_like, write_master
 
@@ -99,12 +98,12 @@ def load_fp32(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: st
     for name, tensor in chosen:
         if shapes[name] != tuple(tensor.shape):
             raise ValueError(f"{name} has shape {shapes[name]} in {path} and {tuple(tensor.shape)} in the model")
-    trained = {param for group in adamw.param_groups for param in group["params"]}
+    group_of = {param: group for group in adamw.param_groups for param in group["params"]}
     for file in sorted(set(file_of.values())):
         with safe_open(file, framework="pt") as weights:
             for name, tensor in chosen:
                 if file_of[name] == file:
-                    state = _state(tensor, adamw) if tensor in trained else {}
+                    state = _state(tensor, adamw, group_of[tensor]) if tensor in group_of else {}
                     write_master(tensor, weights.get_tensor(name).to(tensor.device), state)
 
 
@@ -187,9 +186,9 @@ def _read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, P
     return shapes, file_of
 
 
-def _state(param: Tensor, optimizer: AdamW) -> dict[str, Any]:
+def _state(param: Tensor, optimizer: AdamW, group: dict[str, Any]) -> dict[str, Any]:
     """The parameter's state, made where there was no step yet: a residue needs a place."""
     if param not in optimizer.state:
-        optimizer.state[param] = new_state(param, optimizer.moments, optimizer.rounding, amsgrad=False)
+        optimizer.state[param] = optimizer._new_state(param, group)
     state: dict[str, Any] = optimizer.state[param]
     return state

@@ -19,38 +19,38 @@ from torch import Tensor
 from fastft import ops
 
 
-def _grad_norm_reference(norm: Tensor, grads: Sequence[Tensor]) -> None:
-    """Plain torch; writes the norm into `norm`, one float32."""
-    squares = [grad.double().square().sum() for grad in grads]
-    norm.copy_(torch.stack(squares).sum().sqrt() if squares else torch.zeros(()))
+def _grad_norm_squared_reference(total: Tensor, grads: Sequence[Tensor]) -> None:
+    """Plain torch; writes the sum of the squares of all elements into `total`, one float64."""
+    total.zero_()
+    for grad in grads:
+        total += grad.double().square().sum()
 
 
-OP = ops.Operator("grad_norm_(Tensor(a!) norm, Tensor[] grads) -> ()", _grad_norm_reference, engines=("cpp", "cuda"))
+OP = ops.Operator(
+    "grad_norm_squared_(Tensor(a!) total, Tensor[] grads) -> ()", _grad_norm_squared_reference, engines=("cpp", "cuda")
+)
 
 
 def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     """The Euclidean norm of all `grads` together.
 
     Args:
-        grads: float32 or bfloat16 tensors of any shape and layout, on any devices; DTensors count as a whole.
+        grads: float32 or bfloat16 tensors of any shape and layout, on any devices; of DTensors, the whole counts.
         impl: as of `AdamW`; devices without a kernel of their own are computed with plain torch.
 
     Returns:
         float32, shape (), on the device of the first gradient.
     """
-    by_device: dict[torch.device, list[Tensor]] = {}
-    sharded: list[Any] = [grad for grad in grads if hasattr(grad, "full_tensor")]
-    for grad in grads if not sharded else [grad for grad in grads if not hasattr(grad, "full_tensor")]:
-        by_device.setdefault(grad.device, []).append(grad)
-    norms = [_norm_on(device, local, impl) for device, local in by_device.items()]
-    if sharded:
-        total: Any = torch.nn.utils.get_total_norm(sharded)
-        norms.append(total.full_tensor().float())  # reduces over the processes
-    if not norms:
+    groups: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        sharded = hasattr(grad, "to_local")
+        groups.setdefault((grad.device_mesh, grad.placements) if sharded else grad.device, []).append(grad)  # type: ignore[attr-defined]
+    totals = [
+        _sharded(members, impl) if isinstance(key, tuple) else _total(members, impl) for key, members in groups.items()
+    ]
+    if not totals:
         return torch.zeros(())
-    if len(norms) == 1:
-        return norms[0]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return sum((total.to(totals[0].device) for total in totals[1:]), totals[0]).sqrt().float()
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -58,9 +58,21 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _norm_on(device: torch.device, grads: list[Tensor], impl: str) -> Tensor:
-    norm = torch.zeros((), device=device)
-    native = impl in ("auto", *ops.LIBRARIES) and OP.resolve("auto", device) != "eager"
-    compute = OP.native if native else OP.reference
-    compute(norm, [grad.contiguous() for grad in grads] if native else grads)
-    return norm
+def _total(grads: list[Tensor], impl: str) -> Tensor:
+    """The sum of squares of tensors on one device."""
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    if impl in ("auto", *ops.LIBRARIES) and OP.resolve("auto", total.device) != "eager":
+        OP.native(total, [grad.contiguous() for grad in grads])
+    else:
+        OP.reference(total, grads)
+    return total
+
+
+def _sharded(grads: list[Any], impl: str) -> Tensor:
+    """The sum of squares of DTensors with the same placements, over all their processes."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    local = _total([grad.to_local() for grad in grads], impl)
+    mesh, placements = grads[0].device_mesh, grads[0].placements
+    parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    return DTensor.from_local(local, mesh, parts, run_check=False).full_tensor()

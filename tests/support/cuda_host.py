@@ -57,7 +57,7 @@ def operators(folder: Path) -> Any:
     if hasattr(operators, "library"):
         return getattr(torch.ops, NAMESPACE)
     definitions = torch.library.Library(NAMESPACE, "DEF")
-    for name in ("adamw_", "adamw_bind", "adamw_bound_", "grad_norm_", "cross_entropy_rows"):
+    for name in ("adamw_", "adamw_bind", "adamw_bound_", "grad_norm_squared_", "cross_entropy_rows"):
         definitions.define(str(getattr(torch.ops.fastft, name).default._schema).partition("::")[2])
     sources = sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "library")
     loaded = ctypes.CDLL(str(build(folder, sources)))
