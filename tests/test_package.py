@@ -35,6 +35,15 @@ def test_import_needs_only_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_import_takes_no_longer_than_torch() -> None:
+    """The compiler alone takes as long to import as torch."""
+    heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "triton", "transformers", "datasets")
+    script = "import sys, torch\nbefore = set(sys.modules)\nimport fastft\n"
+    script += f"print(*{set(heavy)} & (set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 @pytest.mark.parametrize("name", fastft.__all__)
 def test_public_names_are_documented(name: str) -> None:
     assert getattr(fastft, name).__doc__

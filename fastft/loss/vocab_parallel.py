@@ -244,7 +244,7 @@ class _VocabParallel(torch.autograd.Function):
         return *results, None, None, None, None
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import all of the compiler
 def vocab_parallel_losses(
     operands: tuple[Tensor, Tensor, Tensor | None],
     target: Tensor,
@@ -311,7 +311,7 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
     return (slice(begin, begin + step) for begin in range(0, count, step or 1))
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import all of the compiler
 def sharded_losses(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, shard: Shard) -> Tensor:
     """Losses of rows of logits (T, V / n), the shards of this process; the rest as in `vocab_parallel_losses`."""
     return _ShardedLogits.apply(logits, target, weight, options, shard)

@@ -203,7 +203,9 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params = [param for group in self.param_groups for param in group["params"]]
+        params: list[Any] = []
+        for group in self.param_groups:
+            params += group["params"]
         grads = [param.grad for param in params]
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):

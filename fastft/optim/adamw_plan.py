@@ -281,7 +281,7 @@ def _first_elements(every: list[tuple[Tensor, int]]) -> list[int]:
 
 
 def _shard_begin(param: Any) -> int:
-    """Where this process's rows of a DTensor begin in the whole tensor, in elements."""
+    """Where this process's rows of a DTensor begin in the whole tensor (shards of dimension 0), in elements."""
     if not hasattr(param, "to_local"):
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
