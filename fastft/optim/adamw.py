@@ -82,8 +82,7 @@ class AdamW(torch.optim.Optimizer):
     Raises:
         TypeError: a parameter that is neither float32 nor bfloat16, or a hyper-parameter that is no number.
         ValueError: a hyper-parameter out of range, an option that is not implemented, an empty parameter list.
-        RuntimeError: at `step`, an explicit `impl` which is not available (says why), a sparse gradient, or
-            `capturable=True` where it is not implemented.
+        RuntimeError: at `step`, an explicit `impl` which is not available (says why), or a sparse gradient.
     """
 
     grad_norm: Tensor | None = None
