@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 from support.triton_compiler import Binary, binary, compiled_for
 
 from fastft.loss.cross_entropy_triton import cross_entropy_rows
+from fastft.optim.adamw_update import RESIDUES, Rounding
+from fastft.optim.adamw_update_triton import adamw_
 
 HALF, FULL = torch.bfloat16, torch.float32
 
@@ -88,3 +90,31 @@ def test_compiles_what_was_interpreted_before() -> None:
     with compiled_for(90) as kernels:
         run(cross_entropy_rows, on_meta(EVERYTHING, 63, HALF))
     assert kernels[0].asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    ("chip", "rounding", "moment", "amsgrad"),
+    [
+        (80, Rounding.EXACT, FULL, False),
+        (90, Rounding.FP32, FULL, True),
+        (90, Rounding.KAHAN, HALF, False),
+        (100, Rounding.STOCHASTIC, HALF, True),
+    ],
+)
+def test_adamw_has_no_spills_and_wide_accesses(
+    chip: int, rounding: Rounding, moment: torch.dtype, amsgrad: bool
+) -> None:
+    def one(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.empty(5000, dtype=dtype, device="meta")]
+
+    kept = FULL if rounding == Rounding.FP32 else HALF
+    residues = one(RESIDUES[rounding][1]) if rounding in RESIDUES else []
+    states = (one(moment), one(moment), one(moment) if amsgrad else [], residues)
+    table, hyper = torch.tensor([[0, rounding, amsgrad, 0]]), torch.zeros(1, 9)
+    with compiled_for(chip) as kernels:
+        adamw_(one(kept), one(kept), *states, table, hyper, torch.ones((), device="meta"), 5)
+    code = binary(kernels[0])
+    assert (code.spills, code.stack, code.atomics) == (0, 0, 0) and code.registers <= 128
+    tensors = [kept, moment, moment, *[moment] * amsgrad, *[HALF] * len(residues)]
+    vectors = sum(dtype.itemsize // 2 for dtype in tensors)  # of 16 bytes, for a thread's eight elements
+    assert code.widths("STG")[128] >= vectors and code.widths("LDG")[128] >= vectors + kept.itemsize // 2

@@ -46,6 +46,11 @@ constexpr int cudaSuccess = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 232448,
 inline int cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(int) { return ""; }
 inline int cudaDeviceGetAttribute(int* value, int attribute, int) { return *value = attribute, cudaSuccess; }
+using cudaStreamCaptureStatus = int;
+constexpr int cudaStreamCaptureStatusNone = 0;
+inline int cudaStreamIsCapturing(cudaStream_t, int* status) {
+  return *status = std::getenv("FASTFT_EMULATION_CAPTURES") != nullptr, cudaSuccess;
+}
 template <class Kernel>
 int cudaFuncSetAttribute(Kernel, int, int) {
   return cudaSuccess;

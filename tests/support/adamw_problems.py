@@ -1,0 +1,87 @@
+"""Training with AdamW in every way of keeping values, for tests that compare engines bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastft
+
+
+class Mode(NamedTuple):
+    dtype: torch.dtype
+    rounding: str
+    moments: str
+
+
+ROUNDINGS = ("exact", "kahan", "stochastic", "nearest")
+MODES = {
+    f"{'fp32' if dtype == torch.float32 else rounding}-{moments}": Mode(dtype, rounding, moments)
+    for dtype, roundings in ((torch.float32, ROUNDINGS[:1]), (torch.bfloat16, ROUNDINGS))
+    for rounding in roundings
+    for moments in ("fp32", "bf16", "8bit")
+}
+SIZES = (1, 3, 63, 507, 4097, 0, *[5] * 11, 1040)
+
+
+class Training:
+    """An optimizer over two groups, the second with amsgrad where that may be, on the CPU's random numbers whatever the
+    device. With 8-bit moments, which are for rows, a parameter has four of them, or three, or one.
+
+    `offset`: every tensor begins so many elements after a multiple of 16 bytes.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        impl: str,
+        *,
+        sizes: tuple[int, ...] = SIZES,
+        device: str = "cpu",
+        offset: int = 0,
+        **options: Any,
+    ) -> None:
+        self.generator, self.mode, self.offset = torch.Generator().manual_seed(0), mode, offset
+        self.params = [Parameter(self.random(size).to(device)) for size in sizes]
+        if offset:
+            self.params = [Parameter(_shifted(param.detach(), offset)) for param in self.params]
+        half = len(sizes) // 2
+        groups = [
+            {"params": self.params[:half], "weight_decay": 0.1},
+            {"params": self.params[half:], "lr": 3e-3, "betas": (0.4, 0.99), "maximize": True},
+        ]
+        groups[1]["amsgrad"] = mode.moments != "8bit"
+        kept = {"rounding": mode.rounding} if mode.dtype == torch.bfloat16 else {}
+        self.optimizer = fastft.AdamW(groups, impl=impl, seed=2**40 + 5, moments=mode.moments, **kept, **options)
+
+    def random(self, size: int) -> Tensor:
+        scale = 10 ** (torch.rand(size, generator=self.generator) * 6 - 4)
+        values = (torch.randn(size, generator=self.generator) * scale).to(self.mode.dtype)
+        rows = next(rows for rows in (4, 3, 1) if size % rows == 0)
+        return values.view(rows, -1) if self.mode.moments == "8bit" and size else values
+
+    def step(self, steps: int = 1) -> Training:
+        for _ in range(steps):
+            for param in self.params:
+                grad = self.random(param.numel()).to(param.device)
+                param.grad = _shifted(grad, self.offset) if self.offset else grad
+            self.optimizer.step()
+        return self
+
+    def values(self) -> list[Tensor]:
+        """Parameters and states, on the CPU."""
+        states = [entry for param in self.params for _, entry in sorted(self.optimizer.state[param].items())]
+        return [tensor.detach().cpu().clone() for tensor in (*self.params, *states)]
+
+
+def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (ours, theirs)))
+
+
+def _shifted(tensor: Tensor, offset: int) -> Tensor:
+    return torch.cat([tensor.new_zeros(offset), tensor.view(-1)])[offset:].view(tensor.shape)
