@@ -47,6 +47,7 @@ class Bound {
     std::vector<uint32_t> first_block;
     for (const AdamwTensor& t : tensors.rows) {
       first_block.push_back(uint32_t(blocks_));
+      coded_ |= t.columns > 0;
       blocks_ += t.columns ? (moment_blocks(t) + kCodedBlocks - 1) / kCodedBlocks : (t.numel + kChunk - 1) / kChunk;
       FT_CHECK(blocks_ < (int64_t(1) << 31), "adamw_: %zu tensors have too many elements", tensors.rows.size());
     }
@@ -88,7 +89,10 @@ class Bound {
       upload(hyper_, hyper.rows(), size, stream);
       step_.hyper = hyper_;
     }
-    FASTFT_LAUNCH(adamw_kernel, unsigned(blocks_), kThreads, 0, stream, step_);
+    if (coded_)
+      FASTFT_LAUNCH(adamw_kernel<true>, unsigned(blocks_), kThreads, 0, stream, step_);
+    else
+      FASTFT_LAUNCH(adamw_kernel<false>, unsigned(blocks_), kThreads, 0, stream, step_);
     fastft::check_launch("adamw_");
   }
 
@@ -98,7 +102,7 @@ class Bound {
   AdamwHyper* hyper_;
   int64_t blocks_ = 0;
   std::vector<const void*> grads_;  // in the table
-  bool in_graph_ = false;
+  bool in_graph_ = false, coded_ = false;
 
   static size_t bytes(const fastft::AdamwTensors& tensors) {
     const size_t hyper = tensors.hyper_rows > kOwnRows ? size_t(tensors.hyper_rows) * sizeof(AdamwHyper) : 0;

@@ -13,7 +13,7 @@
 #include "philox.h"
 
 namespace {
-constexpr int kThreads = 256, kWarp = 32;
+constexpr int kThreads = 128, kWarp = 32;
 constexpr int kChunk = 4096;                         // elements of a block
 constexpr int kCodedBlocks = kChunk / kMomentBlock;  // of 8-bit moments, likewise
 constexpr int kOwnRows = 64;                         // of the hyper table, as the kernel's parameters
@@ -279,16 +279,29 @@ __device__ T* global(T* data) {
   return data;
 }
 
-__global__ void __launch_bounds__(kThreads, 3) adamw_kernel(const __grid_constant__ Step step) {
+// Tensors with 8-bit moments, which are there with kCoded alone, need more registers.
+template <bool kCoded>
+__global__ void __launch_bounds__(kThreads, kCoded ? 4 : 5) adamw_kernel(const __grid_constant__ Step step) {
   int low = 0;  // the last tensor whose first block is not after this one
   for (int high = step.count; high - low > 1;) {
     const int middle = (low + high) / 2;
     (step.first_block[middle] <= blockIdx.x ? low : high) = middle;
   }
-  AdamwTensor t = step.tensors[low];
-  t.param = global(t.param), t.residue = global(t.residue), t.max_exp_avg_sq = global(t.max_exp_avg_sq);
-  t.exp_avg = global(t.exp_avg), t.exp_avg_sq = global(t.exp_avg_sq);
-  t.exp_avg_scale = global(t.exp_avg_scale), t.exp_avg_sq_scale = global(t.exp_avg_sq_scale);
+  const AdamwTensor& row = step.tensors[low];
+  const AdamwTensor t{global(row.param),
+                      nullptr,
+                      global(row.exp_avg),
+                      global(row.exp_avg_sq),
+                      global(row.exp_avg_scale),
+                      global(row.exp_avg_sq_scale),
+                      row.columns,
+                      global(row.max_exp_avg_sq),
+                      global(row.residue),
+                      row.numel,
+                      row.first,
+                      row.row,
+                      row.rounding,
+                      row.narrow_moments};
   const AdamwHyper h = step.hyper ? step.hyper[t.row] : step.own[t.row];
   if (h.step == 0.0f) return;  // the step is skipped
   const void* grads = global(step.grads[low]);
@@ -296,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_kernel(const __grid_constan
   const int n = int(t.numel - chunk < kChunk ? t.numel - chunk : kChunk);
   const float factor = ft_mul(h.grad_sign, *step.grad_factor);
   const Random random{step.seed, uint32_t(h.step)};
-  if (t.columns) {
+  if (kCoded && t.columns) {
     if (t.rounding == kFp32)
       update_coded<float>(t, grads, number, factor, h, random);
     else
