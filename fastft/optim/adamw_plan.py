@@ -102,9 +102,7 @@ class Plan:
             [self.rows.index(key), rounding_of(param, rounding), groups[key[0]]["amsgrad"], firsts[id(param)]]
             for param, key in zip(self.params, keys, strict=True)
         ]
-        by_device: dict[torch.device, list[int]] = {}
-        for i, param in enumerate(self.params):
-            by_device.setdefault(param.device, []).append(i)
+        by_device = _by_device(self.params)
         self.counts = {
             device: DeviceCounts(device, self.steps[positions].tolist(), self.rows)
             for device, positions in by_device.items()
@@ -181,10 +179,8 @@ class _Part:
         chosen = range(len(plan.params)) if positions is None else positions
         self.originals = [plan.params[i] for i in chosen]
         self.params = [_local(param) for param in self.originals]
-        self.forms = [(param.dtype, param.shape) for param in self.params]
         states = [plan.states[i] for i in chosen]
         self.steps = [state["step"] for state in states]
-        self.step_pointers = [step.data_ptr() for step in self.steps]
         self.exp_avgs = [_local(state["exp_avg"]) for state in states]
         self.exp_avg_sqs = [_local(state["exp_avg_sq"]) for state in states]
         rows = [table[i] for i in chosen]
@@ -209,15 +205,26 @@ class _Part:
                 self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues, self.table
             )
             weakref.finalize(self, _release, self.bound, ops.LIBRARIES[engine])
+        self.memory, self.first_count = self._memory(), self.steps[0].data_ptr()
+
+    def _memory(self) -> list[Any]:
+        """What shows that parameters or states have been given other memory or another form."""
+        states = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues, self.steps)
+        forms = [(param.dtype, param.shape, param.stride(), param.data_ptr()) for param in self.params]
+        return [*forms, *map(Tensor.data_ptr, chain(*states))]
 
     def holds(self) -> bool:
-        """Whether shards and, where no native engine looks over all memory, forms and counts are as before."""
+        """Whether shards, memory and counts are as before.
+
+        A native engine looks over memory itself, just before it updates: enough where there is one device, but of
+        several none may be updated before all were looked over. Of counts it sees nothing. Looking at each would cost
+        more than the step of a small tensor, and whoever moves states by `.data = ...` moves all: the first tells.
+        """
         if self.originals[0] is not self.params[0] and not all(map(is_, map(_local, self.originals), self.params)):
             return False
-        return self.bound is not None or (
-            [(param.dtype, param.shape) for param in self.params] == self.forms
-            and [step.data_ptr() for step in self.steps] == self.step_pointers
-        )
+        if self.bound is None or self.positions is not None:
+            return self._memory() == self.memory
+        return self.steps[0].data_ptr() == self.first_count
 
     def step(self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int) -> bool:
         """Updates; False, with nothing done, if what is bound has other memory than before."""
@@ -241,6 +248,14 @@ class _Part:
             if param is not updated:
                 param.copy_(updated)
         return True
+
+
+def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
+    """The positions of the parameters on each device."""
+    positions: dict[torch.device, list[int]] = {}
+    for i, param in enumerate(params):
+        positions.setdefault(param.device, []).append(i)
+    return positions
 
 
 def _ready(state: dict[Tensor, Any], param: Tensor, group: dict[str, Any], rounding: str) -> State:
