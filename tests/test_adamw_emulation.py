@@ -62,6 +62,19 @@ def test_tensors_that_begin_in_the_middle_of_a_vector(on_device: Any, mode: Mode
     assert_same_bits(Training(mode, "cpp", sizes=(507, 3), offset=1).step(2).values(), expected)
 
 
+def test_8_bit_moments_of_numbers_that_are_none(on_device: Any, order: None) -> None:
+    def run() -> list[torch.Tensor]:
+        training = Training(MODES["exact-8bit"], "cpp", sizes=(1, 507, 1040)).step()
+        for param in training.params[1:]:
+            param.grad[-1, -3:] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        training.optimizer.step()
+        return training.step().values()
+
+    expected = run()
+    on_device()
+    assert_same_bits(run(), expected)
+
+
 def test_elements_whose_number_is_no_multiple_of_eight(emulated: Any) -> None:
     """As the second shard of a tensor of 507 elements, from the 254th on."""
     whole = Training(MIXED, "cpp", sizes=(507,)).step()

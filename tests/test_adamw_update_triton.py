@@ -31,9 +31,11 @@ def by_triton(order: int) -> Callable[..., None]:
     return update
 
 
-def second_step(mode: Mode, update: Callable[..., None] | None, offset: int = 0) -> list[torch.Tensor]:
+def second_step(
+    mode: Mode, update: Callable[..., None] | None, offset: int = 0, sizes: tuple[int, ...] = SIZES
+) -> list[torch.Tensor]:
     """The values after two steps, the second of them by `update`."""
-    training = Training(mode, "cpp", sizes=SIZES, offset=offset).step()
+    training = Training(mode, "cpp", sizes=sizes, offset=offset).step()
     if update is not None:
         part = training.optimizer._plan.parts[0]
         part.bound, part.update = None, update
@@ -49,6 +51,12 @@ def test_tensors_that_begin_in_the_middle_of_a_vector() -> None:
     assert_same_bits(second_step(MIXED, by_triton(order=0), offset=1), second_step(MIXED, None, offset=1))
 
 
+@pytest.mark.parametrize("sizes", [(2080,), (32, 4096, 9216)], ids=["short blocks", "whole blocks"])
+def test_rows_that_vectors_divide(sizes: tuple[int, ...]) -> None:
+    mode = MODES["stochastic-8bit"]
+    assert_same_bits(second_step(mode, by_triton(order=3), sizes=sizes), second_step(mode, None, sizes=sizes))
+
+
 def test_numbers_that_are_none() -> None:
     results = []
     for update in (OPERATORS["adamw_"].native, by_triton(order=0)):
@@ -60,6 +68,20 @@ def test_numbers_that_are_none() -> None:
         results.append(tensors)
     assert_same_bits(*([tensor.nan_to_num(123.0) for tensor in tensors] for tensors in results))
     assert results[1][0][:3].isnan().all() and results[1][0][3].isfinite()
+
+
+def test_8_bit_moments_of_numbers_that_are_none() -> None:
+    results = []
+    for update in (None, by_triton(order=0)):
+        training = Training(MODES["exact-8bit"], "cpp", sizes=(1, 507)).step()
+        training.params[1].grad[-1, -3:] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        if update is not None:
+            part = training.optimizer._plan.parts[0]
+            part.bound, part.update = None, update
+        training.optimizer.step()
+        results.append(training.values())
+    assert_same_bits(*results)
+    assert results[0][1][-1, -3:].isnan().all()
 
 
 def test_a_skipped_step_does_nothing() -> None:
@@ -74,3 +96,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for tensors in ([p, [torch.zeros(4)], p, p, [], []], [p, p, [torch.zeros(5).double()], p, [], []]):
         with pytest.raises(RuntimeError, match="adamw_: a tensor of parameter 0 must have"):
             adamw_(*tensors, table, hyper, one, 0)
+    matrix, scales = torch.zeros(5, 3), [torch.zeros(5, 1), torch.zeros(5, 2)]
+    for fitting, words in ((p[0], "matrices"), (matrix.t(), "matrices"), (matrix, "a scale of parameter 0")):
+        codes = [fitting], [fitting], [fitting.to(torch.int8)], [fitting.to(torch.uint8)], []
+        with pytest.raises(RuntimeError, match=words):
+            adamw_(*codes, scales, table, hyper, one, 0)

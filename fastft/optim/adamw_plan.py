@@ -193,8 +193,6 @@ class _Part:
             for name in _residue_names(state, row[1])
         ]
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
-        if impl == "auto" and device.type == "cuda" and any(part.dtype == torch.int8 for part in self.exp_avgs):
-            impl = "eager"  # there is no CUDA kernel for 8-bit moments
         self.update = OP.implementation(impl, device)  # raises where an explicit engine is not there
         self.any_dtype = OP.reference if impl == "auto" else self.update  # of a gradient unlike its parameter's
         self.one = torch.ones((), dtype=torch.float32, device=device)
