@@ -73,6 +73,21 @@ def test_a_plan_takes_over_the_counts(counted_there: None) -> None:
     assert_same_bits(run(True), run(False))
 
 
+def test_what_a_graph_has_captured(counted_there: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its columns have no values before a replay, and its counts are written for as long as it lives."""
+    monkeypatch.setattr(DeviceCounts, "in_graphs", set())
+    training = Training(MIXED, "eager", capturable=True).step()
+    (counts,) = training.optimizer._plan.counts.values()
+    before = dict(counts._columns)
+    training.optimizer.param_groups[0]["lr"] = 0.5
+    with monkeypatch.context() as capture:
+        capture.setattr(device_counts, "_captured", lambda device: True)
+        training.step()
+    assert counts._columns == before and counts.in_graphs == {counts}
+    training.step()
+    assert counts._columns["lr"][0] != before["lr"][0] and counts.in_graphs == {counts}
+
+
 def test_a_count_that_somebody_sets(counted_there: None) -> None:
     def run(capturable: bool) -> torch.Tensor:
         param = Parameter(torch.ones(3))

@@ -66,7 +66,8 @@ class AdamW(torch.optim.Optimizer):
         foreach: accepted for torch's signature, ignored: all tensors are always updated in one call.
         capturable: where parameters are on a GPU, steps are counted there, so that a CUDA graph can capture `step`: the
             replay counts, reads `lr` where that is a tensor on the GPU, and obeys GradScaler's `found_inf` without
-            waiting. Take some steps before capturing; impl "cuda" only. No effect on CPU parameters.
+            waiting. impl "cuda" only. Take a step before capturing, and capture anew where groups, states or the
+            parameters that have a gradient have changed. No effect on CPU parameters.
         differentiable: must be False.
         fused: as foreach.
         moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; or "8bit", codes with a

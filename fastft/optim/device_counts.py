@@ -6,7 +6,7 @@ learning rate on the device, must be read and written by kernels. Numbers go the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,14 +17,23 @@ def counted_there(device: torch.device, groups: list[dict[str, Any]]) -> bool:
     return device.type != "cpu" and any(group["capturable"] for group in groups)
 
 
+def _captured(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is done now, in place of its being done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class DeviceCounts:
     """The counts of a plan's parameters on one device.
+
+    A graph that has captured a step counts here at every replay: the memory is never given back then.
 
     Args:
         device: where they live.
         steps: the steps done by each parameter.
         rows: (group, steps done) of each row of the hyper table.
     """
+
+    in_graphs: ClassVar[set[DeviceCounts]] = set()
 
     def __init__(self, device: torch.device, steps: list[float], rows: list[tuple[int, float]]) -> None:
         self.device = device
@@ -36,6 +45,8 @@ class DeviceCounts:
 
     def hyper(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> Tensor:
         """The hyper table of the next step, as of the operator; its last column is 0 where the step is skipped."""
+        if _captured(self.device):
+            self.in_graphs.add(self)
         chosen = [groups[index] for index in self._groups]
         lr, decay, eps = (
             self._column(name, [group[name] for group in chosen]) for name in ("lr", "weight_decay", "eps")
@@ -68,5 +79,7 @@ class DeviceCounts:
             else torch.full((), number, dtype=torch.float64, device=self.device)
             for value, number, on_device in zip(values, numbers, there, strict=True)
         ]
-        self._columns[name] = numbers, torch.stack(cells)
-        return self._columns[name][1]
+        column = torch.stack(cells)
+        if not _captured(self.device):  # else nothing is in it before a replay
+            self._columns[name] = numbers, column
+        return column
