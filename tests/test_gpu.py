@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_no_worse
-from support.adamw_problems import MODES, Mode, Training, assert_same_bits
+from support.adamw_problems import MODES, Mode, Training, assert_same_bits, past_two_to_the_31
 from support.row_problems import CASES, EVERYTHING, IGNORED, Case, check, draw, plain, run
 
 import fastft
@@ -54,6 +54,14 @@ def test_adamw_over_a_thousand_small_tensors(adamw_engine: str) -> None:
     expected = Training(MIXED, "cpp", sizes=(256,) * 1000, max_grad_norm=1.0).step(2).values()
     actual = Training(MIXED, adamw_engine, sizes=(256,) * 1000, device="cuda", max_grad_norm=1.0).step(2).values()
     assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_adamw_past_two_to_the_31(adamw_engine: str, coded: bool) -> None:
+    problem = past_two_to_the_31(coded, "cuda")
+    ADAMW.native(*problem.end)
+    ADAMW.implementation(adamw_engine, torch.device("cuda", 0))(*problem.whole)
+    problem.assert_same_ends()
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -75,6 +76,58 @@ class Training:
         """Parameters and states, on the CPU."""
         states = [entry for param in self.params for _, entry in sorted(self.optimizer.state[param].items())]
         return [tensor.detach().cpu().clone() for tensor in (*self.params, *states)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(shape, np.uint8 if dtype.itemsize == 1 else np.int16)  # torch.zeros writes them
+    return torch.from_numpy(pages).view(dtype)
+
+
+class Past(NamedTuple):
+    """An update of a tensor with more than 2^31 elements, zeros but for the last, and of these alone.
+
+    Both are arguments of `adamw_`; nobody has written most pages of the large one, which take no memory on a CPU.
+    """
+
+    whole: tuple[Any, ...]
+    end: tuple[Any, ...]
+    elements: int
+
+    def assert_same_ends(self) -> None:
+        for tensors, others in zip(self.whole[:6], self.end[:6], strict=True):
+            ends = [[tensor.reshape(-1)[-other.numel() :].cpu() for tensor, other in zip(tensors, others, strict=True)]]
+            assert_same_bits(*ends, [other.reshape(-1) for other in others])
+
+
+def past_two_to_the_31(coded: bool, device: str = "cpu") -> Past:
+    """Of a bf16 parameter, rounded stochastically, with 8-bit moments if `coded` and bf16 moments else."""
+    elements = 128 if coded else 70
+    shape, small = ((2**24 + 1, 128), (1, 128)) if coded else ((2**31 + 70,), (70,))
+    moments = [torch.int8, torch.uint8] if coded else [torch.bfloat16, torch.bfloat16]
+    whole = [_zeros(shape, dtype, device) for dtype in (torch.bfloat16, torch.bfloat16, *moments)]
+    scales = [torch.zeros(shape[0], 1, device=device) for _ in range(2 * coded)]
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*whole[:2], *(whole[2:] if not coded else [])):
+        tensor.view(-1)[-elements:] = torch.rand(elements, generator=generator).to(tensor)
+    end = [tensor.view(-1)[-elements:].cpu().clone().view(small) for tensor in whole]
+    ends_scales = [scale[-1:].cpu().clone() for scale in scales]
+    hyper = torch.tensor([[0.99, 0.1, 0.999, 0.001, -0.01, 0.03, 1e-8, 1.0, 1.0]])
+
+    def arguments(tensors: list[Tensor], scales: list[Tensor], first: int) -> tuple[Any, ...]:
+        table = torch.tensor([[0, 3, 0, first]])  # stochastic
+        return (
+            *([tensor] for tensor in tensors),
+            [],
+            scales,
+            table,
+            hyper,
+            torch.ones((), device=tensors[0].device),
+            5,
+        )
+
+    return Past(arguments(whole, scales, 0), arguments(end, ends_scales, 2**31), elements)
 
 
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
