@@ -389,7 +389,7 @@ def test_more_than_2_31_elements_in_a_step(emulated, coded, monkeypatch):
 
 
 class Recorder(TorchDispatchMode):
-    """What a CUDA graph does: keeps the operations, and does them again on the same memory without Python's decisions."""
+    """What a CUDA graph does: keeps operations, and does them again on the same memory without asking Python."""
 
     def __init__(self):
         super().__init__()

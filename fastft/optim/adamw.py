@@ -56,7 +56,8 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of any layout.
-        lr: learning rate; a one-element tensor is read at each step (which waits for the device if it is on one).
+        lr: learning rate; a one-element tensor is read at each step, which waits for the device if it is on one, unless
+            `capturable`.
         betas: decay of the running averages of the gradient and of its square, each in [0, 1); numbers or one-element
             tensors.
         eps: added to the denominator.
@@ -82,7 +83,7 @@ class AdamW(torch.optim.Optimizer):
         seed: of stochastic rounding, in [0, 2^63); None draws one from torch's default generator where anything is
             rounded stochastically. Kept in the parameter groups and so in the state dict. Processes which train the
             same parameters need the same seed.
-        impl: "auto", "eager" (plain torch), "cpp" or "cuda"; an explicit one never falls back.
+        impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton"; an explicit one never falls back.
 
     Raises:
         TypeError: a parameter that is neither float32 nor bfloat16, or a hyper-parameter that is no number.

@@ -93,7 +93,6 @@ class Past(NamedTuple):
 
     whole: tuple[Any, ...]
     end: tuple[Any, ...]
-    elements: int
 
     def assert_same_ends(self) -> None:
         for tensors, others in zip(self.whole[:6], self.end[:6], strict=True):
@@ -127,7 +126,7 @@ def past_two_to_the_31(coded: bool, device: str = "cpu") -> Past:
             5,
         )
 
-    return Past(arguments(whole, scales, 0), arguments(end, ends_scales, 2**31), elements)
+    return Past(arguments(whole, scales, 0), arguments(end, ends_scales, 2**31))
 
 
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
