@@ -10,6 +10,7 @@ import torch
 from test_adamw import ENGINES, equal, gradients, start, states, train
 from torch.nn import Parameter
 
+from fastft.optim import adamw_plan
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_plan import State
 
@@ -25,6 +26,15 @@ def swap_state_data(optimizer, params):
     for state in optimizer.state.values():
         for value in state.values():
             value.data = value.data.clone()
+
+
+def swap_counts(optimizer, params):
+    for state in optimizer.state.values():
+        state["step"].data = state["step"].data.clone()
+
+
+def swap_last_data(optimizer, params):
+    params[-1].data = params[-1].data.clone()
 
 
 def replace_entries(optimizer, params):
@@ -76,15 +86,12 @@ def swap_objects(optimizer, params):
 
 
 EVENTS = [
-    *(swap_data, swap_state_data, replace_entries, update_entries, replace_states, reload),
+    *(swap_data, swap_last_data, swap_state_data, swap_counts, replace_entries, update_entries, replace_states, reload),
     *(transpose, other_gradients, resize_storage, swap_objects),
 ]
 
 
-@pytest.mark.parametrize("impl", ENGINES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-def test_a_disturbed_run_equals_an_undisturbed_one(impl, dtype, event):
+def check_disturbed(impl, dtype, event):
     grads = gradients(SHAPES, 6)
     whole = AdamW(start(SHAPES, dtype), impl=impl)
     expected = train(whole, grads)
@@ -98,6 +105,22 @@ def test_a_disturbed_run_equals_an_undisturbed_one(impl, dtype, event):
     equal(params, expected)
     for name in next(iter(whole.state.values())):
         equal(states(optimizer, name), states(whole, name))
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_a_disturbed_run_equals_an_undisturbed_one(impl, dtype, event):
+    check_disturbed(impl, dtype, event)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_on_several_devices_nothing_is_updated_twice(impl, event, monkeypatch):
+    """Two names of the CPU stand for two devices: their tensors are updated one after the other."""
+    devices = {torch.device("cpu"): [0], torch.device("cpu", 0): [1]}
+    monkeypatch.setattr(adamw_plan, "_by_device", lambda params: devices)
+    check_disturbed(impl, torch.bfloat16, event)
 
 
 @pytest.mark.parametrize("impl", ENGINES)

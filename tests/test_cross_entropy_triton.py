@@ -162,5 +162,5 @@ def test_other_dtypes_are_refused() -> None:
 def test_tensors_on_the_cpu_are_refused() -> None:
     with pytest.raises(RuntimeError, match="impl='triton' is not available for cross_entropy_rows"):
         OPERATORS["cross_entropy_rows"].resolve("triton", torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="adamw_ has no triton kernel"):
-        OPERATORS["adamw_"].resolve("triton", torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="grad_norm_squared_ has no triton kernel"):
+        OPERATORS["grad_norm_squared_"].resolve("triton", torch.device("cuda"))

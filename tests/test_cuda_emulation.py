@@ -12,9 +12,6 @@ import torch
 from support import cuda_host
 from support.row_problems import CASES, EVERYTHING, IGNORED, Case, check, draw, run
 
-import fastft
-from fastft.ops import OPERATORS
-
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 SEEDS = ["0", "1", "2"]
@@ -95,46 +92,6 @@ def test_arguments_are_checked(emulated: Any) -> None:
     ):
         with pytest.raises(RuntimeError, match="cross_entropy_rows: "):
             run(emulated.cross_entropy_rows, broken)
-
-
-def trained(dtype: torch.dtype, impl: str, **options: Any) -> list[torch.Tensor]:
-    """Parameters and states after some steps; one parameter starts in the middle of a vector."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [1, 3, 63, 507, 4097, *[5] * 80]  # more tensors than one launch carries
-    params = [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
-    params.append(torch.nn.Parameter(torch.randn(1001, generator=generator).to(dtype)[1:]))
-    groups = [{"params": params[:40], "weight_decay": 0.1}, {"params": params[40:], "lr": 3e-3}]
-    optimizer = fastft.AdamW(groups, impl=impl, seed=2**40 + 1, max_grad_norm=1.0, **options)
-    for _ in range(2):
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(dtype)
-        optimizer.step()
-    states = [value for param in params for key, value in sorted(optimizer.state[param].items()) if key != "step"]
-    return [tensor.detach() for tensor in [*params, *states]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"amsgrad": True, "moments": "bf16"},
-        {"rounding": "kahan", "maximize": True},
-        {"rounding": "stochastic", "moments": "bf16"},
-        {"rounding": "nearest", "amsgrad": True},
-    ],
-    ids=lambda options: "-".join(map(str, options.values())) or "default",
-)
-@pytest.mark.filterwarnings("ignore:rounding=")
-def test_adamw_has_the_bits_of_the_cpu(
-    emulated: Any, order: None, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    operator = OPERATORS["adamw_"]
-    if operator.unavailable("cpp", torch.device("cpu")):
-        pytest.skip("no native CPU library")
-    expected = trained(dtype, "cpp", **options)
-    monkeypatch.setattr(operator, "reference", emulated.adamw_.default)
-    assert all(torch.equal(a, b) for a, b in zip(trained(dtype, "eager", **options), expected, strict=True))
 
 
 FAULTY = r"""

@@ -13,8 +13,10 @@ pytest.importorskip("triton")
 from support.triton_compiler import Binary, binary, compiled_for
 
 from fastft.loss.cross_entropy_triton import cross_entropy_rows
+from fastft.optim.adamw_update import RESIDUES, Rounding
+from fastft.optim.adamw_update_triton import adamw_
 
-HALF, FULL = torch.bfloat16, torch.float32
+HALF, FULL, CODES = torch.bfloat16, torch.float32, torch.int8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,3 +90,36 @@ def test_compiles_what_was_interpreted_before() -> None:
     with compiled_for(90) as kernels:
         run(cross_entropy_rows, on_meta(EVERYTHING, 63, HALF))
     assert kernels[0].asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    ("chip", "rounding", "moment", "amsgrad"),
+    [
+        (80, Rounding.EXACT, FULL, False),
+        (90, Rounding.FP32, FULL, True),
+        (90, Rounding.KAHAN, HALF, False),
+        (100, Rounding.STOCHASTIC, HALF, True),
+        (80, Rounding.STOCHASTIC, CODES, False),
+        (90, Rounding.FP32, CODES, False),
+        (100, Rounding.EXACT, CODES, False),
+    ],
+)
+def test_adamw_has_no_spills_and_wide_accesses(
+    chip: int, rounding: Rounding, moment: torch.dtype, amsgrad: bool
+) -> None:
+    def one(dtype: torch.dtype, shape: tuple[int, ...] = (5, 1024)) -> list[torch.Tensor]:
+        return [torch.empty(shape, dtype=dtype, device="meta")]
+
+    kept, coded = FULL if rounding == Rounding.FP32 else HALF, moment == CODES
+    residues = one(RESIDUES[rounding][1]) if rounding in RESIDUES else []
+    scales = [*one(FULL, (5, 8)), *one(FULL, (5, 8))] if coded else []
+    moments = (one(moment), one(torch.uint8 if coded else moment), one(moment) if amsgrad else [])
+    table, hyper = torch.tensor([[0, rounding, amsgrad, 0]]), torch.zeros(1, 9)
+    with compiled_for(chip) as kernels:
+        adamw_(one(kept), one(kept), *moments, [*residues, *scales], table, hyper, torch.ones((), device="meta"), 5)
+    code = binary(kernels[0])
+    assert (code.spills, code.stack, code.atomics) == (0, 0, 0) and code.registers <= 128
+    tensors = [kept, *[HALF] * len(residues)] + ([] if coded else [moment] * (2 + amsgrad))
+    vectors = sum(dtype.itemsize // 2 for dtype in tensors)  # of 16 bytes, for a thread's eight elements
+    assert code.widths("STG")[128] >= vectors and code.widths("LDG")[128] >= vectors + kept.itemsize // 2
+    assert not coded or code.widths("STG")[64] >= 2  # eight codes

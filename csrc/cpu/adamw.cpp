@@ -38,7 +38,7 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step) 
       const int64_t stop = std::min(end, ends[i]), first = ends[i] - t.numel;
       if (stop < end) prefetch(tensors.rows[i + 1]);
       const int64_t from = part_begin(t, begin - first), to = part_begin(t, stop - first);
-      if (to > from) kernel(&t, from, to, hyper + t.row, factor, uint64_t(step.seed));
+      if (to > from && hyper[t.row].step != 0.0f) kernel(&t, from, to, hyper + t.row, factor, uint64_t(step.seed));
       begin = stop;
     }
   });

@@ -1,257 +1,156 @@
-// fastft::adamw_ on CUDA. The tables of up to 48 tensors of any size travel as the kernel's parameters, so a step needs
-// one launch for each 48 tensors, no device memory of its own and no synchronisation. Memory-bound: 28 bytes per
-// element for fp32 and 26 for bf16 with exact rounding, in 16-byte (bf16: 8-byte) loads and stores. The other ways of
-// keeping values take a plainer path: eight neighbouring elements for each thread, which share their random bits.
-#include <cstring>
+// fastft::adamw_ on CUDA: one launch over all tensors of all groups, each block a chunk of one tensor.
+//
+// adamw_bind checks the tensors once and lays a table of them into device memory; adamw_bound_ is then a step, which
+// writes the gradients' pointers into the table where they are others than before. The hyper-parameters travel as the
+// kernel's parameters, or are already in device memory (capturable), whence a CUDA graph's replay reads them anew.
+// Nothing waits for the device: what goes there goes by value, as parameters of small kernels.
+#include <algorithm>
+#include <vector>
 
 #include "adamw_args.h"
+#include "adamw_kernel.h"
 #include "launch.h"
-#include "philox.h"
 
 namespace {
-constexpr int kThreads = 256, kVector = 4, kRounds = 4, kChunk = kThreads * kVector * kRounds;
-constexpr int kTensors = 48, kRows = 8;
+constexpr int kWords = 1000;  // of an upload
 
-struct Batch {
-  void* param[kTensors];
-  const void* grad[kTensors];
-  void* exp_avg[kTensors];
-  void* exp_avg_sq[kTensors];
-  void* max_exp_avg_sq[kTensors];
-  void* residue[kTensors];
-  int64_t numel[kTensors];
-  int64_t first[kTensors];
-  uint32_t first_block[kTensors];
-  AdamwHyper hyper[kRows];
-  uint8_t row[kTensors];
-  uint8_t rounding[kTensors];
-  bool narrow_moments[kTensors];
-  const float* grad_factor;
-  uint64_t seed;
-  int32_t tensors;
+struct Upload {
+  uint32_t words[kWords], *to;
+  int32_t count;
 };
-static_assert(sizeof(Batch) <= 4096, "kernel parameters hold 4 KiB on every architecture");
+static_assert(sizeof(Upload) <= 4096, "kernel parameters hold 4 KiB on every architecture");
 
-struct Fp32 {
-  float* param;
-  const float* grad;
-  __device__ Fp32(const Batch& batch, int t, int64_t base)
-      : param(static_cast<float*>(batch.param[t]) + base), grad(static_cast<const float*>(batch.grad[t]) + base) {}
-  __device__ bool aligned() const { return ((uintptr_t(param) | uintptr_t(grad)) & 15) == 0; }
-  __device__ void one(int i, float* m, float* v, float factor, const AdamwHyper& h) const {
-    param[i] = adamw_element(param[i], grad[i], factor, m, v, nullptr, h);
-  }
-  __device__ void four(int i, float4& m, float4& v, float factor, const AdamwHyper& h) const {
-    float4 p = reinterpret_cast<const float4*>(param)[i];
-    const float4 g = reinterpret_cast<const float4*>(grad)[i];
-    p.x = adamw_element(p.x, g.x, factor, &m.x, &v.x, nullptr, h);
-    p.y = adamw_element(p.y, g.y, factor, &m.y, &v.y, nullptr, h);
-    p.z = adamw_element(p.z, g.z, factor, &m.z, &v.z, nullptr, h);
-    p.w = adamw_element(p.w, g.w, factor, &m.w, &v.w, nullptr, h);
-    reinterpret_cast<float4*>(param)[i] = p;
-  }
-};
-
-struct Bf16 {
-  uint16_t* param;
-  const uint16_t* grad;
-  int16_t* remainder;
-  __device__ Bf16(const Batch& batch, int t, int64_t base)
-      : param(static_cast<uint16_t*>(batch.param[t]) + base),
-        grad(static_cast<const uint16_t*>(batch.grad[t]) + base),
-        remainder(static_cast<int16_t*>(batch.residue[t]) + base) {}
-  __device__ bool aligned() const { return ((uintptr_t(param) | uintptr_t(grad) | uintptr_t(remainder)) & 7) == 0; }
-  __device__ static void update(uint16_t& p, int16_t& r, uint16_t g, float* m, float* v, float factor,
-                                const AdamwHyper& h) {
-    master_split(adamw_element(master_join(p, r), bf16_to_float(g), factor, m, v, nullptr, h), &p, &r);
-  }
-  __device__ void one(int i, float* m, float* v, float factor, const AdamwHyper& h) const {
-    uint16_t p = param[i];
-    int16_t r = remainder[i];
-    update(p, r, grad[i], m, v, factor, h);
-    param[i] = p;
-    remainder[i] = r;
-  }
-  __device__ void four(int i, float4& m, float4& v, float factor, const AdamwHyper& h) const {
-    ushort4 p = reinterpret_cast<const ushort4*>(param)[i];
-    short4 r = reinterpret_cast<const short4*>(remainder)[i];
-    const ushort4 g = reinterpret_cast<const ushort4*>(grad)[i];
-    update(p.x, r.x, g.x, &m.x, &v.x, factor, h);
-    update(p.y, r.y, g.y, &m.y, &v.y, factor, h);
-    update(p.z, r.z, g.z, &m.z, &v.z, factor, h);
-    update(p.w, r.w, g.w, &m.w, &v.w, factor, h);
-    reinterpret_cast<ushort4*>(param)[i] = p;
-    reinterpret_cast<short4*>(remainder)[i] = r;
-  }
-};
-
-// One block's chunk of `n` elements of one tensor.
-template <class Storage>
-__device__ void update_chunk(const Storage& storage, float* exp_avg, float* exp_avg_sq, int n, float factor,
-                             const AdamwHyper& h) {
-  int done = 0;
-  if (storage.aligned() && ((uintptr_t(exp_avg) | uintptr_t(exp_avg_sq)) & 15) == 0) {
-    for (int i = threadIdx.x; i < n / kVector; i += kThreads) {
-      float4 m = reinterpret_cast<const float4*>(exp_avg)[i], v = reinterpret_cast<const float4*>(exp_avg_sq)[i];
-      storage.four(i, m, v, factor, h);
-      reinterpret_cast<float4*>(exp_avg)[i] = m;
-      reinterpret_cast<float4*>(exp_avg_sq)[i] = v;
-    }
-    done = n / kVector * kVector;
-  }
-  for (int i = done + threadIdx.x; i < n; i += kThreads) storage.one(i, exp_avg + i, exp_avg_sq + i, factor, h);
+__global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ Upload upload) {
+  for (int i = threadIdx.x; i < upload.count; i += kThreads) upload.to[i] = upload.words[i];
 }
 
-struct Moment {  // fp32, or bf16 rounded stochastically
-  void* data;
-  bool narrow;
-  __device__ float load(int64_t i) const {
-    return narrow ? bf16_to_float(static_cast<const uint16_t*>(data)[i]) : static_cast<const float*>(data)[i];
+// Copies host memory into device memory without waiting; both in whole words.
+void upload(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  Upload piece;
+  for (size_t done = 0; done < bytes; done += sizeof piece.words) {
+    const size_t size = std::min(sizeof piece.words, bytes - done);
+    memcpy(piece.words, static_cast<const char*>(from) + done, size);
+    piece.to = reinterpret_cast<uint32_t*>(static_cast<char*>(to) + done);
+    piece.count = int32_t(size / sizeof piece.words[0]);
+    FASTFT_LAUNCH(upload_kernel, 1, kThreads, 0, stream, piece);
   }
-  __device__ void store(int64_t i, float value, uint16_t random) const {
-    if (narrow)
-      static_cast<uint16_t*>(data)[i] = bf16_stochastic(value, random);
-    else
-      static_cast<float*>(data)[i] = value;
-  }
-};
-
-// One element of a tensor that is kept in any way; `bits` are those of the streams.
-__device__ void update_any(const Batch& batch, int t, int64_t i, float factor, const AdamwHyper& h,
-                           const uint16_t (&bits)[3]) {
-  const bool narrow = batch.narrow_moments[t];
-  const Moment moments[3] = {
-      {batch.exp_avg[t], narrow}, {batch.exp_avg_sq[t], narrow}, {batch.max_exp_avg_sq[t], narrow}};
-  const auto rounding = static_cast<AdamwRounding>(batch.rounding[t]);
-  float* wide = static_cast<float*>(batch.param[t]) + i;
-  uint16_t* param = static_cast<uint16_t*>(batch.param[t]) + i;
-  int16_t* remainder = static_cast<int16_t*>(batch.residue[t]) + i;
-  uint16_t* compensation = static_cast<uint16_t*>(batch.residue[t]) + i;
-  float p;
-  if (rounding == kFp32)
-    p = *wide;
-  else if (rounding == kExact)
-    p = master_join(*param, *remainder);
-  else
-    p = rounding == kKahan ? kahan_join(*param, *compensation) : bf16_to_float(*param);
-  const float grad = rounding == kFp32 ? static_cast<const float*>(batch.grad[t])[i]
-                                       : bf16_to_float(static_cast<const uint16_t*>(batch.grad[t])[i]);
-  const bool amsgrad = batch.max_exp_avg_sq[t];
-  float m = moments[0].load(i), v = moments[1].load(i), w = amsgrad ? moments[2].load(i) : 0.0f;
-  p = amsgrad ? adamw_element(p, grad, factor, &m, &v, &w, h) : adamw_element(p, grad, factor, &m, &v, nullptr, h);
-  if (rounding == kFp32)
-    *wide = p;
-  else if (rounding == kExact)
-    master_split(p, param, remainder);
-  else if (rounding == kKahan)
-    kahan_split(p, param, compensation);
-  else
-    *param = rounding == kStochastic ? bf16_stochastic(p, bits[kStreamParam]) : bf16_nearest(p);
-  moments[0].store(i, m, bits[kStreamMoments]);
-  moments[1].store(i, v, swap_bytes(bits[kStreamMoments]));
-  if (amsgrad) moments[2].store(i, w, bits[kStreamMaxExpAvgSq]);
+  fastft::check_launch("adamw_");
 }
 
-__device__ void update_chunk_any(const Batch& batch, int t, int64_t base, int n, float factor, const AdamwHyper& h) {
-  const uint64_t first = uint64_t(batch.first[t] + base), block0 = first / 8;
-  const int blocks = int((first + n + 7) / 8 - block0);
-  for (int b = threadIdx.x; b < blocks; b += kThreads) {
-    uint16_t bits[3][8] = {};
-#pragma unroll
-    for (int stream = 0; stream < 3; stream++) {
-      const bool drawn = stream == kStreamParam ? batch.rounding[t] == kStochastic : batch.narrow_moments[t];
-      if (drawn) philox_bits<1>(block0 + b, uint32_t(h.step), stream, batch.seed, bits[stream]);
-    }
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-      const int64_t i = int64_t((block0 + b) * 8 + k - first);  // within the chunk
-      const uint16_t own[3] = {bits[0][k], bits[1][k], bits[2][k]};
-      if (i >= 0 && i < n) update_any(batch, t, base + i, factor, h, own);
-    }
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Batch batch) {
-  int t = 0;
-  for (int width = 32; width > 0; width /= 2)  // the last tensor whose first block is not after this one
-    if (t + width < batch.tensors && batch.first_block[t + width] <= blockIdx.x) t += width;
-  const int64_t base = int64_t(blockIdx.x - batch.first_block[t]) * kChunk;
-  const int64_t left = batch.numel[t] - base;
-  const int n = left < kChunk ? int(left) : kChunk;
-  const AdamwHyper h = batch.hyper[batch.row[t]];
-  const float factor = ft_mul(h.grad_sign, *batch.grad_factor);
-  float *exp_avg = static_cast<float*>(batch.exp_avg[t]) + base,
-        *exp_avg_sq = static_cast<float*>(batch.exp_avg_sq[t]) + base;
-  if (batch.narrow_moments[t] || batch.max_exp_avg_sq[t] || batch.rounding[t] > kExact)
-    update_chunk_any(batch, t, base, n, factor, h);
-  else if (batch.rounding[t] == kExact)
-    update_chunk(Bf16(batch, t, base), exp_avg, exp_avg_sq, n, factor, h);
-  else
-    update_chunk(Fp32(batch, t, base), exp_avg, exp_avg_sq, n, factor, h);
-}
-
-class Launcher {
+class Bound {
  public:
-  Launcher(cudaStream_t stream, const fastft::AdamwStep& step) : stream_(stream), hyper_(step.rows()) {
-    batch_.grad_factor = static_cast<const float*>(step.grad_factor.data());
-    batch_.seed = uint64_t(step.seed);
+  fastft::AdamwTensors tensors;
+
+  explicit Bound(fastft::AdamwTensors&& checked)
+      : tensors(std::move(checked)),
+        memory_(fastft::device_memory(int64_t(bytes(tensors)) + 16, tensors.device_index)) {
+    std::vector<uint32_t> first_block;
+    for (const AdamwTensor& t : tensors.rows) {
+      first_block.push_back(uint32_t(blocks_));
+      coded_ |= t.columns > 0;
+      blocks_ += t.columns ? (moment_blocks(t) + kCodedBlocks - 1) / kCodedBlocks : (t.numel + kChunk - 1) / kChunk;
+      FT_CHECK(blocks_ < (int64_t(1) << 31), "adamw_: %zu tensors have too many elements", tensors.rows.size());
+    }
+    const size_t n = tensors.rows.size();
+    step_.count = int32_t(n);
+    char* place = static_cast<char*>(memory_.mutable_data());
+    step_.tensors = reinterpret_cast<AdamwTensor*>(place);
+    step_.grads = reinterpret_cast<const void**>(place += n * sizeof(AdamwTensor));
+    step_.first_block = reinterpret_cast<uint32_t*>(place += n * sizeof(void*));
+    hyper_ = reinterpret_cast<AdamwHyper*>(place + n * sizeof(uint32_t));
+    const fastft::DeviceGuard guard(tensors.device_index);
+    const cudaStream_t stream = fastft::current_stream(tensors.device_index);
+    upload(const_cast<AdamwTensor*>(step_.tensors), tensors.rows.data(), n * sizeof(AdamwTensor), stream);
+    upload(const_cast<uint32_t*>(step_.first_block), first_block.data(), n * sizeof(uint32_t), stream);
   }
 
-  void add(const AdamwTensor& t) {
-    if (t.numel == 0) return;
-    const int64_t blocks = (t.numel + kChunk - 1) / kChunk;
-    FT_CHECK(blocks < (int64_t(1) << 31), "adamw_: a tensor of %lld elements is too large",
-             static_cast<long long>(t.numel));
-    const bool new_row = t.row != last_row_;
-    if (batch_.tensors == kTensors || (new_row && rows_ == kRows) || blocks_ + blocks >= (int64_t(1) << 31)) launch();
-    if (t.row != last_row_) {
-      batch_.hyper[rows_++] = hyper_[t.row];
-      last_row_ = t.row;
-    }
-    const int i = batch_.tensors++;
-    batch_.param[i] = t.param;
-    batch_.grad[i] = t.grad;
-    batch_.exp_avg[i] = t.exp_avg;
-    batch_.exp_avg_sq[i] = t.exp_avg_sq;
-    batch_.max_exp_avg_sq[i] = t.max_exp_avg_sq;
-    batch_.residue[i] = t.residue;
-    batch_.numel[i] = t.numel;
-    batch_.first[i] = t.first;
-    batch_.first_block[i] = static_cast<uint32_t>(blocks_);
-    batch_.row[i] = static_cast<uint8_t>(rows_ - 1);
-    batch_.rounding[i] = static_cast<uint8_t>(t.rounding);
-    batch_.narrow_moments[i] = t.narrow_moments;
-    blocks_ += blocks;
+  // A graph that has captured a step reads the table at every replay: then nobody may have its memory, ever.
+  ~Bound() {
+    if (in_graph_) memory_.handle = nullptr;
   }
 
-  void launch() {
-    if (blocks_ > 0) {
-      FASTFT_LAUNCH(adamw_kernel, static_cast<unsigned>(blocks_), kThreads, 0, stream_, batch_);
-      fastft::check_launch("adamw_");
+  // A step with the gradients that `tensors` has taken.
+  void run(const fastft::AdamwStep& hyper) {
+    if (blocks_ == 0) return;
+    FT_CHECK(hyper.grad_factor.device_index() == tensors.device_index, "adamw_: grad_factor is on another device");
+    const fastft::DeviceGuard guard(tensors.device_index);
+    const cudaStream_t stream = fastft::current_stream(tensors.device_index);
+    refresh_grads(stream);
+    step_.grad_factor = static_cast<const float*>(hyper.grad_factor.data());
+    step_.seed = uint64_t(hyper.seed);
+    step_.hyper = nullptr;
+    const size_t size = size_t(tensors.hyper_rows) * sizeof(AdamwHyper);
+    if (!hyper.hyper.on_cpu()) {
+      FT_CHECK(hyper.hyper.device_index() == tensors.device_index, "adamw_: hyper is on another device");
+      step_.hyper = hyper.rows();
+    } else if (tensors.hyper_rows <= kOwnRows) {
+      memcpy(step_.own, hyper.rows(), size);
+    } else {
+      upload(hyper_, hyper.rows(), size, stream);
+      step_.hyper = hyper_;
     }
-    batch_.tensors = rows_ = 0;
-    blocks_ = 0;
-    last_row_ = -1;
+    if (coded_)
+      FASTFT_LAUNCH(adamw_kernel<true>, unsigned(blocks_), kThreads, 0, stream, step_);
+    else
+      FASTFT_LAUNCH(adamw_kernel<false>, unsigned(blocks_), kThreads, 0, stream, step_);
+    fastft::check_launch("adamw_");
   }
 
  private:
-  cudaStream_t stream_;
-  const AdamwHyper* hyper_;
-  Batch batch_{};
-  int rows_ = 0;
-  int64_t blocks_ = 0, last_row_ = -1;
+  fastft::Tensor memory_;
+  Step step_{};
+  AdamwHyper* hyper_;
+  int64_t blocks_ = 0;
+  std::vector<const void*> grads_;  // in the table
+  bool in_graph_ = false, coded_ = false;
+
+  static size_t bytes(const fastft::AdamwTensors& tensors) {
+    const size_t hyper = tensors.hyper_rows > kOwnRows ? size_t(tensors.hyper_rows) * sizeof(AdamwHyper) : 0;
+    return tensors.rows.size() * (sizeof(AdamwTensor) + sizeof(void*) + sizeof(uint32_t)) + hyper;
+  }
+
+  void refresh_grads(cudaStream_t stream) {
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    cudaStreamIsCapturing(stream, &capturing);
+    in_graph_ |= capturing != cudaStreamCaptureStatusNone;
+    std::vector<const void*> grads;
+    for (const AdamwTensor& t : tensors.rows) grads.push_back(t.grad);
+    if (!in_graph_ && grads == grads_) return;  // a replay, which nobody sees here, writes those of its capture
+    grads_.swap(grads);
+    upload(const_cast<const void**>(step_.grads), grads_.data(), grads_.size() * sizeof(void*), stream);
+  }
 };
 
 void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
-  const fastft::AdamwCall call(stack, nargs);
-  const fastft::AdamwTensors& tensors = call.tensors;
-  if (tensors.rows.empty()) return;
-  FT_CHECK(call.step.grad_factor.device_index() == tensors.device_index, "adamw_: grad_factor is on another device");
-  const fastft::DeviceGuard guard(tensors.device_index);
-  Launcher launcher(fastft::current_stream(tensors.device_index), call.step);
-  for (const AdamwTensor& tensor : tensors.rows) launcher.add(tensor);
-  launcher.launch();
+  fastft::AdamwCall call(stack, nargs);
+  Bound(std::move(call.tensors)).run(call.step);
 }
 
-fastft::Kernel kernel_adamw("adamw_", adamw);
+// adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs,
+//            Tensor(e!)[] residues, Tensor table) -> int
+void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 6, "adamw_bind: 6 arguments expected, got %d", int(nargs));
+  const fastft::TensorList params(stack[0]), exp_avgs(stack[1]), exp_avg_sqs(stack[2]), max_exp_avg_sqs(stack[3]),
+      residues(stack[4]);
+  const fastft::Tensor table(stack[5]);
+  fastft::AdamwTensors tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
+  stack[0] = reinterpret_cast<StableIValue>(new Bound(std::move(tensors)));
+}
+
+// adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int: 0, or with nothing done 1
+// where a bound tensor has changed since and 2 where a gradient does not fit its parameter.
+void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 5, "adamw_bound_: 5 arguments expected, got %d", int(nargs));
+  const fastft::TensorList grads(stack[0]);
+  auto& bound = *reinterpret_cast<Bound*>(stack[4]);
+  const fastft::AdamwStep step(stack + 1, bound.tensors);
+  const int code = !bound.tensors.unchanged() ? 1 : bound.tensors.take(grads) >= 0 ? 2 : 0;
+  if (code == 0) bound.run(step);
+  stack[0] = StableIValue(code);
+}
+
+fastft::Kernel kernel_adamw("adamw_", adamw), kernel_bind("adamw_bind", bind), kernel_bound("adamw_bound_", step_bound);
 }  // namespace
+
+// Lets go of what adamw_bind returned.
+FASTFT_EXPORT void fastft_adamw_release(void* bound) { delete static_cast<Bound*>(bound); }

@@ -136,7 +136,6 @@ class AdamwTensors {
 
   AdamwTensor check_8bit(size_t i, Kept& kept, AdamwRounding rounding) {
     AdamwTensor row = check(i, kept, rounding, aoti_torch_dtype_int8(), aoti_torch_dtype_uint8());
-    FT_CHECK(device_index < 0, "adamw_: tensor %zu: there is no CUDA kernel for 8-bit moments", i);
     FT_CHECK(kept.param.dim() > 1 && kept.param.contiguous() && kept.exp_avg.contiguous() && !row.max_exp_avg_sq,
              "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of two dimensions without amsgrad", i);
     row.columns = row.numel ? row.numel / kept.param.size(0) : 0;

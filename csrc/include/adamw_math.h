@@ -21,7 +21,7 @@ struct AdamwHyper {
   float correction2_sqrt;  // sqrt(1 - beta2^t)
   float eps;
   float grad_sign;  // -1 to maximize
-  float step;       // t, for the random bits
+  float step;       // t, for the random bits; 0: nothing is updated
 };
 
 // How a parameter is kept; the op's `table` has these numbers.

@@ -41,6 +41,11 @@ AOTITorchError aoti_torch_get_size(AtenTensorHandle, int64_t, int64_t*);
 AOTITorchError aoti_torch_get_stride(AtenTensorHandle, int64_t, int64_t*);
 AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle, bool*);
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t*);
+AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t*);
+AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
+                                        AtenTensorHandle*);
+int32_t aoti_torch_device_type_cpu();
+int32_t aoti_torch_device_type_cuda();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_float16();
@@ -94,6 +99,7 @@ struct Tensor {  // owns its handle
   int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
   bool contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
   int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
+  bool on_cpu() const { return get<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu(); }
   int64_t size(int64_t d) const {
     int64_t n;
     FT_CALL(aoti_torch_get_size(handle, d, &n));

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.optim import checkpoint
+from fastft.optim import checkpoint, device_counts
 from fastft.optim.adamw_plan import MOMENTS, Plan, new_state
 from fastft.optim.adamw_update import Rounding
 from fastft.optim.grad_norm import clip_factor, grad_norm
@@ -43,20 +43,21 @@ class _Clipping(NamedTuple):
 class AdamW(torch.optim.Optimizer):
     """AdamW with torch's interface, fp32 moments, and bf16 parameters which follow fp32 AdamW to the last bit.
 
-    `state[p]` holds `step` (float32, on the CPU), `exp_avg`, `exp_avg_sq` (float32, or bfloat16 with `moments="bf16"`;
-    the shape of p), with amsgrad `max_exp_avg_sq` (likewise) and, for bf16 parameters, `remainder` (int16, with
-    `rounding="exact"`) or `kahan` (bfloat16). With `moments="8bit"`, `exp_avg` and `exp_avg_sq` are int8 and uint8
-    codes, and `exp_avg_scale`, `exp_avg_sq_scale` (float32, rows x blocks) go with them. State dicts of fp32 parameters
-    with fp32 moments load into `torch.optim.AdamW`, its state dicts load here, and saving and loading keeps every dtype
-    and bit; an optimizer with other `moments` converts what it loads.
+    `state[p]` holds `step` (float32, on the CPU unless `capturable`), `exp_avg`, `exp_avg_sq` (float32, or bfloat16
+    with `moments="bf16"`; the shape of p), with amsgrad `max_exp_avg_sq` (likewise) and, for bf16 parameters,
+    `remainder` (int16, with `rounding="exact"`) or `kahan` (bfloat16). With `moments="8bit"`, `exp_avg` and
+    `exp_avg_sq` are int8 and uint8 codes, and `exp_avg_scale`, `exp_avg_sq_scale` (float32, rows x blocks) go with
+    them. State dicts of fp32 parameters with fp32 moments load into `torch.optim.AdamW`, its state dicts load here, and
+    saving and loading keeps every dtype and bit; an optimizer with other `moments` converts what it loads.
 
-    torch's `GradScaler` is served through its attributes: with `found_inf` nothing is updated or counted and
-    `step_was_skipped` becomes True. A gradient that is NaN or Inf without a GradScaler spoils its own element, and with
-    clipping, as in torch, every element.
+    torch's `GradScaler` is served through its attributes: with `found_inf`, for which the step waits unless it is
+    `capturable`, nothing is updated or counted and `step_was_skipped` is True. A gradient that is NaN or Inf without a
+    GradScaler spoils its own element, and with clipping, as in torch, every element.
 
     Args:
         params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of any layout.
-        lr: learning rate; a one-element tensor is read at each step (which waits for the device if it is on one).
+        lr: learning rate; a one-element tensor is read at each step, which waits for the device if it is on one, unless
+            `capturable`.
         betas: decay of the running averages of the gradient and of its square, each in [0, 1); numbers or one-element
             tensors.
         eps: added to the denominator.
@@ -64,7 +65,10 @@ class AdamW(torch.optim.Optimizer):
         amsgrad: divide by the largest `exp_avg_sq` so far.
         maximize: ascend instead of descend.
         foreach: accepted for torch's signature, ignored: all tensors are always updated in one call.
-        capturable: has no effect on CPU parameters; not implemented for others.
+        capturable: where parameters are on a GPU, steps are counted there, so that a CUDA graph can capture `step`: the
+            replay counts, reads `lr` where that is a tensor on the GPU, and obeys GradScaler's `found_inf` without
+            waiting. impl "cuda" only. Take a step before capturing, and capture anew where groups, states or the
+            parameters that have a gradient have changed. No effect on CPU parameters.
         differentiable: must be False.
         fused: as foreach.
         moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; or "8bit", codes with a
@@ -79,17 +83,16 @@ class AdamW(torch.optim.Optimizer):
         seed: of stochastic rounding, in [0, 2^63); None draws one from torch's default generator where anything is
             rounded stochastically. Kept in the parameter groups and so in the state dict. Processes which train the
             same parameters need the same seed.
-        impl: "auto", "eager" (plain torch), "cpp" or "cuda"; an explicit one never falls back.
+        impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton"; an explicit one never falls back.
 
     Raises:
         TypeError: a parameter that is neither float32 nor bfloat16, or a hyper-parameter that is no number.
         ValueError: a hyper-parameter out of range, an option that is not implemented, an empty parameter list.
-        RuntimeError: at `step`, an explicit `impl` which is not available (says why), a sparse gradient, or
-            `capturable=True` where it is not implemented.
+        RuntimeError: at `step`, an explicit `impl` which is not available (says why), or a sparse gradient.
     """
 
     grad_norm: Tensor | None = None
-    step_was_skipped: bool = False
+    _skipped: bool | Tensor = False
 
     def __init__(
         self,
@@ -216,14 +219,14 @@ class AdamW(torch.optim.Optimizer):
             params, grads = list(compress(params, present)), list(compress(grads, present))
         clipping, self._clipping = self._clipping, None
         found_inf = getattr(self, "found_inf", None)
-        self.step_was_skipped = found_inf is not None and bool(found_inf)
-        if not grads or self.step_was_skipped:
+        self._skipped = False if found_inf is None else found_inf
+        if not grads or (found_inf is not None and not self._counted_there(grads) and self.step_was_skipped):
             return loss
         factor = self._grad_factor(grads, clipping)
         if self._plan is None or not self._plan.holds(self.param_groups, self.state, params, present):
             self._make_plan(present)
         seed = self.param_groups[0]["seed"] or 0
-        while not self._plan.step(self.param_groups, grads, factor, seed):  # type: ignore[union-attr]
+        while not self._plan.step(self.param_groups, grads, factor, seed, found_inf):  # type: ignore[union-attr]
             self._make_plan(present)
         torch.autograd.graph.increment_version(params)  # the kernels write outside autograd's sight
         return loss
@@ -231,6 +234,15 @@ class AdamW(torch.optim.Optimizer):
     def _make_plan(self, present: list[bool]) -> None:
         self._plan = None  # should the new one raise
         self._plan = Plan(self.param_groups, self.state, present, self.rounding, self.impl)
+
+    def _counted_there(self, grads: list[Tensor]) -> bool:
+        """Whether the device itself sees to it that a skipped step does nothing."""
+        return all(device_counts.counted_there(grad.device, self.param_groups) for grad in grads)
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether GradScaler had found NaN or Inf at the last step; where the device decided, this waits for it."""
+        return bool(self._skipped)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -1,8 +1,8 @@
 """What AdamW's steps over the same parameters share, found once and looked over again at every step.
 
-A plan holds for a step if parameters, groups and states are the very same objects as before; the C++ engine looks over
-their memory as well, because `p.data = ...` changes no object. Whatever differs makes a new plan: nothing is written
-through a pointer that was not checked in the same step.
+A plan holds for a step if parameters, groups and states are the very same objects as before; the native engines look
+over their memory as well, because `p.data = ...` changes no object. Whatever differs makes a new plan: nothing is
+written through a pointer that was not checked in the same step.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastft import _native
-from fastft.optim import moments_8bit
+from fastft import _native, ops
+from fastft.optim import device_counts, moments_8bit
 from fastft.optim.adamw_update import OP, RESIDUES, Rounding
+from fastft.optim.device_counts import DeviceCounts
 
 ALIGNMENT = 512  # each parameter's first random bits: whole blocks of the kernels
 MOMENTS = ("fp32", "bf16", "8bit")
@@ -93,10 +94,6 @@ class Plan:
         self.signature = _signature(groups)
         self.states = [_ready(state, param, groups[i], rounding) for param, i in found]
         self.steps = torch.tensor([float(entries["step"]) for entries in self.states], dtype=torch.float32)
-        for entries, view in zip(self.states, self.steps.unbind(), strict=True):
-            entries["step"] = view
-        self.every_state, self.entries = list(state.values()), _entries(self.states)
-        self.state_changes, self.steps_version = State.changes, self.steps._version
         self.sharded = any(hasattr(param, "to_local") for param in self.params)
         keys = list(zip((index for _, index in found), self.steps.tolist(), strict=True))
         self.rows = list(dict.fromkeys(keys))  # (group, steps done) of each row of the hyper table
@@ -105,18 +102,27 @@ class Plan:
             [self.rows.index(key), rounding_of(param, rounding), groups[key[0]]["amsgrad"], firsts[id(param)]]
             for param, key in zip(self.params, keys, strict=True)
         ]
-        by_device: dict[torch.device, list[int]] = {}
-        for i, param in enumerate(self.params):
-            by_device.setdefault(param.device, []).append(i)
-        capturable = [param.device for param, i in found if groups[i]["capturable"] and param.device.type != "cpu"]
-        if capturable:
-            raise RuntimeError(
-                f"capturable=True is not implemented on {capturable[0]}: the step counts live on the host"
-            )
+        by_device = _by_device(self.params)
+        self.counts = {
+            device: DeviceCounts(device, self.steps[positions].tolist(), self.rows)
+            for device, positions in by_device.items()
+            if device_counts.counted_there(device, groups)
+        }
+        views = dict(enumerate(self.steps.unbind()))
+        for device, counts in self.counts.items():
+            views |= zip(by_device[device], counts.steps.unbind(), strict=True)
+        for i, entries in enumerate(self.states):
+            entries["step"] = views[i]
+        self.every_state, self.entries = list(state.values()), _entries(self.states)
+        self.state_changes, self.versions = State.changes, self._versions()
         self.parts = [
             _Part(device, positions if len(by_device) > 1 else None, self, table, impl)
             for device, positions in by_device.items()
         ]
+
+    def _versions(self) -> list[int]:
+        """Others than before where somebody else has written a count."""
+        return [self.steps._version, *(counts.steps._version for counts in self.counts.values())]
 
     def holds(
         self, groups: list[dict[str, Any]], state: dict[Tensor, Any], params: list[Tensor], present: list[bool]
@@ -125,7 +131,7 @@ class Plan:
         if len(params) != len(self.params) or len(state) != len(self.every_state) or self.present != present:
             return False
         same = all(map(is_, params, self.params)) and all(map(is_, state.values(), self.every_state))
-        if not same or self.signature != _signature(groups) or self.steps_version != self.steps._version:
+        if not same or self.signature != _signature(groups) or self.versions != self._versions():
             return False
         if self.state_changes != State.changes:  # of this optimizer or of another
             if not all(map(is_, _entries(self.states), self.entries)):
@@ -134,18 +140,32 @@ class Plan:
         return all(part.holds() for part in self.parts)
 
     def step(
-        self, groups: list[dict[str, Any]], grads: Sequence[Tensor], grad_factor: Tensor | None, seed: int
+        self,
+        groups: list[dict[str, Any]],
+        grads: Sequence[Tensor],
+        grad_factor: Tensor | None,
+        seed: int,
+        found_inf: Tensor | None = None,
     ) -> bool:
-        """One update, counted; False, with nothing done, if parameters or states have other memory than before."""
-        hyper = torch.tensor([_hyper_row(groups[index], step + 1) for index, step in self.rows], dtype=torch.float32)
+        """One update, counted; False, with nothing done, if parameters or states have other memory than before.
+
+        Where counts live on the device, nothing is updated or counted if the one element of `found_inf` is not 0.
+        """
+        if len(self.counts) < len(self.parts):  # reading the counts or a learning rate of a device would wait for it
+            rows = [_hyper_row(groups[index], step + 1) for index, step in self.rows]
+            of_host = torch.tensor(rows, dtype=torch.float32)
         if self.sharded:
             grads = [_local(grad) for grad in grads]
         for part in self.parts:
+            counts = self.counts.get(part.device)
+            hyper = counts.hyper(groups, found_inf) if counts else of_host
             if not part.step(grads, hyper, grad_factor, seed):
                 return False
+            if counts:
+                counts.count()
         self.rows = [(index, step + 1) for index, step in self.rows]
         self.steps.add_(1)
-        self.steps_version = self.steps._version
+        self.versions = self._versions()
         return True
 
 
@@ -155,14 +175,12 @@ class _Part:
     def __init__(
         self, device: torch.device, positions: list[int] | None, plan: Plan, table: list[list[int]], impl: str
     ) -> None:
-        self.positions = positions
+        self.device, self.positions = device, positions
         chosen = range(len(plan.params)) if positions is None else positions
         self.originals = [plan.params[i] for i in chosen]
         self.params = [_local(param) for param in self.originals]
-        self.forms = [(param.dtype, param.shape) for param in self.params]
         states = [plan.states[i] for i in chosen]
         self.steps = [state["step"] for state in states]
-        self.step_pointers = [step.data_ptr() for step in self.steps]
         self.exp_avgs = [_local(state["exp_avg"]) for state in states]
         self.exp_avg_sqs = [_local(state["exp_avg_sq"]) for state in states]
         rows = [table[i] for i in chosen]
@@ -175,26 +193,36 @@ class _Part:
             for name in _residue_names(state, row[1])
         ]
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
-        if impl == "auto" and device.type == "cuda" and any(part.dtype == torch.int8 for part in self.exp_avgs):
-            impl = "eager"  # there is no CUDA kernel for 8-bit moments
         self.update = OP.implementation(impl, device)  # raises where an explicit engine is not there
         self.any_dtype = OP.reference if impl == "auto" else self.update  # of a gradient unlike its parameter's
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.bound: int | None = None
-        if OP.resolve(impl, device) == "cpp" and all(map(_same_layout, self.params, self.exp_avgs)):
+        engine = OP.resolve(impl, device)
+        if engine in ops.LIBRARIES and all(map(_same_layout, self.params, self.exp_avgs)):
             self.bound = torch.ops.fastft.adamw_bind.default(
                 self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues, self.table
             )
-            weakref.finalize(self, _release, self.bound)
+            weakref.finalize(self, _release, self.bound, ops.LIBRARIES[engine])
+        self.memory, self.first_count = self._memory(), self.steps[0].data_ptr()
+
+    def _memory(self) -> list[Any]:
+        """What shows that parameters or states have been given other memory or another form."""
+        states = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues, self.steps)
+        forms = [(param.dtype, param.shape, param.stride(), param.data_ptr()) for param in self.params]
+        return [*forms, *map(Tensor.data_ptr, chain(*states))]
 
     def holds(self) -> bool:
-        """Whether shards and, where the C++ engine does not look over all memory, forms and counts are as before."""
+        """Whether shards, memory and counts are as before.
+
+        A native engine looks over memory itself, just before it updates: enough where there is one device, but of
+        several none may be updated before all were looked over. Of counts it sees nothing. Looking at each would cost
+        more than the step of a small tensor, and whoever moves states by `.data = ...` moves all: the first tells.
+        """
         if self.originals[0] is not self.params[0] and not all(map(is_, map(_local, self.originals), self.params)):
             return False
-        return self.bound is not None or (
-            [(param.dtype, param.shape) for param in self.params] == self.forms
-            and [step.data_ptr() for step in self.steps] == self.step_pointers
-        )
+        if self.bound is None or self.positions is not None:
+            return self._memory() == self.memory
+        return self.steps[0].data_ptr() == self.first_count
 
     def step(self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int) -> bool:
         """Updates; False, with nothing done, if what is bound has other memory than before."""
@@ -218,6 +246,14 @@ class _Part:
             if param is not updated:
                 param.copy_(updated)
         return True
+
+
+def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
+    """The positions of the parameters on each device."""
+    positions: dict[torch.device, list[int]] = {}
+    for i, param in enumerate(params):
+        positions.setdefault(param.device, []).append(i)
+    return positions
 
 
 def _ready(state: dict[Tensor, Any], param: Tensor, group: dict[str, Any], rounding: str) -> State:
@@ -310,8 +346,8 @@ def _hyper_row(group: dict[str, Any], step: float) -> list[float]:
     ]
 
 
-def _release(bound: int) -> None:
-    library = _native.library("cpu")
+def _release(bound: int, kind: str) -> None:
+    library = _native.library(kind)
     if isinstance(library, ctypes.CDLL):
         library.fastft_adamw_release(ctypes.c_void_p(bound))
 

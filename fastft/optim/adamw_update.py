@@ -122,6 +122,8 @@ def _adamw_reference(
         decay, lerp_weight, beta2, one_minus_beta2, negative_step, correction2_sqrt, eps, sign, step = hyper[
             row
         ].tolist()
+        if step == 0:  # the device has found NaN or Inf
+            continue
         grad = grad.float() * (factor * sign)
         near = lerp_weight < 0.5  # torch's lerp starts from the nearer end
         m.copy_(_fma(grad - m, lerp_weight if near else lerp_weight - 1, m if near else grad))
@@ -187,9 +189,9 @@ OP = ops.Operator(
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed) "
     "-> ()",
     _adamw_reference,
-    engines=("cpp", "cuda"),
+    engines=("cpp", "cuda", "triton"),
 )
-# Of the C++ engine only: a step over tensors that were checked once and are kept (csrc/cpu/adamw.cpp says why).
+# Of the native engines only: a step over tensors that were checked once and are kept (csrc/cpu/adamw.cpp says why).
 ops.library.define(
     "adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
     "Tensor(e!)[] residues, Tensor table) -> int"

@@ -27,7 +27,7 @@ def _grad_norm_squared_reference(total: Tensor, grads: Sequence[Tensor]) -> None
 
 
 OP = ops.Operator(
-    "grad_norm_squared_(Tensor(a!) total, Tensor[] grads) -> ()", _grad_norm_squared_reference, engines=("cpp",)
+    "grad_norm_squared_(Tensor(a!) total, Tensor[] grads) -> ()", _grad_norm_squared_reference, engines=("cpp", "cuda")
 )
 
 
@@ -61,10 +61,10 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 def _total(grads: list[Tensor], impl: str) -> Tensor:
     """The sum of squares of tensors on one device."""
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    if impl == "eager" or OP.unavailable("cpp", total.device) is not None:
-        OP.reference(total, grads)
-    else:
+    if impl in ("auto", *ops.LIBRARIES) and OP.resolve("auto", total.device) != "eager":
         OP.native(total, [grad.contiguous() for grad in grads])
+    else:
+        OP.reference(total, grads)
     return total
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastft.ops import OPERATORS
+import fastft  # noqa: F401  (defines the operators)
 
 NAMESPACE = "fastft_emulated"
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -26,6 +26,7 @@ _SHIM = r"""
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*) { return 0; }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
+int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
 FASTFT_EXPORT int register_emulated(const char* name) {
   static TorchLibraryHandle library;
   int failed = aoti_torch_library_init_impl(name, "CPU", __FILE__, __LINE__, &library);
@@ -52,12 +53,14 @@ def build(folder: Path, sources: list[Path], flags: tuple[str, ...] = ()) -> Pat
 
 
 def operators(folder: Path) -> Any:
-    """`torch.ops.fastft_emulated`, with the kernels of csrc/cuda; once in a process."""
-    names = ("adamw_", "cross_entropy_rows")
+    """`torch.ops.fastft_emulated`, with the kernels of csrc/cuda; built in `folder` by the first call of a process."""
+    if hasattr(operators, "library"):
+        return getattr(torch.ops, NAMESPACE)
     definitions = torch.library.Library(NAMESPACE, "DEF")
-    for name in names:
-        definitions.define(str(OPERATORS[name].native._schema).partition("::")[2])
-    loaded = ctypes.CDLL(str(build(folder, [CSRC / "cuda/adamw.cu", CSRC / "cuda/cross_entropy.cu"])))
+    for name in ("adamw_", "adamw_bind", "adamw_bound_", "grad_norm_squared_", "cross_entropy_rows"):
+        definitions.define(str(getattr(torch.ops.fastft, name).default._schema).partition("::")[2])
+    sources = sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "library")
+    loaded = ctypes.CDLL(str(build(folder, sources)))
     assert loaded.register_emulated(NAMESPACE.encode()) == 0
     loaded.definitions = definitions  # a definition lives as long as its Library
     operators.library = loaded

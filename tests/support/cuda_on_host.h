@@ -3,7 +3,8 @@
 // Blocks run one after another. The threads of a block are fibers; each runs up to its next barrier or shuffle, in an
 // order that FASTFT_EMULATION_SEED shuffles, so that a missing barrier shows as a wrong result for some seed. A barrier
 // that not every thread reaches and a shuffle of lanes that do not all take part are errors. Shared memory is full of
-// NaN when a block begins. Not modelled: memory order between blocks, PTX, streams.
+// NaN when a block begins. Of launches with more blocks than FASTFT_EMULATION_FIRST_BLOCK only those from it on
+// run, to see the end of what is too large to compute. Not modelled: memory order between blocks, PTX, streams.
 #pragma once
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -46,6 +47,11 @@ constexpr int cudaSuccess = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 232448,
 inline int cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(int) { return ""; }
 inline int cudaDeviceGetAttribute(int* value, int attribute, int) { return *value = attribute, cudaSuccess; }
+using cudaStreamCaptureStatus = int;
+constexpr int cudaStreamCaptureStatusNone = 0;
+inline int cudaStreamIsCapturing(cudaStream_t, int* status) {
+  return *status = std::getenv("FASTFT_EMULATION_CAPTURES") != nullptr, cudaSuccess;
+}
 template <class Kernel>
 int cudaFuncSetAttribute(Kernel, int, int) {
   return cudaSuccess;
@@ -151,7 +157,10 @@ inline void launch(unsigned blocks, unsigned threads, size_t shared, std::functi
   std::vector<unsigned> order(blocks);
   for (unsigned i = 0; i < blocks; i++) order[i] = i;
   if (shuffled) std::shuffle(order.begin(), order.end(), random);
+  const char* first = std::getenv("FASTFT_EMULATION_FIRST_BLOCK");
+  const unsigned skipped = first ? unsigned(std::strtoul(first, nullptr, 10)) : 0;
   for (unsigned i : order) {
+    if (i < skipped && blocks > skipped) continue;
     block.block.x = i;
     run_block(random, shuffled);
   }

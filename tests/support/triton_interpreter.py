@@ -6,15 +6,16 @@
 
 Triton's own interpreter is corrected where its results differ from a GPU's in what our kernels use: bf16 is rounded to
 nearest even and not cut off, Python floats arrive as fp32 and not as fp64, an fma rounds once, NaN goes through max
-and min only where they say so. Every access must lie in a tensor argument, and no program may touch what another one
-has written, or write what another one has touched. Not shown: a missing barrier inside one program, and the GPU's
-approximations of exp2 and division. Nothing stays changed afterwards, so that the same process can compile the kernel.
+and min only where they say so. Every access must lie in a tensor argument or in `memory`, and no program may touch
+what another one has written, or write what another one has touched. Not shown: a missing barrier inside one program,
+and the GPU's approximations of exp2 and division. Nothing stays changed afterwards, so that the same process can
+compile the kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,14 +209,17 @@ def _patched(kernel: JITFunction) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interpreted(order: int | None = None) -> Iterator[list[Launch]]:
-    """Interprets every launch in the block and yields their list; `order` shuffles the programs of each."""
+def interpreted(order: int | None = None, memory: Sequence[torch.Tensor] = ()) -> Iterator[list[Launch]]:
+    """Interprets every launch in the block and yields their list; `order` shuffles the programs of each.
+
+    `memory`: tensors that kernels may touch beside their arguments, because they find their addresses in a table.
+    """
     launches: list[Launch] = []
     stock_run = JITFunction.run
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         global _current
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        tensors = [value for value in (*args, *kwargs.values(), *memory) if isinstance(value, torch.Tensor)]
         _current = Launch(grid, order, tensors=_extents(tensors))
         launches.append(_current)
         try:

@@ -1,0 +1,152 @@
+// fastft::grad_norm_squared_ on CUDA: sums of squares of fixed chunks, one block each, then one block that adds them
+// up; all in double and in an order that depends on sizes alone. Squares of float32 cannot leave double's range: the
+// sum is finite if and only if every gradient is. 190 gradients of any size for each launch, which travel as its
+// parameters; loads are of 16 bytes where a gradient lies on 16 bytes.
+#include <vector>
+
+#include "adamw_math.h"
+#include "launch.h"
+
+namespace {
+constexpr int kThreads = 256, kChunk = 16384, kTensors = 190;
+
+struct Batch {
+  const void* data[kTensors];
+  int64_t numel[kTensors];
+  uint32_t first_block[kTensors];
+  bool narrow[kTensors];
+  int32_t tensors;
+  double* sums;  // one for each block of this launch
+};
+static_assert(sizeof(Batch) <= 4096, "kernel parameters hold 4 KiB on every architecture");
+
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
+__device__ double widen(float value) { return value; }
+__device__ double widen(uint16_t value) { return bf16_to_float(value); }
+
+// The square of a float32 is exact in double: fused or not, this rounds once.
+template <class T>
+__device__ double add_squares(double sum, const T* grad, int n) {
+  constexpr int kSize = Vector<T>::kSize;
+  const bool aligned = (reinterpret_cast<uintptr_t>(grad) & 15) == 0;
+#pragma unroll 4
+  for (int k = threadIdx.x * kSize; k < n; k += kThreads * kSize) {
+    if (aligned && k + kSize <= n) {
+      const Vector<T> values = *reinterpret_cast<const Vector<T>*>(grad + k);
+#pragma unroll
+      for (int i = 0; i < kSize; i++) sum += widen(values.at[i]) * widen(values.at[i]);
+    } else {
+      for (int i = k; i < n && i < k + kSize; i++) sum += widen(grad[i]) * widen(grad[i]);
+    }
+  }
+  return sum;
+}
+
+// The sum over the block's threads, for its first thread.
+__device__ double sum_of_block(double sum) {
+  FASTFT_SHARED(shared);
+  double* sums = reinterpret_cast<double*>(shared);
+  sums[threadIdx.x] = sum;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+  }
+  return sums[0];
+}
+
+__global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ Batch batch) {
+  int low = 0;  // the last tensor whose first block is not after this one
+  for (int high = batch.tensors; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    (batch.first_block[middle] <= blockIdx.x ? low : high) = middle;
+  }
+  const int64_t chunk = int64_t(blockIdx.x - batch.first_block[low]) * kChunk, left = batch.numel[low] - chunk;
+  const int n = int(left < kChunk ? left : kChunk);
+  double sum = 0.0;
+  if (batch.narrow[low])
+    sum = add_squares(sum, static_cast<const uint16_t*>(batch.data[low]) + chunk, n);
+  else
+    sum = add_squares(sum, static_cast<const float*>(batch.data[low]) + chunk, n);
+  sum = sum_of_block(sum);
+  if (threadIdx.x == 0) batch.sums[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads) total_kernel(const double* sums, int64_t count, double* total) {
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += sums[i];
+  sum = sum_of_block(sum);
+  if (threadIdx.x == 0) *total = sum;
+}
+
+int64_t blocks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
+// Launches over all gradients, each with as many as its parameters hold.
+class Launcher {
+ public:
+  Launcher(double* sums, cudaStream_t stream) : stream_(stream) { batch_.sums = sums; }
+
+  void add(const fastft::Tensor& grad, int64_t numel) {
+    if (numel == 0) return;
+    FT_CHECK(blocks_of(numel) < (int64_t(1) << 31), "grad_norm_squared_: a gradient of %lld elements is too large",
+             static_cast<long long>(numel));
+    if (batch_.tensors == kTensors || blocks_ + blocks_of(numel) >= (int64_t(1) << 31)) launch();
+    const int i = batch_.tensors++;
+    batch_.data[i] = grad.data();
+    batch_.numel[i] = numel;
+    batch_.first_block[i] = uint32_t(blocks_);
+    batch_.narrow[i] = grad.dtype() == aoti_torch_dtype_bfloat16();
+    blocks_ += blocks_of(numel);
+  }
+
+  void launch() {
+    if (blocks_ > 0)
+      FASTFT_LAUNCH(squares_kernel, unsigned(blocks_), kThreads, kThreads * sizeof(double), stream_, batch_);
+    batch_.sums += blocks_;
+    batch_.tensors = 0;
+    blocks_ = 0;
+  }
+
+ private:
+  Batch batch_{};
+  cudaStream_t stream_;
+  int64_t blocks_ = 0;
+};
+
+// grad_norm_squared_(Tensor(a!) total, Tensor[] grads)
+void grad_norm_squared(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 2, "grad_norm_squared_: 2 arguments expected, got %d", int(nargs));
+  const fastft::Tensor total(stack[0]);
+  const fastft::TensorList grads(stack[1]);
+  FT_CHECK(total.dtype() == aoti_torch_dtype_float64() && total.numel() == 1,
+           "grad_norm_squared_: total must be one float64");
+  const int32_t device = total.device_index();
+  int64_t count = 0;
+  std::vector<fastft::Tensor> kept;  // a list gives each handle away once
+  for (size_t i = 0; i < grads.size; i++) {
+    kept.push_back(grads[i]);
+    const fastft::Tensor& grad = kept.back();
+    const bool narrow = grad.dtype() == aoti_torch_dtype_bfloat16();
+    FT_CHECK(
+        (narrow || grad.dtype() == aoti_torch_dtype_float32()) && grad.contiguous() && grad.device_index() == device,
+        "grad_norm_squared_: gradient %zu is not a contiguous float32 or bfloat16 tensor on the total's device", i);
+    count += blocks_of(grad.numel());
+  }
+  const fastft::DeviceGuard guard(device);
+  const cudaStream_t stream = fastft::current_stream(device);
+  const fastft::Tensor memory = fastft::device_memory((count + 1) * int64_t(sizeof(double)), device);
+  double* sums = static_cast<double*>(memory.mutable_data());
+  Launcher launcher(sums, stream);
+  for (const fastft::Tensor& grad : kept) launcher.add(grad, grad.numel());
+  launcher.launch();
+  double* result = static_cast<double*>(total.mutable_data());
+  FASTFT_LAUNCH(total_kernel, 1, kThreads, kThreads * sizeof(double), stream, sums, count, result);
+  fastft::check_launch("grad_norm_squared_");
+}
+
+fastft::Kernel kernel_grad_norm("grad_norm_squared_", grad_norm_squared);
+}  // namespace

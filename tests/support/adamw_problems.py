@@ -1,0 +1,139 @@
+"""Training with AdamW in every way of keeping values, for tests that compare engines bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fastft
+
+
+class Mode(NamedTuple):
+    dtype: torch.dtype
+    rounding: str
+    moments: str
+
+
+ROUNDINGS = ("exact", "kahan", "stochastic", "nearest")
+MODES = {
+    f"{'fp32' if dtype == torch.float32 else rounding}-{moments}": Mode(dtype, rounding, moments)
+    for dtype, roundings in ((torch.float32, ROUNDINGS[:1]), (torch.bfloat16, ROUNDINGS))
+    for rounding in roundings
+    for moments in ("fp32", "bf16", "8bit")
+}
+SIZES = (1, 3, 63, 507, 4097, 0, *[5] * 11, 1040)
+
+
+class Training:
+    """An optimizer over two groups, the second with amsgrad where that may be, on the CPU's random numbers whatever the
+    device. With 8-bit moments, which are for rows, a parameter has four of them, or three, or one.
+
+    `offset`: every tensor begins so many elements after a multiple of 16 bytes.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        impl: str,
+        *,
+        sizes: tuple[int, ...] = SIZES,
+        device: str = "cpu",
+        offset: int = 0,
+        **options: Any,
+    ) -> None:
+        self.generator, self.mode, self.offset = torch.Generator().manual_seed(0), mode, offset
+        self.params = [Parameter(self.random(size).to(device)) for size in sizes]
+        if offset:
+            self.params = [Parameter(_shifted(param.detach(), offset)) for param in self.params]
+        half = len(sizes) // 2
+        groups = [
+            {"params": self.params[:half], "weight_decay": 0.1},
+            {"params": self.params[half:], "lr": 3e-3, "betas": (0.4, 0.99), "maximize": True},
+        ]
+        groups[1]["amsgrad"] = mode.moments != "8bit"
+        kept = {"rounding": mode.rounding} if mode.dtype == torch.bfloat16 else {}
+        self.optimizer = fastft.AdamW(groups, impl=impl, seed=2**40 + 5, moments=mode.moments, **kept, **options)
+
+    def random(self, size: int) -> Tensor:
+        scale = 10 ** (torch.rand(size, generator=self.generator) * 6 - 4)
+        values = (torch.randn(size, generator=self.generator) * scale).to(self.mode.dtype)
+        rows = next(rows for rows in (4, 3, 1) if size % rows == 0)
+        return values.view(rows, -1) if self.mode.moments == "8bit" and size else values
+
+    def step(self, steps: int = 1) -> Training:
+        for _ in range(steps):
+            for param in self.params:
+                grad = self.random(param.numel()).to(param.device)
+                param.grad = _shifted(grad, self.offset) if self.offset else grad
+            self.optimizer.step()
+        return self
+
+    def values(self) -> list[Tensor]:
+        """Parameters and states, on the CPU."""
+        states = [entry for param in self.params for _, entry in sorted(self.optimizer.state[param].items())]
+        return [tensor.detach().cpu().clone() for tensor in (*self.params, *states)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(shape, np.uint8 if dtype.itemsize == 1 else np.int16)  # torch.zeros writes them
+    return torch.from_numpy(pages).view(dtype)
+
+
+class Past(NamedTuple):
+    """An update of a tensor with more than 2^31 elements, zeros but for the last, and of these alone.
+
+    Both are arguments of `adamw_`; nobody has written most pages of the large one, which take no memory on a CPU.
+    """
+
+    whole: tuple[Any, ...]
+    end: tuple[Any, ...]
+
+    def assert_same_ends(self) -> None:
+        for tensors, others in zip(self.whole[:6], self.end[:6], strict=True):
+            ends = [[tensor.reshape(-1)[-other.numel() :].cpu() for tensor, other in zip(tensors, others, strict=True)]]
+            assert_same_bits(*ends, [other.reshape(-1) for other in others])
+
+
+def past_two_to_the_31(coded: bool, device: str = "cpu") -> Past:
+    """Of a bf16 parameter, rounded stochastically, with 8-bit moments if `coded` and bf16 moments else."""
+    elements = 128 if coded else 70
+    shape, small = ((2**24 + 1, 128), (1, 128)) if coded else ((2**31 + 70,), (70,))
+    moments = [torch.int8, torch.uint8] if coded else [torch.bfloat16, torch.bfloat16]
+    whole = [_zeros(shape, dtype, device) for dtype in (torch.bfloat16, torch.bfloat16, *moments)]
+    scales = [torch.zeros(shape[0], 1, device=device) for _ in range(2 * coded)]
+    generator = torch.Generator().manual_seed(0)
+    for tensor in (*whole[:2], *(whole[2:] if not coded else [])):
+        tensor.view(-1)[-elements:] = torch.rand(elements, generator=generator).to(tensor)
+    end = [tensor.view(-1)[-elements:].cpu().clone().view(small) for tensor in whole]
+    ends_scales = [scale[-1:].cpu().clone() for scale in scales]
+    hyper = torch.tensor([[0.99, 0.1, 0.999, 0.001, -0.01, 0.03, 1e-8, 1.0, 1.0]])
+
+    def arguments(tensors: list[Tensor], scales: list[Tensor], first: int) -> tuple[Any, ...]:
+        table = torch.tensor([[0, 3, 0, first]])  # stochastic
+        return (
+            *([tensor] for tensor in tensors),
+            [],
+            scales,
+            table,
+            hyper,
+            torch.ones((), device=tensors[0].device),
+            5,
+        )
+
+    return Past(arguments(whole, scales, 0), arguments(end, ends_scales, 2**31))
+
+
+def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (ours, theirs)))
+
+
+def _shifted(tensor: Tensor, offset: int) -> Tensor:
+    return torch.cat([tensor.new_zeros(offset), tensor.view(-1)])[offset:].view(tensor.shape)
