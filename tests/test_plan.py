@@ -171,7 +171,12 @@ def test_explicit_engine_never_falls_back():
         plan_packs([1], 10, impl="cuda")
 
 
-def test_kernel_refuses_what_does_not_fit():
-    short = torch.empty(1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="outputs do not fit 3 lengths"):
-        PLAN.native(torch.tensor([1, 2, 3]), 10, 0, short, short, short, short)
+@pytest.mark.parametrize(
+    ("windows", "outputs", "message"),
+    [([0, 3], 1, "outputs do not fit 3 lengths"), ([0, 2], 3, "windows do not cover 3 lengths")],
+)
+def test_kernel_refuses_what_does_not_fit(windows, outputs, message):
+    made = torch.empty(outputs, dtype=torch.int64)
+    offsets, counts = torch.empty(outputs + 1, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=message):
+        PLAN.native(torch.tensor([1, 2, 3]), torch.tensor(windows), 10, 0, made, made.clone(), offsets, counts)

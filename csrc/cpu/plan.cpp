@@ -5,7 +5,13 @@
 // waiting longest among equals. Capacities are small integers: a bitset of those in use, with a second one over its
 // words, finds it in a few instructions.
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "shim.h"
 
@@ -86,15 +92,28 @@ class Capacities {  // FIFO queues of packs, one per remaining capacity
   std::vector<int32_t> head_, tail_, next_;
 };
 
+// Asks for large pages, before memory is first touched: half of the time of a large plan would go into page faults.
+void expect_use([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: it may fail
+#endif
+}
+
 struct Tables {  // what every window needs again
   Tables(int64_t most, int64_t max_tokens)
-      : order(most), pack_of(most), counts(max_tokens + 1, 0), next(max_tokens + 1) {}
+      : order(new int32_t[most]), pack_of(new int32_t[most]), counts(max_tokens + 1, 0), next(max_tokens + 1) {
+    expect_use(order.get(), most * sizeof(int32_t));
+    expect_use(pack_of.get(), most * sizeof(int32_t));
+  }
 
-  std::vector<int32_t> order;    // the numbers of the window's lengths from the longest to the shortest
-  std::vector<int32_t> pack_of;  // the pack of each of these
-  std::vector<int64_t> counts;   // how many have a length
-  std::vector<int64_t> next;     // where the next of a length goes in order
-  std::vector<int64_t> place;    // where the next entry of a pack goes
+  std::unique_ptr<int32_t[]> order;    // the numbers of the window's lengths from the longest to the shortest
+  std::unique_ptr<int32_t[]> pack_of;  // the pack of each of these
+  std::vector<int32_t> counts;         // how many have a length; all zero between windows
+  std::vector<int32_t> next;           // where the next of a length goes in order
+  std::vector<int32_t> places;         // where the next entry of a pack goes
 };
 
 // Fills order and counts; the longest length is returned.
@@ -109,7 +128,7 @@ int64_t decreasing(const Length* lengths, int64_t n, Tables& tables) {
     tables.counts[length]++;
     longest = std::max(longest, length);
   }
-  int64_t sum = 0;
+  int32_t sum = 0;
   for (int64_t length = longest; length > 0; length--) {
     tables.next[length] = sum;
     sum += tables.counts[length];
@@ -121,7 +140,7 @@ int64_t decreasing(const Length* lengths, int64_t n, Tables& tables) {
 // Fills pack_of and writes the size of pack p at offsets[p + 1]; returns the number of packs.
 int64_t assign(Capacities& capacities, Tables& tables, int64_t longest, int64_t max_tokens, int64_t max_sequences,
                int64_t* offsets) {
-  int32_t* pack_of = tables.pack_of.data();
+  int32_t* pack_of = tables.pack_of.get();
   int64_t packs = 0;
   for (int64_t length = longest; length > 0; length--) {
     int64_t capacity = max_tokens;
@@ -151,11 +170,14 @@ int64_t assign(Capacities& capacities, Tables& tables, int64_t longest, int64_t 
 // Writes the entries of the packs of a window that begins with example `first`, and clears counts.
 void gather(Tables& tables, int64_t longest, int64_t first, const int64_t* offsets, int64_t packs, int64_t* indices,
             int64_t* entry_lengths) {
-  tables.place.assign(offsets, offsets + packs);
+  indices += offsets[0];
+  entry_lengths += offsets[0];
+  tables.places.resize(packs);
+  for (int64_t p = 0; p < packs; p++) tables.places[p] = static_cast<int32_t>(offsets[p] - offsets[0]);
   int64_t k = 0;
   for (int64_t length = longest; length > 0; length--) {
-    for (int64_t& left = tables.counts[length]; left > 0; left--, k++) {
-      const int64_t place = tables.place[tables.pack_of[k]]++;
+    for (int32_t& left = tables.counts[length]; left > 0; left--, k++) {
+      const int32_t place = tables.places[tables.pack_of[k]]++;
       indices[place] = first + tables.order[k];
       entry_lengths[place] = length;
     }
@@ -171,6 +193,8 @@ void plan(const Length* lengths, const int64_t* windows, int64_t many, int64_t m
   for (int64_t w = 0; w < many; w++) most = std::max(most, windows[w + 1] - windows[w]);
   // a capacity beyond the sum of all lengths makes no difference, but the tables grow with it
   max_tokens = std::max<int64_t>(1, std::min(max_tokens, total));
+  expect_use(indices, windows[many] * sizeof(int64_t));
+  expect_use(entry_lengths, windows[many] * sizeof(int64_t));
   Tables tables(most, max_tokens);
   Capacities capacities(max_tokens);
   offsets[0] = 0;
