@@ -1,4 +1,4 @@
-"""Packs in groups of nearly equal cost, so that ranks that work on a group at the same time need not wait for each other.
+"""Packs in groups of nearly equal cost: ranks that work on one at the same time need not wait for each other.
 
 With n_s the lengths of a pack's sequences, its tokens sum n_s are what its linear layers cost and sum n_s^2 is what its
 attention costs. Best-fit packs have nearly equal tokens, but sum n_s^2 differs several times between them. Sorted by

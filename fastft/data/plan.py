@@ -190,8 +190,7 @@ def _entries(lengths: Tensor, max_tokens: int, overlong: str) -> tuple[Tensor | 
 
 def _windows(examples: int, window: int | None, entries: Tensor | None) -> Tensor:
     """The first entry of each window of so many examples, and the number of entries."""
-    edges = [0, examples] if window is None else [*range(0, examples, window), examples]
-    edges = torch.tensor(edges)
+    edges = torch.tensor([*range(0, examples, window or examples), examples])
     return edges if entries is None else torch.searchsorted(entries, edges)
 
 
@@ -201,7 +200,7 @@ def generator_for(seed: int, epoch: int = 0) -> torch.Generator:
 
 
 def shuffled_order(windows: Tensor, generator: torch.Generator, group: int = 1) -> Tensor:
-    """An order of packs, int64 (packs,): groups of neighbours are shuffled within their window, and packs in a group.
+    """An order of packs, int64 (packs,), that shuffles groups of neighbours within their window.
 
     Args:
         windows: int64 (packs,), not decreasing, the window of each pack; that of a group is its first pack's.
@@ -210,11 +209,7 @@ def shuffled_order(windows: Tensor, generator: torch.Generator, group: int = 1) 
     """
     lots = torch.randperm(windows.numel() // group, generator=generator)
     groups = lots[windows[::group][lots].argsort(stable=True)]
-    if group == 1:
-        return groups
-    places = torch.repeat_interleave(torch.arange(groups.numel()), group)
-    within = (places * windows.numel() + torch.randperm(windows.numel(), generator=generator)).argsort()
-    return (groups[:, None] * group + torch.arange(group)).flatten()[within]
+    return (groups[:, None] * group + torch.arange(group)).flatten()
 
 
 def check_limits(max_tokens: Any, max_sequences: Any, overlong: Any) -> None:
