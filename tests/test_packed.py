@@ -216,7 +216,7 @@ def test_is_a_sequence():
         (iter(make()), TypeError, "pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one"),
         ({"train": make()}, TypeError, "got dict"),
         (from_list([{"text": "a"}]), ValueError, "example 0 has no input_ids"),
-        (from_list([{"input_ids": 3}]), ValueError, "input_ids must be lists of tokens, the dataset's are int64"),
+        (from_list([{"input_ids": 3}]), ValueError, "input_ids must be lists of tokens, the dataset's are int"),
         (from_list([{"input_ids": [1]}, {"input_ids": None}]), ValueError, "example 1 has no tokens"),
         (
             from_list(make()).with_format("numpy", columns=["labels"]),
