@@ -101,9 +101,10 @@ def loader(packed, **options) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(packed, collate_fn=lambda packs: len(packs), **options)
 
 
-def test_a_sampler_that_shuffles_is_noticed():
+@pytest.mark.parametrize("order", [{"balance": 4}, {"seed": 0}])
+def test_a_sampler_that_shuffles_is_noticed(order):
     lengths = np.random.default_rng(0).integers(1, 60, 300).tolist()
-    sequential = pack(examples_of(lengths), 64, balance=4)
+    sequential = pack(examples_of(lengths), 64, **order)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for epoch in range(2):
@@ -111,7 +112,7 @@ def test_a_sampler_that_shuffles_is_noticed():
             assert sum(loader(sequential, batch_size=4)) == len(sequential)
     for batch_size in (1, 4):
         with pytest.warns(UserWarning, match="train_sampling_strategy='sequential'"):
-            list(loader(pack(examples_of(lengths), 64, balance=4), batch_size=batch_size, shuffle=True))
+            list(loader(pack(examples_of(lengths), 64, **order), batch_size=batch_size, shuffle=True))
 
 
 @pytest.mark.parametrize("balance", [0, -1, 2.0, True])

@@ -95,7 +95,7 @@ def test_every_kind_of_dataset_gives_the_same_packs(kind):
 def test_batches_and_single_items_agree(kind):
     packed = pack(KINDS[kind](make()), 32, seed=1)
     collator = PackingCollator()
-    for p, one in zip([3, -1, 0], packed.__getitems__([3, -1, 0]), strict=True):
+    for p, one in zip([-5, 2, 4], packed.__getitems__([-5, 2, 4]), strict=True):
         assert collator([one])["input_ids"].tolist() == collator([packed[p]])["input_ids"].tolist()
 
 

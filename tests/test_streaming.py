@@ -137,9 +137,9 @@ def test_resumes_anywhere(kind, overlong):
         again = []
         for one in resumed:  # a state taken after resuming is as good
             again.append(one)
-            twice = stream(kind, lengths, overlong=overlong)
-            twice.load_state_dict(resumed.state_dict())
             if len(again) == 2:
+                twice = stream(kind, lengths, overlong=overlong)
+                twice.load_state_dict(resumed.state_dict())
                 assert ids(first + again) + ids(twice) == whole
         assert ids(first + again) == whole
         assert ids(resumed) == whole  # the next epoch begins at the beginning
@@ -210,7 +210,7 @@ def trainer_on(packed, tmp_path, **options) -> transformers.Trainer:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_dispatched_batches_are_refused(workers, tmp_path):
-    with pytest.raises(ValueError, match="accelerator_config=.'dispatch_batches': False"):
+    with pytest.raises(ValueError, match="'dispatch_batches': False"):
         trainer_on(stream("datasets"), tmp_path, dataloader_num_workers=workers).train()
     assert trainer_on(stream("datasets"), tmp_path, accelerator_config={"dispatch_batches": False}).train().metrics
 

@@ -136,18 +136,19 @@ class PackedDataset(Dataset[Pack]):
         return cut(example, start, length)
 
     def _watch_order(self, indices: list[int]) -> None:
-        """Warns where batches are not of neighbours, one after another, although packs are grouped by their cost."""
-        if self.group == 1 or self._last is None:
+        """Warns once where packs do not come in their order, although `seed` or `balance` made one."""
+        if self.seed is None or self._last is None:
             return
-        neighbours = indices == list(range(indices[0], indices[0] + len(indices)))
-        if neighbours and (indices[0] > self._last or indices[0] < self.group):
+        onwards = indices[0] > self._last or indices[0] < self.group  # or the next epoch begins
+        if onwards and indices == sorted(indices):
             self._last = indices[-1]
             return
         self._last = None
         warnings.warn(
-            "packs are grouped by cost (balance=), but the sampler takes them in another order; with Trainer: "
-            "TrainingArguments(train_sampling_strategy='sequential')",
-            stacklevel=2,
+            "packs are in the order of seed= and balance=, but the sampler takes them in another; with Trainer say "
+            "TrainingArguments(train_sampling_strategy='sequential') or leave seed= and balance= out; without it, call "
+            "set_epoch before each epoch",
+            stacklevel=3,
         )
 
 
@@ -179,8 +180,8 @@ def pack(
             consecutive packs cost nearly equal, and their number is a multiple of it, so that no rank gets a pack
             twice. The order is shuffled group by group, with seed 0 if there is none; it needs a sampler that keeps
             it, `TrainingArguments(train_sampling_strategy="sequential")`.
-        seed: shuffles the packs, anew in each epoch, the same way for the same seed and epoch; None leaves those of the
-            longest examples first (Trainer shuffles).
+        seed: shuffles the packs, anew in each epoch, the same way for the same seed and epoch; for a sampler that keeps
+            the order, too. None leaves those of the longest examples first (Trainer's own sampler shuffles).
         length_column: the column or key which says how many tokens an example has. None: they are counted, in a
             `datasets.Dataset` without reading them.
         open_packs: of an iterable dataset: packs that wait for more examples at the same time; 32 if None.
