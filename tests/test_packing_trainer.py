@@ -47,7 +47,7 @@ class Recorder(PackingCollator):
 
 
 def make_trainer(packed, tmp_path, **options) -> transformers.Trainer:
-    """A trainer whose collator is a Recorder, and which keeps in `counts` how many labels it takes a batch's step for."""
+    """A trainer with a Recorder as collator; its `counts` are the labels that each batch was told its step has."""
     config = transformers.LlamaConfig(
         vocab_size=97,
         hidden_size=8,
