@@ -22,6 +22,7 @@ from torch import Tensor
 from fastft import ops
 
 OVERLONG = ("error", "truncate", "split", "drop")
+LARGEST_TABLES = 2**26  # the kernel keeps 20 bytes per token of capacity: beyond, sorted lists are better
 
 
 def plan_reference(
@@ -257,9 +258,12 @@ def plan_packs(
     """
     check_limits(max_tokens, max_sequences, overlong)
     check_positive("window", window)
-    plan = PLAN.implementation(impl, torch.device("cpu"))
+    PLAN.resolve(impl, torch.device("cpu"))
     checked = _checked_lengths(lengths)
     examples, starts, sizes = _entries(checked, max_tokens, overlong)
+    if impl == "auto" and max_tokens > LARGEST_TABLES and int(sizes.sum()) > LARGEST_TABLES:
+        impl = "eager"
+    plan = PLAN.implementation(impl, torch.device("cpu"))
     windows = _windows(checked.numel(), window, examples)
     indices, entry_lengths, offsets = (torch.empty(sizes.numel() + extra, dtype=torch.int64) for extra in (0, 0, 1))
     counts = torch.empty(windows.numel() - 1, dtype=torch.int64)
