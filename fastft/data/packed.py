@@ -67,7 +67,7 @@ class PackedDataset(Dataset[Pack]):
 
     def _forget(self) -> None:
         """Resets what each process makes or notes for itself."""
-        self._rows: Any = None
+        self._rows: tuple[Any, Any] | None = None  # the dataset, and its view of Arrow tables
         self._drawn: tuple[int, PackPlan] | None = None
         self._last: int | None = -1  # the pack that a batch last ended with; None: no longer watched
 
@@ -121,9 +121,10 @@ class PackedDataset(Dataset[Pack]):
     def _fetch(self, examples: list[int]) -> list[dict[str, Any]]:
         if is_arrow(self.dataset) and self.dataset.format["type"] != "custom":
             # straight from Arrow, whatever the format: no Python object is made of a token
-            if self._rows is None:
-                self._rows = self.dataset.with_format("arrow", columns=self.dataset.format["columns"])
-            return _arrow_examples(self._rows[examples])
+            if self._rows is None or self._rows[0] is not self.dataset:
+                # kept, because making it costs more than to fetch a batch
+                self._rows = self.dataset, self.dataset.with_format("arrow", columns=self.dataset.format["columns"])
+            return _arrow_examples(self._rows[1][examples])
         fetch = getattr(self.dataset, "__getitems__", None)
         return fetch(examples) if fetch else [self.dataset[example] for example in examples]
 
