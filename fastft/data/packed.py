@@ -167,8 +167,8 @@ def pack(
 ) -> PackedDataset | PackedStream:
     """A packed view of `dataset`: examples grouped so that each group has at most `max_tokens` tokens.
 
-    Goes into `Trainer(train_dataset=...)` together with `PackingCollator`, with as many packs per batch as
-    `per_device_train_batch_size` says. `len` is exact; an iterable dataset gives an iterable one, without a length.
+    Goes into `Trainer(train_dataset=...)` together with `PackingCollator`; a batch has `per_device_train_batch_size`
+    packs. `len` is exact; an iterable dataset gives an iterable one, without a length.
 
     Args:
         dataset: a list, a map-style torch dataset or a `datasets.Dataset` of dicts with `input_ids`; or an iterable
@@ -198,19 +198,23 @@ def pack(
         _only_for("a map-style dataset", window=window, balance=balance, seed=seed, length_column=length_column)
         slots = open_packs or OPEN_PACKS
         return PackedStream(dataset, max_tokens, overlong=overlong, max_sequences=max_sequences, open_packs=slots)
+    _only_for("an iterable dataset", open_packs=open_packs)
+    lengths = scan_lengths(_checked_dataset(dataset), length_column)
+    plan = plan_packs(lengths, max_tokens, overlong=overlong, max_sequences=max_sequences, window=window)
+    if balance is not None:
+        plan, seed = balanced(plan, balance, max_sequences), seed or 0
+    return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=overlong in CUTTING)
+
+
+def _checked_dataset(dataset: Any) -> Any:
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
         raise TypeError(
             f"pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one of torch or datasets, "
             f"got {type(dataset).__name__}"
         )
-    _only_for("an iterable dataset", open_packs=open_packs)
     if len(dataset) == 0:
         raise ValueError("dataset is empty: there is nothing to pack")
-    lengths = scan_lengths(dataset, length_column)
-    plan = plan_packs(lengths, max_tokens, overlong=overlong, max_sequences=max_sequences, window=window)
-    if balance is not None:
-        plan, seed = balanced(plan, balance, max_sequences), seed or 0
-    return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=overlong in CUTTING)
+    return dataset
 
 
 def _only_for(kind: str, **options: Any) -> None:
