@@ -22,19 +22,26 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class _Examples:
-    """Where the examples of a batch lie in its flattened tokens, (E,) each, and their labels."""
+    """The examples of a batch: which of its segments they are, (E,), where segments begin and end, and labels."""
 
-    first: Tensor
-    end: Tensor
+    segments: Tensor
+    boundaries: Tensor
     labels: Tensor | None
+
+    @property
+    def first(self) -> Tensor:
+        return self.boundaries[self.segments]
+
+    @property
+    def last(self) -> Tensor:
+        return self.boundaries[self.segments + 1] - 1
 
 
 def _examples_of(kwargs: dict[str, Any]) -> _Examples:
     boundaries, segments = kwargs.get("cu_seq_lens_q"), kwargs.pop("label_segments")
     if boundaries is None:
         raise ValueError("the batch has label_segments but no cu_seq_lens_q: it must come from PackingCollator")
-    boundaries = boundaries.long()
-    return _Examples(boundaries[:-1][segments], boundaries[1:][segments], kwargs.get("labels"))
+    return _Examples(segments, boundaries.long(), kwargs.get("labels"))
 
 
 def _transformers_model(model: Any) -> nn.Module:
@@ -96,9 +103,9 @@ class SegmentPooling:
         flat = hidden_states.flatten(0, 1)
         if not self._means:
             return flat[examples.first][:, None]
-        sums = nn.functional.pad(flat.double().cumsum(0), (0, 0, 1, 0))
-        lengths = (examples.end - examples.first)[:, None]
-        return ((sums[examples.end] - sums[examples.first]) / lengths).to(flat.dtype)[:, None]
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        means = torch.segment_reduce(flat.to(wide), "mean", lengths=examples.boundaries.diff())
+        return means[examples.segments][:, None].to(flat.dtype)
 
     def _before_pooler(self, pooler: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None if self._examples is None else (self._pooled(args[0], self._examples), *args[1:])
@@ -112,7 +119,7 @@ class SegmentPooling:
 
     def _after_score(self, head: nn.Module, args: Any, output: Tensor) -> None:
         if self._examples is not None:
-            self._scores = output.flatten(0, 1)[self._examples.end - 1]
+            self._scores = output.flatten(0, 1)[self._examples.last]
 
     def _after(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         examples, scores, self._examples, self._scores = self._examples, self._scores, None, None
@@ -130,8 +137,8 @@ class SegmentPooling:
     def _whole_rows(self, input_ids: Tensor) -> Iterator[None]:
         """The next forward sees one example in each row."""
         rows, tokens = input_ids.shape
-        first = torch.arange(rows, device=input_ids.device) * tokens
-        self._examples = _Examples(first, first + tokens, None)
+        boundaries = torch.arange(rows + 1, device=input_ids.device) * tokens
+        self._examples = _Examples(torch.arange(rows, device=input_ids.device), boundaries, None)
         yield
 
 
