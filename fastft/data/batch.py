@@ -8,8 +8,8 @@ tokens too: `FlatBatch` leaves these out and has them made on the device, with o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +19,18 @@ from fastft.data.boundaries import IGNORE_INDEX, packed_boundaries
 
 
 class PackedBatch(dict[str, Any]):
-    """A batch of `PackingCollator`: a dict for the model.
+    """A batch of `PackingCollator`: a dict for the model, and `counted`."""
 
-    Attributes:
-        counted: how many labels are not -100, as an integer of the host: the divisor of a mean over micro-batches, and
-            what `linear_cross_entropy(max_counted=...)` takes. None where the batch has no labels. A copy of the dict,
-            as `Trainer` makes one, has not got it.
-    """
+    count: Callable[[], int] | None = None
 
-    counted: int | None = None
+    @property
+    def counted(self) -> int | None:
+        """How many labels are not -100, counted on the host when asked for; a GPU that holds the batch is not waited for.
+
+        It is the divisor of a mean over micro-batches, and what `linear_cross_entropy(max_counted=...)` takes. None
+        where the batch has no labels, and for a copy of the dict, as `Trainer` makes one.
+        """
+        return None if self.count is None else self.count()
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`; accelerate calls this."""
@@ -37,7 +40,7 @@ class PackedBatch(dict[str, Any]):
         )
         if self["cu_seq_lens_k"] is self["cu_seq_lens_q"]:
             moved["cu_seq_lens_k"] = moved["cu_seq_lens_q"]
-        moved.counted = self.counted
+        moved.count = self.count
         return moved
 
 
@@ -90,14 +93,14 @@ class FlatBatch:
         shapes: their names and shapes, in order.
         others: what is no integer, by key.
         expansion: how they become a batch.
-        counted: as in `PackedBatch`.
+        count: as in `PackedBatch`.
     """
 
     integers: Tensor
     shapes: dict[str, torch.Size]
     others: dict[str, Any]
     expansion: Expansion
-    counted: int | None = field(default=None)
+    count: Callable[[], int] | None = None
 
     @staticmethod
     def of(integers: dict[str, Tensor], others: dict[str, Any], expansion: Expansion) -> FlatBatch:
@@ -108,7 +111,7 @@ class FlatBatch:
     def pin_memory(self) -> FlatBatch:
         """The same in pinned memory, from where copies to a GPU do not wait."""
         others = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in self.others.items()}
-        return FlatBatch(self.integers.pin_memory(), self.shapes, others, self.expansion, self.counted)
+        return FlatBatch(self.integers.pin_memory(), self.shapes, others, self.expansion, self.count)
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """The batch on `device`: one copy of the integers, and what follows from them computed there."""
@@ -122,17 +125,17 @@ class FlatBatch:
             for key, value in self.others.items()
         }
         batch = self.expansion(columns, others)
-        batch.counted = self.counted
+        batch.count = self.count
         return batch
 
 
 def count_labels(labels: Tensor | None, lengths: list[int], ignored: list[int]) -> int:
-    """How many labels will count after the first `ignored` of each segment are ignored; of padding none does.
+    """How many labels count after the first `ignored` of each segment are ignored.
 
     Args:
-        labels: int64 (T,), padding is -100 already; None where every token is its own label.
+        labels: int64 (R, T), -100 in padding; None where every token is its own label.
         lengths: tokens of each segment.
-        ignored: labels to be ignored of each segment.
+        ignored: labels to be ignored of each segment: none, the first, or all of padding.
     """
     if labels is None:
         return sum(lengths) - sum(ignored)

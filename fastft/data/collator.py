@@ -7,6 +7,7 @@ mask: in transformers one disables the detection of packed sequences, and so doe
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterable
@@ -232,11 +233,6 @@ class PackingCollator:
         longest = max(layout.lengths)
         others |= {"max_length_q": longest, "max_length_k": longest, "use_cache": False}
         others |= {key: tensor for key, tensor in flat.items() if key not in integers}
-        counted: int | None = None
-        if source is not None:
-            counted = count_labels(flat.get("labels"), layout.lengths, ignored)
-        elif "labels" in flat:
-            counted = int((flat["labels"] != IGNORE_INDEX).sum())
         expansion = Expansion(source, self.position_ids_start, self.impl)
         batch: PackedBatch | FlatBatch
         if self.expand_on_device:
@@ -245,5 +241,6 @@ class PackingCollator:
             batch = expansion(integers, others)
             if self.supervised_only:
                 batch |= _supervised(batch["labels"])
-        batch.counted = counted
+        if source is not None or "labels" in flat:
+            batch.count = functools.partial(count_labels, flat.get("labels"), layout.lengths, ignored if of_tokens else [])
         return batch

@@ -118,6 +118,14 @@ def columns_of(examples: list[dict[str, Any]], required: Sequence[str] = ()) -> 
     return columns
 
 
+def _are_vectors(values: list[Any]) -> bool:
+    """Whether all values are lists, or all one-dimensional arrays or tensors: the usual columns, without a loop."""
+    try:
+        return {*map(type, values)} == {list} or [value.ndim for value in values].count(1) == len(values)
+    except AttributeError:
+        return False
+
+
 def _check_vector(key: str, index: int, value: Any) -> None:
     if not hasattr(value, "__len__") or isinstance(value, str | dict) or getattr(value, "ndim", 1) != 1:
         shape = getattr(value, "shape", None)
@@ -131,7 +139,7 @@ def lengths_of(key: str, values: list[Any]) -> list[int]:
     Raises:
         ValueError: a value is not one-dimensional or empty, or together they are longer than int32 can count.
     """
-    if {*map(type, values)} != {list} and any(getattr(value, "ndim", 0) != 1 for value in values):
+    if not _are_vectors(values):
         for index, value in enumerate(values):
             _check_vector(key, index, value)
     lengths = [*map(len, values)]
@@ -146,12 +154,8 @@ def lengths_of(key: str, values: list[Any]) -> list[int]:
 
 def check_lengths(key: str, values: list[Any], lengths: list[int], of: str) -> None:
     """Raises ValueError unless the values of `key` are as long as those of the column `of`, `lengths`."""
-    try:
-        if [*map(len, values)] == lengths and not any(isinstance(value, str | dict) for value in values[:1]):
-            if {*map(type, values)} == {list} or all(getattr(value, "ndim", 1) == 1 for value in values):
-                return
-    except TypeError:  # a value has no length
-        pass
+    if _are_vectors(values) and [*map(len, values)] == lengths:
+        return
     for index, value in enumerate(values):
         _check_vector(key, index, value)
         if len(value) != lengths[index]:
