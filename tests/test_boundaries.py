@@ -44,7 +44,7 @@ def test_large_batches_run_in_parallel_with_the_same_result() -> None:
 def test_kernel_refuses_lengths_that_do_not_add_up(lengths: list[int]) -> None:
     source, given = torch.arange(3), torch.tensor(lengths)
     out = torch.empty(3), torch.empty(3), torch.empty(3, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="lengths (do not )?add up to"):
+    with pytest.raises(RuntimeError, match=r"lengths (do not )?add up to"):
         BOUNDARIES.native(
             given, given, source, 0, *(x.long() for x in out[:2]), out[2], torch.empty(len(lengths) + 1).int()
         )

@@ -36,7 +36,11 @@ MODELS = {
 LABELS = {
     "classes": (3, None, [0, 2, 1, 1, 2]),
     "regression": (1, "regression", [0.5, -1.0, 2.0, 0.0, 1.5]),
-    "several": (3, "multi_label_classification", [[1.0, 0.0, 1.0], [0.0] * 3, [1.0] * 3, [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
+    "several": (
+        3,
+        "multi_label_classification",
+        [[1.0, 0.0, 1.0], [0.0] * 3, [1.0] * 3, [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]],
+    ),
 }
 
 
@@ -98,7 +102,9 @@ def results(model: torch.nn.Module, logits: torch.Tensor, loss: torch.Tensor) ->
 
 
 # transformers refuses several rows where there is no padding token
-@pytest.mark.parametrize(("name", "rows"), [(n, r) for n in MODELS for r in (1, 2) if (n, r) != ("llama without padding", 2)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [(n, r) for n in MODELS for r in (1, 2) if (n, r) != ("llama without padding", 2)]
+)
 @pytest.mark.parametrize("labels", LABELS)
 def test_equals_one_example_at_a_time(name: str, labels: str, rows: int) -> None:
     model = make(name, labels)
@@ -154,7 +160,10 @@ def test_models_that_pool_otherwise_are_refused() -> None:
     for model, message in (
         (make("bert").bert, "BertModel is no transformers model for sequence classification"),
         (torch.nn.Linear(2, 2), "Linear is no transformers model"),
-        (transformers.XLNetForSequenceClassification(config), "XLNetForSequenceClassification is no transformers model"),
+        (
+            transformers.XLNetForSequenceClassification(config),
+            "XLNetForSequenceClassification is no transformers model",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             fastft.pool_segments(model)

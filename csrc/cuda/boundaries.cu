@@ -1,4 +1,4 @@
-// fastft::packed_boundaries on CUDA: two launches and no wait for the device, so that lengths may still be on their way.
+// fastft::packed_boundaries on CUDA: two launches and no wait for the device, which may still receive the lengths.
 //
 // The first adds up the lengths in one block: 8 bytes read and 4 written a segment. The second finds the segment of
 // each token by bisection of these sums, which stay in the cache, and writes 20 bytes a token beside the 8 that it

@@ -25,7 +25,7 @@ class PackedBatch(dict[str, Any]):
 
     @property
     def counted(self) -> int | None:
-        """How many labels are not -100, counted on the host when asked for; a GPU that holds the batch is not waited for.
+        """How many labels are not -100: counted on the host, when asked for, without waiting for a GPU.
 
         It is the divisor of a mean over micro-batches, and what `linear_cross_entropy(max_counted=...)` takes. None
         where the batch has no labels, and for a copy of the dict, as `Trainer` makes one.

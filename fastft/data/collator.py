@@ -82,13 +82,18 @@ class PackingCollator:
     | `use_cache` | False |
     | other keys | int64 or the array's floating-point dtype (float32 from lists), (R, T) |
 
-    | task | labels |
-    |---|---|
-    | `causal_lm` | n in an example, else its input_ids; the model shifts them, so each example's first is ignored |
-    | `token_classification` | n in an example; all kept |
-    | `masked_lm` | drawn, as `DataCollatorForLanguageModeling` draws them; without `tokenizer` the examples' own, kept |
-    | `sequence_classification` | one number or C of them, as `labels` or `label`: (E,) or (E, C) for E examples as they lie, with `label_segments` int64 (E,), their segments; the model needs `fastft.pool_segments` |
-    | `seq2seq` | m in an example; (R, U) with `decoder_input_ids` int64 (R, U), `decoder_cu_seq_lens` int32 (S + 1,), `decoder_max_length`; the other keys are the encoder's |
+    What labels are depends on the task:
+
+    - `causal_lm`: n in an example, else its input_ids. The model shifts them: each example's first one is ignored.
+    - `token_classification`: n in an example, all kept; without them the batch has none.
+    - `masked_lm`: drawn as transformers' `DataCollatorForLanguageModeling` does it, which changes input_ids; without
+      `tokenizer` the examples are masked already and have n labels, all kept.
+    - `sequence_classification`: a number, or C of them, as `labels` or `label`. The batch's are (E,) or (E, C) for E
+      examples in the order in which they lie, int64 or float32; `label_segments`, int64 (E,), are their segments. The
+      model needs `fastft.pool_segments`.
+    - `seq2seq`: m in an example. The batch's are (R, U), with `decoder_input_ids` int64 (R, U), `decoder_cu_seq_lens`
+      int32 (S + 1,), `decoder_max_length` int; all other keys are the encoder's. For models with
+      `attn_implementation="fastft"`, which keeps decoder, encoder and what is between them apart by these boundaries.
 
     With `supervised_only` there are also `logits_to_keep`, bool (R, T), whether the token after has a label, and
     `shift_labels`, int64 (K,), these labels: the model computes hidden states for all tokens, but logits for K alone;
@@ -213,7 +218,11 @@ class PackingCollator:
                 columns["special_tokens_mask"] = [*map(masking.special_tokens, columns["input_ids"])]
         elif self.task == "masked_lm" and "labels" not in columns:
             raise ValueError("task 'masked_lm' needs tokenizer, or examples that have labels already")
-        fills = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "special_tokens_mask": int(masking is not None)}
+        fills = {
+            "input_ids": self.pad_token_id,
+            "labels": IGNORE_INDEX,
+            "special_tokens_mask": int(masking is not None),
+        }
         flat = {key: flatten(key, layout.arrange(values, fills.get(key, 0))) for key, values in columns.items()}
         for key in ("input_ids", "labels"):
             if key in flat and flat[key].is_floating_point():
@@ -242,5 +251,7 @@ class PackingCollator:
             if self.supervised_only:
                 batch |= _supervised(batch["labels"])
         if source is not None or "labels" in flat:
-            batch.count = functools.partial(count_labels, flat.get("labels"), layout.lengths, ignored if of_tokens else [])
+            batch.count = functools.partial(
+                count_labels, flat.get("labels"), layout.lengths, ignored if of_tokens else []
+            )
         return batch

@@ -147,7 +147,7 @@ def lengths_of(key: str, values: list[Any]) -> list[int]:
         raise ValueError(f"example {lengths.index(0)} has no tokens: {key} is empty")
     if sum(lengths) > MAX_TOKENS:
         raise ValueError(
-            f"the {len(lengths)} examples of the batch have {sum(lengths)} {key}, int32 boundaries count to {MAX_TOKENS}"
+            f"the {len(lengths)} examples of the batch have {sum(lengths)} {key}, int32 boundaries count {MAX_TOKENS}"
         )
     return lengths
 

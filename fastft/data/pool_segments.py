@@ -74,8 +74,9 @@ class SegmentPooling:
             self._hooks.append(head.register_forward_hook(self._after_score))
         else:
             self._hooks.append(base.register_forward_hook(self._after_base))
-            if isinstance(getattr(base, "pooler", None), nn.Module):
-                self._hooks.append(base.pooler.register_forward_pre_hook(self._before_pooler))
+            pooler = getattr(base, "pooler", None)
+            if isinstance(pooler, nn.Module):
+                self._hooks.append(pooler.register_forward_pre_hook(self._before_pooler))
 
     def __enter__(self) -> SegmentPooling:
         return self
@@ -142,7 +143,7 @@ class SegmentPooling:
         yield
 
 
-def _check(model: nn.Module, pooling: SegmentPooling) -> None:
+def _check(model: Any, pooling: SegmentPooling) -> None:
     """Raises ValueError unless unpacked examples have the same logits with the hooks as without."""
     config = model.config.get_text_config()
     tokens = [token for token in range(min(config.vocab_size, 64)) if token != config.pad_token_id]
@@ -161,7 +162,7 @@ def _check(model: nn.Module, pooling: SegmentPooling) -> None:
     scale = stock.abs().max()
     if ours.shape != stock.shape or not bool(((ours - stock).abs() <= 16 * torch.finfo(stock.dtype).eps * scale).all()):
         raise ValueError(
-            f"{type(model).__name__} pools its tokens in a way that pool_segments does not know: use the padding collator"
+            f"{type(model).__name__} pools its tokens in a way that pool_segments does not know: pad instead of packing"
         )
 
 
@@ -175,9 +176,9 @@ def pool_segments(model: Any) -> SegmentPooling:
         fastft.pool_segments(model)
         trainer = Trainer(model, args, data_collator=fastft.PackingCollator(task="sequence_classification"), ...)
 
-    Knows models that classify by the first token or by the mean (BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT ...) and
-    those by the last (Llama, Qwen ... : a `score` head). The model is run twice on three tokens to see that it is one of
-    these.
+    Knows models that classify by the first token or the mean (BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT ...) and
+    those by the last (Llama, Qwen ...: a `score` head). The model is run twice on three tokens to see that it is one of
+    them.
 
     Args:
         model: `...ForSequenceClassification`, or PEFT's wrapper of one.

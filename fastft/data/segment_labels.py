@@ -36,10 +36,10 @@ def take_labels(examples: list[dict[str, Any]], columns: dict[str, list[Any]]) -
     """
     for key in LABEL_KEYS:
         columns.pop(key, None)
-    key = next((key for key in LABEL_KEYS if key in examples[0]), None)
-    if key is None:
+    given = [key for key in LABEL_KEYS if key in examples[0]]
+    if not given:
         return SegmentLabels(None)
-    rows = []
+    key, rows = given[0], list[Tensor]()
     for index, example in enumerate(examples):
         try:
             row = torch.as_tensor(example[key])
@@ -48,7 +48,9 @@ def take_labels(examples: list[dict[str, Any]], columns: dict[str, list[Any]]) -
         if row.ndim > 1 or row.numel() == 0:
             raise ValueError(f"{key} of example {index} must be one number or a vector, got shape {tuple(row.shape)}")
         if rows and row.shape != rows[0].shape:
-            raise ValueError(f"{key} of example {index} has shape {tuple(row.shape)}, of example 0 {tuple(rows[0].shape)}")
+            raise ValueError(
+                f"{key} of example {index} has shape {tuple(row.shape)}, of example 0 {tuple(rows[0].shape)}"
+            )
         rows.append(row)
     values = torch.stack([row.float() if row.is_floating_point() else row for row in rows]).cpu()
     return SegmentLabels(values if values.is_floating_point() else values.long())

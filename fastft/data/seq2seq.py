@@ -80,7 +80,7 @@ def decoder_batch(
     if "decoder_input_ids" not in integers:
         if start is None:
             raise ValueError(
-                "task 'seq2seq' needs decoder_start_token_id (model.config has it), or decoder_input_ids in the examples"
+                "task 'seq2seq' needs decoder_start_token_id (model.config has it) or examples with decoder_input_ids"
             )
         integers["decoder_input_ids"] = shift_right(integers["labels"], layout.lengths, start, pad_token_id)
     borders = torch.tensor([0, *itertools.accumulate(layout.lengths)], dtype=torch.int32)

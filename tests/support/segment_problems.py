@@ -1,4 +1,4 @@
-"""Packed batches as data for the engines of `packed_boundaries`: lengths, ignored labels, and a run into new outputs."""
+"""Packed batches for the engines of `packed_boundaries`: lengths, ignored labels, and a run into new outputs."""
 
 from __future__ import annotations
 
