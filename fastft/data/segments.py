@@ -51,7 +51,7 @@ class Segments:
     @cached_property
     def bounds_q(self) -> list[int]:
         """cu_seqlens_q as host integers; waits for the device once."""
-        return self.cu_seqlens_q.tolist()  # type: ignore[no-any-return]
+        return self.cu_seqlens_q.tolist()
 
     @cached_property
     def bounds_k(self) -> list[int]:
