@@ -18,6 +18,7 @@ from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
 from fastft.data.pool_segments import pool_segments
+from fastft.data.segments import packed_attention
 from fastft.integrations.clipping import fuse_clipping
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
@@ -49,6 +50,7 @@ __all__ = [
     "linear_token_loss",
     "load_fp32",
     "pack",
+    "packed_attention",
     "plan_packs",
     "pool_segments",
     "save_fp32",
