@@ -34,8 +34,13 @@ TASKS = ["causal_lm", "token_classification", "masked_lm", "sequence_classificat
 
 @settings(max_examples=250, deadline=None)
 @given(
-    EXAMPLES, st.sampled_from(TASKS), st.integers(1, 4), st.none() | st.integers(1, 64), st.integers(0, 2), st.booleans(),
-)  # fmt: skip
+    EXAMPLES,
+    st.sampled_from(TASKS),
+    st.integers(1, 4),
+    st.none() | st.integers(1, 64),
+    st.integers(0, 2),
+    st.booleans(),
+)
 def test_nothing_is_lost_and_segments_add_up(sizes, task, rows, multiple, start, given_labels):
     examples = make(sizes)
     for index, example in enumerate(examples):

@@ -123,7 +123,7 @@ def test_without_a_tokenizer_the_examples_are_masked_already():
 
 
 def test_bad_arguments(tokenizer):
-    with pytest.raises(ValueError, match="mlm_probability must be from 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"mlm_probability must be from 0 to 1, got 1\.5"):
         PackingCollator(task="masked_lm", tokenizer=tokenizer, mlm_probability=1.5)
     with pytest.raises(ValueError, match="tokenizer must have a mask token, str has none"):
         PackingCollator(task="masked_lm", tokenizer="bert")

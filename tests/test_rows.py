@@ -41,9 +41,8 @@ def test_packs_stay_whole():
     packs = [Pack(examples[:2]), Pack(examples[2:3]), Pack(examples[3:])]
     batch = PackingCollator(rows=3)(packs)
     assert batch["input_ids"].shape == (3, 7)
-    assert unpacked(batch, "input_ids") == [
-        *(example["input_ids"] for example in examples[:3]), [0] * 5, *(example["input_ids"] for example in examples[3:]),
-    ]  # fmt: skip
+    texts = [example["input_ids"] for example in examples]
+    assert unpacked(batch, "input_ids") == [*texts[:3], [0] * 5, *texts[3:]]
     assert batch["seq_idx"].tolist() == [[0] * 3 + [1] * 4, [2] * 2 + [3] * 5, [4] * 6 + [5]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -41,4 +42,4 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def unpacked(batch: dict[str, Any], key: str, boundaries: str = "cu_seq_lens_q") -> list[list[int]]:
     """The values of a key by segment."""
     flat, bounds = batch[key].flatten().tolist(), batch[boundaries].tolist()
-    return [flat[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [flat[begin:end] for begin, end in itertools.pairwise(bounds)]
