@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import cuda_host
+from support.packed_examples import assert_same
 from support.segment_problems import LENGTHS, check, draw, run
 
 from fastft.data.boundaries import BOUNDARIES, boundaries_reference
+from fastft.data.collator import PackingCollator
 
 CASES = [
     pytest.param(lengths, start, in_place, id=f"{name}-{start}-{in_place}")
@@ -114,3 +116,39 @@ def test_explicit_engine_never_falls_back() -> None:
     for impl in ("cuda", "triton"):
         with pytest.raises(RuntimeError, match="it computes cuda tensors, these are on cpu"):
             BOUNDARIES.resolve(impl, torch.device("cpu"))
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def on_gpu(request: pytest.FixtureRequest) -> Any:
+    """The function of one of the engines on a GPU."""
+    device = torch.device("cuda", 0)
+    reason = BOUNDARIES.unavailable(request.param, device)
+    if request.param == "triton" and reason is not None:
+        pytest.skip(reason)
+    return BOUNDARIES.implementation(request.param, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("lengths", "start", "in_place"), CASES)
+def test_gpu_counts_right(on_gpu: Any, lengths: list[int], start: int, in_place: bool) -> None:
+    check(on_gpu, lengths, start, in_place, "cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_expands_a_batch_without_waiting_for_it(on_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the current stream, from pinned memory; the result is the CPU's."""
+    examples = [{"input_ids": list(range(n)), "labels": list(range(n))} for n in (3, 700, 1, 4096)]
+    expected = PackingCollator(rows=2)(examples)
+    flat = PackingCollator(rows=2, expand_on_device=True, impl="eager")(examples).pin_memory()
+    monkeypatch.setattr(BOUNDARIES, "reference", on_gpu)
+    flat.to("cuda")  # compiles what is to be compiled
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            batch = flat.to("cuda", non_blocking=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert_same(batch.to("cpu"), expected)

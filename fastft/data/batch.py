@@ -18,9 +18,7 @@ from torch import Tensor
 from fastft.data.boundaries import IGNORE_INDEX, packed_boundaries
 
 
-class PackedBatch(dict[str, Any]):
-    """A batch of `PackingCollator`: a dict for the model, and `counted`."""
-
+class _Counted:
     count: Callable[[], int] | None = None
 
     @property
@@ -31,6 +29,10 @@ class PackedBatch(dict[str, Any]):
         where the batch has no labels, and for a copy of the dict, as `Trainer` makes one.
         """
         return None if self.count is None else self.count()
+
+
+class PackedBatch(_Counted, dict[str, Any]):
+    """A batch of `PackingCollator`: a dict for the model, and `counted`."""
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """The same batch with its tensors on `device`; accelerate calls this."""
@@ -83,7 +85,7 @@ class Expansion:
 
 
 @dataclass(eq=False)
-class FlatBatch:
+class FlatBatch(_Counted):
     """A packed batch before it is unpacked on its device. `.to(device)` gives the `PackedBatch`.
 
     accelerate, and so `Trainer`, calls `.to`; a `DataLoader` with `pin_memory=True` calls `.pin_memory`.

@@ -7,6 +7,7 @@ mask: in transformers one disables the detection of packed sequences, and so doe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.data.attention import register_attention
 from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
 from fastft.data.boundaries import BOUNDARIES, IGNORE_INDEX
 from fastft.data.columns import (
@@ -25,6 +27,7 @@ from fastft.data.columns import (
     columns_of,
     drop_masked,
     flatten,
+    flatten_integers,
     lengths_of,
     units_of,
 )
@@ -36,6 +39,7 @@ from fastft.ops import check_impl
 
 __all__ = ["Pack", "PackingCollator"]
 
+TOKEN_KEYS = ("input_ids", "labels")
 TASKS = ("causal_lm", "masked_lm", "token_classification", "sequence_classification", "seq2seq")
 
 
@@ -161,6 +165,8 @@ class PackingCollator:
         self.pad_to_multiple_of, self.position_ids_start = pad_to_multiple_of, position_ids_start
         self.supervised_only, self.expand_on_device, self.impl = supervised_only is not False, expand_on_device, impl
         self.decoder_start_token_id = decoder_start_token_id
+        with contextlib.suppress(ImportError):  # without transformers there is nobody to tell
+            register_attention()
         self.masking = None if tokenizer is None else TokenMasking(tokenizer, mlm_probability, seed)
 
     def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch:
@@ -223,10 +229,10 @@ class PackingCollator:
             "labels": IGNORE_INDEX,
             "special_tokens_mask": int(masking is not None),
         }
-        flat = {key: flatten(key, layout.arrange(values, fills.get(key, 0))) for key, values in columns.items()}
-        for key in ("input_ids", "labels"):
-            if key in flat and flat[key].is_floating_point():
-                raise ValueError(f"{key} must be integers, got {flat[key].dtype}")
+        flat = {
+            key: (flatten_integers if key in TOKEN_KEYS else flatten)(key, layout.arrange(values, fills.get(key, 0)))
+            for key, values in columns.items()
+        }
         if masking is not None:
             flat["labels"] = masking(flat["input_ids"], flat.pop("special_tokens_mask"))
         return {key: tensor.view(layout.rows, layout.width) for key, tensor in flat.items()}

@@ -208,6 +208,14 @@ def flatten(key: str, values: Sequence[Any]) -> Tensor:
     return torch.cat(parts)
 
 
+def flatten_integers(key: str, values: Sequence[Any]) -> Tensor:
+    """`flatten` for tokens and labels: int64; raises ValueError where the numbers are no integers."""
+    flat = flatten(key, values)
+    if flat.is_floating_point():
+        raise ValueError(f"{key} must be integers, got {flat.dtype}")
+    return flat
+
+
 def _flat_lists(key: str, values: Sequence[list[Any]]) -> Tensor:
     for code, dtype in (("q", torch.int64), ("f", torch.float32)):
         flat = array(code)  # by far the fastest way from lists of Python numbers to memory

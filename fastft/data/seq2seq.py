@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastft.data.boundaries import IGNORE_INDEX
-from fastft.data.columns import check_lengths, drop_masked, flatten, lengths_of
+from fastft.data.columns import check_lengths, drop_masked, flatten_integers, lengths_of
 from fastft.data.rows import Layout, lay_out, width_of
 
 DECODER_KEYS = ("labels", "decoder_input_ids", "decoder_attention_mask")
@@ -76,7 +76,9 @@ def decoder_batch(
     """
     fills = {"labels": IGNORE_INDEX, "decoder_input_ids": pad_token_id}
     shape = layout.rows, layout.width
-    integers = {key: flatten(key, layout.arrange(values, fills[key])).view(shape) for key, values in columns.items()}
+    integers = {
+        key: flatten_integers(key, layout.arrange(values, fills[key])).view(shape) for key, values in columns.items()
+    }
     if "decoder_input_ids" not in integers:
         if start is None:
             raise ValueError(
