@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.data.arrow_rows import list_memory
+
 MAX_TOKENS = 2**31 - 1  # what int32 boundaries can count
 
 
@@ -32,29 +34,18 @@ class Pack:
         return len(self.examples)
 
 
-def _list_views(column: Any) -> list[Any] | None:
-    """The rows of an Arrow column of number lists as read-only numpy views; None for any other column."""
-    import pyarrow
-
-    rows = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
-    kind = rows.type
-    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-    if not lists or not (pyarrow.types.is_integer(kind.value_type) or pyarrow.types.is_floating(kind.value_type)):
-        return None
-    values = rows.values
-    if rows.null_count or values.null_count:
-        return None
-    numbers, offsets = values.to_numpy(), rows.offsets.to_numpy().tolist()
-    return [numbers[begin:end] for begin, end in itertools.pairwise(offsets)]
-
-
 def arrow_examples(table: Any) -> list[dict[str, Any]]:
     """The rows of a pyarrow Table or RecordBatch; lists of numbers as views of its memory."""
     columns = {}
     for key in table.schema.names:
         column = table.column(key)
-        views = _list_views(column)
-        columns[key] = column.to_pylist() if views is None else views
+        whole = column.combine_chunks() if hasattr(column, "chunks") else column
+        memory = list_memory(whole)
+        if memory is None:
+            columns[key] = whole.to_pylist()
+        else:
+            numbers, offsets = memory
+            columns[key] = [numbers[begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastft.data.columns import Pack, arrow_examples
+from fastft.data.arrow_rows import ArrowRows
+from fastft.data.columns import Pack
 from fastft.data.plan import PackPlan, plan_packs
 
 SCAN_ROWS = 10_000  # rows of an Arrow table whose offsets are read at once
@@ -83,16 +84,15 @@ class PackedDataset(Dataset[Pack]):
         return [Pack([next(parts) for _ in range(begin, end)]) for begin, end in bounds]
 
     @functools.cached_property
-    def _arrow(self) -> Any:
-        return self.dataset.with_format("arrow")  # making this view costs as much as a fetch
+    def _arrow(self) -> ArrowRows:
+        return ArrowRows(self.dataset)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_arrow"}
+        return {key: value for key, value in self.__dict__.items() if key != "_arrow"}  # it can be made again
 
     def _fetch(self, examples: list[int]) -> list[dict[str, Any]]:
         if _is_arrow(self.dataset) and self.dataset.format["type"] is None:
-            # straight from Arrow: no Python object is made of a token
-            return arrow_examples(self._arrow[examples])
+            return self._arrow(examples)
         fetch = getattr(self.dataset, "__getitems__", None)
         return fetch(examples) if fetch else [self.dataset[example] for example in examples]
 
