@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-datasets = pytest.importorskip("datasets")
-
 from fastft.data.arrow_rows import ArrowRows
+
+datasets = pytest.importorskip("datasets")
 
 LENGTHS = [3, 1, 0, 7, 2, 63, 4]
 
