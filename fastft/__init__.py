@@ -19,6 +19,7 @@ from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
 from fastft.data.pool_segments import pool_segments
 from fastft.data.segments import packed_attention
+from fastft.data.seq2seq import seq2seq_masks
 from fastft.integrations.clipping import fuse_clipping
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
@@ -54,6 +55,7 @@ __all__ = [
     "plan_packs",
     "pool_segments",
     "save_fp32",
+    "seq2seq_masks",
 ]
 
 

@@ -181,3 +181,40 @@ def test_a_batch_without_boundaries_is_named() -> None:
     model = make("bert")
     with fastft.pool_segments(model), pytest.raises(ValueError, match="label_segments but no cu_seq_lens_q"):
         model(input_ids=torch.tensor([[5, 6]]), label_segments=torch.tensor([0]))
+
+
+def trained(tmp_path: Any, name: str, packed: bool) -> list[float]:
+    """The losses of training and evaluation, and the accuracy, padded by transformers or packed."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers.set_seed(1)
+    model = make(name)
+    data = [{**example, "label": index % 3} for index, example in enumerate(examples("classes") * 3)]
+    if packed:
+        collator: Any = fastft.PackingCollator(task="sequence_classification")
+        model.set_attn_implementation("fastft")
+        fastft.pool_segments(model)
+    else:
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0}, unk_token="[PAD]"))
+        collator = transformers.DataCollatorWithPadding(
+            transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", padding_side="right")
+        )
+        data = [{**example, "attention_mask": [1] * len(example["input_ids"])} for example in data]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=1,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", optim="sgd", learning_rate=0.1,
+        eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=5,
+    )  # fmt: skip
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data, data_collator=collator,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+    )  # fmt: skip
+    with fastft.packed_attention(model):
+        trainer.train()
+    keys = ("loss", "eval_loss", "eval_accuracy")
+    return [entry[key] for entry in trainer.state.log_history for key in keys if key in entry]
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert mean", "llama"])
+def test_trainer_packed_is_trainer_padded(name: str, tmp_path: Any) -> None:
+    padded = trained(tmp_path, name, packed=False)
+    assert len(padded) == 5 and trained(tmp_path, name, packed=True) == pytest.approx(padded, rel=1e-5)

@@ -121,6 +121,11 @@ def test_bad_input(example, options, message):
         collator(**options)([example])
 
 
+def test_masks_need_a_decoder():
+    with pytest.raises(ValueError, match="batch must be one of task 'seq2seq', got the keys"):
+        fastft.seq2seq_masks(PackingCollator()([{"input_ids": [1]}]))
+
+
 def separately(model, examples, dtype):
     """Loss over all tokens and gradients of the stock model, an example at a time."""
     model = copy.deepcopy(model).to(dtype)
@@ -135,8 +140,22 @@ def separately(model, examples, dtype):
     return loss, torch.cat([param.grad.flatten() for param in model.parameters()])
 
 
+def boundaries(model, batch):
+    model.set_attn_implementation("fastft")
+    with fastft.packed_attention(model):
+        return model(**batch).loss
+
+
+def masks(model, batch):
+    encoder, decoder, cross = fastft.seq2seq_masks(batch)
+    states = model.get_encoder()(batch["input_ids"], attention_mask=encoder)
+    tokens = {key: batch[key] for key in ("decoder_input_ids", "labels")}
+    return model(encoder_outputs=states, attention_mask=cross, decoder_attention_mask=decoder, **tokens).loss
+
+
 @pytest.mark.parametrize("rows", [1, 2])
-def test_t5_equals_separate_runs(rows):
+@pytest.mark.parametrize("way", [boundaries, masks])
+def test_t5_equals_separate_runs(way, rows):
     torch.manual_seed(0)
     config = transformers.T5Config(
         vocab_size=120, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0, initializer_factor=0.3
@@ -146,10 +165,8 @@ def test_t5_equals_separate_runs(rows):
     examples = pairs([5, 9, 1, 4], [3, 1, 6, 4])
     batch = collator(rows=rows, pad_to_multiple_of=8, decoder_start_token_id=PAD)(examples)
     plain, truth = (separately(model, examples, dtype) for dtype in (torch.float32, torch.float64))
-    model.set_attn_implementation("fastft")
-    with fastft.packed_attention(model):
-        loss = model(**batch).loss
-        loss.backward()
+    loss = way(model, batch)
+    loss.backward()
     grads = torch.cat([param.grad.flatten() for param in model.parameters()])
     assert_no_worse(loss, plain[0], truth[0], "loss")
     assert_no_worse(grads, plain[1], truth[1], "gradients")

@@ -87,3 +87,38 @@ def decoder_batch(
         integers["decoder_input_ids"] = shift_right(integers["labels"], layout.lengths, start, pad_token_id)
     borders = torch.tensor([0, *itertools.accumulate(layout.lengths)], dtype=torch.int32)
     return integers, {"decoder_cu_seq_lens": borders, "decoder_max_length": max(layout.lengths)}
+
+
+def seq2seq_masks(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The three masks of a packed batch for stock attention, which has no boundaries: True where a query sees a key.
+
+    transformers' encoder-decoder models take one `attention_mask` for the encoder and for what the decoder sees of it;
+    with packed examples the two differ, so the encoder runs first:
+
+        encoder, decoder, cross = fastft.seq2seq_masks(batch)
+        states = model.get_encoder()(batch["input_ids"], attention_mask=encoder)
+        model(encoder_outputs=states, attention_mask=cross, decoder_attention_mask=decoder, labels=batch["labels"],
+              decoder_input_ids=batch["decoder_input_ids"])
+
+    Exact for T5; models with absolute positions have no argument for the decoder's.
+
+    Args:
+        batch: of `PackingCollator(task="seq2seq")`.
+
+    Returns:
+        encoder, bool (R, 1, T, T); decoder, causal, bool (R, 1, U, U); cross, bool (R, 1, U, T).
+
+    Raises:
+        ValueError: the batch has no `decoder_cu_seq_lens`.
+    """
+    if "decoder_cu_seq_lens" not in batch:
+        raise ValueError(f"batch must be one of task 'seq2seq', got the keys {sorted(batch)}")
+    keys = batch["seq_idx"]
+    tokens = batch["decoder_input_ids"]
+    lengths = batch["decoder_cu_seq_lens"].diff()
+    queries = torch.repeat_interleave(lengths, output_size=tokens.numel()).view(tokens.shape)
+
+    def same(first: Tensor, second: Tensor) -> Tensor:
+        return (first[:, :, None] == second[:, None, :])[:, None]
+
+    return same(keys, keys), same(queries, queries).tril(), same(queries, keys)
