@@ -127,6 +127,7 @@ HUGE = np.broadcast_to(np.int64(1), (2**30,))  # no memory
         ([{"input_ids": [1]}, {"input_ids": []}], "example 1 has no tokens"),
         ([{"input_ids": np.array([])}], "example 0 has no tokens"),
         ([{"input_ids": [1, 2], "attention_mask": [0, 0]}], "example 0 has no tokens: its attention_mask is all zeros"),
+        ([{"input_ids": [1, 2], "attention_mask": [1, None]}], "attention_mask must hold one number per token"),
         ([{"input_ids": [1, 2], "attention_mask": [1]}], "attention_mask of example 0 has length 1, its input_ids 2"),
         ([{"input_ids": [1, 2], "labels": [1]}], "labels of example 0 has length 1, its input_ids 2"),
         ([{"input_ids": [1, 2], "labels": 1}], "labels of example 0 must hold one number per token, got int 1"),

@@ -21,7 +21,6 @@ from fastft.data.attention import register_attention
 from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
 from fastft.data.boundaries import BOUNDARIES, IGNORE_INDEX
 from fastft.data.columns import (
-    MAX_TOKENS,
     Pack,
     check_lengths,
     columns_of,
@@ -187,8 +186,6 @@ class PackingCollator:
             integers, others = decoder_batch(decoder, decoder_layout, self.decoder_start_token_id, self.pad_token_id)
         else:
             layout = lay_out(lengths, rows, width_of(lengths, rows, multiple))
-        if layout.rows * layout.width > MAX_TOKENS:
-            raise ValueError(f"{layout.rows} rows of {layout.width} tokens are more than int32 boundaries can count")
         flat = self._flatten(columns, layout)
         if labels is not None:
             flat |= labels.arranged(layout)

@@ -170,7 +170,7 @@ def drop_masked(mask_key: str, columns: dict[str, list[Any]], keys: Iterable[str
         return lengths
     keys, left = [key for key in keys if key != mask_key], list(lengths)
     for index, mask in enumerate(masks):
-        kept = torch.as_tensor(mask) != 0
+        kept = flatten(mask_key, [mask]) != 0
         left[index] = int(kept.sum())
         if left[index] == 0:
             raise ValueError(f"example {index} has no tokens: its {mask_key} is all zeros")

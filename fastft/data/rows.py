@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastft.data.columns import padding_like
+from fastft.data.columns import MAX_TOKENS, padding_like
 
 
 def balanced_rows(sizes: Sequence[int], rows: int) -> list[list[int]]:
@@ -74,7 +74,12 @@ def lay_out(
     """The layout of `rows` of examples of the given lengths, each row filled up to `width` tokens.
 
     `padded` says which rows end with a segment of padding, be it empty; by default those that are not full.
+
+    Raises:
+        ValueError: the rows have more tokens than int32 can count.
     """
+    if len(rows) * width > MAX_TOKENS:
+        raise ValueError(f"{len(rows)} rows of {width} tokens are more than int32 boundaries can count")
     segment_lengths: list[int] = []
     order: list[int | None] = []
     for number, row in enumerate(rows):
