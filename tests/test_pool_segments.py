@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -217,7 +218,18 @@ def trained(tmp_path: Any, name: str, packed: bool) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history for key in keys if key in entry]
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert mean", "llama"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert mean", "llama"])
 def test_trainer_packed_is_trainer_padded(name: str, tmp_path: Any) -> None:
     padded = trained(tmp_path, name, packed=False)
     assert len(padded) == 5 and trained(tmp_path, name, packed=True) == pytest.approx(padded, rel=1e-5)
+
+
+def test_a_copy_of_the_model_pools_too() -> None:
+    """As a Trainer's best model or a teacher is made; the copy's batches do not reach the model."""
+    model = make("bert")
+    batch = fastft.PackingCollator(task="sequence_classification")(examples("classes"))
+    with fastft.pool_segments(model):
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            expected = packed(twin, batch)
+            ours = packed(model, batch)
+            assert torch.equal(ours.logits, expected.logits) and torch.equal(ours.loss, expected.loss)
