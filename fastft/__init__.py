@@ -14,6 +14,7 @@ Three pieces, each of which works alone and enters through an official Trainer i
 
 from typing import TYPE_CHECKING, Any
 
+from fastft.data.attention import register_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
@@ -51,6 +52,7 @@ __all__ = [
     "pack",
     "packed_attention",
     "plan_packs",
+    "register_attention",
     "save_fp32",
 ]
 
