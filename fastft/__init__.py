@@ -18,6 +18,7 @@ from fastft.data.attention import register_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
+from fastft.data.pool_segments import pool_segments
 from fastft.data.segments import packed_attention
 from fastft.integrations.clipping import fuse_clipping
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
@@ -52,6 +53,7 @@ __all__ = [
     "pack",
     "packed_attention",
     "plan_packs",
+    "pool_segments",
     "register_attention",
     "save_fp32",
 ]
