@@ -14,6 +14,7 @@ Three pieces, each of which works alone and enters through an official Trainer i
 
 from typing import TYPE_CHECKING, Any
 
+from fastft.data.attention import register_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
@@ -54,6 +55,7 @@ __all__ = [
     "packed_attention",
     "plan_packs",
     "pool_segments",
+    "register_attention",
     "save_fp32",
     "seq2seq_masks",
 ]

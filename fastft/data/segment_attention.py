@@ -22,6 +22,7 @@ Bytes moved: q, k, v and out, each 2 or 4 bytes x R T H D, and lse; the scores o
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ from fastft.data.attention_tiles import Call, Tile, mask_scores, part_of, pieces
 from fastft.data.segments import Segments
 
 IMPLS = ("auto", "eager", "blocks", "flash_cpu", "flash_cuda", "flash_attn")
-_BLOCK_SCORES = 1 << 20  # scores of one block of queries, all heads: 4 MiB in float32
+_BLOCK_SCORES = 1 << 19  # scores of one block of queries, all heads: 2 MiB in float32
 
 
 def _attention_reference(
@@ -42,7 +43,7 @@ def _attention_reference(
     """Plain torch, a segment at a time, all its scores at once; differentiable by autograd."""
     out = []
     group, generator = query.shape[1] // key.shape[1], call.generator(query.device)
-    for tile in call.tiles(lambda keys: keys):
+    for tile in call.tiles(lambda keys: sys.maxsize):
         q, k, v = query[tile.row, :, tile.queries], key[tile.row, :, tile.keys], value[tile.row, :, tile.keys]
         scores = q @ k.repeat_interleave(group, 0).mT * call.scale
         if call.softcap is not None:
