@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_no_worse
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from fastft.data.collator import Pack, PackingCollator
 from fastft.data.packed import PackedDataset, pack, scan_lengths
@@ -43,11 +44,6 @@ class TorchDataset(Dataset):
         return {"input_ids": torch.tensor(self.examples[index]["input_ids"]), "id": self.examples[index]["id"]}
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(make())
-
-
 def from_list(examples: list[dict]) -> datasets.Dataset:
     return datasets.Dataset.from_list(examples)
 
@@ -60,6 +56,17 @@ KINDS = {
     "datasets torch": lambda examples: from_list(examples).with_format("torch", columns=["input_ids"]),
     "datasets arrow slices": lambda examples: datasets.concatenate_datasets(
         [from_list(examples[:4]), from_list(examples[4:])]
+    ),
+    "datasets arrow": lambda examples: from_list(examples).with_format("arrow"),
+    "datasets pandas": lambda examples: from_list(examples).with_format("pandas"),
+    "datasets sliced": lambda examples: from_list([*make([3, 4]), *examples, *make([2])]).select(
+        range(2, 2 + len(examples))
+    ),
+    "datasets shuffled chunks": lambda examples: datasets.concatenate_datasets(
+        [from_list(examples[5:]), from_list(examples[:5])]
+    ).select([*range(len(examples) - 5, len(examples)), *range(len(examples) - 5)]),
+    "datasets large lists": lambda examples: from_list(examples).cast_column(
+        "input_ids", datasets.LargeList(datasets.Value("int32"))
     ),
     "datasets selected": lambda examples: from_list(examples[::-1]).select(range(len(examples) - 1, -1, -1)),
     "datasets fixed": lambda examples: from_list(examples).with_transform(lambda batch: batch),
@@ -88,7 +95,7 @@ def test_every_kind_of_dataset_gives_the_same_packs(kind):
 def test_batches_and_single_items_agree(kind):
     packed = pack(KINDS[kind](make()), 32, seed=1)
     collator = PackingCollator()
-    for p, one in zip([3, -1, 0], packed.__getitems__([3, -1, 0]), strict=True):
+    for p, one in zip([-5, 2, 4], packed.__getitems__([-5, 2, 4]), strict=True):
         assert collator([one])["input_ids"].tolist() == collator([packed[p]])["input_ids"].tolist()
 
 
@@ -133,18 +140,45 @@ def test_length_column_spares_the_tokens_of_a_transform():
     packed = pack(dataset.with_transform(tokenize), 32)
     assert len(packed) == 5 and sum(map(len, tokens(packed, 0))) == 32
     packed.dataset = dataset.with_transform(lambda batch: {"input_ids": [[1] for _ in batch["text"]]})
-    with pytest.raises(ValueError, match=r"example \d+ has 1 tokens, but had \d+ or more when it was packed"):
+    with pytest.raises(ValueError, match=r"example \d+ has 1 tokens, but had \d+ when it was packed"):
         packed.__getitems__(range(len(packed)))
 
 
-@pytest.mark.parametrize("kind", ["list", "torch", "datasets"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_data_loader(kind, workers):
-    packed = pack(KINDS[kind](make()), 32)
-    loader = DataLoader(packed, batch_size=2, collate_fn=PackingCollator(), num_workers=workers)
-    batches = list(loader)
-    assert len(batches) == 3
-    assert sum(batch["input_ids"].numel() for batch in batches) == sum(SIZES)
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_length_column_is_believed_and_checked(kind):
+    rows = [{**example, "tokens": len(example["input_ids"])} for example in make()]
+    assert tokens(pack(KINDS[kind](rows), 32, length_column="tokens"), 0) == tokens(pack(KINDS[kind](rows), 32), 0)
+    rows[4]["tokens"] = 6
+    packed = pack(KINDS[kind](rows), 32, length_column="tokens")
+    with pytest.raises(ValueError, match="example 4 has 8 tokens, but had 6 when it was packed"):
+        list(packed)
+    with pytest.raises(ValueError, match=r"length_column='size' is none|example 0 has no 'size'"):
+        pack(KINDS[kind](rows), 32, length_column="size")
+
+
+def test_offsets_are_read_without_the_tokens(monkeypatch):
+    dataset = from_list(make()).shuffle(seed=0)
+    expected = [len(ids) for ids in dataset["input_ids"]]
+    monkeypatch.setattr(type(dataset), "__getitem__", lambda *_: pytest.fail("a row was read"))
+    assert scan_lengths(dataset).tolist() == expected
+
+
+@pytest.mark.parametrize(("kind", "workers", "context"), [
+    *((kind, workers, "fork") for kind in ("list", "torch", "datasets") for workers in (0, 2)),
+    ("datasets", 1, "spawn"),
+])  # fmt: skip
+def test_data_loader(kind, workers, context):
+    packed = pack(KINDS[kind](make()), 32, seed=3)
+    options = {"multiprocessing_context": context, "persistent_workers": True} if workers else {}
+    loader = DataLoader(packed, batch_size=2, collate_fn=PackingCollator(), num_workers=workers, **options)
+    epochs = []
+    for epoch in range(2):
+        packed.set_epoch(epoch)
+        epochs.append([batch["input_ids"][0].tolist() for batch in loader])
+        expected = [[*map(int, itertools.chain(*tokens(packed, p)))] for p in range(5)]
+        expected = [expected[0] + expected[1], expected[2] + expected[3], expected[4]]
+        assert epochs[-1] == expected
+    assert epochs[0] != epochs[1]
 
 
 @pytest.mark.parametrize("kind", ["list", "torch", "datasets"])
@@ -179,11 +213,17 @@ def test_is_a_sequence():
         ([{"text": "a"}], ValueError, "example 0 has no input_ids"),
         ([{"input_ids": [1]}, {"input_ids": []}], ValueError, "example 1 has no tokens"),
         ([{"input_ids": [1]}, {"input_ids": [1] * 33}], ValueError, "example 1 has 33 tokens, more than max_tokens=32"),
-        (Stream(), TypeError, "pack needs a map-style dataset, with __len__ and __getitem__, got Stream"),
-        (iter(make()), TypeError, "got list_iterator"),
+        (iter(make()), TypeError, "pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one"),
         ({"train": make()}, TypeError, "got dict"),
         (from_list([{"text": "a"}]), ValueError, "example 0 has no input_ids"),
-        (from_list(make()).to_iterable_dataset(), TypeError, "got IterableDataset"),
+        (from_list([{"input_ids": 3}]), ValueError, "input_ids must be lists of tokens, the dataset's are int"),
+        (from_list([{"input_ids": [1]}, {"input_ids": None}]), ValueError, "example 1 has no tokens"),
+        (
+            from_list(make()).with_format("numpy", columns=["labels"]),
+            ValueError,
+            r"no input_ids to pack, only \['labels",
+        ),
+        ([{"input_ids": 3}], ValueError, "example 0 has no input_ids to pack"),
         (datasets.DatasetDict(train=from_list(make())), TypeError, "got DatasetDict"),
     ],
 )

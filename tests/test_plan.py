@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 
@@ -11,7 +12,12 @@ from hypothesis import strategies as st
 
 from fastft.data.plan import OVERLONG, PLAN, PackPlan, plan_packs
 
-FIELDS = ("indices", "offsets", "starts", "lengths")
+try:
+    import pyarrow
+except ImportError:
+    pyarrow = None
+
+FIELDS = ("indices", "offsets", "starts", "lengths", "windows")
 ENGINES = ["eager", "cpp"]
 
 
@@ -95,6 +101,55 @@ def test_every_token_once_and_no_pack_too_full(lengths, max_tokens, overlong, se
     assert plan.efficiency == pytest.approx(int(tokens.sum()) / (len(plan) * max_tokens))
 
 
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(1, 40))
+@example(([1, 2, 3], 4, None), 1)
+def test_windows_are_planned_one_by_one(problem, window):
+    lengths, max_tokens, max_sequences = problem
+    plan = plan_packs(lengths, max_tokens, max_sequences=max_sequences, window=window, impl="cpp")
+    expected = []
+    for first in range(0, len(lengths), window):
+        made = best_fit_decreasing(lengths[first : first + window], max_tokens, max_sequences)
+        expected += [[first + i for i in pack] for pack in made]
+    assert as_lists(plan) == expected
+    assert plan.windows.tolist() == [pack[0] // window for pack in expected]
+    assert_same(plan, plan_packs(lengths, max_tokens, max_sequences=max_sequences, window=window, impl="eager"))
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
+def test_windows_count_examples_not_pieces(overlong):
+    plan = plan_packs([9, 3, 20, 2, 2, 5], 8, overlong=overlong, window=2)
+    windows = {int(i) // 2 for pack in plan for i in pack}
+    assert all(len({int(i) // 2 for i in pack}) == 1 for pack in plan)
+    assert windows == {0, 1, 2}
+    shuffled = plan_packs([9, 3, 20, 2, 2, 5], 8, overlong=overlong, window=2, seed=1)
+    assert shuffled.windows.tolist() == plan.windows.tolist()
+    assert sorted(as_lists(shuffled)) == sorted(as_lists(plan))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 50), max_size=6), min_size=1, max_size=40), st.integers(50, 60), st.randoms())
+def test_stays_below_the_bound_of_best_fit_decreasing(cuts, max_tokens, random):
+    """Packs that are full to the last token are cut up: so many would do, and at most 11/9 of them + 6/9 are made."""
+    pieces = []
+    for places in cuts:
+        edges = sorted({0, max_tokens, *(place for place in places if place < max_tokens)})
+        pieces += [end - begin for begin, end in itertools.pairwise(edges)]
+    random.shuffle(pieces)
+    assert len(cuts) <= len(plan_packs(pieces, max_tokens)) <= (11 * len(cuts) + 6) / 9
+
+
+@pytest.mark.parametrize("max_tokens", [512, 1000, 2048])
+def test_same_packs_as_trl(max_tokens):
+    pyarrow = pytest.importorskip("pyarrow")
+    trl = pytest.importorskip("trl.data_utils")
+    lengths = np.clip(np.random.default_rng(max_tokens).lognormal(4.5, 0.9, 3000), 1, 3000).astype(np.int64)
+    column = pyarrow.array([[i] * length for i, length in enumerate(lengths.tolist())])
+    table = trl._pack_bfd(pyarrow.table({"input_ids": column}), max_tokens)
+    theirs = [[*dict.fromkeys(row)] for row in table["input_ids"].to_pylist()]
+    assert as_lists(plan_packs(lengths, max_tokens, overlong="truncate")) == theirs
+
+
 def test_engines_agree_on_many_lengths():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.8, 0.9, 20_000), 1, 8192).astype(np.int64)
     native, eager = (plan_packs(lengths, 8192, impl=impl) for impl in ("cpp", "eager"))
@@ -118,11 +173,31 @@ def test_seed_shuffles_the_packs_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    "lengths", [[3, 1, 2], (3, 1, 2), np.array([3, 1, 2], np.int32), torch.tensor([3, 1, 2]).short()]
+    "lengths",
+    [
+        [3, 1, 2],
+        (3, 1, 2),
+        [np.int64(3), 1, 2],
+        np.array([3, 1, 2], np.int32),
+        np.array([3, 1, 2], np.uint16),
+        torch.tensor([3, 1, 2]).short(),
+        pyarrow and pyarrow.array([3, 1, 2]),
+        pyarrow and pyarrow.chunked_array([[3], [1, 2]]),
+        np.broadcast_to(np.int32([3, 1, 2]), (3,)),
+    ],
 )
 @pytest.mark.parametrize("impl", ["auto", *ENGINES])
 def test_kinds_of_lengths(lengths, impl):
+    if lengths is None:
+        pytest.skip("pyarrow is not installed")
     assert as_lists(plan_packs(lengths, 3, impl=impl)) == [[0], [2, 1]]
+
+
+def test_totals_beyond_int32():
+    lengths = torch.full((3000,), 2**20)
+    plan = plan_packs(lengths, 2**21)
+    assert len(plan) == 1500 and int(plan.lengths.sum()) == 3000 * 2**20 > 2**31
+    assert len(plan_packs([2**33], 2**31 - 1, overlong="split")) == 5
 
 
 def test_noncontiguous_lengths():
@@ -151,6 +226,8 @@ def test_plan_is_a_sequence_that_pickles():
         ([4, 11, 3], {}, "example 1 has 11 tokens, more than max_tokens=10"),
         ([11, 12], {"overlong": "drop"}, "leaves nothing"),
         ([1], {"overlong": "wrap"}, f"overlong must be one of {', '.join(OVERLONG)}, got 'wrap'"),
+        ([1, 2.5], {}, "one-dimensional integers"),
+        ([1], {"window": 0}, "window must be a positive integer or None, got 0"),
         ([1], {"max_sequences": 0}, "max_sequences must be a positive integer or None, got 0"),
         ([1], {"impl": "numba"}, "impl must be"),
     ],
@@ -171,7 +248,12 @@ def test_explicit_engine_never_falls_back():
         plan_packs([1], 10, impl="cuda")
 
 
-def test_kernel_refuses_what_does_not_fit():
-    short = torch.empty(1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="outputs do not fit 3 lengths"):
-        PLAN.native(torch.tensor([1, 2, 3]), 10, 0, short, short, short, short)
+@pytest.mark.parametrize(
+    ("windows", "outputs", "message"),
+    [([0, 3], 1, "outputs do not fit 3 lengths"), ([0, 2], 3, "windows do not cover 3 lengths")],
+)
+def test_kernel_refuses_what_does_not_fit(windows, outputs, message):
+    made = torch.empty(outputs, dtype=torch.int64)
+    offsets, counts = torch.empty(outputs + 1, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=message):
+        PLAN.native(torch.tensor([1, 2, 3]), torch.tensor(windows), 10, 0, made, made.clone(), offsets, counts)

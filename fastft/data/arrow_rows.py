@@ -48,7 +48,7 @@ def _fetcher(column: Any) -> Fetch:
 
 
 class ArrowRows:
-    """Rows of a `datasets.Dataset` without a format, as dicts: lists of numbers as read-only numpy views.
+    """Rows of a `datasets.Dataset` as dicts, whatever its format: lists of numbers as read-only numpy views.
 
     Args:
         dataset: what it holds is taken as it is now.

@@ -2,114 +2,129 @@
 
 from __future__ import annotations
 
-import functools
-import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from fastft.data.arrow_rows import ArrowRows
+from fastft.data.balance import balanced
 from fastft.data.columns import Pack
-from fastft.data.plan import PackPlan, plan_packs
+from fastft.data.dispatching import refuse_dispatch
+from fastft.data.epochs import epoch_plan
+from fastft.data.lengths import is_arrow, scan_lengths
+from fastft.data.parts import cut, filler
+from fastft.data.plan import PackPlan, check_limits, check_positive, plan_packs
+from fastft.data.streaming import OPEN_PACKS, PackedStream
 
-SCAN_ROWS = 10_000  # rows of an Arrow table whose offsets are read at once
-
-
-def _is_arrow(dataset: Any) -> bool:
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(dataset, datasets.Dataset)
-
-
-def _arrow_lengths(dataset: Any) -> Tensor:
-    import pyarrow.compute
-
-    table = dataset.select_columns("input_ids").with_format("arrow")
-    parts = [
-        torch.tensor(pyarrow.compute.list_value_length(rows["input_ids"]).to_numpy())
-        for rows in table.iter(batch_size=SCAN_ROWS)
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-
-def _length(dataset: Any, index: int) -> int:
-    try:
-        return len(dataset[index]["input_ids"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"example {index} has no input_ids to pack ({type(error).__name__}: {error})") from None
-
-
-def scan_lengths(dataset: Any) -> Tensor:
-    """The number of tokens of each example, int64 (N,), by the cheapest way that the dataset has.
-
-    A `datasets.Dataset` is asked for its list offsets, or, where a transform makes the tokens, for its `length` column;
-    anything else for each example.
-    """
-    if _is_arrow(dataset):
-        if "input_ids" in dataset.column_names and dataset.format["type"] != "custom":
-            return _arrow_lengths(dataset).long()
-        if "length" in dataset.column_names:
-            return torch.tensor(dataset.with_format(None)["length"][:], dtype=torch.int64)
-    return torch.tensor([_length(dataset, index) for index in range(len(dataset))], dtype=torch.int64)
+CUTTING = ("truncate", "split")  # the policies after which a full pack may hold a part of an example
 
 
 class PackedDataset(Dataset[Pack]):
-    """What `pack` returns: a map-style dataset of `Pack`s, in `plan`'s order.
+    """What `pack` returns: a map-style dataset of `Pack`s.
+
+    Its length and the lengths in its packs never change. With a seed, `set_epoch` changes the order of the packs, and
+    which of equally long examples (of the same window) is in which pack. accelerate, and therefore Trainer, calls it.
 
     Attributes:
         dataset: the examples.
-        plan: which example, and which part of it, is in which pack.
     """
 
-    def __init__(self, dataset: Any, plan: PackPlan) -> None:
-        self.dataset, self.plan = dataset, plan
+    def __init__(
+        self, dataset: Any, plan: PackPlan, *, seed: int | None = None, group: int = 1, may_cut: bool = True
+    ) -> None:
+        self.dataset, self.seed, self.group, self.may_cut = dataset, seed, group, may_cut
+        self._base = plan
+        # in shared memory, because persistent workers keep a copy of this dataset over many epochs
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Resets what each process makes or notes for itself."""
+        self._rows: Any = None
+        self._drawn: tuple[int, PackPlan] | None = None
+        self._last: int | None = -1  # the pack that a batch last ended with; None: no longer watched
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_rows", "_drawn", "_last")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._epoch.share_memory_()
+        self._forget()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the packs of an epoch anew, out of the seed and its number; nothing happens without a seed."""
+        refuse_dispatch(self)
+        self._epoch.fill_(epoch)
+
+    @property
+    def plan(self) -> PackPlan:
+        """Which example, and which part of it, is in which pack in the current epoch."""
+        if self.seed is None:
+            return self._base
+        epoch = int(self._epoch)
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, epoch_plan(self._base, self.seed, epoch, self.group)
+            self._last = -1
+        return self._drawn[1]
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self._base)
 
     def __getitem__(self, index: int) -> Pack:
-        return self.__getitems__([index])[0]
+        return self._packs([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Pack]:
         """The packs of a batch, with one access to the dataset where that offers `__getitems__` itself."""
-        bounds = [self.plan.bounds(index) for index in indices]
-        entries = [entry for begin, end in bounds for entry in range(begin, end)]
-        chosen = torch.tensor(entries, dtype=torch.int64)
-        examples = self.plan.indices[chosen].tolist()
-        fetched = self._fetch(examples)
-        starts, lengths = self.plan.starts[chosen].tolist(), self.plan.lengths[chosen].tolist()
-        parts = iter([_part(*item) for item in zip(fetched, examples, starts, lengths, strict=True)])
-        return [Pack([next(parts) for _ in range(begin, end)]) for begin, end in bounds]
+        made = self._packs(indices)
+        self._watch_order(list(indices))
+        return made
 
-    @functools.cached_property
-    def _arrow(self) -> ArrowRows:
-        return ArrowRows(self.dataset)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_arrow"}  # it can be made again
+    def _packs(self, indices: Sequence[int]) -> list[Pack]:
+        plan = self.plan
+        bounds = [plan.bounds(index) for index in indices]
+        chosen = torch.tensor([entry for begin, end in bounds for entry in range(begin, end)], dtype=torch.int64)
+        examples, starts, lengths = (column[chosen].tolist() for column in (plan.indices, plan.starts, plan.lengths))
+        fillers = sum(begin == end for begin, end in bounds)
+        fetched = self._fetch(examples + plan.indices[:1].tolist() * fillers)
+        parts = iter([self._part(*item) for item in zip(fetched, examples, starts, lengths, strict=False)])
+        blank = [filler(fetched[-1])] if fillers else []
+        return [Pack([next(parts) for _ in range(begin, end)] if begin < end else blank) for begin, end in bounds]
 
     def _fetch(self, examples: list[int]) -> list[dict[str, Any]]:
-        if _is_arrow(self.dataset) and self.dataset.format["type"] is None:
-            return self._arrow(examples)
+        if is_arrow(self.dataset) and self.dataset.format["type"] != "custom":
+            if self._rows is None:
+                self._rows = ArrowRows(self.dataset)
+            return self._rows(examples)
         fetch = getattr(self.dataset, "__getitems__", None)
         return fetch(examples) if fetch else [self.dataset[example] for example in examples]
 
+    def _part(self, example: dict[str, Any], index: int, start: int, length: int) -> dict[str, Any]:
+        """The tokens of an example that the plan wants, of every key that has as many."""
+        tokens = len(example["input_ids"])
+        cut_short = self.may_cut and length == self._base.max_tokens
+        if tokens < start + length or (tokens > start + length and not cut_short):
+            raise ValueError(f"example {index} has {tokens} tokens, but had {start + length} when it was packed")
+        return cut(example, start, length)
 
-def _part(example: dict[str, Any], index: int, start: int, length: int) -> dict[str, Any]:
-    """The tokens of an example that the plan wants, of every key that has as many."""
-    tokens = len(example["input_ids"])
-    if tokens < start + length:
-        raise ValueError(f"example {index} has {tokens} tokens, but had {start + length} or more when it was packed")
-    if start == 0 and tokens == length:
-        return example
-    whole = {key for key, value in example.items() if not _has_length(value, tokens)}
-    return {key: value if key in whole else value[start : start + length] for key, value in example.items()}
-
-
-def _has_length(value: Any, tokens: int) -> bool:
-    return hasattr(value, "__len__") and not isinstance(value, str | dict) and len(value) == tokens
+    def _watch_order(self, indices: list[int]) -> None:
+        """Warns once where packs do not come in their order, although `seed` or `balance` made one."""
+        if self.seed is None or self._last is None:
+            return
+        onwards = indices[0] > self._last or indices[0] < self.group  # or the next epoch begins
+        if onwards and indices == sorted(indices):
+            self._last = indices[-1]
+            return
+        self._last = None
+        warnings.warn(
+            "packs are in the order of seed= and balance=, but the sampler takes them in another; with Trainer say "
+            "TrainingArguments(train_sampling_strategy='sequential') or leave seed= and balance= out; without it, call "
+            "set_epoch before each epoch",
+            stacklevel=3,
+        )
 
 
 def pack(
@@ -118,32 +133,61 @@ def pack(
     *,
     overlong: str = "error",
     max_sequences: int | None = None,
+    window: int | None = None,
+    balance: int | None = None,
     seed: int | None = None,
-) -> PackedDataset:
+    length_column: str | None = None,
+    open_packs: int | None = None,
+) -> PackedDataset | PackedStream:
     """A packed view of `dataset`: examples grouped so that each group has at most `max_tokens` tokens.
 
     Goes into `Trainer(train_dataset=...)` together with `PackingCollator`, with as many packs per batch as
-    `per_device_train_batch_size` says. `len` is exact.
+    `per_device_train_batch_size` says. `len` is exact; an iterable dataset gives an iterable one, without a length.
 
     Args:
-        dataset: a list, a map-style torch dataset or a `datasets.Dataset` of dicts with `input_ids`.
-        max_tokens: tokens in a pack, at most.
+        dataset: a list, a map-style torch dataset or a `datasets.Dataset` of dicts with `input_ids`; or an iterable
+            dataset of torch or `datasets`, which is packed as it comes: see `PackedStream`.
+        max_tokens: tokens in a pack, at most; below 2^31.
         overlong: what becomes of an example with more, `"error"`, `"truncate"`, `"split"`, `"drop"`; see `plan_packs`.
         max_sequences: examples in a pack, at most; None for no limit.
-        seed: shuffles the order of the packs; None leaves those of the longest examples first (Trainer shuffles).
+        window: only examples of the same `window` consecutive ones share a pack, and windows keep their order.
+        balance: packs that are computed at the same time: number of ranks times per-device batch size. Each so many
+            consecutive packs cost nearly equal, and their number is a multiple of it, so that no rank gets a pack
+            twice. The order is shuffled group by group, with seed 0 if there is none; it needs a sampler that keeps
+            it, `TrainingArguments(train_sampling_strategy="sequential")`.
+        seed: shuffles the packs, anew in each epoch, the same way for the same seed and epoch; for a sampler that keeps
+            the order, too. None leaves those of the longest examples first (Trainer's own sampler shuffles).
+        length_column: the column or key which says how many tokens an example has. None: they are counted, in a
+            `datasets.Dataset` without reading them.
+        open_packs: of an iterable dataset: packs that wait for more examples at the same time; 32 if None.
 
     Raises:
-        TypeError: `dataset` has no length or cannot be indexed.
-        ValueError: it is empty, input_ids are missing, or an argument is out of its range.
+        TypeError: `dataset` is neither iterable nor has a length and can be indexed.
+        ValueError: it is empty, input_ids are missing, an argument is out of its range, or is not for such a dataset.
     """
+    check_limits(max_tokens, max_sequences, overlong)
+    for name, value in (("window", window), ("balance", balance), ("open_packs", open_packs)):
+        check_positive(name, value)
+    if isinstance(dataset, IterableDataset):
+        _only_for("a map-style dataset", window=window, balance=balance, seed=seed, length_column=length_column)
+        slots = open_packs or OPEN_PACKS
+        return PackedStream(dataset, max_tokens, overlong=overlong, max_sequences=max_sequences, open_packs=slots)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
         raise TypeError(
-            f"pack needs a map-style dataset, with __len__ and __getitem__, got {type(dataset).__name__}; "
-            "turn an iterable one into a list or a datasets.Dataset first"
+            f"pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one of torch or datasets, "
+            f"got {type(dataset).__name__}"
         )
+    _only_for("an iterable dataset", open_packs=open_packs)
     if len(dataset) == 0:
         raise ValueError("dataset is empty: there is nothing to pack")
-    lengths = scan_lengths(dataset)
-    return PackedDataset(
-        dataset, plan_packs(lengths, max_tokens, overlong=overlong, max_sequences=max_sequences, seed=seed)
-    )
+    lengths = scan_lengths(dataset, length_column)
+    plan = plan_packs(lengths, max_tokens, overlong=overlong, max_sequences=max_sequences, window=window)
+    if balance is not None:
+        plan, seed = balanced(plan, balance, max_sequences), seed or 0
+    return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=overlong in CUTTING)
+
+
+def _only_for(kind: str, **options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is only for {kind}, got {value!r}")

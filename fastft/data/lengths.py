@@ -1,0 +1,84 @@
+"""The number of tokens of each example, by the cheapest way that its dataset has.
+
+A `datasets.Dataset` keeps lists as offsets into one buffer: their differences are the lengths, and no token is read.
+What `select` or `shuffle` left out or moved is taken from these, not from the rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_arrow(dataset: Any) -> bool:
+    """Whether `dataset` is a `datasets.Dataset`."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(dataset, datasets.Dataset)
+
+
+def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
+    """The number of tokens of each example, integers (N,).
+
+    Args:
+        dataset: a list, a map-style torch dataset or a `datasets.Dataset`.
+        length_column: where an example says how many tokens it has. None: a `datasets.Dataset` is asked for the offsets
+            of its `input_ids` or, where a transform makes the tokens, for its column `length` if it has one; anything
+            else for each example.
+
+    Raises:
+        ValueError: an example has no `input_ids`, or no `length_column`.
+    """
+    if is_arrow(dataset):
+        stored = dataset.column_names
+        shown = dataset.format["columns"]
+        transformed = dataset.format["type"] == "custom"
+        if length_column is not None:
+            if length_column not in stored:
+                raise ValueError(f"length_column={length_column!r} is none of the dataset's columns {stored}")
+            return _taken(dataset, dataset.data.column(length_column))
+        if not transformed and "input_ids" not in shown and "length" not in stored:
+            raise ValueError(f"example 0 has no input_ids to pack, only {shown}")
+        if not transformed and "input_ids" in shown:
+            return _list_lengths(dataset)
+        if "length" in stored:
+            return _taken(dataset, dataset.data.column("length"))
+    read = _tokens if length_column is None else _stated
+    return torch.tensor([read(dataset, index, length_column) for index in range(len(dataset))], dtype=torch.int64)
+
+
+def _list_lengths(dataset: Any) -> Tensor:
+    import pyarrow.compute
+
+    column = dataset.data.column("input_ids")
+    try:
+        return _taken(dataset, pyarrow.compute.list_value_length(column))
+    except pyarrow.ArrowNotImplementedError:
+        raise ValueError(f"input_ids must be lists of tokens, the dataset's are {column.type}") from None
+
+
+def _taken(dataset: Any, lengths: Any) -> Tensor:
+    """An Arrow column of lengths as a tensor, in the order that `dataset` has its rows in."""
+    import pyarrow.compute
+
+    # a row without a list has no tokens, and is reported as such
+    array = torch.tensor(pyarrow.compute.fill_null(lengths, 0).to_numpy())
+    if dataset._indices is None:
+        return array
+    return array[torch.tensor(dataset._indices.column(0).to_numpy().astype("int64", copy=False))]
+
+
+def _tokens(dataset: Any, index: int, _: str | None) -> int:
+    try:
+        return len(dataset[index]["input_ids"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"example {index} has no input_ids to pack ({type(error).__name__}: {error})") from None
+
+
+def _stated(dataset: Any, index: int, column: str | None) -> int:
+    try:
+        return int(dataset[index][column])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"example {index} has no {column!r} ({type(error).__name__}: {error})") from None

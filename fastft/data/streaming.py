@@ -1,0 +1,198 @@
+"""Packs of an iterable dataset, as it comes: best fit into the packs that are open.
+
+An example goes into the open pack whose remaining capacity is the smallest that takes it, among equal ones into the
+oldest. Where none takes it a new pack is opened, and if there are too many, the fullest goes out first. A pack that is
+full goes out at once, the rest when the dataset ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+
+from fastft.data.collator import Pack
+from fastft.data.dispatching import refuse_dispatch
+from fastft.data.parts import cut
+
+OPEN_PACKS = 32
+Examples = list[dict[str, Any]]
+
+
+class _Packer:
+    """The open packs, and those that are done and wait to be taken out of `ready`."""
+
+    def __init__(self, max_tokens: int, max_sequences: int | None, open_packs: int) -> None:
+        self.max_tokens, self.max_sequences, self.open_packs = max_tokens, max_sequences, open_packs
+        self.ready: deque[Examples] = deque()
+        self._rooms: list[tuple[int, int]] = []  # (remaining capacity, number) of each open pack, sorted
+        self._packs: dict[int, Examples] = {}  # by number; the oldest come first
+        self._opened = 0
+
+    def put(self, example: dict[str, Any], tokens: int) -> None:
+        place = bisect_left(self._rooms, (tokens, 0))
+        if place < len(self._rooms):
+            room, number = self._rooms.pop(place)
+        else:
+            if len(self._rooms) == self.open_packs:
+                self._close(self._rooms.pop(0)[1])
+            room, number = self.max_tokens, self._open([])
+        self._packs[number].append(example)
+        if room == tokens or len(self._packs[number]) == self.max_sequences:
+            self._close(number)
+        else:
+            insort(self._rooms, (room - tokens, number))
+
+    def close(self) -> None:
+        while self._rooms:
+            self._close(self._rooms.pop(0)[1])
+
+    def take(self) -> Iterator[Pack]:
+        """The packs that are done; each is gone from the state when it comes out."""
+        while self.ready:
+            yield Pack(self.ready.popleft())
+
+    def _open(self, examples: Examples) -> int:
+        self._opened += 1
+        self._packs[self._opened] = examples
+        return self._opened
+
+    def _close(self, number: int) -> None:
+        self.ready.append(self._packs.pop(number))
+
+    def state_dict(self) -> dict[str, list[Examples]]:
+        return {"ready": list(map(list, self.ready)), "open": list(map(list, self._packs.values()))}
+
+    def load_state_dict(self, state: dict[str, list[Examples]]) -> None:
+        self.ready.extend(map(list, state["ready"]))
+        for examples in state["open"]:
+            tokens = sum(len(example["input_ids"]) for example in examples)
+            insort(self._rooms, (self.max_tokens - tokens, self._open(list(examples))))
+
+
+class PackedStream(IterableDataset[Pack]):
+    """What `pack` returns for an iterable dataset: an iterable dataset of `Pack`s, without a length.
+
+    `state_dict` and `load_state_dict` hold what the open packs contain and where the dataset stands, in the convention
+    of `datasets` and of torchdata's `StatefulDataLoader`: a stream that resumes yields the packs that were left. A
+    dataset without a `state_dict` is read again up to where it stood.
+
+    With DataLoader workers each packs what its copy of the dataset yields. A `datasets.IterableDataset` gives each
+    worker shards of its own; one of torch has to do so itself (`torch.utils.data.get_worker_info`).
+
+    With accelerate, and therefore Trainer, batches must not be dispatched, not even with one process:
+    `TrainingArguments(accelerator_config={"dispatch_batches": False}, max_steps=...)`. Each rank then reads the whole
+    stream, makes all packs and takes its own.
+
+    Args:
+        dataset: an iterable of dicts with `input_ids`.
+        max_tokens: tokens in a pack, at most; below 2^31.
+        overlong: what becomes of an example with more, `"error"`, `"truncate"`, `"split"`, `"drop"`; see `plan_packs`.
+        max_sequences: examples in a pack, at most; None for no limit.
+        open_packs: packs that wait for more examples at the same time.
+
+    Raises:
+        ValueError: while iterating, an example without tokens, or with more than `max_tokens` and `overlong="error"`;
+            accelerate is about to dispatch the batches.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        max_tokens: int,
+        *,
+        overlong: str = "error",
+        max_sequences: int | None = None,
+        open_packs: int = OPEN_PACKS,
+    ) -> None:
+        self.dataset, self.max_tokens, self.overlong = dataset, max_tokens, overlong
+        self.max_sequences, self.open_packs = max_sequences, open_packs
+        # in shared memory, because persistent workers keep a copy of this dataset over many epochs
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._packer = _Packer(max_tokens, max_sequences, open_packs)
+        self._seen = 0  # examples that the iteration took
+        self._loaded: dict[str, Any] | None = None  # the state to begin the next iteration with
+        self._source: Any = None  # the dataset's state of a loaded one, until its first example comes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the dataset the epoch, if it wants to know; a state of another epoch is not resumed."""
+        refuse_dispatch(self)
+        self._epoch.fill_(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration stands: after the pack it last yielded."""
+        if self._loaded is not None:
+            return self._loaded
+        source = self._source
+        if source is None and hasattr(self.dataset, "state_dict"):
+            source = self.dataset.state_dict()
+        return {"epoch": int(self._epoch), "seen": self._seen, "source": source, **self._packer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets the next iteration go on from a state; options and dataset must be those that it was taken with."""
+        self.set_epoch(state_dict["epoch"])
+        self._loaded = state_dict
+
+    def __iter__(self) -> Iterator[Pack]:
+        refuse_dispatch(self)
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and loaded["epoch"] != int(self._epoch):
+            loaded = None
+        packer = self._packer = _Packer(self.max_tokens, self.max_sequences, self.open_packs)
+        self._seen, self._source = 0, None
+        if loaded is not None:
+            packer.load_state_dict(loaded)
+            self._seen, self._source = loaded["seen"], loaded["source"]
+        examples = self._examples(loaded)
+        yield from packer.take()  # those that had been ready when the state was taken
+        for example in examples:
+            self._source = None
+            self._seen += 1
+            self._put(packer, example)
+            yield from packer.take()
+        packer.close()
+        yield from packer.take()
+        if loaded is not None and loaded["source"] is not None and _is_datasets(self.dataset):
+            self.dataset.load_state_dict({})  # it would begin the next iteration where this one began
+
+    def _examples(self, loaded: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        if loaded is None or loaded["seen"] == 0:
+            return iter(self.dataset)
+        if loaded["source"] is None:
+            return islice(self.dataset, loaded["seen"], None)
+        self.dataset.load_state_dict(loaded["source"])
+        return iter(self.dataset)
+
+    def _put(self, packer: _Packer, example: dict[str, Any]) -> None:
+        number = self._seen - 1
+        try:
+            tokens = len(example["input_ids"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"example {number} has no input_ids to pack ({type(error).__name__}: {error})") from None
+        if tokens == 0:
+            raise ValueError(f"example {number} has no tokens; take it out of the dataset")
+        if tokens <= self.max_tokens:
+            packer.put(example, tokens)
+        elif self.overlong == "error":
+            raise ValueError(
+                f"example {number} has {tokens} tokens, more than max_tokens={self.max_tokens}; "
+                "overlong='truncate', 'split' or 'drop' says what to do with it"
+            )
+        elif self.overlong != "drop":
+            end = tokens if self.overlong == "split" else self.max_tokens
+            for start in range(0, end, self.max_tokens):
+                length = min(self.max_tokens, end - start)
+                packer.put(cut(example, start, length), length)
+
+
+def _is_datasets(dataset: Any) -> bool:
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(dataset, datasets.IterableDataset)
