@@ -27,6 +27,7 @@ from fastft.data.columns import (
     drop_masked,
     flatten,
     flatten_integers,
+    integers_of,
     lengths_of,
     units_of,
 )
@@ -241,7 +242,7 @@ class PackingCollator:
         ignored = [length if example is None else int(shifts) for example, length in pairs]
         source = "labels" if of_tokens and "labels" in flat else "input_ids" if shifts else None
         integers = {key: tensor for key, tensor in flat.items() if not tensor.is_floating_point()}
-        integers["lengths"], integers["ignored"] = torch.tensor([layout.lengths, ignored])
+        integers["lengths"], integers["ignored"] = integers_of(layout.lengths), integers_of(ignored)
         longest = max(layout.lengths)
         others |= {"max_length_q": longest, "max_length_k": longest, "use_cache": False}
         others |= {key: tensor for key, tensor in flat.items() if key not in integers}
