@@ -98,11 +98,12 @@ def columns_of(examples: list[dict[str, Any]], required: Sequence[str] = ()) -> 
         ValueError: input_ids are missing, or the examples' keys differ.
     """
     keys = examples[0].keys()
-    for index, example in enumerate(examples):
-        if "input_ids" not in example:
-            raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
-        if example.keys() != keys:
-            raise ValueError(f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}")
+    if "input_ids" not in keys or [example.keys() for example in examples].count(keys) < len(examples):
+        for index, example in enumerate(examples):
+            if "input_ids" not in example:
+                raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
+            if example.keys() != keys:
+                raise ValueError(f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}")
     columns = {"input_ids": [example["input_ids"] for example in examples]}
     for key in keys - {"input_ids"}:
         values = [example[key] for example in examples]

@@ -7,6 +7,7 @@ possible (Graham 1969).
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Layout:
     lengths: list[int]
     order: list[int | None]
 
-    @property
+    @functools.cached_property
     def is_plain(self) -> bool:
         """Whether the examples lie as they came, without padding."""
         return self.order == list(range(len(self.order)))
