@@ -14,9 +14,13 @@ Three pieces, each of which works alone and enters through an official Trainer i
 
 from typing import TYPE_CHECKING, Any
 
+from fastft.data.attention import register_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
+from fastft.data.pool_segments import pool_segments
+from fastft.data.segments import packed_attention
+from fastft.data.seq2seq import seq2seq_masks
 from fastft.integrations.clipping import fuse_clipping
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
@@ -48,8 +52,12 @@ __all__ = [
     "linear_token_loss",
     "load_fp32",
     "pack",
+    "packed_attention",
     "plan_packs",
+    "pool_segments",
+    "register_attention",
     "save_fp32",
+    "seq2seq_masks",
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
-from fastft.data.collator import Pack
+from fastft.data.columns import Pack
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.epochs import epoch_plan
 from fastft.data.lengths import is_arrow, scan_lengths
@@ -20,30 +20,6 @@ from fastft.data.plan import PackPlan, check_limits, check_positive, plan_packs
 from fastft.data.streaming import OPEN_PACKS, PackedStream
 
 CUTTING = ("truncate", "split")  # the policies after which a full pack may hold a part of an example
-
-
-def _list_views(column: Any) -> list[Any] | None:
-    """The rows of an Arrow column of number lists as read-only numpy views; None for any other column."""
-    import pyarrow
-
-    array = column.combine_chunks()
-    kind = array.type
-    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-    if not lists or not (pyarrow.types.is_integer(kind.value_type) or pyarrow.types.is_floating(kind.value_type)):
-        return None
-    offsets, values = array.offsets.to_pylist(), array.values
-    if array.null_count or values.null_count:
-        return None
-    numbers = values.to_numpy()
-    return [numbers[begin:end] for begin, end in itertools.pairwise(offsets)]
-
-
-def _arrow_examples(table: Any) -> list[dict[str, Any]]:
-    columns = {}
-    for key in table.column_names:
-        views = _list_views(table[key])
-        columns[key] = table[key].to_pylist() if views is None else views
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 class PackedDataset(Dataset[Pack]):
@@ -67,7 +43,7 @@ class PackedDataset(Dataset[Pack]):
 
     def _forget(self) -> None:
         """Resets what each process makes or notes for itself."""
-        self._rows: tuple[Any, Any] | None = None  # the dataset, and its view of Arrow tables
+        self._rows: tuple[Any, Any] | None = None  # the dataset, and views of its Arrow tables
         self._drawn: tuple[int, PackPlan] | None = None
         self._last: int | None = -1  # the pack that a batch last ended with; None: no longer watched
 
@@ -122,9 +98,8 @@ class PackedDataset(Dataset[Pack]):
         if is_arrow(self.dataset) and self.dataset.format["type"] != "custom":
             # straight from Arrow, whatever the format: no Python object is made of a token
             if self._rows is None or self._rows[0] is not self.dataset:
-                # kept, because making it costs more than to fetch a batch
-                self._rows = self.dataset, self.dataset.with_format("arrow", columns=self.dataset.format["columns"])
-            return _arrow_examples(self._rows[1][examples])
+                self._rows = self.dataset, ArrowRows(self.dataset)
+            return self._rows[1](examples)
         fetch = getattr(self.dataset, "__getitems__", None)
         return fetch(examples) if fetch else [self.dataset[example] for example in examples]
 

@@ -56,8 +56,9 @@ def operators(folder: Path) -> Any:
     """`torch.ops.fastft_emulated`, with the kernels of csrc/cuda; built in `folder` by the first call of a process."""
     if hasattr(operators, "library"):
         return getattr(torch.ops, NAMESPACE)
+    names = ("adamw_", "adamw_bind", "adamw_bound_", "grad_norm_squared_", "cross_entropy_rows", "packed_boundaries")
     definitions = torch.library.Library(NAMESPACE, "DEF")
-    for name in ("adamw_", "adamw_bind", "adamw_bound_", "grad_norm_squared_", "cross_entropy_rows"):
+    for name in names:
         definitions.define(str(getattr(torch.ops.fastft, name).default._schema).partition("::")[2])
     sources = sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "library")
     loaded = ctypes.CDLL(str(build(folder, sources)))
