@@ -2,7 +2,7 @@
 
 Rivals are the attention functions of transformers with the mask that it builds for packed batches; the mask itself is
 built before, as all layers share it. transformers' eager attention keeps T x T scores of every head and is there at
-2048 tokens in float32 alone. The limit is torch's attention of each document by itself, from tensors that were cut out before.
+2048 tokens in float32 alone. The limit is torch's attention of each document by itself, from tensors cut out before.
 Errors are of the output and the gradients of q, k, v, as norms, against float64.
 """
 

@@ -241,8 +241,10 @@ def register_attention() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, fastft_attention)
-    AttentionMaskInterface.register(NAME, fastft_mask)
+    if NAME not in AttentionInterface._global_mapping:
+        # boundaries differ from batch to batch: torch.compile would compile each anew
+        AttentionInterface.register(NAME, torch.compiler.disable(fastft_attention))
+        AttentionMaskInterface.register(NAME, fastft_mask)
 
 
 def engines() -> dict[str, str]:
