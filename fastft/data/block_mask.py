@@ -1,0 +1,72 @@
+"""A mask of T x T for models with attention code of their own.
+
+Code that does not call transformers' attention interface still asks transformers for its mask, and looks the builder up
+by the name of the attention implementation. A name that nobody else knows, put into the model's configuration, thus
+brings this mask where the model's own code adds it to the scores:
+
+    mask[r, q, k] = 0 if q and k are of one segment and the model's rule (causal, window) allows it, else finfo.min
+
+The rule sees positions within the segment. Bytes: R * T * T elements of the model's dtype, where `attn_implementation=
+"fastft"` needs none; for models alone that cannot have that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft.data.segments import packed_attention, segments_under_way
+
+NAME = "fastft_block_mask"
+
+
+@contextlib.contextmanager
+def block_mask(model: nn.Module) -> Iterator[None]:
+    """`fastft.packed_attention(model)` with the mask. Whether it is exact, `check_packing` inside the context tells."""
+    _register()
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = NAME
+        with packed_attention(model):
+            yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import eager_mask
+
+    def mask(*, batch_size: int, q_length: int, mask_function: Callable[..., Any], **kwargs: Any) -> Tensor | None:
+        segments = segments_under_way()
+        if segments is not None:
+            mask_function = _within_segments(mask_function, segments.cu_seqlens_q, batch_size, q_length)
+            kwargs["allow_is_bidirectional_skip"] = False
+        return eager_mask(batch_size=batch_size, q_length=q_length, mask_function=mask_function, **kwargs)
+
+    AttentionMaskInterface.register(NAME, mask)
+    AttentionInterface.register(NAME, sdpa_attention_forward)
+
+
+def _within_segments(rule: Callable[..., Any], cu_seqlens: Tensor, rows: int, length: int) -> Callable[..., Any]:
+    """`rule`, a mask function of (row, head, query, key), inside each segment alone."""
+    lengths = cu_seqlens.diff()
+    if int(cu_seqlens[-1]) != rows * length:
+        raise ValueError(f"the batch has {rows} x {length} tokens, its cu_seq_lens_q ends with {int(cu_seqlens[-1])}")
+    firsts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    position = (torch.arange(rows * length, device=cu_seqlens.device) - firsts).view(rows, length)
+    firsts = firsts.view(rows, length)
+
+    def within(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same: Tensor = firsts[row, query] == firsts[row, key]
+        return same & rule(row, head, position[row, query], position[row, key])
+
+    return within
