@@ -6,7 +6,7 @@ brings this mask where the model's own code adds it to the scores:
 
     mask[r, q, k] = 0 if q and k are of one segment and the model's rule (causal, window) allows it, else finfo.min
 
-The rule sees positions within the segment. Bytes: R * T * T elements of the model's dtype, where `attn_implementation=
+Bytes: R * T * T elements of the model's dtype, where `attn_implementation=
 "fastft"` needs none; for models alone that cannot have that.
 """
 
@@ -58,15 +58,12 @@ def _register() -> None:
 
 def _within_segments(rule: Callable[..., Any], cu_seqlens: Tensor, rows: int, length: int) -> Callable[..., Any]:
     """`rule`, a mask function of (row, head, query, key), inside each segment alone."""
-    lengths = cu_seqlens.diff()
     if int(cu_seqlens[-1]) != rows * length:
         raise ValueError(f"the batch has {rows} x {length} tokens, its cu_seq_lens_q ends with {int(cu_seqlens[-1])}")
-    firsts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
-    position = (torch.arange(rows * length, device=cu_seqlens.device) - firsts).view(rows, length)
-    firsts = firsts.view(rows, length)
+    segment = torch.repeat_interleave(cu_seqlens.diff()).view(rows, length)
 
     def within(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same: Tensor = firsts[row, query] == firsts[row, key]
-        return same & rule(row, head, position[row, query], position[row, key])
+        same: Tensor = segment[row, query] == segment[row, key]
+        return same & rule(row, head, query, key)
 
     return within

@@ -37,7 +37,6 @@ STOCK = ("sdpa", "eager")
 _LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _SMALL = 2**20  # elements of a buffer that is worth a copy; larger ones are quantised weights
-_RECURRENT = ("mamba", "ssm", "deltanet", "recurrent", "rwkv", "xlstm", "linearattention", "shortconv", "rglru", "kda")
 
 
 class PackingLeakError(RuntimeError):
@@ -158,8 +157,7 @@ class _Probe:
         self.targets = [_random_tokens(self.base, DECODER_LENGTHS, seed) for seed in (2, 3)]
         self.outputs = DECODER_LENGTHS if self.crossed else LENGTHS
         self.called = model
-        names = {type(module).__name__ for module in self.base.modules()}
-        self.recurrent = sorted(name for name in names if any(word in name.lower() for word in _RECURRENT))
+        self.mixers = _mixers(self.base)
         with _stock_attention(self.base):
             self.alone = self._alone()
             self.noise = self._noise()
@@ -192,8 +190,8 @@ class _Probe:
         return None
 
     def _why(self) -> str:
-        if self.recurrent:
-            return f" ({', '.join(self.recurrent[:3])} carries a state across the boundary)"
+        if self.mixers:
+            return f" ({', '.join(self.mixers)}: tokens mix without attention)"
         return f" (attn_implementation={self.base.config._attn_implementation!r})"
 
     def _alone(self) -> list[Tensor]:
@@ -255,14 +253,14 @@ def _way_out(probe: _Probe, start: int) -> tuple[str, bool]:
     for first in [start, *([] if pad is None or pad + 1 == start else [pad + 1])]:
         place = "" if first == start else f"PackingCollator(position_ids_start={first})"
         for text, context, masked in _remedies(probe):
-            with contextlib.suppress(Exception), context:
-                if probe.problem(first) is None:
+            with contextlib.suppress(ValueError, KeyError), context:  # the model does not take this one
+                if (text or place) and probe.problem(first) is None:
                     steps = " and ".join(filter(None, (place, text)))
                     return f"Way out, tried on this model: {steps}", masked
-    if probe.recurrent:
+    if probe.mixers:
         return (
-            "No way out was found: such layers need kernels that know boundaries (causal-conv1d, mamba-ssm, "
-            "flash-linear-attention), and a model that hands seq_idx to them; without, train it on padded batches"
+            "No way out was found: such layers keep sequences apart only if their kernels are told the boundaries "
+            "(causal-conv1d, mamba-ssm, flash-linear-attention); without these, train it on padded batches"
         ), False
     return "No way out was found: train it on padded batches", False
 
@@ -277,7 +275,8 @@ def _remedies(probe: _Probe) -> Iterator[tuple[str, Any, bool]]:
             load = f"attn_implementation={name!r}"
             yield load, _attention(probe.base, name), False
             yield f"{load} and {inside}", _both(_attention(probe.base, name), packed_attention(probe.model)), False
-    yield f"{inside}, which then give it a mask of T x T", block_mask(probe.model), True
+    mask = "fastft.PackingCallback() in Trainer, or fastft.block_mask(model) around the loop: a mask of T x T"
+    yield mask, block_mask(probe.model), True
 
 
 @contextlib.contextmanager
@@ -290,7 +289,7 @@ def _both(*contexts: Any) -> Iterator[None]:
 
 def _stock_attention(base: Any) -> Any:
     """transformers' own attention, where ours is chosen: what its implementation gets wrong must show."""
-    if not base.config._attn_implementation.startswith("fastft"):
+    if base.config._attn_implementation != "fastft":
         return contextlib.nullcontext()
     return _attention(base, "sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
 
@@ -308,6 +307,17 @@ def _attention(base: Any, name: str) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+def _mixers(base: nn.Module) -> list[str]:
+    """Classes of layers that mix tokens otherwise than by attention: convolutions over time and recurrences."""
+    found = set()
+    for module in base.modules():
+        convolves = any(isinstance(part, nn.Conv1d) and part.kernel_size[0] > 1 for part in module.children())
+        decays = any("time_decay" in name or "A_log" in name for name, _ in module.named_parameters(recurse=False))
+        if convolves or decays or "lstm" in type(module).__name__.lower():
+            found.add(type(module).__name__)
+    return sorted(found)[:3]
 
 
 def _random_tokens(base: Any, lengths: Sequence[int], seed: int) -> list[Tensor]:
