@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
+from fastft.data.segments import packed_attention
 from fastft.integrations.clipping import fuse_clipping
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
@@ -48,6 +49,7 @@ __all__ = [
     "linear_token_loss",
     "load_fp32",
     "pack",
+    "packed_attention",
     "plan_packs",
     "save_fp32",
 ]

@@ -1,0 +1,328 @@
+"""Where the packed sequences of the batch at hand begin, for attention that the model's code does not tell.
+
+A packed batch has R rows of T tokens; flattened row by row, segment s is the tokens cu_seqlens[s] .. cu_seqlens[s + 1].
+Attention learns the boundaries from its keyword arguments, as transformers' flash attention does. Where the model's
+code drops these on the way, or has an encoder and a decoder with boundaries of their own, it learns them from a holder:
+a hook before the model's forward puts the batch's boundaries there, a hook after it takes them away.
+
+The holder belongs to the modules, not to a thread or a context: gradient checkpointing runs a layer's forward again
+during backward, on another thread where a GPU is used. Such a second forward reads the boundaries of the forward whose
+output backward has come through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BOUNDARY_KEYS = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+    "decoder_cu_seq_lens",
+    "decoder_max_length",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """The boundaries of one attention call: segment s of the queries reads segment s of the keys, nothing else.
+
+    `cu_seqlens_q` and `cu_seqlens_k` are int32 (S + 1,) over the rows flattened one after another; they begin with 0
+    and end with the number of tokens. The two differ in cross-attention alone.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @cached_property
+    def bounds_q(self) -> list[int]:
+        """cu_seqlens_q as host integers; waits for the device once."""
+        return self.cu_seqlens_q.tolist()
+
+    @cached_property
+    def bounds_k(self) -> list[int]:
+        """cu_seqlens_k as host integers; waits for the device once."""
+        return self.bounds_q if self.cu_seqlens_k is self.cu_seqlens_q else self.cu_seqlens_k.tolist()
+
+
+def _segments(cu_q: Tensor, cu_k: Tensor | None, max_q: Any, max_k: Any) -> Segments:
+    """Segments of a batch's own keys, of which only the first is needed."""
+    for name, cu in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k)):
+        if cu is not None and (not isinstance(cu, Tensor) or cu.ndim != 1 or cu.numel() < 1 or cu.is_floating_point()):
+            got = f"shape {tuple(cu.shape)}, {cu.dtype}" if isinstance(cu, Tensor) else type(cu).__name__
+            raise ValueError(f"{name} must be an integer tensor of shape (segments + 1,), got {got}")
+    cu_k = cu_q if cu_k is None else cu_k
+    if cu_k.numel() != cu_q.numel():
+        raise ValueError(f"cu_seq_lens_q has {cu_q.numel() - 1} segments, cu_seq_lens_k has {cu_k.numel() - 1}")
+    longest = [
+        int(given) if given is not None else int(cu.diff().max()) if cu.numel() > 1 else 0
+        for given, cu in ((max_q, cu_q), (max_k, cu_k))
+    ]
+    return Segments(cu_q, cu_k, *longest)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Boundaries of one forward: of the model or its encoder, and of its decoder where it has both."""
+
+    inputs: Segments
+    outputs: Segments | None = None
+
+    @cached_property
+    def crossing(self) -> Segments:
+        """Queries from the decoder, keys from the encoder."""
+        assert self.outputs is not None
+        return Segments(
+            self.outputs.cu_seqlens_q, self.inputs.cu_seqlens_q, self.outputs.max_seqlen_q, self.inputs.max_seqlen_q
+        )
+
+    def of(self, in_decoder: bool, causal: bool) -> Segments:
+        if self.outputs is None or not in_decoder:
+            return self.inputs
+        return self.outputs if causal else self.crossing  # a decoder is causal towards itself alone
+
+
+def _batch(kwargs: dict[str, Any]) -> _Batch | None:
+    """The boundaries among a forward's keyword arguments; None if there are none."""
+    get, cu_seqlens = kwargs.get, kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None:
+        return None
+    inputs = _segments(cu_seqlens, get("cu_seq_lens_k"), get("max_length_q"), get("max_length_k"))
+    decoder = get("decoder_cu_seq_lens")
+    if decoder is None:
+        return _Batch(inputs)
+    outputs = _segments(decoder, None, get("decoder_max_length"), get("decoder_max_length"))
+    if decoder.numel() != inputs.cu_seqlens_q.numel():
+        raise ValueError(
+            f"decoder_cu_seq_lens has {decoder.numel() - 1} segments, cu_seq_lens_q has "
+            f"{inputs.cu_seqlens_q.numel() - 1}: segment s of the decoder reads segment s of the encoder"
+        )
+    return _Batch(inputs, outputs)
+
+
+@dataclass(eq=False)
+class _Holder:
+    """What the modules of one model share."""
+
+    decoder_modules: weakref.WeakSet[nn.Module]  # empty unless the model has an encoder and a decoder
+    accepted: frozenset[str] | None  # the forward's parameters; None where it takes any keyword
+    current: _Batch | None = None  # of the forward under way
+    differentiated: _Batch | None = None  # of the forward that backward is in, or will be
+    handles: int = 0
+
+    def seen_by_model(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments without those which the model must not see."""
+        dropped = {
+            key
+            for key in (*BOUNDARY_KEYS, "use_cache")
+            if (key != "use_cache" and self.decoder_modules)
+            or key.startswith("decoder_")
+            or (self.accepted is not None and key not in self.accepted)
+        }
+        return {key: value for key, value in kwargs.items() if key not in dropped}
+
+    def batch(self) -> _Batch | None:
+        return self.differentiated if self.current is None and _in_backward() else self.current
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
+
+
+_holders: weakref.WeakKeyDictionary[nn.Module, _Holder] = weakref.WeakKeyDictionary()
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP and PEFT wrappers, whose own forward takes any keyword."""
+    while True:
+        get_base: Any = getattr(model, "get_base_model", None)
+        module = get_base() if callable(get_base) else getattr(model, "module", None)
+        if not isinstance(module, nn.Module) or module is model:
+            return model
+        model = module
+
+
+def _decoder_of(model: nn.Module) -> nn.Module | None:
+    """The decoder of a model that has an encoder beside it."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    decoder, encoder = (getattr(model, name, lambda: None)() for name in ("get_decoder", "get_encoder"))
+    return decoder if isinstance(decoder, nn.Module) and decoder is not model and decoder is not encoder else None
+
+
+def _new_holder(model: nn.Module) -> _Holder:
+    inner = _inner(model)
+    decoder = _decoder_of(inner)
+    parameters = inspect.signature(inner.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    inside = weakref.WeakSet(decoder.modules() if decoder is not None else ())
+    return _Holder(inside, None if takes_any else frozenset(parameters))
+
+
+@dataclass(frozen=True, eq=False)
+class _Forward:
+    """A forward under way of a model that has the hooks."""
+
+    module: nn.Module
+    batch: _Batch | None
+    before: _Batch | None  # what its holder held
+
+
+_under_way = threading.local()
+
+
+def _forwards() -> list[_Forward]:
+    forwards: list[_Forward] = _under_way.__dict__.setdefault("forwards", [])
+    return forwards
+
+
+def packed_forward_under_way() -> bool:
+    """Whether the innermost model with `keep_segments` that this thread runs got a packed batch; for mask functions."""
+    forwards = _forwards()
+    return bool(forwards) and forwards[-1].batch is not None
+
+
+def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    holder = _holders.get(module)
+    if holder is None:  # a copy of a model that has the hooks
+        return None
+    batch, forwards = _batch(kwargs), _forwards()
+    if batch is None and forwards:  # a part of a model whose own hook took the keys off
+        batch = forwards[-1].batch
+    if batch is not None and holder.decoder_modules and batch.outputs is None:
+        raise ValueError("a packed batch of an encoder-decoder model needs decoder_cu_seq_lens (task='seq2seq')")
+    forwards.append(_Forward(module, batch, holder.current))
+    holder.current = batch
+    return args, holder.seen_by_model(kwargs)
+
+
+def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
+    forwards, holder = _forwards(), _holders.get(module)
+    if holder is None or not forwards or forwards[-1].module is not module:  # the hook before did not get through
+        return
+    forward = forwards.pop()
+    holder.current = forward.before
+    if not torch.is_grad_enabled() or _in_backward():
+        return
+    holder.differentiated = forward.batch
+
+    def backward_begins(grad: Tensor) -> None:
+        holder.differentiated = forward.batch  # there may have been other forwards since
+
+    for value in output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,):
+        if type(value) is Tensor and value.requires_grad:
+            value.register_hook(backward_begins)
+
+
+class SegmentsHandle:
+    """Ends what `keep_segments` began."""
+
+    def __init__(self, model: nn.Module, holder: _Holder) -> None:
+        self._model, self._holder = weakref.ref(model), holder
+        # functions, not methods: a model with them can be copied and pickled
+        self._hooks = [
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, always_call=True),
+        ]
+        holder.handles += 1
+
+    def remove(self) -> None:
+        """Takes the hooks off; the last handle of a model forgets its batch. Calling it again does nothing."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._holder.handles -= 1
+        model = self._model()
+        if self._holder.handles == 0 and model is not None:
+            for module in model.modules():
+                if _holders.get(module) is self._holder:
+                    del _holders[module]
+
+
+def keep_segments(model: nn.Module) -> SegmentsHandle:
+    """Makes the boundaries of packed batches known to all attention modules of `model`, until `.remove()`.
+
+    Before each forward of `model` a hook reads the boundary keys of the batch (`cu_seq_lens_q`; of an encoder-decoder
+    model `decoder_cu_seq_lens` too). It takes off the keys that the model's forward does not accept; of an
+    encoder-decoder model all of them. A batch without boundaries is not packed: the model runs as without the hook.
+
+    Args:
+        model: the outermost module that is called with the batch, or the model inside the wrapper of DDP, FSDP or PEFT.
+            It may have been given already: the hooks end with the last handle.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: in a forward, boundaries of a wrong shape or of different counts, or none for the decoder.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    holder = _holders.get(model) or _new_holder(model)
+    for module in model.modules():
+        _holders.setdefault(module, holder)
+    return SegmentsHandle(model, holder)
+
+
+def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
+    """The boundaries for an attention call of `module` with `kwargs`; None if the batch is not packed.
+
+    They come from `kwargs`, else from what `keep_segments` remembered. In the decoder of an encoder-decoder model
+    causal attention (`is_causal` in `kwargs`, else of the module) is self-attention, other attention reads the encoder.
+
+    Raises:
+        ValueError: boundaries of the wrong shape.
+    """
+    holder = _holders.get(module)
+    batch = _batch(kwargs) or (holder.batch() if holder is not None else None)
+    if batch is None:
+        return None
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    in_decoder = module in holder.decoder_modules if holder is not None else getattr(module, "is_decoder", False)
+    return batch.of(in_decoder, bool(causal))
+
+
+@contextlib.contextmanager
+def packed_attention(model: nn.Module) -> Iterator[None]:
+    """Packed batches stay apart in `model` inside this context, in training loops of one's own.
+
+    For a model with `attn_implementation="fastft"`; `fastft.PackingCallback` does the same for `Trainer`. The cache
+    that models make unless told otherwise is turned off too, also in the configurations of a composite model's parts.
+
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastft")
+        with fastft.packed_attention(model):
+            for batch in DataLoader(packs, collate_fn=fastft.PackingCollator()):
+                model(**batch).loss.backward()
+
+    Args:
+        model: the module that is called with the batches.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    handle = keep_segments(model)
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    cached = [config for config in configs if getattr(config, "use_cache", False) is True]
+    for config in cached:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        handle.remove()
+        for config in cached:
+            config.use_cache = True
