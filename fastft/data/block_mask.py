@@ -28,7 +28,7 @@ NAME = "fastft_block_mask"
 def block_mask(model: nn.Module) -> Iterator[None]:
     """`fastft.packed_attention(model)` with the mask. Whether it is exact, `check_packing` inside the context tells."""
     _register()
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
         for config, _ in before:

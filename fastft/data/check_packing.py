@@ -61,9 +61,9 @@ def check_packing(model: nn.Module, *, position_ids_start: int = 0) -> None:
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastft")
         fastft.check_packing(model)
 
-    A few sequences of random tokens are packed as `PackingCollator` does it and go through the model in evaluation mode,
-    without gradients. Weights, gradients, buffers, modes, configurations, hooks and random states stay as they are;
-    hooks of others see these forward passes.
+    A few sequences of random tokens are packed as `PackingCollator` does it and go through the model in evaluation
+    mode, without gradients. Weights, gradients, buffers, modes, configurations, hooks and random states stay as they
+    are; hooks of others see these forward passes.
 
     Args:
         model: a transformers model, or one inside the wrappers of PEFT, DistributedDataParallel or torch.compile.
@@ -90,7 +90,10 @@ def find_leak(model: nn.Module, position_ids_start: int = 0) -> Leak | None:
         raise ValueError(f"model cannot be checked for packing: {reason}")
     register_attention()
     with _untouched(model):
-        probe = _Probe(model)
+        try:
+            probe = _Probe(model)
+        except Exception as error:
+            raise ValueError(f"model cannot be checked for packing: alone, a text makes it raise {error!r}") from error
         problem = probe.problem(position_ids_start)
         return None if problem is None else Leak(problem, *_way_out(probe, position_ids_start))
 
@@ -178,13 +181,12 @@ class _Probe:
             packed, moved = (self._packed(start, other) for other in (False, True))
         except Exception as error:
             return f"it raises {type(error).__name__} for a packed batch: {' '.join(str(error).split())[:300]}"
-        first = self.outputs[0]
-        leak = float(_distance(packed, moved)[first:].max()) / self.scale
+        leak = float(_distance(packed, moved)[self.outputs[0] :].max()) / self.scale
         if not leak <= 4 * self.noise / self.scale + self.least:
             return f"other tokens in the first sequence move the outputs of the later ones by {leak:.1e}{self._why()}"
-        error = _distance(packed, torch.cat(self.alone)) / self.scale
+        errors = _distance(packed, torch.cat(self.alone)) / self.scale
         # experts that are chosen differently by a rounding make a few tokens of a 16-bit model err
-        worst = float(error.median() if self.largest_error > 1e-2 else error.max())
+        worst = float(errors.median() if self.largest_error > 1e-2 else errors.max())
         if not worst <= self.largest_error:
             return f"no sequence sees another, but the outputs are off by {worst:.1e} from those of sequences alone"
         return None
@@ -222,15 +224,16 @@ class _Probe:
         tokens, targets = (
             [parts[other][0], *parts[0][1:]] if other else parts[0] for parts in (self.tokens, self.targets)
         )
-        task = "seq2seq" if self.crossed else "causal_lm"
-        collate = PackingCollator(task=task, position_ids_start=start)
-        examples = [{"input_ids": ids} for ids in tokens]
-        if self.crossed:
-            examples = [{**e, "labels": labels} for e, labels in zip(examples, targets, strict=True)]
-        batch = collate(examples)
-        batch.pop("labels", None)
-        if self.crossed:
-            batch["decoder_input_ids"] = torch.cat(targets)[None]
+        batch, decoder = (
+            PackingCollator(position_ids_start=start)([{"input_ids": ids} for ids in parts])
+            for parts in (tokens, targets)
+        )
+        del batch["labels"]
+        if self.crossed:  # as task="seq2seq" has it
+            del batch["position_ids"], batch["seq_idx"]
+            batch["decoder_input_ids"] = decoder["input_ids"]
+            batch["decoder_cu_seq_lens"] = decoder["cu_seq_lens_q"]
+            batch["decoder_max_length"] = decoder["max_length_q"]
         return self._call(batch, sum(self.outputs))[0]
 
     def _call(self, inputs: dict[str, Any], length: int, or_none: bool = False) -> Any:

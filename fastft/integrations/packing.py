@@ -90,11 +90,13 @@ def packing_collator(dataloader: Any) -> PackingCollator | None:
 
 def _verdict(model: nn.Module, start: int) -> Leak | None:
     """What the probe finds while sequences are kept apart; None also where it cannot be asked, with a warning."""
-    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
     key = (
         start,
         frozenset(type(module) for module in model.modules()),
-        tuple((config.to_json_string(), config._attn_implementation) for config in configs),
+        tuple((config.to_json_string(), config._attn_implementation) for config in configs.values()),
         frozenset((parameter.dtype, parameter.device.type) for parameter in model.parameters()),
     )
     if key not in _verdicts:
