@@ -1,0 +1,252 @@
+"""`attn_implementation="fastft"`: attention that keeps the sequences of packed batches apart, for transformers' models.
+
+Two functions are registered with transformers. The attention function asks `segments_of` for the batch's boundaries and
+calls `segment_attention`; a batch without boundaries goes to transformers' own sdpa attention. The mask function builds
+no mask for packed batches: a mask has T x T elements, and it knows only of sequences which the model's code tells it.
+
+What the mask would have said is known from its mask function: causal or not, a sliding window, chunks. Where it says
+more (tokens of an image that see each other), or was built already, its part of each segment is used, which is exact.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft.data.segment_attention import segment_attention
+from fastft.data.segments import Segments, packed_forward_under_way, segments_of
+
+NAME = "fastft"
+
+# transformers' mask functions whose meaning `_Pattern` holds, by their names in transformers.masking_utils
+_WINDOWS = {"sliding_window_overlay": 0, "sliding_window_bidirectional_overlay": 1}  # what |i - j| < window adds to it
+_CHUNKS, _PACKED, _CAUSAL = "chunked_overlay", "packed_sequence_mask_function", "causal_mask_function"
+_UNDERSTOOD = {
+    *_WINDOWS,
+    *(_CHUNKS, _PACKED, _CAUSAL),
+    *("bidirectional_mask_function", "and_masks", "remap_positions_for_packed_sequence"),
+}
+
+# keyword arguments of attention calls in transformers that say which keys are seen or what is added to the scores
+_NOT_COMPUTED = ("indices", "block_indices", "alibi", "attention_bias", "attn_bias", "head_mask", "output_attentions")
+
+
+@dataclass(frozen=True, eq=False)
+class _Pattern:
+    """Stands for a mask that a packed batch does not need."""
+
+    causal: bool
+    window: int | None
+    chunk: int | None
+    build: Callable[[], Tensor | None]  # the mask itself, for a batch that turns out not to be packed
+
+
+def _names(function: Any) -> set[str]:
+    """The names of a mask function and of those it is made of, without what stands around them."""
+    names = {getattr(function, "__qualname__", type(function).__name__).partition(".")[0]}
+    for cell in getattr(function, "__closure__", None) or ():
+        inner = cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
+        for part in inner:
+            names |= _names(part) if callable(part) else set()
+    return names
+
+
+def _pattern(mask_function: Any, local_size: int | None, build: Callable[[], Tensor | None]) -> _Pattern | None:
+    """What a mask function says; None where it says more than a pattern can hold."""
+    names = _names(mask_function)
+    windows = names & _WINDOWS.keys()
+    local = len(windows) + (_CHUNKS in names)
+    if not names <= _UNDERSTOOD or local > 1 or (local == 1 and local_size is None):
+        return None
+    window = local_size + _WINDOWS[windows.pop()] if windows and local_size is not None else None
+    return _Pattern(_CAUSAL in names, window, local_size if _CHUNKS in names else None, build)
+
+
+def fastft_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The mask function: transformers' sdpa mask, except for packed batches; arguments as transformers calls it.
+
+    A batch is packed if a model with `keep_segments` runs it, or if its positions say so and its attention calls get
+    the boundaries as keyword arguments. For these it returns None where only causality would be in the mask, else an
+    object that stands for a window or for chunks.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    options = {"q_length": q_length, "kv_length": kv_length, "mask_function": mask_function, "local_size": local_size}
+
+    def build() -> Tensor | None:
+        return sdpa_mask(attention_mask=attention_mask, **options, **kwargs)
+
+    if attention_mask is not None or not (packed_forward_under_way() or _PACKED in _names(mask_function)):
+        return build()
+    pattern = _pattern(mask_function, local_size, build)
+    if pattern is None:
+        return build()
+    binds = any(size is not None and size < kv_length for size in (pattern.window, pattern.chunk))
+    return pattern if binds or not packed_forward_under_way() else None
+
+
+def _refuse(module: nn.Module, kwargs: dict[str, Any], key: Tensor, sinks: Tensor | None) -> None:
+    """Raises NotImplementedError for what would change the result and is not computed here."""
+    for name, value in kwargs.items():
+        bias = (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.ndim == 4
+            and value.shape[3:] == key.shape[2:3]
+        )
+        if bias or (name in _NOT_COMPUTED and value is not None and value is not False):
+            raise NotImplementedError(
+                f'attn_implementation="fastft" does not know the argument {name} of {type(module).__name__} and would '
+                "compute something else without it: use another attn_implementation"
+            )
+    if sinks is None and isinstance(getattr(module, "sinks", None), Tensor):
+        raise NotImplementedError(
+            f"{type(module).__name__} has sinks, but does not hand them to its attention function"
+        )
+
+
+def _whole_rows(query: Tensor, key: Tensor) -> Segments:
+    """Each row as one segment."""
+    lengths = (query.shape[2], key.shape[2])
+    ends = [torch.arange(query.shape[0] + 1, dtype=torch.int32) * length for length in lengths]
+    return Segments(ends[0], ends[1], *lengths)
+
+
+def fastft_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | _Pattern | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function, with the arguments that transformers' models call one with.
+
+    Args:
+        module: the attention module.
+        query, key, value: (R, H, T, D), (R, G, U, D), (R, G, U, Dv).
+        attention_mask: what `fastft_mask` returned, or a mask (R or 1, H or 1, T, U), which then holds causality and windows.
+        dropout, scaling, sliding_window, softcap: as transformers defines them.
+        is_causal: default `module.is_causal`, else True.
+        s_aux: (H,), sinks.
+        position_bias: (R or 1, H, T, U), added to the scores.
+        kwargs: the batch's boundaries, if the model hands them on.
+
+    Returns:
+        (R, T, H, Dv) and None, as attention weights are not kept.
+
+    Raises:
+        NotImplementedError: an argument that would change the result and is not computed.
+        ValueError: boundaries that do not cover the tokens.
+    """
+    sinks = s_aux if s_aux is not None else kwargs.pop("sinks", None)
+    _refuse(module, kwargs, key, sinks)
+    segments = segments_of(module, {**kwargs, "is_causal": is_causal})
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if segments is None:
+        mask = attention_mask.build() if isinstance(attention_mask, _Pattern) else attention_mask
+        if softcap is None and sinks is None:
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            options: dict[str, Any] = {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
+            return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, **options, **kwargs)
+        return _unpacked(query, key, value, mask, causal, scaling, softcap, sinks, position_bias, dropout), None
+    window, chunk = sliding_window, None
+    if isinstance(attention_mask, _Pattern):
+        causal, window, chunk = attention_mask.causal, attention_mask.window, attention_mask.chunk
+    elif attention_mask is not None:
+        causal, window = False, None
+    mask = attention_mask if isinstance(attention_mask, Tensor) else None
+    if segments.cu_seqlens_k is segments.cu_seqlens_q and key.shape[2] != query.shape[2]:
+        raise NotImplementedError(
+            f"{type(module).__name__} has {key.shape[2]} keys for the {query.shape[2]} tokens of a packed row: packed "
+            "batches cannot be combined with a cache from earlier tokens or with prefix tuning"
+        )
+    query, key, value = _autocast(query, key, value)
+    return segment_attention(
+        query,
+        key,
+        value,
+        segments,
+        causal=causal,
+        window=window,
+        chunk=chunk,
+        scale=scaling,
+        softcap=softcap,
+        sinks=sinks,
+        mask=mask,
+        bias=position_bias,
+        dropout=dropout,
+    ), None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype where it is on, as it casts for torch's own attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def _unpacked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """What sdpa attention does for a batch that is not packed, with the softcap and the sinks that it does not know."""
+    length = query.shape[2]
+    causal = causal and mask is None and length > 1
+    if causal and key.shape[2] > length:  # a static cache that holds these tokens alone
+        key, value, bias = key[:, :, :length], value[:, :, :length], None if bias is None else bias[..., :length]
+    query, key, value = _autocast(query, key, value)
+    options: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "mask": mask, "bias": bias, "dropout": dropout}
+    return segment_attention(query, key, value, _whole_rows(query, key), causal=causal, scale=scale, **options)
+
+
+def register_attention() -> None:
+    """Makes `attn_implementation="fastft"` known to transformers; calling it again does nothing.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, fastft_attention)
+    AttentionMaskInterface.register(NAME, fastft_mask)
+
+
+def engines() -> dict[str, str]:
+    """What computes packed attention, by device type; for `python -m fastft`."""
+    softcap = "flash-attn" if importlib.util.find_spec("flash_attn") else "blocks"
+    return {
+        "cpu": "flash_cpu (softcap, bias, masks, dropout: blocks)",
+        "cuda": f"flash_cuda (softcap: {softcap}; bias, masks, float32: blocks)",
+    }

@@ -1,0 +1,130 @@
+"""Torch's flash attention kernels, a segment or a whole batch a call, as engines of `segment_attention`.
+
+Forward takes q, k, v (R, H, T, D) and gives out (R, T, H, D) and lse (R, H, T); backward takes out and its gradient as
+(R, H, T, D) too. The CPU kernel knows a causal segment and a segment without a mask; a window that binds
+becomes bands of queries with a small additive mask, the same one for all but the first. The CUDA kernel knows segments,
+windows and dropout itself. Both share key heads among query heads, and neither stores scores.
+
+Their backward takes out and lse as arguments, and with sinks they are the output and the lse with sinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.data.attention_tiles import Call, Tile
+
+_BAND = (128, 512)  # queries of one call where a window binds: at least, at most
+
+
+def _cpu_tiles(call: Call, query: Tensor) -> Iterator[tuple[Tile, dict[str, Any]]]:
+    """The kernel's calls and their arguments."""
+    window = call.window
+
+    def block(keys: int) -> int:
+        return keys if window is None or keys <= window else min(max(window, _BAND[0]), _BAND[1])
+
+    masks: dict[tuple[int, int, int], Tensor | None] = {}
+    for tile in call.tiles(block):
+        causal = call.causal and tile.rows == tile.columns and (window is None or tile.rows <= window)
+        mask = None
+        if not causal:
+            shape = (tile.rows, tile.columns, tile.shift)
+            if shape not in masks:
+                visible = call.visible(tile, query.device)
+                masks[shape] = (
+                    None if visible is None else query.new_zeros(shape[:2]).masked_fill_(~visible, -torch.inf)
+                )
+            mask = masks[shape]
+        yield tile, {"dropout_p": 0.0, "is_causal": causal, "attn_mask": mask, "scale": call.scale}
+
+
+def cpu_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """Out and lse."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = call.new_outputs(query, value)
+    for tile, options in _cpu_tiles(call, query):
+        row = slice(tile.row, tile.row + 1)
+        q, k, v = query[row, :, tile.queries], key[row, :, tile.keys], value[row, :, tile.keys]
+        part, lse[row, :, tile.queries] = kernel(q, k, v, **options)
+        out[row, tile.queries] = part.transpose(1, 2)
+    return out, lse
+
+
+def cpu_backward(tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: Call, grads: tuple[Tensor, ...]) -> None:
+    """Fills the gradients of query, key and value; those of keys and values are zeros where a window binds."""
+    d_out, query, key, value, out, lse = tensors
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for tile, options in _cpu_tiles(call, query):
+        row = slice(tile.row, tile.row + 1)
+        q, k, v = query[row, :, tile.queries], key[row, :, tile.keys], value[row, :, tile.keys]
+        results = (tensor[row, :, tile.queries] for tensor in (out, lse))
+        parts = kernel(d_out[row, :, tile.queries], q, k, v, *results, **options)
+        for grad, part, tokens in zip(grads, parts, (tile.queries, tile.keys, tile.keys), strict=True):
+            if call.window is None or grad is grads[0]:
+                grad[row, :, tokens] = part
+            else:  # neighbouring bands share keys
+                grad[row, :, tokens] += part
+
+
+def _cuda_options(call: Call) -> dict[str, Any]:
+    left = -1 if call.window is None else call.window - 1
+    return {"scale": call.scale, "window_size_left": left, "window_size_right": 0 if call.causal else left}
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(R, H, T, D) as (R T, H, D)."""
+    return tensor.transpose(1, 2).flatten(0, 1)
+
+
+def cuda_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, ...]:
+    """Out, lse, and the two tensors that say where dropout's random numbers came from."""
+    out, lse, *random, _ = torch.ops.aten._flash_attention_forward(
+        *(_flat(tensor) for tensor in (query, key, value)),
+        *call.boundaries(query.device),
+        call.dropout,
+        call.causal and call.window is None,
+        False,
+        **_cuda_options(call),
+    )
+    rows = query.shape[0]
+    return out.unflatten(0, (rows, -1)), lse.unflatten(1, (rows, -1)).transpose(0, 1), *random
+
+
+def cuda_backward(
+    tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: Call, grads: tuple[Tensor, ...]
+) -> None:
+    """As `cpu_backward`; `saved` is what the forward returned behind lse."""
+    d_out, query, key, value, out, lse = tensors
+    parts = torch.ops.aten._flash_attention_backward(
+        *(_flat(tensor) for tensor in (d_out, query, key, value, out)),
+        lse.transpose(0, 1).flatten(1).contiguous(),
+        *call.boundaries(query.device),
+        call.dropout,
+        call.causal and call.window is None,
+        *saved,
+        **_cuda_options(call),
+    )
+    for grad, part in zip(grads, parts, strict=True):
+        grad.transpose(1, 2).copy_(part.unflatten(0, (grad.shape[0], -1)))
+
+
+def flash_attn(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+    """flash-attn's own function, which knows softcap; differentiable. (R, T, H, D)."""
+    from flash_attn import flash_attn_varlen_func
+
+    options = _cuda_options(call)
+    out = flash_attn_varlen_func(
+        *(_flat(tensor) for tensor in (query, key, value)),
+        *call.boundaries(query.device),
+        dropout_p=call.dropout,
+        softmax_scale=call.scale,
+        causal=call.causal,
+        window_size=(options["window_size_left"], options["window_size_right"]),
+        softcap=call.softcap or 0.0,
+    )
+    return out.unflatten(0, (query.shape[0], -1))

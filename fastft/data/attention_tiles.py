@@ -1,0 +1,181 @@
+"""How packed rows fall into pieces and tiles for `segment_attention`: which queries see which keys.
+
+A *piece* is one segment, or one chunk of a segment where attention is chunked. A *tile* is some queries of a piece with
+the keys that causality and the window leave them:
+
+    low  = max(first key, first query - window + 1)      high = last query + 1 if causal, else last query + window
+
+so that the tiles' scores together are linear in the tokens where a window binds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastft.data.segments import Segments
+
+
+class Piece(NamedTuple):
+    """Tokens of one row whose queries read these keys alone."""
+
+    row: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+
+class Tile(NamedTuple):
+    """Queries and the keys that they may see; query i of the tile stands at key `shift + i` of the tile."""
+
+    row: int
+    queries: slice
+    keys: slice
+    shift: int
+
+    @property
+    def rows(self) -> int:
+        """How many queries."""
+        return self.queries.stop - self.queries.start
+
+    @property
+    def columns(self) -> int:
+        """How many keys."""
+        return self.keys.stop - self.keys.start
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """All of one attention call but its differentiable tensors."""
+
+    segments: Segments
+    pieces: list[Piece]
+    length: int  # queries of a row
+    causal: bool
+    window: int | None
+    chunk: int | None
+    scale: float
+    softcap: float | None
+    mask: Tensor | None
+    dropout: float
+    seed: int
+
+    def tiles(self, block: Callable[[int], int]) -> Iterator[Tile]:
+        """The pieces in blocks of `block(keys)` queries, with the keys alone that causality and the window leave."""
+        for row, q0, q1, k0, k1 in self.pieces:
+            rows = block(k1 - k0)
+            for start in range(q0, q1, rows):
+                stop, low, high = min(start + rows, q1), k0, k1
+                if self.window is not None:
+                    low = max(low, k0 + start - q0 - self.window + 1)
+                    high = min(high, k0 + stop - q0 + self.window - 1)
+                if self.causal:
+                    high = k0 + stop - q0
+                yield Tile(row, slice(start, stop), slice(low, high), start - q0 + k0 - low)
+
+    def visible(self, tile: Tile, device: torch.device) -> Tensor | None:
+        """Which keys each query of a tile sees, bool (queries, keys); None: all."""
+        window = self.window if self.window is not None and max(tile.rows, tile.columns) > self.window else None
+        if window is None and (not self.causal or (tile.rows == 1 and tile.shift == tile.columns - 1)):
+            return None
+        return _band(tile.rows, tile.columns, tile.shift, self.causal, window, device)
+
+    def boundaries(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+        """cu_seqlens and max_seqlen of queries and keys on `device`, of the chunks where there are chunks."""
+        segments = self.segments
+        if self.chunk is None:
+            ends = (segments.cu_seqlens_q, segments.cu_seqlens_k)
+            longest = (segments.max_seqlen_q, segments.max_seqlen_k)
+        else:
+            starts = [piece.q0 + piece.row * self.length for piece in self.pieces]
+            ends = (torch.tensor([*starts, segments.bounds_q[-1]]),) * 2
+            longest = (min(self.chunk, segments.max_seqlen_q),) * 2
+        return *(end.to(device, torch.int32) for end in ends), *longest  # type: ignore[return-value]
+
+    def new_outputs(self, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Unfilled out (R, T, H, Dv) of the query's dtype and lse (R, H, T), at least float32."""
+        rows, heads, length, _ = query.shape
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return query.new_empty((rows, length, heads, value.shape[3])), query.new_empty(
+            (rows, heads, length), dtype=wide
+        )
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """Where dropout's random numbers come from, the same in each forward and backward; None without dropout."""
+        return torch.Generator(device).manual_seed(self.seed) if self.dropout > 0 else None
+
+
+@functools.lru_cache(maxsize=16)
+def _band(queries: int, keys: int, shift: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    behind = torch.arange(queries, device=device)[:, None] + shift - torch.arange(keys, device=device)
+    visible = behind >= 0 if causal else behind.new_ones((), dtype=torch.bool).expand_as(behind)
+    return visible if window is None else visible & (behind.abs() < window)
+
+
+def _check(name: str, ends: list[int], rows: int, length: int) -> None:
+    if ends[0] != 0 or ends[-1] != rows * length or any(after < end for end, after in itertools.pairwise(ends)):
+        raise ValueError(
+            f"{name} must rise from 0 to {rows * length}, the {rows} x {length} tokens that attention got; it goes "
+            f"from {ends[0]} to {ends[-1]}. Does the model add tokens to the packed ones?"
+        )
+
+
+def pieces_of(
+    segments: Segments, rows: int, length_q: int, length_k: int, same: bool, chunk: int | None
+) -> list[Piece]:
+    """The segments that have queries, as places in their rows; the chunks of segments where there are chunks.
+
+    With `same` a segment must have as many keys as queries, as causality, a window and chunks need.
+    """
+    _check("cu_seqlens_q", segments.bounds_q, rows, length_q)
+    if segments.cu_seqlens_k is not segments.cu_seqlens_q or length_k != length_q:
+        _check("cu_seqlens_k", segments.bounds_k, rows, length_k)
+    pieces = []
+    for (begin_q, end_q), (begin_k, end_k) in zip(
+        itertools.pairwise(segments.bounds_q), itertools.pairwise(segments.bounds_k), strict=True
+    ):
+        if begin_q == end_q:
+            continue
+        row = begin_q // length_q
+        q0, q1, k0, k1 = (
+            begin_q - row * length_q,
+            end_q - row * length_q,
+            begin_k - row * length_k,
+            end_k - row * length_k,
+        )
+        if q1 > length_q or k0 < 0 or k1 > length_k or k0 == k1 or (same and q1 - q0 != k1 - k0):
+            raise ValueError(
+                f"a segment must lie in one row and have keys, as many as queries if attention is causal or local: "
+                f"queries {begin_q} to {end_q} in rows of {length_q}, keys {begin_k} to {end_k} in rows of {length_k}"
+            )
+        if chunk is None:
+            pieces.append(Piece(row, q0, q1, k0, k1))
+        else:
+            spans = [(start, min(start + chunk, q1 - q0)) for start in range(0, q1 - q0, chunk)]
+            pieces.extend(Piece(row, q0 + start, q0 + stop, k0 + start, k0 + stop) for start, stop in spans)
+    return pieces
+
+
+def part_of(whole: Tensor, tile: Tile) -> Tensor:
+    """The view of a (1|R, 1|H, 1|T, 1|U) bias or mask that belongs to a tile: (1|H, 1|queries, 1|keys)."""
+    part = whole[tile.row if whole.shape[0] > 1 else 0]
+    part = part[:, tile.queries] if part.shape[1] > 1 else part
+    return part[:, :, tile.keys] if part.shape[2] > 1 else part
+
+
+def mask_scores(call: Call, tile: Tile, scores: Tensor) -> Tensor:
+    """Minus infinity where a query may not look; what a floating-point mask says is added. In place."""
+    visible = call.visible(tile, scores.device)
+    if visible is not None:
+        scores.masked_fill_(~visible, -torch.inf)
+    if call.mask is not None:
+        part = part_of(call.mask, tile)
+        scores = scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores.add_(part)
+    return scores

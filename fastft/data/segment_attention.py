@@ -1,0 +1,323 @@
+"""Attention within the segments of packed rows, with memory linear in the tokens, forward and backward.
+
+    s[i, j] = cap(scale q[i] . k[j]) + bias[i, j]      for j in the segment of i, j <= i if causal, |i - j| < window
+    lse[i]  = log(sum_j exp(s[i, j]) + exp(sink))      cap(x) = softcap tanh(x / softcap); no sink: exp(sink) = 0
+    out[i]  = sum_j p[i, j] v[j]                       p = exp(s - lse)
+
+Backward needs no matrix of the forward, only q, k, v, out and lse:
+
+    delta = dout . out      ds = p (dout v^T - delta)      dq = scale ds k      dk = scale ds^T q      dv = p^T dout
+    dbias = ds              dsink = -sum_i exp(sink - lse[i]) delta[i]
+
+A kernel that knows no sinks still serves: out sigmoid(lse - sink) and log(exp(lse) + exp(sink)) are the output and the
+lse with them, and its backward is right for whatever out and lse it is given.
+
+Engines: torch's CPU flash attention kernel, a segment a call (a window that binds: a band of queries a call); torch's
+CUDA flash attention kernel for variable lengths; flash-attn, if installed, for softcap on CUDA; and blocks of queries
+in plain torch, on any device, for softcap, bias, masks, dropout on a CPU and dtypes that the kernels lack.
+
+Bytes moved: q, k, v and out, each 2 or 4 bytes x R T H D, and lse; the scores of one block live in cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.data import attention_flash
+from fastft.data.attention_tiles import Call, Tile, mask_scores, part_of, pieces_of
+from fastft.data.segments import Segments
+
+IMPLS = ("auto", "eager", "blocks", "flash_cpu", "flash_cuda", "flash_attn")
+_BLOCK_SCORES = 1 << 20  # scores of one block of queries, all heads: 4 MiB in float32
+
+
+def _attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, bias: Tensor | None, call: Call
+) -> Tensor:
+    """Plain torch, a segment at a time, all its scores at once; differentiable by autograd."""
+    out = []
+    group, generator = query.shape[1] // key.shape[1], call.generator(query.device)
+    for tile in call.tiles(lambda keys: keys):
+        q, k, v = query[tile.row, :, tile.queries], key[tile.row, :, tile.keys], value[tile.row, :, tile.keys]
+        scores = q @ k.repeat_interleave(group, 0).mT * call.scale
+        if call.softcap is not None:
+            scores = torch.tanh(scores / call.softcap) * call.softcap
+        if bias is not None:
+            scores = scores + part_of(bias, tile)
+        scores = mask_scores(call, tile, scores.clone())
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+        p = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
+        p = p[..., : k.shape[1]].to(v.dtype)
+        if generator is not None:
+            p = p * _kept(p, call.dropout, generator)
+        out.append((p @ v.repeat_interleave(group, 0)).transpose(0, 1))
+    flat = torch.cat(out) if out else query.new_empty((0, query.shape[1], value.shape[3]))
+    return flat.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def _kept(p: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """What dropout multiplies the probabilities with."""
+    uniform = torch.rand(p.shape, generator=generator, device=p.device)
+    return (uniform >= dropout).to(p.dtype).div_(1 - dropout)
+
+
+def _block(heads: int) -> Callable[[int], int]:
+    return lambda keys: max(1, _BLOCK_SCORES // (heads * keys))
+
+
+def _scores(call: Call, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """s of a tile (H, queries, keys) from q (G, H/G x queries, D) and k (G, keys, D); and capped, before the bias."""
+    scores = ((q * call.scale) @ k.mT).unflatten(1, (-1, tile.rows)).flatten(0, 1)
+    capped = None
+    if call.softcap is not None:
+        capped = scores.div_(call.softcap).tanh_().mul_(call.softcap)
+        scores = capped.clone()
+    if bias is not None:
+        scores.add_(part_of(bias, tile))
+    return mask_scores(call, tile, scores), capped
+
+
+def _rows(tensor: Tensor, tile: Tile, part: slice, groups: int, dtype: torch.dtype) -> Tensor:
+    """Heads of a tile, those that share a key head one after another: (groups, H / groups x tokens, D)."""
+    return tensor[tile.row, :, part].to(dtype).unflatten(0, (groups, -1)).flatten(1, 2)
+
+
+def _blocks_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+    out, lse = call.new_outputs(query, value)
+    heads, groups, generator = query.shape[1], key.shape[1], call.generator(query.device)
+    for tile in call.tiles(_block(heads)):
+        q, k, v = (
+            _rows(tensor, tile, part, groups, lse.dtype)
+            for tensor, part in ((query, tile.queries), (key, tile.keys), (value, tile.keys))
+        )
+        scores, _ = _scores(call, tile, q, k, bias)
+        total = scores.logsumexp(-1)
+        # a query that a mask leaves no key has p = 0, not NaN
+        p = scores.sub_(total.clamp(min=torch.finfo(total.dtype).min)[..., None]).exp_()
+        if generator is not None:
+            p *= _kept(p, call.dropout, generator)
+        lse[tile.row, :, tile.queries] = total
+        mixed = p.unflatten(0, (groups, -1)).flatten(1, 2) @ v
+        out[tile.row, tile.queries] = mixed.unflatten(1, (heads // groups, -1)).flatten(0, 1).transpose(0, 1)
+    return out, lse
+
+
+def _blocks_backward(
+    tensors: tuple[Tensor, ...], bias: Tensor | None, d_bias: Tensor | None, call: Call, grads: tuple[Tensor, ...]
+) -> None:
+    d_out, query, key, value, out, lse = tensors
+    d_query, d_key, d_value = grads
+    heads, groups, generator = query.shape[1], key.shape[1], call.generator(query.device)
+    for tile in call.tiles(_block(heads)):
+        q, k, v, d_o, o = (
+            _rows(tensor, tile, part, groups, lse.dtype)
+            for tensor, part in (
+                (query, tile.queries),
+                (key, tile.keys),
+                (value, tile.keys),
+                (d_out, tile.queries),
+                (out, tile.queries),
+            )
+        )
+        scores, capped = _scores(call, tile, q, k, bias)
+        total = lse[tile.row, :, tile.queries].clamp(min=torch.finfo(lse.dtype).min)
+        p = scores.sub_(total[..., None]).exp_()
+        d_p = (d_o @ v.mT).view_as(p)
+        kept = p
+        if generator is not None:
+            factor = _kept(p, call.dropout, generator)
+            d_p *= factor
+            kept = p * factor
+        d_value[tile.row, :, tile.keys] += kept.unflatten(0, (groups, -1)).flatten(1, 2).mT @ d_o
+        d_s = d_p.sub_((d_o * o).sum(-1).view_as(total)[..., None]).mul_(p)
+        if d_bias is not None:
+            part = part_of(d_bias, tile)
+            part += d_s.sum_to_size(part.shape)
+        if capped is not None:
+            d_s *= 1 - capped.div_(call.softcap or 1.0).square_()
+        d_s = d_s.unflatten(0, (groups, -1)).flatten(1, 2)
+        d_q = (d_s @ k).unflatten(1, (heads // groups, -1)).flatten(0, 1)
+        d_query[tile.row, :, tile.queries] = d_q * call.scale
+        d_key[tile.row, :, tile.keys] += (d_s.mT @ q) * call.scale
+
+
+class _SegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        bias: Tensor | None,
+        call: Call,
+        engine: str,
+    ) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            if engine == "blocks":
+                out, lse, *saved = _blocks_forward(query, key, value, bias, call)
+            else:
+                forward = attention_flash.cpu_forward if engine == "flash_cpu" else attention_flash.cuda_forward
+                out, lse, *saved = forward(query, key, value, call)
+            if sinks is not None:
+                sink = sinks.to(lse.dtype)[:, None]
+                out.mul_(torch.sigmoid(lse - sink).transpose(1, 2)[..., None])
+                lse = torch.logaddexp(lse, sink)
+        ctx.save_for_backward(query, key, value, sinks, bias, out, lse, *saved)
+        ctx.call, ctx.engine = call, engine
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, bias, out, lse, *saved = ctx.saved_tensors
+        call = ctx.call
+        # of the layout of their tensors; keys whose segment has no queries, and blocks that add up, need zeros
+        summed = ctx.engine == "blocks" or call.window is not None
+        like = (
+            torch.zeros_like
+            if summed or call.segments.cu_seqlens_k is not call.segments.cu_seqlens_q
+            else torch.empty_like
+        )
+        half = lse.dtype if summed else None
+        grads = (torch.empty_like(query), like(key, dtype=half), like(value, dtype=half))
+        d_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[4] else None
+        tensors = (d_out.transpose(1, 2), query, key, value, out.transpose(1, 2), lse)
+        with torch.autocast(query.device.type, enabled=False):
+            if ctx.engine == "blocks":
+                _blocks_backward(tensors, bias, d_bias, call, grads)
+            else:
+                backward = attention_flash.cpu_backward if ctx.engine == "flash_cpu" else attention_flash.cuda_backward
+                backward(tensors, tuple(saved), call, grads)
+            d_sinks = None
+            if ctx.needs_input_grad[3]:
+                delta = (d_out * out).sum(-1, dtype=lse.dtype).transpose(1, 2)
+                d_sinks = -((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum((0, 2)).to(sinks.dtype)
+        return (
+            grads[0],
+            grads[1].to(key.dtype),
+            grads[2].to(value.dtype),
+            d_sinks,
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+        )
+
+
+def _unsuited(
+    engine: str, query: Tensor, value: Tensor, call: Call, sinks: Tensor | None, bias: Tensor | None
+) -> str | None:
+    """Why an engine cannot compute a call; None if it can."""
+    if engine in ("eager", "blocks"):
+        return None
+    device = "cpu" if engine == "flash_cpu" else "cuda"
+    if query.device.type != device:
+        return f"it computes {device} tensors, these are on {query.device.type}"
+    if bias is not None or call.mask is not None:
+        return "its kernel takes neither bias nor mask"
+    if query.shape[3] != value.shape[3]:
+        return f"its kernel needs values of the queries' head size {query.shape[3]}, got {value.shape[3]}"
+    if call.softcap is not None and engine != "flash_attn":
+        return "its kernel knows no softcap"
+    if engine == "flash_cpu":
+        return "its kernel knows no dropout" if call.dropout > 0 else None
+    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[3] % 8 or query.shape[3] > 256:
+        return (
+            f"its kernel takes float16 and bfloat16 with head sizes 8, 16 .. 256, got {query.dtype}, {query.shape[3]}"
+        )
+    if engine == "flash_attn":
+        if importlib.util.find_spec("flash_attn") is None:
+            return "flash-attn is not installed"
+        return "flash-attn takes no sinks" if sinks is not None else None
+    return None
+
+
+def _engine(impl: str, *args: Any) -> str:
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    if impl == "auto":
+        return next(
+            engine for engine in ("flash_cpu", "flash_cuda", "flash_attn", "blocks") if _unsuited(engine, *args) is None
+        )
+    reason = _unsuited(impl, *args)
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} is not available: {reason}")
+    return impl
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, window: int | None, chunk: int | None, dropout: float) -> None:
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
+    if any(len(shape) != 4 for shape in shapes) or key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
+        raise ValueError(f"query, key and value must be (rows, heads, tokens, head size), got {shapes}")
+    if query.shape[3] != key.shape[3] or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"query needs the key's head size and a multiple of its heads, got {shapes}")
+    if len({query.dtype, key.dtype, value.dtype}) > 1 or not query.is_floating_point():
+        raise TypeError(
+            f"query, key and value must share a floating dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    for name, size in (("window", window), ("chunk", chunk)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be positive or None, got {size}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    causal: bool,
+    window: int | None = None,
+    chunk: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention of packed rows: queries of segment s over keys of segment s. (R, T, H, Dv), differentiable.
+
+    Args:
+        query: (R, H, T, D); any strides.
+        key, value: (R, G, U, D) and (R, G, U, Dv), H a multiple of G; of the query's dtype.
+        segments: the boundaries; a segment lies in one row.
+        causal: token i of a segment sees its tokens up to i.
+        window: token i sees tokens j with |i - j| < window alone.
+        chunk: a segment is cut in chunks of so many tokens, which do not see each other.
+        scale: default D ** -0.5.
+        softcap: scores become softcap tanh(scores / softcap).
+        sinks: (H,), one more score for each query, whose probability goes nowhere.
+        mask: (1 or R, 1 or H, 1 or T, 1 or U); bool, False where a query may not look, or added to the scores. A
+            gradient for it is not computed.
+        bias: as a floating-point mask, differentiable.
+        dropout: of the probabilities; its random numbers come from torch's default generator of the CPU.
+        impl: `"auto"`, `"eager"`, `"blocks"`, `"flash_cpu"`, `"flash_cuda"` or `"flash_attn"`.
+
+    Raises:
+        ValueError: shapes that do not fit, boundaries that do not cover the tokens, an argument out of its range.
+        TypeError: dtypes that differ.
+        RuntimeError: the engine asked for cannot compute this; says why.
+    """
+    _check(query, key, value, window, chunk, dropout)
+    rows, _, length, size = query.shape
+    local = causal or window is not None or chunk is not None
+    pieces = pieces_of(segments, rows, length, key.shape[2], local, chunk)
+    seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
+    scale = size**-0.5 if scale is None else float(scale)
+    call = Call(segments, pieces, length, causal, window, chunk, scale, softcap, mask, dropout, seed)
+    engine = _engine(impl, query, value, call, sinks, bias)
+    if engine == "eager":
+        return _attention_reference(query, key, value, sinks, bias, call)
+    if engine == "flash_attn":
+        return attention_flash.flash_attn(query, key, value, call)
+    return _SegmentAttention.apply(query, key, value, sinks, bias, call, engine)
