@@ -85,21 +85,22 @@ class Sequences:
     def outcome(self, change: Any) -> tuple[str, str]:
         """What becomes of the packed batch after `change`, and why."""
         try:
-            packed = self._run([change(self.packed())])
             with torch.no_grad():
-                moved = self._outputs(change(self.packed(self.other))).flatten(0, 1)
+                packed, moved = (
+                    self._outputs(change(self.packed(first))).flatten(0, 1) for first in (None, self.other)
+                )
         except Exception as error:
             return RAISES, f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        rows = len(packed.outputs) // len(self.alone.outputs)
+        rows = len(packed) // len(self.alone.outputs)
         scale = float(self.alone.outputs.pow(2).mean().sqrt())
         first = (TARGETS if self.crossed else LENGTHS)[0]
-        leak = float((moved - packed.outputs)[first : len(self.alone.outputs)].abs().max()) / scale
-        error = float((packed.outputs - self.alone.outputs.repeat(rows, 1)).abs().max()) / scale
+        leak = float((moved - packed)[first : len(self.alone.outputs)].abs().max()) / scale
+        error = float((packed - self.alone.outputs.repeat(rows, 1)).abs().max()) / scale
         if leak > TOLERANCE:
             return LEAK, f"moves by {leak:.0e}"
         if not error <= TOLERANCE:
             return OFF, f"outputs off by {error:.0e}"
-        name, error = self._worst_gradient(packed.gradients, rows)
+        name, error = self._worst_gradient(self._run([change(self.packed())]).gradients, rows)
         return (EXACT, "") if error <= 5 * TOLERANCE else (OFF, f"gradient of {name} off by {error:.0e}")
 
     def _worst_gradient(self, gradients: dict[str, Tensor], rows: int) -> tuple[str, float]:
@@ -133,10 +134,11 @@ def with_mask(batch: dict[str, Any]) -> dict[str, Any]:
 
 def two_rows(batch: dict[str, Any]) -> dict[str, Any]:
     """The same row twice."""
-    boundaries = batch["cu_seq_lens_q"]
-    twice = {key: torch.cat([batch[key]] * 2) for key in ("input_ids", "position_ids", "seq_idx")}
-    boundaries = torch.cat([boundaries, boundaries[1:] + boundaries[-1]])
-    return {**batch, **twice, "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
+    rows = ("input_ids", "decoder_input_ids", "position_ids", "seq_idx")
+    boundaries = ("cu_seq_lens_q", "cu_seq_lens_k", "decoder_cu_seq_lens")
+    twice = {key: torch.cat([batch[key]] * 2) for key in rows if key in batch}
+    longer = {key: torch.cat([batch[key], batch[key][1:] + batch[key][-1]]) for key in boundaries if key in batch}
+    return {**batch, **twice, **longer}
 
 
 def train_begin(model: nn.Module, start: int) -> fastft.PackingCallback:
