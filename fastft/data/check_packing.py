@@ -191,6 +191,18 @@ class _Probe:
             return f"no sequence sees another, but the outputs are off by {worst:.1e} from those of sequences alone"
         return None
 
+    def first_position(self, start: int) -> int:
+        """The first position as the model itself counts: `start`, or the one behind its padding token."""
+        pad = getattr(self.base.config, "pad_token_id", None)
+        for first in (start, 0 if pad is None else pad + 1):
+            inputs = self._inputs(self.tokens[0][0][None], self.targets[0][0][None])
+            positions = torch.arange(first, first + LENGTHS[0])[None]
+            with contextlib.suppress(Exception):  # there may be no such argument
+                outputs = self._call({**inputs, "position_ids": positions}, self.outputs[0])[0]
+                if float(_distance(outputs, self.alone[0]).max()) <= self.largest_error * self.scale:
+                    return first
+        return start
+
     def _why(self) -> str:
         if self.mixers:
             return f" ({', '.join(self.mixers)}: tokens mix without attention)"
@@ -252,14 +264,13 @@ class _Probe:
 
 def _way_out(probe: _Probe, start: int) -> tuple[str, bool]:
     """What makes the model exact, and whether that is a block mask."""
-    pad = getattr(probe.base.config, "pad_token_id", None)
-    for first in [start, *([] if pad is None or pad + 1 == start else [pad + 1])]:
-        place = "" if first == start else f"PackingCollator(position_ids_start={first})"
-        for text, context, masked in _remedies(probe):
-            with contextlib.suppress(ValueError, KeyError), context:  # the model does not take this one
-                if (text or place) and probe.problem(first) is None:
-                    steps = " and ".join(filter(None, (place, text)))
-                    return f"Way out, tried on this model: {steps}", masked
+    first = probe.first_position(start)
+    place = "" if first == start else f"PackingCollator(position_ids_start={first})"
+    for text, context, masked in _remedies(probe, bool(place)):
+        with contextlib.suppress(ValueError, KeyError), context:  # the model does not take this one
+            if probe.problem(first) is None:
+                steps = " and ".join(filter(None, (place, text)))
+                return f"Way out, tried on this model: {steps}", masked
     if probe.mixers:
         return (
             "No way out was found: such layers keep sequences apart only if their kernels are told the boundaries "
@@ -268,16 +279,18 @@ def _way_out(probe: _Probe, start: int) -> tuple[str, bool]:
     return "No way out was found: train it on padded batches", False
 
 
-def _remedies(probe: _Probe) -> Iterator[tuple[str, Any, bool]]:
+def _remedies(probe: _Probe, moved: bool) -> Iterator[tuple[str, Any, bool]]:
     """What to tell, the context in which the model is like that, and whether that is a block mask."""
+    if moved:
+        yield "", contextlib.nullcontext(), False
     inside = "fastft.PackingCallback() in Trainer, or fastft.packed_attention(model) around the loop"
-    yield "", contextlib.nullcontext(), False
     yield inside, packed_attention(probe.model), False
     for name in ("fastft", *STOCK):
         if name != probe.base.config._attn_implementation:
-            load = f"attn_implementation={name!r}"
-            yield load, _attention(probe.base, name), False
-            yield f"{load} and {inside}", _both(_attention(probe.base, name), packed_attention(probe.model)), False
+            implementation = f"attn_implementation={name!r}"
+            yield implementation, _attention(probe.base, name), False
+            both = _both(_attention(probe.base, name), packed_attention(probe.model))
+            yield f"{implementation} and {inside}", both, False
     mask = "fastft.PackingCallback() in Trainer, or fastft.block_mask(model) around the loop: a mask of T x T"
     yield mask, block_mask(probe.model), True
 
