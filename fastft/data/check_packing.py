@@ -8,8 +8,8 @@ token t behind the first sequence, in units of the root mean square of all outpu
 
 Attention that ends at a boundary gives leak = 0 to the bit. Where experts share a matrix product, or a kernel adds in
 no fixed order, other tokens change the rounding; how much, the model says itself: `noise` is the movement of one row of
-an ordinary batch when the tokens of the other rows change (and of two equal runs). A leak counts above four times the
-noise and a floor below what any attention weight would leave.
+an ordinary batch when the tokens of the other rows change (and of two equal runs). A leak counts above eight times the
+noise and a floor; of the models in benchmarks/results/packing.md, freshly initialised, the smallest leak is 3e-3.
 
 Cost: about ten forward passes over at most 31 tokens, without gradients; more where a way out is looked for.
 """
@@ -34,7 +34,7 @@ from fastft.data.segments import packed_attention
 LENGTHS, DECODER_LENGTHS = (11, 7, 13), (6, 9, 5)
 STOCK = ("sdpa", "eager")
 
-_LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-4, torch.bfloat16: 1e-3}
 _ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _SMALL = 2**20  # elements of a buffer that is worth a copy; larger ones are quantised weights
 
@@ -177,12 +177,14 @@ class _Probe:
 
     def problem(self, start: int) -> str | None:
         """What is wrong with packed batches; None if nothing is."""
+        if getattr(self.base.config.get_text_config(), "expert_capacity", None):
+            return "tokens of all sequences compete for the capacity of its experts"
         try:
             packed, moved = (self._packed(start, other) for other in (False, True))
         except Exception as error:
             return f"it raises {type(error).__name__} for a packed batch: {' '.join(str(error).split())[:300]}"
         leak = float(_distance(packed, moved)[self.outputs[0] :].max()) / self.scale
-        if not leak <= 4 * self.noise / self.scale + self.least:
+        if not leak <= 8 * self.noise / self.scale + self.least:
             return f"other tokens in the first sequence move the outputs of the later ones by {leak:.1e}{self._why()}"
         errors = _distance(packed, torch.cat(self.alone)) / self.scale
         # experts that are chosen differently by a rounding make a few tokens of a 16-bit model err
@@ -218,14 +220,13 @@ class _Probe:
 
     def _noise(self) -> float:
         """How far outputs move that must not: by other tokens in other rows, and by nothing at all."""
-        runs = []
-        for number in (0, 1, 1):
-            tokens, targets = (
-                torch.stack([row[: min(map(len, parts[0]))] for row in (parts[number][0], parts[0][1])])
-                for parts in (self.tokens, self.targets)
-            )
-            runs.append(self._call(self._inputs(tokens, targets), min(self.outputs))[1])
-        return max(float(_distance(runs[1], other).max()) for other in (runs[0], runs[2]))
+        length = max(LENGTHS)
+        kept, *others = (_random_tokens(self.base, [length], seed)[0] for seed in (4, 5, 6))
+        runs = [
+            self._call(self._inputs(torch.stack([other, kept]), torch.stack([other, kept])), length)[1]
+            for other in (others[0], others[1], others[1])
+        ]
+        return max(float(_distance(runs[1], run).max()) for run in (runs[0], runs[2]))
 
     def _inputs(self, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": tokens}
