@@ -38,12 +38,13 @@ _NOT_COMPUTED = ("indices", "block_indices", "alibi", "attention_bias", "attn_bi
 
 @dataclass(frozen=True, eq=False)
 class _Pattern:
-    """Stands for a mask that a packed batch does not need."""
+    """Stands for a mask that a packed batch does not need, or must not get."""
 
     causal: bool
     window: int | None
     chunk: int | None
     build: Callable[[], Tensor | None]  # the mask itself, for a batch that turns out not to be packed
+    complete: bool = True  # False where the mask says more, and says it of positions in the row
 
 
 def _names(function: Any) -> set[str]:
@@ -56,15 +57,13 @@ def _names(function: Any) -> set[str]:
     return names
 
 
-def _pattern(mask_function: Any, local_size: int | None, build: Callable[[], Tensor | None]) -> _Pattern | None:
-    """What a mask function says; None where it says more than a pattern can hold."""
-    names = _names(mask_function)
-    windows = names & _WINDOWS.keys()
+def _pattern(names: set[str], local_size: int | None, complete: bool, build: Callable[[], Tensor | None]) -> _Pattern:
+    """What a mask function with these names says."""
+    windows = [more for name, more in _WINDOWS.items() if name in names]
     local = len(windows) + (_CHUNKS in names)
-    if not names <= _UNDERSTOOD or local > 1 or (local == 1 and local_size is None):
-        return None
-    window = local_size + _WINDOWS[windows.pop()] if windows and local_size is not None else None
-    return _Pattern(_CAUSAL in names, window, local_size if _CHUNKS in names else None, build)
+    complete = complete and names <= _UNDERSTOOD and local <= 1 and (local == 0 or local_size is not None)
+    window = local_size + windows[0] if windows and local_size is not None else None
+    return _Pattern(_CAUSAL in names, window, local_size if _CHUNKS in names else None, build, complete)
 
 
 def fastft_mask(
@@ -84,18 +83,19 @@ def fastft_mask(
     """
     from transformers.masking_utils import sdpa_mask
 
-    options = {"q_length": q_length, "kv_length": kv_length, "mask_function": mask_function, "local_size": local_size}
-
     def build() -> Tensor | None:
-        return sdpa_mask(attention_mask=attention_mask, **options, **kwargs)
+        options: dict[str, Any] = {"mask_function": mask_function, "attention_mask": attention_mask, **kwargs}
+        return sdpa_mask(q_length=q_length, kv_length=kv_length, local_size=local_size, **options)
 
-    if attention_mask is not None or not (packed_forward_under_way() or _PACKED in _names(mask_function)):
-        return build()
-    pattern = _pattern(mask_function, local_size, build)
-    if pattern is None:
-        return build()
+    names, known = _names(mask_function), packed_forward_under_way()
+    pattern = _pattern(names, local_size, attention_mask is None, build)
     binds = any(size is not None and size < kv_length for size in (pattern.window, pattern.chunk))
-    return pattern if binds or not packed_forward_under_way() else None
+    # a mask of chunks counts from the first token of a row: right only where positions made it count from a segment's
+    if _CHUNKS in names and binds and not (_PACKED in names and not pattern.complete):
+        return pattern
+    if not pattern.complete or not (known or _PACKED in names):
+        return build()
+    return pattern if binds or not known else None
 
 
 def _refuse(module: nn.Module, kwargs: dict[str, Any], key: Tensor, sinks: Tensor | None) -> None:
@@ -145,7 +145,7 @@ def fastft_attention(
     Args:
         module: the attention module.
         query, key, value: (R, H, T, D), (R, G, U, D), (R, G, U, Dv).
-        attention_mask: what `fastft_mask` returned, or a mask (R or 1, H or 1, T, U), which then holds causality and windows.
+        attention_mask: what `fastft_mask` returned, or a mask (R or 1, H or 1, T, U) that holds causality and windows.
         dropout, scaling, sliding_window, softcap: as transformers defines them.
         is_causal: default `module.is_causal`, else True.
         s_aux: (H,), sinks.
@@ -173,6 +173,8 @@ def fastft_attention(
         return _unpacked(query, key, value, mask, causal, scaling, softcap, sinks, position_bias, dropout), None
     window, chunk = sliding_window, None
     if isinstance(attention_mask, _Pattern):
+        if not attention_mask.complete:
+            raise NotImplementedError("packed batches and a padding mask cannot be combined where attention is chunked")
         causal, window, chunk = attention_mask.causal, attention_mask.window, attention_mask.chunk
     elif attention_mask is not None:
         causal, window = False, None

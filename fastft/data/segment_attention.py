@@ -33,7 +33,7 @@ from fastft.data.attention_tiles import Call, Tile, mask_scores, part_of, pieces
 from fastft.data.segments import Segments
 
 IMPLS = ("auto", "eager", "blocks", "flash_cpu", "flash_cuda", "flash_attn")
-_BLOCK_SCORES = 1 << 20  # scores of one block of queries, all heads: 4 MiB in float32
+_BLOCK_SCORES = 1 << 19  # scores of one block of queries, all heads: 2 MiB in float32
 
 
 def _attention_reference(
