@@ -113,7 +113,11 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     "gemma4_unified_text": _NO_LAYER_LISTS,
     "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}}},
     "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0}},
-    "gpt_neo": {"window_size": 16, "attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "gpt_neo": {
+        "window_size": 16,
+        "attention_types": [[["global", "local"], 1]],
+        "attention_layers": ["global", "local"],
+    },
     "gptj": {"rotary_dim": 8},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "hunyuan_v1_dense": {"head_dim": 16},
