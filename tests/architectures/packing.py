@@ -7,6 +7,7 @@ outputs times fixed random numbers, so that its gradient is the sum of the seque
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import fastft
-from architectures.models import takes_any
+from architectures.models import Case, build, takes_any
 from architectures.shrink import IMAGE_TOKEN, VOCABULARY
 
-EXACT, LEAK, OFF, RAISES, NOT_TAKEN = "exact", "LEAK", "off", "raises", "-"
+EXACT, LEAK, OFF, RAISES = "exact", "LEAK", "off", "raises"  # what becomes of a packed batch
+STOCK, OURS, MASK, REFUSED = "stock", "fastft", "block mask", "refused"  # what keeps a model's sequences apart
 LENGTHS, TARGETS = (23, 17, 37), (11, 19, 7)  # longer than the windows and chunks of shrunken models: 16
 TOLERANCE = 2e-4  # of fp32, relative to the root mean square of outputs or to the norm of a gradient
 
@@ -147,3 +149,80 @@ def train_begin(model: nn.Module, start: int) -> fastft.PackingCallback:
     loader = SimpleNamespace(collate_fn=fastft.PackingCollator(position_ids_start=start))
     callback.on_train_begin(SimpleNamespace(n_gpu=1), None, None, model=model, train_dataloader=loader)
     return callback
+
+
+BATCHES = {
+    "positions": positions_alone,
+    "and a cache": with_cache,
+    "and a 2-D mask": with_mask,
+    "all keys": lambda batch: batch,
+    "two rows": two_rows,
+}
+
+
+def examine(case: Case, start: int | None = None, names: tuple[str, ...] = ("all keys",)) -> dict[str, dict[str, str]]:
+    """For each attention implementation that the model takes: what becomes of the BATCHES `names` as transformers runs
+    them, what `check_packing` says, and the outcome in Trainer. `start` None: what `check_packing` proposes."""
+    model = build(case).eval()
+    start = _first_position(model) if start is None else start
+    sequences, rows = Sequences(model, start), {}
+    for implementation in ("eager", "sdpa", "fastft"):
+        if not _takes(model, implementation):
+            continue
+        changes = {name: BATCHES[name] for name in names if name == "all keys" or not sequences.crossed}
+        row = {
+            name: sequences.outcome(lambda batch, change=change: accepted(model, change(batch)))[0]
+            for name, change in changes.items()
+        }
+        try:
+            fastft.check_packing(model, position_ids_start=start)
+            row["check_packing"] = "passes"
+        except fastft.PackingLeakError as leak:
+            row["check_packing"] = "raises"
+            row["why"] = str(leak).partition(": ")[2]
+        assert row["all keys"] == EXACT or row["check_packing"] == "raises", ("a silent leak", implementation, row)
+        rows[implementation] = {**row, "in Trainer": _in_trainer(model, sequences, start)}
+    return rows
+
+
+def best(rows: dict[str, dict[str, str]]) -> str:
+    """What a user of the model is to choose."""
+    results = {name: row["in Trainer"] for name, row in rows.items()}
+    if results.get("fastft") == EXACT:
+        return OURS
+    if EXACT in results.values():
+        return STOCK
+    return MASK if MASK in results.values() else REFUSED
+
+
+def _takes(model: Any, implementation: str) -> bool:
+    """Whether the model has this attention implementation, which it then has."""
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError:
+        return False
+    return bool(model.config._attn_implementation == implementation)
+
+
+def _first_position(model: nn.Module) -> int:
+    try:
+        fastft.check_packing(model)
+    except fastft.PackingLeakError as leak:
+        found = re.search(r"position_ids_start=(\d+)", str(leak))
+        return int(found[1]) if found else 0
+    return 0
+
+
+def _in_trainer(model: Any, sequences: Sequences, start: int) -> str:
+    """The outcome of training with the callback; REFUSED if it raised."""
+    try:
+        callback = train_begin(model, start)
+    except fastft.PackingLeakError:
+        return REFUSED
+    try:
+        masked = model.config._attn_implementation == "fastft_block_mask"
+        outcome = sequences.outcome(two_rows)
+    finally:
+        callback.restore()
+    assert outcome == (EXACT, ""), ("a silent leak in Trainer", outcome)
+    return MASK if masked else EXACT
