@@ -14,11 +14,13 @@ Three pieces, each of which works alone and enters through an official Trainer i
 
 from typing import TYPE_CHECKING, Any
 
+from fastft.data.attention import register_attention
 from fastft.data.block_mask import block_mask
 from fastft.data.check_packing import PackingLeakError, check_packing
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
+from fastft.data.pool_segments import pool_segments
 from fastft.data.segments import packed_attention
 from fastft.integrations.clipping import fuse_clipping
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
@@ -58,6 +60,8 @@ __all__ = [
     "pack",
     "packed_attention",
     "plan_packs",
+    "pool_segments",
+    "register_attention",
     "save_fp32",
 ]
 

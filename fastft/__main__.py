@@ -9,6 +9,7 @@ import torch
 
 import fastft
 from fastft import _native
+from fastft.data.attention import engines
 from fastft.ops import DEVICES, OPERATORS, triton_missing
 
 _COMPANIONS = ("torch", "transformers", "accelerate", "datasets", "triton", "liger-kernel", "bitsandbytes")
@@ -48,6 +49,7 @@ def main() -> None:
             reasons = {engine: operator.unavailable(engine, device) for engine in others}
             listed = "; ".join(f"{engine}: {reason or 'available'}" for engine, reason in reasons.items())
             print(f"  {name:<24} {chosen}{f'  ({listed})' if listed else ''}")
+        print(f"  {'packed attention':<24} {engines()[device.type]}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Their backward takes out and lse as arguments, and with sinks they are the outpu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ def _cpu_tiles(call: Call, query: Tensor) -> Iterator[tuple[Tile, dict[str, Any]
     window = call.window
 
     def block(keys: int) -> int:
-        return keys if window is None or keys <= window else min(max(window, _BAND[0]), _BAND[1])
+        return sys.maxsize if window is None or keys <= window else min(max(window, _BAND[0]), _BAND[1])
 
     masks: dict[tuple[int, int, int], Tensor | None] = {}
     for tile in call.tiles(block):

@@ -1,176 +1,46 @@
-"""One packed batch out of a list of examples, with every boundary that attention kernels read and no padding.
+"""One packed batch out of a list of examples, with every boundary that attention kernels read.
 
-The examples' tokens lie one after another in one row of T. A *segment* is one example, or the padding at the end:
-
-    position_ids[t] = position_ids_start + t - cu_seq_lens[s]        s = seq_idx[t], the segment of token t
-    labels[t]       = -100 where t is the first token of a segment or padding, else the example's label
-
-A causal model predicts token t from the one before, and the first of a segment has none. There is never a 2-D attention
+Examples are checked and laid out as columns (`columns.py`), put into rows (`rows.py`), labelled by the task
+(`masking.py`, `seq2seq.py`), and the boundaries filled in (`boundaries.py`, `batch.py`). There is never a 2-D attention
 mask: in transformers one disables the detection of packed sequences, and so does a cache (hence `use_cache`: False).
-
-Bytes moved per token behind the concatenation: 8 read, 20 written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastft import ops
-
-TASKS = ("causal_lm",)
-IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True, eq=False)
-class Pack:
-    """Examples that go through the model together, as `fastft.pack` yields them.
-
-    It is no dict, so that Trainer's `remove_unused_columns` lets it pass to the collator.
-    """
-
-    examples: list[dict[str, Any]]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-
-def boundaries_reference(
-    lengths: Tensor,
-    source: Tensor,
-    position_ids_start: int,
-    padding: int,
-    labels: Tensor,
-    position_ids: Tensor,
-    seq_idx: Tensor,
-    cu_seqlens: Tensor,
-) -> None:
-    """The boundary tensors in plain torch, into the same outputs as the kernel; the last `padding` labels ignored."""
-    cu_seqlens[0] = 0
-    cu_seqlens[1:] = lengths.cumsum(0)
-    firsts = cu_seqlens[:-1].long()
-    position_ids.copy_(torch.arange(source.numel()) + position_ids_start - torch.repeat_interleave(firsts, lengths))
-    seq_idx.copy_(torch.repeat_interleave(lengths))
-    labels.copy_(source)
-    labels[firsts] = IGNORE_INDEX
-    labels[source.numel() - padding :] = IGNORE_INDEX
-
-
-BOUNDARIES = ops.Operator(
-    "packed_boundaries(Tensor lengths, Tensor source, int position_ids_start, int padding, Tensor(a!) labels, "
-    "Tensor(b!) position_ids, Tensor(c!) seq_idx, Tensor(d!) cu_seqlens) -> ()",
-    boundaries_reference,
-    engines=("cpp",),
+from fastft.data.attention import register_attention
+from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
+from fastft.data.boundaries import BOUNDARIES, IGNORE_INDEX
+from fastft.data.columns import (
+    MAX_TOKENS,
+    Pack,
+    check_lengths,
+    columns_of,
+    drop_masked,
+    flatten,
+    flatten_integers,
+    lengths_of,
+    units_of,
 )
+from fastft.data.masking import TokenMasking
+from fastft.data.rows import Layout, balanced_rows, lay_out, width_of
+from fastft.data.segment_labels import take_labels
+from fastft.data.seq2seq import decoder_batch, lay_out_both, take_decoder
+from fastft.ops import check_impl
 
+__all__ = ["Pack", "PackingCollator"]
 
-def _examples(features: Iterable[Any]) -> list[dict[str, Any]]:
-    examples: list[dict[str, Any]] = []
-    for feature in features:
-        if isinstance(feature, Pack):
-            examples.extend(feature.examples)
-        elif isinstance(feature, dict) or hasattr(feature, "keys"):
-            examples.append(feature)
-        else:
-            raise TypeError(f"the collator takes dicts or packs, got {type(feature).__name__}")
-    if not examples:
-        raise ValueError("the collator got no examples")
-    return examples
-
-
-def _is_per_token(value: Any) -> bool:
-    """Whether a column may hold numbers for tokens. Text, single numbers and None go nowhere near a model."""
-    if isinstance(value, list | tuple):
-        return bool(value) and not isinstance(value[0], str | dict) and value[0] is not None
-    return hasattr(value, "ndim") and value.ndim > 0 and getattr(value.dtype, "kind", "i") not in "OSU"
-
-
-def _columns(examples: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The per-token values by key, one of each example; input_ids first."""
-    keys = examples[0].keys()
-    for index, example in enumerate(examples):
-        if "input_ids" not in example:
-            raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
-        if example.keys() != keys:
-            raise ValueError(f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}")
-    columns = {"input_ids": [example["input_ids"] for example in examples]}
-    for key in keys - {"input_ids"}:
-        values = [example[key] for example in examples]
-        if key == "labels" or any(map(_is_per_token, values)):
-            columns[key] = values
-    return columns
-
-
-def _checked_lengths(columns: dict[str, list[Any]]) -> list[int]:
-    lengths: list[int] = []
-    for key, values in columns.items():
-        for index, value in enumerate(values):
-            if not hasattr(value, "__len__") or isinstance(value, str) or getattr(value, "ndim", 1) != 1:
-                shape = getattr(value, "shape", None)
-                what = f"shape {tuple(shape)}" if shape is not None else f"{type(value).__name__} {value!r}"
-                raise ValueError(f"{key} of example {index} must hold one number per token, got {what}")
-            if key == "input_ids":
-                if len(value) == 0:
-                    raise ValueError(f"example {index} has no tokens: input_ids is empty")
-                lengths.append(len(value))
-            elif len(value) != lengths[index]:
-                raise ValueError(f"{key} of example {index} has length {len(value)}, its input_ids {lengths[index]}")
-    return lengths
-
-
-def _without_masked(columns: dict[str, list[Any]], lengths: list[int]) -> list[int]:
-    """Takes attention_mask out of the columns, and the tokens which it masks; returns what is left of the lengths."""
-    masks = columns.pop("attention_mask", None)
-    if masks is None:
-        return lengths
-    left = list(lengths)
-    for index, mask in enumerate(masks):
-        # the usual case, which must not cost a conversion
-        if isinstance(mask, list) and mask.count(1) == len(mask):
-            continue
-        kept = torch.as_tensor(mask) != 0
-        if kept.all():
-            continue
-        left[index] = int(kept.sum())
-        if left[index] == 0:
-            raise ValueError(f"example {index} has no tokens: its attention_mask is all zeros")
-        for key, values in columns.items():
-            values[index] = _flat(key, [values[index]])[kept]
-    return left
-
-
-def _flat(key: str, values: Sequence[Any]) -> Tensor:
-    """All values of a column one after another in a new tensor; integers as int64."""
-    if all(isinstance(value, list) for value in values):
-        return _flat_lists(key, values)
-    if all(isinstance(value, Tensor) for value in values):
-        flat = torch.cat([value.cpu() for value in values])
-    elif all(type(value).__module__ == "numpy" for value in values):
-        import numpy
-
-        # numpy, because its concatenation takes arrays that are read-only, as those from Arrow are
-        flat = torch.from_numpy(numpy.concatenate(values))
-    else:
-        flat = torch.cat([_flat(key, [value if hasattr(value, "dtype") else list(value)]) for value in values])
-    return flat if flat.is_floating_point() else flat.long()
-
-
-def _flat_lists(key: str, values: Sequence[list[Any]]) -> Tensor:
-    for code, dtype in (("q", torch.int64), ("f", torch.float32)):
-        flat = array(code)  # by far the fastest way from lists of Python numbers to memory
-        try:
-            for value in values:
-                flat.fromlist(value)
-        except TypeError:
-            continue
-        return torch.frombuffer(flat, dtype=dtype)
-    raise ValueError(f"{key} must hold one number per token")
+TOKEN_KEYS = ("input_ids", "labels")
+TASKS = ("causal_lm", "masked_lm", "token_classification", "sequence_classification", "seq2seq")
 
 
 def _check_slices_logits(model: Any) -> None:
@@ -192,47 +62,70 @@ def _check_slices_logits(model: Any) -> None:
 def _supervised(labels: Tensor) -> dict[str, Tensor]:
     """What makes a causal model compute logits for the tokens alone whose successor has a label."""
     following = torch.full_like(labels, IGNORE_INDEX)
-    following[:-1] = labels[1:]
+    following.view(-1)[:-1] = labels.view(-1)[1:]  # the last token of a row is followed by an ignored one
     keep = following != IGNORE_INDEX
-    return {"logits_to_keep": keep[None], "shift_labels": following[keep]}
+    return {"logits_to_keep": keep, "shift_labels": following[keep]}
 
 
 class PackingCollator:
     """A list of examples, or of packs from `fastft.pack`, becomes one packed batch. For `Trainer(data_collator=...)`.
 
-    An example is a dict with `input_ids` (list, array or tensor of n > 0 integers), optionally `labels` (n integers;
-    else they are the input_ids) and `attention_mask` (tokens that it masks are removed). Other keys with n numbers are
-    kept; position_ids, seq_idx, text and single numbers are left out. The batch, for T tokens in S segments:
+    An example is a dict with `input_ids` (list, array or tensor of n > 0 integers), optionally `attention_mask` (tokens
+    that it masks are removed) and labels as the task has them. Other keys with n numbers are kept; position_ids,
+    seq_idx, text and single numbers are left out. A feature may also be a row or more of an Arrow table. The batch is
+    a `PackedBatch`, a dict. For R rows of T tokens, in all S segments, which are the examples and the padding of each
+    row:
 
     | key | value |
     |---|---|
-    | `input_ids`, `labels`, `position_ids` | int64 (1, T) |
-    | `seq_idx` | int32 (1, T), the segment of each token |
-    | `cu_seq_lens_q`, `cu_seq_lens_k` | int32 (S + 1,), where segments begin, and T |
+    | `input_ids`, `position_ids` | int64 (R, T) |
+    | `labels` | int64 (R, T); by the task |
+    | `seq_idx` | int32 (R, T), the segment of each token |
+    | `cu_seq_lens_q`, `cu_seq_lens_k` | int32 (S + 1,), where segments begin in the R * T tokens, and R * T |
     | `max_length_q`, `max_length_k` | int, the longest segment |
     | `use_cache` | False |
-    | other keys | int64 or the array's floating-point dtype (float32 from lists), (1, T) |
-    | `logits_to_keep` | with `supervised_only`: bool (1, T), whether the token after has a label |
-    | `shift_labels` | with `supervised_only`: int64 (K,), these labels |
+    | other keys | int64 or the array's floating-point dtype (float32 from lists), (R, T) |
 
-    With `supervised_only` the model computes hidden states for all T tokens, but logits for K alone; the loss is the
-    same. The model's logits are then (K, V): evaluate with `prediction_loss_only=True`, and leave label smoothing and
-    `compute_loss_func` alone, which expect (1, T, V). A model that does not know a mask raises in its forward.
+    What labels are depends on the task:
+
+    - `causal_lm`: n in an example, else its input_ids. The model shifts them: each example's first one is ignored.
+    - `token_classification`: n in an example, all kept; without them the batch has none.
+    - `masked_lm`: drawn as transformers' `DataCollatorForLanguageModeling` does it, which changes input_ids; without
+      `tokenizer` the examples are masked already and have n labels, all kept.
+    - `sequence_classification`: a number, or C of them, as `labels` or `label`. The batch's are (E,) or (E, C) for E
+      examples in the order in which they lie, int64 or float32; `label_segments`, int64 (E,), are their segments. The
+      model needs `fastft.pool_segments`.
+    - `seq2seq`: m in an example. The batch's are (R, U), with `decoder_input_ids` int64 (R, U), `decoder_cu_seq_lens`
+      int32 (S + 1,), `decoder_max_length` int; all other keys are the encoder's. For models with
+      `attn_implementation="fastft"`, which keeps decoder, encoder and what is between them apart by these boundaries.
+
+    With `supervised_only` there are also `logits_to_keep`, bool (R, T), whether the token after has a label, and
+    `shift_labels`, int64 (K,), these labels: the model computes hidden states for all tokens, but logits for K alone;
+    the loss is the same. Its logits are then (K, V): evaluate with `prediction_loss_only=True`, and leave label
+    smoothing and `compute_loss_func` alone, which expect (R, T, V).
 
     Args:
-        task: `"causal_lm"`: labels are shifted by the model, so the first one of each example is ignored.
-        rows: rows of the batch; only 1.
-        pad_to_multiple_of: T is rounded up to a multiple; the padding is one more segment, labels -100, other keys 0.
+        task: what the labels are; see above.
+        rows: rows of the batch, fewer where there are fewer examples. Examples are spread so that rows are about
+            equally long; a pack stays whole. Each row that is shorter than the longest ends with padding.
+        pad_to_multiple_of: T (and U) is rounded up to a multiple; padding is a segment, labels -100, other keys 0.
         position_ids_start: position of an example's first token; RoBERTa-like models need 2.
         pad_token_id: the token used for padding.
         supervised_only: False; True; or the model that the batches are for, which is then checked. Needs transformers
             5.23 and a causal model that uses its `slice_logits_to_keep`.
-        impl: `"auto"`, `"cpp"` or `"eager"`.
+        tokenizer: for `masked_lm`: its mask token, vocabulary and special tokens (unless the examples have a
+            `special_tokens_mask`).
+        mlm_probability: share of the tokens that `masked_lm` masks.
+        seed: of the masks; None draws from torch's global generator.
+        decoder_start_token_id: for `seq2seq`, from the model's config; not needed if examples have decoder_input_ids.
+        expand_on_device: returns a `FlatBatch`, whose `.to(device)`, called by accelerate and so by Trainer, makes one
+            copy of all integers and computes positions, segments, boundaries and ignored labels there.
+        impl: `"auto"`, `"cpp"`, `"cuda"`, `"triton"` or `"eager"`; the GPU's with `expand_on_device`.
 
     Raises:
         ValueError: an argument out of its range; `supervised_only` where transformers or the model lacks it; in a call,
             no examples, input_ids missing or empty, keys that differ between examples, a key that has not one number
-            per token.
+            per token, labels that the task needs and the examples lack, more tokens than int32 counts.
         TypeError: in a call, a feature that is neither a dict nor a pack.
         RuntimeError: the engine asked for is not available.
     """
@@ -246,60 +139,125 @@ class PackingCollator:
         position_ids_start: int = 0,
         pad_token_id: int = 0,
         supervised_only: Any = False,
+        tokenizer: Any = None,
+        mlm_probability: float = 0.15,
+        seed: int | None = None,
+        decoder_start_token_id: int | None = None,
+        expand_on_device: bool = False,
         impl: str = "auto",
     ) -> None:
         if task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(map(repr, TASKS))}, got {task!r}")
-        if rows != 1:
-            raise ValueError(f"rows must be 1, got {rows!r}: all examples of a batch go into one row")
-        if pad_to_multiple_of is not None and (not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1):
-            raise ValueError(f"pad_to_multiple_of must be a positive integer or None, got {pad_to_multiple_of!r}")
+        for name, value in (("rows", rows), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                if name == "rows" or value is not None:
+                    raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if supervised_only is not False:
+            if task != "causal_lm" or expand_on_device:
+                other = "expand_on_device, as labels are chosen on the host" if expand_on_device else f"task {task!r}"
+                raise ValueError(f"supervised_only does not go with {other}")
             _check_slices_logits(supervised_only)
-        self.supervised_only = supervised_only is not False
-        BOUNDARIES.resolve(impl, torch.device("cpu"))
-        self.task, self.rows, self.impl = task, rows, impl
-        self.pad_to_multiple_of, self.pad_token_id = pad_to_multiple_of, pad_token_id
-        self.position_ids_start = position_ids_start
+        if not expand_on_device:
+            BOUNDARIES.resolve(impl, torch.device("cpu"))
+        else:
+            check_impl(impl)
+        self.task, self.rows, self.pad_token_id = task, rows, pad_token_id
+        self.pad_to_multiple_of, self.position_ids_start = pad_to_multiple_of, position_ids_start
+        self.supervised_only, self.expand_on_device, self.impl = supervised_only is not False, expand_on_device, impl
+        self.decoder_start_token_id = decoder_start_token_id
+        with contextlib.suppress(ImportError):  # without transformers there is nobody to tell
+            register_attention()
+        self.masking = None if tokenizer is None else TokenMasking(tokenizer, mlm_probability, seed)
 
-    def __call__(self, features: Iterable[Any]) -> dict[str, Any]:
+    def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch:
         """The batch of `features`; see the class."""
-        columns = _columns(_examples(features))
-        lengths = _without_masked(columns, _checked_lengths(columns))
-        for key in ("position_ids", "seq_idx"):  # they said where a token was before packing
+        units = units_of(features)
+        examples = [example for unit in units for example in unit]
+        of_segments = self.task == "sequence_classification"
+        columns = columns_of(examples, () if of_segments else ("labels",))
+        labels = take_labels(examples, columns) if of_segments else None
+        decoder, decoder_lengths = take_decoder(columns) if self.task == "seq2seq" else ({}, [])
+        lengths = self._checked_lengths(columns)
+        rows = self._rows(units, lengths, decoder_lengths)
+        multiple = self.pad_to_multiple_of or 1
+        integers: dict[str, Tensor] = {}
+        others: dict[str, Any] = {}
+        if decoder:
+            layout, decoder_layout = lay_out_both(lengths, decoder_lengths, rows, multiple)
+            integers, others = decoder_batch(decoder, decoder_layout, self.decoder_start_token_id, self.pad_token_id)
+        else:
+            layout = lay_out(lengths, rows, width_of(lengths, rows, multiple))
+        if layout.rows * layout.width > MAX_TOKENS:
+            raise ValueError(f"{layout.rows} rows of {layout.width} tokens are more than int32 boundaries can count")
+        flat = self._flatten(columns, layout)
+        if labels is not None:
+            flat |= labels.arranged(layout)
+        return self._finish({**flat, **integers}, others, layout)
+
+    def _checked_lengths(self, columns: dict[str, list[Any]]) -> list[int]:
+        """Checks the columns, drops what is masked or says where a token was before packing; tokens of each example."""
+        lengths = lengths_of("input_ids", columns["input_ids"])
+        for key, values in columns.items():
+            if key != "input_ids":
+                check_lengths(key, values, lengths, "input_ids")
+        lengths = drop_masked("attention_mask", columns, list(columns), lengths)
+        for key in ("position_ids", "seq_idx"):
             columns.pop(key, None)
-        padding = -sum(lengths) % (self.pad_to_multiple_of or 1)
-        flat = {key: self._padded(key, _flat(key, values), padding) for key, values in columns.items()}
-        for key in ("input_ids", "labels"):
-            if key in flat and flat[key].is_floating_point():
-                raise ValueError(f"{key} must be integers, got {flat[key].dtype}")
-        return self._batch(flat, lengths + [padding] * (padding > 0), padding)
+        return lengths
 
-    def _padded(self, key: str, flat: Tensor, padding: int) -> Tensor:
-        if padding == 0:
-            return flat
-        return torch.cat([flat, flat.new_full((padding,), self.pad_token_id if key == "input_ids" else 0)])
+    def _rows(self, units: list[list[Any]], lengths: list[int], decoder_lengths: list[int]) -> list[list[int]]:
+        """The examples of each row."""
+        if self.rows == 1:
+            return [list(range(len(lengths)))]
+        starts = [0, *itertools.accumulate(map(len, units))]
+        members = [range(begin, end) for begin, end in itertools.pairwise(starts)]
+        tokens = [sum(pair) for pair in itertools.zip_longest(lengths, decoder_lengths, fillvalue=0)]
+        sizes = [sum(tokens[example] for example in unit) for unit in members]
+        return [[example for unit in row for example in members[unit]] for row in balanced_rows(sizes, self.rows)]
 
-    def _batch(self, flat: dict[str, Tensor], lengths: list[int], padding: int) -> dict[str, Any]:
-        input_ids = flat.pop("input_ids")
-        given = flat.pop("labels", None)
-        labels = torch.empty_like(input_ids) if given is None else given
-        position_ids = torch.empty_like(input_ids)
-        seq_idx = torch.empty_like(input_ids, dtype=torch.int32)
-        cu_seqlens = torch.empty(len(lengths) + 1, dtype=torch.int32)
-        fill = BOUNDARIES.implementation(self.impl, input_ids.device)
-        source = input_ids if given is None else given
-        fill(torch.tensor(lengths), source, self.position_ids_start, padding, labels, position_ids, seq_idx, cu_seqlens)
-        return {
-            "input_ids": input_ids[None],
-            "labels": labels[None],
-            "position_ids": position_ids[None],
-            "seq_idx": seq_idx[None],
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
-            "use_cache": False,
-            **{key: value[None] for key, value in flat.items()},
-            **(_supervised(labels) if self.supervised_only else {}),
+    def _flatten(self, columns: dict[str, list[Any]], layout: Layout) -> dict[str, Tensor]:
+        """The columns as the segments lie, (R, T); those of the task checked or drawn."""
+        masking = self.masking if self.task == "masked_lm" else None
+        if masking is not None:
+            columns.pop("labels", None)
+            if "special_tokens_mask" not in columns:
+                columns["special_tokens_mask"] = [*map(masking.special_tokens, columns["input_ids"])]
+        elif self.task == "masked_lm" and "labels" not in columns:
+            raise ValueError("task 'masked_lm' needs tokenizer, or examples that have labels already")
+        fills = {
+            "input_ids": self.pad_token_id,
+            "labels": IGNORE_INDEX,
+            "special_tokens_mask": int(masking is not None),
         }
+        flat = {
+            key: (flatten_integers if key in TOKEN_KEYS else flatten)(key, layout.arrange(values, fills.get(key, 0)))
+            for key, values in columns.items()
+        }
+        if masking is not None:
+            flat["labels"] = masking(flat["input_ids"], flat.pop("special_tokens_mask"))
+        return {key: tensor.view(layout.rows, layout.width) for key, tensor in flat.items()}
+
+    def _finish(self, flat: dict[str, Tensor], others: dict[str, Any], layout: Layout) -> PackedBatch | FlatBatch:
+        """The batch of its columns."""
+        shifts, of_tokens = self.task == "causal_lm", self.task not in ("sequence_classification", "seq2seq")
+        pairs = zip(layout.order, layout.lengths, strict=True)
+        ignored = [length if example is None else int(shifts) for example, length in pairs]
+        source = "labels" if of_tokens and "labels" in flat else "input_ids" if shifts else None
+        integers = {key: tensor for key, tensor in flat.items() if not tensor.is_floating_point()}
+        integers["lengths"], integers["ignored"] = torch.tensor([layout.lengths, ignored])
+        longest = max(layout.lengths)
+        others |= {"max_length_q": longest, "max_length_k": longest, "use_cache": False}
+        others |= {key: tensor for key, tensor in flat.items() if key not in integers}
+        expansion = Expansion(source, self.position_ids_start, self.impl)
+        batch: PackedBatch | FlatBatch
+        if self.expand_on_device:
+            batch = FlatBatch.of(integers, others, expansion)
+        else:
+            batch = expansion(integers, others)
+            if self.supervised_only:
+                batch |= _supervised(batch["labels"])
+        if source is not None or "labels" in flat:
+            batch.count = functools.partial(
+                count_labels, flat.get("labels"), layout.lengths, ignored if of_tokens else []
+            )
+        return batch

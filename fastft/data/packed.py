@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastft.data.collator import Pack
+from fastft.data.arrow_rows import ArrowRows
+from fastft.data.columns import Pack
 from fastft.data.plan import PackPlan, plan_packs
 
 SCAN_ROWS = 10_000  # rows of an Arrow table whose offsets are read at once
@@ -54,30 +55,6 @@ def scan_lengths(dataset: Any) -> Tensor:
     return torch.tensor([_length(dataset, index) for index in range(len(dataset))], dtype=torch.int64)
 
 
-def _list_views(column: Any) -> list[Any] | None:
-    """The rows of an Arrow column of number lists as read-only numpy views; None for any other column."""
-    import pyarrow
-
-    array = column.combine_chunks()
-    kind = array.type
-    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-    if not lists or not (pyarrow.types.is_integer(kind.value_type) or pyarrow.types.is_floating(kind.value_type)):
-        return None
-    offsets, values = array.offsets.to_pylist(), array.values
-    if array.null_count or values.null_count:
-        return None
-    numbers = values.to_numpy()
-    return [numbers[begin:end] for begin, end in itertools.pairwise(offsets)]
-
-
-def _arrow_examples(table: Any) -> list[dict[str, Any]]:
-    columns = {}
-    for key in table.column_names:
-        views = _list_views(table[key])
-        columns[key] = table[key].to_pylist() if views is None else views
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
 class PackedDataset(Dataset[Pack]):
     """What `pack` returns: a map-style dataset of `Pack`s, in `plan`'s order.
 
@@ -106,10 +83,16 @@ class PackedDataset(Dataset[Pack]):
         parts = iter([_part(*item) for item in zip(fetched, examples, starts, lengths, strict=True)])
         return [Pack([next(parts) for _ in range(begin, end)]) for begin, end in bounds]
 
+    @functools.cached_property
+    def _arrow(self) -> ArrowRows:
+        return ArrowRows(self.dataset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_arrow"}  # it can be made again
+
     def _fetch(self, examples: list[int]) -> list[dict[str, Any]]:
         if _is_arrow(self.dataset) and self.dataset.format["type"] is None:
-            # straight from Arrow: no Python object is made of a token
-            return _arrow_examples(self.dataset.with_format("arrow")[examples])
+            return self._arrow(examples)
         fetch = getattr(self.dataset, "__getitems__", None)
         return fetch(examples) if fetch else [self.dataset[example] for example in examples]
 

@@ -22,6 +22,7 @@ Bytes moved: q, k, v and out, each 2 or 4 bytes x R T H D, and lse; the scores o
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def _attention_reference(
     """Plain torch, a segment at a time, all its scores at once; differentiable by autograd."""
     out = []
     group, generator = query.shape[1] // key.shape[1], call.generator(query.device)
-    for tile in call.tiles(lambda keys: keys):
+    for tile in call.tiles(lambda keys: sys.maxsize):
         q, k, v = query[tile.row, :, tile.queries], key[tile.row, :, tile.keys], value[tile.row, :, tile.keys]
         scores = q @ k.repeat_interleave(group, 0).mT * call.scale
         if call.softcap is not None:

@@ -119,21 +119,9 @@ class _Holder:
     """What the modules of one model share."""
 
     decoder_modules: weakref.WeakSet[nn.Module]  # empty unless the model has an encoder and a decoder
-    accepted: frozenset[str] | None  # the forward's parameters; None where it takes any keyword
     current: _Batch | None = None  # of the forward under way
     differentiated: _Batch | None = None  # of the forward that backward is in, or will be
     handles: int = 0
-
-    def seen_by_model(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments without those which the model must not see."""
-        dropped = {
-            key
-            for key in (*BOUNDARY_KEYS, "use_cache")
-            if (key != "use_cache" and self.decoder_modules)
-            or key.startswith("decoder_")
-            or (self.accepted is not None and key not in self.accepted)
-        }
-        return {key: value for key, value in kwargs.items() if key not in dropped}
 
     def batch(self) -> _Batch | None:
         return self.differentiated if self.current is None and _in_backward() else self.current
@@ -164,13 +152,29 @@ def _decoder_of(model: nn.Module) -> nn.Module | None:
     return decoder if isinstance(decoder, nn.Module) and decoder is not model and decoder is not encoder else None
 
 
-def _new_holder(model: nn.Module) -> _Holder:
-    inner = _inner(model)
-    decoder = _decoder_of(inner)
-    parameters = inspect.signature(inner.forward).parameters
+def _holder_of(model: nn.Module) -> _Holder:
+    """The holder of a model or of its parts; a new one if they have none."""
+    kept = {_holders[module] for module in model.modules() if module in _holders}
+    if len(kept) > 1:
+        raise ValueError("model has parts that were given to keep_segments one by one: give it the model alone")
+    holder = kept.pop() if kept else _Holder(weakref.WeakSet())
+    decoder = _decoder_of(_inner(model))
+    holder.decoder_modules.update(decoder.modules() if decoder is not None else ())
+    return holder
+
+
+def _for_model(model: nn.Module, holder: _Holder, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments without those which the model must not see, or does not take."""
+    parameters = inspect.signature(_inner(model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    inside = weakref.WeakSet(decoder.modules() if decoder is not None else ())
-    return _Holder(inside, None if takes_any else frozenset(parameters))
+    dropped = {
+        key
+        for key in (*BOUNDARY_KEYS, "use_cache")
+        if (key != "use_cache" and holder.decoder_modules)
+        or key.startswith("decoder_")
+        or not (takes_any or key in parameters)
+    }
+    return {key: value for key, value in kwargs.items() if key not in dropped}
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +218,7 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
         raise ValueError("a packed batch of an encoder-decoder model needs decoder_cu_seq_lens (task='seq2seq')")
     forwards.append(_Forward(module, batch, holder.current))
     holder.current = batch
-    return args, holder.seen_by_model(kwargs)
+    return args, _for_model(module, holder, kwargs)
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
@@ -239,7 +243,7 @@ class SegmentsHandle:
     """Ends what `keep_segments` began."""
 
     def __init__(self, model: nn.Module, holder: _Holder) -> None:
-        self._model, self._holder = weakref.ref(model), holder
+        self._holder = holder
         # functions, not methods: a model with them can be copied and pickled
         self._hooks = [
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
@@ -255,11 +259,9 @@ class SegmentsHandle:
             hook.remove()
         self._hooks = []
         self._holder.handles -= 1
-        model = self._model()
-        if self._holder.handles == 0 and model is not None:
-            for module in model.modules():
-                if _holders.get(module) is self._holder:
-                    del _holders[module]
+        if self._holder.handles == 0:
+            for module in [module for module, holder in _holders.items() if holder is self._holder]:
+                del _holders[module]
 
 
 def keep_segments(model: nn.Module) -> SegmentsHandle:
@@ -271,17 +273,17 @@ def keep_segments(model: nn.Module) -> SegmentsHandle:
 
     Args:
         model: the outermost module that is called with the batch, or the model inside the wrapper of DDP, FSDP or PEFT.
-            It may have been given already: the hooks end with the last handle.
+            It, a part of it or a wrapper of it may have been given already: all ends with the last handle.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: in a forward, boundaries of a wrong shape or of different counts, or none for the decoder.
+        ValueError: parts of `model` were given one by one; in a forward, boundaries of a wrong shape or of different
+            counts, or none for the decoder.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    holder = _holders.get(model) or _new_holder(model)
-    for module in model.modules():
-        _holders.setdefault(module, holder)
+    holder = _holder_of(model)
+    _holders.update(dict.fromkeys(model.modules(), holder))
     return SegmentsHandle(model, holder)
 
 

@@ -52,12 +52,15 @@ def build(folder: Path, sources: list[Path], flags: tuple[str, ...] = ()) -> Pat
 
 
 def operators(folder: Path) -> Any:
-    """`torch.ops.fastft_emulated`, with the kernels of csrc/cuda; once in a process."""
-    names = ("adamw_", "cross_entropy_rows")
+    """`torch.ops.fastft_emulated`, with the kernels of csrc/cuda; built in `folder` by the first call of a process."""
+    if hasattr(operators, "library"):
+        return getattr(torch.ops, NAMESPACE)
+    names = ("adamw_", "cross_entropy_rows", "packed_boundaries")
     definitions = torch.library.Library(NAMESPACE, "DEF")
     for name in names:
         definitions.define(str(OPERATORS[name].native._schema).partition("::")[2])
-    loaded = ctypes.CDLL(str(build(folder, [CSRC / "cuda/adamw.cu", CSRC / "cuda/cross_entropy.cu"])))
+    sources = sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "library")
+    loaded = ctypes.CDLL(str(build(folder, sources)))
     assert loaded.register_emulated(NAMESPACE.encode()) == 0
     loaded.definitions = definitions  # a definition lives as long as its Library
     operators.library = loaded

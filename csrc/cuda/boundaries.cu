@@ -1,0 +1,80 @@
+// fastft::packed_boundaries on CUDA: two launches and no wait for the device, which may still receive the lengths.
+//
+// The first adds up the lengths in one block: 8 bytes read and 4 written a segment. The second finds the segment of
+// each token by bisection of these sums, which stay in the cache, and writes 20 bytes a token beside the 8 that it
+// reads. Lengths that do not add up to the tokens are the caller's fault; nothing is written beyond the outputs then.
+#include "boundaries_args.h"
+#include "launch.h"
+
+namespace {
+using fastft::BoundariesArgs;
+
+constexpr int kThreads = 256, kScanThreads = 1024;
+
+struct Job {
+  int64_t segments, tokens, start;
+  const int64_t *lengths, *ignored, *source;
+  int64_t *labels, *position_ids;
+  int32_t *seq_idx, *cu_seqlens;
+};
+
+// Every thread adds up a stretch of the lengths, the block adds up the stretches before it, and the thread writes.
+__global__ void scan_kernel(Job job) {
+  FASTFT_SHARED(shared);
+  int64_t* sums = reinterpret_cast<int64_t*>(shared);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int64_t stretch = (job.segments + threads - 1) / threads, begin = thread * stretch;
+  const int64_t end = begin + stretch < job.segments ? begin + stretch : job.segments;
+  int64_t sum = 0;
+  for (int64_t s = begin; s < end; s++) sum += job.lengths[s];
+  sums[thread] = sum;
+  __syncthreads();
+  for (int distance = 1; distance < threads; distance *= 2) {
+    const int64_t before = thread >= distance ? sums[thread - distance] : 0;
+    __syncthreads();
+    sums[thread] += before;
+    __syncthreads();
+  }
+  int64_t first = sums[thread] - sum;
+  if (thread == 0) job.cu_seqlens[0] = 0;
+  for (int64_t s = begin; s < end; s++) {
+    first += job.lengths[s];
+    job.cu_seqlens[s + 1] = static_cast<int32_t>(first);
+  }
+}
+
+__global__ void fill_kernel(Job job) {
+  const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (t >= job.tokens) return;
+  int64_t segment = 0, end = job.segments;  // the last one that begins at or before t
+  while (end - segment > 1) {
+    const int64_t middle = (segment + end) / 2;
+    if (job.cu_seqlens[middle] <= t)
+      segment = middle;
+    else
+      end = middle;
+  }
+  const int64_t offset = t - job.cu_seqlens[segment];
+  job.labels[t] = offset < job.ignored[segment] ? fastft::kIgnoredLabel : job.source[t];
+  job.position_ids[t] = job.start + offset;
+  job.seq_idx[t] = static_cast<int32_t>(segment);
+}
+
+void packed_boundaries(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 8, "packed_boundaries takes 8 arguments, got %d", static_cast<int>(nargs));
+  const BoundariesArgs args(stack);
+  const Job job{args.segments, args.tokens, args.start,        args.lengths, args.ignored,
+                args.source,   args.labels, args.position_ids, args.seq_idx, args.cu_seqlens};
+  const fastft::DeviceGuard guard(args.device_index);
+  const cudaStream_t stream = fastft::current_stream(args.device_index);
+  const int scan_threads = args.segments > 32 ? kScanThreads : 32;
+  FASTFT_LAUNCH(scan_kernel, 1, scan_threads, scan_threads * sizeof(int64_t), stream, job);
+  fastft::check_launch("packed_boundaries");
+  if (args.tokens == 0 || args.segments == 0) return;
+  const int64_t blocks = (args.tokens + kThreads - 1) / kThreads;
+  FASTFT_LAUNCH(fill_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, job);
+  fastft::check_launch("packed_boundaries");
+}
+
+fastft::Kernel kernel_packed_boundaries("packed_boundaries", packed_boundaries);
+}  // namespace

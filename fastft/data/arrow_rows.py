@@ -1,0 +1,67 @@
+"""Rows of a `datasets.Dataset`, read where they lie.
+
+`datasets` gathers the rows of a batch into a new table, which is copied again to be of one piece. A collator copies the
+tokens anyway, so here a row is a view of the table's memory (of the mapped file): nothing is read but the numbers, and
+no Python object is made of a token.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Fetch = Callable[[Sequence[int]], list[Any]]
+
+
+def list_memory(array: Any) -> tuple[Any, Any] | None:
+    """The numbers and the offsets of an Arrow array of number lists, as read-only numpy views; None for any other."""
+    import pyarrow
+
+    kind = array.type
+    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    if not lists or not (pyarrow.types.is_integer(kind.value_type) or pyarrow.types.is_floating(kind.value_type)):
+        return None
+    if array.null_count or array.values.null_count:
+        return None
+    return array.values.to_numpy(), array.offsets.to_numpy()
+
+
+def _fetcher(column: Any) -> Fetch:
+    """What gives the values of a column's rows."""
+    memory = [list_memory(chunk) for chunk in column.chunks]
+    if None in memory or not memory:
+        return lambda rows: [column[row].as_py() for row in rows]
+    starts = [0, *itertools.accumulate(map(len, column.chunks))][:-1]
+
+    def fetch(rows: Sequence[int]) -> list[Any]:
+        views = []
+        for row in rows:
+            chunk = bisect.bisect_right(starts, row) - 1
+            numbers, offsets = memory[chunk]  # type: ignore[misc]
+            local = row - starts[chunk]
+            views.append(numbers[offsets[local] : offsets[local + 1]])
+        return views
+
+    return fetch
+
+
+class ArrowRows:
+    """Rows of a `datasets.Dataset` without a format, as dicts: lists of numbers as read-only numpy views.
+
+    Args:
+        dataset: what it holds is taken as it is now.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        table, indices = dataset.data.table, dataset._indices  # which rows of the table are the dataset's; None: all
+        chosen = dataset.format["columns"] if not dataset.format["output_all_columns"] else dataset.column_names
+        self._fetchers = {key: _fetcher(table.column(key)) for key in chosen}
+        self._rows = None if indices is None else indices.table.column(0).to_numpy()
+
+    def __call__(self, examples: Sequence[int]) -> list[dict[str, Any]]:
+        """The examples of the given numbers."""
+        rows = examples if self._rows is None else self._rows[list(examples)].tolist()
+        columns = [fetch(rows) for fetch in self._fetchers.values()]
+        return [dict(zip(self._fetchers, row, strict=True)) for row in zip(*columns, strict=True)]

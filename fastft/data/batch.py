@@ -1,0 +1,147 @@
+"""The packed batch, and how it comes to its device: as it is, or as one buffer of integers that is unpacked there.
+
+The batch's integers are the tokens, labels and other columns of the examples, and two numbers a segment. What follows
+from them, positions, segment indices and boundaries, is 12 bytes a token more, 20 where the labels follow from the
+tokens too: `FlatBatch` leaves these out and has them made on the device, with one copy there in place of five.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.data.boundaries import IGNORE_INDEX, packed_boundaries
+
+
+class _Counted:
+    count: Callable[[], int] | None = None
+
+    @property
+    def counted(self) -> int | None:
+        """How many labels are not -100: counted on the host, when asked for, without waiting for a GPU.
+
+        It is the divisor of a mean over micro-batches, and what `linear_cross_entropy(max_counted=...)` takes. None
+        where the batch has no labels, and for a copy of the dict, as `Trainer` makes one.
+        """
+        return None if self.count is None else self.count()
+
+
+class PackedBatch(_Counted, dict[str, Any]):
+    """A batch of `PackingCollator`: a dict for the model, and `counted`."""
+
+    def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
+        """The same batch with its tensors on `device`; accelerate calls this."""
+        moved = PackedBatch(
+            (key, value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value)
+            for key, value in self.items()
+        )
+        if self["cu_seq_lens_k"] is self["cu_seq_lens_q"]:
+            moved["cu_seq_lens_k"] = moved["cu_seq_lens_q"]
+        moved.count = self.count
+        return moved
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """How integers become a batch.
+
+    Attributes:
+        source: the column that labels a token, or None if there are no labels for tokens.
+        position_ids_start: position of a segment's first token.
+        impl: the engine of `packed_boundaries`.
+    """
+
+    source: str | None
+    position_ids_start: int
+    impl: str
+
+    def __call__(self, integers: Mapping[str, Tensor], others: Mapping[str, Any]) -> PackedBatch:
+        """The batch: `integers` and what follows from its `lengths` and `ignored`, and `others` as they are."""
+        columns = dict(integers)
+        lengths, ignored = columns.pop("lengths"), columns.pop("ignored")
+        shape = columns["input_ids"].shape
+        source = columns["input_ids" if self.source is None else self.source].view(-1)
+        labels = source if self.source == "labels" else torch.empty_like(source)
+        position_ids, seq_idx, cu_seqlens = packed_boundaries(
+            lengths, ignored, source, self.position_ids_start, labels, self.impl
+        )
+        batch = PackedBatch(input_ids=columns["input_ids"])
+        if self.source is not None:
+            batch["labels"] = labels.view(shape)
+        batch |= {
+            "position_ids": position_ids.view(shape),
+            "seq_idx": seq_idx.view(shape),
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            **{key: value for key, value in columns.items() if key not in batch},
+            **others,
+        }
+        return batch
+
+
+@dataclass(eq=False)
+class FlatBatch(_Counted):
+    """A packed batch before it is unpacked on its device. `.to(device)` gives the `PackedBatch`.
+
+    accelerate, and so `Trainer`, calls `.to`; a `DataLoader` with `pin_memory=True` calls `.pin_memory`.
+
+    Attributes:
+        integers: int64, all integer tensors of the batch one after another.
+        shapes: their names and shapes, in order.
+        others: what is no integer, by key.
+        expansion: how they become a batch.
+        count: as in `PackedBatch`.
+    """
+
+    integers: Tensor
+    shapes: dict[str, torch.Size]
+    others: dict[str, Any]
+    expansion: Expansion
+    count: Callable[[], int] | None = None
+
+    @staticmethod
+    def of(integers: dict[str, Tensor], others: dict[str, Any], expansion: Expansion) -> FlatBatch:
+        """The batch that `expansion(integers, others)` would be."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in integers.values()])
+        return FlatBatch(flat, {key: tensor.shape for key, tensor in integers.items()}, others, expansion)
+
+    def pin_memory(self) -> FlatBatch:
+        """The same in pinned memory, from where copies to a GPU do not wait."""
+        others = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in self.others.items()}
+        return FlatBatch(self.integers.pin_memory(), self.shapes, others, self.expansion, self.count)
+
+    def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
+        """The batch on `device`: one copy of the integers, and what follows from them computed there."""
+        moved = self.integers.to(device, non_blocking=non_blocking)
+        if moved is self.integers:  # the batch may be written to
+            moved = moved.clone()
+        parts = moved.split([shape.numel() for shape in self.shapes.values()])
+        columns = {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        others = {
+            key: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            for key, value in self.others.items()
+        }
+        batch = self.expansion(columns, others)
+        batch.count = self.count
+        return batch
+
+
+def count_labels(labels: Tensor | None, lengths: list[int], ignored: list[int]) -> int:
+    """How many labels count after the first `ignored` of each segment are ignored.
+
+    Args:
+        labels: int64 (R, T), -100 in padding; None where every token is its own label.
+        lengths: tokens of each segment.
+        ignored: labels to be ignored of each segment: none, the first, or all of padding.
+    """
+    if labels is None:
+        return sum(lengths) - sum(ignored)
+    kept = labels.view(-1) != IGNORE_INDEX
+    starts = itertools.accumulate(lengths, initial=0)
+    lost = [start for start, length, first in zip(starts, lengths, ignored, strict=False) if length and first]
+    return int(kept.count_nonzero()) - int(kept[torch.tensor(lost, dtype=torch.int64)].count_nonzero())

@@ -1,0 +1,73 @@
+"""What attention kernels and losses read of a packed batch: positions, segments, their borders, and labels.
+
+T tokens lie one after another in S segments of the given lengths:
+
+    cu_seqlens[s]   = lengths[0] + ... + lengths[s - 1]                 where segment s begins; cu_seqlens[S] = T
+    seq_idx[t]      = s                                                 for cu_seqlens[s] <= t < cu_seqlens[s + 1]
+    position_ids[t] = position_ids_start + t - cu_seqlens[s]
+    labels[t]       = -100 if t - cu_seqlens[s] < ignored[s] else source[t]
+
+`ignored` is 1 for an example of a causal model, which predicts token t from the one before: the first has none. It is
+0 where every label counts, and the length of a segment that is padding.
+
+Bytes moved per token: 8 read, 20 written. On a GPU the inputs are one buffer, and the rest never crosses the bus.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastft import ops
+
+IGNORE_INDEX = -100
+
+
+def boundaries_reference(
+    lengths: Tensor,
+    ignored: Tensor,
+    source: Tensor,
+    position_ids_start: int,
+    labels: Tensor,
+    position_ids: Tensor,
+    seq_idx: Tensor,
+    cu_seqlens: Tensor,
+) -> None:
+    """The boundary tensors in plain torch, into the same outputs as the kernels."""
+    cu_seqlens[0] = 0
+    cu_seqlens[1:] = lengths.cumsum(0)
+    tokens = source.numel()
+    segment = torch.repeat_interleave(lengths, output_size=tokens)
+    offset = torch.arange(tokens, device=source.device) - cu_seqlens[segment]
+    labels.copy_(source.masked_fill(offset < ignored[segment], IGNORE_INDEX))
+    position_ids.copy_(offset + position_ids_start)
+    seq_idx.copy_(segment)
+
+
+BOUNDARIES = ops.Operator(
+    "packed_boundaries(Tensor lengths, Tensor ignored, Tensor source, int position_ids_start, Tensor(a!) labels, "
+    "Tensor(b!) position_ids, Tensor(c!) seq_idx, Tensor(d!) cu_seqlens) -> ()",
+    boundaries_reference,
+    engines=("cpp", "cuda", "triton"),
+)
+
+
+def packed_boundaries(
+    lengths: Tensor, ignored: Tensor, source: Tensor, position_ids_start: int, labels: Tensor, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes `labels`, which may be `source`, and returns position_ids, seq_idx and cu_seqlens; see the module.
+
+    Args:
+        lengths: int64 (S,), tokens of each segment, 0 or more; they must add up to T.
+        ignored: int64 (S,), how many of a segment's first labels are ignored.
+        source: int64 (T,), the labels.
+        position_ids_start: position of a segment's first token.
+        labels: int64 (T,), written.
+        impl: the engine; see `fastft.ops`.
+    """
+    position_ids = torch.empty_like(source)
+    seq_idx = torch.empty_like(source, dtype=torch.int32)
+    cu_seqlens = torch.empty(lengths.numel() + 1, dtype=torch.int32, device=source.device)
+    fill = BOUNDARIES.implementation(impl, source.device)
+    fill(lengths, ignored, source, position_ids_start, labels, position_ids, seq_idx, cu_seqlens)
+    return position_ids, seq_idx, cu_seqlens

@@ -1,0 +1,200 @@
+"""Sequence classification on packed batches: one row of logits for each example, not for each row of the batch.
+
+transformers' models take the hidden state of one token of each row: of the first one, as BERT, or of the last, as
+generative models. Here hooks give them that of each example's first or last token (or the mean over it) instead:
+
+    first-token models    the hidden states (R, T, H) become (E, 1, H) on their way to the model's pooler or head
+    last-token models     the scores (R, T, C) of the head are taken at (E,) tokens, and the loss computed from these
+
+The model's own code computes all else: pooler, dropout, head, and the loss by its `problem_type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class _Examples:
+    """The examples of a batch: which of its segments they are, (E,), where segments begin and end, and labels."""
+
+    segments: Tensor
+    boundaries: Tensor
+    labels: Tensor | None
+
+    @property
+    def first(self) -> Tensor:
+        return self.boundaries[self.segments]
+
+    @property
+    def last(self) -> Tensor:
+        return self.boundaries[self.segments + 1] - 1
+
+
+def _examples_of(kwargs: dict[str, Any]) -> _Examples:
+    boundaries, segments = kwargs.get("cu_seq_lens_q"), kwargs.pop("label_segments")
+    if boundaries is None:
+        raise ValueError("the batch has label_segments but no cu_seq_lens_q: it must come from PackingCollator")
+    return _Examples(segments, boundaries.long(), kwargs.get("labels"))
+
+
+def _transformers_model(model: Any) -> nn.Module:
+    """The model inside the wrappers of PEFT and DDP."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    get_base: Any = getattr(model, "get_base_model", None)
+    inner = get_base() if callable(get_base) else getattr(model, "module", model)
+    return _transformers_model(inner) if inner is not model else model
+
+
+class SegmentPooling:
+    """What `pool_segments` put on a model. `.remove()` takes it off again; a `with` block does so at its end."""
+
+    def __init__(self, model: nn.Module) -> None:
+        base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+        head = getattr(model, "score", None)
+        if not isinstance(base, nn.Module) or not (isinstance(head, nn.Module) or hasattr(model, "classifier")):
+            raise ValueError(f"{type(model).__name__} is no transformers model for sequence classification")
+        self._examples: _Examples | None = None
+        self._scores: Tensor | None = None
+        self._takes_last = isinstance(head, nn.Module)
+        self._means = getattr(model.config, "classifier_pooling", "cls") == "mean"
+        self._hooks = [
+            # first of all, as other hooks may take the boundaries off
+            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+        if isinstance(head, nn.Module):
+            self._hooks.append(head.register_forward_hook(self._after_score))
+        else:
+            self._hooks.append(base.register_forward_hook(self._after_base))
+            pooler = getattr(base, "pooler", None)
+            if isinstance(pooler, nn.Module):
+                self._hooks.append(pooler.register_forward_pre_hook(self._before_pooler))
+
+    def __enter__(self) -> SegmentPooling:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Takes the hooks off. Calling it again does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if "label_segments" not in kwargs:  # not packed
+            return None
+        kwargs = dict(kwargs)
+        self._examples = _examples_of(kwargs)
+        if self._takes_last:  # the model would compare them with one row of logits for each row of the batch
+            kwargs.pop("labels", None)
+        return args, kwargs
+
+    def _pooled(self, hidden_states: Tensor, examples: _Examples) -> Tensor:
+        """(R, T, H) to (E, 1, H)."""
+        flat = hidden_states.flatten(0, 1)
+        if not self._means:
+            return flat[examples.first][:, None]
+        wide = torch.promote_types(flat.dtype, torch.float32)
+        means = torch.segment_reduce(flat.to(wide), "mean", lengths=examples.boundaries.diff())
+        return means[examples.segments][:, None].to(flat.dtype)
+
+    def _before_pooler(self, pooler: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return None if self._examples is None else (self._pooled(args[0], self._examples), *args[1:])
+
+    def _after_base(self, base: nn.Module, args: Any, output: Any) -> Any:
+        if self._examples is None:
+            return None
+        if isinstance(output, tuple):
+            return (self._pooled(output[0], self._examples), *output[1:])
+        return type(output)(**{**output, "last_hidden_state": self._pooled(output[0], self._examples)})
+
+    def _after_score(self, head: nn.Module, args: Any, output: Tensor) -> None:
+        if self._examples is not None:
+            self._scores = output.flatten(0, 1)[self._examples.last]
+
+    def _after(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        examples, scores, self._examples, self._scores = self._examples, self._scores, None, None
+        if scores is None or examples is None or output is None:
+            return None
+        if isinstance(output, tuple):
+            raise ValueError(f"{type(model).__name__} must return a dict for packed batches (return_dict=True)")
+        loss = None
+        if examples.labels is not None:
+            config = model.config
+            loss = model.loss_function(logits=scores, labels=examples.labels, pooled_logits=scores, config=config)
+        return type(output)(**{**output, "loss": loss, "logits": scores})
+
+    @contextmanager
+    def _whole_rows(self, input_ids: Tensor) -> Iterator[None]:
+        """The next forward sees one example in each row."""
+        rows, tokens = input_ids.shape
+        boundaries = torch.arange(rows + 1, device=input_ids.device) * tokens
+        self._examples = _Examples(torch.arange(rows, device=input_ids.device), boundaries, None)
+        yield
+
+
+def _check(model: Any, pooling: SegmentPooling) -> None:
+    """Raises ValueError unless unpacked examples have the same logits with the hooks as without."""
+    config = model.config.get_text_config()
+    tokens = [token for token in range(min(config.vocab_size, 64)) if token != config.pad_token_id]
+    ids = torch.tensor([tokens[:3], tokens[-3:]], device=next(model.parameters()).device)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            rows = ids[:1] if config.pad_token_id is None else ids
+            stock = model(input_ids=rows).logits
+            with pooling._whole_rows(rows):
+                ours = model(input_ids=rows).logits
+    finally:
+        for module in training:
+            module.training = True
+    scale = stock.abs().max()
+    if ours.shape != stock.shape or not bool(((ours - stock).abs() <= 16 * torch.finfo(stock.dtype).eps * scale).all()):
+        raise ValueError(
+            f"{type(model).__name__} pools its tokens in a way that pool_segments does not know: pad instead of packing"
+        )
+
+
+def pool_segments(model: Any) -> SegmentPooling:
+    """Makes a model for sequence classification return (E, C) logits for packed batches, and the loss of all examples.
+
+    For batches of `PackingCollator(task="sequence_classification")`; others go through as before. Examples are the rows
+    of the logits in the order of the batch's `labels`; the mean loss is over examples, as with padding. The
+    model's attention must keep packed sequences apart, see `fastft.check_packing`.
+
+        fastft.pool_segments(model)
+        trainer = Trainer(model, args, data_collator=fastft.PackingCollator(task="sequence_classification"), ...)
+
+    Knows models that classify by the first token or the mean (BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT ...) and
+    those by the last (Llama, Qwen ...: a `score` head). The model is run twice on three tokens to see that it is one of
+    them.
+
+    Args:
+        model: `...ForSequenceClassification`, or PEFT's wrapper of one.
+
+    Returns:
+        A handle whose `.remove()` takes the hooks off; also a context manager.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it is no such model, or pools its tokens in another way.
+    """
+    inner = _transformers_model(model)
+    pooling = SegmentPooling(inner)
+    try:
+        _check(inner, pooling)
+    except BaseException:
+        pooling.remove()
+        raise
+    return pooling
