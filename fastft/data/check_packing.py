@@ -237,16 +237,12 @@ class _Probe:
         tokens, targets = (
             [parts[other][0], *parts[0][1:]] if other else parts[0] for parts in (self.tokens, self.targets)
         )
-        batch, decoder = (
-            PackingCollator(position_ids_start=start)([{"input_ids": ids} for ids in parts])
-            for parts in (tokens, targets)
-        )
+        examples: list[dict[str, Tensor]] = [{"input_ids": ids} for ids in tokens]
+        if self.crossed:
+            examples = [{**e, "labels": t, "decoder_input_ids": t} for e, t in zip(examples, targets, strict=True)]
+        task = "seq2seq" if self.crossed else "causal_lm"
+        batch: Any = PackingCollator(task=task, position_ids_start=start)(examples)
         del batch["labels"]
-        if self.crossed:  # as task="seq2seq" has it
-            del batch["position_ids"], batch["seq_idx"]
-            batch["decoder_input_ids"] = decoder["input_ids"]
-            batch["decoder_cu_seq_lens"] = decoder["cu_seq_lens_q"]
-            batch["decoder_max_length"] = decoder["max_length_q"]
         return self._call(batch, sum(self.outputs))[0]
 
     def _call(self, inputs: dict[str, Any], length: int, or_none: bool = False) -> Any:
