@@ -77,8 +77,9 @@ LEAKS = {
     ),
     "positions begin elsewhere": (
         lambda: made("RobertaForMaskedLM", "fastft"),
-        ["no sequence sees another", ": PackingCollator(position_ids_start=2)"],
+        ["counts positions from 2, position_ids_start is 0", ": PackingCollator(position_ids_start=2)"],
     ),
+    "and bf16": (lambda: made("RobertaForMaskedLM", "fastft", torch.bfloat16), ["counts positions from 2"]),
     "both": (
         lambda: made("RobertaForMaskedLM"),
         ["PackingCollator(position_ids_start=2) and attn_implementation='fastft'"],

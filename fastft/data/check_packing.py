@@ -9,7 +9,7 @@ token t behind the first sequence, in units of the root mean square of all outpu
 Attention that ends at a boundary gives leak = 0 to the bit. Where experts share a matrix product, or a kernel adds in
 no fixed order, other tokens change the rounding; how much, the model says itself: `noise` is the movement of one row of
 an ordinary batch when the tokens of the other rows change (and of two equal runs). A leak counts above eight times the
-noise and a floor; of the models in benchmarks/results/packing.md, freshly initialised, the smallest leak is 3e-3.
+noise and a floor; fresh models of 32 to 64 features, which attend to everything alike, leak between 1e-3 and 1.
 
 Cost: about ten forward passes over at most 31 tokens, without gradients; more where a way out is looked for.
 """
@@ -34,7 +34,7 @@ from fastft.data.segments import packed_attention
 LENGTHS, DECODER_LENGTHS = (11, 7, 13), (6, 9, 5)
 STOCK = ("sdpa", "eager")
 
-_LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-4, torch.bfloat16: 1e-3}
+_LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 5e-4}
 _ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _SMALL = 2**20  # elements of a buffer that is worth a copy; larger ones are quantised weights
 
@@ -179,6 +179,9 @@ class _Probe:
         """What is wrong with packed batches; None if nothing is."""
         if getattr(self.base.config.get_text_config(), "expert_capacity", None):
             return "tokens of all sequences compete for the capacity of its experts"
+        first = self.first_position(start)
+        if first != start:
+            return f"it counts positions from {first}, position_ids_start is {start}"
         try:
             packed, moved = (self._packed(start, other) for other in (False, True))
         except Exception as error:
@@ -201,7 +204,7 @@ class _Probe:
             positions = torch.arange(first, first + LENGTHS[0])[None]
             with contextlib.suppress(Exception):  # there may be no such argument
                 outputs = self._call({**inputs, "position_ids": positions}, self.outputs[0])[0]
-                if float(_distance(outputs, self.alone[0]).max()) <= self.largest_error * self.scale:
+                if float(_distance(outputs, self.alone[0]).max()) <= 8 * self.noise + self.least * self.scale:
                     return first
         return start
 
@@ -221,12 +224,10 @@ class _Probe:
     def _noise(self) -> float:
         """How far outputs move that must not: by other tokens in other rows, and by nothing at all."""
         length = max(LENGTHS)
-        kept, *others = (_random_tokens(self.base, [length], seed)[0] for seed in (4, 5, 6))
-        runs = [
-            self._call(self._inputs(torch.stack([other, kept]), torch.stack([other, kept])), length)[1]
-            for other in (others[0], others[1], others[1])
-        ]
-        return max(float(_distance(runs[1], run).max()) for run in (runs[0], runs[2]))
+        kept, *others = (_random_tokens(self.base, [length], seed)[0] for seed in (4, 5, 6, 7))
+        rows = [torch.stack([other, kept]) for other in (*others, others[0])]
+        runs = [self._call(self._inputs(both, both), length)[1] for both in rows]
+        return max(float(_distance(runs[0], run).max()) for run in runs[1:])
 
     def _inputs(self, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
         inputs = {"input_ids": tokens}
