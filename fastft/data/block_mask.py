@@ -28,13 +28,24 @@ NAME = "fastft_block_mask"
 def block_mask(model: nn.Module) -> Iterator[None]:
     """`fastft.packed_attention(model)` with the mask. Whether it is exact, `check_packing` inside the context tells."""
     _register()
-    configs: dict[int, Any] = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    try:
-        for config, _ in before:
+    with implementation_restored(model), packed_attention(model):
+        for config in attention_configs(model):
             config._attn_implementation_internal = NAME
-        with packed_attention(model):
-            yield
+        yield
+
+
+def attention_configs(model: nn.Module) -> list[Any]:
+    """All configurations inside a model that name an attention implementation."""
+    found = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
+
+
+@contextlib.contextmanager
+def implementation_restored(model: nn.Module) -> Iterator[None]:
+    """At the end all configurations name the attention implementation that they named at the beginning."""
+    before = [(config, config._attn_implementation_internal) for config in attention_configs(model)]
+    try:
+        yield
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation

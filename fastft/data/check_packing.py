@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.data.attention import register_attention
-from fastft.data.block_mask import block_mask
+from fastft.data.block_mask import block_mask, implementation_restored
 from fastft.data.collator import PackingCollator
 from fastft.data.segments import packed_attention
 
@@ -115,6 +115,8 @@ def _reason_not_to_ask(model: nn.Module) -> str | None:
     base = _base(model)
     if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
         return f"{type(base).__name__} is no transformers model"
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return "its parameters are sharded; check it before it is prepared for training"
     for parameter in model.parameters():
         kind = type(parameter).__name__
         if kind in ("DTensor", "FlatParameter") or type(parameter.data).__name__ == "DTensor":
@@ -311,16 +313,11 @@ def _stock_attention(base: Any) -> Any:
 @contextlib.contextmanager
 def _attention(base: Any, name: str) -> Iterator[None]:
     """Another attention implementation for a while. Raises ValueError where the model does not take it."""
-    configs = {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    try:
+    with implementation_restored(base):
         base.set_attn_implementation(name)
         if base.config._attn_implementation != name:
             raise ValueError(f"{type(base).__name__} has attention code of its own")
         yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
 
 
 def _mixers(base: nn.Module) -> list[str]:

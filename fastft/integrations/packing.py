@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from fastft.data.block_mask import block_mask
+from fastft.data.block_mask import attention_configs, block_mask
 from fastft.data.check_packing import Leak, PackingLeakError, find_leak
 from fastft.data.collator import PackingCollator
 from fastft.data.segments import packed_attention
@@ -90,13 +90,10 @@ def packing_collator(dataloader: Any) -> PackingCollator | None:
 
 def _verdict(model: nn.Module, start: int) -> Leak | None:
     """What the probe finds while sequences are kept apart; None also where it cannot be asked, with a warning."""
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }
     key = (
         start,
         frozenset(type(module) for module in model.modules()),
-        tuple((config.to_json_string(), config._attn_implementation) for config in configs.values()),
+        tuple((config.to_json_string(), config._attn_implementation) for config in attention_configs(model)),
         frozenset((parameter.dtype, parameter.device.type) for parameter in model.parameters()),
     )
     if key not in _verdicts:
