@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_no_worse
 from support.row_problems import CASES, EVERYTHING, IGNORED, Case, check, draw, plain, run
+from test_segment_attention import OPTIONS, each_segment, inputs, results, segments_of_lengths
 
 import fastft
+from fastft.data.segment_attention import segment_attention
 from fastft.ops import OPERATORS
 
 pytestmark = pytest.mark.gpu
@@ -201,3 +203,38 @@ def test_a_training_step_is_stocks() -> None:
 def test_auto_takes_the_cuda_kernels() -> None:
     for operator in (OPERATORS["adamw_"], ROWS):
         assert operator.resolve("auto", torch.device("cuda", 0)) == "cuda"
+
+
+@pytest.mark.parametrize("impl", ["flash_cuda", "blocks"])
+@pytest.mark.parametrize("name", ["causal", "both_ways", "window", "chunks", "sinks", "sinks_and_window"])
+def test_packed_attention(name: str, impl: str) -> None:
+    """torch's own kernels and blocks of queries, against float64 on the CPU; two rows, grouped heads."""
+    lengths, options = (30, 33, 63), OPTIONS[name]
+    truth_call = inputs("rows", options, torch.bfloat16)
+    leaves = ("query", "key", "value", "sinks")
+
+    def moved(device: str, dtype: torch.dtype) -> dict[str, object]:
+        held = {key: value for key, value in truth_call.items() if key in leaves and torch.is_tensor(value)}
+        return {**options, **{key: value.detach().to(device, dtype).requires_grad_() for key, value in held.items()}}
+
+    on_gpu = segments_of_lengths(lengths)
+    ends = on_gpu.cu_seqlens_q.cuda()
+    on_gpu = replace(on_gpu, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    ours = results(segment_attention, on_gpu, moved("cuda", torch.bfloat16), impl=impl)
+    plain = results(lambda **call: each_segment(lengths, **call), None, moved("cpu", torch.bfloat16))
+    truth = results(lambda **call: each_segment(lengths, **call), None, moved("cpu", torch.float64))
+    for index, (actual, other, exact) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert_no_worse(actual.cpu(), other, exact, f"tensor {index}")
+
+
+def test_packed_attention_drops_the_same_again() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        out = segment_attention(q, k, v, segments_of_lengths((32, 64)), causal=True, dropout=0.5)
+        runs.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    for one, two in zip(*runs, strict=True):
+        torch.testing.assert_close(one, two)
+    assert not torch.allclose(runs[0][0], segment_attention(q, k, v, segments_of_lengths((32, 64)), causal=True))

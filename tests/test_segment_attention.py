@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numerics import assert_no_worse
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -225,6 +227,39 @@ def test_query_that_sees_nothing() -> None:
     ours = results(segment_attention, segments_of_lengths((11, 7, 0, 13)), call, mask=mask)
     assert all(tensor.isfinite().all() for tensor in ours)
     assert (ours[0][0, 3] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["flash_cpu", "blocks"])
+def test_any_strides(impl: str) -> None:
+    """Tensors whose last dimension is not the dense one, or that are expanded."""
+    wide = torch.randn(1, HEADS, 31, SIZE, 2, dtype=torch.float64, requires_grad=True)
+    q, k = wide[..., 0], wide[:, :1, :, :, 1].expand(-1, GROUPS, -1, -1)
+    segments = segments_of_lengths((11, 7, 13))
+    results = []
+    for query, key in ((q, k), (q.contiguous(), k.contiguous())):
+        out = segment_attention(query, key, key, segments, causal=True, impl=impl)
+        results.append((out, *torch.autograd.grad(out.sum(), wide)))  # the gradient of out is expanded too
+    truth = each_segment((11, 7, 13), query=q, key=k, value=k, causal=True)
+    results.append((truth, *torch.autograd.grad(truth.sum(), wide)))
+    for tensors in zip(*results, strict=True):
+        for actual in tensors[:2]:
+            torch.testing.assert_close(actual, tensors[2], rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    window=st.none() | st.integers(1, 50),
+    chunk=st.none() | st.integers(1, 50),
+    causal=st.booleans(),
+    impl=st.sampled_from(["auto", "blocks"]),
+)
+def test_any_lengths(lengths: list[int], window: int | None, chunk: int | None, causal: bool, impl: str) -> None:
+    options = {"causal": causal, "window": window, "chunk": chunk}
+    q, k, v = (torch.randn(1, heads, sum(lengths), SIZE).double() for heads in (HEADS, GROUPS, GROUPS))
+    ours = segment_attention(q, k, v, segments_of_lengths(tuple(lengths)), impl=impl, **options)
+    truth = each_segment(tuple(lengths), query=q, key=k, value=v, **options)
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("impl", ["eager", "blocks"])

@@ -118,11 +118,28 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any], key: Tensor, sinks: Tenso
         )
 
 
-def _whole_rows(query: Tensor, key: Tensor) -> Segments:
-    """Each row as one segment."""
-    lengths = (query.shape[2], key.shape[2])
-    ends = [torch.arange(query.shape[0] + 1, dtype=torch.int32) * length for length in lengths]
-    return Segments(ends[0], ends[1], *lengths)
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In autocast's dtype where it is on, as it casts for torch's own attention."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _unpacked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, rule: dict[str, Any]
+) -> Tensor:
+    """What sdpa attention does for a batch that is not packed, with the softcap and the sinks that it does not know."""
+    length, bias = query.shape[2], rule["bias"]
+    causal = causal and mask is None and length > 1
+    if causal and key.shape[2] > length:  # a static cache that holds these tokens alone
+        key, value, bias = key[:, :, :length], value[:, :, :length], None if bias is None else bias[..., :length]
+    lengths = (length, key.shape[2])
+    ends = [torch.arange(query.shape[0] + 1, dtype=torch.int32) * tokens for tokens in lengths]
+    rows = Segments(ends[0], ends[1], *lengths)
+    query, key, value = _autocast(query, key, value)
+    return segment_attention(query, key, value, rows, causal=causal, mask=mask, **{**rule, "bias": bias})
 
 
 def fastft_attention(
@@ -140,20 +157,11 @@ def fastft_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function, with the arguments that transformers' models call one with.
+    """The attention function, as models call it: (R, H, T, D), (R, G, U, D), (R, G, U, Dv) to (R, T, H, Dv).
 
-    Args:
-        module: the attention module.
-        query, key, value: (R, H, T, D), (R, G, U, D), (R, G, U, Dv).
-        attention_mask: what `fastft_mask` returned, or a mask (R or 1, H or 1, T, U) that holds causality and windows.
-        dropout, scaling, sliding_window, softcap: as transformers defines them.
-        is_causal: default `module.is_causal`, else True.
-        s_aux: (H,), sinks.
-        position_bias: (R or 1, H, T, U), added to the scores.
-        kwargs: the batch's boundaries, if the model hands them on.
-
-    Returns:
-        (R, T, H, Dv) and None, as attention weights are not kept.
+    `attention_mask` is what `fastft_mask` returned, or a mask (R or 1, H or 1, T, U) that holds causality and windows;
+    `is_causal` is `module.is_causal` by default, else True; `s_aux` are sinks (H,); `kwargs` has the boundaries, if the
+    model hands them on. There are no attention weights to return.
 
     Raises:
         NotImplementedError: an argument that would change the result and is not computed.
@@ -162,74 +170,41 @@ def fastft_attention(
     sinks = s_aux if s_aux is not None else kwargs.pop("sinks", None)
     _refuse(module, kwargs, key, sinks)
     segments = segments_of(module, {**kwargs, "is_causal": is_causal})
+    rule: dict[str, Any] = {
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": sinks,
+        "bias": position_bias,
+        "dropout": dropout,
+    }
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if segments is None:
         mask = attention_mask.build() if isinstance(attention_mask, _Pattern) else attention_mask
-        if softcap is None and sinks is None:
-            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        if softcap is not None or sinks is not None:
+            return _unpacked(query, key, value, mask, causal, rule), None
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-            options: dict[str, Any] = {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
-            return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, **options, **kwargs)
-        return _unpacked(query, key, value, mask, causal, scaling, softcap, sinks, position_bias, dropout), None
-    window, chunk = sliding_window, None
-    if isinstance(attention_mask, _Pattern):
-        if not attention_mask.complete:
-            raise NotImplementedError("packed batches and a padding mask cannot be combined where attention is chunked")
-        causal, window, chunk = attention_mask.causal, attention_mask.window, attention_mask.chunk
-    elif attention_mask is not None:
-        causal, window = False, None
-    mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        kwargs |= {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, **kwargs)
     if segments.cu_seqlens_k is segments.cu_seqlens_q and key.shape[2] != query.shape[2]:
         raise NotImplementedError(
             f"{type(module).__name__} has {key.shape[2]} keys for the {query.shape[2]} tokens of a packed row: packed "
-            "batches cannot be combined with a cache from earlier tokens or with prefix tuning"
+            "batches cannot be combined with a cache of earlier tokens or with prefix tuning"
         )
+    seen = _seen(attention_mask, causal, sliding_window)
     query, key, value = _autocast(query, key, value)
-    return segment_attention(
-        query,
-        key,
-        value,
-        segments,
-        causal=causal,
-        window=window,
-        chunk=chunk,
-        scale=scaling,
-        softcap=softcap,
-        sinks=sinks,
-        mask=mask,
-        bias=position_bias,
-        dropout=dropout,
-    ), None
+    return segment_attention(query, key, value, segments, **seen, **rule), None
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's dtype where it is on, as it casts for torch's own attention."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-
-
-def _unpacked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """What sdpa attention does for a batch that is not packed, with the softcap and the sinks that it does not know."""
-    length = query.shape[2]
-    causal = causal and mask is None and length > 1
-    if causal and key.shape[2] > length:  # a static cache that holds these tokens alone
-        key, value, bias = key[:, :, :length], value[:, :, :length], None if bias is None else bias[..., :length]
-    query, key, value = _autocast(query, key, value)
-    options: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "mask": mask, "bias": bias, "dropout": dropout}
-    return segment_attention(query, key, value, _whole_rows(query, key), causal=causal, scale=scale, **options)
+def _seen(mask: Tensor | _Pattern | None, causal: bool, window: int | None) -> dict[str, Any]:
+    """Which keys of its segment a query sees."""
+    if mask is None:
+        return {"causal": causal, "window": window}
+    if isinstance(mask, Tensor):
+        return {"causal": False, "mask": mask}
+    if not mask.complete:
+        raise NotImplementedError("packed batches and a padding mask cannot be combined where attention is chunked")
+    return {"causal": mask.causal, "window": mask.window, "chunk": mask.chunk}
 
 
 def register_attention() -> None:
@@ -241,8 +216,10 @@ def register_attention() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(NAME, fastft_attention)
-    AttentionMaskInterface.register(NAME, fastft_mask)
+    if NAME not in AttentionInterface._global_mapping:
+        # boundaries differ from batch to batch: torch.compile would compile each anew
+        AttentionInterface.register(NAME, torch.compiler.disable(fastft_attention))
+        AttentionMaskInterface.register(NAME, fastft_mask)
 
 
 def engines() -> dict[str, str]:

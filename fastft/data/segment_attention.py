@@ -148,6 +148,11 @@ def _blocks_backward(
         d_key[tile.row, :, tile.keys] += (d_s.mT @ q) * call.scale
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """With elements of a head side by side, as the flash kernels read them without asking."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -178,7 +183,7 @@ class _SegmentAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, bias, out, lse, *saved = ctx.saved_tensors
-        call = ctx.call
+        call, d_out = ctx.call, _dense(d_out)
         # of the layout of their tensors; keys whose segment has no queries, and blocks that add up, need zeros
         summed = ctx.engine == "blocks" or call.window is not None
         like = (
@@ -186,8 +191,8 @@ class _SegmentAttention(torch.autograd.Function):
             if summed or call.segments.cu_seqlens_k is not call.segments.cu_seqlens_q
             else torch.empty_like
         )
-        half = lse.dtype if summed else None
-        grads = (torch.empty_like(query), like(key, dtype=half), like(value, dtype=half))
+        wide = lse.dtype if summed else None
+        grads = (torch.empty_like(query), like(key, dtype=wide), like(value, dtype=wide))
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[4] else None
         tensors = (d_out.transpose(1, 2), query, key, value, out.transpose(1, 2), lse)
         with torch.autocast(query.device.type, enabled=False):
@@ -319,6 +324,7 @@ def segment_attention(
     engine = _engine(impl, query, value, call, sinks, bias)
     if engine == "eager":
         return _attention_reference(query, key, value, sinks, bias, call)
+    query, key, value = map(_dense, (query, key, value))
     if engine == "flash_attn":
         return attention_flash.flash_attn(query, key, value, call)
     return _SegmentAttention.apply(query, key, value, sinks, bias, call, engine)

@@ -297,7 +297,9 @@ def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
         ValueError: boundaries of the wrong shape.
     """
     holder = _holders.get(module)
-    batch = _batch(kwargs) or (holder.batch() if holder is not None else None)
+    batch, given = holder.batch() if holder is not None else None, kwargs.get("cu_seq_lens_q")
+    if given is not None and (batch is None or batch.inputs.cu_seqlens_q is not given):
+        batch = _batch(kwargs)
     if batch is None:
         return None
     causal = kwargs.get("is_causal")
