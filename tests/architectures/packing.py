@@ -160,16 +160,18 @@ BATCHES = {
 }
 
 
-def examine(case: Case, start: int | None = None, names: tuple[str, ...] = ("all keys",)) -> dict[str, dict[str, str]]:
-    """For each attention implementation that the model takes: what becomes of the BATCHES `names` as transformers runs
-    them, what `check_packing` says, and the outcome in Trainer. `start` None: what `check_packing` proposes."""
-    model = build(case).eval()
+def examine(case: Case, start: int | None = None, whole: bool = True) -> dict[str, dict[str, str]]:
+    """For each attention implementation that the model takes: what becomes of each of BATCHES as transformers runs it,
+    what `check_packing` says, and the outcome in Trainer. `start` None: what `check_packing` proposes. Not `whole`: the
+    batch of all keys alone, with the model's default implementation and with ours."""
+    model: Any = build(case).eval()
     start = _first_position(model) if start is None else start
     sequences, rows = Sequences(model, start), {}
-    for implementation in ("eager", "sdpa", "fastft"):
+    for implementation in ("eager", "sdpa", "fastft") if whole else (model.config._attn_implementation, "fastft"):
         if not _takes(model, implementation):
             continue
-        changes = {name: BATCHES[name] for name in names if name == "all keys" or not sequences.crossed}
+        all_batches = whole and not sequences.crossed
+        changes = BATCHES if all_batches else {"all keys": BATCHES["all keys"]}
         row = {
             name: sequences.outcome(lambda batch, change=change: accepted(model, change(batch)))[0]
             for name, change in changes.items()
