@@ -146,6 +146,7 @@ def test_an_evaluation_on_padded_batches_is_stock(tmp_path):
 
 class Arguments:
     n_gpu = 0
+    torch_compile = False
 
 
 class Wrapped:
@@ -173,10 +174,23 @@ def test_the_collator_inside_trainers_wrapper_is_found():
         begin(fastft.PackingCallback(), made(), Wrapped(Wrapped(fastft.PackingCollator())))
 
 
-def test_batches_of_other_collators_are_left_alone():
-    model, callback = made(), fastft.PackingCallback()
-    begin(callback, model, transformers.default_data_collator)
+def test_batches_of_other_collators_are_left_alone(caplog):
+    transformers.logging.enable_propagation()
+    model = made()
+    for kind in CALLBACKS:
+        begin(kind(), model, transformers.default_data_collator)
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert caplog.text.count("PackingCallback does nothing") == 1
+
+
+def test_dispatched_batches_are_refused():
+    class DataLoaderDispatcher:
+        collate_fn = fastft.PackingCollator()
+
+    with pytest.raises(fastft.PackingLeakError, match="dispatch_batches"):
+        fastft.PackingCallback().on_train_begin(
+            Arguments, None, None, model=made(implementation="fastft"), train_dataloader=DataLoaderDispatcher()
+        )
 
 
 def test_data_parallel_is_refused():

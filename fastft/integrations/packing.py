@@ -50,12 +50,18 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size begins anew."""
         self.restore()
-        collator = packing_collator(kwargs.get("train_dataloader"))
+        model, loader = kwargs["model"], kwargs.get("train_dataloader")
+        collator = packing_collator(loader)
         if collator is None:
+            logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")
             return
-        model = kwargs["model"]
         if args.n_gpu > 1:
             self._complain("DataParallel cuts a packed batch between its devices; start one process for each instead")
+        if type(loader).__name__ == "DataLoaderDispatcher":
+            self._complain(
+                "accelerate cuts packed batches along dimension 0, and their boundaries with them; set "
+                "TrainingArguments(accelerator_config={'dispatch_batches': False})"
+            )
         leak = _verdict(model, collator.position_ids_start)
         if leak is not None and leak.block_mask:
             logger.warning(f"fastft: {type(model).__name__} gets an attention mask of T x T: {leak.what}")
