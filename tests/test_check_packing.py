@@ -119,6 +119,14 @@ def test_says_what_is_wrong_and_what_helps(name):
     assert all(part in message for part in said), message
 
 
+def test_one_label_each_where_boundaries_are_dropped_on_the_way():
+    model = made("DistilBertForSequenceClassification", "fastft", dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    with fastft.packed_attention(model):
+        fastft.check_packing(model)
+    with fastft.packed_attention(model), fastft.pool_segments(model):
+        fastft.check_packing(model)
+
+
 def test_the_ways_out_that_it_names_are_ones():
     fastft.check_packing(made("RobertaForMaskedLM", "fastft"), position_ids_start=2)
     model = bloom()

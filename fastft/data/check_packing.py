@@ -161,7 +161,7 @@ class _Probe:
         self.tokens = [_random_tokens(self.base, LENGTHS, seed) for seed in (0, 1)]
         self.targets = [_random_tokens(self.base, DECODER_LENGTHS, seed) for seed in (2, 3)]
         self.outputs = DECODER_LENGTHS if self.crossed else LENGTHS
-        self.called = model
+        self.body: nn.Module | None = None
         self.mixers = _mixers(self.base)
         with _stock_attention(self.base):
             self.alone = self._alone()
@@ -220,7 +220,7 @@ class _Probe:
         rows = zip(self.tokens[0], self.targets[0], self.outputs, strict=True)
         inputs = [(self._inputs(tokens[None], targets[None]), length) for tokens, targets, length in rows]
         if self._call(*inputs[0], or_none=True) is None:  # one label for a sequence: look at its tokens
-            self.called = self.base.base_model
+            self.body = self.base.base_model
         return [self._call(*each)[0] for each in inputs]
 
     def _noise(self) -> float:
@@ -252,14 +252,27 @@ class _Probe:
         """The first output of a forward with one vector for each token, in float64."""
         device = self._device()
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        output = self.called(**inputs)
+        output = self.model(**inputs) if self.body is None else self._output_of_body(self.body, inputs)
         values = list(output.values()) if isinstance(output, dict) else list(output)
         for value in values:
             if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == length and value.is_floating_point():
-                return value.double().nan_to_num()
+                return value.cpu().double().nan_to_num()
         if or_none:
             return None
-        raise ValueError(f"{type(self.called).__name__} returns nothing of shape (rows, {length}, features)")
+        raise ValueError(f"{type(self.base).__name__} returns nothing of shape (rows, {length}, features)")
+
+    def _output_of_body(self, body: nn.Module, inputs: dict[str, Any]) -> Any:
+        """What the model without its head returns when the model is called, whose hooks may be needed."""
+        outputs: list[Any] = []
+        hook = body.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            self.model(**inputs)
+        except Exception:
+            if not outputs:  # else only the head does not like the batch
+                raise
+        finally:
+            hook.remove()
+        return outputs[-1]
 
 
 def _way_out(probe: _Probe, start: int) -> tuple[str, bool]:

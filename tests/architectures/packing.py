@@ -170,8 +170,8 @@ def examine(case: Case, start: int | None = None, whole: bool = True) -> dict[st
     for implementation in ("eager", "sdpa", "fastft") if whole else (model.config._attn_implementation, "fastft"):
         if not _takes(model, implementation):
             continue
-        all_batches = whole and not sequences.crossed
-        changes = BATCHES if all_batches else {"all keys": BATCHES["all keys"]}
+        fits = ("all keys", "two rows") if sequences.crossed else tuple(BATCHES)
+        changes = {name: BATCHES[name] for name in (fits if whole else ("all keys",))}
         row = {
             name: sequences.outcome(lambda batch, change=change: accepted(model, change(batch)))[0]
             for name, change in changes.items()
