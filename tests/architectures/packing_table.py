@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from architectures.packing import BATCHES, EXACT, LEAK, MASK, OFF, OURS, RAISES, REFUSED, STOCK, best
+from architectures.packing_models import MODELS
 
 _COLUMNS = (*BATCHES, "check_packing", "in Trainer")
 _MEANING = {
@@ -68,8 +69,8 @@ def written(found: dict[str, dict[str, dict[str, str]]], swept: set[str]) -> str
     kinds = [best(rows) for rows in found.values()]
     lines += [f"| {kind} | {kinds.count(kind)} | {meaning} |" for kind, meaning in _MEANING.items()]
     lines += ["", f"| class | attention | {' | '.join(_COLUMNS)} |", "|---|---|" + "---|" * len(_COLUMNS)]
-    for case, rows in found.items():
-        for implementation, row in rows.items() if case not in swept else ():
+    for case in (str(case) for case in MODELS if str(case) in found):
+        for implementation, row in found[case].items():
             cells = (_cell(row.get(column, "")) for column in _COLUMNS)
             lines.append(f"| {case.split('-')[-1]} | {implementation} | {' | '.join(cells)} |")
     if swept:
