@@ -134,13 +134,16 @@ def relative_errors(found, q, k, v, d_out, options):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("tokens", [2048, 8192])
 def test_packed_attention(benchmark, device, tokens, options, dtype):
-    if device == "cpu" and dtype == torch.bfloat16 and (tokens > 2048 or options != OPTIONS["causal"]):
-        pytest.skip("half precision is slow on a CPU: measured at 2048 tokens, causal")
+    if device == "cpu" and options != OPTIONS["causal"] and (tokens > 2048 or dtype == torch.bfloat16):
+        pytest.skip("on a CPU long rows and half precision are measured for causal attention")
+    if device == "cpu" and tokens > 2048 and dtype == torch.bfloat16:
+        pytest.skip("half precision is slow on a CPU: measured at 2048 tokens")
     q, k, v, d_out, segments = make(tokens, device, dtype)
     found = attentions(tokens, options, device, dtype, segments)
     info = benchmark.extra_info
     info["shape"] = f"T={tokens} of {DOCUMENT}, H={HEADS}, G={GROUPS}, D={SIZE}"
-    info["relative_errors"] = relative_errors(found, q, k, v, d_out, options)
+    if tokens == 2048:
+        info["relative_errors"] = relative_errors(found, q, k, v, d_out, options)
     steps = {name: lambda run=run: step(run, q, k, v, d_out) for name, run in found.items()}
     info["peak_mib"] = peaks_mib(steps, q, k, v)
     limit = each_document(q, k, v, d_out, options) if options.keys() == {"causal"} else None

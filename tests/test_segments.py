@@ -130,6 +130,17 @@ def test_nothing_stays_after_an_error() -> None:
     assert model.attention.seen == [None]
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_whole_forward_inside_backward(reentrant: bool) -> None:
+    """A model under gradient checkpointing as a whole, on a batch that is not packed, after one that was."""
+    model, x = Strict(), X.clone().requires_grad_()
+    keep_segments(model)
+    model(x, **BATCH).sum().backward()
+    torch.utils.checkpoint.checkpoint(model, x.exp(), use_reentrant=reentrant).exp().sum().backward()
+    assert model.attention.seen[0] == [0, 11, 18, 31]
+    assert set(model.attention.seen[1:]) == {None}
+
+
 def test_not_a_model() -> None:
     with pytest.raises(TypeError, match="model must be"):
         keep_segments("model")  # type: ignore[arg-type]

@@ -119,12 +119,13 @@ class _Holder:
     """What the modules of one model share."""
 
     decoder_modules: weakref.WeakSet[nn.Module]  # empty unless the model has an encoder and a decoder
-    current: _Batch | None = None  # of the forward under way
+    running: int = 0  # forwards under way, one inside the other
+    current: _Batch | None = None  # of the innermost
     differentiated: _Batch | None = None  # of the forward that backward is in, or will be
     handles: int = 0
 
     def batch(self) -> _Batch | None:
-        return self.differentiated if self.current is None and _in_backward() else self.current
+        return self.differentiated if self.running == 0 and _in_backward() else self.current
 
 
 def _in_backward() -> bool:
@@ -182,6 +183,7 @@ class _Forward:
     """A forward under way of a model that has the hooks."""
 
     module: nn.Module
+    holder: _Holder
     batch: _Batch | None
     before: _Batch | None  # what its holder held
 
@@ -212,21 +214,22 @@ def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
     if holder is None:  # a copy of a model that has the hooks
         return None
     batch, forwards = _batch(kwargs), _forwards()
-    if batch is None and forwards:  # a part of a model whose own hook took the keys off
+    if batch is None and forwards and forwards[-1].holder is holder:  # part of a model whose hook took the keys off
         batch = forwards[-1].batch
     if batch is not None and holder.decoder_modules and batch.outputs is None:
         raise ValueError("a packed batch of an encoder-decoder model needs decoder_cu_seq_lens (task='seq2seq')")
-    forwards.append(_Forward(module, batch, holder.current))
-    holder.current = batch
+    forwards.append(_Forward(module, holder, batch, holder.current))
+    holder.current, holder.running = batch, holder.running + 1
     return args, _for_model(module, holder, kwargs)
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
-    forwards, holder = _forwards(), _holders.get(module)
-    if holder is None or not forwards or forwards[-1].module is not module:  # the hook before did not get through
+    forwards = _forwards()
+    if not forwards or forwards[-1].module is not module:  # the hook before did not get through
         return
     forward = forwards.pop()
-    holder.current = forward.before
+    holder = forward.holder
+    holder.current, holder.running = forward.before, holder.running - 1
     if not torch.is_grad_enabled() or _in_backward():
         return
     holder.differentiated = forward.batch
@@ -262,6 +265,7 @@ class SegmentsHandle:
         if self._holder.handles == 0:
             for module in [module for module, holder in _holders.items() if holder is self._holder]:
                 del _holders[module]
+            _forwards()[:] = [forward for forward in _forwards() if forward.holder is not self._holder]
 
 
 def keep_segments(model: nn.Module) -> SegmentsHandle:
