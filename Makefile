@@ -1,6 +1,6 @@
 # make demo     fine-tune on this machine and measure it          make test   everything CI checks but lint
 # make bench    benchmarks against rivals                         make lint   ruff, clang-format, mypy
-# make sweep   the fused loss on every architecture of transformers
+# make sweep   the fused loss, and packed batches, on every architecture of transformers
 # make wheel    one wheel for every Python >= 3.10, torch >= 2.10
 # make gpu-check PYTHON=python3    build, test and measure with the torch of that Python, on its GPU
 
@@ -40,6 +40,8 @@ bench: native
 sweep: native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -r f -n 2 -m sweep tests/test_architectures.py \
 		--architectures benchmarks/results/architectures.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "sweep or not sweep" tests/test_packing_matrix.py \
+		--packing-matrix benchmarks/results/packing.md
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist

@@ -15,6 +15,8 @@ Three pieces, each of which works alone and enters through an official Trainer i
 from typing import TYPE_CHECKING, Any
 
 from fastft.data.attention import register_attention
+from fastft.data.block_mask import block_mask
+from fastft.data.check_packing import PackingLeakError, check_packing
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
@@ -32,6 +34,7 @@ from fastft.optim.fp32_weights import load_fp32, save_fp32
 
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
+    from fastft.integrations.packing import PackingCallback
 
 __version__ = "0.1.0"
 
@@ -41,9 +44,13 @@ __all__ = [
     "FusedLossCallback",
     "LinearCrossEntropyLoss",
     "LinearLogProbs",
+    "PackingCallback",
     "PackingCollator",
+    "PackingLeakError",
     "adamw",
     "adamw_spec",
+    "block_mask",
+    "check_packing",
     "cross_entropy",
     "fuse_clipping",
     "fused_loss",
@@ -62,9 +69,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # the callback subclasses a class of transformers, which fastft does not need to be imported
+    # the callbacks subclass a class of transformers, which fastft does not need to be imported
     if name == "FusedLossCallback":
         from fastft.integrations.fused_loss import FusedLossCallback
 
         return FusedLossCallback
+    if name == "PackingCallback":
+        from fastft.integrations.packing import PackingCallback
+
+        return PackingCallback
     raise AttributeError(f"module 'fastft' has no attribute {name!r}")

@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--architectures", metavar="FILE", help="where the sweep writes its table (make sweep)")
+    parser.addoption("--packing-matrix", metavar="FILE", help="where the packing matrix writes its table (make sweep)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from architectures.table import Table
 
         config.pluginmanager.register(Table(path))
+    path = config.getoption("--packing-matrix")
+    if path and not hasattr(config, "workerinput"):
+        from architectures.packing_table import PackingTable
+
+        config.pluginmanager.register(PackingTable(path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

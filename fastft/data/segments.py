@@ -202,6 +202,13 @@ def packed_forward_under_way() -> bool:
     return bool(forwards) and forwards[-1].batch is not None
 
 
+def segments_under_way() -> Segments | None:
+    """The boundaries of the innermost packed forward that this thread runs, an encoder's before a decoder's."""
+    forwards = _forwards()
+    batch = forwards[-1].batch if forwards else None
+    return None if batch is None else batch.inputs
+
+
 def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     holder = _holders.get(module)
     if holder is None:  # a copy of a model that has the hooks

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.loss.output_head import Attachment, unwrap
 from fastft.loss.report import Report
 
@@ -23,6 +24,8 @@ class FusedLossCallback(TrainerCallback):
     Args:
         verify: compute the loss of the first batch by the stock model as well, and raise `RuntimeError` if the two
             differ by more than rounding explains. Costs one more forward pass. Needs a model that returns its own loss.
+        on_leak: where batches come from a `PackingCollator`, the callback does what `fastft.PackingCallback` does:
+            `"error"` raises if the model does not keep packed sequences apart, `"warn"` says so and trains.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
@@ -36,8 +39,9 @@ class FusedLossCallback(TrainerCallback):
     it off, and so does the next `train()`.
     """
 
-    def __init__(self, verify: bool = False) -> None:
+    def __init__(self, verify: bool = False, on_leak: str = "error") -> None:
         self.verify = verify
+        self._packing = PackingCallback(on_leak)
         self.report = Report()
         self._attachment: Attachment | None = None
         self._compiled_loss_of: nn.Module | None = None
@@ -49,6 +53,8 @@ class FusedLossCallback(TrainerCallback):
     ) -> None:
         """Attaches, after `restore()`: auto_find_batch_size begins again without an end."""
         self.restore()
+        if packing_collator(kwargs.get("train_dataloader")) is not None:
+            self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
         model = kwargs["model"]
         self._said, self._said_places = False, 0
         if args.n_gpu > 1:
@@ -88,6 +94,7 @@ class FusedLossCallback(TrainerCallback):
 
     def restore(self) -> None:
         """Takes the model back to stock. Harmless when called twice."""
+        self._packing.restore()
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None

@@ -109,7 +109,7 @@ def worst(found: dict[str, float]) -> tuple[str, float]:
 
 def examine(case: Case) -> Outcome:
     """Builds the class and compares; a class that cannot be built, or that stock cannot train, is not run."""
-    with _time_limit():
+    with time_limit():
         try:
             model = build(case)
             inputs = batch(case, model)
@@ -203,7 +203,9 @@ def _reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
+def time_limit() -> Iterator[None]:
+    """Raises TimeoutError in a test that takes longer than SECONDS."""
+
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"longer than {SECONDS} seconds")
 

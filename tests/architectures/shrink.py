@@ -38,7 +38,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
     (128, "mamba_d_ssm max_position_embeddings n_positions n_ctx max_target_positions max_source_positions"),
     (128, "max_seq_len seq_len max_seq_length model_max_length context_length"),
     (16, "mamba_head_dim mamba_d_head chunk_size mamba_chunk_size sliding_window attention_window_size"),
-    (16, "attention_chunk_size"),
+    (16, "attention_chunk_size local_attention"),
     (8, "state_size mamba_d_state ssm_state_size time_step_rank mamba_num_heads mamba_n_heads patch_size"),
 )
 SIZES = {name: size for size, names in _SIZES for name in names.split()}

@@ -1,0 +1,45 @@
+"""Packed against alone: fifty models in CI, every language model of transformers by `make sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import transformers
+from architectures.models import all_cases
+from architectures.outcome import time_limit
+from architectures.packing import REFUSED, best, examine
+from architectures.packing_models import MODELS, START
+
+SWEPT = [case for case in all_cases() if case.mapping != "image-text" and case not in MODELS]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_a_model_is_exact_or_refused(case, record_property, request):
+    whole = request.config.getoption("--packing-matrix") is not None
+    rows = examine(case, START.get(case.model_type, 0), whole)
+    record_property("packing", {"case": str(case), "rows": rows})
+    assert best(rows) == MODELS[case], rows
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", SWEPT, ids=str)
+def test_no_architecture_leaks_silently(case, record_property):
+    with time_limit():
+        try:
+            rows = examine(case)
+        except AssertionError:
+            raise
+        except Exception as error:
+            pytest.skip(f"cannot be built, or not run alone, with a shrunken config: {error!r}"[:200])
+    record_property("packing", {"case": str(case), "rows": rows})
+    if best(rows) == REFUSED:
+        assert all(row["check_packing"] == "raises" for row in rows.values())
