@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from compare import compare
 from errors import peaks_mib
 
-from fastft.data.segment_attention import segment_attention
-from fastft.data.segments import Segments
+from fastft.attention.segment_attention import segment_attention
+from fastft.attention.segments import Segments
 
 HEADS, GROUPS, SIZE, DOCUMENT, WINDOW = 8, 2, 64, 512, 128
 OPTIONS = {

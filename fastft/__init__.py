@@ -14,14 +14,14 @@ Three pieces, each of which works alone and enters through an official Trainer i
 
 from typing import TYPE_CHECKING, Any
 
-from fastft.data.attention import register_attention
-from fastft.data.block_mask import block_mask
-from fastft.data.check_packing import PackingLeakError, check_packing
+from fastft.attention.attention import register_attention
+from fastft.attention.block_mask import block_mask
+from fastft.attention.check_packing import PackingLeakError, check_packing
+from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
 from fastft.data.pool_segments import pool_segments
-from fastft.data.segments import packed_attention
 from fastft.data.seq2seq import seq2seq_masks
 from fastft.integrations.clipping import fuse_clipping
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy

@@ -9,7 +9,7 @@ import torch
 
 import fastft
 from fastft import _native
-from fastft.data.attention import engines
+from fastft.attention.attention import engines
 from fastft.ops import DEVICES, OPERATORS, triton_missing
 
 _COMPANIONS = ("torch", "transformers", "accelerate", "datasets", "triton", "liger-kernel", "bitsandbytes")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fastft.data.attention import register_attention
+from fastft.attention.attention import register_attention
 
 register_attention()
 

@@ -21,8 +21,8 @@ from packed_models import (
 from torch import Tensor, nn
 
 import fastft
-from fastft.data.attention import fastft_attention
-from fastft.data.segments import keep_segments
+from fastft.attention.attention import fastft_attention
+from fastft.attention.segments import keep_segments
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import fastft
-from fastft.data.attention import register_attention
-from fastft.data.check_packing import find_leak
+from fastft.attention.attention import register_attention
+from fastft.attention.check_packing import find_leak
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131, "pad_token_id": 1}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 64}

@@ -13,7 +13,7 @@ from support.row_problems import CASES, EVERYTHING, IGNORED, Case, check, draw, 
 from test_segment_attention import OPTIONS, each_segment, inputs, results, segments_of_lengths
 
 import fastft
-from fastft.data.segment_attention import segment_attention
+from fastft.attention.segment_attention import segment_attention
 from fastft.ops import OPERATORS
 from fastft.optim.grad_norm import grad_norm
 

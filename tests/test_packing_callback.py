@@ -10,8 +10,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastft
-from fastft.data.attention import register_attention
-from fastft.data.check_packing import find_leak
+from fastft.attention.attention import register_attention
+from fastft.attention.check_packing import find_leak
 from fastft.integrations import packing
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131, "pad_token_id": 1}

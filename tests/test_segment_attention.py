@@ -17,9 +17,9 @@ from numerics import assert_no_worse
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastft.data import segment_attention as room
-from fastft.data.segment_attention import segment_attention
-from fastft.data.segments import Segments
+from fastft.attention import segment_attention as room
+from fastft.attention.segment_attention import segment_attention
+from fastft.attention.segments import Segments
 
 HEADS, GROUPS, SIZE, VALUE_SIZE = 4, 2, 8, 12
 BATCHES = {  # lengths, rows

@@ -14,7 +14,7 @@ from packed_models import build, ends, one_process_group, packed, sequences, thr
 from torch import Tensor, nn
 
 import fastft
-from fastft.data.segments import keep_segments, packed_forward_under_way, segments_of
+from fastft.attention.segments import keep_segments, packed_forward_under_way, segments_of
 
 LENGTHS = (11, 7, 13)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data.attention import register_attention
+from fastft.attention.attention import register_attention
 from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
 from fastft.data.boundaries import BOUNDARIES, IGNORE_INDEX
 from fastft.data.columns import (

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from fastft.data.block_mask import attention_configs, block_mask
-from fastft.data.check_packing import Leak, PackingLeakError, find_leak
+from fastft.attention.block_mask import attention_configs, block_mask
+from fastft.attention.check_packing import Leak, PackingLeakError, find_leak
+from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
-from fastft.data.segments import packed_attention
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
 

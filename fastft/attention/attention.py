@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.data.segment_attention import segment_attention
-from fastft.data.segments import Segments, packed_forward_under_way, segments_of
+from fastft.attention.segment_attention import segment_attention
+from fastft.attention.segments import Segments, packed_forward_under_way, segments_of
 
 NAME = "fastft"
 

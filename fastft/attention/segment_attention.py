@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data import attention_flash
-from fastft.data.attention_tiles import Call, Tile, mask_scores, part_of, pieces_of
-from fastft.data.segments import Segments
+from fastft.attention import attention_flash
+from fastft.attention.attention_tiles import Call, Tile, mask_scores, part_of, pieces_of
+from fastft.attention.segments import Segments
 
 IMPLS = ("auto", "eager", "blocks", "flash_cpu", "flash_cuda", "flash_attn")
 _BLOCK_SCORES = 1 << 19  # scores of one block of queries, all heads: 2 MiB in float32

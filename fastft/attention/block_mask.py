@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.data.segments import packed_attention, segments_under_way
+from fastft.attention.segments import packed_attention, segments_under_way
 
 NAME = "fastft_block_mask"
 

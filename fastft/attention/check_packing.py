@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.data.attention import register_attention
-from fastft.data.block_mask import block_mask, implementation_restored
+from fastft.attention.attention import register_attention
+from fastft.attention.block_mask import block_mask, implementation_restored
+from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
-from fastft.data.segments import packed_attention
 
 LENGTHS, DECODER_LENGTHS = (11, 7, 13), (6, 9, 5)
 STOCK = ("sdpa", "eager")

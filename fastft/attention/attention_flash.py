@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data.attention_tiles import Call, Tile
+from fastft.attention.attention_tiles import Call, Tile
 
 _BAND = (128, 512)  # queries of one call where a window binds: at least, at most
 

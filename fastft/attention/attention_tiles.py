@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastft.data.segments import Segments
+from fastft.attention.segments import Segments
 
 
 class Piece(NamedTuple):
