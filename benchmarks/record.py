@@ -24,7 +24,6 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-GRADIENTS = ("loss", "d_input", "d_weight")
 
 
 def run(only: list[str] | None) -> list[dict]:
@@ -74,6 +73,8 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
+        if "median_ms" not in row:
+            continue
         rivals = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["times_faster_than"].items())
         limit, rate = row.get("times_the_limit", ""), row.get("gigabytes_per_second", "")
         lines.append(f"| {row['name']} | {row['median_ms']['ours']:.3f} | {rivals} | {limit} | {rate} |")
@@ -81,21 +82,30 @@ def table(rows: list[dict]) -> str:
 
 
 def exactness(rows: list[dict]) -> str:
-    """Of the losses: errors against float64, and memory, beside the time."""
-    lines = [
-        "| benchmark | who | ms | peak, MiB | error of the loss | of d_input | of d_weight |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Where it was measured, the error against float64, and memory, beside the time."""
+    lines = []
     for row in rows:
         for who, errors in row.get("relative_errors", {}).items():
-            found = " | ".join(f"{errors[what]:.1e}" if what in errors else "" for what in GRADIENTS)
+            found = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
             lines.append(f"| {row['name']} | {who} | {row['median_ms'][who]:.1f} | {row['peak_mib'][who]} | {found} |")
-    return "\n".join(lines)
+    header = ["| benchmark | who | ms | peak, MiB | relative errors |", "|---|---|---|---|---|"]
+    return "\n".join([*header, *lines]) if lines else ""
+
+
+def memory_growth(rows: list[dict]) -> str:
+    """Peak memory by the number of tokens."""
+    lines = []
+    for row in rows:
+        for who, peaks in row.get("peak_mib", {}).items():
+            if isinstance(peaks, dict) and peaks:
+                found = ", ".join(f"{tokens}: {peak}" for tokens, peak in peaks.items())
+                lines.append(f"| {row['name']} | {who} | {found} |")
+    return "\n".join(["| benchmark | who | tokens: peak, MiB |", "|---|---|---|", *lines]) if lines else ""
 
 
 def plot_losses(rows: list[dict], path: Path, title: str) -> None:
     """Time and error of each way to the same loss, a pair of panels a benchmark."""
-    rows = [row for row in rows if "relative_errors" in row]
+    rows = [row for row in rows if "loss" in row.get("relative_errors", {}).get("ours", {})]
     figure, axes = plt.subplots(len(rows), 2, figsize=(11, 1.7 * len(rows) + 0.6), layout="constrained", squeeze=False)
     for row, (time, error) in zip(rows, axes, strict=True):
         names = [*row["relative_errors"]][::-1]
@@ -116,7 +126,9 @@ def plot_losses(rows: list[dict], path: Path, title: str) -> None:
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
     pairs = [
-        (f"{row['name']}\nagainst {rival}", ratio) for row in rows for rival, ratio in row["times_faster_than"].items()
+        (f"{row['name']}\nagainst {rival}", ratio)
+        for row in rows
+        for rival, ratio in row.get("times_faster_than", {}).items()
     ]
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(pairs) + 1.2), layout="constrained")
     names, ratios = zip(*pairs[::-1], strict=True)
@@ -141,9 +153,9 @@ def main() -> None:
     only = "" if options.only is None else f" --only {' '.join(options.only)}"
     command = f"`python benchmarks/record.py --machine {options.machine}{only}`"
     name = where.get("gpu") or where["cpu"]
-    tables = f"{table(rows)}\n\n{exactness(rows)}"
+    tables = "\n\n".join(filter(None, (table(rows), exactness(rows), memory_growth(rows))))
     stem.with_suffix(".md").write_text(f"# {name}\n\n{described}.\nMade by {command}.\n\n{tables}\n")
-    if any("relative_errors" in row for row in rows):
+    if any("loss" in row.get("relative_errors", {}).get("ours", {}) for row in rows):
         plot_losses(rows, stem.with_name(f"{stem.name}-loss.png"), name)
     plot(rows, stem.with_suffix(".png"), name)
     print(table(rows))

@@ -41,6 +41,8 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     Returns:
         float32, shape (), on the device of the first gradient.
     """
+    if set(map(type, grads)) == {Tensor} and len(set(map(Tensor.get_device, grads))) == 1:  # the usual case, quickly
+        return _total(grads, impl).sqrt().float()
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
         sharded = hasattr(grad, "to_local")
@@ -58,11 +60,12 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _total(grads: list[Tensor], impl: str) -> Tensor:
+def _total(grads: Sequence[Tensor], impl: str) -> Tensor:
     """The sum of squares of tensors on one device."""
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
     if impl in ("auto", *ops.LIBRARIES) and OP.resolve("auto", total.device) != "eager":
-        OP.native(total, [grad.contiguous() for grad in grads])
+        dense = all(map(Tensor.is_contiguous, grads))
+        OP.native(total, grads if dense else [grad.contiguous() for grad in grads])
     else:
         OP.reference(total, grads)
     return total
