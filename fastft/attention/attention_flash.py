@@ -64,7 +64,13 @@ def cpu_backward(tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: C
         row = slice(tile.row, tile.row + 1)
         q, k, v = query[row, :, tile.queries], key[row, :, tile.keys], value[row, :, tile.keys]
         results = (tensor[row, :, tile.queries] for tensor in (out, lse))
+        # in 16 bits the kernel would round the gradient of a shared key head once for each of its query heads
+        shared = query.shape[1] // key.shape[1] if query.element_size() == 2 else 1
+        if shared > 1:
+            k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
         parts = kernel(d_out[row, :, tile.queries], q, k, v, *results, **options)
+        if shared > 1:
+            parts = (parts[0], *(part.unflatten(1, (-1, shared)).sum(2) for part in parts[1:]))
         for grad, part, tokens in zip(grads, parts, (tile.queries, tile.keys, tile.keys), strict=True):
             if call.window is None or grad is grads[0]:
                 grad[row, :, tokens] = part
