@@ -112,10 +112,10 @@ class CountingCollator:
     """Counts the positions and the tokens of the batches that it passes on."""
 
     def __init__(self, collator) -> None:
-        self.collator, self.tokens, self.positions = collator, 0, 0
+        self.data_collator, self.tokens, self.positions = collator, 0, 0
 
     def __call__(self, examples):
-        batch = self.collator(examples)
+        batch = self.data_collator(examples)
         self.tokens += sum(len(example["input_ids"]) for example in examples)
         self.positions += batch["input_ids"].numel()
         return batch
@@ -168,6 +168,8 @@ def train(variant: Variant, options: argparse.Namespace, tokenizer: PreTrainedTo
     model = build_model(options.model, tokenizer)
     padding = DataCollatorForSeq2Seq(tokenizer)  # pads labels too; needs no encoder
     collator = CountingCollator(fastft.PackingCollator() if variant.packing else padding)
+    if variant.packing:
+        model.set_attn_implementation("fastft")
     recorder = Recorder(variant.name, options.steps)
     trainer = Trainer(
         model=model,

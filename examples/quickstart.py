@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import fastft
 
 tokenizer, examples = stdlib_text.load(vocab_size=16_384, max_tokens=512)
+collator = fastft.PackingCollator()  # before the model: it makes attn_implementation="fastft" known
 model = LlamaForCausalLM(
     LlamaConfig(
         vocab_size=len(tokenizer),
@@ -16,6 +17,7 @@ model = LlamaForCausalLM(
         intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
+        attn_implementation="fastft",
     )
 )
 args = TrainingArguments(
@@ -31,8 +33,8 @@ callback = fastft.FusedLossCallback()
 trainer = Trainer(
     model=model,
     args=args,
-    train_dataset=fastft.pack(examples, max_tokens=1024, seed=0),
-    data_collator=fastft.PackingCollator(),
+    train_dataset=fastft.pack(examples, max_tokens=1024),
+    data_collator=collator,
     optimizers=fastft.adamw(model, args),
     callbacks=[callback],
 )
