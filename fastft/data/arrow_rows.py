@@ -33,15 +33,26 @@ def _fetcher(column: Any) -> Fetch:
     memory = [list_memory(chunk) for chunk in column.chunks]
     if None in memory or not memory:
         return lambda rows: [column[row].as_py() for row in rows]
-    starts = [0, *itertools.accumulate(map(len, column.chunks))][:-1]
+    begins = list(itertools.accumulate(map(len, column.chunks), initial=0))[:-1]  # the first row of each chunk
+
+    def of_chunk(chunk: int, rows: Any) -> list[Any]:
+        numbers, offsets = memory[chunk]  # type: ignore[misc]
+        places = rows - begins[chunk]
+        bounds = zip(offsets[places].tolist(), offsets[places + 1].tolist(), strict=True)
+        return [numbers[begin:end] for begin, end in bounds]
 
     def fetch(rows: Sequence[int]) -> list[Any]:
-        views = []
-        for row in rows:
-            chunk = bisect.bisect_right(starts, row) - 1
-            numbers, offsets = memory[chunk]  # type: ignore[misc]
-            local = row - starts[chunk]
-            views.append(numbers[offsets[local] : offsets[local + 1]])
+        import numpy
+
+        if len(begins) == 1:
+            return of_chunk(0, numpy.asarray(rows, numpy.int64))
+        chunks = [bisect.bisect_right(begins, row) - 1 for row in rows]
+        every = numpy.asarray(rows, numpy.int64)
+        views: list[Any] = [None] * len(rows)
+        for chunk in set(chunks):
+            members = [place for place, one in enumerate(chunks) if one == chunk]
+            for place, view in zip(members, of_chunk(chunk, every[members]), strict=True):
+                views[place] = view
         return views
 
     return fetch

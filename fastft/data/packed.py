@@ -86,7 +86,7 @@ class PackedDataset(Dataset[Pack]):
     def _packs(self, indices: Sequence[int]) -> list[Pack]:
         plan = self.plan
         bounds = [plan.bounds(index) for index in indices]
-        chosen = torch.tensor([entry for begin, end in bounds for entry in range(begin, end)], dtype=torch.int64)
+        chosen = torch.cat([torch.arange(begin, end) for begin, end in bounds])
         examples, starts, lengths = (column[chosen].tolist() for column in (plan.indices, plan.starts, plan.lengths))
         fillers = sum(begin == end for begin, end in bounds)
         fetched = self._fetch(examples + plan.indices[:1].tolist() * fillers)
@@ -106,6 +106,8 @@ class PackedDataset(Dataset[Pack]):
     def _part(self, example: dict[str, Any], index: int, start: int, length: int) -> dict[str, Any]:
         """The tokens of an example that the plan wants, of every key that has as many."""
         tokens = len(example["input_ids"])
+        if start == 0 and tokens == length:
+            return example
         cut_short = self.may_cut and length == self._base.max_tokens
         if tokens < start + length or (tokens > start + length and not cut_short):
             raise ValueError(f"example {index} has {tokens} tokens, but had {start + length} when it was packed")
