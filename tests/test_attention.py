@@ -25,7 +25,6 @@ from fastft.attention.attention import fastft_attention
 from fastft.attention.segments import keep_segments
 
 transformers = pytest.importorskip("transformers")
-transformers.logging.set_verbosity_error()
 
 LENGTHS = (11, 7, 13)
 DECODER_LENGTHS = (5, 9, 17)
