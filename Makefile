@@ -33,8 +33,10 @@ format: $(LINTERS)
 	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 bench: native
-	$(PIP) --no-deps trl==1.16.0
-	$(BIN)/python benchmarks/record.py --machine cpu
+	$(PIP) --no-deps trl==1.16.0 bitsandbytes
+	$(BIN)/python benchmarks/record.py --machine cpu --only linear_cross_entropy cross_entropy linear_log_probs
+	$(BIN)/python benchmarks/record.py --machine cpu --only adamw
+	$(BIN)/python benchmarks/record.py --machine cpu --only attention collator boundaries plan
 	$(BIN)/python benchmarks/memory.py --machine cpu
 
 sweep: native

@@ -141,7 +141,6 @@ inline double as_double(StableIValue value) {
   return d;
 }
 inline int64_t as_int(StableIValue value) { return static_cast<int64_t>(value); }
-inline bool as_bool(StableIValue value) { return (value & 0xff) != 0; }
 
 // Runs body(begin, end) over [0, n) on torch's own thread pool, in pieces of at least `grain`.
 template <class Body>
