@@ -9,17 +9,24 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from fastft.integrations.evaluation import in_evaluation_loop
 from fastft.integrations.packing import PackingCallback, packing_collator
+from fastft.loss.evaluation import Evaluation
 from fastft.loss.output_head import Attachment, unwrap
 from fastft.loss.report import Report
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
 
+_MANY_BYTES = 1 << 30
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class FusedLossCallback(TrainerCallback):
-    """From train begin to train end the model's loss is computed without ever holding logits.
+    """From train begin to train end the model's loss is computed without ever holding logits, in evaluations too.
+
+    In an evaluation inside `train()`, `preprocess_logits_for_metrics` gets lazy logits: argmax, top-k and
+    log-probabilities are computed chunk by chunk. Metrics that want logits get plain ones, as in stock. `generate`,
+    exports, and `evaluate` and `predict` outside `train()` are stock.
 
     Args:
         verify: compute the loss of the first batch by the stock model as well, and raise `RuntimeError` if the two
@@ -30,6 +37,7 @@ class FusedLossCallback(TrainerCallback):
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
             `skipped`, why the model was left as it is. Of the latest training.
+        evaluation: the same of the evaluations inside it; `fused` counts whatever was computed of logits chunk by chunk.
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with label smoothing or a
     `compute_loss_func` it stays stock, and `report.skipped` says so. Tensor-parallel heads, DataParallel, and models
@@ -42,11 +50,11 @@ class FusedLossCallback(TrainerCallback):
     def __init__(self, verify: bool = False, on_leak: str = "error") -> None:
         self.verify = verify
         self._packing = PackingCallback(on_leak)
-        self.report = Report()
+        self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
         self._compiled_loss_of: nn.Module | None = None
         self._hooks: list[Any] = []
-        self._said, self._said_places = False, 0
+        self._said, self._said_places, self._said_size = False, 0, False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,11 +64,13 @@ class FusedLossCallback(TrainerCallback):
         if packing_collator(kwargs.get("train_dataloader")) is not None:
             self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
         model = kwargs["model"]
-        self._said, self._said_places = False, 0
+        self._said, self._said_places, self._said_size = False, 0, False
+        evaluation = Evaluation(in_evaluation_loop)
+        self.evaluation = evaluation.report
         if args.n_gpu > 1:
             self.report = Report(skipped=["DataParallel: its replicas would call the head of the first device"])
             return
-        self._attachment = Attachment(model)
+        self._attachment = Attachment(model, evaluation)
         self.report = self._attachment.report
         if args.torch_compile and self._attachment.heads:
             self._keep_loss_uncompiled(unwrap(model))
@@ -85,6 +95,43 @@ class FusedLossCallback(TrainerCallback):
             why = "something asked for real logits before the loss"
         why = why or "nothing called the output head (is Liger, or another fused loss, at work?)"
         logger.warning(f"fastft: no loss was fused in the first step: {why}")
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Makes plain tensors of the logits that metrics want, and says once what they cost if that is gigabytes."""
+        size = self._settle()
+        if not args.batch_eval_metrics and hasattr(eval_dataloader, "__len__"):
+            size *= len(eval_dataloader)  # Trainer holds them all
+        if size >= _MANY_BYTES and not self._said_size:
+            self._said_size = True
+            logger.warning(
+                f"fastft: metrics are given the logits of the evaluation, {size / 2**30:.1f} GiB. Trainer's "
+                "preprocess_logits_for_metrics can reduce them (argmax, top-k, log-probabilities) before they are built."
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves nothing lazy to what comes after an evaluation."""
+        self._settle()
+
+    def on_predict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves nothing lazy to what comes after a prediction."""
+        self._settle()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves no logits of an evaluation that could not be computed when the weights have changed."""
+        self._settle()
+
+    def _settle(self) -> int:
+        evaluation = None if self._attachment is None else self._attachment.evaluation
+        return 0 if evaluation is None else evaluation.settle()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

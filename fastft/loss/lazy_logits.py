@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from fastft.loss.expressions import LOGITS, Expression, Linear, Origin, evaluate
 from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
 from fastft.loss.options import refuse_second_derivative
 from fastft.loss.report import Report
+
+if TYPE_CHECKING:
+    from fastft.loss.evaluation import Evaluation
 
 Replay: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
 
@@ -71,7 +74,8 @@ class _LazyNode(torch.autograd.Function):
         ]
         terms = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
         with torch.enable_grad():
-            logits = evaluate(ctx.recipe.expression, Linear.of(*terms).dense())  # type: ignore[arg-type]
+            dense = Linear.of(*terms).dense()  # type: ignore[arg-type]
+            logits = evaluate(ctx.recipe.expression, dense, ctx.recipe.linear.marked)
         wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
         gradients = iter(torch.autograd.grad(logits, wanted, _data(grad_output), allow_unused=True))
         return None, *(next(gradients) if need else None for need in needs)
@@ -103,6 +107,8 @@ class LazyLogits(Tensor):
         )
         wrapper._recipe, wrapper._root, wrapper._replay, wrapper._dense = recipe, None, (), None
         wrapper._has_views = wrapper._used = False
+        if recipe.linear.origin.evaluation is not None:
+            recipe.linear.origin.evaluation.watch(wrapper)
         return wrapper
 
     @classmethod
@@ -137,6 +143,11 @@ class LazyLogits(Tensor):
         return self._dense is None and (self._root is None or self._root._dense is None)
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether these are logits of an evaluation, which others may read when their model's forward pass is over."""
+        return self.linear.origin.evaluation is not None
+
+    @property
     def source(self) -> Linear:
         """The layer, without its history if this tensor was made where no gradients were recorded."""
         with torch._C.DisableTorchFunctionSubclass():
@@ -150,7 +161,8 @@ class LazyLogits(Tensor):
     def derived(self, expression: Expression, linear: Linear | None = None) -> LazyLogits:
         """New logits of the same shape: another expression (or another layer), in memory of their own."""
         with torch.no_grad():
-            dtype = evaluate(expression, self.linear.terms[0][0].new_empty(0, self.linear.vocab)).dtype
+            nothing = self.linear.terms[0][0].new_empty(0, self.linear.vocab)
+            dtype = evaluate(expression, nothing, torch.empty_like(nothing[:, :1], dtype=torch.bool)).dtype
         shadow = torch.empty_like(self.shadow, dtype=dtype)
         result = self._make(linear or self.source, expression, shadow, self._recipe.report)
         if linear is None and expression is self.expression:
@@ -189,9 +201,9 @@ class LazyLogits(Tensor):
 
     def evaluated(self, result: Tensor) -> None:
         """Told by a rule that `result` was computed from these logits."""
-        if result.requires_grad:
+        if result.requires_grad or self.is_evaluated:
             self._recipe.report.fused += 1
-            self._family()._used = True
+        self._family()._used |= result.requires_grad
 
     @property
     def _is_fused(self) -> bool:
@@ -218,7 +230,7 @@ class LazyLogits(Tensor):
     def _compute(self, function: str) -> Tensor:
         self._recipe.report.note_materialised(function)
         linear = self.checked()
-        dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense()))
+        dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense(), layer.marked))
         if dense.stride() == self.shadow.stride():
             return dense
         strided = torch.empty_strided(dense.shape, self.shadow.stride(), dtype=dense.dtype, device=dense.device)
@@ -373,6 +385,7 @@ def lazy_linear(
     report: Report,
     head: Callable[..., Any] | None = None,
     check: Callable[[bool], None] | None = None,
+    evaluation: Evaluation | None = None,
 ) -> LazyLogits:
     """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks for.
 
@@ -383,11 +396,15 @@ def lazy_linear(
         report: where fusions and materialisations are counted.
         head: the module; entered again if its weight is freed when the logits are needed.
         check: called before the logits are used, with whether `head` is about to be entered; may raise.
+        evaluation: the one that they are logits of; None: of a training.
     """
-    origin = Origin(weight.shape[0], head, check)
+    origin = Origin(weight.shape[0], head, check, evaluation)
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
-    return LazyLogits._make(Linear.of((input, weight, bias), origin=origin), LOGITS, shadow, report)
+    linear = Linear.of((input, weight, bias), origin=origin)
+    if not torch.is_grad_enabled():
+        linear = linear.detached()
+    return LazyLogits._make(linear, LOGITS, shadow, report)

@@ -67,6 +67,33 @@ def _kept(lazy: LazyLogits, name: str) -> Tensor:
     return map_rows(linear, lazy.expression, lambda z: z.logsumexp(-1), known=lse)
 
 
+def top(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`topk`, and `max` over the vocabulary: values and indices."""
+    names = ("k", "dim", "largest", "sorted") if func.__name__ == "topk" else ("dim", "keepdim")
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    dim = options.pop("dim", -1 if func.__name__ == "topk" else None)
+    if not is_last(lazy, dim) or options.keys() - set(names) or (func.__name__ == "topk" and "k" not in options):
+        return NotImplemented
+    keepdim = options.pop("keepdim", True)
+    function, extra = (torch.topk, options) if func.__name__ == "topk" else (torch.max, {"keepdim": True})
+    found: list[Tensor] = []
+
+    def both(z: Tensor) -> Tensor:
+        values, indices = function(z, dim=-1, **extra)
+        found.append(indices)
+        return values
+
+    linear = lazy.checked()
+    with torch.no_grad():
+        values = map_rows(linear, lazy.expression, both)
+    indices = torch.cat(found)
+    if lazy.requires_grad and torch.is_grad_enabled():
+        values = map_rows(linear, lazy.expression, lambda z, i: z.gather(-1, i), indices)
+    lazy.evaluated(values)
+    shape = lazy.linear.leading_shape + ((values.shape[-1],) if keepdim else ())
+    return getattr(torch.return_types, func.__name__)((values.reshape(shape), indices.reshape(shape)))
+
+
 def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`gather` along the vocabulary."""
     dim = kwargs.get("dim", args[0] if args else None)

@@ -130,5 +130,10 @@ def clone(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwa
 
 
 def detach(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Who detaches while gradients are recorded wants to keep the numbers; inside a Function it is plumbing."""
+    """Who detaches while gradients are recorded wants to keep the numbers; inside a Function it is plumbing.
+
+    An evaluation detaches everything, and its logits are settled before the weights change.
+    """
+    if lazy.is_evaluated:
+        return lazy.viewed(func, args, kwargs, lazy.shadow, lambda x: x, same_rows=True)
     return NotImplemented if torch.is_grad_enabled() else lazy.derived(lazy.expression)
