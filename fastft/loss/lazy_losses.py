@@ -69,13 +69,14 @@ def _kept(lazy: LazyLogits, name: str) -> Tensor:
 
 def top(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`topk`, and `max` over the vocabulary: values and indices."""
-    names = ("k", "dim", "largest", "sorted") if func.__name__ == "topk" else ("dim", "keepdim")
+    several = func.__name__ == "topk"
+    names = ("k", "dim", "largest", "sorted") if several else ("dim", "keepdim")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
-    dim = options.pop("dim", -1 if func.__name__ == "topk" else None)
-    if not is_last(lazy, dim) or options.keys() - set(names) or (func.__name__ == "topk" and "k" not in options):
+    dim = options.pop("dim", -1 if several else None)
+    if not is_last(lazy, dim) or options.keys() - set(names) or several != ("k" in options):
         return NotImplemented
-    keepdim = options.pop("keepdim", True)
-    function, extra = (torch.topk, options) if func.__name__ == "topk" else (torch.max, {"keepdim": True})
+    keepdim = options.pop("keepdim", several)
+    function, extra = (torch.topk, options) if several else (torch.max, {"keepdim": True})
     found: list[Tensor] = []
 
     def both(z: Tensor) -> Tensor:
