@@ -348,6 +348,27 @@ def test_logits_somebody_has_a_weak_reference_to_have_their_numbers(tmp_path):
         assert reference() is logits and not logits.is_lazy and logits.cpu().isfinite().all()
 
 
+class Averaged(Trainer):
+    """Evaluates with other weights, put in and out in every step by the way that leaves no trace."""
+
+    def prediction_step(self, model, *args, **kwargs):
+        weights = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.data.mul_(0.5)
+        try:
+            return super().prediction_step(model, *args, **kwargs)
+        finally:
+            for parameter, weight in zip(model.parameters(), weights, strict=True):
+                parameter.data.copy_(weight)
+
+
+def test_weights_swapped_in_every_prediction_step(tmp_path):
+    compare(tmp_path, kind=Averaged, with_metrics=False)
+    options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
+    with pytest.raises(RuntimeError, match="around evaluate"):
+        run(tmp_path, llama, [FusedLossCallback()], Metrics(), kind=Averaged, options=options)
+
+
 def test_preprocessing_changes_logits_in_place(tmp_path):
     def preprocess(logits, labels):
         logits[..., :3] = -1e4

@@ -43,13 +43,47 @@ class Evaluation:
 
     def settle(self) -> int:
         """Makes plain tensors, in place, of all lazy logits that somebody still holds; returns their bytes."""
-        alive = [lazy for lazy in (reference() for reference in self._alive) if lazy is not None]
+        alive = [lazy for lazy in (reference() for reference in self._alive) if lazy is not None and _is_readable(lazy)]
         self._alive.clear()
         numbers = [lazy.materialise("logits that were kept") for lazy in alive]  # all first: views read their roots
         for lazy, dense in zip(alive, numbers, strict=True):
             lazy._dense = None
             _become(lazy, dense)
-        return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in numbers}.values())
+        storages = (tensor.untyped_storage() for tensor in numbers)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def guard(weight: Tensor) -> Callable[[bool], None]:
+    """What raises RuntimeError when the weight of a head has changed since, also where no version number tells.
+
+    Whoever averages weights swaps them by `parameter.data.copy_`, perhaps inside a `prediction_step` of his own.
+    """
+
+    def sample() -> Tensor:
+        rows, columns = (max(1, size // 16) for size in weight.shape)
+        return weight.detach()[::rows, ::columns].nan_to_num()
+
+    taken = sample().clone()
+
+    def check(entering: bool) -> None:
+        if not torch.equal(taken, sample()):
+            raise RuntimeError(
+                "fastft: logits of an evaluation are read after the output head's weight was changed, and they were "
+                "never computed. Put weights in and out around evaluate(), not within prediction_step, or read the "
+                "logits before."
+            )
+
+    return check
+
+
+def _is_readable(lazy: LazyLogits) -> bool:
+    """Whether the numbers exist or can be computed; else whoever reads them hears why not."""
+    try:
+        if lazy.is_lazy:
+            lazy._family().linear.check_unchanged()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _become(lazy: LazyLogits, dense: Tensor) -> None:

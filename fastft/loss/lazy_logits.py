@@ -19,19 +19,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastft.loss.evaluation import Evaluation, guard
 from fastft.loss.expressions import LOGITS, Expression, Linear, Origin, evaluate
 from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
 from fastft.loss.options import refuse_second_derivative
 from fastft.loss.report import Report
-
-if TYPE_CHECKING:
-    from fastft.loss.evaluation import Evaluation
 
 Replay: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
 
@@ -398,11 +396,13 @@ def lazy_linear(
         check: called before the logits are used, with whether `head` is about to be entered; may raise.
         evaluation: the one that they are logits of; None: of a training.
     """
-    origin = Origin(weight.shape[0], head, check, evaluation)
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if evaluation is not None:
+        check = guard(weight)
+    origin = Origin(weight.shape[0], head, check, evaluation)
     shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
     linear = Linear.of((input, weight, bias), origin=origin)
     if not torch.is_grad_enabled():
