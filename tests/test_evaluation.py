@@ -19,6 +19,7 @@ from watch import Watch
 import fastft
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
+from fastft.loss.evaluation import Evaluation
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
 from fastft.loss.output_head import fused_loss
 
@@ -574,3 +575,85 @@ def test_the_report_of_training_is_of_training_alone(tmp_path, warnings):
     assert callback.report.fused == 2 and callback.evaluation.fused == 2 * EVALUATIONS and not warnings
     assert not callback.report.materialised
     assert "transformers/trainer.py:" in "".join(callback.evaluation.materialised)
+
+
+# --- padded by accelerate to the length of another process
+
+
+def head(bias=True, dtype=torch.float32):
+    x, weight = torch.randn(2, 5, 8, dtype=dtype), torch.randn(31, 8, dtype=dtype)
+    return x, weight, torch.randn(31, dtype=dtype) if bias else None
+
+
+BEFORE = {
+    "as it is": lambda z: z,
+    "softcap": lambda z: torch.tanh(z / 3) * 3,
+    "cast": lambda z: z.float(),
+    "shifted": lambda z: z[:, 1:],
+    "log_softmax": lambda z: z.log_softmax(-1),
+}
+AFTER = {
+    "argmax": lambda z: z.argmax(-1),
+    "max": lambda z: z.max(-1)[0],
+    "topk": lambda z: z.topk(3)[1],
+    "log_softmax": lambda z: z[:, :-1].log_softmax(-1).gather(-1, torch.full((2, z.shape[1] - 1, 1), 7)),
+    "cross_entropy": lambda z: nn.functional.cross_entropy(
+        z.view(-1, 31), torch.arange(2 * z.shape[1]), reduction="none"
+    ),
+    "numbers": lambda z: z.clone().cpu() + 0,
+    "columns": lambda z: z[..., [3, 5]],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("before", BEFORE)
+def test_padded_logits(before, dtype):
+    for index, (after, function) in enumerate(AFTER.items()):
+        x, weight, bias = head(bias=bool(index % 2), dtype=dtype)
+        evaluation = Evaluation(lambda: True)
+        lazy = lazy_linear(x, weight, bias, evaluation.report, evaluation=evaluation)
+        stock, logits = (BEFORE[before](z) for z in (nn.functional.linear(x, weight, bias), lazy))
+        stock, logits = (pad_to(z.detach(), stock.shape[1] + 3) for z in (stock, logits))
+        assert type(logits) is LazyLogits and logits.is_lazy
+        torch.testing.assert_close(function(logits), function(stock))
+        assert bool(evaluation.report.materialised) == (after in ("numbers", "columns"))
+
+
+def pad_to(tensor, length):
+    """As accelerate's `pad_across_processes` does it."""
+    size = (tensor.shape[0], length, tensor.shape[2])
+    padded = tensor.new_zeros(size) + -100
+    padded[tuple(slice(0, old) for old in tensor.shape)] = tensor
+    return padded
+
+
+WRITES = {
+    "numbers": lambda z: z.__setitem__((slice(None), slice(0, 5)), torch.ones(2, 5, 31)),
+    "a number": lambda z: z.__setitem__((0, 0), 3.0),
+    "twice": lambda z: [z.__setitem__((slice(None), slice(i, i + 5), slice(None)), logits_of(z)) for i in (0, 3)],
+    "in place": lambda z: z.add_(1.0).mul_(2.0),
+    "a view": lambda z: z[:, 2:].fill_(4.0),
+}
+
+
+def logits_of(like):
+    x, weight, bias = OPERANDS
+    if type(like) is torch.Tensor:
+        return nn.functional.linear(x, weight, bias)
+    return lazy_linear(x, weight, bias, like._recipe.report, evaluation=like.linear.origin.evaluation)
+
+
+OPERANDS = head()
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_other_uses_of_zeros_like_logits_are_stock(name):
+    x, weight, bias = OPERANDS
+    evaluation = Evaluation(lambda: True)
+    lazy = lazy_linear(x, weight, bias, evaluation.report, evaluation=evaluation)
+    found, expected = (z.new_zeros((2, 9, 31)) for z in (lazy, nn.functional.linear(x, weight, bias)))
+    assert type(found) is LazyLogits
+    WRITES[name](found)
+    WRITES[name](expected)
+    torch.testing.assert_close(found.cpu() + 0, expected)
+    assert torch.equal(lazy.new_zeros(3), torch.zeros(3)) and lazy.new_zeros((2, 31)).sum() == 0 and lazy.is_lazy

@@ -38,7 +38,7 @@ class FusedLossCallback(TrainerCallback):
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
             `skipped`, why the model was left as it is. Of the latest training.
-        evaluation: the same of the evaluations inside it; `fused` counts whatever was computed of logits chunk by chunk.
+        evaluation: the same of the evaluations inside it, where `fused` counts all that was computed chunk by chunk.
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with label smoothing or a
     `compute_loss_func` it stays stock, and `report.skipped` says so. Tensor-parallel heads, DataParallel, and models
@@ -112,15 +112,17 @@ class FusedLossCallback(TrainerCallback):
         if size >= _MANY_BYTES and not self._said_size:
             self._said_size = True
             logger.warning(
-                f"fastft: metrics are given the logits of the evaluation, {size / 2**30:.1f} GiB. Trainer's "
-                "preprocess_logits_for_metrics can reduce them (argmax, top-k, log-probabilities) before they are built."
+                f"fastft: metrics are given the logits of the evaluation, {size / 2**30:.1f} GiB. Reduce them in "
+                "Trainer's preprocess_logits_for_metrics (argmax, top-k, log-probabilities): they are then never built."
             )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leaves nothing lazy to what comes after an evaluation."""
         self._settle()
 
-    def on_predict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
         """Leaves nothing lazy to what comes after a prediction."""
         self._settle()
 
