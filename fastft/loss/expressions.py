@@ -68,22 +68,22 @@ def _autocast(device_type: str, state: AutocastState) -> contextlib.AbstractCont
 
 def evaluate(expression: Expression, logits: Tensor, marked: Tensor | None = None) -> Tensor:
     """`expression` with `logits` and `marked` put in; a sub-expression that occurs twice is evaluated once."""
-    known: dict[int, Tensor] = {}
+    return _value(expression, logits, marked, {})
 
-    def value(node: Any) -> Any:
-        if node is LOGITS:
-            return logits
-        if node is MARKED:
-            return marked
-        if not isinstance(node, Call):
-            return node
-        if id(node) not in known:
-            arguments = [value(argument) for argument in node.arguments]
-            with _autocast(logits.device.type, node.autocast):
-                known[id(node)] = node.function(*arguments, **node.keywords)
-        return known[id(node)]
 
-    return value(expression)
+def _value(node: Any, logits: Tensor, marked: Tensor | None, known: dict[int, Tensor]) -> Any:
+    """No closure: a function that calls itself would keep every chunk's logits until garbage is collected."""
+    if node is LOGITS:
+        return logits
+    if node is MARKED:
+        return marked
+    if not isinstance(node, Call):
+        return node
+    if id(node) not in known:
+        arguments = [_value(argument, logits, marked, known) for argument in node.arguments]
+        with _autocast(logits.device.type, node.autocast):
+            known[id(node)] = node.function(*arguments, **node.keywords)
+    return known[id(node)]
 
 
 def _versions(terms: tuple[Term, ...]) -> tuple[int, ...]:
@@ -282,17 +282,24 @@ def _differentiate(
     ]
     total = None
     for rows in _chunks(terms):
-        logits = _linear(terms, rows).requires_grad_()
-        with torch.enable_grad():
-            result = task.run(logits, rows)
+        result = _differentiate_chunk(task, terms, rows, gradients, None if grad_output is None else grad_output[rows])
         if grad_output is None:
-            total = result.detach() if total is None else total + result.detach()
-        if not result.requires_grad:
-            continue
-        (grad_logits,) = torch.autograd.grad(result, logits, None if grad_output is None else grad_output[rows])
+            total = result if total is None else total + result
+    return total, gradients
+
+
+def _differentiate_chunk(
+    task: _Task, terms: tuple[Term, ...], rows: slice, gradients: list[Tensor | None], grad_output: Tensor | None
+) -> Tensor:
+    """The result of some rows; their gradients are collected. A function, so that the next chunk finds no logits."""
+    logits = _linear(terms, rows).requires_grad_()
+    with torch.enable_grad():
+        result = task.run(logits, rows)
+    if result.requires_grad:
+        (grad_logits,) = torch.autograd.grad(result, logits, grad_output)
         with torch.autocast(logits.device.type, enabled=False):
             _collect(gradients, terms, rows, grad_logits)
-    return total, gradients
+    return result.detach()
 
 
 def _collect(gradients: list[Tensor | None], terms: tuple[Term, ...], rows: slice, grad_logits: Tensor) -> None:

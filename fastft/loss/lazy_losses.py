@@ -36,7 +36,7 @@ def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
         return NotImplemented
     keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
     name = func.__name__
-    if name in ("logsumexp", "argmax"):
+    if name in ("logsumexp", "argmax") and not lazy.is_evaluated:  # which asks for the best token and no more
         result = _kept(lazy, name)
     else:
         dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
