@@ -175,6 +175,10 @@ LIMITS = {
         "test_distributed_loss.py::test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so",
         "test_fused_loss.py::test_data_parallel_is_left_alone",
     ],
+    "README.md: Evaluation is without logits": [
+        "test_evaluation.py::test_evaluation_outside_train_is_stock",
+        "test_evaluation.py::test_a_sharded_head_is_evaluated_as_stock",
+    ],
     "README.md: A hook on logits": [
         "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
         "test_lazy_logits.py::test_who_watches_before_the_loss_sees_the_gradient",
@@ -224,6 +228,9 @@ LIMITS = {
     ],
     "loss.md: A hook on logits": [
         "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
+    ],
+    "loss.md: Logits of an evaluation read": [
+        "test_evaluation.py::test_weights_swapped_in_every_prediction_step",
     ],
     "loss.md: `linear_token_loss` gives": [
         "test_linear_log_probs.py::test_token_losses",

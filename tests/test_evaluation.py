@@ -21,7 +21,7 @@ from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.loss.evaluation import Evaluation
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
-from fastft.loss.output_head import fused_loss
+from fastft.loss.output_head import Attachment, fused_loss
 
 EVERY_STEP = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
 EVALUATIONS = 3
@@ -109,12 +109,12 @@ def history(trainer):
     ]
 
 
-def compare(tmp_path, make=llama, with_metrics=True, rtol=2e-5, atol=1e-5, **settings):
-    """The callback and the trainer of a fused run whose evaluations equal stock's."""
+def compare(tmp_path, make=llama, with_metrics=True, rtol=2e-5, atol=1e-5, only_fused=None, **settings):
+    """The callback and the trainer of a fused run whose evaluations equal stock's; `only_fused`: its own changes."""
     metrics = [Metrics() if with_metrics else None for _ in range(2)]
     stock = run(tmp_path, make, [], metrics[0], **settings)
     callback = FusedLossCallback()
-    fused = run(tmp_path, make, [callback], metrics[1], **settings)
+    fused = run(tmp_path, make, [callback], metrics[1], **{**settings, **(only_fused or {})})
     assert len(history(stock)) == len(history(fused)) >= EVALUATIONS
     for mine, theirs in zip(history(fused), history(stock), strict=True):
         assert mine == pytest.approx(theirs, rel=rtol)
@@ -266,6 +266,15 @@ def test_packed_batches(tmp_path):
     assert not callback.evaluation.materialised
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(uneven())
+
+
+def test_a_stream_without_a_length(tmp_path):
+    compare(tmp_path, data=Stream())
+
+
 def test_several_data_sets(tmp_path):
     callback, _ = compare(tmp_path, with_metrics=False, data={"one": uneven(), "two": uneven(3)})
     assert callback.evaluation.fused == (2 + 1) * EVALUATIONS
@@ -290,7 +299,7 @@ def test_compiled(tmp_path):
     torch._dynamo.reset()
     options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
     compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
-    callback, _ = compare(tmp_path, lambda: llama(num_hidden_layers=1), options=options, **compiling)
+    callback, _ = compare(tmp_path, lambda: llama(num_hidden_layers=1), options=options, only_fused=compiling)
     assert not callback.evaluation.materialised
 
 
@@ -519,6 +528,18 @@ def test_the_context_manager_leaves_evaluation_stock():
     assert report.fused == 0
 
 
+def test_a_sharded_head_is_evaluated_as_stock():
+    model = llama().eval()
+    model.lm_head.weight.ds_id = 7  # as DeepSpeed marks the parameters that ZeRO-3 shards
+    evaluation = Evaluation(lambda: True)
+    attachment = Attachment(model, evaluation)
+    with torch.no_grad():
+        output = model(**{key: value[None] for key, value in examples(1)[0].items()})
+    assert type(output.logits) is torch.Tensor and evaluation.report.fused == 0
+    assert evaluation.report.skipped == ["the output head is sharded by ZeRO-3"]
+    attachment.remove()
+
+
 # --- memory
 
 
@@ -563,7 +584,7 @@ def test_a_word_about_gigabytes_of_logits(batch_eval_metrics, tmp_path, warnings
     monkeypatch.setattr(fused_loss_module, "_MANY_BYTES", batch if batch_eval_metrics else 2 * batch)
     changes = {"batch_eval_metrics": batch_eval_metrics}
     run(tmp_path, llama, [FusedLossCallback()], Metrics(), **changes)
-    assert len(warnings) == 1 and "preprocess_logits_for_metrics" in warnings[0] and "0.0 GiB" in warnings[0]
+    assert len(warnings) == 1 and "preprocess_logits_for_metrics" in warnings[0] and "0 MiB" in warnings[0]
     monkeypatch.setattr(fused_loss_module, "_MANY_BYTES", 2 * batch + 1)
     run(tmp_path, llama, [FusedLossCallback()], Metrics(), **changes)
     assert len(warnings) == 1

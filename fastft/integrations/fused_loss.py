@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from fastft.foreign import unwrapped
@@ -105,15 +106,15 @@ class FusedLossCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Makes plain tensors of the logits that metrics want, and says once what they cost if that is gigabytes."""
+        """Makes plain tensors of the logits that metrics want, and says once how large they are: from a gigabyte on."""
         size = self._settle()
-        if not args.batch_eval_metrics and hasattr(eval_dataloader, "__len__"):
-            size *= len(eval_dataloader)  # Trainer holds them all
-        if size >= _MANY_BYTES and not self._said_size:
+        held = 1 if args.batch_eval_metrics or not has_length(eval_dataloader) else len(eval_dataloader)
+        if size * held * args.world_size >= _MANY_BYTES and not self._said_size:
             self._said_size = True
             logger.warning(
-                f"fastft: metrics are given the logits of the evaluation, {size / 2**30:.1f} GiB. Reduce them in "
-                "Trainer's preprocess_logits_for_metrics (argmax, top-k, log-probabilities): they are then never built."
+                f"fastft: the metrics get real logits, {size / 2**20:,.0f} MiB for each batch of the evaluation "
+                f"({', '.join(self.evaluation.materialised)}). Where argmax, top-k or log-probabilities are enough, "
+                "give Trainer a preprocess_logits_for_metrics: it makes them without the logits."
             )
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

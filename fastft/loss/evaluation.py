@@ -30,11 +30,13 @@ class Evaluation:
 
     Attributes:
         report: what became of their logits.
+        built: bytes of the real logits that were built since the last `settle()`.
     """
 
     def __init__(self, in_loop: Callable[[], bool]) -> None:
         self.report = Report()
         self.in_loop = in_loop
+        self.built = 0
         self._alive: list[weakref.ref[LazyLogits]] = []
 
     def watch(self, lazy: LazyLogits) -> None:
@@ -42,15 +44,16 @@ class Evaluation:
         self._alive.append(weakref.ref(lazy))
 
     def settle(self) -> int:
-        """Makes plain tensors, in place, of all lazy logits that somebody still holds; returns their bytes."""
-        alive = [lazy for lazy in (reference() for reference in self._alive) if lazy is not None and _is_readable(lazy)]
+        """Makes plain tensors, in place, of all lazy logits that somebody still holds; returns `built` with theirs."""
+        held = (reference() for reference in self._alive)
+        alive = [lazy for lazy in held if lazy is not None and _is_readable(lazy)]
         self._alive.clear()
         numbers = [lazy.materialise("logits that were kept") for lazy in alive]  # all first: views read their roots
         for lazy, dense in zip(alive, numbers, strict=True):
             lazy._dense = None
             _become(lazy, dense)
-        storages = (tensor.untyped_storage() for tensor in numbers)
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        built, self.built = self.built, 0
+        return built
 
 
 def guard(weight: Tensor) -> Callable[[bool], None]:

@@ -229,6 +229,8 @@ class LazyLogits(Tensor):
         self._recipe.report.note_materialised(function)
         linear = self.checked()
         dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense(), layer.marked))
+        if self.linear.origin.evaluation is not None:
+            self.linear.origin.evaluation.built += dense.nbytes
         if dense.stride() == self.shadow.stride():
             return dense
         strided = torch.empty_strided(dense.shape, self.shadow.stride(), dtype=dense.dtype, device=dense.device)
