@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastft.loss.expressions import LOGITS, Expression, Linear, Origin, evaluate
 from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
+from fastft.loss.lazy_views import with_strides_of
 from fastft.loss.options import refuse_second_derivative
 from fastft.loss.report import Report
 
@@ -41,7 +42,9 @@ class _Recipe:
     expression: Expression
     shadow: Tensor
     report: Report
+    is_copy: bool = False
     kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    was_read: bool = False
     rewritten: bool = False
 
 
@@ -106,8 +109,10 @@ class LazyLogits(Tensor):
         return wrapper
 
     @classmethod
-    def _make(cls, linear: Linear, expression: Expression, shadow: Tensor, report: Report) -> LazyLogits:
-        return _LazyNode.apply(_Recipe(linear, expression, shadow, report), *linear.tensors)
+    def _make(
+        cls, linear: Linear, expression: Expression, shadow: Tensor, report: Report, is_copy: bool = False
+    ) -> LazyLogits:
+        return _LazyNode.apply(_Recipe(linear, expression, shadow, report, is_copy), *linear.tensors)
 
     # What the rules see.
 
@@ -147,14 +152,14 @@ class LazyLogits(Tensor):
         self.linear.check_unchanged()
         return self.source
 
-    def derived(self, expression: Expression, linear: Linear | None = None) -> LazyLogits:
-        """New logits of the same shape: another expression (or another layer), in memory of their own."""
-        with torch.no_grad():
-            dtype = evaluate(expression, self.linear.terms[0][0].new_empty(0, self.linear.vocab)).dtype
-        shadow = torch.empty_like(self.shadow, dtype=dtype)
-        result = self._make(linear or self.source, expression, shadow, self._recipe.report)
-        if linear is None and expression is self.expression:
-            result._recipe.kept = self.kept
+    def derived(self, expression: Expression, shadow: Tensor, linear: Linear | None = None) -> LazyLogits:
+        """Another expression (or another layer) of the same rows, in memory of its own.
+
+        `shadow` has the shape and strides that torch gives it; its dtype is that of the expression.
+        """
+        linear = linear or self.source
+        shadow = shadow.to(linear.no_rows(expression).dtype)
+        result = self._make(linear, expression, shadow, self._recipe.report)
         self._family()._used |= result.requires_grad
         return result
 
@@ -163,20 +168,18 @@ class LazyLogits(Tensor):
         func: Callable[..., Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        shadow: Tensor | None,
+        shadow: Tensor,
         change: Callable[[Tensor], Tensor],
         same_rows: bool = False,
     ) -> LazyLogits:
         """`func(self, *args, **kwargs)`, a view or selection of rows, as `change` of the hidden states.
 
-        `shadow` None: a copy whose shape depends on data (a boolean mask). `same_rows`: all rows, in their order.
+        `shadow` is that of the result: of other memory than ours where the result is a copy. `same_rows`: all rows, in
+        their order.
         """
+        is_view = shadow.untyped_storage()._cdata == self.shadow.untyped_storage()._cdata
         linear = self.source.with_inputs(change)
-        is_view = shadow is not None and (shadow is self.shadow or shadow._is_view())
-        if shadow is None:
-            shape = (*linear.leading_shape, linear.vocab)
-            shadow = torch.empty(shape, dtype=self.shadow.dtype, device="meta")
-        result = self._make(linear, self.expression, shadow, self._recipe.report)
+        result = self._make(linear, self.expression, shadow, self._recipe.report, is_copy=not is_view)
         if same_rows:
             result._recipe.kept = self.kept
         family = self._family()
@@ -219,15 +222,16 @@ class LazyLogits(Tensor):
         self._recipe.report.note_materialised(function)
         linear = self.checked()
         dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense()))
-        if dense.stride() == self.shadow.stride():
-            return dense
-        strided = torch.empty_strided(dense.shape, self.shadow.stride(), dtype=dense.dtype, device=dense.device)
-        return strided.copy_(dense)
+        if dense.stride() != self.shadow.stride():
+            return with_strides_of(self.shadow, dense)
+        # who changes a copy in place must not reach what the backward pass of the last function reads
+        return dense.clone() if self._recipe.is_copy else dense
 
     def _numbers(self, function: str) -> Tensor:
         """The real logits without history, for code below autograd."""
         if not self.is_lazy:
             return self.materialise(function).detach()
+        self._recipe.was_read = self._family()._recipe.was_read = True
         with torch.no_grad():
             return self._compute(function).detach()
 
@@ -238,7 +242,8 @@ class LazyLogits(Tensor):
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.alias.default, aten.clone.default) and args[0].is_lazy:
             recipe = args[0]._recipe
-            return cls._wrap(_Recipe(recipe.linear, recipe.expression, recipe.shadow, recipe.report))
+            shadow = func(recipe.shadow, *args[1:], **(kwargs or {}))
+            return cls._wrap(_Recipe(recipe.linear, recipe.expression, shadow, recipe.report, recipe.is_copy))
         args, kwargs = tree_map(
             lambda value: value._numbers(str(func)) if isinstance(value, cls) else value, (args, kwargs or {})
         )
@@ -280,7 +285,7 @@ def _apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if not args and "input" in kwargs:
         kwargs = dict(kwargs)
         args = (kwargs.pop("input"),)
-    if not args:
+    if not args or kwargs.get("out") is not None:
         return NotImplemented
     if not isinstance(args[0], LazyLogits):
         lazy = args[1] if len(args) == 2 else None
@@ -298,7 +303,8 @@ def _apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits:
     """Rewrites the expression where nobody shares the memory; else changes real logits, which all views see."""
     recipe = lazy._recipe
-    if lazy.is_lazy and lazy._root is None and not lazy._has_views:
+    records = torch.is_grad_enabled() or not lazy.requires_grad  # else the numbers change, and not the gradient
+    if records and lazy.is_lazy and lazy._root is None and not (lazy._has_views or recipe.was_read):
         changed = RULES[IN_PLACE[func]](lazy, IN_PLACE[func], args, kwargs)
         if isinstance(changed, LazyLogits) and changed.linear.same_as(lazy.source):
             if changed.dtype != lazy.shadow.dtype:
