@@ -16,8 +16,9 @@ materialises the root; each member then is the same view of it that plain torch 
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -35,6 +36,13 @@ Replay: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str
 
 
 @dataclass(eq=False)
+class _Memory:
+    """What plain torch would keep once for logits and all views of them."""
+
+    rewritten: bool = False
+
+
+@dataclass(eq=False)
 class _Recipe:
     """What a `LazyLogits` and its autograd node share."""
 
@@ -44,28 +52,34 @@ class _Recipe:
     report: Report
     is_copy: bool = False
     kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    was_read: bool = False
-    rewritten: bool = False
+    memory: _Memory = field(default_factory=_Memory)
 
 
 class _LazyNode(torch.autograd.Function):
-    """Makes the wrapper; a dense gradient that arrives at it is carried on to x, W and b."""
+    """Makes the wrapper; a dense gradient that arrives at it is carried on to x, W and b.
+
+    `changed`: the wrapper that is there and has been given another expression. Whoever used it before has the gradient
+    of the old one, and whoever does so from now on that of the new one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, *tensors: Tensor | None) -> LazyLogits:
-        ctx.recipe = recipe
+    def forward(ctx: Any, recipe: _Recipe, changed: LazyLogits | None, *tensors: Tensor | None) -> LazyLogits:
+        ctx.recipe, ctx.expression = recipe, recipe.expression
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # nobody's gradient (the loss went past the logits) must stay nobody's
+        if changed is not None:
+            ctx.mark_dirty(changed)
+            return changed
         with torch._C.DisableTorchFunctionSubclass():
             return LazyLogits._wrap(recipe)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         if grad_output is None:
-            return (None,) * (1 + len(saved))
+            return (None,) * (2 + len(saved))
         refuse_second_derivative("a function of lazy logits that torch functions do not see")
-        if ctx.recipe.rewritten:
+        if ctx.recipe.memory.rewritten:
             raise RuntimeError("fastft: lazy logits were changed in place after a custom autograd Function used them.")
         ctx.recipe.report.note_materialised("the backward pass of a function that torch functions do not see")
         tensors = [
@@ -74,10 +88,10 @@ class _LazyNode(torch.autograd.Function):
         ]
         terms = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
         with torch.enable_grad():
-            logits = evaluate(ctx.recipe.expression, Linear.of(*terms).dense())  # type: ignore[arg-type]
+            logits = evaluate(ctx.expression, Linear.of(*terms).dense())  # type: ignore[arg-type]
         wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
         gradients = iter(torch.autograd.grad(logits, wanted, _data(grad_output), allow_unused=True))
-        return None, *(next(gradients) if need else None for need in needs)
+        return None, None, *(next(gradients) if need else None for need in needs)
 
 
 def _data(tensor: Tensor) -> Tensor:
@@ -112,7 +126,7 @@ class LazyLogits(Tensor):
     def _make(
         cls, linear: Linear, expression: Expression, shadow: Tensor, report: Report, is_copy: bool = False
     ) -> LazyLogits:
-        return _LazyNode.apply(_Recipe(linear, expression, shadow, report, is_copy), *linear.tensors)
+        return _LazyNode.apply(_Recipe(linear, expression, shadow, report, is_copy), None, *linear.tensors)
 
     # What the rules see.
 
@@ -185,6 +199,7 @@ class LazyLogits(Tensor):
         family = self._family()
         if is_view:
             result._root, result._replay = family, (*self._replay, (func, args, kwargs))
+            result._recipe.memory = self._recipe.memory
             family._has_views = True
         else:
             family._used |= result.requires_grad
@@ -208,15 +223,21 @@ class LazyLogits(Tensor):
 
     def materialise(self, function: str) -> Tensor:
         """The real logits with their history, computed once; `function` is what asked for them."""
-        if self._dense is None and self._root is not None:
-            dense = self._root.materialise(function)
-            for func, args, kwargs in self._replay:
-                dense = func(dense, *args, **kwargs)
+        if self._dense is None:
+            dense = None if self._root is None else self._root.materialise(function)
+            with torch._C.DisableTorchFunctionSubclass(), self._as_when_made():
+                if dense is None:
+                    dense = self._compute(function)
+                for func, args, kwargs in self._replay:
+                    dense = func(dense, *args, **kwargs)
             self._dense = dense
-        elif self._dense is None:
-            with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(self.requires_grad):
-                self._dense = self._compute(function)
         return self._dense
+
+    @contextlib.contextmanager
+    def _as_when_made(self) -> Iterator[None]:
+        """Gradients are recorded, or not, as they were when torch would have made the logits."""
+        with torch.inference_mode(self.is_inference()), torch.set_grad_enabled(self.requires_grad):
+            yield
 
     def _compute(self, function: str) -> Tensor:
         self._recipe.report.note_materialised(function)
@@ -231,7 +252,6 @@ class LazyLogits(Tensor):
         """The real logits without history, for code below autograd."""
         if not self.is_lazy:
             return self.materialise(function).detach()
-        self._recipe.was_read = self._family()._recipe.was_read = True
         with torch.no_grad():
             return self._compute(function).detach()
 
@@ -304,15 +324,16 @@ def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs:
     """Rewrites the expression where nobody shares the memory; else changes real logits, which all views see."""
     recipe = lazy._recipe
     records = torch.is_grad_enabled() or not lazy.requires_grad  # else the numbers change, and not the gradient
-    if records and lazy.is_lazy and lazy._root is None and not (lazy._has_views or recipe.was_read):
+    if records and lazy.is_lazy and lazy._root is None and not lazy._has_views:
         changed = RULES[IN_PLACE[func]](lazy, IN_PLACE[func], args, kwargs)
         if isinstance(changed, LazyLogits) and changed.linear.same_as(lazy.source):
             if changed.dtype != lazy.shadow.dtype:
                 changed = changed.to(lazy.shadow.dtype)
             recipe.expression, recipe.kept = changed.expression, {}
-            return lazy
+            with torch._C.DisableTorchFunctionSubclass():
+                return _LazyNode.apply(recipe, lazy, *lazy.linear.tensors) if lazy.requires_grad else lazy
     dense = lazy.materialise(func.__name__)
-    recipe.rewritten = lazy._family()._recipe.rewritten = True
+    recipe.memory.rewritten = True
     func(dense, *tree_map(lambda v: v.materialise(func.__name__) if isinstance(v, LazyLogits) else v, args), **kwargs)
     return lazy
 

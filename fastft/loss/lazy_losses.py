@@ -35,7 +35,6 @@ def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
     dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else None))
     if not is_last(lazy, dim) or "out" in kwargs:
         return NotImplemented
-    keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
     name = func.__name__
     if name in ("logsumexp", "argmax"):
         result = _kept(lazy, name)
@@ -44,7 +43,6 @@ def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
         function = getattr(torch, name)
         result = map_rows(lazy.checked(), lazy.expression, lambda z: function(z, dim=-1, **dtype))
     lazy.evaluated(result)
-    result = result.reshape(*lazy.linear.leading_shape, *([1] if keepdim else []))
     return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
 
@@ -77,7 +75,7 @@ def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
     rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
     result = map_rows(lazy.checked(), lazy.expression, lambda z, i: z.gather(-1, i), rows)
     lazy.evaluated(result)
-    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result.reshape(index.shape))
+    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
 
 def cross_entropy(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -33,7 +33,8 @@ def on_meta(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], k
 
 
 def with_strides_of(shadow: Tensor, result: Tensor) -> Tensor:
-    """`result` in memory that lies as torch lays it: whether `view` works, and shares it, depends on that."""
+    """`result`, whose rows may be flat, in memory as torch lays it: whether `view` works depends on that."""
+    result = result.reshape(shadow.shape)
     if result.stride() == shadow.stride():
         return result
     strided = torch.empty_strided(shadow.shape, shadow.stride(), dtype=result.dtype, device=result.device)
