@@ -22,7 +22,9 @@ def sharding_library(head: nn.Linear, around: list[nn.Module]) -> str | None:
     kinds = {base.__name__ for module in around for base in type(module).__mro__}
     if "FSDPModule" in kinds:
         return "FSDP2"
-    flattened = "weight" not in head._parameters or getattr(head.weight, "_fsdp_flattened", False)
+    # what the hooks of weight_norm, spectral_norm and pruning make has parameters too: weight_g, weight_orig, ...
+    has_own = any(name.startswith("weight") for name in head._parameters)
+    flattened = not has_own or getattr(head.weight, "_fsdp_flattened", False)
     return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
 
 
