@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import base_model, is_dtensor, sharding_library
 from fastft.loss.lazy_logits import lazy_linear
 from fastft.loss.report import Report
-from fastft.loss.sharding import Sharding, sharding_library
+from fastft.loss.sharding import Sharding
 
 
 class LazyForward:
@@ -101,12 +102,12 @@ class Attachment:
             reason = _reason_against(head)
             around = [module for module in model.modules() if any(part is head for part in module.modules())]
             library = sharding_library(head, around) if reason is None else None
-            if reason is None and library is None and type(head.weight).__name__ == "DTensor":
+            if reason is None and library is None and is_dtensor(head.weight):
                 reason = "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
             if reason is not None:
                 self.report.skipped.append(reason)
                 continue
-            sharding = None if library is None else Sharding(library, head, _base_model(model))
+            sharding = None if library is None else Sharding(library, head, base_model(model))
             forward = LazyForward(head, around, sharding, self.report)
             head.forward = forward  # type: ignore[method-assign]
             self.heads.append(head)
@@ -128,7 +129,7 @@ def find_heads(model: nn.Module) -> list[nn.Linear]:
     one's own, that names none has as its head the last linear layer, if that makes a vocabulary of something else; it
     is not looked for inside other models, whose layers may be as wide. A classifier has none.
     """
-    base = _base_model(model)
+    base = base_model(model)
     named = _output_embeddings(base)
     if named:
         return [part for head in named for part in _linear_parts(head)]
@@ -137,7 +138,7 @@ def find_heads(model: nn.Module) -> list[nn.Linear]:
 
 def expects_head(model: nn.Module) -> bool:
     """Whether it would be strange if `model` had no output head: it is no classifier, or other model without one."""
-    base = _base_model(model)
+    base = base_model(model)
     is_language_model = any(_LANGUAGE_MODEL.search(kind.__name__) for kind in type(base).__mro__)
     return is_language_model or not hasattr(base, "get_output_embeddings") or bool(_output_embeddings(base))
 
@@ -170,29 +171,13 @@ def _last_layer(base: nn.Module) -> list[nn.Linear]:
 
 
 def _why_no_head(model: nn.Module) -> str:
-    name = type(_base_model(model)).__name__
+    name = type(base_model(model)).__name__
     if not expects_head(model):
         return f"{name} has no output head over a vocabulary, so that there is nothing to fuse"
     return (
         f"{name} has no output head that could be found: a plain torch.nn.Linear that get_output_embeddings() returns, "
         "or the last linear layer, with config.vocab_size outputs"
     )
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    """The model that owns the output embeddings."""
-    get_base: Any = getattr(model, "get_base_model", None)
-    return unwrap(model) if get_base is None else get_base()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers such as DistributedDataParallel and torch.compile."""
-    while not hasattr(model, "config"):
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model
 
 
 def _has_global_backward_hooks() -> bool:
