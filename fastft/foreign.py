@@ -82,6 +82,18 @@ def base_model(model: Any) -> Any:
         model = inner
 
 
+def whose_forward(model: Any) -> set[str]:
+    """The packages that have replaced or wrapped the forward of `model`'s class, and that of its class itself."""
+    base = base_model(model)
+    packages = set()
+    for forward in (vars(base).get("forward"), type(base).forward):
+        function = getattr(forward, "__func__", forward)
+        while function is not None:
+            packages.add(getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0])
+            function = getattr(function, "__wrapped__", None)
+    return packages
+
+
 def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer inside the wrappers of accelerate and DeepSpeed, which keep it as `.optimizer`."""
     while hasattr(optimizer, "optimizer"):

@@ -133,9 +133,7 @@ def losses_and_gradients(model, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(input_ids=ids).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1), reduction="none"
-    )
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1), reduction="none")
     losses.mean().backward()
     return {"losses": losses.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
 
@@ -148,9 +146,7 @@ def test_lora_on_the_head_of_a_bf16_model_is_fused_and_no_worse_than_stock(name,
         model = HALF[name]()
         context = fused_loss(model) if kind == "fused" else contextlib.nullcontext()
         with context as report:
-            results.append(
-                losses_and_gradients(*((model.double(), False) if kind == "truth" else (model, autocast)))
-            )
+            results.append(losses_and_gradients(*((model.double(), False) if kind == "truth" else (model, autocast))))
         if kind == "fused":
             assert report.fused == 1 and not report.materialised and not report.skipped, report
     actual, expected, exact = results

@@ -125,9 +125,9 @@ class Attachment:
 def find_heads(model: nn.Module) -> list[nn.Linear]:
     """The linear modules whose sum is the model's logits, looked up inside PEFT wrappers.
 
-    They are the output embeddings which the model, or else a model inside it, calls so. A language model, or a module of
-    one's own, that names none has as its head the last linear layer, if that makes a vocabulary of something else; it
-    is not looked for inside other models, whose layers may be as wide. A classifier has none.
+    They are the output embeddings which the model, or else a model inside it, calls so. A language model, or a module
+    of one's own, that names none has as its head the last linear layer, if that makes a vocabulary of something else;
+    it is not looked for inside other models, whose layers may be as wide. A classifier has none.
     """
     base = base_model(model)
     named = _output_embeddings(base)
