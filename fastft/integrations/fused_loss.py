@@ -129,18 +129,20 @@ class FusedLossCallback(TrainerCallback):
 
 
 def _who_computes_it(model: nn.Module) -> str:
-    """Why nothing called the output head, and what to do."""
+    """Why no head was asked for logits, and what to do."""
     packages = whose_forward(model)
     if "trl" in packages:
         return (
-            "TRL's trainers compute their loss by a fused head of their own, and never call the model's. Leave "
+            "nothing called the output head: TRL's trainers compute their loss by a fused head of their own. Leave "
             "FusedLossCallback out (fastft's AdamW and packing work there), or train with transformers.Trainer"
         )
     if "liger_kernel" in packages:
-        return "Liger's kernels compute it. Leave FusedLossCallback out, or use_liger_kernel and its patches"
+        return (
+            "nothing called the output head: Liger computes the loss. Leave FusedLossCallback out, or use_liger_kernel"
+        )
     return (
-        "nothing called the output head. Another fused loss must be at work: TRL's own (SFTTrainer), Liger's "
-        "(use_liger_kernel) or one in the model's code. Leave it, or FusedLossCallback, out"
+        "nothing called the output head: another fused loss must be at work, TRL's (SFTTrainer), Liger's "
+        "(use_liger_kernel) or one in the model's code. Leave that, or FusedLossCallback, out"
     )
 
 
