@@ -65,7 +65,7 @@ def cases():
             yield pytest.param(name, backend, marks=slow, id=f"{name}, {backend}")
 
 
-@pytest.mark.parametrize(("name", "backend"), cases())
+@pytest.mark.parametrize(("name", "backend"), list(cases()))
 def test_compiled_code_may_be_the_first_to_call(name: str, backend: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", HEAD + FUNCTIONS[name], backend]
     done = subprocess.run(command, capture_output=True, text=True)
