@@ -8,8 +8,8 @@ of them an upgrade of torch, transformers, accelerate, datasets or DeepSpeed has
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 # instances, is looked for in the module's text.
 PRIVATE_NAMES = {
     "torch:_disable_dynamo": "torch.compiler.disable without importing the compiler",
+    "torch._dynamo.decorators:_dynamo_marked_constant": "torch.compiler.assume_constant_result, without the compiler",
     "torch:Tensor._make_wrapper_subclass": "lazy logits are a tensor without memory",
     "torch:UntypedStorage._cdata": "whether an operation on lazy logits would share their memory",
     "torch:Tensor._version": "has somebody written to a gradient, a state or a weight since",
@@ -51,6 +52,7 @@ PRIVATE_NAMES = {
     "datasets:Dataset._indices": "which rows select or shuffle left, in which order",
 }
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _DATA_PARALLEL = {"DataParallel", "DistributedDataParallel"}
 _WRAPPERS = {*_DATA_PARALLEL, "FullyShardedDataParallel", "DeepSpeedEngine", "OptimizedModule"}
 
@@ -58,6 +60,15 @@ _WRAPPERS = {*_DATA_PARALLEL, "FullyShardedDataParallel", "DeepSpeedEngine", "Op
 def _class_names(thing: object) -> set[str]:
     """The names of all classes that `thing` is an instance of."""
     return {base.__name__ for base in type(thing).__mro__}
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """A decorator: torch.compile calls `function` where it traces a call, and keeps the result as a constant.
+
+    Its arguments must be constants. This is `torch.compiler.assume_constant_result`, which imports all of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def unwrapped(model: Any) -> Any:
