@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from fastft.integrations.optimizer_check import check_optimizer
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.loss.output_head import Attachment, unwrap
 from fastft.loss.report import Report
@@ -53,7 +54,9 @@ class FusedLossCallback(TrainerCallback):
     ) -> None:
         """Attaches, after `restore()`: auto_find_batch_size begins again without an end."""
         self.restore()
-        if packing_collator(kwargs.get("train_dataloader")) is not None:
+        if packing_collator(kwargs.get("train_dataloader")) is None:
+            check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"))
+        else:
             self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
         model = kwargs["model"]
         self._said, self._said_places = False, 0

@@ -13,6 +13,7 @@ from fastft.attention.block_mask import attention_configs, block_mask
 from fastft.attention.check_packing import Leak, PackingLeakError, find_leak
 from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
+from fastft.integrations.optimizer_check import check_optimizer
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
 
@@ -51,6 +52,7 @@ class PackingCallback(TrainerCallback):
         """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size begins anew."""
         self.restore()
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
+        check_optimizer(args, state, model, kwargs.get("optimizer"))
         collator = packing_collator(loader)
         if collator is None:
             logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")
