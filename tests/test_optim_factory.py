@@ -12,6 +12,7 @@ from fastft.optim.factory import adamw, adamw_spec
 
 transformers = pytest.importorskip("transformers")
 
+
 def tiny_llama(dtype=torch.float32):
     config = transformers.LlamaConfig(
         vocab_size=64,

@@ -22,9 +22,7 @@ from fastft.integrations.optimizer_check import check_optimizer
 
 
 def train(model, args, callback=fastft.FusedLossCallback, **options):
-    trainer = transformers.Trainer(
-        model=model, args=args, train_dataset=examples(), callbacks=[callback()], **options
-    )
+    trainer = transformers.Trainer(model=model, args=args, train_dataset=examples(), callbacks=[callback()], **options)
     trainer.train()
     return trainer
 
@@ -217,7 +215,10 @@ def test_a_resumed_run_and_a_second_one_are_not_taken_for_wrong(way, tmp_path, s
 
 def test_two_clippings_get_a_word(tmp_path, said):
     args, model = arguments(tmp_path, max_steps=1), tiny_llama()
-    for call in (lambda: fastft.adamw(model, args, max_grad_norm=0.5), lambda: fastft.adamw_spec(args, max_grad_norm=0.5)):
+    for call in (
+        lambda: fastft.adamw(model, args, max_grad_norm=0.5),
+        lambda: fastft.adamw_spec(args, max_grad_norm=0.5),
+    ):
         with pytest.warns(UserWarning, match=r"clipped twice, to 1.0 by Trainer and to 0.5 by the optimizer"):
             call()
     made, _ = fastft.adamw(model, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=0.5)
@@ -345,7 +346,9 @@ def test_adamw_names_adamw_spec_where_trainer_takes_no_optimizer(engine, tmp_pat
     ENGINES[engine](args, monkeypatch)
     name = "FSDP" if "fsdp" in engine else "DeepSpeed"
     for what in (model, model.parameters()):
-        with pytest.raises(ValueError, match=rf"{name} trains here.*optimizer_cls_and_kwargs=fastft.adamw_spec\(args\)"):
+        with pytest.raises(
+            ValueError, match=rf"{name} trains here.*optimizer_cls_and_kwargs=fastft.adamw_spec\(args\)"
+        ):
             fastft.adamw(what, args)
     fastft.adamw_spec(args)
     fastft.adamw(model)  # a loop of one's own: accelerate takes it

@@ -56,7 +56,9 @@ def check_optimizer(args: TrainingArguments, state: TrainerState, model: nn.Modu
     flat = foreign.of_deepspeed(optimizer) or foreign.is_fsdp1(model)
     if not foreign.of_deepspeed(optimizer):
         _check_parameters(model, inner)
-    if inner._origin is not None and not inner._had_gradients:  # a second train() goes on with the first one's, as stock
+    if (
+        inner._origin is not None and not inner._had_gradients
+    ):  # a second train() goes on with the first one's, as stock
         _check_settings(args, state, inner, inner._origin)
     _check_clipping(args, inner, flat)
 
@@ -72,7 +74,7 @@ def _check_replacement(args: TrainingArguments, model: nn.Module, optimizer: Any
             )
         logger.warning(
             "fastft: with ZeRO's offload_optimizer DeepSpeedCPUAdam trains in the place of fastft's AdamW, by the same "
-            'formula; "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration lets fastft\'s train'
+            "formula; \"zero_force_ds_cpu_optimizer\": false in DeepSpeed's configuration lets fastft's train"
         )
     elif ours is not None:
         what = f"fastft.{ours.way} made an optimizer for this {'model' if ours.model else 'Trainer'}, and another one"
@@ -104,7 +106,9 @@ def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
     else:
         unexpected = []
     if trainable and len(missing) == len(trainable):
-        what = f"none of the model's {len(trainable)} trainable parameters is in the optimizer: nothing would be trained"
+        what = (
+            f"none of the model's {len(trainable)} trainable parameters is in the optimizer: nothing would be trained"
+        )
     elif unexpected:
         what = (
             f"{len(unexpected)} of the model's {len(trainable)} trainable parameters are not in the optimizer, and would "
@@ -133,8 +137,11 @@ def _check_settings(args: TrainingArguments, state: TrainerState, optimizer: Ada
     if by_trainer:
         decay = of_args.pop("weight_decay")
     unasked = {name: value for name, value in of_args.items() if name not in made.given}
-    if wrong := [f"{name} {optimizer.defaults[name]} for {value}" for name, value in unasked.items()
-                 if optimizer.defaults[name] != value]:
+    if wrong := [
+        f"{name} {optimizer.defaults[name]} for {value}"
+        for name, value in unasked.items()
+        if optimizer.defaults[name] != value
+    ]:
         raise ValueError(
             f"fastft.{made.way} made an optimizer with other values than the Trainer's args have now: {', '.join(wrong)}. "
             f"Give it these very args ({_SPEC} reads them when training begins; TRL's trainers copy a "
