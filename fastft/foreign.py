@@ -185,7 +185,7 @@ def active_dataloader() -> Any:
 
 
 def deepspeed_config(args: Any) -> dict[str, Any] | None:
-    """DeepSpeed's configuration as a TrainingArguments has it, from itself or from `accelerate launch`; None without."""
+    """DeepSpeed's configuration as a TrainingArguments has it, its own or `accelerate launch`'s; None without."""
     return getattr(getattr(args, "deepspeed_plugin", None), "deepspeed_config", None)
 
 

@@ -53,35 +53,37 @@ def check_optimizer(args: TrainingArguments, state: TrainerState, model: nn.Modu
     if not isinstance(inner, AdamW):
         _check_replacement(args, model, optimizer, inner)
         return
-    flat = foreign.of_deepspeed(optimizer) or foreign.is_fsdp1(model)
-    if not foreign.of_deepspeed(optimizer):
+    by_deepspeed = foreign.of_deepspeed(optimizer)
+    if not by_deepspeed:
         _check_parameters(model, inner)
-    if (
-        inner._origin is not None and not inner._had_gradients
-    ):  # a second train() goes on with the first one's, as stock
+    if inner._origin is not None and not inner._had_gradients:  # Trainer keeps it for a second train(), as it is
         _check_settings(args, state, inner, inner._origin)
-    _check_clipping(args, inner, flat)
+    if inner.max_grad_norm is not None:
+        _check_clipping(args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model))
 
 
 def _check_replacement(args: TrainingArguments, model: nn.Module, optimizer: Any, inner: Any) -> None:
     """Another optimizer trains: was one of fastft's to do so?"""
-    ours = _dropped(args, model)
     if foreign.is_deepspeed_adam(inner) and "moments" in inner.param_groups[0]:  # made of our groups
-        if not getattr(inner, "adam_w_mode", True):
+        if not inner.adam_w_mode:
             raise ValueError(
-                "DeepSpeedCPUAdam trains in the place of fastft's AdamW, and its weight decay is L2, not decoupled: set "
-                '"zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration'
+                "DeepSpeedCPUAdam trains in the place of fastft's AdamW, and its weight decay is L2, not decoupled: "
+                'set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration'
             )
         logger.warning(
             "fastft: with ZeRO's offload_optimizer DeepSpeedCPUAdam trains in the place of fastft's AdamW, by the same "
             "formula; \"zero_force_ds_cpu_optimizer\": false in DeepSpeed's configuration lets fastft's train"
         )
-    elif ours is not None:
-        what = f"fastft.{ours.way} made an optimizer for this {'model' if ours.model else 'Trainer'}, and another one"
-        if foreign.of_deepspeed(optimizer):
-            remedy = f"give it {_SPEC}" if ours.model else 'remove the section "optimizer" from its configuration'
-            raise ValueError(f"{what}, {type(inner).__name__}, trains: DeepSpeed drops it; {remedy}")
-        logger.warning(f"fastft: {what}, {type(inner).__module__}.{type(inner).__name__}, trains")
+        return
+    ours = _dropped(args, model)
+    if ours is None:
+        return
+    kind = f"{type(inner).__module__}.{type(inner).__name__}"
+    what = f"fastft.{ours.way} made an optimizer for this {'model' if ours.model else 'Trainer'}, but {kind} trains"
+    if foreign.of_deepspeed(optimizer):
+        remedy = f"use {_SPEC}" if ours.model else 'remove the section "optimizer" from its configuration'
+        raise ValueError(f"{what}: DeepSpeed drops ours; {remedy}")
+    logger.warning(f"fastft: {what}")
 
 
 def _dropped(args: TrainingArguments, model: nn.Module) -> Origin | None:
@@ -94,37 +96,31 @@ def _dropped(args: TrainingArguments, model: nn.Module) -> Origin | None:
 
 
 def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
-    """Raises if nothing that is trainable is the optimizer's, or something is not that it was to have."""
+    """Raises if nothing that is trainable is the optimizer's, or something is not that was to be."""
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     missing = [name for name, param in trainable.items() if id(param) not in held]
-    made_from = optimizer._origin.model() if optimizer._origin is not None and optimizer._origin.model else None
-    if made_from is not None:
-        # a part of the model that was handed over is a choice: the rest may train elsewhere or not at all
-        own = {id(param) for param in made_from.parameters()}
-        unexpected = [name for name in missing if id(trainable[name]) in own]
-    else:
-        unexpected = []
-    if trainable and len(missing) == len(trainable):
-        what = (
-            f"none of the model's {len(trainable)} trainable parameters is in the optimizer: nothing would be trained"
-        )
+    made_from = None if optimizer._origin is None else optimizer._origin.model
+    whole = None if made_from is None else made_from()
+    # of the model that was handed over; parameters that the user chose may leave out what they like
+    expected = set() if whole is None else {id(param) for param in whole.parameters()}
+    unexpected = [name for name in missing if id(trainable[name]) in expected]
+    if missing and len(missing) == len(trainable):
+        what = f"none of the model's {len(trainable)} trainable parameters is in the optimizer: nothing would train"
     elif unexpected:
+        named = ", ".join(unexpected[:_NAMED])
+        rest = f" and {len(unexpected) - _NAMED} more" if len(unexpected) > _NAMED else ""
         what = (
-            f"{len(unexpected)} of the model's {len(trainable)} trainable parameters are not in the optimizer, and would "
-            f"stay as they are: {_listed(unexpected)}"
+            f"{len(unexpected)} of the model's {len(trainable)} trainable parameters are not in the optimizer, and "
+            f"would stay as they are: {named}{rest}"
         )
     else:
         return
     raise ValueError(
         f"{what}. Make the optimizer when the model is ready (embeddings resized, layers unfrozen, adapters added or "
         f"chosen; TRL adds them itself where it gets peft_config), or let Trainer make it: {_SPEC}. What is not to be "
-        "trained wants requires_grad_(False), or its absence from the list of parameters given to fastft.adamw"
+        "trained wants requires_grad_(False), or its absence from a list of parameters given to fastft.adamw"
     )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def _check_settings(args: TrainingArguments, state: TrainerState, optimizer: AdamW, made: Origin) -> None:
@@ -132,33 +128,26 @@ def _check_settings(args: TrainingArguments, state: TrainerState, optimizer: Ada
 
     The values are those of the constructor: a schedule changes the groups', and so does a checkpoint, with stock too.
     """
-    of_args = origin.hyper_parameters(args)
-    by_trainer = made.way == "adamw_spec"  # which makes the groups, with the decay of its args
-    if by_trainer:
-        decay = of_args.pop("weight_decay")
-    unasked = {name: value for name, value in of_args.items() if name not in made.given}
-    if wrong := [
-        f"{name} {optimizer.defaults[name]} for {value}"
-        for name, value in unasked.items()
-        if optimizer.defaults[name] != value
-    ]:
+    of_args, defaults = origin.hyper_parameters(args), optimizer.defaults
+    by_trainer = made.way == "adamw_spec"  # Trainer makes the groups, with the decay of its args
+    unasked = [name for name in of_args if name not in made.given and not (by_trainer and name == "weight_decay")]
+    wrong = [name for name in unasked if defaults[name] != of_args[name]]
+    if wrong:
+        values = ", ".join(f"{name} {defaults[name]} for {of_args[name]}" for name in wrong)
         raise ValueError(
-            f"fastft.{made.way} made an optimizer with other values than the Trainer's args have now: {', '.join(wrong)}. "
-            f"Give it these very args ({_SPEC} reads them when training begins; TRL's trainers copy a "
-            "plain TrainingArguments: give both the trainer's own kind), or say the value: fastft."
-            f"{made.way}(..., {wrong[0].split()[0]}=...)"
+            f"fastft.{made.way} made an optimizer with other values than the Trainer's args have now: {values}. Give "
+            f"it these very args; {_SPEC} reads them when training begins (TRL's trainers copy a plain TrainingArguments: "
+            f"give both the trainer's own kind). Or say what you want: fastft.{made.way}(..., {wrong[0]}=...)"
         )
     asked = made.given.get("weight_decay") if by_trainer and state.global_step == 0 else None
     if asked is not None and asked not in [group["weight_decay"] for group in optimizer.param_groups]:
         raise ValueError(
-            f"fastft.adamw_spec was given weight_decay={asked}, and Trainer made the groups with the {decay} of its args: "
-            f"set it in args: TrainingArguments(weight_decay={asked})"
+            f"fastft.adamw_spec was given weight_decay={asked}, and Trainer made the groups with the "
+            f"{args.weight_decay} of its args: set it in args: TrainingArguments(weight_decay={asked})"
         )
 
 
-def _check_clipping(args: TrainingArguments, optimizer: AdamW, flat: bool) -> None:
-    if optimizer.max_grad_norm is None:
-        return
+def _check_clipping(args: TrainingArguments, max_grad_norm: float, flat: bool) -> None:
     if flat:
         raise ValueError(
             "the optimizer's max_grad_norm would clip to the norm of each process's part of the gradients, which "
@@ -166,6 +155,6 @@ def _check_clipping(args: TrainingArguments, optimizer: AdamW, flat: bool) -> No
         )
     if args.max_grad_norm:
         logger.warning(
-            f"fastft: gradients are clipped twice, to {args.max_grad_norm} by Trainer's args and to "
-            f"{optimizer.max_grad_norm} by the optimizer: set one of them to 0 (args) or None (optimizer)"
+            f"fastft: gradients are clipped twice, to {args.max_grad_norm} by Trainer's args and to {max_grad_norm} by "
+            "the optimizer: set max_grad_norm to 0 in args, or leave it out of the optimizer"
         )

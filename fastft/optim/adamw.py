@@ -31,8 +31,8 @@ from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
 # what every AdamW has, of a group and of the whole; another value is lost where a library puts its own in our place
-_GROUP_OF_ANY = {"amsgrad": False, "maximize": False, "moments": "fp32"}
-_OPTIMIZER_OF_ANY = {"rounding": "exact", "max_grad_norm": None, "impl": "auto"}
+_GROUP_OF_ANY: dict[str, Any] = {"amsgrad": False, "maximize": False, "moments": "fp32"}
+_OPTIMIZER_OF_ANY: dict[str, Any] = {"rounding": "exact", "max_grad_norm": None, "impl": "auto"}
 
 
 class _Clipping(NamedTuple):
@@ -48,7 +48,7 @@ class AdamW(torch.optim.AdamW):
     """AdamW with torch's interface, fp32 moments, and bf16 parameters which follow fp32 AdamW to the last bit.
 
     It is a `torch.optim.AdamW` because libraries decide by that: accelerate puts DeepSpeedCPUAdam in an optimizer's
-    place under ZeRO with CPU offload, whose weight decay it makes decoupled for an instance of this class alone. Nothing
+    place under ZeRO with CPU offload, and makes its weight decay decoupled for instances of this class alone. Nothing
     of torch's constructor or step is used.
 
     `state[p]` holds `step` (float32, on the CPU unless `capturable`), `exp_avg`, `exp_avg_sq` (float32, or bfloat16
@@ -291,7 +291,7 @@ class AdamW(torch.optim.AdamW):
         return bool(self._skipped)
 
     @property
-    def _step_supports_amp_scaling(self) -> bool:
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         # accelerate takes a step for skipped when GradScaler does not call step(): there GradScaler must decide itself
         return not str(getattr(self.step, "__module__", "")).startswith("accelerate.")
 
