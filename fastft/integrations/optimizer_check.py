@@ -135,9 +135,10 @@ def _check_settings(args: TrainingArguments, state: TrainerState, optimizer: Ada
     if wrong:
         values = ", ".join(f"{name} {defaults[name]} for {of_args[name]}" for name in wrong)
         raise ValueError(
-            f"fastft.{made.way} made an optimizer with other values than the Trainer's args have now: {values}. Give "
-            f"it these very args; {_SPEC} reads them when training begins (TRL's trainers copy a plain TrainingArguments: "
-            f"give both the trainer's own kind). Or say what you want: fastft.{made.way}(..., {wrong[0]}=...)"
+            f"fastft.{made.way} made an optimizer with other values than the Trainer's args have now: {values}. "
+            f"Give it these very args; {_SPEC} reads them when training begins (TRL's trainers copy a plain "
+            "TrainingArguments: give both the trainer's own kind). Or say what you want: "
+            f"fastft.{made.way}(..., {wrong[0]}=...)"
         )
     asked = made.given.get("weight_decay") if by_trainer and state.global_step == 0 else None
     if asked is not None and asked not in [group["weight_decay"] for group in optimizer.param_groups]:
