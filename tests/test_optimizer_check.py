@@ -258,13 +258,18 @@ def test_an_optimizer_that_deepspeed_dropped_is_told(tmp_path):
         begin(args, model, under_deepspeed(theirs))
 
 
-def test_a_spec_that_deepspeeds_own_optimizer_displaced_is_told(tmp_path):
+@pytest.mark.parametrize("with_args", [True, False])
+def test_a_spec_that_deepspeeds_own_optimizer_displaced_is_told(with_args, tmp_path, said):
     args, model = arguments(tmp_path), tiny_llama()
-    spec = fastft.adamw_spec(args)
+    spec = fastft.adamw_spec(args if with_args else None)
     theirs = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match=r'fastft.adamw_spec made .* for this Trainer.*remove the section "optimizer"'):
         begin(args, model, under_deepspeed(theirs))
-    begin(arguments(tmp_path), model, under_deepspeed(theirs))  # another Trainer's
+    if with_args:
+        begin(arguments(tmp_path), model, under_deepspeed(theirs))  # another Trainer's
+    else:
+        begin(args, model, theirs)  # perhaps another Trainer's
+    assert said() == []
     del spec
     gc.collect()
     begin(args, model, under_deepspeed(theirs))
@@ -424,3 +429,38 @@ def test_step_says_nothing_where_gradients_only_pause():
         optimizer.step()
         param.grad = None
         optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["optimizers", "spec", "optimizers of a model with adapters"])
+def test_trl_with_an_adapter_of_its_own_trains_it_or_says_that_it_would_not(way, tmp_path):
+    """SFTTrainer adds LoRA after the optimizer was made, and makes an SFTConfig of a plain TrainingArguments."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    args, model = arguments(tmp_path, max_steps=2, warmup_steps=0), tiny_llama()
+    rows = [{"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in examples()]
+    options = {"peft_config": lora_config(), "callbacks": [fastft.FusedLossCallback()]}
+    if way == "optimizers of a model with adapters":
+        model = peft.get_peft_model(model, options.pop("peft_config"))
+    if way == "spec":
+        options["optimizer_cls_and_kwargs"] = fastft.adamw_spec(args)
+    else:
+        options["optimizers"] = fastft.adamw(model, args)
+    data = pytest.importorskip("datasets").Dataset.from_list(rows)
+    trainer = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=byte_tokenizer(), **options)
+    before = weights(trainer.model)
+    if way == "optimizers":
+        with pytest.raises(ValueError, match=r"none of the model's 4 trainable parameters.*TRL adds them itself"):
+            trainer.train()
+        return
+    trainer.train()
+    trainable = [name for name, param in trainer.model.named_parameters() if param.requires_grad]
+    assert moved(trainer.model, before) == trainable and len(trainable) == 4
+    assert trainer.args is not args and trainer.optimizer.param_groups[0]["initial_lr"] == args.learning_rate
+
+
+def byte_tokenizer():
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[EOS]": 1, "[UNK]": 2}, "[UNK]"))
+    names = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)

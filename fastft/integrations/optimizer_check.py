@@ -49,11 +49,11 @@ def check_optimizer(args: TrainingArguments, state: TrainerState, model: nn.Modu
     Raises:
         ValueError: where something else would be trained than what the user asked for.
     """
-    inner = foreign.inner_optimizer(optimizer)
+    inner, by_deepspeed = foreign.inner_optimizer(optimizer), foreign.of_deepspeed(optimizer)
     if not isinstance(inner, AdamW):
-        _check_replacement(args, model, optimizer, inner)
+        if inner is not None:  # who calls a callback by hand may have none
+            _check_replacement(args, model, inner, by_deepspeed)
         return
-    by_deepspeed = foreign.of_deepspeed(optimizer)
     if not by_deepspeed:
         _check_parameters(model, inner)
     if inner._origin is not None and not inner._had_gradients:  # Trainer keeps it for a second train(), as it is
@@ -62,7 +62,7 @@ def check_optimizer(args: TrainingArguments, state: TrainerState, model: nn.Modu
         _check_clipping(args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model))
 
 
-def _check_replacement(args: TrainingArguments, model: nn.Module, optimizer: Any, inner: Any) -> None:
+def _check_replacement(args: TrainingArguments, model: nn.Module, inner: Any, by_deepspeed: bool) -> None:
     """Another optimizer trains: was one of fastft's to do so?"""
     if foreign.is_deepspeed_adam(inner) and "moments" in inner.param_groups[0]:  # made of our groups
         if not inner.adam_w_mode:
@@ -75,24 +75,27 @@ def _check_replacement(args: TrainingArguments, model: nn.Module, optimizer: Any
             "formula; \"zero_force_ds_cpu_optimizer\": false in DeepSpeed's configuration lets fastft's train"
         )
         return
-    ours = _dropped(args, model)
+    ours = _dropped(args, model, by_deepspeed)
     if ours is None:
         return
     kind = f"{type(inner).__module__}.{type(inner).__name__}"
     what = f"fastft.{ours.way} made an optimizer for this {'model' if ours.model else 'Trainer'}, but {kind} trains"
-    if foreign.of_deepspeed(optimizer):
+    if by_deepspeed:
         remedy = f"use {_SPEC}" if ours.model else 'remove the section "optimizer" from its configuration'
         raise ValueError(f"{what}: DeepSpeed drops ours; {remedy}")
     logger.warning(f"fastft: {what}")
 
 
-def _dropped(args: TrainingArguments, model: nn.Module) -> Origin | None:
+def _dropped(args: TrainingArguments, model: nn.Module, by_deepspeed: bool) -> Origin | None:
     """What was called for this training and has not trained since."""
     for module in model.modules():
         made = origin.of_models.get(module)
         if made is not None and not made.trained:
             return made
-    return next((made for made in origin.of_specs if made.args is args and not made.trained), None)
+    # a spec without args may be another Trainer's; only DeepSpeed is known to drop one
+    of_this = [args, None] if by_deepspeed else [args]
+    waiting = [made for made in origin.of_specs if not made.trained]
+    return next((made for made in waiting if any(made.args is each for each in of_this)), None)
 
 
 def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:

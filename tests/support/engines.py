@@ -27,6 +27,7 @@ ENGINES = {
         "stage3_gather_16bit_weights_on_model_save": True,
         "offload_optimizer": {"device": "cpu"},
     },
+    "FSDP1": None,  # stock Trainer cannot save it on a CPU, so that nothing is resumed
     "FSDP2": None,
 }
 
@@ -72,10 +73,13 @@ def deepspeed(engine: str) -> dict:
 def arguments(engine: str, folder: Path, **changes):
     from transformers import TrainingArguments
 
-    if engine == "FSDP2":
-        config = {"version": 2, "fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    if engine.startswith("FSDP"):
+        version = int(engine[-1])
+        config = {"version": version, "fsdp_version": version, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
         config |= {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
-        how = {"fsdp": True, "fsdp_config": config}
+        if version == 1:
+            config |= {"sync_module_states": False, "cpu_ram_efficient_loading": False}
+        how = {"fsdp": True if version == 2 else "full_shard auto_wrap", "fsdp_config": config}
     else:
         how = {"deepspeed": deepspeed(engine)}
     # such a rate and decay that L2 in the place of decoupled decay would show in the losses
@@ -99,10 +103,9 @@ def examples():
 
 def train(engine: str, folder: Path, resume: str | None = None, **options) -> dict:
     """A Trainer's losses, norms, weights before and after, and the classes of its optimizer and what it wraps."""
-    from safetensors.torch import load_file
     from transformers import Trainer
 
-    args = arguments(engine, folder)
+    args = arguments(engine, folder, **({"save_strategy": "no"} if engine == "FSDP1" else {}))
     options = {name: make(args) for name, make in options.items()}
     trainer = Trainer(model=model(engine), args=args, train_dataset=examples(), **options)
     trainer.train(resume_from_checkpoint=resume and str(folder / resume))
@@ -111,13 +114,29 @@ def train(engine: str, folder: Path, resume: str | None = None, **options) -> di
         chain.append(f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}")
         optimizer = getattr(optimizer, "optimizer", None)
     history = trainer.state.log_history
+    model_classes = {type(param).__name__ for param in trainer.model_wrapped.parameters()}
+    reports = [callback.report for callback in trainer.callback_handler.callbacks if hasattr(callback, "report")]
     return {
+        "fused": sum(report.fused for report in reports),
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "norms": [float(entry["grad_norm"]) for entry in history if entry.get("grad_norm") is not None],
         "before": {name: param.detach().clone() for name, param in model(engine).named_parameters()},
-        "after": load_file(folder / f"checkpoint-{STEPS}" / "model.safetensors"),
+        "after": weights(engine, trainer, folder),
         "optimizer": chain,
+        "model": {type(trainer.model_wrapped).__name__, *model_classes},
     }
+
+
+def weights(engine: str, trainer, folder: Path) -> dict[str, torch.Tensor]:
+    """The trained weights, whole, under the model's own names."""
+    from safetensors.torch import load_file
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if engine != "FSDP1":
+        return load_file(folder / f"checkpoint-{STEPS}" / "model.safetensors")
+    with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped):
+        named = trainer.model_wrapped.named_parameters()
+        return {name.replace("_fsdp_wrapped_module.", ""): param.detach().clone() for name, param in named}
 
 
 def refused(engine: str, folder: Path) -> dict[str, str]:
@@ -161,18 +180,18 @@ def under(engine: str, folder: Path) -> dict:
     import fastft
 
     fast = {"optimizer_cls_and_kwargs": fastft.adamw_spec, "callbacks": lambda args: [fastft.FusedLossCallback()]}
-    return {
-        "stock": train(engine, folder / "stock"),
-        "fastft": train(engine, folder / "fastft", **fast),
-        "resumed": train(engine, folder / "fastft", f"checkpoint-{SAVED}", **fast),
-        "refused": refused(engine, folder / "refused"),
-    }
+    found = {"stock": train(engine, folder / "stock"), "fastft": train(engine, folder / "fastft", **fast)}
+    if engine != "FSDP1":
+        found["resumed"] = train(engine, folder / "fastft", f"checkpoint-{SAVED}", **fast)
+    return {**found, "refused": refused(engine, folder / "refused")}
 
 
 def main(folder: Path, engines: list[str]) -> None:
     torch.set_num_threads(1)
     real_engines()
     for engine in engines:
+        for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # which the one before has left
+            os.environ.pop(variable, None)
         results = under(engine, folder / engine)
         if torch.distributed.get_rank() == 0:
             torch.save(results, folder / f"{engine}.pt")
