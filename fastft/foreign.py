@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 # instances, is looked for in the module's text.
 PRIVATE_NAMES = {
     "torch:_disable_dynamo": "torch.compiler.disable without importing the compiler",
+    "torch._dynamo.decorators:_dynamo_marked_constant": "torch.compiler.assume_constant_result, without the compiler",
     "torch:Tensor._make_wrapper_subclass": "lazy logits are a tensor without memory",
-    "torch:Tensor._is_view": "whether an operation on lazy logits would alias them",
+    "torch:UntypedStorage._cdata": "whether an operation on lazy logits would share their memory",
     "torch:Tensor._version": "has somebody written to a gradient, a state or a weight since",
     "torch._C:DisableTorchFunctionSubclass": "computing inside __torch_function__ without entering it again",
     "torch._C:_current_graph_task_id": "is a backward pass under way, as torch.utils.checkpoint asks",
@@ -52,6 +53,7 @@ PRIVATE_NAMES = {
     "datasets:Dataset._indices": "which rows select or shuffle left, in which order",
 }
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _DATA_PARALLEL = {"DataParallel", "DistributedDataParallel"}
 _WRAPPERS = {*_DATA_PARALLEL, "FullyShardedDataParallel", "DeepSpeedEngine", "OptimizedModule"}
 
@@ -59,6 +61,15 @@ _WRAPPERS = {*_DATA_PARALLEL, "FullyShardedDataParallel", "DeepSpeedEngine", "Op
 def _class_names(thing: object) -> set[str]:
     """The names of all classes that `thing` is an instance of."""
     return {base.__name__ for base in type(thing).__mro__}
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """A decorator: torch.compile calls `function` where it traces a call, and keeps the result as a constant.
+
+    Its arguments must be constants. This is `torch.compiler.assume_constant_result`, which imports all of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def unwrapped(model: Any) -> Any:
@@ -81,6 +92,18 @@ def base_model(model: Any) -> Any:
         if inner is model:
             return model
         model = inner
+
+
+def whose_forward(model: Any) -> set[str]:
+    """The packages that have replaced or wrapped the forward of `model`'s class, and that of its class itself."""
+    base = base_model(model)
+    packages = set()
+    for forward in (vars(base).get("forward"), type(base).forward):
+        function = getattr(forward, "__func__", forward)
+        while function is not None:
+            packages.add(getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0])
+            function = getattr(function, "__wrapped__", None)
+    return packages
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -137,7 +160,9 @@ def sharding_library(module: nn.Module, around: Iterable[nn.Module]) -> str | No
     kinds = set().union(*map(_class_names, around))
     if "FSDPModule" in kinds:
         return "FSDP2"
-    flattened = "weight" not in module._parameters or getattr(module.weight, "_fsdp_flattened", False)
+    # what the hooks of weight_norm, spectral_norm and pruning make has parameters too: weight_g, weight_orig, ...
+    has_own = any(name.startswith("weight") for name in module._parameters)
+    flattened = not has_own or getattr(module.weight, "_fsdp_flattened", False)
     return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
 
 

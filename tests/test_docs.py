@@ -173,6 +173,8 @@ LIMITS = {
     "README.md: Heads are fused where": [
         "test_engines.py::test_trains_and_resumes_as_stock_does_or_says_why_not",
         "test_peft.py::test_adapters_are_trained_as_stock",
+        "test_peft.py::test_lora_on_the_head_of_a_bf16_model_is_fused_and_no_worse_than_stock",
+        "test_output_head.py::test_a_head_whose_weight_is_computed_trains_as_stock",
         "test_distributed_loss.py::test_a_loss_inside_forward_is_fused_and_stock",
         "test_distributed_loss.py::test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so",
         "test_fused_loss.py::test_data_parallel_is_left_alone",
@@ -231,6 +233,13 @@ LIMITS = {
     ],
     "loss.md: A hook on logits": [
         "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
+    ],
+    "loss.md: A head that computes its weight": [
+        "test_output_head.py::test_a_head_whose_weight_is_computed_trains_as_stock",
+    ],
+    "loss.md: The head is what": [
+        "test_output_head.py::test_the_head_alone_of_a_language_model_as_wide_as_its_vocabulary",
+        "test_output_head.py::test_the_head_of_a_module_of_ones_own",
     ],
     "loss.md: `linear_token_loss` gives": [
         "test_linear_log_probs.py::test_token_losses",

@@ -624,3 +624,88 @@ def test_which_losses_reach_the_kernel(name, kernel, monkeypatch):
     monkeypatch.setattr(lazy_losses, "_fused", lambda *args, **options: calls.append(1) or fused(*args, **options))
     run(LAZY[name], True)
     assert bool(calls) == kernel
+
+
+def used_before_and_after_a_change(change):
+    """A function that torch functions do not see has the gradient of what it was given."""
+
+    def use(z):
+        z = z * 1.0
+        before = DoubledGradient.apply(z)
+        change(z)
+        return before.sum() + z.logsumexp(-1).sum() + DoubledGradient.apply(z.clone()).sum()
+
+    return use
+
+
+def operand_changed_after(z):
+    row = ROW.clone()
+    shifted = z + row
+    row.fill_(100.0)
+    return shifted.logsumexp(-1).sum()
+
+
+def result_given(z):
+    result = torch.empty(B, S)
+    torch.logsumexp(z.detach(), -1, out=result)
+    return (z.logsumexp(-1) * result).sum()
+
+
+LATER = {
+    "function before a change in place": used_before_and_after_a_change(lambda z: z.mul_(0.5)),
+    "function before a mask in place": used_before_and_after_a_change(lambda z: z.masked_fill_(ROW > 4.9, 0.0)),
+    "operand": operand_changed_after,
+    "out=": result_given,
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_happens_later_changes_nothing_that_was_computed(name):
+    (expected, expected_grads, _), (actual, grads, _) = run(LATER[name], False), run(LATER[name], True)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(theirs.abs().max().item(), 1))
+
+
+def test_targets_that_change_before_backward_are_noticed_as_torch_does():
+    for lazy in (False, True):
+        z, x, weight, _ = lazy_example()
+        target = TARGET.view(-1).clone()
+        losses = F.cross_entropy((z if lazy else F.linear(x, weight)).exp().view(-1, V), target, reduction="none")
+        target.fill_(0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            losses.sum().backward()
+
+
+DTYPES_OF_LOSSES = {
+    "probabilities of fp32": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V)),
+    "probabilities of fp64": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V, dtype=torch.float64)),
+    "probabilities of bf16": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V, dtype=torch.bfloat16)),
+    "probabilities of fp32, weights": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V), ROW.to(z.dtype)),
+    "classes": lambda z: F.cross_entropy(z, TARGET.view(-1)),
+    "classes, rows": lambda z: F.cross_entropy(z, TARGET.view(-1), reduction="none", label_smoothing=0.1),
+    "nll": lambda z: F.nll_loss(z.log_softmax(-1), TARGET.view(-1)),
+    "nll in fp32": lambda z: F.nll_loss(F.log_softmax(z, -1, dtype=torch.float32), TARGET.view(-1)),
+    "kl": lambda z: F.kl_div(z.log_softmax(-1), torch.full((B * S, V), 1 / V), reduction="sum"),
+    "bce": lambda z: F.binary_cross_entropy_with_logits(z, torch.full((B * S, V), 0.5)),
+    "mse": lambda z: F.mse_loss(z, torch.zeros(B * S, V)),
+    "weights of another dtype": lambda z: F.cross_entropy(z, TARGET.view(-1), ROW.double()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", DTYPES_OF_LOSSES)
+def test_losses_have_the_dtypes_of_torch(name, autocast, dtype):
+    found = []
+    for lazy in (False, True):
+        z, x, weight, _ = lazy_example(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            rows = (z if lazy else F.linear(x, weight)).view(-1, V)
+            try:
+                loss = DTYPES_OF_LOSSES[name](rows)
+            except RuntimeError:
+                found.append(RuntimeError)
+            else:
+                found.append((loss.dtype, loss.shape))
+    assert found[0] == found[1]
