@@ -7,6 +7,7 @@ of them an upgrade of torch, transformers, accelerate, datasets or DeepSpeed has
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -206,3 +207,56 @@ def active_dataloader() -> Any:
     """The loader of accelerate that is being iterated; None without one."""
     loaders = sys.modules.get("accelerate.data_loader")
     return None if loaders is None else loaders.GradientState().active_dataloader
+
+
+def deepspeed_config(args: Any) -> dict[str, Any] | None:
+    """DeepSpeed's configuration as a TrainingArguments has it, its own or `accelerate launch`'s; None without."""
+    return getattr(getattr(args, "deepspeed_plugin", None), "deepspeed_config", None)
+
+
+def engine_of(args: Any) -> str | None:
+    """Which engine that takes no optimizer from outside a Trainer with `args` is going to use; None for none.
+
+    `accelerate launch` says it in the environment, and accelerate obeys that beside `args`.
+    """
+    if getattr(args, "deepspeed", None) or deepspeed_config(args) is not None or _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed"
+    return "FSDP" if getattr(args, "fsdp", None) or _is_set("ACCELERATE_USE_FSDP") else None
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes", "y", "on", "t")  # accelerate's words
+
+
+def replaces_optimizers(config: dict[str, Any]) -> bool:
+    """Whether accelerate puts DeepSpeedCPUAdam in the place of an optimizer under this configuration of DeepSpeed."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True)
+
+
+def optimizers_are_replaced() -> bool:
+    """`replaces_optimizers` of the engine that accelerate has started in this process, if it has."""
+    module = sys.modules.get("accelerate.state")
+    if module is None or not module.is_initialized():
+        return False
+    state = module.AcceleratorState()
+    return state.distributed_type == "DEEPSPEED" and replaces_optimizers(state.deepspeed_plugin.deepspeed_config)
+
+
+def of_deepspeed(optimizer: Any) -> bool:
+    """Whether a class of DeepSpeed holds or is the optimizer: its parameters are then flat parts of the model's."""
+    while optimizer is not None:
+        if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+            return True
+        optimizer = getattr(optimizer, "optimizer", None)
+    return False
+
+
+def is_deepspeed_adam(optimizer: Any) -> bool:
+    """Whether it is what accelerate puts in the place of others; `adam_w_mode` says if its decay is decoupled."""
+    return "DeepSpeedCPUAdam" in _class_names(optimizer)
+
+
+def is_fsdp1(model: Any) -> bool:
+    """Whether FSDP1 wraps any part of `model`."""
+    return any("FullyShardedDataParallel" in _class_names(module) for module in model.modules())

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from fastft.foreign import unwrapped, whose_forward
 from fastft.integrations.evaluation import in_evaluation_loop
+from fastft.integrations.optimizer_check import check_optimizer
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.trainings import training_begins, until_the_end_of
 from fastft.loss.evaluation import Evaluation
@@ -66,7 +67,9 @@ class FusedLossCallback(TrainerCallback):
         """Attaches, after `restore()`: auto_find_batch_size begins again without an end."""
         self.restore()
         training_begins(kwargs["model"], state, self)
-        if packing_collator(kwargs.get("train_dataloader")) is not None:
+        if packing_collator(kwargs.get("train_dataloader")) is None:
+            check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"))
+        else:
             self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
         model = kwargs["model"]
         self._said, self._said_places, self._said_size = False, 0, False

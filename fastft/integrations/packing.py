@@ -13,6 +13,7 @@ from fastft.attention.check_packing import Leak, PackingLeakError, find_leak
 from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.foreign import dispatches
+from fastft.integrations.optimizer_check import check_optimizer
 from fastft.integrations.trainings import training_begins, until_the_end_of
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
@@ -53,6 +54,7 @@ class PackingCallback(TrainerCallback):
         self.restore()
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         training_begins(model, state, self)
+        check_optimizer(args, state, model, kwargs.get("optimizer"))
         collator = packing_collator(loader)
         if collator is None:
             logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")
