@@ -8,7 +8,8 @@ import torch
 from support.packed_examples import FORMS, assert_same, make
 
 from fastft.data.collator import PackingCollator
-from fastft.data.columns import Pack, arrow_examples, flatten, padding_like, units_of
+from fastft.data.columns import flatten, padding_like
+from fastft.data.features import Pack, arrow_examples, columns_of
 
 
 @pytest.mark.parametrize("form", FORMS)

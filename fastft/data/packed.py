@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
-from fastft.data.columns import Pack
+from fastft.data.features import Pack
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.epochs import epoch_plan
 from fastft.data.lengths import is_arrow, scan_lengths
