@@ -63,7 +63,7 @@ class Expansion:
     def __call__(
         self, lengths: Tensor, ignored: Tensor, columns: Mapping[str, Tensor], others: Mapping[str, Any]
     ) -> PackedBatch:
-        """The batch: `columns` and what follows from the segments' `lengths` and `ignored`, and `others` as they are."""
+        """The batch: `columns`, what follows from the segments' `lengths` and `ignored`, and `others` as they are."""
         shape = columns["input_ids"].shape
         source = columns["input_ids" if self.source is None else self.source].view(-1)
         labels = source if self.source == "labels" else torch.empty_like(source)

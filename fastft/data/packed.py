@@ -11,13 +11,14 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
-from fastft.data.features import Pack
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.epochs import epoch_plan
-from fastft.data.lengths import is_arrow, scan_lengths
+from fastft.data.features import Pack
+from fastft.data.lengths import scan_lengths
 from fastft.data.parts import cut, filler
 from fastft.data.plan import PackPlan, check_limits, check_positive, plan_packs
 from fastft.data.streaming import OPEN_PACKS, PackedStream
+from fastft.foreign import is_dataset, world_size
 
 CUTTING = ("truncate", "split")  # the policies after which a full pack may hold a part of an example
 
@@ -74,6 +75,14 @@ class PackedDataset(Dataset[Pack]):
     def __len__(self) -> int:
         return len(self._base)
 
+    @property
+    def total_dataset_length(self) -> int:
+        """What accelerate cuts the last batch of an evaluation by, as rows of predictions: on one process by nothing.
+
+        Nothing comes twice there, and a pack can have several rows of predictions: those of its examples.
+        """
+        return len(self) if world_size() > 1 else 0
+
     def __getitem__(self, index: int) -> Pack:
         return self._packs([index])[0]
 
@@ -95,7 +104,7 @@ class PackedDataset(Dataset[Pack]):
         return [Pack([next(parts) for _ in range(begin, end)] if begin < end else blank) for begin, end in bounds]
 
     def _fetch(self, examples: list[int]) -> list[dict[str, Any]]:
-        if is_arrow(self.dataset) and self.dataset.format["type"] != "custom":
+        if is_dataset(self.dataset) and self.dataset.format["type"] != "custom":
             # straight from Arrow, whatever the format: no Python object is made of a token
             if self._rows is None or self._rows[0] is not self.dataset:
                 self._rows = self.dataset, ArrowRows(self.dataset)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.foreign import local, placed_like, sharded_like
 from fastft.optim import moments_8bit
 from fastft.optim.adamw_update import RESIDUES, store_value
 
@@ -113,18 +114,13 @@ def reveal(optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     """Sets a parameter, and what `state` keeps with it, to an fp32 master. All may be DTensors."""
-    parts = (_placed_like(master.float(), param), param, residue_of(state))
+    parts = (placed_like(master.float(), param), param, residue_of(state))
     store_value(*(local(part) for part in parts))
 
 
 def residue_of(state: dict[str, Any]) -> Any:
     """What a state keeps of its parameter's bits: the remainder, the compensation, or None."""
     return next((state[name] for name in _RESIDUES if name in state), None)
-
-
-def local(tensor: Any) -> Any:
-    """This rank's part of a DTensor; anything else as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +198,7 @@ def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[
             if name == "remainder" and value.dtype == torch.bfloat16:
                 value = _reinterpreted(value, torch.int16)
             _same_shape(value, template, name, owner)
-            value = _placed_like(value.to(device=template.device, dtype=template.dtype), template)
+            value = placed_like(value.to(device=template.device, dtype=template.dtype), template)
             fresh[name] = value if value.stride() == template.stride() else template.copy_(value)
     return fresh
 
@@ -215,7 +211,7 @@ def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dic
     values = []
     for name in ("exp_avg", "exp_avg_sq"):
         _same_shape(saved[name], fresh[name], name, owner)
-        values.append(local(_placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])).contiguous())
+        values.append(local(placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])).contiguous())
     codes = [local(fresh[name]) for name in moments_8bit.ENTRIES]
     moments_8bit.quantise(values[0], values[1], (codes[0], codes[1], codes[2], codes[3]))
     return saved | {name: fresh[name] for name in moments_8bit.ENTRIES}
@@ -237,25 +233,6 @@ def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:
         raise ValueError(f"the loaded {name} of {owner} has shape {shapes}")
 
 
-def sharded_like(part: Tensor, template: Any) -> Tensor:
-    """`part` itself, or where `template` is a DTensor a DTensor of its shape with `part` as this rank's."""
-    if not hasattr(template, "to_local"):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    layout = {"shape": template.shape, "stride": template.stride()}
-    return DTensor.from_local(part, template.device_mesh, template.placements, **layout)
-
-
 def _reinterpreted(tensor: Any, dtype: torch.dtype) -> Tensor:
     """The same bits under another dtype of the same size."""
     return sharded_like(local(tensor).view(dtype), tensor)
-
-
-def _placed_like(value: Tensor, template: Any) -> Tensor:
-    """A whole tensor cut as the DTensor `template` is; all else as it came."""
-    if not hasattr(template, "device_mesh") or hasattr(value, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, template.device_mesh, template.placements)

@@ -49,6 +49,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.foreign import is_dtensor
+
 BLOCK = 128
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 ENTRIES = ("exp_avg", "exp_avg_sq", *SCALES)  # the moments' part of a state, in the order of `dequantise`
@@ -72,7 +74,7 @@ def new_entries(param: Any) -> dict[str, Tensor]:
     """
 
     def zeros(shape: torch.Size | tuple[int, int], dtype: torch.dtype) -> Tensor:
-        if not hasattr(param, "device_mesh"):
+        if not is_dtensor(param):
             return torch.zeros(shape, dtype=dtype, device=param.device)
         from torch.distributed import tensor as distributed
 
