@@ -68,7 +68,8 @@ def take_mask(key: str, columns: dict[str, list[Any]]) -> Tensor | None:
     if masks is None or ({*map(type, masks)} == {list} and all(mask.count(1) == len(mask) for mask in masks)):
         return None
     flat = flatten(key, masks)
-    return None if bool((flat == 1).all()) else flat
+    low, high = flat.aminmax()
+    return None if low == high == 1 else flat
 
 
 def drop_masked(
@@ -160,9 +161,10 @@ def _flat_arrays(key: str, values: Sequence[Any]) -> Tensor:
     import numpy
 
     # numpy, because its concatenation takes arrays that are read-only, as those from Arrow are
-    kinds = {dtype.kind for dtype in {*map(_DTYPE, values)}}
+    dtypes = {*map(_DTYPE, values)}
+    kinds = {dtype.kind for dtype in dtypes}
     if kinds <= {*"iub"}:
-        if any(value.dtype == numpy.uint64 and (value > numpy.uint64(2**63 - 1)).any() for value in values):
+        if numpy.dtype("uint64") in dtypes and any((value > numpy.uint64(2**63 - 1)).any() for value in values):
             raise ValueError(f"{key} holds an integer that does not fit into int64")
         return torch.from_numpy(numpy.concatenate(values, dtype=numpy.int64, casting="unsafe"))
     if kinds <= {*"iubf"}:

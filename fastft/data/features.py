@@ -42,7 +42,7 @@ class Pack(dict[str, Values]):
 
     def __init__(self, examples: Sequence[dict[str, Any]] = ()) -> None:
         columns = _transposed(examples)
-        if columns.keys() & KEYS and "input_ids" in columns:
+        if columns.keys() & KEYS:
             lengths = [*map(len, columns["input_ids"])]
             documents = document_lengths(columns, lengths, masks=_masks(columns, lengths))
             columns = cut_documents(columns, lengths, documents or [[length] for length in lengths])
@@ -68,12 +68,14 @@ def _masks(columns: Columns, lengths: Sequence[int]) -> Any:
 
 
 def _transposed(examples: Sequence[dict[str, Any]]) -> Columns:
-    """The values by key, one of each example; raises ValueError where the examples' keys differ."""
+    """The values by key, one of each example; raises ValueError where keys differ, or input_ids are missing."""
     if not examples:
         return {}
     keys = examples[0].keys()
-    if [example.keys() for example in examples].count(keys) < len(examples):
+    if "input_ids" not in keys or [example.keys() for example in examples].count(keys) < len(examples):
         for index, example in enumerate(examples):
+            if "input_ids" not in example:
+                raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
             if example.keys() != keys:
                 raise ValueError(f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}")
     return {key: [example[key] for example in examples] for key in keys}
@@ -81,9 +83,7 @@ def _transposed(examples: Sequence[dict[str, Any]]) -> Columns:
 
 def is_pack(feature: Any) -> bool:
     """Whether a feature is a `Pack`, or what Trainer's `remove_unused_columns` left of one."""
-    return isinstance(feature, Pack) or (
-        isinstance(feature, dict) and bool(feature) and type(next(iter(feature.values()))) is Values
-    )
+    return isinstance(feature, Pack) or (isinstance(feature, dict) and type(feature.get("input_ids")) is Values)
 
 
 def examples_of(pack: dict[str, Values]) -> list[dict[str, Any]]:
@@ -141,21 +141,18 @@ def columns_of(features: Iterable[Any], required: Iterable[str] = ()) -> tuple[C
         ValueError: there are no examples, input_ids are missing, or the examples' keys differ.
     """
     features = list(features)
-    packs = [feature for feature in features if is_pack(feature)]
-    if packs and len(packs) == len(features) and all(pack.keys() == packs[0].keys() for pack in packs):
-        columns = {key: list(itertools.chain(*[pack[key].values for pack in packs])) for key in packs[0]}
-        counts = [len(next(iter(pack.values())).values) for pack in packs] if columns else []
+    if not features:
+        raise ValueError("the collator got no examples")
+    if {*map(type, features)} == {dict} and Values not in {type(feature.get("input_ids")) for feature in features}:
+        columns, counts = _transposed(features), [1] * len(features)
+    elif all(map(is_pack, features)) and all(features) and all(one.keys() == features[0].keys() for one in features):
+        columns = {key: [*itertools.chain(*[pack[key].values for pack in features])] for key in features[0]}
+        counts = [len(pack["input_ids"].values) for pack in features]
     else:
-        units = _units_of(features) if packs or {*map(type, features)} != {dict} else [[one] for one in features]
-        examples = [example for unit in units for example in unit]
-        for index, example in enumerate(examples):
-            if "input_ids" not in example:
-                raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
-        columns, counts = _transposed(examples), [*filter(None, map(len, units))]
+        units = _units_of(features)
+        columns, counts = _transposed([*itertools.chain(*units)]), [*filter(None, map(len, units))]
     if not columns:
         raise ValueError("the collator got no examples")
-    if "input_ids" not in columns:
-        raise ValueError(f"example 0 has no input_ids, only {sorted(columns)}")
     chosen = {"input_ids": columns.pop("input_ids")}
     for key, values in columns.items():
         if key in required or any(map(_is_per_token, values)):

@@ -99,7 +99,14 @@ class PackedDataset(Dataset[Pack]):
         examples, starts, lengths = (column[chosen].tolist() for column in (plan.indices, plan.starts, plan.lengths))
         fillers = sum(begin == end for begin, end in bounds)
         fetched = self._fetch(examples + plan.indices[:1].tolist() * fillers)
-        parts = iter([self._part(*item) for item in zip(fetched, examples, starts, lengths, strict=False)])
+        parts = iter(
+            [
+                example
+                if start == 0 and len(example["input_ids"]) == length
+                else self._part(example, index, start, length)
+                for example, index, start, length in zip(fetched, examples, starts, lengths, strict=False)
+            ]
+        )
         blank = [filler(fetched[-1])] if fillers else []
         return [Pack([next(parts) for _ in range(begin, end)] if begin < end else blank) for begin, end in bounds]
 
@@ -115,8 +122,6 @@ class PackedDataset(Dataset[Pack]):
     def _part(self, example: dict[str, Any], index: int, start: int, length: int) -> dict[str, Any]:
         """The tokens of an example that the plan wants, of every key that has as many."""
         tokens = len(example["input_ids"])
-        if start == 0 and tokens == length:
-            return example
         cut_short = self.may_cut and length == self._base.max_tokens
         if tokens < start + length or (tokens > start + length and not cut_short):
             raise ValueError(f"example {index} has {tokens} tokens, but had {start + length} when it was packed")

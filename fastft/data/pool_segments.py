@@ -115,8 +115,8 @@ class SegmentPooling:
             )
         self._evaluated = dataset
         warnings.warn(
-            "predictions for fastft.pack come in the order of the packs: row i is example packed.plan.indices[i] of the "
-            "dataset. In the dataset's order: evaluate on the dataset itself, of which PackingCollator packs each batch",
+            "predictions for fastft.pack come in the order of the packs: row i is example packed.plan.indices[i]; in "
+            "the order of the dataset, if evaluated on the dataset itself, of which PackingCollator packs each batch",
             stacklevel=2,
         )
 
