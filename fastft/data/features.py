@@ -111,14 +111,15 @@ def _is_arrow(feature: Any) -> bool:
     return type(feature).__module__.startswith("pyarrow") and hasattr(feature, "schema")
 
 
-def _units_of(features: Iterable[Any]) -> list[list[dict[str, Any]]]:
+def _units_of(features: list[Any]) -> list[list[dict[str, Any]]]:
     """The examples, grouped as they must stay in a row: those of a pack together, others alone."""
     units: list[list[dict[str, Any]]] = []
+    among_packs = any(map(is_pack, features))  # whose columns do not say any more where documents begin
     for feature in features:
         if is_pack(feature):
             units.append(examples_of(feature))
         elif isinstance(feature, dict) or (hasattr(feature, "keys") and not _is_arrow(feature)):
-            units.append([feature])
+            units.append(Pack([feature]).examples if among_packs else [feature])
         elif _is_arrow(feature):
             units.extend([example] for example in arrow_examples(feature))
         else:

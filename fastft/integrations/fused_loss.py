@@ -91,6 +91,12 @@ class FusedLossCallback(TrainerCallback):
         say = logger.warning if expects_head(kwargs["model"]) else logger.info  # a classifier has nothing to fuse
         say(f"fastft: no loss was fused in the first step: {why or _who_computes_it(kwargs['model'])}")
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says once where several ranks would count examples of packed rows twice."""
+        self._packing.on_prediction_step(args, state, control, **kwargs)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
