@@ -260,3 +260,10 @@ def is_deepspeed_adam(optimizer: Any) -> bool:
 def is_fsdp1(model: Any) -> bool:
     """Whether FSDP1 wraps any part of `model`."""
     return any("FullyShardedDataParallel" in _class_names(module) for module in model.modules())
+
+
+def world_size() -> int:
+    """How many processes there are: 1 where torch.distributed has not been set up."""
+    distributed = sys.modules.get("torch.distributed")
+    ready = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready and distributed is not None else 1

@@ -113,7 +113,11 @@ class FusedLossCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Makes plain tensors of the logits that metrics want, and says once how large they are: from a gigabyte on."""
+        """Makes plain tensors of the logits that metrics want, and says once how large they are: from a gigabyte on.
+
+        Says once, too, where several ranks would count examples of packed rows twice.
+        """
+        self._packing.on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
         size = self._settle()
         held = 1 if args.batch_eval_metrics or not has_length(eval_dataloader) else len(eval_dataloader)
         if size * held * args.world_size >= _MANY_BYTES and not self._said_size:

@@ -14,6 +14,7 @@ from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.foreign import dispatches
 from fastft.integrations.optimizer_check import check_optimizer
+from fastft.integrations.packed_evaluation import refuse_generation, warn_of_repeats
 from fastft.integrations.trainings import training_begins, until_the_end_of
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
@@ -44,7 +45,7 @@ class PackingCallback(TrainerCallback):
     def __init__(self, on_leak: str = "error") -> None:
         if on_leak not in _ON_LEAK:
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
-        self.on_leak = on_leak
+        self.on_leak, self._warned = on_leak, False
         self._kept = until_the_end_of(self)
 
     def on_train_begin(
@@ -59,6 +60,7 @@ class PackingCallback(TrainerCallback):
         if collator is None:
             logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")
             return
+        refuse_generation(args, collator)
         if args.n_gpu > 1:
             self._complain("DataParallel cuts a packed batch between its devices; start one process for each instead")
         if dispatches(loader):
@@ -73,6 +75,15 @@ class PackingCallback(TrainerCallback):
             self._complain(f"{type(model).__name__} does not keep packed sequences apart: {leak}")
         keep = block_mask if leak is not None and leak.block_mask else packed_attention
         self._kept.enter_context(keep(model))
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says once where several ranks would count examples twice."""
+        loader = kwargs.get("eval_dataloader")
+        collator = None if self._warned else packing_collator(loader)
+        if collator is not None:
+            self._warned = warn_of_repeats(args, loader, collator)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
