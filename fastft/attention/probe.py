@@ -28,13 +28,12 @@ from torch import Tensor, nn
 from fastft.attention.block_mask import implementation_restored
 from fastft.attention.probe_rows import (
     LENGTHS,
-    OTHER_DECODER_ROW,
-    OTHER_ROW,
     PADDING,
     Batches,
     Row,
     limits_of,
     long_row,
+    other_row,
     random_tokens,
     short_row,
 )
@@ -113,13 +112,14 @@ class Probe:
         self.mixers = _mixers(self.base)
         self._states = states
         self._body: nn.Module | None = None
+        self._before_head = False
         self._dtypes = {p.dtype for p in self.base.parameters() if p.dtype in _LEAK}
         with _stock_attention(self.base):
             self._choose_outputs()
             self._run_alone(self.short)
-            other = [random_tokens(self.base, [n], seed)[0] for n, seed in ((OTHER_ROW, 12), (OTHER_DECODER_ROW, 13))]
-            self._other_row = Row([other[0]], [other[1]], (other[0], other[1]), (0,))
-            self._run_alone(self._other_row)
+            self._other_row = other_row(self.base)
+            if batches.rows > 1:
+                self._run_alone(self._other_row)
             self.noise = self._noise(max(LENGTHS))
 
     @property
@@ -165,7 +165,7 @@ class Probe:
         leak = float(_distance(packed, moved)[ends[1] :].max()) / scale
         noise = self.noise
         if row is not self.short and not leak <= self._least + 8 * noise.of_others / _scale(self.short.alone):
-            noise = self._noise(len(row))
+            noise = self._noise(min(len(row), 256))
         allowed = self._least + 8 * noise.of_others / scale
         if not leak <= allowed:
             what = "other tokens in the first sequence move the outputs of the later ones"
@@ -239,12 +239,14 @@ class Probe:
         return {name: float(value) for name, value in items if isinstance(value, Tensor) and value.ndim == 0}
 
     def _choose_outputs(self) -> None:
-        """Looks at the model's body where its head gives one label for a sequence, or the same for every token."""
+        """Looks at the model's body where its head labels sequences, before its head where that says nothing."""
         row = self.short
         inputs = self._inputs(row.tokens[0][None], row.targets[0][None])
         outputs = self._call(inputs, self._outputs_of(row)[0], or_none=True)
-        if outputs is None or _says_nothing(outputs[0]):
+        if outputs is None:
             self._body = self.base.base_model
+        elif _says_nothing(outputs[0]):
+            self._before_head = True
 
     def _outputs_of(self, row: Row) -> list[int]:
         return [len(part) for part in (row.targets if self.crossed else row.tokens)]
@@ -323,7 +325,7 @@ class Probe:
             if self._body is not None:  # called by the model, whose hooks may be needed
                 hook = self._body.register_forward_hook(lambda module, args, output: seen.append(output))
                 hooks.callback(hook.remove)
-            if hidden and (head := _head(self.base)) is not None:
+            if (hidden or self._before_head) and (head := _head(self.base)) is not None:
                 hooks.callback(head.register_forward_pre_hook(_last_token_alone(length, seen)).remove)
             try:
                 output = self._run(inputs, rewind)

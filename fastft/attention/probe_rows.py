@@ -98,6 +98,12 @@ def short_row(base: Any) -> Row:
     return Row(tokens, targets, (other[0], other_targets[0]), range(len(LENGTHS)))
 
 
+def other_row(base: Any) -> Row:
+    """One sequence, for a second row that is padded."""
+    parts = [random_tokens(base, [n], seed) for n, seed in ((OTHER_ROW, 12), (OTHER_DECODER_ROW, 13))]
+    return Row(parts[0], parts[1], (parts[0][0], parts[1][0]), (0,))
+
+
 def long_row(base: Any, batches: Batches, total: int | None = None) -> Row | None:
     """A row of `total` tokens, by default of `long_total`; None if the short one shows as much."""
     limits = limits_of(base.config)
