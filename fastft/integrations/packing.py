@@ -118,7 +118,8 @@ def packing_collator(dataloader: Any) -> PackingCollator | None:
             if isinstance(part, PackingCollator):
                 return part
         seen.update(map(id, level))
-        level = [part for whole in level for part in _parts(whole) if callable(part) and id(part) not in seen]
+        parts = (part for whole in level for part in _parts(whole) if id(part) not in seen)
+        level = [part for part in parts if callable(part) or hasattr(part, "data_collator")]
     return None
 
 
@@ -173,7 +174,9 @@ def _key(model: nn.Module, batches: Batches, args: Any) -> Any:
     adapters = getattr(model, "peft_config", {})
     return (
         batches,
-        tuple((name, type(module), _attributes(module)) for name, module in model.named_modules()),
+        tuple(
+            (name, type(module), _attributes(module)) for name, module in model.named_modules(remove_duplicate=False)
+        ),
         tuple((str(vars(config)), config._attn_implementation) for config in attention_configs(model)),
         frozenset((parameter.dtype, parameter.device.type) for parameter in model.parameters()),
         str(adapters) + str(getattr(model, "active_adapter", None)),
