@@ -21,7 +21,7 @@ from torch import Tensor, nn
 PRIVATE_NAMES = {
     "torch:_disable_dynamo": "torch.compiler.disable without importing the compiler",
     "torch:Tensor._make_wrapper_subclass": "lazy logits are a tensor without memory",
-    "torch:Tensor._is_view": "whether an operation on lazy logits would alias them",
+    "torch:UntypedStorage._cdata": "whether an operation on lazy logits would share their memory",
     "torch:Tensor._version": "has somebody written to a gradient, a state or a weight since",
     "torch._C:DisableTorchFunctionSubclass": "computing inside __torch_function__ without entering it again",
     "torch._C:_current_graph_task_id": "is a backward pass under way, as torch.utils.checkpoint asks",
@@ -120,6 +120,18 @@ def _not_of_libraries(hooks: Mapping[int, Any]) -> bool:
     return False
 
 
+def whose_forward(model: Any) -> set[str]:
+    """The packages that have replaced or wrapped the forward of `model`'s class, and that of its class itself."""
+    base = base_model(model)
+    packages = set()
+    for forward in (vars(base).get("forward"), type(base).forward):
+        function = getattr(forward, "__func__", forward)
+        while function is not None:
+            packages.add(getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0])
+            function = getattr(function, "__wrapped__", None)
+    return packages
+
+
 def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer inside the wrappers of accelerate and DeepSpeed, which keep it as `.optimizer`."""
     while hasattr(optimizer, "optimizer"):
@@ -174,7 +186,9 @@ def sharding_library(module: nn.Module, around: Iterable[nn.Module]) -> str | No
     kinds = set().union(*map(_class_names, around))
     if "FSDPModule" in kinds:
         return "FSDP2"
-    flattened = "weight" not in module._parameters or getattr(module.weight, "_fsdp_flattened", False)
+    # what the hooks of weight_norm, spectral_norm and pruning make has parameters too: weight_g, weight_orig, ...
+    has_own = any(name.startswith("weight") for name in module._parameters)
+    flattened = not has_own or getattr(module.weight, "_fsdp_flattened", False)
     return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_no_worse
+from numerics import assert_no_worse, terms_of
 from packed_models import (
     MODELS,
     build,
@@ -34,8 +34,9 @@ DECODER_LENGTHS = (5, 9, 17)
 def assert_exact(name: str, tokens: Sequence[Tensor], ours: tuple[Tensor, Tensor]) -> None:
     """Logits and gradients are no worse than the stock model's in float32."""
     runs = [unpacked(name, tokens, dtype) for dtype in (torch.float32, torch.float64)]
+    terms = terms_of(build(name, "eager"), sum(map(len, tokens)))
     for what, actual, plain, truth in zip(("logits", "gradients"), ours, *runs, strict=True):
-        assert_no_worse(actual, plain, truth, f"{name} {what}")
+        assert_no_worse(actual, plain, truth, f"{name} {what}", terms=terms)
 
 
 @pytest.mark.parametrize("hooked", [True, False], ids=["hooked", "keywords"])
@@ -139,7 +140,7 @@ def test_encoder_decoder(checkpointing: bool | None) -> None:
         ours = through(model, model(**packed_pairs(sources, targets)).logits[0])
     runs = [stock(dtype) for dtype in (torch.float32, torch.float64)]
     for what, actual, plain, truth in zip(("logits", "gradients"), ours, *runs, strict=True):
-        assert_no_worse(actual, plain, truth, f"t5 {what}")
+        assert_no_worse(actual, plain, truth, f"t5 {what}", terms=terms_of(model, sum(LENGTHS)))
 
 
 def test_encoder_decoder_of_equal_lengths() -> None:
@@ -280,7 +281,7 @@ def test_autocast() -> None:
         plain = through(stock, torch.cat([stock(input_ids=part[None]).logits[0] for part in tokens]).float())
     truth = unpacked("llama", tokens, torch.float64)
     for one, other, exact in zip(ours, plain, truth, strict=True):
-        assert_no_worse(one, other, exact)
+        assert_no_worse(one, other, exact, terms=terms_of(model, sum(LENGTHS)))
 
 
 def _call(module: Any = None, tokens: int = 6, keys: int = 6, **kwargs: Any) -> Callable[[], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from fastft.foreign import unwrapped
+from fastft.foreign import unwrapped, whose_forward
 from fastft.integrations.packing import PackingCallback, packing_collator
-from fastft.loss.output_head import Attachment
+from fastft.integrations.trainings import training_begins, until_the_end_of
+from fastft.loss.output_head import Attachment, expects_head
 from fastft.loss.report import Report
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
@@ -34,10 +36,11 @@ class FusedLossCallback(TrainerCallback):
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with label smoothing or a
     `compute_loss_func` it stays stock, and `report.skipped` says so. Tensor-parallel heads, DataParallel, and models
-    whose loss others compute (Liger, TRL) are left alone, and a warning says so.
+    whose loss others compute (Liger, TRL) are left alone, and a warning says so; so are classifiers, which have no
+    vocabulary to save, without a warning.
 
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback: `restore()` takes
-    it off, and so does the next `train()`.
+    it off, and so does the next training of the model that has this callback, a new one or a `PackingCallback`.
     """
 
     def __init__(self, verify: bool = False, on_leak: str = "error") -> None:
@@ -45,8 +48,7 @@ class FusedLossCallback(TrainerCallback):
         self._packing = PackingCallback(on_leak)
         self.report = Report()
         self._attachment: Attachment | None = None
-        self._compiled_loss_of: nn.Module | None = None
-        self._hooks: list[Any] = []
+        self._kept = until_the_end_of(self)
         self._said, self._said_places = False, 0
 
     def on_train_begin(
@@ -54,6 +56,7 @@ class FusedLossCallback(TrainerCallback):
     ) -> None:
         """Attaches, after `restore()`: auto_find_batch_size begins again without an end."""
         self.restore()
+        training_begins(kwargs["model"], state, self)
         if packing_collator(kwargs.get("train_dataloader")) is not None:
             self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
         model = kwargs["model"]
@@ -62,6 +65,7 @@ class FusedLossCallback(TrainerCallback):
             self.report = Report(skipped=["DataParallel: its replicas would call the head of the first device"])
             return
         self._attachment = Attachment(model)
+        self._kept.callback(self._attachment.remove)
         self.report = self._attachment.report
         if args.torch_compile and self._attachment.heads:
             self._keep_loss_uncompiled(unwrapped(model))
@@ -84,8 +88,8 @@ class FusedLossCallback(TrainerCallback):
         why = "; ".join(self.report.skipped)
         if not why and places:
             why = "something asked for real logits before the loss"
-        why = why or "nothing called the output head (is Liger, or another fused loss, at work?)"
-        logger.warning(f"fastft: no loss was fused in the first step: {why}")
+        say = logger.warning if expects_head(kwargs["model"]) else logger.info  # a classifier has nothing to fuse
+        say(f"fastft: no loss was fused in the first step: {why or _who_computes_it(kwargs['model'])}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,21 +100,14 @@ class FusedLossCallback(TrainerCallback):
     def restore(self) -> None:
         """Takes the model back to stock. Harmless when called twice."""
         self._packing.restore()
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
-        if self._compiled_loss_of is not None:
-            self._compiled_loss_of.__dict__.pop("_loss_function", None)
-            self._compiled_loss_of = None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._kept.close()
+        self._attachment = None
 
     def _keep_loss_uncompiled(self, model: Any) -> None:
         """One graph break at the loss function instead of one at each operation on lazy logits."""
         if hasattr(type(model), "loss_function") and "_loss_function" not in model.__dict__:
             model.loss_function = torch.compiler.disable(model.loss_function)
-            self._compiled_loss_of = model
+            self._kept.callback(model.__dict__.pop, "_loss_function", None)
 
     def _verify_first_batch(self, model: nn.Module) -> None:
         stock: list[torch.Tensor | None] = []
@@ -123,15 +120,28 @@ class FusedLossCallback(TrainerCallback):
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not stock:
                 return
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
+            hooks.close()
             _compare(stock[0], _loss_of(output), _working_dtype(module))
 
-        self._hooks = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
-        ]
+        hooks = self._kept.enter_context(contextlib.ExitStack())
+        hooks.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+
+
+def _who_computes_it(model: nn.Module) -> str:
+    """Why nothing called the output head, and what to do."""
+    packages = whose_forward(model)
+    if "trl" in packages:
+        return (
+            "TRL's trainers compute their loss by a fused head of their own, and never call the model's. Leave "
+            "FusedLossCallback out (fastft's AdamW and packing work there), or train with transformers.Trainer"
+        )
+    if "liger_kernel" in packages:
+        return "Liger's kernels compute it. Leave FusedLossCallback out, or use_liger_kernel and its patches"
+    return (
+        "nothing called the output head. Another fused loss must be at work: TRL's own (SFTTrainer), Liger's "
+        "(use_liger_kernel) or one in the model's code. Leave it, or FusedLossCallback, out"
+    )
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:

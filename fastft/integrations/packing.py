@@ -20,6 +20,7 @@ from fastft.data.collator import PackingCollator
 from fastft.data.packed import PackedDataset
 from fastft.data.streaming import PackedStream
 from fastft.foreign import dispatches, modules_with_hooks
+from fastft.integrations.trainings import training_begins, until_the_end_of
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
 
@@ -43,14 +44,14 @@ class PackingCallback(TrainerCallback):
 
     `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out of `train()` leaves
     the model's hooks on, because Trainer then calls no callback: `restore()` takes them off, and so does the next
-    `train()`.
+    training of the model that has this callback, a new one or a `FusedLossCallback`.
     """
 
     def __init__(self, on_leak: str = "error") -> None:
         if on_leak not in _ON_LEAK:
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
         self.on_leak = on_leak
-        self._kept = contextlib.ExitStack()
+        self._kept = until_the_end_of(self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,6 +59,7 @@ class PackingCallback(TrainerCallback):
         """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size begins anew."""
         self.restore()
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
+        training_begins(model, state, self)
         collator = packing_collator(loader)
         if collator is None:
             logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")

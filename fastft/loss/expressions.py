@@ -14,6 +14,7 @@ This is the path for whatever `linear_cross_entropy` does not know; it is made o
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -112,6 +113,12 @@ class Linear:
         return self.origin.vocab
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits: torch's of the sum, where terms differ (adapters of 32 bits on a head of 16)."""
+        dtypes = (x.dtype for x, _, _ in self.terms)
+        return functools.reduce(torch.promote_types, dtypes)
+
+    @property
     def leading_shape(self) -> torch.Size:
         """The shape of the logits without the vocabulary."""
         return self.terms[0][0].shape[:-1]
@@ -187,6 +194,11 @@ class Linear:
     def dense(self) -> Tensor:
         """The logits."""
         return _linear(self.terms)
+
+    def no_rows(self, expression: Expression) -> Tensor:
+        """`expression` of logits of no row at all, (0, V): what asks torch for dtypes, those of autocast too."""
+        with torch.no_grad():
+            return evaluate(expression, self.terms[0][0].new_empty(0, self.vocab, dtype=self.dtype))
 
 
 _GONE = (
@@ -277,14 +289,15 @@ def _differentiate(
 def _collect(gradients: list[Tensor | None], terms: tuple[Term, ...], rows: slice, grad_logits: Tensor) -> None:
     for index, (x, weight, _) in enumerate(terms):
         grad_x, grad_weight, grad_bias = gradients[3 * index : 3 * index + 3]
+        grad_term = grad_logits.to(x.dtype)  # what torch's sum of terms of two dtypes hands to the narrower one
         if grad_x is not None:
-            grad_x.view(-1, grad_x.shape[-1])[rows] = grad_logits @ weight
+            grad_x.view(-1, grad_x.shape[-1])[rows] = grad_term @ weight
         if grad_weight is not None and grad_weight.dtype == x.dtype:
-            grad_weight.addmm_(grad_logits.T, x[rows])
+            grad_weight.addmm_(grad_term.T, x[rows])
         elif grad_weight is not None:
-            grad_weight += grad_logits.T @ x[rows]
+            grad_weight += grad_term.T @ x[rows]
         if grad_bias is not None:
-            grad_bias += grad_logits.sum(0, dtype=grad_bias.dtype)
+            grad_bias += grad_term.sum(0, dtype=grad_bias.dtype)
 
 
 class _RowWise(torch.autograd.Function):
@@ -296,7 +309,7 @@ class _RowWise(torch.autograd.Function):
             total, ctx.gradients = _differentiate(task, tensors, needs, None)
             assert total is not None
             return total
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *task.row_arguments)  # torch then sees a change of the targets in place
         if task.known is not None:
             return task.known.clone()
         terms = _terms(tensors)
@@ -309,7 +322,8 @@ class _RowWise(torch.autograd.Function):
         if ctx.task.summed:
             gradients = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients]
         else:
-            _, gradients = _differentiate(ctx.task, ctx.saved_tensors, ctx.needs_input_grad[1:], grad_output)
+            needs = ctx.needs_input_grad[1:]
+            _, gradients = _differentiate(ctx.task, ctx.saved_tensors[: len(needs)], needs, grad_output)
         return None, *gradients
 
 

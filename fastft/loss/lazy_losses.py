@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.expressions import LOGITS, Call, Expression, Linear, autocast_state, map_rows, sum_over_rows
+from fastft.loss.lazy_views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
     dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else None))
     if not is_last(lazy, dim) or "out" in kwargs:
         return NotImplemented
-    keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
     name = func.__name__
     if name in ("logsumexp", "argmax"):
         result = _kept(lazy, name)
@@ -43,8 +43,7 @@ def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
         function = getattr(torch, name)
         result = map_rows(lazy.checked(), lazy.expression, lambda z: function(z, dim=-1, **dtype))
     lazy.evaluated(result)
-    result = result.reshape(lazy.linear.leading_shape)
-    return result.unsqueeze(-1) if keepdim else result
+    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
 
 def _kept(lazy: LazyLogits, name: str) -> Tensor:
@@ -76,7 +75,7 @@ def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
     rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
     result = map_rows(lazy.checked(), lazy.expression, lambda z, i: z.gather(-1, i), rows)
     lazy.evaluated(result)
-    return result.reshape(index.shape)
+    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
 
 def cross_entropy(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,12 +105,13 @@ def _loss(
     if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
         return NotImplemented
     linear = lazy.checked()
+    weight = None if weight is None else weight.clone()  # as it is now, whatever becomes of it before backward
     options: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight}
     if func is F.cross_entropy:
         options["label_smoothing"] = label_smoothing
     known = _known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
     if known is not None:
-        return _known_loss(lazy, target, reduction=reduction, **options, **known)
+        return _known_loss(lazy, func, target, reduction=reduction, **options, **known)
     options["reduction"] = "none" if reduction == "none" else "sum"
     over_rows = map_rows if reduction == "none" else sum_over_rows
     result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
@@ -127,13 +127,12 @@ def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
     known = _known_rows(lazy, F.cross_entropy)
     if known is None or target.shape != lazy.shape or lazy.shadow.dim() != 2 or target.requires_grad:
         return NotImplemented
-    return _known_loss(lazy, target, **options, **known)
+    return _known_loss(lazy, F.cross_entropy, target, **options, **known)
 
 
-def _known_loss(lazy: LazyLogits, target: Tensor, **options: Any) -> Tensor:
-    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options))
-    autocast, _ = autocast_state(result.device.type)
-    result = result if autocast else result.to(lazy.shadow.dtype)
+def _known_loss(lazy: LazyLogits, func: Callable[..., Any], target: Tensor, **options: Any) -> Tensor:
+    nothing = func(lazy.linear.no_rows(lazy.expression), target[:0], weight=options["weight"], reduction="none")
+    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options)).to(nothing.dtype)
     lazy.evaluated(result)
     return result
 

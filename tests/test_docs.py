@@ -1,0 +1,271 @@
+"""README and docs tell the truth: their Python runs, their commands exist, each limit has a test."""
+
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import documentation
+from support.trainers import tiny_llama
+from torch import nn
+
+import fastft
+
+BLOCKS = documentation.python_blocks()
+COMMANDS = sorted(documentation.commands())
+
+
+def examples(count=12):
+    return [{"input_ids": list(range(3, 8 + number % 7))} for number in range(count)]
+
+
+def model_for(block):
+    """A tiny model of the kind that a block is about."""
+    import transformers
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    if "sequence_classification" in block:
+        return transformers.BertForSequenceClassification(
+            transformers.BertConfig(**sizes, num_attention_heads=4, attn_implementation="fastft")
+        )
+    if "seq2seq" in block:
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, decoder_start_token_id=0)
+        )
+    return tiny_llama(attn_implementation="fastft")
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[MASK]": 2, "word": 3}, "[UNK]"))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+
+def world(block, folder):
+    """What the blocks take for granted: the names that a reader has from his own script."""
+    import transformers
+
+    fastft.register_attention()
+    model = model_for(block)
+    model.save_pretrained(folder / "model")
+    hidden = torch.randn(14, 32, requires_grad=True)
+    head, labels = nn.Linear(32, 97), torch.randint(97, (14,))
+    ours = fastft.PackingCollator()
+    return {
+        "fastft": fastft,
+        "torch": torch,
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
+        "Trainer": transformers.Trainer,
+        "TrainingArguments": transformers.TrainingArguments,
+        "DataLoader": torch.utils.data.DataLoader,
+        "name": str(folder / "model"),
+        "model": model,
+        "args": transformers.TrainingArguments("out"),
+        "dataset": examples(),
+        "data": [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 8,
+        "packs": fastft.pack(examples(), max_tokens=32),
+        "loader": torch.utils.data.DataLoader(fastft.pack(examples(), max_tokens=32), collate_fn=ours),
+        "accelerator": SimpleNamespace(backward=torch.Tensor.backward),
+        "tokenizer": tokenizer(),
+        "params": list(model.parameters()),
+        "hidden": hidden,
+        "head": head,
+        "labels": labels,
+        "logits": head(hidden),
+        "num_items_in_batch": torch.tensor(14),
+        "policy_loss": lambda token, old_log_probs, advantages: -(token.log_probs - old_log_probs) * advantages,
+        "old_log_probs": torch.randn(14),
+        "advantages": torch.randn(14),
+    }
+
+
+@pytest.fixture
+def quiet_arguments(monkeypatch):
+    """`TrainingArguments` of one step that leaves nothing behind, whatever else a block asks for."""
+    from transformers import TrainingArguments
+
+    short = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "max_steps": 1}
+    stock = TrainingArguments.__init__
+
+    def quiet(self, *args, **kwargs):
+        stock(self, *args, **{**kwargs, **short})
+
+    monkeypatch.setattr(TrainingArguments, "__init__", quiet)
+
+
+@pytest.mark.parametrize("place", BLOCKS)
+def test_the_block_of_python_runs(place, tmp_path, monkeypatch, quiet_arguments):
+    block = BLOCKS[place]
+    if "torch.cuda" in block and not torch.cuda.is_available():
+        pytest.skip("the block needs a GPU")
+    monkeypatch.chdir(tmp_path)
+    names = world(block, tmp_path)
+    exec(compile(block, place, "exec"), names)
+    if "trainer" in names and "trainer.train()" not in block:
+        names["trainer"].train()
+
+
+def test_every_page_has_a_block_that_runs():
+    pages = {place.partition(":")[0] for place in BLOCKS}
+    assert {page.name for page in documentation.PAGES if "```python" in page.read_text()} <= pages
+
+
+def _marked(command):
+    return pytest.param(command, marks=[pytest.mark.slow] if "benchmarks/" in command else [])
+
+
+@pytest.mark.parametrize("command", map(_marked, COMMANDS))
+def test_the_command_exists(command):
+    """A target of make is known to it, a script takes the options, a selection of benchmarks is not empty."""
+    words = shlex.split(command)
+    python = {"python": [sys.executable], "pytest": [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]}
+    if words[0] == "make":
+        line = ["make", "-n", *words[1:]]
+    elif words[0] == "pytest":
+        line = [*python["pytest"], *words[1:], "--collect-only", "-q"]
+    elif words[0] == "pip":
+        pytest.skip("what pip installs is the build's test")
+    else:
+        line = [*python["python"], *words[1:], *([] if words[1] == "-m" else ["--help"])]
+    done = subprocess.run(line, cwd=documentation.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for option in (word for word in words if word.startswith("--") and words[0] == "python"):
+        assert option in done.stdout
+
+
+# how a limit begins, after the name of its page: the tests, or the benchmarks of a figure, which hold it
+LIMITS = {
+    "README.md: **Not yet run on a GPU.**": [
+        "test_triton_binaries.py::test_no_spills",
+        "test_cuda_emulation.py::test_every_option",
+        "test_adamw_emulation.py::test_every_mode",
+        "test_cross_entropy_triton.py::test_every_option",
+        "test_adamw_update_triton.py::test_every_mode",
+        "test_boundaries.py::test_cuda_kernel_in_emulation",
+    ],
+    "README.md: Packing: ": [
+        "test_packing_matrix.py::test_no_architecture_leaks_silently",
+        "test_packing_matrix.py::test_a_model_is_exact_or_refused",
+        "test_packing_callback.py::test_a_model_that_cannot_be_asked_is_trained_with_a_warning",
+    ],
+    "README.md: Inside a model, softcap": [
+        "test_lazy_logits.py::test_which_losses_reach_the_kernel",
+        "test_lazy_logits.py::test_only_a_scale_and_a_softcap_go_to_the_kernel",
+    ],
+    "README.md: AdamW refuses fp16": [
+        "test_adamw.py::test_bad_dtypes",
+        "test_adamw_input.py::test_parameters_which_cannot_be_trained",
+        "test_moments_8bit.py::test_amsgrad_is_refused",
+        "test_adamw_update.py::test_pieces_of_a_tensor_get_the_bits_of_the_whole",
+        "test_device_counts.py::test_what_a_graph_has_captured",
+    ],
+    "README.md: The mean over no counted row": [
+        "test_cross_entropy.py::test_no_row_counts",
+        "test_linear_cross_entropy.py::test_no_row_counts",
+        "test_loss_goals.py::test_fp32_loss_sum",
+    ],
+    "README.md: Heads are fused where": [
+        "test_peft.py::test_adapters_are_trained_as_stock",
+        "test_distributed_loss.py::test_a_loss_inside_forward_is_fused_and_stock",
+        "test_distributed_loss.py::test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so",
+        "test_fused_loss.py::test_data_parallel_is_left_alone",
+    ],
+    "README.md: A hook on logits": [
+        "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
+        "test_lazy_logits.py::test_who_watches_before_the_loss_sees_the_gradient",
+    ],
+    "adamw.md: **Not yet run on a GPU**": [
+        "test_adamw_emulation.py::test_every_mode",
+        "test_adamw_update_triton.py::test_every_mode",
+        "test_triton_binaries.py::test_adamw_has_no_spills_and_wide_accesses",
+    ],
+    "adamw.md: Refused: ": [
+        "test_adamw.py::test_bad_dtypes",
+        "test_adamw.py::test_bad_options",
+        "test_adamw_input.py::test_parameters_which_cannot_be_trained",
+        "test_moments_8bit.py::test_amsgrad_is_refused",
+    ],
+    "adamw.md: On a CPU with AVX2": [
+        "benchmarks/test_adamw.py::test_adamw_bf16_modes",
+        "benchmarks/test_adamw.py::test_adamw_8bit",
+    ],
+    "adamw.md: On a CPU a step over many small": [
+        "benchmarks/test_adamw.py::test_adamw",
+    ],
+    "adamw.md: On a GPU, without `capturable`": [
+        "test_gpu.py::test_an_adamw_step_does_not_wait",
+        "test_gpu.py::test_adamw_with_a_grad_scaler",
+    ],
+    "adamw.md: Of parameters on several devices": [
+        "test_adamw_plan.py::test_on_several_devices_nothing_is_updated_twice",
+    ],
+    'adamw.md: `state[p]["step"].data': [
+        "test_adamw_plan.py::test_a_step_count_set_by_hand_counts",
+    ],
+    "adamw.md: There are no 4-bit": [
+        "test_adamw.py::test_bad_options",
+    ],
+    "loss.md: Not yet run on a GPU": [
+        "test_cuda_emulation.py::test_every_option",
+        "test_triton_binaries.py::test_no_spills",
+    ],
+    "loss.md: Target probabilities": [
+        "test_cross_entropy.py::test_target_probabilities",
+        "test_lazy_logits.py::test_which_losses_reach_the_kernel",
+    ],
+    "loss.md: `torch.compile` takes": [
+        "test_linear_cross_entropy.py::test_compiles_to_one_graph",
+        "test_trainer_interplay.py::test_compiled",
+    ],
+    "loss.md: A hook on logits": [
+        "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
+    ],
+    "loss.md: `linear_token_loss` gives": [
+        "test_linear_log_probs.py::test_token_losses",
+        "test_loss_goals.py::test_accumulating_into_weight_grad_is_refused_where_it_would_go_unseen",
+    ],
+    "packing.md: `max_tokens` below": [
+        "test_plan.py::test_bad_capacity",
+        "test_plan.py::test_kernel_refuses_what_does_not_fit",
+    ],
+    "packing.md: An example without tokens": [
+        "test_packed.py::test_bad_datasets",
+        "test_streaming.py::test_bad_input",
+    ],
+    "packing.md: Groups of `balance`": [
+        "test_balance.py::test_ranks_have_equal_tokens_and_squares",
+    ],
+    "packing.md: With a random sampler": [
+        "test_packing_trainer.py::test_resuming_gives_the_same_batches",
+    ],
+    "packing.md: A leak below a floor": [
+        "test_check_packing.py::test_small_leaks_and_noise",
+    ],
+    "packing.md: Sharded parameters": [
+        "test_check_packing.py::test_sharded_weights_are_not_asked",
+    ],
+    "packing.md: Top-k sparse attention": [
+        "test_packing_matrix.py::test_a_model_is_exact_or_refused",
+    ],
+    "packing.md: Flash attention": [
+        "test_segment_attention.py::test_flash_attn_arguments",
+    ],
+}
+
+
+@pytest.mark.parametrize("limit", documentation.limits().values(), ids=documentation.limits())
+def test_the_limit_has_a_test(limit, request):
+    name = request.node.callspec.id
+    named = [tests for begin, tests in LIMITS.items() if f"{name.partition(':')[0]}: {limit}".startswith(begin)]
+    assert len(named) == 1, "every limit names the tests that hold it, in LIMITS"
+    assert set(named[0]) <= documentation.tests()
+
+
+def test_no_limit_is_listed_that_no_page_has():
+    pages = [f"{name.partition(':')[0]}: {text}" for name, text in documentation.limits().items()]
+    assert not [begin for begin in LIMITS if not any(text.startswith(begin) for text in pages)]
