@@ -15,8 +15,6 @@ runs begin with the same random states, so that what a model draws moves nothing
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,13 +35,13 @@ from fastft.attention.probe_rows import (
     random_tokens,
     short_row,
 )
+from fastft.attention.untouched import RandomStates, training_mode
 from fastft.data.collator import Pack, PackingCollator
 from fastft.foreign import base_model
 
 _LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 5e-4}
 _ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _MOST_NOISE = 0.3  # of the outputs; what moves more for no reason could hide a leak
-_SMALL = 2**20  # elements of a buffer that is worth a copy; larger ones are quantised weights
 
 
 @dataclass(frozen=True)
@@ -60,45 +58,6 @@ class Noise:
 
     of_others: float
     drawn: float
-
-
-class RandomStates:
-    """Those of Python, NumPy, torch and the model's GPUs, as they are when this is made."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.devices = [*{parameter.device for parameter in model.parameters() if parameter.is_cuda}]
-        self.torch = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
-        self.numpy = sys.modules.get("numpy")
-        self.others = random.getstate(), None if self.numpy is None else self.numpy.random.get_state()
-
-    def rewind(self) -> None:
-        """Back to these."""
-        torch.set_rng_state(self.torch[0])
-        for device, state in zip(self.devices, self.torch[1], strict=True):
-            torch.cuda.set_rng_state(state, device)
-        random.setstate(self.others[0])
-        if self.numpy is not None:
-            self.numpy.random.set_state(self.others[1])
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[RandomStates]:
-    """Evaluation mode without gradients; afterwards modes, buffers and random states are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= _SMALL]
-    states = RandomStates(model)
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield states
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        states.rewind()
 
 
 class Probe:
@@ -207,7 +166,7 @@ class Probe:
 
     def _trouble_in_training(self, start: int) -> Trouble | None:
         """Whether sequences see each other in training mode alone. Dropout is the same in both runs."""
-        with _training_mode(self.model):
+        with training_mode(self.model):
             try:
                 packed, moved = (self._packed(self.short, start, other) for other in (False, True))
             except Exception as error:
@@ -387,18 +346,6 @@ def _kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
     """Text alone, said to models that ask for it in training because of their images."""
     takes = getattr(type(base).forward, "__wrapped__", type(base).forward).__code__.co_varnames
     return {key: torch.zeros_like(tokens) for key in ("token_type_ids", "mm_token_type_ids") if key in takes}
-
-
-@contextlib.contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
-    """All modules but dropout in training mode, and back in evaluation mode."""
-    try:
-        for module in model.modules():
-            module.training = "dropout" not in type(module).__name__.lower()
-        yield
-    finally:
-        for module in model.modules():
-            module.training = False
 
 
 def _stock_attention(base: Any) -> Any:

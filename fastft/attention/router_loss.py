@@ -10,7 +10,6 @@ and its body, which computes attention, does not:
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from fastft.foreign import base_model
 
 KEY = "padding_lengths"
-
-_under_way = threading.local()
+_MARK = "fastft_padding"  # an attribute of the mask, by which the body's hook knows it
 
 
 class RouterLossHandle:
@@ -61,9 +59,9 @@ def _give_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any
     if not _returns_router_logits(model, kwargs):
         return None
     width = tokens.shape[1]
-    mask = torch.arange(width, device=tokens.device) < (width - padding.to(tokens.device))[:, None]
-    _under_way.mask = mask.long()
-    return args, {**kwargs, "attention_mask": _under_way.mask}
+    mask = (torch.arange(width, device=tokens.device) < (width - padding.to(tokens.device))[:, None]).long()
+    setattr(mask, _MARK, True)
+    return args, {**kwargs, "attention_mask": mask}
 
 
 def _returns_router_logits(model: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -75,11 +73,9 @@ def _returns_router_logits(model: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 
 def _take_mask(body: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    mask = getattr(_under_way, "mask", None)
-    if mask is None:
+    if not any(hasattr(value, _MARK) for value in (*args, *kwargs.values())):
         return None
-    _under_way.mask = None
     return (
-        tuple(None if value is mask else value for value in args),
-        {key: None if value is mask else value for key, value in kwargs.items()},
+        tuple(None if hasattr(value, _MARK) else value for value in args),
+        {key: None if hasattr(value, _MARK) else value for key, value in kwargs.items()},
     )
