@@ -266,6 +266,11 @@ LIMITS = {
     "packing.md: With a random sampler": [
         "test_packing_trainer.py::test_resuming_gives_the_same_batches",
     ],
+    "packing.md: The probe sees": [
+        "test_check_packing.py::test_a_leak_that_begins_behind_a_limit",
+        "test_packing_matrix.py::test_a_model_is_exact_or_refused",
+        "test_probe_rows.py::test_how_long_the_long_row_is",
+    ],
     "packing.md: A leak below a floor": [
         "test_check_packing.py::test_small_leaks_and_noise",
     ],
