@@ -20,6 +20,8 @@ from fastft.data.collator import PackingCollator
 from fastft.data.packed import PackedDataset
 from fastft.data.streaming import PackedStream
 from fastft.foreign import dispatches, modules_with_hooks
+from fastft.integrations.optimizer_check import check_optimizer
+from fastft.integrations.packed_evaluation import refuse_generation, warn_of_repeats
 from fastft.integrations.trainings import training_begins, until_the_end_of
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
@@ -50,7 +52,7 @@ class PackingCallback(TrainerCallback):
     def __init__(self, on_leak: str = "error") -> None:
         if on_leak not in _ON_LEAK:
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
-        self.on_leak = on_leak
+        self.on_leak, self._warned = on_leak, False
         self._kept = until_the_end_of(self)
 
     def on_train_begin(
@@ -60,10 +62,12 @@ class PackingCallback(TrainerCallback):
         self.restore()
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         training_begins(model, state, self)
+        check_optimizer(args, state, model, kwargs.get("optimizer"))
         collator = packing_collator(loader)
         if collator is None:
             logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")
             return
+        refuse_generation(args, collator)
         if args.n_gpu > 1:
             self._complain("DataParallel cuts a packed batch between its devices; start one process for each instead")
         if dispatches(loader):
@@ -81,6 +85,15 @@ class PackingCallback(TrainerCallback):
             self._complain(f"{type(model).__name__} does not keep packed sequences apart: {leak}")
         keep = block_mask if leak is not None and leak.block_mask else packed_attention
         self._kept.enter_context(keep(model))
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says once where several ranks would count examples twice."""
+        loader = kwargs.get("eval_dataloader")
+        collator = None if self._warned else packing_collator(loader)
+        if collator is not None:
+            self._warned = warn_of_repeats(args, loader, collator)
 
     def _leak(self, model: nn.Module, batches: Batches, args: Any) -> Leak | None:
         """What the probe finds; None also for a model that is elsewhere, with a warning."""
