@@ -29,8 +29,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-# -ffp-contract=off: every instruction set gives the same bits. Without -fno-math-errno gcc calls sqrtf and vectorises
-# nothing. Never -ffast-math: gcc 12 then links code that flushes denormals for the whole process.
+# -ffp-contract=off: every instruction set gives the same bits, but for a NaN's payload. Without -fno-math-errno gcc
+# calls sqrtf and vectorises nothing. Never -ffast-math: gcc 12 then links code that flushes denormals for the whole
+# process.
 CXXFLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),

@@ -303,8 +303,8 @@ LOSS = "hidden = self.model(input_ids).last_hidden_state; return {'loss': (hidde
     ("module", "words"),
     [
         ("trl.trainer.utils", "TRL's trainers compute their loss by a fused head of their own"),
-        ("liger_kernel.transformers.model.llama", "Liger's kernels compute it"),
-        ("modeling_mine", "nothing called the output head. Another fused loss must be at work: TRL's own"),
+        ("liger_kernel.transformers.model.llama", "nothing called the output head: Liger computes the loss"),
+        ("modeling_mine", "another fused loss must be at work, TRL's (SFTTrainer), Liger's (use_liger_kernel)"),
     ],
 )
 def test_who_else_computes_the_loss_is_named_and_what_to_do(module, words, mixed, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ mask: in transformers one disables the detection of packed sequences, and so doe
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.attention.attention import register_attention
 from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
 from fastft.data.boundaries import BOUNDARIES, IGNORE_INDEX
 from fastft.data.columns import (
@@ -85,6 +83,7 @@ class PackingCollator:
     | `seq_idx` | int32 (R, T), the segment of each token |
     | `cu_seq_lens_q`, `cu_seq_lens_k` | int32 (S + 1,), where segments begin in the R * T tokens, and R * T |
     | `max_length_q`, `max_length_k` | int, the longest segment |
+    | `padding_lengths` | int32 (R,), padding at the end of each row, if there is any (not for `seq2seq`) |
     | `use_cache` | False |
     | other keys | int64 or the array's floating-point dtype (float32 from lists), (R, T) |
 
@@ -168,8 +167,6 @@ class PackingCollator:
         self.pad_to_multiple_of, self.position_ids_start = pad_to_multiple_of, position_ids_start
         self.supervised_only, self.expand_on_device, self.impl = supervised_only is not False, expand_on_device, impl
         self.decoder_start_token_id, self.pad_examples = decoder_start_token_id, pad_examples
-        with contextlib.suppress(ImportError):  # without transformers there is nobody to tell
-            register_attention()
         self.masking = None if tokenizer is None else TokenMasking(tokenizer, mlm_probability, seed)
 
     def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch | dict[str, Any]:
@@ -303,6 +300,8 @@ class PackingCollator:
         longest = max(layout.lengths)
         others |= {"max_length_q": longest, "max_length_k": longest, "use_cache": False}
         others |= {key: tensor for key, tensor in flat.items() if key not in integers}
+        if self.task != "seq2seq" and any(layout.padding):
+            others["padding_lengths"] = torch.tensor(layout.padding, dtype=torch.int32)
         expansion = Expansion(source, self.position_ids_start, self.impl)
         batch: PackedBatch | FlatBatch
         if self.expand_on_device:
