@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from fastft.foreign import unwrapped, whose_forward
-from fastft.integrations.optimizer_check import check_optimizer
+from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.trainings import training_begins, until_the_end_of
 from fastft.loss.output_head import Attachment, expects_head
@@ -42,6 +42,10 @@ class FusedLossCallback(TrainerCallback):
 
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback: `restore()` takes
     it off, and so does the next training of the model that has this callback, a new one or a `PackingCallback`.
+
+    Raises:
+        ValueError: from `train()`, before anything is trained, where an optimizer of fastft's does not hold what is
+            trainable, is not the one that trains, or was made with other values than `args` have (docs/adamw.md).
     """
 
     def __init__(self, verify: bool = False, on_leak: str = "error") -> None:
@@ -49,8 +53,14 @@ class FusedLossCallback(TrainerCallback):
         self._packing = PackingCallback(on_leak)
         self.report = Report()
         self._attachment: Attachment | None = None
+        self._handed = Handed()
         self._kept = until_the_end_of(self)
         self._said, self._said_places = False, 0
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remembers whether the Trainer was handed an optimizer of fastft's."""
+        self._handed.note(args, kwargs.get("optimizer"))
+        self._packing.on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,7 +69,7 @@ class FusedLossCallback(TrainerCallback):
         self.restore()
         training_begins(kwargs["model"], state, self)
         if packing_collator(kwargs.get("train_dataloader")) is None:
-            check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"))
+            check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"), self._handed)
         else:
             self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
         model = kwargs["model"]
