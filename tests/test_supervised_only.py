@@ -12,6 +12,10 @@ from transformers import Trainer, set_seed
 from fastft import PackingCollator
 from fastft.integrations.fused_loss import FusedLossCallback
 
+slices = pytest.mark.skipif(
+    not hasattr(transformers.modeling_utils, "slice_logits_to_keep"), reason="this transformers keeps no chosen logits"
+)
+
 
 def conversations(count=24, seed=5):
     """Tokens of which the later part, or nothing, is supervised."""
@@ -25,6 +29,7 @@ def conversations(count=24, seed=5):
     return examples
 
 
+@slices
 @pytest.mark.parametrize("padding", [None, 16])
 @pytest.mark.parametrize("count", [1, 2, 24])
 def test_it_keeps_the_tokens_before_a_label(count, padding):
@@ -75,6 +80,7 @@ def train(tmp_path, make, supervised_only, callbacks=(), **changes):
     return history, {name: p.detach().clone() for name, p in model.named_parameters()}, sum(rows), model
 
 
+@slices
 @pytest.mark.parametrize(("name", "fused"), [("llama", False), ("llama", True), ("gpt2", False), ("gemma2", True)])
 def test_trainer_is_stock_on_fewer_rows(name, fused, tmp_path):
     losses, weights, rows, _ = train(tmp_path, MODELS[name], False, weight_decay=0.01, optim="sgd")
