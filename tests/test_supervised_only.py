@@ -100,11 +100,15 @@ def test_trainer_is_stock_on_fewer_rows(name, fused, tmp_path):
 def test_bad_arguments_are_named(monkeypatch):
     with pytest.raises(ValueError, match="supervised_only must be True, False or a model, got 'yes'"):
         PackingCollator(supervised_only="yes")
+    monkeypatch.delattr(transformers.modeling_utils, "slice_logits_to_keep", raising=False)
+    with pytest.raises(ValueError, match=r"supervised_only needs transformers >= 5\.23"):
+        PackingCollator(supervised_only=True)
+
+
+@slices
+def test_a_model_without_chosen_logits_is_refused():
     bert = transformers.BertForMaskedLM(
         transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     )
     with pytest.raises(ValueError, match="supervised_only: BertForMaskedLM does not use"):
         PackingCollator(supervised_only=bert)
-    monkeypatch.delattr(transformers.modeling_utils, "slice_logits_to_keep")
-    with pytest.raises(ValueError, match=r"supervised_only needs transformers >= 5\.23"):
-        PackingCollator(supervised_only=True)
