@@ -123,6 +123,12 @@ def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     store_value(*(local(part) for part in parts))
 
 
+@torch.no_grad()
+def write_whole(tensor: Tensor, value: Tensor) -> None:
+    """Sets a tensor, which may be a DTensor, to a whole one of its dtype."""
+    local(tensor).copy_(local(_placed_like(value, tensor)))
+
+
 def residue_of(state: dict[str, Any]) -> Any:
     """What a state keeps of its parameter's bits: the remainder, the compensation, or None."""
     return next((state[name] for name in _RESIDUES if name in state), None)
