@@ -7,6 +7,7 @@
 
 #include "adamw_args.h"
 #include "isa.h"
+#include "live_table.h"
 
 FASTFT_DECLARE_KERNEL(adamw, const AdamwTensor*, int64_t, int64_t, const AdamwHyper*, float, uint64_t)
 
@@ -49,6 +50,11 @@ void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
   update(call.tensors, call.step);
 }
 
+fastft::LiveTable<fastft::AdamwTensors>& bindings() {
+  static auto& table = *new fastft::LiveTable<fastft::AdamwTensors>(1);  // outlives whatever is released at exit
+  return table;
+}
+
 // adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs,
 //            Tensor(e!)[] residues, Tensor table) -> int
 void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
@@ -57,16 +63,19 @@ void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
       residues(stack[4]);
   const fastft::Tensor table(stack[5]);
   auto bound = std::make_unique<fastft::AdamwTensors>(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
-  stack[0] = reinterpret_cast<StableIValue>(bound.release());
+  stack[0] = StableIValue(bindings().add(std::move(bound)));
 }
 
 // adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int: 0, or with nothing done 1
-// where a bound tensor has changed since and 2 where a gradient does not fit its parameter.
+// where a bound tensor has changed since and 2 where a gradient does not fit its parameter. `bound` is what adamw_bind
+// returned.
 void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 5, "adamw_bound_: 5 arguments expected, got %d", int(nargs));
   const fastft::TensorList grads(stack[0]);
-  auto& tensors = *reinterpret_cast<fastft::AdamwTensors*>(stack[4]);
-  const fastft::AdamwStep step(stack + 1, tensors);
+  const fastft::AdamwStep step(stack + 1);
+  const auto bound = bindings().get(fastft::as_int(stack[4]), "adamw_bound_");
+  fastft::AdamwTensors& tensors = *bound;
+  step.check(tensors);
   const int code = !tensors.unchanged() ? 1 : tensors.take(grads) >= 0 ? 2 : 0;
   if (code == 0) update(tensors, step);
   stack[0] = StableIValue(code);
@@ -76,4 +85,4 @@ fastft::Kernel kernel_adamw("adamw_", adamw), kernel_bind("adamw_bind", bind), k
 }  // namespace
 
 // Lets go of what adamw_bind returned.
-FASTFT_EXPORT void fastft_adamw_release(void* bound) { delete static_cast<fastft::AdamwTensors*>(bound); }
+FASTFT_EXPORT void fastft_adamw_release(int64_t bound) { bindings().remove(bound); }

@@ -349,7 +349,7 @@ def _hyper_row(group: dict[str, Any], step: float) -> list[float]:
 def _release(bound: int, kind: str) -> None:
     library = _native.library(kind)
     if isinstance(library, ctypes.CDLL):
-        library.fastft_adamw_release(ctypes.c_void_p(bound))
+        library.fastft_adamw_release(ctypes.c_int64(bound))
 
 
 def _local(tensor: Any) -> Tensor:
