@@ -221,6 +221,25 @@ def any_placement(mode, folder):
             assert torch.equal(whole(optimizers[1].state[parts][entry]), whole(state)), (placement, entry)
 
 
+def long_vector(mode, folder):
+    """Of a DTensor the moments are fp32 whatever its length, so that a checkpoint fits any number of processes."""
+    dtype, options = MODES[mode]
+    mesh = init_device_mesh("cpu", (WORLD,))
+    value = torch.randn(9001, generator=torch.Generator().manual_seed(1)).to(dtype)
+    plain = torch.nn.Parameter(value.clone())
+    parts = torch.nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+    wide = {**options, "moments": "fp32"} if mode == "8bit" else options
+    optimizers = AdamW([plain], seed=3, **wide), AdamW([parts], seed=3, **options)
+    for i in range(3):
+        grad = torch.randn(9001, generator=torch.Generator().manual_seed(i)).to(dtype)
+        plain.grad, parts.grad = grad, distribute_tensor(grad, mesh, [Shard(0)])
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(parts.full_tensor(), plain)
+    for entry, state in optimizers[0].state[plain].items():
+        assert torch.equal(whole(optimizers[1].state[parts][entry]), whole(state)), entry
+
+
 def clipping_under_fsdp2(mode, folder):
     model, optimizer = sharded(mode)
     alone = build(mode)
@@ -234,6 +253,7 @@ def clipping_under_fsdp2(mode, folder):
 
 CHECKS = [
     any_placement,
+    long_vector,
     clipping_under_fsdp2,
     under_ddp,
     under_fsdp2,

@@ -54,7 +54,6 @@ def test_every_entry_keeps_its_bits(mode: str) -> None:
             assert now.dtype == value.dtype and torch.equal(bytes_of(now), bytes_of(value)), (key, name)
 
 
-@pytest.mark.xfail(strict=True, reason="vectors have fp32 moments yet")
 def test_fp32_moments_of_a_long_vector_become_8_bit_ones() -> None:
     """Weights, counts and remainders have the bits of then; the moments are the nearest codes of what they were."""
     file = read("exact-8bit-long.pt")

@@ -140,10 +140,11 @@ class AdamwTensors {
 
   AdamwTensor check_8bit(size_t i, Kept& kept, AdamwRounding rounding) {
     AdamwTensor row = check(i, kept, rounding, aoti_torch_dtype_int8(), aoti_torch_dtype_uint8());
-    FT_CHECK(kept.param.dim() > 1 && kept.param.contiguous() && kept.exp_avg.contiguous() && !row.max_exp_avg_sq,
-             "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of two dimensions without amsgrad", i);
-    row.columns = row.numel ? row.numel / kept.param.size(0) : 0;
-    const int64_t blocks = row.numel ? kept.param.size(0) * ((row.columns + kMomentBlock - 1) / kMomentBlock) : 0;
+    FT_CHECK(kept.param.dim() > 0 && kept.param.contiguous() && kept.exp_avg.contiguous() && !row.max_exp_avg_sq,
+             "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of a dimension or more without amsgrad", i);
+    const int64_t lines = kept.param.dim() == 1 ? 1 : kept.param.size(0);
+    row.columns = row.numel ? row.numel / lines : 0;
+    const int64_t blocks = row.numel ? lines * ((row.columns + kMomentBlock - 1) / kMomentBlock) : 0;
     for (const Tensor* scale : {&kept.exp_avg_scale, &kept.exp_avg_sq_scale})
       FT_CHECK(scale->dtype() == aoti_torch_dtype_float32() && scale->contiguous() &&
                    scale->device_index() == device_index && (row.numel == 0 || scale->numel() == blocks),

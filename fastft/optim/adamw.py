@@ -72,8 +72,8 @@ class AdamW(torch.optim.Optimizer):
         differentiable: must be False.
         fused: as foreach.
         moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; or "8bit", codes with a
-            scale for each block of 128 elements of a row (moments_8bit.py), likewise, not with amsgrad; parameters of
-            fewer than two dimensions keep fp32 then. A parameter group may have its own.
+            scale for each block of 128 elements of a row (moments_8bit.py), likewise, not with amsgrad; vectors of
+            fewer than 4,096 elements keep fp32 then. A parameter group may have its own.
         rounding: how a bf16 parameter is kept: "exact" keeps the 16 bits which rounding drops and follows fp32 to the
             last bit; "kahan" keeps a bf16 compensation; "stochastic" keeps nothing and is right in the mean; "nearest"
             keeps nothing and loses small updates. fp32 parameters need none: it is ignored, with one warning.

@@ -49,10 +49,10 @@ def rounding_of(param: Tensor, rounding: str) -> Rounding:
 
 
 def new_state(param: Tensor, moments: str, rounding: str, amsgrad: bool) -> State:
-    """The state before the first step, in the parameter's layout; with 8-bit moments, of which vectors have none, rows
-    lie one after the other.
+    """The state before the first step, in the parameter's layout; with 8-bit moments, which short vectors do not have,
+    rows lie one after the other.
     """
-    coded = moments == "8bit" and param.ndim > 1
+    coded = moments == "8bit" and moments_8bit.has_codes(param)
 
     def zeros(dtype: torch.dtype) -> Tensor:
         layout = torch.contiguous_format if coded else torch.preserve_format
@@ -271,7 +271,7 @@ def _dtypes(param: Tensor, group: dict[str, Any], rounding: str) -> dict[str, to
     """The entries of a state which have the parameter's shape."""
     residue = RESIDUES.get(rounding_of(param, rounding))
     kept = dict([residue] if residue else [])
-    if group["moments"] == "8bit" and param.ndim > 1:
+    if group["moments"] == "8bit" and moments_8bit.has_codes(param):
         return {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8} | kept
     names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
     return dict.fromkeys(names, torch.bfloat16 if group["moments"] == "bf16" else torch.float32) | kept

@@ -170,6 +170,7 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
     if not 0 <= count < float("inf"):
         raise ValueError(f"the loaded step of {owner} must be finite and not negative, got {count}")
     _check_codes(entries, owner)
+    _check_no_codes_as_numbers(entries, owner)
     coded = moments_8bit.SCALES[0] in entries
     for name in (*_MOMENTS, *_RESIDUES):
         if name in entries and not (coded and name in moments_8bit.ENTRIES):
@@ -197,6 +198,25 @@ def _check_codes(entries: dict[str, Any], owner: str) -> None:
         if tuple(entries[name].shape) != needed:
             found = tuple(entries[name].shape)
             raise ValueError(f"the loaded {name} of {owner} has shape {found}; {tuple(shape)} codes need {needed}")
+
+
+def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
+    """Raises where fp32 or bf16 moments are the codes of 8-bit ones: torch.distributed.checkpoint casts without a word.
+
+    The largest moments of a block have the codes 127 and 255, beside which no moment is an integer by chance.
+    """
+    for name, largest in (("exp_avg", 127), ("exp_avg_sq", 255)):
+        value = local(entries[name])
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+            return
+        first = value.detach().reshape(-1)[: moments_8bit.BLOCK].float()
+        if first.abs().max() != largest or not torch.equal(first, first.trunc()):
+            return
+    raise ValueError(
+        f"the loaded moments of {owner} are 8-bit codes that were read as numbers: the checkpoint has 8-bit moments "
+        "where this optimizer has none. Give both the same `moments`; long vectors, which have none under FSDP2, "
+        'need "fp32"'
+    )
 
 
 def _check_number(value: Any, name: str, owner: str, *others: torch.dtype) -> None:
