@@ -1,25 +1,49 @@
-# make demo     fine-tune on this machine and measure it          make test   everything CI checks but lint
-# make bench    benchmarks against rivals                         make lint   ruff, clang-format, mypy
-# make sweep   the fused loss, and packed batches, on every architecture of transformers
-# make wheel    one wheel for every Python >= 3.10, torch >= 2.10
+# make demo       fine-tune on this machine and measure it
+# make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
+# make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every architecture, oldest and newest packages
+# make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
+# make sweep      the fused loss, and packed batches, on every architecture of transformers
+# make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
+# make wheel      one wheel for every Python >= 3.10, torch >= 2.10
 # make gpu-check PYTHON=python3    build, test and measure with the torch of that Python, on its GPU
 
-# The environment that demo, test and bench make for themselves. TORCH is pinned: an unpinned torch brings gigabytes of CUDA.
+# The environment that demo, test and bench make for themselves: the versions of LOCKED, or without it the newest. On Linux
+# PyPI's torch brings 3 GB of CUDA; make test TORCH="torch --extra-index-url https://download.pytorch.org/whl/cpu" does not.
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+TORCH ?= torch
+LOCKED ?= requirements/locked.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --no-compile
+PIP := $(BIN)/python -m pip install -q --no-compile $(addprefix -c ,$(LOCKED))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 READY := $(VENV)/.ready
+RIVALS := $(VENV)/.rivals
+WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
 
-.PHONY: demo test lint format bench sweep wheel gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa test-latest test-oldest lint format bench sweep lock wheel gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
 
 test: native
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	$(PYTEST)
+
+test-all: lint test-slow test-isa sweep test-oldest test-latest
+
+test-slow: native $(WAYS)
+	$(PYTEST) -m "not sweep"
+
+test-isa: native
+	$(BIN)/python tests/instruction_sets.py
+
+# in a new environment: pip keeps what it finds installed
+test-latest:
+	rm -rf .venv-latest
+	$(MAKE) test VENV=.venv-latest LOCKED=
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest LOCKED=requirements/oldest.txt
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .
@@ -32,17 +56,16 @@ format: $(LINTERS)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-bench: native
-	$(PIP) --no-deps trl==1.16.0 bitsandbytes
+bench: native $(RIVALS)
 	$(BIN)/python benchmarks/record.py --machine cpu --only linear_cross_entropy cross_entropy linear_log_probs
 	$(BIN)/python benchmarks/record.py --machine cpu --only adamw
 	$(BIN)/python benchmarks/record.py --machine cpu --only attention collator boundaries plan
 	$(BIN)/python benchmarks/memory.py --machine cpu
 
 sweep: native
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -r f -n 2 -m sweep tests/test_architectures.py \
+	$(PYTEST) -r f -m sweep tests/test_architectures.py \
 		--architectures benchmarks/results/architectures.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "sweep or not sweep" tests/test_packing_matrix.py \
+	$(PYTEST) -m "sweep or not sweep" tests/test_packing_matrix.py \
 		--packing-matrix benchmarks/results/packing.md
 
 wheel: $(LINTERS)
@@ -55,15 +78,33 @@ gpu-check:
 native: $(READY)
 	@FASTFT_CXXFLAGS=-Werror $(BIN)/python setup.py -q build_ext --inplace
 
-$(READY): pyproject.toml Makefile
+$(READY): pyproject.toml Makefile $(LOCKED)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)"
-	$(PIP) ninja setuptools -e ".[bench]"
+	$(PIP) $(TORCH)
+	$(PIP) ninja "setuptools>=77"
+	$(PIP) --no-build-isolation -e ".[bench]"
+	touch $@
+
+$(RIVALS): $(READY)
+	$(PIP) -e ".[rivals]" --no-build-isolation
+	touch $@
+
+$(WAYS): $(READY)
+	DS_BUILD_OPS=0 $(PIP) -e ".[ways]" --no-build-isolation
 	touch $@
 
 $(LINTERS): $(READY)
-	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5 build
+	$(PIP) -e ".[lint]" --no-build-isolation
 	touch $@
 
+# every version of every package, for each Python that fastft promises: the same clone is the same environment next year
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install -q --upgrade uv
+	for each in locked oldest; do \
+		.venv-lock/bin/uv pip compile -q --universal --python-version 3.10 --all-extras --no-annotate --upgrade \
+			--custom-compile-command "make lock" pyproject.toml requirements/$$each.in -o requirements/$$each.txt || exit; \
+	done
+
 clean:
-	rm -rf build dist out fastft/_lib $(VENV) *.egg-info
+	rm -rf build dist out fastft/_lib $(VENV) .venv-* *.egg-info

@@ -30,6 +30,7 @@ from fastft.attention.attention import register_attention
 from fastft.attention.block_mask import block_mask, implementation_restored
 from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
+from fastft.foreign import base_model, reason_not_to_run, unwrapped
 
 LENGTHS, DECODER_LENGTHS = (11, 7, 13), (6, 9, 5)
 STOCK = ("sdpa", "eager")
@@ -77,14 +78,14 @@ def check_packing(model: nn.Module, *, position_ids_start: int = 0) -> None:
     """
     leak = find_leak(model, position_ids_start)
     if leak is not None:
-        raise PackingLeakError(f"{type(_base(model)).__name__} does not keep packed sequences apart: {leak}")
+        raise PackingLeakError(f"{type(base_model(model)).__name__} does not keep packed sequences apart: {leak}")
 
 
 def find_leak(model: nn.Module, position_ids_start: int = 0) -> Leak | None:
     """What `check_packing` raises, as a value; None if nothing is wrong. The same errors otherwise."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     reason = _reason_not_to_ask(model)
     if reason is not None:
         raise ValueError(f"model cannot be checked for packing: {reason}")
@@ -98,34 +99,12 @@ def find_leak(model: nn.Module, position_ids_start: int = 0) -> Leak | None:
         return None if problem is None else Leak(problem, *_way_out(probe, position_ids_start))
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without DistributedDataParallel, whose forward waits for other processes, and torch.compile."""
-    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
-    return model
-
-
-def _base(model: nn.Module) -> Any:
-    """The transformers model inside wrappers."""
-    get_base: Any = getattr(model, "get_base_model", None)
-    return _unwrapped(model) if get_base is None else get_base()
-
-
 def _reason_not_to_ask(model: nn.Module) -> str | None:
-    base = _base(model)
+    base = base_model(model)
     if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
         return f"{type(base).__name__} is no transformers model"
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        return "its parameters are sharded; check it before it is prepared for training"
-    for parameter in model.parameters():
-        kind = type(parameter).__name__
-        if kind in ("DTensor", "FlatParameter") or type(parameter.data).__name__ == "DTensor":
-            return "its parameters are sharded; check it before it is prepared for training"
-        if hasattr(parameter, "ds_id"):
-            return "DeepSpeed ZeRO-3 shards its parameters; check it before it is prepared for training"
-        if parameter.is_meta and not hasattr(model, "hf_device_map"):
-            return "its parameters are on the meta device"
-    return None
+    reason = reason_not_to_run(model)
+    return None if reason is None else f"{reason}; check it before it is prepared for training"
 
 
 @contextlib.contextmanager
@@ -156,7 +135,7 @@ class _Probe:
     """One model, three sequences, and what they give alone."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.base = model, _base(model)
+        self.model, self.base = model, base_model(model)
         self.crossed = bool(getattr(self.base.config, "is_encoder_decoder", False))
         self.tokens = [_random_tokens(self.base, LENGTHS, seed) for seed in (0, 1)]
         self.targets = [_random_tokens(self.base, DECODER_LENGTHS, seed) for seed in (2, 3)]

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import base_model
+
 BOUNDARY_KEYS = (
     "cu_seq_lens_q",
     "cu_seq_lens_k",
@@ -135,16 +137,6 @@ def _in_backward() -> bool:
 _holders: weakref.WeakKeyDictionary[nn.Module, _Holder] = weakref.WeakKeyDictionary()
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP and PEFT wrappers, whose own forward takes any keyword."""
-    while True:
-        get_base: Any = getattr(model, "get_base_model", None)
-        module = get_base() if callable(get_base) else getattr(model, "module", None)
-        if not isinstance(module, nn.Module) or module is model:
-            return model
-        model = module
-
-
 def _decoder_of(model: nn.Module) -> nn.Module | None:
     """The decoder of a model that has an encoder beside it."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -159,14 +151,14 @@ def _holder_of(model: nn.Module) -> _Holder:
     if len(kept) > 1:
         raise ValueError("model has parts that were given to keep_segments one by one: give it the model alone")
     holder = kept.pop() if kept else _Holder(weakref.WeakSet())
-    decoder = _decoder_of(_inner(model))
+    decoder = _decoder_of(base_model(model))
     holder.decoder_modules.update(decoder.modules() if decoder is not None else ())
     return holder
 
 
 def _for_model(model: nn.Module, holder: _Holder, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments without those which the model must not see, or does not take."""
-    parameters = inspect.signature(_inner(model).forward).parameters
+    parameters = inspect.signature(base_model(model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     dropped = {
         key

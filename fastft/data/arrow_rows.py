@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastft.foreign import chosen_rows
+
 Fetch = Callable[[Sequence[int]], list[Any]]
 
 
@@ -66,10 +68,10 @@ class ArrowRows:
     """
 
     def __init__(self, dataset: Any) -> None:
-        table, indices = dataset.data.table, dataset._indices  # which rows of the table are the dataset's; None: all
+        table = dataset.data.table
         chosen = dataset.format["columns"] if not dataset.format["output_all_columns"] else dataset.column_names
         self._fetchers = {key: _fetcher(table.column(key)) for key in chosen}
-        self._rows = None if indices is None else indices.table.column(0).to_numpy()
+        self._rows = chosen_rows(dataset)
 
     def __call__(self, examples: Sequence[int]) -> list[dict[str, Any]]:
         """The examples of the given numbers."""

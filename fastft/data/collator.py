@@ -35,6 +35,7 @@ from fastft.data.masking import TokenMasking
 from fastft.data.rows import Layout, balanced_rows, lay_out, width_of
 from fastft.data.segment_labels import take_labels
 from fastft.data.seq2seq import decoder_batch, lay_out_both, take_decoder
+from fastft.foreign import base_model
 from fastft.ops import check_impl
 
 __all__ = ["Pack", "PackingCollator"]
@@ -53,8 +54,7 @@ def _check_slices_logits(model: Any) -> None:
         return
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"supervised_only must be True, False or a model, got {model!r}")
-    get_base: Any = getattr(model, "get_base_model", None)  # PEFT
-    base = model if get_base is None else get_base()
+    base = base_model(model)
     if "slice_logits_to_keep" not in inspect.unwrap(type(base).forward).__code__.co_names:
         raise ValueError(f"supervised_only: {type(base).__name__} does not use transformers' slice_logits_to_keep")
 

@@ -7,8 +7,9 @@ accelerate's default for an iterable dataset.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
+
+from fastft.foreign import active_dataloader, dispatches
 
 
 def refuse_dispatch(dataset: Any) -> None:
@@ -16,11 +17,8 @@ def refuse_dispatch(dataset: Any) -> None:
 
     To be called where the loader hands over, `set_epoch` and `__iter__`: accelerate has then made it the active one.
     """
-    loaders = sys.modules.get("accelerate.data_loader")
-    if loaders is None:
-        return
-    active = loaders.GradientState().active_dataloader
-    if type(active) is loaders.DataLoaderDispatcher and active.dataset is dataset:
+    active = active_dataloader()
+    if dispatches(active) and active.dataset is dataset:
         raise ValueError(
             "accelerate would slice packed batches along dimension 0, and their boundaries with them (dispatch_batches,"
             " its default for an iterable dataset); each rank has to load its own batches: "

@@ -6,17 +6,12 @@ What `select` or `shuffle` left out or moved is taken from these, not from the r
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def is_arrow(dataset: Any) -> bool:
-    """Whether `dataset` is a `datasets.Dataset`."""
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(dataset, datasets.Dataset)
+from fastft.foreign import chosen_rows, is_dataset
 
 
 def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
@@ -31,7 +26,7 @@ def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
     Raises:
         ValueError: an example has no `input_ids`, or no `length_column`.
     """
-    if is_arrow(dataset):
+    if is_dataset(dataset):
         stored = dataset.column_names
         shown = dataset.format["columns"]
         transformed = dataset.format["type"] == "custom"
@@ -65,9 +60,8 @@ def _taken(dataset: Any, lengths: Any) -> Tensor:
 
     # a row without a list has no tokens, and is reported as such
     array = torch.tensor(pyarrow.compute.fill_null(lengths, 0).to_numpy())
-    if dataset._indices is None:
-        return array
-    return array[torch.tensor(dataset._indices.column(0).to_numpy().astype("int64", copy=False))]
+    rows = chosen_rows(dataset)
+    return array if rows is None else array[torch.tensor(rows.astype("int64", copy=False))]
 
 
 def _tokens(dataset: Any, index: int, _: str | None) -> int:

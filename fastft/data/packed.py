@@ -14,10 +14,11 @@ from fastft.data.balance import balanced
 from fastft.data.columns import Pack
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.epochs import epoch_plan
-from fastft.data.lengths import is_arrow, scan_lengths
+from fastft.data.lengths import scan_lengths
 from fastft.data.parts import cut, filler
 from fastft.data.plan import PackPlan, check_limits, check_positive, plan_packs
 from fastft.data.streaming import OPEN_PACKS, PackedStream
+from fastft.foreign import is_dataset
 
 CUTTING = ("truncate", "split")  # the policies after which a full pack may hold a part of an example
 
@@ -95,7 +96,7 @@ class PackedDataset(Dataset[Pack]):
         return [Pack([next(parts) for _ in range(begin, end)] if begin < end else blank) for begin, end in bounds]
 
     def _fetch(self, examples: list[int]) -> list[dict[str, Any]]:
-        if is_arrow(self.dataset) and self.dataset.format["type"] != "custom":
+        if is_dataset(self.dataset) and self.dataset.format["type"] != "custom":
             # straight from Arrow, whatever the format: no Python object is made of a token
             if self._rows is None or self._rows[0] is not self.dataset:
                 self._rows = self.dataset, ArrowRows(self.dataset)

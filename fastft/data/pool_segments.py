@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import base_model
+
 
 @dataclass(frozen=True, eq=False)
 class _Examples:
@@ -42,15 +44,6 @@ def _examples_of(kwargs: dict[str, Any]) -> _Examples:
     if boundaries is None:
         raise ValueError("the batch has label_segments but no cu_seq_lens_q: it must come from PackingCollator")
     return _Examples(segments, boundaries.long(), kwargs.get("labels"))
-
-
-def _transformers_model(model: Any) -> nn.Module:
-    """The model inside the wrappers of PEFT and DDP."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    get_base: Any = getattr(model, "get_base_model", None)
-    inner = get_base() if callable(get_base) else getattr(model, "module", model)
-    return _transformers_model(inner) if inner is not model else model
 
 
 class SegmentPooling:
@@ -190,7 +183,9 @@ def pool_segments(model: Any) -> SegmentPooling:
         TypeError: `model` is no module.
         ValueError: it is no such model, or pools its tokens in another way.
     """
-    inner = _transformers_model(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    inner = base_model(model)
     pooling = SegmentPooling(inner)
     try:
         _check(inner, pooling)

@@ -7,7 +7,6 @@ full goes out at once, the rest when the dataset ends.
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch.utils.data import IterableDataset
 from fastft.data.collator import Pack
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.parts import cut
+from fastft.foreign import is_iterable_dataset
 
 OPEN_PACKS = 32
 Examples = list[dict[str, Any]]
@@ -160,7 +160,7 @@ class PackedStream(IterableDataset[Pack]):
             yield from packer.take()
         packer.close()
         yield from packer.take()
-        if loaded is not None and loaded["source"] is not None and _is_datasets(self.dataset):
+        if loaded is not None and loaded["source"] is not None and is_iterable_dataset(self.dataset):
             self.dataset.load_state_dict({})  # it would begin the next iteration where this one began
 
     def _examples(self, loaded: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -191,8 +191,3 @@ class PackedStream(IterableDataset[Pack]):
             for start in range(0, end, self.max_tokens):
                 length = min(self.max_tokens, end - start)
                 packer.put(cut(example, start, length), length)
-
-
-def _is_datasets(dataset: Any) -> bool:
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(dataset, datasets.IterableDataset)

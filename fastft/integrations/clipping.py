@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastft.foreign import inner_optimizer
 from fastft.optim.adamw import AdamW
 
 _WHOLE_GRADIENTS = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names of what leaves every gradient on every process
@@ -45,7 +46,7 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
 
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
         parameters = list(parameters)
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+        optimizer = inner_optimizer(trainer.optimizer)
         fits = isinstance(optimizer, AdamW) and accelerator.distributed_type.value in _WHOLE_GRADIENTS
         if not fits or norm_type != 2 or not _are_all(parameters, optimizer):
             return stock(parameters, max_norm, norm_type=norm_type)

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from fastft.foreign import unwrapped
 from fastft.integrations.packing import PackingCallback, packing_collator
-from fastft.loss.output_head import Attachment, unwrap
+from fastft.loss.output_head import Attachment
 from fastft.loss.report import Report
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
@@ -63,7 +64,7 @@ class FusedLossCallback(TrainerCallback):
         self._attachment = Attachment(model)
         self.report = self._attachment.report
         if args.torch_compile and self._attachment.heads:
-            self._keep_loss_uncompiled(unwrap(model))
+            self._keep_loss_uncompiled(unwrapped(model))
         if self.verify and self._attachment.heads:
             self._verify_first_batch(model)
 

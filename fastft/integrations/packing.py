@@ -13,6 +13,7 @@ from fastft.attention.block_mask import attention_configs, block_mask
 from fastft.attention.check_packing import Leak, PackingLeakError, find_leak
 from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
+from fastft.foreign import dispatches
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
 
@@ -57,7 +58,7 @@ class PackingCallback(TrainerCallback):
             return
         if args.n_gpu > 1:
             self._complain("DataParallel cuts a packed batch between its devices; start one process for each instead")
-        if type(loader).__name__ == "DataLoaderDispatcher":
+        if dispatches(loader):
             self._complain(
                 "accelerate cuts packed batches along dimension 0, and their boundaries with them; set "
                 "TrainingArguments(accelerator_config={'dispatch_batches': False})"

@@ -13,19 +13,13 @@ forward, a reduce-scatter of it in backward.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastft.foreign import is_dtensor
 from fastft.loss.options import refuse_second_derivative
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether it is one; torch's module of them, a second of import time, is not needed to know."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 class _Gather(torch.autograd.Function):

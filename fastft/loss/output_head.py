@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.foreign import base_model, is_dtensor, sharding_library
 from fastft.loss.lazy_logits import lazy_linear
 from fastft.loss.report import Report
-from fastft.loss.sharding import Sharding, sharding_library
+from fastft.loss.sharding import Sharding
 
 
 class LazyForward:
@@ -82,12 +83,12 @@ class Attachment:
             around = [module for module in model.modules() if any(part is head for part in module.modules())]
             library = sharding_library(head, around)
             reason = _reason_against(head)
-            if library is None and type(head.weight).__name__ == "DTensor":
+            if library is None and is_dtensor(head.weight):
                 reason = "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
             if reason is not None:
                 self.report.skipped.append(reason)
                 continue
-            sharding = None if library is None else Sharding(library, head, _base_model(model))
+            sharding = None if library is None else Sharding(library, head, base_model(model))
             head.forward = LazyForward(head, around, sharding, self.report)  # type: ignore[method-assign]
             self.heads.append(head)
             self._shardings += [] if sharding is None else [sharding]
@@ -106,7 +107,7 @@ class Attachment:
 
 def find_heads(model: nn.Module) -> list[nn.Linear]:
     """The linear modules whose sum is the model's logits: the output embeddings, looked up inside PEFT wrappers."""
-    base: Any = _base_model(model)
+    base = base_model(model)
     try:
         head = base.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -118,22 +119,6 @@ def find_heads(model: nn.Module) -> list[nn.Linear]:
     if hasattr(config, "get_text_config"):
         sizes.add(getattr(config.get_text_config(), "vocab_size", None))
     return [module for module in base.modules() if type(module) is nn.Linear and module.out_features in sizes]
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    """The model that owns the output embeddings."""
-    get_base: Any = getattr(model, "get_base_model", None)
-    return unwrap(model) if get_base is None else get_base()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers such as DistributedDataParallel and torch.compile."""
-    while not hasattr(model, "config"):
-        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model
 
 
 def _has_global_backward_hooks() -> bool:

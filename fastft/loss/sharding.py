@@ -15,17 +15,6 @@ import torch
 from torch import nn
 
 
-def sharding_library(head: nn.Linear, around: list[nn.Module]) -> str | None:
-    """What shards the weight of `head`, which the modules `around` contain; None for nobody."""
-    if hasattr(head.weight, "ds_id"):
-        return "ZeRO-3"
-    kinds = {base.__name__ for module in around for base in type(module).__mro__}
-    if "FSDPModule" in kinds:
-        return "FSDP2"
-    flattened = "weight" not in head._parameters or getattr(head.weight, "_fsdp_flattened", False)
-    return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
-
-
 def _shares_a_resharded_unit(head: nn.Linear) -> bool:
     """Whether entering the head again would have FSDP2 free its neighbours' weights before their backward pass."""
     get_state: Any = getattr(head, "_get_fsdp_state", None)

@@ -165,7 +165,7 @@ class AdamW(torch.optim.Optimizer):
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """As torch's; a `remainder` has its 16 bits under the dtype bfloat16, which every backend of FSDP sends."""
-        return checkpoint.packed(super().state_dict())
+        return checkpoint.packed(super().state_dict(), self)
 
     @torch._disable_dynamo
     def torch_state_dict(self) -> dict[str, Any]:

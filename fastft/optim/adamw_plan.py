@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastft import _native, ops
+from fastft.foreign import is_dtensor, local, shard_begin
 from fastft.optim import device_counts, moments_8bit
 from fastft.optim.adamw_update import OP, RESIDUES, Rounding
 from fastft.optim.device_counts import DeviceCounts
@@ -94,7 +95,7 @@ class Plan:
         self.signature = _signature(groups)
         self.states = [_ready(state, param, groups[i], rounding) for param, i in found]
         self.steps = torch.tensor([float(entries["step"]) for entries in self.states], dtype=torch.float32)
-        self.sharded = any(hasattr(param, "to_local") for param in self.params)
+        self.sharded = any(map(is_dtensor, self.params))
         keys = list(zip((index for _, index in found), self.steps.tolist(), strict=True))
         self.rows = list(dict.fromkeys(keys))  # (group, steps done) of each row of the hyper table
         firsts = dict(zip((id(param) for param, _ in every), _first_elements(every), strict=True))
@@ -155,7 +156,7 @@ class Plan:
             rows = [_hyper_row(groups[index], step + 1) for index, step in self.rows]
             of_host = torch.tensor(rows, dtype=torch.float32)
         if self.sharded:
-            grads = [_local(grad) for grad in grads]
+            grads = [local(grad) for grad in grads]
         for part in self.parts:
             counts = self.counts.get(part.device)
             hyper = counts.hyper(groups, found_inf) if counts else of_host
@@ -178,17 +179,17 @@ class _Part:
         self.device, self.positions = device, positions
         chosen = range(len(plan.params)) if positions is None else positions
         self.originals = [plan.params[i] for i in chosen]
-        self.params = [_local(param) for param in self.originals]
+        self.params = [local(param) for param in self.originals]
         states = [plan.states[i] for i in chosen]
         self.steps = [state["step"] for state in states]
-        self.exp_avgs = [_local(state["exp_avg"]) for state in states]
-        self.exp_avg_sqs = [_local(state["exp_avg_sq"]) for state in states]
+        self.exp_avgs = [local(state["exp_avg"]) for state in states]
+        self.exp_avg_sqs = [local(state["exp_avg_sq"]) for state in states]
         rows = [table[i] for i in chosen]
         self.max_exp_avg_sqs = [
-            _local(state["max_exp_avg_sq"]) for state, row in zip(states, rows, strict=True) if row[2]
+            local(state["max_exp_avg_sq"]) for state, row in zip(states, rows, strict=True) if row[2]
         ]
         self.residues = [
-            _local(state[name])
+            local(state[name])
             for state, row in zip(states, rows, strict=True)
             for name in _residue_names(state, row[1])
         ]
@@ -218,7 +219,7 @@ class _Part:
         several none may be updated before all were looked over. Of counts it sees nothing. Looking at each would cost
         more than the step of a small tensor, and whoever moves states by `.data = ...` moves all: the first tells.
         """
-        if self.originals[0] is not self.params[0] and not all(map(is_, map(_local, self.originals), self.params)):
+        if self.originals[0] is not self.params[0] and not all(map(is_, map(local, self.originals), self.params)):
             return False
         if self.bound is None or self.positions is not None:
             return self._memory() == self.memory
@@ -315,19 +316,9 @@ def _first_elements(every: list[tuple[Tensor, int]]) -> list[int]:
     """Each parameter's first index in the numbering of all elements, which does not depend on shards."""
     firsts, end = [], 0
     for param, _ in every:
-        firsts.append(end + _shard_begin(param))
+        firsts.append(end + shard_begin(param))
         end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
     return firsts
-
-
-def _shard_begin(param: Any) -> int:
-    """Where this process's rows of a DTensor begin in the whole tensor (shards of dimension 0), in elements."""
-    if not hasattr(param, "to_local"):
-        return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offsets = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-    return sum(offset * stride for offset, stride in zip(offsets, param.stride(), strict=True))
 
 
 def _hyper_row(group: dict[str, Any], step: float) -> list[float]:
@@ -350,10 +341,6 @@ def _release(bound: int, kind: str) -> None:
     library = _native.library(kind)
     if isinstance(library, ctypes.CDLL):
         library.fastft_adamw_release(ctypes.c_int64(bound))
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _same_layout(tensor: Tensor, layout: Tensor) -> bool:

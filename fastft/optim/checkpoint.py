@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.foreign import in_flat_parameter, local, placed_like, sharded_like
 from fastft.optim import moments_8bit
 from fastft.optim.adamw_update import RESIDUES, store_value
 
@@ -39,17 +40,26 @@ class _Verbatim:
         self.entries = entries
 
 
-def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those of the optimizer."""
+def packed(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those of the optimizer.
 
-    def entries_of(state: Any) -> Any:
+    8-bit moments of FSDP1's vectors are fp32: it gathers, and cuts into parameters, what has the vector's shape only.
+    Loading makes the same codes of them.
+    """
+    keys = (key for group in state_dict["param_groups"] for key in group["params"])
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    flat = {key for key, param in zip(keys, params, strict=False) if in_flat_parameter(param)}
+
+    def entries_of(key: Any, state: Any) -> Any:
         if not isinstance(state, dict):
             return state
+        if key in flat:
+            state = _decoded(state)
         if "remainder" in state:
             state = {**state, "remainder": _reinterpreted(state["remainder"], torch.bfloat16)}
         return dict(state)
 
-    return {**state_dict, "state": {key: entries_of(state) for key, state in state_dict["state"].items()}}
+    return {**state_dict, "state": {key: entries_of(key, state) for key, state in state_dict["state"].items()}}
 
 
 def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -119,24 +129,19 @@ def reveal(optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     """Sets a parameter, and what `state` keeps with it, to an fp32 master. All may be DTensors."""
-    parts = (_placed_like(master.float(), param), param, residue_of(state))
+    parts = (placed_like(master.float(), param), param, residue_of(state))
     store_value(*(local(part) for part in parts))
 
 
 @torch.no_grad()
 def write_whole(tensor: Tensor, value: Tensor) -> None:
     """Sets a tensor, which may be a DTensor, to a whole one of its dtype."""
-    local(tensor).copy_(local(_placed_like(value, tensor)))
+    local(tensor).copy_(local(placed_like(value, tensor)))
 
 
 def residue_of(state: dict[str, Any]) -> Any:
     """What a state keeps of its parameter's bits: the remainder, the compensation, or None."""
     return next((state[name] for name in _RESIDUES if name in state), None)
-
-
-def local(tensor: Any) -> Any:
-    """This rank's part of a DTensor; anything else as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
@@ -293,7 +298,7 @@ def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[
             if name == "remainder" and value.dtype == torch.bfloat16:
                 value = _reinterpreted(value, torch.int16)
             _same_shape(value, template, name, owner)
-            value = _placed_like(value.to(device=template.device, dtype=template.dtype), template)
+            value = placed_like(value.to(device=template.device, dtype=template.dtype), template)
             fresh[name] = value if value.stride() == template.stride() else template.copy_(value)
     return fresh
 
@@ -306,7 +311,7 @@ def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dic
     values = []
     for name in ("exp_avg", "exp_avg_sq"):
         _same_shape(saved[name], fresh[name], name, owner)
-        values.append(local(_placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])).contiguous())
+        values.append(local(placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])).contiguous())
     codes = [local(fresh[name]) for name in moments_8bit.ENTRIES]
     moments_8bit.quantise(values[0], values[1], (codes[0], codes[1], codes[2], codes[3]))
     return saved | {name: fresh[name] for name in moments_8bit.ENTRIES}
@@ -328,25 +333,6 @@ def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:
         raise ValueError(f"the loaded {name} of {owner} has shape {shapes}")
 
 
-def sharded_like(part: Tensor, template: Any) -> Tensor:
-    """`part` itself, or where `template` is a DTensor a DTensor of its shape with `part` as this rank's."""
-    if not hasattr(template, "to_local"):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    layout = {"shape": template.shape, "stride": template.stride()}
-    return DTensor.from_local(part, template.device_mesh, template.placements, **layout)
-
-
 def _reinterpreted(tensor: Any, dtype: torch.dtype) -> Tensor:
     """The same bits under another dtype of the same size."""
     return sharded_like(local(tensor).view(dtype), tensor)
-
-
-def _placed_like(value: Tensor, template: Any) -> Tensor:
-    """A whole tensor cut as the DTensor `template` is; all else as it came."""
-    if not hasattr(template, "device_mesh") or hasattr(value, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, template.device_mesh, template.placements)

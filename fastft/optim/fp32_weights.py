@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.foreign import inner_optimizer, unwrapped
 from fastft.optim import weight_files
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import load_value
@@ -49,7 +50,7 @@ def save_fp32(
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    model, adamw = _unwrapped(model), _adamw(optimizer)
+    model, adamw = unwrapped(model), _adamw(optimizer)
     tensors = _by_name(model)
     _check_trained(adamw, list(tensors.values()))
     sizes = {names[0]: _as_saved(torch.empty_like(tensor, device="meta")) for names, tensor in _untied(model, tensors)}
@@ -93,7 +94,7 @@ def load_fp32(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: st
     """
     from safetensors import safe_open
 
-    model, adamw = _unwrapped(model), _adamw(optimizer)
+    model, adamw = unwrapped(model), _adamw(optimizer)
     tensors = _by_name(model)
     _check_trained(adamw, list(tensors.values()))
     headers = weight_files.read_headers(Path(path))
@@ -141,18 +142,10 @@ def _check_fit(
 
 
 def _adamw(optimizer: Any) -> AdamW:
-    while not isinstance(optimizer, AdamW) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, AdamW):
-        raise TypeError(f"optimizer must be fastft's AdamW or a wrapper around it, got {type(optimizer).__name__}")
-    return optimizer
-
-
-def _unwrapped(model: Any) -> torch.nn.Module:
-    while hasattr(model, "_orig_mod") or isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    whole: torch.nn.Module = model
-    return whole
+    inner = inner_optimizer(optimizer)
+    if not isinstance(inner, AdamW):
+        raise TypeError(f"optimizer must be fastft's AdamW or a wrapper around it, got {type(inner).__name__}")
+    return inner
 
 
 def _by_name(model: torch.nn.Module) -> dict[str, Tensor]:

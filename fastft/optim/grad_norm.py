@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
+from fastft.foreign import is_dtensor
 
 
 def _grad_norm_squared_reference(total: Tensor, grads: Sequence[Tensor]) -> None:
@@ -45,7 +46,7 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
         return _total(grads, impl).sqrt().float()
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
-        sharded = hasattr(grad, "to_local")
+        sharded = is_dtensor(grad)
         groups.setdefault((grad.device_mesh, grad.placements) if sharded else grad.device, []).append(grad)  # type: ignore[attr-defined]
     totals = [
         _sharded(members, impl) if isinstance(key, tuple) else _total(members, impl) for key, members in groups.items()

@@ -51,6 +51,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.foreign import is_dtensor
+
 BLOCK = 128
 LONG = 4096  # elements of a vector from which on it is worth blocks; norms and biases of most models are shorter
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
@@ -69,7 +71,7 @@ def has_codes(param: Any) -> bool:
     the sharder's (FSDP2 cuts norms and biases, short as they are), and its blocks would depend on the number of
     processes.
     """
-    return param.ndim > 1 or (param.ndim == 1 and param.numel() >= LONG and not hasattr(param, "device_mesh"))
+    return param.ndim > 1 or (param.ndim == 1 and param.numel() >= LONG and not is_dtensor(param))
 
 
 def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
@@ -86,7 +88,7 @@ def new_entries(param: Any) -> dict[str, Tensor]:
     """
 
     def zeros(shape: torch.Size | tuple[int, int], dtype: torch.dtype) -> Tensor:
-        if not hasattr(param, "device_mesh"):
+        if not is_dtensor(param):
             return torch.zeros(shape, dtype=dtype, device=param.device)
         from torch.distributed import tensor as distributed
 

@@ -1,0 +1,188 @@
+"""Other people's objects: how fastft knows a wrapped model, a sharded tensor, a `datasets.Dataset`, a private name.
+
+Everything is asked of the object, or of `sys.modules`: no library is imported to learn that an object is not its own.
+`PRIVATE_NAMES` lists every name with a leading underscore that is not ours and that fastft leans on; a test says which
+of them an upgrade of torch, transformers, accelerate, datasets or DeepSpeed has taken away.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+# "module:qualified name" and what it is for; "a|b" is one name of several versions. What no class has, only its
+# instances, is looked for in the module's text.
+PRIVATE_NAMES = {
+    "torch:_disable_dynamo": "torch.compiler.disable without importing the compiler",
+    "torch:Tensor._make_wrapper_subclass": "lazy logits are a tensor without memory",
+    "torch:Tensor._is_view": "whether an operation on lazy logits would alias them",
+    "torch:Tensor._version": "has somebody written to a gradient, a state or a weight since",
+    "torch._C:DisableTorchFunctionSubclass": "computing inside __torch_function__ without entering it again",
+    "torch._C:_current_graph_task_id": "is a backward pass under way, as torch.utils.checkpoint asks",
+    "torch._C:_autograd._get_current_graph_task_keep_graph": "will this graph be walked again",
+    "torch:ops.aten._flash_attention_forward": "attention within segments on a GPU",
+    "torch:ops.aten._flash_attention_backward": "its gradients",
+    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": "attention within segments on a CPU",
+    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "its gradients",
+    "torch._dynamo.eval_frame:OptimizedModule._orig_mod": "the model inside torch.compile",
+    "torch.distributed.fsdp:FullyShardedDataParallel._fsdp_wrapped_module": "the model inside FSDP1",
+    "torch.distributed.fsdp._flat_param:_fsdp_flattened": "a weight that FSDP1 keeps in a flat parameter",
+    "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "which modules one FSDP2 unit gathers",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_groups|_fsdp_param_group": "does it reshard",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._modules": "the modules of one FSDP2 unit",
+    "torch.distributed.tensor._utils:compute_local_shape_and_global_offset": "where a shard begins",
+    "torch.nn.modules.module:_global_backward_hooks": "hooks that would see the gradient of logits",
+    "torch.nn.modules.module:_global_backward_pre_hooks": "likewise",
+    "torch.nn:Module._backward_hooks": "likewise, of one module",
+    "torch.nn:Module._backward_pre_hooks": "likewise",
+    "torch.nn:Module._parameters": "a weight that FSDP1 took out of its module is not in here",
+    "torch:Tensor._backward_hooks": "a hook on a weight forbids writing to its gradient directly",
+    "torch:Tensor._post_accumulate_grad_hooks": "likewise",
+    "torch.utils:_pytree": "lazy logits nested in arguments",
+    "transformers:AttentionInterface._global_mapping": "is attn_implementation='fastft' registered",
+    "transformers:PreTrainedConfig._attn_implementation": "which attention a model uses",
+    "transformers:PreTrainedConfig._attn_implementation_internal": "the same, set without a check of the name",
+    "transformers:PreTrainedModel._supports_sdpa": "which stock attention the probe tries",
+    "transformers:PreTrainedModel._loss_function": "what setting loss_function leaves on a model",
+    "accelerate.accelerator:_original_forward": "accelerate's mixed precision runs inside forward",
+    "datasets:Dataset._indices": "which rows select or shuffle left, in which order",
+}
+
+_DATA_PARALLEL = {"DataParallel", "DistributedDataParallel"}
+_WRAPPERS = {*_DATA_PARALLEL, "FullyShardedDataParallel", "DeepSpeedEngine", "OptimizedModule"}
+
+
+def _class_names(thing: object) -> set[str]:
+    """The names of all classes that `thing` is an instance of."""
+    return {base.__name__ for base in type(thing).__mro__}
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside DDP, DataParallel, FSDP1, DeepSpeed and torch.compile, in any nesting; PEFT's wrapper stays."""
+    while _class_names(model) & _WRAPPERS:
+        children = model._modules
+        name = next((name for name in ("_orig_mod", "_fsdp_wrapped_module", "module") if name in children), None)
+        if name is None:
+            return model
+        model = children[name]
+    return model
+
+
+def base_model(model: Any) -> Any:
+    """The model that the user's framework defines, inside `unwrapped`'s wrappers and PEFT's."""
+    while True:
+        inner = unwrapped(model)
+        get_base = getattr(type(inner), "get_base_model", None)
+        inner = inner if get_base is None else get_base(inner)
+        if inner is model:
+            return model
+        model = inner
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of accelerate and DeepSpeed, which keep it as `.optimizer`."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is one; torch's module of them, a second of import time, is not needed to know."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """This rank's part of a DTensor; anything else as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def sharded_like(part: Tensor, template: Any) -> Tensor:
+    """`part` itself, or where `template` is a DTensor a DTensor of its shape with `part` as this rank's."""
+    if not is_dtensor(template):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    layout = {"shape": template.shape, "stride": template.stride()}
+    return DTensor.from_local(part, template.device_mesh, template.placements, **layout)
+
+
+def placed_like(value: Tensor, template: Any) -> Tensor:
+    """A whole tensor cut as the DTensor `template` is; all else as it came."""
+    if not is_dtensor(template) or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, template.device_mesh, template.placements)
+
+
+def in_flat_parameter(tensor: Any) -> bool:
+    """Whether this is, or is this process's part of, a parameter that FSDP1 keeps in one flat vector."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
+def shard_begin(tensor: Any) -> int:
+    """Where this process's rows of a DTensor begin in the whole tensor (shards of dimension 0), in elements."""
+    if not is_dtensor(tensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return sum(offset * stride for offset, stride in zip(offsets, tensor.stride(), strict=True))
+
+
+def sharding_library(module: nn.Module, around: Iterable[nn.Module]) -> str | None:
+    """What shards the weight of `module`, which the modules `around` contain; None for nobody."""
+    if hasattr(module.weight, "ds_id"):
+        return "ZeRO-3"
+    kinds = set().union(*map(_class_names, around))
+    if "FSDPModule" in kinds:
+        return "FSDP2"
+    flattened = "weight" not in module._parameters or in_flat_parameter(module.weight)
+    return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
+
+
+def reason_not_to_run(model: nn.Module) -> str | None:
+    """Why `model` cannot be called by one process alone with its real weights; None if it can."""
+    if any("FullyShardedDataParallel" in _class_names(module) for module in model.modules()):
+        return "FSDP1 shards its parameters"
+    for parameter in model.parameters():
+        if is_dtensor(parameter) or type(parameter).__name__ == "FlatParameter":
+            return "its parameters are sharded"
+        if hasattr(parameter, "ds_id"):
+            return "DeepSpeed ZeRO-3 shards its parameters"
+        if parameter.is_meta and not hasattr(model, "hf_device_map"):  # accelerate's hooks fetch what it offloaded
+            return "its parameters are on the meta device"
+    return None
+
+
+def is_dataset(dataset: Any) -> bool:
+    """Whether `dataset` is a `datasets.Dataset`."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(dataset, datasets.Dataset)
+
+
+def is_iterable_dataset(dataset: Any) -> bool:
+    """Whether `dataset` is a `datasets.IterableDataset`."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(dataset, datasets.IterableDataset)
+
+
+def chosen_rows(dataset: Any) -> Any:
+    """Which rows of its table a `datasets.Dataset` has, numpy integers (N,); None: all of them, in order."""
+    indices = dataset._indices
+    return None if indices is None else indices.column(0).to_numpy()
+
+
+def dispatches(loader: Any) -> bool:
+    """Whether `loader` is accelerate's that reads on rank 0 and cuts every tensor of a batch between the ranks."""
+    return "DataLoaderDispatcher" in _class_names(loader)
+
+
+def active_dataloader() -> Any:
+    """The loader of accelerate that is being iterated; None without one."""
+    loaders = sys.modules.get("accelerate.data_loader")
+    return None if loaders is None else loaders.GradientState().active_dataloader
