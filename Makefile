@@ -35,7 +35,7 @@ test-slow: native $(WAYS)
 	$(PYTEST) -m "not sweep"
 
 test-isa: native
-	$(BIN)/python tests/instruction_sets.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
 
 # in a new environment: pip keeps what it finds installed
 test-latest:

@@ -11,6 +11,7 @@ FASTFT_CXXFLAGS                       extra flags for every C++ file and for the
 CXX, CUDA_HOME, MAX_JOBS              as everywhere
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -28,8 +29,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-# -ffp-contract=off: every instruction set gives the same bits. Without -fno-math-errno gcc calls sqrtf and vectorises
-# nothing. Never -ffast-math: gcc 12 then links code that flushes denormals for the whole process.
+# -ffp-contract=off: every instruction set gives the same bits, but for a NaN's payload. Without -fno-math-errno gcc
+# calls sqrtf and vectorises nothing. Never -ffast-math: gcc 12 then links code that flushes denormals for the whole
+# process.
 CXXFLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
@@ -169,7 +171,7 @@ def compile_library(kind):
 
 
 class BuildLibraries(build_ext):
-    """Puts the libraries, and build_info.json with the reasons for those that cannot be built, into fastft/_lib."""
+    """Puts the libraries, and build_info.json with their hashes or why one cannot be built, into fastft/_lib."""
 
     def run(self):
         in_place = self.inplace or getattr(self, "editable_mode", False)
@@ -183,8 +185,9 @@ class BuildLibraries(build_ext):
                 part = installed.with_suffix(".part")
                 shutil.copy(built, part)
                 os.replace(part, installed)  # a running process keeps the library that it has mapped
-                info[kind] = {"bytes": installed.stat().st_size}
-                print(f"fastft: {installed.name} built, {info[kind]['bytes']} bytes", file=sys.stderr)
+                content = installed.read_bytes()
+                info[kind] = {"sha256": hashlib.sha256(content).hexdigest()}
+                print(f"fastft: {installed.name} built, {len(content)} bytes", file=sys.stderr)
             except Unavailable as reason:  # what an earlier build left may not fit today's schemas
                 installed.unlink(missing_ok=True)
                 if os.environ.get(f"FASTFT_BUILD_{kind.upper()}") == "1":

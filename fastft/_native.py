@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import json
+import logging
 import os
 import re
 from pathlib import Path
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 _FOLDER = Path(__file__).resolve().parent / "_lib"
+_INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")  # as in csrc/cpu/library.cpp
 
 
 @functools.cache
@@ -46,10 +51,7 @@ def cuda_unusable(device_index: int) -> str | None:
 def cpu_isa() -> str | None:
     """The instruction set that the CPU kernels use, e.g. "avx2"; None without the library."""
     loaded = library("cpu")
-    if isinstance(loaded, str):
-        return None
-    loaded.fastft_cpu_isa.restype = ctypes.c_char_p
-    return loaded.fastft_cpu_isa().decode()
+    return None if isinstance(loaded, str) else _instruction_set(loaded)
 
 
 def _load(kind: str) -> ctypes.CDLL | str:
@@ -60,15 +62,34 @@ def _load(kind: str) -> ctypes.CDLL | str:
     built = json.loads(record.read_text()).get(kind, {}) if record.exists() else {}
     if not path.exists():
         return f"not built: {built.get('missing', f'{path.name} is missing')}"
-    if path.stat().st_size != built.get("bytes"):
-        # dlopen of a truncated file ends the process with SIGBUS, which no except clause catches
-        return f"{path.name} is damaged (not the size that was built): reinstall fastft"
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if version is None or (int(version[1]), int(version[2])) < (2, 10):
         return f"torch {torch.__version__} is older than 2.10"
     if kind == "cuda" and (torch.version.cuda is None or torch.version.hip):
         return "this torch build has no CUDA"
+    if hashlib.sha256(path.read_bytes()).hexdigest() != built.get("sha256"):
+        # dlopen of a damaged file ends the process with SIGBUS or SIGSEGV, which no except clause catches
+        return f"{path.name} is damaged (not the file that was built): reinstall fastft"
     loaded = ctypes.CDLL(str(path))
     loaded.fastft_register.restype = ctypes.c_char_p
     error = loaded.fastft_register()
-    return f"registration failed: {error.decode()}" if error else loaded
+    if error:
+        return f"registration failed: {error.decode()}"
+    if kind == "cpu":
+        _check_instruction_set(loaded)
+    return loaded
+
+
+def _check_instruction_set(loaded: ctypes.CDLL) -> None:
+    """Says so where FASTFT_CPU_ISA asks for what is not had."""
+    wanted, used = os.environ.get("FASTFT_CPU_ISA"), _instruction_set(loaded)
+    if not wanted or wanted == used:
+        return
+    known = wanted in _INSTRUCTION_SETS
+    reason = "this processor lacks it" if known else f"it must be one of {', '.join(_INSTRUCTION_SETS)}"
+    logger.warning("FASTFT_CPU_ISA=%s is ignored: %s; the CPU kernels run with %s", wanted, reason, used)
+
+
+def _instruction_set(loaded: ctypes.CDLL) -> str:
+    loaded.fastft_cpu_isa.restype = ctypes.c_char_p
+    return str(loaded.fastft_cpu_isa().decode())

@@ -7,18 +7,23 @@ of them an upgrade of torch, transformers, accelerate, datasets or DeepSpeed has
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 # "module:qualified name" and what it is for; "a|b" is one name of several versions. What no class has, only its
 # instances, is looked for in the module's text.
 PRIVATE_NAMES = {
     "torch:_disable_dynamo": "torch.compiler.disable without importing the compiler",
+    "torch._dynamo.decorators:_dynamo_marked_constant": "torch.compiler.assume_constant_result, without the compiler",
     "torch:Tensor._make_wrapper_subclass": "lazy logits are a tensor without memory",
-    "torch:Tensor._is_view": "whether an operation on lazy logits would alias them",
+    "torch:UntypedStorage._cdata": "whether an operation on lazy logits would share their memory",
     "torch:Tensor._version": "has somebody written to a gradient, a state or a weight since",
     "torch._C:DisableTorchFunctionSubclass": "computing inside __torch_function__ without entering it again",
     "torch._C:_current_graph_task_id": "is a backward pass under way, as torch.utils.checkpoint asks",
@@ -38,6 +43,10 @@ PRIVATE_NAMES = {
     "torch.nn.modules.module:_global_backward_pre_hooks": "likewise",
     "torch.nn:Module._backward_hooks": "likewise, of one module",
     "torch.nn:Module._backward_pre_hooks": "likewise",
+    "torch.nn:Module._forward_hooks": "hooks that see the packing probe's batches",
+    "torch.nn:Module._forward_pre_hooks": "likewise",
+    "torch.nn.modules.module:_global_forward_hooks": "likewise, of all modules",
+    "torch.nn.modules.module:_global_forward_pre_hooks": "likewise",
     "torch.nn:Module._parameters": "a weight that FSDP1 took out of its module is not in here",
     "torch:Tensor._backward_hooks": "a hook on a weight forbids writing to its gradient directly",
     "torch:Tensor._post_accumulate_grad_hooks": "likewise",
@@ -51,6 +60,8 @@ PRIVATE_NAMES = {
     "datasets:Dataset._indices": "which rows select or shuffle left, in which order",
 }
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_LIBRARIES = {"torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes", "fastft"}
 _DATA_PARALLEL = {"DataParallel", "DistributedDataParallel"}
 _WRAPPERS = {*_DATA_PARALLEL, "FullyShardedDataParallel", "DeepSpeedEngine", "OptimizedModule"}
 
@@ -58,6 +69,15 @@ _WRAPPERS = {*_DATA_PARALLEL, "FullyShardedDataParallel", "DeepSpeedEngine", "Op
 def _class_names(thing: object) -> set[str]:
     """The names of all classes that `thing` is an instance of."""
     return {base.__name__ for base in type(thing).__mro__}
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """A decorator: torch.compile calls `function` where it traces a call, and keeps the result as a constant.
+
+    Its arguments must be constants. This is `torch.compiler.assume_constant_result`, which imports all of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def unwrapped(model: Any) -> Any:
@@ -80,6 +100,48 @@ def base_model(model: Any) -> Any:
         if inner is model:
             return model
         model = inner
+
+
+def prompt_learning(model: Any) -> str | None:
+    """How PEFT puts virtual tokens before each row of a batch, in words; None where it does not."""
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # no PEFT, or several adapters at a time
+        config = unwrapped(model).active_peft_config
+        if config.is_prompt_learning:
+            kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+            return f"PEFT's {'p-tuning' if kind == 'p_tuning' else kind.replace('_', ' ')}"
+    return None
+
+
+def modules_with_hooks(model: nn.Module) -> list[str]:
+    """Names of the modules with forward hooks that none of the libraries put there; "" is the model itself."""
+    everywhere = [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
+    found = ["every module"] if any(_not_of_libraries(hooks) for hooks in everywhere) else []
+    for name, module in model.named_modules():
+        if _not_of_libraries(module._forward_hooks) or _not_of_libraries(module._forward_pre_hooks):
+            found.append(name or type(module).__name__)
+    return found
+
+
+def _not_of_libraries(hooks: Mapping[int, Any]) -> bool:
+    for hook in hooks.values():
+        while isinstance(hook, functools.partial):
+            hook = hook.func
+        module = getattr(hook, "__module__", None) or type(hook).__module__
+        if str(module).partition(".")[0] not in _LIBRARIES:
+            return True
+    return False
+
+
+def whose_forward(model: Any) -> set[str]:
+    """The packages that have replaced or wrapped the forward of `model`'s class, and that of its class itself."""
+    base = base_model(model)
+    packages = set()
+    for forward in (vars(base).get("forward"), type(base).forward):
+        function = getattr(forward, "__func__", forward)
+        while function is not None:
+            packages.add(getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0])
+            function = getattr(function, "__wrapped__", None)
+    return packages
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -141,7 +203,9 @@ def sharding_library(module: nn.Module, around: Iterable[nn.Module]) -> str | No
     kinds = set().union(*map(_class_names, around))
     if "FSDPModule" in kinds:
         return "FSDP2"
-    flattened = "weight" not in module._parameters or in_flat_parameter(module.weight)
+    # what the hooks of weight_norm, spectral_norm and pruning make has parameters too: weight_g, weight_orig, ...
+    has_own = any(name.startswith("weight") for name in module._parameters)
+    flattened = not has_own or in_flat_parameter(module.weight)
     return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
 
 
@@ -186,3 +250,63 @@ def active_dataloader() -> Any:
     """The loader of accelerate that is being iterated; None without one."""
     loaders = sys.modules.get("accelerate.data_loader")
     return None if loaders is None else loaders.GradientState().active_dataloader
+
+
+def deepspeed_config(args: Any) -> dict[str, Any] | None:
+    """DeepSpeed's configuration as a TrainingArguments has it, its own or `accelerate launch`'s; None without."""
+    return getattr(getattr(args, "deepspeed_plugin", None), "deepspeed_config", None)
+
+
+def engine_of(args: Any) -> str | None:
+    """Which engine that takes no optimizer from outside a Trainer with `args` is going to use; None for none.
+
+    `accelerate launch` says it in the environment, and accelerate obeys that beside `args`.
+    """
+    if getattr(args, "deepspeed", None) or deepspeed_config(args) is not None or _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed"
+    return "FSDP" if getattr(args, "fsdp", None) or _is_set("ACCELERATE_USE_FSDP") else None
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes", "y", "on", "t")  # accelerate's words
+
+
+def replaces_optimizers(config: dict[str, Any]) -> bool:
+    """Whether accelerate puts DeepSpeedCPUAdam in the place of an optimizer under this configuration of DeepSpeed."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True)
+
+
+def optimizers_are_replaced() -> bool:
+    """`replaces_optimizers` of the engine that accelerate has started in this process, if it has."""
+    module = sys.modules.get("accelerate.state")
+    if module is None or not module.is_initialized():
+        return False
+    state = module.AcceleratorState()
+    return state.distributed_type == "DEEPSPEED" and replaces_optimizers(state.deepspeed_plugin.deepspeed_config)
+
+
+def of_deepspeed(optimizer: Any) -> bool:
+    """Whether a class of DeepSpeed holds or is the optimizer: its parameters are then flat parts of the model's."""
+    while optimizer is not None:
+        if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+            return True
+        optimizer = getattr(optimizer, "optimizer", None)
+    return False
+
+
+def is_deepspeed_adam(optimizer: Any) -> bool:
+    """Whether it is what accelerate puts in the place of others; `adam_w_mode` says if its decay is decoupled."""
+    return "DeepSpeedCPUAdam" in _class_names(optimizer)
+
+
+def is_fsdp1(model: Any) -> bool:
+    """Whether FSDP1 wraps any part of `model`."""
+    return any("FullyShardedDataParallel" in _class_names(module) for module in model.modules())
+
+
+def world_size() -> int:
+    """How many processes there are: 1 where torch.distributed has not been set up."""
+    distributed = sys.modules.get("torch.distributed")
+    ready = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready and distributed is not None else 1

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastft import _native
+from fastft import _native, foreign
 
 library = torch.library.Library("fastft", "DEF")
 LIBRARIES = {"cpp": "cpu", "cuda": "cuda"}  # the native engines: each has a library, named as the device type it serves
@@ -93,6 +93,7 @@ class Operator:
             return triton_missing()
         return _native.missing("cpu") if engine == "cpp" else _native.cuda_unusable(device.index or 0)
 
+    @foreign.constant_when_compiled  # no compiler can trace the loading of a library
     def resolve(self, impl: str, device: torch.device) -> str:
         """The engine that `impl` means on `device`: "eager" or one of `engines`.
 

@@ -72,7 +72,7 @@ def test_without_nvcc(checkout: Path) -> None:
     built = wheel(checkout, CUDA_HOME="/nonexistent")
     assert "-py3-none-" in built.name and not built.name.endswith("any.whl")
     info = build_info(built)
-    assert info["cpu"]["bytes"] > 0 and "nvcc not found" in info["cuda"]["missing"]
+    assert len(info["cpu"]["sha256"]) == 64 and "nvcc not found" in info["cuda"]["missing"]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

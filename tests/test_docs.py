@@ -136,3 +136,164 @@ def test_the_command_exists(command):
     assert done.returncode == 0, done.stderr
     for option in (word for word in words if word.startswith("--") and words[0] == "python"):
         assert option in done.stdout
+
+
+# how a limit begins, after the name of its page: the tests, or the benchmarks of a figure, which hold it
+LIMITS = {
+    "README.md: **Not yet run on a GPU.**": [
+        "test_triton_binaries.py::test_no_spills",
+        "test_cuda_emulation.py::test_every_option",
+        "test_adamw_emulation.py::test_every_mode",
+        "test_cross_entropy_triton.py::test_every_option",
+        "test_adamw_update_triton.py::test_every_mode",
+        "test_boundaries.py::test_cuda_kernel_in_emulation",
+    ],
+    "README.md: Packing: ": [
+        "test_packing_matrix.py::test_no_architecture_leaks_silently",
+        "test_packing_matrix.py::test_a_model_is_exact_or_refused",
+        "test_packing_callback.py::test_a_model_that_cannot_be_asked_is_trained_with_a_warning",
+    ],
+    "README.md: Inside a model, softcap": [
+        "test_lazy_logits.py::test_which_losses_reach_the_kernel",
+        "test_lazy_logits.py::test_only_a_scale_and_a_softcap_go_to_the_kernel",
+    ],
+    "README.md: AdamW refuses fp16": [
+        "test_adamw.py::test_bad_dtypes",
+        "test_adamw_input.py::test_parameters_which_cannot_be_trained",
+        "test_moments_8bit.py::test_amsgrad_is_refused",
+        "test_adamw_update.py::test_pieces_of_a_tensor_get_the_bits_of_the_whole",
+        "test_device_counts.py::test_what_a_graph_has_captured",
+        "test_engines.py::test_trains_and_resumes_as_stock_does_or_says_why_not",
+    ],
+    "README.md: The mean over no counted row": [
+        "test_cross_entropy.py::test_no_row_counts",
+        "test_linear_cross_entropy.py::test_no_row_counts",
+        "test_loss_goals.py::test_fp32_loss_sum",
+    ],
+    "README.md: Heads are fused where": [
+        "test_engines.py::test_trains_and_resumes_as_stock_does_or_says_why_not",
+        "test_peft.py::test_adapters_are_trained_as_stock",
+        "test_peft.py::test_lora_on_the_head_of_a_bf16_model_is_fused_and_no_worse_than_stock",
+        "test_output_head.py::test_a_head_whose_weight_is_computed_trains_as_stock",
+        "test_distributed_loss.py::test_a_loss_inside_forward_is_fused_and_stock",
+        "test_distributed_loss.py::test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so",
+        "test_fused_loss.py::test_data_parallel_is_left_alone",
+    ],
+    "README.md: Evaluation is without logits": [
+        "test_evaluation.py::test_evaluation_outside_train_is_stock",
+        "test_evaluation.py::test_a_sharded_head_is_evaluated_as_stock",
+    ],
+    "README.md: A hook on logits": [
+        "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
+        "test_lazy_logits.py::test_who_watches_before_the_loss_sees_the_gradient",
+    ],
+    "adamw.md: **Not yet run on a GPU**": [
+        "test_adamw_emulation.py::test_every_mode",
+        "test_adamw_update_triton.py::test_every_mode",
+        "test_triton_binaries.py::test_adamw_has_no_spills_and_wide_accesses",
+    ],
+    "adamw.md: Refused: ": [
+        "test_adamw.py::test_bad_dtypes",
+        "test_adamw.py::test_bad_options",
+        "test_adamw_input.py::test_parameters_which_cannot_be_trained",
+        "test_moments_8bit.py::test_amsgrad_is_refused",
+    ],
+    "adamw.md: On a CPU with AVX2": [
+        "benchmarks/test_adamw.py::test_adamw_bf16_modes",
+        "benchmarks/test_adamw.py::test_adamw_8bit",
+    ],
+    "adamw.md: On a CPU a step over many small": [
+        "benchmarks/test_adamw.py::test_adamw",
+    ],
+    "adamw.md: On a GPU, without `capturable`": [
+        "test_gpu.py::test_an_adamw_step_does_not_wait",
+        "test_gpu.py::test_adamw_with_a_grad_scaler",
+    ],
+    "adamw.md: Of parameters on several devices": [
+        "test_adamw_plan.py::test_on_several_devices_nothing_is_updated_twice",
+    ],
+    'adamw.md: `state[p]["step"].data': [
+        "test_adamw_plan.py::test_a_step_count_set_by_hand_counts",
+    ],
+    "adamw.md: Under DeepSpeed and FSDP1": [
+        "test_optimizer_check.py::test_flat_parameters_are_not_looked_for_in_the_model",
+        "test_optimizer_check.py::test_plain_adamw_survives_offload_and_an_optimizer_of_deepspeeds_own_does_not_pass",
+        "test_engines.py::test_trains_and_resumes_as_stock_does_or_says_why_not",
+    ],
+    "adamw.md: There are no 4-bit": [
+        "test_adamw.py::test_bad_options",
+    ],
+    "loss.md: Not yet run on a GPU": [
+        "test_cuda_emulation.py::test_every_option",
+        "test_triton_binaries.py::test_no_spills",
+    ],
+    "loss.md: Target probabilities": [
+        "test_cross_entropy.py::test_target_probabilities",
+        "test_lazy_logits.py::test_which_losses_reach_the_kernel",
+    ],
+    "loss.md: `torch.compile` takes": [
+        "test_linear_cross_entropy.py::test_compiles_to_one_graph",
+        "test_trainer_interplay.py::test_compiled",
+    ],
+    "loss.md: A hook on logits": [
+        "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
+    ],
+    "loss.md: A head that computes its weight": [
+        "test_output_head.py::test_a_head_whose_weight_is_computed_trains_as_stock",
+    ],
+    "loss.md: The head is what": [
+        "test_output_head.py::test_the_head_alone_of_a_language_model_as_wide_as_its_vocabulary",
+        "test_output_head.py::test_the_head_of_a_module_of_ones_own",
+    ],
+    "loss.md: Logits of an evaluation read": [
+        "test_evaluation.py::test_weights_swapped_in_every_prediction_step",
+    ],
+    "loss.md: `linear_token_loss` gives": [
+        "test_linear_log_probs.py::test_token_losses",
+        "test_loss_goals.py::test_accumulating_into_weight_grad_is_refused_where_it_would_go_unseen",
+    ],
+    "packing.md: `max_tokens` below": [
+        "test_plan.py::test_bad_capacity",
+        "test_plan.py::test_kernel_refuses_what_does_not_fit",
+    ],
+    "packing.md: An example without tokens": [
+        "test_packed.py::test_bad_datasets",
+        "test_streaming.py::test_bad_input",
+    ],
+    "packing.md: Groups of `balance`": [
+        "test_balance.py::test_ranks_have_equal_tokens_and_squares",
+    ],
+    "packing.md: With a random sampler": [
+        "test_packing_trainer.py::test_resuming_gives_the_same_batches",
+    ],
+    "packing.md: The probe sees": [
+        "test_check_packing.py::test_a_leak_that_begins_behind_a_limit",
+        "test_packing_matrix.py::test_a_model_is_exact_or_refused",
+        "test_probe_rows.py::test_how_long_the_long_row_is",
+    ],
+    "packing.md: A leak below a floor": [
+        "test_check_packing.py::test_small_leaks_and_noise",
+    ],
+    "packing.md: Sharded parameters": [
+        "test_check_packing.py::test_sharded_weights_are_not_asked",
+    ],
+    "packing.md: Top-k sparse attention": [
+        "test_packing_matrix.py::test_a_model_is_exact_or_refused",
+    ],
+    "packing.md: Flash attention": [
+        "test_segment_attention.py::test_flash_attn_arguments",
+    ],
+}
+
+
+@pytest.mark.parametrize("limit", documentation.limits().values(), ids=documentation.limits())
+def test_the_limit_has_a_test(limit, request):
+    name = request.node.callspec.id
+    named = [tests for begin, tests in LIMITS.items() if f"{name.partition(':')[0]}: {limit}".startswith(begin)]
+    assert len(named) == 1, "every limit names the tests that hold it, in LIMITS"
+    assert set(named[0]) <= documentation.tests()
+
+
+def test_no_limit_is_listed_that_no_page_has():
+    pages = [f"{name.partition(':')[0]}: {text}" for name, text in documentation.limits().items()]
+    assert not [begin for begin in LIMITS if not any(text.startswith(begin) for text in pages)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -258,6 +259,59 @@ def test_what_cannot_be_fused_is_said(spoil, reason, tmp_path, monkeypatch):
     train(tmp_path, model, [callback], max_steps=1)
     assert callback.report.fused == 0 and reason in callback.report.skipped[0]
     assert len(warnings) == 1 and reason in warnings[0]
+
+
+def said_at_each_level(monkeypatch):
+    said = {"warning": [], "info": []}
+    for level, messages in said.items():
+        monkeypatch.setattr(fused_loss_module.logger, level, messages.append)
+    return said
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_classifier_has_nothing_to_fuse_and_is_no_reason_to_warn(labels, tmp_path, monkeypatch):
+    said = said_at_each_level(monkeypatch)
+    config = transformers.LlamaConfig(**LLAMA, num_labels=labels)
+    rows = [
+        {"input_ids": row["input_ids"], "labels": float(i % 2) if labels == 1 else i % 3}
+        for i, row in enumerate(examples(8))
+    ]
+    callback = FusedLossCallback()
+    Trainer(
+        transformers.LlamaForSequenceClassification(config),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=rows,
+        callbacks=[callback],
+    ).train()
+    assert not said["warning"] and len(said["info"]) == 1
+    assert "LlamaForSequenceClassification has no output head over a vocabulary" in said["info"][0]
+    assert callback.report.skipped and not callback.report.fused
+
+
+def replaced(module, body):
+    """A forward whose code belongs to another package, on the instance as TRL and Liger set it."""
+    space = {"__name__": module, "torch": torch}
+    exec(f"def forward(self, input_ids, labels=None, **kwargs):\n    {body}", space)
+    return space["forward"]
+
+
+LOSS = "hidden = self.model(input_ids).last_hidden_state; return {'loss': (hidden * self.lm_head.weight[0]).sum()}"
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("trl.trainer.utils", "TRL's trainers compute their loss by a fused head of their own"),
+        ("liger_kernel.transformers.model.llama", "nothing called the output head: Liger computes the loss"),
+        ("modeling_mine", "another fused loss must be at work, TRL's (SFTTrainer), Liger's (use_liger_kernel)"),
+    ],
+)
+def test_who_else_computes_the_loss_is_named_and_what_to_do(module, words, mixed, tmp_path, monkeypatch):
+    said, model = said_at_each_level(monkeypatch), llama()
+    model.forward = types.MethodType(replaced(module, LOSS), model)
+    train(tmp_path, model, [FusedLossCallback()], max_steps=1, bf16=mixed)
+    assert len(said["warning"]) == 1 and words in said["warning"][0] and "FusedLossCallback" in said["warning"][0]
 
 
 def test_data_parallel_is_left_alone():

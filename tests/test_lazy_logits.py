@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from watch import Watch
 
 from fastft.loss import expressions, lazy_losses
+from fastft.loss.expressions import LOGITS, Call
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
 from fastft.loss.lazy_losses import scale_and_softcap
 from fastft.loss.output_head import fused_loss
@@ -159,6 +162,8 @@ LAZY = {
     "gather few": lambda z: (z.gather(2, INDEX.expand(B, S, 3)) * INDEX).sum(),
     "argmax": lambda z: z.argmax(-1).float().sum() + z.sum(-1).sum(),
     "amax": lambda z: z.amax(-1).sum(),
+    "max": lambda z: (z.max(-1).values ** 2).sum() + torch.max(z * 2, dim=2, keepdim=True)[1].float().sum(),
+    "topk": lambda z: (z.topk(5).values ** 2).sum() + torch.topk(z, 3, -1, largest=False).indices.float().sum(),
     "mean": lambda z: z.mean(-1, keepdim=True).pow(2).sum(),
     "clone": lambda z: z.clone().logsumexp(-1).sum(),
     "negative": lambda z: (-z).logsumexp(-1).sum(),
@@ -215,8 +220,8 @@ MATERIALISED = {
     "kl": lambda z: F.kl_div(F.log_softmax(z, -1), NOISE.softmax(-1), reduction="batchmean"),
     "kl to detached": lambda z: F.kl_div(z.log_softmax(-1), (z.detach() * 0.5).softmax(-1), reduction="sum"),
     "mse": lambda z: F.mse_loss(z, NOISE),
-    "topk": lambda z: z.topk(5, -1).values.sum(),
-    "max": lambda z: z.max(-1).values.sum(),
+    "max of rows": lambda z: z.max(1).values.sum() + z.max(),
+    "topk of rows": lambda z: z.topk(2, 1).values.sum(),
     "sum all": lambda z: z.sum(),
     "sum of rows": lambda z: z.sum((0, 1)).pow(2).sum(),
     "lse of rows": lambda z: z.logsumexp(0).sum(),
@@ -294,6 +299,29 @@ def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
     with Watch() as seen:
         use(lazy_linear(x, weight, None, Report()), torch.randint(0, VOCAB, (rows,))).backward()
     assert 0 < seen.elements <= rows * VOCAB // 2
+
+
+@pytest.mark.parametrize("recorded", [LOGITS, Call(torch.exp, (LOGITS,), {}, (False, torch.bfloat16))], ids=str)
+def test_the_logits_of_a_chunk_are_gone_before_the_next(recorded, monkeypatch):
+    """Also where garbage is collected late."""
+    monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(expressions, "MIN_CHUNK_ROWS", 2)
+    made, linear = [], expressions._linear
+
+    def watched(*args):
+        assert not [reference for reference in made if reference() is not None]
+        logits = linear(*args)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(expressions, "_linear", watched)
+    x, weight = torch.randn(8, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    gc.disable()
+    try:
+        expressions.map_rows(expressions.Linear.of((x, weight, None)), recorded, lambda z: z.amax(-1)).sum().backward()
+    finally:
+        gc.enable()
+    assert len(made) == 4 + 4
 
 
 def test_looks_like_the_dense_tensor():
@@ -441,7 +469,7 @@ def test_a_bias_of_more_bits_than_the_logits():
     )
     assert lazy[0].dtype == dense[0].dtype == torch.float32 and lazy[2].fused == 1 and not lazy[2].materialised
     for what, mine, theirs, exact in zip(("x", "W", "b", "BIAS"), lazy[1], dense[1], truth[1], strict=False):
-        assert_no_worse(mine, theirs, exact.double(), what)
+        assert_no_worse(mine, theirs, exact.double(), what, terms=B * S + H + V)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -464,7 +492,7 @@ def test_autocast_is_obeyed(inside, dtype):
     truth, dense, lazy = values
     assert lazy[:2] == dense[:2] == (dtype, torch.float32)
     for what, mine, theirs, exact in zip(("losses", "dx", "dW"), lazy[2:], dense[2:], truth[2:], strict=True):
-        assert_no_worse(mine, theirs, exact, what)
+        assert_no_worse(mine, theirs, exact, what, terms=B * S + H + V)
 
 
 def test_the_loss_is_an_ordinary_tensor_and_its_graph_can_be_kept():
@@ -624,3 +652,88 @@ def test_which_losses_reach_the_kernel(name, kernel, monkeypatch):
     monkeypatch.setattr(lazy_losses, "_fused", lambda *args, **options: calls.append(1) or fused(*args, **options))
     run(LAZY[name], True)
     assert bool(calls) == kernel
+
+
+def used_before_and_after_a_change(change):
+    """A function that torch functions do not see has the gradient of what it was given."""
+
+    def use(z):
+        z = z * 1.0
+        before = DoubledGradient.apply(z)
+        change(z)
+        return before.sum() + z.logsumexp(-1).sum() + DoubledGradient.apply(z.clone()).sum()
+
+    return use
+
+
+def operand_changed_after(z):
+    row = ROW.clone()
+    shifted = z + row
+    row.fill_(100.0)
+    return shifted.logsumexp(-1).sum()
+
+
+def result_given(z):
+    result = torch.empty(B, S)
+    torch.logsumexp(z.detach(), -1, out=result)
+    return (z.logsumexp(-1) * result).sum()
+
+
+LATER = {
+    "function before a change in place": used_before_and_after_a_change(lambda z: z.mul_(0.5)),
+    "function before a mask in place": used_before_and_after_a_change(lambda z: z.masked_fill_(ROW > 4.9, 0.0)),
+    "operand": operand_changed_after,
+    "out=": result_given,
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_happens_later_changes_nothing_that_was_computed(name):
+    (expected, expected_grads, _), (actual, grads, _) = run(LATER[name], False), run(LATER[name], True)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(theirs.abs().max().item(), 1))
+
+
+def test_targets_that_change_before_backward_are_noticed_as_torch_does():
+    for lazy in (False, True):
+        z, x, weight, _ = lazy_example()
+        target = TARGET.view(-1).clone()
+        losses = F.cross_entropy((z if lazy else F.linear(x, weight)).exp().view(-1, V), target, reduction="none")
+        target.fill_(0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            losses.sum().backward()
+
+
+DTYPES_OF_LOSSES = {
+    "probabilities of fp32": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V)),
+    "probabilities of fp64": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V, dtype=torch.float64)),
+    "probabilities of bf16": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V, dtype=torch.bfloat16)),
+    "probabilities of fp32, weights": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V), ROW.to(z.dtype)),
+    "classes": lambda z: F.cross_entropy(z, TARGET.view(-1)),
+    "classes, rows": lambda z: F.cross_entropy(z, TARGET.view(-1), reduction="none", label_smoothing=0.1),
+    "nll": lambda z: F.nll_loss(z.log_softmax(-1), TARGET.view(-1)),
+    "nll in fp32": lambda z: F.nll_loss(F.log_softmax(z, -1, dtype=torch.float32), TARGET.view(-1)),
+    "kl": lambda z: F.kl_div(z.log_softmax(-1), torch.full((B * S, V), 1 / V), reduction="sum"),
+    "bce": lambda z: F.binary_cross_entropy_with_logits(z, torch.full((B * S, V), 0.5)),
+    "mse": lambda z: F.mse_loss(z, torch.zeros(B * S, V)),
+    "weights of another dtype": lambda z: F.cross_entropy(z, TARGET.view(-1), ROW.double()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", DTYPES_OF_LOSSES)
+def test_losses_have_the_dtypes_of_torch(name, autocast, dtype):
+    found = []
+    for lazy in (False, True):
+        z, x, weight, _ = lazy_example(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            rows = (z if lazy else F.linear(x, weight)).view(-1, V)
+            try:
+                loss = DTYPES_OF_LOSSES[name](rows)
+            except RuntimeError:
+                found.append(RuntimeError)
+            else:
+                found.append((loss.dtype, loss.shape))
+    assert found[0] == found[1]

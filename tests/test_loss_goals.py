@@ -63,7 +63,12 @@ def check(ours, plain, operands, dtype=torch.float32, upstream=None, frozen=()):
     runs = [(ours, dtype), (plain, dtype), (plain, torch.float64)]
     results = [evaluate(function, operands, cast, upstream, frozen) for function, cast in runs]
     for i, values in enumerate(zip(*results, strict=True)):
-        assert_no_worse(*values, f"gradient {i}" if i else "loss")
+        assert_no_worse(*values, f"gradient {i}" if i else "loss", terms=terms_of(operands))
+
+
+def terms_of(operands):
+    """Rows, features and classes that a gradient sums over."""
+    return sum(operands[0].shape) + len(operands[1])
 
 
 def check_option(upstream=None, operands=None, **options):
@@ -361,7 +366,7 @@ def test_autocast():
         ours, plain = (evaluate(partial(f, target=target), operands, torch.float32) for f in (fused, eager))
     truth = evaluate(lambda *t: eager(*t, target), operands, torch.float64)
     for values in zip(ours, plain, truth, strict=True):
-        assert_no_worse(*values)
+        assert_no_worse(*values, terms=terms_of(operands))
     rounded = [t.bfloat16() for t in operands]
     assert ours[0] == fused(*rounded, target) and ours[1].dtype == torch.float32
 
@@ -420,7 +425,7 @@ def test_more_than_2_31_logits():
     ours = evaluate(lambda x, head: fastft.linear_cross_entropy(x, head, target), [x, head], torch.float32)
     few = lambda x, head: eager(x[counted], head, None, target[counted])  # noqa: E731
     for values in zip(ours, *(evaluate(few, [x, head], d) for d in (torch.float32, torch.float64)), strict=True):
-        assert_no_worse(*values)
+        assert_no_worse(*values, terms=classes)
     stride = (1 << 30) + 1
     logits = torch.empty(2 * stride + 7, dtype=torch.bfloat16).as_strided((3, 7), (stride, 1)).copy_(torch.randn(3, 7))
     assert logits.data_ptr() % 2 == 0 and logits[2].storage_offset() > 2**31
@@ -447,7 +452,7 @@ def test_fp32_weight_gradient_accumulation():
         evaluate(partial(f, target=target, reduction="sum"), operands, d)[2]
         for f, d in ((fused, torch.bfloat16), (eager, torch.bfloat16), (eager, torch.float64))
     )
-    assert_no_worse(ours, plain, truth)
+    assert_no_worse(ours, plain, truth, terms=terms_of(operands))
     in_bf16 = torch.zeros_like(ours)
     for rows in torch.arange(4096).split(CHUNK):
         chunk = lambda x, head, _, rows=rows: eager(x, head, None, target[rows], reduction="sum")  # noqa: E731
@@ -490,7 +495,7 @@ def test_accumulate_into_weight_grad(dtype):
         assert head.grad is first
         results.append([leaf.grad for leaf in leaves])
     for values in zip(*results, strict=True):
-        assert_no_worse(*values)
+        assert_no_worse(*values, terms=terms_of(operands))
 
 
 def test_accumulating_into_weight_grad_is_heard_by_ddp(tmp_path):
@@ -559,7 +564,7 @@ def test_no_per_model_patches():
         loss = model.to(dtype)(ids, ids)
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for values in zip(*results, strict=True):
-        assert_no_worse(*(value.detach() for value in values))
+        assert_no_worse(*(value.detach() for value in values), terms=ids.numel() + H + V)
 
 
 # --- where rivals are wrong; what torch does is asserted for the version in which it was seen
@@ -576,11 +581,14 @@ def torch_chunked(x, head, target, **options):
 def test_right_where_torch_chunked_sums_bf16_losses_in_bf16():
     operands, target = make(rows=1024, classes=1024, ignored=0)
     x, head = (t.bfloat16() for t in operands[:2])
-    truth = eager(x.double(), head.double(), None, target)
-    ours = fastft.linear_cross_entropy(x, head, target)
-    assert abs(ours - truth) <= 1e-5 * truth
+    logits = F.linear(x.double(), head.double())
+    truth = F.cross_entropy(logits, target)
+    # a processor with bf16 units rounds each logit to bf16, by 2^-9 of it at most; of the mean over the rows the
+    # standard deviation is less than that of the labels' logits, by the root of the rows
+    rounding = 4 * 2**-9 * logits.pow(2).mean().sqrt() / len(x) ** 0.5
+    assert abs(fastft.linear_cross_entropy(x, head, target) - truth) <= rounding
     if AS_SEEN:
-        assert abs(torch_chunked(x, head, target) - truth) > 1e-3 * truth
+        assert abs(torch_chunked(x, head, target) - truth) > 20 * rounding
 
 
 @chunked_torch

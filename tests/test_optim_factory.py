@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
+import fastft
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import adamw, adamw_spec
 
@@ -122,8 +126,73 @@ def test_keywords_win_over_arguments(name, tmp_path):
     decay, no_decay = optimizer.param_groups
     assert {key: decay[key] for key in expected} == expected
     assert {key: no_decay[key] for key in expected} == expected | {"weight_decay": 0.0}
-    assert adamw_spec(args, maximize=True, **given) == (AdamW, expected | {"maximize": True})
     assert adamw_spec(**given) == (AdamW, given)
+    if name != "weight_decay":
+        assert adamw_spec(args, maximize=True, **given) == (AdamW, expected | {"maximize": True})
+
+
+def test_a_weight_decay_that_trainer_would_not_use_is_refused(tmp_path):
+    args = arguments(tmp_path, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"weight_decay=0.25 would be lost.* the 0.1 of its args; set it in args"):
+        adamw_spec(args, weight_decay=0.25)
+    assert adamw_spec(args, weight_decay=0.1)[1]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("how", ["as it is", "copied deeply", "pickled", "unpacked by Trainer"])
+def test_what_comes_from_args_is_read_when_the_optimizer_is_made(how, tmp_path):
+    args = arguments(tmp_path, weight_decay=0.0)
+    spec = adamw_spec(args, eps=1e-3)
+    if how == "copied deeply":
+        args, spec = copy.deepcopy((args, spec))
+    elif how == "pickled":  # as ray sends a Trainer to its workers
+        args, spec = pickle.loads(pickle.dumps((args, spec)))
+    args.learning_rate, args.adam_beta1, args.adam_epsilon, args.weight_decay = 0.5, 0.25, 1.0, 0.75
+    if how == "unpacked by Trainer":
+        trainer = transformers.Trainer(
+            model_init=tiny_llama, args=args, train_dataset=examples(), optimizer_cls_and_kwargs=spec
+        )
+        optimizer = trainer.create_optimizer()
+    else:
+        optimizer = spec[0]([torch.zeros(2)], **spec[1])
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.25, 0.95), 1e-3, 0.75)
+
+
+def test_the_keywords_are_a_mapping_like_any_other(tmp_path):
+    _, keywords = adamw_spec(arguments(tmp_path), impl="eager")
+    assert "lr" in keywords and "params" not in keywords and keywords.get("optim_bits") is None
+    assert keywords.get("lr") == 3e-3 and dict(keywords)["impl"] == "eager"
+    keywords.update(lr=0.5)
+    keywords["eps"] = 0.25
+    assert keywords.pop("impl") == "eager" and "impl" not in keywords
+    assert keywords == {"lr": 0.5, "betas": (0.9, 0.95), "eps": 0.25, "weight_decay": 0.1}
+    assert str(keywords) == str({"lr": 0.5, "betas": (0.9, 0.95), "eps": 0.25, "weight_decay": 0.1})
+    with pytest.raises(KeyError):
+        del keywords["betas"]  # it is args'
+
+
+def test_every_trial_of_a_search_trains_at_its_own_values(tmp_path):
+    """What Trainer does in a search: it sets values on args, then makes a model and an optimizer."""
+    args = arguments(tmp_path, max_steps=1, lr_scheduler_type="constant", warmup_steps=0)
+    used = []
+
+    class Note(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            group = optimizer.param_groups[0]
+            used.append((group["lr"], group["betas"][1], group["weight_decay"]))
+
+    trainer = transformers.Trainer(
+        model_init=tiny_llama,
+        args=args,
+        train_dataset=examples(),
+        optimizer_cls_and_kwargs=adamw_spec(args),
+        callbacks=[Note(), fastft.FusedLossCallback()],
+    )
+    asked = [(10.0**-trial, 0.5 + trial / 10, trial / 100) for trial in range(1, 4)]
+    for trial in asked:
+        trainer.args.learning_rate, trainer.args.adam_beta2, trainer.args.weight_decay = trial
+        trainer.train()
+    assert used == asked
 
 
 def test_groups_are_trainers_own(tmp_path):

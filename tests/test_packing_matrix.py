@@ -8,9 +8,10 @@ import pytest
 import transformers
 from architectures.models import all_cases
 from architectures.outcome import time_limit
-from architectures.packing import REFUSED, best, examine
-from architectures.packing_models import MODELS, START
+from architectures.packing import OURS, REFUSED, best, examine
+from architectures.packing_models import PACKED, START, UNPACKED
 
+MODELS = (*PACKED, *UNPACKED)
 SWEPT = [case for case in all_cases() if case.mapping != "image-text" and case not in MODELS]
 
 
@@ -25,9 +26,11 @@ def quiet() -> Iterator[None]:
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_a_model_is_exact_or_refused(case, record_property, request):
     whole = request.config.getoption("--packing-matrix") is not None
-    rows = examine(case, START.get(case.model_type, 0), whole)
+    rows = examine(case, START.get(case.model_type, 0), whole)  # raises where one leaks in silence
     record_property("packing", {"case": str(case), "rows": rows})
-    assert best(rows) == MODELS[case], rows
+    if case in PACKED:
+        assert best(rows) != REFUSED, rows
+        assert best(rows) == OURS or "fastft" not in rows, rows  # a model that takes our attention runs with it
 
 
 @pytest.mark.sweep

@@ -73,9 +73,10 @@ def theirs(x, head, bias, target, *, upstream=None, needs=(True, True, True), ex
 def check(*operands, chunk_rows=8, **options):
     results = ours(*operands, chunk_rows=chunk_rows, **options)
     rounds = theirs(*operands, **options), theirs(*operands, exact=True, **options)
+    terms = sum(operands[0].shape) + len(operands[1])
     for i, (actual, plain, truth) in enumerate(zip(results, *rounds, strict=True)):
         assert actual.dtype == plain.dtype
-        assert_no_worse(actual, plain, truth, f"result {i}")
+        assert_no_worse(actual, plain, truth, f"result {i}", terms=terms)
     everywhere = [torch.empty_like(results[0]) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, results[0])
     assert all(torch.equal(loss, results[0]) for loss in everywhere)
@@ -107,7 +108,7 @@ def check_logits(options, reduction, dtype):
         results.append((loss.detach(), gradient if logits.shape != whole.shape else mine(gradient.T).T))
     for actual, plain, truth in zip(*results, strict=True):
         assert actual.dtype == plain.dtype
-        assert_no_worse(actual, plain, truth)
+        assert_no_worse(actual, plain, truth, terms=sum(whole.shape))
 
 
 def check_logits_in_chunks():
@@ -138,7 +139,7 @@ def check_autocast():
         results, plain = ours(*operands), theirs(*operands)
     for actual, rounded, truth in zip(results, plain, theirs(*operands, exact=True), strict=True):
         assert actual.dtype == rounded.dtype
-        assert_no_worse(actual, rounded, truth)
+        assert_no_worse(actual, rounded, truth, terms=sum(operands[0].shape) + len(operands[1]))
     assert not torch.equal(results[0], ours(*operands)[0])  # it did run in bf16
 
 

@@ -1,6 +1,6 @@
 // One row of logits: loss, log sum exp, entropy and gradient. Written with the compiler's vector types at the width of
 // the instruction set; sums always run in 16 lanes that are added up in one order, so that every instruction set gives
-// the same bits.
+// the same bits, but for the payload of a NaN: which of two an operation keeps depends on the order of its operands.
 #include <stdint.h>
 
 #include "cross_entropy.h"

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from fastft.foreign import unwrapped
+from fastft.foreign import unwrapped, whose_forward
+from fastft.integrations.evaluation import in_evaluation_loop
+from fastft.integrations.optimizer_check import check_optimizer
 from fastft.integrations.packing import PackingCallback, packing_collator
-from fastft.loss.output_head import Attachment
+from fastft.integrations.trainings import training_begins, until_the_end_of
+from fastft.loss.evaluation import Evaluation
+from fastft.loss.output_head import Attachment, expects_head
 from fastft.loss.report import Report
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
 
+_MANY_BYTES = 1 << 30
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class FusedLossCallback(TrainerCallback):
-    """From train begin to train end the model's loss is computed without ever holding logits.
+    """From train begin to train end the model's loss is computed without ever holding logits, in evaluations too.
+
+    In an evaluation inside `train()`, `preprocess_logits_for_metrics` gets lazy logits: argmax, top-k and
+    log-probabilities are computed chunk by chunk. Metrics that want logits get plain ones, as in stock. `generate`,
+    exports, and `evaluate` and `predict` outside `train()` are stock.
 
     Args:
         verify: compute the loss of the first batch by the stock model as well, and raise `RuntimeError` if the two
@@ -31,37 +42,44 @@ class FusedLossCallback(TrainerCallback):
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
             `skipped`, why the model was left as it is. Of the latest training.
+        evaluation: the same of the evaluations inside it, where `fused` counts all that was computed chunk by chunk.
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with label smoothing or a
     `compute_loss_func` it stays stock, and `report.skipped` says so. Tensor-parallel heads, DataParallel, and models
-    whose loss others compute (Liger, TRL) are left alone, and a warning says so.
+    whose loss others compute (Liger, TRL) are left alone, and a warning says so; so are classifiers, which have no
+    vocabulary to save, without a warning.
 
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback: `restore()` takes
-    it off, and so does the next `train()`.
+    it off, and so does the next training of the model that has this callback, a new one or a `PackingCallback`.
     """
 
     def __init__(self, verify: bool = False, on_leak: str = "error") -> None:
         self.verify = verify
         self._packing = PackingCallback(on_leak)
-        self.report = Report()
+        self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
-        self._compiled_loss_of: nn.Module | None = None
-        self._hooks: list[Any] = []
-        self._said, self._said_places = False, 0
+        self._kept = until_the_end_of(self)
+        self._said, self._said_places, self._said_size = False, 0, False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attaches, after `restore()`: auto_find_batch_size begins again without an end."""
         self.restore()
-        if packing_collator(kwargs.get("train_dataloader")) is not None:
+        training_begins(kwargs["model"], state, self)
+        if packing_collator(kwargs.get("train_dataloader")) is None:
+            check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"))
+        else:
             self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
         model = kwargs["model"]
-        self._said, self._said_places = False, 0
+        self._said, self._said_places, self._said_size = False, 0, False
+        evaluation = Evaluation(in_evaluation_loop)
+        self.evaluation = evaluation.report
         if args.n_gpu > 1:
             self.report = Report(skipped=["DataParallel: its replicas would call the head of the first device"])
             return
-        self._attachment = Attachment(model)
+        self._attachment = Attachment(model, evaluation)
+        self._kept.callback(self._attachment.remove)
         self.report = self._attachment.report
         if args.torch_compile and self._attachment.heads:
             self._keep_loss_uncompiled(unwrapped(model))
@@ -84,8 +102,51 @@ class FusedLossCallback(TrainerCallback):
         why = "; ".join(self.report.skipped)
         if not why and places:
             why = "something asked for real logits before the loss"
-        why = why or "nothing called the output head (is Liger, or another fused loss, at work?)"
-        logger.warning(f"fastft: no loss was fused in the first step: {why}")
+        say = logger.warning if expects_head(kwargs["model"]) else logger.info  # a classifier has nothing to fuse
+        say(f"fastft: no loss was fused in the first step: {why or _who_computes_it(kwargs['model'])}")
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Makes plain tensors of the logits that metrics want, and says once how large they are: from a gigabyte on.
+
+        Says once, too, where several ranks would count examples of packed rows twice.
+        """
+        self._packing.on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+        size = self._settle()
+        held = 1 if args.batch_eval_metrics or not has_length(eval_dataloader) else len(eval_dataloader)
+        if size * held * args.world_size >= _MANY_BYTES and not self._said_size:
+            self._said_size = True
+            logger.warning(
+                f"fastft: the metrics get real logits, {size / 2**20:,.0f} MiB for each batch of the evaluation "
+                f"({', '.join(self.evaluation.materialised)}). Where argmax, top-k or log-probabilities are enough, "
+                "give Trainer a preprocess_logits_for_metrics: it makes them without the logits."
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves nothing lazy to what comes after an evaluation."""
+        self._settle()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Leaves nothing lazy to what comes after a prediction."""
+        self._settle()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves no logits of an evaluation that could not be computed when the weights have changed."""
+        self._settle()
+
+    def _settle(self) -> int:
+        evaluation = None if self._attachment is None else self._attachment.evaluation
+        return 0 if evaluation is None else evaluation.settle()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,21 +157,14 @@ class FusedLossCallback(TrainerCallback):
     def restore(self) -> None:
         """Takes the model back to stock. Harmless when called twice."""
         self._packing.restore()
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
-        if self._compiled_loss_of is not None:
-            self._compiled_loss_of.__dict__.pop("_loss_function", None)
-            self._compiled_loss_of = None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._kept.close()
+        self._attachment = None
 
     def _keep_loss_uncompiled(self, model: Any) -> None:
         """One graph break at the loss function instead of one at each operation on lazy logits."""
         if hasattr(type(model), "loss_function") and "_loss_function" not in model.__dict__:
             model.loss_function = torch.compiler.disable(model.loss_function)
-            self._compiled_loss_of = model
+            self._kept.callback(model.__dict__.pop, "_loss_function", None)
 
     def _verify_first_batch(self, model: nn.Module) -> None:
         stock: list[torch.Tensor | None] = []
@@ -123,15 +177,30 @@ class FusedLossCallback(TrainerCallback):
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not stock:
                 return
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
+            hooks.close()
             _compare(stock[0], _loss_of(output), _working_dtype(module))
 
-        self._hooks = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
-        ]
+        hooks = self._kept.enter_context(contextlib.ExitStack())
+        hooks.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+
+
+def _who_computes_it(model: nn.Module) -> str:
+    """Why no head was asked for logits, and what to do."""
+    packages = whose_forward(model)
+    if "trl" in packages:
+        return (
+            "nothing called the output head: TRL's trainers compute their loss by a fused head of their own. Leave "
+            "FusedLossCallback out (fastft's AdamW and packing work there), or train with transformers.Trainer"
+        )
+    if "liger_kernel" in packages:
+        return (
+            "nothing called the output head: Liger computes the loss. Leave FusedLossCallback out, or use_liger_kernel"
+        )
+    return (
+        "nothing called the output head: another fused loss must be at work, TRL's (SFTTrainer), Liger's "
+        "(use_liger_kernel) or one in the model's code. Leave that, or FusedLossCallback, out"
+    )
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:

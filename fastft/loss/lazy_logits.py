@@ -16,8 +16,9 @@ materialises the root; each member then is the same view of it that plain torch 
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -25,12 +26,21 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastft.loss.evaluation import Evaluation, guard
 from fastft.loss.expressions import LOGITS, Expression, Linear, Origin, evaluate
 from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
+from fastft.loss.lazy_views import with_strides_of
 from fastft.loss.options import refuse_second_derivative
 from fastft.loss.report import Report
 
 Replay: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
+
+
+@dataclass(eq=False)
+class _Memory:
+    """What plain torch would keep once for logits and all views of them."""
+
+    rewritten: bool = False
 
 
 @dataclass(eq=False)
@@ -41,28 +51,36 @@ class _Recipe:
     expression: Expression
     shadow: Tensor
     report: Report
+    is_copy: bool = False
     kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    rewritten: bool = False
+    memory: _Memory = field(default_factory=_Memory)
 
 
 class _LazyNode(torch.autograd.Function):
-    """Makes the wrapper; a dense gradient that arrives at it is carried on to x, W and b."""
+    """Makes the wrapper; a dense gradient that arrives at it is carried on to x, W and b.
+
+    `changed`: the wrapper that is there and has been given another expression. Whoever used it before has the gradient
+    of the old one, and whoever does so from now on that of the new one.
+    """
 
     @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, *tensors: Tensor | None) -> LazyLogits:
-        ctx.recipe = recipe
+    def forward(ctx: Any, recipe: _Recipe, changed: LazyLogits | None, *tensors: Tensor | None) -> LazyLogits:
+        ctx.recipe, ctx.expression = recipe, recipe.expression
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # nobody's gradient (the loss went past the logits) must stay nobody's
+        if changed is not None:
+            ctx.mark_dirty(changed)
+            return changed
         with torch._C.DisableTorchFunctionSubclass():
             return LazyLogits._wrap(recipe)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         if grad_output is None:
-            return (None,) * (1 + len(saved))
+            return (None,) * (2 + len(saved))
         refuse_second_derivative("a function of lazy logits that torch functions do not see")
-        if ctx.recipe.rewritten:
+        if ctx.recipe.memory.rewritten:
             raise RuntimeError("fastft: lazy logits were changed in place after a custom autograd Function used them.")
         ctx.recipe.report.note_materialised("the backward pass of a function that torch functions do not see")
         tensors = [
@@ -71,10 +89,11 @@ class _LazyNode(torch.autograd.Function):
         ]
         terms = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
         with torch.enable_grad():
-            logits = evaluate(ctx.recipe.expression, Linear.of(*terms).dense())  # type: ignore[arg-type]
+            dense = Linear.of(*terms).dense()  # type: ignore[arg-type]
+            logits = evaluate(ctx.expression, dense, ctx.recipe.linear.marked)
         wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
         gradients = iter(torch.autograd.grad(logits, wanted, _data(grad_output), allow_unused=True))
-        return None, *(next(gradients) if need else None for need in needs)
+        return None, None, *(next(gradients) if need else None for need in needs)
 
 
 def _data(tensor: Tensor) -> Tensor:
@@ -103,11 +122,15 @@ class LazyLogits(Tensor):
         )
         wrapper._recipe, wrapper._root, wrapper._replay, wrapper._dense = recipe, None, (), None
         wrapper._has_views = wrapper._used = False
+        if recipe.linear.origin.evaluation is not None:
+            recipe.linear.origin.evaluation.watch(wrapper)
         return wrapper
 
     @classmethod
-    def _make(cls, linear: Linear, expression: Expression, shadow: Tensor, report: Report) -> LazyLogits:
-        return _LazyNode.apply(_Recipe(linear, expression, shadow, report), *linear.tensors)
+    def _make(
+        cls, linear: Linear, expression: Expression, shadow: Tensor, report: Report, is_copy: bool = False
+    ) -> LazyLogits:
+        return _LazyNode.apply(_Recipe(linear, expression, shadow, report, is_copy), None, *linear.tensors)
 
     # What the rules see.
 
@@ -137,6 +160,11 @@ class LazyLogits(Tensor):
         return self._dense is None and (self._root is None or self._root._dense is None)
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether these are logits of an evaluation, which others may read when their model's forward pass is over."""
+        return self.linear.origin.evaluation is not None
+
+    @property
     def source(self) -> Linear:
         """The layer, without its history if this tensor was made where no gradients were recorded."""
         with torch._C.DisableTorchFunctionSubclass():
@@ -147,14 +175,14 @@ class LazyLogits(Tensor):
         self.linear.check_unchanged()
         return self.source
 
-    def derived(self, expression: Expression, linear: Linear | None = None) -> LazyLogits:
-        """New logits of the same shape: another expression (or another layer), in memory of their own."""
-        with torch.no_grad():
-            dtype = evaluate(expression, self.linear.terms[0][0].new_empty(0, self.linear.vocab)).dtype
-        shadow = torch.empty_like(self.shadow, dtype=dtype)
-        result = self._make(linear or self.source, expression, shadow, self._recipe.report)
-        if linear is None and expression is self.expression:
-            result._recipe.kept = self.kept
+    def derived(self, expression: Expression, shadow: Tensor, linear: Linear | None = None) -> LazyLogits:
+        """Another expression (or another layer) of the same rows, in memory of its own.
+
+        `shadow` has the shape and strides that torch gives it; its dtype is that of the expression.
+        """
+        linear = linear or self.source
+        shadow = shadow.to(linear.no_rows(expression).dtype)
+        result = self._make(linear, expression, shadow, self._recipe.report)
         self._family()._used |= result.requires_grad
         return result
 
@@ -163,25 +191,24 @@ class LazyLogits(Tensor):
         func: Callable[..., Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        shadow: Tensor | None,
+        shadow: Tensor,
         change: Callable[[Tensor], Tensor],
         same_rows: bool = False,
     ) -> LazyLogits:
         """`func(self, *args, **kwargs)`, a view or selection of rows, as `change` of the hidden states.
 
-        `shadow` None: a copy whose shape depends on data (a boolean mask). `same_rows`: all rows, in their order.
+        `shadow` is that of the result: of other memory than ours where the result is a copy. `same_rows`: all rows, in
+        their order.
         """
+        is_view = shadow.untyped_storage()._cdata == self.shadow.untyped_storage()._cdata
         linear = self.source.with_inputs(change)
-        is_view = shadow is not None and (shadow is self.shadow or shadow._is_view())
-        if shadow is None:
-            shape = (*linear.leading_shape, linear.vocab)
-            shadow = torch.empty(shape, dtype=self.shadow.dtype, device="meta")
-        result = self._make(linear, self.expression, shadow, self._recipe.report)
+        result = self._make(linear, self.expression, shadow, self._recipe.report, is_copy=not is_view)
         if same_rows:
             result._recipe.kept = self.kept
         family = self._family()
         if is_view:
             result._root, result._replay = family, (*self._replay, (func, args, kwargs))
+            result._recipe.memory = self._recipe.memory
             family._has_views = True
         else:
             family._used |= result.requires_grad
@@ -189,9 +216,9 @@ class LazyLogits(Tensor):
 
     def evaluated(self, result: Tensor) -> None:
         """Told by a rule that `result` was computed from these logits."""
-        if result.requires_grad:
+        if result.requires_grad or self.is_evaluated:
             self._recipe.report.fused += 1
-            self._family()._used = True
+        self._family()._used |= result.requires_grad
 
     @property
     def _is_fused(self) -> bool:
@@ -205,24 +232,32 @@ class LazyLogits(Tensor):
 
     def materialise(self, function: str) -> Tensor:
         """The real logits with their history, computed once; `function` is what asked for them."""
-        if self._dense is None and self._root is not None:
-            dense = self._root.materialise(function)
-            for func, args, kwargs in self._replay:
-                dense = func(dense, *args, **kwargs)
+        if self._dense is None:
+            dense = None if self._root is None else self._root.materialise(function)
+            with torch._C.DisableTorchFunctionSubclass(), self._as_when_made():
+                if dense is None:
+                    dense = self._compute(function)
+                for func, args, kwargs in self._replay:
+                    dense = func(dense, *args, **kwargs)
             self._dense = dense
-        elif self._dense is None:
-            with torch._C.DisableTorchFunctionSubclass(), torch.set_grad_enabled(self.requires_grad):
-                self._dense = self._compute(function)
         return self._dense
+
+    @contextlib.contextmanager
+    def _as_when_made(self) -> Iterator[None]:
+        """Gradients are recorded, or not, as they were when torch would have made the logits."""
+        with torch.inference_mode(self.is_inference()), torch.set_grad_enabled(self.requires_grad):
+            yield
 
     def _compute(self, function: str) -> Tensor:
         self._recipe.report.note_materialised(function)
         linear = self.checked()
-        dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense()))
-        if dense.stride() == self.shadow.stride():
-            return dense
-        strided = torch.empty_strided(dense.shape, self.shadow.stride(), dtype=dense.dtype, device=dense.device)
-        return strided.copy_(dense)
+        dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense(), layer.marked))
+        if linear.origin.evaluation is not None:
+            linear.origin.evaluation.built += dense.nbytes
+        if dense.stride() != self.shadow.stride():
+            return with_strides_of(self.shadow, dense)
+        # who changes a copy in place must not reach what the backward pass of the last function reads
+        return dense.clone() if self._recipe.is_copy else dense
 
     def _numbers(self, function: str) -> Tensor:
         """The real logits without history, for code below autograd."""
@@ -238,7 +273,8 @@ class LazyLogits(Tensor):
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.alias.default, aten.clone.default) and args[0].is_lazy:
             recipe = args[0]._recipe
-            return cls._wrap(_Recipe(recipe.linear, recipe.expression, recipe.shadow, recipe.report))
+            shadow = func(recipe.shadow, *args[1:], **(kwargs or {}))
+            return cls._wrap(_Recipe(recipe.linear, recipe.expression, shadow, recipe.report, recipe.is_copy))
         args, kwargs = tree_map(
             lambda value: value._numbers(str(func)) if isinstance(value, cls) else value, (args, kwargs or {})
         )
@@ -280,7 +316,7 @@ def _apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if not args and "input" in kwargs:
         kwargs = dict(kwargs)
         args = (kwargs.pop("input"),)
-    if not args:
+    if not args or kwargs.get("out") is not None:
         return NotImplemented
     if not isinstance(args[0], LazyLogits):
         lazy = args[1] if len(args) == 2 else None
@@ -298,15 +334,17 @@ def _apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits:
     """Rewrites the expression where nobody shares the memory; else changes real logits, which all views see."""
     recipe = lazy._recipe
-    if lazy.is_lazy and lazy._root is None and not lazy._has_views:
+    records = torch.is_grad_enabled() or not lazy.requires_grad  # else the numbers change, and not the gradient
+    if records and lazy.is_lazy and lazy._root is None and not lazy._has_views:
         changed = RULES[IN_PLACE[func]](lazy, IN_PLACE[func], args, kwargs)
         if isinstance(changed, LazyLogits) and changed.linear.same_as(lazy.source):
             if changed.dtype != lazy.shadow.dtype:
                 changed = changed.to(lazy.shadow.dtype)
             recipe.expression, recipe.kept = changed.expression, {}
-            return lazy
+            with torch._C.DisableTorchFunctionSubclass():
+                return _LazyNode.apply(recipe, lazy, *lazy.linear.tensors) if lazy.requires_grad else lazy
     dense = lazy.materialise(func.__name__)
-    recipe.rewritten = lazy._family()._recipe.rewritten = True
+    recipe.memory.rewritten = True
     func(dense, *tree_map(lambda v: v.materialise(func.__name__) if isinstance(v, LazyLogits) else v, args), **kwargs)
     return lazy
 
@@ -373,6 +411,7 @@ def lazy_linear(
     report: Report,
     head: Callable[..., Any] | None = None,
     check: Callable[[bool], None] | None = None,
+    evaluation: Evaluation | None = None,
 ) -> LazyLogits:
     """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks for.
 
@@ -383,11 +422,17 @@ def lazy_linear(
         report: where fusions and materialisations are counted.
         head: the module; entered again if its weight is freed when the logits are needed.
         check: called before the logits are used, with whether `head` is about to be entered; may raise.
+        evaluation: the one that they are logits of; None: of a training.
     """
-    origin = Origin(weight.shape[0], head, check)
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if evaluation is not None:
+        check = guard(weight)
+    origin = Origin(weight.shape[0], head, check, evaluation)
     shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
-    return LazyLogits._make(Linear.of((input, weight, bias), origin=origin), LOGITS, shadow, report)
+    linear = Linear.of((input, weight, bias), origin=origin)
+    if not torch.is_grad_enabled():
+        linear = linear.detached()
+    return LazyLogits._make(linear, LOGITS, shadow, report)

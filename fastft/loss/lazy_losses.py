@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.expressions import LOGITS, Call, Expression, Linear, autocast_state, map_rows, sum_over_rows
+from fastft.loss.lazy_views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -34,17 +35,15 @@ def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
     dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else None))
     if not is_last(lazy, dim) or "out" in kwargs:
         return NotImplemented
-    keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
     name = func.__name__
-    if name in ("logsumexp", "argmax"):
+    if name in ("logsumexp", "argmax") and not lazy.is_evaluated:  # which asks for the best token and no more
         result = _kept(lazy, name)
     else:
         dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
         function = getattr(torch, name)
         result = map_rows(lazy.checked(), lazy.expression, lambda z: function(z, dim=-1, **dtype))
     lazy.evaluated(result)
-    result = result.reshape(lazy.linear.leading_shape)
-    return result.unsqueeze(-1) if keepdim else result
+    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
 
 def _kept(lazy: LazyLogits, name: str) -> Tensor:
@@ -67,6 +66,33 @@ def _kept(lazy: LazyLogits, name: str) -> Tensor:
     return map_rows(linear, lazy.expression, lambda z: z.logsumexp(-1), known=lse)
 
 
+def top(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`topk`, and `max` over the vocabulary: values and indices."""
+    several = func.__name__ == "topk"
+    names = ("k", "dim", "largest", "sorted") if several else ("dim", "keepdim")
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    if not is_last(lazy, options.get("dim", -1 if several else None)) or options.keys() - set(names):
+        return NotImplemented
+    shadows = on_meta(lazy, func, (lazy, *args), kwargs)
+    options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
+    found: list[Tensor] = []
+
+    def both(z: Tensor) -> Tensor:
+        values, indices = getattr(torch, func.__name__)(z, **options)
+        found.append(indices)
+        return values
+
+    linear = lazy.checked()
+    with torch.no_grad():
+        values = map_rows(linear, lazy.expression, both)
+    indices = torch.cat(found)
+    if lazy.requires_grad and torch.is_grad_enabled():
+        values = map_rows(linear, lazy.expression, lambda z, i: z.gather(-1, i), indices)
+    lazy.evaluated(values)
+    results = (with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True))
+    return getattr(torch.return_types, func.__name__)(tuple(results))
+
+
 def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`gather` along the vocabulary."""
     dim = kwargs.get("dim", args[0] if args else None)
@@ -76,7 +102,7 @@ def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
     rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
     result = map_rows(lazy.checked(), lazy.expression, lambda z, i: z.gather(-1, i), rows)
     lazy.evaluated(result)
-    return result.reshape(index.shape)
+    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
 
 def cross_entropy(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -106,12 +132,13 @@ def _loss(
     if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
         return NotImplemented
     linear = lazy.checked()
+    weight = None if weight is None else weight.clone()  # as it is now, whatever becomes of it before backward
     options: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight}
     if func is F.cross_entropy:
         options["label_smoothing"] = label_smoothing
     known = _known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
     if known is not None:
-        return _known_loss(lazy, target, reduction=reduction, **options, **known)
+        return _known_loss(lazy, func, target, reduction=reduction, **options, **known)
     options["reduction"] = "none" if reduction == "none" else "sum"
     over_rows = map_rows if reduction == "none" else sum_over_rows
     result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
@@ -127,13 +154,12 @@ def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
     known = _known_rows(lazy, F.cross_entropy)
     if known is None or target.shape != lazy.shape or lazy.shadow.dim() != 2 or target.requires_grad:
         return NotImplemented
-    return _known_loss(lazy, target, **options, **known)
+    return _known_loss(lazy, F.cross_entropy, target, **options, **known)
 
 
-def _known_loss(lazy: LazyLogits, target: Tensor, **options: Any) -> Tensor:
-    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options))
-    autocast, _ = autocast_state(result.device.type)
-    result = result if autocast else result.to(lazy.shadow.dtype)
+def _known_loss(lazy: LazyLogits, func: Callable[..., Any], target: Tensor, **options: Any) -> Tensor:
+    nothing = func(lazy.linear.no_rows(lazy.expression), target[:0], weight=options["weight"], reduction="none")
+    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options)).to(nothing.dtype)
     lazy.evaluated(result)
     return result
 

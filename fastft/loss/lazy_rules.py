@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.expressions import LOGITS, Call, autocast_state, is_freed
-from fastft.loss.lazy_losses import cross_entropy, gather, is_last, reduce, scale_and_softcap
-from fastft.loss.lazy_views import along_rows, clone, detach, getitem, iterate, permute, reshape
+from fastft.loss.lazy_losses import cross_entropy, gather, is_last, reduce, scale_and_softcap, top
+from fastft.loss.lazy_padding import new_zeros, write
+from fastft.loss.lazy_views import along_rows, clone, detach, getitem, iterate, on_meta, permute, reshape
 
 if TYPE_CHECKING:
     from fastft.loss.lazy_logits import LazyLogits
@@ -31,6 +32,8 @@ CASTS = {T.float: torch.float32, T.half: torch.float16, T.bfloat16: torch.bfloat
 
 def _cast(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     dtype, device = CASTS.get(func), None
+    flags = [value for value in args if isinstance(value, bool)]  # non_blocking, copy
+    copies = kwargs.get("copy", flags[1] if len(flags) > 1 else False)
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.dtype):
             dtype = value
@@ -40,23 +43,25 @@ def _cast(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwa
             dtype, device = value.dtype, value.device
         elif not isinstance(value, bool) and value is not None:
             return NotImplemented
-    if device is not None and device.type != lazy.linear.terms[0][0].device.type:
+    if device is not None and torch.empty(0, device=device).device != lazy.device:
         return NotImplemented
-    if dtype is None or (dtype == lazy.shadow.dtype and not kwargs.get("copy")):
-        return lazy if not kwargs.get("copy") else lazy.derived(lazy.expression)
-    return _record(lazy, T.to, (lazy.expression, dtype), {})
+    if dtype is None or dtype == lazy.shadow.dtype:
+        return lazy.viewed(func, (), {}, lazy.shadow.clone(), lambda x: x, same_rows=True) if copies else lazy
+    return _record(lazy, (lazy.expression, dtype), T.to, (lazy, dtype))
 
 
 def _pointwise(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if any(isinstance(value, Tensor) for value in kwargs.values()):
         return NotImplemented
+    if func is F.logsigmoid and not lazy.is_contiguous():
+        return NotImplemented  # the meta device lays it like its input, a CPU does not
     arguments: list[Any] = []
     for arg in (lazy, *args):
         operand = _operand(lazy, arg)
         if operand is None:
             return _sum_of_two(lazy, func, args, kwargs)
         arguments.append(operand[0])
-    return _record(lazy, func, tuple(arguments), kwargs)
+    return _record(lazy, tuple(arguments), func, (lazy, *args), kwargs)
 
 
 def _reflected(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,7 +69,7 @@ def _reflected(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]
     operand = _operand(lazy, args[0])
     if operand is None or kwargs:
         return NotImplemented
-    return _record(lazy, func, (operand[0], lazy.expression), kwargs)
+    return _record(lazy, (operand[0], lazy.expression), func, args)
 
 
 def _operand(lazy: LazyLogits, arg: Any) -> tuple[Any] | None:
@@ -76,9 +81,9 @@ def _operand(lazy: LazyLogits, arg: Any) -> tuple[Any] | None:
         return (arg,)
     if arg.requires_grad or arg.dim() > lazy.shadow.dim():
         return None
-    if arg.numel() == 1:
-        return (arg.reshape(()) if arg.dim() == 0 else arg.reshape(1),)
-    return (arg.reshape(-1),) if arg.shape[-1] == lazy.shadow.shape[-1] == arg.numel() else None
+    if arg.numel() != 1 and not arg.shape[-1] == lazy.shadow.shape[-1] == arg.numel():
+        return None
+    return (arg.reshape(-1 if arg.dim() else ()).clone(),)  # as it is now, whatever becomes of it
 
 
 def _sum_of_two(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -90,15 +95,17 @@ def _sum_of_two(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...
         found = scale_and_softcap(other.expression) if other.is_lazy else None
         if found is None or found.softcap is not None or found.casts or _any_freed(lazy, other):
             return NotImplemented
-        if other.shape != lazy.shape or other.dtype != dtype:
+        if other.shape != lazy.shape:
             return NotImplemented
-        return lazy.derived(LOGITS, lazy.source.plus(other.source, found.scale))
+        shadow = on_meta(lazy, func, (lazy, other), {})
+        return lazy.derived(LOGITS, shadow, lazy.source.plus(other.source, found.scale))
     is_bias = isinstance(other, Tensor) and other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
     if not is_bias or other.dim() > lazy.shadow.dim() or _any_freed(lazy):
         return NotImplemented
     if other.dtype != dtype and not (other.dtype == torch.float32 and lazy.linear.terms[0][0].element_size() == 2):
         return NotImplemented
-    result = lazy.derived(LOGITS, lazy.source.plus_bias(other.reshape(-1).to(dtype)))
+    shadow = on_meta(lazy, func, (lazy, other), {})
+    result = lazy.derived(LOGITS, shadow, lazy.source.plus_bias(other.reshape(-1).to(dtype)))
     return result.to(other.dtype)  # where autocast ran the head in 16 bits, the sum with a bias of 32 has 32
 
 
@@ -113,13 +120,19 @@ def _softmax(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], 
         return NotImplemented
     dtypes = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
     function = torch.log_softmax if "log" in func.__name__ else torch.softmax
-    return _record(lazy, function, (lazy.expression, -1), {"dtype": dtypes[0]} if dtypes else {})
+    return _record(lazy, (lazy.expression, -1), function, (lazy, -1), {"dtype": dtypes[0]} if dtypes else {})
 
 
 def _record(
-    lazy: LazyLogits, func: Callable[..., Any], arguments: tuple[Any, ...], kwargs: dict[str, Any]
+    lazy: LazyLogits,
+    operands: tuple[Any, ...],
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
 ) -> LazyLogits:
-    return lazy.derived(Call(func, arguments, kwargs, autocast_state(lazy.linear.terms[0][0].device.type)))
+    """`func(*args, **kwargs)`, whose arguments are `operands` in an expression over rows."""
+    call = Call(func, operands, kwargs or {}, autocast_state(lazy.linear.terms[0][0].device.type))
+    return lazy.derived(call, on_meta(lazy, func, args, call.keywords))
 
 
 def _named(*names: str) -> list[Callable[..., Any]]:
@@ -149,7 +162,10 @@ _FUNCTIONS: dict[Rule, list[Callable[..., Any]]] = {
     ),
     _softmax: _named("log_softmax", "softmax"),
     reduce: _named("logsumexp", "sum", "mean", "argmax", "amax"),
+    top: [T.max, torch.max, T.topk, torch.topk],
     gather: _named("gather"),
+    new_zeros: [T.new_zeros],
+    write: [T.__setitem__],
     cross_entropy: [F.cross_entropy, F.nll_loss],
 }
 RULES: dict[Callable[..., Any], Rule] = {

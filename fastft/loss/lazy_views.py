@@ -1,8 +1,8 @@
 """Views of lazy logits and selections of their rows: taken of the hidden states instead.
 
 Each rule also applies the function to `lazy.shadow`, a tensor on the meta device, which gives shape and strides, tells
-a view from a copy, and raises what torch would raise. A rule that is not sure returns `NotImplemented`: the logits are
-then materialised.
+a view from a copy (by its memory), and raises what torch would raise. A rule that is not sure returns `NotImplemented`:
+the logits are then materialised.
 """
 
 from __future__ import annotations
@@ -15,6 +15,30 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from fastft.loss.lazy_logits import LazyLogits
+
+_MASKS = (torch.bool, torch.uint8)
+
+
+def on_meta(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` makes of the shadows of all tensors among its arguments: its shape and strides."""
+
+    def shadow(value: Any) -> Any:
+        if isinstance(value, type(lazy)):
+            return value.shadow
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    return func(*(shadow(arg) for arg in args), **{name: shadow(value) for name, value in kwargs.items()})
+
+
+def with_strides_of(shadow: Tensor, result: Tensor) -> Tensor:
+    """`result`, whose rows may be flat, in memory as torch lays it: whether `view` works depends on that."""
+    result = result.reshape(shadow.shape)
+    if result.stride() == shadow.stride():
+        return result
+    strided = torch.empty_strided(shadow.shape, shadow.stride(), dtype=result.dtype, device=result.device)
+    return strided.copy_(result)
 
 
 def reshape(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -50,10 +74,7 @@ def along_rows(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]
     dimensions = _dimensions(func, args, kwargs)
     if dimensions is None or not all(isinstance(dim, int) and dim % size != size - 1 for dim in dimensions):
         return NotImplemented
-    if any(isinstance(arg, Tensor) for arg in (*args, *kwargs.values())):
-        shadow = None
-    else:
-        shadow = func(lazy.shadow, *args, **kwargs)
+    shadow = on_meta(lazy, func, (lazy, *args), kwargs)
     if isinstance(shadow, tuple | list):
         return tuple(_part(lazy, func, args, kwargs, index, part) for index, part in enumerate(shadow))
     return lazy.viewed(func, args, kwargs, shadow, lambda x: func(x, *args, **kwargs))
@@ -96,14 +117,22 @@ def getitem(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], k
         if not (isinstance(index[-1], slice) and _takes_all(index[-1], lazy.shadow.shape[-1])):
             return NotImplemented
         index = (*index[:-1], slice(None))
-    has_tensor = any(isinstance(item, Tensor) for item in index)
-    shadow = None if has_tensor else lazy.shadow[args[0]]
+    shadow = lazy.shadow[tuple(part for item in index for part in _on_meta(item))]
     return lazy.viewed(func, args, kwargs, shadow, lambda x: x[index])
 
 
 def _is_mixed(item: Any) -> bool:
     """An index whose meaning is not plain: neither an integer, a slice, an ellipsis nor an ordinary tensor."""
-    return not (isinstance(item, int | slice | Tensor) or item is Ellipsis)
+    if isinstance(item, Tensor):
+        return item.dim() == 0 and item.dtype in _MASKS
+    return not (isinstance(item, int | slice) or item is Ellipsis)
+
+
+def _on_meta(item: Any) -> tuple[Any, ...]:
+    """An index for the meta device, where a mask is the positions of its true elements."""
+    if not isinstance(item, Tensor):
+        return (item,)
+    return tuple(part.to("meta") for part in (item.nonzero(as_tuple=True) if item.dtype in _MASKS else (item,)))
 
 
 def _takes_all(item: slice, size: int) -> bool:
@@ -116,7 +145,7 @@ def _indexed_dimensions(index: tuple[Any, ...], dimensions: int) -> bool:
         if item is Ellipsis:
             return any(after is not None for after in index[position + 1 :])
     used = [
-        item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1 for item in index if item is not None
+        item.dim() if isinstance(item, Tensor) and item.dtype in _MASKS else 1 for item in index if item is not None
     ]
     return sum(used) >= dimensions
 
@@ -130,5 +159,10 @@ def clone(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwa
 
 
 def detach(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Who detaches while gradients are recorded wants to keep the numbers; inside a Function it is plumbing."""
-    return NotImplemented if torch.is_grad_enabled() else lazy.derived(lazy.expression)
+    """Who detaches while gradients are recorded wants to keep the numbers; inside a Function it is plumbing.
+
+    An evaluation detaches everything, and its logits are settled before the weights change.
+    """
+    if torch.is_grad_enabled() and not lazy.is_evaluated:
+        return NotImplemented
+    return lazy.viewed(func, args, kwargs, lazy.shadow.detach(), lambda x: x, same_rows=True)

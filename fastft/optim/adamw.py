@@ -22,13 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastft import ops
+from fastft import foreign, ops
 from fastft.optim import checkpoint, device_counts
 from fastft.optim.adamw_plan import MOMENTS, Plan, new_state
 from fastft.optim.adamw_update import Rounding
 from fastft.optim.grad_norm import clip_factor, grad_norm
+from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
+# what every AdamW has, of a group and of the whole; another value is lost where a library puts its own in our place
+_GROUP_OF_ANY: dict[str, Any] = {"amsgrad": False, "maximize": False, "moments": "fp32"}
+_OPTIMIZER_OF_ANY: dict[str, Any] = {"rounding": "exact", "max_grad_norm": None, "impl": "auto"}
 
 
 class _Clipping(NamedTuple):
@@ -40,8 +44,12 @@ class _Clipping(NamedTuple):
     versions: list[int]
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(torch.optim.AdamW):
     """AdamW with torch's interface, fp32 moments, and bf16 parameters which follow fp32 AdamW to the last bit.
+
+    It is a `torch.optim.AdamW` because libraries decide by that: accelerate puts DeepSpeedCPUAdam in an optimizer's
+    place under ZeRO with CPU offload, and makes its weight decay decoupled for instances of this class alone. Nothing
+    of torch's constructor or step is used.
 
     `state[p]` holds `step` (float32, on the CPU unless `capturable`), `exp_avg`, `exp_avg_sq` (float32, or bfloat16
     with `moments="bf16"`; the shape of p), with amsgrad `max_exp_avg_sq` (likewise) and, for bf16 parameters,
@@ -58,8 +66,8 @@ class AdamW(torch.optim.Optimizer):
         params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of any layout.
         lr: learning rate; a one-element tensor is read at each step, which waits for the device if it is on one, unless
             `capturable`.
-        betas: decay of the running averages of the gradient and of its square, each in [0, 1); numbers or one-element
-            tensors.
+        betas: decay of the running averages of the gradient and of its square, each in [0, 1); both numbers or both
+            one-element tensors.
         eps: added to the denominator.
         weight_decay: decoupled: each step scales the parameter by 1 - lr * weight_decay.
         amsgrad: divide by the largest `exp_avg_sq` so far.
@@ -87,12 +95,16 @@ class AdamW(torch.optim.Optimizer):
 
     Raises:
         TypeError: a parameter that is neither float32 nor bfloat16, or a hyper-parameter that is no number.
-        ValueError: a hyper-parameter out of range, an option that is not implemented, an empty parameter list.
+        ValueError: a hyper-parameter out of range, betas of mixed kinds, an option that is not implemented, an empty
+            parameter list; or where accelerate's DeepSpeed is going to put DeepSpeedCPUAdam in this optimizer's place,
+            an option that this does not have.
         RuntimeError: at `step`, an explicit `impl` which is not available (says why), or a sparse gradient.
     """
 
     grad_norm: Tensor | None = None
     _skipped: bool | Tensor = False
+    _origin: Origin | None = None  # of adamw() or adamw_spec(); None: made by hand
+    _had_gradients = False
 
     def __init__(
         self,
@@ -113,6 +125,7 @@ class AdamW(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         seed: int | None = None,
         impl: str = "auto",
+        _origin: Origin | None = None,
     ) -> None:
         ops.check_impl(impl)
         if rounding not in ROUNDINGS:
@@ -126,14 +139,30 @@ class AdamW(torch.optim.Optimizer):
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "amsgrad": amsgrad}
         defaults |= {"maximize": maximize, "capturable": capturable, "differentiable": differentiable}
-        defaults |= {"foreach": None, "fused": None, "moments": moments, "seed": seed}
+        defaults |= {"foreach": None, "fused": None, "decoupled_weight_decay": True, "moments": moments, "seed": seed}
         _check_group(defaults)
-        super().__init__(params, defaults)
+        torch.optim.Optimizer.__init__(self, params, defaults)  # torch.optim.AdamW's would own the defaults
+        self._origin = _origin
+        if foreign.optimizers_are_replaced():
+            self.check_that_a_replacement_is_faithful()
+
+    def check_that_a_replacement_is_faithful(self) -> None:
+        """Raises a ValueError which names the options that DeepSpeedCPUAdam, put in this one's place, does not have."""
+        options = [(vars(self), _OPTIMIZER_OF_ANY), *((group, _GROUP_OF_ANY) for group in self.param_groups)]
+        lost = {f"{name}={of[name]!r}" for of, plain in options for name in plain if of[name] != plain[name]}
+        if lost:
+            raise ValueError(
+                "with ZeRO's offload_optimizer accelerate puts DeepSpeedCPUAdam in this optimizer's place, which knows "
+                f'no {", ".join(sorted(lost))}: leave them out, or set "zero_force_ds_cpu_optimizer": false in '
+                "DeepSpeed's configuration, with which fastft's AdamW trains the offloaded parameters"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as torch does. Raises as the constructor does, leaving the optimizer as it was."""
         if isinstance(param_group, dict):
             _check_group({**self.defaults, **param_group})
+            if not param_group.get("decoupled_weight_decay", True):
+                raise ValueError("decoupled_weight_decay=False is torch.optim.Adam's; AdamW's decay is decoupled")
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         for param in params:
@@ -154,12 +183,13 @@ class AdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        torch.optim.Optimizer.__setstate__(self, state)  # torch.optim.AdamW's looks into states that are still hidden
         self._plan = self._clipping = None
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["foreach"] = group["fused"] = None  # a checkpoint of torch's may say otherwise
+            group["decoupled_weight_decay"] = True  # a checkpoint of torch's Adam says otherwise
         checkpoint.reveal(self)
 
     @torch._disable_dynamo
@@ -220,7 +250,10 @@ class AdamW(torch.optim.Optimizer):
         clipping, self._clipping = self._clipping, None
         found_inf = getattr(self, "found_inf", None)
         self._skipped = False if found_inf is None else found_inf
-        if not grads or (found_inf is not None and not self._counted_there(grads) and self.step_was_skipped):
+        if not grads:
+            self._say_that_nothing_is_trained()
+            return loss
+        if found_inf is not None and not self._counted_there(grads) and self.step_was_skipped:
             return loss
         factor = self._grad_factor(grads, clipping)
         if self._plan is None or not self._plan.holds(self.param_groups, self.state, params, present):
@@ -232,8 +265,21 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _make_plan(self, present: list[bool]) -> None:
+        self._had_gradients = True
+        if self._origin is not None:
+            self._origin.trained = True
         self._plan = None  # should the new one raise
         self._plan = Plan(self.param_groups, self.state, present, self.rounding, self.impl)
+
+    def _say_that_nothing_is_trained(self) -> None:
+        if not self._had_gradients:
+            self._had_gradients = True  # once
+            count = sum(len(group["params"]) for group in self.param_groups)
+            warnings.warn(
+                f"step() found no gradient in any of the optimizer's {count} parameters: if it stays so, nothing is "
+                "trained. Was the optimizer made before the model got its final parameters, or are they frozen?",
+                stacklevel=3,
+            )
 
     def _counted_there(self, grads: list[Tensor]) -> bool:
         """Whether the device itself sees to it that a skipped step does nothing."""
@@ -245,7 +291,7 @@ class AdamW(torch.optim.Optimizer):
         return bool(self._skipped)
 
     @property
-    def _step_supports_amp_scaling(self) -> bool:
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         # accelerate takes a step for skipped when GradScaler does not call step(): there GradScaler must decide itself
         return not str(getattr(self.step, "__module__", "")).startswith("accelerate.")
 
@@ -288,6 +334,8 @@ def _check_group(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas must be either both numbers or both tensors, got {betas!r}")
     numbers = {name: group[name] for name in ("lr", "eps", "weight_decay")} | dict(
         zip(("beta1", "beta2"), betas, strict=True)
     )

@@ -1,17 +1,21 @@
 """Ways to hand AdamW to Trainer: `optimizers=adamw(model, args)` and `optimizer_cls_and_kwargs=adamw_spec(args)`.
 
 For an optimizer that it is given, Trainer ignores its `TrainingArguments` and makes no decay / no-decay groups; both
-functions put that right.
+functions put that right. What Trainer would drop or do otherwise is refused here where `args` tell, and at train begin
+(fastft/integrations/optimizer_check.py) where only the training itself does.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from fastft import foreign
 from fastft.optim.adamw import AdamW
+from fastft.optim.origin import Keywords, Origin
 
 
 def adamw(
@@ -26,9 +30,13 @@ def adamw(
 ) -> tuple[AdamW, None]:
     """The pair that `Trainer(optimizers=...)` takes: AdamW, and None, for which Trainer builds its schedule.
 
+    Call it when the model is ready: embeddings resized, layers frozen or unfrozen, adapters added. With
+    `FusedLossCallback` or `PackingCallback` training does not begin where a parameter is trainable that was not so now.
+
     Args:
         model_or_params: a model, whose trainable parameters go into Trainer's two groups (biases and norms do not
-            decay; needs transformers); or an iterable of tensors, of `(name, tensor)` pairs or of parameter groups.
+            decay; needs transformers); or an iterable of tensors, of `(name, tensor)` pairs or of parameter groups,
+            which may leave out what they like.
         args: a `transformers.TrainingArguments`, which gives lr, betas, eps and weight decay where the keyword is None.
         lr: learning rate; without it and without `args`, AdamW's default 1e-3. The others likewise.
         betas: default (0.9, 0.999).
@@ -40,20 +48,31 @@ def adamw(
     Raises:
         TypeError: `model_or_params` is neither a model nor an iterable, `args` is no TrainingArguments, or a keyword is
             unknown.
-        ValueError: as `AdamW`; or a model without trainable parameters.
+        ValueError: as `AdamW`; a model without trainable parameters; or `args`, or the environment of
+            `accelerate launch`, say DeepSpeed or FSDP, where Trainer drops or refuses an optimizer: see `adamw_spec`.
     """
-    kwargs = _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
-    if isinstance(model_or_params, torch.nn.Module):
-        groups = _decay_groups(model_or_params)
+    given = _given(options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    model = model_or_params if isinstance(model_or_params, torch.nn.Module) else None
+    groups: Any = model_or_params
+    if args is not None:
+        _check_that_trainer_takes_an_optimizer(args)
+    if model is not None:
+        groups = _decay_groups(model)
         if options.get("moments") == "8bit":
-            groups = _with_fp32_moments(groups, _embeddings_and_head(model_or_params))
-        return AdamW(groups, **kwargs), None
-    if isinstance(model_or_params, torch.Tensor | str) or not isinstance(model_or_params, Iterable):
+            groups = _with_fp32_moments(groups, _embeddings_and_head(model))
+    elif isinstance(model_or_params, torch.Tensor | str) or not isinstance(model_or_params, Iterable):
         raise TypeError(
             "model_or_params must be a torch.nn.Module or an iterable of parameters or parameter groups, "
             f"got {type(model_or_params).__name__}"
         )
-    return AdamW(model_or_params, **kwargs), None
+    elif args is None:  # parameters and hyper-parameters by hand: there is nothing to compare them with
+        return AdamW(groups, **given), None
+    origin = Origin("adamw", args, given, model)
+    optimizer = AdamW(groups, **Keywords(origin))
+    if args is not None:
+        _warn_of_two_clippings(args, optimizer.max_grad_norm)
+    origin.remember()
+    return optimizer, None
 
 
 def adamw_spec(
@@ -64,38 +83,81 @@ def adamw_spec(
     eps: float | None = None,
     weight_decay: float | None = None,
     **options: Any,
-) -> tuple[type[AdamW], dict[str, Any]]:
+) -> tuple[type[AdamW], Keywords]:
     """The pair that `Trainer(optimizer_cls_and_kwargs=...)` takes: the way in under FSDP, DeepSpeed and `model_init`.
 
-    Trainer makes the parameter groups, with the weight decay of its own `args` whatever is given here. The arguments
-    are those of `adamw`; with `moments="8bit"` embeddings and head have 8-bit moments as well.
+    What comes from `args` is read when Trainer makes the optimizer, so that every trial of a
+    `hyperparameter_search` trains at its own values; a keyword that is given here stays. Trainer makes the parameter
+    groups, with the weight decay of its own `args`. The arguments are those of `adamw`; with `moments="8bit"`
+    embeddings and head have 8-bit moments as well.
+
+    Returns:
+        The class, and a mapping of its keywords.
 
     Raises:
         TypeError: `args` is no TrainingArguments, or an unknown keyword.
-        ValueError: as `AdamW`.
+        ValueError: as `AdamW`; a `weight_decay` other than that of `args`; or what DeepSpeed, if `args` say so, would
+            drop: any optimizer beside the one of its own configuration, with `offload_optimizer` all but plain fp32
+            AdamW, and `max_grad_norm`, which would be taken of each process's part alone.
     """
-    kwargs = _kwargs(args, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) | options
-    AdamW(
-        [torch.zeros(1, dtype=torch.bfloat16)], **{"seed": 0, **kwargs}
-    )  # a wrong keyword is told here, not after Trainer has loaded the model
-    return AdamW, kwargs
+    given = _given(options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    origin = Origin("adamw_spec", args, given)
+    keywords = Keywords(origin)
+    # a wrong keyword is told here, not after Trainer has loaded the model
+    example = AdamW([torch.zeros(1, dtype=torch.bfloat16)], **{"seed": 0, **keywords})
+    if args is not None:
+        if weight_decay is not None and weight_decay != args.weight_decay:
+            raise ValueError(
+                f"weight_decay={weight_decay} would be lost: Trainer makes the groups with the {args.weight_decay} of "
+                f"its args; set it in args: TrainingArguments(weight_decay={weight_decay})"
+            )
+        config = foreign.deepspeed_config(args)
+        if config is None:
+            _warn_of_two_clippings(args, example.max_grad_norm)
+        else:
+            _check_deepspeed(config, example)
+    origin.remember()
+    return AdamW, keywords
 
 
-def _kwargs(args: Any, **explicit: Any) -> dict[str, Any]:
-    """AdamW's keywords: the explicit ones, else those of `args`, else none, which leaves AdamW's defaults."""
-    given = {name: value for name, value in explicit.items() if value is not None}
-    if args is None:
-        return given
-    try:
-        of_args = {
-            "lr": args.learning_rate,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
-            "weight_decay": args.weight_decay,
-        }
-    except AttributeError as error:
-        raise TypeError(f"args must be a transformers.TrainingArguments, got {type(args).__name__} ({error})") from None
-    return of_args | given
+def _given(options: dict[str, Any], **named: Any) -> dict[str, Any]:
+    """The keywords that the user gave."""
+    return {name: value for name, value in named.items() if value is not None} | options
+
+
+def _check_that_trainer_takes_an_optimizer(args: Any) -> None:
+    """Raises where Trainer drops (DeepSpeed) or refuses (FSDP) the optimizer that it is given."""
+    engine = foreign.engine_of(args)
+    if engine is not None:
+        raise ValueError(
+            f"{engine} trains here, for which Trainer makes the optimizer itself: use Trainer(optimizer_cls_and_kwargs="
+            "fastft.adamw_spec(args)) in the place of optimizers=fastft.adamw(model, args)"
+        )
+
+
+def _warn_of_two_clippings(args: Any, max_grad_norm: float | None) -> None:
+    if max_grad_norm is not None and args.max_grad_norm:
+        warnings.warn(
+            f"gradients are clipped twice, to {args.max_grad_norm} by Trainer and to {max_grad_norm} by the optimizer: "
+            "set TrainingArguments(max_grad_norm=0), or leave max_grad_norm to args and use fastft.fuse_clipping",
+            stacklevel=3,
+        )
+
+
+def _check_deepspeed(config: dict[str, Any], optimizer: AdamW) -> None:
+    """Raises where DeepSpeed, so configured, would train something else than `optimizer`."""
+    if "optimizer" in config:
+        raise ValueError(
+            "DeepSpeed's configuration has an optimizer of its own, which would train in the place of fastft's: remove "
+            'the section "optimizer" from it'
+        )
+    if optimizer.max_grad_norm is not None:
+        raise ValueError(
+            "max_grad_norm would clip to the norm of each process's part of the gradients under DeepSpeed: use "
+            "TrainingArguments(max_grad_norm=...), for which DeepSpeed takes the norm of all"
+        )
+    if foreign.replaces_optimizers(config):
+        optimizer.check_that_a_replacement_is_faithful()
 
 
 def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:

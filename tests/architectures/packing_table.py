@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from architectures.packing import BATCHES, EXACT, LEAK, MASK, OFF, OURS, RAISES, REFUSED, STOCK, best
-from architectures.packing_models import MODELS
+from architectures.packing_models import PACKED, UNPACKED
 
 _COLUMNS = (*BATCHES, "check_packing", "in Trainer")
 _MEANING = {
@@ -69,7 +69,7 @@ def written(found: dict[str, dict[str, dict[str, str]]], swept: set[str]) -> str
     kinds = [best(rows) for rows in found.values()]
     lines += [f"| {kind} | {kinds.count(kind)} | {meaning} |" for kind, meaning in _MEANING.items()]
     lines += ["", f"| class | attention | {' | '.join(_COLUMNS)} |", "|---|---|" + "---|" * len(_COLUMNS)]
-    for case in (str(case) for case in MODELS if str(case) in found):
+    for case in (str(case) for case in (*PACKED, *UNPACKED) if str(case) in found):
         for implementation, row in found[case].items():
             cells = (_cell(row.get(column, "")) for column in _COLUMNS)
             lines.append(f"| {case.split('-')[-1]} | {implementation} | {' | '.join(cells)} |")

@@ -66,10 +66,11 @@ def limits() -> dict[str, str]:
 
 
 def tests() -> set[str]:
-    """The name of every test function, as "file::function"."""
+    """The name of every test function as "file::function", those of the benchmarks as "benchmarks/file::function"."""
     return {
-        f"{file.name}::{node.name}"
-        for file in (ROOT / "tests").rglob("test_*.py")
+        f"{folder}{file.name}::{node.name}"
+        for top, folder in (("tests", ""), ("benchmarks", "benchmarks/"))
+        for file in (ROOT / top).rglob("test_*.py")
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
