@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 
 from fastft.foreign import in_flat_parameter, local, placed_like, sharded_like
-from fastft.optim import moments_8bit
+from fastft.optim import moments_8bit, weight_bits
 from fastft.optim.adamw_update import RESIDUES, store_value
+from fastft.optim.weight_bits import residue_of
 
 _NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
 _RESIDUES = {name for name, _ in RESIDUES.values()}  # what an optimizer of another `rounding` has no use for
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _OWN_OPTIONS = ("seed", "moments")
+CHECKSUMS = "weight_checksums"  # beside torch's `state` and `param_groups`, where nobody who cuts states sees it
 _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
@@ -40,26 +42,35 @@ class _Verbatim:
         self.entries = entries
 
 
-def packed(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def packed(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, stale: set[Tensor]) -> dict[str, Any]:
     """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those of the optimizer.
 
     8-bit moments of FSDP1's vectors are fp32: it gathers, and cuts into parameters, what has the vector's shape only.
-    Loading makes the same codes of them.
+    Loading makes the same codes of them. Beside `stale` weights the low bits are zero.
     """
     keys = (key for group in state_dict["param_groups"] for key in group["params"])
     params = (param for group in optimizer.param_groups for param in group["params"])
-    flat = {key for key, param in zip(keys, params, strict=False) if in_flat_parameter(param)}
+    param_of, checksums = dict(zip(keys, params, strict=False)), {}
 
     def entries_of(key: Any, state: Any) -> Any:
-        if not isinstance(state, dict):
+        param = param_of.get(key)
+        if not isinstance(state, dict) or param is None:
             return state
-        if key in flat:
+        if in_flat_parameter(param):
             state = _decoded(state)
+        if param in stale:
+            state = {name: torch.zeros_like(value) if name in _RESIDUES else value for name, value in state.items()}
+        if (
+            residue_of(state) is not None
+            and (claimed := weight_bits.claim(param, optimizer.state.get(param))) is not None
+        ):
+            checksums[key] = claimed
         if "remainder" in state:
             state = {**state, "remainder": _reinterpreted(state["remainder"], torch.bfloat16)}
         return dict(state)
 
-    return {**state_dict, "state": {key: entries_of(key, state) for key, state in state_dict["state"].items()}}
+    state = {key: entries_of(key, entries) for key, entries in state_dict["state"].items()}
+    return {**state_dict, "state": state} | ({CHECKSUMS: checksums} if checksums else {})
 
 
 def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +101,7 @@ def load(
     def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
         _check_form(loaded)
         loaded = _of_apex(loaded)
+        checksums = _checksums_of(loaded)
         state = dict(loaded["state"])
         # a group more or less, or other sizes: torch raises after this
         for saved_group, group in zip(loaded["param_groups"], optimizer.param_groups, strict=False):
@@ -101,6 +113,8 @@ def load(
                 if entries:
                     _check_entries(entries, owner)
                     state[key] = _Verbatim(_restored(entries, new_state(param, whole_group), owner))
+                    if key in checksums and weight_bits.claim_applies(param):
+                        state[key].entries.mark = weight_bits.Mark(checksum=checksums[key])
                     if master is not None:
                         _check_number(master, "master", owner)
                         _same_shape(master, param, "master", owner)
@@ -131,17 +145,13 @@ def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     """Sets a parameter, and what `state` keeps with it, to an fp32 master. All may be DTensors."""
     parts = (placed_like(master.float(), param), param, residue_of(state))
     store_value(*(local(part) for part in parts))
+    weight_bits.mark_written(param, state)
 
 
 @torch.no_grad()
 def write_whole(tensor: Tensor, value: Tensor) -> None:
     """Sets a tensor, which may be a DTensor, to a whole one of its dtype."""
     local(tensor).copy_(local(placed_like(value, tensor)))
-
-
-def residue_of(state: dict[str, Any]) -> Any:
-    """What a state keeps of its parameter's bits: the remainder, the compensation, or None."""
-    return next((state[name] for name in _RESIDUES if name in state), None)
 
 
 def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +173,14 @@ def _check_form(state_dict: dict[str, Any]) -> None:
     if missing := needed - state_dict.keys():
         found = ", ".join(map(str, state_dict)) or "nothing"
         raise ValueError(f"this is no optimizer's state dict: {', '.join(sorted(missing))} missing, found {found}")
+
+
+def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:
+    """Those of the weights that the remainders belong to, by the parameter's key; none in other optimizers' states."""
+    checksums = loaded.get(CHECKSUMS, {})
+    if not isinstance(checksums, dict) or not all(type(value) is int for value in checksums.values()):
+        raise TypeError(f"{CHECKSUMS} of a state dict must be integers by parameter, got {checksums!r:.60}")
+    return checksums
 
 
 def _check_entries(entries: dict[str, Any], owner: str) -> None:

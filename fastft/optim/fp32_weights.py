@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer, unwrapped
+from fastft.foreign import inner_optimizer, local, sharded_like, unwrapped
 from fastft.optim import weight_files
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import load_value
-from fastft.optim.checkpoint import local, residue_of, sharded_like, write_master, write_whole
+from fastft.optim.checkpoint import write_master, write_whole
+from fastft.optim.weight_bits import residue_of
 from fastft.optim.weight_files import Header
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # what goes through fp32
@@ -57,13 +58,17 @@ def save_fp32(
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     writes = not distributed or torch.distributed.get_rank() == 0
+    stale = set(adamw._stale_weights())
+    adamw._warn_of_forgotten(len(stale))
     folder = Path(path)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
         weight_files.remove_aside(folder)
     try:
         for file, names in plan.filename_to_tensors.items():
-            shard = {name: _master(tensors[name], adamw) for name in names}  # a collective where tensors are sharded
+            shard = {
+                name: _master(tensors[name], adamw, stale) for name in names
+            }  # a collective where tensors are sharded
             if writes:
                 weight_files.write_aside(folder, file, shard)
         if writes:
@@ -177,9 +182,11 @@ def _as_saved(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _master(tensor: Any, optimizer: AdamW) -> Tensor:
-    """A copy on the CPU of a whole tensor, with the bits of its remainder."""
+def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
+    """A copy on the CPU of a whole tensor, with the bits of its remainder, unless that is of another weight."""
     residue = residue_of(optimizer.state[tensor]) if tensor in optimizer.state else None
+    if residue is not None and tensor in stale:
+        residue = torch.zeros_like(residue)  # and not None: under FSDP2 it may be another rank's part alone
     if residue is None:
         master = _as_saved(tensor.detach())
     else:
