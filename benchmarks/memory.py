@@ -1,10 +1,12 @@
-"""Peak memory of one training step of Trainer, stock and with the fused loss, each in a process of its own.
+"""Peak memory of Trainer, stock and with the fused loss, each in a process of its own.
 
 python benchmarks/memory.py --machine cpu
 
-A one-layer Llama with H=512 and V=128256 (tied embeddings) takes one step over T=4096 tokens in fp32 on the CPU, with
-Trainer's own AdamW. Counted is what the process holds at its peak above what it held before `train()`: the model
-(262 MB) is in neither, gradients and optimizer states are in both. Writes results/<machine>-memory.json and .md.
+A one-layer Llama with H=512 and V=128256 (tied embeddings), in fp32 on the CPU: one training step over T=4096 tokens
+with Trainer's own AdamW, and an evaluation inside `train()` over as many tokens, for its loss alone and with the
+accuracy of the tokens (`preprocess_logits_for_metrics` takes the argmax). Counted is what the process holds at its
+peak above what it held before `train()`: the model (262 MB) is in neither, gradients and optimizer states are in both
+steps. Writes results/<machine>-memory.json and .md.
 """
 
 from __future__ import annotations
@@ -20,14 +22,19 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 T, H, V = 4096, 512, 128256
 VARIANTS = ("stock", "fused")
+MEASURES = {"step": "a training step", "loss": "an evaluation: the loss", "metrics": "an evaluation: loss and accuracy"}
 
 
-def step(variant: str) -> dict:
-    """Runs in a fresh process: peak memory only grows."""
-    import resource
+def memory(what: str) -> int:
+    """KiB that this process holds (VmRSS), or held at its peak (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1])
 
+
+def measure(what: str, variant: str) -> dict:
+    """Runs in a fresh process: memory that was freed once comes back without being counted."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     import fastft
 
@@ -36,52 +43,72 @@ def step(variant: str) -> dict:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=T, tie_word_embeddings=True, **sizes))
     ids = torch.randint(0, V, (T,))
     callback = fastft.FusedLossCallback()
+    found: dict = {}
+
+    def note(loss: float) -> None:
+        peak = memory("VmHWM") - before
+        found.update(peak_mib=round(peak / 1024, 1), seconds=round(time.perf_counter() - start, 2), loss=loss)
+
+    class AtEvaluation(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            note(metrics["eval_loss"])
+
+    def accuracy(prediction) -> dict:
+        return {"accuracy": float((prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]).mean())}
+
+    evaluating = what != "step"
+    length = 8 if evaluating else T  # evaluated before the first step, whose own peak is not looked at
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
-        args = TrainingArguments(folder, max_steps=1, per_device_train_batch_size=1, use_cpu=True, **quiet)
+        quiet |= {"use_cpu": True, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
         trainer = Trainer(
             model=model,
-            args=args,
-            train_dataset=[{"input_ids": ids, "labels": ids}],
-            callbacks=[callback] if variant == "fused" else [],
+            args=TrainingArguments(folder, max_steps=1, eval_on_start=evaluating, **quiet),
+            train_dataset=[{"input_ids": ids[:length], "labels": ids[:length]}],
+            eval_dataset=[{"input_ids": ids, "labels": ids}],
+            callbacks=[AtEvaluation(), *([callback] if variant == "fused" else [])],
+            compute_metrics=accuracy if what == "metrics" else None,
+            preprocess_logits_for_metrics=(lambda logits, labels: logits.argmax(-1)) if what == "metrics" else None,
         )
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of making the model and of imports does not count
+        before, start = memory("VmRSS"), time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    if not evaluating:
+        note(trainer.state.log_history[0]["loss"])
     if variant == "fused":
-        assert callback.report.fused == 1, callback.report
-    return {
-        "peak_mib": round(peak / 1024, 1),
-        "seconds": round(seconds, 2),
-        "loss": trainer.state.log_history[0]["loss"],
-    }
+        report = callback.evaluation if evaluating else callback.report
+        assert report.fused == 1 + (what == "metrics") and not report.materialised, report
+    return found
 
 
-def run(variant: str) -> dict:
-    """One variant's result."""
-    command = [sys.executable, __file__, "--variant", variant]
+def run(what: str, variant: str) -> dict:
+    """One result."""
+    command = [sys.executable, __file__, "--measure", what, "--variant", variant]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--machine", default="cpu", help="names the files in benchmarks/results/")
+    parser.add_argument("--measure", choices=MEASURES, default="step", help="with --variant: what is run")
     parser.add_argument("--variant", choices=VARIANTS, help="runs one variant in this very process")
     options = parser.parse_args()
     if options.variant:
-        print(json.dumps(step(options.variant)))
+        print(json.dumps(measure(options.measure, options.variant)))
         return
-    results = {variant: run(variant) for variant in VARIANTS}
-    times = round(results["stock"]["peak_mib"] / results["fused"]["peak_mib"], 2)
+    results = {what: {variant: run(what, variant) for variant in VARIANTS} for what in MEASURES}
+    lines = ["| | Trainer | peak above the start, MiB | times less | seconds | loss |", "|---|---|---|---|---|---|"]
+    for what, found in results.items():
+        found["times_less"] = round(found["stock"]["peak_mib"] / found["fused"]["peak_mib"], 2)
+        for variant in VARIANTS:
+            peak, seconds, loss = (found[variant][key] for key in ("peak_mib", "seconds", "loss"))
+            times = found["times_less"] if variant == "fused" else ""
+            lines.append(f"| {MEASURES[what]} | {variant} | {peak:,.0f} | {times} | {seconds} | {loss:.6f} |")
     stem = RESULTS / f"{options.machine}-memory"
     shape = {"T": T, "H": H, "V": V, "dtype": "float32"}
-    stem.with_suffix(".json").write_text(json.dumps({**shape, **results, "times_less": times}, indent=1) + "\n")
-    lines = ["| Trainer | peak above the start, MiB | seconds | loss |", "|---|---|---|---|"]
-    for variant, found in results.items():
-        lines.append(f"| {variant} | {found['peak_mib']:,.0f} | {found['seconds']} | {found['loss']:.6f} |")
-    text = "\n".join([__doc__.split("\n\n")[2], "", *lines, "", f"The stock step takes {times} times the memory."])
-    stem.with_suffix(".md").write_text(f"# Memory of a training step\n\n`python benchmarks/memory.py`\n\n{text}\n")
+    stem.with_suffix(".json").write_text(json.dumps({**shape, **results}, indent=1) + "\n")
+    text = "\n".join([__doc__.split("\n\n")[2], *lines])
+    stem.with_suffix(".md").write_text(f"# Memory of Trainer\n\n`python benchmarks/memory.py`\n\n{text}\n")
     print(text)
 
 

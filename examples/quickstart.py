@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import fastft
 
 tokenizer, examples = stdlib_text.load(vocab_size=16_384, max_tokens=512)
-collator = fastft.PackingCollator()  # before the model: it makes attn_implementation="fastft" known
 model = LlamaForCausalLM(
     LlamaConfig(
         vocab_size=len(tokenizer),
@@ -34,7 +33,7 @@ trainer = Trainer(
     model=model,
     args=args,
     train_dataset=fastft.pack(examples, max_tokens=1024),
-    data_collator=collator,
+    data_collator=fastft.PackingCollator(),
     optimizers=fastft.adamw(model, args),
     callbacks=[callback],
 )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastft.attention.attention import register_attention
 from fastft.attention.block_mask import block_mask
 from fastft.attention.check_packing import PackingLeakError, check_packing
+from fastft.attention.registration import register_with_transformers
 from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
@@ -66,6 +67,8 @@ __all__ = [
     "save_fp32",
     "seq2seq_masks",
 ]
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,11 +7,14 @@ of them an upgrade of torch, transformers, accelerate, datasets or DeepSpeed has
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 # "module:qualified name" and what it is for; "a|b" is one name of several versions. What no class has, only its
@@ -40,6 +43,10 @@ PRIVATE_NAMES = {
     "torch.nn.modules.module:_global_backward_pre_hooks": "likewise",
     "torch.nn:Module._backward_hooks": "likewise, of one module",
     "torch.nn:Module._backward_pre_hooks": "likewise",
+    "torch.nn:Module._forward_hooks": "hooks that see the packing probe's batches",
+    "torch.nn:Module._forward_pre_hooks": "likewise",
+    "torch.nn.modules.module:_global_forward_hooks": "likewise, of all modules",
+    "torch.nn.modules.module:_global_forward_pre_hooks": "likewise",
     "torch.nn:Module._parameters": "a weight that FSDP1 took out of its module is not in here",
     "torch:Tensor._backward_hooks": "a hook on a weight forbids writing to its gradient directly",
     "torch:Tensor._post_accumulate_grad_hooks": "likewise",
@@ -54,6 +61,7 @@ PRIVATE_NAMES = {
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_LIBRARIES = {"torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes", "fastft"}
 _DATA_PARALLEL = {"DataParallel", "DistributedDataParallel"}
 _WRAPPERS = {*_DATA_PARALLEL, "FullyShardedDataParallel", "DeepSpeedEngine", "OptimizedModule"}
 
@@ -92,6 +100,36 @@ def base_model(model: Any) -> Any:
         if inner is model:
             return model
         model = inner
+
+
+def prompt_learning(model: Any) -> str | None:
+    """How PEFT puts virtual tokens before each row of a batch, in words; None where it does not."""
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # no PEFT, or several adapters at a time
+        config = unwrapped(model).active_peft_config
+        if config.is_prompt_learning:
+            kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+            return f"PEFT's {'p-tuning' if kind == 'p_tuning' else kind.replace('_', ' ')}"
+    return None
+
+
+def modules_with_hooks(model: nn.Module) -> list[str]:
+    """Names of the modules with forward hooks that none of the libraries put there; "" is the model itself."""
+    everywhere = [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
+    found = ["every module"] if any(_not_of_libraries(hooks) for hooks in everywhere) else []
+    for name, module in model.named_modules():
+        if _not_of_libraries(module._forward_hooks) or _not_of_libraries(module._forward_pre_hooks):
+            found.append(name or type(module).__name__)
+    return found
+
+
+def _not_of_libraries(hooks: Mapping[int, Any]) -> bool:
+    for hook in hooks.values():
+        while isinstance(hook, functools.partial):
+            hook = hook.func
+        module = getattr(hook, "__module__", None) or type(hook).__module__
+        if str(module).partition(".")[0] not in _LIBRARIES:
+            return True
+    return False
 
 
 def whose_forward(model: Any) -> set[str]:
@@ -260,3 +298,10 @@ def is_deepspeed_adam(optimizer: Any) -> bool:
 def is_fsdp1(model: Any) -> bool:
     """Whether FSDP1 wraps any part of `model`."""
     return any("FullyShardedDataParallel" in _class_names(module) for module in model.modules())
+
+
+def world_size() -> int:
+    """How many processes there are: 1 where torch.distributed has not been set up."""
+    distributed = sys.modules.get("torch.distributed")
+    ready = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready and distributed is not None else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -230,6 +231,47 @@ def test_explicit_mask_is_cut_to_segments() -> None:
             ]
         )
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.masking_utils, "blockwise_overlay"), reason="this transformers has no blocks"
+)
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("hooked", [True, False], ids=["hooked", "positions"])
+def test_blocks_that_see_each_other_both_ways_get_a_mask(hooked: bool, window: int | None) -> None:
+    """transformers 5.24 composes masks with `blockwise_overlay`; nothing that stands for a mask knows these."""
+    lengths, layer = (6, 5, 8), nn.Module()
+    blocks = torch.full((1, 19), -1)
+    blocks[0, 1:4], blocks[0, 8:10], blocks[0, 13:17] = 0, 1, 2  # inside a sequence each
+    masks = transformers.masking_utils
+    make = masks.create_causal_mask if window is None else masks.create_sliding_window_causal_mask
+    config = build("mistral" if window else "llama", "fastft").config
+    config.sliding_window = window
+    batch = packed(sequences(lengths))
+    options: dict[str, Any] = {"position_ids": None if hooked else batch["position_ids"], "block_sequence_ids": blocks}
+    x = torch.randn(1, 19, 32)
+    known = pytest.MonkeyPatch()
+    known.setattr("fastft.attention.attention.packed_forward_under_way", lambda: hooked)
+    mask = make(config, x, None, **options, **{_CACHE: None})
+    known.undo()
+    assert isinstance(mask, Tensor) and mask.shape[-2:] == (19, 19)
+    q, k, v = torch.randn(3, 1, 2, 19, 8)
+    ours = fastft_attention(layer, q, k, v, mask, cu_seq_lens_q=batch["cu_seq_lens_q"], sliding_window=window)[0]
+    at = torch.arange(19)
+    seen = at[:, None] >= at
+    if window is not None:
+        seen &= at[:, None] - at < window
+    seen |= (blocks[0][:, None] == blocks[0]) & (blocks[0] >= 0)
+    seen &= batch["seq_idx"][0][:, None] == batch["seq_idx"][0]
+    truth = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    torch.testing.assert_close(ours, truth.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+_CACHE = (
+    "cache"
+    if "cache" in inspect.signature(inspect.unwrap(transformers.masking_utils.create_causal_mask)).parameters
+    else "past_key_values"
+)
 
 
 def test_autocast() -> None:

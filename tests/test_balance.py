@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastft.data.balance import balanced, pack_costs
+from fastft.data.balance import _shared_out, balanced, pack_costs
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import PackPlan, plan_packs
@@ -56,8 +56,27 @@ def test_every_example_once_in_a_multiple_of_packs(lengths, group, max_sequences
     assert sum(sizes) == len(lengths) and max(sizes) <= (max_sequences or 64)
     assert pack_costs(plan)[0].max() <= 64
     assert (plan.windows[::group].diff() >= 0).all()  # those of the groups
+    for one, label in zip(as_lists(plan), plan.windows.tolist(), strict=True):
+        assert {example // (window or 80) for example in one} <= {label}  # no pack has examples of two windows
     if sizes.count(0):  # only where there are too few examples to divide
         assert len(lengths) < len(plan) or window is not None or len(plan) > group
+
+
+def test_many_examples_are_shared_out_without_comparing_each_with_each():
+    """100,000 examples of 10 packs over 64: the number of comparisons is counted, as no timing decides a test."""
+    compared = 0
+
+    class Length(int):
+        def __lt__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return int(self) < other
+
+    lengths = [Length(n) for n in np.random.default_rng(0).integers(1, 60, 4000).tolist()]
+    packs = _shared_out(lengths, [400] * 10, 54, 4000)
+    tokens = [sum(lengths[entry] for entry in pack.tolist()) for pack in packs]
+    assert max(tokens) - min(tokens) <= 30
+    assert compared < 4000 * 100
 
 
 def test_costs():

@@ -8,12 +8,19 @@ import numpy
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import nn
 
 import fastft
 from fastft.attention.attention import register_attention
 from fastft.attention.check_packing import find_leak
+from fastft.attention.probe_rows import Batches
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131, "pad_token_id": 1}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 64}
@@ -223,3 +230,163 @@ def test_sharded_weights_are_not_asked():
     model.model.layers[0].mlp.up_proj.weight.ds_id = 3
     with pytest.raises(ValueError, match="ZeRO-3"):
         fastft.check_packing(model)
+
+
+PROMPTS = {
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16),
+    "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "fastft"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_virtual_tokens_before_a_row_are_refused_by_name(name, implementation):
+    model = get_peft_model(made("LlamaForCausalLM", implementation), PROMPTS[name])
+    with pytest.raises(fastft.PackingLeakError, match=f"PEFT's {name} puts virtual tokens before each row"):
+        fastft.check_packing(model)
+
+
+def embeddings_changed(model, change):
+    """The model with `change(module, embeddings)` added to its embeddings (rows, tokens, features)."""
+    hook = lambda module, args, output: output + change(module, output)  # noqa: E731
+    model.get_input_embeddings().register_forward_hook(hook)
+    return model
+
+
+def exact(**changes):
+    return made("LlamaForCausalLM", "fastft", num_key_value_heads=2, **changes)
+
+
+def mixing_from(tokens):
+    """Its tokens see the whole row where that has more than `tokens`."""
+    return lambda module, x: x.mean(1, keepdim=True) * (x.shape[1] > tokens)
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "found"),
+    [
+        ({"max_position_embeddings": 60}, {}, "in a row of 61 tokens, longer than its max_position_embeddings of 60"),
+        ({"max_position_embeddings": 99999}, {}, None),  # nothing says that 61 tokens are different
+        ({"max_position_embeddings": 99999}, {"max_tokens": 61}, "in a row of 61 tokens: other tokens"),
+        ({"max_position_embeddings": 99999}, {"max_tokens": 60}, None),
+        ({"sliding_window": 40}, {}, "longer than its max_position_embeddings of 64, sliding_window of 40"),
+        ({"attention_window": [50, 40]}, {"max_tokens": 90}, "in a row of 90 tokens"),
+        ({"n_positions": 70, "vision_config": {"window_size": 4000}}, {}, "in a row of 71 tokens"),
+    ],
+)
+def test_a_leak_that_begins_behind_a_limit(config, rows, found):
+    model = embeddings_changed(exact(), mixing_from(60))
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    leak = find_leak(model, Batches(**rows))
+    assert leak is None if found is None else found in leak.what
+
+
+def test_the_way_out_of_such_a_leak_is_shorter_rows():
+    model = embeddings_changed(exact(), mixing_from(60))
+    model.config.max_position_embeddings = 60
+    with pytest.raises(fastft.PackingLeakError, match=r"tried on this model: rows of at most 60 tokens"):
+        fastft.check_packing(model, max_tokens=200)
+    fastft.check_packing(model, max_tokens=60)
+
+
+def gpt_neo():
+    sizes = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 40}
+    return made("GPTNeoForCausalLM", "eager", **sizes, bos_token_id=2, eos_token_id=2)
+
+
+def test_rows_longer_than_a_table_raise_and_it_is_said_before():
+    """GPT-Neo looks its causal mask up by the place in the row."""
+    model, said = gpt_neo(), "longer than its max_position_embeddings of 64, .*raises RuntimeError"
+    with pytest.raises(fastft.PackingLeakError, match=f"{said}.*rows of at most 64 tokens"):
+        fastft.check_packing(model, max_tokens=100)
+    with pytest.warns(UserWarning, match=f"{said}.*Rows of at most 64 tokens are exact"):
+        fastft.check_packing(model)
+    fastft.check_packing(model, max_tokens=64)
+
+
+def test_a_block_mask_and_rows_longer_than_a_table():
+    """MPT counts its biases by the place in the row."""
+    model = made("MptForCausalLM", "eager", d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+    leak = find_leak(model, Batches(max_tokens=100))
+    assert leak.block_mask and "rows of at most 64 tokens" in leak.way_out
+    leak = find_leak(model)
+    assert leak.block_mask and not leak.loud and "max_seq_len of 64" in leak.what
+
+
+def test_the_long_row_costs_no_logits():
+    model, widths = exact(vocab_size=4001), []
+    model.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
+    assert find_leak(model, Batches(max_tokens=400)) is None
+    assert max(widths) == 31
+
+
+def test_a_leak_in_training_mode_alone():
+    model = embeddings_changed(exact(), lambda module, x: x.mean(1, keepdim=True) * module.training)
+    assert "in training mode other tokens" in find_leak(model.eval()).what
+
+
+def test_dropout_and_checkpointing_in_training_mode_are_no_leak():
+    model = made("BertForMaskedLM", "fastft", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    model.gradient_checkpointing_enable()
+    assert find_leak(model.train()) is None
+
+
+def test_noise_does_not_hide_a_leak():
+    model = embeddings_changed(opt(), lambda module, x: torch.randn_like(x))
+    assert "move the outputs of the later ones" in find_leak(model).what
+
+
+def test_noise_that_follows_other_rows_and_could_hide_a_leak():
+    model = embeddings_changed(opt(), lambda module, x: x.sum((0, 1)) if len(x) > 1 else 0)
+    assert "could hide a leak" in find_leak(model).what or "move the outputs" in find_leak(model).what
+
+
+@pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min, 1e9])
+def test_masked_logits_do_not_hide_a_leak(value):
+    model = opt()
+
+    def mask(module, args, output):
+        return output.index_fill(-1, torch.arange(9), value)
+
+    model.lm_head.register_forward_hook(mask)
+    assert "move the outputs of the later ones" in find_leak(model).what
+    model.set_attn_implementation("fastft")
+    assert find_leak(model) is None
+
+
+def test_a_head_of_zeros_does_not_hide_a_leak():
+    model = opt()
+    model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    assert "move the outputs of the later ones" in find_leak(model).what
+    model.set_attn_implementation("fastft")
+    assert find_leak(model) is None
+
+
+def test_outputs_that_are_not_numbers_tell_nothing():
+    model = exact()
+    nn.init.constant_(model.model.embed_tokens.weight, float("nan"))
+    with pytest.raises(ValueError, match="its outputs are not finite, or the same for every token"):
+        fastft.check_packing(model)
+
+
+def test_a_leak_from_row_to_row():
+    model = embeddings_changed(exact(), lambda module, x: x.mean(0, keepdim=True) * (len(x) > 1) * (x.shape[1] > 25))
+    assert find_leak(model) is None
+    assert "move the outputs of the later ones" in find_leak(model, Batches(rows=2)).what
+
+
+@pytest.mark.parametrize("make", [exact, EXACT["an encoder"], EXACT["one label each"]])
+def test_rows_and_padding_of_exact_models(make):
+    with fastft.packed_attention(model := make()):
+        assert find_leak(model, Batches(rows=3, padded=True)) is None
+        assert find_leak(model, Batches(padded=True, max_tokens=90)) is None
+
+
+def test_autocast_inside_the_model_is_noticed():
+    """As accelerate does it: the outputs are float32, and no closer than bfloat16."""
+    model = exact(hidden_size=64, num_hidden_layers=6)
+    forward, inside = model.forward, torch.autocast("cpu", torch.bfloat16)
+    model.forward = lambda **inputs: inside(forward)(**inputs)
+    assert find_leak(model) is None

@@ -8,7 +8,8 @@ import torch
 from support.packed_examples import FORMS, assert_same, make
 
 from fastft.data.collator import PackingCollator
-from fastft.data.columns import Pack, arrow_examples, flatten, padding_like, units_of
+from fastft.data.columns import flatten, padding_like
+from fastft.data.features import Pack, arrow_examples, columns_of
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,7 +103,9 @@ def test_a_datasets_rows_in_every_format():
 
 def test_packs_stay_together_and_mix_with_examples():
     examples = make([3, 4, 2])
-    assert units_of([Pack(examples[:2]), examples[2], Pack([])]) == [examples[:2], [examples[2]]]
+    for features in ([Pack(examples[:2]), examples[2], Pack([])], [Pack(examples[:2]), Pack(examples[2:])]):
+        columns, counts = columns_of(features)
+        assert counts == [2, 1] and columns == {"input_ids": [example["input_ids"] for example in examples]}
     assert_same(PackingCollator()([Pack(examples[:2]), examples[2]]), PackingCollator()(examples))
 
 

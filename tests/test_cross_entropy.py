@@ -424,6 +424,15 @@ GOOD = {"input": torch.randn(4, 7), "target": torch.tensor([0, 6, -100, 3])}
         ({"target": torch.rand(4, 7), "impl": "cpp"}, RuntimeError, "impl='cpp'.*probabilities"),
         ({"target": torch.rand(4, 7), "impl": "fast"}, ValueError, "'fast'"),
         ({"num_items": torch.ones(2)}, ValueError, r"num_items.*\(2,\)"),
+        ({"num_items": float("nan")}, ValueError, "num_items must be finite and not negative, got nan"),
+        ({"num_items": torch.tensor(float("nan"))}, ValueError, "num_items must be finite"),
+        ({"num_items": torch.tensor(-4)}, ValueError, "num_items must be finite and not negative, got -4"),
+        ({"num_items": "8"}, TypeError, "num_items must be a number or a tensor of one, got str"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+        ({"weight": [1.0] * 7}, TypeError, "weight must be a torch.Tensor, got list"),
+        ({"input": torch.zeros(4, 7).numpy()}, TypeError, "input must be a torch.Tensor, got ndarray"),
+        ({"target": [0, 1, 1, 1]}, TypeError, "target must be a torch.Tensor, got list"),
     ],
 )
 def test_bad_input(arguments, error, message):

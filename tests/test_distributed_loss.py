@@ -12,6 +12,7 @@ import socket
 import traceback
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -203,10 +204,69 @@ TRAINERS = {
     ),
     "label smoothing": functools.partial(compare_trainers, label_smoothing_factor=0.1),
 }
+
+
+def padded(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": -100}
+    return {
+        key: torch.stack([nn.functional.pad(row[key], (0, longest - len(row[key])), value=value) for row in rows])
+        for key, value in fill.items()
+    }
+
+
+def evaluated(callbacks, preprocess, **changes):
+    """What metrics are given in two evaluations of batches that are not equally long on the two processes."""
+    rows = [{key: value[0] for key, value in batch(index % 2, index).items()} for index in range(15)]
+    uneven = [{key: value[: 9 - index % 5] for key, value in row.items()} for index, row in enumerate(rows[:7])]
+    arguments = TrainingArguments(
+        "unused", max_steps=1, per_device_train_batch_size=2, per_device_eval_batch_size=2, report_to="none",
+        use_cpu=True, seed=1, save_strategy="no", disable_tqdm=True, ddp_backend="gloo", eval_strategy="steps",
+        eval_steps=1, eval_on_start=True, **changes,
+    )  # fmt: skip
+    given = []
+
+    def metrics(prediction):
+        given.append((prediction.predictions, prediction.label_ids))
+        return {"sum": float(prediction.predictions.sum())}
+
+    trainer = Trainer(
+        llama(), arguments, train_dataset=rows, eval_dataset=uneven, data_collator=padded, compute_metrics=metrics,
+        preprocess_logits_for_metrics=preprocess, callbacks=callbacks,
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return losses, given
+
+
+def compare_evaluations(preprocess, **changes):
+    losses, expected = evaluated([], preprocess, **changes)
+    callback = FusedLossCallback()
+    found, actual = evaluated([callback], preprocess, **changes)
+    assert found == pytest.approx(losses, rel=1e-5) and len(found) == len(actual) == len(expected) == 2
+    for mine, theirs in zip(actual, expected, strict=True):
+        for ours, stock in zip(mine, theirs, strict=True):
+            assert ours.shape == stock.shape and ours.dtype == stock.dtype and len(ours) == 7
+            np.testing.assert_allclose(ours, stock, rtol=1e-4, atol=1e-5)
+    report = callback.evaluation
+    return {"fused": report.fused, "materialised": report.materialised, "skipped": report.skipped}
+
+
+def token_log_probs(logits, labels):
+    return logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+
+EVALUATIONS = {
+    "argmax": functools.partial(compare_evaluations, lambda logits, labels: logits.argmax(-1)),
+    "topk": functools.partial(compare_evaluations, lambda logits, labels: logits.topk(3).indices),
+    "log-probabilities": functools.partial(compare_evaluations, token_log_probs, label_smoothing_factor=0.1),
+    "logits": functools.partial(compare_evaluations, None),
+}
 CASES = {
     **{("fused", name): case for name, case in FUSED.items()},
     **{("stock", name): case for name, case in STOCK.items()},
     **{("trainer", name): case for name, case in TRAINERS.items()},
+    **{("evaluation", name): case for name, case in EVALUATIONS.items()},
 }
 
 
@@ -264,6 +324,13 @@ def test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so(result
 def test_trainer_on_two_processes(results, name):
     for result in of(results, ("trainer", name)):
         assert result["fused"] >= 3 and not result["materialised"] and not result["skipped"]
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluation_on_two_processes_whose_batches_are_not_equally_long(results, name):
+    for result in of(results, ("evaluation", name)):
+        assert result["fused"] and not result["skipped"]
+        assert bool(result["materialised"]) == (name == "logits")
 
 
 class BeforeBackward(torch.autograd.Function):

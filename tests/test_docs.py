@@ -179,6 +179,10 @@ LIMITS = {
         "test_distributed_loss.py::test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so",
         "test_fused_loss.py::test_data_parallel_is_left_alone",
     ],
+    "README.md: Evaluation is without logits": [
+        "test_evaluation.py::test_evaluation_outside_train_is_stock",
+        "test_evaluation.py::test_a_sharded_head_is_evaluated_as_stock",
+    ],
     "README.md: A hook on logits": [
         "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
         "test_lazy_logits.py::test_who_watches_before_the_loss_sees_the_gradient",
@@ -241,6 +245,9 @@ LIMITS = {
         "test_output_head.py::test_the_head_alone_of_a_language_model_as_wide_as_its_vocabulary",
         "test_output_head.py::test_the_head_of_a_module_of_ones_own",
     ],
+    "loss.md: Logits of an evaluation read": [
+        "test_evaluation.py::test_weights_swapped_in_every_prediction_step",
+    ],
     "loss.md: `linear_token_loss` gives": [
         "test_linear_log_probs.py::test_token_losses",
         "test_loss_goals.py::test_accumulating_into_weight_grad_is_refused_where_it_would_go_unseen",
@@ -258,6 +265,11 @@ LIMITS = {
     ],
     "packing.md: With a random sampler": [
         "test_packing_trainer.py::test_resuming_gives_the_same_batches",
+    ],
+    "packing.md: The probe sees": [
+        "test_check_packing.py::test_a_leak_that_begins_behind_a_limit",
+        "test_packing_matrix.py::test_a_model_is_exact_or_refused",
+        "test_probe_rows.py::test_how_long_the_long_row_is",
     ],
     "packing.md: A leak below a floor": [
         "test_check_packing.py::test_small_leaks_and_noise",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from watch import Watch
 
 from fastft.loss import expressions, lazy_losses
+from fastft.loss.expressions import LOGITS, Call
 from fastft.loss.lazy_logits import LazyLogits, lazy_linear
 from fastft.loss.lazy_losses import scale_and_softcap
 from fastft.loss.output_head import fused_loss
@@ -159,6 +162,8 @@ LAZY = {
     "gather few": lambda z: (z.gather(2, INDEX.expand(B, S, 3)) * INDEX).sum(),
     "argmax": lambda z: z.argmax(-1).float().sum() + z.sum(-1).sum(),
     "amax": lambda z: z.amax(-1).sum(),
+    "max": lambda z: (z.max(-1).values ** 2).sum() + torch.max(z * 2, dim=2, keepdim=True)[1].float().sum(),
+    "topk": lambda z: (z.topk(5).values ** 2).sum() + torch.topk(z, 3, -1, largest=False).indices.float().sum(),
     "mean": lambda z: z.mean(-1, keepdim=True).pow(2).sum(),
     "clone": lambda z: z.clone().logsumexp(-1).sum(),
     "negative": lambda z: (-z).logsumexp(-1).sum(),
@@ -215,8 +220,8 @@ MATERIALISED = {
     "kl": lambda z: F.kl_div(F.log_softmax(z, -1), NOISE.softmax(-1), reduction="batchmean"),
     "kl to detached": lambda z: F.kl_div(z.log_softmax(-1), (z.detach() * 0.5).softmax(-1), reduction="sum"),
     "mse": lambda z: F.mse_loss(z, NOISE),
-    "topk": lambda z: z.topk(5, -1).values.sum(),
-    "max": lambda z: z.max(-1).values.sum(),
+    "max of rows": lambda z: z.max(1).values.sum() + z.max(),
+    "topk of rows": lambda z: z.topk(2, 1).values.sum(),
     "sum all": lambda z: z.sum(),
     "sum of rows": lambda z: z.sum((0, 1)).pow(2).sum(),
     "lse of rows": lambda z: z.logsumexp(0).sum(),
@@ -294,6 +299,29 @@ def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
     with Watch() as seen:
         use(lazy_linear(x, weight, None, Report()), torch.randint(0, VOCAB, (rows,))).backward()
     assert 0 < seen.elements <= rows * VOCAB // 2
+
+
+@pytest.mark.parametrize("recorded", [LOGITS, Call(torch.exp, (LOGITS,), {}, (False, torch.bfloat16))], ids=str)
+def test_the_logits_of_a_chunk_are_gone_before_the_next(recorded, monkeypatch):
+    """Also where garbage is collected late."""
+    monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(expressions, "MIN_CHUNK_ROWS", 2)
+    made, linear = [], expressions._linear
+
+    def watched(*args):
+        assert not [reference for reference in made if reference() is not None]
+        logits = linear(*args)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(expressions, "_linear", watched)
+    x, weight = torch.randn(8, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    gc.disable()
+    try:
+        expressions.map_rows(expressions.Linear.of((x, weight, None)), recorded, lambda z: z.amax(-1)).sum().backward()
+    finally:
+        gc.enable()
+    assert len(made) == 4 + 4
 
 
 def test_looks_like_the_dense_tensor():

@@ -415,6 +415,13 @@ GOOD = {"input": torch.randn(4, 9), "linear_weight": torch.randn(7, 9), "target"
         ({"impl": "cuda"}, RuntimeError, "impl='cuda'"),
         ({"num_items": 3, "reduction": "none"}, ValueError, "num_items.*'none'"),
         ({"num_items": -3}, ValueError, "num_items.*-3"),
+        ({"num_items": torch.tensor(float("inf"))}, ValueError, "num_items must be finite"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+        ({"weight": [1.0] * 7}, TypeError, "weight must be a torch.Tensor, got list"),
+        ({"input": torch.randn(4, 9).numpy()}, TypeError, "input must be a torch.Tensor, got ndarray"),
+        ({"linear_weight": [[1.0]]}, TypeError, "linear_weight must be a torch.Tensor, got list"),
+        ({"linear_bias": [1.0] * 7}, TypeError, "linear_bias must be a torch.Tensor, got list"),
+        ({"target": [0, 1, 1, 1]}, TypeError, "target must be a torch.Tensor, got list"),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
+import peft
 import pytest
 import torch
 import transformers
@@ -176,9 +180,90 @@ def test_the_probe_runs_once_for_a_configuration(monkeypatch):
     assert len(calls) == 4
 
 
+def changed(how):
+    model = made(implementation="fastft")
+    how(model)
+    return model
+
+
+def patched(module):
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+CHANGES = {
+    "a value of the configuration": lambda model: setattr(model.config, "attention_dropout", 0.5),
+    "a private value of it": lambda model: setattr(model.config, "_experts_implementation_internal", "grouped_mm"),
+    "an attribute of a layer": lambda model: setattr(model.model.decoder.layers[1].self_attn, "is_causal", False),
+    "a forward": lambda model: patched(model.model.decoder.layers[1]),
+    "a layer of another class": lambda model: model.model.decoder.layers.__setitem__(1, nn.Identity()),
+    "a layer of another place": lambda model: model.model.decoder.layers.append(model.model.decoder.layers[0]),
+    "the dtype of one weight": lambda model: model.lm_head.half(),
+    "a hook": lambda model: model.lm_head.register_forward_hook(lambda module, args, output: output),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_verdict_is_of_this_model(what, monkeypatch):
+    calls = []
+    monkeypatch.setattr(packing, "find_leak", lambda *args: calls.append(args) and None)
+    for how in (lambda model: None, CHANGES[what]):
+        begin(fastft.PackingCallback(), changed(how))
+    assert len(calls) == 2
+
+
+def test_a_verdict_is_of_these_batches_adapters_and_precision(monkeypatch):
+    calls = []
+    monkeypatch.setattr(packing, "find_leak", lambda *args: calls.append(args) and None)
+
+    class Half(Arguments):
+        bf16 = True
+
+    def adapted(**options):
+        config = peft.LoraConfig(target_modules=["q_proj"], **options)
+        return peft.get_peft_model(made(implementation="fastft"), config)
+
+    begin(fastft.PackingCallback(), made(implementation="fastft"))
+    for options in ({"rows": 2}, {"pad_to_multiple_of": 8}):
+        begin(fastft.PackingCallback(), made(implementation="fastft"), fastft.PackingCollator(**options))
+    begin(fastft.PackingCallback(), made(implementation="fastft"), args=Half)
+    begin(fastft.PackingCallback(), adapted())
+    begin(fastft.PackingCallback(), adapted(use_dora=True))
+    begin(fastft.PackingCallback(), adapted(use_dora=True))
+    assert len(calls) == 6
+
+
 def test_the_collator_inside_trainers_wrapper_is_found():
     with pytest.raises(fastft.PackingLeakError):
         begin(fastft.PackingCallback(), made(), Wrapped(Wrapped(fastft.PackingCollator())))
+
+
+class Counting:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, features):
+        return self.inner(features)
+
+    def collate(self, features):
+        return self(features)
+
+
+COLLATOR = fastft.PackingCollator()
+CALLERS = {
+    "attribute": Counting(COLLATOR),
+    "method": Counting(COLLATOR).collate,
+    "partial": functools.partial(lambda features, inner: inner(features), inner=COLLATOR),
+    "closure": (lambda inner: lambda features: inner(features))(COLLATOR),
+    "global": lambda features: COLLATOR(features),
+    "all": Counting(functools.partial(lambda collate, features: collate(features), Counting(COLLATOR).collate)),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_the_collator_inside_what_calls_it_is_found(caller):
+    with pytest.raises(fastft.PackingLeakError):
+        begin(fastft.FusedLossCallback(), made(), CALLERS[caller])
 
 
 def test_batches_of_other_collators_are_left_alone(said):
@@ -218,3 +303,109 @@ def test_a_model_that_cannot_be_asked_is_trained_with_a_warning(said):
 def test_on_leak_is_checked(kind):
     with pytest.raises(ValueError, match="on_leak must be 'error' or 'warn', got 'ignore'"):
         kind(on_leak="ignore")
+
+
+class Words(nn.Module):
+    """No model of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(131, 8)
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        return {"loss": self.embed(input_ids).sum()}
+
+
+def needing_images(model):
+    def forward(pixel_values=None, **kwargs):
+        raise ValueError("pixel_values are needed")
+
+    model.forward = forward
+    return model
+
+
+UNKNOWN = {
+    "not of transformers": (Words, "Words is no transformers model"),
+    "images": (lambda: needing_images(made(implementation="fastft")), "a text makes it raise ValueError.'pixel_values"),
+    "prompts": (
+        lambda: peft.get_peft_model(
+            made(implementation="fastft"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        ),
+        "PEFT's prompt tuning puts virtual tokens before each row",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_model_that_cannot_be_asked_is_not_trained(name, kind, said):
+    make, reason = UNKNOWN[name]
+    with pytest.raises(fastft.PackingLeakError, match=reason):
+        begin(kind(), make())
+    begin(kind(on_leak="warn"), make())
+    assert len(said) == 1 and re.search(reason, said[0])
+
+
+def test_modules_whose_hooks_see_the_probe_are_named(said):
+    model, seen = made(implementation="fastft"), []
+    hook = model.model.decoder.layers[1].register_forward_hook(lambda *args: seen.append(1))
+    begin(fastft.PackingCallback(), model)
+    assert len(said) == 1 and "which the forward hooks of model.decoder.layers.1 see too" in said[0]
+    assert seen and hook.id in model.model.decoder.layers[1]._forward_hooks
+    hook.remove()
+    said.clear()
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)
+    begin(fastft.PackingCallback(), model)
+    handle.remove()
+    assert len(said) == 1 and "the forward hooks of every module see too" in said[0]
+    said.clear()
+    begin(fastft.PackingCallback(), model)
+    assert not said
+
+
+def gpt_neo():
+    sizes = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 40}
+    dropouts = {"embed_dropout": 0.0, "resid_dropout": 0.0}
+    return made("GPTNeoForCausalLM", "eager", **sizes, **dropouts, bos_token_id=2, eos_token_id=2)
+
+
+@pytest.mark.parametrize(("max_tokens", "packs"), [(70, 1), (40, 2)])
+def test_packs_longer_than_a_position_table_are_refused_before_training(max_tokens, packs, tmp_path):
+    """All packs of a batch are one row."""
+    data = fastft.pack(examples(), max_tokens=max_tokens)
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, per_device_train_batch_size=packs)
+    trainer = Trainer(gpt_neo(), args, train_dataset=data, data_collator=COLLATOR, callbacks=[fastft.PackingCallback()])
+    with pytest.raises(fastft.PackingLeakError, match=r"max_position_embeddings of 64.*rows of at most 64 tokens"):
+        trainer.train()
+
+
+def test_rows_of_unknown_length_are_warned_of_and_trained(tmp_path, said):
+    assert len(trained(tmp_path, gpt_neo(), fastft.PackingCallback())) == 2
+    assert len(said) == 1 and "Rows of at most 64 tokens are exact" in said[0]
+
+
+class Tokenizer:
+    def __init__(self, pad, end):
+        self.pad_token_id, self.eos_token_id = pad, end
+
+
+@pytest.mark.parametrize(
+    ("counted", "options", "tokens", "found"),
+    [
+        ("non_padding", {"rows": 2}, (1, 2), "give it pad_token_id=1"),
+        ("non_padding", {"rows": 2, "pad_token_id": 1}, (1, 2), None),
+        ("non_padding", {"pad_to_multiple_of": 8}, (None, 2), "will count padding"),
+        ("non_padding", {}, (1, 2), None),
+        ("non_padding", {}, (2, 2), "will leave out every end token"),
+        ("all", {"rows": 2}, (2, 2), None),
+        ("no", {"rows": 2}, (2, 2), None),
+    ],
+)
+def test_what_the_count_of_tokens_seen_gets_wrong_is_said(counted, options, tokens, found, said):
+    class Counted(Arguments):
+        include_num_input_tokens_seen = counted
+
+    loader = torch.utils.data.DataLoader([0], collate_fn=fastft.PackingCollator(**options))
+    inputs = {"model": made(implementation="fastft"), "processing_class": Tokenizer(*tokens)}
+    fastft.PackingCallback().on_train_begin(Counted, None, None, train_dataloader=loader, **inputs)
+    assert [found in sentence for sentence in said] == ([] if found is None else [True])

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.attention.router_loss import KEY as PADDING_KEY
+from fastft.attention.router_loss import count_no_padding
 from fastft.foreign import base_model
 
 BOUNDARY_KEYS = (
@@ -162,8 +164,9 @@ def _for_model(model: nn.Module, holder: _Holder, kwargs: dict[str, Any]) -> dic
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     dropped = {
         key
-        for key in (*BOUNDARY_KEYS, "use_cache")
-        if (key != "use_cache" and holder.decoder_modules)
+        for key in (*BOUNDARY_KEYS, PADDING_KEY, "use_cache")
+        if key == PADDING_KEY
+        or (key != "use_cache" and holder.decoder_modules)
         or key.startswith("decoder_")
         or not (takes_any or key in parameters)
     }
@@ -322,7 +325,7 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: `model` is no module.
     """
-    handle = keep_segments(model)
+    handles = count_no_padding(model), keep_segments(model)  # in this order: the second takes off what the first reads
     configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     cached = [config for config in configs if getattr(config, "use_cache", False) is True]
     for config in cached:
@@ -330,6 +333,7 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for config in cached:
             config.use_cache = True

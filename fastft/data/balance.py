@@ -5,11 +5,15 @@ attention costs. Best-fit packs have nearly equal tokens, but sum n_s^2 differs 
 both, `group` neighbours are alike in both, whichever rank takes which of them and whatever the model weighs them with.
 
 The number of packs becomes a multiple of `group`: else accelerate would give some packs out twice to keep the ranks in
-step. The packs that are least full and easiest to divide share their examples with as many new packs as are missing;
-where these are too few for that, packs stay empty.
+step. The packs that are least full and easiest to divide share their examples with as many new packs as are missing, in
+the last window that has enough examples and the ones before it; where there are too few for that, packs stay empty.
 """
 
 from __future__ import annotations
+
+import heapq
+import itertools
+from bisect import bisect_left, insort
 
 import torch
 from torch import Tensor
@@ -45,24 +49,45 @@ def balanced(plan: PackPlan, group: int, max_sequences: int | None = None) -> Pa
 
 
 def _multiple(plan: PackPlan, group: int, max_sequences: int) -> PackPlan:
-    missing = -len(plan) % group
-    sizes, (tokens, _) = plan.offsets.diff(), pack_costs(plan)
-    # out of the last windows the emptiest pack, and those with most sequences, which can be shared out most evenly
-    last = plan.windows[max(0, len(plan) - (group - missing))]
-    candidates = (plan.windows >= last).nonzero().squeeze(1)
-    choice = sizes[candidates]
-    choice[tokens[candidates].argmin()] = plan.indices.numel()
-    shared = candidates[choice.argsort(descending=True, stable=True)[: group - missing]]
-    entries = torch.cat([torch.arange(*plan.bounds(pack)) for pack in shared.tolist()])
-    packs = _shared_out(plan.lengths[entries].tolist(), sizes[shared].tolist(), missing, max_sequences)
-
+    """The plan with as many packs more as are missing to a multiple of `group`, each of examples of one window."""
+    missing, sizes = -len(plan) % group, plan.offsets.diff()
     kept = torch.ones(len(plan), dtype=torch.bool)
-    kept[shared] = False
-    order = torch.cat([torch.repeat_interleave(kept, sizes).nonzero().squeeze(1), *[entries[pack] for pack in packs]])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes[kept], torch.tensor([len(pack) for pack in packs])])
-    windows = torch.cat([plan.windows[kept], plan.windows[-1:].expand(group)])
-    columns = (plan.indices[order], offsets.cumsum(0), plan.starts[order], plan.lengths[order])
-    return PackPlan(*columns, windows, plan.max_tokens)
+    divided: list[tuple[Tensor, int]] = []  # the entries of a pack that replaces one of `plan`, and its window
+    end = len(plan)
+    while missing and end:
+        window = int(plan.windows[end - 1])
+        begin = int(torch.searchsorted(plan.windows[:end], window))
+        shared, new = _shared(plan, begin, end, group, missing)
+        if new:
+            entries = torch.cat([torch.arange(*plan.bounds(pack)) for pack in shared.tolist()])
+            packs = _shared_out(plan.lengths[entries].tolist(), sizes[shared].tolist(), new, max_sequences)
+            divided += [(entries[pack], window) for pack in packs]
+            kept[shared], missing = False, missing - new
+        end = begin
+    divided += [(torch.zeros(0, dtype=torch.int64), int(plan.windows[-1]))] * missing  # there are too few examples
+
+    windows = torch.cat([plan.windows[kept], torch.tensor([window for _, window in divided], dtype=torch.int64)])
+    sizes = torch.cat([sizes[kept], torch.tensor([len(entries) for entries, _ in divided], dtype=torch.int64)])
+    places = torch.repeat_interleave(kept, plan.offsets.diff()).nonzero().squeeze(1)
+    order = torch.cat([places, *[entries for entries, _ in divided]])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return PackPlan(plan.indices[order], offsets, plan.starts[order], plan.lengths[order], windows, plan.max_tokens)
+
+
+def _shared(plan: PackPlan, begin: int, end: int, group: int, missing: int) -> tuple[Tensor, int]:
+    """Which packs of a window, `begin` to `end`, share their examples with new ones, and with how many of these."""
+    bounds = plan.offsets[begin : end + 1]
+    sizes = bounds.diff()
+    new = min(missing, int((sizes - 1).sum()))
+    first, last = int(bounds[0]), int(bounds[-1])
+    tokens = torch.zeros(end - begin, dtype=torch.int64)
+    tokens.index_add_(0, torch.repeat_interleave(sizes), plan.lengths[first:last])
+    # the emptiest pack, and those with most sequences, which can be shared out most evenly
+    choice = sizes.clone()
+    choice[tokens.argmin()] = plan.indices.numel()
+    order = choice.argsort(descending=True, stable=True)
+    enough = int((sizes[order] - 1).cumsum(0).ge(new).nonzero()[0]) + 1 if new else 0
+    return order[: max(group - missing, enough)] + begin, new
 
 
 def _shared_out(lengths: list[int], sizes: list[int], missing: int, max_sequences: int) -> list[Tensor]:
@@ -72,27 +97,49 @@ def _shared_out(lengths: list[int], sizes: list[int], missing: int, max_sequence
     does. No pack gets fuller than the fullest was, and none stays empty while another has two entries.
     """
     numbers = iter(range(len(lengths)))
-    packs = [[next(numbers) for _ in range(size)] for size in sizes] + [[] for _ in range(missing)]
-    tokens = [sum(lengths[entry] for entry in pack) for pack in packs]
-    while move := _best_move(lengths, packs, tokens, max_sequences):
-        giver, taker, entry = move
-        packs[giver].remove(entry)
-        packs[taker].append(entry)
-        tokens[giver] -= lengths[entry]
-        tokens[taker] += lengths[entry]
-    return [torch.tensor(pack, dtype=torch.int64) for pack in packs]
+    packs = [sorted((lengths[entry], entry) for entry in itertools.islice(numbers, size)) for size in sizes]
+    packs += [[] for _ in range(missing)]
+    tokens = [sum(length for length, _ in pack) for pack in packs]
+    # both heaps keep what a pack had before: such items are told by their tokens, and left out when they come up
+    fewest, most = ([(sign * count, pack) for pack, count in enumerate(tokens)] for sign in (1, -1))
+    heapq.heapify(fewest)
+    heapq.heapify(most)
+    while fewest:
+        count, taker = fewest[0]
+        if count != tokens[taker] or len(packs[taker]) >= max_sequences:
+            heapq.heappop(fewest)
+            continue
+        giver, place = _giver(most, packs, tokens, count)
+        if giver is None:
+            break
+        length, entry = packs[giver].pop(place)
+        insort(packs[taker], (length, entry))
+        for pack, change in ((giver, -length), (taker, length)):
+            tokens[pack] += change
+            heapq.heappush(fewest, (tokens[pack], pack))
+            heapq.heappush(most, (-tokens[pack], pack))
+    return [torch.tensor([entry for _, entry in pack], dtype=torch.int64) for pack in packs]
 
 
-def _best_move(
-    lengths: list[int], packs: list[list[int]], tokens: list[int], max_sequences: int
-) -> tuple[int, int, int] | None:
-    takers = [pack for pack in range(len(packs)) if len(packs[pack]) < max_sequences]
-    taker = min(takers, key=tokens.__getitem__, default=None)
-    if taker is None:
-        return None
-    for giver in sorted(range(len(packs)), key=tokens.__getitem__, reverse=True):
-        gap = tokens[giver] - tokens[taker]
-        closer = [entry for entry in packs[giver] if lengths[entry] < gap]
-        if closer:
-            return giver, taker, min(closer, key=lambda entry: abs(2 * lengths[entry] - gap))
-    return None
+def _giver(
+    most: list[tuple[int, int]], packs: list[list[tuple[int, int]]], tokens: list[int], fewest: int
+) -> tuple[int | None, int]:
+    """The fullest pack with an entry whose move to one of `fewest` tokens brings the two closer, and its place."""
+    unfit = []
+    found: tuple[int | None, int] = None, 0
+    while most:
+        item = heapq.heappop(most)
+        pack, gap = item[1], -item[0] - fewest
+        if -item[0] != tokens[pack]:
+            continue
+        unfit.append(item)
+        if gap <= 1:
+            break
+        place = bisect_left(packs[pack], (gap / 2, -1))
+        near = [at for at in (place - 1, place) if 0 <= at < len(packs[pack]) and packs[pack][at][0] < gap]
+        if near:
+            found = pack, min(near, key=lambda at: abs(2 * packs[pack][at][0] - gap))
+            break
+    for item in unfit:
+        heapq.heappush(most, item)
+    return found

@@ -60,10 +60,10 @@ class Expansion:
     position_ids_start: int
     impl: str
 
-    def __call__(self, integers: Mapping[str, Tensor], others: Mapping[str, Any]) -> PackedBatch:
-        """The batch: `integers` and what follows from its `lengths` and `ignored`, and `others` as they are."""
-        columns = dict(integers)
-        lengths, ignored = columns.pop("lengths"), columns.pop("ignored")
+    def __call__(
+        self, lengths: Tensor, ignored: Tensor, columns: Mapping[str, Tensor], others: Mapping[str, Any]
+    ) -> PackedBatch:
+        """The batch: `columns`, what follows from the segments' `lengths` and `ignored`, and `others` as they are."""
         shape = columns["input_ids"].shape
         source = columns["input_ids" if self.source is None else self.source].view(-1)
         labels = source if self.source == "labels" else torch.empty_like(source)
@@ -91,42 +91,48 @@ class FlatBatch(_Counted):
     accelerate, and so `Trainer`, calls `.to`; a `DataLoader` with `pin_memory=True` calls `.pin_memory`.
 
     Attributes:
-        integers: int64, all integer tensors of the batch one after another.
-        shapes: their names and shapes, in order.
+        integers: int64: the lengths of the segments, their ignored labels, all integer columns one after another.
+        segments: how many segments there are.
+        shapes: names and shapes of the columns, in order.
         others: what is no integer, by key.
         expansion: how they become a batch.
         count: as in `PackedBatch`.
     """
 
     integers: Tensor
+    segments: int
     shapes: dict[str, torch.Size]
     others: dict[str, Any]
     expansion: Expansion
     count: Callable[[], int] | None = None
 
     @staticmethod
-    def of(integers: dict[str, Tensor], others: dict[str, Any], expansion: Expansion) -> FlatBatch:
-        """The batch that `expansion(integers, others)` would be."""
-        flat = torch.cat([tensor.reshape(-1) for tensor in integers.values()])
-        return FlatBatch(flat, {key: tensor.shape for key, tensor in integers.items()}, others, expansion)
+    def of(
+        lengths: Tensor, ignored: Tensor, columns: dict[str, Tensor], others: dict[str, Any], expansion: Expansion
+    ) -> FlatBatch:
+        """The batch that `expansion(lengths, ignored, columns, others)` would be."""
+        flat = torch.cat([lengths, ignored, *[tensor.reshape(-1) for tensor in columns.values()]])
+        shapes = {key: tensor.shape for key, tensor in columns.items()}
+        return FlatBatch(flat, lengths.numel(), shapes, others, expansion)
 
     def pin_memory(self) -> FlatBatch:
         """The same in pinned memory, from where copies to a GPU do not wait."""
         others = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in self.others.items()}
-        return FlatBatch(self.integers.pin_memory(), self.shapes, others, self.expansion, self.count)
+        return FlatBatch(self.integers.pin_memory(), self.segments, self.shapes, others, self.expansion, self.count)
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """The batch on `device`: one copy of the integers, and what follows from them computed there."""
         moved = self.integers.to(device, non_blocking=non_blocking)
         if moved is self.integers:  # the batch may be written to
             moved = moved.clone()
-        parts = moved.split([shape.numel() for shape in self.shapes.values()])
+        sizes = [self.segments, self.segments, *[shape.numel() for shape in self.shapes.values()]]
+        lengths, ignored, *parts = moved.split(sizes)
         columns = {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
         others = {
             key: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
             for key, value in self.others.items()
         }
-        batch = self.expansion(columns, others)
+        batch = self.expansion(lengths, ignored, columns, others)
         batch.count = self.count
         return batch
 

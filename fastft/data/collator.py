@@ -7,7 +7,6 @@ mask: in transformers one disables the detection of packed sequences, and so doe
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -17,24 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.attention.attention import register_attention
 from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
 from fastft.data.boundaries import BOUNDARIES, IGNORE_INDEX
 from fastft.data.columns import (
-    Pack,
     check_lengths,
-    columns_of,
     drop_masked,
     flatten,
     flatten_integers,
     integers_of,
     lengths_of,
-    units_of,
+    take_mask,
 )
+from fastft.data.documents import KEYS, LIST_KEYS, cut_documents, document_lengths
+from fastft.data.features import Columns, Pack, columns_of, is_pack
 from fastft.data.masking import TokenMasking
 from fastft.data.rows import Layout, balanced_rows, lay_out, width_of
-from fastft.data.segment_labels import take_labels
-from fastft.data.seq2seq import decoder_batch, lay_out_both, take_decoder
+from fastft.data.segment_labels import LABEL_KEYS, take_labels
+from fastft.data.seq2seq import decoder_batch, decoder_columns, lay_out_both, take_decoder
 from fastft.foreign import base_model
 from fastft.ops import check_impl
 
@@ -42,6 +40,8 @@ __all__ = ["Pack", "PackingCollator"]
 
 TOKEN_KEYS = ("input_ids", "labels")
 TASKS = ("causal_lm", "masked_lm", "token_classification", "sequence_classification", "seq2seq")
+# what a batch has besides the columns of the examples: names that no column may have
+RESERVED = ("max_length_q", "max_length_k", "use_cache", "label_segments", "decoder_cu_seq_lens", "decoder_max_length")
 
 
 def _check_slices_logits(model: Any) -> None:
@@ -83,6 +83,7 @@ class PackingCollator:
     | `seq_idx` | int32 (R, T), the segment of each token |
     | `cu_seq_lens_q`, `cu_seq_lens_k` | int32 (S + 1,), where segments begin in the R * T tokens, and R * T |
     | `max_length_q`, `max_length_k` | int, the longest segment |
+    | `padding_lengths` | int32 (R,), padding at the end of each row, if there is any (not for `seq2seq`) |
     | `use_cache` | False |
     | other keys | int64 or the array's floating-point dtype (float32 from lists), (R, T) |
 
@@ -144,6 +145,7 @@ class PackingCollator:
         seed: int | None = None,
         decoder_start_token_id: int | None = None,
         expand_on_device: bool = False,
+        pad_examples: bool = False,
         impl: str = "auto",
     ) -> None:
         if task not in TASKS:
@@ -164,21 +166,21 @@ class PackingCollator:
         self.task, self.rows, self.pad_token_id = task, rows, pad_token_id
         self.pad_to_multiple_of, self.position_ids_start = pad_to_multiple_of, position_ids_start
         self.supervised_only, self.expand_on_device, self.impl = supervised_only is not False, expand_on_device, impl
-        self.decoder_start_token_id = decoder_start_token_id
-        with contextlib.suppress(ImportError):  # without transformers there is nobody to tell
-            register_attention()
+        self.decoder_start_token_id, self.pad_examples = decoder_start_token_id, pad_examples
         self.masking = None if tokenizer is None else TokenMasking(tokenizer, mlm_probability, seed)
 
-    def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch:
+    def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch | dict[str, Any]:
         """The batch of `features`; see the class."""
-        units = units_of(features)
-        examples = [example for unit in units for example in unit]
+        features = list(features)
         of_segments = self.task == "sequence_classification"
-        columns = columns_of(examples, () if of_segments else ("labels",))
-        labels = take_labels(examples, columns) if of_segments else None
+        columns, counts = columns_of(features, LABEL_KEYS if of_segments else ("labels",))
+        self._refuse_reserved(columns)
+        labels = take_labels(columns) if of_segments else None
         decoder, decoder_lengths = take_decoder(columns) if self.task == "seq2seq" else ({}, [])
-        lengths = self._checked_lengths(columns)
-        rows = self._rows(units, lengths, decoder_lengths)
+        columns, lengths, counts = self._documents(columns, counts)
+        if self.pad_examples and not any(map(is_pack, features)):
+            return self._padded(columns, lengths, None if labels is None else labels.values, decoder, decoder_lengths)
+        rows = self._rows(counts, lengths, decoder_lengths)
         multiple = self.pad_to_multiple_of or 1
         integers: dict[str, Tensor] = {}
         others: dict[str, Any] = {}
@@ -192,22 +194,74 @@ class PackingCollator:
             flat |= labels.arranged(layout)
         return self._finish({**flat, **integers}, others, layout)
 
-    def _checked_lengths(self, columns: dict[str, list[Any]]) -> list[int]:
-        """Checks the columns, drops what is masked or says where a token was before packing; tokens of each example."""
+    def _padded(
+        self,
+        columns: Columns,
+        lengths: list[int],
+        labels: Tensor | None,
+        decoder: Columns,
+        decoder_lengths: list[int],
+    ) -> dict[str, Any]:
+        """The batch that transformers' padding collators make: a row for each example, and an attention_mask."""
+        rows = [[row] for row in range(len(lengths))]
+        multiple = self.pad_to_multiple_of or 1
+        layout = lay_out(lengths, rows, width_of(lengths, rows, multiple))
+        batch: dict[str, Any] = self._flatten(columns, layout)
+        real = torch.arange(layout.width) < torch.tensor(lengths)[:, None]
+        if decoder:
+            width = width_of(decoder_lengths, rows, multiple)
+            batch |= decoder_columns(decoder, lay_out(decoder_lengths, rows, width), self.pad_token_id)
+        elif labels is not None:
+            batch["labels"] = labels
+        elif self.task == "causal_lm" and "labels" not in batch:
+            batch["labels"] = batch["input_ids"].masked_fill(~real, IGNORE_INDEX)
+        return batch | {"attention_mask": real.long()}
+
+    def _refuse_reserved(self, columns: Columns) -> None:
+        made = (*RESERVED, "logits_to_keep", "shift_labels") if self.supervised_only else RESERVED
+        for key in made:
+            if key in columns:
+                raise ValueError(f"the examples have a column {key!r}, which the collator makes itself: rename it")
+
+    def _documents(self, columns: Columns, counts: list[int]) -> tuple[Columns, list[int], list[int]]:
+        """The checked columns without what is masked, rows that another tool packed cut into their documents.
+
+        With them come the tokens of each example, and how many examples each feature is.
+        """
         lengths = lengths_of("input_ids", columns["input_ids"])
         for key, values in columns.items():
-            if key != "input_ids":
+            if key != "input_ids" and key not in LIST_KEYS:
                 check_lengths(key, values, lengths, "input_ids")
-        lengths = drop_masked("attention_mask", columns, list(columns), lengths)
-        for key in ("position_ids", "seq_idx"):
-            columns.pop(key, None)
-        return lengths
+        mask = take_mask("attention_mask", columns)
+        documents = document_lengths(columns, lengths, self.position_ids_start, mask)
+        if documents is not None:
+            self._refuse_documents(documents)
+            columns = cut_documents(columns, lengths, documents)
+            ends = [0, *itertools.accumulate(counts)]
+            counts = [sum(map(len, documents[begin:end])) for begin, end in itertools.pairwise(ends)]
+            lengths = [*itertools.chain(*documents)]
+        for key in KEYS & columns.keys():
+            del columns[key]
+        return columns, drop_masked("attention_mask", mask, columns, list(columns), lengths), counts
 
-    def _rows(self, units: list[list[Any]], lengths: list[int], decoder_lengths: list[int]) -> list[list[int]]:
-        """The examples of each row."""
+    def _refuse_documents(self, documents: list[list[int]]) -> None:
+        """Raises ValueError where an example must not be several documents."""
+        what = {
+            "sequence_classification": "task 'sequence_classification' has no label for each",
+            "seq2seq": "task 'seq2seq' does not know which labels are whose",
+        }.get(self.task, "with pad_examples each would see the others" if self.pad_examples else "")
+        if what:
+            index = next(index for index, sizes in enumerate(documents) if len(sizes) > 1)
+            raise ValueError(
+                f"example {index} is {len(documents[index])} documents, packed by another tool, and {what}: give the "
+                "documents one by one, and let fastft.pack pack them"
+            )
+
+    def _rows(self, counts: list[int], lengths: list[int], decoder_lengths: list[int]) -> list[list[int]]:
+        """The examples of each row; `counts` are those which must stay in one."""
         if self.rows == 1:
             return [list(range(len(lengths)))]
-        starts = [0, *itertools.accumulate(map(len, units))]
+        starts = [0, *itertools.accumulate(counts)]
         members = [range(begin, end) for begin, end in itertools.pairwise(starts)]
         tokens = [sum(pair) for pair in itertools.zip_longest(lengths, decoder_lengths, fillvalue=0)]
         sizes = [sum(tokens[example] for example in unit) for unit in members]
@@ -242,16 +296,18 @@ class PackingCollator:
         ignored = [length if example is None else int(shifts) for example, length in pairs]
         source = "labels" if of_tokens and "labels" in flat else "input_ids" if shifts else None
         integers = {key: tensor for key, tensor in flat.items() if not tensor.is_floating_point()}
-        integers["lengths"], integers["ignored"] = integers_of(layout.lengths), integers_of(ignored)
+        segments = integers_of(layout.lengths), integers_of(ignored)
         longest = max(layout.lengths)
         others |= {"max_length_q": longest, "max_length_k": longest, "use_cache": False}
         others |= {key: tensor for key, tensor in flat.items() if key not in integers}
+        if self.task != "seq2seq" and any(layout.padding):
+            others["padding_lengths"] = torch.tensor(layout.padding, dtype=torch.int32)
         expansion = Expansion(source, self.position_ids_start, self.impl)
         batch: PackedBatch | FlatBatch
         if self.expand_on_device:
-            batch = FlatBatch.of(integers, others, expansion)
+            batch = FlatBatch.of(*segments, integers, others, expansion)
         else:
-            batch = expansion(integers, others)
+            batch = expansion(*segments, integers, others)
             if self.supervised_only:
                 batch |= _supervised(batch["labels"])
         if source is not None or "labels" in flat:

@@ -1,115 +1,21 @@
-"""From examples to columns: the values of one key in all examples, checked and laid out as one flat tensor.
+"""Columns: the values of one key in all examples, checked and laid out as one flat tensor.
 
-An example is a dict (or what has its keys, as transformers' BatchEncoding), a row of an Arrow table, or one of a
-`Pack`. The values of a key may be lists, tuples, numpy arrays or tensors. What is right costs a few calls for the whole
-column and none for a token; only what is wrong is looked at one by one, to name it.
+The values of a key may be lists, tuples, numpy arrays or tensors. What is right costs a few calls for the whole column
+and none for a token; only what is wrong is looked at one by one, to name it.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastft.data.arrow_rows import list_memory
-
 _NDIM, _DTYPE = operator.attrgetter("ndim"), operator.attrgetter("dtype")
 MAX_TOKENS = 2**31 - 1  # what int32 boundaries can count
-
-
-@dataclass(frozen=True, eq=False)
-class Pack:
-    """Examples that go through the model together, as `fastft.pack` yields them.
-
-    It is no dict, so that Trainer's `remove_unused_columns` lets it pass to the collator.
-    """
-
-    examples: list[dict[str, Any]]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-
-def arrow_examples(table: Any) -> list[dict[str, Any]]:
-    """The rows of a pyarrow Table or RecordBatch; lists of numbers as views of its memory."""
-    columns = {}
-    for key in table.schema.names:
-        column = table.column(key)
-        whole = column.combine_chunks() if hasattr(column, "chunks") else column
-        memory = list_memory(whole)
-        if memory is None:
-            columns[key] = whole.to_pylist()
-        else:
-            numbers, offsets = memory
-            columns[key] = [numbers[begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _is_arrow(feature: Any) -> bool:
-    return type(feature).__module__.startswith("pyarrow") and hasattr(feature, "schema")
-
-
-def units_of(features: Iterable[Any]) -> list[list[dict[str, Any]]]:
-    """The examples, grouped as they must stay in a row: those of a pack together, others alone.
-
-    Raises:
-        TypeError: a feature is neither a dict nor a pack nor an Arrow table.
-        ValueError: there are no examples.
-    """
-    units: list[list[dict[str, Any]]] = []
-    for feature in features:
-        if isinstance(feature, dict):
-            units.append([feature])
-        elif isinstance(feature, Pack):
-            if feature.examples:
-                units.append(feature.examples)
-        elif _is_arrow(feature):
-            units.extend([example] for example in arrow_examples(feature))
-        elif hasattr(feature, "keys"):
-            units.append([feature])
-        else:
-            raise TypeError(f"the collator takes dicts or packs, got {type(feature).__name__}")
-    if not units:
-        raise ValueError("the collator got no examples")
-    return units
-
-
-def _is_per_token(value: Any) -> bool:
-    """Whether a column may hold numbers for tokens. Text, single numbers and None go nowhere near a model."""
-    if isinstance(value, list | tuple):
-        return bool(value) and not isinstance(value[0], str | dict) and value[0] is not None
-    return hasattr(value, "ndim") and value.ndim > 0 and getattr(value.dtype, "kind", "i") not in "OSU"
-
-
-def columns_of(examples: list[dict[str, Any]], required: Sequence[str] = ()) -> dict[str, list[Any]]:
-    """The values by key, one of each example, of the keys that may hold numbers for tokens; input_ids first.
-
-    Args:
-        examples: one or more.
-        required: keys that are kept whatever they hold: those which the task knows. `input_ids` is one of them.
-
-    Raises:
-        ValueError: input_ids are missing, or the examples' keys differ.
-    """
-    keys = examples[0].keys()
-    if "input_ids" not in keys or [example.keys() for example in examples].count(keys) < len(examples):
-        for index, example in enumerate(examples):
-            if "input_ids" not in example:
-                raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
-            if example.keys() != keys:
-                raise ValueError(f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}")
-    columns = {"input_ids": [example["input_ids"] for example in examples]}
-    for key in keys - {"input_ids"}:
-        values = [example[key] for example in examples]
-        if key in required or any(map(_is_per_token, values)):
-            columns[key] = values
-    return columns
 
 
 def _are_vectors(values: list[Any]) -> bool:
@@ -156,29 +62,33 @@ def check_lengths(key: str, values: list[Any], lengths: list[int], of: str) -> N
             raise ValueError(f"{key} of example {index} has length {len(value)}, its {of} {lengths[index]}")
 
 
-def _all_ones(key: str, masks: list[Any]) -> bool:
-    if {*map(type, masks)} == {list}:
-        return all(mask.count(1) == len(mask) for mask in masks)
-    return bool(flatten(key, masks).all())
+def take_mask(key: str, columns: dict[str, list[Any]]) -> Tensor | None:
+    """Takes `key` out of the columns: the masks of all examples, (T,), or None if nothing is masked or numbered."""
+    masks = columns.pop(key, None)
+    if masks is None or ({*map(type, masks)} == {list} and all(mask.count(1) == len(mask) for mask in masks)):
+        return None
+    flat = flatten(key, masks)
+    low, high = flat.aminmax()
+    return None if low == high == 1 else flat
 
 
-def drop_masked(mask_key: str, columns: dict[str, list[Any]], keys: Iterable[str], lengths: list[int]) -> list[int]:
-    """Takes `mask_key` out of the columns, and the tokens which it masks out of `keys`; returns the new lengths.
+def drop_masked(
+    key: str, mask: Tensor | None, columns: dict[str, list[Any]], keys: Iterable[str], lengths: list[int]
+) -> list[int]:
+    """Takes the tokens that `mask` (T,), the values of `key`, masks out of the columns `keys`; returns the new lengths.
 
     Raises:
         ValueError: nothing is left of an example.
     """
-    masks = columns.pop(mask_key, None)
-    if masks is None or _all_ones(mask_key, masks):
+    if mask is None or bool(mask.all()):
         return lengths
-    keys, left = [key for key in keys if key != mask_key], list(lengths)
-    for index, mask in enumerate(masks):
-        kept = flatten(mask_key, [mask]) != 0
+    keys, left = list(keys), list(lengths)
+    for index, kept in enumerate((mask != 0).split(lengths)):
         left[index] = int(kept.sum())
         if left[index] == 0:
-            raise ValueError(f"example {index} has no tokens: its {mask_key} is all zeros")
-        for key in keys:
-            columns[key][index] = flatten(key, [columns[key][index]])[kept]
+            raise ValueError(f"example {index} has no tokens: its {key} is all zeros")
+        for name in keys:
+            columns[name][index] = flatten(name, [columns[name][index]])[kept]
     return left
 
 
@@ -193,9 +103,10 @@ def flatten(key: str, values: Sequence[Any]) -> Tensor:
     kinds = {*map(type, values)}
     if kinds == {list}:
         return _flat_lists(key, values)
+    if kinds <= {list, tuple}:
+        return _flat_lists(key, [*map(list, values)])
     if all(issubclass(kind, Tensor) for kind in kinds):
-        flat = torch.cat(list(values)).cpu()
-        return flat if flat.is_floating_point() else flat.long()
+        return _flat_tensors(key, values)
     if all(kind.__module__ == "numpy" for kind in kinds):
         return _flat_arrays(key, values)
     parts = [flatten(key, [value if hasattr(value, "dtype") else list(value)]) for value in values]
@@ -225,16 +136,36 @@ def _flat_lists(key: str, values: Sequence[list[Any]]) -> Tensor:
             continue
         except OverflowError:
             raise ValueError(f"{key} holds an integer that does not fit into int64") from None
-        return torch.frombuffer(flat, dtype=dtype)
+        # padding may be all that a column has, and there may be none of it
+        return torch.frombuffer(flat, dtype=dtype) if flat else torch.empty(0, dtype=dtype)
     raise ValueError(f"{key} must hold one number per token")
+
+
+def _flat_tensors(key: str, values: Sequence[Tensor]) -> Tensor:
+    try:
+        flat = torch.cat(list(values))
+        if flat.is_meta or flat.layout != torch.strided or flat.is_complex():
+            raise NotImplementedError
+        flat = flat.cpu()
+    except RuntimeError:  # of which NotImplementedError is one: torch cannot join or read them
+        kinds = sorted({f"{value.dtype} {value.layout} on {value.device}" for value in values})
+        raise ValueError(f"{key} must be dense tensors of numbers on one device, got {', '.join(kinds)}") from None
+    if flat.is_floating_point():
+        return flat
+    if flat.dtype == torch.uint64 and bool((flat.long() < 0).any()):
+        raise ValueError(f"{key} holds an integer that does not fit into int64")
+    return flat.long()
 
 
 def _flat_arrays(key: str, values: Sequence[Any]) -> Tensor:
     import numpy
 
     # numpy, because its concatenation takes arrays that are read-only, as those from Arrow are
-    kinds = {dtype.kind for dtype in {*map(_DTYPE, values)}}
+    dtypes = {*map(_DTYPE, values)}
+    kinds = {dtype.kind for dtype in dtypes}
     if kinds <= {*"iub"}:
+        if numpy.dtype("uint64") in dtypes and any((value > numpy.uint64(2**63 - 1)).any() for value in values):
+            raise ValueError(f"{key} holds an integer that does not fit into int64")
         return torch.from_numpy(numpy.concatenate(values, dtype=numpy.int64, casting="unsafe"))
     if kinds <= {*"iubf"}:
         return torch.from_numpy(numpy.concatenate(values))

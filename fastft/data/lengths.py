@@ -41,7 +41,11 @@ def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
         if "length" in stored:
             return _taken(dataset, dataset.data.column("length"))
     read = _tokens if length_column is None else _stated
-    return torch.tensor([read(dataset, index, length_column) for index in range(len(dataset))], dtype=torch.int64)
+    lengths = [read(dataset, index, length_column) for index in range(len(dataset))]
+    try:
+        return torch.tensor(lengths, dtype=torch.int64)
+    except (OverflowError, RuntimeError):
+        raise ValueError(f"length_column={length_column!r} holds a number that does not fit into int64") from None
 
 
 def _list_lengths(dataset: Any) -> Tensor:

@@ -11,14 +11,14 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
-from fastft.data.columns import Pack
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.epochs import epoch_plan
+from fastft.data.features import Pack
 from fastft.data.lengths import scan_lengths
 from fastft.data.parts import cut, filler
 from fastft.data.plan import PackPlan, check_limits, check_positive, plan_packs
 from fastft.data.streaming import OPEN_PACKS, PackedStream
-from fastft.foreign import is_dataset
+from fastft.foreign import is_dataset, world_size
 
 CUTTING = ("truncate", "split")  # the policies after which a full pack may hold a part of an example
 
@@ -75,6 +75,14 @@ class PackedDataset(Dataset[Pack]):
     def __len__(self) -> int:
         return len(self._base)
 
+    @property
+    def total_dataset_length(self) -> int:
+        """What accelerate cuts the last batch of an evaluation by, as rows of predictions: on one process by nothing.
+
+        Nothing comes twice there, and a pack can have several rows of predictions: those of its examples.
+        """
+        return len(self) if world_size() > 1 else 0
+
     def __getitem__(self, index: int) -> Pack:
         return self._packs([index])[0]
 
@@ -91,7 +99,14 @@ class PackedDataset(Dataset[Pack]):
         examples, starts, lengths = (column[chosen].tolist() for column in (plan.indices, plan.starts, plan.lengths))
         fillers = sum(begin == end for begin, end in bounds)
         fetched = self._fetch(examples + plan.indices[:1].tolist() * fillers)
-        parts = iter([self._part(*item) for item in zip(fetched, examples, starts, lengths, strict=False)])
+        parts = iter(
+            [
+                example
+                if start == 0 and len(example["input_ids"]) == length
+                else self._part(example, index, start, length)
+                for example, index, start, length in zip(fetched, examples, starts, lengths, strict=False)
+            ]
+        )
         blank = [filler(fetched[-1])] if fillers else []
         return [Pack([next(parts) for _ in range(begin, end)] if begin < end else blank) for begin, end in bounds]
 
@@ -107,8 +122,6 @@ class PackedDataset(Dataset[Pack]):
     def _part(self, example: dict[str, Any], index: int, start: int, length: int) -> dict[str, Any]:
         """The tokens of an example that the plan wants, of every key that has as many."""
         tokens = len(example["input_ids"])
-        if start == 0 and tokens == length:
-            return example
         cut_short = self.may_cut and length == self._base.max_tokens
         if tokens < start + length or (tokens > start + length and not cut_short):
             raise ValueError(f"example {index} has {tokens} tokens, but had {start + length} when it was packed")

@@ -6,20 +6,27 @@ from typing import Any
 
 import torch
 
-from fastft.data.collator import IGNORE_INDEX
+from fastft.data.boundaries import IGNORE_INDEX
+from fastft.data.documents import KEYS, is_per_token, shortened
 
 
 def cut(example: dict[str, Any], start: int, length: int) -> dict[str, Any]:
-    """`length` tokens of an example from `start`; a key that has another number of values than tokens is kept whole."""
+    """`length` tokens of an example from `start`; a key that has another number of values than tokens is kept whole.
+
+    Of a row that another tool packed the part has its share of each document.
+    """
     tokens = len(example["input_ids"])
     if start == 0 and tokens == length:
         return example
-    whole = {key for key, value in example.items() if not _has_length(value, tokens)}
-    return {key: value if key in whole else value[start : start + length] for key, value in example.items()}
-
-
-def _has_length(value: Any, tokens: int) -> bool:
-    return hasattr(value, "__len__") and not isinstance(value, str | dict) and len(value) == tokens
+    rewritten = shortened(example, start, length) if example.keys() & KEYS else {}
+    return {
+        key: rewritten[key]
+        if key in rewritten
+        else value[start : start + length]
+        if is_per_token(value, tokens)
+        else value
+        for key, value in example.items()
+    }
 
 
 def filler(example: dict[str, Any]) -> dict[str, Any]:

@@ -150,15 +150,31 @@ def _as_tensor(lengths: Any) -> Tensor:
     return torch.as_tensor(lengths)
 
 
+def _dense(lengths: Any) -> Tensor:
+    """`lengths` as a tensor on the CPU; raises where they are no numbers, too large, or not there."""
+    try:
+        tensor = _as_tensor(lengths)
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise TypeError(f"a tensor with the layout {tensor.layout} on {tensor.device}")
+        tensor = tensor.cpu()
+    except OverflowError:
+        raise ValueError("lengths must fit into int64, got one that is larger") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths must be a list, array or dense tensor of integers, got {error}") from None
+    if tensor.dtype == torch.uint64 and bool((tensor.long() < 0).any()):
+        raise ValueError("lengths must fit into int64, got one that is larger")
+    return tensor
+
+
 def _checked_lengths(lengths: Any) -> Tensor:
-    tensor = _as_tensor(lengths)
+    tensor = _dense(lengths)
     if tensor.numel() == 0:
         raise ValueError("lengths is empty: there is nothing to pack")
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"lengths must be one-dimensional integers, got shape {tuple(tensor.shape)} of {tensor.dtype}")
     if tensor.dtype != torch.int32:
         tensor = tensor.to(torch.int64)
-    tensor = tensor.cpu().contiguous()
+    tensor = tensor.contiguous()
     if tensor.aminmax().min <= 0:  # a third of the time of amin
         smallest, index = tensor.min(0)
         what = "has no tokens" if smallest == 0 else f"has the negative length {smallest}"
@@ -254,6 +270,7 @@ def plan_packs(
     Raises:
         ValueError: no lengths, a length that is not positive, one above `max_tokens` (with `overlong="error"`), or an
             argument out of its range.
+        TypeError: `lengths` are no numbers.
         RuntimeError: the engine asked for is not available.
     """
     check_limits(max_tokens, max_sequences, overlong)

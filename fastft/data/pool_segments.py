@@ -11,6 +11,7 @@ The model's own code computes all else: pooler, dropout, head, and the loss by i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.foreign import base_model
+from fastft.data.packed import PackedDataset
+from fastft.data.streaming import PackedStream
+from fastft.foreign import active_dataloader, base_model, world_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +59,7 @@ class SegmentPooling:
             raise ValueError(f"{type(model).__name__} is no transformers model for sequence classification")
         self._examples: _Examples | None = None
         self._scores: Tensor | None = None
+        self._evaluated: Any = None  # the packs whose order was spoken of
         self._takes_last = isinstance(head, nn.Module)
         self._means = getattr(model.config, "classifier_pooling", "cls") == "mean"
         self._hooks = [
@@ -86,11 +90,35 @@ class SegmentPooling:
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if "label_segments" not in kwargs:  # not packed
             return None
+        if not model.training:
+            self._check_evaluation()
         kwargs = dict(kwargs)
         self._examples = _examples_of(kwargs)
         if self._takes_last:  # the model would compare them with one row of logits for each row of the batch
             kwargs.pop("labels", None)
         return args, kwargs
+
+    def _check_evaluation(self) -> None:
+        """Says that rows of predictions come in the order of packs; raises where ranks cannot gather them.
+
+        A pack has as many rows as examples, so that ranks have different numbers of them: gloo aborts, and which of
+        them accelerate gave out twice nobody knows.
+        """
+        dataset = _packs_evaluated()
+        if dataset is None or dataset is self._evaluated:
+            return
+        if world_size() > 1:
+            raise ValueError(
+                "predictions for the examples of fastft.pack cannot be gathered from several processes, as packs have "
+                "different numbers of them: evaluate on the dataset itself (eval_dataset=packed.dataset), of which "
+                "PackingCollator packs each batch"
+            )
+        self._evaluated = dataset
+        warnings.warn(
+            "predictions for fastft.pack come in the order of the packs: row i is example packed.plan.indices[i]; in "
+            "the order of the dataset, if evaluated on the dataset itself, of which PackingCollator packs each batch",
+            stacklevel=2,
+        )
 
     def _pooled(self, hidden_states: Tensor, examples: _Examples) -> Tensor:
         """(R, T, H) to (E, 1, H)."""
@@ -134,6 +162,14 @@ class SegmentPooling:
         boundaries = torch.arange(rows + 1, device=input_ids.device) * tokens
         self._examples = _Examples(torch.arange(rows, device=input_ids.device), boundaries, None)
         yield
+
+
+def _packs_evaluated() -> PackedDataset | PackedStream | None:
+    """The packs that accelerate's loader is giving out; None if it gives out something else, or is not at work."""
+    dataset = getattr(active_dataloader(), "dataset", None)
+    while dataset is not None and not isinstance(dataset, PackedDataset | PackedStream):
+        dataset = getattr(dataset, "dataset", None)  # accelerate's share of a stream
+    return dataset
 
 
 def _check(model: Any, pooling: SegmentPooling) -> None:

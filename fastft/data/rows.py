@@ -48,6 +48,16 @@ class Layout:
         return self.order == list(range(len(self.order)))
 
     @property
+    def padding(self) -> list[int]:
+        """How many tokens at the end of each row are padding."""
+        padding, end = [0] * self.rows, 0
+        for example, length in zip(self.order, self.lengths, strict=True):
+            end += length
+            if example is None and length:
+                padding[end // self.width - 1] = length
+        return padding
+
+    @property
     def examples(self) -> list[int]:
         """The examples in the order in which they lie."""
         return [example for example in self.order if example is not None]

@@ -20,31 +20,33 @@ class SegmentLabels:
     values: Tensor | None
 
     def arranged(self, layout: Layout) -> dict[str, Tensor]:
-        """Labels in the order in which the examples lie, and the segment of each."""
-        segments = [segment for segment, example in enumerate(layout.order) if example is not None]
-        batch = {"label_segments": torch.tensor(segments)}
-        if self.values is not None:
-            batch["labels"] = self.values[torch.tensor(layout.examples)]
-        return batch
+        """Labels, and the segment of each example, both in the order in which the examples came."""
+        segments = torch.empty(len(layout.examples), dtype=torch.int64)
+        for segment, example in enumerate(layout.order):
+            if example is not None:
+                segments[example] = segment
+        batch = {"label_segments": segments}
+        return batch if self.values is None else batch | {"labels": self.values}
 
 
-def take_labels(examples: list[dict[str, Any]], columns: dict[str, list[Any]]) -> SegmentLabels:
-    """The labels of the examples: int64 (E,) from integers, float32 from other numbers, (E, C) from C numbers each.
+def take_labels(columns: dict[str, list[Any]]) -> SegmentLabels:
+    """Takes the labels out of the columns: int64 (E,) from integers, float32 from others, (E, C) from C numbers each.
 
     Raises:
         ValueError: an example has no label but None or text, or another number of them than the first one.
     """
-    for key in LABEL_KEYS:
-        columns.pop(key, None)
-    given = [key for key in LABEL_KEYS if key in examples[0]]
-    if not given:
+    taken = {key: columns.pop(key) for key in LABEL_KEYS if key in columns}
+    if not taken:
         return SegmentLabels(None)
-    key, rows = given[0], list[Tensor]()
-    for index, example in enumerate(examples):
+    key, values = next(iter(taken.items()))
+    rows = list[Tensor]()
+    for index, value in enumerate(values):
         try:
-            row = torch.as_tensor(example[key])
+            row = torch.as_tensor(value)
+            if row.is_meta or row.layout != torch.strided:
+                raise TypeError
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"{key} of example {index} must be numbers, got {example[key]!r}") from None
+            raise ValueError(f"{key} of example {index} must be numbers, got {value!r}") from None
         if row.ndim > 1 or row.numel() == 0:
             raise ValueError(f"{key} of example {index} must be one number or a vector, got shape {tuple(row.shape)}")
         if rows and row.shape != rows[0].shape:
@@ -52,5 +54,5 @@ def take_labels(examples: list[dict[str, Any]], columns: dict[str, list[Any]]) -
                 f"{key} of example {index} has shape {tuple(row.shape)}, of example 0 {tuple(rows[0].shape)}"
             )
         rows.append(row)
-    values = torch.stack([row.float() if row.is_floating_point() else row for row in rows]).cpu()
-    return SegmentLabels(values if values.is_floating_point() else values.long())
+    made = torch.stack([row.float() if row.is_floating_point() else row for row in rows]).cpu()
+    return SegmentLabels(made if made.is_floating_point() else made.long())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastft.data.boundaries import IGNORE_INDEX
-from fastft.data.columns import check_lengths, drop_masked, flatten_integers, lengths_of
+from fastft.data.columns import check_lengths, drop_masked, flatten_integers, lengths_of, take_mask
 from fastft.data.rows import Layout, lay_out, width_of
 
 DECODER_KEYS = ("labels", "decoder_input_ids", "decoder_attention_mask")
@@ -38,7 +38,8 @@ def take_decoder(columns: dict[str, list[Any]]) -> tuple[dict[str, list[Any]], l
     lengths = lengths_of(leading, decoder[leading])
     for key in decoder.keys() - {leading}:
         check_lengths(key, decoder[key], lengths, leading)
-    return decoder, drop_masked("decoder_attention_mask", decoder, list(decoder), lengths)
+    mask = take_mask("decoder_attention_mask", decoder)
+    return decoder, drop_masked("decoder_attention_mask", mask, decoder, list(decoder), lengths)
 
 
 def lay_out_both(
@@ -66,6 +67,14 @@ def shift_right(labels: Tensor, lengths: Sequence[int], start: int, pad_token_id
     return shifted.masked_fill_(shifted == IGNORE_INDEX, pad_token_id)
 
 
+def decoder_columns(columns: dict[str, list[Any]], layout: Layout, pad_token_id: int) -> dict[str, Tensor]:
+    """The decoder's columns as its segments lie, (R, U)."""
+    fills, shape = {"labels": IGNORE_INDEX, "decoder_input_ids": pad_token_id}, (layout.rows, layout.width)
+    return {
+        key: flatten_integers(key, layout.arrange(values, fills[key])).view(shape) for key, values in columns.items()
+    }
+
+
 def decoder_batch(
     columns: dict[str, list[Any]], layout: Layout, start: int | None, pad_token_id: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -74,11 +83,7 @@ def decoder_batch(
     Raises:
         ValueError: the examples have no decoder_input_ids and there is no `start`.
     """
-    fills = {"labels": IGNORE_INDEX, "decoder_input_ids": pad_token_id}
-    shape = layout.rows, layout.width
-    integers = {
-        key: flatten_integers(key, layout.arrange(values, fills[key])).view(shape) for key, values in columns.items()
-    }
+    integers = decoder_columns(columns, layout, pad_token_id)
     if "decoder_input_ids" not in integers:
         if start is None:
             raise ValueError(

@@ -8,22 +8,30 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from fastft.foreign import unwrapped, whose_forward
+from fastft.integrations.evaluation import in_evaluation_loop
 from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.trainings import training_begins, until_the_end_of
+from fastft.loss.evaluation import Evaluation
 from fastft.loss.output_head import Attachment, expects_head
 from fastft.loss.report import Report
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
 
+_MANY_BYTES = 1 << 30
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class FusedLossCallback(TrainerCallback):
-    """From train begin to train end the model's loss is computed without ever holding logits.
+    """From train begin to train end the model's loss is computed without ever holding logits, in evaluations too.
+
+    In an evaluation inside `train()`, `preprocess_logits_for_metrics` gets lazy logits: argmax, top-k and
+    log-probabilities are computed chunk by chunk. Metrics that want logits get plain ones, as in stock. `generate`,
+    exports, and `evaluate` and `predict` outside `train()` are stock.
 
     Args:
         verify: compute the loss of the first batch by the stock model as well, and raise `RuntimeError` if the two
@@ -34,6 +42,7 @@ class FusedLossCallback(TrainerCallback):
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
             `skipped`, why the model was left as it is. Of the latest training.
+        evaluation: the same of the evaluations inside it, where `fused` counts all that was computed chunk by chunk.
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with label smoothing or a
     `compute_loss_func` it stays stock, and `report.skipped` says so. Tensor-parallel heads, DataParallel, and models
@@ -51,11 +60,11 @@ class FusedLossCallback(TrainerCallback):
     def __init__(self, verify: bool = False, on_leak: str = "error") -> None:
         self.verify = verify
         self._packing = PackingCallback(on_leak)
-        self.report = Report()
+        self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
         self._handed = Handed()
         self._kept = until_the_end_of(self)
-        self._said, self._said_places = False, 0
+        self._said, self._said_places, self._said_size = False, 0, False
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remembers whether the Trainer was handed an optimizer of fastft's."""
@@ -73,11 +82,13 @@ class FusedLossCallback(TrainerCallback):
         else:
             self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
         model = kwargs["model"]
-        self._said, self._said_places = False, 0
+        self._said, self._said_places, self._said_size = False, 0, False
+        evaluation = Evaluation(in_evaluation_loop)
+        self.evaluation = evaluation.report
         if args.n_gpu > 1:
             self.report = Report(skipped=["DataParallel: its replicas would call the head of the first device"])
             return
-        self._attachment = Attachment(model)
+        self._attachment = Attachment(model, evaluation)
         self._kept.callback(self._attachment.remove)
         self.report = self._attachment.report
         if args.torch_compile and self._attachment.heads:
@@ -103,6 +114,49 @@ class FusedLossCallback(TrainerCallback):
             why = "something asked for real logits before the loss"
         say = logger.warning if expects_head(kwargs["model"]) else logger.info  # a classifier has nothing to fuse
         say(f"fastft: no loss was fused in the first step: {why or _who_computes_it(kwargs['model'])}")
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Makes plain tensors of the logits that metrics want, and says once how large they are: from a gigabyte on.
+
+        Says once, too, where several ranks would count examples of packed rows twice.
+        """
+        self._packing.on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+        size = self._settle()
+        held = 1 if args.batch_eval_metrics or not has_length(eval_dataloader) else len(eval_dataloader)
+        if size * held * args.world_size >= _MANY_BYTES and not self._said_size:
+            self._said_size = True
+            logger.warning(
+                f"fastft: the metrics get real logits, {size / 2**20:,.0f} MiB for each batch of the evaluation "
+                f"({', '.join(self.evaluation.materialised)}). Where argmax, top-k or log-probabilities are enough, "
+                "give Trainer a preprocess_logits_for_metrics: it makes them without the logits."
+            )
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leaves nothing lazy to what comes after an evaluation."""
+        self._settle()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Leaves nothing lazy to what comes after a prediction."""
+        self._settle()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves no logits of an evaluation that could not be computed when the weights have changed."""
+        self._settle()
+
+    def _settle(self) -> int:
+        evaluation = None if self._attachment is None else self._attachment.evaluation
+        return 0 if evaluation is None else evaluation.settle()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

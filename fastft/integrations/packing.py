@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import types
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -9,11 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from fastft.attention.block_mask import attention_configs, block_mask
-from fastft.attention.check_packing import Leak, PackingLeakError, find_leak
+from fastft.attention.check_packing import Leak, PackingLeakError, Unasked, find_leak
+from fastft.attention.probe_rows import Batches
 from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
-from fastft.foreign import dispatches
+from fastft.data.packed import PackedDataset
+from fastft.data.streaming import PackedStream
+from fastft.foreign import dispatches, modules_with_hooks
 from fastft.integrations.optimizer_check import Handed, check_optimizer
+from fastft.integrations.packed_evaluation import refuse_generation, warn_of_repeats
 from fastft.integrations.trainings import training_begins, until_the_end_of
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
@@ -45,7 +53,7 @@ class PackingCallback(TrainerCallback):
     def __init__(self, on_leak: str = "error") -> None:
         if on_leak not in _ON_LEAK:
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
-        self.on_leak = on_leak
+        self.on_leak, self._warned = on_leak, False
         self._handed = Handed()
         self._kept = until_the_end_of(self)
 
@@ -65,6 +73,7 @@ class PackingCallback(TrainerCallback):
         if collator is None:
             logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")
             return
+        refuse_generation(args, collator)
         if args.n_gpu > 1:
             self._complain("DataParallel cuts a packed batch between its devices; start one process for each instead")
         if dispatches(loader):
@@ -72,13 +81,38 @@ class PackingCallback(TrainerCallback):
                 "accelerate cuts packed batches along dimension 0, and their boundaries with them; set "
                 "TrainingArguments(accelerator_config={'dispatch_batches': False})"
             )
-        leak = _verdict(model, collator.position_ids_start)
-        if leak is not None and leak.block_mask:
+        _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
+        leak = self._leak(model, _batches(loader, collator, args), args)
+        if leak is not None and leak.loud:
+            logger.warning(f"fastft: {type(model).__name__}: {leak}")
+        elif leak is not None and leak.block_mask:
             logger.warning(f"fastft: {type(model).__name__} gets an attention mask of T x T: {leak.what}")
         elif leak is not None:
             self._complain(f"{type(model).__name__} does not keep packed sequences apart: {leak}")
         keep = block_mask if leak is not None and leak.block_mask else packed_attention
         self._kept.enter_context(keep(model))
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says once where several ranks would count examples twice."""
+        loader = kwargs.get("eval_dataloader")
+        collator = None if self._warned else packing_collator(loader)
+        if collator is not None:
+            self._warned = warn_of_repeats(args, loader, collator)
+
+    def _leak(self, model: nn.Module, batches: Batches, args: Any) -> Leak | None:
+        """What the probe finds; None also for a model that is elsewhere, with a warning."""
+        try:
+            return _verdict(model, batches, args)
+        except Unasked as error:
+            logger.warning(f"fastft: packing is not checked: {error}")
+        except ValueError as error:
+            advice = "on_leak='warn' trains it all the same"
+            self._complain(
+                f"nobody knows whether {type(model).__name__} keeps packed sequences apart: {error}; {advice}"
+            )
+        return None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,26 +131,104 @@ class PackingCallback(TrainerCallback):
 
 
 def packing_collator(dataloader: Any) -> PackingCollator | None:
-    """The collator of a loader's batches, looked up inside Trainer's wrapper that removes columns."""
-    collator: Any = getattr(dataloader, "collate_fn", None)
-    while not isinstance(collator, PackingCollator) and hasattr(collator, "data_collator"):
-        collator = collator.data_collator
-    return collator if isinstance(collator, PackingCollator) else None
+    """The collator of a loader's batches, also inside what calls it: wrappers, functions, methods, partials."""
+    level: list[Any] = [getattr(dataloader, "collate_fn", None)]
+    seen: set[int] = set()
+    for _ in range(5):
+        for part in level:
+            if isinstance(part, PackingCollator):
+                return part
+        seen.update(map(id, level))
+        parts = (part for whole in level for part in _parts(whole) if id(part) not in seen)
+        level = [part for part in parts if callable(part) or hasattr(part, "data_collator")]
+    return None
 
 
-def _verdict(model: nn.Module, start: int) -> Leak | None:
-    """What the probe finds while sequences are kept apart; None also where it cannot be asked, with a warning."""
-    key = (
-        start,
-        frozenset(type(module) for module in model.modules()),
-        tuple((config.to_json_string(), config._attn_implementation) for config in attention_configs(model)),
-        frozenset((parameter.dtype, parameter.device.type) for parameter in model.parameters()),
-    )
-    if key not in _verdicts:
-        try:
-            with packed_attention(model):
-                _verdicts[key] = find_leak(model, start)
-        except ValueError as error:
-            logger.warning(f"fastft: packing is not checked: {error}")
-            return None
+def _parts(whole: Any) -> Iterator[Any]:
+    """What a callable refers to, without models and classes."""
+    if isinstance(whole, nn.Module | type):
+        return
+    if isinstance(whole, functools.partial):
+        yield from (whole.func, *whole.args, *whole.keywords.values())
+    elif isinstance(whole, types.MethodType):
+        yield from (whole.__self__, whole.__func__)
+    elif isinstance(whole, types.FunctionType):
+        for cell in whole.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a cell that is empty
+                yield cell.cell_contents
+        yield from (whole.__globals__[name] for name in whole.__code__.co_names if name in whole.__globals__)
+    else:
+        yield from getattr(whole, "__dict__", {}).values()
+
+
+def _batches(loader: Any, collator: PackingCollator, args: Any) -> Batches:
+    """What the loader's batches are like; the longest row is known of packs alone."""
+    dataset: Any = getattr(loader, "dataset", None)
+    packs = getattr(args, "train_batch_size", None)
+    while not isinstance(dataset, PackedDataset | PackedStream) and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    multiple, longest = collator.pad_to_multiple_of or 1, None
+    if packs is not None and isinstance(dataset, PackedDataset | PackedStream):
+        tokens = dataset.plan.max_tokens if isinstance(dataset, PackedDataset) else dataset.max_tokens
+        longest = -(-packs // collator.rows) * tokens
+        longest += -longest % multiple
+    return Batches(collator.position_ids_start, longest, collator.rows, collator.rows > 1 or multiple > 1)
+
+
+def _verdict(model: nn.Module, batches: Batches, args: Any) -> Leak | None:
+    """What the probe finds while sequences are kept apart."""
+    hooked = modules_with_hooks(model)
+    if hooked:
+        logger.warning(
+            f"fastft: the packing probe runs {type(model).__name__} on batches of its own, which the forward hooks of "
+            f"{', '.join(hooked[:5])}{' and others' if len(hooked) > 5 else ''} see too"
+        )
+    key = _key(model, batches, args)
+    if key not in _verdicts or hooked:
+        with packed_attention(model):
+            _verdicts[key] = find_leak(model, batches)
     return _verdicts[key]
+
+
+def _key(model: nn.Module, batches: Batches, args: Any) -> Any:
+    """All that a verdict may depend on, but weights and the code of hooks."""
+    adapters = getattr(model, "peft_config", {})
+    return (
+        batches,
+        tuple(
+            (name, type(module), _attributes(module)) for name, module in model.named_modules(remove_duplicate=False)
+        ),
+        tuple((str(vars(config)), config._attn_implementation) for config in attention_configs(model)),
+        frozenset((parameter.dtype, parameter.device.type) for parameter in model.parameters()),
+        str(adapters) + str(getattr(model, "active_adapter", None)),
+        (getattr(args, "bf16", None), getattr(args, "fp16", None)),
+    )
+
+
+def _attributes(module: nn.Module) -> tuple[Any, ...]:
+    """Plain attributes of a module, which may be changed after it was made, and functions that were put on it."""
+    plain = [
+        (name, value)
+        for name, value in vars(module).items()
+        if name != "training" and isinstance(value, bool | int | float | str | None)
+    ]
+    functions = [(name, id(value)) for name, value in vars(module).items() if isinstance(value, types.FunctionType)]
+    return (*plain, *functions)
+
+
+def _say_what_trainer_counts(args: Any, collator: PackingCollator, processing_class: Any) -> None:
+    """Trainer knows padding by the attention mask, which a packed batch has not, or by the padding token."""
+    if getattr(args, "include_num_input_tokens_seen", "no") != "non_padding":
+        return
+    pad = getattr(processing_class, "pad_token_id", None)
+    pads = collator.rows > 1 or collator.pad_to_multiple_of is not None
+    if pads and collator.pad_token_id != pad:
+        logger.warning(
+            "fastft: num_input_tokens_seen will count padding: Trainer leaves out the padding token of "
+            f"processing_class, {pad}, that of PackingCollator is {collator.pad_token_id}; give it pad_token_id={pad}"
+        )
+    elif pad is not None and pad == getattr(processing_class, "eos_token_id", None):
+        logger.warning(
+            "fastft: num_input_tokens_seen will leave out every end token: Trainer takes the padding token of "
+            f"processing_class, {pad}, for padding. Without padding in the rows, 'all' counts right"
+        )

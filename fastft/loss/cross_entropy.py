@@ -32,6 +32,7 @@ from fastft.loss.options import (
     check_probabilities,
     check_reduction,
     check_target,
+    check_tensors,
     check_weight,
     class_weights,
     reduce_losses,
@@ -250,13 +251,15 @@ def cross_entropy(
         16 bits), else in `input`'s dtype. The mean over no row at all is 0 (torch: NaN).
 
     Raises:
-        TypeError: `input` or `weight` is not floating point, `target` holds no indices, or `group` is no process group.
+        TypeError: `input` or `weight` is no floating-point tensor, `ignore_index` no integer, `target` has no indices,
+            or `group` is no process group.
         ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU; elsewhere its row is
             NaN, unless the environment variable FASTFT_CHECK_TARGETS is set), an option is out of range or unknown,
-            `num_items` is negative or goes with another reduction, target probabilities require a gradient; processes
-            of a `group` have different numbers of classes or this process is not in it.
+            `num_items` is negative, not finite or goes with another reduction, target probabilities require a gradient;
+            processes of a `group` have different numbers of classes or this process is not in it.
         RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
+    check_tensors(input=input, target=target)
     check_reduction(reduction, num_items)
     options = row_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if not input.is_floating_point():

@@ -17,13 +17,16 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.options import refuse_second_derivative
+
+if TYPE_CHECKING:
+    from fastft.loss.evaluation import Evaluation
 
 WORKSPACE_BYTES = 64 << 20
 MIN_CHUNK_ROWS = 256
@@ -33,7 +36,7 @@ AutocastState: TypeAlias = tuple[bool, torch.dtype]
 
 
 class Call(NamedTuple):
-    """One recorded function; its arguments may be `Call`s themselves, or `LOGITS`."""
+    """One recorded function; its arguments may be `Call`s themselves, `LOGITS` or `MARKED`."""
 
     function: Callable[..., Tensor]
     arguments: tuple[Any, ...]
@@ -45,7 +48,11 @@ class _Logits:
     """The place in an expression where the logits of the linear layer go in."""
 
 
-LOGITS = _Logits()
+class _Marked:
+    """The place where the marks of the rows go in, (..., 1): which rows are padding."""
+
+
+LOGITS, MARKED = _Logits(), _Marked()
 Expression: TypeAlias = Call | _Logits
 
 
@@ -60,22 +67,24 @@ def _autocast(device_type: str, state: AutocastState) -> contextlib.AbstractCont
     return torch.autocast(device_type, dtype=state[1], enabled=state[0], cache_enabled=False)
 
 
-def evaluate(expression: Expression, logits: Tensor) -> Tensor:
-    """`expression` with `logits` put in; a sub-expression that occurs twice is evaluated once."""
-    known: dict[int, Tensor] = {}
+def evaluate(expression: Expression, logits: Tensor, marked: Tensor | None = None) -> Tensor:
+    """`expression` with `logits` and `marked` put in; a sub-expression that occurs twice is evaluated once."""
+    return _value(expression, logits, marked, {})
 
-    def value(node: Any) -> Any:
-        if node is LOGITS:
-            return logits
-        if not isinstance(node, Call):
-            return node
-        if id(node) not in known:
-            arguments = [value(argument) for argument in node.arguments]
-            with _autocast(logits.device.type, node.autocast):
-                known[id(node)] = node.function(*arguments, **node.keywords)
-        return known[id(node)]
 
-    return value(expression)
+def _value(node: Any, logits: Tensor, marked: Tensor | None, known: dict[int, Tensor]) -> Any:
+    """No closure: a function that calls itself would keep every chunk's logits until garbage is collected."""
+    if node is LOGITS:
+        return logits
+    if node is MARKED:
+        return marked
+    if not isinstance(node, Call):
+        return node
+    if id(node) not in known:
+        arguments = [_value(argument, logits, marked, known) for argument in node.arguments]
+        with _autocast(logits.device.type, node.autocast):
+            known[id(node)] = node.function(*arguments, **node.keywords)
+    return known[id(node)]
 
 
 def _versions(terms: tuple[Term, ...]) -> tuple[int, ...]:
@@ -86,26 +95,31 @@ def _versions(terms: tuple[Term, ...]) -> tuple[int, ...]:
 class Origin(NamedTuple):
     """Where logits come from: the head, to be entered again, and what raises when its shards may not be used.
 
-    `check` is told whether the head is about to be entered.
+    `check` is told whether the head is about to be entered. `evaluation`: whose logits they are; None in training.
     """
 
     vocab: int
     head: Callable[..., Any] | None = None
     check: Callable[[bool], None] | None = None
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """The sum of `terms` (input, weight, bias or None); every input has the same leading shape, every weight V rows."""
+    """The sum of `terms` (input, weight, bias or None); every input has the same leading shape, every weight V rows.
+
+    `marked`: what an expression puts in for `MARKED`, boolean, with the inputs' leading shape and one column.
+    """
 
     terms: tuple[Term, ...]
     versions: tuple[int, ...]
     origin: Origin
+    marked: Tensor | None = None
 
     @classmethod
-    def of(cls, *terms: Term, origin: Origin | None = None) -> Linear:
+    def of(cls, *terms: Term, origin: Origin | None = None, marked: Tensor | None = None) -> Linear:
         """A linear layer over tensors as they are now."""
-        return cls(terms, _versions(terms), origin or Origin(terms[0][1].shape[0]))
+        return cls(terms, _versions(terms), origin or Origin(terms[0][1].shape[0]), marked)
 
     @property
     def vocab(self) -> int:
@@ -131,7 +145,9 @@ class Linear:
     def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Linear:
         """The layer over changed inputs: a view or a selection of rows."""
         self.check_unchanged()
-        return Linear.of(*((change(x), weight, bias) for x, weight, bias in self.terms), origin=self.origin)
+        terms = ((change(x), weight, bias) for x, weight, bias in self.terms)
+        marked = None if self.marked is None else change(self.marked)
+        return Linear.of(*terms, origin=self.origin, marked=marked)
 
     def plus(self, other: Linear, scale: float = 1.0) -> Linear:
         """The sum with `scale` times another layer (base head + LoRA)."""
@@ -151,12 +167,13 @@ class Linear:
 
     def same_as(self, other: Linear) -> bool:
         """Whether both give the same logits because they are made of the same tensors."""
-        return len(self.terms) == len(other.terms) and all(
-            mine is theirs for mine, theirs in zip(self.tensors, other.tensors, strict=True)
-        )
+        mine, theirs = (*self.tensors, self.marked), (*other.tensors, other.marked)
+        return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
 
     def detached(self) -> Linear:
-        """The same numbers without their history."""
+        """The same numbers without their history; the very same layer where there is none."""
+        if not any(tensor is not None and tensor.requires_grad for tensor in self.tensors):
+            return self
         terms = ((x.detach(), w.detach(), None if b is None else b.detach()) for x, w, b in self.terms)
         return replace(self, terms=tuple(terms))
 
@@ -183,7 +200,8 @@ class Linear:
         def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if is_freed(weight):
                 raise RuntimeError(_GONE)
-            return task(Linear.of((x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))))
+            term = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+            return task(Linear.of(term, marked=self.marked))
 
         if head is None:
             raise RuntimeError(_GONE)
@@ -198,7 +216,8 @@ class Linear:
     def no_rows(self, expression: Expression) -> Tensor:
         """`expression` of logits of no row at all, (0, V): what asks torch for dtypes, those of autocast too."""
         with torch.no_grad():
-            return evaluate(expression, self.terms[0][0].new_empty(0, self.vocab, dtype=self.dtype))
+            nothing = self.terms[0][0].new_empty(0, self.vocab, dtype=self.dtype)
+            return evaluate(expression, nothing, torch.empty_like(nothing[:, :1], dtype=torch.bool))
 
 
 _GONE = (
@@ -233,10 +252,13 @@ class _Task:
     row_arguments: tuple[Tensor, ...]
     autocast: AutocastState
     known: Tensor | None = None
+    marked: Tensor | None = None
 
     def run(self, logits: Tensor, rows: slice) -> Tensor:
+        marked = None if self.marked is None else self.marked[rows]
         with _autocast(logits.device.type, self.autocast):
-            return self.function(evaluate(self.expression, logits), *(rows_of[rows] for rows_of in self.row_arguments))
+            z = evaluate(self.expression, logits, marked)
+            return self.function(z, *(rows_of[rows] for rows_of in self.row_arguments))
 
 
 def _terms(tensors: tuple[Tensor | None, ...]) -> tuple[Term, ...]:
@@ -273,17 +295,24 @@ def _differentiate(
     ]
     total = None
     for rows in _chunks(terms):
-        logits = _linear(terms, rows).requires_grad_()
-        with torch.enable_grad():
-            result = task.run(logits, rows)
+        result = _differentiate_chunk(task, terms, rows, gradients, None if grad_output is None else grad_output[rows])
         if grad_output is None:
-            total = result.detach() if total is None else total + result.detach()
-        if not result.requires_grad:
-            continue
-        (grad_logits,) = torch.autograd.grad(result, logits, None if grad_output is None else grad_output[rows])
+            total = result if total is None else total + result
+    return total, gradients
+
+
+def _differentiate_chunk(
+    task: _Task, terms: tuple[Term, ...], rows: slice, gradients: list[Tensor | None], grad_output: Tensor | None
+) -> Tensor:
+    """The result of some rows; their gradients are collected. A function, so that the next chunk finds no logits."""
+    logits = _linear(terms, rows).requires_grad_()
+    with torch.enable_grad():
+        result = task.run(logits, rows)
+    if result.requires_grad:
+        (grad_logits,) = torch.autograd.grad(result, logits, grad_output)
         with torch.autocast(logits.device.type, enabled=False):
             _collect(gradients, terms, rows, grad_logits)
-    return total, gradients
+    return result.detach()
 
 
 def _collect(gradients: list[Tensor | None], terms: tuple[Term, ...], rows: slice, grad_logits: Tensor) -> None:
@@ -356,5 +385,7 @@ def _apply(
     row_arguments: tuple[Tensor, ...],
     known: Tensor | None = None,
 ) -> Tensor:
-    task = _Task(function, expression, summed, row_arguments, autocast_state(linear.terms[0][0].device.type), known)
+    autocast = autocast_state(linear.terms[0][0].device.type)
+    marked = None if linear.marked is None else linear.marked.reshape(-1, 1)
+    task = _Task(function, expression, summed, row_arguments, autocast, known, marked)
     return linear.inside_head(lambda layer: _RowWise.apply(task, *layer.tensors))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastft.loss.evaluation import Evaluation, guard
 from fastft.loss.expressions import LOGITS, Expression, Linear, Origin, evaluate
 from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
 from fastft.loss.lazy_views import with_strides_of
@@ -88,7 +89,8 @@ class _LazyNode(torch.autograd.Function):
         ]
         terms = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
         with torch.enable_grad():
-            logits = evaluate(ctx.expression, Linear.of(*terms).dense())  # type: ignore[arg-type]
+            dense = Linear.of(*terms).dense()  # type: ignore[arg-type]
+            logits = evaluate(ctx.expression, dense, ctx.recipe.linear.marked)
         wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
         gradients = iter(torch.autograd.grad(logits, wanted, _data(grad_output), allow_unused=True))
         return None, None, *(next(gradients) if need else None for need in needs)
@@ -120,6 +122,8 @@ class LazyLogits(Tensor):
         )
         wrapper._recipe, wrapper._root, wrapper._replay, wrapper._dense = recipe, None, (), None
         wrapper._has_views = wrapper._used = False
+        if recipe.linear.origin.evaluation is not None:
+            recipe.linear.origin.evaluation.watch(wrapper)
         return wrapper
 
     @classmethod
@@ -154,6 +158,11 @@ class LazyLogits(Tensor):
     def is_lazy(self) -> bool:
         """Whether no real logits exist of this tensor or of what it is a view of."""
         return self._dense is None and (self._root is None or self._root._dense is None)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether these are logits of an evaluation, which others may read when their model's forward pass is over."""
+        return self.linear.origin.evaluation is not None
 
     @property
     def source(self) -> Linear:
@@ -207,9 +216,9 @@ class LazyLogits(Tensor):
 
     def evaluated(self, result: Tensor) -> None:
         """Told by a rule that `result` was computed from these logits."""
-        if result.requires_grad:
+        if result.requires_grad or self.is_evaluated:
             self._recipe.report.fused += 1
-            self._family()._used = True
+        self._family()._used |= result.requires_grad
 
     @property
     def _is_fused(self) -> bool:
@@ -242,7 +251,9 @@ class LazyLogits(Tensor):
     def _compute(self, function: str) -> Tensor:
         self._recipe.report.note_materialised(function)
         linear = self.checked()
-        dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense()))
+        dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense(), layer.marked))
+        if linear.origin.evaluation is not None:
+            linear.origin.evaluation.built += dense.nbytes
         if dense.stride() != self.shadow.stride():
             return with_strides_of(self.shadow, dense)
         # who changes a copy in place must not reach what the backward pass of the last function reads
@@ -400,6 +411,7 @@ def lazy_linear(
     report: Report,
     head: Callable[..., Any] | None = None,
     check: Callable[[bool], None] | None = None,
+    evaluation: Evaluation | None = None,
 ) -> LazyLogits:
     """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks for.
 
@@ -410,11 +422,17 @@ def lazy_linear(
         report: where fusions and materialisations are counted.
         head: the module; entered again if its weight is freed when the logits are needed.
         check: called before the logits are used, with whether `head` is about to be entered; may raise.
+        evaluation: the one that they are logits of; None: of a training.
     """
-    origin = Origin(weight.shape[0], head, check)
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if evaluation is not None:
+        check = guard(weight)
+    origin = Origin(weight.shape[0], head, check, evaluation)
     shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
-    return LazyLogits._make(Linear.of((input, weight, bias), origin=origin), LOGITS, shadow, report)
+    linear = Linear.of((input, weight, bias), origin=origin)
+    if not torch.is_grad_enabled():
+        linear = linear.detached()
+    return LazyLogits._make(linear, LOGITS, shadow, report)

@@ -36,7 +36,7 @@ def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
     if not is_last(lazy, dim) or "out" in kwargs:
         return NotImplemented
     name = func.__name__
-    if name in ("logsumexp", "argmax"):
+    if name in ("logsumexp", "argmax") and not lazy.is_evaluated:  # which asks for the best token and no more
         result = _kept(lazy, name)
     else:
         dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
@@ -64,6 +64,33 @@ def _kept(lazy: LazyLogits, name: str) -> Tensor:
     if name == "argmax":
         return argmax.clone()
     return map_rows(linear, lazy.expression, lambda z: z.logsumexp(-1), known=lse)
+
+
+def top(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`topk`, and `max` over the vocabulary: values and indices."""
+    several = func.__name__ == "topk"
+    names = ("k", "dim", "largest", "sorted") if several else ("dim", "keepdim")
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    if not is_last(lazy, options.get("dim", -1 if several else None)) or options.keys() - set(names):
+        return NotImplemented
+    shadows = on_meta(lazy, func, (lazy, *args), kwargs)
+    options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
+    found: list[Tensor] = []
+
+    def both(z: Tensor) -> Tensor:
+        values, indices = getattr(torch, func.__name__)(z, **options)
+        found.append(indices)
+        return values
+
+    linear = lazy.checked()
+    with torch.no_grad():
+        values = map_rows(linear, lazy.expression, both)
+    indices = torch.cat(found)
+    if lazy.requires_grad and torch.is_grad_enabled():
+        values = map_rows(linear, lazy.expression, lambda z, i: z.gather(-1, i), indices)
+    lazy.evaluated(values)
+    results = (with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True))
+    return getattr(torch.return_types, func.__name__)(tuple(results))
 
 
 def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.expressions import LOGITS, Call, autocast_state, is_freed
-from fastft.loss.lazy_losses import cross_entropy, gather, is_last, reduce, scale_and_softcap
+from fastft.loss.lazy_losses import cross_entropy, gather, is_last, reduce, scale_and_softcap, top
+from fastft.loss.lazy_padding import new_zeros, write
 from fastft.loss.lazy_views import along_rows, clone, detach, getitem, iterate, on_meta, permute, reshape
 
 if TYPE_CHECKING:
@@ -161,7 +162,10 @@ _FUNCTIONS: dict[Rule, list[Callable[..., Any]]] = {
     ),
     _softmax: _named("log_softmax", "softmax"),
     reduce: _named("logsumexp", "sum", "mean", "argmax", "amax"),
+    top: [T.max, torch.max, T.topk, torch.topk],
     gather: _named("gather"),
+    new_zeros: [T.new_zeros],
+    write: [T.__setitem__],
     cross_entropy: [F.cross_entropy, F.nll_loss],
 }
 RULES: dict[Callable[..., Any], Rule] = {

@@ -159,7 +159,10 @@ def clone(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwa
 
 
 def detach(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Who detaches while gradients are recorded wants to keep the numbers; inside a Function it is plumbing."""
-    if torch.is_grad_enabled():
+    """Who detaches while gradients are recorded wants to keep the numbers; inside a Function it is plumbing.
+
+    An evaluation detaches everything, and its logits are settled before the weights change.
+    """
+    if torch.is_grad_enabled() and not lazy.is_evaluated:
         return NotImplemented
     return lazy.viewed(func, args, kwargs, lazy.shadow.detach(), lambda x: x, same_rows=True)

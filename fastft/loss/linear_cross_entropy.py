@@ -23,6 +23,7 @@ from fastft.loss.options import (
     check_probabilities,
     check_reduction,
     check_target,
+    check_tensors,
     check_weight,
     class_weights,
     reduce_losses,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # builds of torch without processes do not have it
 def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype of the GEMMs: autocast's where it is on, as for `F.linear`; else the one that all operands share."""
     operands = {"input": input, "linear_weight": weight, **({} if bias is None else {"linear_bias": bias})}
+    check_tensors(**operands)
     for name, tensor in operands.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
@@ -170,15 +172,16 @@ def linear_cross_entropy(
         tensors.
 
     Raises:
-        TypeError: operands are not floating point or differ in dtype, `target` holds no indices, `group` is no process
-            group, or DTensors have placements other than these.
+        TypeError: operands are no floating-point tensors or differ in dtype, `target` holds no indices, `group` is no
+            process group, or DTensors have placements other than these.
         ValueError: shapes or devices do not fit, a target is out of range (checked on the CPU; elsewhere its row is
             NaN, unless the environment variable FASTFT_CHECK_TARGETS is set), an option is out of range or unknown,
-            `num_items` is negative or goes with another reduction, target probabilities require a gradient,
+            `num_items` is negative, not finite or goes with another reduction, target probabilities require a gradient,
             `accumulate_weight_grad` is not possible; the shards of a `group` differ in shape (compared at every call on
             the CPU, elsewhere once for each shape) or this process is not in it.
         RuntimeError: the engine asked for is not available here (says why), or backward runs with `create_graph=True`.
     """
+    check_tensors(input=input, linear_weight=linear_weight, target=target)
     check_reduction(reduction, num_items)
     options = row_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     accumulate = accumulate_weight_grad and torch.is_grad_enabled()

@@ -24,7 +24,7 @@ from fastft.loss.dtensor_head import whole_head
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.linear_cross_entropy import check_indices, check_positive, check_shapes, compute_dtype
 from fastft.loss.linear_rows import HeadCall, Outputs, linear_rows, scaled, sweep
-from fastft.loss.options import refuse_second_derivative, row_options
+from fastft.loss.options import check_tensors, refuse_second_derivative, row_options
 
 
 class LinearLogProbs(NamedTuple):
@@ -40,6 +40,7 @@ def _checked_head(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor, Tensor, torch.dtype]:
     """Input (T, H), weight and bias of a whole head; the target, as it came and flat; the dtype of the products."""
+    check_tensors(target=target)
     dtype = compute_dtype(input, weight, bias)
     check_shapes(input, weight, bias)
     input, weight, bias, target = whole_head(input, weight, bias, target)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +33,14 @@ def row_options(
     """The options of a public call, checked.
 
     Raises:
+        TypeError: `ignore_index` is no integer.
         ValueError: `label_smoothing` is not in [0, 1], `z_loss` is negative, or `softcap` or `logit_scale` is not
             positive and finite.
     """
+    if not isinstance(ignore_index, int):
+        if not hasattr(ignore_index, "__index__") or isinstance(ignore_index, Tensor):
+            raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+        ignore_index = operator.index(ignore_index)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0.0 <= z_loss < math.inf:
@@ -51,6 +57,13 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def check_tensors(**arguments: Any) -> None:
+    """Raises TypeError unless all arguments are tensors."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raises if `target` is no integer tensor or holds an index that is neither a class nor ignored.
 
@@ -58,8 +71,7 @@ def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
     """
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target must hold class indices of dtype int64 or int32, got {target.dtype}")
-    # looking at the values would wait for a device, and break a compiled graph; there the kernels see to it
-    if torch.compiler.is_compiling() or not (target.device.type == "cpu" or os.environ.get("FASTFT_CHECK_TARGETS")):
+    if not _may_look_at(target):  # the kernels see to it
         return
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if wrong.any():
@@ -67,6 +79,12 @@ def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
         place = f"target[{', '.join(map(str, position))}]" if position else "target"
         value = int(target[position])
         raise ValueError(f"{place} is {value}; it must be in [0, {classes}) or equal ignore_index={ignore_index}")
+
+
+def _may_look_at(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be checked: that would wait for a device, and break a compiled graph."""
+    asked = tensor.device.type == "cpu" or bool(os.environ.get("FASTFT_CHECK_TARGETS"))
+    return asked and not torch.compiler.is_compiling()
 
 
 def check_probabilities(target: Tensor, shape: torch.Size, label: str) -> None:
@@ -80,7 +98,10 @@ def check_probabilities(target: Tensor, shape: torch.Size, label: str) -> None:
 
 
 def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
-    """Raises if `reduction` is unknown or `num_items` does not fit it."""
+    """Raises if `reduction` is unknown or `num_items` does not fit it, or is negative or not finite.
+
+    A tensor on a device is looked at only where the environment variable FASTFT_CHECK_TARGETS is set.
+    """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if num_items is None:
@@ -90,14 +111,19 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be a number or a tensor of one, got shape {tuple(num_items.shape)}")
-    elif num_items < 0:
-        raise ValueError(f"num_items must not be negative, got {num_items}")
+        if not _may_look_at(num_items):
+            return
+    elif isinstance(num_items, bool) or not hasattr(num_items, "__float__"):
+        raise TypeError(f"num_items must be a number or a tensor of one, got {type(num_items).__name__}")
+    if not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items must be finite and not negative, got {num_items}")
 
 
 def check_weight(weight: Tensor | None, classes: int, device: torch.device) -> None:
     """Raises if `weight` is not one number per class, on the device of the logits."""
     if weight is None:
         return
+    check_tensors(weight=weight)
     if not weight.is_floating_point():
         raise TypeError(f"weight must be a floating-point tensor, got {weight.dtype}")
     if weight.shape != (classes,):

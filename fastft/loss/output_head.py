@@ -15,53 +15,73 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastft.foreign import base_model, is_dtensor, sharding_library
+from fastft.loss.evaluation import Evaluation
 from fastft.loss.lazy_logits import lazy_linear
 from fastft.loss.report import Report
 from fastft.loss.sharding import Sharding
 
 
 class LazyForward:
-    """The `forward` of an attached head: lazy in training, stock in evaluation and where no gradients are recorded.
+    """The `forward` of an attached head: lazy in training where gradients are recorded, and in an `Evaluation`.
 
     It copies and pickles as the method that the module's class has, so that a copy of the model is a stock one.
     """
 
-    def __init__(self, head: nn.Linear, around: list[nn.Module], sharding: Sharding | None, report: Report) -> None:
+    def __init__(
+        self,
+        head: nn.Linear,
+        around: list[nn.Module],
+        sharding: Sharding | None,
+        report: Report,
+        evaluation: Evaluation | None,
+    ) -> None:
         self.head = head
         self.around = around
         self.sharding = sharding
         self.report = report
+        self.evaluation = evaluation
         self._outside_compiled = torch.compiler.disable(self._forward)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`nn.Linear.forward`: lazy logits or stock ones."""
+        if torch.compiler.is_exporting():  # a graph that is kept has no place for us
+            return type(self.head).forward(self.head, input, *args, **kwargs)
         return self._outside_compiled(input, *args, **kwargs)
 
     def _forward(self, input: Tensor, *args: Any, fastft_task: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         head = self.head
         if fastft_task is not None:  # entered again by Linear.inside_head, so that a sharded weight is gathered
             return fastft_task(input, head.weight, head.bias)
-        if args or kwargs or not self._can_be_lazy(input):
+        evaluation = None if head.training else self.evaluation
+        report = self.report if evaluation is None else evaluation.report
+        if args or kwargs or not self._is_meant(evaluation) or not self._can_be_lazy(input, evaluation, report):
             return type(head).forward(head, input, *args, **kwargs)
         check = None if self.sharding is None else self.sharding.permission()
-        return lazy_linear(input, head.weight, head.bias, self.report, head, check)
+        return lazy_linear(input, head.weight, head.bias, report, head, check, evaluation)
 
-    def _can_be_lazy(self, input: Tensor) -> bool:
-        if not (self.head.training and torch.is_grad_enabled()) or torch.jit.is_tracing():
+    def _is_meant(self, evaluation: Evaluation | None) -> bool:
+        """Whether this is a forward pass of a training, or of an evaluation inside one."""
+        if evaluation is None:
+            return self.head.training and torch.is_grad_enabled()
+        return not torch.is_grad_enabled() and evaluation.in_loop()
+
+    def _can_be_lazy(self, input: Tensor, evaluation: Evaluation | None, report: Report) -> bool:
+        if _is_traced() or type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
             return False
-        if type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
-            return False
-        reason = self._reason_now()
-        if reason is not None and reason not in self.report.skipped:
-            self.report.skipped.append(reason)
+        reason = self._reason_now(evaluation)
+        if reason is not None and reason not in report.skipped:
+            report.skipped.append(reason)
         return reason is None
 
-    def _reason_now(self) -> str | None:
+    def _reason_now(self, evaluation: Evaluation | None) -> str | None:
         """What forbids lazy logits in this forward pass alone."""
         if type(self.head.weight) not in (Tensor, nn.Parameter):
             return f"the weight of the output head is a {type(self.head.weight).__name__}"
+        if evaluation is not None:  # its logits are read after the forward pass, when the shards are gone
+            return None if self.sharding is None else f"the output head is sharded by {self.sharding.library}"
         if _has_global_backward_hooks() or any(m._backward_hooks or m._backward_pre_hooks for m in self.around):
             return "a module backward hook watches the gradient of the logits"
         return None if self.sharding is None else self.sharding.reason_now()
@@ -83,13 +103,14 @@ class LazyForward:
 
 
 class Attachment:
-    """The heads of `model` that return lazy logits until `remove()`.
+    """The heads of `model` that return lazy logits until `remove()`: in training and, if given, in `evaluation`.
 
     A head that another attachment holds is taken from it: after an exception nobody else may be there to end that one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, evaluation: Evaluation | None = None) -> None:
         self.report = Report()
+        self.evaluation = evaluation
         self.heads: list[nn.Linear] = []
         self._forwards: list[LazyForward] = []
         if isinstance(model, nn.DataParallel):
@@ -108,7 +129,7 @@ class Attachment:
                 self.report.skipped.append(reason)
                 continue
             sharding = None if library is None else Sharding(library, head, base_model(model))
-            forward = LazyForward(head, around, sharding, self.report)
+            forward = LazyForward(head, around, sharding, self.report, evaluation)
             head.forward = forward  # type: ignore[method-assign]
             self.heads.append(head)
             self._forwards.append(forward)
@@ -117,6 +138,8 @@ class Attachment:
 
     def remove(self) -> None:
         """Takes the heads back to stock. Harmless when called twice."""
+        if self.evaluation is not None:
+            self.evaluation.settle()
         for forward in self._forwards:
             forward.remove()
         self.heads, self._forwards = [], []
@@ -178,6 +201,11 @@ def _why_no_head(model: nn.Module) -> str:
         f"{name} has no output head that could be found: a plain torch.nn.Linear that get_output_embeddings() returns, "
         "or the last linear layer, with config.vocab_size outputs"
     )
+
+
+def _is_traced() -> bool:
+    """Whether somebody records the operations, to run them without us."""
+    return torch.jit.is_tracing() or get_proxy_mode() is not None
 
 
 def _has_global_backward_hooks() -> bool:

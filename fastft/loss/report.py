@@ -28,11 +28,11 @@ class Report:
 
 
 def _caller() -> str:
-    """file:line of the innermost frame that is neither torch nor this package's loss."""
+    """file:line of the innermost frame that belongs neither to torch, nor to this package, nor to an event."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] != "torch" and not module.startswith("fastft.loss."):
+        if module.split(".")[0] not in ("torch", "fastft") and module != "transformers.trainer_callback":
             return f"{frame.f_code.co_filename.split('site-packages/')[-1]}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"

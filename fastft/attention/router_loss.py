@@ -1,0 +1,81 @@
+"""The padding of packed rows stays out of the loss of a router (load balancing, with `output_router_logits`).
+
+transformers' models leave out of that loss what the 2-D attention mask masks. A packed batch has none, because
+attention would then take its tokens for one sequence. Here the model gets one, (R, T), 0 where a row ends with padding,
+and its body, which computes attention, does not:
+
+    model(attention_mask=None) -> hook: attention_mask=mask -> model.forward -> hook: None -> body
+                                                                             -> router's loss, with the mask
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft.foreign import base_model
+
+KEY = "padding_lengths"
+_MARK = "fastft_padding"  # an attribute of the mask, by which the body's hook knows it
+
+
+class RouterLossHandle:
+    """Ends what `count_no_padding` began."""
+
+    def __init__(self, hooks: list[Any]) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        """Takes the hooks off; again does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def count_no_padding(model: nn.Module) -> RouterLossHandle:
+    """Keeps the padding of packed batches out of the router's loss of `model`, until `.remove()`.
+
+    The batch says how many tokens at the end of each row are padding: `padding_lengths`, integers (R,). A model that
+    returns no router's loss, or has no body beside its head, is left alone.
+    """
+    base = base_model(model)
+    body = getattr(base, "base_model", base)
+    if body is base or not isinstance(body, nn.Module):
+        return RouterLossHandle([])
+    return RouterLossHandle(
+        [
+            model.register_forward_pre_hook(_give_mask, with_kwargs=True),
+            body.register_forward_pre_hook(_take_mask, with_kwargs=True),
+        ]
+    )
+
+
+def _give_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    padding, tokens = kwargs.get(KEY), kwargs.get("input_ids")
+    if not isinstance(padding, Tensor) or tokens is None or kwargs.get("attention_mask") is not None:
+        return None
+    if not _returns_router_logits(model, kwargs):
+        return None
+    width = tokens.shape[1]
+    mask = (torch.arange(width, device=tokens.device) < (width - padding.to(tokens.device))[:, None]).long()
+    setattr(mask, _MARK, True)
+    return args, {**kwargs, "attention_mask": mask}
+
+
+def _returns_router_logits(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("output_router_logits")
+    if asked is not None:
+        return bool(asked)
+    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    return any(getattr(config, "output_router_logits", False) for config in configs)
+
+
+def _take_mask(body: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    if not any(hasattr(value, _MARK) for value in (*args, *kwargs.values())):
+        return None
+    return (
+        tuple(None if hasattr(value, _MARK) else value for value in args),
+        {key: None if hasattr(value, _MARK) else value for key, value in kwargs.items()},
+    )

@@ -1,0 +1,173 @@
+"""Rows that another tool has packed: where the documents in them begin.
+
+Such a row is one example with several documents, and says so by one of these columns:
+
+    position_ids    one number per token, 0 again (or the collator's position_ids_start) where a document begins
+    seq_idx         one number per token, another one in the next document
+    attention_mask  1, 1, 2, 2, 2, 3 ...: the number of the document, 0 where a token is masked
+    seq_lengths     the tokens of each document, as TRL's packing has them
+    cu_seq_lens     where documents begin, and the tokens of the row; also as cu_seq_lens_q, cu_seq_lens_k, cu_seqlens
+
+Any of them cuts. A document that begins at another position than all others, or positions that jump (shared prefixes,
+positions drawn with gaps), cannot be numbered anew without training something else: that is an error. Tokens that are
+masked count for nothing here; they stay with the document before them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.data.columns import flatten_integers
+
+POSITIONS, NUMBERS, MASK, SIZES = "position_ids", "seq_idx", "attention_mask", "seq_lengths"
+BORDERS = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+LIST_KEYS = (SIZES, *BORDERS)  # with as many numbers as there are documents, not tokens
+KEYS = frozenset((POSITIONS, NUMBERS, *LIST_KEYS))
+LABELS = ("labels", "label", "label_ids")
+Columns = dict[str, list[Any]]
+
+
+def document_lengths(
+    columns: Columns, lengths: Sequence[int], start: int | None = None, masks: Tensor | None = None
+) -> list[list[int]] | None:
+    """The tokens of the documents of each example; None if every example is one document.
+
+    Args:
+        columns: of the examples; what is per token must be so. Without one of the keys above the answer is None.
+        lengths: tokens of each example.
+        start: a position at which documents may begin besides 0; None: all of an example begin alike, wherever.
+        masks: the attention masks of all examples, (T,), or None if nothing is masked.
+
+    Raises:
+        ValueError: positions are no count from where documents begin; lengths or borders are not those of the example.
+    """
+    given = columns.keys() & KEYS
+    numbered = masks is not None and bool((masks > 1).any())
+    if not given and not numbered:
+        return None
+    rows = torch.repeat_interleave(torch.tensor(lengths))
+    kept = torch.arange(rows.numel()) if masks is None else masks.nonzero().squeeze(1)
+    numbers = [_numbers(key, columns[key], lengths) for key in LIST_KEYS if key in given]
+    if NUMBERS in given:
+        numbers.append(flatten_integers(NUMBERS, columns[NUMBERS]))
+    if numbered:
+        numbers.append(masks)  # type: ignore[arg-type]
+    positions = flatten_integers(POSITIONS, columns[POSITIONS])[kept] if POSITIONS in given else None
+    changed = rows[kept].diff() != 0
+    inner = torch.zeros_like(changed)
+    for number in numbers:
+        inner |= number[kept].diff() != 0
+    if positions is not None:
+        inner |= positions.diff() != 1
+        _check_positions(positions, inner | changed, kept, rows, lengths, start)
+    inner &= ~changed
+    if not inner.any():
+        return None
+    firsts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    begins = torch.cat([firsts, kept[1:][inner]]).sort().values
+    sizes = torch.cat([begins, torch.tensor([rows.numel()])]).diff().tolist()
+    counts = torch.bincount(rows[begins], minlength=len(lengths)).tolist()
+    remaining = iter(sizes)
+    return [list(itertools.islice(remaining, count)) for count in counts]
+
+
+def _numbers(key: str, values: list[Any], lengths: Sequence[int]) -> Tensor:
+    """The document of each token (T,), by their lengths or borders in `values`."""
+    made = []
+    for index, (value, length) in enumerate(zip(values, lengths, strict=True)):
+        listed = flatten_integers(key, [value]) if hasattr(value, "__len__") and len(value) else torch.zeros(1).long()
+        sizes = listed if key == SIZES else listed.diff()
+        if (key != SIZES and int(listed[0])) or bool((sizes < 0).any()) or int(sizes.sum()) != length:
+            what = "the lengths" if key == SIZES else "the borders, from 0,"
+            raise ValueError(
+                f"{key} of example {index} must be {what} of its documents, which has {length} tokens, got "
+                f"{listed.tolist()}"
+            )
+        made.append(torch.repeat_interleave(sizes))
+    return torch.cat(made)
+
+
+def _check_positions(
+    positions: Tensor, begun: Tensor, kept: Tensor, rows: Tensor, lengths: Sequence[int], start: int | None
+) -> None:
+    """Raises ValueError where a document begins at a position at which none may."""
+    if positions.numel() == 0:
+        return
+    begins = torch.cat([torch.zeros(1, dtype=torch.int64), begun.nonzero().squeeze(1) + 1])
+    found, row = positions[begins], rows[kept[begins]]
+    if start is None:
+        first = torch.cat([torch.ones(1, dtype=torch.bool), row.diff() != 0])
+        wrong = found != found[first][first.cumsum(0) - 1]
+    else:
+        wrong = (found != 0) & (found != start)
+    if not wrong.any():
+        return
+    place = int(wrong.nonzero()[0])
+    example, token = int(row[place]), int(kept[begins[place]])
+    offset = token - sum(lengths[:example])
+    before = int(positions[begins[place] - 1]) if begins[place] and offset else None
+    came = f"begin at {found[place]}" if before is None else f"are {found[place]} after {before} at token {offset}"
+    where = "0" if not start else f"0 or position_ids_start={start}"
+    raise ValueError(
+        f"position_ids of example {example} {came}; the collator numbers the tokens of each document anew, so that "
+        f"positions must begin at {where} and go up by one: take the column out if they do not matter (RoBERTa-like "
+        "models: position_ids_start=2), or pad instead of packing if they do"
+    )
+
+
+def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list[int]]) -> Columns:
+    """The columns with an example for each document; what says where they begin is gone, but for `position_ids`.
+
+    Raises:
+        ValueError: an example of several documents has labels that are not per token.
+    """
+    cut: Columns = {}
+    for key, values in columns.items():
+        if key in KEYS and key != POSITIONS:
+            continue
+        made = cut[key] = list[Any]()
+        for index, (value, length, sizes) in enumerate(zip(values, lengths, documents, strict=True)):
+            if len(sizes) == 1:
+                made.append(value)
+            elif is_per_token(value, length):
+                ends = itertools.accumulate(sizes)
+                made += [value[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+            elif key in LABELS:
+                raise ValueError(
+                    f"example {index} is {len(sizes)} documents, packed by another tool, but has no label for each "
+                    f"token: its {key} cannot be shared out; give the documents one by one"
+                )
+            else:
+                made += [value] * len(sizes)
+    return cut
+
+
+def is_per_token(value: Any, tokens: int) -> bool:
+    """Whether `value` has as many elements as an example has tokens."""
+    return hasattr(value, "__len__") and not isinstance(value, str | dict) and len(value) == tokens
+
+
+def shortened(example: dict[str, Any], begin: int, length: int) -> dict[str, Any]:
+    """What `length` tokens of an example from `begin` have in place of its columns that say where documents begin.
+
+    A document of which the first tokens are missing is one of its own, which begins where the part does.
+    """
+    tokens = len(example["input_ids"])
+    columns = {key: [value] for key, value in example.items() if key in KEYS}
+    mask = example.get(MASK)
+    masks = flatten_integers(MASK, [mask]) if mask is not None and is_per_token(mask, tokens) else None
+    sizes = (document_lengths(columns, [tokens], masks=masks) or [[tokens]])[0]
+    ends = list(itertools.accumulate(sizes))
+    overlaps = [min(end, begin + length) - max(end - size, begin) for end, size in zip(ends, sizes, strict=True)]
+    left = [overlap for overlap in overlaps if overlap > 0]
+    made: dict[str, Any] = {
+        POSITIONS: [place for size in left for place in range(size)],
+        NUMBERS: [number for number, size in enumerate(left) for _ in range(size)],
+        SIZES: left,
+    }
+    return {key: made[key] if key in made else [0, *itertools.accumulate(left)] for key in columns}
