@@ -29,6 +29,7 @@ from fastft.attention.probe_rows import (
     PADDING,
     Batches,
     Row,
+    beside_long,
     limits_of,
     long_row,
     other_row,
@@ -243,7 +244,8 @@ class Probe:
         tokens, targets = ([first, *parts[1:]] if other else parts for parts, first in sides)
         packs = [Pack(self._examples(tokens, targets))]
         if rows > 1:
-            packs.append(Pack(self._examples(self._other_row.tokens, self._other_row.targets)))
+            beside = self._other_row if row is self.short else beside_long(row)
+            packs.append(Pack(self._examples(beside.tokens, beside.targets)))
         task = "seq2seq" if self.crossed else "causal_lm"
         multiple = len(row) + PADDING if padded else None
         collate = PackingCollator(task=task, rows=len(packs), position_ids_start=start, pad_to_multiple_of=multiple)
