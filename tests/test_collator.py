@@ -164,6 +164,35 @@ def test_bad_options(options, message):
         PackingCollator(**options)
 
 
+@pytest.mark.parametrize("expand", [False, True])
+def test_columns_named_as_the_collators_own_are_kept_or_refused(expand):
+    """Nothing is replaced or lost without a word."""
+    made = {"input_ids": [1, 2, 3]}
+    written: set[str] = set()
+    for task in TASKS:
+        example = made | {"labels": 1 if task == "sequence_classification" else [1, 2, 3]}
+        collator = PackingCollator(task=task, rows=2, decoder_start_token_id=0, expand_on_device=expand)
+        written |= set(
+            collator(
+                [example, {**example, "input_ids": [4, 5, 6, 7], "labels": example["labels"]}]
+                if task == "seq2seq"
+                else [example, example]
+            ).to("cpu")
+        )
+    for name in {*written, "lengths", "ignored", "integers", "count"} - {"input_ids", "labels", "decoder_input_ids"}:
+        examples = [{**made, name: [7, 8, 9]}, {**made, name: [7, 8, 9]}]
+        try:
+            batch = PackingCollator(expand_on_device=expand)(examples).to("cpu")
+        except ValueError as error:
+            assert name in str(error)
+        else:
+            assert batch[name].tolist() == [[7, 8, 9] * 2] or name == "seq_idx"
+    for name in ("logits_to_keep", "shift_labels"):
+        with pytest.raises(ValueError, match=f"the examples have a column '{name}', which the collator makes itself"):
+            PackingCollator(supervised_only=True)([{**made, name: [7, 8, 9]}])
+        assert PackingCollator()([{**made, name: [7, 8, 9]}])[name].tolist() == [[7, 8, 9]]
+
+
 def test_explicit_engine_never_falls_back():
     for impl in ("cuda", "triton"):
         with pytest.raises(RuntimeError, match="it computes cuda tensors"):

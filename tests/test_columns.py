@@ -117,6 +117,13 @@ def test_inputs_are_not_changed():
         assert list(examples[0]["labels"]) == [5, 6, 7] and list(examples[0]["input_ids"]) == [0, 1, 2]
 
 
+def test_an_empty_part_of_any_kind_is_nothing():
+    for form in FORMS:
+        values = [FORMS[form]([1, 2]), FORMS[form]([])]
+        assert flatten("x", values).tolist() == [1, 2]
+        assert flatten("x", [values[0], [], ()]).tolist() == [1, 2]
+
+
 HUGE = np.broadcast_to(np.int64(1), (2**30,))  # no memory
 
 
@@ -146,6 +153,21 @@ HUGE = np.broadcast_to(np.int64(1), (2**30,))  # no memory
         ([{"input_ids": np.array([[1], [2]])}], r"input_ids of example 0 must .* got shape \(2, 1\)"),
         ([{"input_ids": np.array(["a"])}], "input_ids must hold one number per token, got the dtype <U1"),
         ([{"input_ids": [2**63]}], "input_ids holds an integer that does not fit into int64"),
+        ([{"input_ids": np.array([1, 2**63], np.uint64)}], "input_ids holds an integer that does not fit into int64"),
+        ([{"input_ids": torch.tensor([-1]).view(torch.uint64)}], "input_ids holds an integer that does not fit"),
+        (
+            [{"input_ids": torch.ones(2, dtype=torch.int64, device="meta")}],
+            "must be dense tensors .* on meta",
+        ),
+        (
+            [{"input_ids": torch.tensor([1, 2]).to_sparse()}],
+            "must be dense tensors .* torch.sparse_coo",
+        ),
+        (
+            [{"input_ids": [1]}, {"input_ids": torch.ones(1, dtype=torch.int64, device="meta")}],
+            "input_ids must be dense tensors",
+        ),
+        ([{"input_ids": [1], "weights": torch.ones(1, dtype=torch.complex64)}], "weights must be dense tensors"),
         ([{"input_ids": [1.0, 2.0]}], "input_ids must be integers, got torch.float32"),
         ([{"input_ids": [1], "labels": np.array([1.0])}], "labels must be integers, got torch.float64"),
         (

@@ -270,3 +270,30 @@ def test_trainer_keeps_documents_of_packed_rows_apart_as_stock_does(packs, tmp_p
     rows = rows.remove_columns("seq_idx")
     ours = losses(pack(rows, 11, window=1) if packs else rows, PackingCollator())
     np.testing.assert_allclose(ours, stock, rtol=1e-5)
+
+
+def trl_losses(folder: str, rows: Any, collator: Any, **options: Any) -> list[float]:
+    """The losses of TRL's trainer on rows that are prepared already."""
+    trl = pytest.importorskip("trl")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"[PAD]": 0, "[EOS]": 1}, unk_token="[PAD]")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), pad_token="[PAD]", eos_token="[EOS]"
+    )
+    args = trl.SFTConfig(
+        folder, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, bf16=False,
+        per_device_train_batch_size=1, train_sampling_strategy="sequential", max_steps=3, learning_rate=1e-2,
+        dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **options,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(llama(), args=args, train_dataset=rows, data_collator=collator, processing_class=tokenizer)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_packs_as_a_dataset_train_alike_in_trl(tmp_path):
+    draw = np.random.default_rng(0)
+    made = [{"input_ids": ids, "labels": ids} for ids in (draw.integers(2, 97, n).tolist() for n in (5, 3, 9, 2, 6, 4))]
+    rows = pack(made, 11).to_dataset()
+    ours = trl_losses(str(tmp_path), rows, PackingCollator())
+    theirs = trl_losses(str(tmp_path), rows, None, padding_free=True)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)

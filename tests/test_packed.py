@@ -198,6 +198,27 @@ def test_arrow_columns_that_are_no_number_lists():
     assert [(example["weights"], example["text"]) for example in examples] == [([0.5, None], "a"), ([2.0], None)]
 
 
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_packs_become_rows_of_a_dataset(kind, monkeypatch):
+    monkeypatch.setattr("fastft.data.packed.ROWS_OF_A_TABLE", 2)
+    examples = [{**one, "weights": [0.5] * len(one["input_ids"]), "text": "x"} for one in make()]
+    examples[0]["input_ids"][0] = 96
+    packed = pack(KINDS[kind](examples), 32)
+    rows = packed.to_dataset()
+    assert isinstance(rows, datasets.Dataset) and len(rows) == len(packed)
+    assert rows.column_names == ["input_ids", "labels", "weights", "seq_lengths"]
+    for p, row in enumerate(rows):
+        members = [examples[i] for i in packed.plan[p].tolist()]
+        for key in ("input_ids", "labels", "weights"):
+            assert row[key] == list(itertools.chain(*[one[key] for one in members]))
+        assert row["seq_lengths"] == [len(one["input_ids"]) for one in members]
+
+
+def test_what_is_masked_is_not_in_the_rows_of_a_dataset():
+    examples = [{"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1]}, {"input_ids": [7], "attention_mask": [1]}]
+    assert pack(examples, 4).to_dataset()[0] == {"input_ids": [5, 6, 7], "seq_lengths": [2, 1]}
+
+
 def test_is_a_sequence():
     packed = pack(make(), 32)
     assert isinstance(packed, Dataset) and isinstance(packed[0], Pack) and len(list(packed)) == len(packed)

@@ -230,11 +230,25 @@ def test_plan_is_a_sequence_that_pickles():
         ([1], {"window": 0}, "window must be a positive integer or None, got 0"),
         ([1], {"max_sequences": 0}, "max_sequences must be a positive integer or None, got 0"),
         ([1], {"impl": "numba"}, "impl must be"),
+        ([1, 2**70], {}, "lengths must fit into int64"),
+        (np.array([1, 2**63], np.uint64), {}, "lengths must fit into int64"),
     ],
 )
 def test_bad_input(lengths, options, message):
     with pytest.raises(ValueError, match=message):
         plan_packs(lengths, 10, **options)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1, None], {}, None, "ab", [[1], [2, 3]], ["1"], np.array(["1"]),
+        torch.ones(3, dtype=torch.int64, device="meta"), torch.ones(3, dtype=torch.int64).to_sparse(),
+    ],
+)  # fmt: skip
+def test_lengths_that_are_no_numbers(lengths):
+    with pytest.raises(TypeError, match="lengths must be a list, array or dense tensor of integers, got"):
+        plan_packs(lengths, 10)
 
 
 @pytest.mark.parametrize("max_tokens", [0, -1, 2.0, True, None, 2**31])

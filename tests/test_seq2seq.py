@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_no_worse, terms_of
-from support.packed_examples import unpacked
+from support.packed_examples import FORMS, assert_same, unpacked
 
 import fastft
 from fastft.data.collator import PackingCollator
@@ -39,6 +39,18 @@ def test_keys():
     assert batch["decoder_input_ids"].tolist() == [[START, START, 101, START]]
     assert batch["decoder_cu_seq_lens"].tolist() == [0, 1, 3, 4] and batch["decoder_max_length"] == 2
     assert batch["decoder_cu_seq_lens"].dtype == torch.int32 and batch.counted == 3
+
+
+@pytest.mark.parametrize("forms", [("tuple", "tuple"), ("list", "tuple"), ("numpy", "list"), ("torch", "tuple")])
+def test_any_form_of_labels_where_the_decoder_has_no_padding(forms):
+    """A padded row of the encoder has a segment in the decoder without a token."""
+    expected = collator(rows=2)(pairs([3, 1], [2, 2]))
+    assert 0 in expected["decoder_cu_seq_lens"].diff().tolist()
+    examples = [
+        {key: FORMS[form](value) for key, value in one.items()}
+        for form, one in zip(forms, pairs([3, 1], [2, 2]), strict=True)
+    ]
+    assert_same(collator(rows=2)(examples), expected)
 
 
 def test_padding_of_the_decoder_reads_padding_of_the_encoder():

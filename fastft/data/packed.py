@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
+from fastft.data.collator import PackingCollator
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.epochs import epoch_plan
 from fastft.data.features import Pack
@@ -20,6 +21,8 @@ from fastft.data.plan import PackPlan, check_limits, check_positive, plan_packs
 from fastft.data.streaming import OPEN_PACKS, PackedStream
 from fastft.foreign import is_dataset, world_size
 
+ROWS_OF_A_TABLE = 1024  # of `to_dataset`: so many packs are in memory twice
+WRITTEN = ("position_ids", "seq_idx")  # by the collator: they follow from seq_lengths
 CUTTING = ("truncate", "split")  # the policies after which a full pack may hold a part of an example
 
 
@@ -91,6 +94,35 @@ class PackedDataset(Dataset[Pack]):
         made = self._packs(indices)
         self._watch_order(list(indices))
         return made
+
+    def to_dataset(self) -> Any:
+        """A `datasets.Dataset` with a row for each pack, for trainers that want one, such as TRL's; copies the tokens.
+
+        A row joins the pack's examples: `input_ids` and every other column with a number for each token, int64 or of
+        the floating-point dtype that it has. `seq_lengths`, the tokens of each example, says where they begin: TRL's
+        padding-free collator and `PackingCollator` keep them apart by it. What is masked is left out, and so is what
+        is not per token.
+
+            SFTTrainer(model, args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
+                       train_dataset=fastft.pack(dataset, 8192).to_dataset(), data_collator=fastft.PackingCollator())
+
+        Raises:
+            ImportError: `datasets` is not installed.
+            ValueError: examples lack what the first one has, or a column has not one number per token.
+        """
+        import datasets
+        import pyarrow
+
+        collator = PackingCollator(task="token_classification")
+        tables = []
+        for first in range(0, len(self), ROWS_OF_A_TABLE):
+            packs = self._packs(range(first, min(first + ROWS_OF_A_TABLE, len(self))))
+            rows: list[Any] = [collator([one]) for one in packs]
+            kept = [key for key, value in rows[0].items() if getattr(value, "ndim", 0) == 2 and key not in WRITTEN]
+            columns = {key: [row[key][0].numpy() for row in rows] for key in kept}
+            columns["seq_lengths"] = [row["cu_seq_lens_q"].diff().long().numpy() for row in rows]
+            tables.append(pyarrow.table(columns))
+        return datasets.Dataset(pyarrow.concat_tables(tables))
 
     def _packs(self, indices: Sequence[int]) -> list[Pack]:
         plan = self.plan
