@@ -29,7 +29,7 @@ def assert_no_worse(actual: Tensor, plain: Tensor, truth: Tensor, what: str = "r
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
         return
-    ours, theirs, exact = actual.double(), plain.double(), truth.double()
+    ours, theirs, exact = (tensor.detach().double() for tensor in (actual, plain, truth))
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(kind(ours), kind(exact)), f"{what}: {kind.__name__} differs from the truth"
     finite = torch.isfinite(exact)

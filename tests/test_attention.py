@@ -19,6 +19,7 @@ from packed_models import (
     through,
     unpacked,
 )
+from support.versions import checkpoint_activations
 from torch import Tensor, nn
 
 import fastft
@@ -66,7 +67,7 @@ def test_rows_and_padding(name: str) -> None:
 @pytest.mark.parametrize("name", ["gemma2", "opt", "distilbert"])
 def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     tokens, model = sequences(LENGTHS), build(name, "fastft", **_without_dropout(name)).train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, use_reentrant=reentrant)
     keep_segments(model)
     with fastft.packed_attention(model):
         assert_exact(name, tokens, through(model, model(**packed(tokens)).logits[0]))
@@ -135,7 +136,7 @@ def test_encoder_decoder(checkpointing: bool | None) -> None:
 
     model = build("t5", "fastft", dropout_rate=0.0)
     if checkpointing is not None:
-        model.train().gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        checkpoint_activations(model.train(), use_reentrant=checkpointing)
     with fastft.packed_attention(model):
         ours = through(model, model(**packed_pairs(sources, targets)).logits[0])
     runs = [stock(dtype) for dtype in (torch.float32, torch.float64)]
@@ -164,7 +165,7 @@ def test_dropout_is_deterministic(name: str) -> None:
     def run(seed: int, checkpointing: bool) -> tuple[Tensor, Tensor]:
         model = build(name, "fastft", **sizes).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model, use_reentrant=False)
         torch.manual_seed(seed)
         return through(model, model(**packed(tokens), use_cache=False).logits[0])
 

@@ -20,7 +20,7 @@ INSTALLED = [name for name in engines.ENGINES if name.startswith("FSDP") or impo
 REPLACED = {"ZeRO-2 offload", "ZeRO-3 offload"}
 # how each ends that the engine would train otherwise
 BEFORE_TRAINER = r"ValueError: {} trains here.*use Trainer\(optimizer_cls_and_kwargs=fastft.adamw_spec\(args\)\)"
-DROPPED = "ValueError: fastft.adamw made an optimizer for this model, but .* trains: DeepSpeed drops ours; use Trainer"
+DROPPED = "ValueError: this Trainer was given a fastft.AdamW, but .* trains: DeepSpeed drops ours; use Trainer"
 PARTS = "ValueError: the optimizer's max_grad_norm would clip to the norm of each process's part"
 LOST = "ValueError: .*DeepSpeedCPUAdam in this optimizer's place, which knows no {}=.*zero_force_ds_cpu_optimizer"
 
@@ -31,6 +31,7 @@ def sentences(engine):
         return {
             "adamw(model, args)": BEFORE_TRAINER.format("FSDP"),
             "adamw(model) without args": trainers_own,
+            "AdamW(...)": trainers_own,
             "a spec that clips": PARTS if engine == "FSDP1" else "trained",
             "kahan": "trained",
         }
@@ -38,6 +39,7 @@ def sentences(engine):
     return {
         "adamw(model, args)": BEFORE_TRAINER.format("DeepSpeed"),
         "adamw(model) without args": DROPPED,
+        "AdamW(...)": DROPPED,
         "a spec that clips": LOST.format("max_grad_norm") if replaced else PARTS,
         "kahan": LOST.format("rounding") if replaced else "trained",
     }

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from numerics import assert_no_worse
+from support.versions import CHECKPOINTING
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from watch import Watch
@@ -110,7 +111,7 @@ TRAINERS = {
     "plain": ({}, {}, {}),
     "smoothing": ({"label_smoothing_factor": 0.1}, {}, {}),
     "loss function": ({}, {"compute_loss_func": per_token_loss}, {}),
-    "checkpointing": ({"gradient_checkpointing": True}, {}, {}),
+    "checkpointing": ({CHECKPOINTING: True}, {}, {}),
     "tied": ({}, {}, {"tie_word_embeddings": True}),
 }
 

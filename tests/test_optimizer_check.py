@@ -14,7 +14,7 @@ from test_optim_factory import arguments, examples, tiny_llama
 
 import fastft
 from fastft import foreign
-from fastft.integrations.optimizer_check import check_optimizer
+from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.optim import origin
 from fastft.optim.adamw import AdamW
 
@@ -25,8 +25,8 @@ def train(model, args, callback=fastft.FusedLossCallback, **options):
     return trainer
 
 
-def begin(args, model, optimizer):
-    check_optimizer(args, transformers.TrainerState(), model, optimizer)
+def begin(args, model, optimizer, handed=None):
+    check_optimizer(args, transformers.TrainerState(), model, optimizer, handed or Handed())
 
 
 def moved(model, before):
@@ -256,6 +256,20 @@ def test_an_optimizer_that_deepspeed_dropped_is_told(tmp_path):
         match=r"fastft.adamw made an optimizer for this model, but torch.optim.adamw.AdamW trains.*adamw_spec",
     ):
         begin(args, model, under_deepspeed(theirs))
+
+
+@pytest.mark.parametrize("callback", [fastft.FusedLossCallback(), fastft.PackingCallback()])
+def test_an_optimizer_made_by_hand_that_deepspeed_dropped_is_told(callback, tmp_path):
+    args, model = arguments(tmp_path), tiny_llama()
+    ours, theirs = AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
+    data = {"train_dataset": examples(), "callbacks": [callback]}
+    transformers.Trainer(model, args, optimizers=(ours, None), **data)
+    with pytest.raises(ValueError, match=r"was given a fastft.AdamW, but torch.optim.adamw.AdamW trains: DeepSpeed"):
+        begin(args, model, under_deepspeed(theirs), callback._handed)
+    begin(args, model, theirs, callback._handed)
+    args = arguments(tmp_path)
+    transformers.Trainer(model, args, optimizers=(theirs, None), **data)
+    begin(args, model, under_deepspeed(theirs), callback._handed)
 
 
 @pytest.mark.parametrize("with_args", [True, False])

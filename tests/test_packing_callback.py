@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from numerics import assert_no_worse, terms_of
+from support.versions import checkpoint_activations
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -114,13 +115,8 @@ OURS = {
     "opt": lambda: made(implementation="fastft"),
     "bloom": lambda: made("BloomForCausalLM", "eager", n_layer=2, n_head=4),  # a block mask
     "mpt": lambda: made("MptForCausalLM", "eager", d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
-    "checkpointed": lambda: checkpointed(made(implementation="fastft")),
+    "checkpointed": lambda: checkpoint_activations(made(implementation="fastft")),
 }
-
-
-def checkpointed(model):
-    model.gradient_checkpointing_enable()
-    return model
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)

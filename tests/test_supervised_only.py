@@ -55,7 +55,7 @@ def train(tmp_path, make, supervised_only, callbacks=(), **changes):
     head = model.get_output_embeddings()
 
     def count(module, args, output):
-        if module.training:  # the probe for leaks and evaluation look at more
+        if module.training and torch.is_grad_enabled():  # the probe for leaks and evaluation look at more
             rows.append(args[0].numel() // head.in_features)
 
     handle = head.register_forward_hook(count)

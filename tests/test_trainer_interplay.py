@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import transformers
+from support.versions import CHECKPOINTING
 from test_fused_loss import V, arguments, assert_stock, examples, llama, train
 from torch import nn
 from transformers import Trainer, set_seed
@@ -50,7 +51,7 @@ FEATURES = {
     "evaluation with smoothing": ({**EVALUATION, "label_smoothing_factor": 0.1}, {}),
     "neftune": ({"neftune_noise_alpha": 5.0}, {}),
     "accumulation of four": ({"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}, {}),
-    "activation_checkpointing": ({"activation_checkpointing": True}, {}),
+    "activation_checkpointing": ({CHECKPOINTING: True}, {}),
     "no clipping": ({"max_grad_norm": 0.0}, {}),
 }
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from fastft.foreign import unwrapped, whose_forward
 from fastft.integrations.evaluation import in_evaluation_loop
-from fastft.integrations.optimizer_check import check_optimizer
+from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.trainings import training_begins, until_the_end_of
 from fastft.loss.evaluation import Evaluation
@@ -51,6 +51,10 @@ class FusedLossCallback(TrainerCallback):
 
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback: `restore()` takes
     it off, and so does the next training of the model that has this callback, a new one or a `PackingCallback`.
+
+    Raises:
+        ValueError: from `train()`, before anything is trained, where an optimizer of fastft's does not hold what is
+            trainable, is not the one that trains, or was made with other values than `args` have (docs/adamw.md).
     """
 
     def __init__(self, verify: bool = False, on_leak: str = "error") -> None:
@@ -58,8 +62,14 @@ class FusedLossCallback(TrainerCallback):
         self._packing = PackingCallback(on_leak)
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
+        self._handed = Handed()
         self._kept = until_the_end_of(self)
         self._said, self._said_places, self._said_size = False, 0, False
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remembers whether the Trainer was handed an optimizer of fastft's."""
+        self._handed.note(args, kwargs.get("optimizer"))
+        self._packing.on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,7 +78,7 @@ class FusedLossCallback(TrainerCallback):
         self.restore()
         training_begins(kwargs["model"], state, self)
         if packing_collator(kwargs.get("train_dataloader")) is None:
-            check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"))
+            check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"), self._handed)
         else:
             self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
         model = kwargs["model"]

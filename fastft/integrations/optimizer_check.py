@@ -40,11 +40,29 @@ _SPEC = "Trainer(optimizer_cls_and_kwargs=fastft.adamw_spec(args))"
 _NAMED = 8  # parameters of a list that goes into a sentence
 
 
-def check_optimizer(args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+class Handed:
+    """Whether a Trainer was handed an AdamW of fastft's: a callback is told when the Trainer has been made."""
+
+    def __init__(self) -> None:
+        self._args: TrainingArguments | None = None
+
+    def note(self, args: TrainingArguments, optimizer: Any) -> None:
+        """`args` and `optimizer` of Trainer as `on_init_end` gets them."""
+        self._args = args if isinstance(optimizer, AdamW) else None
+
+    def to(self, args: TrainingArguments) -> bool:
+        """Whether the Trainer of these `args` was handed one."""
+        return self._args is not None and self._args is args
+
+
+def check_optimizer(
+    args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, handed: Handed
+) -> None:
     """Compares what trains with what was made. Quiet about optimizers that are not fastft's and were not to be.
 
     Args:
         args, state, model, optimizer: of Trainer, as its callbacks get them.
+        handed: what the callback knows from `on_init_end`.
 
     Raises:
         ValueError: where something else would be trained than what the user asked for.
@@ -52,7 +70,7 @@ def check_optimizer(args: TrainingArguments, state: TrainerState, model: nn.Modu
     inner, by_deepspeed = foreign.inner_optimizer(optimizer), foreign.of_deepspeed(optimizer)
     if not isinstance(inner, AdamW):
         if inner is not None:  # who calls a callback by hand may have none
-            _check_replacement(args, model, inner, by_deepspeed)
+            _check_replacement(args, model, inner, by_deepspeed, handed.to(args))
         return
     if not by_deepspeed:
         _check_parameters(model, inner)
@@ -62,7 +80,7 @@ def check_optimizer(args: TrainingArguments, state: TrainerState, model: nn.Modu
         _check_clipping(args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model))
 
 
-def _check_replacement(args: TrainingArguments, model: nn.Module, inner: Any, by_deepspeed: bool) -> None:
+def _check_replacement(args: TrainingArguments, model: nn.Module, inner: Any, by_deepspeed: bool, handed: bool) -> None:
     """Another optimizer trains: was one of fastft's to do so?"""
     if foreign.is_deepspeed_adam(inner) and "moments" in inner.param_groups[0]:  # made of our groups
         if not inner.adam_w_mode:
@@ -75,10 +93,12 @@ def _check_replacement(args: TrainingArguments, model: nn.Module, inner: Any, by
             "formula; \"zero_force_ds_cpu_optimizer\": false in DeepSpeed's configuration lets fastft's train"
         )
         return
+    kind = f"{type(inner).__module__}.{type(inner).__name__}"
+    if handed and by_deepspeed:
+        raise ValueError(f"this Trainer was given a fastft.AdamW, but {kind} trains: DeepSpeed drops ours; use {_SPEC}")
     ours = _dropped(args, model, by_deepspeed)
     if ours is None:
         return
-    kind = f"{type(inner).__module__}.{type(inner).__name__}"
     what = f"fastft.{ours.way} made an optimizer for this {'model' if ours.model else 'Trainer'}, but {kind} trains"
     if by_deepspeed:
         remedy = f"use {_SPEC}" if ours.model else 'remove the section "optimizer" from its configuration'

@@ -20,7 +20,7 @@ from fastft.data.collator import PackingCollator
 from fastft.data.packed import PackedDataset
 from fastft.data.streaming import PackedStream
 from fastft.foreign import dispatches, modules_with_hooks
-from fastft.integrations.optimizer_check import check_optimizer
+from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packed_evaluation import refuse_generation, warn_of_repeats
 from fastft.integrations.trainings import training_begins, until_the_end_of
 
@@ -42,7 +42,8 @@ class PackingCallback(TrainerCallback):
 
     Raises:
         PackingLeakError: from `train()`, with the reason and the way out.
-        ValueError: another `on_leak`.
+        ValueError: another `on_leak`; from `train()`, where an optimizer of fastft's would not train what it was made
+            for, or not as `args` say (docs/adamw.md).
 
     `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out of `train()` leaves
     the model's hooks on, because Trainer then calls no callback: `restore()` takes them off, and so does the next
@@ -53,7 +54,12 @@ class PackingCallback(TrainerCallback):
         if on_leak not in _ON_LEAK:
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
         self.on_leak, self._warned = on_leak, False
+        self._handed = Handed()
         self._kept = until_the_end_of(self)
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remembers whether the Trainer was handed an optimizer of fastft's."""
+        self._handed.note(args, kwargs.get("optimizer"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,7 +68,7 @@ class PackingCallback(TrainerCallback):
         self.restore()
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         training_begins(model, state, self)
-        check_optimizer(args, state, model, kwargs.get("optimizer"))
+        check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed)
         collator = packing_collator(loader)
         if collator is None:
             logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")

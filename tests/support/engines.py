@@ -151,11 +151,15 @@ def refused(engine: str, folder: Path) -> dict[str, str]:
         made = model(engine)
         return {"model": made, "optimizers": fastft.adamw(made, **given)}
 
+    def by_class(args):
+        made = model(engine)
+        return {"model": made, "optimizers": (fastft.AdamW(made.parameters()), None)}
+
     def spec(**given):
         return lambda args: {"optimizer_cls_and_kwargs": fastft.adamw_spec(**given)}
 
     values = {"lr": 1e-2, "betas": (0.9, 0.9), "eps": 1e-6}
-    ways = {"adamw(model, args)": named, "adamw(model) without args": by_hand}
+    ways = {"adamw(model, args)": named, "adamw(model) without args": by_hand, "AdamW(...)": by_class}
     ways |= {"a spec that clips": spec(max_grad_norm=0.5, **values), "kahan": spec(rounding="kahan", **values)}
     return {name: outcome(engine, folder, way) for name, way in ways.items()}
 

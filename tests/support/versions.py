@@ -1,0 +1,20 @@
+"""What a version of transformers calls a thing: it is asked, its number is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+_FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
+# the argument of Trainer which has activations computed again in backward
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
+
+
+def checkpoint_activations(model: nn.Module, **options: Any) -> nn.Module:
+    """Has the model compute its activations again in backward; `options` are torch.utils.checkpoint's."""
+    new, old = (getattr(model, f"{kind}_checkpointing_enable", None) for kind in ("activation", "gradient"))
+    (new or old)(options or None)
+    return model
