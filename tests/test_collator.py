@@ -170,15 +170,11 @@ def test_columns_named_as_the_collators_own_are_kept_or_refused(expand):
     made = {"input_ids": [1, 2, 3]}
     written: set[str] = set()
     for task in TASKS:
-        example = made | {"labels": 1 if task == "sequence_classification" else [1, 2, 3]}
+        examples = make([3, 4], labels=1)
+        if task == "sequence_classification":
+            examples = [{**example, "labels": 1} for example in examples]
         collator = PackingCollator(task=task, rows=2, decoder_start_token_id=0, expand_on_device=expand)
-        written |= set(
-            collator(
-                [example, {**example, "input_ids": [4, 5, 6, 7], "labels": example["labels"]}]
-                if task == "seq2seq"
-                else [example, example]
-            ).to("cpu")
-        )
+        written |= set(collator(examples).to("cpu"))
     for name in {*written, "lengths", "ignored", "integers", "count"} - {"input_ids", "labels", "decoder_input_ids"}:
         examples = [{**made, name: [7, 8, 9]}, {**made, name: [7, 8, 9]}]
         try:

@@ -263,6 +263,9 @@ LIMITS = {
     "packing.md: Groups of `balance`": [
         "test_balance.py::test_ranks_have_equal_tokens_and_squares",
     ],
+    "packing.md: `Seq2SeqTrainer` keeps": [
+        "test_distributed_evaluation.py::test_on_two_processes",
+    ],
     "packing.md: With a random sampler": [
         "test_packing_trainer.py::test_resuming_gives_the_same_batches",
     ],

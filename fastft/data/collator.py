@@ -41,19 +41,27 @@ __all__ = ["Pack", "PackingCollator"]
 TOKEN_KEYS = ("input_ids", "labels")
 TASKS = ("causal_lm", "masked_lm", "token_classification", "sequence_classification", "seq2seq")
 # what a batch has besides the columns of the examples: names that no column may have
-RESERVED = ("max_length_q", "max_length_k", "use_cache", "label_segments", "decoder_cu_seq_lens", "decoder_max_length")
+RESERVED = (
+    "max_length_q",
+    "max_length_k",
+    "padding_lengths",
+    "use_cache",
+    "label_segments",
+    "decoder_cu_seq_lens",
+    "decoder_max_length",
+)
 
 
 def _check_slices_logits(model: Any) -> None:
     """Raises ValueError where a mask of the logits to keep would not be understood; `model` may be just True."""
     import transformers
 
+    if model is not True and not isinstance(model, torch.nn.Module):
+        raise ValueError(f"supervised_only must be True, False or a model, got {model!r}")
     if not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
         raise ValueError(f"supervised_only needs transformers >= 5.23, {transformers.__version__} is installed")
     if model is True:
         return
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"supervised_only must be True, False or a model, got {model!r}")
     base = base_model(model)
     if "slice_logits_to_keep" not in inspect.unwrap(type(base).forward).__code__.co_names:
         raise ValueError(f"supervised_only: {type(base).__name__} does not use transformers' slice_logits_to_keep")
@@ -71,10 +79,12 @@ class PackingCollator:
     """A list of examples, or of packs from `fastft.pack`, becomes one packed batch. For `Trainer(data_collator=...)`.
 
     An example is a dict with `input_ids` (list, array or tensor of n > 0 integers), optionally `attention_mask` (tokens
-    that it masks are removed) and labels as the task has them. Other keys with n numbers are kept; position_ids,
-    seq_idx, text and single numbers are left out. A feature may also be a row or more of an Arrow table. The batch is
-    a `PackedBatch`, a dict. For R rows of T tokens, in all S segments, which are the examples and the padding of each
-    row:
+    that it masks are removed) and labels as the task has them. Other keys with n numbers are kept; text and single
+    numbers are left out. An example that is several documents, packed by another tool, is cut into them, each of which
+    is an example from then on: where `position_ids` begin anew, `seq_idx` or a numbering `attention_mask` changes, or
+    as `seq_lengths`, `cu_seq_lens` (`_q`, `_k`), `cu_seqlens` say. A feature may also be a row or more of an Arrow
+    table. The batch is a `PackedBatch`, a dict. For R rows of T tokens, in all S segments, which are the examples and
+    the padding of each row:
 
     | key | value |
     |---|---|
@@ -94,7 +104,7 @@ class PackingCollator:
     - `masked_lm`: drawn as transformers' `DataCollatorForLanguageModeling` does it, which changes input_ids; without
       `tokenizer` the examples are masked already and have n labels, all kept.
     - `sequence_classification`: a number, or C of them, as `labels` or `label`. The batch's are (E,) or (E, C) for E
-      examples in the order in which they lie, int64 or float32; `label_segments`, int64 (E,), are their segments. The
+      examples in the order in which they came, int64 or float32; `label_segments`, int64 (E,), are their segments. The
       model needs `fastft.pool_segments`.
     - `seq2seq`: m in an example. The batch's are (R, U), with `decoder_input_ids` int64 (R, U), `decoder_cu_seq_lens`
       int32 (S + 1,), `decoder_max_length` int; all other keys are the encoder's. For models with
@@ -121,12 +131,17 @@ class PackingCollator:
         decoder_start_token_id: for `seq2seq`, from the model's config; not needed if examples have decoder_input_ids.
         expand_on_device: returns a `FlatBatch`, whose `.to(device)`, called by accelerate and so by Trainer, makes one
             copy of all integers and computes positions, segments, boundaries and ignored labels there.
+        pad_examples: examples that are in no `Pack` are padded instead, a row for each and an `attention_mask`, in a
+            plain dict, as transformers' collators do it: training on `fastft.pack(...)` and evaluation on the dataset
+            itself, or generation, then share a collator. `pad_token_id` must be the model's.
         impl: `"auto"`, `"cpp"`, `"cuda"`, `"triton"` or `"eager"`; the GPU's with `expand_on_device`.
 
     Raises:
         ValueError: an argument out of its range; `supervised_only` where transformers or the model lacks it; in a call,
             no examples, input_ids missing or empty, keys that differ between examples, a key that has not one number
-            per token, labels that the task needs and the examples lack, more tokens than int32 counts.
+            per token, or the name of one of the batch's own, labels that the task needs and the examples lack,
+            positions that do not count from where a document begins (0 or `position_ids_start`), several documents
+            where a task has labels for none of them, more tokens than int32 counts.
         TypeError: in a call, a feature that is neither a dict nor a pack.
         RuntimeError: the engine asked for is not available.
     """
