@@ -113,10 +113,11 @@ class SegmentPooling:
                 "different numbers of them: evaluate on the dataset itself (eval_dataset=packed.dataset), of which "
                 "PackingCollator packs each batch"
             )
-        self._evaluated = dataset
-        rows = (
-            "row i is example packed.plan.indices[i]" if isinstance(dataset, PackedDataset) else "not of the examples"
-        )
+        if self._spoke_of_order:
+            return
+        self._spoke_of_order = True
+        planned = isinstance(dataset, PackedDataset)
+        rows = "row i is example packed.plan.indices[i]" if planned else "not of the examples"
         warnings.warn(
             f"predictions for fastft.pack come in the order of the packs: {rows}; in the order of the dataset, if "
             "evaluated on the dataset itself, of which PackingCollator packs each batch",
