@@ -181,6 +181,11 @@ def placed_like(value: Tensor, template: Any) -> Tensor:
     return distribute_tensor(value, template.device_mesh, template.placements)
 
 
+def in_flat_parameter(tensor: Any) -> bool:
+    """Whether this is, or is this process's part of, a parameter that FSDP1 keeps in one flat vector."""
+    return bool(getattr(tensor, "_fsdp_flattened", False))
+
+
 def shard_begin(tensor: Any) -> int:
     """Where this process's rows of a DTensor begin in the whole tensor (shards of dimension 0), in elements."""
     if not is_dtensor(tensor):
@@ -200,7 +205,7 @@ def sharding_library(module: nn.Module, around: Iterable[nn.Module]) -> str | No
         return "FSDP2"
     # what the hooks of weight_norm, spectral_norm and pruning make has parameters too: weight_g, weight_orig, ...
     has_own = any(name.startswith("weight") for name in module._parameters)
-    flattened = not has_own or getattr(module.weight, "_fsdp_flattened", False)
+    flattened = not has_own or in_flat_parameter(module.weight)
     return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
 
 

@@ -37,7 +37,8 @@ def on_device(emulated: Any):
         def replace() -> None:
             patch.setattr(torch.ops.fastft, "adamw_bind", emulated.adamw_bind)
             patch.setattr(torch.ops.fastft, "adamw_bound_", emulated.adamw_bound_)
-            patch.setattr(adamw_plan, "_release", lambda bound, kind: release(ctypes.c_void_p(bound)))
+            patch.setattr(torch.ops.fastft, "adamw_written", lambda sums, bound: None)
+            patch.setattr(adamw_plan, "_release", lambda bound, kind: release(ctypes.c_int64(bound)))
 
         release = cuda_host.operators.library.fastft_adamw_release
         yield replace

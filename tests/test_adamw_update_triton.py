@@ -97,7 +97,12 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(RuntimeError, match="adamw_: a tensor of parameter 0 must have"):
             adamw_(*tensors, table, hyper, one, 0)
     matrix, scales = torch.zeros(5, 3), [torch.zeros(5, 1), torch.zeros(5, 2)]
-    for fitting, words in ((p[0], "matrices"), (matrix.t(), "matrices"), (matrix, "a scale of parameter 0")):
+    for fitting, words in (
+        (matrix[0, 0], "contiguous"),
+        (matrix.t(), "contiguous"),
+        (p[0], "a scale"),
+        (matrix, "a scale of parameter 0"),
+    ):
         codes = [fitting], [fitting], [fitting.to(torch.int8)], [fitting.to(torch.uint8)], []
         with pytest.raises(RuntimeError, match=words):
             adamw_(*codes, scales, table, hyper, one, 0)

@@ -96,9 +96,9 @@ LEAKS = {
         recurrent("MambaForCausalLM", state_size=8),
         ["MambaMixer: tokens mix without attention", "No way out", "causal-conv1d"],
     ),
-    "a convolution that refuses": (
+    "a convolution": (
         recurrent("Lfm2ForCausalLM", layer_types=["conv", "full_attention"], num_key_value_heads=2),
-        ["raises ValueError for a packed batch", "causal_conv1d", "No way out"],
+        ["conv", "No way out"],  # older versions leak, and say nothing
     ),
     "no way": (
         lambda: made("DebertaV2ForMaskedLM", "eager", relative_attention=True, pos_att_type=["p2c", "c2p"]),
@@ -338,9 +338,25 @@ def test_noise_does_not_hide_a_leak():
     assert "move the outputs of the later ones" in find_leak(model).what
 
 
-def test_noise_that_follows_other_rows_and_could_hide_a_leak():
-    model = embeddings_changed(opt(), lambda module, x: x.sum((0, 1)) if len(x) > 1 else 0)
-    assert "could hide a leak" in find_leak(model).what or "move the outputs" in find_leak(model).what
+def from_other_rows(tokens):
+    """Every row sees the others, with the first `tokens` of its tokens."""
+    return lambda module, x: x.sum((0, 1)) * (torch.arange(x.shape[1]) < tokens)[:, None] * (len(x) > 1)
+
+
+def test_noise_of_every_token_could_hide_a_leak():
+    assert "for no reason, which could hide a leak" in find_leak(embeddings_changed(exact(), from_other_rows(99))).what
+
+
+def test_noise_of_a_few_tokens_does_not_hide_a_leak():
+    """As in a mixture of experts, where a rounding chooses another expert for some tokens."""
+    model = opt()
+    few = (torch.arange(13) < 2)[None, :, None]
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: output + output.sum((0, 1)) * few if len(output) > 1 else output
+    )
+    assert "move the outputs of the later ones" in find_leak(model).what
+    model.set_attn_implementation("fastft")
+    assert find_leak(model) is None
 
 
 @pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min, 1e9])
@@ -381,7 +397,7 @@ def test_a_leak_from_row_to_row():
 def test_rows_and_padding_of_exact_models(make):
     with fastft.packed_attention(model := make()):
         assert find_leak(model, Batches(rows=3, padded=True)) is None
-        assert find_leak(model, Batches(padded=True, max_tokens=90)) is None
+        assert find_leak(model, Batches(rows=2, padded=True, max_tokens=300)) is None
 
 
 def test_autocast_inside_the_model_is_noticed():

@@ -327,3 +327,102 @@ def test_a_refused_checkpoint_changes_nothing(what):
     assert_same(states(optimizer), before)
     assert optimizer.state_dict()["param_groups"] == groups
     assert all(map(torch.equal, params, weights))
+
+
+REFUSED = {  # of the first parameter's state: what it has become, the error, and what that says
+    "step below 0": ({"step": torch.tensor(-5.0)}, ValueError, "step of parameter 0.*not negative, got -5"),
+    "step NaN": ({"step": float("nan")}, ValueError, "step of parameter 0.*finite"),
+    "step as text": ({"step": "three"}, TypeError, "step of parameter 0 must be a number, got 'three'"),
+    "step None": ({"step": None}, TypeError, "step of parameter 0 must be a number"),
+    "step of many": ({"step": torch.ones(2)}, TypeError, "step of parameter 0 must be a number"),
+    "moment None": ({"exp_avg": None}, TypeError, "exp_avg of parameter 0 must be a tensor, got None"),
+    "moment as text": ({"exp_avg_sq": "x"}, TypeError, "exp_avg_sq of parameter 0 must be a tensor, got 'x'"),
+    "moment complex": (
+        {"exp_avg": torch.ones(70, 73, dtype=torch.complex64)},
+        TypeError,
+        "exp_avg of parameter 0 must be floating-point numbers, is torch.complex64",
+    ),
+    "moment in integers": ({"exp_avg_sq": torch.ones(70, 73, dtype=torch.int64)}, TypeError, "exp_avg_sq.*int64"),
+    "maximum None": ({"max_exp_avg_sq": None}, TypeError, "max_exp_avg_sq of parameter 0 must be a tensor"),
+    "remainder None": ({"remainder": None}, TypeError, "remainder of parameter 0 must be a tensor"),
+    "remainder in fp32": ({"remainder": torch.zeros(70, 73)}, ValueError, "remainder of parameter 0.*16 bits"),
+    "compensation in integers": ({"kahan": torch.zeros(70, 73).int()}, TypeError, "kahan of parameter 0.*int32"),
+    "master as text": ({"master_param": "x"}, TypeError, "master of parameter 0 must be a tensor, got 'x'"),
+    "master complex": ({"master_param": torch.ones(70, 73) * 1j}, TypeError, "master of parameter 0.*complex64"),
+}
+CODED = {  # the same, of 8-bit moments
+    **{
+        f"without {name}": ({name: Ellipsis}, ValueError, f"parameter 0.*lack.* {name}|parameter 0.*{name} missing")
+        for name in ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+    },
+    "without both scales": (
+        {"exp_avg_scale": Ellipsis, "exp_avg_sq_scale": Ellipsis},
+        ValueError,
+        "8-bit moments of parameter 0 lack exp_avg_scale, exp_avg_sq_scale",
+    ),
+    "scales of another tensor": (
+        {"exp_avg_scale": torch.ones(9, 1)},
+        ValueError,
+        r"exp_avg_scale of parameter 0 has shape \(9, 1\); \(70, 73\) codes need \(70, 1\)",
+    ),
+    "scale None": ({"exp_avg_sq_scale": None}, ValueError, "exp_avg_sq_scale of parameter 0.*is NoneType"),
+    "one moment in fp32": ({"exp_avg": torch.ones(70, 73)}, ValueError, "exp_avg of parameter 0.*torch.int8"),
+    "codes under the other dtype": (
+        {"exp_avg": torch.ones(70, 73, dtype=torch.uint8)},
+        ValueError,
+        "exp_avg of parameter 0.*must be torch.int8, is torch.uint8",
+    ),
+}
+
+
+def check_refused(moments, change, error, sentence):
+    optimizer = AdamW(start(torch.bfloat16), moments=moments, seed=1)
+    params = train(optimizer, gradients(1))
+    saved, groups = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict()["param_groups"])
+    train(optimizer, gradients(1, seed=2))
+    before, weights = copy.deepcopy(states(optimizer)), copy.deepcopy(params)
+    saved["param_groups"][0]["lr"] = 0.5
+    for name, value in change.items():
+        saved["state"][0].pop(name, None)
+        if value is not Ellipsis:
+            saved["state"][0][name] = value
+    with pytest.raises(error, match=sentence):
+        optimizer.load_state_dict(saved)
+    assert_same(states(optimizer), before)
+    assert optimizer.state_dict()["param_groups"] == groups
+    assert all(map(torch.equal, params, weights))
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_an_entry_which_is_no_number_is_refused_by_name(what):
+    check_refused("fp32", *REFUSED[what])
+
+
+@pytest.mark.parametrize("moments", ["8bit", "fp32"])
+@pytest.mark.parametrize("what", CODED)
+def test_8_bit_moments_without_all_their_parts_are_refused(what, moments):
+    change, error, sentence = CODED[what]
+    if moments == "8bit":
+        check_refused("8bit", change, error, sentence)
+        return
+    saved = AdamW(start(torch.bfloat16), moments="8bit", seed=1)
+    train(saved, gradients(1))
+    state = {name: value for name, value in saved.state_dict()["state"][0].items() if name not in change}
+    state |= {name: value for name, value in change.items() if value is not Ellipsis}
+    fp32_codes = {"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"}
+    check_refused("fp32", {**dict.fromkeys(fp32_codes, Ellipsis), **state}, error, sentence)
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "error", "sentence"),
+    [
+        (None, TypeError, "state_dict must be an optimizer's state_dict.., got NoneType"),
+        ({"param_groups": []}, ValueError, "no optimizer's state dict: state missing, found param_groups"),
+        ({"state": {}}, ValueError, "param_groups missing, found state"),
+        ({"fp32_from_fp16": []}, ValueError, "optimizer_state_dict missing"),
+        ({"state": {0: 5}, "param_groups": [apex_group(params=[0, 1, 2])]}, TypeError, "parameter 0 must be a dict"),
+    ],
+)
+def test_what_is_no_state_dict(state_dict, error, sentence):
+    with pytest.raises(error, match=sentence):
+        AdamW(start(torch.float32)).load_state_dict(state_dict)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from fastft.optim.adamw import AdamW
@@ -221,6 +221,62 @@ def any_placement(mode, folder):
             assert torch.equal(whole(optimizers[1].state[parts][entry]), whole(state)), (placement, entry)
 
 
+def long_vector(mode, folder):
+    """Of a DTensor the moments are fp32 whatever its length, so that a checkpoint fits any number of processes."""
+    dtype, options = MODES[mode]
+    mesh = init_device_mesh("cpu", (WORLD,))
+    value = torch.randn(9001, generator=torch.Generator().manual_seed(1)).to(dtype)
+    plain = torch.nn.Parameter(value.clone())
+    parts = torch.nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+    wide = {**options, "moments": "fp32"} if mode == "8bit" else options
+    optimizers = AdamW([plain], seed=3, **wide), AdamW([parts], seed=3, **options)
+    for i in range(3):
+        grad = torch.randn(9001, generator=torch.Generator().manual_seed(i)).to(dtype)
+        plain.grad, parts.grad = grad, distribute_tensor(grad, mesh, [Shard(0)])
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(parts.full_tensor(), plain)
+    for entry, state in optimizers[0].state[plain].items():
+        assert torch.equal(whole(optimizers[1].state[parts][entry]), whole(state)), entry
+
+
+def flat_parameters_of_fsdp1(mode, folder):
+    """Long vectors, which have 8-bit moments; FSDP1 gathers them as fp32 ones, and none of their bits is lost."""
+    if mode != "8bit":
+        return
+
+    def build_flat():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(96, 128), torch.nn.Tanh(), torch.nn.Linear(128, 96))
+        # use_orig_params=True gathers a wrong exp_avg on a CPU (torch 2.13), that of torch.optim.AdamW as well
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=False)
+
+    def train_flat(model, optimizer, first, last):
+        for step in range(first, last):
+            optimizer.zero_grad()
+            model(torch.randn(4, 96, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+
+    model = build_flat()
+    optimizer = AdamW(model.parameters(), moments="8bit", seed=5)
+    train_flat(model, optimizer, 0, 3)
+    assert all(state["exp_avg"].dtype == torch.int8 for state in optimizer.state.values())
+    gathered = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+    again = build_flat()
+    resumed = AdamW(again.parameters(), moments="8bit", seed=5)
+    resumed.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(again, resumed, gathered))
+    for param, weight in zip(again.parameters(), model.parameters(), strict=True):
+        param.data.copy_(weight.detach())
+    for one, other in ((model, optimizer), (again, resumed)):
+        train_flat(one, other, 3, STEPS)
+    for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        for name, value in optimizer.state[theirs].items():
+            assert resumed.state[mine][name].dtype == value.dtype and torch.equal(resumed.state[mine][name], value), (
+                name
+            )
+
+
 def clipping_under_fsdp2(mode, folder):
     model, optimizer = sharded(mode)
     alone = build(mode)
@@ -234,6 +290,8 @@ def clipping_under_fsdp2(mode, folder):
 
 CHECKS = [
     any_placement,
+    long_vector,
+    flat_parameters_of_fsdp1,
     clipping_under_fsdp2,
     under_ddp,
     under_fsdp2,

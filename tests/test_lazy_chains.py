@@ -7,6 +7,7 @@ Everything that a chain has made is looked at: dtype, shape and strides when it 
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fastft.loss.evaluation import Evaluation
 from fastft.loss.lazy_logits import lazy_linear
 from fastft.loss.report import Report
 
@@ -112,6 +114,8 @@ REDUCTIONS = {
     "sum in fp64": lambda z: z.sum(dim=(-1,), dtype=torch.float64),
     "logsumexp": lambda z: z.logsumexp(-1),
     "amax": lambda z: z.amax(-1, True),
+    "topk": lambda z: z.topk(2, -1).values,
+    "max": lambda z: z.max(-1).values,
     "argmax": lambda z: torch.argmax(z, dim=-1, keepdim=True),
     "gather": lambda z: z.gather(-1, torch.ones(*z.shape[:-1], 2, dtype=torch.int64)),
     "cross entropy": lambda z: F.cross_entropy(z.reshape(-1, V), torch.arange(z.numel() // V) % V),
@@ -147,7 +151,7 @@ def made_by(chain, logits):
 
 
 def gradients_of(made, leaves):
-    """Of a loss of everything; None where torch refuses."""
+    """Of a loss of everything."""
     total = sum((part.double() * (1 + index)).sum() for index, part in enumerate(made) if part.is_floating_point())
     for leaf in leaves:
         leaf.grad = None
@@ -155,13 +159,22 @@ def gradients_of(made, leaves):
     return [leaf.grad for leaf in leaves]
 
 
-def run(chain, lazy, dtype, autocast):
+class Kind(NamedTuple):
+    dtype: torch.dtype
+    autocast: bool = False
+    evaluation: bool = False  # nothing is recorded, and what is lazy is handed on
+
+    def __str__(self):
+        return f"{self.dtype}".removeprefix("torch.") + "+autocast" * self.autocast + "+evaluation" * self.evaluation
+
+
+def run(chain, lazy, kind):
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((B, S, H), (V, H)))
+    x, weight = (torch.randn(*shape, generator=generator).to(kind.dtype) for shape in ((B, S, H), (V, H)))
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
-    with context:
-        z = lazy_linear(x, weight, None, Report()) if lazy else F.linear(x, weight)
+    evaluation = Evaluation(lambda: True) if kind.evaluation else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind.autocast), torch.set_grad_enabled(not kind.evaluation):
+        z = lazy_linear(x, weight, None, Report(), evaluation=evaluation) if lazy else F.linear(x, weight)
         made, layouts = made_by(chain, z)
     return made, layouts, leaves
 
@@ -170,45 +183,45 @@ def made_of_several_views(chain):
     return any(name == "split" for name, _ in chain)
 
 
-def compare(chain, dtype, autocast):
-    (dense, expected, leaves), (lazy, actual, lazy_leaves) = (run(chain, kind, dtype, autocast) for kind in (0, 1))
+def compare(chain, kind):
+    (dense, expected, leaves), (lazy, actual, lazy_leaves) = (run(chain, is_lazy, kind) for is_lazy in (False, True))
     if expected[-1:] == [RuntimeError] and len(actual) >= len(expected) and made_of_several_views(chain):
         return  # which torch forbids to change in place
     assert actual == expected
-    if dtype != torch.float64 or any(name == "bfloat16" for name, _ in chain):
+    if kind.dtype != torch.float64 or any(name == "bfloat16" for name, _ in chain):
         return  # other orders of summation round differently: `test_lazy_logits.py` looks at that
-    refused = False
-    try:
-        wanted = gradients_of(dense, leaves)
-    except RuntimeError:  # changed in place what backward needs: lazily, backward may not need it
-        refused = True
+    wanted = None
+    if not kind.evaluation:
+        with contextlib.suppress(RuntimeError):  # changed in place what backward needs: lazily, it may not need it
+            wanted = gradients_of(dense, leaves)
     for mine, theirs in zip(lazy, dense, strict=True):
         torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-5, atol=1e-5)
-    if not refused:
+    if wanted is not None:
         for mine, theirs in zip(gradients_of(lazy, lazy_leaves), wanted, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 STEP = st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from([0, 0, 0, 1, 2]))
-DTYPES = [(torch.float64, False), (torch.float32, True), (torch.bfloat16, False)]
+KINDS = [Kind(torch.float64), Kind(torch.float32, autocast=True), Kind(torch.bfloat16)]
+KINDS.append(Kind(torch.float64, evaluation=True))
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(st.lists(STEP, min_size=1, max_size=7), st.sampled_from(DTYPES))
-@example([("tanh", 0), ("clone", 0), ("masked_fill_", 0)], DTYPES[0])
-@example([("transpose", 0), ("log_softmax", 0), ("view", 0)], DTYPES[0])
-@example([("transpose", 0), ("logsigmoid", 0), ("through reshape", 0)], DTYPES[0])
-@example([("transpose", 0), ("mask inside", 0), ("view", 0)], DTYPES[0])
-@example([("tanh", 0), ("in place, unrecorded", 0)], DTYPES[0])
-@example([("detached, in place", 0)], DTYPES[0])
-@example([("to copy by position", 0), ("mul_", 0)], DTYPES[0])
-@example([("cross entropy of probabilities", 0)], DTYPES[2])
+@given(st.lists(STEP, min_size=1, max_size=7), st.sampled_from(KINDS))
+@example([("tanh", 0), ("clone", 0), ("masked_fill_", 0)], KINDS[0])
+@example([("transpose", 0), ("log_softmax", 0), ("view", 0)], KINDS[0])
+@example([("transpose", 0), ("logsigmoid", 0), ("through reshape", 0)], KINDS[0])
+@example([("transpose", 0), ("mask inside", 0), ("view", 0)], KINDS[0])
+@example([("tanh", 0), ("in place, unrecorded", 0)], KINDS[0])
+@example([("detached, in place", 0)], KINDS[0])
+@example([("to copy by position", 0), ("mul_", 0)], KINDS[0])
+@example([("cross entropy of probabilities", 0)], KINDS[2])
 def test_a_chain_is_as_dense(chain, kind):
-    compare(chain, *kind)
+    compare(chain, kind)
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("kind", DTYPES, ids=lambda kind: f"{kind[0]}".removeprefix("torch.") + "+" * kind[1])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_each_step_on_each_layout(name, kind):
     for before in ("view", "transpose", "slice", "step", "permute", "index", "last"):
-        compare([(before, 0), (name, 0), ("masked_fill_", 0)], *kind)
+        compare([(before, 0), (name, 0), ("masked_fill_", 0)], kind)

@@ -19,7 +19,7 @@ from fastft.optim.factory import adamw
 
 NATIVE = _native.missing("cpu") is None
 ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
-SHAPES = [(5, 1), (3, 63), (4, 507), (2, 3, 7), (9,), (70, 128), (2, 1000), (0, 3), (3, 0)]
+SHAPES = [(5, 1), (3, 63), (4, 507), (2, 3, 7), (9,), (70, 128), (2, 1000), (0, 3), (3, 0), (4099,)]
 MODES = [
     (torch.float32, {}),
     (torch.bfloat16, {}),
@@ -293,6 +293,16 @@ def test_rows_do_not_depend_on_each_other(impl, columns):
         assert torch.equal(torch.cat([states[1][name], states[2][name]]), states[0][name])
 
 
+@pytest.mark.parametrize(("cut", "same"), [(4096 + 128, True), (4096 + 64, False)])
+def test_parts_of_a_vector_that_begin_with_a_block_have_the_bits_of_the_whole(cut, same):
+    """A flat vector cut anew among processes: exact where every part begins at a multiple of 128."""
+    size, names = 9000, moments_8bit.ENTRIES
+    m, v = torch.randn(size, generator=torch.Generator().manual_seed(1)), torch.rand(size)
+    whole, parts = codes_of(m, v), [codes_of(m[:cut], v[:cut]), codes_of(m[cut:], v[cut:])]
+    joined = [torch.cat([part[i] for part in parts], 0 if i < 2 else 1) for i in range(len(names))]
+    assert all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(joined, whole, strict=True)) == same
+
+
 def test_any_layout():
     # a transposed weight is updated as its copy is
     copied, transposed = start([(63, 130)])[0], Parameter(start([(63, 130)])[0].detach().t().contiguous().t())
@@ -319,13 +329,32 @@ def test_states_have_the_promised_form():
     for entries in snapshot(optimizer):
         weight = entries["weight"]
         assert entries["exp_avg"].shape == entries["exp_avg_sq"].shape == weight.shape
-        if weight.ndim < 2:
+        if weight.ndim < 2 and len(weight) < 4096:
             assert entries["exp_avg"].dtype == entries["exp_avg_sq"].dtype == torch.float32
             continue
         assert (entries["exp_avg"].dtype, entries["exp_avg_sq"].dtype) == (torch.int8, torch.uint8)
-        blocks = -(-weight[:1].numel() // 128) if len(weight) else 1
+        rows = 1 if weight.ndim == 1 else len(weight)
+        blocks = -(-(weight.numel() // rows) // 128) if rows else 1
         for name in moments_8bit.SCALES:
-            assert entries[name].dtype == torch.float32 and entries[name].shape == (len(weight), blocks)
+            assert entries[name].dtype == torch.float32 and entries[name].shape == (rows, blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flat_part_of_many_parameters_is_in_8_bits(dtype):
+    """As ZeRO-1, 2 and 3 and FSDP1 hand it over; it was in fp32 without a word."""
+    flat = start([(40_064,)], dtype)
+    optimizer = AdamW(flat, moments="8bit", seed=1)
+    train(optimizer, 0, 2, [(40_064,)])
+    state = optimizer.state[flat[0]]
+    kept = sum(state[name].nbytes for name in moments_8bit.ENTRIES)
+    assert kept == 2 * 40_064 + 2 * 4 * 40_064 // 128
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(4095, torch.float32), (4096, torch.int8), (4097, torch.int8)])
+def test_vectors_have_codes_from_4096_elements_on(size, dtype):
+    optimizer = AdamW(start([(size,)]), moments="8bit", seed=1)
+    train(optimizer, 0, 1, [(size,)])
+    assert next(iter(optimizer.state.values()))["exp_avg"].dtype == dtype
 
 
 @pytest.mark.parametrize(("dtype", "options"), MODES)
@@ -348,7 +377,7 @@ def test_into_torchs_form_and_back():
     assert all(group["moments"] == "fp32" for group in wide.param_groups)
     assert_same(snapshot(torchs), snapshot(wide))
     for param in ours.param_groups[0]["params"]:
-        if param.ndim > 1:
+        if param.ndim > 1 or len(param) > 4096:
             decoded = moments_8bit.dequantise(*(ours.state[param][name] for name in moments_8bit.ENTRIES))
             at = next(other for other, mine in zip(wide.state, ours.state, strict=True) if mine is param)
             assert torch.equal(wide.state[at]["exp_avg"], decoded[0])
@@ -360,6 +389,36 @@ def test_into_torchs_form_and_back():
         for name in left.keys() - {"weight"}:  # what was rounded once rounds to itself
             assert torch.equal(left[name], right[name]), name
     train(again, 4, 5)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(70, 128), (3, 63), (5, 1), (4099,)])
+def test_codes_that_were_read_as_numbers_are_refused(shape, moments, tmp_path):
+    """torch.distributed.checkpoint loads 8-bit codes into an optimizer of other moments, and says nothing."""
+    from torch.distributed import checkpoint as dcp
+
+    ours = AdamW(start([shape]), moments="8bit", seed=3)
+    train(ours, 0, 3, [shape])
+    dcp.save({"optimizer": ours.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    other = AdamW(start([shape]), moments=moments, seed=3)
+    train(other, 0, 1, [shape])
+    loaded = {"optimizer": other.state_dict()}
+    del loaded["optimizer"]["param_groups"]
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    assert loaded["optimizer"]["state"][0]["exp_avg"].abs().max() == 127  # else DCP has become better
+    loaded["optimizer"]["param_groups"] = other.state_dict()["param_groups"]
+    with pytest.raises(ValueError, match="moments of parameter 0 are 8-bit codes that were read as numbers"):
+        other.load_state_dict(loaded["optimizer"])
+
+
+def test_integers_that_are_no_codes_are_taken():
+    saved = torch.optim.AdamW(start([(3, 63)]))
+    train(saved, 0, 1, [(3, 63)])
+    for m, v in ((0.0, 0.0), (1.0, 1.0), (127.0, 254.0), (127.5, 255.0)):
+        state_dict = copy.deepcopy(saved.state_dict())
+        state_dict["state"][0]["exp_avg"].fill_(m)
+        state_dict["state"][0]["exp_avg_sq"].fill_(v)
+        AdamW(start([(3, 63)])).load_state_dict(state_dict)
 
 
 def test_a_copy_goes_on_with_the_same_bits():

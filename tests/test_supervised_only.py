@@ -12,6 +12,10 @@ from transformers import Trainer, set_seed
 from fastft import PackingCollator
 from fastft.integrations.fused_loss import FusedLossCallback
 
+slices = pytest.mark.skipif(
+    not hasattr(transformers.modeling_utils, "slice_logits_to_keep"), reason="this transformers keeps no chosen logits"
+)
+
 
 def conversations(count=24, seed=5):
     """Tokens of which the later part, or nothing, is supervised."""
@@ -25,6 +29,7 @@ def conversations(count=24, seed=5):
     return examples
 
 
+@slices
 @pytest.mark.parametrize("padding", [None, 16])
 @pytest.mark.parametrize("count", [1, 2, 24])
 def test_it_keeps_the_tokens_before_a_label(count, padding):
@@ -75,6 +80,7 @@ def train(tmp_path, make, supervised_only, callbacks=(), **changes):
     return history, {name: p.detach().clone() for name, p in model.named_parameters()}, sum(rows), model
 
 
+@slices
 @pytest.mark.parametrize(("name", "fused"), [("llama", False), ("llama", True), ("gpt2", False), ("gemma2", True)])
 def test_trainer_is_stock_on_fewer_rows(name, fused, tmp_path):
     losses, weights, rows, _ = train(tmp_path, MODELS[name], False, weight_decay=0.01, optim="sgd")
@@ -94,11 +100,15 @@ def test_trainer_is_stock_on_fewer_rows(name, fused, tmp_path):
 def test_bad_arguments_are_named(monkeypatch):
     with pytest.raises(ValueError, match="supervised_only must be True, False or a model, got 'yes'"):
         PackingCollator(supervised_only="yes")
+    monkeypatch.delattr(transformers.modeling_utils, "slice_logits_to_keep", raising=False)
+    with pytest.raises(ValueError, match=r"supervised_only needs transformers >= 5\.23"):
+        PackingCollator(supervised_only=True)
+
+
+@slices
+def test_a_model_without_chosen_logits_is_refused():
     bert = transformers.BertForMaskedLM(
         transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     )
     with pytest.raises(ValueError, match="supervised_only: BertForMaskedLM does not use"):
         PackingCollator(supervised_only=bert)
-    monkeypatch.delattr(transformers.modeling_utils, "slice_logits_to_keep")
-    with pytest.raises(ValueError, match=r"supervised_only needs transformers >= 5\.23"):
-        PackingCollator(supervised_only=True)

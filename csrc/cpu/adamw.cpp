@@ -3,19 +3,25 @@
 // adamw_bind checks the tensors once and keeps them; adamw_bound_ is then a step over them that reads only the list of
 // gradients. Walking all lists through libtorch's C shim at each step costs more than the arithmetic of a small tensor.
 #include <algorithm>
+#include <atomic>
 #include <memory>
+#include <mutex>
 
 #include "adamw_args.h"
+#include "checksum.h"
 #include "isa.h"
+#include "live_table.h"
 
 FASTFT_DECLARE_KERNEL(adamw, const AdamwTensor*, int64_t, int64_t, const AdamwHyper*, float, uint64_t)
 
 namespace {
 constexpr int64_t kGrain = 16384;  // elements; fewer are not worth waking a thread
 
-// The last place at or before element i where a processor's part of a tensor may begin: any, or a block's first.
+// The last place at or before element i where a processor's part of a tensor may begin: any, a block's first, or a
+// section's of the checksum.
 int64_t part_begin(const AdamwTensor& t, int64_t i) {
-  return t.columns && i < t.numel ? i - i % t.columns % kMomentBlock : i;
+  if (i >= t.numel) return i;
+  return t.columns ? i - i % t.columns % kMomentBlock : t.residue ? i - i % fastft::kSection : i;
 }
 
 // The processor foresees where a tensor goes on, but not where the next small one lies.
@@ -26,11 +32,64 @@ void prefetch(const AdamwTensor& t) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(from) + byte);
 }
 
-void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step) {
+// The checksum of what the last step has written into each bf16 weight that has a residue; 0 where nobody knows.
+class Written {
+ public:
+  explicit Written(size_t tensors) : sums(tensors) {}
+
+  // Of a tensor which several processors share, each adds its part.
+  void add(size_t i, uint64_t sum, bool whole) {
+    if (whole) {
+      sums[i] = sum;
+      return;
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    parts_.emplace_back(i, sum);
+  }
+
+  void finish() {
+    for (const auto& part : parts_) sums[part.first] = 0;
+    for (const auto& part : parts_) sums[part.first] += part.second;
+    parts_.clear();
+  }
+
+  std::vector<uint64_t> sums;
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::pair<size_t, uint64_t>> parts_;
+};
+
+struct Bound {
+  fastft::AdamwTensors tensors;
+  Written written;
+  explicit Bound(fastft::AdamwTensors&& checked) : tensors(std::move(checked)), written(tensors.rows.size()) {}
+};
+
+// Whether sections of the checksum are parts of a processor's part: rows of 8-bit moments may cut them otherwise.
+bool summed(const AdamwTensor& t) { return t.residue && (t.columns == t.numel || t.columns % fastft::kSection == 0); }
+
+// Calls `kernel(begin, end)` for parts of elements [from, to); after each the section with which it begins, which is in
+// the cache, goes into the sum that is returned.
+template <class Kernel>
+uint64_t update_and_sum(const AdamwTensor& t, int64_t from, int64_t to, Kernel kernel) {
+  constexpr int64_t kPart = fastft::kSection * fastft::kEvery;
+  uint64_t sum = 0;
+  for (int64_t place = from - from % kPart; place < to; place += kPart) {
+    const int64_t begin = std::max(from, place);
+    kernel(begin, std::min(to, place + kPart));
+    if (begin == place)
+      sum += fastft::section_sum(static_cast<const int16_t*>(t.param) + place, place / fastft::kSection,
+                                 std::min(fastft::kSection, t.numel - place));
+  }
+  return sum;
+}
+
+void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step, Written* written = nullptr) {
   const float factor = *static_cast<const float*>(step.grad_factor.data());
   const AdamwHyper* hyper = step.rows();
   const std::vector<int64_t>& ends = tensors.ends;
-  const auto kernel = adamw_kernel();
+  const auto update_kernel = adamw_kernel();
   fastft::parallel_for(ends.empty() ? 0 : ends.back(), kGrain, [&](int64_t begin, int64_t end) {
     size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
     for (; begin < end; i++) {
@@ -38,15 +97,28 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step) 
       const int64_t stop = std::min(end, ends[i]), first = ends[i] - t.numel;
       if (stop < end) prefetch(tensors.rows[i + 1]);
       const int64_t from = part_begin(t, begin - first), to = part_begin(t, stop - first);
-      if (to > from && hyper[t.row].step != 0.0f) kernel(&t, from, to, hyper + t.row, factor, uint64_t(step.seed));
       begin = stop;
+      if (to <= from || hyper[t.row].step == 0.0f) continue;
+      const auto kernel = [&](int64_t from, int64_t to) {
+        update_kernel(&t, from, to, hyper + t.row, factor, uint64_t(step.seed));
+      };
+      if (written && summed(t))
+        written->add(i, update_and_sum(t, from, to, kernel), to - from == t.numel);
+      else
+        kernel(from, to);
     }
   });
+  if (written) written->finish();
 }
 
 void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
   const fastft::AdamwCall call(stack, nargs);
   update(call.tensors, call.step);
+}
+
+fastft::LiveTable<Bound>& bindings() {
+  static auto& table = *new fastft::LiveTable<Bound>(1);  // outlives whatever is released at exit
+  return table;
 }
 
 // adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs,
@@ -56,24 +128,59 @@ void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
   const fastft::TensorList params(stack[0]), exp_avgs(stack[1]), exp_avg_sqs(stack[2]), max_exp_avg_sqs(stack[3]),
       residues(stack[4]);
   const fastft::Tensor table(stack[5]);
-  auto bound = std::make_unique<fastft::AdamwTensors>(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
-  stack[0] = reinterpret_cast<StableIValue>(bound.release());
+  fastft::AdamwTensors tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
+  stack[0] = StableIValue(bindings().add(std::make_unique<Bound>(std::move(tensors))));
 }
 
 // adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int: 0, or with nothing done 1
-// where a bound tensor has changed since and 2 where a gradient does not fit its parameter.
+// where a bound tensor has changed since and 2 where a gradient does not fit its parameter. `bound` is what adamw_bind
+// returned.
 void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 5, "adamw_bound_: 5 arguments expected, got %d", int(nargs));
   const fastft::TensorList grads(stack[0]);
-  auto& tensors = *reinterpret_cast<fastft::AdamwTensors*>(stack[4]);
-  const fastft::AdamwStep step(stack + 1, tensors);
+  const fastft::AdamwStep step(stack + 1);
+  const auto bound = bindings().get(fastft::as_int(stack[4]), "adamw_bound_");
+  fastft::AdamwTensors& tensors = bound->tensors;
+  step.check(tensors);
   const int code = !tensors.unchanged() ? 1 : tensors.take(grads) >= 0 ? 2 : 0;
-  if (code == 0) update(tensors, step);
+  if (code == 0) update(tensors, step, &bound->written);
   stack[0] = StableIValue(code);
 }
 
-fastft::Kernel kernel_adamw("adamw_", adamw), kernel_bind("adamw_bind", bind), kernel_bound("adamw_bound_", step_bound);
+// adamw_written(Tensor(a!) sums, int bound) -> (): the checksums of what the last bound step wrote; int64.
+void written(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 2, "adamw_written: 2 arguments expected, got %d", int(nargs));
+  const fastft::Tensor sums(stack[0]);
+  const auto bound = bindings().get(fastft::as_int(stack[1]), "adamw_written");
+  const std::vector<uint64_t>& values = bound->written.sums;
+  FT_CHECK(sums.dtype() == aoti_torch_dtype_int64() && sums.contiguous() && sums.numel() == int64_t(values.size()),
+           "adamw_written: sums must be contiguous int64, one for each of %zu tensors", values.size());
+  std::copy(values.begin(), values.end(), static_cast<uint64_t*>(sums.mutable_data()));
+}
+
+// weight_checksum_(Tensor(a!) sum, Tensor weight, int every) -> (): of every so many sections of a bf16 weight; int64.
+void checksum(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 3, "weight_checksum_: 3 arguments expected, got %d", int(nargs));
+  const fastft::Tensor sum(stack[0]), weight(stack[1]);
+  const int64_t every = fastft::as_int(stack[2]), numel = weight.numel();
+  FT_CHECK(sum.dtype() == aoti_torch_dtype_int64() && sum.numel() == 1, "weight_checksum_: sum must be one int64");
+  FT_CHECK(weight.dtype() == aoti_torch_dtype_bfloat16() && weight.contiguous() && every > 0,
+           "weight_checksum_: weight must be contiguous bfloat16, every above 0");
+  const int16_t* bits = static_cast<const int16_t*>(weight.data());
+  const int64_t sections = (numel + fastft::kSection - 1) / fastft::kSection;
+  std::atomic<uint64_t> total{0};
+  fastft::parallel_for((sections + every - 1) / every, kGrain / fastft::kSection, [&](int64_t begin, int64_t end) {
+    uint64_t part = 0;
+    for (int64_t section = begin * every; section < end * every && section < sections; section += every)
+      part += fastft::section_sum(bits + section * fastft::kSection, section, numel - section * fastft::kSection);
+    total += part;
+  });
+  *static_cast<uint64_t*>(sum.mutable_data()) = total;
+}
+
+fastft::Kernel kernel_adamw("adamw_", adamw), kernel_bind("adamw_bind", bind), kernel_bound("adamw_bound_", step_bound),
+    kernel_written("adamw_written", written), kernel_checksum("weight_checksum_", checksum);
 }  // namespace
 
 // Lets go of what adamw_bind returned.
-FASTFT_EXPORT void fastft_adamw_release(void* bound) { delete static_cast<fastft::AdamwTensors*>(bound); }
+FASTFT_EXPORT void fastft_adamw_release(int64_t bound) { bindings().remove(bound); }

@@ -18,9 +18,9 @@ void fill(const BoundariesArgs& args, int64_t begin, int64_t end) {
     std::memcpy(args.labels + begin, args.source + begin, static_cast<size_t>(end - begin) * sizeof *args.labels);
   for (int64_t t = begin; t < end; segment++) {
     const int64_t first = cu_seqlens[segment], stop = std::min<int64_t>(end, cu_seqlens[segment + 1]);
-    const int64_t unlabelled = std::min(stop, first + args.ignored[segment]);
+    const int64_t ignored = args.ignored[segment], unlabelled = ignored < stop - first ? first + ignored : stop;
     for (int64_t i = t; i < unlabelled; i++) args.labels[i] = fastft::kIgnoredLabel;
-    for (int64_t i = t; i < stop; i++) args.position_ids[i] = args.start + i - first;
+    for (int64_t i = t; i < stop; i++) args.position_ids[i] = int64_t(uint64_t(args.start) + uint64_t(i - first));
     std::fill(args.seq_idx + t, args.seq_idx + stop, static_cast<int32_t>(segment));
     t = stop;
   }

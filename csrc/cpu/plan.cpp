@@ -189,7 +189,8 @@ template <class Length>
 void plan(const Length* lengths, const int64_t* windows, int64_t many, int64_t max_tokens, int64_t max_sequences,
           int64_t* indices, int64_t* entry_lengths, int64_t* offsets, int64_t* pack_counts) {
   int64_t total = 0, most = 0;
-  for (int64_t i = 0; i < windows[many]; i++) total += lengths[i];
+  for (int64_t i = 0; i < windows[many] && total < max_tokens; i++)  // lengths are checked later: no sum overflows
+    total += std::max<int64_t>(0, std::min<int64_t>(lengths[i], max_tokens));
   for (int64_t w = 0; w < many; w++) most = std::max(most, windows[w + 1] - windows[w]);
   // a capacity beyond the sum of all lengths makes no difference, but the tables grow with it
   max_tokens = std::max<int64_t>(1, std::min(max_tokens, total));

@@ -10,6 +10,7 @@
 #include "adamw_args.h"
 #include "adamw_kernel.h"
 #include "launch.h"
+#include "live_table.h"
 
 namespace {
 constexpr int kWords = 1000;  // of an upload
@@ -126,6 +127,11 @@ void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
   Bound(std::move(call.tensors)).run(call.step);
 }
 
+fastft::LiveTable<Bound>& bindings() {
+  static auto& table = *new fastft::LiveTable<Bound>(int64_t(1) << 62);  // outlives whatever is released at exit
+  return table;
+}
+
 // adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs,
 //            Tensor(e!)[] residues, Tensor table) -> int
 void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
@@ -134,16 +140,19 @@ void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
       residues(stack[4]);
   const fastft::Tensor table(stack[5]);
   fastft::AdamwTensors tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
-  stack[0] = reinterpret_cast<StableIValue>(new Bound(std::move(tensors)));
+  stack[0] = StableIValue(bindings().add(std::make_unique<Bound>(std::move(tensors))));
 }
 
 // adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int: 0, or with nothing done 1
-// where a bound tensor has changed since and 2 where a gradient does not fit its parameter.
+// where a bound tensor has changed since and 2 where a gradient does not fit its parameter. `bound` is what adamw_bind
+// returned.
 void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 5, "adamw_bound_: 5 arguments expected, got %d", int(nargs));
   const fastft::TensorList grads(stack[0]);
-  auto& bound = *reinterpret_cast<Bound*>(stack[4]);
-  const fastft::AdamwStep step(stack + 1, bound.tensors);
+  const fastft::AdamwStep step(stack + 1);
+  const auto held = bindings().get(fastft::as_int(stack[4]), "adamw_bound_");
+  Bound& bound = *held;
+  step.check(bound.tensors);
   const int code = !bound.tensors.unchanged() ? 1 : bound.tensors.take(grads) >= 0 ? 2 : 0;
   if (code == 0) bound.run(step);
   stack[0] = StableIValue(code);
@@ -153,4 +162,4 @@ fastft::Kernel kernel_adamw("adamw_", adamw), kernel_bind("adamw_bind", bind), k
 }  // namespace
 
 // Lets go of what adamw_bind returned.
-FASTFT_EXPORT void fastft_adamw_release(void* bound) { delete static_cast<Bound*>(bound); }
+FASTFT_EXPORT void fastft_adamw_release(int64_t bound) { bindings().remove(bound); }

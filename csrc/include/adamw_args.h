@@ -44,7 +44,9 @@ class AdamwTensors {
     rows.reserve(n), ends.reserve(n), kept_.reserve(n);
     for (size_t i = 0; i < n; i++, entry += 4) {
       const auto rounding = static_cast<AdamwRounding>(entry[1]);
-      FT_CHECK(entry[0] >= 0 && rounding >= kFp32 && rounding <= kNearest, "adamw_: bad table row %zu", i);
+      FT_CHECK(entry[0] >= 0 && entry[0] < kMostRows && rounding >= kFp32 && rounding <= kNearest && entry[3] >= 0 &&
+                   entry[3] <= kLastElement,
+               "adamw_: bad table row %zu", i);
       const bool amsgrad = entry[2], keeps = rounding == kExact || rounding == kKahan;
       FT_CHECK(!amsgrad || next_max < max_exp_avg_sqs.size, "adamw_: tensor %zu has no max_exp_avg_sq", i);
       FT_CHECK(!keeps || next_residue < residues.size, "adamw_: bfloat16 tensor %zu has no residue", i);
@@ -112,6 +114,8 @@ class AdamwTensors {
     }
   };
   std::vector<Kept> kept_;
+  // with which no sum of what a table says overflows
+  static constexpr int64_t kMostRows = int64_t(1) << 31, kLastElement = int64_t(1) << 62;
 
   static bool same(const Tensor& tensor, const void* data, int64_t numel) {
     return tensor.numel() == numel && (numel == 0 || tensor.data() == data);
@@ -136,10 +140,11 @@ class AdamwTensors {
 
   AdamwTensor check_8bit(size_t i, Kept& kept, AdamwRounding rounding) {
     AdamwTensor row = check(i, kept, rounding, aoti_torch_dtype_int8(), aoti_torch_dtype_uint8());
-    FT_CHECK(kept.param.dim() > 1 && kept.param.contiguous() && kept.exp_avg.contiguous() && !row.max_exp_avg_sq,
-             "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of two dimensions without amsgrad", i);
-    row.columns = row.numel ? row.numel / kept.param.size(0) : 0;
-    const int64_t blocks = row.numel ? kept.param.size(0) * ((row.columns + kMomentBlock - 1) / kMomentBlock) : 0;
+    FT_CHECK(kept.param.dim() > 0 && kept.param.contiguous() && kept.exp_avg.contiguous() && !row.max_exp_avg_sq,
+             "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of a dimension or more without amsgrad", i);
+    const int64_t lines = kept.param.dim() == 1 ? 1 : kept.param.size(0);
+    row.columns = row.numel ? row.numel / lines : 0;
+    const int64_t blocks = row.numel ? lines * ((row.columns + kMomentBlock - 1) / kMomentBlock) : 0;
     for (const Tensor* scale : {&kept.exp_avg_scale, &kept.exp_avg_sq_scale})
       FT_CHECK(scale->dtype() == aoti_torch_dtype_float32() && scale->contiguous() &&
                    scale->device_index() == device_index && (row.numel == 0 || scale->numel() == blocks),
@@ -181,8 +186,9 @@ struct AdamwStep {
   Tensor hyper, grad_factor;
   int64_t seed;
 
-  AdamwStep(const StableIValue* stack, const AdamwTensors& tensors)
-      : hyper(stack[0]), grad_factor(stack[1]), seed(as_int(stack[2])) {
+  explicit AdamwStep(const StableIValue* stack) : hyper(stack[0]), grad_factor(stack[1]), seed(as_int(stack[2])) {}
+
+  void check(const AdamwTensors& tensors) const {
     FT_CHECK(hyper.dtype() == aoti_torch_dtype_float32() && hyper.contiguous() && hyper.dim() == 2 &&
                  hyper.size(1) * sizeof(float) == sizeof(AdamwHyper) && hyper.size(0) >= tensors.hyper_rows,
              "adamw_: hyper must be a contiguous float32 table with %zu columns and a row for each index in table",
@@ -210,7 +216,8 @@ struct AdamwCall {
         residues(stack[5]),
         table(stack[6]),
         tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table),
-        step(stack + 7, tensors) {
+        step(stack + 7) {
+    step.check(tensors);
     FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
     const int64_t misfit = tensors.take(grads);
     FT_CHECK(misfit < 0, "adamw_: gradient %d does not have its parameter's dtype, shape, strides and device",

@@ -104,6 +104,12 @@ def other_row(base: Any) -> Row:
     return Row(parts[0], parts[1], (parts[0][0], parts[1][0]), (0,))
 
 
+def beside_long(row: Row) -> Row:
+    """The sequences of a long row in another order, for a second row: with less padding than a table has places."""
+    first = [parts[0][PADDING:] for parts in (row.tokens, row.targets)]
+    return Row([*row.tokens[1:], first[0]], [*row.targets[1:], first[1]], row.others, ())
+
+
 def long_row(base: Any, batches: Batches, total: int | None = None) -> Row | None:
     """A row of `total` tokens, by default of `long_total`; None if the short one shows as much."""
     limits = limits_of(base.config)

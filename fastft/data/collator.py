@@ -56,12 +56,12 @@ def _check_slices_logits(model: Any) -> None:
     """Raises ValueError where a mask of the logits to keep would not be understood; `model` may be just True."""
     import transformers
 
+    if model is not True and not isinstance(model, torch.nn.Module):
+        raise ValueError(f"supervised_only must be True, False or a model, got {model!r}")
     if not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
         raise ValueError(f"supervised_only needs transformers >= 5.23, {transformers.__version__} is installed")
     if model is True:
         return
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"supervised_only must be True, False or a model, got {model!r}")
     base = base_model(model)
     if "slice_logits_to_keep" not in inspect.unwrap(type(base).forward).__code__.co_names:
         raise ValueError(f"supervised_only: {type(base).__name__} does not use transformers' slice_logits_to_keep")

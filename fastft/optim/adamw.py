@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastft import foreign, ops
-from fastft.optim import checkpoint, device_counts
+from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import MOMENTS, Plan, new_state
 from fastft.optim.adamw_update import Rounding
 from fastft.optim.grad_norm import clip_factor, grad_norm
@@ -80,8 +80,8 @@ class AdamW(torch.optim.AdamW):
         differentiable: must be False.
         fused: as foreach.
         moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; or "8bit", codes with a
-            scale for each block of 128 elements of a row (moments_8bit.py), likewise, not with amsgrad; parameters of
-            fewer than two dimensions keep fp32 then. A parameter group may have its own.
+            scale for each block of 128 elements of a row (moments_8bit.py), likewise, not with amsgrad; vectors of
+            fewer than 4,096 elements keep fp32 then. A parameter group may have its own.
         rounding: how a bf16 parameter is kept: "exact" keeps the 16 bits which rounding drops and follows fp32 to the
             last bit; "kahan" keeps a bf16 compensation; "stochastic" keeps nothing and is right in the mean; "nearest"
             keeps nothing and loses small updates. fp32 parameters need none: it is ignored, with one warning.
@@ -103,6 +103,7 @@ class AdamW(torch.optim.AdamW):
 
     grad_norm: Tensor | None = None
     _skipped: bool | Tensor = False
+    _warned_of_forgotten = False
     _origin: Origin | None = None  # of adamw() or adamw_spec(); None: made by hand
     _had_gradients = False
 
@@ -194,8 +195,13 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a `remainder` has its 16 bits under the dtype bfloat16, which every backend of FSDP sends."""
-        return checkpoint.packed(super().state_dict())
+        """As torch's; a `remainder` has its 16 bits under the dtype bfloat16, which every backend of FSDP sends.
+
+        Beside `state` and `param_groups` it has `weight_checksums`, of the bf16 weights that remainders belong to.
+        """
+        stale = {weight for weight in self._stale_weights() if not weight_bits.awaits_weights(self.state[weight])}
+        self._warn_of_forgotten(len(stale))
+        return checkpoint.packed(super().state_dict(), self, stale)
 
     @torch._disable_dynamo
     def torch_state_dict(self) -> dict[str, Any]:
@@ -258,18 +264,52 @@ class AdamW(torch.optim.AdamW):
         factor = self._grad_factor(grads, clipping)
         if self._plan is None or not self._plan.holds(self.param_groups, self.state, params, present):
             self._make_plan(present)
+        else:
+            self._warn_of_forgotten(self._plan.look_at_weights())
         seed = self.param_groups[0]["seed"] or 0
         while not self._plan.step(self.param_groups, grads, factor, seed, found_inf):  # type: ignore[union-attr]
             self._make_plan(present)
         torch.autograd.graph.increment_version(params)  # the kernels write outside autograd's sight
+        self._plan.wrote()  # type: ignore[union-attr]
         return loss
 
     def _make_plan(self, present: list[bool]) -> None:
         self._had_gradients = True
         if self._origin is not None:
             self._origin.trained = True
+        self._settle()
         self._plan = None  # should the new one raise
         self._plan = Plan(self.param_groups, self.state, present, self.rounding, self.impl)
+        self._warn_of_forgotten(self._plan.forgotten)
+
+    def _settle(self) -> None:
+        if self._plan is not None:
+            self._plan.settle()
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def forget_stale_remainders(self) -> int:
+        """Sets to zero what `rounding` keeps beside weights that somebody else has written to since.
+
+        Such a weight means its bf16 value then, as whoever wrote it meant. `step` does so by itself where torch counts
+        the change (`p.copy_`, `load_state_dict`); this also finds writes through `.data`, on a CPU, and weights which
+        are not those of the state dict that was loaded. For the beginning of a training.
+
+        Returns:
+            Of how many weights it was. If any, and for the first time, a warning says so.
+        """
+        count = sum(weight_bits.forget(weight, self.state[weight]) for weight in self._stale_weights())
+        self._warn_of_forgotten(count)
+        return count
+
+    def _stale_weights(self) -> list[Tensor]:
+        self._settle()
+        return weight_bits.stale(self.state)
+
+    def _warn_of_forgotten(self, count: int) -> None:
+        if count and not self._warned_of_forgotten:
+            self._warned_of_forgotten = True
+            weight_bits.warn_of(count)
 
     def _say_that_nothing_is_trained(self) -> None:
         if not self._had_gradients:

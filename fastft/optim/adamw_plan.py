@@ -11,7 +11,7 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from itertools import chain, compress
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, ClassVar
 
 import torch
@@ -19,18 +19,27 @@ from torch import Tensor
 
 from fastft import _native, ops
 from fastft.foreign import is_dtensor, local, shard_begin
-from fastft.optim import device_counts, moments_8bit
+from fastft.optim import device_counts, moments_8bit, weight_bits
 from fastft.optim.adamw_update import OP, RESIDUES, Rounding
 from fastft.optim.device_counts import DeviceCounts
+from fastft.optim.weight_bits import Mark
 
 ALIGNMENT = 512  # each parameter's first random bits: whole blocks of the kernels
 MOMENTS = ("fp32", "bf16", "8bit")
+_version_of = attrgetter("_version")
 
 
 class State(dict[str, Any]):
-    """A parameter's state. Replacing an entry of any state counts, so that steps need not compare every entry."""
+    """A parameter's state. Replacing an entry of any state counts, so that steps need not compare every entry.
+
+    `mark` says which bits of the parameter its low bits belong to; copies and pickles do not have it.
+    """
 
     changes: ClassVar[int] = 0
+    mark: Mark | None = None
+
+    def __reduce__(self) -> Any:
+        return State, (dict(self),)
 
     def _changing(method: Any) -> Any:
         def changed(self: State, *args: Any, **kwargs: Any) -> Any:
@@ -50,10 +59,10 @@ def rounding_of(param: Tensor, rounding: str) -> Rounding:
 
 
 def new_state(param: Tensor, moments: str, rounding: str, amsgrad: bool) -> State:
-    """The state before the first step, in the parameter's layout; with 8-bit moments, of which vectors have none, rows
-    lie one after the other.
+    """The state before the first step, in the parameter's layout; with 8-bit moments, which short vectors do not have,
+    rows lie one after the other.
     """
-    coded = moments == "8bit" and param.ndim > 1
+    coded = moments == "8bit" and moments_8bit.has_codes(param)
 
     def zeros(dtype: torch.dtype) -> Tensor:
         layout = torch.contiguous_format if coded else torch.preserve_format
@@ -114,12 +123,53 @@ class Plan:
             views |= zip(by_device[device], counts.steps.unbind(), strict=True)
         for i, entries in enumerate(self.states):
             entries["step"] = views[i]
+        self.kept_places = [i for i, row in enumerate(table) if Rounding(row[1]) in RESIDUES]
+        self.kept = [self.params[i] for i in self.kept_places]
+        self.kept_states = [self.states[i] for i in self.kept_places]
+        self.forgotten = sum(map(self._look_again, self.kept, self.kept_states))
+        self.kept_versions, self.stepped = list(map(_version_of, self.kept)), False
+        self.kept_memory = [local(param).data_ptr() for param in self.kept]
         self.every_state, self.entries = list(state.values()), _entries(self.states)
         self.state_changes, self.versions = State.changes, self._versions()
         self.parts = [
             _Part(device, positions if len(by_device) > 1 else None, self, table, impl)
             for device, positions in by_device.items()
         ]
+
+    @staticmethod
+    def _look_again(param: Tensor, state: State) -> bool:
+        """Whether the low bits of a parameter had to be set to zero."""
+        return not (state.mark and state.mark.untouched(param)) and weight_bits.forget(param, state)
+
+    def look_at_weights(self) -> int:
+        """Before a step: of how many parameters the low bits had to be set to zero, as others have written there."""
+        versions = list(map(_version_of, self.kept))
+        if versions == self.kept_versions:
+            return 0
+        self.settle()
+        forgotten = sum(map(self._look_again, self.kept, self.kept_states))
+        self.kept_versions = versions
+        return forgotten
+
+    def wrote(self) -> None:
+        """After a step, and after torch has counted it as a change of the parameters."""
+        self.stepped = True
+        if all(part.by_engine for part in self.parts):
+            self.kept_versions = [version + 1 for version in self.kept_versions]
+        else:
+            self.kept_versions = list(map(_version_of, self.kept))
+
+    def settle(self) -> None:
+        """Marks the states with what the last step has written."""
+        if not self.stepped:
+            return
+        samples: dict[int, int] = {}
+        for part in self.parts:
+            samples |= part.samples()
+        written = zip(self.kept_places, self.kept, self.kept_states, self.kept_versions, self.kept_memory, strict=True)
+        for i, param, state, version, memory in written:
+            if not (state.mark and state.mark.is_later(param, version)):
+                state.mark = weight_bits.mark_of(param, version, memory, samples.get(i))
 
     def _versions(self) -> list[int]:
         """Others than before where somebody else has written a count."""
@@ -178,6 +228,8 @@ class _Part:
     ) -> None:
         self.device, self.positions = device, positions
         chosen = range(len(plan.params)) if positions is None else positions
+        self.kept = [(place, i) for place, i in enumerate(chosen) if Rounding(table[i][1]) in RESIDUES]
+        self.by_engine, self._samples = False, dict[int, int]()
         self.originals = [plan.params[i] for i in chosen]
         self.params = [local(param) for param in self.originals]
         states = [plan.states[i] for i in chosen]
@@ -235,6 +287,7 @@ class _Part:
             except NotImplementedError:  # no such kernel for sparse tensors
                 code = 2
             if code != 2:
+                self.by_engine = code == 0
                 return code == 0
         if any(grad.layout != torch.strided for grad in grads):
             raise RuntimeError("AdamW does not take sparse gradients (an Embedding with sparse=True makes them)")
@@ -246,7 +299,21 @@ class _Part:
         for param, updated in zip(self.params, params, strict=True):
             if param is not updated:
                 param.copy_(updated)
+        self.by_engine = False
+        if self.device.type == "cpu":  # elsewhere it would cost launches for each
+            self._samples = {i: weight_bits.checksum(self.params[place], weight_bits.EVERY) for place, i in self.kept}
         return True
+
+    def samples(self) -> dict[int, int]:
+        """Of what the last step has written, by the parameter's place in the plan: the samples that are known."""
+        if not self.by_engine:
+            return self._samples
+        if self.device.type != "cpu" or not self.kept:
+            return {}
+        sums = torch.zeros(len(self.params), dtype=torch.int64)
+        torch.ops.fastft.adamw_written(sums, self.bound)
+        values = sums.tolist()
+        return {i: values[place] % 2**64 for place, i in self.kept if values[place]}
 
 
 def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:
@@ -272,7 +339,7 @@ def _dtypes(param: Tensor, group: dict[str, Any], rounding: str) -> dict[str, to
     """The entries of a state which have the parameter's shape."""
     residue = RESIDUES.get(rounding_of(param, rounding))
     kept = dict([residue] if residue else [])
-    if group["moments"] == "8bit" and param.ndim > 1:
+    if group["moments"] == "8bit" and moments_8bit.has_codes(param):
         return {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8} | kept
     names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
     return dict.fromkeys(names, torch.bfloat16 if group["moments"] == "bf16" else torch.float32) | kept
@@ -340,7 +407,7 @@ def _hyper_row(group: dict[str, Any], step: float) -> list[float]:
 def _release(bound: int, kind: str) -> None:
     library = _native.library(kind)
     if isinstance(library, ctypes.CDLL):
-        library.fastft_adamw_release(ctypes.c_void_p(bound))
+        library.fastft_adamw_release(ctypes.c_int64(bound))
 
 
 def _same_layout(tensor: Tensor, layout: Tensor) -> bool:

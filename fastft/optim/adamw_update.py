@@ -197,3 +197,5 @@ ops.library.define(
     "Tensor(e!)[] residues, Tensor table) -> int"
 )
 ops.library.define("adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int")
+# Of the C++ engine only: the checksums (weight_bits.py) of what the last bound step has written.
+ops.library.define("adamw_written(Tensor(a!) sums, int bound) -> ()")

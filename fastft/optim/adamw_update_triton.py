@@ -318,8 +318,8 @@ def _check(i: int, param: Tensor, others: Sequence[Tensor], dtypes: Sequence[tor
 
 def _check_coded(i: int, param: Tensor, tensors: Sequence[Tensor], scales: Sequence[Tensor], amsgrad: bool) -> None:
     """The same for 8-bit moments."""
-    if param.ndim < 2 or amsgrad or not all(tensor.is_contiguous() for tensor in (*tensors, *scales)):
-        raise RuntimeError(f"adamw_: parameter {i}: 8-bit moments are for contiguous matrices without amsgrad")
+    if param.ndim < 1 or amsgrad or not all(tensor.is_contiguous() for tensor in (*tensors, *scales)):
+        raise RuntimeError(f"adamw_: parameter {i}: 8-bit moments are for contiguous tensors without amsgrad")
     shape = scale_shape(param.shape)
     for scale in scales:
         if (scale.dtype, scale.shape, scale.device) != (torch.float32, shape, param.device):
@@ -370,7 +370,7 @@ def adamw_(
             continue
         pointers = [tensor.data_ptr() for tensor in (param, grad, exp_avg, exp_avg_sq)]
         pointers += [tensors[0].data_ptr() if tensors else 0 for tensors in (largest, residue)]
-        of_blocks = [*(scale.data_ptr() for scale in scales), param[0].numel()] if coded else [0, 0, 0]
+        of_blocks = [*(scale.data_ptr() for scale in scales), param.numel() // len(scales[0])] if coded else [0, 0, 0]
         rows = kinds.setdefault((rounding, 8 * exp_avg.itemsize, bool(amsgrad)), [])
         rows.append([*pointers, param.numel(), first, hyper_row, *of_blocks])
     if kinds:

@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import local, placed_like, sharded_like
-from fastft.optim import moments_8bit
+from fastft.foreign import in_flat_parameter, local, placed_like, sharded_like
+from fastft.optim import moments_8bit, weight_bits
 from fastft.optim.adamw_update import RESIDUES, store_value
+from fastft.optim.weight_bits import residue_of
 
 _NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
 _RESIDUES = {name for name, _ in RESIDUES.values()}  # what an optimizer of another `rounding` has no use for
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _OWN_OPTIONS = ("seed", "moments")
+CHECKSUMS = "weight_checksums"  # beside torch's `state` and `param_groups`, where nobody who cuts states sees it
 _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
@@ -40,17 +42,35 @@ class _Verbatim:
         self.entries = entries
 
 
-def packed(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those of the optimizer."""
+def packed(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, stale: set[Tensor]) -> dict[str, Any]:
+    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those of the optimizer.
 
-    def entries_of(state: Any) -> Any:
-        if not isinstance(state, dict):
+    8-bit moments of FSDP1's vectors are fp32: it gathers, and cuts into parameters, what has the vector's shape only.
+    Loading makes the same codes of them. Beside `stale` weights the low bits are zero.
+    """
+    keys = (key for group in state_dict["param_groups"] for key in group["params"])
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    param_of, checksums = dict(zip(keys, params, strict=False)), {}
+
+    def entries_of(key: Any, state: Any) -> Any:
+        param = param_of.get(key)
+        if not isinstance(state, dict) or param is None:
             return state
+        if in_flat_parameter(param):
+            state = _decoded(state)
+        if param in stale:
+            state = {name: torch.zeros_like(value) if name in _RESIDUES else value for name, value in state.items()}
+        if (
+            residue_of(state) is not None
+            and (claimed := weight_bits.claim(param, optimizer.state.get(param))) is not None
+        ):
+            checksums[key] = claimed
         if "remainder" in state:
             state = {**state, "remainder": _reinterpreted(state["remainder"], torch.bfloat16)}
         return dict(state)
 
-    return {**state_dict, "state": {key: entries_of(state) for key, state in state_dict["state"].items()}}
+    state = {key: entries_of(key, entries) for key, entries in state_dict["state"].items()}
+    return {**state_dict, "state": state} | ({CHECKSUMS: checksums} if checksums else {})
 
 
 def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -75,20 +95,29 @@ def load(
     which gives names, shapes, dtypes and devices.
     """
     masters: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict must be an optimizer's state_dict(), got {type(state_dict).__name__}")
 
     def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+        _check_form(loaded)
         loaded = _of_apex(loaded)
+        checksums = _checksums_of(loaded)
         state = dict(loaded["state"])
         # a group more or less, or other sizes: torch raises after this
         for saved_group, group in zip(loaded["param_groups"], optimizer.param_groups, strict=False):
             whole_group = {**optimizer.defaults, **saved_group, "moments": group["moments"]}
             check_group(whole_group)
             for position, (key, param) in enumerate(zip(saved_group["params"], group["params"], strict=False)):
-                entries, master = _torch_form(state.get(key, {}), saved_group, position)
+                owner = f"parameter {key}"
+                entries, master = _torch_form(state.get(key, {}), saved_group, position, owner)
                 if entries:
-                    state[key] = _Verbatim(_restored(entries, new_state(param, whole_group), f"parameter {key}"))
+                    _check_entries(entries, owner)
+                    state[key] = _Verbatim(_restored(entries, new_state(param, whole_group), owner))
+                    if key in checksums and weight_bits.claim_applies(param):
+                        state[key].entries.mark = weight_bits.Mark(checksum=checksums[key])
                     if master is not None:
-                        _same_shape(master, param, "master", f"parameter {key}")
+                        _check_number(master, "master", owner)
+                        _same_shape(master, param, "master", owner)
                         masters.append((param, master, state[key].entries))
         groups = [_without_apex(saved_group) for saved_group in loaded["param_groups"]]
         for saved_group, group in zip(groups, optimizer.param_groups, strict=False):
@@ -116,11 +145,13 @@ def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     """Sets a parameter, and what `state` keeps with it, to an fp32 master. All may be DTensors."""
     parts = (placed_like(master.float(), param), param, residue_of(state))
     store_value(*(local(part) for part in parts))
+    weight_bits.mark_written(param, state)
 
 
-def residue_of(state: dict[str, Any]) -> Any:
-    """What a state keeps of its parameter's bits: the remainder, the compensation, or None."""
-    return next((state[name] for name in _RESIDUES if name in state), None)
+@torch.no_grad()
+def write_whole(tensor: Tensor, value: Tensor) -> None:
+    """Sets a tensor, which may be a DTensor, to a whole one of its dtype."""
+    local(tensor).copy_(local(placed_like(value, tensor)))
 
 
 def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
@@ -136,8 +167,95 @@ def _without_apex(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("step", "master", "bias_correction")}
 
 
-def _torch_form(saved: dict[str, Any], group: dict[str, Any], position: int) -> tuple[dict[str, Any], Tensor | None]:
+def _check_form(state_dict: dict[str, Any]) -> None:
+    """Raises where this is not what an optimizer's `state_dict()` returns, or apex's."""
+    needed = {"optimizer_state_dict", "fp32_from_fp16"} if "fp32_from_fp16" in state_dict else {"state", "param_groups"}
+    if missing := needed - state_dict.keys():
+        found = ", ".join(map(str, state_dict)) or "nothing"
+        raise ValueError(f"this is no optimizer's state dict: {', '.join(sorted(missing))} missing, found {found}")
+
+
+def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:
+    """Those of the weights that the remainders belong to, by the parameter's key; none in other optimizers' states."""
+    checksums = loaded.get(CHECKSUMS, {})
+    if not isinstance(checksums, dict) or not all(type(value) is int for value in checksums.values()):
+        raise TypeError(f"{CHECKSUMS} of a state dict must be integers by parameter, got {checksums!r:.60}")
+    return checksums
+
+
+def _check_entries(entries: dict[str, Any], owner: str) -> None:
+    """Raises where an entry under one of our names is not what its name says, or a part of 8-bit moments is missing."""
+    step = entries["step"]
+    try:
+        count = float(step)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"the loaded step of {owner} must be a number, got {step!r}") from None
+    if not 0 <= count < float("inf"):
+        raise ValueError(f"the loaded step of {owner} must be finite and not negative, got {count}")
+    _check_codes(entries, owner)
+    _check_no_codes_as_numbers(entries, owner)
+    coded = moments_8bit.SCALES[0] in entries
+    for name in (*_MOMENTS, *_RESIDUES):
+        if name in entries and not (coded and name in moments_8bit.ENTRIES):
+            _check_number(entries[name], name, owner, *((torch.int16,) if name == "remainder" else ()))
+    if "remainder" in entries and entries["remainder"].itemsize != 2:
+        raise ValueError(f"the loaded remainder of {owner} must have 16 bits, is {entries['remainder'].dtype}")
+
+
+def _check_codes(entries: dict[str, Any], owner: str) -> None:
+    """Raises where moments are in 8 bits and codes or scales are missing or do not fit each other."""
+    codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+    kinds = codes | dict.fromkeys(moments_8bit.SCALES, torch.float32)
+    has_codes = any(getattr(entries[name], "dtype", None) == dtype for name, dtype in codes.items())
+    if not has_codes and not any(name in entries for name in moments_8bit.SCALES):
+        return
+    if missing := kinds.keys() - entries.keys():
+        raise ValueError(
+            f"the 8-bit moments of {owner} lack {', '.join(sorted(missing))}: without it they mean nothing"
+        )
+    for name, dtype in kinds.items():
+        if (found := getattr(entries[name], "dtype", type(entries[name]).__name__)) != dtype:
+            raise ValueError(f"the loaded {name} of {owner}, of 8-bit moments, must be {dtype}, is {found}")
+    shape = entries["exp_avg"].shape
+    for name, needed in dict.fromkeys(moments_8bit.SCALES, moments_8bit.scale_shape(shape)).items():
+        if tuple(entries[name].shape) != needed:
+            found = tuple(entries[name].shape)
+            raise ValueError(f"the loaded {name} of {owner} has shape {found}; {tuple(shape)} codes need {needed}")
+
+
+def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
+    """Raises where fp32 or bf16 moments are the codes of 8-bit ones: torch.distributed.checkpoint casts without a word.
+
+    The largest moments of a block have the codes 127 and 255, beside which no moment is an integer by chance.
+    """
+    for name, largest in (("exp_avg", 127), ("exp_avg_sq", 255)):
+        value = local(entries[name])
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+            return
+        first = value.detach().reshape(-1)[: moments_8bit.BLOCK].float()
+        if first.abs().max() != largest or not torch.equal(first, first.trunc()):
+            return
+    raise ValueError(
+        f"the loaded moments of {owner} are 8-bit codes that were read as numbers: the checkpoint has 8-bit moments "
+        "where this optimizer has none. Give both the same `moments`; long vectors, which have none under FSDP2, "
+        'need "fp32"'
+    )
+
+
+def _check_number(value: Any, name: str, owner: str, *others: torch.dtype) -> None:
+    """Raises unless `value` is a tensor of real floating-point numbers, or of one of the `others`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the loaded {name} of {owner} must be a tensor, got {value!r}")
+    if not value.is_floating_point() and value.dtype not in others:
+        raise TypeError(f"the loaded {name} of {owner} must be floating-point numbers, is {value.dtype}")
+
+
+def _torch_form(
+    saved: dict[str, Any], group: dict[str, Any], position: int, owner: str
+) -> tuple[dict[str, Any], Tensor | None]:
     """A parameter's saved state under torch's names, and its fp32 master where the checkpoint has one."""
+    if not isinstance(saved, dict):
+        raise TypeError(f"the loaded state of {owner} must be a dict, got {type(saved).__name__}")
     if not saved:
         return {}, None
     if not group.get("bias_correction", True):
@@ -145,37 +263,37 @@ def _torch_form(saved: dict[str, Any], group: dict[str, Any], position: int) -> 
     entries = {**saved, **saved.get(_NESTED_BY_BITSANDBYTES, {})}
     entries.pop(_NESTED_BY_BITSANDBYTES, None)
     if "state1" in entries:
-        entries = _of_bitsandbytes(entries)
+        entries = _of_bitsandbytes(entries, owner)
     if "step" not in entries and "step" in group:
         entries["step"] = group["step"]
     masters = group.get("master")
     if masters is not None and len(masters) != len(group["params"]):
         raise ValueError(f"the checkpoint has {len(masters)} masters for a group of {len(group['params'])} parameters")
     master = entries.pop("master_param", None if masters is None else masters[position])
-    if master is not None and master.dtype == torch.int16:
+    if isinstance(master, Tensor) and master.dtype == torch.int16:
         entries["remainder"], master = master, None
     if missing := {"step", "exp_avg", "exp_avg_sq"} - entries.keys():
         found = ", ".join(map(str, entries))
-        raise ValueError(f"this is no AdamW state: {', '.join(sorted(missing))} missing, found {found}")
+        raise ValueError(f"{owner} has no AdamW state: {', '.join(sorted(missing))} missing, found {found}")
     return entries, master
 
 
-def _of_bitsandbytes(entries: dict[str, Any]) -> dict[str, Any]:
+def _of_bitsandbytes(entries: dict[str, Any], owner: str) -> dict[str, Any]:
     if "state2" not in entries:
         raise ValueError("this is a bitsandbytes optimizer with one moment, not AdamW: it has state1 and no state2")
-    return {
-        "step": entries["step"],
-        "exp_avg": _dequantised(entries, "1"),
-        "exp_avg_sq": _dequantised(entries, "2"),
-    }
+    moments = {"exp_avg": _dequantised(entries, "1", owner), "exp_avg_sq": _dequantised(entries, "2", owner)}
+    return {name: value for name, value in entries.items() if name == "step"} | moments
 
 
-def _dequantised(entries: dict[str, Any], number: str) -> Tensor:
+def _dequantised(entries: dict[str, Any], number: str, owner: str) -> Tensor:
     codes: Tensor = entries["state" + number]
+    _check_number(codes, "state" + number, owner, torch.uint8)
     if codes.dtype != torch.uint8:
         return codes
     if missing := {"qmap" + number, "absmax" + number} - entries.keys():
         raise ValueError(f"the 8-bit bitsandbytes state lacks {', '.join(sorted(missing))}: it is not block-wise")
+    for name in ("qmap" + number, "absmax" + number):
+        _check_number(entries[name], name, owner)
     scale: Tensor = entries["absmax" + number].float()
     block = next((size for size in _BLOCK_SIZES if -(-codes.numel() // size) == scale.numel()), None)
     if block is None:

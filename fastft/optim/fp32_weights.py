@@ -6,19 +6,22 @@ The files are those of `save_pretrained` (`model.safetensors`, or shards with an
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer, unwrapped
+from fastft.foreign import inner_optimizer, local, sharded_like, unwrapped
+from fastft.optim import weight_files
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import load_value
-from fastft.optim.checkpoint import local, residue_of, sharded_like, write_master
+from fastft.optim.checkpoint import write_master, write_whole
+from fastft.optim.weight_bits import residue_of
+from fastft.optim.weight_files import Header
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # what goes through fp32
 
 
 def save_fp32(
@@ -32,6 +35,7 @@ def save_fp32(
 
     Of 16-bit parameters without a remainder (frozen, or of another `rounding`) the values are written as fp32; tensors
     of other dtypes are written as they are, tied weights once. Under FSDP2 every rank must call this; rank 0 writes.
+    New files are written aside: whatever ends the process, earlier weights in the folder or the new ones can be loaded.
 
     Args:
         model: the model that is trained; DistributedDataParallel and torch.compile are looked through.
@@ -46,7 +50,6 @@ def save_fp32(
         ImportError: huggingface_hub or safetensors is missing.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
 
     model, adamw = unwrapped(model), _adamw(optimizer)
     tensors = _by_name(model)
@@ -55,17 +58,25 @@ def save_fp32(
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     writes = not distributed or torch.distributed.get_rank() == 0
+    stale = set(adamw._stale_weights())
+    adamw._warn_of_forgotten(len(stale))
     folder = Path(path)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_weights(folder)
-    for file, names in plan.filename_to_tensors.items():
-        shard = {name: _master(tensors[name], adamw) for name in names}  # a collective where tensors are sharded
+        weight_files.remove_aside(folder)
+    try:
+        for file, names in plan.filename_to_tensors.items():
+            shard = {
+                name: _master(tensors[name], adamw, stale) for name in names
+            }  # a collective where tensors are sharded
+            if writes:
+                weight_files.write_aside(folder, file, shard)
         if writes:
-            save_file(shard, folder / file, metadata={"format": "pt"})
-    if writes and plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            weight_files.publish(folder, plan.tensor_to_filename, plan.metadata)
+    except BaseException:
+        if writes:
+            weight_files.remove_aside(folder)
+        raise
 
 
 @torch.no_grad()
@@ -82,30 +93,57 @@ def load_fp32(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: st
     Raises:
         FileNotFoundError: there are no weights in the folder.
         TypeError: `optimizer` is not fastft's AdamW.
-        ValueError: `optimizer` trains no parameter of `model`, or keys or shapes differ; nothing has changed then.
+        ValueError: `optimizer` trains no parameter of `model`; keys, shapes or dtypes differ (fp32, bf16 and fp16
+            become each other, any other dtype must be the model's); the index is damaged, or names a file outside the
+            folder. Nothing has changed then.
     """
     from safetensors import safe_open
 
     model, adamw = unwrapped(model), _adamw(optimizer)
     tensors = _by_name(model)
     _check_trained(adamw, list(tensors.values()))
-    shapes, file_of = _read_headers(Path(path))
+    headers = weight_files.read_headers(Path(path))
     untied = _untied(model, tensors)
-    chosen = [(next((name for name in names if name in shapes), names[0]), tensor) for names, tensor in untied]
-    missing = [name for name, _ in chosen if name not in shapes]
-    unknown = sorted(shapes.keys() - tensors.keys())
+    chosen = [(next((name for name in names if name in headers), names[0]), tensor) for names, tensor in untied]
+    _check_fit(chosen, headers, tensors, path)
+    group_of = {param: group for group in adamw.param_groups for param in group["params"]}
+    for file in sorted({headers[name].file for name, _ in chosen}):
+        with safe_open(file, framework="pt") as weights:
+            for name, tensor in chosen:
+                if headers[name].file != file:
+                    continue
+                value = weights.get_tensor(name).to(tensor.device)
+                if headers[name].dtype in _FLOATS:
+                    state = _state(tensor, adamw, group_of[tensor]) if tensor in group_of else {}
+                    write_master(tensor, value, state)
+                else:
+                    write_whole(tensor, value)
+
+
+def _check_fit(
+    chosen: list[tuple[str, Tensor]], headers: dict[str, Header], tensors: dict[str, Tensor], path: Any
+) -> None:
+    """Raises where keys, shapes or dtypes of the files are not the model's."""
+    from safetensors import safe_open
+
+    missing = [name for name, _ in chosen if name not in headers]
+    unknown = sorted(headers.keys() - tensors.keys())
     if missing or unknown:
         raise ValueError(f"the weights in {path} do not fit the model: missing {missing}, unknown {unknown}")
     for name, tensor in chosen:
-        if shapes[name] != tuple(tensor.shape):
-            raise ValueError(f"{name} has shape {shapes[name]} in {path} and {tuple(tensor.shape)} in the model")
-    group_of = {param: group for group in adamw.param_groups for param in group["params"]}
-    for file in sorted(set(file_of.values())):
-        with safe_open(file, framework="pt") as weights:
-            for name, tensor in chosen:
-                if file_of[name] == file:
-                    state = _state(tensor, adamw, group_of[tensor]) if tensor in group_of else {}
-                    write_master(tensor, weights.get_tensor(name).to(tensor.device), state)
+        file, shape, dtype = headers[name]
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"{name} has shape {shape} in {path} and {tuple(tensor.shape)} in the model")
+        if dtype in _FLOATS:
+            fits, found = tensor.dtype in _FLOATS.values(), _FLOATS[dtype]
+        else:
+            with safe_open(file, framework="pt") as weights:
+                found = weights.get_tensor(name).dtype
+            fits = found == tensor.dtype
+        if not fits:
+            raise ValueError(
+                f"{name} is {found} in {path} and {tensor.dtype} in the model, which it does not convert to"
+            )
 
 
 def _adamw(optimizer: Any) -> AdamW:
@@ -144,39 +182,17 @@ def _as_saved(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _master(tensor: Any, optimizer: AdamW) -> Tensor:
-    """A copy on the CPU of a whole tensor, with the bits of its remainder."""
+def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
+    """A copy on the CPU of a whole tensor, with the bits of its remainder, unless that is of another weight."""
     residue = residue_of(optimizer.state[tensor]) if tensor in optimizer.state else None
+    if residue is not None and tensor in stale:
+        residue = torch.zeros_like(residue)  # and not None: under FSDP2 it may be another rank's part alone
     if residue is None:
         master = _as_saved(tensor.detach())
     else:
         master = sharded_like(load_value(local(tensor.detach()), local(residue)), tensor)
     whole: Tensor = master.full_tensor() if hasattr(master, "full_tensor") else master
     return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _remove_weights(folder: Path) -> None:
-    for file in folder.iterdir():
-        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name):
-            file.unlink()
-
-
-def _read_headers(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
-    """Shape and file of every saved tensor."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    )
-    if absent := [name for name in names if not (folder / name).exists()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which save_fp32 writes")
-    shapes, file_of = {}, {}
-    for file in (folder / name for name in names):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():
-                shapes[name], file_of[name] = tuple(weights.get_slice(name).get_shape()), file
-    return shapes, file_of
 
 
 def _state(param: Tensor, optimizer: AdamW, group: dict[str, Any]) -> dict[str, Any]:

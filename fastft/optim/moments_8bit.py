@@ -1,7 +1,9 @@
 """The moments of AdamW in 8 bits: codes, scales, and plain torch to go there and back.
 
 A block is up to 128 neighbouring elements of one row (entry of dim 0) of the parameter; the last block of a row may be
-shorter. A block has two scales s, fp32: its largest |m| and its largest v. With the code c of an element
+shorter. A vector is one row, and has 8-bit moments from 4,096 elements on: libraries that shard (DeepSpeed's ZeRO,
+FSDP1) hand over their part of many parameters as one long vector. A block has two scales s, fp32: its largest |m| and
+its largest v. With the code c of an element
 
     m = s * sign(c) * (|c| / 127)^4                              c: int8, -127 to 127; -128 is NaN
     v = s * 2^(c // 12) * (12 + c % 12) / (15 * 2^21)            c: uint8, 0 to 255: 12 values to an octave, none is 0
@@ -52,6 +54,7 @@ from torch import Tensor
 from fastft.foreign import is_dtensor
 
 BLOCK = 128
+LONG = 4096  # elements of a vector from which on it is worth blocks; norms and biases of most models are shorter
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 ENTRIES = ("exp_avg", "exp_avg_sq", *SCALES)  # the moments' part of a state, in the order of `dequantise`
 _HALF = 1 << 15
@@ -61,9 +64,20 @@ _V_OCTAVE = 12
 _V_UNITS = 1.25 * 2**21  # code 255 in units of code 0
 
 
-def scale_shape(shape: torch.Size) -> tuple[int, int]:
-    """(rows, blocks of a row) of a parameter of at least two dimensions."""
-    return shape[0], -(-shape[1:].numel() // BLOCK)
+def has_codes(param: Any) -> bool:
+    """Whether this parameter's moments are in 8 bits where the optimizer is asked for that; else they are fp32.
+
+    Vectors count by the length that this process holds. One that is a DTensor has none: its shape is the model's, not
+    the sharder's (FSDP2 cuts norms and biases, short as they are), and its blocks would depend on the number of
+    processes.
+    """
+    return param.ndim > 1 or (param.ndim == 1 and param.numel() >= LONG and not is_dtensor(param))
+
+
+def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
+    """(rows, blocks of a row) of a parameter; a vector is one row."""
+    rows, columns = (1, shape[0]) if len(shape) == 1 else (shape[0], torch.Size(shape[1:]).numel())
+    return rows, -(-columns // BLOCK)
 
 
 def new_entries(param: Any) -> dict[str, Tensor]:
@@ -123,7 +137,7 @@ def quantise(
     spoilt = ~(m.isfinite() & v.isfinite())
     m, v = m.masked_fill(spoilt, 0.0), v.masked_fill(spoilt, 0.0)
     for value, scale in ((m, scale_m), (v, scale_v)):
-        rows = value.reshape(value.shape[0], -1)
+        rows = value.reshape(scale.shape[0], -1)
         padded = torch.nn.functional.pad(rows, (0, scale.shape[1] * BLOCK - rows.shape[1]))
         scale.copy_(padded.view(*scale.shape, BLOCK).abs().amax(2))
     x = _share(m.abs(), scale_m) * _M_UNITS
@@ -143,7 +157,7 @@ def _root(x: Tensor) -> Tensor:
 
 def _of_elements(scale: Tensor, elements: Tensor) -> Tensor:
     """Each element's scale."""
-    columns = elements.shape[1:].numel()
+    columns = elements.numel() // max(1, scale.shape[0])
     return scale.repeat_interleave(BLOCK, 1)[:, :columns].reshape(elements.shape)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fastft
 from architectures.models import Case, build, takes_any
 from architectures.shrink import IMAGE_TOKEN, VOCABULARY
+from fastft.attention.block_mask import attention_configs
 
 EXACT, LEAK, OFF, RAISES = "exact", "LEAK", "off", "raises"  # what becomes of a packed batch
 STOCK, OURS, MASK, REFUSED = "stock", "fastft", "block mask", "refused"  # what keeps a model's sequences apart
@@ -198,12 +199,16 @@ def best(rows: dict[str, dict[str, str]]) -> str:
 
 
 def _takes(model: Any, implementation: str) -> bool:
-    """Whether the model has this attention implementation, which it then has."""
+    """Whether the model has this attention implementation, which it then has, in an encoder's own config too."""
     try:
         model.set_attn_implementation(implementation)
     except ValueError:
         return False
-    return bool(model.config._attn_implementation == implementation)
+    if model.config._attn_implementation != implementation:
+        return False
+    for config in attention_configs(model):
+        config._attn_implementation = implementation
+    return True
 
 
 def _first_position(model: nn.Module) -> int:

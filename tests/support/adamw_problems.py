@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fastft
+from fastft.optim import moments_8bit
 
 
 class Mode(NamedTuple):
@@ -30,7 +31,8 @@ SIZES = (1, 3, 63, 507, 4097, 0, *[5] * 11, 1040)
 
 class Training:
     """An optimizer over two groups, the second with amsgrad where that may be, on the CPU's random numbers whatever the
-    device. With 8-bit moments, which are for rows, a parameter has four of them, or three, or one.
+    device. With 8-bit moments, which are for rows and long vectors, a parameter has four rows, or three, or one, or
+    stays a vector if it is long.
 
     `offset`: every tensor begins so many elements after a multiple of 16 bytes.
     """
@@ -62,7 +64,8 @@ class Training:
         scale = 10 ** (torch.rand(size, generator=self.generator) * 6 - 4)
         values = (torch.randn(size, generator=self.generator) * scale).to(self.mode.dtype)
         rows = next(rows for rows in (4, 3, 1) if size % rows == 0)
-        return values.view(rows, -1) if self.mode.moments == "8bit" and size else values
+        vector = self.mode.moments != "8bit" or size == 0 or (rows == 1 and size >= moments_8bit.LONG)
+        return values if vector else values.view(rows, -1)
 
     def step(self, steps: int = 1) -> Training:
         for _ in range(steps):

@@ -1,0 +1,164 @@
+"""Whether a bf16 weight still has the bits that its remainder, or compensation, belongs to.
+
+The low bits of a weight mean nothing beside other high bits. Who writes to a weight (a best checkpoint, an average
+swapped in, pruning) does not know of them. So each state notes what the weight was when its low bits were written:
+
+    version     torch's count of in-place changes, which writing through `.data` does not move
+    sample      a checksum of every 32nd section of 128 elements, which the C++ engine takes as it writes
+    checksum    of all sections: in state dicts, where there is time to read everything
+
+The checksum of the bf16 bits x, as signed 16-bit numbers, j the place in section q; modulo 2^64:
+
+    sum over q of (sum over j of w_j * x_qj, modulo 2^32) * (2 q + 1) * 0x9E3779B97F4A7C15
+    w_j = ((j + 1) * 40503 mod 2^15) | 1
+
+It is kept in checkpoints: another formula would be another name.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft import ops
+from fastft.foreign import in_flat_parameter, is_dtensor, local
+
+SECTION = 128
+EVERY = 32
+_WEIGHTS = ((torch.arange(1, SECTION + 1) * 40503) & 0x7FFF) | 1
+_FACTOR = 0x9E3779B97F4A7C15 - 2**64
+_PIECE = SECTION * 2**14  # elements that plain torch looks at together
+
+
+def _checksum_reference(sum: Tensor, weight: Tensor, every: int) -> None:
+    """Plain torch; writes the checksum of every so many sections of a contiguous bf16 weight into one int64."""
+    total, bits = torch.zeros((), dtype=torch.int64, device=weight.device), weight.reshape(-1).view(torch.int16)
+    weights = _WEIGHTS.to(weight.device)
+    for begin in range(0, bits.numel(), _PIECE * every):
+        piece = bits[begin : begin + _PIECE * every].long()
+        piece = torch.nn.functional.pad(piece, (0, -piece.numel() % SECTION)).view(-1, SECTION)[::every]
+        section = begin // SECTION + every * torch.arange(len(piece), device=weight.device)
+        total += (((piece * weights).sum(1) & 0xFFFFFFFF) * ((2 * section + 1) * _FACTOR)).sum()
+    sum.copy_(total.reshape(sum.shape))
+
+
+OP = ops.Operator(
+    "weight_checksum_(Tensor(a!) sum, Tensor weight, int every) -> ()", _checksum_reference, engines=("cpp",)
+)
+
+
+def checksum(weight: Tensor, every: int = 1) -> int:
+    """The checksum of this process's part of a bf16 weight, in the order of memory: an integer in [0, 2^64)."""
+    part = _in_memory_order(local(weight.detach()))
+    sum = torch.zeros((), dtype=torch.int64)
+    if part.device.type != "cpu":
+        sum = sum.to(part.device)
+    OP.implementation("auto", part.device)(sum, part, every)
+    return int(sum) % 2**64
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A contiguous tensor of the same elements, without a copy where memory has no gaps."""
+    if tensor.is_contiguous():
+        return tensor
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).contiguous()
+
+
+@dataclass
+class Mark:
+    """What a weight was when the low bits beside it were written; None for what is not known."""
+
+    owner: weakref.ref[Tensor] | None = None
+    version: int | None = None
+    memory: int | None = None
+    sample: int | None = None
+    checksum: int | None = None
+
+    def untouched(self, weight: Tensor) -> bool:
+        """Whether nothing that torch counts has happened to the weight since."""
+        same = self.owner is not None and self.owner() is weight and self.version == weight._version
+        return same and self.memory == local(weight).data_ptr()
+
+    def is_later(self, weight: Tensor, version: int) -> bool:
+        """Whether the low bits were written after this version, as `load_fp32` does between two steps."""
+        return self.owner is not None and self.owner() is weight and (self.version or 0) > version
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the weight has these bits still, as far as is known."""
+        if self.checksum is not None:
+            return checksum(weight) == self.checksum
+        if self.sample is not None:
+            return checksum(weight, EVERY) == self.sample
+        return self.owner is None or self.owner() is not weight or self.version == weight._version
+
+
+def mark_of(weight: Tensor, version: int, memory: int, sample: int | None) -> Mark:
+    """The mark of a weight whose low bits were written when it had this version, memory and, where known, sample."""
+    return Mark(weakref.ref(weight), version, memory, sample)
+
+
+def mark_written(weight: Tensor, state: Any) -> None:
+    """Notes that weight and low bits have just been written together, in a way that no version shows."""
+    if hasattr(state, "mark") and residue_of(state) is not None:
+        torch.autograd.graph.increment_version(weight)
+        state.mark = mark_of(weight, weight._version, local(weight).data_ptr(), checksum(weight, EVERY))
+
+
+def residue_of(state: dict[str, Any]) -> Any:
+    """What a state keeps of its weight's bits: the remainder, the compensation, or None."""
+    return next((state[name] for name in ("remainder", "kahan") if name in state), None)
+
+
+def stale(states: Mapping[Tensor, Any]) -> list[Tensor]:
+    """The weights that somebody else has written to since their low bits were, where these are not zero already."""
+    return [weight for weight, state in states.items() if _is_stale(weight, state)]
+
+
+def forget(weight: Tensor, state: Any) -> bool:
+    """Sets low bits that are not the weight's to zero, so that it means its bf16 value; whether there were any."""
+    found = _is_stale(weight, state)
+    if found:
+        local(residue_of(state)).zero_()
+    state.mark = None
+    return found
+
+
+def _is_stale(weight: Tensor, state: Any) -> bool:
+    mark, residue = getattr(state, "mark", None), residue_of(state)
+    return residue is not None and mark is not None and not mark.fits(weight) and bool(local(residue).any())
+
+
+def claim(weight: Tensor, state: Any) -> int | None:
+    """The checksum to be kept in a state dict; None of what may come back cut or laid out in another way.
+
+    One that was loaded and not yet looked at stays: the weights may be loaded after the states.
+    """
+    if not claim_applies(weight):
+        return None
+    return state.mark.checksum if awaits_weights(state) else checksum(weight)
+
+
+def awaits_weights(state: Any) -> bool:
+    """Whether the state was loaded with a checksum that nobody has compared with the weights yet."""
+    mark = getattr(state, "mark", None)
+    return mark is not None and mark.checksum is not None
+
+
+def claim_applies(weight: Tensor) -> bool:
+    """Whether a state dict's checksum is of all elements of this weight, in its order."""
+    return not is_dtensor(weight) and not in_flat_parameter(weight) and weight.is_contiguous()
+
+
+def warn_of(count: int) -> None:
+    """Says of how many weights the low bits do not count any more."""
+    warnings.warn(
+        f"{count} bf16 weights were written by somebody else since AdamW wrote the low bits that it keeps beside them "
+        "(another checkpoint, an average swapped in, pruning): they count as their bf16 values, and these bits as zero",
+        stacklevel=3,
+    )

@@ -1,0 +1,145 @@
+"""A folder of safetensors files, as `save_pretrained` writes them, of which a crash leaves the old or the new ones.
+
+New files are written aside, made durable, and then take their places; the one rename that makes them count comes last,
+and only then what they replace is removed. Between two saves of several shards the shards' names differ, because the
+index of the earlier save still counts while they arrive.
+
+What counts: the files that `model.safetensors.index.json` names; without an index `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model(-\d+)?(-\d{5}-of-\d{5})\.safetensors")
+_ASIDE = ".part"
+
+
+class Header(NamedTuple):
+    """Where a saved tensor is and what it is; `dtype` under safetensors' name."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def write_aside(folder: Path, file: str, tensors: Mapping[str, Tensor]) -> None:
+    """Writes what `publish` will put into the place of `file`."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), folder / (file + _ASIDE), metadata={"format": "pt"})
+    _sync(folder / (file + _ASIDE))
+
+
+def publish(folder: Path, weight_map: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
+    """Makes the files written aside those that count, and removes earlier ones.
+
+    Args:
+        folder: where they are.
+        weight_map: the file of each tensor; one file is called `SINGLE`.
+        metadata: of the index of several.
+    """
+    files = sorted(set(weight_map.values()))
+    single = files == [SINGLE]
+    final = {SINGLE: SINGLE} if single else _free_names(folder, files)
+    for file in files:
+        os.replace(folder / (file + _ASIDE), folder / final[file])
+    _sync(folder)
+    if single:
+        _remove(folder / INDEX)  # with an earlier save's index its shards count until here
+        _sync(folder)
+    else:
+        index = {"metadata": dict(metadata), "weight_map": {name: final[file] for name, file in weight_map.items()}}
+        aside = folder / (INDEX + _ASIDE)
+        aside.write_text(json.dumps(index, indent=2) + "\n")
+        _sync(aside)
+        os.replace(aside, folder / INDEX)
+        _sync(folder)
+    for name in _weights_in(folder) - set(final.values()):
+        _remove(folder / name)
+
+
+def remove_aside(folder: Path) -> None:
+    """Removes what an interrupted save has left."""
+    for file in folder.iterdir():
+        name = file.name.removesuffix(_ASIDE)
+        if name != file.name and (name in (SINGLE, INDEX) or _SHARD.fullmatch(name)):
+            _remove(file)
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """What is saved of each tensor that counts.
+
+    Raises:
+        FileNotFoundError: there are no weights, or a file which the index names is missing.
+        ValueError: an index that is none, names a file outside the folder, or one which lacks a tensor.
+    """
+    from safetensors import safe_open
+
+    weight_map = _weight_map(folder)
+    names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+    if absent := [name for name in names if not (folder / name).exists()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which save_fp32 writes")
+    headers = {}
+    for file in names:
+        with safe_open(folder / file, framework="pt") as weights:
+            for name in weights.keys():
+                if weight_map is None or weight_map.get(name) == file:
+                    part = weights.get_slice(name)
+                    headers[name] = Header(folder / file, tuple(part.get_shape()), part.get_dtype())
+    if absent := [f"{name} ({file})" for name, file in (weight_map or {}).items() if name not in headers]:
+        raise ValueError(f"{folder / INDEX} names tensors that their files lack: {', '.join(absent)}")
+    return headers
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor as the index has it; None without an index."""
+    index = folder / INDEX
+    if not index.exists():
+        return None
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} has no weight_map from tensors to files ({type(error).__name__}: {error})") from None
+    for file in files:
+        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+            raise ValueError(f"{index} must name files of its own folder, names {file!r}")
+    return dict(weight_map)
+
+
+def _free_names(folder: Path, files: list[str]) -> dict[str, str]:
+    """A name for each shard which no file in the folder has: its own, or with a number before the shard's."""
+    final, number = {file: file for file in files}, 1
+    while any((folder / name).exists() for name in final.values()):
+        number += 1
+        final = {file: _SHARD.sub(rf"model-{number}\2.safetensors", file) for file in files}
+    return final
+
+
+def _weights_in(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if file.name == SINGLE or _SHARD.fullmatch(file.name)}
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(file)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's content, or a folder's names, outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
