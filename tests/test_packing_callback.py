@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 
@@ -405,3 +406,43 @@ def test_what_the_count_of_tokens_seen_gets_wrong_is_said(counted, options, toke
     inputs = {"model": made(implementation="fastft"), "processing_class": Tokenizer(*tokens)}
     fastft.PackingCallback().on_train_begin(Counted, None, None, train_dataloader=loader, **inputs)
     assert [found in sentence for sentence in said] == ([] if found is None else [True])
+
+
+def evaluating(tmp_path, model, callback, **collation):
+    """A trainer that has not trained."""
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    return Trainer(
+        model,
+        args,
+        eval_dataset=examples(),
+        data_collator=fastft.PackingCollator(**collation),
+        callbacks=[callback],
+    )
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_packs_mixed_by_an_evaluation_outside_training_are_refused(method, kind, tmp_path):
+    trainer = evaluating(tmp_path, made(), kind())
+    given = [examples()] if method == "predict" else []
+    for _ in range(2):
+        with pytest.raises(fastft.PackingLeakError, match=r"inside train\(\) alone.*pad_examples=True"):
+            getattr(trainer, method)(*given)
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_or_only_warned_about_once_an_evaluation(kind, tmp_path, said):
+    trainer = evaluating(tmp_path, made(), kind("warn") if kind is fastft.PackingCallback else kind(on_leak="warn"))
+    for count in (1, 2):
+        trainer.evaluate()
+        assert sum("evaluating on contaminated batches" in warning for warning in said) == count
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+@pytest.mark.parametrize("how", ["attention", "padding", "context"])
+def test_an_exact_evaluation_outside_training_goes_on_without_a_word(how, kind, tmp_path, said):
+    model = made(implementation="sdpa" if how == "padding" else "fastft")
+    trainer = evaluating(tmp_path, model, kind(), pad_examples=how == "padding", pad_token_id=1)
+    with fastft.packed_attention(model) if how == "context" else contextlib.nullcontext():
+        assert trainer.evaluate()["eval_loss"] > 0
+    assert not said

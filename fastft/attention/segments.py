@@ -286,6 +286,11 @@ def keep_segments(model: nn.Module) -> SegmentsHandle:
     return SegmentsHandle(model, holder)
 
 
+def keeps_segments(model: nn.Module) -> bool:
+    """Whether `model` or a part of it was given to `keep_segments`, and still is."""
+    return any(module in _holders for module in model.modules())
+
+
 def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
     """The boundaries for an attention call of `module` with `kwargs`; None if the batch is not packed.
 

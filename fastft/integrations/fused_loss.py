@@ -37,7 +37,8 @@ class FusedLossCallback(TrainerCallback):
         verify: compute the loss of the first batch by the stock model as well, and raise `RuntimeError` if the two
             differ by more than rounding explains. Costs one more forward pass. Needs a model that returns its own loss.
         on_leak: where batches come from a `PackingCollator`, the callback does what `fastft.PackingCallback` does:
-            `"error"` raises if the model does not keep packed sequences apart, `"warn"` says so and trains.
+            `"error"` raises if the model does not keep packed sequences apart, in a training or in an evaluation
+            outside of one; `"warn"` says so and goes on.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
@@ -125,10 +126,11 @@ class FusedLossCallback(TrainerCallback):
     ) -> None:
         """Makes plain tensors of the logits that metrics want, and says once how large they are: from a gigabyte on.
 
-        Says once, too, where several ranks would count examples of packed rows twice.
+        Says once, too, where several ranks would count examples of packed rows twice; refuses packed rows that nothing
+        keeps apart.
         """
-        self._packing.on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
         size = self._settle()
+        self._packing.on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
         held = 1 if args.batch_eval_metrics or not has_length(eval_dataloader) else len(eval_dataloader)
         if size * held * args.world_size >= _MANY_BYTES and not self._said_size:
             self._said_size = True
@@ -140,12 +142,14 @@ class FusedLossCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leaves nothing lazy to what comes after an evaluation."""
+        self._packing.on_evaluate(args, state, control, **kwargs)
         self._settle()
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
     ) -> None:
         """Leaves nothing lazy to what comes after a prediction."""
+        self._packing.on_predict(args, state, control, metrics, **kwargs)
         self._settle()
 
     def on_pre_optimizer_step(

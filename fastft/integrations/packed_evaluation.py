@@ -15,7 +15,7 @@ from fastft.data.collator import PackingCollator
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-_WAY = "PackingCollator(pad_examples=True) with train_dataset=fastft.pack(...) and eval_dataset the dataset itself"
+PADDED = "PackingCollator(pad_examples=True) with train_dataset=fastft.pack(...) and eval_dataset the dataset itself"
 
 
 def refuse_generation(args: TrainingArguments, collator: PackingCollator) -> None:
@@ -23,7 +23,7 @@ def refuse_generation(args: TrainingArguments, collator: PackingCollator) -> Non
     if getattr(args, "predict_with_generate", False) and not collator.pad_examples:
         raise ValueError(
             "fastft: predict_with_generate=True would generate one text for a row of several examples; use "
-            f"{_WAY}, which then has a row for each example, or leave predict_with_generate out"
+            f"{PADDED}, which then has a row for each example, or leave predict_with_generate out"
         )
 
 
@@ -41,6 +41,6 @@ def warn_of_repeats(args: TrainingArguments, loader: Any, collator: PackingColla
         logger.warning(
             f"fastft: this evaluation has {repeated} examples (or packs) twice, so that ranks have equally many. The "
             "loss leaves them out; predictions, and metrics computed from them, do not, as rows hold several examples. "
-            f"For a row each: {_WAY}; or rows=per_device_eval_batch_size"
+            f"For a row each: {PADDED}; or rows=per_device_eval_batch_size"
         )
     return bool(repeated)

@@ -15,13 +15,13 @@ from transformers.utils import logging
 from fastft.attention.block_mask import attention_configs, block_mask
 from fastft.attention.check_packing import Leak, PackingLeakError, Unasked, find_leak
 from fastft.attention.probe_rows import Batches
-from fastft.attention.segments import packed_attention
+from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import PackedDataset
 from fastft.data.streaming import PackedStream
 from fastft.foreign import dispatches, modules_with_hooks
 from fastft.integrations.optimizer_check import Handed, check_optimizer
-from fastft.integrations.packed_evaluation import refuse_generation, warn_of_repeats
+from fastft.integrations.packed_evaluation import PADDED, refuse_generation, warn_of_repeats
 from fastft.integrations.trainings import training_begins, until_the_end_of
 
 logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
@@ -35,13 +35,14 @@ class PackingCallback(TrainerCallback):
 
     At train begin the model is probed as `fastft.check_packing` does it, once in a process for each class and
     configuration. A model with attention code of its own for which a mask of T x T is exact gets that. Batches of
-    other collators, such as those of an evaluation, are left alone.
+    other collators, such as those of an evaluation, are left alone. `evaluate` and `predict` outside `train()` run the
+    model as it is: there it is probed after the first packed batch.
 
     Args:
         on_leak: `"error"`: raise where the model would be trained on contaminated batches; `"warn"`: say so and train.
 
     Raises:
-        PackingLeakError: from `train()`, with the reason and the way out.
+        PackingLeakError: from `train()`, `evaluate()` and `predict()`, with the reason and the way out.
         ValueError: another `on_leak`; from `train()`, where an optimizer of fastft's would not train what it was made
             for, or not as `args` say (docs/adamw.md).
 
@@ -54,6 +55,7 @@ class PackingCallback(TrainerCallback):
         if on_leak not in _ON_LEAK:
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
         self.on_leak, self._warned = on_leak, False
+        self._apart, self._asked = False, False  # in a training; in this evaluation outside of one
         self._handed = Handed()
         self._kept = until_the_end_of(self)
 
@@ -82,7 +84,8 @@ class PackingCallback(TrainerCallback):
                 "TrainingArguments(accelerator_config={'dispatch_batches': False})"
             )
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
-        leak = self._leak(model, _batches(loader, collator, args), args)
+        packs = getattr(args, "train_batch_size", None)
+        leak = self._leak(model, _batches(loader, collator, packs), args)
         if leak is not None and leak.loud:
             logger.warning(f"fastft: {type(model).__name__}: {leak}")
         elif leak is not None and leak.block_mask:
@@ -91,15 +94,50 @@ class PackingCallback(TrainerCallback):
             self._complain(f"{type(model).__name__} does not keep packed sequences apart: {leak}")
         keep = block_mask if leak is not None and leak.block_mask else packed_attention
         self._kept.enter_context(keep(model))
+        self._apart = True
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Says once where several ranks would count examples twice."""
+        """Refuses packed batches that nothing keeps apart, and says once where several ranks count examples twice."""
+        if self._warned and (self._apart or self._asked):
+            return
         loader = kwargs.get("eval_dataloader")
-        collator = None if self._warned else packing_collator(loader)
-        if collator is not None:
+        collator = packing_collator(loader)
+        if collator is None:
+            return
+        if not self._warned:
             self._warned = warn_of_repeats(args, loader, collator)
+        if not self._apart and not self._asked:
+            self._check_evaluation(args, kwargs["model"], loader, collator)
+            self._asked = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The next evaluation may be of another model, or of the same in another way."""
+        self._asked = False
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """The same of a prediction."""
+        self._asked = False
+
+    def _check_evaluation(self, args: Any, model: nn.Module, loader: Any, collator: PackingCollator) -> None:
+        """Complains where the model as it is, outside a training, does not keep the packed batch apart that it got."""
+        batches = _batches(loader, collator, getattr(args, "eval_batch_size", None))
+        if collator.pad_examples and batches.max_tokens is None:
+            return
+        try:
+            leak = _verdict(model, batches, args, as_it_is=True)
+        except ValueError as error:
+            logger.warning(f"fastft: whether this evaluation keeps packed sequences apart is not checked: {error}")
+            return
+        if leak is not None and not leak.loud:
+            self._complain(
+                f"sequences are kept apart by the callback inside train() alone, and {type(model).__name__} as it is "
+                f"does not do so: {leak}. The loop is evaluate() or predict() here; or evaluate with {PADDED}",
+                "evaluating",
+            )
 
     def _leak(self, model: nn.Module, batches: Batches, args: Any) -> Leak | None:
         """What the probe finds; None also for a model that is elsewhere, with a warning."""
@@ -123,11 +161,12 @@ class PackingCallback(TrainerCallback):
     def restore(self) -> None:
         """Takes the model back to stock. Harmless when called twice."""
         self._kept.close()
+        self._apart = self._asked = False
 
-    def _complain(self, message: str) -> None:
+    def _complain(self, message: str, doing: str = "training") -> None:
         if self.on_leak == "error":
             raise PackingLeakError(message)
-        logger.warning(f"fastft: training on contaminated batches: {message}")
+        logger.warning(f"fastft: {doing} on contaminated batches: {message}")
 
 
 def packing_collator(dataloader: Any) -> PackingCollator | None:
@@ -161,10 +200,9 @@ def _parts(whole: Any) -> Iterator[Any]:
         yield from getattr(whole, "__dict__", {}).values()
 
 
-def _batches(loader: Any, collator: PackingCollator, args: Any) -> Batches:
-    """What the loader's batches are like; the longest row is known of packs alone."""
+def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batches:
+    """What the loader's batches, of so many packs or examples, are like; the longest row is known of packs alone."""
     dataset: Any = getattr(loader, "dataset", None)
-    packs = getattr(args, "train_batch_size", None)
     while not isinstance(dataset, PackedDataset | PackedStream) and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     multiple, longest = collator.pad_to_multiple_of or 1, None
@@ -175,17 +213,17 @@ def _batches(loader: Any, collator: PackingCollator, args: Any) -> Batches:
     return Batches(collator.position_ids_start, longest, collator.rows, collator.rows > 1 or multiple > 1)
 
 
-def _verdict(model: nn.Module, batches: Batches, args: Any) -> Leak | None:
-    """What the probe finds while sequences are kept apart."""
+def _verdict(model: nn.Module, batches: Batches, args: Any, as_it_is: bool = False) -> Leak | None:
+    """What the probe finds while sequences are kept apart; `as_it_is`: by others, if at all."""
     hooked = modules_with_hooks(model)
     if hooked:
         logger.warning(
             f"fastft: the packing probe runs {type(model).__name__} on batches of its own, which the forward hooks of "
             f"{', '.join(hooked[:5])}{' and others' if len(hooked) > 5 else ''} see too"
         )
-    key = _key(model, batches, args)
+    key = (_key(model, batches, args), as_it_is, as_it_is and keeps_segments(model))
     if key not in _verdicts or hooked:
-        with packed_attention(model):
+        with contextlib.nullcontext() if as_it_is else packed_attention(model):
             _verdicts[key] = find_leak(model, batches)
     return _verdicts[key]
 
