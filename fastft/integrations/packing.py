@@ -39,7 +39,8 @@ class PackingCallback(TrainerCallback):
     model as it is: there it is probed after the first packed batch.
 
     Args:
-        on_leak: `"error"`: raise where the model would be trained on contaminated batches; `"warn"`: say so and train.
+        on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated batches; `"warn"`: say so and
+            go on.
 
     Raises:
         PackingLeakError: from `train()`, `evaluate()` and `predict()`, with the reason and the way out.
