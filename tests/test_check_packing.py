@@ -15,6 +15,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from support.versions import checkpoint_activations
 from torch import nn
 
 import fastft
@@ -329,7 +330,7 @@ def test_a_leak_in_training_mode_alone():
 
 def test_dropout_and_checkpointing_in_training_mode_are_no_leak():
     model = made("BertForMaskedLM", "fastft", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
-    model.gradient_checkpointing_enable()
+    checkpoint_activations(model)
     assert find_leak(model.train()) is None
 
 

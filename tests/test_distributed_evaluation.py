@@ -22,6 +22,7 @@ from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 
 transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
 PROCESSES = 2
 TOKEN_TASKS = [task for task in MODELS if task != "sequence_classification"]
 
@@ -65,10 +66,13 @@ def labelled_examples_in_one_row():
 
 def packs_of_labelled_examples_are_refused():
     task = "sequence_classification"
-    with trainer(task, 2, PackingCollator(task=task)) as made:
-        with pytest.raises(ValueError, match=r"from several processes, .*eval_dataset=packed.dataset"):
-            made.predict(pack(examples_for(task), 16))
-    dist.barrier()
+    stream = datasets.Dataset.from_list(examples_for(task)).to_iterable_dataset()
+    options = {"accelerator_config": {"dispatch_batches": False}}
+    for data in (examples_for(task), stream):
+        with trainer(task, 2, PackingCollator(task=task), **options) as made:
+            with pytest.raises(ValueError, match=r"from several processes, .*eval_dataset=packed.dataset"):
+                made.predict(pack(data, 16))
+        dist.barrier()
 
 
 def packs_that_are_as_many_as_the_ranks_take():

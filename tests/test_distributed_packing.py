@@ -89,6 +89,7 @@ def train(packed, **options) -> tuple[Model, Recorder, int]:
             "disable_tqdm": True,
             "save_strategy": "no",
             "logging_strategy": "no",
+            "remove_unused_columns": False,  # the recorder reads the examples' numbers
         }
         args = transformers.TrainingArguments(folder, **quiet, train_sampling_strategy="sequential", **options)
         model, collator = Model(), Recorder()

@@ -301,7 +301,9 @@ def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
     assert 0 < seen.elements <= rows * VOCAB // 2
 
 
-@pytest.mark.parametrize("recorded", [LOGITS, Call(torch.exp, (LOGITS,), {}, (False, torch.bfloat16))], ids=str)
+@pytest.mark.parametrize(
+    "recorded", [LOGITS, Call(torch.exp, (LOGITS,), {}, (False, torch.bfloat16))], ids=["logits", "exp"]
+)
 def test_the_logits_of_a_chunk_are_gone_before_the_next(recorded, monkeypatch):
     """Also where garbage is collected late."""
     monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)

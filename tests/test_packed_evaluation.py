@@ -80,6 +80,17 @@ def test_every_labelled_example_of_packs_is_predicted_once(rows, size, tmp_path)
     assert_rows(task, ours, packed.plan.indices.tolist())
 
 
+def test_every_labelled_example_of_a_stream_is_predicted_once(tmp_path):
+    task = "sequence_classification"
+    packed = pack(datasets.Dataset.from_list(examples_for(task)).to_iterable_dataset(), 16)
+    order = [examples_for(task).index(dict(one)) for each in list(packed) for one in each.examples]
+    trainer = trainer_for(
+        task, str(tmp_path), PackingCollator(task=task), 2, accelerator_config={"dispatch_batches": False}
+    )
+    with pytest.warns(UserWarning, match="come in the order of the packs: not of the examples"):
+        assert_rows(task, trainer.predict(packed), order)
+
+
 @pytest.mark.parametrize("kind", ["packs", "examples", "stream"])
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("task", [task for task in MODELS if task != "sequence_classification"])

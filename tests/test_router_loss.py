@@ -9,6 +9,7 @@ import torch
 import transformers
 from numerics import assert_no_worse
 from peft import LoraConfig, get_peft_model
+from support.versions import checkpoint_activations
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastft
@@ -85,7 +86,7 @@ def test_router_loss_of_a_model_that_is(wrapped):
     model, batch = made(output_router_logits=wrapped != "asked"), fastft.PackingCollator(rows=2)(examples())
     expected = through(made(attention="eager"), padded(examples()))[0]
     if wrapped == "checkpointed":
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model.train(), use_reentrant=False)
     if wrapped == "lora":
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     if wrapped == "asked":

@@ -21,6 +21,7 @@ from fastft.optim import weight_bits
 from fastft.optim.adamw_update import load_value
 from fastft.optim.weight_bits import residue_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*were written by somebody else:UserWarning")
 NATIVE = _native.missing("cpu") is None
 ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
 SHAPES = [(5, 7), (300,), (70, 130), (2,)]

@@ -59,7 +59,7 @@ class SegmentPooling:
             raise ValueError(f"{type(model).__name__} is no transformers model for sequence classification")
         self._examples: _Examples | None = None
         self._scores: Tensor | None = None
-        self._evaluated: Any = None  # the packs whose order was spoken of
+        self._spoke_of_order = False
         self._takes_last = isinstance(head, nn.Module)
         self._means = getattr(model.config, "classifier_pooling", "cls") == "mean"
         self._hooks = [
@@ -105,7 +105,7 @@ class SegmentPooling:
         them accelerate gave out twice nobody knows.
         """
         dataset = _packs_evaluated()
-        if dataset is None or dataset is self._evaluated:
+        if dataset is None:
             return
         if world_size() > 1:
             raise ValueError(
@@ -113,10 +113,14 @@ class SegmentPooling:
                 "different numbers of them: evaluate on the dataset itself (eval_dataset=packed.dataset), of which "
                 "PackingCollator packs each batch"
             )
-        self._evaluated = dataset
+        if self._spoke_of_order:
+            return
+        self._spoke_of_order = True
+        planned = isinstance(dataset, PackedDataset)
+        rows = "row i is example packed.plan.indices[i]" if planned else "not of the examples"
         warnings.warn(
-            "predictions for fastft.pack come in the order of the packs: row i is example packed.plan.indices[i]; in "
-            "the order of the dataset, if evaluated on the dataset itself, of which PackingCollator packs each batch",
+            f"predictions for fastft.pack come in the order of the packs: {rows}; in the order of the dataset, if "
+            "evaluated on the dataset itself, of which PackingCollator packs each batch",
             stacklevel=2,
         )
 

@@ -128,7 +128,7 @@ class Plan:
         self.kept_states = [self.states[i] for i in self.kept_places]
         self.forgotten = sum(map(self._look_again, self.kept, self.kept_states))
         self.kept_versions, self.stepped = list(map(_version_of, self.kept)), False
-        self.kept_memory = [local(param).data_ptr() for param in self.kept]
+        self.kept_memory = [(local(param).data_ptr(), weight_bits.order_of(param)) for param in self.kept]
         self.every_state, self.entries = list(state.values()), _entries(self.states)
         self.state_changes, self.versions = State.changes, self._versions()
         self.parts = [
@@ -169,7 +169,7 @@ class Plan:
         written = zip(self.kept_places, self.kept, self.kept_states, self.kept_versions, self.kept_memory, strict=True)
         for i, param, state, version, memory in written:
             if not (state.mark and state.mark.is_later(param, version)):
-                state.mark = weight_bits.mark_of(param, version, memory, samples.get(i))
+                state.mark = Mark(weakref.ref(param), version, *memory, samples.get(i))
 
     def _versions(self) -> list[int]:
         """Others than before where somebody else has written a count."""
@@ -286,8 +286,9 @@ class _Part:
                 code = torch.ops.fastft.adamw_bound_.default(grads, hyper, factor, seed, self.bound)
             except NotImplementedError:  # no such kernel for sparse tensors
                 code = 2
+            if code == 0:
+                self.by_engine = True
             if code != 2:
-                self.by_engine = code == 0
                 return code == 0
         if any(grad.layout != torch.strided for grad in grads):
             raise RuntimeError("AdamW does not take sparse gradients (an Embedding with sparse=True makes them)")
@@ -301,7 +302,7 @@ class _Part:
                 param.copy_(updated)
         self.by_engine = False
         if self.device.type == "cpu":  # elsewhere it would cost launches for each
-            self._samples = {i: weight_bits.checksum(self.params[place], weight_bits.EVERY) for place, i in self.kept}
+            self._samples = {i: weight_bits.sample(self.params[place]) for place, i in self.kept}
         return True
 
     def samples(self) -> dict[int, int]:

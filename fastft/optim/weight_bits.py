@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,21 +53,27 @@ OP = ops.Operator(
 )
 
 
-def checksum(weight: Tensor, every: int = 1) -> int:
-    """The checksum of this process's part of a bf16 weight, in the order of memory: an integer in [0, 2^64)."""
-    part = _in_memory_order(local(weight.detach()))
-    sum = torch.zeros((), dtype=torch.int64)
-    if part.device.type != "cpu":
-        sum = sum.to(part.device)
+def checksum(weight: Tensor, every: int = 1, order: Sequence[int] | None = None) -> int:
+    """The checksum of this process's part of a bf16 weight: an integer in [0, 2^64).
+
+    `order`: its dimensions, the one whose steps through memory are largest first; as they come by default.
+    """
+    part = local(weight.detach())
+    part = (part if order is None else part.permute(*order)).contiguous()
+    sum = torch.zeros((), dtype=torch.int64, device=part.device)
     OP.implementation("auto", part.device)(sum, part, every)
     return int(sum) % 2**64
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """A contiguous tensor of the same elements, without a copy where memory has no gaps."""
-    if tensor.is_contiguous():
-        return tensor
-    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).contiguous()
+def order_of(weight: Tensor) -> list[int] | None:
+    """The order of dimensions in which the elements of this process's part lie one after the other; None: as usual."""
+    part = local(weight)
+    return None if part.is_contiguous() else sorted(range(part.ndim), key=part.stride, reverse=True)
+
+
+def sample(weight: Tensor) -> int:
+    """The sampled checksum in the order of memory, as the C++ engine takes it."""
+    return checksum(weight, EVERY, order_of(weight))
 
 
 @dataclass
@@ -77,6 +83,7 @@ class Mark:
     owner: weakref.ref[Tensor] | None = None
     version: int | None = None
     memory: int | None = None
+    order: list[int] | None = None
     sample: int | None = None
     checksum: int | None = None
 
@@ -94,20 +101,16 @@ class Mark:
         if self.checksum is not None:
             return checksum(weight) == self.checksum
         if self.sample is not None:
-            return checksum(weight, EVERY) == self.sample
+            return checksum(weight, EVERY, self.order) == self.sample
         return self.owner is None or self.owner() is not weight or self.version == weight._version
-
-
-def mark_of(weight: Tensor, version: int, memory: int, sample: int | None) -> Mark:
-    """The mark of a weight whose low bits were written when it had this version, memory and, where known, sample."""
-    return Mark(weakref.ref(weight), version, memory, sample)
 
 
 def mark_written(weight: Tensor, state: Any) -> None:
     """Notes that weight and low bits have just been written together, in a way that no version shows."""
     if hasattr(state, "mark") and residue_of(state) is not None:
         torch.autograd.graph.increment_version(weight)
-        state.mark = mark_of(weight, weight._version, local(weight).data_ptr(), checksum(weight, EVERY))
+        place = local(weight).data_ptr(), order_of(weight)
+        state.mark = Mark(weakref.ref(weight), weight._version, *place, sample(weight))
 
 
 def residue_of(state: dict[str, Any]) -> Any:
