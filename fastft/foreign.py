@@ -80,6 +80,12 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
+@constant_when_compiled
+def is_exporting() -> bool:
+    """Whether torch.export traces. Dynamo, where it traces torch's own question, says yes to it up to torch 2.12."""
+    return torch.compiler.is_exporting()
+
+
 def unwrapped(model: Any) -> Any:
     """The model inside DDP, DataParallel, FSDP1, DeepSpeed and torch.compile, in any nesting; PEFT's wrapper stays."""
     while _class_names(model) & _WRAPPERS:

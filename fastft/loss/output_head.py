@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastft.foreign import base_model, is_dtensor, sharding_library
+from fastft.foreign import base_model, is_dtensor, is_exporting, sharding_library
 from fastft.loss.evaluation import Evaluation
 from fastft.loss.lazy_logits import lazy_linear
 from fastft.loss.report import Report
@@ -47,7 +47,7 @@ class LazyForward:
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`nn.Linear.forward`: lazy logits or stock ones."""
-        if torch.compiler.is_exporting():  # a graph that is kept has no place for us
+        if is_exporting():  # a graph that is kept has no place for us
             return type(self.head).forward(self.head, input, *args, **kwargs)
         return self._outside_compiled(input, *args, **kwargs)
 
