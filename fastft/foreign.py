@@ -215,6 +215,16 @@ def sharding_library(module: nn.Module, around: Iterable[nn.Module]) -> str | No
     return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
 
 
+def shares_a_resharded_unit(module: nn.Module) -> bool:
+    """Whether calling `module` again would have FSDP2 free its neighbours' weights before their backward pass."""
+    get_state: Any = getattr(module, "_get_fsdp_state", None)
+    state = None if get_state is None else get_state()
+    if state is None or len(getattr(state, "_modules", (module,))) < 2:
+        return False
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
+
+
 def reason_not_to_run(model: nn.Module) -> str | None:
     """Why `model` cannot be called by one process alone with its real weights; None if it can."""
     if any("FullyShardedDataParallel" in _class_names(module) for module in model.modules()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +18,9 @@ from fastft.attention.check_packing import Leak, PackingLeakError, Unasked, find
 from fastft.attention.probe_rows import Batches
 from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
-from fastft.data.packed import PackedDataset
-from fastft.data.streaming import PackedStream
-from fastft.foreign import dispatches, modules_with_hooks
+from fastft.data.packed import PackedDataset, packs_of
+from fastft.data.pool_segments import is_pooled
+from fastft.foreign import base_model, dispatches, modules_with_hooks
 from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packed_evaluation import refuse_generation, warn_of_repeats
 from fastft.integrations.trainings import training_begins, until_the_end_of
@@ -33,9 +34,9 @@ _verdicts: dict[Any, Leak | None] = {}
 class PackingCallback(TrainerCallback):
     """From train begin to train end the model keeps the sequences of a `PackingCollator`'s batches apart.
 
-    At train begin the model is probed as `fastft.check_packing` does it, once in a process for each class and
-    configuration. A model with attention code of its own for which a mask of T x T is exact gets that. Batches of
-    other collators, such as those of an evaluation, are left alone.
+    At train begin the model is probed as `fastft.check_packing` does it, once in a process for each configuration
+    of model, adapters and batches. A model with attention code of its own for which a mask of T x T is exact gets that.
+    Batches of other collators, such as those of an evaluation, are left alone.
 
     Args:
         on_leak: `"error"`: raise where the model would be trained on contaminated batches; `"warn"`: say so and train.
@@ -43,7 +44,8 @@ class PackingCallback(TrainerCallback):
     Raises:
         PackingLeakError: from `train()`, with the reason and the way out.
         ValueError: another `on_leak`; from `train()`, where an optimizer of fastft's would not train what it was made
-            for, or not as `args` say (docs/adamw.md).
+            for, or not as `args` say (docs/adamw.md); where the collator's task is `sequence_classification` and the
+            model lacks `fastft.pool_segments`; where Trainer would generate from rows of several examples.
 
     `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out of `train()` leaves
     the model's hooks on, because Trainer then calls no callback: `restore()` takes them off, and so does the next
@@ -74,6 +76,7 @@ class PackingCallback(TrainerCallback):
             logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")
             return
         refuse_generation(args, collator)
+        _refuse_logits_of_rows(model, loader, collator)
         if args.n_gpu > 1:
             self._complain("DataParallel cuts a packed batch between its devices; start one process for each instead")
         if dispatches(loader):
@@ -161,14 +164,24 @@ def _parts(whole: Any) -> Iterator[Any]:
         yield from getattr(whole, "__dict__", {}).values()
 
 
+def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
+    """Raises where labels of examples would meet logits of rows: torch broadcasts the two in a regression."""
+    if collator.task != "sequence_classification" or is_pooled(model):
+        return
+    padded = collator.pad_examples and packs_of(loader) is None
+    base = base_model(model)
+    if not padded and "label_segments" not in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"{type(base).__name__} makes one row of logits of a row of several examples: call "
+            "fastft.pool_segments(model) before training, which makes one of each example"
+        )
+
+
 def _batches(loader: Any, collator: PackingCollator, args: Any) -> Batches:
     """What the loader's batches are like; the longest row is known of packs alone."""
-    dataset: Any = getattr(loader, "dataset", None)
-    packs = getattr(args, "train_batch_size", None)
-    while not isinstance(dataset, PackedDataset | PackedStream) and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
+    dataset, packs = packs_of(loader), getattr(args, "train_batch_size", None)
     multiple, longest = collator.pad_to_multiple_of or 1, None
-    if packs is not None and isinstance(dataset, PackedDataset | PackedStream):
+    if packs is not None and dataset is not None:
         tokens = dataset.plan.max_tokens if isinstance(dataset, PackedDataset) else dataset.max_tokens
         longest = -(-packs // collator.rows) * tokens
         longest += -longest % multiple

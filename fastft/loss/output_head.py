@@ -262,10 +262,13 @@ def fused_loss(model: nn.Module) -> Iterator[Report]:
         `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.
 
     Raises:
+        TypeError: `model` is no module.
         RuntimeError: from the loop, when logits are read after an optimizer step has changed the head's weight, when
             the gradient of logits is asked for (`register_hook`, `retain_grad`, `torch.autograd.grad`) after their loss
             was computed, or when logits of a sharded head are used after the forward pass that computed their loss.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     attachment = Attachment(model)
     try:
         yield attachment.report
