@@ -150,6 +150,8 @@ def test_collator_pickles():
         ({"task": "clm"}, "task must be one of 'causal_lm', .*, got 'clm'"),
         ({"rows": 0}, "rows must be a positive integer, got 0"),
         ({"rows": 2.0}, r"rows must be a positive integer, got 2\.0"),
+        ({"position_ids_start": -1}, "position_ids_start must be an integer from 0 on, got -1"),
+        ({"pad_token_id": None}, "pad_token_id must be an integer from 0 on, got None"),  # GPT-2's tokenizer has none
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be a positive integer, got 0"),
         ({"pad_to_multiple_of": True}, "pad_to_multiple_of must be a positive integer, got True"),
         ({"impl": "numpy"}, "impl must be"),
