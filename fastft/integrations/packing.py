@@ -18,6 +18,7 @@ from fastft.attention.check_packing import Leak, PackingLeakError, Unasked, find
 from fastft.attention.probe_rows import Batches
 from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
+from fastft.data.dispatching import REFUSAL
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.pool_segments import is_pooled
 from fastft.foreign import base_model, dispatches, modules_with_hooks
@@ -55,7 +56,7 @@ class PackingCallback(TrainerCallback):
     def __init__(self, on_leak: str = "error") -> None:
         if on_leak not in _ON_LEAK:
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
-        self.on_leak, self._warned = on_leak, False
+        self.on_leak, self._warned_of_repeats = on_leak, False
         self._handed = Handed()
         self._kept = until_the_end_of(self)
 
@@ -80,10 +81,7 @@ class PackingCallback(TrainerCallback):
         if args.n_gpu > 1:
             self._complain("DataParallel cuts a packed batch between its devices; start one process for each instead")
         if dispatches(loader):
-            self._complain(
-                "accelerate cuts packed batches along dimension 0, and their boundaries with them; set "
-                "TrainingArguments(accelerator_config={'dispatch_batches': False})"
-            )
+            self._complain(REFUSAL)
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
         leak = self._leak(model, _batches(loader, collator, args), args)
         if leak is not None and leak.loud:
@@ -100,9 +98,9 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Says once where several ranks would count examples twice."""
         loader = kwargs.get("eval_dataloader")
-        collator = None if self._warned else packing_collator(loader)
+        collator = None if self._warned_of_repeats else packing_collator(loader)
         if collator is not None:
-            self._warned = warn_of_repeats(args, loader, collator)
+            self._warned_of_repeats = warn_of_repeats(args, loader, collator)
 
     def _leak(self, model: nn.Module, batches: Batches, args: Any) -> Leak | None:
         """What the probe finds; None also for a model that is elsewhere, with a warning."""
