@@ -80,6 +80,12 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
+@constant_when_compiled
+def is_exporting() -> bool:
+    """Whether torch.export traces. Dynamo, where it traces torch's own question, says yes to it up to torch 2.12."""
+    return torch.compiler.is_exporting()
+
+
 def unwrapped(model: Any) -> Any:
     """The model inside DDP, DataParallel, FSDP1, DeepSpeed and torch.compile, in any nesting; PEFT's wrapper stays."""
     while _class_names(model) & _WRAPPERS:
@@ -207,6 +213,16 @@ def sharding_library(module: nn.Module, around: Iterable[nn.Module]) -> str | No
     has_own = any(name.startswith("weight") for name in module._parameters)
     flattened = not has_own or in_flat_parameter(module.weight)
     return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
+
+
+def shares_a_resharded_unit(module: nn.Module) -> bool:
+    """Whether calling `module` again would have FSDP2 free its neighbours' weights before their backward pass."""
+    get_state: Any = getattr(module, "_get_fsdp_state", None)
+    state = None if get_state is None else get_state()
+    if state is None or len(getattr(state, "_modules", (module,))) < 2:
+        return False
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
 
 
 def reason_not_to_run(model: nn.Module) -> str | None:

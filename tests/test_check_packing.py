@@ -407,3 +407,12 @@ def test_autocast_inside_the_model_is_noticed():
     forward, inside = model.forward, torch.autocast("cpu", torch.bfloat16)
     model.forward = lambda **inputs: inside(forward)(**inputs)
     assert find_leak(model) is None
+
+
+@pytest.mark.parametrize(
+    "argument", [{"max_tokens": -3}, {"max_tokens": "8"}, {"position_ids_start": True}, {"position_ids_start": -1}]
+)
+def test_an_argument_out_of_its_range_is_named(argument):
+    [(name, value)] = argument.items()
+    with pytest.raises(ValueError, match=f"{name} must be an integer from . on, got {value!r}"):
+        fastft.check_packing(exact(), **argument)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.packed_examples import FORMS, assert_same, make, unpacked
+from support.versions import chosen_logits
 
 from fastft.data.collator import PackingCollator
 
@@ -130,6 +131,7 @@ def test_bad_labels(task, example, message):
         PackingCollator(task=task)([{"input_ids": [1, 2], "labels": 1}, {"input_ids": [3, 4], **example}])
 
 
+@chosen_logits
 def test_supervised_rows():
     """The mask covers every row, and no row's last token predicts the first of the next."""
     batch = PackingCollator(supervised_only=True, rows=2)(make([3, 3, 2], labels=50))
@@ -148,6 +150,8 @@ def test_collator_pickles():
         ({"task": "clm"}, "task must be one of 'causal_lm', .*, got 'clm'"),
         ({"rows": 0}, "rows must be a positive integer, got 0"),
         ({"rows": 2.0}, r"rows must be a positive integer, got 2\.0"),
+        ({"position_ids_start": -1}, "position_ids_start must be an integer from 0 on, got -1"),
+        ({"pad_token_id": None}, "pad_token_id must be an integer from 0 on, got None"),  # GPT-2's tokenizer has none
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be a positive integer, got 0"),
         ({"pad_to_multiple_of": True}, "pad_to_multiple_of must be a positive integer, got True"),
         ({"impl": "numpy"}, "impl must be"),
@@ -183,6 +187,11 @@ def test_columns_named_as_the_collators_own_are_kept_or_refused(expand):
             assert name in str(error)
         else:
             assert batch[name].tolist() == [[7, 8, 9] * 2] or name == "seq_idx"
+
+
+@chosen_logits
+def test_columns_named_as_those_of_supervised_rows_are_refused():
+    made = {"input_ids": [1, 2, 3]}
     for name in ("logits_to_keep", "shift_labels"):
         with pytest.raises(ValueError, match=f"the examples have a column '{name}', which the collator makes itself"):
             PackingCollator(supervised_only=True)([{**made, name: [7, 8, 9]}])

@@ -300,3 +300,9 @@ def test_the_limit_has_a_test(limit, request):
 def test_no_limit_is_listed_that_no_page_has():
     pages = [f"{name.partition(':')[0]}: {text}" for name, text in documentation.limits().items()]
     assert not [begin for begin in LIMITS if not any(text.startswith(begin) for text in pages)]
+
+
+def test_the_map_of_the_house_has_every_room():
+    page = (documentation.ROOT / "CONTRIBUTING.md").read_text()
+    rooms = [path for path in (documentation.ROOT / "fastft").rglob("*.py") if not path.name.startswith("__")]
+    assert [path.name for path in rooms if f"{path.name}`" not in page] == []

@@ -290,6 +290,7 @@ def trl_losses(folder: str, rows: Any, collator: Any, **options: Any) -> list[fl
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own
 def test_packs_as_a_dataset_train_alike_in_trl(tmp_path):
     draw = np.random.default_rng(0)
     made = [{"input_ids": ids, "labels": ids} for ids in (draw.integers(2, 97, n).tolist() for n in (5, 3, 9, 2, 6, 4))]

@@ -478,3 +478,32 @@ def byte_tokenizer():
     words = Tokenizer(models.WordLevel({"[PAD]": 0, "[EOS]": 1, "[UNK]": 2}, "[UNK]"))
     names = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+
+def test_a_second_training_starts_from_the_weights_that_others_wrote_between(tmp_path):
+    """As an average of weights does through `.data`, which torch does not count: the low bits are not theirs."""
+    model = tiny_llama().to(torch.bfloat16)
+    args = arguments(tmp_path, max_steps=2, learning_rate=1e-2)
+    optimizer, _ = fastft.adamw(model, args)
+    trainer = transformers.Trainer(
+        model=model,
+        args=args,
+        train_dataset=examples(),
+        optimizers=(optimizer, None),
+        callbacks=[fastft.FusedLossCallback()],
+    )
+    trainer.train()
+    matrices = [param for param in model.parameters() if param.ndim > 1]
+    assert all(optimizer.state[param]["remainder"].any() for param in matrices)
+    for param in matrices:
+        param.data.copy_(torch.randn_like(param))
+    remainders = []
+
+    class Look(transformers.TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            remainders.extend(optimizer.state[param]["remainder"].clone() for param in matrices)
+
+    trainer.add_callback(Look())
+    with pytest.warns(UserWarning, match="written"):
+        trainer.train()
+    assert remainders and not any(map(torch.any, remainders))

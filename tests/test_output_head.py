@@ -250,3 +250,8 @@ def test_a_copy_of_an_attached_model_has_a_head_of_its_own():
             F.cross_entropy(twin(torch.randn(6, 8)), torch.arange(6)).backward()
         F.cross_entropy(model(torch.randn(6, 8)), torch.arange(6)).backward()
     assert report.fused == other.fused == 1
+
+
+def test_what_is_no_module_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"), fused_loss("gpt2"):
+        pass

@@ -341,3 +341,9 @@ def test_trainer_evaluates_on_packs(tmp_path):
         model=model, args=args, eval_dataset=pack(make(), 512), data_collator=PackingCollator()
     )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(separately(model, make())[0].item(), rel=1e-5)
+
+
+def test_transformers_flattening_is_told_which_collator_packs_need():
+    collate = pytest.importorskip("transformers").DataCollatorWithFlattening()
+    with pytest.raises(TypeError, match=r"data_collator=fastft\.PackingCollator\(\)"):
+        collate([pack(make(), 64)[0]])

@@ -446,3 +446,31 @@ def test_an_exact_evaluation_outside_training_goes_on_without_a_word(how, kind, 
     with fastft.packed_attention(model) if how == "context" else contextlib.nullcontext():
         assert trainer.evaluate()["eval_loss"] > 0
     assert not said
+
+
+def classifier(**changes):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=131, pad_token_id=1, num_labels=1, **sizes, **changes)
+    register_attention()
+    config._attn_implementation = "fastft"
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def trainer_of_classifier(model, callback, tmp_path, **options):
+    quiet = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    args = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=3, **quiet)
+    data = [{"input_ids": each["input_ids"], "labels": float(n)} for n, each in enumerate(examples())]
+    collator = fastft.PackingCollator(task="sequence_classification", pad_token_id=1, **options)
+    return Trainer(model=model, args=args, train_dataset=data, data_collator=collator, callbacks=[callback()])
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_a_regression_without_pool_segments_would_broadcast_and_is_refused(callback, tmp_path):
+    with pytest.raises(ValueError, match=r"LlamaForSequenceClassification .* call fastft\.pool_segments\(model\)"):
+        trainer_of_classifier(classifier(), callback, tmp_path).train()
+
+
+def test_a_classifier_that_is_pooled_or_gets_padded_examples_trains(tmp_path):
+    trainer_of_classifier(classifier(), fastft.PackingCallback, tmp_path, pad_examples=True).train()
+    with fastft.pool_segments(model := classifier()):
+        trainer_of_classifier(model, fastft.PackingCallback, tmp_path).train()

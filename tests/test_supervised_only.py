@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from support.versions import chosen_logits
 from test_fused_loss import LLAMA, V, arguments, assert_stock, llama
 from torch import nn
 from transformers import Trainer, set_seed
 
 from fastft import PackingCollator
 from fastft.integrations.fused_loss import FusedLossCallback
-
-slices = pytest.mark.skipif(
-    not hasattr(transformers.modeling_utils, "slice_logits_to_keep"), reason="this transformers keeps no chosen logits"
-)
 
 
 def conversations(count=24, seed=5):
@@ -29,7 +26,7 @@ def conversations(count=24, seed=5):
     return examples
 
 
-@slices
+@chosen_logits
 @pytest.mark.parametrize("padding", [None, 16])
 @pytest.mark.parametrize("count", [1, 2, 24])
 def test_it_keeps_the_tokens_before_a_label(count, padding):
@@ -80,7 +77,7 @@ def train(tmp_path, make, supervised_only, callbacks=(), **changes):
     return history, {name: p.detach().clone() for name, p in model.named_parameters()}, sum(rows), model
 
 
-@slices
+@chosen_logits
 @pytest.mark.parametrize(("name", "fused"), [("llama", False), ("llama", True), ("gpt2", False), ("gemma2", True)])
 def test_trainer_is_stock_on_fewer_rows(name, fused, tmp_path):
     losses, weights, rows, _ = train(tmp_path, MODELS[name], False, weight_decay=0.01, optim="sgd")
@@ -105,7 +102,7 @@ def test_bad_arguments_are_named(monkeypatch):
         PackingCollator(supervised_only=True)
 
 
-@slices
+@chosen_logits
 def test_a_model_without_chosen_logits_is_refused():
     bert = transformers.BertForMaskedLM(
         transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)

@@ -76,9 +76,13 @@ def check_packing(model: nn.Module, *, position_ids_start: int = 0, max_tokens: 
     Raises:
         PackingLeakError: it does not. The message says why, and the way out: each one that it names was tried on this
             model and found exact.
-        ValueError: it cannot be asked: its parameters are sharded or on the meta device, or it takes no text alone.
+        ValueError: an argument is out of its range; or the model cannot be asked: its parameters are sharded or on the
+            meta device, or it takes no text alone.
         TypeError: `model` is no module.
     """
+    for name, value, least in (("position_ids_start", position_ids_start, 0), ("max_tokens", max_tokens, 1)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
     leak = find_leak(model, Batches(position_ids_start, max_tokens))
     if leak is None:
         return

@@ -169,6 +169,9 @@ class PackingCollator:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 if name == "rows" or value is not None:
                     raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name, value in (("position_ids_start", position_ids_start), ("pad_token_id", pad_token_id)):
+            if not hasattr(value, "__index__") or value < 0:
+                raise ValueError(f"{name} must be an integer from 0 on, got {value!r}")
         if supervised_only is not False:
             if task != "causal_lm" or expand_on_device:
                 other = "expand_on_device, as labels are chosen on the host" if expand_on_device else f"task {task!r}"

@@ -11,6 +11,12 @@ from typing import Any
 
 from fastft.foreign import active_dataloader, dispatches
 
+REFUSAL = (
+    "accelerate would slice packed batches along dimension 0, and their boundaries with them (dispatch_batches, its "
+    "default for an iterable dataset); each rank has to load its own batches: "
+    "TrainingArguments(accelerator_config={'dispatch_batches': False})"
+)
+
 
 def refuse_dispatch(dataset: Any) -> None:
     """Raises ValueError if accelerate is about to dispatch the batches of `dataset`.
@@ -19,8 +25,4 @@ def refuse_dispatch(dataset: Any) -> None:
     """
     active = active_dataloader()
     if dispatches(active) and active.dataset is dataset:
-        raise ValueError(
-            "accelerate would slice packed batches along dimension 0, and their boundaries with them (dispatch_batches,"
-            " its default for an iterable dataset); each rank has to load its own batches: "
-            "TrainingArguments(accelerator_config={'dispatch_batches': False})"
-        )
+        raise ValueError(REFUSAL)

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from fastft.data.columns import flatten_integers
+from fastft.data.segment_labels import LABEL_KEYS
 
 POSITIONS, NUMBERS, MASK, SIZES = "position_ids", "seq_idx", "attention_mask", "seq_lengths"
 BORDERS = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 LIST_KEYS = (SIZES, *BORDERS)  # with as many numbers as there are documents, not tokens
 KEYS = frozenset((POSITIONS, NUMBERS, *LIST_KEYS))
-LABELS = ("labels", "label", "label_ids")
 Columns = dict[str, list[Any]]
 
 
@@ -85,7 +85,7 @@ def _numbers(key: str, values: list[Any], lengths: Sequence[int]) -> Tensor:
         if (key != SIZES and int(listed[0])) or bool((sizes < 0).any()) or int(sizes.sum()) != length:
             what = "the lengths" if key == SIZES else "the borders, from 0,"
             raise ValueError(
-                f"{key} of example {index} must be {what} of its documents, which has {length} tokens, got "
+                f"{key} of example {index} must be {what} of its documents, {length} tokens in all, got "
                 f"{listed.tolist()}"
             )
         made.append(torch.repeat_interleave(sizes))
@@ -137,7 +137,7 @@ def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list
             elif is_per_token(value, length):
                 ends = itertools.accumulate(sizes)
                 made += [value[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-            elif key in LABELS:
+            elif key in LABEL_KEYS:
                 raise ValueError(
                     f"example {index} is {len(sizes)} documents, packed by another tool, but has no label for each "
                     f"token: its {key} cannot be shared out; give the documents one by one"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastft.data.arrow_rows import list_memory
+from fastft.data.columns import flatten_integers
 from fastft.data.documents import KEYS, cut_documents, document_lengths
 
 Columns = dict[str, list[Any]]
@@ -25,6 +26,12 @@ class Values:
 
     def __len__(self) -> int:
         return sum(len(value) for value in self.values if hasattr(value, "__len__"))
+
+    def __getitem__(self, place: Any) -> Any:
+        raise TypeError(
+            "only fastft.PackingCollator makes batches of the packs of fastft.pack: give it to Trainer as "
+            "data_collator=fastft.PackingCollator(), or to a DataLoader as collate_fn"
+        )
 
 
 class Pack(dict[str, Values]):
@@ -59,8 +66,6 @@ class Pack(dict[str, Values]):
 
 def _masks(columns: Columns, lengths: Sequence[int]) -> Any:
     """The attention masks one after another, if every token has one."""
-    from fastft.data.columns import flatten_integers
-
     masks = columns.get("attention_mask")
     if masks is None or [len(mask) if hasattr(mask, "__len__") else -1 for mask in masks] != list(lengths):
         return None

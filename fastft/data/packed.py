@@ -229,6 +229,14 @@ def pack(
     return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=overlong in CUTTING)
 
 
+def packs_of(loader: Any) -> PackedDataset | PackedStream | None:
+    """The packs that a loader gives out, also inside what others wrap a dataset in; None if it gives out others."""
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None and not isinstance(dataset, PackedDataset | PackedStream):
+        dataset = getattr(dataset, "dataset", None)  # accelerate's share of a stream, a torch Subset
+    return dataset
+
+
 def _checked_dataset(dataset: Any) -> Any:
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
         raise TypeError(

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.data.packed import PackedDataset
-from fastft.data.streaming import PackedStream
+from fastft.data.packed import PackedDataset, packs_of
 from fastft.foreign import active_dataloader, base_model, world_size
 
 
@@ -104,7 +103,7 @@ class SegmentPooling:
         A pack has as many rows as examples, so that ranks have different numbers of them: gloo aborts, and which of
         them accelerate gave out twice nobody knows.
         """
-        dataset = _packs_evaluated()
+        dataset = packs_of(active_dataloader())  # what accelerate's loader gives out just now
         if dataset is None:
             return
         if world_size() > 1:
@@ -168,12 +167,10 @@ class SegmentPooling:
         yield
 
 
-def _packs_evaluated() -> PackedDataset | PackedStream | None:
-    """The packs that accelerate's loader is giving out; None if it gives out something else, or is not at work."""
-    dataset = getattr(active_dataloader(), "dataset", None)
-    while dataset is not None and not isinstance(dataset, PackedDataset | PackedStream):
-        dataset = getattr(dataset, "dataset", None)  # accelerate's share of a stream
-    return dataset
+def is_pooled(model: nn.Module) -> bool:
+    """Whether `pool_segments` is at work on `model`, or on the model inside its wrappers."""
+    hooks = base_model(model)._forward_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), SegmentPooling) for hook in hooks)
 
 
 def _check(model: Any, pooling: SegmentPooling) -> None:

@@ -72,6 +72,7 @@ def check_optimizer(
         if inner is not None:  # who calls a callback by hand may have none
             _check_replacement(args, model, inner, by_deepspeed, handed.to(args))
         return
+    inner.forget_stale_remainders()
     if not by_deepspeed:
         _check_parameters(model, inner)
     if inner._origin is not None and not inner._had_gradients:  # Trainer keeps it for a second train(), as it is

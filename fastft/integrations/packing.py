@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +18,10 @@ from fastft.attention.check_packing import Leak, PackingLeakError, Unasked, find
 from fastft.attention.probe_rows import Batches
 from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.data.collator import PackingCollator
-from fastft.data.packed import PackedDataset
-from fastft.data.streaming import PackedStream
-from fastft.foreign import dispatches, modules_with_hooks
+from fastft.data.dispatching import REFUSAL
+from fastft.data.packed import PackedDataset, packs_of
+from fastft.data.pool_segments import is_pooled
+from fastft.foreign import base_model, dispatches, modules_with_hooks
 from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packed_evaluation import PADDED, refuse_generation, warn_of_repeats
 from fastft.integrations.trainings import training_begins, until_the_end_of
@@ -33,19 +35,20 @@ _verdicts: dict[Any, Leak | None] = {}
 class PackingCallback(TrainerCallback):
     """From train begin to train end the model keeps the sequences of a `PackingCollator`'s batches apart.
 
-    At train begin the model is probed as `fastft.check_packing` does it, once in a process for each class and
-    configuration. A model with attention code of its own for which a mask of T x T is exact gets that. Batches of
-    other collators, such as those of an evaluation, are left alone. `evaluate` and `predict` outside `train()` run the
-    model as it is: there it is probed after the first packed batch.
+    At train begin the model is probed as `fastft.check_packing` does it, once in a process for each configuration
+    of model, adapters and batches. A model with attention code of its own for which a mask of T x T is exact gets that.
+    Batches of other collators, such as those of an evaluation, are left alone. `evaluate` and
+    `predict` outside `train()` run the model as it is: there it is probed after the first packed batch.
 
     Args:
-        on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated batches; `"warn"`: say so and
-            go on.
+        on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated batches; `"warn"`: say
+            so and go on.
 
     Raises:
         PackingLeakError: from `train()`, `evaluate()` and `predict()`, with the reason and the way out.
         ValueError: another `on_leak`; from `train()`, where an optimizer of fastft's would not train what it was made
-            for, or not as `args` say (docs/adamw.md).
+            for, or not as `args` say (docs/adamw.md); where the collator's task is `sequence_classification` and the
+            model lacks `fastft.pool_segments`; where Trainer would generate from rows of several examples.
 
     `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out of `train()` leaves
     the model's hooks on, because Trainer then calls no callback: `restore()` takes them off, and so does the next
@@ -55,7 +58,7 @@ class PackingCallback(TrainerCallback):
     def __init__(self, on_leak: str = "error") -> None:
         if on_leak not in _ON_LEAK:
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
-        self.on_leak, self._warned = on_leak, False
+        self.on_leak, self._warned_of_repeats = on_leak, False
         self._apart, self._asked = False, False  # in a training; in this evaluation outside of one
         self._handed = Handed()
         self._kept = until_the_end_of(self)
@@ -77,13 +80,11 @@ class PackingCallback(TrainerCallback):
             logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")
             return
         refuse_generation(args, collator)
+        _refuse_logits_of_rows(model, loader, collator)
         if args.n_gpu > 1:
             self._complain("DataParallel cuts a packed batch between its devices; start one process for each instead")
         if dispatches(loader):
-            self._complain(
-                "accelerate cuts packed batches along dimension 0, and their boundaries with them; set "
-                "TrainingArguments(accelerator_config={'dispatch_batches': False})"
-            )
+            self._complain(REFUSAL)
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
         packs = getattr(args, "train_batch_size", None)
         leak = self._leak(model, _batches(loader, collator, packs), args)
@@ -101,14 +102,14 @@ class PackingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuses packed batches that nothing keeps apart, and says once where several ranks count examples twice."""
-        if self._warned and (self._apart or self._asked):
+        if self._warned_of_repeats and (self._apart or self._asked):
             return
         loader = kwargs.get("eval_dataloader")
         collator = packing_collator(loader)
         if collator is None:
             return
-        if not self._warned:
-            self._warned = warn_of_repeats(args, loader, collator)
+        if not self._warned_of_repeats:
+            self._warned_of_repeats = warn_of_repeats(args, loader, collator)
         if not self._apart and not self._asked:
             self._check_evaluation(args, kwargs["model"], loader, collator)
             self._asked = True
@@ -128,6 +129,7 @@ class PackingCallback(TrainerCallback):
         batches = _batches(loader, collator, getattr(args, "eval_batch_size", None))
         if collator.pad_examples and batches.max_tokens is None:
             return
+        _refuse_logits_of_rows(model, loader, collator)
         try:
             leak = _verdict(model, batches, args, as_it_is=True)
         except ValueError as error:
@@ -201,13 +203,24 @@ def _parts(whole: Any) -> Iterator[Any]:
         yield from getattr(whole, "__dict__", {}).values()
 
 
+def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
+    """Raises where labels of examples would meet logits of rows: torch broadcasts the two in a regression."""
+    if collator.task != "sequence_classification" or is_pooled(model):
+        return
+    padded = collator.pad_examples and packs_of(loader) is None
+    base = base_model(model)
+    if not padded and "label_segments" not in inspect.signature(base.forward).parameters:
+        raise ValueError(
+            f"{type(base).__name__} makes one row of logits of a row of several examples: call "
+            "fastft.pool_segments(model) before training, which makes one of each example"
+        )
+
+
 def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batches:
     """What the loader's batches, of so many packs or examples, are like; the longest row is known of packs alone."""
-    dataset: Any = getattr(loader, "dataset", None)
-    while not isinstance(dataset, PackedDataset | PackedStream) and hasattr(dataset, "dataset"):
-        dataset = dataset.dataset
+    dataset = packs_of(loader)
     multiple, longest = collator.pad_to_multiple_of or 1, None
-    if packs is not None and isinstance(dataset, PackedDataset | PackedStream):
+    if packs is not None and dataset is not None:
         tokens = dataset.plan.max_tokens if isinstance(dataset, PackedDataset) else dataset.max_tokens
         longest = -(-packs // collator.rows) * tokens
         longest += -longest % multiple

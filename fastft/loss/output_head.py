@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastft.foreign import base_model, is_dtensor, sharding_library
+from fastft.foreign import base_model, is_dtensor, is_exporting, sharding_library
 from fastft.loss.evaluation import Evaluation
 from fastft.loss.lazy_logits import lazy_linear
 from fastft.loss.report import Report
@@ -47,7 +47,7 @@ class LazyForward:
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`nn.Linear.forward`: lazy logits or stock ones."""
-        if torch.compiler.is_exporting():  # a graph that is kept has no place for us
+        if is_exporting():  # a graph that is kept has no place for us
             return type(self.head).forward(self.head, input, *args, **kwargs)
         return self._outside_compiled(input, *args, **kwargs)
 
@@ -262,10 +262,13 @@ def fused_loss(model: nn.Module) -> Iterator[Report]:
         `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.
 
     Raises:
+        TypeError: `model` is no module.
         RuntimeError: from the loop, when logits are read after an optimizer step has changed the head's weight, when
             the gradient of logits is asked for (`register_hook`, `retain_grad`, `torch.autograd.grad`) after their loss
             was computed, or when logits of a sharded head are used after the forward pass that computed their loss.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     attachment = Attachment(model)
     try:
         yield attachment.report

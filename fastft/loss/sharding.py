@@ -14,15 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-def _shares_a_resharded_unit(head: nn.Linear) -> bool:
-    """Whether entering the head again would have FSDP2 free its neighbours' weights before their backward pass."""
-    get_state: Any = getattr(head, "_get_fsdp_state", None)
-    state = None if get_state is None else get_state()
-    if state is None or len(getattr(state, "_modules", (head,))) < 2:
-        return False
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
+from fastft.foreign import shares_a_resharded_unit
 
 
 class Sharding:
@@ -55,7 +47,7 @@ class Sharding:
         """Why this forward pass needs real logits; None where the model itself computes the loss."""
         if not self._computes_loss:
             return f"the output head is sharded by {self.library}, and the loss is computed outside the model's forward"
-        if _shares_a_resharded_unit(self.head):
+        if shares_a_resharded_unit(self.head):
             return "the output head shares an FSDP2 unit that reshards after forward with other modules"
         return None
 

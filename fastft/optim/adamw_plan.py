@@ -127,7 +127,8 @@ class Plan:
         self.kept = [self.params[i] for i in self.kept_places]
         self.kept_states = [self.states[i] for i in self.kept_places]
         self.forgotten = sum(map(self._look_again, self.kept, self.kept_states))
-        self.kept_versions, self.stepped = list(map(_version_of, self.kept)), False
+        self.stepped = False
+        self._note_versions()
         self.kept_memory = [(local(param).data_ptr(), weight_bits.order_of(param)) for param in self.kept]
         self.every_state, self.entries = list(state.values()), _entries(self.states)
         self.state_changes, self.versions = State.changes, self._versions()
@@ -143,21 +144,25 @@ class Plan:
 
     def look_at_weights(self) -> int:
         """Before a step: of how many parameters the low bits had to be set to zero, as others have written there."""
-        versions = list(map(_version_of, self.kept))
-        if versions == self.kept_versions:
+        if sum(map(_version_of, self.kept)) == self.sum_of_versions:  # none of them ever falls
             return 0
         self.settle()
         forgotten = sum(map(self._look_again, self.kept, self.kept_states))
-        self.kept_versions = versions
+        self._note_versions()
         return forgotten
+
+    def _note_versions(self) -> None:
+        self.kept_versions, self.counted = list(map(_version_of, self.kept)), 0
+        self.sum_of_versions = sum(self.kept_versions)
 
     def wrote(self) -> None:
         """After a step, and after torch has counted it as a change of the parameters."""
         self.stepped = True
         if all(part.by_engine for part in self.parts):
-            self.kept_versions = [version + 1 for version in self.kept_versions]
+            self.counted += 1  # of every parameter; as a list it would cost the step of small tensors a tenth
+            self.sum_of_versions += len(self.kept)
         else:
-            self.kept_versions = list(map(_version_of, self.kept))
+            self._note_versions()
 
     def settle(self) -> None:
         """Marks the states with what the last step has written."""
@@ -167,7 +172,8 @@ class Plan:
         for part in self.parts:
             samples |= part.samples()
         written = zip(self.kept_places, self.kept, self.kept_states, self.kept_versions, self.kept_memory, strict=True)
-        for i, param, state, version, memory in written:
+        for i, param, state, before, memory in written:
+            version = before + self.counted
             if not (state.mark and state.mark.is_later(param, version)):
                 state.mark = Mark(weakref.ref(param), version, *memory, samples.get(i))
 

@@ -60,11 +60,10 @@ def packed(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, stale: 
             state = _decoded(state)
         if param in stale:
             state = {name: torch.zeros_like(value) if name in _RESIDUES else value for name, value in state.items()}
-        if (
-            residue_of(state) is not None
-            and (claimed := weight_bits.claim(param, optimizer.state.get(param))) is not None
-        ):
-            checksums[key] = claimed
+        if residue_of(state) is not None:
+            claimed = weight_bits.claim(param, optimizer.state.get(param))
+            if claimed is not None:
+                checksums[key] = claimed
         if "remainder" in state:
             state = {**state, "remainder": _reinterpreted(state["remainder"], torch.bfloat16)}
         return dict(state)

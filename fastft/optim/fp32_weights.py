@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer, local, sharded_like, unwrapped
+from fastft.foreign import inner_optimizer, local, sharded_like, unwrapped, world_size
 from fastft.optim import weight_files
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import load_value
@@ -56,8 +56,7 @@ def save_fp32(
     _check_trained(adamw, list(tensors.values()))
     sizes = {names[0]: _as_saved(torch.empty_like(tensor, device="meta")) for names, tensor in _untied(model, tensors)}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    writes = not distributed or torch.distributed.get_rank() == 0
+    writes = world_size() == 1 or torch.distributed.get_rank() == 0
     stale = set(adamw._stale_weights())
     adamw._warn_of_forgotten(len(stale))
     folder = Path(path)
@@ -66,9 +65,8 @@ def save_fp32(
         weight_files.remove_aside(folder)
     try:
         for file, names in plan.filename_to_tensors.items():
-            shard = {
-                name: _master(tensors[name], adamw, stale) for name in names
-            }  # a collective where tensors are sharded
+            # by every rank, also where it writes nothing: a collective where tensors are sharded
+            shard = {name: _master(tensors[name], adamw, stale) for name in names}
             if writes:
                 weight_files.write_aside(folder, file, shard)
         if writes:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
+import transformers
 from torch import nn
 from transformers import TrainingArguments
+
+chosen_logits = pytest.mark.skipif(
+    not hasattr(transformers.modeling_utils, "slice_logits_to_keep"), reason="this transformers keeps no chosen logits"
+)
 
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 # the argument of Trainer which has activations computed again in backward
