@@ -474,3 +474,23 @@ def test_a_classifier_that_is_pooled_or_gets_padded_examples_trains(tmp_path):
     trainer_of_classifier(classifier(), fastft.PackingCallback, tmp_path, pad_examples=True).train()
     with fastft.pool_segments(model := classifier()):
         trainer_of_classifier(model, fastft.PackingCallback, tmp_path).train()
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_an_evaluation_of_a_classifier_without_pool_segments_is_refused(callback, tmp_path):
+    trainer = trainer_of_classifier(classifier(), callback, tmp_path)
+    with pytest.raises(ValueError, match=r"call fastft\.pool_segments\(model\)"):
+        trainer.evaluate(trainer.train_dataset)
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_an_evaluation_whose_router_loss_would_count_padding_is_refused(kind, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 131, "num_local_experts": 4, "output_router_logits": True}
+    config = transformers.MixtralConfig(**sizes)
+    config._attn_implementation = "fastft"
+    trainer = evaluating(tmp_path, transformers.MixtralForCausalLM(config), kind(), rows=2)
+    with pytest.raises(fastft.PackingLeakError, match="padding at the end of a row"):
+        trainer.evaluate()
+    with fastft.packed_attention(trainer.model):
+        trainer.evaluate()
