@@ -219,6 +219,10 @@ def test_two_clippings_get_a_word(tmp_path, said):
     ):
         with pytest.warns(UserWarning, match=r"clipped twice, to 1.0 by Trainer and to 0.5 by the optimizer"):
             call()
+    with pytest.warns(UserWarning, match="clipped twice"):
+        told, _ = fastft.adamw(model, args, max_grad_norm=0.5)
+    begin(args, model, told)
+    assert not said()
     made, _ = fastft.adamw(model, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=0.5)
     begin(args, model, made)
     assert len(said()) == 1 and "gradients are clipped twice, to 1.0 by Trainer's args and to 0.5" in said()[0]

@@ -78,7 +78,8 @@ def check_optimizer(
     if inner._origin is not None and not inner._had_gradients:  # Trainer keeps it for a second train(), as it is
         _check_settings(args, state, inner, inner._origin)
     if inner.max_grad_norm is not None:
-        _check_clipping(args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model))
+        told = inner._origin is not None and inner._origin.args is args  # by adamw or adamw_spec already
+        _check_clipping(args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model), told=told)
 
 
 def _check_replacement(args: TrainingArguments, model: nn.Module, inner: Any, by_deepspeed: bool, handed: bool) -> None:
@@ -172,13 +173,14 @@ def _check_settings(args: TrainingArguments, state: TrainerState, optimizer: Ada
         )
 
 
-def _check_clipping(args: TrainingArguments, max_grad_norm: float, flat: bool) -> None:
+def _check_clipping(args: TrainingArguments, max_grad_norm: float, flat: bool, told: bool) -> None:
+    """Raises where the norm would be that of a part; warns where gradients are clipped twice, unless `told` before."""
     if flat:
         raise ValueError(
             "the optimizer's max_grad_norm would clip to the norm of each process's part of the gradients, which "
             "DeepSpeed and FSDP1 cut into flat parts: use TrainingArguments(max_grad_norm=...)"
         )
-    if args.max_grad_norm:
+    if args.max_grad_norm and not told:
         logger.warning(
             f"fastft: gradients are clipped twice, to {args.max_grad_norm} by Trainer's args and to {max_grad_norm} by "
             "the optimizer: set max_grad_norm to 0 in args, or leave it out of the optimizer"
