@@ -61,7 +61,7 @@ def labelled_examples_in_one_row():
             assert_rows(task, ours)
         with trainer(task, size, lambda rows: pad(task, rows), attention="sdpa") as made:
             stock = made.predict(examples_for(task))
-        assert ours.metrics["test_loss"] == pytest.approx(stock.metrics["test_loss"], rel=1e-5)
+        assert ours.metrics["test_loss"] == pytest.approx(stock.metrics["test_loss"], rel=1e-5, nan_ok=True)
 
 
 def packs_of_labelled_examples_are_refused():

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.packed_examples import FORMS, assert_same, unpacked
+from support.versions import chosen_logits
 from torch.utils.data import IterableDataset
 
 from fastft.data.collator import PackingCollator
@@ -180,6 +181,7 @@ def test_every_label_of_a_document_stays(task, rows):
     )
 
 
+@chosen_logits
 def test_a_supervised_batch_of_rows():
     made = documents([3, 2])
     collator = PackingCollator(supervised_only=True)

@@ -72,11 +72,14 @@ def through(model, batch):
 @pytest.mark.parametrize("options", PADDED, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_router_loss_and_gradients_of_padded_rows(name, options):
-    model, features = made(name), examples()
+    model, stock, features = made(name), made(name, "eager"), examples()
+    try:
+        plain = through(stock, padded(features))
+    except AttributeError as error:  # Granite's experts hand on no router logits in transformers 5.17
+        pytest.skip(f"stock has no router loss: {error}")
+    truth = through(copy.deepcopy(stock).double(), padded(features))
     with fastft.packed_attention(model):
         ours = through(model, fastft.PackingCollator(**options)(features))
-    stock = made(name, "eager")
-    plain, truth = through(stock, padded(features)), through(copy.deepcopy(stock).double(), padded(features))
     for what, actual, expected, exact in zip(("loss", "gradients"), ours, plain, truth, strict=True):
         assert_no_worse(actual, expected, exact, what)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.data.packed import PackedDataset, packs_of
-from fastft.foreign import active_dataloader, base_model, world_size
+from fastft.foreign import active_dataloader, base_model, unwrapped, world_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +173,11 @@ def is_pooled(model: nn.Module) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), SegmentPooling) for hook in hooks)
 
 
-def _check(model: Any, pooling: SegmentPooling) -> None:
-    """Raises ValueError unless unpacked examples have the same logits with the hooks as without."""
+def _check(model: Any, called: Any, pooling: SegmentPooling) -> None:
+    """Raises ValueError unless unpacked examples have the same logits with the hooks as without.
+
+    `called` is what runs `model`: itself, or PEFT's wrapper, of which old versions run it past its hooks.
+    """
     config = model.config.get_text_config()
     tokens = [token for token in range(min(config.vocab_size, 64)) if token != config.pad_token_id]
     ids = torch.tensor([tokens[:3], tokens[-3:]], device=next(model.parameters()).device)
@@ -185,10 +188,15 @@ def _check(model: Any, pooling: SegmentPooling) -> None:
             rows = ids[:1] if config.pad_token_id is None else ids
             stock = model(input_ids=rows).logits
             with pooling._whole_rows(rows):
-                ours = model(input_ids=rows).logits
+                ours = called(input_ids=rows).logits
     finally:
         for module in training:
             module.training = True
+    if pooling._examples is not None:
+        raise ValueError(
+            f"{type(called).__name__} runs {type(model).__name__} past its hooks, with which segments are pooled: this "
+            "peft is too old (0.21 is not), or pad instead of packing"
+        )
     scale = stock.abs().max()
     if ours.shape != stock.shape or not bool(((ours - stock).abs() <= 16 * torch.finfo(stock.dtype).eps * scale).all()):
         raise ValueError(
@@ -218,14 +226,14 @@ def pool_segments(model: Any) -> SegmentPooling:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: it is no such model, or pools its tokens in another way.
+        ValueError: it is no such model, pools its tokens in another way, or an old peft runs it past its hooks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     inner = base_model(model)
     pooling = SegmentPooling(inner)
     try:
-        _check(inner, pooling)
+        _check(inner, unwrapped(model), pooling)
     except BaseException:
         pooling.remove()
         raise

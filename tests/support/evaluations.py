@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 import fastft
+from fastft.attention.block_mask import attention_configs
 
 V = 61
 SIZES = [5, 1, 9, 4, 3, 7, 2, 8, 6, 4, 10]
@@ -38,6 +39,8 @@ def model_for(task: str, attention: str = "fastft") -> Any:
     torch.manual_seed(0)
     made = getattr(transformers, name)(getattr(transformers, config)(**sizes)).eval()
     made.set_attn_implementation(attention)
+    for config in attention_configs(made):  # older versions leave an encoder's copy alone
+        config._attn_implementation = attention
     if task == "sequence_classification" and attention == "fastft":
         fastft.pool_segments(made)
     return made
