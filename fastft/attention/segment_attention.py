@@ -188,7 +188,7 @@ class _SegmentAttention(torch.autograd.Function):
         summed = ctx.engine == "blocks" or call.window is not None
         like = (
             torch.zeros_like
-            if summed or call.segments.cu_seqlens_k is not call.segments.cu_seqlens_q
+            if summed or not call.segments.alike
             else torch.empty_like
         )
         wide = lse.dtype if summed else None
