@@ -293,8 +293,8 @@ class _Dispatch(TorchDispatchMode):
 
     def _of_fastft(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Looks into an operator that has no engine, or none that runs here: into its reference."""
-        operator = ops.OPERATORS[func.overloadpacket.__name__.removesuffix("_triton")]
-        if operator.engines and func is operator.native:
+        operator = ops.OPERATORS.get(func.overloadpacket.__name__.removesuffix("_triton"))
+        if operator is None or (operator.engines and func is operator.native):  # None: a part of an engine
             return func(*args, **kwargs)
         functions = self.mode._functions
         seen = functions in _get_current_function_mode_stack()
