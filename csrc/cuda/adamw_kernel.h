@@ -47,9 +47,6 @@ __device__ void store(void* data, int64_t i, const Vector<T, kWidth>& values) {
   *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(data) + i) = values;
 }
 
-__device__ float widen(float value) { return value; }
-__device__ float widen(uint16_t value) { return bf16_to_float(value); }
-
 // The random bits of kWidth elements, two a word.
 template <int kWidth>
 struct Drawn {
@@ -121,25 +118,57 @@ __device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>& 
   }
 }
 
+// kWidth neighbours as they were read: floats, or bfloat16 values that become floats one by one.
+template <class T, int kWidth>
+struct Neighbours {
+  Vector<float, kWidth> read{};
+  __device__ float at(int k) const { return read.at[k]; }
+};
+
+template <int kWidth>
+struct Neighbours<uint16_t, kWidth> {
+  Vector<uint32_t, kWidth / 2> read{};
+  __device__ float at(int k) const { return bits_float(k % 2 ? read.at[k / 2] & 0xffff0000u : read.at[k / 2] << 16); }
+};
+
+template <>
+struct Neighbours<uint16_t, 1> {
+  Vector<uint16_t, 1> read{};
+  __device__ float at(int) const { return bf16_to_float(read.at[0]); }
+};
+
+template <class T, int kWidth>
+__device__ Neighbours<T, kWidth> neighbours(const void* data, int64_t i) {
+  if constexpr (sizeof(T) == 4)
+    return {load<kWidth, float>(data, i)};
+  else if constexpr (kWidth == 1)
+    return {load<1, uint16_t>(data, i)};
+  else
+    return {load<kWidth / 2, uint32_t>(data, i / 2)};
+}
+
 template <int kWidth>
 __device__ void load_param(const Place& at, float (&values)[kWidth], float) {
-  const auto kept = load<kWidth, float>(at.t.param, at.i);
+  const auto kept = neighbours<float, kWidth>(at.t.param, at.i);
 #pragma unroll
-  for (int k = 0; k < kWidth; k++) values[k] = kept.at[k];
+  for (int k = 0; k < kWidth; k++) values[k] = kept.at(k);
 }
 
 template <int kWidth>
 __device__ void load_param(const Place& at, float (&values)[kWidth], uint16_t) {
-  const auto kept = load<kWidth, uint16_t>(at.t.param, at.i);
-  Vector<uint16_t, kWidth> residue{};
-  if (at.t.residue) residue = load<kWidth, uint16_t>(at.t.residue, at.i);
+  if (at.t.rounding == kExact) {
+    const auto kept = load<kWidth, uint16_t>(at.t.param, at.i), remainder = load<kWidth, uint16_t>(at.t.residue, at.i);
 #pragma unroll
-  for (int k = 0; k < kWidth; k++) {
-    if (at.t.rounding == kExact)
-      values[k] = master_join(kept.at[k], int16_t(residue.at[k]));
-    else
-      values[k] = at.t.rounding == kKahan ? kahan_join(kept.at[k], residue.at[k]) : bf16_to_float(kept.at[k]);
+    for (int k = 0; k < kWidth; k++) values[k] = master_join(kept.at[k], int16_t(remainder.at[k]));
+    return;
   }
+  const auto kept = neighbours<uint16_t, kWidth>(at.t.param, at.i);
+#pragma unroll
+  for (int k = 0; k < kWidth; k++) values[k] = kept.at(k);
+  if (at.t.rounding != kKahan) return;
+  const auto compensation = neighbours<uint16_t, kWidth>(at.t.residue, at.i);
+#pragma unroll
+  for (int k = 0; k < kWidth; k++) values[k] = ft_add(values[k], compensation.at(k));
 }
 
 template <int kWidth>
@@ -154,20 +183,22 @@ __device__ void store_param(const Place& at, const float (&values)[kWidth], uint
     return;
   }
   Vector<uint16_t, kWidth> kept, residue;
+  if (at.t.rounding == kExact) {
 #pragma unroll
-  for (int k = 0; k < kWidth; k++) {
-    int16_t remainder;
-    if (at.t.rounding == kExact) {
+    for (int k = 0; k < kWidth; k++) {
+      int16_t remainder;
       master_split(values[k], &kept.at[k], &remainder);
       residue.at[k] = uint16_t(remainder);
-    } else if (at.t.rounding == kKahan) {
-      kahan_split(values[k], &kept.at[k], &residue.at[k]);
-    } else {
-      kept.at[k] = bf16_nearest(values[k]);
     }
+  } else if (at.t.rounding == kKahan) {
+#pragma unroll
+    for (int k = 0; k < kWidth; k++) kahan_split(values[k], &kept.at[k], &residue.at[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWidth; k++) kept.at[k] = bf16_nearest(values[k]);
   }
   store(at.t.param, at.i, kept);
-  if (at.t.residue) store(at.t.residue, at.i, residue);
+  if (at.t.rounding == kExact || at.t.rounding == kKahan) store(at.t.residue, at.i, residue);
 }
 
 // Elements [begin, end) of a chunk, kWidth at a time, of a tensor that is kept as P with moments that are kept as M.
@@ -177,16 +208,16 @@ __device__ void update(const AdamwTensor& t, const void* grads, int64_t chunk, i
   for (int k0 = begin + threadIdx.x * kWidth; k0 < end; k0 += kThreads * kWidth) {
     const Place at{t, chunk + k0, random};
     float p[kWidth], m[kWidth], v[kWidth], w[kWidth];
-    const auto g = load<kWidth, P>(grads, at.i);
-    const auto old_m = load<kWidth, M>(t.exp_avg, at.i), old_v = load<kWidth, M>(t.exp_avg_sq, at.i);
-    Vector<M, kWidth> old_w{};
-    if (t.max_exp_avg_sq) old_w = load<kWidth, M>(t.max_exp_avg_sq, at.i);
+    const auto g = neighbours<P, kWidth>(grads, at.i);
+    const auto old_m = neighbours<M, kWidth>(t.exp_avg, at.i), old_v = neighbours<M, kWidth>(t.exp_avg_sq, at.i);
+    Neighbours<M, kWidth> old_w{};
+    if (t.max_exp_avg_sq) old_w = neighbours<M, kWidth>(t.max_exp_avg_sq, at.i);
     load_param(at, p, P());
 #pragma unroll
     for (int k = 0; k < kWidth; k++) {
-      m[k] = widen(old_m.at[k]), v[k] = widen(old_v.at[k]);
-      w[k] = t.max_exp_avg_sq ? widen(old_w.at[k]) : -INFINITY;  // below every second moment: as without amsgrad
-      p[k] = adamw_element(p[k], widen(g.at[k]), factor, &m[k], &v[k], &w[k], h);
+      m[k] = old_m.at(k), v[k] = old_v.at(k);
+      w[k] = t.max_exp_avg_sq ? old_w.at(k) : -INFINITY;  // below every second moment: as without amsgrad
+      p[k] = adamw_element(p[k], g.at(k), factor, &m[k], &v[k], &w[k], h);
     }
     store_param(at, p, P());
     Drawn<kWidth> bits{}, max_bits{};
@@ -317,13 +348,13 @@ __device__ void update_coded_block(const AdamwTensor& t, const void* grads, cons
     if (from >= block.size) continue;
     const Place at{t, block.begin + from, random};
     float p[kWidth];
-    const auto g = load<kWidth, P>(grads, at.i);
+    const auto g = neighbours<P, kWidth>(grads, at.i);
     load_codes(at, m_scale, v_scale, m[j], v[j]);
     load_param(at, p, P());
     drawn[j] = at.draw<kWidth>(kStreamMoments);
 #pragma unroll
     for (int k = 0; k < kWidth; k++) {
-      p[k] = adamw_element(p[k], widen(g.at[k]), factor, &m[j][k], &v[j][k], nullptr, h);
+      p[k] = adamw_element(p[k], g.at(k), factor, &m[j][k], &v[j][k], nullptr, h);
       scales.take(m[j][k], v[j][k]);
     }
     store_param(at, p, P());
