@@ -192,3 +192,23 @@ def test_operators_of_ours_are_looked_into_forward_and_backward(monkeypatch):
     assert seen == ["cuda", "cuda"] and mode.waits == []
     expected = torch.nn.functional.cross_entropy(x @ head.T, y, reduction="none")
     torch.testing.assert_close(losses, expected)
+
+
+def test_the_backward_of_a_python_function_sees_the_device():
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, upstream):
+            assert upstream.is_cuda
+            return upstream.tolist() and upstream
+
+    x = torch.randn(3, requires_grad=True)
+    with DeviceMode() as mode:
+        Function.apply(x).sum().backward()
+        torch.autograd.grad(Function.apply(x).sum(), x)
+    assert [wait.what for wait in mode.waits] == ["tolist"] * 2
+    with pytest.raises(AssertionError):
+        Function.apply(x).sum().backward()  # outside the device is gone

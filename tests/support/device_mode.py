@@ -18,8 +18,8 @@ make of them. Those made without a `device` are the host's, as they are in a scr
 * `mm` and `addmm` know `out_dtype`. `autocast` works.
 
 fastft's operators that are made of others are looked into; engines that are one kernel are run as they are (the
-reference in place of one that only a GPU has). Inside `torch.autograd.grad`, and Python functions of torch itself, the
-device is the CPU, but roundings and waits are seen.
+reference in place of one that only a GPU has). Inside Python functions of torch itself the device is the CPU, but
+roundings and waits are seen.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -100,6 +101,7 @@ class DeviceMode:
         self._entered = contextlib.ExitStack()
         self._entered.enter_context(self._dispatch)
         self._entered.enter_context(self._functions)
+        self._entered.enter_context(_past_torch(self._functions))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -139,6 +141,26 @@ class DeviceMode:
         self.waits.append(wait)
         if self.refuse:
             raise AssertionError(f"the host waits for the device: {wait}")
+
+
+@contextlib.contextmanager
+def _past_torch(functions: TorchFunctionMode) -> Iterator[None]:
+    """What such modes do not see: the backward of a Python function, and the making of a subclass's tensor."""
+    apply, make = BackwardCFunction.apply, Tensor._make_wrapper_subclass
+
+    def apply_inside(self: Any, *args: Any) -> Any:
+        with functions:
+            return apply(self, *args)
+
+    def make_on_cpu(*args: Any, **kwargs: Any) -> Any:
+        return make(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
+
+    BackwardCFunction.apply, Tensor._make_wrapper_subclass = apply_inside, staticmethod(make_on_cpu)
+    try:
+        yield
+    finally:
+        BackwardCFunction.apply = apply
+        del Tensor._make_wrapper_subclass  # which is that of its base class
 
 
 def _storage(tensor: Tensor) -> Any:
@@ -191,14 +213,11 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kinds = [kind for kind in types if kind not in (Tensor, torch.nn.Parameter)]
-        if kinds:
+        if kinds and torch._C._is_torch_function_enabled():
             with self:
                 return kinds[0].__torch_function__(func, types, args, kwargs)
         if func in self.answers:
             return self.answers[func](args[0])
-        if func is Tensor.backward:
-            with self:
-                return _backward(*args, **kwargs)
         if func in _MOVES:
             return self._move(func, *args, **kwargs)
         return self._run(func, args, kwargs)
@@ -262,10 +281,6 @@ class _Functions(TorchFunctionMode):
         result = self.mode.host(tensor.clone())
         self.mode._pinned.add(_storage(result)._cdata)
         return result
-
-
-def _backward(tensor: Tensor, gradient: Any = None, *args: Any, inputs: Any = None, **kwargs: Any) -> None:
-    torch.autograd.backward(tensor, gradient, *args, inputs=inputs, **kwargs)
 
 
 class _Dispatch(TorchDispatchMode):
