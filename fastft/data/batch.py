@@ -50,8 +50,9 @@ class PackedBatch(_Counted, dict[str, Any]):
 
     def _with_each(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
         """The same batch of moved tensors; one that stands under two keys still does."""
-        tensors = {id(value): move(value) for value in self.values() if isinstance(value, Tensor)}
-        moved = PackedBatch((key, tensors.get(id(value), value)) for key, value in self.items())
+        tensors = {id(value): value for value in self.values() if isinstance(value, Tensor)}
+        places = {key: move(tensor) for key, tensor in tensors.items()}
+        moved = PackedBatch((key, places.get(id(value), value)) for key, value in self.items())
         moved.count = self.count
         return moved
 
