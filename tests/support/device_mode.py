@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ class Wait(NamedTuple):
 
 
 class DeviceMode:
-    """The mode, to be entered once; `waits` is what it has seen.
+    """The mode, to be entered once; `waits` is what it has seen, `operations` what torch dispatched, and how often.
 
     Args:
         refuse: raise AssertionError at the first wait, where it happens.
@@ -93,6 +94,7 @@ class DeviceMode:
     def __init__(self, refuse: bool = False) -> None:
         self.refuse = refuse
         self.waits: list[Wait] = []
+        self.operations: Counter[Any] = Counter()
         self._storages: dict[int, Any] = {}  # of the host; kept, so that no other gets its number
         self._pinned: set[int] = set()
         self._functions, self._dispatch = _Functions(self), _Dispatch(self)
@@ -306,6 +308,7 @@ class _Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastft":
             return self._of_fastft(func, args, kwargs)
+        self.mode.operations[func] += 1
         with torch._C.DisableTorchFunction():
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in (Tensor, torch.nn.Parameter)]
             of_host = [tensor for tensor in tensors if self.mode.is_host(tensor)]
@@ -322,6 +325,7 @@ class _Dispatch(TorchDispatchMode):
         """Looks into an operator that has no engine, or none that runs here: into its reference."""
         operator = ops.OPERATORS.get(func.overloadpacket.__name__.removesuffix("_triton"))
         if operator is None or (operator.engines and func is operator.native):  # None: a part of an engine
+            self.mode.operations[func] += 1
             return func(*args, **kwargs)
         with self, self.mode.functions():
             return operator.reference(*args, **kwargs)
