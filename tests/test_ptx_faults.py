@@ -218,7 +218,9 @@ def test_every_barrier_of_a_cuda_kernel_is_needed(kernel: str) -> None:
         elif kernel.startswith("rows_kernel"):
             run(gpu.ops.cross_entropy_rows, draw(CASES["in place"], 2, 2_051, torch.bfloat16))
         else:
-            gpu.ops.grad_norm_squared_(torch.zeros((), dtype=torch.float64), [torch.randn(40_001)])
+            gpu.ops.grad_norm_squared_(
+                torch.zeros((), dtype=torch.float64), [torch.randn(40_001), *torch.randn(300, 3)]
+            )
 
     with ptx.cuda_operators(90) as gpu:
         call(gpu)
