@@ -25,8 +25,6 @@ FASTFT_HD Lanes ft_fma(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 
-FASTFT_HD Lanes ft_smaller(Lanes a, Lanes b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
-
 FASTFT_HD __m256 lanes_larger(__m256 a, __m256 b) {
   const __m256 is_a = _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   return _mm256_blendv_ps(b, a, is_a);
