@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.ops import wave
+from fastft import ops
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite: the difference of two of them is 0 and not NaN
 _FAR = tl.constexpr(-200.0)  # exp of it is 0 in fp32; products with it stay finite
@@ -264,11 +264,12 @@ def _rows_kernel(
 def _shape(classes: int, itemsize: int, loads: int, wave: int) -> tuple[int, int, int]:
     """Lanes, elements a lane and warps: the longer the rows, the fewer at once, because they share the L2 cache.
 
-    A thread has up to 32 bytes of logits in flight; 16 where the options need the registers. Not yet tuned on a GPU.
+    A thread of a wave of 32 has up to 32 bytes of logits in flight; 16 where the options need the registers. One of a
+    wave of 64 has half of that: the mask of each element takes it two scalar registers. Not yet tuned on a GPU.
     """
     threads = 32 if classes <= 1024 else 128 if classes <= 8192 else 256 if classes <= 65_536 else 512
     threads = max(threads, wave)
-    return threads * loads, 16 // itemsize, threads // wave
+    return threads * loads, 512 // wave // itemsize, threads // wave
 
 
 def _peeled(logits: Tensor, grads: Sequence[Tensor]) -> bool:
@@ -309,7 +310,7 @@ def cross_entropy_rows(
         return
     simple = not (weight or statistics or softcap)
     loads = 2 if simple and classes > 1024 else 1
-    lanes, vector, warps = _shape(classes, logits.element_size(), loads, wave(logits.device))
+    lanes, vector, warps = _shape(classes, logits.element_size(), loads, ops.wave(logits.device))
     g_loss, g_lse, g_entropy = (*upstream, None, None, None)[:3]
     entropy, is_top1 = statistics or (None, None)
     _rows_kernel[(rows,)](

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastft.ops import ENGINES, wave
+from fastft import ops
 from fastft.optim.adamw_update import RESIDUES, Rounding
 from fastft.optim.moments_8bit import BLOCK, scale_shape
 from fastft.optim.philox import ROUNDS, STREAMS
@@ -329,7 +329,7 @@ def _check_coded(i: int, param: Tensor, tensors: Sequence[Tensor], scales: Seque
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A small tensor on `device`, without waiting for it."""
-    if tensor.device == device or device.type not in ENGINES["triton"].devices:
+    if tensor.device == device or device.type not in ops.ENGINES["triton"].devices:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -394,7 +394,7 @@ def _launch(
         aligned &= all(row[7] % 8 == 0 and row[11] % 8 == 0 for row in rows)
         _adamw_kernel[(ends[-1],)](
             _sent(torch.tensor(lines, dtype=torch.int64), on), hyper, grad_factor, ROUNDING=rounding,
-            BITS=bits, AMSGRAD=amsgrad, ALIGNED=aligned, GROUPS=_GROUPS, num_warps=_GROUPS // wave(on),
+            BITS=bits, AMSGRAD=amsgrad, ALIGNED=aligned, GROUPS=_GROUPS, num_warps=_GROUPS // ops.wave(on),
             enable_fp_fusion=False,
         )  # fmt: skip
 
