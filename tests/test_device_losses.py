@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numerics import assert_no_common_factor, assert_no_worse
+from numerics import assert_no_common_factor
 from support.device_mode import DeviceMode
 
 import fastft
@@ -105,3 +105,19 @@ def test_what_the_loss_adds_to_a_gradient_is_scaled_in_fp32(place, dtype, graph_
         loss = fastft.linear_cross_entropy(x, head, target, accumulate_weight_grad=True)
         loss.backward(retain_graph=graph_is_kept)
     assert_no_common_factor(head.grad, truth, dtype)
+
+
+ITEMS = {"number": 7, "float": 7.5, "of the device": torch.tensor(7), "of the host": None}
+
+
+@pytest.mark.parametrize("items", ITEMS)
+@pytest.mark.parametrize("ignored", [0.2, 1.0])
+def test_num_items_costs_no_wait(items, ignored):
+    x, head, target = make(rows=63, ignored=ignored)
+    with DeviceMode(refuse=True):
+        given = torch.tensor(7) if ITEMS[items] is None else ITEMS[items]
+        loss = fastft.linear_cross_entropy(x, head, target, num_items=given)
+        of_logits = fastft.cross_entropy(x @ head.T, target, num_items=given)
+        loss.backward()
+    expected = F.cross_entropy(x @ head.T, target, reduction="sum") / (7.5 if items == "float" else 7)
+    torch.testing.assert_close([loss, of_logits], [expected] * 2)

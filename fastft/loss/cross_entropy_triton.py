@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft.ops import check_beside
+
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite: the difference of two of them is 0 and not NaN
 _FAR = tl.constexpr(-200.0)  # exp of it is 0 in fp32; products with it stay finite
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -298,6 +300,7 @@ def cross_entropy_rows(
 
     Raises:
         TypeError: the logits have another dtype.
+        RuntimeError: a tensor is on another device than the logits.
     """
     if logits.dtype not in _DTYPES:
         raise TypeError(f"logits must be float32, bfloat16 or float16 for the triton engine, got {logits.dtype}")
@@ -308,6 +311,11 @@ def cross_entropy_rows(
     lanes, vector, warps = _shape(classes, logits.element_size(), 2 if simple and classes > 1024 else 1)
     g_loss, g_lse, g_entropy = (*upstream, None, None, None)[:3]
     entropy, is_top1 = statistics or (None, None)
+    check_beside(
+        "cross_entropy_rows", "logits", logits, target=target, losses=losses, lse=lse, entropy=entropy, is_top1=is_top1,
+        **{f"{name}[{i}]": tensor for name, several in (("weight", weight), ("upstream", upstream), ("grad", grad))
+           for i, tensor in enumerate(several)},
+    )  # fmt: skip
     with torch.cuda.device_of(logits):
         _rows_kernel[(rows,)](
             logits, target, *(weight or (None,)), g_loss, g_lse, g_entropy, losses, lse, entropy, is_top1,
