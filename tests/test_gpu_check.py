@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +159,28 @@ def test_a_command_that_ignores_its_end_is_ended() -> None:
         [sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(300)"], seconds=1.0
     )
     assert ended.status == -signal.SIGKILL and ended.why == "not finished after 1 s" and ended.seconds < 10
+
+
+def test_a_process_whose_context_is_spoilt_tests_no_more(
+    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else all that it has yet to run would fail for what one kernel has done."""
+    places = {getattr(plugin, "__file__", None): plugin for plugin in pytestconfig.pluginmanager.get_plugins()}
+    setup = places[str(ROOT / "tests" / "conftest.py")].pytest_runtest_setup
+
+    def spoilt() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    item, left = SimpleNamespace(nodeid="test_next", get_closest_marker=lambda name: name == "gpu"), []
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw3")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", spoilt)
+    monkeypatch.setattr(os, "_exit", left.append)
+    setup(item)
+    assert left == [70] and "test_next has not run, an earlier test has left this" in capfd.readouterr().err
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    setup(item)
+    assert left == [70]
 
 
 def test_half_a_line_is_no_line(tmp_path: Path) -> None:
