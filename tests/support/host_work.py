@@ -70,10 +70,10 @@ def work_of(prepare: Callable[[DeviceMode], Callable[[], Any]], before: int = 1)
         for _ in range(before):
             step()
         mode.waits.clear()
-        mode.operations.clear()
+        mode.dispatched.clear()
         step()
-        launches = sum(count for func, count in mode.operations.items() if _launches(func))
-        return Work(sum(mode.operations.values()), launches, list(mode.waits))
+        launches = sum(count for func, count in mode.dispatched.items() if _launches(func))
+        return Work(sum(mode.dispatched.values()), launches, list(mode.waits))
 
 
 def _launches(func: Any) -> bool:
