@@ -63,7 +63,7 @@ _READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy"}
 _MAKES = {  # without an argument `device`, of the host
     getattr(torch, name)
     for name in (
-        "tensor as_tensor asarray from_numpy scalar_tensor empty zeros ones full arange linspace rand randn randint "
+        "tensor as_tensor asarray scalar_tensor empty zeros ones full arange linspace rand randn randint "
         "randperm eye empty_strided"
     ).split()
 }
@@ -104,7 +104,7 @@ class DeviceMode:
         self._entered = contextlib.ExitStack()
         self._entered.enter_context(self._dispatch)
         self._entered.enter_context(self._functions)
-        self._entered.enter_context(_past_torch(self._functions))
+        self._entered.enter_context(_past_torch(self))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -147,21 +147,29 @@ class DeviceMode:
 
 
 @contextlib.contextmanager
-def _past_torch(functions: TorchFunctionMode) -> Iterator[None]:
-    """What such modes do not see: the backward of a Python function, and the making of a subclass's tensor."""
+def _past_torch(mode: DeviceMode) -> Iterator[None]:
+    """What such modes do not see: backwards of Python functions, tensors of subclasses, and those of given memory."""
     apply, make = BackwardCFunction.apply, Tensor._make_wrapper_subclass
 
     def apply_inside(self: Any, *args: Any) -> Any:
-        with functions:
+        with mode._functions:
             return apply(self, *args)
 
     def make_on_cpu(*args: Any, **kwargs: Any) -> Any:
         return make(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
 
+    def of_host(maker: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return mode.host(maker(*args, **kwargs))
+
+    makers = {name: getattr(torch, name) for name in ("frombuffer", "from_numpy")}
     BackwardCFunction.apply, Tensor._make_wrapper_subclass = apply_inside, staticmethod(make_on_cpu)
+    for name, maker in makers.items():
+        setattr(torch, name, functools.partial(of_host, maker))
     try:
         yield
     finally:
+        for name, maker in makers.items():
+            setattr(torch, name, maker)
         BackwardCFunction.apply = apply
         del Tensor._make_wrapper_subclass  # which is that of its base class
 
