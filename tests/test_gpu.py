@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_no_common_factor, assert_no_worse
 from support.adamw_problems import MODES, Mode, Training, assert_same_bits, past_two_to_the_31
+from support.head_problems import check_fp32_weights_under_autocast, check_the_factor_of_the_mean
 from support.row_problems import CASES, EVERYTHING, IGNORED, Case, check, draw, plain, run
 from test_segment_attention import OPTIONS, each_segment, inputs, results, segments_of_lengths
 
@@ -19,10 +20,17 @@ from fastft.ops import OPERATORS
 from fastft.optim.grad_norm import grad_norm
 
 pytestmark = pytest.mark.gpu
+large = pytest.mark.xdist_group("large")  # one after the other, however many processes test
 
 ADAMW = OPERATORS["adamw_"]
 MIXED = Mode(torch.bfloat16, "stochastic", "bf16")
 SIZES = (1, 3, 63, 507, 16_384, 16_385, 1_000_003, 0, *[4097] * 80)
+
+
+def needs_gib(memory: int) -> None:
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < memory:
+        pytest.skip(f"needs {memory} GiB of the GPU's memory, {free:.0f} are free")
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -31,6 +39,11 @@ def adamw_engine(request: pytest.FixtureRequest) -> str:
     if request.param == "triton" and reason is not None:
         pytest.skip(reason)
     return request.param
+
+
+def clipping(engine: str) -> dict[str, float]:
+    """Clipping, where the engine has a kernel for the norm."""
+    return {"max_grad_norm": 1.0} if engine in OPERATORS["grad_norm_squared_"].engines else {}
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -54,13 +67,16 @@ def test_adamw_follows_the_current_stream(adamw_engine: str) -> None:
 
 
 def test_adamw_over_a_thousand_small_tensors(adamw_engine: str) -> None:
-    expected = Training(MIXED, "cpp", sizes=(256,) * 1000, max_grad_norm=1.0).step(2).values()
-    actual = Training(MIXED, adamw_engine, sizes=(256,) * 1000, device="cuda", max_grad_norm=1.0).step(2).values()
+    options = {"sizes": (256,) * 1000, **clipping(adamw_engine)}
+    expected = Training(MIXED, "cpp", **options).step(2).values()
+    actual = Training(MIXED, adamw_engine, device="cuda", **options).step(2).values()
     assert_same_bits(actual, expected)
 
 
+@large
 @pytest.mark.parametrize("coded", [False, True])
 def test_adamw_past_two_to_the_31(adamw_engine: str, coded: bool) -> None:
+    needs_gib(20)
     problem = past_two_to_the_31(coded, "cuda")
     ADAMW.native(*problem.end)
     ADAMW.implementation(adamw_engine, torch.device("cuda", 0))(*problem.whole)
@@ -69,7 +85,8 @@ def test_adamw_past_two_to_the_31(adamw_engine: str, coded: bool) -> None:
 
 @pytest.mark.parametrize("capturable", [False, True])
 def test_an_adamw_step_does_not_wait(adamw_engine: str, capturable: bool) -> None:
-    training = Training(MIXED, adamw_engine, device="cuda", max_grad_norm=1.0, capturable=capturable).step(2)
+    options = {"capturable": capturable, **clipping(adamw_engine)}
+    training = Training(MIXED, adamw_engine, device="cuda", **options).step(2)
     if capturable:
         training.optimizer.found_inf = torch.zeros(1, device="cuda")
         training.optimizer.grad_scale = torch.full((1,), 8.0, device="cuda")
@@ -157,10 +174,18 @@ def rows(request: pytest.FixtureRequest):
     return ROWS.implementation(request.param, torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_option_of_cross_entropy_rows(rows, case: Case) -> None:
+    """At a number of classes that no vector divides."""
+    for dtype in DTYPES:
+        check(rows, draw(case, 5, 507, dtype, "cuda"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("classes", [1, 507, 32_000, 50_257, 151_936])
+@pytest.mark.parametrize("classes", [1, 63, 32_000, 50_257, 151_936])
 def test_cross_entropy_rows(rows, classes: int, dtype: torch.dtype) -> None:
-    for case in CASES.values():
+    """Few options: Triton compiles each together with each number of classes, dtype and option, for a second or two."""
+    for case in (CASES["plain"], EVERYTHING, CASES["confident with statistics"]):
         check(rows, draw(case, 5, classes, dtype, "cuda"))
 
 
@@ -176,7 +201,9 @@ def test_cross_entropy_rows_repeats_its_bits(rows) -> None:
     assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
+@large
 def test_cross_entropy_rows_past_two_to_the_31(rows) -> None:
+    needs_gib(6)
     near = draw(CASES["plain"], 5, 63, torch.bfloat16, "cuda")
     far = torch.empty(2**31 + 200, dtype=torch.bfloat16, device="cuda")
     check(rows, replace(near, logits=far.as_strided((5, 63), (2**29 + 8, 1)).copy_(near.logits)))
@@ -297,6 +324,17 @@ def test_labels_of_the_host_are_refused() -> None:
         fastft.cross_entropy(logits, target)
     with pytest.raises(RuntimeError, match="target must be on the device of logits"):
         ROWS.native(logits, target, [], [], losses, torch.empty_like(losses), [], [], -100, 0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk_rows", [None, 4096, 1000], ids=["one chunk", "few chunks", "many chunks"])
+def test_a_mean_scales_gradients_by_what_is_not_rounded(dtype: torch.dtype, chunk_rows: int | None) -> None:
+    check_the_factor_of_the_mean(dtype, chunk_rows, "cuda")
+
+
+@pytest.mark.parametrize("chunk_rows", [64, 500])
+def test_fp32_weights_under_autocast(chunk_rows: int) -> None:
+    check_fp32_weights_under_autocast(chunk_rows, "cuda")
 
 
 def test_a_training_step_is_stocks() -> None:

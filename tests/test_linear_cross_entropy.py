@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_no_worse
+from support.head_problems import check_fp32_weights_under_autocast, check_the_factor_of_the_mean
 from torch.utils.checkpoint import checkpoint
 from watch import Watch
 
@@ -452,3 +453,15 @@ def test_module():
     assert set(loss.state_dict()) == {"linear.weight", "linear.bias"} and "ignore_index=3" in repr(loss)
     with pytest.raises(ValueError, match="reduction"):
         LinearCrossEntropyLoss(9, 7, reduction="median")
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1000])
+def test_a_mean_scales_gradients_by_what_is_not_rounded(chunk_rows):
+    """On a GPU: test_gpu.py."""
+    check_the_factor_of_the_mean(torch.bfloat16, chunk_rows, "cpu")
+
+
+@pytest.mark.parametrize("chunk_rows", [64, 500])
+def test_fp32_weights_under_autocast(chunk_rows):
+    """On a GPU: test_gpu.py."""
+    check_fp32_weights_under_autocast(chunk_rows, "cpu")

@@ -242,7 +242,7 @@ HEAD = ops.Operator(
     "int max_counted, int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale) -> "
     "(Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor d_input, Tensor d_weight, Tensor d_bias)",
     _linear_cross_entropy_rows,
-    engines=(),
+    engines={},
     fake=_fake,
 )
 
