@@ -11,9 +11,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
-#include <atomic>
-
 #include "cross_entropy_args.h"
 #include "cross_entropy_math.h"
 #include "launch.h"
@@ -450,34 +447,24 @@ struct SharedMemory {
   bool two_fit(int64_t bytes) const { return bytes <= block && 2 * (bytes + 1024) <= processor; }
 };
 
-// Lets a kernel have all the shared memory that a block of this device may have. The limit is the kernel's and not a
-// launch's, and what one thread's launch needs, another's must not lower: so it is set once, to this constant.
-template <class T, bool kOptions>
-void raise_limit(int bytes, int32_t device) {
-  static std::atomic<uint64_t> raised{0};  // a bit a device
-  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
-  if (raised.load() & bit) return;
-  const cudaError_t error =
-      cudaFuncSetAttribute(rows_kernel<T, kOptions>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  FT_CHECK(error == cudaSuccess, "cross_entropy_rows: %d bytes of shared memory refused: %s", bytes,
-           cudaGetErrorString(error));
-  raised.fetch_or(bit);
-}
-
 template <class T, bool kOptions>
 void launch(Job job, int64_t rows, int32_t device) {
-  const int64_t vectors = job.classes / Row<T>::kSize, held_bytes = sizeof(Scratch) + vectors * int64_t(sizeof(uint4));
+  const int64_t vectors = job.classes / Row<T>::kSize, held_bytes = sizeof(Scratch) + vectors * sizeof(uint4);
+  const auto kernel = rows_kernel<T, kOptions>;
   const SharedMemory memory(device);
   int64_t bytes = sizeof(Scratch), most = kMaxThreads;  // few rows in flight: they share the L2 cache
   if (job.grad && memory.two_fit(held_bytes)) {
-    raise_limit<T, kOptions>(memory.block, device);
     bytes = held_bytes, most = kMaxThreads / 2;
     job.held = true;
+    // The limit is the kernel's and not a launch's: a thread that set it to what its own rows need would take from
+    // another's launch what that needs. So it is always all that a block of this device may have.
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory.block);
+    FT_CHECK(error == cudaSuccess, "cross_entropy_rows: %d bytes of shared memory refused: %s", memory.block,
+             cudaGetErrorString(error));
   }
   int threads = kWarp;
   while (threads < most && threads * 4 < vectors) threads *= 2;
-  FASTFT_LAUNCH((rows_kernel<T, kOptions>), static_cast<unsigned>(rows), threads, bytes, fastft::current_stream(device),
-                job);
+  FASTFT_LAUNCH(kernel, static_cast<unsigned>(rows), threads, bytes, fastft::current_stream(device), job);
   fastft::check_launch("cross_entropy_rows");
 }
 
