@@ -56,3 +56,15 @@ def floor(dtype: torch.dtype, terms: int) -> float:
 def terms_of(model: nn.Module, tokens: int) -> int:
     """The terms of a gradient of a whole model: the rows that its matrices sum over, and the tokens of the loss."""
     return tokens + sum(parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1)
+
+
+def assert_no_common_factor(actual: Tensor, truth: Tensor, dtype: torch.dtype, what: str = "result") -> None:
+    """Raises if all of `actual` is off by one factor, as it is where a scale was rounded to `dtype`, of 16 bits.
+
+    Elements' own roundings average out: the factor that fits best is 1 to an eighth of the dtype's eps, where a scale
+    that was rounded is off by up to a half.
+    """
+    ours, exact = actual.detach().double().flatten(), truth.detach().double().flatten()
+    off = float(ours @ exact / (exact @ exact)) - 1
+    allowed = torch.finfo(dtype).eps / 8
+    assert abs(off) <= allowed, f"{what}: all of it is off by {off:.2e}, allowed {allowed:.2e}"

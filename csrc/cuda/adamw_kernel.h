@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "adamw_math.h"
+#include "coded_moments.h"
 #include "launch.h"
 #include "moments_8bit.h"
 #include "philox.h"
@@ -46,26 +47,32 @@ __device__ void store(void* data, int64_t i, const Vector<T, kWidth>& values) {
   *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(data) + i) = values;
 }
 
-__device__ float widen(float value) { return value; }
-__device__ float widen(uint16_t value) { return bf16_to_float(value); }
+// The random bits of kWidth elements, two a word.
+template <int kWidth>
+struct Drawn {
+  uint32_t words[kWidth < 2 ? 1 : kWidth / 2];
+  __device__ uint16_t at(int k) const { return uint16_t(k % 2 ? words[k / 2] >> 16 : words[k / 2]); }
+};
 
 struct Random {
   uint64_t seed;
   uint32_t step;
 
-  // The bits of kWidth elements from the one with global index `element` on, which is a multiple of kWidth.
+  // Of the elements from the one with global index `element` on, which is a multiple of kWidth.
   template <int kWidth>
-  __device__ Vector<uint16_t, kWidth> draw(uint32_t stream, uint64_t element) const {
-    uint16_t bits[8];
-    philox_bits<1>(element / 8, step, stream, seed, bits);
-    uint64_t halves[2] = {};  // shifted below, because an index would put the bits into local memory
+  __device__ Drawn<kWidth> draw(uint32_t stream, uint64_t element) const {
+    uint32_t all[4];
+    philox_words(element / 8, step, stream, seed, all);
+    Drawn<kWidth> own;
+    if constexpr (kWidth == 8) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) halves[i / 4] |= uint64_t(bits[i]) << (i % 4 * 16);
-    Vector<uint16_t, kWidth> own;
-#pragma unroll
-    for (int i = 0; i < kWidth; i++) {
-      const uint64_t half = kWidth == 8 ? halves[i / 4] : element & 4 ? halves[1] : halves[0];
-      own.at[i] = uint16_t(half >> ((kWidth == 1 ? element % 4 : i % 4) * 16));
+      for (int i = 0; i < 4; i++) own.words[i] = all[i];
+    } else {  // no index, which would put the words into local memory
+      const uint32_t low = element & 4 ? all[2] : all[0], high = element & 4 ? all[3] : all[1];
+      if constexpr (kWidth == 4)
+        own.words[0] = low, own.words[1] = high;
+      else
+        own.words[0] = (element & 2 ? high : low) >> (element % 2 * 16);
     }
     return own;
   }
@@ -77,81 +84,121 @@ struct Place {
   int64_t i;
   Random random;
   template <int kWidth>
-  __device__ Vector<uint16_t, kWidth> draw(uint32_t stream) const {
+  __device__ Drawn<kWidth> draw(uint32_t stream) const {
     return random.draw<kWidth>(stream, uint64_t(t.first + i));
   }
 };
 
-template <int kWidth>
-__device__ Vector<uint16_t, kWidth> swapped(const Vector<uint16_t, kWidth>& bits) {
-  Vector<uint16_t, kWidth> own;
-#pragma unroll
-  for (int k = 0; k < kWidth; k++) own.at[k] = swap_bytes(bits.at[k]);
-  return own;
-}
-
-template <int kWidth>
-__device__ void store_moment(const Place& at, void* data, const Vector<uint16_t, kWidth>&,
-                             const float (&values)[kWidth], float) {
+// Stores values of a Place, of a kind that the last argument names: floats as they are, bfloat16 rounded stochastically,
+// with the bytes of the random numbers swapped where kSwapped.
+template <bool kSwapped, int kWidth>
+__device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>&, const float (&values)[kWidth], float) {
   Vector<float, kWidth> kept;
 #pragma unroll
   for (int k = 0; k < kWidth; k++) kept.at[k] = values[k];
   store(data, at.i, kept);
 }
 
-template <int kWidth>
-__device__ void store_moment(const Place& at, void* data, const Vector<uint16_t, kWidth>& bits,
-                             const float (&values)[kWidth], uint16_t) {
-  Vector<uint16_t, kWidth> kept;
+template <bool kSwapped, int kWidth>
+__device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>& bits, const float (&values)[kWidth],
+                              uint16_t) {
+  if constexpr (kWidth == 1) {
+    const uint16_t random = kSwapped ? swap_bytes(bits.at(0)) : bits.at(0);
+    static_cast<uint16_t*>(data)[at.i] = bf16_stochastic(values[0], random);
+  } else {
+    Vector<uint32_t, kWidth / 2> kept;
 #pragma unroll
-  for (int k = 0; k < kWidth; k++) kept.at[k] = bf16_stochastic(values[k], bits.at[k]);
-  store(data, at.i, kept);
+    for (int k = 0; k < kWidth / 2; k++) {
+      const uint32_t word = bits.words[k];
+      const uint32_t low = kSwapped ? permuted(word, 0, 0x4401) : word & 0xffffu;
+      const uint32_t high = kSwapped ? permuted(word, 0, 0x4423) : word >> 16;
+      kept.at[k] = permuted(bf16_sum(values[2 * k], low), bf16_sum(values[2 * k + 1], high), 0x7632);
+    }
+    store(data, at.i / 2, kept);
+  }
+}
+
+// kWidth neighbours as they were read: floats, or bfloat16 values that become floats one by one.
+template <class T, int kWidth>
+struct Neighbours {
+  Vector<float, kWidth> read{};
+  __device__ float at(int k) const { return read.at[k]; }
+};
+
+template <int kWidth>
+struct Neighbours<uint16_t, kWidth> {
+  Vector<uint32_t, kWidth / 2> read{};
+  __device__ float at(int k) const { return bits_float(k % 2 ? read.at[k / 2] & 0xffff0000u : read.at[k / 2] << 16); }
+};
+
+template <>
+struct Neighbours<uint16_t, 1> {
+  Vector<uint16_t, 1> read{};
+  __device__ float at(int) const { return bf16_to_float(read.at[0]); }
+};
+
+template <class T, int kWidth>
+__device__ Neighbours<T, kWidth> neighbours(const void* data, int64_t i) {
+  if constexpr (sizeof(T) == 4)
+    return {load<kWidth, float>(data, i)};
+  else if constexpr (kWidth == 1)
+    return {load<1, uint16_t>(data, i)};
+  else
+    return {load<kWidth / 2, uint32_t>(data, i / 2)};
 }
 
 template <int kWidth>
 __device__ void load_param(const Place& at, float (&values)[kWidth], float) {
-  const auto kept = load<kWidth, float>(at.t.param, at.i);
+  const auto kept = neighbours<float, kWidth>(at.t.param, at.i);
 #pragma unroll
-  for (int k = 0; k < kWidth; k++) values[k] = kept.at[k];
+  for (int k = 0; k < kWidth; k++) values[k] = kept.at(k);
 }
 
 template <int kWidth>
 __device__ void load_param(const Place& at, float (&values)[kWidth], uint16_t) {
-  const auto kept = load<kWidth, uint16_t>(at.t.param, at.i);
-  Vector<uint16_t, kWidth> residue{};
-  if (at.t.residue) residue = load<kWidth, uint16_t>(at.t.residue, at.i);
+  if (at.t.rounding == kExact) {
+    const auto kept = load<kWidth, uint16_t>(at.t.param, at.i), remainder = load<kWidth, uint16_t>(at.t.residue, at.i);
 #pragma unroll
-  for (int k = 0; k < kWidth; k++) {
-    if (at.t.rounding == kExact)
-      values[k] = master_join(kept.at[k], int16_t(residue.at[k]));
-    else
-      values[k] = at.t.rounding == kKahan ? kahan_join(kept.at[k], residue.at[k]) : bf16_to_float(kept.at[k]);
+    for (int k = 0; k < kWidth; k++) values[k] = master_join(kept.at[k], int16_t(remainder.at[k]));
+    return;
   }
+  const auto kept = neighbours<uint16_t, kWidth>(at.t.param, at.i);
+#pragma unroll
+  for (int k = 0; k < kWidth; k++) values[k] = kept.at(k);
+  if (at.t.rounding != kKahan) return;
+  const auto compensation = neighbours<uint16_t, kWidth>(at.t.residue, at.i);
+#pragma unroll
+  for (int k = 0; k < kWidth; k++) values[k] = ft_add(values[k], compensation.at(k));
 }
 
 template <int kWidth>
 __device__ void store_param(const Place& at, const float (&values)[kWidth], float) {
-  store_moment(at, at.t.param, Vector<uint16_t, kWidth>{}, values, 0.0f);
+  store_rounded<false>(at, at.t.param, Drawn<kWidth>{}, values, 0.0f);
 }
 
 template <int kWidth>
 __device__ void store_param(const Place& at, const float (&values)[kWidth], uint16_t) {
-  Vector<uint16_t, kWidth> kept, residue, bits{};
-  if (at.t.rounding == kStochastic) bits = at.draw<kWidth>(kStreamParam);
+  if (at.t.rounding == kStochastic) {
+    store_rounded<false>(at, at.t.param, at.draw<kWidth>(kStreamParam), values, uint16_t());
+    return;
+  }
+  Vector<uint16_t, kWidth> kept, residue;
+  if (at.t.rounding == kExact) {
 #pragma unroll
-  for (int k = 0; k < kWidth; k++) {
-    int16_t remainder;
-    if (at.t.rounding == kExact) {
+    for (int k = 0; k < kWidth; k++) {
+      int16_t remainder;
       master_split(values[k], &kept.at[k], &remainder);
       residue.at[k] = uint16_t(remainder);
-    } else if (at.t.rounding == kKahan) {
-      kahan_split(values[k], &kept.at[k], &residue.at[k]);
-    } else {
-      kept.at[k] = at.t.rounding == kStochastic ? bf16_stochastic(values[k], bits.at[k]) : bf16_nearest(values[k]);
     }
+  } else if (at.t.rounding == kKahan) {
+#pragma unroll
+    for (int k = 0; k < kWidth; k++) kahan_split(values[k], &kept.at[k], &residue.at[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWidth; k++) kept.at[k] = bf16_nearest(values[k]);
   }
   store(at.t.param, at.i, kept);
-  if (at.t.residue) store(at.t.residue, at.i, residue);
+  if (at.t.rounding == kExact || at.t.rounding == kKahan) store(at.t.residue, at.i, residue);
 }
 
 // Elements [begin, end) of a chunk, kWidth at a time, of a tensor that is kept as P with moments that are kept as M.
@@ -161,26 +208,26 @@ __device__ void update(const AdamwTensor& t, const void* grads, int64_t chunk, i
   for (int k0 = begin + threadIdx.x * kWidth; k0 < end; k0 += kThreads * kWidth) {
     const Place at{t, chunk + k0, random};
     float p[kWidth], m[kWidth], v[kWidth], w[kWidth];
-    const auto g = load<kWidth, P>(grads, at.i);
-    const auto old_m = load<kWidth, M>(t.exp_avg, at.i), old_v = load<kWidth, M>(t.exp_avg_sq, at.i);
-    Vector<M, kWidth> old_w{};
-    if (t.max_exp_avg_sq) old_w = load<kWidth, M>(t.max_exp_avg_sq, at.i);
+    const auto g = neighbours<P, kWidth>(grads, at.i);
+    const auto old_m = neighbours<M, kWidth>(t.exp_avg, at.i), old_v = neighbours<M, kWidth>(t.exp_avg_sq, at.i);
+    Neighbours<M, kWidth> old_w{};
+    if (t.max_exp_avg_sq) old_w = neighbours<M, kWidth>(t.max_exp_avg_sq, at.i);
     load_param(at, p, P());
 #pragma unroll
     for (int k = 0; k < kWidth; k++) {
-      m[k] = widen(old_m.at[k]), v[k] = widen(old_v.at[k]);
-      w[k] = t.max_exp_avg_sq ? widen(old_w.at[k]) : -INFINITY;  // below every second moment: as without amsgrad
-      p[k] = adamw_element(p[k], widen(g.at[k]), factor, &m[k], &v[k], &w[k], h);
+      m[k] = old_m.at(k), v[k] = old_v.at(k);
+      w[k] = t.max_exp_avg_sq ? old_w.at(k) : -INFINITY;  // below every second moment: as without amsgrad
+      p[k] = adamw_element(p[k], g.at(k), factor, &m[k], &v[k], &w[k], h);
     }
     store_param(at, p, P());
-    Vector<uint16_t, kWidth> bits{}, max_bits{};
+    Drawn<kWidth> bits{}, max_bits{};
     if (sizeof(M) == 2) {
       bits = at.draw<kWidth>(kStreamMoments);
       if (t.max_exp_avg_sq) max_bits = at.draw<kWidth>(kStreamMaxExpAvgSq);
     }
-    store_moment(at, t.exp_avg, bits, m, M());
-    store_moment(at, t.exp_avg_sq, swapped(bits), v, M());
-    if (t.max_exp_avg_sq) store_moment(at, t.max_exp_avg_sq, max_bits, w, M());
+    store_rounded<false>(at, t.exp_avg, bits, m, M());
+    store_rounded<true>(at, t.exp_avg_sq, bits, v, M());
+    if (t.max_exp_avg_sq) store_rounded<false>(at, t.max_exp_avg_sq, max_bits, w, M());
   }
 }
 
@@ -195,11 +242,12 @@ __device__ void update_chunk(const AdamwTensor& t, const void* grads, int64_t ch
   update<P, M, 1>(t, grads, chunk, vectors, n, factor, h, random);
 }
 
-// The largest of a warp's values, for each of its lanes.
-__device__ int32_t largest_of_warp(int32_t value) {
+// The largest of the values of kLanes neighbours, for each of them.
+template <int kLanes>
+__device__ uint32_t largest_of(uint32_t value) {
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const int32_t other = __shfl_xor_sync(0xffffffffu, value, lanes);
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, value, lanes);
     value = other > value ? other : value;
   }
   return value;
@@ -209,79 +257,155 @@ __host__ __device__ int64_t moment_blocks(const AdamwTensor& t) {
   return t.numel / t.columns * ((t.columns + kMomentBlock - 1) / kMomentBlock);
 }
 
-// A warp updates a block of 8-bit moments, from element `begin` on: kWidth neighbours a lane, kVectors times.
-template <class P, int kWidth>
-__device__ void update_coded_block(const AdamwTensor& t, const void* grads, int64_t begin, int size, int64_t block,
-                                   float factor, const AdamwHyper& h, const Random& random) {
-  constexpr int kVectors = kMomentBlock / kWarp / kWidth;
-  const float m_scale = t.exp_avg_scale[block], v_scale = t.exp_avg_sq_scale[block];
+// A block of 8-bit moments: `size` elements, none where there is no such block, from `begin` on.
+struct CodedBlock {
+  int64_t begin, number;  // of its first element, and among the tensor's blocks
+  int size;
+};
+
+// What the scales of a block are, and what its moments are divided by.
+struct Scales {
+  uint32_t largest = 0, largest_sq = 0;  // the bits of |m| and v: of numbers that are none above those of any that is
+
+  __device__ void take(float m, float v) {
+    const uint32_t a = uint32_t(magnitude(m)), b = uint32_t(magnitude(v));
+    largest = a > largest ? a : largest;
+    largest_sq = b > largest_sq ? b : largest_sq;
+  }
+  template <int kLanes>
+  __device__ void reduce() {
+    largest = largest_of<kLanes>(largest), largest_sq = largest_of<kLanes>(largest_sq);
+  }
+  __device__ void store(const AdamwTensor& t, int64_t block) const {
+    t.exp_avg_scale[block] = bits_float(largest), t.exp_avg_sq_scale[block] = bits_float(largest_sq);
+  }
+  __device__ float divisor() const { return largest ? bits_float(largest) : 1.0f; }
+  __device__ float sq_divisor() const { return largest_sq ? bits_float(largest_sq) : 1.0f; }
+  // Whether all values are numbers and the reciprocals of the scales are, too.
+  __device__ bool plain() const {
+    const float most = bits_float(0x7f7fffffu), m = divisor(), v = sq_divisor();
+    return m >= FASTFT_SMALL_SCALE && m <= most && v >= FASTFT_SMALL_SCALE && v <= most;
+  }
+};
+
+// Eight elements from `at` on, which have been updated: their moments become codes.
+__device__ void store_codes(const Place& at, const float (&m)[8], const float (&v)[8], const Drawn<8>& random,
+                            const Scales& scales, bool plain) {
+  Vector<uint32_t, 2> m_codes, v_codes;
+  bool sure = false;
+  if (plain)
+    sure = encode_eight(m, v, ft_div(1.0f, scales.divisor()), ft_div(1.0f, scales.sq_divisor()), random.words,
+                        m_codes.at, v_codes.at);
+  if (!sure) {
+    m_codes = v_codes = {};
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      const bool finite = both_finite(m[k], v[k]);
+      const uint16_t bits = random.at(k);
+      const uint8_t code = uint8_t(exp_avg_encode(m[k], finite, scales.divisor(), bits));
+      const uint8_t sq_code = exp_avg_sq_encode(v[k], finite, scales.sq_divisor(), swap_bytes(bits));
+      m_codes.at[k / 4] |= uint32_t(code) << k % 4 * 8, v_codes.at[k / 4] |= uint32_t(sq_code) << k % 4 * 8;
+    }
+  }
+  store(at.t.exp_avg, at.i / 4, m_codes);
+  store(at.t.exp_avg_sq, at.i / 4, v_codes);
+}
+
+__device__ void store_codes(const Place& at, const float (&m)[1], const float (&v)[1], const Drawn<1>& random,
+                            const Scales& scales, bool) {
+  const bool finite = both_finite(m[0], v[0]);
+  const uint16_t bits = random.at(0);
+  static_cast<int8_t*>(at.t.exp_avg)[at.i] = exp_avg_encode(m[0], finite, scales.divisor(), bits);
+  static_cast<uint8_t*>(at.t.exp_avg_sq)[at.i] =
+      exp_avg_sq_encode(v[0], finite, scales.sq_divisor(), swap_bytes(bits));
+}
+
+__device__ void load_codes(const Place& at, float m_scale, float v_scale, float (&m)[8], float (&v)[8]) {
+  const auto m_codes = load<2, uint32_t>(at.t.exp_avg, at.i / 4), v_codes = load<2, uint32_t>(at.t.exp_avg_sq, at.i / 4);
+  decode_eight(m_codes.at, v_codes.at, m_scale, v_scale, m, v);
+}
+
+__device__ void load_codes(const Place& at, float m_scale, float v_scale, float (&m)[1], float (&v)[1]) {
+  m[0] = exp_avg_decode(static_cast<const int8_t*>(at.t.exp_avg)[at.i], m_scale);
+  v[0] = exp_avg_sq_decode(static_cast<const uint8_t*>(at.t.exp_avg_sq)[at.i], v_scale);
+}
+
+// kLanes lanes of a warp update a block, kWidth neighbours each at a time; the others do so with another block.
+template <class P, int kWidth, int kLanes>
+__device__ void update_coded_block(const AdamwTensor& t, const void* grads, const CodedBlock& block, float factor,
+                                   const AdamwHyper& h, const Random& random) {
+  constexpr int kVectors = kMomentBlock / kLanes / kWidth;
+  const int first = int(threadIdx.x) % kLanes * kWidth;
+  const bool there = block.size > 0;
+  const float m_scale = there ? t.exp_avg_scale[block.number] : 0.0f;
+  const float v_scale = there ? t.exp_avg_sq_scale[block.number] : 0.0f;
   float m[kVectors][kWidth], v[kVectors][kWidth];
-  int32_t largest = 0, largest_sq = 0;
+  Drawn<kWidth> drawn[kVectors];
+  Scales scales;
 #pragma unroll
   for (int j = 0; j < kVectors; j++) {
-    const int from = (int(threadIdx.x) % kWarp + j * kWarp) * kWidth;
-    if (from >= size) continue;
-    const Place at{t, begin + from, random};
+    const int from = first + j * kLanes * kWidth;
+    if (from >= block.size) continue;
+    const Place at{t, block.begin + from, random};
     float p[kWidth];
-    const auto g = load<kWidth, P>(grads, at.i);
-    const auto m_codes = load<kWidth, int8_t>(t.exp_avg, at.i);
-    const auto v_codes = load<kWidth, uint8_t>(t.exp_avg_sq, at.i);
+    const auto g = neighbours<P, kWidth>(grads, at.i);
+    load_codes(at, m_scale, v_scale, m[j], v[j]);
     load_param(at, p, P());
+    drawn[j] = at.draw<kWidth>(kStreamMoments);
 #pragma unroll
     for (int k = 0; k < kWidth; k++) {
-      m[j][k] = exp_avg_decode(m_codes.at[k], m_scale), v[j][k] = exp_avg_sq_decode(v_codes.at[k], v_scale);
-      p[k] = adamw_element(p[k], widen(g.at[k]), factor, &m[j][k], &v[j][k], nullptr, h);
-      const bool finite = both_finite(m[j][k], v[j][k]);
-      const int32_t a = finite ? magnitude(m[j][k]) : 0, b = finite ? magnitude(v[j][k]) : 0;
-      largest = a > largest ? a : largest;
-      largest_sq = b > largest_sq ? b : largest_sq;
+      p[k] = adamw_element(p[k], g.at(k), factor, &m[j][k], &v[j][k], nullptr, h);
+      scales.take(m[j][k], v[j][k]);
     }
     store_param(at, p, P());
   }
-  largest = largest_of_warp(largest), largest_sq = largest_of_warp(largest_sq);
-  if (threadIdx.x % kWarp == 0) {
-    t.exp_avg_scale[block] = bits_float(uint32_t(largest));
-    t.exp_avg_sq_scale[block] = bits_float(uint32_t(largest_sq));
+  scales.reduce<kLanes>();
+  // One answer for the warp, as there are shuffles below.
+  const bool plain = largest_of<kWarp>(uint32_t(!scales.plain())) == 0;
+  if (!plain) {
+    scales = Scales();
+#pragma unroll
+    for (int j = 0; j < kVectors; j++)
+#pragma unroll
+      for (int k = 0; k < kWidth; k++)
+        if (first + j * kLanes * kWidth < block.size && both_finite(m[j][k], v[j][k])) scales.take(m[j][k], v[j][k]);
+    scales.reduce<kLanes>();
   }
-  const float divisor = largest ? bits_float(uint32_t(largest)) : 1.0f;
-  const float sq_divisor = largest_sq ? bits_float(uint32_t(largest_sq)) : 1.0f;
+  if (there && first == 0) scales.store(t, block.number);
 #pragma unroll
   for (int j = 0; j < kVectors; j++) {
-    const int from = (int(threadIdx.x) % kWarp + j * kWarp) * kWidth;
-    if (from >= size) continue;
-    const Place at{t, begin + from, random};
-    const auto bits = at.draw<kWidth>(kStreamMoments), sq_bits = swapped(bits);
-    Vector<int8_t, kWidth> m_codes;
-    Vector<uint8_t, kWidth> v_codes;
-#pragma unroll
-    for (int k = 0; k < kWidth; k++) {
-      const bool finite = both_finite(m[j][k], v[j][k]);
-      m_codes.at[k] = exp_avg_encode(m[j][k], finite, divisor, bits.at[k]);
-      v_codes.at[k] = exp_avg_sq_encode(v[j][k], finite, sq_divisor, sq_bits.at[k]);
-    }
-    store(t.exp_avg, at.i, m_codes);
-    store(t.exp_avg_sq, at.i, v_codes);
+    const int from = first + j * kLanes * kWidth;
+    if (from < block.size) store_codes({t, block.begin + from, random}, m[j], v[j], drawn[j], scales, plain);
   }
 }
 
-// Blocks of 8-bit moments, as many as make a chunk where none of them is short.
+// Blocks of 8-bit moments from `number` on, as many as make a chunk where none of them is short.
+template <class P, int kWidth, int kLanes>
+__device__ void update_coded_blocks(const AdamwTensor& t, const void* grads, int64_t number, float factor,
+                                    const AdamwHyper& h, const Random& random) {
+  const int64_t of_row = (t.columns + kMomentBlock - 1) / kMomentBlock, all = moment_blocks(t);
+  constexpr int kTogether = kThreads / kLanes;
+  for (int j = 0; j < kCodedBlocks; j += kTogether) {
+    CodedBlock block{0, number + j + int(threadIdx.x) / kLanes, 0};
+    if (block.number < all) {
+      const int64_t row = block.number / of_row, column = (block.number - row * of_row) * kMomentBlock;
+      const int64_t left = t.columns - column;
+      block.begin = row * t.columns + column;
+      block.size = left < kMomentBlock ? int(left) : int(kMomentBlock);
+    }
+    update_coded_block<P, kWidth, kLanes>(t, grads, block, factor, h, random);
+  }
+}
+
 template <class P>
 __device__ void update_coded(const AdamwTensor& t, const void* grads, int64_t chunk, float factor, const AdamwHyper& h,
                              const Random& random) {
   const uintptr_t together =
       uintptr_t(t.param) | uintptr_t(grads) | uintptr_t(t.exp_avg) | uintptr_t(t.exp_avg_sq) | uintptr_t(t.residue);
-  const bool aligned = (together & 15) == 0 && t.first % 4 == 0 && t.columns % 4 == 0;
-  const int64_t of_row = (t.columns + kMomentBlock - 1) / kMomentBlock, all = moment_blocks(t);
-  for (int j = threadIdx.x / kWarp; j < kCodedBlocks && chunk * kCodedBlocks + j < all; j += kThreads / kWarp) {
-    const int64_t block = chunk * kCodedBlocks + j, row = block / of_row,
-                  column = (block - row * of_row) * kMomentBlock;
-    const int64_t left = t.columns - column, begin = row * t.columns + column;
-    const int size = left < kMomentBlock ? int(left) : int(kMomentBlock);
-    if (aligned)
-      update_coded_block<P, 4>(t, grads, begin, size, block, factor, h, random);
-    else
-      update_coded_block<P, 1>(t, grads, begin, size, block, factor, h, random);
-  }
+  if ((together & 15) == 0 && t.first % 8 == 0 && t.columns % 8 == 0)
+    update_coded_blocks<P, 8, 16>(t, grads, chunk * kCodedBlocks, factor, h, random);
+  else
+    update_coded_blocks<P, 1, kWarp>(t, grads, chunk * kCodedBlocks, factor, h, random);
 }
 
 // A pointer out of a table: the compiler cannot know by itself that it is not one of shared or local memory.

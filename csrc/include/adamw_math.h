@@ -107,11 +107,13 @@ FASTFT_HD uint16_t bf16_nearest(float value) {
   return value != value ? (uint16_t)0x7fc0 : (uint16_t)rounded;
 }
 
-// One of the two neighbouring bf16 values, the nearer the likelier, so that the mean over all `random` is `value`.
-FASTFT_HD uint16_t bf16_stochastic(float value, uint16_t random) {
-  const uint32_t bits = float_bits(value);
-  return value != value ? (uint16_t)0x7fc0 : (uint16_t)((bits + random) >> 16);
+// Of which the upper half is the result of bf16_stochastic.
+FASTFT_HD uint32_t bf16_sum(float value, uint32_t random) {
+  return value != value ? 0x7fc00000u : float_bits(value) + random;
 }
+
+// One of the two neighbouring bf16 values, the nearer the likelier, so that the mean over all `random` is `value`.
+FASTFT_HD uint16_t bf16_stochastic(float value, uint16_t random) { return (uint16_t)(bf16_sum(value, random) >> 16); }
 
 // A bf16 parameter and the int16 remainder together are the fp32 master: its bits are (param << 16) + remainder,
 // signed. The parameter is the master rounded to nearest, ties away from zero: with ties to even, both neighbours of an

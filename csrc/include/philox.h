@@ -27,6 +27,26 @@ enum { kPhiloxRounds = 7 };
 
 FASTFT_HD uint16_t swap_bytes(uint16_t bits) { return (uint16_t)(bits << 8 | bits >> 8); }
 
+FASTFT_HD uint32_t high_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umulhi(a, b);
+#else
+  return (uint32_t)((uint64_t)a * b >> 32);
+#endif
+}
+
+// The four words of one call, in 32-bit arithmetic, as GPUs have it.
+FASTFT_HD void philox_words(uint64_t block, uint32_t step, uint32_t stream, uint64_t seed, uint32_t* words) {
+  uint32_t c0 = (uint32_t)block, c1 = (uint32_t)(block >> 32), c2 = step, c3 = stream;
+  uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; round++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+    const uint32_t next0 = high_product(c2, 0xCD9E8D57u) ^ c1 ^ key0;
+    const uint32_t next2 = high_product(c0, 0xD2511F53u) ^ c3 ^ key1;
+    c1 = c2 * 0xCD9E8D57u, c3 = c0 * 0xD2511F53u, c0 = next0, c2 = next2;
+  }
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
 // The 16 bits of each of the 8 * lanes elements from 8 * block on.
 template <int lanes>
 FASTFT_HD void philox_bits(uint64_t block, uint32_t step, uint32_t stream, uint64_t seed, uint16_t* bits) {

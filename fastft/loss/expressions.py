@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.loss.options import refuse_second_derivative
+from fastft.loss.options import refuse_second_derivative, unrounded
 
 if TYPE_CHECKING:
     from fastft.loss.evaluation import Evaluation
@@ -349,7 +349,7 @@ class _RowWise(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("a fused loss")
         if ctx.task.summed:
-            gradients = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.gradients]
+            gradients = [None if g is None else (g * unrounded(grad_output)).to(g.dtype) for g in ctx.gradients]
         else:
             needs = ctx.needs_input_grad[1:]
             _, gradients = _differentiate(ctx.task, ctx.saved_tensors[: len(needs)], needs, grad_output)

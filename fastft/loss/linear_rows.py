@@ -35,7 +35,7 @@ from torch import Tensor
 from fastft import ops
 from fastft.loss.cross_entropy import rows_implementation
 from fastft.loss.head_gemms import NARROW_CHUNKS, HeadGemms, is_emulated, working_dtype
-from fastft.loss.options import RowOptions, refuse_second_derivative, statistics_dtype
+from fastft.loss.options import RowOptions, refuse_second_derivative, statistics_dtype, unrounded
 
 
 class _Limits(NamedTuple):
@@ -248,6 +248,7 @@ def _graph_is_kept() -> bool:
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`gradient` times `scale` in fp32, rounded once to `dtype`; in place where nobody can ask for it again."""
+    scale = unrounded(scale)
     plain = type(gradient) is Tensor  # not one that a compiler traces with
     in_place = plain and gradient.dtype == dtype and not _graph_is_kept()  # saves a second (V, H) and its page faults
     return torch.mul(gradient, scale, out=gradient if in_place else torch.empty_like(gradient, dtype=dtype))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.loss.linear_rows import HEAD, HeadCall, scaled
-from fastft.loss.options import RowOptions, refuse_second_derivative
+from fastft.loss.options import RowOptions, refuse_second_derivative, unrounded
 
 _SLAB = 2048  # classes whose gradient goes through a wider copy at once
 
@@ -83,11 +83,12 @@ def _add(weight: Tensor, d_weight: Tensor, upstream: Tensor) -> None:
         weight.grad = scaled(d_weight, upstream, weight.dtype)
     elif weight.grad.layout != torch.strided:
         raise RuntimeError("accumulate_weight_grad=True needs a dense weight.grad; something made it sparse")
-    elif weight.grad.dtype == d_weight.dtype:
-        weight.grad.addcmul_(d_weight, upstream)
-    else:  # torch would make a copy of all in the wider dtype
+    elif not weight.is_cpu or weight.grad.dtype == d_weight.dtype == upstream.dtype:
+        weight.grad.addcmul_(d_weight, unrounded(upstream))
+    else:  # torch would round upstream to 16 bits, or make a copy of all in the wider dtype
         for part, total in zip(d_weight.split(_SLAB), weight.grad.split(_SLAB), strict=True):
-            total.copy_(torch.addcmul(total.to(torch.promote_types(total.dtype, part.dtype)), part, upstream))
+            wide = total.to(torch.promote_types(total.dtype, upstream.dtype))
+            total.copy_(torch.addcmul(wide, part, upstream))
 
 
 def sum_into_grad(
