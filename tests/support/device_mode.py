@@ -101,7 +101,7 @@ class DeviceMode:
         self._entered = contextlib.ExitStack()
         self._entered.enter_context(self._dispatch)
         self._entered.enter_context(self._functions)
-        self._entered.enter_context(_past_torch(self._functions))
+        self._entered.enter_context(_past_torch(self))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -124,6 +124,13 @@ class DeviceMode:
         return self.is_host(tensor) and _storage(tensor)._cdata in self._pinned
 
     @contextlib.contextmanager
+    def functions(self) -> Iterator[None]:
+        """Inside, Python sees the device, also where torch calls back (a layer that is run again in backward)."""
+        seen = self._functions in _get_current_function_mode_stack()
+        with contextlib.nullcontext() if seen else self._functions:
+            yield
+
+    @contextlib.contextmanager
     def autocast(self, dtype: torch.dtype) -> Iterator[None]:
         """`torch.autocast("cuda", dtype)`, which torch switches off where there is no GPU."""
         before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
@@ -144,22 +151,27 @@ class DeviceMode:
 
 
 @contextlib.contextmanager
-def _past_torch(functions: TorchFunctionMode) -> Iterator[None]:
-    """What such modes do not see: the backward of a Python function, and the making of a subclass's tensor."""
-    apply, make = BackwardCFunction.apply, Tensor._make_wrapper_subclass
+def _past_torch(mode: DeviceMode) -> Iterator[None]:
+    """What such modes do not see: what backward calls, and the making of a subclass's tensor."""
+    apply, make, walk = BackwardCFunction.apply, Tensor._make_wrapper_subclass, torch.autograd._engine_run_backward
 
     def apply_inside(self: Any, *args: Any) -> Any:
-        with functions:
+        with mode.functions():
             return apply(self, *args)
+
+    def walk_inside(*args: Any, **kwargs: Any) -> Any:
+        with mode.functions():
+            return walk(*args, **kwargs)
 
     def make_on_cpu(*args: Any, **kwargs: Any) -> Any:
         return make(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
 
     BackwardCFunction.apply, Tensor._make_wrapper_subclass = apply_inside, staticmethod(make_on_cpu)
+    torch.autograd._engine_run_backward = walk_inside
     try:
         yield
     finally:
-        BackwardCFunction.apply = apply
+        BackwardCFunction.apply, torch.autograd._engine_run_backward = apply, walk
         del Tensor._make_wrapper_subclass  # which is that of its base class
 
 
@@ -308,12 +320,10 @@ class _Dispatch(TorchDispatchMode):
 
     def _of_fastft(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Looks into an operator that has no engine, or none that runs here: into its reference."""
-        operator = ops.OPERATORS[func.overloadpacket.__name__.removesuffix("_triton")]
-        if operator.engines and func is operator.native:
+        operator = ops.OPERATORS.get(func.overloadpacket.__name__.removesuffix("_triton"))
+        if operator is None or (operator.engines and func is operator.native):  # None: a part of an engine
             return func(*args, **kwargs)
-        functions = self.mode._functions
-        seen = functions in _get_current_function_mode_stack()
-        with self, contextlib.nullcontext() if seen else functions:
+        with self, self.mode.functions():
             return operator.reference(*args, **kwargs)
 
     def _note_waits(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], of_host: list[Tensor]) -> None:
