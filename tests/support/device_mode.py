@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,16 +83,18 @@ class Wait(NamedTuple):
 
 
 class DeviceMode:
-    """The mode, to be entered once; `waits` is what it has seen.
+    """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and how often each ran.
 
     Args:
         refuse: raise AssertionError at the first wait, where it happens.
+        out_dtype: which products take `out_dtype`; `addmm` means, to a sum that has it already.
     """
 
     device = DEVICE
 
-    def __init__(self, refuse: bool = False) -> None:
-        self.refuse = refuse
+    def __init__(self, refuse: bool = False, out_dtype: tuple[str, ...] = ("mm", "addmm")) -> None:
+        self.refuse, self.out_dtype = refuse, out_dtype
+        self.operations: Counter[str] = Counter()
         self.waits: list[Wait] = []
         self._storages: dict[int, Any] = {}  # of the host; kept, so that no other gets its number
         self._pinned: set[int] = set()
@@ -313,7 +316,10 @@ class _Dispatch(TorchDispatchMode):
             self._refuse_mixtures(func, args, tensors, of_host)
             if torch.Tag.pointwise in func.tags:
                 args, kwargs = self._with_rounded_scalars(args, kwargs)
-            result = _product(func, *args, **kwargs) if func in _PRODUCTS else func(*args, **kwargs)
+            if len(of_host) < len(tensors):
+                self.mode.operations[func.overloadpacket.__name__] += 1
+            run = functools.partial(_product, self.mode.out_dtype) if func in _PRODUCTS else func
+            result = run(*args, **kwargs)
             if tensors and len(of_host) == len(tensors):
                 tree_map(lambda leaf: self.mode.host(leaf) if isinstance(leaf, Tensor) else leaf, result)
             return result
@@ -370,10 +376,14 @@ class _Dispatch(TorchDispatchMode):
         return args, {**kwargs, **named}
 
 
-def _product(func: Any, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """`mm` and `addmm` with an `out_dtype`, which have no kernel on a CPU."""
+def _product(known: tuple[str, ...], *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """`mm` and `addmm` with an `out_dtype`, which have no kernel on a CPU; refused in torch's words if not `known`."""
     *operands, out_dtype = args
     added, factors = operands[:-2], operands[-2:]
+    if not added and "mm" not in known:
+        raise NotImplementedError("Could not run 'aten::mm.dtype_out' with arguments from the 'CUDA' backend")
+    if added and "addmm" not in known:
+        raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
     narrow = {factor.dtype for factor in factors}
     assert out_dtype == torch.float32 and narrow < {torch.bfloat16, torch.float16}, "out_dtype is for 16-bit products"
     assert out is None or out.dtype == out_dtype, "out must have out_dtype"

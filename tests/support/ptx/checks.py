@@ -142,7 +142,7 @@ def _spread(accesses: list[Access], unit: int, what: str) -> np.ndarray:
 def _touched_by_several(places: np.ndarray, is_write: np.ndarray, thread: np.ndarray) -> np.ndarray:
     """Indices of all accesses to places which one thread writes and another one touches."""
     low = int(places.min())
-    if int(places.max()) - low < 1 << 24:
+    if int(places.max()) - low < 4 * len(places) + (1 << 16):
         numbers, count = places - low, int(places.max()) - low + 1
     else:
         values, numbers = np.unique(places, return_inverse=True)

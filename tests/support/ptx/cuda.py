@@ -15,7 +15,8 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,15 @@ def _cuda_include() -> str:
     return next(folder for folder in folders if (Path(folder) / "cuda_runtime.h").exists())
 
 
+def ptx_of(folder: Path, capability: int) -> str:
+    (path,) = folder.glob(f"*.compute_{capability}.ptx")
+    return path.read_text()
+
+
 @functools.cache
 def kernels(folder: Path, capability: int) -> dict[str, Kernel]:
     """The kernels of a .cu file by their names in the object file."""
-    (path,) = folder.glob(f"*.compute_{capability}.ptx")
-    return parse(path.read_text())
+    return parse(ptx_of(folder, capability))
 
 
 @functools.cache
@@ -146,8 +151,8 @@ class Gpu:
         host_arguments: names of the arguments that are memory of the host, which no kernel may touch.
     """
 
-    def __init__(self, library: Path, folders: Sequence[Path], capability: int, options: Options) -> None:
-        self.library = _loaded(library)
+    def __init__(self, library: ctypes.CDLL, folders: Sequence[Path], capability: int, options: Options) -> None:
+        self.library, self._folders = library, folders
         self.ops = getattr(torch.ops, _NAMESPACE)
         self.capability, self.options = capability, options
         self.kernels = {name: kernel for folder in folders for name, kernel in kernels(folder, capability).items()}
@@ -158,7 +163,7 @@ class Gpu:
         self._bound: dict[int, list[tuple[str, Tensor]]] = {}
         self._placed: dict[int, tuple[Tensor, int]] = {}
         self._allocated: dict[int, tuple[Extent, int]] = {}
-        self._fresh: list[Extent] = []
+        self._fresh: dict[int, Extent] = {}
         self._callbacks = _LAUNCH(self._on_launch), _MEMORY(self._on_memory)
         self.library.fake_begin(*self._callbacks, *_SHARED[capability])
 
@@ -195,8 +200,22 @@ class Gpu:
         extent = extent_of(tensor, f"fresh memory {tuple(tensor.shape)}")
         if extent is not None:
             extent.written = np.zeros(extent.end - extent.begin, bool)
-            self._fresh.append(extent)
+            self._fresh[extent.begin] = extent
         return tensor
+
+    def edit(self, kernel: str, change: Callable[[str], str]) -> None:
+        """Changes the PTX of one kernel, to plant a fault."""
+        for folder in self._folders:
+            text = ptx_of(folder, self.capability)
+            for match in re.finditer(r"\.entry\s+([\w$]+).*?^}", text, re.DOTALL | re.MULTILINE):
+                if readable(match[1]) == kernel:
+                    changed = change(match[0])
+                    if changed == match[0]:
+                        raise LookupError(f"the change of {kernel} changes nothing")
+                    edited = parse(text[: match.start()] + changed + text[match.end() :])
+                    self.kernels[match[1]] = edited[match[1]]
+                    return
+        raise LookupError(f"no kernel is called {kernel}")
 
     def release(self, bound: int) -> None:
         """As AdamW does with a binding that it needs no longer."""
@@ -248,37 +267,45 @@ class Gpu:
         for value, (offset, size) in zip(arguments, kernel.parameters.values(), strict=False):
             parameters[offset : offset + size] = ctypes.string_at(value, size)
         bytes_ = max([kernel.static_shared, *kernel.shared.values()]) + shared
-        launch = Launch(readable(name), tuple(shape[:3]), threads, bytes_, stream & 0xFFFFFFFF, device)
+        launch = Launch(readable(name), tuple(shape[:3]), threads, bytes_, (stream & 0xFFFFFFFF) // 16, device)
         self.launches.append(launch)
         if shape[4:] != [1, 1] or threads > kernel.max_threads or bytes_ > _SHARED[self.capability][0]:
             raise Fault("launch refused", f"{launch}; at most {kernel.max_threads} threads").at(launch.kernel, None)
         run_launch(kernel, launch, bytes(parameters), self._memory(device), self.options)
 
     def _memory(self, device: int) -> GlobalMemory:
-        own, other = list[Extent](), list[Extent]()
+        extents = list(self._allocated.values())
         for name, tensor in self._arguments:
             extent = extent_of(tensor, f"{name} {tuple(tensor.shape)}")
-            if extent is None:
-                continue
-            place = self._placed.get(extent.begin, (None, 0))[1]
-            extent.name += "" if place == device else " of the host" if place == HOST else f" of device {place}"
-            (own if place == device else other).append(extent)
-        for extent, place in self._allocated.values():
-            (own if place == device else other).append(extent)
-        begins = {extent.begin for extent in self._fresh}
-        own = [extent for extent in own if extent.begin not in begins] + self._fresh
+            if extent is not None and extent.begin not in self._fresh:
+                extents.append((extent, self._place_of(extent)))
+        extents += [(extent, self._place_of(extent)) for extent in self._fresh.values()]
+        own = [extent for extent, place in extents if place == device]
+        other = [
+            replace(extent, name=f"{extent.name} of {_named(place)}") for extent, place in extents if place != device
+        ]
         return GlobalMemory(own, other, self.options.checks)
+
+    def _place_of(self, extent: Extent) -> int:
+        return self._placed.get(extent.begin, (None, 0))[1]
+
+
+def _named(place: int) -> str:
+    return "the host" if place == HOST else f"device {place}"
 
 
 _active: list[Gpu] = []
-_libraries: dict[Path, ctypes.CDLL] = {}
 
 
+@functools.cache
 def _loaded(path: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def _operators_of(path: Path) -> ctypes.CDLL:
     """The library, its operators registered: `fastft_ptx_native` are its own, `fastft_ptx` go by the active Gpu."""
-    if path in _libraries:
-        return _libraries[path]
-    library = ctypes.CDLL(str(path))
+    library = _loaded(path)
     definitions = [torch.library.Library(name, "DEF") for name in (f"{_NAMESPACE}_native", _NAMESPACE)]
     for name in OPERATORS:
         schema = str(getattr(torch.ops.fastft, name).default._schema).partition("::")[2]
@@ -290,7 +317,6 @@ def _loaded(path: Path) -> ctypes.CDLL:
         native = getattr(getattr(torch.ops, f"{_NAMESPACE}_native"), name).default
         definitions[1].impl(name, functools.partial(_call_active, name, native), "CPU")
     library.definitions = definitions  # a definition lives as long as its Library
-    _libraries[path] = library
     return library
 
 
@@ -301,9 +327,16 @@ def _call_active(name: str, native: Any, *arguments: Any) -> Any:
 
 
 @contextlib.contextmanager
-def cuda_operators(capability: int, **options: Any) -> Iterator[Gpu]:
-    """The CUDA library on devices of `capability` (80 or 90) that are not there; `options`: those of `Options`."""
-    library, folders = build(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+def cuda_operators(capability: int, *, sources: Sequence[Path] = (), **options: Any) -> Iterator[Gpu]:
+    """The CUDA library on devices that are not there.
+
+    Args:
+        capability: 80 or 90.
+        sources: other .cu files in the library's place, which have no operators.
+        options: those of `Options`.
+    """
+    path, folders = build(sources or sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    library = _loaded(path) if sources else _operators_of(path)
     gpu = Gpu(library, folders, capability, Options(**options))
     _active.append(gpu)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,12 +27,19 @@ def _kernel(ptx: str) -> Kernel:
 
 
 @contextlib.contextmanager
-def triton_as_ptx(capability: int, *, memory: Sequence[Tensor] = (), **options: Any) -> Iterator[list[Launch]]:
+def triton_as_ptx(
+    capability: int,
+    *,
+    memory: Sequence[Tensor] = (),
+    edit: Callable[[str], str] = str,
+    **options: Any,
+) -> Iterator[list[Launch]]:
     """Runs every launch of Triton kernels in the block as PTX for sm_<capability> and yields the list of launches.
 
     Args:
         capability: 80 or 90, or another that Triton knows.
         memory: tensors which kernels touch beside their arguments, because they find their addresses in a table.
+        edit: changes the PTX of every kernel, to plant a fault.
         options: those of `Options`.
     """
     launches: list[Launch] = []
@@ -44,8 +51,16 @@ def triton_as_ptx(capability: int, *, memory: Sequence[Tensor] = (), **options: 
             compile_only(self, *args, grid=grid, warmup=True, **kwargs)
             named = dict(zip(self.arg_names, args, strict=False)) | kwargs
             shape = grid(named) if callable(grid) else grid
-            launches.append(_launch(compiled[-1], named, (*shape, 1, 1)[:3]))
-            _run(compiled[-1], named, launches[-1], memory, settings)
+            metadata = compiled[-1].metadata
+            launches.append(Launch(metadata.name, (*shape, 1, 1)[:3], 32 * metadata.num_warps, metadata.shared))
+            _run(
+                _kernel(edit(compiled[-1].asm["ptx"])),
+                compiled[-1].src.signature,
+                named,
+                launches[-1],
+                memory,
+                settings,
+            )
 
         JITFunction.run = run
         try:
@@ -54,19 +69,20 @@ def triton_as_ptx(capability: int, *, memory: Sequence[Tensor] = (), **options: 
             JITFunction.run = compile_only
 
 
-def _launch(compiled: Any, arguments: dict[str, Any], grid: tuple[int, int, int]) -> Launch:
-    metadata = compiled.metadata
-    return Launch(metadata.name, grid, 32 * metadata.num_warps, metadata.shared)
-
-
-def _run(compiled: Any, arguments: dict[str, Any], launch: Launch, memory: Sequence[Tensor], options: Options) -> None:
-    kernel = _kernel(compiled.asm["ptx"])
-    passed = {name: arguments[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"}
+def _run(
+    kernel: Kernel,
+    signature: dict[str, str],
+    arguments: dict[str, Any],
+    launch: Launch,
+    memory: Sequence[Tensor],
+    options: Options,
+) -> None:
+    passed = {name: arguments[name] for name, kind in signature.items() if kind != "constexpr"}
     if len(kernel.parameters) - len(passed) not in range(_SCRATCH + 1):
         raise Fault("launch refused", f"{len(kernel.parameters)} parameters for {list(passed)}").at(launch.kernel, None)
     parameters = bytearray(kernel.parameter_bytes)
     for (name, value), (offset, size) in zip(passed.items(), kernel.parameters.values(), strict=False):
-        parameters[offset : offset + size] = _as_bytes(value, compiled.src.signature[name], size)
+        parameters[offset : offset + size] = _as_bytes(value, signature[name], size)
     tensors = [(name, value) for name, value in passed.items() if isinstance(value, Tensor)]
     tensors += [(f"memory {i}", tensor) for i, tensor in enumerate(memory)]
     extents = [extent_of(tensor, f"{name} {tuple(tensor.shape)}") for name, tensor in tensors]
