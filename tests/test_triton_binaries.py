@@ -11,7 +11,8 @@ from support.row_problems import CASES, EVERYTHING, Case, Problem, draw, run
 
 pytest.importorskip("triton")
 
-from support.triton_compiler import Binary, binary, compiled_for
+from support.machine_code import Binary
+from support.triton_compiler import binary, compiled_for
 
 from fastft.loss.cross_entropy_triton import cross_entropy_rows
 from fastft.optim.adamw_update import RESIDUES, Rounding
