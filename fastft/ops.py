@@ -48,6 +48,15 @@ class Engine(NamedTuple):
         return not self.devices or device.type in self.devices
 
 
+def check_beside(operator: str, first: str, on: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises RuntimeError unless the tensors are on the device of `on`: a kernel would read an address that is not."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != on.device:
+            raise RuntimeError(
+                f"{operator}: {name} is on {tensor.device}; it must be on the device of {first}, {on.device}"
+            )
+
+
 @functools.cache
 def triton_missing() -> str | None:
     """Why no Triton kernel can run; None if one can on a device that Triton supports."""

@@ -153,6 +153,13 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _gradients_to_fill(query: Tensor, key: Tensor, value: Tensor, call: Call, summed_in: Any) -> tuple[Tensor, ...]:
+    """Of the layout of their tensors; keys whose segment has no queries, and blocks that add up, need zeros."""
+    zeros = summed_in is not None or not call.segments.alike
+    like = torch.zeros_like if zeros else torch.empty_like
+    return torch.empty_like(query), like(key, dtype=summed_in), like(value, dtype=summed_in)
+
+
 class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -184,23 +191,18 @@ class _SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, bias, out, lse, *saved = ctx.saved_tensors
         call, d_out = ctx.call, _dense(d_out)
-        # of the layout of their tensors; keys whose segment has no queries, and blocks that add up, need zeros
-        summed = ctx.engine == "blocks" or call.window is not None
-        like = (
-            torch.zeros_like
-            if summed or call.segments.cu_seqlens_k is not call.segments.cu_seqlens_q
-            else torch.empty_like
-        )
-        wide = lse.dtype if summed else None
-        grads = (torch.empty_like(query), like(key, dtype=wide), like(value, dtype=wide))
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[4] else None
         tensors = (d_out.transpose(1, 2), query, key, value, out.transpose(1, 2), lse)
         with torch.autocast(query.device.type, enabled=False):
-            if ctx.engine == "blocks":
-                _blocks_backward(tensors, bias, d_bias, call, grads)
+            if ctx.engine == "flash_cuda":
+                grads = attention_flash.cuda_backward(tensors, tuple(saved), call)
             else:
-                backward = attention_flash.cpu_backward if ctx.engine == "flash_cpu" else attention_flash.cuda_backward
-                backward(tensors, tuple(saved), call, grads)
+                summed = ctx.engine == "blocks" or call.window is not None
+                grads = _gradients_to_fill(query, key, value, call, lse.dtype if summed else None)
+                if ctx.engine == "blocks":
+                    _blocks_backward(tensors, bias, d_bias, call, grads)
+                else:
+                    attention_flash.cpu_backward(tensors, call, grads)
             d_sinks = None
             if ctx.needs_input_grad[3]:
                 delta = (d_out * out).sum(-1, dtype=lse.dtype).transpose(1, 2)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastft import ops
 from fastft.loss.options import (
     RowOptions,
+    check_device,
     check_plain_impl,
     check_probabilities,
     check_reduction,
@@ -274,11 +275,12 @@ def cross_entropy(
     check_weight(weight, classes, input.device)
     logits = input.movedim(class_dim, -1).reshape(-1, input.shape[class_dim])
     if target.is_floating_point():
-        check_probabilities(target, input.shape, "input")
+        check_probabilities(target, input.shape, input.device, "input")
         check_plain_impl(impl, "target probabilities")
         losses = probability_losses(logits, target.movedim(class_dim, -1).reshape(-1, classes), weight, options)
         counted = None
     else:
+        check_device("target", target, input.device)
         if target.shape != shape:
             raise ValueError(
                 f"target must have the shape of input without its class dimension: input is {tuple(input.shape)}, "

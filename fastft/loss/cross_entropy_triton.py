@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft import ops
+from fastft.ops import check_beside
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite: the difference of two of them is 0 and not NaN
 _FAR = tl.constexpr(-200.0)  # exp of it is 0 in fp32; products with it stay finite
@@ -302,6 +303,7 @@ def cross_entropy_rows(
 
     Raises:
         TypeError: the logits have another dtype.
+        RuntimeError: a tensor is on another device than the logits.
     """
     if logits.dtype not in _DTYPES:
         raise TypeError(f"logits must be float32, bfloat16 or float16 for the triton engine, got {logits.dtype}")
@@ -313,6 +315,11 @@ def cross_entropy_rows(
     lanes, vector, warps = _shape(classes, logits.element_size(), loads, ops.wave(logits.device))
     g_loss, g_lse, g_entropy = (*upstream, None, None, None)[:3]
     entropy, is_top1 = statistics or (None, None)
+    check_beside(
+        "cross_entropy_rows", "logits", logits, target=target, losses=losses, lse=lse, entropy=entropy, is_top1=is_top1,
+        **{f"{name}[{i}]": tensor for name, several in (("weight", weight), ("upstream", upstream), ("grad", grad))
+           for i, tensor in enumerate(several)},
+    )  # fmt: skip
     _rows_kernel[(rows,)](
         logits, target, *(weight or (None,)), g_loss, g_lse, g_entropy, losses, lse, entropy, is_top1,
         *(grad or (None,)), classes, logits.stride(0), grad[0].stride(0) if grad else 0, ignore_index,

@@ -103,9 +103,10 @@ class Plan:
         self.params, self.present = [param for param, _ in found], present
         self.signature = _signature(groups)
         self.states = [_ready(state, param, groups[i], rounding) for param, i in found]
-        self.steps = torch.tensor([float(entries["step"]) for entries in self.states], dtype=torch.float32)
+        done = _steps_done([entries["step"] for entries in self.states])
+        self.steps = torch.tensor(done, dtype=torch.float32)
         self.sharded = any(map(is_dtensor, self.params))
-        keys = list(zip((index for _, index in found), self.steps.tolist(), strict=True))
+        keys = list(zip((index for _, index in found), done, strict=True))
         self.rows = list(dict.fromkeys(keys))  # (group, steps done) of each row of the hyper table
         firsts = dict(zip((id(param) for param, _ in every), _first_elements(every), strict=True))
         table = [
@@ -114,7 +115,7 @@ class Plan:
         ]
         by_device = _by_device(self.params)
         self.counts = {
-            device: DeviceCounts(device, self.steps[positions].tolist(), self.rows)
+            device: DeviceCounts(device, [done[i] for i in positions], self.rows)
             for device, positions in by_device.items()
             if device_counts.counted_there(device, groups)
         }
@@ -319,6 +320,17 @@ class _Part:
         torch.ops.fastft.adamw_written(sums, self.bound)
         values = sums.tolist()
         return {i: values[place] % 2**64 for place, i in self.kept if values[place]}
+
+
+def _steps_done(steps: list[Any]) -> list[float]:
+    """The counts of states; waits once for each device where some are."""
+    counts = [step if isinstance(step, Tensor) else torch.tensor(float(step)) for step in steps]
+    done = [0.0] * len(counts)
+    for places in _by_device(counts).values():
+        there = torch.stack([counts[i] if counts[i].ndim == 0 else counts[i].reshape(()) for i in places])
+        for i, count in zip(places, there.tolist(), strict=True):
+            done[i] = float(count)
+    return done
 
 
 def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:

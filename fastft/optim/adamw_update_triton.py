@@ -8,7 +8,8 @@ short. A table in device memory has a row of 13 int64 for each tensor,
     exp_avg_scale, exp_avg_sq_scale, columns                     of 8-bit moments, else 0
 
 below a row with the seed and the number of tensors. It is written anew at every call, from pinned memory, so that
-nothing waits for the device; a CUDA graph cannot capture that (`impl="cuda"` can be captured).
+nothing waits for the device. A CUDA graph would record these copies and repeat them, with the numbers and addresses of
+its capture: that is refused (`impl="cuda"` can be captured).
 
 The arithmetic is that of csrc/include/adamw_math.h and moments_8bit.h, with its bits: division and square root rounded
 to nearest, no fused multiply-add but the two that are written, bf16 values as the integers that they are. Eight
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.optim.adamw_update import RESIDUES, Rounding
+from fastft.optim.device_counts import is_capturing
 from fastft.optim.moments_8bit import BLOCK, scale_shape
 from fastft.optim.philox import ROUNDS, STREAMS
 
@@ -349,8 +351,15 @@ def adamw_(
     """The operator's schema (`fastft.optim.adamw_update.OP`).
 
     Raises:
-        RuntimeError: a tensor has not its parameter's size and device, or not the dtype that its rounding asks for.
+        RuntimeError: a tensor has not its parameter's size and device, or not the dtype that its rounding asks for; or
+            a CUDA graph is capturing.
     """
+    if is_capturing():
+        raise RuntimeError(
+            "adamw_: a CUDA graph cannot capture the Triton engine, its replays would repeat the step count, learning "
+            "rate and addresses of the capture: use impl='cuda' with capturable=True (python -m fastft says what that "
+            "lacks here), or leave the step out of the graph"
+        )
     kinds: dict[tuple[int, int, bool], list[list[int]]] = {}
     next_max, next_residue = iter(max_exp_avg_sqs), iter(residues)
     every = zip(params, grads, exp_avgs, exp_avg_sqs, table.tolist(), strict=True)
