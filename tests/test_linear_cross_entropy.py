@@ -289,6 +289,22 @@ def test_chunk_rows_fill_the_workspace_evenly(device, count, classes, dtype, exp
     assert chunk_rows(count, classes, dtype, torch.device(device)) == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "classes", "hidden", "dtype", "expected"),
+    [
+        ("cuda", 128256, 4096, torch.bfloat16, 4096),  # two chunks, where 512 MiB made four
+        ("cuda", 128256, 2048, torch.bfloat16, 2048),
+        ("cuda", 256000, 2304, torch.bfloat16, 2048),
+        ("cuda", 128256, 16384, torch.bfloat16, 4096),
+        ("cuda", 50257, 768, torch.float32, 2048),
+        ("cpu", 128256, 4096, torch.float32, 256),
+    ],
+)
+def test_chunk_rows_of_a_device_grow_with_the_weight_gradient(device, classes, hidden, dtype, expected):
+    """As much workspace as the gradient takes, which every chunk reads and writes."""
+    assert chunk_rows(8192, classes, dtype, torch.device(device), hidden) == expected
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunk_rows_can_be_given(dtype):
     operands = make(63, 33, 507, dtype)

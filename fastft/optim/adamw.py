@@ -26,6 +26,7 @@ from fastft import foreign, ops
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import MOMENTS, Plan, new_state
 from fastft.optim.adamw_update import OP, Rounding
+from fastft.optim.grad_norm import OP as NORM
 from fastft.optim.grad_norm import clip_factor, grad_norm
 from fastft.optim.origin import Origin
 
@@ -92,7 +93,8 @@ class AdamW(torch.optim.AdamW):
         seed: of stochastic rounding, in [0, 2^63); None draws one from torch's default generator where anything is
             rounded stochastically. Kept in the parameter groups and so in the state dict. Processes which train the
             same parameters need the same seed.
-        impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton"; an explicit one never falls back.
+        impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton", of the update and of the norm that clipping
+            takes, which Triton has no kernel for; an explicit one never falls back.
 
     Raises:
         TypeError: a parameter that is neither float32 nor bfloat16, or a hyper-parameter that is no number.
@@ -134,6 +136,8 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm!r}")
+        if max_grad_norm is not None and impl not in ("auto", "eager", *NORM.engines):
+            raise ValueError(f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has one")
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
