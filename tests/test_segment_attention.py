@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_no_worse
+from support import flash_kernels
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -315,65 +316,13 @@ def test_memory_is_linear(name: str) -> None:
     assert largest.elements == q.numel()
 
 
-class _FlashOnCpu:
-    """The CUDA kernels' arithmetic and arguments in plain torch: (tokens, heads, size), lse (heads, tokens)."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def _scores(self, q: Tensor, k: Tensor, causal: bool, options: dict[str, Any]) -> Tensor:
-        behind = torch.arange(len(q))[:, None] - torch.arange(len(k))
-        left, right = options["window_size_left"], options["window_size_right"]
-        hidden = (behind > left) & (left >= 0) | (-behind > right) & (right >= 0)
-        hidden |= (behind < 0) & causal
-        return (torch.einsum("qhd,khd->hqk", q, k) * options["scale"]).masked_fill(hidden, -torch.inf)
-
-    def _parts(self, cu_q: Tensor, cu_k: Tensor) -> Any:
-        assert cu_q.dtype == cu_k.dtype == torch.int32
-        spans = (itertools.starmap(slice, itertools.pairwise(cu.tolist())) for cu in (cu_q, cu_k))
-        return zip(*spans, strict=True)
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, dropout: float,
-        causal: bool, debug: bool, **options: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        self.calls.append({"max_q": max_q, "max_k": max_k, "dropout": dropout, "causal": causal, **options})
-        group = q.shape[1] // k.shape[1]
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q))
-        for at, to in self._parts(cu_q, cu_k):
-            scores = self._scores(q[at], k[to].repeat_interleave(group, 1), causal, options)
-            lse[:, at] = scores.logsumexp(-1)
-            out[at] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[to].repeat_interleave(group, 1))
-        return out, lse, torch.tensor(11), torch.tensor(12), torch.empty(0)
-
-    def backward(
-        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-        max_q: int, max_k: int, dropout: float, causal: bool, rng: Tensor, unused: Tensor, **options: Any,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        assert (rng.item(), unused.item()) == (11, 12)
-        assert lse.is_contiguous()
-        group = q.shape[1] // k.shape[1]
-        d_q, d_k, d_v = (torch.zeros_like(tensor) for tensor in (q, k, v))
-        for at, to in self._parts(cu_q, cu_k):
-            keys, values = (tensor[to].repeat_interleave(group, 1) for tensor in (k, v))
-            p = (self._scores(q[at], keys, causal, options) - lse[:, at, None]).exp()
-            delta = (d_out[at] * out[at]).sum(-1).T
-            d_s = p * (torch.einsum("qhd,khd->hqk", d_out[at], values) - delta[..., None]) * options["scale"]
-            d_q[at] = torch.einsum("hqk,khd->qhd", d_s, keys)
-            d_k[to] = torch.einsum("hqk,qhd->khd", d_s, q[at]).unflatten(1, (-1, group)).sum(2)
-            d_v[to] = torch.einsum("hqk,qhd->khd", p, d_out[at]).unflatten(1, (-1, group)).sum(2)
-        return d_q, d_k, d_v
-
-
 @pytest.mark.parametrize(
     "name", ["causal", "both_ways", "window", "window_both_ways", "sinks", "sinks_and_window", "chunks"]
 )
 @pytest.mark.parametrize("batch", ["ragged", "rows"])
 def test_cuda_arguments(batch: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is handed to the CUDA kernels and made of what they return; the kernels themselves do not run here."""
-    fake, options = _FlashOnCpu(), OPTIONS[name]
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", fake.forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", fake.backward)
+    calls, options = flash_kernels.install(monkeypatch), OPTIONS[name]
     monkeypatch.setattr(room, "_engine", lambda *args: "flash_cuda")
     lengths, _ = BATCHES[batch]
     call = inputs(batch, options, torch.float64)
@@ -382,7 +331,7 @@ def test_cuda_arguments(batch: str, name: str, monkeypatch: pytest.MonkeyPatch) 
     for actual, exact in zip(ours, truth, strict=True):
         torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
     longest = min(max(lengths), options.get("chunk") or max(lengths))
-    assert [(call["max_q"], call["max_k"]) for call in fake.calls] == [(longest, longest)]
+    assert [(call["max_q"], call["max_k"]) for call in calls] == [(longest, longest)]
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 5}, {"causal": False, "window": 5}])

@@ -10,7 +10,6 @@ more (tokens of an image that see each other), or was built already, its part of
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from fastft.attention.segment_attention import segment_attention
 from fastft.attention.segments import Segments, packed_forward_under_way, segments_of
+from fastft.data.host_boundaries import note
 
 NAME = "fastft"
 
@@ -127,6 +127,18 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
+def _whole_rows(rows: int, queries: int, keys: int, device: torch.device) -> Segments:
+    """Every row a segment; made where it is read, so that nothing waits."""
+
+    def ends(tokens: int) -> Tensor:
+        made = torch.arange(rows + 1, dtype=torch.int32, device=device) * tokens
+        note(made, [row * tokens for row in range(rows + 1)])
+        return made
+
+    of_queries = ends(queries)
+    return Segments(of_queries, of_queries if keys == queries else ends(keys), queries, keys)
+
+
 def _unpacked(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, rule: dict[str, Any]
 ) -> Tensor:
@@ -135,9 +147,7 @@ def _unpacked(
     causal = causal and mask is None and length > 1
     if causal and key.shape[2] > length:  # a static cache that holds these tokens alone
         key, value, bias = key[:, :, :length], value[:, :, :length], None if bias is None else bias[..., :length]
-    lengths = (length, key.shape[2])
-    ends = [torch.arange(query.shape[0] + 1, dtype=torch.int32) * tokens for tokens in lengths]
-    rows = Segments(ends[0], ends[1], *lengths)
+    rows = _whole_rows(query.shape[0], length, key.shape[2], query.device)
     query, key, value = _autocast(query, key, value)
     return segment_attention(query, key, value, rows, causal=causal, mask=mask, **{**rule, "bias": bias})
 
@@ -186,7 +196,7 @@ def fastft_attention(
 
         kwargs |= {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, **kwargs)
-    if segments.cu_seqlens_k is segments.cu_seqlens_q and key.shape[2] != query.shape[2]:
+    if segments.alike and key.shape[2] != query.shape[2]:
         raise NotImplementedError(
             f"{type(module).__name__} has {key.shape[2]} keys for the {query.shape[2]} tokens of a packed row: packed "
             "batches cannot be combined with a cache of earlier tokens or with prefix tuning"
@@ -220,12 +230,3 @@ def register_attention() -> None:
         # boundaries differ from batch to batch: torch.compile would compile each anew
         AttentionInterface.register(NAME, torch.compiler.disable(fastft_attention))
         AttentionMaskInterface.register(NAME, fastft_mask)
-
-
-def engines() -> dict[str, str]:
-    """What computes packed attention, by device type; for `python -m fastft`."""
-    softcap = "flash-attn" if importlib.util.find_spec("flash_attn") else "blocks"
-    return {
-        "cpu": "flash_cpu (softcap, bias, masks, dropout: blocks)",
-        "cuda": f"flash_cuda (softcap: {softcap}; bias, masks, float32: blocks)",
-    }

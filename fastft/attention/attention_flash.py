@@ -56,7 +56,7 @@ def cpu_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[
     return out, lse
 
 
-def cpu_backward(tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: Call, grads: tuple[Tensor, ...]) -> None:
+def cpu_backward(tensors: tuple[Tensor, ...], call: Call, grads: tuple[Tensor, ...]) -> None:
     """Fills the gradients of query, key and value; those of keys and values are zeros where a window binds."""
     d_out, query, key, value, out, lse = tensors
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -102,10 +102,8 @@ def cuda_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple
     return out.unflatten(0, (rows, -1)), lse.unflatten(1, (rows, -1)).transpose(0, 1), *random
 
 
-def cuda_backward(
-    tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: Call, grads: tuple[Tensor, ...]
-) -> None:
-    """As `cpu_backward`; `saved` is what the forward returned behind lse."""
+def cuda_backward(tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: Call) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value, as the kernel lays them out; `saved`: what the forward gave behind lse."""
     d_out, query, key, value, out, lse = tensors
     parts = torch.ops.aten._flash_attention_backward(
         *(_flat(tensor) for tensor in (d_out, query, key, value, out)),
@@ -116,8 +114,7 @@ def cuda_backward(
         *saved,
         **_cuda_options(call),
     )
-    for grad, part in zip(grads, parts, strict=True):
-        grad.transpose(1, 2).copy_(part.unflatten(0, (grad.shape[0], -1)))
+    return tuple(part.unflatten(0, (query.shape[0], -1)).transpose(1, 2) for part in parts)
 
 
 def flash_attn(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:

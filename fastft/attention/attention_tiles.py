@@ -90,14 +90,14 @@ class Call:
     def boundaries(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
         """cu_seqlens and max_seqlen of queries and keys on `device`, of the chunks where there are chunks."""
         segments = self.segments
+        ends = segments.on_device(device)
         if self.chunk is None:
-            ends = (segments.cu_seqlens_q, segments.cu_seqlens_k)
-            longest = (segments.max_seqlen_q, segments.max_seqlen_k)
-        else:
-            starts = [piece.q0 + piece.row * self.length for piece in self.pieces]
-            ends = (torch.tensor([*starts, segments.bounds_q[-1]]),) * 2
-            longest = (min(self.chunk, segments.max_seqlen_q),) * 2
-        return *(end.to(device, torch.int32) for end in ends), *longest  # type: ignore[return-value]
+            return *ends, segments.max_seqlen_q, segments.max_seqlen_k
+        key = ("ends of chunks", self.chunk, device)
+        if key not in segments.made:
+            segments.made[key] = _chunk_ends(ends[0], self.chunk, len(self.pieces))
+        chunks, longest = segments.made[key], min(self.chunk, segments.max_seqlen_q)
+        return chunks, chunks, longest, longest
 
     def new_outputs(self, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Unfilled out (R, T, H, Dv) of the query's dtype and lse (R, H, T), at least float32."""
@@ -110,6 +110,14 @@ class Call:
     def generator(self, device: torch.device) -> torch.Generator | None:
         """Where dropout's random numbers come from, the same in each forward and backward; None without dropout."""
         return torch.Generator(device).manual_seed(self.seed) if self.dropout > 0 else None
+
+
+def _chunk_ends(ends: Tensor, chunk: int, chunks: int) -> Tensor:
+    """cu_seqlens of all chunks, int32 (chunks + 1,), computed where `ends` are: a copy from the host would wait."""
+    counts = (ends.diff() + (chunk - 1)) // chunk
+    segment = torch.repeat_interleave(counts, output_size=chunks)
+    place = torch.arange(chunks, device=ends.device) - (counts.cumsum(0) - counts)[segment]
+    return torch.cat([(ends[segment] + place * chunk).int(), ends[-1:]])
 
 
 @functools.lru_cache(maxsize=16)
@@ -132,10 +140,19 @@ def pieces_of(
 ) -> list[Piece]:
     """The segments that have queries, as places in their rows; the chunks of segments where there are chunks.
 
-    With `same` a segment must have as many keys as queries, as causality, a window and chunks need.
+    With `same` a segment must have as many keys as queries, as causality, a window and chunks need. Found and checked
+    once a batch: the list is for all who ask, not to be changed.
     """
+    key = ("pieces", rows, length_q, length_k, same, chunk)
+    if key not in segments.made:
+        segments.made[key] = _pieces(segments, rows, length_q, length_k, same, chunk)
+    pieces: list[Piece] = segments.made[key]
+    return pieces
+
+
+def _pieces(segments: Segments, rows: int, length_q: int, length_k: int, same: bool, chunk: int | None) -> list[Piece]:
     _check("cu_seqlens_q", segments.bounds_q, rows, length_q)
-    if segments.cu_seqlens_k is not segments.cu_seqlens_q or length_k != length_q:
+    if not segments.alike or length_k != length_q:
         _check("cu_seqlens_k", segments.bounds_k, rows, length_k)
     pieces = []
     for (begin_q, end_q), (begin_k, end_k) in zip(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.attention.segments import packed_attention, segments_under_way
+from fastft.attention.segments import Segments, packed_attention, segments_under_way
 
 NAME = "fastft_block_mask"
 
@@ -59,7 +59,7 @@ def _register() -> None:
     def mask(*, batch_size: int, q_length: int, mask_function: Callable[..., Any], **kwargs: Any) -> Tensor | None:
         segments = segments_under_way()
         if segments is not None:
-            mask_function = _within_segments(mask_function, segments.cu_seqlens_q, batch_size, q_length)
+            mask_function = _within_segments(mask_function, segments, batch_size, q_length)
             kwargs["allow_is_bidirectional_skip"] = False
         return eager_mask(batch_size=batch_size, q_length=q_length, mask_function=mask_function, **kwargs)
 
@@ -67,11 +67,12 @@ def _register() -> None:
     AttentionInterface.register(NAME, sdpa_attention_forward)
 
 
-def _within_segments(rule: Callable[..., Any], cu_seqlens: Tensor, rows: int, length: int) -> Callable[..., Any]:
+def _within_segments(rule: Callable[..., Any], segments: Segments, rows: int, length: int) -> Callable[..., Any]:
     """`rule`, a mask function of (row, head, query, key), inside each segment alone."""
-    if int(cu_seqlens[-1]) != rows * length:
-        raise ValueError(f"the batch has {rows} x {length} tokens, its cu_seq_lens_q ends with {int(cu_seqlens[-1])}")
-    segment = torch.repeat_interleave(cu_seqlens.diff()).view(rows, length)
+    end = segments.bounds_q[-1]
+    if end != rows * length:
+        raise ValueError(f"the batch has {rows} x {length} tokens, its cu_seq_lens_q ends with {end}")
+    segment = torch.repeat_interleave(segments.cu_seqlens_q.diff(), output_size=end).view(rows, length)
 
     def within(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same: Tensor = segment[row, query] == segment[row, key]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastft.attention.router_loss import KEY as PADDING_KEY
 from fastft.attention.router_loss import count_no_padding
+from fastft.data.host_boundaries import HostBoundaries, on_host
 from fastft.foreign import base_model
 
 BOUNDARY_KEYS = (
@@ -44,39 +45,68 @@ class Segments:
     """The boundaries of one attention call: segment s of the queries reads segment s of the keys, nothing else.
 
     `cu_seqlens_q` and `cu_seqlens_k` are int32 (S + 1,) over the rows flattened one after another; they begin with 0
-    and end with the number of tokens. The two differ in cross-attention alone.
+    and end with the number of tokens. The two differ in cross-attention alone. `beside` are other boundaries of the
+    batch, which are read along with these where the host must wait for a device.
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    beside: tuple[Tensor, ...] = ()
 
     @cached_property
+    def _host(self) -> list[HostBoundaries]:
+        return on_host(self.cu_seqlens_q, self.cu_seqlens_k, *self.beside)[:2]
+
+    @property
     def bounds_q(self) -> list[int]:
-        """cu_seqlens_q as host integers; waits for the device once."""
-        return self.cu_seqlens_q.tolist()
+        """cu_seqlens_q as host integers; waits for the device where nobody has noted them, once."""
+        return self._host[0].ends
+
+    @property
+    def bounds_k(self) -> list[int]:
+        """cu_seqlens_k as host integers; waits likewise."""
+        return self._host[1].ends
 
     @cached_property
-    def bounds_k(self) -> list[int]:
-        """cu_seqlens_k as host integers; waits for the device once."""
-        return self.bounds_q if self.cu_seqlens_k is self.cu_seqlens_q else self.cu_seqlens_k.tolist()
+    def alike(self) -> bool:
+        """Whether queries and keys have the same boundaries, as in self-attention."""
+        return self.cu_seqlens_k is self.cu_seqlens_q or self.bounds_k == self.bounds_q
+
+    @cached_property
+    def made(self) -> dict[Any, Any]:
+        """What follows from the boundaries, made once a batch, by name: of other Segments over these tensors too."""
+        return self._host[0].made if self.alike else {}
+
+    def on_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cu_seqlens_q and cu_seqlens_k in int32 on `device`; copied there once a batch, if they are not there."""
+        of_queries, of_keys = self._host
+        return _on_device(self.cu_seqlens_q, of_queries, device), _on_device(self.cu_seqlens_k, of_keys, device)
 
 
-def _segments(cu_q: Tensor, cu_k: Tensor | None, max_q: Any, max_k: Any) -> Segments:
-    """Segments of a batch's own keys, of which only the first is needed."""
-    for name, cu in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k)):
-        if cu is not None and (not isinstance(cu, Tensor) or cu.ndim != 1 or cu.numel() < 1 or cu.is_floating_point()):
-            got = f"shape {tuple(cu.shape)}, {cu.dtype}" if isinstance(cu, Tensor) else type(cu).__name__
-            raise ValueError(f"{name} must be an integer tensor of shape (segments + 1,), got {got}")
-    cu_k = cu_q if cu_k is None else cu_k
-    if cu_k.numel() != cu_q.numel():
-        raise ValueError(f"cu_seq_lens_q has {cu_q.numel() - 1} segments, cu_seq_lens_k has {cu_k.numel() - 1}")
-    longest = [
-        int(given) if given is not None else int(cu.diff().max()) if cu.numel() > 1 else 0
-        for given, cu in ((max_q, cu_q), (max_k, cu_k))
-    ]
-    return Segments(cu_q, cu_k, *longest)
+def _on_device(boundaries: Tensor, host: HostBoundaries, device: torch.device) -> Tensor:
+    if boundaries.device == device and boundaries.dtype == torch.int32:
+        return boundaries
+    if device not in host.made:
+        host.made[device] = boundaries.to(device, torch.int32)
+    moved: Tensor = host.made[device]
+    return moved
+
+
+def _check(name: str, cu: Any) -> None:
+    if not isinstance(cu, Tensor) or cu.ndim != 1 or cu.numel() < 1 or cu.is_floating_point():
+        got = f"shape {tuple(cu.shape)}, {cu.dtype}" if isinstance(cu, Tensor) else type(cu).__name__
+        raise ValueError(f"{name} must be an integer tensor of shape (segments + 1,), got {got}")
+
+
+def _segments(cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, beside: tuple[Tensor, ...]) -> Segments:
+    """Segments of a batch's own keys; a length that is not given, or is a device's, follows from the boundaries."""
+    given = [None if value is None or isinstance(value, Tensor) else int(value) for value in (max_q, max_k)]
+    if None in given:
+        read = on_host(cu_q, cu_k, *beside)
+        given = [host.longest if value is None else value for value, host in zip(given, read, strict=False)]
+    return Segments(cu_q, cu_k, *given, beside=beside)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,17 +135,23 @@ def _batch(kwargs: dict[str, Any]) -> _Batch | None:
     get, cu_seqlens = kwargs.get, kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         return None
-    inputs = _segments(cu_seqlens, get("cu_seq_lens_k"), get("max_length_q"), get("max_length_k"))
-    decoder = get("decoder_cu_seq_lens")
+    keys, decoder = get("cu_seq_lens_k"), get("decoder_cu_seq_lens")
+    keys = cu_seqlens if keys is None else keys
+    every = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": keys}
+    every |= {} if decoder is None else {"decoder_cu_seq_lens": decoder}
+    for name, cu in every.items():
+        _check(name, cu)
+        if cu.numel() != cu_seqlens.numel():
+            raise ValueError(
+                f"cu_seq_lens_q has {cu_seqlens.numel() - 1} segments, {name} has {cu.numel() - 1}: segment s of the "
+                "queries reads segment s of the keys, and segment s of a decoder that of the encoder"
+            )
+    beside = tuple(every.values())
+    inputs = _segments(cu_seqlens, keys, get("max_length_q"), get("max_length_k"), beside)
     if decoder is None:
         return _Batch(inputs)
-    outputs = _segments(decoder, None, get("decoder_max_length"), get("decoder_max_length"))
-    if decoder.numel() != inputs.cu_seqlens_q.numel():
-        raise ValueError(
-            f"decoder_cu_seq_lens has {decoder.numel() - 1} segments, cu_seq_lens_q has "
-            f"{inputs.cu_seqlens_q.numel() - 1}: segment s of the decoder reads segment s of the encoder"
-        )
-    return _Batch(inputs, outputs)
+    longest = get("decoder_max_length")
+    return _Batch(inputs, _segments(decoder, decoder, longest, longest, beside))
 
 
 @dataclass(eq=False)

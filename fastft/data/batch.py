@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from fastft.data.boundaries import IGNORE_INDEX, packed_boundaries
+from fastft.data.host_boundaries import note, note_copy
+
+BOUNDARIES_OF_SEGMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "decoder_cu_seq_lens"}
 
 
 class _Counted:
@@ -35,13 +38,21 @@ class PackedBatch(_Counted, dict[str, Any]):
     """A batch of `PackingCollator`: a dict for the model, and `counted`."""
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
-        """The same batch with its tensors on `device`; accelerate calls this."""
-        moved = PackedBatch(
-            (key, value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value)
-            for key, value in self.items()
-        )
-        if self["cu_seq_lens_k"] is self["cu_seq_lens_q"]:
-            moved["cu_seq_lens_k"] = moved["cu_seq_lens_q"]
+        """The same batch with its tensors on `device`; accelerate calls this. The host keeps the boundaries."""
+        moved = self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        for key in BOUNDARIES_OF_SEGMENTS & self.keys():
+            note_copy(self[key], moved[key])
+        return moved
+
+    def pin_memory(self) -> PackedBatch:
+        """The same in pinned memory; a `DataLoader` with `pin_memory=True` calls this."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """The same batch of moved tensors; one that stands under two keys still does."""
+        tensors = {id(value): value for value in self.values() if isinstance(value, Tensor)}
+        places = {key: move(tensor) for key, tensor in tensors.items()}
+        moved = PackedBatch((key, places.get(id(value), value)) for key, value in self.items())
         moved.count = self.count
         return moved
 
@@ -121,7 +132,10 @@ class FlatBatch(_Counted):
         return FlatBatch(self.integers.pin_memory(), self.segments, self.shapes, others, self.expansion, self.count)
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
-        """The batch on `device`: one copy of the integers, and what follows from them computed there."""
+        """The batch on `device`: one copy of the integers, and what follows from them computed there.
+
+        The host keeps the boundaries.
+        """
         moved = self.integers.to(device, non_blocking=non_blocking)
         if moved is self.integers:  # the batch may be written to
             moved = moved.clone()
@@ -133,6 +147,9 @@ class FlatBatch(_Counted):
             for key, value in self.others.items()
         }
         batch = self.expansion(lengths, ignored, columns, others)
+        for key in BOUNDARIES_OF_SEGMENTS & self.others.keys():
+            note_copy(self.others[key], others[key])
+        note(batch["cu_seq_lens_q"], [0, *itertools.accumulate(self.integers[: self.segments].tolist())])
         batch.count = self.count
         return batch
 

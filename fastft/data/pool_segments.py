@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.data.host_boundaries import on_host
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.foreign import active_dataloader, base_model, unwrapped, world_size
 
@@ -34,18 +35,18 @@ class _Examples:
 
     @property
     def first(self) -> Tensor:
-        return self.boundaries[self.segments]
+        return self.boundaries[self.segments].long()
 
     @property
     def last(self) -> Tensor:
-        return self.boundaries[self.segments + 1] - 1
+        return self.boundaries[self.segments + 1].long() - 1
 
 
 def _examples_of(kwargs: dict[str, Any]) -> _Examples:
     boundaries, segments = kwargs.get("cu_seq_lens_q"), kwargs.pop("label_segments")
     if boundaries is None:
         raise ValueError("the batch has label_segments but no cu_seq_lens_q: it must come from PackingCollator")
-    return _Examples(segments, boundaries.long(), kwargs.get("labels"))
+    return _Examples(segments, boundaries, kwargs.get("labels"))
 
 
 class SegmentPooling:
@@ -128,8 +129,11 @@ class SegmentPooling:
         flat = hidden_states.flatten(0, 1)
         if not self._means:
             return flat[examples.first][:, None]
-        wide = torch.promote_types(flat.dtype, torch.float32)
-        means = torch.segment_reduce(flat.to(wide), "mean", lengths=examples.boundaries.diff())
+        end = on_host(examples.boundaries)[0].ends[-1]
+        if end != len(flat):
+            raise ValueError(f"the model has {len(flat)} hidden states, the batch's cu_seq_lens_q ends with {end}")
+        wide, lengths = torch.promote_types(flat.dtype, torch.float32), examples.boundaries.diff().long()
+        means = torch.segment_reduce(flat.to(wide), "mean", lengths=lengths, unsafe=True)  # else torch looks at lengths
         return means[examples.segments][:, None].to(flat.dtype)
 
     def _before_pooler(self, pooler: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

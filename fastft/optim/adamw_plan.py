@@ -103,9 +103,10 @@ class Plan:
         self.params, self.present = [param for param, _ in found], present
         self.signature = _signature(groups)
         self.states = [_ready(state, param, groups[i], rounding) for param, i in found]
-        self.steps = torch.tensor([float(entries["step"]) for entries in self.states], dtype=torch.float32)
+        done = _steps_done([entries["step"] for entries in self.states])
+        self.steps = torch.tensor(done, dtype=torch.float32)
         self.sharded = any(map(is_dtensor, self.params))
-        keys = list(zip((index for _, index in found), self.steps.tolist(), strict=True))
+        keys = list(zip((index for _, index in found), done, strict=True))
         self.rows = list(dict.fromkeys(keys))  # (group, steps done) of each row of the hyper table
         firsts = dict(zip((id(param) for param, _ in every), _first_elements(every), strict=True))
         table = [
@@ -114,7 +115,7 @@ class Plan:
         ]
         by_device = _by_device(self.params)
         self.counts = {
-            device: DeviceCounts(device, self.steps[positions].tolist(), self.rows)
+            device: DeviceCounts(device, [done[i] for i in positions], self.rows)
             for device, positions in by_device.items()
             if device_counts.counted_there(device, groups)
         }
@@ -252,11 +253,9 @@ class _Part:
             for name in _residue_names(state, row[1])
         ]
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
-        self.update = OP.implementation(impl, device)  # raises where an explicit engine is not there
-        self.any_dtype = OP.reference if impl == "auto" else self.update  # of a gradient unlike its parameter's
+        self.impl, engine = impl, OP.resolve(impl, device)  # raises where an explicit engine is not there
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.bound: int | None = None
-        engine = OP.resolve(impl, device)
         if engine in ops.LIBRARIES and all(map(_same_layout, self.params, self.exp_avgs)):
             self.bound = torch.ops.fastft.adamw_bind.default(
                 self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues, self.table
@@ -301,8 +300,8 @@ class _Part:
         params = [_like(param, exp_avg) for param, exp_avg in zip(self.params, self.exp_avgs, strict=True)]
         grads = [_like(grad, exp_avg) for grad, exp_avg in zip(grads, self.exp_avgs, strict=True)]
         states = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues)
-        alike = all(param.dtype == grad.dtype for param, grad in zip(params, grads, strict=True))
-        (self.update if alike else self.any_dtype)(params, grads, *states, self.table, hyper, factor, seed)
+        update = OP.implementation(self.impl, self.device, params, grads)
+        update(params, grads, *states, self.table, hyper, factor, seed)
         for param, updated in zip(self.params, params, strict=True):
             if param is not updated:
                 param.copy_(updated)
@@ -321,6 +320,17 @@ class _Part:
         torch.ops.fastft.adamw_written(sums, self.bound)
         values = sums.tolist()
         return {i: values[place] % 2**64 for place, i in self.kept if values[place]}
+
+
+def _steps_done(steps: list[Any]) -> list[float]:
+    """The counts of states; waits once for each device where some are."""
+    counts = [step if isinstance(step, Tensor) else torch.tensor(float(step)) for step in steps]
+    done = [0.0] * len(counts)
+    for places in _by_device(counts).values():
+        there = torch.stack([counts[i] if counts[i].ndim == 0 else counts[i].reshape(()) for i in places])
+        for i, count in zip(places, there.tolist(), strict=True):
+            done[i] = float(count)
+    return done
 
 
 def _by_device(params: list[Tensor]) -> dict[torch.device, list[int]]:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,16 +83,18 @@ class Wait(NamedTuple):
 
 
 class DeviceMode:
-    """The mode, to be entered once; `waits` is what it has seen.
+    """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and how often each ran.
 
     Args:
         refuse: raise AssertionError at the first wait, where it happens.
+        out_dtype: which products take `out_dtype`; `addmm` means, to a sum that has it already.
     """
 
     device = DEVICE
 
-    def __init__(self, refuse: bool = False) -> None:
-        self.refuse = refuse
+    def __init__(self, refuse: bool = False, out_dtype: tuple[str, ...] = ("mm", "addmm")) -> None:
+        self.refuse, self.out_dtype = refuse, out_dtype
+        self.operations: Counter[str] = Counter()
         self.waits: list[Wait] = []
         self._storages: dict[int, Any] = {}  # of the host; kept, so that no other gets its number
         self._pinned: set[int] = set()
@@ -101,7 +104,7 @@ class DeviceMode:
         self._entered = contextlib.ExitStack()
         self._entered.enter_context(self._dispatch)
         self._entered.enter_context(self._functions)
-        self._entered.enter_context(_past_torch(self._functions))
+        self._entered.enter_context(_past_torch(self))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -124,6 +127,13 @@ class DeviceMode:
         return self.is_host(tensor) and _storage(tensor)._cdata in self._pinned
 
     @contextlib.contextmanager
+    def functions(self) -> Iterator[None]:
+        """Inside, Python sees the device, also where torch calls back (a layer that is run again in backward)."""
+        seen = self._functions in _get_current_function_mode_stack()
+        with contextlib.nullcontext() if seen else self._functions:
+            yield
+
+    @contextlib.contextmanager
     def autocast(self, dtype: torch.dtype) -> Iterator[None]:
         """`torch.autocast("cuda", dtype)`, which torch switches off where there is no GPU."""
         before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
@@ -144,22 +154,27 @@ class DeviceMode:
 
 
 @contextlib.contextmanager
-def _past_torch(functions: TorchFunctionMode) -> Iterator[None]:
-    """What such modes do not see: the backward of a Python function, and the making of a subclass's tensor."""
-    apply, make = BackwardCFunction.apply, Tensor._make_wrapper_subclass
+def _past_torch(mode: DeviceMode) -> Iterator[None]:
+    """What such modes do not see: what backward calls, and the making of a subclass's tensor."""
+    apply, make, walk = BackwardCFunction.apply, Tensor._make_wrapper_subclass, torch.autograd._engine_run_backward
 
     def apply_inside(self: Any, *args: Any) -> Any:
-        with functions:
+        with mode.functions():
             return apply(self, *args)
+
+    def walk_inside(*args: Any, **kwargs: Any) -> Any:
+        with mode.functions():
+            return walk(*args, **kwargs)
 
     def make_on_cpu(*args: Any, **kwargs: Any) -> Any:
         return make(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
 
     BackwardCFunction.apply, Tensor._make_wrapper_subclass = apply_inside, staticmethod(make_on_cpu)
+    torch.autograd._engine_run_backward = walk_inside
     try:
         yield
     finally:
-        BackwardCFunction.apply = apply
+        BackwardCFunction.apply, torch.autograd._engine_run_backward = apply, walk
         del Tensor._make_wrapper_subclass  # which is that of its base class
 
 
@@ -301,19 +316,20 @@ class _Dispatch(TorchDispatchMode):
             self._refuse_mixtures(func, args, tensors, of_host)
             if torch.Tag.pointwise in func.tags:
                 args, kwargs = self._with_rounded_scalars(args, kwargs)
-            result = _product(func, *args, **kwargs) if func in _PRODUCTS else func(*args, **kwargs)
+            if len(of_host) < len(tensors):
+                self.mode.operations[func.overloadpacket.__name__] += 1
+            run = functools.partial(_product, self.mode.out_dtype) if func in _PRODUCTS else func
+            result = run(*args, **kwargs)
             if tensors and len(of_host) == len(tensors):
                 tree_map(lambda leaf: self.mode.host(leaf) if isinstance(leaf, Tensor) else leaf, result)
             return result
 
     def _of_fastft(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Looks into an operator that has no engine, or none that runs here: into its reference."""
-        operator = ops.OPERATORS[func.overloadpacket.__name__.removesuffix("_triton")]
-        if operator.engines and func is operator.native:
+        operator = ops.OPERATORS.get(func.overloadpacket.__name__.removesuffix("_triton"))
+        if operator is None or (operator.engines and func is operator.native):  # None: a part of an engine
             return func(*args, **kwargs)
-        functions = self.mode._functions
-        seen = functions in _get_current_function_mode_stack()
-        with self, contextlib.nullcontext() if seen else functions:
+        with self, self.mode.functions():
             return operator.reference(*args, **kwargs)
 
     def _note_waits(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], of_host: list[Tensor]) -> None:
@@ -360,10 +376,14 @@ class _Dispatch(TorchDispatchMode):
         return args, {**kwargs, **named}
 
 
-def _product(func: Any, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """`mm` and `addmm` with an `out_dtype`, which have no kernel on a CPU."""
+def _product(known: tuple[str, ...], *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """`mm` and `addmm` with an `out_dtype`, which have no kernel on a CPU; refused in torch's words if not `known`."""
     *operands, out_dtype = args
     added, factors = operands[:-2], operands[-2:]
+    if not added and "mm" not in known:
+        raise NotImplementedError("Could not run 'aten::mm.dtype_out' with arguments from the 'CUDA' backend")
+    if added and "addmm" not in known:
+        raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
     narrow = {factor.dtype for factor in factors}
     assert out_dtype == torch.float32 and narrow < {torch.bfloat16, torch.float16}, "out_dtype is for 16-bit products"
     assert out is None or out.dtype == out_dtype, "out must have out_dtype"

@@ -1,0 +1,88 @@
+"""What the host knows of boundaries that lie on a device, so that it need not wait for the device to learn them.
+
+Boundaries, cu_seqlens of S + 1 integers, are made on the host. They are needed there again at every attention call: to
+check them, to cut rows into tiles, to know the longest segment. A batch that is moved by its own `.to` notes them with
+the tensor on the device, and whoever copies the dict holds that tensor still. Others are read, all that are asked for
+together with one wait, and noted too. A note ends with its tensor. It counts for what was read alone:
+
+    on a device    the tensor's version, which every operation in place raises, and its address
+    on the host    the numbers themselves, which nobody waits for
+
+Tensors of inference mode have no version: those on a device are read each time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(eq=False)
+class HostBoundaries:
+    """The numbers of a tensor of boundaries.
+
+    Attributes:
+        ends: S + 1 integers.
+        made: what follows from them, by names of those who made it once; never the tensor that they are noted with.
+    """
+
+    ends: list[int]
+    made: dict[Hashable, Any] = field(default_factory=dict)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest segment; 0 if there is none."""
+        return max((end - begin for begin, end in itertools.pairwise(self.ends)), default=0)
+
+
+_Stamp = tuple[int, int]
+_notes: Any = WeakTensorKeyDictionary()  # by the tensor: its _Stamp, HostBoundaries
+
+
+def _stamp(boundaries: Tensor) -> _Stamp | None:
+    return None if boundaries.is_inference() else (boundaries._version, boundaries.data_ptr())
+
+
+def known(boundaries: Tensor) -> HostBoundaries | None:
+    """What the host knows of `boundaries`; None where it would have to wait for a device."""
+    stamp, noted = _notes.get(boundaries, (None, None))
+    if boundaries.device.type == "cpu":
+        ends = boundaries.tolist()
+        return noted if noted is not None and noted.ends == ends else note(boundaries, ends)
+    return noted if stamp is not None and stamp == _stamp(boundaries) else None
+
+
+def note(boundaries: Tensor, ends: list[int]) -> HostBoundaries:
+    """Remembers that `boundaries` are `ends`, as long as nobody writes to them."""
+    noted = HostBoundaries(ends)
+    _notes[boundaries] = (_stamp(boundaries), noted)
+    return noted
+
+
+def note_copy(source: Tensor, copy: Tensor) -> None:
+    """Remembers of a copy on a device what the host knows of `source`; waits for nothing."""
+    if copy is not source:
+        noted = known(source)
+        if noted is not None:
+            note(copy, noted.ends)
+
+
+def on_host(*boundaries: Tensor) -> list[HostBoundaries]:
+    """The numbers of each; those that are not known are read, with one wait for each device that they are on."""
+    found = {id(tensor): known(tensor) for tensor in boundaries}
+    unknown: dict[torch.device, dict[int, Tensor]] = {}
+    for tensor in boundaries:
+        if found[id(tensor)] is None:
+            unknown.setdefault(tensor.device, {})[id(tensor)] = tensor
+    for tensors in unknown.values():
+        numbers = iter(torch.cat(list(tensors.values())).tolist())
+        for key, tensor in tensors.items():
+            found[key] = note(tensor, list(itertools.islice(numbers, tensor.numel())))
+    return [noted for tensor in boundaries if (noted := found[id(tensor)]) is not None]
