@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numerics import assert_no_common_factor
+from numerics import assert_no_common_factor, assert_no_worse
 from support.device_mode import DeviceMode
 
 import fastft

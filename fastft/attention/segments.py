@@ -106,7 +106,7 @@ def _segments(cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, beside: tuple[
     if None in given:
         read = on_host(cu_q, cu_k, *beside)
         given = [host.longest if value is None else value for value, host in zip(given, read, strict=False)]
-    return Segments(cu_q, cu_k, *given, beside=beside)  # type: ignore[arg-type]
+    return Segments(cu_q, cu_k, given[0], given[1], beside=beside)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -320,12 +320,11 @@ def cross_entropy_rows(
         **{f"{name}[{i}]": tensor for name, several in (("weight", weight), ("upstream", upstream), ("grad", grad))
            for i, tensor in enumerate(several)},
     )  # fmt: skip
-    with torch.cuda.device_of(logits):
-        _rows_kernel[(rows,)](
-            logits, target, *(weight or (None,)), g_loss, g_lse, g_entropy, losses, lse, entropy, is_top1,
-            *(grad or (None,)), classes, logits.stride(0), grad[0].stride(0) if grad else 0, ignore_index,
-            float(label_smoothing), float(z_loss), float(logit_scale), float(softcap),
-            1.0 / softcap if softcap else 0.0,
-            SMOOTHED=label_smoothing != 0, SCALED=logit_scale != 1, CAPPED=softcap != 0,
-            PEELED=_peeled(logits, grad), LANES=lanes, VECTOR=vector, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    _rows_kernel[(rows,)](
+        logits, target, *(weight or (None,)), g_loss, g_lse, g_entropy, losses, lse, entropy, is_top1,
+        *(grad or (None,)), classes, logits.stride(0), grad[0].stride(0) if grad else 0, ignore_index,
+        float(label_smoothing), float(z_loss), float(logit_scale), float(softcap),
+        1.0 / softcap if softcap else 0.0,
+        SMOOTHED=label_smoothing != 0, SCALED=logit_scale != 1, CAPPED=softcap != 0,
+        PEELED=_peeled(logits, grad), LANES=lanes, VECTOR=vector, num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
