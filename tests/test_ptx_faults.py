@@ -15,6 +15,7 @@ from support import ptx
 from support.adamw_problems import MODES, Training
 from support.ptx.checks import GlobalMemory, noise
 from support.ptx.cuda import extent_of
+from support.ptx.engines import Engine, adamw_by, unbound
 from support.ptx.executor import Launch, Options, run_launch
 from support.ptx.parser import Module, UnreadablePtx
 from support.row_problems import CASES, draw, run
@@ -263,19 +264,12 @@ def test_blocks_that_take_one_another_s_part() -> None:
 def test_the_barriers_of_a_triton_kernel_are_needed() -> None:
     """`_update_coded_tile` reads the scales of a block before it writes them."""
     pytest.importorskip("triton")
-    from fastft.optim.adamw_update_triton import adamw_
 
     def step(change: Callable[[str], str]) -> None:
         training = Training(MODES["exact-8bit"], "cpp", sizes=(4, 4096)).step()
-        part = training.optimizer._plan.parts[0]
-
-        def update(*arguments: Any) -> None:
-            memory = [tensor for tensors in arguments[:6] for tensor in tensors]
-            with ptx.triton_as_ptx(90, memory=memory, edit=change):
-                adamw_(*arguments)
-
-        part.bound, part.update = None, update
-        training.step()
+        with adamw_by(Engine("triton", 90), edit=change) as launches:
+            unbound(training).step()
+        assert launches
 
     step(lambda text: text)
     with pytest.raises(ptx.Fault, match="race") as caught:
