@@ -69,3 +69,18 @@ def cuda_for_cpp(gpu: Gpu) -> Iterator[None]:
         patch.setattr(torch.ops.fastft, "adamw_written", lambda sums, bound: None)
         patch.setattr(adamw_plan, "_release", lambda bound, kind: gpu.release(bound))
         yield
+
+
+@contextlib.contextmanager
+def adamw_by(engine: Engine, **options: Any) -> Iterator[list[Launch]]:
+    """Within it AdamW steps with the kernels of `engine` where no engine has bound its tensors (see `unbound`)."""
+    with operator(engine, "adamw_", **options) as (update, launches), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OPERATORS["adamw_"], "implementation", lambda impl, device, *tensors: update)
+        yield launches
+
+
+def unbound(training: Any) -> Any:
+    """A Training that has taken a step, so that each of the next ones asks for its operator."""
+    for part in training.optimizer._plan.parts:
+        part.bound = None
+    return training
