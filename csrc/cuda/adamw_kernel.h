@@ -99,7 +99,7 @@ __device__ void store_halves(void* data, int64_t i, const uint32_t (&words)[kWid
 #pragma unroll
     for (int k = 0; k < kWidth / 2; k++)
       kept.at[k] = permuted(words[2 * k], words[2 * k + 1], kUpper ? 0x7632 : 0x5410);
-    store(data, i / 2, kept);
+    store(static_cast<uint16_t*>(data) + i, 0, kept);
   }
 }
 
@@ -154,7 +154,7 @@ __device__ Neighbours<T, kWidth> neighbours(const void* data, int64_t i) {
   else if constexpr (kWidth == 1)
     return {load<1, uint16_t>(data, i)};
   else
-    return {load<kWidth / 2, uint32_t>(data, i / 2)};
+    return {load<kWidth / 2, uint32_t>(static_cast<const uint16_t*>(data) + i, 0)};
 }
 
 template <int kWidth>
@@ -318,8 +318,8 @@ __device__ void store_codes(const Place& at, const float (&m)[8], const float (&
       m_codes.at[k / 4] |= uint32_t(code) << k % 4 * 8, v_codes.at[k / 4] |= uint32_t(sq_code) << k % 4 * 8;
     }
   }
-  store(at.t.exp_avg, at.i / 4, m_codes);
-  store(at.t.exp_avg_sq, at.i / 4, v_codes);
+  store(static_cast<int8_t*>(at.t.exp_avg) + at.i, 0, m_codes);
+  store(static_cast<uint8_t*>(at.t.exp_avg_sq) + at.i, 0, v_codes);
 }
 
 __device__ void store_codes(const Place& at, const float (&m)[1], const float (&v)[1], const Drawn<1>& random,
@@ -331,8 +331,8 @@ __device__ void store_codes(const Place& at, const float (&m)[1], const float (&
 }
 
 __device__ void load_codes(const Place& at, float m_scale, float v_scale, float (&m)[8], float (&v)[8]) {
-  const auto m_codes = load<2, uint32_t>(at.t.exp_avg, at.i / 4),
-             v_codes = load<2, uint32_t>(at.t.exp_avg_sq, at.i / 4);
+  const auto m_codes = load<2, uint32_t>(static_cast<const int8_t*>(at.t.exp_avg) + at.i, 0);
+  const auto v_codes = load<2, uint32_t>(static_cast<const uint8_t*>(at.t.exp_avg_sq) + at.i, 0);
   decode_eight(m_codes.at, v_codes.at, m_scale, v_scale, m, v);
 }
 
@@ -372,7 +372,8 @@ __device__ void update_coded_block(const AdamwTensor& t, const void* grads, cons
   }
   scales.reduce<kLanes>();
   // One answer for the warp, as there are shuffles below.
-  const bool plain = largest_of<kWarp>(uint32_t(!scales.plain())) == 0;
+  bool plain = scales.plain();
+  for (int other = kLanes; other < kWarp; other *= 2) plain &= __shfl_xor_sync(0xffffffffu, uint32_t(plain), other) != 0;
   if (!plain) {
     scales = Scales();
 #pragma unroll
