@@ -85,6 +85,8 @@ class Wait(NamedTuple):
 class DeviceMode:
     """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and how often each ran.
 
+    `dispatched` has every operation of torch and of fastft's engines, also on the host and without any tensor.
+
     Args:
         refuse: raise AssertionError at the first wait, where it happens.
         out_dtype: which products take `out_dtype`; `addmm` means, to a sum that has it already.
@@ -96,6 +98,7 @@ class DeviceMode:
         self.refuse, self.out_dtype = refuse, out_dtype
         self.operations: Counter[str] = Counter()
         self.waits: list[Wait] = []
+        self.dispatched: Counter[Any] = Counter()
         self._storages: dict[int, Any] = {}  # of the host; kept, so that no other gets its number
         self._pinned: set[int] = set()
         self._functions, self._dispatch = _Functions(self), _Dispatch(self)
@@ -317,6 +320,7 @@ class _Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastft":
             return self._of_fastft(func, args, kwargs)
+        self.mode.dispatched[func] += 1
         with torch._C.DisableTorchFunction():
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in (Tensor, torch.nn.Parameter)]
             of_host = [tensor for tensor in tensors if self.mode.is_host(tensor)]
@@ -336,6 +340,7 @@ class _Dispatch(TorchDispatchMode):
         """Looks into an operator that has no engine, or none that runs here: into its reference."""
         operator = ops.OPERATORS.get(func.overloadpacket.__name__.removesuffix("_triton"))
         if operator is None or (operator.engines and func is operator.native):  # None: a part of an engine
+            self.mode.dispatched[func] += 1
             return func(*args, **kwargs)
         with self, self.mode.functions():
             return operator.reference(*args, **kwargs)
