@@ -96,7 +96,7 @@ def test_cases_that_crash_fail_and_hang_stop_no_other(tmp_path: Path) -> None:
     table = path.with_suffix(".md").read_text()
     for said in (
         "test_wrong failed: RuntimeError: out of memory",
-        "RuntimeError: CUDA error: an illegal memory",
+        "test_that_spoils_the_context failed: RuntimeError: CUDA error",
         "status 11",
         "No module named 'no_such_module'",
     ):
