@@ -96,4 +96,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     CALLS.clear()
     for name in NAMES:
         monkeypatch.setattr(torch.ops.aten, name, getattr(torch.ops.flash_kernels, name))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     return CALLS
