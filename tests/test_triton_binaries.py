@@ -11,7 +11,8 @@ from support.row_problems import CASES, EVERYTHING, Case, Problem, draw, run
 
 pytest.importorskip("triton")
 
-from support.triton_compiler import Binary, binary, compiled_for
+from support.machine_code import Binary
+from support.triton_compiler import binary, compiled_for
 
 from fastft.loss.cross_entropy_triton import cross_entropy_rows
 from fastft.optim.adamw_update import RESIDUES, Rounding
@@ -61,6 +62,12 @@ def test_loads_and_stores_are_16_bytes_wide(classes: int, dtype: torch.dtype) ->
     element, ends = dtype.itemsize * 8, classes % 16 != 0
     assert code.spills == 0 and loads[128] >= 4 and stores[128] >= 4
     assert (loads[element] > 8) == ends and (stores[element] > 8) == ends
+
+
+@pytest.mark.parametrize("case", ["plain", "smoothing", "smoothing and weight", "everything in place"])
+def test_one_class_compiles(case: str) -> None:
+    code = compiled(CASES[case], 1, FULL, 90)
+    assert code.spills == 0
 
 
 def test_all_vocabularies_of_a_kind_share_a_kernel() -> None:
