@@ -1,52 +1,218 @@
-"""What only a GPU can show: builds against the torch of this Python, runs the tests marked gpu, then the benchmarks.
+"""What only a GPU can show: builds against the torch of this Python, tests, measures, trains; in under nine minutes.
 
-make gpu-check PYTHON=python3
+make gpu-check PYTHON=python3 [PART="smoke tests ops train"]
 
-Needs no network and makes no environment; rivals that are importable are measured too. Writes results/<gpu>.json, .md
-and .png and prints the table last. The exit status is 1 where a test failed; what was measured is kept all the same.
+First the machine and a build for its GPU alone, then parts in the order of their worth:
+
+    smoke   one case of each kernel and engine: is it right, and how long does it take
+    tests   the tests marked gpu, in several processes where pytest-xdist is importable
+    ops     the benchmarks, with the rivals that are importable
+    train   a training against stock and Liger
+
+Each has a share of the time and what those before it have left of theirs; one that is not finished then is ended, with
+all that it has started. Whatever ends is on the disk at once, in the folder $OUT or benchmarks/results: <gpu>.jsonl has
+every case as a line, <gpu>.md the tables, anew after each part, with the estimates of results/kernels.md beside what
+was measured, <gpu>.log what was printed, <gpu>-tests.xml pytest's report. Needs no network, no git and no environment;
+this process needs no torch. The exit status is 1 where anything has failed or was not reached.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import json
 import os
 import re
-import subprocess
+import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
+import bounded
+import gpu_report
+import one_by_one
+from bounded import ROOT
+from ledger import Ledger
+from tables import failures
 
-ROOT = Path(__file__).resolve().parent.parent
-RIVALS = ("liger_kernel", "bitsandbytes", "torchao", "trl")
-SECONDS = {"build": 120, "tests": 200, "benchmarks": 260}  # under ten minutes in all
+HERE = Path(__file__).resolve().parent
+SHARES = {"machine": 30, "build": 90, "smoke": 40, "tests": 150, "ops": 130, "train": 80}  # seconds of TOTAL
+TOTAL = 520.0
+PARTS = ("smoke", "tests", "ops", "train")
+# the kernels whose speed is least known first
+OPS = ("cross_entropy", "linear_cross_entropy", "adamw", "linear_log_probs", "attention", "boundaries")
+VARIANTS = ("stock", "fastft", "liger")
+SILENCE = {"smoke": 20.0, "tests": 60.0, "ops": 45.0}  # seconds after which what runs hangs
+WORKERS = 8
 
 
-def step(name: str, *command: str) -> bool:
-    print(f"\n{name}: {' '.join(command)}", flush=True)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    try:
-        return subprocess.run(command, cwd=ROOT, env=environment, timeout=SECONDS[name]).returncode == 0
-    except subprocess.TimeoutExpired:
-        print(f"{name}: not finished after {SECONDS[name]} s")
-        return False
+class Check:
+    """One run: its clock, its files and what it has found.
+
+    Attributes:
+        folder: where the files go.
+        stem: their common beginning, once the GPU is known.
+        facts: of `machine.py`.
+        wrong: sentences about what has failed.
+    """
+
+    def __init__(self, parts: list[str], seconds: float, folder: Path) -> None:
+        self.parts, self.scale = parts, seconds / TOTAL
+        self.deadline = time.monotonic() + seconds
+        self.stem = self.folder = folder
+        self.log = folder / "gpu-check.log"
+        self.log.unlink(missing_ok=True)
+        self.ledger = Ledger(folder / "gpu-check.jsonl")
+        self.facts: dict[str, Any] = {}
+        self.wrong: list[str] = []
+
+    def limit(self, part: str) -> float:
+        """The seconds that a part may take: all but what is set aside for those after it."""
+        chosen = [name for name in SHARES if name in ("machine", "build", *self.parts)]
+        later = sum(SHARES[name] for name in chosen[chosen.index(part) + 1 :])
+        return max(self.deadline - time.monotonic() - self.scale * later, 0.0)
+
+    def silence(self, part: str) -> float:
+        return max(SILENCE[part] * min(self.scale, 1.0), 2.0)
+
+    def do(self, part: str, work: Callable[[float], str]) -> None:
+        """One part: what it says, what it took, and the tables anew, whatever becomes of it."""
+        limit, began = self.limit(part), time.monotonic()
+        print(f"\n{part} (up to {limit:.0f} s)", flush=True)
+        why = "interrupted"
+        try:
+            why = work(limit) if limit > 0 else "no time was left for it"
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+        finally:
+            took = round(time.monotonic() - began, 1)
+            print(f"{part}: {took} s{f', {why}' if why else ''}", flush=True)
+            self.wrong += [f"{part}: {why}"] if why else []
+            if "gpu" in self.facts:
+                self.ledger.close(part, "cut off", why)
+                self.ledger.append(part=part, took=took, limit=round(limit, 1), why=why)
+                self.wrong += failures(self.ledger, part)
+                self._tables()
+
+    def _tables(self) -> None:
+        try:
+            gpu_report.write(self.stem, self.ledger)
+        except Exception as error:  # the lines are there, and the parts to come are worth more than a table
+            self.wrong.append(f"the tables: {type(error).__name__}: {error}")
+
+    def machine(self, limit: float) -> str:
+        facts = self.folder / "gpu-check.json"
+        facts.unlink(missing_ok=True)
+        command = [sys.executable, str(HERE / "machine.py"), "--to", str(facts)]
+        ended = bounded.run(command, seconds=limit, log=self.log)
+        if not facts.exists():
+            return ended.why or f"the machine cannot be described: {self.log} says why"
+        self.facts = json.loads(facts.read_text())
+        facts.unlink()
+        if "gpu" not in self.facts:
+            return f"torch {self.facts['torch']} of {sys.executable} sees no CUDA device"
+        name = re.sub(r"[^a-z0-9]+", "-", self.facts["gpu"].lower()).strip("-")
+        chosen = "" if list(PARTS) == self.parts else f"-{'-'.join(self.parts)}"
+        self.stem = self.folder / f"{name}{chosen}"
+        self.log = self.log.rename(self.beside(".log"))
+        self.ledger = Ledger(self.beside(".jsonl"))
+        for old in (self.ledger.path, self.beside("-tests.xml")):
+            old.unlink(missing_ok=True)
+        self.ledger.append(part="machine", facts=self.facts)
+        print("\n".join(f"  {key}: {value}" for key, value in self.facts.items()), flush=True)
+        return ""
+
+    def beside(self, ending: str) -> Path:
+        return self.stem.with_name(self.stem.name + ending)
+
+    def build(self, limit: float) -> str:
+        architecture = os.environ.get("FASTFT_CUDA_ARCHS", self.facts["architecture"])
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        more = {"FASTFT_CUDA_ARCHS": architecture}
+        began = time.monotonic()
+        ended = bounded.run(command, seconds=limit, log=self.log, more=more)
+        if ended.why or ended.status:
+            return ended.why or f"status {ended.status}"
+        left = limit - (time.monotonic() - began)
+        bounded.run([sys.executable, "-m", "fastft"], seconds=left, log=self.log)  # which engines there are
+        info = json.loads((ROOT / "fastft" / "_lib" / "build_info.json").read_text())
+        missing = [f"no {kind} library: {built['missing']}" for kind, built in info.items() if "missing" in built]
+        return "; ".join(missing)[-600:]
+
+    def smoke(self, limit: float) -> str:
+        return self._cases("smoke", [HERE / "test_smoke.py"], limit)
+
+    def ops(self, limit: float) -> str:
+        if not self.facts["packages"].get("pytest_benchmark"):
+            return "pytest-benchmark is not importable: no benchmark has run"
+        return self._cases("ops", [HERE / f"test_{stem}.py" for stem in OPS], limit, "--benchmark-only")
+
+    def _cases(self, part: str, files: list[Path], limit: float, *options: str) -> str:
+        if not self.facts["packages"].get("pytest"):
+            return "pytest is not importable"
+        shared = {"seconds": limit, "silence": self.silence(part), "log": self.log}
+        return one_by_one.run(files, self.ledger, part, options=options, **shared)
+
+    def tests(self, limit: float) -> str:
+        if not self.facts["packages"].get("pytest"):
+            return "pytest is not importable"
+        marked = re.compile(r"^(@|pytestmark = )pytest\.mark\.gpu\b", re.M)
+        files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text())]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "pytest_ledger", "-p", "no:cacheprovider"]
+        command += [f"--ledger={self.ledger.path}", "--part=tests", f"--junitxml={self.beside('-tests.xml')}"]
+        workers = min(WORKERS, os.cpu_count() or 1)
+        if self.facts["packages"].get("xdist"):
+            command += ["-n", str(workers), "--dist", "loadgroup"]
+        else:
+            print("  pytest-xdist is not importable: one test after another", flush=True)
+        threads = str(max((os.cpu_count() or 1) // workers, 1))
+        self.ledger.news()
+        ended = bounded.run(
+            [*command, *map(str, files)], seconds=limit, silence=self.silence("tests"), log=self.log,
+            heard=self.ledger.news, more={"OMP_NUM_THREADS": threads},
+        )  # fmt: skip
+        if ended.why:
+            return ended.why
+        return "" if ended.status in (0, 1) else f"pytest ended with status {ended.status}"
+
+    def train(self, limit: float) -> str:
+        end, said, variants = time.monotonic() + limit, [], list(VARIANTS)
+        if not self.facts["packages"].get("liger_kernel"):
+            variants.remove("liger")
+            self.ledger.append(part="train", case="training[liger]", outcome="skipped", said="no liger_kernel")
+        for number, variant in enumerate(variants):
+            share = (end - time.monotonic()) / (len(variants) - number)
+            command = [sys.executable, str(HERE / "training.py"), "--variant", variant]
+            command += ["--ledger", str(self.ledger.path)]
+            ended = bounded.run(command, seconds=share, log=self.log, heard=self.ledger.news)
+            why = ended.why or f"its process ended with status {ended.status}"
+            self.ledger.close("train", "cut off" if ended.why else "died", why)
+            if f"training[{variant}]" not in self.ledger.cases("train"):
+                said.append(f"{variant}: {why}")
+        self.ledger.news()
+        return "; ".join(said)
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit(f"torch {torch.__version__} of {sys.executable} sees no CUDA device")
-    gpu = torch.cuda.get_device_name()
-    print(f"{gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    for package in ("triton", *RIVALS, "pytest", "pytest_benchmark"):
-        print(f"  {package}: {'importable' if importlib.util.find_spec(package) else 'not importable'}")
-    python = sys.executable
-    if not step("build", python, "setup.py", "build_ext", "--inplace"):
-        raise SystemExit("the build failed")
-    tested = step("tests", python, "-m", "pytest", "-q", "-m", "gpu", "tests")
-    machine = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    measured = step("benchmarks", python, "benchmarks/record.py", "--machine", machine)
-    if not (tested and measured):
-        raise SystemExit(f"tests {'passed' if tested else 'FAILED'}, benchmarks {'done' if measured else 'FAILED'}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: all")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help=f"of all together (default: {TOTAL:.0f})")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"a part must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended with us
+    folder = Path(os.environ.get("OUT") or HERE / "results").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    check = Check([part for part in PARTS if part in (options.parts or PARTS)], options.seconds, folder)
+    check.do("machine", check.machine)
+    if "gpu" not in check.facts:
+        raise SystemExit(check.wrong[-1])
+    for part in ("build", *check.parts):
+        check.do(part, getattr(check, part))
+    print(f"\n{gpu_report.summary(check.ledger)}\n\nAll of it: {check.stem}.*", flush=True)
+    if check.wrong:
+        raise SystemExit("\n".join(["", f"{len(check.wrong)} things are wrong:", *check.wrong[:40]]))
 
 
 if __name__ == "__main__":

@@ -138,6 +138,8 @@ def test_packed_attention(benchmark, device, tokens, options, dtype):
         pytest.skip("on a CPU long rows and half precision are measured for causal attention")
     if device == "cpu" and tokens > 2048 and dtype == torch.bfloat16:
         pytest.skip("half precision is slow on a CPU: measured at 2048 tokens")
+    if device == "cuda" and tokens > 2048 and dtype == torch.float32:
+        pytest.skip("long rows are not trained in fp32 on a GPU")
     q, k, v, d_out, segments = make(tokens, device, dtype)
     found = attentions(tokens, options, device, dtype, segments)
     info = benchmark.extra_info

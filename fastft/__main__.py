@@ -1,16 +1,16 @@
-"""`python -m fastft`: versions, devices, the engine that `impl="auto"` takes for each operator, and why."""
+"""`python -m fastft`: versions, devices, the engine that `impl="auto"` takes for each operation, and why."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+from typing import Any
 
 import torch
 
 import fastft
 from fastft import _native
-from fastft.attention.attention import engines
-from fastft.ops import DEVICES, OPERATORS, triton_missing
+from fastft.ops import ENGINES, OPERATORS, Operation, triton_missing
 
 _COMPANIONS = ("torch", "transformers", "accelerate", "datasets", "triton", "liger-kernel", "bitsandbytes")
 
@@ -23,14 +23,22 @@ def _version(package: str) -> str:
 
 
 def _devices() -> list[torch.device]:
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return [torch.device("cpu"), *gpus]
+    found = {kind: getattr(torch, kind).device_count() for kind in ENGINES["triton"].devices}
+    return [torch.device("cpu"), *(torch.device(kind, i) for kind, count in found.items() for i in range(count))]
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(getattr(torch, device.type).get_device_name(device))
     return f"{platform.machine()}, kernels for {_native.cpu_isa() or 'none'}, {torch.get_num_threads()} threads"
+
+
+def _choice(operation: Operation, device: torch.device, *what: Any) -> str:
+    """The engine of a call, and what there is to say of those that could compute on such a device."""
+    chosen = operation.resolve("auto", device, *what)
+    others = [e for e in operation.engines if e != chosen and operation.table[e].serves(device)]
+    listed = "; ".join(f"{engine}: {operation.suits(engine, device, *what) or 'available'}" for engine in others)
+    return f"{chosen}  ({listed})" if listed else chosen
 
 
 def main() -> None:
@@ -39,17 +47,16 @@ def main() -> None:
     print(", ".join(f"{package} {_version(package)}" for package in _COMPANIONS))
     for kind in ("cpu", "cuda"):
         print(f"libfastft_{kind}: {_native.missing(kind) or 'loaded'}")
-    kernels = ", ".join(name for name, operator in sorted(OPERATORS.items()) if "triton" in operator.engines)
+    chosen_from = {name: operation for name, operation in sorted(OPERATORS.items()) if operation.engines}
+    kernels = ", ".join(name for name, operation in chosen_from.items() if "triton" in operation.engines)
     print(f"triton kernels: {triton_missing() or kernels}")
     for device in _devices():
         print(f"\n{device} ({_device_name(device)})")
-        for name, operator in sorted(OPERATORS.items()):
-            chosen = operator.resolve("auto", device)
-            others = [engine for engine in DEVICES if DEVICES[engine] == device.type and engine != chosen]
-            reasons = {engine: operator.unavailable(engine, device) for engine in others}
-            listed = "; ".join(f"{engine}: {reason or 'available'}" for engine, reason in reasons.items())
-            print(f"  {name:<24} {chosen}{f'  ({listed})' if listed else ''}")
-        print(f"  {'packed attention':<24} {engines()[device.type]}")
+        for name, operation in chosen_from.items():
+            print(f"  {name:<26} {_choice(operation, device)}")
+            for case, what in operation.samples.items():
+                if operation.resolve("auto", device, *what) != operation.resolve("auto", device):
+                    print(f"    {case:<24} {_choice(operation, device, *what)}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ def _load(kind: str) -> ctypes.CDLL | str:
     disabled = os.environ.get("FASTFT_DISABLE", "").split(",")
     if kind in disabled or "all" in disabled:
         return "disabled by FASTFT_DISABLE"
+    if kind == "cuda" and torch.version.hip:  # its torch calls AMD's devices "cuda" too
+        return "it is for NVIDIA's GPUs, this torch is built for AMD's ROCm"
     path, record = _FOLDER / f"libfastft_{kind}.so", _FOLDER / "build_info.json"
     built = json.loads(record.read_text()).get(kind, {}) if record.exists() else {}
     if not path.exists():
@@ -65,7 +67,7 @@ def _load(kind: str) -> ctypes.CDLL | str:
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if version is None or (int(version[1]), int(version[2])) < (2, 10):
         return f"torch {torch.__version__} is older than 2.10"
-    if kind == "cuda" and (torch.version.cuda is None or torch.version.hip):
+    if kind == "cuda" and torch.version.cuda is None:
         return "this torch build has no CUDA"
     if hashlib.sha256(path.read_bytes()).hexdigest() != built.get("sha256"):
         # dlopen of a damaged file ends the process with SIGBUS or SIGSEGV, which no except clause catches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads make a busy machine many times slower
 
@@ -36,6 +37,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):  # not item.keywords: a folder may be called gpu
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Where a kernel has spoilt the process's context, every later test in it would fail: xdist starts another one."""
+    if "PYTEST_XDIST_WORKER" in os.environ and item.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{item.nodeid} has not run, an earlier test has left this: {error}", file=sys.stderr, flush=True)
+            os._exit(70)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from support.triton_interpreter import interpreted
 
 from fastft import _native
 from fastft.ops import OPERATORS
+from fastft.optim import adamw_update_triton
 from fastft.optim.adamw_update_triton import adamw_
 
 pytestmark = pytest.mark.skipif(_native.missing("cpu") is not None, reason="no native CPU library")
@@ -106,3 +107,14 @@ def test_what_does_not_fit_is_refused() -> None:
         codes = [fitting], [fitting], [fitting.to(torch.int8)], [fitting.to(torch.uint8)], []
         with pytest.raises(RuntimeError, match=words):
             adamw_(*codes, scales, table, hyper, one, 0)
+
+
+def test_a_graph_that_would_repeat_the_numbers_of_its_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(MIXED, "cpp", sizes=SIZES).step()
+    before = training.values()
+    part = training.optimizer._plan.parts[0]
+    part.bound, part.update = None, adamw_
+    monkeypatch.setattr(adamw_update_triton, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"cannot capture the Triton engine.*use impl='cuda'"):
+        training.optimizer.step()
+    assert_same_bits(training.values(), before)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +86,88 @@ def test_a_demanded_library_fails_the_build(checkout: Path, bare_path: str, kind
     done = subprocess.run(command, cwd=checkout, env={**os.environ, **demand}, capture_output=True, text=True)
     assert done.returncode != 0
     assert f"libfastft_{kind}.so cannot be built" in done.stderr
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release {version}, V{version}.1" ;;
+  *--list-gpu-arch*) printf 'compute_%s\\n' {archs} ;;
+  *--dryrun*) echo '#$ TOP={home}' >&2 ;;
+  *) exit 1 ;;
+esac
+"""
+KNOWN = {  # what nvcc says of itself
+    "12.4": (50, 60, 70, 75, 80, 86, 87, 89, 90),
+    "12.8": (50, 60, 70, 75, 80, 86, 87, 89, 90, 100, 101, 120),
+    "13.0": (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121),
+    "15.0": (80, 86, 89, 90, 100, 120, 130),
+}
+
+
+@pytest.fixture
+def compile_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """How setup.py has CUDA files compiled by an nvcc of some version, which is not there and compiles nothing."""
+    for folder in ("bin", "lib64", "build"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "lib64" / "libcudart_static.a").touch()
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    for name in [name for name in os.environ if name.startswith("FASTFT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    rooms = runpy.run_path(str(ROOT / "setup.py"))
+
+    def command(version: str, **environment: str) -> str:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.write_text(NVCC.format(version=version, archs=" ".join(map(str, KNOWN[version])), home=tmp_path))
+        nvcc.chmod(0o755)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        rooms["write_rules"]("cuda", tmp_path / "build")
+        rules = (tmp_path / "build" / "build.ninja").read_text().replace(" $\n", " ")
+        (compiles,) = re.findall(r"^rule compile\n  command = (.*)", rules, re.MULTILINE)
+        return compiles
+
+    return command
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+class TestWhatNvccIsTold:
+    @pytest.mark.parametrize(
+        ("version", "built", "ptx"),
+        [
+            ("12.4", (75, 80, 86, 89, 90), 90),
+            ("12.8", (75, 80, 86, 89, 90, 100, 120), 120),
+            ("13.0", (75, 80, 86, 89, 90, 100, 120), 120),
+            ("15.0", (80, 86, 89, 90, 100, 120), 120),
+        ],
+    )
+    def test_every_chip_that_it_knows_and_ptx_of_the_newest(
+        self, compile_command: Callable[..., str], version: str, built: tuple[int, ...], ptx: int
+    ) -> None:
+        compiles = compile_command(version)
+        assert tuple(map(int, re.findall(r"\bsm_(\d+)", compiles))) == built
+        assert re.findall(r"sm_\d+,compute_(\d+)", compiles) == [str(ptx)]
+
+    @pytest.mark.parametrize(
+        ("wanted", "code"),
+        [
+            ("90", ["sm_90"]),
+            ("9.0", ["sm_90"]),
+            ("80+PTX 90a", ["[sm_80,compute_80]", "sm_90a"]),
+            ("80;100+PTX", ["[sm_80,compute_80]"]),
+        ],
+    )
+    def test_the_chips_that_were_asked_for(
+        self, compile_command: Callable[..., str], wanted: str, code: list[str]
+    ) -> None:
+        compiles = compile_command("12.4", FASTFT_CUDA_ARCHS=wanted)
+        assert re.findall(r"code=([\w,\[\]]+)", compiles) == code
+
+    def test_spills_and_warnings_are_errors_in_ci_alone(self, compile_command: Callable[..., str]) -> None:
+        assert "-Werror" not in compile_command("12.8")
+        strict = compile_command("12.8", FASTFT_CXXFLAGS="-g -Werror")
+        assert "-Werror all-warnings" in strict and "-warn-spills,-warn-lmem-usage,-Werror" in strict
+        assert "FASTFT_CXXFLAGS=-Werror" in (ROOT / ".ci" / "run").read_text()
 
 
 def python_of(version: str) -> str | None:

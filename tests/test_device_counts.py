@@ -99,3 +99,22 @@ def test_a_count_that_somebody_sets(counted_there: None) -> None:
         return param.detach()
 
     assert torch.equal(run(True), run(False))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("capturable", "needed"),
+    [(False, "pass capturable=True"), (True, "only 'cuda' allows, and here .* computes .* leave step")],
+)
+def test_a_graph_over_a_step_that_it_could_only_repeat_is_refused(
+    counted_there: None, monkeypatch: pytest.MonkeyPatch, impl: str, capturable: bool, needed: str
+) -> None:
+    """Nothing has changed afterwards, and steps outside of the graph go on."""
+    training, undisturbed = (Training(MIXED, impl, capturable=capturable).step() for _ in range(2))
+    before = training.values()
+    with monkeypatch.context() as capture:
+        capture.setattr(device_counts, "is_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match=needed):
+            training.optimizer.step()
+    assert_same_bits(training.values(), before)
+    assert_same_bits(training.step().values(), undisturbed.step().values())

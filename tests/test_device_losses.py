@@ -13,6 +13,7 @@ from numerics import assert_no_common_factor, assert_no_worse
 from support.device_mode import DeviceMode
 
 import fastft
+from fastft.loss import head_gemms
 
 ROWS, HIDDEN, CLASSES = 8100, 32, 63  # 1 / 8100 is rounded by 0.38 % in bf16, by 0.036 % in fp16
 HALVES = [torch.bfloat16, torch.float16]
@@ -105,3 +106,133 @@ def test_what_the_loss_adds_to_a_gradient_is_scaled_in_fp32(place, dtype, graph_
         loss = fastft.linear_cross_entropy(x, head, target, accumulate_weight_grad=True)
         loss.backward(retain_graph=graph_is_kept)
     assert_no_common_factor(head.grad, truth, dtype)
+
+
+ITEMS = {"number": 7, "float": 7.5, "of the device": torch.tensor(7), "of the host": None}
+
+
+@pytest.mark.parametrize("items", ITEMS)
+@pytest.mark.parametrize("ignored", [0.2, 1.0])
+def test_num_items_costs_no_wait(items, ignored):
+    x, head, target = make(rows=63, ignored=ignored)
+    with DeviceMode(refuse=True):
+        given = torch.tensor(7) if ITEMS[items] is None else ITEMS[items]
+        loss = fastft.linear_cross_entropy(x, head, target, num_items=given)
+        of_logits = fastft.cross_entropy(x @ head.T, target, num_items=given)
+        loss.backward()
+    expected = F.cross_entropy(x @ head.T, target, reduction="sum") / (7.5 if items == "float" else 7)
+    torch.testing.assert_close([loss, of_logits], [expected] * 2)
+
+
+@pytest.fixture
+def asked_again():
+    """What torch's products can do is asked once; these tests change the answer."""
+    head_gemms.knows_out_dtype.cache_clear()
+    yield
+    head_gemms.knows_out_dtype.cache_clear()
+
+
+def fp32_weights_under_autocast(rows, mode, **options):
+    x, head, target = make(torch.float32, rows)
+    with mode, mode.autocast(torch.bfloat16):
+        mode.operations.clear()
+        fastft.linear_cross_entropy(x, head, target, reduction="sum", **options).backward()
+    assert head.grad.dtype == torch.float32
+    rounded = [tensor.detach().bfloat16().double().requires_grad_() for tensor in (x, head)]
+    oracle.cross_entropy(rounded[0] @ rounded[1].T, target, reduction="sum").backward()
+    plain = [tensor.detach().bfloat16().requires_grad_() for tensor in (x, head)]
+    oracle.cross_entropy((plain[0] @ plain[1].T).float(), target, reduction="sum").backward()
+    assert_no_worse(head.grad, plain[1].grad, rounded[1].grad, terms=rows + HIDDEN + CLASSES)
+    return mode.operations
+
+
+@pytest.mark.parametrize(
+    "known", [("mm", "addmm"), ("mm",), ("addmm",), ()], ids=lambda known: "+".join(known) or "none"
+)
+def test_an_fp32_weight_gradient_of_several_chunks_is_right_whatever_torch_can_add(known, asked_again):
+    operations = fp32_weights_under_autocast(300, DeviceMode(out_dtype=known), chunk_rows=64)
+    probes = 2 if "mm" in known else 1  # of the one, and of the other where it is the next question
+    products = {"mm": 5 * 3, "addmm": 0} if known != ("mm", "addmm") else {"mm": 5 * 2 + 1, "addmm": 4}
+    assert sum(operations[name] for name in ("mm", "addmm")) == sum(products.values()) + probes
+
+
+def test_the_first_chunk_of_an_fp32_weight_gradient_is_one_product(asked_again, monkeypatch):
+    """It was one of 4 MiB after another, and as many copies: 501 of each at 128256 x 4096."""
+    monkeypatch.setattr(head_gemms, "_SLAB_BYTES", 4 * HIDDEN)
+    monkeypatch.setattr(head_gemms, "_DEVICE_SLAB_BYTES", 4 * HIDDEN)
+    one = fp32_weights_under_autocast(100, DeviceMode())
+    assert (one["mm"], one["addmm"]) == (3 + 1, 0)
+    again = fp32_weights_under_autocast(100, DeviceMode(), chunk_rows=50)
+    assert (again["mm"], again["addmm"]) == (2 * 2 + 1, 1 + 1)
+
+
+def test_what_a_product_fails_of_is_not_taken_for_what_torch_cannot(asked_again, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "mm", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        head_gemms.knows_out_dtype("mm", torch.bfloat16, torch.device("meta"))
+
+
+def results_of(loss, x, head, bias, target, upstream, place, **options):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, head, bias)]
+    with place:
+        value = loss(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
+        value = value if isinstance(value, torch.Tensor) else sum(value[:3])  # log_probs, entropy and lse
+        value.backward(upstream.to(value.dtype) if value.dim() else None)
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def of_logits(x, head, target, linear_bias, **options):
+    return fastft.cross_entropy(F.linear(x, head, linear_bias), target, **options)
+
+
+def plain(x, head, target, linear_bias, **options):
+    logits = F.linear(x, head, linear_bias)
+    return oracle.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, **options)
+
+
+@pytest.mark.parametrize("loss", [fastft.linear_cross_entropy, of_logits])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)
+def test_every_option_without_a_wait(loss, dtype, reduction, options):
+    operands = *make(dtype, 63, ignored=0.2), torch.randn(CLASSES).to(dtype)
+    x, head, target, bias = operands
+    options = oracle.options_with_weight(options, CLASSES) | {"reduction": reduction}
+    upstream = torch.randn(63)
+    plan = {"chunk_rows": 20} if loss is fastft.linear_cross_entropy else {}
+    ours = results_of(loss, x, head, bias, target, upstream, DeviceMode(refuse=True), **plan, **options)
+    rivals = [
+        results_of(plain, *(t.to(kind) for t in (x, head, bias)), target, upstream, contextlib.nullcontext(), **options)
+        for kind in (dtype, torch.float64)
+    ]
+    for results in zip(ours, *rivals, strict=True):
+        assert_no_worse(*results, terms=63 + HIDDEN + CLASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_counted", [None, 45, 60, 63])
+def test_log_probabilities_and_bounds_without_a_wait(dtype, max_counted):
+    x, head, target = make(dtype, 63)
+    target[45:] = -100
+    bias, upstream = torch.randn(CLASSES).to(dtype), torch.randn(63)
+    plan = {"chunk_rows": 20, "max_counted": max_counted}
+    for loss in (fastft.linear_log_probs, fastft.linear_cross_entropy):
+        options = {"reduction": "none"} if loss is fastft.linear_cross_entropy else {}
+        mode = DeviceMode(refuse=True)
+        ours = results_of(loss, x, head, bias, target, upstream, mode, **plan, **options)
+        on_cpu = results_of(loss, x, head, bias, target, upstream, contextlib.nullcontext(), chunk_rows=20, **options)
+        tolerance = 4 * torch.finfo(dtype).eps  # where the rows are cut into chunks, 16-bit sums are rounded
+        for one, other in zip(ours, on_cpu, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+        products = sum(mode.operations[name] for name in ("mm", "addmm", "addmm_"))
+        assert products == 4 * -(-(max_counted or 63) // 20)
+
+
+def test_a_bound_that_is_too_low_is_seen():
+    x, head, target = make(rows=63)
+    with DeviceMode(refuse=True):
+        loss = fastft.linear_cross_entropy(x, head, target, max_counted=62)
+    assert loss.isnan()

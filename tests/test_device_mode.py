@@ -172,6 +172,20 @@ def test_products_know_out_dtype(mode):
         torch.mm(exact.T, exact, out_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("known", [(), ("mm",), ("addmm",)])
+def test_a_torch_that_knows_fewer_products_can_be_had(known):
+    a, total = torch.randn(4, 4).bfloat16(), torch.zeros(4, 4)
+    products = {
+        "mm": lambda: torch.mm(a, a, out_dtype=torch.float32, out=total),
+        "addmm": lambda: torch.addmm(total, a, a, out_dtype=torch.float32, out=total),
+    }
+    with DeviceMode(out_dtype=known) as mode:
+        for name, product in products.items():
+            with contextlib.nullcontext() if name in known else pytest.raises(RuntimeError, match="dtype"):
+                product()
+    assert mode.operations == {"mm": 1, "addmm": 1}
+
+
 def test_autocast_is_on_where_torch_would_switch_it_off(mode):
     with mode.autocast(torch.bfloat16):
         assert torch.is_autocast_enabled("cuda")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_no_worse
+from support.head_problems import check_fp32_weights_under_autocast, check_the_factor_of_the_mean
 from torch.utils.checkpoint import checkpoint
 from watch import Watch
 
@@ -288,6 +289,22 @@ def test_chunk_rows_fill_the_workspace_evenly(device, count, classes, dtype, exp
     assert chunk_rows(count, classes, dtype, torch.device(device)) == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "classes", "hidden", "dtype", "expected"),
+    [
+        ("cuda", 128256, 4096, torch.bfloat16, 4096),  # two chunks, where 512 MiB made four
+        ("cuda", 128256, 2048, torch.bfloat16, 2048),
+        ("cuda", 256000, 2304, torch.bfloat16, 2048),
+        ("cuda", 128256, 16384, torch.bfloat16, 4096),
+        ("cuda", 50257, 768, torch.float32, 2048),
+        ("cpu", 128256, 4096, torch.float32, 256),
+    ],
+)
+def test_chunk_rows_of_a_device_grow_with_the_weight_gradient(device, classes, hidden, dtype, expected):
+    """As much workspace as the gradient takes, which every chunk reads and writes."""
+    assert chunk_rows(8192, classes, dtype, torch.device(device), hidden) == expected
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunk_rows_can_be_given(dtype):
     operands = make(63, 33, 507, dtype)
@@ -436,3 +453,15 @@ def test_module():
     assert set(loss.state_dict()) == {"linear.weight", "linear.bias"} and "ignore_index=3" in repr(loss)
     with pytest.raises(ValueError, match="reduction"):
         LinearCrossEntropyLoss(9, 7, reduction="median")
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1000])
+def test_a_mean_scales_gradients_by_what_is_not_rounded(chunk_rows):
+    """On a GPU: test_gpu.py."""
+    check_the_factor_of_the_mean(torch.bfloat16, chunk_rows, "cpu")
+
+
+@pytest.mark.parametrize("chunk_rows", [64, 500])
+def test_fp32_weights_under_autocast(chunk_rows):
+    """On a GPU: test_gpu.py."""
+    check_fp32_weights_under_autocast(chunk_rows, "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,20 @@ def test_compiles_what_was_interpreted_before() -> None:
     assert kernels[0].asm["cubin"]
 
 
+def adamw_on_meta(rounding: Rounding, moment: torch.dtype, amsgrad: bool) -> list[Any]:
+    """A call of `adamw_` over one parameter."""
+
+    def one(dtype: torch.dtype, shape: tuple[int, ...] = (5, 1024)) -> list[torch.Tensor]:
+        return [torch.empty(shape, dtype=dtype, device="meta")]
+
+    kept, coded = FULL if rounding == Rounding.FP32 else HALF, moment == CODES
+    residues = one(RESIDUES[rounding][1]) if rounding in RESIDUES else []
+    scales = [*one(FULL, (5, 8)), *one(FULL, (5, 8))] if coded else []
+    moments = (one(moment), one(torch.uint8 if coded else moment), one(moment) if amsgrad else [])
+    table, hyper = torch.tensor([[0, rounding, amsgrad, 0]]), torch.zeros(1, 9)
+    return [one(kept), one(kept), *moments, [*residues, *scales], table, hyper, torch.ones((), device="meta"), 5]
+
+
 @pytest.mark.parametrize(
     ("chip", "rounding", "moment", "amsgrad"),
     [
@@ -107,19 +122,12 @@ def test_compiles_what_was_interpreted_before() -> None:
 def test_adamw_has_no_spills_and_wide_accesses(
     chip: int, rounding: Rounding, moment: torch.dtype, amsgrad: bool
 ) -> None:
-    def one(dtype: torch.dtype, shape: tuple[int, ...] = (5, 1024)) -> list[torch.Tensor]:
-        return [torch.empty(shape, dtype=dtype, device="meta")]
-
-    kept, coded = FULL if rounding == Rounding.FP32 else HALF, moment == CODES
-    residues = one(RESIDUES[rounding][1]) if rounding in RESIDUES else []
-    scales = [*one(FULL, (5, 8)), *one(FULL, (5, 8))] if coded else []
-    moments = (one(moment), one(torch.uint8 if coded else moment), one(moment) if amsgrad else [])
-    table, hyper = torch.tensor([[0, rounding, amsgrad, 0]]), torch.zeros(1, 9)
     with compiled_for(chip) as kernels:
-        adamw_(one(kept), one(kept), *moments, [*residues, *scales], table, hyper, torch.ones((), device="meta"), 5)
+        adamw_(*adamw_on_meta(rounding, moment, amsgrad))
     code = binary(kernels[0])
+    kept, residues, coded = FULL if rounding == Rounding.FP32 else HALF, rounding in RESIDUES, moment == CODES
     assert (code.spills, code.stack, code.atomics) == (0, 0, 0) and code.registers <= 128
-    tensors = [kept, *[HALF] * len(residues)] + ([] if coded else [moment] * (2 + amsgrad))
+    tensors = [kept, *[HALF] * residues] + ([] if coded else [moment] * (2 + amsgrad))
     vectors = sum(dtype.itemsize // 2 for dtype in tensors)  # of 16 bytes, for a thread's eight elements
     assert code.widths("STG")[128] >= vectors and code.widths("LDG")[128] >= vectors + kept.itemsize // 2
     assert not coded or code.widths("STG")[64] >= 2  # eight codes

@@ -123,7 +123,9 @@ Bits draw(const AdamwTensor& t, const Random& random, int n, Block& block) {
   Bits bits{};
   if (t.rounding == kStochastic) bits.param = of(kStreamParam);
   if (!t.narrow_moments && !t.columns) return bits;
-  bits.exp_avg = of(kStreamMoments), bits.exp_avg_sq = block.swapped;
+  bits.exp_avg = of(kStreamMoments);
+  if (t.columns) return bits;  // codes swap the bytes themselves
+  bits.exp_avg_sq = block.swapped;
   for (int i = 0; i < n; i++) block.swapped[i] = swap_bytes(bits.exp_avg[i]);
   if (t.max_exp_avg_sq) bits.max_exp_avg_sq = of(kStreamMaxExpAvgSq);
   return bits;
@@ -174,8 +176,7 @@ void encode_moments(const AdamwTensor& t, int64_t i, int n, const Bits& bits, co
     int8_t* __restrict codes = static_cast<int8_t*>(t.exp_avg) + i + from;
     uint8_t* __restrict sq_codes = static_cast<uint8_t*>(t.exp_avg_sq) + i + from;
     float *m_scale = t.exp_avg_scale + scale, *v_scale = t.exp_avg_sq_scale + scale;
-    if (encode_block(m, v, bits.exp_avg + from, bits.exp_avg_sq + from, size, codes, sq_codes, m_scale, v_scale))
-      return;
+    if (encode_block(m, v, bits.exp_avg + from, size, codes, sq_codes, m_scale, v_scale)) return;
     int32_t largest = 0, largest_sq = 0;
     for (int j = 0; j < size; j++) {
       const bool finite = both_finite(m[j], v[j]);
@@ -188,7 +189,8 @@ void encode_moments(const AdamwTensor& t, int64_t i, int n, const Bits& bits, co
     for (int j = 0; j < size; j++)
       codes[j] = exp_avg_encode(m[j], both_finite(m[j], v[j]), divisor, bits.exp_avg[from + j]);
     for (int j = 0; j < size; j++)
-      sq_codes[j] = exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor, bits.exp_avg_sq[from + j]);
+      sq_codes[j] =
+          exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor, swap_bytes(bits.exp_avg[from + j]));
   });
 }
 

@@ -1,116 +1,224 @@
-// 8-bit moments of a block to and from floats, eight at a time with AVX2: compilers do the widths of 8, 16 and 32 bits
-// one by one. The bits of moments_8bit.h. Blocks that are rare are left to it: both functions return false, with
-// nothing done, for a size that is not a multiple of 32, for the code of NaN, for Inf and NaN, for a scale whose
-// reciprocal may overflow.
+// 8-bit moments of a block to and from floats with AVX2 and AVX-512, by hand: compilers do the widths of 8, 16 and 32
+// bits one by one. The bits of moments_8bit.h in fewer instructions, as csrc/cuda/coded_moments.h. Blocks that are rare
+// are left to it: both functions return false, with nothing done, for the code of NaN, for Inf and NaN, for a scale
+// whose reciprocal may overflow.
 #pragma once
 #include "moments_8bit.h"
+#include "wide.h"
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-#include <immintrin.h>
+#if defined(FASTFT_WIDE)
+constexpr int kCodesTogether = 32;
+constexpr float kToInteger = 0x1.8p23f;  // floats from 2^23 to 2^24 are integers: adding this rounds to one
 
-FASTFT_HD __m256 exp_avg_decode(const int8_t* codes, __m256 scale) {
-  const __m256i code = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-  const __m256 root = _mm256_mul_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(1.0f / 127.0f));
-  const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), root);
-  return _mm256_mul_ps(_mm256_mul_ps(_mm256_mul_ps(root, size), _mm256_mul_ps(root, root)), scale);
+FASTFT_HD Wide wide(float value) { return FASTFT_OF_WIDE(set1_ps)(value); }
+FASTFT_HD WideInt wide(uint32_t value) { return FASTFT_OF_WIDE(set1_epi32)((int)value); }
+FASTFT_HD Wide as_floats(WideInt bits) { return (Wide)bits; }
+FASTFT_HD WideInt as_bits(Wide value) { return (WideInt)value; }
+FASTFT_HD Wide wide_mul(Wide a, Wide b) { return FASTFT_OF_WIDE(mul_ps)(a, b); }
+FASTFT_HD Wide wide_add(Wide a, Wide b) { return FASTFT_OF_WIDE(add_ps)(a, b); }
+FASTFT_HD Wide wide_sub(Wide a, Wide b) { return FASTFT_OF_WIDE(sub_ps)(a, b); }
+FASTFT_HD Wide wide_fma(Wide a, Wide b, Wide c) { return FASTFT_OF_WIDE(fmadd_ps)(a, b, c); }
+FASTFT_HD Wide wide_min(Wide a, Wide b) { return FASTFT_OF_WIDE(min_ps)(a, b); }
+FASTFT_HD Wide wide_max(Wide a, Wide b) { return FASTFT_OF_WIDE(max_ps)(a, b); }
+FASTFT_HD WideInt wide_add(WideInt a, WideInt b) { return FASTFT_OF_WIDE(add_epi32)(a, b); }
+FASTFT_HD WideInt wide_max_bits(WideInt a, WideInt b) { return FASTFT_OF_WIDE(max_epu32)(a, b); }
+FASTFT_HD Wide wide_size(Wide a) { return as_floats(as_bits(a) & wide(0x7fffffffu)); }
+
+#if defined(__AVX512F__)
+FASTFT_HD WideInt wide_signed(const int8_t* codes) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+}
+FASTFT_HD WideInt wide_unsigned(const uint8_t* codes) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+}
+FASTFT_HD WideInt wide_random(const uint16_t* bits) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
+}
+FASTFT_HD Wide about_fourth_root(Wide x) { return _mm512_rsqrt14_ps(_mm512_rsqrt14_ps(x)); }
+FASTFT_HD Wide wide_if_less(Wide a, Wide b, Wide yes, Wide no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+FASTFT_HD Wide wide_with_sign(Wide size, Wide sign) {  // of sizes without one
+  return as_floats(_mm512_ternarylogic_epi32(as_bits(size), as_bits(sign), wide(0x80000000u), 0xf8));
+}
+FASTFT_HD WideInt wide_swapped(WideInt random) {  // bytes 0 and 1 as bytes 2 and 1
+  const __m128i order = _mm_setr_epi8(-1, 1, 0, -1, -1, 5, 4, -1, -1, 9, 8, -1, -1, 13, 12, -1);
+  return _mm512_shuffle_epi8(random, _mm512_broadcast_i32x4(order));
+}
+FASTFT_HD uint32_t wide_largest(WideInt bits) { return _mm512_reduce_max_epu32(bits); }
+FASTFT_HD void store_codes(const WideInt (&code)[2], void* to) {
+  __m128i* out = static_cast<__m128i*>(to);
+  _mm_storeu_si128(out, _mm512_cvtepi32_epi8(code[0]));
+  _mm_storeu_si128(out + 1, _mm512_cvtepi32_epi8(code[1]));
+}
+FASTFT_HD void store_sq_codes(const WideInt (&code)[2], void* to) { store_codes(code, to); }
+#else
+FASTFT_HD WideInt wide_signed(const int8_t* codes) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+}
+FASTFT_HD WideInt wide_unsigned(const uint8_t* codes) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+}
+FASTFT_HD WideInt wide_random(const uint16_t* bits) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
+}
+FASTFT_HD Wide about_fourth_root(Wide x) { return _mm256_rsqrt_ps(_mm256_rsqrt_ps(x)); }
+FASTFT_HD Wide wide_if_less(Wide a, Wide b, Wide yes, Wide no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+FASTFT_HD Wide wide_with_sign(Wide size, Wide sign) {  // of sizes without one
+  return as_floats(as_bits(size) | (as_bits(sign) & wide(0x80000000u)));
+}
+FASTFT_HD WideInt wide_swapped(WideInt random) {  // bytes 0 and 1 as bytes 2 and 1
+  const __m128i order = _mm_setr_epi8(-1, 1, 0, -1, -1, 5, 4, -1, -1, 9, 8, -1, -1, 13, 12, -1);
+  return _mm256_shuffle_epi8(random, _mm256_broadcastsi128_si256(order));
+}
+FASTFT_HD uint32_t wide_largest(WideInt bits) {
+  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+  return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+// Four registers of one code in each 32 bits as 32 codes in order, of which packing leaves the quarters mixed.
+FASTFT_HD void store_packed(__m256i packed, void* to) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
+}
+FASTFT_HD void store_codes(const WideInt (&code)[4], void* to) {
+  const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
+  store_packed(_mm256_packs_epi16(low, high), to);
+}
+FASTFT_HD void store_sq_codes(const WideInt (&code)[4], void* to) {
+  const __m256i low = _mm256_packus_epi32(code[0], code[1]), high = _mm256_packus_epi32(code[2], code[3]);
+  store_packed(_mm256_packus_epi16(low, high), to);
+}
+#endif
+
+FASTFT_HD Wide exp_avg_decode(const int8_t* codes, Wide scale) {
+  const Wide root = wide_mul(FASTFT_OF_WIDE(cvtepi32_ps)(wide_signed(codes)), wide(1.0f / 127.0f));
+  return wide_mul(wide_mul(wide_mul(root, wide_size(root)), wide_mul(root, root)), scale);
 }
 
-FASTFT_HD __m256 exp_avg_sq_decode(const uint8_t* codes, __m256 scale) {
-  const __m128i code = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-  const __m128i octave = _mm_srli_epi16(_mm_mullo_epi16(code, _mm_set1_epi16(171)), 11);  // code / 12
-  const __m128i place =
-      _mm_sub_epi16(_mm_add_epi16(code, _mm_set1_epi16(kSqOctave)), _mm_mullo_epi16(octave, _mm_set1_epi16(kSqOctave)));
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtepu16_epi32(octave), _mm256_set1_epi32(127));
-  const __m256 units = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(place)),
-                                     _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
-  return _mm256_mul_ps(_mm256_mul_ps(units, _mm256_set1_ps(1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS))), scale);
+FASTFT_HD Wide exp_avg_sq_decode(const uint8_t* codes, Wide scale) {
+  const Wide above = wide_add(FASTFT_OF_WIDE(cvtepi32_ps)(wide_unsigned(codes)), wide((float)kSqOctave));
+  // code / 12, rounded down: to nearest after half of a unit less, but for rounding errors
+  const Wide octave =
+      wide_add(wide_fma(above, wide(1.0f / kSqOctave), wide(-1.0f - 11.0f / 24.0f)), wide(kToInteger));
+  const Wide place = wide_fma(wide_sub(octave, wide(kToInteger)), wide(-(float)kSqOctave), above);
+  const Wide unit = wide_mul(place, wide(1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS)));
+  const WideInt exponent = FASTFT_OF_WIDE(slli_epi32)(as_bits(octave), 23);
+  return wide_mul(as_floats(wide_add(as_bits(unit), exponent)), scale);
+}
+
+// The code as a float. Between fourth powers that are right, one of both codes next to x is drawn; which are next, the
+// rounded approximation tells but for one.
+FASTFT_HD Wide exp_avg_encode(Wide m, Wide reciprocal, WideInt random) {
+  const Wide size = wide_mul(wide_mul(wide_size(m), reciprocal), wide(FASTFT_EXP_AVG_UNITS));
+  const Wide x = wide_min(size, wide(FASTFT_EXP_AVG_UNITS - 64.0f));  // as coded_moments.h
+  const Wide near = wide_sub(wide_add(about_fourth_root(x), wide(kToInteger)), wide(kToInteger));
+  const Wide near_square = wide_mul(near, near), near_fourth = wide_mul(near_square, near_square);
+  const Wide other = wide_add(near, wide_if_less(x, near_fourth, wide(-1.0f), wide(1.0f)));
+  const Wide other_square = wide_mul(other, other), other_fourth = wide_mul(other_square, other_square);
+  const Wide below = wide_min(near_fourth, other_fourth), above = wide_max(near_fourth, other_fourth);
+  const Wide share = wide_sub(as_floats(random | wide(0x43000000u)), wide(128.0f));  // the random number / 2^16
+  const Wide code = wide_if_less(wide_mul(share, wide_sub(above, below)), wide_sub(x, below), wide_max(near, other),
+                                 wide_min(near, other));
+  return wide_with_sign(code, m);
+}
+
+FASTFT_HD WideInt exp_avg_sq_encode(Wide v, Wide reciprocal, WideInt random) {
+  const Wide units = wide_mul(wide_mul(v, reciprocal), wide(FASTFT_EXP_AVG_SQ_UNITS));
+  const Wide kept = wide_max(wide_min(units, wide(FASTFT_EXP_AVG_SQ_UNITS)), wide(1.0f));
+  // 24 * (bits of kept - bits of 1) + (random number, bytes swapped, << 8): the code is the topmost byte
+  const WideInt place = wide_add(as_bits(kept), wide(0u - 0x3f800000u));
+  const WideInt twenty_four = wide_add(FASTFT_OF_WIDE(slli_epi32)(place, 4), FASTFT_OF_WIDE(slli_epi32)(place, 3));
+  return FASTFT_OF_WIDE(srli_epi32)(wide_add(twenty_four, wide_swapped(random)), 24);
+}
+
+FASTFT_HD bool has_nan_code(const int8_t* codes) {
+  const __m256i read = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(read, _mm256_set1_epi8(kExpAvgNan)));
+}
+
+FASTFT_HD void decode_together(const int8_t* codes, const uint8_t* sq_codes, Wide scale, Wide sq_scale, float* m,
+                               float* v) {
+  for (int i = 0; i < kCodesTogether; i += kWide) {
+    FASTFT_OF_WIDE(storeu_ps)(m + i, exp_avg_decode(codes + i, scale));
+    FASTFT_OF_WIDE(storeu_ps)(v + i, exp_avg_sq_decode(sq_codes + i, sq_scale));
+  }
 }
 
 static bool decode_block(const int8_t* codes, const uint8_t* sq_codes, float scale, float sq_scale, int n, float* m,
                          float* v) {
-  __m256i spoilt = _mm256_setzero_si256();
-  if (n % 32) return false;
-  for (int i = 0; i < n; i += 32) {
-    const __m256i read = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
-    spoilt = _mm256_or_si256(spoilt, _mm256_cmpeq_epi8(read, _mm256_set1_epi8(kExpAvgNan)));
-  }
-  if (_mm256_movemask_epi8(spoilt)) return false;
-  const __m256 scales = _mm256_set1_ps(scale), sq_scales = _mm256_set1_ps(sq_scale);
-  for (int i = 0; i < n; i += 8) _mm256_storeu_ps(m + i, exp_avg_decode(codes + i, scales));
-  for (int i = 0; i < n; i += 8) _mm256_storeu_ps(v + i, exp_avg_sq_decode(sq_codes + i, sq_scales));
+  const int whole = n - n % kCodesTogether;
+  int8_t last[kCodesTogether] = {};
+  uint8_t sq_last[kCodesTogether] = {};
+  memcpy(last, codes + whole, size_t(n - whole)), memcpy(sq_last, sq_codes + whole, size_t(n - whole));
+  bool spoilt = has_nan_code(last);
+  for (int i = 0; i < whole; i += kCodesTogether) spoilt |= has_nan_code(codes + i);
+  if (spoilt) return false;
+  const Wide scales = wide(scale), sq_scales = wide(sq_scale);
+  for (int i = 0; i < whole; i += kCodesTogether)
+    decode_together(codes + i, sq_codes + i, scales, sq_scales, m + i, v + i);
+  if (whole == n) return true;
+  float last_m[kCodesTogether], last_v[kCodesTogether];
+  decode_together(last, sq_last, scales, sq_scales, last_m, last_v);
+  memcpy(m + whole, last_m, size_t(n - whole) * 4), memcpy(v + whole, last_v, size_t(n - whole) * 4);
   return true;
 }
 
-FASTFT_HD __m256i lanes_random(const uint16_t* bits) {
-  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
-}
-
-FASTFT_HD __m256i exp_avg_encode(const float* from, __m256 reciprocal, const uint16_t* bits) {
-  const __m256 m = _mm256_loadu_ps(from), one = _mm256_set1_ps(1.0f);
-  const __m256 share = _mm256_mul_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), m), reciprocal);
-  const __m256 x = _mm256_mul_ps(share, _mm256_set1_ps(FASTFT_EXP_AVG_UNITS));
-  const __m256i floor = _mm256_cvttps_epi32(_mm256_sqrt_ps(_mm256_sqrt_ps(x)));
-  const __m256i low = _mm256_min_epi32(floor, _mm256_set1_epi32(126));
-  const __m256 root = _mm256_cvtepi32_ps(low), next = _mm256_add_ps(root, one);
-  const __m256 root2 = _mm256_mul_ps(root, root), next2 = _mm256_mul_ps(next, next);  // exact, as the integers'
-  const __m256 below = _mm256_mul_ps(root2, root2), above = _mm256_mul_ps(next2, next2);
-  const __m256 drawn = _mm256_mul_ps(_mm256_cvtepi32_ps(lanes_random(bits)), _mm256_sub_ps(above, below));
-  const __m256 needed = _mm256_mul_ps(_mm256_sub_ps(x, below), _mm256_set1_ps(65536.0f));
-  const __m256i up = _mm256_castps_si256(_mm256_cmp_ps(drawn, needed, _CMP_LT_OQ));
-  return _mm256_sign_epi32(_mm256_sub_epi32(low, up), _mm256_castps_si256(m));
-}
-
-FASTFT_HD __m256i exp_avg_sq_encode(const float* from, __m256 reciprocal, const uint16_t* bits) {
-  const __m256 most = _mm256_set1_ps(FASTFT_EXP_AVG_SQ_UNITS), one = _mm256_set1_ps(1.0f);
-  const __m256 units = _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(from), reciprocal), most);
-  const __m256i place =
-      _mm256_sub_epi32(_mm256_castps_si256(_mm256_max_ps(_mm256_min_ps(units, most), one)), _mm256_castps_si256(one));
-  const __m256i twelve = _mm256_add_epi32(_mm256_slli_epi32(place, 3), _mm256_slli_epi32(place, 2));
-  return _mm256_srli_epi32(_mm256_add_epi32(twelve, _mm256_slli_epi32(lanes_random(bits), 7)), 23);
-}
-
-// Four registers of one code in each 32 bits as 32 codes in order, of which packing leaves the quarters mixed.
-FASTFT_HD void store_codes(__m256i packed, void* to) {
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
-}
-
-FASTFT_HD float lanes_maximum(__m256 values) {
-  __m128 four = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-}
-
-static bool encode_block(const float* m, const float* v, const uint16_t* bits, const uint16_t* sq_bits, int n,
-                         int8_t* codes, uint8_t* sq_codes, float* scale, float* sq_scale) {
-  if (n % 32) return false;
-  __m256 largest = _mm256_setzero_ps(), largest_sq = largest, spoilt = largest;
-  for (int i = 0; i < n; i += 8) {
-    const __m256 value = _mm256_loadu_ps(m + i), sq = _mm256_loadu_ps(v + i);
-    largest = _mm256_max_ps(largest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), value));
-    largest_sq = _mm256_max_ps(largest_sq, sq);
-    spoilt = _mm256_add_ps(spoilt, _mm256_add_ps(_mm256_sub_ps(value, value), _mm256_sub_ps(sq, sq)));
+FASTFT_HD void encode_together(const float* m, const float* v, Wide reciprocal, Wide sq_reciprocal,
+                               const uint16_t* bits, void* codes, void* sq_codes) {
+  WideInt code[kCodesTogether / kWide], sq_code[kCodesTogether / kWide];
+  for (int k = 0; k < kCodesTogether / kWide; k++) {
+    const WideInt random = wide_random(bits + kWide * k);
+    const Wide value = FASTFT_OF_WIDE(loadu_ps)(m + kWide * k), sq = FASTFT_OF_WIDE(loadu_ps)(v + kWide * k);
+    code[k] = FASTFT_OF_WIDE(cvtps_epi32)(exp_avg_encode(value, reciprocal, random));
+    sq_code[k] = exp_avg_sq_encode(sq, sq_reciprocal, random);
   }
-  const float m_scale = lanes_maximum(largest), v_scale = lanes_maximum(largest_sq);
-  if (_mm256_movemask_ps(_mm256_cmp_ps(spoilt, spoilt, _CMP_UNORD_Q))) return false;
-  if (m_scale < FASTFT_SMALL_SCALE || v_scale < FASTFT_SMALL_SCALE) return false;
-  *scale = m_scale, *sq_scale = v_scale;
-  const __m256 reciprocal = _mm256_set1_ps(1.0f / m_scale), sq_reciprocal = _mm256_set1_ps(1.0f / v_scale);
-  for (int i = 0; i < n; i += 32) {
-    __m256i code[4];
-    for (int k = 0; k < 4; k++) code[k] = exp_avg_encode(m + i + 8 * k, reciprocal, bits + i + 8 * k);
-    const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
-    store_codes(_mm256_packs_epi16(low, high), codes + i);
-    for (int k = 0; k < 4; k++) code[k] = exp_avg_sq_encode(v + i + 8 * k, sq_reciprocal, sq_bits + i + 8 * k);
-    const __m256i sq_low = _mm256_packus_epi32(code[0], code[1]), sq_high = _mm256_packus_epi32(code[2], code[3]);
-    store_codes(_mm256_packus_epi16(sq_low, sq_high), sq_codes + i);
+  store_codes(code, codes), store_sq_codes(sq_code, sq_codes);
+}
+
+// Whether a block with such largest moments, by their bits, has no Inf or NaN, and a scale that is 0 or whose
+// reciprocal is a number.
+FASTFT_HD bool plain_scale(uint32_t largest) {
+  return largest == 0 || (largest >= float_bits(FASTFT_SMALL_SCALE) && largest < 0x7f800000u);
+}
+
+static bool encode_block(const float* m, const float* v, const uint16_t* bits, int n, int8_t* codes, uint8_t* sq_codes,
+                         float* scale, float* sq_scale) {
+  const int whole = n - n % kCodesTogether, left = n - whole;
+  float last_m[kCodesTogether], last_v[kCodesTogether];
+  WideInt largest = wide(0u), largest_sq = wide(0u);
+  const auto take = [&](const float* m, const float* v) __attribute__((always_inline)) {
+    for (int i = 0; i < kCodesTogether; i += kWide) {
+      largest = wide_max_bits(largest, as_bits(wide_size(FASTFT_OF_WIDE(loadu_ps)(m + i))));
+      largest_sq = wide_max_bits(largest_sq, as_bits(wide_size(FASTFT_OF_WIDE(loadu_ps)(v + i))));
+    }
+  };
+  for (int i = 0; i < whole; i += kCodesTogether) take(m + i, v + i);
+  if (left) {
+    memset(last_m, 0, sizeof last_m), memset(last_v, 0, sizeof last_v);
+    memcpy(last_m, m + whole, size_t(left) * 4), memcpy(last_v, v + whole, size_t(left) * 4);
+    take(last_m, last_v);
+  }
+  const uint32_t m_scale = wide_largest(largest), v_scale = wide_largest(largest_sq);
+  if (!plain_scale(m_scale) || !plain_scale(v_scale)) return false;
+  *scale = bits_float(m_scale), *sq_scale = bits_float(v_scale);
+  const Wide reciprocal = wide(m_scale ? 1.0f / *scale : 1.0f), sq_reciprocal = wide(v_scale ? 1.0f / *sq_scale : 1.0f);
+  for (int i = 0; i < whole; i += kCodesTogether)
+    encode_together(m + i, v + i, reciprocal, sq_reciprocal, bits + i, codes + i, sq_codes + i);
+  if (left) {
+    uint16_t last_bits[kCodesTogether] = {};
+    int8_t last[kCodesTogether], sq_last[kCodesTogether];
+    memcpy(last_bits, bits + whole, size_t(left) * 2);
+    encode_together(last_m, last_v, reciprocal, sq_reciprocal, last_bits, last, sq_last);
+    memcpy(codes + whole, last, size_t(left)), memcpy(sq_codes + whole, sq_last, size_t(left));
   }
   return true;
 }
 #else
 static inline bool decode_block(const int8_t*, const uint8_t*, float, float, int, float*, float*) { return false; }
-static inline bool encode_block(const float*, const float*, const uint16_t*, const uint16_t*, int, int8_t*, uint8_t*,
-                                float*, float*) {
+static inline bool encode_block(const float*, const float*, const uint16_t*, int, int8_t*, uint8_t*, float*, float*) {
   return false;
 }
 #endif

@@ -42,7 +42,8 @@ class BoundariesArgs {
 
  private:
   template <class T>
-  static T* checked(const Tensor& tensor, const char* name, int32_t dtype, int64_t size) {
+  T* checked(const Tensor& tensor, const char* name, int32_t dtype, int64_t size) const {
+    FT_CHECK(tensor.is_beside(source_), "packed_boundaries: %s must be on the device of source", name);
     FT_CHECK(tensor.numel() == size && tensor.contiguous() && tensor.dtype() == dtype,
              "packed_boundaries: %s must be contiguous, hold %lld numbers and have the right dtype", name,
              static_cast<long long>(size));

@@ -74,13 +74,20 @@ class CrossEntropyArgs {
  private:
   // Returns the distance of its rows.
   int64_t check_matrix(const Tensor& tensor, const char* name) const {
+    check_device(tensor, name);
     FT_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == classes && tensor.dtype() == dtype &&
                  (classes <= 1 || tensor.stride(1) == 1),
              "cross_entropy_rows: %s must have the shape and dtype of logits, and contiguous rows", name);
     return tensor.stride(0);
   }
 
-  static void check_vector(const Tensor& tensor, const char* name, int32_t dtype, int64_t size) {
+  // Labels of the host would be an illegal address on a GPU, and the process would lose its context.
+  void check_device(const Tensor& tensor, const char* name) const {
+    FT_CHECK(tensor.is_beside(logits_), "cross_entropy_rows: %s must be on the device of logits", name);
+  }
+
+  void check_vector(const Tensor& tensor, const char* name, int32_t dtype, int64_t size) const {
+    check_device(tensor, name);
     FT_CHECK(tensor.numel() == size && tensor.contiguous() && tensor.dtype() == dtype,
              "cross_entropy_rows: %s must be a contiguous vector of %lld, of the right dtype", name,
              static_cast<long long>(size));
@@ -88,7 +95,7 @@ class CrossEntropyArgs {
 
   // The data of element `i` of a list of vectors, checked; null where the list ends before.
   template <class T>
-  static T* vector(const TensorList& list, size_t i, const char* name, int32_t dtype, int64_t size) {
+  T* vector(const TensorList& list, size_t i, const char* name, int32_t dtype, int64_t size) const {
     if (i >= list.size) return nullptr;
     const Tensor tensor = list[i];
     check_vector(tensor, name, dtype, size);

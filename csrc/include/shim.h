@@ -99,7 +99,11 @@ struct Tensor {  // owns its handle
   int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
   bool contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
   int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
-  bool on_cpu() const { return get<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu(); }
+  int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type); }
+  bool on_cpu() const { return device_type() == aoti_torch_device_type_cpu(); }
+  bool is_beside(const Tensor& other) const {
+    return device_type() == other.device_type() && device_index() == other.device_index();
+  }
   int64_t size(int64_t d) const {
     int64_t n;
     FT_CALL(aoti_torch_get_size(handle, d, &n));

@@ -10,7 +10,6 @@ more (tokens of an image that see each other), or was built already, its part of
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -231,12 +230,3 @@ def register_attention() -> None:
         # boundaries differ from batch to batch: torch.compile would compile each anew
         AttentionInterface.register(NAME, torch.compiler.disable(fastft_attention))
         AttentionMaskInterface.register(NAME, fastft_mask)
-
-
-def engines() -> dict[str, str]:
-    """What computes packed attention, by device type; for `python -m fastft`."""
-    softcap = "flash-attn" if importlib.util.find_spec("flash_attn") else "blocks"
-    return {
-        "cpu": "flash_cpu (softcap, bias, masks, dropout: blocks)",
-        "cuda": f"flash_cuda (softcap: {softcap}; bias, masks, float32: blocks)",
-    }

@@ -24,16 +24,16 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastft import ops
 from fastft.attention import attention_flash
 from fastft.attention.attention_tiles import Call, Tile, mask_scores, part_of, pieces_of
 from fastft.attention.segments import Segments
 
-IMPLS = ("auto", "eager", "blocks", "flash_cpu", "flash_cuda", "flash_attn")
 _BLOCK_SCORES = 1 << 19  # scores of one block of queries, all heads: 2 MiB in float32
 
 
@@ -218,45 +218,92 @@ class _SegmentAttention(torch.autograd.Function):
         )
 
 
-def _unsuited(
-    engine: str, query: Tensor, value: Tensor, call: Call, sinks: Tensor | None, bias: Tensor | None
-) -> str | None:
-    """Why an engine cannot compute a call; None if it can."""
-    if engine in ("eager", "blocks"):
-        return None
-    device = "cpu" if engine == "flash_cpu" else "cuda"
-    if query.device.type != device:
-        return f"it computes {device} tensors, these are on {query.device.type}"
-    if bias is not None or call.mask is not None:
+class _Asked(NamedTuple):
+    """What decides which engine computes a call."""
+
+    dtype: torch.dtype = torch.bfloat16
+    size: int = 64  # of a head of queries and keys
+    value_size: int = 64
+    masked: bool = False  # or biased
+    softcap: bool = False
+    sinks: bool = False
+    dropout: bool = False
+
+
+def _any_flash(device: torch.device, asked: _Asked) -> str | None:
+    if asked.masked:
         return "its kernel takes neither bias nor mask"
-    if query.shape[3] != value.shape[3]:
-        return f"its kernel needs values of the queries' head size {query.shape[3]}, got {value.shape[3]}"
-    if call.softcap is not None and engine != "flash_attn":
-        return "its kernel knows no softcap"
-    if engine == "flash_cpu":
-        return "its kernel knows no dropout" if call.dropout > 0 else None
-    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[3] % 8 or query.shape[3] > 256:
-        return (
-            f"its kernel takes float16 and bfloat16 with head sizes 8, 16 .. 256, got {query.dtype}, {query.shape[3]}"
-        )
-    if engine == "flash_attn":
-        if importlib.util.find_spec("flash_attn") is None:
-            return "flash-attn is not installed"
-        return "flash-attn takes no sinks" if sinks is not None else None
+    if asked.size != asked.value_size:
+        return f"its kernel needs values of the queries' head size {asked.size}, got {asked.value_size}"
     return None
 
 
-def _engine(impl: str, *args: Any) -> str:
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    if impl == "auto":
-        return next(
-            engine for engine in ("flash_cpu", "flash_cuda", "flash_attn", "blocks") if _unsuited(engine, *args) is None
-        )
-    reason = _unsuited(impl, *args)
-    if reason is not None:
-        raise RuntimeError(f"impl={impl!r} is not available: {reason}")
-    return impl
+def _flash_cpu(device: torch.device, asked: _Asked) -> str | None:
+    missing = "softcap" if asked.softcap else "dropout" if asked.dropout else None
+    return _any_flash(device, asked) or (missing and f"its kernel knows no {missing}")
+
+
+def _flash_on_gpu(device: torch.device, asked: _Asked) -> str | None:
+    if asked.dtype not in (torch.float16, torch.bfloat16) or asked.size % 8 or asked.size > 256:
+        return f"its kernel takes float16 and bfloat16 with head sizes 8, 16 .. 256, got {asked.dtype}, {asked.size}"
+    major, minor = ops.capability(device)
+    # backward's tiles are larger than these chips' shared memory; whether there will be a backward is not known under
+    # gradient checkpointing, whose second forward must take the engine of the first
+    small = (major == 8 and minor >= 6) or major == 12
+    if small and (192 < asked.size <= 224 or (asked.size > 224 and asked.dropout)):
+        case = f"head size {asked.size}{' with dropout' if asked.dropout else ''}"
+        return f"its kernel has no backward for {case} at compute capability {major}.{minor}"
+    return _any_flash(device, asked)
+
+
+def _flash_cuda(device: torch.device, asked: _Asked) -> str | None:
+    return "its kernel knows no softcap" if asked.softcap else _flash_on_gpu(device, asked)
+
+
+def _flash_attn(device: torch.device, asked: _Asked) -> str | None:
+    return "flash-attn takes no sinks" if asked.sinks else _flash_on_gpu(device, asked)
+
+
+def _no_flash_on(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return "it is known of NVIDIA's GPUs alone, this torch is built for AMD's ROCm"
+    return ops.too_old(device, (8, 0)) if ops.capability(device) < (8, 0) else None
+
+
+def _no_flash_cuda_on(device: torch.device) -> str | None:
+    built = torch.backends.cuda.is_flash_attention_available()
+    return _no_flash_on(device) if built else "this torch is built without flash attention"
+
+
+def _no_flash_attn_on(device: torch.device) -> str | None:
+    return "flash-attn is not installed" if importlib.util.find_spec("flash_attn") is None else _no_flash_on(device)
+
+
+ATTENTION = ops.Operation(
+    "packed attention",
+    _attention_reference,
+    engines={"flash_cpu": _flash_cpu, "flash_cuda": _flash_cuda, "flash_attn": _flash_attn, "blocks": None},
+    table={
+        "flash_cpu": ops.Engine(("cpu",)),
+        "flash_cuda": ops.Engine(("cuda",), _no_flash_cuda_on),
+        "flash_attn": ops.Engine(("cuda",), _no_flash_attn_on),
+        "blocks": ops.Engine(),
+    },
+    samples={
+        "float32": (_Asked(torch.float32),),
+        "softcap": (_Asked(softcap=True),),
+        "sinks": (_Asked(sinks=True),),
+        "bias or mask": (_Asked(masked=True),),
+        "dropout": (_Asked(dropout=True),),
+    },
+)
+
+
+def _engine(impl: str, query: Tensor, value: Tensor, call: Call, sinks: Tensor | None, bias: Tensor | None) -> str:
+    """The engine of a call; raises as `Operation.resolve` does."""
+    has_mask, sizes = bias is not None or call.mask is not None, (query.shape[3], value.shape[3])
+    options = has_mask, call.softcap is not None, sinks is not None, call.dropout > 0
+    return ATTENTION.resolve(impl, query.device, _Asked(query.dtype, *sizes, *options))
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, window: int | None, chunk: int | None, dropout: float) -> None:

@@ -79,6 +79,12 @@ class Segments:
         """What follows from the boundaries, made once a batch, by name: of other Segments over these tensors too."""
         return self._host[0].made if self.alike else {}
 
+    @property
+    def longest(self) -> tuple[int, int]:
+        """max_seqlen_q and max_seqlen_k, or more where a segment has more: kernels would leave its last tokens out."""
+        of_queries, of_keys = self._host
+        return max(self.max_seqlen_q, of_queries.longest), max(self.max_seqlen_k, of_keys.longest)
+
     def on_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """cu_seqlens_q and cu_seqlens_k in int32 on `device`; copied there once a batch, if they are not there."""
         of_queries, of_keys = self._host

@@ -48,7 +48,7 @@ BOUNDARIES = ops.Operator(
     "packed_boundaries(Tensor lengths, Tensor ignored, Tensor source, int position_ids_start, Tensor(a!) labels, "
     "Tensor(b!) position_ids, Tensor(c!) seq_idx, Tensor(d!) cu_seqlens) -> ()",
     boundaries_reference,
-    engines=("cpp", "cuda", "triton"),
+    engines=dict.fromkeys(("cpp", "cuda", "triton")),
 )
 
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft.ops import check_beside
+
 _TILE = 1024  # tokens of a program, and lengths added up at once
 
 
@@ -59,6 +61,10 @@ def packed_boundaries(
     cu_seqlens: Tensor,
 ) -> None:
     """The operator; see `fastft.data.boundaries`."""
+    check_beside(
+        "packed_boundaries", "source", source, lengths=lengths, ignored=ignored, labels=labels,
+        position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     segments, tokens = lengths.numel(), source.numel()
     _scan_kernel[(1,)](lengths, cu_seqlens, segments, TILE=_TILE)
     if tokens == 0 or segments == 0:

@@ -71,11 +71,19 @@ def _best_fit(lengths: Tensor, max_tokens: int, max_sequences: int) -> list[list
     return packs
 
 
+def _tables_fit(device: torch.device, lengths: Tensor, max_tokens: int) -> str | None:
+    tokens = min(max_tokens, int(lengths.sum())) if max_tokens > LARGEST_TABLES else 0
+    if tokens <= LARGEST_TABLES:
+        return None
+    return f"its tables hold packs of up to {LARGEST_TABLES} tokens, one could have {tokens}"
+
+
 PLAN = ops.Operator(
     "plan_packs(Tensor lengths, Tensor windows, int max_tokens, int max_sequences, Tensor(a!) indices, "
     "Tensor(b!) entry_lengths, Tensor(c!) offsets, Tensor(d!) counts) -> ()",
     plan_reference,
-    engines=("cpp",),
+    engines={"cpp": _tables_fit},
+    samples={"packs beyond 2^26 tokens": (torch.tensor([2**26, 1]), 2**26 + 1)},
 )
 
 
@@ -271,16 +279,14 @@ def plan_packs(
         ValueError: no lengths, a length that is not positive, one above `max_tokens` (with `overlong="error"`), or an
             argument out of its range.
         TypeError: `lengths` are no numbers.
-        RuntimeError: the engine asked for is not available.
+        RuntimeError: the engine asked for is not available, or is `"cpp"` and a pack could have more than 2^26 tokens.
     """
     check_limits(max_tokens, max_sequences, overlong)
     check_positive("window", window)
     PLAN.resolve(impl, torch.device("cpu"))
     checked = _checked_lengths(lengths)
     examples, starts, sizes = _entries(checked, max_tokens, overlong)
-    if impl == "auto" and max_tokens > LARGEST_TABLES and int(sizes.sum()) > LARGEST_TABLES:
-        impl = "eager"
-    plan = PLAN.implementation(impl, torch.device("cpu"))
+    plan = PLAN.implementation(impl, torch.device("cpu"), sizes, max_tokens)
     windows = _windows(checked.numel(), window, examples)
     indices, entry_lengths, offsets = (torch.empty(sizes.numel() + extra, dtype=torch.int64) for extra in (0, 0, 1))
     counts = torch.empty(windows.numel() - 1, dtype=torch.int64)

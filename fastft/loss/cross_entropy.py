@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastft import ops
 from fastft.loss.options import (
     RowOptions,
+    check_device,
     check_plain_impl,
     check_probabilities,
     check_reduction,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:  # builds of torch without processes do not have it
     from torch.distributed import ProcessGroup
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
-_KERNEL_DTYPES = {"cpp": _CPU_DTYPES, "cuda": (*_CPU_DTYPES, torch.float16), "triton": (*_CPU_DTYPES, torch.float16)}
+_GPU_DTYPES = (*_CPU_DTYPES, torch.float16)
 
 
 def capped(logits: Tensor, options: RowOptions) -> Tensor:
@@ -164,18 +165,14 @@ ROWS = ops.Operator(
     "Tensor(b!) lse, Tensor(c!)[] statistics, Tensor(d!)[] grad, int ignore_index, float label_smoothing, "
     "float z_loss, float softcap, float logit_scale) -> ()",
     _cross_entropy_rows,
-    engines=("cpp", "cuda", "triton"),
+    engines={"cpp": ops.takes(*_CPU_DTYPES), "cuda": ops.takes(*_GPU_DTYPES), "triton": ops.takes(*_GPU_DTYPES)},
+    samples={"float16 logits": (torch.float16,), "float64 logits": (torch.float64,)},
 )
 
 
 def rows_implementation(impl: str, logits_dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
     """The function that computes `cross_entropy_rows` for logits of this dtype; raises as `Operator.resolve` does."""
-    engine = ROWS.resolve(impl, device)
-    if engine != "eager" and logits_dtype not in _KERNEL_DTYPES[engine]:
-        if impl != "auto":
-            raise RuntimeError(f"impl={impl!r} is not available for {ROWS.name}: it has no kernel for {logits_dtype}")
-        engine = "eager"
-    return ROWS.implementation(engine, device)
+    return ROWS.implementation(impl, device, logits_dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -278,11 +275,12 @@ def cross_entropy(
     check_weight(weight, classes, input.device)
     logits = input.movedim(class_dim, -1).reshape(-1, input.shape[class_dim])
     if target.is_floating_point():
-        check_probabilities(target, input.shape, "input")
+        check_probabilities(target, input.shape, input.device, "input")
         check_plain_impl(impl, "target probabilities")
         losses = probability_losses(logits, target.movedim(class_dim, -1).reshape(-1, classes), weight, options)
         counted = None
     else:
+        check_device("target", target, input.device)
         if target.shape != shape:
             raise ValueError(
                 f"target must have the shape of input without its class dimension: input is {tuple(input.shape)}, "

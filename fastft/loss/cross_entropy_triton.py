@@ -25,6 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft import ops
+from fastft.ops import check_beside
+
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite: the difference of two of them is 0 and not NaN
 _FAR = tl.constexpr(-200.0)  # exp of it is 0 in fp32; products with it stay finite
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -259,13 +262,15 @@ def _rows_kernel(
         )  # fmt: skip
 
 
-def _shape(classes: int, itemsize: int, loads: int) -> tuple[int, int, int]:
+def _shape(classes: int, itemsize: int, loads: int, wave: int) -> tuple[int, int, int]:
     """Lanes, elements a lane and warps: the longer the rows, the fewer at once, because they share the L2 cache.
 
-    A thread has up to 32 bytes of logits in flight; 16 where the options need the registers. Not yet tuned on a GPU.
+    A thread of a wave of 32 has up to 32 bytes of logits in flight; 16 where the options need the registers. One of a
+    wave of 64 has half of that: the mask of each element takes it two scalar registers. Not yet tuned on a GPU.
     """
-    warps = 1 if classes <= 1024 else 4 if classes <= 8192 else 8 if classes <= 65_536 else 16
-    return 32 * warps * loads, 16 // itemsize, warps
+    threads = 32 if classes <= 1024 else 128 if classes <= 8192 else 256 if classes <= 65_536 else 512
+    threads = max(threads, wave)
+    return threads * loads, 512 // wave // itemsize, threads // wave
 
 
 def _peeled(logits: Tensor, grads: Sequence[Tensor]) -> bool:
@@ -298,6 +303,7 @@ def cross_entropy_rows(
 
     Raises:
         TypeError: the logits have another dtype.
+        RuntimeError: a tensor is on another device than the logits.
     """
     if logits.dtype not in _DTYPES:
         raise TypeError(f"logits must be float32, bfloat16 or float16 for the triton engine, got {logits.dtype}")
@@ -305,15 +311,20 @@ def cross_entropy_rows(
     if rows == 0:
         return
     simple = not (weight or statistics or softcap)
-    lanes, vector, warps = _shape(classes, logits.element_size(), 2 if simple and classes > 1024 else 1)
+    loads = 2 if simple and classes > 1024 else 1
+    lanes, vector, warps = _shape(classes, logits.element_size(), loads, ops.wave(logits.device))
     g_loss, g_lse, g_entropy = (*upstream, None, None, None)[:3]
     entropy, is_top1 = statistics or (None, None)
-    with torch.cuda.device_of(logits):
-        _rows_kernel[(rows,)](
-            logits, target, *(weight or (None,)), g_loss, g_lse, g_entropy, losses, lse, entropy, is_top1,
-            *(grad or (None,)), classes, logits.stride(0), grad[0].stride(0) if grad else 0, ignore_index,
-            float(label_smoothing), float(z_loss), float(logit_scale), float(softcap),
-            1.0 / softcap if softcap else 0.0,
-            SMOOTHED=label_smoothing != 0, SCALED=logit_scale != 1, CAPPED=softcap != 0,
-            PEELED=_peeled(logits, grad), LANES=lanes, VECTOR=vector, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    check_beside(
+        "cross_entropy_rows", "logits", logits, target=target, losses=losses, lse=lse, entropy=entropy, is_top1=is_top1,
+        **{f"{name}[{i}]": tensor for name, several in (("weight", weight), ("upstream", upstream), ("grad", grad))
+           for i, tensor in enumerate(several)},
+    )  # fmt: skip
+    _rows_kernel[(rows,)](
+        logits, target, *(weight or (None,)), g_loss, g_lse, g_entropy, losses, lse, entropy, is_top1,
+        *(grad or (None,)), classes, logits.stride(0), grad[0].stride(0) if grad else 0, ignore_index,
+        float(label_smoothing), float(z_loss), float(logit_scale), float(softcap),
+        1.0 / softcap if softcap else 0.0,
+        SMOOTHED=label_smoothing != 0, SCALED=logit_scale != 1, CAPPED=softcap != 0,
+        PEELED=_peeled(logits, grad), LANES=lanes, VECTOR=vector, num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -5,6 +5,9 @@
     dW = sum over chunks of dz^T x                (V, H)
     db = sum over chunks and rows of dz           (V,)
 
+Where dW is fp32 and the operands have 16 bits, a device's product writes to it, or adds to it, in fp32, as far as torch
+can (`knows_out_dtype`). On a CPU, and with an older torch, it goes through a slab of classes at a time.
+
 dW is summed in fp32 and rounded once, except for a 16-bit parameter in a few chunks: there each sum is rounded, which
 stays below the rounding of the operands and saves V H 4 bytes (over hundreds of chunks it doubles the error).
 
@@ -25,7 +28,9 @@ from fastft import _native
 
 # a 16-bit parameter's gradient is summed in 16 bits over this many chunks at most
 NARROW_CHUNKS = 4
-_SLAB_BYTES = 4 << 20  # of the buffer that a slab of the weight, or of its gradient, goes through
+# of the buffer that a slab of the weight, or of its gradient, goes through; a device wants few, large products
+_SLAB_BYTES = 4 << 20
+_DEVICE_SLAB_BYTES = 256 << 20
 
 
 @functools.cache
@@ -46,6 +51,28 @@ def working_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32 if is_emulated(dtype, device_type) else dtype
 
 
+@functools.cache
+def knows_out_dtype(product: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's "mm", or "addmm" to a sum in fp32, takes `out_dtype=torch.float32` for matrices of `dtype`.
+
+    It is tried once for each device, with small matrices: what a version refuses it refuses before it looks at numbers.
+    """
+    if device.type == "cpu":
+        return False
+    matrix = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        if product == "mm":
+            torch.mm(matrix, matrix, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, matrix, matrix, out_dtype=torch.float32, out=total)
+    except RuntimeError as error:
+        if "dtype" not in str(error):  # another trouble, which is not ours to hide
+            raise
+        return False
+    return True
+
+
 class HeadGemms:
     """The products of one head, a chunk after the other.
 
@@ -61,7 +88,8 @@ class HeadGemms:
         self.weight, self.bias, self.d_weight, self.d_bias = weight, bias, d_weight, d_bias
         self.emulated = is_emulated(weight.dtype, weight.device.type)
         self.workspace = weight.new_empty(rows, len(weight), dtype=working_dtype(weight.dtype, weight.device.type))
-        self.slab = max(1, min(len(weight), _SLAB_BYTES // max(1, 4 * weight.shape[1])))
+        slab_bytes = _SLAB_BYTES if weight.device.type == "cpu" else _DEVICE_SLAB_BYTES
+        self.slab = max(1, min(len(weight), slab_bytes // max(1, 4 * weight.shape[1])))
         self.first = True
 
     def _slabs(self) -> Iterator[slice]:
@@ -100,9 +128,14 @@ class HeadGemms:
     def _add_weight(self, total: Tensor, dz: Tensor, x: Tensor) -> None:
         if total.dtype == dz.dtype:
             torch.mm(dz.T, x, out=total) if self.first else total.addmm_(dz.T, x)
-        elif total.is_cuda and total.dtype == torch.float32 and not self.first:
+            return
+        widens = total.dtype == torch.float32 and knows_out_dtype("mm", dz.dtype, dz.device)
+        if widens and self.first:
+            torch.mm(dz.T, x, out_dtype=torch.float32, out=total)
+        elif widens and knows_out_dtype("addmm", dz.dtype, dz.device):
             torch.addmm(total, dz.T, x, out_dtype=torch.float32, out=total)
         else:  # there is no product that adds to another dtype: it goes through a slab
+            multiply = functools.partial(torch.mm, out_dtype=torch.float32) if widens else torch.mm
             for slab in self._slabs():
-                product = torch.mm(dz[:, slab].T, x)
+                product = multiply(dz[:, slab].T, x)
                 total[slab].copy_(product) if self.first else total[slab].add_(product)

@@ -19,6 +19,7 @@ from fastft.loss.expressions import LOGITS, Linear, map_rows, sum_over_rows
 from fastft.loss.linear_rows import linear_rows
 from fastft.loss.options import (
     RowOptions,
+    check_device,
     check_plain_impl,
     check_probabilities,
     check_reduction,
@@ -44,8 +45,7 @@ def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.d
     for name, tensor in operands.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise ValueError(f"{name} is on {tensor.device}, input on {input.device}; they must be on one device")
+        check_device(name, tensor, input.device)
     device = input.device.type
     if torch.is_autocast_enabled(device) and all(t.dtype != torch.float64 for t in operands.values()):
         return torch.get_autocast_dtype(device)
@@ -69,12 +69,13 @@ def check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         complain("linear_bias", bias, "(V,)", "linear_weight", weight.shape)
 
 
-def check_indices(target: Tensor, shape: torch.Size, classes: int, ignore_index: int) -> Tensor:
+def check_indices(target: Tensor, input: Tensor, classes: int, ignore_index: int) -> Tensor:
     """`target`, flat and contiguous; raises if it does not fit the hidden states or holds a wrong index."""
-    if target.shape != shape:
+    check_device("target", target, input.device)
+    if target.shape != input.shape[:-1]:
         raise ValueError(
             f"target must be of input's shape without its last dimension: target is {tuple(target.shape)}, needed is "
-            f"{tuple(shape)}"
+            f"{tuple(input.shape[:-1])}"
         )
     check_target(target, classes, ignore_index)
     return target.reshape(-1).contiguous()
@@ -199,14 +200,14 @@ def linear_cross_entropy(
     operands = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
     with torch.autocast(input.device.type, enabled=False):
         if target.is_floating_point():
-            check_probabilities(target, torch.Size([*shape, classes]), "the logits")
+            check_probabilities(target, torch.Size([*shape, classes]), input.device, "the logits")
             check_plain_impl(impl, "target probabilities")
             flat = torch.zeros(shape.numel(), dtype=torch.int64, device=input.device)
             rows = target.reshape(-1, classes)
             losses = _probability_losses(operands, rows, weight, dtype, options, summed)
             ignore_index = -1
         else:
-            flat = check_indices(target, shape, classes, ignore_index)
+            flat = check_indices(target, input, classes, ignore_index)
             scaled = class_weights(weight, flat, ignore_index, reduction, num_items, statistics_dtype(dtype))
             plan: dict[str, Any] = {"dtype": dtype, "options": options}
             plan |= {"chunk_rows": chunk_rows, "max_counted": max_counted}

@@ -24,7 +24,7 @@ from fastft.loss.dtensor_head import whole_head
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.linear_cross_entropy import check_indices, check_positive, check_shapes, compute_dtype
 from fastft.loss.linear_rows import HeadCall, Outputs, linear_rows, scaled, sweep
-from fastft.loss.options import check_tensors, refuse_second_derivative, row_options
+from fastft.loss.options import check_device, check_tensors, refuse_second_derivative, row_options
 
 
 class LinearLogProbs(NamedTuple):
@@ -44,7 +44,7 @@ def _checked_head(
     dtype = compute_dtype(input, weight, bias)
     check_shapes(input, weight, bias)
     input, weight, bias, target = whole_head(input, weight, bias, target)
-    flat = check_indices(target, input.shape[:-1], len(weight), ignore_index)
+    flat = check_indices(target, input, len(weight), ignore_index)
     return (input.reshape(-1, input.shape[-1]), weight, bias), target, flat, dtype
 
 
@@ -187,6 +187,8 @@ def linear_token_loss(
     check_positive("max_counted", max_counted, 0)
     operands, target, flat, dtype = _checked_head(input, linear_weight, linear_bias, target, ignore_index)
     for i, argument in enumerate(arguments):
+        check_tensors(**{f"arguments[{i}]": argument})
+        check_device(f"arguments[{i}]", argument, input.device)
         if argument.shape != target.shape:
             raise ValueError(
                 f"arguments[{i}] must have target's shape {tuple(target.shape)}, got {tuple(argument.shape)}"

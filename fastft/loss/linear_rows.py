@@ -17,8 +17,9 @@ the dtype of the operands (`head_gemms` says how), statistics and sums in fp32.
 
 R, the rows of a chunk: a product over R rows runs at about R / (R + 16) of its best rate on a CPU, R / (R + 256) on a
 GPU, and every chunk reads and writes dW once. Both costs fall as R grows, so R is what the workspace's budget holds,
-but at least 256 rows on a CPU, and from 1024 to 4096 on a GPU. Free memory is never asked for: the chunks, and with
-them the roundings, are the same on every run.
+but at least 256 rows on a CPU, and from 1024 to 4096 on a GPU. There the budget is 512 MiB or, where dW is held, as
+much as that takes: then R is H or more. Free memory is never asked for: the chunks, and with them the roundings, are
+the same on every run.
 
 Kept for backward: dx, dW and db, or only the operands where backward makes z again. Bytes moved on top of the products'
 operands: for each chunk, 4 passes over the workspace (R V) and 2 over dW.
@@ -51,9 +52,14 @@ _LIMITS = {"cpu": _Limits(32 << 20, 256, 1 << 31)}
 _DEVICE_LIMITS = _Limits(512 << 20, 1024, 4096)
 
 
-def chunk_rows(count: int, classes: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many of `count` rows go through the workspace at once, evenly spread over the chunks."""
+def chunk_rows(count: int, classes: int, dtype: torch.dtype, device: torch.device, hidden: int = 0) -> int:
+    """How many of `count` rows go through the workspace at once, evenly spread over the chunks.
+
+    `hidden`: H, where a gradient (V, H) is summed over the chunks, which read and write it.
+    """
     budget, least, most = _LIMITS.get(device.type, _DEVICE_LIMITS)
+    if device.type != "cpu":
+        budget = max(budget, classes * hidden * dtype.itemsize)
     if is_emulated(dtype, device.type):
         budget //= 2  # the other half is for slabs of the weight in fp32
     rows = min(max(budget // (classes * working_dtype(dtype, device.type).itemsize), least), most)
@@ -85,13 +91,14 @@ class HeadCall(NamedTuple):
         """The operator's arguments."""
         return list(self.needs), *self[1:7], *self.options
 
-    def step(self, count: int, classes: int, device: torch.device) -> int:
+    def step(self, count: int, weight: Tensor) -> int:
         """The rows of a chunk."""
-        return min(self.chunk_rows, count) or chunk_rows(count, classes, self.dtype, device)
+        hidden = weight.shape[1] if self.needs[1] else 0
+        return min(self.chunk_rows, count) or chunk_rows(count, len(weight), self.dtype, weight.device, hidden)
 
     def weight_sum_dtype(self, rows: int, weight: Tensor) -> torch.dtype:
         """The dtype in which dW is summed; ignored rows are among `rows`, so that it depends on shapes alone."""
-        chunks = _parts(rows, self.step(rows, len(weight), weight.device)) if rows else 0
+        chunks = _parts(rows, self.step(rows, weight)) if rows else 0
         most = 1 if is_emulated(self.dtype, weight.device.type) else NARROW_CHUNKS
         narrow = weight.dtype == self.dtype and chunks <= most
         return self.dtype if narrow else statistics_dtype(self.dtype)
@@ -168,7 +175,7 @@ def sweep(
     outputs = _outputs(input, linear_weight, call)
     positions = _counted_rows(target, call.options.ignore_index, call.max_counted)
     count = len(input) if positions is None else len(positions)
-    step = call.step(count, len(linear_weight), input.device)
+    step = call.step(count, linear_weight)
     bias = None if linear_bias is None else linear_bias.to(call.dtype)
     gemms = HeadGemms(linear_weight.to(call.dtype), bias, step, outputs.d_weight, outputs.d_bias)
     for begin in range(0, count, step or 1):
@@ -235,7 +242,7 @@ HEAD = ops.Operator(
     "int max_counted, int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale) -> "
     "(Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor d_input, Tensor d_weight, Tensor d_bias)",
     _linear_cross_entropy_rows,
-    engines=(),
+    engines={},
     fake=_fake,
 )
 

@@ -73,6 +73,12 @@ def check_tensors(**arguments: Any) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_device(name: str, tensor: Tensor, device: torch.device, other: str = "input") -> None:
+    """Raises ValueError if `tensor` is on another device than `other`."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, {other} on {device}; they must be on one device")
+
+
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
     """Raises if `target` is no integer tensor or holds an index that is neither a class nor ignored.
 
@@ -96,8 +102,9 @@ def _may_look_at(tensor: Tensor) -> bool:
     return asked and not torch.compiler.is_compiling()
 
 
-def check_probabilities(target: Tensor, shape: torch.Size, label: str) -> None:
-    """Raises if `target`, probabilities, does not have the shape of the logits or asks for a gradient."""
+def check_probabilities(target: Tensor, shape: torch.Size, device: torch.device, label: str) -> None:
+    """Raises if `target`, probabilities, is not of the shape or device of the logits, or asks for a gradient."""
+    check_device("target", target, device)
     if target.shape != shape:
         raise ValueError(
             f"target, as probabilities, must have the shape of {label}: {tuple(shape)}, got {tuple(target.shape)}"
@@ -137,8 +144,7 @@ def check_weight(weight: Tensor | None, classes: int, device: torch.device) -> N
         raise TypeError(f"weight must be a floating-point tensor, got {weight.dtype}")
     if weight.shape != (classes,):
         raise ValueError(f"weight must hold one number per class, shape ({classes},), got {tuple(weight.shape)}")
-    if weight.device != device:
-        raise ValueError(f"weight is on {weight.device}, the logits are on {device}; they must be on one device")
+    check_device("weight", weight, device, "the logits are")
 
 
 def check_plain_impl(impl: str, what: str) -> None:
@@ -185,9 +191,18 @@ def reduce_losses(
         return total
     rows = torch.ones_like(losses, dtype=torch.bool) if target is None else target != ignore_index
     counted = rows.sum()
-    items = counted if num_items is None else torch.as_tensor(num_items, device=losses.device).reshape(())
+    items = counted if num_items is None else _items_beside(losses, num_items)
     # without a counted row the total is 0, and must stay 0 whatever the divisor
     return total / torch.where(counted > 0, items, 1).to(losses.dtype)
+
+
+def _items_beside(losses: Tensor, num_items: float | Tensor) -> Tensor:
+    """The number on the device of `losses`: written there by a kernel, because a copy would wait for the device."""
+    if isinstance(num_items, Tensor):
+        if num_items.device == losses.device or num_items.device.type != "cpu" or torch.compiler.is_compiling():
+            return num_items.to(losses.device).reshape(())
+        num_items = num_items.item()
+    return losses.new_full((), num_items)
 
 
 def refuse_second_derivative(what: str) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 from fastft import foreign, ops
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import MOMENTS, Plan, new_state
-from fastft.optim.adamw_update import Rounding
+from fastft.optim.adamw_update import OP, Rounding
+from fastft.optim.grad_norm import OP as NORM
 from fastft.optim.grad_norm import clip_factor, grad_norm
 from fastft.optim.origin import Origin
 
@@ -75,8 +76,9 @@ class AdamW(torch.optim.AdamW):
         foreach: accepted for torch's signature, ignored: all tensors are always updated in one call.
         capturable: where parameters are on a GPU, steps are counted there, so that a CUDA graph can capture `step`: the
             replay counts, reads `lr` where that is a tensor on the GPU, and obeys GradScaler's `found_inf` without
-            waiting. impl "cuda" only. Take a step before capturing, and capture anew where groups, states or the
-            parameters that have a gradient have changed. No effect on CPU parameters.
+            waiting. impl "cuda" only: capturing another raises, as does capturing without this. Take a step before
+            capturing, and capture anew where groups, states or the parameters that have a gradient have changed. No
+            effect on CPU parameters.
         differentiable: must be False.
         fused: as foreach.
         moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; or "8bit", codes with a
@@ -91,7 +93,8 @@ class AdamW(torch.optim.AdamW):
         seed: of stochastic rounding, in [0, 2^63); None draws one from torch's default generator where anything is
             rounded stochastically. Kept in the parameter groups and so in the state dict. Processes which train the
             same parameters need the same seed.
-        impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton"; an explicit one never falls back.
+        impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton", of the update and of the norm that clipping
+            takes, which Triton has no kernel for; an explicit one never falls back.
 
     Raises:
         TypeError: a parameter that is neither float32 nor bfloat16, or a hyper-parameter that is no number.
@@ -133,6 +136,8 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm!r}")
+        if max_grad_norm is not None and impl not in ("auto", "eager", *NORM.engines):
+            raise ValueError(f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has one")
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
@@ -239,8 +244,8 @@ class AdamW(torch.optim.AdamW):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a sparse gradient, a gradient that was changed after `clip_at_step`, or an explicit `impl`
-                that cannot be used on these parameters.
+            RuntimeError: a sparse gradient, a gradient that was changed after `clip_at_step`, an explicit `impl`
+                that cannot be used on these parameters, or a CUDA graph that captures a step it could only repeat.
         """
         loss = None
         if closure is not None:
@@ -253,6 +258,8 @@ class AdamW(torch.optim.AdamW):
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
             params, grads = list(compress(params, present)), list(compress(grads, present))
+        if grads and device_counts.is_capturing():
+            self._check_capture(grads)
         clipping, self._clipping = self._clipping, None
         found_inf = getattr(self, "found_inf", None)
         self._skipped = False if found_inf is None else found_inf
@@ -324,6 +331,22 @@ class AdamW(torch.optim.AdamW):
     def _counted_there(self, grads: list[Tensor]) -> bool:
         """Whether the device itself sees to it that a skipped step does nothing."""
         return all(device_counts.counted_there(grad.device, self.param_groups) for grad in grads)
+
+    def _check_capture(self, grads: list[Tensor]) -> None:
+        """Raises where a graph's replays would repeat the step count and the learning rate of their capture."""
+        if not self._counted_there(grads):
+            raise RuntimeError(
+                "a CUDA graph captures AdamW.step(), and its replays would repeat this step's count and learning rate: "
+                "pass capturable=True, with all parameters on a GPU, or leave step() out of the graph"
+            )
+        for device in {grad.device for grad in grads}:
+            engine = OP.resolve(self.impl, device)
+            if engine != "cuda":
+                reason = OP.unavailable("cuda", device) or f"impl={self.impl!r} was asked for"
+                raise RuntimeError(
+                    "a CUDA graph captures AdamW.step(), which of AdamW's engines only 'cuda' allows, and here "
+                    f"{engine!r} computes ({reason}): make that engine available, or leave step() out of the graph"
+                )
 
     @property
     def step_was_skipped(self) -> bool:

@@ -253,11 +253,9 @@ class _Part:
             for name in _residue_names(state, row[1])
         ]
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
-        self.update = OP.implementation(impl, device)  # raises where an explicit engine is not there
-        self.any_dtype = OP.reference if impl == "auto" else self.update  # of a gradient unlike its parameter's
+        self.impl, engine = impl, OP.resolve(impl, device)  # raises where an explicit engine is not there
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.bound: int | None = None
-        engine = OP.resolve(impl, device)
         if engine in ops.LIBRARIES and all(map(_same_layout, self.params, self.exp_avgs)):
             self.bound = torch.ops.fastft.adamw_bind.default(
                 self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues, self.table
@@ -302,8 +300,8 @@ class _Part:
         params = [_like(param, exp_avg) for param, exp_avg in zip(self.params, self.exp_avgs, strict=True)]
         grads = [_like(grad, exp_avg) for grad, exp_avg in zip(grads, self.exp_avgs, strict=True)]
         states = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues)
-        alike = all(param.dtype == grad.dtype for param, grad in zip(params, grads, strict=True))
-        (self.update if alike else self.any_dtype)(params, grads, *states, self.table, hyper, factor, seed)
+        update = OP.implementation(self.impl, self.device, params, grads)
+        update(params, grads, *states, self.table, hyper, factor, seed)
         for param, updated in zip(self.params, params, strict=True):
             if param is not updated:
                 param.copy_(updated)

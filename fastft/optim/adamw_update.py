@@ -184,12 +184,20 @@ def store_value(result: Tensor, param: Tensor, residue: Tensor | None, bits: Ten
         (split_master if residue.dtype == torch.int16 else _split_kahan)(result, param, residue)
 
 
+def _alike(device: torch.device, params: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if param.dtype != grad.dtype:
+            kinds = f"parameter {i} is {param.dtype}, its gradient {grad.dtype}"
+            return f"it takes gradients of their parameters' dtypes; {kinds}"
+    return None
+
+
 OP = ops.Operator(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed) "
     "-> ()",
     _adamw_reference,
-    engines=("cpp", "cuda", "triton"),
+    engines=dict.fromkeys(("cpp", "cuda", "triton"), _alike),
 )
 # Of the native engines only: a step over tensors that were checked once and are kept (csrc/cpu/adamw.cpp says why).
 ops.library.define(

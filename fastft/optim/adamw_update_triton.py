@@ -8,7 +8,8 @@ short. A table in device memory has a row of 13 int64 for each tensor,
     exp_avg_scale, exp_avg_sq_scale, columns                     of 8-bit moments, else 0
 
 below a row with the seed and the number of tensors. It is written anew at every call, from pinned memory, so that
-nothing waits for the device; a CUDA graph cannot capture that (`impl="cuda"` can be captured).
+nothing waits for the device. A CUDA graph would record these copies and repeat them, with the numbers and addresses of
+its capture: that is refused (`impl="cuda"` can be captured).
 
 The arithmetic is that of csrc/include/adamw_math.h and moments_8bit.h, with its bits: division and square root rounded
 to nearest, no fused multiply-add but the two that are written, bf16 values as the integers that they are. Eight
@@ -29,13 +30,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastft import ops
 from fastft.optim.adamw_update import RESIDUES, Rounding
+from fastft.optim.device_counts import is_capturing
 from fastft.optim.moments_8bit import BLOCK, scale_shape
 from fastft.optim.philox import ROUNDS, STREAMS
 
 _COLUMNS = tl.constexpr(13)
 _HYPER = tl.constexpr(9)
-_GROUPS = 256  # of eight elements
+_GROUPS = 256  # of eight elements, one a thread
 _BLOCK = tl.constexpr(BLOCK)
 _SQ_UNITS = tl.constexpr(2621440.0)  # code 255 in units of code 0
 _SMALL_SCALE = tl.constexpr(2.0**-100)
@@ -328,7 +331,7 @@ def _check_coded(i: int, param: Tensor, tensors: Sequence[Tensor], scales: Seque
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A small tensor on `device`, without waiting for it."""
-    if tensor.device == device or device.type != "cuda":
+    if tensor.device == device or device.type not in ops.ENGINES["triton"].devices:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -348,8 +351,15 @@ def adamw_(
     """The operator's schema (`fastft.optim.adamw_update.OP`).
 
     Raises:
-        RuntimeError: a tensor has not its parameter's size and device, or not the dtype that its rounding asks for.
+        RuntimeError: a tensor has not its parameter's size and device, or not the dtype that its rounding asks for; or
+            a CUDA graph is capturing.
     """
+    if is_capturing():
+        raise RuntimeError(
+            "adamw_: a CUDA graph cannot capture the Triton engine, its replays would repeat the step count, learning "
+            "rate and addresses of the capture: use impl='cuda' with capturable=True (python -m fastft says what that "
+            "lacks here), or leave the step out of the graph"
+        )
     kinds: dict[tuple[int, int, bool], list[list[int]]] = {}
     next_max, next_residue = iter(max_exp_avg_sqs), iter(residues)
     every = zip(params, grads, exp_avgs, exp_avg_sqs, table.tolist(), strict=True)
@@ -374,24 +384,28 @@ def adamw_(
         rows = kinds.setdefault((rounding, 8 * exp_avg.itemsize, bool(amsgrad)), [])
         rows.append([*pointers, param.numel(), first, hyper_row, *of_blocks])
     if kinds:
-        _launch(kinds, _sent(hyper, params[0].device), grad_factor, seed, params[0])
+        _launch(kinds, _sent(hyper, params[0].device), grad_factor, seed, params[0].device)
 
 
 def _launch(
-    kinds: dict[tuple[int, int, bool], list[list[int]]], hyper: Tensor, grad_factor: Tensor, seed: int, on: Tensor
+    kinds: dict[tuple[int, int, bool], list[list[int]]],
+    hyper: Tensor,
+    grad_factor: Tensor,
+    seed: int,
+    on: torch.device,
 ) -> None:
-    """A launch for each kind, over rows of the table that lack the first program; `on`: a tensor of the device."""
+    """A launch for each kind, over rows of the table that lack the first program."""
     for (rounding, bits, amsgrad), rows in kinds.items():
         ends = list(accumulate(map(_programs, rows)))
         lines = [[seed, len(rows), *[0] * 11]]
         lines += [[*row[:9], begin, *row[9:]] for row, begin in zip(rows, [0, *ends], strict=False)]
         aligned = all(address % 16 == 0 for row in rows for address in row[:6])
         aligned &= all(row[7] % 8 == 0 and row[11] % 8 == 0 for row in rows)
-        with torch.cuda.device_of(on):
-            _adamw_kernel[(ends[-1],)](
-                _sent(torch.tensor(lines, dtype=torch.int64), on.device), hyper, grad_factor, ROUNDING=rounding,
-                BITS=bits, AMSGRAD=amsgrad, ALIGNED=aligned, GROUPS=_GROUPS, num_warps=8, enable_fp_fusion=False,
-            )  # fmt: skip
+        _adamw_kernel[(ends[-1],)](
+            _sent(torch.tensor(lines, dtype=torch.int64), on), hyper, grad_factor, ROUNDING=rounding,
+            BITS=bits, AMSGRAD=amsgrad, ALIGNED=aligned, GROUPS=_GROUPS, num_warps=_GROUPS // ops.wave(on),
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _programs(row: list[int]) -> int:

@@ -17,9 +17,13 @@ def counted_there(device: torch.device, groups: list[dict[str, Any]]) -> bool:
     return device.type != "cpu" and any(group["capturable"] for group in groups)
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph records what this thread launches now, in place of its being done."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _captured(device: torch.device) -> bool:
-    """Whether a CUDA graph records what is done now, in place of its being done."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and is_capturing()
 
 
 class DeviceCounts:

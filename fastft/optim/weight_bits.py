@@ -49,7 +49,7 @@ def _checksum_reference(sum: Tensor, weight: Tensor, every: int) -> None:
 
 
 OP = ops.Operator(
-    "weight_checksum_(Tensor(a!) sum, Tensor weight, int every) -> ()", _checksum_reference, engines=("cpp",)
+    "weight_checksum_(Tensor(a!) sum, Tensor weight, int every) -> ()", _checksum_reference, engines={"cpp": None}
 )
 
 

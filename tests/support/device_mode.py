@@ -83,18 +83,22 @@ class Wait(NamedTuple):
 
 
 class DeviceMode:
-    """The mode, to be entered once; `waits` is what it has seen, `operations` what torch dispatched, and how often.
+    """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and how often each ran.
+
+    `dispatched` has every operation of torch and of fastft's engines, also on the host and without any tensor.
 
     Args:
         refuse: raise AssertionError at the first wait, where it happens.
+        out_dtype: which products take `out_dtype`; `addmm` means, to a sum that has it already.
     """
 
     device = DEVICE
 
-    def __init__(self, refuse: bool = False) -> None:
-        self.refuse = refuse
+    def __init__(self, refuse: bool = False, out_dtype: tuple[str, ...] = ("mm", "addmm")) -> None:
+        self.refuse, self.out_dtype = refuse, out_dtype
+        self.operations: Counter[str] = Counter()
         self.waits: list[Wait] = []
-        self.operations: Counter[Any] = Counter()
+        self.dispatched: Counter[Any] = Counter()
         self._storages: dict[int, Any] = {}  # of the host; kept, so that no other gets its number
         self._pinned: set[int] = set()
         self._functions, self._dispatch = _Functions(self), _Dispatch(self)
@@ -308,7 +312,7 @@ class _Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastft":
             return self._of_fastft(func, args, kwargs)
-        self.mode.operations[func] += 1
+        self.mode.dispatched[func] += 1
         with torch._C.DisableTorchFunction():
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in (Tensor, torch.nn.Parameter)]
             of_host = [tensor for tensor in tensors if self.mode.is_host(tensor)]
@@ -316,7 +320,10 @@ class _Dispatch(TorchDispatchMode):
             self._refuse_mixtures(func, args, tensors, of_host)
             if torch.Tag.pointwise in func.tags:
                 args, kwargs = self._with_rounded_scalars(args, kwargs)
-            result = _product(func, *args, **kwargs) if func in _PRODUCTS else func(*args, **kwargs)
+            if len(of_host) < len(tensors):
+                self.mode.operations[func.overloadpacket.__name__] += 1
+            run = functools.partial(_product, self.mode.out_dtype) if func in _PRODUCTS else func
+            result = run(*args, **kwargs)
             if tensors and len(of_host) == len(tensors):
                 tree_map(lambda leaf: self.mode.host(leaf) if isinstance(leaf, Tensor) else leaf, result)
             return result
@@ -325,7 +332,7 @@ class _Dispatch(TorchDispatchMode):
         """Looks into an operator that has no engine, or none that runs here: into its reference."""
         operator = ops.OPERATORS.get(func.overloadpacket.__name__.removesuffix("_triton"))
         if operator is None or (operator.engines and func is operator.native):  # None: a part of an engine
-            self.mode.operations[func] += 1
+            self.mode.dispatched[func] += 1
             return func(*args, **kwargs)
         with self, self.mode.functions():
             return operator.reference(*args, **kwargs)
@@ -374,10 +381,14 @@ class _Dispatch(TorchDispatchMode):
         return args, {**kwargs, **named}
 
 
-def _product(func: Any, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """`mm` and `addmm` with an `out_dtype`, which have no kernel on a CPU."""
+def _product(known: tuple[str, ...], *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """`mm` and `addmm` with an `out_dtype`, which have no kernel on a CPU; refused in torch's words if not `known`."""
     *operands, out_dtype = args
     added, factors = operands[:-2], operands[-2:]
+    if not added and "mm" not in known:
+        raise NotImplementedError("Could not run 'aten::mm.dtype_out' with arguments from the 'CUDA' backend")
+    if added and "addmm" not in known:
+        raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
     narrow = {factor.dtype for factor in factors}
     assert out_dtype == torch.float32 and narrow < {torch.bfloat16, torch.float16}, "out_dtype is for 16-bit products"
     assert out is None or out.dtype == out_dtype, "out must have out_dtype"

@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
+from fastft import ops
+
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE)
 
@@ -30,9 +32,11 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z
 class _Driver(DriverBase):
     """What Triton asks of a driver to compile and nothing more."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-        limits = {"max_shared_mem": 166_912 if capability == 80 else 232_448, "max_num_regs": 65_536, "warpSize": 32}
+    def __init__(self, chip: int | str) -> None:
+        amd = isinstance(chip, str)
+        self.target = GPUTarget("hip", chip, 64) if amd else GPUTarget("cuda", chip, 32)
+        shared = 65_536 if amd else 166_912 if chip == 80 else 232_448
+        limits = {"max_shared_mem": shared, "max_num_regs": 65_536, "warpSize": self.target.warp_size}
         self.utils = SimpleNamespace(get_device_properties=lambda device: limits)
 
     @classmethod
@@ -40,10 +44,11 @@ class _Driver(DriverBase):
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+        return self.target
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps compiled kernels by device
+        arch = self.target.arch  # Triton keeps compiled kernels by device
+        return int(arch.removeprefix("gfx"), 16) if isinstance(arch, str) else arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -59,21 +64,26 @@ class _Driver(DriverBase):
 
 
 @contextlib.contextmanager
-def compiled_for(capability: int) -> Iterator[list[Any]]:
-    """Compiles every launch in the block for sm_<capability> and yields the list of compiled kernels."""
+def compiled_for(chip: int | str) -> Iterator[list[Any]]:
+    """Compiles every launch in the block and yields the list of compiled kernels.
+
+    `chip`: a compute capability, as 90, or an AMD chip with waves of 64 threads, as "gfx942".
+    """
     kernels: list[Any] = []
+    driver, stock_wave = _Driver(chip), ops.wave
     stock_run, active = JITFunction.run, triton.runtime.driver._active
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = stock_run(self, *args, grid=grid, warmup=True, **kwargs)
         kernels.append(kernel.result() if hasattr(kernel, "result") else kernel)
 
-    triton.runtime.driver.set_active(_Driver(capability))
+    triton.runtime.driver.set_active(driver)
+    ops.wave = lambda device: driver.target.warp_size
     JITFunction.run = run
     try:
         yield kernels
     finally:
-        JITFunction.run, triton.runtime.driver._active = stock_run, active
+        JITFunction.run, triton.runtime.driver._active, ops.wave = stock_run, active, stock_wave
 
 
 @dataclass
