@@ -1,4 +1,4 @@
-"""What a training step costs the host is the same for any number of tensors, rows and tokens; see test_kernel_table.py."""
+"""What a step costs the host is the same for any number of tensors, rows and tokens; see test_kernel_table.py too."""
 
 from __future__ import annotations
 
