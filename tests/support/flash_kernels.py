@@ -86,7 +86,8 @@ def _flash_attention_backward(
     return d_q.to(query.dtype), d_k.to(key.dtype), d_v.to(value.dtype)
 
 
-for _name, _kernel in zip(NAMES, (_flash_attention_forward, _flash_attention_backward), strict=True):
+KERNELS = dict(zip(NAMES, (_flash_attention_forward, _flash_attention_backward), strict=True))
+for _name, _kernel in KERNELS.items():
     _library.define(str(getattr(torch.ops.aten, _name).default._schema).removeprefix("aten::"))
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
