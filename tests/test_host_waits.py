@@ -18,6 +18,7 @@ from support import flash_kernels
 from support.device_mode import DeviceMode
 from support.host_work import of_host, stand_ins
 from support.packed_examples import make
+from support.versions import checkpoint_activations
 from torch import Tensor, nn
 
 import fastft
@@ -119,10 +120,10 @@ def test_attention_in_models(gpu: None, name: str, checkpointing: bool | None) -
     """With the hooks; transformers itself looks once for packed sequences, for each mask that it makes."""
     model = build(name, "fastft", torch.bfloat16)
     if checkpointing is not None:
-        options = {"use_reentrant": checkpointing}
+        options: dict[str, Any] = {"use_reentrant": checkpointing}
         if not checkpointing:  # its comparison does not always see the device
             options["determinism_check"] = "none"
-        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        checkpoint_activations(model.train(), **options)
     batch = PackingCollator(position_ids_start=MODELS[name].position_ids_start)(make(SIZES))
     with DeviceMode() as mode, fastft.packed_attention(model):
         there = of_host(mode, batch).to(mode.device)
@@ -273,6 +274,7 @@ def assert_same_as_on_a_cpu(params: list[Tensor], train: Callable[[list[Tensor]]
         assert_no_worse(actual, expected, expected.double(), terms=3)
 
 
+@pytest.mark.filterwarnings("ignore:rounding=")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_of_adamw(name: str, engine: str) -> None:
     options = {**OPTIMIZERS[name], "seed": 1, "impl": engine}

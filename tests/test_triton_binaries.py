@@ -64,6 +64,12 @@ def test_loads_and_stores_are_16_bytes_wide(classes: int, dtype: torch.dtype) ->
     assert (loads[element] > 8) == ends and (stores[element] > 8) == ends
 
 
+@pytest.mark.parametrize("case", ["plain", "smoothing", "smoothing and weight", "everything in place"])
+def test_one_class_compiles(case: str) -> None:
+    code = compiled(CASES[case], 1, FULL, 90)
+    assert code.spills == 0
+
+
 def test_all_vocabularies_of_a_kind_share_a_kernel() -> None:
     with compiled_for(90) as kernels:
         for classes in (128_256, 151_936, 256_000):

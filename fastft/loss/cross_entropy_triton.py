@@ -182,7 +182,7 @@ def _rows_kernel(
     target_position = y.to(tl.int32) + shift
     z_y = tl.load(row + target_position, known, float("nan")).to(tl.float32)
     z_y = _transform(z_y, scale, softcap, softcap_inverse, SCALED, CAPPED)
-    w_y, w_sum = 1.0, classes.to(tl.float32)
+    w_y, w_sum = 1.0, classes * 1.0  # Triton makes of a 1 a plain int, which has no .to
     if weight is not None:
         w_y = tl.load(weight + y, known, float("nan"))
     # sum(w (lse - z)) is taken about the target's logit, so that it does not cancel against w_sum * lse
@@ -234,7 +234,7 @@ def _rows_kernel(
     if SMOOTHED:
         if weight is not None:
             w_sum = tl.sum(weights, 0)
-        unit = smoothing / classes.to(tl.float32)
+        unit = smoothing / (classes * 1.0)
         loss += unit * (w_sum * tl.where(z_y > float("-inf"), distance, lse) + tl.sum(below, 0))
     tl.store(losses + r, loss + z_loss * lse * lse)
     tl.store(lses + r, lse)
@@ -320,12 +320,11 @@ def cross_entropy_rows(
         **{f"{name}[{i}]": tensor for name, several in (("weight", weight), ("upstream", upstream), ("grad", grad))
            for i, tensor in enumerate(several)},
     )  # fmt: skip
-    with torch.cuda.device_of(logits):
-        _rows_kernel[(rows,)](
-            logits, target, *(weight or (None,)), g_loss, g_lse, g_entropy, losses, lse, entropy, is_top1,
-            *(grad or (None,)), classes, logits.stride(0), grad[0].stride(0) if grad else 0, ignore_index,
-            float(label_smoothing), float(z_loss), float(logit_scale), float(softcap),
-            1.0 / softcap if softcap else 0.0,
-            SMOOTHED=label_smoothing != 0, SCALED=logit_scale != 1, CAPPED=softcap != 0,
-            PEELED=_peeled(logits, grad), LANES=lanes, VECTOR=vector, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    _rows_kernel[(rows,)](
+        logits, target, *(weight or (None,)), g_loss, g_lse, g_entropy, losses, lse, entropy, is_top1,
+        *(grad or (None,)), classes, logits.stride(0), grad[0].stride(0) if grad else 0, ignore_index,
+        float(label_smoothing), float(z_loss), float(logit_scale), float(softcap),
+        1.0 / softcap if softcap else 0.0,
+        SMOOTHED=label_smoothing != 0, SCALED=logit_scale != 1, CAPPED=softcap != 0,
+        PEELED=_peeled(logits, grad), LANES=lanes, VECTOR=vector, num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip

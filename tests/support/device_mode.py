@@ -63,7 +63,7 @@ _READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy"}
 _MAKES = {  # without an argument `device`, of the host
     getattr(torch, name)
     for name in (
-        "tensor as_tensor asarray from_numpy scalar_tensor empty zeros ones full arange linspace rand randn randint "
+        "tensor as_tensor asarray scalar_tensor empty zeros ones full arange linspace rand randn randint "
         "randperm eye empty_strided"
     ).split()
 }
@@ -83,8 +83,9 @@ class Wait(NamedTuple):
 
 
 class DeviceMode:
-    """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and how often each ran;
-    `dispatched` has the host's operations too, and those of fastft that an engine computes.
+    """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and how often each ran.
+
+    `dispatched` has every operation of torch and of fastft's engines, also on the host and without any tensor.
 
     Args:
         refuse: raise AssertionError at the first wait, where it happens.
@@ -157,7 +158,7 @@ class DeviceMode:
 
 @contextlib.contextmanager
 def _past_torch(mode: DeviceMode) -> Iterator[None]:
-    """What such modes do not see: what backward calls, and the making of a subclass's tensor."""
+    """What such modes do not see: what backward calls, tensors of subclasses, and those of given memory."""
     apply, make, walk = BackwardCFunction.apply, Tensor._make_wrapper_subclass, torch.autograd._engine_run_backward
 
     def apply_inside(self: Any, *args: Any) -> Any:
@@ -171,11 +172,19 @@ def _past_torch(mode: DeviceMode) -> Iterator[None]:
     def make_on_cpu(*args: Any, **kwargs: Any) -> Any:
         return make(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
 
+    def of_host(maker: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return mode.host(maker(*args, **kwargs))
+
+    makers = {name: getattr(torch, name) for name in ("frombuffer", "from_numpy")}
     BackwardCFunction.apply, Tensor._make_wrapper_subclass = apply_inside, staticmethod(make_on_cpu)
+    for name, maker in makers.items():
+        setattr(torch, name, functools.partial(of_host, maker))
     torch.autograd._engine_run_backward = walk_inside
     try:
         yield
     finally:
+        for name, maker in makers.items():
+            setattr(torch, name, maker)
         BackwardCFunction.apply, torch.autograd._engine_run_backward = apply, walk
         del Tensor._make_wrapper_subclass  # which is that of its base class
 

@@ -28,7 +28,7 @@ import fastft  # noqa: F401  (defines the operators)
 from support.ptx.checks import Extent, Fault, GlobalMemory
 from support.ptx.compiled import ROOT, compiled
 from support.ptx.executor import Launch, Options, run_launch
-from support.ptx.parser import Kernel, parse
+from support.ptx.parser import Kernel, Module
 
 HOST = -1
 OPERATORS = (
@@ -102,15 +102,11 @@ def _cuda_include() -> str:
     return next(folder for folder in folders if (Path(folder) / "cuda_runtime.h").exists())
 
 
-def ptx_of(folder: Path, capability: int) -> str:
-    (path,) = folder.glob(f"*.compute_{capability}.ptx")
-    return path.read_text()
-
-
 @functools.cache
-def kernels(folder: Path, capability: int) -> dict[str, Kernel]:
-    """The kernels of a .cu file by their names in the object file."""
-    return parse(ptx_of(folder, capability))
+def module_of(folder: Path, capability: int) -> Module:
+    """The PTX of a .cu file; its kernels have their names in the object file."""
+    (path,) = folder.glob(f"*.compute_{capability}.ptx")
+    return Module(path.read_text())
 
 
 @functools.cache
@@ -152,10 +148,10 @@ class Gpu:
     """
 
     def __init__(self, library: ctypes.CDLL, folders: Sequence[Path], capability: int, options: Options) -> None:
-        self.library, self._folders = library, folders
+        self.library, self._modules = library, [module_of(folder, capability) for folder in folders]
         self.ops = getattr(torch.ops, _NAMESPACE)
         self.capability, self.options = capability, options
-        self.kernels = {name: kernel for folder in folders for name, kernel in kernels(folder, capability).items()}
+        self.edited: dict[str, Kernel] = {}
         self.launches: list[Launch] = []
         self.host_arguments = {"table", "hyper"}
         self.fault: BaseException | None = None
@@ -205,17 +201,15 @@ class Gpu:
 
     def edit(self, kernel: str, change: Callable[[str], str]) -> None:
         """Changes the PTX of one kernel, to plant a fault."""
-        for folder in self._folders:
-            text = ptx_of(folder, self.capability)
-            for match in re.finditer(r"\.entry\s+([\w$]+).*?^}", text, re.DOTALL | re.MULTILINE):
-                if readable(match[1]) == kernel:
-                    changed = change(match[0])
-                    if changed == match[0]:
-                        raise LookupError(f"the change of {kernel} changes nothing")
-                    edited = parse(text[: match.start()] + changed + text[match.end() :])
-                    self.kernels[match[1]] = edited[match[1]]
+        for module in self._modules:
+            for name in module:
+                if readable(name) == kernel:
+                    self.edited[name] = module.edited(name, change)
                     return
         raise LookupError(f"no kernel is called {kernel}")
+
+    def _kernel(self, name: str) -> Kernel:
+        return self.edited.get(name) or next(module[name] for module in self._modules if name in module)
 
     def release(self, bound: int) -> None:
         """As AdamW does with a binding that it needs no longer."""
@@ -262,7 +256,7 @@ class Gpu:
         return 0
 
     def _launch(self, name: str, shape: list[int], shared: int, stream: int, device: int, arguments: Any) -> None:
-        kernel, threads = self.kernels[name], shape[3]
+        kernel, threads = self._kernel(name), shape[3]
         parameters = bytearray(kernel.parameter_bytes)
         for value, (offset, size) in zip(arguments, kernel.parameters.values(), strict=False):
             parameters[offset : offset + size] = ctypes.string_at(value, size)

@@ -6,7 +6,7 @@ Instructions keep their line in the PTX and, where the compiler left `.loc` line
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -175,16 +175,43 @@ class Kernel:
         return frozenset(watched)
 
 
-def parse(text: str) -> dict[str, Kernel]:
-    """The kernels of a module by their names in the PTX.
+class Module(Mapping[str, Kernel]):
+    """The kernels of a PTX file by their names there; each is read when it is first asked for.
 
     Raises:
-        UnreadablePtx: a directive that it does not know.
+        UnreadablePtx: a kernel has a directive that is not known.
     """
-    files = {number: path.rpartition("/")[2] for number, path in _FILE.findall(text)}
-    text = re.sub(r"/\*.*?\*/|//[^\n]*", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL)
-    arrays = list(_arrays(text))
-    return {match[1]: _entry(text, match, arrays, files) for match in _ENTRY.finditer(text)}
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._files = {number: path.rpartition("/")[2] for number, path in _FILE.findall(text)}
+        self._code = re.sub(r"/\*.*?\*/|//[^\n]*", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL)
+        self._entries = {match[1]: match for match in _ENTRY.finditer(self._code)}
+        self._kernels: dict[str, Kernel] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, name: str) -> Kernel:
+        if name not in self._kernels:
+            self._kernels[name] = _entry(self._code, self._entries[name], list(_arrays(self._code)), self._files)
+        return self._kernels[name]
+
+    def edited(self, name: str, change: Callable[[str], str]) -> Kernel:
+        """The kernel as it is after a change of its text, to plant a fault."""
+        begin = self._entries[name].start()
+        rest = [match.start() for match in self._entries.values() if match.start() > begin]
+        end = min(rest, default=len(self._code))
+        changed = change(self._code[begin:end])
+        if changed == self._code[begin:end]:
+            raise LookupError(f"the change of {name} changes nothing")
+        edited = Module(self._text)
+        edited._code = self._code[:begin] + changed + self._code[end:]
+        edited._entries = {name: next(m for m in _ENTRY.finditer(edited._code) if m[1] == name)}
+        return edited[name]
 
 
 def _arrays(text: str) -> Iterator[Array]:

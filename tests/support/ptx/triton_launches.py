@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 from support.ptx.checks import Extent, Fault, GlobalMemory
 from support.ptx.cuda import extent_of
 from support.ptx.executor import Launch, Options, run_launch
-from support.ptx.parser import Kernel, parse
+from support.ptx.parser import Kernel, Module
 from support.triton_compiler import compiled_for
 
 _SCRATCH = 2  # pointers that Triton adds to the parameters; our kernels use no such memory
@@ -22,7 +22,7 @@ _SCRATCH = 2  # pointers that Triton adds to the parameters; our kernels use no 
 
 @functools.cache
 def _kernel(ptx: str) -> Kernel:
-    (kernel,) = parse(ptx).values()
+    (kernel,) = Module(ptx).values()
     return kernel
 
 
