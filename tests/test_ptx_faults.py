@@ -15,8 +15,9 @@ from support import ptx
 from support.adamw_problems import MODES, Training
 from support.ptx.checks import GlobalMemory, noise
 from support.ptx.cuda import extent_of
+from support.ptx.engines import Engine, adamw_by, unbound
 from support.ptx.executor import Launch, Options, run_launch
-from support.ptx.parser import UnreadablePtx, parse
+from support.ptx.parser import Module, UnreadablePtx
 from support.row_problems import CASES, draw, run
 from support.segment_problems import draw as draw_segments
 from support.segment_problems import run as run_segments
@@ -53,7 +54,7 @@ HEAD = """
 
 def execute(body: str, *tensors: Tensor, threads: int = 32, blocks: int = 1, shared: int = 0, **options: Any) -> Launch:
     """Runs `body`, in which %r1 is the thread, %r2 the block, %d4 its place in the first tensor, %r5 in `memory`."""
-    (kernel,) = parse(HEAD + body + "\nret;\n}").values()
+    (kernel,) = Module(HEAD + body + "\nret;\n}").values()
     launch = Launch("planted", (blocks, 1, 1), threads, shared)
     extents = [extent_of(tensor, f"tensor {i}") for i, tensor in enumerate(tensors)]
     pointers = [tensor.data_ptr() for tensor in (*tensors, *tensors)][:2] or [0, 0]
@@ -145,7 +146,7 @@ def test_shared_memory_that_nobody_wrote() -> None:
 def test_device_memory_that_nobody_wrote() -> None:
     """As torch.empty gives it: the second kernel reads what the first one has left out."""
     with ptx.cuda_operators(90) as gpu:
-        gpu.edit("scan_kernel", lambda text: re.sub(r"st\.global\.u32 (?=\t\[%rd3\])", "// st", text))
+        gpu.edit("scan_kernel", lambda text: re.sub(r"st\.global\.u32\s[^;]*;", "", text, count=1))
         lengths, ignored, source = draw_segments([2, 3])
         outputs = [source.clone(), source.clone(), source.int(), gpu.fresh(ints(3))]
         with pytest.raises(ptx.Fault, match="reads byte 0 of fresh memory") as caught:
@@ -263,19 +264,12 @@ def test_blocks_that_take_one_another_s_part() -> None:
 def test_the_barriers_of_a_triton_kernel_are_needed() -> None:
     """`_update_coded_tile` reads the scales of a block before it writes them."""
     pytest.importorskip("triton")
-    from fastft.optim.adamw_update_triton import adamw_
 
     def step(change: Callable[[str], str]) -> None:
         training = Training(MODES["exact-8bit"], "cpp", sizes=(4, 4096)).step()
-        part = training.optimizer._plan.parts[0]
-
-        def update(*arguments: Any) -> None:
-            memory = [tensor for tensors in arguments[:6] for tensor in tensors]
-            with ptx.triton_as_ptx(90, memory=memory, edit=change):
-                adamw_(*arguments)
-
-        part.bound, part.update = None, update
-        training.step()
+        with adamw_by(Engine("triton", 90), edit=change) as launches:
+            unbound(training).step()
+        assert launches
 
     step(lambda text: text)
     with pytest.raises(ptx.Fault, match="race") as caught:
@@ -328,7 +322,7 @@ def test_an_opcode_that_the_machine_does_not_know(instruction: str) -> None:
 
 def test_a_directive_that_the_machine_does_not_know() -> None:
     with pytest.raises(UnreadablePtx, match="local"):
-        parse(HEAD + ".local .align 4 .b8 depot[8];\nret;\n}")
+        list(Module(HEAD + ".local .align 4 .b8 depot[8];\nret;\n}").values())
 
 
 def test_a_loop_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
