@@ -108,19 +108,11 @@ def _check(name: str, cu: Any) -> None:
 
 def _segments(cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, beside: tuple[Tensor, ...]) -> Segments:
     """Segments of a batch's own keys; a length that is not given, or is a device's, follows from the boundaries."""
-<<<<<<< HEAD
     unknown = [value is None or isinstance(value, Tensor) for value in (max_q, max_k)]
     if any(unknown):
         of_q, of_k, *_ = on_host(cu_q, cu_k, *beside)
         max_q, max_k = of_q.longest if unknown[0] else max_q, of_k.longest if unknown[1] else max_k
     return Segments(cu_q, cu_k, int(max_q), int(max_k), beside)
-=======
-    given = [None if value is None or isinstance(value, Tensor) else int(value) for value in (max_q, max_k)]
-    if None in given:
-        read = on_host(cu_q, cu_k, *beside)
-        given = [host.longest if value is None else value for value, host in zip(given, read, strict=False)]
-    return Segments(cu_q, cu_k, given[0], given[1], beside=beside)  # type: ignore[arg-type]
->>>>>>> main
 
 
 @dataclass(frozen=True, eq=False)
