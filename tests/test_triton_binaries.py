@@ -45,7 +45,7 @@ def compiled(case: Case, classes: int, dtype: torch.dtype, chip: int) -> Binary:
 
 
 # 128256, 151936 and 256000 classes are one kernel, and 32000 classes the same with half the warps
-@pytest.mark.parametrize(("chip", "dtype"), [(80, HALF), (90, HALF), (100, HALF), (90, FULL)])
+@pytest.mark.parametrize(("chip", "dtype"), [(75, HALF), (80, HALF), (90, HALF), (100, HALF), (90, FULL)])
 @pytest.mark.parametrize("classes", [50_257, 151_936])
 def test_no_spills(classes: int, chip: int, dtype: torch.dtype) -> None:
     code = compiled(CASES["everything in place"], classes, dtype, chip)
@@ -121,6 +121,8 @@ def adamw_on_meta(rounding: Rounding, moment: torch.dtype, amsgrad: bool) -> lis
         (90, Rounding.FP32, FULL, True),
         (90, Rounding.KAHAN, HALF, False),
         (100, Rounding.STOCHASTIC, HALF, True),
+        (75, Rounding.EXACT, FULL, False),
+        (75, Rounding.STOCHASTIC, CODES, False),
         (80, Rounding.STOCHASTIC, CODES, False),
         (90, Rounding.FP32, CODES, False),
         (100, Rounding.EXACT, CODES, False),

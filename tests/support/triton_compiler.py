@@ -27,7 +27,7 @@ class _Driver(DriverBase):
     def __init__(self, chip: int | str) -> None:
         amd = isinstance(chip, str)
         self.target = GPUTarget("hip", chip, 64) if amd else GPUTarget("cuda", chip, 32)
-        shared = 65_536 if amd else 166_912 if chip == 80 else 232_448
+        shared = 65_536 if amd or chip == 75 else 166_912 if chip == 80 else 232_448
         limits = {"max_shared_mem": shared, "max_num_regs": 65_536, "warpSize": self.target.warp_size}
         self.utils = SimpleNamespace(get_device_properties=lambda device: limits)
 
