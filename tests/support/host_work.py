@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import fastft
-from fastft import _native, ops
+from fastft import ops
 from fastft.attention.attention_tiles import Call
-from fastft.attention.segment_attention import segment_attention
+from fastft.attention.segment_attention import ATTENTION, segment_attention
 from fastft.attention.segments import segments_of
 from fastft.data.collator import PackingCollator
 from support import flash_kernels
@@ -48,8 +48,10 @@ def stand_ins(native: bool = True) -> Iterator[None]:
         flash_kernels.install(patch)
         patch.setattr(Call, "generator", lambda call, device: of_any_device(call, torch.device("cpu")))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(ops, "capability", lambda device: (9, 0))
+        patch.setitem(ATTENTION.table, "flash_cuda", ops.Engine(("cuda",)))
         if native:
-            patch.setattr(_native, "cuda_unusable", lambda index: None)
+            patch.setitem(ops.ENGINES, "cuda", ops.Engine(("cuda",)))
             patch.setitem(ops.LIBRARIES, "cuda", "cpu")
         yield
 
