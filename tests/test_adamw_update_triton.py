@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from fastft.optim.adamw_update_triton import adamw_
 
 pytestmark = pytest.mark.skipif(_native.missing("cpu") is not None, reason="no native CPU library")
 
+ADAMW = OPERATORS["adamw_"]
 SIZES = (1, 2049, 0, 63)  # a whole program, and three that are not
 MIXED = Mode(torch.bfloat16, "stochastic", "bf16")
 
@@ -32,15 +35,25 @@ def by_triton(order: int) -> Callable[..., None]:
     return update
 
 
+@contextmanager
+def computed_by(update: Callable[..., None] | None, training: Training) -> Iterator[None]:
+    """`update` in the engine's place, and called; None: the engine."""
+    if update is None:
+        yield
+        return
+    training.optimizer._plan.parts[0].bound = None
+    with patch.object(ADAMW, "implementation", return_value=Mock(side_effect=update)) as implementation:
+        yield
+    implementation.return_value.assert_called()
+
+
 def second_step(
     mode: Mode, update: Callable[..., None] | None, offset: int = 0, sizes: tuple[int, ...] = SIZES
 ) -> list[torch.Tensor]:
     """The values after two steps, the second of them by `update`."""
     training = Training(mode, "cpp", sizes=sizes, offset=offset).step()
-    if update is not None:
-        part = training.optimizer._plan.parts[0]
-        part.bound, part.update = None, update
-    return training.step().values()
+    with computed_by(update, training):
+        return training.step().values()
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -60,7 +73,7 @@ def test_rows_that_vectors_divide(sizes: tuple[int, ...]) -> None:
 
 def test_numbers_that_are_none() -> None:
     results = []
-    for update in (OPERATORS["adamw_"].native, by_triton(order=0)):
+    for update in (ADAMW.native, by_triton(order=0)):
         param, grad, residue = torch.ones(4), torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0]), torch.zeros(4)
         tensors = [param.bfloat16(), grad.bfloat16(), torch.zeros(4), torch.zeros(4), residue.short()]
         hyper = torch.tensor([[0.99, 0.1, 0.999, 0.001, -0.01, 0.03, 1e-8, 1.0, 1.0]])
@@ -76,10 +89,8 @@ def test_8_bit_moments_of_numbers_that_are_none() -> None:
     for update in (None, by_triton(order=0)):
         training = Training(MODES["exact-8bit"], "cpp", sizes=(1, 507)).step()
         training.params[1].grad[-1, -3:] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-        if update is not None:
-            part = training.optimizer._plan.parts[0]
-            part.bound, part.update = None, update
-        training.optimizer.step()
+        with computed_by(update, training):
+            training.optimizer.step()
         results.append(training.values())
     assert_same_bits(*results)
     assert results[0][1][-1, -3:].isnan().all()
@@ -112,9 +123,8 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_graph_that_would_repeat_the_numbers_of_its_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(MIXED, "cpp", sizes=SIZES).step()
     before = training.values()
-    part = training.optimizer._plan.parts[0]
-    part.bound, part.update = None, adamw_
     monkeypatch.setattr(adamw_update_triton, "is_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"cannot capture the Triton engine.*use impl='cuda'"):
-        training.optimizer.step()
+        with computed_by(adamw_, training):
+            training.optimizer.step()
     assert_same_bits(training.values(), before)
