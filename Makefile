@@ -2,6 +2,7 @@
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every architecture, oldest and newest packages
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
+# make kernels    counts anew what the GPU kernels cost (no GPU; nvcc)
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
@@ -22,7 +23,7 @@ RIVALS := $(VENV)/.rivals
 WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
 
-.PHONY: demo test test-all test-slow test-isa test-latest test-oldest lint format bench sweep lock wheel gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa test-latest test-oldest lint format bench kernels sweep lock wheel gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -62,6 +63,9 @@ bench: native $(RIVALS)
 	$(BIN)/python benchmarks/record.py --machine cpu --only adamw
 	$(BIN)/python benchmarks/record.py --machine cpu --only attention collator boundaries plan
 	$(BIN)/python benchmarks/memory.py --machine cpu
+
+kernels: native
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python benchmarks/kernel_table.py
 
 sweep: native
 	$(PYTEST) -r f -m sweep tests/test_architectures.py \

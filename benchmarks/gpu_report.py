@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ledger import ENDS, Ledger
 from tables import exactness, failures, memory_growth, rows_of, table
 
+_SENTENCES, _SENTENCE = 25, 200  # how many about failures, and their length
 KERNELS = Path(__file__).resolve().parent / "results" / "kernels.md"
 
 
@@ -51,8 +52,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 def summary(ledger: Ledger) -> str:
-    """What matters of it, for a terminal: parts, estimates beside times, trainings, failures."""
-    parts = [_parts(ledger), _smoke(ledger), _training(ledger), _wrong(ledger)]
+    """What matters of it, the short tables last: failures, parts, estimates beside times, trainings."""
+    parts = [_wrong(ledger), _parts(ledger), _smoke(ledger), _training(ledger)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -121,5 +122,7 @@ def _training(ledger: Ledger) -> str:
 
 def _wrong(ledger: Ledger) -> str:
     parts = dict.fromkeys(line["part"] for line in ledger.lines() if "part" in line)
-    wrong = [sentence for part in parts for sentence in failures(ledger, part)]
+    wrong = [sentence[:_SENTENCE] for part in parts for sentence in failures(ledger, part)]
+    if len(wrong) > _SENTENCES:
+        wrong[_SENTENCES:] = [f"and {len(wrong) - _SENTENCES} more, in {ledger.path.name}"]
     return "\n".join(["## Not as it should be", "", *(f"* {sentence}" for sentence in wrong)]) if wrong else ""

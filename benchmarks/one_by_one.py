@@ -21,7 +21,8 @@ def run(
     silence: float | None = None,
     log: Path | None = None,
 ) -> str:
-    """Runs every case of `files` once; one process after another, each until a case has failed in it.
+    """Runs every case of `files` once, in one process until a case ends it, hangs or spoils its GPU's context; then in
+    another, which goes on behind it.
 
     Args:
         ledger, part: where the lines go.
@@ -50,7 +51,7 @@ def run(
         ledger.close(part, outcome, ended.why or f"its process ended with status {ended.status}")
         ledger.news()
         if ended.why and not hung:
-            return ended.why
+            return f"not finished after {seconds:.0f} s"
         if not ended.why and ended.status in (0, 1, 5):  # 1: a file cannot be collected; 5: no case is left
             return ""
         if len(ledger.cases(part)) == done:

@@ -1,12 +1,13 @@
 """A plugin of pytest, `-p pytest_ledger --ledger FILE --part NAME`: a line when a case begins, another when it ends.
 
 A case that has filled a dictionary `extra_info` (pytest-benchmark's, or a property of that name) finds it in its line.
-With `--not-again`, cases which have a line already are left out, and the process ends after a case that fails: what an
-error has left of a device's context is nothing to go on with.
+With `--not-again`, cases which have a line already are left out, and the process ends after a case that has spoilt the
+context of its GPU, in which every later one would fail.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ledger")
     group.addoption("--ledger", type=Path, help="the file that a line of JSON is appended to for each case")
     group.addoption("--part", help="goes into the lines")
-    group.addoption("--not-again", action="store_true", help="leave out what has a line, end after a failure")
+    group.addoption("--not-again", action="store_true", help="leave out what has a line, end with the context")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 class _Keeper:
     def __init__(self, config: pytest.Config) -> None:
         self.ledger, self.part = Ledger(config.getoption("--ledger")), config.getoption("--part")
-        self.not_again, self.failed = config.getoption("--not-again"), False
+        self.not_again, self.failed = config.getoption("--not-again"), set[str]()
         self.done = set(self.ledger.cases(self.part)) if self.not_again else set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -44,13 +45,13 @@ class _Keeper:
         self.ledger.append(part=self.part, case=nodeid, outcome="begun")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "call" and report.passed:
-            return
+        if (report.when != "call" and report.passed) or report.nodeid in self.failed:
+            return  # what goes wrong after a failure hides no reason
         found = dict(report.user_properties)
         found |= {"said": report.longreprtext} if report.failed else {}
         found |= {"said": str(report.longrepr[2])} if report.skipped and isinstance(report.longrepr, tuple) else {}
         self._end(report.nodeid, report.outcome, seconds=round(report.duration, 2), **found)
-        self.failed |= report.failed
+        self.failed |= {report.nodeid} if report.failed else set()
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if self.failed and self.not_again:
@@ -62,3 +63,15 @@ class _Keeper:
         said = found.pop("said", None)
         kept = {"said": str(said)[-_SAID:]} if said else {}
         self.ledger.append(part=self.part, case=case, outcome=outcome, **found, **kept)
+
+
+def _is_spoilt() -> bool:
+    """Whether the GPU answers this process with nothing but an earlier error."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -13,7 +13,7 @@ from numerics import assert_no_common_factor, assert_no_worse
 from support.device_mode import DeviceMode
 
 import fastft
-from fastft.loss import head_gemms
+from fastft.loss import expressions, head_gemms, linear_rows
 
 ROWS, HIDDEN, CLASSES = 8100, 32, 63  # 1 / 8100 is rounded by 0.38 % in bf16, by 0.036 % in fp16
 HALVES = [torch.bfloat16, torch.float16]
@@ -122,6 +122,28 @@ def test_num_items_costs_no_wait(items, ignored):
         loss.backward()
     expected = F.cross_entropy(x @ head.T, target, reduction="sum") / (7.5 if items == "float" else 7)
     torch.testing.assert_close([loss, of_logits], [expected] * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("known", [("mm", "addmm"), ("mm",), ()], ids=["addmm", "mm", "none"])
+def test_another_loss_on_lazy_logits_has_the_chunks_and_products_of_ours(dtype, known, asked_again, monkeypatch):
+    monkeypatch.setattr(linear_rows, "_DEVICE_LIMITS", linear_rows._Limits(1, 100, 4096))
+    x, head, target = make(dtype, 300)
+    truth, model = truth_of(x, head, target), Model(head.detach())
+    rival = [tensor.detach().clone().requires_grad_() for tensor in (x, head)]
+    oracle.cross_entropy((rival[0] @ rival[1].T).float(), target).backward()
+    with DeviceMode(refuse=True, out_dtype=known) as mode, fastft.fused_loss(model):
+        model(x, target).backward()
+    for ours, plain, exact in zip((x, model.head.weight), rival, truth, strict=True):
+        assert_no_worse(ours.grad, plain.grad, exact, terms=300 + HIDDEN + CLASSES)
+    added = mode.operations["addmm"] + mode.operations["addmm_"]
+    probes = 0 if dtype == torch.float32 or "mm" not in known else 1
+    assert added == (probes + 3 if dtype == torch.float32 or "addmm" in known else probes)
+
+
+def test_a_chunk_of_another_loss_has_a_thousand_rows_on_a_device():
+    x, head = torch.empty(8192, 8, device="meta"), torch.empty(128256, 8, device="meta")
+    assert {rows.stop - rows.start for rows in expressions._chunks(((x, head, None),))} == {1024}
 
 
 @pytest.fixture

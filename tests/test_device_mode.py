@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy
 import pytest
 import torch
 from support.device_mode import DeviceMode
@@ -29,6 +30,7 @@ def test_tensors_say_that_they_are_on_the_device_but_those_of_the_host(mode):
     assert (of_host + 1).is_cpu and (x + 1).is_cuda and torch.zeros(3, device=x.device).is_cuda
     assert x.new_zeros(2).is_cuda and torch.empty_like(of_host).is_cpu and x.view(8, 8)[2:].T.is_cuda
     assert mode.host(VALUES.clone())[3:].is_cpu
+    assert torch.frombuffer(bytearray(8), dtype=torch.int64).is_cpu and torch.from_numpy(numpy.zeros(3)).is_cpu
     assert mode.waits == []
 
 

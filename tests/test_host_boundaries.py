@@ -15,6 +15,7 @@ import torch
 import transformers
 from packed_models import ends
 from support.device_mode import DeviceMode
+from support.host_work import of_host
 from support.packed_examples import make
 from torch import Tensor, nn
 from torch.distributed.utils import _to_kwargs
@@ -27,15 +28,6 @@ from fastft.data.host_boundaries import known, note, on_host
 
 SIZES, BOUNDS = [5, 9, 3, 12], [0, 5, 14, 17, 29]
 KEYS = ("cu_seq_lens_q", "cu_seq_lens_k")
-
-
-def of_host(mode: DeviceMode, batch: Any) -> Any:
-    """A batch, or a FlatBatch, that was made before the mode began."""
-    held = dict(batch) if isinstance(batch, dict) else {"integers": batch.integers, **batch.others}
-    for value in held.values():
-        if isinstance(value, Tensor):
-            mode.host(value)
-    return batch
 
 
 def by_trainer(batch: Any, device: Any) -> Any:

@@ -16,14 +16,14 @@ from numerics import assert_no_worse
 from packed_models import MODELS, build, packed_pairs, sequences
 from support import flash_kernels
 from support.device_mode import DeviceMode
+from support.host_work import of_host, stand_ins
 from support.packed_examples import make
-from test_host_boundaries import of_host
+from support.versions import checkpoint_activations
 from torch import Tensor, nn
 
 import fastft
-from fastft import _native, ops
+from fastft import _native
 from fastft.attention.attention import fastft_attention
-from fastft.attention.attention_tiles import Call
 from fastft.attention.segment_attention import segment_attention
 from fastft.attention.segments import segments_of
 from fastft.data.batch import FlatBatch
@@ -35,12 +35,10 @@ KEYS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_leng
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only a GPU computes runs in plain torch, or on the CPU's engine."""
-    flash_kernels.install(monkeypatch)
-    of_any_device = Call.generator
-    monkeypatch.setattr(Call, "generator", lambda call, device: of_any_device(call, torch.device("cpu")))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+def gpu() -> Iterator[None]:
+    """What only a GPU computes runs in plain torch."""
+    with stand_ins(native=False):
+        yield
 
 
 def ours(mode: DeviceMode) -> list[Any]:
@@ -62,17 +60,17 @@ ATTENTION: dict[str, dict[str, Any]] = {
 }
 
 
-def attend(mode: DeviceMode, batch: dict[str, Any], options: dict[str, Any], impl: str) -> list[Tensor]:
+def attend(device: Any, batch: dict[str, Any], options: dict[str, Any], impl: str) -> list[Tensor]:
     """Two layers of attention, forward and backward, as a model's code calls them: boundaries in keyword arguments."""
     torch.manual_seed(0)
     (rows, length), dtype = batch["input_ids"].shape, torch.bfloat16
 
     def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=mode.device, dtype=dtype).requires_grad_()
+        return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
 
     given = {key: leaf(*value) if isinstance(value, tuple) else value for key, value in options.items()}
     if "mask" in given:
-        given["mask"] = torch.ones(1, 1, length, length, device=mode.device, dtype=torch.bool)
+        given["mask"] = torch.ones(1, 1, length, length, device=device, dtype=torch.bool)
     leaves = [leaf(rows, heads, length, 8) for heads in (4, 2, 2)]
     leaves += [value for value in given.values() if isinstance(value, Tensor) and value.requires_grad]
     total: Any = 0
@@ -92,8 +90,11 @@ def test_attention(gpu: None, name: str, impl: str) -> None:
     with DeviceMode() as mode:
         there = of_host(mode, batch).to(mode.device)
         mode.waits.clear()
-        grads = attend(mode, there, ATTENTION[name], impl)
+        grads = attend(mode.device, there, ATTENTION[name], impl)
         assert mode.waits == [] and all(grad.is_cuda for grad in grads)
+    if impl == "blocks":  # a scalar of the device that met 16-bit tensors would have been rounded there
+        same = map(torch.equal, grads, attend(torch.device("cpu"), batch, ATTENTION[name], impl))
+        assert all(same)
     assert len(flash_kernels.CALLS) == (0 if impl == "blocks" or name in ("softcap", "bias", "mask") else 2)
 
 
@@ -119,10 +120,10 @@ def test_attention_in_models(gpu: None, name: str, checkpointing: bool | None) -
     """With the hooks; transformers itself looks once for packed sequences, for each mask that it makes."""
     model = build(name, "fastft", torch.bfloat16)
     if checkpointing is not None:
-        options = {"use_reentrant": checkpointing}
+        options: dict[str, Any] = {"use_reentrant": checkpointing}
         if not checkpointing:  # its comparison does not always see the device
             options["determinism_check"] = "none"
-        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        checkpoint_activations(model.train(), **options)
     batch = PackingCollator(position_ids_start=MODELS[name].position_ids_start)(make(SIZES))
     with DeviceMode() as mode, fastft.packed_attention(model):
         there = of_host(mode, batch).to(mode.device)
@@ -214,15 +215,16 @@ def test_examples_classified_by_their_segments(gpu: None, name: str) -> None:
 
 
 # ---- the optimizer
-@pytest.fixture(params=["an engine", "eager"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gpu: None) -> str:
-    """The CPU's kernels in the place of CUDA's, with all that Python does for these; or plain torch."""
-    if request.param == "an engine":
-        if _native.missing("cpu"):
-            pytest.skip("the CPU's library is missing")
-        monkeypatch.setattr(_native, "cuda_unusable", lambda index: None)
-        monkeypatch.setitem(ops.LIBRARIES, "cuda", "cpu")
-    return "auto" if request.param == "an engine" else "eager"
+@pytest.fixture(params=["auto", "eager"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU's kernels in the place of CUDA's, with all that Python does for these; and plain torch.
+
+    Where steps are counted on the device, plain torch reads the table of hyper-parameters: no test says otherwise.
+    """
+    if request.param == "auto" and _native.missing("cpu"):
+        pytest.skip("the CPU's library is missing")
+    with stand_ins(native=request.param == "auto"):
+        yield request.param
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -272,11 +274,11 @@ def assert_same_as_on_a_cpu(params: list[Tensor], train: Callable[[list[Tensor]]
         assert_no_worse(actual, expected, expected.double(), terms=3)
 
 
+@pytest.mark.filterwarnings("ignore:rounding=")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_of_adamw(name: str, engine: str) -> None:
     options = {**OPTIMIZERS[name], "seed": 1, "impl": engine}
-    if engine == "eager" and "capturable" in options:
-        pytest.skip("without a GPU's engine the table of hyper-parameters is read")
+    reads = engine == "eager" and "capturable" in options
 
     def make_it(params: list[Tensor]) -> Any:
         return fastft.AdamW(params, lr=0.01, **options)
@@ -291,15 +293,13 @@ def test_a_step_of_adamw(name: str, engine: str) -> None:
         optimizer.param_groups[0]["lr"] = 0.01  # a schedule writes there
         give_gradients(params, 2)
         optimizer.step()
-        assert mode.waits == []
+        assert bool(mode.waits) == reads
     assert_same_as_on_a_cpu(params, train)
 
 
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_step_under_gradscaler(capturable: bool, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where steps are counted on the host, it waits for what GradScaler has found; torch's own update does not."""
-    if engine == "eager" and capturable:
-        pytest.skip("without a GPU's engine the table of hyper-parameters is read")
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
 
     def make_it(params: list[Tensor]) -> Any:
@@ -316,16 +316,17 @@ def test_a_step_under_gradscaler(capturable: bool, engine: str, monkeypatch: pyt
             mode.waits.clear()
             scaler.step(optimizer)
             scaler.update()
-            assert [wait.what for wait in mode.waits] == ([] if capturable else ["local_scalar_dense"])
+            if not (capturable and engine == "eager"):
+                assert [wait.what for wait in mode.waits] == ([] if capturable else ["local_scalar_dense"])
             changed = any(not torch.equal(*pair) for pair in zip(params, before, strict=True))
             assert changed != found and optimizer.step_was_skipped == found
 
 
 def test_a_learning_rate_on_the_device(engine: str) -> None:
     """It is read by the host where steps are counted there."""
-    if engine == "eager":
-        pytest.skip("counts are on the device where an engine is")
     for capturable, expected in ((True, 0), (False, 1)):
+        if capturable and engine == "eager":
+            continue
 
         def make_it(params: list[Tensor], capturable: bool = capturable) -> Any:
             lr = torch.full((), 0.01, device=params[0].device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -332,6 +333,17 @@ def test_cuda_arguments(batch: str, name: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
     longest = min(max(lengths), options.get("chunk") or max(lengths))
     assert [(call["max_q"], call["max_k"]) for call in calls] == [(longest, longest)]
+
+
+def test_a_longest_segment_that_is_said_to_be_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernels would leave out what is beyond, without a word."""
+    calls = flash_kernels.install(monkeypatch)
+    monkeypatch.setattr(room, "_engine", lambda *args: "flash_cuda")
+    segments = dataclasses.replace(segments_of_lengths((30, 33, 63)), max_seqlen_q=40, max_seqlen_k=7)
+    call = inputs("rows", {"causal": True}, torch.float64)
+    out = segment_attention(**call, segments=segments)
+    torch.testing.assert_close(out, each_segment((30, 33, 63), **call), rtol=1e-12, atol=1e-12)
+    assert (calls[0]["max_q"], calls[0]["max_k"]) == (63, 63)
 
 
 @pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 5}, {"causal": False, "window": 5}])

@@ -11,7 +11,8 @@ from support.row_problems import CASES, EVERYTHING, Case, Problem, run
 
 pytest.importorskip("triton")
 
-from support.triton_compiler import Binary, binary, compiled_for
+from support.machine_code import Binary
+from support.triton_compiler import binary, compiled_for
 
 from fastft.loss.cross_entropy_triton import cross_entropy_rows
 from fastft.optim.adamw_update import RESIDUES, Rounding
@@ -44,7 +45,7 @@ def compiled(case: Case, classes: int, dtype: torch.dtype, chip: int) -> Binary:
 
 
 # 128256, 151936 and 256000 classes are one kernel, and 32000 classes the same with half the warps
-@pytest.mark.parametrize(("chip", "dtype"), [(80, HALF), (90, HALF), (100, HALF), (90, FULL)])
+@pytest.mark.parametrize(("chip", "dtype"), [(75, HALF), (80, HALF), (90, HALF), (100, HALF), (90, FULL)])
 @pytest.mark.parametrize("classes", [50_257, 151_936])
 def test_no_spills(classes: int, chip: int, dtype: torch.dtype) -> None:
     code = compiled(CASES["everything in place"], classes, dtype, chip)
@@ -61,6 +62,12 @@ def test_loads_and_stores_are_16_bytes_wide(classes: int, dtype: torch.dtype) ->
     element, ends = dtype.itemsize * 8, classes % 16 != 0
     assert code.spills == 0 and loads[128] >= 4 and stores[128] >= 4
     assert (loads[element] > 8) == ends and (stores[element] > 8) == ends
+
+
+@pytest.mark.parametrize("case", ["plain", "smoothing", "smoothing and weight", "everything in place"])
+def test_one_class_compiles(case: str) -> None:
+    code = compiled(CASES[case], 1, FULL, 90)
+    assert code.spills == 0
 
 
 def test_all_vocabularies_of_a_kind_share_a_kernel() -> None:
@@ -103,6 +110,8 @@ def adamw_on_meta(rounding: Rounding, moment: torch.dtype, amsgrad: bool) -> lis
         (90, Rounding.FP32, FULL, True),
         (90, Rounding.KAHAN, HALF, False),
         (100, Rounding.STOCHASTIC, HALF, True),
+        (75, Rounding.EXACT, FULL, False),
+        (75, Rounding.STOCHASTIC, CODES, False),
         (80, Rounding.STOCHASTIC, CODES, False),
         (90, Rounding.FP32, CODES, False),
         (100, Rounding.EXACT, CODES, False),

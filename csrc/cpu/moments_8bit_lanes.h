@@ -1,5 +1,5 @@
 // 8-bit moments of a block to and from floats with AVX2 and AVX-512, by hand: compilers do the widths of 8, 16 and 32
-// bits one by one. The bits of moments_8bit.h in fewer instructions, as csrc/cuda/coded_moments.h. Blocks that are rare
+// bits one by one. The bits of moments_8bit.h in fewer instructions. Blocks that are rare
 // are left to it: both functions return false, with nothing done, for the code of NaN, for Inf and NaN, for a scale
 // whose reciprocal may overflow.
 #pragma once
@@ -34,12 +34,11 @@ FASTFT_HD WideInt wide_unsigned(const uint8_t* codes) {
 FASTFT_HD WideInt wide_random(const uint16_t* bits) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits)));
 }
-FASTFT_HD Wide about_fourth_root(Wide x) { return _mm512_rsqrt14_ps(_mm512_rsqrt14_ps(x)); }
-FASTFT_HD Wide wide_if_less(Wide a, Wide b, Wide yes, Wide no) {
-  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+FASTFT_HD WideInt wide_one_more(WideInt value, Wide a, Wide b) {  // where a < b
+  return _mm512_mask_add_epi32(value, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), value, wide(1u));
 }
-FASTFT_HD Wide wide_with_sign(Wide size, Wide sign) {  // of sizes without one
-  return as_floats(_mm512_ternarylogic_epi32(as_bits(size), as_bits(sign), wide(0x80000000u), 0xf8));
+FASTFT_HD WideInt wide_with_sign(WideInt size, Wide sign) {
+  return _mm512_mask_sub_epi32(size, _mm512_movepi32_mask(as_bits(sign)), wide(0u), size);
 }
 FASTFT_HD WideInt wide_swapped(WideInt random) {  // bytes 0 and 1 as bytes 2 and 1
   const __m128i order = _mm_setr_epi8(-1, 1, 0, -1, -1, 5, 4, -1, -1, 9, 8, -1, -1, 13, 12, -1);
@@ -62,13 +61,10 @@ FASTFT_HD WideInt wide_unsigned(const uint8_t* codes) {
 FASTFT_HD WideInt wide_random(const uint16_t* bits) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits)));
 }
-FASTFT_HD Wide about_fourth_root(Wide x) { return _mm256_rsqrt_ps(_mm256_rsqrt_ps(x)); }
-FASTFT_HD Wide wide_if_less(Wide a, Wide b, Wide yes, Wide no) {
-  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+FASTFT_HD WideInt wide_one_more(WideInt value, Wide a, Wide b) {  // where a < b
+  return _mm256_sub_epi32(value, as_bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
 }
-FASTFT_HD Wide wide_with_sign(Wide size, Wide sign) {  // of sizes without one
-  return as_floats(as_bits(size) | (as_bits(sign) & wide(0x80000000u)));
-}
+FASTFT_HD WideInt wide_with_sign(WideInt size, Wide sign) { return _mm256_sign_epi32(size, as_bits(sign)); }
 FASTFT_HD WideInt wide_swapped(WideInt random) {  // bytes 0 and 1 as bytes 2 and 1
   const __m128i order = _mm_setr_epi8(-1, 1, 0, -1, -1, 5, 4, -1, -1, 9, 8, -1, -1, 13, 12, -1);
   return _mm256_shuffle_epi8(random, _mm256_broadcastsi128_si256(order));
@@ -109,29 +105,23 @@ FASTFT_HD Wide exp_avg_sq_decode(const uint8_t* codes, Wide scale) {
   return wide_mul(as_floats(wide_add(as_bits(unit), exponent)), scale);
 }
 
-// The code as a float. Between fourth powers that are right, one of both codes next to x is drawn; which are next, the
-// rounded approximation tells but for one.
-FASTFT_HD Wide exp_avg_encode(Wide m, Wide reciprocal, WideInt random) {
+FASTFT_HD WideInt exp_avg_encode(Wide m, Wide reciprocal, WideInt random) {
   const Wide size = wide_mul(wide_mul(wide_size(m), reciprocal), wide(FASTFT_EXP_AVG_UNITS));
-  const Wide x = wide_min(size, wide(FASTFT_EXP_AVG_UNITS - 64.0f));  // as coded_moments.h
-  const Wide near = wide_sub(wide_add(about_fourth_root(x), wide(kToInteger)), wide(kToInteger));
-  const Wide near_square = wide_mul(near, near), near_fourth = wide_mul(near_square, near_square);
-  const Wide other = wide_add(near, wide_if_less(x, near_fourth, wide(-1.0f), wide(1.0f)));
-  const Wide other_square = wide_mul(other, other), other_fourth = wide_mul(other_square, other_square);
-  const Wide below = wide_min(near_fourth, other_fourth), above = wide_max(near_fourth, other_fourth);
+  const Wide x = wide_min(size, wide(FASTFT_EXP_AVG_UNITS - 64.0f));  // code 127, whatever is drawn
+  const WideInt low = FASTFT_OF_WIDE(cvttps_epi32)(FASTFT_OF_WIDE(sqrt_ps)(FASTFT_OF_WIDE(sqrt_ps)(x)));
+  const Wide root = FASTFT_OF_WIDE(cvtepi32_ps)(low), next = wide_add(root, wide(1.0f));
+  const Wide square = wide_mul(root, root), next_square = wide_mul(next, next);
+  const Wide below = wide_mul(square, square), above = wide_mul(next_square, next_square);
   const Wide share = wide_sub(as_floats(random | wide(0x43000000u)), wide(128.0f));  // the random number / 2^16
-  const Wide code = wide_if_less(wide_mul(share, wide_sub(above, below)), wide_sub(x, below), wide_max(near, other),
-                                 wide_min(near, other));
-  return wide_with_sign(code, m);
+  return wide_with_sign(wide_one_more(low, wide_mul(share, wide_sub(above, below)), wide_sub(x, below)), m);
 }
 
 FASTFT_HD WideInt exp_avg_sq_encode(Wide v, Wide reciprocal, WideInt random) {
   const Wide units = wide_mul(wide_mul(v, reciprocal), wide(FASTFT_EXP_AVG_SQ_UNITS));
   const Wide kept = wide_max(wide_min(units, wide(FASTFT_EXP_AVG_SQ_UNITS)), wide(1.0f));
   // 24 * (bits of kept - bits of 1) + (random number, bytes swapped, << 8): the code is the topmost byte
-  const WideInt place = wide_add(as_bits(kept), wide(0u - 0x3f800000u));
-  const WideInt twenty_four = wide_add(FASTFT_OF_WIDE(slli_epi32)(place, 4), FASTFT_OF_WIDE(slli_epi32)(place, 3));
-  return FASTFT_OF_WIDE(srli_epi32)(wide_add(twenty_four, wide_swapped(random)), 24);
+  const WideInt place = FASTFT_OF_WIDE(mullo_epi32)(wide_add(as_bits(kept), wide(0u - 0x3f800000u)), wide(24u));
+  return FASTFT_OF_WIDE(srli_epi32)(wide_add(place, wide_swapped(random)), 24);
 }
 
 FASTFT_HD bool has_nan_code(const int8_t* codes) {
@@ -172,7 +162,7 @@ FASTFT_HD void encode_together(const float* m, const float* v, Wide reciprocal, 
   for (int k = 0; k < kCodesTogether / kWide; k++) {
     const WideInt random = wide_random(bits + kWide * k);
     const Wide value = FASTFT_OF_WIDE(loadu_ps)(m + kWide * k), sq = FASTFT_OF_WIDE(loadu_ps)(v + kWide * k);
-    code[k] = FASTFT_OF_WIDE(cvtps_epi32)(exp_avg_encode(value, reciprocal, random));
+    code[k] = exp_avg_encode(value, reciprocal, random);
     sq_code[k] = exp_avg_sq_encode(sq, sq_reciprocal, random);
   }
   store_codes(code, codes), store_sq_codes(sq_code, sq_codes);
@@ -192,7 +182,7 @@ static bool encode_block(const float* m, const float* v, const uint16_t* bits, i
   const auto take = [&](const float* m, const float* v) __attribute__((always_inline)) {
     for (int i = 0; i < kCodesTogether; i += kWide) {
       largest = wide_max_bits(largest, as_bits(wide_size(FASTFT_OF_WIDE(loadu_ps)(m + i))));
-      largest_sq = wide_max_bits(largest_sq, as_bits(wide_size(FASTFT_OF_WIDE(loadu_ps)(v + i))));
+      largest_sq = wide_max_bits(largest_sq, as_bits(FASTFT_OF_WIDE(loadu_ps)(v + i)));
     }
   };
   for (int i = 0; i < whole; i += kCodesTogether) take(m + i, v + i);

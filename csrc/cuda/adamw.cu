@@ -1,10 +1,12 @@
 // fastft::adamw_ on CUDA: one launch over all tensors of all groups, each block a chunk of one tensor.
 //
-// adamw_bind checks the tensors once and lays a table of them into device memory; adamw_bound_ is then a step, which
-// writes the gradients' pointers into the table where they are others than before. The hyper-parameters travel as the
-// kernel's parameters, or are already in device memory (capturable), whence a CUDA graph's replay reads them anew.
-// Nothing waits for the device: what goes there goes by value, as parameters of small kernels.
+// adamw_bind checks the tensors once; adamw_bound_ is then a step, the first of which lays a table of them into device
+// memory, and each of which writes the gradients' pointers into it where they are others than before. The
+// hyper-parameters travel as the kernel's parameters, or are already in device memory (capturable), whence a CUDA
+// graph's replay reads them anew. Nothing waits for the device: what goes there goes by value, as parameters of small
+// kernels.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "adamw_args.h"
@@ -38,37 +40,44 @@ void upload(void* to, const void* from, size_t bytes, cudaStream_t stream) {
   fastft::check_launch("adamw_");
 }
 
+// Whether what is launched on a stream is recorded for a CUDA graph.
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be blamed
+  FT_CHECK(error == cudaSuccess, "adamw_: cannot tell whether the stream is captured: %s", cudaGetErrorString(error));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+using Kernel = void (*)(Step);
+
+// The kernel for tensors that are kept like these.
+Kernel kernel_for(const std::vector<AdamwTensor>& rows) {
+  static constexpr Kernel kAlike[] = {adamw_kernel<kFp32>, adamw_kernel<kExact>, adamw_kernel<kKahan>,
+                                      adamw_kernel<kStochastic>, adamw_kernel<kNearest>};
+  bool alike = true;
+  for (const AdamwTensor& t : rows) {
+    if (t.columns > 0) return adamw_kernel<kAnyhow>;
+    alike &= t.rounding == rows[0].rounding && !t.narrow_moments;
+  }
+  return alike && !rows.empty() ? kAlike[rows[0].rounding] : adamw_kernel<kUncoded>;
+}
+
+// Tensors, and a table of them in device memory. The table is laid there by the first step, and again by one on another
+// stream: memory that goes back to the allocator is free for the stream that asked for it, whoever else still reads it.
 class Bound {
  public:
   fastft::AdamwTensors tensors;
 
-  explicit Bound(fastft::AdamwTensors&& checked)
-      : tensors(std::move(checked)),
-        memory_(fastft::device_memory(int64_t(bytes(tensors)) + 16, tensors.device_index)) {
-    std::vector<uint32_t> first_block;
+  explicit Bound(fastft::AdamwTensors&& checked) : tensors(std::move(checked)), kernel_(kernel_for(tensors.rows)) {
     for (const AdamwTensor& t : tensors.rows) {
-      first_block.push_back(uint32_t(blocks_));
-      coded_ |= t.columns > 0;
+      first_block_.push_back(uint32_t(blocks_));
       blocks_ += t.columns ? (moment_blocks(t) + kCodedBlocks - 1) / kCodedBlocks : (t.numel + kChunk - 1) / kChunk;
       FT_CHECK(blocks_ < (int64_t(1) << 31), "adamw_: %zu tensors have too many elements", tensors.rows.size());
     }
-    const size_t n = tensors.rows.size();
-    step_.count = int32_t(n);
-    char* place = static_cast<char*>(memory_.mutable_data());
-    step_.tensors = reinterpret_cast<AdamwTensor*>(place);
-    step_.grads = reinterpret_cast<const void**>(place += n * sizeof(AdamwTensor));
-    step_.first_block = reinterpret_cast<uint32_t*>(place += n * sizeof(void*));
-    hyper_ = reinterpret_cast<AdamwHyper*>(place + n * sizeof(uint32_t));
-    const fastft::DeviceGuard guard(tensors.device_index);
-    const cudaStream_t stream = fastft::current_stream(tensors.device_index);
-    upload(const_cast<AdamwTensor*>(step_.tensors), tensors.rows.data(), n * sizeof(AdamwTensor), stream);
-    upload(const_cast<uint32_t*>(step_.first_block), first_block.data(), n * sizeof(uint32_t), stream);
   }
 
-  // A graph that has captured a step reads the table at every replay: then nobody may have its memory, ever.
-  ~Bound() {
-    if (in_graph_) memory_.handle = nullptr;
-  }
+  ~Bound() { leave_to_graph(); }
 
   // A step with the gradients that `tensors` has taken.
   void run(const fastft::AdamwStep& hyper) {
@@ -76,6 +85,10 @@ class Bound {
     FT_CHECK(hyper.grad_factor.device_index() == tensors.device_index, "adamw_: grad_factor is on another device");
     const fastft::DeviceGuard guard(tensors.device_index);
     const cudaStream_t stream = fastft::current_stream(tensors.device_index);
+    const bool capturing = is_capturing(stream);
+    // a graph is left its table, so that there it does not matter whose memory that is
+    if (!memory_ || (stream != stream_ && !capturing)) lay_table(stream);
+    in_graph_ |= capturing;
     refresh_grads(stream);
     step_.grad_factor = static_cast<const float*>(hyper.grad_factor.data());
     step_.seed = uint64_t(hyper.seed);
@@ -90,30 +103,45 @@ class Bound {
       upload(hyper_, hyper.rows(), size, stream);
       step_.hyper = hyper_;
     }
-    if (coded_)
-      FASTFT_LAUNCH(adamw_kernel<true>, unsigned(blocks_), kThreads, 0, stream, step_);
-    else
-      FASTFT_LAUNCH(adamw_kernel<false>, unsigned(blocks_), kThreads, 0, stream, step_);
+    FASTFT_LAUNCH(kernel_, unsigned(blocks_), kThreads, 0, stream, step_);
     fastft::check_launch("adamw_");
   }
 
  private:
-  fastft::Tensor memory_;
-  Step step_{};
-  AdamwHyper* hyper_;
+  Kernel kernel_;
   int64_t blocks_ = 0;
+  std::vector<uint32_t> first_block_;
+  std::optional<fastft::Tensor> memory_;  // the table
+  cudaStream_t stream_ = nullptr;         // whose memory it is
+  bool in_graph_ = false;
+  Step step_{};
+  AdamwHyper* hyper_ = nullptr;
   std::vector<const void*> grads_;  // in the table
-  bool in_graph_ = false, coded_ = false;
 
-  static size_t bytes(const fastft::AdamwTensors& tensors) {
+  void lay_table(cudaStream_t stream) {
+    const size_t n = tensors.rows.size(), of_tensor = sizeof(AdamwTensor) + sizeof(void*) + sizeof(uint32_t);
     const size_t hyper = tensors.hyper_rows > kOwnRows ? size_t(tensors.hyper_rows) * sizeof(AdamwHyper) : 0;
-    return tensors.rows.size() * (sizeof(AdamwTensor) + sizeof(void*) + sizeof(uint32_t)) + hyper;
+    fastft::Tensor memory = fastft::device_memory(int64_t(n * of_tensor + hyper) + 16, tensors.device_index);
+    char* place = static_cast<char*>(memory.mutable_data());
+    auto* rows = reinterpret_cast<AdamwTensor*>(place);
+    auto* grads = reinterpret_cast<const void**>(place += n * sizeof(AdamwTensor));
+    auto* first_block = reinterpret_cast<uint32_t*>(place += n * sizeof(void*));
+    upload(rows, tensors.rows.data(), n * sizeof(AdamwTensor), stream);
+    upload(first_block, first_block_.data(), n * sizeof(uint32_t), stream);
+    leave_to_graph();
+    memory_.emplace(std::move(memory));
+    stream_ = stream, in_graph_ = false;
+    step_.count = int32_t(n), step_.tensors = rows, step_.grads = grads, step_.first_block = first_block;
+    hyper_ = reinterpret_cast<AdamwHyper*>(place + n * sizeof(uint32_t));
+    grads_.clear();
+  }
+
+  // A graph that has captured a step reads the table at every replay: then nobody may have its memory, ever.
+  void leave_to_graph() {
+    if (memory_ && in_graph_) memory_->handle = nullptr;
   }
 
   void refresh_grads(cudaStream_t stream) {
-    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-    cudaStreamIsCapturing(stream, &capturing);
-    in_graph_ |= capturing != cudaStreamCaptureStatusNone;
     std::vector<const void*> grads;
     for (const AdamwTensor& t : tensors.rows) grads.push_back(t.grad);
     if (!in_graph_ && grads == grads_) return;  // a replay, which nobody sees here, writes those of its capture

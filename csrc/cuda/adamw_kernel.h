@@ -89,8 +89,8 @@ struct Place {
   }
 };
 
-// Stores values of a Place, of a kind that the last argument names: floats as they are, bfloat16 rounded stochastically,
-// with the bytes of the random numbers swapped where kSwapped.
+// Stores values of a Place, of a kind that the last argument names: floats as they are, bfloat16 rounded
+// stochastically, with the bytes of the random numbers swapped where kSwapped.
 template <bool kSwapped, int kWidth>
 __device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>&, const float (&values)[kWidth], float) {
   Vector<float, kWidth> kept;
@@ -316,12 +316,12 @@ __device__ void store_codes(const Place& at, const float (&m)[1], const float (&
   const bool finite = both_finite(m[0], v[0]);
   const uint16_t bits = random.at(0);
   static_cast<int8_t*>(at.t.exp_avg)[at.i] = exp_avg_encode(m[0], finite, scales.divisor(), bits);
-  static_cast<uint8_t*>(at.t.exp_avg_sq)[at.i] =
-      exp_avg_sq_encode(v[0], finite, scales.sq_divisor(), swap_bytes(bits));
+  static_cast<uint8_t*>(at.t.exp_avg_sq)[at.i] = exp_avg_sq_encode(v[0], finite, scales.sq_divisor(), swap_bytes(bits));
 }
 
 __device__ void load_codes(const Place& at, float m_scale, float v_scale, float (&m)[8], float (&v)[8]) {
-  const auto m_codes = load<2, uint32_t>(at.t.exp_avg, at.i / 4), v_codes = load<2, uint32_t>(at.t.exp_avg_sq, at.i / 4);
+  const auto m_codes = load<2, uint32_t>(at.t.exp_avg, at.i / 4),
+             v_codes = load<2, uint32_t>(at.t.exp_avg_sq, at.i / 4);
   decode_eight(m_codes.at, v_codes.at, m_scale, v_scale, m, v);
 }
 
@@ -417,15 +417,30 @@ __device__ T* global(T* data) {
   return data;
 }
 
-// Tensors with 8-bit moments, which are there with kCoded alone, need more registers.
-template <bool kCoded>
-__global__ void __launch_bounds__(kThreads, kCoded ? 4 : 5) adamw_kernel(const __grid_constant__ Step step) {
-  int low = 0;  // the last tensor whose first block is not after this one
-  for (int high = step.count; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    (step.first_block[middle] <= blockIdx.x ? low : high) = middle;
+// The tensor of this block: the last one whose first block is not after it. Each warp asks 32 places at a time, so that
+// two loads, one after the other, find one of a thousand tensors.
+__device__ int tensor_of_block(const Step& step) {
+  const int lane = int(threadIdx.x) % kWarp;
+  int low = 0;
+  for (int end = step.count; end - low > 1;) {
+    const int part = (end - low + kWarp - 1) / kWarp, place = low + lane * part;
+    const bool not_after = place < end && step.first_block[place] <= blockIdx.x;
+    low += (__popc(__ballot_sync(0xffffffffu, not_after)) - 1) * part;
+    end = end - low < part ? end : low + part;
   }
-  const AdamwTensor& row = step.tensors[low];
+  return low;
+}
+
+// How the tensors of a launch are kept: all of them rounded as this AdamwRounding says, with float32 moments, which the
+// compiler then knows; or in any way without 8-bit moments; or in any way. The more ways, the more registers.
+constexpr int kUncoded = kNearest + 1, kAnyhow = kUncoded + 1;
+constexpr int blocks_of_processor(int kept) { return kept == kAnyhow ? 4 : kept == kUncoded ? 5 : 7; }
+
+template <int kKept>
+__global__ void __launch_bounds__(kThreads, blocks_of_processor(kKept))
+    adamw_kernel(const __grid_constant__ Step step) {
+  const int tensor = tensor_of_block(step);
+  const AdamwTensor& row = step.tensors[tensor];
   const AdamwTensor t{global(row.param),
                       nullptr,
                       global(row.exp_avg),
@@ -438,16 +453,16 @@ __global__ void __launch_bounds__(kThreads, kCoded ? 4 : 5) adamw_kernel(const _
                       row.numel,
                       row.first,
                       row.row,
-                      row.rounding,
-                      row.narrow_moments};
+                      kKept < kUncoded ? AdamwRounding(kKept) : row.rounding,
+                      kKept < kUncoded ? false : row.narrow_moments};
   const AdamwHyper h = step.hyper ? step.hyper[t.row] : step.own[t.row];
   if (h.step == 0.0f) return;  // the step is skipped
-  const void* grads = global(step.grads[low]);
-  const int64_t number = blockIdx.x - step.first_block[low], chunk = number * kChunk;
+  const void* grads = global(step.grads[tensor]);
+  const int64_t number = blockIdx.x - step.first_block[tensor], chunk = number * kChunk;
   const int n = int(t.numel - chunk < kChunk ? t.numel - chunk : kChunk);
   const float factor = ft_mul(h.grad_sign, *step.grad_factor);
   const Random random{step.seed, uint32_t(h.step)};
-  if (kCoded && t.columns) {
+  if (kKept == kAnyhow && t.columns) {
     if (t.rounding == kFp32)
       update_coded<float>(t, grads, number, factor, h, random);
     else

@@ -3,8 +3,12 @@
 // Pass 1 keeps, for every thread, a running maximum of its logits without the target's and sums relative to it; the
 // block merges them in a fixed order, one thread finishes the row in double precision, pass 2 writes the gradient.
 // A row of which two fit into an SM's shared memory is kept there between the passes: one read, one write. Of a longer
-// one the second read comes from the L2 cache as far as the rows in flight fit there. Logits move 16 bytes at a time;
-// positions count from the 16 bytes before a row's start, so that only its first and last vector go by elements.
+// one the second read comes from the L2 cache as far as the rows in flight fit there. Logits move 16 bytes at a time,
+// but for the few before the first 16 bytes of a row and after its last.
+//
+// HBM leaves time for 28 instructions a logit of 16 bits (H200). So options are asked for once a vector, in the plain
+// kernel not at all, and no vector asks whether it lies within the row.
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "cross_entropy_args.h"
@@ -13,29 +17,76 @@
 
 namespace {
 constexpr int kMaxThreads = 1024, kWarp = 32;
+constexpr int kInFlight = 2;  // loads of a thread
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLowest = -3.402823466e38f;  // finite: the difference of two of them is 0 and not NaN
 constexpr float kFar = -200.0f;              // exp of it is 0; products with it are finite
 
-struct Bf16 {
-  uint16_t bits;
-};
-
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(Bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ void put(float* p, float x) { *p = x; }
 __device__ void put(__half* p, float x) { *p = __float2half_rn(x); }
-__device__ void put(Bf16* p, float x) {
-  const unsigned bits = __float_as_uint(x);
-  p->bits = static_cast<uint16_t>(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u);
+__device__ void put(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
+
+__device__ float2 unpack(unsigned word, __half) { return __half22float2(reinterpret_cast<const __half2&>(word)); }
+__device__ float2 unpack(unsigned word, __nv_bfloat16) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+__device__ unsigned pack(float x, float y, __half) {
+  const __half2 pair = __floats2half2_rn(x, y);
+  return reinterpret_cast<const unsigned&>(pair);
+}
+__device__ unsigned pack(float x, float y, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return reinterpret_cast<const unsigned&>(pair);
 }
 
+// 16 bytes of T as float32 and back. They stay a uint4 in between: nvcc stores a struct of T piece by piece.
+template <class T, int n>
+__device__ void unpack(const uint4& bits, float (&x)[n]) {
+  const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (n == 4) {
+      x[i] = __uint_as_float(words[i]);
+    } else {
+      const float2 pair = unpack(words[i], T());
+      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+template <class T, int n>
+__device__ uint4 pack(const float (&x)[n]) {
+  unsigned words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (n == 4)
+      words[i] = __float_as_uint(x[i]);
+    else
+      words[i] = pack(x[2 * i], x[2 * i + 1], T());
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+__device__ float exp2_approximate(float x) {  // off by 2 units in the last place; below 2^-126 it is 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// exp for x <= 0, with the accuracy that logits of type T ask for: what the product with log2(e) loses by rounding, |x|
+// units of the last place, does not show behind 16 bits, and is added back for float32. For -Inf the loss is NaN, and
+// the minimum drops it.
 template <class T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T at[kSize];
-};
+__device__ float exponential(float x) {
+  constexpr float kLog2E = 1.44269502f, kRest = 1.925963033e-8f, kLn2 = 0.693147182f;
+  const float power = __fmul_rn(x, kLog2E), value = exp2_approximate(power);
+  if (sizeof(T) == 2) return value;
+  const float lost = __fmaf_rn(x, kRest, __fmaf_rn(x, kLog2E, -power));
+  return __fmaf_rn(value, fminf(lost, 1.0f) * kLn2, value);
+}
 
 struct Job {
   const void* logits;
@@ -46,48 +97,46 @@ struct Job {
   bool* is_top1;
   int64_t stride, grad_stride, ignore_index;
   int classes;
-  bool wide_target, held;  // held: between the passes the row stays in shared memory
+  bool wide_target;
+  bool moments;  // the entropy is asked for, or has a gradient
+  bool held;     // between the passes the row stays in shared memory
   float smoothing, z_loss, scale, softcap, softcap_inverse;
 };
 
-// A row seen in vectors: elements [shift, end) from `base` on, which lies on 16 bytes, are its logits.
+// A row of logits: vectors of 16 bytes from class `head` on. The classes before and after them, fewer than a warp has
+// threads, go one by one.
 template <class T>
 struct Row {
-  static constexpr int kSize = Vector<T>::kSize;
-  const T* base;
-  int shift, end, vectors;
-  __device__ Row(const T* row, int classes) {
-    shift = static_cast<int>((reinterpret_cast<uintptr_t>(row) & 15) / sizeof(T));
-    base = row - shift;
-    end = shift + classes;
-    vectors = (end + kSize - 1) / kSize;
+  static constexpr int kSize = 16 / sizeof(T);
+  const T* data;
+  const uint4* words;
+  int head, vectors, alone;
+  __device__ Row(const Job& job, int64_t r) : data(static_cast<const T*>(job.logits) + r * job.stride) {
+    head = min(static_cast<int>((-reinterpret_cast<uintptr_t>(data) & 15) / sizeof(T)), job.classes);
+    words = reinterpret_cast<const uint4*>(data + head);
+    vectors = (job.classes - head) / kSize;
+    alone = job.classes - vectors * kSize;
   }
-  __device__ bool holds(int position) const { return position >= shift && position < end; }
-  __device__ bool whole(int k) const { return k * kSize >= shift && (k + 1) * kSize <= end; }
-  // Vector k; what lies beside the row is -Inf.
-  __device__ Vector<T> load(int k) const {
-    if (whole(k)) return reinterpret_cast<const Vector<T>*>(base)[k];
-    Vector<T> v;
-#pragma unroll
-    for (int i = 0; i < kSize; i++) {
-      const int position = k * kSize + i;
-      if (holds(position))
-        v.at[i] = base[position];
-      else
-        put(&v.at[i], -INFINITY);
-    }
-    return v;
+  __device__ int vector_class(int k) const { return head + k * kSize; }
+  __device__ int alone_class(int i) const { return i < head ? i : i + vectors * kSize; }
+};
+
+// Where the gradient of a row goes, whose vectors may lie elsewhere than those of the logits.
+template <class T>
+struct GradRow {
+  T* data;
+  bool wide;
+  __device__ GradRow(const Job& job, int64_t r, int head) : data(static_cast<T*>(job.grad) + r * job.grad_stride) {
+    wide = (reinterpret_cast<uintptr_t>(data + head) & 15) == 0;
   }
-  // Writes vector k of a row of gradients at `to`.
-  __device__ void store(T* to, int k, const Vector<T>& v) const {
-    T* place = to + (static_cast<int64_t>(k) * kSize - shift);
-    if (whole(k) && (reinterpret_cast<uintptr_t>(place) & 15) == 0) {
-      *reinterpret_cast<Vector<T>*>(place) = v;
-      return;
+  template <int n>
+  __device__ void store(int c, const float (&x)[n]) const {
+    if constexpr (n > 1) {
+      // evict-first: nobody soon reads the gradient, and the rows are to stay in the cache
+      if (wide) return __stcs(reinterpret_cast<uint4*>(data + c), pack<T>(x));
     }
 #pragma unroll
-    for (int i = 0; i < kSize; i++)
-      if (holds(k * kSize + i)) place[i] = v.at[i];
+    for (int i = 0; i < n; i++) put(data + c + i, x[i]);
   }
 };
 
@@ -96,39 +145,35 @@ struct Sums {
   float peak = kLowest, total = 0.0f;
   float moment = 0.0f;                 // sum of exp(z - peak) (z - peak)
   float below = 0.0f, weights = 0.0f;  // sum of weight (target's z - z) over all classes; of the weights
-  int beaten = 0;                      // some class has a higher logit than the target, or as high a one before it
+  float beaten = 0.0f;                 // not 0: a class has a higher logit than the target, or as high a one before it
 };
 
 // Takes over sums relative to `peak`, which is not below theirs. No maximum drops a NaN: it is in the total.
 __device__ void rebase(Sums& sums, float peak) {
-  const float d = fmaxf(sums.peak - peak, kFar), keep = expf(sums.peak - peak);
+  const float d = fmaxf(sums.peak - peak, kFar), keep = exponential<float>(d);
   sums.moment = (sums.moment + sums.total * d) * keep;
   sums.total *= keep;
   sums.peak = peak;
 }
 
-__device__ void merge(Sums& a, Sums b) {
-  const float peak = fmaxf(a.peak, b.peak);
-  rebase(a, peak);
-  rebase(b, peak);
-  a.total += b.total;
-  a.moment += b.moment;
-  a.below += b.below;
-  a.weights += b.weights;
-  a.beaten |= b.beaten;
+__device__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
 }
 
+template <bool kOptions>
 __device__ void merge_warp(Sums& sums) {
+  float peak = sums.peak;
 #pragma unroll
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) {
-    Sums other;
-    other.peak = __shfl_xor_sync(kAllLanes, sums.peak, lane);
-    other.total = __shfl_xor_sync(kAllLanes, sums.total, lane);
-    other.moment = __shfl_xor_sync(kAllLanes, sums.moment, lane);
-    other.below = __shfl_xor_sync(kAllLanes, sums.below, lane);
-    other.weights = __shfl_xor_sync(kAllLanes, sums.weights, lane);
-    other.beaten = __shfl_xor_sync(kAllLanes, sums.beaten, lane);
-    merge(sums, other);
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, lanes));
+  rebase(sums, peak);
+  sums.total = sum_of_warp(sums.total);
+  if (kOptions) {
+    sums.moment = sum_of_warp(sums.moment);
+    sums.below = sum_of_warp(sums.below);
+    sums.weights = sum_of_warp(sums.weights);
+    sums.beaten = sum_of_warp(sums.beaten);
   }
 }
 
@@ -137,59 +182,104 @@ struct alignas(16) Scratch {
   Sums of_warp[kMaxThreads / kWarp];
   fastft::RowResult result;
   float max;
-  int target;  // its position
+  int target;
   int64_t row;
 };
 
-__device__ float transform(float x, const Job& job) {
-  const float z = __fmul_rn(x, job.scale);  // no fused multiply-add may see more digits than the target's logit had
-  return job.softcap > 0.0f ? __fmul_rn(job.softcap, tanhf(z * job.softcap_inverse)) : z;
+template <bool kOptions, int n>
+__device__ void transform(float (&z)[n], const Job& job) {
+#pragma unroll
+  for (int i = 0; i < n; i++) {
+    z[i] = __fmul_rn(z[i], job.scale);  // no fused multiply-add may see more digits than the target's logit had
+  }
+  if (kOptions && job.softcap > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < n; i++) z[i] = __fmul_rn(job.softcap, tanhf(z[i] * job.softcap_inverse));
+  }
 }
 
 struct Target {
   bool known;    // it is a class
-  int position;  // in the row's own count; below 0 if unknown
+  int index;     // -1 if unknown
   float z;       // NaN if unknown
   float center;  // z, or 0 where that is -Inf
 };
 
-template <class T, bool kOptions>
-__device__ void add(Sums& sums, const Vector<T>& v, int k, const Row<T>& row, const Target& target, const Job& job) {
-  constexpr int kSize = Vector<T>::kSize;
-  const bool edge = !row.whole(k);
-  float z[kSize], peak = sums.peak;
+// What smoothing and statistics ask for beside the exponentials, of the classes from c on.
+template <int n>
+__device__ void add_options(Sums& sums, const float (&z)[n], int c, const Target& target, const Job& job) {
+  if (job.smoothing > 0.0f && job.weight) {
 #pragma unroll
-  for (int i = 0; i < kSize; i++) {
-    const int position = k * kSize + i;
-    const bool inside = !edge || row.holds(position);
-    z[i] = inside ? transform(to_float(v.at[i]), job) : -INFINITY;
-    if (kOptions && inside) {
-      if (job.smoothing > 0.0f) {
-        const float w = job.weight ? job.weight[position - row.shift] : 1.0f;
-        sums.below += w * (target.center - z[i]);
-        sums.weights += w;
-      }
-      if (!(z[i] < target.z || (z[i] == target.z && position >= target.position))) sums.beaten = 1;
+    for (int i = 0; i < n; i++) {
+      const float w = job.weight[c + i];
+      sums.below += w * (target.center - z[i]);
+      sums.weights += w;
     }
+  } else if (job.smoothing > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < n; i++) sums.below += target.center - z[i];
   }
-  if (target.position / kSize == k) {
+  if (!job.entropy) return;
 #pragma unroll
-    for (int i = 0; i < kSize; i++)
-      if (k * kSize + i == target.position) z[i] = -INFINITY;
+  for (int i = 0; i < n; i++)
+    if (!(z[i] < target.z || (z[i] == target.z && c + i >= target.index))) sums.beaten = 1.0f;
+}
+
+// Takes in the logits of the classes from c on.
+template <class T, bool kOptions, int n>
+__device__ void add(Sums& sums, float (&z)[n], int c, const Target& target, const Job& job) {
+  transform<kOptions>(z, job);
+  if (kOptions) add_options(sums, z, c, target, job);
+  const unsigned place = target.index - c;
+  if (place < n) {
+#pragma unroll
+    for (int i = 0; i < n; i++)
+      if (i == place) z[i] = -INFINITY;
   }
+  float peak = sums.peak;
 #pragma unroll
-  for (int i = 0; i < kSize; i++) peak = fmaxf(peak, z[i]);
-  rebase(sums, peak);
+  for (int i = 0; i < n; i++) peak = fmaxf(peak, z[i]);
+  if (peak > sums.peak) rebase(sums, peak);
+  float e[n];
 #pragma unroll
-  for (int i = 0; i < kSize; i++) {
-    const float e = expf(z[i] - peak);
-    sums.total += e;
-    if (kOptions) sums.moment += e * fmaxf(z[i] - peak, kFar);
+  for (int i = 0; i < n; i++) sums.total += e[i] = exponential<T>(z[i] - peak);
+  if (kOptions && job.moments) {
+#pragma unroll
+    for (int i = 0; i < n; i++) sums.moment += e[i] * fmaxf(z[i] - peak, kFar);
   }
 }
 
-__device__ void finish(Scratch* scratch, const Sums& sums, const Target& target, int shift, const Job& job, int64_t r) {
-  const float weight = !job.weight ? 1.0f : target.known ? job.weight[target.position - shift] : NAN;
+template <class T, bool kOptions>
+__device__ Sums add_row(const Row<T>& row, const Target& target, uint4* held, const Job& job) {
+  const int threads = blockDim.x;
+  Sums sums;
+  for (int first = threadIdx.x; first < row.vectors; first += kInFlight * threads) {
+    uint4 bits[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; j++) {
+      const int k = first + j * threads;
+      if (k < row.vectors) bits[j] = row.words[k];
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; j++) {
+      const int k = first + j * threads;
+      if (k >= row.vectors) break;
+      if (job.held) held[k] = bits[j];
+      float z[Row<T>::kSize];
+      unpack<T>(bits[j], z);
+      add<T, kOptions>(sums, z, row.vector_class(k), target, job);
+    }
+  }
+  if (threadIdx.x < row.alone) {
+    const int c = row.alone_class(threadIdx.x);
+    float z[1] = {to_float(row.data[c])};
+    add<T, kOptions>(sums, z, c, target, job);
+  }
+  return sums;
+}
+
+__device__ void finish(Scratch* scratch, const Sums& sums, const Target& target, const Job& job, int64_t r) {
+  const float weight = !job.weight ? 1.0f : target.known ? job.weight[target.index] : NAN;
   const float max = fmaxf(sums.peak, target.z);
   Sums all = sums;
   rebase(all, max);
@@ -203,52 +293,91 @@ __device__ void finish(Scratch* scratch, const Sums& sums, const Target& target,
                g_lse = job.upstream[1] ? job.upstream[1][r] : 0.0f;
   const double g_entropy = job.upstream[2] ? job.upstream[2][r] : 0.0f;
   const fastft::RowTerms terms{hit, spread, weights, weight, job.z_loss, g_loss, g_lse, g_entropy};
-  const fastft::RowResult result = fastft::finish_row(row, terms);
+  fastft::RowResult result = fastft::finish_row(row, terms);
   job.losses[r] = result.loss;
   job.lse[r] = result.lse;
   if (job.entropy) {
     job.entropy[r] = result.entropy;
-    job.is_top1[r] = !sums.beaten;
+    job.is_top1[r] = sums.beaten == 0.0f;
   }
+  result.base *= job.scale, result.slope *= job.scale;
+  result.spread *= job.scale, result.target_grad *= job.scale;
   scratch->result = result;
   scratch->max = max;
-  scratch->target = target.position;
+  scratch->target = target.index;
   scratch->row = r;
 }
 
-template <class T, bool kOptions>
-__device__ Vector<T> gradient(const Vector<T>& v, int k, const Row<T>& row, const Scratch& of_row, const Job& job) {
-  constexpr int kSize = Vector<T>::kSize;
+// Makes the gradient of the logits of the classes from c on, in their place.
+template <class T, bool kOptions, int n>
+__device__ void differentiate(float (&z)[n], int c, const Scratch& of_row, const Job& job) {
   const fastft::RowResult& result = of_row.result;
-  Vector<T> out;
+  transform<kOptions>(z, job);
+  float dz[n];
 #pragma unroll
-  for (int i = 0; i < kSize; i++) {
-    const int position = k * kSize + i;
-    const float z = transform(to_float(v.at[i]), job), e = expf(z - of_row.max);
-    float dz = e * result.base;
-    if (kOptions) {
-      dz = e * (result.base + result.slope * fmaxf(z - of_row.max, kFar));
-      if (job.smoothing > 0.0f && row.holds(position))
-        dz -= result.spread * (job.weight ? job.weight[position - row.shift] : 1.0f);
-    }
-    if (position == of_row.target) dz = result.target_grad;
-    if (kOptions && job.softcap > 0.0f) {
-      const float ratio = z * job.softcap_inverse;
-      dz *= (1.0f - ratio) * (1.0f + ratio);
-    }
-    put(&out.at[i], dz * job.scale);
+  for (int i = 0; i < n; i++) dz[i] = exponential<T>(z[i] - of_row.max);
+  if (kOptions && job.moments) {
+#pragma unroll
+    for (int i = 0; i < n; i++) dz[i] *= result.base + result.slope * fmaxf(z[i] - of_row.max, kFar);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; i++) dz[i] *= result.base;
   }
-  return out;
+  if (kOptions && job.smoothing > 0.0f && job.weight) {
+#pragma unroll
+    for (int i = 0; i < n; i++) dz[i] -= result.spread * job.weight[c + i];
+  } else if (kOptions && job.smoothing > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < n; i++) dz[i] -= result.spread;
+  }
+  const unsigned place = of_row.target - c;
+  if (place < n) {
+#pragma unroll
+    for (int i = 0; i < n; i++)
+      if (i == place) dz[i] = result.target_grad;
+  }
+  if (kOptions && job.softcap > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+      const float ratio = z[i] * job.softcap_inverse;
+      dz[i] *= (1.0f - ratio) * (1.0f + ratio);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < n; i++) z[i] = dz[i];
 }
 
-template <class T>
-__device__ Target find_target(const Row<T>& row, int64_t y, const Job& job) {
-  Target target{y >= 0 && y < job.classes, -(1 << 30), NAN, 0.0f};
-  if (!target.known) return target;
-  target.position = row.shift + static_cast<int>(y);
-  target.z = transform(to_float(row.base[target.position]), job);
-  if (target.z > -INFINITY) target.center = target.z;
-  return target;
+// From the end of the row, which is still in the L2 cache.
+template <class T, bool kOptions>
+__device__ void write_gradient(const Scratch& of_row, const uint4* held, const Job& job) {
+  // read back instead of kept: the registers that pass 1 and the double precision between need are short
+  const int64_t r = of_row.row;
+  const Row<T> row(job, r);
+  const GradRow<T> grad(job, r, row.head);
+  const int threads = blockDim.x;
+  for (int last = row.vectors - 1 - static_cast<int>(threadIdx.x); last >= 0; last -= kInFlight * threads) {
+    uint4 bits[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; j++) {
+      const int k = last - j * threads;
+      if (k >= 0) bits[j] = job.held ? held[k] : row.words[k];
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; j++) {
+      const int k = last - j * threads;
+      if (k < 0) break;
+      float z[Row<T>::kSize];
+      unpack<T>(bits[j], z);
+      differentiate<T, kOptions>(z, row.vector_class(k), of_row, job);
+      grad.store(row.vector_class(k), z);
+    }
+  }
+  if (threadIdx.x < row.alone) {
+    const int c = row.alone_class(threadIdx.x);
+    float z[1] = {to_float(row.data[c])};
+    differentiate<T, kOptions>(z, c, of_row, job);
+    grad.store(c, z);
+  }
 }
 
 template <class T>
@@ -260,85 +389,77 @@ __device__ void ignore(const Row<T>& row, const Job& job, int64_t r) {
       job.is_top1[r] = false;
     }
   }
-  Vector<T> zeros;
-  for (int i = 0; i < Vector<T>::kSize; i++) put(&zeros.at[i], 0.0f);
   if (!job.grad) return;
-  T* grad = static_cast<T*>(job.grad) + r * job.grad_stride;
-  for (int k = threadIdx.x; k < row.vectors; k += blockDim.x) row.store(grad, k, zeros);
+  const GradRow<T> grad(job, r, row.head);
+  const float zeros[Row<T>::kSize] = {}, zero[1] = {};
+  for (int k = threadIdx.x; k < row.vectors; k += blockDim.x) grad.store(row.vector_class(k), zeros);
+  if (threadIdx.x < row.alone) grad.store(row.alone_class(threadIdx.x), zero);
 }
 
-template <class T, bool kOptions>
-__device__ void write_gradient(const Scratch& of_row, const Vector<T>* held, const Job& job) {
-  // read back instead of kept: the registers that pass 1 and the double precision between need are short
-  const int64_t r = of_row.row;
-  const int threads = blockDim.x;
-  const Row<T> row(static_cast<const T*>(job.logits) + r * job.stride, job.classes);
-  T* grad = static_cast<T*>(job.grad) + r * job.grad_stride;
-  for (int k = row.vectors - 1 - static_cast<int>(threadIdx.x); k >= 0; k -= 2 * threads) {
-    const int next = k >= threads ? k - threads : k;
-    const Vector<T> first = held ? held[k] : row.load(k), second = held ? held[next] : row.load(next);
-    row.store(grad, k, gradient<T, kOptions>(first, k, row, of_row, job));
-    if (next != k) row.store(grad, next, gradient<T, kOptions>(second, next, row, of_row, job));
-  }
+template <class T>
+__device__ Target find_target(const Row<T>& row, int64_t y, const Job& job) {
+  Target target{y >= 0 && y < job.classes, -1, NAN, 0.0f};
+  if (!target.known) return target;
+  target.index = static_cast<int>(y);
+  float z[1] = {to_float(row.data[y])};
+  transform<true>(z, job);
+  target.z = z[0];
+  if (target.z > -INFINITY) target.center = target.z;
+  return target;
 }
 
 template <class T, bool kOptions>
 __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant__ Job job) {
   FASTFT_SHARED(shared);
   Scratch* scratch = reinterpret_cast<Scratch*>(shared);
-  Vector<T>* held = job.held ? reinterpret_cast<Vector<T>*>(scratch + 1) : nullptr;
+  uint4* held = reinterpret_cast<uint4*>(scratch + 1);
   const int64_t r = blockIdx.x;
-  const Row<T> row(static_cast<const T*>(job.logits) + r * job.stride, job.classes);
+  const Row<T> row(job, r);
   const int64_t y =
       job.wide_target ? static_cast<const int64_t*>(job.target)[r] : static_cast<const int32_t*>(job.target)[r];
   if (y == job.ignore_index) return ignore(row, job, r);
   const Target target = find_target(row, y, job);
-  const int threads = blockDim.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
-  Sums sums;
-  for (int k = threadIdx.x; k < row.vectors; k += 2 * threads) {  // two loads in flight
-    const bool two = k + threads < row.vectors;
-    const Vector<T> first = row.load(k), second = row.load(two ? k + threads : k);
-    if (held) {
-      held[k] = first;
-      if (two) held[k + threads] = second;
-    }
-    add<T, kOptions>(sums, first, k, row, target, job);
-    if (two) add<T, kOptions>(sums, second, k + threads, row, target, job);
-  }
-  merge_warp(sums);
+  Sums sums = add_row<T, kOptions>(row, target, held, job);
+  merge_warp<kOptions>(sums);
   if (lane == 0) scratch->of_warp[warp] = sums;
   __syncthreads();
   if (warp == 0) {
     Sums all;
-    if (lane < threads / kWarp) all = scratch->of_warp[lane];
-    merge_warp(all);
-    if (lane == 0) finish(scratch, all, target, row.shift, job, r);
+    if (lane < blockDim.x / kWarp) all = scratch->of_warp[lane];
+    merge_warp<kOptions>(all);
+    if (lane == 0) finish(scratch, all, target, job, r);
   }
   __syncthreads();  // also: every thread has read the target's logit and the row, which the gradient may overwrite
 
   if (job.grad) write_gradient<T, kOptions>(*scratch, held, job);
 }
 
-// Whether `bytes` of shared memory are there for two blocks of an SM, each with the KiB that the driver takes.
-bool two_fit(int bytes, int32_t device) {
+// Bytes of shared memory of which this device has as many for one block, and for all blocks of an SM.
+struct SharedMemory {
   int block = 0, processor = 0;
-  cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  return bytes <= block && 2 * (bytes + 1024) <= processor;
-}
+  explicit SharedMemory(int32_t device) {
+    cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  }
+  // Whether there are `bytes` for two blocks of an SM, each with the KiB that the driver takes.
+  bool two_fit(int64_t bytes) const { return bytes <= block && 2 * (bytes + 1024) <= processor; }
+};
 
 template <class T, bool kOptions>
 void launch(Job job, int64_t rows, int32_t device) {
-  const int64_t vectors = (int64_t(job.classes) + 2 * Vector<T>::kSize - 2) / Vector<T>::kSize;
-  int bytes = sizeof(Scratch), most = kMaxThreads;  // few rows in flight: they share the L2 cache
+  const int64_t vectors = job.classes / Row<T>::kSize, held_bytes = sizeof(Scratch) + vectors * sizeof(uint4);
   const auto kernel = rows_kernel<T, kOptions>;
-  if (job.grad && vectors < 16384 && two_fit(bytes + static_cast<int>(vectors) * 16, device)) {
-    bytes += static_cast<int>(vectors) * 16;
-    most = kMaxThreads / 2;
+  const SharedMemory memory(device);
+  int64_t bytes = sizeof(Scratch), most = kMaxThreads;  // few rows in flight: they share the L2 cache
+  if (job.grad && memory.two_fit(held_bytes)) {
+    bytes = held_bytes, most = kMaxThreads / 2;
     job.held = true;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    FT_CHECK(error == cudaSuccess, "cross_entropy_rows: %d bytes of shared memory refused: %s", bytes,
+    // The limit is the kernel's and not a launch's: a thread that set it to what its own rows need would take from
+    // another's launch what that needs. So it is always all that a block of this device may have.
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory.block);
+    FT_CHECK(error == cudaSuccess, "cross_entropy_rows: %d bytes of shared memory refused: %s", memory.block,
              cudaGetErrorString(error));
   }
   int threads = kWarp;
@@ -349,7 +470,8 @@ void launch(Job job, int64_t rows, int32_t device) {
 
 template <class T>
 void launch_for(const Job& job, int64_t rows, int32_t device) {
-  if (job.weight || job.entropy || job.upstream[1] || job.smoothing > 0.0f || job.softcap > 0.0f)
+  // class weights without smoothing, a z-loss and a scale cost the plain kernel nothing
+  if (job.moments || job.smoothing > 0.0f || job.softcap > 0.0f)
     launch<T, true>(job, rows, device);
   else
     launch<T, false>(job, rows, device);
@@ -371,6 +493,7 @@ Job read(const fastft::CrossEntropyArgs& args) {
   job.ignore_index = args.ignore_index;
   job.classes = static_cast<int>(args.classes);
   job.wide_target = args.wide_target;
+  job.moments = args.entropy || args.upstream[2];
   job.smoothing = args.label_smoothing;
   job.z_loss = args.z_loss;
   job.scale = args.logit_scale;
@@ -391,7 +514,7 @@ void cross_entropy_rows(StableIValue* stack, uint64_t nargs, uint64_t) {
   if (args.dtype == aoti_torch_dtype_float32())
     launch_for<float>(job, args.rows, args.device_index);
   else if (args.dtype == aoti_torch_dtype_bfloat16())
-    launch_for<Bf16>(job, args.rows, args.device_index);
+    launch_for<__nv_bfloat16>(job, args.rows, args.device_index);
   else
     launch_for<__half>(job, args.rows, args.device_index);
 }

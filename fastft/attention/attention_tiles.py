@@ -92,11 +92,11 @@ class Call:
         segments = self.segments
         ends = segments.on_device(device)
         if self.chunk is None:
-            return *ends, segments.max_seqlen_q, segments.max_seqlen_k
+            return *ends, *segments.longest
         key = ("ends of chunks", self.chunk, device)
         if key not in segments.made:
             segments.made[key] = _chunk_ends(ends[0], self.chunk, len(self.pieces))
-        chunks, longest = segments.made[key], min(self.chunk, segments.max_seqlen_q)
+        chunks, longest = segments.made[key], min(self.chunk, segments.longest[0])
         return chunks, chunks, longest, longest
 
     def new_outputs(self, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,12 @@ class Segments:
         """What follows from the boundaries, made once a batch, by name: of other Segments over these tensors too."""
         return self._host[0].made if self.alike else {}
 
+    @property
+    def longest(self) -> tuple[int, int]:
+        """max_seqlen_q and max_seqlen_k, or more where a segment has more: kernels would leave its last tokens out."""
+        of_queries, of_keys = self._host
+        return max(self.max_seqlen_q, of_queries.longest), max(self.max_seqlen_k, of_keys.longest)
+
     def on_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """cu_seqlens_q and cu_seqlens_k in int32 on `device`; copied there once a batch, if they are not there."""
         of_queries, of_keys = self._host
@@ -102,11 +108,11 @@ def _check(name: str, cu: Any) -> None:
 
 def _segments(cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, beside: tuple[Tensor, ...]) -> Segments:
     """Segments of a batch's own keys; a length that is not given, or is a device's, follows from the boundaries."""
-    given = [None if value is None or isinstance(value, Tensor) else int(value) for value in (max_q, max_k)]
-    if None in given:
-        read = on_host(cu_q, cu_k, *beside)
-        given = [host.longest if value is None else value for value, host in zip(given, read, strict=False)]
-    return Segments(cu_q, cu_k, given[0], given[1], beside=beside)  # type: ignore[arg-type]
+    unknown = [value is None or isinstance(value, Tensor) for value in (max_q, max_k)]
+    if any(unknown):
+        of_q, of_k, *_ = on_host(cu_q, cu_k, *beside)
+        max_q, max_k = of_q.longest if unknown[0] else max_q, of_k.longest if unknown[1] else max_k
+    return Segments(cu_q, cu_k, int(max_q), int(max_k), beside)
 
 
 @dataclass(frozen=True, eq=False)

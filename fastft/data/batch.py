@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastft.data.boundaries import IGNORE_INDEX, packed_boundaries
 from fastft.data.host_boundaries import note, note_copy
+from fastft.loss.counted_labels import note_count, note_labels
 
 BOUNDARIES_OF_SEGMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "decoder_cu_seq_lens"}
 
@@ -28,8 +29,9 @@ class _Counted:
     def counted(self) -> int | None:
         """How many labels are not -100: counted on the host, when asked for, without waiting for a GPU.
 
-        It is the divisor of a mean over micro-batches, and what `linear_cross_entropy(max_counted=...)` takes. None
-        where the batch has no labels, and for a copy of the dict, as `Trainer` makes one.
+        It is the divisor of a mean over micro-batches, and what `linear_cross_entropy(max_counted=...)` takes; the
+        fused loss of a `FusedLossCallback` knows it by itself. None where the batch has no labels, and for a copy of
+        the dict, as `Trainer` makes one.
         """
         return None if self.count is None else self.count()
 
@@ -38,10 +40,14 @@ class PackedBatch(_Counted, dict[str, Any]):
     """A batch of `PackingCollator`: a dict for the model, and `counted`."""
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
-        """The same batch with its tensors on `device`; accelerate calls this. The host keeps the boundaries."""
+        """The same batch with its tensors on `device`; accelerate calls this.
+
+        The host keeps the boundaries, and how many labels count.
+        """
         moved = self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         for key in BOUNDARIES_OF_SEGMENTS & self.keys():
             note_copy(self[key], moved[key])
+        note_labels(self.get("labels"), moved.get("labels"))
         return moved
 
     def pin_memory(self) -> PackedBatch:
@@ -139,19 +145,31 @@ class FlatBatch(_Counted):
         moved = self.integers.to(device, non_blocking=non_blocking)
         if moved is self.integers:  # the batch may be written to
             moved = moved.clone()
-        sizes = [self.segments, self.segments, *[shape.numel() for shape in self.shapes.values()]]
-        lengths, ignored, *parts = moved.split(sizes)
+        lengths, ignored, *parts = moved.split(self._sizes())
         columns = {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
         others = {
             key: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
             for key, value in self.others.items()
         }
         batch = self.expansion(lengths, ignored, columns, others)
+        if "labels" in batch:
+            note_count(batch["labels"], self._count())
         for key in BOUNDARIES_OF_SEGMENTS & self.others.keys():
             note_copy(self.others[key], others[key])
         note(batch["cu_seq_lens_q"], [0, *itertools.accumulate(self.integers[: self.segments].tolist())])
         batch.count = self.count
         return batch
+
+    def _count(self) -> int:
+        """How many labels count, of the integers that are moved: as they are now."""
+        lengths, ignored, *columns = self.integers.split(self._sizes())
+        if self.expansion.source is None:
+            return int((columns[list(self.shapes).index("labels")] != IGNORE_INDEX).sum())
+        source = columns[list(self.shapes).index(self.expansion.source)]
+        return count_labels(source, lengths.tolist(), ignored.tolist())
+
+    def _sizes(self) -> list[int]:
+        return [self.segments, self.segments, *[shape.numel() for shape in self.shapes.values()]]
 
 
 def count_labels(labels: Tensor | None, lengths: list[int], ignored: list[int]) -> int:

@@ -187,7 +187,7 @@ class PackingCollator:
         self.decoder_start_token_id, self.pad_examples = decoder_start_token_id, pad_examples
         self.masking = None if tokenizer is None else TokenMasking(tokenizer, mlm_probability, seed)
 
-    def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch | dict[str, Any]:
+    def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch:
         """The batch of `features`; see the class."""
         features = list(features)
         of_segments = self.task == "sequence_classification"
@@ -219,7 +219,7 @@ class PackingCollator:
         labels: Tensor | None,
         decoder: Columns,
         decoder_lengths: list[int],
-    ) -> dict[str, Any]:
+    ) -> PackedBatch:
         """The batch that transformers' padding collators make: a row for each example, and an attention_mask."""
         rows = [[row] for row in range(len(lengths))]
         multiple = self.pad_to_multiple_of or 1
@@ -233,7 +233,10 @@ class PackingCollator:
             batch["labels"] = labels
         elif self.task == "causal_lm" and "labels" not in batch:
             batch["labels"] = batch["input_ids"].masked_fill(~real, IGNORE_INDEX)
-        return batch | {"attention_mask": real.long()}
+        padded = PackedBatch(batch, attention_mask=real.long())
+        if "labels" in padded:
+            padded.count = functools.partial(count_labels, padded["labels"], [], [])
+        return padded
 
     def _refuse_reserved(self, columns: Columns) -> None:
         made = (*RESERVED, "logits_to_keep", "shift_labels") if self.supervised_only else RESERVED

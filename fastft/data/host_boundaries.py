@@ -76,11 +76,12 @@ def note_copy(source: Tensor, copy: Tensor) -> None:
 
 def on_host(*boundaries: Tensor) -> list[HostBoundaries]:
     """The numbers of each; those that are not known are read, with one wait for each device that they are on."""
-    found = {id(tensor): known(tensor) for tensor in boundaries}
+    tensors_by_id = {id(tensor): tensor for tensor in boundaries}
+    found = {key: known(tensor) for key, tensor in tensors_by_id.items()}
     unknown: dict[torch.device, dict[int, Tensor]] = {}
-    for tensor in boundaries:
-        if found[id(tensor)] is None:
-            unknown.setdefault(tensor.device, {})[id(tensor)] = tensor
+    for key, tensor in tensors_by_id.items():
+        if found[key] is None:
+            unknown.setdefault(tensor.device, {})[key] = tensor
     for tensors in unknown.values():
         numbers = iter(torch.cat(list(tensors.values())).tolist())
         for key, tensor in tensors.items():

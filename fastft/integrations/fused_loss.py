@@ -16,6 +16,7 @@ from fastft.integrations.evaluation import in_evaluation_loop
 from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.trainings import training_begins, until_the_end_of
+from fastft.loss.counted_labels import give_counted_labels
 from fastft.loss.evaluation import Evaluation
 from fastft.loss.output_head import Attachment, expects_head
 from fastft.loss.report import Report
@@ -91,6 +92,8 @@ class FusedLossCallback(TrainerCallback):
             return
         self._attachment = Attachment(model, evaluation)
         self._kept.callback(self._attachment.remove)
+        if packing_collator(kwargs.get("train_dataloader")) is not None:
+            self._kept.callback(give_counted_labels(model))
         self.report = self._attachment.report
         if args.torch_compile and self._attachment.heads:
             self._keep_loss_uncompiled(unwrapped(model))

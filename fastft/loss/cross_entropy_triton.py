@@ -182,7 +182,7 @@ def _rows_kernel(
     target_position = y.to(tl.int32) + shift
     z_y = tl.load(row + target_position, known, float("nan")).to(tl.float32)
     z_y = _transform(z_y, scale, softcap, softcap_inverse, SCALED, CAPPED)
-    w_y, w_sum = 1.0, classes.to(tl.float32)
+    w_y, w_sum = 1.0, classes * 1.0  # Triton makes of a 1 a plain int, which has no .to
     if weight is not None:
         w_y = tl.load(weight + y, known, float("nan"))
     # sum(w (lse - z)) is taken about the target's logit, so that it does not cancel against w_sum * lse
@@ -234,7 +234,7 @@ def _rows_kernel(
     if SMOOTHED:
         if weight is not None:
             w_sum = tl.sum(weights, 0)
-        unit = smoothing / classes.to(tl.float32)
+        unit = smoothing / (classes * 1.0)
         loss += unit * (w_sum * tl.where(z_y > float("-inf"), distance, lse) + tl.sum(below, 0))
     tl.store(losses + r, loss + z_loss * lse * lse)
     tl.store(lses + r, lse)

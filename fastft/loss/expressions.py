@@ -4,9 +4,10 @@
     z      = f_k(... f_1(logits))                   a tree of `Call`s: casts, softcap, scale, log-softmax, ...
     result = g(z, rows)                             a sum over rows, or one result per row
 
-T rows, V vocabulary, H hidden size. Each chunk makes its own logits, C x V with C >= 256, so a pass holds a workspace
-of a few C x V instead of several T x V. A summed result takes its gradients in the forward pass (three GEMMs); a result
-per row makes its logits again in the backward pass (four GEMMs). The weight's gradient is summed over chunks in fp32.
+T rows, V vocabulary, H hidden size. Each chunk makes its own logits, C x V with C >= 256 (on a device 1024, as in
+`linear_rows`), so a pass holds a workspace of a few C x V instead of several T x V. A summed result takes its gradients
+in the forward pass (three GEMMs); a result per row makes its logits again in the backward pass (four GEMMs). The
+weight's gradient is summed over chunks in fp32.
 
 This is the path for whatever `linear_cross_entropy` does not know; it is made of torch operations alone.
 """
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastft.loss.head_gemms import add_weight_gradient
+from fastft.loss.linear_rows import chunk_rows
 from fastft.loss.options import refuse_second_derivative, unrounded
 
 if TYPE_CHECKING:
@@ -273,7 +276,10 @@ def _terms(tensors: tuple[Tensor | None, ...]) -> tuple[Term, ...]:
 def _chunks(terms: tuple[Term, ...]) -> Iterator[slice]:
     """Slices of rows; one empty slice where there is no row, so that shapes and dtypes come out right."""
     count, vocab = terms[0][0].shape[0], terms[0][1].shape[0]
-    size = max(MIN_CHUNK_ROWS, WORKSPACE_BYTES // (4 * max(vocab, 1)))
+    if terms[0][0].device.type == "cpu":
+        size = max(MIN_CHUNK_ROWS, WORKSPACE_BYTES // (4 * max(vocab, 1)))
+    else:
+        size = chunk_rows(count, vocab, torch.float32, terms[0][0].device) or 1
     for start in range(0, max(count, 1), size):
         yield slice(start, min(start + size, count))
 
@@ -321,8 +327,8 @@ def _collect(gradients: list[Tensor | None], terms: tuple[Term, ...], rows: slic
         grad_term = grad_logits.to(x.dtype)  # what torch's sum of terms of two dtypes hands to the narrower one
         if grad_x is not None:
             grad_x.view(-1, grad_x.shape[-1])[rows] = grad_term @ weight
-        if grad_weight is not None and grad_weight.dtype == x.dtype:
-            grad_weight.addmm_(grad_term.T, x[rows])
+        if grad_weight is not None and (grad_weight.dtype == x.dtype or not x.is_cpu):
+            add_weight_gradient(grad_weight, grad_term, x[rows])
         elif grad_weight is not None:
             grad_weight += grad_term.T @ x[rows]
         if grad_bias is not None:

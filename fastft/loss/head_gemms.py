@@ -73,6 +73,31 @@ def knows_out_dtype(product: str, dtype: torch.dtype, device: torch.device) -> b
     return True
 
 
+def _slabs(weight: Tensor) -> Iterator[slice]:
+    """Of the classes of a weight (V, H), or of its gradient."""
+    slab_bytes = _SLAB_BYTES if weight.device.type == "cpu" else _DEVICE_SLAB_BYTES
+    size = max(1, min(len(weight), slab_bytes // max(1, 4 * weight.shape[1])))
+    for begin in range(0, len(weight), size):
+        yield slice(begin, min(begin + size, len(weight)))
+
+
+def add_weight_gradient(total: Tensor, dz: Tensor, x: Tensor, *, first: bool = False) -> None:
+    """Adds dz^T x to `total` (V, H), which may be wider than both; `first`: writes it there."""
+    if total.dtype == dz.dtype:
+        torch.mm(dz.T, x, out=total) if first else total.addmm_(dz.T, x)
+        return
+    widens = total.dtype == torch.float32 and knows_out_dtype("mm", dz.dtype, dz.device)
+    if widens and first:
+        torch.mm(dz.T, x, out_dtype=torch.float32, out=total)
+    elif widens and knows_out_dtype("addmm", dz.dtype, dz.device):
+        torch.addmm(total, dz.T, x, out_dtype=torch.float32, out=total)
+    else:  # there is no product that adds to another dtype: it goes through a slab
+        multiply = functools.partial(torch.mm, out_dtype=torch.float32) if widens else torch.mm
+        for slab in _slabs(total):
+            product = multiply(dz[:, slab].T, x)
+            total[slab].copy_(product) if first else total[slab].add_(product)
+
+
 class HeadGemms:
     """The products of one head, a chunk after the other.
 
@@ -88,13 +113,7 @@ class HeadGemms:
         self.weight, self.bias, self.d_weight, self.d_bias = weight, bias, d_weight, d_bias
         self.emulated = is_emulated(weight.dtype, weight.device.type)
         self.workspace = weight.new_empty(rows, len(weight), dtype=working_dtype(weight.dtype, weight.device.type))
-        slab_bytes = _SLAB_BYTES if weight.device.type == "cpu" else _DEVICE_SLAB_BYTES
-        self.slab = max(1, min(len(weight), slab_bytes // max(1, 4 * weight.shape[1])))
         self.first = True
-
-    def _slabs(self) -> Iterator[slice]:
-        for begin in range(0, len(self.weight), self.slab):
-            yield slice(begin, min(begin + self.slab, len(self.weight)))
 
     def logits(self, x: Tensor) -> Tensor:
         """z of rows `x` (R, H), in the workspace."""
@@ -104,7 +123,7 @@ class HeadGemms:
                 return torch.mm(x, self.weight.T, out=z)
             return torch.addmm(self.bias, x, self.weight.T, out=z)
         wide = x.to(z.dtype)
-        for slab in self._slabs():
+        for slab in _slabs(self.weight):
             torch.mm(wide, self.weight[slab].to(z.dtype).T, out=z[:, slab])
         return z if self.bias is None else z.add_(self.bias)
 
@@ -113,7 +132,7 @@ class HeadGemms:
         if not self.emulated:
             return torch.mm(dz, self.weight)
         total = dz.new_zeros(len(dz), self.weight.shape[1])
-        for slab in self._slabs():
+        for slab in _slabs(self.weight):
             total.addmm_(dz[:, slab], self.weight[slab].to(dz.dtype))
         return total
 
@@ -122,20 +141,5 @@ class HeadGemms:
         if needs[2]:
             self.d_bias += dz.sum(0, dtype=self.d_bias.dtype)
         if needs[1]:
-            self._add_weight(self.d_weight, dz, x.to(dz.dtype))
+            add_weight_gradient(self.d_weight, dz, x.to(dz.dtype), first=self.first)
         self.first = False
-
-    def _add_weight(self, total: Tensor, dz: Tensor, x: Tensor) -> None:
-        if total.dtype == dz.dtype:
-            torch.mm(dz.T, x, out=total) if self.first else total.addmm_(dz.T, x)
-            return
-        widens = total.dtype == torch.float32 and knows_out_dtype("mm", dz.dtype, dz.device)
-        if widens and self.first:
-            torch.mm(dz.T, x, out_dtype=torch.float32, out=total)
-        elif widens and knows_out_dtype("addmm", dz.dtype, dz.device):
-            torch.addmm(total, dz.T, x, out_dtype=torch.float32, out=total)
-        else:  # there is no product that adds to another dtype: it goes through a slab
-            multiply = functools.partial(torch.mm, out_dtype=torch.float32) if widens else torch.mm
-            for slab in self._slabs():
-                product = multiply(dz[:, slab].T, x)
-                total[slab].copy_(product) if self.first else total[slab].add_(product)

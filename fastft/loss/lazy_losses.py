@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastft.loss.counted_labels import bound_of
 from fastft.loss.expressions import LOGITS, Call, Expression, Linear, autocast_state, map_rows, sum_over_rows
 from fastft.loss.lazy_views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
@@ -131,6 +132,7 @@ def _loss(
         return NotImplemented
     if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
         return NotImplemented
+    target, counted = bound_of(target, ignore_index)
     linear = lazy.checked()
     weight = None if weight is None else weight.clone()  # as it is now, whatever becomes of it before backward
     options: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight}
@@ -138,14 +140,14 @@ def _loss(
         options["label_smoothing"] = label_smoothing
     known = _known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
     if known is not None:
-        return _known_loss(lazy, func, target, reduction=reduction, **options, **known)
+        return _known_loss(lazy, func, target, reduction=reduction, max_counted=counted, **options, **known)
     options["reduction"] = "none" if reduction == "none" else "sum"
     over_rows = map_rows if reduction == "none" else sum_over_rows
     result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
     if reduction == "mean":
-        counted = target != ignore_index
-        ones = counted if weight is None else weight[target.where(counted, 0).long()] * counted
-        result = result / torch.where(counted.any(), ones.sum(), 1)
+        counts = target != ignore_index
+        ones = counts if weight is None else weight[target.where(counts, 0).long()] * counts
+        result = result / torch.where(counts.any(), ones.sum(), 1)
     lazy.evaluated(result)
     return result
 

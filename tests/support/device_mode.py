@@ -63,7 +63,7 @@ _READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy"}
 _MAKES = {  # without an argument `device`, of the host
     getattr(torch, name)
     for name in (
-        "tensor as_tensor asarray from_numpy scalar_tensor empty zeros ones full arange linspace rand randn randint "
+        "tensor as_tensor asarray scalar_tensor empty zeros ones full arange linspace rand randn randint "
         "randperm eye empty_strided"
     ).split()
 }
@@ -85,6 +85,8 @@ class Wait(NamedTuple):
 class DeviceMode:
     """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and how often each ran.
 
+    `dispatched` has every operation of torch and of fastft's engines, also on the host and without any tensor.
+
     Args:
         refuse: raise AssertionError at the first wait, where it happens.
         out_dtype: which products take `out_dtype`; `addmm` means, to a sum that has it already.
@@ -96,6 +98,7 @@ class DeviceMode:
         self.refuse, self.out_dtype = refuse, out_dtype
         self.operations: Counter[str] = Counter()
         self.waits: list[Wait] = []
+        self.dispatched: Counter[Any] = Counter()
         self._storages: dict[int, Any] = {}  # of the host; kept, so that no other gets its number
         self._pinned: set[int] = set()
         self._functions, self._dispatch = _Functions(self), _Dispatch(self)
@@ -155,7 +158,7 @@ class DeviceMode:
 
 @contextlib.contextmanager
 def _past_torch(mode: DeviceMode) -> Iterator[None]:
-    """What such modes do not see: what backward calls, and the making of a subclass's tensor."""
+    """What such modes do not see: what backward calls, tensors of subclasses, and those of given memory."""
     apply, make, walk = BackwardCFunction.apply, Tensor._make_wrapper_subclass, torch.autograd._engine_run_backward
 
     def apply_inside(self: Any, *args: Any) -> Any:
@@ -169,11 +172,19 @@ def _past_torch(mode: DeviceMode) -> Iterator[None]:
     def make_on_cpu(*args: Any, **kwargs: Any) -> Any:
         return make(*args, **{key: _on_cpu(value) for key, value in kwargs.items()})
 
+    def of_host(maker: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return mode.host(maker(*args, **kwargs))
+
+    makers = {name: getattr(torch, name) for name in ("frombuffer", "from_numpy")}
     BackwardCFunction.apply, Tensor._make_wrapper_subclass = apply_inside, staticmethod(make_on_cpu)
+    for name, maker in makers.items():
+        setattr(torch, name, functools.partial(of_host, maker))
     torch.autograd._engine_run_backward = walk_inside
     try:
         yield
     finally:
+        for name, maker in makers.items():
+            setattr(torch, name, maker)
         BackwardCFunction.apply, torch.autograd._engine_run_backward = apply, walk
         del Tensor._make_wrapper_subclass  # which is that of its base class
 
@@ -309,6 +320,7 @@ class _Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastft":
             return self._of_fastft(func, args, kwargs)
+        self.mode.dispatched[func] += 1
         with torch._C.DisableTorchFunction():
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in (Tensor, torch.nn.Parameter)]
             of_host = [tensor for tensor in tensors if self.mode.is_host(tensor)]
@@ -328,6 +340,7 @@ class _Dispatch(TorchDispatchMode):
         """Looks into an operator that has no engine, or none that runs here: into its reference."""
         operator = ops.OPERATORS.get(func.overloadpacket.__name__.removesuffix("_triton"))
         if operator is None or (operator.engines and func is operator.native):  # None: a part of an engine
+            self.mode.dispatched[func] += 1
             return func(*args, **kwargs)
         with self, self.mode.functions():
             return operator.reference(*args, **kwargs)

@@ -46,8 +46,14 @@ TORCH = """
     def get_num_threads():
         return 1
 
+    spoilt = []  # by an illegal memory access
+
+    def synchronize():
+        if spoilt:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
     cuda = Names(
-        Event=Event, is_available=lambda: True, synchronize=lambda: None, empty_cache=lambda: None,
+        Event=Event, is_available=lambda: True, synchronize=synchronize, is_initialized=lambda: True, empty_cache=lambda: None,
         get_device_capability=lambda index: (9, 0),
         get_device_properties=lambda index: Names(name="Stub H100 80GB", total_memory=80 * 2**30),
     )
@@ -88,7 +94,11 @@ BENCHMARKS = """
     def test_wrong(benchmark):
         benchmark.extra_info["peak_mib"] = {"ours": 5.0}
         raise RuntimeError("out of memory")
+    def test_that_spoils_the_context(benchmark):
+        torch.spoilt.append(True)
+        torch.cuda.synchronize()
     def test_that_hangs(benchmark):
+        torch.cuda.synchronize()
         CHILD
     def test_after_all(benchmark):
         compare(benchmark, lambda: None, {}, rounds=1)

@@ -8,13 +8,7 @@ binary(launches[0]).spills
 from __future__ import annotations
 
 import contextlib
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,9 +18,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from fastft import ops
-
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE)
+from support.machine_code import Binary, binaries
 
 
 class _Driver(DriverBase):
@@ -35,7 +27,7 @@ class _Driver(DriverBase):
     def __init__(self, chip: int | str) -> None:
         amd = isinstance(chip, str)
         self.target = GPUTarget("hip", chip, 64) if amd else GPUTarget("cuda", chip, 32)
-        shared = 65_536 if amd else 166_912 if chip == 80 else 232_448
+        shared = 65_536 if amd or chip == 75 else 166_912 if chip == 80 else 232_448
         limits = {"max_shared_mem": shared, "max_num_regs": 65_536, "warpSize": self.target.warp_size}
         self.utils = SimpleNamespace(get_device_properties=lambda device: limits)
 
@@ -86,47 +78,7 @@ def compiled_for(chip: int | str) -> Iterator[list[Any]]:
         JITFunction.run, triton.runtime.driver._active, ops.wave = stock_run, active, stock_wave
 
 
-@dataclass
-class Binary:
-    """Facts about a kernel's machine code: registers of a thread, bytes of stack, the count of each instruction."""
-
-    registers: int
-    stack: int
-    instructions: Counter[str]
-
-    @property
-    def spills(self) -> int:
-        """Instructions that move registers to or from local memory."""
-        return sum(n for name, n in self.instructions.items() if name.split(".")[0] in ("LDL", "STL"))
-
-    @property
-    def atomics(self) -> int:
-        """Atomic operations on global memory."""
-        return sum(n for name, n in self.instructions.items() if name.split(".")[0] in ("RED", "ATOM", "ATOMG"))
-
-    def widths(self, kind: str) -> Counter[int]:
-        """How many loads ("LDG") or stores ("STG") there are of each width in bits."""
-        widths: Counter[int] = Counter()
-        for name, n in self.instructions.items():
-            first, *rest = name.split(".")
-            if first == kind:
-                sizes = [
-                    int(part.lstrip("US")) for part in rest if part.lstrip("US") in ("8", "16", "64", "128", "256")
-                ]
-                widths[sizes[0] if sizes else 32] += n
-        return widths
-
-
 def binary(kernel: Any) -> Binary:
-    """Disassembles with the tools that come with Triton."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-
-        def output(tool: str, option: str) -> str:
-            command = [_TOOLS / tool, option, file.name]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-        usage = dict(re.findall(r"([A-Z]+):(\d+)", output("cuobjdump", "--dump-resource-usage")))
-        code = output("nvdisasm", "-c")
-    return Binary(int(usage["REG"]), int(usage["STACK"]), Counter(_INSTRUCTION.findall(code)))
+    """The machine code of a kernel out of `compiled_for`."""
+    (code,) = binaries(kernel.asm["cubin"]).values()
+    return code

@@ -194,13 +194,11 @@ class GlobalMemory:
     def read(self, access: Access, size: int) -> list[np.ndarray]:
         """The values of each element of `size` bytes, one array for each element of a vector."""
         self._admit(access, size)
-        self.bytes_read += len(access.addresses) * access.size
         first = (access.addresses - _FIRST) // size
         return [_MEMORY[size][first + j] for j in range(access.size // size)]
 
     def write(self, access: Access, size: int, values: list[np.ndarray]) -> None:
         self._admit(access, size)
-        self.bytes_written += len(access.addresses) * access.size
         first = (access.addresses - _FIRST) // size
         for j, value in enumerate(values):
             _MEMORY[size][first + j] = value
@@ -239,6 +237,9 @@ class GlobalMemory:
             raise Fault("out of bounds", f"{access.size} bytes between the rows of {extent.name}")
         if extent.read_only and access.writes:
             raise Fault("out of bounds", f"writes {extent.name}, which no kernel may write")
+        moved = len(addresses) * access.size
+        self.bytes_written += moved * access.writes
+        self.bytes_read += moved * (not access.writes and not extent.read_only)  # parameters lie in no memory
         if extent.written is None:
             return
         at = (addresses - extent.begin)[:, None] + np.arange(access.size)

@@ -1,0 +1,141 @@
+"""Labels of which the host knows how many count, so that the rows of the others cost nothing on a GPU either.
+
+    batch.to(device)   counts the labels while they are on the host, and notes the number with those on the device
+    model(labels=...)  a hook gives the model a `CountedLabels`: the same tensor, which knows the number
+    the model's loss   shifts, pads, flattens it; what comes out knows the number too, as an upper bound
+    the fused loss     takes so many rows, the first that count, and nobody waits for the device
+
+The bound is never a guess: a tensor loses it in every operation that could let more labels count than before, and by
+being written to. Then the loss takes all rows, as it does of labels that nobody counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+IGNORE_INDEX = -100
+_INDICES = (torch.int64, torch.int32)
+_Stamp = tuple[int, int]
+_notes: Any = WeakTensorKeyDictionary()  # by the labels: their _Stamp, how many count
+
+
+def _stamp(labels: Tensor) -> _Stamp | None:
+    """What changes when somebody writes to the tensor; None for one of inference mode, of which nothing does."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return None if labels.is_inference() else (labels._version, labels.data_ptr())
+
+
+def note_labels(of_host: Any, moved: Any) -> None:
+    """Counts labels on the host, and remembers the number with `moved`, which they have become."""
+    if isinstance(of_host, Tensor) and of_host.device.type == "cpu" and of_host.dtype in _INDICES:
+        note_count(moved, int((of_host != IGNORE_INDEX).sum()))
+
+
+def note_count(labels: Tensor, counted: int) -> None:
+    """Remembers, as long as nobody writes to `labels`, that at most `counted` of them are not -100."""
+    _notes[labels] = _stamp(labels), counted
+
+
+class CountedLabels(Tensor):
+    """Labels, at most `counted` of which are not -100, as long as their stamp is `stamp`."""
+
+    counted: int
+    stamp: _Stamp
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
+        source = args[0] if args else None
+        if not isinstance(source, cls) or not _keeps_the_bound(func, args, kwargs, source, result):
+            return result
+        counted = source.counted
+        if isinstance(result, Tensor):
+            return _counted(result, counted)
+        return type(result)(_counted(part, counted) for part in result)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, CountedLabels):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.as_subclass(Tensor)
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+def _counted(labels: Tensor, counted: int) -> Tensor:
+    stamp = _stamp(labels)
+    if stamp is None:
+        return labels
+    with torch._C.DisableTorchFunctionSubclass():
+        result = labels.as_subclass(CountedLabels)
+    result.counted, result.stamp = counted, stamp
+    return result
+
+
+def _named(names: str) -> set[Any]:
+    return {getattr(place, name) for name in names.split() for place in (torch, Tensor) if hasattr(place, name)}
+
+
+# what picks or moves elements and has none twice
+_PICKS = _named(
+    "view reshape flatten unflatten contiguous clone detach unsqueeze squeeze narrow select transpose movedim permute "
+    "t chunk split tensor_split unbind roll flip"
+)
+_CASTS = _named("to long int cuda cpu")
+_PADS = {F.pad, torch.constant_pad_nd}
+
+
+def _keeps_the_bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Tensor, result: Any) -> bool:
+    """Whether no more labels of `result` count than of `source`."""
+    with torch._C.DisableTorchFunctionSubclass():
+        dtype, size = source.dtype, source.numel()
+    if func in _PICKS:  # a view of another dtype is other numbers
+        return all(part.dtype == dtype for part in _tensors(result))
+    if func in _CASTS:
+        return all(part.dtype in _INDICES for part in _tensors(result))
+    if func is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return all(type(part) in (int, slice, type(None), type(...)) for part in index)
+    if func in _PADS:
+        mode, value = (*args[2:], "constant", None)[:2] if func is F.pad else ("constant", (*args[2:], None)[0])
+        return kwargs.get("mode", mode) == "constant" and kwargs.get("value", value) == IGNORE_INDEX
+    if func in (Tensor.masked_fill, torch.masked_fill):
+        filled = kwargs.get("value", args[2] if len(args) > 2 else None)
+        return type(filled) is int and filled == IGNORE_INDEX and result.numel() == size  # not made larger by the mask
+    return False
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    yield from (result,) if isinstance(result, Tensor) else result
+
+
+def bound_of(target: Tensor, ignore_index: int) -> tuple[Tensor, int | None]:
+    """`target` as a plain tensor, and how many of its labels count at most; None where nobody knows."""
+    if not isinstance(target, CountedLabels):
+        return target, None
+    counted = target.counted if target.stamp == _stamp(target) and ignore_index == IGNORE_INDEX else None
+    plain: Tensor = _plain(target)
+    return plain, counted
+
+
+def _give_counted(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    labels = kwargs.get("labels")
+    if torch.compiler.is_compiling() or type(labels) is not Tensor:
+        return None
+    stamp, counted = _notes.get(labels, (None, None))
+    if stamp is None or stamp != _stamp(labels):
+        return None
+    return args, {**kwargs, "labels": _counted(labels, counted)}
+
+
+def give_counted_labels(model: nn.Module) -> Callable[[], None]:
+    """Lets `model` have the labels of a batch that moved itself as `CountedLabels`, until the result is called."""
+    return model.register_forward_pre_hook(_give_counted, with_kwargs=True).remove
