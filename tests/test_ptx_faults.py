@@ -211,7 +211,9 @@ def test_checks_of_races_can_be_left_out() -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("kernel", ["scan_kernel", "squares_kernel", "total_kernel", "rows_kernel<Bf16, false>"])
+@pytest.mark.parametrize(
+    "kernel", ["scan_kernel", "squares_kernel", "total_kernel", "rows_kernel<__nv_bfloat16, false>"]
+)
 def test_every_barrier_of_a_cuda_kernel_is_needed(kernel: str) -> None:
     def call(gpu: ptx.Gpu) -> None:
         if kernel == "scan_kernel":
@@ -302,8 +304,9 @@ def test_a_shuffle_that_some_lanes_miss() -> None:
 @needs_nvcc
 def test_a_shuffle_of_a_cuda_kernel_that_some_lanes_miss() -> None:
     with ptx.cuda_operators(90) as gpu:
-        edit = lambda text: re.sub(r"(mov\.u32\s+(%r\d+), %tid\.x;)", r"\1 setp.eq.s32 %p1, \2, 5;", text, count=1)  # noqa: E731
-        gpu.edit("rows_kernel<float, false>", lambda text: edit(text).replace("shfl.sync", "@!%p1 shfl.sync", 1))
+        lane = r"\1 .reg .pred %planted; setp.eq.s32 %planted, \2, 5;"
+        edit = lambda text: re.sub(r"(mov\.u32\s+(%r\d+), %tid\.x;)", lane, text, count=1)  # noqa: E731
+        gpu.edit("rows_kernel<float, false>", lambda text: edit(text).replace("shfl.sync", "@!%planted shfl.sync", 1))
         with pytest.raises(ptx.Fault) as caught:
             run(gpu.ops.cross_entropy_rows, draw(CASES["plain"], 2, 63, torch.float32))
     assert caught.value.kind in ("divergent shuffle", "unwritten")

@@ -74,12 +74,14 @@ def work_of(prepare: Callable[[DeviceMode], Callable[[], Any]], before: int = 1)
         mode.waits.clear()
         mode.dispatched.clear()
         step()
-        launches = sum(count for func, count in mode.dispatched.items() if _launches(func))
+        launches = sum(count for (func, of_host), count in mode.dispatched.items() if _launches(func, of_host))
         return Work(sum(mode.dispatched.values()), launches, list(mode.waits))
 
 
-def _launches(func: Any) -> bool:
+def _launches(func: Any, of_host: bool) -> bool:
     name = func.overloadpacket.__name__
+    if of_host and name != "clone":  # which is how DeviceMode copies to the device
+        return False
     return not (getattr(func, "is_view", False) or name in _ALLOCATE or name in _NO_WORK)
 
 
