@@ -176,7 +176,9 @@ def test_checks_of_races_can_be_left_out() -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("kernel", ["scan_kernel", "squares_kernel", "total_kernel", "rows_kernel<Bf16, false>"])
+@pytest.mark.parametrize(
+    "kernel", ["scan_kernel", "squares_kernel", "total_kernel", "rows_kernel<__nv_bfloat16, false>"]
+)
 def test_every_barrier_of_a_cuda_kernel_is_needed(kernel: str) -> None:
     def call(gpu: ptx.Gpu) -> None:
         if kernel == "scan_kernel":

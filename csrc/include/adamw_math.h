@@ -83,12 +83,12 @@ struct Just {  // where a template argument is not to be deduced, so that nullpt
 // to 1: the product with the rounded reciprocal is off by 1.5 last places at most, and one correction by its exact
 // error hits the right one. (The error leaves no doubt unless the quotient is within 16 * 2^-48 of the middle between
 // two floats, relatively, and all 93,036,199 pairs of mantissas with such quotients have been tried.) The smaller one
-// keeps Inf - Inf away.
+// keeps Inf - Inf away, and is the quotient itself where that is finite.
 template <class Number>
 FASTFT_HD Number ft_div_by(Number value, float divisor) {
 #if defined(__CUDA_ARCH__)  // CPUs divide faster
   const Number reciprocal(ft_div(1.0f, divisor)), quotient = ft_mul(value, reciprocal);
-  const Number error = ft_fma(ft_smaller(quotient, Number(3.40282347e+38f)), Number(-divisor), value);
+  const Number error = ft_fma(ft_smaller(quotient, Number(1e36f)), Number(-divisor), value);
   return ft_fma(error, reciprocal, quotient);
 #else
   return ft_div(value, Number(divisor));

@@ -151,10 +151,19 @@ def _new_moments(g, m, v, hyper):
 
 
 @triton.jit
+def _divided_by(value, divisor):
+    """value / divisor, a scalar, rounded to nearest: ft_div_by in adamw_math.h."""
+    reciprocal = tl.div_rn(tl.zeros_like(divisor) + 1.0, divisor)
+    quotient, zeros = value * reciprocal, tl.zeros_like(value)
+    error = tl.fma(tl.minimum(quotient, 1e36), zeros - divisor, value)
+    return tl.fma(error, zeros + reciprocal, quotient)
+
+
+@triton.jit
 def _new_param(p, m, largest, hyper):
     decay, negative_step = tl.load(hyper), tl.load(hyper + 4)
     correction2_sqrt, eps = tl.load(hyper + 5), tl.load(hyper + 6)
-    denominator = tl.div_rn(tl.sqrt_rn(largest), tl.zeros_like(largest) + correction2_sqrt) + eps
+    denominator = _divided_by(tl.sqrt_rn(largest), correction2_sqrt) + eps
     return p * decay + tl.div_rn(m * negative_step, denominator)
 
 
@@ -195,10 +204,13 @@ def _decode(m_code, v_code, m_scale, v_scale):
     """The moments of their codes, int8 and uint8."""
     root = m_code.to(tl.float32) * (1.0 / 127.0)
     m = (root * tl.abs(root)) * (root * root) * m_scale
-    code = v_code.to(tl.int32)
-    octave = (code * 171) >> 11  # code / 12
-    units = (code - octave * 12 + 12).to(tl.float32) * ((octave + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(m_code == -128, float("nan"), m), units * (1.0 / (12.0 * _SQ_UNITS)) * v_scale
+    above = v_code.to(tl.float32) + 12.0
+    # code / 12, rounded down, behind 1.5 * 2^23: to nearest after half of a unit less, but for rounding errors
+    octave = tl.fma(above, tl.zeros_like(above) + 1.0 / 12.0, tl.zeros_like(above) - (1.0 + 11.0 / 24.0)) + 12582912.0
+    place = tl.fma(octave - 12582912.0, tl.zeros_like(above) - 12.0, above)  # 12 to 23
+    unit = (place * (1.0 / (12.0 * _SQ_UNITS))).to(tl.int32, bitcast=True)
+    v = (unit + (octave.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True) * v_scale
+    return tl.where(m_code == -128, float("nan"), m), v
 
 
 @triton.jit
@@ -210,9 +222,11 @@ def _share(value, divisor):
 
 @triton.jit
 def _encode_m(m, finite, divisor, random):
-    x = tl.where(finite, _share(tl.abs(m), divisor) * 260144641.0, 0.0)  # 127^4
-    low = tl.minimum(tl.sqrt_rn(tl.sqrt_rn(x)).to(tl.int32), 126)
-    root, next = (low * low).to(tl.float32), ((low + 1) * (low + 1)).to(tl.float32)
+    x = tl.minimum(_share(tl.abs(m), divisor) * 260144641.0, 260144641.0 - 64.0)  # 127^4; of NaN the latter
+    low = tl.sqrt_rn(tl.sqrt_rn(x)).to(tl.int32)
+    root = low.to(tl.float32)
+    next = root + 1.0
+    root, next = root * root, next * next
     below, above = root * root, next * next
     code = low + (random.to(tl.float32) * (above - below) < (x - below) * 65536.0).to(tl.int32)
     return tl.where(finite, tl.where(m < 0.0, -code, code), -128).to(tl.int8)
@@ -269,7 +283,7 @@ def _update_coded_tile(row, hyper, factor, seed, first_block, numel, ROUNDING: t
     m, v = _new_moments(_widen(_load(grads, i, inside, False)) * factor, m, v, hyper)
     p = _new_param(_load_param(param, residue, i, inside, ROUNDING, False), m, v, hyper)
     _store_param(param, residue, i, inside, p, seed, elements, step, ROUNDING, False, ALIGNED)
-    finite = (m - m == 0.0) & (v - v == 0.0)
+    finite = (tl.abs(m) < float("inf")) & (v < float("inf"))  # no v is below 0
     m_scale = _largest_of_blocks(m, finite & inside, BLOCKS)
     v_scale = _largest_of_blocks(v, finite & inside, BLOCKS)
     tl.debug_barrier()  # every warp has read the old scales

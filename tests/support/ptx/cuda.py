@@ -118,7 +118,7 @@ def module_of(folder: Path, capability: int) -> Module:
 
 @functools.cache
 def readable(name: str) -> str:
-    """`rows_kernel<Bf16, true>` of the mangled name."""
+    """`rows_kernel<__nv_bfloat16, true>` of the mangled name."""
     plain = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip() or name
     plain = plain.replace("(anonymous namespace)::", "").removeprefix("void ")
     return re.sub(r"\([^()]*\)$", "", plain)
