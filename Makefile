@@ -3,6 +3,7 @@
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every architecture, oldest and newest packages
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost (no GPU; nvcc)
+# make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
@@ -23,7 +24,7 @@ RIVALS := $(VENV)/.rivals
 WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
 
-.PHONY: demo test test-all test-slow test-isa test-latest test-oldest lint format bench kernels sweep lock wheel gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format bench kernels sweep lock wheel gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -31,13 +32,22 @@ demo: native
 test: native
 	$(PYTEST)
 
-test-all: lint test-slow test-isa sweep test-oldest test-latest
+test-all: lint test-slow test-isa ptx sweep test-oldest test-latest
 
 test-slow: native $(WAYS)
-	$(PYTEST) -m "not sweep"
+	$(PYTEST) -m "not sweep and not ptx"
 
 test-isa: native
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
+
+# Triton beside the environment's own, which stays
+ptx: native $(if $(TRITON),build/triton-$(TRITON)/triton)
+	PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON)) $(PYTEST) -m "ptx or not ptx" \
+		tests/test_cross_entropy_ptx.py tests/test_adamw_ptx.py tests/test_boundaries.py tests/test_ptx_faults.py \
+		tests/test_kernel_table.py
+
+build/triton-%/triton: $(READY)
+	$(BIN)/python -m pip install -q --no-compile --no-deps --upgrade --target $(@D) triton==$*
 
 # in a new environment: pip keeps what it finds installed
 test-latest:

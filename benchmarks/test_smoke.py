@@ -23,7 +23,7 @@ from fastft.data.boundaries import BOUNDARIES, boundaries_reference
 from fastft.loss.cross_entropy import ROWS
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 from fastft.loss.linear_log_probs import linear_log_probs
-from fastft.ops import DEVICES, Operator
+from fastft.ops import ENGINES, Operator
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import OP as ADAMW
 from fastft.optim.grad_norm import OP as NORM
@@ -38,7 +38,7 @@ Keep = Callable[[str, object], None]
 
 def engines(operator: Operator) -> list[str]:
     """Of this device. One that is missing fails, but for Triton where there is none."""
-    return [engine for engine in operator.engines if DEVICES[engine] == DEVICE]
+    return [engine for engine in operator.engines if ENGINES[engine].serves(torch.device(DEVICE))]
 
 
 def function(operator: Operator, engine: str) -> Callable[..., None]:

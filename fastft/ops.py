@@ -83,10 +83,10 @@ def _triton_missing_on(device: torch.device) -> str | None:
 
 
 def _cuda_missing_on(device: torch.device) -> str | None:
+    if device.index is not None:
+        return _native.cuda_unusable(device.index)
     # without the library torch may have no CUDA, and so no current device
-    return _native.missing("cuda") or _native.cuda_unusable(
-        torch.cuda.current_device() if device.index is None else device.index
-    )
+    return _native.missing("cuda") or _native.cuda_unusable(torch.cuda.current_device())
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import shutil
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from support import cuda_host
+from support import ptx
+from support.ptx.engines import require_cuda
 from torch import Tensor
 
 import fastft
@@ -22,14 +23,18 @@ HYPER = [[1.0, 0.1, 0.999, 0.001, -0.1, 0.03, 1e-8, 1.0, 1.0]]
 HUGE = 2**63 - 1
 
 
-@pytest.fixture(params=["cpp", "cuda, emulated"])
-def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+@pytest.fixture
+def cuda() -> Iterator[tuple[Any, Any]]:
+    """The operators and the library of CUDA, their launches run as PTX."""
+    require_cuda()
+    with ptx.cuda_operators(90) as gpu:
+        yield gpu.ops, gpu.library
+
+
+@pytest.fixture(params=["cpp", "cuda, as PTX"])
+def native(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """The operators and the library of an engine."""
-    if request.param == "cpp":
-        return torch.ops.fastft, _native.library("cpu")
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    return cuda_host.operators(tmp_path_factory.mktemp("emulated")), cuda_host.operators.library
+    return request.getfixturevalue("cuda") if request.param != "cpp" else (torch.ops.fastft, _native.library("cpu"))
 
 
 def bind(native: Any, size: int = 5, row: int = 0, first: int = 0) -> tuple[int, Tensor]:
@@ -62,12 +67,9 @@ def test_a_released_binding(native: Any) -> None:
     assert again != bound and not param.any()  # no number is given twice
 
 
-def test_a_binding_of_another_library(tmp_path_factory: pytest.TempPathFactory) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
+def test_a_binding_of_another_library(cuda: Any) -> None:
     host = torch.ops.fastft, _native.library("cpu")
-    device = cuda_host.operators(tmp_path_factory.mktemp("emulated")), cuda_host.operators.library
-    for ours, theirs in ((host, device), (device, host)):
+    for ours, theirs in ((host, cuda), (cuda, host)):
         bound, _ = bind(ours)
         with pytest.raises(RuntimeError, match="nothing that it has bound"):
             step(theirs, bound)

@@ -1,7 +1,7 @@
 """What AdamW promises, one test for each promise: those that one process on a CPU can keep.
 
-The bits of the GPU kernels in every mode, and CUDA graphs themselves, are in test_adamw_emulation.py,
-test_adamw_update_triton.py and test_gpu.py; DDP, FSDP2 and torch.distributed.checkpoint need two processes:
+The bits of the GPU kernels in every mode, and CUDA graphs themselves, are in test_adamw_ptx.py and
+test_gpu.py; DDP, FSDP2 and torch.distributed.checkpoint need two processes:
 test_distributed_adamw.py.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +18,15 @@ import numpy as np
 import pytest
 import torch
 from numerics import assert_no_worse
-from support import cuda_host
-from support.adamw_problems import past_two_to_the_31
+from support import ptx
+from support.ptx.engines import cuda_for_cpp, require_cuda
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastft
 from fastft import _native
-from fastft.optim import adamw_plan, device_counts
+from fastft.optim import device_counts
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = [(512,), (63, 3), (1,)]
@@ -49,14 +48,6 @@ MODES = {
     "nearest": (BF16, {"rounding": "nearest"}, 12, 22),
 }
 IN_EVERY_MODE = pytest.mark.parametrize("mode", MODES)
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """The CUDA kernels, run on the CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    return cuda_host.operators(tmp_path_factory.mktemp("emulated"))
 
 
 def leaves(shapes=SHAPES, dtype=FP32, seed=0):
@@ -376,18 +367,6 @@ def test_more_than_2_31_elements_in_the_norm():
     assert float(optimizer.clip_at_step([grad], 1.0)) == 6.0
 
 
-@needs_native
-@pytest.mark.parametrize("coded", [False, True])
-def test_more_than_2_31_elements_in_a_step(emulated, coded, monkeypatch):
-    """The last block of the CUDA kernel, in emulation, over a tensor that it alone touches."""
-    problem = past_two_to_the_31(coded)
-    torch.ops.fastft.adamw_(*problem.end)
-    monkeypatch.setenv("FASTFT_EMULATION_FIRST_BLOCK", str(2**31 // 4096))
-    emulated.adamw_(*problem.whole)
-    problem.assert_same_ends()
-    assert problem.end[0][0].all() and problem.end[2][0].any()
-
-
 class Recorder(TorchDispatchMode):
     """What a CUDA graph does: keeps operations, and does them again on the same memory without asking Python."""
 
@@ -407,17 +386,24 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
+@pytest.fixture(params=["cpp", "cuda, as PTX"])
+def kernels(request):
+    """The C++ engine, or the CUDA kernels in its place, which are captured and read hyper-parameters of the device."""
+    if request.param == "cpp":
+        yield
+        return
+    require_cuda()
+    with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
+        gpu.capturing, gpu.host_arguments = True, {"table"}
+        yield
+        assert gpu.launches and not gpu.waits
+
+
 @needs_native
-@pytest.mark.parametrize("kernels", ["cpp", "cuda, emulated"])
 @IN_EVERY_MODE
-def test_capturable_as_a_graph_replays_a_step(mode, kernels, emulated, monkeypatch):
+def test_capturable_as_a_graph_replays_a_step(mode, kernels, monkeypatch):
     """The CPU in the GPU's place; test_gpu.py has the same with a CUDA graph."""
     monkeypatch.setattr(device_counts, "counted_there", lambda device, groups: True)
-    if kernels != "cpp":
-        for name in ("adamw_bind", "adamw_bound_"):
-            monkeypatch.setattr(torch.ops.fastft, name, getattr(emulated, name))
-        monkeypatch.setattr(torch.ops.fastft, "adamw_written", lambda sums, bound: None)
-        monkeypatch.setattr(adamw_plan, "_release", lambda bound, kind: None)
     stepped, replayed = (made(mode, max_grad_norm=0.5, capturable=True) for _ in range(2))
     for optimizer in (stepped, replayed):
         optimizer.found_inf = torch.zeros(1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 
 import pytest
 import torch
 import transformers
-from support import cuda_host
 from support.packed_examples import assert_same, make
+from support.ptx.engines import Engine, operator
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -78,16 +77,15 @@ def test_pinned(monkeypatch):
     assert pinned.counted == flat.counted == PackingCollator(**options)(examples).counted
 
 
-def test_the_cuda_kernel_expands_it(tmp_path_factory, monkeypatch):
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    emulated = cuda_host.operators(tmp_path_factory.mktemp("emulated"))
+def test_the_cuda_kernel_expands_it(monkeypatch):
     for name in OPTIONS:
         examples, options = examples_for(name)
         expected = PackingCollator(**options)(examples)
-        with monkeypatch.context() as patch:
-            patch.setattr(BOUNDARIES, "reference", emulated.packed_boundaries.default)
-            assert_same(PackingCollator(**options, expand_on_device=True, impl="eager")(examples).to("cpu"), expected)
+        flat = PackingCollator(**options, expand_on_device=True, impl="eager")(examples)
+        with operator(Engine("cuda", 90), "packed_boundaries") as (fill, launches), monkeypatch.context() as patch:
+            patch.setattr(BOUNDARIES, "reference", fill.default)
+            assert_same(flat.to("cpu"), expected)
+        assert launches
 
 
 def test_the_count_stays_with_the_batch():

@@ -1,16 +1,15 @@
-"""`packed_boundaries`: its engines against counting in Python; CUDA and Triton emulated on the CPU."""
+"""`packed_boundaries`: its engines against counting in Python; CUDA and Triton as PTX on the CPU."""
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import cuda_host
 from support.packed_examples import assert_same
+from support.ptx.engines import ENGINES, Engine, operator
 from support.segment_problems import LENGTHS, check, draw, run
 
 from fastft.data.boundaries import BOUNDARIES, boundaries_reference
@@ -62,33 +61,23 @@ def test_kernel_checks_its_arguments(broken: int) -> None:
         BOUNDARIES.native(*arguments[:3], 0, *arguments[3:])
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("emulated")
-    return cuda_host.operators(folder)
-
-
-@pytest.mark.parametrize("seed", ["0", "1"])
+@pytest.mark.parametrize("order", [None, 1])
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
 @pytest.mark.parametrize(("lengths", "start", "in_place"), CASES)
-def test_cuda_kernel_in_emulation(
-    emulated: Any, seed: str, lengths: list[int], start: int, in_place: bool, monkeypatch: pytest.MonkeyPatch
+def test_gpu_kernels_as_ptx_count_right(
+    engine: Engine, order: int | None, lengths: list[int], start: int, in_place: bool
 ) -> None:
-    monkeypatch.setenv("FASTFT_EMULATION_SEED", seed)
-    check(emulated.packed_boundaries, lengths, start, in_place)
+    with operator(engine, "packed_boundaries", order=order) as (fill, launches):
+        check(fill, lengths, start, in_place)
+    assert launches
 
 
-@pytest.mark.parametrize(("lengths", "start", "in_place"), CASES)
-def test_triton_kernel_in_emulation(lengths: list[int], start: int, in_place: bool) -> None:
-    pytest.importorskip("triton")
-    from support.triton_interpreter import interpreted
-
-    from fastft.data.boundaries_triton import packed_boundaries
-
-    for order in (None, 1):
-        with interpreted(order):
-            check(packed_boundaries, lengths, start, in_place)
+@pytest.mark.ptx
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("segments", [1, 31, 33, 700, 2_500])
+def test_gpu_kernels_as_ptx_count_right_over_many_segments(engine: Engine, segments: int) -> None:
+    with operator(engine, "packed_boundaries") as (fill, _):
+        check(fill, torch.randint(0, 9, (segments,)).tolist(), 0, False)
 
 
 @pytest.mark.parametrize("chip", [80, 90, 100])

@@ -17,7 +17,7 @@ from watch import Watch
 
 import fastft
 from fastft.loss import lazy_losses
-from fastft.loss.counted_labels import bound_of, give_counted_labels, note_count
+from fastft.loss.counted_labels import CountedLabels, bound_of, give_counted_labels, note_count
 
 EXAMPLES = [
     {"input_ids": [*range(start, start + length)], "labels": [-100] * (length // 2) + [*range(length - length // 2)]}
@@ -168,6 +168,37 @@ def test_ignored_rows_cost_nothing_on_a_device(expand_on_device, labels):
         remove()
     assert report.fused == 1 and mode.waits == [] and watch.flops == 3 * 2 * counted * 8 * 97
     torch.testing.assert_close([loss, model.head.weight.grad], [stock, gradient])
+
+
+TASKS = {
+    "regression": ({"input_ids": [5, 6, 7], "label": 0.5}, {"task": "sequence_classification"}, False),
+    "classes": ({"input_ids": [5, 6, 7], "label": 2}, {"task": "sequence_classification"}, True),
+    "seq2seq": ({"input_ids": [5, 6], "labels": [4, 3, 2]}, {"task": "seq2seq", "decoder_start_token_id": 0}, True),
+    "own labels": ({"input_ids": [5, 6, 7], "labels": [-100, 3, -100]}, {}, True),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("how", ["packed", "flat", "padded"])
+def test_labels_of_every_task_are_counted_as_they_are(name, how):
+    example, options, counts = TASKS[name]
+    options = options | {"expand_on_device": how == "flat", "pad_examples": how == "padded"}
+    batch = fastft.PackingCollator(**options)([example, example]).to("cpu")
+    labels = given(batch["labels"])
+    assert isinstance(labels, CountedLabels) == counts
+    if counts:
+        assert bound_of(labels, -100)[1] == (batch["labels"] != -100).sum()
+
+
+def test_labels_that_are_replaced_before_the_move_are_the_ones_that_count():
+    batch = fastft.PackingCollator()(EXAMPLES)
+    batch["labels"] = batch["input_ids"].clone()
+    moved = batch.to("cpu")
+    assert bound_of(given(moved["labels"]), -100)[1] == batch["input_ids"].numel()
+    flat = fastft.PackingCollator(expand_on_device=True)(EXAMPLES)
+    flat.integers[2 * flat.segments :] = 7  # every label
+    moved = flat.to("cpu")
+    assert bound_of(given(moved["labels"]), -100)[1] == (moved["labels"] != -100).sum() > flat.counted
 
 
 class Spy:

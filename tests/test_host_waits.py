@@ -158,6 +158,27 @@ def test_attention_of_an_encoder_and_a_decoder(gpu: None) -> None:
     assert [wait.what for wait in ours(mode)] == ["tolist"]
 
 
+def test_a_batch_of_questions_and_answers(gpu: None) -> None:
+    model = build("t5", "fastft", torch.bfloat16)
+    batch = PackingCollator(task="seq2seq", decoder_start_token_id=0)(make(SIZES, labels=30))
+    with DeviceMode() as mode, fastft.packed_attention(model):
+        there = of_host(mode, batch).to(mode.device)
+        mode.waits.clear()
+        step(mode, model, {key: value for key, value in there.items() if key != "position_ids"})
+    assert ours(mode) == []
+
+
+def test_padding_outside_the_loss_of_a_router(gpu: None) -> None:
+    model = build("qwen2_moe", "fastft", torch.bfloat16, output_router_logits=True)
+    batch = PackingCollator(rows=2, pad_to_multiple_of=8)(make(SIZES))
+    with DeviceMode() as mode, fastft.packed_attention(model):
+        there = of_host(mode, batch).to(mode.device)
+        mode.waits.clear()
+        out = model(**{key: there[key] for key in (*KEYS, "padding_lengths")}, use_cache=False)
+        (out.logits.float().sum() + out.aux_loss).backward()
+    assert ours(mode) == []
+
+
 def test_a_block_mask(gpu: None) -> None:
     import transformers
 

@@ -171,6 +171,13 @@ def test_clipping_by_an_engine_without_a_norm_is_refused_at_the_door() -> None:
         fastft.AdamW([torch.nn.Parameter(torch.ones(3))], impl="triton", max_grad_norm=1.0)
 
 
+def rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch is built for AMD's GPUs, which it calls cuda."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for name, uncached in (("library", _native._load), ("cuda_unusable", _native.cuda_unusable.__wrapped__)):
+        monkeypatch.setattr(_native, name, uncached)
+
+
 class OnDevice(torch.Tensor):
     """Says that it is on another device."""
 
@@ -211,8 +218,7 @@ class TestDevices:
 
     @pytest.mark.parametrize("operator", WITH_TRITON.values(), ids=WITH_TRITON)
     def test_rocm_is_computed_by_triton(self, operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.version, "hip", "6.4")
-        monkeypatch.setattr(_native, "library", _native._load)
+        rocm(monkeypatch)
         assert operator.resolve("auto", GPU) == operator.resolve("triton", GPU) == "triton"
         assert operator.suits("cuda", GPU) == "it is for NVIDIA's GPUs, this torch is built for AMD's ROCm"
 
@@ -220,8 +226,7 @@ class TestDevices:
     def test_a_triton_for_other_devices_is_not_taken(
         self, device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(torch.version, "hip", "6.4")
-        monkeypatch.setattr(_native, "library", _native._load)
+        rocm(monkeypatch)
         monkeypatch.setattr(importlib.import_module("triton.backends"), "backends", {"nvidia": None})
         operator = OPERATORS["cross_entropy_rows"]
         assert operator.suits("triton", device) == f"this triton has no backend for {backend}"
@@ -301,7 +306,7 @@ class TestAttentionsEngines:
             attention._engine("flash_cuda", *call_on(GPU, NARROW, 64))
 
     def test_rocm(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.version, "hip", "6.4")
+        rocm(monkeypatch)
         assert attention._engine("auto", *call_on(GPU, NARROW, 64)) == "blocks"
         with pytest.raises(RuntimeError, match="this torch is built for AMD's ROCm"):
             attention._engine("flash_cuda", *call_on(GPU, NARROW, 64))

@@ -16,7 +16,7 @@ def test_a_cuda_launch(chip: int) -> None:
     with ptx.cuda_operators(chip) as gpu:
         check(gpu.ops.cross_entropy_rows, draw(EVERYTHING, 5, 507, torch.bfloat16))
     (launch,) = gpu.launches
-    assert launch.kernel == "rows_kernel<Bf16, true>" and launch.grid == (5, 1, 1)
+    assert launch.kernel == "rows_kernel<__nv_bfloat16, true>" and launch.grid == (5, 1, 1)
     assert launch.bytes_written > 5 * 507 * 2 and launch.instructions > 0 and not gpu.waits
 
 

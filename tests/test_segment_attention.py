@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 import sys
@@ -333,6 +334,18 @@ def test_cuda_arguments(batch: str, name: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
     longest = min(max(lengths), options.get("chunk") or max(lengths))
     assert [(call["max_q"], call["max_k"]) for call in calls] == [(longest, longest)]
+
+
+@pytest.mark.parametrize("name", flash_kernels.NAMES)
+def test_the_stand_ins_take_what_torchs_kernels_take(name: str) -> None:
+    """In torch's order; of what they do not know torch has a default."""
+    given, kernel = getattr(torch.ops.aten, name).default._schema.arguments, flash_kernels.KERNELS[name]
+    taken = inspect.signature(kernel).parameters
+    assert [one.name for one in given if not one.kwarg_only] == [
+        parameter.name for parameter in taken.values() if parameter.kind is not parameter.KEYWORD_ONLY
+    ]
+    assert {one.name for one in given} >= set(taken)
+    assert all(one.has_default_value() for one in given if one.name not in taken)
 
 
 def test_a_longest_segment_that_is_said_to_be_shorter(monkeypatch: pytest.MonkeyPatch) -> None:

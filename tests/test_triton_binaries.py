@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.row_problems import CASES, EVERYTHING, Case, Problem, draw, run
+from support.row_problems import CASES, EVERYTHING, Case, Problem, run
 
 pytest.importorskip("triton")
 
@@ -87,17 +87,6 @@ def test_a_number_that_changes_compiles_nothing() -> None:
             problem = on_meta(values[0], 32_000, HALF)
             run(lambda *args, value=ignored: cross_entropy_rows(*args[:8], value, *args[9:]), problem)
     assert all(kernel is kernels[0] for kernel in kernels)
-
-
-def test_compiles_what_was_interpreted_before() -> None:
-    """The interpreter leaves nothing behind that the compiler would see."""
-    from support.triton_interpreter import interpreted
-
-    with interpreted():
-        run(cross_entropy_rows, draw(EVERYTHING, 2, 63, HALF))
-    with compiled_for(90) as kernels:
-        run(cross_entropy_rows, on_meta(EVERYTHING, 63, HALF))
-    assert kernels[0].asm["cubin"]
 
 
 def adamw_on_meta(rounding: Rounding, moment: torch.dtype, amsgrad: bool) -> list[Any]:

@@ -447,7 +447,7 @@ __device__ int tensor_of_block(const Step& step) {
 // How the tensors of a launch are kept: all of them rounded as this AdamwRounding says, with float32 moments, which the
 // compiler then knows; or in any way without 8-bit moments; or in any way. The more ways, the more registers.
 constexpr int kUncoded = kNearest + 1, kAnyhow = kUncoded + 1;
-constexpr int blocks_of_processor(int kept) { return kept == kAnyhow ? 4 : kept == kUncoded ? 5 : 7; }
+constexpr int blocks_of_processor(int kept) { return kept == kAnyhow ? 4 : kept == kUncoded ? 5 : 6; }
 
 template <int kKept>
 __global__ void __launch_bounds__(kThreads, blocks_of_processor(kKept))

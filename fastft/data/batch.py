@@ -152,21 +152,23 @@ class FlatBatch(_Counted):
             for key, value in self.others.items()
         }
         batch = self.expansion(lengths, ignored, columns, others)
-        if "labels" in batch:
-            note_count(batch["labels"], self._count())
+        counted = self._count()
+        if counted is not None:
+            note_count(batch["labels"], counted)
         for key in BOUNDARIES_OF_SEGMENTS & self.others.keys():
             note_copy(self.others[key], others[key])
         note(batch["cu_seq_lens_q"], [0, *itertools.accumulate(self.integers[: self.segments].tolist())])
         batch.count = self.count
         return batch
 
-    def _count(self) -> int:
-        """How many labels count, of the integers that are moved: as they are now."""
+    def _count(self) -> int | None:
+        """How many labels count, of the integers on the host: as they are now. None where none are labels."""
+        source = self.expansion.source or "labels"
+        if source not in self.shapes or self.integers.device.type != "cpu":
+            return None
         lengths, ignored, *columns = self.integers.split(self._sizes())
-        if self.expansion.source is None:
-            return int((columns[list(self.shapes).index("labels")] != IGNORE_INDEX).sum())
-        source = columns[list(self.shapes).index(self.expansion.source)]
-        return count_labels(source, lengths.tolist(), ignored.tolist())
+        firsts = ignored.tolist() if self.expansion.source else []
+        return count_labels(columns[list(self.shapes).index(source)], lengths.tolist(), firsts)
 
     def _sizes(self) -> list[int]:
         return [self.segments, self.segments, *[shape.numel() for shape in self.shapes.values()]]

@@ -165,7 +165,7 @@ ROWS = ops.Operator(
     "Tensor(b!) lse, Tensor(c!)[] statistics, Tensor(d!)[] grad, int ignore_index, float label_smoothing, "
     "float z_loss, float softcap, float logit_scale) -> ()",
     _cross_entropy_rows,
-    # cuda before triton: fewer instructions a logit in every case counted (benchmarks/NOTES.md), until a GPU decides
+    # cuda before triton: it has fewer instructions a logit (benchmarks/NOTES.md), until a GPU decides
     engines={"cpp": ops.takes(*_CPU_DTYPES), "cuda": ops.takes(*_GPU_DTYPES), "triton": ops.takes(*_GPU_DTYPES)},
     samples={"float16 logits": (torch.float16,), "float64 logits": (torch.float64,)},
 )

@@ -85,7 +85,7 @@ class Wait(NamedTuple):
 class DeviceMode:
     """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and how often each ran.
 
-    `dispatched` has every operation of torch and of fastft's engines, also on the host and without any tensor.
+    `dispatched` has every operation of torch and of fastft's engines, and whether it was on tensors of the host alone.
 
     Args:
         refuse: raise AssertionError at the first wait, where it happens.
@@ -320,10 +320,10 @@ class _Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastft":
             return self._of_fastft(func, args, kwargs)
-        self.mode.dispatched[func] += 1
         with torch._C.DisableTorchFunction():
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in (Tensor, torch.nn.Parameter)]
             of_host = [tensor for tensor in tensors if self.mode.is_host(tensor)]
+            self.mode.dispatched[func, bool(tensors) and len(of_host) == len(tensors)] += 1
             self._note_waits(func, args, kwargs, tensors, of_host)
             self._refuse_mixtures(func, args, tensors, of_host)
             if torch.Tag.pointwise in func.tags:
@@ -340,7 +340,7 @@ class _Dispatch(TorchDispatchMode):
         """Looks into an operator that has no engine, or none that runs here: into its reference."""
         operator = ops.OPERATORS.get(func.overloadpacket.__name__.removesuffix("_triton"))
         if operator is None or (operator.engines and func is operator.native):  # None: a part of an engine
-            self.mode.dispatched[func] += 1
+            self.mode.dispatched[func, False] += 1
             return func(*args, **kwargs)
         with self, self.mode.functions():
             return operator.reference(*args, **kwargs)

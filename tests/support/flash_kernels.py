@@ -86,7 +86,8 @@ def _flash_attention_backward(
     return d_q.to(query.dtype), d_k.to(key.dtype), d_v.to(value.dtype)
 
 
-for _name, _kernel in zip(NAMES, (_flash_attention_forward, _flash_attention_backward), strict=True):
+KERNELS = dict(zip(NAMES, (_flash_attention_forward, _flash_attention_backward), strict=True))
+for _name, _kernel in KERNELS.items():
     _library.define(str(getattr(torch.ops.aten, _name).default._schema).removeprefix("aten::"))
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
@@ -96,4 +97,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     CALLS.clear()
     for name in NAMES:
         monkeypatch.setattr(torch.ops.aten, name, getattr(torch.ops.flash_kernels, name))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     return CALLS

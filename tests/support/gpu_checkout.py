@@ -53,7 +53,8 @@ TORCH = """
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     cuda = Names(
-        Event=Event, is_available=lambda: True, synchronize=synchronize, is_initialized=lambda: True, empty_cache=lambda: None,
+        Event=Event, is_available=lambda: True, is_initialized=lambda: True,
+        synchronize=synchronize, empty_cache=synchronize,
         get_device_capability=lambda index: (9, 0),
         get_device_properties=lambda index: Names(name="Stub H100 80GB", total_memory=80 * 2**30),
     )

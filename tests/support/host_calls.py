@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastft
 from fastft.optim.adamw_update import Rounding
@@ -72,9 +73,12 @@ def _of_adamw(gpu: Gpu, tensors: int, count: Callable[[str, Callable[[], Any]], 
     count(f"grad_norm_squared_, {tensors} tensors", lambda: gpu.ops.grad_norm_squared_(total, grads))
     bound = count(f"adamw_bind, {tensors} tensors", lambda: gpu.ops.adamw_bind(params, *states, table))
 
-    def step() -> None:
+    def step(grads: list[Tensor]) -> None:
         assert gpu.ops.adamw_bound_(grads, hyper, factor, seed, bound) == 0
 
-    count(f"adamw_bound_, {tensors} tensors, gradients in new places", step)
-    count(f"adamw_bound_, {tensors} tensors, gradients where they were", step)
+    name = f"adamw_bound_, {tensors} tensors"
+    count(f"{name}, the first step", lambda: step(grads))
+    others = [grad.clone() for grad in grads]
+    count(f"{name}, gradients in new places", lambda: step(others))
+    count(f"{name}, gradients where they were", lambda: step(others))
     gpu.release(bound)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import fastft
-from fastft import _native, ops
+from fastft import ops
 from fastft.attention.attention_tiles import Call
-from fastft.attention.segment_attention import segment_attention
+from fastft.attention.segment_attention import ATTENTION, segment_attention
 from fastft.attention.segments import segments_of
 from fastft.data.collator import PackingCollator
 from support import flash_kernels
@@ -48,8 +48,10 @@ def stand_ins(native: bool = True) -> Iterator[None]:
         flash_kernels.install(patch)
         patch.setattr(Call, "generator", lambda call, device: of_any_device(call, torch.device("cpu")))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(ops, "capability", lambda device: (9, 0))
+        patch.setitem(ATTENTION.table, "flash_cuda", ops.Engine(("cuda",)))
         if native:
-            patch.setattr(_native, "cuda_unusable", lambda index: None)
+            patch.setitem(ops.ENGINES, "cuda", ops.Engine(("cuda",)))
             patch.setitem(ops.LIBRARIES, "cuda", "cpu")
         yield
 
@@ -72,12 +74,14 @@ def work_of(prepare: Callable[[DeviceMode], Callable[[], Any]], before: int = 1)
         mode.waits.clear()
         mode.dispatched.clear()
         step()
-        launches = sum(count for func, count in mode.dispatched.items() if _launches(func))
+        launches = sum(count for (func, of_host), count in mode.dispatched.items() if _launches(func, of_host))
         return Work(sum(mode.dispatched.values()), launches, list(mode.waits))
 
 
-def _launches(func: Any) -> bool:
+def _launches(func: Any, of_host: bool) -> bool:
     name = func.overloadpacket.__name__
+    if of_host and name != "clone":  # which is how DeviceMode copies to the device
+        return False
     return not (getattr(func, "is_view", False) or name in _ALLOCATE or name in _NO_WORK)
 
 

@@ -6,10 +6,12 @@ import fcntl
 import hashlib
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
+_DAY = 86_400.0
 _CACHE = ROOT / "build" / "ptx"
 
 
@@ -30,7 +32,8 @@ def compiled(name: str, sources: Sequence[Path], commands: Sequence[Sequence[str
         if folder.exists():  # another process has made it meanwhile
             return folder
         for old in _CACHE.glob(f"{name}-*"):
-            shutil.rmtree(old, ignore_errors=True)
+            if old.stat().st_mtime < time.time() - _DAY:  # another process may still read a younger one
+                shutil.rmtree(old, ignore_errors=True)
         part = folder.with_suffix(".part")
         part.mkdir()
         for command in commands:

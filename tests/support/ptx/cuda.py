@@ -59,9 +59,16 @@ def missing() -> str | None:
 def build(sources: Sequence[Path]) -> tuple[Path, list[Path]]:
     """Compiles .cu files, with the flags of setup.py, to a library with the fake runtime.
 
+    A process builds once, whatever becomes of the files meanwhile.
+
     Returns:
         The library, and the folders with the PTX of each file.
     """
+    return _build(tuple(sources))
+
+
+@functools.cache
+def _build(sources: tuple[Path, ...]) -> tuple[Path, list[Path]]:
     include, runtime = ROOT / "csrc" / "include", Path(__file__).with_name("fake_runtime.cpp")
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{include}", f"-I{_cuda_include()}"]
     folders = [_objects(source) for source in sources]
@@ -111,7 +118,7 @@ def module_of(folder: Path, capability: int) -> Module:
 
 @functools.cache
 def readable(name: str) -> str:
-    """`rows_kernel<Bf16, true>` of the mangled name."""
+    """`rows_kernel<__nv_bfloat16, true>` of the mangled name."""
     plain = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip() or name
     plain = plain.replace("(anonymous namespace)::", "").removeprefix("void ")
     return re.sub(r"\([^()]*\)$", "", plain)

@@ -1,0 +1,122 @@
+"""What the CUDA library's launchers do around their kernels: tables, streams, capture, limits, sums; run as PTX."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import ptx
+from support.adamw_problems import MODES, Training, assert_same_bits
+from support.ptx.engines import cuda_for_cpp
+from support.row_problems import CASES, check, draw
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}")
+
+
+def kernels(gpu: ptx.Gpu, begin: int = 0) -> list[str]:
+    return [launch.kernel for launch in gpu.launches[begin:]]
+
+
+# a warp looks at 32 places at once: around one and two rounds of that
+@pytest.mark.parametrize("tensors", [1, 2, 31, 32, 33, 65, pytest.param(1025, marks=pytest.mark.ptx)])
+def test_every_tensor_is_found(tensors: int) -> None:
+    sizes = (4097, *[3, 0, 1][: tensors - 1], *[2] * (tensors - 4))
+    expected = Training(MODES["exact-fp32"], "cpp", sizes=sizes).step(1).values()
+    with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
+        assert_same_bits(Training(MODES["exact-fp32"], "cpp", sizes=sizes).step(1).values(), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kernel"), [("fp32-fp32", 0), ("exact-fp32", 1), ("nearest-fp32", 4), ("exact-bf16", 5), ("fp32-8bit", 6)]
+)
+def test_tensors_that_are_kept_alike_have_a_kernel_of_their_own(mode: str, kernel: int) -> None:
+    with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
+        Training(MODES[mode], "cpp", sizes=(4, 4)).step()
+    assert kernels(gpu)[-1] == f"adamw_kernel<{kernel}>"
+
+
+def test_a_step_on_another_stream_has_a_table_there() -> None:
+    expected = Training(MODES["exact-fp32"], "cpp").step(3).values()
+    with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
+        training = Training(MODES["exact-fp32"], "cpp").step()
+        first = kernels(gpu)
+        gpu.use_stream(1)
+        training.step()
+        # the whole table again, and not only the gradients' places
+        assert kernels(gpu, len(first)) == first
+        assert {launch.stream for launch in gpu.launches[len(first) :]} == {1}
+        again = len(gpu.launches)
+        assert_same_bits(training.step().values(), expected)
+        assert len(gpu.launches) - again < len(first)
+
+
+def test_a_captured_step_on_another_stream_keeps_the_table() -> None:
+    """Such a stream belongs to the capture; what is uploaded there would be uploaded at every replay."""
+    with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
+        training = Training(MODES["exact-fp32"], "cpp", capturable=True).step()
+        first = len(gpu.launches)
+        gpu.use_stream(1)
+        gpu.capturing = True
+        training.step()
+        assert kernels(gpu, first) == ["upload_kernel", "adamw_kernel<1>"]
+
+
+def test_a_stream_that_cannot_be_asked_is_a_sentence_and_no_failed_launch() -> None:
+    with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
+        training = Training(MODES["fp32-fp32"], "cpp").step()
+        gpu.library.fake_capturing(-1)
+        launches = len(gpu.launches)
+        with pytest.raises(RuntimeError, match="cannot tell whether the stream is captured"):
+            training.step()
+        assert len(gpu.launches) == launches
+        gpu.library.fake_capturing(0)
+        training.step()
+
+
+def total(gpu: ptx.Gpu, grads: list[Tensor]) -> float:
+    result = torch.full((), torch.nan, dtype=torch.float64)
+    gpu.ops.grad_norm_squared_(result, grads)
+    return result.item()
+
+
+# squares below and above the range of float32, and at its ends
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 3e-11, 1e-19, 1e-30, 1e17, 1e19, 1e30, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_in_float32_and_what_it_loses(dtype: torch.dtype, scale: float) -> None:
+    grads = [(torch.randn(size) * scale).to(dtype) for size in (1, 507, 16384, 16385, 40000)]
+    grads.append(torch.cat([torch.full((8192,), 3e-5), torch.full((8192,), 3e4)])[torch.randperm(16384)].to(dtype))
+    grads[-1] *= scale > 0
+    grads.append(torch.full((16384,), 1.2345678).to(dtype) * scale)  # whose roundings all go one way
+    truth = sum(grad.double().square().sum().item() for grad in grads)
+    elsewhere = [torch.cat([grad[:1], grad])[1:] for grad in grads]
+    with ptx.cuda_operators(90) as gpu:
+        assert total(gpu, grads) == pytest.approx(truth, rel=1.5e-11, abs=0)
+        assert total(gpu, elsewhere) == total(gpu, grads)  # wherever they lie
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_is_finite_where_every_gradient_is(dtype: torch.dtype, bad: float) -> None:
+    with ptx.cuda_operators(90) as gpu:
+        for place in (0, 17, 16383, 16384):
+            grad = torch.randn(16400).to(dtype)
+            grad[place] = bad
+            assert torch.tensor(total(gpu, [grad])).isnan() if bad != bad else total(gpu, [grad]) == torch.inf
+        largest = torch.full((20000,), torch.finfo(dtype).max, dtype=dtype)
+        assert total(gpu, [largest]) == pytest.approx(largest.double().square().sum().item(), rel=1e-12)
+
+
+def test_few_operations_of_the_norm_are_in_double() -> None:
+    elements = 4 * 16384
+    with ptx.cuda_operators(90) as gpu:
+        total(gpu, [torch.randn(elements).bfloat16()])
+    opcodes = gpu.launches[0].opcodes
+    assert sum(count for name, count in opcodes.items() if ".f64" in name) < 0.2 * elements
+
+
+def test_rows_that_need_little_shared_memory_leave_the_limit_to_others() -> None:
+    """A limit that another thread has lowered would refuse a launch whose own thread had just raised it."""
+    with ptx.cuda_operators(90) as gpu:
+        for classes in (5000, 30000, 5000):
+            check(gpu.ops.cross_entropy_rows, draw(CASES["plain"], 1, classes, torch.float32))
+            assert gpu.library.fake_lowest_limit() == 232_448
