@@ -108,8 +108,8 @@ H200), their PTX is executed on the CPU, their machine code is read. CI fails wh
 
 * **instructions**: executed instructions of PTX for each unit, moves not counted.
 * **read, written**: bytes that a unit loads and stores, also from caches; in brackets what cannot but move.
-* **a load, a store**: bytes of an access that threads come to, in the mean; behind it how many accesses the machine code
-  has of each width in bytes.
+* **a load, a store**: bytes of an access that threads come to, in the mean; behind it how many accesses the machine
+  code has of each width in bytes.
 * **registers** of a thread, **spills** and bytes of **stack**, **shared** bytes of a block, **threads** of a block,
   **warps** that an SM holds at once, of 64.
 * **at least**: an ESTIMATE in ms, never measured, and what it is spent on; `benchmarks/kernel_table.py` says how.
