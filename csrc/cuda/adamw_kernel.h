@@ -373,7 +373,8 @@ __device__ void update_coded_block(const AdamwTensor& t, const void* grads, cons
   scales.reduce<kLanes>();
   // One answer for the warp, as there are shuffles below.
   bool plain = scales.plain();
-  for (int other = kLanes; other < kWarp; other *= 2) plain &= __shfl_xor_sync(0xffffffffu, uint32_t(plain), other) != 0;
+  for (int other = kLanes; other < kWarp; other *= 2)
+    plain &= __shfl_xor_sync(0xffffffffu, uint32_t(plain), other) != 0;
   if (!plain) {
     scales = Scales();
 #pragma unroll
