@@ -13,6 +13,7 @@ constexpr float kBehind = 0x1p23f;               // floats from here on have the
 constexpr uint32_t kBehindBits = 0x4b000000u;    // and these as the others
 constexpr uint32_t kSignsOfBytes = 0x80808080u;  // of four
 
+// Four bytes by their numbers, which are from 4 on in `high`.
 __device__ uint32_t permuted(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
   return __byte_perm(low, high, selector);
