@@ -162,8 +162,9 @@ def test_few_rows(engine: Engine, count: int) -> None:
 
 
 @engines
-def test_offsets_pass_two_to_the_31(engine: Engine) -> None:
-    near = draw(CASES["plain"], 5, 63, torch.bfloat16)
+@pytest.mark.parametrize("case", ["plain", "in place"])
+def test_offsets_pass_two_to_the_31(engine: Engine, case: str) -> None:
+    near = draw(CASES[case], 5, 63, torch.bfloat16)
     far = torch.empty(2**31 + 200, dtype=torch.bfloat16)  # untouched pages cost nothing
     with operator(engine, OP) as (rows, _):
         check(rows, replace(near, logits=far.as_strided((5, 63), (2**29 + 8, 1)).copy_(near.logits)))
