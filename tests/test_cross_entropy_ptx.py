@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.ptx.engines import ENGINES, Engine, operator
-from support.row_problems import CASES, EVERYTHING, IGNORED, Case, Problem, check, draw, run
+from support.row_problems import CASES, EVERYTHING, IGNORED, Case, Problem, check, draw, plain, run
 
 OP = "cross_entropy_rows"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +58,19 @@ def test_every_option_with_approximations_that_are_off_by_two_ulp(engine: Engine
 def test_approximations_that_are_off_by_two_ulp(engine: Engine) -> None:
     with operator(engine, OP, noise_ulp=2) as (rows, _):
         check(rows, draw(CASES["everything in place"], 3, 507, torch.bfloat16))
+
+
+@engines
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("classes", [7, 512], ids=["single elements", "vectors"])
+def test_gradients_are_rounded_to_nearest(engine: Engine, classes: int, dtype: str) -> None:
+    """Truncation is within twice torch's error, but makes every second number another."""
+    problem = draw(CASES["plain"], 12, classes, DTYPES[dtype])
+    counted = problem.target != IGNORED
+    with operator(engine, OP) as (rows, _):
+        ours = run(rows, problem)["grad"][counted]
+    nearest = plain(problem, torch.float64)["grad"][counted].to(ours.dtype)
+    assert (ours == nearest).double().mean() > 0.95
 
 
 LONG = [
