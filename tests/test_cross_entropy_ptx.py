@@ -77,18 +77,18 @@ LONG = [
     *[(size, "bf16", padding) for size in (5_000, 151_936) for padding in (0, 3, 8)],
     *[(size, "fp32", padding) for size in (2_051, 40_003, 60_000) for padding in (0, 3, 8)],
 ]
-QUICK = {(5_000, "bf16", 3), (40_003, "fp32", 0), (60_000, "fp32", 8)}
+QUICK = [(5_000, "bf16", 3), (40_003, "fp32", 0), (60_000, "fp32", 8)]
 
 
-@engines
-@pytest.mark.parametrize(
-    ("classes", "dtype", "padding"),
-    [pytest.param(*row, marks=() if row in QUICK else pytest.mark.ptx) for row in LONG],
-)
+def long_rows() -> list[Any]:
+    quick = {engine: QUICK[: 1 if engine == TRITON_80 else 3] for engine in ENGINES}
+    rows = [(engine, *row, () if row in quick[engine] else pytest.mark.ptx) for engine in ENGINES for row in LONG]
+    return [pytest.param(*row, id="-".join(map(str, row)), marks=marks) for *row, marks in rows]
+
+
+@pytest.mark.parametrize(("engine", "classes", "dtype", "padding"), long_rows())
 def test_long_rows_at_any_distance(engine: Engine, classes: int, dtype: str, padding: int) -> None:
     """Rows of one block and of several, that fit into shared memory and that do not, on 16 bytes and off them."""
-    if engine == TRITON_80 and classes > 5_000:
-        pytest.skip("the same code as for sm_90")
     with operator(engine, OP) as (rows, _):
         for case in (CASES["in place"], EVERYTHING):
             check(rows, draw(case, 2, classes, DTYPES[dtype], padding=padding))
