@@ -45,6 +45,7 @@ def test_a_triton_kernel_is_not_launched():
     pytest.importorskip("triton")
     from fastft.data.boundaries_triton import packed_boundaries
     from fastft.loss.cross_entropy_triton import cross_entropy_rows
+    from fastft.loss.scale_gradients_triton import scale_gradients_
 
     rows, classes = torch.zeros(5), torch.ones(7)
     good = [torch.randn(5, 7), TARGET, [classes], [rows, rows, rows], rows, rows, [rows, rows], [torch.zeros(5, 7)]]
@@ -59,6 +60,8 @@ def test_a_triton_kernel_is_not_launched():
     for i in (0, 1, 4, 5, 6, 7):
         with pytest.raises(RuntimeError, match=r"packed_boundaries: \w+ is on meta"):
             packed_boundaries(*good[:i], good[i].to("meta"), *good[i + 1 :])
+    with pytest.raises(RuntimeError, match=r"scale_gradients_: gradients\[1\] is on meta"):
+        scale_gradients_([torch.zeros(9), torch.zeros(9, device="meta")], torch.ones(()))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -70,4 +73,5 @@ def test_the_native_kernels_are_not_launched(tmp_path):
     of_boundaries = "lengths", "ignored", "labels", "position_ids", "seq_idx", "cu_seqlens"
     expected = [f"fastft: cross_entropy_rows: {name} must be on the device of logits" for name in of_rows]
     expected += [f"fastft: packed_boundaries: {name} must be on the device of source" for name in of_boundaries]
+    expected += [f"fastft: scale_gradients_: gradient {i} must be on the device of scale" for i in range(2)]
     assert [line.partition(" (")[0] for line in said] == [line for line in expected for _ in range(2)]

@@ -7,6 +7,7 @@
 
 #include "boundaries_args.h"
 #include "cross_entropy_args.h"
+#include "scale_gradients_args.h"
 
 enum { kCpu = 0, kCuda = 1 };
 enum { kBool = 1, kInt32, kInt64, kFloat32, kFloat64, kBFloat16, kFloat16, kOther };
@@ -77,6 +78,12 @@ void read_boundaries(Tensors& t) {  // source, lengths, ignored, labels,
   fastft::BoundariesArgs arguments(stack);
 }
 
+void read_gradients(Tensors& t) {  // scale, gradients (2)
+  StableListOpaque gradients{{&t[1], &t[2]}};
+  StableIValue stack[2] = {value(gradients), value(t[0])};
+  fastft::ScaleGradientsArgs arguments(stack);
+}
+
 // Prints what is said where each tensor but the first is elsewhere, one after
 // the other.
 void each_elsewhere(void (*read)(Tensors&), const Tensors& good) {
@@ -111,4 +118,5 @@ int main() {
   each_elsewhere(
       read_boundaries,
       {{kInt64, {9}}, {kInt64, {2}}, {kInt64, {2}}, {kInt64, {9}}, {kInt64, {9}}, {kInt32, {9}}, {kInt32, {3}}});
+  each_elsewhere(read_gradients, {{kFloat32, {}}, {kBFloat16, {5, 7}}, {kFloat32, {9}}});
 }
