@@ -142,7 +142,7 @@ def test_the_cuda_launcher_checks_its_arguments(wrong: str) -> None:
     }[wrong]
     scale = torch.ones(()).double() if wrong == "scale" else torch.ones(())
     with operator(Engine("cuda", 90), OP) as (function, launches):
-        with pytest.raises(RuntimeError, match="scale_gradients_: (gradient 0|scale) must be"):
+        with pytest.raises(RuntimeError, match=r"scale_gradients_: (gradient 0|scale) must be"):
             function([gradient], scale)
     assert launches == []
 
