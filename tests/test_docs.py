@@ -146,11 +146,9 @@ LIMITS = {
     "README.md: **Not yet run on a GPU.**": [
         "test_triton_on_amd.py::test_cross_entropy",
         "test_triton_binaries.py::test_no_spills",
-        "test_cuda_emulation.py::test_every_option",
-        "test_adamw_emulation.py::test_every_mode",
-        "test_cross_entropy_triton.py::test_every_option",
-        "test_adamw_update_triton.py::test_every_mode",
-        "test_boundaries.py::test_cuda_kernel_in_emulation",
+        "test_cross_entropy_ptx.py::test_every_option",
+        "test_adamw_ptx.py::test_every_mode",
+        "test_boundaries.py::test_gpu_kernels_as_ptx_count_right",
     ],
     "README.md: Packing: ": [
         "test_packing_matrix.py::test_no_architecture_leaks_silently",
@@ -192,8 +190,7 @@ LIMITS = {
         "test_lazy_logits.py::test_who_watches_before_the_loss_sees_the_gradient",
     ],
     "adamw.md: **Not yet run on a GPU**": [
-        "test_adamw_emulation.py::test_every_mode",
-        "test_adamw_update_triton.py::test_every_mode",
+        "test_adamw_ptx.py::test_every_mode",
         "test_triton_binaries.py::test_adamw_has_no_spills_and_wide_accesses",
     ],
     "adamw.md: Refused: ": [
@@ -228,7 +225,7 @@ LIMITS = {
         "test_adamw.py::test_bad_options",
     ],
     "loss.md: Not yet run on a GPU": [
-        "test_cuda_emulation.py::test_every_option",
+        "test_cross_entropy_ptx.py::test_every_option",
         "test_triton_binaries.py::test_no_spills",
     ],
     "loss.md: Target probabilities": [

@@ -367,6 +367,17 @@ def test_compiles_to_one_graph(options, reduction):
     assert all(map(torch.equal, eager, ours))
 
 
+def test_a_number_of_items_that_changes_stays_in_the_graph():
+    x, weight, _, target = make(9, 4, 7)
+
+    def loss(items):
+        return linear_cross_entropy(x, weight, target, num_items=items)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for items in (7, 8.5, 9, 3.25):
+        torch.testing.assert_close(compiled(items), loss(items))
+
+
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_operator_contract(summed, frozen):

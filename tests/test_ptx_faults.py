@@ -13,10 +13,9 @@ import pytest
 import torch
 from support import ptx
 from support.adamw_problems import MODES, Training
-from support.ptx.checks import GlobalMemory, noise
-from support.ptx.cuda import extent_of
+from support.ptx.bare import HEAD, execute
+from support.ptx.checks import noise
 from support.ptx.engines import Engine, adamw_by, unbound
-from support.ptx.executor import Launch, Options, run_launch
 from support.ptx.parser import Module, UnreadablePtx
 from support.row_problems import CASES, draw, run
 from support.segment_problems import draw as draw_segments
@@ -27,40 +26,6 @@ from fastft import _native
 
 needs_nvcc = pytest.mark.skipif(ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}")
 PLANTED = Path(ptx.__file__).with_name("planted.cu")
-
-HEAD = """
-.version 8.0
-.target sm_80
-.address_size 64
-.extern .shared .align 16 .b8 memory[];
-.visible .entry planted(.param .u64 a, .param .u64 b)
-{
-  .reg .pred %p<9>;
-  .reg .b16 %h<9>;
-  .reg .b32 %r<20>;
-  .reg .f32 %f<9>;
-  .reg .b64 %d<9>;
-  ld.param.u64 %d1, [a];
-  ld.param.u64 %d2, [b];
-  mov.u32 %r1, %tid.x;
-  mov.u32 %r2, %ctaid.x;
-  mul.wide.u32 %d3, %r1, 4;
-  add.s64 %d4, %d1, %d3;
-  shl.b32 %r3, %r1, 2;
-  mov.u32 %r4, memory;
-  add.s32 %r5, %r4, %r3;
-"""
-
-
-def execute(body: str, *tensors: Tensor, threads: int = 32, blocks: int = 1, shared: int = 0, **options: Any) -> Launch:
-    """Runs `body`, in which %r1 is the thread, %r2 the block, %d4 its place in the first tensor, %r5 in `memory`."""
-    (kernel,) = Module(HEAD + body + "\nret;\n}").values()
-    launch = Launch("planted", (blocks, 1, 1), threads, shared)
-    extents = [extent_of(tensor, f"tensor {i}") for i, tensor in enumerate(tensors)]
-    pointers = [tensor.data_ptr() for tensor in (*tensors, *tensors)][:2] or [0, 0]
-    parameters = b"".join(pointer.to_bytes(8, "little") for pointer in pointers)
-    run_launch(kernel, launch, parameters, GlobalMemory(filter(None, extents)), Options(**options))
-    return launch
 
 
 def ints(count: int) -> Tensor:
@@ -303,13 +268,15 @@ def test_a_shuffle_that_some_lanes_miss() -> None:
 
 @needs_nvcc
 def test_a_shuffle_of_a_cuda_kernel_that_some_lanes_miss() -> None:
+    def without_thread_5(text: str) -> str:
+        planted = "{ .reg .b32 %lane; .reg .pred %planted; mov.u32 %lane, %tid.x; setp.eq.s32 %planted, %lane, 5;"
+        return text.replace("{", planted, 1).replace("shfl.sync", "@!%planted shfl.sync")
+
     with ptx.cuda_operators(90) as gpu:
-        lane = r"\1 .reg .pred %planted; setp.eq.s32 %planted, \2, 5;"
-        edit = lambda text: re.sub(r"(mov\.u32\s+(%r\d+), %tid\.x;)", lane, text, count=1)  # noqa: E731
-        gpu.edit("rows_kernel<float, false>", lambda text: edit(text).replace("shfl.sync", "@!%planted shfl.sync", 1))
+        gpu.edit("rows_kernel<float, false>", without_thread_5)
         with pytest.raises(ptx.Fault) as caught:
             run(gpu.ops.cross_entropy_rows, draw(CASES["plain"], 2, 63, torch.float32))
-    assert caught.value.kind in ("divergent shuffle", "unwritten")
+    assert caught.value.kind == "divergent shuffle" and caught.value.kernel == "rows_kernel<float, false>"
     assert caught.value.instruction.opcode.startswith("shfl.sync")
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from support import ptx
 
 import fastft
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
 X, HEAD, TARGET = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, -100, 6])
 ELSEWHERE = TARGET.to("meta")
 DOORS = {
@@ -64,14 +61,38 @@ def test_a_triton_kernel_is_not_launched():
         scale_gradients_([torch.zeros(9), torch.zeros(9, device="meta")], torch.ones(()))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_the_native_kernels_are_not_launched(tmp_path):
-    source, program = Path(__file__).with_name("support") / "device_arguments.cpp", tmp_path / "program"
-    subprocess.run(["g++", "-std=c++17", f"-I{CSRC / 'include'}", source, "-o", program], check=True)
-    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
-    of_rows = "target", "weight", *["upstream"] * 3, "losses", "lse", "entropy", "is_top1", "grad"
-    of_boundaries = "lengths", "ignored", "labels", "position_ids", "seq_idx", "cu_seqlens"
-    expected = [f"fastft: cross_entropy_rows: {name} must be on the device of logits" for name in of_rows]
-    expected += [f"fastft: packed_boundaries: {name} must be on the device of source" for name in of_boundaries]
-    expected += [f"fastft: scale_gradients_: gradient {i} must be on the device of scale" for i in range(2)]
-    assert [line.partition(" (")[0] for line in said] == [line for line in expected for _ in range(2)]
+@pytest.mark.skipif(ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}")
+@pytest.mark.parametrize("place", [ptx.HOST, 1], ids=["host", "another device"])
+def test_a_cuda_kernel_is_not_launched(place):
+    def refused(name, operator, arguments, i, of_list, others):
+        wrong = [list(given) if isinstance(given, list) else given for given in arguments]
+        given = wrong[i] if of_list is None else wrong[i][of_list]
+        moved = given.clone()
+        if of_list is None:
+            wrong[i] = moved
+        else:
+            wrong[i][of_list] = moved
+        with ptx.cuda_operators(90) as gpu:
+            gpu.place(moved, place)
+            with pytest.raises(RuntimeError, match=f"{operator}: {name} must be on the device of {others}"):
+                getattr(gpu.ops, operator)(*wrong)
+            assert gpu.launches == []
+
+    rows = [
+        torch.randn(5, 7), TARGET, [torch.ones(7)], [torch.zeros(5) for _ in range(3)], torch.zeros(5), torch.zeros(5),
+        [torch.zeros(5), torch.zeros(5, dtype=torch.bool)], [torch.zeros(5, 7)], -100, 0.1, 0.0, 0.0, 1.0,
+    ]  # fmt: skip
+    places = {"target": (1, None), "weight": (2, 0), "losses": (4, None), "lse": (5, None), "entropy": (6, 0)}
+    for name, where in {**places, "is_top1": (6, 1), "grad": (7, 0)}.items():
+        refused(name, "cross_entropy_rows", rows, *where, "logits")
+    for i in range(3):
+        refused("upstream", "cross_entropy_rows", rows, 3, i, "logits")
+    tokens, narrow = torch.arange(9), torch.zeros(9, dtype=torch.int32)
+    boundaries = [torch.tensor([4, 5]), torch.tensor([1, 1]), tokens, 0, tokens.clone(), tokens.clone(), narrow]
+    boundaries.append(torch.zeros(3, dtype=torch.int32))
+    names = {0: "lengths", 1: "ignored", 4: "labels", 5: "position_ids", 6: "seq_idx", 7: "cu_seqlens"}
+    for i, name in names.items():
+        refused(name, "packed_boundaries", boundaries, i, None, "source")
+    gradients = [torch.zeros(5, 7, dtype=torch.bfloat16), torch.zeros(9)]
+    for i in range(2):
+        refused(f"gradient {i}", "scale_gradients_", [gradients, torch.ones(())], 0, i, "scale")

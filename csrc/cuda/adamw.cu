@@ -35,7 +35,7 @@ void upload(void* to, const void* from, size_t bytes, cudaStream_t stream) {
     memcpy(piece.words, static_cast<const char*>(from) + done, size);
     piece.to = reinterpret_cast<uint32_t*>(static_cast<char*>(to) + done);
     piece.count = int32_t(size / sizeof piece.words[0]);
-    FASTFT_LAUNCH(upload_kernel, 1, kThreads, 0, stream, piece);
+    upload_kernel<<<1, kThreads, 0, stream>>>(piece);
   }
   fastft::check_launch("adamw_");
 }
@@ -103,7 +103,7 @@ class Bound {
       upload(hyper_, hyper.rows(), size, stream);
       step_.hyper = hyper_;
     }
-    FASTFT_LAUNCH(kernel_, unsigned(blocks_), kThreads, 0, stream, step_);
+    kernel_<<<unsigned(blocks_), kThreads, 0, stream>>>(step_);
     fastft::check_launch("adamw_");
   }
 

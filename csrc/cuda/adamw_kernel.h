@@ -89,6 +89,20 @@ struct Place {
   }
 };
 
+// Stores the upper or lower halves of words.
+template <bool kUpper, int kWidth>
+__device__ void store_halves(void* data, int64_t i, const uint32_t (&words)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    static_cast<uint16_t*>(data)[i] = uint16_t(kUpper ? words[0] >> 16 : words[0]);
+  } else {
+    Vector<uint32_t, kWidth / 2> kept;
+#pragma unroll
+    for (int k = 0; k < kWidth / 2; k++)
+      kept.at[k] = permuted(words[2 * k], words[2 * k + 1], kUpper ? 0x7632 : 0x5410);
+    store(static_cast<uint16_t*>(data) + i, 0, kept);
+  }
+}
+
 // Stores values of a Place, of a kind that the last argument names: floats as they are, bfloat16 rounded
 // stochastically, with the bytes of the random numbers swapped where kSwapped.
 template <bool kSwapped, int kWidth>
@@ -102,20 +116,14 @@ __device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>&,
 template <bool kSwapped, int kWidth>
 __device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>& bits, const float (&values)[kWidth],
                               uint16_t) {
-  if constexpr (kWidth == 1) {
-    const uint16_t random = kSwapped ? swap_bytes(bits.at(0)) : bits.at(0);
-    static_cast<uint16_t*>(data)[at.i] = bf16_stochastic(values[0], random);
-  } else {
-    Vector<uint32_t, kWidth / 2> kept;
+  uint32_t sums[kWidth];
 #pragma unroll
-    for (int k = 0; k < kWidth / 2; k++) {
-      const uint32_t word = bits.words[k];
-      const uint32_t low = kSwapped ? permuted(word, 0, 0x4401) : word & 0xffffu;
-      const uint32_t high = kSwapped ? permuted(word, 0, 0x4423) : word >> 16;
-      kept.at[k] = permuted(bf16_sum(values[2 * k], low), bf16_sum(values[2 * k + 1], high), 0x7632);
-    }
-    store(data, at.i / 2, kept);
+  for (int k = 0; k < kWidth; k++) {
+    const uint32_t word = bits.words[k / 2];
+    const uint32_t number = kSwapped ? permuted(word, 0, k % 2 ? 0x4423 : 0x4401) : k % 2 ? word >> 16 : word & 0xffffu;
+    sums[k] = bf16_sum(values[k], number);
   }
+  store_halves<true>(data, at.i, sums);
 }
 
 // kWidth neighbours as they were read: floats, or bfloat16 values that become floats one by one.
@@ -129,12 +137,14 @@ template <int kWidth>
 struct Neighbours<uint16_t, kWidth> {
   Vector<uint32_t, kWidth / 2> read{};
   __device__ float at(int k) const { return bits_float(k % 2 ? read.at[k / 2] & 0xffff0000u : read.at[k / 2] << 16); }
+  __device__ int32_t signed_at(int k) const { return int32_t(k % 2 ? read.at[k / 2] : read.at[k / 2] << 16) >> 16; }
 };
 
 template <>
 struct Neighbours<uint16_t, 1> {
   Vector<uint16_t, 1> read{};
   __device__ float at(int) const { return bf16_to_float(read.at[0]); }
+  __device__ int32_t signed_at(int) const { return int16_t(read.at[0]); }
 };
 
 template <class T, int kWidth>
@@ -144,7 +154,7 @@ __device__ Neighbours<T, kWidth> neighbours(const void* data, int64_t i) {
   else if constexpr (kWidth == 1)
     return {load<1, uint16_t>(data, i)};
   else
-    return {load<kWidth / 2, uint32_t>(data, i / 2)};
+    return {load<kWidth / 2, uint32_t>(static_cast<const uint16_t*>(data) + i, 0)};
 }
 
 template <int kWidth>
@@ -156,19 +166,20 @@ __device__ void load_param(const Place& at, float (&values)[kWidth], float) {
 
 template <int kWidth>
 __device__ void load_param(const Place& at, float (&values)[kWidth], uint16_t) {
-  if (at.t.rounding == kExact) {
-    const auto kept = load<kWidth, uint16_t>(at.t.param, at.i), remainder = load<kWidth, uint16_t>(at.t.residue, at.i);
-#pragma unroll
-    for (int k = 0; k < kWidth; k++) values[k] = master_join(kept.at[k], int16_t(remainder.at[k]));
-    return;
-  }
   const auto kept = neighbours<uint16_t, kWidth>(at.t.param, at.i);
 #pragma unroll
   for (int k = 0; k < kWidth; k++) values[k] = kept.at(k);
-  if (at.t.rounding != kKahan) return;
-  const auto compensation = neighbours<uint16_t, kWidth>(at.t.residue, at.i);
+  if (at.t.rounding != kExact && at.t.rounding != kKahan) return;
+  const auto residue = neighbours<uint16_t, kWidth>(at.t.residue, at.i);
 #pragma unroll
-  for (int k = 0; k < kWidth; k++) values[k] = ft_add(values[k], compensation.at(k));
+  for (int k = 0; k < kWidth; k++) {
+    if (at.t.rounding == kExact) {
+      const float master = bits_float(float_bits(values[k]) + uint32_t(residue.signed_at(k)));
+      values[k] = master == master ? master : values[k];  // as master_join
+    } else {
+      values[k] = ft_add(values[k], residue.at(k));
+    }
+  }
 }
 
 template <int kWidth>
@@ -182,23 +193,23 @@ __device__ void store_param(const Place& at, const float (&values)[kWidth], uint
     store_rounded<false>(at, at.t.param, at.draw<kWidth>(kStreamParam), values, uint16_t());
     return;
   }
-  Vector<uint16_t, kWidth> kept, residue;
+  uint32_t words[kWidth];
+#pragma unroll
+  for (int k = 0; k < kWidth; k++) words[k] = master_bits(values[k]);
   if (at.t.rounding == kExact) {
+    store_halves<false>(at.t.residue, at.i, words);
 #pragma unroll
-    for (int k = 0; k < kWidth; k++) {
-      int16_t remainder;
-      master_split(values[k], &kept.at[k], &remainder);
-      residue.at[k] = uint16_t(remainder);
-    }
-  } else if (at.t.rounding == kKahan) {
-#pragma unroll
-    for (int k = 0; k < kWidth; k++) kahan_split(values[k], &kept.at[k], &residue.at[k]);
+    for (int k = 0; k < kWidth; k++) words[k] += 0x8000u;
   } else {
 #pragma unroll
-    for (int k = 0; k < kWidth; k++) kept.at[k] = bf16_nearest(values[k]);
+    for (int k = 0; k < kWidth; k++) words[k] = bf16_nearest_sum(bits_float(words[k]));
   }
-  store(at.t.param, at.i, kept);
-  if (at.t.rounding == kExact || at.t.rounding == kKahan) store(at.t.residue, at.i, residue);
+  store_halves<true>(at.t.param, at.i, words);
+  if (at.t.rounding != kKahan) return;
+#pragma unroll
+  for (int k = 0; k < kWidth; k++)
+    words[k] = bf16_nearest_sum(finite_or_zero(ft_sub(values[k], bits_float(words[k] & 0xffff0000u))));
+  store_halves<true>(at.t.residue, at.i, words);
 }
 
 // Elements [begin, end) of a chunk, kWidth at a time, of a tensor that is kept as P with moments that are kept as M.
@@ -307,8 +318,8 @@ __device__ void store_codes(const Place& at, const float (&m)[8], const float (&
       m_codes.at[k / 4] |= uint32_t(code) << k % 4 * 8, v_codes.at[k / 4] |= uint32_t(sq_code) << k % 4 * 8;
     }
   }
-  store(at.t.exp_avg, at.i / 4, m_codes);
-  store(at.t.exp_avg_sq, at.i / 4, v_codes);
+  store(static_cast<int8_t*>(at.t.exp_avg) + at.i, 0, m_codes);
+  store(static_cast<uint8_t*>(at.t.exp_avg_sq) + at.i, 0, v_codes);
 }
 
 __device__ void store_codes(const Place& at, const float (&m)[1], const float (&v)[1], const Drawn<1>& random,
@@ -320,8 +331,8 @@ __device__ void store_codes(const Place& at, const float (&m)[1], const float (&
 }
 
 __device__ void load_codes(const Place& at, float m_scale, float v_scale, float (&m)[8], float (&v)[8]) {
-  const auto m_codes = load<2, uint32_t>(at.t.exp_avg, at.i / 4),
-             v_codes = load<2, uint32_t>(at.t.exp_avg_sq, at.i / 4);
+  const auto m_codes = load<2, uint32_t>(static_cast<const int8_t*>(at.t.exp_avg) + at.i, 0);
+  const auto v_codes = load<2, uint32_t>(static_cast<const uint8_t*>(at.t.exp_avg_sq) + at.i, 0);
   decode_eight(m_codes.at, v_codes.at, m_scale, v_scale, m, v);
 }
 
@@ -361,7 +372,9 @@ __device__ void update_coded_block(const AdamwTensor& t, const void* grads, cons
   }
   scales.reduce<kLanes>();
   // One answer for the warp, as there are shuffles below.
-  const bool plain = largest_of<kWarp>(uint32_t(!scales.plain())) == 0;
+  bool plain = scales.plain();
+  for (int other = kLanes; other < kWarp; other *= 2)
+    plain &= __shfl_xor_sync(0xffffffffu, uint32_t(plain), other) != 0;
   if (!plain) {
     scales = Scales();
 #pragma unroll

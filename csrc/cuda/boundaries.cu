@@ -20,7 +20,7 @@ struct Job {
 
 // Every thread adds up a stretch of the lengths, the block adds up the stretches before it, and the thread writes.
 __global__ void scan_kernel(Job job) {
-  FASTFT_SHARED(shared);
+  extern __shared__ __align__(16) unsigned char shared[];
   int64_t* sums = reinterpret_cast<int64_t*>(shared);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t stretch = (job.segments + threads - 1) / threads, begin = thread * stretch;
@@ -68,11 +68,11 @@ void packed_boundaries(StableIValue* stack, uint64_t nargs, uint64_t) {
   const fastft::DeviceGuard guard(args.device_index);
   const cudaStream_t stream = fastft::current_stream(args.device_index);
   const int scan_threads = args.segments > 32 ? kScanThreads : 32;
-  FASTFT_LAUNCH(scan_kernel, 1, scan_threads, scan_threads * sizeof(int64_t), stream, job);
+  scan_kernel<<<1, scan_threads, scan_threads * sizeof(int64_t), stream>>>(job);
   fastft::check_launch("packed_boundaries");
   if (args.tokens == 0 || args.segments == 0) return;
   const int64_t blocks = (args.tokens + kThreads - 1) / kThreads;
-  FASTFT_LAUNCH(fill_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, job);
+  fill_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(job);
   fastft::check_launch("packed_boundaries");
 }
 

@@ -360,7 +360,7 @@ __device__ Target find_target(const Row<T>& row, int64_t y, const Job& job) {
 
 template <class T, bool kOptions>
 __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant__ Job job) {
-  FASTFT_SHARED(shared);
+  extern __shared__ __align__(16) unsigned char shared[];
   Scratch* scratch = reinterpret_cast<Scratch*>(shared);
   uint4* held = reinterpret_cast<uint4*>(scratch + 1);
   const int64_t r = blockIdx.x;
@@ -414,7 +414,7 @@ void launch(Job job, int64_t rows, int32_t device) {
   }
   int threads = kWarp;
   while (threads < most && threads * 4 < vectors) threads *= 2;
-  FASTFT_LAUNCH(kernel, static_cast<unsigned>(rows), threads, bytes, fastft::current_stream(device), job);
+  kernel<<<static_cast<unsigned>(rows), threads, bytes, fastft::current_stream(device)>>>(job);
   fastft::check_launch("cross_entropy_rows");
 }
 

@@ -86,7 +86,7 @@ __device__ double add_squares(const T* grad, int n) {
 
 // The sum over the block's threads, for its first thread.
 __device__ double sum_of_block(double sum) {
-  FASTFT_SHARED(shared);
+  extern __shared__ __align__(16) unsigned char shared[];
   double* sums = reinterpret_cast<double*>(shared);
   sums[threadIdx.x] = sum;
   for (int width = blockDim.x / 2; width > 0; width /= 2) {
@@ -138,8 +138,7 @@ class Launcher {
   }
 
   void launch() {
-    if (blocks_ > 0)
-      FASTFT_LAUNCH(squares_kernel, unsigned(blocks_), kThreads, kThreads * sizeof(double), stream_, batch_);
+    if (blocks_ > 0) squares_kernel<<<unsigned(blocks_), kThreads, kThreads * sizeof(double), stream_>>>(batch_);
     batch_.sums += blocks_;
     batch_.tensors = 0;
     blocks_ = 0;
@@ -178,7 +177,7 @@ void grad_norm_squared(StableIValue* stack, uint64_t nargs, uint64_t) {
   for (const fastft::Tensor& grad : kept) launcher.add(grad, grad.numel());
   launcher.launch();
   double* result = static_cast<double*>(total.mutable_data());
-  FASTFT_LAUNCH(total_kernel, 1, kTotalThreads, kTotalThreads * sizeof(double), stream, sums, count, result);
+  total_kernel<<<1, kTotalThreads, kTotalThreads * sizeof(double), stream>>>(sums, count, result);
   fastft::check_launch("grad_norm_squared_");
 }
 

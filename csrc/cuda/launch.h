@@ -1,16 +1,8 @@
-// How kernels are launched. Tests compile the .cu files with g++ and run them on the CPU; there, FASTFT_LAUNCH and
-// FASTFT_SHARED are theirs (tests/support/cuda_on_host.h).
+// What launchers need of the runtime and of torch: the device, its stream and memory, and whether a launch failed.
 #pragma once
 #include <cuda_runtime.h>
 
 #include "shim.h"
-
-#ifndef FASTFT_LAUNCH
-#define FASTFT_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
-  kernel<<<blocks, threads, shared_bytes, stream>>>(__VA_ARGS__)
-// the launch's dynamic shared memory
-#define FASTFT_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
 
 namespace fastft {
 struct DeviceGuard {

@@ -109,7 +109,7 @@ class Launcher {
   }
 
   void launch() {
-    if (blocks_ > 0) FASTFT_LAUNCH(scale_kernel, unsigned(blocks_), kThreads, 0, stream_, batch_);
+    if (blocks_ > 0) scale_kernel<<<unsigned(blocks_), kThreads, 0, stream_>>>(batch_);
     batch_.tensors = 0;
     blocks_ = 0;
   }

@@ -117,11 +117,14 @@ FASTFT_HD Number adamw_element(Number param, Number grad, float factor, Number* 
 
 FASTFT_HD float bf16_to_float(uint16_t value) { return bits_float((uint32_t)value << 16); }
 
-// The nearest bf16, ties to even.
-FASTFT_HD uint16_t bf16_nearest(float value) {
+// Of a number: the upper half is the nearest bf16, ties to even.
+FASTFT_HD uint32_t bf16_nearest_sum(float value) {
   const uint32_t bits = float_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return value != value ? (uint16_t)0x7fc0 : (uint16_t)rounded;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+FASTFT_HD uint16_t bf16_nearest(float value) {
+  return value != value ? (uint16_t)0x7fc0 : (uint16_t)(bf16_nearest_sum(value) >> 16);
 }
 
 // Of which the upper half is the result of bf16_stochastic.
@@ -142,8 +145,12 @@ FASTFT_HD float master_join(uint16_t param, int16_t remainder) {
   return master == master ? master : bits_float(high);
 }
 
+FASTFT_HD uint32_t master_bits(float master) {  // rounding makes Inf or 0 of some NaNs
+  return master != master ? 0x7fc00000u : float_bits(master);
+}
+
 FASTFT_HD void master_split(float master, uint16_t* param, int16_t* remainder) {
-  const uint32_t bits = master != master ? 0x7fc00000u : float_bits(master);  // rounding makes Inf or 0 of some NaNs
+  const uint32_t bits = master_bits(master);
   *param = (uint16_t)((bits + 0x8000u) >> 16);
   *remainder = (int16_t)(uint16_t)bits;
 }

@@ -127,9 +127,9 @@ def linear_cross_entropy(
     """Cross-entropy of `linear(input, linear_weight, linear_bias)`, without ever holding these logits.
 
     `torch.nn.functional.linear_cross_entropy` with more options. The workspace is at most 32 MB on the CPU, or 256 rows
-    of logits where these are larger. Obeys autocast as `F.linear` does. Changes no input; works under gradient
-    checkpointing and `torch.compile(fullgraph=True)`; a retained graph gives the same gradients again; differentiating
-    twice raises.
+    of logits where these are larger; on a GPU 512 MB, or as much as the weight's gradient takes, or 1024 rows. Obeys
+    autocast as `F.linear` does. Changes no input; works under gradient checkpointing and
+    `torch.compile(fullgraph=True)`; a retained graph gives the same gradients again; differentiating twice raises.
 
     Args:
         input: hidden states (..., H), floating point.

@@ -263,7 +263,8 @@ HEAD = ops.Operator(
     "linear_cross_entropy_rows(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
     "Tensor[] upstream, Tensor? divisor, bool[] needs, bool summed, bool statistics, ScalarType dtype, str impl, "
     "int chunk_rows, int max_counted, int ignore_index, float label_smoothing, float z_loss, float softcap, "
-    "float logit_scale) -> (Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor d_input, Tensor d_weight, Tensor d_bias)",
+    "float logit_scale) -> "
+    "(Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor d_input, Tensor d_weight, Tensor d_bias)",
     _linear_cross_entropy_rows,
     engines={},
     fake=_fake,

@@ -129,7 +129,7 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
             raise ValueError(f"num_items must be a number or a tensor of one, got shape {tuple(num_items.shape)}")
         if not _may_look_at(num_items):
             return
-    elif isinstance(num_items, bool) or not hasattr(num_items, "__float__"):
+    elif isinstance(num_items, bool) or not (isinstance(num_items, int | float) or hasattr(num_items, "__float__")):
         raise TypeError(f"num_items must be a number or a tensor of one, got {type(num_items).__name__}")
     if not 0 <= num_items < math.inf:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}")

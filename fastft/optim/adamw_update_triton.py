@@ -189,7 +189,8 @@ def _update_tile(row, hyper, factor, seed, chunk, numel, ROUNDING: tl.constexpr,
         old = _widen(_load(max_exp_avg_sq, i, inside, FULL))
         largest = tl.where((old > v) | (old != old), old, v)  # NaN wins, as in torch.maximum
     p = _new_param(_load_param(param, residue, i, inside, ROUNDING, FULL), m, largest, hyper)
-    _store_param(param, residue, i, inside, p, seed, elements, step, ROUNDING, FULL, ALIGNED)
+    if NARROW:
+        _store_param(param, residue, i, inside, p, seed, elements, step, ROUNDING, FULL, ALIGNED)
     random = _draw(seed, elements, step, _OF_MOMENTS, ALIGNED) if NARROW else 0
     _store(exp_avg_sq, i, inside, _stochastic(v, _swap_bytes(random)) if NARROW else v, FULL)
     _store(exp_avg, i, inside, _stochastic(m, random) if NARROW else m, FULL)
@@ -197,6 +198,8 @@ def _update_tile(row, hyper, factor, seed, chunk, numel, ROUNDING: tl.constexpr,
         if NARROW:
             largest = _stochastic(largest, _draw(seed, elements, step, _OF_MAX_EXP_AVG_SQ, ALIGNED))
         _store(max_exp_avg_sq, i, inside, largest, FULL)
+    if not NARROW:  # behind the moments, whose registers the parameter's random bits need: else sm_90 spills one
+        _store_param(param, residue, i, inside, p, seed, elements, step, ROUNDING, FULL, ALIGNED)
 
 
 @triton.jit
