@@ -179,7 +179,7 @@ def test_the_row_kernel_needs_32_instructions_a_logit_and_stores_16_bytes(chip: 
     assert "128" in figures.stores and figures.store_bytes > 15
 
 
-@pytest.mark.parametrize("rounding", ["fp32", "exact", "stochastic", "nearest"])
+@pytest.mark.parametrize("rounding", ["fp32", "exact", "kahan", "stochastic", "nearest"])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_8bit_adamw_needs_120_instructions_an_element(rounding: str, chip: int) -> None:
     figures = counted(f"cuda, AdamW, {rounding}, moments 8-bit, sm_{chip}")
