@@ -7,6 +7,7 @@ of a step are counted in host_work.py, the functions that fastft's Python calls 
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -24,6 +25,11 @@ from support.ptx import Gpu, cuda_operators
 from support.row_problems import CASES, draw, run
 
 _FASTFT = os.path.dirname(fastft.__file__) + os.sep
+
+
+def versions() -> str:
+    """What the counts of a step depend on."""
+    return f"torch {torch.__version__.partition('+')[0]}, Python {'.'.join(platform.python_version_tuple()[:2])}"
 
 
 def python_calls(prepare: Callable[[DeviceMode], Callable[[], Any]]) -> int:
