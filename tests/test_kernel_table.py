@@ -39,10 +39,12 @@ SAMPLE = (
     "cuda, AdamW, stochastic, moments 8-bit, sm_90",
     "cuda, norm of gradients, bf16, sm_90",
     "cuda, boundaries, tokens, sm_90",
+    "cuda, scaling of gradients, bf16, sm_90",
     "triton, cross-entropy, plain, bf16, V=128256, sm_90",
     "triton, AdamW, exact, moments fp32, sm_80",
     "triton, AdamW, stochastic, moments 8-bit, sm_90",
     "triton, boundaries, tokens, sm_90",
+    "triton, scaling of gradients, bf16, sm_90",
 )
 Prepare = Callable[[DeviceMode], Callable[[], Any]]
 MUST_HOLD = "cuda, cross-entropy, plain, bf16, V=128256"
@@ -179,7 +181,7 @@ def test_the_row_kernel_needs_32_instructions_a_logit_and_stores_16_bytes(chip: 
     assert "128" in figures.stores and figures.store_bytes > 15
 
 
-@pytest.mark.parametrize("rounding", ["fp32", "exact", "stochastic", "nearest"])
+@pytest.mark.parametrize("rounding", ["fp32", "exact", "kahan", "stochastic", "nearest"])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_8bit_adamw_needs_120_instructions_an_element(rounding: str, chip: int) -> None:
     figures = counted(f"cuda, AdamW, {rounding}, moments 8-bit, sm_{chip}")

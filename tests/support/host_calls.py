@@ -69,6 +69,8 @@ def operator_calls(tensors: int = 400) -> dict[str, dict[str, int]]:
         count("cross_entropy_rows", lambda: run(gpu.ops.cross_entropy_rows, plain))
         packed = segment_problems.draw([3, 60])
         count("packed_boundaries", lambda: segment_problems.run(gpu.ops.packed_boundaries, *packed))
+        gradients, scale = [torch.zeros(9) for _ in range(3)], torch.ones(())
+        count("scale_gradients_, 3 tensors", lambda: gpu.ops.scale_gradients_(gradients, scale))
         _of_adamw(gpu, tensors, count)
     return found
 

@@ -40,6 +40,7 @@ OPERATORS = (
     "grad_norm_squared_",
     "cross_entropy_rows",
     "packed_boundaries",
+    "scale_gradients_",
 )
 CAPABILITIES = (80, 90)
 _SHARED = {80: (166_912, 167_936), 90: (232_448, 233_472)}  # bytes of a block (opt-in), of a processor
