@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import ptx, segment_problems
 from support.adamw_problems import MODES, Training, assert_same_bits, past_two_to_the_31
-from support.ptx.cuda import tensors_in
+from support.ptx.cuda import OPERATORS, tensors_in
 from support.ptx.engines import cuda_for_cpp
 from support.row_problems import CASES, check, draw
 from torch import Tensor
@@ -34,16 +34,25 @@ def add_up(grad_norm_squared_: Callable[..., None]) -> None:
     assert total.item() == pytest.approx(sum(grad.double().square().sum().item() for grad in grads), rel=1e-10)
 
 
+def scale(scale_gradients_: Callable[..., None]) -> None:
+    gradients = [torch.randn(40_003), torch.randn(63).bfloat16()]
+    expected = [gradient / 4 for gradient in gradients]
+    scale_gradients_(gradients, torch.tensor(0.25))
+    assert_same_bits(gradients, expected)
+
+
+# a call of each operator; AdamW's bound steps run the code of adamw_
 USES = {
     "cross_entropy_rows": lambda rows: check(rows, draw(CASES["everything"], 2, 40_003, torch.bfloat16)),
     "packed_boundaries": lambda fill: segment_problems.check(fill, [3, 700], 0, False),
     "grad_norm_squared_": add_up,
     "adamw_": update,
+    "scale_gradients_": scale,
 }
 
 
 @pytest.mark.parametrize("device", [0, 1])
-@pytest.mark.parametrize("name", USES)
+@pytest.mark.parametrize("name", sorted({*OPERATORS} - {"adamw_bind", "adamw_bound_"}))
 def test_all_launches_are_on_the_tensors_device_and_its_stream(name: str, device: int) -> None:
     """Whichever device is the current one."""
     with ptx.cuda_operators(90) as gpu:
