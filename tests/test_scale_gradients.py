@@ -111,6 +111,16 @@ def test_as_many_gradients_as_there_are() -> None:
 
 
 @engines
+def test_the_end_of_a_gradient_past_two_to_the_31(engine: Engine) -> None:
+    """The last block, over a gradient of which it alone touches a part."""
+    gradient = torch.empty(2**31 + 100, dtype=torch.bfloat16)  # untouched pages cost nothing
+    gradient[-100:] = torch.arange(100)
+    with operator(engine, OP, only=lambda blocks: [blocks - 1]) as (function, _):
+        function([gradient], torch.tensor(0.5))
+    assert torch.equal(gradient[-100:], torch.arange(100).bfloat16() / 2)
+
+
+@engines
 def test_a_scale_of_one_moves_nothing(engine: Engine) -> None:
     gradients = draw([2 * 65_536, 5], torch.bfloat16)
     with operator(engine, OP) as (function, launches):
