@@ -42,7 +42,7 @@ test-isa: native
 
 # Triton beside the environment's own, which stays
 ptx: native $(if $(TRITON),build/triton-$(TRITON)/triton)
-	PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON)) $(PYTEST) -m "ptx or not ptx" \
+	PYTHONPATH=$(if $(TRITON),$(CURDIR)/build/triton-$(TRITON)) $(PYTEST) -m "ptx or not ptx" \
 		tests/test_cross_entropy_ptx.py tests/test_adamw_ptx.py tests/test_boundaries.py tests/test_ptx_faults.py \
 		tests/test_kernel_table.py
 

@@ -4,7 +4,8 @@
 
 Needs nvcc, g++ and Triton. Instructions and bytes are those that the compiled PTX of a kernel
 executes on the CPU (tests/support/kernel_counts.py says what runs), registers and widths those of
-its machine code, launches and waits those of whole steps (tests/support/host_calls.py, host_work.py).
+its machine code, launches and waits those of operators and whole steps (host_calls.py and
+host_work.py beside it).
 `tests/test_kernel_table.py` fails where a kernel has become worse than its row.
 
 The estimate is a lower bound, never measured: the largest of four times, and 4 us for the launch.
@@ -22,14 +23,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import platform
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from support.host_calls import operator_calls, python_calls
+from support.host_calls import operator_calls, python_calls, versions
 from support.host_work import PIECES, host_work, stand_ins
 from support.kernel_counts import CHIPS, ENGINES, Figures, Kernel, count, kernels
 
@@ -100,11 +99,6 @@ def keys() -> list[str]:
     return [kernel.key(chip) for engine in ENGINES for kernel in kernels(engine) for chip in CHIPS]
 
 
-def versions() -> str:
-    """What the counts of the host depend on."""
-    return f"torch {torch.__version__.partition('+')[0]}, Python {'.'.join(platform.python_version_tuple()[:2])}"
-
-
 # ---- the page
 
 HEAD = """# What the GPU kernels cost, counted without a GPU
@@ -114,8 +108,8 @@ H200), their PTX is executed on the CPU, their machine code is read. CI fails wh
 
 * **instructions**: executed instructions of PTX for each unit, moves not counted.
 * **read, written**: bytes that a unit loads and stores, also from caches; in brackets what cannot but move.
-* **a load, a store**: bytes of an executed access in the mean; behind it how many accesses the machine code has of each
-  width in bytes.
+* **a load, a store**: bytes of an access that threads come to, in the mean; behind it how many accesses the machine
+  code has of each width in bytes.
 * **registers** of a thread, **spills** and bytes of **stack**, **shared** bytes of a block, **threads** of a block,
   **warps** that an SM holds at once, of 64.
 * **at least**: an ESTIMATE in ms, never measured, and what it is spent on; `benchmarks/kernel_table.py` says how.

@@ -11,9 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numerics import assert_no_common_factor, assert_no_worse
 from support.device_mode import DeviceMode
+from support.ptx.engines import ENGINES, operator
 
 import fastft
 from fastft.loss import expressions, head_gemms, linear_rows
+from fastft.loss.scale_gradients import SCALE
 
 ROWS, HIDDEN, CLASSES = 8100, 32, 63  # 1 / 8100 is rounded by 0.38 % in bf16, by 0.036 % in fp16
 HALVES = [torch.bfloat16, torch.float16]
@@ -78,6 +80,79 @@ def test_the_mean_is_not_rounded_to_16_bits_before_it_meets_a_gradient(way, dtyp
     for name, leaf, exact in zip(("input", "weight"), (x, head), truth, strict=True):
         assert leaf.grad.dtype == dtype
         assert_no_common_factor(leaf.grad, exact, dtype, name)
+
+
+ONE_LOSS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "num_items": {"num_items": 7.5},
+    "chunks": {"chunk_rows": 20},
+    "some rows": {"max_counted": 60},
+}
+
+
+@pytest.mark.parametrize("upstream", [1.0, 65536.0, 0.5, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("options", ONE_LOSS.values(), ids=ONE_LOSS)
+def test_whatever_backward_brings_and_however_often(options, dtype, upstream):
+    """The scaling in place must not meet a gradient that it has scaled already."""
+    if options.get("reduction") == "sum" and upstream > 1 and dtype == torch.float16:
+        pytest.skip("leaves the range of fp16")
+    x, head, target = make(dtype, 63)
+    target[50:] = -100
+    bias = torch.randn(CLASSES).to(dtype).requires_grad_()
+    leaves = x, head, bias
+    with DeviceMode(refuse=True) as mode:
+        loss = fastft.linear_cross_entropy(x, head, target, linear_bias=bias, **options)
+        given = torch.full((), upstream, device=mode.device)
+        ours = [torch.autograd.grad(loss, leaves, given, retain_graph=kept) for kept in (True, True, False)]
+    for again in ours[1:]:
+        torch.testing.assert_close(again, ours[0], rtol=0, atol=0, equal_nan=True)
+    reduction = "sum" if "num_items" in options else options.get("reduction", "mean")
+    truths = []
+    for kind in (dtype, torch.float64):
+        wide = [leaf.detach().to(kind).requires_grad_() for leaf in leaves]
+        value = plain(*wide[:2], target, wide[2], reduction=reduction) / options.get("num_items", 1)
+        truths.append(torch.autograd.grad(value, wide, torch.tensor(upstream, dtype=value.dtype)))
+    for result, rival, truth in zip(ours[0], *truths, strict=True):
+        if upstream != upstream:
+            assert result.isnan().all()
+        else:
+            assert_no_worse(result, rival, truth, terms=63 + HIDDEN + CLASSES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("way", ["plain", "num_items", "into_grad", "sum"])
+def test_after_a_mean_backward_has_nothing_to_scale(way, dtype, monkeypatch):
+    """But in fp16, where a gradient over 8100 rows might be 0."""
+    scales = []
+    monkeypatch.setattr(linear_rows, "scale_gradients", lambda gradients, scale: scales.append(float(scale)))
+    x, head, target = make(dtype)
+    with DeviceMode():
+        if way == "sum":
+            loss = fastft.linear_cross_entropy(x, head, target, reduction="sum")
+        else:
+            loss = WAYS[way](x, head, target)
+        scales.clear()
+        loss.backward()
+    assert set(scales) == {1.0 if way == "sum" or dtype != torch.float16 else float(torch.tensor(1.0) / ROWS)}
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_the_kernel_that_scales_in_place_of_torchs(engine, monkeypatch):
+    x, head, target = make(torch.bfloat16, 63)
+
+    def gradients(upstream):
+        with DeviceMode(refuse=True) as mode:
+            loss = fastft.linear_cross_entropy(x, head, target)
+            return torch.autograd.grad(loss, (x, head), torch.full((), upstream, device=mode.device))
+
+    expected = [gradients(upstream) for upstream in (1.0, 0.3)]
+    with operator(engine, SCALE.name) as (function, launches):
+        monkeypatch.setattr(SCALE, "implementation", lambda impl, device, *dtypes: function)
+        ours = [gradients(upstream) for upstream in (1.0, 0.3)]
+    assert all(torch.equal(a, b) for pair in zip(ours, expected, strict=True) for a, b in zip(*pair, strict=True))
+    assert len(launches) == {"cuda": 4, "triton": 2 * 3}[engine.name]  # forward's is of d_input and d_bias
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -20,7 +20,7 @@ import torch
 pytest.importorskip("triton")
 
 from support.device_mode import DeviceMode
-from support.host_calls import operator_calls, python_calls
+from support.host_calls import operator_calls, python_calls, versions
 from support.host_work import PIECES, adamw, attention, batch, loss, stand_ins, work_of
 from support.kernel_counts import CHIPS, ENGINES, Figures, count, kernels, worse
 from support.machine_code import Binary, assembled, binaries
@@ -39,10 +39,12 @@ SAMPLE = (
     "cuda, AdamW, stochastic, moments 8-bit, sm_90",
     "cuda, norm of gradients, bf16, sm_90",
     "cuda, boundaries, tokens, sm_90",
+    "cuda, scaling of gradients, bf16, sm_90",
     "triton, cross-entropy, plain, bf16, V=128256, sm_90",
     "triton, AdamW, exact, moments fp32, sm_80",
     "triton, AdamW, stochastic, moments 8-bit, sm_90",
     "triton, boundaries, tokens, sm_90",
+    "triton, scaling of gradients, bf16, sm_90",
 )
 Prepare = Callable[[DeviceMode], Callable[[], Any]]
 MUST_HOLD = "cuda, cross-entropy, plain, bf16, V=128256"
@@ -179,7 +181,7 @@ def test_the_row_kernel_needs_32_instructions_a_logit_and_stores_16_bytes(chip: 
     assert "128" in figures.stores and figures.store_bytes > 15
 
 
-@pytest.mark.parametrize("rounding", ["fp32", "exact", "stochastic", "nearest"])
+@pytest.mark.parametrize("rounding", ["fp32", "exact", "kahan", "stochastic", "nearest"])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_8bit_adamw_needs_120_instructions_an_element(rounding: str, chip: int) -> None:
     figures = counted(f"cuda, AdamW, {rounding}, moments 8-bit, sm_{chip}")
@@ -205,9 +207,13 @@ ASKS = "AdamW, 400 tensors, GradScaler"
 @pytest.mark.parametrize("name", PIECES)
 def test_no_step_waits_for_the_device_or_launches_more_than_its_row(name: str) -> None:
     with stand_ins():
-        work = work_of(PIECES[name])
+        work, before = work_of(PIECES[name]), ROWS["steps"][name]
     assert len(work.waits) == (name == ASKS)
-    assert work.launches <= ROWS["steps"][name]["launches"], "make kernels, if it must be so"
+    if versions() != before["versions"]:
+        pytest.skip(
+            f"{name}: {before['launches']} launches with {before['versions']}, {work.launches} with {versions()}"
+        )
+    assert work.launches <= before["launches"], "make kernels, if it must be so"
 
 
 # ---- the host

@@ -385,7 +385,7 @@ def test_operator_contract(summed, frozen):
     needs = (True, not frozen, not frozen) if summed or frozen else (False,) * 3
     call = room.HeadCall(needs, summed, not summed and not frozen, torch.float32, "auto", 4, -1, room.RowOptions())
     leaves = x.requires_grad_(), weight.requires_grad_(not frozen), bias.requires_grad_(not frozen)
-    torch.library.opcheck(HEAD.native, (*leaves, target, torch.rand(15), [], *call.flat()))
+    torch.library.opcheck(HEAD.native, (*leaves, target, torch.rand(15), [], None, *call.flat()))
 
 
 @settings(max_examples=40, deadline=None)

@@ -256,6 +256,29 @@ print(digest.hexdigest())
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native library")
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+@pytest.mark.parametrize("columns", [128, 127, 33])
+def test_moments_beside_a_code_have_the_same_bits(columns):
+    """First moments that are a code's value, or some last places beside it: where roots and floors may differ."""
+    codes = torch.arange(128, dtype=torch.float64)
+    values = (codes / 127).pow(4).float().roll(1)[:columns]  # the largest, 1, is in every row
+    rows = torch.stack([(values.view(torch.int32) + places).view(torch.float32) for places in range(-4, 5)])
+    grads = rows.clamp(0.0, 1.0).index_fill_(1, torch.tensor(0), 1.0)
+    grads[::2] *= -1
+    runs = []
+    for impl in ("eager", "cpp"):
+        param = Parameter(torch.zeros_like(grads))
+        optimizer = AdamW([param], lr=1e-3, betas=(0.0, 0.999), moments="8bit", seed=7, impl=impl)
+        entries = []
+        for step in range(40):  # with betas[0] = 0 the first moment is the gradient
+            param.grad = grads * 2.0**-step
+            optimizer.step()
+            entries += [optimizer.state[param][name].clone() for name in moments_8bit.ENTRIES]
+        runs.append(entries)
+    for eager, cpp in zip(*runs, strict=True):
+        assert torch.equal(eager, cpp)
+
+
 def test_instruction_sets_and_threads_have_the_same_bits():
     def digest(isa, threads):
         environment = {**os.environ, "FASTFT_CPU_ISA": isa, "OMP_WAIT_POLICY": "passive"}

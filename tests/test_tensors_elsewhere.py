@@ -42,6 +42,7 @@ def test_a_triton_kernel_is_not_launched():
     pytest.importorskip("triton")
     from fastft.data.boundaries_triton import packed_boundaries
     from fastft.loss.cross_entropy_triton import cross_entropy_rows
+    from fastft.loss.scale_gradients_triton import scale_gradients_
 
     rows, classes = torch.zeros(5), torch.ones(7)
     good = [torch.randn(5, 7), TARGET, [classes], [rows, rows, rows], rows, rows, [rows, rows], [torch.zeros(5, 7)]]
@@ -56,6 +57,8 @@ def test_a_triton_kernel_is_not_launched():
     for i in (0, 1, 4, 5, 6, 7):
         with pytest.raises(RuntimeError, match=r"packed_boundaries: \w+ is on meta"):
             packed_boundaries(*good[:i], good[i].to("meta"), *good[i + 1 :])
+    with pytest.raises(RuntimeError, match=r"scale_gradients_: gradients\[1\] is on meta"):
+        scale_gradients_([torch.zeros(9), torch.zeros(9, device="meta")], torch.ones(()))
 
 
 @pytest.mark.skipif(ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}")
@@ -90,3 +93,6 @@ def test_a_cuda_kernel_is_not_launched(place):
     names = {0: "lengths", 1: "ignored", 4: "labels", 5: "position_ids", 6: "seq_idx", 7: "cu_seqlens"}
     for i, name in names.items():
         refused(name, "packed_boundaries", boundaries, i, None, "source")
+    gradients = [torch.zeros(5, 7, dtype=torch.bfloat16), torch.zeros(9)]
+    for i in range(2):
+        refused(f"gradient {i}", "scale_gradients_", [gradients, torch.ones(())], 0, i, "scale")

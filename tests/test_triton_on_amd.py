@@ -16,6 +16,7 @@ from test_triton_binaries import CODES, FULL, HALF, adamw_on_meta, no_cache, on_
 
 from fastft.data.boundaries_triton import packed_boundaries
 from fastft.loss.cross_entropy_triton import cross_entropy_rows
+from fastft.loss.scale_gradients_triton import scale_gradients_
 from fastft.optim.adamw_update import Rounding
 from fastft.optim.adamw_update_triton import adamw_
 
@@ -71,6 +72,16 @@ def test_boundaries(chip: str) -> None:
     assert len(kernels) == 2
     for kernel in kernels:
         assert_whole(amd_code(kernel))
+
+
+@CHIPS
+@pytest.mark.parametrize("dtype", [HALF, FULL, torch.float16])
+def test_scaling(chip: str, dtype: torch.dtype) -> None:
+    with compiled_for(chip) as kernels:
+        scale_gradients_([torch.empty(70_001, dtype=dtype, device="meta")], torch.empty((), device="meta"))
+    code = amd_code(kernels[0])
+    assert_whole(code)
+    assert {64, 128} & code.widths("load") and {64, 128} & code.widths("store")
 
 
 def test_what_is_of_cuda_is_found() -> None:

@@ -189,8 +189,7 @@ void encode_moments(const AdamwTensor& t, int64_t i, int n, const Bits& bits, co
     for (int j = 0; j < size; j++)
       codes[j] = exp_avg_encode(m[j], both_finite(m[j], v[j]), divisor, bits.exp_avg[from + j]);
     for (int j = 0; j < size; j++)
-      sq_codes[j] =
-          exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor, swap_bytes(bits.exp_avg[from + j]));
+      sq_codes[j] = exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor, swap_bytes(bits.exp_avg[from + j]));
   });
 }
 

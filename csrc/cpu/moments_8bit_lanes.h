@@ -97,8 +97,7 @@ FASTFT_HD Wide exp_avg_decode(const int8_t* codes, Wide scale) {
 FASTFT_HD Wide exp_avg_sq_decode(const uint8_t* codes, Wide scale) {
   const Wide above = wide_add(FASTFT_OF_WIDE(cvtepi32_ps)(wide_unsigned(codes)), wide((float)kSqOctave));
   // code / 12, rounded down: to nearest after half of a unit less, but for rounding errors
-  const Wide octave =
-      wide_add(wide_fma(above, wide(1.0f / kSqOctave), wide(-1.0f - 11.0f / 24.0f)), wide(kToInteger));
+  const Wide octave = wide_add(wide_fma(above, wide(1.0f / kSqOctave), wide(-1.0f - 11.0f / 24.0f)), wide(kToInteger));
   const Wide place = wide_fma(wide_sub(octave, wide(kToInteger)), wide(-(float)kSqOctave), above);
   const Wide unit = wide_mul(place, wide(1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS)));
   const WideInt exponent = FASTFT_OF_WIDE(slli_epi32)(as_bits(octave), 23);

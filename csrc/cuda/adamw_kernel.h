@@ -5,6 +5,8 @@
 // ones, but for the last elements of a tensor, for tensors that do not begin on 16 bytes, and for 8-bit moments in rows
 // of another length than a multiple of four. Not yet run on a GPU.
 #pragma once
+#include <cuda_bf16.h>
+
 #include <cmath>
 
 #include "adamw_math.h"
@@ -99,6 +101,22 @@ __device__ void store_halves(void* data, int64_t i, const uint32_t (&words)[kWid
 #pragma unroll
     for (int k = 0; k < kWidth / 2; k++)
       kept.at[k] = permuted(words[2 * k], words[2 * k + 1], kUpper ? 0x7632 : 0x5410);
+    store(static_cast<uint16_t*>(data) + i, 0, kept);
+  }
+}
+
+// Stores numbers, none of them NaN (which the chip gives other bits than we do), as the nearest bfloat16.
+template <int kWidth>
+__device__ void store_nearest(void* data, int64_t i, const float (&numbers)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(numbers[0]);
+  } else {
+    Vector<uint32_t, kWidth / 2> kept;
+#pragma unroll
+    for (int k = 0; k < kWidth / 2; k++) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(numbers[2 * k], numbers[2 * k + 1]);
+      kept.at[k] = reinterpret_cast<const uint32_t&>(pair);
+    }
     store(static_cast<uint16_t*>(data) + i, 0, kept);
   }
 }
@@ -206,10 +224,11 @@ __device__ void store_param(const Place& at, const float (&values)[kWidth], uint
   }
   store_halves<true>(at.t.param, at.i, words);
   if (at.t.rounding != kKahan) return;
+  float compensations[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; k++)
-    words[k] = bf16_nearest_sum(finite_or_zero(ft_sub(values[k], bits_float(words[k] & 0xffff0000u))));
-  store_halves<true>(at.t.residue, at.i, words);
+    compensations[k] = finite_or_zero(ft_sub(values[k], bits_float(words[k] & 0xffff0000u)));
+  store_nearest(at.t.residue, at.i, compensations);
 }
 
 // Elements [begin, end) of a chunk, kWidth at a time, of a tensor that is kept as P with moments that are kept as M.
@@ -373,7 +392,8 @@ __device__ void update_coded_block(const AdamwTensor& t, const void* grads, cons
   scales.reduce<kLanes>();
   // One answer for the warp, as there are shuffles below.
   bool plain = scales.plain();
-  for (int other = kLanes; other < kWarp; other *= 2) plain &= __shfl_xor_sync(0xffffffffu, uint32_t(plain), other) != 0;
+  for (int other = kLanes; other < kWarp; other *= 2)
+    plain &= __shfl_xor_sync(0xffffffffu, uint32_t(plain), other) != 0;
   if (!plain) {
     scales = Scales();
 #pragma unroll

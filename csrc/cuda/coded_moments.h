@@ -70,9 +70,9 @@ __device__ void decode_eight(const uint32_t (&m_codes)[2], const uint32_t (&v_co
       const float root = ft_mul(ft_sub(byte_behind(from_nan, k), kBehind + 128.0f), 1.0f / 127.0f);
       const float square = ft_mul(root, root);
       m[4 * i + k] = ft_mul(with_sign_of(ft_mul(square, square), root), m_scale);
-      const float above = ft_sub(byte_behind(v_codes[i], k), kBehind - kSqOctave);                // code + 12
-      const float octave = floor_behind(above, 1.0f / kSqOctave, kBehind - 1.0f);                 // behind 2^23
-      const float place = ft_fma(ft_sub(octave, kBehind), -float(kSqOctave), above);              // 12 to 23
+      const float above = ft_sub(byte_behind(v_codes[i], k), kBehind - kSqOctave);    // code + 12
+      const float octave = floor_behind(above, 1.0f / kSqOctave, kBehind - 1.0f);     // behind 2^23
+      const float place = ft_fma(ft_sub(octave, kBehind), -float(kSqOctave), above);  // 12 to 23
       const float unit = ft_mul(place, 1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS));
       v[4 * i + k] = ft_mul(bits_float(float_bits(unit) + (float_bits(octave) << 23)), v_scale);  // 2^octave units
     }

@@ -8,12 +8,10 @@
 //
 // HBM leaves time for 28 instructions a logit of 16 bits (H200). So options are asked for once a vector, in the plain
 // kernel not at all, and no vector asks whether it lies within the row.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cross_entropy_args.h"
 #include "cross_entropy_math.h"
 #include "launch.h"
+#include "vectors.h"
 
 namespace {
 constexpr int kMaxThreads = 1024, kWarp = 32;
@@ -21,54 +19,6 @@ constexpr int kInFlight = 2;  // loads of a thread
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLowest = -3.402823466e38f;  // finite: the difference of two of them is 0 and not NaN
 constexpr float kFar = -200.0f;              // exp of it is 0; products with it are finite
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ void put(float* p, float x) { *p = x; }
-__device__ void put(__half* p, float x) { *p = __float2half_rn(x); }
-__device__ void put(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
-
-__device__ float2 unpack(unsigned word, __half) { return __half22float2(reinterpret_cast<const __half2&>(word)); }
-__device__ float2 unpack(unsigned word, __nv_bfloat16) {
-  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-}
-__device__ unsigned pack(float x, float y, __half) {
-  const __half2 pair = __floats2half2_rn(x, y);
-  return reinterpret_cast<const unsigned&>(pair);
-}
-__device__ unsigned pack(float x, float y, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-  return reinterpret_cast<const unsigned&>(pair);
-}
-
-// 16 bytes of T as float32 and back. They stay a uint4 in between: nvcc stores a struct of T piece by piece.
-template <class T, int n>
-__device__ void unpack(const uint4& bits, float (&x)[n]) {
-  const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if constexpr (n == 4) {
-      x[i] = __uint_as_float(words[i]);
-    } else {
-      const float2 pair = unpack(words[i], T());
-      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
-    }
-  }
-}
-
-template <class T, int n>
-__device__ uint4 pack(const float (&x)[n]) {
-  unsigned words[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if constexpr (n == 4)
-      words[i] = __float_as_uint(x[i]);
-    else
-      words[i] = pack(x[2 * i], x[2 * i + 1], T());
-  }
-  return {words[0], words[1], words[2], words[3]};
-}
 
 __device__ float exp2_approximate(float x) {  // off by 2 units in the last place; below 2^-126 it is 0
   float y;

@@ -79,11 +79,11 @@ struct Just {  // where a template argument is not to be deduced, so that nullpt
   using Type = Number;
 };
 
-// value / divisor, rounded to nearest, for values of 0, from 2^-75 to 2^64, Inf and NaN (a root) and divisors from 2^-30
-// to 1: the product with the rounded reciprocal is off by 1.5 last places at most, and one correction by its exact
-// error hits the right one. (The error leaves no doubt unless the quotient is within 16 * 2^-48 of the middle between
-// two floats, relatively, and all 93,036,199 pairs of mantissas with such quotients have been tried.) The smaller one
-// keeps Inf - Inf away, and is the quotient itself where that is finite.
+// value / divisor, rounded to nearest, for values of 0, from 2^-75 to 2^64, Inf and NaN (a root) and divisors from
+// 2^-30 to 1: the product with the rounded reciprocal is off by 1.5 last places at most, and one correction by its
+// exact error hits the right one. (The error leaves no doubt unless the quotient is within 16 * 2^-48 of the middle
+// between two floats, relatively, and all 93,036,199 pairs of mantissas with such quotients have been tried.) The
+// smaller one keeps Inf - Inf away, and is the quotient itself where that is finite.
 template <class Number>
 FASTFT_HD Number ft_div_by(Number value, float divisor) {
 #if defined(__CUDA_ARCH__)  // CPUs divide faster

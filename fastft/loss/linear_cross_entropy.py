@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastft.loss.cross_entropy import probability_losses
 from fastft.loss.dtensor_head import local_head
 from fastft.loss.expressions import LOGITS, Linear, map_rows, sum_over_rows
-from fastft.loss.linear_rows import linear_rows
+from fastft.loss.linear_rows import divides_rows, linear_rows
 from fastft.loss.options import (
     RowOptions,
     check_device,
@@ -27,6 +27,7 @@ from fastft.loss.options import (
     check_tensors,
     check_weight,
     class_weights,
+    divisor_of,
     reduce_losses,
     row_options,
     statistics_dtype,
@@ -211,12 +212,16 @@ def linear_cross_entropy(
             scaled = class_weights(weight, flat, ignore_index, reduction, num_items, statistics_dtype(dtype))
             plan: dict[str, Any] = {"dtype": dtype, "options": options}
             plan |= {"chunk_rows": chunk_rows, "max_counted": max_counted}
+            divisor = None
+            if reduction == "mean" and shard is None and divides_rows(dtype, flat.device):
+                divisor = divisor_of(flat != ignore_index, num_items, statistics_dtype(dtype))
+                reduction = "sum"  # of what is divided
             if shard is not None:
                 losses = vocab_parallel_losses(operands, flat, scaled, shard, summed=summed, **plan)
             elif accumulate:
-                losses = sum_into_grad(operands, flat, scaled, impl=impl, **plan)
+                losses = sum_into_grad(operands, flat, scaled, divisor=divisor, impl=impl, **plan)
             else:
-                losses, *_ = linear_rows(operands, flat, scaled, summed=summed, impl=impl, **plan)
+                losses, *_ = linear_rows(operands, flat, scaled, summed=summed, divisor=divisor, impl=impl, **plan)
         reduced = reduce_losses(losses, flat, reduction, ignore_index, num_items)
     return reduced.view(shape) if reduction == "none" else reduced
 

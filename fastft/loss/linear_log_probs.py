@@ -23,7 +23,7 @@ from fastft.loss.cross_entropy import rows_implementation
 from fastft.loss.dtensor_head import whole_head
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.linear_cross_entropy import check_indices, check_positive, check_shapes, compute_dtype
-from fastft.loss.linear_rows import HeadCall, Outputs, linear_rows, scaled, sweep
+from fastft.loss.linear_rows import HeadCall, Outputs, linear_rows, needed, scaled, sweep
 from fastft.loss.options import check_device, check_tensors, refuse_second_derivative, row_options
 
 
@@ -134,10 +134,7 @@ class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_token_loss")
-        gradients = (
-            scaled(gradient, upstream, dtype) if need else None
-            for gradient, need, dtype in zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
-        )
+        gradients = scaled(needed(ctx.saved_tensors, ctx.needs), upstream, ctx.dtypes)
         return *gradients, None, None, None, None
 
 

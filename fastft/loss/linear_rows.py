@@ -12,8 +12,15 @@ products of 2 T H V flops, depends on who needs a gradient:
     rows and their entropies   forward: z (1)                                       backward: z again, dx, dW (3)
     nobody needs one           forward: z (1)
 
-Gradients are kept unnormalised, dz between -1 and 1, so that fp16 under a GradScaler loses nothing. Products run in
-the dtype of the operands (`head_gemms` says how), statistics and sums in fp32.
+Products run in the dtype of the operands (`head_gemms` says how), statistics and sums in fp32. dz is between -1 and 1,
+unnormalised, and so are the gradients of a sum, and on a CPU and in fp16 (which loses nothing so under a GradScaler)
+those of a mean, a sum over N. A device's fp32 and bf16 gradients of a mean are divided in the forward pass:
+
+    dW = sum over chunks of dz^T round(x / N),     dx = round(round(dz W) / N),     db = round(sum dz / N)
+
+What backward scales by is 1 then, as a rule, and the scaling (`scale_gradients`) leaves them alone. It is x that is
+divided and not dz: where a target has a small probability dz is near -1, and all these would be rounded alike in bf16,
+by up to 0.39 %. The roundings of x differ, and there is one of dW less.
 
 R, the rows of a chunk: a product over R rows runs at about R / (R + 16) of its best rate on a CPU, R / (R + 256) on a
 GPU, and every chunk reads and writes dW once. Both costs fall as R grows, so R is what the workspace's budget holds,
@@ -38,6 +45,7 @@ from fastft import ops
 from fastft.loss.cross_entropy import rows_implementation
 from fastft.loss.head_gemms import NARROW_CHUNKS, HeadGemms, is_emulated, working_dtype
 from fastft.loss.options import RowOptions, refuse_second_derivative, statistics_dtype, unrounded
+from fastft.loss.scale_gradients import scale_gradients
 
 
 class _Limits(NamedTuple):
@@ -69,6 +77,11 @@ def chunk_rows(count: int, classes: int, dtype: torch.dtype, device: torch.devic
 
 def _parts(count: int, size: int) -> int:
     return -(-count // size)
+
+
+def divides_rows(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the gradients of a mean are divided where they are made, for products in `dtype`."""
+    return device.type != "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
 class HeadCall(NamedTuple):
@@ -167,11 +180,12 @@ def sweep(
     target: Tensor,
     call: HeadCall,
     fill: Callable[[Tensor, slice | Tensor, Outputs], None],
+    divisor: Tensor | None = None,
 ) -> Outputs:
     """Takes the rows that count through the head, a chunk after the other.
 
     `fill(z, where, outputs)` gets the logits of the rows at `where`; it writes what is known of these rows into
-    `outputs` and, if any gradient is wanted, dz over the logits.
+    `outputs` and, if any gradient is wanted, dz over the logits. `divisor`: of the gradients, ().
     """
     outputs = _outputs(input, linear_weight, call)
     positions = _counted_rows(target, call.options.ignore_index, call.max_counted)
@@ -179,6 +193,7 @@ def sweep(
     step = call.step(count, linear_weight)
     bias = None if linear_bias is None else linear_bias.to(call.dtype)
     gemms = HeadGemms(linear_weight.to(call.dtype), bias, step, outputs.d_weight, outputs.d_bias)
+    inverse = None if divisor is None else divisor.reciprocal()
     for begin in range(0, count, step or 1):
         chunk = slice(begin, min(begin + step, count))
         where = chunk if positions is None else positions[chunk]
@@ -187,9 +202,13 @@ def sweep(
         fill(z, where, outputs)
         if call.needs[0]:
             outputs.d_input[where] = gemms.d_input(z).to(call.dtype)
+        if inverse is not None and call.needs[1]:
+            x = _times(x, inverse)
         gemms.add_parameters(z, x, call.needs)
     if not count:
         outputs.d_weight.zero_()
+    if inverse is not None and (call.needs[0] or call.needs[2]):
+        scale_gradients([outputs.d_input, outputs.d_bias], inverse)
     if positions is not None and not target.is_cpu:
         _show_left_out((target != call.options.ignore_index).sum() > call.max_counted, outputs, call.needs)
     return outputs
@@ -212,6 +231,7 @@ def _linear_cross_entropy_rows(
     target: Tensor,
     weight: Tensor | None,
     upstream: Sequence[Tensor],
+    divisor: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     call = HeadCall.of(*arguments)
@@ -227,8 +247,9 @@ def _linear_cross_entropy_rows(
             output[where] = values
 
     with torch.autocast(input.device.type, enabled=False):
-        outputs = sweep(input, linear_weight, linear_bias, target, call, fill)
-        return outputs.losses.sum() if call.summed else outputs.losses, *outputs[1:]
+        outputs = sweep(input, linear_weight, linear_bias, target, call, fill, divisor)
+        total = outputs.losses.sum() if call.summed else outputs.losses
+        return total if divisor is None else total / divisor, *outputs[1:]
 
 
 def _fake(
@@ -238,6 +259,7 @@ def _fake(
     target: Tensor,
     weight: Tensor | None,
     upstream: Sequence[Tensor],
+    divisor: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     call = HeadCall.of(*arguments)
@@ -245,11 +267,13 @@ def _fake(
     return outputs.losses.sum() if call.summed else outputs.losses, *outputs[1:]
 
 
-# The gradients of losses (their sum, or times upstream: see ROWS) are of a forward or of a backward pass alike.
+# The gradients of losses (their sum, or times upstream: see ROWS) are of a forward or of a backward pass alike. A sum
+# and its gradients may have a divisor, ().
 HEAD = ops.Operator(
     "linear_cross_entropy_rows(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
-    "Tensor[] upstream, bool[] needs, bool summed, bool statistics, ScalarType dtype, str impl, int chunk_rows, "
-    "int max_counted, int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale) -> "
+    "Tensor[] upstream, Tensor? divisor, bool[] needs, bool summed, bool statistics, ScalarType dtype, str impl, "
+    "int chunk_rows, int max_counted, int ignore_index, float label_smoothing, float z_loss, float softcap, "
+    "float logit_scale) -> "
     "(Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor d_input, Tensor d_weight, Tensor d_bias)",
     _linear_cross_entropy_rows,
     engines={},
@@ -263,16 +287,45 @@ def _graph_is_kept() -> bool:
     return ask is None or ask()
 
 
-def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`gradient` times `scale` in fp32, rounded once to `dtype`; in place where nobody can ask for it again."""
-    scale = unrounded(scale)
-    plain = type(gradient) is Tensor  # not one that a compiler traces with
-    in_place = plain and gradient.dtype == dtype and not _graph_is_kept()  # saves a second (V, H) and its page faults
-    return torch.mul(gradient, scale, out=gradient if in_place else torch.empty_like(gradient, dtype=dtype))
+def needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """None for those that nobody needs."""
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+def rounded(gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+    """`gradients` in `dtypes`; None stays None."""
+    return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+
+
+def _times(tensor: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.mul(tensor, unrounded(scale), out=torch.empty_like(tensor, dtype=dtype))
+
+
+def scaled(
+    gradients: Sequence[Tensor | None], scale: Tensor, dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
+    """`gradients` times `scale`, () or of rows (T, 1), in fp32, rounded once to `dtypes`; None stays None.
+
+    In place where nobody can ask for a gradient again: saves a second (V, H) and its page faults.
+    """
+    results, in_place, kept = [], [], _graph_is_kept()
+    for gradient, dtype in zip(gradients, dtypes, strict=True):
+        # not in place for a tensor that a compiler traces with
+        if gradient is None or (type(gradient) is Tensor and gradient.dtype == dtype and not kept):
+            results.append(gradient)
+            in_place += [] if gradient is None else [gradient]
+        else:
+            results.append(_times(gradient, scale, dtype))
+    if scale.dim():
+        for gradient in in_place:
+            gradient.mul_(scale)
+    elif in_place:
+        scale_gradients(in_place, scale)
+    return results
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.call = HeadCall.of(*inputs[6:])
+    ctx.call = HeadCall.of(*inputs[7:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[3:])
     ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
@@ -286,18 +339,12 @@ def _backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Any, ...]:
     if ctx.kept:
         (scale,) = upstreams[:1]
         assert scale is not None
-        gradients, scales = ctx.saved_tensors, (scale if call.summed else scale[:, None], scale, scale)
+        results = scaled(needed(ctx.saved_tensors, needs), scale if call.summed else scale[:, None], ctx.dtypes)
     else:
         *operands, target, weight = ctx.saved_tensors
         outputs = _recompute(operands, target, weight, upstreams[:3], call._replace(needs=tuple(needs)))
-        gradients, scales = outputs[4:], None
-    results: list[Tensor | None] = []
-    for i, (gradient, need, dtype) in enumerate(zip(gradients, needs, ctx.dtypes, strict=True)):
-        if not need:
-            results.append(None)
-        else:
-            results.append(gradient.to(dtype) if scales is None else scaled(gradient, scales[i], dtype))
-    return *results, None, None, [None] * ctx.upstreams, *(None,) * 12
+        results = rounded(needed(outputs[4:], needs), ctx.dtypes)
+    return *results, None, None, [None] * ctx.upstreams, *(None,) * 13
 
 
 def _recompute(
@@ -312,7 +359,7 @@ def _recompute(
     losses, lse, entropy = (zero if u is None else u.expand(target.shape).contiguous() for u in upstreams)
     upstream = [losses] if lse is entropy is zero else [losses, lse, entropy]
     call = call._replace(summed=False, statistics=False)
-    return HEAD.native(*operands, target, weight, upstream, *call.flat())
+    return HEAD.native(*operands, target, weight, upstream, None, *call.flat())
 
 
 torch.library.register_autograd(HEAD.qualified_name, _backward, setup_context=_setup_context, lib=ops.library)
@@ -327,6 +374,7 @@ def linear_rows(
     options: RowOptions,
     impl: str = "auto",
     summed: bool = False,
+    divisor: Tensor | None = None,
     statistics: bool = False,
     chunk_rows: int | None = None,
     max_counted: int | None = None,
@@ -341,6 +389,7 @@ def linear_rows(
         options: of the rows.
         impl: of the row kernel.
         summed: losses are their sum.
+        divisor: (), of that sum and its gradients.
         statistics: entropy and is_top1 are computed.
         chunk_rows: rows of a chunk; None: planned.
         max_counted: see `linear_cross_entropy`.
@@ -350,4 +399,4 @@ def linear_rows(
     needs = (wanted[0], wanted[1], wanted[2]) if now else (False, False, False)
     bound = -1 if max_counted is None else max_counted
     call = HeadCall(needs, summed, statistics, dtype, impl, chunk_rows or 0, bound, options)
-    return HEAD.native(*operands, target, weight, [], *call.flat())[:4]
+    return HEAD.native(*operands, target, weight, [], divisor, *call.flat())[:4]

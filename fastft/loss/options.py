@@ -190,19 +190,24 @@ def reduce_losses(
     if reduction == "sum":
         return total
     rows = torch.ones_like(losses, dtype=torch.bool) if target is None else target != ignore_index
-    counted = rows.sum()
-    items = counted if num_items is None else _items_beside(losses, num_items)
+    return total / divisor_of(rows, num_items, losses.dtype)
+
+
+def divisor_of(counted: Tensor, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the mean divides its sum by, () in `dtype`: `num_items`, or how many of the rows are `counted`."""
+    count = counted.sum()
+    items = count if num_items is None else _items_beside(counted.device, num_items, dtype)
     # without a counted row the total is 0, and must stay 0 whatever the divisor
-    return total / torch.where(counted > 0, items, 1).to(losses.dtype)
+    return torch.where(count > 0, items, 1).to(dtype)
 
 
-def _items_beside(losses: Tensor, num_items: float | Tensor) -> Tensor:
-    """The number on the device of `losses`: written there by a kernel, because a copy would wait for the device."""
+def _items_beside(device: torch.device, num_items: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """The number on `device`: written there by a kernel, because a copy would wait for the device."""
     if isinstance(num_items, Tensor):
-        if num_items.device == losses.device or num_items.device.type != "cpu" or torch.compiler.is_compiling():
-            return num_items.to(losses.device).reshape(())
+        if num_items.device == device or num_items.device.type != "cpu" or torch.compiler.is_compiling():
+            return num_items.to(device).reshape(())
         num_items = num_items.item()
-    return losses.new_full((), num_items)
+    return torch.full((), num_items, dtype=dtype, device=device)
 
 
 def refuse_second_derivative(what: str) -> None:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastft.loss.cross_entropy import capped
-from fastft.loss.linear_rows import HeadCall, Outputs, chunk_rows, scaled, sweep
+from fastft.loss.linear_rows import HeadCall, Outputs, chunk_rows, needed, rounded, scaled, sweep
 from fastft.loss.options import RowOptions, check_plain_impl, refuse_second_derivative, statistics_dtype
 
 # the processes of a group compare the shapes of their shards at every call where looking at the answer is free,
@@ -225,22 +225,15 @@ class _VocabParallel(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_cross_entropy")
         needs, call = ctx.needs_input_grad[:3], ctx.call
-        scales: tuple[Tensor | None, ...]
         if ctx.kept:
-            gradients = ctx.saved_tensors
-            scales = (upstream if call.summed else upstream[:, None], upstream, upstream)
+            kept = needed(ctx.saved_tensors, needs)
+            results = scaled(kept, upstream if call.summed else upstream[:, None], ctx.dtypes)
         else:
             *operands, target, weight, known = ctx.saved_tensors
             again = call._replace(needs=needs, summed=False)
             with torch.autocast(target.device.type, enabled=False):
                 gradients = _through_head(operands, target, weight, again, ctx.shard, known, upstream)[4:]
-            scales = (None,) * 3
-        results: list[Tensor | None] = []
-        for gradient, scale, need, dtype in zip(gradients, scales, needs, ctx.dtypes, strict=True):
-            if need:
-                results.append(gradient.to(dtype) if scale is None else scaled(gradient, scale, dtype))
-            else:
-                results.append(None)
+            results = rounded(needed(gradients, needs), ctx.dtypes)
         return *results, None, None, None, None
 
 

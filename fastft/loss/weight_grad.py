@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.loss.linear_rows import HEAD, HeadCall, scaled
+from fastft.loss.linear_rows import HEAD, HeadCall, needed, scaled
 from fastft.loss.options import RowOptions, refuse_second_derivative, unrounded
 
 _SLAB = 2048  # classes whose gradient goes through a wider copy at once
@@ -54,10 +54,11 @@ class _IntoGrad(torch.autograd.Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
+        divisor: Tensor | None,
         call: HeadCall,
     ) -> Tensor:
         losses, *_, d_input, d_weight, d_bias = HEAD.native(
-            input, linear_weight, linear_bias, target, weight, [], *call.flat()
+            input, linear_weight, linear_bias, target, weight, [], divisor, *call.flat()
         )
         ctx.save_for_backward(d_input, d_weight, d_bias)
         ctx.weight, ctx.dtypes = linear_weight, (input.dtype, None if linear_bias is None else linear_bias.dtype)
@@ -67,20 +68,17 @@ class _IntoGrad(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_cross_entropy")
         (d_input, d_weight, d_bias), needs = ctx.saved_tensors, ctx.needs_input_grad
-        to_input, to_bias = (
-            scaled(gradient, upstream, dtype) if need else None
-            for gradient, dtype, need in zip((d_input, d_bias), ctx.dtypes, (needs[0], needs[2]), strict=True)
-        )
+        to_input, to_bias = scaled(needed((d_input, d_bias), (needs[0], needs[2])), upstream, ctx.dtypes)
         if needs[1]:  # not where torch.autograd.grad asks for other tensors alone
             _add(ctx.weight, d_weight, upstream)
-        return to_input, None, to_bias, None, None, None
+        return to_input, None, to_bias, None, None, None, None
 
 
 def _add(weight: Tensor, d_weight: Tensor, upstream: Tensor) -> None:
     if _has_hooks(weight):
         raise RuntimeError("accumulate_weight_grad=True: linear_weight was given hooks after the loss was computed")
     if weight.grad is None:
-        weight.grad = scaled(d_weight, upstream, weight.dtype)
+        (weight.grad,) = scaled([d_weight], upstream, [weight.dtype])
     elif weight.grad.layout != torch.strided:
         raise RuntimeError("accumulate_weight_grad=True needs a dense weight.grad; something made it sparse")
     elif not weight.is_cpu or weight.grad.dtype == d_weight.dtype == upstream.dtype:
@@ -98,13 +96,14 @@ def sum_into_grad(
     *,
     dtype: torch.dtype,
     options: RowOptions,
+    divisor: Tensor | None,
     impl: str,
     chunk_rows: int | None,
     max_counted: int | None,
 ) -> Tensor:
-    """The sum of the losses as from `linear_rows`; backward adds the gradient of `operands[1]` to its `grad`."""
+    """As from `linear_rows`, `summed`; backward adds the gradient of `operands[1]` to its `grad`."""
     input, _, bias = operands
     needs = (input.requires_grad, True, bias is not None and bias.requires_grad)
     bound = -1 if max_counted is None else max_counted
     call = HeadCall(needs, True, False, dtype, impl, chunk_rows or 0, bound, options)
-    return _IntoGrad.apply(*operands, target, weight, call)
+    return _IntoGrad.apply(*operands, target, weight, divisor, call)

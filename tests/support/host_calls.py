@@ -7,6 +7,7 @@ of a step are counted in host_work.py, the functions that fastft's Python calls 
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -24,6 +25,11 @@ from support.ptx import Gpu, cuda_operators
 from support.row_problems import CASES, draw, run
 
 _FASTFT = os.path.dirname(fastft.__file__) + os.sep
+
+
+def versions() -> str:
+    """What the counts of a step depend on."""
+    return f"torch {torch.__version__.partition('+')[0]}, Python {'.'.join(platform.python_version_tuple()[:2])}"
 
 
 def python_calls(prepare: Callable[[DeviceMode], Callable[[], Any]]) -> int:
@@ -63,6 +69,8 @@ def operator_calls(tensors: int = 400) -> dict[str, dict[str, int]]:
         count("cross_entropy_rows", lambda: run(gpu.ops.cross_entropy_rows, plain))
         packed = segment_problems.draw([3, 60])
         count("packed_boundaries", lambda: segment_problems.run(gpu.ops.packed_boundaries, *packed))
+        gradients, scale = [torch.zeros(9) for _ in range(3)], torch.ones(())
+        count("scale_gradients_, 3 tensors", lambda: gpu.ops.scale_gradients_(gradients, scale))
         _of_adamw(gpu, tensors, count)
     return found
 

@@ -241,6 +241,21 @@ def _boundaries(lengths: list[int], operators: Any) -> None:
     segment_problems.run(operators.packed_boundaries, *segment_problems.draw(lengths))
 
 
+def _scale_kernels(engine: str) -> Iterator[Kernel]:
+    entry, stem = "_scale_kernel" if engine == "triton" else "scale_kernel", "scale_gradients"
+    for dtype in (torch.bfloat16, torch.float32):
+        moved, stated = (dtype.itemsize, dtype.itemsize), (128_256.0 * 4096, "128,256 x 4096")
+        name, call = f"scaling of gradients, {SHORT[dtype]}", partial(_scale, dtype, 0.5)
+        yield Kernel(engine, entry, stem, name, "element", 65_536, moved, stated, call)
+    call = partial(_scale, torch.bfloat16, 1.0)
+    name, stated = "scaling of gradients, by 1", (128_256.0 * 4096, "128,256 x 4096")
+    yield Kernel(engine, entry, stem, name, "element", 65_536, (0, 0), stated, call)
+
+
+def _scale(dtype: torch.dtype, scale: float, operators: Any) -> None:
+    operators.scale_gradients_([torch.ones(65_536, dtype=dtype)], torch.tensor(scale))
+
+
 def _upload() -> Kernel:
     call = partial(_adamw, Rounding.EXACT, torch.float32, 36, 8)
     return Kernel("cuda", "upload_kernel", "adamw", "AdamW, upload of a table", "word", 1000, (0, 4), (0, ""), call)
@@ -248,7 +263,7 @@ def _upload() -> Kernel:
 
 def kernels(engine: str) -> list[Kernel]:
     """All rows of an engine, but for the chips."""
-    found = [*_rows_kernels(engine), *_adamw_kernels(engine), *_boundaries_kernels(engine)]
+    found = [*_rows_kernels(engine), *_adamw_kernels(engine), *_boundaries_kernels(engine), *_scale_kernels(engine)]
     return [*found, *_norm_kernels(), _upload()] if engine == "cuda" else found
 
 
@@ -277,9 +292,11 @@ def triton_operators() -> Any:
     """The functions of the Triton engines, by their operators' names."""
     from fastft.data.boundaries_triton import packed_boundaries
     from fastft.loss.cross_entropy_triton import cross_entropy_rows
+    from fastft.loss.scale_gradients_triton import scale_gradients_
     from fastft.optim.adamw_update_triton import adamw_
 
-    return SimpleNamespace(packed_boundaries=packed_boundaries, cross_entropy_rows=cross_entropy_rows, adamw_=adamw_)
+    functions = packed_boundaries, cross_entropy_rows, scale_gradients_, adamw_
+    return SimpleNamespace(**{function.__name__: function for function in functions})
 
 
 def count(kernel: Kernel, chip: int) -> Figures:

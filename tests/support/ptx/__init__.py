@@ -10,7 +10,7 @@ docs/gpu-code-without-a-gpu.md says what it sees and what it does not.
 
 from support.ptx.checks import Fault
 from support.ptx.cuda import HOST, Gpu, cuda_operators, missing
-from support.ptx.executor import Launch
+from support.ptx.lanes import Launch
 
 __all__ = ["HOST", "Fault", "Gpu", "Launch", "cuda_operators", "missing", "triton_as_ptx"]
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from support.ptx.checks import GlobalMemory
 from support.ptx.cuda import extent_of
-from support.ptx.executor import Launch, Options, run_launch
+from support.ptx.executor import Options, run_launch
+from support.ptx.lanes import Launch
 from support.ptx.parser import Module
 
 HEAD = """

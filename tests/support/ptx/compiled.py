@@ -35,6 +35,7 @@ def compiled(name: str, sources: Sequence[Path], commands: Sequence[Sequence[str
             if old.stat().st_mtime < time.time() - _DAY:  # another process may still read a younger one
                 shutil.rmtree(old, ignore_errors=True)
         part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)  # of a compilation that failed
         part.mkdir()
         for command in commands:
             done = subprocess.run(command, cwd=part, capture_output=True, text=True)

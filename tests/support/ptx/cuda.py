@@ -11,6 +11,7 @@ import ast
 import contextlib
 import ctypes
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -27,7 +28,8 @@ from torch import Tensor
 import fastft  # noqa: F401  (defines the operators)
 from support.ptx.checks import Extent, Fault, GlobalMemory
 from support.ptx.compiled import ROOT, compiled
-from support.ptx.executor import Launch, Options, run_launch
+from support.ptx.executor import Options, run_launch
+from support.ptx.lanes import Launch
 from support.ptx.parser import Kernel, Module
 
 HOST = -1
@@ -38,6 +40,7 @@ OPERATORS = (
     "grad_norm_squared_",
     "cross_entropy_rows",
     "packed_boundaries",
+    "scale_gradients_",
 )
 CAPABILITIES = (80, 90)
 _SHARED = {80: (166_912, 167_936), 90: (232_448, 233_472)}  # bytes of a block (opt-in), of a processor
@@ -52,8 +55,17 @@ _MEMORY = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int)
 
 def missing() -> str | None:
     """Why the CUDA kernels cannot be run as PTX here; None if they can."""
-    absent = [tool for tool in ("nvcc", "g++", "cc") if shutil.which(tool) is None]
+    absent = [tool for tool in ("g++", "cc", "c++filt") if shutil.which(tool) is None]
+    absent += [] if _nvcc() else ["nvcc"]
     return f"no {', '.join(absent)}" if absent else None
+
+
+@functools.cache
+def _nvcc() -> str | None:
+    """Where setup.py would find it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [os.path.join(home, "bin")] if home else [None, "/usr/local/cuda/bin"]
+    return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
 
 
 def build(sources: Sequence[Path]) -> tuple[Path, list[Path]]:
@@ -84,7 +96,7 @@ def _objects(source: Path) -> Path:
     """The folder with the object file of a .cu file and its PTX for each capability."""
     targets = [f"-gencode=arch=compute_{chip},code=compute_{chip}" for chip in CAPABILITIES]
     includes = [f"-I{ROOT / 'csrc' / folder}" for folder in ("include", "cuda")]
-    nvcc = ["nvcc", *_nvcc_flags(), "-lineinfo", *targets, "--keep", *includes]
+    nvcc = [str(_nvcc()), *_nvcc_flags(), "-lineinfo", *targets, "--keep", *includes]
     commands = [[*nvcc, "-c", str(source), "-o", f"{source.stem}.o"], ["find", ".", "-name", "*.ii", "-delete"]]
     return compiled(source.stem, [source, *_headers()], commands)
 
@@ -103,7 +115,7 @@ def _nvcc_flags() -> list[str]:
 
 def _cuda_include() -> str:
     """The folder of cuda_runtime.h."""
-    dry = ["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null"]
+    dry = [str(_nvcc()), "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null"]
     printed = subprocess.run(dry, capture_output=True, text=True).stderr
     folders = re.findall(r'"?-I([^\s"]+)"?', printed)
     return next(folder for folder in folders if (Path(folder) / "cuda_runtime.h").exists())
@@ -161,7 +173,8 @@ class Gpu:
         self.edited: dict[str, Kernel] = {}
         self.launches: list[Launch] = []
         self.host_arguments = {"table", "hyper"}
-        self.fault: BaseException | None = None
+        self.fault: BaseException | None = None  # of the last launch that went wrong
+        self._capturing = False
         self._arguments: list[tuple[str, Tensor]] = []
         self._bound: dict[int, list[tuple[str, Tensor]]] = {}
         self._placed: dict[int, tuple[Tensor, int]] = {}
@@ -179,7 +192,7 @@ class Gpu:
     @property
     def capturing(self) -> bool:
         """What cudaStreamIsCapturing says."""
-        return getattr(self, "_capturing", False)
+        return self._capturing
 
     @capturing.setter
     def capturing(self, value: bool) -> None:

@@ -13,7 +13,7 @@ from fastft.ops import OPERATORS
 from fastft.optim import adamw_plan
 from support.ptx import cuda
 from support.ptx.cuda import Gpu, tensors_in
-from support.ptx.executor import Launch
+from support.ptx.lanes import Launch
 
 
 class Engine(NamedTuple):

@@ -18,7 +18,8 @@ from support.ptx.checks import SHARED_WINDOW, Fault, noise
 from support.ptx.parser import BITS, UINT, Instruction
 
 if TYPE_CHECKING:
-    from support.ptx.executor import Compiler, Lanes
+    from support.ptx.executor import Compiler
+    from support.ptx.lanes import Lanes
 
 Run = Callable[["Lanes"], None]
 Builder = Callable[["Compiler", Instruction], Run]
@@ -174,7 +175,7 @@ def _product_of(kind: str) -> Callable[..., Any]:
     return lambda a, b: a.astype(wide) * b.astype(wide)
 
 
-@opcode("mad fma", "rn rz rm rp ftz sat lo hi wide relu")
+@opcode("mad fma", "rn rz rm rp ftz sat lo hi wide")
 def _mad(compiler: Compiler, i: Instruction) -> Run:
     kind = i.types[-1]
     if kind in HALVES:
@@ -462,6 +463,8 @@ def _cvt(compiler: Compiler, i: Instruction) -> Run:
     to, source = i.types[0], i.types[-1]
     if len(i.operands) == 3:  # cvt.rn.bf16x2.f32 d, upper, lower
         return _cvt_pair(compiler, i, to)
+    if "relu" in i.modifiers:
+        raise Fault("unknown opcode", i.opcode)
     function = _conversion(i, to, source)
     if to in HALVES:
         rounding, put = i.one_of("rn", "rz") or "rn", compiler.put(i.operands[0], f"b{BITS[to]}")
@@ -489,7 +492,7 @@ def _conversion(i: Instruction, to: str, source: str) -> Callable[..., Any]:
         info = np.iinfo(f"{'i' if to[0] == 's' else 'u'}{BITS[to] // 8}")
 
         def clamped(x: np.ndarray) -> np.ndarray:
-            x = whole(np.asarray(x).astype(np.float64))
+            x = whole((flush(np.asarray(x)) if "ftz" in i.modifiers else np.asarray(x)).astype(np.float64))
             inside = np.where((x > float(info.min)) & (x < float(info.max)), x, 0.0).astype(info.dtype)
             return np.where(x >= float(info.max), info.max, np.where(x <= float(info.min), info.min, inside))
 
@@ -524,9 +527,9 @@ def _between_floats(i: Instruction, to: str) -> Callable[..., Any]:
     return directed
 
 
-@opcode("membar fence prefetch nanosleep griddepcontrol createpolicy prefetchu discard", " ".join((
-    "gl cta sys gpu acq_rel sc cluster global L1 L2 wait launch_dependents fractional L2__evict_first",
-    "L2__evict_last L2__evict_normal L2__evict_unchanged 128",
+@opcode("membar fence prefetch nanosleep griddepcontrol createpolicy", " ".join((
+    "gl cta sys gpu acq_rel sc cluster global L1 L2 wait launch_dependents fractional",
+    "L2__evict_first L2__evict_last L2__evict_normal L2__evict_unchanged",
 )))  # fmt: skip
 def _hint(compiler: Compiler, i: Instruction) -> Run:
     """Order of memory between blocks and wishes about caches are not modelled."""

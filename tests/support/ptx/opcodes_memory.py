@@ -12,7 +12,8 @@ from support.ptx.opcodes import Run, opcode
 from support.ptx.parser import BITS, Instruction
 
 if TYPE_CHECKING:
-    from support.ptx.executor import Compiler, Lanes
+    from support.ptx.executor import Compiler
+    from support.ptx.lanes import Lanes
 
 ALL_LANES = np.uint32(0xFFFFFFFF)
 _CACHES = (

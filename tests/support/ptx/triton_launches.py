@@ -13,7 +13,8 @@ from triton.runtime.jit import JITFunction
 
 from support.ptx.checks import Extent, Fault, GlobalMemory
 from support.ptx.cuda import extent_of
-from support.ptx.executor import Launch, Options, run_launch
+from support.ptx.executor import Options, run_launch
+from support.ptx.lanes import Launch
 from support.ptx.parser import Kernel, Module
 from support.triton_compiler import compiled_for
 
