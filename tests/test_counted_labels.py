@@ -228,6 +228,15 @@ def test_labels_that_are_replaced_before_the_move_are_the_ones_that_count():
     assert bound_of(given(moved["labels"]), -100)[1] == (moved["labels"] != -100).sum() > flat.counted
 
 
+@pytest.mark.parametrize("expand_on_device", [False, True])
+@pytest.mark.parametrize("labels", [True, False])
+def test_padding_does_not_count(expand_on_device, labels):
+    examples = EXAMPLES if labels else [{"input_ids": example["input_ids"]} for example in EXAMPLES]
+    batch = fastft.PackingCollator(rows=3, pad_to_multiple_of=32, expand_on_device=expand_on_device)(examples)
+    counted, moved = batch.counted, batch.to("cpu")
+    assert bound_of(given(moved["labels"]), -100)[1] == counted == (moved["labels"] != -100).sum()
+
+
 class Spy:
     """The bounds that the loss knows, beside what really counts."""
 
