@@ -1,8 +1,9 @@
 # make demo       fine-tune on this machine and measure it
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
-# make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every architecture, oldest and newest packages
+# make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
+#                oldest and newest packages; make lint
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
-# make kernels    counts anew what the GPU kernels cost (no GPU; nvcc)
+# make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in

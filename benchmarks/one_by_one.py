@@ -21,8 +21,8 @@ def run(
     silence: float | None = None,
     log: Path | None = None,
 ) -> str:
-    """Runs every case of `files` once, in one process until a case ends it, hangs or spoils its GPU's context; then in
-    another, which goes on behind it.
+    """Runs every case of `files` once, in one process until a case fails, hangs or ends it; then in another, which goes
+    on behind it.
 
     Args:
         ledger, part: where the lines go.

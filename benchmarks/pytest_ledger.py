@@ -1,13 +1,12 @@
 """A plugin of pytest, `-p pytest_ledger --ledger FILE --part NAME`: a line when a case begins, another when it ends.
 
 A case that has filled a dictionary `extra_info` (pytest-benchmark's, or a property of that name) finds it in its line.
-With `--not-again`, cases which have a line already are left out, and the process ends after a case that has spoilt the
-context of its GPU, in which every later one would fail.
+With `--not-again`, cases which have a line already are left out, and the process ends after a case that has failed: it
+may have spoilt the context of its GPU, or hold its memory, and then every later one would fail.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ledger")
     group.addoption("--ledger", type=Path, help="the file that a line of JSON is appended to for each case")
     group.addoption("--part", help="goes into the lines")
-    group.addoption("--not-again", action="store_true", help="leave out what has a line, end with the context")
+    group.addoption("--not-again", action="store_true", help="leave out what has a line, end with a failure")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,15 +62,3 @@ class _Keeper:
         said = found.pop("said", None)
         kept = {"said": str(said)[-_SAID:]} if said else {}
         self.ledger.append(part=self.part, case=case, outcome=outcome, **found, **kept)
-
-
-def _is_spoilt() -> bool:
-    """Whether the GPU answers this process with nothing but an earlier error."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False

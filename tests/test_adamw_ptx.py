@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import ptx
 from support.adamw_problems import MODES, Mode, Training, assert_same_bits, past_two_to_the_31
+from support.ptx.cuda import tensors_in
 from support.ptx.engines import ENGINES, Engine, adamw_by, cuda_for_cpp, operator, require_cuda, unbound
 from torch.nn import Parameter
 
@@ -121,6 +122,19 @@ def test_more_than_2_31_elements_in_a_step(engine: Engine, coded: bool) -> None:
         update(*problem.whole)
     problem.assert_same_ends()
     assert problem.end[0][0].all() and problem.end[2][0].any()
+
+
+@engines
+@pytest.mark.parametrize("coded", [False, True])
+def test_random_bits_of_a_place_past_two_to_the_36(engine: Engine, coded: bool) -> None:
+    """As in a shard: the number of its eight elements has more than 32 bits."""
+    ours, theirs = (past_two_to_the_31(coded).end for _ in range(2))
+    for arguments in (ours, theirs):
+        arguments[6][0, 3] = 5 * 2**36 + 8
+    torch.ops.fastft.adamw_(*theirs)
+    with operator(engine, "adamw_") as (update, _):
+        update(*ours)
+    assert_same_bits(list(tensors_in(ours)), list(tensors_in(theirs)))
 
 
 # -- what Triton's wrapper refuses

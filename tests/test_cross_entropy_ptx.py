@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.ptx.engines import ENGINES, Engine, operator
-from support.row_problems import CASES, EVERYTHING, IGNORED, Case, Problem, check, draw, run
+from support.row_problems import CASES, EVERYTHING, IGNORED, Case, Problem, check, draw, plain, run
 
 OP = "cross_entropy_rows"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,22 +60,35 @@ def test_approximations_that_are_off_by_two_ulp(engine: Engine) -> None:
         check(rows, draw(CASES["everything in place"], 3, 507, torch.bfloat16))
 
 
+@engines
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("classes", [7, 512], ids=["single elements", "vectors"])
+def test_gradients_are_rounded_to_nearest(engine: Engine, classes: int, dtype: str) -> None:
+    """Truncation is within twice torch's error, but makes every second number another."""
+    problem = draw(CASES["plain"], 12, classes, DTYPES[dtype])
+    counted = problem.target != IGNORED
+    with operator(engine, OP) as (rows, _):
+        ours = run(rows, problem)["grad"][counted]
+    nearest = plain(problem, torch.float64)["grad"][counted].to(ours.dtype)
+    assert (ours == nearest).double().mean() > 0.95
+
+
 LONG = [
     *[(size, "bf16", padding) for size in (5_000, 151_936) for padding in (0, 3, 8)],
     *[(size, "fp32", padding) for size in (2_051, 40_003, 60_000) for padding in (0, 3, 8)],
 ]
-QUICK = {(5_000, "bf16", 3), (40_003, "fp32", 0), (60_000, "fp32", 8)}
+QUICK = [(5_000, "bf16", 3), (40_003, "fp32", 0), (60_000, "fp32", 8)]
 
 
-@engines
-@pytest.mark.parametrize(
-    ("classes", "dtype", "padding"),
-    [pytest.param(*row, marks=() if row in QUICK else pytest.mark.ptx) for row in LONG],
-)
+def long_rows() -> list[Any]:
+    quick = {engine: QUICK[: 1 if engine == TRITON_80 else 3] for engine in ENGINES}
+    rows = [(engine, *row, () if row in quick[engine] else pytest.mark.ptx) for engine in ENGINES for row in LONG]
+    return [pytest.param(*row, id="-".join(map(str, row)), marks=marks) for *row, marks in rows]
+
+
+@pytest.mark.parametrize(("engine", "classes", "dtype", "padding"), long_rows())
 def test_long_rows_at_any_distance(engine: Engine, classes: int, dtype: str, padding: int) -> None:
     """Rows of one block and of several, that fit into shared memory and that do not, on 16 bytes and off them."""
-    if engine == TRITON_80 and classes > 5_000:
-        pytest.skip("the same code as for sm_90")
     with operator(engine, OP) as (rows, _):
         for case in (CASES["in place"], EVERYTHING):
             check(rows, draw(case, 2, classes, DTYPES[dtype], padding=padding))
@@ -162,8 +175,9 @@ def test_few_rows(engine: Engine, count: int) -> None:
 
 
 @engines
-def test_offsets_pass_two_to_the_31(engine: Engine) -> None:
-    near = draw(CASES["plain"], 5, 63, torch.bfloat16)
+@pytest.mark.parametrize("case", ["plain", "in place"])
+def test_offsets_pass_two_to_the_31(engine: Engine, case: str) -> None:
+    near = draw(CASES[case], 5, 63, torch.bfloat16)
     far = torch.empty(2**31 + 200, dtype=torch.bfloat16)  # untouched pages cost nothing
     with operator(engine, OP) as (rows, _):
         check(rows, replace(near, logits=far.as_strided((5, 63), (2**29 + 8, 1)).copy_(near.logits)))

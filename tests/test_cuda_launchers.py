@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from support import ptx
-from support.adamw_problems import MODES, Training, assert_same_bits
+from support import ptx, segment_problems
+from support.adamw_problems import MODES, Training, assert_same_bits, past_two_to_the_31
+from support.ptx.cuda import tensors_in
 from support.ptx.engines import cuda_for_cpp
 from support.row_problems import CASES, check, draw
 from torch import Tensor
@@ -15,6 +19,45 @@ pytestmark = pytest.mark.skipif(ptx.missing() is not None, reason=f"the CUDA ker
 
 def kernels(gpu: ptx.Gpu, begin: int = 0) -> list[str]:
     return [launch.kernel for launch in gpu.launches[begin:]]
+
+
+def update(adamw_: Callable[..., None]) -> None:
+    ours, theirs = (past_two_to_the_31(coded=True).end for _ in range(2))
+    adamw_(*ours)
+    torch.ops.fastft.adamw_(*theirs)
+    assert_same_bits(list(tensors_in(ours)), list(tensors_in(theirs)))
+
+
+def add_up(grad_norm_squared_: Callable[..., None]) -> None:
+    total, grads = torch.zeros((), dtype=torch.float64), [torch.randn(507), torch.randn(40_000)]
+    grad_norm_squared_(total, grads)
+    assert total.item() == pytest.approx(sum(grad.double().square().sum().item() for grad in grads), rel=1e-10)
+
+
+USES = {
+    "cross_entropy_rows": lambda rows: check(rows, draw(CASES["everything"], 2, 40_003, torch.bfloat16)),
+    "packed_boundaries": lambda fill: segment_problems.check(fill, [3, 700], 0, False),
+    "grad_norm_squared_": add_up,
+    "adamw_": update,
+}
+
+
+@pytest.mark.parametrize("device", [0, 1])
+@pytest.mark.parametrize("name", USES)
+def test_all_launches_are_on_the_tensors_device_and_its_stream(name: str, device: int) -> None:
+    """Whichever device is the current one."""
+    with ptx.cuda_operators(90) as gpu:
+        gpu.use_stream(5)
+        gpu.use_stream(7, device=1)
+
+        def there(*arguments: Any) -> None:
+            for tensor in tensors_in(arguments):
+                gpu.place(tensor, device)
+            getattr(gpu.ops, name)(*arguments)
+
+        USES[name](there)
+        assert {(launch.device, launch.stream) for launch in gpu.launches} == {(device, (5, 7)[device])}
+        assert gpu.held == 0 and not gpu.waits
 
 
 # a warp looks at 32 places at once: around one and two rounds of that
@@ -61,6 +104,23 @@ def test_a_captured_step_on_another_stream_keeps_the_table() -> None:
         assert kernels(gpu, first) == ["upload_kernel", "adamw_kernel<1>"]
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_table_that_a_graph_reads_is_written_at_each_step_and_never_given_back(captured: bool) -> None:
+    """A replay, which nobody sees here, writes the gradients' places of its capture."""
+    with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
+        training = Training(MODES["exact-fp32"], "cpp", capturable=True).step()
+        gpu.capturing = captured
+        training.optimizer.step()
+        gpu.capturing = False
+        before = len(gpu.launches)
+        training.optimizer.step()
+        assert kernels(gpu, before) == ["upload_kernel"] * captured + ["adamw_kernel<1>"]
+        assert gpu.held == 1
+        for part in training.optimizer._plan.parts:
+            gpu.release(part.bound)
+        assert gpu.held == captured
+
+
 def test_a_stream_that_cannot_be_asked_is_a_sentence_and_no_failed_launch() -> None:
     with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
         training = Training(MODES["fp32-fp32"], "cpp").step()
@@ -104,6 +164,16 @@ def test_the_norm_is_finite_where_every_gradient_is(dtype: torch.dtype, bad: flo
             assert torch.tensor(total(gpu, [grad])).isnan() if bad != bad else total(gpu, [grad]) == torch.inf
         largest = torch.full((20000,), torch.finfo(dtype).max, dtype=dtype)
         assert total(gpu, [largest]) == pytest.approx(largest.double().square().sum().item(), rel=1e-12)
+
+
+def test_the_norm_of_a_gradient_past_two_to_the_31() -> None:
+    """Its last block reads the gradient's end; that the others' sums are missing is what ends the test."""
+    grad = torch.empty(2**31 + 100, dtype=torch.bfloat16)  # untouched pages cost nothing
+    grad[-100:] = 1.0
+    with ptx.cuda_operators(90, only=lambda blocks: [blocks - 1]) as gpu:
+        with pytest.raises(ptx.Fault, match="reads byte 0 of memory of the launcher") as caught:
+            total(gpu, [grad])
+    assert caught.value.kernel == "total_kernel" and gpu.launches[0].bytes_read == 200
 
 
 def test_few_operations_of_the_norm_are_in_double() -> None:

@@ -1,9 +1,11 @@
 """README and docs tell the truth: their Python runs, their commands exist, each limit has a test."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -307,3 +309,12 @@ def test_the_map_of_the_house_has_every_room():
     page = (documentation.ROOT / "CONTRIBUTING.md").read_text()
     rooms = [path for path in (documentation.ROOT / "fastft").rglob("*.py") if not path.name.startswith("__")]
     assert [path.name for path in rooms if f"{path.name}`" not in page] == []
+
+
+@pytest.mark.parametrize("folder", ["csrc", "tests/support", "benchmarks"])
+def test_the_map_has_every_file_beside_the_rooms(folder):
+    pages = [documentation.ROOT / "CONTRIBUTING.md", documentation.ROOT / "docs" / "gpu-code-without-a-gpu.md"]
+    named = {Path(name).name for page in pages for name in re.findall(r"`([^`\s]+)`", page.read_text())}
+    known = ("__init__.py", "conftest.py", "test_*.py")
+    files = [path for path in (documentation.ROOT / folder).rglob("*.*") if path.suffix[1:] in ("py", "cpp", "cu", "h")]
+    assert files and [path.name for path in files if not any(map(path.match, (*known, *named)))] == []

@@ -150,7 +150,7 @@ def _write_gradient(
 def _rows_kernel(
     logits, target, weight, g_loss, g_lse, g_entropy, losses, lses, entropies, is_top1, grads,
     classes, stride, grad_stride, ignore_index, smoothing, z_loss, scale, softcap, softcap_inverse,
-    SMOOTHED: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, PEELED: tl.constexpr,
+    MOMENTS: tl.constexpr, SMOOTHED: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, PEELED: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = LANES * VECTOR
@@ -213,7 +213,7 @@ def _rows_kernel(
         e = _exp(d)
         rescaled = _at_least(peak - higher, _FAR)
         keep = _exp(rescaled)
-        if entropies is not None:
+        if MOMENTS:  # the entropy is asked for, or has a gradient
             moment = (moment + total * rescaled) * keep + tl.sum(e * d, 1)
         total = total * keep + tl.sum(e, 1)
         peak = higher
@@ -238,8 +238,9 @@ def _rows_kernel(
         loss += unit * (w_sum * tl.where(z_y > float("-inf"), distance, lse) + tl.sum(below, 0))
     tl.store(losses + r, loss + z_loss * lse * lse)
     tl.store(lses + r, lse)
-    if entropies is not None:
+    if MOMENTS:
         entropy = log_sum - (tl.sum((moment + total * rescaled) * keep, 0) + e_y * d_y) * inverse
+    if entropies is not None:
         tl.store(entropies + r, entropy)
         tl.store(is_top1 + r, tl.max(beaten, 0) == 0)
 
@@ -310,7 +311,8 @@ def cross_entropy_rows(
     rows, classes = logits.shape
     if rows == 0:
         return
-    simple = not (weight or statistics or softcap)
+    moments = bool(statistics) or len(upstream) == 3
+    simple = not (weight or moments or softcap)
     loads = 2 if simple and classes > 1024 else 1
     lanes, vector, warps = _shape(classes, logits.element_size(), loads, ops.wave(logits.device))
     g_loss, g_lse, g_entropy = (*upstream, None, None, None)[:3]
@@ -325,6 +327,6 @@ def cross_entropy_rows(
         *(grad or (None,)), classes, logits.stride(0), grad[0].stride(0) if grad else 0, ignore_index,
         float(label_smoothing), float(z_loss), float(logit_scale), float(softcap),
         1.0 / softcap if softcap else 0.0,
-        SMOOTHED=label_smoothing != 0, SCALED=logit_scale != 1, CAPPED=softcap != 0,
+        MOMENTS=moments, SMOOTHED=label_smoothing != 0, SCALED=logit_scale != 1, CAPPED=softcap != 0,
         PEELED=_peeled(logits, grad), LANES=lanes, VECTOR=vector, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""GPU code on machines without a GPU: run it on the CPU, and compile it for chips that are not there."""
+"""What several test files need: problems with their oracles, and machines that run or read GPU code without a GPU."""

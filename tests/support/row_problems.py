@@ -46,6 +46,7 @@ CASES = {
     "softcap": Case(softcap=5.0),
     "scale": Case(logit_scale=-1.5),
     "statistics": Case(statistics=True, upstream=3),
+    "gradients of statistics that nobody asks for": Case(upstream=3),
     "everything": EVERYTHING,
     "everything in place": replace(EVERYTHING, grad="in place"),
     "every loss, no gradient": replace(EVERYTHING, grad="", upstream=0),

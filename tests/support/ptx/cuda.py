@@ -199,6 +199,11 @@ class Gpu:
         self._capturing = value
         self.library.fake_capturing(int(value))
 
+    @property
+    def held(self) -> int:
+        """Pieces of device memory that launchers have taken and not given back."""
+        return len(self._allocated)
+
     def use_stream(self, number: int, device: int = 0) -> None:
         """Makes stream `number` (0 for the default one) the current stream of a device."""
         self.library.fake_stream(device, ctypes.c_uint64(number))
