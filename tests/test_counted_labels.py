@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support.device_mode import DeviceMode
 from support.trainers import tiny_llama
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from watch import Watch
@@ -112,6 +113,32 @@ def test_who_writes_to_labels_takes_the_bound_away(name):
     assert type(given(labels)) is torch.Tensor or name == "to it"  # a later forward pass gets none either
 
 
+@pytest.mark.parametrize("derive", [lambda y: y[..., 1:], lambda y: y.clone(), lambda y: F.pad(y, (0, 1), value=-100)])
+@pytest.mark.parametrize("copy_first", [False, True])
+def test_labels_that_are_written_to_before_the_shift_have_no_bound_after_it(derive, copy_first):
+    mine = given(noted())
+    mine = mine.clone() if copy_first else mine
+    assert bound_of(derive(mine), -100)[1] == 4
+    mine[mine == -100] = 3
+    assert bound_of(derive(mine), -100)[1] is None
+
+
+def test_a_compiled_function_is_compiled_once_for_labels_of_any_count():
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter)
+    def shift(labels):
+        return F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous().view(-1)
+
+    graphs = []
+    for counted in (4, 5, 6):
+        labels = noted()
+        note_count(labels, counted)
+        assert torch.equal(shift(given(labels)), torch.tensor([3, 4, -100, -100, -100, -100, 6, -100]))
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1]
+
+
 def test_another_ignore_index_has_no_bound():
     assert bound_of(given(noted()), -1)[1] is None and bound_of(noted(), -100)[1] is None
 
@@ -201,19 +228,28 @@ def test_labels_that_are_replaced_before_the_move_are_the_ones_that_count():
     assert bound_of(given(moved["labels"]), -100)[1] == (moved["labels"] != -100).sum() > flat.counted
 
 
+@pytest.mark.parametrize("expand_on_device", [False, True])
+@pytest.mark.parametrize("labels", [True, False])
+def test_padding_does_not_count(expand_on_device, labels):
+    examples = EXAMPLES if labels else [{"input_ids": example["input_ids"]} for example in EXAMPLES]
+    batch = fastft.PackingCollator(rows=3, pad_to_multiple_of=32, expand_on_device=expand_on_device)(examples)
+    counted, moved = batch.counted, batch.to("cpu")
+    assert bound_of(given(moved["labels"]), -100)[1] == counted == (moved["labels"] != -100).sum()
+
+
 class Spy:
-    """The bounds that the loss operator is given, beside what really counts."""
+    """The bounds that the loss knows, beside what really counts."""
 
     def __init__(self, monkeypatch):
         self.bounds, self.counts = [], []
-        original = lazy_losses.linear_cross_entropy
 
-        def spy(x, head, target, **options):
-            self.bounds.append(options.get("max_counted"))
-            self.counts.append(int((target != -100).sum()))
-            return original(x, head, target, **options)
+        def spy(target, ignore_index):
+            plain, counted = bound_of(target, ignore_index)
+            self.bounds.append(counted)
+            self.counts.append(int((plain != -100).sum()))
+            return plain, counted
 
-        monkeypatch.setattr(lazy_losses, "linear_cross_entropy", spy)
+        monkeypatch.setattr(lazy_losses, "bound_of", spy)
 
 
 def train(tmp_path, collator, callbacks, kind=Trainer, **options):
@@ -275,6 +311,22 @@ class WrittenLabels(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+class LabelsWrittenByTheModel(Trainer):
+    """The same, by the model, on a copy."""
+
+    def __init__(self, model, *args, **kwargs):
+        forward = model.forward
+
+        def wrapped(*inputs, labels=None, **options):
+            if labels is not None:
+                labels = labels.clone()
+                labels[labels == -100] = 3
+            return forward(*inputs, labels=labels, **options)
+
+        model.forward = wrapped
+        super().__init__(model, *args, **kwargs)
+
+
 class FewerLabels(Trainer):
     """Lets every second token count."""
 
@@ -295,9 +347,23 @@ class LossOfItsOwn(Trainer):
         )
 
 
-@pytest.mark.parametrize("kind", [MoreLabels, WrittenLabels, FewerLabels, LossOfItsOwn])
+@pytest.mark.parametrize("kind", [MoreLabels, WrittenLabels, LabelsWrittenByTheModel, FewerLabels, LossOfItsOwn])
 def test_labels_that_change_behind_the_collator_are_all_taken(kind, tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
     fused = train(tmp_path, fastft.PackingCollator(), [fastft.FusedLossCallback()], kind)
     assert set(spy.bounds) == {None} and len(spy.bounds) == 7
     assert fused == pytest.approx(train(tmp_path, fastft.PackingCollator(), [fastft.PackingCallback()], kind), rel=1e-5)
+
+
+class UnseenWrites(Trainer):
+    """Lets all tokens count, by numpy, of whose writes torch knows nothing."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs["labels"].numpy()[:] = inputs["input_ids"].numpy()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_labels_that_numpy_writes_to_are_all_taken(tmp_path):
+    fused = train(tmp_path, fastft.PackingCollator(), [fastft.FusedLossCallback()], UnseenWrites)
+    stock = train(tmp_path, fastft.PackingCollator(), [fastft.PackingCallback()], UnseenWrites)
+    assert fused == pytest.approx(stock, rel=1e-5)

@@ -328,8 +328,15 @@ def test_log_probabilities_and_bounds_without_a_wait(dtype, max_counted):
         assert products == 4 * -(-(max_counted or 63) // 20)
 
 
-def test_a_bound_that_is_too_low_is_seen():
+@pytest.mark.parametrize("frozen", ["nothing", "x", "head"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("max_counted", [62, 0])
+def test_a_bound_that_is_too_low_is_seen_in_the_loss_and_its_gradients(frozen, reduction, max_counted):
+    # Trainer's log leaves a NaN loss out (logging_nan_inf_filter), and so would hide it
     x, head, target = make(rows=63)
+    leaves = [leaf for name, leaf in (("x", x), ("head", head)) if name != frozen]
+    x.requires_grad_(frozen != "x"), head.requires_grad_(frozen != "head")
     with DeviceMode(refuse=True):
-        loss = fastft.linear_cross_entropy(x, head, target, max_counted=62)
-    assert loss.isnan()
+        loss = fastft.linear_cross_entropy(x, head, target, reduction=reduction, max_counted=max_counted)
+        loss.sum().backward()
+    assert loss.isnan().all() and all(leaf.grad.isnan().any() for leaf in leaves)

@@ -168,7 +168,9 @@ class FlatBatch(_Counted):
             return None
         lengths, ignored, *columns = self.integers.split(self._sizes())
         firsts = ignored.tolist() if self.expansion.source else []
-        return count_labels(columns[list(self.shapes).index(source)], lengths.tolist(), firsts)
+        # padding is ignored whole, and has tokens
+        labels = None if source == "input_ids" else columns[list(self.shapes).index(source)]
+        return count_labels(labels, lengths.tolist(), firsts)
 
     def _sizes(self) -> list[int]:
         return [self.segments, self.segments, *[shape.numel() for shape in self.shapes.values()]]

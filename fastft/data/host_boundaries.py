@@ -8,7 +8,8 @@ together with one wait, and noted too. A note ends with its tensor. It counts fo
     on a device    the tensor's version, which every operation in place raises, and its address
     on the host    the numbers themselves, which nobody waits for
 
-Tensors of inference mode have no version: those on a device are read each time.
+Tensors of inference mode have no version: those on a device are read each time. Who writes to a device's boundaries
+through `.data`, which has a version of its own, is not seen.
 """
 
 from __future__ import annotations

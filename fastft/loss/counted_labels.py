@@ -53,11 +53,12 @@ class CountedLabels(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
         source = args[0] if args else None
-        if not isinstance(source, cls) or not _keeps_the_bound(func, args, kwargs, source, result):
+        # as it is before `func`; a compiler traces this too, and would compile again for each bound
+        counted = _known(source) if isinstance(source, cls) and not torch.compiler.is_compiling() else None
+        result = func(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
+        if counted is None or not _keeps_the_bound(func, args, kwargs, args[0], result):
             return result
-        counted = source.counted
         if isinstance(result, Tensor):
             return _counted(result, counted)
         return type(result)(_counted(part, counted) for part in result)
@@ -78,6 +79,11 @@ def _counted(labels: Tensor, counted: int) -> Tensor:
         result = labels.as_subclass(CountedLabels)
     result.counted, result.stamp = counted, stamp
     return result
+
+
+def _known(labels: CountedLabels) -> int | None:
+    """How many labels count at most; None once somebody has written to them."""
+    return labels.counted if labels.stamp == _stamp(labels) else None
 
 
 def _named(names: str) -> set[Any]:
@@ -121,9 +127,9 @@ def bound_of(target: Tensor, ignore_index: int) -> tuple[Tensor, int | None]:
     """`target` as a plain tensor, and how many of its labels count at most; None where nobody knows."""
     if not isinstance(target, CountedLabels):
         return target, None
-    counted = target.counted if target.stamp == _stamp(target) and ignore_index == IGNORE_INDEX else None
+    known = ignore_index == IGNORE_INDEX and not torch.compiler.is_compiling()
     plain: Tensor = _plain(target)
-    return plain, counted
+    return plain, _known(target) if known else None
 
 
 def _give_counted(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

@@ -133,6 +133,8 @@ def _loss(
     if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
         return NotImplemented
     target, counted = bound_of(target, ignore_index)
+    if target.device.type == "cpu":  # where labels are counted anyway, and numpy writes to them unseen
+        counted = None
     linear = lazy.checked()
     weight = None if weight is None else weight.clone()  # as it is now, whatever becomes of it before backward
     options: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight}

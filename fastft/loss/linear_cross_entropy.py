@@ -150,7 +150,7 @@ def linear_cross_entropy(
         chunk_rows: rows that go through the workspace at once; None (default): planned from the shapes alone.
         max_counted: an upper bound of the rows that are not ignored, if the host knows one. With it ignored rows cost
             nothing on a GPU either, and nobody waits for the GPU to count them. Too low a bound raises on the CPU and
-            gives NaN elsewhere.
+            gives NaN elsewhere, in the loss and in each gradient.
         accumulate_weight_grad: backward adds the weight's gradient to `linear_weight.grad` itself, in one pass;
             autograd sees none, so that `torch.autograd.grad` has none to return. For a parameter without hooks on its
             gradient, "mean" or "sum", and class indices; not under torch.compile. Default False.

@@ -34,6 +34,7 @@ operands: for each chunk, 4 passes over the workspace (R V) and 2 over dW.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -208,10 +209,19 @@ def sweep(
         outputs.d_weight.zero_()
     if inverse is not None and (call.needs[0] or call.needs[2]):
         scale_gradients([outputs.d_input, outputs.d_bias], inverse)
-    if positions is not None and not target.is_cpu:  # rows that were left out must not go unseen
-        too_many = (target != call.options.ignore_index).sum() > call.max_counted
-        outputs.losses.masked_fill_(too_many, torch.nan)
+    if positions is not None and not target.is_cpu:
+        _show_left_out((target != call.options.ignore_index).sum() > call.max_counted, outputs, call.needs)
     return outputs
+
+
+def _show_left_out(too_many: Tensor, outputs: Outputs, needs: Sequence[bool]) -> None:
+    """Rows that were left out must not go unseen: losses become NaN, and one number of each gradient.
+
+    Trainer's log leaves a NaN loss out, but not a NaN gradient norm.
+    """
+    outputs.losses.masked_fill_(too_many, torch.nan)
+    for gradient in itertools.compress(outputs[-3:], needs):
+        gradient.view(-1)[:1].masked_fill_(too_many, torch.nan)
 
 
 def _linear_cross_entropy_rows(
