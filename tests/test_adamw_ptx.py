@@ -192,16 +192,23 @@ def test_bound_steps(gpu: ptx.Gpu, mode: str) -> None:
     assert_the_same_training(gpu, lambda: Training(MODES[mode], "cpp").step(3).values())
 
 
-def test_elements_whose_number_is_no_multiple_of_eight(gpu: ptx.Gpu) -> None:
-    """As the second shard of a tensor of 507 elements, from the 254th on."""
+@pytest.mark.parametrize("on_16_bytes", [False, True])
+def test_elements_whose_number_is_no_multiple_of_eight(gpu: ptx.Gpu, on_16_bytes: bool) -> None:
+    """As the second shard of a tensor of 507 elements, from the 254th on, in its place or in memory of its own."""
     whole = Training(MIXED, "cpp", sizes=(507,)).step()
     part = whole.optimizer._plan.parts[0]
     pieces = [[t.detach().clone()[254:] for t in tensors] for tensors in (part.params, part.exp_avgs, part.exp_avg_sqs)]
     pieces.append([t.clone()[254:] for t in part.max_exp_avg_sqs])
     before = adamw_plan._hyper_row(whole.optimizer.param_groups[1], 2)
+    if on_16_bytes:
+        pieces = [[piece.clone() for piece in tensors] for tensors in pieces]
     whole.step()
     table = torch.tensor([[0, *part.table[0, 1:3].tolist(), 254]])
-    grads, hyper, seed = [whole.params[0].grad[254:]], torch.tensor([before]), whole.optimizer.param_groups[0]["seed"]
+    grads, hyper, seed = (
+        [whole.params[0].grad[254:].clone()],
+        torch.tensor([before]),
+        whole.optimizer.param_groups[0]["seed"],
+    )
     gpu.ops.adamw_(pieces[0], grads, *pieces[1:], [], table, hyper, torch.ones(()), seed)
     after = (part.params, part.exp_avgs, part.exp_avg_sqs, part.max_exp_avg_sqs)
     assert_same_bits([piece[0] for piece in pieces], [tensors[0].detach()[254:] for tensors in after])
