@@ -41,11 +41,10 @@ test-slow: native $(WAYS)
 test-isa: native
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
 
-# Triton beside the environment's own, which stays
+# every file that has cases of this mark; Triton beside the environment's own, which stays
 ptx: native $(if $(TRITON),build/triton-$(TRITON)/triton)
 	PYTHONPATH=$(if $(TRITON),$(CURDIR)/build/triton-$(TRITON)) $(PYTEST) -m "ptx or not ptx" \
-		tests/test_cross_entropy_ptx.py tests/test_adamw_ptx.py tests/test_boundaries.py tests/test_ptx_faults.py \
-		tests/test_kernel_table.py
+		tests/test_ptx_faults.py tests/test_scale_gradients.py $(shell grep -l mark.ptx tests/test_*.py)
 
 build/triton-%/triton: $(READY)
 	$(BIN)/python -m pip install -q --no-compile --no-deps --upgrade --target $(@D) triton==$*
