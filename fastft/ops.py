@@ -77,6 +77,8 @@ def _triton_missing_on(device: torch.device) -> str | None:
             reason = f"this triton has no backend for {backend}"
         elif backend == "nvidia" and torch.version.cuda is None:
             reason = "this torch build has no CUDA"
+        elif backend == "nvidia" and not torch.cuda.is_available():
+            reason = "torch finds no NVIDIA GPU"
         elif backend == "nvidia" and capability(device) < OLDEST_TRITON:
             reason = too_old(device, OLDEST_TRITON)
     return reason

@@ -234,8 +234,15 @@ class TestDevices:
 
     def test_triton_is_not_taken_on_a_gpu_that_it_was_never_compiled_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         operator = OPERATORS["adamw_"]
         assert operator.suits("triton", GPU) == "it needs compute capability 7.5, this GPU has 7.0"
+
+    def test_triton_is_not_asked_about_a_gpu_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor is torch, which raises where it has CUDA and the machine no driver."""
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert OPERATORS["adamw_"].suits("triton", GPU) == "torch finds no NVIDIA GPU"
 
     def test_triton_launches_on_the_device_of_its_tensors(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Which need not be the current one; AdamW's first argument is a list, its table lies on the CPU."""
