@@ -15,44 +15,21 @@ constexpr uint32_t kSignsOfBytes = 0x80808080u;  // of four
 
 // Four bytes by their numbers, which are from 4 on in `high`.
 __device__ uint32_t permuted(uint32_t low, uint32_t high, uint32_t selector) {
-#if defined(__CUDA_ARCH__)
   return __byte_perm(low, high, selector);
-#else
-  const uint64_t bytes = uint64_t(high) << 32 | low;
-  uint32_t result = 0;
-  for (int k = 0; k < 4; k++) result |= uint32_t(bytes >> (selector >> 4 * k & 7) * 8 & 255) << 8 * k;
-  return result;
-#endif
 }
 
 // 2^23 + the largest integer that is not above a * b + c - 2^23, for `c` up to 2^23 and results below 2^24.
-__device__ float floor_behind(float a, float b, float c) {
-#if defined(__CUDA_ARCH__)
-  return __fmaf_rd(a, b, c);
-#else
-  return kBehind + floorf(float(double(a) * b + double(c) - kBehind));
-#endif
-}
+__device__ float floor_behind(float a, float b, float c) { return __fmaf_rd(a, b, c); }
 
 // Within 1.5 * 2^-22 of x^(1/4), relatively; of denormal numbers 0.
 __device__ float about_fourth_root(float x) {
-#if defined(__CUDA_ARCH__)
   float root;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(root));
   return root;
-#else
-  return sqrtf(sqrtf(x));
-#endif
 }
 
-__device__ float with_sign_of(float size, float sign) {
-#if defined(__CUDA_ARCH__)
-  return copysignf(size, sign);
-#else
-  return __builtin_copysignf(size, sign);
-#endif
-}
+__device__ float with_sign_of(float size, float sign) { return copysignf(size, sign); }
 
 // The float 2^23 + byte `k` of `word`.
 __device__ float byte_behind(uint32_t word, int k) { return bits_float(permuted(word, kBehindBits, 0x7540 + k)); }

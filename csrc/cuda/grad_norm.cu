@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "adamw_math.h"
+#include "batches.h"
 #include "launch.h"
 
 namespace {
@@ -17,12 +18,10 @@ constexpr int kInFlight = 4;  // loads of a thread
 // What squares below 2^-126 have lost is nothing beside a sum of at least 2^-70.
 constexpr float kLeast = 8.470329473e-22f;
 
-struct Batch {
+struct Batch : TensorBatch<kTensors> {
   const void* data[kTensors];
   int64_t numel[kTensors];
-  uint32_t first_block[kTensors];
   bool narrow[kTensors];
-  int32_t tensors;
   double* sums;  // one for each block of this launch
 };
 static_assert(sizeof(Batch) <= 4096, "kernel parameters hold 4 KiB on every architecture");
@@ -97,15 +96,11 @@ __device__ double sum_of_block(double sum) {
 }
 
 __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ Batch batch) {
-  int low = 0;  // the last tensor whose first block is not after this one
-  for (int high = batch.tensors; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    (batch.first_block[middle] <= blockIdx.x ? low : high) = middle;
-  }
-  const int64_t chunk = int64_t(blockIdx.x - batch.first_block[low]) * kChunk, left = batch.numel[low] - chunk;
+  const int tensor = batch.tensor_of_block();
+  const int64_t chunk = int64_t(blockIdx.x - batch.first_block[tensor]) * kChunk, left = batch.numel[tensor] - chunk;
   const int n = int(left < kChunk ? left : kChunk);
-  double sum = batch.narrow[low] ? add_squares(static_cast<const uint16_t*>(batch.data[low]) + chunk, n)
-                                 : add_squares(static_cast<const float*>(batch.data[low]) + chunk, n);
+  double sum = batch.narrow[tensor] ? add_squares(static_cast<const uint16_t*>(batch.data[tensor]) + chunk, n)
+                                    : add_squares(static_cast<const float*>(batch.data[tensor]) + chunk, n);
   sum = sum_of_block(sum);
   if (threadIdx.x == 0) batch.sums[blockIdx.x] = sum;
 }
@@ -118,37 +113,6 @@ __global__ void __launch_bounds__(kTotalThreads) total_kernel(const double* sums
 }
 
 int64_t blocks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-
-// Launches over all gradients, each with as many as its parameters hold.
-class Launcher {
- public:
-  Launcher(double* sums, cudaStream_t stream) : stream_(stream) { batch_.sums = sums; }
-
-  void add(const fastft::Tensor& grad, int64_t numel) {
-    if (numel == 0) return;
-    FT_CHECK(blocks_of(numel) < (int64_t(1) << 31), "grad_norm_squared_: a gradient of %lld elements is too large",
-             static_cast<long long>(numel));
-    if (batch_.tensors == kTensors || blocks_ + blocks_of(numel) >= (int64_t(1) << 31)) launch();
-    const int i = batch_.tensors++;
-    batch_.data[i] = grad.data();
-    batch_.numel[i] = numel;
-    batch_.first_block[i] = uint32_t(blocks_);
-    batch_.narrow[i] = grad.dtype() == aoti_torch_dtype_bfloat16();
-    blocks_ += blocks_of(numel);
-  }
-
-  void launch() {
-    if (blocks_ > 0) squares_kernel<<<unsigned(blocks_), kThreads, kThreads * sizeof(double), stream_>>>(batch_);
-    batch_.sums += blocks_;
-    batch_.tensors = 0;
-    blocks_ = 0;
-  }
-
- private:
-  Batch batch_{};
-  cudaStream_t stream_;
-  int64_t blocks_ = 0;
-};
 
 // grad_norm_squared_(Tensor(a!) total, Tensor[] grads)
 void grad_norm_squared(StableIValue* stack, uint64_t nargs, uint64_t) {
@@ -173,9 +137,21 @@ void grad_norm_squared(StableIValue* stack, uint64_t nargs, uint64_t) {
   const cudaStream_t stream = fastft::current_stream(device);
   const fastft::Tensor memory = fastft::device_memory((count + 1) * int64_t(sizeof(double)), device);
   double* sums = static_cast<double*>(memory.mutable_data());
-  Launcher launcher(sums, stream);
-  for (const fastft::Tensor& grad : kept) launcher.add(grad, grad.numel());
-  launcher.launch();
+  Batch empty{};
+  empty.sums = sums;
+  Batches batches("grad_norm_squared_", empty, [stream](Batch& batch, unsigned blocks) {
+    squares_kernel<<<blocks, kThreads, kThreads * sizeof(double), stream>>>(batch);
+    batch.sums += blocks;
+  });
+  for (const fastft::Tensor& grad : kept) {
+    const int64_t numel = grad.numel();
+    if (numel == 0) continue;
+    const int i = batches.add(blocks_of(numel));
+    batches.batch.data[i] = grad.data();
+    batches.batch.numel[i] = numel;
+    batches.batch.narrow[i] = grad.dtype() == aoti_torch_dtype_bfloat16();
+  }
+  batches.flush();
   double* result = static_cast<double*>(total.mutable_data());
   total_kernel<<<1, kTotalThreads, kTotalThreads * sizeof(double), stream>>>(sums, count, result);
   fastft::check_launch("grad_norm_squared_");

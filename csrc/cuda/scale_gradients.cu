@@ -3,6 +3,7 @@
 //
 // A block has the 128 KiB between two multiples of that, counted from the last 16 bytes that begin at or before the
 // gradient; so only the ends of a gradient can lie off 16 bytes, and these go element by element, a thread each.
+#include "batches.h"
 #include "launch.h"
 #include "scale_gradients_args.h"
 #include "vectors.h"
@@ -13,12 +14,10 @@ constexpr int kChunk = 128 << 10;
 constexpr int kInFlight = 4;  // loads of a thread
 enum Kind : int32_t { kFloat, kBfloat16, kHalf };
 
-struct Batch {
+struct Batch : TensorBatch<kTensors> {
   char* data[kTensors];
   int64_t bytes[kTensors];
-  uint32_t first_block[kTensors];
   Kind kind[kTensors];
-  int32_t tensors;
   const float* scale;
 };
 static_assert(sizeof(Batch) <= 4096, "kernel parameters hold 4 KiB on every architecture");
@@ -69,64 +68,41 @@ __device__ void scale_chunk(char* from, char* begin, char* end, float scale) {
 __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__ Batch batch) {
   const float scale = *batch.scale;
   if (scale == 1.0f) return;
-  int low = 0;  // the last tensor whose first block is not after this one
-  for (int high = batch.tensors; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    (batch.first_block[middle] <= blockIdx.x ? low : high) = middle;
-  }
-  char* data = batch.data[low];
-  char* from = data - lead(data) + int64_t(blockIdx.x - batch.first_block[low]) * kChunk;
+  const int tensor = batch.tensor_of_block();
+  char* data = batch.data[tensor];
+  char* from = data - lead(data) + int64_t(blockIdx.x - batch.first_block[tensor]) * kChunk;
   char* begin = data > from ? data : from;
-  char* end = data + batch.bytes[low];
+  char* end = data + batch.bytes[tensor];
   end = end < from + kChunk ? end : from + kChunk;
-  if (batch.kind[low] == kFloat)
+  if (batch.kind[tensor] == kFloat)
     scale_chunk<float>(from, begin, end, scale);
-  else if (batch.kind[low] == kBfloat16)
+  else if (batch.kind[tensor] == kBfloat16)
     scale_chunk<__nv_bfloat16>(from, begin, end, scale);
   else
     scale_chunk<__half>(from, begin, end, scale);
 }
 
-// Launches over all gradients, each with as many as its parameters hold.
-class Launcher {
- public:
-  Launcher(const float* scale, cudaStream_t stream) : stream_(stream) { batch_.scale = scale; }
-
-  void add(const fastft::ScaleGradientsArgs::Gradient& gradient) {
-    if (gradient.numel == 0) return;
-    const bool wide = gradient.dtype == aoti_torch_dtype_float32();
-    char* data = static_cast<char*>(gradient.data);
-    const int64_t bytes = gradient.numel * (wide ? 4 : 2), blocks = (lead(data) + bytes + kChunk - 1) / kChunk;
-    FT_CHECK(blocks < (int64_t(1) << 31), "scale_gradients_: a gradient of %lld elements is too large",
-             static_cast<long long>(gradient.numel));
-    if (batch_.tensors == kTensors || blocks_ + blocks >= (int64_t(1) << 31)) launch();
-    const int i = batch_.tensors++;
-    batch_.data[i] = data;
-    batch_.bytes[i] = bytes;
-    batch_.first_block[i] = uint32_t(blocks_);
-    batch_.kind[i] = wide ? kFloat : gradient.dtype == aoti_torch_dtype_bfloat16() ? kBfloat16 : kHalf;
-    blocks_ += blocks;
-  }
-
-  void launch() {
-    if (blocks_ > 0) scale_kernel<<<unsigned(blocks_), kThreads, 0, stream_>>>(batch_);
-    batch_.tensors = 0;
-    blocks_ = 0;
-  }
-
- private:
-  Batch batch_{};
-  cudaStream_t stream_;
-  int64_t blocks_ = 0;
-};
-
 void scale_gradients(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 2, "scale_gradients_: 2 arguments expected, got %d", int(nargs));
   const fastft::ScaleGradientsArgs args(stack);
   const fastft::DeviceGuard guard(args.device_index);
-  Launcher launcher(args.scale, fastft::current_stream(args.device_index));
-  for (const fastft::ScaleGradientsArgs::Gradient& gradient : args.gradients) launcher.add(gradient);
-  launcher.launch();
+  const cudaStream_t stream = fastft::current_stream(args.device_index);
+  Batch empty{};
+  empty.scale = args.scale;
+  Batches batches("scale_gradients_", empty, [stream](const Batch& batch, unsigned blocks) {
+    scale_kernel<<<blocks, kThreads, 0, stream>>>(batch);
+  });
+  for (const fastft::ScaleGradientsArgs::Gradient& gradient : args.gradients) {
+    if (gradient.numel == 0) continue;
+    const bool wide = gradient.dtype == aoti_torch_dtype_float32();
+    char* data = static_cast<char*>(gradient.data);
+    const int64_t bytes = gradient.numel * (wide ? 4 : 2);
+    const int i = batches.add((lead(data) + bytes + kChunk - 1) / kChunk);
+    batches.batch.data[i] = data;
+    batches.batch.bytes[i] = bytes;
+    batches.batch.kind[i] = wide ? kFloat : gradient.dtype == aoti_torch_dtype_bfloat16() ? kBfloat16 : kHalf;
+  }
+  batches.flush();
   fastft::check_launch("scale_gradients_");
 }
 

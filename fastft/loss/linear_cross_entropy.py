@@ -104,6 +104,33 @@ def check_positive(name: str, value: int | None, least: int) -> None:
         raise ValueError(f"{name} must be None or at least {least}, got {value}")
 
 
+def _index_loss(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    num_items: float | Tensor | None,
+    *,
+    shard: Shard | None,
+    accumulate: bool,
+    impl: str,
+    **plan: Any,
+) -> Tensor:
+    """The reduced loss of class indices (T,); `plan` is of `linear_rows`."""
+    dtype, ignore_index, summed = plan["dtype"], plan["options"].ignore_index, reduction != "none"
+    weight = class_weights(weight, target, ignore_index, reduction, num_items, statistics_dtype(dtype))
+    if shard is None and reduction == "mean" and divides_rows(dtype, target.device):
+        plan["divisor"] = divisor_of(target != ignore_index, num_items, statistics_dtype(dtype))
+        reduction = "sum"  # of what is divided
+    if shard is not None:
+        losses = vocab_parallel_losses(operands, target, weight, shard, summed=summed, **plan)
+    elif accumulate:
+        losses = sum_into_grad(operands, target, weight, impl=impl, **plan)
+    else:
+        losses, *_ = linear_rows(operands, target, weight, summed=summed, impl=impl, **plan)
+    return reduce_losses(losses, target, reduction, ignore_index, num_items)
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -197,7 +224,7 @@ def linear_cross_entropy(
     shard = None if group is None else Shard.of(linear_weight.shape, group, "linear_weight", target, impl)
     classes = len(linear_weight) if shard is None else shard.classes
     check_weight(weight, classes, input.device)
-    shape, summed = input.shape[:-1], reduction != "none"
+    shape = input.shape[:-1]
     operands = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
     with torch.autocast(input.device.type, enabled=False):
         if target.is_floating_point():
@@ -205,24 +232,14 @@ def linear_cross_entropy(
             check_plain_impl(impl, "target probabilities")
             flat = torch.zeros(shape.numel(), dtype=torch.int64, device=input.device)
             rows = target.reshape(-1, classes)
-            losses = _probability_losses(operands, rows, weight, dtype, options, summed)
-            ignore_index = -1
+            losses = _probability_losses(operands, rows, weight, dtype, options, reduction != "none")
+            reduced = reduce_losses(losses, flat, reduction, -1, num_items)
         else:
             flat = check_indices(target, input, classes, ignore_index)
-            scaled = class_weights(weight, flat, ignore_index, reduction, num_items, statistics_dtype(dtype))
             plan: dict[str, Any] = {"dtype": dtype, "options": options}
             plan |= {"chunk_rows": chunk_rows, "max_counted": max_counted}
-            divisor = None
-            if reduction == "mean" and shard is None and divides_rows(dtype, flat.device):
-                divisor = divisor_of(flat != ignore_index, num_items, statistics_dtype(dtype))
-                reduction = "sum"  # of what is divided
-            if shard is not None:
-                losses = vocab_parallel_losses(operands, flat, scaled, shard, summed=summed, **plan)
-            elif accumulate:
-                losses = sum_into_grad(operands, flat, scaled, divisor=divisor, impl=impl, **plan)
-            else:
-                losses, *_ = linear_rows(operands, flat, scaled, summed=summed, divisor=divisor, impl=impl, **plan)
-        reduced = reduce_losses(losses, flat, reduction, ignore_index, num_items)
+            plan |= {"shard": shard, "accumulate": accumulate, "impl": impl}
+            reduced = _index_loss(operands, flat, weight, reduction, num_items, **plan)
     return reduced.view(shape) if reduction == "none" else reduced
 
 

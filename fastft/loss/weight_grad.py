@@ -96,10 +96,10 @@ def sum_into_grad(
     *,
     dtype: torch.dtype,
     options: RowOptions,
-    divisor: Tensor | None,
     impl: str,
     chunk_rows: int | None,
     max_counted: int | None,
+    divisor: Tensor | None = None,
 ) -> Tensor:
     """As from `linear_rows`, `summed`; backward adds the gradient of `operands[1]` to its `grad`."""
     input, _, bias = operands
