@@ -157,6 +157,11 @@ def inner_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def write_stamp(tensor: Tensor) -> tuple[int, int] | None:
+    """What changes when somebody writes to the tensor; None for one of inference mode, of which nothing does."""
+    return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
+
+
 def is_dtensor(tensor: Any) -> bool:
     """Whether it is one; torch's module of them, a second of import time, is not needed to know."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastft.foreign import write_stamp
+
 
 @dataclass(eq=False)
 class HostBoundaries:
@@ -43,12 +45,7 @@ class HostBoundaries:
         return max((end - begin for begin, end in itertools.pairwise(self.ends)), default=0)
 
 
-_Stamp = tuple[int, int]
-_notes: Any = WeakTensorKeyDictionary()  # by the tensor: its _Stamp, HostBoundaries
-
-
-def _stamp(boundaries: Tensor) -> _Stamp | None:
-    return None if boundaries.is_inference() else (boundaries._version, boundaries.data_ptr())
+_notes: Any = WeakTensorKeyDictionary()  # by the tensor: its write_stamp, HostBoundaries
 
 
 def known(boundaries: Tensor) -> HostBoundaries | None:
@@ -57,13 +54,13 @@ def known(boundaries: Tensor) -> HostBoundaries | None:
     if boundaries.device.type == "cpu":
         ends = boundaries.tolist()
         return noted if noted is not None and noted.ends == ends else note(boundaries, ends)
-    return noted if stamp is not None and stamp == _stamp(boundaries) else None
+    return noted if stamp is not None and stamp == write_stamp(boundaries) else None
 
 
 def note(boundaries: Tensor, ends: list[int]) -> HostBoundaries:
     """Remembers that `boundaries` are `ends`, as long as nobody writes to them."""
     noted = HostBoundaries(ends)
-    _notes[boundaries] = (_stamp(boundaries), noted)
+    _notes[boundaries] = (write_stamp(boundaries), noted)
     return noted
 
 

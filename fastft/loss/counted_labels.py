@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastft.foreign import write_stamp
+
 IGNORE_INDEX = -100
 _INDICES = (torch.int64, torch.int32)
-_Stamp = tuple[int, int]
-_notes: Any = WeakTensorKeyDictionary()  # by the labels: their _Stamp, how many count
+_notes: Any = WeakTensorKeyDictionary()  # by the labels: their write_stamp, how many count
 
 
-def _stamp(labels: Tensor) -> _Stamp | None:
-    """What changes when somebody writes to the tensor; None for one of inference mode, of which nothing does."""
+def _stamp(labels: Tensor) -> tuple[int, int] | None:
     with torch._C.DisableTorchFunctionSubclass():
-        return None if labels.is_inference() else (labels._version, labels.data_ptr())
+        return write_stamp(labels)
 
 
 def note_labels(of_host: Any, moved: Any) -> None:
@@ -46,7 +46,7 @@ class CountedLabels(Tensor):
     """Labels, at most `counted` of which are not -100, as long as their stamp is `stamp`."""
 
     counted: int
-    stamp: _Stamp
+    stamp: tuple[int, int]
 
     @classmethod
     def __torch_function__(
