@@ -56,7 +56,7 @@ def run(
         output = stack.enter_context(log.open("ab")) if log else None
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(**(more or {})), stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT if output else None, start_new_session=True,
+            stderr=subprocess.STDOUT if output else None, start_new_session=True, preexec_fn=_hear_interrupts,
         )  # fmt: skip
         why = ""
         try:
@@ -76,6 +76,12 @@ def run(
             process.wait()
             heard()
     return Ended(time.monotonic() - began, process.returncode, why)
+
+
+def _hear_interrupts() -> None:
+    """Under nohup, or behind a shell's &, Ctrl-C is ignored, and so it would be by all that we start: what hung would
+    go on as if nothing had been when its children are ended, and would count as passed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(process: subprocess.Popen, grace: float) -> None:

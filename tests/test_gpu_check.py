@@ -108,7 +108,7 @@ def test_cases_that_crash_fail_and_hang_stop_no_other(tmp_path: Path) -> None:
 def test_tests_that_hang_are_ended_with_their_children(tmp_path: Path) -> None:
     """What the others have found is kept, by pytest too; a test without its end has one."""
     checkout = Checkout(tmp_path, goes_wrong=True)
-    ran = checkout.check("tests", "--seconds", "30", out=tmp_path / "out")
+    ran = checkout.check("tests", "--seconds", "30", out=tmp_path / "out", behind=True)
     found = outcomes(tmp_path / "out" / f"{GPU}-tests.jsonl")
     assert ran.status == 1 and found["test_that_hangs"] == "cut off" and found["test_quick[2]"] == "failed"
     assert [found[f"test_quick[{n}]"] for n in (0, 1, 3)] == ["passed"] * 3
@@ -117,9 +117,10 @@ def test_tests_that_hang_are_ended_with_their_children(tmp_path: Path) -> None:
     assert len(checkout.children()) == 1 and not any(map(lives, checkout.children()))
 
 
-def test_a_part_ends_when_its_time_is_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
+def test_a_part_ends_when_its_time_is_over(behind: bool, tmp_path: Path) -> None:
     checkout = Checkout(tmp_path, goes_wrong=True)
-    ran = checkout.check("train", "--seconds", "6", out=tmp_path / "out")
+    ran = checkout.check("train", "--seconds", "6", out=tmp_path / "out", behind=behind)
     ended = [line for line in lines(tmp_path / "out" / f"{GPU}-train.jsonl") if "took" in line]
     assert ran.status == 1 and 3 < ran.seconds < 60 and sum(line["took"] for line in ended) < 7
     assert "training[fastft] cut off: not finished after" in ran.printed

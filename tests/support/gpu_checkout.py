@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -172,11 +173,13 @@ class Checkout:
         kept.pop("OUT", None)
         return kept | ({"OUT": str(out)} if out else {})
 
-    def check(self, *arguments: str, out: Path | None = None) -> Ran:
-        began = time.monotonic()
+    def check(self, *arguments: str, out: Path | None = None, behind: bool = False) -> Ran:
+        """`behind`: as under nohup, or behind a shell's &, which ignore Ctrl-C."""
+        began, interrupt = time.monotonic(), signal.SIG_IGN if behind else signal.default_int_handler
         done = subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, cwd=self.folder, env=self.environment(out)
-        )
+            self.command(*arguments), capture_output=True, text=True, cwd=self.folder, env=self.environment(out),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt),
+        )  # fmt: skip
         return Ran(done.returncode, time.monotonic() - began, done.stdout + done.stderr)
 
     def children(self) -> list[int]:
