@@ -1,14 +1,17 @@
-"""Builds fastft's two native libraries, libfastft_cpu.so and libfastft_cuda.so, next to the Python package.
+"""Builds fastft's two native libraries, libfastft_cpu.so and libfastft_cuda.so, next to the Python
+package.
 
-Neither needs torch, Python.h or a GPU to be built: they are linked against empty libraries that carry torch's SONAMEs,
-so that at run time the loader finds the libtorch which `import torch` has already loaded. This file only writes the
-rules; ninja compiles in parallel, follows header dependencies and rebuilds no more than what changed. Where a compiler
-is missing the package is installed without that library and `python -m fastft` tells why.
+Neither needs torch, Python.h or a GPU to be built: they are linked against empty libraries that
+carry torch's SONAMEs, so that at run time the loader finds the libtorch which `import torch` has
+already loaded. This file only writes the rules; ninja compiles in parallel, follows header
+dependencies and rebuilds no more than what changed. Where a compiler is missing the package is
+installed without that library and `python -m fastft` tells why.
 
 FASTFT_BUILD_CPU, FASTFT_BUILD_CUDA   auto (default), 0, or 1 to fail where the library cannot be built
 FASTFT_CUDA_ARCHS                     default "75;80;86;89;90;100;120+PTX", of which those are built that nvcc knows
 FASTFT_CXXFLAGS                       extra flags for every C++ file and for the link, e.g. sanitizers; with -Werror, as
-                                      CI has it, nvcc takes warnings and spilled registers for errors too
+                                      CI has it, nvcc takes warnings and spilled registers for
+                                      errors too
 CXX, CUDA_HOME, MAX_JOBS              as everywhere
 """
 
@@ -30,15 +33,23 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-# -ffp-contract=off: every instruction set gives the same bits, but for a NaN's payload. Without -fno-math-errno gcc
-# calls sqrtf and vectorises nothing. Never -ffast-math: gcc 12 then links code that flushes denormals for the whole
-# process.
+# -ffp-contract=off: every instruction set gives the same bits, but for a NaN's payload. Without
+# -fno-math-errno gcc calls sqrtf and vectorises nothing. Never -ffast-math: gcc 12 then links code
+# that flushes denormals for the whole process.
 CXXFLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 ]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
-# Files named *_kernel.cpp are compiled once for each of these, as FASTFT_ISA; csrc/cpu/isa.h chooses at run time.
+AVX512 = [
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mfma",
+    "-mprefer-vector-width=512",
+]
+# Files named *_kernel.cpp are compiled once for each of these, as FASTFT_ISA; csrc/cpu/isa.h
+# chooses at run time.
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=256"],
@@ -64,7 +75,8 @@ def find_cxx():
 
 
 def find_nvcc():
-    """Returns nvcc's path, its (major, minor) version and the folder that holds libcudart_static.a."""
+    """Returns nvcc's path, its (major, minor) version and the folder that holds
+    libcudart_static.a."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [os.path.join(home, "bin")] if home else [None, "/usr/local/cuda/bin"]
     nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
@@ -88,16 +100,26 @@ def gencode_flags(nvcc):
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = set(re.findall(r"compute_(\d+)", listing))
     wanted = os.environ.get("FASTFT_CUDA_ARCHS", CUDA_ARCHS).strip().lower().replace(".", "")
-    entries = [(entry.removesuffix("+ptx"), entry.endswith("+ptx")) for entry in re.split(r"[;,\s]+", wanted)]
+    entries = [
+        (entry.removesuffix("+ptx"), entry.endswith("+ptx"))
+        for entry in re.split(r"[;,\s]+", wanted)
+    ]
     built = {arch: ptx for arch, ptx in entries if arch.rstrip("af") in known}
     for arch in (arch for arch, _ in entries if arch not in built):
         print(f"fastft: this nvcc does not know sm_{arch}: left out", file=sys.stderr)
     if not built:
         raise Unavailable("nvcc knows none of the architectures of FASTFT_CUDA_ARCHS")
-    if any(ptx for _, ptx in entries) and not any(built.values()):  # newer chips than nvcc knows need some
+    # newer chips than nvcc knows need some
+    if any(ptx for _, ptx in entries) and not any(built.values()):
         built[max(built, key=lambda arch: int(arch.rstrip("af")))] = True
-    codes = {arch: f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}" for arch, ptx in built.items()}
-    return [word for arch, code in codes.items() for word in ("-gencode", f"arch=compute_{arch},code={code}")]
+    codes = {
+        arch: f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}" for arch, ptx in built.items()
+    }
+    return [
+        word
+        for arch, code in codes.items()
+        for word in ("-gencode", f"arch=compute_{arch},code={code}")
+    ]
 
 
 def quote(words):
@@ -128,17 +150,26 @@ def write_rules(kind, folder):
         size = ["--compress-mode=size"] if version >= (13, 0) else []
         strict = NVCCFLAGS_OF_CI if "-Werror" in extra else []
         compiler = [nvcc, "-ccbin", cxx[0], *NVCCFLAGS, *strict, *size, *gencode_flags(nvcc)]
-        objects = [(source, f"{source.stem}.o", []) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+        objects = [
+            (source, f"{source.stem}.o", []) for source in sorted((CSRC / "cuda").glob("*.cu"))
+        ]
         libs = [f"-L{cudart}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     else:
         compiler, objects = [*cxx, *CXXFLAGS, *extra], list(cpu_objects())
     with open(folder / "build.ninja", "w") as file:
         rules = Writer(file, width=200)
-        compile_ = f"{quote(compiler)} $flags -I{quote([CSRC / 'include'])} -MD -MF $out.d -c $in -o $out"
+        compile_ = (
+            f"{quote(compiler)} $flags -I{quote([CSRC / 'include'])} -MD -MF $out.d -c $in -o $out"
+        )
         rules.rule("compile", compile_, depfile="$out.d", deps="gcc", description=f"{kind}: $out")
-        rules.rule("stub", f"{quote(cxx)} -shared -nostdlib -Wl,-soname,$out -x c++ /dev/null -o $out")
+        rules.rule(
+            "stub", f"{quote(cxx)} -shared -nostdlib -Wl,-soname,$out -x c++ /dev/null -o $out"
+        )
         # linked aside and renamed: an interrupted build leaves no half library behind
-        link = f"{quote([*cxx, *extra])} -shared -s -o $out.part $in -Wl,--no-as-needed -L. $torch -Wl,--as-needed"
+        link = (
+            f"{quote([*cxx, *extra])} -shared -s -o $out.part $in -Wl,--no-as-needed -L. $torch "
+            f"-Wl,--as-needed"
+        )
         exports = quote([f"-Wl,--version-script={CSRC / 'exports.map'}"])
         link += f" {quote(libs)} {exports} -Wl,-z,relro -Wl,--gc-sections && mv $out.part $out"
         rules.rule("link", link, description=f"{kind}: $out")
@@ -149,12 +180,19 @@ def write_rules(kind, folder):
         for stub in stubs:
             rules.build(stub, "stub")
         needed = " ".join(f"-l{name}" for name in torch)
-        rules.build(library, "link", [name for _, name, _ in objects], implicit=stubs, variables={"torch": needed})
+        rules.build(
+            library,
+            "link",
+            [name for _, name, _ in objects],
+            implicit=stubs,
+            variables={"torch": needed},
+        )
     return folder / library
 
 
 def compile_library(kind):
-    """Returns the path of the built library; raises Unavailable with the reason where there is none."""
+    """Returns the path of the built library; raises Unavailable with the reason where there is
+    none."""
     if os.environ.get(f"FASTFT_BUILD_{kind.upper()}") == "0":
         raise Unavailable(f"FASTFT_BUILD_{kind.upper()}=0")
     try:
@@ -173,7 +211,8 @@ def compile_library(kind):
 
 
 class BuildLibraries(build_ext):
-    """Puts the libraries, and build_info.json with their hashes or why one cannot be built, into fastft/_lib."""
+    """Puts the libraries, and build_info.json with their hashes or why one cannot be built, into
+    fastft/_lib."""
 
     def run(self):
         in_place = self.inplace or getattr(self, "editable_mode", False)
@@ -186,14 +225,17 @@ class BuildLibraries(build_ext):
                 built = compile_library(kind)
                 part = installed.with_suffix(".part")
                 shutil.copy(built, part)
-                os.replace(part, installed)  # a running process keeps the library that it has mapped
+                # a running process keeps the library that it has mapped
+                os.replace(part, installed)
                 content = installed.read_bytes()
                 info[kind] = {"sha256": hashlib.sha256(content).hexdigest()}
                 print(f"fastft: {installed.name} built, {len(content)} bytes", file=sys.stderr)
             except Unavailable as reason:  # what an earlier build left may not fit today's schemas
                 installed.unlink(missing_ok=True)
                 if os.environ.get(f"FASTFT_BUILD_{kind.upper()}") == "1":
-                    raise SystemExit(f"fastft: {installed.name} cannot be built: {reason}") from None
+                    raise SystemExit(
+                        f"fastft: {installed.name} cannot be built: {reason}"
+                    ) from None
                 info[kind] = {"missing": str(reason)}
                 print(f"fastft: {installed.name} NOT built: {reason}", file=sys.stderr)
         (folder / "build_info.json").write_text(json.dumps(info, indent=1))
@@ -206,7 +248,8 @@ class BuildLibraries(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """No Python C API is used: one wheel serves every Python of its platform; with nothing built, every platform."""
+    """No Python C API is used: one wheel serves every Python of its platform; with nothing built,
+    every platform."""
 
     def get_tag(self):
         built = self.bdist_dir and list(Path(self.bdist_dir).rglob("libfastft_*.so"))

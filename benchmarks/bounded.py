@@ -1,4 +1,5 @@
-"""A command in a process group of its own, which ends when its time is over, with all that it has started."""
+"""A command in a process group of its own, which ends when its time is over, with all that it has
+started."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SILENT = "nothing heard"  # how `Ended.why` begins where `silence` is the reason
 _POLL = 0.1  # seconds
-_GRACE = 6.0  # seconds of the limit, at most a quarter, in which who is interrupted may write down what he has
+# seconds of the limit, at most a quarter, in which who is interrupted may write down what he has
+_GRACE = 6.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """`status`: as of subprocess; `why`: the reason where we have ended it, "" where it came to its end itself."""
+    """`status`: as of subprocess; `why`: the reason where we have ended it, "" where it came to its
+    end itself."""
 
     seconds: float
     status: int
@@ -29,7 +32,12 @@ class Ended:
 def environment(**more: str) -> dict[str, str]:
     """Of a command: ours, with this checkout and the benchmarks' modules to import."""
     path = [str(ROOT), str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1", **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
 
 
 def run(
@@ -44,10 +52,12 @@ def run(
     """Runs `command` in the checkout.
 
     Args:
-        seconds: after which it is ended at the latest, what it takes to end it included; None: whenever it ends.
+        seconds: after which it is ended at the latest, what it takes to end it included; None:
+            whenever it ends.
         log: what its output is appended to; None: it goes where ours goes.
         heard: asked ten times a second whether it has made progress since the last time.
-        silence: seconds without progress, after the first, after which it is ended; None: it may be silent.
+        silence: seconds without progress, after the first, after which it is ended; None: it may be
+            silent.
         more: variables of its environment.
     """
     began, last = time.monotonic(), None
@@ -55,9 +65,15 @@ def run(
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("ab")) if log else None
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(**(more or {})), stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT if output else None, start_new_session=True, preexec_fn=_hear_interrupts,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=environment(**(more or {})),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            start_new_session=True,
+            preexec_fn=_hear_interrupts,
+        )
         why = ""
         try:
             while process.poll() is None and not why:
@@ -79,8 +95,9 @@ def run(
 
 
 def _hear_interrupts() -> None:
-    """Under nohup, or behind a shell's &, Ctrl-C is ignored, and so it would be by all that we start: what hung would
-    go on as if nothing had been when its children are ended, and would count as passed."""
+    """Under nohup, or behind a shell's &, Ctrl-C is ignored, and so it would be by all that we
+    start: what hung would go on as if nothing had been when its children are ended, and would count
+    as passed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -1,9 +1,10 @@
-"""Times ours and its rivals in turn, in one process, so that a slow moment of the machine hits all of them alike.
+"""Times ours and its rivals in turn, in one process, so that a slow moment of the machine hits all
+of them alike.
 
-On a GPU a time is the device's, between two events on the stream. The stream is kept busy before the first of them for
-longer than the host takes to launch the run, so that no launch is waited for, and what keeps it busy sweeps the L2
-cache. The host's own time until the run returns stands beside it: where it is the longer of the two, a training that
-does nothing else would wait for the host.
+On a GPU a time is the device's, between two events on the stream. The stream is kept busy before
+the first of them for longer than the host takes to launch the run, so that no launch is waited for,
+and what keeps it busy sweeps the L2 cache. The host's own time until the run returns stands beside
+it: where it is the longer of the two, a training that does nothing else would wait for the host.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Took(NamedTuple):
 
 
 def rival(module: str) -> ModuleType | None:
-    """A rival's module, or None where it cannot be imported here (not installed, or it finds no GPU)."""
+    """A rival's module, or None where it cannot be imported here (not installed, or it finds no
+    GPU)."""
     try:
         return importlib.import_module(module)
     except Exception:
@@ -42,7 +44,8 @@ def rival(module: str) -> ModuleType | None:
 
 
 def timed(run: Run, expected_host: float = 0.0) -> Took:
-    """Of one call; `expected_host`: seconds that the host is thought to take, for which a GPU is kept busy."""
+    """Of one call; `expected_host`: seconds that the host is thought to take, for which a GPU is
+    kept busy."""
     if DEVICE == "cpu":
         start = time.perf_counter()
         run()
@@ -88,11 +91,12 @@ def compare(
     bytes_moved: int = 0,
     limit: Run | None = None,
 ) -> None:
-    """Runs `ours`, every rival and the `limit` (what nobody can beat, e.g. a bare copy) alternately and keeps medians.
+    """Runs `ours`, every rival and the `limit` (what nobody can beat, e.g. a bare copy) alternately
+    and keeps medians.
 
-    `extra_info` receives medians in milliseconds, on a GPU also the host's, the ratio rival / ours (above 1: ours is
-    faster), the ratio ours / limit, and GB/s where `bytes_moved` is given. pytest-benchmark's own table has the times
-    of `ours` with all that is done around them.
+    `extra_info` receives medians in milliseconds, on a GPU also the host's, the ratio rival / ours
+    (above 1: ours is faster), the ratio ours / limit, and GB/s where `bytes_moved` is given.
+    pytest-benchmark's own table has the times of `ours` with all that is done around them.
     """
     runs = {"ours": ours, **rivals, **({"limit": limit} if limit else {})}
     took: dict[str, list[Took]] = {name: [] for name in runs}
@@ -108,12 +112,15 @@ def compare(
             once(name)
 
     benchmark.pedantic(once, args=("ours",), setup=others, rounds=rounds)
-    medians = {name: statistics.median(each.seconds for each in all_of) for name, all_of in took.items()}
+    medians = {
+        name: statistics.median(each.seconds for each in all_of) for name, all_of in took.items()
+    }
     info = benchmark.extra_info
     info["median_ms"] = {name: round(1e3 * seconds, 4) for name, seconds in medians.items()}
     if DEVICE == "cuda":
         info["host_ms"] = {
-            name: round(1e3 * statistics.median(each.host for each in all_of), 4) for name, all_of in took.items()
+            name: round(1e3 * statistics.median(each.host for each in all_of), 4)
+            for name, all_of in took.items()
         }
     info["times_faster_than"] = {name: round(medians[name] / medians["ours"], 3) for name in rivals}
     if limit:

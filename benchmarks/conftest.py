@@ -17,7 +17,8 @@ def device() -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """What a benchmark has found until it failed is found all the same: its report has it (pytest_ledger.py)."""
+    """What a benchmark has found until it failed is found all the same: its report has it
+    (pytest_ledger.py)."""
     try:
         return (yield)
     finally:

@@ -1,4 +1,5 @@
-"""What only a GPU can show: builds against the torch of this Python, tests, measures, trains; in under nine minutes.
+"""What only a GPU can show: builds against the torch of this Python, tests, measures, trains; in
+under nine minutes.
 
 make gpu-check PYTHON=python3 [PART="smoke tests ops train"]
 
@@ -9,11 +10,12 @@ First the machine and a build for its GPU alone, then parts in the order of thei
     ops     the benchmarks, with the rivals that are importable
     train   a training against stock and Liger
 
-Each has a share of the time and what those before it have left of theirs; one that is not finished then is ended, with
-all that it has started. Whatever ends is on the disk at once, in the folder $OUT or benchmarks/results: <gpu>.jsonl has
-every case as a line, <gpu>.md the tables, anew after each part, with the estimates of results/kernels.md beside what
-was measured, <gpu>.log what was printed, <gpu>-tests.xml pytest's report. Needs no network, no git and no environment;
-this process needs no torch. The exit status is 1 where anything has failed or was not reached.
+Each has a share of the time and what those before it have left of theirs; one that is not finished
+then is ended, with all that it has started. Whatever ends is on the disk at once, in the folder
+$OUT or benchmarks/results: <gpu>.jsonl has every case as a line, <gpu>.md the tables, anew after
+each part, with the estimates of results/kernels.md beside what was measured, <gpu>.log what was
+printed, <gpu>-tests.xml pytest's report. Needs no network, no git and no environment; this process
+needs no torch. The exit status is 1 where anything has failed or was not reached.
 """
 
 from __future__ import annotations
@@ -37,11 +39,19 @@ from ledger import Ledger
 from tables import failures
 
 HERE = Path(__file__).resolve().parent
-SHARES = {"machine": 30, "build": 90, "smoke": 40, "tests": 150, "ops": 130, "train": 80}  # seconds of TOTAL
+# seconds of TOTAL
+SHARES = {"machine": 30, "build": 90, "smoke": 40, "tests": 150, "ops": 130, "train": 80}
 TOTAL = 520.0
 PARTS = ("smoke", "tests", "ops", "train")
 # the kernels whose speed is least known first
-OPS = ("cross_entropy", "linear_cross_entropy", "adamw", "linear_log_probs", "attention", "boundaries")
+OPS = (
+    "cross_entropy",
+    "linear_cross_entropy",
+    "adamw",
+    "linear_log_probs",
+    "attention",
+    "boundaries",
+)
 VARIANTS = ("stock", "fastft", "liger")
 SILENCE = {"smoke": 20.0, "tests": 60.0, "ops": 45.0}  # seconds after which what runs hangs
 WORKERS = 8
@@ -98,7 +108,9 @@ class Check:
     def _tables(self) -> None:
         try:
             gpu_report.write(self.stem, self.ledger)
-        except Exception as error:  # the lines are there, and the parts to come are worth more than a table
+        except (
+            Exception
+        ) as error:  # the lines are there, and the parts to come are worth more than a table
             self.wrong.append(f"the tables: {type(error).__name__}: {error}")
 
     def machine(self, limit: float) -> str:
@@ -135,9 +147,14 @@ class Check:
         if ended.why or ended.status:
             return ended.why or f"status {ended.status}"
         left = limit - (time.monotonic() - began)
-        bounded.run([sys.executable, "-m", "fastft"], seconds=left, log=self.log)  # which engines there are
+        # which engines there are
+        bounded.run([sys.executable, "-m", "fastft"], seconds=left, log=self.log)
         info = json.loads((ROOT / "fastft" / "_lib" / "build_info.json").read_text())
-        missing = [f"no {kind} library: {built['missing']}" for kind, built in info.items() if "missing" in built]
+        missing = [
+            f"no {kind} library: {built['missing']}"
+            for kind, built in info.items()
+            if "missing" in built
+        ]
         return "; ".join(missing)[-600:]
 
     def smoke(self, limit: float) -> str:
@@ -146,7 +163,9 @@ class Check:
     def ops(self, limit: float) -> str:
         if not self.facts["packages"].get("pytest_benchmark"):
             return "pytest-benchmark is not importable: no benchmark has run"
-        return self._cases("ops", [HERE / f"test_{stem}.py" for stem in OPS], limit, "--benchmark-only")
+        return self._cases(
+            "ops", [HERE / f"test_{stem}.py" for stem in OPS], limit, "--benchmark-only"
+        )
 
     def _cases(self, part: str, files: list[Path], limit: float, *options: str) -> str:
         if not self.facts["packages"].get("pytest"):
@@ -158,9 +177,28 @@ class Check:
         if not self.facts["packages"].get("pytest"):
             return "pytest is not importable"
         marked = re.compile(r"^(@|pytestmark = )pytest\.mark\.gpu\b", re.M)
-        files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text())]
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "pytest_ledger", "-p", "no:cacheprovider"]
-        command += [f"--ledger={self.ledger.path}", "--part=tests", f"--junitxml={self.beside('-tests.xml')}"]
+        files = [
+            path
+            for path in sorted((ROOT / "tests").glob("test_*.py"))
+            if marked.search(path.read_text())
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "-p",
+            "pytest_ledger",
+            "-p",
+            "no:cacheprovider",
+        ]
+        command += [
+            f"--ledger={self.ledger.path}",
+            "--part=tests",
+            f"--junitxml={self.beside('-tests.xml')}",
+        ]
         workers = min(WORKERS, os.cpu_count() or 1)
         if self.facts["packages"].get("xdist"):
             command += ["-n", str(workers), "--dist", "loadgroup"]
@@ -169,9 +207,13 @@ class Check:
         threads = str(max((os.cpu_count() or 1) // workers, 1))
         self.ledger.news()
         ended = bounded.run(
-            [*command, *map(str, files)], seconds=limit, silence=self.silence("tests"), log=self.log,
-            heard=self.ledger.news, more={"OMP_NUM_THREADS": threads},
-        )  # fmt: skip
+            [*command, *map(str, files)],
+            seconds=limit,
+            silence=self.silence("tests"),
+            log=self.log,
+            heard=self.ledger.news,
+            more={"OMP_NUM_THREADS": threads},
+        )
         if ended.why:
             return ended.why
         return "" if ended.status in (0, 1) else f"pytest ended with status {ended.status}"
@@ -180,7 +222,9 @@ class Check:
         end, said, variants = time.monotonic() + limit, [], list(VARIANTS)
         if not self.facts["packages"].get("liger_kernel"):
             variants.remove("liger")
-            self.ledger.append(part="train", case="training[liger]", outcome="skipped", said="no liger_kernel")
+            self.ledger.append(
+                part="train", case="training[liger]", outcome="skipped", said="no liger_kernel"
+            )
         for number, variant in enumerate(variants):
             share = (end - time.monotonic()) / (len(variants) - number)
             command = [sys.executable, str(HERE / "training.py"), "--variant", variant]
@@ -195,16 +239,24 @@ class Check:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: all")
-    parser.add_argument("--seconds", type=float, default=TOTAL, help=f"of all together (default: {TOTAL:.0f})")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default: all"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=TOTAL, help=f"of all together (default: {TOTAL:.0f})"
+    )
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"a part must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended with us
     folder = Path(os.environ.get("OUT") or HERE / "results").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    check = Check([part for part in PARTS if part in (options.parts or PARTS)], options.seconds, folder)
+    check = Check(
+        [part for part in PARTS if part in (options.parts or PARTS)], options.seconds, folder
+    )
     check.do("machine", check.machine)
     if "gpu" not in check.facts:
         raise SystemExit(check.wrong[-1])

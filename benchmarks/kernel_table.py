@@ -37,7 +37,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Gpu(NamedTuple):
-    """What the estimates take for granted of a GPU: a copy's bytes a second, processors, clock, L2 cache, doubles."""
+    """What the estimates take for granted of a GPU: a copy's bytes a second, processors, clock, L2
+    cache, doubles."""
 
     name: str
     chip: int
@@ -83,7 +84,11 @@ def measured() -> dict[str, Any]:
     """All rows, in the order of the table."""
     work, steps = host_work(), {}
     for name, prepare in PIECES.items():
-        counts = {"operations": work[name].operations, "launches": work[name].launches, "waits": len(work[name].waits)}
+        counts = {
+            "operations": work[name].operations,
+            "launches": work[name].launches,
+            "waits": len(work[name].waits),
+        }
         with stand_ins():
             steps[name] = counts | {"functions": python_calls(prepare), "versions": versions()}
     calls = operator_calls()
@@ -115,7 +120,8 @@ H200), their PTX is executed on the CPU, their machine code is read. CI fails wh
 * **at least**: an ESTIMATE in ms, never measured, and what it is spent on; `benchmarks/kernel_table.py` says how.
 """
 COLUMNS = (
-    "kernel | chip | instructions | read | written | a load | a store | registers | spills, stack | shared | threads "
+    "kernel | chip | instructions | read | written | a load | a store | registers | spills, stack "
+    "| shared | threads "
     "| warps | at least (estimate)"
 )
 HOST_HEAD = """
@@ -143,7 +149,9 @@ def page(rows: dict[str, Any]) -> str:
         every = [(kernel, chip) for kernel in kernels(engine) for chip in CHIPS]
         figures = {key: Figures(**row) for key, row in rows["kernels"].items()}
         compilers = sorted({row.compiler for key, row in figures.items() if key.startswith(engine)})
-        text += f"\n## {title}: compiled by {', '.join(compilers)}\n\n| {COLUMNS} |\n|{'---|' * 13}\n"
+        text += (
+            f"\n## {title}: compiled by {', '.join(compilers)}\n\n| {COLUMNS} |\n|{'---|' * 13}\n"
+        )
         text += "".join(_line(kernel, chip, figures[kernel.key(chip)]) for kernel, chip in every)
     text += HOST_HEAD
     for name, row in rows["calls"].items():
@@ -181,7 +189,9 @@ def _estimates(kernel: Kernel, chip: int, row: Figures) -> str:
     if not kernel.stated[0]:
         return ""
     found = [(gpu.name, *estimate(kernel, row, gpu)) for gpu in GPUS if gpu.chip == chip]
-    return f"{kernel.stated[1]}: " + ", ".join(f"{name} {time:.3g} ({limit})" for name, time, limit in found)
+    return f"{kernel.stated[1]}: " + ", ".join(
+        f"{name} {time:.3g} ({limit})" for name, time, limit in found
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Results as they come: a line of JSON for whatever begins and ends, on the disk before the next thing happens."""
+"""Results as they come: a line of JSON for whatever begins and ends, on the disk before the next
+thing happens."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ ENDS = ("passed", "failed", "skipped", "died", "hung", "cut off")  # of a case; 
 
 
 class Ledger:
-    """A file of lines, each with a `part`, mostly with a `case` of it and its `outcome`; several processes append."""
+    """A file of lines, each with a `part`, mostly with a `case` of it and its `outcome`; several
+    processes append."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +39,11 @@ class Ledger:
 
     def cases(self, part: str) -> dict[str, Line]:
         """The last line of each case of a part, in the order in which they began."""
-        return {line["case"]: line for line in self.lines() if line.get("part") == part and "case" in line}
+        return {
+            line["case"]: line
+            for line in self.lines()
+            if line.get("part") == part and "case" in line
+        }
 
     def close(self, part: str, outcome: str, why: str) -> None:
         """Gives an end to the cases that have begun and will not end by themselves."""

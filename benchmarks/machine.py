@@ -1,4 +1,5 @@
-"""What was measured on: the machine, its GPU, the versions. Whatever cannot be found out is None, or says why.
+"""What was measured on: the machine, its GPU, the versions. Whatever cannot be found out is None,
+or says why.
 
 python benchmarks/machine.py [--to FILE]    prints it as JSON, or writes it
 """
@@ -19,23 +20,43 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-RIVALS = {"liger_kernel": "liger-kernel", "bitsandbytes": "bitsandbytes", "torchao": "torchao", "trl": "trl"}
-PACKAGES = {"triton": "triton", "transformers": "transformers", "pytest": "pytest", "xdist": "pytest-xdist"}
+RIVALS = {
+    "liger_kernel": "liger-kernel",
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "trl": "trl",
+}
+PACKAGES = {
+    "triton": "triton",
+    "transformers": "transformers",
+    "pytest": "pytest",
+    "xdist": "pytest-xdist",
+}
 PACKAGES |= {"pytest_benchmark": "pytest-benchmark", **RIVALS}
 
 
 def facts() -> dict[str, Any]:
     """Of a GPU also its architecture (as nvcc calls it, "90"), memory and driver."""
     described: dict[str, Any] = {"commit": commit(), "sources": sources()} | _fastft()
-    described |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    described |= {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
     described |= {"cpu": cpu_name()}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        described |= {"gpu": properties.name, "cuda": torch.version.cuda, "driver": _printed("nvidia-smi", *_DRIVER)}
+        described |= {
+            "gpu": properties.name,
+            "cuda": torch.version.cuda,
+            "driver": _printed("nvidia-smi", *_DRIVER),
+        }
         described |= {"architecture": "".join(map(str, torch.cuda.get_device_capability(0)))}
         described |= {"memory_gib": round(properties.total_memory / 2**30, 1)}
         described |= {"nvcc": _printed("nvcc", "--version", last=True)}
-    return described | {"packages": {name: version(name, package) for name, package in PACKAGES.items()}}
+    return described | {
+        "packages": {name: version(name, package) for name, package in PACKAGES.items()}
+    }
 
 
 _DRIVER = ("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
@@ -49,7 +70,9 @@ def commit() -> str | None:
 def sources() -> str:
     """Tells one copy of the sources from another where there is no git."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("fastft/**/*.py"), *ROOT.glob("csrc/**/*.[chu]*"), ROOT / "setup.py"]):
+    for path in sorted(
+        [*ROOT.glob("fastft/**/*.py"), *ROOT.glob("csrc/**/*.[chu]*"), ROOT / "setup.py"]
+    ):
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()[:12]
 
@@ -67,8 +90,14 @@ def version(module: str, package: str) -> str | None:
 def cpu_name() -> str:
     listing = Path("/proc/cpuinfo")
     text = listing.read_text() if listing.exists() else ""
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else f"{platform.processor()}, {os.cpu_count()} cores"
+    names = [
+        line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")
+    ]
+    return (
+        f"{names[0]}, {len(names)} cores"
+        if names
+        else f"{platform.processor()}, {os.cpu_count()} cores"
+    )
 
 
 def _fastft() -> dict[str, Any]:
@@ -77,7 +106,9 @@ def _fastft() -> dict[str, Any]:
         from fastft import _native
 
         return {"fastft": fastft.__version__, "cpu_isa": _native.cpu_isa()}
-    except Exception as error:  # what is measured says so too; the machine's name must not be lost for it
+    except (
+        Exception
+    ) as error:  # what is measured says so too; the machine's name must not be lost for it
         return {"fastft": f"cannot be imported: {type(error).__name__}: {error}"}
 
 
@@ -91,7 +122,9 @@ def _printed(*command: str, last: bool = False) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--to", type=Path, help="the file that is written")
     options = parser.parse_args()
     text = json.dumps(facts(), indent=1)

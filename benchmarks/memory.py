@@ -2,11 +2,12 @@
 
 python benchmarks/memory.py --machine cpu
 
-A one-layer Llama with H=512 and V=128256 (tied embeddings), in fp32 on the CPU: one training step over T=4096 tokens
-with Trainer's own AdamW, and an evaluation inside `train()` over as many tokens, for its loss alone and with the
-accuracy of the tokens (`preprocess_logits_for_metrics` takes the argmax). Counted is what the process holds at its
-peak above what it held before `train()`: the model (262 MB) is in neither, gradients and optimizer states are in both
-steps. Writes results/<machine>-memory.json and .md.
+A one-layer Llama with H=512 and V=128256 (tied embeddings), in fp32 on the CPU: one training step
+over T=4096 tokens with Trainer's own AdamW, and an evaluation inside `train()` over as many tokens,
+for its loss alone and with the accuracy of the tokens (`preprocess_logits_for_metrics` takes the
+argmax). Counted is what the process holds at its peak above what it held before `train()`: the
+model (262 MB) is in neither, gradients and optimizer states are in both steps. Writes
+results/<machine>-memory.json and .md.
 """
 
 from __future__ import annotations
@@ -21,25 +22,44 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 T, H, V = 4096, 512, 128256
 VARIANTS = ("stock", "fused")
-MEASURES = {"step": "a training step", "loss": "an evaluation: the loss", "metrics": "an evaluation: loss and accuracy"}
+MEASURES = {
+    "step": "a training step",
+    "loss": "an evaluation: the loss",
+    "metrics": "an evaluation: loss and accuracy",
+}
 
 
 def memory(what: str) -> int:
     """KiB that this process holds (VmRSS), or held at its peak (VmHWM)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)
+    )
     return int(line.split()[1])
 
 
 def measure(what: str, variant: str) -> dict:
     """Runs in a fresh process: memory that was freed once comes back without being counted."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
     import fastft
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": H, "intermediate_size": 2 * H, "num_hidden_layers": 1, "num_attention_heads": 8}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=T, tie_word_embeddings=True, **sizes))
+    sizes = {
+        "hidden_size": H,
+        "intermediate_size": 2 * H,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=V, max_position_embeddings=T, tie_word_embeddings=True, **sizes)
+    )
     ids = torch.randint(0, V, (T,))
     callback = fastft.FusedLossCallback()
     found: dict = {}
@@ -52,13 +72,27 @@ def measure(what: str, variant: str) -> dict:
             note(metrics["eval_loss"])
 
     def accuracy(prediction) -> dict:
-        return {"accuracy": float((prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]).mean())}
+        return {
+            "accuracy": float(
+                (prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]).mean()
+            )
+        }
 
     evaluating = what != "step"
-    length = 8 if evaluating else T  # evaluated before the first step, whose own peak is not looked at
+    # evaluated before the first step, whose own peak is not looked at
+    length = 8 if evaluating else T
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
-        quiet |= {"use_cpu": True, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+        quiet = {
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "logging_steps": 1,
+        }
+        quiet |= {
+            "use_cpu": True,
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+        }
         trainer = Trainer(
             model=model,
             args=TrainingArguments(folder, max_steps=1, eval_on_start=evaluating, **quiet),
@@ -66,9 +100,12 @@ def measure(what: str, variant: str) -> dict:
             eval_dataset=[{"input_ids": ids, "labels": ids}],
             callbacks=[AtEvaluation(), *([callback] if variant == "fused" else [])],
             compute_metrics=accuracy if what == "metrics" else None,
-            preprocess_logits_for_metrics=(lambda logits, labels: logits.argmax(-1)) if what == "metrics" else None,
+            preprocess_logits_for_metrics=(lambda logits, labels: logits.argmax(-1))
+            if what == "metrics"
+            else None,
         )
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of making the model and of imports does not count
+        # the peak of making the model and of imports does not count
+        Path("/proc/self/clear_refs").write_text("5")
         before = memory("VmRSS")
         trainer.train()
     if not evaluating:
@@ -82,20 +119,29 @@ def measure(what: str, variant: str) -> dict:
 def run(what: str, variant: str) -> dict:
     """One result."""
     command = [sys.executable, __file__, "--measure", what, "--variant", variant]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--machine", default="cpu", help="names the files in benchmarks/results/")
-    parser.add_argument("--measure", choices=MEASURES, default="step", help="with --variant: what is run")
+    parser.add_argument(
+        "--measure", choices=MEASURES, default="step", help="with --variant: what is run"
+    )
     parser.add_argument("--variant", choices=VARIANTS, help="runs one variant in this very process")
     options = parser.parse_args()
     if options.variant:
         print(json.dumps(measure(options.measure, options.variant)))
         return
     results = {what: {variant: run(what, variant) for variant in VARIANTS} for what in MEASURES}
-    lines = ["| | Trainer | peak above the start, MiB | times less | loss |", "|---|---|---|---|---|"]
+    lines = [
+        "| | Trainer | peak above the start, MiB | times less | loss |",
+        "|---|---|---|---|---|",
+    ]
     for what, found in results.items():
         found["times_less"] = round(found["stock"]["peak_mib"] / found["fused"]["peak_mib"], 2)
         for variant in VARIANTS:
@@ -106,7 +152,9 @@ def main() -> None:
     shape = {"T": T, "H": H, "V": V, "dtype": "float32"}
     stem.with_suffix(".json").write_text(json.dumps({**shape, **results}, indent=1) + "\n")
     text = "\n".join([__doc__.split("\n\n")[2].strip(), "", *lines])
-    stem.with_suffix(".md").write_text(f"# Memory of Trainer\n\n`python benchmarks/memory.py`\n\n{text}\n")
+    stem.with_suffix(".md").write_text(
+        f"# Memory of Trainer\n\n`python benchmarks/memory.py`\n\n{text}\n"
+    )
     print(text)
 
 

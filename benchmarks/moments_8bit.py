@@ -1,11 +1,12 @@
-"""The experiment behind the codes of `moments="8bit"`: prints the table in fastft/optim/moments_8bit.py.
+"""The experiment behind the codes of `moments="8bit"`: prints the table in
+fastft/optim/moments_8bit.py.
 
     python benchmarks/moments_8bit.py            the codes, a few minutes on one core
     python benchmarks/moments_8bit.py tune       the fine-tune: fp32 against 8-bit moments, about a minute
 
-A code is a sorted list of values from 0 (or the smallest) to 1, here looked up; rounding is stochastic or to nearest.
-Four streams of gradients: (a) independent normal; (b) likewise, one element in 128 a thousand times larger; (c) as (a)
-until all shrink by 30; (d) likewise times 1e-7.
+A code is a sorted list of values from 0 (or the smallest) to 1, here looked up; rounding is
+stochastic or to nearest. Four streams of gradients: (a) independent normal; (b) likewise, one
+element in 128 a thousand times larger; (c) as (a) until all shrink by 30; (d) likewise times 1e-7.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def gradients(stream: str, step: int) -> Tensor:
     return grad * {"drop": 1.0 if step <= 200 else 1 / 30, "tiny": 1e-7}.get(stream, 1.0)
 
 
-def simulate(stream: str, steps: int, round_m: Rounder, round_v: Rounder) -> tuple[float, float, float]:
+def simulate(
+    stream: str, steps: int, round_m: Rounder, round_v: Rounder
+) -> tuple[float, float, float]:
     """The relative error of the last 50 updates, the largest |update| and the mean of v relative to those of fp32."""
     m, v, true_m, true_v = (torch.zeros(ELEMENTS) for _ in range(4))
     squares, true_squares, largest, true_largest = 0.0, 0.0, 0.0, 0.0
@@ -84,7 +87,10 @@ def simulate(stream: str, steps: int, round_m: Rounder, round_v: Rounder) -> tup
             updates.append(first / correction1 / (second.sqrt() / correction2 + EPS))
         update, true = updates
         m, v = round_m(m), round_v(v)
-        largest, true_largest = max(largest, update.abs().max().item()), max(true_largest, true.abs().max().item())
+        largest, true_largest = (
+            max(largest, update.abs().max().item()),
+            max(true_largest, true.abs().max().item()),
+        )
         if step > steps - 50:
             squares += (update - true).square().sum().item()
             true_squares += true.square().sum().item()
@@ -95,11 +101,18 @@ def print_codes() -> None:
     own_m, own_v = own_levels()
     exact, m = (lambda value: value), rounder(own_m)
     cases: dict[str, tuple[Rounder, Rounder]] = {"ours": (m, rounder(own_v))}
-    cases |= {f"ours, blocks of {size}": (rounder(own_m, block=size), rounder(own_v, block=size)) for size in (64, 256)}
+    cases |= {
+        f"ours, blocks of {size}": (rounder(own_m, block=size), rounder(own_v, block=size))
+        for size in (64, 256)
+    }
     cases |= {"ours, to nearest": (rounder(own_m, False), rounder(own_v, False))}
-    cases |= {f"m ^{exponent} alone": (rounder(power(exponent)), exact) for exponent in (1, 2, 3, 4, 5)}
+    cases |= {
+        f"m ^{exponent} alone": (rounder(power(exponent)), exact) for exponent in (1, 2, 3, 4, 5)
+    }
     cases |= {f"v {count} to an octave": (m, rounder(octaves(count))) for count in (8, 10, 14, 16)}
-    cases |= {f"v log over {count} octaves": (m, rounder(logarithmic(count))) for count in (20, 24, 32)}
+    cases |= {
+        f"v log over {count} octaves": (m, rounder(logarithmic(count))) for count in (20, 24, 32)
+    }
     zero = torch.cat([torch.zeros(1), logarithmic(20)[1:]])
     cases |= {"v log over 20, with a zero": (m, rounder(zero))}
     print(f"{'':28} (a) error   v | (b) error largest   v | (c) error   v | (d) error largest")
@@ -109,7 +122,8 @@ def print_codes() -> None:
             for stream, steps in (("iid", 300), ("outlier", 200), ("drop", 500), ("tiny", 200))
         )
         print(
-            f"{name:28} {iid[0]:9.3f} {iid[2]:5.2f} | {outlier[0]:7.3f} {outlier[1]:8.2f} {outlier[2]:6.2f} "
+            f"{name:28} {iid[0]:9.3f} {iid[2]:5.2f} | {outlier[0]:7.3f} {outlier[1]:8.2f} "
+            f"{outlier[2]:6.2f} "
             f"| {drop[0]:7.3f} {drop[2]:5.2f} | {tiny[0]:7.3f} {tiny[1]:8.2f}",
             flush=True,
         )
@@ -118,22 +132,32 @@ def print_codes() -> None:
 def tune(
     moments: str, dtype: torch.dtype, steps: int, start: dict[str, Tensor] | None, seed: int
 ) -> tuple[float, dict]:
-    """Trains a small Llama on bytes of the standard library; the loss on unseen text and the weights.
+    """Trains a small Llama on bytes of the standard library; the loss on unseen text and the
+    weights.
 
     Without `start` it begins at random, on other modules than with it.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-f]*.py" if start is None else "[g-z]*.py"))
+    files = sorted(
+        Path(sysconfig.get_path("stdlib")).glob("[a-f]*.py" if start is None else "[g-z]*.py")
+    )
     text = torch.tensor(list(b"".join(file.read_bytes() for file in files)))
     heldout, text = text[:32768].view(-1, 128), text[32768:]
     torch.manual_seed(0)
-    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **size))
     if start is not None:
         model.load_state_dict(start)
     model.to(dtype)
-    optimizer = AdamW(model.parameters(), lr=1e-3 if start is None else 3e-4, moments=moments, seed=seed)
+    optimizer = AdamW(
+        model.parameters(), lr=1e-3 if start is None else 3e-4, moments=moments, seed=seed
+    )
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for step in range(steps):
         places = torch.randint(len(text) - 128, (8,), generator=torch.Generator().manual_seed(step))
@@ -157,7 +181,10 @@ def print_tune() -> None:
             for seed in range(2):
                 loss = tune(moments, dtype, 300, start, seed)[0]
                 results[f"{dtype} {moments} seed {seed}"] = loss
-                print(f"{dtype} {moments} seed {seed}: {loss:.4f}, fp32 {true:.4f}, {100 * (loss / true - 1):+.3f} %")
+                print(
+                    f"{dtype} {moments} seed {seed}: {loss:.4f}, fp32 {true:.4f}, "
+                    f"{100 * (loss / true - 1):+.3f} %"
+                )
     print(json.dumps(results))
 
 

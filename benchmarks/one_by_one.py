@@ -1,4 +1,5 @@
-"""The cases of pytest files, each kept as it ends: one that fails, dies or hangs costs itself alone."""
+"""The cases of pytest files, each kept as it ends: one that fails, dies or hangs costs itself
+alone."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ def run(
     silence: float | None = None,
     log: Path | None = None,
 ) -> str:
-    """Runs every case of `files` once, in one process until a case fails, hangs or ends it; then in another, which goes
-    on behind it.
+    """Runs every case of `files` once, in one process until a case fails, hangs or ends it; then in
+    another, which goes on behind it.
 
     Args:
         ledger, part: where the lines go.
@@ -35,8 +36,25 @@ def run(
         Why some cases have not run; "" if all have.
     """
     deadline = None if seconds is None else time.monotonic() + seconds
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "pytest_ledger", "-p", "no:cacheprovider", "-m", ""]
-    command += ["--continue-on-collection-errors", f"--ledger={ledger.path}", f"--part={part}", "--not-again"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "pytest_ledger",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "",
+    ]
+    command += [
+        "--continue-on-collection-errors",
+        f"--ledger={ledger.path}",
+        f"--part={part}",
+        "--not-again",
+    ]
     while True:
         done = len(ledger.cases(part))
         left = None if deadline is None else deadline - time.monotonic()
@@ -44,7 +62,11 @@ def run(
             return f"not finished after {seconds:.0f} s"
         ledger.news()  # what others have said is no sign of life
         ended = bounded.run(
-            [*command, *options, *map(str, files)], seconds=left, silence=silence, log=log, heard=ledger.news
+            [*command, *options, *map(str, files)],
+            seconds=left,
+            silence=silence,
+            log=log,
+            heard=ledger.news,
         )
         hung = ended.why.startswith(bounded.SILENT)
         outcome = "hung" if hung else "cut off" if ended.why else "died"
@@ -52,7 +74,8 @@ def run(
         ledger.news()
         if ended.why and not hung:
             return f"not finished after {seconds:.0f} s"
-        if not ended.why and ended.status in (0, 1, 5):  # 1: a file cannot be collected; 5: no case is left
+        # 1: a file cannot be collected; 5: no case is left
+        if not ended.why and ended.status in (0, 1, 5):
             return ""
         if len(ledger.cases(part)) == done:
             return ended.why or f"pytest ended with status {ended.status} before a case began"

@@ -1,8 +1,10 @@
-"""A plugin of pytest, `-p pytest_ledger --ledger FILE --part NAME`: a line when a case begins, another when it ends.
+"""A plugin of pytest, `-p pytest_ledger --ledger FILE --part NAME`: a line when a case begins,
+another when it ends.
 
-A case that has filled a dictionary `extra_info` (pytest-benchmark's, or a property of that name) finds it in its line.
-With `--not-again`, cases which have a line already are left out, and the process ends after a case that has failed: it
-may have spoilt the context of its GPU, or hold its memory, and then every later one would fail.
+A case that has filled a dictionary `extra_info` (pytest-benchmark's, or a property of that name)
+finds it in its line. With `--not-again`, cases which have a line already are left out, and the
+process ends after a case that has failed: it may have spoilt the context of its GPU, or hold its
+memory, and then every later one would fail.
 """
 
 from __future__ import annotations
@@ -17,13 +19,18 @@ _SAID = 4000  # characters of a failure that a line keeps
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ledger")
-    group.addoption("--ledger", type=Path, help="the file that a line of JSON is appended to for each case")
+    group.addoption(
+        "--ledger", type=Path, help="the file that a line of JSON is appended to for each case"
+    )
     group.addoption("--part", help="goes into the lines")
-    group.addoption("--not-again", action="store_true", help="leave out what has a line, end with a failure")
+    group.addoption(
+        "--not-again", action="store_true", help="leave out what has a line, end with a failure"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--ledger") and not hasattr(config, "workerinput"):  # xdist's workers report to this process
+    # xdist's workers report to this process
+    if config.getoption("--ledger") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Keeper(config))
 
 
@@ -48,7 +55,11 @@ class _Keeper:
             return  # what goes wrong after a failure hides no reason
         found = dict(report.user_properties)
         found |= {"said": report.longreprtext} if report.failed else {}
-        found |= {"said": str(report.longrepr[2])} if report.skipped and isinstance(report.longrepr, tuple) else {}
+        found |= (
+            {"said": str(report.longrepr[2])}
+            if report.skipped and isinstance(report.longrepr, tuple)
+            else {}
+        )
         self._end(report.nodeid, report.outcome, seconds=round(report.duration, 2), **found)
         self.failed |= {report.nodeid} if report.failed else set()
 

@@ -1,7 +1,9 @@
-"""One optimizer step against torch's fused AdamW, alone and with clipping, and on a GPU bitsandbytes and torchao.
+"""One optimizer step against torch's fused AdamW, alone and with clipping, and on a GPU
+bitsandbytes and torchao.
 
-The limit reads and writes as many bytes in place. bitsandbytes' CPU library brings OpenMP threads of its own, which
-spin between the runs and slow everybody else's down: there, processes alternate instead of calls in one.
+The limit reads and writes as many bytes in place. bitsandbytes' CPU library brings OpenMP threads
+of its own, which spin between the runs and slow everybody else's down: there, processes alternate
+instead of calls in one.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ MODES = {
 
 
 def optimizer(cls, shapes, device, **options):
-    params = [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape, dtype in shapes]
+    params = [
+        torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape, dtype in shapes
+    ]
     for param in params:
         param.grad = torch.randn_like(param)
     made = cls(params, **options)
@@ -51,11 +55,16 @@ def optimizer(cls, shapes, device, **options):
 
 
 def strayed(cls, device, **options):
-    """How far bf16 weights end from those of fp32 AdamW on the same gradients, as a share of how far these went.
+    """How far bf16 weights end from those of fp32 AdamW on the same gradients, as a share of how
+    far these went.
 
-    300 steps at lr 1e-5 over weights of 0.02; root mean squares. The rounding of the final weight to bf16 is in it.
+    300 steps at lr 1e-5 over weights of 0.02; root mean squares. The rounding of the final weight
+    to bf16 is in it.
     """
-    start, ends = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16(), []
+    start, ends = (
+        torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16(),
+        [],
+    )
     for made, dtype, chosen in ((cls, BF16, options), (torch.optim.AdamW, FP32, {})):
         param = torch.nn.Parameter(start.to(device, dtype, copy=True))
         trained, generator = made([param], lr=1e-5, **chosen), torch.Generator().manual_seed(1)
@@ -64,7 +73,9 @@ def strayed(cls, device, **options):
             param.grad = grad.bfloat16().to(device, dtype)
             trained.step()
         ends.append(param.detach().float().cpu())
-    off, went = (end.sub(to).square().mean().sqrt() for end, to in ((ends[0], ends[1]), (ends[1], start)))
+    off, went = (
+        end.sub(to).square().mean().sqrt() for end, to in ((ends[0], ends[1]), (ends[1], start))
+    )
     return round(float(off / went), 4)
 
 
@@ -79,11 +90,15 @@ def test_adamw(benchmark, device, case):
     ours = optimizer(AdamW, shapes, device)
     rivals = {"torch fused": optimizer(torch.optim.AdamW, shapes, device, fused=True).step}
     if device == "cuda" and (bitsandbytes := rival("bitsandbytes")):
-        rivals["bitsandbytes 32-bit"] = optimizer(bitsandbytes.optim.AdamW32bit, shapes, device).step
+        rivals["bitsandbytes 32-bit"] = optimizer(
+            bitsandbytes.optim.AdamW32bit, shapes, device
+        ).step
     if device == "cuda" and (torchao := rival("torchao.optim")):
         rivals["torchao 8-bit"] = optimizer(torchao.AdamW8bit, shapes, device).step
     bytes_moved = sum(p.numel() * BYTES[p.dtype] for p in ours.param_groups[0]["params"])
-    compare(benchmark, ours.step, rivals, bytes_moved=bytes_moved, limit=in_place(bytes_moved, device))
+    compare(
+        benchmark, ours.step, rivals, bytes_moved=bytes_moved, limit=in_place(bytes_moved, device)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -100,7 +115,9 @@ def test_adamw_clipped(benchmark, device, case):
 
     bytes_moved = sum(p.numel() * (BYTES[p.dtype] + p.element_size()) for p in params)
     rivals = {"torch clip_grad_norm_ + fused": clip_and_step}
-    compare(benchmark, ours.step, rivals, bytes_moved=bytes_moved, limit=in_place(bytes_moved, device))
+    compare(
+        benchmark, ours.step, rivals, bytes_moved=bytes_moved, limit=in_place(bytes_moved, device)
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -110,7 +127,9 @@ def test_adamw_bf16_modes(benchmark, device, mode):
     ours = optimizer(AdamW, shapes, device, seed=0, **options)
     (param,), (state,) = ours.param_groups[0]["params"], ours.state.values()
     kept = [param, param.grad, *(value for name, value in state.items() if name != "step")]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in kept) == resident * param.numel()
+    assert (
+        sum(tensor.numel() * tensor.element_size() for tensor in kept) == resident * param.numel()
+    )
     benchmark.extra_info["bytes_resident_per_element"] = resident
     theirs = strayed(torch.optim.AdamW, device, fused=True)
     benchmark.extra_info["strayed_from_fp32"] = {
@@ -119,7 +138,9 @@ def test_adamw_bf16_modes(benchmark, device, mode):
     }
     rivals = {"torch fused": optimizer(torch.optim.AdamW, shapes, device, fused=True).step}
     bytes_moved = int(moved * param.numel())
-    compare(benchmark, ours.step, rivals, bytes_moved=bytes_moved, limit=in_place(bytes_moved, device))
+    compare(
+        benchmark, ours.step, rivals, bytes_moved=bytes_moved, limit=in_place(bytes_moved, device)
+    )
 
 
 STEPS = """
@@ -147,7 +168,9 @@ def test_adamw_8bit(benchmark, dtype):
 
     def steps(name, module, made, options):
         code = STEPS.format(module=module, made=made, options=options, dtype=dtype)
-        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        ran = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
         times[name] += json.loads(ran.stdout)
 
     benchmark.pedantic(
@@ -156,7 +179,9 @@ def test_adamw_8bit(benchmark, dtype):
         rounds=5,
     )
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    benchmark.extra_info["median_ms"] = {name: round(1e3 * seconds, 4) for name, seconds in medians.items()}
+    benchmark.extra_info["median_ms"] = {
+        name: round(1e3 * seconds, 4) for name, seconds in medians.items()
+    }
     ratio = round(medians["bitsandbytes"] / medians["ours"], 3)
     benchmark.extra_info["times_faster_than"] = {"bitsandbytes": ratio}
     print(f"\n{benchmark.name}: {benchmark.extra_info}")

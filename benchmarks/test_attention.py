@@ -1,9 +1,11 @@
-"""Attention of packed rows, forward and backward: documents of 512 tokens, one layer's heads as in Llama 3.2 1B / 4.
+"""Attention of packed rows, forward and backward: documents of 512 tokens, one layer's heads as in
+Llama 3.2 1B / 4.
 
-Rivals are the attention functions of transformers with the mask that it builds for packed batches; the mask itself is
-built before, as all layers share it. transformers' eager attention keeps T x T scores of every head and is there at
-2048 tokens in float32 alone. The limit is torch's attention of each document by itself, from tensors cut out before.
-Errors are of the output and the gradients of q, k, v, as norms, against float64.
+Rivals are the attention functions of transformers with the mask that it builds for packed batches;
+the mask itself is built before, as all layers share it. transformers' eager attention keeps T x T
+scores of every head and is there at 2048 tokens in float32 alone. The limit is torch's attention of
+each document by itself, from tensors cut out before. Errors are of the output and the gradients of
+q, k, v, as norms, against float64.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ def make(tokens, device, dtype):
     """q, k, v as projections give them, the gradient of the output, and the boundaries."""
     torch.manual_seed(0)
     q, k, v = (
-        torch.randn(1, tokens, heads, SIZE, device=device).to(dtype).transpose(1, 2).requires_grad_()
+        torch.randn(1, tokens, heads, SIZE, device=device)
+        .to(dtype)
+        .transpose(1, 2)
+        .requires_grad_()
         for heads in (HEADS, GROUPS, GROUPS)
     )
     d_out = torch.randn(1, tokens, HEADS, SIZE, device=device).to(dtype)
@@ -59,7 +64,12 @@ def masks(tokens, options, device, dtype):
     parts = [causal_mask_function if options["causal"] else bidirectional_mask_function]
     parts += [sliding_window_overlay(options["window"])] if "window" in options else []
     parts.append(packed_sequence_mask_function(find_packed_sequence_indices(positions)))
-    shape = {"batch_size": 1, "q_length": tokens, "kv_length": tokens, "mask_function": and_masks(*parts)}
+    shape = {
+        "batch_size": 1,
+        "q_length": tokens,
+        "kv_length": tokens,
+        "mask_function": and_masks(*parts),
+    }
     shape |= {"allow_is_causal_skip": False, "device": device}
     return lambda: sdpa_mask(**shape), lambda: eager_mask(dtype=dtype, **shape)
 
@@ -69,12 +79,16 @@ def attentions(tokens, options, device, dtype, segments):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-    layer = SimpleNamespace(num_key_value_groups=HEADS // GROUPS, is_causal=True, training=True, head_dim=SIZE)
+    layer = SimpleNamespace(
+        num_key_value_groups=HEADS // GROUPS, is_causal=True, training=True, head_dim=SIZE
+    )
     sdpa, eager = masks(tokens, options, device, dtype)
     found = {"ours": lambda q, k, v: segment_attention(q, k, v, segments, **options)}
     if "softcap" not in options:
         mask = sdpa()
-        found["transformers sdpa"] = lambda q, k, v: sdpa_attention_forward(layer, q, k, v, mask, scaling=SIZE**-0.5)[0]
+        found["transformers sdpa"] = lambda q, k, v: sdpa_attention_forward(
+            layer, q, k, v, mask, scaling=SIZE**-0.5
+        )[0]
     if tokens <= 2048 and dtype == torch.float32:
         added, cap = eager(), options.get("softcap")
         found["transformers eager"] = lambda q, k, v: eager_attention_forward(
@@ -98,7 +112,9 @@ def each_document(q, k, v, d_out, options):
 
     def run():
         for parts, d_part in zip(cut, d_cut, strict=True):
-            out = F.scaled_dot_product_attention(*parts, is_causal=options["causal"], enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                *parts, is_causal=options["causal"], enable_gqa=True
+            )
             torch.autograd.grad(out, parts, d_part)
 
     return run
@@ -111,11 +127,15 @@ def relative_errors(found, q, k, v, d_out, options):
         outs = []
         for at in range(0, q.shape[2], DOCUMENT):
             one, keys, values = (tensor[:, :, at : at + DOCUMENT] for tensor in (q, k, v))
-            keys, values = (tensor.repeat_interleave(HEADS // GROUPS, 1) for tensor in (keys, values))
+            keys, values = (
+                tensor.repeat_interleave(HEADS // GROUPS, 1) for tensor in (keys, values)
+            )
             scores = one @ keys.mT * SIZE**-0.5
             if "softcap" in options:
                 scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-            behind = torch.arange(DOCUMENT, device=q.device)[:, None] - torch.arange(DOCUMENT, device=q.device)
+            behind = torch.arange(DOCUMENT, device=q.device)[:, None] - torch.arange(
+                DOCUMENT, device=q.device
+            )
             hidden = (behind < 0) & options["causal"] | (behind >= options.get("window", DOCUMENT))
             outs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values)
         return torch.cat(outs, 2).transpose(1, 2)
@@ -126,7 +146,10 @@ def relative_errors(found, q, k, v, d_out, options):
     errors = {}
     for name, attention in found.items():
         pairs = zip(names, step(attention, q, k, v, d_out), exact, strict=True)
-        errors[name] = {what: float(f"{(mine.double() - best).norm() / best.norm():.2g}") for what, mine, best in pairs}
+        errors[name] = {
+            what: float(f"{(mine.double() - best).norm() / best.norm():.2g}")
+            for what, mine, best in pairs
+        }
     return errors
 
 
@@ -134,7 +157,11 @@ def relative_errors(found, q, k, v, d_out, options):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("tokens", [2048, 8192])
 def test_packed_attention(benchmark, device, tokens, options, dtype):
-    if device == "cpu" and options != OPTIONS["causal"] and (tokens > 2048 or dtype == torch.bfloat16):
+    if (
+        device == "cpu"
+        and options != OPTIONS["causal"]
+        and (tokens > 2048 or dtype == torch.bfloat16)
+    ):
         pytest.skip("on a CPU long rows and half precision are measured for causal attention")
     if device == "cpu" and tokens > 2048 and dtype == torch.bfloat16:
         pytest.skip("half precision is slow on a CPU: measured at 2048 tokens")
@@ -150,13 +177,19 @@ def test_packed_attention(benchmark, device, tokens, options, dtype):
     info["peak_mib"] = peaks_mib(steps, q, k, v)
     limit = each_document(q, k, v, d_out, options) if options.keys() == {"causal"} else None
     # read q, k, v, out, dout twice, write out, dq, dk, dv
-    moved = dtype.itemsize * tokens * SIZE * (2 * (2 * HEADS + 2 * GROUPS) + HEADS + 2 * HEADS + 2 * GROUPS)
+    moved = (
+        dtype.itemsize
+        * tokens
+        * SIZE
+        * (2 * (2 * HEADS + 2 * GROUPS) + HEADS + 2 * HEADS + 2 * GROUPS)
+    )
     compare(benchmark, steps.pop("ours"), steps, rounds=3, bytes_moved=moved, limit=limit)
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "softcap"])
 def test_memory_growth(benchmark, device, name):
-    """Peak memory over tokens: ours doubles with them; transformers', with the mask, is measured up to 8192."""
+    """Peak memory over tokens: ours doubles with them; transformers', with the mask, is measured up
+    to 8192."""
     ours, stock = {}, {}
     options = OPTIONS[name]
     for tokens in (4096, 8192, 16384, 32768):
@@ -169,12 +202,16 @@ def test_memory_growth(benchmark, device, name):
         if tokens <= 8192 and name != "softcap":
 
             def with_mask(tokens=tokens, q=q, k=k, v=v, d_out=d_out, segments=segments):
-                rival = attentions(tokens, options, device, torch.float32, segments)["transformers sdpa"]
+                rival = attentions(tokens, options, device, torch.float32, segments)[
+                    "transformers sdpa"
+                ]
                 return step(rival, q, k, v, d_out)
 
             stock[tokens] = peaks_mib({"stock": with_mask}, q, k, v)["stock"]
     info = benchmark.extra_info
     info["peak_mib"] = {"ours": ours, "transformers sdpa and its mask": stock}
-    info["growth"] = [round(after / before, 3) for before, after in itertools.pairwise(ours.values())]
+    info["growth"] = [
+        round(after / before, 3) for before, after in itertools.pairwise(ours.values())
+    ]
     print(f"\n{benchmark.name}: {dict(info)}")
     benchmark.pedantic(run, rounds=1)

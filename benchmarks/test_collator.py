@@ -1,7 +1,8 @@
-"""Collating 64 examples of about 600 tokens, from each kind of input, against the collators of transformers and TRL.
+"""Collating 64 examples of about 600 tokens, from each kind of input, against the collators of
+transformers and TRL.
 
-The rivals get the same input. Padding collators return other batches, with more tokens: they are what a user has who
-does not pack. From Arrow the time is that of fetching the rows too.
+The rivals get the same input. Padding collators return other batches, with more tokens: they are
+what a user has who does not pack. From Arrow the time is that of fetching the rows too.
 """
 
 from __future__ import annotations
@@ -35,32 +36,44 @@ def make(form: str, *keys: str) -> list[dict[str, Any]]:
 
 def tokenizer() -> Any:
     tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "[MASK]": 1}, unk_token="[PAD]"))
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[PAD]": 0, "[MASK]": 1}, unk_token="[PAD]")
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=model, pad_token="[PAD]", mask_token="[MASK]", padding_side="right"
     )
 
 
 def flattening() -> Collate:
-    return transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    return transformers.DataCollatorWithFlattening(
+        return_flash_attn_kwargs=True, return_seq_idx=True
+    )
 
 
 def rivals(labels: bool) -> dict[str, Collate]:
     made = {"transformers flattening": flattening()}
     trl = rival("trl.trainer.sft_trainer")
     if trl is not None:
-        made["trl padding_free"] = trl.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+        made["trl padding_free"] = trl.DataCollatorForLanguageModeling(
+            pad_token_id=0, padding_free=True
+        )
     if labels:
         made["transformers padding"] = transformers.DataCollatorForTokenClassification(tokenizer())
     return made
 
 
 def measure(
-    benchmark: Any, ours: Callable[[], Any], theirs: dict[str, Callable[[], Any]], columns: int, rounds: int = 31
+    benchmark: Any,
+    ours: Callable[[], Any],
+    theirs: dict[str, Callable[[], Any]],
+    columns: int,
+    rounds: int = 31,
 ) -> None:
     tokens = sum(map(len, drawn()))
     benchmark.extra_info["tokens"] = tokens
-    written = [torch.zeros(tokens, dtype=torch.int64) for _ in range(3)] + [torch.zeros(tokens, dtype=torch.int32)]
+    written = [torch.zeros(tokens, dtype=torch.int64) for _ in range(3)] + [
+        torch.zeros(tokens, dtype=torch.int32)
+    ]
     compare(
         benchmark,
         ours,
@@ -89,12 +102,15 @@ def test_collate(benchmark, form, labels):
 
 
 def test_collate_from_arrow(benchmark):
-    """What a DataLoader does for a batch: fetches five packs' rows of a datasets.Dataset and collates them."""
+    """What a DataLoader does for a batch: fetches five packs' rows of a datasets.Dataset and
+    collates them."""
     datasets = pytest.importorskip("datasets")
     columns = {key: [one.tolist() for one in drawn()] * 20 for key in ("input_ids", "labels")}
     dataset, collator, other = datasets.Dataset.from_dict(columns), PackingCollator(), flattening()
     packs, batch = fastft.pack(dataset, 8192), [0, 1, 2, 3, 4]
-    rows = [row for one in batch for row in packs.plan.indices[slice(*packs.plan.bounds(one))].tolist()]
+    rows = [
+        row for one in batch for row in packs.plan.indices[slice(*packs.plan.bounds(one))].tolist()
+    ]
     measure(
         benchmark,
         lambda: collator(packs.__getitems__(batch)),
@@ -111,11 +127,16 @@ def test_collate_tasks(benchmark, task):
         if task == "masked_lm":
             example["special_tokens_mask"] = [0] * len(example["input_ids"])
     if task == "rows":
-        collator, theirs = PackingCollator(rows=4), {"transformers flattening": lambda: flattening()(examples)}
+        collator, theirs = (
+            PackingCollator(rows=4),
+            {"transformers flattening": lambda: flattening()(examples)},
+        )
     else:
         words = tokenizer()
         words.__class__ = type("Words", (type(words),), {"__len__": lambda self: WORDS})
         collator = PackingCollator(task="masked_lm", tokenizer=words)
         masking = transformers.DataCollatorForLanguageModeling(words)
-        theirs = {"transformers padding, masked": lambda: masking([dict(example) for example in examples])}
+        theirs = {
+            "transformers padding, masked": lambda: masking([dict(example) for example in examples])
+        }
     measure(benchmark, lambda: collator(examples), theirs, 1 + (task == "masked_lm"), rounds=9)

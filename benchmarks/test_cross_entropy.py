@@ -21,7 +21,9 @@ def plain(logits, target):
 def plain_with_all(logits, target):
     z = torch.tanh(logits.float() * ALL["logit_scale"] / ALL["softcap"]) * ALL["softcap"]
     squares = z.logsumexp(-1).square().mean()
-    return F.cross_entropy(z, target, label_smoothing=ALL["label_smoothing"]) + ALL["z_loss"] * squares
+    return (
+        F.cross_entropy(z, target, label_smoothing=ALL["label_smoothing"]) + ALL["z_loss"] * squares
+    )
 
 
 @pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all_options"])
@@ -40,7 +42,9 @@ def test_cross_entropy(benchmark, device, dtype, options):
 
     rivals = {"torch": stepping(plain_with_all if options else plain)}
     if device == "cuda" and (liger := rival("liger_kernel.transformers")):  # without a logit scale
-        given = {"label_smoothing": 0.1, "lse_square_scale": 1e-4, "softcap": 30.0} if options else {}
+        given = (
+            {"label_smoothing": 0.1, "lse_square_scale": 1e-4, "softcap": 30.0} if options else {}
+        )
         # it writes over its input: a copy keeps the benchmark's logits
         loss = liger.LigerCrossEntropyLoss(**given)
         rivals["Liger, on a copy"] = stepping(lambda logits, target: loss(logits.clone(), target))
@@ -70,7 +74,9 @@ def test_engines(benchmark, device, dtype, classes):
     compare(
         benchmark,
         lambda: step("cuda"),
-        {"triton": lambda: step("triton")} if OPERATOR.unavailable("triton", logits.device) is None else {},
+        {"triton": lambda: step("triton")}
+        if OPERATOR.unavailable("triton", logits.device) is None
+        else {},
         bytes_moved=2 * logits.numel() * dtype.itemsize,
         limit=lambda: grad.copy_(logits),
     )

@@ -1,7 +1,9 @@
-"""A head and its loss, forward and backward. The limit is the GEMMs alone: three, or two where the head is frozen.
+"""A head and its loss, forward and backward. The limit is the GEMMs alone: three, or two where the
+head is frozen.
 
-On a CPU N=1024, H=512, V=16384; on a GPU the head of an 8 B Llama, N=8192, H=4096, V=128256. A CPU that emulates bf16
-GEMMs takes most of a minute for one call in bf16: there N=128, H=256, V=8192, and the limit is emulated too.
+On a CPU N=1024, H=512, V=16384; on a GPU the head of an 8 B Llama, N=8192, H=4096, V=128256. A CPU
+that emulates bf16 GEMMs takes most of a minute for one call in bf16: there N=128, H=256, V=8192,
+and the limit is emulated too.
 """
 
 from __future__ import annotations
@@ -35,9 +37,13 @@ def rivals_of(device, head, ignored):
     slow = device == "cpu" and (head == "frozen" or ignored)
     if hasattr(torch.nn, "LinearCrossEntropyOptions") and not slow:
         options = torch.nn.LinearCrossEntropyOptions()
-        rivals["torch chunked"] = lambda *tensors: F.linear_cross_entropy(*tensors, ignore_index=-100, options=options)
+        rivals["torch chunked"] = lambda *tensors: F.linear_cross_entropy(
+            *tensors, ignore_index=-100, options=options
+        )
     if (trl := rival("trl.kernels.chunked_logprob")) and not slow:
-        rivals["TRL"] = lambda x, weight, target: trl_loss(trl.ChunkedLogProbFunction, x, weight, target)
+        rivals["TRL"] = lambda x, weight, target: trl_loss(
+            trl.ChunkedLogProbFunction, x, weight, target
+        )
     if device == "cuda" and (liger := rival("liger_kernel.transformers")):
         fused = liger.LigerFusedLinearCrossEntropyLoss()
         rivals["Liger"] = lambda x, weight, target: fused(weight, x, target)
@@ -45,7 +51,8 @@ def rivals_of(device, head, ignored):
 
 
 def trl_loss(function, x, weight, target):
-    """What TRL's `add_fused_lm_head` does with the mask and the mean, with its own vocabulary tile."""
+    """What TRL's `add_fused_lm_head` does with the mask and the mean, with its own vocabulary
+    tile."""
     mask = target != -100
     chunk = rival("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
     rows, indices = (x[mask], target[mask]) if x.is_cuda else (x, target.clamp(min=0))
@@ -56,11 +63,18 @@ def trl_loss(function, x, weight, target):
 def make(device, dtype, ignored=0.0, trainable=True, alone=False):
     """Of the size that rivals can be timed at; `alone`: of the full size, for ours against ours."""
     if device == "cuda" and dtype == torch.float32:
-        pytest.skip("a head of this size is not trained in fp32 on a GPU, where one call takes half a second")
+        pytest.skip(
+            "a head of this size is not trained in fp32 on a GPU, where one call takes half a "
+            "second"
+        )
     rows, hidden, classes = EMULATED if is_emulated(dtype, device) and not alone else SHAPE
     torch.manual_seed(0)
     x = torch.randn(rows, hidden, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(classes, hidden, device=device) / hidden**0.5).to(dtype).requires_grad_(trainable)
+    weight = (
+        (torch.randn(classes, hidden, device=device) / hidden**0.5)
+        .to(dtype)
+        .requires_grad_(trainable)
+    )
     target = torch.randint(0, classes, (rows,), device=device)
     return x, weight, target.masked_fill(torch.rand(rows, device=device) < ignored, -100)
 
@@ -122,8 +136,15 @@ def test_half_of_the_labels_ignored(benchmark, device, dtype):
     x, weight, target = make(device, dtype, alone=True)
     half = target.masked_fill(torch.arange(len(target), device=device) % 2 == 0, -100)
     bound = int((half != -100).sum())  # as a collator tells it
-    ours = stepping(lambda *tensors: linear_cross_entropy(*tensors, max_counted=bound), x, weight, half)
-    compare(benchmark, ours, {"none ignored": stepping(linear_cross_entropy, x, weight, target)}, rounds=7)
+    ours = stepping(
+        lambda *tensors: linear_cross_entropy(*tensors, max_counted=bound), x, weight, half
+    )
+    compare(
+        benchmark,
+        ours,
+        {"none ignored": stepping(linear_cross_entropy, x, weight, target)},
+        rounds=7,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=IDS.get)
@@ -131,7 +152,12 @@ def test_frozen_head(benchmark, device, dtype):
     """Against a trainable one: above 1 / 0.75 is the goal."""
     x, weight, target = make(device, dtype, alone=True)
     frozen = stepping(linear_cross_entropy, x, weight.detach(), target)
-    compare(benchmark, frozen, {"trainable": stepping(linear_cross_entropy, x, weight, target)}, rounds=7)
+    compare(
+        benchmark,
+        frozen,
+        {"trainable": stepping(linear_cross_entropy, x, weight, target)},
+        rounds=7,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=IDS.get)

@@ -1,6 +1,7 @@
 """Log-probability and entropy of every token, forward and backward, as GRPO asks for them.
 
-The limit is the four GEMMs: logits, logits again, and the two gradients. Shapes as in test_linear_cross_entropy.
+The limit is the four GEMMs: logits, logits again, and the two gradients. Shapes as in
+test_linear_cross_entropy.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ def rivals():
         tile = trl._CHUNKED_LOGPROB_CHUNK_SIZE
 
         def trl_logits(x, weight, target):
-            log_probs, entropy = trl.selective_log_softmax_and_entropy(F.linear(x, weight)[None], target[None])
+            log_probs, entropy = trl.selective_log_softmax_and_entropy(
+                F.linear(x, weight)[None], target[None]
+            )
             return (log_probs + ENTROPY * entropy).sum()
 
         def trl_head(x, weight, target):
-            outputs = trl._ChunkedLogProbFunction.apply(x, weight, None, target, 1.0, tile, None, 1.0, ("entropy",))
+            outputs = trl._ChunkedLogProbFunction.apply(
+                x, weight, None, target, 1.0, tile, None, 1.0, ("entropy",)
+            )
             return (outputs[0] + ENTROPY * outputs[1]).sum()
 
         found |= {"TRL over logits": trl_logits, "TRL's fused head": trl_head}

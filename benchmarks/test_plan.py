@@ -1,8 +1,8 @@
 """Planning packs of lognormal lengths, and packing a dataset, against TRL's best-fit decreasing.
 
-TRL packs windows of 1000 rows as shipped, and all rows at once as ours where it is told to. Its function takes the
-tokens along; in the plans here they are nulls, which cost nothing. The limit is to write an index and a length for each
-example, 16 bytes, in new memory.
+TRL packs windows of 1000 rows as shipped, and all rows at once as ours where it is told to. Its
+function takes the tokens along; in the plans here they are nulls, which cost nothing. The limit is
+to write an index and a length for each example, 16 bytes, in new memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def trl_plan(lengths: np.ndarray, window: int) -> Callable[[], int]:
 
     offsets = pyarrow.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
     tokens = pyarrow.LargeListArray.from_arrays(offsets, pyarrow.nulls(int(lengths.sum())))
-    tables = [pyarrow.table({"input_ids": tokens[i : i + window]}) for i in range(0, len(lengths), window)]
+    tables = [
+        pyarrow.table({"input_ids": tokens[i : i + window]}) for i in range(0, len(lengths), window)
+    ]
     return lambda: sum(len(_pack_bfd(table, MAX_TOKENS)) for table in tables)
 
 
@@ -49,7 +51,8 @@ def trl_plan(lengths: np.ndarray, window: int) -> Callable[[], int]:
     ids=["100k", "100k windows", "1M"],
 )
 def test_plan(benchmark, examples, window, rounds):
-    """TRL takes most of a second for a hundred thousand: a million it packs once, for the number of packs."""
+    """TRL takes most of a second for a hundred thousand: a million it packs once, for the number of
+    packs."""
     lengths = lognormal_lengths(examples)
     info, rivals = benchmark.extra_info, {}
     info["packs"] = len(plan_packs(lengths, MAX_TOKENS, window=window))
@@ -64,7 +67,10 @@ def test_plan(benchmark, examples, window, rounds):
         rivals,
         rounds=rounds,
         bytes_moved=20 * examples,
-        limit=lambda: (torch.ones(examples, dtype=torch.int64), torch.ones(examples, dtype=torch.int64)),
+        limit=lambda: (
+            torch.ones(examples, dtype=torch.int64),
+            torch.ones(examples, dtype=torch.int64),
+        ),
     )
 
 
@@ -82,11 +88,14 @@ def test_kinds_of_a_million_lengths(benchmark, kind):
 
 
 def test_pack_dataset(benchmark):
-    """100,000 rows with two columns of 50 million tokens; TRL as shipped, with windows of 1000 rows."""
+    """100,000 rows with two columns of 50 million tokens; TRL as shipped, with windows of 1000
+    rows."""
     datasets, pyarrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
     lengths = lognormal_lengths(100_000)
     offsets = pyarrow.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
-    tokens = pyarrow.array(np.random.default_rng(0).integers(0, 32_000, int(lengths.sum()), dtype=np.int32))
+    tokens = pyarrow.array(
+        np.random.default_rng(0).integers(0, 32_000, int(lengths.sum()), dtype=np.int32)
+    )
     column = pyarrow.LargeListArray.from_arrays(offsets, tokens)
     dataset = datasets.Dataset(pyarrow.table({"input_ids": column, "labels": column}))
     datasets.disable_progress_bars()
@@ -102,7 +111,8 @@ def test_pack_dataset(benchmark):
 
 
 def max_over_mean(plan: PackPlan, batch: int) -> dict[str, float]:
-    """The cost of the rank that the others wait for over the mean of all, for whole steps of all ranks."""
+    """The cost of the rank that the others wait for over the mean of all, for whole steps of all
+    ranks."""
     found = {}
     for name, cost in zip(("tokens", "squares"), pack_costs(plan), strict=True):
         steps = cost.numel() // (RANKS * batch)

@@ -1,8 +1,10 @@
-"""One case of each kernel and engine: is it right, and how long does it take at the size of a model?
+"""One case of each kernel and engine: is it right, and how long does it take at the size of a
+model?
 
-What `make gpu-check` runs first. Right is near to plain torch in float64, on a problem of odd size; the bits are the
-tests' affair. Times are the device's (compare.py), for as much as a row of results/kernels.md has its estimate for and
-under that row's name. On a CPU its own engines do it with a thousandth of the work.
+What `make gpu-check` runs first. Right is near to plain torch in float64, on a problem of odd size;
+the bits are the tests' affair. Times are the device's (compare.py), for as much as a row of
+results/kernels.md has its estimate for and under that row's name. On a CPU its own engines do it
+with a thousandth of the work.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from fastft.optim.grad_norm import grad_norm
 GPU, BF16 = DEVICE == "cuda", torch.bfloat16
 CLASSES = 128_256 if GPU else 128
 ATTENTION = ("flash_cuda", "blocks") if GPU else ("flash_cpu", "blocks")
-WAYS = (("exact", "fp32"), ("stochastic", "bf16"), ("stochastic", "8bit"))  # of keeping a bf16 parameter
+# of keeping a bf16 parameter
+WAYS = (("exact", "fp32"), ("stochastic", "bf16"), ("stochastic", "8bit"))
 Keep = Callable[[str, object], None]
 
 
@@ -71,7 +74,10 @@ def test_ceilings(record_property: Keep) -> None:
     source = torch.randn(2**29 if GPU else 2**16, device=DEVICE)
     target = torch.empty_like(source)
     copied = milliseconds(lambda: target.copy_(source))
-    rates = {"tera_flop_s": 2e-9 * size**3 / product, "giga_byte_s": 2e-6 * source.numel() * 4 / copied}
+    rates = {
+        "tera_flop_s": 2e-9 * size**3 / product,
+        "giga_byte_s": 2e-6 * source.numel() * 4 / copied,
+    }
     record_property("found", {name: round(rate, 1) for name, rate in rates.items()})
 
 
@@ -92,7 +98,9 @@ def test_cross_entropy_rows(engine: str, record_property: Keep) -> None:
     truth = small[0].double().requires_grad_()
     expected = F.cross_entropy(truth, small[1], reduction="none")
     expected.sum().backward()
-    errors = [error(*pair) for pair in zip(run(*small), (expected.detach(), truth.grad), strict=True)]
+    errors = [
+        error(*pair) for pair in zip(run(*small), (expected.detach(), truth.grad), strict=True)
+    ]
     large = made(8192 if GPU else 64, CLASSES)
     ms = milliseconds(lambda: run(*large))
     keep(record_property, f"{engine}, cross-entropy, plain, bf16, V={CLASSES}", ms, errors=errors)
@@ -104,9 +112,13 @@ def test_cross_entropy_rows(engine: str, record_property: Keep) -> None:
 def test_adamw(engine: str, rounding: str, moments: str, record_property: Keep) -> None:
     function(ADAMW, engine)
 
-    def steps(cls: type[torch.optim.AdamW], shape: tuple[int, int], dtype: torch.dtype, **options: object) -> Tensor:
+    def steps(
+        cls: type[torch.optim.AdamW], shape: tuple[int, int], dtype: torch.dtype, **options: object
+    ) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        param = torch.nn.Parameter(torch.randn(shape, generator=generator).to(BF16).to(DEVICE, dtype))
+        param = torch.nn.Parameter(
+            torch.randn(shape, generator=generator).to(BF16).to(DEVICE, dtype)
+        )
         optimizer = cls([param], lr=1e-2, **options)
         for _ in range(3):
             param.grad = torch.randn(shape, generator=generator).to(BF16).to(DEVICE, dtype)
@@ -115,7 +127,9 @@ def test_adamw(engine: str, rounding: str, moments: str, record_property: Keep) 
 
     options = {"rounding": rounding, "moments": moments, "impl": engine, "seed": 5}
     shape = (65, 1003)
-    off = error(steps(AdamW, shape, BF16, **options), steps(torch.optim.AdamW, shape, torch.float64))
+    off = error(
+        steps(AdamW, shape, BF16, **options), steps(torch.optim.AdamW, shape, torch.float64)
+    )
     elements = 2**28 if GPU else 2**16
     param = torch.nn.Parameter(torch.randn(elements // 4096, 4096, device=DEVICE).to(BF16))
     param.grad = torch.randn_like(param)
@@ -143,7 +157,11 @@ def test_boundaries(engine: str, record_property: Keep) -> None:
 
     def made(lengths: Tensor) -> list[Tensor]:
         wide = torch.arange(int(lengths.sum()), device=DEVICE)
-        outputs = [torch.empty_like(wide), torch.empty_like(wide), torch.empty_like(wide, dtype=torch.int32)]
+        outputs = [
+            torch.empty_like(wide),
+            torch.empty_like(wide),
+            torch.empty_like(wide, dtype=torch.int32),
+        ]
         return [wide, *outputs, torch.empty(len(lengths) + 1, dtype=torch.int32, device=DEVICE)]
 
     def run(by: Callable[..., None], lengths: Tensor, tensors: list[Tensor]) -> list[Tensor]:
@@ -151,17 +169,25 @@ def test_boundaries(engine: str, record_property: Keep) -> None:
         return tensors[1:]
 
     small = torch.tensor([1, 507, 63, 2051], device=DEVICE)
-    results = zip(run(fill, small, made(small)), run(boundaries_reference, small, made(small)), strict=True)
+    results = zip(
+        run(fill, small, made(small)), run(boundaries_reference, small, made(small)), strict=True
+    )
     assert all(torch.equal(ours, truth) for ours, truth in results)
     large = torch.full((512 if GPU else 8,), 128, device=DEVICE)
     tensors = made(large)
-    keep(record_property, f"{engine}, boundaries, tokens", milliseconds(lambda: run(fill, large, tensors)))
+    keep(
+        record_property,
+        f"{engine}, boundaries, tokens",
+        milliseconds(lambda: run(fill, large, tensors)),
+    )
 
 
 def scale_and_error(ours: Tensor, truth: Tensor) -> tuple[float, float]:
     """By what all of `ours` is too large in the mean, and its error."""
     truth = truth.flatten()
-    return float(ours.double().flatten() @ truth / (truth @ truth)) - 1, error(ours.flatten(), truth)
+    return float(ours.double().flatten() @ truth / (truth @ truth)) - 1, error(
+        ours.flatten(), truth
+    )
 
 
 def head(rows: int, hidden: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,11 +212,18 @@ def test_head(name: str, record_property: Keep) -> None:
     """8100 rows: 1 / 8100 in bf16 is 0.38 % off, and must be nobody's factor."""
     small = head(8100, 64, 1003 if GPU else 63)
     doubles = [tensor.detach().double().requires_grad_() for tensor in small[:2]]
-    truth = step(lambda x, weight, target: F.cross_entropy(x @ weight.T, target), *doubles, small[2])
+    truth = step(
+        lambda x, weight, target: F.cross_entropy(x @ weight.T, target), *doubles, small[2]
+    )
     found = [scale_and_error(*pair) for pair in zip(step(LOSSES[name], *small), truth, strict=True)]
     large = head(8192, 4096, CLASSES) if GPU else small
     ms = milliseconds(lambda: step(LOSSES[name], *large), 3)
-    keep(record_property, f"{name}, bf16, N={len(large[0])}, H={large[0].shape[1]}, V={len(large[1])}", ms, found=found)
+    keep(
+        record_property,
+        f"{name}, bf16, N={len(large[0])}, H={large[0].shape[1]}, V={len(large[1])}",
+        ms,
+        found=found,
+    )
     assert all(abs(scale) < 1e-3 and off < 1e-2 for scale, off in found)
 
 
@@ -200,7 +233,9 @@ def test_attention(engine: str, record_property: Keep) -> None:
         shapes = [(1, heads, sum(lengths), 64) for heads in (8, 2, 2)]
         ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
         segments = Segments(ends, ends, max(lengths), max(lengths))
-        return [torch.randn(shape, device=DEVICE).to(BF16).requires_grad_() for shape in shapes], segments
+        return [
+            torch.randn(shape, device=DEVICE).to(BF16).requires_grad_() for shape in shapes
+        ], segments
 
     def run(tensors: list[Tensor], segments: Segments) -> list[Tensor]:
         out = segment_attention(*tensors, segments, causal=True, impl=engine)
@@ -209,7 +244,9 @@ def test_attention(engine: str, record_property: Keep) -> None:
     small, segments = made([30, 1, 96])
     doubles = [tensor.detach().double().requires_grad_() for tensor in small]
     parts = [
-        F.scaled_dot_product_attention(*(t[:, :, a:b] for t in doubles), is_causal=True, enable_gqa=True)
+        F.scaled_dot_product_attention(
+            *(t[:, :, a:b] for t in doubles), is_causal=True, enable_gqa=True
+        )
         for a, b in pairwise(segments.bounds_q)
     ]
     truth = torch.cat(parts, 2).transpose(1, 2)

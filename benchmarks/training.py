@@ -1,11 +1,13 @@
-"""One training with Trainer on random documents: stock, with Liger, with fastft. The losses must be the same.
+"""One training with Trainer on random documents: stock, with Liger, with fastft. The losses must be
+the same.
 
 python benchmarks/training.py --variant stock|liger|fastft [--ledger FILE]
 
-On a GPU a Llama 3.2 1B from random weights, in fp32 under bf16 autocast as Trainer's `bf16=True` has it, 8 documents a
-step; on a CPU a tiny one in fp32. Prints a line of JSON: each step's loss, tokens a second from the fourth step on, and
-the peak of memory that the device has allocated (on a CPU, that the process has held). Who has FILE finds it there too,
-as case `training[<variant>]` of part `train`.
+On a GPU a Llama 3.2 1B from random weights, in fp32 under bf16 autocast as Trainer's `bf16=True`
+has it, 8 documents a step; on a CPU a tiny one in fp32. Prints a line of JSON: each step's loss,
+tokens a second from the fourth step on, and the peak of memory that the device has allocated (on a
+CPU, that the process has held). Who has FILE finds it there too, as case `training[<variant>]` of
+part `train`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from typing import Any
 import torch
 from ledger import Ledger
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 import fastft
 
@@ -30,7 +39,8 @@ VARIANTS = ("stock", "fastft", "liger")
 GPU = torch.cuda.is_available()
 BATCH, WARM, PAD = 8, 3, 0
 STEPS, LONGEST = (16, 1024) if GPU else (6, 48)
-TOLERANCE = 2e-2 if GPU else 1e-4  # of a step's loss: bf16 autocast rounds at 4e-3, and differences grow
+# of a step's loss: bf16 autocast rounds at 4e-3, and differences grow
+TOLERANCE = 2e-2 if GPU else 1e-4
 
 
 def documents() -> list[dict[str, list[int]]]:
@@ -38,15 +48,28 @@ def documents() -> list[dict[str, list[int]]]:
     lengths = torch.randint(LONGEST // 8, LONGEST + 1, (BATCH * STEPS,), generator=generator)
     vocabulary = _config().vocab_size
     # tokens follow a pattern, so that there is something to learn
-    texts = [(torch.arange(n) * 7 + 11 * i) % (vocabulary // 4) + 1 for i, n in enumerate(lengths.tolist())]
+    texts = [
+        (torch.arange(n) * 7 + 11 * i) % (vocabulary // 4) + 1
+        for i, n in enumerate(lengths.tolist())
+    ]
     return [{"input_ids": text.tolist(), "labels": text.tolist()} for text in texts]
 
 
 def _config() -> LlamaConfig:
     if not GPU:
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
         return LlamaConfig(vocab_size=1003, max_position_embeddings=LONGEST, **sizes)
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+    }
     sizes |= {"num_key_value_heads": 8, "max_position_embeddings": LONGEST, "vocab_size": 128_256}
     return LlamaConfig(tie_word_embeddings=True, **sizes)
 
@@ -75,7 +98,9 @@ class Recorder(TrainerCallback):
         if state.global_step == WARM:
             self.began = self._now()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
+    ) -> None:
         if "loss" in logs:
             self.losses.append(logs["loss"])
 
@@ -132,7 +157,11 @@ def train(variant: str) -> dict[str, Any]:
             callbacks=[recorder, *([fastft.FusedLossCallback()] if ours else [])],
         )
         trainer.train()
-    peak = torch.cuda.max_memory_allocated() if GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if GPU
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     tokens = sum(collator.tokens[WARM:STEPS])
     return {
         "losses": recorder.losses,
@@ -160,7 +189,9 @@ def disagreement(losses: list[float], stock: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variant", choices=VARIANTS, required=True)
     parser.add_argument("--ledger", type=Path, help="a file that lines of JSON are appended to")
     options = parser.parse_args()
@@ -177,7 +208,12 @@ def main() -> None:
         outcome = "skipped" if reason else "failed" if wrong else "passed"
         said = {"said": reason or wrong} if reason or wrong else {}
         ledger.append(
-            part="train", case=case, outcome=outcome, seconds=round(time.monotonic() - began, 1), found=found, **said
+            part="train",
+            case=case,
+            outcome=outcome,
+            seconds=round(time.monotonic() - began, 1),
+            found=found,
+            **said,
         )
     if wrong:
         raise SystemExit(wrong)

@@ -1,11 +1,12 @@
-"""Fine-tunes one model with stock Trainer and with fastft, from the same seed, and shows what each piece brings.
+"""Fine-tunes one model with stock Trainer and with fastft, from the same seed, and shows what each
+piece brings.
 
     python examples/finetune.py                                       a small Llama on Python's own standard library
     python examples/finetune.py --model NAME --dataset NAME           a model and a text data set of the hub
 
-Every run takes the same examples in the same batches, so their losses must coincide step by step. Each runs in a
-process of its own, so that its peak memory is its own.
-The table, report.json and report.png go to the folder of --output.
+Every run takes the same examples in the same batches, so their losses must coincide step by step.
+Each runs in a process of its own, so that its peak memory is its own. The table, report.json and
+report.png go to the folder of --output.
 """
 
 from __future__ import annotations
@@ -124,15 +125,25 @@ class CountingCollator:
 def build_model(name: str | None, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if name is not None:
         return AutoModelForCausalLM.from_pretrained(name)
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     return AutoModelForCausalLM.from_config(
         LlamaConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=2048, pad_token_id=tokenizer.pad_token_id, **shape
+            vocab_size=len(tokenizer),
+            max_position_embeddings=2048,
+            pad_token_id=tokenizer.pad_token_id,
+            **shape,
         )
     )
 
 
-def load_data(options: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[dict[str, list[int]]]]:
+def load_data(
+    options: argparse.Namespace,
+) -> tuple[PreTrainedTokenizerBase, list[dict[str, list[int]]]]:
     if options.dataset is None:
         import stdlib_text
 
@@ -142,11 +153,18 @@ def load_data(options: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, lis
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = load_dataset(options.dataset, split=f"train[:{options.steps * options.batch_size}]")
-    texts = tokenizer(list(rows[options.text_column]), truncation=True, max_length=options.max_tokens)["input_ids"]
+    texts = tokenizer(
+        list(rows[options.text_column]), truncation=True, max_length=options.max_tokens
+    )["input_ids"]
     return tokenizer, [{"input_ids": ids, "labels": ids} for ids in texts if ids]
 
 
-def train(variant: Variant, options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, examples: list) -> Result:
+def train(
+    variant: Variant,
+    options: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list,
+) -> Result:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     on_gpu = torch.cuda.is_available() and not options.cpu
     args = TrainingArguments(
@@ -185,34 +203,57 @@ def train(variant: Variant, options: argparse.Namespace, tokenizer: PreTrainedTo
     if on_gpu:
         peak = torch.cuda.max_memory_allocated()
     padding_share = 1 - collator.tokens / collator.positions
-    return Result(variant.name, recorder.losses, recorder.seconds, collator.tokens, padding_share, peak)
+    return Result(
+        variant.name, recorder.losses, recorder.seconds, collator.tokens, padding_share, peak
+    )
 
 
 def agreement(results: list[Result], tolerance: float) -> list[dict]:
-    """How far each run's losses are from stock Trainer's, as the largest relative difference of any step."""
+    """How far each run's losses are from stock Trainer's, as the largest relative difference of any
+    step."""
     stock, rows = results[0], []
     for result in results[1:]:
-        difference = max(abs(a - b) / abs(b) for a, b in zip(result.losses, stock.losses, strict=True))
-        rows.append({"name": result.name, "largest_difference": difference, "agrees": difference <= tolerance})
+        difference = max(
+            abs(a - b) / abs(b) for a, b in zip(result.losses, stock.losses, strict=True)
+        )
+        rows.append(
+            {
+                "name": result.name,
+                "largest_difference": difference,
+                "agrees": difference <= tolerance,
+            }
+        )
     return rows
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", help="a causal language model of the hub or a folder; default: a small Llama, made here"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--dataset", help="a text data set of the hub; needs --model; default: Python's standard library"
+        "--model",
+        help="a causal language model of the hub or a folder; default: a small Llama, made here",
     )
-    parser.add_argument("--text-column", default="text", help="the column of --dataset (default: text)")
-    parser.add_argument("--max-tokens", type=int, default=320, help="longer examples are cut (default: 320)")
+    parser.add_argument(
+        "--dataset",
+        help="a text data set of the hub; needs --model; default: Python's standard library",
+    )
+    parser.add_argument(
+        "--text-column", default="text", help="the column of --dataset (default: text)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=320, help="longer examples are cut (default: 320)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="examples per step (default: 8)")
-    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of each run (default: 16)")
+    parser.add_argument(
+        "--steps", type=int, default=16, help="optimizer steps of each run (default: 16)"
+    )
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--cpu", action="store_true", help="do not use the GPU")
-    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder (default: out/demo)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/demo"), help="folder (default: out/demo)"
+    )
     options = parser.parse_args()
     if options.dataset and not options.model:
         parser.error("--dataset needs --model, whose tokenizer it is read with")
@@ -228,10 +269,12 @@ def main() -> None:
     tokenizer, examples = load_data(options)
     lengths = [len(example["input_ids"]) for example in examples]
     print(
-        f"{len(examples)} examples, {sum(lengths)} tokens, median {statistics.median(lengths):.0f} a piece\n",
+        f"{len(examples)} examples, {sum(lengths)} tokens, median {statistics.median(lengths):.0f} "
+        f"a piece\n",
         flush=True,
     )
-    # a fork server imports once what takes seconds and holds no tensors: every run starts from the same small process
+    # a fork server imports once what takes seconds and holds no tensors: every run starts from the
+    # same small process
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(SLOW_IMPORTS)
     results = []
@@ -239,12 +282,20 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=context) as process:
             results.append(process.submit(train, variant, options, tokenizer, examples).result())
     on_gpu = torch.cuda.is_available() and not options.cpu
-    tolerance = 2e-2 if on_gpu else 1e-4  # bf16 autocast rounds at 4e-3; fp32 differences grow from 1e-7 over the steps
+    # bf16 autocast rounds at 4e-3; fp32 differences grow from 1e-7 over the steps
+    tolerance = 2e-2 if on_gpu else 1e-4
     rows = agreement(results, tolerance)
     print_table(results, rows, tolerance)
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    report = {"device": device, "torch": torch.__version__, "fastft": fastft.__version__, "agreement": rows}
-    report["runs"] = [{**asdict(result), "tokens_per_second": result.tokens_per_second} for result in results]
+    report = {
+        "device": device,
+        "torch": torch.__version__,
+        "fastft": fastft.__version__,
+        "agreement": rows,
+    }
+    report["runs"] = [
+        {**asdict(result), "tokens_per_second": result.tokens_per_second} for result in results
+    ]
     (options.output / "report.json").write_text(json.dumps(report, indent=1))
     plot(results, options.output / "report.png", device)
     print(f"\nWritten: {options.output / 'report.json'}, {options.output / 'report.png'}")

@@ -1,4 +1,5 @@
-"""fastft in forty lines: a small Llama learns Python's own standard library on a CPU, in about a minute.
+"""fastft in forty lines: a small Llama learns Python's own standard library on a CPU, in about a
+minute.
 
 python examples/quickstart.py
 """

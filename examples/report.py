@@ -43,12 +43,14 @@ def print_table(results: list, agreement: list[dict], tolerance: float) -> None:
     console.print(table)
     if all(row["agrees"] for row in agreement):
         console.print(
-            f"Every run's losses agree with stock Trainer's at every step (relative difference <= {tolerance:g})."
+            f"Every run's losses agree with stock Trainer's at every step (relative difference <= "
+            f"{tolerance:g})."
         )
     for row in agreement:
         if not row["agrees"]:
             console.print(
-                f"[red]{row['name']} does NOT agree: off by {row['largest_difference']:.2g} at its worst step."
+                f"[red]{row['name']} does NOT agree: off by {row['largest_difference']:.2g} at its "
+                f"worst step."
             )
 
 
@@ -59,12 +61,24 @@ def plot(results: list, path: Path, device: str) -> None:
     for result, color in zip(results, COLORS, strict=True):
         stock = result is results[0]
         style = {"linewidth": 6, "alpha": 0.5} if stock else {"linewidth": 1.5}
-        curves.plot(range(1, len(result.losses) + 1), result.losses, color=color, label=result.name, **style)
+        curves.plot(
+            range(1, len(result.losses) + 1), result.losses, color=color, label=result.name, **style
+        )
     curves.set(xlabel="step", ylabel="loss", title="Training loss")
     curves.legend(frameon=False)
     names = [result.name for result in results]
-    bars(speed, names, [result.tokens_per_second for result in results], "Tokens per second, padding not counted")
-    bars(memory, names, [result.peak_bytes / 2**20 for result in results], "Peak memory above the start, MiB")
+    bars(
+        speed,
+        names,
+        [result.tokens_per_second for result in results],
+        "Tokens per second, padding not counted",
+    )
+    bars(
+        memory,
+        names,
+        [result.peak_bytes / 2**20 for result in results],
+        "Peak memory above the start, MiB",
+    )
     figure.suptitle(f"Fine-tuning with stock Trainer and with fastft ({device})")
     figure.savefig(path, dpi=110)
     plt.close(figure)

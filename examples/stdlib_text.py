@@ -1,7 +1,8 @@
-"""Real text that every machine has: the functions of Python's own standard library, as prompt and completion.
+"""Real text that every machine has: the functions of Python's own standard library, as prompt and
+completion.
 
-The prompt is a function's signature and docstring, the completion its body; the labels of the prompt are masked. The
-tokenizer is a byte-level BPE trained on the same sources in a few seconds.
+The prompt is a function's signature and docstring, the completion its body; the labels of the
+prompt are masked. The tokenizer is a byte-level BPE trained on the same sources in a few seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__
 def sources() -> list[str]:
     """The texts of the standard library's modules, in the order of their paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(path for path in root.rglob("*.py") if not _SKIPPED & set(path.relative_to(root).parts))
+    paths = sorted(
+        path for path in root.rglob("*.py") if not _SKIPPED & set(path.relative_to(root).parts)
+    )
     return [path.read_text(errors="ignore") for path in paths]
 
 
@@ -36,7 +39,10 @@ def functions(source: str) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
             docstring_end = node.body[0].end_lineno
-            yield "".join(lines[node.lineno - 1 : docstring_end]), "".join(lines[docstring_end : node.end_lineno])
+            yield (
+                "".join(lines[node.lineno - 1 : docstring_end]),
+                "".join(lines[docstring_end : node.end_lineno]),
+            )
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -51,7 +57,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
-def load(vocab_size: int, max_tokens: int) -> tuple[PreTrainedTokenizerFast, list[dict[str, list[int]]]]:
+def load(
+    vocab_size: int, max_tokens: int
+) -> tuple[PreTrainedTokenizerFast, list[dict[str, list[int]]]]:
     """The tokenizer and all examples, cut to `max_tokens` tokens, which have a label left."""
     texts = sources()
     tokenizer = train_tokenizer(texts, vocab_size)

@@ -1,4 +1,5 @@
-"""`python -m fastft`: versions, devices, the engine that `impl="auto"` takes for each operation, and why."""
+"""`python -m fastft`: versions, devices, the engine that `impl="auto"` takes for each operation,
+and why."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ import fastft
 from fastft import _native
 from fastft.ops import ENGINES, OPERATORS, Operation, triton_missing
 
-_COMPANIONS = ("torch", "transformers", "accelerate", "datasets", "triton", "liger-kernel", "bitsandbytes")
+_COMPANIONS = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "triton",
+    "liger-kernel",
+    "bitsandbytes",
+)
 
 
 def _version(package: str) -> str:
@@ -24,20 +33,29 @@ def _version(package: str) -> str:
 
 def _devices() -> list[torch.device]:
     found = {kind: getattr(torch, kind).device_count() for kind in ENGINES["triton"].devices}
-    return [torch.device("cpu"), *(torch.device(kind, i) for kind, count in found.items() for i in range(count))]
+    return [
+        torch.device("cpu"),
+        *(torch.device(kind, i) for kind, count in found.items() for i in range(count)),
+    ]
 
 
 def _device_name(device: torch.device) -> str:
     if device.type != "cpu":
         return str(getattr(torch, device.type).get_device_name(device))
-    return f"{platform.machine()}, kernels for {_native.cpu_isa() or 'none'}, {torch.get_num_threads()} threads"
+    return (
+        f"{platform.machine()}, kernels for {_native.cpu_isa() or 'none'}, "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 def _choice(operation: Operation, device: torch.device, *what: Any) -> str:
-    """The engine of a call, and what there is to say of those that could compute on such a device."""
+    """The engine of a call, and what there is to say of those that could compute on such a
+    device."""
     chosen = operation.resolve("auto", device, *what)
     others = [e for e in operation.engines if e != chosen and operation.table[e].serves(device)]
-    listed = "; ".join(f"{engine}: {operation.suits(engine, device, *what) or 'available'}" for engine in others)
+    listed = "; ".join(
+        f"{engine}: {operation.suits(engine, device, *what) or 'available'}" for engine in others
+    )
     return f"{chosen}  ({listed})" if listed else chosen
 
 
@@ -47,8 +65,12 @@ def main() -> None:
     print(", ".join(f"{package} {_version(package)}" for package in _COMPANIONS))
     for kind in ("cpu", "cuda"):
         print(f"libfastft_{kind}: {_native.missing(kind) or 'loaded'}")
-    chosen_from = {name: operation for name, operation in sorted(OPERATORS.items()) if operation.engines}
-    kernels = ", ".join(name for name, operation in chosen_from.items() if "triton" in operation.engines)
+    chosen_from = {
+        name: operation for name, operation in sorted(OPERATORS.items()) if operation.engines
+    }
+    kernels = ", ".join(
+        name for name, operation in chosen_from.items() if "triton" in operation.engines
+    )
     print(f"triton kernels: {triton_missing() or kernels}")
     for device in _devices():
         print(f"\n{device} ({_device_name(device)})")

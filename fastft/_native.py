@@ -1,6 +1,7 @@
 """Loads the native libraries and remembers why one is not there.
 
-Nothing here raises: a library that is missing, damaged or built for another machine costs speed, never an import.
+Nothing here raises: a library that is missing, damaged or built for another machine costs speed,
+never an import.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")  # as in csrc/c
 
 @functools.cache
 def library(kind: str) -> ctypes.CDLL | str:
-    """The loaded library `kind` ("cpu" or "cuda") with its kernels registered, or the reason why it is not usable."""
+    """The loaded library `kind` ("cpu" or "cuda") with its kernels registered, or the reason why it
+    is not usable."""
     try:
         return _load(kind)
     except Exception as error:
@@ -39,7 +41,8 @@ def missing(kind: str) -> str | None:
 
 @functools.cache
 def cuda_unusable(device_index: int) -> str | None:
-    """Why the CUDA kernels do not run on this device (driver too old, no code for the chip); None if they do."""
+    """Why the CUDA kernels do not run on this device (driver too old, no code for the chip); None
+    if they do."""
     loaded = library("cuda")
     if isinstance(loaded, str):
         return loaded
@@ -70,7 +73,8 @@ def _load(kind: str) -> ctypes.CDLL | str:
     if kind == "cuda" and torch.version.cuda is None:
         return "this torch build has no CUDA"
     if hashlib.sha256(path.read_bytes()).hexdigest() != built.get("sha256"):
-        # dlopen of a damaged file ends the process with SIGBUS or SIGSEGV, which no except clause catches
+        # dlopen of a damaged file ends the process with SIGBUS or SIGSEGV, which no except clause
+        # catches
         return f"{path.name} is damaged (not the file that was built): reinstall fastft"
     loaded = ctypes.CDLL(str(path))
     loaded.fastft_register.restype = ctypes.c_char_p
@@ -88,8 +92,12 @@ def _check_instruction_set(loaded: ctypes.CDLL) -> None:
     if not wanted or wanted == used:
         return
     known = wanted in _INSTRUCTION_SETS
-    reason = "this processor lacks it" if known else f"it must be one of {', '.join(_INSTRUCTION_SETS)}"
-    logger.warning("FASTFT_CPU_ISA=%s is ignored: %s; the CPU kernels run with %s", wanted, reason, used)
+    reason = (
+        "this processor lacks it" if known else f"it must be one of {', '.join(_INSTRUCTION_SETS)}"
+    )
+    logger.warning(
+        "FASTFT_CPU_ISA=%s is ignored: %s; the CPU kernels run with %s", wanted, reason, used
+    )
 
 
 def _instruction_set(loaded: ctypes.CDLL) -> str:

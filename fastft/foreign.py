@@ -1,8 +1,10 @@
-"""Other people's objects: how fastft knows a wrapped model, a sharded tensor, a `datasets.Dataset`, a private name.
+"""Other people's objects: how fastft knows a wrapped model, a sharded tensor, a `datasets.Dataset`,
+a private name.
 
-Everything is asked of the object, or of `sys.modules`: no library is imported to learn that an object is not its own.
-`PRIVATE_NAMES` lists every name with a leading underscore that is not ours and that fastft leans on; a test says which
-of them an upgrade of torch, transformers, accelerate, datasets or DeepSpeed has taken away.
+Everything is asked of the object, or of `sys.modules`: no library is imported to learn that an
+object is not its own. `PRIVATE_NAMES` lists every name with a leading underscore that is not ours
+and that fastft leans on; a test says which of them an upgrade of torch, transformers, accelerate,
+datasets or DeepSpeed has taken away.
 """
 
 from __future__ import annotations
@@ -17,27 +19,43 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-# "module:qualified name" and what it is for; "a|b" is one name of several versions. What no class has, only its
-# instances, is looked for in the module's text.
+# "module:qualified name" and what it is for; "a|b" is one name of several versions. What no class
+# has, only its instances, is looked for in the module's text.
 PRIVATE_NAMES = {
     "torch:_disable_dynamo": "torch.compiler.disable without importing the compiler",
-    "torch._dynamo.decorators:_dynamo_marked_constant": "torch.compiler.assume_constant_result, without the compiler",
+    "torch._dynamo.decorators:_dynamo_marked_constant": (
+        "torch.compiler.assume_constant_result, without the compiler"
+    ),
     "torch:Tensor._make_wrapper_subclass": "lazy logits are a tensor without memory",
     "torch:UntypedStorage._cdata": "whether an operation on lazy logits would share their memory",
     "torch:Tensor._version": "has somebody written to a gradient, a state or a weight since",
-    "torch._C:DisableTorchFunctionSubclass": "computing inside __torch_function__ without entering it again",
-    "torch._C:_current_graph_task_id": "is a backward pass under way, as torch.utils.checkpoint asks",
+    "torch._C:DisableTorchFunctionSubclass": (
+        "computing inside __torch_function__ without entering it again"
+    ),
+    "torch._C:_current_graph_task_id": (
+        "is a backward pass under way, as torch.utils.checkpoint asks"
+    ),
     "torch._C:_autograd._get_current_graph_task_keep_graph": "will this graph be walked again",
     "torch:ops.aten._flash_attention_forward": "attention within segments on a GPU",
     "torch:ops.aten._flash_attention_backward": "its gradients",
-    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": "attention within segments on a CPU",
+    "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu": (
+        "attention within segments on a CPU"
+    ),
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "its gradients",
     "torch._dynamo.eval_frame:OptimizedModule._orig_mod": "the model inside torch.compile",
-    "torch.distributed.fsdp:FullyShardedDataParallel._fsdp_wrapped_module": "the model inside FSDP1",
-    "torch.distributed.fsdp._flat_param:_fsdp_flattened": "a weight that FSDP1 keeps in a flat parameter",
+    "torch.distributed.fsdp:FullyShardedDataParallel._fsdp_wrapped_module": (
+        "the model inside FSDP1"
+    ),
+    "torch.distributed.fsdp._flat_param:_fsdp_flattened": (
+        "a weight that FSDP1 keeps in a flat parameter"
+    ),
     "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "which modules one FSDP2 unit gathers",
-    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_groups|_fsdp_param_group": "does it reshard",
-    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._modules": "the modules of one FSDP2 unit",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_groups|_fsdp_param_group": (
+        "does it reshard"
+    ),
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._modules": (
+        "the modules of one FSDP2 unit"
+    ),
     "torch.distributed.tensor._utils:compute_local_shape_and_global_offset": "where a shard begins",
     "torch.nn.modules.module:_global_backward_hooks": "hooks that would see the gradient of logits",
     "torch.nn.modules.module:_global_backward_pre_hooks": "likewise",
@@ -53,7 +71,9 @@ PRIVATE_NAMES = {
     "torch.utils:_pytree": "lazy logits nested in arguments",
     "transformers:AttentionInterface._global_mapping": "is attn_implementation='fastft' registered",
     "transformers:PreTrainedConfig._attn_implementation": "which attention a model uses",
-    "transformers:PreTrainedConfig._attn_implementation_internal": "the same, set without a check of the name",
+    "transformers:PreTrainedConfig._attn_implementation_internal": (
+        "the same, set without a check of the name"
+    ),
     "transformers:PreTrainedModel._supports_sdpa": "which stock attention the probe tries",
     "transformers:PreTrainedModel._loss_function": "what setting loss_function leaves on a model",
     "accelerate.accelerator:_original_forward": "accelerate's mixed precision runs inside forward",
@@ -61,7 +81,16 @@ PRIVATE_NAMES = {
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_LIBRARIES = {"torch", "transformers", "accelerate", "peft", "trl", "deepspeed", "bitsandbytes", "fastft"}
+_LIBRARIES = {
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "deepspeed",
+    "bitsandbytes",
+    "fastft",
+}
 _DATA_PARALLEL = {"DataParallel", "DistributedDataParallel"}
 _WRAPPERS = {*_DATA_PARALLEL, "FullyShardedDataParallel", "DeepSpeedEngine", "OptimizedModule"}
 
@@ -72,9 +101,11 @@ def _class_names(thing: object) -> set[str]:
 
 
 def constant_when_compiled(function: _Function) -> _Function:
-    """A decorator: torch.compile calls `function` where it traces a call, and keeps the result as a constant.
+    """A decorator: torch.compile calls `function` where it traces a call, and keeps the result as a
+    constant.
 
-    Its arguments must be constants. This is `torch.compiler.assume_constant_result`, which imports all of the compiler.
+    Its arguments must be constants. This is `torch.compiler.assume_constant_result`, which imports
+    all of the compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -82,15 +113,20 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @constant_when_compiled
 def is_exporting() -> bool:
-    """Whether torch.export traces. Dynamo, where it traces torch's own question, says yes to it up to torch 2.12."""
+    """Whether torch.export traces. Dynamo, where it traces torch's own question, says yes to it up
+    to torch 2.12."""
     return torch.compiler.is_exporting()
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside DDP, DataParallel, FSDP1, DeepSpeed and torch.compile, in any nesting; PEFT's wrapper stays."""
+    """The model inside DDP, DataParallel, FSDP1, DeepSpeed and torch.compile, in any nesting;
+    PEFT's wrapper stays."""
     while _class_names(model) & _WRAPPERS:
         children = model._modules
-        name = next((name for name in ("_orig_mod", "_fsdp_wrapped_module", "module") if name in children), None)
+        name = next(
+            (name for name in ("_orig_mod", "_fsdp_wrapped_module", "module") if name in children),
+            None,
+        )
         if name is None:
             return model
         model = children[name]
@@ -110,7 +146,8 @@ def base_model(model: Any) -> Any:
 
 def prompt_learning(model: Any) -> str | None:
     """How PEFT puts virtual tokens before each row of a batch, in words; None where it does not."""
-    with contextlib.suppress(AttributeError, KeyError, TypeError):  # no PEFT, or several adapters at a time
+    # no PEFT, or several adapters at a time
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
         config = unwrapped(model).active_peft_config
         if config.is_prompt_learning:
             kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
@@ -119,8 +156,12 @@ def prompt_learning(model: Any) -> str | None:
 
 
 def modules_with_hooks(model: nn.Module) -> list[str]:
-    """Names of the modules with forward hooks that none of the libraries put there; "" is the model itself."""
-    everywhere = [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
+    """Names of the modules with forward hooks that none of the libraries put there; "" is the model
+    itself."""
+    everywhere = [
+        torch.nn.modules.module._global_forward_hooks,
+        torch.nn.modules.module._global_forward_pre_hooks,
+    ]
     found = ["every module"] if any(_not_of_libraries(hooks) for hooks in everywhere) else []
     for name, module in model.named_modules():
         if _not_of_libraries(module._forward_hooks) or _not_of_libraries(module._forward_pre_hooks):
@@ -139,7 +180,8 @@ def _not_of_libraries(hooks: Mapping[int, Any]) -> bool:
 
 
 def whose_forward(model: Any) -> set[str]:
-    """The packages that have replaced or wrapped the forward of `model`'s class, and that of its class itself."""
+    """The packages that have replaced or wrapped the forward of `model`'s class, and that of its
+    class itself."""
     base = base_model(model)
     packages = set()
     for forward in (vars(base).get("forward"), type(base).forward):
@@ -151,14 +193,16 @@ def whose_forward(model: Any) -> set[str]:
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside the wrappers of accelerate and DeepSpeed, which keep it as `.optimizer`."""
+    """The optimizer inside the wrappers of accelerate and DeepSpeed, which keep it as
+    `.optimizer`."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def write_stamp(tensor: Tensor) -> tuple[int, int] | None:
-    """What changes when somebody writes to the tensor; None for one of inference mode, of which nothing does."""
+    """What changes when somebody writes to the tensor; None for one of inference mode, of which
+    nothing does."""
     return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
@@ -174,7 +218,8 @@ def local(tensor: Any) -> Any:
 
 
 def sharded_like(part: Tensor, template: Any) -> Tensor:
-    """`part` itself, or where `template` is a DTensor a DTensor of its shape with `part` as this rank's."""
+    """`part` itself, or where `template` is a DTensor a DTensor of its shape with `part` as this
+    rank's."""
     if not is_dtensor(template):
         return part
     from torch.distributed.tensor import DTensor
@@ -193,17 +238,21 @@ def placed_like(value: Tensor, template: Any) -> Tensor:
 
 
 def in_flat_parameter(tensor: Any) -> bool:
-    """Whether this is, or is this process's part of, a parameter that FSDP1 keeps in one flat vector."""
+    """Whether this is, or is this process's part of, a parameter that FSDP1 keeps in one flat
+    vector."""
     return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
 def shard_begin(tensor: Any) -> int:
-    """Where this process's rows of a DTensor begin in the whole tensor (shards of dimension 0), in elements."""
+    """Where this process's rows of a DTensor begin in the whole tensor (shards of dimension 0), in
+    elements."""
     if not is_dtensor(tensor):
         return 0
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
     return sum(offset * stride for offset, stride in zip(offsets, tensor.stride(), strict=True))
 
 
@@ -214,19 +263,23 @@ def sharding_library(module: nn.Module, around: Iterable[nn.Module]) -> str | No
     kinds = set().union(*map(_class_names, around))
     if "FSDPModule" in kinds:
         return "FSDP2"
-    # what the hooks of weight_norm, spectral_norm and pruning make has parameters too: weight_g, weight_orig, ...
+    # what the hooks of weight_norm, spectral_norm and pruning make has parameters too: weight_g,
+    # weight_orig, ...
     has_own = any(name.startswith("weight") for name in module._parameters)
     flattened = not has_own or in_flat_parameter(module.weight)
     return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
 
 
 def shares_a_resharded_unit(module: nn.Module) -> bool:
-    """Whether calling `module` again would have FSDP2 free its neighbours' weights before their backward pass."""
+    """Whether calling `module` again would have FSDP2 free its neighbours' weights before their
+    backward pass."""
     get_state: Any = getattr(module, "_get_fsdp_state", None)
     state = None if get_state is None else get_state()
     if state is None or len(getattr(state, "_modules", (module,))) < 2:
         return False
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    groups = getattr(state, "_fsdp_param_groups", None) or [
+        getattr(state, "_fsdp_param_group", None)
+    ]
     return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
 
 
@@ -239,7 +292,8 @@ def reason_not_to_run(model: nn.Module) -> str | None:
             return "its parameters are sharded"
         if hasattr(parameter, "ds_id"):
             return "DeepSpeed ZeRO-3 shards its parameters"
-        if parameter.is_meta and not hasattr(model, "hf_device_map"):  # accelerate's hooks fetch what it offloaded
+        # accelerate's hooks fetch what it offloaded
+        if parameter.is_meta and not hasattr(model, "hf_device_map"):
             return "its parameters are on the meta device"
     return None
 
@@ -257,13 +311,15 @@ def is_iterable_dataset(dataset: Any) -> bool:
 
 
 def chosen_rows(dataset: Any) -> Any:
-    """Which rows of its table a `datasets.Dataset` has, numpy integers (N,); None: all of them, in order."""
+    """Which rows of its table a `datasets.Dataset` has, numpy integers (N,); None: all of them, in
+    order."""
     indices = dataset._indices
     return None if indices is None else indices.column(0).to_numpy()
 
 
 def dispatches(loader: Any) -> bool:
-    """Whether `loader` is accelerate's that reads on rank 0 and cuts every tensor of a batch between the ranks."""
+    """Whether `loader` is accelerate's that reads on rank 0 and cuts every tensor of a batch
+    between the ranks."""
     return "DataLoaderDispatcher" in _class_names(loader)
 
 
@@ -274,41 +330,55 @@ def active_dataloader() -> Any:
 
 
 def deepspeed_config(args: Any) -> dict[str, Any] | None:
-    """DeepSpeed's configuration as a TrainingArguments has it, its own or `accelerate launch`'s; None without."""
+    """DeepSpeed's configuration as a TrainingArguments has it, its own or `accelerate launch`'s;
+    None without."""
     return getattr(getattr(args, "deepspeed_plugin", None), "deepspeed_config", None)
 
 
 def engine_of(args: Any) -> str | None:
-    """Which engine that takes no optimizer from outside a Trainer with `args` is going to use; None for none.
+    """Which engine that takes no optimizer from outside a Trainer with `args` is going to use; None
+    for none.
 
     `accelerate launch` says it in the environment, and accelerate obeys that beside `args`.
     """
-    if getattr(args, "deepspeed", None) or deepspeed_config(args) is not None or _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if (
+        getattr(args, "deepspeed", None)
+        or deepspeed_config(args) is not None
+        or _is_set("ACCELERATE_USE_DEEPSPEED")
+    ):
         return "DeepSpeed"
     return "FSDP" if getattr(args, "fsdp", None) or _is_set("ACCELERATE_USE_FSDP") else None
 
 
 def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes", "y", "on", "t")  # accelerate's words
+    # accelerate's words
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes", "y", "on", "t")
 
 
 def replaces_optimizers(config: dict[str, Any]) -> bool:
-    """Whether accelerate puts DeepSpeedCPUAdam in the place of an optimizer under this configuration of DeepSpeed."""
+    """Whether accelerate puts DeepSpeedCPUAdam in the place of an optimizer under this
+    configuration of DeepSpeed."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True)
+    return offload.get("device", "none") != "none" and config.get(
+        "zero_force_ds_cpu_optimizer", True
+    )
 
 
 def optimizers_are_replaced() -> bool:
-    """`replaces_optimizers` of the engine that accelerate has started in this process, if it has."""
+    """`replaces_optimizers` of the engine that accelerate has started in this process, if it
+    has."""
     module = sys.modules.get("accelerate.state")
     if module is None or not module.is_initialized():
         return False
     state = module.AcceleratorState()
-    return state.distributed_type == "DEEPSPEED" and replaces_optimizers(state.deepspeed_plugin.deepspeed_config)
+    return state.distributed_type == "DEEPSPEED" and replaces_optimizers(
+        state.deepspeed_plugin.deepspeed_config
+    )
 
 
 def of_deepspeed(optimizer: Any) -> bool:
-    """Whether a class of DeepSpeed holds or is the optimizer: its parameters are then flat parts of the model's."""
+    """Whether a class of DeepSpeed holds or is the optimizer: its parameters are then flat parts of
+    the model's."""
     while optimizer is not None:
         if type(optimizer).__module__.partition(".")[0] == "deepspeed":
             return True
@@ -317,7 +387,8 @@ def of_deepspeed(optimizer: Any) -> bool:
 
 
 def is_deepspeed_adam(optimizer: Any) -> bool:
-    """Whether it is what accelerate puts in the place of others; `adam_w_mode` says if its decay is decoupled."""
+    """Whether it is what accelerate puts in the place of others; `adam_w_mode` says if its decay is
+    decoupled."""
     return "DeepSpeedCPUAdam" in _class_names(optimizer)
 
 

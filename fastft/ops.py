@@ -1,13 +1,15 @@
 """The contract between an operation and its engines.
 
-Each room defines its operators here with a schema, an eager reference and a fake, so that `torch.ops.fastft.*` exists
-on every machine; the native libraries add kernels under torch's CPU and CUDA dispatch keys. A Triton engine is the
-function of the operator's name in the module `<room>_triton`, which is imported when it is first asked for; it is an
-operator of its own, `torch.ops.fastft.<name>_triton`, so that torch.compile does not look into it either.
+Each room defines its operators here with a schema, an eager reference and a fake, so that
+`torch.ops.fastft.*` exists on every machine; the native libraries add kernels under torch's CPU and
+CUDA dispatch keys. A Triton engine is the function of the operator's name in the module
+`<room>_triton`, which is imported when it is first asked for; it is an operator of its own,
+`torch.ops.fastft.<name>_triton`, so that torch.compile does not look into it either.
 
-`impl=` says how an operation is computed, never what: "auto" takes the first engine that is available on the device and
-suits the call, an explicit one never falls back. `unavailable` tells whether an engine can compute on a device at all,
-its rule whether it can compute a call: of what decides (dtypes, sizes, options), which the room hands to `resolve`.
+`impl=` says how an operation is computed, never what: "auto" takes the first engine that is
+available on the device and suits the call, an explicit one never falls back. `unavailable` tells
+whether an engine can compute on a device at all, its rule whether it can compute a call: of what
+decides (dtypes, sizes, options), which the room hands to `resolve`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from torch import Tensor
 
 from fastft import _native, foreign
 
-# Of a device and what decides a call: why an engine cannot compute it, a part of a sentence; None if it can.
+# Of a device and what decides a call: why an engine cannot compute it, a part of a sentence; None
+# if it can.
 Rule = Callable[..., str | None]
 
 
@@ -38,7 +41,8 @@ def takes(*dtypes: torch.dtype) -> Rule:
 
 
 class Engine(NamedTuple):
-    """Where an engine computes: on which device types (empty: all), and why it cannot on one such device."""
+    """Where an engine computes: on which device types (empty: all), and why it cannot on one such
+    device."""
 
     devices: tuple[str, ...] = ()
     missing: Callable[[torch.device], str | None] = lambda device: None
@@ -48,12 +52,16 @@ class Engine(NamedTuple):
         return not self.devices or device.type in self.devices
 
 
-def check_beside(operator: str, first: str, on: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """Raises RuntimeError unless the tensors are on the device of `on`: a kernel would read an address that is not."""
+def check_beside(
+    operator: str, first: str, on: torch.Tensor, **others: torch.Tensor | None
+) -> None:
+    """Raises RuntimeError unless the tensors are on the device of `on`: a kernel would read an
+    address that is not."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != on.device:
             raise RuntimeError(
-                f"{operator}: {name} is on {tensor.device}; it must be on the device of {first}, {on.device}"
+                f"{operator}: {name} is on {tensor.device}; it must be on the device of {first}, "
+                f"{on.device}"
             )
 
 
@@ -98,7 +106,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def too_old(device: torch.device, needed: tuple[int, int]) -> str:
     """The reason that a GPU lacks the compute capability which an engine needs."""
-    return "it needs compute capability {}.{}, this GPU has {}.{}".format(*needed, *capability(device))
+    return "it needs compute capability {}.{}, this GPU has {}.{}".format(
+        *needed, *capability(device)
+    )
 
 
 @functools.cache
@@ -107,12 +117,15 @@ def wave(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).warp_size) if device.type == "cuda" else 32
 
 
-OLDEST_TRITON = (7, 5)  # of NVIDIA's GPUs, the oldest that the Triton kernels are compiled for in tests
+# of NVIDIA's GPUs, the oldest that the Triton kernels are compiled for in tests
+OLDEST_TRITON = (7, 5)
 library = torch.library.Library("fastft", "DEF")
-LIBRARIES = {"cpp": "cpu", "cuda": "cuda"}  # the native engines: each has a library, named as the device type it serves
+# the native engines: each has a library, named as the device type it serves
+LIBRARIES = {"cpp": "cpu", "cuda": "cuda"}
 ENGINES = {
     "cpp": Engine(("cpu",), lambda device: _native.missing("cpu")),
-    "cuda": Engine(("cuda",), _cuda_missing_on),  # ROCm's torch calls its devices so too, and the reason says so
+    # ROCm's torch calls its devices so too, and the reason says so
+    "cuda": Engine(("cuda",), _cuda_missing_on),
     "triton": Engine(("cuda", "xpu"), _triton_missing_on),
 }
 IMPLS = ("auto", "eager", *ENGINES)
@@ -130,9 +143,10 @@ class Operation:
 
     Args:
         name: of the operation.
-        reference: plain torch, `impl="eager"`: computes every call, where no engine does or it is asked for.
-        engines: those which have a kernel, the preferred ones first, each with its rule; None where it computes every
-            call.
+        reference: plain torch, `impl="eager"`: computes every call, where no engine does or it is
+            asked for.
+        engines: those which have a kernel, the preferred ones first, each with its rule; None where
+            it computes every call.
         table: where each of them computes.
         samples: calls that `python -m fastft` asks about: what decides each, by its name.
     """
@@ -151,7 +165,8 @@ class Operation:
         OPERATORS[name] = self
 
     def unavailable(self, engine: str, device: torch.device) -> str | None:
-        """Why `engine` cannot compute this operation on `device`, whatever the call; None if it can."""
+        """Why `engine` cannot compute this operation on `device`, whatever the call; None if it
+        can."""
         if engine not in self.engines:
             return f"{self.name} has no {engine} kernel"
         place = self.table[engine]
@@ -170,7 +185,8 @@ class Operation:
 
     @foreign.constant_when_compiled  # no compiler can trace the loading of a library
     def resolve(self, impl: str, device: torch.device, *what: Any) -> str:
-        """The engine that `impl` means on `device` for a call decided by `what`: "eager" or one of `engines`.
+        """The engine that `impl` means on `device` for a call decided by `what`: "eager" or one of
+        `engines`.
 
         Raises:
             ValueError: `impl` is no engine's name.
@@ -179,8 +195,12 @@ class Operation:
         check_impl(impl, self.impls)
         if impl == "eager":
             return impl
-        if impl == "auto":  # "cuda" stands before "triton" in `engines`: not yet measured against each other on a GPU
-            return next((engine for engine in self.engines if self.suits(engine, device, *what) is None), "eager")
+        # "cuda" stands before "triton" in `engines`: not yet measured against each other on a GPU
+        if impl == "auto":
+            return next(
+                (engine for engine in self.engines if self.suits(engine, device, *what) is None),
+                "eager",
+            )
         reason = self.suits(impl, device, *what)
         if reason is not None:
             raise RuntimeError(f"impl={impl!r} is not available for {self.name}: {reason}")
@@ -188,10 +208,12 @@ class Operation:
 
 
 class Operator(Operation):
-    """One operator of `torch.ops.fastft`: its schema, its eager reference and the engines which implement it.
+    """One operator of `torch.ops.fastft`: its schema, its eager reference and the engines which
+    implement it.
 
     Args:
-        schema: as `torch.library.Library.define` takes it, e.g. `"adamw_(Tensor(a!)[] params, ...) -> ()"`.
+        schema: as `torch.library.Library.define` takes it, e.g. `"adamw_(Tensor(a!)[] params, ...)
+            -> ()"`.
         reference: plain torch with the schema's signature.
         engines: as of `Operation`, out of `"cpp"` (CPU), `"cuda"` and `"triton"`.
         fake: shape inference for `torch.compile`; None for an operator that returns nothing.
@@ -212,7 +234,9 @@ class Operator(Operation):
         library.define(schema)
         # the key under which torch looks when a device has no kernel of its own
         library.impl(self.name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(self.qualified_name, fake or (lambda *args, **kwargs: None), lib=library)
+        torch.library.register_fake(
+            self.qualified_name, fake or (lambda *args, **kwargs: None), lib=library
+        )
         for engine in set(engines) & set(LIBRARIES):
             _native.library(LIBRARIES[engine])
         self.native = getattr(torch.ops.fastft, self.name).default
@@ -221,13 +245,19 @@ class Operator(Operation):
             library.define(schema.replace(self.name, twin, 1))
             for device in ENGINES["triton"].devices:
                 library.impl(twin, self._launch_triton, device.upper())
-            torch.library.register_fake(f"fastft::{twin}", fake or (lambda *args, **kwargs: None), lib=library)
+            torch.library.register_fake(
+                f"fastft::{twin}", fake or (lambda *args, **kwargs: None), lib=library
+            )
             self.triton = getattr(torch.ops.fastft, twin).default
 
     def _launch_triton(self, *args: Any) -> Any:
         """Triton launches on the current device, wherever its arguments are."""
-        tensors = (part for arg in args for part in (arg if isinstance(arg, list | tuple) else (arg,)))
-        there = next(part for part in tensors if isinstance(part, Tensor) and part.device.type != "cpu")
+        tensors = (
+            part for arg in args for part in (arg if isinstance(arg, list | tuple) else (arg,))
+        )
+        there = next(
+            part for part in tensors if isinstance(part, Tensor) and part.device.type != "cpu"
+        )
         with getattr(torch, there.device.type).device_of(there):
             return self._triton_function()(*args)
 
@@ -235,6 +265,13 @@ class Operator(Operation):
         return getattr(importlib.import_module(f"{self.reference.__module__}_triton"), self.name)
 
     def implementation(self, impl: str, device: torch.device, *what: Any) -> Callable[..., Any]:
-        """The function that computes a call on tensors of `device` with `impl`; raises as `resolve` does."""
+        """The function that computes a call on tensors of `device` with `impl`; raises as `resolve`
+        does."""
         engine = self.resolve(impl, device, *what)
-        return self.reference if engine == "eager" else self.triton if engine == "triton" else self.native
+        return (
+            self.reference
+            if engine == "eager"
+            else self.triton
+            if engine == "triton"
+            else self.native
+        )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads make a busy machine many times slower
+# before numpy: its threads make a busy machine many times slower
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -15,13 +16,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--architectures", metavar="FILE", help="where the sweep writes its table (make sweep)")
-    parser.addoption("--packing-matrix", metavar="FILE", help="where the packing matrix writes its table (make sweep)")
+    parser.addoption(
+        "--architectures", metavar="FILE", help="where the sweep writes its table (make sweep)"
+    )
+    parser.addoption(
+        "--packing-matrix",
+        metavar="FILE",
+        help="where the packing matrix writes its table (make sweep)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--architectures")
-    if path and not hasattr(config, "workerinput"):  # the process that hears of every worker's tests
+    # the process that hears of every worker's tests
+    if path and not hasattr(config, "workerinput"):
         from architectures.table import Table
 
         config.pluginmanager.register(Table(path))
@@ -40,12 +48,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Where a kernel has spoilt the process's context, every later test in it would fail: xdist starts another one."""
-    if "PYTEST_XDIST_WORKER" in os.environ and item.get_closest_marker("gpu") and torch.cuda.is_initialized():
+    """Where a kernel has spoilt the process's context, every later test in it would fail: xdist
+    starts another one."""
+    if (
+        "PYTEST_XDIST_WORKER" in os.environ
+        and item.get_closest_marker("gpu")
+        and torch.cuda.is_initialized()
+    ):
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            print(f"{item.nodeid} has not run, an earlier test has left this: {error}", file=sys.stderr, flush=True)
+            print(
+                f"{item.nodeid} has not run, an earlier test has left this: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(70)
 
 
@@ -56,7 +73,8 @@ def seeded() -> None:
 
 @pytest.fixture
 def poisoned_empty():
-    """torch.empty filled with NaN (or the largest integer), so that an output which nobody wrote shows."""
+    """torch.empty filled with NaN (or the largest integer), so that an output which nobody wrote
+    shows."""
     deterministic, fill = (
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,

@@ -1,6 +1,8 @@
-"""make test-isa: the numeric rooms under every instruction set of this machine, our kernels' and torch's.
+"""make test-isa: the numeric rooms under every instruction set of this machine, our kernels' and
+torch's.
 
-python tests/instruction_sets.py [--only avx2 avx512] [pytest's arguments, e.g. tests/test_adamw.py -x]
+python tests/instruction_sets.py [--only avx2 avx512] [pytest's arguments, e.g. tests/test_adamw.py
+-x]
 """
 
 from __future__ import annotations
@@ -15,13 +17,41 @@ from fastft import _native
 
 TESTS = Path(__file__).resolve().parent
 ROOMS = (
-    *("adamw", "adamw_goals", "adamw_update", "attention", "boundaries", "cross_entropy", "dtensor_head"),
-    *("fused_loss", "grad_norm", "lazy_logits", "linear_cross_entropy", "linear_log_probs", "loss_goals"),
-    *("moments_8bit", "packed", "packing_callback", "pool_segments", "segment_attention", "seq2seq"),
+    *(
+        "adamw",
+        "adamw_goals",
+        "adamw_update",
+        "attention",
+        "boundaries",
+        "cross_entropy",
+        "dtensor_head",
+    ),
+    *(
+        "fused_loss",
+        "grad_norm",
+        "lazy_logits",
+        "linear_cross_entropy",
+        "linear_log_probs",
+        "loss_goals",
+    ),
+    *(
+        "moments_8bit",
+        "packed",
+        "packing_callback",
+        "pool_segments",
+        "segment_attention",
+        "seq2seq",
+    ),
     "vocab_parallel",
 )
-VARIABLES = ("FASTFT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-# of each of our instruction sets: its name, and those of the nearest that torch, oneDNN and MKL have
+VARIABLES = (
+    "FASTFT_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+# of each of our instruction sets: its name, and those of the nearest that torch, oneDNN and MKL
+# have
 PROCESSORS = {
     "baseline": ("baseline", "default", "SSE41", "SSE4_2"),
     "avx2": ("avx2", "avx2", "AVX2", "AVX2"),
@@ -31,7 +61,8 @@ PROCESSORS = {
 
 
 def settings() -> dict[str, tuple[str, ...]]:
-    """What this machine can pass for, and the farthest crossed: our kernels of one processor, torch's of another."""
+    """What this machine can pass for, and the farthest crossed: our kernels of one processor,
+    torch's of another."""
     best = _native.cpu_isa()
     if best is None:
         raise SystemExit(f"no CPU kernels: {_native.missing('cpu')}")
@@ -45,7 +76,9 @@ def settings() -> dict[str, tuple[str, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=sorted({*PROCESSORS, "ours baseline", "torch baseline"}))
+    parser.add_argument(
+        "--only", nargs="+", choices=sorted({*PROCESSORS, "ours baseline", "torch baseline"})
+    )
     options, arguments = parser.parse_known_args()
     if not any(argument.endswith(".py") for argument in arguments):
         arguments = [*arguments, *(str(TESTS / f"test_{room}.py") for room in ROOMS)]
@@ -54,7 +87,9 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         chosen = dict(zip(VARIABLES, values, strict=True))
-        print(f"\n{name}: {' '.join(f'{key}={value}' for key, value in chosen.items())}", flush=True)
+        print(
+            f"\n{name}: {' '.join(f'{key}={value}' for key, value in chosen.items())}", flush=True
+        )
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", *arguments]
         if subprocess.run(command, cwd=TESTS.parent, env={**os.environ, **chosen}).returncode:
             failed.append(name)

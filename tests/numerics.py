@@ -1,13 +1,16 @@
-"""The one tolerance: at most twice as far from the float64 truth as plain torch in the same dtype, plus a floor.
+"""The one tolerance: at most twice as far from the float64 truth as plain torch in the same dtype,
+plus a floor.
 
-The floor is what rounding alone can do to a result, whichever processor adds the numbers up, for plain torch may happen
-to be exact. With m the largest element of the truth, eps the dtype's and acc the spacing of the dtype in which sums are
+The floor is what rounding alone can do to a result, whichever processor adds the numbers up, for
+plain torch may happen to be exact. With m the largest element of the truth, eps the dtype's and acc
+the spacing of the dtype in which sums are
 kept (fp32, or float64 for float64):
 
     floor = (4 eps + sqrt(terms) acc) m
 
-A sum of n terms of either sign is rounded 2n times, each time by at most acc / 2 of what has been summed up, and these
-errors walk at random: their standard deviation is 0.41 sqrt(n) acc m. The result itself is rounded a few times more.
+A sum of n terms of either sign is rounded 2n times, each time by at most acc / 2 of what has been
+summed up, and these errors walk at random: their standard deviation is 0.41 sqrt(n) acc m. The
+result itself is rounded a few times more.
 """
 
 from __future__ import annotations
@@ -20,18 +23,26 @@ from torch import Tensor, nn
 _ROUNDINGS = 4  # of the result's own dtype
 
 
-def assert_no_worse(actual: Tensor, plain: Tensor, truth: Tensor, what: str = "result", *, terms: int = 1) -> None:
-    """Compares `actual` (ours) and `plain` (torch, same dtype) with `truth` (float64); NaN and Inf must coincide.
+def assert_no_worse(
+    actual: Tensor, plain: Tensor, truth: Tensor, what: str = "result", *, terms: int = 1
+) -> None:
+    """Compares `actual` (ours) and `plain` (torch, same dtype) with `truth` (float64); NaN and Inf
+    must coincide.
 
-    `terms`: how many numbers are added into one element, over all the sums that lie one behind another (a gradient of
-    a loss over T rows, H features and V classes: T + H + V); 1 where there is no sum.
+    `terms`: how many numbers are added into one element, over all the sums that lie one behind
+    another (a gradient of a loss over T rows, H features and V classes: T + H + V); 1 where there
+    is no sum.
     """
-    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    assert actual.shape == truth.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    )
     if truth.numel() == 0:
         return
     ours, theirs, exact = (tensor.detach().double() for tensor in (actual, plain, truth))
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(kind(ours), kind(exact)), f"{what}: {kind.__name__} differs from the truth"
+        assert torch.equal(kind(ours), kind(exact)), (
+            f"{what}: {kind.__name__} differs from the truth"
+        )
     finite = torch.isfinite(exact)
     if not finite.any():
         return
@@ -43,7 +54,8 @@ def assert_no_worse(actual: Tensor, plain: Tensor, truth: Tensor, what: str = "r
     position = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
     assert error.flatten()[worst] <= allowed, (
         f"{what}: off by {error.flatten()[worst]:.3g} at {position}, allowed {allowed:.3g}; "
-        f"ours {ours.flatten()[worst]:.9g}, torch {theirs.flatten()[worst]:.9g}, truth {exact.flatten()[worst]:.9g}"
+        f"ours {ours.flatten()[worst]:.9g}, torch {theirs.flatten()[worst]:.9g}, truth "
+        f"{exact.flatten()[worst]:.9g}"
     )
 
 
@@ -54,15 +66,21 @@ def floor(dtype: torch.dtype, terms: int) -> float:
 
 
 def terms_of(model: nn.Module, tokens: int) -> int:
-    """The terms of a gradient of a whole model: the rows that its matrices sum over, and the tokens of the loss."""
-    return tokens + sum(parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1)
+    """The terms of a gradient of a whole model: the rows that its matrices sum over, and the tokens
+    of the loss."""
+    return tokens + sum(
+        parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1
+    )
 
 
-def assert_no_common_factor(actual: Tensor, truth: Tensor, dtype: torch.dtype, what: str = "result") -> None:
-    """Raises if all of `actual` is off by one factor, as it is where a scale was rounded to `dtype`, of 16 bits.
+def assert_no_common_factor(
+    actual: Tensor, truth: Tensor, dtype: torch.dtype, what: str = "result"
+) -> None:
+    """Raises if all of `actual` is off by one factor, as it is where a scale was rounded to
+    `dtype`, of 16 bits.
 
-    Elements' own roundings average out: the factor that fits best is 1 to an eighth of the dtype's eps, where a scale
-    that was rounded is off by up to a half.
+    Elements' own roundings average out: the factor that fits best is 1 to an eighth of the dtype's
+    eps, where a scale that was rounded is off by up to a half.
     """
     ours, exact = actual.detach().double().flatten(), truth.detach().double().flatten()
     off = float(ours @ exact / (exact @ exact)) - 1

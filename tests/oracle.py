@@ -1,4 +1,5 @@
-"""What the losses mean, in plain torch: the truth in float64, and torch's own error in the dtype under test."""
+"""What the losses mean, in plain torch: the truth in float64, and torch's own error in the dtype
+under test."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ OPTIONS = {
     "z_loss_weight": {"z_loss": 0.01, "weight": True},
     "scale": {"logit_scale": 0.3},
     "softcap": {"softcap": 5.0},
-    "all": {"softcap": 3.0, "logit_scale": 0.5, "z_loss": 0.02, "label_smoothing": 0.1, "weight": True},
+    "all": {
+        "softcap": 3.0,
+        "logit_scale": 0.5,
+        "z_loss": 0.02,
+        "label_smoothing": 0.1,
+        "weight": True,
+    },
 }
 
 
@@ -68,4 +75,10 @@ def log_probs(logits, target, *, ignore_index=-100, softcap=None, logit_scale=1.
     log_p = z.log_softmax(1)
     entropy = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(1)
     top = (z.argmax(1) == index[:, 0]) & counted
-    return (*(torch.where(counted, r, 0.0) for r in (log_p.gather(1, index)[:, 0], entropy, z.logsumexp(1))), top)
+    return (
+        *(
+            torch.where(counted, r, 0.0)
+            for r in (log_p.gather(1, index)[:, 0], entropy, z.logsumexp(1))
+        ),
+        top,
+    )

@@ -1,4 +1,5 @@
-"""Tiny models of every kind of attention that packing must keep apart, and what their unpacked stock runs give."""
+"""Tiny models of every kind of attention that packing must keep apart, and what their unpacked
+stock runs give."""
 
 from __future__ import annotations
 
@@ -17,16 +18,27 @@ from fastft.attention.attention import register_attention
 register_attention()
 
 VOCABULARY = 97
-_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+}
 _SIZES |= {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_SLIDING = {**_GROUPED, "head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+_SLIDING = {
+    **_GROUPED,
+    "head_dim": 8,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 _MOE = {"experts_implementation": "eager"}  # the only one in float64
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """How to make one: its config class and sizes, its automatic class, the arguments of `from_config`."""
+    """How to make one: its config class and sizes, its automatic class, the arguments of
+    `from_config`."""
 
     config: str
     sizes: dict[str, Any]
@@ -61,13 +73,31 @@ MODELS = {
     ),
     "llama4": Tiny(  # chunks
         "Llama4TextConfig",
-        {**_GROUPED, "head_dim": 8, "attention_chunk_size": 5, "num_local_experts": 2, "intermediate_size_mlp": 48}
+        {
+            **_GROUPED,
+            "head_dim": 8,
+            "attention_chunk_size": 5,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+        }
         | {"num_hidden_layers": 4},
     ),
     "deepseek_v3": Tiny(  # values of another head size
         "DeepseekV3Config",
-        {**_SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
-        | {"qk_nope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+        {
+            **_SIZES,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+        }
+        | {
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+        }
         | {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
         options=_MOE,
     ),
@@ -75,14 +105,26 @@ MODELS = {
     "gpt2": Tiny("GPT2Config", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}),
     "bert": _masked("BertConfig", **_SIZES),
     "roberta": _masked("RobertaConfig", **{**_SIZES, "pad_token_id": 1}, position_ids_start=2),
-    "distilbert": _masked("DistilBertConfig", vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=48),
+    "distilbert": _masked(
+        "DistilBertConfig", vocab_size=VOCABULARY, dim=32, n_layers=2, n_heads=4, hidden_dim=48
+    ),
     "modernbert": _masked(
-        "ModernBertConfig", **_SIZES, local_attention=6, layer_types=["sliding_attention", "full_attention"]
+        "ModernBertConfig",
+        **_SIZES,
+        local_attention=6,
+        layer_types=["sliding_attention", "full_attention"],
     ),
     "eurobert": _masked("EuroBertConfig", **_GROUPED),
     "t5": Tiny(
         "T5Config",
-        {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+        }
         | {"decoder_start_token_id": 0},
         "AutoModelForSeq2SeqLM",
     ),
@@ -94,7 +136,9 @@ def build(name: str, attention: str, dtype: torch.dtype = torch.float32, **sizes
     tiny = MODELS[name]
     config = getattr(transformers, tiny.config)(**{**tiny.sizes, **sizes})
     torch.manual_seed(0)
-    model = getattr(transformers, tiny.auto).from_config(config, attn_implementation=attention, **tiny.options)
+    model = getattr(transformers, tiny.auto).from_config(
+        config, attn_implementation=attention, **tiny.options
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -112,14 +156,17 @@ def ends(lengths: Sequence[int]) -> Tensor:
 
 
 def packed(tokens: Sequence[Tensor], position_ids_start: int = 0, rows: int = 1) -> dict[str, Any]:
-    """A batch as the collator makes it, without labels; the sequences fill equal rows one after another."""
+    """A batch as the collator makes it, without labels; the sequences fill equal rows one after
+    another."""
     lengths = [len(part) for part in tokens]
     positions = torch.cat([torch.arange(length) + position_ids_start for length in lengths])
     cu_seqlens = ends(lengths)
     return {
         "input_ids": torch.cat(list(tokens)).view(rows, -1),
         "position_ids": positions.view(rows, -1),
-        "seq_idx": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int().view(rows, -1),
+        "seq_idx": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        .int()
+        .view(rows, -1),
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": max(lengths),
@@ -138,14 +185,18 @@ def packed_pairs(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[s
 
 def gradients(model: nn.Module) -> Tensor:
     """All of a model's gradients in one vector; they are taken away."""
-    flat = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    flat = [
+        parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None
+    ]
     model.zero_grad()
     return torch.cat(flat)
 
 
 def through(model: nn.Module, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (T, V) and the gradients of a fixed random sum of them."""
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    weights = torch.randn(
+        logits.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
     (logits * weights.to(logits.dtype)).sum().backward()
     return logits.detach(), gradients(model)
 
@@ -154,13 +205,17 @@ def unpacked(name: str, tokens: Sequence[Tensor], dtype: torch.dtype) -> tuple[T
     """Logits and gradients of the stock model with eager attention, a sequence at a time."""
     model = build(name, "eager", dtype)
     options = {"use_cache": False} if MODELS[name].causal else {}
-    return through(model, torch.cat([model(input_ids=part[None], **options).logits[0] for part in tokens]))
+    return through(
+        model, torch.cat([model(input_ids=part[None], **options).logits[0] for part in tokens])
+    )
 
 
 @contextmanager
 def one_process_group(store: Any) -> Iterator[None]:
     """A gloo group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""Runs the cases of a test module in several processes that talk through gloo: spawned once, all cases in each."""
+"""Runs the cases of a test module in several processes that talk through gloo: spawned once, all
+cases in each."""
 
 from __future__ import annotations
 

@@ -20,7 +20,10 @@ from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import join_master
 
 NATIVE = _native.missing("cpu") is None
-ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
+]
 SHAPES = [(1,), (63,), (507,), (4096,), (3, 5, 7), (), (0,)]
 OPTIONS = [
     {},
@@ -66,29 +69,42 @@ def equal(left, right):
     for a, b in zip(left, right, strict=True):
         assert a.dtype == b.dtype
         a, b = a.detach(), b.detach()
-        assert torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0)), float((a.double() - b.double()).abs().max())
+        assert torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0)), float(
+            (a.double() - b.double()).abs().max()
+        )
 
 
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_no_worse_than_torch(impl, options, poisoned_empty):
     grads = gradients(SHAPES, 12)
-    ours, plain = AdamW(start(SHAPES), impl=impl, **options), torch.optim.AdamW(start(SHAPES), **options)
+    ours, plain = (
+        AdamW(start(SHAPES), impl=impl, **options),
+        torch.optim.AdamW(start(SHAPES), **options),
+    )
     truth = torch.optim.AdamW([Parameter(p.detach().double()) for p in start(SHAPES)], **options)
     results = [train(optimizer, grads) for optimizer in (ours, plain, truth)]
     for actual, torchs, exact in zip(*results, strict=True):
-        assert_no_worse(actual.detach(), torchs.detach(), exact.detach(), "parameter", terms=len(grads))
+        assert_no_worse(
+            actual.detach(), torchs.detach(), exact.detach(), "parameter", terms=len(grads)
+        )
     for name in ("exp_avg", "exp_avg_sq"):
-        for actual, torchs, exact in zip(*(states(o, name) for o in (ours, plain, truth)), strict=True):
+        for actual, torchs, exact in zip(
+            *(states(o, name) for o in (ours, plain, truth)), strict=True
+        ):
             assert_no_worse(actual, torchs, exact, name, terms=len(grads))
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native library")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_bits_of_torch_fused(options):
-    # exact on whole vectors; in the tail of a tensor torch's compiler contracts the second moment differently
+    # exact on whole vectors; in the tail of a tensor torch's compiler contracts the second moment
+    # differently
     shapes = [(64,), (4096,), (16, 64)]
-    ours, fused = AdamW(start(shapes), impl="cpp", **options), torch.optim.AdamW(start(shapes), fused=True, **options)
+    ours, fused = (
+        AdamW(start(shapes), impl="cpp", **options),
+        torch.optim.AdamW(start(shapes), fused=True, **options),
+    )
     grads = gradients(shapes, 50)
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         equal(train(ours, grads), train(fused, grads))
@@ -119,7 +135,10 @@ def test_bf16_follows_fp32_to_the_last_bit(impl, options):
     train(ours, grads)
     train(fp32, grads)
     equal(
-        [join_master(p.detach(), r) for p, r in zip(narrow, states(ours, "remainder"), strict=True)],
+        [
+            join_master(p.detach(), r)
+            for p, r in zip(narrow, states(ours, "remainder"), strict=True)
+        ],
         [w.detach() for w in wide],
     )
     equal(states(ours, "exp_avg"), states(fp32, "exp_avg"))
@@ -219,7 +238,10 @@ def test_groups_missing_gradients_and_late_parameters():
     results = []
     for cls, options in ((AdamW, {}), (torch.optim.AdamW, {"foreach": False})):
         params = start(shapes)
-        optimizer = cls([{"params": params[:2], "lr": 0.1}, {"params": params[2:3], "weight_decay": 0.0}], **options)
+        optimizer = cls(
+            [{"params": params[:2], "lr": 0.1}, {"params": params[2:3], "weight_decay": 0.0}],
+            **options,
+        )
         train(optimizer, [row[:3] for row in grads[:3]])
         optimizer.add_param_group({"params": params[3], "betas": (0.5, 0.9)})
         train(optimizer, grads[3:])
@@ -271,7 +293,8 @@ def test_resume_equals_an_uninterrupted_run(dtype, way):
     resumed = AdamW([Parameter(param.detach().clone()) for param in params])
     resumed.load_state_dict(COPIES[way](first))
     train(resumed, grads[5:])
-    train(first, [[torch.zeros(shape) for shape in shapes]])  # must not reach the resumed one's steps
+    # must not reach the resumed one's steps
+    train(first, [[torch.zeros(shape) for shape in shapes]])
     equal(resumed.param_groups[0]["params"], whole.param_groups[0]["params"])
     for name in next(iter(whole.state.values())):
         equal(states(resumed, name), states(whole, name))
@@ -289,13 +312,17 @@ def test_checkpoints_of_torch(dtype, fused):
         equal(states(ours, name), [value.float() for value in states(torchs, name)])
     train(ours, grads[3:])
     if dtype == torch.float32:  # and back
-        again = torch.optim.AdamW([Parameter(param.detach().clone()) for param in ours.param_groups[0]["params"]])
+        again = torch.optim.AdamW(
+            [Parameter(param.detach().clone()) for param in ours.param_groups[0]["params"]]
+        )
         again.load_state_dict(saved_and_loaded(ours.state_dict()))
         equal(states(again, "exp_avg"), states(ours, "exp_avg"))
         train(again, grads[:1])
         train(ours, grads[:1])
         assert [float(step) for step in states(again, "step")] == [7.0, 7.0]
-        for a, b in zip(again.param_groups[0]["params"], ours.param_groups[0]["params"], strict=True):
+        for a, b in zip(
+            again.param_groups[0]["params"], ours.param_groups[0]["params"], strict=True
+        ):
             torch.testing.assert_close(a, b)
 
 
@@ -305,7 +332,9 @@ def test_schedulers_hooks_closures_and_zero_grad():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.1**epoch)
     optimizer.register_step_pre_hook(lambda *args: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *args: calls.append("post"))
-    optimizer.register_load_state_dict_pre_hook(lambda _, loaded: calls.append(sorted(loaded["state"][0])))
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, loaded: calls.append(sorted(loaded["state"][0]))
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -350,13 +379,19 @@ def test_any_mix_equals_one_optimizer_per_tensor(sizes, narrow, present):
         row[:] = [grad if here else None for grad, here in zip(row, mask, strict=False)]
 
     def params():
-        return [p if wide else Parameter(p.detach().bfloat16()) for p, wide in zip(start(shapes), narrow, strict=False)]
+        return [
+            p if wide else Parameter(p.detach().bfloat16())
+            for p, wide in zip(start(shapes), narrow, strict=False)
+        ]
 
     together, alone = AdamW(params()), [AdamW([param]) for param in params()]
     train(together, grads)
     for i, optimizer in enumerate(alone):
         train(optimizer, [[row[i]] for row in grads])
-    equal(together.param_groups[0]["params"], [optimizer.param_groups[0]["params"][0] for optimizer in alone])
+    equal(
+        together.param_groups[0]["params"],
+        [optimizer.param_groups[0]["params"][0] for optimizer in alone],
+    )
 
 
 BAD = [
@@ -412,7 +447,9 @@ def test_bad_parameters_gradients_engines_and_checkpoints():
     with pytest.raises(ValueError, match=r"exp_avg.*\(4, 3\).*\(5,\)"):
         AdamW(start([(5,)])).load_state_dict(checkpoint)
     with pytest.raises(ValueError, match="missing"):
-        AdamW(start([(5,)])).load_state_dict({**checkpoint, "state": {0: {"momentum_buffer": torch.zeros(5)}}})
+        AdamW(start([(5,)])).load_state_dict(
+            {**checkpoint, "state": {0: {"momentum_buffer": torch.zeros(5)}}}
+        )
 
 
 def test_an_unavailable_engine_leaves_the_step_uncounted() -> None:

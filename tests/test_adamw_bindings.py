@@ -1,4 +1,5 @@
-"""Operators called directly with numbers that nobody checked: a sentence, never the end of the process."""
+"""Operators called directly with numbers that nobody checked: a sentence, never the end of the
+process."""
 
 from __future__ import annotations
 
@@ -34,12 +35,18 @@ def cuda() -> Iterator[tuple[Any, Any]]:
 @pytest.fixture(params=["cpp", "cuda, as PTX"])
 def native(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """The operators and the library of an engine."""
-    return request.getfixturevalue("cuda") if request.param != "cpp" else (torch.ops.fastft, _native.library("cpu"))
+    return (
+        request.getfixturevalue("cuda")
+        if request.param != "cpp"
+        else (torch.ops.fastft, _native.library("cpu"))
+    )
 
 
 def bind(native: Any, size: int = 5, row: int = 0, first: int = 0) -> tuple[int, Tensor]:
     param, m, v = torch.zeros(3, size).unbind()
-    return native[0].adamw_bind([param], [m], [v], [], [], torch.tensor([[row, 0, 0, first]])), param
+    return native[0].adamw_bind(
+        [param], [m], [v], [], [], torch.tensor([[row, 0, 0, first]])
+    ), param
 
 
 def step(native: Any, bound: int, size: int = 5) -> int:
@@ -49,8 +56,21 @@ def step(native: Any, bound: int, size: int = 5) -> int:
 def test_numbers_that_stand_for_no_binding(native: Any) -> None:
     bound, param = bind(native)
     other = torch.zeros(64)
-    for forged in (0, -1, 2**62 - 1, HUGE, -HUGE - 1, bound + 1, bound - 1000, other.data_ptr(), id(param)):
-        with pytest.raises(RuntimeError, match=f"adamw_bound_: {forged} is nothing that it has bound, or was released"):
+    for forged in (
+        0,
+        -1,
+        2**62 - 1,
+        HUGE,
+        -HUGE - 1,
+        bound + 1,
+        bound - 1000,
+        other.data_ptr(),
+        id(param),
+    ):
+        with pytest.raises(
+            RuntimeError,
+            match=f"adamw_bound_: {forged} is nothing that it has bound, or was released",
+        ):
             step(native, forged)
     assert not param.any() and step(native, bound) == 0 and param.all()
 
@@ -58,7 +78,8 @@ def test_numbers_that_stand_for_no_binding(native: Any) -> None:
 def test_a_released_binding(native: Any) -> None:
     bound, param = bind(native)
     native[1].fastft_adamw_release(ctypes.c_int64(bound))
-    native[1].fastft_adamw_release(ctypes.c_int64(bound))  # twice, and numbers that nobody has given
+    # twice, and numbers that nobody has given
+    native[1].fastft_adamw_release(ctypes.c_int64(bound))
     for number in (0, -1, HUGE):
         native[1].fastft_adamw_release(ctypes.c_int64(number))
     with pytest.raises(RuntimeError, match="or was released"):
@@ -106,7 +127,9 @@ def test_an_optimizer_that_goes_takes_its_binding_with_it() -> None:
         step((torch.ops.fastft, None), bound, 3)
 
 
-@pytest.mark.parametrize(("row", "first"), [(HUGE, 0), (2**31, 0), (-1, 0), (0, -1), (0, HUGE), (HUGE, HUGE)])
+@pytest.mark.parametrize(
+    ("row", "first"), [(HUGE, 0), (2**31, 0), (-1, 0), (0, -1), (0, HUGE), (HUGE, HUGE)]
+)
 def test_a_table_that_points_out_of_everything(native: Any, row: int, first: int) -> None:
     with pytest.raises(RuntimeError, match="adamw_: bad table row 0"):
         bind(native, row=row, first=first)
@@ -122,10 +145,22 @@ def test_a_row_that_the_table_of_numbers_lacks(native: Any) -> None:
     assert not param.any()
 
 
-@pytest.mark.parametrize("lengths", [[HUGE, HUGE, 1], [HUGE] * 3, [1, 2**62, 2**62], [-HUGE - 1, 5], [3, -HUGE]])
+@pytest.mark.parametrize(
+    "lengths", [[HUGE, HUGE, 1], [HUGE] * 3, [1, 2**62, 2**62], [-HUGE - 1, 5], [3, -HUGE]]
+)
 def test_a_plan_of_lengths_whose_sum_overflows(lengths: list[int]) -> None:
-    n, outputs = len(lengths), [torch.zeros(len(lengths) + more, dtype=torch.int64) for more in (0, 0, 1)]
-    arguments = [torch.tensor(lengths), torch.tensor([0, n]), 100, 0, *outputs, torch.zeros(1, dtype=torch.int64)]
+    n, outputs = (
+        len(lengths),
+        [torch.zeros(len(lengths) + more, dtype=torch.int64) for more in (0, 0, 1)],
+    )
+    arguments = [
+        torch.tensor(lengths),
+        torch.tensor([0, n]),
+        100,
+        0,
+        *outputs,
+        torch.zeros(1, dtype=torch.int64),
+    ]
     with pytest.raises(RuntimeError, match=r"plan_packs: length .* of a window is not in \[1, "):
         torch.ops.fastft.plan_packs(*arguments)
 
@@ -135,8 +170,14 @@ def test_a_batch_that_ignores_more_tokens_than_there_are() -> None:
         outputs = [torch.zeros(5, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.int32)]
         sums, source = torch.zeros(3, dtype=torch.int32), torch.arange(5)
         lengths = torch.tensor([2, 3])
-        torch.ops.fastft.packed_boundaries(lengths, torch.tensor([0, ignored]), source, 0, *outputs, sums)
+        torch.ops.fastft.packed_boundaries(
+            lengths, torch.tensor([0, ignored]), source, 0, *outputs, sums
+        )
         return [tensor.tolist() for tensor in (*outputs, sums)]
 
-    assert filled(HUGE) == filled(3) == [[0, 1, *[-100] * 3], [0, 1, 0, 1, 2], [0, 0, 1, 1, 1], [0, 2, 5]]
+    assert (
+        filled(HUGE)
+        == filled(3)
+        == [[0, 1, *[-100] * 3], [0, 1, 0, 1, 2], [0, 0, 1, 1, 1], [0, 2, 5]]
+    )
     assert filled(-HUGE - 1) == filled(0)

@@ -44,7 +44,12 @@ MODES = {
     "kahan-bf16_moments": (BF16, {"rounding": "kahan", "moments": "bf16"}, 10, 18),
     "stochastic": (BF16, {"rounding": "stochastic"}, 12, 22),
     "stochastic-bf16_moments": (BF16, {"rounding": "stochastic", "moments": "bf16"}, 8, 14),
-    "stochastic-8bit_moments": (BF16, {"rounding": "stochastic", "moments": "8bit"}, 6.0625, 10.125),
+    "stochastic-8bit_moments": (
+        BF16,
+        {"rounding": "stochastic", "moments": "8bit"},
+        6.0625,
+        10.125,
+    ),
     "nearest": (BF16, {"rounding": "nearest"}, 12, 22),
 }
 IN_EVERY_MODE = pytest.mark.parametrize("mode", MODES)
@@ -52,7 +57,10 @@ IN_EVERY_MODE = pytest.mark.parametrize("mode", MODES)
 
 def leaves(shapes=SHAPES, dtype=FP32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator).bfloat16().to(dtype)) for shape in shapes]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator).bfloat16().to(dtype))
+        for shape in shapes
+    ]
 
 
 def made(mode, shapes=SHAPES, **options):
@@ -65,7 +73,9 @@ def give(optimizer, step, scale=1.0):
     generator = torch.Generator().manual_seed(1000 + step)
     for group in optimizer.param_groups:
         for param in group["params"]:
-            param.grad = (scale * torch.randn(param.shape, generator=generator)).bfloat16().to(param.dtype)
+            param.grad = (
+                (scale * torch.randn(param.shape, generator=generator)).bfloat16().to(param.dtype)
+            )
 
 
 def run(optimizer, first, last):
@@ -76,10 +86,13 @@ def run(optimizer, first, last):
 
 
 def everything(optimizer):
-    """Parameters and states, as integers where they hold floats: NaN and -0.0 count as what they are."""
+    """Parameters and states, as integers where they hold floats: NaN and -0.0 count as what they
+    are."""
     params = [param.detach() for group in optimizer.param_groups for param in group["params"]]
     found = params + [state[name] for state in optimizer.state.values() for name in sorted(state)]
-    return [t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()]) for t in found]
+    return [
+        t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()]) for t in found
+    ]
 
 
 def assert_same_bits(left, right):
@@ -101,7 +114,8 @@ def test_every_engine_has_the_same_bits(mode):
 
 
 class Calls(TorchDispatchMode):
-    """Counts what passes torch's dispatcher: operations, fastft's among them, elements of the largest new tensor."""
+    """Counts what passes torch's dispatcher: operations, fastft's among them, elements of the
+    largest new tensor."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +125,9 @@ class Calls(TorchDispatchMode):
         self.all += 1
         self.ours += func.namespace == "fastft"
         result = func(*args, **(kwargs or {}))
-        self.elements = max(self.elements, result.numel() if isinstance(result, torch.Tensor) else 0)
+        self.elements = max(
+            self.elements, result.numel() if isinstance(result, torch.Tensor) else 0
+        )
         return result
 
 
@@ -142,7 +158,8 @@ def test_bytes_resident_and_moved(mode):
     kept = [param, *(value for name, value in state.items() if name != "step")]
     bytes_kept = sum(tensor.numel() * tensor.element_size() for tensor in kept) / param.numel()
     assert bytes_kept + param.grad.element_size() == resident
-    assert 2 * bytes_kept + param.grad.element_size() == moved  # kept is read and written, the gradient read
+    # kept is read and written, the gradient read
+    assert 2 * bytes_kept + param.grad.element_size() == moved
     before = [tensor.data_ptr() for tensor in kept]
     with Calls() as calls:
         optimizer.step()  # takes the norm as well
@@ -160,7 +177,9 @@ def test_fp32_moments_for_bf16_parameters():
     param.grad.zero_()
     for _ in range(1000):
         optimizer.step()
-    torch.testing.assert_close(state["exp_avg_sq"], torch.full((512,), 0.25e-3 * 0.999**1000), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        state["exp_avg_sq"], torch.full((512,), 0.25e-3 * 0.999**1000), rtol=1e-3, atol=0
+    )
 
 
 def test_exact_fp32_master_at_two_more_bytes():
@@ -168,8 +187,11 @@ def test_exact_fp32_master_at_two_more_bytes():
     value[:8] = torch.tensor([1e-38, -3e-39, 9.2e-41, 0.0, 1 - 2**-8, 1 + 2**-7, -2.0, 255.0])
     narrow = nn.Parameter(value.bfloat16())
     wide = nn.Parameter(narrow.detach().float())
-    torchs_bits = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # elsewhere it contracts products
-    fp32 = (torch.optim.AdamW if torchs_bits else fastft.AdamW)([wide], lr=1e-4, weight_decay=0.1, fused=True)
+    # elsewhere it contracts products
+    torchs_bits = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    fp32 = (torch.optim.AdamW if torchs_bits else fastft.AdamW)(
+        [wide], lr=1e-4, weight_decay=0.1, fused=True
+    )
     ours = fastft.AdamW([narrow], lr=1e-4, weight_decay=0.1)
     carries = torch.zeros(512, dtype=torch.bool)
     for _ in range(1000):
@@ -182,7 +204,9 @@ def test_exact_fp32_master_at_two_more_bytes():
         carries |= before != narrow
         remainder = ours.state[narrow]["remainder"]
         master = (narrow.detach().view(torch.int16).int() << 16) + remainder
-        assert remainder.dtype == torch.int16 and torch.equal(master, wide.detach().view(torch.int32))
+        assert remainder.dtype == torch.int16 and torch.equal(
+            master, wide.detach().view(torch.int32)
+        )
     assert carries.float().mean() > 0.9
     halfway = (master & 0xFFFF) == 0x8000
     assert torch.equal(narrow[~halfway], wide.bfloat16()[~halfway])
@@ -200,11 +224,15 @@ def test_bf16_moments_are_right_in_the_mean():
 
 
 def rows(shape=(64, 128), scale=1.0):
-    return [scale * torch.randn(shape, generator=torch.Generator().manual_seed(step)) for step in range(50)]
+    return [
+        scale * torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        for step in range(50)
+    ]
 
 
 def eight_bit_and_fp32(grads):
-    """The last update of each of two optimizers on the same gradients, and the state of the first."""
+    """The last update of each of two optimizers on the same gradients, and the state of the
+    first."""
     updates, states = [], []
     for moments in ("8bit", "fp32"):
         param = nn.Parameter(torch.zeros_like(grads[0]))
@@ -240,7 +268,12 @@ def test_any_number_of_elements_in_8_bits(shape):
 
 def test_stochastic_and_kahan_weights_move_where_nearest_stands_still():
     start, weights = torch.linspace(1, 1.9, 4096).bfloat16(), {}
-    for rounding, dtype in (("exact", FP32), ("nearest", BF16), ("stochastic", BF16), ("kahan", BF16)):
+    for rounding, dtype in (
+        ("exact", FP32),
+        ("nearest", BF16),
+        ("stochastic", BF16),
+        ("kahan", BF16),
+    ):
         param = nn.Parameter(start.to(dtype, copy=True))
         optimizer = fastft.AdamW([param], lr=1e-5, weight_decay=0.0, rounding=rounding, seed=2)
         for _ in range(500):
@@ -249,7 +282,8 @@ def test_stochastic_and_kahan_weights_move_where_nearest_stands_still():
         weights[rounding] = param.detach().float()
     truth = weights["exact"]
     assert torch.equal(weights["nearest"], start.float())
-    assert torch.equal(weights["kahan"], truth.bfloat16())  # where they move by more than half of a place of bf16
+    # where they move by more than half of a place of bf16
+    assert torch.equal(weights["kahan"], truth.bfloat16())
     moved = float((truth - start).mean())
     assert moved == pytest.approx(-5e-3, rel=0.05)
     assert float((weights["stochastic"] - start).mean()) == pytest.approx(moved, rel=0.1)
@@ -266,12 +300,22 @@ def test_clipping_inside_the_step(dtype):
         ours.step()
         for grad, version, copy in given:
             assert grad._version == version and torch.equal(grad, copy)
-        norms = [torch.nn.utils.clip_grad_norm_(stock.param_groups[0]["params"], 0.3) for stock in stocks]
+        norms = [
+            torch.nn.utils.clip_grad_norm_(stock.param_groups[0]["params"], 0.3) for stock in stocks
+        ]
         assert (step == 4) == (float(ours.grad_norm) < 0.3)
-        assert_no_worse(ours.grad_norm, norms[0], norms[1], "norm", terms=sum(grad.numel() for grad, *_ in given))
+        assert_no_worse(
+            ours.grad_norm,
+            norms[0],
+            norms[1],
+            "norm",
+            terms=sum(grad.numel() for grad, *_ in given),
+        )
         for stock in stocks:
             stock.step()
-    for a, b, c in zip(*(optimizer.param_groups[0]["params"] for optimizer in (ours, *stocks)), strict=True):
+    for a, b, c in zip(
+        *(optimizer.param_groups[0]["params"] for optimizer in (ours, *stocks)), strict=True
+    ):
         if dtype == FP32:
             assert_no_worse(a.detach(), b.detach(), c.detach(), "parameter")
         else:
@@ -321,9 +365,12 @@ def test_amsgrad_and_maximize(amsgrad, maximize):
     truth = torch.optim.AdamW(leaves(dtype=torch.float64), **options)
     for step in range(30):
         for optimizer in (ours, torchs, truth):
-            give(optimizer, step, scale=0.5**step)  # what amsgrad is for: the largest second moment is an old one
+            # what amsgrad is for: the largest second moment is an old one
+            give(optimizer, step, scale=0.5**step)
             optimizer.step()
-    for a, b, c in zip(*(optimizer.param_groups[0]["params"] for optimizer in (ours, torchs, truth)), strict=True):
+    for a, b, c in zip(
+        *(optimizer.param_groups[0]["params"] for optimizer in (ours, torchs, truth)), strict=True
+    ):
         assert_no_worse(a.detach(), b.detach(), c.detach(), "parameter")
     if amsgrad:
         assert all((s["max_exp_avg_sq"] > 10 * s["exp_avg_sq"]).all() for s in ours.state.values())
@@ -353,7 +400,9 @@ def test_any_mix_of_dtypes_in_one_group(moments):
         assert all(map(torch.equal, together, alone))
     for param, other in zip(together, alone, strict=True):
         torch.testing.assert_close(param, other, rtol=2**-7, atol=1e-4)
-    assert {s["exp_avg"].dtype for s in mixed.state.values()} == {BF16 if moments == "bf16" else FP32}
+    assert {s["exp_avg"].dtype for s in mixed.state.values()} == {
+        BF16 if moments == "bf16" else FP32
+    }
 
 
 @needs_native
@@ -368,7 +417,8 @@ def test_more_than_2_31_elements_in_the_norm():
 
 
 class Recorder(TorchDispatchMode):
-    """What a CUDA graph does: keeps operations, and does them again on the same memory without asking Python."""
+    """What a CUDA graph does: keeps operations, and does them again on the same memory without
+    asking Python."""
 
     def __init__(self):
         super().__init__()
@@ -381,14 +431,17 @@ class Recorder(TorchDispatchMode):
 
     def replay(self):
         for func, args, kwargs, result in self.calls:
-            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+            for old, new in zip(
+                tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True
+            ):
                 if isinstance(old, torch.Tensor):
                     old.copy_(new)
 
 
 @pytest.fixture(params=["cpp", "cuda, as PTX"])
 def kernels(request):
-    """The C++ engine, or the CUDA kernels in its place, which are captured and read hyper-parameters of the device."""
+    """The C++ engine, or the CUDA kernels in its place, which are captured and read
+    hyper-parameters of the device."""
     if request.param == "cpp":
         yield
         return
@@ -429,12 +482,16 @@ def test_a_lossless_state_dict_that_weights_only_loads(mode):
     optimizer = run(made(mode), 0, 3)
     copy = made(mode)
     with torch.no_grad():
-        for param, other in zip(*(o.param_groups[0]["params"] for o in (copy, optimizer)), strict=True):
+        for param, other in zip(
+            *(o.param_groups[0]["params"] for o in (copy, optimizer)), strict=True
+        ):
             param.copy_(other)
     copy.load_state_dict(from_disk(optimizer.state_dict()))
     assert_same_bits(copy, optimizer)
     for state, other in zip(copy.state.values(), optimizer.state.values(), strict=True):
-        assert {name: t.dtype for name, t in state.items()} == {name: t.dtype for name, t in other.items()}
+        assert {name: t.dtype for name, t in state.items()} == {
+            name: t.dtype for name, t in other.items()
+        }
 
 
 @IN_EVERY_MODE
@@ -456,7 +513,10 @@ def of_bitsandbytes(param, generator):
     entries, moments = {"step": 9}, []
     for number, lowest in (("1", -1.0), ("2", 0.0)):
         codes = torch.randint(0, 256, param.shape, generator=generator, dtype=torch.uint8)
-        qmap, absmax = torch.linspace(lowest, 1, 256), torch.rand(-(-param.numel() // 256), generator=generator)
+        qmap, absmax = (
+            torch.linspace(lowest, 1, 256),
+            torch.rand(-(-param.numel() // 256), generator=generator),
+        )
         entries |= {f"state{number}": codes, f"qmap{number}": qmap, f"absmax{number}": absmax}
         scales = absmax.repeat_interleave(256)[: param.numel()].view_as(param)
         moments.append(qmap[codes.long()] * scales)
@@ -478,7 +538,9 @@ def test_checkpoints_of_torch_bitsandbytes_and_apex(origin, dtype):
         saved = run(torch.optim.AdamW(leaves([(70, 73)]), lr=0.5), 0, count).state_dict()
         moments = [saved["state"][0]["exp_avg"], saved["state"][0]["exp_avg_sq"]]
     else:
-        entries, moments = (of_bitsandbytes if origin == "bitsandbytes" else of_apex)(param, generator)
+        entries, moments = (of_bitsandbytes if origin == "bitsandbytes" else of_apex)(
+            param, generator
+        )
         group = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": [0]}
         if origin == "apex":
             group |= {"step": count, "bias_correction": True}
@@ -486,7 +548,9 @@ def test_checkpoints_of_torch_bitsandbytes_and_apex(origin, dtype):
     ours.load_state_dict(from_disk(saved))
     state = ours.state[param]
     assert float(state["step"]) == count and ours.param_groups[0]["lr"] == 0.5
-    assert torch.equal(state["exp_avg"], moments[0]) and torch.equal(state["exp_avg_sq"], moments[1])
+    assert torch.equal(state["exp_avg"], moments[0]) and torch.equal(
+        state["exp_avg_sq"], moments[1]
+    )
     assert state["exp_avg"].dtype == FP32
     run(ours, count, count + 1)
 
@@ -494,7 +558,9 @@ def test_checkpoints_of_torch_bitsandbytes_and_apex(origin, dtype):
 @IN_EVERY_MODE
 def test_torch_continues_from_what_we_write(mode):
     ours = run(made(mode), 0, 3)
-    torchs = torch.optim.AdamW([nn.Parameter(p.detach().float()) for p in ours.param_groups[0]["params"]])
+    torchs = torch.optim.AdamW(
+        [nn.Parameter(p.detach().float()) for p in ours.param_groups[0]["params"]]
+    )
     torchs.load_state_dict(from_disk(ours.torch_state_dict()))
     assert torchs.param_groups[0]["lr"] == 1e-2
     for state, own in zip(torchs.state.values(), ours.state.values(), strict=True):
@@ -502,7 +568,12 @@ def test_torch_continues_from_what_we_write(mode):
         if own["exp_avg"].dtype.is_floating_point:
             assert torch.equal(state["exp_avg"], own["exp_avg"].float())
             assert torch.equal(state["exp_avg_sq"], own["exp_avg_sq"].float())
-        assert state.keys() == own.keys() - {"remainder", "kahan", "exp_avg_scale", "exp_avg_sq_scale"}
+        assert state.keys() == own.keys() - {
+            "remainder",
+            "kahan",
+            "exp_avg_scale",
+            "exp_avg_sq_scale",
+        }
     run(torchs, 3, 4)
     assert all(float(state["step"]) == 4 for state in torchs.state.values())
 
@@ -522,7 +593,13 @@ def test_trainer_takes_the_pair_the_spec_and_the_clipping(tmp_path):
     transformers = pytest.importorskip("transformers")
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     args = transformers.TrainingArguments(
-        str(tmp_path), max_steps=4, learning_rate=0.05, weight_decay=0.2, max_grad_norm=0.1, logging_steps=1, **quiet
+        str(tmp_path),
+        max_steps=4,
+        learning_rate=0.05,
+        weight_decay=0.2,
+        max_grad_norm=0.1,
+        logging_steps=1,
+        **quiet,
     )
     data = [{"x": x, "labels": x.sum()} for x in torch.randn(32, 6)]
     results, groups = {}, {}
@@ -539,13 +616,17 @@ def test_trainer_takes_the_pair_the_spec_and_the_clipping(tmp_path):
         inner = trainer.optimizer.optimizer
         assert isinstance(inner, fastft.AdamW) == (way != "stock")
         groups[way] = [
-            (group["weight_decay"], [tuple(p.shape) for p in group["params"]]) for group in inner.param_groups
+            (group["weight_decay"], [tuple(p.shape) for p in group["params"]])
+            for group in inner.param_groups
         ]
         norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
         results[way] = norms, [param.detach() for param in model.parameters()]
     for way in ("optimizers", "spec", "clipping"):
         assert groups[way] == groups["stock"]
-        assert results[way][0] == pytest.approx(results["stock"][0], rel=1e-5) and len(results[way][0]) == 4
+        assert (
+            results[way][0] == pytest.approx(results["stock"][0], rel=1e-5)
+            and len(results[way][0]) == 4
+        )
         for param, stock in zip(results[way][1], results["stock"][1], strict=True):
             torch.testing.assert_close(param, stock, rtol=1e-5, atol=1e-6)
 
@@ -571,7 +652,10 @@ def digest():
 def test_nothing_is_compiled_at_run_time_and_any_instruction_set_will_do():
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "FASTFT_CPU_ISA": "baseline", "PATH": ""}  # no compiler
-    fresh = subprocess.run([sys.executable, "-c", FRESH], env=environment, capture_output=True, text=True, check=False)
+    # no compiler
+    environment = {**os.environ, "PYTHONPATH": paths, "FASTFT_CPU_ISA": "baseline", "PATH": ""}
+    fresh = subprocess.run(
+        [sys.executable, "-c", FRESH], env=environment, capture_output=True, text=True, check=False
+    )
     assert fresh.returncode == 0, fresh.stderr
     assert fresh.stdout.strip() == digest()

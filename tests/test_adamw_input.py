@@ -1,4 +1,5 @@
-"""Bad input at the step, which torch's autograd cannot refuse: what was swapped behind the optimizer's back."""
+"""Bad input at the step, which torch's autograd cannot refuse: what was swapped behind the
+optimizer's back."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ from fastft import _native
 from fastft.optim.adamw import AdamW
 
 NATIVE = _native.missing("cpu") is None
-ENGINES = ["auto", "eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
+ENGINES = [
+    "auto",
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
+]
 
 
 def swap_data(value):
@@ -28,17 +33,41 @@ def swap_entry(name, value):
 
 
 SWAPS = {
-    "a larger parameter": (swap_data(torch.zeros(8, 3)), RuntimeError, r"\(4, 3\).*\(8, 3\)|\(8, 3\).*\(4, 3\)"),
-    "a smaller parameter": (swap_data(torch.zeros(2, 3)), RuntimeError, r"\(4, 3\).*\(2, 3\)|\(2, 3\).*\(4, 3\)"),
-    "another shape of as many elements": (swap_data(torch.zeros(3, 4)), RuntimeError, r"\(4, 3\).*\(3, 4\)"),
-    "a float16 parameter": (swap_data(torch.zeros(4, 3).half()), TypeError, "has become torch.float16"),
-    "a float64 parameter": (swap_data(torch.zeros(4, 3).double()), TypeError, "has become torch.float64"),
+    "a larger parameter": (
+        swap_data(torch.zeros(8, 3)),
+        RuntimeError,
+        r"\(4, 3\).*\(8, 3\)|\(8, 3\).*\(4, 3\)",
+    ),
+    "a smaller parameter": (
+        swap_data(torch.zeros(2, 3)),
+        RuntimeError,
+        r"\(4, 3\).*\(2, 3\)|\(2, 3\).*\(4, 3\)",
+    ),
+    "another shape of as many elements": (
+        swap_data(torch.zeros(3, 4)),
+        RuntimeError,
+        r"\(4, 3\).*\(3, 4\)",
+    ),
+    "a float16 parameter": (
+        swap_data(torch.zeros(4, 3).half()),
+        TypeError,
+        "has become torch.float16",
+    ),
+    "a float64 parameter": (
+        swap_data(torch.zeros(4, 3).double()),
+        TypeError,
+        "has become torch.float64",
+    ),
     "a sparse gradient": (
         lambda param, _: setattr(param, "grad", torch.eye(4, 3).to_sparse()),
         RuntimeError,
         "does not take sparse gradients",
     ),
-    "a state of another shape": (swap_entry("exp_avg", torch.zeros(2, 2)), RuntimeError, r"exp_avg of.*\(2, 2\)"),
+    "a state of another shape": (
+        swap_entry("exp_avg", torch.zeros(2, 2)),
+        RuntimeError,
+        r"exp_avg of.*\(2, 2\)",
+    ),
     "a state of another dtype": (
         swap_entry("exp_avg_sq", torch.zeros(4, 3).double()),
         RuntimeError,
@@ -57,12 +86,17 @@ def test_swapped_tensors(what, stepped, impl):
     optimizer = AdamW([bystander, param], impl=impl)
     if stepped or "state" in what:
         optimizer.step()
-    before, steps = bystander.detach().clone(), [float(state["step"]) for state in optimizer.state.values()]
+    before, steps = (
+        bystander.detach().clone(),
+        [float(state["step"]) for state in optimizer.state.values()],
+    )
     swap(param, optimizer.state[param])
     with pytest.raises(error, match=sentence):
         optimizer.step()
     assert torch.equal(bystander, before)
-    assert [float(state["step"]) for state in optimizer.state.values()] == (steps or [0.0, 0.0][: len(optimizer.state)])
+    assert [float(state["step"]) for state in optimizer.state.values()] == (
+        steps or [0.0, 0.0][: len(optimizer.state)]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Nothing stale: whatever is swapped, replaced or resized between two steps, the next one works on what is there."""
+"""Nothing stale: whatever is swapped, replaced or resized between two steps, the next one works on
+what is there."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def update_entries(optimizer, params):
 
 def replace_states(optimizer, params):
     for param in params:
-        optimizer.state[param] = {name: value.clone() for name, value in optimizer.state[param].items()}
+        optimizer.state[param] = {
+            name: value.clone() for name, value in optimizer.state[param].items()
+        }
 
 
 def reload(optimizer, params):
@@ -86,7 +89,16 @@ def swap_objects(optimizer, params):
 
 
 EVENTS = [
-    *(swap_data, swap_last_data, swap_state_data, swap_counts, replace_entries, update_entries, replace_states, reload),
+    *(
+        swap_data,
+        swap_last_data,
+        swap_state_data,
+        swap_counts,
+        replace_entries,
+        update_entries,
+        replace_states,
+        reload,
+    ),
     *(transpose, other_gradients, resize_storage, swap_objects),
 ]
 

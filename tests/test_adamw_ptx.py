@@ -1,6 +1,8 @@
-"""AdamW's CUDA and Triton kernels, compiled for sm_80 and sm_90 and executed as PTX: the bits of the C++ engine.
+"""AdamW's CUDA and Triton kernels, compiled for sm_80 and sm_90 and executed as PTX: the bits of
+the C++ engine.
 
-By default every mode on sm_90; `make ptx` runs every mode on every chip, aligned and not, in several orders.
+By default every mode on sm_90; `make ptx` runs every mode on every chip, aligned and not, in
+several orders.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ import torch
 from support import ptx
 from support.adamw_problems import MODES, Mode, Training, assert_same_bits, past_two_to_the_31
 from support.ptx.cuda import tensors_in
-from support.ptx.engines import ENGINES, Engine, adamw_by, cuda_for_cpp, operator, require_cuda, unbound
+from support.ptx.engines import (
+    ENGINES,
+    Engine,
+    adamw_by,
+    cuda_for_cpp,
+    operator,
+    require_cuda,
+    unbound,
+)
 from torch.nn import Parameter
 
 import fastft
@@ -29,7 +39,9 @@ SIZES = (1, 2049, 0, 63)  # a whole program of Triton, and three that are not
 engines = pytest.mark.parametrize("engine", ENGINES, ids=str)
 
 
-def assert_the_same_step(engine: Engine, mode: Mode, sizes: tuple[int, ...], offset: int = 0, **options: Any) -> None:
+def assert_the_same_step(
+    engine: Engine, mode: Mode, sizes: tuple[int, ...], offset: int = 0, **options: Any
+) -> None:
     """The second step, by the kernels of `engine`."""
     ours, theirs = (Training(mode, "cpp", sizes=sizes, offset=offset).step() for _ in range(2))
     with adamw_by(engine, **options) as launches:
@@ -42,7 +54,10 @@ def every_mode(*quick: Engine, some: tuple[str, ...] = ()) -> pytest.MarkDecorat
     """All engines and modes; by default those of `quick` and the modes of `some`."""
     rows = [
         pytest.param(
-            engine, mode, id=f"{engine}-{mode}", marks=() if engine in quick or mode in some else pytest.mark.ptx
+            engine,
+            mode,
+            id=f"{engine}-{mode}",
+            marks=() if engine in quick or mode in some else pytest.mark.ptx,
         )
         for engine in ENGINES
         for mode in MODES
@@ -52,7 +67,11 @@ def every_mode(*quick: Engine, some: tuple[str, ...] = ()) -> pytest.MarkDecorat
 
 @every_mode(CUDA_90, some=("fp32-fp32", "stochastic-bf16", "exact-8bit"))
 def test_every_mode(engine: Engine, mode: str) -> None:
-    assert_the_same_step(engine, MODES[mode], SIZES if engine.name == "triton" else (*SIZES, 507, *[5] * 11, 1040, 544))
+    assert_the_same_step(
+        engine,
+        MODES[mode],
+        SIZES if engine.name == "triton" else (*SIZES, 507, *[5] * 11, 1040, 544),
+    )
 
 
 @every_mode(some=("stochastic-bf16",))
@@ -73,7 +92,9 @@ def test_no_order_of_cuda_s_blocks_changes_a_bit(engine: Engine) -> None:
     assert_the_same_step(engine, MODES["stochastic-8bit"], (8_192, 9_000, 63), order=1)
 
 
-@pytest.mark.parametrize("engine", [CUDA_90, pytest.param(TRITON_90, marks=pytest.mark.ptx)], ids=str)
+@pytest.mark.parametrize(
+    "engine", [CUDA_90, pytest.param(TRITON_90, marks=pytest.mark.ptx)], ids=str
+)
 @pytest.mark.parametrize("sizes", [(2080,), (32, 4096, 9216)], ids=["short blocks", "whole blocks"])
 def test_rows_that_vectors_divide(engine: Engine, sizes: tuple[int, ...]) -> None:
     assert_the_same_step(engine, MODES["stochastic-8bit"], sizes)
@@ -83,11 +104,29 @@ def test_rows_that_vectors_divide(engine: Engine, sizes: tuple[int, ...]) -> Non
 def test_numbers_that_are_none(engine: Engine) -> None:
     results = []
     for update in (OPERATORS["adamw_"].native, None):
-        param, grad, residue = torch.ones(4), torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0]), torch.zeros(4)
-        tensors = [param.bfloat16(), grad.bfloat16(), torch.zeros(4), torch.zeros(4), residue.short()]
+        param, grad, residue = (
+            torch.ones(4),
+            torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0]),
+            torch.zeros(4),
+        )
+        tensors = [
+            param.bfloat16(),
+            grad.bfloat16(),
+            torch.zeros(4),
+            torch.zeros(4),
+            residue.short(),
+        ]
         hyper = torch.tensor([[0.99, 0.1, 0.999, 0.001, -0.01, 0.03, 1e-8, 1.0, 1.0]])
         lists = [[tensor] for tensor in tensors]
-        arguments = (*lists[:4], [], lists[4], torch.tensor([[0, 1, 0, 0]]), hyper, torch.ones(()), 0)
+        arguments = (
+            *lists[:4],
+            [],
+            lists[4],
+            torch.tensor([[0, 1, 0, 0]]),
+            hyper,
+            torch.ones(()),
+            0,
+        )
         if update is None:
             with operator(engine, "adamw_") as (update, _):
                 update(*arguments)
@@ -142,8 +181,16 @@ def test_random_bits_of_a_place_past_two_to_the_36(engine: Engine, coded: bool) 
 
 def test_triton_refuses_what_does_not_fit() -> None:
     adamw_ = pytest.importorskip("fastft.optim.adamw_update_triton").adamw_
-    p, table, hyper, one = [torch.zeros(5)], torch.tensor([[0, 0, 0, 0]]), torch.ones(1, 9), torch.ones(())
-    for tensors in ([p, [torch.zeros(4)], p, p, [], []], [p, p, [torch.zeros(5).double()], p, [], []]):
+    p, table, hyper, one = (
+        [torch.zeros(5)],
+        torch.tensor([[0, 0, 0, 0]]),
+        torch.ones(1, 9),
+        torch.ones(()),
+    )
+    for tensors in (
+        [p, [torch.zeros(4)], p, p, [], []],
+        [p, p, [torch.zeros(5).double()], p, [], []],
+    ):
         with pytest.raises(RuntimeError, match="adamw_: a tensor of parameter 0 must have"):
             adamw_(*tensors, table, hyper, one, 0)
     matrix, scales = torch.zeros(5, 3), [torch.zeros(5, 1), torch.zeros(5, 2)]
@@ -158,13 +205,17 @@ def test_triton_refuses_what_does_not_fit() -> None:
             adamw_(*codes, scales, table, hyper, one, 0)
 
 
-def test_triton_refuses_a_graph_that_would_repeat_the_numbers_of_its_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_refuses_a_graph_that_would_repeat_the_numbers_of_its_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     adamw_update_triton = pytest.importorskip("fastft.optim.adamw_update_triton")
     training = Training(MIXED, "cpp", sizes=SIZES).step()
     before = training.values()
     monkeypatch.setattr(adamw_update_triton, "is_capturing", lambda: True)
     with adamw_by(TRITON_90) as launches:
-        with pytest.raises(RuntimeError, match=r"cannot capture the Triton engine.*use impl='cuda'"):
+        with pytest.raises(
+            RuntimeError, match=r"cannot capture the Triton engine.*use impl='cuda'"
+        ):
             unbound(training).optimizer.step()
     assert not launches
     assert_same_bits(training.values(), before)
@@ -194,10 +245,14 @@ def test_bound_steps(gpu: ptx.Gpu, mode: str) -> None:
 
 @pytest.mark.parametrize("on_16_bytes", [False, True])
 def test_elements_whose_number_is_no_multiple_of_eight(gpu: ptx.Gpu, on_16_bytes: bool) -> None:
-    """As the second shard of a tensor of 507 elements, from the 254th on, in its place or in memory of its own."""
+    """As the second shard of a tensor of 507 elements, from the 254th on, in its place or in memory
+    of its own."""
     whole = Training(MIXED, "cpp", sizes=(507,)).step()
     part = whole.optimizer._plan.parts[0]
-    pieces = [[t.detach().clone()[254:] for t in tensors] for tensors in (part.params, part.exp_avgs, part.exp_avg_sqs)]
+    pieces = [
+        [t.detach().clone()[254:] for t in tensors]
+        for tensors in (part.params, part.exp_avgs, part.exp_avg_sqs)
+    ]
     pieces.append([t.clone()[254:] for t in part.max_exp_avg_sqs])
     before = adamw_plan._hyper_row(whole.optimizer.param_groups[1], 2)
     if on_16_bytes:
@@ -211,13 +266,17 @@ def test_elements_whose_number_is_no_multiple_of_eight(gpu: ptx.Gpu, on_16_bytes
     )
     gpu.ops.adamw_(pieces[0], grads, *pieces[1:], [], table, hyper, torch.ones(()), seed)
     after = (part.params, part.exp_avgs, part.exp_avg_sqs, part.max_exp_avg_sqs)
-    assert_same_bits([piece[0] for piece in pieces], [tensors[0].detach()[254:] for tensors in after])
+    assert_same_bits(
+        [piece[0] for piece in pieces], [tensors[0].detach()[254:] for tensors in after]
+    )
 
 
 def test_more_groups_than_a_launch_carries(gpu: ptx.Gpu) -> None:
     def train() -> list[torch.Tensor]:
         params = [Parameter(torch.linspace(-1, 1, 9)) for _ in range(70)]
-        optimizer = fastft.AdamW([{"params": [p], "lr": 1e-3 * i} for i, p in enumerate(params)], impl="cpp")
+        optimizer = fastft.AdamW(
+            [{"params": [p], "lr": 1e-3 * i} for i, p in enumerate(params)], impl="cpp"
+        )
         for _ in range(2):
             for param in params:
                 param.grad = torch.linspace(1, 2, 9)
@@ -250,7 +309,9 @@ def test_memory_that_moves_is_noticed(gpu: ptx.Gpu) -> None:
     def train() -> list[torch.Tensor]:
         training = Training(MIXED, "cpp").step()
         training.params[3].data = training.params[3].data.clone()
-        training.optimizer.state[training.params[4]]["exp_avg"] = torch.zeros(4097, dtype=torch.bfloat16)
+        training.optimizer.state[training.params[4]]["exp_avg"] = torch.zeros(
+            4097, dtype=torch.bfloat16
+        )
         return training.step(2).values()
 
     assert_the_same_training(gpu, train)
@@ -266,7 +327,18 @@ def test_a_gradient_of_another_device_is_refused(gpu: ptx.Gpu) -> None:
     p, table, hyper = [torch.zeros(5)], torch.tensor([[0, 0, 0, 0]]), torch.ones(1, 9)
     elsewhere = gpu.place(torch.zeros(5), 1)
     with pytest.raises(RuntimeError, match="gradient 0"):
-        gpu.ops.adamw_(p, [elsewhere], [torch.zeros(5)], [torch.zeros(5)], [], [], table, hyper, torch.ones(()), 0)
+        gpu.ops.adamw_(
+            p,
+            [elsewhere],
+            [torch.zeros(5)],
+            [torch.zeros(5)],
+            [],
+            [],
+            table,
+            hyper,
+            torch.ones(()),
+            0,
+        )
     factor = gpu.place(torch.ones(()), 1)
     with pytest.raises(RuntimeError, match="grad_factor is on another device"):
         gpu.ops.adamw_(p, p, [torch.zeros(5)], [torch.zeros(5)], [], [], table, hyper, factor, 0)
@@ -327,7 +399,9 @@ def check_norm(gpu: ptx.Gpu, sizes: list[int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [[20_001, 1, 63, 0, 507], [3] * 200], ids=["sizes", "more than a launch carries"])
+@pytest.mark.parametrize(
+    "sizes", [[20_001, 1, 63, 0, 507], [3] * 200], ids=["sizes", "more than a launch carries"]
+)
 def test_the_norm_is_that_of_the_cpu(gpu: ptx.Gpu, sizes: list[int], dtype: torch.dtype) -> None:
     check_norm(gpu, sizes, dtype)
 
@@ -344,7 +418,9 @@ def test_no_order_of_the_blocks_changes_the_norm() -> None:
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_shows_a_number_that_is_none(gpu: ptx.Gpu, dtype: torch.dtype, value: float) -> None:
+def test_the_norm_shows_a_number_that_is_none(
+    gpu: ptx.Gpu, dtype: torch.dtype, value: float
+) -> None:
     total, grad = torch.zeros((), dtype=torch.float64), torch.full((20_001,), 3e38).to(dtype)
     gpu.ops.grad_norm_squared_(total, [grad, torch.zeros(0)])
     assert total.sqrt().float() == grad.double().norm().float()

@@ -16,7 +16,10 @@ SHAPES = [(507,), (64, 3), (0,)]
 @pytest.mark.parametrize("max_norm", [0.1, 1e9])
 def test_max_grad_norm_is_clip_grad_norm_and_a_step(impl, max_norm):
     grads = gradients(SHAPES, 5)
-    ours, stock = AdamW(start(SHAPES), max_grad_norm=max_norm, impl=impl), AdamW(start(SHAPES), impl=impl)
+    ours, stock = (
+        AdamW(start(SHAPES), max_grad_norm=max_norm, impl=impl),
+        AdamW(start(SHAPES), impl=impl),
+    )
     assert ours.grad_norm is None
     params = stock.param_groups[0]["params"]
     for row in grads:
@@ -32,12 +35,20 @@ def test_max_grad_norm_is_clip_grad_norm_and_a_step(impl, max_norm):
 
 
 def test_clipping_spans_groups_dtypes_and_missing_gradients():
-    wide, narrow, idle = Parameter(torch.ones(10)), Parameter(torch.ones(10).bfloat16()), Parameter(torch.ones(3))
-    optimizer = AdamW([{"params": [wide, idle]}, {"params": [narrow], "lr": 0.1}], max_grad_norm=1.0)
+    wide, narrow, idle = (
+        Parameter(torch.ones(10)),
+        Parameter(torch.ones(10).bfloat16()),
+        Parameter(torch.ones(3)),
+    )
+    optimizer = AdamW(
+        [{"params": [wide, idle]}, {"params": [narrow], "lr": 0.1}], max_grad_norm=1.0
+    )
     wide.grad, narrow.grad = torch.full((10,), 3.0), torch.full((10,), 4.0).bfloat16()
     optimizer.step()
     assert float(optimizer.grad_norm) == pytest.approx(250**0.5)
-    assert float(optimizer.state[narrow]["exp_avg"][0]) == pytest.approx(0.1 * 4 / 250**0.5, rel=1e-4)
+    assert float(optimizer.state[narrow]["exp_avg"][0]) == pytest.approx(
+        0.1 * 4 / 250**0.5, rel=1e-4
+    )
 
 
 def test_clip_at_step_clips_once_and_wins_over_max_grad_norm():
@@ -91,7 +102,9 @@ def test_grad_scaler(impl, max_grad_norm):
     grads = gradients([(64,)], 4)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.ones(()))
-    plain, scaled = (AdamW(start([(64,)]), max_grad_norm=max_grad_norm, impl=impl) for _ in range(2))
+    plain, scaled = (
+        AdamW(start([(64,)]), max_grad_norm=max_grad_norm, impl=impl) for _ in range(2)
+    )
     (param,) = scaled.param_groups[0]["params"]
     for i, (grad,) in enumerate(grads):
         factor = scaler.get_scale()
@@ -117,7 +130,8 @@ def test_a_skipped_step_does_not_advance_accelerates_schedule():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.ones(()))
     optimizer = AdamW([param], lr=1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)  # it wraps step() as well
+    # it wraps step() as well
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
     wrapped = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
     for i in range(3):
         param.grad = torch.full((64,), float("inf") if i == 1 else 1024.0)
@@ -131,7 +145,9 @@ def test_a_skipped_step_does_not_advance_accelerates_schedule():
 
 def test_capturable_does_nothing_on_a_cpu():
     grads = gradients(SHAPES, 3)
-    results = [train(AdamW(start(SHAPES), capturable=capturable), grads) for capturable in (True, False)]
+    results = [
+        train(AdamW(start(SHAPES), capturable=capturable), grads) for capturable in (True, False)
+    ]
     equal(*results)
 
 

@@ -1,4 +1,5 @@
-"""The ways in which AdamW keeps parameters and moments: the same bits everywhere, and what each is good for."""
+"""The ways in which AdamW keeps parameters and moments: the same bits everywhere, and what each is
+good for."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ needs_native = pytest.mark.skipif(not NATIVE, reason="no native library")
 
 
 def test_philox_known_answer():
-    words = (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)  # of the paper's authors: seven rounds, counter 0, key 0
+    # of the paper's authors: seven rounds, counter 0, key 0
+    words = (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     assert random_bits(0, 8, 0, 0, 0, torch.device("cpu")).tolist() == halves
 
@@ -43,7 +45,13 @@ def test_random_bits_depend_on_everything_but_the_split():
 @pytest.mark.filterwarnings("ignore:rounding=")
 def test_engines_agree_to_the_bit(dtype, rounding, moments, amsgrad):
     shapes = [(1,), (63,), (507,), (0,), (3, 5, 7), (), (2000,)]
-    options = {"rounding": rounding, "moments": moments, "amsgrad": amsgrad, "seed": 2**62 + 11, "maximize": amsgrad}
+    options = {
+        "rounding": rounding,
+        "moments": moments,
+        "amsgrad": amsgrad,
+        "seed": 2**62 + 11,
+        "maximize": amsgrad,
+    }
     grads = gradients(shapes, 6)
     eager, cpp = (AdamW(start(shapes, dtype), impl=impl, **options) for impl in ("eager", "cpp"))
     equal(train(cpp, grads), train(eager, grads))
@@ -53,20 +61,33 @@ def test_engines_agree_to_the_bit(dtype, rounding, moments, amsgrad):
 
 
 @pytest.mark.parametrize("impl", ENGINES)
-@pytest.mark.parametrize(("rounding", "moments"), [("stochastic", "bf16"), ("kahan", "bf16"), ("exact", "fp32")])
+@pytest.mark.parametrize(
+    ("rounding", "moments"), [("stochastic", "bf16"), ("kahan", "bf16"), ("exact", "fp32")]
+)
 def test_pieces_of_a_tensor_get_the_bits_of_the_whole(impl, rounding, moments):
     grads = [[grad.to(BF16) for grad in row] for row in gradients([(2000,)], 1)]
     whole = AdamW(start([(2000,)], BF16), rounding=rounding, moments=moments, seed=3, impl=impl)
     (expected,) = train(whole, grads)
     param, update = start([(2000,)], BF16)[0].detach(), OP.implementation(impl, torch.device("cpu"))
     hyper = torch.tensor([[1 - 1e-5, 0.1, 0.999, 0.001, -1e-2, 0.001**0.5, 1e-8, 1.0, 1.0]])
-    state = [torch.zeros(2000, dtype=BF16 if moments == "bf16" else torch.float32) for _ in range(2)]
+    state = [
+        torch.zeros(2000, dtype=BF16 if moments == "bf16" else torch.float32) for _ in range(2)
+    ]
     residue = torch.zeros(2000, dtype=torch.int16 if rounding == "exact" else BF16)
     for begin, end in ((0, 7), (7, 600), (600, 1999), (1999, 2000)):
         piece, grad, m, v, kept = (t[begin:end] for t in (param, grads[0][0], *state, residue))
         table = torch.tensor([[0, Rounding[rounding.upper()], 0, begin]])
         update(
-            [piece], [grad], [m], [v], [], [kept] if rounding != "stochastic" else [], table, hyper, torch.ones(()), 3
+            [piece],
+            [grad],
+            [m],
+            [v],
+            [],
+            [kept] if rounding != "stochastic" else [],
+            table,
+            hyper,
+            torch.ones(()),
+            3,
         )
     equal([state[0], state[1]], [states(whole, "exp_avg")[0], states(whole, "exp_avg_sq")[0]])
     torch.testing.assert_close(param, expected.detach(), rtol=1e-2, atol=1e-2)
@@ -87,7 +108,9 @@ def distance(rounding, moments, steps=400):
     grads = [[grad.to(BF16) for grad in row] for row in gradients([(507,)], steps)]
     options = {"lr": 1e-4, "weight_decay": 0.1}
     (fp32,) = train(AdamW(wide, **options), grads)
-    (ours,) = train(AdamW(start([(507,)], BF16), rounding=rounding, moments=moments, seed=0, **options), grads)
+    (ours,) = train(
+        AdamW(start([(507,)], BF16), rounding=rounding, moments=moments, seed=0, **options), grads
+    )
     return float(((ours.float() - fp32).abs() / (fp32.abs() * 2**-8)).detach().max())
 
 
@@ -105,7 +128,9 @@ def test_a_weight_of_one_moves_at_lr_1e_4(impl, rounding):
     options = {"lr": 1e-4, "weight_decay": 0.1, "impl": impl}
     train(AdamW([reference], **options), [[torch.ones(4096)]] * 100)
     train(AdamW([param], rounding=rounding, seed=5, **options), [[torch.ones(4096)]] * 100)
-    assert float(param.detach().float().mean()) == pytest.approx(float(reference.detach().mean()), abs=2e-3)
+    assert float(param.detach().float().mean()) == pytest.approx(
+        float(reference.detach().mean()), abs=2e-3
+    )
     assert float(reference.detach().mean()) < 0.995
 
 
@@ -124,13 +149,20 @@ def test_the_second_moment_decays(impl, moments):
 def test_seeds():
     def trained(seed, draw_from=0):
         torch.manual_seed(draw_from)
-        optimizer = AdamW([Parameter(torch.ones(2000, dtype=BF16))], rounding="stochastic", seed=seed)
-        return train(optimizer, [[torch.ones(2000)]] * 5)[0].detach(), optimizer.param_groups[0]["seed"]
+        optimizer = AdamW(
+            [Parameter(torch.ones(2000, dtype=BF16))], rounding="stochastic", seed=seed
+        )
+        return train(optimizer, [[torch.ones(2000)]] * 5)[0].detach(), optimizer.param_groups[0][
+            "seed"
+        ]
 
-    assert torch.equal(trained(7)[0], trained(7, 1)[0]) and not torch.equal(trained(7)[0], trained(8)[0])
+    assert torch.equal(trained(7)[0], trained(7, 1)[0]) and not torch.equal(
+        trained(7)[0], trained(8)[0]
+    )
     assert trained(None)[1] == trained(None)[1] != trained(None, 1)[1]
     before = torch.get_rng_state()
-    assert AdamW(start([(3,)])).param_groups[0]["seed"] is None  # nothing to draw for: dropout stays as it was
+    # nothing to draw for: dropout stays as it was
+    assert AdamW(start([(3,)])).param_groups[0]["seed"] is None
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -154,7 +186,9 @@ def test_every_bf16_pair_is_stored_alike(rounding):
         for impl in ("cpp", "eager"):
             param = Parameter(values.clone().view(BF16))
             param.grad = torch.zeros_like(param)
-            optimizer = AdamW([param], lr=0.0, weight_decay=0.0, impl=impl, rounding=rounding, seed=0)
+            optimizer = AdamW(
+                [param], lr=0.0, weight_decay=0.0, impl=impl, rounding=rounding, seed=0
+            )
             optimizer.step()
             for name in optimizer.state[param].keys() & {"remainder", "kahan"}:
                 optimizer.state[param][name].view(torch.int16).fill_(low)
@@ -165,7 +199,9 @@ def test_every_bf16_pair_is_stored_alike(rounding):
         equal(results[0], results[1])
         finite, zero = (values & 0x7F80) != 0x7F80, (values & 0x7FFF) == 0
         if rounding != "kahan" or low == 0:
-            assert torch.equal(results[0][0].view(torch.int16)[finite & ~zero], values[finite & ~zero])
+            assert torch.equal(
+                results[0][0].view(torch.int16)[finite & ~zero], values[finite & ~zero]
+            )
 
 
 def test_split_and_join_lose_no_bit():
@@ -181,4 +217,6 @@ def test_split_and_join_lose_no_bit():
         assert torch.equal(back.view(torch.int32)[~nan], bits[~nan])
         assert back[nan].isnan().all() and param[nan].isnan().all()
         regular = ~nan & (low != 0x8000)
-        assert torch.equal(param.view(torch.int16)[regular], master.bfloat16().view(torch.int16)[regular])
+        assert torch.equal(
+            param.view(torch.int16)[regular], master.bfloat16().view(torch.int16)[regular]
+        )

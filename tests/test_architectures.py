@@ -1,4 +1,5 @@
-"""The fused loss on the language models of transformers: thirty in CI, every one of them by `make sweep`."""
+"""The fused loss on the language models of transformers: thirty in CI, every one of them by `make
+sweep`."""
 
 from __future__ import annotations
 
@@ -133,7 +134,11 @@ def qwen2_5_vl(config, ids):
     types = torch.zeros_like(ids)
     types[:, 5:9] = 1
     grid = torch.tensor([[1, 4, 4]] * len(ids))
-    return {"pixel_values": torch.rand(16 * len(ids), width), "image_grid_thw": grid, "mm_token_type_ids": types}
+    return {
+        "pixel_values": torch.rand(16 * len(ids), width),
+        "image_grid_thw": grid,
+        "mm_token_type_ids": types,
+    }
 
 
 IMAGES = {

@@ -31,12 +31,18 @@ DATASETS = {
     "shuffled": lambda: plain().shuffle(seed=1),
     "selected": lambda: plain().select([5, 0, 3]),
     "a range": lambda: plain().select(range(2, 6)),
-    "several files": lambda: datasets.concatenate_datasets([plain(), plain().select([4, 1]), plain()]),
-    "shuffled, several files": lambda: datasets.concatenate_datasets([plain(), plain()]).shuffle(seed=3),
+    "several files": lambda: datasets.concatenate_datasets(
+        [plain(), plain().select([4, 1]), plain()]
+    ),
+    "shuffled, several files": lambda: datasets.concatenate_datasets([plain(), plain()]).shuffle(
+        seed=3
+    ),
     "columns": lambda: plain().with_format(columns=["input_ids", "label"]),
     "all columns": lambda: plain().with_format(columns=["input_ids"], output_all_columns=True),
     "int32": lambda: plain().cast_column("input_ids", datasets.Sequence(datasets.Value("int32"))),
-    "large lists": lambda: plain().cast_column("input_ids", datasets.LargeList(datasets.Value("int64"))),
+    "large lists": lambda: plain().cast_column(
+        "input_ids", datasets.LargeList(datasets.Value("int64"))
+    ),
 }
 
 
@@ -46,10 +52,16 @@ def test_rows_are_the_datasets(name, tmp_path):
     made.save_to_disk(tmp_path)
     for dataset in (made, datasets.load_from_disk(tmp_path)):  # in memory, and mapped
         order = [len(dataset) - 1, 0, *range(len(dataset)), 0]
-        for ours, theirs in zip(ArrowRows(dataset)(order), dataset.__getitems__(order), strict=True):
+        for ours, theirs in zip(
+            ArrowRows(dataset)(order), dataset.__getitems__(order), strict=True
+        ):
             assert ours.keys() == theirs.keys()
-            assert isinstance(ours["input_ids"], np.ndarray) and not ours["input_ids"].flags.writeable
-            assert {key: list(v) if isinstance(v, np.ndarray) else v for key, v in ours.items()} == theirs
+            assert (
+                isinstance(ours["input_ids"], np.ndarray) and not ours["input_ids"].flags.writeable
+            )
+            assert {
+                key: list(v) if isinstance(v, np.ndarray) else v for key, v in ours.items()
+            } == theirs
 
 
 def test_no_rows():

@@ -43,7 +43,8 @@ def assert_exact(name: str, tokens: Sequence[Tensor], ours: tuple[Tensor, Tensor
 @pytest.mark.parametrize("hooked", [True, False], ids=["hooked", "keywords"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "t5"])
 def test_packed_is_as_unpacked(name: str, hooked: bool) -> None:
-    """With the configuration's default of a cache, and whether or not the model's code hands the boundaries on."""
+    """With the configuration's default of a cache, and whether or not the model's code hands the
+    boundaries on."""
     tokens, model = sequences(LENGTHS), build(name, "fastft")
     if hooked:
         keep_segments(model)
@@ -93,7 +94,9 @@ class _Forgetful(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = torch.utils.checkpoint.checkpoint(self._attend, x, layer, use_reentrant=self.reentrant)
+            x = torch.utils.checkpoint.checkpoint(
+                self._attend, x, layer, use_reentrant=self.reentrant
+            )
         return x
 
 
@@ -112,7 +115,11 @@ def test_recomputation_after_another_forward(reentrant: bool) -> None:
             with torch.no_grad():
                 model(x)  # an evaluation in between
             return [grad for loss in losses for grad in _gradients(loss, model)]
-        return [grad for batch in boundaries for grad in _gradients(model(x, **batch).square().sum(), model)]
+        return [
+            grad
+            for batch in boundaries
+            for grad in _gradients(model(x, **batch).square().sum(), model)
+        ]
 
     for together, apart in zip(run(True), run(False), strict=True):
         assert torch.equal(together, apart)
@@ -124,14 +131,19 @@ def _gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["stored", "recomputed", "reentrant"])
+@pytest.mark.parametrize(
+    "checkpointing", [None, False, True], ids=["stored", "recomputed", "reentrant"]
+)
 def test_encoder_decoder(checkpointing: bool | None) -> None:
     sources, targets = sequences(LENGTHS), sequences(DECODER_LENGTHS, seed=5)
 
     def stock(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         model = build("t5", "eager", dtype)
         pairs = zip(sources, targets, strict=True)
-        outputs = [model(input_ids=source[None], decoder_input_ids=target[None]) for source, target in pairs]
+        outputs = [
+            model(input_ids=source[None], decoder_input_ids=target[None])
+            for source, target in pairs
+        ]
         return through(model, torch.cat([output.logits[0] for output in outputs]))
 
     model = build("t5", "fastft", dropout_rate=0.0)
@@ -152,13 +164,16 @@ def test_encoder_decoder_of_equal_lengths() -> None:
         logits = model(**packed_pairs(sources, targets)).logits[0]
     stock = build("t5", "eager")
     pairs = zip(sources, targets, strict=True)
-    truth = torch.cat([stock(input_ids=s[None], decoder_input_ids=t[None]).logits[0] for s, t in pairs]).detach()
+    truth = torch.cat(
+        [stock(input_ids=s[None], decoder_input_ids=t[None]).logits[0] for s, t in pairs]
+    ).detach()
     torch.testing.assert_close(logits, truth, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gemma2"])
 def test_dropout_is_deterministic(name: str) -> None:
-    """The same seed, the same bits, with gradient checkpointing too; another seed, other numbers."""
+    """The same seed, the same bits, with gradient checkpointing too; another seed, other
+    numbers."""
     tokens = sequences(LENGTHS)
     sizes = {"attention_probs_dropout_prob": 0.5} if name == "bert" else {"attention_dropout": 0.5}
 
@@ -176,19 +191,25 @@ def test_dropout_is_deterministic(name: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4", "modernbert", "bert"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4", "modernbert", "bert"]
+)
 def test_padded_batches_are_as_stock(name: str, side: str) -> None:
     """A batch that is not packed, after one that was."""
     model, stock = build(name, "fastft"), build(name, "eager")
     keep_segments(model)
     model(**packed(sequences(LENGTHS), MODELS[name].position_ids_start))
     rows = [
-        torch.nn.functional.pad(part, (0, 13 - len(part)) if side == "right" else (13 - len(part), 0))
+        torch.nn.functional.pad(
+            part, (0, 13 - len(part)) if side == "right" else (13 - len(part), 0)
+        )
         for part in sequences(LENGTHS)
     ]
     ids = torch.stack(rows)
     with torch.no_grad():
-        ours, truth = (each(input_ids=ids, attention_mask=(ids > 0).long()).logits for each in (model, stock))
+        ours, truth = (
+            each(input_ids=ids, attention_mask=(ids > 0).long()).logits for each in (model, stock)
+        )
     torch.testing.assert_close(ours[ids > 0], truth[ids > 0], rtol=1e-4, atol=1e-4)
 
 
@@ -206,13 +227,18 @@ def test_generation(name: str) -> None:
 
 
 def test_positions_alone() -> None:
-    """A batch of DataCollatorWithFlattening's default keys is as with transformers' sdpa, right or wrong."""
+    """A batch of DataCollatorWithFlattening's default keys is as with transformers' sdpa, right or
+    wrong."""
     tokens = sequences(LENGTHS)
-    batch = {key: value for key, value in packed(tokens).items() if key in ("input_ids", "position_ids")}
+    batch = {
+        key: value for key, value in packed(tokens).items() if key in ("input_ids", "position_ids")
+    }
     for name in ("llama", "mistral", "llama4"):
         model, stock = build(name, "fastft"), build(name, "sdpa")
         ours = through(model, model(**batch, use_cache=False).logits[0])
-        for mine, theirs in zip(ours, through(stock, stock(**batch, use_cache=False).logits[0]), strict=True):
+        for mine, theirs in zip(
+            ours, through(stock, stock(**batch, use_cache=False).logits[0]), strict=True
+        ):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
         if name != "llama4":
             assert_exact(name, tokens, ours)
@@ -230,7 +256,8 @@ def test_explicit_mask_is_cut_to_segments() -> None:
         truth = torch.cat(
             [
                 stock(
-                    input_ids=part[None], attention_mask=lower[None, None, at : at + len(part), at : at + len(part)]
+                    input_ids=part[None],
+                    attention_mask=lower[None, None, at : at + len(part), at : at + len(part)],
                 ).logits[0]
                 for part, at in parts
             ]
@@ -239,12 +266,14 @@ def test_explicit_mask_is_cut_to_segments() -> None:
 
 
 @pytest.mark.skipif(
-    not hasattr(transformers.masking_utils, "blockwise_overlay"), reason="this transformers has no blocks"
+    not hasattr(transformers.masking_utils, "blockwise_overlay"),
+    reason="this transformers has no blocks",
 )
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("hooked", [True, False], ids=["hooked", "positions"])
 def test_blocks_that_see_each_other_both_ways_get_a_mask(hooked: bool, window: int | None) -> None:
-    """transformers 5.24 composes masks with `blockwise_overlay`; nothing that stands for a mask knows these."""
+    """transformers 5.24 composes masks with `blockwise_overlay`; nothing that stands for a mask
+    knows these."""
     lengths, layer = (6, 5, 8), nn.Module()
     blocks = torch.full((1, 19), -1)
     blocks[0, 1:4], blocks[0, 8:10], blocks[0, 13:17] = 0, 1, 2  # inside a sequence each
@@ -253,7 +282,10 @@ def test_blocks_that_see_each_other_both_ways_get_a_mask(hooked: bool, window: i
     config = build("mistral" if window else "llama", "fastft").config
     config.sliding_window = window
     batch = packed(sequences(lengths))
-    options: dict[str, Any] = {"position_ids": None if hooked else batch["position_ids"], "block_sequence_ids": blocks}
+    options: dict[str, Any] = {
+        "position_ids": None if hooked else batch["position_ids"],
+        "block_sequence_ids": blocks,
+    }
     x = torch.randn(1, 19, 32)
     known = pytest.MonkeyPatch()
     known.setattr("fastft.attention.attention.packed_forward_under_way", lambda: hooked)
@@ -261,7 +293,9 @@ def test_blocks_that_see_each_other_both_ways_get_a_mask(hooked: bool, window: i
     known.undo()
     assert isinstance(mask, Tensor) and mask.shape[-2:] == (19, 19)
     q, k, v = torch.randn(3, 1, 2, 19, 8)
-    ours = fastft_attention(layer, q, k, v, mask, cu_seq_lens_q=batch["cu_seq_lens_q"], sliding_window=window)[0]
+    ours = fastft_attention(
+        layer, q, k, v, mask, cu_seq_lens_q=batch["cu_seq_lens_q"], sliding_window=window
+    )[0]
     at = torch.arange(19)
     seen = at[:, None] >= at
     if window is not None:
@@ -274,7 +308,8 @@ def test_blocks_that_see_each_other_both_ways_get_a_mask(hooked: bool, window: i
 
 _CACHE = (
     "cache"
-    if "cache" in inspect.signature(inspect.unwrap(transformers.masking_utils.create_causal_mask)).parameters
+    if "cache"
+    in inspect.signature(inspect.unwrap(transformers.masking_utils.create_causal_mask)).parameters
     else "past_key_values"
 )
 
@@ -283,7 +318,9 @@ def test_autocast() -> None:
     tokens, model, stock = sequences(LENGTHS), build("llama", "fastft"), build("llama", "sdpa")
     with torch.autocast("cpu", torch.bfloat16):
         ours = through(model, model(**packed(tokens)).logits[0].float())
-        plain = through(stock, torch.cat([stock(input_ids=part[None]).logits[0] for part in tokens]).float())
+        plain = through(
+            stock, torch.cat([stock(input_ids=part[None]).logits[0] for part in tokens]).float()
+        )
     truth = unpacked("llama", tokens, torch.float64)
     for one, other, exact in zip(ours, plain, truth, strict=True):
         assert_no_worse(one, other, exact, terms=terms_of(model, sum(LENGTHS)))
@@ -316,9 +353,21 @@ class _WithSinks(nn.Module):
         (_call(cu_seq_lens_q=torch.tensor([0, 4, 2, 6])), ValueError, "rise from 0 to 6"),
         (_call(cu_seq_lens_q=torch.tensor([1, 6])), ValueError, "rise from 0 to 6"),
         (_call(cu_seq_lens_q=[0, 6]), ValueError, "cu_seq_lens_q must be an integer tensor"),
-        (_call(cu_seq_lens_q=torch.tensor([0.0, 6.0])), ValueError, "cu_seq_lens_q must be an integer tensor"),
-        (_call(cu_seq_lens_q=ends((2, 4)), cu_seq_lens_k=ends((6,))), ValueError, "2 segments, cu_seq_lens_k has 1"),
-        (_call(cu_seq_lens_q=ends((6,)), decoder_cu_seq_lens=ends((2, 4))), ValueError, "decoder_cu_seq_lens has 2"),
+        (
+            _call(cu_seq_lens_q=torch.tensor([0.0, 6.0])),
+            ValueError,
+            "cu_seq_lens_q must be an integer tensor",
+        ),
+        (
+            _call(cu_seq_lens_q=ends((2, 4)), cu_seq_lens_k=ends((6,))),
+            ValueError,
+            "2 segments, cu_seq_lens_k has 1",
+        ),
+        (
+            _call(cu_seq_lens_q=ends((6,)), decoder_cu_seq_lens=ends((2, 4))),
+            ValueError,
+            "decoder_cu_seq_lens has 2",
+        ),
     ],
 )
 def test_bad_calls(call: Callable[[], Any], error: type[Exception], words: str) -> None:

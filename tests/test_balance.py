@@ -17,7 +17,9 @@ RANKS = 8
 
 
 def lognormal(examples: int, seed: int = 0) -> np.ndarray:
-    return np.clip(np.random.default_rng(seed).lognormal(5.8, 0.92, examples), 1, 8192).astype(np.int32)
+    return np.clip(np.random.default_rng(seed).lognormal(5.8, 0.92, examples), 1, 8192).astype(
+        np.int32
+    )
 
 
 def as_lists(plan: PackPlan) -> list[list[int]]:
@@ -57,13 +59,15 @@ def test_every_example_once_in_a_multiple_of_packs(lengths, group, max_sequences
     assert pack_costs(plan)[0].max() <= 64
     assert (plan.windows[::group].diff() >= 0).all()  # those of the groups
     for one, label in zip(as_lists(plan), plan.windows.tolist(), strict=True):
-        assert {example // (window or 80) for example in one} <= {label}  # no pack has examples of two windows
+        # no pack has examples of two windows
+        assert {example // (window or 80) for example in one} <= {label}
     if sizes.count(0):  # only where there are too few examples to divide
         assert len(lengths) < len(plan) or window is not None or len(plan) > group
 
 
 def test_many_examples_are_shared_out_without_comparing_each_with_each():
-    """100,000 examples of 10 packs over 64: the number of comparisons is counted, as no timing decides a test."""
+    """100,000 examples of 10 packs over 64: the number of comparisons is counted, as no timing
+    decides a test."""
     compared = 0
 
     class Length(int):
@@ -86,7 +90,12 @@ def test_costs():
 
 @pytest.mark.parametrize("group", [3, 4])
 def test_groups_stay_together_when_epochs_shuffle(group):
-    packed = pack(examples_of(np.random.default_rng(0).integers(1, 60, 300).tolist()), 64, balance=group, seed=5)
+    packed = pack(
+        examples_of(np.random.default_rng(0).integers(1, 60, 300).tolist()),
+        64,
+        balance=group,
+        seed=5,
+    )
 
     def groups() -> list[list[float]]:
         return pack_costs(packed.plan)[1].reshape(-1, group).tolist()
@@ -98,10 +107,16 @@ def test_groups_stay_together_when_epochs_shuffle(group):
 
 @pytest.mark.parametrize("labels", [None, [1, 2, 3, 4, 5], 2])
 def test_packs_that_stay_empty_are_ignored(labels):
-    examples = [{"input_ids": [7] * 5} | ({} if labels is None else {"labels": labels}) for _ in range(3)]
+    examples = [
+        {"input_ids": [7] * 5} | ({} if labels is None else {"labels": labels}) for _ in range(3)
+    ]
     packed = pack(examples, 8, balance=2)
     assert len(packed) == 4
-    empty = [one.examples[0] for one, members in zip(packed, packed.plan, strict=True) if not len(members)]
+    empty = [
+        one.examples[0]
+        for one, members in zip(packed, packed.plan, strict=True)
+        if not len(members)
+    ]
     assert [list(example["input_ids"]) for example in empty] == [[7]]
     if labels is None:
         batch = PackingCollator()([packed[int(packed.plan.offsets.diff().argmin())]])
@@ -131,7 +146,9 @@ def test_a_sampler_that_shuffles_is_noticed(order):
             assert sum(loader(sequential, batch_size=4)) == len(sequential)
     for batch_size in (1, 4):
         with pytest.warns(UserWarning, match="train_sampling_strategy='sequential'"):
-            list(loader(pack(examples_of(lengths), 64, **order), batch_size=batch_size, shuffle=True))
+            list(
+                loader(pack(examples_of(lengths), 64, **order), batch_size=batch_size, shuffle=True)
+            )
 
 
 @pytest.mark.parametrize("balance", [0, -1, 2.0, True])

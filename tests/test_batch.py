@@ -1,4 +1,5 @@
-"""How a packed batch reaches its device: whole, or as one buffer that is unpacked there; in workers and in Trainer."""
+"""How a packed batch reaches its device: whole, or as one buffer that is unpacked there; in workers
+and in Trainer."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from fastft.data.collator import PackingCollator
 OPTIONS = {
     "labels follow from the tokens": ({}, {}),
     "labels": ({}, {"labels": 30}),
-    "other keys": ({"pad_to_multiple_of": 7, "position_ids_start": 2}, {"labels": 30, "token_type_ids": 0}),
+    "other keys": (
+        {"pad_to_multiple_of": 7, "position_ids_start": 2},
+        {"labels": 30, "token_type_ids": 0},
+    ),
     "rows": ({"rows": 2, "pad_to_multiple_of": 8}, {"labels": 30}),
     "token_classification": ({"task": "token_classification"}, {"labels": 30}),
     "no labels": ({"task": "token_classification"}, {}),
@@ -60,7 +64,9 @@ def test_one_copy_for_all_integers(monkeypatch):
     examples = make([3, 5], labels=30, token_type_ids=0)
     flat, moved, stock = PackingCollator(expand_on_device=True)(examples), [], torch.Tensor.to
     monkeypatch.setattr(
-        torch.Tensor, "to", lambda self, *args, **kwargs: moved.append(self) or stock(self, *args, **kwargs)
+        torch.Tensor,
+        "to",
+        lambda self, *args, **kwargs: moved.append(self) or stock(self, *args, **kwargs),
     )
     flat.to("cpu", non_blocking=True)
     assert [tensor.numel() for tensor in moved] == [3 * 8 + 2 * 2]
@@ -82,7 +88,10 @@ def test_the_cuda_kernel_expands_it(monkeypatch):
         examples, options = examples_for(name)
         expected = PackingCollator(**options)(examples)
         flat = PackingCollator(**options, expand_on_device=True, impl="eager")(examples)
-        with operator(Engine("cuda", 90), "packed_boundaries") as (fill, launches), monkeypatch.context() as patch:
+        with (
+            operator(Engine("cuda", 90), "packed_boundaries") as (fill, launches),
+            monkeypatch.context() as patch,
+        ):
             patch.setattr(BOUNDARIES, "reference", fill.default)
             assert_same(flat.to("cpu"), expected)
         assert launches
@@ -112,19 +121,43 @@ def test_workers(expand_on_device):
 
 def losses(tmp_path, workers=0, **options):
     set_seed(1)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=100, **shape))
     arguments = TrainingArguments(
-        tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
-        report_to=[], use_cpu=True, dataloader_num_workers=workers, disable_tqdm=True, save_strategy="no",
-        remove_unused_columns=False, eval_strategy="steps", eval_steps=3,
-    )  # fmt: skip
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        dataloader_num_workers=workers,
+        disable_tqdm=True,
+        save_strategy="no",
+        remove_unused_columns=False,
+        eval_strategy="steps",
+        eval_steps=3,
+    )
     data = make([4, 7, 5, 9, 3, 6, 8, 5], labels=20)
     trainer = Trainer(
-        model, arguments, train_dataset=data, eval_dataset=data[:3], data_collator=PackingCollator(**options)
+        model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data[:3],
+        data_collator=PackingCollator(**options),
     )
     trainer.train()
-    return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+    return [
+        entry[key]
+        for entry in trainer.state.log_history
+        for key in ("loss", "eval_loss")
+        if key in entry
+    ]
 
 
 def test_trainer_takes_flat_batches(tmp_path):

@@ -16,7 +16,10 @@ def padded(features):
     rows = [feature["input_ids"] for feature in features]
     filled = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     values = {"input_ids": rows, "labels": rows, "attention_mask": [[1] * len(row) for row in rows]}
-    return {key: torch.tensor([row + [filled[key]] * (longest - len(row)) for row in values[key]]) for key in values}
+    return {
+        key: torch.tensor([row + [filled[key]] * (longest - len(row)) for row in values[key]])
+        for key in values
+    }
 
 
 def first_loss(model, collator, folder):
@@ -28,7 +31,9 @@ def first_loss(model, collator, folder):
         learning_rate=0.0,
         **{"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True},
     )
-    trainer = transformers.Trainer(model=model, args=args, train_dataset=EXAMPLES, data_collator=collator)
+    trainer = transformers.Trainer(
+        model=model, args=args, train_dataset=EXAMPLES, data_collator=collator
+    )
     trainer.train()
     return trainer.state.log_history[0]["loss"]
 
@@ -39,9 +44,14 @@ def test_gpt2_counts_the_first_label_of_each_row_in_stock_alone(tmp_path):
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **no_dropout))
     batch = padded(EXAMPLES)
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
-    true_mean = float(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()))
+    true_mean = float(
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    )
     labels = sum(len(example["input_ids"]) for example in EXAMPLES)
-    stock, ours = first_loss(model, padded, tmp_path), first_loss(model, fastft.PackingCollator(), tmp_path)
+    stock, ours = (
+        first_loss(model, padded, tmp_path),
+        first_loss(model, fastft.PackingCollator(), tmp_path),
+    )
     assert ours == pytest.approx(true_mean, rel=1e-5)
     assert stock in (
         pytest.approx(true_mean * (labels - len(EXAMPLES)) / labels, rel=1e-5),
@@ -53,8 +63,12 @@ def test_an_end_token_that_pads_is_learnt():
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({"<end>": 0, "a": 1, "b": 2}, "a"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<end>"
+    )
     rows = [{"input_ids": [1, 2, 0]}, {"input_ids": [2, 0]}]
-    stock = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)([dict(row) for row in rows])
+    stock = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)(
+        [dict(row) for row in rows]
+    )
     assert 0 not in stock["labels"]
     assert fastft.PackingCollator()(rows)["labels"].tolist() == [[-100, 2, 0, -100, 0]]

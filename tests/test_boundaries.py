@@ -1,4 +1,5 @@
-"""`packed_boundaries`: its engines against counting in Python; CUDA and Triton as PTX on the CPU."""
+"""`packed_boundaries`: its engines against counting in Python; CUDA and Triton as PTX on the
+CPU."""
 
 from __future__ import annotations
 
@@ -47,7 +48,13 @@ def test_kernel_refuses_lengths_that_do_not_add_up(lengths: list[int]) -> None:
     out = torch.empty(3), torch.empty(3), torch.empty(3, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=r"lengths (do not )?add up to"):
         BOUNDARIES.native(
-            given, given, source, 0, *(x.long() for x in out[:2]), out[2], torch.empty(len(lengths) + 1).int()
+            given,
+            given,
+            source,
+            0,
+            *(x.long() for x in out[:2]),
+            out[2],
+            torch.empty(len(lengths) + 1).int(),
         )
 
 
@@ -94,7 +101,9 @@ def test_triton_kernels_compile_without_spills(chip: int) -> None:
             narrow = {"dtype": torch.int32, "device": "meta"}
             lengths, source = torch.empty(segments, **wide), torch.empty(tokens, **wide)
             out = torch.empty_like(source), torch.empty_like(source), torch.empty(tokens, **narrow)
-            packed_boundaries(lengths, lengths, source, 0, *out, torch.empty(segments + 1, **narrow))
+            packed_boundaries(
+                lengths, lengths, source, 0, *out, torch.empty(segments + 1, **narrow)
+            )
     assert len(kernels) == 6 and len({id(kernel) for kernel in kernels}) == 2
     for kernel in kernels[:2]:
         code = binary(kernel)
@@ -124,7 +133,9 @@ def test_gpu_counts_right(on_gpu: Any, lengths: list[int], start: int, in_place:
 
 
 @pytest.mark.gpu
-def test_gpu_expands_a_batch_without_waiting_for_it(on_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_expands_a_batch_without_waiting_for_it(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the current stream, from pinned memory; the result is the CPU's."""
     examples = [{"input_ids": list(range(n)), "labels": list(range(n))} for n in (3, 700, 1, 4096)]
     expected = PackingCollator(rows=2)(examples)

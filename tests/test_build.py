@@ -40,8 +40,21 @@ def checkout(tmp_path: Path) -> Path:
 
 def wheel(checkout: Path, **environment: str) -> Path:
     """Builds a wheel without isolation, so that the environment's setuptools and ninja are used."""
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
-    done = subprocess.run(command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        "dist",
+        ".",
+    ]
+    done = subprocess.run(
+        command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return next((checkout / "dist").glob("*.whl"))
 
@@ -67,7 +80,9 @@ def test_without_compilers(checkout: Path, bare_path: str) -> None:
     site = checkout / "site"
     zipfile.ZipFile(built).extractall(site)
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run([sys.executable, "-m", "fastft"], cwd=site, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastft"], cwd=site, env=environment, capture_output=True, text=True
+    )
     assert "libfastft_cpu: not built: no C++ compiler found" in done.stdout, done
 
 
@@ -81,9 +96,16 @@ def test_without_nvcc(checkout: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_a_demanded_library_fails_the_build(checkout: Path, bare_path: str, kind: str) -> None:
-    demand = {"PATH": bare_path, "CXX": "", "CUDA_HOME": "/nonexistent", f"FASTFT_BUILD_{kind.upper()}": "1"}
+    demand = {
+        "PATH": bare_path,
+        "CXX": "",
+        "CUDA_HOME": "/nonexistent",
+        f"FASTFT_BUILD_{kind.upper()}": "1",
+    }
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=checkout, env={**os.environ, **demand}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=checkout, env={**os.environ, **demand}, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert f"libfastft_{kind}.so cannot be built" in done.stderr
 
@@ -106,7 +128,8 @@ KNOWN = {  # what nvcc says of itself
 
 @pytest.fixture
 def compile_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """How setup.py has CUDA files compiled by an nvcc of some version, which is not there and compiles nothing."""
+    """How setup.py has CUDA files compiled by an nvcc of some version, which is not there and
+    compiles nothing."""
     for folder in ("bin", "lib64", "build"):
         (tmp_path / folder).mkdir()
     (tmp_path / "lib64" / "libcudart_static.a").touch()
@@ -118,7 +141,9 @@ def compile_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
     def command(version: str, **environment: str) -> str:
         nvcc = tmp_path / "bin" / "nvcc"
-        nvcc.write_text(NVCC.format(version=version, archs=" ".join(map(str, KNOWN[version])), home=tmp_path))
+        nvcc.write_text(
+            NVCC.format(version=version, archs=" ".join(map(str, KNOWN[version])), home=tmp_path)
+        )
         nvcc.chmod(0o755)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -163,10 +188,14 @@ class TestWhatNvccIsTold:
         compiles = compile_command("12.4", FASTFT_CUDA_ARCHS=wanted)
         assert re.findall(r"code=([\w,\[\]]+)", compiles) == code
 
-    def test_spills_and_warnings_are_errors_in_ci_alone(self, compile_command: Callable[..., str]) -> None:
+    def test_spills_and_warnings_are_errors_in_ci_alone(
+        self, compile_command: Callable[..., str]
+    ) -> None:
         assert "-Werror" not in compile_command("12.8")
         strict = compile_command("12.8", FASTFT_CXXFLAGS="-g -Werror")
-        assert "-Werror all-warnings" in strict and "-warn-spills,-warn-lmem-usage,-Werror" in strict
+        assert (
+            "-Werror all-warnings" in strict and "-warn-spills,-warn-lmem-usage,-Werror" in strict
+        )
         assert "FASTFT_CXXFLAGS=-Werror" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -178,17 +207,27 @@ def python_of(version: str) -> str | None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_one_wheel_for_every_python(checkout: Path) -> None:
-    """The library loads and registers in other Pythons, which have no torch: the loader is shown the folder of ours."""
+    """The library loads and registers in other Pythons, which have no torch: the loader is shown
+    the folder of ours."""
     library = checkout / "libfastft_cpu.so"
-    library.write_bytes(zipfile.ZipFile(wheel(checkout, FASTFT_BUILD_CUDA="0")).read("fastft/_lib/libfastft_cpu.so"))
+    library.write_bytes(
+        zipfile.ZipFile(wheel(checkout, FASTFT_BUILD_CUDA="0")).read("fastft/_lib/libfastft_cpu.so")
+    )
     torch_lib = Path(torch.__file__).parent / "lib"
-    script = "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); lib.fastft_cpu_isa.restype = ctypes.c_char_p"
-    script += "; lib.fastft_register.restype = ctypes.c_char_p; assert lib.fastft_register() is None"
+    script = (
+        "import ctypes, sys; lib = ctypes.CDLL(sys.argv[1]); lib.fastft_cpu_isa.restype = "
+        "ctypes.c_char_p"
+    )
+    script += (
+        "; lib.fastft_register.restype = ctypes.c_char_p; assert lib.fastft_register() is None"
+    )
     script += "; print(lib.fastft_cpu_isa())"
     pythons = [python for version in OTHER_PYTHONS if (python := python_of(version))]
     if not pythons:
         pytest.skip("no other Python on this machine")
     for python in pythons:
         environment = {**os.environ, "LD_LIBRARY_PATH": str(torch_lib)}
-        done = subprocess.run([python, "-c", script, str(library)], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [python, "-c", script, str(library)], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0 and done.stdout.startswith("b'"), (python, done.stderr)

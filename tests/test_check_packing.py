@@ -23,7 +23,13 @@ from fastft.attention.attention import register_attention
 from fastft.attention.check_packing import find_leak
 from fastft.attention.probe_rows import Batches
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131, "pad_token_id": 1}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 131,
+    "pad_token_id": 1,
+}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 64}
 
 
@@ -55,14 +61,20 @@ EXACT = {
     "an encoder": lambda: made("BertForMaskedLM", "fastft"),
     "labels for tokens": lambda: made("BertForTokenClassification", "fastft", num_labels=13),
     "one label each": lambda: made("BertForSequenceClassification", "fastft", num_labels=3),
-    "one label each, no padding token": lambda: made("LlamaForSequenceClassification", "fastft", pad_token_id=None),
-    "experts": lambda: made("MixtralForCausalLM", "fastft", num_local_experts=4, num_key_value_heads=2),
+    "one label each, no padding token": lambda: made(
+        "LlamaForSequenceClassification", "fastft", pad_token_id=None
+    ),
+    "experts": lambda: made(
+        "MixtralForCausalLM", "fastft", num_local_experts=4, num_key_value_heads=2
+    ),
     "no head": lambda: made("LlamaModel", "fastft", num_key_value_heads=2),
     "bf16": lambda: made("LlamaForCausalLM", "fastft", torch.bfloat16, num_key_value_heads=2),
     "bf16 experts": lambda: made(
         "MixtralForCausalLM", "fastft", torch.bfloat16, num_local_experts=4, num_key_value_heads=2
     ),
-    "adapters": lambda: get_peft_model(made("LlamaForCausalLM", "fastft"), LoraConfig(target_modules=["q_proj"])),
+    "adapters": lambda: get_peft_model(
+        made("LlamaForCausalLM", "fastft"), LoraConfig(target_modules=["q_proj"])
+    ),
     "compiled": lambda: torch.compile(made("LlamaForCausalLM", "fastft")),
     "training mode": lambda: made("BertForMaskedLM", "fastft", hidden_dropout_prob=0.5).train(),
 }
@@ -76,23 +88,40 @@ def test_passes(name):
 LEAKS = {
     "our attention helps": (
         opt,
-        ["the later ones by", "(attn_implementation='sdpa')", "Way out", ": attn_implementation='fastft'"],
+        [
+            "the later ones by",
+            "(attn_implementation='sdpa')",
+            "Way out",
+            ": attn_implementation='fastft'",
+        ],
     ),
-    "bf16": (lambda: made("BertForMaskedLM", "eager", torch.bfloat16), [": attn_implementation='fastft'"]),
+    "bf16": (
+        lambda: made("BertForMaskedLM", "eager", torch.bfloat16),
+        [": attn_implementation='fastft'"],
+    ),
     "adapters": (
         lambda: get_peft_model(opt(), LoraConfig(target_modules=["q_proj"])),
         ["attn_implementation='fastft'"],
     ),
     "positions begin elsewhere": (
         lambda: made("RobertaForMaskedLM", "fastft"),
-        ["counts positions from 2, position_ids_start is 0", ": PackingCollator(position_ids_start=2)"],
+        [
+            "counts positions from 2, position_ids_start is 0",
+            ": PackingCollator(position_ids_start=2)",
+        ],
     ),
-    "and bf16": (lambda: made("RobertaForMaskedLM", "fastft", torch.bfloat16), ["counts positions from 2"]),
+    "and bf16": (
+        lambda: made("RobertaForMaskedLM", "fastft", torch.bfloat16),
+        ["counts positions from 2"],
+    ),
     "both": (
         lambda: made("RobertaForMaskedLM"),
         ["PackingCollator(position_ids_start=2) and attn_implementation='fastft'"],
     ),
-    "own attention code": (bloom, ["fastft.PackingCallback()", "fastft.block_mask(model)", "T x T"]),
+    "own attention code": (
+        bloom,
+        ["fastft.PackingCallback()", "fastft.block_mask(model)", "T x T"],
+    ),
     "a recurrence": (
         recurrent("MambaForCausalLM", state_size=8),
         ["MambaMixer: tokens mix without attention", "No way out", "causal-conv1d"],
@@ -102,16 +131,25 @@ LEAKS = {
         ["conv", "No way out"],  # older versions leak, and say nothing
     ),
     "no way": (
-        lambda: made("DebertaV2ForMaskedLM", "eager", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        lambda: made(
+            "DebertaV2ForMaskedLM", "eager", relative_attention=True, pos_att_type=["p2c", "c2p"]
+        ),
         ["No way out was found: train it on padded batches"],
     ),
     "positions along the row": (
-        lambda: made("BartForConditionalGeneration", encoder_layers=1, decoder_layers=1, d_model=32),
+        lambda: made(
+            "BartForConditionalGeneration", encoder_layers=1, decoder_layers=1, d_model=32
+        ),
         ["No way out"],
     ),
     "experts with a capacity": (
         lambda: made(
-            "SwitchTransformersForConditionalGeneration", "eager", d_model=32, d_kv=8, num_layers=2, num_experts=2
+            "SwitchTransformersForConditionalGeneration",
+            "eager",
+            d_model=32,
+            d_kv=8,
+            num_layers=2,
+            num_experts=2,
         ),
         ["capacity of its experts"],
     ),
@@ -128,7 +166,14 @@ def test_says_what_is_wrong_and_what_helps(name):
 
 
 def test_one_label_each_where_boundaries_are_dropped_on_the_way():
-    model = made("DistilBertForSequenceClassification", "fastft", dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    model = made(
+        "DistilBertForSequenceClassification",
+        "fastft",
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=48,
+    )
     with fastft.packed_attention(model):
         fastft.check_packing(model)
     with fastft.packed_attention(model), fastft.pool_segments(model):
@@ -146,9 +191,12 @@ def test_the_ways_out_that_it_names_are_ones():
 
 
 def spoiled(change):
-    """A model that is exact, but for what `change` adds to the embeddings (rows, tokens, features)."""
+    """A model that is exact, but for what `change` adds to the embeddings (rows, tokens,
+    features)."""
     model = made("LlamaForCausalLM", "fastft", num_key_value_heads=2)
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output + change(output))
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output + change(output)
+    )
     return model
 
 
@@ -156,7 +204,11 @@ def spoiled(change):
     ("change", "found"),
     [
         (lambda x: 1e-3 * x.mean(1, keepdim=True), "move the outputs of the later ones"),
-        (lambda x: 1e-2 * nn.functional.pad(x, (0, 0, 1, -1)), "move the outputs of the later ones"),  # one token wide
+        # one token wide
+        (
+            lambda x: 1e-2 * nn.functional.pad(x, (0, 0, 1, -1)),
+            "move the outputs of the later ones",
+        ),
         (lambda x: 1e-2 * torch.arange(x.shape[1])[:, None] * x, "no sequence sees another"),
         (lambda x: 1e-4 * torch.randn_like(x), None),  # no two runs are equal
     ],
@@ -180,7 +232,9 @@ def generators():
 def state(model):
     return {
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
-        "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        "gradients": {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        },
         "buffers": {name: value.clone() for name, value in model.named_buffers()},
         "modes": [module.training for module in model.modules()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
@@ -188,7 +242,9 @@ def state(model):
     }
 
 
-@pytest.mark.parametrize("make", [EXACT["training mode"], opt, bloom, LEAKS["positions along the row"][0]])
+@pytest.mark.parametrize(
+    "make", [EXACT["training mode"], opt, bloom, LEAKS["positions along the row"][0]]
+)
 def test_leaves_no_trace(make):
     model = make().train()
     model.get_input_embeddings().eval()  # one module in another mode
@@ -217,7 +273,11 @@ def test_twice_the_same():
         (lambda: "llama", TypeError, "model must be a torch.nn.Module, got str"),
         (lambda: nn.Linear(3, 3), ValueError, "Linear is no transformers model"),
         (lambda: made("LlamaForCausalLM").to("meta"), ValueError, "meta device"),
-        (lambda: made("BlipForConditionalGeneration", "eager"), ValueError, "alone, a text makes it raise"),
+        (
+            lambda: made("BlipForConditionalGeneration", "eager"),
+            ValueError,
+            "alone, a text makes it raise",
+        ),
     ],
     ids=["text", "linear", "meta", "images"],
 )
@@ -235,7 +295,9 @@ def test_sharded_weights_are_not_asked():
 
 PROMPTS = {
     "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16),
+    "p-tuning": PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16
+    ),
     "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
 
@@ -244,12 +306,15 @@ PROMPTS = {
 @pytest.mark.parametrize("name", PROMPTS)
 def test_virtual_tokens_before_a_row_are_refused_by_name(name, implementation):
     model = get_peft_model(made("LlamaForCausalLM", implementation), PROMPTS[name])
-    with pytest.raises(fastft.PackingLeakError, match=f"PEFT's {name} puts virtual tokens before each row"):
+    with pytest.raises(
+        fastft.PackingLeakError, match=f"PEFT's {name} puts virtual tokens before each row"
+    ):
         fastft.check_packing(model)
 
 
 def embeddings_changed(model, change):
-    """The model with `change(module, embeddings)` added to its embeddings (rows, tokens, features)."""
+    """The model with `change(module, embeddings)` added to its embeddings (rows, tokens,
+    features)."""
     hook = lambda module, args, output: output + change(module, output)  # noqa: E731
     model.get_input_embeddings().register_forward_hook(hook)
     return model
@@ -267,11 +332,23 @@ def mixing_from(tokens):
 @pytest.mark.parametrize(
     ("config", "rows", "found"),
     [
-        ({"max_position_embeddings": 60}, {}, "in a row of 61 tokens, longer than its max_position_embeddings of 60"),
+        (
+            {"max_position_embeddings": 60},
+            {},
+            "in a row of 61 tokens, longer than its max_position_embeddings of 60",
+        ),
         ({"max_position_embeddings": 99999}, {}, None),  # nothing says that 61 tokens are different
-        ({"max_position_embeddings": 99999}, {"max_tokens": 61}, "in a row of 61 tokens: other tokens"),
+        (
+            {"max_position_embeddings": 99999},
+            {"max_tokens": 61},
+            "in a row of 61 tokens: other tokens",
+        ),
         ({"max_position_embeddings": 99999}, {"max_tokens": 60}, None),
-        ({"sliding_window": 40}, {}, "longer than its max_position_embeddings of 64, sliding_window of 40"),
+        (
+            {"sliding_window": 40},
+            {},
+            "longer than its max_position_embeddings of 64, sliding_window of 40",
+        ),
         ({"attention_window": [50, 40]}, {"max_tokens": 90}, "in a row of 90 tokens"),
         ({"n_positions": 70, "vision_config": {"window_size": 4000}}, {}, "in a row of 71 tokens"),
     ],
@@ -287,13 +364,20 @@ def test_a_leak_that_begins_behind_a_limit(config, rows, found):
 def test_the_way_out_of_such_a_leak_is_shorter_rows():
     model = embeddings_changed(exact(), mixing_from(60))
     model.config.max_position_embeddings = 60
-    with pytest.raises(fastft.PackingLeakError, match=r"tried on this model: rows of at most 60 tokens"):
+    with pytest.raises(
+        fastft.PackingLeakError, match=r"tried on this model: rows of at most 60 tokens"
+    ):
         fastft.check_packing(model, max_tokens=200)
     fastft.check_packing(model, max_tokens=60)
 
 
 def gpt_neo():
-    sizes = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 40}
+    sizes = {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 40,
+    }
     return made("GPTNeoForCausalLM", "eager", **sizes, bos_token_id=2, eos_token_id=2)
 
 
@@ -329,7 +413,9 @@ def test_a_leak_in_training_mode_alone():
 
 
 def test_dropout_and_checkpointing_in_training_mode_are_no_leak():
-    model = made("BertForMaskedLM", "fastft", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    model = made(
+        "BertForMaskedLM", "fastft", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5
+    )
     checkpoint_activations(model)
     assert find_leak(model.train()) is None
 
@@ -341,11 +427,16 @@ def test_noise_does_not_hide_a_leak():
 
 def from_other_rows(tokens):
     """Every row sees the others, with the first `tokens` of its tokens."""
-    return lambda module, x: x.sum((0, 1)) * (torch.arange(x.shape[1]) < tokens)[:, None] * (len(x) > 1)
+    return lambda module, x: (
+        x.sum((0, 1)) * (torch.arange(x.shape[1]) < tokens)[:, None] * (len(x) > 1)
+    )
 
 
 def test_noise_of_every_token_could_hide_a_leak():
-    assert "for no reason, which could hide a leak" in find_leak(embeddings_changed(exact(), from_other_rows(99))).what
+    assert (
+        "for no reason, which could hide a leak"
+        in find_leak(embeddings_changed(exact(), from_other_rows(99))).what
+    )
 
 
 def test_noise_of_a_few_tokens_does_not_hide_a_leak():
@@ -353,7 +444,9 @@ def test_noise_of_a_few_tokens_does_not_hide_a_leak():
     model = opt()
     few = (torch.arange(13) < 2)[None, :, None]
     model.lm_head.register_forward_hook(
-        lambda module, args, output: output + output.sum((0, 1)) * few if len(output) > 1 else output
+        lambda module, args, output: (
+            output + output.sum((0, 1)) * few if len(output) > 1 else output
+        )
     )
     assert "move the outputs of the later ones" in find_leak(model).what
     model.set_attn_implementation("fastft")
@@ -389,7 +482,9 @@ def test_outputs_that_are_not_numbers_tell_nothing():
 
 
 def test_a_leak_from_row_to_row():
-    model = embeddings_changed(exact(), lambda module, x: x.mean(0, keepdim=True) * (len(x) > 1) * (x.shape[1] > 25))
+    model = embeddings_changed(
+        exact(), lambda module, x: x.mean(0, keepdim=True) * (len(x) > 1) * (x.shape[1] > 25)
+    )
     assert find_leak(model) is None
     assert "move the outputs of the later ones" in find_leak(model, Batches(rows=2)).what
 
@@ -410,7 +505,13 @@ def test_autocast_inside_the_model_is_noticed():
 
 
 @pytest.mark.parametrize(
-    "argument", [{"max_tokens": -3}, {"max_tokens": "8"}, {"position_ids_start": True}, {"position_ids_start": -1}]
+    "argument",
+    [
+        {"max_tokens": -3},
+        {"max_tokens": "8"},
+        {"position_ids_start": True},
+        {"position_ids_start": -1},
+    ],
 )
 def test_an_argument_out_of_its_range_is_named(argument):
     [(name, value)] = argument.items()

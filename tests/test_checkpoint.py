@@ -10,7 +10,8 @@ from torch.nn import Parameter
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import load_value
 
-SHAPES = [(70, 73), (63,), (507,)]  # the first is large enough for 8-bit states in bitsandbytes, and no whole blocks
+# the first is large enough for 8-bit states in bitsandbytes, and no whole blocks
+SHAPES = [(70, 73), (63,), (507,)]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -83,7 +84,8 @@ def test_a_state_dict_keeps_every_dtype_and_bit(mode):
 def test_resuming_equals_no_interruption(mode):
     dtype, options = MODES[mode]
     whole, first = AdamW(start(dtype), **options), AdamW(start(dtype), **options)
-    first.load_state_dict(whole.state_dict())  # the seed of stochastic rounding, before the first step
+    # the seed of stochastic rounding, before the first step
+    first.load_state_dict(whole.state_dict())
     train(whole, gradients(8))
     resumed = AdamW(clones(train(first, gradients(8)[:5])), **options)
     resumed.load_state_dict(on_disk(first.state_dict()))
@@ -99,7 +101,10 @@ def test_accelerate_prepares_without_a_loss(mode, steps):
     dtype, options = MODES[mode]
     optimizer = AdamW(start(dtype), **options)
     train(optimizer, gradients(steps))
-    before, groups = copy.deepcopy(states(optimizer)), copy.deepcopy(optimizer.state_dict()["param_groups"])
+    before, groups = (
+        copy.deepcopy(states(optimizer)),
+        copy.deepcopy(optimizer.state_dict()["param_groups"]),
+    )
     prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
     assert_same(states(prepared.optimizer), before)
     assert prepared.state_dict()["param_groups"] == groups
@@ -117,7 +122,8 @@ def test_from_one_mode_to_another(mode):
     scales = {"exp_avg_scale", "exp_avg_sq_scale"}
     for mine, theirs in zip(states(optimizer), states(saved), strict=True):
         coded = mode == "8bit" and mine["exp_avg"].ndim > 1
-        moments = {"exp_avg", "exp_avg_sq"} | (set() if mode == "8bit" else {"max_exp_avg_sq"})  # came with the groups
+        # came with the groups
+        moments = {"exp_avg", "exp_avg_sq"} | (set() if mode == "8bit" else {"max_exp_avg_sq"})
         assert mine.keys() == {"step"} | moments | residue | (scales if coded else set())
         for name in () if coded else moments:
             assert torch.equal(mine[name], theirs[name].to(mine[name].dtype))
@@ -140,14 +146,17 @@ def test_torchs_checkpoints_of_any_dtype(saved_dtype, dtype, way):
         assert mine["step"] == theirs["step"] == 2
         assert theirs.keys() <= mine.keys()
         for name in theirs.keys() - {"step"}:
-            assert mine[name].dtype == torch.float32 and torch.equal(mine[name], theirs[name].float())
+            assert mine[name].dtype == torch.float32 and torch.equal(
+                mine[name], theirs[name].float()
+            )
     assert ours.param_groups[0]["lr"] == 0.02
     train(ours, gradients(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_continues_from_our_state(dtype):
-    # of bf16 parameters torch casts the moments to bf16, and does not know what the remainder is for
+    # of bf16 parameters torch casts the moments to bf16, and does not know what the remainder is
+    # for
     ours = AdamW(start(dtype))
     params = train(ours, gradients(4))
     torchs = torch.optim.AdamW(clones(params))
@@ -191,7 +200,9 @@ def bitsandbytes_state(nested, block):
         entries, truth[index] = {}, {}
         for number, name in (("1", "exp_avg"), ("2", "exp_avg_sq")):
             if size < 4096:
-                entries["state" + number] = truth[index][name] = torch.rand(shape, generator=generator)
+                entries["state" + number] = truth[index][name] = torch.rand(
+                    shape, generator=generator
+                )
                 continue
             codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
             levels = torch.linspace(-1 if number == "1" else 0, 1, 256)
@@ -200,9 +211,23 @@ def bitsandbytes_state(nested, block):
             pairs = enumerate(codes.flatten().tolist())
             values = [levels[code].double() * absmax[i // block].double() for i, code in pairs]
             truth[index][name] = torch.stack(values).float().view(shape)
-        state[index] = {"step": 7, "__bnb_optimizer_quant_state__": entries} if nested else {"step": 7, **entries}
-    group = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "alpha": 0.0, "t_alpha": None}
-    return {"state": state, "param_groups": [{**group, "t_beta3": None, "params": [0, 1, 2]}]}, truth
+        state[index] = (
+            {"step": 7, "__bnb_optimizer_quant_state__": entries}
+            if nested
+            else {"step": 7, **entries}
+        )
+    group = {
+        "lr": 0.1,
+        "betas": (0.8, 0.9),
+        "eps": 1e-6,
+        "weight_decay": 0.1,
+        "alpha": 0.0,
+        "t_alpha": None,
+    }
+    return {
+        "state": state,
+        "param_groups": [{**group, "t_beta3": None, "params": [0, 1, 2]}],
+    }, truth
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,7 +264,8 @@ def test_bitsandbytes_itself():
 
 
 def mixed_precision_states():
-    """fp32 masters which bf16 drops bits of, one of them a tie that bf16 rounds to even, and AdamW states."""
+    """fp32 masters which bf16 drops bits of, one of them a tie that bf16 rounds to even, and AdamW
+    states."""
     masters = [param.detach() for param in start(torch.float32, seed=9)]
     masters[1][0] = 1 + 2**-8
     moments = [{"exp_avg": torch.rand(shape), "exp_avg_sq": torch.rand(shape)} for shape in SHAPES]
@@ -247,7 +273,13 @@ def mixed_precision_states():
 
 
 def apex_group(**more):
-    return {"lr": 0.1, "bias_correction": True, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0} | more
+    return {
+        "lr": 0.1,
+        "bias_correction": True,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+    } | more
 
 
 def with_masters(form, masters, moments):
@@ -270,7 +302,9 @@ def test_masters_of_apex_and_transformer_engine(form, dtype):
     params = [Parameter(master.to(dtype)) for master in masters]
     optimizer = AdamW(params)
     optimizer.load_state_dict(on_disk(with_masters(form, masters, moments)))
-    for param, state, master, moment in zip(params, states(optimizer), masters, moments, strict=True):
+    for param, state, master, moment in zip(
+        params, states(optimizer), masters, moments, strict=True
+    ):
         assert torch.equal(load_value(param.detach(), state.get("remainder")), master)
         assert state["step"] == 5 and torch.equal(state["exp_avg"], moment["exp_avg"])
         assert "master_param" not in state
@@ -297,21 +331,52 @@ def bad_checkpoints():
     eight_bit = bitsandbytes_state(nested=False, block=256)[0]
 
     def changed(saved, **entries):
-        state = {name: value for name, value in {**saved["state"][0], **entries}.items() if value is not None}
+        state = {
+            name: value
+            for name, value in {**saved["state"][0], **entries}.items()
+            if value is not None
+        }
         return {**saved, "state": {**saved["state"], 0: state}}
 
     return {
-        "more groups": ({**good, "param_groups": [group, group]}, "different number of parameter groups"),
-        "fewer parameters": ({**good, "param_groups": [{**group, "params": [0], "master": masters[:1]}]}, "size of"),
-        "masters": ({**good, "param_groups": [{**group, "master": masters[:1]}]}, "1 masters for a group of 3"),
-        "master": ({**good, "param_groups": [{**group, "master": masters[::-1]}]}, r"master of parameter 0.*\(507,\)"),
-        "no bias correction": ({**good, "param_groups": [{**group, "bias_correction": False}]}, "bias_correction"),
-        "shape": (changed(good, exp_avg_sq=torch.zeros(9)), r"exp_avg_sq of parameter 0.*\(9,\).*\(70, 73\)"),
-        "another optimizer": (changed(good, exp_avg=None, momentum_buffer=torch.zeros(70, 73)), "exp_avg missing"),
+        "more groups": (
+            {**good, "param_groups": [group, group]},
+            "different number of parameter groups",
+        ),
+        "fewer parameters": (
+            {**good, "param_groups": [{**group, "params": [0], "master": masters[:1]}]},
+            "size of",
+        ),
+        "masters": (
+            {**good, "param_groups": [{**group, "master": masters[:1]}]},
+            "1 masters for a group of 3",
+        ),
+        "master": (
+            {**good, "param_groups": [{**group, "master": masters[::-1]}]},
+            r"master of parameter 0.*\(507,\)",
+        ),
+        "no bias correction": (
+            {**good, "param_groups": [{**group, "bias_correction": False}]},
+            "bias_correction",
+        ),
+        "shape": (
+            changed(good, exp_avg_sq=torch.zeros(9)),
+            r"exp_avg_sq of parameter 0.*\(9,\).*\(70, 73\)",
+        ),
+        "another optimizer": (
+            changed(good, exp_avg=None, momentum_buffer=torch.zeros(70, 73)),
+            "exp_avg missing",
+        ),
         "one moment": (changed(eight_bit, state2=None), "one moment"),
         "not block-wise": (changed(eight_bit, absmax1=None), "lacks absmax1"),
-        "blocks": (changed(eight_bit, absmax2=torch.ones(5)), "absmax2 has 5 blocks for 5110 elements"),
-        "bad option": ({**good, "param_groups": [{**group, "lr": -1.0}]}, "lr must be finite and not negative"),
+        "blocks": (
+            changed(eight_bit, absmax2=torch.ones(5)),
+            "absmax2 has 5 blocks for 5110 elements",
+        ),
+        "bad option": (
+            {**good, "param_groups": [{**group, "lr": -1.0}]},
+            "lr must be finite and not negative",
+        ),
     }
 
 
@@ -320,7 +385,10 @@ def test_a_refused_checkpoint_changes_nothing(what):
     saved, sentence = bad_checkpoints()[what]
     optimizer = AdamW(start(torch.bfloat16))
     params = train(optimizer, gradients(1))
-    before, groups = copy.deepcopy(states(optimizer)), copy.deepcopy(optimizer.state_dict()["param_groups"])
+    before, groups = (
+        copy.deepcopy(states(optimizer)),
+        copy.deepcopy(optimizer.state_dict()["param_groups"]),
+    )
     weights = copy.deepcopy(params)
     with pytest.raises(ValueError, match=sentence):
         optimizer.load_state_dict(saved)
@@ -330,29 +398,73 @@ def test_a_refused_checkpoint_changes_nothing(what):
 
 
 REFUSED = {  # of the first parameter's state: what it has become, the error, and what that says
-    "step below 0": ({"step": torch.tensor(-5.0)}, ValueError, "step of parameter 0.*not negative, got -5"),
+    "step below 0": (
+        {"step": torch.tensor(-5.0)},
+        ValueError,
+        "step of parameter 0.*not negative, got -5",
+    ),
     "step NaN": ({"step": float("nan")}, ValueError, "step of parameter 0.*finite"),
-    "step as text": ({"step": "three"}, TypeError, "step of parameter 0 must be a number, got 'three'"),
+    "step as text": (
+        {"step": "three"},
+        TypeError,
+        "step of parameter 0 must be a number, got 'three'",
+    ),
     "step None": ({"step": None}, TypeError, "step of parameter 0 must be a number"),
     "step of many": ({"step": torch.ones(2)}, TypeError, "step of parameter 0 must be a number"),
-    "moment None": ({"exp_avg": None}, TypeError, "exp_avg of parameter 0 must be a tensor, got None"),
-    "moment as text": ({"exp_avg_sq": "x"}, TypeError, "exp_avg_sq of parameter 0 must be a tensor, got 'x'"),
+    "moment None": (
+        {"exp_avg": None},
+        TypeError,
+        "exp_avg of parameter 0 must be a tensor, got None",
+    ),
+    "moment as text": (
+        {"exp_avg_sq": "x"},
+        TypeError,
+        "exp_avg_sq of parameter 0 must be a tensor, got 'x'",
+    ),
     "moment complex": (
         {"exp_avg": torch.ones(70, 73, dtype=torch.complex64)},
         TypeError,
         "exp_avg of parameter 0 must be floating-point numbers, is torch.complex64",
     ),
-    "moment in integers": ({"exp_avg_sq": torch.ones(70, 73, dtype=torch.int64)}, TypeError, "exp_avg_sq.*int64"),
-    "maximum None": ({"max_exp_avg_sq": None}, TypeError, "max_exp_avg_sq of parameter 0 must be a tensor"),
+    "moment in integers": (
+        {"exp_avg_sq": torch.ones(70, 73, dtype=torch.int64)},
+        TypeError,
+        "exp_avg_sq.*int64",
+    ),
+    "maximum None": (
+        {"max_exp_avg_sq": None},
+        TypeError,
+        "max_exp_avg_sq of parameter 0 must be a tensor",
+    ),
     "remainder None": ({"remainder": None}, TypeError, "remainder of parameter 0 must be a tensor"),
-    "remainder in fp32": ({"remainder": torch.zeros(70, 73)}, ValueError, "remainder of parameter 0.*16 bits"),
-    "compensation in integers": ({"kahan": torch.zeros(70, 73).int()}, TypeError, "kahan of parameter 0.*int32"),
-    "master as text": ({"master_param": "x"}, TypeError, "master of parameter 0 must be a tensor, got 'x'"),
-    "master complex": ({"master_param": torch.ones(70, 73) * 1j}, TypeError, "master of parameter 0.*complex64"),
+    "remainder in fp32": (
+        {"remainder": torch.zeros(70, 73)},
+        ValueError,
+        "remainder of parameter 0.*16 bits",
+    ),
+    "compensation in integers": (
+        {"kahan": torch.zeros(70, 73).int()},
+        TypeError,
+        "kahan of parameter 0.*int32",
+    ),
+    "master as text": (
+        {"master_param": "x"},
+        TypeError,
+        "master of parameter 0 must be a tensor, got 'x'",
+    ),
+    "master complex": (
+        {"master_param": torch.ones(70, 73) * 1j},
+        TypeError,
+        "master of parameter 0.*complex64",
+    ),
 }
 CODED = {  # the same, of 8-bit moments
     **{
-        f"without {name}": ({name: Ellipsis}, ValueError, f"parameter 0.*lack.* {name}|parameter 0.*{name} missing")
+        f"without {name}": (
+            {name: Ellipsis},
+            ValueError,
+            f"parameter 0.*lack.* {name}|parameter 0.*{name} missing",
+        )
         for name in ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
     },
     "without both scales": (
@@ -365,8 +477,16 @@ CODED = {  # the same, of 8-bit moments
         ValueError,
         r"exp_avg_scale of parameter 0 has shape \(9, 1\); \(70, 73\) codes need \(70, 1\)",
     ),
-    "scale None": ({"exp_avg_sq_scale": None}, ValueError, "exp_avg_sq_scale of parameter 0.*is NoneType"),
-    "one moment in fp32": ({"exp_avg": torch.ones(70, 73)}, ValueError, "exp_avg of parameter 0.*torch.int8"),
+    "scale None": (
+        {"exp_avg_sq_scale": None},
+        ValueError,
+        "exp_avg_sq_scale of parameter 0.*is NoneType",
+    ),
+    "one moment in fp32": (
+        {"exp_avg": torch.ones(70, 73)},
+        ValueError,
+        "exp_avg of parameter 0.*torch.int8",
+    ),
     "codes under the other dtype": (
         {"exp_avg": torch.ones(70, 73, dtype=torch.uint8)},
         ValueError,
@@ -378,7 +498,10 @@ CODED = {  # the same, of 8-bit moments
 def check_refused(moments, change, error, sentence):
     optimizer = AdamW(start(torch.bfloat16), moments=moments, seed=1)
     params = train(optimizer, gradients(1))
-    saved, groups = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict()["param_groups"])
+    saved, groups = (
+        copy.deepcopy(optimizer.state_dict()),
+        copy.deepcopy(optimizer.state_dict()["param_groups"]),
+    )
     train(optimizer, gradients(1, seed=2))
     before, weights = copy.deepcopy(states(optimizer)), copy.deepcopy(params)
     saved["param_groups"][0]["lr"] = 0.5
@@ -407,7 +530,9 @@ def test_8_bit_moments_without_all_their_parts_are_refused(what, moments):
         return
     saved = AdamW(start(torch.bfloat16), moments="8bit", seed=1)
     train(saved, gradients(1))
-    state = {name: value for name, value in saved.state_dict()["state"][0].items() if name not in change}
+    state = {
+        name: value for name, value in saved.state_dict()["state"][0].items() if name not in change
+    }
     state |= {name: value for name, value in change.items() if value is not Ellipsis}
     fp32_codes = {"exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"}
     check_refused("fp32", {**dict.fromkeys(fp32_codes, Ellipsis), **state}, error, sentence)
@@ -417,10 +542,18 @@ def test_8_bit_moments_without_all_their_parts_are_refused(what, moments):
     ("state_dict", "error", "sentence"),
     [
         (None, TypeError, "state_dict must be an optimizer's state_dict.., got NoneType"),
-        ({"param_groups": []}, ValueError, "no optimizer's state dict: state missing, found param_groups"),
+        (
+            {"param_groups": []},
+            ValueError,
+            "no optimizer's state dict: state missing, found param_groups",
+        ),
         ({"state": {}}, ValueError, "param_groups missing, found state"),
         ({"fp32_from_fp16": []}, ValueError, "optimizer_state_dict missing"),
-        ({"state": {0: 5}, "param_groups": [apex_group(params=[0, 1, 2])]}, TypeError, "parameter 0 must be a dict"),
+        (
+            {"state": {0: 5}, "param_groups": [apex_group(params=[0, 1, 2])]},
+            TypeError,
+            "parameter 0 must be a dict",
+        ),
     ],
 )
 def test_what_is_no_state_dict(state_dict, error, sentence):

@@ -27,7 +27,11 @@ class Watcher(transformers.TrainerCallback):
 def run(folder, fuse, dtype=torch.float32, **options):
     args, model, watcher = arguments(folder, max_steps=5, **options), tiny_llama(dtype), Watcher()
     trainer = transformers.Trainer(
-        model=model, args=args, train_dataset=examples(), optimizers=fastft.adamw(model, args), callbacks=[watcher]
+        model=model,
+        args=args,
+        train_dataset=examples(),
+        optimizers=fastft.adamw(model, args),
+        callbacks=[watcher],
     )
     if fuse:
         fastft.fuse_clipping(trainer)
@@ -48,7 +52,12 @@ def test_trainer_logs_and_learns_the_same(max_grad_norm, tmp_path):
 
 
 def test_accumulation_and_bf16(tmp_path):
-    options = {"dtype": torch.bfloat16, "gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "bf16": True}
+    options = {
+        "dtype": torch.bfloat16,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.1,
+        "bf16": True,
+    }
     norms, fused = run(tmp_path, True, **options)
     stock_norms, stock = run(tmp_path, False, **options)
     assert norms == pytest.approx(stock_norms, rel=1e-2)  # stock rounds its norms to bf16
@@ -63,7 +72,9 @@ class Changes(transformers.TrainerCallback):
 def trainer_with(tmp_path, **options):
     args, model = arguments(tmp_path, max_steps=2), tiny_llama()
     optimizers = options.pop("optimizers", None) or fastft.adamw(model, args)
-    return transformers.Trainer(model=model, args=args, train_dataset=examples(), optimizers=optimizers, **options)
+    return transformers.Trainer(
+        model=model, args=args, train_dataset=examples(), optimizers=optimizers, **options
+    )
 
 
 def test_a_gradient_changed_after_the_norm_is_noticed(tmp_path):

@@ -1,4 +1,5 @@
-"""The packed batch: transformers' where it has one, and what must hold for every task, number of rows and multiple."""
+"""The packed batch: transformers' where it has one, and what must hold for every task, number of
+rows and multiple."""
 
 from __future__ import annotations
 
@@ -48,8 +49,15 @@ def test_nothing_is_lost_and_segments_add_up(sizes, task, rows, multiple, start,
         if task == "sequence_classification":
             example["label"] = index
         elif given_labels or task != "causal_lm":
-            example["labels"] = list(range(100, 100 + (sizes[-1 - index] if task == "seq2seq" else sizes[index])))
-    options = {"task": task, "rows": rows, "pad_to_multiple_of": multiple, "position_ids_start": start}
+            example["labels"] = list(
+                range(100, 100 + (sizes[-1 - index] if task == "seq2seq" else sizes[index]))
+            )
+    options = {
+        "task": task,
+        "rows": rows,
+        "pad_to_multiple_of": multiple,
+        "position_ids_start": start,
+    }
     native, eager = (
         PackingCollator(**options, impl=impl, pad_token_id=999, decoder_start_token_id=0)(examples)
         for impl in ("cpp", "eager")
@@ -60,11 +68,17 @@ def test_nothing_is_lost_and_segments_add_up(sizes, task, rows, multiple, start,
     width = shape[1]
     assert shape[0] == min(rows, len(sizes)) and width % (multiple or 1) == 0
     assert sum(segments) == native["input_ids"].numel() and native["max_length_q"] == max(segments)
-    assert {0, width} <= {0, *(end % width or width for end in native["cu_seq_lens_q"][1:].tolist())}
-    assert all(row * width in native["cu_seq_lens_q"] for row in range(shape[0]))  # no segment crosses rows
+    assert {0, width} <= {
+        0,
+        *(end % width or width for end in native["cu_seq_lens_q"][1:].tolist()),
+    }
+    # no segment crosses rows
+    assert all(row * width in native["cu_seq_lens_q"] for row in range(shape[0]))
     texts = unpacked(native, "input_ids")
     real = [segment for segment, text in enumerate(texts) if set(text) != {999}]
-    assert sorted(texts[segment] for segment in real) == sorted(example["input_ids"] for example in examples)
+    assert sorted(texts[segment] for segment in real) == sorted(
+        example["input_ids"] for example in examples
+    )
     assert unpacked(native, "position_ids") == [list(range(start, start + n)) for n in segments]
     assert unpacked(native, "seq_idx") == [[segment] * n for segment, n in enumerate(segments)]
     check_labels(native, task, examples, real)
@@ -77,16 +91,22 @@ def check_labels(batch, task, examples, real):
     if task == "sequence_classification":
         texts, segments = unpacked(batch, "input_ids"), batch["label_segments"].tolist()
         assert sorted(segments) == real
-        assert [texts[segment] for segment in segments] == [example["input_ids"] for example in examples]
+        assert [texts[segment] for segment in segments] == [
+            example["input_ids"] for example in examples
+        ]
         assert batch["labels"].tolist() == [example["label"] for example in examples]
         assert batch.counted == len(examples)
         return
     expected = [list(example.get("labels", example["input_ids"])) for example in in_order]
     if task == "causal_lm":
         expected = [[-100, *labels[1:]] for labels in expected]
-    segments = unpacked(batch, "labels", "decoder_cu_seq_lens" if task == "seq2seq" else "cu_seq_lens_q")
+    segments = unpacked(
+        batch, "labels", "decoder_cu_seq_lens" if task == "seq2seq" else "cu_seq_lens_q"
+    )
     assert [segments[segment] for segment in real] == expected
-    padding = [label for segment, labels in enumerate(segments) if segment not in real for label in labels]
+    padding = [
+        label for segment, labels in enumerate(segments) if segment not in real for label in labels
+    ]
     assert set(padding) <= {-100}
     assert batch.counted == int((batch["labels"] != -100).sum())
 
@@ -101,7 +121,9 @@ def test_token_classification_keeps_the_first_label_and_needs_none():
 @pytest.mark.parametrize("rows", [1, 2])
 def test_class_labels(rows):
     def labels(values, key="labels"):
-        examples = [{**example, key: value} for example, value in zip(make([1, 5, 4]), values, strict=True)]
+        examples = [
+            {**example, key: value} for example, value in zip(make([1, 5, 4]), values, strict=True)
+        ]
         return PackingCollator(task="sequence_classification", rows=rows)(examples)["labels"]
 
     for key in ("labels", "label", "label_ids"):
@@ -117,25 +139,54 @@ def test_class_labels(rows):
 @pytest.mark.parametrize(
     ("task", "example", "message"),
     [
-        ("sequence_classification", {"labels": "a"}, "labels of example 1 must be numbers, got 'a'"),
-        ("sequence_classification", {"labels": None}, "labels of example 1 must be numbers, got None"),
-        ("sequence_classification", {"labels": [1, 2]}, r"labels of example 1 has shape \(2,\), of example 0 \(\)"),
-        ("sequence_classification", {"labels": [[1]]}, r"must be one number or a vector, got shape \(1, 1\)"),
-        ("sequence_classification", {"labels": []}, r"must be one number or a vector, got shape \(0,\)"),
-        ("token_classification", {"labels": 1}, "labels of example 0 must hold one number per token, got int 1"),
+        (
+            "sequence_classification",
+            {"labels": "a"},
+            "labels of example 1 must be numbers, got 'a'",
+        ),
+        (
+            "sequence_classification",
+            {"labels": None},
+            "labels of example 1 must be numbers, got None",
+        ),
+        (
+            "sequence_classification",
+            {"labels": [1, 2]},
+            r"labels of example 1 has shape \(2,\), of example 0 \(\)",
+        ),
+        (
+            "sequence_classification",
+            {"labels": [[1]]},
+            r"must be one number or a vector, got shape \(1, 1\)",
+        ),
+        (
+            "sequence_classification",
+            {"labels": []},
+            r"must be one number or a vector, got shape \(0,\)",
+        ),
+        (
+            "token_classification",
+            {"labels": 1},
+            "labels of example 0 must hold one number per token, got int 1",
+        ),
         ("seq2seq", {"labels": 1}, "labels of example 0 must hold one number per token, got int 1"),
     ],
 )
 def test_bad_labels(task, example, message):
     with pytest.raises(ValueError, match=message):
-        PackingCollator(task=task)([{"input_ids": [1, 2], "labels": 1}, {"input_ids": [3, 4], **example}])
+        PackingCollator(task=task)(
+            [{"input_ids": [1, 2], "labels": 1}, {"input_ids": [3, 4], **example}]
+        )
 
 
 @chosen_logits
 def test_supervised_rows():
     """The mask covers every row, and no row's last token predicts the first of the next."""
     batch = PackingCollator(supervised_only=True, rows=2)(make([3, 3, 2], labels=50))
-    assert batch["logits_to_keep"].tolist() == [[True, True, False, True, False], [True, True, False, False, False]]
+    assert batch["logits_to_keep"].tolist() == [
+        [True, True, False, True, False],
+        [True, True, False, False, False],
+    ]
     assert batch["shift_labels"].tolist() == [51, 52, 51, 51, 52]
 
 
@@ -151,7 +202,8 @@ def test_collator_pickles():
         ({"rows": 0}, "rows must be a positive integer, got 0"),
         ({"rows": 2.0}, r"rows must be a positive integer, got 2\.0"),
         ({"position_ids_start": -1}, "position_ids_start must be an integer from 0 on, got -1"),
-        ({"pad_token_id": None}, "pad_token_id must be an integer from 0 on, got None"),  # GPT-2's tokenizer has none
+        # GPT-2's tokenizer has none
+        ({"pad_token_id": None}, "pad_token_id must be an integer from 0 on, got None"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be a positive integer, got 0"),
         ({"pad_to_multiple_of": True}, "pad_to_multiple_of must be a positive integer, got True"),
         ({"impl": "numpy"}, "impl must be"),
@@ -160,7 +212,10 @@ def test_collator_pickles():
             {"supervised_only": True, "task": "token_classification"},
             "supervised_only does not go with task 'token_class",
         ),
-        ({"supervised_only": True, "expand_on_device": True}, "supervised_only does not go with expand_on_device"),
+        (
+            {"supervised_only": True, "expand_on_device": True},
+            "supervised_only does not go with expand_on_device",
+        ),
     ],
 )
 def test_bad_options(options, message):
@@ -177,9 +232,15 @@ def test_columns_named_as_the_collators_own_are_kept_or_refused(expand):
         examples = make([3, 4], labels=1)
         if task == "sequence_classification":
             examples = [{**example, "labels": 1} for example in examples]
-        collator = PackingCollator(task=task, rows=2, decoder_start_token_id=0, expand_on_device=expand)
+        collator = PackingCollator(
+            task=task, rows=2, decoder_start_token_id=0, expand_on_device=expand
+        )
         written |= set(collator(examples).to("cpu"))
-    for name in {*written, "lengths", "ignored", "integers", "count"} - {"input_ids", "labels", "decoder_input_ids"}:
+    for name in {*written, "lengths", "ignored", "integers", "count"} - {
+        "input_ids",
+        "labels",
+        "decoder_input_ids",
+    }:
         examples = [{**made, name: [7, 8, 9]}, {**made, name: [7, 8, 9]}]
         try:
             batch = PackingCollator(expand_on_device=expand)(examples).to("cpu")
@@ -193,7 +254,10 @@ def test_columns_named_as_the_collators_own_are_kept_or_refused(expand):
 def test_columns_named_as_those_of_supervised_rows_are_refused():
     made = {"input_ids": [1, 2, 3]}
     for name in ("logits_to_keep", "shift_labels"):
-        with pytest.raises(ValueError, match=f"the examples have a column '{name}', which the collator makes itself"):
+        with pytest.raises(
+            ValueError,
+            match=f"the examples have a column '{name}', which the collator makes itself",
+        ):
             PackingCollator(supervised_only=True)([{**made, name: [7, 8, 9]}])
         assert PackingCollator()([{**made, name: [7, 8, 9]}])[name].tolist() == [[7, 8, 9]]
 

@@ -28,7 +28,9 @@ def test_attention_mask_takes_tokens_out(form):
         assert_same(PackingCollator(**options)(examples), PackingCollator(**options)(expected))
     assert [example.keys() for example in examples] == [example.keys() for example in before]
     assert all(
-        example[key] is value for example, old in zip(examples, before, strict=True) for key, value in old.items()
+        example[key] is value
+        for example, old in zip(examples, before, strict=True)
+        for key, value in old.items()
     )
 
 
@@ -42,7 +44,14 @@ def test_other_keys_per_token_are_kept_and_the_rest_left_out():
             "length": 2,
             "tags": ["a"],
         },
-        {"input_ids": [3], "weights": [2.0], "special": [False], "text": "c", "length": 1, "tags": ["b"]},
+        {
+            "input_ids": [3],
+            "weights": [2.0],
+            "special": [False],
+            "text": "c",
+            "length": 1,
+            "tags": ["b"],
+        },
     ]
     batch = PackingCollator()(examples)
     torch.testing.assert_close(batch["weights"], torch.tensor([[0.5, 1.0, 2.0]]))
@@ -64,7 +73,9 @@ def test_padding_does_not_change_the_dtype(values):
     assert flat.dtype == torch.float32 and flat.tolist() == [0.5, 1.5, 2.5, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint32, np.int64, np.bool_, np.float16, np.float64])
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int8, np.int16, np.uint32, np.int64, np.bool_, np.float16, np.float64]
+)
 def test_dtypes(dtype):
     values = [np.array([1, 0], dtype), np.array([1], dtype)]
     flat = flatten("x", [*values, padding_like(values[0], 1, -100)])
@@ -72,21 +83,36 @@ def test_dtypes(dtype):
     assert flat.is_floating_point() == np.issubdtype(dtype, np.floating) and (
         flat.is_floating_point() or flat.dtype == torch.int64
     )
-    tensors = [torch.from_numpy(value.astype(np.int64 if dtype == np.uint32 else dtype)) for value in values]
+    tensors = [
+        torch.from_numpy(value.astype(np.int64 if dtype == np.uint32 else dtype))
+        for value in values
+    ]
     assert flatten("x", tensors).tolist() == [1, 0, 1]
 
 
 def test_arrow_tables_are_rows_of_examples():
     pyarrow = pytest.importorskip("pyarrow")
-    rows = [{"input_ids": [1, 2, 3], "weights": [0.5, 1.0, 2.0]}, {"input_ids": [4], "weights": [3.0]}]
-    expected = PackingCollator()([{key: np.array(value) for key, value in row.items()} for row in rows])
+    rows = [
+        {"input_ids": [1, 2, 3], "weights": [0.5, 1.0, 2.0]},
+        {"input_ids": [4], "weights": [3.0]},
+    ]
+    expected = PackingCollator()(
+        [{key: np.array(value) for key, value in row.items()} for row in rows]
+    )
     table = pyarrow.Table.from_pylist(rows)
     chunked = pyarrow.concat_tables([table.slice(0, 1), table.slice(1, 1)])
-    for features in ([table], [chunked], [table.slice(0, 1), table.slice(1, 1)], table.to_batches()):
+    for features in (
+        [table],
+        [chunked],
+        [table.slice(0, 1), table.slice(1, 1)],
+        table.to_batches(),
+    ):
         assert_same(PackingCollator()(features), expected)
     views = arrow_examples(table)
     assert not views[0]["input_ids"].flags.writeable and views[0]["input_ids"].base is not None
-    with pytest.raises(ValueError, match=r"weights .*must hold one number per token|weights of example"):
+    with pytest.raises(
+        ValueError, match=r"weights .*must hold one number per token|weights of example"
+    ):
         PackingCollator()([pyarrow.table({"input_ids": [[1, 2]], "weights": [[1.0, None]]})])
 
 
@@ -95,7 +121,9 @@ def test_a_datasets_rows_in_every_format():
     data = datasets.Dataset.from_dict(
         {"input_ids": [[1, 2, 3], [4]], "labels": [[-100, 2, 3], [4]], "text": ["a", "b"]}
     )
-    expected = PackingCollator()([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    expected = PackingCollator()(
+        [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}]
+    )
     for kind in (None, "numpy", "torch", "arrow"):
         rows = data.with_format(kind)
         assert_same(PackingCollator()([rows[0], rows[1]]), expected)
@@ -103,9 +131,14 @@ def test_a_datasets_rows_in_every_format():
 
 def test_packs_stay_together_and_mix_with_examples():
     examples = make([3, 4, 2])
-    for features in ([Pack(examples[:2]), examples[2], Pack([])], [Pack(examples[:2]), Pack(examples[2:])]):
+    for features in (
+        [Pack(examples[:2]), examples[2], Pack([])],
+        [Pack(examples[:2]), Pack(examples[2:])],
+    ):
         columns, counts = columns_of(features)
-        assert counts == [2, 1] and columns == {"input_ids": [example["input_ids"] for example in examples]}
+        assert counts == [2, 1] and columns == {
+            "input_ids": [example["input_ids"] for example in examples]
+        }
     assert_same(PackingCollator()([Pack(examples[:2]), examples[2]]), PackingCollator()(examples))
 
 
@@ -114,7 +147,11 @@ def test_inputs_are_not_changed():
         examples = make([3, 4], form, labels=5)
         PackingCollator()(examples[:1])["labels"].zero_()
         PackingCollator(pad_to_multiple_of=8)(examples)["input_ids"].zero_()
-        assert list(examples[0]["labels"]) == [5, 6, 7] and list(examples[0]["input_ids"]) == [0, 1, 2]
+        assert list(examples[0]["labels"]) == [5, 6, 7] and list(examples[0]["input_ids"]) == [
+            0,
+            1,
+            2,
+        ]
 
 
 def test_an_empty_part_of_any_kind_is_nothing():
@@ -133,28 +170,73 @@ HUGE = np.broadcast_to(np.int64(1), (2**30,))  # no memory
         ([], "got no examples"),
         ([Pack([])], "got no examples"),
         ([{"input_ids": [1]}, {"labels": [1]}], r"example 1 has no input_ids, only \['labels'\]"),
-        ([{"input_ids": [1]}, {"input_ids": [1], "labels": [1]}], "example 1 has the keys .*'labels'"),
+        (
+            [{"input_ids": [1]}, {"input_ids": [1], "labels": [1]}],
+            "example 1 has the keys .*'labels'",
+        ),
         ([{"input_ids": [1]}, {"input_ids": []}], "example 1 has no tokens"),
         ([{"input_ids": np.array([])}], "example 0 has no tokens"),
-        ([{"input_ids": [1, 2], "attention_mask": [0, 0]}], "example 0 has no tokens: its attention_mask is all zeros"),
-        ([{"input_ids": [1, 2], "attention_mask": [1, None]}], "attention_mask must hold one number per token"),
-        ([{"input_ids": [1, 2], "attention_mask": [1]}], "attention_mask of example 0 has length 1, its input_ids 2"),
-        ([{"input_ids": [1, 2], "labels": [1]}], "labels of example 0 has length 1, its input_ids 2"),
-        ([{"input_ids": [1, 2], "labels": 1}], "labels of example 0 must hold one number per token, got int 1"),
-        ([{"input_ids": [1, 2], "labels": torch.tensor(1)}], r"labels of example 0 must hold .*, got shape \(\)"),
-        ([{"input_ids": [1, 2], "labels": None}], "labels of example 0 must hold one number per token, got NoneType"),
-        ([{"input_ids": [1, 2], "labels": "ab"}], "labels of example 0 must hold one number per token, got str 'ab'"),
+        (
+            [{"input_ids": [1, 2], "attention_mask": [0, 0]}],
+            "example 0 has no tokens: its attention_mask is all zeros",
+        ),
+        (
+            [{"input_ids": [1, 2], "attention_mask": [1, None]}],
+            "attention_mask must hold one number per token",
+        ),
+        (
+            [{"input_ids": [1, 2], "attention_mask": [1]}],
+            "attention_mask of example 0 has length 1, its input_ids 2",
+        ),
+        (
+            [{"input_ids": [1, 2], "labels": [1]}],
+            "labels of example 0 has length 1, its input_ids 2",
+        ),
+        (
+            [{"input_ids": [1, 2], "labels": 1}],
+            "labels of example 0 must hold one number per token, got int 1",
+        ),
+        (
+            [{"input_ids": [1, 2], "labels": torch.tensor(1)}],
+            r"labels of example 0 must hold .*, got shape \(\)",
+        ),
+        (
+            [{"input_ids": [1, 2], "labels": None}],
+            "labels of example 0 must hold one number per token, got NoneType",
+        ),
+        (
+            [{"input_ids": [1, 2], "labels": "ab"}],
+            "labels of example 0 must hold one number per token, got str 'ab'",
+        ),
         ([{"input_ids": [1, 2], "weights": [1.0]}], "weights of example 0 has length 1"),
-        ([{"input_ids": [1, 2], "pixels": np.zeros((2, 3))}], r"pixels of example 0 must .* got shape \(2, 3\)"),
-        ([{"input_ids": "ab"}], "input_ids of example 0 must hold one number per token, got str 'ab'"),
+        (
+            [{"input_ids": [1, 2], "pixels": np.zeros((2, 3))}],
+            r"pixels of example 0 must .* got shape \(2, 3\)",
+        ),
+        (
+            [{"input_ids": "ab"}],
+            "input_ids of example 0 must hold one number per token, got str 'ab'",
+        ),
         ([{"input_ids": 5}], "input_ids of example 0 must hold one number per token, got int 5"),
         ([{"input_ids": ["a", "b"]}], "input_ids must hold one number per token"),
         ([{"input_ids": [[1], [2]]}], "input_ids must hold one number per token"),
-        ([{"input_ids": np.array([[1], [2]])}], r"input_ids of example 0 must .* got shape \(2, 1\)"),
-        ([{"input_ids": np.array(["a"])}], "input_ids must hold one number per token, got the dtype <U1"),
+        (
+            [{"input_ids": np.array([[1], [2]])}],
+            r"input_ids of example 0 must .* got shape \(2, 1\)",
+        ),
+        (
+            [{"input_ids": np.array(["a"])}],
+            "input_ids must hold one number per token, got the dtype <U1",
+        ),
         ([{"input_ids": [2**63]}], "input_ids holds an integer that does not fit into int64"),
-        ([{"input_ids": np.array([1, 2**63], np.uint64)}], "input_ids holds an integer that does not fit into int64"),
-        ([{"input_ids": torch.tensor([-1]).view(torch.uint64)}], "input_ids holds an integer that does not fit"),
+        (
+            [{"input_ids": np.array([1, 2**63], np.uint64)}],
+            "input_ids holds an integer that does not fit into int64",
+        ),
+        (
+            [{"input_ids": torch.tensor([-1]).view(torch.uint64)}],
+            "input_ids holds an integer that does not fit",
+        ),
         (
             [{"input_ids": torch.ones(2, dtype=torch.int64, device="meta")}],
             "must be dense tensors .* on meta",
@@ -167,12 +249,19 @@ HUGE = np.broadcast_to(np.int64(1), (2**30,))  # no memory
             [{"input_ids": [1]}, {"input_ids": torch.ones(1, dtype=torch.int64, device="meta")}],
             "input_ids must be dense tensors",
         ),
-        ([{"input_ids": [1], "weights": torch.ones(1, dtype=torch.complex64)}], "weights must be dense tensors"),
+        (
+            [{"input_ids": [1], "weights": torch.ones(1, dtype=torch.complex64)}],
+            "weights must be dense tensors",
+        ),
         ([{"input_ids": [1.0, 2.0]}], "input_ids must be integers, got torch.float32"),
-        ([{"input_ids": [1], "labels": np.array([1.0])}], "labels must be integers, got torch.float64"),
+        (
+            [{"input_ids": [1], "labels": np.array([1.0])}],
+            "labels must be integers, got torch.float64",
+        ),
         (
             [{"input_ids": HUGE}] * 2,
-            "the 2 examples of the batch have 2147483648 input_ids, int32 boundaries count 2147483647",
+            "the 2 examples of the batch have 2147483648 input_ids, int32 boundaries count "
+            "2147483647",
         ),
     ],
 )
@@ -182,7 +271,9 @@ def test_bad_examples(examples, message):
 
 
 def test_padding_past_int32_is_refused():
-    with pytest.raises(ValueError, match="2 rows of 1073741824 tokens are more than int32 boundaries can count"):
+    with pytest.raises(
+        ValueError, match="2 rows of 1073741824 tokens are more than int32 boundaries can count"
+    ):
         PackingCollator(rows=2, pad_to_multiple_of=2**30)([{"input_ids": [1]}, {"input_ids": [2]}])
 
 

@@ -28,10 +28,18 @@ def check(function, *leaves, fullgraph=True):
 """
 FUNCTIONS = {
     "cross_entropy": "check(lambda z: fastft.cross_entropy(z, target), logits)",
-    "cross_entropy of probabilities": "p = torch.rand(6, 7)\ncheck(lambda z: fastft.cross_entropy(z, p), logits)",
-    "CrossEntropyLoss": "loss = fastft.CrossEntropyLoss()\ncheck(lambda z: loss(z, target), logits)",
-    "linear_cross_entropy": "check(lambda x, w: fastft.linear_cross_entropy(x, w, target), x, head)",
-    "LinearCrossEntropyLoss": "loss = fastft.LinearCrossEntropyLoss(5, 7)\ncheck(lambda x: loss(x, target), x)",
+    "cross_entropy of probabilities": (
+        "p = torch.rand(6, 7)\ncheck(lambda z: fastft.cross_entropy(z, p), logits)"
+    ),
+    "CrossEntropyLoss": (
+        "loss = fastft.CrossEntropyLoss()\ncheck(lambda z: loss(z, target), logits)"
+    ),
+    "linear_cross_entropy": (
+        "check(lambda x, w: fastft.linear_cross_entropy(x, w, target), x, head)"
+    ),
+    "LinearCrossEntropyLoss": (
+        "loss = fastft.LinearCrossEntropyLoss(5, 7)\ncheck(lambda x: loss(x, target), x)"
+    ),
     "linear_log_probs": """
 def use(x, w):
     tokens = fastft.linear_log_probs(x, w, target)

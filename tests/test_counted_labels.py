@@ -21,7 +21,10 @@ from fastft.loss import lazy_losses
 from fastft.loss.counted_labels import CountedLabels, bound_of, give_counted_labels, note_count
 
 EXAMPLES = [
-    {"input_ids": [*range(start, start + length)], "labels": [-100] * (length // 2) + [*range(length - length // 2)]}
+    {
+        "input_ids": [*range(start, start + length)],
+        "labels": [-100] * (length // 2) + [*range(length - length // 2)],
+    }
     for start, length in enumerate((9, 14, 3, 11, 8, 1, 6, 17))
 ]
 
@@ -70,7 +73,9 @@ LOSES = {
     "bytes": lambda y: y.to(torch.uint8).long(),
     "other_view": lambda y: y.view(torch.int32),
     "masked_fill_of_others": lambda y: y.masked_fill(y == -100, 0),
-    "masked_fill_of_a_larger_mask": lambda y: y.masked_fill(torch.zeros(5, 2, 4, dtype=torch.bool), -100),
+    "masked_fill_of_a_larger_mask": lambda y: y.masked_fill(
+        torch.zeros(5, 2, 4, dtype=torch.bool), -100
+    ),
     "clamp": lambda y: y.clamp(min=0),
     "written": lambda y: y.fill_(1),
     "unfold": lambda y: y.unfold(1, 2, 1),
@@ -110,10 +115,13 @@ def test_who_writes_to_labels_takes_the_bound_away(name):
     assert bound_of(shifted, -100)[1] == 4
     WRITES[name](labels, mine, shifted)
     assert bound_of(shifted, -100)[1] is None
-    assert type(given(labels)) is torch.Tensor or name == "to it"  # a later forward pass gets none either
+    # a later forward pass gets none either
+    assert type(given(labels)) is torch.Tensor or name == "to it"
 
 
-@pytest.mark.parametrize("derive", [lambda y: y[..., 1:], lambda y: y.clone(), lambda y: F.pad(y, (0, 1), value=-100)])
+@pytest.mark.parametrize(
+    "derive", [lambda y: y[..., 1:], lambda y: y.clone(), lambda y: F.pad(y, (0, 1), value=-100)]
+)
 @pytest.mark.parametrize("copy_first", [False, True])
 def test_labels_that_are_written_to_before_the_shift_have_no_bound_after_it(derive, copy_first):
     mine = given(noted())
@@ -134,7 +142,9 @@ def test_a_compiled_function_is_compiled_once_for_labels_of_any_count():
     for counted in (4, 5, 6):
         labels = noted()
         note_count(labels, counted)
-        assert torch.equal(shift(given(labels)), torch.tensor([3, 4, -100, -100, -100, -100, 6, -100]))
+        assert torch.equal(
+            shift(given(labels)), torch.tensor([3, 4, -100, -100, -100, -100, 6, -100])
+        )
         graphs.append(counter.frame_count)
     assert graphs[0] == graphs[-1]
 
@@ -179,7 +189,10 @@ class Model(nn.Module):
 @pytest.mark.parametrize("labels", [True, False])
 def test_ignored_rows_cost_nothing_on_a_device(expand_on_device, labels):
     examples = EXAMPLES if labels else [{"input_ids": example["input_ids"]} for example in EXAMPLES]
-    model, collator = Model(), fastft.PackingCollator(expand_on_device=expand_on_device, impl="eager")
+    model, collator = (
+        Model(),
+        fastft.PackingCollator(expand_on_device=expand_on_device, impl="eager"),
+    )
     expected = fastft.PackingCollator()(examples)
     stock = model(**expected)
     stock.backward()
@@ -198,9 +211,17 @@ def test_ignored_rows_cost_nothing_on_a_device(expand_on_device, labels):
 
 
 TASKS = {
-    "regression": ({"input_ids": [5, 6, 7], "label": 0.5}, {"task": "sequence_classification"}, False),
+    "regression": (
+        {"input_ids": [5, 6, 7], "label": 0.5},
+        {"task": "sequence_classification"},
+        False,
+    ),
     "classes": ({"input_ids": [5, 6, 7], "label": 2}, {"task": "sequence_classification"}, True),
-    "seq2seq": ({"input_ids": [5, 6], "labels": [4, 3, 2]}, {"task": "seq2seq", "decoder_start_token_id": 0}, True),
+    "seq2seq": (
+        {"input_ids": [5, 6], "labels": [4, 3, 2]},
+        {"task": "seq2seq", "decoder_start_token_id": 0},
+        True,
+    ),
     "own labels": ({"input_ids": [5, 6, 7], "labels": [-100, 3, -100]}, {}, True),
 }
 
@@ -225,14 +246,18 @@ def test_labels_that_are_replaced_before_the_move_are_the_ones_that_count():
     flat = fastft.PackingCollator(expand_on_device=True)(EXAMPLES)
     flat.integers[2 * flat.segments :] = 7  # every label
     moved = flat.to("cpu")
-    assert bound_of(given(moved["labels"]), -100)[1] == (moved["labels"] != -100).sum() > flat.counted
+    assert (
+        bound_of(given(moved["labels"]), -100)[1] == (moved["labels"] != -100).sum() > flat.counted
+    )
 
 
 @pytest.mark.parametrize("expand_on_device", [False, True])
 @pytest.mark.parametrize("labels", [True, False])
 def test_padding_does_not_count(expand_on_device, labels):
     examples = EXAMPLES if labels else [{"input_ids": example["input_ids"]} for example in EXAMPLES]
-    batch = fastft.PackingCollator(rows=3, pad_to_multiple_of=32, expand_on_device=expand_on_device)(examples)
+    batch = fastft.PackingCollator(
+        rows=3, pad_to_multiple_of=32, expand_on_device=expand_on_device
+    )(examples)
     counted, moved = batch.counted, batch.to("cpu")
     assert bound_of(given(moved["labels"]), -100)[1] == counted == (moved["labels"] != -100).sum()
 
@@ -254,27 +279,50 @@ class Spy:
 
 def train(tmp_path, collator, callbacks, kind=Trainer, **options):
     arguments = TrainingArguments(
-        tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1,
-        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
-        eval_strategy="steps", eval_steps=3, per_device_eval_batch_size=3, **options,
-    )  # fmt: skip
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        remove_unused_columns=False,
+        eval_strategy="steps",
+        eval_steps=3,
+        per_device_eval_batch_size=3,
+        **options,
+    )
     trainer = kind(
-        tiny_llama(), arguments, train_dataset=EXAMPLES, eval_dataset=EXAMPLES[:3], data_collator=collator,
+        tiny_llama(),
+        arguments,
+        train_dataset=EXAMPLES,
+        eval_dataset=EXAMPLES[:3],
+        data_collator=collator,
         callbacks=callbacks,
-    )  # fmt: skip
+    )
     trainer.train()
-    return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+    return [
+        entry[key]
+        for entry in trainer.state.log_history
+        for key in ("loss", "eval_loss")
+        if key in entry
+    ]
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"expand_on_device": True}, {"rows": 2, "pad_to_multiple_of": 8}, {"pad_examples": True}]
+    "options",
+    [{}, {"expand_on_device": True}, {"rows": 2, "pad_to_multiple_of": 8}, {"pad_examples": True}],
 )
 def test_trainer_hands_the_count_to_the_loss(options, tmp_path, monkeypatch):
     collator, spy = fastft.PackingCollator(**options), Spy(monkeypatch)
     fused = train(tmp_path, collator, [fastft.FusedLossCallback()])
     assert len(spy.bounds) == 3 * 2 + 1
     if collator.pad_examples:  # whose first labels the model's shift drops
-        assert all(bound - 3 <= count <= bound for bound, count in zip(spy.bounds, spy.counts, strict=True))
+        assert all(
+            bound - 3 <= count <= bound for bound, count in zip(spy.bounds, spy.counts, strict=True)
+        )
     else:
         assert spy.bounds == spy.counts
     stock = train(tmp_path, collator, [fastft.PackingCallback()])
@@ -284,7 +332,9 @@ def test_trainer_hands_the_count_to_the_loss(options, tmp_path, monkeypatch):
 def padded(features):
     width = max(len(example["input_ids"]) for example in features)
     return {
-        key: torch.tensor([example[key] + [fill] * (width - len(example[key])) for example in features])
+        key: torch.tensor(
+            [example[key] + [fill] * (width - len(example[key])) for example in features]
+        )
         for key, fill in (("input_ids", 0), ("labels", -100))
     }
 
@@ -300,7 +350,9 @@ class MoreLabels(Trainer):
     """Lets all tokens count."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, {**inputs, "labels": inputs["input_ids"].clone()}, *args, **kwargs)
+        return super().compute_loss(
+            model, {**inputs, "labels": inputs["input_ids"].clone()}, *args, **kwargs
+        )
 
 
 class WrittenLabels(Trainer):
@@ -343,16 +395,23 @@ class LossOfItsOwn(Trainer):
 
     def loss_of(self, outputs, labels, num_items_in_batch=None):
         return ForCausalLMLoss(
-            outputs.logits, labels.clamp(min=1), vocab_size=97, num_items_in_batch=num_items_in_batch
+            outputs.logits,
+            labels.clamp(min=1),
+            vocab_size=97,
+            num_items_in_batch=num_items_in_batch,
         )
 
 
-@pytest.mark.parametrize("kind", [MoreLabels, WrittenLabels, LabelsWrittenByTheModel, FewerLabels, LossOfItsOwn])
+@pytest.mark.parametrize(
+    "kind", [MoreLabels, WrittenLabels, LabelsWrittenByTheModel, FewerLabels, LossOfItsOwn]
+)
 def test_labels_that_change_behind_the_collator_are_all_taken(kind, tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
     fused = train(tmp_path, fastft.PackingCollator(), [fastft.FusedLossCallback()], kind)
     assert set(spy.bounds) == {None} and len(spy.bounds) == 7
-    assert fused == pytest.approx(train(tmp_path, fastft.PackingCollator(), [fastft.PackingCallback()], kind), rel=1e-5)
+    assert fused == pytest.approx(
+        train(tmp_path, fastft.PackingCollator(), [fastft.PackingCallback()], kind), rel=1e-5
+    )
 
 
 class UnseenWrites(Trainer):

@@ -16,7 +16,10 @@ from numerics import assert_no_worse
 from fastft import _native
 from fastft.loss.cross_entropy import ROWS, CrossEntropyLoss, cross_entropy
 
-ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built"))]
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1), (1, 63), (63, 1), (3, 15), (63, 507), (17, 16), (5, 1000), (0, 7)]
 
@@ -30,7 +33,9 @@ def make(rows: int, classes: int, dtype: torch.dtype = torch.float32, ignored: f
 def loss_and_grad(function, logits, target, upstream=None, **options):
     leaf = logits.detach().clone().requires_grad_()
     loss = function(leaf, target, **options)
-    (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
+    (grad,) = torch.autograd.grad(
+        loss, leaf, torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    )
     return loss.detach(), grad
 
 
@@ -38,7 +43,9 @@ def check(logits, target, impl, upstream=None, **options):
     ours = loss_and_grad(cross_entropy, logits, target, upstream, impl=impl, **options)
     # the loss of 16-bit logits is fp32: compare with torch's on fp32 copies
     statistics = torch.promote_types(logits.dtype, torch.float32)
-    plain_loss, _ = loss_and_grad(oracle.cross_entropy, logits.to(statistics), target, upstream, **options)
+    plain_loss, _ = loss_and_grad(
+        oracle.cross_entropy, logits.to(statistics), target, upstream, **options
+    )
     _, plain_grad = loss_and_grad(oracle.cross_entropy, logits, target, upstream, **options)
     truth = loss_and_grad(oracle.cross_entropy, logits.double(), target, upstream, **options)
     assert ours[0].dtype == statistics and ours[1].dtype == logits.dtype
@@ -75,7 +82,9 @@ def test_options(impl, dtype, reduction, options, classes, poisoned_empty):
 def test_float64(options):
     logits, target = make(33, 507, torch.float64)
     options = oracle.options_with_weight(options, 507)
-    ours, truth = (loss_and_grad(f, logits, target, **options) for f in (cross_entropy, oracle.cross_entropy))
+    ours, truth = (
+        loss_and_grad(f, logits, target, **options) for f in (cross_entropy, oracle.cross_entropy)
+    )
     torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
 
 
@@ -95,8 +104,13 @@ def test_target_probabilities(options, reduction):
     logits = torch.randn(2, 7, 3, requires_grad=True)
     probabilities = torch.rand(2, 7, 3).softmax(1)
     options = oracle.options_with_weight(options, 7)
-    z_loss, cap = options.pop("z_loss", 0.0), {k: options.pop(k) for k in ("softcap", "logit_scale") if k in options}
-    ours = cross_entropy(logits, probabilities, reduction=reduction, z_loss=z_loss, **options, **cap)
+    z_loss, cap = (
+        options.pop("z_loss", 0.0),
+        {k: options.pop(k) for k in ("softcap", "logit_scale") if k in options},
+    )
+    ours = cross_entropy(
+        logits, probabilities, reduction=reduction, z_loss=z_loss, **options, **cap
+    )
     z = oracle.capped(logits, **cap)
     expected = F.cross_entropy(z, probabilities, reduction=reduction, **options)
     squares = z_loss * z.logsumexp(1).square()
@@ -116,7 +130,8 @@ def test_mean(impl, dtype):
 
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize(
-    ("input_shape", "target_shape"), [((7,), ()), ((2, 7, 3), (2, 3)), ((2, 7, 3, 2), (2, 3, 2)), ((4, 7, 1), (4, 1))]
+    ("input_shape", "target_shape"),
+    [((7,), ()), ((2, 7, 3), (2, 3)), ((2, 7, 3, 2), (2, 3, 2)), ((4, 7, 1), (4, 1))],
 )
 def test_classes_in_dimension_1(impl, input_shape, target_shape):
     target = torch.randint(0, 7, target_shape)
@@ -147,7 +162,9 @@ def test_confident_row_keeps_loss_and_gradient(impl):
     logits = torch.zeros(2, 7)
     logits[:, 3] = 25.0
     logits[1, 3] = 80.0
-    loss, grad = loss_and_grad(cross_entropy, logits, torch.tensor([3, 3]), impl=impl, reduction="sum")
+    loss, grad = loss_and_grad(
+        cross_entropy, logits, torch.tensor([3, 3]), impl=impl, reduction="sum"
+    )
     others = 6 * torch.exp(torch.tensor([-25.0, -80.0], dtype=torch.float64))
     torch.testing.assert_close(loss.double(), others.log1p().sum(), rtol=1e-6, atol=0)
     torch.testing.assert_close(grad[:, 3].double(), -others / (1 + others), rtol=1e-6, atol=0)
@@ -181,14 +198,18 @@ def test_rows_that_are_not_finite(impl, dtype, width, values, target):
 
 @pytest.mark.parametrize("impl", ENGINES)
 def test_extreme_logits(impl):
-    logits = torch.tensor([[1e4, -1e4, 0.0], [88.0, 0.0, -88.0], [1e38, -1e38, 0.0], [-3e38, -3e38, -3e38]])
+    logits = torch.tensor(
+        [[1e4, -1e4, 0.0], [88.0, 0.0, -88.0], [1e38, -1e38, 0.0], [-3e38, -3e38, -3e38]]
+    )
     for target in range(3):
         check(logits, torch.full((4,), target), impl, torch.ones(4), reduction="none")
 
 
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("rows", [0, 5])
-@pytest.mark.parametrize("options", [{}, {"num_items": 0}, {"num_items": torch.tensor(0)}, {"reduction": "sum"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_items": 0}, {"num_items": torch.tensor(0)}, {"reduction": "sum"}]
+)
 def test_no_row_counts(impl, rows, options):
     logits, target = torch.randn(rows, 7), torch.full((rows,), -100)
     loss, grad = loss_and_grad(cross_entropy, logits, target, impl=impl, **options)
@@ -255,7 +276,10 @@ print(digest.hexdigest())
 def test_every_instruction_set_gives_the_same_bits():
     digests = {
         isa: subprocess.run(
-            [sys.executable, "-c", PROBE], env={**os.environ, "FASTFT_CPU_ISA": isa}, capture_output=True, text=True
+            [sys.executable, "-c", PROBE],
+            env={**os.environ, "FASTFT_CPU_ISA": isa},
+            capture_output=True,
+            text=True,
         ).stdout.strip()
         for isa in ("baseline", "avx2", "avx512", "avx512bf16")
     }
@@ -276,25 +300,44 @@ def test_any_shape_and_ignore_pattern(rows, classes, offset, spread, seed, data)
     torch.manual_seed(seed)
     logits = offset + spread * torch.randn(rows, classes)
     target = torch.tensor(
-        data.draw(st.lists(st.integers(-1, classes - 1), min_size=rows, max_size=rows)), dtype=torch.int64
+        data.draw(st.lists(st.integers(-1, classes - 1), min_size=rows, max_size=rows)),
+        dtype=torch.int64,
     )
     for impl in ("eager", "auto"):
         check(logits, target, impl, torch.randn(rows), reduction="none", ignore_index=-1)
 
 
-def operator_arguments(rows=7, classes=33, dtype=torch.float32, weight=True, upstream=3, statistics=True):
+def operator_arguments(
+    rows=7, classes=33, dtype=torch.float32, weight=True, upstream=3, statistics=True
+):
     logits, target = make(rows, classes, dtype)
     outputs = [torch.empty(rows), torch.empty(rows, dtype=torch.bool)] if statistics else []
     return [
-        *(logits, target, [torch.rand(classes)] if weight else [], list(torch.randn(upstream, rows))),
-        *(torch.empty(rows), torch.empty(rows), outputs, [torch.empty_like(logits)], -100, 0.1, 0.02, 4.0, 0.5),
+        *(
+            logits,
+            target,
+            [torch.rand(classes)] if weight else [],
+            list(torch.randn(upstream, rows)),
+        ),
+        *(
+            torch.empty(rows),
+            torch.empty(rows),
+            outputs,
+            [torch.empty_like(logits)],
+            -100,
+            0.1,
+            0.02,
+            4.0,
+            0.5,
+        ),
     ]
 
 
 def test_operator_contract():
     torch.library.opcheck(ROWS.native, tuple(operator_arguments()))
     torch.library.opcheck(
-        ROWS.native, tuple(operator_arguments(dtype=torch.bfloat16, weight=False, upstream=0, statistics=False))
+        ROWS.native,
+        tuple(operator_arguments(dtype=torch.bfloat16, weight=False, upstream=0, statistics=False)),
     )
 
 
@@ -314,13 +357,17 @@ def row_truth(logits, target, weight, upstream, options):
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("classes", [1, 16, 507])
 def test_operator_writes_every_output(impl, in_place, classes):
-    logits, target, weight, upstream, losses, lse, statistics, grad, *options = operator_arguments(9, classes)
+    logits, target, weight, upstream, losses, lse, statistics, grad, *options = operator_arguments(
+        9, classes
+    )
     target[2] = -100
     truth = row_truth(logits, target, weight[0], upstream, options)
     output = logits if in_place else grad[0].fill_(torch.nan)
     rows = ROWS.implementation(impl, logits.device)
     rows(logits, target, weight, upstream, losses, lse, statistics, [output], *options)
-    for actual, exact in zip((losses, lse, statistics[0], output), (*truth[:3], truth[4]), strict=True):
+    for actual, exact in zip(
+        (losses, lse, statistics[0], output), (*truth[:3], truth[4]), strict=True
+    ):
         torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=2e-6)
     assert torch.equal(statistics[1], truth[3]) and not output[2].any() and losses[2] == lse[2] == 0
 
@@ -334,7 +381,19 @@ def test_of_equal_classes_the_first_is_the_top_one(impl, softcap, target):
     logits[1, target - 2] = logits[2, (target + 1) % 507] = 1e4
     statistics = [torch.empty(3), torch.empty(3, dtype=torch.bool)]
     rows = ROWS.implementation(impl, logits.device)
-    arguments = ([], [], torch.empty(3), torch.empty(3), statistics, [], -100, 0.0, 0.0, softcap, 1.0)
+    arguments = (
+        [],
+        [],
+        torch.empty(3),
+        torch.empty(3),
+        statistics,
+        [],
+        -100,
+        0.0,
+        0.0,
+        softcap,
+        1.0,
+    )
     rows(logits, torch.full((3,), target), *arguments)
     assert statistics[1].tolist() == [True, False, target != 506]
 
@@ -344,7 +403,11 @@ def test_entropy_where_a_class_is_impossible(impl):
     logits = torch.randn(4, 40)
     logits[:, ::3] = -torch.inf
     arguments = operator_arguments(4, 40, weight=False)
-    arguments[0], arguments[1], arguments[8:] = logits, torch.tensor([1, 2, 0, -100]), (-100, 0.0, 0.0, 0.0, 1.0)
+    arguments[0], arguments[1], arguments[8:] = (
+        logits,
+        torch.tensor([1, 2, 0, -100]),
+        (-100, 0.0, 0.0, 0.0, 1.0),
+    )
     ROWS.implementation(impl, logits.device)(*arguments)
     _, entropy, lse, _ = oracle.log_probs(logits.double(), arguments[1])
     torch.testing.assert_close(arguments[6][0].double(), entropy, rtol=1e-6, atol=1e-6)
@@ -408,7 +471,11 @@ GOOD = {"input": torch.randn(4, 7), "target": torch.tensor([0, 6, -100, 3])}
         ({"reduction": "average"}, ValueError, "'average'"),
         ({"impl": "fast"}, ValueError, "'fast'"),
         ({"impl": "cuda"}, RuntimeError, "impl='cuda'"),
-        ({"input": torch.zeros(4, 7, dtype=torch.float16), "impl": "cpp"}, RuntimeError, "impl='cpp'"),
+        (
+            {"input": torch.zeros(4, 7, dtype=torch.float16), "impl": "cpp"},
+            RuntimeError,
+            "impl='cpp'",
+        ),
         ({"num_items": 3, "reduction": "sum"}, ValueError, "num_items.*'sum'"),
         ({"num_items": -3}, ValueError, "num_items.*-3"),
         ({"label_smoothing": 1.1}, ValueError, "label_smoothing.*1.1"),
@@ -424,14 +491,26 @@ GOOD = {"input": torch.randn(4, 7), "target": torch.tensor([0, 6, -100, 3])}
         ({"target": torch.rand(4, 7), "impl": "cpp"}, RuntimeError, "impl='cpp'.*probabilities"),
         ({"target": torch.rand(4, 7), "impl": "fast"}, ValueError, "'fast'"),
         ({"num_items": torch.ones(2)}, ValueError, r"num_items.*\(2,\)"),
-        ({"num_items": float("nan")}, ValueError, "num_items must be finite and not negative, got nan"),
+        (
+            {"num_items": float("nan")},
+            ValueError,
+            "num_items must be finite and not negative, got nan",
+        ),
         ({"num_items": torch.tensor(float("nan"))}, ValueError, "num_items must be finite"),
-        ({"num_items": torch.tensor(-4)}, ValueError, "num_items must be finite and not negative, got -4"),
+        (
+            {"num_items": torch.tensor(-4)},
+            ValueError,
+            "num_items must be finite and not negative, got -4",
+        ),
         ({"num_items": "8"}, TypeError, "num_items must be a number or a tensor of one, got str"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
         ({"weight": [1.0] * 7}, TypeError, "weight must be a torch.Tensor, got list"),
-        ({"input": torch.zeros(4, 7).numpy()}, TypeError, "input must be a torch.Tensor, got ndarray"),
+        (
+            {"input": torch.zeros(4, 7).numpy()},
+            TypeError,
+            "input must be a torch.Tensor, got ndarray",
+        ),
         ({"target": [0, 1, 1, 1]}, TypeError, "target must be a torch.Tensor, got list"),
     ],
 )
@@ -446,7 +525,8 @@ def test_targets_of_a_device_are_checked_on_demand(monkeypatch):
     cross_entropy_on_meta = lambda: cross_entropy(torch.ones(1, 7, device="meta"), target)  # noqa: E731
     cross_entropy_on_meta()
     monkeypatch.setenv("FASTFT_CHECK_TARGETS", "1")
-    with pytest.raises((RuntimeError, NotImplementedError)):  # it looks: a meta tensor has no values to show
+    # it looks: a meta tensor has no values to show
+    with pytest.raises((RuntimeError, NotImplementedError)):
         cross_entropy_on_meta()
 
 
@@ -454,7 +534,9 @@ def test_module_knows_every_option():
     logits, target = make(33, 63)
     options = oracle.options_with_weight(oracle.OPTIONS["all"], 63)
     loss = CrossEntropyLoss(**options)
-    assert torch.equal(loss(logits, target, num_items=5), cross_entropy(logits, target, num_items=5, **options))
+    assert torch.equal(
+        loss(logits, target, num_items=5), cross_entropy(logits, target, num_items=5, **options)
+    )
     assert set(loss.state_dict()) == {"weight"}
     with pytest.raises(ValueError, match="label_smoothing"):
         CrossEntropyLoss(label_smoothing=-1.0)
@@ -464,7 +546,9 @@ def test_module():
     logits, target = make(63, 507)
     loss = CrossEntropyLoss(ignore_index=3, reduction="sum")
     expected = torch.nn.CrossEntropyLoss(ignore_index=3, reduction="sum")
-    torch.testing.assert_close(loss(logits, target.clamp_min(0)), expected(logits, target.clamp_min(0)))
+    torch.testing.assert_close(
+        loss(logits, target.clamp_min(0)), expected(logits, target.clamp_min(0))
+    )
     assert "ignore_index=3" in repr(loss)
     with pytest.raises(ValueError, match="reduction"):
         CrossEntropyLoss(reduction="median")

@@ -1,6 +1,8 @@
-"""`cross_entropy_rows` as CUDA and Triton compute it: compiled for sm_80 and sm_90 and executed as PTX.
+"""`cross_entropy_rows` as CUDA and Triton compute it: compiled for sm_80 and sm_90 and executed as
+PTX.
 
-By default a case of each option; `make ptx` runs the whole table of options, dtypes and sizes on both chips.
+By default a case of each option; `make ptx` runs the whole table of options, dtypes and sizes on
+both chips.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ engines = pytest.mark.parametrize("engine", ENGINES, ids=str)
 
 
 def whole_table() -> list[Any]:
-    """Every case on every engine, chip, dtype and size; those that run by default have each option once a chip."""
+    """Every case on every engine, chip, dtype and size; those that run by default have each option
+    once a chip."""
     quick = {
         CUDA_90: [(507, "bf16", CASES), (1, "fp16", ["everything"])],
         CUDA_80: [(63, "fp32", CASES), (507, "fp16", ["everything in place"])],
@@ -49,7 +52,9 @@ def test_every_option(engine: Engine, classes: int, dtype: str, case: str) -> No
 @engines
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_every_option_with_approximations_that_are_off_by_two_ulp(engine: Engine, dtype: str, case: str) -> None:
+def test_every_option_with_approximations_that_are_off_by_two_ulp(
+    engine: Engine, dtype: str, case: str
+) -> None:
     with operator(engine, OP, noise_ulp=2) as (rows, _):
         check(rows, draw(CASES[case], 5, 507, DTYPES[dtype]))
 
@@ -82,13 +87,18 @@ QUICK = [(5_000, "bf16", 3), (40_003, "fp32", 0), (60_000, "fp32", 8)]
 
 def long_rows() -> list[Any]:
     quick = {engine: QUICK[: 1 if engine == TRITON_80 else 3] for engine in ENGINES}
-    rows = [(engine, *row, () if row in quick[engine] else pytest.mark.ptx) for engine in ENGINES for row in LONG]
+    rows = [
+        (engine, *row, () if row in quick[engine] else pytest.mark.ptx)
+        for engine in ENGINES
+        for row in LONG
+    ]
     return [pytest.param(*row, id="-".join(map(str, row)), marks=marks) for *row, marks in rows]
 
 
 @pytest.mark.parametrize(("engine", "classes", "dtype", "padding"), long_rows())
 def test_long_rows_at_any_distance(engine: Engine, classes: int, dtype: str, padding: int) -> None:
-    """Rows of one block and of several, that fit into shared memory and that do not, on 16 bytes and off them."""
+    """Rows of one block and of several, that fit into shared memory and that do not, on 16 bytes
+    and off them."""
     with operator(engine, OP) as (rows, _):
         for case in (CASES["in place"], EVERYTHING):
             check(rows, draw(case, 2, classes, DTYPES[dtype], padding=padding))
@@ -116,9 +126,13 @@ def test_numbers_that_are_none(engine: Engine, value: float, position: int) -> N
         ours = run(rows, problem)
     assert all(value[1:].isfinite().all() for value in ours.values())
     leaf = problem.logits.double().requires_grad_()
-    losses = torch.nn.functional.cross_entropy(leaf, problem.target, reduction="none", ignore_index=IGNORED)
+    losses = torch.nn.functional.cross_entropy(
+        leaf, problem.target, reduction="none", ignore_index=IGNORED
+    )
     (losses * problem.upstream[0]).sum().backward()
-    assert torch.equal(ours["losses"].isnan(), losses.isnan()) and torch.equal(ours["losses"].isinf(), losses.isinf())
+    assert torch.equal(ours["losses"].isnan(), losses.isnan()) and torch.equal(
+        ours["losses"].isinf(), losses.isinf()
+    )
     assert torch.equal(ours["grad"].isnan(), leaf.grad.isnan())
 
 
@@ -142,8 +156,13 @@ def test_a_confident_row_has_all_its_digits(engine: Engine, margin: float) -> No
         ours = run(rows, problem)
     exponential = (logits[:, 1] - logits[:, 0]).double().exp()
     share = exponential / (1 + exponential)
-    for actual, truth in ((ours["losses"], exponential.log1p()), (ours["grad"], torch.stack([-share, share], 1))):
-        assert torch.allclose(actual.double(), truth, rtol=4 * torch.finfo(torch.float32).eps, atol=0.0)
+    for actual, truth in (
+        (ours["losses"], exponential.log1p()),
+        (ours["grad"], torch.stack([-share, share], 1)),
+    ):
+        assert torch.allclose(
+            actual.double(), truth, rtol=4 * torch.finfo(torch.float32).eps, atol=0.0
+        )
 
 
 @engines
@@ -180,17 +199,22 @@ def test_offsets_pass_two_to_the_31(engine: Engine, case: str) -> None:
     near = draw(CASES[case], 5, 63, torch.bfloat16)
     far = torch.empty(2**31 + 200, dtype=torch.bfloat16)  # untouched pages cost nothing
     with operator(engine, OP) as (rows, _):
-        check(rows, replace(near, logits=far.as_strided((5, 63), (2**29 + 8, 1)).copy_(near.logits)))
+        check(
+            rows, replace(near, logits=far.as_strided((5, 63), (2**29 + 8, 1)).copy_(near.logits))
+        )
 
 
 @pytest.mark.parametrize("classes", [1_000, 50_257])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("case", "reads"), [("forward", 1), ("in place", 2)])
-def test_bytes_are_those_of_triton_s_docstring(case: str, reads: int, dtype: torch.dtype, classes: int) -> None:
+def test_bytes_are_those_of_triton_s_docstring(
+    case: str, reads: int, dtype: torch.dtype, classes: int
+) -> None:
     with operator(TRITON_90, OP) as (rows, launches):
         run(rows, draw(CASES[case], 2, classes, dtype))
     (launch,) = launches
-    row, small = classes * dtype.itemsize, 2 * launch.block * 24  # targets, upstream, the target's logit; the results
+    # targets, upstream, the target's logit; the results
+    row, small = classes * dtype.itemsize, 2 * launch.block * 24
     assert 0 <= launch.bytes_read - 2 * reads * row <= small
     assert 0 <= launch.bytes_written - 2 * (reads - 1) * row <= small
 

@@ -1,4 +1,5 @@
-"""What the CUDA library's launchers do around their kernels: tables, streams, capture, limits, sums; run as PTX."""
+"""What the CUDA library's launchers do around their kernels: tables, streams, capture, limits,
+sums; run as PTX."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from support.ptx.engines import cuda_for_cpp
 from support.row_problems import CASES, check, draw
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}")
+pytestmark = pytest.mark.skipif(
+    ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}"
+)
 
 
 def kernels(gpu: ptx.Gpu, begin: int = 0) -> list[str]:
@@ -31,7 +34,9 @@ def update(adamw_: Callable[..., None]) -> None:
 def add_up(grad_norm_squared_: Callable[..., None]) -> None:
     total, grads = torch.zeros((), dtype=torch.float64), [torch.randn(507), torch.randn(40_000)]
     grad_norm_squared_(total, grads)
-    assert total.item() == pytest.approx(sum(grad.double().square().sum().item() for grad in grads), rel=1e-10)
+    assert total.item() == pytest.approx(
+        sum(grad.double().square().sum().item() for grad in grads), rel=1e-10
+    )
 
 
 def scale(scale_gradients_: Callable[..., None]) -> None:
@@ -43,7 +48,9 @@ def scale(scale_gradients_: Callable[..., None]) -> None:
 
 # a call of each operator; AdamW's bound steps run the code of adamw_
 USES = {
-    "cross_entropy_rows": lambda rows: check(rows, draw(CASES["everything"], 2, 40_003, torch.bfloat16)),
+    "cross_entropy_rows": lambda rows: check(
+        rows, draw(CASES["everything"], 2, 40_003, torch.bfloat16)
+    ),
     "packed_boundaries": lambda fill: segment_problems.check(fill, [3, 700], 0, False),
     "grad_norm_squared_": add_up,
     "adamw_": update,
@@ -65,21 +72,28 @@ def test_all_launches_are_on_the_tensors_device_and_its_stream(name: str, device
             getattr(gpu.ops, name)(*arguments)
 
         USES[name](there)
-        assert {(launch.device, launch.stream) for launch in gpu.launches} == {(device, (5, 7)[device])}
+        assert {(launch.device, launch.stream) for launch in gpu.launches} == {
+            (device, (5, 7)[device])
+        }
         assert gpu.held == 0 and not gpu.waits
 
 
 # a warp looks at 32 places at once: around one and two rounds of that
-@pytest.mark.parametrize("tensors", [1, 2, 31, 32, 33, 65, pytest.param(1025, marks=pytest.mark.ptx)])
+@pytest.mark.parametrize(
+    "tensors", [1, 2, 31, 32, 33, 65, pytest.param(1025, marks=pytest.mark.ptx)]
+)
 def test_every_tensor_is_found(tensors: int) -> None:
     sizes = (4097, *[3, 0, 1][: tensors - 1], *[2] * (tensors - 4))
     expected = Training(MODES["exact-fp32"], "cpp", sizes=sizes).step(1).values()
     with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
-        assert_same_bits(Training(MODES["exact-fp32"], "cpp", sizes=sizes).step(1).values(), expected)
+        assert_same_bits(
+            Training(MODES["exact-fp32"], "cpp", sizes=sizes).step(1).values(), expected
+        )
 
 
 @pytest.mark.parametrize(
-    ("mode", "kernel"), [("fp32-fp32", 0), ("exact-fp32", 1), ("nearest-fp32", 4), ("exact-bf16", 5), ("fp32-8bit", 6)]
+    ("mode", "kernel"),
+    [("fp32-fp32", 0), ("exact-fp32", 1), ("nearest-fp32", 4), ("exact-bf16", 5), ("fp32-8bit", 6)],
 )
 def test_tensors_that_are_kept_alike_have_a_kernel_of_their_own(mode: str, kernel: int) -> None:
     with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
@@ -103,7 +117,8 @@ def test_a_step_on_another_stream_has_a_table_there() -> None:
 
 
 def test_a_captured_step_on_another_stream_keeps_the_table() -> None:
-    """Such a stream belongs to the capture; what is uploaded there would be uploaded at every replay."""
+    """Such a stream belongs to the capture; what is uploaded there would be uploaded at every
+    replay."""
     with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
         training = Training(MODES["exact-fp32"], "cpp", capturable=True).step()
         first = len(gpu.launches)
@@ -114,7 +129,9 @@ def test_a_captured_step_on_another_stream_keeps_the_table() -> None:
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_a_table_that_a_graph_reads_is_written_at_each_step_and_never_given_back(captured: bool) -> None:
+def test_a_table_that_a_graph_reads_is_written_at_each_step_and_never_given_back(
+    captured: bool,
+) -> None:
     """A replay, which nobody sees here, writes the gradients' places of its capture."""
     with ptx.cuda_operators(90) as gpu, cuda_for_cpp(gpu):
         training = Training(MODES["exact-fp32"], "cpp", capturable=True).step()
@@ -153,9 +170,14 @@ def total(gpu: ptx.Gpu, grads: list[Tensor]) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_in_float32_and_what_it_loses(dtype: torch.dtype, scale: float) -> None:
     grads = [(torch.randn(size) * scale).to(dtype) for size in (1, 507, 16384, 16385, 40000)]
-    grads.append(torch.cat([torch.full((8192,), 3e-5), torch.full((8192,), 3e4)])[torch.randperm(16384)].to(dtype))
+    grads.append(
+        torch.cat([torch.full((8192,), 3e-5), torch.full((8192,), 3e4)])[torch.randperm(16384)].to(
+            dtype
+        )
+    )
     grads[-1] *= scale > 0
-    grads.append(torch.full((16384,), 1.2345678).to(dtype) * scale)  # whose roundings all go one way
+    # whose roundings all go one way
+    grads.append(torch.full((16384,), 1.2345678).to(dtype) * scale)
     truth = sum(grad.double().square().sum().item() for grad in grads)
     elsewhere = [torch.cat([grad[:1], grad])[1:] for grad in grads]
     with ptx.cuda_operators(90) as gpu:
@@ -170,13 +192,20 @@ def test_the_norm_is_finite_where_every_gradient_is(dtype: torch.dtype, bad: flo
         for place in (0, 17, 16383, 16384):
             grad = torch.randn(16400).to(dtype)
             grad[place] = bad
-            assert torch.tensor(total(gpu, [grad])).isnan() if bad != bad else total(gpu, [grad]) == torch.inf
+            assert (
+                torch.tensor(total(gpu, [grad])).isnan()
+                if bad != bad
+                else total(gpu, [grad]) == torch.inf
+            )
         largest = torch.full((20000,), torch.finfo(dtype).max, dtype=dtype)
-        assert total(gpu, [largest]) == pytest.approx(largest.double().square().sum().item(), rel=1e-12)
+        assert total(gpu, [largest]) == pytest.approx(
+            largest.double().square().sum().item(), rel=1e-12
+        )
 
 
 def test_the_norm_of_a_gradient_past_two_to_the_31() -> None:
-    """Its last block reads the gradient's end; that the others' sums are missing is what ends the test."""
+    """Its last block reads the gradient's end; that the others' sums are missing is what ends the
+    test."""
     grad = torch.empty(2**31 + 100, dtype=torch.bfloat16)  # untouched pages cost nothing
     grad[-100:] = 1.0
     with ptx.cuda_operators(90, only=lambda blocks: [blocks - 1]) as gpu:
@@ -194,7 +223,8 @@ def test_few_operations_of_the_norm_are_in_double() -> None:
 
 
 def test_rows_that_need_little_shared_memory_leave_the_limit_to_others() -> None:
-    """A limit that another thread has lowered would refuse a launch whose own thread had just raised it."""
+    """A limit that another thread has lowered would refuse a launch whose own thread had just
+    raised it."""
     with ptx.cuda_operators(90) as gpu:
         for classes in (5000, 30000, 5000):
             check(gpu.ops.cross_entropy_rows, draw(CASES["plain"], 1, classes, torch.float32))

@@ -1,4 +1,5 @@
-"""Libraries that decide by an optimizer's class, or by the class's name, take fastft's AdamW for what it is.
+"""Libraries that decide by an optimizer's class, or by the class's name, take fastft's AdamW for
+what it is.
 
 Where each decides: fastft/integrations/optimizer_check.py. DeepSpeed itself: tests/test_engines.py.
 """
@@ -52,7 +53,9 @@ class TestTorchsClass:
         assert ours.param_groups[0]["decoupled_weight_decay"] is True
         taken = inspect.signature(AdamW).parameters
         for name, parameter in inspect.signature(torch.optim.AdamW).parameters.items():
-            assert (taken[name].default, taken[name].kind) == (parameter.default, parameter.kind), name
+            assert (taken[name].default, taken[name].kind) == (parameter.default, parameter.kind), (
+                name
+            )
 
     @pytest.mark.parametrize("betas", [(0.9, torch.tensor(0.99)), (torch.tensor(0.9), 0.99)])
     def test_betas_of_mixed_kinds_are_torchs_value_error(self, betas):
@@ -96,7 +99,9 @@ class TestTorchsClass:
         assert ours.param_groups[0]["decoupled_weight_decay"] is True
         train(layer, ours)
 
-    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]
+    )
     def test_copies(self, copied):
         (layer, ours), _ = both()
         train(layer, ours)
@@ -139,7 +144,9 @@ def test_accelerates_map_to_deepspeed_takes_it_for_decoupled_decay(monkeypatch):
 
     class DeepSpeedCPUAdam(torch.optim.Optimizer):
         def __init__(self, params, lr, weight_decay, adamw_mode):
-            super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": None, "eps": None})
+            super().__init__(
+                params, {"lr": lr, "weight_decay": weight_decay, "betas": None, "eps": None}
+            )
             self.adamw_mode = adamw_mode
 
     for name in ("deepspeed", "deepspeed.ops", "deepspeed.ops.adam"):
@@ -150,8 +157,14 @@ def test_accelerates_map_to_deepspeed_takes_it_for_decoupled_decay(monkeypatch):
         group = {"params": [torch.zeros(3)], "weight_decay": 0.0}
         optimizer.add_param_group(group)
         mapped = accelerates.map_pytorch_optim_to_deepspeed(optimizer)
-        assert mapped.adamw_mode is True and [g["weight_decay"] for g in mapped.param_groups] == [0.375, 0.0]
-        assert all((g["lr"], g["betas"], g["eps"]) == (0.125, (0.5, 0.75), 0.25) for g in mapped.param_groups)
+        assert mapped.adamw_mode is True and [g["weight_decay"] for g in mapped.param_groups] == [
+            0.375,
+            0.0,
+        ]
+        assert all(
+            (g["lr"], g["betas"], g["eps"]) == (0.125, (0.5, 0.75), 0.25)
+            for g in mapped.param_groups
+        )
 
 
 def test_accelerates_megatron_takes_it_for_adam():
@@ -200,14 +213,20 @@ def test_pefts_makers_of_optimizers(maker):
     tokens, trained = torch.arange(12).view(2, 6), []
     for cls in (AdamW, torch.optim.AdamW):
         torch.manual_seed(0)
-        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False
+        )
         model = peft.get_peft_model(tiny_llama(), config)
-        optimizer = getattr(optimizers, maker)(model, optimizer_cls=cls, weight_decay=0.1, **options)
+        optimizer = getattr(optimizers, maker)(
+            model, optimizer_cls=cls, weight_decay=0.1, **options
+        )
         for _ in range(3):
             optimizer.zero_grad()
             model(input_ids=tokens, labels=tokens).loss.backward()
             optimizer.step()
-        trained.append(torch.nn.ParameterList([param for param in model.parameters() if param.requires_grad]))
+        trained.append(
+            torch.nn.ParameterList([param for param in model.parameters() if param.requires_grad])
+        )
     assert_same(*trained)
 
 

@@ -19,17 +19,30 @@ MIXED = Mode(torch.bfloat16, "stochastic", "bf16")
 
 @pytest.fixture
 def counted_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_counts, "counted_there", lambda device, groups: any(g["capturable"] for g in groups))
+    monkeypatch.setattr(
+        device_counts, "counted_there", lambda device, groups: any(g["capturable"] for g in groups)
+    )
 
 
 def test_the_hyper_table_is_the_hosts() -> None:
-    usual = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "maximize": False}
-    groups = [usual, usual | {"lr": torch.tensor(0.3), "betas": (0.0, torch.tensor(0.95)), "maximize": True}]
+    usual = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "maximize": False,
+    }
+    groups = [
+        usual,
+        usual | {"lr": torch.tensor(0.3), "betas": (0.0, torch.tensor(0.95)), "maximize": True},
+    ]
     rows = [(0, 0.0), (1, 0.0), (1, 41.0)]
     counts = DeviceCounts(torch.device("cpu"), [0.0, 41.0], rows)
     for done in range(60):
         groups[0] = usual | {"lr": 1e-3 * (done % 5)}
-        expected = torch.tensor([_hyper_row(groups[index], step + done + 1) for index, step in rows])
+        expected = torch.tensor(
+            [_hyper_row(groups[index], step + done + 1) for index, step in rows]
+        )
         assert torch.equal(counts.hyper(groups, None), expected)
         counts.count()
     assert counts.steps.tolist() == [60.0, 101.0]
@@ -37,7 +50,9 @@ def test_the_hyper_table_is_the_hosts() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_training_has_the_same_bits(counted_there: None, impl: str) -> None:
-    theirs, ours = (Training(MIXED, impl, capturable=capturable).step(5) for capturable in (False, True))
+    theirs, ours = (
+        Training(MIXED, impl, capturable=capturable).step(5) for capturable in (False, True)
+    )
     assert ours.optimizer._plan.counts and not theirs.optimizer._plan.counts
     assert_same_bits(ours.values(), theirs.values())
 
@@ -74,7 +89,8 @@ def test_a_plan_takes_over_the_counts(counted_there: None) -> None:
 
 
 def test_what_a_graph_has_captured(counted_there: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its columns have no values before a replay, and its counts are written for as long as it lives."""
+    """Its columns have no values before a replay, and its counts are written for as long as it
+    lives."""
     monkeypatch.setattr(DeviceCounts, "in_graphs", set())
     training = Training(MIXED, "eager", capturable=True).step()
     (counts,) = training.optimizer._plan.counts.values()
@@ -104,7 +120,10 @@ def test_a_count_that_somebody_sets(counted_there: None) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("capturable", "needed"),
-    [(False, "pass capturable=True"), (True, "only 'cuda' allows, and here .* computes .* leave step")],
+    [
+        (False, "pass capturable=True"),
+        (True, "only 'cuda' allows, and here .* computes .* leave step"),
+    ],
 )
 def test_a_graph_over_a_step_that_it_could_only_repeat_is_refused(
     counted_there: None, monkeypatch: pytest.MonkeyPatch, impl: str, capturable: bool, needed: str

@@ -1,4 +1,5 @@
-"""The losses where tensors are a device's: in `DeviceMode`, so that what only a GPU would do wrong shows here."""
+"""The losses where tensors are a device's: in `DeviceMode`, so that what only a GPU would do wrong
+shows here."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def truth_of(x, head, target, **options):
 
 
 # a CPU reads scalars in fp32 in most operations, which is no reason to leave it out
-ANYWHERE = pytest.mark.parametrize("place", [DeviceMode, contextlib.nullcontext], ids=["device", "cpu"])
+ANYWHERE = pytest.mark.parametrize(
+    "place", [DeviceMode, contextlib.nullcontext], ids=["device", "cpu"]
+)
 
 
 @pytest.fixture
@@ -47,7 +50,8 @@ def group():
 
 
 class Model(torch.nn.Module):
-    """A head whose loss our kernel does not know: a shift of the logits changes no loss, but it is no softcap."""
+    """A head whose loss our kernel does not know: a shift of the logits changes no loss, but it is
+    no softcap."""
 
     def __init__(self, head):
         super().__init__()
@@ -64,9 +68,13 @@ class Model(torch.nn.Module):
 WAYS = {
     "plain": lambda x, head, y: fastft.linear_cross_entropy(x, head, y),
     "num_items": lambda x, head, y: fastft.linear_cross_entropy(x, head, y, num_items=ROWS),
-    "into_grad": lambda x, head, y: fastft.linear_cross_entropy(x, head, y, accumulate_weight_grad=True),
+    "into_grad": lambda x, head, y: fastft.linear_cross_entropy(
+        x, head, y, accumulate_weight_grad=True
+    ),
     "of_shards": lambda x, head, y: fastft.linear_cross_entropy(x, head, y, group=dist.group.WORLD),
-    "token_loss": lambda x, head, y: fastft.linear_token_loss(x, head, y, lambda t: -t.log_probs) / ROWS,
+    "token_loss": lambda x, head, y: (
+        fastft.linear_token_loss(x, head, y, lambda t: -t.log_probs) / ROWS
+    ),
 }
 
 
@@ -105,7 +113,10 @@ def test_whatever_backward_brings_and_however_often(options, dtype, upstream):
     with DeviceMode(refuse=True) as mode:
         loss = fastft.linear_cross_entropy(x, head, target, linear_bias=bias, **options)
         given = torch.full((), upstream, device=mode.device)
-        ours = [torch.autograd.grad(loss, leaves, given, retain_graph=kept) for kept in (True, True, False)]
+        ours = [
+            torch.autograd.grad(loss, leaves, given, retain_graph=kept)
+            for kept in (True, True, False)
+        ]
     for again in ours[1:]:
         torch.testing.assert_close(again, ours[0], rtol=0, atol=0, equal_nan=True)
     reduction = "sum" if "num_items" in options else options.get("reduction", "mean")
@@ -126,7 +137,9 @@ def test_whatever_backward_brings_and_however_often(options, dtype, upstream):
 def test_after_a_mean_backward_has_nothing_to_scale(way, dtype, monkeypatch):
     """But in fp16, where a gradient over 8100 rows might be 0."""
     scales = []
-    monkeypatch.setattr(linear_rows, "scale_gradients", lambda gradients, scale: scales.append(float(scale)))
+    monkeypatch.setattr(
+        linear_rows, "scale_gradients", lambda gradients, scale: scales.append(float(scale))
+    )
     x, head, target = make(dtype)
     with DeviceMode():
         if way == "sum":
@@ -135,7 +148,9 @@ def test_after_a_mean_backward_has_nothing_to_scale(way, dtype, monkeypatch):
             loss = WAYS[way](x, head, target)
         scales.clear()
         loss.backward()
-    assert set(scales) == {1.0 if way == "sum" or dtype != torch.float16 else float(torch.tensor(1.0) / ROWS)}
+    assert set(scales) == {
+        1.0 if way == "sum" or dtype != torch.float16 else float(torch.tensor(1.0) / ROWS)
+    }
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
@@ -145,14 +160,21 @@ def test_the_kernel_that_scales_in_place_of_torchs(engine, monkeypatch):
     def gradients(upstream):
         with DeviceMode(refuse=True) as mode:
             loss = fastft.linear_cross_entropy(x, head, target)
-            return torch.autograd.grad(loss, (x, head), torch.full((), upstream, device=mode.device))
+            return torch.autograd.grad(
+                loss, (x, head), torch.full((), upstream, device=mode.device)
+            )
 
     expected = [gradients(upstream) for upstream in (1.0, 0.3)]
     with operator(engine, SCALE.name) as (function, launches):
         monkeypatch.setattr(SCALE, "implementation", lambda impl, device, *dtypes: function)
         ours = [gradients(upstream) for upstream in (1.0, 0.3)]
-    assert all(torch.equal(a, b) for pair in zip(ours, expected, strict=True) for a, b in zip(*pair, strict=True))
-    assert len(launches) == {"cuda": 4, "triton": 2 * 3}[engine.name]  # forward's is of d_input and d_bias
+    assert all(
+        torch.equal(a, b)
+        for pair in zip(ours, expected, strict=True)
+        for a, b in zip(*pair, strict=True)
+    )
+    # forward's is of d_input and d_bias
+    assert len(launches) == {"cuda": 4, "triton": 2 * 3}[engine.name]
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -195,13 +217,17 @@ def test_num_items_costs_no_wait(items, ignored):
         loss = fastft.linear_cross_entropy(x, head, target, num_items=given)
         of_logits = fastft.cross_entropy(x @ head.T, target, num_items=given)
         loss.backward()
-    expected = F.cross_entropy(x @ head.T, target, reduction="sum") / (7.5 if items == "float" else 7)
+    expected = F.cross_entropy(x @ head.T, target, reduction="sum") / (
+        7.5 if items == "float" else 7
+    )
     torch.testing.assert_close([loss, of_logits], [expected] * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("known", [("mm", "addmm"), ("mm",), ()], ids=["addmm", "mm", "none"])
-def test_another_loss_on_lazy_logits_has_the_chunks_and_products_of_ours(dtype, known, asked_again, monkeypatch):
+def test_another_loss_on_lazy_logits_has_the_chunks_and_products_of_ours(
+    dtype, known, asked_again, monkeypatch
+):
     monkeypatch.setattr(linear_rows, "_DEVICE_LIMITS", linear_rows._Limits(1, 100, 4096))
     x, head, target = make(dtype, 300)
     truth, model = truth_of(x, head, target), Model(head.detach())
@@ -246,10 +272,14 @@ def fp32_weights_under_autocast(rows, mode, **options):
 @pytest.mark.parametrize(
     "known", [("mm", "addmm"), ("mm",), ("addmm",), ()], ids=lambda known: "+".join(known) or "none"
 )
-def test_an_fp32_weight_gradient_of_several_chunks_is_right_whatever_torch_can_add(known, asked_again):
+def test_an_fp32_weight_gradient_of_several_chunks_is_right_whatever_torch_can_add(
+    known, asked_again
+):
     operations = fp32_weights_under_autocast(300, DeviceMode(out_dtype=known), chunk_rows=64)
     probes = 2 if "mm" in known else 1  # of the one, and of the other where it is the next question
-    products = {"mm": 5 * 3, "addmm": 0} if known != ("mm", "addmm") else {"mm": 5 * 2 + 1, "addmm": 4}
+    products = (
+        {"mm": 5 * 3, "addmm": 0} if known != ("mm", "addmm") else {"mm": 5 * 2 + 1, "addmm": 4}
+    )
     assert sum(operations[name] for name in ("mm", "addmm")) == sum(products.values()) + probes
 
 
@@ -276,7 +306,8 @@ def results_of(loss, x, head, bias, target, upstream, place, **options):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, head, bias)]
     with place:
         value = loss(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
-        value = value if isinstance(value, torch.Tensor) else sum(value[:3])  # log_probs, entropy and lse
+        # log_probs, entropy and lse
+        value = value if isinstance(value, torch.Tensor) else sum(value[:3])
         value.backward(upstream.to(value.dtype) if value.dim() else None)
     return [value.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -287,7 +318,9 @@ def of_logits(x, head, target, linear_bias, **options):
 
 def plain(x, head, target, linear_bias, **options):
     logits = F.linear(x, head, linear_bias)
-    return oracle.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, **options)
+    return oracle.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), target, **options
+    )
 
 
 @pytest.mark.parametrize("loss", [fastft.linear_cross_entropy, of_logits])
@@ -300,9 +333,18 @@ def test_every_option_without_a_wait(loss, dtype, reduction, options):
     options = oracle.options_with_weight(options, CLASSES) | {"reduction": reduction}
     upstream = torch.randn(63)
     plan = {"chunk_rows": 20} if loss is fastft.linear_cross_entropy else {}
-    ours = results_of(loss, x, head, bias, target, upstream, DeviceMode(refuse=True), **plan, **options)
+    ours = results_of(
+        loss, x, head, bias, target, upstream, DeviceMode(refuse=True), **plan, **options
+    )
     rivals = [
-        results_of(plain, *(t.to(kind) for t in (x, head, bias)), target, upstream, contextlib.nullcontext(), **options)
+        results_of(
+            plain,
+            *(t.to(kind) for t in (x, head, bias)),
+            target,
+            upstream,
+            contextlib.nullcontext(),
+            **options,
+        )
         for kind in (dtype, torch.float64)
     ]
     for results in zip(ours, *rivals, strict=True):
@@ -320,10 +362,23 @@ def test_log_probabilities_and_bounds_without_a_wait(dtype, max_counted):
         options = {"reduction": "none"} if loss is fastft.linear_cross_entropy else {}
         mode = DeviceMode(refuse=True)
         ours = results_of(loss, x, head, bias, target, upstream, mode, **plan, **options)
-        on_cpu = results_of(loss, x, head, bias, target, upstream, contextlib.nullcontext(), chunk_rows=20, **options)
-        tolerance = 4 * torch.finfo(dtype).eps  # where the rows are cut into chunks, 16-bit sums are rounded
+        on_cpu = results_of(
+            loss,
+            x,
+            head,
+            bias,
+            target,
+            upstream,
+            contextlib.nullcontext(),
+            chunk_rows=20,
+            **options,
+        )
+        # where the rows are cut into chunks, 16-bit sums are rounded
+        tolerance = 4 * torch.finfo(dtype).eps
         for one, other in zip(ours, on_cpu, strict=True):
-            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+            torch.testing.assert_close(
+                one, other, rtol=tolerance, atol=tolerance * float(other.abs().max())
+            )
         products = sum(mode.operations[name] for name in ("mm", "addmm", "addmm_"))
         assert products == 4 * -(-(max_counted or 63) // 20)
 
@@ -331,12 +386,16 @@ def test_log_probabilities_and_bounds_without_a_wait(dtype, max_counted):
 @pytest.mark.parametrize("frozen", ["nothing", "x", "head"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("max_counted", [62, 0])
-def test_a_bound_that_is_too_low_is_seen_in_the_loss_and_its_gradients(frozen, reduction, max_counted):
+def test_a_bound_that_is_too_low_is_seen_in_the_loss_and_its_gradients(
+    frozen, reduction, max_counted
+):
     # Trainer's log leaves a NaN loss out (logging_nan_inf_filter), and so would hide it
     x, head, target = make(rows=63)
     leaves = [leaf for name, leaf in (("x", x), ("head", head)) if name != frozen]
     x.requires_grad_(frozen != "x"), head.requires_grad_(frozen != "head")
     with DeviceMode(refuse=True):
-        loss = fastft.linear_cross_entropy(x, head, target, reduction=reduction, max_counted=max_counted)
+        loss = fastft.linear_cross_entropy(
+            x, head, target, reduction=reduction, max_counted=max_counted
+        )
         loss.sum().backward()
     assert loss.isnan().all() and all(leaf.grad.isnan().any() for leaf in leaves)

@@ -24,18 +24,27 @@ def mode():
 
 def test_tensors_say_that_they_are_on_the_device_but_those_of_the_host(mode):
     x = VALUES * 1
-    assert x.device == torch.device("cuda", 0) and x.is_cuda and not x.is_cpu and x.get_device() == 0
+    assert (
+        x.device == torch.device("cuda", 0) and x.is_cuda and not x.is_cpu and x.get_device() == 0
+    )
     of_host = torch.zeros(3)
     assert of_host.device.type == "cpu" and of_host.is_cpu and not of_host.is_cuda
     assert (of_host + 1).is_cpu and (x + 1).is_cuda and torch.zeros(3, device=x.device).is_cuda
-    assert x.new_zeros(2).is_cuda and torch.empty_like(of_host).is_cpu and x.view(8, 8)[2:].T.is_cuda
+    assert (
+        x.new_zeros(2).is_cuda and torch.empty_like(of_host).is_cpu and x.view(8, 8)[2:].T.is_cuda
+    )
     assert mode.host(VALUES.clone())[3:].is_cpu
-    assert torch.frombuffer(bytearray(8), dtype=torch.int64).is_cpu and torch.from_numpy(numpy.zeros(3)).is_cpu
+    assert (
+        torch.frombuffer(bytearray(8), dtype=torch.int64).is_cpu
+        and torch.from_numpy(numpy.zeros(3)).is_cpu
+    )
     assert mode.waits == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["mul", "div", "add", "sub", "mul_", "out", "addcmul", "where_by_a_mask"])
+@pytest.mark.parametrize(
+    "name", ["mul", "div", "add", "sub", "mul_", "out", "addcmul", "where_by_a_mask"]
+)
 def test_a_scalar_of_the_device_takes_the_dtype_of_the_tensor(name, dtype):
     functions = {
         "mul": torch.mul,
@@ -43,7 +52,9 @@ def test_a_scalar_of_the_device_takes_the_dtype_of_the_tensor(name, dtype):
         "add": torch.add,
         "sub": torch.sub,
         "mul_": lambda x, s: x.clone().mul_(s),
-        "out": lambda x, s: torch.mul(x, s, out=torch.empty(x.shape, dtype=torch.float32, device=x.device)),
+        "out": lambda x, s: torch.mul(
+            x, s, out=torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        ),
         "addcmul": lambda x, s: x.clone().addcmul_(x, s),
         "where_by_a_mask": lambda x, s: torch.where(x > s, x, s),
     }
@@ -67,7 +78,9 @@ def test_scalars_of_the_host_numbers_and_vectors_of_one_are_read_in_fp32(mode):
 
 def test_a_scalar_of_the_device_keeps_its_dtype_among_scalars(mode):
     total, count = VALUES.sum(), torch.full((), 3.0, device=mode.device)
-    assert (total / count).dtype == torch.float32 and (total.double() * count).dtype == torch.float64
+    assert (total / count).dtype == torch.float32 and (
+        total.double() * count
+    ).dtype == torch.float64
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -114,10 +127,14 @@ WAITS = {
 @pytest.mark.parametrize("name", WAITS)
 def test_what_waits_for_the_device_is_written_down(mode, name):
     WAITS[name](VALUES * 1)
-    assert len(mode.waits) == 1 and mode.waits[0].where.startswith("test_device_mode.py"), mode.waits
+    assert len(mode.waits) == 1 and mode.waits[0].where.startswith("test_device_mode.py"), (
+        mode.waits
+    )
 
 
-@pytest.mark.parametrize("name", sorted(WAITS.keys() - {"tensor", "as_tensor", "to", "to_like", "to_with_dtype"}))
+@pytest.mark.parametrize(
+    "name", sorted(WAITS.keys() - {"tensor", "as_tensor", "to", "to_like", "to_with_dtype"})
+)
 def test_the_host_does_not_wait_for_itself(mode, name):
     if name not in ("unpinned", "pinned_but_waited_for", "copy", "copy_back"):
         WAITS[name](mode.host(VALUES.clone()))
@@ -149,7 +166,10 @@ def test_what_does_not_wait_is_not(mode, name):
 
 
 def test_a_wait_raises_where_it_happens_if_asked():
-    with pytest.raises(AssertionError, match="local_scalar_dense at test_device_mode"), DeviceMode(refuse=True):
+    with (
+        pytest.raises(AssertionError, match="local_scalar_dense at test_device_mode"),
+        DeviceMode(refuse=True),
+    ):
         VALUES[0].item()
 
 
@@ -183,7 +203,11 @@ def test_a_torch_that_knows_fewer_products_can_be_had(known):
     }
     with DeviceMode(out_dtype=known) as mode:
         for name, product in products.items():
-            with contextlib.nullcontext() if name in known else pytest.raises(RuntimeError, match="dtype"):
+            with (
+                contextlib.nullcontext()
+                if name in known
+                else pytest.raises(RuntimeError, match="dtype")
+            ):
                 product()
     assert mode.operations == {"mm": 1, "addmm": 1}
 
@@ -199,7 +223,9 @@ def test_autocast_is_on_where_torch_would_switch_it_off(mode):
 def test_operators_of_ours_are_looked_into_forward_and_backward(monkeypatch):
     seen = []
     reference = HEAD.reference
-    monkeypatch.setattr(HEAD, "reference", lambda x, *rest: (seen.append(x.device.type), reference(x, *rest))[1])
+    monkeypatch.setattr(
+        HEAD, "reference", lambda x, *rest: (seen.append(x.device.type), reference(x, *rest))[1]
+    )
     x, head = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     y = torch.randint(0, 11, (6,))
     with DeviceMode() as mode:

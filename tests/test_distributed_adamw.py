@@ -1,7 +1,8 @@
-"""AdamW under DDP, FSDP2 and torch.distributed.checkpoint: two processes on gloo, started once for all tests.
+"""AdamW under DDP, FSDP2 and torch.distributed.checkpoint: two processes on gloo, started once for
+all tests.
 
-Each rank sees the same batch, so that the mean of the gradients over the ranks is exact and every result can be
-compared with one process to the bit.
+Each rank sees the same batch, so that the mean of the gradients over the ranks is exact and every
+result can be compared with one process to the bit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from fastft.optim.fp32_weights import load_fp32, save_fp32
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # told of one process, which is meant
+    # told of one process, which is meant
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 MODES = {
     "fp32": (torch.float32, {"amsgrad": True}),
@@ -45,7 +47,13 @@ WORLD = 2
 def build(mode):
     """Odd sizes: neither the 7 nor the single row is a multiple of two ranks."""
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1)]
+    layers = [
+        torch.nn.Linear(5, 7),
+        torch.nn.Tanh(),
+        torch.nn.Linear(7, 7),
+        torch.nn.Tanh(),
+        torch.nn.Linear(7, 1),
+    ]
     return torch.nn.Sequential(*layers).to(MODES[mode][0])
 
 
@@ -86,7 +94,9 @@ def assert_same_bits(left, right):
     for name in left:
         assert left[name].keys() == right[name].keys()
         for entry, value in left[name].items():
-            assert value.dtype == right[name][entry].dtype and torch.equal(value, right[name][entry]), (name, entry)
+            assert value.dtype == right[name][entry].dtype and torch.equal(
+                value, right[name][entry]
+            ), (name, entry)
 
 
 def undisturbed(mode, steps=STEPS):
@@ -108,7 +118,11 @@ def sharded(mode, seed=5):
 def save(model, optimizer, folder, flatten):
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     weights, states = get_state_dict(model, optimizer, options=options)
-    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    dcp.save(
+        {"model": weights, "optimizer": states},
+        checkpoint_id=folder,
+        no_dist=not dist.is_initialized(),
+    )
 
 
 def load(model, optimizer, folder, flatten):
@@ -117,7 +131,11 @@ def load(model, optimizer, folder, flatten):
     parts = {"model": weights, "optimizer": states}
     dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(
-        model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"], options=options
+        model,
+        optimizer,
+        model_state_dict=parts["model"],
+        optim_state_dict=parts["optimizer"],
+        options=options,
     )
 
 
@@ -141,7 +159,8 @@ def under_fsdp2(mode, folder):
 
 
 def sharded_after_construction(mode, folder):
-    """As accelerate prepares FSDP2: the optimizer comes first, and its groups get the sharded parameters later."""
+    """As accelerate prepares FSDP2: the optimizer comes first, and its groups get the sharded
+    parameters later."""
     model = build(mode)
     optimizer = optimizer_of(model, mode)
     names = {param: name for name, param in model.named_parameters()}
@@ -204,7 +223,9 @@ def any_placement(mode, folder):
     dtype, options = MODES[mode]
     mesh = init_device_mesh("cpu", (WORLD,))
     value = torch.randn(7, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
-    grads = [torch.randn(7, 9, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    grads = [
+        torch.randn(7, 9, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)
+    ]
     placements = [Shard(0), Replicate()]
     if mode not in ("stochastic", "8bit"):  # whose random bits and blocks follow rows
         placements.append(Shard(1))
@@ -218,11 +239,15 @@ def any_placement(mode, folder):
                 optimizer.step()
         assert torch.equal(parts.full_tensor(), plain), placement
         for entry, state in optimizers[0].state[plain].items():
-            assert torch.equal(whole(optimizers[1].state[parts][entry]), whole(state)), (placement, entry)
+            assert torch.equal(whole(optimizers[1].state[parts][entry]), whole(state)), (
+                placement,
+                entry,
+            )
 
 
 def long_vector(mode, folder):
-    """Of a DTensor the moments are fp32 whatever its length, so that a checkpoint fits any number of processes."""
+    """Of a DTensor the moments are fp32 whatever its length, so that a checkpoint fits any number
+    of processes."""
     dtype, options = MODES[mode]
     mesh = init_device_mesh("cpu", (WORLD,))
     value = torch.randn(9001, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -241,20 +266,26 @@ def long_vector(mode, folder):
 
 
 def flat_parameters_of_fsdp1(mode, folder):
-    """Long vectors, which have 8-bit moments; FSDP1 gathers them as fp32 ones, and none of their bits is lost."""
+    """Long vectors, which have 8-bit moments; FSDP1 gathers them as fp32 ones, and none of their
+    bits is lost."""
     if mode != "8bit":
         return
 
     def build_flat():
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(96, 128), torch.nn.Tanh(), torch.nn.Linear(128, 96))
-        # use_orig_params=True gathers a wrong exp_avg on a CPU (torch 2.13), that of torch.optim.AdamW as well
+        model = torch.nn.Sequential(
+            torch.nn.Linear(96, 128), torch.nn.Tanh(), torch.nn.Linear(128, 96)
+        )
+        # use_orig_params=True gathers a wrong exp_avg on a CPU (torch 2.13), that of
+        # torch.optim.AdamW as well
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=False)
 
     def train_flat(model, optimizer, first, last):
         for step in range(first, last):
             optimizer.zero_grad()
-            model(torch.randn(4, 96, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            model(
+                torch.randn(4, 96, generator=torch.Generator().manual_seed(step))
+            ).square().sum().backward()
             optimizer.step()
 
     model = build_flat()
@@ -264,7 +295,9 @@ def flat_parameters_of_fsdp1(mode, folder):
     gathered = FullyShardedDataParallel.optim_state_dict(model, optimizer)
     again = build_flat()
     resumed = AdamW(again.parameters(), moments="8bit", seed=5)
-    resumed.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(again, resumed, gathered))
+    resumed.load_state_dict(
+        FullyShardedDataParallel.optim_state_dict_to_load(again, resumed, gathered)
+    )
     for param, weight in zip(again.parameters(), model.parameters(), strict=True):
         param.data.copy_(weight.detach())
     for one, other in ((model, optimizer), (again, resumed)):
@@ -272,9 +305,9 @@ def flat_parameters_of_fsdp1(mode, folder):
     for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         for name, value in optimizer.state[theirs].items():
-            assert resumed.state[mine][name].dtype == value.dtype and torch.equal(resumed.state[mine][name], value), (
-                name
-            )
+            assert resumed.state[mine][name].dtype == value.dtype and torch.equal(
+                resumed.state[mine][name], value
+            ), name
 
 
 def clipping_under_fsdp2(mode, folder):
@@ -306,7 +339,9 @@ CHECKS = [
 def rank_main(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
     results = {}
     for check in CHECKS:
         for mode in MODES:

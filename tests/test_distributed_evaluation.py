@@ -1,4 +1,5 @@
-"""Evaluation on two processes (gloo): every example once, in the dataset's order, or a sentence on both.
+"""Evaluation on two processes (gloo): every example once, in the dataset's order, or a sentence on
+both.
 
 All cases run in one pair of processes, because starting it costs more than the cases.
 """
@@ -15,7 +16,15 @@ from typing import Any
 import processes
 import pytest
 import torch.distributed as dist
-from support.evaluations import MODELS, OPTIONS, assert_rows, assert_tokens, examples_for, pad, trainer_for
+from support.evaluations import (
+    MODELS,
+    OPTIONS,
+    assert_rows,
+    assert_tokens,
+    examples_for,
+    pad,
+    trainer_for,
+)
 
 import fastft
 from fastft.data.collator import PackingCollator
@@ -32,7 +41,8 @@ def trainer(task: str, size: int, collator: PackingCollator, **options: Any) -> 
     """A trainer on this process, with packed sequences kept apart."""
     rank = str(dist.get_rank())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(PROCESSES)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate asks for them; the group is there
+    # accelerate asks for them; the group is there
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     with tempfile.TemporaryDirectory() as folder:
         made = trainer_for(task, folder, collator, size, **options)
         with fastft.packed_attention(made.model):
@@ -61,7 +71,9 @@ def labelled_examples_in_one_row():
             assert_rows(task, ours)
         with trainer(task, size, lambda rows: pad(task, rows), attention="sdpa") as made:
             stock = made.predict(examples_for(task))
-        assert ours.metrics["test_loss"] == pytest.approx(stock.metrics["test_loss"], rel=1e-5, nan_ok=True)
+        assert ours.metrics["test_loss"] == pytest.approx(
+            stock.metrics["test_loss"], rel=1e-5, nan_ok=True
+        )
 
 
 def packs_of_labelled_examples_are_refused():
@@ -70,7 +82,9 @@ def packs_of_labelled_examples_are_refused():
     options = {"accelerator_config": {"dispatch_batches": False}}
     for data in (examples_for(task), stream):
         with trainer(task, 2, PackingCollator(task=task), **options) as made:
-            with pytest.raises(ValueError, match=r"from several processes, .*eval_dataset=packed.dataset"):
+            with pytest.raises(
+                ValueError, match=r"from several processes, .*eval_dataset=packed.dataset"
+            ):
                 made.predict(pack(data, 16))
         dist.barrier()
 
@@ -116,7 +130,10 @@ def repeated_examples_are_spoken_of():
         with trainer("causal_lm", 3, collator, callbacks=[callback()]) as made:
             made.predict(dataset)
         logger.removeHandler(words)
-        assert any("predictions, and metrics computed from them" in text for text in words.said) == loud
+        assert (
+            any("predictions, and metrics computed from them" in text for text in words.said)
+            == loud
+        )
 
 
 CASES = {

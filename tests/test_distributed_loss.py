@@ -1,6 +1,8 @@
-"""The fused loss on two processes (gloo): DDP, FSDP1, FSDP2; and under ZeRO-3's hooks, imitated in one process.
+"""The fused loss on two processes (gloo): DDP, FSDP1, FSDP2; and under ZeRO-3's hooks, imitated in
+one process.
 
-All cases run in one pair of processes, because starting it costs more than the cases; each has a test of its own.
+All cases run in one pair of processes, because starting it costs more than the cases; each has a
+test of its own.
 """
 
 from __future__ import annotations
@@ -33,8 +35,18 @@ from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.loss.output_head import fused_loss
 
 PROCESSES, V, S, STEPS = 2, 53, 12, 2
-CONFIG = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-CONFIG |= {"num_key_value_heads": 1, "vocab_size": V, "max_position_embeddings": 32, "pad_token_id": 0}
+CONFIG = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+CONFIG |= {
+    "num_key_value_heads": 1,
+    "vocab_size": V,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
 
 
 def llama(**changes):
@@ -82,7 +94,9 @@ def compare(make, outside=False, tolerance=1e-5):
     torch.testing.assert_close(fused, stock, rtol=tolerance, atol=tolerance)
     assert len(gradients) == len(stock_gradients) > 0
     for mine, theirs in zip(gradients, stock_gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=2 * tolerance * max(theirs.abs().max().item(), 0.1))
+        torch.testing.assert_close(
+            mine, theirs, rtol=0, atol=2 * tolerance * max(theirs.abs().max().item(), 0.1)
+        )
     return {"fused": report.fused, "materialised": report.materialised, "skipped": report.skipped}
 
 
@@ -97,12 +111,18 @@ def fsdp2(layout, policy=None, **config):
             fully_shard(layer, **options)
     if layout == "head":
         fully_shard(head, **options)
-    tail = [body.norm, body.embed_tokens, head] if config.get("tie_word_embeddings") else [body.norm, head]
+    tail = (
+        [body.norm, body.embed_tokens, head]
+        if config.get("tie_word_embeddings")
+        else [body.norm, head]
+    )
     if layout == "tail":  # accelerate's
         fully_shard(tail, reshard_after_forward=False, **options)
     if layout == "tail resharded":
         fully_shard(tail, reshard_after_forward=True, **options)
-    fully_shard(model, **options, **({"reshard_after_forward": True} if layout == "root resharded" else {}))
+    fully_shard(
+        model, **options, **({"reshard_after_forward": True} if layout == "root resharded" else {})
+    )
     return model, model
 
 
@@ -132,22 +152,40 @@ def compare_tensor_parallel():
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 LAYOUTS = ("one unit", "root", "root resharded", "head", "tail")
 FUSED = {
-    **{f"fsdp2 {layout}": functools.partial(compare, functools.partial(fsdp2, layout)) for layout in LAYOUTS},
-    "fsdp2 tied": functools.partial(compare, functools.partial(fsdp2, "root", tie_word_embeddings=True)),
-    "fsdp2 tied tail": functools.partial(compare, functools.partial(fsdp2, "tail", tie_word_embeddings=True)),
-    "fsdp2 bf16": functools.partial(compare, functools.partial(fsdp2, "root", BF16), tolerance=1e-2),
-    "fsdp2 bf16 head": functools.partial(compare, functools.partial(fsdp2, "head", BF16), tolerance=1e-2),
+    **{
+        f"fsdp2 {layout}": functools.partial(compare, functools.partial(fsdp2, layout))
+        for layout in LAYOUTS
+    },
+    "fsdp2 tied": functools.partial(
+        compare, functools.partial(fsdp2, "root", tie_word_embeddings=True)
+    ),
+    "fsdp2 tied tail": functools.partial(
+        compare, functools.partial(fsdp2, "tail", tie_word_embeddings=True)
+    ),
+    "fsdp2 bf16": functools.partial(
+        compare, functools.partial(fsdp2, "root", BF16), tolerance=1e-2
+    ),
+    "fsdp2 bf16 head": functools.partial(
+        compare, functools.partial(fsdp2, "head", BF16), tolerance=1e-2
+    ),
     "fsdp1": functools.partial(compare, functools.partial(fsdp1, False)),
     "fsdp1 use_orig_params": functools.partial(compare, functools.partial(fsdp1, True)),
     "fsdp1 inner model": functools.partial(compare, functools.partial(fsdp1, True, True)),
     "ddp": functools.partial(compare, functools.partial(ddp, find_unused_parameters=True)),
-    "ddp loss outside": functools.partial(compare, functools.partial(ddp, find_unused_parameters=True), True),
+    "ddp loss outside": functools.partial(
+        compare, functools.partial(ddp, find_unused_parameters=True), True
+    ),
     "ddp static graph": functools.partial(compare, functools.partial(ddp, static_graph=True)),
 }
 STOCK = {
     "fsdp2 tail resharded": functools.partial(compare, functools.partial(fsdp2, "tail resharded")),
-    **{f"fsdp2 {layout}": functools.partial(compare, functools.partial(fsdp2, layout), True) for layout in LAYOUTS},
-    "fsdp2 tied": functools.partial(compare, functools.partial(fsdp2, "root", tie_word_embeddings=True), True),
+    **{
+        f"fsdp2 {layout}": functools.partial(compare, functools.partial(fsdp2, layout), True)
+        for layout in LAYOUTS
+    },
+    "fsdp2 tied": functools.partial(
+        compare, functools.partial(fsdp2, "root", tie_word_embeddings=True), True
+    ),
     "fsdp1": functools.partial(compare, functools.partial(fsdp1, False), True),
     "fsdp1 use_orig_params": functools.partial(compare, functools.partial(fsdp1, True), True),
     "fsdp1 inner model": functools.partial(compare, functools.partial(fsdp1, True, True), True),
@@ -170,15 +208,29 @@ class Curve(TrainerCallback):
 
 
 def trainer_run(callbacks, **changes):
-    rows = [{key: value[0] for key, value in batch(index % 2, index).items()} for index in range(16)]
+    rows = [
+        {key: value[0] for key, value in batch(index % 2, index).items()} for index in range(16)
+    ]
     arguments = TrainingArguments(
-        "unused", max_steps=3, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True, seed=1,
-        save_strategy="no", disable_tqdm=True, learning_rate=1e-3, ddp_backend="gloo", **changes,
-    )  # fmt: skip
+        "unused",
+        max_steps=3,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        seed=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=1e-3,
+        ddp_backend="gloo",
+        **changes,
+    )
     curve, model = Curve(), llama()
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[curve, *callbacks])
     trainer.train()
-    assert arguments.world_size == PROCESSES and isinstance(trainer.model_wrapped, DistributedDataParallel)
+    assert arguments.world_size == PROCESSES and isinstance(
+        trainer.model_wrapped, DistributedDataParallel
+    )
     assert trainer.model_wrapped.find_unused_parameters
     return curve
 
@@ -210,20 +262,39 @@ def padded(rows):
     longest = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": 0, "labels": -100}
     return {
-        key: torch.stack([nn.functional.pad(row[key], (0, longest - len(row[key])), value=value) for row in rows])
+        key: torch.stack(
+            [nn.functional.pad(row[key], (0, longest - len(row[key])), value=value) for row in rows]
+        )
         for key, value in fill.items()
     }
 
 
 def evaluated(callbacks, preprocess, **changes):
-    """What metrics are given in two evaluations of batches that are not equally long on the two processes."""
-    rows = [{key: value[0] for key, value in batch(index % 2, index).items()} for index in range(15)]
-    uneven = [{key: value[: 9 - index % 5] for key, value in row.items()} for index, row in enumerate(rows[:7])]
+    """What metrics are given in two evaluations of batches that are not equally long on the two
+    processes."""
+    rows = [
+        {key: value[0] for key, value in batch(index % 2, index).items()} for index in range(15)
+    ]
+    uneven = [
+        {key: value[: 9 - index % 5] for key, value in row.items()}
+        for index, row in enumerate(rows[:7])
+    ]
     arguments = TrainingArguments(
-        "unused", max_steps=1, per_device_train_batch_size=2, per_device_eval_batch_size=2, report_to="none",
-        use_cpu=True, seed=1, save_strategy="no", disable_tqdm=True, ddp_backend="gloo", eval_strategy="steps",
-        eval_steps=1, eval_on_start=True, **changes,
-    )  # fmt: skip
+        "unused",
+        max_steps=1,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+        seed=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        ddp_backend="gloo",
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=True,
+        **changes,
+    )
     given = []
 
     def metrics(prediction):
@@ -231,9 +302,15 @@ def evaluated(callbacks, preprocess, **changes):
         return {"sum": float(prediction.predictions.sum())}
 
     trainer = Trainer(
-        llama(), arguments, train_dataset=rows, eval_dataset=uneven, data_collator=padded, compute_metrics=metrics,
-        preprocess_logits_for_metrics=preprocess, callbacks=callbacks,
-    )  # fmt: skip
+        llama(),
+        arguments,
+        train_dataset=rows,
+        eval_dataset=uneven,
+        data_collator=padded,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=preprocess,
+        callbacks=callbacks,
+    )
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return losses, given
@@ -243,7 +320,9 @@ def compare_evaluations(preprocess, **changes):
     losses, expected = evaluated([], preprocess, **changes)
     callback = FusedLossCallback()
     found, actual = evaluated([callback], preprocess, **changes)
-    assert found == pytest.approx(losses, rel=1e-5) and len(found) == len(actual) == len(expected) == 2
+    assert (
+        found == pytest.approx(losses, rel=1e-5) and len(found) == len(actual) == len(expected) == 2
+    )
     for mine, theirs in zip(actual, expected, strict=True):
         for ours, stock in zip(mine, theirs, strict=True):
             assert ours.shape == stock.shape and ours.dtype == stock.dtype and len(ours) == 7
@@ -259,7 +338,9 @@ def token_log_probs(logits, labels):
 EVALUATIONS = {
     "argmax": functools.partial(compare_evaluations, lambda logits, labels: logits.argmax(-1)),
     "topk": functools.partial(compare_evaluations, lambda logits, labels: logits.topk(3).indices),
-    "log-probabilities": functools.partial(compare_evaluations, token_log_probs, label_smoothing_factor=0.1),
+    "log-probabilities": functools.partial(
+        compare_evaluations, token_log_probs, label_smoothing_factor=0.1
+    ),
     "logits": functools.partial(compare_evaluations, None),
 }
 CASES = {
@@ -287,7 +368,8 @@ def process(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each case returned on each process; they run once, whichever of pytest's workers comes first."""
+    """What each case returned on each process; they run once, whichever of pytest's workers comes
+    first."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two processes"
     with FileLock(f"{folder}.lock"):
@@ -296,7 +378,8 @@ def results(tmp_path_factory):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            with contextlib.suppress(mp.ProcessExitedException):  # gloo may abort at exit; what is missing is seen
+            # gloo may abort at exit; what is missing is seen
+            with contextlib.suppress(mp.ProcessExitedException):
                 mp.spawn(process, (port, folder), nprocs=PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
@@ -358,7 +441,8 @@ class AfterBackward(torch.autograd.Function):
 
 
 class Zero3:
-    """What DeepSpeed's hooks do: a parameter is empty, but inside the forward and the backward of its own module."""
+    """What DeepSpeed's hooks do: a parameter is empty, but inside the forward and the backward of
+    its own module."""
 
     def __init__(self, model):
         self.full, self.gathers, self.gradients = {}, {}, {}
@@ -383,7 +467,9 @@ class Zero3:
 
     def before(self, module, args):
         self.gather(module)
-        return tuple(AfterBackward.apply(self, module, arg) if arg.requires_grad else arg for arg in args)
+        return tuple(
+            AfterBackward.apply(self, module, arg) if arg.requires_grad else arg for arg in args
+        )
 
     def after(self, module, args, output):
         self.release(module)
@@ -415,7 +501,9 @@ def test_under_zero3_the_head_is_entered_for_its_weight(tied, outside):
                 labels = inputs["labels"]
                 if outside:
                     logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
-                    loss = nn.functional.cross_entropy(logits.reshape(-1, V), labels[:, 1:].reshape(-1))
+                    loss = nn.functional.cross_entropy(
+                        logits.reshape(-1, V), labels[:, 1:].reshape(-1)
+                    )
                 else:
                     loss = model(**inputs).loss
                 assert model.lm_head.weight.numel() == 0
@@ -437,7 +525,8 @@ def test_logits_of_a_sharded_head_cannot_be_used_after_forward():
         with pytest.raises(RuntimeError, match="sharded by ZeRO-3; with labels given"):
             logits[:, -1].logsumexp(-1)
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"sharded by ZeRO-3"):
-            logits.argmax(-1)  # an optimizer step may have changed the weight that the head would gather
+            # an optimizer step may have changed the weight that the head would gather
+            logits.argmax(-1)
         model(**batch(0, 1))
         with torch.no_grad(), pytest.raises(RuntimeError, match=r"sharded by ZeRO-3"):
             logits[:, 1:]

@@ -1,4 +1,5 @@
-"""Packs on two processes (gloo): both take equally many steps, and every example is trained on once, by one of them.
+"""Packs on two processes (gloo): both take equally many steps, and every example is trained on
+once, by one of them.
 
 All cases run in one pair of processes, because starting it costs more than the cases.
 """
@@ -37,7 +38,9 @@ class Model(nn.Module):
         self.batches += 1
         self.supervised += int((labels != -100).sum())
         logits = self.logits(input_ids)[:, :-1].reshape(-1, V)
-        return {"loss": nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")}
+        return {
+            "loss": nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+        }
 
 
 class Recorder(PackingCollator):
@@ -50,7 +53,9 @@ class Recorder(PackingCollator):
     def __call__(self, features):
         features = list(features)
         for feature in features:
-            self.seen += [(int(example["id"]), len(example["input_ids"])) for example in feature.examples]
+            self.seen += [
+                (int(example["id"]), len(example["input_ids"])) for example in feature.examples
+            ]
         return super().__call__(features)
 
 
@@ -63,7 +68,10 @@ class Stream(IterableDataset):
 
 
 def examples(lengths: np.ndarray) -> list[dict]:
-    return [{"input_ids": [i % V] * n, "labels": [i % V] * n, "id": i} for i, n in enumerate(lengths.tolist())]
+    return [
+        {"input_ids": [i % V] * n, "labels": [i % V] * n, "id": i}
+        for i, n in enumerate(lengths.tolist())
+    ]
 
 
 def loop(packed, batch_size: int) -> tuple[Model, Recorder, int]:
@@ -81,7 +89,8 @@ def train(packed, **options) -> tuple[Model, Recorder, int]:
     """The model, the collator and the steps of a Trainer's run on this process."""
     rank = str(dist.get_rank())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(PROCESSES)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate asks for them; the group is there
+    # accelerate asks for them; the group is there
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     with tempfile.TemporaryDirectory() as folder:
         quiet = {
             "report_to": [],
@@ -91,9 +100,13 @@ def train(packed, **options) -> tuple[Model, Recorder, int]:
             "logging_strategy": "no",
             "remove_unused_columns": False,  # the recorder reads the examples' numbers
         }
-        args = transformers.TrainingArguments(folder, **quiet, train_sampling_strategy="sequential", **options)
+        args = transformers.TrainingArguments(
+            folder, **quiet, train_sampling_strategy="sequential", **options
+        )
         model, collator = Model(), Recorder()
-        trainer = transformers.Trainer(model=model, args=args, train_dataset=packed, data_collator=collator)
+        trainer = transformers.Trainer(
+            model=model, args=args, train_dataset=packed, data_collator=collator
+        )
         trainer.train()
     return model, collator, trainer.state.global_step
 
@@ -113,7 +126,9 @@ def random_datasets():
             lengths = lengths // 2 + MAX_TOKENS // 2
         batch, accumulation = int(draw.integers(1, 4)), int(draw.integers(1, 3))
         window = [None, 7][seed % 2]
-        packed = pack(examples(lengths), MAX_TOKENS, balance=PROCESSES * batch, seed=seed, window=window)
+        packed = pack(
+            examples(lengths), MAX_TOKENS, balance=PROCESSES * batch, seed=seed, window=window
+        )
         if seed % 7 == 0:
             options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1}
             model, collator, steps = train(packed, per_device_train_batch_size=batch, **options)
@@ -126,7 +141,9 @@ def random_datasets():
         empty = int((packed.plan.offsets.diff() == 0).sum())
         assert not expected - seen, f"dataset {seed}: lost {expected - seen}"
         more = seen - expected
-        assert more.total() == empty and all(length == 1 for _, length in more), f"dataset {seed}: doubled {more}"
+        assert more.total() == empty and all(length == 1 for _, length in more), (
+            f"dataset {seed}: doubled {more}"
+        )
         assert sum(gathered(model.supervised)) == (lengths - 1).sum()
 
 

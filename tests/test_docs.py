@@ -1,4 +1,5 @@
-"""README and docs tell the truth: their Python runs, their commands exist, each limit has a test."""
+"""README and docs tell the truth: their Python runs, their commands exist, each limit has a
+test."""
 
 import os
 import re
@@ -35,7 +36,9 @@ def model_for(block):
         )
     if "seq2seq" in block:
         return transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, decoder_start_token_id=0)
+            transformers.T5Config(
+                vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, decoder_start_token_id=0
+            )
         )
     return tiny_llama(attn_implementation="fastft")
 
@@ -72,7 +75,9 @@ def world(block, folder):
         "dataset": examples(),
         "data": [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 8,
         "packs": fastft.pack(examples(), max_tokens=32),
-        "loader": torch.utils.data.DataLoader(fastft.pack(examples(), max_tokens=32), collate_fn=ours),
+        "loader": torch.utils.data.DataLoader(
+            fastft.pack(examples(), max_tokens=32), collate_fn=ours
+        ),
         "accelerator": SimpleNamespace(backward=torch.Tensor.backward),
         "tokenizer": tokenizer(),
         "params": list(model.parameters()),
@@ -81,7 +86,9 @@ def world(block, folder):
         "labels": labels,
         "logits": head(hidden),
         "num_items_in_batch": torch.tensor(14),
-        "policy_loss": lambda token, old_log_probs, advantages: -(token.log_probs - old_log_probs) * advantages,
+        "policy_loss": lambda token, old_log_probs, advantages: (
+            -(token.log_probs - old_log_probs) * advantages
+        ),
         "old_log_probs": torch.randn(14),
         "advantages": torch.randn(14),
     }
@@ -89,10 +96,17 @@ def world(block, folder):
 
 @pytest.fixture
 def quiet_arguments(monkeypatch):
-    """`TrainingArguments` of one step that leaves nothing behind, whatever else a block asks for."""
+    """`TrainingArguments` of one step that leaves nothing behind, whatever else a block asks
+    for."""
     from transformers import TrainingArguments
 
-    short = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "max_steps": 1}
+    short = {
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_steps": 1,
+    }
     stock = TrainingArguments.__init__
 
     def quiet(self, *args, **kwargs):
@@ -124,9 +138,13 @@ def _marked(command):
 
 @pytest.mark.parametrize("command", map(_marked, COMMANDS))
 def test_the_command_exists(command):
-    """A target of make is known to it, a script takes the options, a selection of benchmarks is not empty."""
+    """A target of make is known to it, a script takes the options, a selection of benchmarks is not
+    empty."""
     words = shlex.split(command)
-    python = {"python": [sys.executable], "pytest": [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]}
+    python = {
+        "python": [sys.executable],
+        "pytest": [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"],
+    }
     if words[0] == "make":
         line = ["make", "-n", *words[1:]]
     elif words[0] == "pytest":
@@ -136,14 +154,19 @@ def test_the_command_exists(command):
     else:
         line = [*python["python"], *words[1:], *([] if words[1] == "-m" else ["--help"])]
     # a worker of pytest's own would switch benchmarks off
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(line, cwd=documentation.ROOT, capture_output=True, text=True, env=environment)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
+    done = subprocess.run(
+        line, cwd=documentation.ROOT, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     for option in (word for word in words if word.startswith("--") and words[0] == "python"):
         assert option in done.stdout
 
 
-# how a limit begins, after the name of its page: the tests, or the benchmarks of a figure, which hold it
+# how a limit begins, after the name of its page: the tests, or the benchmarks of a figure, which
+# hold it
 LIMITS = {
     "README.md: **Not yet run on a GPU.**": [
         "test_triton_on_amd.py::test_cross_entropy",
@@ -295,7 +318,11 @@ LIMITS = {
 @pytest.mark.parametrize("limit", documentation.limits().values(), ids=documentation.limits())
 def test_the_limit_has_a_test(limit, request):
     name = request.node.callspec.id
-    named = [tests for begin, tests in LIMITS.items() if f"{name.partition(':')[0]}: {limit}".startswith(begin)]
+    named = [
+        tests
+        for begin, tests in LIMITS.items()
+        if f"{name.partition(':')[0]}: {limit}".startswith(begin)
+    ]
     assert len(named) == 1, "every limit names the tests that hold it, in LIMITS"
     assert set(named[0]) <= documentation.tests()
 
@@ -307,14 +334,29 @@ def test_no_limit_is_listed_that_no_page_has():
 
 def test_the_map_of_the_house_has_every_room():
     page = (documentation.ROOT / "CONTRIBUTING.md").read_text()
-    rooms = [path for path in (documentation.ROOT / "fastft").rglob("*.py") if not path.name.startswith("__")]
+    rooms = [
+        path
+        for path in (documentation.ROOT / "fastft").rglob("*.py")
+        if not path.name.startswith("__")
+    ]
     assert [path.name for path in rooms if f"{path.name}`" not in page] == []
 
 
 @pytest.mark.parametrize("folder", ["csrc", "tests/support", "benchmarks"])
 def test_the_map_has_every_file_beside_the_rooms(folder):
-    pages = [documentation.ROOT / "CONTRIBUTING.md", documentation.ROOT / "docs" / "gpu-code-without-a-gpu.md"]
-    named = {Path(name).name for page in pages for name in re.findall(r"`([^`\s]+)`", page.read_text())}
+    pages = [
+        documentation.ROOT / "CONTRIBUTING.md",
+        documentation.ROOT / "docs" / "gpu-code-without-a-gpu.md",
+    ]
+    named = {
+        Path(name).name for page in pages for name in re.findall(r"`([^`\s]+)`", page.read_text())
+    }
     known = ("__init__.py", "conftest.py", "test_*.py")
-    files = [path for path in (documentation.ROOT / folder).rglob("*.*") if path.suffix[1:] in ("py", "cpp", "cu", "h")]
-    assert files and [path.name for path in files if not any(map(path.match, (*known, *named)))] == []
+    files = [
+        path
+        for path in (documentation.ROOT / folder).rglob("*.*")
+        if path.suffix[1:] in ("py", "cpp", "cu", "h")
+    ]
+    assert (
+        files and [path.name for path in files if not any(map(path.match, (*known, *named)))] == []
+    )

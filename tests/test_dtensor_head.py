@@ -44,7 +44,9 @@ def sharded(bias, classes_forward):
 def data():
     """Of this process alone."""
     torch.manual_seed(100 + dist.get_rank())
-    return torch.randn(ROWS, HIDDEN), torch.randint(0, CLASSES, (ROWS,)).masked_fill(torch.rand(ROWS) < 0.2, -100)
+    return torch.randn(ROWS, HIDDEN), torch.randint(0, CLASSES, (ROWS,)).masked_fill(
+        torch.rand(ROWS) < 0.2, -100
+    )
 
 
 def gradients(model):
@@ -64,7 +66,8 @@ def truth(bias, loss):
 
 
 def check_fsdp2(loss, bias, micro_batches=1):
-    """`loss(model, hidden states, target, weight, bias)` with the sharded head against the head's own forward."""
+    """`loss(model, hidden states, target, weight, bias)` with the sharded head against the head's
+    own forward."""
     stock, model = sharded(bias, True), sharded(bias, False)
     x, target = data()
     for _ in range(micro_batches):
@@ -72,7 +75,9 @@ def check_fsdp2(loss, bias, micro_batches=1):
         value = loss(model(x), model.head.weight, model.head.bias, target)
         value.backward()
     torch.testing.assert_close(value, plain_loss(stock(x), target))
-    expected = truth(bias, lambda model, x, target: micro_batches * plain_loss(model.logits(x), target))
+    expected = truth(
+        bias, lambda model, x, target: micro_batches * plain_loss(model.logits(x), target)
+    )
     plain = gradients(stock)
     for name, gradient in gradients(model).items():
         assert_no_worse(gradient, plain[name], expected[name], name, terms=ROWS + HIDDEN + CLASSES)
@@ -87,9 +92,9 @@ def mean(x, weight, bias, target):
 
 
 def rows(x, weight, bias, target):
-    return fastft.linear_cross_entropy(x, weight, target, linear_bias=bias, reduction="none").sum() / (
-        (target != -100).sum()
-    )
+    return fastft.linear_cross_entropy(
+        x, weight, target, linear_bias=bias, reduction="none"
+    ).sum() / ((target != -100).sum())
 
 
 def log_probs(x, weight, bias, target):
@@ -98,7 +103,9 @@ def log_probs(x, weight, bias, target):
 
 
 def token_loss(x, weight, bias, target):
-    total = fastft.linear_token_loss(x, weight, target, lambda token: -token.log_probs, linear_bias=bias)
+    total = fastft.linear_token_loss(
+        x, weight, target, lambda token: -token.log_probs, linear_bias=bias
+    )
     return total / (target != -100).sum()
 
 
@@ -107,7 +114,8 @@ def mesh():
 
 
 def check_tensor_parallel(replicated_input, reduction, bias):
-    """The same data everywhere; the head sharded by classes, which stays so where the input is a DTensor."""
+    """The same data everywhere; the head sharded by classes, which stays so where the input is a
+    DTensor."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     torch.manual_seed(2)
@@ -119,11 +127,18 @@ def check_tensor_parallel(replicated_input, reduction, bias):
     results = []
     for operands in (parts, whole, [None if t is None else t.double() for t in whole]):
         leaves = [None if t is None else t.detach().requires_grad_() for t in operands]
-        loss = fastft.linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
+        loss = fastft.linear_cross_entropy(
+            leaves[0], leaves[1], target, linear_bias=leaves[2], **options
+        )
         loss.sum().backward()
         found = [leaf.grad for leaf in leaves if leaf is not None]
-        assert all(hasattr(g, "placements") == hasattr(t, "placements") for g, t in zip(found, leaves, strict=False))
-        results.append([loss.detach(), *(g.full_tensor() if hasattr(g, "full_tensor") else g for g in found)])
+        assert all(
+            hasattr(g, "placements") == hasattr(t, "placements")
+            for g, t in zip(found, leaves, strict=False)
+        )
+        results.append(
+            [loss.detach(), *(g.full_tensor() if hasattr(g, "full_tensor") else g for g in found)]
+        )
     for ours, plain, exact in zip(*results, strict=True):
         assert type(ours) is torch.Tensor
         assert_no_worse(ours, plain, exact, terms=21 + HIDDEN + CLASSES)
@@ -139,15 +154,20 @@ def check_nothing_is_gathered():
     x, weight = distribute_tensor(torch.randn(5, 3), mesh(), [Replicate()]), torch.randn(8, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed.tensor.DTensor, "full_tensor", refuse)
-        fastft.linear_cross_entropy(x, distribute_tensor(weight, mesh(), [Shard(0)]), torch.arange(5))
+        fastft.linear_cross_entropy(
+            x, distribute_tensor(weight, mesh(), [Shard(0)]), torch.arange(5)
+        )
 
 
 def check_hybrid_mesh():
-    """Replicated over one dimension and sharded over the other, as HSDP has it: the mean over both."""
+    """Replicated over one dimension and sharded over the other, as HSDP has it: the mean over
+    both."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    grid = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
+    grid = init_device_mesh(
+        "cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard")
+    )
     x, target = data()
     torch.manual_seed(3)
     whole = torch.randn(CLASSES, HIDDEN)
@@ -163,18 +183,47 @@ def check_bad_input():
     from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
     x, weight, target = torch.randn(6, 4), torch.randn(8, 4), torch.arange(6)
-    shard, copy = (distribute_tensor(weight, mesh(), [placement]) for placement in (Shard(0), Replicate()))
-    replicated, rows = (distribute_tensor(x, mesh(), [placement]) for placement in (Replicate(), Shard(0)))
+    shard, copy = (
+        distribute_tensor(weight, mesh(), [placement]) for placement in (Shard(0), Replicate())
+    )
+    replicated, rows = (
+        distribute_tensor(x, mesh(), [placement]) for placement in (Replicate(), Shard(0))
+    )
     uneven = distribute_tensor(torch.randn(7, 4), mesh(), [Shard(0)])
     partial_sum = torch.distributed.tensor.DTensor.from_local(weight, mesh(), [Partial()])
     wrong = [
-        ((x, shard, target), {"group": dist.group.WORLD}, TypeError, "group goes with plain tensors.*to_local"),
-        ((x, weight, distribute_tensor(target, mesh(), [Replicate()])), {}, TypeError, "target is a DTensor"),
-        ((replicated, weight, target), {}, TypeError, "linear_weight must be a DTensor as input is"),
+        (
+            (x, shard, target),
+            {"group": dist.group.WORLD},
+            TypeError,
+            "group goes with plain tensors.*to_local",
+        ),
+        (
+            (x, weight, distribute_tensor(target, mesh(), [Replicate()])),
+            {},
+            TypeError,
+            "target is a DTensor",
+        ),
+        (
+            (replicated, weight, target),
+            {},
+            TypeError,
+            "linear_weight must be a DTensor as input is",
+        ),
         ((replicated, copy, target), {}, TypeError, "linear_weight has placements.*redistribute"),
         ((rows, shard, target), {}, TypeError, "input has placements.*redistribute"),
-        ((x, partial_sum, target), {}, TypeError, "linear_weight is a DTensor with placements.*redistribute"),
-        ((replicated, uneven, target), {}, ValueError, "group must have a linear_weight of one size"),
+        (
+            (x, partial_sum, target),
+            {},
+            TypeError,
+            "linear_weight is a DTensor with placements.*redistribute",
+        ),
+        (
+            (replicated, uneven, target),
+            {},
+            ValueError,
+            "group must have a linear_weight of one size",
+        ),
     ]
     for operands, options, error, message in wrong:
         with pytest.raises(error, match=message):
@@ -184,7 +233,10 @@ def check_bad_input():
 
 
 CASES = {
-    **{f"fsdp2_{f.__name__}": partial(check_fsdp2, f, False) for f in (mean, rows, log_probs, token_loss)},
+    **{
+        f"fsdp2_{f.__name__}": partial(check_fsdp2, f, False)
+        for f in (mean, rows, log_probs, token_loss)
+    },
     "fsdp2_bias": partial(check_fsdp2, mean, True),
     "fsdp2_micro_batches": partial(check_fsdp2, mean, False, 2),
     **{

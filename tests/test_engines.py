@@ -1,4 +1,5 @@
-"""The real DeepSpeed and FSDP2 under Trainer, two processes on a CPU: trained as stock trains under that engine."""
+"""The real DeepSpeed and FSDP2 under Trainer, two processes on a CPU: trained as stock trains under
+that engine."""
 
 from __future__ import annotations
 
@@ -16,18 +17,32 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
 ]
-INSTALLED = [name for name in engines.ENGINES if name.startswith("FSDP") or importlib.util.find_spec("deepspeed")]
+INSTALLED = [
+    name
+    for name in engines.ENGINES
+    if name.startswith("FSDP") or importlib.util.find_spec("deepspeed")
+]
 REPLACED = {"ZeRO-2 offload", "ZeRO-3 offload"}
 # how each ends that the engine would train otherwise
-BEFORE_TRAINER = r"ValueError: {} trains here.*use Trainer\(optimizer_cls_and_kwargs=fastft.adamw_spec\(args\)\)"
-DROPPED = "ValueError: this Trainer was given a fastft.AdamW, but .* trains: DeepSpeed drops ours; use Trainer"
+BEFORE_TRAINER = (
+    r"ValueError: {} trains here.*use Trainer\(optimizer_cls_and_kwargs=fastft.adamw_spec\(args\)\)"
+)
+DROPPED = (
+    "ValueError: this Trainer was given a fastft.AdamW, but .* trains: DeepSpeed drops ours; use "
+    "Trainer"
+)
 PARTS = "ValueError: the optimizer's max_grad_norm would clip to the norm of each process's part"
-LOST = "ValueError: .*DeepSpeedCPUAdam in this optimizer's place, which knows no {}=.*zero_force_ds_cpu_optimizer"
+LOST = (
+    "ValueError: .*DeepSpeedCPUAdam in this optimizer's place, which knows no "
+    "{}=.*zero_force_ds_cpu_optimizer"
+)
 
 
 def sentences(engine):
     if engine.startswith("FSDP"):
-        trainers_own = "RuntimeError: Passing `optimizers` is not allowed if PyTorch FSDP is enabled"
+        trainers_own = (
+            "RuntimeError: Passing `optimizers` is not allowed if PyTorch FSDP is enabled"
+        )
         return {
             "adamw(model, args)": BEFORE_TRAINER.format("FSDP"),
             "adamw(model) without args": trainers_own,
@@ -64,7 +79,9 @@ def test_trains_and_resumes_as_stock_does_or_says_why_not(engine, results):
     found = results.get(engine, {"error": "not reached"})
     assert "error" not in found, found["error"]
     stock, ours = found["stock"], found["fastft"]
-    assert ours["optimizer"][-1] == ("deepspeed.DeepSpeedCPUAdam" if engine in REPLACED else "fastft.AdamW")
+    assert ours["optimizer"][-1] == (
+        "deepspeed.DeepSpeedCPUAdam" if engine in REPLACED else "fastft.AdamW"
+    )
     assert ours["optimizer"][:-1] == stock["optimizer"][:-1]
     at_work = {"ZeRO": "DeepSpeedEngine", "FSDP1": "FullyShardedDataParallel", "FSDP2": "DTensor"}
     assert at_work[engine.partition("-")[0]] in ours["model"] & stock["model"]
@@ -76,12 +93,18 @@ def test_trains_and_resumes_as_stock_does_or_says_why_not(engine, results):
     assert list(ours["after"]) == list(stock["after"]) and set(ours["after"]) <= set(ours["before"])
     for name, weight in ours["after"].items():
         before, other = ours["before"][name], stock["after"][name]
-        assert weight.dtype == other.dtype and not torch.equal(weight, before), f"{name} did not move"
+        assert weight.dtype == other.dtype and not torch.equal(weight, before), (
+            f"{name} did not move"
+        )
         way, apart = (other - before).float().norm(), (weight - other).float().norm()
-        assert apart <= (0.5 if in_bf16 else 5e-3) * way, f"{name} went {way:.3g} and ended {apart:.3g} from stock's"
+        assert apart <= (0.5 if in_bf16 else 5e-3) * way, (
+            f"{name} went {way:.3g} and ended {apart:.3g} from stock's"
+        )
     if resumed := found.get("resumed"):
         assert resumed["losses"] == ours["losses"]
-        assert all(torch.equal(weight, resumed["after"][name]) for name, weight in ours["after"].items())
+        assert all(
+            torch.equal(weight, resumed["after"][name]) for name, weight in ours["after"].items()
+        )
     for name, sentence in sentences(engine).items():
         said = found["refused"][name]
         assert re.match(sentence, said), f"{name}: {said}"

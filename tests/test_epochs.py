@@ -27,7 +27,11 @@ def test_only_the_order_and_the_mates_change(lengths, window, seed, epoch, overl
 
     def shapes(plan):
         return sorted(
-            zip(plan.windows.tolist(), map(torch.Tensor.tolist, plan.lengths.split(sizes(plan))), strict=True)
+            zip(
+                plan.windows.tolist(),
+                map(torch.Tensor.tolist, plan.lengths.split(sizes(plan))),
+                strict=True,
+            )
         )
 
     def sizes(plan):
@@ -35,7 +39,15 @@ def test_only_the_order_and_the_mates_change(lengths, window, seed, epoch, overl
 
     def entries(plan):
         packs = torch.repeat_interleave(plan.windows, plan.offsets.diff()).tolist()
-        return sorted(zip(packs, plan.indices.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True))
+        return sorted(
+            zip(
+                packs,
+                plan.indices.tolist(),
+                plan.starts.tolist(),
+                plan.lengths.tolist(),
+                strict=True,
+            )
+        )
 
     assert shapes(drawn) == shapes(plan)
     assert entries(drawn) == entries(plan)
@@ -43,7 +55,10 @@ def test_only_the_order_and_the_mates_change(lengths, window, seed, epoch, overl
 
 def test_epochs_and_seeds_differ_and_repeat():
     plan = plan_packs([5] * 60, 20)
-    drawn = [epoch_plan(plan, seed, epoch).indices.tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
+    drawn = [
+        epoch_plan(plan, seed, epoch).indices.tolist()
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
     assert drawn[0] == drawn[3] and len(set(map(tuple, drawn))) == 3
 
 
@@ -57,5 +72,7 @@ from fastft.data.epochs import epoch_plan
 from fastft.data.plan import plan_packs
 print(epoch_plan(plan_packs([*range(1, 500)], 600), 3, 2, 1).indices.tolist())
 """
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    made = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert made.strip() == str(epoch_plan(plan_packs([*range(1, 500)], 600), 3, 2).indices.tolist())

@@ -1,4 +1,5 @@
-"""Evaluation inside `train()` without logits: losses, metrics and predictions equal those of stock Trainer."""
+"""Evaluation inside `train()` without logits: losses, metrics and predictions equal those of stock
+Trainer."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ import transformers
 from test_fused_loss import SMALL, V, arguments, assert_stock, examples, llama, per_token_loss
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, set_seed
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from watch import Watch
 
 import fastft
@@ -30,7 +37,8 @@ BATCH = {"per_device_eval_batch_size": 4, "gradient_accumulation_steps": 1}
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """accelerate collects garbage whenever a training begins: a second each, in a process with all of transformers."""
+    """accelerate collects garbage whenever a training begins: a second each, in a process with all
+    of transformers."""
     gc.collect()
     gc.freeze()
     yield
@@ -40,7 +48,8 @@ def quick_collections():
 def uneven(count=6):
     """Examples of several lengths."""
     return [
-        {key: value[: 24 - 2 * (index % 3)] for key, value in row.items()} for index, row in enumerate(examples(count))
+        {key: value[: 24 - 2 * (index % 3)] for key, value in row.items()}
+        for index, row in enumerate(examples(count))
     ]
 
 
@@ -48,7 +57,9 @@ def padded(rows):
     longest = max(len(row["input_ids"]) for row in rows)
     fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     return {
-        key: torch.stack([nn.functional.pad(row[key], (0, longest - len(row[key])), value=value) for row in rows])
+        key: torch.stack(
+            [nn.functional.pad(row[key], (0, longest - len(row[key])), value=value) for row in rows]
+        )
         for key, value in fill.items()
     }
 
@@ -65,13 +76,29 @@ class Metrics:
         self.given = []
 
     def __call__(self, prediction, compute_result=True):
-        fields = (prediction.predictions, prediction.label_ids, prediction.inputs, prediction.losses)
+        fields = (
+            prediction.predictions,
+            prediction.label_ids,
+            prediction.inputs,
+            prediction.losses,
+        )
         self.given.append(copy.deepcopy(fields))
         return {"seen": float(len(self.given))}
 
 
-def run(tmp_path, make, callbacks, metrics, *, data=None, kind=Trainer, made=arguments, collator=padded, options=None,
-        **changes):  # fmt: skip
+def run(
+    tmp_path,
+    make,
+    callbacks,
+    metrics,
+    *,
+    data=None,
+    kind=Trainer,
+    made=arguments,
+    collator=padded,
+    options=None,
+    **changes,
+):
     """A whole training with three evaluations."""
     trainer = kind(
         make(),
@@ -105,12 +132,16 @@ TIMES = ("runtime", "per_second", "epoch", "step")
 
 def history(trainer):
     return [
-        {key: value for key, value in entry.items() if not key.endswith(TIMES)} for entry in trainer.state.log_history
+        {key: value for key, value in entry.items() if not key.endswith(TIMES)}
+        for entry in trainer.state.log_history
     ]
 
 
-def compare(tmp_path, make=llama, with_metrics=True, rtol=2e-5, atol=1e-5, only_fused=None, **settings):
-    """The callback and the trainer of a fused run whose evaluations equal stock's; `only_fused`: its own changes."""
+def compare(
+    tmp_path, make=llama, with_metrics=True, rtol=2e-5, atol=1e-5, only_fused=None, **settings
+):
+    """The callback and the trainer of a fused run whose evaluations equal stock's; `only_fused`:
+    its own changes."""
     metrics = [Metrics() if with_metrics else None for _ in range(2)]
     stock = run(tmp_path, make, [], metrics[0], **settings)
     callback = FusedLossCallback()
@@ -121,7 +152,9 @@ def compare(tmp_path, make=llama, with_metrics=True, rtol=2e-5, atol=1e-5, only_
     if with_metrics:
         assert len(metrics[0].given) == len(metrics[1].given) >= EVALUATIONS
         assert_close(metrics[1].given, metrics[0].given, rtol=1e-4, atol=atol)
-    assert callback.report.fused and not callback.report.materialised and not callback.report.skipped, callback.report
+    assert (
+        callback.report.fused and not callback.report.materialised and not callback.report.skipped
+    ), callback.report
     assert callback.evaluation.fused and not callback.evaluation.skipped, callback.evaluation
     assert_stock(fused.model)
     return callback, fused
@@ -129,7 +162,13 @@ def compare(tmp_path, make=llama, with_metrics=True, rtol=2e-5, atol=1e-5, only_
 
 def bert(**changes):
     set_seed(3)
-    sizes = {**SMALL, "type_vocab_size": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **changes}
+    sizes = {
+        **SMALL,
+        "type_vocab_size": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **changes,
+    }
     return transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
 
 
@@ -137,24 +176,36 @@ def t5():
     set_seed(3)
     sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 1, "vocab_size": V}
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, dropout_rate=0.0)
+        transformers.T5Config(
+            **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, dropout_rate=0.0
+        )
     )
 
 
 def lora():
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["lm_head", "q_proj"], r=4, task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(
+        target_modules=["lm_head", "q_proj"], r=4, task_type="CAUSAL_LM", init_lora_weights=False
+    )
     return peft.get_peft_model(llama(), config)
 
 
 def gemma():
     set_seed(3)
-    config = transformers.Gemma2Config(**SMALL, head_dim=16, num_key_value_heads=2, final_logit_softcapping=3.0)
+    config = transformers.Gemma2Config(
+        **SMALL, head_dim=16, num_key_value_heads=2, final_logit_softcapping=3.0
+    )
     return transformers.Gemma2ForCausalLM(config)
 
 
 COLLATORS = {"seq2seq": seq2seq_batch}  # with label smoothing the model sees no labels to shift
-MODELS = {"causal": llama, "masked": bert, "seq2seq": t5, "LoRA on the head": lora, "softcap": gemma}
+MODELS = {
+    "causal": llama,
+    "masked": bert,
+    "seq2seq": t5,
+    "LoRA on the head": lora,
+    "softcap": gemma,
+}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -176,7 +227,9 @@ def log_probs(logits, labels):
 
 def losses(logits, labels):
     logits = first(logits)[:, :-1]
-    flat = nn.functional.cross_entropy(logits.reshape(-1, V), labels[:, 1:].reshape(-1), reduction="none")
+    flat = nn.functional.cross_entropy(
+        logits.reshape(-1, V), labels[:, 1:].reshape(-1), reduction="none"
+    )
     return flat.view(len(labels), -1)
 
 
@@ -207,7 +260,9 @@ def test_what_needs_tokens_alone_is_computed_without_logits(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["masked", "seq2seq", "LoRA on the head", "softcap"])
 def test_preprocessed_logits_of_a_model(name, tmp_path):
-    callback, _ = compare(tmp_path, MODELS[name], options={"preprocess_logits_for_metrics": PREPROCESS["topk"]})
+    callback, _ = compare(
+        tmp_path, MODELS[name], options={"preprocess_logits_for_metrics": PREPROCESS["topk"]}
+    )
     assert not callback.evaluation.materialised
 
 
@@ -217,7 +272,10 @@ FULL = {
     "accumulated": {"eval_accumulation_steps": 1},
     "in a list": {"eval_do_concat_batches": False},
     "with inputs and losses": {"include_for_metrics": ["inputs", "loss"]},
-    "in batches, with inputs and losses": {"batch_eval_metrics": True, "include_for_metrics": ["inputs", "loss"]},
+    "in batches, with inputs and losses": {
+        "batch_eval_metrics": True,
+        "include_for_metrics": ["inputs", "loss"],
+    },
     "label smoothing": {"label_smoothing_factor": 0.1},
     "16 bits": {"bf16": True, "atol": 2e-2, "rtol": 2e-3},
     "bf16_full_eval": {"bf16_full_eval": True},
@@ -249,7 +307,10 @@ def test_a_model_that_returns_tuples(tmp_path):
 
 
 def test_compute_loss_func(tmp_path):
-    options = {"compute_loss_func": per_token_loss, "preprocess_logits_for_metrics": PREPROCESS["argmax"]}
+    options = {
+        "compute_loss_func": per_token_loss,
+        "preprocess_logits_for_metrics": PREPROCESS["argmax"],
+    }
     callback, _ = compare(tmp_path, options=options)
     assert not callback.evaluation.materialised
 
@@ -262,7 +323,9 @@ def test_packed_batches(tmp_path):
     callback, _ = compare(tmp_path, packed, with_metrics=False, collator=collator)
     assert not callback.evaluation.materialised
     options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
-    callback, _ = compare(tmp_path, packed, collator=collator, per_device_eval_batch_size=2, options=options)
+    callback, _ = compare(
+        tmp_path, packed, collator=collator, per_device_eval_batch_size=2, options=options
+    )
     assert not callback.evaluation.materialised
 
 
@@ -281,15 +344,24 @@ def test_several_data_sets(tmp_path):
 
 
 def test_the_best_model_and_early_stopping(tmp_path):
-    best = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "max_steps": 5}
-    best |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # it falls: the first is the best
+    best = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "max_steps": 5,
+    }
+    # it falls: the first is the best
+    best |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
     trainers = []
     for callbacks in ([], [FusedLossCallback()]):
         stopping = transformers.EarlyStoppingCallback(early_stopping_patience=2)
         trainers.append(run(tmp_path, llama, [*callbacks, stopping], None, **best))
     stock, fused = (trainer.state for trainer in trainers)
     assert fused.best_metric == pytest.approx(stock.best_metric, rel=1e-5)
-    assert fused.best_global_step == stock.best_global_step and fused.global_step == stock.global_step < 5
+    assert (
+        fused.best_global_step == stock.best_global_step
+        and fused.global_step == stock.global_step < 5
+    )
     expected = trainers[0].model.state_dict()
     for name, tensor in trainers[1].model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
@@ -299,7 +371,9 @@ def test_compiled(tmp_path):
     torch._dynamo.reset()
     options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
     compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
-    callback, _ = compare(tmp_path, lambda: llama(num_hidden_layers=1), options=options, only_fused=compiling)
+    callback, _ = compare(
+        tmp_path, lambda: llama(num_hidden_layers=1), options=options, only_fused=compiling
+    )
     assert not callback.evaluation.materialised
 
 
@@ -330,11 +404,14 @@ def test_what_leaves_the_preprocessing_is_plain(tmp_path):
 
     types = set()
     options = {"preprocess_logits_for_metrics": preprocess}
-    trainer = run(tmp_path, llama, [FusedLossCallback(), Callback()], Metrics(), kind=Seen, options=options)
+    trainer = run(
+        tmp_path, llama, [FusedLossCallback(), Callback()], Metrics(), kind=Seen, options=options
+    )
     assert set(trainer.types) == {LazyLogits} and types == {torch.Tensor}
     for logits, log_softmax, later in left:
         torch.testing.assert_close(log_softmax, logits.log_softmax(-1))
-        assert later.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()  # still a view
+        # still a view
+        assert later.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
         torch.testing.assert_close(later, logits[:, 1:])
 
 
@@ -353,13 +430,20 @@ def test_logits_somebody_has_a_weak_reference_to_have_their_numbers(tmp_path):
         references.append((weakref.ref(logits), logits))
         return logits.argmax(-1)
 
-    run(tmp_path, llama, [FusedLossCallback()], Metrics(), options={"preprocess_logits_for_metrics": preprocess})
+    run(
+        tmp_path,
+        llama,
+        [FusedLossCallback()],
+        Metrics(),
+        options={"preprocess_logits_for_metrics": preprocess},
+    )
     for reference, logits in references:
         assert reference() is logits and not logits.is_lazy and logits.cpu().isfinite().all()
 
 
 class Averaged(Trainer):
-    """Evaluates with other weights, put in and out in every step by the way that leaves no trace."""
+    """Evaluates with other weights, put in and out in every step by the way that leaves no
+    trace."""
 
     def prediction_step(self, model, *args, **kwargs):
         weights = [parameter.detach().clone() for parameter in model.parameters()]
@@ -391,13 +475,17 @@ def test_preprocessing_changes_logits_in_place(tmp_path):
 def test_prediction_inside_a_callback(tmp_path):
     class Predict(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            rows = [{key: value for key, value in row.items() if key != "labels"} for row in examples(3)]
+            rows = [
+                {key: value for key, value in row.items() if key != "labels"} for row in examples(3)
+            ]
             predictions.append(trainers[-1].predict(rows).predictions)
 
     predictions, trainers = [], []
     for callbacks in ([], [FusedLossCallback()]):
         options = arguments(tmp_path, max_steps=2)
-        trainers.append(Trainer(llama(), options, train_dataset=examples(8), callbacks=[Predict(), *callbacks]))
+        trainers.append(
+            Trainer(llama(), options, train_dataset=examples(8), callbacks=[Predict(), *callbacks])
+        )
         trainers[-1].train()
     assert len(predictions) == 4 and predictions[0].shape == (3, 24, V)
     for stock, fused in zip(predictions[:2], predictions[2:], strict=True):
@@ -430,14 +518,17 @@ def test_generation_in_the_evaluation_loop_is_stock(tmp_path, lazy_inputs):
     settings = {"kind": Seq2SeqTrainer, "made": seq2seq_arguments, "data": examples(8)}
     callback, _ = compare(tmp_path, t5, **settings)
     assert not callback.evaluation.materialised
-    assert lazy_inputs == [(4, 24, 32)] * 2 + ([(2, 24, 32)] + [(4, 24, 32)] * 2) * 2  # losses alone
+    # losses alone
+    assert lazy_inputs == [(4, 24, 32)] * 2 + ([(2, 24, 32)] + [(4, 24, 32)] * 2) * 2
 
 
 def test_generation_in_a_callback_is_stock(tmp_path, lazy_inputs):
     class Generate(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
             model.eval()
-            generated.append(model.generate(examples(1)[0]["input_ids"][None], max_new_tokens=4, do_sample=False))
+            generated.append(
+                model.generate(examples(1)[0]["input_ids"][None], max_new_tokens=4, do_sample=False)
+            )
 
     generated = []
     run(tmp_path, llama, [FusedLossCallback(), Generate()], None)
@@ -494,9 +585,13 @@ def test_evaluation_outside_train_is_stock(tmp_path, lazy_inputs):
     model, callback = llama(), FusedLossCallback()
     options = arguments(tmp_path, max_steps=1)
     trainer = Seen(
-        model, options, train_dataset=examples(8), eval_dataset=examples(6), compute_metrics=Metrics(),
+        model,
+        options,
+        train_dataset=examples(8),
+        eval_dataset=examples(6),
+        compute_metrics=Metrics(),
         callbacks=[callback],
-    )  # fmt: skip
+    )
     trainer.evaluate()
     trainer.train()
     count = len(lazy_inputs)
@@ -517,7 +612,9 @@ def test_forward_passes_of_others_in_evaluation_mode_are_stock(tmp_path, lazy_in
 
     kept = []
     run(tmp_path, llama, [FusedLossCallback(), Compare()], None)
-    assert {type(logits) for logits in kept} == {torch.Tensor} and len(lazy_inputs) == 2 * EVALUATIONS + 2
+    assert {type(logits) for logits in kept} == {torch.Tensor} and len(
+        lazy_inputs
+    ) == 2 * EVALUATIONS + 2
 
 
 def test_the_context_manager_leaves_evaluation_stock():
@@ -557,18 +654,27 @@ def test_no_tensor_as_large_as_the_logits_in_an_evaluation(name, tmp_path):
             seen.append(watch.elements)
 
     options = arguments(
-        tmp_path, max_steps=1, eval_on_start=True, per_device_eval_batch_size=rows, per_device_train_batch_size=1,
+        tmp_path,
+        max_steps=1,
+        eval_on_start=True,
+        per_device_eval_batch_size=rows,
+        per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
-    )  # fmt: skip
+    )
     trainer = Trainer(
-        model, options, train_dataset=[{key: value[:8] for key, value in row.items()} for row in data],
-        eval_dataset=data, compute_metrics=Metrics() if name else None,
-        preprocess_logits_for_metrics=PREPROCESS.get(name), callbacks=[FusedLossCallback(), Stop()],
-    )  # fmt: skip
+        model,
+        options,
+        train_dataset=[{key: value[:8] for key, value in row.items()} for row in data],
+        eval_dataset=data,
+        compute_metrics=Metrics() if name else None,
+        preprocess_logits_for_metrics=PREPROCESS.get(name),
+        callbacks=[FusedLossCallback(), Stop()],
+    )
     with Watch() as watch:
         trainer.train()
     limit = rows * length * vocabulary / (4 if name else 8)
-    assert vocabulary * 16 <= seen[0] < limit  # a chunk's part is larger here than at the vocabulary of a large model
+    # a chunk's part is larger here than at the vocabulary of a large model
+    assert vocabulary * 16 <= seen[0] < limit
 
 
 @pytest.fixture
@@ -581,10 +687,16 @@ def warnings(monkeypatch):
 @pytest.mark.parametrize("batch_eval_metrics", [False, True])
 def test_a_word_about_gigabytes_of_logits(batch_eval_metrics, tmp_path, warnings, monkeypatch):
     batch = 4 * 24 * V * 4
-    monkeypatch.setattr(fused_loss_module, "_MANY_BYTES", batch if batch_eval_metrics else 2 * batch)
+    monkeypatch.setattr(
+        fused_loss_module, "_MANY_BYTES", batch if batch_eval_metrics else 2 * batch
+    )
     changes = {"batch_eval_metrics": batch_eval_metrics}
     run(tmp_path, llama, [FusedLossCallback()], Metrics(), **changes)
-    assert len(warnings) == 1 and "preprocess_logits_for_metrics" in warnings[0] and "0 MiB" in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "preprocess_logits_for_metrics" in warnings[0]
+        and "0 MiB" in warnings[0]
+    )
     monkeypatch.setattr(fused_loss_module, "_MANY_BYTES", 2 * batch + 1)
     run(tmp_path, llama, [FusedLossCallback()], Metrics(), **changes)
     assert len(warnings) == 1
@@ -593,7 +705,9 @@ def test_a_word_about_gigabytes_of_logits(batch_eval_metrics, tmp_path, warnings
 def test_the_report_of_training_is_of_training_alone(tmp_path, warnings):
     callback = FusedLossCallback()
     run(tmp_path, llama, [callback], Metrics())
-    assert callback.report.fused == 2 and callback.evaluation.fused == 2 * EVALUATIONS and not warnings
+    assert (
+        callback.report.fused == 2 and callback.evaluation.fused == 2 * EVALUATIONS and not warnings
+    )
     assert not callback.report.materialised
     assert "transformers/trainer.py:" in "".join(callback.evaluation.materialised)
 
@@ -617,7 +731,9 @@ AFTER = {
     "argmax": lambda z: z.argmax(-1),
     "max": lambda z: z.max(-1)[0],
     "topk": lambda z: z.topk(3)[1],
-    "log_softmax": lambda z: z[:, :-1].log_softmax(-1).gather(-1, torch.full((2, z.shape[1] - 1, 1), 7)),
+    "log_softmax": lambda z: (
+        z[:, :-1].log_softmax(-1).gather(-1, torch.full((2, z.shape[1] - 1, 1), 7))
+    ),
     "cross_entropy": lambda z: nn.functional.cross_entropy(
         z.view(-1, 31), torch.arange(2 * z.shape[1]), reduction="none"
     ),
@@ -651,7 +767,9 @@ def pad_to(tensor, length):
 WRITES = {
     "numbers": lambda z: z.__setitem__((slice(None), slice(0, 5)), torch.ones(2, 5, 31)),
     "a number": lambda z: z.__setitem__((0, 0), 3.0),
-    "twice": lambda z: [z.__setitem__((slice(None), slice(i, i + 5), slice(None)), logits_of(z)) for i in (0, 3)],
+    "twice": lambda z: [
+        z.__setitem__((slice(None), slice(i, i + 5), slice(None)), logits_of(z)) for i in (0, 3)
+    ],
     "in place": lambda z: z.add_(1.0).mul_(2.0),
     "a view": lambda z: z[:, 2:].fill_(4.0),
 }
@@ -661,7 +779,9 @@ def logits_of(like):
     x, weight, bias = OPERANDS
     if type(like) is torch.Tensor:
         return nn.functional.linear(x, weight, bias)
-    return lazy_linear(x, weight, bias, like._recipe.report, evaluation=like.linear.origin.evaluation)
+    return lazy_linear(
+        x, weight, bias, like._recipe.report, evaluation=like.linear.origin.evaluation
+    )
 
 
 OPERANDS = head()
@@ -672,9 +792,15 @@ def test_other_uses_of_zeros_like_logits_are_stock(name):
     x, weight, bias = OPERANDS
     evaluation = Evaluation(lambda: True)
     lazy = lazy_linear(x, weight, bias, evaluation.report, evaluation=evaluation)
-    found, expected = (z.new_zeros((2, 9, 31)) for z in (lazy, nn.functional.linear(x, weight, bias)))
+    found, expected = (
+        z.new_zeros((2, 9, 31)) for z in (lazy, nn.functional.linear(x, weight, bias))
+    )
     assert type(found) is LazyLogits
     WRITES[name](found)
     WRITES[name](expected)
     torch.testing.assert_close(found.cpu() + 0, expected)
-    assert torch.equal(lazy.new_zeros(3), torch.zeros(3)) and lazy.new_zeros((2, 31)).sum() == 0 and lazy.is_lazy
+    assert (
+        torch.equal(lazy.new_zeros(3), torch.zeros(3))
+        and lazy.new_zeros((2, 31)).sum() == 0
+        and lazy.is_lazy
+    )

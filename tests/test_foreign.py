@@ -1,4 +1,5 @@
-"""Other people's objects: each wrapper is looked through, and each private name that we lean on is still there."""
+"""Other people's objects: each wrapper is looked through, and each private name that we lean on is
+still there."""
 
 import ast
 import importlib
@@ -26,10 +27,14 @@ def test_the_private_name_is_still_there(name):
     holder = module = importlib.import_module(module_name)
     for part in path.split("."):
         versions = part.split("|")
-        found = next((getattr(holder, version) for version in versions if hasattr(holder, version)), holder)
+        found = next(
+            (getattr(holder, version) for version in versions if hasattr(holder, version)), holder
+        )
         if found is holder:  # what only instances have stands in the text of the class's module
             text = inspect.getsource(inspect.getmodule(holder) or module)
-            assert any(part in text for part in versions), f"{name} has gone: {foreign.PRIVATE_NAMES[name]}"
+            assert any(part in text for part in versions), (
+                f"{name} has gone: {foreign.PRIVATE_NAMES[name]}"
+            )
         holder = found
 
 
@@ -69,20 +74,27 @@ def test_every_foreign_private_name_of_the_package_is_in_the_list():
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
 
 class DeepSpeedEngine(nn.Module):
-    """What the wrapper of that name looks like: the model is `module`, and unknown attributes are the model's."""
+    """What the wrapper of that name looks like: the model is `module`, and unknown attributes are
+    the model's."""
 
     def __init__(self, module):
         super().__init__()
         self.module = module
 
     def __getattr__(self, name):
-        return getattr(super().__getattr__("module"), name) if name != "module" else super().__getattr__(name)
+        return (
+            getattr(super().__getattr__("module"), name)
+            if name != "module"
+            else super().__getattr__(name)
+        )
 
 
 def fully_sharded(model):
@@ -98,7 +110,9 @@ def with_lora(model):
 
 def with_prompts(model):
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    return peft.get_peft_model(
+        model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
 
 
 DDP = nn.parallel.DistributedDataParallel
@@ -133,7 +147,9 @@ def test_the_model_is_found_inside(wrappers, process_group):
     assert peft or foreign.unwrapped(wrapped) is model
 
 
-@pytest.mark.parametrize("wrappers", [[], [DDP], [torch.compile], [with_lora], [with_lora, DDP, torch.compile]])
+@pytest.mark.parametrize(
+    "wrappers", [[], [DDP], [torch.compile], [with_lora], [with_lora, DDP, torch.compile]]
+)
 def test_supervised_only_asks_the_model_inside_its_wrappers(wrappers, process_group):
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):

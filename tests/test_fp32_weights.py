@@ -64,7 +64,11 @@ def trained(steps=5):
 
 
 def weights_in(folder):
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
 
 
 def assert_same_bits(left, right):
@@ -77,13 +81,16 @@ def test_the_file_holds_what_fp32_training_would_have(tmp_path):
     model, wide = Tiny(), Tiny(torch.float32)
     ours, fp32 = AdamW(trainable(model), lr=1e-3), AdamW(trainable(wide), lr=1e-3)
     for tokens in batches(20):
-        for param, twin, grad in zip(trainable(model), trainable(wide), gradients_of(model, tokens), strict=True):
+        for param, twin, grad in zip(
+            trainable(model), trainable(wide), gradients_of(model, tokens), strict=True
+        ):
             param.grad, twin.grad = grad, grad.float()
         for optimizer in (ours, fp32):
             optimizer.step()
             optimizer.zero_grad()
     fastft.save_fp32(model, ours, tmp_path)
-    expected = {name: value for name, value in wide.state_dict().items() if name != "head.weight"}  # which is tied
+    # which is tied
+    expected = {name: value for name, value in wide.state_dict().items() if name != "head.weight"}
     assert_same_bits(weights_in(tmp_path), expected)
 
 
@@ -120,7 +127,9 @@ def test_a_fresh_optimizer_takes_the_remainders(tmp_path):
     assert_same_bits(again.state_dict(), model.state_dict())
     for mine, whole in zip(trainable(again), trainable(model), strict=True):
         if mine.dtype == torch.bfloat16:
-            assert torch.equal(resumed.state[mine]["remainder"], optimizer.state[whole]["remainder"])
+            assert torch.equal(
+                resumed.state[mine]["remainder"], optimizer.state[whole]["remainder"]
+            )
             assert resumed.state[mine]["step"] == 0 and not resumed.state[mine]["exp_avg"].any()
     train(again, resumed, batches(1))
 
@@ -134,11 +143,14 @@ def test_other_roundings(rounding, tmp_path):
     saved = weights_in(tmp_path)
     for name, param in model.named_parameters():
         kept = optimizer.state[param].get("kahan") if param in optimizer.state else None
-        assert torch.equal(saved[name], param.float() if kept is None else param.float() + kept.float())
+        assert torch.equal(
+            saved[name], param.float() if kept is None else param.float() + kept.float()
+        )
     again = Tiny()
     resumed = AdamW(trainable(again)[1:], rounding=rounding)
     fastft.load_fp32(again, resumed, tmp_path)
-    if rounding != "kahan":  # where a compensation of half a last place may change sides; the sum is the same
+    # where a compensation of half a last place may change sides; the sum is the same
+    if rounding != "kahan":
         assert_same_bits(again.state_dict(), model.state_dict())
     fastft.save_fp32(again, resumed, tmp_path / "again")
     assert_same_bits(weights_in(tmp_path / "again"), saved)
@@ -150,7 +162,9 @@ def test_an_fp32_model_takes_the_masters(tmp_path):
     wide = Tiny(torch.float32)
     fastft.load_fp32(wide, AdamW(trainable(wide)), tmp_path)
     saved = weights_in(tmp_path)
-    assert_same_bits({name: value for name, value in wide.state_dict().items() if name in saved}, saved)
+    assert_same_bits(
+        {name: value for name, value in wide.state_dict().items() if name in saved}, saved
+    )
     assert not torch.equal(wide.embed.weight, model.embed.weight)
 
 
@@ -159,8 +173,12 @@ def test_shards_are_small_and_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("kept")
     fastft.save_fp32(model, optimizer, tmp_path, max_shard_size=300)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {file.name for file in tmp_path.glob("*.safetensors")}
-    sizes = [sum(t.nbytes for t in load_file(file).values()) for file in tmp_path.glob("*.safetensors")]
+    assert set(index["weight_map"].values()) == {
+        file.name for file in tmp_path.glob("*.safetensors")
+    }
+    sizes = [
+        sum(t.nbytes for t in load_file(file).values()) for file in tmp_path.glob("*.safetensors")
+    ]
     assert len(sizes) > 1 and sum(sizes) == index["metadata"]["total_size"]
     assert sum(size > 300 for size in sizes) == 1  # the embedding alone is larger
     fastft.save_fp32(model, optimizer, tmp_path)
@@ -170,9 +188,14 @@ def test_shards_are_small_and_replaced(tmp_path):
 @pytest.mark.parametrize("tie", [True, False])
 def test_from_pretrained_reads_it(tie, tmp_path):
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=tie,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tie,
+    )
     model = transformers.LlamaForCausalLM(config).bfloat16()
     optimizer, _ = fastft.adamw(model, lr=1e-3)
     tokens = torch.arange(24).view(2, 12)
@@ -181,11 +204,14 @@ def test_from_pretrained_reads_it(tie, tmp_path):
         optimizer.step()
     model.save_pretrained(tmp_path)
     names = weights_in(tmp_path).keys()
-    fastft.save_fp32(torch.compile(model), optimizer, tmp_path)  # through the wrapper, over the bf16 file
+    # through the wrapper, over the bf16 file
+    fastft.save_fp32(torch.compile(model), optimizer, tmp_path)
     saved = weights_in(tmp_path)
     assert saved.keys() == names and {value.dtype for value in saved.values()} == {torch.float32}
     wide = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert_same_bits({name: value for name, value in wide.state_dict().items() if name in saved}, saved)
+    assert_same_bits(
+        {name: value for name, value in wide.state_dict().items() if name in saved}, saved
+    )
     narrow = {name: value.bfloat16() for name, value in saved.items()}
     ties = {name: (value.view(torch.int32) & 0xFFFF) == 0x8000 for name, value in saved.items()}
     for name, value in model.state_dict().items():
@@ -216,12 +242,20 @@ def test_bad_input(tmp_path):
     fastft.save_fp32(model, optimizer, tmp_path)
     before, good = copy.deepcopy(model.state_dict()), load_file(tmp_path / "model.safetensors")
     bad = {
-        r"missing \['gain'\], unknown \[\]": {name: value for name, value in good.items() if name != "gain"},
+        r"missing \['gain'\], unknown \[\]": {
+            name: value for name, value in good.items() if name != "gain"
+        },
         r"missing \[\], unknown \['extra'\]": {**good, "extra": torch.ones(1)},
-        r"middle.bias has shape \(9,\).*\(8,\) in the model": {**good, "middle.bias": torch.ones(9)},
+        r"middle.bias has shape \(9,\).*\(8,\) in the model": {
+            **good,
+            "middle.bias": torch.ones(9),
+        },
     }
     for sentence, tensors in bad.items():
-        save_file({name: torch.zeros_like(value) for name, value in tensors.items()}, tmp_path / "model.safetensors")
+        save_file(
+            {name: torch.zeros_like(value) for name, value in tensors.items()},
+            tmp_path / "model.safetensors",
+        )
         with pytest.raises(ValueError, match=sentence):
             fastft.load_fp32(model, optimizer, tmp_path)
     assert_same_bits(model.state_dict(), before)

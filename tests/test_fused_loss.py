@@ -1,4 +1,5 @@
-"""Trainer with FusedLossCallback against stock Trainer, and `fused_loss` on models of several kinds."""
+"""Trainer with FusedLossCallback against stock Trainer, and `fused_loss` on models of several
+kinds."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from fastft.loss.lazy_logits import LazyLogits
 from fastft.loss.output_head import LazyForward, fused_loss
 
 V = 997
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": V,
+}
 SMALL |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = {**SMALL, "num_key_value_heads": 2}
 STEPS, LEARNING_RATE = 10, 1e-3
@@ -85,7 +92,11 @@ def train(tmp_path, model=None, callbacks=(), trainer_options=None, **changes):
         **(trainer_options or {}),
     )
     trainer.train()
-    return curve, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, trainer
+    return (
+        curve,
+        {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+        trainer,
+    )
 
 
 def assert_stock(model):
@@ -94,7 +105,10 @@ def assert_stock(model):
         for name, module in model.named_modules()
         if "forward" in module.__dict__ and isinstance(module.__dict__["forward"], LazyForward)
     ]
-    assert "forward" not in model.get_output_embeddings().__dict__ and "_loss_function" not in model.__dict__
+    assert (
+        "forward" not in model.get_output_embeddings().__dict__
+        and "_loss_function" not in model.__dict__
+    )
     assert not model._forward_pre_hooks and not model._forward_hooks
     assert not [key for module in model.modules() for key in module.__dict__ if "fastft" in key]
 
@@ -102,7 +116,9 @@ def assert_stock(model):
 def per_token_loss(outputs, labels, num_items_in_batch=None):
     logits = outputs.logits[:, :-1].float()
     return (
-        nn.functional.cross_entropy(logits.reshape(-1, V), labels[:, 1:].reshape(-1), reduction="sum")
+        nn.functional.cross_entropy(
+            logits.reshape(-1, V), labels[:, 1:].reshape(-1), reduction="sum"
+        )
         / num_items_in_batch
     )
 
@@ -127,9 +143,13 @@ def test_ten_steps_in_fp32_are_stock(name, tmp_path):
     assert len(fused.losses) == STEPS
     assert fused.losses == pytest.approx(stock.losses, rel=1e-6)
     assert fused.norms == pytest.approx(stock.norms, rel=1e-5)
-    for key in expected:  # AdamW divides by the gradient's size: where that is next to nothing, rounding shows
+    # AdamW divides by the gradient's size: where that is next to nothing, rounding shows
+    for key in expected:
         apart = (actual[key] - expected[key]).abs()
-        assert apart.max() <= 0.02 * STEPS * LEARNING_RATE and apart.norm() <= 3e-5 * expected[key].norm(), key
+        assert (
+            apart.max() <= 0.02 * STEPS * LEARNING_RATE
+            and apart.norm() <= 3e-5 * expected[key].norm()
+        ), key
     assert_stock(model)
 
 
@@ -149,7 +169,10 @@ def test_ten_steps_in_bf16_are_no_further_from_fp32_than_stock(tmp_path):
     fused, _, _ = train(tmp_path, callbacks=[callback], bf16=True)
     assert callback.report.fused == 2 * STEPS and not callback.report.materialised, callback.report
     for what in ("losses", "norms"):
-        curves = [torch.tensor(getattr(curve, what), dtype=torch.float64) for curve in (fused, stock, truth)]
+        curves = [
+            torch.tensor(getattr(curve, what), dtype=torch.float64)
+            for curve in (fused, stock, truth)
+        ]
         assert_no_worse(curves[0], curves[1], curves[2], what)
 
 
@@ -165,7 +188,9 @@ def test_evaluation_saving_and_copies_in_the_middle(tmp_path):
     kept = model.state_dict().keys()
     options = {
         "eval_dataset": examples(6),
-        "compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        "compute_metrics": lambda p: {
+            "accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())
+        },
     }
     changes = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 5}
     _, _, stock = train(tmp_path / "stock", trainer_options=options, **changes)
@@ -179,7 +204,10 @@ def test_evaluation_saving_and_copies_in_the_middle(tmp_path):
     assert model.state_dict().keys() == kept
     for twin in middle.during:
         assert twin.state_dict().keys() == kept and "fastft" not in repr(twin)
-        assert twin.lm_head.forward.__func__ is nn.Linear.forward and twin.lm_head.forward.__self__ is twin.lm_head
+        assert (
+            twin.lm_head.forward.__func__ is nn.Linear.forward
+            and twin.lm_head.forward.__self__ is twin.lm_head
+        )
         twin.train()
         assert type(twin(torch.tensor([[1, 2, 3]])).logits) is torch.Tensor
         for key, value in twin.state_dict().items():
@@ -212,7 +240,9 @@ def test_an_exception_leaves_the_model_to_restore(tmp_path):
 
 def test_training_twice_attaches_once(tmp_path):
     model, callback = llama(), FusedLossCallback()
-    trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=examples(), callbacks=[callback])
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=1), train_dataset=examples(), callbacks=[callback]
+    )
     for _ in range(2):
         trainer.train()
         assert callback.report.fused == 2
@@ -229,8 +259,12 @@ def test_verify_accepts_what_is_right(bf16, tmp_path):
 
 
 def test_verify_raises_on_a_wrong_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy_losses, "_fused", lambda layer, *_, **__: layer.terms[0][0].sum() * 0 + 1.5)
-    with pytest.raises(RuntimeError, match=r"the fused loss of the first batch is .* the stock loss"):
+    monkeypatch.setattr(
+        lazy_losses, "_fused", lambda layer, *_, **__: layer.terms[0][0].sum() * 0 + 1.5
+    )
+    with pytest.raises(
+        RuntimeError, match=r"the fused loss of the first batch is .* the stock loss"
+    ):
         train(tmp_path, callbacks=[FusedLossCallback(verify=True)])
 
 
@@ -238,14 +272,18 @@ def test_verify_raises_on_a_wrong_loss(tmp_path, monkeypatch):
     ("spoil", "reason"),
     [
         (
-            lambda model: setattr(model.lm_head, "forward", lambda x: nn.functional.linear(x, model.lm_head.weight)),
+            lambda model: setattr(
+                model.lm_head, "forward", lambda x: nn.functional.linear(x, model.lm_head.weight)
+            ),
             "patched by somebody else",
         ),
         (
             lambda model: setattr(
                 model,
                 "lm_head",
-                type("Quantised", (nn.Linear,), {"forward": lambda s, x: x @ s.weight.T})(64, V, bias=False),
+                type("Quantised", (nn.Linear,), {"forward": lambda s, x: x @ s.weight.T})(
+                    64, V, bias=False
+                ),
             ),
             "a Quantised, not a plain",
         ),
@@ -296,7 +334,10 @@ def replaced(module, body):
     return space["forward"]
 
 
-LOSS = "hidden = self.model(input_ids).last_hidden_state; return {'loss': (hidden * self.lm_head.weight[0]).sum()}"
+LOSS = (
+    "hidden = self.model(input_ids).last_hidden_state; return {'loss': (hidden * "
+    "self.lm_head.weight[0]).sum()}"
+)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -304,15 +345,27 @@ LOSS = "hidden = self.model(input_ids).last_hidden_state; return {'loss': (hidde
     ("module", "words"),
     [
         ("trl.trainer.utils", "TRL's trainers compute their loss by a fused head of their own"),
-        ("liger_kernel.transformers.model.llama", "nothing called the output head: Liger computes the loss"),
-        ("modeling_mine", "another fused loss must be at work, TRL's (SFTTrainer), Liger's (use_liger_kernel)"),
+        (
+            "liger_kernel.transformers.model.llama",
+            "nothing called the output head: Liger computes the loss",
+        ),
+        (
+            "modeling_mine",
+            "another fused loss must be at work, TRL's (SFTTrainer), Liger's (use_liger_kernel)",
+        ),
     ],
 )
-def test_who_else_computes_the_loss_is_named_and_what_to_do(module, words, mixed, tmp_path, monkeypatch):
+def test_who_else_computes_the_loss_is_named_and_what_to_do(
+    module, words, mixed, tmp_path, monkeypatch
+):
     said, model = said_at_each_level(monkeypatch), llama()
     model.forward = types.MethodType(replaced(module, LOSS), model)
     train(tmp_path, model, [FusedLossCallback()], max_steps=1, bf16=mixed)
-    assert len(said["warning"]) == 1 and words in said["warning"][0] and "FusedLossCallback" in said["warning"][0]
+    assert (
+        len(said["warning"]) == 1
+        and words in said["warning"][0]
+        and "FusedLossCallback" in said["warning"][0]
+    )
 
 
 def test_data_parallel_is_left_alone():

@@ -1,4 +1,5 @@
-"""What only a GPU can show: that kernels launch, agree with the CPU, follow the current stream, and train."""
+"""What only a GPU can show: that kernels launch, agree with the CPU, follow the current stream, and
+train."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def clipping(engine: str) -> dict[str, float]:
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_adamw_has_the_bits_of_the_cpu(adamw_engine: str, mode: Mode) -> None:
     expected = Training(mode, "cpp", sizes=SIZES).step(3).values()
-    assert_same_bits(Training(mode, adamw_engine, sizes=SIZES, device="cuda").step(3).values(), expected)
+    assert_same_bits(
+        Training(mode, adamw_engine, sizes=SIZES, device="cuda").step(3).values(), expected
+    )
 
 
 @pytest.mark.parametrize("mode", [MODES["fp32-fp32"], MIXED])
@@ -60,7 +63,10 @@ def test_adamw_on_unaligned_tensors(adamw_engine: str, mode: Mode) -> None:
 
 
 def test_adamw_follows_the_current_stream(adamw_engine: str) -> None:
-    expected, stream = Training(MIXED, adamw_engine, device="cuda").step(3).values(), torch.cuda.Stream()
+    expected, stream = (
+        Training(MIXED, adamw_engine, device="cuda").step(3).values(),
+        torch.cuda.Stream(),
+    )
     with torch.cuda.stream(stream):
         actual = Training(MIXED, adamw_engine, device="cuda").step(3).values()
     assert_same_bits(actual, expected)
@@ -102,7 +108,8 @@ def test_an_adamw_step_does_not_wait(adamw_engine: str, capturable: bool) -> Non
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_adamw_in_a_graph(mode: Mode) -> None:
-    """A replay counts, clips, reads the learning rate and found_inf; steps outside of the graph may lie between."""
+    """A replay counts, clips, reads the learning rate and found_inf; steps outside of the graph may
+    lie between."""
     options = {"device": "cuda", "max_grad_norm": 0.5, "capturable": True}
     eager, captured = (Training(mode, "cuda", **options).step(2) for _ in range(2))
     for training in (eager, captured):
@@ -136,7 +143,9 @@ def test_adamw_with_a_grad_scaler() -> None:
     """As on the CPU, where the host decides; a step is skipped."""
     results = []
     for device, capturable in (("cpu", False), ("cuda", False), ("cuda", True)):
-        training = Training(Mode(torch.float32, "exact", "fp32"), "auto", device=device, capturable=capturable)
+        training = Training(
+            Mode(torch.float32, "exact", "fp32"), "auto", device=device, capturable=capturable
+        )
         scaler = torch.amp.GradScaler(device, init_scale=1024.0)
         for i in range(4):
             for param in training.params:
@@ -184,7 +193,8 @@ def test_every_option_of_cross_entropy_rows(rows, case: Case) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [1, 63, 32_000, 50_257, 151_936])
 def test_cross_entropy_rows(rows, classes: int, dtype: torch.dtype) -> None:
-    """Few options: Triton compiles each together with each number of classes, dtype and option, for a second or two."""
+    """Few options: Triton compiles each together with each number of classes, dtype and option, for
+    a second or two."""
     for case in (CASES["plain"], EVERYTHING, CASES["confident with statistics"]):
         check(rows, draw(case, 5, classes, dtype, "cuda"))
 
@@ -226,7 +236,9 @@ def test_cross_entropy_rows_in_a_graph_and_without_waiting(rows) -> None:
 
     def compute() -> None:
         options = (IGNORED, *problem.case.floats())
-        rows(problem.logits, problem.target, [], problem.upstream, losses, lse, [], [grad], *options)
+        rows(
+            problem.logits, problem.target, [], problem.upstream, losses, lse, [], [grad], *options
+        )
 
     compute()  # compiles what is to be compiled
     torch.cuda.synchronize()
@@ -262,7 +274,10 @@ def test_cross_entropy_rows_follows_the_current_stream(rows) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 63, 507])
 def test_linear_cross_entropy(dtype: torch.dtype, tokens: int) -> None:
-    x, weight = torch.randn(tokens, 64, device="cuda", dtype=dtype), torch.randn(1003, 64, device="cuda", dtype=dtype)
+    x, weight = (
+        torch.randn(tokens, 64, device="cuda", dtype=dtype),
+        torch.randn(1003, 64, device="cuda", dtype=dtype),
+    )
     target = torch.randint(0, 1003, (tokens,), device="cuda")
     target[::7] = -100
 
@@ -273,7 +288,9 @@ def test_linear_cross_entropy(dtype: torch.dtype, tokens: int) -> None:
 
     def plain(hidden_states, head, labels, reduction):
         return F.cross_entropy(
-            F.linear(hidden_states, head).float().to(hidden_states.dtype), labels, reduction=reduction
+            F.linear(hidden_states, head).float().to(hidden_states.dtype),
+            labels,
+            reduction=reduction,
         )
 
     ours, same_dtype = run(fastft.linear_cross_entropy, dtype), run(plain, dtype)
@@ -310,12 +327,30 @@ def test_labels_of_the_host_are_refused() -> None:
     with pytest.raises(ValueError, match="target is on cpu, input on cuda"):
         fastft.cross_entropy(logits, target)
     with pytest.raises(RuntimeError, match="target must be on the device of logits"):
-        ROWS.native(logits, target, [], [], losses, torch.empty_like(losses), [], [], -100, 0.0, 0.0, 0.0, 1.0)
+        ROWS.native(
+            logits,
+            target,
+            [],
+            [],
+            losses,
+            torch.empty_like(losses),
+            [],
+            [],
+            -100,
+            0.0,
+            0.0,
+            0.0,
+            1.0,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk_rows", [None, 4096, 1000], ids=["one chunk", "few chunks", "many chunks"])
-def test_a_mean_scales_gradients_by_what_is_not_rounded(dtype: torch.dtype, chunk_rows: int | None) -> None:
+@pytest.mark.parametrize(
+    "chunk_rows", [None, 4096, 1000], ids=["one chunk", "few chunks", "many chunks"]
+)
+def test_a_mean_scales_gradients_by_what_is_not_rounded(
+    dtype: torch.dtype, chunk_rows: int | None
+) -> None:
     check_the_factor_of_the_mean(dtype, chunk_rows, "cuda")
 
 
@@ -326,11 +361,19 @@ def test_fp32_weights_under_autocast(chunk_rows: int) -> None:
 
 def test_a_training_step_is_stocks() -> None:
     transformers = pytest.importorskip("transformers")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=1003, **shape)).cuda()
     batch = fastft.PackingCollator()([{"input_ids": list(range(i, i + 40))} for i in (1, 50, 300)])
-    batch = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    batch = {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
 
     def step() -> list[torch.Tensor]:
         model.zero_grad()
@@ -352,22 +395,37 @@ def test_auto_takes_the_cuda_kernels() -> None:
 
 
 @pytest.mark.parametrize("impl", ["flash_cuda", "blocks"])
-@pytest.mark.parametrize("name", ["causal", "both_ways", "window", "chunks", "sinks", "sinks_and_window"])
+@pytest.mark.parametrize(
+    "name", ["causal", "both_ways", "window", "chunks", "sinks", "sinks_and_window"]
+)
 def test_packed_attention(name: str, impl: str) -> None:
-    """torch's own kernels and blocks of queries, against float64 on the CPU; two rows, grouped heads."""
+    """torch's own kernels and blocks of queries, against float64 on the CPU; two rows, grouped
+    heads."""
     lengths, options = (30, 33, 63), OPTIONS[name]
     truth_call = inputs("rows", options, torch.bfloat16)
     leaves = ("query", "key", "value", "sinks")
 
     def moved(device: str, dtype: torch.dtype) -> dict[str, object]:
-        held = {key: value for key, value in truth_call.items() if key in leaves and torch.is_tensor(value)}
-        return {**options, **{key: value.detach().to(device, dtype).requires_grad_() for key, value in held.items()}}
+        held = {
+            key: value
+            for key, value in truth_call.items()
+            if key in leaves and torch.is_tensor(value)
+        }
+        return {
+            **options,
+            **{
+                key: value.detach().to(device, dtype).requires_grad_()
+                for key, value in held.items()
+            },
+        }
 
     on_gpu = segments_of_lengths(lengths)
     ends = on_gpu.cu_seqlens_q.cuda()
     on_gpu = replace(on_gpu, cu_seqlens_q=ends, cu_seqlens_k=ends)
     ours = results(segment_attention, on_gpu, moved("cuda", torch.bfloat16), impl=impl)
-    plain = results(lambda **call: each_segment(lengths, **call), None, moved("cpu", torch.bfloat16))
+    plain = results(
+        lambda **call: each_segment(lengths, **call), None, moved("cpu", torch.bfloat16)
+    )
     truth = results(lambda **call: each_segment(lengths, **call), None, moved("cpu", torch.float64))
     for index, (actual, other, exact) in enumerate(zip(ours, plain, truth, strict=True)):
         assert_no_worse(actual.cpu(), other, exact, f"tensor {index}", terms=2 * sum(lengths))
@@ -375,7 +433,10 @@ def test_packed_attention(name: str, impl: str) -> None:
 
 def test_packed_attention_drops_the_same_again() -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, 4, 96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, 4, 96, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
     runs = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -383,4 +444,6 @@ def test_packed_attention_drops_the_same_again() -> None:
         runs.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
     for one, two in zip(*runs, strict=True):
         torch.testing.assert_close(one, two)
-    assert not torch.allclose(runs[0][0], segment_attention(q, k, v, segments_of_lengths((32, 64)), causal=True))
+    assert not torch.allclose(
+        runs[0][0], segment_attention(q, k, v, segments_of_lengths((32, 64)), causal=True)
+    )

@@ -1,4 +1,5 @@
-"""The day with a GPU, rehearsed: each part of `make gpu-check` starts, is timed, is cut off and keeps its results."""
+"""The day with a GPU, rehearsed: each part of `make gpu-check` starts, is timed, is cut off and
+keeps its results."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def outcomes(path: Path) -> dict[str, str]:
     for line in lines(path):
         if "case" in line:
             name = line["case"].partition("::")[2] or line["case"]
-            found[name.removesuffix("@last")] = line["outcome"]  # as pytest-xdist calls what is in a group
+            # as pytest-xdist calls what is in a group
+            found[name.removesuffix("@last")] = line["outcome"]
     return found
 
 
@@ -67,7 +69,10 @@ def test_all_parts_of_a_good_day(tmp_path: Path) -> None:
     assert ran.status == 0, ran.printed
     stem = checkout.results / GPU
     table = stem.with_suffix(".md").read_text()
-    assert "| cuda, cross-entropy, plain, bf16, V=128256 | 1.5 | 1.2 | 1.25 |" in table and table in ran.printed + table
+    assert (
+        "| cuda, cross-entropy, plain, bf16, V=128256 | 1.5 | 1.2 | 1.25 |" in table
+        and table in ran.printed + table
+    )
     assert "| cuda, AdamW, exact, moments fp32 | 7.0 | 6.5 | 1.08 |" in ran.printed
     assert "* commit: None" in table and "torch: 2.11.0+stub" in table
     assert "built for 90\n" in stem.with_suffix(".log").read_text()
@@ -76,8 +81,12 @@ def test_all_parts_of_a_good_day(tmp_path: Path) -> None:
     assert set(outcomes(stem.with_suffix(".jsonl")).values()) == {"passed", "skipped"}
     assert 'tests="5"' in (checkout.results / f"{GPU}-tests.xml").read_text()
     assert {path.name for path in checkout.results.iterdir()} == {
-        "kernels.md", f"{GPU}.md", f"{GPU}.log", f"{GPU}.jsonl", f"{GPU}-tests.xml",
-    }  # fmt: skip
+        "kernels.md",
+        f"{GPU}.md",
+        f"{GPU}.log",
+        f"{GPU}.jsonl",
+        f"{GPU}-tests.xml",
+    }
 
 
 def test_cases_that_crash_fail_and_hang_stop_no_other(tmp_path: Path) -> None:
@@ -85,12 +94,23 @@ def test_cases_that_crash_fail_and_hang_stop_no_other(tmp_path: Path) -> None:
     ran = checkout.check("ops", "smoke", "--seconds", "36", out=out)
     path = out / f"{GPU}-smoke-ops.jsonl"
     assert ran.status == 1 and outcomes(path) == {
-        "test_first": "passed", "test_that_crashes": "died", "test_last": "passed",
-        "benchmarks/test_attention.py": "failed", "test_right": "passed", "test_wrong": "failed",
-        "test_that_spoils_the_context": "failed", "test_that_hangs": "hung", "test_after_all": "passed",
-    }  # fmt: skip
-    by_case = {line["case"].partition("::")[2]: line for line in lines(path) if line.get("outcome", "begun") != "begun"}
-    assert by_case["test_right"]["found"]["median_ms"] == {"ours": 2.0, "rival": 4.0}  # the events' time alone
+        "test_first": "passed",
+        "test_that_crashes": "died",
+        "test_last": "passed",
+        "benchmarks/test_attention.py": "failed",
+        "test_right": "passed",
+        "test_wrong": "failed",
+        "test_that_spoils_the_context": "failed",
+        "test_that_hangs": "hung",
+        "test_after_all": "passed",
+    }
+    by_case = {
+        line["case"].partition("::")[2]: line
+        for line in lines(path)
+        if line.get("outcome", "begun") != "begun"
+    }
+    # the events' time alone
+    assert by_case["test_right"]["found"]["median_ms"] == {"ours": 2.0, "rival": 4.0}
     assert by_case["test_right"]["found"]["host_ms"]["ours"] < 2.0
     assert by_case["test_wrong"]["found"] == {"peak_mib": {"ours": 5.0}}
     table = path.with_suffix(".md").read_text()
@@ -110,7 +130,11 @@ def test_tests_that_hang_are_ended_with_their_children(tmp_path: Path) -> None:
     checkout = Checkout(tmp_path, goes_wrong=True)
     ran = checkout.check("tests", "--seconds", "30", out=tmp_path / "out", behind=True)
     found = outcomes(tmp_path / "out" / f"{GPU}-tests.jsonl")
-    assert ran.status == 1 and found["test_that_hangs"] == "cut off" and found["test_quick[2]"] == "failed"
+    assert (
+        ran.status == 1
+        and found["test_that_hangs"] == "cut off"
+        and found["test_quick[2]"] == "failed"
+    )
     assert [found[f"test_quick[{n}]"] for n in (0, 1, 3)] == ["passed"] * 3
     assert 'failures="1"' in (tmp_path / "out" / f"{GPU}-tests-tests.xml").read_text()
     assert "AssertionError: two is wrong" in (tmp_path / "out" / f"{GPU}-tests.md").read_text()
@@ -130,7 +154,9 @@ def test_a_part_ends_when_its_time_is_over(behind: bool, tmp_path: Path) -> None
 def test_a_check_that_is_terminated_ends_what_it_runs_and_keeps_what_it_has(tmp_path: Path) -> None:
     checkout = Checkout(tmp_path, goes_wrong=True)
     environment = checkout.environment(tmp_path)
-    process = subprocess.Popen(checkout.command("train"), env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        checkout.command("train"), env=environment, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not checkout.children() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -145,7 +171,8 @@ def test_a_check_that_is_terminated_ends_what_it_runs_and_keeps_what_it_has(tmp_
 def test_no_gpu_is_one_sentence(tmp_path: Path) -> None:
     checkout = Checkout(tmp_path, goes_wrong=False)
     checkout.put(
-        "stub/torch/__init__.py", (tmp_path / "stub/torch/__init__.py").read_text() + "\ncuda.is_available = bool\n"
+        "stub/torch/__init__.py",
+        (tmp_path / "stub/torch/__init__.py").read_text() + "\ncuda.is_available = bool\n",
     )
     ran = checkout.check(out=tmp_path / "out")
     assert ran.status == 1 and "sees no CUDA device" in ran.printed.splitlines()[-1]
@@ -154,7 +181,10 @@ def test_no_gpu_is_one_sentence(tmp_path: Path) -> None:
 
 def test_an_unknown_part_is_named(tmp_path: Path) -> None:
     ran = Checkout(tmp_path, goes_wrong=False).check("test")
-    assert ran.status == 2 and "a part must be one of smoke, tests, ops, train, got test" in ran.printed
+    assert (
+        ran.status == 2
+        and "a part must be one of smoke, tests, ops, train, got test" in ran.printed
+    )
 
 
 def test_what_a_command_leaves_behind_is_ended(tmp_path: Path) -> None:
@@ -165,28 +195,46 @@ def test_what_a_command_leaves_behind_is_ended(tmp_path: Path) -> None:
 
 def test_a_command_that_ignores_its_end_is_ended() -> None:
     ended = bounded.run(
-        [sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(300)"], seconds=1.0
+        [
+            sys.executable,
+            "-c",
+            "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(300)",
+        ],
+        seconds=1.0,
     )
-    assert ended.status == -signal.SIGKILL and ended.why == "not finished after 1 s" and ended.seconds < 10
+    assert (
+        ended.status == -signal.SIGKILL
+        and ended.why == "not finished after 1 s"
+        and ended.seconds < 10
+    )
 
 
 def test_a_process_whose_context_is_spoilt_tests_no_more(
     pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Else all that it has yet to run would fail for what one kernel has done."""
-    places = {getattr(plugin, "__file__", None): plugin for plugin in pytestconfig.pluginmanager.get_plugins()}
+    places = {
+        getattr(plugin, "__file__", None): plugin
+        for plugin in pytestconfig.pluginmanager.get_plugins()
+    }
     setup = places[str(ROOT / "tests" / "conftest.py")].pytest_runtest_setup
 
     def spoilt() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    item, left = SimpleNamespace(nodeid="test_next", get_closest_marker=lambda name: name == "gpu"), []
+    item, left = (
+        SimpleNamespace(nodeid="test_next", get_closest_marker=lambda name: name == "gpu"),
+        [],
+    )
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw3")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", spoilt)
     monkeypatch.setattr(os, "_exit", left.append)
     setup(item)
-    assert left == [70] and "test_next has not run, an earlier test has left this" in capfd.readouterr().err
+    assert (
+        left == [70]
+        and "test_next has not run, an earlier test has left this" in capfd.readouterr().err
+    )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     setup(item)
     assert left == [70]
@@ -262,7 +310,9 @@ def test_a_gpu_is_busy_until_all_is_launched(monkeypatch: pytest.MonkeyPatch) ->
 
 def module(name: str) -> ModuleType:
     """One of the benchmarks' whose name a test has too."""
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py"
+    )
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
@@ -298,7 +348,9 @@ def test_the_training_is_stocks() -> None:
     assert len(stock["losses"]) == training.STEPS and stock["losses"][-1] < stock["losses"][0]
     assert training.disagreement(ours["losses"], stock["losses"]) == ""
     off = [*stock["losses"][:-1], 2 * stock["losses"][-1]]
-    assert training.disagreement(off, stock["losses"]).startswith(f"the loss of step {training.STEPS} is")
+    assert training.disagreement(off, stock["losses"]).startswith(
+        f"the loss of step {training.STEPS} is"
+    )
     assert training.disagreement(off[:-1], stock["losses"]) == "5 losses, stock has 6"
 
 
@@ -307,14 +359,23 @@ def test_heads_of_a_real_size_are_not_multiplied_in_fp32_on_a_gpu() -> None:
         module("test_linear_cross_entropy").make("cuda", torch.float32, alone=True)
 
 
-def test_recording_keeps_what_was_measured_before_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recording_keeps_what_was_measured_before_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
     import record
 
     def run(files: list[Path], ledger: Ledger, part: str, options: list[str]) -> str:
         found = {"median_ms": {"ours": 2.0}, "times_faster_than": {"rival": 1.5}}
-        ledger.append(part=part, case="benchmarks/test_adamw.py::test_one", outcome="passed", found=found)
-        ledger.append(part=part, case="benchmarks/test_adamw.py::test_two", outcome="failed", said="E   MemoryError")
+        ledger.append(
+            part=part, case="benchmarks/test_adamw.py::test_one", outcome="passed", found=found
+        )
+        ledger.append(
+            part=part,
+            case="benchmarks/test_adamw.py::test_two",
+            outcome="failed",
+            said="E   MemoryError",
+        )
         return ""
 
     monkeypatch.setattr(record, "RESULTS", tmp_path)
@@ -324,6 +385,10 @@ def test_recording_keeps_what_was_measured_before_a_failure(tmp_path: Path, monk
     with pytest.raises(SystemExit, match="test_two failed: MemoryError"):
         record.main()
     recorded = json.loads((tmp_path / "here-adamw.json").read_text())
-    assert [row["name"] for row in recorded["benchmarks"]] == ["one"] and recorded["machine"]["commit"] is None
+    assert [row["name"] for row in recorded["benchmarks"]] == ["one"] and recorded["machine"][
+        "commit"
+    ] is None
     assert "| one | 2.000 | rival 1.50 |" in (tmp_path / "here-adamw.md").read_text()
-    assert len(lines(tmp_path / "here-adamw.jsonl")) == 3 and os.path.getsize(tmp_path / "here-adamw.png")
+    assert len(lines(tmp_path / "here-adamw.jsonl")) == 3 and os.path.getsize(
+        tmp_path / "here-adamw.png"
+    )

@@ -1,4 +1,5 @@
-"""What the host knows of boundaries on a device: by whichever way a batch gets there, and never what is old."""
+"""What the host knows of boundaries on a device: by whichever way a batch gets there, and never
+what is old."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ KEYS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 def by_trainer(batch: Any, device: Any) -> Any:
     """As accelerate's loader moves it, and as Trainer copies what it gets."""
-    trainer = types.SimpleNamespace(args=types.SimpleNamespace(device=device), is_deepspeed_enabled=False)
+    trainer = types.SimpleNamespace(
+        args=types.SimpleNamespace(device=device), is_deepspeed_enabled=False
+    )
     trainer._prepare_input = functools.partial(transformers.Trainer._prepare_input, trainer)
     return trainer._prepare_input(accelerate.utils.send_to_device(batch, device))
 
@@ -44,7 +47,9 @@ def by_ddp(batch: Any, device: Any) -> Any:
 
 KEPT: dict[str, Callable[[Any, Any], Any]] = {
     "its own to": lambda batch, device: batch.to(device),
-    "accelerate": lambda batch, device: accelerate.utils.send_to_device(batch, device, non_blocking=True),
+    "accelerate": lambda batch, device: accelerate.utils.send_to_device(
+        batch, device, non_blocking=True
+    ),
     "Trainer": by_trainer,
     "DistributedDataParallel": by_ddp,
     "pinned": lambda batch, device: batch.pin_memory().to(device, non_blocking=True),
@@ -53,13 +58,17 @@ KEPT: dict[str, Callable[[Any, Any], Any]] = {
 }
 LOST: dict[str, Callable[[Any, Any], Any]] = {
     "one tensor after the other": lambda batch, device: {
-        key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
     },
     "BatchEncoding": lambda batch, device: transformers.BatchEncoding(dict(batch)).to("cuda:0"),
     "clones of it": lambda batch, device: {
-        key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.to(device).items()
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in batch.to(device).items()
     },
-    "without the longest segment": lambda batch, device: {key: batch[key].to(device) for key in KEYS},
+    "without the longest segment": lambda batch, device: {
+        key: batch[key].to(device) for key in KEYS
+    },
 }
 
 
@@ -97,7 +106,11 @@ def test_others_are_read_once_a_batch(name: str) -> None:
         for _ in range(3):  # layers
             segments = segments_of(nn.Module(), there)
             assert segments is not None and segments.alike
-            assert (segments.bounds_q, segments.bounds_k, segments.max_seqlen_k) == (BOUNDS, BOUNDS, 12)
+            assert (segments.bounds_q, segments.bounds_k, segments.max_seqlen_k) == (
+                BOUNDS,
+                BOUNDS,
+                12,
+            )
     assert len(mode.waits) == 1
 
 
@@ -120,12 +133,19 @@ def test_pinned_boundaries_are_one_tensor_still(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_encoder_and_a_decoder() -> None:
-    examples, collator = make([5, 3], labels=30), PackingCollator(task="seq2seq", decoder_start_token_id=0)
+    examples, collator = (
+        make([5, 3], labels=30),
+        PackingCollator(task="seq2seq", decoder_start_token_id=0),
+    )
     for expected, own in ((0, True), (1, False)):
         batch = collator(examples)
         with DeviceMode() as mode:
             of_host(mode, batch)
-            there = batch.to(mode.device) if own else LOST["one tensor after the other"](batch, mode.device)
+            there = (
+                batch.to(mode.device)
+                if own
+                else LOST["one tensor after the other"](batch, mode.device)
+            )
             mode.waits.clear()
             for is_decoder, causal in ((False, False), (True, True), (True, False)):
                 module = nn.Module()
@@ -195,7 +215,11 @@ def test_notes_end_with_their_tensors() -> None:
     before = len(host_boundaries._notes)
     batch = PackingCollator()(make(SIZES))
     segments = segments_of(nn.Module(), batch)
-    assert segments is not None and segments.made is not None and segments.on_device(torch.device("meta"))
+    assert (
+        segments is not None
+        and segments.made is not None
+        and segments.on_device(torch.device("meta"))
+    )
     assert len(host_boundaries._notes) == before + 1
     del batch, segments
     gc.collect()

@@ -1,6 +1,8 @@
-"""How often the host waits for the device in one training step of each piece, the batch being there: never, or as said.
+"""How often the host waits for the device in one training step of each piece, the batch being
+there: never, or as said.
 
-The device is the CPU, made to behave as one (`support/device_mode.py`); CUDA's engines are stood in for by the CPU's.
+The device is the CPU, made to behave as one (`support/device_mode.py`); CUDA's engines are stood in
+for by the CPU's.
 """
 
 from __future__ import annotations
@@ -31,7 +33,14 @@ from fastft.data.collator import PackingCollator
 from fastft.optim.grad_norm import grad_norm
 
 SIZES = [5, 9, 3, 12, 1]
-KEYS = ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+KEYS = (
+    "input_ids",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
 
 
 @pytest.fixture
@@ -61,18 +70,23 @@ ATTENTION: dict[str, dict[str, Any]] = {
 
 
 def attend(device: Any, batch: dict[str, Any], options: dict[str, Any], impl: str) -> list[Tensor]:
-    """Two layers of attention, forward and backward, as a model's code calls them: boundaries in keyword arguments."""
+    """Two layers of attention, forward and backward, as a model's code calls them: boundaries in
+    keyword arguments."""
     torch.manual_seed(0)
     (rows, length), dtype = batch["input_ids"].shape, torch.bfloat16
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
 
-    given = {key: leaf(*value) if isinstance(value, tuple) else value for key, value in options.items()}
+    given = {
+        key: leaf(*value) if isinstance(value, tuple) else value for key, value in options.items()
+    }
     if "mask" in given:
         given["mask"] = torch.ones(1, 1, length, length, device=device, dtype=torch.bool)
     leaves = [leaf(rows, heads, length, 8) for heads in (4, 2, 2)]
-    leaves += [value for value in given.values() if isinstance(value, Tensor) and value.requires_grad]
+    leaves += [
+        value for value in given.values() if isinstance(value, Tensor) and value.requires_grad
+    ]
     total: Any = 0
     for _ in range(2):
         segments = segments_of(nn.Module(), batch)
@@ -92,10 +106,13 @@ def test_attention(gpu: None, name: str, impl: str) -> None:
         mode.waits.clear()
         grads = attend(mode.device, there, ATTENTION[name], impl)
         assert mode.waits == [] and all(grad.is_cuda for grad in grads)
-    if impl == "blocks":  # a scalar of the device that met 16-bit tensors would have been rounded there
+    # a scalar of the device that met 16-bit tensors would have been rounded there
+    if impl == "blocks":
         same = map(torch.equal, grads, attend(torch.device("cpu"), batch, ATTENTION[name], impl))
         assert all(same)
-    assert len(flash_kernels.CALLS) == (0 if impl == "blocks" or name in ("softcap", "bias", "mask") else 2)
+    assert len(flash_kernels.CALLS) == (
+        0 if impl == "blocks" or name in ("softcap", "bias", "mask") else 2
+    )
 
 
 def test_attention_over_rows_that_are_not_packed(gpu: None) -> None:
@@ -114,10 +131,13 @@ def step(mode: DeviceMode, model: nn.Module, batch: dict[str, Any]) -> None:
     (logits.float() * torch.ones(logits.shape[-1], device=mode.device)).sum().backward()
 
 
-@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["stored", "recomputed", "reentrant"])
+@pytest.mark.parametrize(
+    "checkpointing", [None, False, True], ids=["stored", "recomputed", "reentrant"]
+)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "llama4", "opt", "modernbert"])
 def test_attention_in_models(gpu: None, name: str, checkpointing: bool | None) -> None:
-    """With the hooks; transformers itself looks once for packed sequences, for each mask that it makes."""
+    """With the hooks; transformers itself looks once for packed sequences, for each mask that it
+    makes."""
     model = build(name, "fastft", torch.bfloat16)
     if checkpointing is not None:
         options: dict[str, Any] = {"use_reentrant": checkpointing}
@@ -139,7 +159,10 @@ def test_attention_in_models(gpu: None, name: str, checkpointing: bool | None) -
 def test_attention_in_a_loop_that_moves_tensor_by_tensor(gpu: None, hooked: bool) -> None:
     model = build("llama", "fastft", torch.bfloat16)
     batch = PackingCollator()(make(SIZES))
-    with DeviceMode() as mode, fastft.packed_attention(model) if hooked else contextlib.nullcontext():
+    with (
+        DeviceMode() as mode,
+        fastft.packed_attention(model) if hooked else contextlib.nullcontext(),
+    ):
         of_host(mode, batch)
         there = {key: batch[key].to(mode.device) for key in KEYS[:4]} | {"use_cache": False}
         for _ in range(2):
@@ -150,7 +173,8 @@ def test_attention_in_a_loop_that_moves_tensor_by_tensor(gpu: None, hooked: bool
 
 
 def test_attention_of_an_encoder_and_a_decoder(gpu: None) -> None:
-    """T5's position bias makes them blocks; of boundaries made by hand all three are read at the same time."""
+    """T5's position bias makes them blocks; of boundaries made by hand all three are read at the
+    same time."""
     model = build("t5", "fastft", torch.bfloat16)
     batch = packed_pairs(sequences((4, 9)), sequences((9, 4), seed=5))
     with DeviceMode() as mode, fastft.packed_attention(model):
@@ -208,7 +232,8 @@ def test_a_batch_comes_to_the_device_with_a_copy_of_each_tensor() -> None:
 @pytest.mark.parametrize("task", ["causal_lm", "token_classification"])
 def test_a_flat_batch_comes_with_one_copy_and_is_unpacked_without_a_wait(task: str) -> None:
     flat, whole = (
-        PackingCollator(task=task, rows=2, expand_on_device=expand)(make(SIZES, labels=30)) for expand in (True, False)
+        PackingCollator(task=task, rows=2, expand_on_device=expand)(make(SIZES, labels=30))
+        for expand in (True, False)
     )
     assert isinstance(flat, FlatBatch)
     with DeviceMode() as mode:
@@ -217,7 +242,9 @@ def test_a_flat_batch_comes_with_one_copy_and_is_unpacked_without_a_wait(task: s
         mode.waits.clear()
         there = flat.pin_memory().to(mode.device, non_blocking=True)
     assert mode.waits == []
-    assert all(torch.equal(value, whole[key]) for key, value in there.items() if isinstance(value, Tensor))
+    assert all(
+        torch.equal(value, whole[key]) for key, value in there.items() if isinstance(value, Tensor)
+    )
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert mean", "llama"])
@@ -238,9 +265,11 @@ def test_examples_classified_by_their_segments(gpu: None, name: str) -> None:
 # ---- the optimizer
 @pytest.fixture(params=["auto", "eager"])
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The CPU's kernels in the place of CUDA's, with all that Python does for these; and plain torch.
+    """The CPU's kernels in the place of CUDA's, with all that Python does for these; and plain
+    torch.
 
-    Where steps are counted on the device, plain torch reads the table of hyper-parameters: no test says otherwise.
+    Where steps are counted on the device, plain torch reads the table of hyper-parameters: no test
+    says otherwise.
     """
     if request.param == "auto" and _native.missing("cpu"):
         pytest.skip("the CPU's library is missing")
@@ -264,12 +293,16 @@ SHAPES = [(64, 128), (33,), (7, 5), (40, 128)]
 def parameters() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     dtypes = [torch.float32, torch.bfloat16]
-    drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES for dtype in dtypes]
+    drawn = [
+        torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES for dtype in dtypes
+    ]
     return [tensor.requires_grad_() for tensor in drawn]
 
 
 @contextlib.contextmanager
-def on_device(optimizer: Callable[[list[Tensor]], Any]) -> Iterator[tuple[DeviceMode, Any, list[Tensor]]]:
+def on_device(
+    optimizer: Callable[[list[Tensor]], Any],
+) -> Iterator[tuple[DeviceMode, Any, list[Tensor]]]:
     """An optimizer of parameters on the device, after two steps."""
     params = parameters()
     with DeviceMode() as mode:
@@ -288,7 +321,8 @@ def give_gradients(params: list[Tensor], seed: int) -> None:
 
 
 def assert_same_as_on_a_cpu(params: list[Tensor], train: Callable[[list[Tensor]], Any]) -> None:
-    """A scalar of the device that met 16-bit tensors would have been rounded there, and not here."""
+    """A scalar of the device that met 16-bit tensors would have been rounded there, and not
+    here."""
     others = parameters()
     train(others)
     for actual, expected in zip(params, others, strict=True):
@@ -319,8 +353,11 @@ def test_a_step_of_adamw(name: str, engine: str) -> None:
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_step_under_gradscaler(capturable: bool, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where steps are counted on the host, it waits for what GradScaler has found; torch's own update does not."""
+def test_a_step_under_gradscaler(
+    capturable: bool, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where steps are counted on the host, it waits for what GradScaler has found; torch's own
+    update does not."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
 
     def make_it(params: list[Tensor]) -> Any:
@@ -338,7 +375,9 @@ def test_a_step_under_gradscaler(capturable: bool, engine: str, monkeypatch: pyt
             scaler.step(optimizer)
             scaler.update()
             if not (capturable and engine == "eager"):
-                assert [wait.what for wait in mode.waits] == ([] if capturable else ["local_scalar_dense"])
+                assert [wait.what for wait in mode.waits] == (
+                    [] if capturable else ["local_scalar_dense"]
+                )
             changed = any(not torch.equal(*pair) for pair in zip(params, before, strict=True))
             assert changed != found and optimizer.step_was_skipped == found
 
@@ -377,7 +416,8 @@ def test_clipping_by_trainer_inside_the_step(engine: str) -> None:
 
 
 def test_other_gradients_than_before(engine: str) -> None:
-    """A new plan: where counts are on the device they are read at once, and sent back; else nothing waits."""
+    """A new plan: where counts are on the device they are read at once, and sent back; else nothing
+    waits."""
     for capturable, expected in ((False, 0), (True, 3)):
         if capturable and engine == "eager":
             continue

@@ -1,4 +1,5 @@
-"""What a step costs the host is the same for any number of tensors, rows and tokens; see test_kernel_table.py too."""
+"""What a step costs the host is the same for any number of tensors, rows and tokens; see
+test_kernel_table.py too."""
 
 from __future__ import annotations
 
@@ -10,13 +11,21 @@ from support.host_work import Work, adamw, attention, batch, stand_ins, work_of
 
 SIZES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "parameters": (adamw, {"tensors": 8}, {"tensors": 100}),
-    "clipped parameters": (adamw, {"tensors": 8, "max_grad_norm": 1.0}, {"tensors": 100, "max_grad_norm": 1.0}),
+    "clipped parameters": (
+        adamw,
+        {"tensors": 8, "max_grad_norm": 1.0},
+        {"tensors": 100, "max_grad_norm": 1.0},
+    ),
     "parameters counted on the device": (
         adamw,
         {"tensors": 8, "capturable": True},
         {"tensors": 100, "capturable": True},
     ),
-    "parameters, others than before": (adamw, {"tensors": 8, "present": False}, {"tensors": 100, "present": False}),
+    "parameters, others than before": (
+        adamw,
+        {"tensors": 8, "present": False},
+        {"tensors": 100, "present": False},
+    ),
     "rows of attention": (attention, {"rows": 2, "chunk": 16}, {"rows": 4, "chunk": 16}),
     "tokens of a batch": (batch, {"tokens": 64}, {"tokens": 4096}),
 }

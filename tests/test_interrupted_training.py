@@ -1,7 +1,8 @@
-"""After an exception out of `train()` Trainer calls no callback: what ours have left on a model, the next takes off.
+"""After an exception out of `train()` Trainer calls no callback: what ours have left on a model,
+the next takes off.
 
-The next training may have new callbacks of the same kind or of another, on the same Trainer or a new one; the
-interrupted ones may still be held by somebody, or be gone.
+The next training may have new callbacks of the same kind or of another, on the same Trainer or a
+new one; the interrupted ones may still be held by somebody, or be gone.
 """
 
 from __future__ import annotations
@@ -42,10 +43,24 @@ def made():
 
 def trainer_of(tmp_path, model, callbacks, **options):
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True,
-        save_strategy="no", disable_tqdm=True, seed=1, **options,
-    )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=ROWS, data_collator=fastft.PackingCollator(), callbacks=callbacks)
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=1,
+        **options,
+    )
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=ROWS,
+        data_collator=fastft.PackingCollator(),
+        callbacks=callbacks,
+    )
 
 
 def losses_of(trainer):
@@ -56,7 +71,12 @@ def losses_of(trainer):
 def traces(model):
     """Whatever callbacks leave on a model."""
     return (
-        sorted(name for module in model.modules() for name in vars(module) if name in ("forward", "_loss_function")),
+        sorted(
+            name
+            for module in model.modules()
+            for name in vars(module)
+            if name in ("forward", "_loss_function")
+        ),
         [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
         model.config._attn_implementation,
     )
@@ -71,14 +91,19 @@ def interrupt(tmp_path, model, callback, **options):
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """The losses of a training that follows none; packed batches are the same with either callback."""
-    return losses_of(trainer_of(tmp_path_factory.mktemp("stock"), made(), [fastft.PackingCallback()]))
+    """The losses of a training that follows none; packed batches are the same with either
+    callback."""
+    return losses_of(
+        trainer_of(tmp_path_factory.mktemp("stock"), made(), [fastft.PackingCallback()])
+    )
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["held", "gone"])
 @pytest.mark.parametrize("then", NEXT)
 @pytest.mark.parametrize("first", FIRST)
-def test_a_new_callback_takes_off_what_an_interrupted_training_has_left(first, then, held, tmp_path, stock):
+def test_a_new_callback_takes_off_what_an_interrupted_training_has_left(
+    first, then, held, tmp_path, stock
+):
     model = made()
     before = traces(model)
     stale = FIRST[first]()
@@ -92,7 +117,11 @@ def test_a_new_callback_takes_off_what_an_interrupted_training_has_left(first, t
     assert losses_of(trainer_of(tmp_path, model, [callback])) == pytest.approx(stock, rel=1e-6)
     assert traces(model) == before
     if then == "fused loss":
-        assert callback.report.fused >= 2 and not callback.report.skipped and not callback.report.materialised
+        assert (
+            callback.report.fused >= 2
+            and not callback.report.skipped
+            and not callback.report.materialised
+        )
     if held:
         stale.restore()
         assert traces(model) == before
@@ -113,7 +142,9 @@ def test_the_next_training_wraps_the_model(tmp_path):
     model = made()
     stale = fastft.FusedLossCallback()
     interrupt(tmp_path, model, stale)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"]))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"])
+    )
     callback = fastft.FusedLossCallback()
     trainer_of(tmp_path, adapted, [callback]).train()
     assert callback.report.fused >= 2 and not callback.report.skipped

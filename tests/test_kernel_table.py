@@ -1,6 +1,8 @@
-"""No kernel may cost more than its row of benchmarks/results/kernels.json, and what the rows must hold.
+"""No kernel may cost more than its row of benchmarks/results/kernels.json, and what the rows must
+hold.
 
-The whole table is marked `ptx` (`make ptx`); by default a row of each kernel and engine is counted anew.
+The whole table is marked `ptx` (`make ptx`); by default a row of each kernel and engine is counted
+anew.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ import fastft
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROWS: dict[str, Any] = json.loads((RESULTS / "kernels.json").read_text())
-EVERY = {kernel.key(chip): (kernel, chip) for each in ENGINES for kernel in kernels(each) for chip in CHIPS}
+EVERY = {
+    kernel.key(chip): (kernel, chip)
+    for each in ENGINES
+    for kernel in kernels(each)
+    for chip in CHIPS
+}
 SAMPLE = (
     "cuda, cross-entropy, plain, bf16, V=128256, sm_90",
     "cuda, cross-entropy, all options, bf16, V=50257, sm_80",
@@ -67,21 +74,29 @@ def row(key: str) -> Figures:
 # ---- rows
 
 
-@pytest.mark.parametrize("key", [pytest.param(k, marks=[] if k in SAMPLE else [pytest.mark.ptx]) for k in EVERY])
+@pytest.mark.parametrize(
+    "key", [pytest.param(k, marks=[] if k in SAMPLE else [pytest.mark.ptx]) for k in EVERY]
+)
 def test_no_kernel_is_worse_than_its_row(key: str) -> None:
     now, before = counted(key), row(key)
     found = "; ".join(worse(before, now))
     if now.compiler != before.compiler:
-        pytest.skip(f"{key}: the row is of {before.compiler}, this is {now.compiler}: {found or 'no worse'}")
+        pytest.skip(
+            f"{key}: the row is of {before.compiler}, this is {now.compiler}: {found or 'no worse'}"
+        )
     assert not found, f"{key}: {found} (make kernels, if it must be so)"
 
 
 def test_every_row_is_of_a_kernel_that_there_is() -> None:
-    assert list(ROWS["kernels"]) == list(EVERY) and list(ROWS["steps"]) == list(PIECES), "make kernels"
+    assert list(ROWS["kernels"]) == list(EVERY) and list(ROWS["steps"]) == list(PIECES), (
+        "make kernels"
+    )
 
 
 def test_the_page_shows_the_rows() -> None:
-    spec = importlib.util.spec_from_file_location("kernel_table", ROOT / "benchmarks" / "kernel_table.py")
+    spec = importlib.util.spec_from_file_location(
+        "kernel_table", ROOT / "benchmarks" / "kernel_table.py"
+    )
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
     assert (RESULTS / "kernels.md").read_text() == table.page(ROWS), "make kernels"
@@ -136,7 +151,10 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Binary]:
     folder = tmp_path_factory.mktemp("copies")
     (folder / "copies.cu").write_text(COPIES)
     found = binaries(assembled(folder / "copies.cu", 90, folder))
-    return {name: next(code for key, code in found.items() if name in key) for name in ("wide", "narrow", "spilling")}
+    return {
+        name: next(code for key, code in found.items() if name in key)
+        for name in ("wide", "narrow", "spilling")
+    }
 
 
 @needs_nvcc
@@ -150,7 +168,11 @@ def test_stores_of_two_bytes_are_found(copies: dict[str, Binary]) -> None:
 
 @needs_nvcc
 def test_spills_and_stack_are_found(copies: dict[str, Binary]) -> None:
-    assert copies["spilling"].spills > 0 and copies["spilling"].stack > 0 and copies["wide"].spills == 0
+    assert (
+        copies["spilling"].spills > 0
+        and copies["spilling"].stack > 0
+        and copies["wide"].spills == 0
+    )
     assert copies["spilling"].registers <= 32
 
 
@@ -189,7 +211,9 @@ def test_8bit_adamw_needs_120_instructions_an_element(rounding: str, chip: int) 
 
 
 def test_no_kernel_spills() -> None:
-    spilling = [key for key, figures in ROWS["kernels"].items() if figures["spills"] or figures["stack"]]
+    spilling = [
+        key for key, figures in ROWS["kernels"].items() if figures["spills"] or figures["stack"]
+    ]
     assert not spilling
 
 
@@ -200,7 +224,8 @@ def test_no_operator_waits_or_launches_more_than_its_row() -> None:
         assert counts["waits"] == 0 and counts["launches"] <= ROWS["calls"][name]["launches"], name
 
 
-# GradScaler asks the device at each step whether to take it, with torch's own optimizers too; capturable=True does not
+# GradScaler asks the device at each step whether to take it, with torch's own optimizers too;
+# capturable=True does not
 ASKS = "AdamW, 400 tensors, GradScaler"
 
 
@@ -211,7 +236,8 @@ def test_no_step_waits_for_the_device_or_launches_more_than_its_row(name: str) -
     assert len(work.waits) == (name == ASKS)
     if versions() != before["versions"]:
         pytest.skip(
-            f"{name}: {before['launches']} launches with {before['versions']}, {work.launches} with {versions()}"
+            f"{name}: {before['launches']} launches with {before['versions']}, {work.launches} "
+            f"with {versions()}"
         )
     assert work.launches <= before["launches"], "make kernels, if it must be so"
 
@@ -224,13 +250,18 @@ def test_no_step_waits_for_the_device_or_launches_more_than_its_row(name: str) -
     [
         (loss(tokens=63, classes=97), loss(tokens=1024, classes=507)),
         (adamw(tensors=40, numel=640), adamw(tensors=40, numel=6400)),
-        (adamw(tensors=40, numel=640, max_grad_norm=1.0), adamw(tensors=40, numel=6400, max_grad_norm=1.0)),
+        (
+            adamw(tensors=40, numel=640, max_grad_norm=1.0),
+            adamw(tensors=40, numel=6400, max_grad_norm=1.0),
+        ),
         (attention(length=64), attention(length=512)),
         (batch(tokens=64, expand_on_device=True), batch(tokens=4096, expand_on_device=True)),
     ],
     ids=["loss", "AdamW", "AdamW with clipping", "attention", "batch"],
 )
-def test_nothing_of_the_host_grows_with_vocabulary_or_tokens(small: Prepare, large: Prepare) -> None:
+def test_nothing_of_the_host_grows_with_vocabulary_or_tokens(
+    small: Prepare, large: Prepare
+) -> None:
     with stand_ins():
         assert work_of(small)[:2] == work_of(large)[:2]
         assert python_calls(small) == python_calls(large)
@@ -239,7 +270,10 @@ def test_nothing_of_the_host_grows_with_vocabulary_or_tokens(small: Prepare, lar
 def test_every_chunk_of_the_fused_loss_costs_the_same() -> None:
     def prepare(chunks: int) -> Prepare:
         def of(mode: Any) -> Any:
-            x, head = (torch.randn(rows, 8, device=mode.device).requires_grad_() for rows in (16 * chunks, 63))
+            x, head = (
+                torch.randn(rows, 8, device=mode.device).requires_grad_()
+                for rows in (16 * chunks, 63)
+            )
             target = torch.zeros(16 * chunks, dtype=torch.int64, device=mode.device)
             return lambda: fastft.linear_cross_entropy(x, head, target, chunk_rows=16).backward()
 

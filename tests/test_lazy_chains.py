@@ -1,7 +1,9 @@
-"""Chains of views, copies, functions and changes in place on lazy logits against the same on dense ones.
+"""Chains of views, copies, functions and changes in place on lazy logits against the same on dense
+ones.
 
-Everything that a chain has made is looked at: dtype, shape and strides when it is made, its numbers when all is done
-(so that memory which is shared, or not, shows), and the gradients of a loss of all of it.
+Everything that a chain has made is looked at: dtype, shape and strides when it is made, its numbers
+when all is done (so that memory which is shared, or not, shows), and the gradients of a loss of all
+of it.
 """
 
 from __future__ import annotations
@@ -74,8 +76,12 @@ COPIES = {
     "index": lambda z: z[torch.tensor([0, 0])] if z.dim() > 1 else z.clone(),
     "index inside": lambda z: z[:, torch.tensor([0])] if z.dim() > 2 else z.clone(),
     "mask": lambda z: z[torch.arange(z.shape[0]) % 2 == 0] if z.dim() > 1 else z.clone(),
-    "mask inside": lambda z: z[:, torch.ones(z.shape[1], dtype=torch.bool)] if z.dim() > 2 else z.clone(),
-    "mask of rows": lambda z: z[torch.ones(z.shape[:-1], dtype=torch.uint8).bool()] if z.dim() > 2 else z.clone(),
+    "mask inside": lambda z: (
+        z[:, torch.ones(z.shape[1], dtype=torch.bool)] if z.dim() > 2 else z.clone()
+    ),
+    "mask of rows": lambda z: (
+        z[torch.ones(z.shape[:-1], dtype=torch.uint8).bool()] if z.dim() > 2 else z.clone()
+    ),
     "index_select": lambda z: z.index_select(0, torch.tensor([0])) if z.dim() > 1 else z.clone(),
     "to copy": lambda z: z.to(z.dtype, copy=True),
     "to copy by position": lambda z: z.to(z.dtype, False, True),
@@ -125,7 +131,9 @@ REDUCTIONS = {
     "cross entropy of probabilities": lambda z: F.cross_entropy(
         z.reshape(-1, V), torch.linspace(0, 1, z.numel()).view(-1, V).softmax(-1)
     ),
-    "nll": lambda z: F.nll_loss(z.log_softmax(-1).reshape(-1, V), torch.zeros(z.numel() // V, dtype=torch.int64)),
+    "nll": lambda z: F.nll_loss(
+        z.log_softmax(-1).reshape(-1, V), torch.zeros(z.numel() // V, dtype=torch.int64)
+    ),
 }
 STEPS = {**VIEWS, **COPIES, **FUNCTIONS, **IN_PLACE, **REDUCTIONS}
 
@@ -141,7 +149,9 @@ def made_by(chain, logits):
             result = STEPS[name](source)
         except (RuntimeError, IndexError) as error:
             return made, [*layouts, type(error)]
-        strides = [stride for stride, size in zip(result.stride(), result.shape, strict=True) if size != 1]
+        strides = [
+            stride for stride, size in zip(result.stride(), result.shape, strict=True) if size != 1
+        ]
         layouts.append((name, result.dtype, tuple(result.shape), strides))
         if name not in REDUCTIONS:
             made.append(result)
@@ -152,7 +162,11 @@ def made_by(chain, logits):
 
 def gradients_of(made, leaves):
     """Of a loss of everything."""
-    total = sum((part.double() * (1 + index)).sum() for index, part in enumerate(made) if part.is_floating_point())
+    total = sum(
+        (part.double() * (1 + index)).sum()
+        for index, part in enumerate(made)
+        if part.is_floating_point()
+    )
     for leaf in leaves:
         leaf.grad = None
     total.backward()
@@ -165,16 +179,29 @@ class Kind(NamedTuple):
     evaluation: bool = False  # nothing is recorded, and what is lazy is handed on
 
     def __str__(self):
-        return f"{self.dtype}".removeprefix("torch.") + "+autocast" * self.autocast + "+evaluation" * self.evaluation
+        return (
+            f"{self.dtype}".removeprefix("torch.")
+            + "+autocast" * self.autocast
+            + "+evaluation" * self.evaluation
+        )
 
 
 def run(chain, lazy, kind):
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(*shape, generator=generator).to(kind.dtype) for shape in ((B, S, H), (V, H)))
+    x, weight = (
+        torch.randn(*shape, generator=generator).to(kind.dtype) for shape in ((B, S, H), (V, H))
+    )
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     evaluation = Evaluation(lambda: True) if kind.evaluation else None
-    with torch.autocast("cpu", torch.bfloat16, enabled=kind.autocast), torch.set_grad_enabled(not kind.evaluation):
-        z = lazy_linear(x, weight, None, Report(), evaluation=evaluation) if lazy else F.linear(x, weight)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=kind.autocast),
+        torch.set_grad_enabled(not kind.evaluation),
+    ):
+        z = (
+            lazy_linear(x, weight, None, Report(), evaluation=evaluation)
+            if lazy
+            else F.linear(x, weight)
+        )
         made, layouts = made_by(chain, z)
     return made, layouts, leaves
 
@@ -184,15 +211,22 @@ def made_of_several_views(chain):
 
 
 def compare(chain, kind):
-    (dense, expected, leaves), (lazy, actual, lazy_leaves) = (run(chain, is_lazy, kind) for is_lazy in (False, True))
-    if expected[-1:] == [RuntimeError] and len(actual) >= len(expected) and made_of_several_views(chain):
+    (dense, expected, leaves), (lazy, actual, lazy_leaves) = (
+        run(chain, is_lazy, kind) for is_lazy in (False, True)
+    )
+    if (
+        expected[-1:] == [RuntimeError]
+        and len(actual) >= len(expected)
+        and made_of_several_views(chain)
+    ):
         return  # which torch forbids to change in place
     assert actual == expected
     if kind.dtype != torch.float64 or any(name == "bfloat16" for name, _ in chain):
         return  # other orders of summation round differently: `test_lazy_logits.py` looks at that
     wanted = None
     if not kind.evaluation:
-        with contextlib.suppress(RuntimeError):  # changed in place what backward needs: lazily, it may not need it
+        # changed in place what backward needs: lazily, it may not need it
+        with contextlib.suppress(RuntimeError):
             wanted = gradients_of(dense, leaves)
     for mine, theirs in zip(lazy, dense, strict=True):
         torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-5, atol=1e-5)

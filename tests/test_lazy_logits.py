@@ -1,4 +1,5 @@
-"""Lazy logits against dense ones: values and gradients for every kind of use; what must stay lazy, does."""
+"""Lazy logits against dense ones: values and gradients for every kind of use; what must stay lazy,
+does."""
 
 from __future__ import annotations
 
@@ -118,40 +119,69 @@ LAZY = {
     "ce shifted contiguous": lambda z: F.cross_entropy(
         z[..., :-1, :].contiguous().view(-1, V), TARGET[:, 1:].reshape(-1)
     ),
-    "ce module smoothed": lambda z: nn.CrossEntropyLoss(label_smoothing=0.1)(z.view(-1, V), IGNORED.view(-1)),
+    "ce module smoothed": lambda z: nn.CrossEntropyLoss(label_smoothing=0.1)(
+        z.view(-1, V), IGNORED.view(-1)
+    ),
     "ce int32": lambda z: F.cross_entropy(z.view(-1, V), TARGET.view(-1).to(torch.uint8)),
     "ce keywords": lambda z: F.cross_entropy(input=z.view(-1, V), target=TARGET.view(-1)),
     "ce softcap": lambda z: F.cross_entropy((torch.tanh(z / 5) * 5).view(-1, V), TARGET.view(-1)),
     "ce scale": lambda z: F.cross_entropy((z * 0.3).float().view(-1, V), TARGET.view(-1)),
-    "ce tensor scale": lambda z: F.cross_entropy((z / torch.tensor(2.0)).view(-1, V), TARGET.view(-1)),
+    "ce tensor scale": lambda z: F.cross_entropy(
+        (z / torch.tensor(2.0)).view(-1, V), TARGET.view(-1)
+    ),
     "ce mask": lambda z: F.cross_entropy(z[MASK], TARGET[MASK]),
     "ce nested": lambda z: F.cross_entropy(z.view(-1, V).float()[MASK.view(-1)], TARGET[MASK]),
     "ce weights": lambda z: F.cross_entropy(z.view(-1, V), IGNORED.view(-1), weight=ROW),
-    "ce weights smoothed": lambda z: F.cross_entropy(z.view(-1, V), IGNORED.view(-1), ROW, label_smoothing=0.1),
-    "ce weights sum": lambda z: F.cross_entropy((z / 3.0).view(-1, V), TARGET.view(-1), ROW, reduction="sum"),
-    "ce weights of an expression": lambda z: F.cross_entropy(z.exp().view(-1, V), IGNORED.view(-1), weight=ROW),
-    "nll weights": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, V), IGNORED.view(-1), weight=ROW),
-    "nll of an expression": lambda z: F.nll_loss(F.log_softmax(-z, -1).view(-1, V), IGNORED.view(-1), weight=ROW),
+    "ce weights smoothed": lambda z: F.cross_entropy(
+        z.view(-1, V), IGNORED.view(-1), ROW, label_smoothing=0.1
+    ),
+    "ce weights sum": lambda z: F.cross_entropy(
+        (z / 3.0).view(-1, V), TARGET.view(-1), ROW, reduction="sum"
+    ),
+    "ce weights of an expression": lambda z: F.cross_entropy(
+        z.exp().view(-1, V), IGNORED.view(-1), weight=ROW
+    ),
+    "nll weights": lambda z: F.nll_loss(
+        F.log_softmax(z, -1).view(-1, V), IGNORED.view(-1), weight=ROW
+    ),
+    "nll of an expression": lambda z: F.nll_loss(
+        F.log_softmax(-z, -1).view(-1, V), IGNORED.view(-1), weight=ROW
+    ),
     "ce smoothed none": lambda z: (
-        F.cross_entropy(z.view(-1, V), IGNORED.view(-1), reduction="none", label_smoothing=0.3) * torch.arange(B * S)
+        F.cross_entropy(z.view(-1, V), IGNORED.view(-1), reduction="none", label_smoothing=0.3)
+        * torch.arange(B * S)
     ).sum(),
     "ce scaled softcap": lambda z: F.cross_entropy(
         (2 * torch.tanh(z.float() * 0.3 / 4) * 5).view(-1, V), IGNORED.view(-1), label_smoothing=0.1
     ),
-    "ce softcap twice": lambda z: F.cross_entropy(torch.tanh(torch.tanh(z) * 2).view(-1, V), TARGET.view(-1)),
-    "ce softcap upside down": lambda z: F.cross_entropy((torch.tanh(z) * -3.0).view(-1, V), TARGET.view(-1)),
+    "ce softcap twice": lambda z: F.cross_entropy(
+        torch.tanh(torch.tanh(z) * 2).view(-1, V), TARGET.view(-1)
+    ),
+    "ce softcap upside down": lambda z: F.cross_entropy(
+        (torch.tanh(z) * -3.0).view(-1, V), TARGET.view(-1)
+    ),
     "ce reciprocal": lambda z: F.cross_entropy((3.0 / (z * z + 1.0)).view(-1, V), TARGET.view(-1)),
-    "ce shifted softcap": lambda z: F.cross_entropy((torch.tanh(z + 1.0) * 3.0).view(-1, V), TARGET.view(-1)),
+    "ce shifted softcap": lambda z: F.cross_entropy(
+        (torch.tanh(z + 1.0) * 3.0).view(-1, V), TARGET.view(-1)
+    ),
     "ce soft": lambda z: F.cross_entropy(z.view(-1, V), NOISE.view(-1, V).softmax(-1)),
     "ce soft smoothed": lambda z: F.cross_entropy(
-        (torch.tanh(z / 5) * 5).view(-1, V), NOISE.view(-1, V).softmax(-1), ROW, label_smoothing=0.2, reduction="sum"
+        (torch.tanh(z / 5) * 5).view(-1, V),
+        NOISE.view(-1, V).softmax(-1),
+        ROW,
+        label_smoothing=0.2,
+        reduction="sum",
     ),
     "ce row": lambda z: F.cross_entropy((z + ROW).view(-1, V), TARGET.view(-1)),
-    "ce row of batch": lambda z: F.cross_entropy((z + ROW.view(1, 1, V)).view(-1, V), TARGET.view(-1)),
+    "ce row of batch": lambda z: F.cross_entropy(
+        (z + ROW.view(1, 1, V)).view(-1, V), TARGET.view(-1)
+    ),
     "ce float64": lambda z: F.cross_entropy(z.double().view(-1, V), TARGET.view(-1)),
     "ce all slice": lambda z: F.cross_entropy(z[..., :V].view(-1, V), TARGET.view(-1)),
     "nll": lambda z: F.nll_loss(F.log_softmax(z, -1).view(-1, V), IGNORED.view(-1)),
-    "nll none": lambda z: F.nll_loss(z.log_softmax(-1).view(-1, V), TARGET.view(-1), reduction="none").pow(2).sum(),
+    "nll none": lambda z: (
+        F.nll_loss(z.log_softmax(-1).view(-1, V), TARGET.view(-1), reduction="none").pow(2).sum()
+    ),
     "label smoother": smoother,
     "lse": lambda z: z.logsumexp(-1).pow(2).mean(),
     "lse tuple": lambda z: torch.logsumexp(z, dim=(-1,)).sum(),
@@ -162,8 +192,12 @@ LAZY = {
     "gather few": lambda z: (z.gather(2, INDEX.expand(B, S, 3)) * INDEX).sum(),
     "argmax": lambda z: z.argmax(-1).float().sum() + z.sum(-1).sum(),
     "amax": lambda z: z.amax(-1).sum(),
-    "max": lambda z: (z.max(-1).values ** 2).sum() + torch.max(z * 2, dim=2, keepdim=True)[1].float().sum(),
-    "topk": lambda z: (z.topk(5).values ** 2).sum() + torch.topk(z, 3, -1, largest=False).indices.float().sum(),
+    "max": lambda z: (
+        (z.max(-1).values ** 2).sum() + torch.max(z * 2, dim=2, keepdim=True)[1].float().sum()
+    ),
+    "topk": lambda z: (
+        (z.topk(5).values ** 2).sum() + torch.topk(z, 3, -1, largest=False).indices.float().sum()
+    ),
     "mean": lambda z: z.mean(-1, keepdim=True).pow(2).sum(),
     "clone": lambda z: z.clone().logsumexp(-1).sum(),
     "negative": lambda z: (-z).logsumexp(-1).sum(),
@@ -210,15 +244,21 @@ MATERIALISED = {
     "function": lambda z: DoubledGradient.apply(z).sum(),
     "function after softcap": lambda z: DoubledGradient.apply(torch.tanh(z / 5) * 5).sum(),
     "ce transposed": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
-    "ce soft of an expression": lambda z: F.cross_entropy(z.exp().view(-1, V), NOISE.view(-1, V).softmax(-1)),
+    "ce soft of an expression": lambda z: F.cross_entropy(
+        z.exp().view(-1, V), NOISE.view(-1, V).softmax(-1)
+    ),
     "ce cut": lambda z: F.cross_entropy(z[..., :40].reshape(-1, 40), TARGET.clamp(max=39).view(-1)),
     "ce trained scale": lambda z: F.cross_entropy((z * SCALE).view(-1, V), TARGET.view(-1)),
     "token scale": lambda z: (z * TOKEN_SCALE).logsumexp(-1).sum(),
     "where": lambda z: torch.where(ROW < 5, z, torch.tensor(-1e9)).logsumexp(-1).sum(),
     "masked_fill": lambda z: z.masked_fill(ROW > 4.9, -1e9).logsumexp(-1).sum(),
-    "z minus lse": lambda z: (z - z.logsumexp(-1, keepdim=True)).gather(-1, TARGET.unsqueeze(-1)).sum(),
+    "z minus lse": lambda z: (
+        (z - z.logsumexp(-1, keepdim=True)).gather(-1, TARGET.unsqueeze(-1)).sum()
+    ),
     "kl": lambda z: F.kl_div(F.log_softmax(z, -1), NOISE.softmax(-1), reduction="batchmean"),
-    "kl to detached": lambda z: F.kl_div(z.log_softmax(-1), (z.detach() * 0.5).softmax(-1), reduction="sum"),
+    "kl to detached": lambda z: F.kl_div(
+        z.log_softmax(-1), (z.detach() * 0.5).softmax(-1), reduction="sum"
+    ),
     "mse": lambda z: F.mse_loss(z, NOISE),
     "max of rows": lambda z: z.max(1).values.sum() + z.max(),
     "topk of rows": lambda z: z.topk(2, 1).values.sum(),
@@ -239,7 +279,9 @@ MATERIALISED = {
     "vmap": lambda z: torch.vmap(lambda row: row.logsumexp(-1))(z.reshape(-1, V)).sum(),
     "pad": lambda z: F.pad(z, (0, 1)).logsumexp(-1).sum(),
     "isnan": lambda z: z.isnan().float().sum() + z.sum(),
-    "checkpoint reentrant": lambda z: checkpoint(lambda q: q.logsumexp(-1).sum() * 1, z, use_reentrant=True),
+    "checkpoint reentrant": lambda z: checkpoint(
+        lambda q: q.logsumexp(-1).sum() * 1, z, use_reentrant=True
+    ),
 }
 BIAS = torch.linspace(-1, 1, V).requires_grad_()
 SCALE = torch.tensor(1.3, requires_grad=True)
@@ -248,7 +290,9 @@ SCALE = torch.tensor(1.3, requires_grad=True)
 def run(use, lazy: bool, dtype=torch.float32):
     """The value and the gradients of x, W, b and of what the use itself trains."""
     generator = torch.Generator().manual_seed(1)
-    x, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((B, S, H), (V, H), (V,)))
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((B, S, H), (V, H), (V,))
+    )
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     BIAS.grad = SCALE.grad = None
     report = Report()
@@ -256,7 +300,10 @@ def run(use, lazy: bool, dtype=torch.float32):
     z = lazy_linear(hidden, weight, bias, report) if lazy else F.linear(hidden, weight, bias)
     value = use(z)
     value.double().backward()
-    grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in (*leaves, BIAS, SCALE)]
+    grads = [
+        torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for leaf in (*leaves, BIAS, SCALE)
+    ]
     return value.detach(), grads, report
 
 
@@ -268,7 +315,9 @@ def test_as_dense(name, monkeypatch):
     (expected, expected_grads, _), (actual, grads, report) = run(use, False), run(use, True)
     assert actual.dtype == expected.dtype and type(actual) is Tensor
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-    for what, mine, theirs in zip(("x", "W", "b", "BIAS", "SCALE"), grads, expected_grads, strict=True):
+    for what, mine, theirs in zip(
+        ("x", "W", "b", "BIAS", "SCALE"), grads, expected_grads, strict=True
+    ):
         scale = theirs.abs().max().item()
         torch.testing.assert_close(
             mine, theirs, rtol=1e-5, atol=2e-6 * max(scale, 1), msg=lambda m, w=what: f"{w}: {m}"
@@ -277,7 +326,10 @@ def test_as_dense(name, monkeypatch):
 
 
 def lazy_example(dtype=torch.float32):
-    x, weight = torch.randn(B, S, H, dtype=dtype).requires_grad_(), torch.randn(V, H, dtype=dtype).requires_grad_()
+    x, weight = (
+        torch.randn(B, S, H, dtype=dtype).requires_grad_(),
+        torch.randn(V, H, dtype=dtype).requires_grad_(),
+    )
     report = Report()
     return lazy_linear(x, weight, None, report), x, weight, report
 
@@ -287,7 +339,9 @@ def lazy_example(dtype=torch.float32):
     "use",
     [
         lambda z, t: F.cross_entropy(z.float().view(-1, VOCAB), t),
-        lambda z, t: F.cross_entropy((torch.tanh(z / 5) * 5).float().view(-1, VOCAB), t, label_smoothing=0.1),
+        lambda z, t: F.cross_entropy(
+            (torch.tanh(z / 5) * 5).float().view(-1, VOCAB), t, label_smoothing=0.1
+        ),
         lambda z, t: F.log_softmax(z.float(), -1).view(-1, VOCAB).gather(-1, t[:, None]).sum(),
     ],
 )
@@ -302,7 +356,9 @@ def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "recorded", [LOGITS, Call(torch.exp, (LOGITS,), {}, (False, torch.bfloat16))], ids=["logits", "exp"]
+    "recorded",
+    [LOGITS, Call(torch.exp, (LOGITS,), {}, (False, torch.bfloat16))],
+    ids=["logits", "exp"],
 )
 def test_the_logits_of_a_chunk_are_gone_before_the_next(recorded, monkeypatch):
     """Also where garbage is collected late."""
@@ -320,7 +376,9 @@ def test_the_logits_of_a_chunk_are_gone_before_the_next(recorded, monkeypatch):
     x, weight = torch.randn(8, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     gc.disable()
     try:
-        expressions.map_rows(expressions.Linear.of((x, weight, None)), recorded, lambda z: z.amax(-1)).sum().backward()
+        expressions.map_rows(
+            expressions.Linear.of((x, weight, None)), recorded, lambda z: z.amax(-1)
+        ).sum().backward()
     finally:
         gc.enable()
     assert len(made) == 4 + 4
@@ -329,14 +387,22 @@ def test_the_logits_of_a_chunk_are_gone_before_the_next(recorded, monkeypatch):
 def test_looks_like_the_dense_tensor():
     z, x, weight, report = lazy_example()
     dense = F.linear(x, weight)
-    for mine, theirs in ((z, dense), (z[:, 1:], dense[:, 1:]), (z.transpose(0, 1), dense.transpose(0, 1))):
+    for mine, theirs in (
+        (z, dense),
+        (z[:, 1:], dense[:, 1:]),
+        (z.transpose(0, 1), dense.transpose(0, 1)),
+    ):
         assert (mine.shape, mine.stride(), mine.dtype, mine.device) == (
             theirs.shape,
             theirs.stride(),
             theirs.dtype,
             theirs.device,
         )
-        assert mine.requires_grad and mine.is_contiguous() == theirs.is_contiguous() and len(mine) == len(theirs)
+        assert (
+            mine.requires_grad
+            and mine.is_contiguous() == theirs.is_contiguous()
+            and len(mine) == len(theirs)
+        )
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         z[:, 1:].view(-1, V)
     assert "LazyLogits" in repr(z) and not z.is_leaf and not report.materialised
@@ -354,7 +420,11 @@ def test_the_report_names_the_line():
 
 
 def test_reading_after_the_weight_changed_raises():
-    for read in (lambda z: z.sum(), lambda z: z.logsumexp(-1), lambda z: F.cross_entropy(z[0], TARGET[0])):
+    for read in (
+        lambda z: z.sum(),
+        lambda z: z.logsumexp(-1),
+        lambda z: F.cross_entropy(z[0], TARGET[0]),
+    ):
         z, _, weight, _ = lazy_example()
         with torch.no_grad():
             weight.add_(1.0)
@@ -401,7 +471,9 @@ def test_a_hook_that_would_never_run_raises(watch):
     "watch",
     [
         lambda z, seen: z.register_hook(seen.append),
-        lambda z, seen: torch.autograd.graph.register_multi_grad_hook([z], lambda grads: seen.append(grads[0])),
+        lambda z, seen: torch.autograd.graph.register_multi_grad_hook(
+            [z], lambda grads: seen.append(grads[0])
+        ),
         lambda z, seen: z.grad_fn.register_prehook(lambda grads: seen.append(grads[0])),
     ],
 )
@@ -437,7 +509,9 @@ def test_a_module_backward_hook_keeps_the_logits_real(watched, register):
         if module is (model.head if watched == "head" else model):
             seen.append(grad_output[0].abs().sum())
 
-    register = register or (lambda module, hook: nn.modules.module.register_module_full_backward_hook(hook))
+    register = register or (
+        lambda module, hook: nn.modules.module.register_module_full_backward_hook(hook)
+    )
     handle = register(model.head if watched == "head" else model, hook)
     try:
         with fused_loss(model) as report:
@@ -467,10 +541,17 @@ def test_no_row_at_all():
 def test_a_bias_of_more_bits_than_the_logits():
     use = LAZY["trained bias"]
     truth, dense, lazy = (
-        run(use, kind, dtype) for kind, dtype in ((0, torch.float64), (0, torch.bfloat16), (1, torch.bfloat16))
+        run(use, kind, dtype)
+        for kind, dtype in ((0, torch.float64), (0, torch.bfloat16), (1, torch.bfloat16))
     )
-    assert lazy[0].dtype == dense[0].dtype == torch.float32 and lazy[2].fused == 1 and not lazy[2].materialised
-    for what, mine, theirs, exact in zip(("x", "W", "b", "BIAS"), lazy[1], dense[1], truth[1], strict=False):
+    assert (
+        lazy[0].dtype == dense[0].dtype == torch.float32
+        and lazy[2].fused == 1
+        and not lazy[2].materialised
+    )
+    for what, mine, theirs, exact in zip(
+        ("x", "W", "b", "BIAS"), lazy[1], dense[1], truth[1], strict=False
+    ):
         assert_no_worse(mine, theirs, exact.double(), what, terms=B * S + H + V)
 
 
@@ -481,11 +562,18 @@ def test_autocast_is_obeyed(inside, dtype):
     for kind in ("truth", "dense", "lazy"):
         torch.manual_seed(0)
         x, weight = torch.randn(B, S, H), torch.randn(V, H)
-        x, weight = (t.double().requires_grad_() if kind == "truth" else t.requires_grad_() for t in (x, weight))
+        x, weight = (
+            t.double().requires_grad_() if kind == "truth" else t.requires_grad_()
+            for t in (x, weight)
+        )
         with torch.autocast("cpu", dtype, enabled=kind != "truth"):
             z = lazy_linear(x, weight, None, Report()) if kind == "lazy" else F.linear(x, weight)
             z = torch.tanh(z / 5) * 5
-            losses = F.cross_entropy(z.view(-1, V), TARGET.view(-1), reduction="none") if inside else None
+            losses = (
+                F.cross_entropy(z.view(-1, V), TARGET.view(-1), reduction="none")
+                if inside
+                else None
+            )
         wide = z.double() if kind == "truth" else z.float()
         if losses is None:
             losses = F.cross_entropy(wide.view(-1, V), TARGET.view(-1), reduction="none")
@@ -493,7 +581,9 @@ def test_autocast_is_obeyed(inside, dtype):
         values.append((z.dtype, losses.dtype, losses.detach(), x.grad, weight.grad))
     truth, dense, lazy = values
     assert lazy[:2] == dense[:2] == (dtype, torch.float32)
-    for what, mine, theirs, exact in zip(("losses", "dx", "dW"), lazy[2:], dense[2:], truth[2:], strict=True):
+    for what, mine, theirs, exact in zip(
+        ("losses", "dx", "dW"), lazy[2:], dense[2:], truth[2:], strict=True
+    ):
         assert_no_worse(mine, theirs, exact, what, terms=B * S + H + V)
 
 
@@ -513,11 +603,15 @@ def test_two_linear_layers_are_one():
     results = []
     for lazy in (False, True):
         torch.manual_seed(0)
-        tensors = [torch.randn(*shape).requires_grad_() for shape in ((B, S, H), (V, H), (H, 4), (V, 4))]
+        tensors = [
+            torch.randn(*shape).requires_grad_() for shape in ((B, S, H), (V, H), (H, 4), (V, 4))
+        ]
         x, weight, down, up = tensors
         report = Report()
         parts = [(x, weight), (x @ down, up)]
-        base, low_rank = [lazy_linear(*part, None, report) if lazy else F.linear(*part) for part in parts]
+        base, low_rank = [
+            lazy_linear(*part, None, report) if lazy else F.linear(*part) for part in parts
+        ]
         z = base + low_rank * 0.5
         loss = F.cross_entropy(z.view(-1, V), TARGET.view(-1))
         loss.backward()
@@ -528,7 +622,8 @@ def test_two_linear_layers_are_one():
 
 
 def test_a_freed_weight_is_gathered_by_the_head():
-    """FSDP2 and ZeRO-3: a head that is a unit of its own holds its weight only inside its forward."""
+    """FSDP2 and ZeRO-3: a head that is a unit of its own holds its weight only inside its
+    forward."""
     head = nn.Linear(H, V, bias=False)
     full, gradient = head.weight.detach().clone(), []
 
@@ -575,7 +670,11 @@ def lse_again(z):
     """Kept without a history, then asked for with one."""
     best = z.argmax(-1)
     best += 1  # a copy: what is kept does not change
-    total = z.argmax(-1).float().sum() + z.logsumexp(-1).pow(2).sum() + z.clone().view(-1, V).logsumexp(-1).sum()
+    total = (
+        z.argmax(-1).float().sum()
+        + z.logsumexp(-1).pow(2).sum()
+        + z.clone().view(-1, V).logsumexp(-1).sum()
+    )
     with torch.no_grad():
         fixed = z.detach().logsumexp(-1).sum()
     return total + fixed
@@ -589,7 +688,8 @@ def lse_after_a_change_in_place(z):
     return (before + z.logsumexp(-1) * z.argmax(-1)).sum()
 
 
-HEAD_PASSES = {all_statistics: 1, lse_again: 1 + 2, lse_after_a_change_in_place: 2 + 1}  # forward + backward
+# forward + backward
+HEAD_PASSES = {all_statistics: 1, lse_again: 1 + 2, lse_after_a_change_in_place: 2 + 1}
 
 
 @pytest.mark.parametrize("use", HEAD_PASSES)
@@ -599,7 +699,9 @@ def test_lse_and_argmax_are_computed_once(use, monkeypatch):
     (expected, expected_grads, _), (actual, grads, report) = run(use, False), run(use, True)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(theirs.abs().max().item(), 1))
+        torch.testing.assert_close(
+            mine, theirs, rtol=1e-5, atol=1e-5 * max(theirs.abs().max().item(), 1)
+        )
     assert len(passes) == HEAD_PASSES[use] and not report.materialised
 
 
@@ -629,7 +731,11 @@ def test_only_a_scale_and_a_softcap_go_to_the_kernel(name):
     z, *_ = lazy_example(torch.bfloat16)
     change, expected = KNOWN.get(name) or (UNKNOWN[name], None)
     result = change(z)
-    found = scale_and_softcap(result.expression) if isinstance(result, LazyLogits) and result.is_lazy else None
+    found = (
+        scale_and_softcap(result.expression)
+        if isinstance(result, LazyLogits) and result.is_lazy
+        else None
+    )
     assert (None if found is None else found[:2]) == expected
 
 
@@ -651,7 +757,9 @@ def test_only_a_scale_and_a_softcap_go_to_the_kernel(name):
 )
 def test_which_losses_reach_the_kernel(name, kernel, monkeypatch):
     calls, fused = [], lazy_losses._fused
-    monkeypatch.setattr(lazy_losses, "_fused", lambda *args, **options: calls.append(1) or fused(*args, **options))
+    monkeypatch.setattr(
+        lazy_losses, "_fused", lambda *args, **options: calls.append(1) or fused(*args, **options)
+    )
     run(LAZY[name], True)
     assert bool(calls) == kernel
 
@@ -683,7 +791,9 @@ def result_given(z):
 
 LATER = {
     "function before a change in place": used_before_and_after_a_change(lambda z: z.mul_(0.5)),
-    "function before a mask in place": used_before_and_after_a_change(lambda z: z.masked_fill_(ROW > 4.9, 0.0)),
+    "function before a mask in place": used_before_and_after_a_change(
+        lambda z: z.masked_fill_(ROW > 4.9, 0.0)
+    ),
     "operand": operand_changed_after,
     "out=": result_given,
 }
@@ -691,17 +801,24 @@ LATER = {
 
 @pytest.mark.parametrize("name", LATER)
 def test_what_happens_later_changes_nothing_that_was_computed(name):
-    (expected, expected_grads, _), (actual, grads, _) = run(LATER[name], False), run(LATER[name], True)
+    (expected, expected_grads, _), (actual, grads, _) = (
+        run(LATER[name], False),
+        run(LATER[name], True),
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * max(theirs.abs().max().item(), 1))
+        torch.testing.assert_close(
+            mine, theirs, rtol=1e-5, atol=1e-5 * max(theirs.abs().max().item(), 1)
+        )
 
 
 def test_targets_that_change_before_backward_are_noticed_as_torch_does():
     for lazy in (False, True):
         z, x, weight, _ = lazy_example()
         target = TARGET.view(-1).clone()
-        losses = F.cross_entropy((z if lazy else F.linear(x, weight)).exp().view(-1, V), target, reduction="none")
+        losses = F.cross_entropy(
+            (z if lazy else F.linear(x, weight)).exp().view(-1, V), target, reduction="none"
+        )
         target.fill_(0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             losses.sum().backward()
@@ -709,11 +826,19 @@ def test_targets_that_change_before_backward_are_noticed_as_torch_does():
 
 DTYPES_OF_LOSSES = {
     "probabilities of fp32": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V)),
-    "probabilities of fp64": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V, dtype=torch.float64)),
-    "probabilities of bf16": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V, dtype=torch.bfloat16)),
-    "probabilities of fp32, weights": lambda z: F.cross_entropy(z, torch.full((B * S, V), 1 / V), ROW.to(z.dtype)),
+    "probabilities of fp64": lambda z: F.cross_entropy(
+        z, torch.full((B * S, V), 1 / V, dtype=torch.float64)
+    ),
+    "probabilities of bf16": lambda z: F.cross_entropy(
+        z, torch.full((B * S, V), 1 / V, dtype=torch.bfloat16)
+    ),
+    "probabilities of fp32, weights": lambda z: F.cross_entropy(
+        z, torch.full((B * S, V), 1 / V), ROW.to(z.dtype)
+    ),
     "classes": lambda z: F.cross_entropy(z, TARGET.view(-1)),
-    "classes, rows": lambda z: F.cross_entropy(z, TARGET.view(-1), reduction="none", label_smoothing=0.1),
+    "classes, rows": lambda z: F.cross_entropy(
+        z, TARGET.view(-1), reduction="none", label_smoothing=0.1
+    ),
     "nll": lambda z: F.nll_loss(z.log_softmax(-1), TARGET.view(-1)),
     "nll in fp32": lambda z: F.nll_loss(F.log_softmax(z, -1, dtype=torch.float32), TARGET.view(-1)),
     "kl": lambda z: F.kl_div(z.log_softmax(-1), torch.full((B * S, V), 1 / V), reduction="sum"),

@@ -18,7 +18,10 @@ from fastft.loss.cross_entropy import cross_entropy
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from fastft.loss.linear_rows import HEAD, chunk_rows
 
-ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built"))]
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")),
+]
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1, 1), (1, 63, 507), (63, 1, 15), (63, 33, 507), (130, 16, 1)]  # rows, H, V
 
@@ -40,9 +43,12 @@ def plain_linear_cross_entropy(x, head, target, *, linear_bias=None, upcast=Fals
     return oracle.cross_entropy(logits.float() if upcast else logits, target, **options)
 
 
-def loss_and_grads(function, x, head, bias, target, upstream=None, needs=(True, True, True), **options):
+def loss_and_grads(
+    function, x, head, bias, target, upstream=None, needs=(True, True, True), **options
+):
     leaves = [
-        None if t is None else t.detach().clone().requires_grad_(n) for t, n in zip((x, head, bias), needs, strict=True)
+        None if t is None else t.detach().clone().requires_grad_(n)
+        for t, n in zip((x, head, bias), needs, strict=True)
     ]
     loss = function(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
@@ -53,13 +59,21 @@ def loss_and_grads(function, x, head, bias, target, upstream=None, needs=(True, 
 def check(x, head, bias, target, impl="auto", upstream=None, needs=(True, True, True), **options):
     upcast = x.dtype in (torch.bfloat16, torch.float16)
     plan = {name: options.pop(name) for name in ("chunk_rows",) if name in options}
-    ours = loss_and_grads(linear_cross_entropy, x, head, bias, target, upstream, needs, impl=impl, **plan, **options)
-    plain = loss_and_grads(plain_linear_cross_entropy, x, head, bias, target, upstream, needs, upcast=upcast, **options)
+    ours = loss_and_grads(
+        linear_cross_entropy, x, head, bias, target, upstream, needs, impl=impl, **plan, **options
+    )
+    plain = loss_and_grads(
+        plain_linear_cross_entropy, x, head, bias, target, upstream, needs, upcast=upcast, **options
+    )
     exact = (None if t is None else t.double() for t in (x, head, bias))
     truth = loss_and_grads(plain_linear_cross_entropy, *exact, target, upstream, needs, **options)
     terms = sum(x.shape) + len(head)
     for name, *results in zip(
-        ("loss", "first gradient", "second gradient", "third gradient"), ours, plain, truth, strict=False
+        ("loss", "first gradient", "second gradient", "third gradient"),
+        ours,
+        plain,
+        truth,
+        strict=False,
     ):
         assert results[0].dtype == results[1].dtype
         assert_no_worse(*results, name, terms=terms)
@@ -81,7 +95,9 @@ def test_matches_torch(impl, dtype, shape, reduction, small_workspace, poisoned_
 def test_options(impl, dtype, reduction, options, small_workspace, poisoned_empty):
     upstream = torch.randn(63) if reduction == "none" else None
     operands = make(63, 16, 507, dtype)
-    check(*operands, impl, upstream, reduction=reduction, **oracle.options_with_weight(options, 507))
+    check(
+        *operands, impl, upstream, reduction=reduction, **oracle.options_with_weight(options, 507)
+    )
 
 
 @pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)
@@ -107,7 +123,9 @@ def test_mean(dtype, bias, ignored, chunks, request):
 
 def test_float64(small_workspace):
     operands = make(63, 33, 507, torch.float64)
-    ours, plain = (loss_and_grads(f, *operands) for f in (linear_cross_entropy, plain_linear_cross_entropy))
+    ours, plain = (
+        loss_and_grads(f, *operands) for f in (linear_cross_entropy, plain_linear_cross_entropy)
+    )
     torch.testing.assert_close(ours, plain)
 
 
@@ -128,15 +146,21 @@ PLANS = [
 
 @pytest.mark.parametrize(("needs", "reduction", "forward", "backward"), PLANS)
 @pytest.mark.parametrize("ignored", [0, 21])
-def test_plans_compute_only_what_is_needed(needs, reduction, forward, backward, ignored, small_workspace):
+def test_plans_compute_only_what_is_needed(
+    needs, reduction, forward, backward, ignored, small_workspace
+):
     x, weight, bias, target = make(63, 33, 507, ignored=0.0)
     target[:ignored] = -100
     upstream = torch.randn(63) if reduction == "none" else None
     check(x, weight, bias, target, upstream=upstream, needs=needs, reduction=reduction)
     unit = 2 * (63 - ignored) * 33 * 507
-    leaves = [tensor.requires_grad_(need) for tensor, need in zip((x, weight, bias), needs, strict=True)]
+    leaves = [
+        tensor.requires_grad_(need) for tensor, need in zip((x, weight, bias), needs, strict=True)
+    ]
     with Watch() as watch:
-        loss = linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], reduction=reduction).sum()
+        loss = linear_cross_entropy(
+            leaves[0], leaves[1], target, linear_bias=leaves[2], reduction=reduction
+        ).sum()
     assert watch.flops == forward * unit
     with Watch() as watch:
         if any(needs):
@@ -146,7 +170,9 @@ def test_plans_compute_only_what_is_needed(needs, reduction, forward, backward, 
 
 
 def test_no_gradient_is_computed_without_grad_mode():
-    x, weight, bias, target = (t.requires_grad_() if t.is_floating_point() else t for t in make(63, 33, 507, ignored=0))
+    x, weight, bias, target = (
+        t.requires_grad_() if t.is_floating_point() else t for t in make(63, 33, 507, ignored=0)
+    )
     with torch.no_grad(), Watch() as watch:
         linear_cross_entropy(x, weight, target, linear_bias=bias)
     assert watch.flops == 2 * 63 * 33 * 507
@@ -154,11 +180,15 @@ def test_no_gradient_is_computed_without_grad_mode():
 
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("rows", [0, 5])
-@pytest.mark.parametrize("options", [{}, {"num_items": 0}, {"num_items": torch.tensor(0)}, {"reduction": "sum"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_items": 0}, {"num_items": torch.tensor(0)}, {"reduction": "sum"}]
+)
 def test_no_row_counts(impl, rows, options, poisoned_empty):
     x, weight, bias, target = make(rows, 9, 15, ignored=1.1)
     results = loss_and_grads(linear_cross_entropy, x, weight, bias, target, impl=impl, **options)
-    assert len(results) == 4 and all(torch.equal(result, torch.zeros_like(result)) for result in results)
+    assert len(results) == 4 and all(
+        torch.equal(result, torch.zeros_like(result)) for result in results
+    )
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -166,18 +196,26 @@ def test_confident_row_keeps_loss_and_gradient(impl):
     x, weight = torch.ones(1, 1), torch.zeros(7, 1)
     weight[3] = 25.0
     check_target = torch.tensor([3])
-    loss, d_input, d_weight = loss_and_grads(linear_cross_entropy, x, weight, None, check_target, impl=impl)
+    loss, d_input, d_weight = loss_and_grads(
+        linear_cross_entropy, x, weight, None, check_target, impl=impl
+    )
     others = 6 * torch.exp(torch.tensor(-25.0, dtype=torch.float64))
     torch.testing.assert_close(loss.double(), others.log1p(), rtol=1e-6, atol=0)
     torch.testing.assert_close(d_weight[3, 0].double(), -others / (1 + others), rtol=1e-6, atol=0)
-    torch.testing.assert_close(d_input[0, 0].double(), -25 * others / (1 + others), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        d_input[0, 0].double(), -25 * others / (1 + others), rtol=1e-6, atol=0
+    )
 
 
 def test_a_row_that_is_not_finite_poisons_only_what_it_touches():
     x, weight, _, target = make(9, 5, 15, ignored=0.0)
     x[4, 2] = float("nan")
-    losses, d_input, _ = loss_and_grads(linear_cross_entropy, x, weight, None, target, reduction="none")
-    assert losses.isnan().nonzero().tolist() == [[4]] and d_input.isnan().any(1).nonzero().tolist() == [[4]]
+    losses, d_input, _ = loss_and_grads(
+        linear_cross_entropy, x, weight, None, target, reduction="none"
+    )
+    assert losses.isnan().nonzero().tolist() == [[4]] and d_input.isnan().any(
+        1
+    ).nonzero().tolist() == [[4]]
     target[4] = -100
     for result in loss_and_grads(linear_cross_entropy, x, weight, None, target, reduction="sum"):
         assert result.isfinite().all()
@@ -188,7 +226,9 @@ def test_num_items_replaces_the_count(num_items):
     operands = make(63, 33, 507)
     total = loss_and_grads(linear_cross_entropy, *operands, reduction="sum")
     mean = loss_and_grads(linear_cross_entropy, *operands, num_items=num_items)
-    assert mean[0].shape == () and all(torch.equal(m, t / 8) for m, t in zip(mean, total, strict=True))
+    assert mean[0].shape == () and all(
+        torch.equal(m, t / 8) for m, t in zip(mean, total, strict=True)
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3)])
@@ -215,10 +255,15 @@ def test_inputs_are_never_changed_and_graphs_can_be_kept(reduction, small_worksp
     operands = make(63, 33, 507)
     before = [t.clone() for t in operands]
     leaves = [t.requires_grad_() for t in operands[:3]]
-    loss = linear_cross_entropy(leaves[0], leaves[1], operands[3], linear_bias=leaves[2], reduction=reduction).sum()
+    loss = linear_cross_entropy(
+        leaves[0], leaves[1], operands[3], linear_bias=leaves[2], reduction=reduction
+    ).sum()
     first, second = (torch.autograd.grad(2 * loss, leaves, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
-    assert all(torch.equal(t.detach(), b) and t._version == 0 for t, b in zip(operands, before, strict=True))
+    assert all(
+        torch.equal(t.detach(), b) and t._version == 0
+        for t, b in zip(operands, before, strict=True)
+    )
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss, leaves, create_graph=True)
 
@@ -228,24 +273,32 @@ def test_gradient_checkpointing():
     plain = loss_and_grads(linear_cross_entropy, x, weight, None, target)
 
     def checkpointed(x, weight, target, *, linear_bias):
-        return checkpoint(lambda x: linear_cross_entropy(2 * x, weight, target), x / 2, use_reentrant=False)
+        return checkpoint(
+            lambda x: linear_cross_entropy(2 * x, weight, target), x / 2, use_reentrant=False
+        )
 
     assert all(map(torch.equal, loss_and_grads(checkpointed, x, weight, None, target), plain))
 
 
-@pytest.mark.parametrize("parameters", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "parameters", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)]
+)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_autocast(parameters, reduction, small_workspace):
     x, weight, bias, target = make(63, 33, 507)
     x, weight, bias = x.to(parameters[0]), weight.to(parameters[1]), bias.to(parameters[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = loss_and_grads(linear_cross_entropy, x, weight, bias, target, reduction=reduction)
-        plain = loss_and_grads(plain_linear_cross_entropy, x, weight, bias, target, reduction=reduction)
+        plain = loss_and_grads(
+            plain_linear_cross_entropy, x, weight, bias, target, reduction=reduction
+        )
     exact = [t.double() for t in (x, weight, bias)]
     truth = loss_and_grads(plain_linear_cross_entropy, *exact, target, reduction=reduction)
     in_fp32 = linear_cross_entropy(x.float(), weight, target, linear_bias=bias, reduction=reduction)
     assert not torch.equal(ours[0], in_fp32)  # it did run in bf16
-    for name, *results in zip(("loss", "d_input", "d_weight", "d_bias"), ours, plain, truth, strict=False):
+    for name, *results in zip(
+        ("loss", "d_input", "d_weight", "d_bias"), ours, plain, truth, strict=False
+    ):
         assert results[0].dtype == results[1].dtype
         assert_no_worse(*results, name, terms=63 + 33 + 507)
 
@@ -300,7 +353,9 @@ def test_chunk_rows_fill_the_workspace_evenly(device, count, classes, dtype, exp
         ("cpu", 128256, 4096, torch.float32, 256),
     ],
 )
-def test_chunk_rows_of_a_device_grow_with_the_weight_gradient(device, classes, hidden, dtype, expected):
+def test_chunk_rows_of_a_device_grow_with_the_weight_gradient(
+    device, classes, hidden, dtype, expected
+):
     """As much workspace as the gradient takes, which every chunk reads and writes."""
     assert chunk_rows(8192, classes, dtype, torch.device(device), hidden) == expected
 
@@ -308,19 +363,25 @@ def test_chunk_rows_of_a_device_grow_with_the_weight_gradient(device, classes, h
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunk_rows_can_be_given(dtype):
     operands = make(63, 33, 507, dtype)
-    one, many = (loss_and_grads(linear_cross_entropy, *operands, chunk_rows=rows) for rows in (63, 5))
+    one, many = (
+        loss_and_grads(linear_cross_entropy, *operands, chunk_rows=rows) for rows in (63, 5)
+    )
     for name, *results in zip(("loss", "d_input", "d_weight", "d_bias"), many, one, strict=True):
         tolerance = 4 * torch.finfo(results[0].dtype).eps
         torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize(("chunks", "narrow"), [(1, True), (4, True), (5, False), (64, False)])
-def test_a_16_bit_weight_gradient_is_summed_in_16_bits_over_few_chunks_only(chunks, narrow, monkeypatch):
+def test_a_16_bit_weight_gradient_is_summed_in_16_bits_over_few_chunks_only(
+    chunks, narrow, monkeypatch
+):
     """Both sides of the rule stay within twice torch's error; torch makes one product."""
     monkeypatch.setattr(room, "is_emulated", lambda *_: False)
     monkeypatch.setattr(head_gemms, "is_emulated", lambda *_: False)
     operands = make(64 * chunks, 8, 63, torch.bfloat16)
-    call = room.HeadCall((True,) * 3, True, False, torch.bfloat16, "auto", 64, -1, room.RowOptions())
+    call = room.HeadCall(
+        (True,) * 3, True, False, torch.bfloat16, "auto", 64, -1, room.RowOptions()
+    )
     assert (call.weight_sum_dtype(64 * chunks, operands[1]) == torch.bfloat16) == narrow
     assert call.weight_sum_dtype(64 * chunks, operands[1].float()) == torch.float32
     check(*operands, chunk_rows=64)
@@ -328,10 +389,14 @@ def test_a_16_bit_weight_gradient_is_summed_in_16_bits_over_few_chunks_only(chun
 
 @pytest.mark.parametrize("emulated", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_products_by_slabs_of_the_weight(emulated, reduction, monkeypatch, small_workspace, poisoned_empty):
+def test_products_by_slabs_of_the_weight(
+    emulated, reduction, monkeypatch, small_workspace, poisoned_empty
+):
     """What a processor without 16-bit matrix units does, and one that has them."""
     for module in (room, head_gemms):
-        monkeypatch.setattr(module, "is_emulated", lambda dtype, _: emulated and dtype == torch.bfloat16)
+        monkeypatch.setattr(
+            module, "is_emulated", lambda dtype, _: emulated and dtype == torch.bfloat16
+        )
     monkeypatch.setattr(head_gemms, "_SLAB_BYTES", 4 * 33 * 100)
     upstream = torch.randn(63) if reduction == "none" else None
     check(*make(63, 33, 507, torch.bfloat16), upstream=upstream, reduction=reduction)
@@ -341,7 +406,9 @@ def test_products_by_slabs_of_the_weight(emulated, reduction, monkeypatch, small
 def test_a_bound_of_the_counted_rows_changes_nothing(bound):
     operands = make(63, 33, 507, ignored=0.0)
     operands[3][50:] = -100
-    plain, bounded = (loss_and_grads(linear_cross_entropy, *operands, max_counted=b) for b in (None, bound))
+    plain, bounded = (
+        loss_and_grads(linear_cross_entropy, *operands, max_counted=b) for b in (None, bound)
+    )
     assert all(map(torch.equal, plain, bounded))
     with pytest.raises(ValueError, match="max_counted is 49, but 50 rows count"):
         linear_cross_entropy(*operands[:2], operands[3], max_counted=49)
@@ -383,7 +450,9 @@ def test_a_number_of_items_that_changes_stays_in_the_graph():
 def test_operator_contract(summed, frozen):
     x, weight, bias, target = make(9, 5, 15)
     needs = (True, not frozen, not frozen) if summed or frozen else (False,) * 3
-    call = room.HeadCall(needs, summed, not summed and not frozen, torch.float32, "auto", 4, -1, room.RowOptions())
+    call = room.HeadCall(
+        needs, summed, not summed and not frozen, torch.float32, "auto", 4, -1, room.RowOptions()
+    )
     leaves = x.requires_grad_(), weight.requires_grad_(not frozen), bias.requires_grad_(not frozen)
     torch.library.opcheck(HEAD.native, (*leaves, target, torch.rand(15), [], None, *call.flat()))
 
@@ -408,7 +477,11 @@ def test_any_shape_chunking_and_ignore_pattern(hidden, classes, targets, budget,
             check(x, weight, bias, target, impl, upstream, reduction=reduction, ignore_index=-1)
 
 
-GOOD = {"input": torch.randn(4, 9), "linear_weight": torch.randn(7, 9), "target": torch.tensor([0, 6, -100, 3])}
+GOOD = {
+    "input": torch.randn(4, 9),
+    "linear_weight": torch.randn(7, 9),
+    "target": torch.tensor([0, 6, -100, 3]),
+}
 
 
 @pytest.mark.parametrize(
@@ -434,8 +507,16 @@ GOOD = {"input": torch.randn(4, 9), "linear_weight": torch.randn(7, 9), "target"
         ({"linear_weight": torch.randn(7, 8)}, ValueError, r"linear_weight.*\(7, 8\).*\(4, 9\)"),
         ({"linear_weight": torch.randn(7)}, ValueError, r"linear_weight.*\(7,\)"),
         ({"linear_weight": torch.randn(0, 9)}, ValueError, r"linear_weight.*\(0, 9\)"),
-        ({"linear_weight": torch.randn(7, 9).bfloat16()}, TypeError, "linear_weight.*bfloat16.*float32"),
-        ({"linear_weight": torch.randn(7, 9, device="meta")}, ValueError, "linear_weight is on meta"),
+        (
+            {"linear_weight": torch.randn(7, 9).bfloat16()},
+            TypeError,
+            "linear_weight.*bfloat16.*float32",
+        ),
+        (
+            {"linear_weight": torch.randn(7, 9, device="meta")},
+            ValueError,
+            "linear_weight is on meta",
+        ),
         ({"linear_bias": torch.randn(9)}, ValueError, r"linear_bias.*\(9,\).*\(7, 9\)"),
         ({"linear_bias": torch.randn(7).double()}, TypeError, "linear_bias.*float64"),
         ({"reduction": "average"}, ValueError, "'average'"),
@@ -446,7 +527,11 @@ GOOD = {"input": torch.randn(4, 9), "linear_weight": torch.randn(7, 9), "target"
         ({"num_items": torch.tensor(float("inf"))}, ValueError, "num_items must be finite"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
         ({"weight": [1.0] * 7}, TypeError, "weight must be a torch.Tensor, got list"),
-        ({"input": torch.randn(4, 9).numpy()}, TypeError, "input must be a torch.Tensor, got ndarray"),
+        (
+            {"input": torch.randn(4, 9).numpy()},
+            TypeError,
+            "input must be a torch.Tensor, got ndarray",
+        ),
         ({"linear_weight": [[1.0]]}, TypeError, "linear_weight must be a torch.Tensor, got list"),
         ({"linear_bias": [1.0] * 7}, TypeError, "linear_bias must be a torch.Tensor, got list"),
         ({"target": [0, 1, 1, 1]}, TypeError, "target must be a torch.Tensor, got list"),
@@ -459,9 +544,13 @@ def test_bad_input(arguments, error, message):
 
 def test_module():
     loss = LinearCrossEntropyLoss(9, 7, bias=True, ignore_index=3)
-    expected = F.cross_entropy(loss.linear(GOOD["input"]), GOOD["target"].clamp_min(0), ignore_index=3)
+    expected = F.cross_entropy(
+        loss.linear(GOOD["input"]), GOOD["target"].clamp_min(0), ignore_index=3
+    )
     torch.testing.assert_close(loss(GOOD["input"], GOOD["target"].clamp_min(0)), expected)
-    assert set(loss.state_dict()) == {"linear.weight", "linear.bias"} and "ignore_index=3" in repr(loss)
+    assert set(loss.state_dict()) == {"linear.weight", "linear.bias"} and "ignore_index=3" in repr(
+        loss
+    )
     with pytest.raises(ValueError, match="reduction"):
         LinearCrossEntropyLoss(9, 7, reduction="median")
 

@@ -11,24 +11,37 @@ from fastft import _native
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linear_token_loss
 
-ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built"))]
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")),
+]
 DTYPES = [torch.float32, torch.bfloat16]
-LOGITS = {"plain": {}, "scale": {"logit_scale": 0.3}, "softcap": {"softcap": 4.0, "logit_scale": 2.0}}
+LOGITS = {
+    "plain": {},
+    "scale": {"logit_scale": 0.3},
+    "softcap": {"softcap": 4.0, "logit_scale": 2.0},
+}
 
 
 def make(rows, hidden, classes, dtype=torch.float32):
-    x, head, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, hidden), (classes, hidden), (classes,)))
+    x, head, bias = (
+        torch.randn(*shape).to(dtype) for shape in ((rows, hidden), (classes, hidden), (classes,))
+    )
     target = torch.randint(0, classes, (rows,)).masked_fill(torch.rand(rows) < 0.2, -100)
     return x, head, bias, target
 
 
 def plain_log_probs(x, head, target, *, linear_bias=None, upcast=True, **options):
     logits = F.linear(x, head, linear_bias)
-    return LinearLogProbs(*oracle.log_probs(logits.float() if upcast else logits, target, **options))
+    return LinearLogProbs(
+        *oracle.log_probs(logits.float() if upcast else logits, target, **options)
+    )
 
 
 def gradients(result, leaves, upstream):
-    return torch.autograd.grad(sum((r * u.to(r.dtype)).sum() for r, u in zip(result, upstream, strict=False)), leaves)
+    return torch.autograd.grad(
+        sum((r * u.to(r.dtype)).sum() for r, u in zip(result, upstream, strict=False)), leaves
+    )
 
 
 def leaves_of(*tensors):
@@ -65,7 +78,10 @@ def test_the_top_class(impl):
     head[target[target >= 0][::2]] *= 20  # some targets win, some lose
     logits = F.linear(x, head)
     result = linear_log_probs(x, head, target, impl=impl)
-    assert torch.equal(result.is_top1, (logits.argmax(1) == target)) and not result.is_top1.requires_grad
+    assert (
+        torch.equal(result.is_top1, (logits.argmax(1) == target))
+        and not result.is_top1.requires_grad
+    )
     assert 0 < result.is_top1.sum() < 63
 
 
@@ -108,7 +124,9 @@ def test_backward_refuses_a_second_derivative_and_keeps_graphs():
     x, head, _, target = make(63, 33, 507)
     leaves = leaves_of(x, head)
     result = linear_log_probs(*leaves, target)
-    first, second = (torch.autograd.grad(result.entropy.sum(), leaves, retain_graph=True) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(result.entropy.sum(), leaves, retain_graph=True) for _ in range(2)
+    )
     assert all(map(torch.equal, first, second))
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(result.log_probs.sum(), leaves, create_graph=True)
@@ -118,7 +136,10 @@ TOKEN_LOSSES = {
     "cross_entropy": lambda token, *_: -token.log_probs,
     "dft": lambda token, *_: -token.log_probs * token.log_probs.detach().exp(),
     "ppo": lambda token, old, advantage: (
-        -torch.min((token.log_probs - old).exp() * advantage, (token.log_probs - old).exp().clamp(0.8, 1.2) * advantage)
+        -torch.min(
+            (token.log_probs - old).exp() * advantage,
+            (token.log_probs - old).exp().clamp(0.8, 1.2) * advantage,
+        )
     ),
     "entropy_bonus": lambda token, *_: -token.log_probs - 0.1 * token.entropy + 1e-3 * token.lse**2,
     "constant": lambda token, *_: torch.ones_like(token.lse),
@@ -131,7 +152,9 @@ TOKEN_LOSSES = {
 def test_token_losses(impl, token_loss, options):
     x, head, bias, target = make(63, 33, 507)
     rows = torch.randn(2, 63)
-    old = plain_log_probs(x.double(), head.double(), target, linear_bias=bias.double(), upcast=False, **options)
+    old = plain_log_probs(
+        x.double(), head.double(), target, linear_bias=bias.double(), upcast=False, **options
+    )
     rows[0] = old.log_probs + 0.3 * rows[0]
     results = []
     for function, cast in (
@@ -140,7 +163,15 @@ def test_token_losses(impl, token_loss, options):
         (plain_token_loss, torch.float64),
     ):
         leaves = leaves_of(x.to(cast), head.to(cast), bias.to(cast))
-        loss = function(leaves[0], leaves[1], target, token_loss, *rows.to(cast), linear_bias=leaves[2], **options)
+        loss = function(
+            leaves[0],
+            leaves[1],
+            target,
+            token_loss,
+            *rows.to(cast),
+            linear_bias=leaves[2],
+            **options,
+        )
         results.append((loss.detach(), *torch.autograd.grad(3 * loss, leaves)))
     for name, *values in zip(("loss", "d_input", "d_weight", "d_bias"), *results, strict=True):
         assert_no_worse(*values, name, terms=63 + 33 + 507)
@@ -169,7 +200,11 @@ def test_cross_entropy_is_the_sum_of_log_probs():
     assert torch.equal(losses, -linear_log_probs(x, head, target, linear_bias=bias).log_probs)
 
 
-GOOD = {"input": torch.randn(4, 9), "linear_weight": torch.randn(7, 9), "target": torch.tensor([0, 6, -100, 3])}
+GOOD = {
+    "input": torch.randn(4, 9),
+    "linear_weight": torch.randn(7, 9),
+    "target": torch.tensor([0, 6, -100, 3]),
+}
 
 
 @pytest.mark.parametrize("function", [linear_log_probs, linear_token_loss])
@@ -203,7 +238,11 @@ def test_bad_input(function, arguments, error, message):
         (lambda token: token.lse.sum(), (), r"one loss per token, shape \(3,\), got shape \(\)"),
         (lambda token: 0.0, (), "got float"),
         (lambda token, rows: rows, (torch.ones(3),), r"arguments\[0\].*\(4,\).*\(3,\)"),
-        (lambda token, rows: rows, (torch.ones(4, requires_grad=True),), r"arguments\[0\] requires a gradient"),
+        (
+            lambda token, rows: rows,
+            (torch.ones(4, requires_grad=True),),
+            r"arguments\[0\] requires a gradient",
+        ),
     ],
 )
 def test_bad_token_losses(token_loss, rows, message):

@@ -1,6 +1,8 @@
-"""What the losses promise, one test for each promise: first the features, then where rivals are wrong and ours is not.
+"""What the losses promise, one test for each promise: first the features, then where rivals are
+wrong and ours is not.
 
-Vocabulary-parallel heads and heads sharded by FSDP or ZeRO need several processes: their tests are elsewhere.
+Vocabulary-parallel heads and heads sharded by FSDP or ZeRO need several processes: their tests are
+elsewhere.
 """
 
 from __future__ import annotations
@@ -36,25 +38,34 @@ def make(rows=T, hidden=H, classes=V, ignored=0.2, bias=False):
 
 
 def eager(x, head, bias, target, **options):
-    """The loss of plain torch over all the logits; 16-bit logits are taken to fp32, as transformers does."""
+    """The loss of plain torch over all the logits; 16-bit logits are taken to fp32, as transformers
+    does."""
     logits = F.linear(x, head, bias)
-    return oracle.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), target, **options)
+    return oracle.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), target, **options
+    )
 
 
 def fused(x, head, bias, target, **options):
-    return fastft.linear_cross_entropy(x, head, target, linear_bias=bias, **{"chunk_rows": CHUNK} | options)
+    return fastft.linear_cross_entropy(
+        x, head, target, linear_bias=bias, **{"chunk_rows": CHUNK} | options
+    )
 
 
 def evaluate(function, operands, dtype, upstream=None, frozen=()):
-    """The result of `function(*operands)` in `dtype`, and the gradients of all operands but the frozen ones."""
+    """The result of `function(*operands)` in `dtype`, and the gradients of all operands but the
+    frozen ones."""
     leaves = [
-        None if t is None else t.detach().to(dtype).requires_grad_(i not in frozen) for i, t in enumerate(operands)
+        None if t is None else t.detach().to(dtype).requires_grad_(i not in frozen)
+        for i, t in enumerate(operands)
     ]
     result = function(*leaves)
     upstream = torch.ones_like(result) if upstream is None else upstream.to(result.dtype)
     return [
         result.detach(),
-        *torch.autograd.grad(result, [t for t in leaves if t is not None and t.requires_grad], upstream),
+        *torch.autograd.grad(
+            result, [t for t in leaves if t is not None and t.requires_grad], upstream
+        ),
     ]
 
 
@@ -73,7 +84,12 @@ def terms_of(operands):
 
 def check_option(upstream=None, operands=None, **options):
     operands, target = operands or make()
-    check(lambda *t: fused(*t, target, **options), lambda *t: eager(*t, target, **options), operands, upstream=upstream)
+    check(
+        lambda *t: fused(*t, target, **options),
+        lambda *t: eager(*t, target, **options),
+        operands,
+        upstream=upstream,
+    )
 
 
 def flops_of(step):
@@ -83,7 +99,10 @@ def flops_of(step):
 
 
 def parameters(operands, frozen=()):
-    return [None if t is None else t.clone().requires_grad_(i not in frozen) for i, t in enumerate(operands)]
+    return [
+        None if t is None else t.clone().requires_grad_(i not in frozen)
+        for i, t in enumerate(operands)
+    ]
 
 
 # --- features
@@ -99,14 +118,21 @@ def test_fused_linear():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_workspace_of_32_megabytes(dtype):
-    """Beside the gradients, at a head of 16384 classes; the logits of these rows take 64 MiB in fp32."""
+    """Beside the gradients, at a head of 16384 classes; the logits of these rows take 64 MiB in
+    fp32."""
     operands, target = make(rows=1024, hidden=32, classes=16384, ignored=0)
     x, head = (t.to(dtype).requires_grad_() for t in operands[:2])
     fastft.linear_cross_entropy(x, head, target).backward()
     x.grad = head.grad = None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         fastft.linear_cross_entropy(x, head, target).backward()
-    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
     gradients = 2 * 4 * (x.numel() + head.numel())  # as sums in fp32, and rounded
     assert 8 << 20 < max(itertools.accumulate(changes)) <= (32 << 20) + gradients
 
@@ -122,9 +148,16 @@ def test_flops_frozen_head():
     x, head, _ = parameters(operands, frozen=(1,))
     assert flops_of(lambda: fused(x, head, None, target).backward()) == 4 * T * H * V
     upstream = torch.randn(T)
-    assert flops_of(lambda: fused(x, head, None, target, reduction="none").backward(upstream)) == 4 * T * H * V
+    assert (
+        flops_of(lambda: fused(x, head, None, target, reduction="none").backward(upstream))
+        == 4 * T * H * V
+    )
     run = dict(operands=operands, upstream=upstream, frozen=(1,))
-    check(lambda *t: fused(*t, target, reduction="none"), lambda *t: eager(*t, target, reduction="none"), **run)
+    check(
+        lambda *t: fused(*t, target, reduction="none"),
+        lambda *t: eager(*t, target, reduction="none"),
+        **run,
+    )
 
 
 def test_skips_gemms_of_ignored_rows():
@@ -133,7 +166,8 @@ def test_skips_gemms_of_ignored_rows():
     leaves = parameters(operands)
     assert flops_of(lambda: fused(*leaves, target).backward()) == 6 * (T - 40) * H * V
     losses = fused(*leaves, target, reduction="none")
-    assert flops_of(lambda: losses.sum().backward()) == 6 * (T - 40) * H * V  # and of the logits made again
+    # and of the logits made again
+    assert flops_of(lambda: losses.sum().backward()) == 6 * (T - 40) * H * V
 
 
 def test_ignore_index():
@@ -185,25 +219,37 @@ def test_closed_form_token_loss_in_6thv():
     operands, target = make(ignored=0)
     x, head, _ = parameters(operands)
     assert (
-        flops_of(lambda: fastft.linear_token_loss(x, head, target, dft, chunk_rows=CHUNK).backward()) == 6 * T * H * V
+        flops_of(
+            lambda: fastft.linear_token_loss(x, head, target, dft, chunk_rows=CHUNK).backward()
+        )
+        == 6 * T * H * V
     )
 
     def plain(x, head, _):
         log_p = F.linear(x, head).log_softmax(1).gather(1, target[:, None])
         return -(log_p * log_p.detach().exp()).sum()
 
-    check(lambda x, head, _: fastft.linear_token_loss(x, head, target, dft, chunk_rows=CHUNK), plain, operands)
+    check(
+        lambda x, head, _: fastft.linear_token_loss(x, head, target, dft, chunk_rows=CHUNK),
+        plain,
+        operands,
+    )
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_none_sum_mean(reduction):
-    check_option(upstream=torch.rand(T) if reduction == "none" else torch.tensor(1.75), reduction=reduction)
+    check_option(
+        upstream=torch.rand(T) if reduction == "none" else torch.tensor(1.75), reduction=reduction
+    )
 
 
 @pytest.mark.parametrize("items", [torch.tensor(37), torch.tensor([37.0]), 37])
 def test_num_items_in_batch_as_device_scalar(items):
     operands, target = make()
-    ours, plain = (lambda *t: fused(*t, target, num_items=items)), lambda *t: eager(*t, target, reduction="sum") / 37
+    ours, plain = (
+        (lambda *t: fused(*t, target, num_items=items)),
+        lambda *t: eager(*t, target, reduction="sum") / 37,
+    )
     check(ours, plain, operands)
 
 
@@ -221,13 +267,19 @@ def plain_log_probs(operands, target):
 
 def test_per_token_logprobs():
     operands, target = make()
-    ours, plain = (lambda *t: log_probs(t, target).log_probs), lambda *t: plain_log_probs(t, target)[0]
+    ours, plain = (
+        (lambda *t: log_probs(t, target).log_probs),
+        lambda *t: plain_log_probs(t, target)[0],
+    )
     check(ours, plain, operands, upstream=torch.randn(T))
 
 
 def test_entropy_differentiable():
     operands, target = make()
-    ours, plain = (lambda *t: log_probs(t, target).entropy), lambda *t: plain_log_probs(t, target)[1]
+    ours, plain = (
+        (lambda *t: log_probs(t, target).entropy),
+        lambda *t: plain_log_probs(t, target)[1],
+    )
     check(ours, plain, operands, upstream=torch.randn(T))
 
 
@@ -256,7 +308,8 @@ def test_prob_targets():
 
 
 def test_lora_on_lm_head(monkeypatch):
-    """PEFT's head, base(x) + scale * B(A(x)), is one linear layer: the gradients of A and B, and no logits."""
+    """PEFT's head, base(x) + scale * B(A(x)), is one linear layer: the gradients of A and B, and no
+    logits."""
     monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)
     monkeypatch.setattr(expressions, "MIN_CHUNK_ROWS", CHUNK)
     (x, head, _), target = make()
@@ -304,7 +357,8 @@ def test_double_backward_is_a_clear_error(name):
     operands, target = make()
     x, head, _ = parameters(operands)
     with pytest.raises(
-        RuntimeError, match=f"{name.replace('linear_log_probs', 'linear_cross_entropy')} cannot be .*twice"
+        RuntimeError,
+        match=f"{name.replace('linear_log_probs', 'linear_cross_entropy')} cannot be .*twice",
     ):
         torch.autograd.grad(FUNCTIONS[name](x, head, target), x, create_graph=True)
 
@@ -315,14 +369,18 @@ def test_inputs_never_mutated(name):
     x, head, _ = parameters(operands)
     before = [t.detach().clone() for t in (x, head, target)]
     FUNCTIONS[name](x, head, target).backward()
-    assert all(torch.equal(t, b) and t._version == 0 for t, b in zip((x, head, target), before, strict=True))
+    assert all(
+        torch.equal(t, b) and t._version == 0
+        for t, b in zip((x, head, target), before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_deterministic(name):
     operands, target = make(rows=300)
     one, two = (
-        evaluate(lambda x, head: FUNCTIONS[name](x, head, target), operands[:2], torch.float32) for _ in range(2)
+        evaluate(lambda x, head: FUNCTIONS[name](x, head, target), operands[:2], torch.float32)
+        for _ in range(2)
     )
     assert all(map(torch.equal, one, two))
 
@@ -334,10 +392,16 @@ def test_torch_compile_no_graph_break():
     def training_loss(x, head, _):
         hidden = torch.tanh(x)
         token = fastft.linear_log_probs(hidden, head, target)
-        return fastft.linear_cross_entropy(hidden, head, target, z_loss=0.01) - 0.1 * token.entropy.mean()
+        return (
+            fastft.linear_cross_entropy(hidden, head, target, z_loss=0.01)
+            - 0.1 * token.entropy.mean()
+        )
 
-    compiled = torch.compile(training_loss, fullgraph=True, backend="aot_eager")  # a graph break would raise
-    one, two = (evaluate(function, operands, torch.float32) for function in (training_loss, compiled))
+    # a graph break would raise
+    compiled = torch.compile(training_loss, fullgraph=True, backend="aot_eager")
+    one, two = (
+        evaluate(function, operands, torch.float32) for function in (training_loss, compiled)
+    )
     assert all(map(torch.equal, one, two))
 
 
@@ -345,17 +409,32 @@ def test_torch_compile_no_graph_break():
 @pytest.mark.parametrize("max_counted", [None, 60])
 def test_no_host_sync(reduction, max_counted, monkeypatch):
     """Of tensors without numbers, as far from the host as a GPU's: whoever waits for one fails."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it does not know their device
+    # it does not know their device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    x, head = (torch.empty(n, H, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (T, V))
+    x, head = (
+        torch.empty(n, H, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (T, V)
+    )
     target = torch.zeros(T, dtype=torch.int64, device="meta")
     items, weight = torch.ones((), device="meta"), torch.ones(V, device="meta")
     options = {"num_items": items} if reduction == "mean" else {"weight": weight}
     with Watch() as watch:
-        losses = fused(x, head, None, target, reduction=reduction, max_counted=max_counted, impl="eager", **options)
+        losses = fused(
+            x,
+            head,
+            None,
+            target,
+            reduction=reduction,
+            max_counted=max_counted,
+            impl="eager",
+            **options,
+        )
         losses.sum().backward()
     rows = max_counted or T
-    assert watch.flops == (6 if reduction == "mean" else 8) * rows * H * V and head.grad.shape == (V, H)
+    assert watch.flops == (6 if reduction == "mean" else 8) * rows * H * V and head.grad.shape == (
+        V,
+        H,
+    )
     with pytest.raises(RuntimeError):
         losses.sum().item()  # as this does
 
@@ -363,7 +442,9 @@ def test_no_host_sync(reduction, max_counted, monkeypatch):
 def test_autocast():
     operands, target = make(bias=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, plain = (evaluate(partial(f, target=target), operands, torch.float32) for f in (fused, eager))
+        ours, plain = (
+            evaluate(partial(f, target=target), operands, torch.float32) for f in (fused, eager)
+        )
     truth = evaluate(lambda *t: eager(*t, target), operands, torch.float64)
     for values in zip(ours, plain, truth, strict=True):
         assert_no_worse(*values, terms=terms_of(operands))
@@ -377,19 +458,25 @@ def test_fp16_grad_scaler_safe():
     operands = [operands[0] / 64, operands[1] / 64, None]
     scale = torch.tensor(2.0**17)
     ours, plain = (
-        evaluate(partial(f, target=target, reduction="sum"), operands, torch.float16, scale) for f in (fused, eager)
+        evaluate(partial(f, target=target, reduction="sum"), operands, torch.float16, scale)
+        for f in (fused, eager)
     )
     truth = evaluate(lambda *t: eager(*t, target, reduction="sum"), operands, torch.float64, scale)
     assert not plain[2].isfinite().all()  # dlogits, -0.998 * 2^17, are beyond fp16 for torch
     for mine, exact in zip(ours, truth, strict=True):
         assert mine.isfinite().all()
-        torch.testing.assert_close(mine.double(), exact, rtol=4e-3, atol=4e-3 * exact.abs().max().item())
+        torch.testing.assert_close(
+            mine.double(), exact, rtol=4e-3, atol=4e-3 * exact.abs().max().item()
+        )
     # a mean's 1 / items comes last as well: dlogits of 1e-9 would all be 0 in fp16
     options, scale = {"num_items": 10**9}, torch.tensor(2.0**26)
     ours, truth = (
-        evaluate(lambda *t: fused(*t, target, **options), operands, d, scale)[2] for d in (torch.float16, torch.float64)
+        evaluate(lambda *t: fused(*t, target, **options), operands, d, scale)[2]
+        for d in (torch.float16, torch.float64)
     )
-    torch.testing.assert_close(ours.double(), truth, rtol=4e-3, atol=1e-3 * truth.abs().max().item())
+    torch.testing.assert_close(
+        ours.double(), truth, rtol=4e-3, atol=1e-3 * truth.abs().max().item()
+    )
 
 
 @pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")
@@ -422,15 +509,25 @@ def test_more_than_2_31_logits():
     target = torch.full((rows,), -100)
     counted = torch.tensor([0, 1 << 16, rows - 2, rows - 1])
     target[counted] = torch.tensor([classes - 1, 0, 17, classes - 1])
-    ours = evaluate(lambda x, head: fastft.linear_cross_entropy(x, head, target), [x, head], torch.float32)
+    ours = evaluate(
+        lambda x, head: fastft.linear_cross_entropy(x, head, target), [x, head], torch.float32
+    )
     few = lambda x, head: eager(x[counted], head, None, target[counted])  # noqa: E731
-    for values in zip(ours, *(evaluate(few, [x, head], d) for d in (torch.float32, torch.float64)), strict=True):
+    for values in zip(
+        ours, *(evaluate(few, [x, head], d) for d in (torch.float32, torch.float64)), strict=True
+    ):
         assert_no_worse(*values, terms=classes)
     stride = (1 << 30) + 1
-    logits = torch.empty(2 * stride + 7, dtype=torch.bfloat16).as_strided((3, 7), (stride, 1)).copy_(torch.randn(3, 7))
+    logits = (
+        torch.empty(2 * stride + 7, dtype=torch.bfloat16)
+        .as_strided((3, 7), (stride, 1))
+        .copy_(torch.randn(3, 7))
+    )
     assert logits.data_ptr() % 2 == 0 and logits[2].storage_offset() > 2**31
     losses = fastft.cross_entropy(logits, torch.tensor([1, 6, 3]), reduction="none")
-    assert torch.equal(losses, fastft.cross_entropy(logits.contiguous(), torch.tensor([1, 6, 3]), reduction="none"))
+    assert torch.equal(
+        losses, fastft.cross_entropy(logits.contiguous(), torch.tensor([1, 6, 3]), reduction="none")
+    )
 
 
 def test_fp32_loss_sum():
@@ -463,7 +560,9 @@ def test_fp32_weight_gradient_accumulation():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_all_ignored_batch(name):
     operands, target = make(ignored=1.1)
-    for result in evaluate(lambda x, head: FUNCTIONS[name](x, head, target), operands[:2], torch.float32):
+    for result in evaluate(
+        lambda x, head: FUNCTIONS[name](x, head, target), operands[:2], torch.float32
+    ):
         assert torch.equal(result, torch.zeros_like(result))
 
 
@@ -473,10 +572,15 @@ def test_collapse_safe(margin):
     logits[0, 4] = margin
     target, eye = torch.tensor([4]), torch.eye(9)
     others = 8 * torch.exp(torch.tensor(-margin, dtype=torch.float64))
-    for function in (lambda z: fastft.cross_entropy(z, target), lambda z: fastft.linear_cross_entropy(z, eye, target)):
+    for function in (
+        lambda z: fastft.cross_entropy(z, target),
+        lambda z: fastft.linear_cross_entropy(z, eye, target),
+    ):
         loss, gradient = evaluate(function, [logits], torch.float32)
         torch.testing.assert_close(loss.double(), others.log1p(), rtol=1e-6, atol=0)
-        torch.testing.assert_close(gradient[0, 4].double(), -others / (1 + others), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            gradient[0, 4].double(), -others / (1 + others), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -499,8 +603,11 @@ def test_accumulate_into_weight_grad(dtype):
 
 
 def test_accumulating_into_weight_grad_is_heard_by_ddp(tmp_path):
-    """DDP waits for the weight's node in the graph, and complains at the next step if it never ran."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    """DDP waits for the weight's node in the graph, and complains at the next step if it never
+    ran."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
     try:
         head = nn.Linear(H, V, bias=False)
         head.forward = lambda x, target: fastft.linear_cross_entropy(
@@ -530,17 +637,24 @@ def hooked():
         (lambda: torch.randn(V, H), {}, "must be a leaf that requires a gradient"),
         (hooked, {}, "hooks"),
         (lambda: torch.randn(V, H, requires_grad=True), {"reduction": "none"}, "reduction"),
-        (lambda: torch.randn(V, H, requires_grad=True), {"group": object()}, "spread over the processes"),
+        (
+            lambda: torch.randn(V, H, requires_grad=True),
+            {"group": object()},
+            "spread over the processes",
+        ),
     ],
 )
 def test_accumulating_into_weight_grad_is_refused_where_it_would_go_unseen(head, options, message):
     operands, target = make()
-    with pytest.raises(ValueError, match=f"accumulate_weight_grad=True is not possible: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"accumulate_weight_grad=True is not possible: .*{message}"
+    ):
         fused(operands[0], head(), None, target, accumulate_weight_grad=True, **options)
 
 
 def test_no_per_model_patches():
-    """A model that nobody has seen: its loss is fused, its gradients are torch's, no class or module is changed."""
+    """A model that nobody has seen: its loss is fused, its gradients are torch's, no class or
+    module is changed."""
 
     class Stranger(nn.Module):
         def __init__(self):
@@ -570,11 +684,15 @@ def test_no_per_model_patches():
 # --- where rivals are wrong; what torch does is asserted for the version in which it was seen
 
 AS_SEEN = torch.__version__.startswith("2.13.")
-chunked_torch = pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch has no chunked loss")
+chunked_torch = pytest.mark.skipif(
+    not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch has no chunked loss"
+)
 
 
 def torch_chunked(x, head, target, **options):
-    return F.linear_cross_entropy(x, head, target, options=nn.LinearCrossEntropyOptions(), **options)
+    return F.linear_cross_entropy(
+        x, head, target, options=nn.LinearCrossEntropyOptions(), **options
+    )
 
 
 @chunked_torch
@@ -583,8 +701,9 @@ def test_right_where_torch_chunked_sums_bf16_losses_in_bf16():
     x, head = (t.bfloat16() for t in operands[:2])
     logits = F.linear(x.double(), head.double())
     truth = F.cross_entropy(logits, target)
-    # a processor with bf16 units rounds each logit to bf16, by 2^-9 of it at most; of the mean over the rows the
-    # standard deviation is less than that of the labels' logits, by the root of the rows
+    # a processor with bf16 units rounds each logit to bf16, by 2^-9 of it at most; of the mean over
+    # the rows the standard deviation is less than that of the labels' logits, by the root of the
+    # rows
     rounding = 4 * 2**-9 * logits.pow(2).mean().sqrt() / len(x) ** 0.5
     assert abs(fastft.linear_cross_entropy(x, head, target) - truth) <= rounding
     if AS_SEEN:
@@ -594,11 +713,15 @@ def test_right_where_torch_chunked_sums_bf16_losses_in_bf16():
 @chunked_torch
 def test_right_where_torch_chunked_makes_nan_of_an_ignored_batch():
     operands, target = make(ignored=1.1)
-    ours = evaluate(lambda x, head: fastft.linear_cross_entropy(x, head, target), operands[:2], torch.float32)
+    ours = evaluate(
+        lambda x, head: fastft.linear_cross_entropy(x, head, target), operands[:2], torch.float32
+    )
     assert not any(result.any() for result in ours)
     if AS_SEEN:
         theirs = evaluate(
-            lambda x, head: torch_chunked(x, head, target, ignore_index=-100), operands[:2], torch.float32
+            lambda x, head: torch_chunked(x, head, target, ignore_index=-100),
+            operands[:2],
+            torch.float32,
         )
         assert all(result.isnan().all() for result in theirs)
 
@@ -621,7 +744,9 @@ def test_right_where_liger_gives_a_head_that_trains_alone_no_gradient(reduction)
     operands, target = make()
     head = operands[1].requires_grad_()
     fastft.linear_cross_entropy(operands[0], head, target, reduction=reduction).sum().backward()
-    expected = torch.autograd.grad(eager(operands[0], head, None, target, reduction=reduction).sum(), head)[0]
+    expected = torch.autograd.grad(
+        eager(operands[0], head, None, target, reduction=reduction).sum(), head
+    )[0]
     torch.testing.assert_close(head.grad, expected)
 
 
@@ -630,7 +755,9 @@ def test_right_where_liger_doubles_the_gradient_of_a_kept_graph():
     x, head, _ = parameters(operands)
     loss = fastft.linear_cross_entropy(x, head, target)
     upstream = torch.tensor(2.0)
-    first, second = (torch.autograd.grad(loss, (x, head), upstream, retain_graph=True) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(loss, (x, head), upstream, retain_graph=True) for _ in range(2)
+    )
     last = torch.autograd.grad(loss, (x, head), upstream)
     assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, last))
 

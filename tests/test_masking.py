@@ -29,24 +29,42 @@ def tokenizer():
 def sentences(sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        {"input_ids": [CLS, *torch.randint(4, WORDS, (size - 2,), generator=generator).tolist(), SEP]} for size in sizes
+        {
+            "input_ids": [
+                CLS,
+                *torch.randint(4, WORDS, (size - 2,), generator=generator).tolist(),
+                SEP,
+            ]
+        }
+        for size in sizes
     ]
 
 
 def with_special(examples):
-    return [{**e, "special_tokens_mask": [int(token < 4) for token in e["input_ids"]]} for e in examples]
+    return [
+        {**e, "special_tokens_mask": [int(token < 4) for token in e["input_ids"]]} for e in examples
+    ]
 
 
-@pytest.mark.parametrize("prepare", [lambda examples: examples, with_special], ids=["tokenizer", "special_tokens_mask"])
+@pytest.mark.parametrize(
+    "prepare", [lambda examples: examples, with_special], ids=["tokenizer", "special_tokens_mask"]
+)
 @pytest.mark.parametrize("probability", [0.15, 0.0, 1.0])
 @pytest.mark.parametrize("seed", [None, 7])
 @pytest.mark.parametrize(("count", "rows"), [(1, 1), (6, 1), (6, 3)])
 def test_masks_are_those_of_transformers(tokenizer, prepare, probability, seed, count, rows):
     """Equally long examples have no padding there: both see the same tokens in the same order."""
     examples = prepare(sentences([40] * count))
-    theirs = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability, seed=seed)
+    theirs = transformers.DataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=probability, seed=seed
+    )
     ours = PackingCollator(
-        task="masked_lm", tokenizer=tokenizer, mlm_probability=probability, seed=seed, rows=rows, pad_token_id=PAD
+        task="masked_lm",
+        tokenizer=tokenizer,
+        mlm_probability=probability,
+        seed=seed,
+        rows=rows,
+        pad_token_id=PAD,
     )
     for step in range(2):
         torch.manual_seed(step)
@@ -58,13 +76,18 @@ def test_masks_are_those_of_transformers(tokenizer, prepare, probability, seed, 
                 assert batch[key].flatten().tolist() == expected[key].flatten().tolist()
         else:  # the examples lie in another order
             assert batch["labels"].shape == (3, 80)
-        assert batch.counted == int((batch["labels"] != -100).sum()) and "special_tokens_mask" not in batch
+        assert (
+            batch.counted == int((batch["labels"] != -100).sum())
+            and "special_tokens_mask" not in batch
+        )
         assert (batch.counted > 0) == (probability > 0)
 
 
 def test_shares_and_what_is_never_masked(tokenizer):
     examples = sentences([500] * 40 + [17])
-    collator = PackingCollator(task="masked_lm", tokenizer=tokenizer, seed=1, pad_to_multiple_of=64, pad_token_id=PAD)
+    collator = PackingCollator(
+        task="masked_lm", tokenizer=tokenizer, seed=1, pad_to_multiple_of=64, pad_token_id=PAD
+    )
     batch = collator(examples)
     truth = torch.tensor([token for example in examples for token in example["input_ids"]])
     tokens = batch["input_ids"][0, : truth.numel()]
@@ -89,7 +112,10 @@ def test_tokens_that_attention_mask_takes_out_are_not_drawn_for(tokenizer, form)
     examples = [{key: kinds[form](value) for key, value in e.items()} for e in examples]
     shorter = [{"input_ids": e["input_ids"][:9]} for e in examples]
     collators = [PackingCollator(task="masked_lm", tokenizer=tokenizer, seed=3) for _ in range(2)]
-    batches = [collator(features) for collator, features in zip(collators, (examples, shorter), strict=True)]
+    batches = [
+        collator(features)
+        for collator, features in zip(collators, (examples, shorter), strict=True)
+    ]
     for key in ("input_ids", "labels", "cu_seq_lens_q"):
         assert torch.equal(batches[0][key], batches[1][key])
 
@@ -118,7 +144,9 @@ def test_workers_draw_masks_of_their_own(tokenizer):
 def test_without_a_tokenizer_the_examples_are_masked_already():
     batch = PackingCollator(task="masked_lm")(make([2, 3], labels=50))
     assert unpacked(batch, "labels") == [[50, 51], [50, 51, 52]]
-    with pytest.raises(ValueError, match="task 'masked_lm' needs tokenizer, or examples that have labels already"):
+    with pytest.raises(
+        ValueError, match="task 'masked_lm' needs tokenizer, or examples that have labels already"
+    ):
         PackingCollator(task="masked_lm")(make([2, 3]))
 
 

@@ -1,4 +1,5 @@
-"""8-bit moments: what is lost, on which gradients; the same bits however they are computed, split, saved and loaded."""
+"""8-bit moments: what is lost, on which gradients; the same bits however they are computed, split,
+saved and loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ from fastft.optim.adamw import AdamW
 from fastft.optim.factory import adamw
 
 NATIVE = _native.missing("cpu") is None
-ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
+]
 SHAPES = [(5, 1), (3, 63), (4, 507), (2, 3, 7), (9,), (70, 128), (2, 1000), (0, 3), (3, 0), (4099,)]
 MODES = [
     (torch.float32, {}),
@@ -38,7 +42,9 @@ def gradients(step, shapes=SHAPES):
     generator = torch.Generator().manual_seed(step)
 
     def one(shape):
-        return torch.randn(shape, generator=generator) * 10 ** (torch.rand(shape, generator=generator) * 6 - 4)
+        return torch.randn(shape, generator=generator) * 10 ** (
+            torch.rand(shape, generator=generator) * 6 - 4
+        )
 
     return [one(shape) for shape in shapes]
 
@@ -73,18 +79,23 @@ def codes_of(m, v):
     return tuple(state[name] for name in names)
 
 
-# What is lost: the update relative to fp32's -------------------------------------------------------------------------
+# What is lost: the update relative to fp32's
+# -------------------------------------------------------------------------
 
 
 def compared(stream, steps, impl="auto", elements=4096):
-    """fp32 and 8-bit updates of weights which start at zero, without decay: error, largest, sums; of the last steps."""
+    """fp32 and 8-bit updates of weights which start at zero, without decay: error, largest, sums;
+    of the last steps."""
     weights = {name: Parameter(torch.zeros(elements // 512, 512)) for name in ("fp32", "8bit")}
     optimizers = [
-        AdamW([weight], lr=1.0, weight_decay=0.0, moments=name, seed=1, impl=impl) for name, weight in weights.items()
+        AdamW([weight], lr=1.0, weight_decay=0.0, moments=name, seed=1, impl=impl)
+        for name, weight in weights.items()
     ]
     error, norm, largest = 0.0, 0.0, {"fp32": 0.0, "8bit": 0.0}
     for step in range(steps):
-        grad = stream(step, torch.randn(elements // 512, 512, generator=torch.Generator().manual_seed(step)))
+        grad = stream(
+            step, torch.randn(elements // 512, 512, generator=torch.Generator().manual_seed(step))
+        )
         updates = {}
         for (name, weight), optimizer in zip(weights.items(), optimizers, strict=True):
             weight.data.zero_()
@@ -103,7 +114,8 @@ def outlier(step, grad):
     return grad
 
 
-STREAMS = {  # steps, largest error, largest update relative to fp32's; measured: see moments_8bit.py
+# steps, largest error, largest update relative to fp32's; measured: see moments_8bit.py
+STREAMS = {
     "iid": (lambda step, grad: grad, 300, 0.10, 1.2),
     "outlier": (outlier, 200, 0.25, 1.6),
     "drop": (lambda step, grad: grad * (1 if step < 200 else 1 / 30), 500, 0.10, 1.2),
@@ -124,7 +136,10 @@ def test_updates_are_near_those_of_fp32(stream):
 def test_zero_gradients_move_nothing(impl, dtype):
     # whole blocks, and single elements among others that are updated
     weight = start([(6, 300)], dtype)[0]
-    before, still = weight.detach().clone(), torch.rand(6, 300, generator=torch.Generator().manual_seed(2)) < 0.5
+    before, still = (
+        weight.detach().clone(),
+        torch.rand(6, 300, generator=torch.Generator().manual_seed(2)) < 0.5,
+    )
     still[3] = True
     optimizer = AdamW([weight], lr=0.1, weight_decay=0.0, moments="8bit", impl=impl)
     for step in range(60):
@@ -157,12 +172,18 @@ def test_fine_tune_ends_at_the_loss_of_fp32():
     losses = {}
     for moments in ("fp32", "8bit"):
         torch.manual_seed(3)
-        model = torch.nn.Sequential(torch.nn.Linear(32, 160), torch.nn.Tanh(), torch.nn.Linear(160, 4))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(32, 160), torch.nn.Tanh(), torch.nn.Linear(160, 4)
+        )
         optimizer = AdamW(model.parameters(), lr=1e-3, moments=moments, seed=5)
         noise = torch.Generator().manual_seed(4)
         for _ in range(300):
             rows = torch.randint(512, (64,), generator=noise)
-            loss = (model(inputs[rows]) - target[rows] - 0.5 * torch.randn(64, 4, generator=noise)).square().mean()
+            loss = (
+                (model(inputs[rows]) - target[rows] - 0.5 * torch.randn(64, 4, generator=noise))
+                .square()
+                .mean()
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -170,16 +191,25 @@ def test_fine_tune_ends_at_the_loss_of_fp32():
     assert abs(losses["8bit"] / losses["fp32"] - 1) < 0.005
 
 
-# The codes -----------------------------------------------------------------------------------------------------------
+# The codes
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_code_stands_for_itself():
     # each in a block of its own, beside the largest
-    codes = torch.full((256, 2), 127, dtype=torch.int8), torch.full((256, 2), 255, dtype=torch.uint8)
+    codes = (
+        torch.full((256, 2), 127, dtype=torch.int8),
+        torch.full((256, 2), 255, dtype=torch.uint8),
+    )
     codes[0][:, 1], codes[1][:, 1] = torch.arange(256).sub(127).clamp(max=127), torch.arange(256)
     m, v = moments_8bit.dequantise(*codes, *torch.ones(2, 256, 1).unbind())
     assert torch.equal(m[:, 0], torch.ones(256)) and torch.equal(v[:, 0], torch.ones(256))
-    assert (m[:255, 1].diff() > 0).all() and m[127, 1] == 0 and (v[:, 1].diff() > 0).all() and v.min() > 0
+    assert (
+        (m[:255, 1].diff() > 0).all()
+        and m[127, 1] == 0
+        and (v[:, 1].diff() > 0).all()
+        and v.min() > 0
+    )
     assert all(map(torch.equal, codes_of(m, v), (*codes, *torch.ones(2, 256, 1))))
 
 
@@ -202,7 +232,9 @@ def test_rounding_is_right_in_the_mean(scale):
     assert torch.equal(state[2], many.amax(1, keepdim=True)) and torch.equal(state[2], state[3])
     large = value[0] > value.max() / 2e6  # smaller ones become the smallest value of v
     torch.testing.assert_close(m.double().mean(0), value[0].double(), rtol=2e-3, atol=1e-9 * scale)
-    torch.testing.assert_close(v.double().mean(0)[large], value[0].double()[large], rtol=2e-3, atol=0.0)
+    torch.testing.assert_close(
+        v.double().mean(0)[large], value[0].double()[large], rtol=2e-3, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -224,7 +256,8 @@ def test_a_bad_gradient_spoils_its_own_element(impl, bad):
     assert torch.equal(spoilt[others], clean[others])
 
 
-# The same bits -------------------------------------------------------------------------------------------------------
+# The same bits
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native library")
@@ -232,7 +265,10 @@ def test_a_bad_gradient_spoils_its_own_element(impl, bad):
 @pytest.mark.parametrize("size", [1.0, 1e-17, 1e-33])
 def test_engines_have_the_same_bits(dtype, options, size, poisoned_empty):
     """Also where the reciprocal of a scale overflows."""
-    optimizers = [AdamW(start(dtype=dtype), moments="8bit", impl=impl, seed=3, **options) for impl in ("eager", "cpp")]
+    optimizers = [
+        AdamW(start(dtype=dtype), moments="8bit", impl=impl, seed=3, **options)
+        for impl in ("eager", "cpp")
+    ]
     for step in range(8):
         for optimizer in optimizers:
             train(optimizer, step, step + 1, size=size)
@@ -259,10 +295,13 @@ print(digest.hexdigest())
 @pytest.mark.skipif(not NATIVE, reason="no native library")
 @pytest.mark.parametrize("columns", [128, 127, 33])
 def test_moments_beside_a_code_have_the_same_bits(columns):
-    """First moments that are a code's value, or some last places beside it: where roots and floors may differ."""
+    """First moments that are a code's value, or some last places beside it: where roots and floors
+    may differ."""
     codes = torch.arange(128, dtype=torch.float64)
     values = (codes / 127).pow(4).float().roll(1)[:columns]  # the largest, 1, is in every row
-    rows = torch.stack([(values.view(torch.int32) + places).view(torch.float32) for places in range(-4, 5)])
+    rows = torch.stack(
+        [(values.view(torch.int32) + places).view(torch.float32) for places in range(-4, 5)]
+    )
     grads = rows.clamp(0.0, 1.0).index_fill_(1, torch.tensor(0), 1.0)
     grads[::2] *= -1
     runs = []
@@ -283,7 +322,9 @@ def test_instruction_sets_and_threads_have_the_same_bits():
     def digest(isa, threads):
         environment = {**os.environ, "FASTFT_CPU_ISA": isa, "OMP_WAIT_POLICY": "passive"}
         command = [sys.executable, "-c", DIGEST, str(threads)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout
 
     assert len({digest("baseline", 1), digest("avx2", 2), digest("avx512", 1)}) == 1
 
@@ -291,7 +332,8 @@ def test_instruction_sets_and_threads_have_the_same_bits():
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("columns", [1, 63, 507])
 def test_rows_do_not_depend_on_each_other(impl, columns):
-    """A shard of rows, whose random bits begin where they do in the whole, has the bits of the whole."""
+    """A shard of rows, whose random bits begin where they do in the whole, has the bits of the
+    whole."""
     from fastft.optim.adamw_update import OP
 
     names = moments_8bit.ENTRIES
@@ -318,17 +360,24 @@ def test_rows_do_not_depend_on_each_other(impl, columns):
 
 @pytest.mark.parametrize(("cut", "same"), [(4096 + 128, True), (4096 + 64, False)])
 def test_parts_of_a_vector_that_begin_with_a_block_have_the_bits_of_the_whole(cut, same):
-    """A flat vector cut anew among processes: exact where every part begins at a multiple of 128."""
+    """A flat vector cut anew among processes: exact where every part begins at a multiple of
+    128."""
     size, names = 9000, moments_8bit.ENTRIES
     m, v = torch.randn(size, generator=torch.Generator().manual_seed(1)), torch.rand(size)
     whole, parts = codes_of(m, v), [codes_of(m[:cut], v[:cut]), codes_of(m[cut:], v[cut:])]
     joined = [torch.cat([part[i] for part in parts], 0 if i < 2 else 1) for i in range(len(names))]
-    assert all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(joined, whole, strict=True)) == same
+    assert (
+        all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(joined, whole, strict=True))
+        == same
+    )
 
 
 def test_any_layout():
     # a transposed weight is updated as its copy is
-    copied, transposed = start([(63, 130)])[0], Parameter(start([(63, 130)])[0].detach().t().contiguous().t())
+    copied, transposed = (
+        start([(63, 130)])[0],
+        Parameter(start([(63, 130)])[0].detach().t().contiguous().t()),
+    )
     optimizers = [AdamW([weight], moments="8bit", seed=3) for weight in (copied, transposed)]
     for optimizer in optimizers:
         train(optimizer, 0, 4, [(63, 130)])
@@ -336,7 +385,8 @@ def test_any_layout():
     assert_same(*map(snapshot, optimizers))
 
 
-# States --------------------------------------------------------------------------------------------------------------
+# States
+# --------------------------------------------------------------------------------------------------------------
 
 
 def on_disk(state_dict):
@@ -373,7 +423,9 @@ def test_a_flat_part_of_many_parameters_is_in_8_bits(dtype):
     assert kept == 2 * 40_064 + 2 * 4 * 40_064 // 128
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(4095, torch.float32), (4096, torch.int8), (4097, torch.int8)])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(4095, torch.float32), (4096, torch.int8), (4097, torch.int8)]
+)
 def test_vectors_have_codes_from_4096_elements_on(size, dtype):
     optimizer = AdamW(start([(size,)]), moments="8bit", seed=1)
     train(optimizer, 0, 1, [(size,)])
@@ -401,8 +453,12 @@ def test_into_torchs_form_and_back():
     assert_same(snapshot(torchs), snapshot(wide))
     for param in ours.param_groups[0]["params"]:
         if param.ndim > 1 or len(param) > 4096:
-            decoded = moments_8bit.dequantise(*(ours.state[param][name] for name in moments_8bit.ENTRIES))
-            at = next(other for other, mine in zip(wide.state, ours.state, strict=True) if mine is param)
+            decoded = moments_8bit.dequantise(
+                *(ours.state[param][name] for name in moments_8bit.ENTRIES)
+            )
+            at = next(
+                other for other, mine in zip(wide.state, ours.state, strict=True) if mine is param
+            )
             assert torch.equal(wide.state[at]["exp_avg"], decoded[0])
             assert torch.equal(wide.state[at]["exp_avg_sq"], decoded[1])
     again = AdamW(start(), moments="8bit", seed=3)
@@ -417,7 +473,8 @@ def test_into_torchs_form_and_back():
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(70, 128), (3, 63), (5, 1), (4099,)])
 def test_codes_that_were_read_as_numbers_are_refused(shape, moments, tmp_path):
-    """torch.distributed.checkpoint loads 8-bit codes into an optimizer of other moments, and says nothing."""
+    """torch.distributed.checkpoint loads 8-bit codes into an optimizer of other moments, and says
+    nothing."""
     from torch.distributed import checkpoint as dcp
 
     ours = AdamW(start([shape]), moments="8bit", seed=3)
@@ -428,9 +485,12 @@ def test_codes_that_were_read_as_numbers_are_refused(shape, moments, tmp_path):
     loaded = {"optimizer": other.state_dict()}
     del loaded["optimizer"]["param_groups"]
     dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
-    assert loaded["optimizer"]["state"][0]["exp_avg"].abs().max() == 127  # else DCP has become better
+    # else DCP has become better
+    assert loaded["optimizer"]["state"][0]["exp_avg"].abs().max() == 127
     loaded["optimizer"]["param_groups"] = other.state_dict()["param_groups"]
-    with pytest.raises(ValueError, match="moments of parameter 0 are 8-bit codes that were read as numbers"):
+    with pytest.raises(
+        ValueError, match="moments of parameter 0 are 8-bit codes that were read as numbers"
+    ):
         other.load_state_dict(loaded["optimizer"])
 
 
@@ -465,7 +525,12 @@ def test_a_group_may_have_its_own():
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_and_head_keep_fp32(tied):
     transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = transformers.LlamaConfig(vocab_size=32, tie_word_embeddings=tied, **size)
     model = transformers.LlamaForCausalLM(config)
     optimizer, _ = adamw(model, moments="8bit", weight_decay=0.1)
@@ -474,9 +539,18 @@ def test_embeddings_and_head_keep_fp32(tied):
     optimizer.step()
     for name, param in model.named_parameters():
         wide = param.ndim < 2 or "embed_tokens" in name or "lm_head" in name
-        assert optimizer.state[param]["exp_avg"].dtype == (torch.float32 if wide else torch.int8), name
-    decays = {id(param): group["weight_decay"] for group in optimizer.param_groups for param in group["params"]}
-    assert decays[id(model.model.embed_tokens.weight)] == 0.1 and decays[id(model.model.norm.weight)] == 0.0
+        assert optimizer.state[param]["exp_avg"].dtype == (torch.float32 if wide else torch.int8), (
+            name
+        )
+    decays = {
+        id(param): group["weight_decay"]
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
+    assert (
+        decays[id(model.model.embed_tokens.weight)] == 0.1
+        and decays[id(model.model.norm.weight)] == 0.0
+    )
 
 
 @pytest.mark.parametrize("how", ["constructor", "group", "checkpoint"])
@@ -487,4 +561,6 @@ def test_amsgrad_is_refused(how):
         elif how == "group":
             AdamW([{"params": start(), "moments": "8bit"}], amsgrad=True)
         else:
-            AdamW(start(), moments="8bit").load_state_dict(torch.optim.AdamW(start(), amsgrad=True).state_dict())
+            AdamW(start(), moments="8bit").load_state_dict(
+                torch.optim.AdamW(start(), amsgrad=True).state_dict()
+            )

@@ -1,4 +1,5 @@
-"""The native libraries: what they need, what they export, and that a broken one never breaks the import."""
+"""The native libraries: what they need, what they export, and that a broken one never breaks the
+import."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from fastft import _native
 PACKAGE = Path(fastft.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
 LIBRARIES = sorted((PACKAGE / "_lib").glob("libfastft_*.so"))
-needs_cpu_library = pytest.mark.skipif(_native.missing("cpu") is not None, reason="no native CPU library")
+needs_cpu_library = pytest.mark.skipif(
+    _native.missing("cpu") is not None, reason="no native CPU library"
+)
 
 REPORT = [sys.executable, "-m", "fastft"]
 
@@ -41,7 +44,8 @@ def report(folder: Path, **environment: str) -> str:
 
 
 def flip(path: Path) -> None:
-    """Of the right size, with one page of its code damaged: dlopen of such a file may end the process."""
+    """Of the right size, with one page of its code damaged: dlopen of such a file may end the
+    process."""
     content = bytearray(path.read_bytes())
     content[4096:8192] = bytes(byte ^ 0xFF for byte in content[4096:8192])
     path.write_bytes(content)
@@ -60,7 +64,9 @@ def foreign(path: Path) -> None:
     source.write_text("int nothing;")
     subprocess.run(["gcc", "-shared", "-o", str(path), str(source)], check=True)
     record = path.parent / "build_info.json"
-    record.write_text(json.dumps({"cpu": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}))
+    record.write_text(
+        json.dumps({"cpu": {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}})
+    )
 
 
 @needs_cpu_library
@@ -86,7 +92,9 @@ def test_a_broken_library_is_no_import_error(copied_package: Path, damage, reaso
 
 @needs_cpu_library
 def test_libraries_can_be_disabled(copied_package: Path) -> None:
-    assert "libfastft_cpu: disabled by FASTFT_DISABLE" in report(copied_package, FASTFT_DISABLE="cpu")
+    assert "libfastft_cpu: disabled by FASTFT_DISABLE" in report(
+        copied_package, FASTFT_DISABLE="cpu"
+    )
 
 
 @needs_cpu_library
@@ -96,13 +104,19 @@ def test_the_instruction_set_can_be_capped(copied_package: Path, isa: str) -> No
     if _native._INSTRUCTION_SETS.index(isa) <= _native._INSTRUCTION_SETS.index(best):
         assert f"kernels for {isa}," in printed and "FASTFT_CPU_ISA" not in printed
     else:
-        assert f"FASTFT_CPU_ISA={isa} is ignored: this processor lacks it; the CPU kernels run with {best}" in printed
+        assert (
+            f"FASTFT_CPU_ISA={isa} is ignored: this processor lacks it; the CPU kernels run with "
+            f"{best}" in printed
+        )
 
 
 @needs_cpu_library
 def test_an_unknown_instruction_set_is_named(copied_package: Path) -> None:
     printed = report(copied_package, FASTFT_CPU_ISA="avx9")
-    assert "FASTFT_CPU_ISA=avx9 is ignored: it must be one of baseline, avx2, avx512, avx512bf16" in printed
+    assert (
+        "FASTFT_CPU_ISA=avx9 is ignored: it must be one of baseline, avx2, avx512, avx512bf16"
+        in printed
+    )
     assert f"kernels for {_native.cpu_isa()}," in printed
 
 
@@ -118,16 +132,25 @@ def test_shim_declarations_are_torchs(tmp_path: Path) -> None:
         pytest.skip("this torch ships no C shim headers")
     both = tmp_path / "both.cpp"
     both.write_text(
-        "#define USE_CUDA\n#include <torch/csrc/inductor/aoti_torch/c/shim.h>\n#include <torch/csrc/stable/c/shim.h>\n"
+        "#define USE_CUDA\n#include <torch/csrc/inductor/aoti_torch/c/shim.h>\n#include "
+        "<torch/csrc/stable/c/shim.h>\n"
         '#define FASTFT_SHIM_DECLARATIONS_ONLY\n#include "shim.h"\n'
     )
-    includes = [f"-I{headers}", f"-I{CSRC / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    done = subprocess.run(["g++", "-std=c++17", "-fsyntax-only", *includes, str(both)], capture_output=True, text=True)
+    includes = [
+        f"-I{headers}",
+        f"-I{CSRC / 'include'}",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
+    done = subprocess.run(
+        ["g++", "-std=c++17", "-fsyntax-only", *includes, str(both)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def symbols(library: Path, *flags: str) -> set[str]:
-    listing = subprocess.run(["nm", "-D", *flags, str(library)], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["nm", "-D", *flags, str(library)], capture_output=True, text=True, check=True
+    ).stdout
     return {line.split()[-1].split("@")[0] for line in listing.splitlines()}
 
 
@@ -135,12 +158,20 @@ def symbols(library: Path, *flags: str) -> set[str]:
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
 class TestLinkage:
     def test_exports_only_fastft(self, library: Path) -> None:
-        assert {name for name in symbols(library, "--defined-only") if not name.startswith("fastft_")} == set()
+        assert {
+            name for name in symbols(library, "--defined-only") if not name.startswith("fastft_")
+        } == set()
 
     def test_needs_only_declared_symbols_of_torch(self, library: Path) -> None:
-        declared = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", (CSRC / "include/shim.h").read_text()))
+        declared = set(
+            re.findall(r"\b((?:aoti_)?torch_\w+)\(", (CSRC / "include/shim.h").read_text())
+        )
         needed = {name for name in symbols(library, "--undefined-only") if "torch" in name}
         assert needed and needed <= declared
 
     def test_carries_no_openmp(self, library: Path) -> None:
-        assert not {name for name in symbols(library, "--undefined-only") if name.startswith(("omp_", "GOMP_"))}
+        assert not {
+            name
+            for name in symbols(library, "--undefined-only")
+            if name.startswith(("omp_", "GOMP_"))
+        }

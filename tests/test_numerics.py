@@ -1,4 +1,5 @@
-"""The tolerance itself: any order of a sum passes, whatever plain torch's luck, and a planted error does not."""
+"""The tolerance itself: any order of a sum passes, whatever plain torch's luck, and a planted error
+does not."""
 
 from __future__ import annotations
 
@@ -30,11 +31,15 @@ def truth_of(x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("terms", [1, 7, 63, 507, 4096])
-def test_a_sum_in_any_order_passes_where_plain_torch_is_exact(terms: int, dtype: torch.dtype) -> None:
+def test_a_sum_in_any_order_passes_where_plain_torch_is_exact(
+    terms: int, dtype: torch.dtype
+) -> None:
     x, y = factors(terms, dtype)
     truth = truth_of(x, y)
     for order in (torch.arange(terms), torch.arange(terms).flip(0), torch.randperm(terms)):
-        assert_no_worse(one_after_another(x[:, order], y[:, order]), truth.to(dtype), truth, terms=terms)
+        assert_no_worse(
+            one_after_another(x[:, order], y[:, order]), truth.to(dtype), truth, terms=terms
+        )
 
 
 def without_a_term(x: Tensor, y: Tensor) -> Tensor:
@@ -65,7 +70,9 @@ def off_by_a_tenth(x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("terms", [7, 63, 507])
-@pytest.mark.parametrize("fault", [without_a_term, with_neighbouring_rows, with_a_nan, rounded_factors, off_by_a_tenth])
+@pytest.mark.parametrize(
+    "fault", [without_a_term, with_neighbouring_rows, with_a_nan, rounded_factors, off_by_a_tenth]
+)
 def test_a_planted_error_fails(fault, terms: int, dtype: torch.dtype) -> None:
     x, y = factors(terms, dtype)
     truth = truth_of(x, y)
@@ -77,4 +84,6 @@ def test_a_planted_error_fails(fault, terms: int, dtype: torch.dtype) -> None:
 def test_a_factor_that_is_off_fails_in_fp32(factor: float) -> None:
     x, y = factors(507, torch.float32)
     with pytest.raises(AssertionError, match="off by"):
-        assert_no_worse((truth_of(x, y) * factor).float(), one_after_another(x, y), truth_of(x, y), terms=507)
+        assert_no_worse(
+            (truth_of(x, y) * factor).float(), one_after_another(x, y), truth_of(x, y), terms=507
+        )

@@ -1,4 +1,5 @@
-"""Checkpoints of commit a25eaea load with the bits that they had there, and train on as they did there."""
+"""Checkpoints of commit a25eaea load with the bits that they had there, and train on as they did
+there."""
 
 from __future__ import annotations
 
@@ -9,7 +10,18 @@ import pytest
 import torch
 from support import old_checkpoints
 from support.adamw_problems import MODES
-from support.old_checkpoints import AFTER, BEFORE, FOLDER, LONG, Model, bytes_of, digests, optimizer_of, start, step
+from support.old_checkpoints import (
+    AFTER,
+    BEFORE,
+    FOLDER,
+    LONG,
+    Model,
+    bytes_of,
+    digests,
+    optimizer_of,
+    start,
+    step,
+)
 from torch.nn import Parameter
 
 import fastft
@@ -18,7 +30,10 @@ from fastft.optim import moments_8bit
 from fastft.optim.adamw_update import load_value
 
 NATIVE = _native.missing("cpu") is None
-ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
+]
 
 
 def read(name: str) -> Any:
@@ -34,7 +49,9 @@ def test_the_next_steps_have_the_bits_of_then(mode: str, impl: str) -> None:
     optimizer.load_state_dict(file["optimizer"])
     for number, expected in enumerate(file["expected"], BEFORE):
         step(optimizer, number)
-        assert torch.equal(torch.cat([bytes_of(param.detach()) for param in params]), expected), number
+        assert torch.equal(torch.cat([bytes_of(param.detach()) for param in params]), expected), (
+            number
+        )
     assert digests(optimizer) == file["digests"]
     assert len(file["expected"]) == AFTER
 
@@ -51,21 +68,29 @@ def test_every_entry_keeps_its_bits(mode: str) -> None:
         assert loaded["state"][key].keys() == then.keys()
         for name, value in then.items():
             now = loaded["state"][key][name]
-            assert now.dtype == value.dtype and torch.equal(bytes_of(now), bytes_of(value)), (key, name)
+            assert now.dtype == value.dtype and torch.equal(bytes_of(now), bytes_of(value)), (
+                key,
+                name,
+            )
 
 
 def test_fp32_moments_of_a_long_vector_become_8_bit_ones() -> None:
-    """Weights, counts and remainders have the bits of then; the moments are the nearest codes of what they were."""
+    """Weights, counts and remainders have the bits of then; the moments are the nearest codes of
+    what they were."""
     file = read("exact-8bit-long.pt")
     params = [Parameter(weight) for weight in file["weights"]]
     optimizer = optimizer_of(params, MODES["exact-8bit"])
     optimizer.load_state_dict(file["optimizer"])
     then, state = file["optimizer"]["state"][0], optimizer.state[params[0]]
     assert then["exp_avg"].shape == LONG[0] and then["exp_avg"].dtype == torch.float32
-    assert torch.equal(params[0], read("exact-8bit-long.pt")["weights"][0]) and state["step"] == BEFORE
+    assert (
+        torch.equal(params[0], read("exact-8bit-long.pt")["weights"][0]) and state["step"] == BEFORE
+    )
     assert torch.equal(state["remainder"], then["remainder"].view(torch.int16))
     m, v = moments_8bit.dequantise(*(state[name] for name in moments_8bit.ENTRIES))
-    torch.testing.assert_close(m, then["exp_avg"], rtol=0.02, atol=float(then["exp_avg"].abs().max()) * 1e-3)
+    torch.testing.assert_close(
+        m, then["exp_avg"], rtol=0.02, atol=float(then["exp_avg"].abs().max()) * 1e-3
+    )
     torch.testing.assert_close(v, then["exp_avg_sq"], rtol=0.04, atol=0.0)
     step(optimizer, BEFORE)
 
@@ -99,7 +124,11 @@ def test_fp32_weights_have_the_bits_of_then(folder: str, tmp_path: Path) -> None
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
 
 
 def assert_equal(now: dict[str, torch.Tensor], then: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,5 @@
-"""One dispatch: which engine computes a call, why another does not, and that every engine has its operator's schema."""
+"""One dispatch: which engine computes a call, why another does not, and that every engine has its
+operator's schema."""
 
 from __future__ import annotations
 
@@ -22,9 +23,15 @@ from fastft.optim.grad_norm import grad_norm
 
 CSRC = Path(fastft.__file__).parent.parent / "csrc"
 CPU, GPU, XPU = torch.device("cpu"), torch.device("cuda", 0), torch.device("xpu", 0)
-WITH_SCHEMA = {name: operator for name, operator in OPERATORS.items() if isinstance(operator, Operator)}
-WITH_TRITON = {name: operator for name, operator in WITH_SCHEMA.items() if "triton" in operator.engines}
-needs_cpu_library = pytest.mark.skipif(_native.missing("cpu") is not None, reason="no native CPU library")
+WITH_SCHEMA = {
+    name: operator for name, operator in OPERATORS.items() if isinstance(operator, Operator)
+}
+WITH_TRITON = {
+    name: operator for name, operator in WITH_SCHEMA.items() if "triton" in operator.engines
+}
+needs_cpu_library = pytest.mark.skipif(
+    _native.missing("cpu") is not None, reason="no native CPU library"
+)
 
 
 def arguments(operator: Any) -> list[str]:
@@ -48,7 +55,9 @@ class TestSignatures:
     def test_the_native_engines_take_as_many(self, operator: Operator) -> None:
         for engine in set(operator.engines) & set(ops.LIBRARIES):
             folders = (CSRC / ops.LIBRARIES[engine], CSRC / "include")
-            text = "".join(path.read_text() for folder in folders for path in sorted(folder.iterdir()))
+            text = "".join(
+                path.read_text() for folder in folders for path in sorted(folder.iterdir())
+            )
             counts = re.findall(rf'"{operator.name}(?:: | takes )(\d+) arguments', text)
             assert counts == [str(len(arguments(operator.native)))], engine
 
@@ -56,7 +65,9 @@ class TestSignatures:
         if "triton" not in operator.engines:
             pytest.skip("no Triton engine")
         pytest.importorskip("triton")
-        assert str(operator.triton._schema).replace("_triton(", "(", 1) == str(operator.native._schema)
+        assert str(operator.triton._schema).replace("_triton(", "(", 1) == str(
+            operator.native._schema
+        )
         assert_takes(operator._triton_function(), arguments(operator.native))
 
 
@@ -73,7 +84,10 @@ def test_the_native_steps_of_adamw_take_as_many_as_their_schemas() -> None:
 
 
 def test_the_flash_engines_take_the_same() -> None:
-    of_cpu, of_cuda = inspect.signature(attention_flash.cpu_forward), inspect.signature(attention_flash.cuda_forward)
+    of_cpu, of_cuda = (
+        inspect.signature(attention_flash.cpu_forward),
+        inspect.signature(attention_flash.cuda_forward),
+    )
     assert of_cpu == of_cuda
 
 
@@ -149,32 +163,54 @@ def long_pack(impl: str) -> Any:
 UNSUITED = {
     "cross-entropy of float64": ("cpp", loss, (DOUBLE,), "it has no kernel for torch.float64"),
     "cross-entropy on a CPU by Triton": ("triton", loss, (SINGLE,), "these are on cpu"),
-    "cross-entropy over hidden states": ("cpp", linear_loss, (DOUBLE,), "it has no kernel for torch.float64"),
+    "cross-entropy over hidden states": (
+        "cpp",
+        linear_loss,
+        (DOUBLE,),
+        "it has no kernel for torch.float64",
+    ),
     "a norm of float16": ("cpp", norm, (SINGLE, HALF), "it has no kernel for torch.float16"),
     "a norm on a CPU by CUDA": ("cuda", norm, (SINGLE,), "these are on cpu"),
     "a norm by Triton": ("triton", norm, (SINGLE,), "grad_norm_squared_ has no triton kernel"),
-    "AdamW with a gradient unlike its parameter": ("cpp", step, (), "is torch.bfloat16, its gradient torch.float32"),
-    "a pack longer than the tables": ("cpp", long_pack, (), "its tables hold packs of up to 67108864 tokens"),
+    "AdamW with a gradient unlike its parameter": (
+        "cpp",
+        step,
+        (),
+        "is torch.bfloat16, its gradient torch.float32",
+    ),
+    "a pack longer than the tables": (
+        "cpp",
+        long_pack,
+        (),
+        "its tables hold packs of up to 67108864 tokens",
+    ),
 }
 
 
 @needs_cpu_library
 @pytest.mark.parametrize(("impl", "call", "of", "reason"), UNSUITED.values(), ids=UNSUITED)
-def test_an_engine_that_does_not_suit_never_becomes_another(impl: str, call: Any, of: Any, reason: str) -> None:
+def test_an_engine_that_does_not_suit_never_becomes_another(
+    impl: str, call: Any, of: Any, reason: str
+) -> None:
     with pytest.raises(RuntimeError, match=f"impl='{impl}' is not available for .*{reason}"):
         call(impl, *of)
     call("auto", *of)
 
 
 def test_clipping_by_an_engine_without_a_norm_is_refused_at_the_door() -> None:
-    with pytest.raises(ValueError, match="max_grad_norm needs a norm that impl='triton' has no kernel for"):
+    with pytest.raises(
+        ValueError, match="max_grad_norm needs a norm that impl='triton' has no kernel for"
+    ):
         fastft.AdamW([torch.nn.Parameter(torch.ones(3))], impl="triton", max_grad_norm=1.0)
 
 
 def rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where torch is built for AMD's GPUs, which it calls cuda."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    for name, uncached in (("library", _native._load), ("cuda_unusable", _native.cuda_unusable.__wrapped__)):
+    for name, uncached in (
+        ("library", _native._load),
+        ("cuda_unusable", _native.cuda_unusable.__wrapped__),
+    ):
         monkeypatch.setattr(_native, name, uncached)
 
 
@@ -217,35 +253,49 @@ class TestDevices:
         assert cuda_library == []
 
     @pytest.mark.parametrize("operator", WITH_TRITON.values(), ids=WITH_TRITON)
-    def test_rocm_is_computed_by_triton(self, operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_rocm_is_computed_by_triton(
+        self, operator: Operator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         rocm(monkeypatch)
         assert operator.resolve("auto", GPU) == operator.resolve("triton", GPU) == "triton"
-        assert operator.suits("cuda", GPU) == "it is for NVIDIA's GPUs, this torch is built for AMD's ROCm"
+        assert (
+            operator.suits("cuda", GPU)
+            == "it is for NVIDIA's GPUs, this torch is built for AMD's ROCm"
+        )
 
     @pytest.mark.parametrize(("device", "backend"), [(GPU, "amd"), (XPU, "intel")])
     def test_a_triton_for_other_devices_is_not_taken(
         self, device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         rocm(monkeypatch)
-        monkeypatch.setattr(importlib.import_module("triton.backends"), "backends", {"nvidia": None})
+        monkeypatch.setattr(
+            importlib.import_module("triton.backends"), "backends", {"nvidia": None}
+        )
         operator = OPERATORS["cross_entropy_rows"]
         assert operator.suits("triton", device) == f"this triton has no backend for {backend}"
         assert operator.resolve("auto", device) == "eager"
 
-    def test_triton_is_not_taken_on_a_gpu_that_it_was_never_compiled_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_triton_is_not_taken_on_a_gpu_that_it_was_never_compiled_for(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         operator = OPERATORS["adamw_"]
         assert operator.suits("triton", GPU) == "it needs compute capability 7.5, this GPU has 7.0"
 
-    def test_triton_is_not_asked_about_a_gpu_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_triton_is_not_asked_about_a_gpu_that_is_not_there(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Nor is torch, which raises where it has CUDA and the machine no driver."""
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert OPERATORS["adamw_"].suits("triton", GPU) == "torch finds no NVIDIA GPU"
 
-    def test_triton_launches_on_the_device_of_its_tensors(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Which need not be the current one; AdamW's first argument is a list, its table lies on the CPU."""
+    def test_triton_launches_on_the_device_of_its_tensors(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Which need not be the current one; AdamW's first argument is a list, its table lies on
+        the CPU."""
         done: list[Any] = []
 
         class Current:
@@ -264,14 +314,25 @@ class TestDevices:
         assert done == [XPU, "run", "left"]
 
     def test_waves_are_as_wide_as_the_device_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(warp_size=64))
-        assert ops.wave.__wrapped__(GPU) == 64 and ops.wave.__wrapped__(CPU) == ops.wave.__wrapped__(XPU) == 32
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(warp_size=64)
+        )
+        assert (
+            ops.wave.__wrapped__(GPU) == 64
+            and ops.wave.__wrapped__(CPU) == ops.wave.__wrapped__(XPU) == 32
+        )
 
 
 def call_on(device: torch.device, dtype: torch.dtype, size: int, **options: Any) -> tuple[Any, ...]:
     """What decides the engine of an attention call, of tensors which are not there."""
     tensor = SimpleNamespace(device=device, dtype=dtype, shape=(1, 4, 6, size))
-    return tensor, tensor, SimpleNamespace(**{"mask": None, "softcap": None, "dropout": 0.0, **options}), None, None
+    return (
+        tensor,
+        tensor,
+        SimpleNamespace(**{"mask": None, "softcap": None, "dropout": 0.0, **options}),
+        None,
+        None,
+    )
 
 
 class TestAttentionsEngines:
@@ -297,13 +358,20 @@ class TestAttentionsEngines:
         ],
     )
     def test_compute_capability_decides(
-        self, capability: Any, size: int, dropout: float, engine: str, monkeypatch: pytest.MonkeyPatch
+        self,
+        capability: Any,
+        size: int,
+        dropout: float,
+        engine: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         asked = call_on(GPU, HALF, size, dropout=dropout)
         assert attention._engine("auto", *asked) == engine
         if engine == "blocks":
-            with pytest.raises(RuntimeError, match=r"impl='flash_cuda' is not available .*compute capability \d"):
+            with pytest.raises(
+                RuntimeError, match=r"impl='flash_cuda' is not available .*compute capability \d"
+            ):
                 attention._engine("flash_cuda", *asked)
 
     def test_a_torch_without_flash_attention(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +386,9 @@ class TestAttentionsEngines:
         with pytest.raises(RuntimeError, match="this torch is built for AMD's ROCm"):
             attention._engine("flash_cuda", *call_on(GPU, NARROW, 64))
 
-    def test_softcap_is_for_flash_attn_where_it_is_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_softcap_is_for_flash_attn_where_it_is_installed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         asked = call_on(GPU, NARROW, 64, softcap=30.0)
         monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
         assert attention._engine("auto", *asked) == "blocks"
@@ -345,14 +415,19 @@ class TestTheReport:
             for engine in operation.engines:
                 reason = operation.suits(engine, GPU)
                 if operation.table[engine].serves(GPU) and reason is not None:
-                    assert re.search(rf"{name} .*{engine}: {re.escape(reason)}", printed), (name, engine)
+                    assert re.search(rf"{name} .*{engine}: {re.escape(reason)}", printed), (
+                        name,
+                        engine,
+                    )
 
     def test_names_the_calls_that_another_engine_computes(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(__main__, "_devices", lambda: [CPU])
         __main__.main()
-        assert re.search(r"softcap +blocks +\(flash_cpu: its kernel knows no softcap", capsys.readouterr().out)
+        assert re.search(
+            r"softcap +blocks +\(flash_cpu: its kernel knows no softcap", capsys.readouterr().out
+        )
 
 
 def test_samples_of_the_plan_are_those_that_its_tables_decide() -> None:

@@ -65,7 +65,9 @@ class Recorder(transformers.TrainerCallback):
 
 def run(args, model, checkpoint=None, **options):
     recorder = Recorder()
-    trainer = transformers.Trainer(model=model, args=args, train_dataset=examples(), callbacks=[recorder], **options)
+    trainer = transformers.Trainer(
+        model=model, args=args, train_dataset=examples(), callbacks=[recorder], **options
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return trainer, losses, recorder.steps
@@ -76,11 +78,17 @@ def test_trainer_equals_stock_step_by_step(way, tmp_path):
     args = arguments(tmp_path)
     stock, stock_losses, stock_steps = run(args, tiny_llama())
     model = tiny_llama()
-    trainer, losses, steps = run(args, model, **{way: adamw(model, args) if way == "optimizers" else adamw_spec(args)})
+    trainer, losses, steps = run(
+        args, model, **{way: adamw(model, args) if way == "optimizers" else adamw_spec(args)}
+    )
     ours = trainer.optimizer.optimizer
     assert isinstance(ours, AdamW) and isinstance(stock.optimizer.optimizer, torch.optim.AdamW)
-    for group, stock_group in zip(ours.param_groups, stock.optimizer.optimizer.param_groups, strict=True):
-        assert [tuple(p.shape) for p in group["params"]] == [tuple(p.shape) for p in stock_group["params"]]
+    for group, stock_group in zip(
+        ours.param_groups, stock.optimizer.optimizer.param_groups, strict=True
+    ):
+        assert [tuple(p.shape) for p in group["params"]] == [
+            tuple(p.shape) for p in stock_group["params"]
+        ]
         for name in ("lr", "betas", "eps", "weight_decay", "initial_lr"):
             assert group[name] == stock_group[name], name
     assert len(losses) == 8 and losses == pytest.approx(stock_losses, rel=1e-5)
@@ -95,19 +103,28 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(dtype, tmp_path):
     model = tiny_llama(dtype)
     whole, _, whole_steps = run(args, model, optimizers=adamw(model, args))
     model = tiny_llama(dtype)
-    resumed, _, steps = run(args, model, checkpoint=str(tmp_path / "checkpoint-4"), optimizers=adamw(model, args))
+    resumed, _, steps = run(
+        args, model, checkpoint=str(tmp_path / "checkpoint-4"), optimizers=adamw(model, args)
+    )
     assert len(steps) == 4
     for params, whole_params in zip(steps, whole_steps[4:], strict=True):
         assert all(map(torch.equal, params, whole_params))
-    for state, whole_state in zip(resumed.optimizer.state.values(), whole.optimizer.state.values(), strict=True):
-        assert state.keys() == whole_state.keys() and ("remainder" in state) == (dtype == torch.bfloat16)
+    for state, whole_state in zip(
+        resumed.optimizer.state.values(), whole.optimizer.state.values(), strict=True
+    ):
+        assert state.keys() == whole_state.keys() and ("remainder" in state) == (
+            dtype == torch.bfloat16
+        )
         assert all(torch.equal(state[name], whole_state[name]) for name in state)
 
 
 def test_model_init_takes_the_spec(tmp_path):
     args = arguments(tmp_path, max_steps=2)
     trainer = transformers.Trainer(
-        model_init=tiny_llama, args=args, train_dataset=examples(), optimizer_cls_and_kwargs=adamw_spec(args)
+        model_init=tiny_llama,
+        args=args,
+        train_dataset=examples(),
+        optimizer_cls_and_kwargs=adamw_spec(args),
     )
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, AdamW)
@@ -133,7 +150,9 @@ def test_keywords_win_over_arguments(name, tmp_path):
 
 def test_a_weight_decay_that_trainer_would_not_use_is_refused(tmp_path):
     args = arguments(tmp_path, weight_decay=0.1)
-    with pytest.raises(ValueError, match=r"weight_decay=0.25 would be lost.* the 0.1 of its args; set it in args"):
+    with pytest.raises(
+        ValueError, match=r"weight_decay=0.25 would be lost.* the 0.1 of its args; set it in args"
+    ):
         adamw_spec(args, weight_decay=0.25)
     assert adamw_spec(args, weight_decay=0.1)[1]["weight_decay"] == 0.1
 
@@ -149,13 +168,21 @@ def test_what_comes_from_args_is_read_when_the_optimizer_is_made(how, tmp_path):
     args.learning_rate, args.adam_beta1, args.adam_epsilon, args.weight_decay = 0.5, 0.25, 1.0, 0.75
     if how == "unpacked by Trainer":
         trainer = transformers.Trainer(
-            model_init=tiny_llama, args=args, train_dataset=examples(), optimizer_cls_and_kwargs=spec
+            model_init=tiny_llama,
+            args=args,
+            train_dataset=examples(),
+            optimizer_cls_and_kwargs=spec,
         )
         optimizer = trainer.create_optimizer()
     else:
         optimizer = spec[0]([torch.zeros(2)], **spec[1])
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.25, 0.95), 1e-3, 0.75)
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
+        0.5,
+        (0.25, 0.95),
+        1e-3,
+        0.75,
+    )
 
 
 def test_the_keywords_are_a_mapping_like_any_other(tmp_path):
@@ -172,7 +199,8 @@ def test_the_keywords_are_a_mapping_like_any_other(tmp_path):
 
 
 def test_every_trial_of_a_search_trains_at_its_own_values(tmp_path):
-    """What Trainer does in a search: it sets values on args, then makes a model and an optimizer."""
+    """What Trainer does in a search: it sets values on args, then makes a model and an
+    optimizer."""
     args = arguments(tmp_path, max_steps=1, lr_scheduler_type="constant", warmup_steps=0)
     used = []
 
@@ -200,10 +228,15 @@ def test_groups_are_trainers_own(tmp_path):
     model.model.embed_tokens.requires_grad_(False)
     names = {param: name for name, param in model.named_parameters()}
     optimizer, _ = adamw(model)
-    decay, no_decay = ([names[param] for param in group["params"]] for group in optimizer.param_groups)
+    decay, no_decay = (
+        [names[param] for param in group["params"]] for group in optimizer.param_groups
+    )
     trainer = transformers.Trainer(model=model, args=arguments(tmp_path), train_dataset=examples())
     stock = trainer.create_optimizer()
-    assert [[names[param] for param in group["params"]] for group in stock.param_groups] == [decay, no_decay]
+    assert [[names[param] for param in group["params"]] for group in stock.param_groups] == [
+        decay,
+        no_decay,
+    ]
     assert decay and no_decay and all("bias" in name or "norm" in name for name in no_decay)
     assert "model.embed_tokens.weight" not in decay + no_decay
 
@@ -230,7 +263,11 @@ def test_parameters_instead_of_a_model(form):
         (lambda: adamw(3), TypeError, "model_or_params"),
         (lambda: adamw("model"), TypeError, "model_or_params"),
         (lambda: adamw(torch.zeros(3)), TypeError, "model_or_params"),
-        (lambda: adamw(torch.nn.Linear(2, 2), {"learning_rate": 1.0}), TypeError, "TrainingArguments"),
+        (
+            lambda: adamw(torch.nn.Linear(2, 2), {"learning_rate": 1.0}),
+            TypeError,
+            "TrainingArguments",
+        ),
         (lambda: adamw_spec(1e-3), TypeError, "TrainingArguments"),
         (lambda: adamw([]), ValueError, "empty"),
         (lambda: adamw(torch.nn.Linear(2, 2).requires_grad_(False)), ValueError, "Linear"),

@@ -1,4 +1,5 @@
-"""At train begin: an optimizer that would not train what the user meant is told, before anything is trained."""
+"""At train begin: an optimizer that would not train what the user meant is told, before anything is
+trained."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from fastft.optim.adamw import AdamW
 
 
 def train(model, args, callback=fastft.FusedLossCallback, **options):
-    trainer = transformers.Trainer(model=model, args=args, train_dataset=examples(), callbacks=[callback()], **options)
+    trainer = transformers.Trainer(
+        model=model, args=args, train_dataset=examples(), callbacks=[callback()], **options
+    )
     trainer.train()
     return trainer
 
@@ -30,7 +33,9 @@ def begin(args, model, optimizer, handed=None):
 
 
 def moved(model, before):
-    return [name for name, param in model.named_parameters() if not torch.equal(param, before[name])]
+    return [
+        name for name, param in model.named_parameters() if not torch.equal(param, before[name])
+    ]
 
 
 def weights(model):
@@ -66,11 +71,27 @@ def other_adapter(model):
 
 
 STALE = {
-    "embeddings resized": (lambda: tiny_llama(), resized, r"\d+ of the model's \d+ .*: .*lm_head.weight"),
-    "layers unfrozen": (lambda: frozen_body(), unfrozen, r"\d+ of the model's \d+ .*layers.0.* and \d+ more"),
+    "embeddings resized": (
+        lambda: tiny_llama(),
+        resized,
+        r"\d+ of the model's \d+ .*: .*lm_head.weight",
+    ),
+    "layers unfrozen": (
+        lambda: frozen_body(),
+        unfrozen,
+        r"\d+ of the model's \d+ .*layers.0.* and \d+ more",
+    ),
     "LoRA added": (lambda: tiny_llama(), lora, "none of the model's 4 trainable parameters"),
-    "another adapter set": (lambda: lora(tiny_llama()), other_adapter, "none of the model's 4 trainable parameters"),
-    "an adapter of another model": (lambda: tiny_llama(), lambda model: tiny_llama(), "none of the model's"),
+    "another adapter set": (
+        lambda: lora(tiny_llama()),
+        other_adapter,
+        "none of the model's 4 trainable parameters",
+    ),
+    "an adapter of another model": (
+        lambda: tiny_llama(),
+        lambda model: tiny_llama(),
+        "none of the model's",
+    ),
 }
 
 
@@ -86,7 +107,9 @@ def test_a_model_that_changed_after_adamw_is_not_trained_in_part(change, tmp_pat
     args, model = arguments(tmp_path), make()
     optimizer, _ = fastft.adamw(model, args)
     model = then(model) or model
-    with pytest.raises(ValueError, match=f"{sentence}.*Make the optimizer when the model is ready.*adamw_spec"):
+    with pytest.raises(
+        ValueError, match=f"{sentence}.*Make the optimizer when the model is ready.*adamw_spec"
+    ):
         begin(args, model, optimizer)
     begin(args, model, fastft.adamw(model, args)[0])
 
@@ -97,7 +120,9 @@ def test_either_callback_asks_before_anything_is_trained(callback, tmp_path):
     optimizers = fastft.adamw(model, args)
     model.requires_grad_(True)
     before = weights(model)
-    with pytest.raises(ValueError, match=r"layers.0.* and [0-9]+ more. Make the optimizer when the model is ready"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.* and [0-9]+ more. Make the optimizer when the model is ready"
+    ):
         train(model, args, callback, optimizers=optimizers)
     assert moved(model, before) == []
 
@@ -110,7 +135,9 @@ def test_a_spec_trains_all_of_a_model_that_changed_after_it(change, tmp_path):
     model = then(model) or model
     before = weights(model)
     train(model, args, optimizer_cls_and_kwargs=spec)
-    assert moved(model, before) == [name for name, param in model.named_parameters() if param.requires_grad]
+    assert moved(model, before) == [
+        name for name, param in model.named_parameters() if param.requires_grad
+    ]
 
 
 CHOSEN = {
@@ -138,7 +165,13 @@ def test_torchs_own_optimizers_are_none_of_our_business(tmp_path, said):
     assert said() == []
 
 
-SETTINGS = {"learning_rate": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 0.5, "weight_decay": 0.5}
+SETTINGS = {
+    "learning_rate": 0.5,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "adam_epsilon": 0.5,
+    "weight_decay": 0.5,
+}
 NAMES = {"learning_rate": "lr", "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
 
 
@@ -149,7 +182,9 @@ def test_other_values_than_those_of_args_train_only_if_they_were_asked_for(setti
     stale, _ = fastft.adamw(model, args)
     asked, _ = fastft.adamw(model, args, **{name: 0.25 if name != "betas" else (0.1, 0.2)})
     setattr(args, setting, SETTINGS[setting])
-    with pytest.raises(ValueError, match=f"fastft.adamw made an optimizer with other values.*{name} .* for .*0.5"):
+    with pytest.raises(
+        ValueError, match=f"fastft.adamw made an optimizer with other values.*{name} .* for .*0.5"
+    ):
         begin(args, model, stale)
     begin(args, model, asked)
 
@@ -158,7 +193,10 @@ def test_adamw_without_args_does_not_replace_the_learning_rate_of_args(tmp_path)
     args, model = arguments(tmp_path, max_steps=1, learning_rate=5e-6), tiny_llama()
     with pytest.raises(ValueError, match=r"lr 0.001 for 5e-06, betas"):
         begin(args, model, fastft.adamw(model)[0])
-    with pytest.raises(ValueError, match=r"fastft.adamw_spec made an optimizer with other values .*lr 0.001 for 5e-06"):
+    with pytest.raises(
+        ValueError,
+        match=r"fastft.adamw_spec made an optimizer with other values .*lr 0.001 for 5e-06",
+    ):
         train(model, args, optimizer_cls_and_kwargs=fastft.adamw_spec())
     begin(args, model, fastft.adamw(model, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.01)[0])
 
@@ -168,7 +206,9 @@ def test_a_trainer_that_copies_its_args_as_trls_do_is_compared_with_its_copy(tmp
 
     def made():  # what Trainer makes of the spec
         cls, keywords = spec
-        return cls([{"params": list(model.parameters()), "weight_decay": copied.weight_decay}], **keywords)
+        return cls(
+            [{"params": list(model.parameters()), "weight_decay": copied.weight_decay}], **keywords
+        )
 
     spec = fastft.adamw_spec(plain)
     begin(copied, model, made())
@@ -184,29 +224,52 @@ def test_a_trainer_that_copies_its_args_as_trls_do_is_compared_with_its_copy(tmp
 def test_a_weight_decay_of_a_spec_without_args_that_trainer_does_not_use_is_told(tmp_path):
     args = arguments(tmp_path, max_steps=1, weight_decay=0.25)
     given = {"lr": args.learning_rate, "betas": (0.9, 0.95)}
-    with pytest.raises(ValueError, match=r"given weight_decay=0.5, and Trainer made the groups with the 0.25"):
-        train(tiny_llama(), args, optimizer_cls_and_kwargs=fastft.adamw_spec(weight_decay=0.5, **given))
-    train(tiny_llama(), args, optimizer_cls_and_kwargs=fastft.adamw_spec(weight_decay=0.25, **given))
+    with pytest.raises(
+        ValueError, match=r"given weight_decay=0.5, and Trainer made the groups with the 0.25"
+    ):
+        train(
+            tiny_llama(),
+            args,
+            optimizer_cls_and_kwargs=fastft.adamw_spec(weight_decay=0.5, **given),
+        )
+    train(
+        tiny_llama(), args, optimizer_cls_and_kwargs=fastft.adamw_spec(weight_decay=0.25, **given)
+    )
 
 
 @pytest.mark.parametrize("way", ["adamw", "adamw_spec"])
 def test_a_resumed_run_and_a_second_one_are_not_taken_for_wrong(way, tmp_path, said):
     def run(checkpoint, **changes):
-        options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "warmup_steps": 0, **changes}
+        options = {
+            "max_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "warmup_steps": 0,
+            **changes,
+        }
         args, model = arguments(tmp_path, **options), tiny_llama()
         how = {"optimizers": fastft.adamw(model, args)}
         if way == "adamw_spec":
             how = {"optimizer_cls_and_kwargs": fastft.adamw_spec(args)}
         callbacks = [fastft.FusedLossCallback()]
-        trainer = transformers.Trainer(model=model, args=args, train_dataset=examples(), callbacks=callbacks, **how)
+        trainer = transformers.Trainer(
+            model=model, args=args, train_dataset=examples(), callbacks=callbacks, **how
+        )
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
     run(None)
     # the groups are the checkpoint's from here on, with stock as with us
-    trainer = run(str(tmp_path / "checkpoint-2"), max_steps=4, learning_rate=0.5, weight_decay=0.25, adam_beta1=0.5)
+    trainer = run(
+        str(tmp_path / "checkpoint-2"),
+        max_steps=4,
+        learning_rate=0.5,
+        weight_decay=0.25,
+        adam_beta1=0.5,
+    )
     assert trainer.optimizer.param_groups[0]["initial_lr"] == 3e-3
-    trainer.args.learning_rate = 0.125  # Trainer goes on with the optimizer that it has, with stock as with us
+    # Trainer goes on with the optimizer that it has, with stock as with us
+    trainer.args.learning_rate = 0.125
     trainer.train()
     assert said() == []
 
@@ -217,7 +280,9 @@ def test_two_clippings_get_a_word(tmp_path, said):
         lambda: fastft.adamw(model, args, max_grad_norm=0.5),
         lambda: fastft.adamw_spec(args, max_grad_norm=0.5),
     ):
-        with pytest.warns(UserWarning, match=r"clipped twice, to 1.0 by Trainer and to 0.5 by the optimizer"):
+        with pytest.warns(
+            UserWarning, match=r"clipped twice, to 1.0 by Trainer and to 0.5 by the optimizer"
+        ):
             call()
     with pytest.warns(UserWarning, match="clipped twice"):
         told, _ = fastft.adamw(model, args, max_grad_norm=0.5)
@@ -225,7 +290,10 @@ def test_two_clippings_get_a_word(tmp_path, said):
     assert not said()
     made, _ = fastft.adamw(model, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=0.5)
     begin(args, model, made)
-    assert len(said()) == 1 and "gradients are clipped twice, to 1.0 by Trainer's args and to 0.5" in said()[0]
+    assert (
+        len(said()) == 1
+        and "gradients are clipped twice, to 1.0 by Trainer's args and to 0.5" in said()[0]
+    )
 
 
 def test_one_clipping_gets_none(tmp_path, said):
@@ -238,7 +306,8 @@ def test_one_clipping_gets_none(tmp_path, said):
     assert said() == []
 
 
-# Trainer under an engine: objects with the classes' names and modules; test_deepspeed.py has the real ones
+# Trainer under an engine: objects with the classes' names and modules; test_deepspeed.py has the
+# real ones
 
 
 def deepspeed_class(name, **attributes):
@@ -246,7 +315,8 @@ def deepspeed_class(name, **attributes):
 
 
 def under_deepspeed(inner):
-    """What `trainer.optimizer` is under ZeRO: accelerate's wrapper, DeepSpeed's, and the optimizer."""
+    """What `trainer.optimizer` is under ZeRO: accelerate's wrapper, DeepSpeed's, and the
+    optimizer."""
     return SimpleNamespace(optimizer=deepspeed_class("DeepSpeedZeroOptimizer", optimizer=inner)())
 
 
@@ -257,7 +327,10 @@ def test_an_optimizer_that_deepspeed_dropped_is_told(tmp_path):
     theirs = torch.optim.AdamW(model.parameters())
     with pytest.raises(
         ValueError,
-        match=r"fastft.adamw made an optimizer for this model, but torch.optim.adamw.AdamW trains.*adamw_spec",
+        match=(
+            r"fastft.adamw made an optimizer for this model, but torch.optim.adamw.AdamW "
+            r"trains.*adamw_spec"
+        ),
     ):
         begin(args, model, under_deepspeed(theirs))
 
@@ -268,7 +341,9 @@ def test_an_optimizer_made_by_hand_that_deepspeed_dropped_is_told(callback, tmp_
     ours, theirs = AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
     data = {"train_dataset": examples(), "callbacks": [callback]}
     transformers.Trainer(model, args, optimizers=(ours, None), **data)
-    with pytest.raises(ValueError, match=r"was given a fastft.AdamW, but torch.optim.adamw.AdamW trains: DeepSpeed"):
+    with pytest.raises(
+        ValueError, match=r"was given a fastft.AdamW, but torch.optim.adamw.AdamW trains: DeepSpeed"
+    ):
         begin(args, model, under_deepspeed(theirs), callback._handed)
     begin(args, model, theirs, callback._handed)
     args = arguments(tmp_path)
@@ -281,7 +356,10 @@ def test_a_spec_that_deepspeeds_own_optimizer_displaced_is_told(with_args, tmp_p
     args, model = arguments(tmp_path), tiny_llama()
     spec = fastft.adamw_spec(args if with_args else None)
     theirs = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r'fastft.adamw_spec made .* for this Trainer.*remove the section "optimizer"'):
+    with pytest.raises(
+        ValueError,
+        match=r'fastft.adamw_spec made .* for this Trainer.*remove the section "optimizer"',
+    ):
         begin(args, model, under_deepspeed(theirs))
     if with_args:
         begin(arguments(tmp_path), model, under_deepspeed(theirs))  # another Trainer's
@@ -301,7 +379,9 @@ def test_an_optimizer_that_a_trainer_of_ones_own_ignores_gets_a_word(tmp_path, s
 
     args, model = arguments(tmp_path, max_steps=1), tiny_llama()
     callbacks, spec = [fastft.FusedLossCallback()], fastft.adamw_spec(args)
-    Own(model, args, train_dataset=examples(), callbacks=callbacks, optimizer_cls_and_kwargs=spec).train()
+    Own(
+        model, args, train_dataset=examples(), callbacks=callbacks, optimizer_cls_and_kwargs=spec
+    ).train()
     assert len(said()) == 1 and "for this Trainer, but torch.optim.sgd.SGD trains" in said()[0]
 
 
@@ -337,13 +417,20 @@ def test_flat_parameters_are_not_looked_for_in_the_model(tmp_path, said):
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_deepspeeds_adam_in_the_place_of_ours_is_told_and_must_decouple_its_decay(decoupled, tmp_path, said):
+def test_deepspeeds_adam_in_the_place_of_ours_is_told_and_must_decouple_its_decay(
+    decoupled, tmp_path, said
+):
     args, model = arguments(tmp_path), tiny_llama()
     ours = AdamW(model.parameters())
-    cpu_adam = deepspeed_class("DeepSpeedCPUAdam", param_groups=ours.param_groups, adam_w_mode=decoupled)()
+    cpu_adam = deepspeed_class(
+        "DeepSpeedCPUAdam", param_groups=ours.param_groups, adam_w_mode=decoupled
+    )()
     if decoupled:
         begin(args, model, under_deepspeed(cpu_adam))
-        assert len(said()) == 1 and "DeepSpeedCPUAdam trains in the place of fastft's AdamW" in said()[0]
+        assert (
+            len(said()) == 1
+            and "DeepSpeedCPUAdam trains in the place of fastft's AdamW" in said()[0]
+        )
     else:
         with pytest.raises(ValueError, match="its weight decay is L2, not decoupled"):
             begin(args, model, under_deepspeed(cpu_adam))
@@ -356,9 +443,13 @@ def with_deepspeed(args, **config):
 
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 ENGINES = {
-    "deepspeed of args": lambda args, env: setattr(args, "deepspeed", {"zero_optimization": {"stage": 1}}),
+    "deepspeed of args": lambda args, env: setattr(
+        args, "deepspeed", {"zero_optimization": {"stage": 1}}
+    ),
     "deepspeed plugin": lambda args, env: with_deepspeed(args),
-    "accelerate launch with deepspeed": lambda args, env: env.setenv("ACCELERATE_USE_DEEPSPEED", "true"),
+    "accelerate launch with deepspeed": lambda args, env: env.setenv(
+        "ACCELERATE_USE_DEEPSPEED", "true"
+    ),
     "fsdp of args": lambda args, env: setattr(args, "fsdp", True),
     "accelerate launch with fsdp": lambda args, env: env.setenv("ACCELERATE_USE_FSDP", "true"),
 }
@@ -371,7 +462,8 @@ def test_adamw_names_adamw_spec_where_trainer_takes_no_optimizer(engine, tmp_pat
     name = "FSDP" if "fsdp" in engine else "DeepSpeed"
     for what in (model, model.parameters()):
         with pytest.raises(
-            ValueError, match=rf"{name} trains here.*optimizer_cls_and_kwargs=fastft.adamw_spec\(args\)"
+            ValueError,
+            match=rf"{name} trains here.*optimizer_cls_and_kwargs=fastft.adamw_spec\(args\)",
         ):
             fastft.adamw(what, args)
     fastft.adamw_spec(args)
@@ -391,17 +483,24 @@ LOST = {
 @pytest.mark.parametrize("name", LOST)
 def test_what_deepspeeds_adam_does_not_have_is_refused_under_offload(name, tmp_path, monkeypatch):
     args = with_deepspeed(arguments(tmp_path), **OFFLOAD)
-    given, sentence = {name: LOST[name]}, rf"{name}.*(zero_force_ds_cpu_optimizer|TrainingArguments\(max_grad_norm)"
+    given, sentence = (
+        {name: LOST[name]},
+        rf"{name}.*(zero_force_ds_cpu_optimizer|TrainingArguments\(max_grad_norm)",
+    )
     with pytest.raises(ValueError, match=sentence):
         fastft.adamw_spec(args, **given)
     free = with_deepspeed(arguments(tmp_path), **OFFLOAD, zero_force_ds_cpu_optimizer=False)
-    nothing = with_deepspeed(arguments(tmp_path), zero_optimization={"offload_optimizer": {"device": "none"}})
+    nothing = with_deepspeed(
+        arguments(tmp_path), zero_optimization={"offload_optimizer": {"device": "none"}}
+    )
     for kept in (free, nothing):
         if name != "max_grad_norm":
             fastft.adamw_spec(kept, **given)
     # a spec without args, or an Accelerate loop: only the running engine knows
     monkeypatch.setattr(foreign, "optimizers_are_replaced", lambda: True)
-    with pytest.raises(ValueError, match=f"DeepSpeedCPUAdam .*{name}=.*zero_force_ds_cpu_optimizer"):
+    with pytest.raises(
+        ValueError, match=f"DeepSpeedCPUAdam .*{name}=.*zero_force_ds_cpu_optimizer"
+    ):
         AdamW([torch.zeros(4, 4)], **given)
     AdamW([torch.zeros(4, 4)], seed=1, capturable=True, fused=True)
     if name in ("moments", "amsgrad", "maximize"):
@@ -452,10 +551,14 @@ def test_step_says_nothing_where_gradients_only_pause():
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["optimizers", "spec", "optimizers of a model with adapters"])
 def test_trl_with_an_adapter_of_its_own_trains_it_or_says_that_it_would_not(way, tmp_path):
-    """SFTTrainer adds LoRA after the optimizer was made, and makes an SFTConfig of a plain TrainingArguments."""
+    """SFTTrainer adds LoRA after the optimizer was made, and makes an SFTConfig of a plain
+    TrainingArguments."""
     trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
     args, model = arguments(tmp_path, max_steps=2, warmup_steps=0), tiny_llama()
-    rows = [{"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()} for row in examples()]
+    rows = [
+        {"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()}
+        for row in examples()
+    ]
     options = {"peft_config": lora_config(), "callbacks": [fastft.FusedLossCallback()]}
     if way == "optimizers of a model with adapters":
         model = peft.get_peft_model(model, options.pop("peft_config"))
@@ -464,16 +567,23 @@ def test_trl_with_an_adapter_of_its_own_trains_it_or_says_that_it_would_not(way,
     else:
         options["optimizers"] = fastft.adamw(model, args)
     data = pytest.importorskip("datasets").Dataset.from_list(rows)
-    trainer = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=byte_tokenizer(), **options)
+    trainer = trl.SFTTrainer(
+        model=model, args=args, train_dataset=data, processing_class=byte_tokenizer(), **options
+    )
     before = weights(trainer.model)
     if way == "optimizers":
-        with pytest.raises(ValueError, match=r"none of the model's 4 trainable parameters.*TRL adds them itself"):
+        with pytest.raises(
+            ValueError, match=r"none of the model's 4 trainable parameters.*TRL adds them itself"
+        ):
             trainer.train()
         return
     trainer.train()
     trainable = [name for name, param in trainer.model.named_parameters() if param.requires_grad]
     assert moved(trainer.model, before) == trainable and len(trainable) == 4
-    assert trainer.args is not args and trainer.optimizer.param_groups[0]["initial_lr"] == args.learning_rate
+    assert (
+        trainer.args is not args
+        and trainer.optimizer.param_groups[0]["initial_lr"] == args.learning_rate
+    )
 
 
 def byte_tokenizer():
@@ -485,7 +595,8 @@ def byte_tokenizer():
 
 
 def test_a_second_training_starts_from_the_weights_that_others_wrote_between(tmp_path):
-    """As an average of weights does through `.data`, which torch does not count: the low bits are not theirs."""
+    """As an average of weights does through `.data`, which torch does not count: the low bits are
+    not theirs."""
     model = tiny_llama().to(torch.bfloat16)
     args = arguments(tmp_path, max_steps=2, learning_rate=1e-2)
     optimizer, _ = fastft.adamw(model, args)

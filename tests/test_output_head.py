@@ -1,4 +1,5 @@
-"""Which layer is taken for a model's output head, which heads keep their own forward, and who holds a head."""
+"""Which layer is taken for a model's output head, which heads keep their own forward, and who holds
+a head."""
 
 from __future__ import annotations
 
@@ -16,12 +17,36 @@ from transformers import set_seed
 from fastft.loss.output_head import Attachment, LazyForward, expects_head, find_heads, fused_loss
 
 V = 32  # of everything: the vocabulary, the hidden states and what is between them
-BERT = {"vocab_size": V, "hidden_size": V, "intermediate_size": V, "num_hidden_layers": 1, "num_attention_heads": 2}
+BERT = {
+    "vocab_size": V,
+    "hidden_size": V,
+    "intermediate_size": V,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 LLAMA = {**BERT, "num_key_value_heads": 2, "pad_token_id": 0}
-GPT2 = {"vocab_size": V, "n_embd": V, "n_layer": 1, "n_head": 2, "n_positions": 64, "pad_token_id": 0}
+GPT2 = {
+    "vocab_size": V,
+    "n_embd": V,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 64,
+    "pad_token_id": 0,
+}
 T5 = {"vocab_size": V, "d_model": V, "d_kv": 16, "d_ff": V, "num_layers": 1, "num_heads": 2}
-BART = {"vocab_size": V, "d_model": V, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
-BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": V, "decoder_ffn_dim": V, "pad_token_id": 1}
+BART = {
+    "vocab_size": V,
+    "d_model": V,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+}
+BART |= {
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": V,
+    "decoder_ffn_dim": V,
+    "pad_token_id": 1,
+}
 DISTILBERT = {"vocab_size": V, "dim": V, "n_layers": 1, "n_heads": 2, "hidden_dim": V}
 VIT = {**BERT, "image_size": 8, "patch_size": 4}
 BLIP = {"text_config": {**BERT, "encoder_hidden_size": V}, "vision_config": VIT}
@@ -82,11 +107,16 @@ def names_of(model, layers):
 def test_no_layer_of_a_classifier_as_wide_as_its_vocabulary_is_taken_for_a_head(name, labels):
     config, sizes = CLASSIFIERS[name]
     model = build(name, config, {**sizes, "num_labels": labels})
-    assert any(isinstance(m, nn.Linear) and m.out_features == V for m in model.modules()) or "GPT2" in name
+    assert (
+        any(isinstance(m, nn.Linear) and m.out_features == V for m in model.modules())
+        or "GPT2" in name
+    )
     assert find_heads(model) == [] and not expects_head(model)
     with fused_loss(model) as report:
         assert "nothing to fuse" in report.skipped[0]
-        assert not any(isinstance(module.__dict__.get("forward"), LazyForward) for module in model.modules())
+        assert not any(
+            isinstance(module.__dict__.get("forward"), LazyForward) for module in model.modules()
+        )
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -124,7 +154,9 @@ STRANGERS = {
     "no config": (lambda: nn.Sequential(nn.Linear(8, V)), []),
     "around a body": (lambda: Stranger(build("BertModel", "BertConfig", BERT)), []),
     "around a body, with a head": (
-        lambda: Stranger(build("BertModel", "BertConfig", {**BERT, "hidden_size": 8}), nn.Linear(8, V)),
+        lambda: Stranger(
+            build("BertModel", "BertConfig", {**BERT, "hidden_size": 8}), nn.Linear(8, V)
+        ),
         ["layers.1"],
     ),
     "around a language model": (
@@ -223,7 +255,10 @@ def test_a_head_whose_weight_is_computed_trains_as_stock(name):
     for key, value in expected.items():
         torch.testing.assert_close(actual[key], value, rtol=1e-5, atol=1e-6)
     if name in READ_OFTEN:
-        assert "computes its weight or bias each time it is read" in report.skipped[0] and not report.fused
+        assert (
+            "computes its weight or bias each time it is read" in report.skipped[0]
+            and not report.fused
+        )
     else:
         assert (report.fused, report.materialised, report.skipped) == (3, [], [])
 
@@ -234,7 +269,9 @@ def test_whoever_comes_last_holds_the_head():
     stale.remove()
     F.cross_entropy(model(x), torch.arange(6)).backward()
     assert new.report.fused == 1 and not new.report.skipped
-    assert stale.report.fused == 0 and stale.report.skipped == ["another fused loss has taken the output head"]
+    assert stale.report.fused == 0 and stale.report.skipped == [
+        "another fused loss has taken the output head"
+    ]
     new.remove()
     assert "forward" not in vars(model.layers[1])
     with fused_loss(model), fused_loss(model) as inner:
@@ -253,5 +290,8 @@ def test_a_copy_of_an_attached_model_has_a_head_of_its_own():
 
 
 def test_what_is_no_module_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"), fused_loss("gpt2"):
+    with (
+        pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"),
+        fused_loss("gpt2"),
+    ):
         pass

@@ -25,21 +25,38 @@ OPTIONAL = (
 
 
 def test_import_needs_only_torch() -> None:
-    hide = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))"  # None makes every import of them fail
+    # None makes every import of them fail
+    hide = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))"
     script = f"{hide}\nimport fastft, torch\n"
-    script += "assert [getattr(fastft, name) for name in fastft.__all__ if not name.endswith('Callback')]"
-    script += "\nloss = fastft.linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4]))"
+    script += (
+        "assert [getattr(fastft, name) for name in fastft.__all__ if not name.endswith('Callback')]"
+    )
+    script += (
+        "\nloss = fastft.linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), "
+        "torch.tensor([0, 1, 4]))"
+    )
     script += "\nassert loss.isfinite()\nassert len(fastft.plan_packs([3, 4, 5], 8)) == 2"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_import_takes_no_longer_than_torch() -> None:
     """The compiler alone takes as long to import as torch."""
-    heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "triton", "transformers", "datasets")
+    heavy = (
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.distributed.tensor",
+        "triton",
+        "transformers",
+        "datasets",
+    )
     script = "import sys, torch\nbefore = set(sys.modules)\nimport fastft\n"
     script += f"print(*{set(heavy)} & (set(sys.modules) - before))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == []
 
 
@@ -57,14 +74,18 @@ def test_unknown_attribute() -> None:
 class TestEngines:
     def test_unknown_impl(self, operator) -> None:
         names = ", ".join(map(repr, operator.impls))
-        with pytest.raises(ValueError, match=r"impl must be one of 'auto', 'eager', .*got 'fast'") as raised:
+        with pytest.raises(
+            ValueError, match=r"impl must be one of 'auto', 'eager', .*got 'fast'"
+        ) as raised:
             operator.resolve("fast", torch.device("cpu"))
         assert names in str(raised.value)
 
     def test_explicit_impl_never_falls_back(self, operator) -> None:
         for engine in operator.impls[2:]:
             if operator.unavailable(engine, torch.device("cpu")) is not None:
-                with pytest.raises(RuntimeError, match=f"impl='{engine}' is not available for {operator.name}"):
+                with pytest.raises(
+                    RuntimeError, match=f"impl='{engine}' is not available for {operator.name}"
+                ):
                     operator.resolve(engine, torch.device("cpu"))
 
     def test_eager_is_always_there(self, operator) -> None:

@@ -28,7 +28,11 @@ def make(sizes: list[int] = SIZES, masked: int = 0) -> list[dict]:
     for i, size in enumerate(sizes):
         ids = torch.randint(0, 97, (size,), generator=generator).tolist()
         made.append(
-            {"input_ids": ids, "labels": [-100] * min(masked, size - 1) + ids[min(masked, size - 1) :], "id": i}
+            {
+                "input_ids": ids,
+                "labels": [-100] * min(masked, size - 1) + ids[min(masked, size - 1) :],
+                "id": i,
+            }
         )
     return made
 
@@ -41,7 +45,10 @@ class TorchDataset(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict:
-        return {"input_ids": torch.tensor(self.examples[index]["input_ids"]), "id": self.examples[index]["id"]}
+        return {
+            "input_ids": torch.tensor(self.examples[index]["input_ids"]),
+            "id": self.examples[index]["id"],
+        }
 
 
 def from_list(examples: list[dict]) -> datasets.Dataset:
@@ -53,7 +60,9 @@ KINDS = {
     "torch": TorchDataset,
     "datasets": from_list,
     "datasets numpy": lambda examples: from_list(examples).with_format("numpy"),
-    "datasets torch": lambda examples: from_list(examples).with_format("torch", columns=["input_ids"]),
+    "datasets torch": lambda examples: from_list(examples).with_format(
+        "torch", columns=["input_ids"]
+    ),
     "datasets arrow slices": lambda examples: datasets.concatenate_datasets(
         [from_list(examples[:4]), from_list(examples[4:])]
     ),
@@ -68,7 +77,9 @@ KINDS = {
     "datasets large lists": lambda examples: from_list(examples).cast_column(
         "input_ids", datasets.LargeList(datasets.Value("int32"))
     ),
-    "datasets selected": lambda examples: from_list(examples[::-1]).select(range(len(examples) - 1, -1, -1)),
+    "datasets selected": lambda examples: from_list(examples[::-1]).select(
+        range(len(examples) - 1, -1, -1)
+    ),
     "datasets fixed": lambda examples: from_list(examples).with_transform(lambda batch: batch),
 }
 
@@ -139,15 +150,21 @@ def test_length_column_spares_the_tokens_of_a_transform():
 
     packed = pack(dataset.with_transform(tokenize), 32)
     assert len(packed) == 5 and sum(map(len, tokens(packed, 0))) == 32
-    packed.dataset = dataset.with_transform(lambda batch: {"input_ids": [[1] for _ in batch["text"]]})
-    with pytest.raises(ValueError, match=r"example \d+ has 1 tokens, but had \d+ when it was packed"):
+    packed.dataset = dataset.with_transform(
+        lambda batch: {"input_ids": [[1] for _ in batch["text"]]}
+    )
+    with pytest.raises(
+        ValueError, match=r"example \d+ has 1 tokens, but had \d+ when it was packed"
+    ):
         packed.__getitems__(range(len(packed)))
 
 
 @pytest.mark.parametrize("kind", ["list", "datasets"])
 def test_length_column_is_believed_and_checked(kind):
     rows = [{**example, "tokens": len(example["input_ids"])} for example in make()]
-    assert tokens(pack(KINDS[kind](rows), 32, length_column="tokens"), 0) == tokens(pack(KINDS[kind](rows), 32), 0)
+    assert tokens(pack(KINDS[kind](rows), 32, length_column="tokens"), 0) == tokens(
+        pack(KINDS[kind](rows), 32), 0
+    )
     rows[4]["tokens"] = 6
     packed = pack(KINDS[kind](rows), 32, length_column="tokens")
     with pytest.raises(ValueError, match="example 4 has 8 tokens, but had 6 when it was packed"):
@@ -163,14 +180,19 @@ def test_offsets_are_read_without_the_tokens(monkeypatch):
     assert scan_lengths(dataset).tolist() == expected
 
 
-@pytest.mark.parametrize(("kind", "workers", "context"), [
-    *((kind, workers, "fork") for kind in ("list", "torch", "datasets") for workers in (0, 2)),
-    ("datasets", 1, "spawn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "workers", "context"),
+    [
+        *((kind, workers, "fork") for kind in ("list", "torch", "datasets") for workers in (0, 2)),
+        ("datasets", 1, "spawn"),
+    ],
+)
 def test_data_loader(kind, workers, context):
     packed = pack(KINDS[kind](make()), 32, seed=3)
     options = {"multiprocessing_context": context, "persistent_workers": True} if workers else {}
-    loader = DataLoader(packed, batch_size=2, collate_fn=PackingCollator(), num_workers=workers, **options)
+    loader = DataLoader(
+        packed, batch_size=2, collate_fn=PackingCollator(), num_workers=workers, **options
+    )
     epochs = []
     for epoch in range(2):
         packed.set_epoch(epoch)
@@ -185,7 +207,9 @@ def test_data_loader(kind, workers, context):
 def test_pickles(kind):
     packed = pack(KINDS[kind](make()), 32)
     again = pickle.loads(pickle.dumps(packed))
-    assert [tokens(again, p) for p in range(len(again))] == [tokens(packed, p) for p in range(len(packed))]
+    assert [tokens(again, p) for p in range(len(again))] == [
+        tokens(packed, p) for p in range(len(packed))
+    ]
 
 
 def test_arrow_columns_that_are_no_number_lists():
@@ -195,7 +219,10 @@ def test_arrow_columns_that_are_no_number_lists():
     ]
     examples = pack(from_list(rows), 8)[0].examples
     assert [list(example["input_ids"]) for example in examples] == [[1, 2], [3]]
-    assert [(example["weights"], example["text"]) for example in examples] == [([0.5, None], "a"), ([2.0], None)]
+    assert [(example["weights"], example["text"]) for example in examples] == [
+        ([0.5, None], "a"),
+        ([2.0], None),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["list", "datasets"])
@@ -215,13 +242,20 @@ def test_packs_become_rows_of_a_dataset(kind, monkeypatch):
 
 
 def test_what_is_masked_is_not_in_the_rows_of_a_dataset():
-    examples = [{"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1]}, {"input_ids": [7], "attention_mask": [1]}]
+    examples = [
+        {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1]},
+        {"input_ids": [7], "attention_mask": [1]},
+    ]
     assert pack(examples, 4).to_dataset()[0] == {"input_ids": [5, 6, 7], "seq_lengths": [2, 1]}
 
 
 def test_is_a_sequence():
     packed = pack(make(), 32)
-    assert isinstance(packed, Dataset) and isinstance(packed[0], Pack) and len(list(packed)) == len(packed)
+    assert (
+        isinstance(packed, Dataset)
+        and isinstance(packed[0], Pack)
+        and len(list(packed)) == len(packed)
+    )
     for index in (5, -6):
         with pytest.raises(IndexError, match=f"pack {index} of a plan with 5 packs"):
             packed[index]
@@ -233,12 +267,28 @@ def test_is_a_sequence():
         ([], ValueError, "dataset is empty"),
         ([{"text": "a"}], ValueError, "example 0 has no input_ids"),
         ([{"input_ids": [1]}, {"input_ids": []}], ValueError, "example 1 has no tokens"),
-        ([{"input_ids": [1]}, {"input_ids": [1] * 33}], ValueError, "example 1 has 33 tokens, more than max_tokens=32"),
-        (iter(make()), TypeError, "pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one"),
+        (
+            [{"input_ids": [1]}, {"input_ids": [1] * 33}],
+            ValueError,
+            "example 1 has 33 tokens, more than max_tokens=32",
+        ),
+        (
+            iter(make()),
+            TypeError,
+            "pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one",
+        ),
         ({"train": make()}, TypeError, "got dict"),
         (from_list([{"text": "a"}]), ValueError, "example 0 has no input_ids"),
-        (from_list([{"input_ids": 3}]), ValueError, "input_ids must be lists of tokens, the dataset's are int"),
-        (from_list([{"input_ids": [1]}, {"input_ids": None}]), ValueError, "example 1 has no tokens"),
+        (
+            from_list([{"input_ids": 3}]),
+            ValueError,
+            "input_ids must be lists of tokens, the dataset's are int",
+        ),
+        (
+            from_list([{"input_ids": [1]}, {"input_ids": None}]),
+            ValueError,
+            "example 1 has no tokens",
+        ),
         (
             from_list(make()).with_format("numpy", columns=["labels"]),
             ValueError,
@@ -267,12 +317,20 @@ def tiny_llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
-def separately(model: torch.nn.Module, examples: list[dict]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def separately(
+    model: torch.nn.Module, examples: list[dict]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The token-weighted mean loss over examples run alone, and its gradients."""
     model.zero_grad()
-    batches = [{key: torch.tensor(np.array([e[key]])) for key in ("input_ids", "labels")} for e in examples]
+    batches = [
+        {key: torch.tensor(np.array([e[key]])) for key in ("input_ids", "labels")} for e in examples
+    ]
     count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    losses = [model(**batch, num_items_in_batch=count).loss for batch in batches if batch["labels"].numel() > 1]
+    losses = [
+        model(**batch, num_items_in_batch=count).loss
+        for batch in batches
+        if batch["labels"].numel() > 1
+    ]
     total = torch.stack(losses).sum()
     total.backward()
     return total.detach(), [p.grad.clone() for p in model.parameters()]
@@ -284,7 +342,9 @@ def test_packed_batch_equals_examples_run_alone(packs, multiple):
     model = tiny_llama()
     packed = pack(from_list(make(masked=3)), 32)
     fetched = packed.__getitems__(range(packs))
-    truth, true_gradients = separately(tiny_llama(torch.float64), [e for one in fetched for e in one.examples])
+    truth, true_gradients = separately(
+        tiny_llama(torch.float64), [e for one in fetched for e in one.examples]
+    )
     loss, gradients = separately(model, [e for one in fetched for e in one.examples])
     model.zero_grad()
     batch = PackingCollator(pad_to_multiple_of=multiple)(fetched)
@@ -318,12 +378,16 @@ def test_trainer_trains_on_packs(kind, batch_size, tmp_path):
         disable_tqdm=True,
     )
     reference = copy.deepcopy(model)
-    trainer = transformers.Trainer(model=model, args=args, train_dataset=packed, data_collator=PackingCollator())
+    trainer = transformers.Trainer(
+        model=model, args=args, train_dataset=packed, data_collator=PackingCollator()
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     expected = []
     for first in range(0, len(packed), batch_size):
-        groups = [packed.plan[p].tolist() for p in range(first, min(first + batch_size, len(packed)))]
+        groups = [
+            packed.plan[p].tolist() for p in range(first, min(first + batch_size, len(packed)))
+        ]
         loss, gradients = separately(reference, [examples[i] for group in groups for i in group])
         expected.append(loss.item())
         with torch.no_grad():
@@ -336,11 +400,15 @@ def test_trainer_trains_on_packs(kind, batch_size, tmp_path):
 
 def test_trainer_evaluates_on_packs(tmp_path):
     model = tiny_llama()
-    args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=1)
+    args = transformers.TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=1
+    )
     trainer = transformers.Trainer(
         model=model, args=args, eval_dataset=pack(make(), 512), data_collator=PackingCollator()
     )
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(separately(model, make())[0].item(), rel=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(
+        separately(model, make())[0].item(), rel=1e-5
+    )
 
 
 def test_transformers_flattening_is_told_which_collator_packs_need():

@@ -1,4 +1,5 @@
-"""Evaluation and prediction with a `PackingCollator`: every example once, in the dataset's order, or a sentence."""
+"""Evaluation and prediction with a `PackingCollator`: every example once, in the dataset's order,
+or a sentence."""
 
 from __future__ import annotations
 
@@ -30,10 +31,14 @@ datasets = pytest.importorskip("datasets")
 BATCH_SIZES = [1, 4, 11]
 
 
-def predicted(task: str, collator: Any, size: int, dataset: Any, tmp_path: Any, **options: Any) -> Any:
+def predicted(
+    task: str, collator: Any, size: int, dataset: Any, tmp_path: Any, **options: Any
+) -> Any:
     trainer = trainer_for(task, str(tmp_path), collator, size, **options)
     with fastft.packed_attention(trainer.model), warnings.catch_warnings():
-        warnings.simplefilter("error" if not isinstance(dataset, fastft.data.packed.PackedDataset) else "ignore")
+        warnings.simplefilter(
+            "error" if not isinstance(dataset, fastft.data.packed.PackedDataset) else "ignore"
+        )
         return trainer.predict(dataset)
 
 
@@ -47,7 +52,9 @@ def test_padded_examples_are_evaluated_as_stock_does(task, size, tmp_path):
     assert_rows(task, ours)
     assert np.array_equal(ours.label_ids, stock.label_ids)
     assert logits_of(ours).shape == logits_of(stock).shape
-    assert ours.metrics["test_loss"] == pytest.approx(stock.metrics["test_loss"], rel=1e-5, nan_ok=True)
+    assert ours.metrics["test_loss"] == pytest.approx(
+        stock.metrics["test_loss"], rel=1e-5, nan_ok=True
+    )
 
 
 @pytest.mark.parametrize("size", BATCH_SIZES)
@@ -66,7 +73,9 @@ def test_labels_of_packed_examples_come_in_the_order_of_the_dataset(rows, size, 
     ours = predicted(task, collator, size, data, tmp_path)
     assert_rows(task, ours)
     stock = predicted(task, lambda made: pad(task, made), size, data, tmp_path, attention="sdpa")
-    assert ours.metrics["test_loss"] == pytest.approx(stock.metrics["test_loss"], rel=1e-5, nan_ok=True)
+    assert ours.metrics["test_loss"] == pytest.approx(
+        stock.metrics["test_loss"], rel=1e-5, nan_ok=True
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -85,7 +94,11 @@ def test_every_labelled_example_of_a_stream_is_predicted_once(tmp_path):
     packed = pack(datasets.Dataset.from_list(examples_for(task)).to_iterable_dataset(), 16)
     order = [examples_for(task).index(dict(one)) for each in list(packed) for one in each.examples]
     trainer = trainer_for(
-        task, str(tmp_path), PackingCollator(task=task), 2, accelerator_config={"dispatch_batches": False}
+        task,
+        str(tmp_path),
+        PackingCollator(task=task),
+        2,
+        accelerator_config={"dispatch_batches": False},
     )
     with pytest.warns(UserWarning, match="come in the order of the packs: not of the examples"):
         assert_rows(task, trainer.predict(packed), order)
@@ -109,7 +122,9 @@ def test_the_order_of_packs_is_spoken_of_once(tmp_path):
     task = "sequence_classification"
     packed = pack(examples_for(task), 16)
     trainer = trainer_for(task, str(tmp_path), PackingCollator(task=task), 2)
-    with pytest.warns(UserWarning, match=r"order of the packs: row i is example packed.plan.indices\[i\]"):
+    with pytest.warns(
+        UserWarning, match=r"order of the packs: row i is example packed.plan.indices\[i\]"
+    ):
         trainer.predict(packed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -122,29 +137,40 @@ def test_generation_gives_a_text_for_each_padded_example(tmp_path):
     data = examples_for("seq2seq")
     collator = PackingCollator(task="seq2seq", decoder_start_token_id=0, pad_examples=True)
     options = {"predict_with_generate": True, "generation_max_length": 6, "max_steps": 2}
-    trainer = trainer_for("seq2seq", str(tmp_path), collator, 4, **options, callbacks=[fastft.PackingCallback()])
+    trainer = trainer_for(
+        "seq2seq", str(tmp_path), collator, 4, **options, callbacks=[fastft.PackingCallback()]
+    )
     trainer.train_dataset = pack(data, 24)
     trainer.train()
     made = trainer.predict(data).predictions
     assert len(made) == len(data)
     model = trainer.model
     for one, row in zip(data, made, strict=True):
-        alone = model.generate(input_ids=torch.tensor([one["input_ids"]]), max_length=6, do_sample=False)[0]
+        alone = model.generate(
+            input_ids=torch.tensor([one["input_ids"]]), max_length=6, do_sample=False
+        )[0]
         assert row[: len(alone)].tolist() == alone.tolist()
 
 
 @pytest.mark.parametrize("callback", [fastft.PackingCallback, fastft.FusedLossCallback])
 def test_generation_from_packed_rows_is_refused_before_anything_is_trained(callback, tmp_path):
     collator = PackingCollator(task="seq2seq", decoder_start_token_id=0)
-    trainer = trainer_for("seq2seq", str(tmp_path), collator, 4, predict_with_generate=True, callbacks=[callback()])
+    trainer = trainer_for(
+        "seq2seq", str(tmp_path), collator, 4, predict_with_generate=True, callbacks=[callback()]
+    )
     trainer.train_dataset = examples_for("seq2seq")
-    with pytest.raises(ValueError, match=r"predict_with_generate=True .* PackingCollator\(pad_examples=True\)"):
+    with pytest.raises(
+        ValueError, match=r"predict_with_generate=True .* PackingCollator\(pad_examples=True\)"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
 
 
 def test_padded_batches_keep_other_columns_and_multiples():
-    examples = [{"input_ids": [5, 6, 7], "token_type_ids": [1, 1, 1]}, {"input_ids": [8], "token_type_ids": [2]}]
+    examples = [
+        {"input_ids": [5, 6, 7], "token_type_ids": [1, 1, 1]},
+        {"input_ids": [8], "token_type_ids": [2]},
+    ]
     batch = PackingCollator(pad_examples=True, pad_to_multiple_of=4, pad_token_id=9)(examples)
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[5, 6, 7, 9], [8, 9, 9, 9]],
@@ -152,9 +178,14 @@ def test_padded_batches_keep_other_columns_and_multiples():
         "labels": [[5, 6, 7, -100], [8, -100, -100, -100]],
         "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0]],
     }
-    masked = PackingCollator(pad_examples=True)([{"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1]}])
+    masked = PackingCollator(pad_examples=True)(
+        [{"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1]}]
+    )
     assert masked["input_ids"].tolist() == [[5, 6]]
-    with pytest.raises(ValueError, match=r"example 0 is 2 documents, .* with pad_examples each would see the others"):
+    with pytest.raises(
+        ValueError,
+        match=r"example 0 is 2 documents, .* with pad_examples each would see the others",
+    ):
         PackingCollator(pad_examples=True)([{"input_ids": [1, 2], "position_ids": [0, 0]}])
 
 
@@ -162,7 +193,9 @@ def test_padded_batches_keep_other_columns_and_multiples():
 def test_trainer_groups_packs_by_their_tokens(strategy, tmp_path):
     task = "causal_lm"
     packed = pack(examples_for(task), 16)
-    trainer = trainer_for(task, str(tmp_path), PackingCollator(), 2, train_sampling_strategy=strategy, max_steps=4)
+    trainer = trainer_for(
+        task, str(tmp_path), PackingCollator(), 2, train_sampling_strategy=strategy, max_steps=4
+    )
     trainer.train_dataset = packed
     assert [len(one["input_ids"]) for one in packed] == [
         sum(len(e["input_ids"]) for e in one.examples) for one in packed
@@ -172,12 +205,18 @@ def test_trainer_groups_packs_by_their_tokens(strategy, tmp_path):
     trainer.evaluate(packed)
 
 
-@pytest.mark.parametrize(("task", "kind", "column"), [
-    *(("token_classification", "arrow", column) for column in ("word_ids", "spans", "doc_hash", "source", "mapping")),
-    ("causal_lm", "arrow", "spans"),
-    ("causal_lm", "list", "spans"),
-    ("causal_lm", "stream", "offset_mapping"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "kind", "column"),
+    [
+        *(
+            ("token_classification", "arrow", column)
+            for column in ("word_ids", "spans", "doc_hash", "source", "mapping")
+        ),
+        ("causal_lm", "arrow", "spans"),
+        ("causal_lm", "list", "spans"),
+        ("causal_lm", "stream", "offset_mapping"),
+    ],
+)
 def test_trainer_removes_from_packs_what_the_model_does_not_take(column, kind, task, tmp_path):
     values = {
         "word_ids": lambda n: [1, 2],
@@ -194,7 +233,10 @@ def test_trainer_removes_from_packs_what_the_model_does_not_take(column, kind, t
         "stream": lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(),
     }[kind]
     options = {"accelerator_config": {"dispatch_batches": False}}
-    assert_tokens(task, predicted(task, PackingCollator(task=task), 2, pack(make(rows), 16), tmp_path, **options))
+    assert_tokens(
+        task,
+        predicted(task, PackingCollator(task=task), 2, pack(make(rows), 16), tmp_path, **options),
+    )
 
 
 def test_columns_that_the_model_does_not_take_stay_an_error_without_trainer():
@@ -208,7 +250,9 @@ def test_pooling_takes_examples_in_the_order_of_their_labels():
     model = model_for("sequence_classification")
     data = examples_for("sequence_classification")
     with torch.no_grad(), fastft.packed_attention(model):
-        batches = [PackingCollator(task="sequence_classification", rows=rows)(data) for rows in (1, 3)]
+        batches = [
+            PackingCollator(task="sequence_classification", rows=rows)(data) for rows in (1, 3)
+        ]
         one, several = (model(**batch).logits for batch in batches)
     assert batches[1]["label_segments"].tolist() != sorted(batches[1]["label_segments"].tolist())
     torch.testing.assert_close(one, several, rtol=1e-4, atol=1e-5)

@@ -20,7 +20,13 @@ from fastft.attention.attention import register_attention
 from fastft.attention.check_packing import find_leak
 from fastft.integrations import packing
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131, "pad_token_id": 1}
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 131,
+    "pad_token_id": 1,
+}
 SIZES |= {"max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0}
 LENGTHS = (5, 11, 1, 7, 8, 14, 3, 9)
 CALLBACKS = (fastft.PackingCallback, fastft.FusedLossCallback)
@@ -66,11 +72,23 @@ def trained(tmp_path, model, *callbacks, collator=None, **options):
     """The losses of two steps of four examples."""
     options = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, **options}
     args = TrainingArguments(
-        str(tmp_path), logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, **options
+        str(tmp_path),
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
     )
     losses = Losses()
     collator = collator or fastft.PackingCollator()
-    trainer = Trainer(model, args, train_dataset=examples(), data_collator=collator, callbacks=[losses, *callbacks])
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=examples(),
+        data_collator=collator,
+        callbacks=[losses, *callbacks],
+    )
     trainer.train()
     return losses.values
 
@@ -92,14 +110,22 @@ def padded(tmp_path, model):
 
 def traces(model):
     hooks = [list(m._forward_hooks) + list(m._forward_pre_hooks) for m in model.modules()]
-    attributes = [name for m in model.modules() for name in ("forward", "_loss_function") if name in m.__dict__]
+    attributes = [
+        name
+        for m in model.modules()
+        for name in ("forward", "_loss_function")
+        if name in m.__dict__
+    ]
     return hooks, attributes, model.config._attn_implementation, find_leak(model) is None
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_training_on_contaminated_batches_is_refused(kind, tmp_path):
     model = made()
-    before, weights = traces(model), {name: value.clone() for name, value in model.state_dict().items()}
+    before, weights = (
+        traces(model),
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
     with pytest.raises(fastft.PackingLeakError, match=r"Way out.*attn_implementation='fastft'"):
         trained(tmp_path, model, kind())
     assert traces(model) == before
@@ -115,7 +141,9 @@ def test_or_only_warned_about(kind, tmp_path, said):
 OURS = {
     "opt": lambda: made(implementation="fastft"),
     "bloom": lambda: made("BloomForCausalLM", "eager", n_layer=2, n_head=4),  # a block mask
-    "mpt": lambda: made("MptForCausalLM", "eager", d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "mpt": lambda: made(
+        "MptForCausalLM", "eager", d_model=32, n_layers=2, n_heads=4, max_seq_len=64
+    ),
     "checkpointed": lambda: checkpoint_activations(made(implementation="fastft")),
 }
 
@@ -125,7 +153,10 @@ OURS = {
 def test_packed_losses_are_those_of_padded_batches(name, kind, tmp_path):
     model, other = OURS[name](), OURS[name]()
     before = traces(model)
-    ours, stock = torch.tensor(trained(tmp_path, model, kind())), torch.tensor(padded(tmp_path, other))
+    ours, stock = (
+        torch.tensor(trained(tmp_path, model, kind())),
+        torch.tensor(padded(tmp_path, other)),
+    )
     assert_no_worse(ours, stock, stock, terms=terms_of(model, sum(LENGTHS)))
     assert traces(model) == before
 
@@ -141,7 +172,10 @@ def test_in_bf16_autocast(tmp_path):
 def test_an_evaluation_on_padded_batches_is_stock(tmp_path):
     model = made("BloomForCausalLM", "eager", n_layer=2, n_head=4).eval()
     ids = torch.randint(3, 131, (2, 9))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids).index_fill_(1, torch.tensor([7, 8]), 0)}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids).index_fill_(1, torch.tensor([7, 8]), 0),
+    }
     stock = model(**batch).logits
     callback = fastft.PackingCallback()
     begin(callback, model)
@@ -172,7 +206,11 @@ def test_the_probe_runs_once_for_a_configuration(monkeypatch):
     monkeypatch.setattr(packing, "find_leak", lambda *args: calls.append(args) and None)
     for implementation in ("sdpa", "fastft", "sdpa"):
         begin(fastft.PackingCallback(), made(implementation=implementation))
-    begin(fastft.PackingCallback(), made(implementation="fastft"), fastft.PackingCollator(position_ids_start=2))
+    begin(
+        fastft.PackingCallback(),
+        made(implementation="fastft"),
+        fastft.PackingCollator(position_ids_start=2),
+    )
     begin(fastft.PackingCallback(), made(implementation="fastft").to(torch.bfloat16))
     assert len(calls) == 4
 
@@ -190,13 +228,23 @@ def patched(module):
 
 CHANGES = {
     "a value of the configuration": lambda model: setattr(model.config, "attention_dropout", 0.5),
-    "a private value of it": lambda model: setattr(model.config, "_experts_implementation_internal", "grouped_mm"),
-    "an attribute of a layer": lambda model: setattr(model.model.decoder.layers[1].self_attn, "is_causal", False),
+    "a private value of it": lambda model: setattr(
+        model.config, "_experts_implementation_internal", "grouped_mm"
+    ),
+    "an attribute of a layer": lambda model: setattr(
+        model.model.decoder.layers[1].self_attn, "is_causal", False
+    ),
     "a forward": lambda model: patched(model.model.decoder.layers[1]),
-    "a layer of another class": lambda model: model.model.decoder.layers.__setitem__(1, nn.Identity()),
-    "a layer of another place": lambda model: model.model.decoder.layers.append(model.model.decoder.layers[0]),
+    "a layer of another class": lambda model: model.model.decoder.layers.__setitem__(
+        1, nn.Identity()
+    ),
+    "a layer of another place": lambda model: model.model.decoder.layers.append(
+        model.model.decoder.layers[0]
+    ),
     "the dtype of one weight": lambda model: model.lm_head.half(),
-    "a hook": lambda model: model.lm_head.register_forward_hook(lambda module, args, output: output),
+    "a hook": lambda model: model.lm_head.register_forward_hook(
+        lambda module, args, output: output
+    ),
 }
 
 
@@ -222,7 +270,11 @@ def test_a_verdict_is_of_these_batches_adapters_and_precision(monkeypatch):
 
     begin(fastft.PackingCallback(), made(implementation="fastft"))
     for options in ({"rows": 2}, {"pad_to_multiple_of": 8}):
-        begin(fastft.PackingCallback(), made(implementation="fastft"), fastft.PackingCollator(**options))
+        begin(
+            fastft.PackingCallback(),
+            made(implementation="fastft"),
+            fastft.PackingCollator(**options),
+        )
     begin(fastft.PackingCallback(), made(implementation="fastft"), args=Half)
     begin(fastft.PackingCallback(), adapted())
     begin(fastft.PackingCallback(), adapted(use_dora=True))
@@ -253,7 +305,9 @@ CALLERS = {
     "partial": functools.partial(lambda features, inner: inner(features), inner=COLLATOR),
     "closure": (lambda inner: lambda features: inner(features))(COLLATOR),
     "global": lambda features: COLLATOR(features),
-    "all": Counting(functools.partial(lambda collate, features: collate(features), Counting(COLLATOR).collate)),
+    "all": Counting(
+        functools.partial(lambda collate, features: collate(features), Counting(COLLATOR).collate)
+    ),
 }
 
 
@@ -277,7 +331,11 @@ def test_dispatched_batches_are_refused():
 
     with pytest.raises(fastft.PackingLeakError, match="dispatch_batches"):
         fastft.PackingCallback().on_train_begin(
-            Arguments, None, None, model=made(implementation="fastft"), train_dataloader=DataLoaderDispatcher()
+            Arguments,
+            None,
+            None,
+            model=made(implementation="fastft"),
+            train_dataloader=DataLoaderDispatcher(),
         )
 
 
@@ -323,10 +381,14 @@ def needing_images(model):
 
 UNKNOWN = {
     "not of transformers": (Words, "Words is no transformers model"),
-    "images": (lambda: needing_images(made(implementation="fastft")), "a text makes it raise ValueError.'pixel_values"),
+    "images": (
+        lambda: needing_images(made(implementation="fastft")),
+        "a text makes it raise ValueError.'pixel_values",
+    ),
     "prompts": (
         lambda: peft.get_peft_model(
-            made(implementation="fastft"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+            made(implementation="fastft"),
+            peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         ),
         "PEFT's prompt tuning puts virtual tokens before each row",
     ),
@@ -361,18 +423,35 @@ def test_modules_whose_hooks_see_the_probe_are_named(said):
 
 
 def gpt_neo():
-    sizes = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 40}
+    sizes = {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 40,
+    }
     dropouts = {"embed_dropout": 0.0, "resid_dropout": 0.0}
     return made("GPTNeoForCausalLM", "eager", **sizes, **dropouts, bos_token_id=2, eos_token_id=2)
 
 
 @pytest.mark.parametrize(("max_tokens", "packs"), [(70, 1), (40, 2)])
-def test_packs_longer_than_a_position_table_are_refused_before_training(max_tokens, packs, tmp_path):
+def test_packs_longer_than_a_position_table_are_refused_before_training(
+    max_tokens, packs, tmp_path
+):
     """All packs of a batch are one row."""
     data = fastft.pack(examples(), max_tokens=max_tokens)
-    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, per_device_train_batch_size=packs)
-    trainer = Trainer(gpt_neo(), args, train_dataset=data, data_collator=COLLATOR, callbacks=[fastft.PackingCallback()])
-    with pytest.raises(fastft.PackingLeakError, match=r"max_position_embeddings of 64.*rows of at most 64 tokens"):
+    args = TrainingArguments(
+        str(tmp_path), report_to=[], use_cpu=True, per_device_train_batch_size=packs
+    )
+    trainer = Trainer(
+        gpt_neo(),
+        args,
+        train_dataset=data,
+        data_collator=COLLATOR,
+        callbacks=[fastft.PackingCallback()],
+    )
+    with pytest.raises(
+        fastft.PackingLeakError, match=r"max_position_embeddings of 64.*rows of at most 64 tokens"
+    ):
         trainer.train()
 
 
@@ -426,13 +505,17 @@ def test_packs_mixed_by_an_evaluation_outside_training_are_refused(method, kind,
     trainer = evaluating(tmp_path, made(), kind())
     given = [examples()] if method == "predict" else []
     for _ in range(2):
-        with pytest.raises(fastft.PackingLeakError, match=r"inside train\(\) alone.*pad_examples=True"):
+        with pytest.raises(
+            fastft.PackingLeakError, match=r"inside train\(\) alone.*pad_examples=True"
+        ):
             getattr(trainer, method)(*given)
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_or_only_warned_about_once_an_evaluation(kind, tmp_path, said):
-    trainer = evaluating(tmp_path, made(), kind("warn") if kind is fastft.PackingCallback else kind(on_leak="warn"))
+    trainer = evaluating(
+        tmp_path, made(), kind("warn") if kind is fastft.PackingCallback else kind(on_leak="warn")
+    )
     for count in (1, 2):
         trainer.evaluate()
         assert sum("evaluating on contaminated batches" in warning for warning in said) == count
@@ -449,8 +532,15 @@ def test_an_exact_evaluation_outside_training_goes_on_without_a_word(how, kind, 
 
 
 def classifier(**changes):
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(vocab_size=131, pad_token_id=1, num_labels=1, **sizes, **changes)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = transformers.LlamaConfig(
+        vocab_size=131, pad_token_id=1, num_labels=1, **sizes, **changes
+    )
     register_attention()
     config._attn_implementation = "fastft"
     return transformers.LlamaForSequenceClassification(config)
@@ -459,14 +549,20 @@ def classifier(**changes):
 def trainer_of_classifier(model, callback, tmp_path, **options):
     quiet = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
     args = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=3, **quiet)
-    data = [{"input_ids": each["input_ids"], "labels": float(n)} for n, each in enumerate(examples())]
+    data = [
+        {"input_ids": each["input_ids"], "labels": float(n)} for n, each in enumerate(examples())
+    ]
     collator = fastft.PackingCollator(task="sequence_classification", pad_token_id=1, **options)
-    return Trainer(model=model, args=args, train_dataset=data, data_collator=collator, callbacks=[callback()])
+    return Trainer(
+        model=model, args=args, train_dataset=data, data_collator=collator, callbacks=[callback()]
+    )
 
 
 @pytest.mark.parametrize("callback", CALLBACKS)
 def test_a_regression_without_pool_segments_would_broadcast_and_is_refused(callback, tmp_path):
-    with pytest.raises(ValueError, match=r"LlamaForSequenceClassification .* call fastft\.pool_segments\(model\)"):
+    with pytest.raises(
+        ValueError, match=r"LlamaForSequenceClassification .* call fastft\.pool_segments\(model\)"
+    ):
         trainer_of_classifier(classifier(), callback, tmp_path).train()
 
 
@@ -485,8 +581,18 @@ def test_an_evaluation_of_a_classifier_without_pool_segments_is_refused(callback
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_an_evaluation_whose_router_loss_would_count_padding_is_refused(kind, tmp_path):
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 131, "num_local_experts": 4, "output_router_logits": True}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    sizes |= {
+        "num_key_value_heads": 2,
+        "vocab_size": 131,
+        "num_local_experts": 4,
+        "output_router_logits": True,
+    }
     config = transformers.MixtralConfig(**sizes)
     config._attn_implementation = "fastft"
     trainer = evaluating(tmp_path, transformers.MixtralForCausalLM(config), kind(), rows=2)

@@ -21,11 +21,15 @@ NAMES = ("llama", "qwen3", "gemma2", "gpt_oss", "opt", "bert", "distilbert", "mo
 
 
 def examples_of(name: str, step: int) -> list[Example]:
-    """Four examples; of a masked model a third of the tokens are masked, of T5 they have targets of other lengths."""
+    """Four examples; of a masked model a third of the tokens are masked, of T5 they have targets of
+    other lengths."""
     tokens = sequences((11, 7, 16, 2), seed=step)
     if name == "t5":
         targets = sequences((5, 9, 3, 12), seed=step + 100)
-        return [{"input_ids": ids, "labels": target} for ids, target in zip(tokens, targets, strict=True)]
+        return [
+            {"input_ids": ids, "labels": target}
+            for ids, target in zip(tokens, targets, strict=True)
+        ]
     if MODELS[name].causal:
         return [{"input_ids": ids, "labels": ids} for ids in tokens]
     hidden = [torch.arange(len(ids)) % 3 == 1 for ids in tokens]
@@ -42,14 +46,18 @@ def supervised(name: str, example: Example) -> int:
 
 def padded_loss(name: str, model: nn.Module, examples: list[Example]) -> Tensor:
     fill = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
-    full = [{**example, "attention_mask": torch.ones_like(example["input_ids"])} for example in examples]
+    full = [
+        {**example, "attention_mask": torch.ones_like(example["input_ids"])} for example in examples
+    ]
     batch = {key: pad_sequence([each[key] for each in full], True, fill[key]) for key in fill}
     return model(**batch).loss
 
 
 def unpacked_loss(name: str, model: nn.Module, examples: list[Example]) -> Tensor:
     counts = [supervised(name, example) for example in examples]
-    losses = [model(**{key: value[None] for key, value in example.items()}).loss for example in examples]
+    losses = [
+        model(**{key: value[None] for key, value in example.items()}).loss for example in examples
+    ]
     return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
 
 
@@ -77,17 +85,25 @@ def five_steps(
 @pytest.mark.parametrize("name", NAMES)
 def test_padded_unpacked_and_packed_are_one(name: str) -> None:
     unpacked = five_steps(name, "eager", unpacked_loss)
-    runs = {"padded": five_steps(name, "eager", padded_loss), "packed": five_steps(name, "fastft", packed_loss)}
+    runs = {
+        "padded": five_steps(name, "eager", padded_loss),
+        "packed": five_steps(name, "fastft", packed_loss),
+    }
     assert len({float(loss) for loss, _ in unpacked}) == STEPS  # the steps move the weights
     for kind, steps in runs.items():
-        for step, ((loss, grad), (true_loss, true_grad)) in enumerate(zip(steps, unpacked, strict=True)):
+        for step, ((loss, grad), (true_loss, true_grad)) in enumerate(
+            zip(steps, unpacked, strict=True)
+        ):
             off = (grad - true_grad).abs().max() / true_grad.abs().max()
-            assert abs(loss - true_loss) <= 1e-5 * abs(true_loss), f"{kind}, step {step}: {loss} and {true_loss}"
+            assert abs(loss - true_loss) <= 1e-5 * abs(true_loss), (
+                f"{kind}, step {step}: {loss} and {true_loss}"
+            )
             assert off <= 1e-4, f"{kind}, step {step}: gradients differ by {off:.2g} of the largest"
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "opt", "bert", "modernbert", "distilbert"])
 def test_stock_attention_is_not(name: str) -> None:
-    """What the test above is for: the same batches with stock attention, as if nothing were wrong."""
+    """What the test above is for: the same batches with stock attention, as if nothing were
+    wrong."""
     truth, stock = (five_steps(name, "eager", each)[0] for each in (unpacked_loss, packed_loss))
     assert abs(stock[0] - truth[0]) > 1e-3 * abs(truth[0])

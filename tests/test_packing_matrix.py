@@ -1,4 +1,5 @@
-"""Packed against alone: fifty models in CI, every language model of transformers by `make sweep`."""
+"""Packed against alone: fifty models in CI, every language model of transformers by `make
+sweep`."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def test_a_model_is_exact_or_refused(case, record_property, request):
     record_property("packing", {"case": str(case), "rows": rows})
     if case in PACKED:
         assert best(rows) != REFUSED, rows
-        assert best(rows) == OURS or "fastft" not in rows, rows  # a model that takes our attention runs with it
+        # a model that takes our attention runs with it
+        assert best(rows) == OURS or "fastft" not in rows, rows
 
 
 @pytest.mark.sweep
@@ -42,7 +44,9 @@ def test_no_architecture_leaks_silently(case, record_property):
         except AssertionError:
             raise
         except Exception as error:
-            pytest.skip(f"cannot be built, or not run alone, with a shrunken config: {error!r}"[:200])
+            pytest.skip(
+                f"cannot be built, or not run alone, with a shrunken config: {error!r}"[:200]
+            )
     record_property("packing", {"case": str(case), "rows": rows})
     if best(rows) == REFUSED:
         assert all(row["check_packing"] == "raises" for row in rows.values())

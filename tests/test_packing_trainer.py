@@ -47,7 +47,8 @@ class Recorder(PackingCollator):
 
 
 def make_trainer(packed, tmp_path, **options) -> transformers.Trainer:
-    """A trainer with a Recorder as collator; its `counts` are the labels that each batch was told its step has."""
+    """A trainer with a Recorder as collator; its `counts` are the labels that each batch was told
+    its step has."""
     config = transformers.LlamaConfig(
         vocab_size=97,
         hidden_size=8,
@@ -62,12 +63,24 @@ def make_trainer(packed, tmp_path, **options) -> transformers.Trainer:
 
     def compute_loss(outputs, labels, num_items_in_batch=None):
         counts.append(int(num_items_in_batch))
-        return model.loss_function(outputs.logits, labels, vocab_size=97, num_items_in_batch=num_items_in_batch)
+        return model.loss_function(
+            outputs.logits, labels, vocab_size=97, num_items_in_batch=num_items_in_batch
+        )
 
-    defaults = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    defaults = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
     args = transformers.TrainingArguments(str(tmp_path), **{**defaults, **options})
     trainer = transformers.Trainer(
-        model=model, args=args, train_dataset=packed, data_collator=Recorder(), compute_loss_func=compute_loss
+        model=model,
+        args=args,
+        train_dataset=packed,
+        data_collator=Recorder(),
+        compute_loss_func=compute_loss,
     )
     trainer.counts = counts
     return trainer
@@ -76,7 +89,9 @@ def make_trainer(packed, tmp_path, **options) -> transformers.Trainer:
 @pytest.mark.parametrize("sampling", ["random", "sequential"])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (2, 3), (3, 4)])
 def test_steps_epochs_and_counts(sampling, batch_size, accumulation, tmp_path):
-    packed = pack(datasets.Dataset.from_list(examples()), 64, seed=1 if sampling == "sequential" else None)
+    packed = pack(
+        datasets.Dataset.from_list(examples()), 64, seed=1 if sampling == "sequential" else None
+    )
     trainer = make_trainer(
         packed,
         tmp_path,
@@ -112,7 +127,11 @@ def test_steps_epochs_and_counts(sampling, batch_size, accumulation, tmp_path):
 @pytest.mark.parametrize("sampling", ["random", "sequential"])
 @pytest.mark.parametrize("step", [2, 5, 8])
 def test_resuming_gives_the_same_batches(sampling, step, tmp_path):
-    options = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    options = {
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 2,
+    }
     options |= {"save_strategy": "steps", "save_steps": step, "train_sampling_strategy": sampling}
 
     def run(**resume) -> transformers.Trainer:
@@ -126,7 +145,11 @@ def test_resuming_gives_the_same_batches(sampling, step, tmp_path):
     resumed = run(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     made = whole.data_collator.batches
     per_epoch = len(made) // 2
-    done = 2 * step if step <= math.ceil(per_epoch / 2) else per_epoch + 2 * (step - math.ceil(per_epoch / 2))
+    done = (
+        2 * step
+        if step <= math.ceil(per_epoch / 2)
+        else per_epoch + 2 * (step - math.ceil(per_epoch / 2))
+    )
     assert resumed.data_collator.batches == made[min(done, len(made)) :]
     assert resumed.state.global_step == whole.state.global_step
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
@@ -149,4 +172,6 @@ def test_max_steps(kind, tmp_path):
 def test_evaluation_takes_every_example_once(tmp_path):
     trainer = make_trainer([], tmp_path, per_device_eval_batch_size=3)
     trainer.evaluate(pack(examples(), 64))
-    assert sorted(i for batch in trainer.data_collator.batches for i in batch) == list(range(len(LENGTHS)))
+    assert sorted(i for batch in trainer.data_collator.batches for i in batch) == list(
+        range(len(LENGTHS))
+    )

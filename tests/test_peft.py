@@ -1,4 +1,5 @@
-"""PEFT adapters on and around the output head: loss and gradients as stock, and which of them are fused."""
+"""PEFT adapters on and around the output head: loss and gradients as stock, and which of them are
+fused."""
 
 from __future__ import annotations
 
@@ -17,8 +18,18 @@ from fastft.loss.output_head import fused_loss
 peft = pytest.importorskip("peft")
 
 V = 211
-CONFIG = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-CONFIG |= {"num_key_value_heads": 1, "vocab_size": V, "max_position_embeddings": 64, "pad_token_id": 0}
+CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+CONFIG |= {
+    "num_key_value_heads": 1,
+    "vocab_size": V,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "init_lora_weights": False}
 HEAD = {**LORA, "target_modules": ["lm_head"]}
 
@@ -42,7 +53,11 @@ def two_adapters():
 
 TIED = {"tie_word_embeddings": True}
 # newer versions warn without it
-TYING = {"ensure_weight_tying": True} if "ensure_weight_tying" in inspect.signature(peft.LoraConfig).parameters else {}
+TYING = (
+    {"ensure_weight_tying": True}
+    if "ensure_weight_tying" in inspect.signature(peft.LoraConfig).parameters
+    else {}
+)
 FUSED = {
     "attention": lora(target_modules=["q_proj", "v_proj"]),
     "attention tied": lora(TIED, target_modules=["q_proj", "v_proj"]),
@@ -55,17 +70,28 @@ FUSED = {
     "head and embedding": lora(target_modules=["lm_head", "embed_tokens"]),
     "head, two adapters": two_adapters,
     "modules_to_save": lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    "modules_to_save both": lora(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
-    "modules_to_save tied": lora(TIED, target_modules=["q_proj"], modules_to_save=["embed_tokens"], **TYING),
+    "modules_to_save both": lora(
+        target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]
+    ),
+    "modules_to_save tied": lora(
+        TIED, target_modules=["q_proj"], modules_to_save=["embed_tokens"], **TYING
+    ),
     "all-linear": lora(target_modules="all-linear"),
-    "every linear layer": lora(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "lm_head"]),
-    "prompt tuning": lambda: adapted(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+    "every linear layer": lora(
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "lm_head"]
+    ),
+    "prompt tuning": lambda: adapted(
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ),
 }
 MATERIALISED = {
     "DoRA on the head": lora(target_modules=["lm_head"], use_dora=True),
     "IA3 on the head": lambda: adapted(
         peft.IA3Config(
-            task_type="CAUSAL_LM", target_modules=["lm_head"], feedforward_modules=[], init_ia3_weights=False
+            task_type="CAUSAL_LM",
+            target_modules=["lm_head"],
+            feedforward_modules=[],
+            init_ia3_weights=False,
         )
     ),
 }
@@ -79,7 +105,9 @@ def loss_and_gradients(model, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
         loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,11 +126,14 @@ def test_adapters_are_trained_as_stock(name, dtype):
             actual[key], gradient, rtol=0, atol=20 * rounding * scale, msg=lambda m, k=key: k + m
         )
     assert not report.skipped
-    assert (report.fused, bool(report.materialised)) == ((1, False) if name in FUSED else (0, True)), report
+    assert (report.fused, bool(report.materialised)) == (
+        (1, False) if name in FUSED else (0, True)
+    ), report
 
 
 def half(*configs, **options):
-    """A bf16 model with an adapter of each config; PEFT keeps adapters in fp32 unless told otherwise."""
+    """A bf16 model with an adapter of each config; PEFT keeps adapters in fp32 unless told
+    otherwise."""
     set_seed(3)
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).to(torch.bfloat16)
     first, *others = configs
@@ -135,9 +166,14 @@ def losses_and_gradients(model, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(input_ids=ids).logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1), reduction="none"
+    )
     losses.mean().backward()
-    return {"losses": losses.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+    return {
+        "losses": losses.detach(),
+        **{n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+    }
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -148,7 +184,11 @@ def test_lora_on_the_head_of_a_bf16_model_is_fused_and_no_worse_than_stock(name,
         model = HALF[name]()
         context = fused_loss(model) if kind == "fused" else contextlib.nullcontext()
         with context as report:
-            results.append(losses_and_gradients(*((model.double(), False) if kind == "truth" else (model, autocast))))
+            results.append(
+                losses_and_gradients(
+                    *((model.double(), False) if kind == "truth" else (model, autocast))
+                )
+            )
         if kind == "fused":
             assert report.fused == 1 and not report.materialised and not report.skipped, report
     actual, expected, exact = results
@@ -164,9 +204,17 @@ def test_trainer_with_lora_on_the_head_is_stock(tmp_path):
     for callbacks in ([], [FusedLossCallback()]):
         model = adapted(peft.LoraConfig(**HEAD, lora_dropout=0.1))
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=4, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True,
-            save_strategy="no", disable_tqdm=True, gradient_accumulation_steps=2, seed=1,
-        )  # fmt: skip
+            str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            gradient_accumulation_steps=2,
+            seed=1,
+        )
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
         trainer.train()
         results.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

@@ -21,8 +21,11 @@ FIELDS = ("indices", "offsets", "starts", "lengths", "windows")
 ENGINES = ["eager", "cpp"]
 
 
-def best_fit_decreasing(lengths: list[int], max_tokens: int, max_sequences: int | None = None) -> list[list[int]]:
-    """The oracle: looks at every open pack for every example; among equals the one wins that was filled longest ago."""
+def best_fit_decreasing(
+    lengths: list[int], max_tokens: int, max_sequences: int | None = None
+) -> list[list[int]]:
+    """The oracle: looks at every open pack for every example; among equals the one wins that was
+    filled longest ago."""
     packs: list[list[int]] = []
     room: list[int] = []
     filled: list[int] = []
@@ -88,12 +91,20 @@ def test_every_token_once_and_no_pack_too_full(lengths, max_tokens, overlong, se
         return
     plan = plan_packs(lengths, max_tokens, overlong=overlong, seed=seed)
     spans: dict[int, list[tuple[int, int]]] = {}
-    for entry, start, length in zip(plan.indices.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True):
+    for entry, start, length in zip(
+        plan.indices.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True
+    ):
         spans.setdefault(entry, []).append((start, start + length))
     for i, length in enumerate(lengths):
-        kept = {"truncate": min(length, max_tokens), "split": length, "drop": length * (length <= max_tokens)}[overlong]
+        kept = {
+            "truncate": min(length, max_tokens),
+            "split": length,
+            "drop": length * (length <= max_tokens),
+        }[overlong]
         pieces = sorted(spans.get(i, []))
-        assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])][: len(pieces)]
+        assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])][
+            : len(pieces)
+        ]
         assert (pieces[-1][1] if pieces else 0) == kept
     tokens = torch.stack([part.sum() for part in plan.lengths.split(plan.offsets.diff().tolist())])
     assert tokens.max() <= max_tokens
@@ -113,7 +124,10 @@ def test_windows_are_planned_one_by_one(problem, window):
         expected += [[first + i for i in pack] for pack in made]
     assert as_lists(plan) == expected
     assert plan.windows.tolist() == [pack[0] // window for pack in expected]
-    assert_same(plan, plan_packs(lengths, max_tokens, max_sequences=max_sequences, window=window, impl="eager"))
+    assert_same(
+        plan,
+        plan_packs(lengths, max_tokens, max_sequences=max_sequences, window=window, impl="eager"),
+    )
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
@@ -128,9 +142,14 @@ def test_windows_count_examples_not_pieces(overlong):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.integers(1, 50), max_size=6), min_size=1, max_size=40), st.integers(50, 60), st.randoms())
+@given(
+    st.lists(st.lists(st.integers(1, 50), max_size=6), min_size=1, max_size=40),
+    st.integers(50, 60),
+    st.randoms(),
+)
 def test_stays_below_the_bound_of_best_fit_decreasing(cuts, max_tokens, random):
-    """Packs that are full to the last token are cut up: so many would do, and at most 11/9 of them + 6/9 are made."""
+    """Packs that are full to the last token are cut up: so many would do, and at most 11/9 of them
+    + 6/9 are made."""
     pieces = []
     for places in cuts:
         edges = sorted({0, max_tokens, *(place for place in places if place < max_tokens)})
@@ -143,7 +162,9 @@ def test_stays_below_the_bound_of_best_fit_decreasing(cuts, max_tokens, random):
 def test_same_packs_as_trl(max_tokens):
     pyarrow = pytest.importorskip("pyarrow")
     trl = pytest.importorskip("trl.data_utils")
-    lengths = np.clip(np.random.default_rng(max_tokens).lognormal(4.5, 0.9, 3000), 1, 3000).astype(np.int64)
+    lengths = np.clip(np.random.default_rng(max_tokens).lognormal(4.5, 0.9, 3000), 1, 3000).astype(
+        np.int64
+    )
     column = pyarrow.array([[i] * length for i, length in enumerate(lengths.tolist())])
     table = trl._pack_bfd(pyarrow.table({"input_ids": column}), max_tokens)
     theirs = [[*dict.fromkeys(row)] for row in table["input_ids"].to_pylist()]
@@ -151,7 +172,9 @@ def test_same_packs_as_trl(max_tokens):
 
 
 def test_engines_agree_on_many_lengths():
-    lengths = np.clip(np.random.default_rng(0).lognormal(5.8, 0.9, 20_000), 1, 8192).astype(np.int64)
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.8, 0.9, 20_000), 1, 8192).astype(
+        np.int64
+    )
     native, eager = (plan_packs(lengths, 8192, impl=impl) for impl in ("cpp", "eager"))
     assert_same(native, eager)
     assert len(native) <= math.ceil(lengths.sum() / 8192) + 2
@@ -242,12 +265,21 @@ def test_bad_input(lengths, options, message):
 @pytest.mark.parametrize(
     "lengths",
     [
-        [1, None], {}, None, "ab", [[1], [2, 3]], ["1"], np.array(["1"]),
-        torch.ones(3, dtype=torch.int64, device="meta"), torch.ones(3, dtype=torch.int64).to_sparse(),
+        [1, None],
+        {},
+        None,
+        "ab",
+        [[1], [2, 3]],
+        ["1"],
+        np.array(["1"]),
+        torch.ones(3, dtype=torch.int64, device="meta"),
+        torch.ones(3, dtype=torch.int64).to_sparse(),
     ],
-)  # fmt: skip
+)
 def test_lengths_that_are_no_numbers(lengths):
-    with pytest.raises(TypeError, match="lengths must be a list, array or dense tensor of integers, got"):
+    with pytest.raises(
+        TypeError, match="lengths must be a list, array or dense tensor of integers, got"
+    ):
         plan_packs(lengths, 10)
 
 
@@ -270,4 +302,13 @@ def test_kernel_refuses_what_does_not_fit(windows, outputs, message):
     made = torch.empty(outputs, dtype=torch.int64)
     offsets, counts = torch.empty(outputs + 1, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=message):
-        PLAN.native(torch.tensor([1, 2, 3]), torch.tensor(windows), 10, 0, made, made.clone(), offsets, counts)
+        PLAN.native(
+            torch.tensor([1, 2, 3]),
+            torch.tensor(windows),
+            10,
+            0,
+            made,
+            made.clone(),
+            offsets,
+            counts,
+        )

@@ -1,4 +1,5 @@
-"""The rows that the packing probe asks with: long enough for every limit, no sequence beyond a table."""
+"""The rows that the packing probe asks with: long enough for every limit, no sequence beyond a
+table."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from fastft.attention.probe_rows import Batches, limits_of, long_row, long_total
 
 
 def config(**sizes):
-    return transformers.LlamaConfig(vocab_size=97, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, **sizes)
+    return transformers.LlamaConfig(
+        vocab_size=97, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, **sizes
+    )
 
 
 class Model:
@@ -49,7 +52,9 @@ def test_how_long_the_long_row_is(sizes, max_tokens, total):
 @pytest.mark.parametrize("table", [40, 64, 2048, 131072])
 @pytest.mark.parametrize("window", [None, 40, 300])
 def test_its_sequences(total, table, window, start):
-    row = long_row(Model(max_position_embeddings=table, sliding_window=window), Batches(start), total)
+    row = long_row(
+        Model(max_position_embeddings=table, sliding_window=window), Batches(start), total
+    )
     lengths = [len(tokens) for tokens in row.tokens]
     assert len(row) == sum(lengths) == total and min(lengths) > 0
     assert max(lengths) <= table - start

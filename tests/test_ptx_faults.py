@@ -1,4 +1,5 @@
-"""Planted faults: each check of the machine that runs PTX finds the fault it is for, and says where it is."""
+"""Planted faults: each check of the machine that runs PTX finds the fault it is for, and says where
+it is."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from fastft import _native
 
-needs_nvcc = pytest.mark.skipif(ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}")
+needs_nvcc = pytest.mark.skipif(
+    ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}"
+)
 PLANTED = Path(ptx.__file__).with_name("planted.cu")
 
 
@@ -36,7 +39,9 @@ def caught(kind: str, opcode: str, body: str, *tensors: Tensor, **options: Any) 
     with pytest.raises(ptx.Fault) as caught:
         execute(body, *tensors, **options)
     fault = caught.value
-    assert (fault.kind, fault.kernel, fault.instruction.opcode) == (kind, "planted", opcode), str(fault)
+    assert (fault.kind, fault.kernel, fault.instruction.opcode) == (kind, "planted", opcode), str(
+        fault
+    )
     assert f"line {fault.instruction.line}" in str(fault)
     return fault
 
@@ -45,7 +50,11 @@ def test_a_sound_kernel() -> None:
     out = ints(32)
     launch = execute("st.global.u32 [%d4], %r1;", out)
     assert out.tolist() == list(range(32))
-    assert launch.bytes_written == 128 and launch.bytes_read == 0 and launch.opcodes["st.global.u32"] == 32
+    assert (
+        launch.bytes_written == 128
+        and launch.bytes_read == 0
+        and launch.opcodes["st.global.u32"] == 32
+    )
 
 
 # -- addresses
@@ -63,7 +72,9 @@ def test_a_load_before_the_begin() -> None:
 
 
 def test_a_store_between_the_rows_of_a_matrix() -> None:
-    caught("out of bounds", "st.global.u32", "st.global.u32 [%d4], %r1;", ints(64).view(2, 32)[:, :31])
+    caught(
+        "out of bounds", "st.global.u32", "st.global.u32 [%d4], %r1;", ints(64).view(2, 32)[:, :31]
+    )
 
 
 def test_a_store_to_the_parameters() -> None:
@@ -91,7 +102,12 @@ def test_a_register_that_nobody_wrote() -> None:
 
 def test_a_register_that_some_threads_wrote() -> None:
     some = "setp.lt.u32 %p1, %r1, 7; @%p1 mov.u32 %r6, 5;"
-    caught("unwritten", "st.global.u32", some + "add.s32 %r7, %r6, 1; st.global.u32 [%d4], %r7;", ints(32))
+    caught(
+        "unwritten",
+        "st.global.u32",
+        some + "add.s32 %r7, %r6, 1; st.global.u32 [%d4], %r7;",
+        ints(32),
+    )
     execute(some + "add.s32 %r7, %r6, 1; @%p1 st.global.u32 [%d4], %r7;", ints(32))
 
 
@@ -103,7 +119,10 @@ def test_what_a_shuffle_brings_from_a_lane_that_has_nothing() -> None:
 
 
 def test_shared_memory_that_nobody_wrote() -> None:
-    body = "setp.lt.u32 %p1, %r1, 31; @%p1 st.shared.u32 [%r5], %r1; bar.sync 0; ld.shared.u32 %r6, [%r5];"
+    body = (
+        "setp.lt.u32 %p1, %r1, 31; @%p1 st.shared.u32 [%r5], %r1; bar.sync 0; ld.shared.u32 %r6, "
+        "[%r5];"
+    )
     caught("unwritten", "ld.shared.u32", body, shared=128)
 
 
@@ -123,12 +142,17 @@ def test_device_memory_that_nobody_wrote() -> None:
 # -- races
 
 
-SWAP = "st.shared.u32 [%r5], %r1; {} xor.b32 %r6, %r3, {}; add.s32 %r6, %r4, %r6; ld.shared.u32 %r7, [%r6];"
+SWAP = (
+    "st.shared.u32 [%r5], %r1; {} xor.b32 %r6, %r3, {}; add.s32 %r6, %r4, %r6; ld.shared.u32 %r7, "
+    "[%r6];"
+)
 
 
 @pytest.mark.parametrize("instead", ["", "bar.warp.sync -1;"])
 def test_a_missing_barrier_of_the_block(instead: str) -> None:
-    fault = caught("shared race", "ld.shared.u32", SWAP.format(instead, 128), threads=64, shared=256)
+    fault = caught(
+        "shared race", "ld.shared.u32", SWAP.format(instead, 128), threads=64, shared=256
+    )
     assert "st.shared.u32" in fault.detail
     execute(SWAP.format("bar.sync 0;", 128), threads=64, shared=256)
 
@@ -152,13 +176,18 @@ def test_two_values_for_one_place() -> None:
 
 
 def test_a_race_in_global_memory_within_a_block() -> None:
-    body = "st.global.u32 [%d4], %r1; {} xor.b32 %r6, %r3, 128; cvt.u64.u32 %d5, %r6; add.s64 %d5, %d1, %d5;"
+    body = (
+        "st.global.u32 [%d4], %r1; {} xor.b32 %r6, %r3, 128; cvt.u64.u32 %d5, %r6; add.s64 %d5, "
+        "%d1, %d5;"
+    )
     body += "ld.global.u32 %r7, [%d5];"
     caught("global race", "ld.global.u32", body.format(""), ints(64), threads=64)
     execute(body.format("bar.sync 0;"), ints(64), threads=64)
 
 
-@pytest.mark.parametrize("second", ["st.global.u32 [%d4], %r2;", "ld.global.u32 %r7, [%d4];"], ids=["write", "read"])
+@pytest.mark.parametrize(
+    "second", ["st.global.u32 [%d4], %r2;", "ld.global.u32 %r7, [%d4];"], ids=["write", "read"]
+)
 def test_a_race_between_blocks(second: str) -> None:
     body = f"setp.eq.u32 %p1, %r2, 0; @%p1 st.global.u32 [%d4], %r1; bar.sync 0; @!%p1 {second}"
     caught("global race between blocks", second.split()[0], body, ints(32), blocks=2)
@@ -195,7 +224,10 @@ def test_every_barrier_of_a_cuda_kernel_is_needed(kernel: str) -> None:
         barriers = count_barriers(gpu, kernel)
         assert barriers
         for number in range(barriers):
-            gpu.edit(kernel, lambda text, number=number: without(text, number, r"bar\.(warp\.)?sync[^;]*;"))
+            gpu.edit(
+                kernel,
+                lambda text, number=number: without(text, number, r"bar\.(warp\.)?sync[^;]*;"),
+            )
             with pytest.raises(ptx.Fault, match="race") as caught:
                 call(gpu)
             assert caught.value.kernel == kernel, str(caught.value)
@@ -221,10 +253,15 @@ def without(text: str, number: int, pattern: str) -> str:
 @needs_nvcc
 def test_blocks_that_take_one_another_s_part() -> None:
     with ptx.cuda_operators(90) as gpu:
-        gpu.edit("fill_kernel", lambda text: re.sub(r"mov\.u32\s+(%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;", text))
+        gpu.edit(
+            "fill_kernel",
+            lambda text: re.sub(r"mov\.u32\s+(%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;", text),
+        )
         with pytest.raises(ptx.Fault) as caught:
             run_segments(gpu.ops.packed_boundaries, *draw_segments([400, 300]))
-    assert caught.value.kind == "global race between blocks" and caught.value.kernel == "fill_kernel"
+    assert (
+        caught.value.kind == "global race between blocks" and caught.value.kernel == "fill_kernel"
+    )
 
 
 @pytest.mark.skipif(_native.missing("cpu") is not None, reason="no native CPU library")
@@ -248,7 +285,9 @@ def test_the_barriers_of_a_triton_kernel_are_needed() -> None:
 
 
 def test_a_barrier_that_only_some_threads_reach() -> None:
-    body = "setp.lt.u32 %p1, %r1, 7; @%p1 bra A; bar.sync 0; bra B; A: bar.sync 0; B: mov.u32 %r6, 0;"
+    body = (
+        "setp.lt.u32 %p1, %r1, 7; @%p1 bra A; bar.sync 0; bra B; A: bar.sync 0; B: mov.u32 %r6, 0;"
+    )
     assert "bar.sync 0 and " in caught("divergent barrier", "bar.sync", body).detail
     execute("setp.lt.u32 %p1, %r1, 7; @%p1 bra A; mov.u32 %r6, 1; A: bar.sync 0;")
 
@@ -259,9 +298,15 @@ def test_a_barrier_of_a_warp_that_some_lanes_miss() -> None:
 
 
 def test_a_shuffle_that_some_lanes_miss() -> None:
-    body = "setp.lt.u32 %p1, %r1, 7; @%p1 bra A; shfl.sync.bfly.b32 %r6, %r1, 1, 31, {}; A: mov.u32 %r6, 0;"
+    body = (
+        "setp.lt.u32 %p1, %r1, 7; @%p1 bra A; shfl.sync.bfly.b32 %r6, %r1, 1, 31, {}; A: mov.u32 "
+        "%r6, 0;"
+    )
     caught("divergent shuffle", "shfl.sync.bfly.b32", body.format("-1"))
-    body = "setp.lt.u32 %p1, %r1, 16; @%p1 bra A; shfl.sync.bfly.b32 %r6, %r1, {}, 31, 0xffff0000; A: mov.u32 %r6, 0;"
+    body = (
+        "setp.lt.u32 %p1, %r1, 16; @%p1 bra A; shfl.sync.bfly.b32 %r6, %r1, {}, 31, 0xffff0000; A: "
+        "mov.u32 %r6, 0;"
+    )
     execute(body.format(1))
     caught("divergent shuffle", "shfl.sync.bfly.b32", body.format(16))
 
@@ -269,14 +314,20 @@ def test_a_shuffle_that_some_lanes_miss() -> None:
 @needs_nvcc
 def test_a_shuffle_of_a_cuda_kernel_that_some_lanes_miss() -> None:
     def without_thread_5(text: str) -> str:
-        planted = "{ .reg .b32 %lane; .reg .pred %planted; mov.u32 %lane, %tid.x; setp.eq.s32 %planted, %lane, 5;"
+        planted = (
+            "{ .reg .b32 %lane; .reg .pred %planted; mov.u32 %lane, %tid.x; setp.eq.s32 %planted, "
+            "%lane, 5;"
+        )
         return text.replace("{", planted, 1).replace("shfl.sync", "@!%planted shfl.sync")
 
     with ptx.cuda_operators(90) as gpu:
         gpu.edit("rows_kernel<float, false>", without_thread_5)
         with pytest.raises(ptx.Fault) as caught:
             run(gpu.ops.cross_entropy_rows, draw(CASES["plain"], 2, 63, torch.float32))
-    assert caught.value.kind == "divergent shuffle" and caught.value.kernel == "rows_kernel<float, false>"
+    assert (
+        caught.value.kind == "divergent shuffle"
+        and caught.value.kernel == "rows_kernel<float, false>"
+    )
     assert caught.value.instruction.opcode.startswith("shfl.sync")
 
 
@@ -284,10 +335,15 @@ def test_a_shuffle_of_a_cuda_kernel_that_some_lanes_miss() -> None:
 
 
 @pytest.mark.parametrize(
-    "instruction", ["wgmma.fence.sync.aligned", "add.rz.f32.v2 %f1, %f2, %f3", "shl.clamp.b32 %r6, %r1, 1"]
+    "instruction",
+    ["wgmma.fence.sync.aligned", "add.rz.f32.v2 %f1, %f2, %f3", "shl.clamp.b32 %r6, %r1, 1"],
 )
 def test_an_opcode_that_the_machine_does_not_know(instruction: str) -> None:
-    caught("unknown opcode", instruction.split()[0], f"mov.f32 %f2, 0f3F800000; mov.f32 %f3, 0f0; {instruction};")
+    caught(
+        "unknown opcode",
+        instruction.split()[0],
+        f"mov.f32 %f2, 0f3F800000; mov.f32 %f3, 0f0; {instruction};",
+    )
 
 
 def test_a_directive_that_the_machine_does_not_know() -> None:
@@ -317,7 +373,9 @@ def test_noise_is_a_function_of_the_input_s_bits() -> None:
     assert np.array_equal(errors, noise(bits, 2)) and set(errors.tolist()) == {-2, -1, 0, 1, 2}
 
 
-@pytest.mark.parametrize("opcode", ["ex2.approx.ftz.f32", "rcp.approx.ftz.f32", "div.full.f32", "sqrt.rn.f32"])
+@pytest.mark.parametrize(
+    "opcode", ["ex2.approx.ftz.f32", "rcp.approx.ftz.f32", "div.full.f32", "sqrt.rn.f32"]
+)
 def test_noise_moves_approximations_alone(opcode: str) -> None:
     second = "%f1, 0f40400000" if opcode.startswith("div") else "%f1"
     body = f"ld.global.f32 %f1, [%d4]; {opcode} %f2, {second}; st.global.f32 [%d4], %f2;"
@@ -334,7 +392,14 @@ def test_noise_moves_approximations_alone(opcode: str) -> None:
 
 
 def planted(gpu: ptx.Gpu, **changes: Any) -> int:
-    call = {"barrier": 1, "threads": 64, "shared": 1024, "allowed": 0, "device": 0, "of_stream": 0} | changes
+    call = {
+        "barrier": 1,
+        "threads": 64,
+        "shared": 1024,
+        "allowed": 0,
+        "device": 0,
+        "of_stream": 0,
+    } | changes
     out = gpu.place(gpu.fresh(ints(call["threads"])), call.pop("of_memory", call["device"]))
     gpu.fault = None
     error = gpu.library.planted_launch(pointer(out), *call.values())
@@ -359,7 +424,8 @@ def test_a_launch_that_the_runtime_refuses(chip: int) -> None:
         assert planted(gpu, shared=most, allowed=most) == 0
         assert planted(gpu, shared=most, allowed=most + 1) == invalid_value
         assert planted(gpu, shared=most, device=1) == invalid_handle  # the stream is device 0's
-        assert planted(gpu, shared=most, device=1, of_stream=1) == invalid_value  # each device has its own limit
+        # each device has its own limit
+        assert planted(gpu, shared=most, device=1, of_stream=1) == invalid_value
         assert planted(gpu, device=1, of_stream=1) == 0
         assert planted(gpu, threads=2048) == invalid_configuration
         with pytest.raises(ptx.Fault, match="launch refused"):
@@ -380,7 +446,10 @@ def test_a_missing_barrier_of_a_cu_file() -> None:
     with ptx.cuda_operators(90, sources=[PLANTED]) as gpu:
         with pytest.raises(ptx.Fault, match="shared race") as caught:
             planted(gpu, barrier=0)
-    assert caught.value.kernel == "reverse_kernel" and caught.value.instruction.source == "planted.cu:12"
+    assert (
+        caught.value.kernel == "reverse_kernel"
+        and caught.value.instruction.source == "planted.cu:12"
+    )
 
 
 @needs_nvcc

@@ -7,7 +7,9 @@ import torch
 from support import ptx
 from support.row_problems import EVERYTHING, check, draw
 
-needs_nvcc = pytest.mark.skipif(ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}")
+needs_nvcc = pytest.mark.skipif(
+    ptx.missing() is not None, reason=f"the CUDA kernels: {ptx.missing()}"
+)
 
 
 @needs_nvcc

@@ -1,4 +1,5 @@
-"""The opcodes of the machine that runs PTX against Python's integers, fractions and what the manual's tables say."""
+"""The opcodes of the machine that runs PTX against Python's integers, fractions and what the
+manual's tables say."""
 
 from __future__ import annotations
 
@@ -100,9 +101,9 @@ def test_integers(instruction: str) -> None:
 
 
 def floats(seed: int) -> np.ndarray:
-    values = np.random.default_rng(seed).standard_normal(64) * 2.0 ** np.random.default_rng(seed + 9).integers(
-        -30, 30, 64
-    )
+    values = np.random.default_rng(seed).standard_normal(64) * 2.0 ** np.random.default_rng(
+        seed + 9
+    ).integers(-30, 30, 64)
     values[:3] = [np.inf, 0.0, 2.0**-130]
     return values.astype(np.float32)
 
@@ -113,10 +114,19 @@ X, Y, Z = (floats(seed) for seed in (1, 2, 3))
 def in_direction(exact: Fraction, rounding: str) -> float:
     """A float32 for an exact number, found by stepping from the nearest one."""
     near = np.float32(float(exact))
-    candidates = [np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf))]
+    candidates = [
+        np.nextafter(near, np.float32(-np.inf)),
+        near,
+        np.nextafter(near, np.float32(np.inf)),
+    ]
     towards = {"rm": -1, "rp": 1, "rz": -1 if exact > 0 else 1}.get(rounding)
     if towards is None:
-        return float(min(candidates, key=lambda x: (abs(Fraction(float(x)) - exact), int(x.view(np.uint32)) & 1)))
+        return float(
+            min(
+                candidates,
+                key=lambda x: (abs(Fraction(float(x)) - exact), int(x.view(np.uint32)) & 1),
+            )
+        )
     allowed = [x for x in candidates if (Fraction(float(x)) - exact) * towards >= 0]
     return float(min(allowed, key=lambda x: abs(Fraction(float(x)) - exact)))
 
@@ -155,20 +165,50 @@ CONVERSIONS = {
     "cvt.rzi.s32.f32 %r9, %f1": [2**31 - 1, 0, 1, -2, 0],
     "cvt.rmi.s32.f32 %r9, %f1": [2**31 - 1, 0, 1, -3, 0],
     "cvt.rpi.u32.f32 %r9, %f1": [2**32 - 1, 0, 2, 0, 1],
-    "cvt.rn.bf16x2.f32 %r9, %f1, 0f3F800000": [0x7F803F80, 0x7FFF3F80, 0x3FC03F80, 0xC0203F80, 0x00003F80],
-    "cvt.rn.relu.bf16x2.f32 %r9, 0f3F800000, %f1": [0x3F807F80, 0x3F807FFF, 0x3F803FC0, 0x3F800000, 0x3F800000],
+    "cvt.rn.bf16x2.f32 %r9, %f1, 0f3F800000": [
+        0x7F803F80,
+        0x7FFF3F80,
+        0x3FC03F80,
+        0xC0203F80,
+        0x00003F80,
+    ],
+    "cvt.rn.relu.bf16x2.f32 %r9, 0f3F800000, %f1": [
+        0x3F807F80,
+        0x3F807FFF,
+        0x3F803FC0,
+        0x3F800000,
+        0x3F800000,
+    ],
     "cvt.rn.f16x2.f32 %r9, 0f00000000, %f1": [0x7C00, 0x7E00, 0x3E00, 0xC100, 0],
     "cvt.rn.bf16.f32 %h1, %f1; cvt.u32.u16 %r9, %h1": [0x7F80, 0x7FFF, 0x3FC0, 0xC020, 0],
     "cvt.rz.bf16.f32 %h1, 0f3F80FFFF; cvt.u32.u16 %r9, %h1": [0x3F80] * 5,
     "cvt.sat.f32.f32 %f2, %f1; mov.b32 %r9, %f2": [0x3F800000, 0, 0x3F800000, 0, 0x00000001],
-    "cvt.ftz.f32.f32 %f2, %f1; mov.b32 %r9, %f2": [0x7F800000, 0x7FC00000, 0x3FC00000, 0xC0200000, 0],
+    "cvt.ftz.f32.f32 %f2, %f1; mov.b32 %r9, %f2": [
+        0x7F800000,
+        0x7FC00000,
+        0x3FC00000,
+        0xC0200000,
+        0,
+    ],
     "abs.f32 %f2, %f1; cvt.rzi.u32.f32 %r9, %f2": [2**32 - 1, 0, 1, 2, 0],
     "setp.leu.f32 %p1, %f1, 0f0; selp.u32 %r9, 5, 6, %p1": [6, 5, 6, 5, 6],
     "setp.gt.and.f32 %p1|%p2, %f1, 0f0, %p3; selp.u32 %r9, 5, 6, %p2": [6, 5, 6, 5, 6],
     "testp.finite.f32 %p1, %f1; selp.u32 %r9, 5, 6, %p1": [6, 6, 5, 5, 5],
     "max.NaN.f32 %f2, %f1, 0f0; cvt.rpi.u32.f32 %r9, %f2": [2**32 - 1, 0, 2, 0, 1],
-    "max.f32 %f2, 0fBF800000, %f1; mov.b32 %r9, %f2": [0x7F800000, 0xBF800000, 0x3FC00000, 0xBF800000, 1],
-    "copysign.f32 %f2, %f1, 0f40000000; mov.b32 %r9, %f2": [0x40000000, 0x40000000, 0x40000000, 0xC0000000, 0x40000000],
+    "max.f32 %f2, 0fBF800000, %f1; mov.b32 %r9, %f2": [
+        0x7F800000,
+        0xBF800000,
+        0x3FC00000,
+        0xBF800000,
+        1,
+    ],
+    "copysign.f32 %f2, %f1, 0f40000000; mov.b32 %r9, %f2": [
+        0x40000000,
+        0x40000000,
+        0x40000000,
+        0xC0000000,
+        0x40000000,
+    ],
 }
 
 
@@ -178,19 +218,26 @@ def test_conversions_and_comparisons(instructions: str) -> None:
     numbers = torch.tensor([torch.inf, torch.nan, 1.5, -2.5, 2.0**-149] + [0.0] * 27)
     before = "ld.global.f32 %f1, [%d4]; setp.eq.u32 %p3, 0, 0; "
     execute(before + instructions + "; st.global.u32 [%d4], %r9;", numbers)
-    assert numbers[:5].numpy().view(np.uint32).tolist() == [x & MASK for x in CONVERSIONS[instructions]]
+    assert numbers[:5].numpy().view(np.uint32).tolist() == [
+        x & MASK for x in CONVERSIONS[instructions]
+    ]
 
 
 def test_packed_16_bit_arithmetic() -> None:
     numbers = torch.tensor([1.5, -2.0] * 32, dtype=torch.bfloat16)
-    body = "ld.global.b32 %r6, [%d4]; add.rn.bf16x2 %r7, %r6, %r6; fma.rn.bf16x2 %r7, %r7, %r6, %r6;"
+    body = (
+        "ld.global.b32 %r6, [%d4]; add.rn.bf16x2 %r7, %r6, %r6; fma.rn.bf16x2 %r7, %r7, %r6, %r6;"
+    )
     execute(body + "max.bf16x2 %r7, %r7, %r6; st.global.b32 [%d4], %r7;", numbers)
     assert numbers[:2].tolist() == [6.0, 6.0]
 
 
 def test_doubles() -> None:
     out = torch.zeros(1, dtype=torch.float64)
-    body = "mov.f64 %e1, 0d3FF8000000000000; rcp.rn.f64 %e2, %e1; div.rn.f64 %e3, %e2, %e1; sqrt.rn.f64 %e3, %e3;"
+    body = (
+        "mov.f64 %e1, 0d3FF8000000000000; rcp.rn.f64 %e2, %e1; div.rn.f64 %e3, %e2, %e1; "
+        "sqrt.rn.f64 %e3, %e3;"
+    )
     execute(body + "fma.rn.f64 %e3, %e3, %e1, %e1; st.global.f64 [%d1], %e3;", out, threads=1)
     assert out.item() == 2.5
 
@@ -207,7 +254,9 @@ def of_warp(instruction: str, threads: int = 32) -> list[int]:
 def test_shuffles_within_segments() -> None:
     lanes = range(32)
     assert of_warp("shfl.sync.bfly.b32 %r9, %r1, 3, 31, -1") == [lane ^ 3 for lane in lanes]
-    assert of_warp("shfl.sync.up.b32 %r9, %r1, 2, 0, -1") == [lane - 2 if lane >= 2 else lane for lane in lanes]
+    assert of_warp("shfl.sync.up.b32 %r9, %r1, 2, 0, -1") == [
+        lane - 2 if lane >= 2 else lane for lane in lanes
+    ]
     segments = 0x181F  # of eight lanes
     down = of_warp(f"shfl.sync.down.b32 %r9|%p1, %r1, 2, {segments}, -1")
     assert down == [lane + 2 if lane % 8 < 6 else lane for lane in lanes]
@@ -230,14 +279,20 @@ def test_votes_and_matches() -> None:
 
 def test_reductions_of_a_warp() -> None:
     assert of_warp("redux.sync.add.u32 %r9, %r1, -1", 64) == [496] * 32 + [1520] * 32
-    assert of_warp("sub.s32 %r6, 9, %r1; redux.sync.min.s32 %r9, %r6, -1", 64) == [-22] * 32 + [-54] * 32
+    assert (
+        of_warp("sub.s32 %r6, 9, %r1; redux.sync.min.s32 %r9, %r6, -1", 64)
+        == [-22] * 32 + [-54] * 32
+    )
 
 
 def test_vectors_caches_and_parts_of_registers() -> None:
     numbers = torch.arange(128, dtype=torch.int32)
     body = "mul.wide.u32 %d5, %r1, 16; add.s64 %d5, %d1, %d5;"
     body += "ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%r6, %r7, %r8, %r9}, [%d5];"
-    body += "mov.b64 %d6, {%r6, %r9}; mov.b64 {%r9, %r6}, %d6; st.global.cs.v4.b32 [%d5], {%r6, %r7, %r8, %r9};"
+    body += (
+        "mov.b64 %d6, {%r6, %r9}; mov.b64 {%r9, %r6}, %d6; st.global.cs.v4.b32 [%d5], {%r6, %r7, "
+        "%r8, %r9};"
+    )
     execute(body, numbers)
     expected = torch.arange(128).view(32, 4)[:, [3, 1, 2, 0]].reshape(-1)
     assert torch.equal(numbers.long(), expected)
@@ -245,6 +300,9 @@ def test_vectors_caches_and_parts_of_registers() -> None:
 
 def test_generic_addresses_are_of_shared_memory_or_of_global() -> None:
     out = torch.zeros(32, dtype=torch.int32)
-    body = "st.shared.u32 [%r5], %r1; cvt.u64.u32 %d5, %r5; cvta.shared.u64 %d5, %d5; ld.u32 %r6, [%d5];"
+    body = (
+        "st.shared.u32 [%r5], %r1; cvt.u64.u32 %d5, %r5; cvta.shared.u64 %d5, %d5; ld.u32 %r6, "
+        "[%d5];"
+    )
     execute(body + "add.s32 %r6, %r6, 7; st.u32 [%d4], %r6;", out, shared=128)
     assert out.tolist() == list(range(7, 39))

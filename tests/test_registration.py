@@ -1,4 +1,5 @@
-"""`attn_implementation="fastft"` is known from `import fastft` on, whichever of the two libraries comes first."""
+"""`attn_implementation="fastft"` is known from `import fastft` on, whichever of the two libraries
+comes first."""
 
 from __future__ import annotations
 
@@ -33,22 +34,32 @@ assert not any(type(finder).__module__.startswith("fastft") for finder in sys.me
 
 def test_the_name_is_known_before_anything_of_ours_is_made(tmp_path):
     script = (
-        f"import sys, fastft\nassert 'transformers' not in sys.modules\nfolder = {str(tmp_path)!r}\n{MODEL}{LOADED}"
+        f"import sys, fastft\nassert 'transformers' not in sys.modules\nfolder = "
+        f"{str(tmp_path)!r}\n{MODEL}{LOADED}"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
 def forgotten(monkeypatch):
     for interface in (AttentionInterface, AttentionMaskInterface):
-        others = {name: function for name, function in interface._global_mapping.items() if name != "fastft"}
+        others = {
+            name: function
+            for name, function in interface._global_mapping.items()
+            if name != "fastft"
+        }
         monkeypatch.setattr(interface, "_global_mapping", others)
 
 
 def test_at_once_where_the_models_are_there_already(forgotten):
     registration.register_with_transformers()
-    assert "fastft" in AttentionInterface._global_mapping and "fastft" in AttentionMaskInterface._global_mapping
+    assert (
+        "fastft" in AttentionInterface._global_mapping
+        and "fastft" in AttentionMaskInterface._global_mapping
+    )
     assert not any(isinstance(finder, registration._Waiting) for finder in sys.meta_path)
 
 

@@ -17,10 +17,13 @@ from fastft.data.rows import balanced_rows
 def test_rows_are_balanced(sizes, rows):
     members = balanced_rows(sizes, rows)
     assert sorted(unit for row in members for unit in row) == list(range(len(sizes)))
-    assert len(members) == min(rows, len(sizes)) and all(row == sorted(row) and row for row in members)
+    assert len(members) == min(rows, len(sizes)) and all(
+        row == sorted(row) and row for row in members
+    )
     assert members == sorted(members)
     longest = max(sum(sizes[unit] for unit in row) for row in members)
-    # Graham's bound of any such list, in whole numbers: that of 4/3 is of the best possible, which nobody knows here
+    # Graham's bound of any such list, in whole numbers: that of 4/3 is of the best possible, which
+    # nobody knows here
     assert longest * rows <= sum(sizes) + (rows - 1) * max(sizes)
 
 
@@ -48,7 +51,9 @@ def test_packs_stay_whole():
 
 
 def test_padding_is_a_segment_of_its_own_in_each_row():
-    batch = PackingCollator(rows=2, pad_to_multiple_of=4, pad_token_id=7)(make([3, 2], labels=50, token_type_ids=1))
+    batch = PackingCollator(rows=2, pad_to_multiple_of=4, pad_token_id=7)(
+        make([3, 2], labels=50, token_type_ids=1)
+    )
     assert batch["input_ids"].tolist() == [[0, 1, 2, 7], [9, 10, 7, 7]]
     assert batch["labels"].tolist() == [[-100, 51, 52, -100], [-100, 51, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]]

@@ -1,4 +1,5 @@
-"""`scale_gradients_`: its engines against float64; CUDA and Triton as PTX on the CPU, and their machine code."""
+"""`scale_gradients_`: its engines against float64; CUDA and Triton as PTX on the CPU, and their
+machine code."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ engines = pytest.mark.parametrize("engine", ENGINES, ids=str)
 
 
 def draw(sizes: list[int], dtype: torch.dtype, shift: int = 0) -> list[Tensor]:
-    """Gradients that begin `shift` numbers behind 16 bytes, between numbers that nobody may touch."""
+    """Gradients that begin `shift` numbers behind 16 bytes, between numbers that nobody may
+    touch."""
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(size + 16, generator=generator).to(dtype) for size in sizes]
     return [part[shift : shift + size] for part, size in zip(whole, sizes, strict=True)]
@@ -28,7 +30,9 @@ def draw(sizes: list[int], dtype: torch.dtype, shift: int = 0) -> list[Tensor]:
 
 def around(gradient: Tensor) -> Tensor:
     """All of the memory that `gradient` is a part of."""
-    return torch.as_strided(gradient, (gradient.untyped_storage().nbytes() // gradient.itemsize,), (1,), 0)
+    return torch.as_strided(
+        gradient, (gradient.untyped_storage().nbytes() // gradient.itemsize,), (1,), 0
+    )
 
 
 def check(function: Any, gradients: list[Tensor], scale: float) -> None:
@@ -36,7 +40,9 @@ def check(function: Any, gradients: list[Tensor], scale: float) -> None:
     before = [around(gradient).clone() for gradient in gradients]
     # the product of two numbers in fp32, or of 16 bits and fp32, is exact in float64
     factor = torch.tensor(scale)
-    expected = [(gradient.double() * factor.double()).float().to(gradient.dtype) for gradient in gradients]
+    expected = [
+        (gradient.double() * factor.double()).float().to(gradient.dtype) for gradient in gradients
+    ]
     function(gradients, factor)
     for gradient, old, product in zip(gradients, before, expected, strict=True):
         torch.testing.assert_close(gradient, product, rtol=0, atol=0, equal_nan=True)
@@ -46,9 +52,20 @@ def check(function: Any, gradients: list[Tensor], scale: float) -> None:
 
 
 def awkward(dtype: torch.dtype) -> Tensor:
-    """Numbers that are none, the largest, subnormal ones, and zeros of both signs; products overflow and underflow."""
+    """Numbers that are none, the largest, subnormal ones, and zeros of both signs; products
+    overflow and underflow."""
     info = torch.finfo(dtype)
-    ends = [torch.inf, -torch.inf, torch.nan, info.max, info.min, info.tiny, info.smallest_normal / 2, 0.0, -0.0]
+    ends = [
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+        info.max,
+        info.min,
+        info.tiny,
+        info.smallest_normal / 2,
+        0.0,
+        -0.0,
+    ]
     return torch.tensor([*ends, *ends], dtype=torch.float64).to(dtype)
 
 
@@ -68,7 +85,12 @@ def test_float64_is_scaled_in_float64() -> None:
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     ("engine", "scale"),
-    [pytest.param(e, s, id=f"{e}-{s}") for e in ENGINES for s in SCALES if e.chip == 90 or s in (1 / 3, torch.inf)],
+    [
+        pytest.param(e, s, id=f"{e}-{s}")
+        for e in ENGINES
+        for s in SCALES
+        if e.chip == 90 or s in (1 / 3, torch.inf)
+    ],
 )
 def test_gpu_kernels_as_ptx_round_once(engine: Engine, scale: float, dtype: torch.dtype) -> None:
     with operator(engine, OP) as (function, launches):
@@ -178,7 +200,11 @@ def test_cuda_accesses_are_16_bytes_wide(chip: int) -> None:
 
 @pytest.mark.parametrize(
     ("chip", "dtype"),
-    [*((chip, torch.bfloat16) for chip in (75, 80, 90, 100, 120)), (90, torch.float32), (90, torch.float16)],
+    [
+        *((chip, torch.bfloat16) for chip in (75, 80, 90, 100, 120)),
+        (90, torch.float32),
+        (90, torch.float16),
+    ],
 )
 def test_triton_kernels_have_no_spills_and_wide_accesses(chip: int, dtype: torch.dtype) -> None:
     """Of a gradient of any size; one kernel for all of them."""
@@ -189,7 +215,9 @@ def test_triton_kernels_have_no_spills_and_wide_accesses(chip: int, dtype: torch
 
     with compiled_for(chip) as kernels:
         for size in (1, 4_096, 70_001):
-            scale_gradients_([torch.empty(size, dtype=dtype, device="meta")], torch.empty((), device="meta"))
+            scale_gradients_(
+                [torch.empty(size, dtype=dtype, device="meta")], torch.empty((), device="meta")
+            )
     assert kernels[0] is kernels[1] is kernels[2]
     code = binary(kernels[0])
     assert (code.spills, code.stack, code.atomics) == (0, 0, 0) and code.registers <= 32
@@ -207,4 +235,8 @@ def test_on_a_gpu(impl: str, scale: float) -> None:
     gradients = [tensor for dtype in DTYPES.values() for tensor in draw([70_001, 5], dtype, 3)]
     there = [gradient.cuda() for gradient in gradients]
     SCALE.implementation(impl, device)(there, torch.tensor(scale, device=device))
-    check(lambda given, factor: [g.copy_(t) for g, t in zip(given, there, strict=True)], gradients, scale)
+    check(
+        lambda given, factor: [g.copy_(t) for g, t in zip(given, there, strict=True)],
+        gradients,
+        scale,
+    )

@@ -45,24 +45,36 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias": {"causal": False, "bias": True},
     "bool_mask": {"causal": False, "mask": "bool"},
     "float_mask": {"causal": False, "mask": "float"},
-    "all": {"causal": True, "window": 5, "softcap": 1.5, "bias": True, "sinks": True, "mask": "bool"},
+    "all": {
+        "causal": True,
+        "window": 5,
+        "softcap": 1.5,
+        "bias": True,
+        "sinks": True,
+        "mask": "bool",
+    },
 }
 
 
 def segments_of_lengths(lengths: tuple[int, ...], keys: tuple[int, ...] | None = None) -> Segments:
     cu_q = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    cu_k = cu_q if keys is None else torch.tensor([0, *itertools.accumulate(keys)], dtype=torch.int32)
+    cu_k = (
+        cu_q if keys is None else torch.tensor([0, *itertools.accumulate(keys)], dtype=torch.int32)
+    )
     return Segments(cu_q, cu_k, max(lengths), max(keys or lengths))
 
 
-def inputs(batch: str, options: dict[str, Any], dtype: torch.dtype, value_size: int = SIZE) -> dict[str, Any]:
+def inputs(
+    batch: str, options: dict[str, Any], dtype: torch.dtype, value_size: int = SIZE
+) -> dict[str, Any]:
     """Tensors of a call: q as projections give it (not contiguous), leaves that need gradients."""
     lengths, rows = BATCHES[batch]
     length = sum(lengths) // rows
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)  # the same numbers in each dtype, but for rounding
+        # the same numbers in each dtype, but for rounding
+        return torch.randn(shape, generator=generator).to(dtype)
 
     call = {
         "query": draw(rows, length, HEADS, SIZE).transpose(1, 2).requires_grad_(),
@@ -81,20 +93,29 @@ def inputs(batch: str, options: dict[str, Any], dtype: torch.dtype, value_size: 
     return call
 
 
-def each_segment(lengths: tuple[int, ...], *, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """The same in plain torch: each segment, or chunk, cut out and attended to by itself; (R, T, H, D)."""
+def each_segment(
+    lengths: tuple[int, ...], *, query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> Tensor:
+    """The same in plain torch: each segment, or chunk, cut out and attended to by itself; (R, T, H,
+    D)."""
     out = query.new_zeros(query.shape[0], query.shape[2], HEADS, value.shape[3])
     begin = 0
     for length in lengths:
         for at in range(begin, begin + length, options.get("chunk") or max(length, 1)):
             row, first = divmod(at, query.shape[2])
             part = slice(first, first + min(options.get("chunk") or length, begin + length - at))
-            one = {name: options[name] for name in ("causal", "window", "scale", "softcap", "sinks") if name in options}
+            one = {
+                name: options[name]
+                for name in ("causal", "window", "scale", "softcap", "sinks")
+                if name in options
+            }
             for name in ("bias", "mask"):
                 if name in options:
                     whole = options[name].expand(query.shape[0], -1, query.shape[2], -1)
                     one[name] = whole[row, :, part, part]
-            out[row, part] = _alone(query[row, :, part], key[row, :, part], value[row, :, part], **one)
+            out[row, part] = _alone(
+                query[row, :, part], key[row, :, part], value[row, :, part], **one
+            )
         begin += length
     return out
 
@@ -125,24 +146,33 @@ def _alone(
     scores = scores.masked_fill(~seen, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(-1, query.shape[1], 1)], -1)
-    elif softcap is None and scores.dtype != torch.float64:  # torch's own kernel is what there is to be as good as
+    elif (
+        softcap is None and scores.dtype != torch.float64
+    ):  # torch's own kernel is what there is to be as good as
         add = torch.zeros_like(scores) if bias is None else bias
         add = add if mask is None or mask.dtype == torch.bool else add + mask
         add = add.masked_fill(~seen, -torch.inf)
-        four = (tensor[None] for tensor in (query, key, value))  # its fast kernel takes four dimensions alone
-        plain = torch.nn.functional.scaled_dot_product_attention(*four, attn_mask=add[None], scale=scale)
+        # its fast kernel takes four dimensions alone
+        four = (tensor[None] for tensor in (query, key, value))
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            *four, attn_mask=add[None], scale=scale
+        )
         return plain[0].transpose(0, 1)
     return (scores.softmax(-1)[..., : key.shape[1]] @ value).transpose(0, 1)
 
 
-def results(function: Callable[..., Tensor], first: Any, call: dict[str, Any], **more: Any) -> list[Tensor]:
+def results(
+    function: Callable[..., Tensor], first: Any, call: dict[str, Any], **more: Any
+) -> list[Tensor]:
     """The output and the gradients of all leaves."""
     leaves = [value for value in call.values() if isinstance(value, Tensor) and value.requires_grad]
     if first is None:
         out = function(**call, **more)
     else:
         query, key, value = (call[name] for name in ("query", "key", "value"))
-        rest = {name: value for name, value in call.items() if name not in ("query", "key", "value")}
+        rest = {
+            name: value for name, value in call.items() if name not in ("query", "key", "value")
+        }
         out = function(query, key, value, first, **rest, **more)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
     return [out, *torch.autograd.grad(out, leaves, weights)]
@@ -159,7 +189,9 @@ def assert_as_each_segment(
     if options.get("mask") == "float":
         calls[1]["mask"] = calls[0]["mask"].double()
     ours = results(segment_attention, segments_of_lengths(lengths), calls[0], impl=impl)
-    plain, truth = (results(lambda **call: each_segment(lengths, **call), None, call) for call in calls)
+    plain, truth = (
+        results(lambda **call: each_segment(lengths, **call), None, call) for call in calls
+    )
     terms = SIZE + value_size + sum(lengths) * HEADS // GROUPS
     for index, (actual, other, exact) in enumerate(zip(ours, plain, truth, strict=True)):
         assert actual.dtype == dtype
@@ -193,12 +225,21 @@ def test_cross_attention(impl: str, poisoned_empty: None) -> None:
     """Queries of one length, keys of another; the keys of a segment without queries get zeros."""
     lengths, keys = (5, 0, 9), (4, 3, 20)
     q = torch.randn(1, HEADS, 14, SIZE, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(1, GROUPS, 27, SIZE, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    k, v = (
+        torch.randn(1, GROUPS, 27, SIZE, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
     out = segment_attention(q, k, v, segments_of_lengths(lengths, keys), causal=False, impl=impl)
-    parts = [_alone(q[0, :, :5], k[0, :, :4], v[0, :, :4], False), _alone(q[0, :, 5:], k[0, :, 7:], v[0, :, 7:], False)]
+    parts = [
+        _alone(q[0, :, :5], k[0, :, :4], v[0, :, :4], False),
+        _alone(q[0, :, 5:], k[0, :, 7:], v[0, :, 7:], False),
+    ]
     truth = torch.cat(parts)[None]
     weights = torch.randn_like(out)
-    pairs = zip((out, *_grads(out, weights, q, k, v)), (truth, *_grads(truth, weights, q, k, v)), strict=True)
+    pairs = zip(
+        (out, *_grads(out, weights, q, k, v)),
+        (truth, *_grads(truth, weights, q, k, v)),
+        strict=True,
+    )
     for actual, exact in pairs:
         torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
 
@@ -206,7 +247,9 @@ def test_cross_attention(impl: str, poisoned_empty: None) -> None:
 @pytest.mark.parametrize("name", ["causal", "all"])
 def test_no_tokens(name: str) -> None:
     q, k = torch.randn(1, HEADS, 0, SIZE, requires_grad=True), torch.randn(1, GROUPS, 0, SIZE)
-    options = {key: value for key, value in OPTIONS[name].items() if key in ("causal", "window", "softcap")}
+    options = {
+        key: value for key, value in OPTIONS[name].items() if key in ("causal", "window", "softcap")
+    }
     out = segment_attention(q, k, k, segments_of_lengths((0,)), **options)
     out.sum().backward()
     assert out.shape == (1, 0, HEADS, SIZE)
@@ -242,7 +285,8 @@ def test_any_strides(impl: str) -> None:
     results = []
     for query, key in ((q, k), (q.contiguous(), k.contiguous())):
         out = segment_attention(query, key, key, segments, causal=True, impl=impl)
-        results.append((out, *torch.autograd.grad(out.sum(), wide)))  # the gradient of out is expanded too
+        # the gradient of out is expanded too
+        results.append((out, *torch.autograd.grad(out.sum(), wide)))
     truth = each_segment((11, 7, 13), query=q, key=k, value=k, causal=True)
     results.append((truth, *torch.autograd.grad(truth.sum(), wide)))
     for tensors in zip(*results, strict=True):
@@ -258,9 +302,13 @@ def test_any_strides(impl: str) -> None:
     causal=st.booleans(),
     impl=st.sampled_from(["auto", "blocks"]),
 )
-def test_any_lengths(lengths: list[int], window: int | None, chunk: int | None, causal: bool, impl: str) -> None:
+def test_any_lengths(
+    lengths: list[int], window: int | None, chunk: int | None, causal: bool, impl: str
+) -> None:
     options = {"causal": causal, "window": window, "chunk": chunk}
-    q, k, v = (torch.randn(1, heads, sum(lengths), SIZE).double() for heads in (HEADS, GROUPS, GROUPS))
+    q, k, v = (
+        torch.randn(1, heads, sum(lengths), SIZE).double() for heads in (HEADS, GROUPS, GROUPS)
+    )
     ours = segment_attention(q, k, v, segments_of_lengths(tuple(lengths)), impl=impl, **options)
     truth = each_segment(tuple(lengths), query=q, key=k, value=v, **options)
     torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
@@ -274,7 +322,9 @@ def test_dropout_gradients(impl: str) -> None:
 
     def attend(*tensors: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return segment_attention(*tensors, segments_of_lengths((4, 5)), causal=True, dropout=0.4, impl=impl)
+        return segment_attention(
+            *tensors, segments_of_lengths((4, 5)), causal=True, dropout=0.4, impl=impl
+        )
 
     assert torch.autograd.gradcheck(attend, leaves)
 
@@ -290,7 +340,10 @@ def test_dropout_keeps_the_mean() -> None:
 @pytest.mark.parametrize("impl", ["flash_cpu", "blocks"])
 def test_the_same_bits_each_time(impl: str) -> None:
     call = inputs("long", OPTIONS["window"], torch.float32)
-    runs = [results(segment_attention, segments_of_lengths((507, 130)), call, impl=impl) for _ in range(2)]
+    runs = [
+        results(segment_attention, segments_of_lengths((507, 130)), call, impl=impl)
+        for _ in range(2)
+    ]
     assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
 
 
@@ -303,7 +356,9 @@ class _Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+                self.elements = max(
+                    self.elements, tensor.untyped_storage().nbytes() // tensor.element_size()
+                )
         return result
 
 
@@ -319,11 +374,13 @@ def test_memory_is_linear(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "both_ways", "window", "window_both_ways", "sinks", "sinks_and_window", "chunks"]
+    "name",
+    ["causal", "both_ways", "window", "window_both_ways", "sinks", "sinks_and_window", "chunks"],
 )
 @pytest.mark.parametrize("batch", ["ragged", "rows"])
 def test_cuda_arguments(batch: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is handed to the CUDA kernels and made of what they return; the kernels themselves do not run here."""
+    """What is handed to the CUDA kernels and made of what they return; the kernels themselves do
+    not run here."""
     calls, options = flash_kernels.install(monkeypatch), OPTIONS[name]
     monkeypatch.setattr(room, "_engine", lambda *args: "flash_cuda")
     lengths, _ = BATCHES[batch]
@@ -339,10 +396,15 @@ def test_cuda_arguments(batch: str, name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", flash_kernels.NAMES)
 def test_the_stand_ins_take_what_torchs_kernels_take(name: str) -> None:
     """In torch's order; of what they do not know torch has a default."""
-    given, kernel = getattr(torch.ops.aten, name).default._schema.arguments, flash_kernels.KERNELS[name]
+    given, kernel = (
+        getattr(torch.ops.aten, name).default._schema.arguments,
+        flash_kernels.KERNELS[name],
+    )
     taken = inspect.signature(kernel).parameters
     assert [one.name for one in given if not one.kwarg_only] == [
-        parameter.name for parameter in taken.values() if parameter.kind is not parameter.KEYWORD_ONLY
+        parameter.name
+        for parameter in taken.values()
+        if parameter.kind is not parameter.KEYWORD_ONLY
     ]
     assert {one.name for one in given} >= set(taken)
     assert all(one.has_default_value() for one in given if one.name not in taken)
@@ -352,26 +414,36 @@ def test_a_longest_segment_that_is_said_to_be_shorter(monkeypatch: pytest.Monkey
     """The CUDA kernels would leave out what is beyond, without a word."""
     calls = flash_kernels.install(monkeypatch)
     monkeypatch.setattr(room, "_engine", lambda *args: "flash_cuda")
-    segments = dataclasses.replace(segments_of_lengths((30, 33, 63)), max_seqlen_q=40, max_seqlen_k=7)
+    segments = dataclasses.replace(
+        segments_of_lengths((30, 33, 63)), max_seqlen_q=40, max_seqlen_k=7
+    )
     call = inputs("rows", {"causal": True}, torch.float64)
     out = segment_attention(**call, segments=segments)
     torch.testing.assert_close(out, each_segment((30, 33, 63), **call), rtol=1e-12, atol=1e-12)
     assert (calls[0]["max_q"], calls[0]["max_k"]) == (63, 63)
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window": 5}, {"causal": False, "window": 5}])
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"causal": True, "window": 5}, {"causal": False, "window": 5}]
+)
 def test_flash_attn_arguments(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     def flash_attn_varlen_func(q: Tensor, *tensors: Any, **kwargs: Any) -> Tensor:
-        seen.update(kwargs, shapes=[tuple(tensor.shape) for tensor in (q, *tensors[:2])], longest=tensors[4:])
+        seen.update(
+            kwargs,
+            shapes=[tuple(tensor.shape) for tensor in (q, *tensors[:2])],
+            longest=tensors[4:],
+        )
         return q.clone()
 
     fake = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     monkeypatch.setattr(room, "_engine", lambda *args: "flash_attn")
     call = inputs("rows", options, torch.float32)
-    out = segment_attention(**call, segments=segments_of_lengths((30, 33, 63)), softcap=3.0, dropout=0.1)
+    out = segment_attention(
+        **call, segments=segments_of_lengths((30, 33, 63)), softcap=3.0, dropout=0.1
+    )
     left = options.get("window", 0) - 1
     assert torch.equal(out, call["query"].transpose(1, 2))
     assert seen == {
@@ -387,7 +459,11 @@ def test_flash_attn_arguments(options: dict[str, Any], monkeypatch: pytest.Monke
 
 def _bad(**changes: Any) -> dict[str, Any]:
     call: dict[str, Any] = {"query": torch.zeros(1, 4, 6, 8), "key": torch.zeros(1, 2, 6, 8)}
-    call |= {"value": torch.zeros(1, 2, 6, 8), "segments": segments_of_lengths((2, 4)), "causal": True}
+    call |= {
+        "value": torch.zeros(1, 2, 6, 8),
+        "segments": segments_of_lengths((2, 4)),
+        "causal": True,
+    }
     return {**call, **changes}
 
 
@@ -395,21 +471,33 @@ def _bad(**changes: Any) -> dict[str, Any]:
     ("call", "error", "words"),
     [
         (_bad(query=torch.zeros(4, 6, 8)), ValueError, "rows, heads, tokens, head size"),
-        (_bad(key=torch.zeros(1, 3, 6, 8), value=torch.zeros(1, 3, 6, 8)), ValueError, "multiple of its heads"),
+        (
+            _bad(key=torch.zeros(1, 3, 6, 8), value=torch.zeros(1, 3, 6, 8)),
+            ValueError,
+            "multiple of its heads",
+        ),
         (_bad(value=torch.zeros(1, 2, 5, 8)), ValueError, "rows, heads, tokens, head size"),
         (_bad(key=torch.zeros(1, 2, 6, 4)), ValueError, "the key's head size"),
         (_bad(value=torch.zeros(1, 2, 6, 8).double()), TypeError, "share a floating dtype"),
         (_bad(window=0), ValueError, "window must be positive"),
         (_bad(chunk=-1), ValueError, "chunk must be positive"),
         (_bad(dropout=1.0), ValueError, r"dropout must be in \[0, 1\)"),
-        (_bad(segments=segments_of_lengths((2, 5))), ValueError, "cu_seqlens_q must rise from 0 to 6"),
+        (
+            _bad(segments=segments_of_lengths((2, 5))),
+            ValueError,
+            "cu_seqlens_q must rise from 0 to 6",
+        ),
         (_bad(segments=segments_of_lengths((2, 4), (3, 3))), ValueError, "as many as queries"),
         (_bad(segments=segments_of_lengths((2, 4), (0, 6)), causal=False), ValueError, "have keys"),
         (_bad(impl="fast"), ValueError, "impl must be one of"),
         (_bad(impl="flash_cuda"), RuntimeError, "these are on cpu"),
         (_bad(impl="flash_cpu", softcap=1.0), RuntimeError, "no softcap"),
         (_bad(impl="flash_cpu", dropout=0.5), RuntimeError, "no dropout"),
-        (_bad(impl="flash_cpu", mask=torch.ones(1, 1, 6, 6).bool()), RuntimeError, "neither bias nor mask"),
+        (
+            _bad(impl="flash_cpu", mask=torch.ones(1, 1, 6, 6).bool()),
+            RuntimeError,
+            "neither bias nor mask",
+        ),
     ],
 )
 def test_bad_calls(call: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -424,7 +512,8 @@ def test_segment_over_two_rows() -> None:
 
 
 def test_tiles_of_a_window_are_linear() -> None:
-    """The keys that all calls of the CPU kernel read grow with the tokens, not with their square."""
+    """The keys that all calls of the CPU kernel read grow with the tokens, not with their
+    square."""
 
     def read(length: int) -> int:
         q = torch.zeros(1, 1, length, 8)

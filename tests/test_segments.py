@@ -55,7 +55,11 @@ class Open(Strict):
 
 
 X = torch.zeros(1, 31)
-BATCH = {key: value for key, value in packed(sequences(LENGTHS)).items() if key not in ("input_ids", "position_ids")}
+BATCH = {
+    key: value
+    for key, value in packed(sequences(LENGTHS)).items()
+    if key not in ("input_ids", "position_ids")
+}
 
 
 def test_keys_that_a_forward_does_not_take() -> None:
@@ -89,7 +93,9 @@ def test_kept_twice(outer_first: bool) -> None:
     inner = Strict()
     outer = nn.Sequential(inner)
     outer.forward = lambda x, **kwargs: inner(x)  # type: ignore[method-assign]
-    handles = [keep_segments(model) for model in ((outer, inner) if outer_first else (inner, outer))]
+    handles = [
+        keep_segments(model) for model in ((outer, inner) if outer_first else (inner, outer))
+    ]
     outer(X, **BATCH)
     handles[0].remove()
     (inner if outer_first else outer)(X, **BATCH)
@@ -107,7 +113,9 @@ def test_parts_kept_one_by_one() -> None:
     assert handles
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
 def test_copies_are_not_kept(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = Strict()
     keep_segments(model)
@@ -132,11 +140,14 @@ def test_nothing_stays_after_an_error() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_whole_forward_inside_backward(reentrant: bool) -> None:
-    """A model under gradient checkpointing as a whole, on a batch that is not packed, after one that was."""
+    """A model under gradient checkpointing as a whole, on a batch that is not packed, after one
+    that was."""
     model, x = Strict(), X.clone().requires_grad_()
     keep_segments(model)
     model(x, **BATCH).sum().backward()
-    torch.utils.checkpoint.checkpoint(model, x.exp(), use_reentrant=reentrant).exp().sum().backward()
+    torch.utils.checkpoint.checkpoint(
+        model, x.exp(), use_reentrant=reentrant
+    ).exp().sum().backward()
     assert model.attention.seen[0] == [0, 11, 18, 31]
     assert set(model.attention.seen[1:]) == {None}
 
@@ -163,11 +174,26 @@ def test_longest_segments_are_found() -> None:
 
 def test_cache_of_a_composite_model_is_off() -> None:
     transformers = pytest.importorskip("transformers")
-    text = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    text = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+    }
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
-    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="fastft")
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}
+    )
+    model = transformers.AutoModelForImageTextToText.from_config(
+        config, attn_implementation="fastft"
+    )
     with fastft.packed_attention(model):
         output = model(**packed(sequences(LENGTHS)))
         assert output.past_key_values is None
@@ -189,7 +215,9 @@ def test_wrapped_models(wrapper: str, tmp_path: Path) -> None:
         if wrapped == "ddp":
             model = nn.parallel.DistributedDataParallel(model)
         if wrapped == "fsdp2":
-            torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+            torch.distributed.fsdp.fully_shard(
+                model, mesh=torch.distributed.init_device_mesh("cpu", (1,))
+            )
         return model(**tokens).logits
 
     with one_process_group(tmp_path / "store"):

@@ -1,4 +1,5 @@
-"""Encoder and decoder packed: the layout, what the decoder reads, and T5's loss and gradients against separate runs."""
+"""Encoder and decoder packed: the layout, what the decoder reads, and T5's loss and gradients
+against separate runs."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def pairs(encoder, decoder):
 
 
 def collator(**options):
-    return PackingCollator(task="seq2seq", **{"decoder_start_token_id": START, "pad_token_id": PAD, **options})
+    return PackingCollator(
+        task="seq2seq", **{"decoder_start_token_id": START, "pad_token_id": PAD, **options}
+    )
 
 
 def test_keys():
@@ -38,11 +41,15 @@ def test_keys():
     assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8] and batch["max_length_k"] == 3
     assert batch["labels"].tolist() == [[100, 101, 2, -100]]
     assert batch["decoder_input_ids"].tolist() == [[START, START, 101, START]]
-    assert batch["decoder_cu_seq_lens"].tolist() == [0, 1, 3, 4] and batch["decoder_max_length"] == 2
+    assert (
+        batch["decoder_cu_seq_lens"].tolist() == [0, 1, 3, 4] and batch["decoder_max_length"] == 2
+    )
     assert batch["decoder_cu_seq_lens"].dtype == torch.int32 and batch.counted == 3
 
 
-@pytest.mark.parametrize("forms", [("tuple", "tuple"), ("list", "tuple"), ("numpy", "list"), ("torch", "tuple")])
+@pytest.mark.parametrize(
+    "forms", [("tuple", "tuple"), ("list", "tuple"), ("numpy", "list"), ("torch", "tuple")]
+)
 def test_any_form_of_labels_where_the_decoder_has_no_padding(forms):
     """A padded row of the encoder has a segment in the decoder without a token."""
     expected = collator(rows=2)(pairs([3, 1], [2, 2]))
@@ -59,7 +66,8 @@ def test_padding_of_the_decoder_reads_padding_of_the_encoder():
     batch = collator(rows=2)(pairs([10, 8], [3, 5]))
     assert batch["input_ids"].shape == (2, 11) and batch["labels"].shape == (2, 5)
     assert batch["cu_seq_lens_q"].tolist() == [0, 10, 11, 19, 22]
-    assert batch["decoder_cu_seq_lens"].tolist() == [0, 3, 5, 10, 10]  # padding of the encoder alone: nobody reads it
+    # padding of the encoder alone: nobody reads it
+    assert batch["decoder_cu_seq_lens"].tolist() == [0, 3, 5, 10, 10]
 
 
 @settings(max_examples=200, deadline=None)
@@ -89,7 +97,9 @@ def test_segments_of_both_sides_belong_together(sizes, rows, multiple):
 
 
 def test_what_the_decoder_reads_is_transformers_shift():
-    config = transformers.T5Config(vocab_size=99, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    config = transformers.T5Config(
+        vocab_size=99, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
+    )
     config.decoder_start_token_id, config.pad_token_id = START, PAD
     model = transformers.T5ForConditionalGeneration(config)
     labels = [5, -100, 6, 7, -100]
@@ -111,7 +121,11 @@ def test_given_decoder_input_ids_and_masks():
     assert batch["decoder_input_ids"].tolist() == [[7, 8]] and "decoder_attention_mask" not in batch
     del given[0]["labels"]
     without = collator()(given)
-    assert "labels" not in without and without["decoder_input_ids"].tolist() == [[7, 8]] and without.counted is None
+    assert (
+        "labels" not in without
+        and without["decoder_input_ids"].tolist() == [[7, 8]]
+        and without.counted is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,8 +133,16 @@ def test_given_decoder_input_ids_and_masks():
     [
         ({"input_ids": [1]}, {}, r"task 'seq2seq' needs labels, the examples have \['input_ids'\]"),
         ({"input_ids": [1], "labels": []}, {}, "example 0 has no tokens: labels is empty"),
-        ({"input_ids": [1], "labels": [1]}, {"decoder_start_token_id": None}, "needs decoder_start_token_id"),
-        ({"input_ids": [1], "labels": [1, 2], "decoder_input_ids": [1]}, {}, "has length 1, its labels 2"),
+        (
+            {"input_ids": [1], "labels": [1]},
+            {"decoder_start_token_id": None},
+            "needs decoder_start_token_id",
+        ),
+        (
+            {"input_ids": [1], "labels": [1, 2], "decoder_input_ids": [1]},
+            {},
+            "has length 1, its labels 2",
+        ),
         (
             {"input_ids": [1], "labels": [1], "decoder_attention_mask": [0]},
             {},
@@ -145,7 +167,9 @@ def separately(model, examples, dtype):
     model.set_attn_implementation("eager")
     total = sum(len(example["labels"]) for example in examples)
     loss = sum(
-        model(input_ids=torch.tensor([example["input_ids"]]), labels=torch.tensor([example["labels"]])).loss
+        model(
+            input_ids=torch.tensor([example["input_ids"]]), labels=torch.tensor([example["labels"]])
+        ).loss
         * (len(example["labels"]) / total)
         for example in examples
     )
@@ -154,7 +178,8 @@ def separately(model, examples, dtype):
 
 
 def boundaries(model, batch):
-    for config in attention_configs(model):  # set_attn_implementation of older versions leaves an encoder's copy alone
+    # set_attn_implementation of older versions leaves an encoder's copy alone
+    for config in attention_configs(model):
         config._attn_implementation = "fastft"
     with fastft.packed_attention(model):
         return model(**batch).loss
@@ -164,7 +189,9 @@ def masks(model, batch):
     encoder, decoder, cross = fastft.seq2seq_masks(batch)
     states = model.get_encoder()(batch["input_ids"], attention_mask=encoder)
     tokens = {key: batch[key] for key in ("decoder_input_ids", "labels")}
-    return model(encoder_outputs=states, attention_mask=cross, decoder_attention_mask=decoder, **tokens).loss
+    return model(
+        encoder_outputs=states, attention_mask=cross, decoder_attention_mask=decoder, **tokens
+    ).loss
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -172,7 +199,14 @@ def masks(model, batch):
 def test_t5_equals_separate_runs(way, rows):
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=120, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0, initializer_factor=0.3
+        vocab_size=120,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        initializer_factor=0.3,
     )
     config.decoder_start_token_id, config.pad_token_id = PAD, PAD
     model = transformers.T5ForConditionalGeneration(config).eval()

@@ -1,4 +1,5 @@
-"""Weights that others write while AdamW keeps low bits beside them: these bits then mean nothing, and do not count."""
+"""Weights that others write while AdamW keeps low bits beside them: these bits then mean nothing,
+and do not count."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ from fastft.optim.weight_bits import residue_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*were written by somebody else:UserWarning")
 NATIVE = _native.missing("cpu") is None
-ENGINES = ["eager", pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library"))]
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
+]
 SHAPES = [(5, 7), (300,), (70, 130), (2,)]
 KEPT = ["exact", "kahan"]
 
@@ -44,7 +48,9 @@ def step(model: Model, optimizer: torch.optim.Optimizer, count: int = 1, seed: i
         optimizer.step()
 
 
-def trained(impl: str = "auto", rounding: str = "exact", **options: Any) -> tuple[Model, fastft.AdamW]:
+def trained(
+    impl: str = "auto", rounding: str = "exact", **options: Any
+) -> tuple[Model, fastft.AdamW]:
     model = Model()
     optimizer = fastft.AdamW(model.parameters(), lr=1e-3, impl=impl, rounding=rounding, **options)
     step(model, optimizer, 3)
@@ -56,7 +62,9 @@ def residues(optimizer: fastft.AdamW) -> list[Tensor]:
 
 
 def masters(model: Model, optimizer: fastft.AdamW) -> list[Tensor]:
-    return [load_value(param.detach(), residue_of(optimizer.state[param])) for param in model.weights]
+    return [
+        load_value(param.detach(), residue_of(optimizer.state[param])) for param in model.weights
+    ]
 
 
 def other(param: Tensor) -> Tensor:
@@ -124,8 +132,13 @@ def test_save_fp32_writes_what_others_wrote(
     before = residues(optimizer)
     write(model)
     messages = warned(lambda: fastft.save_fp32(model, optimizer, tmp_path))
-    assert len(messages) == 1 and messages[0].startswith(f"{len(SHAPES)} bf16 weights were written by somebody else")
-    assert all(torch.equal(value, param.float()) for value, param in zip(saved(tmp_path), model.weights, strict=True))
+    assert len(messages) == 1 and messages[0].startswith(
+        f"{len(SHAPES)} bf16 weights were written by somebody else"
+    )
+    assert all(
+        torch.equal(value, param.float())
+        for value, param in zip(saved(tmp_path), model.weights, strict=True)
+    )
     assert all(map(torch.equal, residues(optimizer), before))  # the weights may come back
 
 
@@ -145,10 +158,14 @@ def test_an_average_swapped_in_and_out_leaves_no_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rounding", KEPT)
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("write", COUNTED, ids=lambda write: write.__name__)
-def test_the_next_step_starts_from_what_others_wrote(write: Callable[[Model], None], impl: str, rounding: str) -> None:
+def test_the_next_step_starts_from_what_others_wrote(
+    write: Callable[[Model], None], impl: str, rounding: str
+) -> None:
     model, optimizer = trained(impl, rounding)
     write(model)
-    plain = fastft.AdamW([Parameter(param.detach().float()) for param in model.weights], lr=1e-3, impl=impl)
+    plain = fastft.AdamW(
+        [Parameter(param.detach().float()) for param in model.weights], lr=1e-3, impl=impl
+    )
     for param, state in zip(plain.param_groups[0]["params"], optimizer.state.values(), strict=True):
         names = ("step", "exp_avg", "exp_avg_sq")
         plain.state[param] = {name: state[name].clone() for name in names}
@@ -157,7 +174,9 @@ def test_the_next_step_starts_from_what_others_wrote(write: Callable[[Model], No
     for param, own in zip(plain.param_groups[0]["params"], model.weights, strict=True):
         param.grad = own.grad.float()
     plain.step()
-    for param, master in zip(plain.param_groups[0]["params"], masters(model, optimizer), strict=True):
+    for param, master in zip(
+        plain.param_groups[0]["params"], masters(model, optimizer), strict=True
+    ):
         if rounding == "exact":
             assert torch.equal(param, master)
         else:
@@ -166,7 +185,9 @@ def test_the_next_step_starts_from_what_others_wrote(write: Callable[[Model], No
 
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-def test_forgotten_at_the_beginning_of_a_training(write: Callable[[Model], None], impl: str) -> None:
+def test_forgotten_at_the_beginning_of_a_training(
+    write: Callable[[Model], None], impl: str
+) -> None:
     model, optimizer = trained(impl)
     assert optimizer.forget_stale_remainders() == 0
     write(model)
@@ -248,7 +269,9 @@ def test_states_of_other_weights(then: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-def test_a_state_dict_made_after_others_wrote_fits_their_weights(write: Callable[[Model], None]) -> None:
+def test_a_state_dict_made_after_others_wrote_fits_their_weights(
+    write: Callable[[Model], None],
+) -> None:
     model, optimizer = trained()
     before = residues(optimizer)
     write(model)
@@ -275,7 +298,9 @@ def test_an_old_checkpoint_without_checksums_loads_as_before() -> None:
 def test_checksums_that_are_none_are_refused(value: Any) -> None:
     _, optimizer = trained()
     states = on_disk(optimizer.state_dict()) | {"weight_checksums": value}
-    with pytest.raises(TypeError, match="weight_checksums of a state dict must be integers by parameter"):
+    with pytest.raises(
+        TypeError, match="weight_checksums of a state dict must be integers by parameter"
+    ):
         optimizer.load_state_dict(states)
 
 

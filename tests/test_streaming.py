@@ -55,7 +55,9 @@ KINDS = {
     "torch": Stream,
     "stateful": Stateful,
     "datasets": lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=3),
-    "datasets numpy": lambda rows: datasets.Dataset.from_list(rows).to_iterable_dataset().with_format("numpy"),
+    "datasets numpy": lambda rows: (
+        datasets.Dataset.from_list(rows).to_iterable_dataset().with_format("numpy")
+    ),
 }
 
 
@@ -108,7 +110,11 @@ def test_overlong_examples(lengths, overlong):
         assert sum(len(example["input_ids"]) for example in one.examples) <= 64
         for example in one.examples:
             found[example["id"]] = found.get(example["id"], 0) + len(example["input_ids"])
-    kept = {"truncate": lambda n: min(n, 64), "split": lambda n: n, "drop": lambda n: n * (n <= 64)}[overlong]
+    kept = {
+        "truncate": lambda n: min(n, 64),
+        "split": lambda n: n,
+        "drop": lambda n: n * (n <= 64),
+    }[overlong]
     assert found == {i: kept(n) for i, n in enumerate(lengths) if kept(n)}
 
 
@@ -120,7 +126,8 @@ def test_many_open_packs_fill_well():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("overlong", ["drop", "split"])
 def test_resumes_anywhere(kind, overlong):
-    lengths = [*LENGTHS[:20], 300, *LENGTHS[20:40]]  # several packs are ready at once after the long one
+    # several packs are ready at once after the long one
+    lengths = [*LENGTHS[:20], 300, *LENGTHS[20:40]]
     reference = stream(kind, lengths, overlong=overlong)
     reference.set_epoch(2)  # datasets shuffles its shards by the epoch
     whole = ids(reference)
@@ -154,7 +161,11 @@ def test_state_of_another_epoch_is_not_resumed():
 
 
 def test_epoch_reaches_the_dataset():
-    shuffled = datasets.Dataset.from_list(examples(LENGTHS)).to_iterable_dataset().shuffle(seed=0, buffer_size=100)
+    shuffled = (
+        datasets.Dataset.from_list(examples(LENGTHS))
+        .to_iterable_dataset()
+        .shuffle(seed=0, buffer_size=100)
+    )
     packed = pack(shuffled, 64)
     orders = []
     for epoch in (0, 1, 0):
@@ -202,21 +213,38 @@ def trainer_on(packed, tmp_path, **options) -> transformers.Trainer:
         num_attention_heads=1,
         max_position_embeddings=64,
     )
-    arguments = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 3}
-    args = transformers.TrainingArguments(str(tmp_path), **arguments, per_device_train_batch_size=2, **options)
+    arguments = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "max_steps": 3,
+    }
+    args = transformers.TrainingArguments(
+        str(tmp_path), **arguments, per_device_train_batch_size=2, **options
+    )
     model = transformers.LlamaForCausalLM(config)
-    return transformers.Trainer(model=model, args=args, train_dataset=packed, data_collator=PackingCollator())
+    return transformers.Trainer(
+        model=model, args=args, train_dataset=packed, data_collator=PackingCollator()
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_dispatched_batches_are_refused(workers, tmp_path):
     with pytest.raises(ValueError, match="'dispatch_batches': False"):
         trainer_on(stream("datasets"), tmp_path, dataloader_num_workers=workers).train()
-    assert trainer_on(stream("datasets"), tmp_path, accelerator_config={"dispatch_batches": False}).train().metrics
+    assert (
+        trainer_on(stream("datasets"), tmp_path, accelerator_config={"dispatch_batches": False})
+        .train()
+        .metrics
+    )
 
 
 def test_dispatch_of_a_map_style_dataset_is_refused(tmp_path):
-    options = {"accelerator_config": {"dispatch_batches": True}, "train_sampling_strategy": "sequential"}
+    options = {
+        "accelerator_config": {"dispatch_batches": True},
+        "train_sampling_strategy": "sequential",
+    }
     with pytest.raises(ValueError, match="each rank has to load its own batches"):
         trainer_on(pack(examples(LENGTHS), 64), tmp_path, **options).train()
 
@@ -225,4 +253,6 @@ def test_dispatching_would_have_cut_the_boundaries():
     accelerate = pytest.importorskip("accelerate")
     batch = PackingCollator()(examples([3, 4]))
     sliced = accelerate.utils.slice_tensors(batch, slice(0, 1))
-    assert torch.equal(sliced["input_ids"], batch["input_ids"]) and sliced["cu_seq_lens_q"].tolist() == [0]
+    assert torch.equal(sliced["input_ids"], batch["input_ids"]) and sliced[
+        "cu_seq_lens_q"
+    ].tolist() == [0]

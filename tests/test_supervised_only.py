@@ -1,4 +1,5 @@
-"""PackingCollator(supervised_only=True): logits for the tokens alone that predict a label, and the same loss."""
+"""PackingCollator(supervised_only=True): logits for the tokens alone that predict a label, and the
+same loss."""
 
 from __future__ import annotations
 
@@ -57,28 +58,45 @@ def train(tmp_path, make, supervised_only, callbacks=(), **changes):
     head = model.get_output_embeddings()
 
     def count(module, args, output):
-        if module.training and torch.is_grad_enabled():  # the probe for leaks and evaluation look at more
+        # the probe for leaks and evaluation look at more
+        if module.training and torch.is_grad_enabled():
             rows.append(args[0].numel() // head.in_features)
 
     handle = head.register_forward_hook(count)
     options = arguments(
-        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2, prediction_loss_only=True,
-        per_device_eval_batch_size=4, **changes,
-    )  # fmt: skip
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        prediction_loss_only=True,
+        per_device_eval_batch_size=4,
+        **changes,
+    )
     collator = PackingCollator(supervised_only=model if supervised_only else False)
     trainer = Trainer(
-        model, options, train_dataset=conversations(), eval_dataset=conversations(6, seed=7), data_collator=collator,
+        model,
+        options,
+        train_dataset=conversations(),
+        eval_dataset=conversations(6, seed=7),
+        data_collator=collator,
         callbacks=list(callbacks),
-    )  # fmt: skip
+    )
     trainer.train()
     handle.remove()
     log = trainer.state.log_history
     history = [entry[key] for entry in log for key in ("loss", "eval_loss") if key in entry]
-    return history, {name: p.detach().clone() for name, p in model.named_parameters()}, sum(rows), model
+    return (
+        history,
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        sum(rows),
+        model,
+    )
 
 
 @chosen_logits
-@pytest.mark.parametrize(("name", "fused"), [("llama", False), ("llama", True), ("gpt2", False), ("gemma2", True)])
+@pytest.mark.parametrize(
+    ("name", "fused"), [("llama", False), ("llama", True), ("gpt2", False), ("gemma2", True)]
+)
 def test_trainer_is_stock_on_fewer_rows(name, fused, tmp_path):
     losses, weights, rows, _ = train(tmp_path, MODELS[name], False, weight_decay=0.01, optim="sgd")
     callbacks = [FusedLossCallback()] if fused else []
@@ -95,7 +113,9 @@ def test_trainer_is_stock_on_fewer_rows(name, fused, tmp_path):
 
 
 def test_bad_arguments_are_named(monkeypatch):
-    with pytest.raises(ValueError, match="supervised_only must be True, False or a model, got 'yes'"):
+    with pytest.raises(
+        ValueError, match="supervised_only must be True, False or a model, got 'yes'"
+    ):
         PackingCollator(supervised_only="yes")
     monkeypatch.delattr(transformers.modeling_utils, "slice_logits_to_keep", raising=False)
     with pytest.raises(ValueError, match=r"supervised_only needs transformers >= 5\.23"):
@@ -105,7 +125,9 @@ def test_bad_arguments_are_named(monkeypatch):
 @chosen_logits
 def test_a_model_without_chosen_logits_is_refused():
     bert = transformers.BertForMaskedLM(
-        transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        transformers.BertConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+        )
     )
     with pytest.raises(ValueError, match="supervised_only: BertForMaskedLM does not use"):
         PackingCollator(supervised_only=bert)

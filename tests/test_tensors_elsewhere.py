@@ -1,4 +1,5 @@
-"""A tensor that is not on the device of the others gets a sentence, at the door and in front of every kernel."""
+"""A tensor that is not on the device of the others gets a sentence, at the door and in front of
+every kernel."""
 
 from __future__ import annotations
 
@@ -14,16 +15,28 @@ X, HEAD, TARGET = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 2, -
 ELSEWHERE = TARGET.to("meta")
 DOORS = {
     "cross_entropy": ("target", lambda: fastft.cross_entropy(X @ HEAD.T, ELSEWHERE)),
-    "probabilities": ("target", lambda: fastft.cross_entropy(X @ HEAD.T, torch.rand(5, 7, device="meta"))),
-    "weight": ("weight", lambda: fastft.cross_entropy(X @ HEAD.T, TARGET, weight=torch.ones(7, device="meta"))),
+    "probabilities": (
+        "target",
+        lambda: fastft.cross_entropy(X @ HEAD.T, torch.rand(5, 7, device="meta")),
+    ),
+    "weight": (
+        "weight",
+        lambda: fastft.cross_entropy(X @ HEAD.T, TARGET, weight=torch.ones(7, device="meta")),
+    ),
     "linear_cross_entropy": ("target", lambda: fastft.linear_cross_entropy(X, HEAD, ELSEWHERE)),
     "linear_probabilities": (
         "target",
         lambda: fastft.linear_cross_entropy(X, HEAD, torch.rand(5, 7, device="meta")),
     ),
-    "linear_weight": ("linear_weight", lambda: fastft.linear_cross_entropy(X, HEAD.to("meta"), TARGET)),
+    "linear_weight": (
+        "linear_weight",
+        lambda: fastft.linear_cross_entropy(X, HEAD.to("meta"), TARGET),
+    ),
     "linear_log_probs": ("target", lambda: fastft.linear_log_probs(X, HEAD, ELSEWHERE)),
-    "linear_token_loss": ("target", lambda: fastft.linear_token_loss(X, HEAD, ELSEWHERE, lambda t: t.log_probs)),
+    "linear_token_loss": (
+        "target",
+        lambda: fastft.linear_token_loss(X, HEAD, ELSEWHERE, lambda t: t.log_probs),
+    ),
     "argument": (
         r"arguments\[0\]",
         lambda: fastft.linear_token_loss(X, HEAD, TARGET, lambda t, w: t.log_probs * w, ELSEWHERE),
@@ -34,7 +47,9 @@ DOORS = {
 @pytest.mark.parametrize("name", DOORS)
 def test_the_door_names_the_argument(name):
     argument, call = DOORS[name]
-    with pytest.raises(ValueError, match=f"{argument} is on meta, .* on cpu; they must be on one device"):
+    with pytest.raises(
+        ValueError, match=f"{argument} is on meta, .* on cpu; they must be on one device"
+    ):
         call()
 
 
@@ -45,7 +60,16 @@ def test_a_triton_kernel_is_not_launched():
     from fastft.loss.scale_gradients_triton import scale_gradients_
 
     rows, classes = torch.zeros(5), torch.ones(7)
-    good = [torch.randn(5, 7), TARGET, [classes], [rows, rows, rows], rows, rows, [rows, rows], [torch.zeros(5, 7)]]
+    good = [
+        torch.randn(5, 7),
+        TARGET,
+        [classes],
+        [rows, rows, rows],
+        rows,
+        rows,
+        [rows, rows],
+        [torch.zeros(5, 7)],
+    ]
     names = "logits", "target", "weight[0]", "upstream[0]", "losses", "lse", "entropy", "grad[0]"
     for i, name in enumerate(names[1:], 1):
         given = good[i]
@@ -53,7 +77,16 @@ def test_a_triton_kernel_is_not_launched():
         with pytest.raises(RuntimeError, match=re.escape(f"cross_entropy_rows: {name} is on meta")):
             cross_entropy_rows(*good[:i], wrong, *good[i + 1 :], -100, 0.1, 0.0, 0.0, 1.0)
     tokens, segments = torch.zeros(9, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-    good = [segments, segments, tokens, 0, tokens, tokens, tokens.int(), torch.zeros(3, dtype=torch.int32)]
+    good = [
+        segments,
+        segments,
+        tokens,
+        0,
+        tokens,
+        tokens,
+        tokens.int(),
+        torch.zeros(3, dtype=torch.int32),
+    ]
     for i in (0, 1, 4, 5, 6, 7):
         with pytest.raises(RuntimeError, match=r"packed_boundaries: \w+ is on meta"):
             packed_boundaries(*good[:i], good[i].to("meta"), *good[i + 1 :])
@@ -74,23 +107,57 @@ def test_a_cuda_kernel_is_not_launched(place):
             wrong[i][of_list] = moved
         with ptx.cuda_operators(90) as gpu:
             gpu.place(moved, place)
-            with pytest.raises(RuntimeError, match=f"{operator}: {name} must be on the device of {others}"):
+            with pytest.raises(
+                RuntimeError, match=f"{operator}: {name} must be on the device of {others}"
+            ):
                 getattr(gpu.ops, operator)(*wrong)
             assert gpu.launches == []
 
     rows = [
-        torch.randn(5, 7), TARGET, [torch.ones(7)], [torch.zeros(5) for _ in range(3)], torch.zeros(5), torch.zeros(5),
-        [torch.zeros(5), torch.zeros(5, dtype=torch.bool)], [torch.zeros(5, 7)], -100, 0.1, 0.0, 0.0, 1.0,
-    ]  # fmt: skip
-    places = {"target": (1, None), "weight": (2, 0), "losses": (4, None), "lse": (5, None), "entropy": (6, 0)}
+        torch.randn(5, 7),
+        TARGET,
+        [torch.ones(7)],
+        [torch.zeros(5) for _ in range(3)],
+        torch.zeros(5),
+        torch.zeros(5),
+        [torch.zeros(5), torch.zeros(5, dtype=torch.bool)],
+        [torch.zeros(5, 7)],
+        -100,
+        0.1,
+        0.0,
+        0.0,
+        1.0,
+    ]
+    places = {
+        "target": (1, None),
+        "weight": (2, 0),
+        "losses": (4, None),
+        "lse": (5, None),
+        "entropy": (6, 0),
+    }
     for name, where in {**places, "is_top1": (6, 1), "grad": (7, 0)}.items():
         refused(name, "cross_entropy_rows", rows, *where, "logits")
     for i in range(3):
         refused("upstream", "cross_entropy_rows", rows, 3, i, "logits")
     tokens, narrow = torch.arange(9), torch.zeros(9, dtype=torch.int32)
-    boundaries = [torch.tensor([4, 5]), torch.tensor([1, 1]), tokens, 0, tokens.clone(), tokens.clone(), narrow]
+    boundaries = [
+        torch.tensor([4, 5]),
+        torch.tensor([1, 1]),
+        tokens,
+        0,
+        tokens.clone(),
+        tokens.clone(),
+        narrow,
+    ]
     boundaries.append(torch.zeros(3, dtype=torch.int32))
-    names = {0: "lengths", 1: "ignored", 4: "labels", 5: "position_ids", 6: "seq_idx", 7: "cu_seqlens"}
+    names = {
+        0: "lengths",
+        1: "ignored",
+        4: "labels",
+        5: "position_ids",
+        6: "seq_idx",
+        7: "cu_seqlens",
+    }
     for i, name in names.items():
         refused(name, "packed_boundaries", boundaries, i, None, "source")
     gradients = [torch.zeros(5, 7, dtype=torch.bfloat16), torch.zeros(9)]

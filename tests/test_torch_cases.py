@@ -1,7 +1,8 @@
-"""torch's own cases for AdamW: the constructor inputs and bad inputs of its test suite, and what it asks of every step.
+"""torch's own cases for AdamW: the constructor inputs and bad inputs of its test suite, and what it
+asks of every step.
 
-The properties are those of torch's test/test_optim.py, written against our class; results are compared with
-`torch.optim.AdamW` given the same input.
+The properties are those of torch's test/test_optim.py, written against our class; results are
+compared with `torch.optim.AdamW` given the same input.
 """
 
 from __future__ import annotations
@@ -21,24 +22,32 @@ from torch.testing._internal.common_optimizers import (
     optim_inputs_func_adamw,
 )
 
-torch.backends.__allow_nonbracketed_mutation_flag = True  # which importing those helpers forbids to all tests
+# which importing those helpers forbids to all tests
+torch.backends.__allow_nonbracketed_mutation_flag = True
 
 INPUTS = {case.desc: case.kwargs for case in optim_inputs_func_adamw("cpu")}
 INPUTS["Tensor lr"] = {"lr": torch.tensor(0.01)}
 INPUTS["foreach"], INPUTS["fused"] = {"foreach": True}, {"fused": True}
-ERRORS = {case.optimizer_error_input.desc: case for case in optim_error_inputs_func_adamw("cpu", torch.float32)}
+ERRORS = {
+    case.optimizer_error_input.desc: case
+    for case in optim_error_inputs_func_adamw("cpu", torch.float32)
+}
 # what torch refuses because of its own implementations; ours is one, which ignores `foreach`
 TAKEN = {
     "lr as Tensor doesn't work with foreach & not capturable",
     r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
 }
-# what torch takes: a step is one operator without autograd formulas, so there is no graph to differentiate through
+# what torch takes: a step is one operator without autograd formulas, so there is no graph to
+# differentiate through
 REFUSED = {"differentiable": True}
 
 
 def params_and_grads(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    params = [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in [(10, 5), (5,), (2, 3, 4), ()]]
+    params = [
+        Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for shape in [(10, 5), (5,), (2, 3, 4), ()]
+    ]
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator).to(dtype)
     return params
@@ -156,7 +165,10 @@ class TestInputs:
 
     def test_named_parameters_and_their_state_dicts(self, desc):
         plain, named = params_and_grads(), params_and_grads()
-        optimizers = [build(plain, INPUTS[desc]), build(list(zip("abcd", named, strict=True)), INPUTS[desc])]
+        optimizers = [
+            build(plain, INPUTS[desc]),
+            build(list(zip("abcd", named, strict=True)), INPUTS[desc]),
+        ]
         for optimizer in optimizers:
             steps(optimizer, 2)
         assert all(map(torch.equal, plain, named))
@@ -201,7 +213,10 @@ def test_bad_inputs_raise_what_torch_raises(desc):
 @pytest.mark.parametrize("option", REFUSED)
 def test_refused(option):
     torch.optim.AdamW(params_and_grads(), **{option: REFUSED[option]})
-    with pytest.raises(ValueError, match=f"{option}=True is not implemented by fastft's AdamW; use torch.optim.AdamW"):
+    with pytest.raises(
+        ValueError,
+        match=f"{option}=True is not implemented by fastft's AdamW; use torch.optim.AdamW",
+    ):
         AdamW(params_and_grads(), **{option: REFUSED[option]})
 
 

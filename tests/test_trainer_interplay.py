@@ -1,4 +1,5 @@
-"""FusedLossCallback beside what else Trainer can do, step by step as stock; and beside others who patch the model."""
+"""FusedLossCallback beside what else Trainer can do, step by step as stock; and beside others who
+patch the model."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ FEATURES = {
     "eval_on_start": ({**EVALUATION, "eval_on_start": True}, {"compute_metrics": logits_accuracy}),
     "evaluation with smoothing": ({**EVALUATION, "label_smoothing_factor": 0.1}, {}),
     "neftune": ({"neftune_noise_alpha": 5.0}, {}),
-    "accumulation of four": ({"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}, {}),
+    "accumulation of four": (
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
+        {},
+    ),
     "activation_checkpointing": ({CHECKPOINTING: True}, {}),
     "no clipping": ({"max_grad_norm": 0.0}, {}),
 }
@@ -58,13 +62,18 @@ FEATURES = {
 
 def metrics(trainer):
     return [
-        {key: value for key, value in entry.items() if key in ("loss", "eval_loss", "eval_accuracy", "grad_norm")}
+        {
+            key: value
+            for key, value in entry.items()
+            if key in ("loss", "eval_loss", "eval_accuracy", "grad_norm")
+        }
         for entry in trainer.state.log_history
     ]
 
 
 def compare(tmp_path, changes, options=None, make=llama, only_fused=None):
-    """The callback and the trainer of a run that equals the stock one; `only_fused`: changes of the fused run alone."""
+    """The callback and the trainer of a run that equals the stock one; `only_fused`: changes of the
+    fused run alone."""
     options = {"eval_dataset": examples(6), **(options or {})}
     _, _, stock = train(tmp_path, make(), (), options, max_steps=STEPS, **changes)
     callback, model = FusedLossCallback(), make()
@@ -74,7 +83,9 @@ def compare(tmp_path, changes, options=None, make=llama, only_fused=None):
     assert len(actual) == len(expected) >= STEPS
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-5)
-    assert callback.report.fused and not callback.report.materialised and not callback.report.skipped, callback.report
+    assert (
+        callback.report.fused and not callback.report.materialised and not callback.report.skipped
+    ), callback.report
     assert_stock(model)
     return callback, fused
 
@@ -91,7 +102,9 @@ def test_a_micro_batch_without_labels(tmp_path):
         row["labels"] = torch.full_like(row["labels"], -100)
     losses = []
     for callbacks in ([], [FusedLossCallback()]):
-        options = arguments(tmp_path, max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+        options = arguments(
+            tmp_path, max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=4
+        )
         trainer = Trainer(llama(), options, train_dataset=rows, callbacks=callbacks)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
@@ -119,9 +132,12 @@ def test_a_smaller_batch_is_found_after_running_out_of_memory(tmp_path):
 def test_compiled(smoothing, tmp_path):
     torch._dynamo.reset()
     compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
-    stock = compiling if smoothing else {}  # a compiled model's labels are not shifted by Trainer's label smoother
+    # a compiled model's labels are not shifted by Trainer's label smoother
+    stock = compiling if smoothing else {}
     make = functools.partial(llama, num_hidden_layers=1)
-    compare(tmp_path, {"label_smoothing_factor": smoothing, **stock}, make=make, only_fused=compiling)
+    compare(
+        tmp_path, {"label_smoothing_factor": smoothing, **stock}, make=make, only_fused=compiling
+    )
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path):
@@ -131,7 +147,11 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     model = llama()
     options = arguments(tmp_path, max_steps=STEPS, **saving, load_best_model_at_end=True)
     trainer = Trainer(
-        model, options, train_dataset=examples(), eval_dataset=examples(6), callbacks=[FusedLossCallback()]
+        model,
+        options,
+        train_dataset=examples(),
+        eval_dataset=examples(6),
+        callbacks=[FusedLossCallback()],
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, parameter in model.named_parameters():
@@ -145,7 +165,11 @@ def test_no_tensor_as_large_as_the_logits_in_a_whole_trainer_step(changes, tmp_p
     data = [{"input_ids": row, "labels": row} for row in tokens]
     callback = FusedLossCallback()
     options = arguments(
-        tmp_path, max_steps=1, per_device_train_batch_size=rows, gradient_accumulation_steps=1, **changes
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=1,
+        **changes,
     )
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     model = llama(vocab_size=vocabulary, max_position_embeddings=length, **small)
@@ -157,16 +181,26 @@ def test_no_tensor_as_large_as_the_logits_in_a_whole_trainer_step(changes, tmp_p
 
 
 def test_accelerate_converts_lazy_logits_without_numbers(tmp_path):
-    """Its mixed precision casts every output of 16 bits to fp32; a loss function then gets these."""
+    """Its mixed precision casts every output of 16 bits to fp32; a loss function then gets
+    these."""
     seen = []
 
     def loss_of(outputs, labels, num_items_in_batch=None):
         seen.append((type(outputs.logits).__name__, outputs.logits.dtype))
         logits = outputs.logits[:, :-1].reshape(-1, V)
-        return nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum") / num_items_in_batch
+        return (
+            nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+            / num_items_in_batch
+        )
 
     callback = FusedLossCallback()
-    train(tmp_path, callbacks=[callback], trainer_options={"compute_loss_func": loss_of}, max_steps=1, bf16=True)
+    train(
+        tmp_path,
+        callbacks=[callback],
+        trainer_options={"compute_loss_func": loss_of},
+        max_steps=1,
+        bf16=True,
+    )
     assert set(seen) == {("LazyLogits", torch.float32)} and not callback.report.materialised
 
 
@@ -175,12 +209,21 @@ def test_each_place_that_asks_for_real_logits_is_said_once(tmp_path, warnings):
         late = len(seen) >= 4
         seen.append(outputs.logits.sort(-1).values if late else None)
         logits = outputs.logits[:, :-1].reshape(-1, V)
-        return nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum") / num_items_in_batch
+        return (
+            nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+            / num_items_in_batch
+        )
 
     seen, callback = [], FusedLossCallback()
-    train(tmp_path, callbacks=[callback], trainer_options={"compute_loss_func": loss_of}, max_steps=4)
+    train(
+        tmp_path, callbacks=[callback], trainer_options={"compute_loss_func": loss_of}, max_steps=4
+    )
     assert callback.report.fused == 4 and len(callback.report.materialised) == 1
-    assert len(warnings) == 1 and "sort at " in warnings[0] and "test_trainer_interplay.py:" in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "sort at " in warnings[0]
+        and "test_trainer_interplay.py:" in warnings[0]
+    )
 
 
 # --- beside others who patch the model
@@ -206,7 +249,9 @@ def liger():
     """Liger's forward; its Triton loss in torch, as there is no GPU."""
     loss_utils = pytest.importorskip("liger_kernel.transformers.model.llama")
 
-    def loss_in_torch(hidden_states, lm_head_weight, labels, hidden_size, num_items_in_batch=None, **kwargs):
+    def loss_in_torch(
+        hidden_states, lm_head_weight, labels, hidden_size, num_items_in_batch=None, **kwargs
+    ):
         labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
         logits = hidden_states.reshape(-1, hidden_size) @ lm_head_weight.T
         return nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
@@ -221,7 +266,9 @@ def assert_inert(tmp_path, make, warnings):
     stock, _, _ = train(tmp_path, make(), max_steps=STEPS)
     callback, model = FusedLossCallback(), make()
     fused, _, _ = train(tmp_path, model, [callback], max_steps=STEPS)
-    assert fused.losses == stock.losses and fused.norms == stock.norms and len(stock.losses) == STEPS
+    assert (
+        fused.losses == stock.losses and fused.norms == stock.norms and len(stock.losses) == STEPS
+    )
     assert callback.report.fused == 0 and not callback.report.materialised
     assert len(warnings) == 1 and "nothing called the output head" in warnings[0]
     assert_stock(model)
@@ -243,13 +290,25 @@ def test_inert_beside_trl(tmp_path, warnings):
     for callbacks in ([], [FusedLossCallback()]):
         set_seed(3)
         options = trl.SFTConfig(
-            str(tmp_path), max_steps=2, per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True,
-            bf16=False, save_strategy="no", disable_tqdm=True, max_length=None,
-        )  # fmt: skip
+            str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            max_length=None,
+        )
         rows = [{"input_ids": row["input_ids"].tolist()} for row in examples(8)]
         dataset = pytest.importorskip("datasets").Dataset.from_list(rows)
         trainer = trl.SFTTrainer(
-            llama(), options, train_dataset=dataset, processing_class=tokenizer(), callbacks=callbacks
+            llama(),
+            options,
+            train_dataset=dataset,
+            processing_class=tokenizer(),
+            callbacks=callbacks,
         )
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
@@ -263,7 +322,9 @@ def tokenizer():
 
     words = {f"<{index}>": index for index in range(V)}
     fast = Tokenizer(models.WordLevel(words, unk_token="<0>"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<0>", eos_token="<2>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<0>", eos_token="<2>"
+    )
 
 
 def test_a_second_fused_loss_takes_the_head_and_the_first_says_so():
@@ -271,5 +332,8 @@ def test_a_second_fused_loss_takes_the_head_and_the_first_says_so():
     with fused_loss(model) as first, fused_loss(model) as second:
         ids = torch.arange(8)[None]
         model(input_ids=ids, labels=ids).loss.backward()
-        assert (first.fused, second.fused) == (0, 1) and "another fused loss has taken" in first.skipped[0]
+        assert (first.fused, second.fused) == (
+            0,
+            1,
+        ) and "another fused loss has taken" in first.skipped[0]
     assert_stock(model)

@@ -1,4 +1,5 @@
-"""The machine code of the Triton kernels for GPUs that are not there: no spills, wide loads, few compilations."""
+"""The machine code of the Triton kernels for GPUs that are not there: no spills, wide loads, few
+compilations."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def compiled(case: Case, classes: int, dtype: torch.dtype, chip: int) -> Binary:
 
 
 # 128256, 151936 and 256000 classes are one kernel, and 32000 classes the same with half the warps
-@pytest.mark.parametrize(("chip", "dtype"), [(75, HALF), (80, HALF), (90, HALF), (100, HALF), (90, FULL)])
+@pytest.mark.parametrize(
+    ("chip", "dtype"), [(75, HALF), (80, HALF), (90, HALF), (100, HALF), (90, FULL)]
+)
 @pytest.mark.parametrize("classes", [50_257, 151_936])
 def test_no_spills(classes: int, chip: int, dtype: torch.dtype) -> None:
     code = compiled(CASES["everything in place"], classes, dtype, chip)
@@ -64,7 +67,9 @@ def test_loads_and_stores_are_16_bytes_wide(classes: int, dtype: torch.dtype) ->
     assert (loads[element] > 8) == ends and (stores[element] > 8) == ends
 
 
-@pytest.mark.parametrize("case", ["plain", "smoothing", "smoothing and weight", "everything in place"])
+@pytest.mark.parametrize(
+    "case", ["plain", "smoothing", "smoothing and weight", "everything in place"]
+)
 def test_one_class_compiles(case: str) -> None:
     code = compiled(CASES[case], 1, FULL, 90)
     assert code.spills == 0
@@ -78,14 +83,19 @@ def test_all_vocabularies_of_a_kind_share_a_kernel() -> None:
 
 
 def test_a_number_that_changes_compiles_nothing() -> None:
-    values = [replace(EVERYTHING, z_loss=z, softcap=c, label_smoothing=s) for z, c, s in
-              [(0.5, 30.0, 0.1), (1.0, 1.0, 1.0), (0.0, 16.0, 0.5)]]  # fmt: skip
+    values = [
+        replace(EVERYTHING, z_loss=z, softcap=c, label_smoothing=s)
+        for z, c, s in [(0.5, 30.0, 0.1), (1.0, 1.0, 1.0), (0.0, 16.0, 0.5)]
+    ]
     with compiled_for(90) as kernels:
         for case in values:
             run(cross_entropy_rows, on_meta(case, 32_000, HALF))
         for ignored in (-100, 0, 1, 16):
             problem = on_meta(values[0], 32_000, HALF)
-            run(lambda *args, value=ignored: cross_entropy_rows(*args[:8], value, *args[9:]), problem)
+            run(
+                lambda *args, value=ignored: cross_entropy_rows(*args[:8], value, *args[9:]),
+                problem,
+            )
     assert all(kernel is kernels[0] for kernel in kernels)
 
 
@@ -100,7 +110,16 @@ def adamw_on_meta(rounding: Rounding, moment: torch.dtype, amsgrad: bool) -> lis
     scales = [*one(FULL, (5, 8)), *one(FULL, (5, 8))] if coded else []
     moments = (one(moment), one(torch.uint8 if coded else moment), one(moment) if amsgrad else [])
     table, hyper = torch.tensor([[0, rounding, amsgrad, 0]]), torch.zeros(1, 9)
-    return [one(kept), one(kept), *moments, [*residues, *scales], table, hyper, torch.ones((), device="meta"), 5]
+    return [
+        one(kept),
+        one(kept),
+        *moments,
+        [*residues, *scales],
+        table,
+        hyper,
+        torch.ones((), device="meta"),
+        5,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -123,9 +142,17 @@ def test_adamw_has_no_spills_and_wide_accesses(
     with compiled_for(chip) as kernels:
         adamw_(*adamw_on_meta(rounding, moment, amsgrad))
     code = binary(kernels[0])
-    kept, residues, coded = FULL if rounding == Rounding.FP32 else HALF, rounding in RESIDUES, moment == CODES
+    kept, residues, coded = (
+        FULL if rounding == Rounding.FP32 else HALF,
+        rounding in RESIDUES,
+        moment == CODES,
+    )
     assert (code.spills, code.stack, code.atomics) == (0, 0, 0) and code.registers <= 128
     tensors = [kept, *[HALF] * residues] + ([] if coded else [moment] * (2 + amsgrad))
-    vectors = sum(dtype.itemsize // 2 for dtype in tensors)  # of 16 bytes, for a thread's eight elements
-    assert code.widths("STG")[128] >= vectors and code.widths("LDG")[128] >= vectors + kept.itemsize // 2
+    # of 16 bytes, for a thread's eight elements
+    vectors = sum(dtype.itemsize // 2 for dtype in tensors)
+    assert (
+        code.widths("STG")[128] >= vectors
+        and code.widths("LDG")[128] >= vectors + kept.itemsize // 2
+    )
     assert not coded or code.widths("STG")[64] >= 2  # eight codes

@@ -1,4 +1,5 @@
-"""The Triton kernels compiled for AMD's chips, on which they have not run: no spills, nothing that only CUDA has."""
+"""The Triton kernels compiled for AMD's chips, on which they have not run: no spills, nothing that
+only CUDA has."""
 
 from __future__ import annotations
 
@@ -23,16 +24,29 @@ from fastft.optim.adamw_update_triton import adamw_
 __all__ = ["no_cache"]  # a fixture
 
 CHIPS = pytest.mark.parametrize("chip", ["gfx90a", "gfx942"])
-ROWS = [("in place", 151_936, HALF), ("in place", 50_257, FULL), ("everything in place", 151_936, HALF),
-        ("everything in place", 50_257, HALF)]  # fmt: skip
-MODES = [(Rounding.FP32, FULL), (Rounding.EXACT, FULL), (Rounding.KAHAN, HALF), (Rounding.STOCHASTIC, HALF),
-         (Rounding.STOCHASTIC, CODES), (Rounding.EXACT, CODES)]  # fmt: skip
+ROWS = [
+    ("in place", 151_936, HALF),
+    ("in place", 50_257, FULL),
+    ("everything in place", 151_936, HALF),
+    ("everything in place", 50_257, HALF),
+]
+MODES = [
+    (Rounding.FP32, FULL),
+    (Rounding.EXACT, FULL),
+    (Rounding.KAHAN, HALF),
+    (Rounding.STOCHASTIC, HALF),
+    (Rounding.STOCHASTIC, CODES),
+    (Rounding.EXACT, CODES),
+]
 
 
 @triton.jit
 def _planted_kernel(x):
     value = tl.load(x)
-    tl.store(x, tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [value], tl.float32, True, 1))
+    tl.store(
+        x,
+        tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [value], tl.float32, True, 1),
+    )
 
 
 def assert_whole(code: AmdCode) -> None:
@@ -66,7 +80,12 @@ def test_adamw(chip: str, rounding: Rounding, moment: torch.dtype) -> None:
 def test_boundaries(chip: str) -> None:
     wide, narrow = ({"dtype": dtype, "device": "meta"} for dtype in (torch.int64, torch.int32))
     lengths, source = torch.empty(63, **wide), torch.empty(507, **wide)
-    outputs = torch.empty_like(source), torch.empty_like(source), torch.empty(507, **narrow), torch.empty(64, **narrow)
+    outputs = (
+        torch.empty_like(source),
+        torch.empty_like(source),
+        torch.empty(507, **narrow),
+        torch.empty(64, **narrow),
+    )
     with compiled_for(chip) as kernels:
         packed_boundaries(lengths, lengths, source, 0, *outputs)
     assert len(kernels) == 2
@@ -78,7 +97,9 @@ def test_boundaries(chip: str) -> None:
 @pytest.mark.parametrize("dtype", [HALF, FULL, torch.float16])
 def test_scaling(chip: str, dtype: torch.dtype) -> None:
     with compiled_for(chip) as kernels:
-        scale_gradients_([torch.empty(70_001, dtype=dtype, device="meta")], torch.empty((), device="meta"))
+        scale_gradients_(
+            [torch.empty(70_001, dtype=dtype, device="meta")], torch.empty((), device="meta")
+        )
     code = amd_code(kernels[0])
     assert_whole(code)
     assert {64, 128} & code.widths("load") and {64, 128} & code.widths("store")

@@ -36,7 +36,12 @@ def counted(collective):
     sizes, original = [], getattr(dist, collective)
 
     def counting(result, *args, **kwargs):
-        sizes.append(sum(tensor.numel() for tensor in ([result] if isinstance(result, torch.Tensor) else result)))
+        sizes.append(
+            sum(
+                tensor.numel()
+                for tensor in ([result] if isinstance(result, torch.Tensor) else result)
+            )
+        )
         return original(result, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +55,9 @@ def leaves_of(x, head, bias, needs=(True, True, True)):
     return [t.detach().clone().requires_grad_(need) for t, need in zip(parts, needs, strict=True)]
 
 
-def ours(x, head, bias, target, *, upstream=None, needs=(True, True, True), chunk_rows=8, **options):
+def ours(
+    x, head, bias, target, *, upstream=None, needs=(True, True, True), chunk_rows=8, **options
+):
     leaves = leaves_of(x, head, bias, needs)
     plan = {"linear_bias": leaves[2], "group": dist.group.WORLD, "chunk_rows": chunk_rows}
     loss = fastft.linear_cross_entropy(leaves[0], leaves[1], target, **plan, **options)
@@ -59,9 +66,14 @@ def ours(x, head, bias, target, *, upstream=None, needs=(True, True, True), chun
     return [loss.detach(), *(torch.autograd.grad(loss, wanted, upstream) if wanted else ())]
 
 
-def theirs(x, head, bias, target, *, upstream=None, needs=(True, True, True), exact=False, **options):
-    """Of one process, in float64 or in the dtype of the operands; the gradients of the shards are cut out."""
-    leaves = [(t.double() if exact else t).detach().clone().requires_grad_() for t in (x, head, bias)]
+def theirs(
+    x, head, bias, target, *, upstream=None, needs=(True, True, True), exact=False, **options
+):
+    """Of one process, in float64 or in the dtype of the operands; the gradients of the shards are
+    cut out."""
+    leaves = [
+        (t.double() if exact else t).detach().clone().requires_grad_() for t in (x, head, bias)
+    ]
     logits = F.linear(*leaves)
     loss = oracle.cross_entropy(logits if exact else logits.float(), target, **options)
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
@@ -85,7 +97,12 @@ def check(*operands, chunk_rows=8, **options):
 def check_options(options, reduction, dtype):
     operands = make(dtype)
     upstream = torch.randn(ROWS) if reduction == "none" else torch.tensor(1.75)
-    check(*operands, upstream=upstream, reduction=reduction, **oracle.options_with_weight(options, len(operands[1])))
+    check(
+        *operands,
+        upstream=upstream,
+        reduction=reduction,
+        **oracle.options_with_weight(options, len(operands[1])),
+    )
 
 
 def check_logits(options, reduction, dtype):
@@ -98,14 +115,18 @@ def check_logits(options, reduction, dtype):
     for logits in (mine(whole.T).T, whole, whole.double()):
         leaf = logits.detach().clone().requires_grad_()
         if logits is whole or logits.dtype == torch.float64:
-            loss = oracle.cross_entropy(leaf if leaf.dtype == torch.float64 else leaf.float(), target, **options)
+            loss = oracle.cross_entropy(
+                leaf if leaf.dtype == torch.float64 else leaf.float(), target, **options
+            )
         elif reduction == "mean":
             cube = leaf.view(7, 9, -1).movedim(1, 2)
             loss = fastft.cross_entropy(cube, target.view(7, 9), group=dist.group.WORLD, **options)
         else:
             loss = fastft.cross_entropy(leaf, target, group=dist.group.WORLD, **options)
         (gradient,) = torch.autograd.grad(loss, leaf, upstream.to(loss.dtype))
-        results.append((loss.detach(), gradient if logits.shape != whole.shape else mine(gradient.T).T))
+        results.append(
+            (loss.detach(), gradient if logits.shape != whole.shape else mine(gradient.T).T)
+        )
     for actual, plain, truth in zip(*results, strict=True):
         assert actual.dtype == plain.dtype
         assert_no_worse(actual, plain, truth, terms=sum(whole.shape))
@@ -126,7 +147,12 @@ def check_logits_in_chunks():
 
 
 def check_needs(needs, reduction):
-    check(*make(), upstream=torch.randn(ROWS) if reduction == "none" else None, needs=needs, reduction=reduction)
+    check(
+        *make(),
+        upstream=torch.randn(ROWS) if reduction == "none" else None,
+        needs=needs,
+        reduction=reduction,
+    )
 
 
 def check_shape(rows, shard, chunk_rows):
@@ -146,12 +172,20 @@ def check_autocast():
 def check_num_items():
     operands = make()
     total = ours(*operands, reduction="sum")
-    assert all(map(torch.equal, ours(*operands, num_items=torch.tensor(8)), [result / 8 for result in total]))
+    assert all(
+        map(
+            torch.equal,
+            ours(*operands, num_items=torch.tensor(8)),
+            [result / 8 for result in total],
+        )
+    )
 
 
 def check_no_row_counts(rows, reduction):
     results = ours(*make(ignored=1.1, rows=rows), reduction=reduction)
-    assert len(results) == 4 and all(torch.equal(result, torch.zeros_like(result)) for result in results)
+    assert len(results) == 4 and all(
+        torch.equal(result, torch.zeros_like(result)) for result in results
+    )
 
 
 def check_confident_row(owner):
@@ -163,19 +197,26 @@ def check_confident_row(owner):
     loss, _, _, d_bias = ours(x, weight, bias, target)
     others = (len(weight) - 1) * torch.exp(torch.tensor(-25.0, dtype=torch.float64))
     torch.testing.assert_close(loss.double(), others.log1p(), rtol=1e-6, atol=0)
-    expected = torch.full((len(weight),), float(others / (len(weight) - 1) / (1 + others)), dtype=torch.float64)
+    expected = torch.full(
+        (len(weight),), float(others / (len(weight) - 1) / (1 + others)), dtype=torch.float64
+    )
     expected[target] = -others / (1 + others)
     torch.testing.assert_close(d_bias.double(), mine(expected), rtol=1e-6, atol=0)
 
 
 def check_poison(value):
-    """A number on the last process that is not finite poisons its row on all of them, and no other row."""
+    """A number on the last process that is not finite poisons its row on all of them, and no other
+    row."""
     logits, target = torch.randn(ROWS, 5), torch.arange(ROWS) % 10
     if dist.get_rank() == dist.get_world_size() - 1:
         logits[4, 3] = value
-    losses = fastft.cross_entropy(logits.requires_grad_(), target, reduction="none", group=dist.group.WORLD)
+    losses = fastft.cross_entropy(
+        logits.requires_grad_(), target, reduction="none", group=dist.group.WORLD
+    )
     (gradient,) = torch.autograd.grad(losses, logits, torch.ones_like(losses))
-    assert losses.isnan().nonzero().tolist() == [[4]] and gradient.isnan().any(1).nonzero().tolist() == [[4]]
+    assert losses.isnan().nonzero().tolist() == [[4]] and gradient.isnan().any(
+        1
+    ).nonzero().tolist() == [[4]]
 
 
 def check_masked_classes():
@@ -191,7 +232,10 @@ def check_masked_classes():
     d_input, d_weight, _ = torch.autograd.grad(loss, alone)
     torch.testing.assert_close(results[1].double(), d_input, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
-        results[2].double(), mine(F.pad(d_weight, (0, 0, 0, len(weight) - real))), rtol=1e-4, atol=1e-6
+        results[2].double(),
+        mine(F.pad(d_weight, (0, 0, 0, len(weight) - real))),
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
@@ -200,21 +244,28 @@ def check_autograd(reduction):
     leaves = leaves_of(x, weight, bias)
     before = [leaf.detach().clone() for leaf in leaves]
     plan = {"group": dist.group.WORLD, "chunk_rows": 8, "reduction": reduction}
-    loss = fastft.linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], **plan).sum()
+    loss = fastft.linear_cross_entropy(
+        leaves[0], leaves[1], target, linear_bias=leaves[2], **plan
+    ).sum()
     first, second = (torch.autograd.grad(2 * loss, leaves, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
-    assert all(torch.equal(t.detach(), b) and t._version == 0 for t, b in zip(leaves, before, strict=True))
+    assert all(
+        torch.equal(t.detach(), b) and t._version == 0 for t, b in zip(leaves, before, strict=True)
+    )
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss, leaves, create_graph=True)
 
 
 def check_reductions(reduction, needs, forward, backward):
-    """63 rows make 8 chunks of 8; each costs two all-reduces, the gradient of the input one for all."""
+    """63 rows make 8 chunks of 8; each costs two all-reduces, the gradient of the input one for
+    all."""
     x, weight, bias, target = make(ignored=0.0)
     leaves = leaves_of(x, weight, bias, needs)
     with counted("all_reduce") as sizes:
         plan = {"group": dist.group.WORLD, "chunk_rows": 8, "reduction": reduction}
-        loss = fastft.linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], **plan).sum()
+        loss = fastft.linear_cross_entropy(
+            leaves[0], leaves[1], target, linear_bias=leaves[2], **plan
+        ).sum()
         in_forward = len(sizes)
         assert sum(sizes[:16]) == 3 * ROWS  # a maximum and two sums a row
         loss.backward()
@@ -245,7 +296,9 @@ def check_uneven():
     x, target = torch.randn(5, 3), torch.arange(5)
     uneven = torch.randn(7 + (dist.get_rank() == 1), 3)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"group must have a linear_weight of one size.*\(7, 3\), \(8, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"group must have a linear_weight of one size.*\(7, 3\), \(8, 3\)"
+        ):
             fastft.linear_cross_entropy(x, uneven, target, group=dist.group.WORLD)
         fastft.linear_cross_entropy(x, torch.randn(7, 3), target, group=dist.group.WORLD)
 
@@ -272,17 +325,31 @@ def check_bad_input():
         ({"impl": "fast"}, ValueError, "'fast'"),
         ({"target": torch.rand(ROWS, classes)}, ValueError, "class indices.*group"),
         ({"target": outside}, ValueError, rf"target\[3\] is {classes}.*\[0, {classes}\)"),
-        ({"weight": torch.ones(len(head))}, ValueError, rf"weight.*\({classes},\).*\({len(head)},\)"),
+        (
+            {"weight": torch.ones(len(head))},
+            ValueError,
+            rf"weight.*\({classes},\).*\({len(head)},\)",
+        ),
         ({"linear_bias": torch.ones(classes)}, ValueError, "linear_bias"),
         *([({"group": other}, ValueError, "group does not contain")] if dist.get_rank() else []),
     ]
     for arguments, error, message in wrong:
-        given = {"input": x, "linear_weight": head, "target": target, "group": dist.group.WORLD} | arguments
+        given = {
+            "input": x,
+            "linear_weight": head,
+            "target": target,
+            "group": dist.group.WORLD,
+        } | arguments
         with pytest.raises(error, match=message):
             fastft.linear_cross_entropy(**given)
     for group, columns, error, message in (
         ("world", 5, TypeError, "group must be"),
-        (dist.group.WORLD, 5 + dist.get_rank(), ValueError, "group must have a class dimension of input of one size"),
+        (
+            dist.group.WORLD,
+            5 + dist.get_rank(),
+            ValueError,
+            "group must have a class dimension of input of one size",
+        ),
     ):
         with pytest.raises(error, match=message):
             fastft.cross_entropy(torch.randn(3, columns), torch.arange(3), group=group)
@@ -308,12 +375,24 @@ CASES = {
         for reduction in REDUCTIONS
     },
     **{
-        f"logits_{n}_{r}": partial(check_logits, o, r, F32) for n, o in oracle.OPTIONS.items() for r in ("none", "mean")
+        f"logits_{n}_{r}": partial(check_logits, o, r, F32)
+        for n, o in oracle.OPTIONS.items()
+        for r in ("none", "mean")
     },
-    **{f"logits_{n}_bf16": partial(check_logits, oracle.OPTIONS[n], "sum", BF16) for n in ("plain", "all")},
+    **{
+        f"logits_{n}_bf16": partial(check_logits, oracle.OPTIONS[n], "sum", BF16)
+        for n in ("plain", "all")
+    },
     "logits_in_chunks": check_logits_in_chunks,
-    **{f"{n}_alone_{r}": partial(check_needs, needs, r) for n, needs in NEEDS.items() for r in ("none", "mean")},
-    **{f"shape_{s}": partial(check_shape, *s) for s in ((1, 1, 8), (63, 1, 5), (1, 63, None), (63, 7, None))},
+    **{
+        f"{n}_alone_{r}": partial(check_needs, needs, r)
+        for n, needs in NEEDS.items()
+        for r in ("none", "mean")
+    },
+    **{
+        f"shape_{s}": partial(check_shape, *s)
+        for s in ((1, 1, 8), (63, 1, 5), (1, 63, None), (63, 7, None))
+    },
     "autocast": check_autocast,
     "num_items": check_num_items,
     **{f"no_row_{n}_{r}": partial(check_no_row_counts, n, r) for n in (0, 5) for r in REDUCTIONS},
@@ -325,11 +404,17 @@ CASES = {
     "reductions_mean_frozen_input": partial(check_reductions, "mean", (False, True, True), 16, 0),
     "reductions_none": partial(check_reductions, "none", (True, True, True), 16, 1),
     "reductions_none_frozen_head": partial(check_reductions, "none", (True, False, False), 17, 0),
-    **{f"workspace_{r}_{d}": partial(check_workspace, r, d) for r in ("none", "mean") for d in (F32, BF16)},
+    **{
+        f"workspace_{r}_{d}": partial(check_workspace, r, d)
+        for r in ("none", "mean")
+        for d in (F32, BF16)
+    },
     "compiled": check_compiled,
     "uneven": check_uneven,
     "compared_once": partial(check_shapes_are_compared_once_where_looking_waits, (), 2),
-    "compared_at_every_call": partial(check_shapes_are_compared_once_where_looking_waits, ("cpu",), 5),
+    "compared_at_every_call": partial(
+        check_shapes_are_compared_once_where_looking_waits, ("cpu",), 5
+    ),
     "bad_input": check_bad_input,
 }
 

@@ -1,4 +1,5 @@
-"""`save_fp32` over an earlier save, interrupted at every step; indices and files which somebody else has made."""
+"""`save_fp32` over an earlier save, interrupted at every step; indices and files which somebody
+else has made."""
 
 from __future__ import annotations
 
@@ -49,9 +50,15 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def interrupted(
-    patch: pytest.MonkeyPatch, number: int, end: Callable[[], None], *, after: bool = False, once: bool = False
+    patch: pytest.MonkeyPatch,
+    number: int,
+    end: Callable[[], None],
+    *,
+    after: bool = False,
+    once: bool = False,
 ) -> list[int]:
-    """From the `number`-th change of a file on, `end` is called before it, or after it; files are then half written."""
+    """From the `number`-th change of a file on, `end` is called before it, or after it; files are
+    then half written."""
     count = [0]
 
     def replaced(module: Any, name: str) -> None:
@@ -87,7 +94,9 @@ def steps_of(tmp_path: Path, before: str, now: str) -> int:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("before", "now"), PAIRS)
-def test_killed_at_any_step_the_old_or_the_new_save_is_whole(before: str, now: str, tmp_path: Path) -> None:
+def test_killed_at_any_step_the_old_or_the_new_save_is_whole(
+    before: str, now: str, tmp_path: Path
+) -> None:
     found = set()
     for number in range(steps_of(tmp_path, before, now)):
         folder = tmp_path / str(number)
@@ -95,7 +104,9 @@ def test_killed_at_any_step_the_old_or_the_new_save_is_whole(before: str, now: s
         child = os.fork()
         if child == 0:
             try:
-                interrupted(pytest.MonkeyPatch(), number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                interrupted(
+                    pytest.MonkeyPatch(), number, lambda: os.kill(os.getpid(), signal.SIGKILL)
+                )
                 save(folder, 2.0, SIZES[now])
             finally:
                 os._exit(0)
@@ -107,13 +118,19 @@ def test_killed_at_any_step_the_old_or_the_new_save_is_whole(before: str, now: s
         assert load(folder) == {3.0}
         assert not [file for file in os.listdir(folder) if file.endswith(".part")]
         index = folder / "model.safetensors.index.json"
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        names = (
+            set(json.loads(index.read_text())["weight_map"].values())
+            if index.exists()
+            else {"model.safetensors"}
+        )
         assert {file.name for file in folder.glob("*.safetensors")} == names
     assert found >= {1.0}
 
 
 @pytest.mark.parametrize(("before", "now"), PAIRS)
-def test_out_of_disk_at_any_step_the_old_or_the_new_save_is_whole(before: str, now: str, tmp_path: Path) -> None:
+def test_out_of_disk_at_any_step_the_old_or_the_new_save_is_whole(
+    before: str, now: str, tmp_path: Path
+) -> None:
     def full() -> None:
         raise OSError(28, "No space left on device")
 
@@ -138,7 +155,9 @@ def test_what_an_interrupted_first_save_leaves_is_no_save(tmp_path: Path) -> Non
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../elsewhere/model.safetensors", "/etc/passwd", "a\\b", "..", "", 5, None])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere/model.safetensors", "/etc/passwd", "a\\b", "..", "", 5, None]
+)
 def test_an_index_that_leaves_its_folder_is_refused(name: Any, tmp_path: Path) -> None:
     save(tmp_path / "elsewhere", 2.0, "5GB")
     save(tmp_path / "here", 1.0, 40)
@@ -150,7 +169,9 @@ def test_an_index_that_leaves_its_folder_is_refused(name: Any, tmp_path: Path) -
         load(tmp_path / "here")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": []}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": []}}']
+)
 def test_an_index_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
     save(tmp_path, 1.0, 40)
     (tmp_path / "model.safetensors.index.json").write_text(content)
@@ -207,7 +228,9 @@ def test_buffers_that_fp32_does_not_hold_come_back_as_they_were(tmp_path: Path) 
 
 @pytest.mark.parametrize("saved", [*EXACT, "float32"])
 @pytest.mark.parametrize("wanted", [*EXACT, "float32", "bfloat16"])
-def test_a_dtype_that_would_lose_something_is_refused(saved: str, wanted: str, tmp_path: Path) -> None:
+def test_a_dtype_that_would_lose_something_is_refused(
+    saved: str, wanted: str, tmp_path: Path
+) -> None:
     if saved == wanted or (saved, wanted) == ("float32", "bfloat16"):
         return
     values = {"float32": torch.ones(2), "bfloat16": torch.ones(2).bfloat16(), **EXACT}
@@ -215,6 +238,8 @@ def test_a_dtype_that_would_lose_something_is_refused(saved: str, wanted: str, t
     fastft.save_fp32(model, fastft.AdamW([model.weight]), tmp_path)
     again = Buffers(x=torch.zeros_like(values[wanted].reshape(-1)[:1]))
     again.weight.data.fill_(5.0)
-    with pytest.raises(ValueError, match=f"x_buffer is torch.{saved} in .* and torch.{wanted} in the model"):
+    with pytest.raises(
+        ValueError, match=f"x_buffer is torch.{saved} in .* and torch.{wanted} in the model"
+    ):
         fastft.load_fp32(again, fastft.AdamW([again.weight]), tmp_path)
     assert torch.equal(again.weight, torch.full((3,), 5.0).bfloat16()) and not again.x_buffer.any()

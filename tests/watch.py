@@ -1,4 +1,5 @@
-"""Sees every operation of a piece of code: how large its results are, and what its products cost."""
+"""Sees every operation of a piece of code: how large its results are, and what its products
+cost."""
 
 from __future__ import annotations
 
@@ -25,10 +26,13 @@ class Watch(TorchDispatchMode):
                 return HEAD.reference(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
-            if type(tensor) is torch.Tensor and tensor.device.type != "meta":  # a subclass may hold no numbers
+            # a subclass may hold no numbers
+            if type(tensor) is torch.Tensor and tensor.device.type != "meta":
                 self.elements = max(self.elements, tensor.numel())
         # the registry does not know the product that adds in place
-        packet = torch.ops.aten.addmm if func is torch.ops.aten.addmm_.default else func.overloadpacket
+        packet = (
+            torch.ops.aten.addmm if func is torch.ops.aten.addmm_.default else func.overloadpacket
+        )
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result

@@ -1,1 +1,2 @@
-"""Attention that keeps the sequences of a packed batch apart, and the probe that sees whether a model does."""
+"""Attention that keeps the sequences of a packed batch apart, and the probe that sees whether a
+model does."""

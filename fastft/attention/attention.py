@@ -1,11 +1,14 @@
-"""`attn_implementation="fastft"`: attention that keeps the sequences of packed batches apart, for transformers' models.
+"""`attn_implementation="fastft"`: attention that keeps the sequences of packed batches apart, for
+transformers' models.
 
-Two functions are registered with transformers. The attention function asks `segments_of` for the batch's boundaries and
-calls `segment_attention`; a batch without boundaries goes to transformers' own sdpa attention. The mask function builds
-no mask for packed batches: a mask has T x T elements, and it knows only of sequences which the model's code tells it.
+Two functions are registered with transformers. The attention function asks `segments_of` for the
+batch's boundaries and calls `segment_attention`; a batch without boundaries goes to transformers'
+own sdpa attention. The mask function builds no mask for packed batches: a mask has T x T elements,
+and it knows only of sequences which the model's code tells it.
 
-What the mask would have said is known from its mask function: causal or not, a sliding window, chunks. Where it says
-more (tokens of an image that see each other), or was built already, its part of each segment is used, which is exact.
+What the mask would have said is known from its mask function: causal or not, a sliding window,
+chunks. Where it says more (tokens of an image that see each other), or was built already, its part
+of each segment is used, which is exact.
 """
 
 from __future__ import annotations
@@ -23,17 +26,32 @@ from fastft.data.host_boundaries import note
 
 NAME = "fastft"
 
-# transformers' mask functions whose meaning `_Pattern` holds, by their names in transformers.masking_utils
-_WINDOWS = {"sliding_window_overlay": 0, "sliding_window_bidirectional_overlay": 1}  # what |i - j| < window adds to it
-_CHUNKS, _PACKED, _CAUSAL = "chunked_overlay", "packed_sequence_mask_function", "causal_mask_function"
+# transformers' mask functions whose meaning `_Pattern` holds, by their names in
+# transformers.masking_utils
+# what |i - j| < window adds to it
+_WINDOWS = {"sliding_window_overlay": 0, "sliding_window_bidirectional_overlay": 1}
+_CHUNKS, _PACKED, _CAUSAL = (
+    "chunked_overlay",
+    "packed_sequence_mask_function",
+    "causal_mask_function",
+)
 _UNDERSTOOD = {
     *_WINDOWS,
     *(_CHUNKS, _PACKED, _CAUSAL),
     *("bidirectional_mask_function", "and_masks", "remap_positions_for_packed_sequence"),
 }
 
-# keyword arguments of attention calls in transformers that say which keys are seen or what is added to the scores
-_NOT_COMPUTED = ("indices", "block_indices", "alibi", "attention_bias", "attn_bias", "head_mask", "output_attentions")
+# keyword arguments of attention calls in transformers that say which keys are seen or what is added
+# to the scores
+_NOT_COMPUTED = (
+    "indices",
+    "block_indices",
+    "alibi",
+    "attention_bias",
+    "attn_bias",
+    "head_mask",
+    "output_attentions",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +61,8 @@ class _Pattern:
     causal: bool
     window: int | None
     chunk: int | None
-    build: Callable[[], Tensor | None]  # the mask itself, for a batch that turns out not to be packed
+    # the mask itself, for a batch that turns out not to be packed
+    build: Callable[[], Tensor | None]
     complete: bool = True  # False where the mask says more, and says it of positions in the row
 
 
@@ -51,19 +70,27 @@ def _names(function: Any) -> set[str]:
     """The names of a mask function and of those it is made of, without what stands around them."""
     names = {getattr(function, "__qualname__", type(function).__name__).partition(".")[0]}
     for cell in getattr(function, "__closure__", None) or ():
-        inner = cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
+        inner = (
+            cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
+        )
         for part in inner:
             names |= _names(part) if callable(part) else set()
     return names
 
 
-def _pattern(names: set[str], local_size: int | None, complete: bool, build: Callable[[], Tensor | None]) -> _Pattern:
+def _pattern(
+    names: set[str], local_size: int | None, complete: bool, build: Callable[[], Tensor | None]
+) -> _Pattern:
     """What a mask function with these names says."""
     windows = [more for name, more in _WINDOWS.items() if name in names]
     local = len(windows) + (_CHUNKS in names)
-    complete = complete and names <= _UNDERSTOOD and local <= 1 and (local == 0 or local_size is not None)
+    complete = (
+        complete and names <= _UNDERSTOOD and local <= 1 and (local == 0 or local_size is not None)
+    )
     window = local_size + windows[0] if windows and local_size is not None else None
-    return _Pattern(_CAUSAL in names, window, local_size if _CHUNKS in names else None, build, complete)
+    return _Pattern(
+        _CAUSAL in names, window, local_size if _CHUNKS in names else None, build, complete
+    )
 
 
 def fastft_mask(
@@ -75,22 +102,28 @@ def fastft_mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The mask function: transformers' sdpa mask, except for packed batches; arguments as transformers calls it.
+    """The mask function: transformers' sdpa mask, except for packed batches; arguments as
+    transformers calls it.
 
-    A batch is packed if a model with `keep_segments` runs it, or if its positions say so and its attention calls get
-    the boundaries as keyword arguments. For these it returns None where only causality would be in the mask, else an
-    object that stands for a window or for chunks.
+    A batch is packed if a model with `keep_segments` runs it, or if its positions say so and its
+    attention calls get the boundaries as keyword arguments. For these it returns None where only
+    causality would be in the mask, else an object that stands for a window or for chunks.
     """
     from transformers.masking_utils import sdpa_mask
 
     def build() -> Tensor | None:
-        options: dict[str, Any] = {"mask_function": mask_function, "attention_mask": attention_mask, **kwargs}
+        options: dict[str, Any] = {
+            "mask_function": mask_function,
+            "attention_mask": attention_mask,
+            **kwargs,
+        }
         return sdpa_mask(q_length=q_length, kv_length=kv_length, local_size=local_size, **options)
 
     names, known = _names(mask_function), packed_forward_under_way()
     pattern = _pattern(names, local_size, attention_mask is None, build)
     binds = any(size is not None and size < kv_length for size in (pattern.window, pattern.chunk))
-    # a mask of chunks counts from the first token of a row: right only where positions made it count from a segment's
+    # a mask of chunks counts from the first token of a row: right only where positions made it
+    # count from a segment's
     if _CHUNKS in names and binds and not (_PACKED in names and not pattern.complete):
         return pattern
     if not pattern.complete or not (known or _PACKED in names):
@@ -109,7 +142,8 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any], key: Tensor, sinks: Tenso
         )
         if bias or (name in _NOT_COMPUTED and value is not None and value is not False):
             raise NotImplementedError(
-                f'attn_implementation="fastft" does not know the argument {name} of {type(module).__name__} and would '
+                f'attn_implementation="fastft" does not know the argument {name} of '
+                f"{type(module).__name__} and would "
                 "compute something else without it: use another attn_implementation"
             )
     if sinks is None and isinstance(getattr(module, "sinks", None), Tensor):
@@ -140,16 +174,28 @@ def _whole_rows(rows: int, queries: int, keys: int, device: torch.device) -> Seg
 
 
 def _unpacked(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, rule: dict[str, Any]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    rule: dict[str, Any],
 ) -> Tensor:
-    """What sdpa attention does for a batch that is not packed, with the softcap and the sinks that it does not know."""
+    """What sdpa attention does for a batch that is not packed, with the softcap and the sinks that
+    it does not know."""
     length, bias = query.shape[2], rule["bias"]
     causal = causal and mask is None and length > 1
     if causal and key.shape[2] > length:  # a static cache that holds these tokens alone
-        key, value, bias = key[:, :, :length], value[:, :, :length], None if bias is None else bias[..., :length]
+        key, value, bias = (
+            key[:, :, :length],
+            value[:, :, :length],
+            None if bias is None else bias[..., :length],
+        )
     rows = _whole_rows(query.shape[0], length, key.shape[2], query.device)
     query, key, value = _autocast(query, key, value)
-    return segment_attention(query, key, value, rows, causal=causal, mask=mask, **{**rule, "bias": bias})
+    return segment_attention(
+        query, key, value, rows, causal=causal, mask=mask, **{**rule, "bias": bias}
+    )
 
 
 def fastft_attention(
@@ -167,11 +213,13 @@ def fastft_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function, as models call it: (R, H, T, D), (R, G, U, D), (R, G, U, Dv) to (R, T, H, Dv).
+    """The attention function, as models call it: (R, H, T, D), (R, G, U, D), (R, G, U, Dv) to (R,
+    T, H, Dv).
 
-    `attention_mask` is what `fastft_mask` returned, or a mask (R or 1, H or 1, T, U) that holds causality and windows;
-    `is_causal` is `module.is_causal` by default, else True; `s_aux` are sinks (H,); `kwargs` has the boundaries, if the
-    model hands them on. There are no attention weights to return.
+    `attention_mask` is what `fastft_mask` returned, or a mask (R or 1, H or 1, T, U) that holds
+    causality and windows; `is_causal` is `module.is_causal` by default, else True; `s_aux` are
+    sinks (H,); `kwargs` has the boundaries, if the model hands them on. There are no attention
+    weights to return.
 
     Raises:
         NotImplementedError: an argument that would change the result and is not computed.
@@ -198,7 +246,8 @@ def fastft_attention(
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, **kwargs)
     if segments.alike and key.shape[2] != query.shape[2]:
         raise NotImplementedError(
-            f"{type(module).__name__} has {key.shape[2]} keys for the {query.shape[2]} tokens of a packed row: packed "
+            f"{type(module).__name__} has {key.shape[2]} keys for the {query.shape[2]} tokens of a "
+            f"packed row: packed "
             "batches cannot be combined with a cache of earlier tokens or with prefix tuning"
         )
     seen = _seen(attention_mask, causal, sliding_window)
@@ -213,7 +262,9 @@ def _seen(mask: Tensor | _Pattern | None, causal: bool, window: int | None) -> d
     if isinstance(mask, Tensor):
         return {"causal": False, "mask": mask}
     if not mask.complete:
-        raise NotImplementedError("packed batches and a padding mask cannot be combined where attention is chunked")
+        raise NotImplementedError(
+            "packed batches and a padding mask cannot be combined where attention is chunked"
+        )
     return {"causal": mask.causal, "window": mask.window, "chunk": mask.chunk}
 
 

@@ -1,11 +1,14 @@
-"""Torch's flash attention kernels, a segment or a whole batch a call, as engines of `segment_attention`.
+"""Torch's flash attention kernels, a segment or a whole batch a call, as engines of
+`segment_attention`.
 
-Forward takes q, k, v (R, H, T, D) and gives out (R, T, H, D) and lse (R, H, T); backward takes out and its gradient as
-(R, H, T, D) too. The CPU kernel knows a causal segment and a segment without a mask; a window that binds
-becomes bands of queries with a small additive mask, the same one for all but the first. The CUDA kernel knows segments,
-windows and dropout itself. Both share key heads among query heads, and neither stores scores.
+Forward takes q, k, v (R, H, T, D) and gives out (R, T, H, D) and lse (R, H, T); backward takes out
+and its gradient as (R, H, T, D) too. The CPU kernel knows a causal segment and a segment without a
+mask; a window that binds becomes bands of queries with a small additive mask, the same one for all
+but the first. The CUDA kernel knows segments, windows and dropout itself. Both share key heads
+among query heads, and neither stores scores.
 
-Their backward takes out and lse as arguments, and with sinks they are the output and the lse with sinks.
+Their backward takes out and lse as arguments, and with sinks they are the output and the lse with
+sinks.
 """
 
 from __future__ import annotations
@@ -27,18 +30,26 @@ def _cpu_tiles(call: Call, query: Tensor) -> Iterator[tuple[Tile, dict[str, Any]
     window = call.window
 
     def block(keys: int) -> int:
-        return sys.maxsize if window is None or keys <= window else min(max(window, _BAND[0]), _BAND[1])
+        return (
+            sys.maxsize
+            if window is None or keys <= window
+            else min(max(window, _BAND[0]), _BAND[1])
+        )
 
     masks: dict[tuple[int, int, int], Tensor | None] = {}
     for tile in call.tiles(block):
-        causal = call.causal and tile.rows == tile.columns and (window is None or tile.rows <= window)
+        causal = (
+            call.causal and tile.rows == tile.columns and (window is None or tile.rows <= window)
+        )
         mask = None
         if not causal:
             shape = (tile.rows, tile.columns, tile.shift)
             if shape not in masks:
                 visible = call.visible(tile, query.device)
                 masks[shape] = (
-                    None if visible is None else query.new_zeros(shape[:2]).masked_fill_(~visible, -torch.inf)
+                    None
+                    if visible is None
+                    else query.new_zeros(shape[:2]).masked_fill_(~visible, -torch.inf)
                 )
             mask = masks[shape]
         yield tile, {"dropout_p": 0.0, "is_causal": causal, "attn_mask": mask, "scale": call.scale}
@@ -57,21 +68,25 @@ def cpu_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[
 
 
 def cpu_backward(tensors: tuple[Tensor, ...], call: Call, grads: tuple[Tensor, ...]) -> None:
-    """Fills the gradients of query, key and value; those of keys and values are zeros where a window binds."""
+    """Fills the gradients of query, key and value; those of keys and values are zeros where a
+    window binds."""
     d_out, query, key, value, out, lse = tensors
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     for tile, options in _cpu_tiles(call, query):
         row = slice(tile.row, tile.row + 1)
         q, k, v = query[row, :, tile.queries], key[row, :, tile.keys], value[row, :, tile.keys]
         results = (tensor[row, :, tile.queries] for tensor in (out, lse))
-        # in 16 bits the kernel would round the gradient of a shared key head once for each of its query heads
+        # in 16 bits the kernel would round the gradient of a shared key head once for each of its
+        # query heads
         shared = query.shape[1] // key.shape[1] if query.element_size() == 2 else 1
         if shared > 1:
             k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
         parts = kernel(d_out[row, :, tile.queries], q, k, v, *results, **options)
         if shared > 1:
             parts = (parts[0], *(part.unflatten(1, (-1, shared)).sum(2) for part in parts[1:]))
-        for grad, part, tokens in zip(grads, parts, (tile.queries, tile.keys, tile.keys), strict=True):
+        for grad, part, tokens in zip(
+            grads, parts, (tile.queries, tile.keys, tile.keys), strict=True
+        ):
             if call.window is None or grad is grads[0]:
                 grad[row, :, tokens] = part
             else:  # neighbouring bands share keys
@@ -80,7 +95,11 @@ def cpu_backward(tensors: tuple[Tensor, ...], call: Call, grads: tuple[Tensor, .
 
 def _cuda_options(call: Call) -> dict[str, Any]:
     left = -1 if call.window is None else call.window - 1
-    return {"scale": call.scale, "window_size_left": left, "window_size_right": 0 if call.causal else left}
+    return {
+        "scale": call.scale,
+        "window_size_left": left,
+        "window_size_right": 0 if call.causal else left,
+    }
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -102,8 +121,11 @@ def cuda_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple
     return out.unflatten(0, (rows, -1)), lse.unflatten(1, (rows, -1)).transpose(0, 1), *random
 
 
-def cuda_backward(tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: Call) -> tuple[Tensor, ...]:
-    """The gradients of query, key and value, as the kernel lays them out; `saved`: what the forward gave behind lse."""
+def cuda_backward(
+    tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: Call
+) -> tuple[Tensor, ...]:
+    """The gradients of query, key and value, as the kernel lays them out; `saved`: what the forward
+    gave behind lse."""
     d_out, query, key, value, out, lse = tensors
     parts = torch.ops.aten._flash_attention_backward(
         *(_flat(tensor) for tensor in (d_out, query, key, value, out)),

@@ -1,7 +1,7 @@
 """How packed rows fall into pieces and tiles for `segment_attention`: which queries see which keys.
 
-A *piece* is one segment, or one chunk of a segment where attention is chunked. A *tile* is some queries of a piece with
-the keys that causality and the window leave them:
+A *piece* is one segment, or one chunk of a segment where attention is chunked. A *tile* is some
+queries of a piece with the keys that causality and the window leave them:
 
     low  = max(first key, first query - window + 1)      high = last query + 1 if causal, else last query + window
 
@@ -33,7 +33,8 @@ class Piece(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries and the keys that they may see; query i of the tile stands at key `shift + i` of the tile."""
+    """Queries and the keys that they may see; query i of the tile stands at key `shift + i` of the
+    tile."""
 
     row: int
     queries: slice
@@ -68,7 +69,8 @@ class Call:
     seed: int
 
     def tiles(self, block: Callable[[int], int]) -> Iterator[Tile]:
-        """The pieces in blocks of `block(keys)` queries, with the keys alone that causality and the window leave."""
+        """The pieces in blocks of `block(keys)` queries, with the keys alone that causality and the
+        window leave."""
         for row, q0, q1, k0, k1 in self.pieces:
             rows = block(k1 - k0)
             for start in range(q0, q1, rows):
@@ -82,13 +84,20 @@ class Call:
 
     def visible(self, tile: Tile, device: torch.device) -> Tensor | None:
         """Which keys each query of a tile sees, bool (queries, keys); None: all."""
-        window = self.window if self.window is not None and max(tile.rows, tile.columns) > self.window else None
-        if window is None and (not self.causal or (tile.rows == 1 and tile.shift == tile.columns - 1)):
+        window = (
+            self.window
+            if self.window is not None and max(tile.rows, tile.columns) > self.window
+            else None
+        )
+        if window is None and (
+            not self.causal or (tile.rows == 1 and tile.shift == tile.columns - 1)
+        ):
             return None
         return _band(tile.rows, tile.columns, tile.shift, self.causal, window, device)
 
     def boundaries(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-        """cu_seqlens and max_seqlen of queries and keys on `device`, of the chunks where there are chunks."""
+        """cu_seqlens and max_seqlen of queries and keys on `device`, of the chunks where there are
+        chunks."""
         segments = self.segments
         ends = segments.on_device(device)
         if self.chunk is None:
@@ -108,12 +117,14 @@ class Call:
         )
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """Where dropout's random numbers come from, the same in each forward and backward; None without dropout."""
+        """Where dropout's random numbers come from, the same in each forward and backward; None
+        without dropout."""
         return torch.Generator(device).manual_seed(self.seed) if self.dropout > 0 else None
 
 
 def _chunk_ends(ends: Tensor, chunk: int, chunks: int) -> Tensor:
-    """cu_seqlens of all chunks, int32 (chunks + 1,), computed where `ends` are: a copy from the host would wait."""
+    """cu_seqlens of all chunks, int32 (chunks + 1,), computed where `ends` are: a copy from the
+    host would wait."""
     counts = (ends.diff() + (chunk - 1)) // chunk
     segment = torch.repeat_interleave(counts, output_size=chunks)
     place = torch.arange(chunks, device=ends.device) - (counts.cumsum(0) - counts)[segment]
@@ -121,16 +132,25 @@ def _chunk_ends(ends: Tensor, chunk: int, chunks: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _band(queries: int, keys: int, shift: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    behind = torch.arange(queries, device=device)[:, None] + shift - torch.arange(keys, device=device)
+def _band(
+    queries: int, keys: int, shift: int, causal: bool, window: int | None, device: torch.device
+) -> Tensor:
+    behind = (
+        torch.arange(queries, device=device)[:, None] + shift - torch.arange(keys, device=device)
+    )
     visible = behind >= 0 if causal else behind.new_ones((), dtype=torch.bool).expand_as(behind)
     return visible if window is None else visible & (behind.abs() < window)
 
 
 def _check(name: str, ends: list[int], rows: int, length: int) -> None:
-    if ends[0] != 0 or ends[-1] != rows * length or any(after < end for end, after in itertools.pairwise(ends)):
+    if (
+        ends[0] != 0
+        or ends[-1] != rows * length
+        or any(after < end for end, after in itertools.pairwise(ends))
+    ):
         raise ValueError(
-            f"{name} must rise from 0 to {rows * length}, the {rows} x {length} tokens that attention got; it goes "
+            f"{name} must rise from 0 to {rows * length}, the {rows} x {length} tokens that "
+            f"attention got; it goes "
             f"from {ends[0]} to {ends[-1]}. Does the model add tokens to the packed ones?"
         )
 
@@ -138,10 +158,11 @@ def _check(name: str, ends: list[int], rows: int, length: int) -> None:
 def pieces_of(
     segments: Segments, rows: int, length_q: int, length_k: int, same: bool, chunk: int | None
 ) -> list[Piece]:
-    """The segments that have queries, as places in their rows; the chunks of segments where there are chunks.
+    """The segments that have queries, as places in their rows; the chunks of segments where there
+    are chunks.
 
-    With `same` a segment must have as many keys as queries, as causality, a window and chunks need. Found and checked
-    once a batch: the list is for all who ask, not to be changed.
+    With `same` a segment must have as many keys as queries, as causality, a window and chunks need.
+    Found and checked once a batch: the list is for all who ask, not to be changed.
     """
     key = ("pieces", rows, length_q, length_k, same, chunk)
     if key not in segments.made:
@@ -150,7 +171,9 @@ def pieces_of(
     return pieces
 
 
-def _pieces(segments: Segments, rows: int, length_q: int, length_k: int, same: bool, chunk: int | None) -> list[Piece]:
+def _pieces(
+    segments: Segments, rows: int, length_q: int, length_k: int, same: bool, chunk: int | None
+) -> list[Piece]:
     _check("cu_seqlens_q", segments.bounds_q, rows, length_q)
     if not segments.alike or length_k != length_q:
         _check("cu_seqlens_k", segments.bounds_k, rows, length_k)
@@ -169,14 +192,18 @@ def _pieces(segments: Segments, rows: int, length_q: int, length_k: int, same: b
         )
         if q1 > length_q or k0 < 0 or k1 > length_k or k0 == k1 or (same and q1 - q0 != k1 - k0):
             raise ValueError(
-                f"a segment must lie in one row and have keys, as many as queries if attention is causal or local: "
-                f"queries {begin_q} to {end_q} in rows of {length_q}, keys {begin_k} to {end_k} in rows of {length_k}"
+                f"a segment must lie in one row and have keys, as many as queries if attention is "
+                f"causal or local: "
+                f"queries {begin_q} to {end_q} in rows of {length_q}, keys {begin_k} to {end_k} in "
+                f"rows of {length_k}"
             )
         if chunk is None:
             pieces.append(Piece(row, q0, q1, k0, k1))
         else:
             spans = [(start, min(start + chunk, q1 - q0)) for start in range(0, q1 - q0, chunk)]
-            pieces.extend(Piece(row, q0 + start, q0 + stop, k0 + start, k0 + stop) for start, stop in spans)
+            pieces.extend(
+                Piece(row, q0 + start, q0 + stop, k0 + start, k0 + stop) for start, stop in spans
+            )
     return pieces
 
 
@@ -188,11 +215,16 @@ def part_of(whole: Tensor, tile: Tile) -> Tensor:
 
 
 def mask_scores(call: Call, tile: Tile, scores: Tensor) -> Tensor:
-    """Minus infinity where a query may not look; what a floating-point mask says is added. In place."""
+    """Minus infinity where a query may not look; what a floating-point mask says is added. In
+    place."""
     visible = call.visible(tile, scores.device)
     if visible is not None:
         scores.masked_fill_(~visible, -torch.inf)
     if call.mask is not None:
         part = part_of(call.mask, tile)
-        scores = scores.masked_fill_(~part, -torch.inf) if part.dtype == torch.bool else scores.add_(part)
+        scores = (
+            scores.masked_fill_(~part, -torch.inf)
+            if part.dtype == torch.bool
+            else scores.add_(part)
+        )
     return scores

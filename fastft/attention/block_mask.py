@@ -1,10 +1,12 @@
 """A mask of T x T for models with attention code of their own.
 
-Code that does not call transformers' attention interface still asks transformers for its mask, and looks the builder up
-by the name of the attention implementation. A name that nobody else knows, put into the model's configuration, thus
-brings this mask where the model's own code adds it to the scores:
+Code that does not call transformers' attention interface still asks transformers for its mask, and
+looks the builder up by the name of the attention implementation. A name that nobody else knows, put
+into the model's configuration, thus brings this mask where the model's own code adds it to the
+scores:
 
-    mask[r, q, k] = 0 if q and k are of one segment and the model's rule (causal, window) allows it, else finfo.min
+    mask[r, q, k] = 0 if q and k are of one segment and the model's rule (causal, window) allows it,
+    else finfo.min
 
 Bytes: R * T * T elements of the model's dtype, where `attn_implementation=
 "fastft"` needs none; for models alone that cannot have that.
@@ -26,7 +28,8 @@ NAME = "fastft_block_mask"
 
 @contextlib.contextmanager
 def block_mask(model: nn.Module) -> Iterator[None]:
-    """`fastft.packed_attention(model)` with the mask. Whether it is exact, `check_packing` inside the context tells."""
+    """`fastft.packed_attention(model)` with the mask. Whether it is exact, `check_packing` inside
+    the context tells."""
     _register()
     with implementation_restored(model), packed_attention(model):
         for config in attention_configs(model):
@@ -42,7 +45,8 @@ def attention_configs(model: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def implementation_restored(model: nn.Module) -> Iterator[None]:
-    """At the end all configurations name the attention implementation that they named at the beginning."""
+    """At the end all configurations name the attention implementation that they named at the
+    beginning."""
     before = [(config, config._attn_implementation_internal) for config in attention_configs(model)]
     try:
         yield
@@ -56,23 +60,33 @@ def _register() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import eager_mask
 
-    def mask(*, batch_size: int, q_length: int, mask_function: Callable[..., Any], **kwargs: Any) -> Tensor | None:
+    def mask(
+        *, batch_size: int, q_length: int, mask_function: Callable[..., Any], **kwargs: Any
+    ) -> Tensor | None:
         segments = segments_under_way()
         if segments is not None:
             mask_function = _within_segments(mask_function, segments, batch_size, q_length)
             kwargs["allow_is_bidirectional_skip"] = False
-        return eager_mask(batch_size=batch_size, q_length=q_length, mask_function=mask_function, **kwargs)
+        return eager_mask(
+            batch_size=batch_size, q_length=q_length, mask_function=mask_function, **kwargs
+        )
 
     AttentionMaskInterface.register(NAME, mask)
     AttentionInterface.register(NAME, sdpa_attention_forward)
 
 
-def _within_segments(rule: Callable[..., Any], segments: Segments, rows: int, length: int) -> Callable[..., Any]:
+def _within_segments(
+    rule: Callable[..., Any], segments: Segments, rows: int, length: int
+) -> Callable[..., Any]:
     """`rule`, a mask function of (row, head, query, key), inside each segment alone."""
     end = segments.bounds_q[-1]
     if end != rows * length:
-        raise ValueError(f"the batch has {rows} x {length} tokens, its cu_seq_lens_q ends with {end}")
-    segment = torch.repeat_interleave(segments.cu_seqlens_q.diff(), output_size=end).view(rows, length)
+        raise ValueError(
+            f"the batch has {rows} x {length} tokens, its cu_seq_lens_q ends with {end}"
+        )
+    segment = torch.repeat_interleave(segments.cu_seqlens_q.diff(), output_size=end).view(
+        rows, length
+    )
 
     def within(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same: Tensor = segment[row, query] == segment[row, key]

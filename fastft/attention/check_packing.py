@@ -1,10 +1,13 @@
-"""Does a model keep packed sequences apart? A probe that asks the model itself, and says what to do where it does not.
+"""Does a model keep packed sequences apart? A probe that asks the model itself, and says what to do
+where it does not.
 
-`probe.py` says how it is asked and what counts. A short row shows what 31 tokens show; a long one passes the windows
-and tables of the configuration (`probe_rows.py`). Where something is wrong, what could help is tried on the model.
+`probe.py` says how it is asked and what counts. A short row shows what 31 tokens show; a long one
+passes the windows and tables of the configuration (`probe_rows.py`). Where something is wrong, what
+could help is tried on the model.
 
-Cost, without gradients: about a dozen forward passes over at most 31 tokens, and two over the long row and one over
-two thirds of it, whose head computes one token. More where a way out is looked for.
+Cost, without gradients: about a dozen forward passes over at most 31 tokens, and two over the long
+row and one over two thirds of it, whose head computes one token. More where a way out is looked
+for.
 """
 
 from __future__ import annotations
@@ -56,32 +59,43 @@ class Leak:
         return f"{self.what}. {self.way_out}"
 
 
-def check_packing(model: nn.Module, *, position_ids_start: int = 0, max_tokens: int | None = None) -> None:
-    """Returns if `model`, as it is configured, computes for packed sequences what it computes for each of them alone.
+def check_packing(
+    model: nn.Module, *, position_ids_start: int = 0, max_tokens: int | None = None
+) -> None:
+    """Returns if `model`, as it is configured, computes for packed sequences what it computes for
+    each of them alone.
 
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastft")
         fastft.check_packing(model)
 
-    A few sequences of random tokens are packed as `PackingCollator` does it and go through the model in evaluation
-    mode, and once in training mode, without gradients: 31 tokens, and a row long enough to pass the windows and tables
-    of its configuration. Weights, gradients, buffers, modes, configurations, hooks and random states stay as they are;
-    hooks of others see these forward passes.
+    A few sequences of random tokens are packed as `PackingCollator` does it and go through the
+    model in evaluation mode, and once in training mode, without gradients: 31 tokens, and a row
+    long enough to pass the windows and tables of its configuration. Weights, gradients, buffers,
+    modes, configurations, hooks and random states stay as they are; hooks of others see these
+    forward passes.
 
     Args:
-        model: a transformers model, or one inside the wrappers of PEFT, DistributedDataParallel or torch.compile.
+        model: a transformers model, or one inside the wrappers of PEFT, DistributedDataParallel or
+            torch.compile.
         position_ids_start: as in `PackingCollator`.
-        max_tokens: of the longest row that it will get; the long row is as long, at most 4,096 tokens. None: it is long
-            enough for every window and table below 4,096, and a warning says from where on the model raises.
+        max_tokens: of the longest row that it will get; the long row is as long, at most 4,096
+            tokens. None: it is long enough for every window and table below 4,096, and a warning
+            says from where on the model raises.
 
     Raises:
-        PackingLeakError: it does not. The message says why, and the way out: each one that it names was tried on this
-            model and found exact.
-        ValueError: an argument is out of its range; or the model cannot be asked: its parameters are sharded or on the
-            meta device, or it takes no text alone.
+        PackingLeakError: it does not. The message says why, and the way out: each one that it names
+            was tried on this model and found exact.
+        ValueError: an argument is out of its range; or the model cannot be asked: its parameters
+            are sharded or on the meta device, or it takes no text alone.
         TypeError: `model` is no module.
     """
-    for name, value, least in (("position_ids_start", position_ids_start, 0), ("max_tokens", max_tokens, 1)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+    for name, value, least in (
+        ("position_ids_start", position_ids_start, 0),
+        ("max_tokens", max_tokens, 1),
+    ):
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or value < least
+        ):
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
     leak = find_leak(model, Batches(position_ids_start, max_tokens))
     if leak is None:
@@ -89,11 +103,14 @@ def check_packing(model: nn.Module, *, position_ids_start: int = 0, max_tokens: 
     if leak.loud:
         warnings.warn(f"{type(base_model(model)).__name__}: {leak}", stacklevel=2)
         return
-    raise PackingLeakError(f"{type(base_model(model)).__name__} does not keep packed sequences apart: {leak}")
+    raise PackingLeakError(
+        f"{type(base_model(model)).__name__} does not keep packed sequences apart: {leak}"
+    )
 
 
 def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
-    """What `check_packing` raises or warns of, as a value; None if nothing is wrong. The same errors otherwise."""
+    """What `check_packing` raises or warns of, as a value; None if nothing is wrong. The same
+    errors otherwise."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
@@ -103,11 +120,14 @@ def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
         raise Unasked(f"model cannot be checked for packing: {reason}")
     base, batches = base_model(model), batches or Batches()
     if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
-        raise ValueError(f"model cannot be checked for packing: {type(base).__name__} is no transformers model")
+        raise ValueError(
+            f"model cannot be checked for packing: {type(base).__name__} is no transformers model"
+        )
     tuning = prompt_learning(model)
     if tuning is not None:
         return Leak(
-            f"{tuning} puts virtual tokens before each row of a batch, not before each sequence of it",
+            f"{tuning} puts virtual tokens before each row of a batch, not before each sequence of "
+            f"it",
             "No way out: train it on padded batches, or an adapter that adds no tokens (LoRA)",
         )
     register_attention()
@@ -115,7 +135,9 @@ def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
         try:
             probe = Probe(model, batches, states)
         except Exception as error:
-            raise ValueError(f"model cannot be checked for packing: alone, a text makes it raise {error!r}") from error
+            raise ValueError(
+                f"model cannot be checked for packing: alone, a text makes it raise {error!r}"
+            ) from error
         return _leak(probe)
 
 
@@ -130,13 +152,16 @@ def _leak(probe: Probe) -> Leak | None:
         return None
     if trouble.loud and probe.batches.max_tokens is None:
         tokens = _exact_up_to(probe, start)
-        advice = f"Rows of at most {tokens} tokens are exact: fastft.pack(dataset, max_tokens={tokens})"
+        advice = (
+            f"Rows of at most {tokens} tokens are exact: fastft.pack(dataset, max_tokens={tokens})"
+        )
         return Leak(trouble.what, advice if tokens else "Shorter rows are exact", loud=True)
     return _way_out(probe, trouble, start, of_short_rows=False)
 
 
 def _way_out(probe: Probe, trouble: Trouble, start: int, of_short_rows: bool) -> Leak:
-    """The trouble, with what makes the model exact: something for every row, else for rows that are short enough."""
+    """The trouble, with what makes the model exact: something for every row, else for rows that are
+    short enough."""
     first, long = probe.first_position(start), probe.long
     place = "" if first == start else f"PackingCollator(position_ids_start={first})"
     second_best: Leak | None = None
@@ -150,7 +175,10 @@ def _way_out(probe: Probe, trouble: Trouble, start: int, of_short_rows: bool) ->
                 return Leak(what, _tried(place, text), masked)
             tokens = _exact_up_to(probe, first) if second_best is None else None
             if tokens is not None:
-                rows = f"rows of at most {tokens} tokens (fastft.pack(dataset, max_tokens={tokens}), one pack a row)"
+                rows = (
+                    f"rows of at most {tokens} tokens (fastft.pack(dataset, max_tokens={tokens}), "
+                    f"one pack a row)"
+                )
                 second_best = Leak(trouble.what, _tried(place, text, rows), masked)
     return second_best or Leak(trouble.what, _no_way_out(probe))
 
@@ -162,11 +190,16 @@ def _tried(*steps: str) -> str:
 def _no_way_out(probe: Probe) -> str:
     if probe.mixers:
         return (
-            "No way out was found: such layers keep sequences apart only if their kernels are told the boundaries "
-            "(causal-conv1d, mamba-ssm, flash-linear-attention); without these, train it on padded batches"
+            "No way out was found: such layers keep sequences apart only if their kernels are told "
+            "the boundaries "
+            "(causal-conv1d, mamba-ssm, flash-linear-attention); without these, train it on padded "
+            "batches"
         )
     if probe.batches.padded:
-        return "No way out was found: train it on padded batches, or leave rows= and pad_to_multiple_of= out"
+        return (
+            "No way out was found: train it on padded batches, or leave rows= and "
+            "pad_to_multiple_of= out"
+        )
     return "No way out was found: train it on padded batches"
 
 
@@ -181,10 +214,13 @@ def _exact_up_to(probe: Probe, start: int) -> int | None:
 
 
 def _remedies(probe: Probe, as_it_is: bool) -> Iterator[tuple[str, Any, bool]]:
-    """What to tell, the context in which the model is like that, and whether that is a block mask."""
+    """What to tell, the context in which the model is like that, and whether that is a block
+    mask."""
     if as_it_is:
         yield "", contextlib.nullcontext(), False
-    inside = "fastft.PackingCallback() in Trainer, or fastft.packed_attention(model) around the loop"
+    inside = (
+        "fastft.PackingCallback() in Trainer, or fastft.packed_attention(model) around the loop"
+    )
     yield inside, packed_attention(probe.model), False
     for name in ("fastft", *STOCK):
         if name != probe.base.config._attn_implementation:
@@ -192,7 +228,10 @@ def _remedies(probe: Probe, as_it_is: bool) -> Iterator[tuple[str, Any, bool]]:
             yield implementation, attention(probe.base, name), False
             both = _both(attention(probe.base, name), packed_attention(probe.model))
             yield f"{implementation} and {inside}", both, False
-    mask = "fastft.PackingCallback() in Trainer, or fastft.block_mask(model) around the loop: a mask of T x T"
+    mask = (
+        "fastft.PackingCallback() in Trainer, or fastft.block_mask(model) around the loop: a mask "
+        "of T x T"
+    )
     yield mask, block_mask(probe.model), True
 
 

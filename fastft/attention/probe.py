@@ -1,15 +1,18 @@
-"""A model asked about packed rows: its outputs for sequences alone, packed, and packed behind another first sequence.
+"""A model asked about packed rows: its outputs for sequences alone, packed, and packed behind
+another first sequence.
 
-In units of the root mean square of all outputs, of the packed outputs y of a token t behind the first sequence:
+In units of the root mean square of all outputs, of the packed outputs y of a token t behind the
+first sequence:
 
     leak[t]  = |y'[t] - y[t]|      y' is the packed run with other tokens in the first sequence
     error[t] = |y[t] - alone[t]|   alone is the run of t's sequence by itself, with transformers' own attention
 
-Attention that ends at a boundary gives leak = 0 to the bit. Where experts share a matrix product, or a kernel adds in
-no fixed order, other tokens change the rounding; how much, the model says itself: `noise` is the movement of one row of
-an ordinary batch when the tokens of the other rows change (and of two equal runs). A leak counts above eight times the
-noise and a floor; fresh models of 32 to 64 features, which attend to everything alike, leak between 1e-3 and 1. All
-runs begin with the same random states, so that what a model draws moves nothing.
+Attention that ends at a boundary gives leak = 0 to the bit. Where experts share a matrix product,
+or a kernel adds in no fixed order, other tokens change the rounding; how much, the model says
+itself: `noise` is the movement of one row of an ordinary batch when the tokens of the other rows
+change (and of two equal runs). A leak counts above eight times the noise and a floor; fresh models
+of 32 to 64 features, which attend to everything alike, leak between 1e-3 and 1. All runs begin with
+the same random states, so that what a model draws moves nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ _MOST_NOISE = 0.3  # of the outputs; what moves more for no reason could hide a 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What is wrong with packed rows. `loud`: training would raise too, at the first row that is as long."""
+    """What is wrong with packed rows. `loud`: training would raise too, at the first row that is as
+    long."""
 
     what: str
     loud: bool = False
@@ -57,7 +61,8 @@ class Trouble:
 class Noise:
     """How far outputs move by other tokens in other rows, and by other random states.
 
-    Of the token that moves most; `usual` of the median one, which a few experts chosen differently do not move.
+    Of the token that moves most; `usual` of the median one, which a few experts chosen differently
+    do not move.
     """
 
     of_others: float
@@ -107,7 +112,8 @@ class Probe:
         return found
 
     def first_position(self, start: int) -> int:
-        """The first position as the model itself counts: `start`, or the one behind its padding token."""
+        """The first position as the model itself counts: `start`, or the one behind its padding
+        token."""
         pad, row = getattr(self.base.config, "pad_token_id", None), self.short
         for first in (start, 0 if pad is None else pad + 1):
             inputs = self._inputs(row.tokens[0][None], row.targets[0][None])
@@ -123,22 +129,31 @@ class Probe:
         try:
             packed, moved = (self._packed(row, start, other) for other in (False, True))
         except Exception as error:
-            raised = f"{type(error).__name__} for a packed batch: {' '.join(str(error).split())[:300]}"
+            raised = (
+                f"{type(error).__name__} for a packed batch: {' '.join(str(error).split())[:300]}"
+            )
             return Trouble(f"it raises {raised}", loud=row is not self.short)
         scale, ends = _scale(row.alone), row.ends(self.crossed)
         leaks, noise = _distance(packed, moved)[ends[1] :] / scale, self.noise
-        if row is not self.short and not leaks.max() <= self._least + 8 * noise.of_others / _scale(self.short.alone):
+        if row is not self.short and not leaks.max() <= self._least + 8 * noise.of_others / _scale(
+            self.short.alone
+        ):
             noise = self._noise(min(len(row), 256))
         leak, allowed = float(leaks.max()), self._least + 8 * noise.of_others / scale
-        if allowed > _MOST_NOISE:  # the tokens whose experts change could hide a leak: look at the usual one
+        # the tokens whose experts change could hide a leak: look at the usual one
+        if allowed > _MOST_NOISE:
             leak, allowed = float(leaks.median()), self._least + 8 * noise.usual / scale
         if not leak <= allowed:
             what = "other tokens in the first sequence move the outputs of the later ones"
             return Trouble(f"{what} by {leak:.1e}{self._why()}")
         if not allowed <= _MOST_NOISE:
-            return Trouble(f"its outputs move by {noise.usual / scale:.1e} for no reason, which could hide a leak")
+            return Trouble(
+                f"its outputs move by {noise.usual / scale:.1e} for no reason, which could hide a "
+                f"leak"
+            )
         own = torch.cat([packed[ends[at] : ends[at + 1]] for at in row.compared])
-        others = packed[ends[-1] :] if row is self.short else packed[:0]  # the second row, if there is one
+        # the second row, if there is one
+        others = packed[ends[-1] :] if row is self.short else packed[:0]
         alone = [*row.alone, *(self._other_row.alone if len(others) else [])]
         errors = _distance(torch.cat([own, others]), torch.cat(alone)) / scale
         # experts that are chosen differently by a rounding make a few tokens of a 16-bit model err
@@ -162,7 +177,9 @@ class Probe:
                 except Exception as error:
                     text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                     longest = max(len(row.tokens[at]) for at in row.compared)
-                    return Trouble(f"alone, a sequence of {longest} tokens makes it raise {text}", loud=True)
+                    return Trouble(
+                        f"alone, a sequence of {longest} tokens makes it raise {text}", loud=True
+                    )
         found = self._trouble_of(row, start)
         if found is None:
             return None
@@ -171,7 +188,8 @@ class Probe:
         return Trouble(f"in {place}: {found.what}", found.loud)
 
     def _trouble_in_training(self, start: int) -> Trouble | None:
-        """Whether sequences see each other in training mode alone. Dropout is the same in both runs."""
+        """Whether sequences see each other in training mode alone. Dropout is the same in both
+        runs."""
         with training_mode(self.model):
             try:
                 packed, moved = (self._packed(self.short, start, other) for other in (False, True))
@@ -184,27 +202,38 @@ class Probe:
                 return None
             if leak <= self._least + 8 * self._noise(max(LENGTHS)).of_others / scale:
                 return None
-        return Trouble(f"in training mode other tokens in the first sequence move the later ones by {leak:.1e}")
+        return Trouble(
+            f"in training mode other tokens in the first sequence move the later ones by {leak:.1e}"
+        )
 
     def _trouble_with_padding(self, start: int) -> Trouble | None:
-        """Whether the numbers that a model returns beside its outputs, such as a router's loss, count padding."""
+        """Whether the numbers that a model returns beside its outputs, such as a router's loss,
+        count padding."""
         if self._body is not None:  # a head of labels, which may not like the batch
             return None
         plain, padded = (
-            self._numbers(self._batch(self.short, start, rows=1, padded=padded)[0]) for padded in (False, True)
+            self._numbers(self._batch(self.short, start, rows=1, padded=padded)[0])
+            for padded in (False, True)
         )
         for name in plain.keys() & padded.keys():
-            if not abs(plain[name] - padded[name]) <= max(1e-5, 10 * self._least) * abs(plain[name]):
+            if not abs(plain[name] - padded[name]) <= max(1e-5, 10 * self._least) * abs(
+                plain[name]
+            ):
                 return Trouble(f"padding at the end of a row changes its {name}")
         return None
 
     def _numbers(self, batch: dict[str, Any]) -> dict[str, float]:
         output = self._run(batch)
         items = output.items() if isinstance(output, dict) else ()
-        return {name: float(value) for name, value in items if isinstance(value, Tensor) and value.ndim == 0}
+        return {
+            name: float(value)
+            for name, value in items
+            if isinstance(value, Tensor) and value.ndim == 0
+        }
 
     def _choose_outputs(self) -> None:
-        """Looks at the model's body where its head labels sequences, before its head where that says nothing."""
+        """Looks at the model's body where its head labels sequences, before its head where that
+        says nothing."""
         row = self.short
         inputs = self._inputs(row.tokens[0][None], row.targets[0][None])
         outputs = self._call(inputs, self._outputs_of(row)[0], or_none=True)
@@ -235,7 +264,10 @@ class Probe:
         runs = [self._call(self._inputs(both, both), length, hidden=hidden)[1] for both in rows]
         drawn = self._call(self._inputs(rows[0], rows[0]), length, hidden=hidden, rewind=False)[1]
         moved = [_distance(runs[0], run) for run in runs[1:]]
-        of_others, usual = max(float(each.max()) for each in moved), max(float(each.median()) for each in moved)
+        of_others, usual = (
+            max(float(each.max()) for each in moved),
+            max(float(each.median()) for each in moved),
+        )
         return Noise(of_others, usual, max(of_others, float(_distance(runs[0], drawn).max())))
 
     def _inputs(self, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
@@ -245,7 +277,8 @@ class Probe:
     def _batch(
         self, row: Row, start: int, *, other: bool = False, rows: int, padded: bool
     ) -> tuple[dict[str, Any], int]:
-        """The sequences in one row, and a second row where `rows` is more than 1; tokens of a row of outputs."""
+        """The sequences in one row, and a second row where `rows` is more than 1; tokens of a row
+        of outputs."""
         sides = zip((row.tokens, row.targets), row.others, strict=True)
         tokens, targets = ([first, *parts[1:]] if other else parts for parts, first in sides)
         packs = [Pack(self._examples(tokens, targets))]
@@ -254,7 +287,9 @@ class Probe:
             packs.append(Pack(self._examples(beside.tokens, beside.targets)))
         task = "seq2seq" if self.crossed else "causal_lm"
         multiple = len(row) + PADDING if padded else None
-        collate = PackingCollator(task=task, rows=len(packs), position_ids_start=start, pad_to_multiple_of=multiple)
+        collate = PackingCollator(
+            task=task, rows=len(packs), position_ids_start=start, pad_to_multiple_of=multiple
+        )
         batch: Any = collate(packs)
         del batch["labels"]
         return batch, batch["decoder_input_ids" if self.crossed else "input_ids"].shape[1]
@@ -263,15 +298,24 @@ class Probe:
         if not self.crossed:
             return [{"input_ids": ids} for ids in tokens]
         pairs = zip(tokens, targets, strict=True)
-        return [{"input_ids": ids, "labels": goal, "decoder_input_ids": goal} for ids, goal in pairs]
+        return [
+            {"input_ids": ids, "labels": goal, "decoder_input_ids": goal} for ids, goal in pairs
+        ]
 
     def _packed(self, row: Row, start: int, other: bool) -> Tensor:
-        """The outputs of all sequences in one row and, behind them, in the second, if there is one."""
-        batch, width = self._batch(row, start, other=other, rows=self.batches.rows, padded=self.batches.padded)
+        """The outputs of all sequences in one row and, behind them, in the second, if there is
+        one."""
+        batch, width = self._batch(
+            row, start, other=other, rows=self.batches.rows, padded=self.batches.padded
+        )
         if self.model.training:
             batch |= _kinds_of_tokens(self.base, batch["input_ids"])
         outputs = self._call(batch, width, hidden=row is not self.short)
-        second = outputs[1, : self._outputs_of(self._other_row)[0]] if len(outputs) > 1 else outputs[0, :0]
+        second = (
+            outputs[1, : self._outputs_of(self._other_row)[0]]
+            if len(outputs) > 1
+            else outputs[0, :0]
+        )
         return torch.cat([outputs[0, : sum(self._outputs_of(row))], second])
 
     def _call(
@@ -290,29 +334,50 @@ class Probe:
         seen: list[Any] = []
         with contextlib.ExitStack() as hooks:
             if self._body is not None:  # called by the model, whose hooks may be needed
-                hook = self._body.register_forward_hook(lambda module, args, output: seen.append(output))
+                hook = self._body.register_forward_hook(
+                    lambda module, args, output: seen.append(output)
+                )
                 hooks.callback(hook.remove)
             if (hidden or self._before_head) and (head := _head(self.base)) is not None:
-                hooks.callback(head.register_forward_pre_hook(_last_token_alone(length, seen)).remove)
+                hooks.callback(
+                    head.register_forward_pre_hook(_last_token_alone(length, seen)).remove
+                )
             try:
                 output = self._run(inputs, rewind)
             except Exception:
                 if not seen:  # else only the head does not like the batch
                     raise
         output = seen[-1] if seen else output
-        values = [output] if isinstance(output, Tensor) else output.values() if isinstance(output, dict) else output
+        values = (
+            [output]
+            if isinstance(output, Tensor)
+            else output.values()
+            if isinstance(output, dict)
+            else output
+        )
         for value in values:
-            if isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == length and value.is_floating_point():
+            if (
+                isinstance(value, Tensor)
+                and value.ndim == 3
+                and value.shape[1] == length
+                and value.is_floating_point()
+            ):
                 return value.cpu().double()
         if or_none:
             return None
-        raise ValueError(f"{type(self.base).__name__} returns nothing of shape (rows, {length}, features)")
+        raise ValueError(
+            f"{type(self.base).__name__} returns nothing of shape (rows, {length}, features)"
+        )
 
     def _run(self, inputs: dict[str, Any], rewind: bool = True) -> Any:
-        """The model's output, by default with the random states of the first run; autocast inside is remembered."""
+        """The model's output, by default with the random states of the first run; autocast inside
+        is remembered."""
         embeddings = self.base.get_input_embeddings()
         device = embeddings.weight.device
-        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        inputs = {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
 
         def note_dtype(module: nn.Module, args: Any) -> None:
             if torch.is_autocast_enabled(device.type):  # by accelerate, inside forward
@@ -330,7 +395,8 @@ class Probe:
 
 
 def _last_token_alone(length: int, seen: list[Any]) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-    """A hook before a head: notes hidden states (rows, length, features), and leaves it the last token of each row."""
+    """A hook before a head: notes hidden states (rows, length, features), and leaves it the last
+    token of each row."""
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         states = args[0] if args else None
@@ -353,11 +419,16 @@ def _head(base: Any) -> nn.Module | None:
 def _kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
     """Text alone, said to models that ask for it in training because of their images."""
     takes = getattr(type(base).forward, "__wrapped__", type(base).forward).__code__.co_varnames
-    return {key: torch.zeros_like(tokens) for key in ("token_type_ids", "mm_token_type_ids") if key in takes}
+    return {
+        key: torch.zeros_like(tokens)
+        for key in ("token_type_ids", "mm_token_type_ids")
+        if key in takes
+    }
 
 
 def _stock_attention(base: Any) -> Any:
-    """transformers' own attention, where ours is chosen: what its implementation gets wrong must show."""
+    """transformers' own attention, where ours is chosen: what its implementation gets wrong must
+    show."""
     if base.config._attn_implementation != "fastft":
         return contextlib.nullcontext()
     return attention(base, "sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
@@ -365,7 +436,8 @@ def _stock_attention(base: Any) -> Any:
 
 @contextlib.contextmanager
 def attention(base: Any, name: str) -> Iterator[None]:
-    """Another attention implementation for a while. Raises ValueError where the model does not take it."""
+    """Another attention implementation for a while. Raises ValueError where the model does not take
+    it."""
     with implementation_restored(base):
         base.set_attn_implementation(name)
         if base.config._attn_implementation != name:
@@ -374,24 +446,32 @@ def attention(base: Any, name: str) -> Iterator[None]:
 
 
 def _mixers(base: nn.Module) -> list[str]:
-    """Classes of layers that mix tokens otherwise than by attention: convolutions over time and recurrences."""
+    """Classes of layers that mix tokens otherwise than by attention: convolutions over time and
+    recurrences."""
     found = set()
     for module in base.modules():
-        convolves = any(isinstance(part, nn.Conv1d) and part.kernel_size[0] > 1 for part in module.children())
-        decays = any("time_decay" in name or "A_log" in name for name, _ in module.named_parameters(recurse=False))
+        convolves = any(
+            isinstance(part, nn.Conv1d) and part.kernel_size[0] > 1 for part in module.children()
+        )
+        decays = any(
+            "time_decay" in name or "A_log" in name
+            for name, _ in module.named_parameters(recurse=False)
+        )
         if convolves or decays or "lstm" in type(module).__name__.lower():
             found.add(type(module).__name__)
     return sorted(found)[:3]
 
 
 def _says_nothing(outputs: Tensor) -> bool:
-    """Whether no output (tokens, features) is finite and different for different tokens: a head of zeros, NaN."""
+    """Whether no output (tokens, features) is finite and different for different tokens: a head of
+    zeros, NaN."""
     finite = outputs[:, outputs.isfinite().all(0)]
     return finite.numel() == 0 or bool((finite == finite[:1]).all())
 
 
 def _scale(alone: list[Tensor]) -> float:
-    """Root mean square of outputs; features that are never used, at -inf or at the dtype's least, do not count."""
+    """Root mean square of outputs; features that are never used, at -inf or at the dtype's least,
+    do not count."""
     outputs = torch.cat(alone)
     size = outputs[:, outputs.isfinite().all(0)].pow(2).mean(0).sqrt()
     usual = float(size.median())
@@ -399,5 +479,6 @@ def _scale(alone: list[Tensor]) -> float:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """Root mean square of the difference for each token; what is the same infinity in both does not differ."""
+    """Root mean square of the difference for each token; what is the same infinity in both does not
+    differ."""
     return torch.where(a == b, 0.0, a - b).pow(2).mean(-1).sqrt()

@@ -1,8 +1,10 @@
-"""The rows that the packing probe asks a model with: random tokens, a short row, and one long enough for its limits.
+"""The rows that the packing probe asks a model with: random tokens, a short row, and one long
+enough for its limits.
 
-A configuration has two kinds of numbers that a row may pass while none of its sequences does: tables (positions, causal
-masks, biases), which code that counts along the row looks up beyond their end, and windows or chunks, behind which
-attention computes otherwise. The long row passes each of them, and its last sequence each window.
+A configuration has two kinds of numbers that a row may pass while none of its sequences does:
+tables (positions, causal masks, biases), which code that counts along the row looks up beyond their
+end, and windows or chunks, behind which attention computes otherwise. The long row passes each of
+them, and its last sequence each window.
 """
 
 from __future__ import annotations
@@ -52,14 +54,19 @@ class Batches:
 
 @dataclass(frozen=True)
 class Limits:
-    """Tables and windows of a configuration, (size, name), from 32 tokens on; what is smaller the short row passes."""
+    """Tables and windows of a configuration, (size, name), from 32 tokens on; what is smaller the
+    short row passes."""
 
     tables: list[tuple[int, str]]
     windows: list[tuple[int, str]]
 
     def passed(self, tokens: int) -> list[tuple[int, str]]:
-        """Those that a row of `tokens` is longer than, the largest first, tables before windows of a size."""
-        return sorted((limit for limit in self.tables + self.windows if limit[0] < tokens), key=lambda one: -one[0])
+        """Those that a row of `tokens` is longer than, the largest first, tables before windows of
+        a size."""
+        return sorted(
+            (limit for limit in self.tables + self.windows if limit[0] < tokens),
+            key=lambda one: -one[0],
+        )
 
 
 @dataclass
@@ -100,12 +107,15 @@ def short_row(base: Any) -> Row:
 
 def other_row(base: Any) -> Row:
     """One sequence, for a second row that is padded."""
-    parts = [random_tokens(base, [n], seed) for n, seed in ((OTHER_ROW, 12), (OTHER_DECODER_ROW, 13))]
+    parts = [
+        random_tokens(base, [n], seed) for n, seed in ((OTHER_ROW, 12), (OTHER_DECODER_ROW, 13))
+    ]
     return Row(parts[0], parts[1], (parts[0][0], parts[1][0]), (0,))
 
 
 def beside_long(row: Row) -> Row:
-    """The sequences of a long row in another order, for a second row: with less padding than a table has places."""
+    """The sequences of a long row in another order, for a second row: with less padding than a
+    table has places."""
     first = [parts[0][PADDING:] for parts in (row.tokens, row.targets)]
     return Row([*row.tokens[1:], first[0]], [*row.targets[1:], first[1]], row.others, ())
 
@@ -125,7 +135,8 @@ def long_row(base: Any, batches: Batches, total: int | None = None) -> Row | Non
 def long_total(limits: Limits, batches: Batches) -> int | None:
     """How many tokens the long row has.
 
-    Those of the longest pack, at most 4,096, where that is known; else enough to pass all limits below that.
+    Those of the longest pack, at most 4,096, where that is known; else enough to pass all limits
+    below that.
     """
     if batches.max_tokens is not None:
         return min(batches.max_tokens, LONGEST)
@@ -135,7 +146,8 @@ def long_total(limits: Limits, batches: Batches) -> int | None:
 
 
 def _lengths(total: int, limits: Limits, start: int) -> list[int]:
-    """A third of them first, few second, last a sequence beyond every window; none beyond a table."""
+    """A third of them first, few second, last a sequence beyond every window; none beyond a
+    table."""
     most = max(min((size - start for size, _ in limits.tables), default=total), 16)
     window = max((size for size, _ in limits.windows if size < total), default=0)
     last = min(max(window + 17, 64), most, total - 18)
@@ -150,7 +162,9 @@ def _lengths(total: int, limits: Limits, start: int) -> list[int]:
 def limits_of(config: Any) -> Limits:
     """Every size of the configuration and its parts that `TABLES` or `WINDOWS` names."""
     found = set(_sizes(config.to_dict()))
-    tables, windows = ([(size, name) for size, name in found if name in names] for names in (TABLES, WINDOWS))
+    tables, windows = (
+        [(size, name) for size, name in found if name in names] for names in (TABLES, WINDOWS)
+    )
     return Limits(sorted(tables), sorted(windows))
 
 
@@ -170,7 +184,9 @@ def random_tokens(base: Any, lengths: Sequence[int], seed: int) -> list[Tensor]:
     """Ordinary tokens: none that the configuration gives a meaning."""
     config = base.config.get_text_config()
     sizes = [getattr(part, "vocab_size", None) for part in (config, base.config)]
-    size = min(int(given) for given in (*sizes, base.get_input_embeddings().weight.shape[0]) if given)
+    size = min(
+        int(given) for given in (*sizes, base.get_input_embeddings().weight.shape[0]) if given
+    )
     special = set(_special_tokens(base.config.to_dict()))
     allowed = torch.tensor([token for token in range(min(size, 32_768)) if token not in special])
     generator = torch.Generator().manual_seed(seed)
@@ -182,4 +198,8 @@ def _special_tokens(config: dict[Any, Any]) -> Iterator[int]:
         if isinstance(value, dict):
             yield from _special_tokens(value)
         elif str(name).endswith(("_token_id", "_token_index", "_token_ids")):
-            yield from (token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int))
+            yield from (
+                token
+                for token in (value if isinstance(value, list) else [value])
+                if isinstance(token, int)
+            )

@@ -1,8 +1,9 @@
 """`attn_implementation="fastft"` is known to transformers from the moment on that its models are.
 
-The registry is a class of `transformers.modeling_utils`, which takes seconds to import and which `import fastft` must
-not import. Where it is there already, the name is registered at once; else a finder waits for its import, lets it
-happen as it would have, registers the name behind it and is gone.
+The registry is a class of `transformers.modeling_utils`, which takes seconds to import and which
+`import fastft` must not import. Where it is there already, the name is registered at once; else a
+finder waits for its import, lets it happen as it would have, registers the name behind it and is
+gone.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ class _Registering(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        with contextlib.suppress(Exception):  # not ours to fail: an explicit register_attention() says why
+        # not ours to fail: an explicit register_attention() says why
+        with contextlib.suppress(Exception):
             register_attention()
 
 
 class _Waiting(MetaPathFinder):
     """Finds the registry's module with the other finders, once."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != REGISTRY:
             return None
         with contextlib.suppress(ValueError):
@@ -56,7 +60,8 @@ class _Waiting(MetaPathFinder):
 
 
 def register_with_transformers() -> None:
-    """Registers the name now, or when `transformers.modeling_utils` is imported. Imports nothing and never raises."""
+    """Registers the name now, or when `transformers.modeling_utils` is imported. Imports nothing
+    and never raises."""
     if REGISTRY in sys.modules:
         with contextlib.suppress(Exception):
             register_attention()

@@ -1,11 +1,13 @@
-"""The padding of packed rows stays out of the loss of a router (load balancing, with `output_router_logits`).
+"""The padding of packed rows stays out of the loss of a router (load balancing, with
+`output_router_logits`).
 
-transformers' models leave out of that loss what the 2-D attention mask masks. A packed batch has none, because
-attention would then take its tokens for one sequence. Here the model gets one, (R, T), 0 where a row ends with padding,
-and its body, which computes attention, does not:
+transformers' models leave out of that loss what the 2-D attention mask masks. A packed batch has
+none, because attention would then take its tokens for one sequence. Here the model gets one, (R,
+T), 0 where a row ends with padding, and its body, which computes attention, does not:
 
     model(attention_mask=None) -> hook: attention_mask=mask -> model.forward -> hook: None -> body
-                                                                             -> router's loss, with the mask
+                                                                             -> router's loss, with
+                                                                             the mask
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ class RouterLossHandle:
 def count_no_padding(model: nn.Module) -> RouterLossHandle:
     """Keeps the padding of packed batches out of the router's loss of `model`, until `.remove()`.
 
-    The batch says how many tokens at the end of each row are padding: `padding_lengths`, integers (R,). A model that
-    returns no router's loss, or has no body beside its head, is left alone.
+    The batch says how many tokens at the end of each row are padding: `padding_lengths`, integers
+    (R,). A model that returns no router's loss, or has no body beside its head, is left alone.
     """
     base = base_model(model)
     body = getattr(base, "base_model", base)
@@ -52,14 +54,22 @@ def count_no_padding(model: nn.Module) -> RouterLossHandle:
     )
 
 
-def _give_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _give_mask(
+    model: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     padding, tokens = kwargs.get(KEY), kwargs.get("input_ids")
-    if not isinstance(padding, Tensor) or tokens is None or kwargs.get("attention_mask") is not None:
+    if (
+        not isinstance(padding, Tensor)
+        or tokens is None
+        or kwargs.get("attention_mask") is not None
+    ):
         return None
     if not _returns_router_logits(model, kwargs):
         return None
     width = tokens.shape[1]
-    mask = (torch.arange(width, device=tokens.device) < (width - padding.to(tokens.device))[:, None]).long()
+    mask = (
+        torch.arange(width, device=tokens.device) < (width - padding.to(tokens.device))[:, None]
+    ).long()
     setattr(mask, _MARK, True)
     return args, {**kwargs, "attention_mask": mask}
 
@@ -72,7 +82,9 @@ def _returns_router_logits(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     return any(getattr(config, "output_router_logits", False) for config in configs)
 
 
-def _take_mask(body: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _take_mask(
+    body: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     if not any(hasattr(value, _MARK) for value in (*args, *kwargs.values())):
         return None
     return (

@@ -1,4 +1,5 @@
-"""Attention within the segments of packed rows, with memory linear in the tokens, forward and backward.
+"""Attention within the segments of packed rows, with memory linear in the tokens, forward and
+backward.
 
     s[i, j] = cap(scale q[i] . k[j]) + bias[i, j]      for j in the segment of i, j <= i if causal, |i - j| < window
     lse[i]  = log(sum_j exp(s[i, j]) + exp(sink))      cap(x) = softcap tanh(x / softcap); no sink: exp(sink) = 0
@@ -9,14 +10,16 @@ Backward needs no matrix of the forward, only q, k, v, out and lse:
     delta = dout . out      ds = p (dout v^T - delta)      dq = scale ds k      dk = scale ds^T q      dv = p^T dout
     dbias = ds              dsink = -sum_i exp(sink - lse[i]) delta[i]
 
-A kernel that knows no sinks still serves: out sigmoid(lse - sink) and log(exp(lse) + exp(sink)) are the output and the
-lse with them, and its backward is right for whatever out and lse it is given.
+A kernel that knows no sinks still serves: out sigmoid(lse - sink) and log(exp(lse) + exp(sink)) are
+the output and the lse with them, and its backward is right for whatever out and lse it is given.
 
-Engines: torch's CPU flash attention kernel, a segment a call (a window that binds: a band of queries a call); torch's
-CUDA flash attention kernel for variable lengths; flash-attn, if installed, for softcap on CUDA; and blocks of queries
-in plain torch, on any device, for softcap, bias, masks, dropout on a CPU and dtypes that the kernels lack.
+Engines: torch's CPU flash attention kernel, a segment a call (a window that binds: a band of
+queries a call); torch's CUDA flash attention kernel for variable lengths; flash-attn, if installed,
+for softcap on CUDA; and blocks of queries in plain torch, on any device, for softcap, bias, masks,
+dropout on a CPU and dtypes that the kernels lack.
 
-Bytes moved: q, k, v and out, each 2 or 4 bytes x R T H D, and lse; the scores of one block live in cache.
+Bytes moved: q, k, v and out, each 2 or 4 bytes x R T H D, and lse; the scores of one block live in
+cache.
 """
 
 from __future__ import annotations
@@ -44,7 +47,11 @@ def _attention_reference(
     out = []
     group, generator = query.shape[1] // key.shape[1], call.generator(query.device)
     for tile in call.tiles(lambda keys: sys.maxsize):
-        q, k, v = query[tile.row, :, tile.queries], key[tile.row, :, tile.keys], value[tile.row, :, tile.keys]
+        q, k, v = (
+            query[tile.row, :, tile.queries],
+            key[tile.row, :, tile.keys],
+            value[tile.row, :, tile.keys],
+        )
         scores = q @ k.repeat_interleave(group, 0).mT * call.scale
         if call.softcap is not None:
             scores = torch.tanh(scores / call.softcap) * call.softcap
@@ -52,8 +59,12 @@ def _attention_reference(
             scores = scores + part_of(bias, tile)
         scores = mask_scores(call, tile, scores.clone())
         if sinks is not None:
-            scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)], -1)
-        p = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
+            scores = torch.cat(
+                [scores, sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)], -1
+            )
+        p = scores.softmax(
+            -1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32
+        )
         p = p[..., : k.shape[1]].to(v.dtype)
         if generator is not None:
             p = p * _kept(p, call.dropout, generator)
@@ -72,8 +83,11 @@ def _block(heads: int) -> Callable[[int], int]:
     return lambda keys: max(1, _BLOCK_SCORES // (heads * keys))
 
 
-def _scores(call: Call, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """s of a tile (H, queries, keys) from q (G, H/G x queries, D) and k (G, keys, D); and capped, before the bias."""
+def _scores(
+    call: Call, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """s of a tile (H, queries, keys) from q (G, H/G x queries, D) and k (G, keys, D); and capped,
+    before the bias."""
     scores = ((q * call.scale) @ k.mT).unflatten(1, (-1, tile.rows)).flatten(0, 1)
     capped = None
     if call.softcap is not None:
@@ -85,11 +99,14 @@ def _scores(call: Call, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None) -
 
 
 def _rows(tensor: Tensor, tile: Tile, part: slice, groups: int, dtype: torch.dtype) -> Tensor:
-    """Heads of a tile, those that share a key head one after another: (groups, H / groups x tokens, D)."""
+    """Heads of a tile, those that share a key head one after another: (groups, H / groups x tokens,
+    D)."""
     return tensor[tile.row, :, part].to(dtype).unflatten(0, (groups, -1)).flatten(1, 2)
 
 
-def _blocks_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+def _blocks_forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: Call
+) -> tuple[Tensor, ...]:
     out, lse = call.new_outputs(query, value)
     heads, groups, generator = query.shape[1], key.shape[1], call.generator(query.device)
     for tile in call.tiles(_block(heads)):
@@ -105,12 +122,18 @@ def _blocks_forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
             p *= _kept(p, call.dropout, generator)
         lse[tile.row, :, tile.queries] = total
         mixed = p.unflatten(0, (groups, -1)).flatten(1, 2) @ v
-        out[tile.row, tile.queries] = mixed.unflatten(1, (heads // groups, -1)).flatten(0, 1).transpose(0, 1)
+        out[tile.row, tile.queries] = (
+            mixed.unflatten(1, (heads // groups, -1)).flatten(0, 1).transpose(0, 1)
+        )
     return out, lse
 
 
 def _blocks_backward(
-    tensors: tuple[Tensor, ...], bias: Tensor | None, d_bias: Tensor | None, call: Call, grads: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...],
+    bias: Tensor | None,
+    d_bias: Tensor | None,
+    call: Call,
+    grads: tuple[Tensor, ...],
 ) -> None:
     d_out, query, key, value, out, lse = tensors
     d_query, d_key, d_value = grads
@@ -153,8 +176,11 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _gradients_to_fill(query: Tensor, key: Tensor, value: Tensor, call: Call, summed_in: Any) -> tuple[Tensor, ...]:
-    """Of the layout of their tensors; keys whose segment has no queries, and blocks that add up, need zeros."""
+def _gradients_to_fill(
+    query: Tensor, key: Tensor, value: Tensor, call: Call, summed_in: Any
+) -> tuple[Tensor, ...]:
+    """Of the layout of their tensors; keys whose segment has no queries, and blocks that add up,
+    need zeros."""
     zeros = summed_in is not None or not call.segments.alike
     like = torch.zeros_like if zeros else torch.empty_like
     return torch.empty_like(query), like(key, dtype=summed_in), like(value, dtype=summed_in)
@@ -176,7 +202,11 @@ class _SegmentAttention(torch.autograd.Function):
             if engine == "blocks":
                 out, lse, *saved = _blocks_forward(query, key, value, bias, call)
             else:
-                forward = attention_flash.cpu_forward if engine == "flash_cpu" else attention_flash.cuda_forward
+                forward = (
+                    attention_flash.cpu_forward
+                    if engine == "flash_cpu"
+                    else attention_flash.cuda_forward
+                )
                 out, lse, *saved = forward(query, key, value, call)
             if sinks is not None:
                 sink = sinks.to(lse.dtype)[:, None]
@@ -206,7 +236,11 @@ class _SegmentAttention(torch.autograd.Function):
             d_sinks = None
             if ctx.needs_input_grad[3]:
                 delta = (d_out * out).sum(-1, dtype=lse.dtype).transpose(1, 2)
-                d_sinks = -((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta).sum((0, 2)).to(sinks.dtype)
+                d_sinks = (
+                    -((sinks.to(lse.dtype)[:, None] - lse).exp_() * delta)
+                    .sum((0, 2))
+                    .to(sinks.dtype)
+                )
         return (
             grads[0],
             grads[1].to(key.dtype),
@@ -234,7 +268,10 @@ def _any_flash(device: torch.device, asked: _Asked) -> str | None:
     if asked.masked:
         return "its kernel takes neither bias nor mask"
     if asked.size != asked.value_size:
-        return f"its kernel needs values of the queries' head size {asked.size}, got {asked.value_size}"
+        return (
+            f"its kernel needs values of the queries' head size {asked.size}, got "
+            f"{asked.value_size}"
+        )
     return None
 
 
@@ -245,10 +282,14 @@ def _flash_cpu(device: torch.device, asked: _Asked) -> str | None:
 
 def _flash_on_gpu(device: torch.device, asked: _Asked) -> str | None:
     if asked.dtype not in (torch.float16, torch.bfloat16) or asked.size % 8 or asked.size > 256:
-        return f"its kernel takes float16 and bfloat16 with head sizes 8, 16 .. 256, got {asked.dtype}, {asked.size}"
+        return (
+            f"its kernel takes float16 and bfloat16 with head sizes 8, 16 .. 256, got "
+            f"{asked.dtype}, {asked.size}"
+        )
     major, minor = ops.capability(device)
-    # backward's tiles are larger than these chips' shared memory; whether there will be a backward is not known under
-    # gradient checkpointing, whose second forward must take the engine of the first
+    # backward's tiles are larger than these chips' shared memory; whether there will be a backward
+    # is not known under gradient checkpointing, whose second forward must take the engine of the
+    # first
     small = (major == 8 and minor >= 6) or major == 12
     if small and (192 < asked.size <= 224 or (asked.size > 224 and asked.dropout)):
         case = f"head size {asked.size}{' with dropout' if asked.dropout else ''}"
@@ -276,13 +317,22 @@ def _no_flash_cuda_on(device: torch.device) -> str | None:
 
 
 def _no_flash_attn_on(device: torch.device) -> str | None:
-    return "flash-attn is not installed" if importlib.util.find_spec("flash_attn") is None else _no_flash_on(device)
+    return (
+        "flash-attn is not installed"
+        if importlib.util.find_spec("flash_attn") is None
+        else _no_flash_on(device)
+    )
 
 
 ATTENTION = ops.Operation(
     "packed attention",
     _attention_reference,
-    engines={"flash_cpu": _flash_cpu, "flash_cuda": _flash_cuda, "flash_attn": _flash_attn, "blocks": None},
+    engines={
+        "flash_cpu": _flash_cpu,
+        "flash_cuda": _flash_cuda,
+        "flash_attn": _flash_attn,
+        "blocks": None,
+    },
     table={
         "flash_cpu": ops.Engine(("cpu",)),
         "flash_cuda": ops.Engine(("cuda",), _no_flash_cuda_on),
@@ -299,22 +349,35 @@ ATTENTION = ops.Operation(
 )
 
 
-def _engine(impl: str, query: Tensor, value: Tensor, call: Call, sinks: Tensor | None, bias: Tensor | None) -> str:
+def _engine(
+    impl: str, query: Tensor, value: Tensor, call: Call, sinks: Tensor | None, bias: Tensor | None
+) -> str:
     """The engine of a call; raises as `Operation.resolve` does."""
     has_mask, sizes = bias is not None or call.mask is not None, (query.shape[3], value.shape[3])
     options = has_mask, call.softcap is not None, sinks is not None, call.dropout > 0
     return ATTENTION.resolve(impl, query.device, _Asked(query.dtype, *sizes, *options))
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, window: int | None, chunk: int | None, dropout: float) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, chunk: int | None, dropout: float
+) -> None:
     shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
-    if any(len(shape) != 4 for shape in shapes) or key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
-        raise ValueError(f"query, key and value must be (rows, heads, tokens, head size), got {shapes}")
+    if (
+        any(len(shape) != 4 for shape in shapes)
+        or key.shape[:3] != value.shape[:3]
+        or query.shape[0] != key.shape[0]
+    ):
+        raise ValueError(
+            f"query, key and value must be (rows, heads, tokens, head size), got {shapes}"
+        )
     if query.shape[3] != key.shape[3] or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"query needs the key's head size and a multiple of its heads, got {shapes}")
+        raise ValueError(
+            f"query needs the key's head size and a multiple of its heads, got {shapes}"
+        )
     if len({query.dtype, key.dtype, value.dtype}) > 1 or not query.is_floating_point():
         raise TypeError(
-            f"query, key and value must share a floating dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+            f"query, key and value must share a floating dtype, got {query.dtype}, {key.dtype}, "
+            f"{value.dtype}"
         )
     for name, size in (("window", window), ("chunk", chunk)):
         if size is not None and size < 1:
@@ -340,7 +403,8 @@ def segment_attention(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention of packed rows: queries of segment s over keys of segment s. (R, T, H, Dv), differentiable.
+    """Attention of packed rows: queries of segment s over keys of segment s. (R, T, H, Dv),
+    differentiable.
 
     Args:
         query: (R, H, T, D); any strides.
@@ -352,14 +416,16 @@ def segment_attention(
         scale: default D ** -0.5.
         softcap: scores become softcap tanh(scores / softcap).
         sinks: (H,), one more score for each query, whose probability goes nowhere.
-        mask: (1 or R, 1 or H, 1 or T, 1 or U); bool, False where a query may not look, or added to the scores. A
-            gradient for it is not computed.
+        mask: (1 or R, 1 or H, 1 or T, 1 or U); bool, False where a query may not look, or added to
+            the scores. A gradient for it is not computed.
         bias: as a floating-point mask, differentiable.
-        dropout: of the probabilities; its random numbers come from torch's default generator of the CPU.
+        dropout: of the probabilities; its random numbers come from torch's default generator of the
+            CPU.
         impl: `"auto"`, `"eager"`, `"blocks"`, `"flash_cpu"`, `"flash_cuda"` or `"flash_attn"`.
 
     Raises:
-        ValueError: shapes that do not fit, boundaries that do not cover the tokens, an argument out of its range.
+        ValueError: shapes that do not fit, boundaries that do not cover the tokens, an argument out
+            of its range.
         TypeError: dtypes that differ.
         RuntimeError: the engine asked for cannot compute this; says why.
     """
@@ -369,7 +435,9 @@ def segment_attention(
     pieces = pieces_of(segments, rows, length, key.shape[2], local, chunk)
     seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
     scale = size**-0.5 if scale is None else float(scale)
-    call = Call(segments, pieces, length, causal, window, chunk, scale, softcap, mask, dropout, seed)
+    call = Call(
+        segments, pieces, length, causal, window, chunk, scale, softcap, mask, dropout, seed
+    )
     engine = _engine(impl, query, value, call, sinks, bias)
     if engine == "eager":
         return _attention_reference(query, key, value, sinks, bias, call)

@@ -1,13 +1,15 @@
-"""Where the packed sequences of the batch at hand begin, for attention that the model's code does not tell.
+"""Where the packed sequences of the batch at hand begin, for attention that the model's code does
+not tell.
 
-A packed batch has R rows of T tokens; flattened row by row, segment s is the tokens cu_seqlens[s] .. cu_seqlens[s + 1].
-Attention learns the boundaries from its keyword arguments, as transformers' flash attention does. Where the model's
-code drops these on the way, or has an encoder and a decoder with boundaries of their own, it learns them from a holder:
-a hook before the model's forward puts the batch's boundaries there, a hook after it takes them away.
+A packed batch has R rows of T tokens; flattened row by row, segment s is the tokens cu_seqlens[s]
+.. cu_seqlens[s + 1]. Attention learns the boundaries from its keyword arguments, as transformers'
+flash attention does. Where the model's code drops these on the way, or has an encoder and a decoder
+with boundaries of their own, it learns them from a holder: a hook before the model's forward puts
+the batch's boundaries there, a hook after it takes them away.
 
-The holder belongs to the modules, not to a thread or a context: gradient checkpointing runs a layer's forward again
-during backward, on another thread where a GPU is used. Such a second forward reads the boundaries of the forward whose
-output backward has come through.
+The holder belongs to the modules, not to a thread or a context: gradient checkpointing runs a
+layer's forward again during backward, on another thread where a GPU is used. Such a second forward
+reads the boundaries of the forward whose output backward has come through.
 """
 
 from __future__ import annotations
@@ -42,11 +44,13 @@ BOUNDARY_KEYS = (
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The boundaries of one attention call: segment s of the queries reads segment s of the keys, nothing else.
+    """The boundaries of one attention call: segment s of the queries reads segment s of the keys,
+    nothing else.
 
-    `cu_seqlens_q` and `cu_seqlens_k` are int32 (S + 1,) over the rows flattened one after another; they begin with 0
-    and end with the number of tokens. The two differ in cross-attention alone. `beside` are other boundaries of the
-    batch, which are read along with these where the host must wait for a device.
+    `cu_seqlens_q` and `cu_seqlens_k` are int32 (S + 1,) over the rows flattened one after another;
+    they begin with 0 and end with the number of tokens. The two differ in cross-attention alone.
+    `beside` are other boundaries of the batch, which are read along with these where the host must
+    wait for a device.
     """
 
     cu_seqlens_q: Tensor
@@ -76,19 +80,24 @@ class Segments:
 
     @cached_property
     def made(self) -> dict[Any, Any]:
-        """What follows from the boundaries, made once a batch, by name: of other Segments over these tensors too."""
+        """What follows from the boundaries, made once a batch, by name: of other Segments over
+        these tensors too."""
         return self._host[0].made if self.alike else {}
 
     @property
     def longest(self) -> tuple[int, int]:
-        """max_seqlen_q and max_seqlen_k, or more where a segment has more: kernels would leave its last tokens out."""
+        """max_seqlen_q and max_seqlen_k, or more where a segment has more: kernels would leave its
+        last tokens out."""
         of_queries, of_keys = self._host
         return max(self.max_seqlen_q, of_queries.longest), max(self.max_seqlen_k, of_keys.longest)
 
     def on_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cu_seqlens_q and cu_seqlens_k in int32 on `device`; copied there once a batch, if they are not there."""
+        """cu_seqlens_q and cu_seqlens_k in int32 on `device`; copied there once a batch, if they
+        are not there."""
         of_queries, of_keys = self._host
-        return _on_device(self.cu_seqlens_q, of_queries, device), _on_device(self.cu_seqlens_k, of_keys, device)
+        return _on_device(self.cu_seqlens_q, of_queries, device), _on_device(
+            self.cu_seqlens_k, of_keys, device
+        )
 
 
 def _on_device(boundaries: Tensor, host: HostBoundaries, device: torch.device) -> Tensor:
@@ -102,12 +111,17 @@ def _on_device(boundaries: Tensor, host: HostBoundaries, device: torch.device) -
 
 def _check(name: str, cu: Any) -> None:
     if not isinstance(cu, Tensor) or cu.ndim != 1 or cu.numel() < 1 or cu.is_floating_point():
-        got = f"shape {tuple(cu.shape)}, {cu.dtype}" if isinstance(cu, Tensor) else type(cu).__name__
+        got = (
+            f"shape {tuple(cu.shape)}, {cu.dtype}" if isinstance(cu, Tensor) else type(cu).__name__
+        )
         raise ValueError(f"{name} must be an integer tensor of shape (segments + 1,), got {got}")
 
 
-def _segments(cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, beside: tuple[Tensor, ...]) -> Segments:
-    """Segments of a batch's own keys; a length that is not given, or is a device's, follows from the boundaries."""
+def _segments(
+    cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, beside: tuple[Tensor, ...]
+) -> Segments:
+    """Segments of a batch's own keys; a length that is not given, or is a device's, follows from
+    the boundaries."""
     unknown = [value is None or isinstance(value, Tensor) for value in (max_q, max_k)]
     if any(unknown):
         of_q, of_k, *_ = on_host(cu_q, cu_k, *beside)
@@ -117,7 +131,8 @@ def _segments(cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, beside: tuple[
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Boundaries of one forward: of the model or its encoder, and of its decoder where it has both."""
+    """Boundaries of one forward: of the model or its encoder, and of its decoder where it has
+    both."""
 
     inputs: Segments
     outputs: Segments | None = None
@@ -127,7 +142,10 @@ class _Batch:
         """Queries from the decoder, keys from the encoder."""
         assert self.outputs is not None
         return Segments(
-            self.outputs.cu_seqlens_q, self.inputs.cu_seqlens_q, self.outputs.max_seqlen_q, self.inputs.max_seqlen_q
+            self.outputs.cu_seqlens_q,
+            self.inputs.cu_seqlens_q,
+            self.outputs.max_seqlen_q,
+            self.inputs.max_seqlen_q,
         )
 
     def of(self, in_decoder: bool, causal: bool) -> Segments:
@@ -149,8 +167,10 @@ def _batch(kwargs: dict[str, Any]) -> _Batch | None:
         _check(name, cu)
         if cu.numel() != cu_seqlens.numel():
             raise ValueError(
-                f"cu_seq_lens_q has {cu_seqlens.numel() - 1} segments, {name} has {cu.numel() - 1}: segment s of the "
-                "queries reads segment s of the keys, and segment s of a decoder that of the encoder"
+                f"cu_seq_lens_q has {cu_seqlens.numel() - 1} segments, {name} has "
+                f"{cu.numel() - 1}: segment s of the "
+                "queries reads segment s of the keys, and segment s of a decoder that of the "
+                "encoder"
             )
     beside = tuple(every.values())
     inputs = _segments(cu_seqlens, keys, get("max_length_q"), get("max_length_k"), beside)
@@ -164,7 +184,8 @@ def _batch(kwargs: dict[str, Any]) -> _Batch | None:
 class _Holder:
     """What the modules of one model share."""
 
-    decoder_modules: weakref.WeakSet[nn.Module]  # empty unless the model has an encoder and a decoder
+    # empty unless the model has an encoder and a decoder
+    decoder_modules: weakref.WeakSet[nn.Module]
     running: int = 0  # forwards under way, one inside the other
     current: _Batch | None = None  # of the innermost
     differentiated: _Batch | None = None  # of the forward that backward is in, or will be
@@ -185,15 +206,23 @@ def _decoder_of(model: nn.Module) -> nn.Module | None:
     """The decoder of a model that has an encoder beside it."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
-    decoder, encoder = (getattr(model, name, lambda: None)() for name in ("get_decoder", "get_encoder"))
-    return decoder if isinstance(decoder, nn.Module) and decoder is not model and decoder is not encoder else None
+    decoder, encoder = (
+        getattr(model, name, lambda: None)() for name in ("get_decoder", "get_encoder")
+    )
+    return (
+        decoder
+        if isinstance(decoder, nn.Module) and decoder is not model and decoder is not encoder
+        else None
+    )
 
 
 def _holder_of(model: nn.Module) -> _Holder:
     """The holder of a model or of its parts; a new one if they have none."""
     kept = {_holders[module] for module in model.modules() if module in _holders}
     if len(kept) > 1:
-        raise ValueError("model has parts that were given to keep_segments one by one: give it the model alone")
+        raise ValueError(
+            "model has parts that were given to keep_segments one by one: give it the model alone"
+        )
     holder = kept.pop() if kept else _Holder(weakref.WeakSet())
     decoder = _decoder_of(base_model(model))
     holder.decoder_modules.update(decoder.modules() if decoder is not None else ())
@@ -234,27 +263,34 @@ def _forwards() -> list[_Forward]:
 
 
 def packed_forward_under_way() -> bool:
-    """Whether the innermost model with `keep_segments` that this thread runs got a packed batch; for mask functions."""
+    """Whether the innermost model with `keep_segments` that this thread runs got a packed batch;
+    for mask functions."""
     forwards = _forwards()
     return bool(forwards) and forwards[-1].batch is not None
 
 
 def segments_under_way() -> Segments | None:
-    """The boundaries of the innermost packed forward that this thread runs, an encoder's before a decoder's."""
+    """The boundaries of the innermost packed forward that this thread runs, an encoder's before a
+    decoder's."""
     forwards = _forwards()
     batch = forwards[-1].batch if forwards else None
     return None if batch is None else batch.inputs
 
 
-def _before_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _before_forward(
+    module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     holder = _holders.get(module)
     if holder is None:  # a copy of a model that has the hooks
         return None
     batch, forwards = _batch(kwargs), _forwards()
-    if batch is None and forwards and forwards[-1].holder is holder:  # part of a model whose hook took the keys off
+    # part of a model whose hook took the keys off
+    if batch is None and forwards and forwards[-1].holder is holder:
         batch = forwards[-1].batch
     if batch is not None and holder.decoder_modules and batch.outputs is None:
-        raise ValueError("a packed batch of an encoder-decoder model needs decoder_cu_seq_lens (task='seq2seq')")
+        raise ValueError(
+            "a packed batch of an encoder-decoder model needs decoder_cu_seq_lens (task='seq2seq')"
+        )
     forwards.append(_Forward(module, holder, batch, holder.current))
     holder.current, holder.running = batch, holder.running + 1
     return args, _for_model(module, holder, kwargs)
@@ -274,7 +310,13 @@ def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
     def backward_begins(grad: Tensor) -> None:
         holder.differentiated = forward.batch  # there may have been other forwards since
 
-    for value in output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,):
+    for value in (
+        output.values()
+        if isinstance(output, dict)
+        else output
+        if isinstance(output, tuple)
+        else (output,)
+    ):
         if type(value) is Tensor and value.requires_grad:
             value.register_hook(backward_begins)
 
@@ -292,7 +334,8 @@ class SegmentsHandle:
         holder.handles += 1
 
     def remove(self) -> None:
-        """Takes the hooks off; the last handle of a model forgets its batch. Calling it again does nothing."""
+        """Takes the hooks off; the last handle of a model forgets its batch. Calling it again does
+        nothing."""
         if not self._hooks:
             return
         for hook in self._hooks:
@@ -302,24 +345,29 @@ class SegmentsHandle:
         if self._holder.handles == 0:
             for module in [module for module, holder in _holders.items() if holder is self._holder]:
                 del _holders[module]
-            _forwards()[:] = [forward for forward in _forwards() if forward.holder is not self._holder]
+            _forwards()[:] = [
+                forward for forward in _forwards() if forward.holder is not self._holder
+            ]
 
 
 def keep_segments(model: nn.Module) -> SegmentsHandle:
-    """Makes the boundaries of packed batches known to all attention modules of `model`, until `.remove()`.
+    """Makes the boundaries of packed batches known to all attention modules of `model`, until
+    `.remove()`.
 
-    Before each forward of `model` a hook reads the boundary keys of the batch (`cu_seq_lens_q`; of an encoder-decoder
-    model `decoder_cu_seq_lens` too). It takes off the keys that the model's forward does not accept; of an
-    encoder-decoder model all of them. A batch without boundaries is not packed: the model runs as without the hook.
+    Before each forward of `model` a hook reads the boundary keys of the batch (`cu_seq_lens_q`; of
+    an encoder-decoder model `decoder_cu_seq_lens` too). It takes off the keys that the model's
+    forward does not accept; of an encoder-decoder model all of them. A batch without boundaries is
+    not packed: the model runs as without the hook.
 
     Args:
-        model: the outermost module that is called with the batch, or the model inside the wrapper of DDP, FSDP or PEFT.
-            It, a part of it or a wrapper of it may have been given already: all ends with the last handle.
+        model: the outermost module that is called with the batch, or the model inside the wrapper
+            of DDP, FSDP or PEFT. It, a part of it or a wrapper of it may have been given already:
+            all ends with the last handle.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: parts of `model` were given one by one; in a forward, boundaries of a wrong shape or of different
-            counts, or none for the decoder.
+        ValueError: parts of `model` were given one by one; in a forward, boundaries of a wrong
+            shape or of different counts, or none for the decoder.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -334,10 +382,12 @@ def keeps_segments(model: nn.Module) -> bool:
 
 
 def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
-    """The boundaries for an attention call of `module` with `kwargs`; None if the batch is not packed.
+    """The boundaries for an attention call of `module` with `kwargs`; None if the batch is not
+    packed.
 
-    They come from `kwargs`, else from what `keep_segments` remembered. In the decoder of an encoder-decoder model
-    causal attention (`is_causal` in `kwargs`, else of the module) is self-attention, other attention reads the encoder.
+    They come from `kwargs`, else from what `keep_segments` remembered. In the decoder of an
+    encoder-decoder model causal attention (`is_causal` in `kwargs`, else of the module) is
+    self-attention, other attention reads the encoder.
 
     Raises:
         ValueError: boundaries of the wrong shape.
@@ -350,7 +400,11 @@ def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
         return None
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    in_decoder = module in holder.decoder_modules if holder is not None else getattr(module, "is_decoder", False)
+    in_decoder = (
+        module in holder.decoder_modules
+        if holder is not None
+        else getattr(module, "is_decoder", False)
+    )
     return batch.of(in_decoder, bool(causal))
 
 
@@ -358,8 +412,9 @@ def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
 def packed_attention(model: nn.Module) -> Iterator[None]:
     """Packed batches stay apart in `model` inside this context, in training loops of one's own.
 
-    For a model with `attn_implementation="fastft"`; `fastft.PackingCallback` does the same for `Trainer`. The cache
-    that models make unless told otherwise is turned off too, also in the configurations of a composite model's parts.
+    For a model with `attn_implementation="fastft"`; `fastft.PackingCallback` does the same for
+    `Trainer`. The cache that models make unless told otherwise is turned off too, also in the
+    configurations of a composite model's parts.
 
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastft")
         with fastft.packed_attention(model):
@@ -372,7 +427,8 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: `model` is no module.
     """
-    handles = count_no_padding(model), keep_segments(model)  # in this order: the second takes off what the first reads
+    # in this order: the second takes off what the first reads
+    handles = count_no_padding(model), keep_segments(model)
     configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     cached = [config for config in configs if getattr(config, "use_cache", False) is True]
     for config in cached:

@@ -17,10 +17,18 @@ class RandomStates:
     """Those of Python, NumPy, torch and the model's GPUs, as they are when this is made."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.devices = [*{parameter.device for parameter in model.parameters() if parameter.is_cuda}]
-        self.torch = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
+        self.devices = [
+            *{parameter.device for parameter in model.parameters() if parameter.is_cuda}
+        ]
+        self.torch = (
+            torch.get_rng_state(),
+            [torch.cuda.get_rng_state(device) for device in self.devices],
+        )
         self.numpy = sys.modules.get("numpy")
-        self.others = random.getstate(), None if self.numpy is None else self.numpy.random.get_state()
+        self.others = (
+            random.getstate(),
+            None if self.numpy is None else self.numpy.random.get_state(),
+        )
 
     def rewind(self) -> None:
         """Back to these."""
@@ -34,7 +42,8 @@ class RandomStates:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[RandomStates]:
-    """Evaluation mode without gradients; afterwards modes, buffers and random states are what they were."""
+    """Evaluation mode without gradients; afterwards modes, buffers and random states are what they
+    were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= SMALL]
     states = RandomStates(model)

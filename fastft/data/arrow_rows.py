@@ -1,8 +1,8 @@
 """Rows of a `datasets.Dataset`, read where they lie.
 
-`datasets` gathers the rows of a batch into a new table, which is copied again to be of one piece. A collator copies the
-tokens anyway, so here a row is a view of the table's memory (of the mapped file): nothing is read but the numbers, and
-no Python object is made of a token.
+`datasets` gathers the rows of a batch into a new table, which is copied again to be of one piece. A
+collator copies the tokens anyway, so here a row is a view of the table's memory (of the mapped
+file): nothing is read but the numbers, and no Python object is made of a token.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ Fetch = Callable[[Sequence[int]], list[Any]]
 
 
 def list_memory(array: Any) -> tuple[Any, Any] | None:
-    """The numbers and the offsets of an Arrow array of number lists, as read-only numpy views; None for any other."""
+    """The numbers and the offsets of an Arrow array of number lists, as read-only numpy views; None
+    for any other."""
     import pyarrow
 
     kind = array.type
     lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-    if not lists or not (pyarrow.types.is_integer(kind.value_type) or pyarrow.types.is_floating(kind.value_type)):
+    if not lists or not (
+        pyarrow.types.is_integer(kind.value_type) or pyarrow.types.is_floating(kind.value_type)
+    ):
         return None
     if array.null_count or array.values.null_count:
         return None
@@ -35,7 +38,8 @@ def _fetcher(column: Any) -> Fetch:
     memory = [list_memory(chunk) for chunk in column.chunks]
     if None in memory or not memory:
         return lambda rows: [column[row].as_py() for row in rows]
-    begins = list(itertools.accumulate(map(len, column.chunks), initial=0))[:-1]  # the first row of each chunk
+    # the first row of each chunk
+    begins = list(itertools.accumulate(map(len, column.chunks), initial=0))[:-1]
 
     def of_chunk(chunk: int, rows: Any) -> list[Any]:
         numbers, offsets = memory[chunk]  # type: ignore[misc]
@@ -61,7 +65,8 @@ def _fetcher(column: Any) -> Fetch:
 
 
 class ArrowRows:
-    """Rows of a `datasets.Dataset` as dicts, whatever its format: lists of numbers as read-only numpy views.
+    """Rows of a `datasets.Dataset` as dicts, whatever its format: lists of numbers as read-only
+    numpy views.
 
     Args:
         dataset: what it holds is taken as it is now.
@@ -69,7 +74,11 @@ class ArrowRows:
 
     def __init__(self, dataset: Any) -> None:
         table = dataset.data.table
-        chosen = dataset.format["columns"] if not dataset.format["output_all_columns"] else dataset.column_names
+        chosen = (
+            dataset.format["columns"]
+            if not dataset.format["output_all_columns"]
+            else dataset.column_names
+        )
         self._fetchers = {key: _fetcher(table.column(key)) for key in chosen}
         self._rows = chosen_rows(dataset)
 

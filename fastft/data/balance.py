@@ -1,12 +1,15 @@
-"""Packs in groups of nearly equal cost: ranks that work on one at the same time need not wait for each other.
+"""Packs in groups of nearly equal cost: ranks that work on one at the same time need not wait for
+each other.
 
-With n_s the lengths of a pack's sequences, its tokens sum n_s are what its linear layers cost and sum n_s^2 is what its
-attention costs. Best-fit packs have nearly equal tokens, but sum n_s^2 differs several times between them. Sorted by
-both, `group` neighbours are alike in both, whichever rank takes which of them and whatever the model weighs them with.
+With n_s the lengths of a pack's sequences, its tokens sum n_s are what its linear layers cost and
+sum n_s^2 is what its attention costs. Best-fit packs have nearly equal tokens, but sum n_s^2
+differs several times between them. Sorted by both, `group` neighbours are alike in both, whichever
+rank takes which of them and whatever the model weighs them with.
 
-The number of packs becomes a multiple of `group`: else accelerate would give some packs out twice to keep the ranks in
-step. The packs that are least full and easiest to divide share their examples with as many new packs as are missing, in
-the last window that has enough examples and the ones before it; where there are too few for that, packs stay empty.
+The number of packs becomes a multiple of `group`: else accelerate would give some packs out twice
+to keep the ranks in step. The packs that are least full and easiest to divide share their examples
+with as many new packs as are missing, in the last window that has enough examples and the ones
+before it; where there are too few for that, packs stay empty.
 """
 
 from __future__ import annotations
@@ -20,23 +23,28 @@ from torch import Tensor
 
 from fastft.data.plan import PackPlan
 
-LEVELS = 200  # packs whose tokens differ by less than 1 / LEVELS of the capacity count as equal in tokens
+# packs whose tokens differ by less than 1 / LEVELS of the capacity count as equal in tokens
+LEVELS = 200
 
 
 def pack_costs(plan: PackPlan) -> tuple[Tensor, Tensor]:
-    """The tokens of each pack, int64 (packs,), and the sum of its sequences' squared lengths, float64 (packs,)."""
+    """The tokens of each pack, int64 (packs,), and the sum of its sequences' squared lengths,
+    float64 (packs,)."""
     pack = torch.repeat_interleave(plan.offsets.diff())
     tokens = torch.zeros(len(plan), dtype=torch.int64).index_add_(0, pack, plan.lengths)
-    squares = torch.zeros(len(plan), dtype=torch.float64).index_add_(0, pack, plan.lengths.double().square())
+    squares = torch.zeros(len(plan), dtype=torch.float64).index_add_(
+        0, pack, plan.lengths.double().square()
+    )
     return tokens, squares
 
 
 def balanced(plan: PackPlan, group: int, max_sequences: int | None = None) -> PackPlan:
-    """The plan with a multiple of `group` packs, in an order in which each `group` consecutive ones cost nearly equal.
+    """The plan with a multiple of `group` packs, in an order in which each `group` consecutive ones
+    cost nearly equal.
 
-    Within a group the cheapest is followed by the dearest, these by the next cheapest and the next dearest: batches of
-    several packs are nearer to each other than packs are. Groups stay in the order of their windows. A pack that had to
-    be left empty is one of the last.
+    Within a group the cheapest is followed by the dearest, these by the next cheapest and the next
+    dearest: batches of several packs are nearer to each other than packs are. Groups stay in the
+    order of their windows. A pack that had to be left empty is one of the last.
     """
     plan = _multiple(plan, group, max_sequences or plan.indices.numel())
     tokens, squares = pack_costs(plan)
@@ -49,10 +57,12 @@ def balanced(plan: PackPlan, group: int, max_sequences: int | None = None) -> Pa
 
 
 def _multiple(plan: PackPlan, group: int, max_sequences: int) -> PackPlan:
-    """The plan with as many packs more as are missing to a multiple of `group`, each of examples of one window."""
+    """The plan with as many packs more as are missing to a multiple of `group`, each of examples of
+    one window."""
     missing, sizes = -len(plan) % group, plan.offsets.diff()
     kept = torch.ones(len(plan), dtype=torch.bool)
-    divided: list[tuple[Tensor, int]] = []  # the entries of a pack that replaces one of `plan`, and its window
+    # the entries of a pack that replaces one of `plan`, and its window
+    divided: list[tuple[Tensor, int]] = []
     end = len(plan)
     while missing and end:
         window = int(plan.windows[end - 1])
@@ -60,22 +70,37 @@ def _multiple(plan: PackPlan, group: int, max_sequences: int) -> PackPlan:
         shared, new = _shared(plan, begin, end, group, missing)
         if new:
             entries = torch.cat([torch.arange(*plan.bounds(pack)) for pack in shared.tolist()])
-            packs = _shared_out(plan.lengths[entries].tolist(), sizes[shared].tolist(), new, max_sequences)
+            packs = _shared_out(
+                plan.lengths[entries].tolist(), sizes[shared].tolist(), new, max_sequences
+            )
             divided += [(entries[pack], window) for pack in packs]
             kept[shared], missing = False, missing - new
         end = begin
-    divided += [(torch.zeros(0, dtype=torch.int64), int(plan.windows[-1]))] * missing  # there are too few examples
+    # there are too few examples
+    divided += [(torch.zeros(0, dtype=torch.int64), int(plan.windows[-1]))] * missing
 
-    windows = torch.cat([plan.windows[kept], torch.tensor([window for _, window in divided], dtype=torch.int64)])
-    sizes = torch.cat([sizes[kept], torch.tensor([len(entries) for entries, _ in divided], dtype=torch.int64)])
+    windows = torch.cat(
+        [plan.windows[kept], torch.tensor([window for _, window in divided], dtype=torch.int64)]
+    )
+    sizes = torch.cat(
+        [sizes[kept], torch.tensor([len(entries) for entries, _ in divided], dtype=torch.int64)]
+    )
     places = torch.repeat_interleave(kept, plan.offsets.diff()).nonzero().squeeze(1)
     order = torch.cat([places, *[entries for entries, _ in divided]])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    return PackPlan(plan.indices[order], offsets, plan.starts[order], plan.lengths[order], windows, plan.max_tokens)
+    return PackPlan(
+        plan.indices[order],
+        offsets,
+        plan.starts[order],
+        plan.lengths[order],
+        windows,
+        plan.max_tokens,
+    )
 
 
 def _shared(plan: PackPlan, begin: int, end: int, group: int, missing: int) -> tuple[Tensor, int]:
-    """Which packs of a window, `begin` to `end`, share their examples with new ones, and with how many of these."""
+    """Which packs of a window, `begin` to `end`, share their examples with new ones, and with how
+    many of these."""
     bounds = plan.offsets[begin : end + 1]
     sizes = bounds.diff()
     new = min(missing, int((sizes - 1).sum()))
@@ -90,17 +115,25 @@ def _shared(plan: PackPlan, begin: int, end: int, group: int, missing: int) -> t
     return order[: max(group - missing, enough)] + begin, new
 
 
-def _shared_out(lengths: list[int], sizes: list[int], missing: int, max_sequences: int) -> list[Tensor]:
-    """The entries of some packs, which have `sizes` of them, over `missing` packs more, with nearly equal tokens.
+def _shared_out(
+    lengths: list[int], sizes: list[int], missing: int, max_sequences: int
+) -> list[Tensor]:
+    """The entries of some packs, which have `sizes` of them, over `missing` packs more, with nearly
+    equal tokens.
 
-    A pack with many tokens gives to the one with fewest the entry that brings the two closest together, until none
-    does. No pack gets fuller than the fullest was, and none stays empty while another has two entries.
+    A pack with many tokens gives to the one with fewest the entry that brings the two closest
+    together, until none does. No pack gets fuller than the fullest was, and none stays empty while
+    another has two entries.
     """
     numbers = iter(range(len(lengths)))
-    packs = [sorted((lengths[entry], entry) for entry in itertools.islice(numbers, size)) for size in sizes]
+    packs = [
+        sorted((lengths[entry], entry) for entry in itertools.islice(numbers, size))
+        for size in sizes
+    ]
     packs += [[] for _ in range(missing)]
     tokens = [sum(length for length, _ in pack) for pack in packs]
-    # both heaps keep what a pack had before: such items are told by their tokens, and left out when they come up
+    # both heaps keep what a pack had before: such items are told by their tokens, and left out when
+    # they come up
     fewest, most = ([(sign * count, pack) for pack, count in enumerate(tokens)] for sign in (1, -1))
     heapq.heapify(fewest)
     heapq.heapify(most)
@@ -124,7 +157,8 @@ def _shared_out(lengths: list[int], sizes: list[int], missing: int, max_sequence
 def _giver(
     most: list[tuple[int, int]], packs: list[list[tuple[int, int]]], tokens: list[int], fewest: int
 ) -> tuple[int | None, int]:
-    """The fullest pack with an entry whose move to one of `fewest` tokens brings the two closer, and its place."""
+    """The fullest pack with an entry whose move to one of `fewest` tokens brings the two closer,
+    and its place."""
     unfit = []
     found: tuple[int | None, int] = None, 0
     while most:
@@ -136,7 +170,11 @@ def _giver(
         if gap <= 1:
             break
         place = bisect_left(packs[pack], (gap / 2, -1))
-        near = [at for at in (place - 1, place) if 0 <= at < len(packs[pack]) and packs[pack][at][0] < gap]
+        near = [
+            at
+            for at in (place - 1, place)
+            if 0 <= at < len(packs[pack]) and packs[pack][at][0] < gap
+        ]
         if near:
             found = pack, min(near, key=lambda at: abs(2 * packs[pack][at][0] - gap))
             break

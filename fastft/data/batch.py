@@ -1,8 +1,10 @@
-"""The packed batch, and how it comes to its device: as it is, or as one buffer of integers that is unpacked there.
+"""The packed batch, and how it comes to its device: as it is, or as one buffer of integers that is
+unpacked there.
 
-The batch's integers are the tokens, labels and other columns of the examples, and two numbers a segment. What follows
-from them, positions, segment indices and boundaries, is 12 bytes a token more, 20 where the labels follow from the
-tokens too: `FlatBatch` leaves these out and has them made on the device, with one copy there in place of five.
+The batch's integers are the tokens, labels and other columns of the examples, and two numbers a
+segment. What follows from them, positions, segment indices and boundaries, is 12 bytes a token
+more, 20 where the labels follow from the tokens too: `FlatBatch` leaves these out and has them made
+on the device, with one copy there in place of five.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ class _Counted:
 
     @property
     def counted(self) -> int | None:
-        """How many labels are not -100: counted on the host, when asked for, without waiting for a GPU.
+        """How many labels are not -100: counted on the host, when asked for, without waiting for a
+        GPU.
 
-        It is the divisor of a mean over micro-batches, and what `linear_cross_entropy(max_counted=...)` takes; the
-        fused loss of a `FusedLossCallback` knows it by itself. None where the batch has no labels, and for a copy of
-        the dict, as `Trainer` makes one.
+        It is the divisor of a mean over micro-batches, and what
+        `linear_cross_entropy(max_counted=...)` takes; the fused loss of a `FusedLossCallback` knows
+        it by itself. None where the batch has no labels, and for a copy of the dict, as `Trainer`
+        makes one.
         """
         return None if self.count is None else self.count()
 
@@ -78,9 +82,14 @@ class Expansion:
     impl: str
 
     def __call__(
-        self, lengths: Tensor, ignored: Tensor, columns: Mapping[str, Tensor], others: Mapping[str, Any]
+        self,
+        lengths: Tensor,
+        ignored: Tensor,
+        columns: Mapping[str, Tensor],
+        others: Mapping[str, Any],
     ) -> PackedBatch:
-        """The batch: `columns`, what follows from the segments' `lengths` and `ignored`, and `others` as they are."""
+        """The batch: `columns`, what follows from the segments' `lengths` and `ignored`, and
+        `others` as they are."""
         shape = columns["input_ids"].shape
         source = columns["input_ids" if self.source is None else self.source].view(-1)
         labels = source if self.source == "labels" else torch.empty_like(source)
@@ -105,10 +114,12 @@ class Expansion:
 class FlatBatch(_Counted):
     """A packed batch before it is unpacked on its device. `.to(device)` gives the `PackedBatch`.
 
-    accelerate, and so `Trainer`, calls `.to`; a `DataLoader` with `pin_memory=True` calls `.pin_memory`.
+    accelerate, and so `Trainer`, calls `.to`; a `DataLoader` with `pin_memory=True` calls
+    `.pin_memory`.
 
     Attributes:
-        integers: int64: the lengths of the segments, their ignored labels, all integer columns one after another.
+        integers: int64: the lengths of the segments, their ignored labels, all integer columns one
+            after another.
         segments: how many segments there are.
         shapes: names and shapes of the columns, in order.
         others: what is no integer, by key.
@@ -125,7 +136,11 @@ class FlatBatch(_Counted):
 
     @staticmethod
     def of(
-        lengths: Tensor, ignored: Tensor, columns: dict[str, Tensor], others: dict[str, Any], expansion: Expansion
+        lengths: Tensor,
+        ignored: Tensor,
+        columns: dict[str, Tensor],
+        others: dict[str, Any],
+        expansion: Expansion,
     ) -> FlatBatch:
         """The batch that `expansion(lengths, ignored, columns, others)` would be."""
         flat = torch.cat([lengths, ignored, *[tensor.reshape(-1) for tensor in columns.values()]])
@@ -134,11 +149,22 @@ class FlatBatch(_Counted):
 
     def pin_memory(self) -> FlatBatch:
         """The same in pinned memory, from where copies to a GPU do not wait."""
-        others = {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in self.others.items()}
-        return FlatBatch(self.integers.pin_memory(), self.segments, self.shapes, others, self.expansion, self.count)
+        others = {
+            key: value.pin_memory() if isinstance(value, Tensor) else value
+            for key, value in self.others.items()
+        }
+        return FlatBatch(
+            self.integers.pin_memory(),
+            self.segments,
+            self.shapes,
+            others,
+            self.expansion,
+            self.count,
+        )
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
-        """The batch on `device`: one copy of the integers, and what follows from them computed there.
+        """The batch on `device`: one copy of the integers, and what follows from them computed
+        there.
 
         The host keeps the boundaries.
         """
@@ -146,7 +172,10 @@ class FlatBatch(_Counted):
         if moved is self.integers:  # the batch may be written to
             moved = moved.clone()
         lengths, ignored, *parts = moved.split(self._sizes())
-        columns = {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        columns = {
+            key: part.view(shape)
+            for (key, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
         others = {
             key: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
             for key, value in self.others.items()
@@ -157,12 +186,16 @@ class FlatBatch(_Counted):
             note_count(batch["labels"], counted)
         for key in BOUNDARIES_OF_SEGMENTS & self.others.keys():
             note_copy(self.others[key], others[key])
-        note(batch["cu_seq_lens_q"], [0, *itertools.accumulate(self.integers[: self.segments].tolist())])
+        note(
+            batch["cu_seq_lens_q"],
+            [0, *itertools.accumulate(self.integers[: self.segments].tolist())],
+        )
         batch.count = self.count
         return batch
 
     def _count(self) -> int | None:
-        """How many labels count, of the integers on the host: as they are now. None where none are labels."""
+        """How many labels count, of the integers on the host: as they are now. None where none are
+        labels."""
         source = self.expansion.source or "labels"
         if source not in self.shapes or self.integers.device.type != "cpu":
             return None
@@ -188,5 +221,11 @@ def count_labels(labels: Tensor | None, lengths: list[int], ignored: list[int]) 
         return sum(lengths) - sum(ignored)
     kept = labels.view(-1) != IGNORE_INDEX
     starts = itertools.accumulate(lengths, initial=0)
-    lost = [start for start, length, first in zip(starts, lengths, ignored, strict=False) if length and first]
-    return int(kept.count_nonzero()) - int(kept[torch.tensor(lost, dtype=torch.int64)].count_nonzero())
+    lost = [
+        start
+        for start, length, first in zip(starts, lengths, ignored, strict=False)
+        if length and first
+    ]
+    return int(kept.count_nonzero()) - int(
+        kept[torch.tensor(lost, dtype=torch.int64)].count_nonzero()
+    )

@@ -1,4 +1,5 @@
-"""What attention kernels and losses read of a packed batch: positions, segments, their borders, and labels.
+"""What attention kernels and losses read of a packed batch: positions, segments, their borders, and
+labels.
 
 T tokens lie one after another in S segments of the given lengths:
 
@@ -7,10 +8,11 @@ T tokens lie one after another in S segments of the given lengths:
     position_ids[t] = position_ids_start + t - cu_seqlens[s]
     labels[t]       = -100 if t - cu_seqlens[s] < ignored[s] else source[t]
 
-`ignored` is 1 for an example of a causal model, which predicts token t from the one before: the first has none. It is
-0 where every label counts, and the length of a segment that is padding.
+`ignored` is 1 for an example of a causal model, which predicts token t from the one before: the
+first has none. It is 0 where every label counts, and the length of a segment that is padding.
 
-Bytes moved per token: 8 read, 20 written. On a GPU the inputs are one buffer, and the rest never crosses the bus.
+Bytes moved per token: 8 read, 20 written. On a GPU the inputs are one buffer, and the rest never
+crosses the bus.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def boundaries_reference(
 
 
 BOUNDARIES = ops.Operator(
-    "packed_boundaries(Tensor lengths, Tensor ignored, Tensor source, int position_ids_start, Tensor(a!) labels, "
+    "packed_boundaries(Tensor lengths, Tensor ignored, Tensor source, int position_ids_start, "
+    "Tensor(a!) labels, "
     "Tensor(b!) position_ids, Tensor(c!) seq_idx, Tensor(d!) cu_seqlens) -> ()",
     boundaries_reference,
     engines=dict.fromkeys(("cpp", "cuda", "triton")),
@@ -53,9 +56,15 @@ BOUNDARIES = ops.Operator(
 
 
 def packed_boundaries(
-    lengths: Tensor, ignored: Tensor, source: Tensor, position_ids_start: int, labels: Tensor, impl: str
+    lengths: Tensor,
+    ignored: Tensor,
+    source: Tensor,
+    position_ids_start: int,
+    labels: Tensor,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes `labels`, which may be `source`, and returns position_ids, seq_idx and cu_seqlens; see the module.
+    """Writes `labels`, which may be `source`, and returns position_ids, seq_idx and cu_seqlens; see
+    the module.
 
     Args:
         lengths: int64 (S,), tokens of each segment, 0 or more; they must add up to T.

@@ -1,7 +1,8 @@
 """The Triton engine of `packed_boundaries`: two launches, and no wait for the device.
 
-The first adds up the lengths in one program; the second finds the segment of each token by bisection of these sums,
-which stay in the cache. Bytes moved: those of `fastft.data.boundaries`, and log2(S) cached reads a token.
+The first adds up the lengths in one program; the second finds the segment of each token by
+bisection of these sums, which stay in the cache. Bytes moved: those of `fastft.data.boundaries`,
+and log2(S) cached reads a token.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -25,13 +26,25 @@ def _scan_kernel(lengths, cu_seqlens, segments, TILE: tl.constexpr):
     for tile in range(0, segments, TILE):
         inside = tile + offset < segments
         length = tl.load(lengths + tile + offset, inside, 0)
-        tl.store(cu_seqlens + 1 + tile + offset, (before + tl.cumsum(length, 0)).to(tl.int32), inside)
+        tl.store(
+            cu_seqlens + 1 + tile + offset, (before + tl.cumsum(length, 0)).to(tl.int32), inside
+        )
         before += tl.sum(length, 0)
 
 
 @triton.jit(do_not_specialize=["start", "segments", "tokens", "steps"])
 def _fill_kernel(
-    cu_seqlens, ignored, source, labels, position_ids, seq_idx, start, segments, tokens, steps, TILE: tl.constexpr
+    cu_seqlens,
+    ignored,
+    source,
+    labels,
+    position_ids,
+    seq_idx,
+    start,
+    segments,
+    tokens,
+    steps,
+    TILE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = token < tokens
@@ -62,15 +75,31 @@ def packed_boundaries(
 ) -> None:
     """The operator; see `fastft.data.boundaries`."""
     check_beside(
-        "packed_boundaries", "source", source, lengths=lengths, ignored=ignored, labels=labels,
-        position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        "packed_boundaries",
+        "source",
+        source,
+        lengths=lengths,
+        ignored=ignored,
+        labels=labels,
+        position_ids=position_ids,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
     segments, tokens = lengths.numel(), source.numel()
     _scan_kernel[(1,)](lengths, cu_seqlens, segments, TILE=_TILE)
     if tokens == 0 or segments == 0:
         return
     steps = segments.bit_length()
     _fill_kernel[(triton.cdiv(tokens, _TILE),)](
-        cu_seqlens, ignored, source, labels, position_ids, seq_idx, position_ids_start, segments, tokens, steps,
+        cu_seqlens,
+        ignored,
+        source,
+        labels,
+        position_ids,
+        seq_idx,
+        position_ids_start,
+        segments,
+        tokens,
+        steps,
         TILE=_TILE,
-    )  # fmt: skip
+    )

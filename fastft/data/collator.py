@@ -1,8 +1,10 @@
 """One packed batch out of a list of examples, with every boundary that attention kernels read.
 
-Examples are checked and laid out as columns (`columns.py`), put into rows (`rows.py`), labelled by the task
-(`masking.py`, `seq2seq.py`), and the boundaries filled in (`boundaries.py`, `batch.py`). There is never a 2-D attention
-mask: in transformers one disables the detection of packed sequences, and so does a cache (hence `use_cache`: False).
+Examples are checked and laid out as columns (`columns.py`), put into rows (`rows.py`), labelled by
+the task (`masking.py`, `seq2seq.py`), and the boundaries filled in (`boundaries.py`, `batch.py`).
+There is never a 2-D attention
+mask: in transformers one disables the detection of packed sequences, and so does a cache (hence
+    `use_cache`: False).
 """
 
 from __future__ import annotations
@@ -53,38 +55,47 @@ RESERVED = (
 
 
 def _check_slices_logits(model: Any) -> None:
-    """Raises ValueError where a mask of the logits to keep would not be understood; `model` may be just True."""
+    """Raises ValueError where a mask of the logits to keep would not be understood; `model` may be
+    just True."""
     import transformers
 
     if model is not True and not isinstance(model, torch.nn.Module):
         raise ValueError(f"supervised_only must be True, False or a model, got {model!r}")
     if not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
-        raise ValueError(f"supervised_only needs transformers >= 5.23, {transformers.__version__} is installed")
+        raise ValueError(
+            f"supervised_only needs transformers >= 5.23, {transformers.__version__} is installed"
+        )
     if model is True:
         return
     base = base_model(model)
     if "slice_logits_to_keep" not in inspect.unwrap(type(base).forward).__code__.co_names:
-        raise ValueError(f"supervised_only: {type(base).__name__} does not use transformers' slice_logits_to_keep")
+        raise ValueError(
+            f"supervised_only: {type(base).__name__} does not use transformers' "
+            f"slice_logits_to_keep"
+        )
 
 
 def _supervised(labels: Tensor) -> dict[str, Tensor]:
     """What makes a causal model compute logits for the tokens alone whose successor has a label."""
     following = torch.full_like(labels, IGNORE_INDEX)
-    following.view(-1)[:-1] = labels.view(-1)[1:]  # the last token of a row is followed by an ignored one
+    # the last token of a row is followed by an ignored one
+    following.view(-1)[:-1] = labels.view(-1)[1:]
     keep = following != IGNORE_INDEX
     return {"logits_to_keep": keep, "shift_labels": following[keep]}
 
 
 class PackingCollator:
-    """A list of examples, or of packs from `fastft.pack`, becomes one packed batch. For `Trainer(data_collator=...)`.
+    """A list of examples, or of packs from `fastft.pack`, becomes one packed batch. For
+    `Trainer(data_collator=...)`.
 
-    An example is a dict with `input_ids` (list, array or tensor of n > 0 integers), optionally `attention_mask` (tokens
-    that it masks are removed) and labels as the task has them. Other keys with n numbers are kept; text and single
-    numbers are left out. An example that is several documents, packed by another tool, is cut into them, each of which
-    is an example from then on: where `position_ids` begin anew, `seq_idx` or a numbering `attention_mask` changes, or
-    as `seq_lengths`, `cu_seq_lens` (`_q`, `_k`), `cu_seqlens` say. A feature may also be a row or more of an Arrow
-    table. The batch is a `PackedBatch`, a dict. For R rows of T tokens, in all S segments, which are the examples and
-    the padding of each row:
+    An example is a dict with `input_ids` (list, array or tensor of n > 0 integers), optionally
+    `attention_mask` (tokens that it masks are removed) and labels as the task has them. Other keys
+    with n numbers are kept; text and single numbers are left out. An example that is several
+    documents, packed by another tool, is cut into them, each of which is an example from then on:
+    where `position_ids` begin anew, `seq_idx` or a numbering `attention_mask` changes, or as
+    `seq_lengths`, `cu_seq_lens` (`_q`, `_k`), `cu_seqlens` say. A feature may also be a row or more
+    of an Arrow table. The batch is a `PackedBatch`, a dict. For R rows of T tokens, in all S
+    segments, which are the examples and the padding of each row:
 
     | key | value |
     |---|---|
@@ -99,49 +110,59 @@ class PackingCollator:
 
     What labels are depends on the task:
 
-    - `causal_lm`: n in an example, else its input_ids. The model shifts them: each example's first one is ignored.
+    - `causal_lm`: n in an example, else its input_ids. The model shifts them: each example's first
+      one is ignored.
     - `token_classification`: n in an example, all kept; without them the batch has none.
-    - `masked_lm`: drawn as transformers' `DataCollatorForLanguageModeling` does it, which changes input_ids; without
-      `tokenizer` the examples are masked already and have n labels, all kept.
-    - `sequence_classification`: a number, or C of them, as `labels` or `label`. The batch's are (E,) or (E, C) for E
-      examples in the order in which they came, int64 or float32; `label_segments`, int64 (E,), are their segments. The
-      model needs `fastft.pool_segments`.
-    - `seq2seq`: m in an example. The batch's are (R, U), with `decoder_input_ids` int64 (R, U), `decoder_cu_seq_lens`
-      int32 (S + 1,), `decoder_max_length` int; all other keys are the encoder's. For models with
-      `attn_implementation="fastft"`, which keeps decoder, encoder and what is between them apart by these boundaries.
+    - `masked_lm`: drawn as transformers' `DataCollatorForLanguageModeling` does it, which changes
+      input_ids; without `tokenizer` the examples are masked already and have n labels, all kept.
+    - `sequence_classification`: a number, or C of them, as `labels` or `label`. The batch's are
+      (E,) or (E, C) for E examples in the order in which they came, int64 or float32;
+      `label_segments`, int64 (E,), are their segments. The model needs `fastft.pool_segments`.
+    - `seq2seq`: m in an example. The batch's are (R, U), with `decoder_input_ids` int64 (R, U),
+      `decoder_cu_seq_lens` int32 (S + 1,), `decoder_max_length` int; all other keys are the
+      encoder's. For models with `attn_implementation="fastft"`, which keeps decoder, encoder and
+      what is between them apart by these boundaries.
 
-    With `supervised_only` there are also `logits_to_keep`, bool (R, T), whether the token after has a label, and
-    `shift_labels`, int64 (K,), these labels: the model computes hidden states for all tokens, but logits for K alone;
-    the loss is the same. Its logits are then (K, V): evaluate with `prediction_loss_only=True`, and leave label
-    smoothing and `compute_loss_func` alone, which expect (R, T, V).
+    With `supervised_only` there are also `logits_to_keep`, bool (R, T), whether the token after has
+    a label, and `shift_labels`, int64 (K,), these labels: the model computes hidden states for all
+    tokens, but logits for K alone; the loss is the same. Its logits are then (K, V): evaluate with
+    `prediction_loss_only=True`, and leave label smoothing and `compute_loss_func` alone, which
+    expect (R, T, V).
 
     Args:
         task: what the labels are; see above.
-        rows: rows of the batch, fewer where there are fewer examples. Examples are spread so that rows are about
-            equally long; a pack stays whole. Each row that is shorter than the longest ends with padding.
-        pad_to_multiple_of: T (and U) is rounded up to a multiple; padding is a segment, labels -100, other keys 0.
+        rows: rows of the batch, fewer where there are fewer examples. Examples are spread so that
+            rows are about equally long; a pack stays whole. Each row that is shorter than the
+            longest ends with padding.
+        pad_to_multiple_of: T (and U) is rounded up to a multiple; padding is a segment, labels
+            -100, other keys 0.
         position_ids_start: position of an example's first token; RoBERTa-like models need 2.
         pad_token_id: the token used for padding.
-        supervised_only: False; True; or the model that the batches are for, which is then checked. Needs transformers
-            5.23 and a causal model that uses its `slice_logits_to_keep`.
-        tokenizer: for `masked_lm`: its mask token, vocabulary and special tokens (unless the examples have a
-            `special_tokens_mask`).
+        supervised_only: False; True; or the model that the batches are for, which is then checked.
+            Needs transformers 5.23 and a causal model that uses its `slice_logits_to_keep`.
+        tokenizer: for `masked_lm`: its mask token, vocabulary and special tokens (unless the
+            examples have a `special_tokens_mask`).
         mlm_probability: share of the tokens that `masked_lm` masks.
         seed: of the masks; None draws from torch's global generator.
-        decoder_start_token_id: for `seq2seq`, from the model's config; not needed if examples have decoder_input_ids.
-        expand_on_device: returns a `FlatBatch`, whose `.to(device)`, called by accelerate and so by Trainer, makes one
-            copy of all integers and computes positions, segments, boundaries and ignored labels there.
-        pad_examples: examples that are in no `Pack` are padded instead, a row for each and an `attention_mask`, in a
-            plain dict, as transformers' collators do it: training on `fastft.pack(...)` and evaluation on the dataset
-            itself, or generation, then share a collator. `pad_token_id` must be the model's.
-        impl: `"auto"`, `"cpp"`, `"cuda"`, `"triton"` or `"eager"`; the GPU's with `expand_on_device`.
+        decoder_start_token_id: for `seq2seq`, from the model's config; not needed if examples have
+            decoder_input_ids.
+        expand_on_device: returns a `FlatBatch`, whose `.to(device)`, called by accelerate and so by
+            Trainer, makes one copy of all integers and computes positions, segments, boundaries and
+            ignored labels there.
+        pad_examples: examples that are in no `Pack` are padded instead, a row for each and an
+            `attention_mask`, in a plain dict, as transformers' collators do it: training on
+            `fastft.pack(...)` and evaluation on the dataset itself, or generation, then share a
+            collator. `pad_token_id` must be the model's.
+        impl: `"auto"`, `"cpp"`, `"cuda"`, `"triton"` or `"eager"`; the GPU's with
+            `expand_on_device`.
 
     Raises:
-        ValueError: an argument out of its range; `supervised_only` where transformers or the model lacks it; in a call,
-            no examples, input_ids missing or empty, keys that differ between examples, a key that has not one number
-            per token, or the name of one of the batch's own, labels that the task needs and the examples lack,
-            positions that do not count from where a document begins (0 or `position_ids_start`), several documents
-            where a task has labels for none of them, more tokens than int32 counts.
+        ValueError: an argument out of its range; `supervised_only` where transformers or the model
+            lacks it; in a call, no examples, input_ids missing or empty, keys that differ between
+            examples, a key that has not one number per token, or the name of one of the batch's
+            own, labels that the task needs and the examples lack, positions that do not count from
+            where a document begins (0 or `position_ids_start`), several documents where a task has
+            labels for none of them, more tokens than int32 counts.
         TypeError: in a call, a feature that is neither a dict nor a pack.
         RuntimeError: the engine asked for is not available.
     """
@@ -169,12 +190,19 @@ class PackingCollator:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 if name == "rows" or value is not None:
                     raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name, value in (("position_ids_start", position_ids_start), ("pad_token_id", pad_token_id)):
+        for name, value in (
+            ("position_ids_start", position_ids_start),
+            ("pad_token_id", pad_token_id),
+        ):
             if not hasattr(value, "__index__") or value < 0:
                 raise ValueError(f"{name} must be an integer from 0 on, got {value!r}")
         if supervised_only is not False:
             if task != "causal_lm" or expand_on_device:
-                other = "expand_on_device, as labels are chosen on the host" if expand_on_device else f"task {task!r}"
+                other = (
+                    "expand_on_device, as labels are chosen on the host"
+                    if expand_on_device
+                    else f"task {task!r}"
+                )
                 raise ValueError(f"supervised_only does not go with {other}")
             _check_slices_logits(supervised_only)
         if not expand_on_device:
@@ -183,7 +211,11 @@ class PackingCollator:
             check_impl(impl)
         self.task, self.rows, self.pad_token_id = task, rows, pad_token_id
         self.pad_to_multiple_of, self.position_ids_start = pad_to_multiple_of, position_ids_start
-        self.supervised_only, self.expand_on_device, self.impl = supervised_only is not False, expand_on_device, impl
+        self.supervised_only, self.expand_on_device, self.impl = (
+            supervised_only is not False,
+            expand_on_device,
+            impl,
+        )
         self.decoder_start_token_id, self.pad_examples = decoder_start_token_id, pad_examples
         self.masking = None if tokenizer is None else TokenMasking(tokenizer, mlm_probability, seed)
 
@@ -197,14 +229,22 @@ class PackingCollator:
         decoder, decoder_lengths = take_decoder(columns) if self.task == "seq2seq" else ({}, [])
         columns, lengths, counts = self._documents(columns, counts)
         if self.pad_examples and not any(map(is_pack, features)):
-            return self._padded(columns, lengths, None if labels is None else labels.values, decoder, decoder_lengths)
+            return self._padded(
+                columns,
+                lengths,
+                None if labels is None else labels.values,
+                decoder,
+                decoder_lengths,
+            )
         rows = self._rows(counts, lengths, decoder_lengths)
         multiple = self.pad_to_multiple_of or 1
         integers: dict[str, Tensor] = {}
         others: dict[str, Any] = {}
         if decoder:
             layout, decoder_layout = lay_out_both(lengths, decoder_lengths, rows, multiple)
-            integers, others = decoder_batch(decoder, decoder_layout, self.decoder_start_token_id, self.pad_token_id)
+            integers, others = decoder_batch(
+                decoder, decoder_layout, self.decoder_start_token_id, self.pad_token_id
+            )
         else:
             layout = lay_out(lengths, rows, width_of(lengths, rows, multiple))
         flat = self._flatten(columns, layout)
@@ -220,7 +260,8 @@ class PackingCollator:
         decoder: Columns,
         decoder_lengths: list[int],
     ) -> PackedBatch:
-        """The batch that transformers' padding collators make: a row for each example, and an attention_mask."""
+        """The batch that transformers' padding collators make: a row for each example, and an
+        attention_mask."""
         rows = [[row] for row in range(len(lengths))]
         multiple = self.pad_to_multiple_of or 1
         layout = lay_out(lengths, rows, width_of(lengths, rows, multiple))
@@ -228,7 +269,9 @@ class PackingCollator:
         real = torch.arange(layout.width) < torch.tensor(lengths)[:, None]
         if decoder:
             width = width_of(decoder_lengths, rows, multiple)
-            batch |= decoder_columns(decoder, lay_out(decoder_lengths, rows, width), self.pad_token_id)
+            batch |= decoder_columns(
+                decoder, lay_out(decoder_lengths, rows, width), self.pad_token_id
+            )
         elif labels is not None:
             batch["labels"] = labels
         elif self.task == "causal_lm" and "labels" not in batch:
@@ -242,10 +285,16 @@ class PackingCollator:
         made = (*RESERVED, "logits_to_keep", "shift_labels") if self.supervised_only else RESERVED
         for key in made:
             if key in columns:
-                raise ValueError(f"the examples have a column {key!r}, which the collator makes itself: rename it")
+                raise ValueError(
+                    f"the examples have a column {key!r}, which the collator makes itself: rename "
+                    f"it"
+                )
 
-    def _documents(self, columns: Columns, counts: list[int]) -> tuple[Columns, list[int], list[int]]:
-        """The checked columns without what is masked, rows that another tool packed cut into their documents.
+    def _documents(
+        self, columns: Columns, counts: list[int]
+    ) -> tuple[Columns, list[int], list[int]]:
+        """The checked columns without what is masked, rows that another tool packed cut into their
+        documents.
 
         With them come the tokens of each example, and how many examples each feature is.
         """
@@ -259,7 +308,9 @@ class PackingCollator:
             self._refuse_documents(documents)
             columns = cut_documents(columns, lengths, documents)
             ends = [0, *itertools.accumulate(counts)]
-            counts = [sum(map(len, documents[begin:end])) for begin, end in itertools.pairwise(ends)]
+            counts = [
+                sum(map(len, documents[begin:end])) for begin, end in itertools.pairwise(ends)
+            ]
             lengths = [*itertools.chain(*documents)]
         for key in KEYS & columns.keys():
             del columns[key]
@@ -274,19 +325,27 @@ class PackingCollator:
         if what:
             index = next(index for index, sizes in enumerate(documents) if len(sizes) > 1)
             raise ValueError(
-                f"example {index} is {len(documents[index])} documents, packed by another tool, and {what}: give the "
+                f"example {index} is {len(documents[index])} documents, packed by another tool, "
+                f"and {what}: give the "
                 "documents one by one, and let fastft.pack pack them"
             )
 
-    def _rows(self, counts: list[int], lengths: list[int], decoder_lengths: list[int]) -> list[list[int]]:
+    def _rows(
+        self, counts: list[int], lengths: list[int], decoder_lengths: list[int]
+    ) -> list[list[int]]:
         """The examples of each row; `counts` are those which must stay in one."""
         if self.rows == 1:
             return [list(range(len(lengths)))]
         starts = [0, *itertools.accumulate(counts)]
         members = [range(begin, end) for begin, end in itertools.pairwise(starts)]
-        tokens = [sum(pair) for pair in itertools.zip_longest(lengths, decoder_lengths, fillvalue=0)]
+        tokens = [
+            sum(pair) for pair in itertools.zip_longest(lengths, decoder_lengths, fillvalue=0)
+        ]
         sizes = [sum(tokens[example] for example in unit) for unit in members]
-        return [[example for unit in row for example in members[unit]] for row in balanced_rows(sizes, self.rows)]
+        return [
+            [example for unit in row for example in members[unit]]
+            for row in balanced_rows(sizes, self.rows)
+        ]
 
     def _flatten(self, columns: dict[str, list[Any]], layout: Layout) -> dict[str, Tensor]:
         """The columns as the segments lie, (R, T); those of the task checked or drawn."""
@@ -294,25 +353,36 @@ class PackingCollator:
         if masking is not None:
             columns.pop("labels", None)
             if "special_tokens_mask" not in columns:
-                columns["special_tokens_mask"] = [*map(masking.special_tokens, columns["input_ids"])]
+                columns["special_tokens_mask"] = [
+                    *map(masking.special_tokens, columns["input_ids"])
+                ]
         elif self.task == "masked_lm" and "labels" not in columns:
-            raise ValueError("task 'masked_lm' needs tokenizer, or examples that have labels already")
+            raise ValueError(
+                "task 'masked_lm' needs tokenizer, or examples that have labels already"
+            )
         fills = {
             "input_ids": self.pad_token_id,
             "labels": IGNORE_INDEX,
             "special_tokens_mask": int(masking is not None),
         }
         flat = {
-            key: (flatten_integers if key in TOKEN_KEYS else flatten)(key, layout.arrange(values, fills.get(key, 0)))
+            key: (flatten_integers if key in TOKEN_KEYS else flatten)(
+                key, layout.arrange(values, fills.get(key, 0))
+            )
             for key, values in columns.items()
         }
         if masking is not None:
             flat["labels"] = masking(flat["input_ids"], flat.pop("special_tokens_mask"))
         return {key: tensor.view(layout.rows, layout.width) for key, tensor in flat.items()}
 
-    def _finish(self, flat: dict[str, Tensor], others: dict[str, Any], layout: Layout) -> PackedBatch | FlatBatch:
+    def _finish(
+        self, flat: dict[str, Tensor], others: dict[str, Any], layout: Layout
+    ) -> PackedBatch | FlatBatch:
         """The batch of its columns."""
-        shifts, of_tokens = self.task == "causal_lm", self.task not in ("sequence_classification", "seq2seq")
+        shifts, of_tokens = (
+            self.task == "causal_lm",
+            self.task not in ("sequence_classification", "seq2seq"),
+        )
         pairs = zip(layout.order, layout.lengths, strict=True)
         ignored = [length if example is None else int(shifts) for example, length in pairs]
         source = "labels" if of_tokens and "labels" in flat else "input_ids" if shifts else None

@@ -1,7 +1,7 @@
 """Columns: the values of one key in all examples, checked and laid out as one flat tensor.
 
-The values of a key may be lists, tuples, numpy arrays or tensors. What is right costs a few calls for the whole column
-and none for a token; only what is wrong is looked at one by one, to name it.
+The values of a key may be lists, tuples, numpy arrays or tensors. What is right costs a few calls
+for the whole column and none for a token; only what is wrong is looked at one by one, to name it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ MAX_TOKENS = 2**31 - 1  # what int32 boundaries can count
 
 
 def _are_vectors(values: list[Any]) -> bool:
-    """Whether all values are lists, or all one-dimensional arrays or tensors: the usual columns, without a loop."""
+    """Whether all values are lists, or all one-dimensional arrays or tensors: the usual columns,
+    without a loop."""
     try:
         return {*map(type, values)} == {list} or {*map(_NDIM, values)} == {1}
     except AttributeError:
@@ -27,7 +28,11 @@ def _are_vectors(values: list[Any]) -> bool:
 
 
 def _check_vector(key: str, index: int, value: Any) -> None:
-    if not hasattr(value, "__len__") or isinstance(value, str | dict) or getattr(value, "ndim", 1) != 1:
+    if (
+        not hasattr(value, "__len__")
+        or isinstance(value, str | dict)
+        or getattr(value, "ndim", 1) != 1
+    ):
         shape = getattr(value, "shape", None)
         what = f"shape {tuple(shape)}" if shape is not None else f"{type(value).__name__} {value!r}"
         raise ValueError(f"{key} of example {index} must hold one number per token, got {what}")
@@ -37,7 +42,8 @@ def lengths_of(key: str, values: list[Any]) -> list[int]:
     """The length of each value of a column.
 
     Raises:
-        ValueError: a value is not one-dimensional or empty, or together they are longer than int32 can count.
+        ValueError: a value is not one-dimensional or empty, or together they are longer than int32
+            can count.
     """
     if not _are_vectors(values):
         for index, value in enumerate(values):
@@ -47,25 +53,32 @@ def lengths_of(key: str, values: list[Any]) -> list[int]:
         raise ValueError(f"example {lengths.index(0)} has no tokens: {key} is empty")
     if sum(lengths) > MAX_TOKENS:
         raise ValueError(
-            f"the {len(lengths)} examples of the batch have {sum(lengths)} {key}, int32 boundaries count {MAX_TOKENS}"
+            f"the {len(lengths)} examples of the batch have {sum(lengths)} {key}, int32 boundaries "
+            f"count {MAX_TOKENS}"
         )
     return lengths
 
 
 def check_lengths(key: str, values: list[Any], lengths: list[int], of: str) -> None:
-    """Raises ValueError unless the values of `key` are as long as those of the column `of`, `lengths`."""
+    """Raises ValueError unless the values of `key` are as long as those of the column `of`,
+    `lengths`."""
     if _are_vectors(values) and [*map(len, values)] == lengths:
         return
     for index, value in enumerate(values):
         _check_vector(key, index, value)
         if len(value) != lengths[index]:
-            raise ValueError(f"{key} of example {index} has length {len(value)}, its {of} {lengths[index]}")
+            raise ValueError(
+                f"{key} of example {index} has length {len(value)}, its {of} {lengths[index]}"
+            )
 
 
 def take_mask(key: str, columns: dict[str, list[Any]]) -> Tensor | None:
-    """Takes `key` out of the columns: the masks of all examples, (T,), or None if nothing is masked or numbered."""
+    """Takes `key` out of the columns: the masks of all examples, (T,), or None if nothing is masked
+    or numbered."""
     masks = columns.pop(key, None)
-    if masks is None or ({*map(type, masks)} == {list} and all(mask.count(1) == len(mask) for mask in masks)):
+    if masks is None or (
+        {*map(type, masks)} == {list} and all(mask.count(1) == len(mask) for mask in masks)
+    ):
         return None
     flat = flatten(key, masks)
     low, high = flat.aminmax()
@@ -73,9 +86,14 @@ def take_mask(key: str, columns: dict[str, list[Any]]) -> Tensor | None:
 
 
 def drop_masked(
-    key: str, mask: Tensor | None, columns: dict[str, list[Any]], keys: Iterable[str], lengths: list[int]
+    key: str,
+    mask: Tensor | None,
+    columns: dict[str, list[Any]],
+    keys: Iterable[str],
+    lengths: list[int],
 ) -> list[int]:
-    """Takes the tokens that `mask` (T,), the values of `key`, masks out of the columns `keys`; returns the new lengths.
+    """Takes the tokens that `mask` (T,), the values of `key`, masks out of the columns `keys`;
+    returns the new lengths.
 
     Raises:
         ValueError: nothing is left of an example.
@@ -93,7 +111,8 @@ def drop_masked(
 
 
 def flatten(key: str, values: Sequence[Any]) -> Tensor:
-    """All values of a column one after another in a new CPU tensor (T,): int64, or the floating-point dtype they have.
+    """All values of a column one after another in a new CPU tensor (T,): int64, or the
+    floating-point dtype they have.
 
     Numbers from lists that are no integers become float32.
 
@@ -114,7 +133,8 @@ def flatten(key: str, values: Sequence[Any]) -> Tensor:
 
 
 def flatten_integers(key: str, values: Sequence[Any]) -> Tensor:
-    """`flatten` for tokens and labels: int64; raises ValueError where the numbers are no integers."""
+    """`flatten` for tokens and labels: int64; raises ValueError where the numbers are no
+    integers."""
     flat = flatten(key, values)
     if flat.is_floating_point():
         raise ValueError(f"{key} must be integers, got {flat.dtype}")
@@ -149,7 +169,9 @@ def _flat_tensors(key: str, values: Sequence[Tensor]) -> Tensor:
         flat = flat.cpu()
     except RuntimeError:  # of which NotImplementedError is one: torch cannot join or read them
         kinds = sorted({f"{value.dtype} {value.layout} on {value.device}" for value in values})
-        raise ValueError(f"{key} must be dense tensors of numbers on one device, got {', '.join(kinds)}") from None
+        raise ValueError(
+            f"{key} must be dense tensors of numbers on one device, got {', '.join(kinds)}"
+        ) from None
     if flat.is_floating_point():
         return flat
     if flat.dtype == torch.uint64 and bool((flat.long() < 0).any()):
@@ -164,7 +186,9 @@ def _flat_arrays(key: str, values: Sequence[Any]) -> Tensor:
     dtypes = {*map(_DTYPE, values)}
     kinds = {dtype.kind for dtype in dtypes}
     if kinds <= {*"iub"}:
-        if numpy.dtype("uint64") in dtypes and any((value > numpy.uint64(2**63 - 1)).any() for value in values):
+        if numpy.dtype("uint64") in dtypes and any(
+            (value > numpy.uint64(2**63 - 1)).any() for value in values
+        ):
             raise ValueError(f"{key} holds an integer that does not fit into int64")
         return torch.from_numpy(numpy.concatenate(values, dtype=numpy.int64, casting="unsafe"))
     if kinds <= {*"iubf"}:
@@ -173,10 +197,13 @@ def _flat_arrays(key: str, values: Sequence[Any]) -> Tensor:
 
 
 def padding_like(value: Any, count: int, fill: int) -> Any:
-    """A value for `flatten` that holds `fill` `count` times, and changes nothing about its column's dtype."""
+    """A value for `flatten` that holds `fill` `count` times, and changes nothing about its column's
+    dtype."""
     floating = "float" in str(getattr(value, "dtype", ""))
     if isinstance(value, Tensor):
-        return torch.full((count,), fill, dtype=value.dtype if floating else torch.int64, device=value.device)
+        return torch.full(
+            (count,), fill, dtype=value.dtype if floating else torch.int64, device=value.device
+        )
     if isinstance(value, list | tuple):
         return [fill] * count
     import numpy

@@ -8,9 +8,10 @@ Such a row is one example with several documents, and says so by one of these co
     seq_lengths     the tokens of each document, as TRL's packing has them
     cu_seq_lens     where documents begin, and the tokens of the row; also as cu_seq_lens_q, cu_seq_lens_k, cu_seqlens
 
-Any of them cuts. A document that begins at another position than all others, or positions that jump (shared prefixes,
-positions drawn with gaps), cannot be numbered anew without training something else: that is an error. Tokens that are
-masked count for nothing here; they stay with the document before them.
+Any of them cuts. A document that begins at another position than all others, or positions that jump
+(shared prefixes, positions drawn with gaps), cannot be numbered anew without training something
+else: that is an error. Tokens that are masked count for nothing here; they stay with the document
+before them.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ def document_lengths(
     """The tokens of the documents of each example; None if every example is one document.
 
     Args:
-        columns: of the examples; what is per token must be so. Without one of the keys above the answer is None.
+        columns: of the examples; what is per token must be so. Without one of the keys above the
+            answer is None.
         lengths: tokens of each example.
-        start: a position at which documents may begin besides 0; None: all of an example begin alike, wherever.
+        start: a position at which documents may begin besides 0; None: all of an example begin
+            alike, wherever.
         masks: the attention masks of all examples, (T,), or None if nothing is masked.
 
     Raises:
-        ValueError: positions are no count from where documents begin; lengths or borders are not those of the example.
+        ValueError: positions are no count from where documents begin; lengths or borders are not
+            those of the example.
     """
     given = columns.keys() & KEYS
     numbered = masks is not None and bool((masks > 1).any())
@@ -57,7 +61,9 @@ def document_lengths(
         numbers.append(flatten_integers(NUMBERS, columns[NUMBERS]))
     if numbered:
         numbers.append(masks)  # type: ignore[arg-type]
-    positions = flatten_integers(POSITIONS, columns[POSITIONS])[kept] if POSITIONS in given else None
+    positions = (
+        flatten_integers(POSITIONS, columns[POSITIONS])[kept] if POSITIONS in given else None
+    )
     changed = rows[kept].diff() != 0
     inner = torch.zeros_like(changed)
     for number in numbers:
@@ -80,12 +86,21 @@ def _numbers(key: str, values: list[Any], lengths: Sequence[int]) -> Tensor:
     """The document of each token (T,), by their lengths or borders in `values`."""
     made = []
     for index, (value, length) in enumerate(zip(values, lengths, strict=True)):
-        listed = flatten_integers(key, [value]) if hasattr(value, "__len__") and len(value) else torch.zeros(1).long()
+        listed = (
+            flatten_integers(key, [value])
+            if hasattr(value, "__len__") and len(value)
+            else torch.zeros(1).long()
+        )
         sizes = listed if key == SIZES else listed.diff()
-        if (key != SIZES and int(listed[0])) or bool((sizes < 0).any()) or int(sizes.sum()) != length:
+        if (
+            (key != SIZES and int(listed[0]))
+            or bool((sizes < 0).any())
+            or int(sizes.sum()) != length
+        ):
             what = "the lengths" if key == SIZES else "the borders, from 0,"
             raise ValueError(
-                f"{key} of example {index} must be {what} of its documents, {length} tokens in all, got "
+                f"{key} of example {index} must be {what} of its documents, {length} tokens in "
+                f"all, got "
                 f"{listed.tolist()}"
             )
         made.append(torch.repeat_interleave(sizes))
@@ -93,7 +108,12 @@ def _numbers(key: str, values: list[Any], lengths: Sequence[int]) -> Tensor:
 
 
 def _check_positions(
-    positions: Tensor, begun: Tensor, kept: Tensor, rows: Tensor, lengths: Sequence[int], start: int | None
+    positions: Tensor,
+    begun: Tensor,
+    kept: Tensor,
+    rows: Tensor,
+    lengths: Sequence[int],
+    start: int | None,
 ) -> None:
     """Raises ValueError where a document begins at a position at which none may."""
     if positions.numel() == 0:
@@ -111,17 +131,24 @@ def _check_positions(
     example, token = int(row[place]), int(kept[begins[place]])
     offset = token - sum(lengths[:example])
     before = int(positions[begins[place] - 1]) if begins[place] and offset else None
-    came = f"begin at {found[place]}" if before is None else f"are {found[place]} after {before} at token {offset}"
+    came = (
+        f"begin at {found[place]}"
+        if before is None
+        else f"are {found[place]} after {before} at token {offset}"
+    )
     where = "0" if not start else f"0 or position_ids_start={start}"
     raise ValueError(
-        f"position_ids of example {example} {came}; the collator numbers the tokens of each document anew, so that "
-        f"positions must begin at {where} and go up by one: take the column out if they do not matter (RoBERTa-like "
+        f"position_ids of example {example} {came}; the collator numbers the tokens of each "
+        f"document anew, so that "
+        f"positions must begin at {where} and go up by one: take the column out if they do not "
+        f"matter (RoBERTa-like "
         "models: position_ids_start=2), or pad instead of packing if they do"
     )
 
 
 def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list[int]]) -> Columns:
-    """The columns with an example for each document; what says where they begin is gone, but for `position_ids`.
+    """The columns with an example for each document; what says where they begin is gone, but for
+    `position_ids`.
 
     Raises:
         ValueError: an example of several documents has labels that are not per token.
@@ -131,7 +158,9 @@ def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list
         if key in KEYS and key != POSITIONS:
             continue
         made = cut[key] = list[Any]()
-        for index, (value, length, sizes) in enumerate(zip(values, lengths, documents, strict=True)):
+        for index, (value, length, sizes) in enumerate(
+            zip(values, lengths, documents, strict=True)
+        ):
             if len(sizes) == 1:
                 made.append(value)
             elif is_per_token(value, length):
@@ -139,7 +168,8 @@ def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list
                 made += [value[end - size : end] for end, size in zip(ends, sizes, strict=True)]
             elif key in LABEL_KEYS:
                 raise ValueError(
-                    f"example {index} is {len(sizes)} documents, packed by another tool, but has no label for each "
+                    f"example {index} is {len(sizes)} documents, packed by another tool, but has "
+                    f"no label for each "
                     f"token: its {key} cannot be shared out; give the documents one by one"
                 )
             else:
@@ -153,17 +183,24 @@ def is_per_token(value: Any, tokens: int) -> bool:
 
 
 def shortened(example: dict[str, Any], begin: int, length: int) -> dict[str, Any]:
-    """What `length` tokens of an example from `begin` have in place of its columns that say where documents begin.
+    """What `length` tokens of an example from `begin` have in place of its columns that say where
+    documents begin.
 
-    A document of which the first tokens are missing is one of its own, which begins where the part does.
+    A document of which the first tokens are missing is one of its own, which begins where the part
+    does.
     """
     tokens = len(example["input_ids"])
     columns = {key: [value] for key, value in example.items() if key in KEYS}
     mask = example.get(MASK)
-    masks = flatten_integers(MASK, [mask]) if mask is not None and is_per_token(mask, tokens) else None
+    masks = (
+        flatten_integers(MASK, [mask]) if mask is not None and is_per_token(mask, tokens) else None
+    )
     sizes = (document_lengths(columns, [tokens], masks=masks) or [[tokens]])[0]
     ends = list(itertools.accumulate(sizes))
-    overlaps = [min(end, begin + length) - max(end - size, begin) for end, size in zip(ends, sizes, strict=True)]
+    overlaps = [
+        min(end, begin + length) - max(end - size, begin)
+        for end, size in zip(ends, sizes, strict=True)
+    ]
     left = [overlap for overlap in overlaps if overlap > 0]
     made: dict[str, Any] = {
         POSITIONS: [place for size in left for place in range(size)],

@@ -1,4 +1,5 @@
-"""What a collator is given, as columns: dicts, rows of Arrow tables, and packs, which are columns already."""
+"""What a collator is given, as columns: dicts, rows of Arrow tables, and packs, which are columns
+already."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Columns = dict[str, list[Any]]
 
 
 class Values:
-    """One key's values in the examples of a pack. Its length is that of all of them together: in `input_ids`, tokens.
+    """One key's values in the examples of a pack. Its length is that of all of them together: in
+    `input_ids`, tokens.
 
     `Trainer` asks a feature for that where it groups by length.
     """
@@ -29,16 +31,19 @@ class Values:
 
     def __getitem__(self, place: Any) -> Any:
         raise TypeError(
-            "only fastft.PackingCollator makes batches of the packs of fastft.pack: give it to Trainer as "
+            "only fastft.PackingCollator makes batches of the packs of fastft.pack: give it to "
+            "Trainer as "
             "data_collator=fastft.PackingCollator(), or to a DataLoader as collate_fn"
         )
 
 
 class Pack(dict[str, Values]):
-    """Examples that go through the model together, as `fastft.pack` yields them: a `Values` for each of their keys.
+    """Examples that go through the model together, as `fastft.pack` yields them: a `Values` for
+    each of their keys.
 
-    It is a dict by column, so that Trainer's `remove_unused_columns` takes out of it what the model has no argument
-    for, as it does with an example. Rows that another tool packed are cut into their documents; see `documents.py`.
+    It is a dict by column, so that Trainer's `remove_unused_columns` takes out of it what the model
+    has no argument for, as it does with an example. Rows that another tool packed are cut into
+    their documents; see `documents.py`.
 
     Args:
         examples: dicts with the same keys.
@@ -67,28 +72,37 @@ class Pack(dict[str, Values]):
 def _masks(columns: Columns, lengths: Sequence[int]) -> Any:
     """The attention masks one after another, if every token has one."""
     masks = columns.get("attention_mask")
-    if masks is None or [len(mask) if hasattr(mask, "__len__") else -1 for mask in masks] != list(lengths):
+    if masks is None or [len(mask) if hasattr(mask, "__len__") else -1 for mask in masks] != list(
+        lengths
+    ):
         return None
     return flatten_integers("attention_mask", masks)
 
 
 def _transposed(examples: Sequence[dict[str, Any]]) -> Columns:
-    """The values by key, one of each example; raises ValueError where keys differ, or input_ids are missing."""
+    """The values by key, one of each example; raises ValueError where keys differ, or input_ids are
+    missing."""
     if not examples:
         return {}
     keys = examples[0].keys()
-    if "input_ids" not in keys or [example.keys() for example in examples].count(keys) < len(examples):
+    if "input_ids" not in keys or [example.keys() for example in examples].count(keys) < len(
+        examples
+    ):
         for index, example in enumerate(examples):
             if "input_ids" not in example:
                 raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
             if example.keys() != keys:
-                raise ValueError(f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}")
+                raise ValueError(
+                    f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}"
+                )
     return {key: [example[key] for example in examples] for key in keys}
 
 
 def is_pack(feature: Any) -> bool:
     """Whether a feature is a `Pack`, or what Trainer's `remove_unused_columns` left of one."""
-    return isinstance(feature, Pack) or (isinstance(feature, dict) and type(feature.get("input_ids")) is Values)
+    return isinstance(feature, Pack) or (
+        isinstance(feature, dict) and type(feature.get("input_ids")) is Values
+    )
 
 
 def examples_of(pack: dict[str, Values]) -> list[dict[str, Any]]:
@@ -108,7 +122,9 @@ def arrow_examples(table: Any) -> list[dict[str, Any]]:
             columns[key] = whole.to_pylist()
         else:
             numbers, offsets = memory
-            columns[key] = [numbers[begin:end] for begin, end in itertools.pairwise(offsets.tolist())]
+            columns[key] = [
+                numbers[begin:end] for begin, end in itertools.pairwise(offsets.tolist())
+            ]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -119,7 +135,8 @@ def _is_arrow(feature: Any) -> bool:
 def _units_of(features: list[Any]) -> list[list[dict[str, Any]]]:
     """The examples, grouped as they must stay in a row: those of a pack together, others alone."""
     units: list[list[dict[str, Any]]] = []
-    among_packs = any(map(is_pack, features))  # whose columns do not say any more where documents begin
+    # whose columns do not say any more where documents begin
+    among_packs = any(map(is_pack, features))
     for feature in features:
         if is_pack(feature):
             units.append(examples_of(feature))
@@ -133,11 +150,13 @@ def _units_of(features: list[Any]) -> list[list[dict[str, Any]]]:
 
 
 def columns_of(features: Iterable[Any], required: Iterable[str] = ()) -> tuple[Columns, list[int]]:
-    """The values by key, one of each example, of the keys that may hold numbers for tokens; input_ids first.
+    """The values by key, one of each example, of the keys that may hold numbers for tokens;
+    input_ids first.
 
     Args:
         features: examples, packs or Arrow tables.
-        required: keys that are kept whatever they hold: those which the task knows. `input_ids` is one of them.
+        required: keys that are kept whatever they hold: those which the task knows. `input_ids` is
+            one of them.
 
     Returns:
         The columns, and how many examples each feature is: those of a pack must stay in one row.
@@ -149,10 +168,18 @@ def columns_of(features: Iterable[Any], required: Iterable[str] = ()) -> tuple[C
     features = list(features)
     if not features:
         raise ValueError("the collator got no examples")
-    if {*map(type, features)} == {dict} and Values not in {type(feature.get("input_ids")) for feature in features}:
+    if {*map(type, features)} == {dict} and Values not in {
+        type(feature.get("input_ids")) for feature in features
+    }:
         columns, counts = _transposed(features), [1] * len(features)
-    elif all(map(is_pack, features)) and all(features) and all(one.keys() == features[0].keys() for one in features):
-        columns = {key: [*itertools.chain(*[pack[key].values for pack in features])] for key in features[0]}
+    elif (
+        all(map(is_pack, features))
+        and all(features)
+        and all(one.keys() == features[0].keys() for one in features)
+    ):
+        columns = {
+            key: [*itertools.chain(*[pack[key].values for pack in features])] for key in features[0]
+        }
         counts = [len(pack["input_ids"].values) for pack in features]
     else:
         units = _units_of(features)
@@ -167,7 +194,10 @@ def columns_of(features: Iterable[Any], required: Iterable[str] = ()) -> tuple[C
 
 
 def _is_per_token(value: Any) -> bool:
-    """Whether a column may hold numbers for tokens. Text, single numbers and None go nowhere near a model."""
+    """Whether a column may hold numbers for tokens. Text, single numbers and None go nowhere near a
+    model."""
     if isinstance(value, list | tuple):
         return bool(value) and not isinstance(value[0], str | dict) and value[0] is not None
-    return hasattr(value, "ndim") and value.ndim > 0 and getattr(value.dtype, "kind", "i") not in "OSU"
+    return (
+        hasattr(value, "ndim") and value.ndim > 0 and getattr(value.dtype, "kind", "i") not in "OSU"
+    )

@@ -1,15 +1,17 @@
-"""What the host knows of boundaries that lie on a device, so that it need not wait for the device to learn them.
+"""What the host knows of boundaries that lie on a device, so that it need not wait for the device
+to learn them.
 
-Boundaries, cu_seqlens of S + 1 integers, are made on the host. They are needed there again at every attention call: to
-check them, to cut rows into tiles, to know the longest segment. A batch that is moved by its own `.to` notes them with
-the tensor on the device, and whoever copies the dict holds that tensor still. Others are read, all that are asked for
-together with one wait, and noted too. A note ends with its tensor. It counts for what was read alone:
+Boundaries, cu_seqlens of S + 1 integers, are made on the host. They are needed there again at every
+attention call: to check them, to cut rows into tiles, to know the longest segment. A batch that is
+moved by its own `.to` notes them with the tensor on the device, and whoever copies the dict holds
+that tensor still. Others are read, all that are asked for together with one wait, and noted too. A
+note ends with its tensor. It counts for what was read alone:
 
     on a device    the tensor's version, which every operation in place raises, and its address
     on the host    the numbers themselves, which nobody waits for
 
-Tensors of inference mode have no version: those on a device are read each time. Who writes to a device's boundaries
-through `.data`, which has a version of its own, is not seen.
+Tensors of inference mode have no version: those on a device are read each time. Who writes to a
+device's boundaries through `.data`, which has a version of its own, is not seen.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class HostBoundaries:
 
     Attributes:
         ends: S + 1 integers.
-        made: what follows from them, by names of those who made it once; never the tensor that they are noted with.
+        made: what follows from them, by names of those who made it once; never the tensor that they
+            are noted with.
     """
 
     ends: list[int]
@@ -73,7 +76,8 @@ def note_copy(source: Tensor, copy: Tensor) -> None:
 
 
 def on_host(*boundaries: Tensor) -> list[HostBoundaries]:
-    """The numbers of each; those that are not known are read, with one wait for each device that they are on."""
+    """The numbers of each; those that are not known are read, with one wait for each device that
+    they are on."""
     tensors_by_id = {id(tensor): tensor for tensor in boundaries}
     found = {key: known(tensor) for key, tensor in tensors_by_id.items()}
     unknown: dict[torch.device, dict[int, Tensor]] = {}

@@ -1,7 +1,8 @@
 """The number of tokens of each example, by the cheapest way that its dataset has.
 
-A `datasets.Dataset` keeps lists as offsets into one buffer: their differences are the lengths, and no token is read.
-What `select` or `shuffle` left out or moved is taken from these, not from the rows.
+A `datasets.Dataset` keeps lists as offsets into one buffer: their differences are the lengths, and
+no token is read. What `select` or `shuffle` left out or moved is taken from these, not from the
+rows.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
 
     Args:
         dataset: a list, a map-style torch dataset or a `datasets.Dataset`.
-        length_column: where an example says how many tokens it has. None: a `datasets.Dataset` is asked for the offsets
-            of its `input_ids` or, where a transform makes the tokens, for its column `length` if it has one; anything
-            else for each example.
+        length_column: where an example says how many tokens it has. None: a `datasets.Dataset` is
+            asked for the offsets of its `input_ids` or, where a transform makes the tokens, for its
+            column `length` if it has one; anything else for each example.
 
     Raises:
         ValueError: an example has no `input_ids`, or no `length_column`.
@@ -32,7 +33,9 @@ def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
         transformed = dataset.format["type"] == "custom"
         if length_column is not None:
             if length_column not in stored:
-                raise ValueError(f"length_column={length_column!r} is none of the dataset's columns {stored}")
+                raise ValueError(
+                    f"length_column={length_column!r} is none of the dataset's columns {stored}"
+                )
             return _taken(dataset, dataset.data.column(length_column))
         if not transformed and "input_ids" not in shown and "length" not in stored:
             raise ValueError(f"example 0 has no input_ids to pack, only {shown}")
@@ -45,7 +48,9 @@ def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
     try:
         return torch.tensor(lengths, dtype=torch.int64)
     except (OverflowError, RuntimeError):
-        raise ValueError(f"length_column={length_column!r} holds a number that does not fit into int64") from None
+        raise ValueError(
+            f"length_column={length_column!r} holds a number that does not fit into int64"
+        ) from None
 
 
 def _list_lengths(dataset: Any) -> Tensor:
@@ -55,7 +60,9 @@ def _list_lengths(dataset: Any) -> Tensor:
     try:
         return _taken(dataset, pyarrow.compute.list_value_length(column))
     except pyarrow.ArrowNotImplementedError:
-        raise ValueError(f"input_ids must be lists of tokens, the dataset's are {column.type}") from None
+        raise ValueError(
+            f"input_ids must be lists of tokens, the dataset's are {column.type}"
+        ) from None
 
 
 def _taken(dataset: Any, lengths: Any) -> Tensor:
@@ -72,11 +79,15 @@ def _tokens(dataset: Any, index: int, _: str | None) -> int:
     try:
         return len(dataset[index]["input_ids"])
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"example {index} has no input_ids to pack ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"example {index} has no input_ids to pack ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _stated(dataset: Any, index: int, column: str | None) -> int:
     try:
         return int(dataset[index][column])
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"example {index} has no {column!r} ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"example {index} has no {column!r} ({type(error).__name__}: {error})"
+        ) from None

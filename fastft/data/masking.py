@@ -1,9 +1,11 @@
-"""Masked language modelling: which tokens a model has to guess, drawn as transformers' collator draws them.
+"""Masked language modelling: which tokens a model has to guess, drawn as transformers' collator
+draws them.
 
-With probability p a token that is not special counts: its label is the token, all others are -100. Of those that
-count, 80 % become the mask token, 10 % a random one, and 10 % stay. The draws are those of
-`DataCollatorForLanguageModeling`, in its order, over the tokens as they lie in the batch: the same state of the random
-numbers gives the same masks where the batch has the same tokens in the same shape.
+With probability p a token that is not special counts: its label is the token, all others are -100.
+Of those that count, 80 % become the mask token, 10 % a random one, and 10 % stay. The draws are
+those of `DataCollatorForLanguageModeling`, in its order, over the tokens as they lie in the batch:
+the same state of the random numbers gives the same masks where the batch has the same tokens in the
+same shape.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ class TokenMasking:
     Args:
         tokenizer: it says the mask token, the special tokens and, by its `len`, the vocabulary.
         probability: of a token to count.
-        seed: None draws from torch's global generator; a number from one of its own, in a `DataLoader`'s worker with
-            the worker's number added. Workers that start anew with each epoch then mask each epoch alike.
+        seed: None draws from torch's global generator; a number from one of its own, in a
+            `DataLoader`'s worker with the worker's number added. Workers that start anew with each
+            epoch then mask each epoch alike.
 
     Raises:
         ValueError: the tokenizer has no mask token, or `probability` is no probability.
@@ -33,17 +36,22 @@ class TokenMasking:
 
     def __init__(self, tokenizer: Any, probability: float, seed: int | None) -> None:
         if getattr(tokenizer, "mask_token_id", None) is None:
-            raise ValueError(f"tokenizer must have a mask token, {type(tokenizer).__name__} has none")
+            raise ValueError(
+                f"tokenizer must have a mask token, {type(tokenizer).__name__} has none"
+            )
         if not 0.0 <= probability <= 1.0:
             raise ValueError(f"mlm_probability must be from 0 to 1, got {probability!r}")
         self.tokenizer, self.probability, self.seed = tokenizer, float(probability), seed
         self._generator: torch.Generator | None = None
-        self._drawer: int | None = None  # whose generator it is: a forked worker finds its parent's here
+        # whose generator it is: a forked worker finds its parent's here
+        self._drawer: int | None = None
 
     def special_tokens(self, example: Any) -> list[int]:
         """1 for each special token of an example's input_ids, by the tokenizer."""
         ids = example if isinstance(example, list) else list(map(int, example))
-        mask: list[int] = self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+        mask: list[int] = self.tokenizer.get_special_tokens_mask(
+            ids, already_has_special_tokens=True
+        )
         return mask
 
     def _random(self) -> torch.Generator | None:
@@ -55,13 +63,17 @@ class TokenMasking:
         return self._generator
 
     def __call__(self, input_ids: Tensor, special: Tensor) -> Tensor:
-        """Masks `input_ids` (T,) in place and returns the labels; `special` (T,) is not 0 where nothing is masked."""
+        """Masks `input_ids` (T,) in place and returns the labels; `special` (T,) is not 0 where
+        nothing is masked."""
         generator = self._random()
         labels = input_ids.clone()
         chances = torch.full(labels.shape, self.probability).masked_fill_(special != 0, 0.0)
         counted = torch.bernoulli(chances, generator=generator).bool()
         labels[~counted] = IGNORE_INDEX
-        replaced = torch.bernoulli(torch.full(labels.shape, MASK_TOKEN), generator=generator).bool() & counted
+        replaced = (
+            torch.bernoulli(torch.full(labels.shape, MASK_TOKEN), generator=generator).bool()
+            & counted
+        )
         input_ids[replaced] = self.tokenizer.mask_token_id
         chances.fill_(RANDOM_TOKEN / (1 - MASK_TOKEN))
         randomised = torch.bernoulli(chances, generator=generator).bool() & counted & ~replaced

@@ -1,4 +1,5 @@
-"""A packed view of a dataset: item p is the examples of pack p. Making it reads lengths only and copies no token."""
+"""A packed view of a dataset: item p is the examples of pack p. Making it reads lengths only and
+copies no token."""
 
 from __future__ import annotations
 
@@ -23,21 +24,29 @@ from fastft.foreign import is_dataset, world_size
 
 ROWS_OF_A_TABLE = 1024  # of `to_dataset`: so many packs are in memory twice
 WRITTEN = ("position_ids", "seq_idx")  # by the collator: they follow from seq_lengths
-CUTTING = ("truncate", "split")  # the policies after which a full pack may hold a part of an example
+# the policies after which a full pack may hold a part of an example
+CUTTING = ("truncate", "split")
 
 
 class PackedDataset(Dataset[Pack]):
     """What `pack` returns: a map-style dataset of `Pack`s.
 
-    Its length and the lengths in its packs never change. With a seed, `set_epoch` changes the order of the packs, and
-    which of equally long examples (of the same window) is in which pack. accelerate, and therefore Trainer, calls it.
+    Its length and the lengths in its packs never change. With a seed, `set_epoch` changes the order
+    of the packs, and which of equally long examples (of the same window) is in which pack.
+    accelerate, and therefore Trainer, calls it.
 
     Attributes:
         dataset: the examples.
     """
 
     def __init__(
-        self, dataset: Any, plan: PackPlan, *, seed: int | None = None, group: int = 1, may_cut: bool = True
+        self,
+        dataset: Any,
+        plan: PackPlan,
+        *,
+        seed: int | None = None,
+        group: int = 1,
+        may_cut: bool = True,
     ) -> None:
         self.dataset, self.seed, self.group, self.may_cut = dataset, seed, group, may_cut
         self._base = plan
@@ -49,10 +58,15 @@ class PackedDataset(Dataset[Pack]):
         """Resets what each process makes or notes for itself."""
         self._rows: tuple[Any, Any] | None = None  # the dataset, and views of its Arrow tables
         self._drawn: tuple[int, PackPlan] | None = None
-        self._last: int | None = -1  # the pack that a batch last ended with; None: no longer watched
+        # the pack that a batch last ended with; None: no longer watched
+        self._last: int | None = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_rows", "_drawn", "_last")}
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("_rows", "_drawn", "_last")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -60,7 +74,8 @@ class PackedDataset(Dataset[Pack]):
         self._forget()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the packs of an epoch anew, out of the seed and its number; nothing happens without a seed."""
+        """Draws the packs of an epoch anew, out of the seed and its number; nothing happens without
+        a seed."""
         refuse_dispatch(self)
         self._epoch.fill_(epoch)
 
@@ -80,9 +95,11 @@ class PackedDataset(Dataset[Pack]):
 
     @property
     def total_dataset_length(self) -> int:
-        """What accelerate cuts the last batch of an evaluation by, as rows of predictions: on one process by nothing.
+        """What accelerate cuts the last batch of an evaluation by, as rows of predictions: on one
+        process by nothing.
 
-        Nothing comes twice there, and a pack can have several rows of predictions: those of its examples.
+        Nothing comes twice there, and a pack can have several rows of predictions: those of its
+        examples.
         """
         return len(self) if world_size() > 1 else 0
 
@@ -90,25 +107,30 @@ class PackedDataset(Dataset[Pack]):
         return self._packs([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Pack]:
-        """The packs of a batch, with one access to the dataset where that offers `__getitems__` itself."""
+        """The packs of a batch, with one access to the dataset where that offers `__getitems__`
+        itself."""
         made = self._packs(indices)
         self._watch_order(list(indices))
         return made
 
     def to_dataset(self) -> Any:
-        """A `datasets.Dataset` with a row for each pack, for trainers that want one, such as TRL's; copies the tokens.
+        """A `datasets.Dataset` with a row for each pack, for trainers that want one, such as TRL's;
+        copies the tokens.
 
-        A row joins the pack's examples: `input_ids` and every other column with a number for each token, int64 or of
-        the floating-point dtype that it has. `seq_lengths`, the tokens of each example, says where they begin: TRL's
-        padding-free collator and `PackingCollator` keep them apart by it. What is masked is left out, and so is what
-        is not per token.
+        A row joins the pack's examples: `input_ids` and every other column with a number for each
+        token, int64 or of the floating-point dtype that it has. `seq_lengths`, the tokens of each
+        example, says where they begin: TRL's padding-free collator and `PackingCollator` keep them
+        apart by it. What is masked is left out, and so is what is not per token.
 
-            SFTTrainer(model, args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
-                       train_dataset=fastft.pack(dataset, 8192).to_dataset(), data_collator=fastft.PackingCollator())
+            SFTTrainer(model, args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None),
+                       train_dataset=fastft.pack(dataset, 8192).to_dataset(),
+                       data_collator=fastft.PackingCollator())
 
         Raises:
             ImportError: `datasets` is not installed.
-            ValueError: examples lack what the first one has, or a column has not one number per token.
+            ValueError: examples lack what the first one has, or a column has not one number per
+                token.
         """
         import datasets
         import pyarrow
@@ -118,7 +140,11 @@ class PackedDataset(Dataset[Pack]):
         for first in range(0, len(self), ROWS_OF_A_TABLE):
             packs = self._packs(range(first, min(first + ROWS_OF_A_TABLE, len(self))))
             rows: list[Any] = [collator([one]) for one in packs]
-            kept = [key for key, value in rows[0].items() if getattr(value, "ndim", 0) == 2 and key not in WRITTEN]
+            kept = [
+                key
+                for key, value in rows[0].items()
+                if getattr(value, "ndim", 0) == 2 and key not in WRITTEN
+            ]
             columns = {key: [row[key][0].numpy() for row in rows] for key in kept}
             columns["seq_lengths"] = [row["cu_seq_lens_q"].diff().long().numpy() for row in rows]
             tables.append(pyarrow.table(columns))
@@ -128,7 +154,9 @@ class PackedDataset(Dataset[Pack]):
         plan = self.plan
         bounds = [plan.bounds(index) for index in indices]
         chosen = torch.cat([torch.arange(begin, end) for begin, end in bounds])
-        examples, starts, lengths = (column[chosen].tolist() for column in (plan.indices, plan.starts, plan.lengths))
+        examples, starts, lengths = (
+            column[chosen].tolist() for column in (plan.indices, plan.starts, plan.lengths)
+        )
         fillers = sum(begin == end for begin, end in bounds)
         fetched = self._fetch(examples + plan.indices[:1].tolist() * fillers)
         parts = iter(
@@ -136,11 +164,16 @@ class PackedDataset(Dataset[Pack]):
                 example
                 if start == 0 and len(example["input_ids"]) == length
                 else self._part(example, index, start, length)
-                for example, index, start, length in zip(fetched, examples, starts, lengths, strict=False)
+                for example, index, start, length in zip(
+                    fetched, examples, starts, lengths, strict=False
+                )
             ]
         )
         blank = [filler(fetched[-1])] if fillers else []
-        return [Pack([next(parts) for _ in range(begin, end)] if begin < end else blank) for begin, end in bounds]
+        return [
+            Pack([next(parts) for _ in range(begin, end)] if begin < end else blank)
+            for begin, end in bounds
+        ]
 
     def _fetch(self, examples: list[int]) -> list[dict[str, Any]]:
         if is_dataset(self.dataset) and self.dataset.format["type"] != "custom":
@@ -156,11 +189,14 @@ class PackedDataset(Dataset[Pack]):
         tokens = len(example["input_ids"])
         cut_short = self.may_cut and length == self._base.max_tokens
         if tokens < start + length or (tokens > start + length and not cut_short):
-            raise ValueError(f"example {index} has {tokens} tokens, but had {start + length} when it was packed")
+            raise ValueError(
+                f"example {index} has {tokens} tokens, but had {start + length} when it was packed"
+            )
         return cut(example, start, length)
 
     def _watch_order(self, indices: list[int]) -> None:
-        """Warns once where packs do not come in their order, although `seed` or `balance` made one."""
+        """Warns once where packs do not come in their order, although `seed` or `balance` made
+        one."""
         if self.seed is None or self._last is None:
             return
         onwards = indices[0] > self._last or indices[0] < self.group  # or the next epoch begins
@@ -169,8 +205,10 @@ class PackedDataset(Dataset[Pack]):
             return
         self._last = None
         warnings.warn(
-            "packs are in the order of seed= and balance=, but the sampler takes them in another; with Trainer say "
-            "TrainingArguments(train_sampling_strategy='sequential') or leave seed= and balance= out; without it, call "
+            "packs are in the order of seed= and balance=, but the sampler takes them in another; "
+            "with Trainer say "
+            "TrainingArguments(train_sampling_strategy='sequential') or leave seed= and balance= "
+            "out; without it, call "
             "set_epoch before each epoch",
             stacklevel=3,
         )
@@ -188,59 +226,85 @@ def pack(
     length_column: str | None = None,
     open_packs: int | None = None,
 ) -> PackedDataset | PackedStream:
-    """A packed view of `dataset`: examples grouped so that each group has at most `max_tokens` tokens.
+    """A packed view of `dataset`: examples grouped so that each group has at most `max_tokens`
+    tokens.
 
-    Goes into `Trainer(train_dataset=...)` together with `PackingCollator`; a batch has `per_device_train_batch_size`
-    packs. `len` is exact; an iterable dataset gives an iterable one, without a length.
+    Goes into `Trainer(train_dataset=...)` together with `PackingCollator`; a batch has
+    `per_device_train_batch_size` packs. `len` is exact; an iterable dataset gives an iterable one,
+    without a length.
 
     Args:
-        dataset: a list, a map-style torch dataset or a `datasets.Dataset` of dicts with `input_ids`; or an iterable
-            dataset of torch or `datasets`, which is packed as it comes: see `PackedStream`.
+        dataset: a list, a map-style torch dataset or a `datasets.Dataset` of dicts with
+            `input_ids`; or an iterable dataset of torch or `datasets`, which is packed as it comes:
+            see `PackedStream`.
         max_tokens: tokens in a pack, at most; below 2^31.
-        overlong: what becomes of an example with more, `"error"`, `"truncate"`, `"split"`, `"drop"`; see `plan_packs`.
+        overlong: what becomes of an example with more, `"error"`, `"truncate"`, `"split"`,
+            `"drop"`; see `plan_packs`.
         max_sequences: examples in a pack, at most; None for no limit.
-        window: only examples of the same `window` consecutive ones share a pack, and windows keep their order.
-        balance: packs that are computed at the same time: number of ranks times per-device batch size. Each so many
-            consecutive packs cost nearly equal, and their number is a multiple of it, so that no rank gets a pack
-            twice. The order is shuffled group by group, with seed 0 if there is none; it needs a sampler that keeps
-            it, `TrainingArguments(train_sampling_strategy="sequential")`.
-        seed: shuffles the packs, anew in each epoch, the same way for the same seed and epoch; for a sampler that keeps
-            the order, too. None leaves those of the longest examples first (Trainer's own sampler shuffles).
-        length_column: the column or key which says how many tokens an example has. None: they are counted, in a
-            `datasets.Dataset` without reading them.
-        open_packs: of an iterable dataset: packs that wait for more examples at the same time; 32 if None.
+        window: only examples of the same `window` consecutive ones share a pack, and windows keep
+            their order.
+        balance: packs that are computed at the same time: number of ranks times per-device batch
+            size. Each so many consecutive packs cost nearly equal, and their number is a multiple
+            of it, so that no rank gets a pack twice. The order is shuffled group by group, with
+            seed 0 if there is none; it needs a sampler that keeps it,
+            `TrainingArguments(train_sampling_strategy="sequential")`.
+        seed: shuffles the packs, anew in each epoch, the same way for the same seed and epoch; for
+            a sampler that keeps the order, too. None leaves those of the longest examples first
+            (Trainer's own sampler shuffles).
+        length_column: the column or key which says how many tokens an example has. None: they are
+            counted, in a `datasets.Dataset` without reading them.
+        open_packs: of an iterable dataset: packs that wait for more examples at the same time; 32
+            if None.
 
     Raises:
         TypeError: `dataset` is neither iterable nor has a length and can be indexed.
-        ValueError: it is empty, input_ids are missing, an argument is out of its range, or is not for such a dataset.
+        ValueError: it is empty, input_ids are missing, an argument is out of its range, or is not
+            for such a dataset.
     """
     check_limits(max_tokens, max_sequences, overlong)
     for name, value in (("window", window), ("balance", balance), ("open_packs", open_packs)):
         check_positive(name, value)
     if isinstance(dataset, IterableDataset):
-        _only_for("a map-style dataset", window=window, balance=balance, seed=seed, length_column=length_column)
+        _only_for(
+            "a map-style dataset",
+            window=window,
+            balance=balance,
+            seed=seed,
+            length_column=length_column,
+        )
         slots = open_packs or OPEN_PACKS
-        return PackedStream(dataset, max_tokens, overlong=overlong, max_sequences=max_sequences, open_packs=slots)
+        return PackedStream(
+            dataset, max_tokens, overlong=overlong, max_sequences=max_sequences, open_packs=slots
+        )
     _only_for("an iterable dataset", open_packs=open_packs)
     lengths = scan_lengths(_checked_dataset(dataset), length_column)
-    plan = plan_packs(lengths, max_tokens, overlong=overlong, max_sequences=max_sequences, window=window)
+    plan = plan_packs(
+        lengths, max_tokens, overlong=overlong, max_sequences=max_sequences, window=window
+    )
     if balance is not None:
         plan, seed = balanced(plan, balance, max_sequences), seed or 0
     return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=overlong in CUTTING)
 
 
 def packs_of(loader: Any) -> PackedDataset | PackedStream | None:
-    """The packs that a loader gives out, also inside what others wrap a dataset in; None if it gives out others."""
+    """The packs that a loader gives out, also inside what others wrap a dataset in; None if it
+    gives out others."""
     dataset = getattr(loader, "dataset", None)
     while dataset is not None and not isinstance(dataset, PackedDataset | PackedStream):
-        dataset = getattr(dataset, "dataset", None)  # accelerate's share of a stream, a torch Subset
+        # accelerate's share of a stream, a torch Subset
+        dataset = getattr(dataset, "dataset", None)
     return dataset
 
 
 def _checked_dataset(dataset: Any) -> Any:
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, dict):
+    if (
+        not hasattr(dataset, "__getitem__")
+        or not hasattr(dataset, "__len__")
+        or isinstance(dataset, dict)
+    ):
         raise TypeError(
-            f"pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one of torch or datasets, "
+            f"pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one of "
+            f"torch or datasets, "
             f"got {type(dataset).__name__}"
         )
     if len(dataset) == 0:

@@ -11,7 +11,8 @@ from fastft.data.documents import KEYS, is_per_token, shortened
 
 
 def cut(example: dict[str, Any], start: int, length: int) -> dict[str, Any]:
-    """`length` tokens of an example from `start`; a key that has another number of values than tokens is kept whole.
+    """`length` tokens of an example from `start`; a key that has another number of values than
+    tokens is kept whole.
 
     Of a row that another tool packed the part has its share of each document.
     """
@@ -38,7 +39,11 @@ def filler(example: dict[str, Any]) -> dict[str, Any]:
     part = cut(example, 0, 1)
     if "labels" not in part:
         return part  # a causal model has nothing to predict the first token from
-    labels = torch.as_tensor(part["labels"].tolist() if hasattr(part["labels"], "tolist") else part["labels"])
+    labels = torch.as_tensor(
+        part["labels"].tolist() if hasattr(part["labels"], "tolist") else part["labels"]
+    )
     if labels.is_floating_point():
-        raise ValueError("balance needs more packs than there are examples for, and the labels cannot be ignored")
+        raise ValueError(
+            "balance needs more packs than there are examples for, and the labels cannot be ignored"
+        )
     return part | {"labels": torch.full_like(labels, IGNORE_INDEX).tolist()}

@@ -1,8 +1,10 @@
-"""Which examples share a pack: best-fit decreasing bin packing over the whole data set, or over windows of it.
+"""Which examples share a pack: best-fit decreasing bin packing over the whole data set, or over
+windows of it.
 
-The lengths are taken from the longest to the shortest (ties in the order they came). Each goes into the open pack whose
-remaining capacity is the smallest that takes it, among equal ones into the pack that has had this capacity longest, and
-into a new pack where none takes it. Only lengths and indices move: 4 or 8 bytes are read and 16 written per example.
+The lengths are taken from the longest to the shortest (ties in the order they came). Each goes into
+the open pack whose remaining capacity is the smallest that takes it, among equal ones into the pack
+that has had this capacity longest, and into a new pack where none takes it. Only lengths and
+indices move: 4 or 8 bytes are read and 16 written per example.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from torch import Tensor
 from fastft import ops
 
 OVERLONG = ("error", "truncate", "split", "drop")
-LARGEST_TABLES = 2**26  # the kernel keeps 20 bytes per token of capacity: beyond, sorted lists are better
+# the kernel keeps 20 bytes per token of capacity: beyond, sorted lists are better
+LARGEST_TABLES = 2**26
 
 
 def plan_reference(
@@ -35,7 +38,8 @@ def plan_reference(
     offsets: Tensor,
     counts: Tensor,
 ) -> None:
-    """The plan in plain Python, into the same outputs as the kernel; `max_sequences=0` means no limit."""
+    """The plan in plain Python, into the same outputs as the kernel; `max_sequences=0` means no
+    limit."""
     packs: list[list[int]] = []
     for window, (begin, end) in enumerate(itertools.pairwise(windows.tolist())):
         made = _best_fit(lengths[begin:end], max_tokens, max_sequences)
@@ -44,7 +48,9 @@ def plan_reference(
     indices.copy_(torch.tensor([i for pack in packs for i in pack], dtype=torch.int64))
     entry_lengths.copy_(lengths[indices])
     offsets[0] = 0
-    offsets[1 : len(packs) + 1] = torch.tensor([len(pack) for pack in packs], dtype=torch.int64).cumsum(0)
+    offsets[1 : len(packs) + 1] = torch.tensor(
+        [len(pack) for pack in packs], dtype=torch.int64
+    ).cumsum(0)
 
 
 def _best_fit(lengths: Tensor, max_tokens: int, max_sequences: int) -> list[list[int]]:
@@ -79,7 +85,8 @@ def _tables_fit(device: torch.device, lengths: Tensor, max_tokens: int) -> str |
 
 
 PLAN = ops.Operator(
-    "plan_packs(Tensor lengths, Tensor windows, int max_tokens, int max_sequences, Tensor(a!) indices, "
+    "plan_packs(Tensor lengths, Tensor windows, int max_tokens, int max_sequences, Tensor(a!) "
+    "indices, "
     "Tensor(b!) entry_lengths, Tensor(c!) offsets, Tensor(d!) counts) -> ()",
     plan_reference,
     engines={"cpp": _tables_fit},
@@ -89,14 +96,19 @@ PLAN = ops.Operator(
 
 @dataclass(frozen=True, eq=False)
 class PackPlan:
-    """Packs of example indices; `plan[p]` is the int64 tensor of pack p's, iteration goes over all packs.
+    """Packs of example indices; `plan[p]` is the int64 tensor of pack p's, iteration goes over all
+    packs.
 
     Attributes:
-        indices: int64 (entries,), the example of each entry, all packs one after another. A split example has several.
-        offsets: int64 (packs + 1,), pack p holds the entries from `offsets[p]` up to `offsets[p + 1]`.
-        starts: int64 (entries,), the entry's first token within its example; not zero only after `overlong="split"`.
+        indices: int64 (entries,), the example of each entry, all packs one after another. A split
+            example has several.
+        offsets: int64 (packs + 1,), pack p holds the entries from `offsets[p]` up to `offsets[p +
+            1]`.
+        starts: int64 (entries,), the entry's first token within its example; not zero only after
+            `overlong="split"`.
         lengths: int64 (entries,), the entry's number of tokens.
-        windows: int64 (packs,), the window whose examples the pack holds; all zero where there is only one.
+        windows: int64 (packs,), the window whose examples the pack holds; all zero where there is
+            only one.
         max_tokens: the capacity that the packs were made for.
     """
 
@@ -118,7 +130,8 @@ class PackPlan:
         return iter(self.indices.split(self.offsets.diff().tolist()))
 
     def bounds(self, pack: int) -> tuple[int, int]:
-        """The first entry of a pack and the one after its last; a negative `pack` counts from the end.
+        """The first entry of a pack and the one after its last; a negative `pack` counts from the
+        end.
 
         Raises:
             IndexError: there is no such pack.
@@ -137,7 +150,13 @@ class PackPlan:
         # entry e of the new pack p was entry e - offsets[p] + self.offsets[order[p]]
         moved = torch.repeat_interleave(self.offsets[:-1][order] - offsets[:-1], sizes)
         entries = moved + torch.arange(moved.numel())
-        columns = (self.indices[entries], offsets, self.starts[entries], self.lengths[entries], self.windows[order])
+        columns = (
+            self.indices[entries],
+            offsets,
+            self.starts[entries],
+            self.lengths[entries],
+            self.windows[order],
+        )
         return PackPlan(*columns, self.max_tokens)
 
     @property
@@ -151,7 +170,8 @@ def _as_tensor(lengths: Any) -> Tensor:
         lengths = lengths.to_numpy()
     if isinstance(lengths, list) and lengths and type(lengths[0]) is int:
         with contextlib.suppress(TypeError):  # not all are integers: torch will say what they are
-            return torch.frombuffer(array("q", lengths), dtype=torch.int64)  # many times faster than torch.tensor
+            # many times faster than torch.tensor
+            return torch.frombuffer(array("q", lengths), dtype=torch.int64)
     flags = getattr(lengths, "flags", None)
     if flags is not None and not flags.writeable:
         return torch.tensor(lengths)  # torch does not like to share memory that is read-only
@@ -159,7 +179,8 @@ def _as_tensor(lengths: Any) -> Tensor:
 
 
 def _dense(lengths: Any) -> Tensor:
-    """`lengths` as a tensor on the CPU; raises where they are no numbers, too large, or not there."""
+    """`lengths` as a tensor on the CPU; raises where they are no numbers, too large, or not
+    there."""
     try:
         tensor = _as_tensor(lengths)
         if tensor.is_meta or tensor.layout != torch.strided:
@@ -168,7 +189,9 @@ def _dense(lengths: Any) -> Tensor:
     except OverflowError:
         raise ValueError("lengths must fit into int64, got one that is larger") from None
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"lengths must be a list, array or dense tensor of integers, got {error}") from None
+        raise TypeError(
+            f"lengths must be a list, array or dense tensor of integers, got {error}"
+        ) from None
     if tensor.dtype == torch.uint64 and bool((tensor.long() < 0).any()):
         raise ValueError("lengths must fit into int64, got one that is larger")
     return tensor
@@ -178,8 +201,16 @@ def _checked_lengths(lengths: Any) -> Tensor:
     tensor = _dense(lengths)
     if tensor.numel() == 0:
         raise ValueError("lengths is empty: there is nothing to pack")
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"lengths must be one-dimensional integers, got shape {tuple(tensor.shape)} of {tensor.dtype}")
+    if (
+        tensor.dim() != 1
+        or tensor.is_floating_point()
+        or tensor.is_complex()
+        or tensor.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"lengths must be one-dimensional integers, got shape {tuple(tensor.shape)} of "
+            f"{tensor.dtype}"
+        )
     if tensor.dtype != torch.int32:
         tensor = tensor.to(torch.int64)
     tensor = tensor.contiguous()
@@ -190,8 +221,11 @@ def _checked_lengths(lengths: Any) -> Tensor:
     return tensor
 
 
-def _entries(lengths: Tensor, max_tokens: int, overlong: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(example of each entry, its start, its length) once no entry exceeds max_tokens; None where it is trivial."""
+def _entries(
+    lengths: Tensor, max_tokens: int, overlong: str
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(example of each entry, its start, its length) once no entry exceeds max_tokens; None where
+    it is trivial."""
     if lengths.aminmax().max <= max_tokens:
         return None, None, lengths
     if overlong == "error":
@@ -205,7 +239,10 @@ def _entries(lengths: Tensor, max_tokens: int, overlong: str) -> tuple[Tensor | 
     if overlong == "drop":
         kept = (lengths <= max_tokens).nonzero().squeeze(1)
         if kept.numel() == 0:
-            raise ValueError(f"overlong='drop' leaves nothing: every example has more than max_tokens={max_tokens}")
+            raise ValueError(
+                f"overlong='drop' leaves nothing: every example has more than "
+                f"max_tokens={max_tokens}"
+            )
         return kept, None, lengths[kept]
     pieces = (lengths + max_tokens - 1) // max_tokens
     examples = torch.repeat_interleave(pieces)
@@ -220,7 +257,8 @@ def _windows(examples: int, window: int | None, entries: Tensor | None) -> Tenso
 
 
 def generator_for(seed: int, epoch: int = 0) -> torch.Generator:
-    """The random numbers of an epoch; those of one seed's epochs are not those of the next seed's."""
+    """The random numbers of an epoch; those of one seed's epochs are not those of the next
+    seed's."""
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
 
 
@@ -228,7 +266,8 @@ def shuffled_order(windows: Tensor, generator: torch.Generator, group: int = 1) 
     """An order of packs, int64 (packs,), that shuffles groups of neighbours within their window.
 
     Args:
-        windows: int64 (packs,), not decreasing, the window of each pack; that of a group is its first pack's.
+        windows: int64 (packs,), not decreasing, the window of each pack; that of a group is its
+            first pack's.
         generator: where the random numbers come from.
         group: packs in a group; divides the number of packs.
     """
@@ -239,7 +278,11 @@ def shuffled_order(windows: Tensor, generator: torch.Generator, group: int = 1) 
 
 def check_limits(max_tokens: Any, max_sequences: Any, overlong: Any) -> None:
     """Raises ValueError for a capacity, a number of sequences or a policy that there is not."""
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or not 0 < max_tokens < 2**31:
+    if (
+        isinstance(max_tokens, bool)
+        or not isinstance(max_tokens, int)
+        or not 0 < max_tokens < 2**31
+    ):
         raise ValueError(f"max_tokens must be an integer in [1, 2^31), got {max_tokens!r}")
     check_positive("max_sequences", max_sequences)
     if overlong not in OVERLONG:
@@ -262,24 +305,30 @@ def plan_packs(
     seed: int | None = None,
     impl: str = "auto",
 ) -> PackPlan:
-    """Distributes examples over packs of at most `max_tokens` tokens: best-fit decreasing, over all of them at once.
+    """Distributes examples over packs of at most `max_tokens` tokens: best-fit decreasing, over all
+    of them at once.
 
     Args:
-        lengths: tokens of each example: a list, a NumPy or Arrow array or a tensor of N positive integers.
+        lengths: tokens of each example: a list, a NumPy or Arrow array or a tensor of N positive
+            integers.
         max_tokens: capacity of a pack in tokens, below 2^31.
-        overlong: what becomes of an example with more than `max_tokens`: `"error"`; `"truncate"` keeps its first
-            `max_tokens`; `"split"` makes pieces of it, each a sequence of its own; `"drop"`.
+        overlong: what becomes of an example with more than `max_tokens`: `"error"`; `"truncate"`
+            keeps its first `max_tokens`; `"split"` makes pieces of it, each a sequence of its own;
+            `"drop"`.
         max_sequences: at most so many entries in a pack; None for no limit.
-        window: only examples of the same `window` consecutive ones share a pack, and the packs come window by window:
-            the order of the dataset (a curriculum) is kept but for that much. None for one window of all examples.
-        seed: shuffles the order of a window's packs, the same way for the same seed; None begins with the longest.
+        window: only examples of the same `window` consecutive ones share a pack, and the packs come
+            window by window: the order of the dataset (a curriculum) is kept but for that much.
+            None for one window of all examples.
+        seed: shuffles the order of a window's packs, the same way for the same seed; None begins
+            with the longest.
         impl: `"auto"`, `"cpp"` or `"eager"`; all give the same plan.
 
     Raises:
-        ValueError: no lengths, a length that is not positive, one above `max_tokens` (with `overlong="error"`), or an
-            argument out of its range.
+        ValueError: no lengths, a length that is not positive, one above `max_tokens` (with
+            `overlong="error"`), or an argument out of its range.
         TypeError: `lengths` are no numbers.
-        RuntimeError: the engine asked for is not available, or is `"cpp"` and a pack could have more than 2^26 tokens.
+        RuntimeError: the engine asked for is not available, or is `"cpp"` and a pack could have
+            more than 2^26 tokens.
     """
     check_limits(max_tokens, max_sequences, overlong)
     check_positive("window", window)
@@ -288,12 +337,22 @@ def plan_packs(
     examples, starts, sizes = _entries(checked, max_tokens, overlong)
     plan = PLAN.implementation(impl, torch.device("cpu"), sizes, max_tokens)
     windows = _windows(checked.numel(), window, examples)
-    indices, entry_lengths, offsets = (torch.empty(sizes.numel() + extra, dtype=torch.int64) for extra in (0, 0, 1))
+    indices, entry_lengths, offsets = (
+        torch.empty(sizes.numel() + extra, dtype=torch.int64) for extra in (0, 0, 1)
+    )
     counts = torch.empty(windows.numel() - 1, dtype=torch.int64)
     plan(sizes, windows, max_tokens, max_sequences or 0, indices, entry_lengths, offsets, counts)
     # a view of one zero: it is there without costing memory
-    first_tokens = torch.zeros(1, dtype=torch.int64).expand(indices.numel()) if starts is None else starts[indices]
+    first_tokens = (
+        torch.zeros(1, dtype=torch.int64).expand(indices.numel())
+        if starts is None
+        else starts[indices]
+    )
     members = indices if examples is None else examples[indices]
     offsets = offsets[: int(counts.sum()) + 1].clone()
-    made = PackPlan(members, offsets, first_tokens, entry_lengths, torch.repeat_interleave(counts), max_tokens)
-    return made if seed is None else made.reordered(shuffled_order(made.windows, generator_for(seed)))
+    made = PackPlan(
+        members, offsets, first_tokens, entry_lengths, torch.repeat_interleave(counts), max_tokens
+    )
+    return (
+        made if seed is None else made.reordered(shuffled_order(made.windows, generator_for(seed)))
+    )

@@ -1,7 +1,9 @@
-"""Sequence classification on packed batches: one row of logits for each example, not for each row of the batch.
+"""Sequence classification on packed batches: one row of logits for each example, not for each row
+of the batch.
 
-transformers' models take the hidden state of one token of each row: of the first one, as BERT, or of the last, as
-generative models. Here hooks give them that of each example's first or last token (or the mean over it) instead:
+transformers' models take the hidden state of one token of each row: of the first one, as BERT, or
+of the last, as generative models. Here hooks give them that of each example's first or last token
+(or the mean over it) instead:
 
     first-token models    the hidden states (R, T, H) become (E, 1, H) on their way to the model's pooler or head
     last-token models     the scores (R, T, C) of the head are taken at (E,) tokens, and the loss computed from these
@@ -27,7 +29,8 @@ from fastft.foreign import active_dataloader, base_model, unwrapped, world_size
 
 @dataclass(frozen=True, eq=False)
 class _Examples:
-    """The examples of a batch: which of its segments they are, (E,), where segments begin and end, and labels."""
+    """The examples of a batch: which of its segments they are, (E,), where segments begin and end,
+    and labels."""
 
     segments: Tensor
     boundaries: Tensor
@@ -45,18 +48,25 @@ class _Examples:
 def _examples_of(kwargs: dict[str, Any]) -> _Examples:
     boundaries, segments = kwargs.get("cu_seq_lens_q"), kwargs.pop("label_segments")
     if boundaries is None:
-        raise ValueError("the batch has label_segments but no cu_seq_lens_q: it must come from PackingCollator")
+        raise ValueError(
+            "the batch has label_segments but no cu_seq_lens_q: it must come from PackingCollator"
+        )
     return _Examples(segments, boundaries, kwargs.get("labels"))
 
 
 class SegmentPooling:
-    """What `pool_segments` put on a model. `.remove()` takes it off again; a `with` block does so at its end."""
+    """What `pool_segments` put on a model. `.remove()` takes it off again; a `with` block does so
+    at its end."""
 
     def __init__(self, model: nn.Module) -> None:
         base = getattr(model, getattr(model, "base_model_prefix", ""), None)
         head = getattr(model, "score", None)
-        if not isinstance(base, nn.Module) or not (isinstance(head, nn.Module) or hasattr(model, "classifier")):
-            raise ValueError(f"{type(model).__name__} is no transformers model for sequence classification")
+        if not isinstance(base, nn.Module) or not (
+            isinstance(head, nn.Module) or hasattr(model, "classifier")
+        ):
+            raise ValueError(
+                f"{type(model).__name__} is no transformers model for sequence classification"
+            )
         self._examples: _Examples | None = None
         self._scores: Tensor | None = None
         self._spoke_of_order = False
@@ -87,30 +97,36 @@ class SegmentPooling:
             hook.remove()
         self._hooks = []
 
-    def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _before(
+        self, model: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         if "label_segments" not in kwargs:  # not packed
             return None
         if not model.training:
             self._check_evaluation()
         kwargs = dict(kwargs)
         self._examples = _examples_of(kwargs)
-        if self._takes_last:  # the model would compare them with one row of logits for each row of the batch
+        # the model would compare them with one row of logits for each row of the batch
+        if self._takes_last:
             kwargs.pop("labels", None)
         return args, kwargs
 
     def _check_evaluation(self) -> None:
-        """Says that rows of predictions come in the order of packs; raises where ranks cannot gather them.
+        """Says that rows of predictions come in the order of packs; raises where ranks cannot
+        gather them.
 
-        A pack has as many rows as examples, so that ranks have different numbers of them: gloo aborts, and which of
-        them accelerate gave out twice nobody knows.
+        A pack has as many rows as examples, so that ranks have different numbers of them: gloo
+        aborts, and which of them accelerate gave out twice nobody knows.
         """
         dataset = packs_of(active_dataloader())  # what accelerate's loader gives out just now
         if dataset is None:
             return
         if world_size() > 1:
             raise ValueError(
-                "predictions for the examples of fastft.pack cannot be gathered from several processes, as packs have "
-                "different numbers of them: evaluate on the dataset itself (eval_dataset=packed.dataset), of which "
+                "predictions for the examples of fastft.pack cannot be gathered from several "
+                "processes, as packs have "
+                "different numbers of them: evaluate on the dataset itself "
+                "(eval_dataset=packed.dataset), of which "
                 "PackingCollator packs each batch"
             )
         if self._spoke_of_order:
@@ -119,7 +135,8 @@ class SegmentPooling:
         planned = isinstance(dataset, PackedDataset)
         rows = "row i is example packed.plan.indices[i]" if planned else "not of the examples"
         warnings.warn(
-            f"predictions for fastft.pack come in the order of the packs: {rows}; in the order of the dataset, if "
+            f"predictions for fastft.pack come in the order of the packs: {rows}; in the order of "
+            f"the dataset, if "
             "evaluated on the dataset itself, of which PackingCollator packs each batch",
             stacklevel=2,
         )
@@ -131,20 +148,31 @@ class SegmentPooling:
             return flat[examples.first][:, None]
         end = on_host(examples.boundaries)[0].ends[-1]
         if end != len(flat):
-            raise ValueError(f"the model has {len(flat)} hidden states, the batch's cu_seq_lens_q ends with {end}")
-        wide, lengths = torch.promote_types(flat.dtype, torch.float32), examples.boundaries.diff().long()
-        means = torch.segment_reduce(flat.to(wide), "mean", lengths=lengths, unsafe=True)  # else torch looks at lengths
+            raise ValueError(
+                f"the model has {len(flat)} hidden states, the batch's cu_seq_lens_q ends with "
+                f"{end}"
+            )
+        wide, lengths = (
+            torch.promote_types(flat.dtype, torch.float32),
+            examples.boundaries.diff().long(),
+        )
+        # else torch looks at lengths
+        means = torch.segment_reduce(flat.to(wide), "mean", lengths=lengths, unsafe=True)
         return means[examples.segments][:, None].to(flat.dtype)
 
     def _before_pooler(self, pooler: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return None if self._examples is None else (self._pooled(args[0], self._examples), *args[1:])
+        return (
+            None if self._examples is None else (self._pooled(args[0], self._examples), *args[1:])
+        )
 
     def _after_base(self, base: nn.Module, args: Any, output: Any) -> Any:
         if self._examples is None:
             return None
         if isinstance(output, tuple):
             return (self._pooled(output[0], self._examples), *output[1:])
-        return type(output)(**{**output, "last_hidden_state": self._pooled(output[0], self._examples)})
+        return type(output)(
+            **{**output, "last_hidden_state": self._pooled(output[0], self._examples)}
+        )
 
     def _after_score(self, head: nn.Module, args: Any, output: Tensor) -> None:
         if self._examples is not None:
@@ -155,11 +183,15 @@ class SegmentPooling:
         if scores is None or examples is None or output is None:
             return None
         if isinstance(output, tuple):
-            raise ValueError(f"{type(model).__name__} must return a dict for packed batches (return_dict=True)")
+            raise ValueError(
+                f"{type(model).__name__} must return a dict for packed batches (return_dict=True)"
+            )
         loss = None
         if examples.labels is not None:
             config = model.config
-            loss = model.loss_function(logits=scores, labels=examples.labels, pooled_logits=scores, config=config)
+            loss = model.loss_function(
+                logits=scores, labels=examples.labels, pooled_logits=scores, config=config
+            )
         return type(output)(**{**output, "loss": loss, "logits": scores})
 
     @contextmanager
@@ -180,7 +212,8 @@ def is_pooled(model: nn.Module) -> bool:
 def _check(model: Any, called: Any, pooling: SegmentPooling) -> None:
     """Raises ValueError unless unpacked examples have the same logits with the hooks as without.
 
-    `called` is what runs `model`: itself, or PEFT's wrapper, of which old versions run it past its hooks.
+    `called` is what runs `model`: itself, or PEFT's wrapper, of which old versions run it past its
+    hooks.
     """
     config = model.config.get_text_config()
     tokens = [token for token in range(min(config.vocab_size, 64)) if token != config.pad_token_id]
@@ -198,29 +231,36 @@ def _check(model: Any, called: Any, pooling: SegmentPooling) -> None:
             module.training = True
     if pooling._examples is not None:
         raise ValueError(
-            f"{type(called).__name__} runs {type(model).__name__} past its hooks, with which segments are pooled: this "
+            f"{type(called).__name__} runs {type(model).__name__} past its hooks, with which "
+            f"segments are pooled: this "
             "peft is too old (0.21 is not), or pad instead of packing"
         )
     scale = stock.abs().max()
-    if ours.shape != stock.shape or not bool(((ours - stock).abs() <= 16 * torch.finfo(stock.dtype).eps * scale).all()):
+    if ours.shape != stock.shape or not bool(
+        ((ours - stock).abs() <= 16 * torch.finfo(stock.dtype).eps * scale).all()
+    ):
         raise ValueError(
-            f"{type(model).__name__} pools its tokens in a way that pool_segments does not know: pad instead of packing"
+            f"{type(model).__name__} pools its tokens in a way that pool_segments does not know: "
+            f"pad instead of packing"
         )
 
 
 def pool_segments(model: Any) -> SegmentPooling:
-    """Makes a model for sequence classification return (E, C) logits for packed batches, and the loss of all examples.
+    """Makes a model for sequence classification return (E, C) logits for packed batches, and the
+    loss of all examples.
 
-    For batches of `PackingCollator(task="sequence_classification")`; others go through as before. Examples are the rows
-    of the logits in the order of the batch's `labels`; the mean loss is over examples, as with padding. The
-    model's attention must keep packed sequences apart, see `fastft.check_packing`.
+    For batches of `PackingCollator(task="sequence_classification")`; others go through as before.
+    Examples are the rows of the logits in the order of the batch's `labels`; the mean loss is over
+    examples, as with padding. The model's attention must keep packed sequences apart, see
+    `fastft.check_packing`.
 
         fastft.pool_segments(model)
-        trainer = Trainer(model, args, data_collator=fastft.PackingCollator(task="sequence_classification"), ...)
+        trainer = Trainer(model, args,
+        data_collator=fastft.PackingCollator(task="sequence_classification"), ...)
 
-    Knows models that classify by the first token or the mean (BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT ...) and
-    those by the last (Llama, Qwen ...: a `score` head). The model is run twice on three tokens to see that it is one of
-    them.
+    Knows models that classify by the first token or the mean (BERT, RoBERTa, DistilBERT, ELECTRA,
+    ModernBERT ...) and those by the last (Llama, Qwen ...: a `score` head). The model is run twice
+    on three tokens to see that it is one of them.
 
     Args:
         model: `...ForSequenceClassification`, or PEFT's wrapper of one.
@@ -230,7 +270,8 @@ def pool_segments(model: Any) -> SegmentPooling:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: it is no such model, pools its tokens in another way, or an old peft runs it past its hooks.
+        ValueError: it is no such model, pools its tokens in another way, or an old peft runs it
+            past its hooks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,8 +1,8 @@
 """Which example goes into which row of a packed batch, and in what order the segments then lie.
 
-All rows have the same number of tokens, so the longest decides. Units (examples, or whole packs) are taken from the
-longest to the shortest, each into the row that has the fewest tokens so far: no row is then longer than 4/3 of the best
-possible (Graham 1969).
+All rows have the same number of tokens, so the longest decides. Units (examples, or whole packs)
+are taken from the longest to the shortest, each into the row that has the fewest tokens so far: no
+row is then longer than 4/3 of the best possible (Graham 1969).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from fastft.data.columns import MAX_TOKENS, padding_like
 
 
 def balanced_rows(sizes: Sequence[int], rows: int) -> list[list[int]]:
-    """Units of the given sizes over at most `rows` rows: for each row its units in order, rows by their first unit."""
+    """Units of the given sizes over at most `rows` rows: for each row its units in order, rows by
+    their first unit."""
     if rows == 1:
         return [list(range(len(sizes)))]
     members: list[list[int]] = [[] for _ in range(min(rows, len(sizes)))]
@@ -31,10 +32,11 @@ def balanced_rows(sizes: Sequence[int], rows: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The examples of each row, one segment each, and the tokens that fill a row up, one more segment if there are any.
+    """The examples of each row, one segment each, and the tokens that fill a row up, one more
+    segment if there are any.
 
-    `width` is the tokens of a row, `lengths` those of each segment; `order` has the example of each segment, None for
-    padding.
+    `width` is the tokens of a row, `lengths` those of each segment; `order` has the example of each
+    segment, None for padding.
     """
 
     rows: int
@@ -63,13 +65,15 @@ class Layout:
         return [example for example in self.order if example is not None]
 
     def arrange(self, values: list[Any], fill: int) -> list[Any]:
-        """The values of a column, one of each example, as the segments lie; padding holds `fill`."""
+        """The values of a column, one of each example, as the segments lie; padding holds
+        `fill`."""
         if self.is_plain:
             return values
         segments = zip(self.order, self.lengths, strict=True)
         first = values[0]
         return [
-            padding_like(first, length, fill) if example is None else values[example] for example, length in segments
+            padding_like(first, length, fill) if example is None else values[example]
+            for example, length in segments
         ]
 
 
@@ -80,17 +84,23 @@ def width_of(lengths: Sequence[int], rows: Iterable[Iterable[int]], multiple: in
 
 
 def lay_out(
-    lengths: Sequence[int], rows: Sequence[Sequence[int]], width: int, padded: Sequence[bool] | None = None
+    lengths: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    width: int,
+    padded: Sequence[bool] | None = None,
 ) -> Layout:
     """The layout of `rows` of examples of the given lengths, each row filled up to `width` tokens.
 
-    `padded` says which rows end with a segment of padding, be it empty; by default those that are not full.
+    `padded` says which rows end with a segment of padding, be it empty; by default those that are
+    not full.
 
     Raises:
         ValueError: the rows have more tokens than int32 can count.
     """
     if len(rows) * width > MAX_TOKENS:
-        raise ValueError(f"{len(rows)} rows of {width} tokens are more than int32 boundaries can count")
+        raise ValueError(
+            f"{len(rows)} rows of {width} tokens are more than int32 boundaries can count"
+        )
     segment_lengths: list[int] = []
     order: list[int | None] = []
     for number, row in enumerate(rows):

@@ -15,7 +15,8 @@ LABEL_KEYS = ("labels", "label", "label_ids")  # as transformers' collators take
 
 @dataclass(frozen=True, eq=False)
 class SegmentLabels:
-    """`values` has one row for each example, in the order in which they came; None where they have no labels."""
+    """`values` has one row for each example, in the order in which they came; None where they have
+    no labels."""
 
     values: Tensor | None
 
@@ -30,10 +31,12 @@ class SegmentLabels:
 
 
 def take_labels(columns: dict[str, list[Any]]) -> SegmentLabels:
-    """Takes the labels out of the columns: int64 (E,) from integers, float32 from others, (E, C) from C numbers each.
+    """Takes the labels out of the columns: int64 (E,) from integers, float32 from others, (E, C)
+    from C numbers each.
 
     Raises:
-        ValueError: an example has no label but None or text, or another number of them than the first one.
+        ValueError: an example has no label but None or text, or another number of them than the
+            first one.
     """
     taken = {key: columns.pop(key) for key in LABEL_KEYS if key in columns}
     if not taken:
@@ -48,10 +51,14 @@ def take_labels(columns: dict[str, list[Any]]) -> SegmentLabels:
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"{key} of example {index} must be numbers, got {value!r}") from None
         if row.ndim > 1 or row.numel() == 0:
-            raise ValueError(f"{key} of example {index} must be one number or a vector, got shape {tuple(row.shape)}")
+            raise ValueError(
+                f"{key} of example {index} must be one number or a vector, got shape "
+                f"{tuple(row.shape)}"
+            )
         if rows and row.shape != rows[0].shape:
             raise ValueError(
-                f"{key} of example {index} has shape {tuple(row.shape)}, of example 0 {tuple(rows[0].shape)}"
+                f"{key} of example {index} has shape {tuple(row.shape)}, of example 0 "
+                f"{tuple(rows[0].shape)}"
             )
         rows.append(row)
     made = torch.stack([row.float() if row.is_floating_point() else row for row in rows]).cpu()

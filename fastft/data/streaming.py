@@ -1,8 +1,8 @@
 """Packs of an iterable dataset, as it comes: best fit into the packs that are open.
 
-An example goes into the open pack whose remaining capacity is the smallest that takes it, among equal ones into the
-oldest. Where none takes it a new pack is opened, and if there are too many, the fullest goes out first. A pack that is
-full goes out at once, the rest when the dataset ends.
+An example goes into the open pack whose remaining capacity is the smallest that takes it, among
+equal ones into the oldest. Where none takes it a new pack is opened, and if there are too many, the
+fullest goes out first. A pack that is full goes out at once, the rest when the dataset ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class _Packer:
     def __init__(self, max_tokens: int, max_sequences: int | None, open_packs: int) -> None:
         self.max_tokens, self.max_sequences, self.open_packs = max_tokens, max_sequences, open_packs
         self.ready: deque[Examples] = deque()
-        self._rooms: list[tuple[int, int]] = []  # (remaining capacity, number) of each open pack, sorted
+        # (remaining capacity, number) of each open pack, sorted
+        self._rooms: list[tuple[int, int]] = []
         self._packs: dict[int, Examples] = {}  # by number; the oldest come first
         self._opened = 0
 
@@ -77,29 +78,33 @@ class _Packer:
 
 
 class PackedStream(IterableDataset[Pack]):
-    """What `pack` returns for an iterable dataset: an iterable dataset of `Pack`s, without a length.
+    """What `pack` returns for an iterable dataset: an iterable dataset of `Pack`s, without a
+    length.
 
-    `state_dict` and `load_state_dict` hold what the open packs contain and where the dataset stands, in the convention
-    of `datasets` and of torchdata's `StatefulDataLoader`: a stream that resumes yields the packs that were left. A
-    dataset without a `state_dict` is read again up to where it stood.
+    `state_dict` and `load_state_dict` hold what the open packs contain and where the dataset
+    stands, in the convention of `datasets` and of torchdata's `StatefulDataLoader`: a stream that
+    resumes yields the packs that were left. A dataset without a `state_dict` is read again up to
+    where it stood.
 
-    With DataLoader workers each packs what its copy of the dataset yields. A `datasets.IterableDataset` gives each
-    worker shards of its own; one of torch has to do so itself (`torch.utils.data.get_worker_info`).
+    With DataLoader workers each packs what its copy of the dataset yields. A
+    `datasets.IterableDataset` gives each worker shards of its own; one of torch has to do so itself
+    (`torch.utils.data.get_worker_info`).
 
-    With accelerate, and therefore Trainer, batches must not be dispatched, not even with one process:
-    `TrainingArguments(accelerator_config={"dispatch_batches": False}, max_steps=...)`. Each rank then reads the whole
-    stream, makes all packs and takes its own.
+    With accelerate, and therefore Trainer, batches must not be dispatched, not even with one
+    process: `TrainingArguments(accelerator_config={"dispatch_batches": False}, max_steps=...)`.
+    Each rank then reads the whole stream, makes all packs and takes its own.
 
     Args:
         dataset: an iterable of dicts with `input_ids`.
         max_tokens: tokens in a pack, at most; below 2^31.
-        overlong: what becomes of an example with more, `"error"`, `"truncate"`, `"split"`, `"drop"`; see `plan_packs`.
+        overlong: what becomes of an example with more, `"error"`, `"truncate"`, `"split"`,
+            `"drop"`; see `plan_packs`.
         max_sequences: examples in a pack, at most; None for no limit.
         open_packs: packs that wait for more examples at the same time.
 
     Raises:
-        ValueError: while iterating, an example without tokens, or with more than `max_tokens` and `overlong="error"`;
-            accelerate is about to dispatch the batches.
+        ValueError: while iterating, an example without tokens, or with more than `max_tokens` and
+            `overlong="error"`; accelerate is about to dispatch the batches.
     """
 
     def __init__(
@@ -118,10 +123,12 @@ class PackedStream(IterableDataset[Pack]):
         self._packer = _Packer(max_tokens, max_sequences, open_packs)
         self._seen = 0  # examples that the iteration took
         self._loaded: dict[str, Any] | None = None  # the state to begin the next iteration with
-        self._source: Any = None  # the dataset's state of a loaded one, until its first example comes
+        # the dataset's state of a loaded one, until its first example comes
+        self._source: Any = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the dataset the epoch, if it wants to know; a state of another epoch is not resumed."""
+        """Tells the dataset the epoch, if it wants to know; a state of another epoch is not
+        resumed."""
         refuse_dispatch(self)
         self._epoch.fill_(epoch)
         if hasattr(self.dataset, "set_epoch"):
@@ -134,10 +141,16 @@ class PackedStream(IterableDataset[Pack]):
         source = self._source
         if source is None and hasattr(self.dataset, "state_dict"):
             source = self.dataset.state_dict()
-        return {"epoch": int(self._epoch), "seen": self._seen, "source": source, **self._packer.state_dict()}
+        return {
+            "epoch": int(self._epoch),
+            "seen": self._seen,
+            "source": source,
+            **self._packer.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next iteration go on from a state; options and dataset must be those that it was taken with."""
+        """Lets the next iteration go on from a state; options and dataset must be those that it was
+        taken with."""
         self.set_epoch(state_dict["epoch"])
         self._loaded = state_dict
 
@@ -160,8 +173,13 @@ class PackedStream(IterableDataset[Pack]):
             yield from packer.take()
         packer.close()
         yield from packer.take()
-        if loaded is not None and loaded["source"] is not None and is_iterable_dataset(self.dataset):
-            self.dataset.load_state_dict({})  # it would begin the next iteration where this one began
+        if (
+            loaded is not None
+            and loaded["source"] is not None
+            and is_iterable_dataset(self.dataset)
+        ):
+            # it would begin the next iteration where this one began
+            self.dataset.load_state_dict({})
 
     def _examples(self, loaded: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         if loaded is None or loaded["seen"] == 0:
@@ -176,7 +194,9 @@ class PackedStream(IterableDataset[Pack]):
         try:
             tokens = len(example["input_ids"])
         except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"example {number} has no input_ids to pack ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"example {number} has no input_ids to pack ({type(error).__name__}: {error})"
+            ) from None
         if tokens == 0:
             raise ValueError(f"example {number} has no tokens; take it out of the dataset")
         if tokens <= self.max_tokens:

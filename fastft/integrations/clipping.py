@@ -1,8 +1,9 @@
 """Trainer's gradient clipping inside the optimizer step.
 
-Trainer clips through `accelerator.clip_grad_norm_`, which reads all gradients for their norm and then reads and writes
-them to scale them, even by 1: 12 bytes for each fp32 element, beside the 28 of the step. Here it takes the norm (4
-bytes), and `AdamW.step` scales the gradients in its registers.
+Trainer clips through `accelerator.clip_grad_norm_`, which reads all gradients for their norm and
+then reads and writes them to scale them, even by 1: 12 bytes for each fp32 element, beside the 28
+of the step. Here it takes the norm (4 bytes), and `AdamW.step` scales the gradients in its
+registers.
 """
 
 from __future__ import annotations
@@ -15,23 +16,26 @@ from torch import Tensor
 from fastft.foreign import inner_optimizer
 from fastft.optim.adamw import AdamW
 
-_WHOLE_GRADIENTS = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's names of what leaves every gradient on every process
+# accelerate's names of what leaves every gradient on every process
+_WHOLE_GRADIENTS = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
 def fuse_clipping(trainer: Any) -> Callable[[], None]:
-    """Makes a Trainer clip inside `fastft.AdamW`'s step: 32 bytes moved for each fp32 element instead of 40.
+    """Makes a Trainer clip inside `fastft.AdamW`'s step: 32 bytes moved for each fp32 element
+    instead of 40.
 
         trainer = Trainer(model=model, args=args, optimizers=fastft.adamw(model, args), ...)
         fastft.fuse_clipping(trainer)
 
-    The logged `grad_norm` and the update stay the same up to rounding. After clipping `p.grad` holds the gradients as
-    they were before it; one that is changed between clipping and the step makes the step raise a RuntimeError. Where
-    the optimizer is another one, the norm another one than the Euclidean of all its gradients, or gradients are sharded
-    (FSDP, DeepSpeed), Trainer clips as ever.
+    The logged `grad_norm` and the update stay the same up to rounding. After clipping `p.grad`
+    holds the gradients as they were before it; one that is changed between clipping and the step
+    makes the step raise a RuntimeError. Where the optimizer is another one, the norm another one
+    than the Euclidean of all its gradients, or gradients are sharded (FSDP, DeepSpeed), Trainer
+    clips as ever.
 
     Args:
-        trainer: a `transformers.Trainer`, or any object with `accelerator` and `optimizer`. Only this instance's
-            `trainer.accelerator.clip_grad_norm_` is replaced.
+        trainer: a `transformers.Trainer`, or any object with `accelerator` and `optimizer`. Only
+            this instance's `trainer.accelerator.clip_grad_norm_` is replaced.
 
     Returns:
         A function which takes it off again.
@@ -41,17 +45,27 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
     """
     accelerator: Any = getattr(trainer, "accelerator", None)
     if not hasattr(accelerator, "clip_grad_norm_"):
-        raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__} without an accelerator")
+        raise TypeError(
+            f"trainer must be a transformers.Trainer, got {type(trainer).__name__} without an "
+            f"accelerator"
+        )
     stock = accelerator.clip_grad_norm_
 
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
         parameters = list(parameters)
         optimizer = inner_optimizer(trainer.optimizer)
-        fits = isinstance(optimizer, AdamW) and accelerator.distributed_type.value in _WHOLE_GRADIENTS
+        fits = (
+            isinstance(optimizer, AdamW) and accelerator.distributed_type.value in _WHOLE_GRADIENTS
+        )
         if not fits or norm_type != 2 or not _are_all(parameters, optimizer):
             return stock(parameters, max_norm, norm_type=norm_type)
         accelerator.unscale_gradients()
-        grads = [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        grads = [
+            param.grad
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
         return optimizer.clip_at_step(grads, float(max_norm))
 
     def restore() -> None:
@@ -62,6 +76,9 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
 
 
 def _are_all(parameters: list[Tensor], optimizer: AdamW) -> bool:
-    """Whether the parameters with a gradient, of which there is one, are the optimizer's with a gradient."""
-    ours = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    """Whether the parameters with a gradient, of which there is one, are the optimizer's with a
+    gradient."""
+    ours = {
+        id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    }
     return bool(ours) and ours == {id(p) for p in parameters if p.grad is not None}

@@ -11,10 +11,11 @@ _LOOPS = ("prediction_step", "evaluation_loop", "evaluate", "predict")
 
 
 def in_evaluation_loop() -> bool:
-    """Whether a method of Trainer that evaluates runs the model right now, and no `generate` in between.
+    """Whether a method of Trainer that evaluates runs the model right now, and no `generate` in
+    between.
 
-    No event of Trainer comes between the last callback of a step and an evaluation's first forward pass, and where
-    Trainer computes the loss the model gets no labels: only the stack knows.
+    No event of Trainer comes between the last callback of a step and an evaluation's first forward
+    pass, and where Trainer computes the loss the model gets no labels: only the stack knows.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -21,42 +21,52 @@ from fastft.loss.evaluation import Evaluation
 from fastft.loss.output_head import Attachment, expects_head
 from fastft.loss.report import Report
 
-logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
+# below "transformers", so that its verbosity rules
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _MANY_BYTES = 1 << 30
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class FusedLossCallback(TrainerCallback):
-    """From train begin to train end the model's loss is computed without ever holding logits, in evaluations too.
+    """From train begin to train end the model's loss is computed without ever holding logits, in
+    evaluations too.
 
-    In an evaluation inside `train()`, `preprocess_logits_for_metrics` gets lazy logits: argmax, top-k and
-    log-probabilities are computed chunk by chunk. Metrics that want logits get plain ones, as in stock. `generate`,
-    exports, and `evaluate` and `predict` outside `train()` are stock.
+    In an evaluation inside `train()`, `preprocess_logits_for_metrics` gets lazy logits: argmax,
+    top-k and log-probabilities are computed chunk by chunk. Metrics that want logits get plain
+    ones, as in stock. `generate`, exports, and `evaluate` and `predict` outside `train()` are
+    stock.
 
     Args:
-        verify: compute the loss of the first batch by the stock model as well, and raise `RuntimeError` if the two
-            differ by more than rounding explains. Costs one more forward pass. Needs a model that returns its own loss.
-        on_leak: where batches come from a `PackingCollator`, the callback does what `fastft.PackingCallback` does:
-            `"error"` raises if the model does not keep packed sequences apart, in a training or in an evaluation
-            outside of one; `"warn"` says so and goes on.
+        verify: compute the loss of the first batch by the stock model as well, and raise
+            `RuntimeError` if the two differ by more than rounding explains. Costs one more forward
+            pass. Needs a model that returns its own loss.
+        on_leak: where batches come from a `PackingCollator`, the callback does what
+            `fastft.PackingCallback` does: `"error"` raises if the model does not keep packed
+            sequences apart, in a training or in an evaluation outside of one; `"warn"` says so and
+            goes on.
 
     Attributes:
-        report: `fused`, how many losses were fused; `materialised`, the places (file:line) which asked for real logits;
-            `skipped`, why the model was left as it is. Of the latest training.
-        evaluation: the same of the evaluations inside it, where `fused` counts all that was computed chunk by chunk.
+        report: `fused`, how many losses were fused; `materialised`, the places (file:line) which
+            asked for real logits; `skipped`, why the model was left as it is. Of the latest
+            training.
+        evaluation: the same of the evaluations inside it, where `fused` counts all that was
+            computed chunk by chunk.
 
-    Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with label smoothing or a
-    `compute_loss_func` it stays stock, and `report.skipped` says so. Tensor-parallel heads, DataParallel, and models
-    whose loss others compute (Liger, TRL) are left alone, and a warning says so; so are classifiers, which have no
-    vocabulary to save, without a warning.
+    Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
+    label smoothing or a `compute_loss_func` it stays stock, and `report.skipped` says so.
+    Tensor-parallel heads, DataParallel, and models whose loss others compute (Liger, TRL) are left
+    alone, and a warning says so; so are classifiers, which have no vocabulary to save, without a
+    warning.
 
-    An exception out of `train()` leaves the model attached, because Trainer then calls no callback: `restore()` takes
-    it off, and so does the next training of the model that has this callback, a new one or a `PackingCallback`.
+    An exception out of `train()` leaves the model attached, because Trainer then calls no callback:
+    `restore()` takes it off, and so does the next training of the model that has this callback, a
+    new one or a `PackingCallback`.
 
     Raises:
-        ValueError: from `train()`, before anything is trained, where an optimizer of fastft's does not hold what is
-            trainable, is not the one that trains, or was made with other values than `args` have (docs/adamw.md).
+        ValueError: from `train()`, before anything is trained, where an optimizer of fastft's does
+            not hold what is trainable, is not the one that trains, or was made with other values
+            than `args` have (docs/adamw.md).
     """
 
     def __init__(self, verify: bool = False, on_leak: str = "error") -> None:
@@ -68,7 +78,9 @@ class FusedLossCallback(TrainerCallback):
         self._kept = until_the_end_of(self)
         self._said, self._said_places, self._said_size = False, 0, False
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Remembers whether the Trainer was handed an optimizer of fastft's."""
         self._handed.note(args, kwargs.get("optimizer"))
         self._packing.on_init_end(args, state, control, **kwargs)
@@ -82,13 +94,16 @@ class FusedLossCallback(TrainerCallback):
         if packing_collator(kwargs.get("train_dataloader")) is None:
             check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"), self._handed)
         else:
-            self._packing.on_train_begin(args, state, control, **kwargs)  # first: the probe sees the model without us
+            # first: the probe sees the model without us
+            self._packing.on_train_begin(args, state, control, **kwargs)
         model = kwargs["model"]
         self._said, self._said_places, self._said_size = False, 0, False
         evaluation = Evaluation(in_evaluation_loop)
         self.evaluation = evaluation.report
         if args.n_gpu > 1:
-            self.report = Report(skipped=["DataParallel: its replicas would call the head of the first device"])
+            self.report = Report(
+                skipped=["DataParallel: its replicas would call the head of the first device"]
+            )
             return
         self._attachment = Attachment(model, evaluation)
         self._kept.callback(self._attachment.remove)
@@ -100,24 +115,35 @@ class FusedLossCallback(TrainerCallback):
         if self.verify and self._attachment.heads:
             self._verify_first_batch(model)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Says after the first step what became of the loss, and later of each new place that asks for real logits."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Says after the first step what became of the loss, and later of each new place that asks
+        for real logits."""
         places = self.report.materialised[self._said_places :]
         self._said_places += len(places)
         if places:
             where = ", ".join(places)
-            logger.warning(f"fastft: real logits were asked for by {where}: right, but without the saving")
+            logger.warning(
+                f"fastft: real logits were asked for by {where}: right, but without the saving"
+            )
         if self._said:
             return
         self._said = True
         if self.report.fused:
-            logger.info(f"fastft: the loss is fused ({self.report.fused} evaluations in the first step)")
+            logger.info(
+                f"fastft: the loss is fused ({self.report.fused} evaluations in the first step)"
+            )
             return
         why = "; ".join(self.report.skipped)
         if not why and places:
             why = "something asked for real logits before the loss"
-        say = logger.warning if expects_head(kwargs["model"]) else logger.info  # a classifier has nothing to fuse
-        say(f"fastft: no loss was fused in the first step: {why or _who_computes_it(kwargs['model'])}")
+        # a classifier has nothing to fuse
+        say = logger.warning if expects_head(kwargs["model"]) else logger.info
+        say(
+            f"fastft: no loss was fused in the first step: "
+            f"{why or _who_computes_it(kwargs['model'])}"
+        )
 
     def on_prediction_step(
         self,
@@ -127,29 +153,45 @@ class FusedLossCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Makes plain tensors of the logits that metrics want, and says once how large they are: from a gigabyte on.
+        """Makes plain tensors of the logits that metrics want, and says once how large they are:
+        from a gigabyte on.
 
-        Says once, too, where several ranks would count examples of packed rows twice; refuses packed rows that nothing
-        keeps apart.
+        Says once, too, where several ranks would count examples of packed rows twice; refuses
+        packed rows that nothing keeps apart.
         """
         size = self._settle()
-        self._packing.on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
-        held = 1 if args.batch_eval_metrics or not has_length(eval_dataloader) else len(eval_dataloader)
+        self._packing.on_prediction_step(
+            args, state, control, eval_dataloader=eval_dataloader, **kwargs
+        )
+        held = (
+            1
+            if args.batch_eval_metrics or not has_length(eval_dataloader)
+            else len(eval_dataloader)
+        )
         if size * held * args.world_size >= _MANY_BYTES and not self._said_size:
             self._said_size = True
             logger.warning(
-                f"fastft: the metrics get real logits, {size / 2**20:,.0f} MiB for each batch of the evaluation "
-                f"({', '.join(self.evaluation.materialised)}). Where argmax, top-k or log-probabilities are enough, "
+                f"fastft: the metrics get real logits, {size / 2**20:,.0f} MiB for each batch of "
+                f"the evaluation "
+                f"({', '.join(self.evaluation.materialised)}). Where argmax, top-k or "
+                f"log-probabilities are enough, "
                 "give Trainer a preprocess_logits_for_metrics: it makes them without the logits."
             )
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Leaves nothing lazy to what comes after an evaluation."""
         self._packing.on_evaluate(args, state, control, **kwargs)
         self._settle()
 
     def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Any,
+        **kwargs: Any,
     ) -> None:
         """Leaves nothing lazy to what comes after a prediction."""
         self._packing.on_predict(args, state, control, metrics, **kwargs)
@@ -158,7 +200,8 @@ class FusedLossCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves no logits of an evaluation that could not be computed when the weights have changed."""
+        """Leaves no logits of an evaluation that could not be computed when the weights have
+        changed."""
         self._settle()
 
     def _settle(self) -> int:
@@ -188,10 +231,13 @@ class FusedLossCallback(TrainerCallback):
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not stock and module.training:
-                with torch.no_grad(), torch.random.fork_rng():  # heads are stock where no gradients are recorded
+                # heads are stock where no gradients are recorded
+                with torch.no_grad(), torch.random.fork_rng():
                     stock.append(_loss_of(module.forward(*args, **kwargs)))
 
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def after(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             if not stock:
                 return
             hooks.close()
@@ -207,15 +253,19 @@ def _who_computes_it(model: nn.Module) -> str:
     packages = whose_forward(model)
     if "trl" in packages:
         return (
-            "nothing called the output head: TRL's trainers compute their loss by a fused head of their own. Leave "
-            "FusedLossCallback out (fastft's AdamW and packing work there), or train with transformers.Trainer"
+            "nothing called the output head: TRL's trainers compute their loss by a fused head of "
+            "their own. Leave "
+            "FusedLossCallback out (fastft's AdamW and packing work there), or train with "
+            "transformers.Trainer"
         )
     if "liger_kernel" in packages:
         return (
-            "nothing called the output head: Liger computes the loss. Leave FusedLossCallback out, or use_liger_kernel"
+            "nothing called the output head: Liger computes the loss. Leave FusedLossCallback out, "
+            "or use_liger_kernel"
         )
     return (
-        "nothing called the output head: another fused loss must be at work, TRL's (SFTTrainer), Liger's "
+        "nothing called the output head: another fused loss must be at work, TRL's (SFTTrainer), "
+        "Liger's "
         "(use_liger_kernel) or one in the model's code. Leave that, or FusedLossCallback, out"
     )
 
@@ -231,18 +281,22 @@ def _working_dtype(model: nn.Module) -> torch.dtype:
     dtypes = {parameter.dtype}
     if torch.is_autocast_enabled(parameter.device.type):
         dtypes.add(torch.get_autocast_dtype(parameter.device.type))
-    if getattr(model, "_original_forward", None) is not None:  # accelerate's mixed precision runs inside forward
+    # accelerate's mixed precision runs inside forward
+    if getattr(model, "_original_forward", None) is not None:
         dtypes.add(torch.bfloat16)
     return max(dtypes, key=lambda dtype: _TOLERANCE.get(dtype, 5e-2))
 
 
 def _compare(stock: torch.Tensor | None, fused: torch.Tensor | None, dtype: torch.dtype) -> None:
     if stock is None or fused is None:
-        logger.warning("fastft: verify=True found nothing to compare: the model returned no loss of its own")
+        logger.warning(
+            "fastft: verify=True found nothing to compare: the model returned no loss of its own"
+        )
         return
     expected, actual = float(stock), float(fused)
     if abs(expected - actual) > _TOLERANCE.get(dtype, 5e-2) * max(1.0, abs(expected)):
         raise RuntimeError(
-            f"fastft: the fused loss of the first batch is {actual:.8g}, the stock loss {expected:.8g}. Please report "
+            f"fastft: the fused loss of the first batch is {actual:.8g}, the stock loss "
+            f"{expected:.8g}. Please report "
             "this model; train it without FusedLossCallback."
         )

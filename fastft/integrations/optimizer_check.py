@@ -1,22 +1,29 @@
-"""At train begin: is what trains what was made, does it hold what is trained, and does it follow the Trainer's args?
+"""At train begin: is what trains what was made, does it hold what is trained, and does it follow
+the Trainer's args?
 
-What goes wrong without a word otherwise (a Trainer hands an optimizer through without looking at it):
+What goes wrong without a word otherwise (a Trainer hands an optimizer through without looking at
+it):
 
-    under DeepSpeed Trainer lets go of `optimizers=`, and of a spec where DeepSpeed's configuration has an "optimizer"
-    `adamw(model)` before resized embeddings, unfrozen layers, LoRA, `set_adapter`: these do not train
-    `adamw_spec(args)` and a trainer that copies its args (TRL): the copy says something else
-    `max_grad_norm` of the optimizer over gradients that DeepSpeed or FSDP1 cut into flat parts; or beside that of args
+    under DeepSpeed Trainer lets go of `optimizers=`, and of a spec where DeepSpeed's configuration
+    has an "optimizer" `adamw(model)` before resized embeddings, unfrozen layers, LoRA,
+    `set_adapter`: these do not train `adamw_spec(args)` and a trainer that copies its args (TRL):
+    the copy says something else `max_grad_norm` of the optimizer over gradients that DeepSpeed or
+    FSDP1 cut into flat parts; or beside that of args
 
-`foreign` knows the classes. What else decides by an optimizer's class or by its name, and what that means for ours:
+`foreign` knows the classes. What else decides by an optimizer's class or by its name, and what that
+means for ours:
 
     accelerate      map_pytorch_optim_to_deepspeed: isinstance of torch.optim.AdamW makes the decay decoupled
-                    set_optimizer_type of Megatron-LM: "adam" in the name of the class, and the defaults
+                    set_optimizer_type of Megatron-LM: "adam" in the name of the class, and the
+                    defaults
     transformers    is_optimizer_factory: subclass of torch.optim.Optimizer; "bitsandbytes" in str(class)
     DeepSpeed       ZERO_SUPPORTED_OPTIMIZERS by exact type: ours needs "zero_allow_untested_optimizer", which
-                    transformers and accelerate set; fp16 and bf16 master weights want DeepSpeedCPUAdam itself
+                    transformers and accelerate set; fp16 and bf16 master weights want
+                    DeepSpeedCPUAdam itself
     PEFT            create_loraplus_optimizer: 8-bit classes by name, else any class
     Lightning       a subclass of both LightningOptimizer and the optimizer's class; `_step_supports_amp_scaling` of
-                    a fp16 run refuses Lightning's clipping with a sentence, as for torch's fused AdamW
+                    a fp16 run refuses Lightning's clipping with a sentence, as for torch's fused
+                    AdamW
     torch           torch.distributed.optim's functional twins by exact type: ours has none; GradScaler by
                     `_step_supports_amp_scaling`
 """
@@ -34,14 +41,16 @@ from fastft.optim import origin
 from fastft.optim.adamw import AdamW
 from fastft.optim.origin import Origin
 
-logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
+# below "transformers", so that its verbosity rules
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _SPEC = "Trainer(optimizer_cls_and_kwargs=fastft.adamw_spec(args))"
 _NAMED = 8  # parameters of a list that goes into a sentence
 
 
 class Handed:
-    """Whether a Trainer was handed an AdamW of fastft's: a callback is told when the Trainer has been made."""
+    """Whether a Trainer was handed an AdamW of fastft's: a callback is told when the Trainer has
+    been made."""
 
     def __init__(self) -> None:
         self._args: TrainingArguments | None = None
@@ -58,7 +67,8 @@ class Handed:
 def check_optimizer(
     args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, handed: Handed
 ) -> None:
-    """Compares what trains with what was made. Quiet about optimizers that are not fastft's and were not to be.
+    """Compares what trains with what was made. Quiet about optimizers that are not fastft's and
+    were not to be.
 
     Args:
         args, state, model, optimizer: of Trainer, as its callbacks get them.
@@ -75,35 +85,55 @@ def check_optimizer(
     inner.forget_stale_remainders()
     if not by_deepspeed:
         _check_parameters(model, inner)
-    if inner._origin is not None and not inner._had_gradients:  # Trainer keeps it for a second train(), as it is
+    # Trainer keeps it for a second train(), as it is
+    if inner._origin is not None and not inner._had_gradients:
         _check_settings(args, state, inner, inner._origin)
     if inner.max_grad_norm is not None:
-        told = inner._origin is not None and inner._origin.args is args  # by adamw or adamw_spec already
-        _check_clipping(args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model), told=told)
+        # by adamw or adamw_spec already
+        told = inner._origin is not None and inner._origin.args is args
+        _check_clipping(
+            args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model), told=told
+        )
 
 
-def _check_replacement(args: TrainingArguments, model: nn.Module, inner: Any, by_deepspeed: bool, handed: bool) -> None:
+def _check_replacement(
+    args: TrainingArguments, model: nn.Module, inner: Any, by_deepspeed: bool, handed: bool
+) -> None:
     """Another optimizer trains: was one of fastft's to do so?"""
-    if foreign.is_deepspeed_adam(inner) and "moments" in inner.param_groups[0]:  # made of our groups
+    # made of our groups
+    if foreign.is_deepspeed_adam(inner) and "moments" in inner.param_groups[0]:
         if not inner.adam_w_mode:
             raise ValueError(
-                "DeepSpeedCPUAdam trains in the place of fastft's AdamW, and its weight decay is L2, not decoupled: "
+                "DeepSpeedCPUAdam trains in the place of fastft's AdamW, and its weight decay is "
+                "L2, not decoupled: "
                 'set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration'
             )
         logger.warning(
-            "fastft: with ZeRO's offload_optimizer DeepSpeedCPUAdam trains in the place of fastft's AdamW, by the same "
-            "formula; \"zero_force_ds_cpu_optimizer\": false in DeepSpeed's configuration lets fastft's train"
+            "fastft: with ZeRO's offload_optimizer DeepSpeedCPUAdam trains in the place of "
+            "fastft's AdamW, by the same "
+            'formula; "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration lets '
+            "fastft's train"
         )
         return
     kind = f"{type(inner).__module__}.{type(inner).__name__}"
     if handed and by_deepspeed:
-        raise ValueError(f"this Trainer was given a fastft.AdamW, but {kind} trains: DeepSpeed drops ours; use {_SPEC}")
+        raise ValueError(
+            f"this Trainer was given a fastft.AdamW, but {kind} trains: DeepSpeed drops ours; use "
+            f"{_SPEC}"
+        )
     ours = _dropped(args, model, by_deepspeed)
     if ours is None:
         return
-    what = f"fastft.{ours.way} made an optimizer for this {'model' if ours.model else 'Trainer'}, but {kind} trains"
+    what = (
+        f"fastft.{ours.way} made an optimizer for this {'model' if ours.model else 'Trainer'}, but "
+        f"{kind} trains"
+    )
     if by_deepspeed:
-        remedy = f"use {_SPEC}" if ours.model else 'remove the section "optimizer" from its configuration'
+        remedy = (
+            f"use {_SPEC}"
+            if ours.model
+            else 'remove the section "optimizer" from its configuration'
+        )
         raise ValueError(f"{what}: DeepSpeed drops ours; {remedy}")
     logger.warning(f"fastft: {what}")
 
@@ -121,7 +151,8 @@ def _dropped(args: TrainingArguments, model: nn.Module, by_deepspeed: bool) -> O
 
 
 def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
-    """Raises if nothing that is trainable is the optimizer's, or something is not that was to be."""
+    """Raises if nothing that is trainable is the optimizer's, or something is not that was to
+    be."""
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     missing = [name for name, param in trainable.items() if id(param) not in held]
@@ -131,57 +162,81 @@ def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
     expected = set() if whole is None else {id(param) for param in whole.parameters()}
     unexpected = [name for name in missing if id(trainable[name]) in expected]
     if missing and len(missing) == len(trainable):
-        what = f"none of the model's {len(trainable)} trainable parameters is in the optimizer: nothing would train"
+        what = (
+            f"none of the model's {len(trainable)} trainable parameters is in the optimizer: "
+            f"nothing would train"
+        )
     elif unexpected:
         named = ", ".join(unexpected[:_NAMED])
         rest = f" and {len(unexpected) - _NAMED} more" if len(unexpected) > _NAMED else ""
         what = (
-            f"{len(unexpected)} of the model's {len(trainable)} trainable parameters are not in the optimizer, and "
+            f"{len(unexpected)} of the model's {len(trainable)} trainable parameters are not in "
+            f"the optimizer, and "
             f"would stay as they are: {named}{rest}"
         )
     else:
         return
     raise ValueError(
-        f"{what}. Make the optimizer when the model is ready (embeddings resized, layers unfrozen, adapters added or "
-        f"chosen; TRL adds them itself where it gets peft_config), or let Trainer make it: {_SPEC}. What is not to be "
-        "trained wants requires_grad_(False), or its absence from a list of parameters given to fastft.adamw"
+        f"{what}. Make the optimizer when the model is ready (embeddings resized, layers unfrozen, "
+        f"adapters added or "
+        f"chosen; TRL adds them itself where it gets peft_config), or let Trainer make it: "
+        f"{_SPEC}. What is not to be "
+        "trained wants requires_grad_(False), or its absence from a list of parameters given to "
+        "fastft.adamw"
     )
 
 
-def _check_settings(args: TrainingArguments, state: TrainerState, optimizer: AdamW, made: Origin) -> None:
-    """Raises where the optimizer was made with other values than `args` have, and the user did not ask for them.
+def _check_settings(
+    args: TrainingArguments, state: TrainerState, optimizer: AdamW, made: Origin
+) -> None:
+    """Raises where the optimizer was made with other values than `args` have, and the user did not
+    ask for them.
 
-    The values are those of the constructor: a schedule changes the groups', and so does a checkpoint, with stock too.
+    The values are those of the constructor: a schedule changes the groups', and so does a
+    checkpoint, with stock too.
     """
     of_args, defaults = origin.hyper_parameters(args), optimizer.defaults
     by_trainer = made.way == "adamw_spec"  # Trainer makes the groups, with the decay of its args
-    unasked = [name for name in of_args if name not in made.given and not (by_trainer and name == "weight_decay")]
+    unasked = [
+        name
+        for name in of_args
+        if name not in made.given and not (by_trainer and name == "weight_decay")
+    ]
     wrong = [name for name in unasked if defaults[name] != of_args[name]]
     if wrong:
         values = ", ".join(f"{name} {defaults[name]} for {of_args[name]}" for name in wrong)
         raise ValueError(
-            f"fastft.{made.way} made an optimizer with other values than the Trainer's args have now: {values}. "
-            f"Give it these very args; {_SPEC} reads them when training begins (TRL's trainers copy a plain "
+            f"fastft.{made.way} made an optimizer with other values than the Trainer's args have "
+            f"now: {values}. "
+            f"Give it these very args; {_SPEC} reads them when training begins (TRL's trainers "
+            f"copy a plain "
             "TrainingArguments: give both the trainer's own kind). Or say what you want: "
             f"fastft.{made.way}(..., {wrong[0]}=...)"
         )
     asked = made.given.get("weight_decay") if by_trainer and state.global_step == 0 else None
-    if asked is not None and asked not in [group["weight_decay"] for group in optimizer.param_groups]:
+    if asked is not None and asked not in [
+        group["weight_decay"] for group in optimizer.param_groups
+    ]:
         raise ValueError(
-            f"fastft.adamw_spec was given weight_decay={asked}, and Trainer made the groups with the "
-            f"{args.weight_decay} of its args: set it in args: TrainingArguments(weight_decay={asked})"
+            f"fastft.adamw_spec was given weight_decay={asked}, and Trainer made the groups with "
+            f"the "
+            f"{args.weight_decay} of its args: set it in args: "
+            f"TrainingArguments(weight_decay={asked})"
         )
 
 
 def _check_clipping(args: TrainingArguments, max_grad_norm: float, flat: bool, told: bool) -> None:
-    """Raises where the norm would be that of a part; warns where gradients are clipped twice, unless `told` before."""
+    """Raises where the norm would be that of a part; warns where gradients are clipped twice,
+    unless `told` before."""
     if flat:
         raise ValueError(
-            "the optimizer's max_grad_norm would clip to the norm of each process's part of the gradients, which "
+            "the optimizer's max_grad_norm would clip to the norm of each process's part of the "
+            "gradients, which "
             "DeepSpeed and FSDP1 cut into flat parts: use TrainingArguments(max_grad_norm=...)"
         )
     if args.max_grad_norm and not told:
         logger.warning(
-            f"fastft: gradients are clipped twice, to {args.max_grad_norm} by Trainer's args and to {max_grad_norm} by "
+            f"fastft: gradients are clipped twice, to {args.max_grad_norm} by Trainer's args and "
+            f"to {max_grad_norm} by "
             "the optimizer: set max_grad_norm to 0 in args, or leave it out of the optimizer"
         )

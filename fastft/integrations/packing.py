@@ -1,4 +1,5 @@
-"""Packed batches in `transformers.Trainer`: their sequences are kept apart, or nothing is trained."""
+"""Packed batches in `transformers.Trainer`: their sequences are kept apart, or nothing is
+trained."""
 
 from __future__ import annotations
 
@@ -26,33 +27,39 @@ from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packed_evaluation import PADDED, refuse_generation, warn_of_repeats
 from fastft.integrations.trainings import training_begins, until_the_end_of
 
-logger = logging.get_logger(f"transformers.{__name__}")  # below "transformers", so that its verbosity rules
+# below "transformers", so that its verbosity rules
+logger = logging.get_logger(f"transformers.{__name__}")
 
 _ON_LEAK = ("error", "warn")
 _verdicts: dict[Any, Leak | None] = {}
 
 
 class PackingCallback(TrainerCallback):
-    """From train begin to train end the model keeps the sequences of a `PackingCollator`'s batches apart.
+    """From train begin to train end the model keeps the sequences of a `PackingCollator`'s batches
+    apart.
 
-    At train begin the model is probed as `fastft.check_packing` does it, once in a process for each configuration
-    of model, adapters and batches. A model with attention code of its own for which a mask of T x T is exact gets that.
-    Batches of other collators, such as those of an evaluation, are left alone. `evaluate` and
-    `predict` outside `train()` run the model as it is: there it is probed after the first packed batch.
+    At train begin the model is probed as `fastft.check_packing` does it, once in a process for each
+    configuration of model, adapters and batches. A model with attention code of its own for which a
+    mask of T x T is exact gets that. Batches of other collators, such as those of an evaluation,
+    are left alone. `evaluate` and `predict` outside `train()` run the model as it is: there it is
+    probed after the first packed batch.
 
     Args:
-        on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated batches; `"warn"`: say
-            so and go on.
+        on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated
+            batches; `"warn"`: say so and go on.
 
     Raises:
-        PackingLeakError: from `train()`, `evaluate()` and `predict()`, with the reason and the way out.
-        ValueError: another `on_leak`; from `train()`, where an optimizer of fastft's would not train what it was made
-            for, or not as `args` say (docs/adamw.md); where the collator's task is `sequence_classification` and the
-            model lacks `fastft.pool_segments`; where Trainer would generate from rows of several examples.
+        PackingLeakError: from `train()`, `evaluate()` and `predict()`, with the reason and the way
+            out.
+        ValueError: another `on_leak`; from `train()`, where an optimizer of fastft's would not
+            train what it was made for, or not as `args` say (docs/adamw.md); where the collator's
+            task is `sequence_classification` and the model lacks `fastft.pool_segments`; where
+            Trainer would generate from rows of several examples.
 
-    `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out of `train()` leaves
-    the model's hooks on, because Trainer then calls no callback: `restore()` takes them off, and so does the next
-    training of the model that has this callback, a new one or a `FusedLossCallback`.
+    `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out
+    of `train()` leaves the model's hooks on, because Trainer then calls no callback: `restore()`
+    takes them off, and so does the next training of the model that has this callback, a new one or
+    a `FusedLossCallback`.
     """
 
     def __init__(self, on_leak: str = "error") -> None:
@@ -63,26 +70,35 @@ class PackingCallback(TrainerCallback):
         self._handed = Handed()
         self._kept = until_the_end_of(self)
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Remembers whether the Trainer was handed an optimizer of fastft's."""
         self._handed.note(args, kwargs.get("optimizer"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size begins anew."""
+        """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size
+        begins anew."""
         self.restore()
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         training_begins(model, state, self)
         check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed)
         collator = packing_collator(loader)
         if collator is None:
-            logger.warning("fastft: PackingCallback does nothing: batches do not come from a fastft.PackingCollator")
+            logger.warning(
+                "fastft: PackingCallback does nothing: batches do not come from a "
+                "fastft.PackingCollator"
+            )
             return
         refuse_generation(args, collator)
         _refuse_logits_of_rows(model, loader, collator)
         if args.n_gpu > 1:
-            self._complain("DataParallel cuts a packed batch between its devices; start one process for each instead")
+            self._complain(
+                "DataParallel cuts a packed batch between its devices; start one process for each "
+                "instead"
+            )
         if dispatches(loader):
             self._complain(REFUSAL)
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
@@ -91,7 +107,9 @@ class PackingCallback(TrainerCallback):
         if leak is not None and leak.loud:
             logger.warning(f"fastft: {type(model).__name__}: {leak}")
         elif leak is not None and leak.block_mask:
-            logger.warning(f"fastft: {type(model).__name__} gets an attention mask of T x T: {leak.what}")
+            logger.warning(
+                f"fastft: {type(model).__name__} gets an attention mask of T x T: {leak.what}"
+            )
         elif leak is not None:
             self._complain(f"{type(model).__name__} does not keep packed sequences apart: {leak}")
         keep = block_mask if leak is not None and leak.block_mask else packed_attention
@@ -101,7 +119,8 @@ class PackingCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuses packed batches that nothing keeps apart, and says once where several ranks count examples twice."""
+        """Refuses packed batches that nothing keeps apart, and says once where several ranks count
+        examples twice."""
         if self._warned_of_repeats and (self._apart or self._asked):
             return
         loader = kwargs.get("eval_dataloader")
@@ -114,18 +133,28 @@ class PackingCallback(TrainerCallback):
             self._check_evaluation(args, kwargs["model"], loader, collator)
             self._asked = True
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The next evaluation may be of another model, or of the same in another way."""
         self._asked = False
 
     def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Any,
+        **kwargs: Any,
     ) -> None:
         """The same of a prediction."""
         self._asked = False
 
-    def _check_evaluation(self, args: Any, model: nn.Module, loader: Any, collator: PackingCollator) -> None:
-        """Complains where the model as it is, outside a training, does not keep the packed batch apart that it got."""
+    def _check_evaluation(
+        self, args: Any, model: nn.Module, loader: Any, collator: PackingCollator
+    ) -> None:
+        """Complains where the model as it is, outside a training, does not keep the packed batch
+        apart that it got."""
         batches = _batches(loader, collator, getattr(args, "eval_batch_size", None))
         if collator.pad_examples and batches.max_tokens is None:
             return
@@ -133,12 +162,17 @@ class PackingCallback(TrainerCallback):
         try:
             leak = _verdict(model, batches, args, as_it_is=True)
         except ValueError as error:
-            logger.warning(f"fastft: whether this evaluation keeps packed sequences apart is not checked: {error}")
+            logger.warning(
+                f"fastft: whether this evaluation keeps packed sequences apart is not checked: "
+                f"{error}"
+            )
             return
         if leak is not None and not leak.loud:
             self._complain(
-                f"sequences are kept apart by the callback inside train() alone, and {type(model).__name__} as it is "
-                f"does not do so: {leak}. The loop is evaluate() or predict() here; or evaluate with {PADDED}",
+                f"sequences are kept apart by the callback inside train() alone, and "
+                f"{type(model).__name__} as it is "
+                f"does not do so: {leak}. The loop is evaluate() or predict() here; or evaluate "
+                f"with {PADDED}",
                 "evaluating",
             )
 
@@ -151,7 +185,8 @@ class PackingCallback(TrainerCallback):
         except ValueError as error:
             advice = "on_leak='warn' trains it all the same"
             self._complain(
-                f"nobody knows whether {type(model).__name__} keeps packed sequences apart: {error}; {advice}"
+                f"nobody knows whether {type(model).__name__} keeps packed sequences apart: "
+                f"{error}; {advice}"
             )
         return None
 
@@ -173,7 +208,8 @@ class PackingCallback(TrainerCallback):
 
 
 def packing_collator(dataloader: Any) -> PackingCollator | None:
-    """The collator of a loader's batches, also inside what calls it: wrappers, functions, methods, partials."""
+    """The collator of a loader's batches, also inside what calls it: wrappers, functions, methods,
+    partials."""
     level: list[Any] = [getattr(dataloader, "collate_fn", None)]
     seen: set[int] = set()
     for _ in range(5):
@@ -198,13 +234,16 @@ def _parts(whole: Any) -> Iterator[Any]:
         for cell in whole.__closure__ or ():
             with contextlib.suppress(ValueError):  # a cell that is empty
                 yield cell.cell_contents
-        yield from (whole.__globals__[name] for name in whole.__code__.co_names if name in whole.__globals__)
+        yield from (
+            whole.__globals__[name] for name in whole.__code__.co_names if name in whole.__globals__
+        )
     else:
         yield from getattr(whole, "__dict__", {}).values()
 
 
 def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
-    """Raises where labels of examples would meet logits of rows: torch broadcasts the two in a regression."""
+    """Raises where labels of examples would meet logits of rows: torch broadcasts the two in a
+    regression."""
     if collator.task != "sequence_classification" or is_pooled(model):
         return
     padded = collator.pad_examples and packs_of(loader) is None
@@ -217,14 +256,19 @@ def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingColla
 
 
 def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batches:
-    """What the loader's batches, of so many packs or examples, are like; the longest row is known of packs alone."""
+    """What the loader's batches, of so many packs or examples, are like; the longest row is known
+    of packs alone."""
     dataset = packs_of(loader)
     multiple, longest = collator.pad_to_multiple_of or 1, None
     if packs is not None and dataset is not None:
-        tokens = dataset.plan.max_tokens if isinstance(dataset, PackedDataset) else dataset.max_tokens
+        tokens = (
+            dataset.plan.max_tokens if isinstance(dataset, PackedDataset) else dataset.max_tokens
+        )
         longest = -(-packs // collator.rows) * tokens
         longest += -longest % multiple
-    return Batches(collator.position_ids_start, longest, collator.rows, collator.rows > 1 or multiple > 1)
+    return Batches(
+        collator.position_ids_start, longest, collator.rows, collator.rows > 1 or multiple > 1
+    )
 
 
 def _verdict(model: nn.Module, batches: Batches, args: Any, as_it_is: bool = False) -> Leak | None:
@@ -232,7 +276,8 @@ def _verdict(model: nn.Module, batches: Batches, args: Any, as_it_is: bool = Fal
     hooked = modules_with_hooks(model)
     if hooked:
         logger.warning(
-            f"fastft: the packing probe runs {type(model).__name__} on batches of its own, which the forward hooks of "
+            f"fastft: the packing probe runs {type(model).__name__} on batches of its own, which "
+            f"the forward hooks of "
             f"{', '.join(hooked[:5])}{' and others' if len(hooked) > 5 else ''} see too"
         )
     key = (_key(model, batches, args), as_it_is, as_it_is and keeps_segments(model))
@@ -248,9 +293,12 @@ def _key(model: nn.Module, batches: Batches, args: Any) -> Any:
     return (
         batches,
         tuple(
-            (name, type(module), _attributes(module)) for name, module in model.named_modules(remove_duplicate=False)
+            (name, type(module), _attributes(module))
+            for name, module in model.named_modules(remove_duplicate=False)
         ),
-        tuple((str(vars(config)), config._attn_implementation) for config in attention_configs(model)),
+        tuple(
+            (str(vars(config)), config._attn_implementation) for config in attention_configs(model)
+        ),
         frozenset((parameter.dtype, parameter.device.type) for parameter in model.parameters()),
         str(adapters) + str(getattr(model, "active_adapter", None)),
         (getattr(args, "bf16", None), getattr(args, "fp16", None)),
@@ -258,29 +306,38 @@ def _key(model: nn.Module, batches: Batches, args: Any) -> Any:
 
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Plain attributes of a module, which may be changed after it was made, and functions that were put on it."""
+    """Plain attributes of a module, which may be changed after it was made, and functions that were
+    put on it."""
     plain = [
         (name, value)
         for name, value in vars(module).items()
         if name != "training" and isinstance(value, bool | int | float | str | None)
     ]
-    functions = [(name, id(value)) for name, value in vars(module).items() if isinstance(value, types.FunctionType)]
+    functions = [
+        (name, id(value))
+        for name, value in vars(module).items()
+        if isinstance(value, types.FunctionType)
+    ]
     return (*plain, *functions)
 
 
 def _say_what_trainer_counts(args: Any, collator: PackingCollator, processing_class: Any) -> None:
-    """Trainer knows padding by the attention mask, which a packed batch has not, or by the padding token."""
+    """Trainer knows padding by the attention mask, which a packed batch has not, or by the padding
+    token."""
     if getattr(args, "include_num_input_tokens_seen", "no") != "non_padding":
         return
     pad = getattr(processing_class, "pad_token_id", None)
     pads = collator.rows > 1 or collator.pad_to_multiple_of is not None
     if pads and collator.pad_token_id != pad:
         logger.warning(
-            "fastft: num_input_tokens_seen will count padding: Trainer leaves out the padding token of "
-            f"processing_class, {pad}, that of PackingCollator is {collator.pad_token_id}; give it pad_token_id={pad}"
+            "fastft: num_input_tokens_seen will count padding: Trainer leaves out the padding "
+            "token of "
+            f"processing_class, {pad}, that of PackingCollator is {collator.pad_token_id}; give it "
+            f"pad_token_id={pad}"
         )
     elif pad is not None and pad == getattr(processing_class, "eos_token_id", None):
         logger.warning(
-            "fastft: num_input_tokens_seen will leave out every end token: Trainer takes the padding token of "
+            "fastft: num_input_tokens_seen will leave out every end token: Trainer takes the "
+            "padding token of "
             f"processing_class, {pad}, for padding. Without padding in the rows, 'all' counts right"
         )

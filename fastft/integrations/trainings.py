@@ -1,8 +1,10 @@
-"""What callbacks have put on a model is taken off by the next training of it, whichever callback begins that one.
+"""What callbacks have put on a model is taken off by the next training of it, whichever callback
+begins that one.
 
-Trainer calls no callback after an exception, so that hooks, patched methods and changed configurations stay on the
-model. The callback that put them there may be gone, and so may its Trainer: what it keeps for its end must not refer to
-it, and is closed when nobody holds it any more.
+Trainer calls no callback after an exception, so that hooks, patched methods and changed
+configurations stay on the model. The callback that put them there may be gone, and so may its
+Trainer: what it keeps for its end must not refer to it, and is closed when nobody holds it any
+more.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def until_the_end_of(callback: TrainerCallback) -> contextlib.ExitStack:
 
 
 def training_begins(model: nn.Module, state: Any, callback: Any) -> None:
-    """Restores the callbacks of an earlier training of `model` (in any wrapper) that has not come to its end."""
+    """Restores the callbacks of an earlier training of `model` (in any wrapper) that has not come
+    to its end."""
     base = base_model(model)
     training = _of_model.get(base)
     if training is None or training.state is not state:

@@ -1,12 +1,14 @@
-"""Labels of which the host knows how many count, so that the rows of the others cost nothing on a GPU either.
+"""Labels of which the host knows how many count, so that the rows of the others cost nothing on a
+GPU either.
 
     batch.to(device)   counts the labels while they are on the host, and notes the number with those on the device
     model(labels=...)  a hook gives the model a `CountedLabels`: the same tensor, which knows the number
     the model's loss   shifts, pads, flattens it; what comes out knows the number too, as an upper bound
     the fused loss     takes so many rows, the first that count, and nobody waits for the device
 
-The bound is never a guess: a tensor loses it in every operation that could let more labels count than before, and by
-being written to. Then the loss takes all rows, as it does of labels that nobody counted.
+The bound is never a guess: a tensor loses it in every operation that could let more labels count
+than before, and by being written to. Then the loss takes all rows, as it does of labels that nobody
+counted.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def note_labels(of_host: Any, moved: Any) -> None:
 
 
 def note_count(labels: Tensor, counted: int) -> None:
-    """Remembers, as long as nobody writes to `labels`, that at most `counted` of them are not -100."""
+    """Remembers, as long as nobody writes to `labels`, that at most `counted` of them are not
+    -100."""
     _notes[labels] = _stamp(labels), counted
 
 
@@ -55,7 +58,11 @@ class CountedLabels(Tensor):
         kwargs = kwargs or {}
         source = args[0] if args else None
         # as it is before `func`; a compiler traces this too, and would compile again for each bound
-        counted = _known(source) if isinstance(source, cls) and not torch.compiler.is_compiling() else None
+        counted = (
+            _known(source)
+            if isinstance(source, cls) and not torch.compiler.is_compiling()
+            else None
+        )
         result = func(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
         if counted is None or not _keeps_the_bound(func, args, kwargs, args[0], result):
             return result
@@ -87,19 +94,27 @@ def _known(labels: CountedLabels) -> int | None:
 
 
 def _named(names: str) -> set[Any]:
-    return {getattr(place, name) for name in names.split() for place in (torch, Tensor) if hasattr(place, name)}
+    return {
+        getattr(place, name)
+        for name in names.split()
+        for place in (torch, Tensor)
+        if hasattr(place, name)
+    }
 
 
 # what picks or moves elements and has none twice
 _PICKS = _named(
-    "view reshape flatten unflatten contiguous clone detach unsqueeze squeeze narrow select transpose movedim permute "
+    "view reshape flatten unflatten contiguous clone detach unsqueeze squeeze narrow select "
+    "transpose movedim permute "
     "t chunk split tensor_split unbind roll flip"
 )
 _CASTS = _named("to long int cuda cpu")
 _PADS = {F.pad, torch.constant_pad_nd}
 
 
-def _keeps_the_bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Tensor, result: Any) -> bool:
+def _keeps_the_bound(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Tensor, result: Any
+) -> bool:
     """Whether no more labels of `result` count than of `source`."""
     with torch._C.DisableTorchFunctionSubclass():
         dtype, size = source.dtype, source.numel()
@@ -111,11 +126,16 @@ def _keeps_the_bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], s
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return all(type(part) in (int, slice, type(None), type(...)) for part in index)
     if func in _PADS:
-        mode, value = (*args[2:], "constant", None)[:2] if func is F.pad else ("constant", (*args[2:], None)[0])
+        mode, value = (
+            (*args[2:], "constant", None)[:2]
+            if func is F.pad
+            else ("constant", (*args[2:], None)[0])
+        )
         return kwargs.get("mode", mode) == "constant" and kwargs.get("value", value) == IGNORE_INDEX
     if func in (Tensor.masked_fill, torch.masked_fill):
         filled = kwargs.get("value", args[2] if len(args) > 2 else None)
-        return type(filled) is int and filled == IGNORE_INDEX and result.numel() == size  # not made larger by the mask
+        # not made larger by the mask
+        return type(filled) is int and filled == IGNORE_INDEX and result.numel() == size
     return False
 
 
@@ -124,7 +144,8 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 
 def bound_of(target: Tensor, ignore_index: int) -> tuple[Tensor, int | None]:
-    """`target` as a plain tensor, and how many of its labels count at most; None where nobody knows."""
+    """`target` as a plain tensor, and how many of its labels count at most; None where nobody
+    knows."""
     if not isinstance(target, CountedLabels):
         return target, None
     known = ignore_index == IGNORE_INDEX and not torch.compiler.is_compiling()
@@ -132,7 +153,9 @@ def bound_of(target: Tensor, ignore_index: int) -> tuple[Tensor, int | None]:
     return plain, _known(target) if known else None
 
 
-def _give_counted(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def _give_counted(
+    model: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
     labels = kwargs.get("labels")
     if torch.compiler.is_compiling() or type(labels) is not Tensor:
         return None
@@ -143,5 +166,6 @@ def _give_counted(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[
 
 
 def give_counted_labels(model: nn.Module) -> Callable[[], None]:
-    """Lets `model` have the labels of a batch that moved itself as `CountedLabels`, until the result is called."""
+    """Lets `model` have the labels of a batch that moved itself as `CountedLabels`, until the
+    result is called."""
     return model.register_forward_pre_hook(_give_counted, with_kwargs=True).remove

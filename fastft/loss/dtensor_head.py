@@ -1,14 +1,17 @@
-"""Heads that are DTensors: parameters which FSDP2 or a parallelisation plan has spread over a device mesh.
+"""Heads that are DTensors: parameters which FSDP2 or a parallelisation plan has spread over a
+device mesh.
 
     the head of a plain input               W = gather(W_i);   dW_i = part i of (1 / n) sum over processes of their dW
     the head of an input that is a DTensor  a shard of the classes each: `vocab_parallel`
 
-A plain input is data of its own on every process. The gradient is what FSDP2 makes of it for its parameters inside
-forward: the mean over the processes of the mesh, sharded as the parameter is. Where all processes have the same input
-the mean changes nothing, so that the gradient is right for tensor parallelism too, only dearer than it has to be.
+A plain input is data of its own on every process. The gradient is what FSDP2 makes of it for its
+parameters inside
+forward: the mean over the processes of the mesh, sharded as the parameter is. Where all processes
+have the same input the mean changes nothing, so that the gradient is right for tensor parallelism
+too, only dearer than it has to be.
 
-Kept for backward: what the loss keeps, and the whole of W where it recomputes. Bytes moved: an all-gather of (V, H) in
-forward, a reduce-scatter of it in backward.
+Kept for backward: what the loss keeps, and the whole of W where it recomputes. Bytes moved: an
+all-gather of (V, H) in forward, a reduce-scatter of it in backward.
 """
 
 from __future__ import annotations
@@ -25,7 +28,11 @@ from fastft.loss.options import refuse_second_derivative
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Any) -> Tensor:
-        ctx.mesh, ctx.placements, ctx.shape = parameter.device_mesh, parameter.placements, parameter.shape
+        ctx.mesh, ctx.placements, ctx.shape = (
+            parameter.device_mesh,
+            parameter.placements,
+            parameter.shape,
+        )
         return parameter.detach().full_tensor()
 
     @staticmethod
@@ -34,12 +41,15 @@ class _Gather(torch.autograd.Function):
 
         refuse_second_derivative("a gathered DTensor")
         # divided first, so that a sum over many processes stays within fp16
-        part = DTensor.from_local(gradient / ctx.mesh.size(), ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
+        part = DTensor.from_local(
+            gradient / ctx.mesh.size(), ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False
+        )
         return part.redistribute(placements=ctx.placements)
 
 
 def gathered(name: str, parameter: Tensor | None) -> Tensor | None:
-    """The whole of a DTensor, differentiable as above; any other tensor as it is. All processes of its mesh must call.
+    """The whole of a DTensor, differentiable as above; any other tensor as it is. All processes of
+    its mesh must call.
 
     Raises:
         TypeError: it has placements that are neither `Shard` nor `Replicate`.
@@ -48,21 +58,30 @@ def gathered(name: str, parameter: Tensor | None) -> Tensor | None:
         return parameter
     placements = parameter.placements  # type: ignore[attr-defined]
     if any(placement.is_partial() for placement in placements):
-        raise TypeError(f"{name} is a DTensor with placements {placements}: redistribute it to Shard or Replicate")
+        raise TypeError(
+            f"{name} is a DTensor with placements {placements}: redistribute it to Shard or "
+            f"Replicate"
+        )
     return _Gather.apply(parameter)
 
 
 def _local_of(name: str, tensor: Any, mesh: Any, dim: int | None) -> Tensor:
-    """The local part of a DTensor on a mesh of one dimension, which shards `dim` or, without one, nothing."""
+    """The local part of a DTensor on a mesh of one dimension, which shards `dim` or, without one,
+    nothing."""
     from torch.distributed.tensor import Replicate, Shard
 
     needed = Replicate() if dim is None else Shard(dim)
     if not is_dtensor(tensor):
-        raise TypeError(f"{name} must be a DTensor as input is, with placements ({needed},); or give input.to_local()")
+        raise TypeError(
+            f"{name} must be a DTensor as input is, with placements ({needed},); or give "
+            f"input.to_local()"
+        )
     if tensor.device_mesh != mesh or mesh.ndim != 1 or tensor.placements != (needed,):
         raise TypeError(
-            f"{name} has placements {tensor.placements} on {tensor.device_mesh}; where input is a DTensor, {name} must "
-            f"have placements ({needed},) on a mesh of one dimension, that of input: redistribute it"
+            f"{name} has placements {tensor.placements} on {tensor.device_mesh}; where input is a "
+            f"DTensor, {name} must "
+            f"have placements ({needed},) on a mesh of one dimension, that of input: redistribute "
+            f"it"
         )
     return tensor.to_local()
 
@@ -70,7 +89,8 @@ def _local_of(name: str, tensor: Any, mesh: Any, dim: int | None) -> Tensor:
 def local_head(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Any]:
-    """The arguments as plain tensors, and the group over which their classes are sharded, if they are.
+    """The arguments as plain tensors, and the group over which their classes are sharded, if they
+    are.
 
     Without a DTensor among them they come back as they are.
 
@@ -80,27 +100,47 @@ def local_head(
     if not any(map(is_dtensor, (input, linear_weight, linear_bias, target))):
         return input, linear_weight, linear_bias, target, group
     if group is not None:
-        raise TypeError("group goes with plain tensors, not with a DTensor: give the to_local() of each shard")
+        raise TypeError(
+            "group goes with plain tensors, not with a DTensor: give the to_local() of each shard"
+        )
     if not is_dtensor(input):
         if is_dtensor(target):
-            raise TypeError("target is a DTensor, input is not: give target.full_tensor() or target.to_local()")
-        weight, bias = gathered("linear_weight", linear_weight), gathered("linear_bias", linear_bias)
+            raise TypeError(
+                "target is a DTensor, input is not: give target.full_tensor() or target.to_local()"
+            )
+        weight, bias = (
+            gathered("linear_weight", linear_weight),
+            gathered("linear_bias", linear_bias),
+        )
         assert weight is not None
         return input, weight, bias, target, None
     mesh: Any = input.device_mesh  # type: ignore[attr-defined]
-    x, weight = _local_of("input", input, mesh, None), _local_of("linear_weight", linear_weight, mesh, 0)
+    x, weight = (
+        _local_of("input", input, mesh, None),
+        _local_of("linear_weight", linear_weight, mesh, 0),
+    )
     bias = None if linear_bias is None else _local_of("linear_bias", linear_bias, mesh, 0)
-    return x, weight, bias, _local_of("target", target, mesh, None) if is_dtensor(target) else target, mesh.get_group()
+    return (
+        x,
+        weight,
+        bias,
+        _local_of("target", target, mesh, None) if is_dtensor(target) else target,
+        mesh.get_group(),
+    )
 
 
 def whole_head(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """`local_head` for an operation that knows no shards of the classes: of DTensors, it takes only a head.
+    """`local_head` for an operation that knows no shards of the classes: of DTensors, it takes only
+    a head.
 
     Raises:
         TypeError: `input` or `target` is a DTensor.
     """
     if is_dtensor(input):
-        raise TypeError("input must not be a DTensor here: give input.to_local(), with a head that is whole or sharded")
+        raise TypeError(
+            "input must not be a DTensor here: give input.to_local(), with a head that is whole or "
+            "sharded"
+        )
     return local_head(input, linear_weight, linear_bias, target, None)[:4]

@@ -1,9 +1,9 @@
 """Lazy logits of an evaluation: who gets them, and how they become plain tensors.
 
-In training a loss uses lazy logits up. In an evaluation they are handed on: to `preprocess_logits_for_metrics`, which
-may need tokens alone (argmax, top-k, log-probabilities), or to metrics that want the numbers. So the owner of the loop
-calls `settle()` after each batch: logits that somebody still holds become plain tensors, and nothing lazy is left when
-the weights change.
+In training a loss uses lazy logits up. In an evaluation they are handed on: to
+`preprocess_logits_for_metrics`, which may need tokens alone (argmax, top-k, log-probabilities), or
+to metrics that want the numbers. So the owner of the loop calls `settle()` after each batch: logits
+that somebody still holds become plain tensors, and nothing lazy is left when the weights change.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ class Evaluation:
         self._alive.append(weakref.ref(lazy))
 
     def settle(self) -> int:
-        """Makes plain tensors, in place, of all lazy logits that somebody still holds; returns `built` with theirs."""
+        """Makes plain tensors, in place, of all lazy logits that somebody still holds; returns
+        `built` with theirs."""
         held = (reference() for reference in self._alive)
         alive = [lazy for lazy in held if lazy is not None and _is_readable(lazy)]
         self._alive.clear()
-        numbers = [lazy.materialise("logits that were kept") for lazy in alive]  # all first: views read their roots
+        # all first: views read their roots
+        numbers = [lazy.materialise("logits that were kept") for lazy in alive]
         for lazy, dense in zip(alive, numbers, strict=True):
             lazy._dense = None
             _become(lazy, dense)
@@ -57,9 +59,11 @@ class Evaluation:
 
 
 def guard(weight: Tensor) -> Callable[[bool], None]:
-    """What raises RuntimeError when the weight of a head has changed since, also where no version number tells.
+    """What raises RuntimeError when the weight of a head has changed since, also where no version
+    number tells.
 
-    Whoever averages weights swaps them by `parameter.data.copy_`, perhaps inside a `prediction_step` of his own.
+    Whoever averages weights swaps them by `parameter.data.copy_`, perhaps inside a
+    `prediction_step` of his own.
     """
 
     def sample() -> Tensor:
@@ -71,8 +75,10 @@ def guard(weight: Tensor) -> Callable[[bool], None]:
     def check(entering: bool) -> None:
         if not torch.equal(taken, sample()):
             raise RuntimeError(
-                "fastft: logits of an evaluation are read after the output head's weight was changed, and they were "
-                "never computed. Put weights in and out around evaluate(), not within prediction_step, or read the "
+                "fastft: logits of an evaluation are read after the output head's weight was "
+                "changed, and they were "
+                "never computed. Put weights in and out around evaluate(), not within "
+                "prediction_step, or read the "
                 "logits before."
             )
 
@@ -92,7 +98,8 @@ def _is_readable(lazy: LazyLogits) -> bool:
 def _become(lazy: LazyLogits, dense: Tensor) -> None:
     """Makes the object `lazy` a plain tensor over the numbers of `dense`."""
     plain = dense.detach()  # an object that nobody else has: the two are swapped
-    lazy._dense = plain  # where it cannot be swapped, because of somebody's weak reference, it still has its numbers
+    # where it cannot be swapped, because of somebody's weak reference, it still has its numbers
+    lazy._dense = plain
     with torch._C.DisableTorchFunctionSubclass(), contextlib.suppress(RuntimeError):
         torch.utils.swap_tensors(lazy, plain)
         plain.__dict__.clear()

@@ -4,12 +4,13 @@
     z      = f_k(... f_1(logits))                   a tree of `Call`s: casts, softcap, scale, log-softmax, ...
     result = g(z, rows)                             a sum over rows, or one result per row
 
-T rows, V vocabulary, H hidden size. Each chunk makes its own logits, C x V with C >= 256 (on a device 1024, as in
-`linear_rows`), so a pass holds a workspace of a few C x V instead of several T x V. A summed result takes its gradients
-in the forward pass (three GEMMs); a result per row makes its logits again in the backward pass (four GEMMs). The
-weight's gradient is summed over chunks in fp32.
+T rows, V vocabulary, H hidden size. Each chunk makes its own logits, C x V with C >= 256 (on a
+device 1024, as in `linear_rows`), so a pass holds a workspace of a few C x V instead of several T x
+V. A summed result takes its gradients in the forward pass (three GEMMs); a result per row makes its
+logits again in the backward pass (four GEMMs). The weight's gradient is summed over chunks in fp32.
 
-This is the path for whatever `linear_cross_entropy` does not know; it is made of torch operations alone.
+This is the path for whatever `linear_cross_entropy` does not know; it is made of torch operations
+alone.
 """
 
 from __future__ import annotations
@@ -71,12 +72,14 @@ def _autocast(device_type: str, state: AutocastState) -> contextlib.AbstractCont
 
 
 def evaluate(expression: Expression, logits: Tensor, marked: Tensor | None = None) -> Tensor:
-    """`expression` with `logits` and `marked` put in; a sub-expression that occurs twice is evaluated once."""
+    """`expression` with `logits` and `marked` put in; a sub-expression that occurs twice is
+    evaluated once."""
     return _value(expression, logits, marked, {})
 
 
 def _value(node: Any, logits: Tensor, marked: Tensor | None, known: dict[int, Tensor]) -> Any:
-    """No closure: a function that calls itself would keep every chunk's logits until garbage is collected."""
+    """No closure: a function that calls itself would keep every chunk's logits until garbage is
+    collected."""
     if node is LOGITS:
         return logits
     if node is MARKED:
@@ -96,9 +99,11 @@ def _versions(terms: tuple[Term, ...]) -> tuple[int, ...]:
 
 
 class Origin(NamedTuple):
-    """Where logits come from: the head, to be entered again, and what raises when its shards may not be used.
+    """Where logits come from: the head, to be entered again, and what raises when its shards may
+    not be used.
 
-    `check` is told whether the head is about to be entered. `evaluation`: whose logits they are; None in training.
+    `check` is told whether the head is about to be entered. `evaluation`: whose logits they are;
+    None in training.
     """
 
     vocab: int
@@ -109,9 +114,11 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """The sum of `terms` (input, weight, bias or None); every input has the same leading shape, every weight V rows.
+    """The sum of `terms` (input, weight, bias or None); every input has the same leading shape,
+    every weight V rows.
 
-    `marked`: what an expression puts in for `MARKED`, boolean, with the inputs' leading shape and one column.
+    `marked`: what an expression puts in for `MARKED`, boolean, with the inputs' leading shape and
+        one column.
     """
 
     terms: tuple[Term, ...]
@@ -131,7 +138,8 @@ class Linear:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits: torch's of the sum, where terms differ (adapters of 32 bits on a head of 16)."""
+        """Of the logits: torch's of the sum, where terms differ (adapters of 32 bits on a head of
+        16)."""
         dtypes = (x.dtype for x, _, _ in self.terms)
         return functools.reduce(torch.promote_types, dtypes)
 
@@ -158,7 +166,10 @@ class Linear:
         other.check_unchanged()
         more = other.terms
         if scale != 1.0:
-            more = tuple((x * scale, weight, None if bias is None else bias * scale) for x, weight, bias in more)
+            more = tuple(
+                (x * scale, weight, None if bias is None else bias * scale)
+                for x, weight, bias in more
+            )
         return Linear.of(*self.terms, *more, origin=self.origin._replace(head=None))
 
     def plus_bias(self, extra: Tensor) -> Linear:
@@ -177,7 +188,9 @@ class Linear:
         """The same numbers without their history; the very same layer where there is none."""
         if not any(tensor is not None and tensor.requires_grad for tensor in self.tensors):
             return self
-        terms = ((x.detach(), w.detach(), None if b is None else b.detach()) for x, w, b in self.terms)
+        terms = (
+            (x.detach(), w.detach(), None if b is None else b.detach()) for x, w, b in self.terms
+        )
         return replace(self, terms=tuple(terms))
 
     def check_unchanged(self) -> None:
@@ -186,15 +199,17 @@ class Linear:
             self.origin.check(False)
         if self.versions != _versions(self.terms):
             raise RuntimeError(
-                "fastft: these logits are read after the output head's weight was changed (an optimizer step?), or its "
+                "fastft: these logits are read after the output head's weight was changed (an "
+                "optimizer step?), or its "
                 "input; they were never computed. Read or detach() them before the step."
             )
 
     def inside_head(self, task: Callable[[Linear], Tensor]) -> Tensor:
         """`task` of a layer whose weight is there.
 
-        FSDP2 and ZeRO-3 free the gathered weight of a head that is a unit of its own as soon as its forward is over;
-        then the head is entered again, so that its own hooks gather it, and `task` runs in there.
+        FSDP2 and ZeRO-3 free the gathered weight of a head that is a unit of its own as soon as its
+        forward is over; then the head is entered again, so that its own hooks gather it, and `task`
+        runs in there.
         """
         if not any(is_freed(weight) for _, weight, _ in self.terms):
             return task(self)
@@ -217,25 +232,31 @@ class Linear:
         return _linear(self.terms)
 
     def no_rows(self, expression: Expression) -> Tensor:
-        """`expression` of logits of no row at all, (0, V): what asks torch for dtypes, those of autocast too."""
+        """`expression` of logits of no row at all, (0, V): what asks torch for dtypes, those of
+        autocast too."""
         with torch.no_grad():
             nothing = self.terms[0][0].new_empty(0, self.vocab, dtype=self.dtype)
             return evaluate(expression, nothing, torch.empty_like(nothing[:, :1], dtype=torch.bool))
 
 
 _GONE = (
-    "fastft: the output head's sharded weight is gone, and entering the head does not bring it back. Use the logits "
+    "fastft: the output head's sharded weight is gone, and entering the head does not bring it "
+    "back. Use the logits "
     "inside the model's forward, or train without fastft's fused loss."
 )
 
 
 def is_freed(weight: Tensor) -> bool:
     """Whether a sharding library has taken the numbers away again."""
-    return weight.dim() != 2 or weight.untyped_storage().size() < weight.numel() * weight.element_size()
+    return (
+        weight.dim() != 2
+        or weight.untyped_storage().size() < weight.numel() * weight.element_size()
+    )
 
 
 def _linear(terms: tuple[Term, ...], rows: slice | None = None) -> Tensor:
-    """The logits (of some rows) in the dtype of the operands, which autocast has already had its say on."""
+    """The logits (of some rows) in the dtype of the operands, which autocast has already had its
+    say on."""
     total = None
     with torch.autocast(terms[0][0].device.type, enabled=False):
         for x, weight, bias in terms:
@@ -269,12 +290,19 @@ def _terms(tensors: tuple[Tensor | None, ...]) -> tuple[Term, ...]:
     terms = []
     for x, weight, bias in zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True):
         assert x is not None and weight is not None
-        terms.append((x.detach().reshape(-1, x.shape[-1]), weight.detach(), None if bias is None else bias.detach()))
+        terms.append(
+            (
+                x.detach().reshape(-1, x.shape[-1]),
+                weight.detach(),
+                None if bias is None else bias.detach(),
+            )
+        )
     return tuple(terms)
 
 
 def _chunks(terms: tuple[Term, ...]) -> Iterator[slice]:
-    """Slices of rows; one empty slice where there is no row, so that shapes and dtypes come out right."""
+    """Slices of rows; one empty slice where there is no row, so that shapes and dtypes come out
+    right."""
     count, vocab = terms[0][0].shape[0], terms[0][1].shape[0]
     if terms[0][0].device.type == "cpu":
         size = max(MIN_CHUNK_ROWS, WORKSPACE_BYTES // (4 * max(vocab, 1)))
@@ -285,15 +313,22 @@ def _chunks(terms: tuple[Term, ...]) -> Iterator[slice]:
 
 
 def _accumulator(index: int, tensor: Tensor) -> Tensor:
-    """Where a gradient is collected. Rows of x are written once; W and b are summed over chunks, hence in fp32."""
+    """Where a gradient is collected. Rows of x are written once; W and b are summed over chunks,
+    hence in fp32."""
     narrow = index % 3 != 0 and tensor.element_size() < 4
-    return torch.zeros(tensor.shape, dtype=torch.float32 if narrow else tensor.dtype, device=tensor.device)
+    return torch.zeros(
+        tensor.shape, dtype=torch.float32 if narrow else tensor.dtype, device=tensor.device
+    )
 
 
 def _differentiate(
-    task: _Task, tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...], grad_output: Tensor | None
+    task: _Task,
+    tensors: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    grad_output: Tensor | None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The sum of a summed task and the gradients of `tensors`; `grad_output` holds a row for each row otherwise."""
+    """The sum of a summed task and the gradients of `tensors`; `grad_output` holds a row for each
+    row otherwise."""
     terms = _terms(tensors)
     gradients = [
         _accumulator(index, tensor) if need and tensor is not None else None
@@ -301,16 +336,23 @@ def _differentiate(
     ]
     total = None
     for rows in _chunks(terms):
-        result = _differentiate_chunk(task, terms, rows, gradients, None if grad_output is None else grad_output[rows])
+        result = _differentiate_chunk(
+            task, terms, rows, gradients, None if grad_output is None else grad_output[rows]
+        )
         if grad_output is None:
             total = result if total is None else total + result
     return total, gradients
 
 
 def _differentiate_chunk(
-    task: _Task, terms: tuple[Term, ...], rows: slice, gradients: list[Tensor | None], grad_output: Tensor | None
+    task: _Task,
+    terms: tuple[Term, ...],
+    rows: slice,
+    gradients: list[Tensor | None],
+    grad_output: Tensor | None,
 ) -> Tensor:
-    """The result of some rows; their gradients are collected. A function, so that the next chunk finds no logits."""
+    """The result of some rows; their gradients are collected. A function, so that the next chunk
+    finds no logits."""
     logits = _linear(terms, rows).requires_grad_()
     with torch.enable_grad():
         result = task.run(logits, rows)
@@ -321,10 +363,13 @@ def _differentiate_chunk(
     return result.detach()
 
 
-def _collect(gradients: list[Tensor | None], terms: tuple[Term, ...], rows: slice, grad_logits: Tensor) -> None:
+def _collect(
+    gradients: list[Tensor | None], terms: tuple[Term, ...], rows: slice, grad_logits: Tensor
+) -> None:
     for index, (x, weight, _) in enumerate(terms):
         grad_x, grad_weight, grad_bias = gradients[3 * index : 3 * index + 3]
-        grad_term = grad_logits.to(x.dtype)  # what torch's sum of terms of two dtypes hands to the narrower one
+        # what torch's sum of terms of two dtypes hands to the narrower one
+        grad_term = grad_logits.to(x.dtype)
         if grad_x is not None:
             grad_x.view(-1, grad_x.shape[-1])[rows] = grad_term @ weight
         if grad_weight is not None and (grad_weight.dtype == x.dtype or not x.is_cpu):
@@ -344,7 +389,8 @@ class _RowWise(torch.autograd.Function):
             total, ctx.gradients = _differentiate(task, tensors, needs, None)
             assert total is not None
             return total
-        ctx.save_for_backward(*tensors, *task.row_arguments)  # torch then sees a change of the targets in place
+        # torch then sees a change of the targets in place
+        ctx.save_for_backward(*tensors, *task.row_arguments)
         if task.known is not None:
             return task.known.clone()
         terms = _terms(tensors)
@@ -355,17 +401,23 @@ class _RowWise(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("a fused loss")
         if ctx.task.summed:
-            gradients = [None if g is None else (g * unrounded(grad_output)).to(g.dtype) for g in ctx.gradients]
+            gradients = [
+                None if g is None else (g * unrounded(grad_output)).to(g.dtype)
+                for g in ctx.gradients
+            ]
         else:
             needs = ctx.needs_input_grad[1:]
-            _, gradients = _differentiate(ctx.task, ctx.saved_tensors[: len(needs)], needs, grad_output)
+            _, gradients = _differentiate(
+                ctx.task, ctx.saved_tensors[: len(needs)], needs, grad_output
+            )
         return None, *gradients
 
 
 def sum_over_rows(
     linear: Linear, expression: Expression, function: Callable[..., Tensor], *row_arguments: Tensor
 ) -> Tensor:
-    """`sum over chunks of function(z, *row_arguments)`: `function` returns the sum over the rows it is given."""
+    """`sum over chunks of function(z, *row_arguments)`: `function` returns the sum over the rows it
+    is given."""
     return _apply(linear, expression, function, True, row_arguments)
 
 
@@ -376,7 +428,8 @@ def map_rows(
     *row_arguments: Tensor,
     known: Tensor | None = None,
 ) -> Tensor:
-    """`function(z, *row_arguments)`, which returns one result (of any shape) for each row, for all T rows.
+    """`function(z, *row_arguments)`, which returns one result (of any shape) for each row, for all
+    T rows.
 
     `known`: these results, where they were computed before; only their gradient is left to do.
     """

@@ -5,15 +5,17 @@
     dW = sum over chunks of dz^T x                (V, H)
     db = sum over chunks and rows of dz           (V,)
 
-Where dW is fp32 and the operands have 16 bits, a device's product writes to it, or adds to it, in fp32, as far as torch
-can (`knows_out_dtype`). On a CPU, and with an older torch, it goes through a slab of classes at a time.
+Where dW is fp32 and the operands have 16 bits, a device's product writes to it, or adds to it, in
+fp32, as far as torch can (`knows_out_dtype`). On a CPU, and with an older torch, it goes through a
+slab of classes at a time.
 
-dW is summed in fp32 and rounded once, except for a 16-bit parameter in a few chunks: there each sum is rounded, which
-stays below the rounding of the operands and saves V H 4 bytes (over hundreds of chunks it doubles the error).
+dW is summed in fp32 and rounded once, except for a 16-bit parameter in a few chunks: there each sum
+is rounded, which stays below the rounding of the operands and saves V H 4 bytes (over hundreds of
+chunks it doubles the error).
 
-A processor without 16-bit matrix units emulates 16-bit products: with AVX2 twenty times slower than fp32 ones, with
-AVX-512 as fast, but in copies of the operands. There the weight is taken to fp32 a slab of classes at a time; the
-logits then are not rounded to 16 bits at all.
+A processor without 16-bit matrix units emulates 16-bit products: with AVX2 twenty times slower than
+fp32 ones, with AVX-512 as fast, but in copies of the operands. There the weight is taken to fp32 a
+slab of classes at a time; the logits then are not rounded to 16 bits at all.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from fastft import _native
 
 # a 16-bit parameter's gradient is summed in 16 bits over this many chunks at most
 NARROW_CHUNKS = 4
-# of the buffer that a slab of the weight, or of its gradient, goes through; a device wants few, large products
+# of the buffer that a slab of the weight, or of its gradient, goes through; a device wants few,
+# large products
 _SLAB_BYTES = 4 << 20
 _DEVICE_SLAB_BYTES = 256 << 20
 
@@ -36,13 +39,18 @@ _DEVICE_SLAB_BYTES = 256 << 20
 @functools.cache
 def is_emulated(dtype: torch.dtype, device_type: str) -> bool:
     """Whether matrix products of `dtype` are emulated on this device."""
-    if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
+    if (
+        device_type != "cpu"
+        or dtype not in (torch.bfloat16, torch.float16)
+        or not torch.backends.mkldnn.is_available()
+    ):
         return False
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
     if supported is None:
         return False
-    # torch says yes to AVX-512 without bf16 units too, where oneDNN converts whole matrices in memory of its own
+    # torch says yes to AVX-512 without bf16 units too, where oneDNN converts whole matrices in
+    # memory of its own
     return not supported() or (dtype == torch.bfloat16 and _native.cpu_isa() == "avx512")
 
 
@@ -53,9 +61,11 @@ def working_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 @functools.cache
 def knows_out_dtype(product: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's "mm", or "addmm" to a sum in fp32, takes `out_dtype=torch.float32` for matrices of `dtype`.
+    """Whether torch's "mm", or "addmm" to a sum in fp32, takes `out_dtype=torch.float32` for
+    matrices of `dtype`.
 
-    It is tried once for each device, with small matrices: what a version refuses it refuses before it looks at numbers.
+    It is tried once for each device, with small matrices: what a version refuses it refuses before
+    it looks at numbers.
     """
     if device.type == "cpu":
         return False
@@ -109,10 +119,14 @@ class HeadGemms:
         d_bias: (V,) zeros, receives db.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, d_weight: Tensor, d_bias: Tensor) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, rows: int, d_weight: Tensor, d_bias: Tensor
+    ) -> None:
         self.weight, self.bias, self.d_weight, self.d_bias = weight, bias, d_weight, d_bias
         self.emulated = is_emulated(weight.dtype, weight.device.type)
-        self.workspace = weight.new_empty(rows, len(weight), dtype=working_dtype(weight.dtype, weight.device.type))
+        self.workspace = weight.new_empty(
+            rows, len(weight), dtype=working_dtype(weight.dtype, weight.device.type)
+        )
         self.first = True
 
     def logits(self, x: Tensor) -> Tensor:

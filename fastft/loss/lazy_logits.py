@@ -1,17 +1,20 @@
 """Lazy logits: what an output head returns in training instead of T x V numbers.
 
-A `LazyLogits` looks like the tensor `linear(x, W, b)` to everybody (shape, strides, dtype, device, autograd), but holds
-only x, W and b and the row-wise functions applied since. Three layers keep it right:
+A `LazyLogits` looks like the tensor `linear(x, W, b)` to everybody (shape, strides, dtype, device,
+autograd), but holds only x, W and b and the row-wise functions applied since. Three layers keep it
+right:
 
-* `__torch_function__`, above autograd: the rules of `lazy_rules` keep it lazy through views, casts, softcaps and
-  scales, and evaluate losses a chunk of rows at a time.
-* What no rule covers *materialises*: the real logits are computed once, with their autograd history, and used from then
-  on. The `Report` says where. Slower, never wrong.
-* `__torch_dispatch__`, below autograd: code that passes by torch functions (`autograd.Function.apply`, C++) gets the
-  numbers too, and its dense gradient flows on to x, W and b, because every `LazyLogits` comes out of an autograd node.
+* `__torch_function__`, above autograd: the rules of `lazy_rules` keep it lazy through views, casts,
+  softcaps and scales, and evaluate losses a chunk of rows at a time.
+* What no rule covers *materialises*: the real logits are computed once, with their autograd
+  history, and used from then on. The `Report` says where. Slower, never wrong.
+* `__torch_dispatch__`, below autograd: code that passes by torch functions
+  (`autograd.Function.apply`, C++) gets the numbers too, and its dense gradient flows on to x, W and
+  b, because every `LazyLogits` comes out of an autograd node.
 
-Views of the same logits are a family with one root. Whatever needs memory that is shared (a change in place, a hook)
-materialises the root; each member then is the same view of it that plain torch would have made.
+Views of the same logits are a family with one root. Whatever needs memory that is shared (a change
+in place, a hook) materialises the root; each member then is the same view of it that plain torch
+would have made.
 """
 
 from __future__ import annotations
@@ -59,15 +62,18 @@ class _Recipe:
 class _LazyNode(torch.autograd.Function):
     """Makes the wrapper; a dense gradient that arrives at it is carried on to x, W and b.
 
-    `changed`: the wrapper that is there and has been given another expression. Whoever used it before has the gradient
-    of the old one, and whoever does so from now on that of the new one.
+    `changed`: the wrapper that is there and has been given another expression. Whoever used it
+    before has the gradient of the old one, and whoever does so from now on that of the new one.
     """
 
     @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, changed: LazyLogits | None, *tensors: Tensor | None) -> LazyLogits:
+    def forward(
+        ctx: Any, recipe: _Recipe, changed: LazyLogits | None, *tensors: Tensor | None
+    ) -> LazyLogits:
         ctx.recipe, ctx.expression = recipe, recipe.expression
         ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)  # nobody's gradient (the loss went past the logits) must stay nobody's
+        # nobody's gradient (the loss went past the logits) must stay nobody's
+        ctx.set_materialize_grads(False)
         if changed is not None:
             ctx.mark_dirty(changed)
             return changed
@@ -81,8 +87,13 @@ class _LazyNode(torch.autograd.Function):
             return (None,) * (2 + len(saved))
         refuse_second_derivative("a function of lazy logits that torch functions do not see")
         if ctx.recipe.memory.rewritten:
-            raise RuntimeError("fastft: lazy logits were changed in place after a custom autograd Function used them.")
-        ctx.recipe.report.note_materialised("the backward pass of a function that torch functions do not see")
+            raise RuntimeError(
+                "fastft: lazy logits were changed in place after a custom autograd Function used "
+                "them."
+            )
+        ctx.recipe.report.note_materialised(
+            "the backward pass of a function that torch functions do not see"
+        )
         tensors = [
             tensor.detach().requires_grad_(need) if tensor is not None else None
             for tensor, need in zip(saved, needs, strict=True)
@@ -91,7 +102,11 @@ class _LazyNode(torch.autograd.Function):
         with torch.enable_grad():
             dense = Linear.of(*terms).dense()  # type: ignore[arg-type]
             logits = evaluate(ctx.expression, dense, ctx.recipe.linear.marked)
-        wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
+        wanted = [
+            tensor
+            for tensor, need in zip(tensors, needs, strict=True)
+            if need and tensor is not None
+        ]
         gradients = iter(torch.autograd.grad(logits, wanted, _data(grad_output), allow_unused=True))
         return None, None, *(next(gradients) if need else None for need in needs)
 
@@ -128,9 +143,16 @@ class LazyLogits(Tensor):
 
     @classmethod
     def _make(
-        cls, linear: Linear, expression: Expression, shadow: Tensor, report: Report, is_copy: bool = False
+        cls,
+        linear: Linear,
+        expression: Expression,
+        shadow: Tensor,
+        report: Report,
+        is_copy: bool = False,
     ) -> LazyLogits:
-        return _LazyNode.apply(_Recipe(linear, expression, shadow, report, is_copy), None, *linear.tensors)
+        return _LazyNode.apply(
+            _Recipe(linear, expression, shadow, report, is_copy), None, *linear.tensors
+        )
 
     # What the rules see.
 
@@ -146,12 +168,14 @@ class LazyLogits(Tensor):
 
     @property
     def shadow(self) -> Tensor:
-        """A tensor on the meta device with the shape, strides and dtype that plain torch would have."""
+        """A tensor on the meta device with the shape, strides and dtype that plain torch would
+        have."""
         return self._recipe.shadow
 
     @property
     def kept(self) -> dict[Any, tuple[Tensor, Tensor]]:
-        """The rows' logsumexp and argmax by autocast state, where known. Shared by logits that hold the same rows."""
+        """The rows' logsumexp and argmax by autocast state, where known. Shared by logits that hold
+        the same rows."""
         return self._recipe.kept
 
     @property
@@ -161,12 +185,14 @@ class LazyLogits(Tensor):
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether these are logits of an evaluation, which others may read when their model's forward pass is over."""
+        """Whether these are logits of an evaluation, which others may read when their model's
+        forward pass is over."""
         return self.linear.origin.evaluation is not None
 
     @property
     def source(self) -> Linear:
-        """The layer, without its history if this tensor was made where no gradients were recorded."""
+        """The layer, without its history if this tensor was made where no gradients were
+        recorded."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.linear if self.requires_grad else self.linear.detached()
 
@@ -175,7 +201,9 @@ class LazyLogits(Tensor):
         self.linear.check_unchanged()
         return self.source
 
-    def derived(self, expression: Expression, shadow: Tensor, linear: Linear | None = None) -> LazyLogits:
+    def derived(
+        self, expression: Expression, shadow: Tensor, linear: Linear | None = None
+    ) -> LazyLogits:
         """Another expression (or another layer) of the same rows, in memory of its own.
 
         `shadow` has the shape and strides that torch gives it; its dtype is that of the expression.
@@ -195,14 +223,17 @@ class LazyLogits(Tensor):
         change: Callable[[Tensor], Tensor],
         same_rows: bool = False,
     ) -> LazyLogits:
-        """`func(self, *args, **kwargs)`, a view or selection of rows, as `change` of the hidden states.
+        """`func(self, *args, **kwargs)`, a view or selection of rows, as `change` of the hidden
+        states.
 
-        `shadow` is that of the result: of other memory than ours where the result is a copy. `same_rows`: all rows, in
-        their order.
+        `shadow` is that of the result: of other memory than ours where the result is a copy.
+        `same_rows`: all rows, in their order.
         """
         is_view = shadow.untyped_storage()._cdata == self.shadow.untyped_storage()._cdata
         linear = self.source.with_inputs(change)
-        result = self._make(linear, self.expression, shadow, self._recipe.report, is_copy=not is_view)
+        result = self._make(
+            linear, self.expression, shadow, self._recipe.report, is_copy=not is_view
+        )
         if same_rows:
             result._recipe.kept = self.kept
         family = self._family()
@@ -251,12 +282,15 @@ class LazyLogits(Tensor):
     def _compute(self, function: str) -> Tensor:
         self._recipe.report.note_materialised(function)
         linear = self.checked()
-        dense = linear.inside_head(lambda layer: evaluate(self.expression, layer.dense(), layer.marked))
+        dense = linear.inside_head(
+            lambda layer: evaluate(self.expression, layer.dense(), layer.marked)
+        )
         if linear.origin.evaluation is not None:
             linear.origin.evaluation.built += dense.nbytes
         if dense.stride() != self.shadow.stride():
             return with_strides_of(self.shadow, dense)
-        # who changes a copy in place must not reach what the backward pass of the last function reads
+        # who changes a copy in place must not reach what the backward pass of the last function
+        # reads
         return dense.clone() if self._recipe.is_copy else dense
 
     def _numbers(self, function: str) -> Tensor:
@@ -271,12 +305,18 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         aten = torch.ops.aten
-        if func in (aten.detach.default, aten.alias.default, aten.clone.default) and args[0].is_lazy:
+        if (
+            func in (aten.detach.default, aten.alias.default, aten.clone.default)
+            and args[0].is_lazy
+        ):
             recipe = args[0]._recipe
             shadow = func(recipe.shadow, *args[1:], **(kwargs or {}))
-            return cls._wrap(_Recipe(recipe.linear, recipe.expression, shadow, recipe.report, recipe.is_copy))
+            return cls._wrap(
+                _Recipe(recipe.linear, recipe.expression, shadow, recipe.report, recipe.is_copy)
+            )
         args, kwargs = tree_map(
-            lambda value: value._numbers(str(func)) if isinstance(value, cls) else value, (args, kwargs or {})
+            lambda value: value._numbers(str(func)) if isinstance(value, cls) else value,
+            (args, kwargs or {}),
         )
         return func(*args, **kwargs)
 
@@ -287,7 +327,9 @@ class LazyLogits(Tensor):
         kwargs = kwargs or {}
         own = func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy)
         if func == _GRAD_FN and args[0].is_lazy:
-            own = args[0]._is_fused or sys._getframe(1).f_globals.get("__name__", "").startswith(_PLUMBERS)
+            own = args[0]._is_fused or sys._getframe(1).f_globals.get("__name__", "").startswith(
+                _PLUMBERS
+            )
         if own:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -295,7 +337,9 @@ class LazyLogits(Tensor):
             return _hook(args[0], func, args, kwargs)
         if func in _LEAF_MAKERS and isinstance(args[0], cls):
             return _make_leaf(args[0], func, args, kwargs)
-        if func is torch.autograd.grad and any(isinstance(arg, cls) and arg._is_fused for arg in tree_leaves(args[1])):
+        if func is torch.autograd.grad and any(
+            isinstance(arg, cls) and arg._is_fused for arg in tree_leaves(args[1])
+        ):
             raise RuntimeError(_NO_GRADIENT.format("torch.autograd.grad"))
         result = _apply_rule(func, args, kwargs)
         if result is not NotImplemented:
@@ -304,7 +348,8 @@ class LazyLogits(Tensor):
         if name in ("__get__", "__set__"):
             name = str(getattr(getattr(func, "__self__", None), "__name__", name))
         args, kwargs = tree_map(
-            lambda value: value.materialise(name) if isinstance(value, cls) else value, (args, kwargs)
+            lambda value: value.materialise(name) if isinstance(value, cls) else value,
+            (args, kwargs),
         )
         return func(*args, **kwargs)
 
@@ -331,10 +376,14 @@ def _apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return RULES[func](lazy, func, tuple(rest), kwargs)
 
 
-def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits:
-    """Rewrites the expression where nobody shares the memory; else changes real logits, which all views see."""
+def _change_in_place(
+    lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LazyLogits:
+    """Rewrites the expression where nobody shares the memory; else changes real logits, which all
+    views see."""
     recipe = lazy._recipe
-    records = torch.is_grad_enabled() or not lazy.requires_grad  # else the numbers change, and not the gradient
+    # else the numbers change, and not the gradient
+    records = torch.is_grad_enabled() or not lazy.requires_grad
     if records and lazy.is_lazy and lazy._root is None and not lazy._has_views:
         changed = RULES[IN_PLACE[func]](lazy, IN_PLACE[func], args, kwargs)
         if isinstance(changed, LazyLogits) and changed.linear.same_as(lazy.source):
@@ -342,18 +391,26 @@ def _change_in_place(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs:
                 changed = changed.to(lazy.shadow.dtype)
             recipe.expression, recipe.kept = changed.expression, {}
             with torch._C.DisableTorchFunctionSubclass():
-                return _LazyNode.apply(recipe, lazy, *lazy.linear.tensors) if lazy.requires_grad else lazy
+                return (
+                    _LazyNode.apply(recipe, lazy, *lazy.linear.tensors)
+                    if lazy.requires_grad
+                    else lazy
+                )
     dense = lazy.materialise(func.__name__)
     recipe.memory.rewritten = True
-    func(dense, *tree_map(lambda v: v.materialise(func.__name__) if isinstance(v, LazyLogits) else v, args), **kwargs)
+    func(
+        dense,
+        *tree_map(lambda v: v.materialise(func.__name__) if isinstance(v, LazyLogits) else v, args),
+        **kwargs,
+    )
     return lazy
 
 
 def _hook(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A gradient that somebody wants to see must exist: from now on the logits are real.
 
-    The hooks of sharding libraries only wait for the moment (FSDP gathers weights before the backward pass; the loss
-    has such a hook as well), so that they do not need the gradient.
+    The hooks of sharding libraries only wait for the moment (FSDP gathers weights before the
+    backward pass; the loss has such a hook as well), so that they do not need the gradient.
     """
     hook = args[1] if len(args) > 1 else kwargs.get("hook")
     hook = getattr(hook, "func", hook)  # of a functools.partial
@@ -366,7 +423,8 @@ def _hook(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _make_leaf(lazy: LazyLogits, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Detached logits that are to collect a gradient of their own (reentrant checkpointing): real ones, no history."""
+    """Detached logits that are to collect a gradient of their own (reentrant checkpointing): real
+    ones, no history."""
     with torch._C.DisableTorchFunctionSubclass():
         if not lazy.requires_grad and not lazy.is_inference():
             lazy._dense = lazy._numbers(func.__name__)
@@ -379,11 +437,14 @@ def _attribute(name: str) -> Any:
 
 
 _NO_GRADIENT = (
-    "fastft: {} on logits whose loss is already fused would never see a gradient. Call it before the loss is computed, "
+    "fastft: {} on logits whose loss is already fused would never see a gradient. Call it before "
+    "the loss is computed, "
     "or without fastft's fused loss."
 )
-_PLUMBERS = ("torch.distributed", "torch.nn.parallel", "deepspeed")  # they look at gradients' ways, not at gradients
-_GRAD_FN = _attribute("grad_fn")  # others who ask for it may be about to watch the gradient: real logits, in time
+# they look at gradients' ways, not at gradients
+_PLUMBERS = ("torch.distributed", "torch.nn.parallel", "deepspeed")
+# others who ask for it may be about to watch the gradient: real logits, in time
+_GRAD_FN = _attribute("grad_fn")
 
 _GRADIENTS = {_attribute(name) for name in ("grad", "retains_grad")}
 _LEAF_MAKERS = {Tensor.requires_grad.__set__, Tensor.requires_grad_}  # type: ignore[attr-defined]
@@ -391,15 +452,38 @@ _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _ATTRIBUTES = {
     _attribute(name)
     for name in (
-        "shape dtype device ndim requires_grad is_leaf layout names itemsize nbytes output_nr _version _base "
-        "_backward_hooks is_cpu is_cuda is_meta is_mps is_mtia is_xla is_xpu is_mkldnn is_sparse is_sparse_csr "
+        "shape dtype device ndim requires_grad is_leaf layout names itemsize nbytes output_nr "
+        "_version _base "
+        "_backward_hooks is_cpu is_cuda is_meta is_mps is_mtia is_xla is_xpu is_mkldnn is_sparse "
+        "is_sparse_csr "
         "is_quantized is_nested"
     ).split()
 } - {None}
 _ATTRIBUTES |= {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.storage_offset),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.element_size, Tensor.get_device),
-    *(Tensor.__len__, Tensor.__hash__, Tensor.is_inference, Tensor.is_signed, Tensor.is_conj, Tensor.is_neg),
+    *(
+        Tensor.size,
+        Tensor.dim,
+        Tensor.ndimension,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.stride,
+        Tensor.storage_offset,
+    ),
+    *(
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.is_contiguous,
+        Tensor.element_size,
+        Tensor.get_device,
+    ),
+    *(
+        Tensor.__len__,
+        Tensor.__hash__,
+        Tensor.is_inference,
+        Tensor.is_signed,
+        Tensor.is_conj,
+        Tensor.is_neg,
+    ),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
 
@@ -413,7 +497,8 @@ def lazy_linear(
     check: Callable[[bool], None] | None = None,
     evaluation: Evaluation | None = None,
 ) -> LazyLogits:
-    """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks for.
+    """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks
+    for.
 
     Args:
         input: hidden states (..., H).
@@ -421,7 +506,8 @@ def lazy_linear(
         bias: (V,) or None.
         report: where fusions and materialisations are counted.
         head: the module; entered again if its weight is freed when the logits are needed.
-        check: called before the logits are used, with whether `head` is about to be entered; may raise.
+        check: called before the logits are used, with whether `head` is about to be entered; may
+            raise.
         evaluation: the one that they are logits of; None: of a training.
     """
     if torch.is_autocast_enabled(input.device.type):

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.counted_labels import bound_of
-from fastft.loss.expressions import LOGITS, Call, Expression, Linear, autocast_state, map_rows, sum_over_rows
+from fastft.loss.expressions import (
+    LOGITS,
+    Call,
+    Expression,
+    Linear,
+    autocast_state,
+    map_rows,
+    sum_over_rows,
+)
 from fastft.loss.lazy_views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 
@@ -31,13 +39,16 @@ def is_last(lazy: LazyLogits, dim: Any) -> bool:
     return isinstance(dim, int) and not isinstance(dim, bool) and dim in (-1, lazy.shadow.dim() - 1)
 
 
-def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def reduce(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """`logsumexp`, `sum`, `argmax`, ... over the vocabulary."""
     dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else None))
     if not is_last(lazy, dim) or "out" in kwargs:
         return NotImplemented
     name = func.__name__
-    if name in ("logsumexp", "argmax") and not lazy.is_evaluated:  # which asks for the best token and no more
+    # which asks for the best token and no more
+    if name in ("logsumexp", "argmax") and not lazy.is_evaluated:
         result = _kept(lazy, name)
     else:
         dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
@@ -48,7 +59,8 @@ def reduce(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
 
 
 def _kept(lazy: LazyLogits, name: str) -> Tensor:
-    """`logsumexp` or `argmax` of each row. One pass gives both, and is not made again for logits that share `kept`."""
+    """`logsumexp` or `argmax` of each row. One pass gives both, and is not made again for logits
+    that share `kept`."""
     linear = lazy.checked()
     state = autocast_state(linear.terms[0][0].device.type)  # sets the dtype of logsumexp
     if state not in lazy.kept:
@@ -67,12 +79,16 @@ def _kept(lazy: LazyLogits, name: str) -> Tensor:
     return map_rows(linear, lazy.expression, lambda z: z.logsumexp(-1), known=lse)
 
 
-def top(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def top(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """`topk`, and `max` over the vocabulary: values and indices."""
     several = func.__name__ == "topk"
     names = ("k", "dim", "largest", "sorted") if several else ("dim", "keepdim")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
-    if not is_last(lazy, options.get("dim", -1 if several else None)) or options.keys() - set(names):
+    if not is_last(lazy, options.get("dim", -1 if several else None)) or options.keys() - set(
+        names
+    ):
         return NotImplemented
     shadows = on_meta(lazy, func, (lazy, *args), kwargs)
     options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
@@ -94,11 +110,17 @@ def top(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwarg
     return getattr(torch.return_types, func.__name__)(tuple(results))
 
 
-def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def gather(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """`gather` along the vocabulary."""
     dim = kwargs.get("dim", args[0] if args else None)
     index: Any = kwargs.get("index", args[1] if len(args) > 1 else None)
-    if not is_last(lazy, dim) or index.shape[:-1] != lazy.shadow.shape[:-1] or index.dim() != lazy.shadow.dim():
+    if (
+        not is_last(lazy, dim)
+        or index.shape[:-1] != lazy.shadow.shape[:-1]
+        or index.dim() != lazy.shadow.dim()
+    ):
         return NotImplemented
     rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
     result = map_rows(lazy.checked(), lazy.expression, lambda z, i: z.gather(-1, i), rows)
@@ -106,9 +128,19 @@ def gather(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kw
     return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
 
-def cross_entropy(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def cross_entropy(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """`F.cross_entropy` and `F.nll_loss` with class indices."""
-    names = ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    names = (
+        "target",
+        "weight",
+        "size_average",
+        "ignore_index",
+        "reduce",
+        "reduction",
+        "label_smoothing",
+    )
     named = dict(zip(names, args, strict=False))
     return _loss(lazy, func, **named, **kwargs)
 
@@ -124,25 +156,35 @@ def _loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    if size_average is not None or reduce is not None or (weight is not None and weight.requires_grad):
+    if (
+        size_average is not None
+        or reduce is not None
+        or (weight is not None and weight.requires_grad)
+    ):
         return NotImplemented
     if func is F.cross_entropy and target.is_floating_point():
-        return _of_probabilities(lazy, target, weight=weight, reduction=reduction, label_smoothing=label_smoothing)
+        return _of_probabilities(
+            lazy, target, weight=weight, reduction=reduction, label_smoothing=label_smoothing
+        )
     if lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
         return NotImplemented
     if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
         return NotImplemented
     target, counted = bound_of(target, ignore_index)
-    if target.device.type == "cpu":  # where labels are counted anyway, and numpy writes to them unseen
+    # where labels are counted anyway, and numpy writes to them unseen
+    if target.device.type == "cpu":
         counted = None
     linear = lazy.checked()
-    weight = None if weight is None else weight.clone()  # as it is now, whatever becomes of it before backward
+    # as it is now, whatever becomes of it before backward
+    weight = None if weight is None else weight.clone()
     options: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight}
     if func is F.cross_entropy:
         options["label_smoothing"] = label_smoothing
     known = _known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
     if known is not None:
-        return _known_loss(lazy, func, target, reduction=reduction, max_counted=counted, **options, **known)
+        return _known_loss(
+            lazy, func, target, reduction=reduction, max_counted=counted, **options, **known
+        )
     options["reduction"] = "none" if reduction == "none" else "sum"
     over_rows = map_rows if reduction == "none" else sum_over_rows
     result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
@@ -156,20 +198,32 @@ def _loss(
 
 def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
     known = _known_rows(lazy, F.cross_entropy)
-    if known is None or target.shape != lazy.shape or lazy.shadow.dim() != 2 or target.requires_grad:
+    if (
+        known is None
+        or target.shape != lazy.shape
+        or lazy.shadow.dim() != 2
+        or target.requires_grad
+    ):
         return NotImplemented
     return _known_loss(lazy, F.cross_entropy, target, **options, **known)
 
 
-def _known_loss(lazy: LazyLogits, func: Callable[..., Any], target: Tensor, **options: Any) -> Tensor:
-    nothing = func(lazy.linear.no_rows(lazy.expression), target[:0], weight=options["weight"], reduction="none")
-    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options)).to(nothing.dtype)
+def _known_loss(
+    lazy: LazyLogits, func: Callable[..., Any], target: Tensor, **options: Any
+) -> Tensor:
+    nothing = func(
+        lazy.linear.no_rows(lazy.expression), target[:0], weight=options["weight"], reduction="none"
+    )
+    result = (
+        lazy.checked().inside_head(lambda layer: _fused(layer, target, **options)).to(nothing.dtype)
+    )
     lazy.evaluated(result)
     return result
 
 
 def _known_rows(lazy: LazyLogits, func: Callable[..., Any]) -> dict[str, Any] | None:
-    """The options by which `linear_cross_entropy` computes a loss of these logits of one layer; None if it cannot."""
+    """The options by which `linear_cross_entropy` computes a loss of these logits of one layer;
+    None if it cannot."""
     if len(lazy.linear.terms) != 1:
         return None
     expression, casts = lazy.expression, set()
@@ -178,13 +232,16 @@ def _known_rows(lazy: LazyLogits, func: Callable[..., Any]) -> dict[str, Any] | 
             return None
         expression, casts = expression.arguments[0], set(expression.keywords.values())
     found = scale_and_softcap(expression)
-    if found is None or not casts | found.casts <= {torch.promote_types(lazy.linear.terms[0][0].dtype, torch.float32)}:
+    if found is None or not casts | found.casts <= {
+        torch.promote_types(lazy.linear.terms[0][0].dtype, torch.float32)
+    }:
         return None
     return {"logit_scale": found.scale, "softcap": found.softcap}
 
 
 class ScaleAndSoftcap(NamedTuple):
-    """`scale * logits`, or `softcap * tanh(scale * logits / softcap)`, with casts to `casts` on the way."""
+    """`scale * logits`, or `softcap * tanh(scale * logits / softcap)`, with casts to `casts` on the
+    way."""
 
     scale: float
     softcap: float | None
@@ -192,19 +249,28 @@ class ScaleAndSoftcap(NamedTuple):
 
 
 def scale_and_softcap(expression: Expression) -> ScaleAndSoftcap | None:
-    """What an expression made of positive factors, one tanh and casts comes to; None for any other expression."""
+    """What an expression made of positive factors, one tanh and casts comes to; None for any other
+    expression."""
     before, after, casts, capped = 1.0, 1.0, set(), False
     while isinstance(expression, Call):
         name, arguments = expression.function.__name__, expression.arguments
-        numbers = [argument for argument in arguments if type(argument) in (int, float) and 0 < argument < math.inf]
-        inner = [argument for argument in arguments if isinstance(argument, Call) or argument is LOGITS]
+        numbers = [
+            argument
+            for argument in arguments
+            if type(argument) in (int, float) and 0 < argument < math.inf
+        ]
+        inner = [
+            argument for argument in arguments if isinstance(argument, Call) or argument is LOGITS
+        ]
         if expression.keywords or len(inner) != 1:
             return None
         if expression.function is Tensor.to:
             casts.add(arguments[1])
         elif name == "tanh" and not capped:
             capped = True
-        elif len(numbers) == 1 and (name in _PRODUCTS or (name in _QUOTIENTS and arguments[0] is inner[0])):
+        elif len(numbers) == 1 and (
+            name in _PRODUCTS or (name in _QUOTIENTS and arguments[0] is inner[0])
+        ):
             factor = numbers[0] if name in _PRODUCTS else 1 / numbers[0]
             before, after = (before * factor, after) if capped else (before, after * factor)
         else:

@@ -1,9 +1,11 @@
-"""Lazy logits padded to a longer shape: how the processes of an evaluation make theirs equally long.
+"""Lazy logits padded to a longer shape: how the processes of an evaluation make theirs equally
+long.
 
     padded = logits.new_zeros(shape) + value;  padded[:, :length] = logits      accelerate's `pad_across_processes`
 
-A tensor of one value is the logits of a layer without hidden states (H = 0): it costs nothing. Logits written into it
-make it their own layer over padded hidden states, with a mark at each row that keeps the value.
+A tensor of one value is the logits of a layer without hidden states (H = 0): it costs nothing.
+Logits written into it make it their own layer over padded hidden states, with a mark at each row
+that keeps the value.
 """
 
 from __future__ import annotations
@@ -20,10 +22,17 @@ if TYPE_CHECKING:
     from fastft.loss.lazy_logits import LazyLogits
 
 
-def new_zeros(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def new_zeros(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """`new_zeros`: lazy in an evaluation where the shape is one of logits, else real zeros."""
     zeros = func(lazy.shadow, *args, **kwargs)
-    if zeros.dim() != lazy.shadow.dim() or zeros.shape[-1] != lazy.linear.vocab or kwargs or not lazy.is_evaluated:
+    if (
+        zeros.dim() != lazy.shadow.dim()
+        or zeros.shape[-1] != lazy.linear.vocab
+        or kwargs
+        or not lazy.is_evaluated
+    ):
         return func(lazy.linear.terms[0][0].new_empty(0, dtype=lazy.shadow.dtype), *args, **kwargs)
     x, weight, _ = lazy.linear.terms[0]
     nothing = x.new_empty(*zeros.shape[:-1], 0), weight.new_empty(lazy.linear.vocab, 0), None
@@ -32,14 +41,19 @@ def new_zeros(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...],
     return lazy._make(Linear.of(nothing, origin=origin), expression, zeros, lazy._recipe.report)
 
 
-def write(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def write(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """`lazy[slices] = logits`, where `lazy` has one value everywhere and nobody else knows it."""
     index, logits = args
     if not isinstance(logits, type(lazy)) or not logits.is_lazy or logits.linear.marked is not None:
         return NotImplemented
     if not _is_blank(lazy) or not isinstance(index, tuple) or len(index) != lazy.shadow.dim():
         return NotImplemented
-    if not all(isinstance(item, slice) for item in index) or lazy.shadow[index].shape != logits.shape:
+    if (
+        not all(isinstance(item, slice) for item in index)
+        or lazy.shadow[index].shape != logits.shape
+    ):
         return NotImplemented
     value = evaluate(lazy.expression, lazy.linear.terms[0][0].new_zeros(1))
     if logits.shadow.dtype != lazy.shadow.dtype or value.numel() != 1:

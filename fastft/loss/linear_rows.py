@@ -1,10 +1,12 @@
-"""The rows of a linear layer's cross-entropy: one operator for the forward and the backward pass of every plan.
+"""The rows of a linear layer's cross-entropy: one operator for the forward and the backward pass of
+every plan.
 
     z = x W^T + b;  loss[t], lse[t], entropy[t] and dz of z as in `cross_entropy`;  dx = dz W, dW = dz^T x, db = sum dz
 
-x are the hidden states (T, H), W the head (V, H), y the targets. Ignored rows are taken out first: T counts the others.
-They go through a workspace of R rows of logits, which the row kernel turns into dz in place. What is computed when, in
-products of 2 T H V flops, depends on who needs a gradient:
+x are the hidden states (T, H), W the head (V, H), y the targets. Ignored rows are taken out first:
+T counts the others. They go through a workspace of R rows of logits, which the row kernel turns
+into dz in place. What is computed when, in products of 2 T H V flops, depends on who needs a
+gradient:
 
     a sum                      forward: z, dx, dW (3; 2 where W or x is frozen)     backward: a scaling
     rows, only x trained       forward: z, dx (2)                                   backward: a scaling of dx's rows
@@ -12,23 +14,26 @@ products of 2 T H V flops, depends on who needs a gradient:
     rows and their entropies   forward: z (1)                                       backward: z again, dx, dW (3)
     nobody needs one           forward: z (1)
 
-Products run in the dtype of the operands (`head_gemms` says how), statistics and sums in fp32. dz is between -1 and 1,
-unnormalised, and so are the gradients of a sum, and on a CPU and in fp16 (which loses nothing so under a GradScaler)
-those of a mean, a sum over N. A device's fp32 and bf16 gradients of a mean are divided in the forward pass:
+Products run in the dtype of the operands (`head_gemms` says how), statistics and sums in fp32. dz
+is between -1 and 1, unnormalised, and so are the gradients of a sum, and on a CPU and in fp16
+(which loses nothing so under a GradScaler) those of a mean, a sum over N. A device's fp32 and bf16
+gradients of a mean are divided in the forward pass:
 
     dW = sum over chunks of dz^T round(x / N),     dx = round(round(dz W) / N),     db = round(sum dz / N)
 
-What backward scales by is 1 then, as a rule, and the scaling (`scale_gradients`) leaves them alone. It is x that is
-divided and not dz: where a target has a small probability dz is near -1, and all these would be rounded alike in bf16,
-by up to 0.39 %. The roundings of x differ, and there is one of dW less.
+What backward scales by is 1 then, as a rule, and the scaling (`scale_gradients`) leaves them alone.
+It is x that is divided and not dz: where a target has a small probability dz is near -1, and all
+these would be rounded alike in bf16, by up to 0.39 %. The roundings of x differ, and there is one
+of dW less.
 
-R, the rows of a chunk: a product over R rows runs at about R / (R + 16) of its best rate on a CPU, R / (R + 256) on a
-GPU, and every chunk reads and writes dW once. Both costs fall as R grows, so R is what the workspace's budget holds,
-but at least 256 rows on a CPU, and from 1024 to 4096 on a GPU. There the budget is 512 MiB or, where dW is held, as
-much as that takes: then R is H or more. Free memory is never asked for: the chunks, and with them the roundings, are
-the same on every run.
+R, the rows of a chunk: a product over R rows runs at about R / (R + 16) of its best rate on a CPU,
+R / (R + 256) on a GPU, and every chunk reads and writes dW once. Both costs fall as R grows, so R
+is what the workspace's budget holds, but at least 256 rows on a CPU, and from 1024 to 4096 on a
+GPU. There the budget is 512 MiB or, where dW is held, as much as that takes: then R is H or more.
+Free memory is never asked for: the chunks, and with them the roundings, are the same on every run.
 
-Kept for backward: dx, dW and db, or only the operands where backward makes z again. Bytes moved on top of the products'
+Kept for backward: dx, dW and db, or only the operands where backward makes z again. Bytes moved on
+top of the products'
 operands: for each chunk, 4 passes over the workspace (R V) and 2 over dW.
 """
 
@@ -49,7 +54,8 @@ from fastft.loss.scale_gradients import scale_gradients
 
 
 class _Limits(NamedTuple):
-    """Of the workspace: its bytes, and the rows which it holds at least and at most whatever they take."""
+    """Of the workspace: its bytes, and the rows which it holds at least and at most whatever they
+    take."""
 
     budget: int
     least: int
@@ -61,7 +67,9 @@ _LIMITS = {"cpu": _Limits(32 << 20, 256, 1 << 31)}
 _DEVICE_LIMITS = _Limits(512 << 20, 1024, 4096)
 
 
-def chunk_rows(count: int, classes: int, dtype: torch.dtype, device: torch.device, hidden: int = 0) -> int:
+def chunk_rows(
+    count: int, classes: int, dtype: torch.dtype, device: torch.device, hidden: int = 0
+) -> int:
     """How many of `count` rows go through the workspace at once, evenly spread over the chunks.
 
     `hidden`: H, where a gradient (V, H) is summed over the chunks, which read and write it.
@@ -108,10 +116,13 @@ class HeadCall(NamedTuple):
     def step(self, count: int, weight: Tensor) -> int:
         """The rows of a chunk."""
         hidden = weight.shape[1] if self.needs[1] else 0
-        return min(self.chunk_rows, count) or chunk_rows(count, len(weight), self.dtype, weight.device, hidden)
+        return min(self.chunk_rows, count) or chunk_rows(
+            count, len(weight), self.dtype, weight.device, hidden
+        )
 
     def weight_sum_dtype(self, rows: int, weight: Tensor) -> torch.dtype:
-        """The dtype in which dW is summed; ignored rows are among `rows`, so that it depends on shapes alone."""
+        """The dtype in which dW is summed; ignored rows are among `rows`, so that it depends on
+        shapes alone."""
         chunks = _parts(rows, self.step(rows, weight)) if rows else 0
         most = 1 if is_emulated(self.dtype, weight.device.type) else NARROW_CHUNKS
         narrow = weight.dtype == self.dtype and chunks <= most
@@ -134,7 +145,12 @@ class Outputs(NamedTuple):
         losses = self.losses.new_empty(rows)
         if not statistics:
             return losses, torch.empty_like(losses)
-        return losses, torch.empty_like(losses), torch.empty_like(losses), self.is_top1.new_empty(rows)
+        return (
+            losses,
+            torch.empty_like(losses),
+            torch.empty_like(losses),
+            self.is_top1.new_empty(rows),
+        )
 
 
 def _outputs(input: Tensor, weight: Tensor, call: HeadCall) -> Outputs:
@@ -148,7 +164,9 @@ def _outputs(input: Tensor, weight: Tensor, call: HeadCall) -> Outputs:
         input.new_zeros(extra, dtype=sums),
         input.new_zeros(extra, dtype=torch.bool),
         input.new_zeros(input.shape if call.needs[0] else 0, dtype=call.dtype),
-        input.new_empty(weight.shape if call.needs[1] else 0, dtype=call.weight_sum_dtype(rows, weight)),
+        input.new_empty(
+            weight.shape if call.needs[1] else 0, dtype=call.weight_sum_dtype(rows, weight)
+        ),
         input.new_zeros(classes if call.needs[2] else 0, dtype=sums),
     )
 
@@ -156,7 +174,8 @@ def _outputs(input: Tensor, weight: Tensor, call: HeadCall) -> Outputs:
 def _counted_rows(target: Tensor, ignore_index: int, max_counted: int) -> Tensor | None:
     """The positions of the rows that count, and on a device maybe a few more; None for all rows.
 
-    A device is never waited for: without a bound from the host all its rows are taken, and cost their time.
+    A device is never waited for: without a bound from the host all its rows are taken, and cost
+    their time.
     """
     counted = target != ignore_index
     if target.device.type == "cpu":
@@ -184,8 +203,9 @@ def sweep(
 ) -> Outputs:
     """Takes the rows that count through the head, a chunk after the other.
 
-    `fill(z, where, outputs)` gets the logits of the rows at `where`; it writes what is known of these rows into
-    `outputs` and, if any gradient is wanted, dz over the logits. `divisor`: of the gradients, ().
+    `fill(z, where, outputs)` gets the logits of the rows at `where`; it writes what is known of
+    these rows into `outputs` and, if any gradient is wanted, dz over the logits. `divisor`: of the
+    gradients, ().
     """
     outputs = _outputs(input, linear_weight, call)
     positions = _counted_rows(target, call.options.ignore_index, call.max_counted)
@@ -210,12 +230,15 @@ def sweep(
     if inverse is not None and (call.needs[0] or call.needs[2]):
         scale_gradients([outputs.d_input, outputs.d_bias], inverse)
     if positions is not None and not target.is_cpu:
-        _show_left_out((target != call.options.ignore_index).sum() > call.max_counted, outputs, call.needs)
+        _show_left_out(
+            (target != call.options.ignore_index).sum() > call.max_counted, outputs, call.needs
+        )
     return outputs
 
 
 def _show_left_out(too_many: Tensor, outputs: Outputs, needs: Sequence[bool]) -> None:
-    """Rows that were left out must not go unseen: losses become NaN, and one number of each gradient.
+    """Rows that were left out must not go unseen: losses become NaN, and one number of each
+    gradient.
 
     Trainer's log leaves a NaN loss out, but not a NaN gradient norm.
     """
@@ -235,7 +258,9 @@ def _linear_cross_entropy_rows(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     call = HeadCall.of(*arguments)
-    rows = rows_implementation(call.impl, working_dtype(call.dtype, input.device.type), input.device)
+    rows = rows_implementation(
+        call.impl, working_dtype(call.dtype, input.device.type), input.device
+    )
     weights = [] if weight is None else [weight]
 
     def fill(z: Tensor, where: slice | Tensor, outputs: Outputs) -> None:
@@ -267,14 +292,18 @@ def _fake(
     return outputs.losses.sum() if call.summed else outputs.losses, *outputs[1:]
 
 
-# The gradients of losses (their sum, or times upstream: see ROWS) are of a forward or of a backward pass alike. A sum
-# and its gradients may have a divisor, ().
+# The gradients of losses (their sum, or times upstream: see ROWS) are of a forward or of a backward
+# pass alike. A sum and its gradients may have a divisor, ().
 HEAD = ops.Operator(
-    "linear_cross_entropy_rows(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
-    "Tensor[] upstream, Tensor? divisor, bool[] needs, bool summed, bool statistics, ScalarType dtype, str impl, "
-    "int chunk_rows, int max_counted, int ignore_index, float label_smoothing, float z_loss, float softcap, "
+    "linear_cross_entropy_rows(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor "
+    "target, Tensor? weight, "
+    "Tensor[] upstream, Tensor? divisor, bool[] needs, bool summed, bool statistics, ScalarType "
+    "dtype, str impl, "
+    "int chunk_rows, int max_counted, int ignore_index, float label_smoothing, float z_loss, float "
+    "softcap, "
     "float logit_scale) -> "
-    "(Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor d_input, Tensor d_weight, Tensor d_bias)",
+    "(Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor d_input, Tensor d_weight, "
+    "Tensor d_bias)",
     _linear_cross_entropy_rows,
     engines={},
     fake=_fake,
@@ -282,7 +311,8 @@ HEAD = ops.Operator(
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward may be followed by another over the same graph; True where torch does not tell."""
+    """Whether the running backward may be followed by another over the same graph; True where torch
+    does not tell."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 
@@ -292,7 +322,9 @@ def needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | 
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
-def rounded(gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+def rounded(
+    gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
     """`gradients` in `dtypes`; None stays None."""
     return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
 
@@ -304,7 +336,8 @@ def _times(tensor: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> T
 def scaled(
     gradients: Sequence[Tensor | None], scale: Tensor, dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
-    """`gradients` times `scale`, () or of rows (T, 1), in fp32, rounded once to `dtypes`; None stays None.
+    """`gradients` times `scale`, () or of rows (T, 1), in fp32, rounded once to `dtypes`; None
+    stays None.
 
     In place where nobody can ask for a gradient again: saves a second (V, H) and its page faults.
     """
@@ -339,10 +372,14 @@ def _backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Any, ...]:
     if ctx.kept:
         (scale,) = upstreams[:1]
         assert scale is not None
-        results = scaled(needed(ctx.saved_tensors, needs), scale if call.summed else scale[:, None], ctx.dtypes)
+        results = scaled(
+            needed(ctx.saved_tensors, needs), scale if call.summed else scale[:, None], ctx.dtypes
+        )
     else:
         *operands, target, weight = ctx.saved_tensors
-        outputs = _recompute(operands, target, weight, upstreams[:3], call._replace(needs=tuple(needs)))
+        outputs = _recompute(
+            operands, target, weight, upstreams[:3], call._replace(needs=tuple(needs))
+        )
         results = rounded(needed(outputs[4:], needs), ctx.dtypes)
     return *results, None, None, [None] * ctx.upstreams, *(None,) * 13
 
@@ -356,13 +393,17 @@ def _recompute(
 ) -> tuple[Tensor, ...]:
     """The operator again, with the gradients of its results."""
     zero = torch.zeros(target.shape, dtype=statistics_dtype(call.dtype), device=target.device)
-    losses, lse, entropy = (zero if u is None else u.expand(target.shape).contiguous() for u in upstreams)
+    losses, lse, entropy = (
+        zero if u is None else u.expand(target.shape).contiguous() for u in upstreams
+    )
     upstream = [losses] if lse is entropy is zero else [losses, lse, entropy]
     call = call._replace(summed=False, statistics=False)
     return HEAD.native(*operands, target, weight, upstream, None, *call.flat())
 
 
-torch.library.register_autograd(HEAD.qualified_name, _backward, setup_context=_setup_context, lib=ops.library)
+torch.library.register_autograd(
+    HEAD.qualified_name, _backward, setup_context=_setup_context, lib=ops.library
+)
 
 
 def linear_rows(
@@ -379,7 +420,8 @@ def linear_rows(
     chunk_rows: int | None = None,
     max_counted: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses (or their sum), lse, entropy and is_top1 of a head over flat rows, by the plan that gradients call for.
+    """Losses (or their sum), lse, entropy and is_top1 of a head over flat rows, by the plan that
+    gradients call for.
 
     Args:
         operands: input (T, H), linear_weight (V, H), linear_bias (V,) or None.

@@ -1,4 +1,5 @@
-"""What the losses have in common: their options, the checks at the door, and the reduction over rows."""
+"""What the losses have in common: their options, the checks at the door, and the reduction over
+rows."""
 
 from __future__ import annotations
 
@@ -34,8 +35,8 @@ def row_options(
 
     Raises:
         TypeError: `ignore_index` is no integer.
-        ValueError: `label_smoothing` is not in [0, 1], `z_loss` is negative, or `softcap` or `logit_scale` is not
-            positive and finite.
+        ValueError: `label_smoothing` is not in [0, 1], `z_loss` is negative, or `softcap` or
+            `logit_scale` is not positive and finite.
     """
     if not isinstance(ignore_index, int):
         if not hasattr(ignore_index, "__index__") or isinstance(ignore_index, Tensor):
@@ -49,7 +50,13 @@ def row_options(
         raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
     if not 0.0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}")
-    return RowOptions(ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), float(logit_scale))
+    return RowOptions(
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        float(softcap or 0.0),
+        float(logit_scale),
+    )
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,8 +67,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def unrounded(scale: Tensor) -> Tensor:
     """`scale` () as a product with a 16-bit tensor reads it in fp32.
 
-    CUDA kernels round a scalar that is on the device to the tensor's dtype first, by up to 0.39 % in bf16; a vector of
-    one takes part in the promotion. On a CPU products read the scalar as it is, and promotion would copy the tensor.
+    CUDA kernels round a scalar that is on the device to the tensor's dtype first, by up to 0.39 %
+    in bf16; a vector of one takes part in the promotion. On a CPU products read the scalar as it
+    is, and promotion would copy the tensor.
     """
     return scale if scale.dim() or scale.device.type == "cpu" else scale.reshape(1)
 
@@ -76,16 +84,22 @@ def check_tensors(**arguments: Any) -> None:
 def check_device(name: str, tensor: Tensor, device: torch.device, other: str = "input") -> None:
     """Raises ValueError if `tensor` is on another device than `other`."""
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, {other} on {device}; they must be on one device")
+        raise ValueError(
+            f"{name} is on {tensor.device}, {other} on {device}; they must be on one device"
+        )
 
 
 def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raises if `target` is no integer tensor or holds an index that is neither a class nor ignored.
+    """Raises if `target` is no integer tensor or holds an index that is neither a class nor
+    ignored.
 
-    Indices on a device are looked at only where the environment variable FASTFT_CHECK_TARGETS is set.
+    Indices on a device are looked at only where the environment variable FASTFT_CHECK_TARGETS is
+    set.
     """
     if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must hold class indices of dtype int64 or int32, got {target.dtype}")
+        raise TypeError(
+            f"target must hold class indices of dtype int64 or int32, got {target.dtype}"
+        )
     if not _may_look_at(target):  # the kernels see to it
         return
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
@@ -93,44 +107,64 @@ def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
         position = tuple(wrong.nonzero()[0].tolist())
         place = f"target[{', '.join(map(str, position))}]" if position else "target"
         value = int(target[position])
-        raise ValueError(f"{place} is {value}; it must be in [0, {classes}) or equal ignore_index={ignore_index}")
+        raise ValueError(
+            f"{place} is {value}; it must be in [0, {classes}) or equal ignore_index={ignore_index}"
+        )
 
 
 def _may_look_at(tensor: Tensor) -> bool:
-    """Whether a tensor's values may be checked: that would wait for a device, and break a compiled graph."""
+    """Whether a tensor's values may be checked: that would wait for a device, and break a compiled
+    graph."""
     asked = tensor.device.type == "cpu" or bool(os.environ.get("FASTFT_CHECK_TARGETS"))
     return asked and not torch.compiler.is_compiling()
 
 
-def check_probabilities(target: Tensor, shape: torch.Size, device: torch.device, label: str) -> None:
-    """Raises if `target`, probabilities, is not of the shape or device of the logits, or asks for a gradient."""
+def check_probabilities(
+    target: Tensor, shape: torch.Size, device: torch.device, label: str
+) -> None:
+    """Raises if `target`, probabilities, is not of the shape or device of the logits, or asks for a
+    gradient."""
     check_device("target", target, device)
     if target.shape != shape:
         raise ValueError(
-            f"target, as probabilities, must have the shape of {label}: {tuple(shape)}, got {tuple(target.shape)}"
+            f"target, as probabilities, must have the shape of {label}: {tuple(shape)}, got "
+            f"{tuple(target.shape)}"
         )
     if target.requires_grad and torch.is_grad_enabled():
-        raise ValueError("target, as probabilities, must not require a gradient; torch.nn.functional's may")
+        raise ValueError(
+            "target, as probabilities, must not require a gradient; torch.nn.functional's may"
+        )
 
 
 def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
-    """Raises if `reduction` is unknown or `num_items` does not fit it, or is negative or not finite.
+    """Raises if `reduction` is unknown or `num_items` does not fit it, or is negative or not
+    finite.
 
-    A tensor on a device is looked at only where the environment variable FASTFT_CHECK_TARGETS is set.
+    A tensor on a device is looked at only where the environment variable FASTFT_CHECK_TARGETS is
+    set.
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if num_items is None:
         return
     if reduction != "mean":
-        raise ValueError(f"num_items replaces the count of reduction='mean'; it cannot go with reduction={reduction!r}")
+        raise ValueError(
+            f"num_items replaces the count of reduction='mean'; it cannot go with "
+            f"reduction={reduction!r}"
+        )
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
-            raise ValueError(f"num_items must be a number or a tensor of one, got shape {tuple(num_items.shape)}")
+            raise ValueError(
+                f"num_items must be a number or a tensor of one, got shape {tuple(num_items.shape)}"
+            )
         if not _may_look_at(num_items):
             return
-    elif isinstance(num_items, bool) or not (isinstance(num_items, int | float) or hasattr(num_items, "__float__")):
-        raise TypeError(f"num_items must be a number or a tensor of one, got {type(num_items).__name__}")
+    elif isinstance(num_items, bool) or not (
+        isinstance(num_items, int | float) or hasattr(num_items, "__float__")
+    ):
+        raise TypeError(
+            f"num_items must be a number or a tensor of one, got {type(num_items).__name__}"
+        )
     if not 0 <= num_items < math.inf:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}")
 
@@ -143,7 +177,9 @@ def check_weight(weight: Tensor | None, classes: int, device: torch.device) -> N
     if not weight.is_floating_point():
         raise TypeError(f"weight must be a floating-point tensor, got {weight.dtype}")
     if weight.shape != (classes,):
-        raise ValueError(f"weight must hold one number per class, shape ({classes},), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must hold one number per class, shape ({classes},), got {tuple(weight.shape)}"
+        )
     check_device("weight", weight, device, "the logits are")
 
 
@@ -151,7 +187,9 @@ def check_plain_impl(impl: str, what: str) -> None:
     """Raises if an engine is asked for that does not compute `what`."""
     ops.check_impl(impl)
     if impl not in ("auto", "eager"):
-        raise RuntimeError(f"impl={impl!r} is not available for {what}: they are computed in plain torch")
+        raise RuntimeError(
+            f"impl={impl!r} is not available for {what}: they are computed in plain torch"
+        )
 
 
 def class_weights(
@@ -164,8 +202,9 @@ def class_weights(
 ) -> Tensor | None:
     """`weight` as the row operator takes it, in `dtype`.
 
-    The mean of weighted losses divides by the weights of the counted rows, but its z term by their number. With the
-    weights scaled to an average of 1 over these rows, one division by the number does both.
+    The mean of weighted losses divides by the weights of the counted rows, but its z term by their
+    number. With the weights scaled to an average of 1 over these rows, one division by the number
+    does both.
     """
     if weight is None:
         return None
@@ -178,9 +217,14 @@ def class_weights(
 
 
 def reduce_losses(
-    losses: Tensor, target: Tensor | None, reduction: str, ignore_index: int, num_items: float | Tensor | None
+    losses: Tensor,
+    target: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    num_items: float | Tensor | None,
 ) -> Tensor:
-    """`losses`, of rows or their sum: as they are, their sum, or that divided by `num_items` or the counted rows.
+    """`losses`, of rows or their sum: as they are, their sum, or that divided by `num_items` or the
+    counted rows.
 
     Without a `target` every row counts, and `losses` holds them all.
     """
@@ -194,7 +238,8 @@ def reduce_losses(
 
 
 def divisor_of(counted: Tensor, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What the mean divides its sum by, () in `dtype`: `num_items`, or how many of the rows are `counted`."""
+    """What the mean divides its sum by, () in `dtype`: `num_items`, or how many of the rows are
+    `counted`."""
     count = counted.sum()
     items = count if num_items is None else _items_beside(counted.device, num_items, dtype)
     # without a counted row the total is 0, and must stay 0 whatever the divisor
@@ -202,15 +247,23 @@ def divisor_of(counted: Tensor, num_items: float | Tensor | None, dtype: torch.d
 
 
 def _items_beside(device: torch.device, num_items: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """The number on `device`: written there by a kernel, because a copy would wait for the device."""
+    """The number on `device`: written there by a kernel, because a copy would wait for the
+    device."""
     if isinstance(num_items, Tensor):
-        if num_items.device == device or num_items.device.type != "cpu" or torch.compiler.is_compiling():
+        if (
+            num_items.device == device
+            or num_items.device.type != "cpu"
+            or torch.compiler.is_compiling()
+        ):
             return num_items.to(device).reshape(())
         num_items = num_items.item()
     return torch.full((), num_items, dtype=dtype, device=device)
 
 
 def refuse_second_derivative(what: str) -> None:
-    """Called in backward: raises under `create_graph=True`, which would take the gradient for a constant."""
+    """Called in backward: raises under `create_graph=True`, which would take the gradient for a
+    constant."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{what} cannot be differentiated twice (create_graph=True); torch.nn.functional's can")
+        raise RuntimeError(
+            f"{what} cannot be differentiated twice (create_graph=True); torch.nn.functional's can"
+        )

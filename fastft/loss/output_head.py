@@ -1,8 +1,9 @@
 """Finding a model's output head and letting it return lazy logits.
 
-A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance, and nothing else. No
-parameter, buffer, hook or class is added, so that state dicts keep their keys; a copy or a pickle of the model has
-stock heads. Quantised, offloaded, kernelised or custom heads are left alone.
+A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
+and nothing else. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
+a copy or a pickle of the model has stock heads. Quantised, offloaded, kernelised or custom heads
+are left alone.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from fastft.loss.sharding import Sharding
 
 
 class LazyForward:
-    """The `forward` of an attached head: lazy in training where gradients are recorded, and in an `Evaluation`.
+    """The `forward` of an attached head: lazy in training where gradients are recorded, and in an
+    `Evaluation`.
 
-    It copies and pickles as the method that the module's class has, so that a copy of the model is a stock one.
+    It copies and pickles as the method that the module's class has, so that a copy of the model is
+    a stock one.
     """
 
     def __init__(
@@ -51,13 +54,25 @@ class LazyForward:
             return type(self.head).forward(self.head, input, *args, **kwargs)
         return self._outside_compiled(input, *args, **kwargs)
 
-    def _forward(self, input: Tensor, *args: Any, fastft_task: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+    def _forward(
+        self,
+        input: Tensor,
+        *args: Any,
+        fastft_task: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         head = self.head
-        if fastft_task is not None:  # entered again by Linear.inside_head, so that a sharded weight is gathered
+        # entered again by Linear.inside_head, so that a sharded weight is gathered
+        if fastft_task is not None:
             return fastft_task(input, head.weight, head.bias)
         evaluation = None if head.training else self.evaluation
         report = self.report if evaluation is None else evaluation.report
-        if args or kwargs or not self._is_meant(evaluation) or not self._can_be_lazy(input, evaluation, report):
+        if (
+            args
+            or kwargs
+            or not self._is_meant(evaluation)
+            or not self._can_be_lazy(input, evaluation, report)
+        ):
             return type(head).forward(head, input, *args, **kwargs)
         check = None if self.sharding is None else self.sharding.permission()
         return lazy_linear(input, head.weight, head.bias, report, head, check, evaluation)
@@ -80,9 +95,16 @@ class LazyForward:
         """What forbids lazy logits in this forward pass alone."""
         if type(self.head.weight) not in (Tensor, nn.Parameter):
             return f"the weight of the output head is a {type(self.head.weight).__name__}"
-        if evaluation is not None:  # its logits are read after the forward pass, when the shards are gone
-            return None if self.sharding is None else f"the output head is sharded by {self.sharding.library}"
-        if _has_global_backward_hooks() or any(m._backward_hooks or m._backward_pre_hooks for m in self.around):
+        # its logits are read after the forward pass, when the shards are gone
+        if evaluation is not None:
+            return (
+                None
+                if self.sharding is None
+                else f"the output head is sharded by {self.sharding.library}"
+            )
+        if _has_global_backward_hooks() or any(
+            m._backward_hooks or m._backward_pre_hooks for m in self.around
+        ):
             return "a module backward hook watches the gradient of the logits"
         return None if self.sharding is None else self.sharding.reason_now()
 
@@ -103,9 +125,11 @@ class LazyForward:
 
 
 class Attachment:
-    """The heads of `model` that return lazy logits until `remove()`: in training and, if given, in `evaluation`.
+    """The heads of `model` that return lazy logits until `remove()`: in training and, if given, in
+    `evaluation`.
 
-    A head that another attachment holds is taken from it: after an exception nobody else may be there to end that one.
+    A head that another attachment holds is taken from it: after an exception nobody else may be
+    there to end that one.
     """
 
     def __init__(self, model: nn.Module, evaluation: Evaluation | None = None) -> None:
@@ -114,17 +138,26 @@ class Attachment:
         self.heads: list[nn.Linear] = []
         self._forwards: list[LazyForward] = []
         if isinstance(model, nn.DataParallel):
-            self.report.skipped.append("DataParallel: its replicas would call the head of the first device")
+            self.report.skipped.append(
+                "DataParallel: its replicas would call the head of the first device"
+            )
             return
         for head in find_heads(model):
             stale = head.__dict__.get("forward")
             if isinstance(stale, LazyForward):
                 stale.give_up()
             reason = _reason_against(head)
-            around = [module for module in model.modules() if any(part is head for part in module.modules())]
+            around = [
+                module
+                for module in model.modules()
+                if any(part is head for part in module.modules())
+            ]
             library = sharding_library(head, around) if reason is None else None
             if reason is None and library is None and is_dtensor(head.weight):
-                reason = "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
+                reason = (
+                    "the output head is tensor-parallel: its weight is a DTensor that no FSDP "
+                    "gathers"
+                )
             if reason is not None:
                 self.report.skipped.append(reason)
                 continue
@@ -148,9 +181,10 @@ class Attachment:
 def find_heads(model: nn.Module) -> list[nn.Linear]:
     """The linear modules whose sum is the model's logits, looked up inside PEFT wrappers.
 
-    They are the output embeddings which the model, or else a model inside it, calls so. A language model, or a module
-    of one's own, that names none has as its head the last linear layer, if that makes a vocabulary of something else;
-    it is not looked for inside other models, whose layers may be as wide. A classifier has none.
+    They are the output embeddings which the model, or else a model inside it, calls so. A language
+    model, or a module of one's own, that names none has as its head the last linear layer, if that
+    makes a vocabulary of something else; it is not looked for inside other models, whose layers may
+    be as wide. A classifier has none.
     """
     base = base_model(model)
     named = _output_embeddings(base)
@@ -160,17 +194,25 @@ def find_heads(model: nn.Module) -> list[nn.Linear]:
 
 
 def expects_head(model: nn.Module) -> bool:
-    """Whether it would be strange if `model` had no output head: it is no classifier, or other model without one."""
+    """Whether it would be strange if `model` had no output head: it is no classifier, or other
+    model without one."""
     base = base_model(model)
     is_language_model = any(_LANGUAGE_MODEL.search(kind.__name__) for kind in type(base).__mro__)
-    return is_language_model or not hasattr(base, "get_output_embeddings") or bool(_output_embeddings(base))
+    return (
+        is_language_model
+        or not hasattr(base, "get_output_embeddings")
+        or bool(_output_embeddings(base))
+    )
 
 
-_LANGUAGE_MODEL = re.compile("CausalLM|MaskedLM|LMHead|ConditionalGeneration|MTModel|Text2Text|EncoderDecoderModel")
+_LANGUAGE_MODEL = re.compile(
+    "CausalLM|MaskedLM|LMHead|ConditionalGeneration|MTModel|Text2Text|EncoderDecoderModel"
+)
 
 
 def _output_embeddings(base: nn.Module) -> list[nn.Module]:
-    """What the model calls its output embeddings; where it says nothing, what the models inside it call theirs."""
+    """What the model calls its output embeddings; where it says nothing, what the models inside it
+    call theirs."""
     found: dict[int, nn.Module] = {}
     for module in base.modules():
         with contextlib.suppress(AttributeError, NotImplementedError):
@@ -187,9 +229,15 @@ def _last_layer(base: nn.Module) -> list[nn.Linear]:
     sizes = {getattr(config, "vocab_size", None)}
     if hasattr(config, "get_text_config"):
         sizes.add(getattr(config.get_text_config(), "vocab_size", None))
-    models = [module for module in base.modules() if module is not base and hasattr(module, "get_output_embeddings")]
+    models = [
+        module
+        for module in base.modules()
+        if module is not base and hasattr(module, "get_output_embeddings")
+    ]
     inside = {id(part) for model in models for part in model.modules()}
-    layers = [part for part in base.modules() if isinstance(part, nn.Linear) and id(part) not in inside]
+    layers = [
+        part for part in base.modules() if isinstance(part, nn.Linear) and id(part) not in inside
+    ]
     return [layer for layer in layers[-1:] if layer.out_features in sizes - {layer.in_features}]
 
 
@@ -198,7 +246,8 @@ def _why_no_head(model: nn.Module) -> str:
     if not expects_head(model):
         return f"{name} has no output head over a vocabulary, so that there is nothing to fuse"
     return (
-        f"{name} has no output head that could be found: a plain torch.nn.Linear that get_output_embeddings() returns, "
+        f"{name} has no output head that could be found: a plain torch.nn.Linear that "
+        f"get_output_embeddings() returns, "
         "or the last linear layer, with config.vocab_size outputs"
     )
 
@@ -217,7 +266,8 @@ def _linear_parts(module: nn.Module) -> list[nn.Linear]:
     if type(module).__name__ == "ModulesToSaveWrapper":
         copies: Any = module.modules_to_save
         return [part for copy in copies.values() for part in _linear_parts(copy)]
-    if hasattr(module, "base_layer"):  # LoRA: the base head plus one B matrix, V x rank, for each adapter
+    # LoRA: the base head plus one B matrix, V x rank, for each adapter
+    if hasattr(module, "base_layer"):
         adapters: Any = getattr(module, "lora_B", {})
         layers: list[Any] = [module.base_layer, *adapters.values()]
         return [part for layer in layers for part in _linear_parts(layer)]
@@ -230,11 +280,16 @@ def _reason_against(head: nn.Linear) -> str | None:
         return f"the output head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if any(_is_computed(head, name) for name in ("weight", "bias")):
         return (
-            f"the output head is a {type(head).__name__} that computes its weight or bias each time it is read (by "
+            f"the output head is a {type(head).__name__} that computes its weight or bias each "
+            f"time it is read (by "
             "torch.nn.utils.parametrize, or a property)"
         )
     own = head.__dict__.get("forward")
-    stock = isinstance(own, types.MethodType) and own.__func__ is nn.Linear.forward and own.__self__ is head
+    stock = (
+        isinstance(own, types.MethodType)
+        and own.__func__ is nn.Linear.forward
+        and own.__self__ is head
+    )
     if own is not None and not stock:
         return "the output head's forward is patched by somebody else"
     return None
@@ -249,23 +304,25 @@ def _is_computed(head: nn.Linear, name: str) -> bool:
 def fused_loss(model: nn.Module) -> Iterator[Report]:
     """While the context is open, `model` computes its training losses without logits.
 
-    The output head returns lazy logits in training mode; any loss which the model, or the loop, computes of them by
-    `torch.nn.functional.cross_entropy`, `nll_loss`, `log_softmax` and `gather`, ... is fused; any other use computes
-    real logits and is still right. Evaluation, and forward passes without gradients, are stock.
+    The output head returns lazy logits in training mode; any loss which the model, or the loop,
+    computes of them by `torch.nn.functional.cross_entropy`, `nll_loss`, `log_softmax` and `gather`,
+    ... is fused; any other use computes real logits and is still right. Evaluation, and forward
+    passes without gradients, are stock.
 
     Args:
-        model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers included). Where there is
-            none, or under DataParallel or tensor parallelism, the model is left as it is and the report's `skipped`
-            says why.
+        model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers
+            included). Where there is none, or under DataParallel or tensor parallelism, the model
+            is left as it is and the report's `skipped` says why.
 
     Yields:
         `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.
 
     Raises:
         TypeError: `model` is no module.
-        RuntimeError: from the loop, when logits are read after an optimizer step has changed the head's weight, when
-            the gradient of logits is asked for (`register_hook`, `retain_grad`, `torch.autograd.grad`) after their loss
-            was computed, or when logits of a sharded head are used after the forward pass that computed their loss.
+        RuntimeError: from the loop, when logits are read after an optimizer step has changed the
+            head's weight, when the gradient of logits is asked for (`register_hook`, `retain_grad`,
+            `torch.autograd.grad`) after their loss was computed, or when logits of a sharded head
+            are used after the forward pass that computed their loss.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

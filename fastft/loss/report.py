@@ -11,7 +11,8 @@ from types import FrameType
 class Report:
     """What became of the logits of a model.
 
-    `fused`: how many losses (and differentiable reductions over the vocabulary) were computed without logits.
+    `fused`: how many losses (and differentiable reductions over the vocabulary) were computed
+        without logits.
     `materialised`: what asked for real logits, as "function at file:line", each place once.
     `skipped`: why a head, or the whole model, was left as it is.
     """
@@ -28,11 +29,15 @@ class Report:
 
 
 def _caller() -> str:
-    """file:line of the innermost frame that belongs neither to torch, nor to this package, nor to an event."""
+    """file:line of the innermost frame that belongs neither to torch, nor to this package, nor to
+    an event."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] not in ("torch", "fastft") and module != "transformers.trainer_callback":
+        if (
+            module.split(".")[0] not in ("torch", "fastft")
+            and module != "transformers.trainer_callback"
+        ):
             return f"{frame.f_code.co_filename.split('site-packages/')[-1]}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"

@@ -6,7 +6,8 @@ scale () is the derivative by the loss: 1 in most training, a GradScaler's scale
 of a gradient accumulation. It is on the gradients' device, where no host can look at it without a
 wait; so the kernel does, and where it is 1 returns at once.
 
-Bytes moved: 4 a thread, all of them the same, where scale is 1; else all gradients read and written.
+Bytes moved: 4 a thread, all of them the same, where scale is 1; else all gradients read and
+written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The Triton engine of `scale_gradients_`: one launch a gradient, which ends at once where the scale is 1.
+"""The Triton engine of `scale_gradients_`: one launch a gradient, which ends at once where the
+scale is 1.
 
 A program has several tiles, all of them whole but for the gradient's last: only that one asks which
 of its elements are there. Bytes moved: those of `fastft.loss.scale_gradients`.
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from fastft.ops import check_beside
 
-# Elements of a tile, tiles of a program. With larger tiles the masked one takes a hundred registers and more, and an SM
-# holds too few warps for as many loads to be in flight.
+# Elements of a tile, tiles of a program. With larger tiles the masked one takes a hundred registers
+# and more, and an SM holds too few warps for as many loads to be in flight.
 _TILE, _TILES, _WARPS = 2048, 32, 8
 
 
@@ -46,4 +47,6 @@ def scale_gradients_(gradients: Sequence[Tensor], scale: Tensor) -> None:
     for gradient in gradients:
         programs = triton.cdiv(gradient.numel(), _TILE * _TILES)
         if programs:
-            _scale_kernel[(programs,)](gradient, scale, gradient.numel(), TILE=_TILE, TILES=_TILES, num_warps=_WARPS)
+            _scale_kernel[(programs,)](
+                gradient, scale, gradient.numel(), TILE=_TILE, TILES=_TILES, num_warps=_WARPS
+            )

@@ -1,9 +1,10 @@
 """Output heads whose weight is sharded by FSDP1, FSDP2 or ZeRO-3: when may their logits be lazy?
 
-The libraries gather a weight when the module that owns it is called, take it away afterwards, and learn from the
-gradient of what a forward pass *returns* that a backward pass begins. A loss which is computed inside the model's
-forward is returned by it, and its weight is there, or comes back when the head is called again. A loss that is computed
-outside, from logits that were never computed, would pass by all of that: the logits then have to be real.
+The libraries gather a weight when the module that owns it is called, take it away afterwards, and
+learn from the gradient of what a forward pass *returns* that a backward pass begins. A loss which
+is computed inside the model's forward is returned by it, and its weight is there, or comes back
+when the head is called again. A loss that is computed outside, from logits that were never
+computed, would pass by all of that: the logits then have to be real.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from fastft.foreign import shares_a_resharded_unit
 
 
 class Sharding:
-    """Follows the forward passes of `model`, whose head is sharded by `library`, until `remove()`."""
+    """Follows the forward passes of `model`, whose head is sharded by `library`, until
+    `remove()`."""
 
     def __init__(self, library: str, head: nn.Linear, model: nn.Module) -> None:
         self.library = library
@@ -44,17 +46,26 @@ class Sharding:
         self._computes_loss = False
 
     def reason_now(self) -> str | None:
-        """Why this forward pass needs real logits; None where the model itself computes the loss."""
+        """Why this forward pass needs real logits; None where the model itself computes the
+        loss."""
         if not self._computes_loss:
-            return f"the output head is sharded by {self.library}, and the loss is computed outside the model's forward"
+            return (
+                f"the output head is sharded by {self.library}, and the loss is computed outside "
+                f"the model's forward"
+            )
         if shares_a_resharded_unit(self.head):
-            return "the output head shares an FSDP2 unit that reshards after forward with other modules"
+            return (
+                "the output head shares an FSDP2 unit that reshards after forward with other "
+                "modules"
+            )
         return None
 
     def permission(self) -> Callable[[bool], None]:
-        """What raises when logits of this forward pass are used where the library would not know of it.
+        """What raises when logits of this forward pass are used where the library would not know of
+        it.
 
-        It is told whether the head has to be entered for its weight, which may be another one after the forward pass.
+        It is told whether the head has to be entered for its weight, which may be another one after
+        the forward pass.
         """
         made_in = self._passes
 
@@ -62,8 +73,10 @@ class Sharding:
             inside = self._computes_loss and self._passes == made_in
             if not inside and (entering or torch.is_grad_enabled() or self._passes != made_in):
                 raise RuntimeError(
-                    f"fastft: the output head is sharded by {self.library}; with labels given to the model its logits "
-                    "are for the loss inside its forward alone and cannot be used afterwards. Leave the labels out and "
+                    f"fastft: the output head is sharded by {self.library}; with labels given to "
+                    f"the model its logits "
+                    "are for the loss inside its forward alone and cannot be used afterwards. "
+                    "Leave the labels out and "
                     "compute the loss outside, or train without the fused loss."
                 )
 

@@ -1,19 +1,23 @@
-"""Cross-entropy whose classes are spread over processes: each holds a shard of the head, all see the same rows.
+"""Cross-entropy whose classes are spread over processes: each holds a shard of the head, all see
+the same rows.
 
     z_i = x W_i^T + b_i                                     (R, V / n) on process i of n, classes in the group's order
     m = max_i max_v z_i[v]                                  first all-reduce of a chunk, R numbers
     others = sum_i sum_{v != y} exp(z_i[v] - m),  m - z[y],  sum_i sum_v w[v] (m - z_i[v])
-                                                            second all-reduce, R x 2 numbers (3 with label smoothing)
+                                                            second all-reduce, R x 2 numbers (3 with
+                                                            label smoothing)
     dz_i from these by the formulas of `cross_entropy`;  dW_i = dz_i^T x and db_i = sum dz_i stay where they are
     dx = sum_i dz_i W_i                                     one all-reduce of (T, H)
 
-From the sums every process computes the same losses, to the bit. They leave the target out, as `cross_entropy` does for
-confident rows. Chunks, products and who needs a gradient when are those of `linear_rows`; rows are computed in plain
-torch, with the formulas in fp32. Logits that exist, sharded in the same way, take the same road without the products;
-they are what is kept then, besides the 4 numbers. Every process has the class weights of all classes.
+From the sums every process computes the same losses, to the bit. They leave the target out, as
+`cross_entropy` does for confident rows. Chunks, products and who needs a gradient when are those of
+`linear_rows`; rows are computed in plain torch, with the formulas in fp32. Logits that exist,
+sharded in the same way, take the same road without the products; they are what is kept then,
+besides the 4 numbers. Every process has the class weights of all classes.
 
-Kept for backward: dx, dW_i and db_i; or the operands and 4 numbers a row, with which backward reduces nothing but dx.
-Bytes moved: those of `linear_rows` for V / n classes, about 8 more passes over the workspace, and the all-reduces.
+Kept for backward: dx, dW_i and db_i; or the operands and 4 numbers a row, with which backward
+reduces nothing but dx. Bytes moved: those of `linear_rows` for V / n classes, about 8 more passes
+over the workspace, and the all-reduces.
 """
 
 from __future__ import annotations
@@ -28,10 +32,15 @@ from torch import Tensor
 
 from fastft.loss.cross_entropy import capped
 from fastft.loss.linear_rows import HeadCall, Outputs, chunk_rows, needed, rounded, scaled, sweep
-from fastft.loss.options import RowOptions, check_plain_impl, refuse_second_derivative, statistics_dtype
+from fastft.loss.options import (
+    RowOptions,
+    check_plain_impl,
+    refuse_second_derivative,
+    statistics_dtype,
+)
 
-# the processes of a group compare the shapes of their shards at every call where looking at the answer is free,
-# elsewhere once for each shape; a group that is gone takes its shapes along
+# the processes of a group compare the shapes of their shards at every call where looking at the
+# answer is free, elsewhere once for each shape; a group that is gone takes its shapes along
 _LOOKING_IS_FREE = ("cpu",)
 _EVEN: weakref.WeakKeyDictionary[Any, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
@@ -39,28 +48,35 @@ _EVEN: weakref.WeakKeyDictionary[Any, set[tuple[int, ...]]] = weakref.WeakKeyDic
 class Shard(NamedTuple):
     """The classes of this process."""
 
-    group: Any  # torch.distributed.ProcessGroup, which builds of torch without processes do not have
+    # torch.distributed.ProcessGroup, which builds of torch without processes do not have
+    group: Any
     begin: int  # the first of them
     classes: int  # of all processes
 
     @classmethod
     def of(cls, shape: Sequence[int], group: Any, label: str, target: Tensor, impl: str) -> Shard:
-        """For a tensor named `label`, of `shape` (V / n, ...); all processes of the group must call it.
+        """For a tensor named `label`, of `shape` (V / n, ...); all processes of the group must call
+        it.
 
         Raises:
             TypeError: `group` is no process group.
-            ValueError: this process is not in it, `target` holds probabilities, or the processes have tensors of
-                different shapes. On other devices than CPUs they compare each shape once, so that later calls do not
-                wait for the device; there a process whose shape is new waits for those that know theirs.
+            ValueError: this process is not in it, `target` holds probabilities, or the processes
+                have tensors of different shapes. On other devices than CPUs they compare each shape
+                once, so that later calls do not wait for the device; there a process whose shape is
+                new waits for those that know theirs.
             RuntimeError: `impl` is not plain torch.
         """
         check_plain_impl(impl, "the rows of a group's processes")
         if target.is_floating_point():
-            raise ValueError("target must hold class indices where a group is given, got probabilities")
+            raise ValueError(
+                "target must hold class indices where a group is given, got probabilities"
+            )
         if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group does not contain this process")
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+            raise TypeError(
+                f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
+            )
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         seen = _EVEN.setdefault(group, set())
         if target.device.type in _LOOKING_IS_FREE or tuple(shape) not in seen:
@@ -70,7 +86,8 @@ class Shard(NamedTuple):
             every = [tuple(other.tolist()) for other in shapes]
             if len(set(every)) > 1:
                 raise ValueError(
-                    f"group must have a {label} of one size on all of its processes, got {every} in their order"
+                    f"group must have a {label} of one size on all of its processes, got {every} "
+                    f"in their order"
                 )
             seen.add(tuple(shape))
         return cls(group, rank * shape[0], world * shape[0])
@@ -100,13 +117,19 @@ class _Shared(NamedTuple):
 
     @property
     def log_sum(self) -> Tensor:
-        # log of the sum is log1p of the sum without the class that holds the maximum, whose exponential is exactly 1
+        # log of the sum is log1p of the sum without the class that holds the maximum, whose
+        # exponential is exactly 1
         without = torch.where(self.below == 0, self.others, self.others - 1 + (-self.below).exp())
         return without.log1p()
 
 
 def _rows_of(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, shard: Shard, dtype: torch.dtype
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: RowOptions,
+    shard: Shard,
+    dtype: torch.dtype,
 ) -> _Rows:
     target = target.long()[:, None]
     ignored = target == options.ignore_index
@@ -153,12 +176,16 @@ def _losses_of(rows: _Rows, shared: _Shared, options: RowOptions) -> Tensor:
     return losses.masked_fill_(rows.ignored, 0.0).masked_fill_(rows.wrong, torch.nan)[:, 0]
 
 
-def _gradient_of(rows: _Rows, shared: _Shared, upstream: Tensor | None, options: RowOptions) -> Tensor:
+def _gradient_of(
+    rows: _Rows, shared: _Shared, upstream: Tensor | None, options: RowOptions
+) -> Tensor:
     """d(sum upstream losses) / d logits, of the classes of this process."""
     of_loss = torch.ones_like(rows.hits) if upstream is None else upstream[:, None]
     hits, spreads = rows.hits * of_loss, rows.spread * of_loss
     total = shared.others + (-shared.below).exp()
-    factor = spreads * rows.weight_sum + 2 * options.z_loss * of_loss * (shared.highest + shared.log_sum)
+    factor = spreads * rows.weight_sum + 2 * options.z_loss * of_loss * (
+        shared.highest + shared.log_sum
+    )
     gradient = (rows.z - shared.highest).exp_().mul_((factor + hits) / total)
     of_target = ((-shared.below).exp() * factor - shared.others * hits) / total
     gradient.scatter_(1, rows.own, torch.where(rows.mine, of_target, gradient.gather(1, rows.own)))
@@ -179,7 +206,8 @@ def _through_head(
     known: Tensor,
     upstream: Tensor | None = None,
 ) -> Outputs:
-    """Losses and gradients; `known` (T, 4) receives what the processes share about the rows, or holds it already.
+    """Losses and gradients; `known` (T, 4) receives what the processes share about the rows, or
+    holds it already.
 
     It holds it where there is an `upstream` gradient, that of the losses: in backward.
     """
@@ -193,7 +221,11 @@ def _through_head(
         else:
             shared = _Shared(*known[where].split(1, 1))
         if any(call.needs):
-            z.copy_(_gradient_of(rows, shared, None if upstream is None else upstream[where], call.options))
+            z.copy_(
+                _gradient_of(
+                    rows, shared, None if upstream is None else upstream[where], call.options
+                )
+            )
 
     outputs = sweep(*operands, target, call, fill)
     if call.needs[0]:
@@ -232,7 +264,9 @@ class _VocabParallel(torch.autograd.Function):
             *operands, target, weight, known = ctx.saved_tensors
             again = call._replace(needs=needs, summed=False)
             with torch.autocast(target.device.type, enabled=False):
-                gradients = _through_head(operands, target, weight, again, ctx.shard, known, upstream)[4:]
+                gradients = _through_head(
+                    operands, target, weight, again, ctx.shard, known, upstream
+                )[4:]
             results = rounded(needed(gradients, needs), ctx.dtypes)
         return *results, None, None, None, None
 
@@ -250,10 +284,12 @@ def vocab_parallel_losses(
     chunk_rows: int | None,
     max_counted: int | None,
 ) -> Tensor:
-    """Losses of a head's rows, or their sum: the same on every process of the group, all of which must call it alike.
+    """Losses of a head's rows, or their sum: the same on every process of the group, all of which
+    must call it alike.
 
     Args:
-        operands: input (T, H), the same everywhere; linear_weight (V / n, H) and linear_bias (V / n,) or None: shards.
+        operands: input (T, H), the same everywhere; linear_weight (V / n, H) and linear_bias (V /
+            n,) or None: shards.
         target: (T,), contiguous, the same everywhere.
         weight: of all classes (V,), as `class_weights` returns it.
         shard: which classes the shards hold.
@@ -264,7 +300,11 @@ def vocab_parallel_losses(
         max_counted: see `linear_cross_entropy`.
     """
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in operands)
-    needs = (wanted[0], wanted[1], wanted[2]) if summed or not any(wanted[1:]) else (False, False, False)
+    needs = (
+        (wanted[0], wanted[1], wanted[2])
+        if summed or not any(wanted[1:])
+        else (False, False, False)
+    )
     bound = -1 if max_counted is None else max_counted
     call = HeadCall(needs, summed, False, dtype, "eager", chunk_rows or 0, bound, options)
     return _VocabParallel.apply(*operands, target, weight, call, shard)
@@ -273,10 +313,18 @@ def vocab_parallel_losses(
 class _ShardedLogits(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, shard: Shard
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: RowOptions,
+        shard: Shard,
     ) -> Tensor:
         dtype = statistics_dtype(logits.dtype)
-        losses, known = logits.new_empty(len(logits), dtype=dtype), logits.new_empty(len(logits), 4, dtype=dtype)
+        losses, known = (
+            logits.new_empty(len(logits), dtype=dtype),
+            logits.new_empty(len(logits), 4, dtype=dtype),
+        )
         for chunk in _chunks(logits):
             rows = _rows_of(logits[chunk], target[chunk], weight, options, shard, dtype)
             shared = _shared_of(rows, shard.group)
@@ -291,7 +339,9 @@ class _ShardedLogits(torch.autograd.Function):
         logits, target, weight, known = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for chunk in _chunks(logits):
-            rows = _rows_of(logits[chunk], target[chunk], weight, ctx.options, ctx.shard, known.dtype)
+            rows = _rows_of(
+                logits[chunk], target[chunk], weight, ctx.options, ctx.shard, known.dtype
+            )
             shared = _Shared(*known[chunk].split(1, 1))
             gradient[chunk] = _gradient_of(rows, shared, upstream[chunk], ctx.options)
         return gradient, None, None, None, None
@@ -305,6 +355,9 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import all of the compiler
-def sharded_losses(logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, shard: Shard) -> Tensor:
-    """Losses of rows of logits (T, V / n), the shards of this process; the rest as in `vocab_parallel_losses`."""
+def sharded_losses(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: RowOptions, shard: Shard
+) -> Tensor:
+    """Losses of rows of logits (T, V / n), the shards of this process; the rest as in
+    `vocab_parallel_losses`."""
     return _ShardedLogits.apply(logits, target, weight, options, shard)

@@ -2,11 +2,12 @@
 
     weight.grad += upstream * dW        in one pass over both, rounded once
 
-dW is the (V, H) sum of the forward pass. Autograd would scale it, round it and add it: up to five passes over V H
-elements where this makes three, and, where dW was summed in fp32 for a 16-bit weight or the graph is kept, one more
-(V, H) buffer. The weight's AccumulateGrad node gets no gradient from the loss but runs all the same, after this:
-whoever waits for that node (DistributedDataParallel) finds the sum in `weight.grad`. Hooks that want to see or change
-the gradient cannot be served and are refused.
+dW is the (V, H) sum of the forward pass. Autograd would scale it, round it and add it: up to five
+passes over V H elements where this makes three, and, where dW was summed in fp32 for a 16-bit
+weight or the graph is kept, one more (V, H) buffer. The weight's AccumulateGrad node gets no
+gradient from the loss but runs all the same, after this: whoever waits for that node
+(DistributedDataParallel) finds the sum in `weight.grad`. Hooks that want to see or change the
+gradient cannot be served and are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def check_accumulates(weight: Tensor, target: Tensor, reduction: str, group: Any
     """Raises ValueError if the gradient of `weight` cannot be added to its `grad` by the loss."""
     reason = None
     if reduction == "none" or target.is_floating_point():
-        reason = "it needs class indices and reduction 'mean' or 'sum', whose gradients are known before backward"
+        reason = (
+            "it needs class indices and reduction 'mean' or 'sum', whose gradients are known "
+            "before backward"
+        )
     elif type(weight) not in (Tensor, nn.Parameter):
         reason = f"linear_weight must be a plain tensor, it is a {type(weight).__name__}"
     elif not (weight.is_leaf and weight.requires_grad):
@@ -61,14 +65,19 @@ class _IntoGrad(torch.autograd.Function):
             input, linear_weight, linear_bias, target, weight, [], divisor, *call.flat()
         )
         ctx.save_for_backward(d_input, d_weight, d_bias)
-        ctx.weight, ctx.dtypes = linear_weight, (input.dtype, None if linear_bias is None else linear_bias.dtype)
+        ctx.weight, ctx.dtypes = (
+            linear_weight,
+            (input.dtype, None if linear_bias is None else linear_bias.dtype),
+        )
         return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_cross_entropy")
         (d_input, d_weight, d_bias), needs = ctx.saved_tensors, ctx.needs_input_grad
-        to_input, to_bias = scaled(needed((d_input, d_bias), (needs[0], needs[2])), upstream, ctx.dtypes)
+        to_input, to_bias = scaled(
+            needed((d_input, d_bias), (needs[0], needs[2])), upstream, ctx.dtypes
+        )
         if needs[1]:  # not where torch.autograd.grad asks for other tensors alone
             _add(ctx.weight, d_weight, upstream)
         return to_input, None, to_bias, None, None, None, None
@@ -76,11 +85,15 @@ class _IntoGrad(torch.autograd.Function):
 
 def _add(weight: Tensor, d_weight: Tensor, upstream: Tensor) -> None:
     if _has_hooks(weight):
-        raise RuntimeError("accumulate_weight_grad=True: linear_weight was given hooks after the loss was computed")
+        raise RuntimeError(
+            "accumulate_weight_grad=True: linear_weight was given hooks after the loss was computed"
+        )
     if weight.grad is None:
         (weight.grad,) = scaled([d_weight], upstream, [weight.dtype])
     elif weight.grad.layout != torch.strided:
-        raise RuntimeError("accumulate_weight_grad=True needs a dense weight.grad; something made it sparse")
+        raise RuntimeError(
+            "accumulate_weight_grad=True needs a dense weight.grad; something made it sparse"
+        )
     elif not weight.is_cpu or weight.grad.dtype == d_weight.dtype == upstream.dtype:
         weight.grad.addcmul_(d_weight, unrounded(upstream))
     else:  # torch would round upstream to 16 bits, or make a copy of all in the wider dtype
@@ -101,7 +114,8 @@ def sum_into_grad(
     max_counted: int | None,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """As from `linear_rows`, `summed`; backward adds the gradient of `operands[1]` to its `grad`."""
+    """As from `linear_rows`, `summed`; backward adds the gradient of `operands[1]` to its
+    `grad`."""
     input, _, bias = operands
     needs = (input.requires_grad, True, bias is not None and bias.requires_grad)
     bound = -1 if max_counted is None else max_counted

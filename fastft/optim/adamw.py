@@ -1,14 +1,16 @@
-"""The optimizer AdamW: torch's interface, one call for all tensors, bf16 parameters without fp32 copies.
+"""The optimizer AdamW: torch's interface, one call for all tensors, bf16 parameters without fp32
+copies.
 
-The formula, how parameters and moments are kept, and the bytes that a step moves: adamw_update.py. Bytes resident for
-each element, gradient included (amsgrad adds 4, or 2 with bf16 moments):
+The formula, how parameters and moments are kept, and the bytes that a step moves: adamw_update.py.
+Bytes resident for each element, gradient included (amsgrad adds 4, or 2 with bf16 moments):
 
     parameter         fp32 moments   bf16 moments   8-bit moments
     fp32                        16             12           10.06
     bf16 exact, kahan           14             10            8.06
     bf16 stochastic             12              8            6.06
 
-Clipping adds one reading of the gradients (4 or 2 bytes an element); torch's clip_grad_norm_ adds three passes' worth.
+Clipping adds one reading of the gradients (4 or 2 bytes an element); torch's clip_grad_norm_ adds
+three passes' worth.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from fastft.optim.grad_norm import clip_factor, grad_norm
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
-# what every AdamW has, of a group and of the whole; another value is lost where a library puts its own in our place
+# what every AdamW has, of a group and of the whole; another value is lost where a library puts its
+# own in our place
 _GROUP_OF_ANY: dict[str, Any] = {"amsgrad": False, "maximize": False, "moments": "fp32"}
 _OPTIMIZER_OF_ANY: dict[str, Any] = {"rounding": "exact", "max_grad_norm": None, "impl": "auto"}
 
@@ -46,62 +49,75 @@ class _Clipping(NamedTuple):
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW with torch's interface, fp32 moments, and bf16 parameters which follow fp32 AdamW to the last bit.
+    """AdamW with torch's interface, fp32 moments, and bf16 parameters which follow fp32 AdamW to
+    the last bit.
 
-    It is a `torch.optim.AdamW` because libraries decide by that: accelerate puts DeepSpeedCPUAdam in an optimizer's
-    place under ZeRO with CPU offload, and makes its weight decay decoupled for instances of this class alone. Nothing
-    of torch's constructor or step is used.
+    It is a `torch.optim.AdamW` because libraries decide by that: accelerate puts DeepSpeedCPUAdam
+    in an optimizer's place under ZeRO with CPU offload, and makes its weight decay decoupled for
+    instances of this class alone. Nothing of torch's constructor or step is used.
 
-    `state[p]` holds `step` (float32, on the CPU unless `capturable`), `exp_avg`, `exp_avg_sq` (float32, or bfloat16
-    with `moments="bf16"`; the shape of p), with amsgrad `max_exp_avg_sq` (likewise) and, for bf16 parameters,
-    `remainder` (int16, with `rounding="exact"`) or `kahan` (bfloat16). With `moments="8bit"`, `exp_avg` and
-    `exp_avg_sq` are int8 and uint8 codes, and `exp_avg_scale`, `exp_avg_sq_scale` (float32, rows x blocks) go with
-    them. State dicts of fp32 parameters with fp32 moments load into `torch.optim.AdamW`, its state dicts load here, and
-    saving and loading keeps every dtype and bit; an optimizer with other `moments` converts what it loads.
+    `state[p]` holds `step` (float32, on the CPU unless `capturable`), `exp_avg`, `exp_avg_sq`
+    (float32, or bfloat16 with `moments="bf16"`; the shape of p), with amsgrad `max_exp_avg_sq`
+    (likewise) and, for bf16 parameters, `remainder` (int16, with `rounding="exact"`) or `kahan`
+    (bfloat16). With `moments="8bit"`, `exp_avg` and `exp_avg_sq` are int8 and uint8 codes, and
+    `exp_avg_scale`, `exp_avg_sq_scale` (float32, rows x blocks) go with them. State dicts of fp32
+    parameters with fp32 moments load into `torch.optim.AdamW`, its state dicts load here, and
+    saving and loading keeps every dtype and bit; an optimizer with other `moments` converts what it
+    loads.
 
-    torch's `GradScaler` is served through its attributes: with `found_inf`, for which the step waits unless it is
-    `capturable`, nothing is updated or counted and `step_was_skipped` is True. A gradient that is NaN or Inf without a
-    GradScaler spoils its own element, and with clipping, as in torch, every element.
+    torch's `GradScaler` is served through its attributes: with `found_inf`, for which the step
+    waits unless it is `capturable`, nothing is updated or counted and `step_was_skipped` is True. A
+    gradient that is NaN or Inf without a GradScaler spoils its own element, and with clipping, as
+    in torch, every element.
 
     Args:
-        params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of any layout.
-        lr: learning rate; a one-element tensor is read at each step, which waits for the device if it is on one, unless
-            `capturable`.
-        betas: decay of the running averages of the gradient and of its square, each in [0, 1); both numbers or both
-            one-element tensors.
+        params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of
+            any layout.
+        lr: learning rate; a one-element tensor is read at each step, which waits for the device if
+            it is on one, unless `capturable`.
+        betas: decay of the running averages of the gradient and of its square, each in [0, 1); both
+            numbers or both one-element tensors.
         eps: added to the denominator.
         weight_decay: decoupled: each step scales the parameter by 1 - lr * weight_decay.
         amsgrad: divide by the largest `exp_avg_sq` so far.
         maximize: ascend instead of descend.
-        foreach: accepted for torch's signature, ignored: all tensors are always updated in one call.
-        capturable: where parameters are on a GPU, steps are counted there, so that a CUDA graph can capture `step`: the
-            replay counts, reads `lr` where that is a tensor on the GPU, and obeys GradScaler's `found_inf` without
-            waiting. impl "cuda" only: capturing another raises, as does capturing without this. Take a step before
-            capturing, and capture anew where groups, states or the parameters that have a gradient have changed. No
-            effect on CPU parameters.
+        foreach: accepted for torch's signature, ignored: all tensors are always updated in one
+            call.
+        capturable: where parameters are on a GPU, steps are counted there, so that a CUDA graph can
+            capture `step`: the replay counts, reads `lr` where that is a tensor on the GPU, and
+            obeys GradScaler's `found_inf` without waiting. impl "cuda" only: capturing another
+            raises, as does capturing without this. Take a step before capturing, and capture anew
+            where groups, states or the parameters that have a gradient have changed. No effect on
+            CPU parameters.
         differentiable: must be False.
         fused: as foreach.
-        moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; or "8bit", codes with a
-            scale for each block of 128 elements of a row (moments_8bit.py), likewise, not with amsgrad; vectors of
-            fewer than 4,096 elements keep fp32 then. A parameter group may have its own.
-        rounding: how a bf16 parameter is kept: "exact" keeps the 16 bits which rounding drops and follows fp32 to the
-            last bit; "kahan" keeps a bf16 compensation; "stochastic" keeps nothing and is right in the mean; "nearest"
-            keeps nothing and loses small updates. fp32 parameters need none: it is ignored, with one warning.
-        max_grad_norm: clip the gradients of all groups together to this norm as `torch.nn.utils.clip_grad_norm_` does,
-            but inside the step: `grad_norm` is the norm before (float32, shape ()), and `p.grad` stays as it was.
-            With Trainer set `TrainingArguments(max_grad_norm=0)`, or use `fastft.fuse_clipping` instead.
-        seed: of stochastic rounding, in [0, 2^63); None draws one from torch's default generator where anything is
-            rounded stochastically. Kept in the parameter groups and so in the state dict. Processes which train the
-            same parameters need the same seed.
-        impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton", of the update and of the norm that clipping
-            takes, which Triton has no kernel for; an explicit one never falls back.
+        moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; or
+            "8bit", codes with a scale for each block of 128 elements of a row (moments_8bit.py),
+            likewise, not with amsgrad; vectors of fewer than 4,096 elements keep fp32 then. A
+            parameter group may have its own.
+        rounding: how a bf16 parameter is kept: "exact" keeps the 16 bits which rounding drops and
+            follows fp32 to the last bit; "kahan" keeps a bf16 compensation; "stochastic" keeps
+            nothing and is right in the mean; "nearest" keeps nothing and loses small updates. fp32
+            parameters need none: it is ignored, with one warning.
+        max_grad_norm: clip the gradients of all groups together to this norm as
+            `torch.nn.utils.clip_grad_norm_` does, but inside the step: `grad_norm` is the norm
+            before (float32, shape ()), and `p.grad` stays as it was. With Trainer set
+            `TrainingArguments(max_grad_norm=0)`, or use `fastft.fuse_clipping` instead.
+        seed: of stochastic rounding, in [0, 2^63); None draws one from torch's default generator
+            where anything is rounded stochastically. Kept in the parameter groups and so in the
+            state dict. Processes which train the same parameters need the same seed.
+        impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton", of the update and of the
+            norm that clipping takes, which Triton has no kernel for; an explicit one never falls
+            back.
 
     Raises:
-        TypeError: a parameter that is neither float32 nor bfloat16, or a hyper-parameter that is no number.
-        ValueError: a hyper-parameter out of range, betas of mixed kinds, an option that is not implemented, an empty
-            parameter list; or where accelerate's DeepSpeed is going to put DeepSpeedCPUAdam in this optimizer's place,
-            an option that this does not have.
-        RuntimeError: at `step`, an explicit `impl` which is not available (says why), or a sparse gradient.
+        TypeError: a parameter that is neither float32 nor bfloat16, or a hyper-parameter that is no
+            number.
+        ValueError: a hyper-parameter out of range, betas of mixed kinds, an option that is not
+            implemented, an empty parameter list; or where accelerate's DeepSpeed is going to put
+            DeepSpeedCPUAdam in this optimizer's place, an option that this does not have.
+        RuntimeError: at `step`, an explicit `impl` which is not available (says why), or a sparse
+            gradient.
     """
 
     grad_norm: Tensor | None = None
@@ -133,63 +149,105 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         ops.check_impl(impl)
         if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+            raise ValueError(
+                f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}"
+            )
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm!r}")
+            raise ValueError(
+                f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm!r}"
+            )
         if max_grad_norm is not None and impl not in ("auto", "eager", *NORM.engines):
-            raise ValueError(f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has one")
+            raise ValueError(
+                f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has "
+                f"one"
+            )
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
         self._warned = False
         defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
         defaults |= {"weight_decay": weight_decay, "amsgrad": amsgrad}
-        defaults |= {"maximize": maximize, "capturable": capturable, "differentiable": differentiable}
-        defaults |= {"foreach": None, "fused": None, "decoupled_weight_decay": True, "moments": moments, "seed": seed}
+        defaults |= {
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        defaults |= {
+            "foreach": None,
+            "fused": None,
+            "decoupled_weight_decay": True,
+            "moments": moments,
+            "seed": seed,
+        }
         _check_group(defaults)
-        torch.optim.Optimizer.__init__(self, params, defaults)  # torch.optim.AdamW's would own the defaults
+        # torch.optim.AdamW's would own the defaults
+        torch.optim.Optimizer.__init__(self, params, defaults)
         self._origin = _origin
         if foreign.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
 
     def check_that_a_replacement_is_faithful(self) -> None:
-        """Raises a ValueError which names the options that DeepSpeedCPUAdam, put in this one's place, does not have."""
-        options = [(vars(self), _OPTIMIZER_OF_ANY), *((group, _GROUP_OF_ANY) for group in self.param_groups)]
-        lost = {f"{name}={of[name]!r}" for of, plain in options for name in plain if of[name] != plain[name]}
+        """Raises a ValueError which names the options that DeepSpeedCPUAdam, put in this one's
+        place, does not have."""
+        options = [
+            (vars(self), _OPTIMIZER_OF_ANY),
+            *((group, _GROUP_OF_ANY) for group in self.param_groups),
+        ]
+        lost = {
+            f"{name}={of[name]!r}"
+            for of, plain in options
+            for name in plain
+            if of[name] != plain[name]
+        }
         if lost:
             raise ValueError(
-                "with ZeRO's offload_optimizer accelerate puts DeepSpeedCPUAdam in this optimizer's place, which knows "
-                f'no {", ".join(sorted(lost))}: leave them out, or set "zero_force_ds_cpu_optimizer": false in '
-                "DeepSpeed's configuration, with which fastft's AdamW trains the offloaded parameters"
+                "with ZeRO's offload_optimizer accelerate puts DeepSpeedCPUAdam in this "
+                "optimizer's place, which knows "
+                f"no {', '.join(sorted(lost))}: leave them out, or set "
+                f'"zero_force_ds_cpu_optimizer": false in '
+                "DeepSpeed's configuration, with which fastft's AdamW trains the offloaded "
+                "parameters"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does. Raises as the constructor does, leaving the optimizer as it was."""
+        """Adds a group as torch does. Raises as the constructor does, leaving the optimizer as it
+        was."""
         if isinstance(param_group, dict):
             _check_group({**self.defaults, **param_group})
             if not param_group.get("decoupled_weight_decay", True):
-                raise ValueError("decoupled_weight_decay=False is torch.optim.Adam's; AdamW's decay is decoupled")
+                raise ValueError(
+                    "decoupled_weight_decay=False is torch.optim.Adam's; AdamW's decay is decoupled"
+                )
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         for param in params:
             if param.dtype not in (torch.float32, torch.bfloat16):
                 del self.param_groups[-1]
-                raise TypeError(f"AdamW trains float32 and bfloat16 parameters, got one of {param.dtype}")
+                raise TypeError(
+                    f"AdamW trains float32 and bfloat16 parameters, got one of {param.dtype}"
+                )
         random = self.rounding == "stochastic" or self.param_groups[-1]["moments"] != "fp32"
         if random and self.param_groups[0]["seed"] is None:  # all groups have that of the first
             self.defaults["seed"] = int(torch.randint(2**63 - 1, ()))
             for group in self.param_groups:
                 group["seed"] = self.defaults["seed"]
-        if self.rounding != "exact" and not self._warned and any(p.dtype == torch.float32 for p in params):
+        if (
+            self.rounding != "exact"
+            and not self._warned
+            and any(p.dtype == torch.float32 for p in params)
+        ):
             self._warned = True
-            warnings.warn(f"rounding={self.rounding!r} has no effect on float32 parameters", stacklevel=3)
+            warnings.warn(
+                f"rounding={self.rounding!r} has no effect on float32 parameters", stacklevel=3
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("rounding", "impl", "max_grad_norm", "_warned")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # torch.optim.AdamW's looks into states that are still hidden
+        # torch.optim.AdamW's looks into states that are still hidden
+        torch.optim.Optimizer.__setstate__(self, state)
         self._plan = self._clipping = None
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -200,29 +258,39 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a `remainder` has its 16 bits under the dtype bfloat16, which every backend of FSDP sends.
+        """As torch's; a `remainder` has its 16 bits under the dtype bfloat16, which every backend
+        of FSDP sends.
 
-        Beside `state` and `param_groups` it has `weight_checksums`, of the bf16 weights that remainders belong to.
+        Beside `state` and `param_groups` it has `weight_checksums`, of the bf16 weights that
+        remainders belong to.
         """
-        stale = {weight for weight in self._stale_weights() if not weight_bits.awaits_weights(self.state[weight])}
+        stale = {
+            weight
+            for weight in self._stale_weights()
+            if not weight_bits.awaits_weights(self.state[weight])
+        }
         self._warn_of_forgotten(len(stale))
         return checkpoint.packed(super().state_dict(), self, stale)
 
     @torch._disable_dynamo
     def torch_state_dict(self) -> dict[str, Any]:
-        """What `torch.optim.AdamW` continues from: fp32 moments, and nothing that torch does not know.
+        """What `torch.optim.AdamW` continues from: fp32 moments, and nothing that torch does not
+        know.
 
-        The weights are the model's own; those of bf16 parameters lose what rounding kept for them, unless the model
-        takes `save_fp32`'s. On loading, torch casts the moments to the dtype of its parameters.
+        The weights are the model's own; those of bf16 parameters lose what rounding kept for them,
+        unless the model takes `save_fp32`'s. On loading, torch casts the moments to the dtype of
+        its parameters.
         """
         return checkpoint.for_torch(super().state_dict())
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class, `torch.optim.AdamW`, bitsandbytes, apex or TransformerEngine.
+        """Loads a state dict of this class, `torch.optim.AdamW`, bitsandbytes, apex or
+        TransformerEngine.
 
-        What is read of each: checkpoint.py. Moments become what `moments` says; fp32 masters overwrite the parameters.
-        As with torch, tensors which need no conversion are shared with `state_dict`, not copied.
+        What is read of each: checkpoint.py. Moments become what `moments` says; fp32 masters
+        overwrite the parameters. As with torch, tensors which need no conversion are shared with
+        `state_dict`, not copied.
 
         Raises:
             ValueError: groups or shapes which do not fit this optimizer.
@@ -244,8 +312,9 @@ class AdamW(torch.optim.AdamW):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a sparse gradient, a gradient that was changed after `clip_at_step`, an explicit `impl`
-                that cannot be used on these parameters, or a CUDA graph that captures a step it could only repeat.
+            RuntimeError: a sparse gradient, a gradient that was changed after `clip_at_step`, an
+                explicit `impl` that cannot be used on these parameters, or a CUDA graph that
+                captures a step it could only repeat.
         """
         loss = None
         if closure is not None:
@@ -269,7 +338,9 @@ class AdamW(torch.optim.AdamW):
         if found_inf is not None and not self._counted_there(grads) and self.step_was_skipped:
             return loss
         factor = self._grad_factor(grads, clipping)
-        if self._plan is None or not self._plan.holds(self.param_groups, self.state, params, present):
+        if self._plan is None or not self._plan.holds(
+            self.param_groups, self.state, params, present
+        ):
             self._make_plan(present)
         else:
             self._warn_of_forgotten(self._plan.look_at_weights())
@@ -296,16 +367,20 @@ class AdamW(torch.optim.AdamW):
     @torch._disable_dynamo
     @torch.no_grad()
     def forget_stale_remainders(self) -> int:
-        """Sets to zero what `rounding` keeps beside weights that somebody else has written to since.
+        """Sets to zero what `rounding` keeps beside weights that somebody else has written to
+        since.
 
-        Such a weight means its bf16 value then, as whoever wrote it meant. `step` does so by itself where torch counts
-        the change (`p.copy_`, `load_state_dict`); this also finds writes through `.data`, on a CPU, and weights which
-        are not those of the state dict that was loaded. For the beginning of a training.
+        Such a weight means its bf16 value then, as whoever wrote it meant. `step` does so by itself
+        where torch counts the change (`p.copy_`, `load_state_dict`); this also finds writes through
+        `.data`, on a CPU, and weights which are not those of the state dict that was loaded. For
+        the beginning of a training.
 
         Returns:
             Of how many weights it was. If any, and for the first time, a warning says so.
         """
-        count = sum(weight_bits.forget(weight, self.state[weight]) for weight in self._stale_weights())
+        count = sum(
+            weight_bits.forget(weight, self.state[weight]) for weight in self._stale_weights()
+        )
         self._warn_of_forgotten(count)
         return count
 
@@ -323,8 +398,10 @@ class AdamW(torch.optim.AdamW):
             self._had_gradients = True  # once
             count = sum(len(group["params"]) for group in self.param_groups)
             warnings.warn(
-                f"step() found no gradient in any of the optimizer's {count} parameters: if it stays so, nothing is "
-                "trained. Was the optimizer made before the model got its final parameters, or are they frozen?",
+                f"step() found no gradient in any of the optimizer's {count} parameters: if it "
+                f"stays so, nothing is "
+                "trained. Was the optimizer made before the model got its final parameters, or are "
+                "they frozen?",
                 stacklevel=3,
             )
 
@@ -333,43 +410,54 @@ class AdamW(torch.optim.AdamW):
         return all(device_counts.counted_there(grad.device, self.param_groups) for grad in grads)
 
     def _check_capture(self, grads: list[Tensor]) -> None:
-        """Raises where a graph's replays would repeat the step count and the learning rate of their capture."""
+        """Raises where a graph's replays would repeat the step count and the learning rate of their
+        capture."""
         if not self._counted_there(grads):
             raise RuntimeError(
-                "a CUDA graph captures AdamW.step(), and its replays would repeat this step's count and learning rate: "
-                "pass capturable=True, with all parameters on a GPU, or leave step() out of the graph"
+                "a CUDA graph captures AdamW.step(), and its replays would repeat this step's "
+                "count and learning rate: "
+                "pass capturable=True, with all parameters on a GPU, or leave step() out of the "
+                "graph"
             )
         for device in {grad.device for grad in grads}:
             engine = OP.resolve(self.impl, device)
             if engine != "cuda":
                 reason = OP.unavailable("cuda", device) or f"impl={self.impl!r} was asked for"
                 raise RuntimeError(
-                    "a CUDA graph captures AdamW.step(), which of AdamW's engines only 'cuda' allows, and here "
-                    f"{engine!r} computes ({reason}): make that engine available, or leave step() out of the graph"
+                    "a CUDA graph captures AdamW.step(), which of AdamW's engines only 'cuda' "
+                    "allows, and here "
+                    f"{engine!r} computes ({reason}): make that engine available, or leave step() "
+                    f"out of the graph"
                 )
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether GradScaler had found NaN or Inf at the last step; where the device decided, this waits for it."""
+        """Whether GradScaler had found NaN or Inf at the last step; where the device decided, this
+        waits for it."""
         return bool(self._skipped)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
-        # accelerate takes a step for skipped when GradScaler does not call step(): there GradScaler must decide itself
+        # accelerate takes a step for skipped when GradScaler does not call step(): there GradScaler
+        # must decide itself
         return not str(getattr(self.step, "__module__", "")).startswith("accelerate.")
 
     def clip_at_step(self, grads: Sequence[Tensor], max_norm: float) -> Tensor:
         """Takes the norm of `grads` now, and leaves the scaling of clipping to the next `step`.
 
         Args:
-            grads: the gradients of all parameters that have one, with which `step` must find them unchanged.
-            max_norm: as of `torch.nn.utils.clip_grad_norm_`; of this step, `max_grad_norm` does not count for it.
+            grads: the gradients of all parameters that have one, with which `step` must find them
+                unchanged.
+            max_norm: as of `torch.nn.utils.clip_grad_norm_`; of this step, `max_grad_norm` does not
+                count for it.
 
         Returns:
             The norm of all gradients together: float32, shape (); also `grad_norm`.
         """
         self.grad_norm = grad_norm(grads, self.impl)
-        self._clipping = _Clipping(self.grad_norm, max_norm, list(grads), [grad._version for grad in grads])
+        self._clipping = _Clipping(
+            self.grad_norm, max_norm, list(grads), [grad._version for grad in grads]
+        )
         return self.grad_norm
 
     def _grad_factor(self, grads: list[Tensor], clipping: _Clipping | None) -> Tensor | None:
@@ -379,7 +467,8 @@ class AdamW(torch.optim.AdamW):
             same = len(grads) == len(clipping.grads) and all(map(is_, grads, clipping.grads))
             if not same or [grad._version for grad in grads] != clipping.versions:
                 raise RuntimeError(
-                    "a gradient was changed between clipping and the step, which clips while it updates; change "
+                    "a gradient was changed between clipping and the step, which clips while it "
+                    "updates; change "
                     "gradients before clipping, or clip with torch.nn.utils.clip_grad_norm_"
                 )
             norm, max_norm = clipping.norm, clipping.max_norm
@@ -406,7 +495,9 @@ def _check_group(group: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{name} as a tensor must have one element, got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} as a tensor must have one element, got shape {tuple(value.shape)}"
+            )
         if isinstance(value, Tensor) and value.device.type != "cpu":
             continue  # looking at it would wait for the device
         if name.startswith("beta") and not 0.0 <= float(value) < 1.0:
@@ -414,11 +505,17 @@ def _check_group(group: dict[str, Any]) -> None:
         if not 0.0 <= float(value) < float("inf"):
             raise ValueError(f"{name} must be finite and not negative, got {value}")
     if group["differentiable"]:
-        raise ValueError("differentiable=True is not implemented by fastft's AdamW; use torch.optim.AdamW for it")
+        raise ValueError(
+            "differentiable=True is not implemented by fastft's AdamW; use torch.optim.AdamW for it"
+        )
     if group["moments"] not in MOMENTS:
-        raise ValueError(f"moments must be one of {', '.join(map(repr, MOMENTS))}, got {group['moments']!r}")
+        raise ValueError(
+            f"moments must be one of {', '.join(map(repr, MOMENTS))}, got {group['moments']!r}"
+        )
     if group["moments"] == "8bit" and group["amsgrad"]:
-        raise ValueError('amsgrad with moments="8bit" is not implemented: a maximum of rounded values only grows')
+        raise ValueError(
+            'amsgrad with moments="8bit" is not implemented: a maximum of rounded values only grows'
+        )
     seed = group["seed"]
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(f"seed must be an integer or None, got {seed!r}")

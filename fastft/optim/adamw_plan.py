@@ -1,8 +1,10 @@
-"""What AdamW's steps over the same parameters share, found once and looked over again at every step.
+"""What AdamW's steps over the same parameters share, found once and looked over again at every
+step.
 
-A plan holds for a step if parameters, groups and states are the very same objects as before; the native engines look
-over their memory as well, because `p.data = ...` changes no object. Whatever differs makes a new plan: nothing is
-written through a pointer that was not checked in the same step.
+A plan holds for a step if parameters, groups and states are the very same objects as before; the
+native engines look over their memory as well, because `p.data = ...` changes no object. Whatever
+differs makes a new plan: nothing is written through a pointer that was not checked in the same
+step.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ _version_of = attrgetter("_version")
 
 
 class State(dict[str, Any]):
-    """A parameter's state. Replacing an entry of any state counts, so that steps need not compare every entry.
+    """A parameter's state. Replacing an entry of any state counts, so that steps need not compare
+    every entry.
 
-    `mark` says which bits of the parameter its low bits belong to; copies and pickles do not have it.
+    `mark` says which bits of the parameter its low bits belong to; copies and pickles do not have
+    it.
     """
 
     changes: ClassVar[int] = 0
@@ -48,7 +52,9 @@ class State(dict[str, Any]):
 
         return changed
 
-    __setitem__, __delitem__, __ior__ = map(_changing, (dict.__setitem__, dict.__delitem__, dict.__ior__))
+    __setitem__, __delitem__, __ior__ = map(
+        _changing, (dict.__setitem__, dict.__delitem__, dict.__ior__)
+    )
     update, setdefault, pop = map(_changing, (dict.update, dict.setdefault, dict.pop))
     popitem, clear = map(_changing, (dict.popitem, dict.clear))
 
@@ -59,8 +65,8 @@ def rounding_of(param: Tensor, rounding: str) -> Rounding:
 
 
 def new_state(param: Tensor, moments: str, rounding: str, amsgrad: bool) -> State:
-    """The state before the first step, in the parameter's layout; with 8-bit moments, which short vectors do not have,
-    rows lie one after the other.
+    """The state before the first step, in the parameter's layout; with 8-bit moments, which short
+    vectors do not have, rows lie one after the other.
     """
     coded = moments == "8bit" and moments_8bit.has_codes(param)
 
@@ -110,7 +116,12 @@ class Plan:
         self.rows = list(dict.fromkeys(keys))  # (group, steps done) of each row of the hyper table
         firsts = dict(zip((id(param) for param, _ in every), _first_elements(every), strict=True))
         table = [
-            [self.rows.index(key), rounding_of(param, rounding), groups[key[0]]["amsgrad"], firsts[id(param)]]
+            [
+                self.rows.index(key),
+                rounding_of(param, rounding),
+                groups[key[0]]["amsgrad"],
+                firsts[id(param)],
+            ]
             for param, key in zip(self.params, keys, strict=True)
         ]
         by_device = _by_device(self.params)
@@ -130,7 +141,9 @@ class Plan:
         self.forgotten = sum(map(self._look_again, self.kept, self.kept_states))
         self.stepped = False
         self._note_versions()
-        self.kept_memory = [(local(param).data_ptr(), weight_bits.order_of(param)) for param in self.kept]
+        self.kept_memory = [
+            (local(param).data_ptr(), weight_bits.order_of(param)) for param in self.kept
+        ]
         self.every_state, self.entries = list(state.values()), _entries(self.states)
         self.state_changes, self.versions = State.changes, self._versions()
         self.parts = [
@@ -144,7 +157,8 @@ class Plan:
         return not (state.mark and state.mark.untouched(param)) and weight_bits.forget(param, state)
 
     def look_at_weights(self) -> int:
-        """Before a step: of how many parameters the low bits had to be set to zero, as others have written there."""
+        """Before a step: of how many parameters the low bits had to be set to zero, as others have
+        written there."""
         if sum(map(_version_of, self.kept)) == self.sum_of_versions:  # none of them ever falls
             return 0
         self.settle()
@@ -160,7 +174,8 @@ class Plan:
         """After a step, and after torch has counted it as a change of the parameters."""
         self.stepped = True
         if all(part.by_engine for part in self.parts):
-            self.counted += 1  # of every parameter; as a list it would cost the step of small tensors a tenth
+            # of every parameter; as a list it would cost the step of small tensors a tenth
+            self.counted += 1
             self.sum_of_versions += len(self.kept)
         else:
             self._note_versions()
@@ -172,7 +187,14 @@ class Plan:
         samples: dict[int, int] = {}
         for part in self.parts:
             samples |= part.samples()
-        written = zip(self.kept_places, self.kept, self.kept_states, self.kept_versions, self.kept_memory, strict=True)
+        written = zip(
+            self.kept_places,
+            self.kept,
+            self.kept_states,
+            self.kept_versions,
+            self.kept_memory,
+            strict=True,
+        )
         for i, param, state, before, memory in written:
             version = before + self.counted
             if not (state.mark and state.mark.is_later(param, version)):
@@ -183,12 +205,22 @@ class Plan:
         return [self.steps._version, *(counts.steps._version for counts in self.counts.values())]
 
     def holds(
-        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], params: list[Tensor], present: list[bool]
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        params: list[Tensor],
+        present: list[bool],
     ) -> bool:
         """Whether a step over `params`, those of the groups with a gradient, may use this plan."""
-        if len(params) != len(self.params) or len(state) != len(self.every_state) or self.present != present:
+        if (
+            len(params) != len(self.params)
+            or len(state) != len(self.every_state)
+            or self.present != present
+        ):
             return False
-        same = all(map(is_, params, self.params)) and all(map(is_, state.values(), self.every_state))
+        same = all(map(is_, params, self.params)) and all(
+            map(is_, state.values(), self.every_state)
+        )
         if not same or self.signature != _signature(groups) or self.versions != self._versions():
             return False
         if self.state_changes != State.changes:  # of this optimizer or of another
@@ -205,11 +237,14 @@ class Plan:
         seed: int,
         found_inf: Tensor | None = None,
     ) -> bool:
-        """One update, counted; False, with nothing done, if parameters or states have other memory than before.
+        """One update, counted; False, with nothing done, if parameters or states have other memory
+        than before.
 
-        Where counts live on the device, nothing is updated or counted if the one element of `found_inf` is not 0.
+        Where counts live on the device, nothing is updated or counted if the one element of
+        `found_inf` is not 0.
         """
-        if len(self.counts) < len(self.parts):  # reading the counts or a learning rate of a device would wait for it
+        # reading the counts or a learning rate of a device would wait for it
+        if len(self.counts) < len(self.parts):
             rows = [_hyper_row(groups[index], step + 1) for index, step in self.rows]
             of_host = torch.tensor(rows, dtype=torch.float32)
         if self.sharded:
@@ -231,11 +266,18 @@ class _Part:
     """The tensors of a plan that are on one device."""
 
     def __init__(
-        self, device: torch.device, positions: list[int] | None, plan: Plan, table: list[list[int]], impl: str
+        self,
+        device: torch.device,
+        positions: list[int] | None,
+        plan: Plan,
+        table: list[list[int]],
+        impl: str,
     ) -> None:
         self.device, self.positions = device, positions
         chosen = range(len(plan.params)) if positions is None else positions
-        self.kept = [(place, i) for place, i in enumerate(chosen) if Rounding(table[i][1]) in RESIDUES]
+        self.kept = [
+            (place, i) for place, i in enumerate(chosen) if Rounding(table[i][1]) in RESIDUES
+        ]
         self.by_engine, self._samples = False, dict[int, int]()
         self.originals = [plan.params[i] for i in chosen]
         self.params = [local(param) for param in self.originals]
@@ -245,7 +287,9 @@ class _Part:
         self.exp_avg_sqs = [local(state["exp_avg_sq"]) for state in states]
         rows = [table[i] for i in chosen]
         self.max_exp_avg_sqs = [
-            local(state["max_exp_avg_sq"]) for state, row in zip(states, rows, strict=True) if row[2]
+            local(state["max_exp_avg_sq"])
+            for state, row in zip(states, rows, strict=True)
+            if row[2]
         ]
         self.residues = [
             local(state[name])
@@ -253,12 +297,18 @@ class _Part:
             for name in _residue_names(state, row[1])
         ]
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
-        self.impl, engine = impl, OP.resolve(impl, device)  # raises where an explicit engine is not there
+        # raises where an explicit engine is not there
+        self.impl, engine = impl, OP.resolve(impl, device)
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.bound: int | None = None
         if engine in ops.LIBRARIES and all(map(_same_layout, self.params, self.exp_avgs)):
             self.bound = torch.ops.fastft.adamw_bind.default(
-                self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues, self.table
+                self.params,
+                self.exp_avgs,
+                self.exp_avg_sqs,
+                self.max_exp_avg_sqs,
+                self.residues,
+                self.table,
             )
             weakref.finalize(self, _release, self.bound, ops.LIBRARIES[engine])
         self.memory, self.first_count = self._memory(), self.steps[0].data_ptr()
@@ -266,23 +316,30 @@ class _Part:
     def _memory(self) -> list[Any]:
         """What shows that parameters or states have been given other memory or another form."""
         states = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues, self.steps)
-        forms = [(param.dtype, param.shape, param.stride(), param.data_ptr()) for param in self.params]
+        forms = [
+            (param.dtype, param.shape, param.stride(), param.data_ptr()) for param in self.params
+        ]
         return [*forms, *map(Tensor.data_ptr, chain(*states))]
 
     def holds(self) -> bool:
         """Whether shards, memory and counts are as before.
 
-        A native engine looks over memory itself, just before it updates: enough where there is one device, but of
-        several none may be updated before all were looked over. Of counts it sees nothing. Looking at each would cost
-        more than the step of a small tensor, and whoever moves states by `.data = ...` moves all: the first tells.
+        A native engine looks over memory itself, just before it updates: enough where there is one
+        device, but of several none may be updated before all were looked over. Of counts it sees
+        nothing. Looking at each would cost more than the step of a small tensor, and whoever moves
+        states by `.data = ...` moves all: the first tells.
         """
-        if self.originals[0] is not self.params[0] and not all(map(is_, map(local, self.originals), self.params)):
+        if self.originals[0] is not self.params[0] and not all(
+            map(is_, map(local, self.originals), self.params)
+        ):
             return False
         if self.bound is None or self.positions is not None:
             return self._memory() == self.memory
         return self.steps[0].data_ptr() == self.first_count
 
-    def step(self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int) -> bool:
+    def step(
+        self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int
+    ) -> bool:
         """Updates; False, with nothing done, if what is bound has other memory than before."""
         grads = all_grads if self.positions is None else [all_grads[i] for i in self.positions]
         factor = self.one if grad_factor is None else grad_factor.to(self.one.device)
@@ -296,8 +353,12 @@ class _Part:
             if code != 2:
                 return code == 0
         if any(grad.layout != torch.strided for grad in grads):
-            raise RuntimeError("AdamW does not take sparse gradients (an Embedding with sparse=True makes them)")
-        params = [_like(param, exp_avg) for param, exp_avg in zip(self.params, self.exp_avgs, strict=True)]
+            raise RuntimeError(
+                "AdamW does not take sparse gradients (an Embedding with sparse=True makes them)"
+            )
+        params = [
+            _like(param, exp_avg) for param, exp_avg in zip(self.params, self.exp_avgs, strict=True)
+        ]
         grads = [_like(grad, exp_avg) for grad, exp_avg in zip(grads, self.exp_avgs, strict=True)]
         states = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues)
         update = OP.implementation(self.impl, self.device, params, grads)
@@ -311,7 +372,8 @@ class _Part:
         return True
 
     def samples(self) -> dict[int, int]:
-        """Of what the last step has written, by the parameter's place in the plan: the samples that are known."""
+        """Of what the last step has written, by the parameter's place in the plan: the samples that
+        are known."""
         if not self.by_engine:
             return self._samples
         if self.device.type != "cpu" or not self.kept:
@@ -327,7 +389,9 @@ def _steps_done(steps: list[Any]) -> list[float]:
     counts = [step if isinstance(step, Tensor) else torch.tensor(float(step)) for step in steps]
     done = [0.0] * len(counts)
     for places in _by_device(counts).values():
-        there = torch.stack([counts[i] if counts[i].ndim == 0 else counts[i].reshape(()) for i in places])
+        there = torch.stack(
+            [counts[i] if counts[i].ndim == 0 else counts[i].reshape(()) for i in places]
+        )
         for i, count in zip(places, there.tolist(), strict=True):
             done[i] = float(count)
     return done
@@ -359,13 +423,18 @@ def _dtypes(param: Tensor, group: dict[str, Any], rounding: str) -> dict[str, to
     if group["moments"] == "8bit" and moments_8bit.has_codes(param):
         return {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8} | kept
     names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
-    return dict.fromkeys(names, torch.bfloat16 if group["moments"] == "bf16" else torch.float32) | kept
+    return (
+        dict.fromkeys(names, torch.bfloat16 if group["moments"] == "bf16" else torch.float32) | kept
+    )
 
 
 def _check_fit(param: Tensor, entries: State, dtypes: dict[str, torch.dtype]) -> None:
-    """Raises where a parameter does not fit its gradient or state, which `p.data = ...` or a new entry can make so."""
+    """Raises where a parameter does not fit its gradient or state, which `p.data = ...` or a new
+    entry can make so."""
     if param.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"AdamW trains float32 and bfloat16 parameters, one has become {param.dtype}")
+        raise TypeError(
+            f"AdamW trains float32 and bfloat16 parameters, one has become {param.dtype}"
+        )
     grad = param.grad
     if grad is not None and (grad.shape != param.shape or grad.device != param.device):
         of_grad = f"a gradient has shape {tuple(grad.shape)} on {grad.device}"
@@ -374,7 +443,9 @@ def _check_fit(param: Tensor, entries: State, dtypes: dict[str, torch.dtype]) ->
         entry = entries[name]
         if entry.shape != param.shape or entry.dtype != dtype:
             needed = f"{dtype} of shape {tuple(param.shape)}"
-            raise RuntimeError(f"{name} of a parameter must be {needed}, is {entry.dtype} of {tuple(entry.shape)}")
+            raise RuntimeError(
+                f"{name} of a parameter must be {needed}, is {entry.dtype} of {tuple(entry.shape)}"
+            )
     for name in moments_8bit.SCALES if dtypes["exp_avg"] == torch.int8 else ():
         shape = moments_8bit.scale_shape(param.shape)
         if entries[name].shape != shape or entries[name].dtype != torch.float32:
@@ -382,7 +453,8 @@ def _check_fit(param: Tensor, entries: State, dtypes: dict[str, torch.dtype]) ->
 
 
 def _residue_names(state: State, rounding: int) -> list[str]:
-    """What the op's `residues` has of a state: what rounding keeps, and the scales of 8-bit moments."""
+    """What the op's `residues` has of a state: what rounding keeps, and the scales of 8-bit
+    moments."""
     residue = RESIDUES.get(Rounding(rounding))
     coded = state["exp_avg"].dtype == torch.int8
     return ([residue[0]] if residue else []) + (list(moments_8bit.SCALES) if coded else [])
@@ -397,7 +469,8 @@ def _entries(states: list[State]) -> list[Any]:
 
 
 def _first_elements(every: list[tuple[Tensor, int]]) -> list[int]:
-    """Each parameter's first index in the numbering of all elements, which does not depend on shards."""
+    """Each parameter's first index in the numbering of all elements, which does not depend on
+    shards."""
     firsts, end = [], 0
     for param, _ in every:
         firsts.append(end + shard_begin(param))
@@ -432,5 +505,10 @@ def _same_layout(tensor: Tensor, layout: Tensor) -> bool:
 
 
 def _like(tensor: Tensor, layout: Tensor) -> Tensor:
-    """`tensor`, or a copy of it in the strides of `layout`, in which the op can walk through both."""
-    return tensor if _same_layout(tensor, layout) else torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)
+    """`tensor`, or a copy of it in the strides of `layout`, in which the op can walk through
+    both."""
+    return (
+        tensor
+        if _same_layout(tensor, layout)
+        else torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)
+    )

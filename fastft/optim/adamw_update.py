@@ -13,18 +13,22 @@ The order of roundings is that of torch's fused CPU kernel.
 
 A bf16 parameter is one of four things (`Rounding`):
 
-* exact: with the 16 bits that its rounding drops, the int16 `remainder`, it is an fp32 master, whose bits are
-  `(parameter << 16) + remainder`. The parameter is the master rounded to nearest; exact ties go away from zero, for
-  with ties to even two masters would share one (parameter, remainder).
-* kahan: with the bf16 `kahan`, what its rounding to nearest lost, it is the sum of both: at least 16 bits of mantissa.
-* stochastic: the result is rounded to one of its two neighbours, the nearer the likelier, so that it is right in the
-  mean; random bits as in philox.py, stream 0.
-* nearest: the result is rounded to nearest, ties to even. Updates below half of a last place are lost.
+* exact: with the 16 bits that its rounding drops, the int16 `remainder`, it is an fp32 master,
+  whose bits are `(parameter << 16) + remainder`. The parameter is the master rounded to nearest;
+  exact ties go away from zero, for with ties to even two masters would share one (parameter,
+  remainder).
+* kahan: with the bf16 `kahan`, what its rounding to nearest lost, it is the sum of both: at least
+  16 bits of mantissa.
+* stochastic: the result is rounded to one of its two neighbours, the nearer the likelier, so that
+  it is right in the mean; random bits as in philox.py, stream 0.
+* nearest: the result is rounded to nearest, ties to even. Updates below half of a last place are
+  lost.
 
-Moments are fp32, or bf16 rounded stochastically (streams 1 to 3: m, v, w), or block-wise 8-bit codes likewise
-(moments_8bit.py); the update uses them before the rounding.
+Moments are fp32, or bf16 rounded stochastically (streams 1 to 3: m, v, w), or block-wise 8-bit
+codes likewise (moments_8bit.py); the update uses them before the rounding.
 
-Bytes moved for each element and step (p, residue, m and v read and written, g read; amsgrad adds 8, or 4 in bf16):
+Bytes moved for each element and step (p, residue, m and v read and written, g read; amsgrad adds 8,
+or 4 in bf16):
 
     parameter         fp32 moments   bf16 moments   8-bit moments
     fp32                        28             20           16.13
@@ -46,7 +50,8 @@ from fastft.optim.philox import STREAMS, random_bits, swap_bytes
 
 
 class Rounding(IntEnum):
-    """How a parameter is kept; the numbers are those of the op's `table` and of csrc/include/adamw_math.h."""
+    """How a parameter is kept; the numbers are those of the op's `table` and of
+    csrc/include/adamw_math.h."""
 
     FP32 = 0
     EXACT = 1
@@ -63,7 +68,8 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 master of a bf16 parameter and its int16 remainder."""
     high = param.view(torch.int16).int() << 16
     master = (high + remainder).view(torch.float32)
-    # no split makes NaN from another parameter: somebody has overwritten it, and the old remainder does not fit
+    # no split makes NaN from another parameter: somebody has overwritten it, and the old remainder
+    # does not fit
     return torch.where(master.isnan(), high.view(torch.float32), master)
 
 
@@ -102,10 +108,11 @@ def _adamw_reference(
     grad_factor: Tensor,
     seed: int,
 ) -> None:
-    """Plain torch. The tensors of one index have the same shape and dense strides. A row of `table` (int64) for each:
-    its row of `hyper` (float32, as struct AdamwHyper), its Rounding, whether it takes the next of `max_exp_avg_sqs`,
-    and the index of its first element, for the random bits. Of `residues`, those with exact or kahan take the next one,
-    and then those with 8-bit moments two: the scales.
+    """Plain torch. The tensors of one index have the same shape and dense strides. A row of `table`
+    (int64) for each: its row of `hyper` (float32, as struct AdamwHyper), its Rounding, whether it
+    takes the next of `max_exp_avg_sqs`, and the index of its first element, for the random bits. Of
+    `residues`, those with exact or kahan take the next one, and then those with 8-bit moments two:
+    the scales.
     """
     next_max, next_residue, factor = iter(max_exp_avg_sqs), iter(residues), grad_factor.reshape(())
     for *tensors, (row, kept_as, amsgrad, first) in zip(
@@ -119,9 +126,17 @@ def _adamw_reference(
         if moments[0].dtype == torch.int8:
             coded = (tensors[2], tensors[3], next(next_residue), next(next_residue))
         m, v, *largest = _load_moments(moments, coded)
-        decay, lerp_weight, beta2, one_minus_beta2, negative_step, correction2_sqrt, eps, sign, step = hyper[
-            row
-        ].tolist()
+        (
+            decay,
+            lerp_weight,
+            beta2,
+            one_minus_beta2,
+            negative_step,
+            correction2_sqrt,
+            eps,
+            sign,
+            step,
+        ) = hyper[row].tolist()
         if step == 0:  # the device has found NaN or Inf
             continue
         grad = grad.float() * (factor * sign)
@@ -130,24 +145,38 @@ def _adamw_reference(
         v.copy_(_fma(grad * one_minus_beta2, grad, v * beta2))
         for w in largest:
             torch.maximum(w, v, out=w)
-        root = (largest[0] if largest else v).double().sqrt().float()  # torch's fp32 sqrt may be off by a last place
+        # torch's fp32 sqrt may be off by a last place
+        root = (largest[0] if largest else v).double().sqrt().float()
         denominator = root / correction2_sqrt + eps
         result = load_value(param, residue) * decay + (m * negative_step) / denominator
 
         def bits(stream: int) -> Tensor:
             return random_bits(first, param.numel(), int(step), stream, seed, param.device)  # noqa: B023
 
-        store_value(result, param, residue, bits(STREAMS["param"]) if kept_as == Rounding.STOCHASTIC else None)
+        store_value(
+            result,
+            param,
+            residue,
+            bits(STREAMS["param"]) if kept_as == Rounding.STOCHASTIC else None,
+        )
         _store_moments((m, v, *largest), moments, coded, bits)
 
 
 def _load_moments(moments: list[Tensor], coded: _Coded | None) -> list[Tensor]:
-    """The flat moments in fp32, themselves where they are that; `coded`: the codes in their shape and the scales."""
-    return list(map(_flat, moments_8bit.dequantise(*coded))) if coded else [moment.float() for moment in moments]
+    """The flat moments in fp32, themselves where they are that; `coded`: the codes in their shape
+    and the scales."""
+    return (
+        list(map(_flat, moments_8bit.dequantise(*coded)))
+        if coded
+        else [moment.float() for moment in moments]
+    )
 
 
 def _store_moments(
-    values: Sequence[Tensor], moments: list[Tensor], coded: _Coded | None, bits: Callable[[int], Tensor]
+    values: Sequence[Tensor],
+    moments: list[Tensor],
+    coded: _Coded | None,
+    bits: Callable[[int], Tensor],
 ) -> None:
     if coded:
         shape = coded[0].shape
@@ -163,7 +192,8 @@ def _store_moments(
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
-    """a * b + c with one rounding, as the C++ engine (but for one case in 2^29, where double rounds first)."""
+    """a * b + c with one rounding, as the C++ engine (but for one case in 2^29, where double rounds
+    first)."""
     return (a.double() * b + c).float()
 
 
@@ -171,11 +201,18 @@ def load_value(param: Tensor, residue: Tensor | None) -> Tensor:
     """The fp32 value of a parameter with its int16 remainder, its bf16 compensation, or neither."""
     if residue is None:
         return param.float()
-    return join_master(param, residue) if residue.dtype == torch.int16 else param.float() + residue.float()
+    return (
+        join_master(param, residue)
+        if residue.dtype == torch.int16
+        else param.float() + residue.float()
+    )
 
 
-def store_value(result: Tensor, param: Tensor, residue: Tensor | None, bits: Tensor | None = None) -> None:
-    """Writes an fp32 value into a parameter and what it is kept with; `bits` round it stochastically."""
+def store_value(
+    result: Tensor, param: Tensor, residue: Tensor | None, bits: Tensor | None = None
+) -> None:
+    """Writes an fp32 value into a parameter and what it is kept with; `bits` round it
+    stochastically."""
     if bits is not None:
         _round_stochastic(result, bits, param)
     elif residue is None:
@@ -194,16 +231,21 @@ def _alike(device: torch.device, params: Sequence[Tensor], grads: Sequence[Tenso
 
 OP = ops.Operator(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed) "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor "
+    "grad_factor, int seed) "
     "-> ()",
     _adamw_reference,
     engines=dict.fromkeys(("cpp", "cuda", "triton"), _alike),
 )
-# Of the native engines only: a step over tensors that were checked once and are kept (csrc/cpu/adamw.cpp says why).
+# Of the native engines only: a step over tensors that were checked once and are kept
+# (csrc/cpu/adamw.cpp says why).
 ops.library.define(
-    "adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+    "adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] "
+    "max_exp_avg_sqs, "
     "Tensor(e!)[] residues, Tensor table) -> int"
 )
-ops.library.define("adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int")
+ops.library.define(
+    "adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int"
+)
 # Of the C++ engine only: the checksums (weight_bits.py) of what the last bound step has written.
 ops.library.define("adamw_written(Tensor(a!) sums, int bound) -> ()")

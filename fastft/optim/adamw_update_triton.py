@@ -1,21 +1,24 @@
-"""The Triton engine of `adamw_`: one launch for each way of keeping values, over all tensors that are kept so.
+"""The Triton engine of `adamw_`: one launch for each way of keeping values, over all tensors that
+are kept so.
 
-A program updates 2048 elements of one tensor, or 16 blocks of 8-bit moments, which have fewer elements where rows are
-short. A table in device memory has a row of 13 int64 for each tensor,
+A program updates 2048 elements of one tensor, or 16 blocks of 8-bit moments, which have fewer
+elements where rows are short. A table in device memory has a row of 13 int64 for each tensor,
 
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, residue    addresses, 0 for none
     numel, first, hyper row, first program                       first: index of the first element, for the random bits
     exp_avg_scale, exp_avg_sq_scale, columns                     of 8-bit moments, else 0
 
-below a row with the seed and the number of tensors. It is written anew at every call, from pinned memory, so that
-nothing waits for the device. A CUDA graph would record these copies and repeat them, with the numbers and addresses of
-its capture: that is refused (`impl="cuda"` can be captured).
+below a row with the seed and the number of tensors. It is written anew at every call, from pinned
+memory, so that nothing waits for the device. A CUDA graph would record these copies and repeat
+them, with the numbers and addresses of its capture: that is refused (`impl="cuda"` can be
+captured).
 
-The arithmetic is that of csrc/include/adamw_math.h and moments_8bit.h, with its bits: division and square root rounded
-to nearest, no fused multiply-add but the two that are written, bf16 values as the integers that they are. Eight
-neighbours share a Philox call. Accesses are of 16 bytes (of 8 to codes) where all tensors begin on 16 bytes, but for
-each tensor's last program; where one does not, all of the launch go by single elements, as they do where rows of 8-bit
-moments have another length than a multiple of eight.
+The arithmetic is that of csrc/include/adamw_math.h and moments_8bit.h, with its bits: division and
+square root rounded to nearest, no fused multiply-add but the two that are written, bf16 values as
+the integers that they are. Eight neighbours share a Philox call. Accesses are of 16 bytes (of 8 to
+codes) where all tensors begin on 16 bytes, but for each tensor's last program; where one does not,
+all of the launch go by single elements, as they do where rows of 8-bit moments have another length
+than a multiple of eight.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -44,7 +47,9 @@ _SQ_UNITS = tl.constexpr(2621440.0)  # code 255 in units of code 0
 _SMALL_SCALE = tl.constexpr(2.0**-100)
 _ROUNDS = tl.constexpr(ROUNDS)
 _OF_PARAM, _OF_MOMENTS, _OF_MAX_EXP_AVG_SQ = map(tl.constexpr, STREAMS.values())
-_EXACT, _KAHAN, _STOCHASTIC = (tl.constexpr(int(Rounding[name])) for name in ("EXACT", "KAHAN", "STOCHASTIC"))
+_EXACT, _KAHAN, _STOCHASTIC = (
+    tl.constexpr(int(Rounding[name])) for name in ("EXACT", "KAHAN", "STOCHASTIC")
+)
 
 
 @triton.jit
@@ -70,7 +75,8 @@ def _stochastic(x, random):
 
 @triton.jit
 def _draw(seed, elements, step, STREAM: tl.constexpr, ALIGNED: tl.constexpr):
-    """The random bits of eight elements from each of `elements` (GROUPS, 1) on; ALIGNED: they are multiples of 8."""
+    """The random bits of eight elements from each of `elements` (GROUPS, 1) on; ALIGNED: they are
+    multiples of 8."""
     within = tl.arange(0, 8)[None, :]
     if ALIGNED:
         call = elements // 8
@@ -117,8 +123,19 @@ def _load_param(pointer, residue, i, inside, ROUNDING: tl.constexpr, FULL: tl.co
 
 
 @triton.jit
-def _store_param(pointer, residue, i, inside, value, seed, elements, step, ROUNDING: tl.constexpr, FULL: tl.constexpr,
-                 ALIGNED: tl.constexpr):  # fmt: skip
+def _store_param(
+    pointer,
+    residue,
+    i,
+    inside,
+    value,
+    seed,
+    elements,
+    step,
+    ROUNDING: tl.constexpr,
+    FULL: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     if ROUNDING == _EXACT:
         bits = tl.where(value == value, value.to(tl.int32, bitcast=True), 0x7FC00000)
         _store(pointer, i, inside, ((bits + 0x8000) >> 16).to(tl.int16), FULL)
@@ -127,7 +144,9 @@ def _store_param(pointer, residue, i, inside, value, seed, elements, step, ROUND
         rounded = _nearest(value)
         lost = value - _widen(rounded)
         _store(pointer, i, inside, rounded, FULL)
-        _store(residue, i, inside, tl.where(lost - lost == 0.0, _nearest(lost), 0).to(tl.int16), FULL)
+        _store(
+            residue, i, inside, tl.where(lost - lost == 0.0, _nearest(lost), 0).to(tl.int16), FULL
+        )
     elif ROUNDING == _STOCHASTIC:
         random = _draw(seed, elements, step, _OF_PARAM, ALIGNED)
         _store(pointer, i, inside, _stochastic(value, random), FULL)
@@ -168,8 +187,20 @@ def _new_param(p, m, largest, hyper):
 
 
 @triton.jit
-def _update_tile(row, hyper, factor, seed, chunk, numel, ROUNDING: tl.constexpr, NARROW: tl.constexpr,
-                 AMSGRAD: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+def _update_tile(
+    row,
+    hyper,
+    factor,
+    seed,
+    chunk,
+    numel,
+    ROUNDING: tl.constexpr,
+    NARROW: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    FULL: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """The elements from `chunk` on of the tensor of `row`; FULL: none of them is past its end."""
     KIND: tl.constexpr = tl.float32 if ROUNDING == 0 else tl.int16
     MOMENT: tl.constexpr = tl.int16 if NARROW else tl.float32
@@ -198,7 +229,8 @@ def _update_tile(row, hyper, factor, seed, chunk, numel, ROUNDING: tl.constexpr,
         if NARROW:
             largest = _stochastic(largest, _draw(seed, elements, step, _OF_MAX_EXP_AVG_SQ, ALIGNED))
         _store(max_exp_avg_sq, i, inside, largest, FULL)
-    if not NARROW:  # behind the moments, whose registers the parameter's random bits need: else sm_90 spills one
+    # behind the moments, whose registers the parameter's random bits need: else sm_90 spills one
+    if not NARROW:
         _store_param(param, residue, i, inside, p, seed, elements, step, ROUNDING, FULL, ALIGNED)
 
 
@@ -208,8 +240,12 @@ def _decode(m_code, v_code, m_scale, v_scale):
     root = m_code.to(tl.float32) * (1.0 / 127.0)
     m = (root * tl.abs(root)) * (root * root) * m_scale
     above = v_code.to(tl.float32) + 12.0
-    # code / 12, rounded down, behind 1.5 * 2^23: to nearest after half of a unit less, but for rounding errors
-    octave = tl.fma(above, tl.zeros_like(above) + 1.0 / 12.0, tl.zeros_like(above) - (1.0 + 11.0 / 24.0)) + 12582912.0
+    # code / 12, rounded down, behind 1.5 * 2^23: to nearest after half of a unit less, but for
+    # rounding errors
+    octave = (
+        tl.fma(above, tl.zeros_like(above) + 1.0 / 12.0, tl.zeros_like(above) - (1.0 + 11.0 / 24.0))
+        + 12582912.0
+    )
     place = tl.fma(octave - 12582912.0, tl.zeros_like(above) - 12.0, above)  # 12 to 23
     unit = (place * (1.0 / (12.0 * _SQ_UNITS))).to(tl.int32, bitcast=True)
     v = (unit + (octave.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True) * v_scale
@@ -225,7 +261,8 @@ def _share(value, divisor):
 
 @triton.jit
 def _encode_m(m, finite, divisor, random):
-    x = tl.minimum(_share(tl.abs(m), divisor) * 260144641.0, 260144641.0 - 64.0)  # 127^4; of NaN the latter
+    # 127^4; of NaN the latter
+    x = tl.minimum(_share(tl.abs(m), divisor) * 260144641.0, 260144641.0 - 64.0)
     low = tl.sqrt_rn(tl.sqrt_rn(x)).to(tl.int32)
     root = low.to(tl.float32)
     next = root + 1.0
@@ -251,15 +288,26 @@ def _largest_of_blocks(value, finite, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _divisor(scale, BLOCKS: tl.constexpr, GROUPS: tl.constexpr):
-    """Of each element (GROUPS, 8), what encoding divides by: its block's scale, or 1 where that is 0."""
+    """Of each element (GROUPS, 8), what encoding divides by: its block's scale, or 1 where that is
+    0."""
     divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
     return tl.reshape(tl.broadcast_to(divisor, (BLOCKS, _BLOCK)), (GROUPS, 8))
 
 
 @triton.jit
-def _update_coded_tile(row, hyper, factor, seed, first_block, numel, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr,
-                       GROUPS: tl.constexpr):  # fmt: skip
-    """The blocks of 8-bit moments from `first_block` on; each has its part of the tile to itself."""
+def _update_coded_tile(
+    row,
+    hyper,
+    factor,
+    seed,
+    first_block,
+    numel,
+    ROUNDING: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """The blocks of 8-bit moments from `first_block` on; each has its part of the tile to
+    itself."""
     KIND: tl.constexpr = tl.float32 if ROUNDING == 0 else tl.int16
     OF_BLOCK: tl.constexpr = _BLOCK // 8
     BLOCKS: tl.constexpr = GROUPS // OF_BLOCK
@@ -281,8 +329,12 @@ def _update_coded_tile(row, hyper, factor, seed, first_block, numel, ROUNDING: t
     exp_avg, exp_avg_sq = _place(row, 2, tl.int8, ALIGNED), _place(row, 3, tl.uint8, ALIGNED)
     residue = _place(row, 5, tl.int16, ALIGNED)
     m_scales, v_scales = _place(row, 10, tl.float32, False), _place(row, 11, tl.float32, False)
-    m, v = _decode(_load(exp_avg, i, inside, False), _load(exp_avg_sq, i, inside, False),
-                   tl.load(m_scales + block, there, 0.0), tl.load(v_scales + block, there, 0.0))  # fmt: skip
+    m, v = _decode(
+        _load(exp_avg, i, inside, False),
+        _load(exp_avg_sq, i, inside, False),
+        tl.load(m_scales + block, there, 0.0),
+        tl.load(v_scales + block, there, 0.0),
+    )
     m, v = _new_moments(_widen(_load(grads, i, inside, False)) * factor, m, v, hyper)
     p = _new_param(_load_param(param, residue, i, inside, ROUNDING, False), m, v, hyper)
     _store_param(param, residue, i, inside, p, seed, elements, step, ROUNDING, False, ALIGNED)
@@ -301,8 +353,16 @@ def _update_coded_tile(row, hyper, factor, seed, first_block, numel, ROUNDING: t
 
 
 @triton.jit
-def _adamw_kernel(table, hyper, grad_factor, ROUNDING: tl.constexpr, BITS: tl.constexpr, AMSGRAD: tl.constexpr,
-                  ALIGNED: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+def _adamw_kernel(
+    table,
+    hyper,
+    grad_factor,
+    ROUNDING: tl.constexpr,
+    BITS: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     TILE: tl.constexpr = 8 * GROUPS
     NARROW: tl.constexpr = BITS == 16
     program = tl.program_id(0)
@@ -320,11 +380,28 @@ def _adamw_kernel(table, hyper, grad_factor, ROUNDING: tl.constexpr, BITS: tl.co
     number = program - tl.load(row + 9)
     chunk = number * TILE
     if BITS == 8:
-        _update_coded_tile(row, hyper, factor, seed, number * (TILE // _BLOCK), numel, ROUNDING, ALIGNED, GROUPS)
+        _update_coded_tile(
+            row, hyper, factor, seed, number * (TILE // _BLOCK), numel, ROUNDING, ALIGNED, GROUPS
+        )
     elif chunk + TILE <= numel:
-        _update_tile(row, hyper, factor, seed, chunk, numel, ROUNDING, NARROW, AMSGRAD, True, ALIGNED, GROUPS)
+        _update_tile(
+            row, hyper, factor, seed, chunk, numel, ROUNDING, NARROW, AMSGRAD, True, ALIGNED, GROUPS
+        )
     else:
-        _update_tile(row, hyper, factor, seed, chunk, numel, ROUNDING, NARROW, AMSGRAD, False, ALIGNED, GROUPS)
+        _update_tile(
+            row,
+            hyper,
+            factor,
+            seed,
+            chunk,
+            numel,
+            ROUNDING,
+            NARROW,
+            AMSGRAD,
+            False,
+            ALIGNED,
+            GROUPS,
+        )
 
 
 def _check(i: int, param: Tensor, others: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
@@ -336,14 +413,24 @@ def _check(i: int, param: Tensor, others: Sequence[Tensor], dtypes: Sequence[tor
             raise RuntimeError(f"adamw_: a tensor of parameter {i} must have {needed}; has {found}")
 
 
-def _check_coded(i: int, param: Tensor, tensors: Sequence[Tensor], scales: Sequence[Tensor], amsgrad: bool) -> None:
+def _check_coded(
+    i: int, param: Tensor, tensors: Sequence[Tensor], scales: Sequence[Tensor], amsgrad: bool
+) -> None:
     """The same for 8-bit moments."""
-    if param.ndim < 1 or amsgrad or not all(tensor.is_contiguous() for tensor in (*tensors, *scales)):
-        raise RuntimeError(f"adamw_: parameter {i}: 8-bit moments are for contiguous tensors without amsgrad")
+    if (
+        param.ndim < 1
+        or amsgrad
+        or not all(tensor.is_contiguous() for tensor in (*tensors, *scales))
+    ):
+        raise RuntimeError(
+            f"adamw_: parameter {i}: 8-bit moments are for contiguous tensors without amsgrad"
+        )
     shape = scale_shape(param.shape)
     for scale in scales:
         if (scale.dtype, scale.shape, scale.device) != (torch.float32, shape, param.device):
-            raise RuntimeError(f"adamw_: a scale of parameter {i} must have torch.float32, shape {shape}")
+            raise RuntimeError(
+                f"adamw_: a scale of parameter {i} must have torch.float32, shape {shape}"
+            )
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -368,19 +455,23 @@ def adamw_(
     """The operator's schema (`fastft.optim.adamw_update.OP`).
 
     Raises:
-        RuntimeError: a tensor has not its parameter's size and device, or not the dtype that its rounding asks for; or
-            a CUDA graph is capturing.
+        RuntimeError: a tensor has not its parameter's size and device, or not the dtype that its
+            rounding asks for; or a CUDA graph is capturing.
     """
     if is_capturing():
         raise RuntimeError(
-            "adamw_: a CUDA graph cannot capture the Triton engine, its replays would repeat the step count, learning "
-            "rate and addresses of the capture: use impl='cuda' with capturable=True (python -m fastft says what that "
+            "adamw_: a CUDA graph cannot capture the Triton engine, its replays would repeat the "
+            "step count, learning "
+            "rate and addresses of the capture: use impl='cuda' with capturable=True (python -m "
+            "fastft says what that "
             "lacks here), or leave the step out of the graph"
         )
     kinds: dict[tuple[int, int, bool], list[list[int]]] = {}
     next_max, next_residue = iter(max_exp_avg_sqs), iter(residues)
     every = zip(params, grads, exp_avgs, exp_avg_sqs, table.tolist(), strict=True)
-    for i, (param, grad, exp_avg, exp_avg_sq, (hyper_row, rounding, amsgrad, first)) in enumerate(every):
+    for i, (param, grad, exp_avg, exp_avg_sq, (hyper_row, rounding, amsgrad, first)) in enumerate(
+        every
+    ):
         coded = exp_avg.dtype == torch.int8
         moment = torch.bfloat16 if exp_avg.dtype == torch.bfloat16 else torch.float32
         moments = [torch.int8, torch.uint8] if coded else [moment, moment]
@@ -397,7 +488,11 @@ def adamw_(
             continue
         pointers = [tensor.data_ptr() for tensor in (param, grad, exp_avg, exp_avg_sq)]
         pointers += [tensors[0].data_ptr() if tensors else 0 for tensors in (largest, residue)]
-        of_blocks = [*(scale.data_ptr() for scale in scales), param.numel() // len(scales[0])] if coded else [0, 0, 0]
+        of_blocks = (
+            [*(scale.data_ptr() for scale in scales), param.numel() // len(scales[0])]
+            if coded
+            else [0, 0, 0]
+        )
         rows = kinds.setdefault((rounding, 8 * exp_avg.itemsize, bool(amsgrad)), [])
         rows.append([*pointers, param.numel(), first, hyper_row, *of_blocks])
     if kinds:
@@ -419,12 +514,23 @@ def _launch(
         aligned = all(address % 16 == 0 for row in rows for address in row[:6])
         aligned &= all(row[7] % 8 == 0 and row[11] % 8 == 0 for row in rows)
         _adamw_kernel[(ends[-1],)](
-            _sent(torch.tensor(lines, dtype=torch.int64), on), hyper, grad_factor, ROUNDING=rounding,
-            BITS=bits, AMSGRAD=amsgrad, ALIGNED=aligned, GROUPS=_GROUPS, num_warps=_GROUPS // ops.wave(on),
+            _sent(torch.tensor(lines, dtype=torch.int64), on),
+            hyper,
+            grad_factor,
+            ROUNDING=rounding,
+            BITS=bits,
+            AMSGRAD=amsgrad,
+            ALIGNED=aligned,
+            GROUPS=_GROUPS,
+            num_warps=_GROUPS // ops.wave(on),
             enable_fp_fusion=False,
-        )  # fmt: skip
+        )
 
 
 def _programs(row: list[int]) -> int:
     numel, columns, tile = row[6], row[11], 8 * _GROUPS
-    return -(-(numel // columns * -(-columns // BLOCK)) // (tile // BLOCK)) if columns else -(-numel // tile)
+    return (
+        -(-(numel // columns * -(-columns // BLOCK)) // (tile // BLOCK))
+        if columns
+        else -(-numel // tile)
+    )

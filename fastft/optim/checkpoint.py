@@ -1,17 +1,20 @@
-"""Loading optimizer states: without a lost bit, and from the optimizers whose checkpoints people have.
+"""Loading optimizer states: without a lost bit, and from the optimizers whose checkpoints people
+have.
 
-`torch.optim.Optimizer.load_state_dict` casts every state to its parameter's dtype; here each state keeps the dtype that
-it has in training. What is read, beside our own state dicts:
+`torch.optim.Optimizer.load_state_dict` casts every state to its parameter's dtype; here each state
+keeps the dtype that it has in training. What is read, beside our own state dicts:
 
     torch.optim.AdamW       any dtype, fused, foreach or neither, with amsgrad
     bitsandbytes AdamW*     32-bit and block-wise 8-bit `state1`, `state2`, nested or not: qmap[code] * absmax[block]
     apex FusedAdam          `step` in the group; masters as a list `master` of the group, or FP16_Optimizer's own dict
     TransformerEngine       `master_param`: the fp32 master, or the int16 remainder, which is ours
 
-Where a checkpoint has masters, they overwrite the parameters (of which the model's file has the roundings).
+Where a checkpoint has masters, they overwrite the parameters (of which the model's file has the
+roundings).
 
-A state dict holds the 16 bits of a `remainder` under the dtype bfloat16: neither gloo nor NCCL sends int16, so that
-FSDP could not gather it, and torch's own optimizers would cast it. Loading takes either dtype.
+A state dict holds the 16 bits of a `remainder` under the dtype bfloat16: neither gloo nor NCCL
+sends int16, so that FSDP could not gather it, and torch's own optimizers would cast it. Loading
+takes either dtype.
 """
 
 from __future__ import annotations
@@ -28,25 +31,32 @@ from fastft.optim.adamw_update import RESIDUES, store_value
 from fastft.optim.weight_bits import residue_of
 
 _NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
-_RESIDUES = {name for name, _ in RESIDUES.values()}  # what an optimizer of another `rounding` has no use for
+# what an optimizer of another `rounding` has no use for
+_RESIDUES = {name for name, _ in RESIDUES.values()}
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _OWN_OPTIONS = ("seed", "moments")
-CHECKSUMS = "weight_checksums"  # beside torch's `state` and `param_groups`, where nobody who cuts states sees it
+# beside torch's `state` and `param_groups`, where nobody who cuts states sees it
+CHECKSUMS = "weight_checksums"
 _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
 class _Verbatim:
-    """Hides a restored state from `Optimizer.load_state_dict`, which would cast it to the parameter's dtype."""
+    """Hides a restored state from `Optimizer.load_state_dict`, which would cast it to the
+    parameter's dtype."""
 
     def __init__(self, entries: dict[str, Any]) -> None:
         self.entries = entries
 
 
-def packed(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, stale: set[Tensor]) -> dict[str, Any]:
-    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those of the optimizer.
+def packed(
+    state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, stale: set[Tensor]
+) -> dict[str, Any]:
+    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those
+    of the optimizer.
 
-    8-bit moments of FSDP1's vectors are fp32: it gathers, and cuts into parameters, what has the vector's shape only.
-    Loading makes the same codes of them. Beside `stale` weights the low bits are zero.
+    8-bit moments of FSDP1's vectors are fp32: it gathers, and cuts into parameters, what has the
+    vector's shape only. Loading makes the same codes of them. Beside `stale` weights the low bits
+    are zero.
     """
     keys = (key for group in state_dict["param_groups"] for key in group["params"])
     params = (param for group in optimizer.param_groups for param in group["params"])
@@ -59,7 +69,10 @@ def packed(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, stale: 
         if in_flat_parameter(param):
             state = _decoded(state)
         if param in stale:
-            state = {name: torch.zeros_like(value) if name in _RESIDUES else value for name, value in state.items()}
+            state = {
+                name: torch.zeros_like(value) if name in _RESIDUES else value
+                for name, value in state.items()
+            }
         if residue_of(state) is not None:
             claimed = weight_bits.claim(param, optimizer.state.get(param))
             if claimed is not None:
@@ -75,10 +88,17 @@ def packed(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, stale: 
 def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     """`state_dict` with fp32 moments and torch's own entries only."""
     state = {
-        key: {name: value.float() for name, value in _decoded(entries).items() if name in ("step", *_MOMENTS)}
+        key: {
+            name: value.float()
+            for name, value in _decoded(entries).items()
+            if name in ("step", *_MOMENTS)
+        }
         for key, entries in state_dict["state"].items()
     }
-    groups = [{k: v for k, v in group.items() if k not in _OWN_OPTIONS} for group in state_dict["param_groups"]]
+    groups = [
+        {k: v for k, v in group.items() if k not in _OWN_OPTIONS}
+        for group in state_dict["param_groups"]
+    ]
     return {**state_dict, "state": state, "param_groups": groups}
 
 
@@ -90,12 +110,14 @@ def load(
 ) -> None:
     """What `optimizer.load_state_dict(state_dict)` does; nothing changes where it raises.
 
-    `check_group` raises on a group that `optimizer` cannot follow; `new_state(param, group)` makes a parameter's state,
-    which gives names, shapes, dtypes and devices.
+    `check_group` raises on a group that `optimizer` cannot follow; `new_state(param, group)` makes
+    a parameter's state, which gives names, shapes, dtypes and devices.
     """
     masters: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
     if not isinstance(state_dict, dict):
-        raise TypeError(f"state_dict must be an optimizer's state_dict(), got {type(state_dict).__name__}")
+        raise TypeError(
+            f"state_dict must be an optimizer's state_dict(), got {type(state_dict).__name__}"
+        )
 
     def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
         _check_form(loaded)
@@ -106,7 +128,9 @@ def load(
         for saved_group, group in zip(loaded["param_groups"], optimizer.param_groups, strict=False):
             whole_group = {**optimizer.defaults, **saved_group, "moments": group["moments"]}
             check_group(whole_group)
-            for position, (key, param) in enumerate(zip(saved_group["params"], group["params"], strict=False)):
+            for position, (key, param) in enumerate(
+                zip(saved_group["params"], group["params"], strict=False)
+            ):
                 owner = f"parameter {key}"
                 entries, master = _torch_form(state.get(key, {}), saved_group, position, owner)
                 if entries:
@@ -123,7 +147,8 @@ def load(
             saved_group["moments"] = group["moments"]
         return {**loaded, "state": state, "param_groups": groups}
 
-    handle = optimizer.register_load_state_dict_pre_hook(restore)  # the last one: the user's hooks see the file's form
+    # the last one: the user's hooks see the file's form
+    handle = optimizer.register_load_state_dict_pre_hook(restore)
     try:
         torch.optim.Optimizer.load_state_dict(optimizer, state_dict)
     finally:
@@ -133,7 +158,8 @@ def load(
 
 
 def reveal(optimizer: torch.optim.Optimizer) -> None:
-    """Puts the states that `load` has hidden into place; for `__setstate__`, after which the user's hooks run."""
+    """Puts the states that `load` has hidden into place; for `__setstate__`, after which the user's
+    hooks run."""
     for param, entries in optimizer.state.items():
         if isinstance(entries, _Verbatim):
             optimizer.state[param] = entries.entries
@@ -158,32 +184,52 @@ def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
     if "optimizer_state_dict" not in loaded or "fp32_from_fp16" not in loaded:
         return loaded
     inner, masters = loaded["optimizer_state_dict"], loaded["fp32_from_fp16"]
-    groups = [{**group, "master": of_group} for group, of_group in zip(inner["param_groups"], masters, strict=True)]
+    groups = [
+        {**group, "master": of_group}
+        for group, of_group in zip(inner["param_groups"], masters, strict=True)
+    ]
     return {**inner, "param_groups": groups}
 
 
 def _without_apex(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("step", "master", "bias_correction")}
+    return {
+        name: value
+        for name, value in group.items()
+        if name not in ("step", "master", "bias_correction")
+    }
 
 
 def _check_form(state_dict: dict[str, Any]) -> None:
     """Raises where this is not what an optimizer's `state_dict()` returns, or apex's."""
-    needed = {"optimizer_state_dict", "fp32_from_fp16"} if "fp32_from_fp16" in state_dict else {"state", "param_groups"}
+    needed = (
+        {"optimizer_state_dict", "fp32_from_fp16"}
+        if "fp32_from_fp16" in state_dict
+        else {"state", "param_groups"}
+    )
     if missing := needed - state_dict.keys():
         found = ", ".join(map(str, state_dict)) or "nothing"
-        raise ValueError(f"this is no optimizer's state dict: {', '.join(sorted(missing))} missing, found {found}")
+        raise ValueError(
+            f"this is no optimizer's state dict: {', '.join(sorted(missing))} missing, found "
+            f"{found}"
+        )
 
 
 def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:
-    """Those of the weights that the remainders belong to, by the parameter's key; none in other optimizers' states."""
+    """Those of the weights that the remainders belong to, by the parameter's key; none in other
+    optimizers' states."""
     checksums = loaded.get(CHECKSUMS, {})
-    if not isinstance(checksums, dict) or not all(type(value) is int for value in checksums.values()):
-        raise TypeError(f"{CHECKSUMS} of a state dict must be integers by parameter, got {checksums!r:.60}")
+    if not isinstance(checksums, dict) or not all(
+        type(value) is int for value in checksums.values()
+    ):
+        raise TypeError(
+            f"{CHECKSUMS} of a state dict must be integers by parameter, got {checksums!r:.60}"
+        )
     return checksums
 
 
 def _check_entries(entries: dict[str, Any], owner: str) -> None:
-    """Raises where an entry under one of our names is not what its name says, or a part of 8-bit moments is missing."""
+    """Raises where an entry under one of our names is not what its name says, or a part of 8-bit
+    moments is missing."""
     step = entries["step"]
     try:
         count = float(step)
@@ -196,13 +242,18 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
     coded = moments_8bit.SCALES[0] in entries
     for name in (*_MOMENTS, *_RESIDUES):
         if name in entries and not (coded and name in moments_8bit.ENTRIES):
-            _check_number(entries[name], name, owner, *((torch.int16,) if name == "remainder" else ()))
+            _check_number(
+                entries[name], name, owner, *((torch.int16,) if name == "remainder" else ())
+            )
     if "remainder" in entries and entries["remainder"].itemsize != 2:
-        raise ValueError(f"the loaded remainder of {owner} must have 16 bits, is {entries['remainder'].dtype}")
+        raise ValueError(
+            f"the loaded remainder of {owner} must have 16 bits, is {entries['remainder'].dtype}"
+        )
 
 
 def _check_codes(entries: dict[str, Any], owner: str) -> None:
-    """Raises where moments are in 8 bits and codes or scales are missing or do not fit each other."""
+    """Raises where moments are in 8 bits and codes or scales are missing or do not fit each
+    other."""
     codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
     kinds = codes | dict.fromkeys(moments_8bit.SCALES, torch.float32)
     has_codes = any(getattr(entries[name], "dtype", None) == dtype for name, dtype in codes.items())
@@ -210,22 +261,30 @@ def _check_codes(entries: dict[str, Any], owner: str) -> None:
         return
     if missing := kinds.keys() - entries.keys():
         raise ValueError(
-            f"the 8-bit moments of {owner} lack {', '.join(sorted(missing))}: without it they mean nothing"
+            f"the 8-bit moments of {owner} lack {', '.join(sorted(missing))}: without it they mean "
+            f"nothing"
         )
     for name, dtype in kinds.items():
         if (found := getattr(entries[name], "dtype", type(entries[name]).__name__)) != dtype:
-            raise ValueError(f"the loaded {name} of {owner}, of 8-bit moments, must be {dtype}, is {found}")
+            raise ValueError(
+                f"the loaded {name} of {owner}, of 8-bit moments, must be {dtype}, is {found}"
+            )
     shape = entries["exp_avg"].shape
     for name, needed in dict.fromkeys(moments_8bit.SCALES, moments_8bit.scale_shape(shape)).items():
         if tuple(entries[name].shape) != needed:
             found = tuple(entries[name].shape)
-            raise ValueError(f"the loaded {name} of {owner} has shape {found}; {tuple(shape)} codes need {needed}")
+            raise ValueError(
+                f"the loaded {name} of {owner} has shape {found}; {tuple(shape)} codes need "
+                f"{needed}"
+            )
 
 
 def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
-    """Raises where fp32 or bf16 moments are the codes of 8-bit ones: torch.distributed.checkpoint casts without a word.
+    """Raises where fp32 or bf16 moments are the codes of 8-bit ones: torch.distributed.checkpoint
+    casts without a word.
 
-    The largest moments of a block have the codes 127 and 255, beside which no moment is an integer by chance.
+    The largest moments of a block have the codes 127 and 255, beside which no moment is an integer
+    by chance.
     """
     for name, largest in (("exp_avg", 127), ("exp_avg_sq", 255)):
         value = local(entries[name])
@@ -235,30 +294,38 @@ def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
         if first.abs().max() != largest or not torch.equal(first, first.trunc()):
             return
     raise ValueError(
-        f"the loaded moments of {owner} are 8-bit codes that were read as numbers: the checkpoint has 8-bit moments "
-        "where this optimizer has none. Give both the same `moments`; long vectors, which have none under FSDP2, "
+        f"the loaded moments of {owner} are 8-bit codes that were read as numbers: the checkpoint "
+        f"has 8-bit moments "
+        "where this optimizer has none. Give both the same `moments`; long vectors, which have "
+        "none under FSDP2, "
         'need "fp32"'
     )
 
 
 def _check_number(value: Any, name: str, owner: str, *others: torch.dtype) -> None:
-    """Raises unless `value` is a tensor of real floating-point numbers, or of one of the `others`."""
+    """Raises unless `value` is a tensor of real floating-point numbers, or of one of the
+    `others`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"the loaded {name} of {owner} must be a tensor, got {value!r}")
     if not value.is_floating_point() and value.dtype not in others:
-        raise TypeError(f"the loaded {name} of {owner} must be floating-point numbers, is {value.dtype}")
+        raise TypeError(
+            f"the loaded {name} of {owner} must be floating-point numbers, is {value.dtype}"
+        )
 
 
 def _torch_form(
     saved: dict[str, Any], group: dict[str, Any], position: int, owner: str
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """A parameter's saved state under torch's names, and its fp32 master where the checkpoint has one."""
+    """A parameter's saved state under torch's names, and its fp32 master where the checkpoint has
+    one."""
     if not isinstance(saved, dict):
         raise TypeError(f"the loaded state of {owner} must be a dict, got {type(saved).__name__}")
     if not saved:
         return {}, None
     if not group.get("bias_correction", True):
-        raise ValueError("the checkpoint was trained with bias_correction=False, which AdamW does not do")
+        raise ValueError(
+            "the checkpoint was trained with bias_correction=False, which AdamW does not do"
+        )
     entries = {**saved, **saved.get(_NESTED_BY_BITSANDBYTES, {})}
     entries.pop(_NESTED_BY_BITSANDBYTES, None)
     if "state1" in entries:
@@ -267,20 +334,31 @@ def _torch_form(
         entries["step"] = group["step"]
     masters = group.get("master")
     if masters is not None and len(masters) != len(group["params"]):
-        raise ValueError(f"the checkpoint has {len(masters)} masters for a group of {len(group['params'])} parameters")
+        raise ValueError(
+            f"the checkpoint has {len(masters)} masters for a group of {len(group['params'])} "
+            f"parameters"
+        )
     master = entries.pop("master_param", None if masters is None else masters[position])
     if isinstance(master, Tensor) and master.dtype == torch.int16:
         entries["remainder"], master = master, None
     if missing := {"step", "exp_avg", "exp_avg_sq"} - entries.keys():
         found = ", ".join(map(str, entries))
-        raise ValueError(f"{owner} has no AdamW state: {', '.join(sorted(missing))} missing, found {found}")
+        raise ValueError(
+            f"{owner} has no AdamW state: {', '.join(sorted(missing))} missing, found {found}"
+        )
     return entries, master
 
 
 def _of_bitsandbytes(entries: dict[str, Any], owner: str) -> dict[str, Any]:
     if "state2" not in entries:
-        raise ValueError("this is a bitsandbytes optimizer with one moment, not AdamW: it has state1 and no state2")
-    moments = {"exp_avg": _dequantised(entries, "1", owner), "exp_avg_sq": _dequantised(entries, "2", owner)}
+        raise ValueError(
+            "this is a bitsandbytes optimizer with one moment, not AdamW: it has state1 and no "
+            "state2"
+        )
+    moments = {
+        "exp_avg": _dequantised(entries, "1", owner),
+        "exp_avg_sq": _dequantised(entries, "2", owner),
+    }
     return {name: value for name, value in entries.items() if name == "step"} | moments
 
 
@@ -290,11 +368,15 @@ def _dequantised(entries: dict[str, Any], number: str, owner: str) -> Tensor:
     if codes.dtype != torch.uint8:
         return codes
     if missing := {"qmap" + number, "absmax" + number} - entries.keys():
-        raise ValueError(f"the 8-bit bitsandbytes state lacks {', '.join(sorted(missing))}: it is not block-wise")
+        raise ValueError(
+            f"the 8-bit bitsandbytes state lacks {', '.join(sorted(missing))}: it is not block-wise"
+        )
     for name in ("qmap" + number, "absmax" + number):
         _check_number(entries[name], name, owner)
     scale: Tensor = entries["absmax" + number].float()
-    block = next((size for size in _BLOCK_SIZES if -(-codes.numel() // size) == scale.numel()), None)
+    block = next(
+        (size for size in _BLOCK_SIZES if -(-codes.numel() // size) == scale.numel()), None
+    )
     if block is None:
         raise ValueError(f"absmax{number} has {scale.numel()} blocks for {codes.numel()} elements")
     values = entries["qmap" + number].float()[codes.flatten().int()]
@@ -302,11 +384,13 @@ def _dequantised(entries: dict[str, Any], number: str, owner: str) -> Tensor:
 
 
 def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[str, Any]:
-    """`fresh` with the saved values, in its own dtypes, devices and layouts; unknown entries come as they are."""
+    """`fresh` with the saved values, in its own dtypes, devices and layouts; unknown entries come
+    as they are."""
     saved = _in_form_of(fresh, saved, owner)
     for name, value in saved.items():
         if name == "step":
-            fresh["step"] = torch.tensor(float(value), dtype=torch.float32)  # of its own: plans replace it by a view
+            # of its own: plans replace it by a view
+            fresh["step"] = torch.tensor(float(value), dtype=torch.float32)
         elif name not in fresh:
             if name not in _RESIDUES:
                 fresh[name] = value
@@ -321,14 +405,19 @@ def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[
 
 
 def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dict[str, Any]:
-    """`saved` with its moments in 8 bits where those of `fresh` are, and as fp32 where they are not."""
+    """`saved` with its moments in 8 bits where those of `fresh` are, and as fp32 where they are
+    not."""
     wanted, coded = (moments_8bit.SCALES[0] in entries for entries in (fresh, saved))
     if coded or not wanted:
         return saved if wanted else _decoded(saved)
     values = []
     for name in ("exp_avg", "exp_avg_sq"):
         _same_shape(saved[name], fresh[name], name, owner)
-        values.append(local(placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])).contiguous())
+        values.append(
+            local(
+                placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])
+            ).contiguous()
+        )
     codes = [local(fresh[name]) for name in moments_8bit.ENTRIES]
     moments_8bit.quantise(values[0], values[1], (codes[0], codes[1], codes[2], codes[3]))
     return saved | {name: fresh[name] for name in moments_8bit.ENTRIES}
@@ -339,7 +428,9 @@ def _decoded(saved: dict[str, Any]) -> dict[str, Any]:
     if moments_8bit.SCALES[0] not in saved:
         return saved
     codes = [saved[name] for name in moments_8bit.ENTRIES]
-    moments = (sharded_like(value, codes[0]) for value in moments_8bit.dequantise(*map(local, codes)))
+    moments = (
+        sharded_like(value, codes[0]) for value in moments_8bit.dequantise(*map(local, codes))
+    )
     others = {name: value for name, value in saved.items() if name not in moments_8bit.SCALES}
     return others | dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
 

@@ -1,7 +1,9 @@
-"""Step counts that live on the device, for `capturable=True`: what depends on them is computed there.
+"""Step counts that live on the device, for `capturable=True`: what depends on them is computed
+there.
 
-A CUDA graph replays kernels, not Python: the counts, and whatever of the hyper-parameters depends on them or on a
-learning rate on the device, must be read and written by kernels. Numbers go there by value, so that nothing waits.
+A CUDA graph replays kernels, not Python: the counts, and whatever of the hyper-parameters depends
+on them or on a learning rate on the device, must be read and written by kernels. Numbers go there
+by value, so that nothing waits.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from torch import Tensor
 
 
 def counted_there(device: torch.device, groups: list[dict[str, Any]]) -> bool:
-    """Whether the counts of parameters on `device` live there: all do, if one group is capturable."""
+    """Whether the counts of parameters on `device` live there: all do, if one group is
+    capturable."""
     return device.type != "cpu" and any(group["capturable"] for group in groups)
 
 
@@ -29,7 +32,8 @@ def _captured(device: torch.device) -> bool:
 class DeviceCounts:
     """The counts of a plan's parameters on one device.
 
-    A graph that has captured a step counts here at every replay: the memory is never given back then.
+    A graph that has captured a step counts here at every replay: the memory is never given back
+    then.
 
     Args:
         device: where they live.
@@ -39,7 +43,9 @@ class DeviceCounts:
 
     in_graphs: ClassVar[set[DeviceCounts]] = set()
 
-    def __init__(self, device: torch.device, steps: list[float], rows: list[tuple[int, float]]) -> None:
+    def __init__(
+        self, device: torch.device, steps: list[float], rows: list[tuple[int, float]]
+    ) -> None:
         self.device = device
         self.steps = torch.tensor(steps, dtype=torch.float32, device=device)
         self._groups = [group for group, _ in rows]
@@ -48,14 +54,18 @@ class DeviceCounts:
         self._columns: dict[str, tuple[list[float], Tensor]] = {}
 
     def hyper(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> Tensor:
-        """The hyper table of the next step, as of the operator; its last column is 0 where the step is skipped."""
+        """The hyper table of the next step, as of the operator; its last column is 0 where the step
+        is skipped."""
         if _captured(self.device):
             self.in_graphs.add(self)
         chosen = [groups[index] for index in self._groups]
         lr, decay, eps = (
-            self._column(name, [group[name] for group in chosen]) for name in ("lr", "weight_decay", "eps")
+            self._column(name, [group[name] for group in chosen])
+            for name in ("lr", "weight_decay", "eps")
         )
-        beta1, beta2 = (self._column(f"beta{i}", [group["betas"][i] for group in chosen]) for i in (0, 1))
+        beta1, beta2 = (
+            self._column(f"beta{i}", [group["betas"][i] for group in chosen]) for i in (0, 1)
+        )
         sign = self._column("sign", [-1.0 if group["maximize"] else 1.0 for group in chosen])
         if found_inf is not None:
             self._advance = (found_inf.to(self.device) == 0).double().reshape(())
@@ -63,7 +73,16 @@ class DeviceCounts:
             self._advance = torch.ones((), dtype=torch.float64, device=self.device)
         step = self._of_rows + 1
         correction2_sqrt = (1 - beta2**step).sqrt()
-        columns = [1 - lr * decay, 1 - beta1, beta2, 1 - beta2, -(lr / (1 - beta1**step)), correction2_sqrt, eps, sign]
+        columns = [
+            1 - lr * decay,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            -(lr / (1 - beta1**step)),
+            correction2_sqrt,
+            eps,
+            sign,
+        ]
         return torch.stack([*columns, step * self._advance], 1).float()
 
     def count(self) -> None:
@@ -72,9 +91,13 @@ class DeviceCounts:
         self._of_rows.add_(self._advance)
 
     def _column(self, name: str, values: list[float | Tensor]) -> Tensor:
-        """One number a row, float64; those that are not on a device already are kept until they change."""
+        """One number a row, float64; those that are not on a device already are kept until they
+        change."""
         there = [isinstance(value, Tensor) and value.device.type != "cpu" for value in values]
-        numbers = [0.0 if on_device else float(value) for value, on_device in zip(values, there, strict=True)]
+        numbers = [
+            0.0 if on_device else float(value)
+            for value, on_device in zip(values, there, strict=True)
+        ]
         if not any(there) and name in self._columns and self._columns[name][0] == numbers:
             return self._columns[name][1]
         cells = [

@@ -1,8 +1,10 @@
-"""Ways to hand AdamW to Trainer: `optimizers=adamw(model, args)` and `optimizer_cls_and_kwargs=adamw_spec(args)`.
+"""Ways to hand AdamW to Trainer: `optimizers=adamw(model, args)` and
+`optimizer_cls_and_kwargs=adamw_spec(args)`.
 
-For an optimizer that it is given, Trainer ignores its `TrainingArguments` and makes no decay / no-decay groups; both
-functions put that right. What Trainer would drop or do otherwise is refused here where `args` tell, and at train begin
-(fastft/integrations/optimizer_check.py) where only the training itself does.
+For an optimizer that it is given, Trainer ignores its `TrainingArguments` and makes no decay /
+no-decay groups; both functions put that right. What Trainer would drop or do otherwise is refused
+here where `args` tell, and at train begin (fastft/integrations/optimizer_check.py) where only the
+training itself does.
 """
 
 from __future__ import annotations
@@ -28,28 +30,33 @@ def adamw(
     weight_decay: float | None = None,
     **options: Any,
 ) -> tuple[AdamW, None]:
-    """The pair that `Trainer(optimizers=...)` takes: AdamW, and None, for which Trainer builds its schedule.
+    """The pair that `Trainer(optimizers=...)` takes: AdamW, and None, for which Trainer builds its
+    schedule.
 
-    Call it when the model is ready: embeddings resized, layers frozen or unfrozen, adapters added. With
-    `FusedLossCallback` or `PackingCallback` training does not begin where a parameter is trainable that was not so now.
+    Call it when the model is ready: embeddings resized, layers frozen or unfrozen, adapters added.
+    With `FusedLossCallback` or `PackingCallback` training does not begin where a parameter is
+    trainable that was not so now.
 
     Args:
-        model_or_params: a model, whose trainable parameters go into Trainer's two groups (biases and norms do not
-            decay; needs transformers); or an iterable of tensors, of `(name, tensor)` pairs or of parameter groups,
-            which may leave out what they like.
-        args: a `transformers.TrainingArguments`, which gives lr, betas, eps and weight decay where the keyword is None.
+        model_or_params: a model, whose trainable parameters go into Trainer's two groups (biases
+            and norms do not decay; needs transformers); or an iterable of tensors, of `(name,
+            tensor)` pairs or of parameter groups, which may leave out what they like.
+        args: a `transformers.TrainingArguments`, which gives lr, betas, eps and weight decay where
+            the keyword is None.
         lr: learning rate; without it and without `args`, AdamW's default 1e-3. The others likewise.
         betas: default (0.9, 0.999).
         eps: default 1e-8.
         weight_decay: default 1e-2; of a model, only for the parameters that decay.
-        options: further keywords of `AdamW`: `maximize`, `moments`, `rounding`, `impl`, ... Of a model with
-            `moments="8bit"`, embeddings and the output head keep fp32 moments, in groups of their own.
+        options: further keywords of `AdamW`: `maximize`, `moments`, `rounding`, `impl`, ... Of a
+            model with `moments="8bit"`, embeddings and the output head keep fp32 moments, in groups
+            of their own.
 
     Raises:
-        TypeError: `model_or_params` is neither a model nor an iterable, `args` is no TrainingArguments, or a keyword is
-            unknown.
-        ValueError: as `AdamW`; a model without trainable parameters; or `args`, or the environment of
-            `accelerate launch`, say DeepSpeed or FSDP, where Trainer drops or refuses an optimizer: see `adamw_spec`.
+        TypeError: `model_or_params` is neither a model nor an iterable, `args` is no
+            TrainingArguments, or a keyword is unknown.
+        ValueError: as `AdamW`; a model without trainable parameters; or `args`, or the environment
+            of `accelerate launch`, say DeepSpeed or FSDP, where Trainer drops or refuses an
+            optimizer: see `adamw_spec`.
     """
     given = _given(options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     model = model_or_params if isinstance(model_or_params, torch.nn.Module) else None
@@ -60,12 +67,17 @@ def adamw(
         groups = _decay_groups(model)
         if options.get("moments") == "8bit":
             groups = _with_fp32_moments(groups, _embeddings_and_head(model))
-    elif isinstance(model_or_params, torch.Tensor | str) or not isinstance(model_or_params, Iterable):
+    elif isinstance(model_or_params, torch.Tensor | str) or not isinstance(
+        model_or_params, Iterable
+    ):
         raise TypeError(
-            "model_or_params must be a torch.nn.Module or an iterable of parameters or parameter groups, "
+            "model_or_params must be a torch.nn.Module or an iterable of parameters or parameter "
+            "groups, "
             f"got {type(model_or_params).__name__}"
         )
-    elif args is None:  # parameters and hyper-parameters by hand: there is nothing to compare them with
+    elif (
+        args is None
+    ):  # parameters and hyper-parameters by hand: there is nothing to compare them with
         return AdamW(groups, **given), None
     origin = Origin("adamw", args, given, model)
     optimizer = AdamW(groups, **Keywords(origin))
@@ -84,21 +96,23 @@ def adamw_spec(
     weight_decay: float | None = None,
     **options: Any,
 ) -> tuple[type[AdamW], Keywords]:
-    """The pair that `Trainer(optimizer_cls_and_kwargs=...)` takes: the way in under FSDP, DeepSpeed and `model_init`.
+    """The pair that `Trainer(optimizer_cls_and_kwargs=...)` takes: the way in under FSDP, DeepSpeed
+    and `model_init`.
 
     What comes from `args` is read when Trainer makes the optimizer, so that every trial of a
-    `hyperparameter_search` trains at its own values; a keyword that is given here stays. Trainer makes the parameter
-    groups, with the weight decay of its own `args`. The arguments are those of `adamw`; with `moments="8bit"`
-    embeddings and head have 8-bit moments as well.
+    `hyperparameter_search` trains at its own values; a keyword that is given here stays. Trainer
+    makes the parameter groups, with the weight decay of its own `args`. The arguments are those of
+    `adamw`; with `moments="8bit"` embeddings and head have 8-bit moments as well.
 
     Returns:
         The class, and a mapping of its keywords.
 
     Raises:
         TypeError: `args` is no TrainingArguments, or an unknown keyword.
-        ValueError: as `AdamW`; a `weight_decay` other than that of `args`; or what DeepSpeed, if `args` say so, would
-            drop: any optimizer beside the one of its own configuration, with `offload_optimizer` all but plain fp32
-            AdamW, and `max_grad_norm`, which would be taken of each process's part alone.
+        ValueError: as `AdamW`; a `weight_decay` other than that of `args`; or what DeepSpeed, if
+            `args` say so, would drop: any optimizer beside the one of its own configuration, with
+            `offload_optimizer` all but plain fp32 AdamW, and `max_grad_norm`, which would be taken
+            of each process's part alone.
     """
     given = _given(options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     origin = Origin("adamw_spec", args, given)
@@ -108,7 +122,8 @@ def adamw_spec(
     if args is not None:
         if weight_decay is not None and weight_decay != args.weight_decay:
             raise ValueError(
-                f"weight_decay={weight_decay} would be lost: Trainer makes the groups with the {args.weight_decay} of "
+                f"weight_decay={weight_decay} would be lost: Trainer makes the groups with the "
+                f"{args.weight_decay} of "
                 f"its args; set it in args: TrainingArguments(weight_decay={weight_decay})"
             )
         config = foreign.deepspeed_config(args)
@@ -130,7 +145,8 @@ def _check_that_trainer_takes_an_optimizer(args: Any) -> None:
     engine = foreign.engine_of(args)
     if engine is not None:
         raise ValueError(
-            f"{engine} trains here, for which Trainer makes the optimizer itself: use Trainer(optimizer_cls_and_kwargs="
+            f"{engine} trains here, for which Trainer makes the optimizer itself: use "
+            f"Trainer(optimizer_cls_and_kwargs="
             "fastft.adamw_spec(args)) in the place of optimizers=fastft.adamw(model, args)"
         )
 
@@ -138,8 +154,10 @@ def _check_that_trainer_takes_an_optimizer(args: Any) -> None:
 def _warn_of_two_clippings(args: Any, max_grad_norm: float | None) -> None:
     if max_grad_norm is not None and args.max_grad_norm:
         warnings.warn(
-            f"gradients are clipped twice, to {args.max_grad_norm} by Trainer and to {max_grad_norm} by the optimizer: "
-            "set TrainingArguments(max_grad_norm=0), or leave max_grad_norm to args and use fastft.fuse_clipping",
+            f"gradients are clipped twice, to {args.max_grad_norm} by Trainer and to "
+            f"{max_grad_norm} by the optimizer: "
+            "set TrainingArguments(max_grad_norm=0), or leave max_grad_norm to args and use "
+            "fastft.fuse_clipping",
             stacklevel=3,
         )
 
@@ -148,12 +166,14 @@ def _check_deepspeed(config: dict[str, Any], optimizer: AdamW) -> None:
     """Raises where DeepSpeed, so configured, would train something else than `optimizer`."""
     if "optimizer" in config:
         raise ValueError(
-            "DeepSpeed's configuration has an optimizer of its own, which would train in the place of fastft's: remove "
+            "DeepSpeed's configuration has an optimizer of its own, which would train in the place "
+            "of fastft's: remove "
             'the section "optimizer" from it'
         )
     if optimizer.max_grad_norm is not None:
         raise ValueError(
-            "max_grad_norm would clip to the norm of each process's part of the gradients under DeepSpeed: use "
+            "max_grad_norm would clip to the norm of each process's part of the gradients under "
+            "DeepSpeed: use "
             "TrainingArguments(max_grad_norm=...), for which DeepSpeed takes the norm of all"
         )
     if foreign.replaces_optimizers(config):
@@ -161,21 +181,29 @@ def _check_deepspeed(config: dict[str, Any], optimizer: AdamW) -> None:
 
 
 def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """The two groups of `Trainer.create_optimizer`; the first takes the optimizer's weight decay."""
+    """The two groups of `Trainer.create_optimizer`; the first takes the optimizer's weight
+    decay."""
     try:
         from transformers import Trainer
     except ImportError as error:
         raise ImportError(
             "adamw(model) needs transformers for its decay groups; or give adamw() the parameters"
         ) from error
-    # Trainer's method uses nothing of its instance, and is the one place that knows which names do not decay
+    # Trainer's method uses nothing of its instance, and is the one place that knows which names do
+    # not decay
     decaying = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trainable:
-        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: there is nothing to train")
+        raise ValueError(
+            f"{type(model).__name__} has no parameter with requires_grad=True: there is nothing to "
+            f"train"
+        )
     return [
         {"params": [param for name, param in trainable if name in decaying]},
-        {"params": [param for name, param in trainable if name not in decaying], "weight_decay": 0.0},
+        {
+            "params": [param for name, param in trainable if name not in decaying],
+            "weight_decay": 0.0,
+        },
     ]
 
 
@@ -186,12 +214,16 @@ def _embeddings_and_head(model: torch.nn.Module) -> set[torch.nn.Parameter]:
     return {param for module in modules for param in module.parameters()}
 
 
-def _with_fp32_moments(groups: list[dict[str, Any]], chosen: set[torch.nn.Parameter]) -> list[dict[str, Any]]:
+def _with_fp32_moments(
+    groups: list[dict[str, Any]], chosen: set[torch.nn.Parameter]
+) -> list[dict[str, Any]]:
     """The groups, each followed by one of its `chosen` parameters, where it has any."""
     split = []
     for group in groups:
         kept = [param for param in group["params"] if param in chosen]
-        split.append({**group, "params": [param for param in group["params"] if param not in chosen]})
+        split.append(
+            {**group, "params": [param for param in group["params"] if param not in chosen]}
+        )
         if kept:
             split.append({**group, "params": kept, "moments": "fp32"})
     return split

@@ -1,7 +1,9 @@
-"""The exact fp32 weights of a model trained in bf16, as safetensors: a bf16 parameter and the 16 bits of its remainder.
+"""The exact fp32 weights of a model trained in bf16, as safetensors: a bf16 parameter and the 16
+bits of its remainder.
 
-The files are those of `save_pretrained` (`model.safetensors`, or shards with an index), the keys those of
-`model.state_dict()`, so that a program which knows nothing of fastft reads the masters. At most one shard is in memory.
+The files are those of `save_pretrained` (`model.safetensors`, or shards with an index), the keys
+those of `model.state_dict()`, so that a program which knows nothing of fastft reads the masters. At
+most one shard is in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from fastft.optim.checkpoint import write_master, write_whole
 from fastft.optim.weight_bits import residue_of
 from fastft.optim.weight_files import Header
 
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # what goes through fp32
+# what goes through fp32
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def save_fp32(
@@ -33,15 +36,18 @@ def save_fp32(
 ) -> None:
     """Writes every weight as the optimizer knows it, in fp32, under the model's own keys.
 
-    Of 16-bit parameters without a remainder (frozen, or of another `rounding`) the values are written as fp32; tensors
-    of other dtypes are written as they are, tied weights once. Under FSDP2 every rank must call this; rank 0 writes.
-    New files are written aside: whatever ends the process, earlier weights in the folder or the new ones can be loaded.
+    Of 16-bit parameters without a remainder (frozen, or of another `rounding`) the values are
+    written as fp32; tensors of other dtypes are written as they are, tied weights once. Under FSDP2
+    every rank must call this; rank 0 writes. New files are written aside: whatever ends the
+    process, earlier weights in the folder or the new ones can be loaded.
 
     Args:
-        model: the model that is trained; DistributedDataParallel and torch.compile are looked through.
+        model: the model that is trained; DistributedDataParallel and torch.compile are looked
+            through.
         optimizer: the AdamW that trains it, or accelerate's wrapper around it.
-        path: a folder, made if need be; weights that are there under the same file names are replaced. It holds weights
-            only: `from_pretrained` also wants `model.config.save_pretrained(path)`.
+        path: a folder, made if need be; weights that are there under the same file names are
+            replaced. It holds weights only: `from_pretrained` also wants
+            `model.config.save_pretrained(path)`.
         max_shard_size: bytes of a file, or a string such as "5GB".
 
     Raises:
@@ -54,7 +60,10 @@ def save_fp32(
     model, adamw = unwrapped(model), _adamw(optimizer)
     tensors = _by_name(model)
     _check_trained(adamw, list(tensors.values()))
-    sizes = {names[0]: _as_saved(torch.empty_like(tensor, device="meta")) for names, tensor in _untied(model, tensors)}
+    sizes = {
+        names[0]: _as_saved(torch.empty_like(tensor, device="meta"))
+        for names, tensor in _untied(model, tensors)
+    }
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     writes = world_size() == 1 or torch.distributed.get_rank() == 0
     stale = set(adamw._stale_weights())
@@ -78,22 +87,27 @@ def save_fp32(
 
 
 @torch.no_grad()
-def load_fp32(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]) -> None:
-    """Restores what `save_fp32` wrote: each weight and, of a bf16 parameter with `rounding="exact"`, its remainder.
+def load_fp32(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]
+) -> None:
+    """Restores what `save_fp32` wrote: each weight and, of a bf16 parameter with
+    `rounding="exact"`, its remainder.
 
-    The moments come from `optimizer.load_state_dict`, before or after; without it they start from zero.
+    The moments come from `optimizer.load_state_dict`, before or after; without it they start from
+    zero.
 
     Args:
-        model: of the same keys and shapes, in bf16 or fp32. An fp32 model takes the masters as they are.
+        model: of the same keys and shapes, in bf16 or fp32. An fp32 model takes the masters as they
+            are.
         optimizer: the AdamW that will train it, or accelerate's wrapper around it.
         path: the folder.
 
     Raises:
         FileNotFoundError: there are no weights in the folder.
         TypeError: `optimizer` is not fastft's AdamW.
-        ValueError: `optimizer` trains no parameter of `model`; keys, shapes or dtypes differ (fp32, bf16 and fp16
-            become each other, any other dtype must be the model's); the index is damaged, or names a file outside the
-            folder. Nothing has changed then.
+        ValueError: `optimizer` trains no parameter of `model`; keys, shapes or dtypes differ (fp32,
+            bf16 and fp16 become each other, any other dtype must be the model's); the index is
+            damaged, or names a file outside the folder. Nothing has changed then.
     """
     from safetensors import safe_open
 
@@ -102,7 +116,10 @@ def load_fp32(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: st
     _check_trained(adamw, list(tensors.values()))
     headers = weight_files.read_headers(Path(path))
     untied = _untied(model, tensors)
-    chosen = [(next((name for name in names if name in headers), names[0]), tensor) for names, tensor in untied]
+    chosen = [
+        (next((name for name in names if name in headers), names[0]), tensor)
+        for names, tensor in untied
+    ]
     _check_fit(chosen, headers, tensors, path)
     group_of = {param: group for group in adamw.param_groups for param in group["params"]}
     for file in sorted({headers[name].file for name, _ in chosen}):
@@ -119,7 +136,10 @@ def load_fp32(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: st
 
 
 def _check_fit(
-    chosen: list[tuple[str, Tensor]], headers: dict[str, Header], tensors: dict[str, Tensor], path: Any
+    chosen: list[tuple[str, Tensor]],
+    headers: dict[str, Header],
+    tensors: dict[str, Tensor],
+    path: Any,
 ) -> None:
     """Raises where keys, shapes or dtypes of the files are not the model's."""
     from safetensors import safe_open
@@ -127,11 +147,15 @@ def _check_fit(
     missing = [name for name, _ in chosen if name not in headers]
     unknown = sorted(headers.keys() - tensors.keys())
     if missing or unknown:
-        raise ValueError(f"the weights in {path} do not fit the model: missing {missing}, unknown {unknown}")
+        raise ValueError(
+            f"the weights in {path} do not fit the model: missing {missing}, unknown {unknown}"
+        )
     for name, tensor in chosen:
         file, shape, dtype = headers[name]
         if shape != tuple(tensor.shape):
-            raise ValueError(f"{name} has shape {shape} in {path} and {tuple(tensor.shape)} in the model")
+            raise ValueError(
+                f"{name} has shape {shape} in {path} and {tuple(tensor.shape)} in the model"
+            )
         if dtype in _FLOATS:
             fits, found = tensor.dtype in _FLOATS.values(), _FLOATS[dtype]
         else:
@@ -140,20 +164,27 @@ def _check_fit(
             fits = found == tensor.dtype
         if not fits:
             raise ValueError(
-                f"{name} is {found} in {path} and {tensor.dtype} in the model, which it does not convert to"
+                f"{name} is {found} in {path} and {tensor.dtype} in the model, which it does not "
+                f"convert to"
             )
 
 
 def _adamw(optimizer: Any) -> AdamW:
     inner = inner_optimizer(optimizer)
     if not isinstance(inner, AdamW):
-        raise TypeError(f"optimizer must be fastft's AdamW or a wrapper around it, got {type(inner).__name__}")
+        raise TypeError(
+            f"optimizer must be fastft's AdamW or a wrapper around it, got {type(inner).__name__}"
+        )
     return inner
 
 
 def _by_name(model: torch.nn.Module) -> dict[str, Tensor]:
     """The tensors of the model's state dict, tied ones under each of their names."""
-    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _check_trained(optimizer: AdamW, tensors: list[Tensor]) -> None:
@@ -181,10 +212,12 @@ def _as_saved(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
-    """A copy on the CPU of a whole tensor, with the bits of its remainder, unless that is of another weight."""
+    """A copy on the CPU of a whole tensor, with the bits of its remainder, unless that is of
+    another weight."""
     residue = residue_of(optimizer.state[tensor]) if tensor in optimizer.state else None
     if residue is not None and tensor in stale:
-        residue = torch.zeros_like(residue)  # and not None: under FSDP2 it may be another rank's part alone
+        # and not None: under FSDP2 it may be another rank's part alone
+        residue = torch.zeros_like(residue)
     if residue is None:
         master = _as_saved(tensor.detach())
     else:

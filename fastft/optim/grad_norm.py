@@ -3,10 +3,10 @@
     norm = sqrt(sum of g * g over all elements of all gradients)
     factor = min(1, max_norm / (norm + 1e-6))        as torch.nn.utils.clip_grad_norm_
 
-Squares are summed in double; on CUDA 64 at a time in float32, whose rounding errors are summed beside them, which is
-off by less than 2e-11. The norm is finite if and only if every gradient is, and sums over any number of threads are the
-same to the bit. Bytes moved for each element: 4 (fp32) or 2 (bf16), the gradient read once; torch's clipping
-reads it twice and writes it once.
+Squares are summed in double; on CUDA 64 at a time in float32, whose rounding errors are summed
+beside them, which is off by less than 2e-11. The norm is finite if and only if every gradient is,
+and sums over any number of threads are the same to the bit. Bytes moved for each element: 4 (fp32)
+or 2 (bf16), the gradient read once; torch's clipping reads it twice and writes it once.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     """The Euclidean norm of all `grads` together.
 
     Args:
-        grads: floating-point tensors of any shape and layout, on any devices; of DTensors, the whole counts.
-        impl: "auto", "eager", "cpp" or "cuda"; with "auto" gradients without a kernel (another device, float16) are
-            computed in plain torch.
+        grads: floating-point tensors of any shape and layout, on any devices; of DTensors, the
+            whole counts.
+        impl: "auto", "eager", "cpp" or "cuda"; with "auto" gradients without a kernel (another
+            device, float16) are computed in plain torch.
 
     Returns:
         float32, shape (), on the device of the first gradient.
@@ -50,14 +51,18 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     Raises:
         RuntimeError: the engine asked for cannot compute one of the gradients; says why.
     """
-    if set(map(type, grads)) == {Tensor} and len(set(map(Tensor.get_device, grads))) == 1:  # the usual case, quickly
+    # the usual case, quickly
+    if set(map(type, grads)) == {Tensor} and len(set(map(Tensor.get_device, grads))) == 1:
         return _total(grads, impl).sqrt().float()
     groups: dict[Any, list[Tensor]] = {}
     for grad in grads:
         sharded = is_dtensor(grad)
-        groups.setdefault((grad.device_mesh, grad.placements) if sharded else grad.device, []).append(grad)  # type: ignore[attr-defined]
+        groups.setdefault(
+            (grad.device_mesh, grad.placements) if sharded else grad.device, []
+        ).append(grad)  # type: ignore[attr-defined]
     totals = [
-        _sharded(members, impl) if isinstance(key, tuple) else _total(members, impl) for key, members in groups.items()
+        _sharded(members, impl) if isinstance(key, tuple) else _total(members, impl)
+        for key, members in groups.items()
     ]
     if not totals:
         return torch.zeros(())
@@ -65,7 +70,8 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What clipping to `max_norm` multiplies every gradient by: float32, shape (); NaN where the norm is NaN."""
+    """What clipping to `max_norm` multiplies every gradient by: float32, shape (); NaN where the
+    norm is NaN."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -77,7 +83,9 @@ def _total(grads: Sequence[Tensor], impl: str) -> Tensor:
         try:
             OP.native(total, grads if dense else [grad.contiguous() for grad in grads])
             return total
-        except RuntimeError:  # to look at the dtypes before would cost a fifth of the norm of 1000 small gradients
+        except (
+            RuntimeError
+        ):  # to look at the dtypes before would cost a fifth of the norm of 1000 small gradients
             if OP.resolve(impl, total.device, *{grad.dtype for grad in grads}) != "eager":
                 raise
     OP.reference(total, grads)

@@ -8,18 +8,20 @@ its largest v. With the code c of an element
     m = s * sign(c) * (|c| / 127)^4                              c: int8, -127 to 127; -128 is NaN
     v = s * 2^(c // 12) * (12 + c % 12) / (15 * 2^21)            c: uint8, 0 to 255: 12 values to an octave, none is 0
 
-Both are rounded stochastically, so that they are right in the mean however little they change in a step. No value of v
-is zero: below s / 2.6e6 it becomes that, and updates beside an outlier are too small, never too large. A moment of zero
-stays zero: m has a code for it, and a block of zeros has s = 0. An element whose m or v is Inf or NaN has the code NaN
-from then on, and does not count for the scales.
+Both are rounded stochastically, so that they are right in the mean however little they change in a
+step. No value of v is zero: below s / 2.6e6 it becomes that, and updates beside an outlier are too
+small, never too large. A moment of zero stays zero: m has a code for it, and a block of zeros has s
+= 0. An element whose m or v is Inf or NaN has the code NaN from then on, and does not count for the
+scales.
 
 Bytes: 1 an element for each moment and 4 a block for each scale: 2.06 an element instead of 8. Codes need no table:
 |c| is a fourth root, and the bits of a float32 are an octave and a place in it.
 
-The experiment behind these choices (benchmarks/moments_8bit.py; blocks of 128, stochastic rounding, m and v as above
-where nothing else is said): the error of the last 50 updates relative to fp32's, root mean square over elements; the
-largest update relative to fp32's; v relative to fp32's in the mean. Gradients: (a) independent normal; (b) one element
-in 128 a thousand times larger; (c) all of them 30 times smaller after 200 of 500 steps; (d) times 1e-7.
+The experiment behind these choices (benchmarks/moments_8bit.py; blocks of 128, stochastic rounding,
+m and v as above where nothing else is said): the error of the last 50 updates relative to fp32's,
+root mean square over elements; the largest update relative to fp32's; v relative to fp32's in the
+mean. Gradients: (a) independent normal; (b) one element in 128 a thousand times larger; (c) all of
+them 30 times smaller after 200 of 500 steps; (d) times 1e-7.
 
                                    (a)           (b)                    (c)           (d)
                                    error     v   error  largest      v  error     v   error
@@ -40,8 +42,9 @@ in 128 a thousand times larger; (c) all of them 30 times smaller after 200 of 50
     v: even over 32 octaves        0.108  1.00   0.160     1.14   1.00  0.106  1.00   0.093
     v: even over 20, with a zero   0.081  1.00  2079.1   223510   1.00  0.077  1.00   0.069
 
-So: the noise of v decides (a), (c) and (d), and m's code decides (b); 12 values to an octave are the most whose range
-still holds an outlier's neighbours (a million times smaller v); to nearest v is biased by 14 %; a zero in v is fatal.
+So: the noise of v decides (a), (c) and (d), and m's code decides (b); 12 values to an octave are
+the most whose range still holds an outlier's neighbours (a million times smaller v); to nearest v
+is biased by 14 %; a zero in v is fatal.
 """
 
 from __future__ import annotations
@@ -54,9 +57,11 @@ from torch import Tensor
 from fastft.foreign import is_dtensor
 
 BLOCK = 128
-LONG = 4096  # elements of a vector from which on it is worth blocks; norms and biases of most models are shorter
+# elements of a vector from which on it is worth blocks; norms and biases of most models are shorter
+LONG = 4096
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
-ENTRIES = ("exp_avg", "exp_avg_sq", *SCALES)  # the moments' part of a state, in the order of `dequantise`
+# the moments' part of a state, in the order of `dequantise`
+ENTRIES = ("exp_avg", "exp_avg_sq", *SCALES)
 _HALF = 1 << 15
 _NAN = -128
 _M_UNITS = 127.0**4
@@ -65,11 +70,12 @@ _V_UNITS = 1.25 * 2**21  # code 255 in units of code 0
 
 
 def has_codes(param: Any) -> bool:
-    """Whether this parameter's moments are in 8 bits where the optimizer is asked for that; else they are fp32.
+    """Whether this parameter's moments are in 8 bits where the optimizer is asked for that; else
+    they are fp32.
 
-    Vectors count by the length that this process holds. One that is a DTensor has none: its shape is the model's, not
-    the sharder's (FSDP2 cuts norms and biases, short as they are), and its blocks would depend on the number of
-    processes.
+    Vectors count by the length that this process holds. One that is a DTensor has none: its shape
+    is the model's, not the sharder's (FSDP2 cuts norms and biases, short as they are), and its
+    blocks would depend on the number of processes.
     """
     return param.ndim > 1 or (param.ndim == 1 and param.numel() >= LONG and not is_dtensor(param))
 
@@ -81,10 +87,12 @@ def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
 
 
 def new_entries(param: Any) -> dict[str, Tensor]:
-    """The moments' part of a state before the first step: codes in the parameter's shape, scales by `scale_shape`.
+    """The moments' part of a state before the first step: codes in the parameter's shape, scales by
+    `scale_shape`.
 
     Raises:
-        ValueError: `param` is a DTensor sharded on another dimension than 0, which would cut blocks.
+        ValueError: `param` is a DTensor sharded on another dimension than 0, which would cut
+            blocks.
     """
 
     def zeros(shape: torch.Size | tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -92,15 +100,21 @@ def new_entries(param: Any) -> dict[str, Tensor]:
             return torch.zeros(shape, dtype=dtype, device=param.device)
         from torch.distributed import tensor as distributed
 
-        if any(placement.is_shard() and not placement.is_shard(0) for placement in param.placements):
+        if any(
+            placement.is_shard() and not placement.is_shard(0) for placement in param.placements
+        ):
             raise ValueError(
-                f'moments="8bit" needs parameters sharded on dimension 0, got {param.placements}; set moments="fp32" '
+                f'moments="8bit" needs parameters sharded on dimension 0, got {param.placements}; '
+                f'set moments="fp32" '
                 "in the parameter group of this one"
             )
         mesh, placements = param.device_mesh, param.placements
         return distributed.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
 
-    codes = {"exp_avg": zeros(param.shape, torch.int8), "exp_avg_sq": zeros(param.shape, torch.uint8)}
+    codes = {
+        "exp_avg": zeros(param.shape, torch.int8),
+        "exp_avg_sq": zeros(param.shape, torch.uint8),
+    }
     return codes | {name: zeros(scale_shape(param.shape), torch.float32) for name in SCALES}
 
 
@@ -112,7 +126,9 @@ def dequantise(
     m = (root * root.abs()) * (root * root) * _of_elements(exp_avg_scale, exp_avg)
     code = exp_avg_sq.int()
     octave = code // _V_OCTAVE
-    units = (code - octave * _V_OCTAVE + _V_OCTAVE).float() * ((octave + 127) << 23).view(torch.float32)
+    units = (code - octave * _V_OCTAVE + _V_OCTAVE).float() * ((octave + 127) << 23).view(
+        torch.float32
+    )
     v = units * (1 / (_V_OCTAVE * _V_UNITS)) * _of_elements(exp_avg_sq_scale, exp_avg_sq)
     return m.masked_fill_(exp_avg == _NAN, torch.nan), v
 
@@ -129,7 +145,8 @@ def quantise(
     Args:
         m, v: of the parameter's shape.
         state: codes and scales, in the order of `dequantise`.
-        m_bits, v_bits: random bits, int32 in [0, 65535], of the parameter's shape; by default those of nearest.
+        m_bits, v_bits: random bits, int32 in [0, 65535], of the parameter's shape; by default those
+            of nearest.
     """
     codes_m, codes_v, scale_m, scale_v = state
     if m.numel() == 0:
@@ -162,7 +179,8 @@ def _of_elements(scale: Tensor, elements: Tensor) -> Tensor:
 
 
 def _share(value: Tensor, scale: Tensor) -> Tensor:
-    """value / scale by way of the scales' reciprocals; those that would overflow are taken 2^64 times larger."""
+    """value / scale by way of the scales' reciprocals; those that would overflow are taken 2^64
+    times larger."""
     divisor = scale.masked_fill(scale == 0, 1.0)
     up = torch.where(divisor < 2.0**-100, 2.0**64, 1.0)
     return value * _of_elements(up, value) * _of_elements((divisor * up).reciprocal(), value)

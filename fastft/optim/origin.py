@@ -1,8 +1,9 @@
-"""Where an optimizer comes from: what the user asked for, so that train begin can compare it with what trains.
+"""Where an optimizer comes from: what the user asked for, so that train begin can compare it with
+what trains.
 
-Trainer drops an optimizer (DeepSpeed), makes one later than the user thinks (`adamw_spec`), or trains a model that has
-changed since its optimizer was made; all of it without a word. `adamw` and `adamw_spec` leave an `Origin` behind, and
-`fastft.integrations.optimizer_check` reads it.
+Trainer drops an optimizer (DeepSpeed), makes one later than the user thinks (`adamw_spec`), or
+trains a model that has changed since its optimizer was made; all of it without a word. `adamw` and
+`adamw_spec` leave an `Origin` behind, and `fastft.integrations.optimizer_check` reads it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 from torch import nn
 
-# made by adamw(model): Trainer under DeepSpeed lets go of the optimizer, so that only the model is left to be asked
+# made by adamw(model): Trainer under DeepSpeed lets go of the optimizer, so that only the model is
+# left to be asked
 of_models: weakref.WeakKeyDictionary[nn.Module, Origin] = weakref.WeakKeyDictionary()
 of_specs: weakref.WeakSet[Origin] = weakref.WeakSet()
 
@@ -29,7 +31,9 @@ class Origin:
         trained: whether an optimizer of this origin has taken a step.
     """
 
-    def __init__(self, way: str, args: Any, given: dict[str, Any], model: nn.Module | None = None) -> None:
+    def __init__(
+        self, way: str, args: Any, given: dict[str, Any], model: nn.Module | None = None
+    ) -> None:
         self.way, self.args, self.given = way, args, given
         self.model = None if model is None else weakref.ref(model)
         self.trained = False
@@ -44,10 +48,11 @@ class Origin:
 
 
 class Keywords(MutableMapping[str, Any]):
-    """The keywords of an AdamW: what the user gave, and for the rest what `args` say at the moment they are read.
+    """The keywords of an AdamW: what the user gave, and for the rest what `args` say at the moment
+    they are read.
 
-    Trainer unpacks them when it makes the optimizer, which is after `hyperparameter_search` has changed `args`.
-    Setting an item makes it one that the user gave.
+    Trainer unpacks them when it makes the optimizer, which is after `hyperparameter_search` has
+    changed `args`. Setting an item makes it one that the user gave.
     """
 
     def __init__(self, origin: Origin) -> None:
@@ -97,4 +102,6 @@ def hyper_parameters(args: Any) -> dict[str, Any]:
             "weight_decay": args.weight_decay,
         }
     except AttributeError as error:
-        raise TypeError(f"args must be a transformers.TrainingArguments, got {type(args).__name__} ({error})") from None
+        raise TypeError(
+            f"args must be a transformers.TrainingArguments, got {type(args).__name__} ({error})"
+        ) from None

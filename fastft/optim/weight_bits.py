@@ -1,7 +1,8 @@
 """Whether a bf16 weight still has the bits that its remainder, or compensation, belongs to.
 
-The low bits of a weight mean nothing beside other high bits. Who writes to a weight (a best checkpoint, an average
-swapped in, pruning) does not know of them. So each state notes what the weight was when its low bits were written:
+The low bits of a weight mean nothing beside other high bits. Who writes to a weight (a best
+checkpoint, an average swapped in, pruning) does not know of them. So each state notes what the
+weight was when its low bits were written:
 
     version     torch's count of in-place changes, which writing through `.data` does not move
     sample      a checksum of every 32nd section of 128 elements, which the C++ engine takes as it writes
@@ -37,26 +38,35 @@ _PIECE = SECTION * 2**14  # elements that plain torch looks at together
 
 
 def _checksum_reference(sum: Tensor, weight: Tensor, every: int) -> None:
-    """Plain torch; writes the checksum of every so many sections of a contiguous bf16 weight into one int64."""
-    total, bits = torch.zeros((), dtype=torch.int64, device=weight.device), weight.reshape(-1).view(torch.int16)
+    """Plain torch; writes the checksum of every so many sections of a contiguous bf16 weight into
+    one int64."""
+    total, bits = (
+        torch.zeros((), dtype=torch.int64, device=weight.device),
+        weight.reshape(-1).view(torch.int16),
+    )
     weights = _WEIGHTS.to(weight.device)
     for begin in range(0, bits.numel(), _PIECE * every):
         piece = bits[begin : begin + _PIECE * every].long()
-        piece = torch.nn.functional.pad(piece, (0, -piece.numel() % SECTION)).view(-1, SECTION)[::every]
+        piece = torch.nn.functional.pad(piece, (0, -piece.numel() % SECTION)).view(-1, SECTION)[
+            ::every
+        ]
         section = begin // SECTION + every * torch.arange(len(piece), device=weight.device)
         total += (((piece * weights).sum(1) & 0xFFFFFFFF) * ((2 * section + 1) * _FACTOR)).sum()
     sum.copy_(total.reshape(sum.shape))
 
 
 OP = ops.Operator(
-    "weight_checksum_(Tensor(a!) sum, Tensor weight, int every) -> ()", _checksum_reference, engines={"cpp": None}
+    "weight_checksum_(Tensor(a!) sum, Tensor weight, int every) -> ()",
+    _checksum_reference,
+    engines={"cpp": None},
 )
 
 
 def checksum(weight: Tensor, every: int = 1, order: Sequence[int] | None = None) -> int:
     """The checksum of this process's part of a bf16 weight: an integer in [0, 2^64).
 
-    `order`: its dimensions, the one whose steps through memory are largest first; as they come by default.
+    `order`: its dimensions, the one whose steps through memory are largest first; as they come by
+        default.
     """
     part = local(weight.detach())
     part = (part if order is None else part.permute(*order)).contiguous()
@@ -66,7 +76,8 @@ def checksum(weight: Tensor, every: int = 1, order: Sequence[int] | None = None)
 
 
 def order_of(weight: Tensor) -> list[int] | None:
-    """The order of dimensions in which the elements of this process's part lie one after the other; None: as usual."""
+    """The order of dimensions in which the elements of this process's part lie one after the other;
+    None: as usual."""
     part = local(weight)
     return None if part.is_contiguous() else sorted(range(part.ndim), key=part.stride, reverse=True)
 
@@ -93,7 +104,8 @@ class Mark:
         return same and self.memory == local(weight).data_ptr()
 
     def is_later(self, weight: Tensor, version: int) -> bool:
-        """Whether the low bits were written after this version, as `load_fp32` does between two steps."""
+        """Whether the low bits were written after this version, as `load_fp32` does between two
+        steps."""
         return self.owner is not None and self.owner() is weight and (self.version or 0) > version
 
     def fits(self, weight: Tensor) -> bool:
@@ -106,7 +118,8 @@ class Mark:
 
 
 def mark_written(weight: Tensor, state: Any) -> None:
-    """Notes that weight and low bits have just been written together, in a way that no version shows."""
+    """Notes that weight and low bits have just been written together, in a way that no version
+    shows."""
     if hasattr(state, "mark") and residue_of(state) is not None:
         torch.autograd.graph.increment_version(weight)
         place = local(weight).data_ptr(), order_of(weight)
@@ -119,12 +132,14 @@ def residue_of(state: dict[str, Any]) -> Any:
 
 
 def stale(states: Mapping[Tensor, Any]) -> list[Tensor]:
-    """The weights that somebody else has written to since their low bits were, where these are not zero already."""
+    """The weights that somebody else has written to since their low bits were, where these are not
+    zero already."""
     return [weight for weight, state in states.items() if _is_stale(weight, state)]
 
 
 def forget(weight: Tensor, state: Any) -> bool:
-    """Sets low bits that are not the weight's to zero, so that it means its bf16 value; whether there were any."""
+    """Sets low bits that are not the weight's to zero, so that it means its bf16 value; whether
+    there were any."""
     found = _is_stale(weight, state)
     if found:
         local(residue_of(state)).zero_()
@@ -134,11 +149,17 @@ def forget(weight: Tensor, state: Any) -> bool:
 
 def _is_stale(weight: Tensor, state: Any) -> bool:
     mark, residue = getattr(state, "mark", None), residue_of(state)
-    return residue is not None and mark is not None and not mark.fits(weight) and bool(local(residue).any())
+    return (
+        residue is not None
+        and mark is not None
+        and not mark.fits(weight)
+        and bool(local(residue).any())
+    )
 
 
 def claim(weight: Tensor, state: Any) -> int | None:
-    """The checksum to be kept in a state dict; None of what may come back cut or laid out in another way.
+    """The checksum to be kept in a state dict; None of what may come back cut or laid out in
+    another way.
 
     One that was loaded and not yet looked at stays: the weights may be loaded after the states.
     """
@@ -148,7 +169,8 @@ def claim(weight: Tensor, state: Any) -> int | None:
 
 
 def awaits_weights(state: Any) -> bool:
-    """Whether the state was loaded with a checksum that nobody has compared with the weights yet."""
+    """Whether the state was loaded with a checksum that nobody has compared with the weights
+    yet."""
     mark = getattr(state, "mark", None)
     return mark is not None and mark.checksum is not None
 
@@ -161,7 +183,9 @@ def claim_applies(weight: Tensor) -> bool:
 def warn_of(count: int) -> None:
     """Says of how many weights the low bits do not count any more."""
     warnings.warn(
-        f"{count} bf16 weights were written by somebody else since AdamW wrote the low bits that it keeps beside them "
-        "(another checkpoint, an average swapped in, pruning): they count as their bf16 values, and these bits as zero",
+        f"{count} bf16 weights were written by somebody else since AdamW wrote the low bits that "
+        f"it keeps beside them "
+        "(another checkpoint, an average swapped in, pruning): they count as their bf16 values, "
+        "and these bits as zero",
         stacklevel=3,
     )

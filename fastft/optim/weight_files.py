@@ -1,10 +1,13 @@
-"""A folder of safetensors files, as `save_pretrained` writes them, of which a crash leaves the old or the new ones.
+"""A folder of safetensors files, as `save_pretrained` writes them, of which a crash leaves the old
+or the new ones.
 
-New files are written aside, made durable, and then take their places; the one rename that makes them count comes last,
-and only then what they replace is removed. Between two saves of several shards the shards' names differ, because the
-index of the earlier save still counts while they arrive.
+New files are written aside, made durable, and then take their places; the one rename that makes
+them count comes last, and only then what they replace is removed. Between two saves of several
+shards the shards' names differ, because the index of the earlier save still counts while they
+arrive.
 
-What counts: the files that `model.safetensors.index.json` names; without an index `model.safetensors`.
+What counts: the files that `model.safetensors.index.json` names; without an index
+`model.safetensors`.
 """
 
 from __future__ import annotations
@@ -59,7 +62,10 @@ def publish(folder: Path, weight_map: Mapping[str, str], metadata: Mapping[str, 
         _remove(folder / INDEX)  # with an earlier save's index its shards count until here
         _sync(folder)
     else:
-        index = {"metadata": dict(metadata), "weight_map": {name: final[file] for name, file in weight_map.items()}}
+        index = {
+            "metadata": dict(metadata),
+            "weight_map": {name: final[file] for name, file in weight_map.items()},
+        }
         aside = folder / (INDEX + _ASIDE)
         aside.write_text(json.dumps(index, indent=2) + "\n")
         _sync(aside)
@@ -82,7 +88,8 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
     Raises:
         FileNotFoundError: there are no weights, or a file which the index names is missing.
-        ValueError: an index that is none, names a file outside the folder, or one which lacks a tensor.
+        ValueError: an index that is none, names a file outside the folder, or one which lacks a
+            tensor.
     """
     from safetensors import safe_open
 
@@ -97,8 +104,12 @@ def read_headers(folder: Path) -> dict[str, Header]:
                 if weight_map is None or weight_map.get(name) == file:
                     part = weights.get_slice(name)
                     headers[name] = Header(folder / file, tuple(part.get_shape()), part.get_dtype())
-    if absent := [f"{name} ({file})" for name, file in (weight_map or {}).items() if name not in headers]:
-        raise ValueError(f"{folder / INDEX} names tensors that their files lack: {', '.join(absent)}")
+    if absent := [
+        f"{name} ({file})" for name, file in (weight_map or {}).items() if name not in headers
+    ]:
+        raise ValueError(
+            f"{folder / INDEX} names tensors that their files lack: {', '.join(absent)}"
+        )
     return headers
 
 
@@ -111,7 +122,9 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         weight_map = json.loads(index.read_text())["weight_map"]
         files = set(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} has no weight_map from tensors to files ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{index} has no weight_map from tensors to files ({type(error).__name__}: {error})"
+        ) from None
     for file in files:
         if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
             raise ValueError(f"{index} must name files of its own folder, names {file!r}")
@@ -119,7 +132,8 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
 
 
 def _free_names(folder: Path, files: list[str]) -> dict[str, str]:
-    """A name for each shard which no file in the folder has: its own, or with a number before the shard's."""
+    """A name for each shard which no file in the folder has: its own, or with a number before the
+    shard's."""
     final, number = {file: file for file in files}, 1
     while any((folder / name).exists() for name in final.values()):
         number += 1
@@ -128,7 +142,9 @@ def _free_names(folder: Path, files: list[str]) -> dict[str, str]:
 
 
 def _weights_in(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir() if file.name == SINGLE or _SHARD.fullmatch(file.name)}
+    return {
+        file.name for file in folder.iterdir() if file.name == SINGLE or _SHARD.fullmatch(file.name)
+    }
 
 
 def _remove(file: Path) -> None:

@@ -1,4 +1,5 @@
-"""What some classes need beside tokens and labels: class name -> inputs, made of its config and the tokens."""
+"""What some classes need beside tokens and labels: class name -> inputs, made of its config and the
+tokens."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def _one_image_each(config: Any, ids: Tensor) -> Inputs:
 def _patches(config: Any, ids: Tensor) -> Inputs:
     width = 2 + config.vision_config.patch_embed_hidden_size  # row and column come first
     patches = torch.rand(*ids.shape, width)
-    patches[..., :2] = torch.stack((torch.arange(ids.shape[1]) % 4, torch.arange(ids.shape[1]) // 4), -1) + 1
+    patches[..., :2] = (
+        torch.stack((torch.arange(ids.shape[1]) % 4, torch.arange(ids.shape[1]) // 4), -1) + 1
+    )
     return {"flattened_patches": patches}
 
 
@@ -69,7 +72,11 @@ def _full_length_labels(config: Any, ids: Tensor) -> Inputs:
 def _codebooks(config: Any, ids: Tensor) -> Inputs:
     books = config.num_codebooks
     labels = torch.randint(5, config.vocab_size - 6, (*ids.shape, books))
-    return {"input_ids": ids.repeat_interleave(books, 0), "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {
+        "input_ids": ids.repeat_interleave(books, 0),
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+    }
 
 
 def _text_alone(config: Any, ids: Tensor) -> Inputs:

@@ -107,11 +107,17 @@ def _part_for(kind: Any, config: Any) -> Any:
 
 def batch(case: Case, model: nn.Module) -> dict[str, Any]:
     """Tokens and labels, some ignored, and what else this model's forward asks for."""
-    sizes = [getattr(part, "vocab_size", None) for part in (model.config, model.config.get_text_config())]
+    sizes = [
+        getattr(part, "vocab_size", None) for part in (model.config, model.config.get_text_config())
+    ]
     vocabulary = min(size for size in (*sizes, VOCABULARY) if size)
     seed(3)
     ids = torch.randint(5, vocabulary - 6, (BATCH, LENGTH))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": _labels(case, model, ids)}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": _labels(case, model, ids),
+    }
     inputs |= EXTRA_INPUTS.get(case.class_name, lambda config, ids: {})(model.config, ids)
     accepted = inspect.signature(model.forward).parameters
     if not takes_any(model):
@@ -121,13 +127,18 @@ def batch(case: Case, model: nn.Module) -> dict[str, Any]:
 
 def _labels(case: Case, model: nn.Module, ids: Tensor) -> Tensor:
     if case.mapping == "masked":
-        other = ids[torch.randperm(BATCH)].roll(5, 1)  # a model with tied embeddings knows its own input by heart
+        # a model with tied embeddings knows its own input by heart
+        other = ids[torch.randperm(BATCH)].roll(5, 1)
         return other.masked_fill(torch.rand(ids.shape) >= 0.3, -100)
     labels = ids.masked_fill(torch.arange(LENGTH) < 3, -100)
-    encoder_decoder = case.mapping == "seq2seq" and getattr(model.config, "is_encoder_decoder", False)
+    encoder_decoder = case.mapping == "seq2seq" and getattr(
+        model.config, "is_encoder_decoder", False
+    )
     return labels[:, :20].contiguous() if encoder_decoder else labels
 
 
 def takes_any(model: nn.Module) -> bool:
     """Whether forward has **kwargs: Trainer then passes num_items_in_batch."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    return any(
+        p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()
+    )

@@ -1,9 +1,10 @@
 """Stock against fused: one class, its loss and the gradients of all its parameters.
 
-Both runs draw the same random numbers and share every operation below the head, so that they may differ by the rounding
-of the head and the loss alone. How much that is, the stock model itself says: it is run once more with its logits, and
-the gradient that comes back through them, off by one rounding (`Nudge`). In bf16 autocast the truth is stock fp32, and
-stock bf16 says how far from it one may be.
+Both runs draw the same random numbers and share every operation below the head, so that they may
+differ by the rounding of the head and the loss alone. How much that is, the stock model itself
+says: it is run once more with its logits, and the gradient that comes back through them, off by one
+rounding (`Nudge`). In bf16 autocast the truth is stock fp32, and stock bf16 says how far from it
+one may be.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Run:
 
 
 def errors(truth: Run, other: Run) -> dict[str, float]:
-    """Relative distance of the loss and of each gradient, by norm; a gradient that is next to nothing beside the
-    largest counts as a thousandth of it."""
+    """Relative distance of the loss and of each gradient, by norm; a gradient that is next to
+    nothing beside the largest counts as a thousandth of it."""
     norms = {name: float(gradient.double().norm()) for name, gradient in truth.gradients.items()}
     least = 1e-3 * max(norms.values(), default=0.0) + 1e-30
     result = {"loss": float((truth.loss - other.loss).abs() / (truth.loss.abs() + 1e-30))}
@@ -79,7 +80,8 @@ def errors(truth: Run, other: Run) -> dict[str, float]:
 
 
 class Nudge:
-    """While open, the heads' outputs, and the gradients through them, are off by up to one rounding of each row."""
+    """While open, the heads' outputs, and the gradients through them, are off by up to one rounding
+    of each row."""
 
     def __init__(self, model: nn.Module) -> None:
         self.heads = find_heads(model)
@@ -94,7 +96,9 @@ class Nudge:
 
     def _rounded(self, rows: Tensor) -> Tensor:
         noise = 2 * torch.rand(rows.shape, generator=self.generator) - 1
-        return rows + noise * torch.finfo(rows.dtype).eps * rows.detach().abs().amax(-1, keepdim=True)
+        return rows + noise * torch.finfo(rows.dtype).eps * rows.detach().abs().amax(
+            -1, keepdim=True
+        )
 
     def _forward(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         output = self._rounded(output)
@@ -108,7 +112,8 @@ def worst(found: dict[str, float]) -> tuple[str, float]:
 
 
 def examine(case: Case) -> Outcome:
-    """Builds the class and compares; a class that cannot be built, or that stock cannot train, is not run."""
+    """Builds the class and compares; a class that cannot be built, or that stock cannot train, is
+    not run."""
     with time_limit():
         try:
             model = build(case)
@@ -120,7 +125,9 @@ def examine(case: Case) -> Outcome:
             return Outcome(NOT_RUN, f"the loss of stock is {float(stock.loss)}")
         name, difference = worst(errors(stock, again))
         if difference > 0:
-            return Outcome(NONDETERMINISTIC, f"two runs of stock differ by {difference:.0e} ({name})")
+            return Outcome(
+                NONDETERMINISTIC, f"two runs of stock differ by {difference:.0e} ({name})"
+            )
         try:
             return compare(model, inputs, stock)
         except Exception as error:
@@ -131,7 +138,11 @@ def compare(model: nn.Module, inputs: dict[str, Any], stock: Run) -> Outcome:
     """The outcome of a model that stock trains."""
     outcome = _compare_fp32(model, inputs, stock)
     counted = {**inputs, "num_items_in_batch": torch.tensor(123)}
-    if outcome.kind != WRONG and takes_any(model) and (stock_counted := _run_if_it_can(model, counted)) is not None:
+    if (
+        outcome.kind != WRONG
+        and takes_any(model)
+        and (stock_counted := _run_if_it_can(model, counted)) is not None
+    ):
         other = _compare_fp32(model, counted, stock_counted)
         outcome = max(outcome, other, key=lambda found: KINDS.index(found.kind))
     return outcome if outcome.kind == WRONG else _compare_bf16(model, inputs, stock, outcome)
@@ -153,7 +164,10 @@ def _compare_fp32(model: nn.Module, inputs: dict[str, Any], stock: Run) -> Outco
         kind, why = _what_became(report)
         name, error = worst(errors(stock, fused))
         if error > NUDGES * nudged + FLOOR[torch.float32]:
-            kind, why = WRONG, f"fp32: {name} is off by {error:.1e}, one rounding of the logits by {nudged:.1e}"
+            kind, why = (
+                WRONG,
+                f"fp32: {name} is off by {error:.1e}, one rounding of the logits by {nudged:.1e}",
+            )
         elif isinstance(stock.logits, Tensor) and not _same_logits(stock.logits, fused.logits):
             kind, why = WRONG, "outputs.logits read other values"
     return Outcome(kind, why, fp32=error, fp32_nudged=nudged)
@@ -170,16 +184,23 @@ def _what_became(report: Report) -> tuple[str, str]:
 def _same_logits(stock: Tensor, fused: Tensor) -> bool:
     with torch.no_grad():
         return torch.allclose(
-            stock.detach(), fused.detach() + 0, rtol=1e-5, atol=1e-5 * float(stock.detach().abs().max())
+            stock.detach(),
+            fused.detach() + 0,
+            rtol=1e-5,
+            atol=1e-5 * float(stock.detach().abs().max()),
         )
 
 
-def _compare_bf16(model: nn.Module, inputs: dict[str, Any], truth: Run, outcome: Outcome) -> Outcome:
+def _compare_bf16(
+    model: nn.Module, inputs: dict[str, Any], truth: Run, outcome: Outcome
+) -> Outcome:
     with torch.autocast("cpu", torch.bfloat16):
         try:
             stock = errors(truth, run(model, inputs))
         except Exception as error:
-            outcome.why = "; ".join(filter(None, (outcome.why, f"stock fails in bf16 autocast: {_reason(error)}")))
+            outcome.why = "; ".join(
+                filter(None, (outcome.why, f"stock fails in bf16 autocast: {_reason(error)}"))
+            )
             return outcome
         with fastft.fused_loss(model) as report:
             fused = errors(truth, run(model, inputs))
@@ -190,7 +211,10 @@ def _compare_bf16(model: nn.Module, inputs: dict[str, Any], truth: Run, outcome:
     for name, error in fused.items():
         allowed = 2 * max(stock.get(name, 0.0), typical) + FLOOR[torch.bfloat16]
         if error > allowed:
-            outcome.kind, outcome.why = WRONG, f"bf16: {name} is off by {error:.1e}, allowed {allowed:.1e}"
+            outcome.kind, outcome.why = (
+                WRONG,
+                f"bf16: {name} is off by {error:.1e}, allowed {allowed:.1e}",
+            )
     outcome.bf16, outcome.bf16_stock = worst(fused)[1], worst(stock)[1]
     return outcome
 

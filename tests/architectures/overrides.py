@@ -1,4 +1,5 @@
-"""What the shrinker cannot guess, as data: model type -> values of its config, nested as configs nest.
+"""What the shrinker cannot guess, as data: model type -> values of its config, nested as configs
+nest.
 
 A key (mapping, model type) is for one mapping alone.
 """
@@ -35,9 +36,12 @@ _REFORMER = {
     "lsh_attention_probs_dropout_prob": 0.0,
     "local_attention_probs_dropout_prob": 0.0,
 }
-_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_MROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+}
 _MROPE_TEXT = {"text_config": _MROPE}
-_FULL_ATTENTION = {"attention_type": "original_full"}  # what it changes to in its first pass over so short a text
+# what it changes to in its first pass over so short a text
+_FULL_ATTENTION = {"attention_type": "original_full"}
 _QUERIES = {"num_query_tokens": 4, "image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN}
 _VIBEVOICE = {"num_filters": 2, "depths": [1] * 7, "hidden_size": 16}
 _ZAMBA = {"attention_head_dim": 32, "attention_hidden_size": 128}
@@ -51,7 +55,10 @@ _INDEXER = {
 _BLT = {"hidden_size_global": 64, "sliding_window": 64}
 
 OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "youtu"), _MLA),
+    **dict.fromkeys(
+        ("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "youtu"),
+        _MLA,
+    ),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glmga", "glm_ocr"), _MROPE_TEXT),
     **dict.fromkeys(("big_bird", "bigbird_pegasus"), _FULL_ATTENTION),
     **dict.fromkeys(("blip-2", "instructblip"), _QUERIES),
@@ -63,12 +70,19 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
         "encoder_config": _BLT,
         "decoder_config": _BLT,
     },
-    "chameleon": {"vocabulary_map": {"<image>": 94}, "vq_config": {"base_channels": 32, "resolution": 32}},
+    "chameleon": {
+        "vocabulary_map": {"<image>": 94},
+        "vq_config": {"base_channels": 32, "resolution": 32},
+    },
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _MROPE["rope_parameters"]}},
-    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _MROPE["rope_parameters"]}}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": _MROPE["rope_parameters"]}}
+    },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
     "deepseek_v2": {**_MLA, "topk_method": "greedy", "num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 4,
@@ -111,7 +125,11 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     "gemma4_text": _NO_LAYER_LISTS,
     "gemma4_unified": {"text_config": _NO_LAYER_LISTS},
     "gemma4_unified_text": _NO_LAYER_LISTS,
-    "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}}},
+    "glm4v_moe": {
+        "text_config": {
+            "rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}
+        }
+    },
     "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0}},
     "gpt_neo": {
         "window_size": 16,
@@ -132,7 +150,10 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     "janus": {"vq_config": {"base_channels": 32, "num_embeddings": 64}},
     "kimi_k25": {"text_config": _MLA},
     "kosmos-2": {"latent_query_num": 4, "text_config": {"layers": 2}},
-    "laguna": {"num_attention_heads_per_layer": [4, 4], "layer_types": ["full_attention", "full_attention"]},
+    "laguna": {
+        "num_attention_heads_per_layer": [4, 4],
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "luke": {"entity_vocab_size": 50, "entity_emb_size": 16},
@@ -145,11 +166,18 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
         "text_config": {"layers_block_type": ["linear_attention", "full_attention"]},
     },
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
-    "nemotron_h_omni": {"text_config": {"layers_block_type": ["linear_attention", "full_attention"]}},
+    "nemotron_h_omni": {
+        "text_config": {"layers_block_type": ["linear_attention", "full_attention"]}
+    },
     "neomme": {"layer_types": ["full_attention", "full_attention"]},
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "paddleocr_vl": {"text_config": _MROPE},
-    "perceiver": {"max_position_embeddings": 32, "num_latents": 16, "d_latents": 64, "num_self_attends_per_block": 2},
+    "perceiver": {
+        "max_position_embeddings": 32,
+        "num_latents": 16,
+        "d_latents": 64,
+        "num_self_attends_per_block": 2,
+    },
     "qwen2_5_omni_thinker": {**_MROPE_TEXT, "vision_start_token_id": 93},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 93},
     "qwen4_exp": {"text_config": _INDEXER},

@@ -1,7 +1,9 @@
-"""Packed against alone: one model, its outputs for each token and the gradients of all its parameters.
+"""Packed against alone: one model, its outputs for each token and the gradients of all its
+parameters.
 
-The oracle is the model itself, as transformers has it, fed with one sequence after another. The loss is the sum of all
-outputs times fixed random numbers, so that its gradient is the sum of the sequences' gradients.
+The oracle is the model itself, as transformers has it, fed with one sequence after another. The
+loss is the sum of all outputs times fixed random numbers, so that its gradient is the sum of the
+sequences' gradients.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ from architectures.shrink import IMAGE_TOKEN, VOCABULARY
 from fastft.attention.block_mask import attention_configs
 
 EXACT, LEAK, OFF, RAISES = "exact", "LEAK", "off", "raises"  # what becomes of a packed batch
-STOCK, OURS, MASK, REFUSED = "stock", "fastft", "block mask", "refused"  # what keeps a model's sequences apart
-LENGTHS, TARGETS = (23, 17, 37), (11, 19, 7)  # longer than the windows and chunks of shrunken models: 16
-TOLERANCE = 2e-4  # of fp32, relative to the root mean square of outputs or to the norm of a gradient
+# what keeps a model's sequences apart
+STOCK, OURS, MASK, REFUSED = "stock", "fastft", "block mask", "refused"
+# longer than the windows and chunks of shrunken models: 16
+LENGTHS, TARGETS = (23, 17, 37), (11, 19, 7)
+# of fp32, relative to the root mean square of outputs or to the norm of a gradient
+TOLERANCE = 2e-4
 
 
 @dataclass
@@ -41,8 +46,13 @@ class Sequences:
     def __init__(self, model: nn.Module, start: int = 0) -> None:
         self.model, self.start = model, start
         self.crossed = bool(getattr(model.config, "is_encoder_decoder", False))
-        sizes = [getattr(part, "vocab_size", None) for part in (model.config, model.config.get_text_config())]
-        self.most = min(size for size in (*sizes, VOCABULARY) if size) - (VOCABULARY - IMAGE_TOKEN) - 6
+        sizes = [
+            getattr(part, "vocab_size", None)
+            for part in (model.config, model.config.get_text_config())
+        ]
+        self.most = (
+            min(size for size in (*sizes, VOCABULARY) if size) - (VOCABULARY - IMAGE_TOKEN) - 6
+        )
         self.tokens, self.targets = self._random(LENGTHS, 0), self._random(TARGETS, 1)
         self.other = self._random(LENGTHS, 2)[0]
         self.alone = self._run(self._each())
@@ -53,28 +63,42 @@ class Sequences:
 
     def _each(self) -> Iterator[dict[str, Any]]:
         for tokens, targets in zip(self.tokens, self.targets, strict=True):
-            yield {"input_ids": tokens[None], **({"decoder_input_ids": targets[None]} if self.crossed else {})}
+            yield {
+                "input_ids": tokens[None],
+                **({"decoder_input_ids": targets[None]} if self.crossed else {}),
+            }
 
     def _run(self, batches: Any) -> Run:
         """The batches one after another; the output features of all their tokens, in order."""
         outputs = torch.cat([self._outputs(batch).flatten(0, 1) for batch in batches])
         generator = torch.Generator().manual_seed(4)
-        weights = torch.randn((sum(TARGETS if self.crossed else LENGTHS), outputs.shape[1]), generator=generator)
+        weights = torch.randn(
+            (sum(TARGETS if self.crossed else LENGTHS), outputs.shape[1]), generator=generator
+        )
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         loss = (outputs * weights.repeat(len(outputs) // len(weights), 1)).sum()
         found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        return Run(outputs.detach(), {n: g for n, g in zip(named, found, strict=True) if g is not None})
+        return Run(
+            outputs.detach(), {n: g for n, g in zip(named, found, strict=True) if g is not None}
+        )
 
     def _outputs(self, batch: dict[str, Any]) -> Tensor:
         output = self.model(**batch)
         value = output["logits"] if isinstance(output, dict) else output[0]
-        return value if value.ndim == 3 else value.view(batch["input_ids"].shape[0], -1, value.shape[-1])
+        return (
+            value
+            if value.ndim == 3
+            else value.view(batch["input_ids"].shape[0], -1, value.shape[-1])
+        )
 
     def packed(self, first: Tensor | None = None) -> dict[str, Any]:
-        """The batch of `fastft.PackingCollator`, without labels; `first` instead of the first sequence."""
+        """The batch of `fastft.PackingCollator`, without labels; `first` instead of the first
+        sequence."""
         tokens = [self.tokens[0] if first is None else first, *self.tokens[1:]]
         collate = fastft.PackingCollator(position_ids_start=self.start)
-        batch, targets = (collate([{"input_ids": ids} for ids in parts]) for parts in (tokens, self.targets))
+        batch, targets = (
+            collate([{"input_ids": ids} for ids in parts]) for parts in (tokens, self.targets)
+        )
         del batch["labels"]
         if self.crossed:
             del batch["position_ids"], batch["seq_idx"]
@@ -90,7 +114,8 @@ class Sequences:
         try:
             with torch.no_grad():
                 packed, moved = (
-                    self._outputs(change(self.packed(first))).flatten(0, 1) for first in (None, self.other)
+                    self._outputs(change(self.packed(first))).flatten(0, 1)
+                    for first in (None, self.other)
                 )
         except Exception as error:
             return RAISES, f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
@@ -104,11 +129,17 @@ class Sequences:
         if not error <= TOLERANCE:
             return OFF, f"outputs off by {error:.0e}"
         name, error = self._worst_gradient(self._run([change(self.packed())]).gradients, rows)
-        return (EXACT, "") if error <= 5 * TOLERANCE else (OFF, f"gradient of {name} off by {error:.0e}")
+        return (
+            (EXACT, "")
+            if error <= 5 * TOLERANCE
+            else (OFF, f"gradient of {name} off by {error:.0e}")
+        )
 
     def _worst_gradient(self, gradients: dict[str, Tensor], rows: int) -> tuple[str, float]:
         truth = self.alone.gradients
-        least = 1e-2 * max((float(gradient.norm()) for gradient in truth.values()), default=0.0) + 1e-30
+        least = (
+            1e-2 * max((float(gradient.norm()) for gradient in truth.values()), default=0.0) + 1e-30
+        )
         errors = {name: float("inf") for name in truth.keys() ^ gradients.keys()}
         for name in truth.keys() & gradients.keys():
             difference = float((gradients[name] / rows - truth[name]).norm())
@@ -119,7 +150,9 @@ class Sequences:
 def accepted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """What the model's forward takes of the batch."""
     names = inspect.signature(model.forward).parameters
-    return batch if takes_any(model) else {key: value for key, value in batch.items() if key in names}
+    return (
+        batch if takes_any(model) else {key: value for key, value in batch.items() if key in names}
+    )
 
 
 def positions_alone(batch: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +173,11 @@ def two_rows(batch: dict[str, Any]) -> dict[str, Any]:
     rows = ("input_ids", "decoder_input_ids", "position_ids", "seq_idx")
     boundaries = ("cu_seq_lens_q", "cu_seq_lens_k", "decoder_cu_seq_lens")
     twice = {key: torch.cat([batch[key]] * 2) for key in rows if key in batch}
-    longer = {key: torch.cat([batch[key], batch[key][1:] + batch[key][-1]]) for key in boundaries if key in batch}
+    longer = {
+        key: torch.cat([batch[key], batch[key][1:] + batch[key][-1]])
+        for key in boundaries
+        if key in batch
+    }
     return {**batch, **twice, **longer}
 
 
@@ -148,7 +185,9 @@ def train_begin(model: nn.Module, start: int) -> fastft.PackingCallback:
     """The callback after what Trainer does with it."""
     callback = fastft.PackingCallback()
     loader = SimpleNamespace(collate_fn=fastft.PackingCollator(position_ids_start=start))
-    callback.on_train_begin(SimpleNamespace(n_gpu=1), None, None, model=model, train_dataloader=loader)
+    callback.on_train_begin(
+        SimpleNamespace(n_gpu=1), None, None, model=model, train_dataloader=loader
+    )
     return callback
 
 
@@ -162,13 +201,16 @@ BATCHES = {
 
 
 def examine(case: Case, start: int | None = None, whole: bool = True) -> dict[str, dict[str, str]]:
-    """For each attention implementation that the model takes: what becomes of each of BATCHES as transformers runs it,
-    what `check_packing` says, and the outcome in Trainer. `start` None: what `check_packing` proposes. Not `whole`: the
-    batch of all keys alone, with the model's default implementation and with ours."""
+    """For each attention implementation that the model takes: what becomes of each of BATCHES as
+    transformers runs it, what `check_packing` says, and the outcome in Trainer. `start` None: what
+    `check_packing` proposes. Not `whole`: the batch of all keys alone, with the model's default
+    implementation and with ours."""
     model: Any = build(case).eval()
     start = _first_position(model) if start is None else start
     sequences, rows = Sequences(model, start), {}
-    for implementation in ("eager", "sdpa", "fastft") if whole else (model.config._attn_implementation, "fastft"):
+    for implementation in (
+        ("eager", "sdpa", "fastft") if whole else (model.config._attn_implementation, "fastft")
+    ):
         if not _takes(model, implementation):
             continue
         fits = ("all keys", "two rows") if sequences.crossed else tuple(BATCHES)
@@ -183,7 +225,11 @@ def examine(case: Case, start: int | None = None, whole: bool = True) -> dict[st
         except fastft.PackingLeakError as leak:
             row["check_packing"] = "raises"
             row["why"] = str(leak).partition(": ")[2]
-        assert row["all keys"] == EXACT or row["check_packing"] == "raises", ("a silent leak", implementation, row)
+        assert row["all keys"] == EXACT or row["check_packing"] == "raises", (
+            "a silent leak",
+            implementation,
+            row,
+        )
         rows[implementation] = {**row, "in Trainer": _in_trainer(model, sequences, start)}
     return rows
 
@@ -199,7 +245,8 @@ def best(rows: dict[str, dict[str, str]]) -> str:
 
 
 def _takes(model: Any, implementation: str) -> bool:
-    """Whether the model has this attention implementation, which it then has, in an encoder's own config too."""
+    """Whether the model has this attention implementation, which it then has, in an encoder's own
+    config too."""
     try:
         model.set_attn_implementation(implementation)
     except ValueError:

@@ -1,4 +1,5 @@
-"""benchmarks/results/packing.md: a pytest plugin that gathers what the packing matrix found, and writes it."""
+"""benchmarks/results/packing.md: a pytest plugin that gathers what the packing matrix found, and
+writes it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,18 @@ import pytest
 import torch
 import transformers
 
-from architectures.packing import BATCHES, EXACT, LEAK, MASK, OFF, OURS, RAISES, REFUSED, STOCK, best
+from architectures.packing import (
+    BATCHES,
+    EXACT,
+    LEAK,
+    MASK,
+    OFF,
+    OURS,
+    RAISES,
+    REFUSED,
+    STOCK,
+    best,
+)
 from architectures.packing_models import PACKED, UNPACKED
 
 _COLUMNS = (*BATCHES, "check_packing", "in Trainer")
@@ -55,12 +67,15 @@ class PackingTable:
 
 
 def written(found: dict[str, dict[str, dict[str, str]]], swept: set[str]) -> str:
-    """The page: the survey's models by attention implementation, then the others by what is best for each."""
+    """The page: the survey's models by attention implementation, then the others by what is best
+    for each."""
     lines = [
         *_HEAD.split("\n"),
         "",
-        f"`make sweep`, or `pytest tests/test_packing_matrix.py --packing-matrix FILE` for the first table alone:"
-        f" transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a CPU, without"
+        f"`make sweep`, or `pytest tests/test_packing_matrix.py --packing-matrix FILE` for the "
+        f"first table alone:"
+        f" transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a "
+        f"CPU, without"
         " causal-conv1d, mamba-ssm and flash-linear-attention.",
         "",
         "| best | classes | meaning |",
@@ -68,7 +83,11 @@ def written(found: dict[str, dict[str, dict[str, str]]], swept: set[str]) -> str
     ]
     kinds = [best(rows) for rows in found.values()]
     lines += [f"| {kind} | {kinds.count(kind)} | {meaning} |" for kind, meaning in _MEANING.items()]
-    lines += ["", f"| class | attention | {' | '.join(_COLUMNS)} |", "|---|---|" + "---|" * len(_COLUMNS)]
+    lines += [
+        "",
+        f"| class | attention | {' | '.join(_COLUMNS)} |",
+        "|---|---|" + "---|" * len(_COLUMNS),
+    ]
     for case in (str(case) for case in (*PACKED, *UNPACKED) if str(case) in found):
         for implementation, row in found[case].items():
             cells = (_cell(row.get(column, "")) for column in _COLUMNS)
@@ -83,10 +102,14 @@ def written(found: dict[str, dict[str, dict[str, str]]], swept: set[str]) -> str
         lines += ["|---|---|---|---|---|"]
     for case in sorted(swept):
         rows = found[case]
-        stock = ", ".join(f"{name} {_cell(row['all keys'])}" for name, row in rows.items() if name != "fastft")
+        stock = ", ".join(
+            f"{name} {_cell(row['all keys'])}" for name, row in rows.items() if name != "fastft"
+        )
         why = next(iter(rows.values())).get("why", "") if best(rows) == REFUSED else ""
         why = why.partition(". ")[0].replace("|", "\\|")
-        lines.append(f"| {case.partition('-')[0]} | {case.split('-')[-1]} | {best(rows)} | {stock} | {why} |")
+        lines.append(
+            f"| {case.partition('-')[0]} | {case.split('-')[-1]} | {best(rows)} | {stock} | {why} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,5 @@
-"""The table of `make sweep`: a pytest plugin that gathers the outcomes of all workers and writes them."""
+"""The table of `make sweep`: a pytest plugin that gathers the outcomes of all workers and writes
+them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,16 @@ import torch
 import transformers
 
 from architectures.models import MAPPINGS, Case, all_cases
-from architectures.outcome import FUSED, INERT, KINDS, MATERIALISED, NONDETERMINISTIC, NOT_RUN, WRONG, Outcome
+from architectures.outcome import (
+    FUSED,
+    INERT,
+    KINDS,
+    MATERIALISED,
+    NONDETERMINISTIC,
+    NOT_RUN,
+    WRONG,
+    Outcome,
+)
 
 _MEANING = {
     FUSED: "loss and all gradients are those of stock, and no logits were made",
@@ -35,7 +45,9 @@ class Table:
 
     def pytest_sessionfinish(self) -> None:
         died = Outcome(NOT_RUN, "its process died")
-        self.path.write_text(written([(case, self.outcomes.get(str(case), died)) for case in all_cases()]))
+        self.path.write_text(
+            written([(case, self.outcomes.get(str(case), died)) for case in all_cases()])
+        )
 
 
 def written(rows: list[tuple[Case, Outcome]]) -> str:
@@ -44,11 +56,15 @@ def written(rows: list[tuple[Case, Outcome]]) -> str:
     lines = [
         "# The fused loss on every architecture",
         "",
-        f"`make sweep`: transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a CPU.",
+        f"`make sweep`: transformers {transformers.__version__}, torch "
+        f"{torch.__version__.split('+')[0]}, on a CPU.",
         "",
-        "Every class that transformers lists for causal and masked language models, sequence to sequence and",
-        "image-text to text (with text alone where the model allows it), with a shrunken random config: loss and all",
-        "gradients under `fastft.fused_loss(model)` against stock, in fp32 (with `num_items_in_batch` as well) and in",
+        "Every class that transformers lists for causal and masked language models, sequence to "
+        "sequence and",
+        "image-text to text (with text alone where the model allows it), with a shrunken random "
+        "config: loss and all",
+        "gradients under `fastft.fused_loss(model)` against stock, in fp32 (with "
+        "`num_items_in_batch` as well) and in",
         "bf16 autocast. Logit scales and softcaps have non-trivial values.",
         "",
         f"{classes} distinct classes are exact and fused.",
@@ -59,19 +75,30 @@ def written(rows: list[tuple[Case, Outcome]]) -> str:
     for kind in KINDS:
         found = [case.mapping for case, outcome in rows if outcome.kind == kind]
         counts = [found.count(mapping) for mapping in MAPPINGS]
-        lines.append(f"| {kind} | {' | '.join(map(str, counts))} | **{len(found)}** | {_MEANING[kind]} |")
+        lines.append(
+            f"| {kind} | {' | '.join(map(str, counts))} | **{len(found)}** | {_MEANING[kind]} |"
+        )
     lines += [
         "",
-        "Errors are relative, the largest of the loss and of all gradients. fp32: fused against stock and, in",
-        "brackets, what one more rounding of the logits does to stock. bf16: fused against stock fp32 and, in",
+        "Errors are relative, the largest of the loss and of all gradients. fp32: fused against "
+        "stock and, in",
+        "brackets, what one more rounding of the logits does to stock. bf16: fused against stock "
+        "fp32 and, in",
         "brackets, stock bf16 against stock fp32.",
         "",
     ]
     others = [row for row in rows if row[1].kind != FUSED]
-    lines += ["## Not fused, and why", "", "| mapping | model type | class | outcome | why |", "|---|---|---|---|---|"]
+    lines += [
+        "## Not fused, and why",
+        "",
+        "| mapping | model type | class | outcome | why |",
+        "|---|---|---|---|---|",
+    ]
     for case, outcome in sorted(others, key=lambda row: (-KINDS.index(row[1].kind), row[0])):
         why = outcome.why.replace("|", "\\|")
-        lines.append(f"| {case.mapping} | {case.model_type} | {case.class_name} | {outcome.kind} | {why} |")
+        lines.append(
+            f"| {case.mapping} | {case.model_type} | {case.class_name} | {outcome.kind} | {why} |"
+        )
     lines += [
         "",
         f"## {FUSED.capitalize()}",
@@ -87,6 +114,7 @@ def written(rows: list[tuple[Case, Outcome]]) -> str:
             )
             bf16 = bf16 if outcome.bf16 else "not run"
             lines.append(
-                f"| {case.mapping} | {case.model_type} | {case.class_name} | {fp32} | {bf16} | {outcome.why} |"
+                f"| {case.mapping} | {case.model_type} | {case.class_name} | {fp32} | {bf16} | "
+                f"{outcome.why} |"
             )
     return "\n".join(lines) + "\n"

@@ -1,1 +1,2 @@
-"""What several test files need: problems with their oracles, and machines that run or read GPU code without a GPU."""
+"""What several test files need: problems with their oracles, and machines that run or read GPU code
+without a GPU."""

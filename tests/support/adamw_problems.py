@@ -30,9 +30,9 @@ SIZES = (1, 3, 63, 507, 4097, 0, *[5] * 11, 1040)
 
 
 class Training:
-    """An optimizer over two groups, the second with amsgrad where that may be, on the CPU's random numbers whatever the
-    device. With 8-bit moments, which are for rows and long vectors, a parameter has four rows, or three, or one, or
-    stays a vector if it is long.
+    """An optimizer over two groups, the second with amsgrad where that may be, on the CPU's random
+    numbers whatever the device. With 8-bit moments, which are for rows and long vectors, a
+    parameter has four rows, or three, or one, or stays a vector if it is long.
 
     `offset`: every tensor begins so many elements after a multiple of 16 bytes.
     """
@@ -58,13 +58,17 @@ class Training:
         ]
         groups[1]["amsgrad"] = mode.moments != "8bit"
         kept = {"rounding": mode.rounding} if mode.dtype == torch.bfloat16 else {}
-        self.optimizer = fastft.AdamW(groups, impl=impl, seed=2**40 + 5, moments=mode.moments, **kept, **options)
+        self.optimizer = fastft.AdamW(
+            groups, impl=impl, seed=2**40 + 5, moments=mode.moments, **kept, **options
+        )
 
     def random(self, size: int) -> Tensor:
         scale = 10 ** (torch.rand(size, generator=self.generator) * 6 - 4)
         values = (torch.randn(size, generator=self.generator) * scale).to(self.mode.dtype)
         rows = next(rows for rows in (4, 3, 1) if size % rows == 0)
-        vector = self.mode.moments != "8bit" or size == 0 or (rows == 1 and size >= moments_8bit.LONG)
+        vector = (
+            self.mode.moments != "8bit" or size == 0 or (rows == 1 and size >= moments_8bit.LONG)
+        )
         return values if vector else values.view(rows, -1)
 
     def step(self, steps: int = 1) -> Training:
@@ -77,21 +81,28 @@ class Training:
 
     def values(self) -> list[Tensor]:
         """Parameters and states, on the CPU."""
-        states = [entry for param in self.params for _, entry in sorted(self.optimizer.state[param].items())]
+        states = [
+            entry
+            for param in self.params
+            for _, entry in sorted(self.optimizer.state[param].items())
+        ]
         return [tensor.detach().cpu().clone() for tensor in (*self.params, *states)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = np.zeros(shape, np.uint8 if dtype.itemsize == 1 else np.int16)  # torch.zeros writes them
+    # torch.zeros writes them
+    pages = np.zeros(shape, np.uint8 if dtype.itemsize == 1 else np.int16)
     return torch.from_numpy(pages).view(dtype)
 
 
 class Past(NamedTuple):
-    """An update of a tensor with more than 2^31 elements, zeros but for the last, and of these alone.
+    """An update of a tensor with more than 2^31 elements, zeros but for the last, and of these
+    alone.
 
-    Both are arguments of `adamw_`; nobody has written most pages of the large one, which take no memory on a CPU.
+    Both are arguments of `adamw_`; nobody has written most pages of the large one, which take no
+    memory on a CPU.
     """
 
     whole: tuple[Any, ...]
@@ -99,12 +110,18 @@ class Past(NamedTuple):
 
     def assert_same_ends(self) -> None:
         for tensors, others in zip(self.whole[:6], self.end[:6], strict=True):
-            ends = [[tensor.reshape(-1)[-other.numel() :].cpu() for tensor, other in zip(tensors, others, strict=True)]]
+            ends = [
+                [
+                    tensor.reshape(-1)[-other.numel() :].cpu()
+                    for tensor, other in zip(tensors, others, strict=True)
+                ]
+            ]
             assert_same_bits(*ends, [other.reshape(-1) for other in others])
 
 
 def past_two_to_the_31(coded: bool, device: str = "cpu") -> Past:
-    """Of a bf16 parameter, rounded stochastically, with 8-bit moments if `coded` and bf16 moments else."""
+    """Of a bf16 parameter, rounded stochastically, with 8-bit moments if `coded` and bf16 moments
+    else."""
     elements = 128 if coded else 70
     shape, small = ((2**24 + 1, 128), (1, 128)) if coded else ((2**31 + 70,), (70,))
     moments = [torch.int8, torch.uint8] if coded else [torch.bfloat16, torch.bfloat16]
@@ -135,7 +152,9 @@ def past_two_to_the_31(coded: bool, device: str = "cpu") -> Past:
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert len(actual) == len(expected)
     for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (ours, theirs)))
+        assert ours.dtype == theirs.dtype and torch.equal(
+            *(t.reshape(-1).view(torch.uint8) for t in (ours, theirs))
+        )
 
 
 def _shifted(tensor: Tensor, offset: int) -> Tensor:

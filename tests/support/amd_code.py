@@ -7,13 +7,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-# what no AMD chip has, though the compiler might hand it on: PTX inline, NVIDIA's intrinsics and its mathematics
+# what no AMD chip has, though the compiler might hand it on: PTX inline, NVIDIA's intrinsics and
+# its mathematics
 _OF_CUDA = re.compile(r"llvm\.nvvm|__nv_\w+|inline_asm|\basm sideeffect|libdevice")
 
 
 @dataclass
 class AmdCode:
-    """Facts about a kernel: threads of a wave, spilled registers, bytes of scratch memory, its instructions."""
+    """Facts about a kernel: threads of a wave, spilled registers, bytes of scratch memory, its
+    instructions."""
 
     wave: int
     vector_spills: int
@@ -26,7 +28,10 @@ class AmdCode:
         """The widths in bits of its "load"s or "store"s."""
         sizes = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16}
         sizes |= {f"dword{n}": 32 * int(n[1:] or 1) for n in ("", "x2", "x3", "x4")}
-        found = (re.match(rf"(?:buffer|global)_{kind}_(\w+?)(?:_d16\w*)?$", name) for name in self.instructions)
+        found = (
+            re.match(rf"(?:buffer|global)_{kind}_(\w+?)(?:_d16\w*)?$", name)
+            for name in self.instructions
+        )
         return {sizes[match[1]] for match in found if match}
 
 

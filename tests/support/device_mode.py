@@ -1,25 +1,31 @@
-"""CPU tensors that behave as a GPU's where torch differs, so that what a GPU would do wrong shows without one.
+"""CPU tensors that behave as a GPU's where torch differs, so that what a GPU would do wrong shows
+without one.
 
     with DeviceMode() as mode:
         loss = fastft.linear_cross_entropy(x, head, y)      # x.device is cuda:0, says torch
         loss.backward()
     assert mode.waits == []
 
-Inside, tensors are a device's: those that were made outside, those made with `device=mode.device`, and what operations
-make of them. Those made without a `device` are the host's, as they are in a script, and so are those given to
-`mode.host(tensor)`. The numbers stay in the CPU's memory; what differs is this.
+Inside, tensors are a device's: those that were made outside, those made with `device=mode.device`,
+and what operations make of them. Those made without a `device` are the host's, as they are in a
+script, and so are those given to `mode.host(tensor)`. The numbers stay in the CPU's memory; what
+differs is this.
 
-* `tensor.device`, `is_cuda` and `is_cpu` say "cuda": the branches of the code that no CPU takes are taken.
-* In a pointwise operation a device's floating-point tensor without dimensions is rounded to the dtype of the tensors
-  that have some. torch's CUDA kernels do so; only the host's scalars, and Python's numbers, are read in fp32 there.
-* What a host waits for is written down in `waits`: copies from the host to the device (but from pinned memory, with
-  `non_blocking`), copies back, `item`, `tolist`, `bool`, `nonzero`, boolean indexing, ...
-* Operands of host and device together raise, as they do in torch; but not a host's scalar in a pointwise operation.
+* `tensor.device`, `is_cuda` and `is_cpu` say "cuda": the branches of the code that no CPU takes are
+  taken.
+* In a pointwise operation a device's floating-point tensor without dimensions is rounded to the
+  dtype of the tensors that have some. torch's CUDA kernels do so; only the host's scalars, and
+  Python's numbers, are read in fp32 there.
+* What a host waits for is written down in `waits`: copies from the host to the device (but from
+  pinned memory, with `non_blocking`), copies back, `item`, `tolist`, `bool`, `nonzero`, boolean
+  indexing, ...
+* Operands of host and device together raise, as they do in torch; but not a host's scalar in a
+  pointwise operation.
 * `mm` and `addmm` know `out_dtype`. `autocast` works.
 
-fastft's operators that are made of others are looked into; engines that are one kernel are run as they are (the
-reference in place of one that only a GPU has). Inside Python functions of torch itself the device is the CPU, but
-roundings and waits are seen.
+fastft's operators that are made of others are looked into; engines that are one kernel are run as
+they are (the reference in place of one that only a GPU has). Inside Python functions of torch
+itself the device is the CPU, but roundings and waits are seen.
 """
 
 from __future__ import annotations
@@ -63,7 +69,8 @@ _READS = {torch.Tensor.tolist: "tolist", torch.Tensor.numpy: "numpy"}
 _MAKES = {  # without an argument `device`, of the host
     getattr(torch, name)
     for name in (
-        "tensor as_tensor asarray scalar_tensor empty zeros ones full arange linspace rand randn randint "
+        "tensor as_tensor asarray scalar_tensor empty zeros ones full arange linspace rand randn "
+        "randint "
         "randperm eye empty_strided"
     ).split()
 }
@@ -83,9 +90,11 @@ class Wait(NamedTuple):
 
 
 class DeviceMode:
-    """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and how often each ran.
+    """The mode, to be entered once. `waits` and `operations` are what it has seen: the places, and
+    how often each ran.
 
-    `dispatched` has every operation of torch and of fastft's engines, and whether it was on tensors of the host alone.
+    `dispatched` has every operation of torch and of fastft's engines, and whether it was on tensors
+    of the host alone.
 
     Args:
         refuse: raise AssertionError at the first wait, where it happens.
@@ -131,7 +140,8 @@ class DeviceMode:
 
     @contextlib.contextmanager
     def functions(self) -> Iterator[None]:
-        """Inside, Python sees the device, also where torch calls back (a layer that is run again in backward)."""
+        """Inside, Python sees the device, also where torch calls back (a layer that is run again in
+        backward)."""
         seen = self._functions in _get_current_function_mode_stack()
         with contextlib.nullcontext() if seen else self._functions:
             yield
@@ -158,8 +168,13 @@ class DeviceMode:
 
 @contextlib.contextmanager
 def _past_torch(mode: DeviceMode) -> Iterator[None]:
-    """What such modes do not see: what backward calls, tensors of subclasses, and those of given memory."""
-    apply, make, walk = BackwardCFunction.apply, Tensor._make_wrapper_subclass, torch.autograd._engine_run_backward
+    """What such modes do not see: what backward calls, tensors of subclasses, and those of given
+    memory."""
+    apply, make, walk = (
+        BackwardCFunction.apply,
+        Tensor._make_wrapper_subclass,
+        torch.autograd._engine_run_backward,
+    )
 
     def apply_inside(self: Any, *args: Any) -> Any:
         with mode.functions():
@@ -288,7 +303,10 @@ class _Functions(TorchFunctionMode):
             first = args[0] if args and isinstance(args[0], torch.device | str) else None
             target = kwargs.get("device", first)
         from_host, to_host = mode.is_host(tensor), target is not None and not _is_device(target)
-        given = [torch.device("cpu") if isinstance(a, torch.device | str) and _is_device(a) else a for a in args]
+        given = [
+            torch.device("cpu") if isinstance(a, torch.device | str) and _is_device(a) else a
+            for a in args
+        ]
         named = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")}
         result = tensor.to(*given, **named) if func is Tensor.to else tensor
         if target is None or from_host == to_host:
@@ -321,7 +339,11 @@ class _Dispatch(TorchDispatchMode):
         if func.namespace == "fastft":
             return self._of_fastft(func, args, kwargs)
         with torch._C.DisableTorchFunction():
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) in (Tensor, torch.nn.Parameter)]
+            tensors = [
+                leaf
+                for leaf in tree_leaves((args, kwargs))
+                if type(leaf) in (Tensor, torch.nn.Parameter)
+            ]
             of_host = [tensor for tensor in tensors if self.mode.is_host(tensor)]
             self.mode.dispatched[func, bool(tensors) and len(of_host) == len(tensors)] += 1
             self._note_waits(func, args, kwargs, tensors, of_host)
@@ -333,22 +355,29 @@ class _Dispatch(TorchDispatchMode):
             run = functools.partial(_product, self.mode.out_dtype) if func in _PRODUCTS else func
             result = run(*args, **kwargs)
             if tensors and len(of_host) == len(tensors):
-                tree_map(lambda leaf: self.mode.host(leaf) if isinstance(leaf, Tensor) else leaf, result)
+                tree_map(
+                    lambda leaf: self.mode.host(leaf) if isinstance(leaf, Tensor) else leaf, result
+                )
             return result
 
     def _of_fastft(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Looks into an operator that has no engine, or none that runs here: into its reference."""
         operator = ops.OPERATORS.get(func.overloadpacket.__name__.removesuffix("_triton"))
-        if operator is None or (operator.engines and func is operator.native):  # None: a part of an engine
+        # None: a part of an engine
+        if operator is None or (operator.engines and func is operator.native):
             self.mode.dispatched[func, False] += 1
             return func(*args, **kwargs)
         with self, self.mode.functions():
             return operator.reference(*args, **kwargs)
 
-    def _note_waits(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], of_host: list[Tensor]) -> None:
+    def _note_waits(
+        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], of_host: list[Tensor]
+    ) -> None:
         packet = func.overloadpacket
         if packet in (_aten.copy_, _aten._copy_from) and len(of_host) == 1 and len(tensors) == 2:
-            asynchronous = (kwargs.get("non_blocking") or True in args[2:3]) and self.mode.is_pinned(of_host[0])
+            asynchronous = (
+                kwargs.get("non_blocking") or True in args[2:3]
+            ) and self.mode.is_pinned(of_host[0])
             if not asynchronous:
                 self.mode.waited("copy_ between host and device")
         if len(of_host) == len(tensors):
@@ -360,22 +389,41 @@ class _Dispatch(TorchDispatchMode):
         elif packet in (_aten.index, _aten.index_put_, _aten.index_put, _aten._index_put_impl_):
             index = [part for part in args[1] if part is not None]
             masks = any(part.dtype in (torch.bool, torch.uint8) for part in index)
-            filled = packet is not _aten.index and len(index) == 1 and args[2].numel() == 1  # a masked_fill
+            # a masked_fill
+            filled = packet is not _aten.index and len(index) == 1 and args[2].numel() == 1
             if masks and not filled:
                 self.mode.waited("a mask as an index")
             if any(self.mode.is_host(part) for part in index):
                 self.mode.waited("an index of the host's")
 
-    def _refuse_mixtures(self, func: Any, args: Any, tensors: list[Tensor], of_host: list[Tensor]) -> None:
+    def _refuse_mixtures(
+        self, func: Any, args: Any, tensors: list[Tensor], of_host: list[Tensor]
+    ) -> None:
         packet = func.overloadpacket
-        indexing = packet in (_aten.index, _aten.index_put_, _aten.index_put, _aten._index_put_impl_)
+        indexing = packet in (
+            _aten.index,
+            _aten.index_put_,
+            _aten.index_put,
+            _aten._index_put_impl_,
+        )
         wide = [tensor for tensor in of_host if tensor.dim()]
-        if wide and len(of_host) < len(tensors) and not indexing and packet not in (_aten.copy_, _aten._copy_from):
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu")
+        if (
+            wide
+            and len(of_host) < len(tensors)
+            and not indexing
+            and packet not in (_aten.copy_, _aten._copy_from)
+        ):
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu"
+            )
 
     def _with_rounded_scalars(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         inputs = args, {key: value for key, value in kwargs.items() if key != "out"}
-        leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        leaves = [
+            leaf
+            for leaf in tree_leaves(inputs)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
         dtypes = [tensor.dtype for tensor in leaves if tensor.dim()]
         if not dtypes:
             return args, kwargs
@@ -383,22 +431,31 @@ class _Dispatch(TorchDispatchMode):
 
         def rounded(leaf: Any) -> Any:
             scalar = isinstance(leaf, Tensor) and leaf.dim() == 0 and leaf.is_floating_point()
-            return leaf.to(common).to(leaf.dtype) if scalar and not self.mode.is_host(leaf) else leaf
+            return (
+                leaf.to(common).to(leaf.dtype) if scalar and not self.mode.is_host(leaf) else leaf
+            )
 
         args, named = tree_map(rounded, inputs)
         return args, {**kwargs, **named}
 
 
-def _product(known: tuple[str, ...], *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """`mm` and `addmm` with an `out_dtype`, which have no kernel on a CPU; refused in torch's words if not `known`."""
+def _product(
+    known: tuple[str, ...], *args: Any, out: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """`mm` and `addmm` with an `out_dtype`, which have no kernel on a CPU; refused in torch's words
+    if not `known`."""
     *operands, out_dtype = args
     added, factors = operands[:-2], operands[-2:]
     if not added and "mm" not in known:
-        raise NotImplementedError("Could not run 'aten::mm.dtype_out' with arguments from the 'CUDA' backend")
+        raise NotImplementedError(
+            "Could not run 'aten::mm.dtype_out' with arguments from the 'CUDA' backend"
+        )
     if added and "addmm" not in known:
         raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
     narrow = {factor.dtype for factor in factors}
-    assert out_dtype == torch.float32 and narrow < {torch.bfloat16, torch.float16}, "out_dtype is for 16-bit products"
+    assert out_dtype == torch.float32 and narrow < {torch.bfloat16, torch.float16}, (
+        "out_dtype is for 16-bit products"
+    )
     assert out is None or out.dtype == out_dtype, "out must have out_dtype"
     left, right = (factor.to(out_dtype) for factor in factors)
     wide = left @ right

@@ -23,7 +23,9 @@ def _blocks(page: Path) -> Iterator[tuple[int, str]]:
         if inside and not line.startswith("```"):
             begin = begin or number
             block.append(line)
-        elif block and (line.strip() or not any(line.startswith("    ") for line in lines[number : number + 1])):
+        elif block and (
+            line.strip() or not any(line.startswith("    ") for line in lines[number : number + 1])
+        ):
             yield begin, textwrap.dedent("\n".join(block))
             block, begin = [], 0
 
@@ -42,7 +44,8 @@ def python_blocks() -> dict[str, str]:
 
 
 def commands() -> set[str]:
-    """Every command that a page tells to run: lines of blocks, and code in a sentence; without comments."""
+    """Every command that a page tells to run: lines of blocks, and code in a sentence; without
+    comments."""
     found: set[str] = set()
     for page in PAGES:
         lines = [line for _, text in _blocks(page) for line in text.splitlines()]
@@ -58,7 +61,9 @@ def limits() -> dict[str, str]:
     """The bullets under each heading "Limits", as one line of words, under "page: beginning"."""
     found = {}
     for page in PAGES:
-        for section in re.findall(r"^#+ Limits\n(.*?)(?=^#|\Z)", page.read_text(), flags=re.M | re.S):
+        for section in re.findall(
+            r"^#+ Limits\n(.*?)(?=^#|\Z)", page.read_text(), flags=re.M | re.S
+        ):
             for bullet in re.findall(r"^\* (.*?)(?=^\* |^\n|\Z)", section, flags=re.M | re.S):
                 text = " ".join(bullet.split())
                 found[f"{page.name}: {text[:60]}"] = text
@@ -66,7 +71,8 @@ def limits() -> dict[str, str]:
 
 
 def tests() -> set[str]:
-    """The name of every test function as "file::function", those of the benchmarks as "benchmarks/file::function"."""
+    """The name of every test function as "file::function", those of the benchmarks as
+    "benchmarks/file::function"."""
     return {
         f"{folder}{file.name}::{node.name}"
         for top, folder in (("tests", ""), ("benchmarks", "benchmarks/"))

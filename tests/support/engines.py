@@ -1,7 +1,8 @@
-"""Trainer under the real DeepSpeed and FSDP2, on two processes and a CPU: stock, with fastft, and resumed.
+"""Trainer under the real DeepSpeed and FSDP2, on two processes and a CPU: stock, with fastft, and
+resumed.
 
-`run(engines, folder)` starts `torchrun` on this file and returns what came of each way. accelerate turns FSDP2 into DDP
-on a CPU without a word; `real_engines` makes it take the processes for GPUs.
+`run(engines, folder)` starts `torchrun` on this file and returns what came of each way. accelerate
+turns FSDP2 into DDP on a CPU without a word; `real_engines` makes it take the processes for GPUs.
 """
 
 from __future__ import annotations
@@ -33,27 +34,44 @@ ENGINES = {
 
 
 def run(engines: list[str], folder: Path) -> dict[str, dict]:
-    """What rank 0 found under each engine, one after the other in the same processes, which cost more than the engines.
+    """What rank 0 found under each engine, one after the other in the same processes, which cost
+    more than the engines.
 
     An engine that fails has its `error` alone, and those after it are missing.
     """
     here = Path(__file__).resolve().parents[1]
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={PROCESSES}",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     # DeepSpeed compiles with the ninja beside this Python
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment |= {"ACCELERATE_TORCH_DEVICE": "cpu", "PATH": path}
     whole = [*command, __file__, str(folder), *engines]
-    done = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=1200, check=False)
-    found = {engine: torch.load(file) for engine in engines if (file := folder / f"{engine}.pt").exists()}
+    done = subprocess.run(
+        whole, env=environment, capture_output=True, text=True, timeout=1200, check=False
+    )
+    found = {
+        engine: torch.load(file) for engine in engines if (file := folder / f"{engine}.pt").exists()
+    }
     output = done.stdout[-2000:] + done.stderr[-6000:]
     missing = next((engine for engine in engines if engine not in found), None)
     return found if missing is None else {**found, missing: {"error": output}}
 
 
 def real_engines() -> None:
-    """Makes accelerate and transformers take two processes on a CPU for two GPUs that talk through gloo."""
+    """Makes accelerate and transformers take two processes on a CPU for two GPUs that talk through
+    gloo."""
     import accelerate.state as state
     import accelerate.utils.dataclasses as dataclasses
     import transformers.training_args as training_args
@@ -66,7 +84,11 @@ def real_engines() -> None:
 def deepspeed(engine: str) -> dict:
     config = {name: "auto" for name in ("train_batch_size", "train_micro_batch_size_per_gpu")}
     config |= {name: "auto" for name in ("gradient_accumulation_steps", "gradient_clipping")}
-    config |= {"zero_optimization": ENGINES[engine], "bf16": {"enabled": "bf16" in engine}, "steps_per_print": 10**9}
+    config |= {
+        "zero_optimization": ENGINES[engine],
+        "bf16": {"enabled": "bf16" in engine},
+        "steps_per_print": 10**9,
+    }
     return config | ({"zero_force_ds_cpu_optimizer": False} if "kept" in engine else {})
 
 
@@ -75,17 +97,40 @@ def arguments(engine: str, folder: Path, **changes):
 
     if engine.startswith("FSDP"):
         version = int(engine[-1])
-        config = {"version": version, "fsdp_version": version, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-        config |= {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+        config = {
+            "version": version,
+            "fsdp_version": version,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        }
+        config |= {
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "state_dict_type": "FULL_STATE_DICT",
+        }
         if version == 1:
             config |= {"sync_module_states": False, "cpu_ram_efficient_loading": False}
         how = {"fsdp": True if version == 2 else "full_shard auto_wrap", "fsdp_config": config}
     else:
         how = {"deepspeed": deepspeed(engine)}
     # such a rate and decay that L2 in the place of decoupled decay would show in the losses
-    usual = {"max_steps": STEPS, "learning_rate": 1e-2, "weight_decay": 3.0, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
-    usual |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "seed": 7}
-    usual |= {"logging_steps": 1, "save_strategy": "steps", "save_steps": SAVED, "report_to": "none"}
+    usual = {
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "weight_decay": 3.0,
+        "adam_beta2": 0.9,
+        "adam_epsilon": 1e-6,
+    }
+    usual |= {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 1.0,
+        "seed": 7,
+    }
+    usual |= {
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": SAVED,
+        "report_to": "none",
+    }
     usual |= {"disable_tqdm": True, "bf16": "bf16" in engine, "lr_scheduler_type": "constant"}
     return TrainingArguments(str(folder), **{**usual, **how, **changes})
 
@@ -102,7 +147,8 @@ def examples():
 
 
 def train(engine: str, folder: Path, resume: str | None = None, **options) -> dict:
-    """A Trainer's losses, norms, weights before and after, and the classes of its optimizer and what it wraps."""
+    """A Trainer's losses, norms, weights before and after, and the classes of its optimizer and
+    what it wraps."""
     from transformers import Trainer
 
     args = arguments(engine, folder, **({"save_strategy": "no"} if engine == "FSDP1" else {}))
@@ -115,12 +161,20 @@ def train(engine: str, folder: Path, resume: str | None = None, **options) -> di
         optimizer = getattr(optimizer, "optimizer", None)
     history = trainer.state.log_history
     model_classes = {type(param).__name__ for param in trainer.model_wrapped.parameters()}
-    reports = [callback.report for callback in trainer.callback_handler.callbacks if hasattr(callback, "report")]
+    reports = [
+        callback.report
+        for callback in trainer.callback_handler.callbacks
+        if hasattr(callback, "report")
+    ]
     return {
         "fused": sum(report.fused for report in reports),
         "losses": [entry["loss"] for entry in history if "loss" in entry],
-        "norms": [float(entry["grad_norm"]) for entry in history if entry.get("grad_norm") is not None],
-        "before": {name: param.detach().clone() for name, param in model(engine).named_parameters()},
+        "norms": [
+            float(entry["grad_norm"]) for entry in history if entry.get("grad_norm") is not None
+        ],
+        "before": {
+            name: param.detach().clone() for name, param in model(engine).named_parameters()
+        },
         "after": weights(engine, trainer, folder),
         "optimizer": chain,
         "model": {type(trainer.model_wrapped).__name__, *model_classes},
@@ -136,7 +190,10 @@ def weights(engine: str, trainer, folder: Path) -> dict[str, torch.Tensor]:
         return load_file(folder / f"checkpoint-{STEPS}" / "model.safetensors")
     with FullyShardedDataParallel.summon_full_params(trainer.model_wrapped):
         named = trainer.model_wrapped.named_parameters()
-        return {name.replace("_fsdp_wrapped_module.", ""): param.detach().clone() for name, param in named}
+        return {
+            name.replace("_fsdp_wrapped_module.", ""): param.detach().clone()
+            for name, param in named
+        }
 
 
 def refused(engine: str, folder: Path) -> dict[str, str]:
@@ -159,8 +216,15 @@ def refused(engine: str, folder: Path) -> dict[str, str]:
         return lambda args: {"optimizer_cls_and_kwargs": fastft.adamw_spec(**given)}
 
     values = {"lr": 1e-2, "betas": (0.9, 0.9), "eps": 1e-6}
-    ways = {"adamw(model, args)": named, "adamw(model) without args": by_hand, "AdamW(...)": by_class}
-    ways |= {"a spec that clips": spec(max_grad_norm=0.5, **values), "kahan": spec(rounding="kahan", **values)}
+    ways = {
+        "adamw(model, args)": named,
+        "adamw(model) without args": by_hand,
+        "AdamW(...)": by_class,
+    }
+    ways |= {
+        "a spec that clips": spec(max_grad_norm=0.5, **values),
+        "kahan": spec(rounding="kahan", **values),
+    }
     return {name: outcome(engine, folder, way) for name, way in ways.items()}
 
 
@@ -183,8 +247,14 @@ def under(engine: str, folder: Path) -> dict:
     """Every way under one engine."""
     import fastft
 
-    fast = {"optimizer_cls_and_kwargs": fastft.adamw_spec, "callbacks": lambda args: [fastft.FusedLossCallback()]}
-    found = {"stock": train(engine, folder / "stock"), "fastft": train(engine, folder / "fastft", **fast)}
+    fast = {
+        "optimizer_cls_and_kwargs": fastft.adamw_spec,
+        "callbacks": lambda args: [fastft.FusedLossCallback()],
+    }
+    found = {
+        "stock": train(engine, folder / "stock"),
+        "fastft": train(engine, folder / "fastft", **fast),
+    }
     if engine != "FSDP1":
         found["resumed"] = train(engine, folder / "fastft", f"checkpoint-{SAVED}", **fast)
     return {**found, "refused": refused(engine, folder / "refused")}
@@ -194,7 +264,8 @@ def main(folder: Path, engines: list[str]) -> None:
     torch.set_num_threads(1)
     real_engines()
     for engine in engines:
-        for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):  # which the one before has left
+        # which the one before has left
+        for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
             os.environ.pop(variable, None)
         results = under(engine, folder / engine)
         if torch.distributed.get_rank() == 0:

@@ -1,4 +1,5 @@
-"""Tiny models and examples of every task, and what each example gives when it goes through the model alone."""
+"""Tiny models and examples of every task, and what each example gives when it goes through the
+model alone."""
 
 from __future__ import annotations
 
@@ -14,19 +15,40 @@ from fastft.attention.block_mask import attention_configs
 V = 61
 SIZES = [5, 1, 9, 4, 3, 7, 2, 8, 6, 4, 10]
 SMALL = {
-    "vocab_size": V, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "initializer_range": 0.2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 T5 = {
-    "vocab_size": V, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0,
-    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": V,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 MODELS = {
     "causal_lm": ("LlamaForCausalLM", "LlamaConfig", SMALL),
-    "token_classification": ("BertForTokenClassification", "BertConfig", {**SMALL, **DROPLESS, "num_labels": 5}),
+    "token_classification": (
+        "BertForTokenClassification",
+        "BertConfig",
+        {**SMALL, **DROPLESS, "num_labels": 5},
+    ),
     "masked_lm": ("BertForMaskedLM", "BertConfig", {**SMALL, **DROPLESS}),
-    "sequence_classification": ("LlamaForSequenceClassification", "LlamaConfig", {**SMALL, "num_labels": 3}),
+    "sequence_classification": (
+        "LlamaForSequenceClassification",
+        "LlamaConfig",
+        {**SMALL, "num_labels": 3},
+    ),
     "seq2seq": ("T5ForConditionalGeneration", "T5Config", T5),
 }
 OPTIONS = {"seq2seq": {"decoder_start_token_id": 0}}
@@ -63,7 +85,8 @@ def examples_for(task: str) -> list[dict[str, Any]]:
 
 
 def alone(task: str) -> list[Tensor]:
-    """The logits of each example by the stock model, one at a time: (n, V), or (C,) of a whole example."""
+    """The logits of each example by the stock model, one at a time: (n, V), or (C,) of a whole
+    example."""
     model = model_for(task, "sdpa")
     with torch.no_grad():
         outputs = [
@@ -86,28 +109,50 @@ def pad(task: str, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch = {"input_ids": filled("input_ids", 0)}
     batch["attention_mask"] = filled("input_ids", -1).ne(-1).long()
     single = task == "sequence_classification"
-    return batch | {"labels": torch.tensor([row["labels"] for row in rows]) if single else filled("labels", -100)}
+    return batch | {
+        "labels": torch.tensor([row["labels"] for row in rows])
+        if single
+        else filled("labels", -100)
+    }
 
 
-def trainer_for(task: str, folder: str, collator: Any, size: int, *, attention: str = "fastft", **options: Any) -> Any:
+def trainer_for(
+    task: str, folder: str, collator: Any, size: int, *, attention: str = "fastft", **options: Any
+) -> Any:
     """A trainer whose evaluations have batches of `size`."""
-    # Seq2SeqTrainer keeps repeated examples by itself ("we don't want to drop samples"), with any collator
+    # Seq2SeqTrainer keeps repeated examples by itself ("we don't want to drop samples"), with any
+    # collator
     generates = options.get("predict_with_generate", False)
     kind = transformers.Seq2SeqTrainer if generates else transformers.Trainer
-    arguments = transformers.Seq2SeqTrainingArguments if generates else transformers.TrainingArguments
-    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    arguments = (
+        transformers.Seq2SeqTrainingArguments if generates else transformers.TrainingArguments
+    )
+    quiet = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
     callbacks = options.pop("callbacks", None)
     args = arguments(folder, **quiet, per_device_eval_batch_size=size, **options)
-    return kind(model=model_for(task, attention), args=args, data_collator=collator, callbacks=callbacks)
+    return kind(
+        model=model_for(task, attention), args=args, data_collator=collator, callbacks=callbacks
+    )
 
 
 def logits_of(prediction: Any) -> Any:
     """The logits among a model's outputs."""
-    return prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return (
+        prediction.predictions[0]
+        if isinstance(prediction.predictions, tuple)
+        else prediction.predictions
+    )
 
 
 def assert_rows(task: str, prediction: Any, order: list[int] | None = None) -> None:
-    """Raises unless the rows of a prediction are the examples, each once, in `order`; by default the dataset's."""
+    """Raises unless the rows of a prediction are the examples, each once, in `order`; by default
+    the dataset's."""
     expected, examples = alone(task), examples_for(task)
     rows, labels = torch.tensor(logits_of(prediction)), torch.tensor(prediction.label_ids)
     order = list(range(len(examples))) if order is None else order
@@ -125,12 +170,19 @@ def assert_rows(task: str, prediction: Any, order: list[int] | None = None) -> N
 
 
 def assert_tokens(task: str, prediction: Any) -> None:
-    """Raises unless the labelled tokens of a prediction are those of all examples, each once, in any order."""
+    """Raises unless the labelled tokens of a prediction are those of all examples, each once, in
+    any order."""
     logits, labels = torch.tensor(logits_of(prediction)), torch.tensor(prediction.label_ids)
     shift = 1 if task == "causal_lm" else 0
     width = labels.shape[1]
     counted = labels[:, shift:] != -100
-    found = [*zip(labels[:, shift:][counted].tolist(), logits[:, : width - shift][counted].tolist(), strict=True)]
+    found = [
+        *zip(
+            labels[:, shift:][counted].tolist(),
+            logits[:, : width - shift][counted].tolist(),
+            strict=True,
+        )
+    ]
     expected = []
     for one, rows in zip(examples_for(task), alone(task), strict=True):
         expected += zip(one["labels"][shift:], rows[: len(rows) - shift].tolist(), strict=True)

@@ -1,7 +1,9 @@
-"""torch's CUDA flash attention for variable lengths, in plain torch: what runs on a CPU in the kernels' place.
+"""torch's CUDA flash attention for variable lengths, in plain torch: what runs on a CPU in the
+kernels' place.
 
-The operators have the schemas of the torch that is installed, so that torch itself refuses a call which the real ones
-would refuse; what the kernels ask beyond a schema is asserted. float64 is taken too, for exact comparisons.
+The operators have the schemas of the torch that is installed, so that torch itself refuses a call
+which the real ones would refuse; what the kernels ask beyond a schema is asserted. float64 is taken
+too, for exact comparisons.
 """
 
 from __future__ import annotations
@@ -15,27 +17,44 @@ from torch import Tensor
 
 NAMES = ("_flash_attention_forward", "_flash_attention_backward")
 CALLS: list[dict[str, Any]] = []  # what the forward was called with, but for its tensors
-_RANDOM = (11, 12)  # what the forward says of its random numbers, and the backward must be told again
+# what the forward says of its random numbers, and the backward must be told again
+_RANDOM = (11, 12)
 _library = torch.library.Library("flash_kernels", "DEF")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: tuple[int, int]) -> None:
-    assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16, torch.float64)
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: tuple[int, int]
+) -> None:
+    assert q.dtype == k.dtype == v.dtype and q.dtype in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+    )
     assert q.shape[2] == k.shape[2] == v.shape[2] <= 256 and q.shape[2] % 8 == 0
     assert q.shape[1] % k.shape[1] == 0 and k.shape[:2] == v.shape[:2]
     assert all(tensor.stride(-1) == 1 for tensor in (q, k, v))
     for cu, tokens, most in ((cu_q, q, longest[0]), (cu_k, k, longest[1])):
-        assert cu.dtype == torch.int32 and cu.is_contiguous() and cu[0] == 0 and cu[-1] == len(tokens)
-        assert cu.diff().min() >= 0 and cu.diff().max() <= most, "max_q or max_k is less than a segment has"
+        assert (
+            cu.dtype == torch.int32 and cu.is_contiguous() and cu[0] == 0 and cu[-1] == len(tokens)
+        )
+        assert cu.diff().min() >= 0 and cu.diff().max() <= most, (
+            "max_q or max_k is less than a segment has"
+        )
 
 
 def _segments(cu_q: Tensor, cu_k: Tensor) -> Any:
-    return zip(*(itertools.starmap(slice, itertools.pairwise(cu.tolist())) for cu in (cu_q, cu_k)), strict=True)
+    return zip(
+        *(itertools.starmap(slice, itertools.pairwise(cu.tolist())) for cu in (cu_q, cu_k)),
+        strict=True,
+    )
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float, left: int, right: int) -> Tensor:
-    behind = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))  # the last query has the last key
-    hidden = (behind > left) & (left >= 0) | (-behind > right) & (right >= 0) | (behind < 0) & causal
+    # the last query has the last key
+    behind = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+    hidden = (
+        (behind > left) & (left >= 0) | (-behind > right) & (right >= 0) | (behind < 0) & causal
+    )
     return (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(hidden, -torch.inf)
 
 
@@ -44,10 +63,21 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 
 def _flash_attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, cum_seq_q: Tensor, cum_seq_k: Tensor, max_q: int, max_k: int,
-    dropout_p: float, is_causal: bool, return_debug_mask: bool, *, scale: float, window_size_left: int = -1,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+    window_size_left: int = -1,
     window_size_right: int = -1,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     _check(query, key, value, cum_seq_q, cum_seq_k, (max_q, max_k))
     sides = {"window_size_left": window_size_left, "window_size_right": window_size_right}
     lengths = {"max_q": max_q, "max_k": max_k}
@@ -63,13 +93,32 @@ def _flash_attention_forward(
 
 
 def _flash_attention_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, cum_seq_q: Tensor,
-    cum_seq_k: Tensor, max_q: int, max_k: int, dropout_p: float, is_causal: bool, rng_state: Tensor, unused: Tensor, *,
-    scale: float, window_size_left: int = -1, window_size_right: int = -1,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+) -> tuple[Tensor, ...]:
     _check(query, key, value, cum_seq_q, cum_seq_k, (max_q, max_k))
     assert (rng_state.item(), unused.item()) == _RANDOM
-    assert logsumexp.shape == (query.shape[1], len(query)) and logsumexp.is_contiguous() and grad_out.stride(-1) == 1
+    assert (
+        logsumexp.shape == (query.shape[1], len(query))
+        and logsumexp.is_contiguous()
+        and grad_out.stride(-1) == 1
+    )
     assert logsumexp.dtype == torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
     d_out, q, k, v, o = _wide(grad_out, query, key, value, out)
@@ -93,7 +142,8 @@ for _name, _kernel in KERNELS.items():
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Puts them in the place of torch's own; returns the list of what their forward is called with from now on."""
+    """Puts them in the place of torch's own; returns the list of what their forward is called with
+    from now on."""
     CALLS.clear()
     for name in NAMES:
         monkeypatch.setattr(torch.ops.aten, name, getattr(torch.ops.flash_kernels, name))

@@ -1,7 +1,9 @@
-"""A checkout in which `make gpu-check` can be rehearsed: its own code, a stub of torch, and short parts that go wrong.
+"""A checkout in which `make gpu-check` can be rehearsed: its own code, a stub of torch, and short
+parts that go wrong.
 
-The stub has of torch what the check asks a GPU's torch for: a device of compute capability 9.0 with a name, and events
-by a clock. The parts are a build that notes its architecture, and tests, benchmarks and trainings of a few lines.
+The stub has of torch what the check asks a GPU's torch for: a device of compute capability 9.0 with
+a name, and events by a clock. The parts are a build that notes its architecture, and tests,
+benchmarks and trainings of a few lines.
 """
 
 from __future__ import annotations
@@ -139,16 +141,26 @@ class Checkout:
             self.put(f"benchmarks/{name}.py", (ROOT / "benchmarks" / f"{name}.py").read_text())
         child = CHILD if goes_wrong else "pass"
         texts = {"stub/torch/__init__": TORCH, "setup": SETUP, "benchmarks/training": TRAINING}
-        texts |= {"benchmarks/test_smoke": SMOKE if goes_wrong else SMOKE.replace("os._exit(11)", "pass")}
+        texts |= {
+            "benchmarks/test_smoke": SMOKE if goes_wrong else SMOKE.replace("os._exit(11)", "pass")
+        }
         texts |= {"benchmarks/test_adamw": BENCHMARKS} if goes_wrong else {}
-        for stem in "cross_entropy linear_cross_entropy linear_log_probs attention boundaries".split():
-            texts[f"benchmarks/test_{stem}"] = "import no_such_module" if stem == "attention" and goes_wrong else ""
+        for (
+            stem
+        ) in "cross_entropy linear_cross_entropy linear_log_probs attention boundaries".split():
+            texts[f"benchmarks/test_{stem}"] = (
+                "import no_such_module" if stem == "attention" and goes_wrong else ""
+            )
         texts |= {} if goes_wrong else {"benchmarks/test_adamw": ""}
-        texts |= {"tests/test_kernels": GPU_TESTS if goes_wrong else GPU_TESTS.replace("n != 2", "True")}
+        texts |= {
+            "tests/test_kernels": GPU_TESTS if goes_wrong else GPU_TESTS.replace("n != 2", "True")
+        }
         texts |= {"tests/test_of_the_cpu": "import no_such_module"}
         for stem, text in texts.items():
             self.put(f"{stem}.py", textwrap.dedent(text).replace("CHILD", child))
-        self.put("pytest.ini", "[pytest]\naddopts = --strict-markers\nmarkers =\n  gpu\n  xdist_group\n")
+        self.put(
+            "pytest.ini", "[pytest]\naddopts = --strict-markers\nmarkers =\n  gpu\n  xdist_group\n"
+        )
         self.results.mkdir()
 
     def put(self, name: str, text: str) -> None:
@@ -160,8 +172,13 @@ class Checkout:
         return [sys.executable, str(self.folder / "benchmarks" / "gpu_check.py"), *arguments]
 
     def environment(self, out: Path | None) -> dict[str, str]:
-        """No PATH but the shell's, so no git, nvcc or nvidia-smi; nothing of a pytest around this one."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "FASTFT_"))}
+        """No PATH but the shell's, so no git, nvcc or nvidia-smi; nothing of a pytest around this
+        one."""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTEST_", "FASTFT_"))
+        }
         tools = self.folder / "tools"
         tools.mkdir(exist_ok=True)
         for tool in ("sh", "sleep"):
@@ -169,17 +186,27 @@ class Checkout:
                 (tools / tool).symlink_to(shutil.which(tool))
         kept |= {"PATH": str(tools), "PYTHONPATH": str(self.folder / "stub")}
         # half of the time that pytest takes to start
-        kept |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist -p pytest_benchmark.plugin"}
+        kept |= {
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_ADDOPTS": "-p xdist -p pytest_benchmark.plugin",
+        }
         kept.pop("OUT", None)
         return kept | ({"OUT": str(out)} if out else {})
 
     def check(self, *arguments: str, out: Path | None = None, behind: bool = False) -> Ran:
         """`behind`: as under nohup, or behind a shell's &, which ignore Ctrl-C."""
-        began, interrupt = time.monotonic(), signal.SIG_IGN if behind else signal.default_int_handler
+        began, interrupt = (
+            time.monotonic(),
+            signal.SIG_IGN if behind else signal.default_int_handler,
+        )
         done = subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, cwd=self.folder, env=self.environment(out),
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env=self.environment(out),
             preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt),
-        )  # fmt: skip
+        )
         return Ran(done.returncode, time.monotonic() - began, done.stdout + done.stderr)
 
     def children(self) -> list[int]:

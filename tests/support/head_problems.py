@@ -1,4 +1,5 @@
-"""What a head's loss must be on any device where torch's CUDA differs from its CPU: on a GPU, and on a CPU too."""
+"""What a head's loss must be on any device where torch's CUDA differs from its CPU: on a GPU, and
+on a CPU too."""
 
 from __future__ import annotations
 
@@ -24,14 +25,18 @@ def _head(rows: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, T
 
 
 def _gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss * 1024, leaves))  # as a GradScaler scales, so that fp16 holds them
+    # as a GradScaler scales, so that fp16 holds them
+    return list(torch.autograd.grad(loss * 1024, leaves))
 
 
 def check_the_factor_of_the_mean(dtype: torch.dtype, chunk_rows: int | None, device: str) -> None:
-    """All of a gradient is scaled by 1 / COUNTED in fp32: rounding it to `dtype` first would show in every element."""
+    """All of a gradient is scaled by 1 / COUNTED in fp32: rounding it to `dtype` first would show
+    in every element."""
     x, weight, target = _head(ROWS, dtype, device)
     assert int((target != IGNORED).sum()) == COUNTED
-    ours = _gradients(fastft.linear_cross_entropy(x, weight, target, chunk_rows=chunk_rows), x, weight)
+    ours = _gradients(
+        fastft.linear_cross_entropy(x, weight, target, chunk_rows=chunk_rows), x, weight
+    )
     doubles = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
     truths = _gradients(F.cross_entropy(F.linear(*doubles), target), *doubles)
     for name, actual, truth in zip(("d_input", "d_weight"), ours, truths, strict=True):

@@ -1,7 +1,8 @@
 """What our operators and steps cost the host, for the table of kernels.
 
-Launches and waits of an operator are those of the CUDA library's own code, under the fake runtime; operations and waits
-of a step are counted in host_work.py, the functions that fastft's Python calls in it here.
+Launches and waits of an operator are those of the CUDA library's own code, under the fake runtime;
+operations and waits of a step are counted in host_work.py, the functions that fastft's Python calls
+in it here.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ _FASTFT = os.path.dirname(fastft.__file__) + os.sep
 
 def versions() -> str:
     """What the counts of a step depend on."""
-    return f"torch {torch.__version__.partition('+')[0]}, Python {'.'.join(platform.python_version_tuple()[:2])}"
+    return (
+        f"torch {torch.__version__.partition('+')[0]}, Python "
+        f"{'.'.join(platform.python_version_tuple()[:2])}"
+    )
 
 
 def python_calls(prepare: Callable[[DeviceMode], Callable[[], Any]]) -> int:
-    """How many functions, Python's and C's, fastft's code calls in the second run of a step of host_work.py."""
+    """How many functions, Python's and C's, fastft's code calls in the second run of a step of
+    host_work.py."""
     calls = 0
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
@@ -62,7 +67,10 @@ def operator_calls(tensors: int = 400) -> dict[str, dict[str, int]]:
         def count(name: str, call: Callable[[], Any]) -> Any:
             launches, waits = len(gpu.launches), gpu.waits.total()
             result = call()
-            found[name] = {"launches": len(gpu.launches) - launches, "waits": gpu.waits.total() - waits}
+            found[name] = {
+                "launches": len(gpu.launches) - launches,
+                "waits": gpu.waits.total() - waits,
+            }
             return result
 
         plain = draw(CASES["plain"], 5, 63, torch.bfloat16)
@@ -76,10 +84,16 @@ def operator_calls(tensors: int = 400) -> dict[str, dict[str, int]]:
 
 
 def _of_adamw(gpu: Gpu, tensors: int, count: Callable[[str, Callable[[], Any]], Any]) -> None:
-    params, grads, *states, table, hyper, factor, seed = adamw_arguments(Rounding.EXACT, torch.float32, tensors, 8)
+    params, grads, *states, table, hyper, factor, seed = adamw_arguments(
+        Rounding.EXACT, torch.float32, tensors, 8
+    )
     total = torch.zeros((), dtype=torch.float64)
-    count(f"grad_norm_squared_, {tensors} tensors", lambda: gpu.ops.grad_norm_squared_(total, grads))
-    bound = count(f"adamw_bind, {tensors} tensors", lambda: gpu.ops.adamw_bind(params, *states, table))
+    count(
+        f"grad_norm_squared_, {tensors} tensors", lambda: gpu.ops.grad_norm_squared_(total, grads)
+    )
+    bound = count(
+        f"adamw_bind, {tensors} tensors", lambda: gpu.ops.adamw_bind(params, *states, table)
+    )
 
     def step(grads: list[Tensor]) -> None:
         assert gpu.ops.adamw_bound_(grads, hyper, factor, seed, bound) == 0

@@ -1,10 +1,12 @@
-"""What one training step of each piece costs the host on a GPU, counted without one: operations, and waits.
+"""What one training step of each piece costs the host on a GPU, counted without one: operations,
+and waits.
 
     for name, work in host_work().items():
         print(name, work.operations, work.launches, work.waits)
 
-An operation is what torch dispatches, forward and backward; views and empty tensors are operations that launch nothing.
-An operator of fastft's that has an engine is one operation. The device is `DeviceMode`'s; the engines are the CPU's.
+An operation is what torch dispatches, forward and backward; views and empty tensors are operations
+that launch nothing. An operator of fastft's that has an engine is one operation. The device is
+`DeviceMode`'s; the engines are the CPU's.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _NO_WORK = {"lift_fresh", "_record_function_enter_new", "_record_function_exit"}
 
 
 class Work(NamedTuple):
-    """Of one step: how many operations, how many of them launch something, and where the host waits."""
+    """Of one step: how many operations, how many of them launch something, and where the host
+    waits."""
 
     operations: int
     launches: int
@@ -46,7 +49,9 @@ def stand_ins(native: bool = True) -> Iterator[None]:
     of_any_device = Call.generator
     with pytest.MonkeyPatch.context() as patch:
         flash_kernels.install(patch)
-        patch.setattr(Call, "generator", lambda call, device: of_any_device(call, torch.device("cpu")))
+        patch.setattr(
+            Call, "generator", lambda call, device: of_any_device(call, torch.device("cpu"))
+        )
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(ops, "capability", lambda device: (9, 0))
         patch.setitem(ATTENTION.table, "flash_cuda", ops.Engine(("cuda",)))
@@ -74,7 +79,9 @@ def work_of(prepare: Callable[[DeviceMode], Callable[[], Any]], before: int = 1)
         mode.waits.clear()
         mode.dispatched.clear()
         step()
-        launches = sum(count for (func, of_host), count in mode.dispatched.items() if _launches(func, of_host))
+        launches = sum(
+            count for (func, of_host), count in mode.dispatched.items() if _launches(func, of_host)
+        )
         return Work(sum(mode.dispatched.values()), launches, list(mode.waits))
 
 
@@ -89,7 +96,9 @@ def loss(tokens: int = 64, classes: int = 97) -> Callable[[DeviceMode], Callable
     """Cross-entropy over hidden states, forward and backward."""
 
     def prepare(mode: DeviceMode) -> Callable[[], Any]:
-        x, head = (torch.randn(rows, 32, device=mode.device).requires_grad_() for rows in (tokens, classes))
+        x, head = (
+            torch.randn(rows, 32, device=mode.device).requires_grad_() for rows in (tokens, classes)
+        )
         target = torch.randint(classes, (tokens,), device=mode.device)
         return lambda: fastft.linear_cross_entropy(x, head, target).backward()
 
@@ -106,15 +115,22 @@ def adamw(
 ) -> Callable[[DeviceMode], Callable[[], Any]]:
     """A step of AdamW over fp32 and bf16 parameters in two groups, as Trainer makes them.
 
-    With `present=False` one of them has a gradient at every other step alone, as an expert that no token chose.
+    With `present=False` one of them has a gradient at every other step alone, as an expert that no
+    token chose.
     """
 
     def prepare(mode: DeviceMode) -> Callable[[], Any]:
         dtypes = (torch.float32, torch.bfloat16)
-        params = [torch.zeros(5, numel // 5, device=mode.device, dtype=dtypes[i % 2]) for i in range(tensors)]
+        params = [
+            torch.zeros(5, numel // 5, device=mode.device, dtype=dtypes[i % 2])
+            for i in range(tensors)
+        ]
         for param in params:
             param.requires_grad_().grad = torch.ones_like(param)
-        groups = [{"params": params[::2], "weight_decay": 0.1}, {"params": params[1::2], "weight_decay": 0.0}]
+        groups = [
+            {"params": params[::2], "weight_decay": 0.1},
+            {"params": params[1::2], "weight_decay": 0.0},
+        ]
         optimizer = fastft.AdamW(groups, **options)
 
         last = params[-1].grad
@@ -140,10 +156,15 @@ def attention(
     """One layer over a packed batch that has been through a layer before, forward and backward."""
 
     def prepare(mode: DeviceMode) -> Callable[[], Any]:
-        batch = PackingCollator(rows=rows)(make([length // 4, length // 2, length // 8, length // 8] * rows))
+        batch = PackingCollator(rows=rows)(
+            make([length // 4, length // 2, length // 8, length // 8] * rows)
+        )
         there = of_host(mode, batch).to(mode.device)
         heads = [(rows, length, count, 8) for count in (4, 2, 2)]
-        q, k, v = (torch.zeros(*shape, device=mode.device, dtype=torch.bfloat16).requires_grad_() for shape in heads)
+        q, k, v = (
+            torch.zeros(*shape, device=mode.device, dtype=torch.bfloat16).requires_grad_()
+            for shape in heads
+        )
         sinks = torch.zeros(4, device=mode.device) if options.get("sinks") else None
         upstream = torch.ones(rows, length, 4, 8, device=mode.device, dtype=torch.bfloat16)
         rule = {"causal": True, **options, "sinks": sinks, "impl": impl}
@@ -151,9 +172,9 @@ def attention(
         def step() -> None:
             segments = segments_of(nn.Module(), there)
             assert segments is not None
-            segment_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), segments, **rule).backward(
-                upstream
-            )
+            segment_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), segments, **rule
+            ).backward(upstream)
 
         return step
 

@@ -1,8 +1,9 @@
-"""What each kernel of ours costs a GPU, counted without one: the rows of benchmarks/results/kernels.json.
+"""What each kernel of ours costs a GPU, counted without one: the rows of
+benchmarks/results/kernels.json.
 
-A row is a kernel at a shape of a real model, compiled for a chip. Instructions and bytes are those that its compiled
-PTX executes (`support.ptx`), for each element; a long row stands for many, and a few blocks for those of a large
-tensor. Registers, spills and widths are read from the machine code.
+A row is a kernel at a shape of a real model, compiled for a chip. Instructions and bytes are those
+that its compiled PTX executes (`support.ptx`), for each element; a long row stands for many, and a
+few blocks for those of a large tensor. Registers, spills and widths are read from the machine code.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Figures:
         compiler: and its version.
         instructions: executed instructions of PTX, moves not counted.
         approximations: of these, what the special function units compute.
-        exact: of these, divisions and roots rounded to nearest, which are several of the machine's each.
+        exact: of these, divisions and roots rounded to nearest, which are several of the machine's
+            each.
         double: of these, in double precision or converting to it.
         read, written: bytes, from wherever they come.
         load_bytes, store_bytes: of an executed access to global memory, in the mean.
@@ -138,7 +140,11 @@ def _rows_kernels(engine: str) -> Iterator[Kernel]:
     half, full = torch.bfloat16, torch.float32
     plain = [("plain", half, classes) for classes in CLASSES]
     plain += [("plain", torch.float16, 128_256), ("plain", full, 50_257), ("plain", full, 128_256)]
-    rich = [("all options", half, 50_257), ("all options", half, 128_256), ("all options", full, 128_256)]
+    rich = [
+        ("all options", half, 50_257),
+        ("all options", half, 128_256),
+        ("all options", full, 128_256),
+    ]
     for options, dtype, classes in plain + rich:
         case, size = _OPTIONS[options], dtype.itemsize
         yield Kernel(
@@ -170,11 +176,21 @@ def _adamw_kernels(engine: str) -> Iterator[Kernel]:
             call = partial(_adamw, rounding, moment, 1, 8192)
             minimum = (moved + tensors[1][0].element_size(), moved)
             yield Kernel(
-                engine, "adamw_kernel", "adamw", name, "parameter", 8192, minimum, (1e9, "1e9 parameters"), call
+                engine,
+                "adamw_kernel",
+                "adamw",
+                name,
+                "parameter",
+                8192,
+                minimum,
+                (1e9, "1e9 parameters"),
+                call,
             )
 
 
-def adamw_arguments(rounding: Rounding, moment: torch.dtype, count: int, elements: int) -> tuple[Any, ...]:
+def adamw_arguments(
+    rounding: Rounding, moment: torch.dtype, count: int, elements: int
+) -> tuple[Any, ...]:
     """Of `adamw_`, for `count` tensors in rows of 128 in the midst of a training."""
     generator = torch.Generator().manual_seed(0)
     kept = torch.float32 if rounding == Rounding.FP32 else torch.bfloat16
@@ -184,7 +200,9 @@ def adamw_arguments(rounding: Rounding, moment: torch.dtype, count: int, element
         return [(torch.randn(shape, generator=generator) * scale).to(dtype) for _ in range(count)]
 
     def codes(low: int, high: int, dtype: torch.dtype) -> list[Tensor]:
-        return [torch.randint(low, high, shape, dtype=dtype, generator=generator) for _ in range(count)]
+        return [
+            torch.randint(low, high, shape, dtype=dtype, generator=generator) for _ in range(count)
+        ]
 
     params, grads, coded = random(0.05, kept), random(1e-3, kept), moment == torch.int8
     if coded:
@@ -202,7 +220,9 @@ def adamw_arguments(rounding: Rounding, moment: torch.dtype, count: int, element
     return params, grads, moments, squares, [], residues, table, hyper, torch.ones(()), 5
 
 
-def _adamw(rounding: Rounding, moment: torch.dtype, count: int, elements: int, operators: Any) -> None:
+def _adamw(
+    rounding: Rounding, moment: torch.dtype, count: int, elements: int, operators: Any
+) -> None:
     operators.adamw_(*adamw_arguments(rounding, moment, count, elements))
 
 
@@ -220,7 +240,17 @@ def _norm_kernels() -> Iterator[Kernel]:
             partial(_norm, [65_536], dtype),
         )
     call = partial(_norm, [1] * 380, torch.bfloat16)
-    yield Kernel("cuda", "total_kernel", "grad_norm", "norm of gradients, total", "block", 380, (8, 0), (0, ""), call)
+    yield Kernel(
+        "cuda",
+        "total_kernel",
+        "grad_norm",
+        "norm of gradients, total",
+        "block",
+        380,
+        (8, 0),
+        (0, ""),
+        call,
+    )
 
 
 def _norm(sizes: list[int], dtype: torch.dtype, operators: Any) -> None:
@@ -258,12 +288,27 @@ def _scale(dtype: torch.dtype, scale: float, operators: Any) -> None:
 
 def _upload() -> Kernel:
     call = partial(_adamw, Rounding.EXACT, torch.float32, 36, 8)
-    return Kernel("cuda", "upload_kernel", "adamw", "AdamW, upload of a table", "word", 1000, (0, 4), (0, ""), call)
+    return Kernel(
+        "cuda",
+        "upload_kernel",
+        "adamw",
+        "AdamW, upload of a table",
+        "word",
+        1000,
+        (0, 4),
+        (0, ""),
+        call,
+    )
 
 
 def kernels(engine: str) -> list[Kernel]:
     """All rows of an engine, but for the chips."""
-    found = [*_rows_kernels(engine), *_adamw_kernels(engine), *_boundaries_kernels(engine), *_scale_kernels(engine)]
+    found = [
+        *_rows_kernels(engine),
+        *_adamw_kernels(engine),
+        *_boundaries_kernels(engine),
+        *_scale_kernels(engine),
+    ]
     return [*found, *_norm_kernels(), _upload()] if engine == "cuda" else found
 
 
@@ -285,7 +330,10 @@ def operators(engine: str, chip: int) -> Iterator[tuple[Any, list[Launch]]]:
         launches.extend(found)
 
     functions = vars(triton_operators()).items()
-    yield SimpleNamespace(**{name: partial(run_as_ptx, function) for name, function in functions}), launches
+    yield (
+        SimpleNamespace(**{name: partial(run_as_ptx, function) for name, function in functions}),
+        launches,
+    )
 
 
 def triton_operators() -> Any:
@@ -339,7 +387,9 @@ def figures(kernel: Kernel, launch: Launch, compiler: str, binary: Binary, chip:
         launch.block,
         binary.warps(chip, launch.block, launch.shared),
     )
-    numbers = {name: round(value, 3) for name, value in vars(counted).items() if isinstance(value, float)}
+    numbers = {
+        name: round(value, 3) for name, value in vars(counted).items() if isinstance(value, float)
+    }
     return replace(counted, **numbers)
 
 
@@ -367,4 +417,7 @@ def _cuda_binaries(stem: str, chip: int) -> dict[str, Binary]:
     _, folders = build(sorted((CSRC / "cuda").glob("*.cu")))
     (ptx,) = (path for folder in folders for path in folder.glob(f"{stem}.compute_{chip}.ptx"))
     with TemporaryDirectory() as folder:
-        return {readable(name): code for name, code in binaries(assembled(ptx, chip, Path(folder))).items()}
+        return {
+            readable(name): code
+            for name, code in binaries(assembled(ptx, chip, Path(folder))).items()
+        }

@@ -1,4 +1,5 @@
-"""Reads what became of a kernel from its machine code: registers, spills, widths of accesses, how many warps fit.
+"""Reads what became of a kernel from its machine code: registers, spills, widths of accesses, how
+many warps fit.
 
 The disassemblers are those of Triton's wheel, because there are installations of nvcc without them.
 """
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESERVED = 1024  # bytes of shared memory that the driver takes of each block
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE)
+_INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", re.MULTILINE
+)
 _USAGE = re.compile(r"^ Function (\S+):\n\s+(.*)$", re.MULTILINE)
 _SHARED_OF_CHIP = {80: 167_936, 90: 233_472, 100: 233_472}
 _WARPS_OF_CHIP, _BLOCKS_OF_CHIP, _REGISTERS_OF_CHIP = 64, 32, 65_536
@@ -46,7 +49,8 @@ class Binary:
 
     @property
     def loads(self) -> Counter[int]:
-        """How many loads from global memory there are of each width in bits; also of addresses of any memory."""
+        """How many loads from global memory there are of each width in bits; also of addresses of
+        any memory."""
         return self.widths("LDG") + self.widths("LD")
 
     @property
@@ -61,13 +65,16 @@ class Binary:
             first, *rest = name.split(".")
             if first == kind:
                 sizes = [
-                    int(part.lstrip("US")) for part in rest if part.lstrip("US") in ("8", "16", "64", "128", "256")
+                    int(part.lstrip("US"))
+                    for part in rest
+                    if part.lstrip("US") in ("8", "16", "64", "128", "256")
                 ]
                 widths[sizes[0] if sizes else 32] += n
         return widths
 
     def warps(self, chip: int, threads: int, shared: int) -> int:
-        """How many warps an SM of sm_<chip> holds at once, in blocks of `threads` that have so much shared memory."""
+        """How many warps an SM of sm_<chip> holds at once, in blocks of `threads` that have so much
+        shared memory."""
         of_block = -(-threads // 32)
         of_warp = -(-self.registers * 32 // 256) * 256
         by_registers = _REGISTERS_OF_CHIP // of_warp // 4 * 4 // of_block  # an SM has four parts
@@ -82,7 +89,9 @@ class Binary:
 @functools.cache
 def nvcc_version() -> str:
     """As "13.0.88"."""
-    printed = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(
+        ["nvcc", "--version"], check=True, capture_output=True, text=True
+    ).stdout
     found = re.search(r"\bV([\d.]+)", printed)
     assert found, printed
     return found[1]
@@ -96,12 +105,16 @@ def binaries(cubin: bytes | Path) -> dict[str, Binary]:
             file.flush()
             return binaries(Path(file.name))
     usages = _USAGE.findall(_output("cuobjdump", "--dump-resource-usage", cubin))
-    sections = re.split(r"^\s*\.section\s+\.text\.(\S+?),.*$", _output("nvdisasm", "-c", cubin), flags=re.MULTILINE)
+    sections = re.split(
+        r"^\s*\.section\s+\.text\.(\S+?),.*$", _output("nvdisasm", "-c", cubin), flags=re.MULTILINE
+    )
     code = dict(zip(sections[1::2], sections[2::2], strict=True))
     found = {}
     for name, usage in usages:
         numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", usage)}
-        found[name] = Binary(numbers["REG"], numbers["STACK"], Counter(_INSTRUCTION.findall(code[name])))
+        found[name] = Binary(
+            numbers["REG"], numbers["STACK"], Counter(_INSTRUCTION.findall(code[name]))
+        )
     return found
 
 
@@ -109,7 +122,9 @@ def assembled(source: Path, chip: int, folder: Path) -> Path:
     """The cubin of a CUDA source, or of PTX, for sm_<chip>, in `folder`."""
     cubin = folder / f"{source.stem}.{chip}.cubin"
     flags = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{chip}"]
-    subprocess.run(["nvcc", *flags, source, "-o", cubin], check=True, capture_output=True, text=True)
+    subprocess.run(
+        ["nvcc", *flags, source, "-o", cubin], check=True, capture_output=True, text=True
+    )
     return cubin
 
 

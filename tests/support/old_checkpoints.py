@@ -3,14 +3,15 @@
     git worktree add a25eaea a25eaea; cp tests/support/old_checkpoints.py a25eaea/tests/support/
     cd a25eaea/tests; PYTHONPATH=.. python -m support.old_checkpoints ../../tests/fixtures
 
-wrote that folder. It was run once, at a25eaea with the C++ engine, and is not to be run again: a change which makes
-the files differ breaks the checkpoints that people have. Values and gradients are integers over powers of two, so that
-no version of torch draws others.
+wrote that folder. It was run once, at a25eaea with the C++ engine, and is not to be run again: a
+change which makes the files differ breaks the checkpoints that people have. Values and gradients
+are integers over powers of two, so that no version of torch draws others.
 
-`<mode>.pt` has the `weights` and the `optimizer`'s state dict after two steps, and what three more steps make of them:
-the bytes of the `expected` weights after each, and `digests` of the states at the end; of a vector which a later fastft
-keeps in 8 bits, the weights and the state dict alone. `save_fp32` and `save_fp32_sharded` are folders of that function,
-beside them the model and optimizer in `model.pt`.
+`<mode>.pt` has the `weights` and the `optimizer`'s state dict after two steps, and what three more
+steps make of them: the bytes of the `expected` weights after each, and `digests` of the states at
+the end; of a vector which a later fastft keeps in 8 bits, the weights and the state dict alone.
+`save_fp32` and `save_fp32_sharded` are folders of that function, beside them the model and
+optimizer in `model.pt`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,10 @@ def _write(file: Path, mode: Mode, shapes: list[tuple[int, ...]]) -> None:
     optimizer = optimizer_of(params, mode, seed=2**40 + 5, impl="cpp")
     for number in range(BEFORE):
         step(optimizer, number)
-    saved = {"weights": [param.detach().clone() for param in params], "optimizer": _copied(optimizer.state_dict())}
+    saved = {
+        "weights": [param.detach().clone() for param in params],
+        "optimizer": _copied(optimizer.state_dict()),
+    }
     if shapes is LONG:  # whose states a later optimizer converts
         torch.save(saved, file)
         return
@@ -116,7 +120,8 @@ def _write(file: Path, mode: Mode, shapes: list[tuple[int, ...]]) -> None:
 def _copied(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Without shared storages, of which torch.save would write the whole."""
     state = {
-        key: {name: value.clone() for name, value in entries.items()} for key, entries in state_dict["state"].items()
+        key: {name: value.clone() for name, value in entries.items()}
+        for key, entries in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
 

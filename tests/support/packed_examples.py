@@ -1,4 +1,5 @@
-"""Examples of given sizes in every form that the collator takes, and the comparison of two batches."""
+"""Examples of given sizes in every form that the collator takes, and the comparison of two
+batches."""
 
 from __future__ import annotations
 
@@ -24,7 +25,10 @@ def make(sizes: list[int], form: str = "list", **others: int) -> list[dict[str, 
     """Examples of the given sizes; `others` are further keys and the first of their values."""
     made = FORMS[form]
     return [
-        {"input_ids": made(range(9 * i, 9 * i + n)), **{key: made(range(v, v + n)) for key, v in others.items()}}
+        {
+            "input_ids": made(range(9 * i, 9 * i + n)),
+            **{key: made(range(v, v + n)) for key, v in others.items()},
+        }
         for i, n in enumerate(sizes)
     ]
 
@@ -34,7 +38,9 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert set(ours) == set(theirs)
     for key, value in theirs.items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(ours[key], value, rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                ours[key], value, rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}"
+            )
         else:
             assert ours[key] == value and type(ours[key]) is type(value)
 

@@ -1,4 +1,5 @@
-"""Packed batches for the engines of `packed_boundaries`: lengths, ignored labels, and a run into new outputs."""
+"""Packed batches for the engines of `packed_boundaries`: lengths, ignored labels, and a run into
+new outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +31,12 @@ def draw(lengths: list[int], device: str = "cpu") -> tuple[Tensor, Tensor, Tenso
 
 
 def run(
-    fill: Callable[..., Any], lengths: Tensor, ignored: Tensor, source: Tensor, start: int = 0, in_place: bool = False
+    fill: Callable[..., Any],
+    lengths: Tensor,
+    ignored: Tensor,
+    source: Tensor,
+    start: int = 0,
+    in_place: bool = False,
 ) -> dict[str, Tensor]:
     """What `fill` writes, into outputs that hold nonsense before."""
     source = source.clone()
@@ -38,7 +44,9 @@ def run(
         "labels": source if in_place else torch.full_like(source, 77),
         "position_ids": torch.full_like(source, 77),
         "seq_idx": torch.full_like(source, 77, dtype=torch.int32),
-        "cu_seqlens": torch.full((lengths.numel() + 1,), 77, dtype=torch.int32, device=source.device),
+        "cu_seqlens": torch.full(
+            (lengths.numel() + 1,), 77, dtype=torch.int32, device=source.device
+        ),
     }
     fill(lengths, ignored, source, start, *out.values())
     return out
@@ -48,7 +56,9 @@ def expected(lengths: Tensor, ignored: Tensor, source: Tensor, start: int = 0) -
     """The same, by counting in Python."""
     labels, positions, segments, borders = [], [], [], [0]
     tokens = iter(source.tolist())
-    for segment, (length, unlabelled) in enumerate(zip(lengths.tolist(), ignored.tolist(), strict=True)):
+    for segment, (length, unlabelled) in enumerate(
+        zip(lengths.tolist(), ignored.tolist(), strict=True)
+    ):
         for offset in range(length):
             token = next(tokens)
             labels.append(IGNORED if offset < unlabelled else token)
@@ -63,7 +73,9 @@ def expected(lengths: Tensor, ignored: Tensor, source: Tensor, start: int = 0) -
     }
 
 
-def check(fill: Callable[..., Any], lengths: list[int], start: int, in_place: bool, device: str = "cpu") -> None:
+def check(
+    fill: Callable[..., Any], lengths: list[int], start: int, in_place: bool, device: str = "cpu"
+) -> None:
     """Raises unless `fill` writes what counting gives."""
     problem = draw(lengths, device)
     ours, counted = run(fill, *problem, start, in_place), expected(*problem, start)

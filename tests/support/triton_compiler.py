@@ -1,4 +1,5 @@
-"""Compiles Triton kernels for GPUs that are not there, and reads from the machine code what became of them.
+"""Compiles Triton kernels for GPUs that are not there, and reads from the machine code what became
+of them.
 
 with compiled_for(90) as launches:
     wrapper(...)  # any Python that launches Triton kernels, with tensors of the device "meta"
@@ -28,7 +29,11 @@ class _Driver(DriverBase):
         amd = isinstance(chip, str)
         self.target = GPUTarget("hip", chip, 64) if amd else GPUTarget("cuda", chip, 32)
         shared = 65_536 if amd or chip == 75 else 166_912 if chip == 80 else 232_448
-        limits = {"max_shared_mem": shared, "max_num_regs": 65_536, "warpSize": self.target.warp_size}
+        limits = {
+            "max_shared_mem": shared,
+            "max_num_regs": 65_536,
+            "warpSize": self.target.warp_size,
+        }
         self.utils = SimpleNamespace(get_device_properties=lambda device: limits)
 
     @classmethod

@@ -11,16 +11,24 @@ from torch import nn
 from transformers import TrainingArguments
 
 chosen_logits = pytest.mark.skipif(
-    not hasattr(transformers.modeling_utils, "slice_logits_to_keep"), reason="this transformers keeps no chosen logits"
+    not hasattr(transformers.modeling_utils, "slice_logits_to_keep"),
+    reason="this transformers keeps no chosen logits",
 )
 
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 # the argument of Trainer which has activations computed again in backward
-CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in _FIELDS
+    else "gradient_checkpointing"
+)
 
 
 def checkpoint_activations(model: nn.Module, **options: Any) -> nn.Module:
-    """Has the model compute its activations again in backward; `options` are torch.utils.checkpoint's."""
-    new, old = (getattr(model, f"{kind}_checkpointing_enable", None) for kind in ("activation", "gradient"))
+    """Has the model compute its activations again in backward; `options` are
+    torch.utils.checkpoint's."""
+    new, old = (
+        getattr(model, f"{kind}_checkpointing_enable", None) for kind in ("activation", "gradient")
+    )
     (new or old)(options or None)
     return model

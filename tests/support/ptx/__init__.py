@@ -1,4 +1,5 @@
-"""Runs the GPU code on a machine without a GPU: compiled PTX of the CUDA and the Triton kernels, with checks.
+"""Runs the GPU code on a machine without a GPU: compiled PTX of the CUDA and the Triton kernels,
+with checks.
 
 with cuda_operators(90) as gpu:
     gpu.ops.cross_entropy_rows(...)  # the CUDA library's own launcher, CPU tensors

@@ -1,6 +1,8 @@
-"""The arithmetic of PTX that numpy lacks, over arrays: fused multiply-add, directed rounding, 16-bit formats.
+"""The arithmetic of PTX that numpy lacks, over arrays: fused multiply-add, directed rounding,
+16-bit formats.
 
-Values of f16, bf16 and of pairs of them (x2) travel as float32, pairs with a second dimension of two.
+Values of f16, bf16 and of pairs of them (x2) travel as float32, pairs with a second dimension of
+two.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def _fused(kind: type) -> Callable[..., None]:
     source = Path(__file__).with_name("fused.c")
     flags = ["-O3", "-frounding-math", "-fno-math-errno", "-ffp-contract=off", "-shared", "-fPIC"]
     folder = compiled("fused", [source], [["cc", *flags, str(source), "-o", "libfused.so", "-lm"]])
-    function = getattr(ctypes.CDLL(str(folder / "libfused.so")), "fused_f32" if kind is np.float32 else "fused_f64")
+    function = getattr(
+        ctypes.CDLL(str(folder / "libfused.so")), "fused_f32" if kind is np.float32 else "fused_f64"
+    )
     function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_long, ctypes.c_int]
     return function
 
@@ -34,12 +38,20 @@ def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray, rounding: str = "rn") -> np
     kind = np.result_type(a, b, c).type
     a, b, c = (np.ascontiguousarray(x, kind) for x in np.broadcast_arrays(a, b, c))
     out = np.empty_like(a)
-    _fused(kind)(a.ctypes.data, b.ctypes.data, c.ctypes.data, out.ctypes.data, a.size, ROUNDINGS.index(rounding))
+    _fused(kind)(
+        a.ctypes.data,
+        b.ctypes.data,
+        c.ctypes.data,
+        out.ctypes.data,
+        a.size,
+        ROUNDINGS.index(rounding),
+    )
     return out
 
 
 def fma_odd(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c in float32, its last bit set where digits are lost: rounded again, it is as if rounded once."""
+    """a * b + c in float32, its last bit set where digits are lost: rounded again, it is as if
+    rounded once."""
     down, up = fma(a, b, c, "rm"), fma(a, b, c, "rp")
     exact = fma(a, b, c, "rz")
     lost = (down != up) & np.isfinite(exact)
@@ -55,7 +67,11 @@ def flush(x: np.ndarray) -> np.ndarray:
 def to_bf16(x: np.ndarray, rounding: str = "rn") -> np.ndarray:
     """The bits of float32 rounded to bf16."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)) if rounding == "rn" else np.uint32(0)
+    half = (
+        np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        if rounding == "rn"
+        else np.uint32(0)
+    )
     rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
 
@@ -86,7 +102,9 @@ def widen(bits: np.ndarray, kind: str) -> np.ndarray:
     return bits.view(np.float16).astype(np.float32)
 
 
-def permuted_bytes(low: np.ndarray, high: np.ndarray, selector: np.ndarray, mode: str = "") -> np.ndarray:
+def permuted_bytes(
+    low: np.ndarray, high: np.ndarray, selector: np.ndarray, mode: str = ""
+) -> np.ndarray:
     """prmt: four of the eight bytes of two registers."""
     value = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
     result = np.zeros(np.shape(value | selector), np.uint32)
@@ -116,13 +134,21 @@ def _picked(selector: np.ndarray, byte: int, mode: str) -> np.ndarray:
     }[mode]
 
 
-def bit_field(value: np.ndarray, position: np.ndarray, length: np.ndarray, signed: bool) -> np.ndarray:
-    """bfe: `length` bits from `position` on, sign-extended if `signed`; zeros or the sign beyond the register."""
+def bit_field(
+    value: np.ndarray, position: np.ndarray, length: np.ndarray, signed: bool
+) -> np.ndarray:
+    """bfe: `length` bits from `position` on, sign-extended if `signed`; zeros or the sign beyond
+    the register."""
     width = value.dtype.itemsize * 8
     position, length = position & np.uint32(255), length & np.uint32(255)
     wide = value.view(UINT[width]).astype(np.uint64)
     mask = _ones(length)
-    field = np.where(position < 64, wide >> np.minimum(position, 63).astype(np.uint64), 0).astype(np.uint64) & mask
+    field = (
+        np.where(position < 64, wide >> np.minimum(position, 63).astype(np.uint64), 0).astype(
+            np.uint64
+        )
+        & mask
+    )
     if signed:
         last = np.minimum(position + length - np.uint32(1), width - 1).astype(np.uint64)
         negative = (length > 0) & ((wide >> last) & np.uint64(1) == 1)
@@ -131,18 +157,28 @@ def bit_field(value: np.ndarray, position: np.ndarray, length: np.ndarray, signe
     return field.astype(UINT[width])
 
 
-def insert_bits(field: np.ndarray, into: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
+def insert_bits(
+    field: np.ndarray, into: np.ndarray, position: np.ndarray, length: np.ndarray
+) -> np.ndarray:
     """bfi: the low `length` bits of `field` laid over `into` from `position` on."""
     kind = into.dtype.type
     position, length = position & np.uint32(255), length & np.uint32(255)
-    mask = np.where(position < 64, _ones(length) << np.minimum(position, 63).astype(np.uint64), np.uint64(0))
-    moved = np.where(position < 64, field.astype(np.uint64) << np.minimum(position, 63).astype(np.uint64), 0)
+    mask = np.where(
+        position < 64, _ones(length) << np.minimum(position, 63).astype(np.uint64), np.uint64(0)
+    )
+    moved = np.where(
+        position < 64, field.astype(np.uint64) << np.minimum(position, 63).astype(np.uint64), 0
+    )
     return ((into.astype(np.uint64) & ~mask) | (moved.astype(np.uint64) & mask)).astype(kind)
 
 
 def _ones(length: np.ndarray) -> np.ndarray:
     short = np.minimum(length, 63).astype(np.uint64)
-    return np.where(np.asarray(length) >= 64, np.uint64(0xFFFFFFFFFFFFFFFF), (np.uint64(1) << short) - np.uint64(1))
+    return np.where(
+        np.asarray(length) >= 64,
+        np.uint64(0xFFFFFFFFFFFFFFFF),
+        (np.uint64(1) << short) - np.uint64(1),
+    )
 
 
 def looked_up(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:

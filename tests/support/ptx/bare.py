@@ -37,11 +37,13 @@ HEAD = """
 """
 
 
-def execute(body: str, *tensors: Tensor, threads: int = 32, blocks: int = 1, shared: int = 0, **options: Any) -> Launch:
+def execute(
+    body: str, *tensors: Tensor, threads: int = 32, blocks: int = 1, shared: int = 0, **options: Any
+) -> Launch:
     """Runs `body`.
 
-    In it %r1 is the thread and %r2 the block, %d1 and %d2 are where the first two tensors lie, %d4 is the thread's 4
-    bytes of the first one and %r5 those of the shared `memory`.
+    In it %r1 is the thread and %r2 the block, %d1 and %d2 are where the first two tensors lie, %d4
+    is the thread's 4 bytes of the first one and %r5 those of the shared `memory`.
     """
     (kernel,) = Module(f"{HEAD}{body}\nret;\n}}").values()
     launch = Launch("planted", (blocks, 1, 1), threads, shared)

@@ -1,8 +1,10 @@
-"""What a launch may not do: memory that is not its own, unwritten bytes, races, threads that miss one another.
+"""What a launch may not do: memory that is not its own, unwritten bytes, races, threads that miss
+one another.
 
-Memory is this process's own: a global address is that of a CPU tensor, and must lie in an extent that was given to the
-launch. Races are found in the log of all accesses, whatever order the threads happened to run in: two threads touch
-one place, one of them writes, and no barrier (of the block, or of the warp for threads of one warp) lies between.
+Memory is this process's own: a global address is that of a CPU tensor, and must lie in an extent
+that was given to the launch. Races are found in the log of all accesses, whatever order the threads
+happened to run in: two threads touch one place, one of them writes, and no barrier (of the block,
+or of the warp for threads of one warp) lies between.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ _MEMORY = {size: _BYTES[: _SPAN // size * size].view(UINT[8 * size]) for size in
 
 
 class Fault(Exception):
-    """Something that a GPU would do wrong, or not do; `kind` names it, `kernel` and `instruction` say where."""
+    """Something that a GPU would do wrong, or not do; `kind` names it, `kernel` and `instruction`
+    say where."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(kind, detail)
@@ -38,7 +41,9 @@ class Fault(Exception):
         return self
 
     def __str__(self) -> str:
-        place = f"\n  in {self.kernel}, {self.instruction or 'at its launch'}" if self.kernel else ""
+        place = (
+            f"\n  in {self.kernel}, {self.instruction or 'at its launch'}" if self.kernel else ""
+        )
         return f"{self.kind}: {self.detail}{place}"
 
 
@@ -60,7 +65,8 @@ class Extent:
 
 @dataclass
 class Threads:
-    """Who accesses: for each lane its thread (numbered over the grid), block and the barriers that it has passed."""
+    """Who accesses: for each lane its thread (numbered over the grid), block and the barriers that
+    it has passed."""
 
     thread: np.ndarray
     block: np.ndarray
@@ -97,7 +103,9 @@ class Log:
         thread = _spread(accesses, unit, "thread")
         kept = _touched_by_several(places, is_write, thread)
         if kept.size:
-            self._judge(accesses, unit, places[kept], numbers[kept], is_write[kept], thread[kept], kept)
+            self._judge(
+                accesses, unit, places[kept], numbers[kept], is_write[kept], thread[kept], kept
+            )
 
     def _judge(
         self,
@@ -109,7 +117,9 @@ class Log:
         thread: np.ndarray,
         kept: np.ndarray,
     ) -> None:
-        block, epoch, warp_epoch = (_spread(accesses, unit, what)[kept] for what in ("block", "epoch", "warp_epoch"))
+        block, epoch, warp_epoch = (
+            _spread(accesses, unit, what)[kept] for what in ("block", "epoch", "warp_epoch")
+        )
         warp = thread // WARP
         suspects = (
             (f"{self.kind} race between blocks", [places], block),
@@ -123,20 +133,31 @@ class Log:
             first, second = sorted(pair, key=lambda i: numbers[i])
             one, other = accesses[numbers[first]], accesses[numbers[second]]
             verbs = ["writes" if access.writes else "reads" for access in (one, other)]
-            detail = f"thread {thread[first]} {verbs[0]} and thread {thread[second]} {verbs[1]} the same place"
+            detail = (
+                f"thread {thread[first]} {verbs[0]} and thread {thread[second]} {verbs[1]} the "
+                f"same place"
+            )
             fault = Fault(kind, f"{detail} with no barrier between; the first by {one.instruction}")
             fault.instruction = other.instruction
             raise fault
 
 
 def _in_units(accesses: list[Access], unit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each access as the places of `unit` bytes that it touches, and the number of the access of each."""
-    places = [((access.addresses // unit)[:, None] + np.arange(access.size // unit)).ravel() for access in accesses]
-    return np.concatenate(places), np.repeat(np.arange(len(accesses)), [len(each) for each in places])
+    """Each access as the places of `unit` bytes that it touches, and the number of the access of
+    each."""
+    places = [
+        ((access.addresses // unit)[:, None] + np.arange(access.size // unit)).ravel()
+        for access in accesses
+    ]
+    return np.concatenate(places), np.repeat(
+        np.arange(len(accesses)), [len(each) for each in places]
+    )
 
 
 def _spread(accesses: list[Access], unit: int, what: str) -> np.ndarray:
-    return np.concatenate([np.repeat(getattr(access.threads, what), access.size // unit) for access in accesses])
+    return np.concatenate(
+        [np.repeat(getattr(access.threads, what), access.size // unit) for access in accesses]
+    )
 
 
 def _touched_by_several(places: np.ndarray, is_write: np.ndarray, thread: np.ndarray) -> np.ndarray:
@@ -155,8 +176,11 @@ def _touched_by_several(places: np.ndarray, is_write: np.ndarray, thread: np.nda
     return np.flatnonzero(contested[numbers])
 
 
-def _first_conflict(keys: list[np.ndarray], party: np.ndarray, is_write: np.ndarray) -> tuple[int, int] | None:
-    """Two accesses with equal keys, one of them a write, by different parties; None if there are none."""
+def _first_conflict(
+    keys: list[np.ndarray], party: np.ndarray, is_write: np.ndarray
+) -> tuple[int, int] | None:
+    """Two accesses with equal keys, one of them a write, by different parties; None if there are
+    none."""
     order = np.lexsort(keys[::-1])
     changes = np.zeros(len(order), bool)
     changes[0] = True
@@ -178,7 +202,9 @@ def _first_conflict(keys: list[np.ndarray], party: np.ndarray, is_write: np.ndar
 class GlobalMemory:
     """The extents of a launch, their contents, and the accesses to them."""
 
-    def __init__(self, extents: Iterable[Extent], elsewhere: Iterable[Extent] = (), checks: bool = True) -> None:
+    def __init__(
+        self, extents: Iterable[Extent], elsewhere: Iterable[Extent] = (), checks: bool = True
+    ) -> None:
         self.elsewhere = list(elsewhere)  # the host's, and of other devices
         self.checks = checks
         self.extents: list[Extent] = []
@@ -203,7 +229,9 @@ class GlobalMemory:
         for j, value in enumerate(values):
             _MEMORY[size][first + j] = value
             if np.any(_MEMORY[size][first + j] != value):
-                raise Fault("global race", "two threads write different values to one place at once")
+                raise Fault(
+                    "global race", "two threads write different values to one place at once"
+                )
 
     def _admit(self, access: Access, size: int) -> None:
         _check_alignment(access)
@@ -233,13 +261,16 @@ class GlobalMemory:
             self._admit_to(extent, access, addresses)
 
     def _admit_to(self, extent: Extent, access: Access, addresses: np.ndarray) -> None:
-        if extent.pitch and np.any((addresses - extent.begin) % extent.pitch + access.size > extent.width):
+        if extent.pitch and np.any(
+            (addresses - extent.begin) % extent.pitch + access.size > extent.width
+        ):
             raise Fault("out of bounds", f"{access.size} bytes between the rows of {extent.name}")
         if extent.read_only and access.writes:
             raise Fault("out of bounds", f"writes {extent.name}, which no kernel may write")
         moved = len(addresses) * access.size
         self.bytes_written += moved * access.writes
-        self.bytes_read += moved * (not access.writes and not extent.read_only)  # parameters lie in no memory
+        # parameters lie in no memory
+        self.bytes_read += moved * (not access.writes and not extent.read_only)
         if extent.written is None:
             return
         at = (addresses - extent.begin)[:, None] + np.arange(access.size)
@@ -256,9 +287,16 @@ class GlobalMemory:
             if other.begin <= address < other.end:
                 return Fault("another device", f"the kernel touches {other.name}")
         before = [other for other in self.extents if other.begin <= address]
-        near = f"; {address - before[-1].begin} bytes after the begin of {before[-1].name}" if before else ""
+        near = (
+            f"; {address - before[-1].begin} bytes after the begin of {before[-1].name}"
+            if before
+            else ""
+        )
         verb = "writes" if access.writes else "reads"
-        return Fault("out of bounds", f"{verb} {access.size} bytes at {address:#x}, in no tensor of the launch{near}")
+        return Fault(
+            "out of bounds",
+            f"{verb} {access.size} bytes at {address:#x}, in no tensor of the launch{near}",
+        )
 
 
 def _check_alignment(access: Access) -> None:
@@ -273,15 +311,22 @@ def _disjoint(extents: Iterable[Extent]) -> list[Extent]:
     for extent in sorted(extents, key=lambda extent: (extent.begin, -extent.end)):
         if not result or extent.begin >= result[-1].end:
             result.append(extent)
-        elif (extent.begin, extent.end, extent.pitch) != (result[-1].begin, result[-1].end, result[-1].pitch):
+        elif (extent.begin, extent.end, extent.pitch) != (
+            result[-1].begin,
+            result[-1].end,
+            result[-1].pitch,
+        ):
             last = result[-1]
             end = max(last.end, extent.end)
-            result[-1] = Extent(last.begin, end, last.name, read_only=last.read_only and extent.read_only)
+            result[-1] = Extent(
+                last.begin, end, last.name, read_only=last.read_only and extent.read_only
+            )
     return result
 
 
 class SharedMemory:
-    """The shared memory of blocks that run together: each has `size` bytes, which nobody has written yet."""
+    """The shared memory of blocks that run together: each has `size` bytes, which nobody has
+    written yet."""
 
     def __init__(self, size: int, blocks: int, checks: bool = True) -> None:
         self.pitch, self.size, self.checks = -(-max(size, 16) // 16) * 16, size, checks
@@ -302,11 +347,15 @@ class SharedMemory:
         at = self._admit(access, slots)
         first = at // size
         known = self.written[at]
-        changes = ~known | np.any([self.memory[size][first + j] != value for j, value in enumerate(values)], 0)
+        changes = ~known | np.any(
+            [self.memory[size][first + j] != value for j, value in enumerate(values)], 0
+        )
         for j, value in enumerate(values):
             self.memory[size][first + j] = value
             if np.any(self.memory[size][first + j] != value):
-                raise Fault("shared race", "two threads write different values to one place at once")
+                raise Fault(
+                    "shared race", "two threads write different values to one place at once"
+                )
         self.written[at[:, None] + np.arange(access.size)] = True
         _, firsts = np.unique(at, return_index=True)
         if len(firsts) < len(at):  # one value, stored by several at once
@@ -320,11 +369,15 @@ class SharedMemory:
         addresses = access.addresses
         if int(addresses.min()) < 0 or int(addresses.max()) + access.size > self.size:
             worst = max(int(addresses.max()), -int(addresses.min()))
-            raise Fault("out of bounds", f"{access.size} bytes at {worst} of {self.size} bytes of shared memory")
+            raise Fault(
+                "out of bounds",
+                f"{access.size} bytes at {worst} of {self.size} bytes of shared memory",
+            )
         return addresses + slots * self.pitch
 
     def _note(self, access: Access, at: np.ndarray, changes: np.ndarray | None = None) -> None:
-        """Writes that change nothing are no race: Triton lets threads with one value all store it."""
+        """Writes that change nothing are no race: Triton lets threads with one value all store
+        it."""
         if not self.checks:
             return
         threads = access.threads
@@ -333,10 +386,13 @@ class SharedMemory:
             fields = (threads.thread, threads.block, threads.epoch, threads.warp_epoch)
             threads = Threads(*(each[changes] for each in fields))
         if len(at):
-            self.log.accesses.append(Access(access.instruction, at, access.size, access.writes, threads))
+            self.log.accesses.append(
+                Access(access.instruction, at, access.size, access.writes, threads)
+            )
 
 
 def noise(bits: np.ndarray, ulp: int) -> np.ndarray:
-    """An error of -ulp to ulp last places: a function of the input's bits, as that of a real approximation."""
+    """An error of -ulp to ulp last places: a function of the input's bits, as that of a real
+    approximation."""
     hashed = bits.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return ((hashed >> np.uint64(40)) % np.uint64(2 * ulp + 1)).astype(np.int32) - np.int32(ulp)

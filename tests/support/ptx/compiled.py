@@ -16,13 +16,16 @@ _CACHE = ROOT / "build" / "ptx"
 
 
 def compiled(name: str, sources: Sequence[Path], commands: Sequence[Sequence[str]]) -> Path:
-    """The folder where `commands`, run in it, have made of `sources` what they make; at most one process runs them.
+    """The folder where `commands`, run in it, have made of `sources` what they make; at most one
+    process runs them.
 
     Raises:
         RuntimeError: a command failed; holds what it said.
     """
     content = [path.read_bytes() for path in sources]
-    digest = hashlib.sha256(repr((content, list(map(str, sources)), commands)).encode()).hexdigest()[:20]
+    digest = hashlib.sha256(
+        repr((content, list(map(str, sources)), commands)).encode()
+    ).hexdigest()[:20]
     folder = _CACHE / f"{name}-{digest}"
     if folder.exists():
         return folder
@@ -32,7 +35,8 @@ def compiled(name: str, sources: Sequence[Path], commands: Sequence[Sequence[str
         if folder.exists():  # another process has made it meanwhile
             return folder
         for old in _CACHE.glob(f"{name}-*"):
-            if old.stat().st_mtime < time.time() - _DAY:  # another process may still read a younger one
+            # another process may still read a younger one
+            if old.stat().st_mtime < time.time() - _DAY:
                 shutil.rmtree(old, ignore_errors=True)
         part = folder.with_suffix(".part")
         shutil.rmtree(part, ignore_errors=True)  # of a compilation that failed

@@ -1,8 +1,9 @@
-"""The CUDA library's own launchers on a machine without a GPU: their launches run as PTX on CPU tensors.
+"""The CUDA library's own launchers on a machine without a GPU: their launches run as PTX on CPU
+tensors.
 
-Object files of csrc/cuda (host code as in the library, the PTX of each kernel beside them) are linked with
-fake_runtime.cpp. Every tensor is memory of device 0, but for the arguments that live on the host and for what
-`Gpu.place` puts elsewhere.
+Object files of csrc/cuda (host code as in the library, the PTX of each kernel beside them) are
+linked with fake_runtime.cpp. Every tensor is memory of device 0, but for the arguments that live on
+the host and for what `Gpu.place` puts elsewhere.
 """
 
 from __future__ import annotations
@@ -43,11 +44,18 @@ OPERATORS = (
     "scale_gradients_",
 )
 CAPABILITIES = (80, 90)
-_SHARED = {80: (166_912, 167_936), 90: (232_448, 233_472)}  # bytes of a block (opt-in), of a processor
+# bytes of a block (opt-in), of a processor
+_SHARED = {80: (166_912, 167_936), 90: (232_448, 233_472)}
 _NAMESPACE = "fastft_ptx"
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
-    *(ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint * 6), ctypes.c_size_t, ctypes.c_uint64, ctypes.c_int),
+    *(
+        ctypes.c_char_p,
+        ctypes.POINTER(ctypes.c_uint * 6),
+        ctypes.c_size_t,
+        ctypes.c_uint64,
+        ctypes.c_int,
+    ),
     ctypes.POINTER(ctypes.c_void_p),
 )
 _MEMORY = ctypes.CFUNCTYPE(None, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int)
@@ -82,13 +90,24 @@ def build(sources: Sequence[Path]) -> tuple[Path, list[Path]]:
 @functools.cache
 def _build(sources: tuple[Path, ...]) -> tuple[Path, list[Path]]:
     include, runtime = ROOT / "csrc" / "include", Path(__file__).with_name("fake_runtime.cpp")
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", f"-I{include}", f"-I{_cuda_include()}"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-I{include}",
+        f"-I{_cuda_include()}",
+    ]
     folders = [_objects(source) for source in sources]
-    objects = [str(folder / f"{source.stem}.o") for folder, source in zip(folders, sources, strict=True)]
+    objects = [
+        str(folder / f"{source.stem}.o") for folder, source in zip(folders, sources, strict=True)
+    ]
     link = ["g++", *flags, "-shared", "-Wl,-Bsymbolic", str(runtime), *objects, "-Wl,-z,defs"]
     torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
     command = [*link, torch_libraries, "-ltorch_cpu", "-ldl", "-o", "libfake.so"]
-    folder = compiled(f"linked-{sources[0].stem}", [runtime, *_headers(), *map(Path, objects)], [command])
+    folder = compiled(
+        f"linked-{sources[0].stem}", [runtime, *_headers(), *map(Path, objects)], [command]
+    )
     return folder / "libfake.so", folders
 
 
@@ -97,7 +116,10 @@ def _objects(source: Path) -> Path:
     targets = [f"-gencode=arch=compute_{chip},code=compute_{chip}" for chip in CAPABILITIES]
     includes = [f"-I{ROOT / 'csrc' / folder}" for folder in ("include", "cuda")]
     nvcc = [str(_nvcc()), *_nvcc_flags(), "-lineinfo", *targets, "--keep", *includes]
-    commands = [[*nvcc, "-c", str(source), "-o", f"{source.stem}.o"], ["find", ".", "-name", "*.ii", "-delete"]]
+    commands = [
+        [*nvcc, "-c", str(source), "-o", f"{source.stem}.o"],
+        ["find", ".", "-name", "*.ii", "-delete"],
+    ]
     return compiled(source.stem, [source, *_headers()], commands)
 
 
@@ -140,10 +162,17 @@ def extent_of(tensor: Tensor, name: str) -> Extent | None:
     """The memory of a tensor; the gaps between the rows of a matrix are not its own."""
     if not tensor.numel():
         return None
-    spans = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    spans = [
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
     item = tensor.element_size()
     begin, end = tensor.data_ptr(), tensor.data_ptr() + (sum(spans) + 1) * item
-    if tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.stride(0) > tensor.shape[1] and len(tensor) > 1:
+    if (
+        tensor.dim() == 2
+        and tensor.stride(1) == 1
+        and tensor.stride(0) > tensor.shape[1]
+        and len(tensor) > 1
+    ):
         return Extent(begin, end, name, tensor.stride(0) * item, tensor.shape[1] * item)
     return Extent(begin, end, name)
 
@@ -163,10 +192,13 @@ class Gpu:
         ops: the operators, with the schemas of `torch.ops.fastft`.
         library: the loaded library, for what Python calls through ctypes.
         launches: every launch so far.
-        host_arguments: names of the arguments that are memory of the host, which no kernel may touch.
+        host_arguments: names of the arguments that are memory of the host, which no kernel may
+            touch.
     """
 
-    def __init__(self, library: ctypes.CDLL, folders: Sequence[Path], capability: int, options: Options) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, folders: Sequence[Path], capability: int, options: Options
+    ) -> None:
         self.library, self._modules = library, [module_of(folder, capability) for folder in folders]
         self.ops = getattr(torch.ops, _NAMESPACE)
         self.capability, self.options = capability, options
@@ -213,7 +245,9 @@ class Gpu:
         extent = extent_of(tensor, "")
         if extent is not None:
             self._placed[extent.begin] = tensor, device
-            self.library.fake_place(ctypes.c_uint64(extent.begin), ctypes.c_uint64(extent.end), device)
+            self.library.fake_place(
+                ctypes.c_uint64(extent.begin), ctypes.c_uint64(extent.end), device
+            )
         return tensor
 
     def fresh(self, tensor: Tensor) -> Tensor:
@@ -234,14 +268,17 @@ class Gpu:
         raise LookupError(f"no kernel is called {kernel}")
 
     def _kernel(self, name: str) -> Kernel:
-        return self.edited.get(name) or next(module[name] for module in self._modules if name in module)
+        return self.edited.get(name) or next(
+            module[name] for module in self._modules if name in module
+        )
 
     def release(self, bound: int) -> None:
         """As AdamW does with a binding that it needs no longer."""
         self.library.fastft_adamw_release(ctypes.c_int64(bound))
 
     def call(self, name: str, native: Any, *arguments: Any) -> Any:
-        """Runs an operator; a Fault of its launches comes out as it is, a refusal as RuntimeError."""
+        """Runs an operator; a Fault of its launches comes out as it is, a refusal as
+        RuntimeError."""
         schema = native._schema.arguments
         named = zip((argument.name for argument in schema), arguments, strict=True)
         self._arguments = [(name, tensor) for name, value in named for tensor in tensors_in(value)]
@@ -272,7 +309,9 @@ class Gpu:
         extent.written = np.zeros(bytes_, bool)
         self._allocated[begin] = extent, device
 
-    def _on_launch(self, name: bytes, shape: Any, shared: int, stream: int, device: int, arguments: Any) -> int:
+    def _on_launch(
+        self, name: bytes, shape: Any, shared: int, stream: int, device: int, arguments: Any
+    ) -> int:
         try:
             self._launch(name.decode(), list(shape.contents), shared, stream, device, arguments)
         except BaseException as error:
@@ -280,16 +319,26 @@ class Gpu:
             return 1
         return 0
 
-    def _launch(self, name: str, shape: list[int], shared: int, stream: int, device: int, arguments: Any) -> None:
+    def _launch(
+        self, name: str, shape: list[int], shared: int, stream: int, device: int, arguments: Any
+    ) -> None:
         kernel, threads = self._kernel(name), shape[3]
         parameters = bytearray(kernel.parameter_bytes)
         for value, (offset, size) in zip(arguments, kernel.parameters.values(), strict=False):
             parameters[offset : offset + size] = ctypes.string_at(value, size)
         bytes_ = max([kernel.static_shared, *kernel.shared.values()]) + shared
-        launch = Launch(readable(name), tuple(shape[:3]), threads, bytes_, (stream & 0xFFFFFFFF) // 16, device)
+        launch = Launch(
+            readable(name), tuple(shape[:3]), threads, bytes_, (stream & 0xFFFFFFFF) // 16, device
+        )
         self.launches.append(launch)
-        if shape[4:] != [1, 1] or threads > kernel.max_threads or bytes_ > _SHARED[self.capability][0]:
-            raise Fault("launch refused", f"{launch}; at most {kernel.max_threads} threads").at(launch.kernel, None)
+        if (
+            shape[4:] != [1, 1]
+            or threads > kernel.max_threads
+            or bytes_ > _SHARED[self.capability][0]
+        ):
+            raise Fault("launch refused", f"{launch}; at most {kernel.max_threads} threads").at(
+                launch.kernel, None
+            )
         run_launch(kernel, launch, bytes(parameters), self._memory(device), self.options)
 
     def _memory(self, device: int) -> GlobalMemory:
@@ -301,7 +350,9 @@ class Gpu:
         extents += [(extent, self._place_of(extent)) for extent in self._fresh.values()]
         own = [extent for extent, place in extents if place == device]
         other = [
-            replace(extent, name=f"{extent.name} of {_named(place)}") for extent, place in extents if place != device
+            replace(extent, name=f"{extent.name} of {_named(place)}")
+            for extent, place in extents
+            if place != device
         ]
         return GlobalMemory(own, other, self.options.checks)
 
@@ -323,9 +374,12 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def _operators_of(path: Path) -> ctypes.CDLL:
-    """The library, its operators registered: `fastft_ptx_native` are its own, `fastft_ptx` go by the active Gpu."""
+    """The library, its operators registered: `fastft_ptx_native` are its own, `fastft_ptx` go by
+    the active Gpu."""
     library = _loaded(path)
-    definitions = [torch.library.Library(name, "DEF") for name in (f"{_NAMESPACE}_native", _NAMESPACE)]
+    definitions = [
+        torch.library.Library(name, "DEF") for name in (f"{_NAMESPACE}_native", _NAMESPACE)
+    ]
     for name in OPERATORS:
         schema = str(getattr(torch.ops.fastft, name).default._schema).partition("::")[2]
         for definition in definitions:
@@ -346,7 +400,9 @@ def _call_active(name: str, native: Any, *arguments: Any) -> Any:
 
 
 @contextlib.contextmanager
-def cuda_operators(capability: int, *, sources: Sequence[Path] = (), **options: Any) -> Iterator[Gpu]:
+def cuda_operators(
+    capability: int, *, sources: Sequence[Path] = (), **options: Any
+) -> Iterator[Gpu]:
     """The CUDA library on devices that are not there.
 
     Args:

@@ -30,8 +30,11 @@ ENGINES = [Engine(name, chip) for name in ("cuda", "triton") for chip in cuda.CA
 
 
 @contextlib.contextmanager
-def operator(engine: Engine, name: str, **options: Any) -> Iterator[tuple[Callable[..., Any], list[Launch]]]:
-    """The operator `name` and the list of its launches; skips the test where the engine cannot be compiled.
+def operator(
+    engine: Engine, name: str, **options: Any
+) -> Iterator[tuple[Callable[..., Any], list[Launch]]]:
+    """The operator `name` and the list of its launches; skips the test where the engine cannot be
+    compiled.
 
     Triton kernels may touch every tensor among the arguments: some find their addresses in a table.
     """
@@ -73,8 +76,12 @@ def cuda_for_cpp(gpu: Gpu) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adamw_by(engine: Engine, **options: Any) -> Iterator[list[Launch]]:
-    """Within it AdamW steps with the kernels of `engine` where no engine has bound its tensors (see `unbound`)."""
-    with operator(engine, "adamw_", **options) as (update, launches), pytest.MonkeyPatch.context() as patch:
+    """Within it AdamW steps with the kernels of `engine` where no engine has bound its tensors (see
+    `unbound`)."""
+    with (
+        operator(engine, "adamw_", **options) as (update, launches),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(OPERATORS["adamw_"], "implementation", lambda impl, device, *tensors: update)
         yield launches
 

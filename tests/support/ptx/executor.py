@@ -1,7 +1,8 @@
 """Runs a kernel's PTX on the CPU: numpy over the threads of many blocks at once.
 
-The threads of a batch of blocks run together, the ones that stand earliest in the code first, so that those which went
-apart meet again; a barrier is passed when every thread of the block that has not ended waits at it.
+The threads of a batch of blocks run together, the ones that stand earliest in the code first, so
+that those which went apart meet again; a barrier is passed when every thread of the block that has
+not ended waits at it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from support.ptx.parser import BITS, ENDS_A_BLOCK, UINT, Instruction, Kernel, sp
 
 _LANES = 4096  # that run together: numpy's overhead against the cache
 _MOST_STEPS = 5_000_000  # basic blocks of a batch, after which a loop counts as endless
-_NEED_KNOWN = ("ld", "ldu", "st", "vote", "match", "redux", "ldmatrix")  # what nobody wrote may go nowhere from here
+# what nobody wrote may go nowhere from here
+_NEED_KNOWN = ("ld", "ldu", "st", "vote", "match", "redux", "ldmatrix")
 _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 
 Getter = Callable[["Lanes"], np.ndarray]
@@ -31,7 +33,10 @@ Setter = Callable[["Lanes", np.ndarray], None]
 
 def _demand(name: str, known: np.ndarray) -> None:
     if not known.all():
-        raise Fault("unwritten", f"uses register {name}, to which {int((~known).sum())} of the threads wrote nothing")
+        raise Fault(
+            "unwritten",
+            f"uses register {name}, to which {int((~known).sum())} of the threads wrote nothing",
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class Compiler:
         return self._under_guard(instruction, run) if instruction.guard else run
 
     def _watched(self, instruction: Instruction, run: Run) -> Run:
-        """Keeps the books of which threads have the registers that are watched; a shuffle does so by itself."""
+        """Keeps the books of which threads have the registers that are watched; a shuffle does so
+        by itself."""
         sources = sorted(instruction.read & self.kernel.watched - {instruction.guard})
         targets = sorted(instruction.written & self.kernel.watched)
         if (not sources and not targets) or instruction.base == "shfl":
@@ -209,10 +215,13 @@ class Compiler:
         if match is None:
             raise Fault("unknown opcode", f"address {operand}")
         base, offset = match[1], int(match[2], 0) if match[2] else 0
-        return self.get(base, "u32" if self.kernel.registers.get(base, "b64").endswith("32") else "u64"), offset
+        return self.get(
+            base, "u32" if self.kernel.registers.get(base, "b64").endswith("32") else "u64"
+        ), offset
 
     def parameter(self, operand: str) -> int | None:
-        """The offset of `[parameter+offset]` among the parameters; None for an address in a register."""
+        """The offset of `[parameter+offset]` among the parameters; None for an address in a
+        register."""
         match = _ADDRESS.fullmatch(operand)
         if match is None or match[1] not in self.kernel.parameters:
             return None
@@ -224,7 +233,9 @@ def compiler_of(kernel: Kernel, noise_ulp: int) -> Compiler:
     return Compiler(kernel, noise_ulp)
 
 
-def run_launch(kernel: Kernel, launch: Launch, parameters: bytes, memory: GlobalMemory, options: Options) -> None:
+def run_launch(
+    kernel: Kernel, launch: Launch, parameters: bytes, memory: GlobalMemory, options: Options
+) -> None:
     """Runs a launch and fills in what it did.
 
     Raises:
@@ -251,7 +262,12 @@ class _Batch:
     """Blocks that run together: which of their threads stand where."""
 
     def __init__(
-        self, compiler: Compiler, launch: Launch, blocks: np.ndarray, constants: Constants, options: Options
+        self,
+        compiler: Compiler,
+        launch: Launch,
+        blocks: np.ndarray,
+        constants: Constants,
+        options: Options,
     ) -> None:
         self.compiler, self.kernel, self.launch = compiler, compiler.kernel, launch
         self.lanes = Lanes(self.kernel, launch, blocks, constants, options.checks)
@@ -269,7 +285,9 @@ class _Batch:
                 else:
                     return self._finish()
         last = self.kernel.code[min(self.ready or self.waiting)]
-        raise Fault("endless", f"not at its end after {_MOST_STEPS} basic blocks").at(self.launch.kernel, last)
+        raise Fault("endless", f"not at its end after {_MOST_STEPS} basic blocks").at(
+            self.launch.kernel, last
+        )
 
     def _finish(self) -> None:
         self.lanes.shared.log.check()
@@ -318,15 +336,23 @@ class _Batch:
             self._pass_warp_barrier(barrier, index)
             return self._arrive(end, index)
         if len(barrier.operands) != 1 or not barrier.modifiers <= {"sync", "cta", "aligned"}:
-            raise Fault("unknown opcode", f"{barrier.opcode} of {barrier.operands}").at(self.launch.kernel, barrier)
+            raise Fault("unknown opcode", f"{barrier.opcode} of {barrier.operands}").at(
+                self.launch.kernel, barrier
+            )
         self.waiting[end] = np.sort(np.concatenate([self.waiting.get(end, index[:0]), index]))
         return None
 
     def _pass_warp_barrier(self, barrier: Instruction, index: np.ndarray) -> None:
         self.lanes.activate(index)
-        mask, present = self.compiler.get(barrier.operands[0], "b32")(self.lanes), self.lanes.present_mask()
+        mask, present = (
+            self.compiler.get(barrier.operands[0], "b32")(self.lanes),
+            self.lanes.present_mask(),
+        )
         if np.any(mask != present):
-            detail = f"a barrier of lanes {int(np.max(mask)):#010x} is reached by {int(present.min()):#010x}"
+            detail = (
+                f"a barrier of lanes {int(np.max(mask)):#010x} is reached by "
+                f"{int(present.min()):#010x}"
+            )
             raise Fault("divergent barrier", detail).at(self.launch.kernel, barrier)
         self.lanes.sync_warps()
 
@@ -337,6 +363,8 @@ class _Batch:
         if len(np.unique(every)) < len(every):
             barriers = " and ".join(str(self.kernel.code[at - 1]) for at in slots)
             last = self.kernel.code[max(slots) - 1]
-            raise Fault("divergent barrier", f"threads of one block wait at {barriers}").at(self.launch.kernel, last)
+            raise Fault("divergent barrier", f"threads of one block wait at {barriers}").at(
+                self.launch.kernel, last
+            )
         self.lanes.epochs[every] += 1
         self.ready, self.waiting = self.waiting, {}

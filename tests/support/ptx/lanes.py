@@ -1,4 +1,5 @@
-"""A launch, and the threads of it that run together: their registers, and which of them are active."""
+"""A launch, and the threads of it that run together: their registers, and which of them are
+active."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def dtype_of(kind: str) -> np.dtype:
 class Launch:
     """One launch of a kernel and what its threads did.
 
-    `opcodes` counts instructions times the threads that came to them, those whose guard was false among these.
+    `opcodes` counts instructions times the threads that came to them, those whose guard was false
+    among these.
     """
 
     kernel: str
@@ -42,16 +44,24 @@ class Launch:
 
 
 class Constants:
-    """What a launch only reads: its parameters, and the variables of the module; part of the memory of the launch."""
+    """What a launch only reads: its parameters, and the variables of the module; part of the memory
+    of the launch."""
 
     def __init__(self, kernel: Kernel, parameters: bytes, memory: GlobalMemory) -> None:
         self.memory, self.parameters = memory, parameters
-        self._kept = {name: _aligned(array.initial or b"") for name, array in kernel.variables.items()}
+        self._kept = {
+            name: _aligned(array.initial or b"") for name, array in kernel.variables.items()
+        }
         self._kept[""] = _aligned(parameters)
         self.addresses = {name: array.ctypes.data for name, array in self._kept.items()}
         self.parameters_at = self.addresses[""]
         memory.add(
-            Extent(self.addresses[name], self.addresses[name] + len(array), name or "the parameters", read_only=True)
+            Extent(
+                self.addresses[name],
+                self.addresses[name] + len(array),
+                name or "the parameters",
+                read_only=True,
+            )
             for name, array in self._kept.items()
             if len(array)
         )
@@ -68,8 +78,14 @@ def _aligned(content: bytes) -> np.ndarray:
 class Lanes:
     """The threads of a batch of blocks: registers, shared memory and which of them are active."""
 
-    def __init__(self, kernel: Kernel, launch: Launch, blocks: np.ndarray, constants: Constants, checks: bool) -> None:
-        self.constants, self.memory, self.threads_of_block = constants, constants.memory, launch.block
+    def __init__(
+        self, kernel: Kernel, launch: Launch, blocks: np.ndarray, constants: Constants, checks: bool
+    ) -> None:
+        self.constants, self.memory, self.threads_of_block = (
+            constants,
+            constants.memory,
+            launch.block,
+        )
         self.count = len(blocks) * launch.block
         self.all_slots = np.repeat(np.arange(len(blocks)), launch.block)
         self.all_blocks = blocks[self.all_slots].astype(np.int64)
@@ -98,14 +114,22 @@ class Lanes:
     def _special_registers(self, launch: Launch, own: np.ndarray) -> dict[str, np.ndarray]:
         wide, high, _ = launch.grid
         of = {
-            **{"tid.x": own, "ntid.x": launch.block, "laneid": self.all_lanes, "warpid": own // WARP},
+            **{
+                "tid.x": own,
+                "ntid.x": launch.block,
+                "laneid": self.all_lanes,
+                "warpid": own // WARP,
+            },
             **{"ctaid.x": self.all_blocks % wide, "ctaid.y": self.all_blocks // wide % high},
             "ctaid.z": self.all_blocks // (wide * high),
             **{f"nctaid.{axis}": size for axis, size in zip("xyz", launch.grid, strict=True)},
             **{"tid.y": 0, "tid.z": 0, "ntid.y": 1, "ntid.z": 1},
             **{"lanemask_lt": (1 << self.all_lanes) - 1, "lanemask_eq": 1 << self.all_lanes},
         }
-        return {f"%{name}": np.broadcast_to(np.asarray(value, np.uint32), self.count) for name, value in of.items()}
+        return {
+            f"%{name}": np.broadcast_to(np.asarray(value, np.uint32), self.count)
+            for name, value in of.items()
+        }
 
     def special(self, name: str) -> np.ndarray:
         """What `%tid.x` and the like are for each active lane."""
@@ -145,7 +169,9 @@ class Lanes:
         if self._threads is None:
             slots, warps = self.slots, self.warp
             epochs, warp_epochs = self.epochs[slots], self.warp_epochs[warps]
-            self._threads = Threads(self.pick(self.all_threads), self.pick(self.all_blocks), epochs, warp_epochs)
+            self._threads = Threads(
+                self.pick(self.all_threads), self.pick(self.all_blocks), epochs, warp_epochs
+            )
         return self._threads
 
     # -- the warp
@@ -153,7 +179,9 @@ class Lanes:
     def ballot(self, votes: np.ndarray) -> np.ndarray:
         """For each active lane the mask of its warp's active lanes with a vote."""
         masks = np.zeros(len(self.warp_epochs), np.uint32)
-        np.bitwise_or.at(masks, self.warp[votes], np.uint32(1) << self.lane[votes].astype(np.uint32))
+        np.bitwise_or.at(
+            masks, self.warp[votes], np.uint32(1) << self.lane[votes].astype(np.uint32)
+        )
         return masks[self.warp]
 
     def present_mask(self) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""What each opcode does: a table from its first word to a builder of a function over the active lanes of a run.
+"""What each opcode does: a table from its first word to a builder of a function over the active
+lanes of a run.
 
-A builder takes the compiler, which turns operands into getters and setters, and the instruction. Modifiers that its row
-of the table does not name are a Fault, so that no rounding or saturation is ever passed over.
+A builder takes the compiler, which turns operands into getters and setters, and the instruction.
+Modifiers that its row of the table does not name are a Fault, so that no rounding or saturation is
+ever passed over.
 """
 
 from __future__ import annotations
@@ -49,10 +51,15 @@ def built(compiler: Compiler, instruction: Instruction) -> Run:
     """The function of an instruction; raises a Fault for one that the table does not hold."""
     found = OPCODES.get(instruction.base)
     if found is None:
-        raise Fault("unknown opcode", f"{instruction.opcode} is not in the table of support/ptx/opcodes.py")
+        raise Fault(
+            "unknown opcode", f"{instruction.opcode} is not in the table of support/ptx/opcodes.py"
+        )
     unknown = instruction.modifiers - found.modifiers
     if unknown:
-        raise Fault("unknown opcode", f"{instruction.base} has no modifier {', '.join(sorted(unknown))} here")
+        raise Fault(
+            "unknown opcode",
+            f"{instruction.base} has no modifier {', '.join(sorted(unknown))} here",
+        )
     return found.build(compiler, instruction)
 
 
@@ -60,9 +67,13 @@ def is_float(kind: str) -> bool:
     return kind.startswith(("f", "bf"))
 
 
-def elementwise(compiler: Compiler, i: Instruction, kinds: list[str], to: str, function: Callable[..., Any]) -> Run:
+def elementwise(
+    compiler: Compiler, i: Instruction, kinds: list[str], to: str, function: Callable[..., Any]
+) -> Run:
     """Sources of `kinds` through `function` into a destination of kind `to`."""
-    sources = [compiler.get(operand, kind) for operand, kind in zip(i.operands[1:], kinds, strict=True)]
+    sources = [
+        compiler.get(operand, kind) for operand, kind in zip(i.operands[1:], kinds, strict=True)
+    ]
     put = compiler.put(i.operands[0], to)
     if len(sources) == 2:
         first, second = sources
@@ -182,7 +193,9 @@ def _mad(compiler: Compiler, i: Instruction) -> Run:
         return elementwise(compiler, i, [kind] * 3, kind, _finished(i, arithmetic.fma_odd))
     if is_float(kind):
         rounding = i.one_of(*ROUNDINGS)
-        return elementwise(compiler, i, [kind] * 3, kind, _finished(i, lambda a, b, c: fma(a, b, c, rounding)))
+        return elementwise(
+            compiler, i, [kind] * 3, kind, _finished(i, lambda a, b, c: fma(a, b, c, rounding))
+        )
     if "wide" in i.modifiers:
         product = _product_of(kind)
         kinds, to = [kind, kind, _wide(kind)], _wide(kind)
@@ -195,13 +208,17 @@ def _mad(compiler: Compiler, i: Instruction) -> Run:
 @opcode("neg abs", "ftz")
 def _neg(compiler: Compiler, i: Instruction) -> Run:
     kind = i.types[-1]
-    return elementwise(compiler, i, [kind], kind, _finished(i, {"neg": np.negative, "abs": np.abs}[i.base]))
+    return elementwise(
+        compiler, i, [kind], kind, _finished(i, {"neg": np.negative, "abs": np.abs}[i.base])
+    )
 
 
 @opcode("copysign")
 def _copysign(compiler: Compiler, i: Instruction) -> Run:
     kind = i.types[-1]
-    return elementwise(compiler, i, [kind] * 2, kind, lambda sign, magnitude: np.copysign(magnitude, sign))
+    return elementwise(
+        compiler, i, [kind] * 2, kind, lambda sign, magnitude: np.copysign(magnitude, sign)
+    )
 
 
 # -- approximations and roots
@@ -237,7 +254,8 @@ def _special(compiler: Compiler, i: Instruction) -> Run:
         result = np.asarray(function(x))
         if exact:
             return result
-        return (result.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)  # what the chip gives
+        # what the chip gives
+        return (result.view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
 
     return elementwise(compiler, i, [kind], kind, _finished(i, double if kind == "f64" else narrow))
 
@@ -264,7 +282,13 @@ def _testp(compiler: Compiler, i: Instruction) -> Run:
 
 _COMPARE = {
     **{"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le},
-    **{"gt": operator.gt, "ge": operator.ge, "lo": operator.lt, "ls": operator.le, "hi": operator.gt},
+    **{
+        "gt": operator.gt,
+        "ge": operator.ge,
+        "lo": operator.lt,
+        "ls": operator.le,
+        "hi": operator.gt,
+    },
     **{"hs": operator.ge},
 }
 _COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
@@ -335,7 +359,8 @@ def _shift(compiler: Compiler, i: Instruction) -> Run:
 
     def shifted(x: np.ndarray, by: np.ndarray) -> np.ndarray:
         kept = move(x, np.minimum(by, width - 1).astype(x.dtype))
-        gone = move(kept, x.dtype.type(1)) if kind[0] == "s" else kept.dtype.type(0)  # a sign goes on for ever
+        # a sign goes on for ever
+        gone = move(kept, x.dtype.type(1)) if kind[0] == "s" else kept.dtype.type(0)
         return np.where(by < width, kept, gone)
 
     return elementwise(compiler, i, [kind, "u32"], kind, shifted)
@@ -345,7 +370,10 @@ def _shift(compiler: Compiler, i: Instruction) -> Run:
 def _shf(compiler: Compiler, i: Instruction) -> Run:
     def funnel(low: np.ndarray, high: np.ndarray, by: np.ndarray) -> np.ndarray:
         by = by & np.uint32(31) if "wrap" in i.modifiers else np.minimum(by, np.uint32(32))
-        value, by = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32), by.astype(np.uint64)
+        value, by = (
+            low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32),
+            by.astype(np.uint64),
+        )
         moved = (value << by) >> np.uint64(32) if "l" in i.modifiers else value >> by
         return moved.astype(np.uint32)
 
@@ -356,13 +384,17 @@ def _shf(compiler: Compiler, i: Instruction) -> Run:
 def _lop3(compiler: Compiler, i: Instruction) -> Run:
     table = int(i.operands[4], 0)
     short = Instruction(i.line, i.source, i.guard, i.negated, i.opcode, i.operands[:4])
-    return elementwise(compiler, short, ["b32"] * 3, "b32", lambda a, b, c: arithmetic.looked_up(a, b, c, table))
+    return elementwise(
+        compiler, short, ["b32"] * 3, "b32", lambda a, b, c: arithmetic.looked_up(a, b, c, table)
+    )
 
 
 @opcode("prmt", "f4e b4e rc8 ecl ecr rc16")
 def _prmt(compiler: Compiler, i: Instruction) -> Run:
     mode = "".join(i.modifiers)
-    return elementwise(compiler, i, ["b32"] * 3, "b32", lambda a, b, c: arithmetic.permuted_bytes(a, b, c, mode))
+    return elementwise(
+        compiler, i, ["b32"] * 3, "b32", lambda a, b, c: arithmetic.permuted_bytes(a, b, c, mode)
+    )
 
 
 @opcode("bfe")
@@ -370,7 +402,11 @@ def _bfe(compiler: Compiler, i: Instruction) -> Run:
     kind = i.types[-1]
     to = f"u{BITS[kind]}"
     return elementwise(
-        compiler, i, [kind, "u32", "u32"], to, lambda x, p, n: arithmetic.bit_field(x, p, n, kind[0] == "s")
+        compiler,
+        i,
+        [kind, "u32", "u32"],
+        to,
+        lambda x, p, n: arithmetic.bit_field(x, p, n, kind[0] == "s"),
     )
 
 
@@ -392,13 +428,19 @@ def _count(compiler: Compiler, i: Instruction) -> Run:
     def bfind(x: np.ndarray) -> np.ndarray:
         x = np.where(x < 0, ~x, x)
         highest = np.where(x != 0, width - 1 - np.argmax(bits(x)[..., ::-1], -1), -1)
-        return np.where((x != 0) & ("shiftamt" in i.modifiers), width - 1 - highest, highest).astype(np.uint32)
+        return np.where(
+            (x != 0) & ("shiftamt" in i.modifiers), width - 1 - highest, highest
+        ).astype(np.uint32)
 
     functions: dict[str, Callable[..., Any]] = {
         "popc": lambda x: bits(x).sum(-1).astype(np.uint32),
-        "clz": lambda x: np.where(x != 0, np.argmax(bits(x)[..., ::-1], -1), width).astype(np.uint32),
+        "clz": lambda x: np.where(x != 0, np.argmax(bits(x)[..., ::-1], -1), width).astype(
+            np.uint32
+        ),
         "bfind": bfind,
-        "brev": lambda x: (bits(x)[..., ::-1] << np.arange(width, dtype=x.dtype)).sum(-1, dtype=x.dtype),
+        "brev": lambda x: (bits(x)[..., ::-1] << np.arange(width, dtype=x.dtype)).sum(
+            -1, dtype=x.dtype
+        ),
     }
     return elementwise(compiler, i, [kind], kind if i.base == "brev" else "u32", functions[i.base])
 
@@ -420,11 +462,16 @@ def _mov(compiler: Compiler, i: Instruction) -> Run:
 def _unpack(compiler: Compiler, i: Instruction, kind: str) -> Run:
     names = compiler.vector(i.operands[0])
     width = BITS[kind] // len(names)
-    puts, get = [compiler.put(name, f"b{width}") for name in names], compiler.get(i.operands[1], kind)
+    puts, get = (
+        [compiler.put(name, f"b{width}") for name in names],
+        compiler.get(i.operands[1], kind),
+    )
 
     def run(lanes: Lanes) -> None:
         value = get(lanes)
-        pieces = [(value >> value.dtype.type(width * j)).astype(UINT[width]) for j in range(len(puts))]
+        pieces = [
+            (value >> value.dtype.type(width * j)).astype(UINT[width]) for j in range(len(puts))
+        ]
         for put, piece in zip(puts, pieces, strict=True):
             put(lanes, piece)
 
@@ -434,7 +481,10 @@ def _unpack(compiler: Compiler, i: Instruction, kind: str) -> Run:
 def _pack(compiler: Compiler, i: Instruction, kind: str) -> Run:
     names = compiler.vector(i.operands[1])
     width, whole = BITS[kind] // len(names), UINT[BITS[kind]]
-    gets, put = [compiler.get(name, f"b{width}") for name in names], compiler.put(i.operands[0], kind)
+    gets, put = (
+        [compiler.get(name, f"b{width}") for name in names],
+        compiler.put(i.operands[0], kind),
+    )
 
     def run(lanes: Lanes) -> None:
         pieces = [get(lanes).astype(whole) << whole(width * j) for j, get in enumerate(gets)]
@@ -492,9 +542,15 @@ def _conversion(i: Instruction, to: str, source: str) -> Callable[..., Any]:
         info = np.iinfo(f"{'i' if to[0] == 's' else 'u'}{BITS[to] // 8}")
 
         def clamped(x: np.ndarray) -> np.ndarray:
-            x = whole((flush(np.asarray(x)) if "ftz" in i.modifiers else np.asarray(x)).astype(np.float64))
-            inside = np.where((x > float(info.min)) & (x < float(info.max)), x, 0.0).astype(info.dtype)
-            return np.where(x >= float(info.max), info.max, np.where(x <= float(info.min), info.min, inside))
+            x = whole(
+                (flush(np.asarray(x)) if "ftz" in i.modifiers else np.asarray(x)).astype(np.float64)
+            )
+            inside = np.where((x > float(info.min)) & (x < float(info.max)), x, 0.0).astype(
+                info.dtype
+            )
+            return np.where(
+                x >= float(info.max), info.max, np.where(x <= float(info.min), info.min, inside)
+            )
 
         return lambda x: clamped(x).astype(info.dtype)
     if is_float(to):
@@ -505,7 +561,9 @@ def _conversion(i: Instruction, to: str, source: str) -> Callable[..., Any]:
     kind = np.dtype(f"{'i' if to[0] == 's' else 'u'}{BITS[to] // 8}")
     if "sat" in i.modifiers:
         low, high = np.iinfo(kind).min, np.iinfo(kind).max
-        return lambda x: np.clip(x.astype(np.int64) if x.dtype != np.uint64 else x, low, high).astype(kind)
+        return lambda x: np.clip(
+            x.astype(np.int64) if x.dtype != np.uint64 else x, low, high
+        ).astype(kind)
     return lambda x: x.astype(kind)
 
 
@@ -519,7 +577,9 @@ def _between_floats(i: Instruction, to: str) -> Callable[..., Any]:
 
     def directed(x: np.ndarray) -> np.ndarray:
         near = x.astype(np.float32)
-        down = {"rm": near > x, "rp": np.zeros_like(near, bool), "rz": (near > x) & (x > 0)}[rounding]
+        down = {"rm": near > x, "rp": np.zeros_like(near, bool), "rz": (near > x) & (x > 0)}[
+            rounding
+        ]
         up = {"rp": near < x, "rm": np.zeros_like(near, bool), "rz": (near < x) & (x < 0)}[rounding]
         near = np.where(down, np.nextafter(near, np.float32(-np.inf)), near)
         return np.where(up, np.nextafter(near, np.float32(np.inf)), near)

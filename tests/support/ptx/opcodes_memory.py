@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 ALL_LANES = np.uint32(0xFFFFFFFF)
 _CACHES = (
-    "cs cg ca cv lu wb wt nc L1__no_allocate L1__evict_last L1__evict_first L1__evict_normal L1__evict_unchanged "
+    "cs cg ca cv lu wb wt nc L1__no_allocate L1__evict_last L1__evict_first L1__evict_normal "
+    "L1__evict_unchanged "
     "L2__evict_first L2__evict_last L2__evict_normal L2__cache_hint L2__64B L2__128B L2__256B "
     "relaxed acquire release volatile weak gpu cta sys cluster"
 )
@@ -32,9 +33,14 @@ class Place:
         self.size = BITS[self.kind] // 8
         self.count = int((i.one_of("v2", "v4", "v8") or "v1")[1:])
         space = i.one_of(*_SPACES)
-        self.space = "shared" if space.startswith("shared") else "global" if space == "const" else space
+        self.space = (
+            "shared" if space.startswith("shared") else "global" if space == "const" else space
+        )
         if self.space == "local":
-            raise Fault("unknown opcode", f"{i.opcode}: the machine has no local memory; no kernel of ours may need it")
+            raise Fault(
+                "unknown opcode",
+                f"{i.opcode}: the machine has no local memory; no kernel of ours may need it",
+            )
         self.base, self.offset = compiler.address(where)
 
     def access(self, lanes: Lanes, writes: bool) -> tuple[Access, bool]:
@@ -46,7 +52,9 @@ class Place:
             addresses = addresses - SHARED_WINDOW if shared else addresses
         if addresses.ndim == 0:
             addresses = np.broadcast_to(addresses, (lanes.active,))
-        return Access(self.instruction, addresses, self.size * self.count, writes, lanes.threads), shared
+        return Access(
+            self.instruction, addresses, self.size * self.count, writes, lanes.threads
+        ), shared
 
 
 @opcode("ld ldu", "v2 v4 v8 global shared shared__cta param const local " + _CACHES)
@@ -102,7 +110,8 @@ def _st(compiler: Compiler, i: Instruction) -> Run:
 
 
 def _warps(lanes: Lanes, mask: np.ndarray, what: str) -> np.ndarray:
-    """The active lanes of each thread's warp as a mask; all of its lanes must have come, with the mask of just these.
+    """The active lanes of each thread's warp as a mask; all of its lanes must have come, with the
+    mask of just these.
 
     Orders the accesses of the warp's threads before against those after.
     """
@@ -112,7 +121,9 @@ def _warps(lanes: Lanes, mask: np.ndarray, what: str) -> np.ndarray:
         first = int(np.flatnonzero(wrong)[0])
         asked = int(np.broadcast_to(mask, present.shape)[first])
         detail = f"{what} of lanes {asked:#010x} is reached by {int(present[first]):#010x}"
-        raise Fault("divergent shuffle", f"{detail}, thread {int(lanes.threads.thread[first])} among them")
+        raise Fault(
+            "divergent shuffle", f"{detail}, thread {int(lanes.threads.thread[first])} among them"
+        )
     lanes.sync_warps()
     return present
 
@@ -121,7 +132,10 @@ def _warps(lanes: Lanes, mask: np.ndarray, what: str) -> np.ndarray:
 def _shfl(compiler: Compiler, i: Instruction) -> Run:
     mode = i.one_of("up", "down", "bfly", "idx")
     names = i.operands[0].split("|")
-    put, put_valid = compiler.put(names[0], "b32"), compiler.put(names[1], "pred") if len(names) > 1 else None
+    put, put_valid = (
+        compiler.put(names[0], "b32"),
+        compiler.put(names[1], "pred") if len(names) > 1 else None,
+    )
     value, by, clamp, mask = (compiler.get(operand, "b32") for operand in i.operands[1:5])
     known, mark = compiler.known(i.operands[1]), compiler.mark(names[0])
 
@@ -130,7 +144,12 @@ def _shfl(compiler: Compiler, i: Instruction) -> Run:
         lane, b, c = lanes.lane, by(lanes).astype(np.int64) & 31, clamp(lanes).astype(np.int64)
         segment = c >> 8 & 31
         lowest, highest = lane & segment, (lane & segment) | (c & 31 & ~segment)
-        source = {"up": lane - b, "down": lane + b, "bfly": lane ^ b, "idx": lowest | (b & ~segment)}[mode]
+        source = {
+            "up": lane - b,
+            "down": lane + b,
+            "bfly": lane ^ b,
+            "idx": lowest | (b & ~segment),
+        }[mode]
         valid = source >= highest if mode == "up" else source <= highest
         source = np.where(valid, source, lane)
         if np.any((present >> source.astype(np.uint32)) & 1 == 0):
@@ -162,7 +181,10 @@ def _vote(compiler: Compiler, i: Instruction) -> Run:
 @opcode("match", "sync any all")
 def _match(compiler: Compiler, i: Instruction) -> Run:
     names = i.operands[0].split("|")
-    put, put_all = compiler.put(names[0], "b32"), compiler.put(names[1], "pred") if len(names) > 1 else None
+    put, put_all = (
+        compiler.put(names[0], "b32"),
+        compiler.put(names[1], "pred") if len(names) > 1 else None,
+    )
     value, mask = compiler.get(i.operands[1], i.types[-1]), compiler.get(i.operands[2], "b32")
 
     def run(lanes: Lanes) -> None:
@@ -172,7 +194,9 @@ def _match(compiler: Compiler, i: Instruction) -> Run:
         for lane in range(WARP):
             source = np.full(present.shape, lane)
             there = (present >> np.uint32(lane)) & 1 == 1
-            equal |= (there & (lanes.from_lanes(mine, source) == mine)).astype(np.uint32) << np.uint32(lane)
+            equal |= (there & (lanes.from_lanes(mine, source) == mine)).astype(
+                np.uint32
+            ) << np.uint32(lane)
         if put_all is None:
             put(lanes, equal)
             return
@@ -220,13 +244,16 @@ def _ldmatrix(compiler: Compiler, i: Instruction) -> Run:
         addresses = (base(lanes).astype(np.int64) + offset).reshape(-1, WARP)
         lane = np.arange(WARP)
         for j, put in enumerate(puts):
-            rows = addresses[:, 8 * j : 8 * j + 8]  # of matrix j: eight lanes have the address of a row each
+            # of matrix j: eight lanes have the address of a row each
+            rows = addresses[:, 8 * j : 8 * j + 8]
             if not transposed:
                 at = rows[:, lane // 4] + lane % 4 * 4
                 values = lanes.shared.read(_of_all(lanes, i, at, 4), lanes.slots, 4)[0]
             else:
                 pair = [rows[:, 2 * (lane % 4) + k] + lane // 4 * 2 for k in (0, 1)]
-                low, high = (lanes.shared.read(_of_all(lanes, i, at, 2), lanes.slots, 2)[0] for at in pair)
+                low, high = (
+                    lanes.shared.read(_of_all(lanes, i, at, 2), lanes.slots, 2)[0] for at in pair
+                )
                 values = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
             put(lanes, values)
 

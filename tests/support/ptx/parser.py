@@ -1,6 +1,8 @@
-"""Reads PTX: the entries of a module as lists of instructions, with what a launch must know of each.
+"""Reads PTX: the entries of a module as lists of instructions, with what a launch must know of
+each.
 
-Instructions keep their line in the PTX and, where the compiler left `.loc` lines, the line of the source.
+Instructions keep their line in the PTX and, where the compiler left `.loc` lines, the line of the
+source.
 """
 
 from __future__ import annotations
@@ -13,16 +15,37 @@ from functools import cached_property
 import numpy as np
 
 BITS = {
-    **{"pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16},
+    **{
+        "pred": 1,
+        "b8": 8,
+        "u8": 8,
+        "s8": 8,
+        "b16": 16,
+        "u16": 16,
+        "s16": 16,
+        "f16": 16,
+        "bf16": 16,
+    },
     **{"b32": 32, "u32": 32, "s32": 32, "f32": 32, "f16x2": 32, "bf16x2": 32},
     **{"b64": 64, "u64": 64, "s64": 64, "f64": 64},
 }
 UINT = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 ENDS_A_BLOCK = ("bra", "ret", "exit", "bar", "barrier", "trap")
-_WRITES_NOTHING = (*ENDS_A_BLOCK, "st", "red", "membar", "fence", "prefetch", "stmatrix", "nanosleep")
+_WRITES_NOTHING = (
+    *ENDS_A_BLOCK,
+    "st",
+    "red",
+    "membar",
+    "fence",
+    "prefetch",
+    "stmatrix",
+    "nanosleep",
+)
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+).*?([\w$]+)\s*(?:\[(\d+)\])?\s*$", re.DOTALL)
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+).*?([\w$]+)\s*(?:\[(\d+)\])?\s*$", re.DOTALL
+)
 _ARRAY = re.compile(
     r"\.(shared|global|const)\s+(?:\.align\s+(\d+)\s+)?\.([busf]\d+)\s+([\w$]+)(?:\[(\d*)\])?"
     r"(?:\s*=\s*\{?([^;}]*)\}?)?\s*;"
@@ -105,7 +128,8 @@ class Array:
 
 @dataclass(eq=False)
 class Kernel:
-    """One entry: its parameters, registers and code, which `blocks` divides where control may come or go."""
+    """One entry: its parameters, registers and code, which `blocks` divides where control may come
+    or go."""
 
     name: str
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset, size
@@ -122,7 +146,9 @@ class Kernel:
     def blocks(self) -> dict[int, int]:
         """Where each basic block begins, and where it ends."""
         starts = {0, *self.labels.values()}
-        starts |= {i + 1 for i, instruction in enumerate(self.code) if instruction.base in ENDS_A_BLOCK}
+        starts |= {
+            i + 1 for i, instruction in enumerate(self.code) if instruction.base in ENDS_A_BLOCK
+        }
         ordered = sorted(start for start in starts if start < len(self.code))
         return dict(zip(ordered, [*ordered[1:], len(self.code)], strict=True))
 
@@ -161,9 +187,11 @@ class Kernel:
 
     @cached_property
     def watched(self) -> frozenset[str]:
-        """The doubtful registers and all that are computed from them: a launch knows which threads have them.
+        """The doubtful registers and all that are computed from them: a launch knows which threads
+        have them.
 
-        Triton lets whole warps shuffle and add what only some lanes have loaded, and drops what the others get.
+        Triton lets whole warps shuffle and add what only some lanes have loaded, and drops what the
+        others get.
         """
         watched = set(self.doubtful)
         size = -1
@@ -185,7 +213,9 @@ class Module(Mapping[str, Kernel]):
     def __init__(self, text: str) -> None:
         self._text = text
         self._files = {number: path.rpartition("/")[2] for number, path in _FILE.findall(text)}
-        self._code = re.sub(r"/\*.*?\*/|//[^\n]*", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL)
+        self._code = re.sub(
+            r"/\*.*?\*/|//[^\n]*", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL
+        )
         self._entries = {match[1]: match for match in _ENTRY.finditer(self._code)}
         self._kernels: dict[str, Kernel] = {}
 
@@ -197,7 +227,9 @@ class Module(Mapping[str, Kernel]):
 
     def __getitem__(self, name: str) -> Kernel:
         if name not in self._kernels:
-            self._kernels[name] = _entry(self._code, self._entries[name], list(_arrays(self._code)), self._files)
+            self._kernels[name] = _entry(
+                self._code, self._entries[name], list(_arrays(self._code)), self._files
+            )
         return self._kernels[name]
 
     def edited(self, name: str, change: Callable[[str], str]) -> Kernel:
@@ -217,9 +249,15 @@ class Module(Mapping[str, Kernel]):
 def _arrays(text: str) -> Iterator[Array]:
     for space, align, kind, name, count, values in _ARRAY.findall(text):
         width = BITS[kind] // 8
-        numbers = [int(value, 0) % (1 << 8 * width) for value in split_operands(values)] if values.strip() else []
+        numbers = (
+            [int(value, 0) % (1 << 8 * width) for value in split_operands(values)]
+            if values.strip()
+            else []
+        )
         size = width * int(count or (0 if space == "shared" else 1))
-        initial = b"".join(number.to_bytes(width, "little") for number in numbers).ljust(size, b"\0")
+        initial = b"".join(number.to_bytes(width, "little") for number in numbers).ljust(
+            size, b"\0"
+        )
         yield Array(name, size, int(align or width), None if space == "shared" else initial)
 
 
@@ -242,14 +280,16 @@ def _read_parameters(kernel: Kernel, text: str) -> None:
             raise UnreadablePtx(f"{kernel.name}: parameter {parameter}")
         align, kind, name, count = found.groups()
         size = BITS[kind] // 8 * int(count or 1)
-        align = int(align) if align and count else BITS[kind] // 8  # .ptr .align is of what it points to
+        # .ptr .align is of what it points to
+        align = int(align) if align and count else BITS[kind] // 8
         offset = -(-kernel.parameter_bytes // align) * align
         kernel.parameters[name] = offset, size
         kernel.parameter_bytes = offset + size
 
 
 def _place_arrays(kernel: Kernel, arrays: list[Array]) -> None:
-    """Static shared arrays one after another, then the dynamic ones, which all begin where those end."""
+    """Static shared arrays one after another, then the dynamic ones, which all begin where those
+    end."""
     for array in arrays:
         if array.initial is not None:
             kernel.variables[array.name] = array

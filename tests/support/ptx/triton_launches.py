@@ -1,4 +1,5 @@
-"""Launches of Triton kernels on CPU tensors: compiled for a GPU that is not there, and their PTX run on the CPU."""
+"""Launches of Triton kernels on CPU tensors: compiled for a GPU that is not there, and their PTX
+run on the CPU."""
 
 from __future__ import annotations
 
@@ -35,11 +36,13 @@ def triton_as_ptx(
     edit: Callable[[str], str] = str,
     **options: Any,
 ) -> Iterator[list[Launch]]:
-    """Runs every launch of Triton kernels in the block as PTX for sm_<capability> and yields the list of launches.
+    """Runs every launch of Triton kernels in the block as PTX for sm_<capability> and yields the
+    list of launches.
 
     Args:
         capability: 80 or 90, or another that Triton knows.
-        memory: tensors which kernels touch beside their arguments, because they find their addresses in a table.
+        memory: tensors which kernels touch beside their arguments, because they find their
+            addresses in a table.
         edit: changes the PTX of every kernel, to plant a fault.
         options: those of `Options`.
     """
@@ -53,7 +56,9 @@ def triton_as_ptx(
             named = dict(zip(self.arg_names, args, strict=False)) | kwargs
             shape = grid(named) if callable(grid) else grid
             metadata = compiled[-1].metadata
-            launches.append(Launch(metadata.name, (*shape, 1, 1)[:3], 32 * metadata.num_warps, metadata.shared))
+            launches.append(
+                Launch(metadata.name, (*shape, 1, 1)[:3], 32 * metadata.num_warps, metadata.shared)
+            )
             _run(
                 _kernel(edit(compiled[-1].asm["ptx"])),
                 compiled[-1].src.signature,
@@ -80,9 +85,13 @@ def _run(
 ) -> None:
     passed = {name: arguments[name] for name, kind in signature.items() if kind != "constexpr"}
     if len(kernel.parameters) - len(passed) not in range(_SCRATCH + 1):
-        raise Fault("launch refused", f"{len(kernel.parameters)} parameters for {list(passed)}").at(launch.kernel, None)
+        raise Fault("launch refused", f"{len(kernel.parameters)} parameters for {list(passed)}").at(
+            launch.kernel, None
+        )
     parameters = bytearray(kernel.parameter_bytes)
-    for (name, value), (offset, size) in zip(passed.items(), kernel.parameters.values(), strict=False):
+    for (name, value), (offset, size) in zip(
+        passed.items(), kernel.parameters.values(), strict=False
+    ):
         parameters[offset : offset + size] = _as_bytes(value, signature[name], size)
     tensors = [(name, value) for name, value in passed.items() if isinstance(value, Tensor)]
     tensors += [(f"memory {i}", tensor) for i, tensor in enumerate(memory)]
