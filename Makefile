@@ -44,7 +44,7 @@ test-isa: native
 # every file that has cases of this mark; Triton beside the environment's own, which stays
 ptx: native $(if $(TRITON),build/triton-$(TRITON)/triton)
 	PYTHONPATH=$(if $(TRITON),$(CURDIR)/build/triton-$(TRITON)) $(PYTEST) -m "ptx or not ptx" \
-		tests/test_ptx_faults.py tests/test_scale_gradients.py $(shell grep -l mark.ptx tests/test_*.py)
+		tests/gpu/test_ptx_faults.py tests/loss/test_scale_gradients.py $(shell grep -l mark.ptx tests/*/test_*.py)
 
 build/triton-%/triton: $(READY)
 	$(BIN)/python -m pip install -q --no-compile --no-deps --upgrade --target $(@D) triton==$*
@@ -78,9 +78,9 @@ kernels: native
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python benchmarks/kernel_table.py
 
 sweep: native
-	$(PYTEST) -r f -m sweep tests/test_architectures.py \
+	$(PYTEST) -r f -m sweep tests/integrations/test_architectures.py \
 		--architectures benchmarks/results/architectures.md
-	$(PYTEST) -m "sweep or not sweep" tests/test_packing_matrix.py \
+	$(PYTEST) -m "sweep or not sweep" tests/integrations/test_packing_matrix.py \
 		--packing-matrix benchmarks/results/packing.md
 
 wheel: $(LINTERS)

@@ -179,7 +179,7 @@ class Check:
         marked = re.compile(r"^(@|pytestmark = )pytest\.mark\.gpu\b", re.M)
         files = [
             path
-            for path in sorted((ROOT / "tests").glob("test_*.py"))
+            for path in sorted((ROOT / "tests").rglob("test_*.py"))
             if marked.search(path.read_text())
         ]
         command = [

@@ -6,7 +6,7 @@ Needs nvcc, g++ and Triton. Instructions and bytes are those that the compiled P
 executes on the CPU (tests/support/kernel_counts.py says what runs), registers and widths those of
 its machine code, launches and waits those of operators and whole steps (host_calls.py and
 host_work.py beside it).
-`tests/test_kernel_table.py` fails where a kernel has become worse than its row.
+`tests/gpu/test_kernel_table.py` fails where a kernel has become worse than its row.
 
 The estimate is a lower bound, never measured: the largest of four times, and 4 us for the launch.
 

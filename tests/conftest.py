@@ -30,12 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--architectures")
     # the process that hears of every worker's tests
     if path and not hasattr(config, "workerinput"):
-        from architectures.table import Table
+        from support.architectures.table import Table
 
         config.pluginmanager.register(Table(path))
     path = config.getoption("--packing-matrix")
     if path and not hasattr(config, "workerinput"):
-        from architectures.packing_table import PackingTable
+        from support.architectures.packing_table import PackingTable
 
         config.pluginmanager.register(PackingTable(path))
 

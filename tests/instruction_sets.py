@@ -1,7 +1,7 @@
 """make test-isa: the numeric rooms under every instruction set of this machine, our kernels' and
 torch's.
 
-python tests/instruction_sets.py [--only avx2 avx512] [pytest's arguments, e.g. tests/test_adamw.py
+python tests/instruction_sets.py [--only avx2 avx512] [pytest's arguments, e.g. tests/optim/test_adamw.py
 -x]
 """
 
@@ -81,7 +81,7 @@ def main() -> None:
     )
     options, arguments = parser.parse_known_args()
     if not any(argument.endswith(".py") for argument in arguments):
-        arguments = [*arguments, *(str(TESTS / f"test_{room}.py") for room in ROOMS)]
+        arguments = [*arguments, *(str(next(TESTS.rglob(f"test_{room}.py"))) for room in ROOMS)]
     failed = []
     for name, values in settings().items():
         if options.only and name not in options.only:

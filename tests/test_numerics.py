@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import assert_no_worse
+from support.numerics import assert_no_worse
 from torch import Tensor
 
 ROWS = 63

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from numerics import assert_no_common_factor, assert_no_worse
 from torch import Tensor
 
 import fastft
+from support.numerics import assert_no_common_factor, assert_no_worse
 from support.row_problems import IGNORED
 
 ROWS, HIDDEN, CLASSES = 9450, 64, 1003

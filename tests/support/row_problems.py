@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from numerics import assert_no_worse
 from torch import Tensor
+
+from support.numerics import assert_no_worse
 
 IGNORED = -100
 

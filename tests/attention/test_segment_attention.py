@@ -1,0 +1,532 @@
+"""`segment_attention`: every engine and option against attention of each segment by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import math
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import flash_kernels
+from support.numerics import assert_no_worse
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastft.attention import segment_attention as room
+from fastft.attention.segment_attention import segment_attention
+from fastft.attention.segments import Segments
+
+HEADS, GROUPS, SIZE, VALUE_SIZE = 4, 2, 8, 12
+BATCHES = {  # lengths, rows
+    "ragged": ((11, 7, 0, 13), 1),
+    "one_token": ((1, 63), 1),
+    "long": ((507, 130), 1),
+    "rows": ((30, 33, 63), 2),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "both_ways": {"causal": False},
+    "window": {"causal": True, "window": 5},
+    "window_both_ways": {"causal": False, "window": 5},
+    "wide_window": {"causal": True, "window": 140},
+    "chunks": {"causal": True, "chunk": 5},
+    "scale": {"causal": True, "scale": 0.3},
+    "sinks": {"causal": True, "sinks": True},
+    "sinks_and_window": {"causal": True, "sinks": True, "window": 5},
+    "softcap": {"causal": True, "softcap": 1.5},
+    "bias": {"causal": False, "bias": True},
+    "bool_mask": {"causal": False, "mask": "bool"},
+    "float_mask": {"causal": False, "mask": "float"},
+    "all": {
+        "causal": True,
+        "window": 5,
+        "softcap": 1.5,
+        "bias": True,
+        "sinks": True,
+        "mask": "bool",
+    },
+}
+
+
+def segments_of_lengths(lengths: tuple[int, ...], keys: tuple[int, ...] | None = None) -> Segments:
+    cu_q = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    cu_k = (
+        cu_q if keys is None else torch.tensor([0, *itertools.accumulate(keys)], dtype=torch.int32)
+    )
+    return Segments(cu_q, cu_k, max(lengths), max(keys or lengths))
+
+
+def inputs(
+    batch: str, options: dict[str, Any], dtype: torch.dtype, value_size: int = SIZE
+) -> dict[str, Any]:
+    """Tensors of a call: q as projections give it (not contiguous), leaves that need gradients."""
+    lengths, rows = BATCHES[batch]
+    length = sum(lengths) // rows
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        # the same numbers in each dtype, but for rounding
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    call = {
+        "query": draw(rows, length, HEADS, SIZE).transpose(1, 2).requires_grad_(),
+        "key": draw(rows, GROUPS, length, SIZE).requires_grad_(),
+        "value": draw(rows, length, GROUPS, value_size).transpose(1, 2).requires_grad_(),
+        **options,
+    }
+    if options.get("sinks"):
+        call["sinks"] = draw(HEADS).requires_grad_()
+    if options.get("bias"):
+        call["bias"] = draw(1, HEADS, length, length).requires_grad_()
+    if options.get("mask") == "bool":
+        call["mask"] = (draw(rows, 1, length, length) > 0) | torch.eye(length, dtype=torch.bool)
+    if options.get("mask") == "float":
+        call["mask"] = draw(1, 1, 1, length)
+    return call
+
+
+def each_segment(
+    lengths: tuple[int, ...], *, query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> Tensor:
+    """The same in plain torch: each segment, or chunk, cut out and attended to by itself; (R, T, H,
+    D)."""
+    out = query.new_zeros(query.shape[0], query.shape[2], HEADS, value.shape[3])
+    begin = 0
+    for length in lengths:
+        for at in range(begin, begin + length, options.get("chunk") or max(length, 1)):
+            row, first = divmod(at, query.shape[2])
+            part = slice(first, first + min(options.get("chunk") or length, begin + length - at))
+            one = {
+                name: options[name]
+                for name in ("causal", "window", "scale", "softcap", "sinks")
+                if name in options
+            }
+            for name in ("bias", "mask"):
+                if name in options:
+                    whole = options[name].expand(query.shape[0], -1, query.shape[2], -1)
+                    one[name] = whole[row, :, part, part]
+            out[row, part] = _alone(
+                query[row, :, part], key[row, :, part], value[row, :, part], **one
+            )
+        begin += length
+    return out
+
+
+def _alone(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    key, value = (tensor.repeat_interleave(HEADS // GROUPS, 0) for tensor in (key, value))
+    scores = query @ key.mT * (SIZE**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores if bias is None else scores + bias
+    behind = torch.arange(query.shape[1])[:, None] - torch.arange(key.shape[1])
+    seen = (behind >= 0 if causal else behind == behind) & (behind.abs() < (window or math.inf))
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        scores = scores + mask
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, query.shape[1], 1)], -1)
+    elif (
+        softcap is None and scores.dtype != torch.float64
+    ):  # torch's own kernel is what there is to be as good as
+        add = torch.zeros_like(scores) if bias is None else bias
+        add = add if mask is None or mask.dtype == torch.bool else add + mask
+        add = add.masked_fill(~seen, -torch.inf)
+        # its fast kernel takes four dimensions alone
+        four = (tensor[None] for tensor in (query, key, value))
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            *four, attn_mask=add[None], scale=scale
+        )
+        return plain[0].transpose(0, 1)
+    return (scores.softmax(-1)[..., : key.shape[1]] @ value).transpose(0, 1)
+
+
+def results(
+    function: Callable[..., Tensor], first: Any, call: dict[str, Any], **more: Any
+) -> list[Tensor]:
+    """The output and the gradients of all leaves."""
+    leaves = [value for value in call.values() if isinstance(value, Tensor) and value.requires_grad]
+    if first is None:
+        out = function(**call, **more)
+    else:
+        query, key, value = (call[name] for name in ("query", "key", "value"))
+        rest = {
+            name: value for name, value in call.items() if name not in ("query", "key", "value")
+        }
+        out = function(query, key, value, first, **rest, **more)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, weights)]
+
+
+def assert_as_each_segment(
+    batch: str, options: dict[str, Any], dtype: torch.dtype, impl: str, value_size: int = SIZE
+) -> None:
+    lengths, _ = BATCHES[batch]
+    calls = [inputs(batch, options, kind, value_size) for kind in (dtype, torch.float64)]
+    for name in ("query", "key", "value", "sinks", "bias"):  # the same numbers, rounded
+        if isinstance(calls[0].get(name), Tensor):
+            calls[1][name] = calls[0][name].detach().double().requires_grad_()
+    if options.get("mask") == "float":
+        calls[1]["mask"] = calls[0]["mask"].double()
+    ours = results(segment_attention, segments_of_lengths(lengths), calls[0], impl=impl)
+    plain, truth = (
+        results(lambda **call: each_segment(lengths, **call), None, call) for call in calls
+    )
+    terms = SIZE + value_size + sum(lengths) * HEADS // GROUPS
+    for index, (actual, other, exact) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert actual.dtype == dtype
+        assert_no_worse(actual, other, exact, f"tensor {index}", terms=terms)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("impl", ["auto", "blocks"])
+def test_each_option(batch: str, options: dict[str, Any], impl: str, poisoned_empty: None) -> None:
+    assert_as_each_segment(batch, options, torch.float32, impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["causal", "sinks_and_window", "all"])
+def test_each_dtype(name: str, dtype: torch.dtype, poisoned_empty: None) -> None:
+    assert_as_each_segment("ragged", OPTIONS[name], dtype, "auto")
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "all", "chunks"])
+def test_reference(name: str) -> None:
+    assert_as_each_segment("ragged", OPTIONS[name], torch.float32, "eager")
+
+
+def test_values_of_another_head_size() -> None:
+    assert_as_each_segment("ragged", OPTIONS["causal"], torch.float32, "auto", VALUE_SIZE)
+
+
+@pytest.mark.parametrize("impl", ["auto", "blocks"])
+def test_cross_attention(impl: str, poisoned_empty: None) -> None:
+    """Queries of one length, keys of another; the keys of a segment without queries get zeros."""
+    lengths, keys = (5, 0, 9), (4, 3, 20)
+    q = torch.randn(1, HEADS, 14, SIZE, dtype=torch.float64, requires_grad=True)
+    k, v = (
+        torch.randn(1, GROUPS, 27, SIZE, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    out = segment_attention(q, k, v, segments_of_lengths(lengths, keys), causal=False, impl=impl)
+    parts = [
+        _alone(q[0, :, :5], k[0, :, :4], v[0, :, :4], False),
+        _alone(q[0, :, 5:], k[0, :, 7:], v[0, :, 7:], False),
+    ]
+    truth = torch.cat(parts)[None]
+    weights = torch.randn_like(out)
+    pairs = zip(
+        (out, *_grads(out, weights, q, k, v)),
+        (truth, *_grads(truth, weights, q, k, v)),
+        strict=True,
+    )
+    for actual, exact in pairs:
+        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["causal", "all"])
+def test_no_tokens(name: str) -> None:
+    q, k = torch.randn(1, HEADS, 0, SIZE, requires_grad=True), torch.randn(1, GROUPS, 0, SIZE)
+    options = {
+        key: value for key, value in OPTIONS[name].items() if key in ("causal", "window", "softcap")
+    }
+    out = segment_attention(q, k, k, segments_of_lengths((0,)), **options)
+    out.sum().backward()
+    assert out.shape == (1, 0, HEADS, SIZE)
+    assert q.grad.shape == q.shape
+
+
+def _grads(out: Tensor, weights: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, leaves, weights, retain_graph=True)
+
+
+def test_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where a block of queries is far shorter than a segment."""
+    monkeypatch.setattr(room, "_BLOCK_SCORES", 1 << 10)
+    assert_as_each_segment("long", OPTIONS["all"], torch.float32, "blocks")
+
+
+def test_query_that_sees_nothing() -> None:
+    """A mask may leave a padding token no key: zeros, no NaN."""
+    call = inputs("ragged", {"causal": False}, torch.float32)
+    mask = torch.ones(1, 1, 31, 31, dtype=torch.bool)
+    mask[..., 3, :] = False
+    ours = results(segment_attention, segments_of_lengths((11, 7, 0, 13)), call, mask=mask)
+    assert all(tensor.isfinite().all() for tensor in ours)
+    assert (ours[0][0, 3] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["flash_cpu", "blocks"])
+def test_any_strides(impl: str) -> None:
+    """Tensors whose last dimension is not the dense one, or that are expanded."""
+    wide = torch.randn(1, HEADS, 31, SIZE, 2, dtype=torch.float64, requires_grad=True)
+    q, k = wide[..., 0], wide[:, :1, :, :, 1].expand(-1, GROUPS, -1, -1)
+    segments = segments_of_lengths((11, 7, 13))
+    results = []
+    for query, key in ((q, k), (q.contiguous(), k.contiguous())):
+        out = segment_attention(query, key, key, segments, causal=True, impl=impl)
+        # the gradient of out is expanded too
+        results.append((out, *torch.autograd.grad(out.sum(), wide)))
+    truth = each_segment((11, 7, 13), query=q, key=k, value=k, causal=True)
+    results.append((truth, *torch.autograd.grad(truth.sum(), wide)))
+    for tensors in zip(*results, strict=True):
+        for actual in tensors[:2]:
+            torch.testing.assert_close(actual, tensors[2], rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    window=st.none() | st.integers(1, 50),
+    chunk=st.none() | st.integers(1, 50),
+    causal=st.booleans(),
+    impl=st.sampled_from(["auto", "blocks"]),
+)
+def test_any_lengths(
+    lengths: list[int], window: int | None, chunk: int | None, causal: bool, impl: str
+) -> None:
+    options = {"causal": causal, "window": window, "chunk": chunk}
+    q, k, v = (
+        torch.randn(1, heads, sum(lengths), SIZE).double() for heads in (HEADS, GROUPS, GROUPS)
+    )
+    ours = segment_attention(q, k, v, segments_of_lengths(tuple(lengths)), impl=impl, **options)
+    truth = each_segment(tuple(lengths), query=q, key=k, value=v, **options)
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["eager", "blocks"])
+def test_dropout_gradients(impl: str) -> None:
+    """Numerical differences, with the random numbers held."""
+    shapes = ((1, 2, 9, 4), (1, 1, 9, 4), (1, 1, 9, 4))
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def attend(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return segment_attention(
+            *tensors, segments_of_lengths((4, 5)), causal=True, dropout=0.4, impl=impl
+        )
+
+    assert torch.autograd.gradcheck(attend, leaves)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    q, k, v = torch.randn(1, 4, 512, 8), torch.randn(1, 4, 512, 8), torch.ones(1, 4, 512, 8)
+    torch.manual_seed(2)
+    out = segment_attention(q, k, v, segments_of_lengths((256, 256)), causal=False, dropout=0.25)
+    assert 0.99 < out.mean() < 1.01
+    assert out.std() > 0.01
+
+
+@pytest.mark.parametrize("impl", ["flash_cpu", "blocks"])
+def test_the_same_bits_each_time(impl: str) -> None:
+    call = inputs("long", OPTIONS["window"], torch.float32)
+    runs = [
+        results(segment_attention, segments_of_lengths((507, 130)), call, impl=impl)
+        for _ in range(2)
+    ]
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(
+                    self.elements, tensor.untyped_storage().nbytes() // tensor.element_size()
+                )
+        return result
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "softcap", "sinks"])
+def test_memory_is_linear(name: str) -> None:
+    """No tensor of the forward or the backward is larger than q, or than a block of scores."""
+    lengths = (64,) * 64
+    q, k, v = (torch.randn(1, 1, 4096, 4, requires_grad=True) for _ in range(3))
+    options = {**OPTIONS[name], **({"sinks": torch.zeros(1)} if name == "sinks" else {})}
+    with _Largest() as largest:
+        segment_attention(q, k, v, segments_of_lengths(lengths), **options).sum().backward()
+    assert largest.elements == q.numel()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["causal", "both_ways", "window", "window_both_ways", "sinks", "sinks_and_window", "chunks"],
+)
+@pytest.mark.parametrize("batch", ["ragged", "rows"])
+def test_cuda_arguments(batch: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is handed to the CUDA kernels and made of what they return; the kernels themselves do
+    not run here."""
+    calls, options = flash_kernels.install(monkeypatch), OPTIONS[name]
+    monkeypatch.setattr(room, "_engine", lambda *args: "flash_cuda")
+    lengths, _ = BATCHES[batch]
+    call = inputs(batch, options, torch.float64)
+    ours = results(segment_attention, segments_of_lengths(lengths), call)
+    truth = results(lambda **kwargs: each_segment(lengths, **kwargs), None, call)
+    for actual, exact in zip(ours, truth, strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
+    longest = min(max(lengths), options.get("chunk") or max(lengths))
+    assert [(call["max_q"], call["max_k"]) for call in calls] == [(longest, longest)]
+
+
+@pytest.mark.parametrize("name", flash_kernels.NAMES)
+def test_the_stand_ins_take_what_torchs_kernels_take(name: str) -> None:
+    """In torch's order; of what they do not know torch has a default."""
+    given, kernel = (
+        getattr(torch.ops.aten, name).default._schema.arguments,
+        flash_kernels.KERNELS[name],
+    )
+    taken = inspect.signature(kernel).parameters
+    assert [one.name for one in given if not one.kwarg_only] == [
+        parameter.name
+        for parameter in taken.values()
+        if parameter.kind is not parameter.KEYWORD_ONLY
+    ]
+    assert {one.name for one in given} >= set(taken)
+    assert all(one.has_default_value() for one in given if one.name not in taken)
+
+
+def test_a_longest_segment_that_is_said_to_be_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernels would leave out what is beyond, without a word."""
+    calls = flash_kernels.install(monkeypatch)
+    monkeypatch.setattr(room, "_engine", lambda *args: "flash_cuda")
+    segments = dataclasses.replace(
+        segments_of_lengths((30, 33, 63)), max_seqlen_q=40, max_seqlen_k=7
+    )
+    call = inputs("rows", {"causal": True}, torch.float64)
+    out = segment_attention(**call, segments=segments)
+    torch.testing.assert_close(out, each_segment((30, 33, 63), **call), rtol=1e-12, atol=1e-12)
+    assert (calls[0]["max_q"], calls[0]["max_k"]) == (63, 63)
+
+
+@pytest.mark.parametrize(
+    "options", [{"causal": True}, {"causal": True, "window": 5}, {"causal": False, "window": 5}]
+)
+def test_flash_attn_arguments(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def flash_attn_varlen_func(q: Tensor, *tensors: Any, **kwargs: Any) -> Tensor:
+        seen.update(
+            kwargs,
+            shapes=[tuple(tensor.shape) for tensor in (q, *tensors[:2])],
+            longest=tensors[4:],
+        )
+        return q.clone()
+
+    fake = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    monkeypatch.setattr(room, "_engine", lambda *args: "flash_attn")
+    call = inputs("rows", options, torch.float32)
+    out = segment_attention(
+        **call, segments=segments_of_lengths((30, 33, 63)), softcap=3.0, dropout=0.1
+    )
+    left = options.get("window", 0) - 1
+    assert torch.equal(out, call["query"].transpose(1, 2))
+    assert seen == {
+        "shapes": [(126, HEADS, SIZE), (126, GROUPS, SIZE), (126, GROUPS, SIZE)],
+        "longest": (63, 63),
+        "dropout_p": 0.1,
+        "softmax_scale": SIZE**-0.5,
+        "causal": options["causal"],
+        "window_size": (left, 0 if options["causal"] else left),
+        "softcap": 3.0,
+    }
+
+
+def _bad(**changes: Any) -> dict[str, Any]:
+    call: dict[str, Any] = {"query": torch.zeros(1, 4, 6, 8), "key": torch.zeros(1, 2, 6, 8)}
+    call |= {
+        "value": torch.zeros(1, 2, 6, 8),
+        "segments": segments_of_lengths((2, 4)),
+        "causal": True,
+    }
+    return {**call, **changes}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (_bad(query=torch.zeros(4, 6, 8)), ValueError, "rows, heads, tokens, head size"),
+        (
+            _bad(key=torch.zeros(1, 3, 6, 8), value=torch.zeros(1, 3, 6, 8)),
+            ValueError,
+            "multiple of its heads",
+        ),
+        (_bad(value=torch.zeros(1, 2, 5, 8)), ValueError, "rows, heads, tokens, head size"),
+        (_bad(key=torch.zeros(1, 2, 6, 4)), ValueError, "the key's head size"),
+        (_bad(value=torch.zeros(1, 2, 6, 8).double()), TypeError, "share a floating dtype"),
+        (_bad(window=0), ValueError, "window must be positive"),
+        (_bad(chunk=-1), ValueError, "chunk must be positive"),
+        (_bad(dropout=1.0), ValueError, r"dropout must be in \[0, 1\)"),
+        (
+            _bad(segments=segments_of_lengths((2, 5))),
+            ValueError,
+            "cu_seqlens_q must rise from 0 to 6",
+        ),
+        (_bad(segments=segments_of_lengths((2, 4), (3, 3))), ValueError, "as many as queries"),
+        (_bad(segments=segments_of_lengths((2, 4), (0, 6)), causal=False), ValueError, "have keys"),
+        (_bad(impl="fast"), ValueError, "impl must be one of"),
+        (_bad(impl="flash_cuda"), RuntimeError, "these are on cpu"),
+        (_bad(impl="flash_cpu", softcap=1.0), RuntimeError, "no softcap"),
+        (_bad(impl="flash_cpu", dropout=0.5), RuntimeError, "no dropout"),
+        (
+            _bad(impl="flash_cpu", mask=torch.ones(1, 1, 6, 6).bool()),
+            RuntimeError,
+            "neither bias nor mask",
+        ),
+    ],
+)
+def test_bad_calls(call: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        segment_attention(**call)
+
+
+def test_segment_over_two_rows() -> None:
+    q = torch.zeros(2, 1, 4, 8)
+    with pytest.raises(ValueError, match="must lie in one row"):
+        segment_attention(q, q, q, segments_of_lengths((3, 5)), causal=True)
+
+
+def test_tiles_of_a_window_are_linear() -> None:
+    """The keys that all calls of the CPU kernel read grow with the tokens, not with their
+    square."""
+
+    def read(length: int) -> int:
+        q = torch.zeros(1, 1, length, 8)
+        seen: list[int] = []
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+        def count(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.append(query.shape[2] * key.shape[2])
+            return kernel(query, key, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", count)
+            segment_attention(q, q, q, segments_of_lengths((length,)), causal=True, window=64)
+        return sum(seen)
+
+    assert read(4096) < 2.1 * read(2048)

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import oracle
+from support.numerics import assert_no_worse
+from support.watch import Watch
+
+from fastft import _native
+from fastft.loss.linear_cross_entropy import linear_cross_entropy
+from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linear_token_loss
+
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+LOGITS = {
+    "plain": {},
+    "scale": {"logit_scale": 0.3},
+    "softcap": {"softcap": 4.0, "logit_scale": 2.0},
+}
+
+
+def make(rows, hidden, classes, dtype=torch.float32):
+    x, head, bias = (
+        torch.randn(*shape).to(dtype) for shape in ((rows, hidden), (classes, hidden), (classes,))
+    )
+    target = torch.randint(0, classes, (rows,)).masked_fill(torch.rand(rows) < 0.2, -100)
+    return x, head, bias, target
+
+
+def plain_log_probs(x, head, target, *, linear_bias=None, upcast=True, **options):
+    logits = F.linear(x, head, linear_bias)
+    return LinearLogProbs(
+        *oracle.log_probs(logits.float() if upcast else logits, target, **options)
+    )
+
+
+def gradients(result, leaves, upstream):
+    return torch.autograd.grad(
+        sum((r * u.to(r.dtype)).sum() for r, u in zip(result, upstream, strict=False)), leaves
+    )
+
+
+def leaves_of(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", LOGITS.values(), ids=LOGITS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 63, 507), (63, 1, 15), (63, 33, 507)])
+def test_matches_torch(impl, dtype, options, shape, poisoned_empty):
+    x, head, bias, target = make(*shape, dtype)
+    upstream = torch.randn(3, shape[0])
+    results, grads = [], []
+    for function, cast in (
+        (lambda *a, **k: linear_log_probs(*a, impl=impl, chunk_rows=8, **k), dtype),
+        (plain_log_probs, dtype),
+        (lambda *a, **k: plain_log_probs(*a, upcast=False, **k), torch.float64),
+    ):
+        leaves = leaves_of(x.to(cast), head.to(cast), bias.to(cast))
+        results.append(function(leaves[0], leaves[1], target, linear_bias=leaves[2], **options))
+        grads.append(gradients(results[-1][:3], leaves, upstream))
+    for name, *values in zip(("log_probs", "entropy", "lse"), *results, strict=False):
+        assert values[0].dtype == torch.float32
+        assert_no_worse(*(value.detach() for value in values), name, terms=sum(shape))
+    for name, *values in zip(("d_input", "d_weight", "d_bias"), *grads, strict=True):
+        assert values[0].dtype == dtype
+        assert_no_worse(*values, name, terms=sum(shape))
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+def test_the_top_class(impl):
+    x, head, _, target = make(63, 33, 507)
+    head[target[target >= 0][::2]] *= 20  # some targets win, some lose
+    logits = F.linear(x, head)
+    result = linear_log_probs(x, head, target, impl=impl)
+    assert (
+        torch.equal(result.is_top1, (logits.argmax(1) == target))
+        and not result.is_top1.requires_grad
+    )
+    assert 0 < result.is_top1.sum() < 63
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), ()])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_any_of_the_results_may_have_a_gradient(wanted, frozen):
+    x, head, bias, target = make(63, 33, 507)
+    upstream = torch.randn(3, 63)
+    results = []
+    for function in (linear_log_probs, plain_log_probs):
+        leaves = leaves_of(x) if frozen else leaves_of(x, head, bias)
+        operands = (leaves[0], head, bias) if frozen else leaves
+        result = function(operands[0], operands[1], target, linear_bias=operands[2])
+        assert all(value.requires_grad for value in result[:3])
+        if wanted:
+            results.append(gradients([result[i] for i in wanted], leaves, upstream))
+    torch.testing.assert_close(*(results or ([], [])), rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_empty_batches_and_ignored_rows():
+    x, head, _, _ = make(6, 5, 7)
+    target = torch.tensor([[0, -100, 2], [6, -100, 1]], dtype=torch.int32)
+    result = linear_log_probs(x.view(2, 3, 5), head, target)
+    assert all(value.shape == (2, 3) and not value[:, 1].any() for value in result)
+    leaf = head.requires_grad_()
+    empty = linear_log_probs(x[:0], leaf, torch.zeros(0, dtype=torch.int64))
+    assert all(value.shape == (0,) for value in empty)
+    assert not torch.autograd.grad(empty.log_probs.sum(), leaf)[0].any()
+
+
+def test_autocast_and_no_grad():
+    x, head, _, target = make(63, 33, 507)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        result = linear_log_probs(x.requires_grad_(), head, target)
+    expected = linear_log_probs(x.bfloat16(), head.bfloat16(), target)
+    assert torch.equal(result.log_probs, expected.log_probs) and not result.log_probs.requires_grad
+
+
+def test_backward_refuses_a_second_derivative_and_keeps_graphs():
+    x, head, _, target = make(63, 33, 507)
+    leaves = leaves_of(x, head)
+    result = linear_log_probs(*leaves, target)
+    first, second = (
+        torch.autograd.grad(result.entropy.sum(), leaves, retain_graph=True) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(result.log_probs.sum(), leaves, create_graph=True)
+
+
+TOKEN_LOSSES = {
+    "cross_entropy": lambda token, *_: -token.log_probs,
+    "dft": lambda token, *_: -token.log_probs * token.log_probs.detach().exp(),
+    "ppo": lambda token, old, advantage: (
+        -torch.min(
+            (token.log_probs - old).exp() * advantage,
+            (token.log_probs - old).exp().clamp(0.8, 1.2) * advantage,
+        )
+    ),
+    "entropy_bonus": lambda token, *_: -token.log_probs - 0.1 * token.entropy + 1e-3 * token.lse**2,
+    "constant": lambda token, *_: torch.ones_like(token.lse),
+}
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("token_loss", TOKEN_LOSSES.values(), ids=TOKEN_LOSSES)
+@pytest.mark.parametrize("options", LOGITS.values(), ids=LOGITS)
+def test_token_losses(impl, token_loss, options):
+    x, head, bias, target = make(63, 33, 507)
+    rows = torch.randn(2, 63)
+    old = plain_log_probs(
+        x.double(), head.double(), target, linear_bias=bias.double(), upcast=False, **options
+    )
+    rows[0] = old.log_probs + 0.3 * rows[0]
+    results = []
+    for function, cast in (
+        (lambda *a, **k: linear_token_loss(*a, impl=impl, chunk_rows=8, **k), torch.float32),
+        (plain_token_loss, torch.float32),
+        (plain_token_loss, torch.float64),
+    ):
+        leaves = leaves_of(x.to(cast), head.to(cast), bias.to(cast))
+        loss = function(
+            leaves[0],
+            leaves[1],
+            target,
+            token_loss,
+            *rows.to(cast),
+            linear_bias=leaves[2],
+            **options,
+        )
+        results.append((loss.detach(), *torch.autograd.grad(3 * loss, leaves)))
+    for name, *values in zip(("loss", "d_input", "d_weight", "d_bias"), *results, strict=True):
+        assert_no_worse(*values, name, terms=63 + 33 + 507)
+
+
+def plain_token_loss(x, head, target, token_loss, *rows, **options):
+    tokens = plain_log_probs(x, head, target, upcast=False, **options)
+    values = token_loss(tokens, *rows) + 0.0 * tokens.lse
+    return torch.where(target != -100, values, 0.0).sum()
+
+
+def test_a_closed_form_token_loss_takes_three_products():
+    x, head, _, target = make(63, 33, 507)
+    leaves, unit = leaves_of(x, head), 2 * int((target != -100).sum()) * 33 * 507
+    with Watch() as watch:
+        linear_token_loss(*leaves, target, TOKEN_LOSSES["dft"], chunk_rows=16).backward()
+    assert watch.flops == 3 * unit and watch.elements <= 507 * 33
+    with Watch() as watch:
+        (-linear_log_probs(*leaves, target, chunk_rows=16).log_probs).sum().backward()
+    assert watch.flops == 4 * unit and watch.elements <= 507 * 33
+
+
+def test_cross_entropy_is_the_sum_of_log_probs():
+    x, head, bias, target = make(63, 33, 507)
+    losses = linear_cross_entropy(x, head, target, linear_bias=bias, reduction="none")
+    assert torch.equal(losses, -linear_log_probs(x, head, target, linear_bias=bias).log_probs)
+
+
+GOOD = {
+    "input": torch.randn(4, 9),
+    "linear_weight": torch.randn(7, 9),
+    "target": torch.tensor([0, 6, -100, 3]),
+}
+
+
+@pytest.mark.parametrize("function", [linear_log_probs, linear_token_loss])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"target": torch.tensor([0, 7, 1, 1])}, ValueError, r"target\[1\] is 7"),
+        ({"target": torch.rand(4, 7)}, ValueError, "target must be of input's shape"),
+        ({"target": torch.rand(4)}, TypeError, "target.*float32"),
+        ({"target": [0, 1, 1, 1]}, TypeError, "target must be a torch.Tensor, got list"),
+        ({"input": [[1.0] * 9] * 4}, TypeError, "input must be a torch.Tensor, got list"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index must be an integer"),
+        ({"linear_weight": torch.randn(7, 8)}, ValueError, r"linear_weight.*\(7, 8\)"),
+        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows"),
+        ({"max_counted": 2}, ValueError, "max_counted is 2, but 3 rows count"),
+        ({"impl": "cuda"}, RuntimeError, "impl='cuda'"),
+        ({"impl": "fast"}, ValueError, "'fast'"),
+    ],
+)
+def test_bad_input(function, arguments, error, message):
+    extra = {"token_loss": lambda token: token.lse} if function is linear_token_loss else {}
+    with pytest.raises(error, match=message):
+        function(**(GOOD | extra | arguments))
+
+
+@pytest.mark.parametrize(
+    ("token_loss", "rows", "message"),
+    [
+        (lambda token: token.lse.sum(), (), r"one loss per token, shape \(3,\), got shape \(\)"),
+        (lambda token: 0.0, (), "got float"),
+        (lambda token, rows: rows, (torch.ones(3),), r"arguments\[0\].*\(4,\).*\(3,\)"),
+        (
+            lambda token, rows: rows,
+            (torch.ones(4, requires_grad=True),),
+            r"arguments\[0\] requires a gradient",
+        ),
+    ],
+)
+def test_bad_token_losses(token_loss, rows, message):
+    with pytest.raises(ValueError, match=message):
+        linear_token_loss(GOOD["input"], GOOD["linear_weight"], GOOD["target"], token_loss, *rows)

@@ -1,0 +1,463 @@
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.numerics import assert_no_worse
+from torch.nn import Parameter
+
+from fastft import _native
+from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_update import join_master
+
+NATIVE = _native.missing("cpu") is None
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
+]
+SHAPES = [(1,), (63,), (507,), (4096,), (3, 5, 7), (), (0,)]
+OPTIONS = [
+    {},
+    {"weight_decay": 0.0},
+    {"lr": 0.1, "betas": (0.3, 0.5), "eps": 1e-3, "weight_decay": 0.3},
+    {"maximize": True, "betas": (0.0, 0.9)},
+    {"lr": torch.tensor(0.01)},
+    {"amsgrad": True},
+    {"amsgrad": True, "maximize": True, "betas": (torch.tensor(0.8), torch.tensor([0.9]))},
+]
+
+
+def gradients(shapes, steps, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(shape):
+        scale = 10 ** (torch.rand(shape, generator=generator) * 6 - 4)
+        return torch.randn(shape, generator=generator) * scale
+
+    return [[one(shape) for shape in shapes] for _ in range(steps)]
+
+
+def start(shapes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def train(optimizer, steps_of_grads):
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for grads in steps_of_grads:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = None if grad is None else grad.to(param.dtype)
+        optimizer.step()
+    return params
+
+
+def states(optimizer, name):
+    return [state[name] for state in optimizer.state.values()]
+
+
+def equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.dtype == b.dtype
+        a, b = a.detach(), b.detach()
+        assert torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0)), float(
+            (a.double() - b.double()).abs().max()
+        )
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_no_worse_than_torch(impl, options, poisoned_empty):
+    grads = gradients(SHAPES, 12)
+    ours, plain = (
+        AdamW(start(SHAPES), impl=impl, **options),
+        torch.optim.AdamW(start(SHAPES), **options),
+    )
+    truth = torch.optim.AdamW([Parameter(p.detach().double()) for p in start(SHAPES)], **options)
+    results = [train(optimizer, grads) for optimizer in (ours, plain, truth)]
+    for actual, torchs, exact in zip(*results, strict=True):
+        assert_no_worse(
+            actual.detach(), torchs.detach(), exact.detach(), "parameter", terms=len(grads)
+        )
+    for name in ("exp_avg", "exp_avg_sq"):
+        for actual, torchs, exact in zip(
+            *(states(o, name) for o in (ours, plain, truth)), strict=True
+        ):
+            assert_no_worse(actual, torchs, exact, name, terms=len(grads))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_bits_of_torch_fused(options):
+    # exact on whole vectors; in the tail of a tensor torch's compiler contracts the second moment
+    # differently
+    shapes = [(64,), (4096,), (16, 64)]
+    ours, fused = (
+        AdamW(start(shapes), impl="cpp", **options),
+        torch.optim.AdamW(start(shapes), fused=True, **options),
+    )
+    grads = gradients(shapes, 50)
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        equal(train(ours, grads), train(fused, grads))
+        equal(states(ours, "exp_avg"), states(fused, "exp_avg"))
+        equal(states(ours, "exp_avg_sq"), states(fused, "exp_avg_sq"))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+@pytest.mark.parametrize("rival", [{"fused": True}, {"foreach": False}, {"foreach": True}])
+def test_one_step_is_within_an_ulp_of_torch(rival):
+    shapes, grads = [(507,), (63,), (1,)], gradients([(507,), (63,), (1,)], 1)
+    ours, theirs = (
+        train(AdamW(start(shapes), impl="cpp"), grads),
+        train(torch.optim.AdamW(start(shapes), **rival), grads),
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        assert ((a - b).abs() <= torch.finfo(torch.float32).eps * b.abs()).all()
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_bf16_follows_fp32_to_the_last_bit(impl, options):
+    shapes = [(507,), (63, 3)]
+    narrow = start(shapes, torch.bfloat16)
+    wide = [Parameter(param.detach().float()) for param in narrow]
+    grads = [[grad.bfloat16() for grad in step] for step in gradients(shapes, 200)]
+    ours, fp32 = AdamW(narrow, impl=impl, **options), AdamW(wide, impl=impl, **options)
+    train(ours, grads)
+    train(fp32, grads)
+    equal(
+        [
+            join_master(p.detach(), r)
+            for p, r in zip(narrow, states(ours, "remainder"), strict=True)
+        ],
+        [w.detach() for w in wide],
+    )
+    equal(states(ours, "exp_avg"), states(fp32, "exp_avg"))
+    equal(states(ours, "exp_avg_sq"), states(fp32, "exp_avg_sq"))
+    for param, master in zip(narrow, wide, strict=True):
+        tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
+        assert torch.equal(param[~tie], master.bfloat16()[~tie])
+
+
+def test_an_overwritten_parameter_does_not_become_nan():
+    param = Parameter(torch.randn(1000).bfloat16())
+    optimizer = AdamW([param], lr=1e-3)
+    train(optimizer, gradients([(1000,)], 5))
+    with torch.no_grad():
+        param.zero_()
+    train(optimizer, gradients([(1000,)], 1))
+    assert param.isfinite().all() and param.abs().max() < 0.01
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bad_gradients_spoil_their_own_element_only(impl, bad, dtype):
+    param = Parameter(torch.ones(100, dtype=dtype))
+    grad = torch.ones(100)
+    grad[37] = bad
+    train(AdamW([param], impl=impl), [[grad]])
+    assert param[37].isnan() and param[torch.arange(100) != 37].isfinite().all()
+
+
+SWEEP = """
+import sys, torch
+from test_adamw import AdamW, gradients, start, states, train
+from fastft import _native
+from fastft.optim.grad_norm import grad_norm
+torch.set_num_threads(int(sys.argv[1]))
+shapes = [(1,), (63,), (507,), (20000,), (0,)]
+out = [torch.tensor(list((_native.cpu_isa() or "").encode()))]
+modes = [{}, {"moments": "bf16", "amsgrad": True}, {"rounding": "kahan"}, {"rounding": "stochastic"}]
+for dtype in (torch.float32, torch.bfloat16):
+    for options in modes if dtype == torch.bfloat16 else modes[:2]:
+        optimizer = AdamW(start(shapes, dtype), impl="cpp", seed=9, **options)
+        out += [p.detach() for p in train(optimizer, gradients(shapes, 3))]
+        for name in next(iter(optimizer.state.values())):
+            out += states(optimizer, name)
+        out.append(grad_norm(gradients(shapes, 1)[0], "cpp"))
+torch.save(out, sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+def test_same_bits_for_every_instruction_set_and_thread_count(tmp_path):
+    here, running = Path(__file__).parent, {}
+    for isa, threads in (("baseline", 1), ("avx2", 2), ("avx512", 3), ("avx512bf16", 1)):
+        path = tmp_path / f"{isa}{threads}.pt"
+        paths = os.pathsep.join(
+            [str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+        )
+        environment = {**os.environ, "FASTFT_CPU_ISA": isa, "PYTHONPATH": paths}
+        command = [sys.executable, "-c", SWEEP, str(threads), str(path)]
+        running[isa, threads] = path, subprocess.Popen(command, env=environment)
+    assert [process.wait() for _, process in running.values()] == [0] * len(running)
+    outputs = {key: torch.load(path) for key, (path, _) in running.items()}
+    assert bytes(outputs["baseline", 1][0].tolist()) in (b"baseline", b"avx2")
+    for output in outputs.values():
+        equal(output[1:], outputs["baseline", 1][1:])
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "sliced": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "strided": lambda t: torch.stack([t, t], 2)[:, :, 0],
+    "contiguous": lambda t: t.contiguous(),
+}
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+def test_layouts(impl, dtype, layout, grad_layout):
+    value, steps = torch.randn(17, 9).to(dtype), gradients([(17, 9)], 3)
+    plain, odd = Parameter(value.clone()), Parameter(LAYOUTS[layout](value.clone()))
+    optimizers = AdamW([plain], impl=impl), AdamW([odd], impl=impl)
+    for (grad,) in steps:
+        plain.grad, odd.grad = grad.to(dtype), LAYOUTS[grad_layout](grad.to(dtype))
+        for optimizer in optimizers:
+            optimizer.step()
+    equal([odd.detach()], [plain.detach()])
+    equal(states(optimizers[1], "exp_avg"), states(optimizers[0], "exp_avg"))
+
+
+def test_groups_missing_gradients_and_late_parameters():
+    shapes = [(5,), (63,), (7,), (9,)]
+    grads = gradients(shapes, 6)
+    for row, missing in zip(grads, (None, 1, 1, 0, None, 2), strict=True):
+        if missing is not None:
+            row[missing] = None
+    results = []
+    for cls, options in ((AdamW, {}), (torch.optim.AdamW, {"foreach": False})):
+        params = start(shapes)
+        optimizer = cls(
+            [{"params": params[:2], "lr": 0.1}, {"params": params[2:3], "weight_decay": 0.0}],
+            **options,
+        )
+        train(optimizer, [row[:3] for row in grads[:3]])
+        optimizer.add_param_group({"params": params[3], "betas": (0.5, 0.9)})
+        train(optimizer, grads[3:])
+        results.append((params, [float(step) for step in states(optimizer, "step")]))
+    assert results[0][1] == results[1][1]
+    for ours, theirs in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_swapped_data_and_states_are_seen():
+    shapes, grads = [(300,)], gradients([(300,)], 6)
+    undisturbed, (param,) = start(shapes), start(shapes)
+    train(AdamW(undisturbed), grads)
+    optimizer = AdamW([param])
+    train(optimizer, grads[:2])
+    param.data = param.data.clone()
+    train(optimizer, grads[2:3])
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        optimizer.state[param][name] = optimizer.state[param][name].clone()
+    train(optimizer, grads[3:4])
+    optimizer.state[param] = {name: value.clone() for name, value in optimizer.state[param].items()}
+    train(optimizer, grads[4:])
+    equal([param.detach()], [undisturbed[0].detach()])
+    assert float(optimizer.state[param]["step"]) == 6
+
+
+def saved_and_loaded(state_dict):
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+COPIES = {
+    "torch.save": lambda optimizer: saved_and_loaded(optimizer.state_dict()),
+    "deepcopy": lambda optimizer: copy.deepcopy(optimizer).state_dict(),
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)).state_dict(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", COPIES)
+def test_resume_equals_an_uninterrupted_run(dtype, way):
+    shapes, grads = [(63,), (8, 9)], gradients([(63,), (8, 9)], 10)
+    whole = AdamW(start(shapes, dtype))
+    train(whole, grads)
+    first = AdamW(start(shapes, dtype))
+    params = train(first, grads[:5])
+    resumed = AdamW([Parameter(param.detach().clone()) for param in params])
+    resumed.load_state_dict(COPIES[way](first))
+    train(resumed, grads[5:])
+    # must not reach the resumed one's steps
+    train(first, [[torch.zeros(shape) for shape in shapes]])
+    equal(resumed.param_groups[0]["params"], whole.param_groups[0]["params"])
+    for name in next(iter(whole.state.values())):
+        equal(states(resumed, name), states(whole, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_checkpoints_of_torch(dtype, fused):
+    shapes, grads = [(64,), (8, 16)], gradients([(64,), (8, 16)], 6)
+    torchs = torch.optim.AdamW(start(shapes, dtype), fused=fused)
+    params = train(torchs, grads[:3])
+    ours = AdamW([Parameter(param.detach().clone()) for param in params])
+    ours.load_state_dict(saved_and_loaded(torchs.state_dict()))
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        equal(states(ours, name), [value.float() for value in states(torchs, name)])
+    train(ours, grads[3:])
+    if dtype == torch.float32:  # and back
+        again = torch.optim.AdamW(
+            [Parameter(param.detach().clone()) for param in ours.param_groups[0]["params"]]
+        )
+        again.load_state_dict(saved_and_loaded(ours.state_dict()))
+        equal(states(again, "exp_avg"), states(ours, "exp_avg"))
+        train(again, grads[:1])
+        train(ours, grads[:1])
+        assert [float(step) for step in states(again, "step")] == [7.0, 7.0]
+        for a, b in zip(
+            again.param_groups[0]["params"], ours.param_groups[0]["params"], strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_schedulers_hooks_closures_and_zero_grad():
+    param = Parameter(torch.tensor([1.0, 2.0]))
+    optimizer, calls = AdamW([param], lr=0.5), []
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.1**epoch)
+    optimizer.register_step_pre_hook(lambda *args: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *args: calls.append("post"))
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, loaded: calls.append(sorted(loaded["state"][0]))
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    version = param._version
+    assert optimizer.step(closure).item() == 5.0 and param._version > version
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["pre", "post", ["exp_avg", "exp_avg_sq", "step"]]
+    optimizer.zero_grad()
+    assert param.grad is None and optimizer.step() is None
+
+
+def test_accelerate_keeps_the_state():
+    accelerate = pytest.importorskip("accelerate")
+    shapes, grads = [(63,)], gradients([(63,)], 4)
+    whole, optimizer = AdamW(start(shapes, torch.bfloat16)), AdamW(start(shapes, torch.bfloat16))
+    train(whole, grads)
+    (param,) = train(optimizer, grads[:2])
+    prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    for row in grads[2:]:
+        param.grad = row[0].bfloat16()
+        prepared.step()
+    equal([param], whole.param_groups[0]["params"])
+    equal(states(optimizer, "remainder"), states(whole, "remainder"))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    narrow=st.lists(st.booleans(), min_size=12, max_size=12),
+    present=st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, max_size=4),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_mix_equals_one_optimizer_per_tensor(sizes, narrow, present):
+    shapes = [(size,) for size in sizes]
+    grads = gradients(shapes, len(present))
+    for row, mask in zip(grads, present, strict=True):
+        row[:] = [grad if here else None for grad, here in zip(row, mask, strict=False)]
+
+    def params():
+        return [
+            p if wide else Parameter(p.detach().bfloat16())
+            for p, wide in zip(start(shapes), narrow, strict=False)
+        ]
+
+    together, alone = AdamW(params()), [AdamW([param]) for param in params()]
+    train(together, grads)
+    for i, optimizer in enumerate(alone):
+        train(optimizer, [[row[i]] for row in grads])
+    equal(
+        together.param_groups[0]["params"],
+        [optimizer.param_groups[0]["params"][0] for optimizer in alone],
+    )
+
+
+BAD = [
+    ({"lr": -1.0}, ValueError, "lr"),
+    ({"lr": float("nan")}, ValueError, "lr"),
+    ({"lr": "1e-3"}, TypeError, "lr"),
+    ({"lr": torch.ones(2)}, ValueError, "lr"),
+    ({"betas": (1.0, 0.9)}, ValueError, "betas"),
+    ({"betas": (0.9, -0.1)}, ValueError, "betas"),
+    ({"betas": 0.9}, TypeError, "betas"),
+    ({"eps": -1e-8}, ValueError, "eps"),
+    ({"weight_decay": -0.1}, ValueError, "weight_decay"),
+    ({"moments": "4bit"}, ValueError, "moments"),
+    ({"rounding": "down"}, ValueError, "rounding"),
+    ({"impl": "metal"}, ValueError, "impl"),
+    ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
+    ({"seed": -1}, ValueError, "seed"),
+    ({"seed": 0.5}, TypeError, "seed"),
+    ({"differentiable": True}, ValueError, "differentiable"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD)
+def test_bad_options(options, error, match):
+    with pytest.raises(error, match=match):
+        AdamW(start([(3,)]), **options)
+    optimizer = AdamW(start([(3,)]))
+    if match not in ("moments", "rounding", "impl", "max_grad_norm"):
+        with pytest.raises(error, match=match):
+            optimizer.add_param_group({"params": start([(4,)]), **options})
+        assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float64, torch.complex64])
+def test_bad_dtypes(dtype):
+    with pytest.raises(TypeError, match=str(dtype)):
+        AdamW([torch.zeros(3, dtype=dtype)])
+
+
+def test_bad_parameters_gradients_engines_and_checkpoints():
+    with pytest.raises(ValueError, match="empty"):
+        AdamW([])
+    param = Parameter(torch.zeros(4, 3))
+    param.grad = torch.eye(4, 3).to_sparse()
+    optimizer = AdamW([param])
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    param.grad = torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match="cuda"):
+        AdamW([param], impl="cuda").step()
+    optimizer.step()
+    checkpoint = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"exp_avg.*\(4, 3\).*\(5,\)"):
+        AdamW(start([(5,)])).load_state_dict(checkpoint)
+    with pytest.raises(ValueError, match="missing"):
+        AdamW(start([(5,)])).load_state_dict(
+            {**checkpoint, "state": {0: {"momentum_buffer": torch.zeros(5)}}}
+        )
+
+
+def test_an_unavailable_engine_leaves_the_step_uncounted() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = AdamW([param], impl="cuda")
+    with pytest.raises(RuntimeError, match="impl='cuda' is not available"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3)) and optimizer.state[param]["step"] == 0

@@ -1,0 +1,117 @@
+"""benchmarks/results/packing.md: a pytest plugin that gathers what the packing matrix found, and
+writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from support.architectures.packing import (
+    BATCHES,
+    EXACT,
+    LEAK,
+    MASK,
+    OFF,
+    OURS,
+    RAISES,
+    REFUSED,
+    STOCK,
+    best,
+)
+from support.architectures.packing_models import PACKED, UNPACKED
+
+_COLUMNS = (*BATCHES, "check_packing", "in Trainer")
+_MEANING = {
+    OURS: 'exact with `attn_implementation="fastft"`',
+    STOCK: "exact with transformers' eager or sdpa attention, and the keys of `PackingCollator`",
+    MASK: "attention code of its own: exact with the mask of T x T that the callbacks bring",
+    REFUSED: "the callbacks and `check_packing` raise: train on padded batches",
+}
+_HEAD = f"""# Packed sequences against the same sequences alone
+
+Three sequences in one row, and two such rows, against the model run on one sequence after another: outputs of every
+token and gradients of all parameters, fp32, random models with shrunken configs.
+
+* {EXACT}: outputs and gradients are those of the sequences alone.
+* **{LEAK}**: other tokens in the first sequence move the outputs of later ones. Silent in transformers.
+* **{OFF}**: no sequence sees another, but outputs or gradients are not those of the sequences alone.
+* {RAISES}: the model's forward raises.
+
+Columns: what transformers makes of a batch of `input_ids` and `position_ids` without a cache (its flattening collator
+in its Trainer), with the cache that most configs turn on, with a 2-D mask of ones; of all keys of
+`fastft.PackingCollator`, and of two such rows. Then what `fastft.check_packing` says of the model, and what becomes of
+it in Trainer with `fastft.PackingCallback` or `FusedLossCallback`. Flash attention needs a GPU and is not in this
+table."""
+
+
+class PackingTable:
+    """Hears of every test, in whichever worker it ran, and writes the table at the end."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.found: dict[str, dict[str, dict[str, str]]] = {}
+        self.swept: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == "packing":
+                self.found[value["case"]] = value["rows"]
+                if "silently" in report.nodeid:
+                    self.swept.add(value["case"])
+
+    def pytest_sessionfinish(self) -> None:
+        self.path.write_text(written(self.found, self.swept))
+
+
+def written(found: dict[str, dict[str, dict[str, str]]], swept: set[str]) -> str:
+    """The page: the survey's models by attention implementation, then the others by what is best
+    for each."""
+    lines = [
+        *_HEAD.split("\n"),
+        "",
+        f"`make sweep`, or `pytest tests/integrations/test_packing_matrix.py --packing-matrix FILE` for the "
+        f"first table alone:"
+        f" transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a "
+        f"CPU, without"
+        " causal-conv1d, mamba-ssm and flash-linear-attention.",
+        "",
+        "| best | classes | meaning |",
+        "|---|---|---|",
+    ]
+    kinds = [best(rows) for rows in found.values()]
+    lines += [f"| {kind} | {kinds.count(kind)} | {meaning} |" for kind, meaning in _MEANING.items()]
+    lines += [
+        "",
+        f"| class | attention | {' | '.join(_COLUMNS)} |",
+        "|---|---|" + "---|" * len(_COLUMNS),
+    ]
+    for case in (str(case) for case in (*PACKED, *UNPACKED) if str(case) in found):
+        for implementation, row in found[case].items():
+            cells = (_cell(row.get(column, "")) for column in _COLUMNS)
+            lines.append(f"| {case.split('-')[-1]} | {implementation} | {' | '.join(cells)} |")
+    if swept:
+        lines += [
+            "",
+            "## Every other language model",
+            "",
+            "| mapping | class | best | all keys, as transformers has it | why not |",
+        ]
+        lines += ["|---|---|---|---|---|"]
+    for case in sorted(swept):
+        rows = found[case]
+        stock = ", ".join(
+            f"{name} {_cell(row['all keys'])}" for name, row in rows.items() if name != "fastft"
+        )
+        why = next(iter(rows.values())).get("why", "") if best(rows) == REFUSED else ""
+        why = why.partition(". ")[0].replace("|", "\\|")
+        lines.append(
+            f"| {case.partition('-')[0]} | {case.split('-')[-1]} | {best(rows)} | {stock} | {why} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(outcome: str) -> str:
+    return f"**{outcome}**" if outcome in (LEAK, OFF) else outcome
