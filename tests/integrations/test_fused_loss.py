@@ -18,9 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss import lazy_losses
-from fastft.loss.lazy_logits import LazyLogits
-from fastft.loss.output_head import LazyForward, fused_loss
+from fastft.loss.lazy import losses as lazy_losses
+from fastft.loss.lazy.logits import LazyLogits
+from fastft.loss.lazy.output_head import LazyForward, fused_loss
 
 V = 997
 SMALL = {

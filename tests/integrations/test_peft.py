@@ -13,7 +13,7 @@ from support.numerics import assert_no_worse
 from transformers import Trainer, TrainingArguments, set_seed
 
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.output_head import fused_loss
+from fastft.loss.lazy.output_head import fused_loss
 
 peft = pytest.importorskip("peft")
 

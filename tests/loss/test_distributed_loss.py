@@ -32,7 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.output_head import fused_loss
+from fastft.loss.lazy.output_head import fused_loss
 
 PROCESSES, V, S, STEPS = 2, 53, 12, 2
 CONFIG = {
