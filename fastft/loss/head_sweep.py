@@ -73,23 +73,23 @@ class CountedRows(NamedTuple):
     too_many: Tensor | None = None  # (), on a device: whether rows that count are left out
 
     @classmethod
-    def of(cls, target: Tensor, ignore_index: int, max_counted: int | None = None) -> CountedRows:
+    def of(cls, target: Tensor, ignore_index: int, max_counted: int) -> CountedRows:
         """The rows whose `target` is not ignored, on a device maybe with a few others.
 
-        A device is never waited for: without a bound from the host, `max_counted`, all its rows are
-        taken, and cost their time.
+        A device is never waited for: without a bound from the host, `max_counted` >= 0, all its
+        rows are taken, and cost their time.
 
         Raises:
             ValueError: more rows count than `max_counted` (on a CPU).
         """
         counted, rows = target != ignore_index, len(target)
         if target.device.type == "cpu":
-            if max_counted is not None and max_counted < counted.sum():
+            if 0 <= max_counted < counted.sum():
                 raise ValueError(
                     f"max_counted is {max_counted}, but {int(counted.sum())} rows count"
                 )
             return cls(rows, None if counted.all() else counted.nonzero()[:, 0])
-        if max_counted is None or max_counted >= rows:
+        if not 0 <= max_counted < rows:
             return cls(rows)
         return cls(rows, device_positions(counted, max_counted), counted.sum() > max_counted)
 
@@ -102,10 +102,9 @@ class CountedRows(NamedTuple):
         """Those of them that receive a gradient from `upstream` (T, ...), if looking is free."""
         if upstream.device.type != "cpu":
             return self
-        wanted = upstream.reshape(self.total, upstream.shape[1:].numel()).any(1)
-        if self.positions is not None:
-            return CountedRows(self.total, self.positions[wanted[self.positions]])
-        return self if wanted.all() else CountedRows(self.total, wanted.nonzero()[:, 0])
+        every = torch.arange(self.total) if self.positions is None else self.positions
+        wanted = upstream.reshape(self.total, upstream.shape[1:].numel()).any(1)[every]
+        return self if wanted.all() else self._replace(positions=every[wanted])
 
     def chunks(self, step: int) -> Iterator[Where]:
         """The rows, `step` at a time."""
@@ -224,11 +223,6 @@ class HeadCall(NamedTuple):
         """The operator's arguments."""
         return list(self.needs), *self[1:7], *self.options
 
-    def counted(self, target: Tensor) -> CountedRows:
-        """The rows that go through the head."""
-        bound = None if self.max_counted < 0 else self.max_counted
-        return CountedRows.of(target, self.options.ignore_index, bound)
-
     def step(self, count: int, weight: Tensor) -> int:
         """The rows of a chunk."""
         hidden = weight.shape[1] if self.needs[1] else 0
@@ -294,7 +288,8 @@ def sweep_one(
     """
     input, weight, bias = operands
     outputs = Outputs.empty(input, weight, call)
-    rows, inverse = call.counted(target), None if divisor is None else divisor.reciprocal()
+    rows = CountedRows.of(target, call.options.ignore_index, call.max_counted)
+    inverse = None if divisor is None else divisor.reciprocal()
     gradients = [g if need else None for g, need in zip(outputs[4:], call.needs, strict=True)]
     term = HeadTerm(input, weight, bias, call.dtype, gradients)
     step = call.step(rows.counted, weight)
@@ -327,24 +322,18 @@ def handed_back(
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     if scale is None:
         return [g if g is None else g.to(dtype) for g, dtype in zip(wanted, dtypes, strict=True)]
-    if scale.dim():
-        scale = scale[:, None]
-    results, in_place, kept = [], [], _graph_is_kept()
+    column, kept = scale[:, None] if scale.dim() else scale, _graph_is_kept()
+    results, in_place = [], []
     for gradient, dtype in zip(wanted, dtypes, strict=True):
         # a compiler cannot trace a change in place
-        if (
-            gradient is not None
-            and type(gradient) is Tensor
-            and gradient.dtype == dtype
-            and not kept
-        ):
-            in_place.append(gradient)
+        is_ours = not kept and type(gradient) is Tensor and gradient.dtype == dtype
+        if gradient is not None and not is_ours:
+            gradient = times(gradient, column, dtype)
+        elif gradient is not None and scale.dim():
+            gradient.mul_(column)
         elif gradient is not None:
-            gradient = times(gradient, scale, dtype)
+            in_place.append(gradient)
         results.append(gradient)
-    if scale.dim():
-        for gradient in in_place:
-            gradient.mul_(scale)
-    elif in_place:
+    if in_place:
         scale_gradients(in_place, scale)
     return results
