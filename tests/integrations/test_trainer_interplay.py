@@ -16,7 +16,6 @@ from support.fused_trainings import (
     train,
 )
 from support.trainers import logged, quiet_arguments
-from support.versions import CHECKPOINTING
 from support.watch import Watch
 from torch import nn
 from transformers import Trainer
@@ -62,7 +61,6 @@ FEATURES = {
         {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
         {},
     ),
-    "activation_checkpointing": ({CHECKPOINTING: True}, {}),
     "no clipping": ({"max_grad_norm": 0.0}, {}),
 }
 
