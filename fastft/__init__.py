@@ -26,9 +26,9 @@ from fastft.data.pool_segments import pool_segments
 from fastft.data.seq2seq import seq2seq_masks
 from fastft.integrations.clipping import fuse_clipping
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
+from fastft.loss.lazy.output_head import fused_loss
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linear_token_loss
-from fastft.loss.output_head import fused_loss
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import adamw, adamw_spec
 from fastft.optim.fp32_weights import load_fp32, save_fp32

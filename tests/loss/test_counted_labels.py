@@ -17,8 +17,8 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastft
-from fastft.loss import lazy_losses
 from fastft.loss.counted_labels import CountedLabels, bound_of, give_counted_labels, note_count
+from fastft.loss.lazy import losses as lazy_losses
 
 EXAMPLES = [
     {
