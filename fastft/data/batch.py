@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data.boundaries import IGNORE_INDEX, packed_boundaries
+from fastft.data.boundaries import packed_boundaries
 from fastft.data.host_boundaries import note, note_copy
+from fastft.data.keys import IGNORE_INDEX
 from fastft.loss.counted_labels import note_count, note_labels
 
 BOUNDARIES_OF_SEGMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "decoder_cu_seq_lens"}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
-from fastft.data.boundaries import BOUNDARIES, IGNORE_INDEX
+from fastft.data.boundaries import BOUNDARIES
 from fastft.data.columns import (
     check_lengths,
     drop_masked,
@@ -29,29 +29,19 @@ from fastft.data.columns import (
     lengths_of,
     take_mask,
 )
-from fastft.data.documents import KEYS, LIST_KEYS, cut_documents, document_lengths
-from fastft.data.features import Columns, Pack, columns_of, is_pack
+from fastft.data.documents import KEYS, LIST_KEYS, Columns, cut_documents, document_lengths
+from fastft.data.features import columns_of
+from fastft.data.keys import IGNORE_INDEX, LABEL_KEYS, RESERVED
 from fastft.data.masking import TokenMasking
+from fastft.data.pack import is_pack
 from fastft.data.rows import Layout, balanced_rows, lay_out, width_of
-from fastft.data.segment_labels import LABEL_KEYS, take_labels
+from fastft.data.segment_labels import take_labels
 from fastft.data.seq2seq import decoder_batch, decoder_columns, lay_out_both, take_decoder
 from fastft.foreign import base_model
 from fastft.ops import check_impl
 
-__all__ = ["Pack", "PackingCollator"]
-
 TOKEN_KEYS = ("input_ids", "labels")
 TASKS = ("causal_lm", "masked_lm", "token_classification", "sequence_classification", "seq2seq")
-# what a batch has besides the columns of the examples: names that no column may have
-RESERVED = (
-    "max_length_q",
-    "max_length_k",
-    "padding_lengths",
-    "use_cache",
-    "label_segments",
-    "decoder_cu_seq_lens",
-    "decoder_max_length",
-)
 
 
 def _check_slices_logits(model: Any) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastft.data.columns import flatten_integers
-from fastft.data.segment_labels import LABEL_KEYS
+from fastft.data.keys import LABEL_KEYS
 
 POSITIONS, NUMBERS, MASK, SIZES = "position_ids", "seq_idx", "attention_mask", "seq_lengths"
 BORDERS = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")

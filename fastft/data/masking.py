@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data.boundaries import IGNORE_INDEX
+from fastft.data.keys import IGNORE_INDEX
 
 MASK_TOKEN, RANDOM_TOKEN = 0.8, 0.1  # of the tokens that count
 

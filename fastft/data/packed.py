@@ -15,9 +15,8 @@ from fastft.data.balance import balanced
 from fastft.data.collator import PackingCollator
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.epochs import epoch_plan
-from fastft.data.features import Pack
 from fastft.data.lengths import scan_lengths
-from fastft.data.parts import cut, filler
+from fastft.data.pack import Pack, cut, filler
 from fastft.data.plan import PackPlan, check_limits, check_positive, plan_packs
 from fastft.data.streaming import OPEN_PACKS, PackedStream
 from fastft.foreign import is_dataset, world_size

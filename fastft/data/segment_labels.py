@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.data.keys import LABEL_KEYS
 from fastft.data.rows import Layout
-
-LABEL_KEYS = ("labels", "label", "label_ids")  # as transformers' collators take them
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data.boundaries import IGNORE_INDEX
 from fastft.data.columns import check_lengths, drop_masked, flatten_integers, lengths_of, take_mask
+from fastft.data.keys import IGNORE_INDEX
 from fastft.data.rows import Layout, lay_out, width_of
 
 DECODER_KEYS = ("labels", "decoder_input_ids", "decoder_attention_mask")
