@@ -1,5 +1,4 @@
-"""What a collator is given, as columns: dicts, rows of Arrow tables, and packs, which are columns
-already."""
+"""Features, which a collator is given, as columns: dicts, rows of Arrow tables, and packs."""
 
 from __future__ import annotations
 
@@ -8,12 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastft.data.arrow_rows import list_memory
-from fastft.data.documents import Columns
+from fastft.data.columns import Columns, token_columns
 from fastft.data.pack import Pack, Values, examples_of, is_pack, transposed
 
 
 def arrow_examples(table: Any) -> list[dict[str, Any]]:
-    """The rows of a pyarrow Table or RecordBatch; lists of numbers as views of its memory."""
+    """Reads the rows of a pyarrow Table or RecordBatch; lists of numbers as views of its memory."""
     columns = {}
     for key in table.schema.names:
         column = table.column(key)
@@ -34,9 +33,9 @@ def _is_arrow(feature: Any) -> bool:
 
 
 def _units_of(features: list[Any]) -> list[list[dict[str, Any]]]:
-    """The examples, grouped as they must stay in a row: those of a pack together, others alone."""
+    """Groups the examples that must stay in a row: those of a pack together, others alone."""
     units: list[list[dict[str, Any]]] = []
-    # whose columns do not say any more where documents begin
+    # the columns of a pack do not say any more where documents begin, so that no other may
     among_packs = any(map(is_pack, features))
     for feature in features:
         if is_pack(feature):
@@ -51,16 +50,15 @@ def _units_of(features: list[Any]) -> list[list[dict[str, Any]]]:
 
 
 def columns_of(features: Iterable[Any], required: Iterable[str] = ()) -> tuple[Columns, list[int]]:
-    """The values by key, one of each example, of the keys that may hold numbers for tokens;
-    input_ids first.
+    """Turns features into columns: of the keys that may hold numbers for tokens.
 
     Args:
         features: examples, packs or Arrow tables.
-        required: keys that are kept whatever they hold: those which the task knows. `input_ids` is
-            one of them.
+        required: keys that are kept whatever they hold: those which the task knows.
 
     Returns:
-        The columns, and how many examples each feature is: those of a pack must stay in one row.
+        The columns, input_ids first, and how many examples each feature is: those of a pack must
+        stay in one row.
 
     Raises:
         TypeError: a feature is neither a dict nor a pack nor an Arrow table.
@@ -87,18 +85,4 @@ def columns_of(features: Iterable[Any], required: Iterable[str] = ()) -> tuple[C
         columns, counts = transposed([*itertools.chain(*units)]), [*filter(None, map(len, units))]
     if not columns:
         raise ValueError("the collator got no examples")
-    chosen = {"input_ids": columns.pop("input_ids")}
-    for key, values in columns.items():
-        if key in required or any(map(_is_per_token, values)):
-            chosen[key] = values
-    return chosen, counts
-
-
-def _is_per_token(value: Any) -> bool:
-    """Whether a column may hold numbers for tokens. Text, single numbers and None go nowhere near a
-    model."""
-    if isinstance(value, list | tuple):
-        return bool(value) and not isinstance(value[0], str | dict) and value[0] is not None
-    return (
-        hasattr(value, "ndim") and value.ndim > 0 and getattr(value.dtype, "kind", "i") not in "OSU"
-    )
+    return token_columns(columns, required), counts

@@ -6,6 +6,8 @@ and stand where they are used.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 # where segments begin in the R * T tokens, and R * T: of the queries and of the keys of attention
 CU_SEQLENS_Q, CU_SEQLENS_K = "cu_seq_lens_q", "cu_seq_lens_k"
 MAX_LENGTH_Q, MAX_LENGTH_K = "max_length_q", "max_length_k"  # the longest segment
@@ -42,3 +44,13 @@ RESERVED = (
 # labels of whole examples, as transformers' collators take them
 LABEL_KEYS = ("labels", "label", "label_ids")
 IGNORE_INDEX = -100  # of labels that count for nothing, in torch and transformers
+
+
+def refuse_reserved(columns: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Raises ValueError where a column of the examples has the name of one that the collator
+    makes: one of `RESERVED`, or of `also`."""
+    for key in (*also, *RESERVED):
+        if key in columns:
+            raise ValueError(
+                f"the examples have a column {key!r}, which the collator makes itself: rename it"
+            )

@@ -9,24 +9,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastft.data.columns import flatten_integers
+from fastft.data.columns import (
+    Columns,
+    flatten_column,
+    flatten_integers,
+    integers_of,
+    token_columns,
+)
 from fastft.data.documents import (
     KEYS,
-    Columns,
+    SIZES,
     cut_documents,
     document_lengths,
     is_per_token,
     shortened,
+    split_documents,
 )
-from fastft.data.keys import IGNORE_INDEX
+from fastft.data.keys import IGNORE_INDEX, refuse_reserved
 
 
 class Values:
-    """One key's values in the examples of a pack. Its length is that of all of them together: in
-    `input_ids`, tokens.
+    """The values of one key in the examples of a pack.
 
-    `Trainer` asks a feature for that where it groups by length.
+    Its length is that of all of them together, in `input_ids` tokens: `Trainer` asks a feature for
+    that where it groups by length.
     """
 
     __slots__ = ("values",)
@@ -40,16 +48,14 @@ class Values:
     def __getitem__(self, place: Any) -> Any:
         raise TypeError(
             "only fastft.PackingCollator makes batches of the packs of fastft.pack: give it to "
-            "Trainer as "
-            "data_collator=fastft.PackingCollator(), or to a DataLoader as collate_fn"
+            "Trainer as data_collator=fastft.PackingCollator(), or to a DataLoader as collate_fn"
         )
 
 
 class Pack(dict[str, Values]):
-    """Examples that go through the model together, as `fastft.pack` yields them: a `Values` for
-    each of their keys.
+    """Examples that go through the model together, as `fastft.pack` yields them.
 
-    It is a dict by column, so that Trainer's `remove_unused_columns` takes out of it what the model
+    It is a dict by column, of `Values`, so that Trainer's `remove_unused_columns` takes out of it what the model
     has no argument for, as it does with an example. Rows that another tool packed are cut into
     their documents; see `documents.py`.
 
@@ -73,6 +79,21 @@ class Pack(dict[str, Values]):
         """The examples, or documents, as dicts."""
         return examples_of(self)
 
+    def joined(self) -> dict[str, Tensor]:
+        """Joins the examples into one row, without what is masked or not per token.
+
+        Returns:
+            A tensor (T,) of each column, and `seq_lengths`, the tokens of each example.
+
+        Raises:
+            ValueError: a column has not one number for each token.
+        """
+        columns = token_columns({key: column.values for key, column in self.items()}, ["labels"])
+        refuse_reserved(columns)
+        columns, lengths, _ = split_documents(columns, [len(columns["input_ids"])])
+        row = {key: flatten_column(key, values) for key, values in columns.items()}
+        return row | {SIZES: integers_of(lengths)}
+
     def __reduce__(self) -> Any:
         return Pack, (self.examples,)
 
@@ -80,22 +101,18 @@ class Pack(dict[str, Values]):
 def _masks(columns: Columns, lengths: Sequence[int]) -> Any:
     """The attention masks one after another, if every token has one."""
     masks = columns.get("attention_mask")
-    if masks is None or [len(mask) if hasattr(mask, "__len__") else -1 for mask in masks] != list(
-        lengths
-    ):
+    if masks is None or not all(map(is_per_token, masks, lengths)):
         return None
     return flatten_integers("attention_mask", masks)
 
 
 def transposed(examples: Sequence[dict[str, Any]]) -> Columns:
-    """The values by key, one of each example; raises ValueError where keys differ, or input_ids are
-    missing."""
+    """Turns examples into columns; raises ValueError where keys differ, or input_ids are missing."""
     if not examples:
         return {}
     keys = examples[0].keys()
-    if "input_ids" not in keys or [example.keys() for example in examples].count(keys) < len(
-        examples
-    ):
+    alike = [example.keys() for example in examples].count(keys) == len(examples)
+    if "input_ids" not in keys or not alike:
         for index, example in enumerate(examples):
             if "input_ids" not in example:
                 raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
@@ -120,10 +137,10 @@ def examples_of(pack: dict[str, Values]) -> list[dict[str, Any]]:
 
 
 def cut(example: dict[str, Any], start: int, length: int) -> dict[str, Any]:
-    """`length` tokens of an example from `start`; a key that has another number of values than
-    tokens is kept whole.
+    """Cuts `length` tokens from `start` out of an example.
 
-    Of a row that another tool packed the part has its share of each document.
+    A key that has another number of values than tokens is kept whole. Of a row that another tool
+    packed the part has its share of each document.
     """
     tokens = len(example["input_ids"])
     if start == 0 and tokens == length:
@@ -140,7 +157,7 @@ def cut(example: dict[str, Any], start: int, length: int) -> dict[str, Any]:
 
 
 def filler(example: dict[str, Any]) -> dict[str, Any]:
-    """What stands in an empty pack: one token of an example, with labels that are ignored.
+    """Makes what stands in an empty pack: one token of an example, with ignored labels.
 
     Raises:
         ValueError: the labels are not integers, of which none can be ignored.
@@ -148,9 +165,8 @@ def filler(example: dict[str, Any]) -> dict[str, Any]:
     part = cut(example, 0, 1)
     if "labels" not in part:
         return part  # a causal model has nothing to predict the first token from
-    labels = torch.as_tensor(
-        part["labels"].tolist() if hasattr(part["labels"], "tolist") else part["labels"]
-    )
+    given = part["labels"]
+    labels = torch.as_tensor(given.tolist() if hasattr(given, "tolist") else given)
     if labels.is_floating_point():
         raise ValueError(
             "balance needs more packs than there are examples for, and the labels cannot be ignored"
