@@ -22,9 +22,9 @@ from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
-from fastft.data.pool_segments import pool_segments
-from fastft.data.seq2seq import seq2seq_masks
+from fastft.data.tasks.seq2seq import seq2seq_masks
 from fastft.integrations.clipping import fuse_clipping
+from fastft.integrations.pool_segments import pool_segments
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
 from fastft.loss.lazy.output_head import fused_loss
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy

@@ -40,7 +40,8 @@ from fastft.attention.probe_rows import (
     short_row,
 )
 from fastft.attention.untouched import RandomStates, training_mode
-from fastft.data.collator import Pack, PackingCollator
+from fastft.data.collator import PackingCollator
+from fastft.data.pack import Pack
 from fastft.foreign import base_model
 
 _LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 5e-4}
