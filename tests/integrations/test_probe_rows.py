@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from fastft.attention.probe_rows import Batches, limits_of, long_row, long_total
+from fastft.integrations.probe_rows import Batches, limits_of, long_row, long_total
 
 
 def config(**sizes):
