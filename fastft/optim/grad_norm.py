@@ -55,11 +55,10 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     if set(map(type, grads)) == {Tensor} and len(set(map(Tensor.get_device, grads))) == 1:
         return _total(grads, impl).sqrt().float()
     groups: dict[Any, list[Tensor]] = {}
+    grad: Any  # a Tensor or a DTensor
     for grad in grads:
-        sharded = is_dtensor(grad)
-        groups.setdefault(
-            (grad.device_mesh, grad.placements) if sharded else grad.device, []
-        ).append(grad)  # type: ignore[attr-defined]
+        key = (grad.device_mesh, grad.placements) if is_dtensor(grad) else grad.device
+        groups.setdefault(key, []).append(grad)
     totals = [
         _sharded(members, impl) if isinstance(key, tuple) else _total(members, impl)
         for key, members in groups.items()
