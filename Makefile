@@ -8,6 +8,7 @@
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
+# make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked
 # make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under nine
 #                minutes; PART="smoke ops": only these; results go to $OUT if that is set, else to benchmarks/results
 
@@ -24,8 +25,9 @@ READY := $(VENV)/.ready
 RIVALS := $(VENV)/.rivals
 WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
+PACKERS := $(VENV)/.packers
 
-.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format bench kernels sweep lock wheel gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format bench kernels sweep lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -86,6 +88,15 @@ sweep: native
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
 
+# The wheel needs the glibc of the machine that builds it: for older ones cibuildwheel builds it (pyproject.toml).
+dist: $(PACKERS)
+	rm -rf dist build/dist
+	$(BIN)/python -m build --outdir build/dist
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
+		--wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
+
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(PART)
 
@@ -110,6 +121,10 @@ $(WAYS): $(READY)
 
 $(LINTERS): $(READY)
 	$(PIP) -e ".[lint]" --no-build-isolation
+	touch $@
+
+$(PACKERS): $(READY)
+	$(PIP) -e ".[dist]" --no-build-isolation
 	touch $@
 
 # every version of every package, for each Python that fastft promises: the same clone is the same environment next year

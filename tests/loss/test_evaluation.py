@@ -29,9 +29,9 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 import fastft
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.evaluation import Evaluation
-from fastft.loss.lazy_logits import LazyLogits, lazy_linear
-from fastft.loss.output_head import Attachment, fused_loss
+from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.logits import LazyLogits, lazy_linear
+from fastft.loss.lazy.output_head import Attachment, fused_loss
 
 EVERY_STEP = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
 EVALUATIONS = 3
@@ -498,7 +498,7 @@ def lazy_inputs(monkeypatch):
         shapes.append(tuple(input.shape))
         return lazy_linear(input, *args)
 
-    monkeypatch.setattr("fastft.loss.output_head.lazy_linear", remember)
+    monkeypatch.setattr("fastft.loss.lazy.output_head.lazy_linear", remember)
     return shapes
 
 

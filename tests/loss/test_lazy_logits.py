@@ -16,12 +16,13 @@ from support.watch import Watch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastft.loss import expressions, lazy_losses
-from fastft.loss.expressions import LOGITS, Call
-from fastft.loss.lazy_logits import LazyLogits, lazy_linear
-from fastft.loss.lazy_losses import scale_and_softcap
-from fastft.loss.output_head import fused_loss
-from fastft.loss.report import Report
+from fastft.loss.lazy import expressions
+from fastft.loss.lazy import losses as lazy_losses
+from fastft.loss.lazy.expressions import LOGITS, Call
+from fastft.loss.lazy.logits import LazyLogits, lazy_linear
+from fastft.loss.lazy.losses import scale_and_softcap
+from fastft.loss.lazy.output_head import fused_loss
+from fastft.loss.lazy.report import Report
 
 B, S, V, H = 2, 9, 53, 16
 VOCAB = 20_000  # so large that 1024 rows are more than any workspace

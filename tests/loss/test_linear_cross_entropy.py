@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft import _native
 from fastft.loss import head_gemms
-from fastft.loss import linear_rows as room
+from fastft.loss import head_sweep as room
+from fastft.loss.head_sweep import chunk_rows
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
-from fastft.loss.linear_rows import HEAD, chunk_rows
+from fastft.loss.linear_rows import HEAD
 
 ENGINES = [
     "eager",

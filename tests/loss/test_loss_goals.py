@@ -22,10 +22,10 @@ from torch import nn
 
 import fastft
 from fastft import _native
-from fastft.loss import expressions
-from fastft.loss.cross_entropy import ROWS
-from fastft.loss.lazy_logits import lazy_linear
-from fastft.loss.report import Report
+from fastft.loss.cross_entropy_rows import ROWS
+from fastft.loss.lazy import expressions
+from fastft.loss.lazy.logits import lazy_linear
+from fastft.loss.lazy.report import Report
 
 ENGINES = [
     "eager",
