@@ -6,6 +6,7 @@
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
+# make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
 # make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under nine
@@ -24,8 +25,9 @@ READY := $(VENV)/.ready
 RIVALS := $(VENV)/.rivals
 WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
+DOCS := $(VENV)/.docs
 
-.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format bench kernels sweep lock wheel gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format docs bench kernels sweep lock wheel gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -67,6 +69,9 @@ format: $(LINTERS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict
 
 bench: native $(RIVALS)
 	$(BIN)/python benchmarks/record.py --machine cpu --only linear_cross_entropy cross_entropy linear_log_probs
@@ -110,6 +115,10 @@ $(WAYS): $(READY)
 
 $(LINTERS): $(READY)
 	$(PIP) -e ".[lint]" --no-build-isolation
+	touch $@
+
+$(DOCS): $(READY)
+	$(PIP) -e ".[docs]" --no-build-isolation
 	touch $@
 
 # every version of every package, for each Python that fastft promises: the same clone is the same environment next year

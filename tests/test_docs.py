@@ -295,21 +295,45 @@ LIMITS = {
     "packing.md: With a random sampler": [
         "test_packing_trainer.py::test_resuming_gives_the_same_batches",
     ],
-    "packing.md: The probe sees": [
+    "collator.md: A `seed` of masks": [
+        "test_masking.py::test_workers_draw_masks_of_their_own",
+    ],
+    "collator.md: Whole-word masking": [
+        "test_masking.py::test_masks_are_those_of_transformers",
+    ],
+    "collator.md: A batch has at most": [
+        "test_columns.py::test_padding_past_int32_is_refused",
+    ],
+    "packed-attention.md: Attention code that does not": [
+        "test_packing_matrix.py::test_a_model_is_exact_or_refused",
+    ],
+    "packed-attention.md: `torch.compile` breaks": [
+        "test_limits_of_attention.py::test_a_compiled_model_breaks_its_graph_and_is_right",
+    ],
+    "packed-attention.md: Without `packed_attention`": [
+        "test_limits_of_attention.py::test_a_model_that_hands_on_no_positions_without_the_context",
+    ],
+    "packed-attention.md: Many short segments": [
+        "benchmarks/test_attention.py::test_packed_attention",
+    ],
+    "packed-attention.md: Second derivatives": [
+        "test_limits_of_attention.py::test_a_second_derivative_raises",
+    ],
+    "packing-probe.md: The probe sees": [
         "test_check_packing.py::test_a_leak_that_begins_behind_a_limit",
         "test_packing_matrix.py::test_a_model_is_exact_or_refused",
         "test_probe_rows.py::test_how_long_the_long_row_is",
     ],
-    "packing.md: A leak below a floor": [
+    "packing-probe.md: A leak below a floor": [
         "test_check_packing.py::test_small_leaks_and_noise",
     ],
-    "packing.md: Sharded parameters": [
+    "packing-probe.md: Sharded parameters": [
         "test_check_packing.py::test_sharded_weights_are_not_asked",
     ],
-    "packing.md: Top-k sparse attention": [
+    "packing-probe.md: Top-k sparse attention": [
         "test_packing_matrix.py::test_a_model_is_exact_or_refused",
     ],
-    "packing.md: Flash attention": [
+    "packing-probe.md: Flash attention": [
         "test_segment_attention.py::test_flash_attn_arguments",
     ],
 }
@@ -360,3 +384,63 @@ def test_the_map_has_every_file_beside_the_rooms(folder):
     assert (
         files and [path.name for path in files if not any(map(path.match, (*known, *named)))] == []
     )
+
+
+@pytest.mark.parametrize("page", documentation.PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    broken = []
+    for target in (target for source, target in documentation.links() if source == page):
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        if not there.exists() or (anchor and anchor not in documentation.anchors(there)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_every_page_stands_in_the_navigation():
+    listed = re.findall(
+        r"^ *- .*: (\S+\.md)$", (documentation.ROOT / "mkdocs.yml").read_text(), re.M
+    )
+    pages = {str(page.relative_to(documentation.ROOT)) for page in documentation.PAGES}
+    assert pages <= set(listed)
+    assert [name for name in listed if not (documentation.ROOT / name).exists()] == []
+
+
+def test_the_reference_has_every_public_name():
+    page = (documentation.ROOT / "docs" / "api.md").read_text()
+    assert sorted(re.findall(r"^::: fastft\.(\w+)$", page, re.M)) == sorted(fastft.__all__)
+
+
+def test_every_environment_variable_stands_in_the_table():
+    page = (documentation.ROOT / "docs" / "environment.md").read_text()
+    told = {name for name in documentation.spans(page) if re.fullmatch(r"[A-Z_]+", name)}
+    read = documentation.variables_read()
+    assert read, "nothing was found"
+    # code may put the end of a name together, FASTFT_BUILD_ and the library
+    assert [name for name in read if not any(known.startswith(name) for known in told)] == []
+    ours = [name for name in told if name.startswith("FASTFT_")]
+    assert [name for name in ours if not any(name.startswith(known) for known in read)] == []
+
+
+def test_what_the_design_names_exists():
+    """`path`, and `path::name` for a function, class, method or kernel; the drawing names paths."""
+    root = documentation.ROOT
+    page = (root / "docs" / "design.md").read_text()
+    drawing = (root / "docs" / "design.svg").read_text()
+    in_drawing = re.findall(r"(?:fastft|csrc)/[\w/]+\.\w+(?:::\w+)?", drawing)
+    named = [span for span in documentation.spans(page) if re.match(r"[\w.]+/|[\w/]+\.\w+::", span)]
+    assert len(named) > 20 and in_drawing
+    wrong = []
+    for span in (*named, *in_drawing):
+        path, _, name = span.partition("::")
+        files = sorted(root.glob(path.replace("<op>", "*")))
+        if not files or (name and not documentation.has_name(files[0], name)):
+            wrong.append(span)
+    assert wrong == []
+    sources = "".join(
+        (root / span.partition("::")[0]).read_text()
+        for span in named
+        if ".py" in span and "<" not in span
+    )
+    names = [span for span in documentation.spans(page) if re.fullmatch(r"[a-z_]\w*\(\)", span)]
+    assert [name for name in names if name[:-2] not in sources] == []
