@@ -58,11 +58,12 @@ def commands() -> set[str]:
 
 
 def limits() -> dict[str, str]:
-    """The bullets under each heading "Limits", as one line of words, under "page: beginning"."""
+    """The bullets under each heading "Limits" or "What is refused", as one line of words, under
+    "page: beginning"."""
     found = {}
     for page in PAGES:
         for section in re.findall(
-            r"^#+ Limits\n(.*?)(?=^#|\Z)", page.read_text(), flags=re.M | re.S
+            r"^#+ (?:Limits|What is refused)\n(.*?)(?=^#|\Z)", page.read_text(), flags=re.M | re.S
         ):
             for bullet in re.findall(r"^[*-] (.*?)(?=^[*-] |^\n|\Z)", section, flags=re.M | re.S):
                 text = " ".join(bullet.split())
