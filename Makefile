@@ -9,6 +9,7 @@
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
+# make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked
 # make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under nine
 #                minutes; PART="smoke ops": only these; results go to $OUT if that is set, else to benchmarks/results
 
@@ -26,8 +27,9 @@ RIVALS := $(VENV)/.rivals
 WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
 DOCS := $(VENV)/.docs
+PACKERS := $(VENV)/.packers
 
-.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format docs bench kernels sweep lock wheel gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format docs bench kernels sweep lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -91,6 +93,15 @@ sweep: native
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
 
+# The wheel needs the glibc of the machine that builds it: for older ones cibuildwheel builds it (pyproject.toml).
+dist: $(PACKERS)
+	rm -rf dist build/dist
+	$(BIN)/python -m build --outdir build/dist
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
+		--wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
+
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(PART)
 
@@ -119,6 +130,10 @@ $(LINTERS): $(READY)
 
 $(DOCS): $(READY)
 	$(PIP) -e ".[docs]" --no-build-isolation
+	touch $@
+
+$(PACKERS): $(READY)
+	$(PIP) -e ".[dist]" --no-build-isolation
 	touch $@
 
 # every version of every package, for each Python that fastft promises: the same clone is the same environment next year

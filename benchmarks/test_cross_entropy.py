@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from compare import DEVICE, compare, rival
 
-from fastft.loss.cross_entropy import ROWS as OPERATOR
 from fastft.loss.cross_entropy import cross_entropy
+from fastft.loss.cross_entropy_rows import ROWS as OPERATOR
 
 ROWS, CLASSES = (8192, 128256) if DEVICE == "cuda" else (1024, 16384)
 ALL = {"softcap": 30.0, "logit_scale": 0.5, "z_loss": 1e-4, "label_smoothing": 0.1}

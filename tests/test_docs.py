@@ -417,7 +417,7 @@ def test_no_limit_is_listed_that_no_page_has():
 
 
 def map_of(folder):
-    """The sections of CONTRIBUTING's map that are about a folder, or about one in it."""
+    """The sections of CONTRIBUTING's map that are about a folder."""
     page = (documentation.ROOT / "CONTRIBUTING.md").read_text()
     return [text for text in page.split("\n### ") if f"`{folder}/`" in text.partition("\n")[0]]
 

@@ -1,6 +1,7 @@
-// One row of logits: loss, log sum exp, entropy and gradient. Written with the compiler's vector types at the width of
-// the instruction set; sums always run in 16 lanes that are added up in one order, so that every instruction set gives
-// the same bits, but for the payload of a NaN: which of two an operation keeps depends on the order of its operands.
+// One row of logits: loss, log sum exp, entropy and gradient. Written with the compiler's vector
+// types at the width of the instruction set; sums always run in 16 lanes that are added up in one
+// order, so that every instruction set gives the same bits, but for the payload of a NaN: which of
+// two an operation keeps depends on the order of its operands.
 #include <stdint.h>
 
 #include "cross_entropy.h"
@@ -45,7 +46,9 @@ inline __attribute__((always_inline)) Floats load(const Bfloat16* p) {
   __builtin_memcpy(&x, p, sizeof x);
   return bit_cast<Floats>(__builtin_convertvector(x, Words) << 16);
 }
-inline __attribute__((always_inline)) void store(float* p, Floats x) { __builtin_memcpy(p, &x, sizeof x); }
+inline __attribute__((always_inline)) void store(float* p, Floats x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
 inline __attribute__((always_inline)) void store(Bfloat16* p, Floats x) {
   const Words bits = bit_cast<Words>(x);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
@@ -60,11 +63,12 @@ inline void put(Bfloat16* p, float x) {
   p->bits = x == x ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
 }
 
-// exp for x <= 0, within 1 ulp: 2^n * e^r with Cephes' minimax polynomial for e^r. Below the smallest normal number it
-// is 0; NaN stays NaN.
+// exp for x <= 0, within 1 ulp: 2^n * e^r with Cephes' minimax polynomial for e^r. Below the
+// smallest normal number it is 0; NaN stays NaN.
 inline __attribute__((always_inline)) Floats exp_negative(Floats x) {
   constexpr float kSmallest = -87.0f,
-                  kRound = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
+                  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
+      kRound = 12582912.0f;
   const Floats zero = {}, clamped = x < kSmallest ? zero + kSmallest : x;
   const Floats shifted = clamped * 1.44269504f + kRound;
   const Floats n = shifted - kRound;
@@ -89,7 +93,8 @@ inline __attribute__((always_inline)) Floats hyperbolic_tangent(Floats x) {
   p = p * square - 5.37397155531e-2f;
   p = p * square + 1.33314422036e-1f;
   p = p * square - 3.33332819422e-1f;
-  const Floats small = p * square * x + x, e = exp_negative(size * -2.0f), large = (1.0f - e) / (1.0f + e);
+  const Floats small = p * square * x + x, e = exp_negative(size * -2.0f),
+               large = (1.0f - e) / (1.0f + e);
   return size < 0.625f ? small : (x < 0.0f ? -large : large);
 }
 
@@ -131,11 +136,11 @@ float row_max(const Logits<T, kCap>& logits, int64_t classes) {
   return logits.through(Floats{} + max)[0];  // scale and softcap keep the order
 }
 
-// Adds up `term(z, i)` over the row in fp32 lanes which are emptied into fp64 before they lose digits. Where `skipped`
-// is a class it counts as -Inf, as do the lanes behind the last class.
+// Adds up `term(z, i)` over the row in fp32 lanes which are emptied into fp64 before they lose
+// digits. Where `skipped` is a class it counts as -Inf, as do the lanes behind the last class.
 template <class T, bool kCap, class Term>
-inline __attribute__((always_inline)) double sum_row(const Logits<T, kCap>& logits, int64_t classes, int64_t skipped,
-                                                     Term term) {
+inline __attribute__((always_inline)) double sum_row(const Logits<T, kCap>& logits, int64_t classes,
+                                                     int64_t skipped, Term term) {
   constexpr int64_t kSpan = 256 * kLanes;
   const int64_t block_of_skipped = skipped - skipped % kLanes, whole = classes - classes % kLanes;
   double total = 0.0;
@@ -144,7 +149,8 @@ inline __attribute__((always_inline)) double sum_row(const Logits<T, kCap>& logi
     const int64_t end = begin + kSpan < classes ? begin + kSpan : classes;
     for (int64_t i = begin; i < end; i += kLanes) {
       if (__builtin_expect((skipped < 0 || i != block_of_skipped) && i != whole, 1)) {
-        for (int v = 0; v < kVectors; v++) sums[v] += term(logits.at(i + v * kWidth), i + v * kWidth);
+        for (int v = 0; v < kVectors; v++)
+          sums[v] += term(logits.at(i + v * kWidth), i + v * kWidth);
         continue;
       }
       float block[kLanes];
@@ -164,10 +170,12 @@ double sum_below(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow& r
   const int64_t whole = row.classes - row.classes % kLanes;
   double total = 0.0;
   if (row.weight)
-    total = sum_row(logits, whole, -1, [&](Floats z, int64_t i) { return (max - z) * load(row.weight + i); });
+    total = sum_row(logits, whole, -1,
+                    [&](Floats z, int64_t i) { return (max - z) * load(row.weight + i); });
   else
     total = sum_row(logits, whole, -1, [&](Floats z, int64_t) { return max - z; });
-  for (int64_t i = whole; i < row.classes; i++) total += (max - logits.one(i)) * (row.weight ? row.weight[i] : 1.0f);
+  for (int64_t i = whole; i < row.classes; i++)
+    total += (max - logits.one(i)) * (row.weight ? row.weight[i] : 1.0f);
   return total;
 }
 
@@ -185,7 +193,8 @@ bool is_first_maximum(const Logits<T, kCap>& logits, int64_t target, float max) 
   return true;
 }
 
-// `kTerms`: whether the gradient has more terms than the softmax, which entropy and label smoothing bring.
+// `kTerms`: whether the gradient has more terms than the softmax, which entropy and label smoothing
+// bring.
 template <class T, bool kCap, bool kTerms>
 void write_gradient(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow& row, float max,
                     const fastft::RowResult& result) {
@@ -195,7 +204,9 @@ void write_gradient(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow
     const Floats distance = z - max;
     Floats g = exp_negative(distance) * base;
     if (kTerms) {
-      g = (exp_negative(distance) * (result.base + result.slope * finite(distance)) - result.spread * weight) * scale;
+      g = (exp_negative(distance) * (result.base + result.slope * finite(distance)) -
+           result.spread * weight) *
+          scale;
     }
     return kCap ? g * logits.slope(z) : g;
   };
@@ -208,9 +219,11 @@ void write_gradient(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow
       store(grad + at, value(logits.at(at), kTerms && row.weight ? load(row.weight + at) : one));
     }
   for (; i < row.classes; i++)
-    put(grad + i, value(Floats{} + logits.one(i), kTerms && row.weight ? Floats{} + row.weight[i] : one)[0]);
+    put(grad + i,
+        value(Floats{} + logits.one(i), kTerms && row.weight ? Floats{} + row.weight[i] : one)[0]);
   const Floats target_grad = Floats{} + result.target_grad * scale;
-  put(grad + row.target, (kCap ? target_grad * logits.slope(Floats{} + target_logit) : target_grad)[0]);
+  put(grad + row.target,
+      (kCap ? target_grad * logits.slope(Floats{} + target_logit) : target_grad)[0]);
 }
 
 template <class T, bool kCap>
@@ -219,15 +232,17 @@ void compute_row(fastft::CrossEntropyRow& row) {
   const float max = row_max(logits, row.classes);
   const float target_weight = row.weight ? row.weight[row.target] : 1.0f;
   fastft::RowSums sums{max, logits.one(row.target), 0.0, 0.0, 0.0};
-  sums.others = sum_row(logits, row.classes, row.target, [=](Floats z, int64_t) { return exp_negative(z - max); });
+  sums.others = sum_row(logits, row.classes, row.target,
+                        [=](Floats z, int64_t) { return exp_negative(z - max); });
   if (row.label_smoothing != 0.0f) sums.below = sum_below(logits, row, max);
   if (row.statistics || row.upstream_entropy != 0.0f)
-    sums.moment =
-        sum_row(logits, row.classes, -1, [=](Floats z, int64_t) { return exp_negative(z - max) * finite(z - max); });
+    sums.moment = sum_row(logits, row.classes, -1, [=](Floats z, int64_t) {
+      return exp_negative(z - max) * finite(z - max);
+    });
   const double smoothing = row.label_smoothing;
-  const fastft::RowResult result =
-      fastft::finish_row(sums, {(1.0 - smoothing) * target_weight, smoothing / row.classes, row.weight_sum,
-                                target_weight, row.z_loss, row.upstream_loss, row.upstream_lse, row.upstream_entropy});
+  const fastft::RowResult result = fastft::finish_row(
+      sums, {(1.0 - smoothing) * target_weight, smoothing / row.classes, row.weight_sum,
+             target_weight, row.z_loss, row.upstream_loss, row.upstream_lse, row.upstream_entropy});
   row.loss = result.loss;
   row.lse = result.lse;
   row.entropy = result.entropy;

@@ -1,5 +1,5 @@
-// fastft::grad_norm_squared_ on the CPU: sums of squares of fixed chunks, added up in order, so that the number of
-// threads changes no bit.
+// fastft::grad_norm_squared_ on the CPU: sums of squares of fixed chunks, added up in order, so
+// that the number of threads changes no bit.
 #include <algorithm>
 #include <vector>
 
@@ -40,7 +40,8 @@ void grad_norm_squared(StableIValue* stack, uint64_t nargs, uint64_t) {
   std::vector<double> sums(chunks.size());
   const auto kernel = sum_of_squares_kernel();
   fastft::parallel_for(int64_t(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) kernel(chunks[i].data, chunks[i].n, chunks[i].narrow, &sums[i]);
+    for (int64_t i = begin; i < end; i++)
+      kernel(chunks[i].data, chunks[i].n, chunks[i].narrow, &sums[i]);
   });
   double result = 0;
   for (const double sum : sums) result += sum;

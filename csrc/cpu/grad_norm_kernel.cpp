@@ -1,6 +1,7 @@
-// Sum of squares of a run of gradients; compiled once per instruction set (isa.h). In double, whose range squares of
-// float32 cannot leave: the sum is finite if and only if every gradient is. The lanes are fixed, so that every
-// instruction set adds in the same order, and has the same bits but for the payload of a NaN.
+// Sum of squares of a run of gradients; compiled once per instruction set (isa.h). In double, whose
+// range squares of float32 cannot leave: the sum is finite if and only if every gradient is. The
+// lanes are fixed, so that every instruction set adds in the same order, and has the same bits but
+// for the payload of a NaN.
 #include <stdint.h>
 
 #include "adamw_math.h"
@@ -31,6 +32,8 @@ double sum(const T* __restrict grad, int64_t n) {
 }
 }  // namespace
 
-extern "C" void FASTFT_KERNEL(sum_of_squares)(const void* grad, int64_t n, bool narrow, double* result) {
-  *result = narrow ? sum(static_cast<const uint16_t*>(grad), n) : sum(static_cast<const float*>(grad), n);
+extern "C" void FASTFT_KERNEL(sum_of_squares)(const void* grad, int64_t n, bool narrow,
+                                              double* result) {
+  *result =
+      narrow ? sum(static_cast<const uint16_t*>(grad), n) : sum(static_cast<const float*>(grad), n);
 }

@@ -1,4 +1,5 @@
-// Elements of an AdamW tensor as a thread reads, draws for and writes them: kWidth neighbours at once, float32 inside.
+// Elements of an AdamW tensor as a thread reads, draws for and writes them: kWidth neighbours at
+// once, float32 inside.
 #pragma once
 #include <cuda_bf16.h>
 
@@ -30,7 +31,9 @@ __device__ void store(void* data, int64_t i, const Vector<T, kWidth>& values) {
 template <int kWidth>
 struct Drawn {
   uint32_t words[kWidth < 2 ? 1 : kWidth / 2];
-  __device__ uint16_t at(int k) const { return uint16_t(k % 2 ? words[k / 2] >> 16 : words[k / 2]); }
+  __device__ uint16_t at(int k) const {
+    return uint16_t(k % 2 ? words[k / 2] >> 16 : words[k / 2]);
+  }
 };
 
 struct Random {
@@ -82,7 +85,8 @@ __device__ void store_halves(void* data, int64_t i, const uint32_t (&words)[kWid
   }
 }
 
-// Stores numbers, none of them NaN (which the chip gives other bits than we do), as the nearest bfloat16.
+// Stores numbers, none of them NaN (which the chip gives other bits than we do), as the nearest
+// bfloat16.
 template <int kWidth>
 __device__ void store_nearest(void* data, int64_t i, const float (&numbers)[kWidth]) {
   if constexpr (kWidth == 1) {
@@ -98,10 +102,11 @@ __device__ void store_nearest(void* data, int64_t i, const float (&numbers)[kWid
   }
 }
 
-// Stores values of a Place, of a kind that the last argument names: floats as they are, bfloat16 rounded
-// stochastically, with the bytes of the random numbers swapped where kSwapped.
+// Stores values of a Place, of a kind that the last argument names: floats as they are, bfloat16
+// rounded stochastically, with the bytes of the random numbers swapped where kSwapped.
 template <bool kSwapped, int kWidth>
-__device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>&, const float (&values)[kWidth], float) {
+__device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>&,
+                              const float (&values)[kWidth], float) {
   Vector<float, kWidth> kept;
 #pragma unroll
   for (int k = 0; k < kWidth; k++) kept.at[k] = values[k];
@@ -109,13 +114,15 @@ __device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>&,
 }
 
 template <bool kSwapped, int kWidth>
-__device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>& bits, const float (&values)[kWidth],
-                              uint16_t) {
+__device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>& bits,
+                              const float (&values)[kWidth], uint16_t) {
   uint32_t sums[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
     const uint32_t word = bits.words[k / 2];
-    const uint32_t number = kSwapped ? permuted(word, 0, k % 2 ? 0x4423 : 0x4401) : k % 2 ? word >> 16 : word & 0xffffu;
+    const uint32_t number = kSwapped ? permuted(word, 0, k % 2 ? 0x4423 : 0x4401)
+                            : k % 2  ? word >> 16
+                                     : word & 0xffffu;
     sums[k] = bf16_sum(values[k], number);
   }
   store_halves<true>(data, at.i, sums);
@@ -131,8 +138,12 @@ struct Neighbours {
 template <int kWidth>
 struct Neighbours<uint16_t, kWidth> {
   Vector<uint32_t, kWidth / 2> read{};
-  __device__ float at(int k) const { return bits_float(k % 2 ? read.at[k / 2] & 0xffff0000u : read.at[k / 2] << 16); }
-  __device__ int32_t signed_at(int k) const { return int32_t(k % 2 ? read.at[k / 2] : read.at[k / 2] << 16) >> 16; }
+  __device__ float at(int k) const {
+    return bits_float(k % 2 ? read.at[k / 2] & 0xffff0000u : read.at[k / 2] << 16);
+  }
+  __device__ int32_t signed_at(int k) const {
+    return int32_t(k % 2 ? read.at[k / 2] : read.at[k / 2] << 16) >> 16;
+  }
 };
 
 template <>

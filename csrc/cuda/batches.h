@@ -1,4 +1,5 @@
-// Launches over any number of tensors: as many at a time as a kernel's parameters hold, each with blocks of its own.
+// Launches over any number of tensors: as many at a time as a kernel's parameters hold, each with
+// blocks of its own.
 #pragma once
 #include "launch.h"
 
@@ -21,7 +22,8 @@ struct TensorBatch {
   }
 };
 
-// Fills a Batch, which is a TensorBatch and more, and hands it with its number of blocks to `launch` when it is full.
+// Fills a Batch, which is a TensorBatch and more, and hands it with its number of blocks to
+// `launch` when it is full.
 template <class Batch, class Launch>
 class Batches {
  public:

@@ -1,8 +1,10 @@
-// fastft::packed_boundaries on CUDA: two launches and no wait for the device, which may still receive the lengths.
+// fastft::packed_boundaries on CUDA: two launches and no wait for the device, which may still
+// receive the lengths.
 //
-// The first adds up the lengths in one block: 8 bytes read and 4 written a segment. The second finds the segment of
-// each token by bisection of these sums, which stay in the cache, and writes 20 bytes a token beside the 8 that it
-// reads. Lengths that do not add up to the tokens are the caller's fault; nothing is written beyond the outputs then.
+// The first adds up the lengths in one block: 8 bytes read and 4 written a segment. The second
+// finds the segment of each token by bisection of these sums, which stay in the cache, and writes
+// 20 bytes a token beside the 8 that it reads. Lengths that do not add up to the tokens are the
+// caller's fault; nothing is written beyond the outputs then.
 #include "boundaries_args.h"
 #include "launch.h"
 
@@ -18,7 +20,8 @@ struct Job {
   int32_t *seq_idx, *cu_seqlens;
 };
 
-// Every thread adds up a stretch of the lengths, the block adds up the stretches before it, and the thread writes.
+// Every thread adds up a stretch of the lengths, the block adds up the stretches before it, and the
+// thread writes.
 __global__ void scan_kernel(Job job) {
   extern __shared__ __align__(16) unsigned char shared[];
   int64_t* sums = reinterpret_cast<int64_t*>(shared);

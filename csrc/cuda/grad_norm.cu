@@ -1,11 +1,13 @@
-// fastft::grad_norm_squared_ on CUDA: sums of squares of fixed chunks, one block each, then one block that adds them
-// up, in an order that depends on sizes alone. 190 gradients of any size for each launch, which travel as its
-// parameters; loads are of 16 bytes where a gradient lies on 16 bytes.
+// fastft::grad_norm_squared_ on CUDA: sums of squares of fixed chunks, one block each, then one
+// block that adds them up, in an order that depends on sizes alone. 190 gradients of any size for
+// each launch, which travel as its parameters; loads are of 16 bytes where a gradient lies on 16
+// bytes.
 //
-// Double precision runs at 1/64 of the rate of float32 on sm_86, 89 and 120, so a thread adds its 64 squares in
-// float32, with what each rounding loses beside the sum: the two together are off by less than 2e-11 of the sum. Where
-// squares leave the range of float32, the thread does its part again in double, whose range no square of a float32
-// leaves: the sum is finite if and only if every gradient is.
+// Double precision runs at 1/64 of the rate of float32 on sm_86, 89 and 120, so a thread adds its
+// 64 squares in float32, with what each rounding loses beside the sum: the two together are off by
+// less than 2e-11 of the sum. Where squares leave the range of float32, the thread does its part
+// again in double, whose range no square of a float32 leaves: the sum is finite if and only if
+// every gradient is.
 #include <vector>
 
 #include "adamw_math.h"
@@ -37,8 +39,10 @@ struct Squares {
   __device__ void add(T value) {
     const float x = widen(value), square = __fmul_rn(x, x);
     const float next = __fadd_rn(sum, square), added = __fsub_rn(next, sum);
-    lost = __fadd_rn(lost, __fadd_rn(__fsub_rn(sum, __fsub_rn(next, added)), __fsub_rn(square, added)));
-    if (sizeof(T) == 4) lost = __fadd_rn(lost, __fmaf_rn(x, x, -square));  // the square of a bfloat16 is exact
+    lost = __fadd_rn(lost,
+                     __fadd_rn(__fsub_rn(sum, __fsub_rn(next, added)), __fsub_rn(square, added)));
+    // the square of a bfloat16 is exact
+    if (sizeof(T) == 4) lost = __fadd_rn(lost, __fmaf_rn(x, x, -square));
     sum = next;
   }
 };
@@ -57,8 +61,8 @@ __device__ void add_vector(Squares& squares, const uint4& bits) {
   }
 }
 
-// The squares of a thread's elements, neighbours of which there are kSize: the same ones in the same order wherever a
-// gradient lies.
+// The squares of a thread's elements, neighbours of which there are kSize: the same ones in the
+// same order wherever a gradient lies.
 template <class T>
 __device__ double add_squares(const T* grad, int n) {
   constexpr int kSize = 16 / sizeof(T), kStep = kThreads * kSize;
@@ -68,7 +72,8 @@ __device__ double add_squares(const T* grad, int n) {
     for (int k = first; k < kChunk; k += kInFlight * kStep) {
       uint4 bits[kInFlight];
 #pragma unroll
-      for (int j = 0; j < kInFlight; j++) bits[j] = *reinterpret_cast<const uint4*>(grad + k + j * kStep);
+      for (int j = 0; j < kInFlight; j++)
+        bits[j] = *reinterpret_cast<const uint4*>(grad + k + j * kStep);
 #pragma unroll
       for (int j = 0; j < kInFlight; j++) add_vector<T>(squares, bits[j]);
     }
@@ -97,15 +102,18 @@ __device__ double sum_of_block(double sum) {
 
 __global__ void __launch_bounds__(kThreads) squares_kernel(const __grid_constant__ Batch batch) {
   const int tensor = batch.tensor_of_block();
-  const int64_t chunk = int64_t(blockIdx.x - batch.first_block[tensor]) * kChunk, left = batch.numel[tensor] - chunk;
+  const int64_t chunk = int64_t(blockIdx.x - batch.first_block[tensor]) * kChunk,
+                left = batch.numel[tensor] - chunk;
   const int n = int(left < kChunk ? left : kChunk);
-  double sum = batch.narrow[tensor] ? add_squares(static_cast<const uint16_t*>(batch.data[tensor]) + chunk, n)
-                                    : add_squares(static_cast<const float*>(batch.data[tensor]) + chunk, n);
+  double sum = batch.narrow[tensor]
+                   ? add_squares(static_cast<const uint16_t*>(batch.data[tensor]) + chunk, n)
+                   : add_squares(static_cast<const float*>(batch.data[tensor]) + chunk, n);
   sum = sum_of_block(sum);
   if (threadIdx.x == 0) batch.sums[blockIdx.x] = sum;
 }
 
-__global__ void __launch_bounds__(kTotalThreads) total_kernel(const double* sums, int64_t count, double* total) {
+__global__ void __launch_bounds__(kTotalThreads)
+    total_kernel(const double* sums, int64_t count, double* total) {
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < count; i += kTotalThreads) sum += sums[i];
   sum = sum_of_block(sum);
@@ -128,14 +136,17 @@ void grad_norm_squared(StableIValue* stack, uint64_t nargs, uint64_t) {
     kept.push_back(grads[i]);
     const fastft::Tensor& grad = kept.back();
     const bool narrow = grad.dtype() == aoti_torch_dtype_bfloat16();
-    FT_CHECK(
-        (narrow || grad.dtype() == aoti_torch_dtype_float32()) && grad.contiguous() && grad.device_index() == device,
-        "grad_norm_squared_: gradient %zu is not a contiguous float32 or bfloat16 tensor on the total's device", i);
+    FT_CHECK((narrow || grad.dtype() == aoti_torch_dtype_float32()) && grad.contiguous() &&
+                 grad.device_index() == device,
+             "grad_norm_squared_: gradient %zu is not a contiguous float32 or bfloat16 tensor on "
+             "the total's device",
+             i);
     count += blocks_of(grad.numel());
   }
   const fastft::DeviceGuard guard(device);
   const cudaStream_t stream = fastft::current_stream(device);
-  const fastft::Tensor memory = fastft::device_memory((count + 1) * int64_t(sizeof(double)), device);
+  const fastft::Tensor memory =
+      fastft::device_memory((count + 1) * int64_t(sizeof(double)), device);
   double* sums = static_cast<double*>(memory.mutable_data());
   Batch empty{};
   empty.sums = sums;

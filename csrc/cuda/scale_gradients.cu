@@ -1,8 +1,10 @@
-// fastft::scale_gradients_ on CUDA: one launch for up to 64 gradients, which travel as its parameters. Every block
-// reads the scale and returns where it is 1: nothing else is read or written then, and no host has waited for it.
+// fastft::scale_gradients_ on CUDA: one launch for up to 64 gradients, which travel as its
+// parameters. Every block reads the scale and returns where it is 1: nothing else is read or
+// written then, and no host has waited for it.
 //
-// A block has the 128 KiB between two multiples of that, counted from the last 16 bytes that begin at or before the
-// gradient; so only the ends of a gradient can lie off 16 bytes, and these go element by element, a thread each.
+// A block has the 128 KiB between two multiples of that, counted from the last 16 bytes that begin
+// at or before the gradient; so only the ends of a gradient can lie off 16 bytes, and these go
+// element by element, a thread each.
 #include "batches.h"
 #include "launch.h"
 #include "scale_gradients_args.h"
@@ -23,7 +25,9 @@ struct Batch : TensorBatch<kTensors> {
 static_assert(sizeof(Batch) <= 4096, "kernel parameters hold 4 KiB on every architecture");
 
 // How far behind 16 bytes an address lies.
-__host__ __device__ int lead(const char* address) { return int(reinterpret_cast<uintptr_t>(address) % kVector); }
+__host__ __device__ int lead(const char* address) {
+  return int(reinterpret_cast<uintptr_t>(address) % kVector);
+}
 
 template <class T>
 __device__ uint4 scaled(const uint4& bits, float scale) {
@@ -41,7 +45,8 @@ __device__ void scale_ends(char* begin, char* end, float scale) {
   if (reinterpret_cast<char*>(place) < end) put(place, to_float(*place) * scale);
 }
 
-// The bytes from `begin` to `end` of a gradient; `from`, on 16 bytes, is where those of the block would begin.
+// The bytes from `begin` to `end` of a gradient; `from`, on 16 bytes, is where those of the block
+// would begin.
 template <class T>
 __device__ void scale_chunk(char* from, char* begin, char* end, float scale) {
   char* up = begin == from ? from : from + kVector;
@@ -58,10 +63,12 @@ __device__ void scale_chunk(char* from, char* begin, char* end, float scale) {
 #pragma unroll
       for (int j = 0; j < kInFlight; j++) bits[j] = __ldcs(vectors + i + j * kThreads);
 #pragma unroll
-      for (int j = 0; j < kInFlight; j++) __stcs(vectors + i + j * kThreads, scaled<T>(bits[j], scale));
+      for (int j = 0; j < kInFlight; j++)
+        __stcs(vectors + i + j * kThreads, scaled<T>(bits[j], scale));
     }
   } else {
-    for (int i = threadIdx.x; i < count; i += kThreads) __stcs(vectors + i, scaled<T>(__ldcs(vectors + i), scale));
+    for (int i = threadIdx.x; i < count; i += kThreads)
+      __stcs(vectors + i, scaled<T>(__ldcs(vectors + i), scale));
   }
 }
 
@@ -100,7 +107,9 @@ void scale_gradients(StableIValue* stack, uint64_t nargs, uint64_t) {
     const int i = batches.add((lead(data) + bytes + kChunk - 1) / kChunk);
     batches.batch.data[i] = data;
     batches.batch.bytes[i] = bytes;
-    batches.batch.kind[i] = wide ? kFloat : gradient.dtype == aoti_torch_dtype_bfloat16() ? kBfloat16 : kHalf;
+    batches.batch.kind[i] = wide                                            ? kFloat
+                            : gradient.dtype == aoti_torch_dtype_bfloat16() ? kBfloat16
+                                                                            : kHalf;
   }
   batches.flush();
   fastft::check_launch("scale_gradients_");

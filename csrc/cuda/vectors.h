@@ -11,7 +11,9 @@ __device__ void put(float* p, float x) { *p = x; }
 __device__ void put(__half* p, float x) { *p = __float2half_rn(x); }
 __device__ void put(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
 
-__device__ float2 unpack(unsigned word, __half) { return __half22float2(reinterpret_cast<const __half2&>(word)); }
+__device__ float2 unpack(unsigned word, __half) {
+  return __half22float2(reinterpret_cast<const __half2&>(word));
+}
 __device__ float2 unpack(unsigned word, __nv_bfloat16) {
   return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
 }
@@ -24,7 +26,8 @@ __device__ unsigned pack(float x, float y, __nv_bfloat16) {
   return reinterpret_cast<const unsigned&>(pair);
 }
 
-// 16 bytes of T as float32 and back. They stay a uint4 in between: nvcc stores a struct of T piece by piece.
+// 16 bytes of T as float32 and back. They stay a uint4 in between: nvcc stores a struct of T piece
+// by piece.
 template <class T, int n>
 __device__ void unpack(const uint4& bits, float (&x)[n]) {
   const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};

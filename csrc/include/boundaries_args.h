@@ -5,8 +5,9 @@
 namespace fastft {
 constexpr int64_t kIgnoredLabel = -100;
 
-// packed_boundaries(Tensor lengths, Tensor ignored, Tensor source, int position_ids_start, Tensor(a!) labels,
-//                   Tensor(b!) position_ids, Tensor(c!) seq_idx, Tensor(d!) cu_seqlens) -> ()
+// packed_boundaries(Tensor lengths, Tensor ignored, Tensor source, int position_ids_start,
+//                   Tensor(a!) labels, Tensor(b!) position_ids, Tensor(c!) seq_idx,
+//                   Tensor(d!) cu_seqlens) -> ()
 class BoundariesArgs {
   Tensor lengths_, ignored_, source_, labels_, position_ids_, seq_idx_, cu_seqlens_;
 
@@ -30,7 +31,8 @@ class BoundariesArgs {
         start(as_int(stack[3])),
         device_index(source_.device_index()) {
     const int32_t wide = aoti_torch_dtype_int64(), narrow = aoti_torch_dtype_int32();
-    FT_CHECK(tokens <= INT32_MAX, "packed_boundaries: %lld tokens are too many", static_cast<long long>(tokens));
+    FT_CHECK(tokens <= INT32_MAX, "packed_boundaries: %lld tokens are too many",
+             static_cast<long long>(tokens));
     lengths = checked<const int64_t>(lengths_, "lengths", wide, segments);
     ignored = checked<const int64_t>(ignored_, "ignored", wide, segments);
     source = checked<const int64_t>(source_, "source", wide, tokens);
@@ -43,10 +45,11 @@ class BoundariesArgs {
  private:
   template <class T>
   T* checked(const Tensor& tensor, const char* name, int32_t dtype, int64_t size) const {
-    FT_CHECK(tensor.is_beside(source_), "packed_boundaries: %s must be on the device of source", name);
+    FT_CHECK(tensor.is_beside(source_), "packed_boundaries: %s must be on the device of source",
+             name);
     FT_CHECK(tensor.numel() == size && tensor.contiguous() && tensor.dtype() == dtype,
-             "packed_boundaries: %s must be contiguous, hold %lld numbers and have the right dtype", name,
-             static_cast<long long>(size));
+             "packed_boundaries: %s must be contiguous, hold %lld numbers and have the right dtype",
+             name, static_cast<long long>(size));
     return static_cast<T*>(tensor.mutable_data());
   }
 };

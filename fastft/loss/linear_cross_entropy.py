@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastft.loss.cross_entropy import probability_losses
+from fastft.loss.cross_entropy_rows import probability_losses
 from fastft.loss.dtensor_head import local_head
-from fastft.loss.expressions import LOGITS, Linear, map_rows, sum_over_rows
-from fastft.loss.linear_rows import divides_rows, linear_rows
+from fastft.loss.head_sweep import divides_rows
+from fastft.loss.lazy.expressions import LOGITS, Linear, map_rows, sum_over_rows
+from fastft.loss.linear_rows import linear_rows
 from fastft.loss.options import (
     RowOptions,
     check_device,

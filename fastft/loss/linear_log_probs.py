@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastft.loss.cross_entropy import rows_implementation
+from fastft.loss.cross_entropy_rows import rows_implementation
 from fastft.loss.dtensor_head import whole_head
 from fastft.loss.head_gemms import working_dtype
+from fastft.loss.head_sweep import HeadCall, Outputs, needed, scaled, sweep
 from fastft.loss.linear_cross_entropy import (
     check_indices,
     check_positive,
     check_shapes,
     compute_dtype,
 )
-from fastft.loss.linear_rows import HeadCall, Outputs, linear_rows, needed, scaled, sweep
+from fastft.loss.linear_rows import linear_rows
 from fastft.loss.options import check_device, check_tensors, refuse_second_derivative, row_options
 
 

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastft.loss.cross_entropy import capped
-from fastft.loss.linear_rows import HeadCall, Outputs, chunk_rows, needed, rounded, scaled, sweep
+from fastft.loss.cross_entropy_rows import capped
+from fastft.loss.head_sweep import HeadCall, Outputs, chunk_rows, needed, rounded, scaled, sweep
 from fastft.loss.options import (
     RowOptions,
     check_plain_impl,

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.loss.linear_rows import HEAD, HeadCall, needed, scaled
+from fastft.loss.head_sweep import HeadCall, needed, scaled
+from fastft.loss.linear_rows import HEAD
 from fastft.loss.options import RowOptions, refuse_second_derivative, unrounded
 
 _SLAB = 2048  # classes whose gradient goes through a wider copy at once

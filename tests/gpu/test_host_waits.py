@@ -20,6 +20,7 @@ from support.host_work import of_host, stand_ins
 from support.numerics import assert_no_worse
 from support.packed_examples import make
 from support.packed_models import MODELS, build, packed_pairs, sequences
+from support.pooled_models import classifier, labelled_examples
 from support.versions import checkpoint_activations
 from torch import Tensor, nn
 
@@ -249,12 +250,9 @@ def test_a_flat_batch_comes_with_one_copy_and_is_unpacked_without_a_wait(task: s
 
 @pytest.mark.parametrize("name", ["bert", "modernbert mean", "llama"])
 def test_examples_classified_by_their_segments(gpu: None, name: str) -> None:
-    from test_pool_segments import examples
-    from test_pool_segments import make as classifier
-
     model = classifier(name).to(torch.bfloat16)
     model.set_attn_implementation("fastft")
-    batch = PackingCollator(task="sequence_classification", rows=2)(examples("classes"))
+    batch = PackingCollator(task="sequence_classification", rows=2)(labelled_examples("classes"))
     with fastft.pool_segments(model), DeviceMode() as mode, fastft.packed_attention(model):
         there = of_host(mode, batch).to(mode.device)
         mode.waits.clear()

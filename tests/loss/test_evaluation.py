@@ -11,24 +11,27 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support.fused_trainings import (
+    SIZES,
+    V,
+    arguments,
+    assert_stock,
+    examples,
+    gemma,
+    llama,
+    per_token_loss,
+)
 from support.watch import Watch
-from test_fused_loss import SMALL, V, arguments, assert_stock, examples, llama, per_token_loss
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import (
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 import fastft
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.evaluation import Evaluation
-from fastft.loss.lazy_logits import LazyLogits, lazy_linear
-from fastft.loss.output_head import Attachment, fused_loss
+from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.logits import LazyLogits, lazy_linear
+from fastft.loss.lazy.output_head import Attachment, fused_loss
 
 EVERY_STEP = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
 EVALUATIONS = 3
@@ -160,25 +163,20 @@ def compare(
     return callback, fused
 
 
-def bert(**changes):
-    set_seed(3)
-    sizes = {
-        **SMALL,
-        "type_vocab_size": 1,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        **changes,
-    }
-    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
+def bert():
+    torch.manual_seed(3)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(**SIZES, **dropout, type_vocab_size=1)
+    )
 
 
 def t5():
-    set_seed(3)
+    torch.manual_seed(3)
     sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 1, "vocab_size": V}
+    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, dropout_rate=0.0
-        )
+        transformers.T5Config(**sizes, **tokens, dropout_rate=0.0)
     )
 
 
@@ -188,14 +186,6 @@ def lora():
         target_modules=["lm_head", "q_proj"], r=4, task_type="CAUSAL_LM", init_lora_weights=False
     )
     return peft.get_peft_model(llama(), config)
-
-
-def gemma():
-    set_seed(3)
-    config = transformers.Gemma2Config(
-        **SMALL, head_dim=16, num_key_value_heads=2, final_logit_softcapping=3.0
-    )
-    return transformers.Gemma2ForCausalLM(config)
 
 
 COLLATORS = {"seq2seq": seq2seq_batch}  # with label smoothing the model sees no labels to shift
@@ -371,9 +361,7 @@ def test_compiled(tmp_path):
     torch._dynamo.reset()
     options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
     compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
-    callback, _ = compare(
-        tmp_path, lambda: llama(num_hidden_layers=1), options=options, only_fused=compiling
-    )
+    callback, _ = compare(tmp_path, options=options, only_fused=compiling)
     assert not callback.evaluation.materialised
 
 
@@ -497,8 +485,8 @@ def test_prediction_inside_a_callback(tmp_path):
 
 
 def seq2seq_arguments(tmp_path, **changes):
-    options = arguments(tmp_path, **changes).to_dict()
-    return Seq2SeqTrainingArguments(**options, predict_with_generate=True, generation_max_length=6)
+    generation = {"predict_with_generate": True, "generation_max_length": 6}
+    return arguments(tmp_path, kind=Seq2SeqTrainingArguments, **generation, **changes)
 
 
 @pytest.fixture
@@ -510,7 +498,7 @@ def lazy_inputs(monkeypatch):
         shapes.append(tuple(input.shape))
         return lazy_linear(input, *args)
 
-    monkeypatch.setattr("fastft.loss.output_head.lazy_linear", remember)
+    monkeypatch.setattr("fastft.loss.lazy.output_head.lazy_linear", remember)
     return shapes
 
 
@@ -645,7 +633,7 @@ def test_no_tensor_as_large_as_the_logits_in_an_evaluation(name, tmp_path):
     vocabulary, rows, length = 20_000, 8, 512
     tokens = torch.randint(3, vocabulary, (rows, length))
     data = [{"input_ids": row, "labels": row} for row in tokens]
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small = {"hidden_size": 16, "intermediate_size": 16}
     model = llama(vocab_size=vocabulary, max_position_embeddings=length, **small)
     seen = []
 

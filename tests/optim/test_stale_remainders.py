@@ -350,8 +350,8 @@ def test_a_weight_whose_low_bits_are_zero_already_is_not_told_of() -> None:
 @pytest.mark.skipif(not NATIVE, reason="no native library")
 def test_the_engines_have_the_same_checksum(size: int, every: int) -> None:
     weight, sums = torch.randn(size).bfloat16(), torch.zeros(2, 1, dtype=torch.int64)
-    weight_bits.OP.native(sums[0], weight, every)
-    weight_bits.OP.reference(sums[1], weight, every)
+    weight_bits.WEIGHT_CHECKSUM.native(sums[0], weight, every)
+    weight_bits.WEIGHT_CHECKSUM.reference(sums[1], weight, every)
     assert torch.equal(sums[0], sums[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import textwrap
 from collections.abc import Iterator
@@ -130,6 +131,7 @@ def variables_read() -> set[str]:
     return found - {"PYTHONPATH"}
 
 
+@functools.cache
 def tests() -> set[str]:
     """The name of every test function as "file::function", those of the benchmarks as
     "benchmarks/file::function"."""

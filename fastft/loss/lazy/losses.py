@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.counted_labels import bound_of
-from fastft.loss.expressions import (
+from fastft.loss.lazy.expressions import (
     LOGITS,
     Call,
     Expression,
@@ -23,11 +23,11 @@ from fastft.loss.expressions import (
     map_rows,
     sum_over_rows,
 )
-from fastft.loss.lazy_views import on_meta, with_strides_of
+from fastft.loss.lazy.views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
-    from fastft.loss.lazy_logits import LazyLogits
+    from fastft.loss.lazy.logits import LazyLogits
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

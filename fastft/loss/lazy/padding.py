@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastft.loss.expressions import LOGITS, MARKED, Call, Linear, autocast_state, evaluate
+from fastft.loss.lazy.expressions import LOGITS, MARKED, Call, Linear, autocast_state, evaluate
 
 if TYPE_CHECKING:
-    from fastft.loss.lazy_logits import LazyLogits
+    from fastft.loss.lazy.logits import LazyLogits
 
 
 def new_zeros(

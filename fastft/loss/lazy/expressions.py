@@ -5,7 +5,7 @@
     result = g(z, rows)                             a sum over rows, or one result per row
 
 T rows, V vocabulary, H hidden size. Each chunk makes its own logits, C x V with C >= 256 (on a
-device 1024, as in `linear_rows`), so a pass holds a workspace of a few C x V instead of several T x
+device 1024, as in `head_sweep`), so a pass holds a workspace of a few C x V instead of several T x
 V. A summed result takes its gradients in the forward pass (three GEMMs); a result per row makes its
 logits again in the backward pass (four GEMMs). The weight's gradient is summed over chunks in fp32.
 
@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.head_gemms import add_weight_gradient
-from fastft.loss.linear_rows import chunk_rows
+from fastft.loss.head_sweep import chunk_rows
 from fastft.loss.options import refuse_second_derivative, unrounded
 
 if TYPE_CHECKING:
-    from fastft.loss.evaluation import Evaluation
+    from fastft.loss.lazy.evaluation import Evaluation
 
 WORKSPACE_BYTES = 64 << 20
 MIN_CHUNK_ROWS = 256
