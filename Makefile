@@ -1,7 +1,7 @@
 # make demo       fine-tune on this machine and measure it
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
-#                oldest and newest packages; make lint
+#                oldest and newest packages; make lint docs
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
@@ -37,7 +37,7 @@ demo: native
 test: native
 	$(PYTEST)
 
-test-all: lint test-slow test-isa ptx sweep test-oldest test-latest
+test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
 
 test-slow: native $(WAYS)
 	$(PYTEST) -m "not sweep and not ptx"
