@@ -88,7 +88,9 @@ def linear_log_probs(
         ignore_index: rows with this target are 0 in every result and get no gradient. Default -100.
         softcap: logits become `softcap * tanh(logits / softcap)`; None (default): they stay.
         logit_scale: multiplies the logits, before the softcap (1 / temperature); default 1.
-        chunk_rows, max_counted, impl: as in `linear_cross_entropy`.
+        chunk_rows: as in `linear_cross_entropy`.
+        max_counted: as in `linear_cross_entropy`.
+        impl: as in `linear_cross_entropy`.
 
     Returns:
         `LinearLogProbs(log_probs, entropy, lse, is_top1)`. Of classes with equal logits the first
@@ -193,12 +195,15 @@ def linear_token_loss(
 
     For example the clipped policy gradient, or DFT (a token's loss times its probability):
 
-        dft = lambda token: -token.log_probs * token.log_probs.detach().exp()
+        def dft(token):
+            return -token.log_probs * token.log_probs.detach().exp()
+
         linear_token_loss(x, head, target, dft)
 
+    `input`, `linear_weight`, `target`, `linear_bias`, `ignore_index`, `softcap`, `logit_scale`,
+    `chunk_rows`, `max_counted` and `impl` are those of `linear_log_probs`.
+
     Args:
-        input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, chunk_rows,
-            max_counted, impl: as in `linear_log_probs`.
         token_loss: `token_loss(tokens, *rows)` with `tokens` a `LinearLogProbs` of R tokens and
             `rows` their part of `arguments`; returns R losses, made of torch functions. Called once
             a chunk, on tokens in any grouping, so that a token's loss must not depend on the

@@ -598,29 +598,6 @@ def test_the_loss_is_an_ordinary_tensor_and_its_graph_can_be_kept():
     torch.testing.assert_close(x.grad, 2 * first, rtol=0, atol=0)
 
 
-def test_two_linear_layers_are_one():
-    """LoRA on the head: base(x) + scale * B(A(x))."""
-    results = []
-    for lazy in (False, True):
-        torch.manual_seed(0)
-        tensors = [
-            torch.randn(*shape).requires_grad_() for shape in ((B, S, H), (V, H), (H, 4), (V, 4))
-        ]
-        x, weight, down, up = tensors
-        report = Report()
-        parts = [(x, weight), (x @ down, up)]
-        base, low_rank = [
-            lazy_linear(*part, None, report) if lazy else F.linear(*part) for part in parts
-        ]
-        z = base + low_rank * 0.5
-        loss = F.cross_entropy(z.view(-1, V), TARGET.view(-1))
-        loss.backward()
-        results.append([loss.detach(), *(tensor.grad for tensor in tensors)])
-    assert report.fused == 1 and not report.materialised
-    for mine, theirs in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-
-
 def test_a_freed_weight_is_gathered_by_the_head():
     """FSDP2 and ZeRO-3: a head that is a unit of its own holds its weight only inside its
     forward."""
