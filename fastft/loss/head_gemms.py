@@ -134,11 +134,7 @@ class HeadTerm:
         self.gradients = self.d_input, self.d_weight, self.d_bias = gradients
         self.emulated = is_emulated(dtype, weight.device.type)
         self.dtype = working_dtype(dtype, weight.device.type)
-        self._first = True
-
-    def rows(self, where: slice | Tensor) -> Tensor:
-        """The rows of x at `where`, (R, H), in the dtype of the products."""
-        return self.input[where].to(self.weight.dtype)
+        self.is_first = True  # no chunk has written to dW
 
     def add_logits(self, x: Tensor, z: Tensor, *, first: bool) -> None:
         """Adds x W^T + b to `z` (R, V), of `dtype` or wider; `first`: writes it there."""
@@ -163,10 +159,10 @@ class HeadTerm:
             self.d_input[where] = self._input_gradient(dz).to(self.d_input.dtype)
         if self.d_weight is not None:
             x = x if inverse is None else times(x, inverse)
-            multiply(dz.T, x.to(dz.dtype), self.d_weight, first=self._first)
+            multiply(dz.T, x.to(dz.dtype), self.d_weight, first=self.is_first)
         if self.d_bias is not None:
             self.d_bias += dz.sum(0, dtype=self.d_bias.dtype)
-        self._first = False
+        self.is_first = False
 
     def _input_gradient(self, dz: Tensor) -> Tensor:
         if not self.emulated:
@@ -175,8 +171,3 @@ class HeadTerm:
         for slab in _slabs(self.weight):
             total.addmm_(dz[:, slab], self.weight[slab].to(dz.dtype))
         return total
-
-    def finish(self) -> None:
-        """Fills dW where no rows did."""
-        if self._first and self.d_weight is not None:
-            self.d_weight.zero_()

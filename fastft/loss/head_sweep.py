@@ -83,6 +83,7 @@ class CountedRows(NamedTuple):
             ValueError: more rows count than `max_counted` (on a CPU).
         """
         counted, rows = target != ignore_index, len(target)
+        # looking at a CPU's numbers is free
         if target.device.type == "cpu":
             if 0 <= max_counted < counted.sum():
                 raise ValueError(
@@ -91,7 +92,9 @@ class CountedRows(NamedTuple):
             return cls(rows, None if counted.all() else counted.nonzero()[:, 0])
         if not 0 <= max_counted < rows:
             return cls(rows)
-        return cls(rows, device_positions(counted, max_counted), counted.sum() > max_counted)
+        # those that count first, found without a look at the numbers
+        first = torch.sort((~counted).to(torch.uint8), stable=True).indices[:max_counted]
+        return cls(rows, first, counted.sum() > max_counted)
 
     @property
     def counted(self) -> int:
@@ -102,6 +105,7 @@ class CountedRows(NamedTuple):
         """Those of them that receive a gradient from `upstream` (T, ...), if looking is free."""
         if upstream.device.type != "cpu":
             return self
+        # a row whose upstream is 0 has gradients of 0, and needs no logits
         every = torch.arange(self.total) if self.positions is None else self.positions
         wanted = upstream.reshape(self.total, upstream.shape[1:].numel()).any(1)[every]
         return self if wanted.all() else self._replace(positions=every[wanted])
@@ -120,11 +124,6 @@ class CountedRows(NamedTuple):
         for tensor in (losses, *(g if g is None else g.view(-1)[:1] for g in gradients)):
             if self.too_many is not None and tensor is not None:
                 tensor.masked_fill_(self.too_many, torch.nan)
-
-
-def device_positions(counted: Tensor, bound: int) -> Tensor:
-    """`bound` positions, those that count first: found without a look at the numbers."""
-    return torch.sort((~counted).to(torch.uint8), stable=True).indices[:bound]
 
 
 def sweep(
@@ -146,12 +145,14 @@ def sweep(
     """
     weight = terms[0].weight
     dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
+    # one for all chunks: new pages cost as much time as the products write
     workspace = weight.new_empty(step, len(weight), dtype=dtype)
     with torch.autocast(weight.device.type, enabled=False):
         for where in rows.chunks(step):
             _through_head(terms, workspace, where, fill, inverse)
         for term in terms:
-            term.finish()
+            if term.is_first and term.d_weight is not None:
+                term.d_weight.zero_()
 
 
 def _through_head(
@@ -162,7 +163,7 @@ def _through_head(
     inverse: Tensor | None,
 ) -> None:
     """A function, so that the next chunk finds nothing of this one's in memory."""
-    inputs = [term.rows(where) for term in terms]
+    inputs = [term.input[where].to(term.weight.dtype) for term in terms]
     z = workspace[: len(inputs[0])]
     for term, x in zip(terms, inputs, strict=True):
         term.add_logits(x, z, first=term is terms[0])
@@ -301,13 +302,6 @@ def sweep_one(
     return outputs
 
 
-def _graph_is_kept() -> bool:
-    """Whether the running backward may be followed by another over the same graph; True where torch
-    does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
-
-
 def handed_back(
     gradients: Sequence[Tensor | None],
     needs: Sequence[bool],
@@ -322,8 +316,10 @@ def handed_back(
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     if scale is None:
         return [g if g is None else g.to(dtype) for g, dtype in zip(wanted, dtypes, strict=True)]
-    column, kept = scale[:, None] if scale.dim() else scale, _graph_is_kept()
-    results, in_place = [], []
+    column, results, in_place = scale[:, None] if scale.dim() else scale, [], []
+    # another backward over the same graph may follow, where torch does not tell that none will
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    kept = ask is None or ask()
     for gradient, dtype in zip(wanted, dtypes, strict=True):
         # a compiler cannot trace a change in place
         is_ours = not kept and type(gradient) is Tensor and gradient.dtype == dtype

@@ -229,8 +229,8 @@ def check_indices(
     shape = input.shape[:dim] + input.shape[dim:][1:]
     if target.shape != shape:
         raise ValueError(
-            f"target must have the shape of input without its dimension {dim}, {tuple(shape)}: "
-            f"input is {tuple(input.shape)}, target is {tuple(target.shape)}"
+            f"target must have the shape of input without its dimension {dim}: input is "
+            f"{tuple(input.shape)}, target is {tuple(target.shape)}, needed is {tuple(shape)}"
         )
     check_target(target, classes, ignore_index)
     return target.reshape(-1).contiguous()

@@ -120,6 +120,7 @@ class LazyLogits(Tensor):
     @classmethod
     def _wrap(cls, recipe: _Recipe) -> LazyLogits:
         shadow = recipe.shadow
+        # a tensor without memory: who asks for its shape is told, who asks for numbers is seen
         wrapper = Tensor._make_wrapper_subclass(
             cls,
             shadow.shape,
@@ -220,6 +221,7 @@ class LazyLogits(Tensor):
         `shadow` is that of the result: of other memory than ours where the result is a copy.
         `same_rows`: all rows, in their order.
         """
+        # the shadows share memory where torch's results would
         is_view = shadow.untyped_storage()._cdata == self.shadow.untyped_storage()._cdata
         linear = self.source.with_inputs(change)
         result = self._make(
@@ -228,6 +230,7 @@ class LazyLogits(Tensor):
         if same_rows:
             result._recipe.kept = self.kept
         family = self._family()
+        # a view remembers how it was made, so that it can be made again of real logits
         if is_view:
             result._root, result._replay = family, (*self._replay, (func, args, kwargs))
             result._recipe.memory = self._recipe.memory
@@ -255,6 +258,7 @@ class LazyLogits(Tensor):
     def materialise(self, function: str) -> Tensor:
         """The real logits with their history, computed once; `function` is what asked for them."""
         if self._dense is None:
+            # the root first: a view of real logits shares their memory
             dense = None if self._root is None else self._root.materialise(function)
             # gradients are recorded, or not, as they were when torch would have made the logits
             with (
