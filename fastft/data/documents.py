@@ -223,7 +223,7 @@ def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list
 
 
 def is_per_token(value: Any, tokens: int) -> bool:
-    """Whether `value` has as many elements as an example has tokens."""
+    """Tells whether `value` has as many elements as an example has tokens."""
     return hasattr(value, "__len__") and not isinstance(value, str | dict) and len(value) == tokens
 
 

@@ -47,8 +47,7 @@ IGNORE_INDEX = -100  # of labels that count for nothing, in torch and transforme
 
 
 def refuse_reserved(columns: Iterable[str], also: Iterable[str] = ()) -> None:
-    """Raises ValueError where a column of the examples has the name of one that the collator
-    makes: one of `RESERVED`, or of `also`."""
+    """Raises ValueError where a column has a name of `RESERVED` or `also`."""
     for key in (*also, *RESERVED):
         if key in columns:
             raise ValueError(

@@ -55,9 +55,9 @@ class Values:
 class Pack(dict[str, Values]):
     """Examples that go through the model together, as `fastft.pack` yields them.
 
-    It is a dict by column, of `Values`, so that Trainer's `remove_unused_columns` takes out of it what the model
-    has no argument for, as it does with an example. Rows that another tool packed are cut into
-    their documents; see `documents.py`.
+    It is a dict by column, of `Values`, so that Trainer's `remove_unused_columns` takes out of it
+    what the model has no argument for, as it does with an example. Rows that another tool packed
+    are cut into their documents; see `documents.py`.
 
     Args:
         examples: dicts with the same keys.
@@ -99,7 +99,7 @@ class Pack(dict[str, Values]):
 
 
 def _masks(columns: Columns, lengths: Sequence[int]) -> Any:
-    """The attention masks one after another, if every token has one."""
+    """Joins the attention masks, if every token has one."""
     masks = columns.get("attention_mask")
     if masks is None or not all(map(is_per_token, masks, lengths)):
         return None
@@ -107,7 +107,7 @@ def _masks(columns: Columns, lengths: Sequence[int]) -> Any:
 
 
 def transposed(examples: Sequence[dict[str, Any]]) -> Columns:
-    """Turns examples into columns; raises ValueError where keys differ, or input_ids are missing."""
+    """Turns examples into columns; raises ValueError where keys differ, or there are no tokens."""
     if not examples:
         return {}
     keys = examples[0].keys()
@@ -124,14 +124,14 @@ def transposed(examples: Sequence[dict[str, Any]]) -> Columns:
 
 
 def is_pack(feature: Any) -> bool:
-    """Whether a feature is a `Pack`, or what Trainer's `remove_unused_columns` left of one."""
+    """Recognises a `Pack`, also what Trainer's `remove_unused_columns` left of one."""
     return isinstance(feature, Pack) or (
         isinstance(feature, dict) and type(feature.get("input_ids")) is Values
     )
 
 
 def examples_of(pack: dict[str, Values]) -> list[dict[str, Any]]:
-    """The examples of a pack as dicts."""
+    """Reads the examples of a pack as dicts."""
     columns = [column.values for column in pack.values()]
     return [dict(zip(pack, row, strict=True)) for row in zip(*columns, strict=True)]
 

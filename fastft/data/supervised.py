@@ -1,5 +1,7 @@
-"""Logits for the tokens alone whose successor has a label, which causal models of transformers
-compute where a batch asks for them."""
+"""Logits for those tokens alone whose successor has a label.
+
+Causal models of transformers compute no others where a batch asks for them.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,7 @@ from fastft.foreign import base_model
 
 
 def check_supervised(model: Any, task: str, expand_on_device: bool) -> None:
-    """Raises ValueError where a mask of the logits to keep could not be made, or would not be
-    understood.
+    """Raises ValueError where a mask of logits cannot be made, or would not be understood.
 
     Args:
         model: which the batches are for, or just True.
@@ -43,12 +44,12 @@ def check_supervised(model: Any, task: str, expand_on_device: bool) -> None:
     if "slice_logits_to_keep" not in inspect.unwrap(type(base).forward).__code__.co_names:
         raise ValueError(
             f"supervised_only: {type(base).__name__} does not use transformers' "
-            f"slice_logits_to_keep"
+            "slice_logits_to_keep"
         )
 
 
 def kept_logits(labels: Tensor) -> dict[str, Tensor]:
-    """Which tokens of `labels`, (R, T), need logits, bool (R, T), and the labels of these, (K,)."""
+    """Marks the tokens of `labels`, (R, T), that need logits; with the labels of these, (K,)."""
     following = torch.full_like(labels, IGNORE_INDEX)
     # the last token of a row is followed by an ignored one: the first of the next
     following.view(-1)[:-1] = labels.view(-1)[1:]

@@ -26,7 +26,7 @@ class SequenceClassification(Task):
         self._labels = _take_labels(columns)
 
     def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
-        """The columns, and the labels as they came."""
+        """Lays the columns out; the labels stay as they came."""
         batch = self._tensors(columns, layout)
         return batch if self._labels is None else {**batch, "labels": self._labels}
 

@@ -1,4 +1,4 @@
-"""What a task does for the collator, and what most tasks do alike."""
+"""A task as the collator sees it, with what most tasks do alike."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Task:
-    """What the labels of one batch are. The collator makes an object for each batch, and calls
+    """The labels of one batch, and what follows from them. The collator makes one of each batch:
 
-        take(columns)           before it looks at the columns
+        take(columns)           before it looks at the columns itself
         fill(columns, layout)   when it knows where each example lies
-        finish(batch, layout)   of a packed batch, not of padded examples
+        finish(batch, layout)   of packed batches alone, not of padded examples
 
     A new task is a class that overrides what is different, and its name in the collator's `TASKS`.
 
@@ -45,7 +45,7 @@ class Task:
         self.collator = collator
 
     def source(self, batch: Mapping[str, Any]) -> str | None:
-        """The column of `batch` that labels tokens; None without any."""
+        """Names the column of `batch` that labels tokens; None without any."""
         return next((key for key in self.sources if key in batch), None)
 
     def take(self, columns: Columns) -> None:
@@ -59,7 +59,7 @@ class Task:
         """
 
     def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
-        """The tensors of the batch: of every column (R, T), labels as the task has them.
+        """Lays the columns out, (R, T) each, and the labels as the task has them.
 
         Args:
             columns: one number for each token of each example.
@@ -68,10 +68,10 @@ class Task:
         return self._tensors(columns, layout)
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:
-        """Adds to what `fill` made what only a packed batch has."""
+        """Adds what only a packed batch has to what `fill` made."""
 
     def _tensors(self, columns: Columns, layout: Layout, **fills: int) -> dict[str, Tensor]:
-        """The columns as the examples lie; padding holds `fills`, other columns 0."""
+        """Lays columns out; padding holds `fills`, of other columns 0."""
         return layout.tensors(
             columns, {"input_ids": self.collator.pad_token_id, "labels": IGNORE_INDEX, **fills}
         )

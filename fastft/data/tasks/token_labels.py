@@ -10,8 +10,7 @@ class TokenClassification(Task):
 
 
 class CausalLM(Task):
-    """The token after each one, which the model shifts: that before an example's first one is none
-    of its own."""
+    """The next token as the label, by the model's own shift: an example's first one is nobody's."""
 
     sources = ("labels", "input_ids")
     ignored = 1
