@@ -18,9 +18,9 @@ from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.trainings import training_begins, until_the_end_of
 from fastft.loss.counted_labels import give_counted_labels
-from fastft.loss.evaluation import Evaluation
-from fastft.loss.output_head import Attachment, expects_head
-from fastft.loss.report import Report
+from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.output_head import Attachment, expects_head
+from fastft.loss.lazy.report import Report
 
 # below "transformers", so that its verbosity rules
 logger = logging.get_logger(f"transformers.{__name__}")

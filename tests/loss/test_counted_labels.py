@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device_mode import DeviceMode
-from support.trainers import tiny_llama
+from support.trainers import logged, quiet_arguments, tiny_llama
 from support.watch import Watch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastft
 from fastft.data.label_counts import known_count, note_count
-from fastft.loss import lazy_losses
 from fastft.loss.counted_labels import CountedLabels, bound_of, give_counted_labels
+from fastft.loss.lazy import losses as lazy_losses
 
 EXAMPLES = [
     {
@@ -278,22 +278,11 @@ class Spy:
         monkeypatch.setattr(lazy_losses, "bound_of", spy)
 
 
-def train(tmp_path, collator, callbacks, kind=Trainer, **options):
-    arguments = TrainingArguments(
-        tmp_path,
-        max_steps=3,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        remove_unused_columns=False,
-        eval_strategy="steps",
-        eval_steps=3,
-        per_device_eval_batch_size=3,
-        **options,
+def train(tmp_path, collator, callbacks, kind=Trainer):
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 3}
+    arguments = quiet_arguments(
+        tmp_path, max_steps=3, **batches, **evaluation, remove_unused_columns=False
     )
     trainer = kind(
         tiny_llama(),
@@ -304,12 +293,7 @@ def train(tmp_path, collator, callbacks, kind=Trainer, **options):
         callbacks=callbacks,
     )
     trainer.train()
-    return [
-        entry[key]
-        for entry in trainer.state.log_history
-        for key in ("loss", "eval_loss")
-        if key in entry
-    ]
+    return logged(trainer, "loss", "eval_loss")
 
 
 @pytest.mark.parametrize(

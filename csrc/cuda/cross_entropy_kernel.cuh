@@ -1,34 +1,38 @@
-// The CUDA kernel of cross_entropy_rows: one block a row, one launch for the losses, statistics and gradient.
+// The CUDA kernel of cross_entropy_rows: one block a row, one launch for the losses, statistics and
+// gradient.
 //
-// Pass 1 keeps, for every thread, a running maximum of its logits without the target's and sums relative to it; the
-// block merges them in a fixed order, one thread finishes the row in double precision, pass 2 writes the gradient.
-// A row of which two fit into an SM's shared memory is kept there between the passes: one read, one write. Of a longer
-// one the second read comes from the L2 cache as far as the rows in flight fit there. Logits move 16 bytes at a time,
-// but for the few before the first 16 bytes of a row and after its last.
+// Pass 1 keeps, for every thread, a running maximum of its logits without the target's and sums
+// relative to it; the block merges them in a fixed order, one thread finishes the row in double
+// precision, pass 2 writes the gradient. A row of which two fit into an SM's shared memory is kept
+// there between the passes: one read, one write. Of a longer one the second read comes from the L2
+// cache as far as the rows in flight fit there. Logits move 16 bytes at a time, but for the few
+// before the first 16 bytes of a row and after its last.
 //
-// HBM leaves time for 28 instructions a logit of 16 bits (H200). So options are asked for once a vector, in the plain
-// kernel not at all, and no vector asks whether it lies within the row.
+// HBM leaves time for 28 instructions a logit of 16 bits (H200). So options are asked for once a
+// vector, in the plain kernel not at all, and no vector asks whether it lies within the row.
 #pragma once
 #include "cross_entropy_math.h"
 #include "launch.h"
-#include "vectors.h"
+#include "vectors.cuh"
 
 namespace {
 constexpr int kMaxThreads = 1024, kWarp = 32;
 constexpr int kInFlight = 2;  // loads of a thread
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr float kLowest = -3.402823466e38f;  // finite: the difference of two of them is 0 and not NaN
-constexpr float kFar = -200.0f;              // exp of it is 0; products with it are finite
+// Finite: the difference of two of them is 0 and not NaN.
+constexpr float kLowest = -3.402823466e38f;
+constexpr float kFar = -200.0f;  // exp of it is 0; products with it are finite
 
-__device__ float exp2_approximate(float x) {  // off by 2 units in the last place; below 2^-126 it is 0
+// 2^x, off by 2 units in the last place; below 2^-126 it is 0.
+__device__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// exp for x <= 0, with the accuracy that logits of type T ask for: what the product with log2(e) loses by rounding, |x|
-// units of the last place, does not show behind 16 bits, and is added back for float32. For -Inf the loss is NaN, and
-// the minimum drops it.
+// exp for x <= 0, with the accuracy that logits of type T ask for: what the product with log2(e)
+// loses by rounding, |x| units of the last place, does not show behind 16 bits, and is added back
+// for float32. For -Inf the loss is NaN, and the minimum drops it.
 template <class T>
 __device__ float exponential(float x) {
   constexpr float kLog2E = 1.44269502f, kRest = 1.925963033e-8f, kLn2 = 0.693147182f;
@@ -53,16 +57,18 @@ struct Job {
   float smoothing, z_loss, scale, softcap, softcap_inverse;
 };
 
-// A row of logits: vectors of 16 bytes from class `head` on. The classes before and after them, fewer than a warp has
-// threads, go one by one.
+// A row of logits: vectors of 16 bytes from class `head` on. The classes before and after them,
+// fewer than a warp has threads, go one by one.
 template <class T>
 struct Row {
   static constexpr int kSize = 16 / sizeof(T);
   const T* data;
   const uint4* words;
   int head, vectors, alone;
-  __device__ Row(const Job& job, int64_t r) : data(static_cast<const T*>(job.logits) + r * job.stride) {
-    head = min(static_cast<int>((-reinterpret_cast<uintptr_t>(data) & 15) / sizeof(T)), job.classes);
+  __device__ Row(const Job& job, int64_t r)
+      : data(static_cast<const T*>(job.logits) + r * job.stride) {
+    head =
+        min(static_cast<int>((-reinterpret_cast<uintptr_t>(data) & 15) / sizeof(T)), job.classes);
     words = reinterpret_cast<const uint4*>(data + head);
     vectors = (job.classes - head) / kSize;
     alone = job.classes - vectors * kSize;
@@ -71,12 +77,13 @@ struct Row {
   __device__ int alone_class(int i) const { return i < head ? i : i + vectors * kSize; }
 };
 
-// Where the gradient of a row goes, whose vectors may lie elsewhere than those of the logits.
+// The place of a row's gradient, whose vectors may lie elsewhere than those of the logits.
 template <class T>
 struct GradRow {
   T* data;
   bool wide;
-  __device__ GradRow(const Job& job, int64_t r, int head) : data(static_cast<T*>(job.grad) + r * job.grad_stride) {
+  __device__ GradRow(const Job& job, int64_t r, int head)
+      : data(static_cast<T*>(job.grad) + r * job.grad_stride) {
     wide = (reinterpret_cast<uintptr_t>(data + head) & 15) == 0;
   }
   template <int n>
@@ -90,15 +97,18 @@ struct GradRow {
   }
 };
 
-// What a thread, a warp or the block knows of a row; the sums are relative to `peak` and leave the target out.
+// The knowledge of a thread, a warp or the block of a row; the sums are relative to `peak` and
+// leave the target out.
 struct Sums {
   float peak = kLowest, total = 0.0f;
-  float moment = 0.0f;                 // sum of exp(z - peak) (z - peak)
-  float below = 0.0f, weights = 0.0f;  // sum of weight (target's z - z) over all classes; of the weights
-  float beaten = 0.0f;                 // not 0: a class has a higher logit than the target, or as high a one before it
+  float moment = 0.0f;   // sum of exp(z - peak) (z - peak)
+  float below = 0.0f;    // sum of weight (target's z - z) over all classes
+  float weights = 0.0f;  // sum of the weights
+  float beaten = 0.0f;   // not 0: a class has a higher logit, or an earlier one as high a logit
 };
 
-// Takes over sums relative to `peak`, which is not below theirs. No maximum drops a NaN: it is in the total.
+// Takes over sums relative to `peak`, which is not below theirs. No maximum drops a NaN: it is in
+// the total.
 __device__ void rebase(Sums& sums, float peak) {
   const float d = fmaxf(sums.peak - peak, kFar), keep = exponential<float>(d);
   sums.moment = (sums.moment + sums.total * d) * keep;
@@ -116,7 +126,8 @@ template <bool kOptions>
 __device__ void merge_warp(Sums& sums) {
   float peak = sums.peak;
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, lanes));
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
+    peak = fmaxf(peak, __shfl_xor_sync(kAllLanes, peak, lanes));
   rebase(sums, peak);
   sums.total = sum_of_warp(sums.total);
   if (kOptions) {
@@ -140,7 +151,8 @@ template <bool kOptions, int n>
 __device__ void transform(float (&z)[n], const Job& job) {
 #pragma unroll
   for (int i = 0; i < n; i++) {
-    z[i] = __fmul_rn(z[i], job.scale);  // no fused multiply-add may see more digits than the target's logit had
+    // no fused multiply-add may see more digits than the target's logit had
+    z[i] = __fmul_rn(z[i], job.scale);
   }
   if (kOptions && job.softcap > 0.0f) {
 #pragma unroll
@@ -155,9 +167,10 @@ struct Target {
   float center;  // z, or 0 where that is -Inf
 };
 
-// What smoothing and statistics ask for beside the exponentials, of the classes from c on.
+// Adds what smoothing and statistics need beside the exponentials, of the classes from c on.
 template <int n>
-__device__ void add_options(Sums& sums, const float (&z)[n], int c, const Target& target, const Job& job) {
+__device__ void add_options(Sums& sums, const float (&z)[n], int c, const Target& target,
+                            const Job& job) {
   if (job.smoothing > 0.0f && job.weight) {
 #pragma unroll
     for (int i = 0; i < n; i++) {
@@ -222,13 +235,14 @@ __device__ Sums add_row(const Row<T>& row, const Target& target, uint4* held, co
   }
   if (threadIdx.x < row.alone) {
     const int c = row.alone_class(threadIdx.x);
-    float z[1] = {to_float(row.data[c])};
+    float z[1] = {widened(row.data[c])};
     add<T, kOptions>(sums, z, c, target, job);
   }
   return sums;
 }
 
-__device__ void finish(Scratch* scratch, const Sums& sums, const Target& target, const Job& job, int64_t r) {
+__device__ void finish(Scratch* scratch, const Sums& sums, const Target& target, const Job& job,
+                       int64_t r) {
   const float weight = !job.weight ? 1.0f : target.known ? job.weight[target.index] : NAN;
   const float max = fmaxf(sums.peak, target.z);
   Sums all = sums;
@@ -238,9 +252,10 @@ __device__ void finish(Scratch* scratch, const Sums& sums, const Target& target,
   const double below = sums.below + weights * (static_cast<double>(max) - target.center);
   const fastft::RowSums row{max, target.z, all.total, job.smoothing > 0.0f ? below : 0.0,
                             all.moment + static_cast<double>(expf(d)) * d};
-  const double hit = (1.0 - job.smoothing) * weight, spread = static_cast<double>(job.smoothing) / job.classes;
-  const double g_loss = job.upstream[0] ? job.upstream[0][r] : 1.0f,
-               g_lse = job.upstream[1] ? job.upstream[1][r] : 0.0f;
+  const double hit = (1.0 - job.smoothing) * weight;
+  const double spread = static_cast<double>(job.smoothing) / job.classes;
+  const double g_loss = job.upstream[0] ? job.upstream[0][r] : 1.0f;
+  const double g_lse = job.upstream[1] ? job.upstream[1][r] : 0.0f;
   const double g_entropy = job.upstream[2] ? job.upstream[2][r] : 0.0f;
   const fastft::RowTerms terms{hit, spread, weights, weight, job.z_loss, g_loss, g_lse, g_entropy};
   fastft::RowResult result = fastft::finish_row(row, terms);
@@ -268,7 +283,8 @@ __device__ void differentiate(float (&z)[n], int c, const Scratch& of_row, const
   for (int i = 0; i < n; i++) dz[i] = exponential<T>(z[i] - of_row.max);
   if (kOptions && job.moments) {
 #pragma unroll
-    for (int i = 0; i < n; i++) dz[i] *= result.base + result.slope * fmaxf(z[i] - of_row.max, kFar);
+    for (int i = 0; i < n; i++)
+      dz[i] *= result.base + result.slope * fmaxf(z[i] - of_row.max, kFar);
   } else {
 #pragma unroll
     for (int i = 0; i < n; i++) dz[i] *= result.base;
@@ -297,15 +313,17 @@ __device__ void differentiate(float (&z)[n], int c, const Scratch& of_row, const
   for (int i = 0; i < n; i++) z[i] = dz[i];
 }
 
-// From the end of the row, which is still in the L2 cache.
+// Writes the gradient from the end of the row on, which is still in the L2 cache.
 template <class T, bool kOptions>
 __device__ void write_gradient(const Scratch& of_row, const uint4* held, const Job& job) {
-  // read back instead of kept: the registers that pass 1 and the double precision between need are short
+  // read back instead of kept: the registers that pass 1 and the double precision between need are
+  // short
   const int64_t r = of_row.row;
   const Row<T> row(job, r);
   const GradRow<T> grad(job, r, row.head);
   const int threads = blockDim.x;
-  for (int last = row.vectors - 1 - static_cast<int>(threadIdx.x); last >= 0; last -= kInFlight * threads) {
+  for (int last = row.vectors - 1 - static_cast<int>(threadIdx.x); last >= 0;
+       last -= kInFlight * threads) {
     uint4 bits[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; j++) {
@@ -324,7 +342,7 @@ __device__ void write_gradient(const Scratch& of_row, const uint4* held, const J
   }
   if (threadIdx.x < row.alone) {
     const int c = row.alone_class(threadIdx.x);
-    float z[1] = {to_float(row.data[c])};
+    float z[1] = {widened(row.data[c])};
     differentiate<T, kOptions>(z, c, of_row, job);
     grad.store(c, z);
   }
@@ -342,7 +360,8 @@ __device__ void ignore(const Row<T>& row, const Job& job, int64_t r) {
   if (!job.grad) return;
   const GradRow<T> grad(job, r, row.head);
   const float zeros[Row<T>::kSize] = {}, zero[1] = {};
-  for (int k = threadIdx.x; k < row.vectors; k += blockDim.x) grad.store(row.vector_class(k), zeros);
+  for (int k = threadIdx.x; k < row.vectors; k += blockDim.x)
+    grad.store(row.vector_class(k), zeros);
   if (threadIdx.x < row.alone) grad.store(row.alone_class(threadIdx.x), zero);
 }
 
@@ -351,7 +370,7 @@ __device__ Target find_target(const Row<T>& row, int64_t y, const Job& job) {
   Target target{y >= 0 && y < job.classes, -1, NAN, 0.0f};
   if (!target.known) return target;
   target.index = static_cast<int>(y);
-  float z[1] = {to_float(row.data[y])};
+  float z[1] = {widened(row.data[y])};
   transform<true>(z, job);
   target.z = z[0];
   if (target.z > -INFINITY) target.center = target.z;
@@ -365,8 +384,8 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
   uint4* held = reinterpret_cast<uint4*>(scratch + 1);
   const int64_t r = blockIdx.x;
   const Row<T> row(job, r);
-  const int64_t y =
-      job.wide_target ? static_cast<const int64_t*>(job.target)[r] : static_cast<const int32_t*>(job.target)[r];
+  const int64_t y = job.wide_target ? static_cast<const int64_t*>(job.target)[r]
+                                    : static_cast<const int32_t*>(job.target)[r];
   if (y == job.ignore_index) return ignore(row, job, r);
   const Target target = find_target(row, y, job);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -381,7 +400,8 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
     merge_warp<kOptions>(all);
     if (lane == 0) finish(scratch, all, target, job, r);
   }
-  __syncthreads();  // also: every thread has read the target's logit and the row, which the gradient may overwrite
+  // also: every thread has read the target's logit and the row, which the gradient may overwrite
+  __syncthreads();
 
   if (job.grad) write_gradient<T, kOptions>(*scratch, held, job);
 }
