@@ -39,18 +39,17 @@ from fastft.data.keys import (
 from fastft.data.label_counts import count_labels
 from fastft.data.pack import is_pack
 from fastft.data.rows import Layout, balanced_rows, lay_out
-from fastft.data.supervised import check_supervised, kept_logits
+from fastft.data.tasks.causal_lm import CausalLM, check_supervised, kept_logits
 from fastft.data.tasks.masked_lm import MaskedLM, TokenMasking
 from fastft.data.tasks.seq2seq import Seq2Seq
 from fastft.data.tasks.sequence_classification import SequenceClassification
 from fastft.data.tasks.task import Task
-from fastft.data.tasks.token_labels import CausalLM, TokenClassification
 from fastft.ops import check_impl
 
 TASKS: dict[str, type[Task]] = {
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
-    "token_classification": TokenClassification,
+    "token_classification": Task,
     "sequence_classification": SequenceClassification,
     "seq2seq": Seq2Seq,
 }

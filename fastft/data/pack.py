@@ -14,7 +14,6 @@ from torch import Tensor
 from fastft.data.columns import (
     Columns,
     flatten_column,
-    flatten_integers,
     integers_of,
     token_columns,
 )
@@ -22,7 +21,7 @@ from fastft.data.documents import (
     KEYS,
     SIZES,
     cut_documents,
-    document_lengths,
+    documents_of,
     is_per_token,
     shortened,
     split_documents,
@@ -70,8 +69,7 @@ class Pack(dict[str, Values]):
         columns = transposed(examples)
         if columns.keys() & KEYS:
             lengths = [*map(len, columns["input_ids"])]
-            documents = document_lengths(columns, lengths, masks=_masks(columns, lengths))
-            columns = cut_documents(columns, lengths, documents or [[length] for length in lengths])
+            columns = cut_documents(columns, lengths, documents_of(columns, lengths))
         super().__init__((key, Values(values)) for key, values in columns.items())
 
     @property
@@ -96,14 +94,6 @@ class Pack(dict[str, Values]):
 
     def __reduce__(self) -> Any:
         return Pack, (self.examples,)
-
-
-def _masks(columns: Columns, lengths: Sequence[int]) -> Any:
-    """Joins the attention masks, if every token has one."""
-    masks = columns.get("attention_mask")
-    if masks is None or not all(map(is_per_token, masks, lengths)):
-        return None
-    return flatten_integers("attention_mask", masks)
 
 
 def transposed(examples: Sequence[dict[str, Any]]) -> Columns:

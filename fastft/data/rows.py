@@ -24,8 +24,6 @@ def balanced_rows(sizes: Sequence[int], rows: int) -> list[list[int]]:
     Returns:
         The units of each row, in order; the rows by their first unit.
     """
-    if rows == 1:
-        return [list(range(len(sizes)))]
     members: list[list[int]] = [[] for _ in range(min(rows, len(sizes)))]
     heap = [(0, row) for row in range(len(members))]
     for unit in sorted(range(len(sizes)), key=lambda unit: -sizes[unit]):

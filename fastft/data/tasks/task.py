@@ -1,4 +1,4 @@
-"""A task as the collator sees it, with what most tasks do alike."""
+"""A task as the collator sees it: the simplest, whose labels are those of the examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class Task:
-    """The labels of one batch, and what follows from them. The collator makes one of each batch:
+    """The labels of one batch: a number for each token, if the examples have any.
+
+    The collator makes a task for each batch, and calls
 
         take(columns)           before it looks at the columns itself
         fill(columns, layout)   when it knows where each example lies

@@ -1,6 +1,8 @@
-"""Logits for those tokens alone whose successor has a label.
+"""Causal language modelling, with logits for all tokens or for those with a label alone.
 
-Causal models of transformers compute no others where a batch asks for them.
+A model that shifts the labels itself predicts each token from the ones before. Of the supervised
+tokens alone, those whose successor has a label, causal models of transformers compute logits where
+a batch says which these are.
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ import torch
 from torch import Tensor
 
 from fastft.data.keys import IGNORE_INDEX, LOGITS_TO_KEEP, SHIFT_LABELS
+from fastft.data.tasks.task import Task
 from fastft.foreign import base_model
+
+
+class CausalLM(Task):
+    """The next token as the label, by the model's own shift: an example's first one is nobody's."""
+
+    sources = ("labels", "input_ids")
+    ignored = 1
 
 
 def check_supervised(model: Any, task: str, expand_on_device: bool) -> None:
