@@ -44,7 +44,7 @@ def token_columns(columns: Columns, required: Iterable[str] = ()) -> Columns:
 
     Text, single numbers and None go nowhere near a model.
     """
-    return {"input_ids": columns["input_ids"]} | {
+    return {"input_ids": columns.pop("input_ids")} | {
         key: values
         for key, values in columns.items()
         if key in required or any(map(_may_be_per_token, values))

@@ -99,10 +99,11 @@ class MaskedLM(Task):
         """Lays the columns out, masks tokens and makes the labels of these."""
         masking = self.collator.masking
         if masking is None:
-            return self._tensors(columns, layout)
+            return super().fill(columns, layout)
         columns.pop("labels", None)
         if "special_tokens_mask" not in columns:
             columns["special_tokens_mask"] = [*map(masking.special_tokens, columns["input_ids"])]
-        batch = self._tensors(columns, layout, special_tokens_mask=1)  # padding is never drawn
+        self.fills["special_tokens_mask"] = 1  # padding is never drawn
+        batch = super().fill(columns, layout)
         batch["labels"] = masking(batch["input_ids"], batch.pop("special_tokens_mask"))
         return batch

@@ -45,10 +45,9 @@ class Seq2Seq(Task):
 
     def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
         """Lays the columns out, (R, T), and the decoder's, (R, U)."""
-        pad_token_id = self.collator.pad_token_id
         self._layout = layout.beside(self.beside, self.collator.pad_to_multiple_of or 1)
-        fills = {"labels": IGNORE_INDEX, "decoder_input_ids": pad_token_id}
-        return self._tensors(columns, layout) | self._layout.tensors(self._decoder, fills)
+        fills = {**self.fills, "decoder_input_ids": self.collator.pad_token_id}
+        return super().fill(columns, layout) | self._layout.tensors(self._decoder, fills)
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:
         """Adds the tokens that the decoder reads, if the examples have none, and its segments."""

@@ -27,7 +27,7 @@ class SequenceClassification(Task):
 
     def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
         """Lays the columns out; the labels stay as they came."""
-        batch = self._tensors(columns, layout)
+        batch = super().fill(columns, layout)
         return batch if self._labels is None else {**batch, "labels": self._labels}
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:

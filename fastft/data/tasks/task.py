@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from fastft.data.columns import Columns
 from fastft.data.keys import IGNORE_INDEX
 from fastft.data.rows import Layout
@@ -35,6 +33,7 @@ class Task:
         ignored: labels at the beginning of each example that nothing predicts.
         undivided: why no example may be several documents, part of a sentence; empty where it may.
         beside: tokens of each example that stand beside its own, as a decoder's; empty without.
+        fills: what padding holds, by column; 0 in others.
     """
 
     label_keys: tuple[str, ...] = ("labels",)
@@ -45,10 +44,11 @@ class Task:
 
     def __init__(self, collator: PackingCollator) -> None:
         self.collator = collator
+        self.fills = {"input_ids": collator.pad_token_id, "labels": IGNORE_INDEX}
 
     def source(self, batch: Mapping[str, Any]) -> str | None:
         """Names the column of `batch` that labels tokens; None without any."""
-        return next((key for key in self.sources if key in batch), None)
+        return next(filter(batch.__contains__, self.sources), None)
 
     def take(self, columns: Columns) -> None:
         """Takes the columns out that have not one number for each token of `input_ids`.
@@ -67,13 +67,7 @@ class Task:
             columns: one number for each token of each example.
             layout: where the examples lie.
         """
-        return self._tensors(columns, layout)
+        return layout.tensors(columns, self.fills)
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:
         """Adds what only a packed batch has to what `fill` made."""
-
-    def _tensors(self, columns: Columns, layout: Layout, **fills: int) -> dict[str, Tensor]:
-        """Lays columns out; padding holds `fills`, of other columns 0."""
-        return layout.tensors(
-            columns, {"input_ids": self.collator.pad_token_id, "labels": IGNORE_INDEX, **fills}
-        )
