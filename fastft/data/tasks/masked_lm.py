@@ -105,5 +105,6 @@ class MaskedLM(Task):
             columns["special_tokens_mask"] = [*map(masking.special_tokens, columns["input_ids"])]
         self.fills["special_tokens_mask"] = 1  # padding is never drawn
         batch = super().fill(columns, layout)
-        batch["labels"] = masking(batch["input_ids"], batch.pop("special_tokens_mask"))
+        input_ids, special = batch["input_ids"], batch.pop("special_tokens_mask")
+        batch["labels"] = masking(input_ids.view(-1), special.view(-1)).view(input_ids.shape)
         return batch

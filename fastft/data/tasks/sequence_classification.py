@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data.columns import Columns
+from fastft.data.columns import Columns, integers_of
 from fastft.data.keys import LABEL_KEYS, LABEL_SEGMENTS
 from fastft.data.rows import Layout
 from fastft.data.tasks.task import Task
@@ -32,10 +32,9 @@ class SequenceClassification(Task):
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:
         """Says in which segment each example lies."""
-        batch[LABEL_SEGMENTS] = torch.empty(sum(map(len, layout.members)), dtype=torch.int64)
-        for segment, example in enumerate(layout.order):
-            if example is not None:
-                batch[LABEL_SEGMENTS][example] = segment
+        segments = enumerate(layout.order)
+        places = sorted((one, segment) for segment, one in segments if one is not None)
+        batch[LABEL_SEGMENTS] = integers_of([segment for _, segment in places])
 
 
 def _take_labels(columns: Columns) -> Tensor | None:
