@@ -32,10 +32,10 @@ from fastft.data.columns import (
     lengths_of,
     take_mask,
 )
-from fastft.data.keys import LABEL_KEYS
+from fastft.data.keys import CU_SEQLENS_K, CU_SEQLENS_Q, LABEL_KEYS, SEQ_IDX
 
-POSITIONS, NUMBERS, MASK, SIZES = "position_ids", "seq_idx", "attention_mask", "seq_lengths"
-BORDERS = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+POSITIONS, NUMBERS, MASK, SIZES = "position_ids", SEQ_IDX, "attention_mask", "seq_lengths"
+BORDERS = ("cu_seq_lens", CU_SEQLENS_Q, CU_SEQLENS_K, "cu_seqlens")
 LIST_KEYS = (SIZES, *BORDERS)  # with as many numbers as there are documents, not tokens
 KEYS = frozenset((POSITIONS, NUMBERS, *LIST_KEYS))
 
