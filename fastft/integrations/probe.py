@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from fastft.data.collator import Pack, PackingCollator
-from fastft.foreign import base_model
-from fastft.integrations.block_mask import implementation_restored
+from fastft.foreign import base_model, output_embeddings
+from fastft.integrations.implementations import attention, parts_that_run, stock_parts
 from fastft.integrations.probe_rows import (
     LENGTHS,
     PADDING,
@@ -50,11 +50,17 @@ _MOST_NOISE = 0.3  # of the outputs; what moves more for no reason could hide a 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What is wrong with packed rows. `loud`: training would raise too, at the first row that is as
-    long."""
+    """What is wrong with packed rows.
+
+    Attributes:
+        what: a clause.
+        loud: whether training would raise too, at the first row that is as long.
+        long_row: whether short rows are exact.
+    """
 
     what: str
     loud: bool = False
+    long_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,14 @@ class Probe:
         self._before_head = False
         self._dtypes = {p.dtype for p in self.base.parameters() if p.dtype in _LEAK}
         with _stock_attention(self.base):
-            self._choose_outputs()
+            with parts_that_run(self.base) as ran:
+                self._choose_outputs()
             self._run_alone(self.short)
             self._other_row = other_row(self.base)
             if batches.rows > 1:
                 self._run_alone(self._other_row)
             self.noise = self._noise(max(LENGTHS))
+        self.stock_parts = stock_parts(self.base, ran)
 
     @property
     def _least(self) -> float:
@@ -100,6 +108,15 @@ class Probe:
         return max(_ERROR.get(dtype, 0.0) for dtype in self._dtypes)
 
     def trouble(self, start: int) -> Trouble | None:
+        """What is wrong with packed rows, short ones first; None if nothing is."""
+        found = self.trouble_of_short(start)
+        return found or (None if self.long is None else self.trouble_of_long(self.long, start))
+
+    def tolerates(self, trouble: Trouble) -> bool:
+        """Whether the model may be trained all the same: rows that make it raise need not come."""
+        return trouble.loud and self.batches.max_tokens is None
+
+    def trouble_of_short(self, start: int) -> Trouble | None:
         """What is wrong with short packed rows; None if nothing is."""
         if getattr(self.base.config.get_text_config(), "expert_capacity", None):
             return Trouble("tokens of all sequences compete for the capacity of its experts")
@@ -177,15 +194,14 @@ class Probe:
                 except Exception as error:
                     text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                     longest = max(len(row.tokens[at]) for at in row.compared)
-                    return Trouble(
-                        f"alone, a sequence of {longest} tokens makes it raise {text}", loud=True
-                    )
+                    what = f"alone, a sequence of {longest} tokens makes it raise {text}"
+                    return Trouble(what, loud=True, long_row=True)
         found = self._trouble_of(row, start)
         if found is None:
             return None
         passed = ", ".join(f"{name} of {size}" for size, name in self.limits.passed(len(row))[:2])
         place = f"a row of {len(row)} tokens" + (f", longer than its {passed}" if passed else "")
-        return Trouble(f"in {place}: {found.what}", found.loud)
+        return Trouble(f"in {place}: {found.what}", found.loud, long_row=True)
 
     def _trouble_in_training(self, start: int) -> Trouble | None:
         """Whether sequences see each other in training mode alone. Dropout is the same in both
@@ -338,7 +354,8 @@ class Probe:
                     lambda module, args, output: seen.append(output)
                 )
                 hooks.callback(hook.remove)
-            if (hidden or self._before_head) and (head := _head(self.base)) is not None:
+            head = output_embeddings(self.base) if hidden or self._before_head else None
+            if head is not None:
                 hooks.callback(
                     head.register_forward_pre_hook(_last_token_alone(length, seen)).remove
                 )
@@ -408,14 +425,6 @@ def _last_token_alone(length: int, seen: list[Any]) -> Callable[[nn.Module, tupl
     return before
 
 
-def _head(base: Any) -> nn.Module | None:
-    try:
-        head = base.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return head if isinstance(head, nn.Module) else None
-
-
 def _kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
     """Text alone, said to models that ask for it in training because of their images."""
     takes = getattr(type(base).forward, "__wrapped__", type(base).forward).__code__.co_varnames
@@ -432,17 +441,6 @@ def _stock_attention(base: Any) -> Any:
     if base.config._attn_implementation != "fastft":
         return contextlib.nullcontext()
     return attention(base, "sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
-
-
-@contextlib.contextmanager
-def attention(base: Any, name: str) -> Iterator[None]:
-    """Another attention implementation for a while. Raises ValueError where the model does not take
-    it."""
-    with implementation_restored(base):
-        base.set_attn_implementation(name)
-        if base.config._attn_implementation != name:
-            raise ValueError(f"{type(base).__name__} has attention code of its own")
-        yield
 
 
 def _mixers(base: nn.Module) -> list[str]:
