@@ -135,7 +135,8 @@ class PackingCallback(TrainerCallback):
         if verdict.parts:
             former = self._kept.enter_context(switched(base_model(model), verdict.parts))
             self.switched = ", ".join(sorted(former))
-            logger.info(f"fastft: {name} has attention 'fastft', not {self.switched}, in training")
+            until = "until the training's end"
+            logger.info(f"fastft: {name} has attention 'fastft', not {self.switched}, {until}")
         self._kept.enter_context(block_mask(model) if masked else packed_attention(model))
         self._apart = True
 
