@@ -31,11 +31,6 @@ T5 |= {"decoder_start_token_id": 0, "dropout_rate": 0.0}
 SEQ2SEQ = {"task": "seq2seq", "decoder_start_token_id": 0}
 
 
-@pytest.fixture(autouse=True)
-def no_verdicts():
-    packing._verdicts.clear()
-
-
 def made(name, implementation, **sizes):
     kind = getattr(transformers, name)
     torch.manual_seed(0)
@@ -70,12 +65,13 @@ class Seen(TrainerCallback):
         self.then()
 
 
-def trainer_of(folder, model, *callbacks, collator=None, **options):
+def trainer_of(folder, model, *callbacks, collator=None, evaluated=None, **options):
     sizes = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     return Trainer(
         model,
         quiet_arguments(folder, **{**sizes, **options}),
         train_dataset=ROWS,
+        eval_dataset=evaluated,
         data_collator=collator or fastft.PackingCollator(),
         callbacks=list(callbacks),
     )
@@ -103,9 +99,15 @@ def begin(callback, model, collator=None, n_gpu=0):
     return callback
 
 
-@pytest.mark.parametrize("kind", CALLBACKS)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("make", [llama, opt])
+@pytest.mark.parametrize(
+    ("make", "implementation", "kind"),
+    [
+        (llama, "sdpa", fastft.FusedLossCallback),
+        (llama, "eager", fastft.PackingCallback),
+        (opt, "sdpa", fastft.PackingCallback),
+        (opt, "eager", fastft.FusedLossCallback),
+    ],
+)
 def test_stock_attention_is_switched_and_losses_are_those_of_padded_batches(
     make, implementation, kind, tmp_path
 ):
@@ -149,7 +151,7 @@ def chosen():
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_what_the_user_chose_stays(kind, chosen):
-    for implementation in (chosen, "fastft", "flex_attention"):
+    for implementation in (chosen, "fastft"):
         model = llama(implementation)
         callback = begin(kind(), model)
         assert set(named(model)) == {implementation} and callback.switched is None
@@ -162,8 +164,10 @@ def test_and_is_refused_where_it_mixes_sequences(kind, chosen):
         begin(kind(), opt(chosen))
 
 
-@pytest.mark.parametrize("kind", CALLBACKS)
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [(fastft.PackingCallback, RuntimeError), (fastft.FusedLossCallback, KeyboardInterrupt)],
+)
 @pytest.mark.parametrize("end", ["restored", "gone", "another training"])
 def test_after_an_exception(end, error, kind, tmp_path):
     def stop():
@@ -232,20 +236,20 @@ def test_what_is_saved_is_what_stock_saves(kind, tmp_path):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_an_evaluation_on_padded_batches_inside_a_training(implementation, tmp_path):
-    def evaluated(attention):
+    def losses(attention):
         callback = fastft.PackingCallback(attention=attention)
         collator = fastft.PackingCollator(pad_examples=True, pad_token_id=0)
         options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}
         trainer = trainer_of(
-            tmp_path, llama(implementation), callback, collator=collator, **options
+            tmp_path, llama(implementation), callback, collator=collator, evaluated=ROWS, **options
         )
-        trainer.train_dataset, trainer.eval_dataset = fastft.pack(ROWS, 20), ROWS
+        trainer.train_dataset = fastft.pack(ROWS, 20)
         trainer.train()
         assert (callback.switched is not None) is attention
         return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
-    assert len(stock := evaluated(False)) == 2
-    assert evaluated(True) == pytest.approx(stock, rel=1e-5)
+    assert len(stock := losses(False)) == 2
+    assert losses(True) == pytest.approx(stock, rel=1e-5)
 
 
 def t5(encoder, decoder):
@@ -258,9 +262,6 @@ def t5(encoder, decoder):
 
 @pytest.mark.parametrize(("encoder", "decoder"), [("eager", "sdpa"), ("fastft", "eager")])
 def test_encoder_and_decoder_go_back_to_what_each_had(encoder, decoder, tmp_path):
-    def rows(task):
-        return [{**row, "labels": row["labels"][::-1]} for row in ROWS]
-
     model, callback, names = t5(encoder, decoder), fastft.PackingCallback(), []
     seen = Seen(lambda: names.append(named(model)))
     trainer = trainer_of(
@@ -360,9 +361,7 @@ def test_a_model_that_is_exact_as_it_is_alone_stays_so(change):
 def test_where_no_attention_takes_long_rows_ours_is_taken(monkeypatch):
     said, model = [], opt()
     monkeypatch.setattr(packing.logger, "warning", said.append)
-    model.get_input_embeddings().register_forward_pre_hook(
-        lambda module, args: too_long(args[0].float())
-    )
+    model.get_input_embeddings().register_forward_hook(lambda module, args, x: x + too_long(x))
     model.config.max_position_embeddings = 128
     callback = begin(fastft.PackingCallback(), model)
     assert "too long" in said[-1] and "Shorter rows are exact" in said[-1]
@@ -405,7 +404,7 @@ def test_a_compiled_model_keeps_its_graph(compiled):
     callback.restore()
 
 
-def test_batches_that_are_cut_anyway_keep_the_attention(monkeypatch):
+def test_batches_that_are_cut_anyway_keep_the_attention():
     model = llama()
     callback = begin(fastft.PackingCallback("warn"), model, n_gpu=2)
     assert set(named(model)) == {"sdpa"}
