@@ -26,20 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.attention.router_loss import KEY as PADDING_KEY
 from fastft.attention.router_loss import count_no_padding
+from fastft.data import keys
 from fastft.data.host_boundaries import HostBoundaries, on_host
 from fastft.foreign import base_model
-
-BOUNDARY_KEYS = (
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "seq_idx",
-    "decoder_cu_seq_lens",
-    "decoder_max_length",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +146,7 @@ class _Batch:
 
 def _batch(kwargs: dict[str, Any]) -> _Batch | None:
     """The boundaries among a forward's keyword arguments; None if there are none."""
-    get, cu_seqlens = kwargs.get, kwargs.get("cu_seq_lens_q")
+    get, cu_seqlens = kwargs.get, kwargs.get(keys.CU_SEQLENS_Q)
     if cu_seqlens is None:
         return None
     keys, decoder = get("cu_seq_lens_k"), get("decoder_cu_seq_lens")
@@ -235,9 +225,9 @@ def _for_model(model: nn.Module, holder: _Holder, kwargs: dict[str, Any]) -> dic
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     dropped = {
         key
-        for key in (*BOUNDARY_KEYS, PADDING_KEY, "use_cache")
-        if key == PADDING_KEY
-        or (key != "use_cache" and holder.decoder_modules)
+        for key in (*keys.BOUNDARY_KEYS, keys.PADDING_LENGTHS, keys.USE_CACHE)
+        if key == keys.PADDING_LENGTHS
+        or (key != keys.USE_CACHE and holder.decoder_modules)
         or key.startswith("decoder_")
         or not (takes_any or key in parameters)
     }
@@ -393,7 +383,7 @@ def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
         ValueError: boundaries of the wrong shape.
     """
     holder = _holders.get(module)
-    batch, given = holder.batch() if holder is not None else None, kwargs.get("cu_seq_lens_q")
+    batch, given = holder.batch() if holder is not None else None, kwargs.get(keys.CU_SEQLENS_Q)
     if given is not None and (batch is None or batch.inputs.cu_seqlens_q is not given):
         batch = _batch(kwargs)
     if batch is None:

@@ -18,13 +18,13 @@ from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.dispatching import REFUSAL
 from fastft.data.packed import PackedDataset, packs_of
-from fastft.data.pool_segments import is_pooled
 from fastft.foreign import base_model, dispatches, is_compiled, modules_with_hooks
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
 from fastft.integrations.implementations import attention_configs, switched
 from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packed_evaluation import PADDED, refuse_generation, warn_of_repeats
+from fastft.integrations.pool_segments import is_pooled
 from fastft.integrations.probe_rows import Batches
 from fastft.integrations.trainings import training_begins, until_the_end_of
 

@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastft.data.collator import Pack, PackingCollator
+from fastft.data.collator import PackingCollator
+from fastft.data.pack import Pack
 from fastft.foreign import base_model, output_embeddings
 from fastft.integrations.implementations import attention, parts_that_run, stock_parts
 from fastft.integrations.probe_rows import (

@@ -291,7 +291,11 @@ def test_a_verdict_is_of_these_batches_adapters_and_precision(asked):
 
 def test_the_collator_inside_trainers_wrapper_is_found():
     with pytest.raises(fastft.PackingLeakError):
-        begin(fastft.PackingCallback(attention=False), made(), Wrapped(Wrapped(fastft.PackingCollator())))
+        begin(
+            fastft.PackingCallback(attention=False),
+            made(),
+            Wrapped(Wrapped(fastft.PackingCollator())),
+        )
 
 
 class Counting:
