@@ -51,9 +51,8 @@ PRIVATE_NAMES = {
         "a weight that FSDP1 keeps in a flat parameter"
     ),
     "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "which modules one FSDP2 unit gathers",
-    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_groups|_fsdp_param_group": (
-        "does it reshard"
-    ),
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState."
+    "_fsdp_param_groups|_fsdp_param_group": "does it reshard",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._modules": (
         "the modules of one FSDP2 unit"
     ),

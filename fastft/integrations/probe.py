@@ -1,13 +1,12 @@
-"""A model asked about packed rows: its outputs for sequences alone, packed, and packed behind
-another first sequence.
+"""A model asked about packed rows: its outputs for sequences alone, and for the same ones packed.
 
 In units of the root mean square of all outputs, of the packed outputs y of a token t behind the
 first sequence:
 
     leak[t]  = |y'[t] - y[t]|      y' is the packed run with other tokens in the first sequence
-    error[t] = |y[t] - alone[t]|   alone is the run of t's sequence by itself, with transformers' own attention
+    error[t] = |y[t] - alone[t]|   alone is the run of t's sequence by itself
 
-Attention that ends at a boundary gives leak = 0 to the bit. Where experts share a matrix product,
+alone with transformers' own attention where the model has ours. Attention that ends at a boundary gives leak = 0 to the bit. Where experts share a matrix product,
 or a kernel adds in no fixed order, other tokens change the rounding; how much, the model says
 itself: `noise` is the movement of one row of an ordinary batch when the tokens of the other rows
 change (and of two equal runs). A leak counts above eight times the noise and a floor; fresh models
