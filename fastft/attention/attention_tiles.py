@@ -43,12 +43,12 @@ class Tile(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many queries."""
+        """The count of queries."""
         return self.queries.stop - self.queries.start
 
     @property
     def columns(self) -> int:
-        """How many keys."""
+        """The count of keys."""
         return self.keys.stop - self.keys.start
 
 
@@ -83,7 +83,7 @@ class AttentionCall:
                 yield Tile(row, slice(start, stop), slice(low, high), start - q0 + k0 - low)
 
     def visible(self, tile: Tile, device: torch.device) -> Tensor | None:
-        """Which keys each query of a tile sees, bool (queries, keys); None: all."""
+        """A mask of the keys that each query of a tile sees, bool (queries, keys); None: all."""
         window = (
             self.window
             if self.window is not None and max(tile.rows, tile.columns) > self.window

@@ -1,5 +1,4 @@
-"""Does a model keep packed sequences apart? A probe that asks the model itself, and says what to do
-where it does not.
+"""Does a model keep packed sequences apart? It is asked, and what helps is tried on it.
 
 `probe.py` says how it is asked and what counts. A short row shows what 31 tokens show; a long one
 passes the windows and tables of the configuration (`probe_rows.py`). Where something is wrong, what
@@ -45,7 +44,7 @@ class Unasked(ValueError):
 
 @dataclass(frozen=True)
 class Leak:
-    """What is wrong, and what helps.
+    """A fault of a model with packed rows, and what helps.
 
     Attributes:
         what: a clause.
@@ -64,7 +63,7 @@ class Leak:
 
 
 class Verdict(NamedTuple):
-    """What becomes of packed batches in a model.
+    """The probe's answer for a model and its batches.
 
     Attributes:
         leak: what is wrong; None if nothing is.
@@ -125,16 +124,16 @@ def check_packing(
 
 
 def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
-    """What `check_packing` raises or warns of, as a value; None if nothing is wrong. The same
-    errors otherwise."""
+    """Returns what `check_packing` raises or warns of; None if nothing is wrong. Other errors are
+    raised here too."""
     return judge(model, batches or Batches()).leak
 
 
 def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdict:
-    """`find_leak`, and with `switch` whether attention "fastft" is to stand in for sdpa and eager.
+    """Probes the model; with `switch`, with attention "fastft" in place of sdpa and eager first.
 
-    It is where it is exact, or at least as good as what the model has. It is asked first: where it
-    is exact, nothing else is.
+    Where that is exact, nothing else is asked. Where it is not, the model as it is is probed too,
+    and `parts` is empty, unless rows of some length make the model raise with either.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -163,12 +162,13 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
 
 
 def _judged(probe: Probe, switch: bool) -> Verdict:
+    """Decides between attention "fastft" and the model as it is."""
     ours = _with_ours(probe) if switch and probe.stock_parts else None
     if ours is not None and ours.leak is None:
         return ours
     trouble = probe.trouble(probe.batches.position_ids_start)
     if ours is not None and trouble is not None:
-        return ours  # no attention lets its rows be longer
+        return ours  # both raise in long rows, or ours is the one that keeps sequences apart
     return Verdict(_leak(probe, trouble))
 
 
@@ -249,7 +249,7 @@ def _exact_up_to(probe: Probe, start: int) -> int | None:
 
 
 def _remedies(probe: Probe, as_it_is: bool) -> Iterator[tuple[str, Any, bool]]:
-    """What to tell, the context in which the model is like that, and whether that is a block
+    """Yields what to tell, a context in which the model is like that, and whether that is a block
     mask."""
     if as_it_is:
         yield "", contextlib.nullcontext(), False

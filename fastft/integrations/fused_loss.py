@@ -30,13 +30,12 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 
 class FusedLossCallback(TrainerCallback):
-    """From train begin to train end the model's loss is computed without ever holding logits, in
-    evaluations too.
+    """Computes a model's loss without ever holding logits, from train begin to train end.
 
-    In an evaluation inside `train()`, `preprocess_logits_for_metrics` gets lazy logits: argmax,
-    top-k and log-probabilities are computed chunk by chunk. Metrics that want logits get plain
-    ones, as in stock. `generate`, exports, and `evaluate` and `predict` outside `train()` are
-    stock.
+    So it does in evaluations inside `train()`. There `preprocess_logits_for_metrics` gets lazy
+    logits: argmax, top-k and log-probabilities are computed chunk by chunk. Metrics that want
+    logits get plain ones, as in stock. `generate`, exports, and `evaluate` and `predict` outside
+    `train()` are stock.
 
     Args:
         verify: compute the loss of the first batch by the stock model as well, and raise
@@ -46,8 +45,8 @@ class FusedLossCallback(TrainerCallback):
             `fastft.PackingCallback` does: `"error"` raises if the model does not keep packed
             sequences apart, in a training or in an evaluation outside of one; `"warn"` says so and
             goes on.
-        attention: False: the model's attention implementation is not switched to `"fastft"` for
-            packed batches, as `fastft.PackingCallback` does it where that is exact.
+        attention: False leaves the attention implementation alone, which the callback else switches
+            for packed batches, as `fastft.PackingCallback` does.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which
@@ -261,7 +260,7 @@ class FusedLossCallback(TrainerCallback):
 
 
 def _who_computes_it(model: nn.Module) -> str:
-    """Why no head was asked for logits, and what to do."""
+    """Says why no head was asked for logits, and what to do."""
     packages = whose_forward(model)
     if "trl" in packages:
         return (

@@ -1,4 +1,4 @@
-"""Which attention implementation the parts of a model name, and another one for a while.
+"""The attention implementation that each part of a model names, and another one for a while.
 
 transformers looks the functions for attention and its mask up in every forward, by the name that
 the part's configuration has then. So a name can be changed between two forwards, of one part or of
@@ -20,15 +20,14 @@ STOCK = ("sdpa", "eager")  # transformers' own, which models have where nobody h
 
 
 def attention_configs(model: nn.Module) -> list[Any]:
-    """All configurations inside a model that name an attention implementation."""
+    """Finds the configurations inside a model that name an attention implementation."""
     found = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
 
 
 @contextlib.contextmanager
 def implementation_restored(model: nn.Module) -> Iterator[None]:
-    """At the end all configurations name the attention implementation that they named at the
-    beginning."""
+    """Gives all configurations at the end the attention implementation that they named before."""
     before = [(config, config._attn_implementation_internal) for config in attention_configs(model)]
     try:
         yield
@@ -81,8 +80,8 @@ def parts_that_run(base: nn.Module) -> Iterator[set[str]]:
 
 
 def stock_parts(base: nn.Module, names: set[str]) -> tuple[str, ...]:
-    """Which of these modules have transformers' sdpa or eager attention and take another one's
-    name: one for each configuration. What the user chose (flash, flex, ours) is not among them."""
+    """Chooses of these modules those with sdpa or eager attention that take another one's name, one
+    for each configuration. Attention that the user chose (flash, flex, ours) is left out."""
     parts: dict[int, str] = {}
     for name, module in base.named_modules():
         config: Any = getattr(module, "config", None)

@@ -1,5 +1,4 @@
-"""Packed batches in `transformers.Trainer`: their sequences are kept apart, or nothing is
-trained."""
+"""Packed batches in `transformers.Trainer`: sequences are kept apart, or nothing is trained."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ _verdicts: dict[Any, Verdict] = {}
 
 
 class PackingCallback(TrainerCallback):
-    """From train begin to train end the model keeps the sequences of a `PackingCollator`'s batches
-    apart.
+    """Keeps the sequences of a `PackingCollator`'s batches apart, from train begin to train end.
 
     At train begin the model is probed as `fastft.check_packing` does it, once in a process for each
     configuration of model, adapters and batches. Where the model has transformers' sdpa or eager
@@ -171,7 +169,7 @@ class PackingCallback(TrainerCallback):
         metrics: Any,
         **kwargs: Any,
     ) -> None:
-        """The same of a prediction."""
+        """The next prediction may be of another model, too."""
         self._asked = False
 
     def _check_evaluation(
@@ -201,7 +199,7 @@ class PackingCallback(TrainerCallback):
             )
 
     def _verdict(self, model: nn.Module, batches: Batches, args: Any, switch: bool) -> Verdict:
-        """What the probe finds; no leak also for a model that is elsewhere, with a warning."""
+        """Asks the probe; warns of a model that is elsewhere, and finds nothing wrong with it."""
         try:
             return _verdict(model, batches, args, switch=switch)
         except Unasked as error:
@@ -247,7 +245,7 @@ def packing_collator(dataloader: Any) -> PackingCollator | None:
 
 
 def _parts(whole: Any) -> Iterator[Any]:
-    """What a callable refers to, without models and classes."""
+    """Yields what a callable refers to, without models and classes."""
     if isinstance(whole, nn.Module | type):
         return
     if isinstance(whole, functools.partial):
@@ -280,8 +278,8 @@ def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingColla
 
 
 def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batches:
-    """What the loader's batches, of so many packs or examples, are like; the longest row is known
-    of packs alone."""
+    """Describes the loader's batches, of so many packs or examples; the longest row is known of
+    packs alone."""
     dataset = packs_of(loader)
     multiple, longest = collator.pad_to_multiple_of or 1, None
     if packs is not None and dataset is not None:
@@ -298,13 +296,13 @@ def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batch
 def _verdict(
     model: nn.Module, batches: Batches, args: Any, *, as_it_is: bool = False, switch: bool = False
 ) -> Verdict:
-    """What the probe finds while sequences are kept apart; `as_it_is`: by others, if at all."""
+    """Probes a model that keeps sequences apart; `as_it_is`: by its own means, if at all."""
     hooked = modules_with_hooks(model)
     if hooked:
+        names = ", ".join(hooked[:5]) + (" and others" if len(hooked) > 5 else "")
         logger.warning(
             f"fastft: the packing probe runs {type(model).__name__} on batches of its own, which "
-            f"the forward hooks of "
-            f"{', '.join(hooked[:5])}{' and others' if len(hooked) > 5 else ''} see too"
+            f"the forward hooks of {names} see too"
         )
     key = (_key(model, batches, args), as_it_is, as_it_is and keeps_segments(model), switch)
     if key not in _verdicts or hooked:
@@ -314,7 +312,7 @@ def _verdict(
 
 
 def _key(model: nn.Module, batches: Batches, args: Any) -> Any:
-    """All that a verdict may depend on, but weights and the code of hooks."""
+    """Gathers all that a verdict may depend on, but weights and the code of hooks."""
     adapters = getattr(model, "peft_config", {})
     return (
         batches,

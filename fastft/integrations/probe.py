@@ -6,12 +6,13 @@ first sequence:
     leak[t]  = |y'[t] - y[t]|      y' is the packed run with other tokens in the first sequence
     error[t] = |y[t] - alone[t]|   alone is the run of t's sequence by itself
 
-alone with transformers' own attention where the model has ours. Attention that ends at a boundary gives leak = 0 to the bit. Where experts share a matrix product,
-or a kernel adds in no fixed order, other tokens change the rounding; how much, the model says
-itself: `noise` is the movement of one row of an ordinary batch when the tokens of the other rows
-change (and of two equal runs). A leak counts above eight times the noise and a floor; fresh models
-of 32 to 64 features, which attend to everything alike, leak between 1e-3 and 1. All runs begin with
-the same random states, so that what a model draws moves nothing.
+Sequences alone run with transformers' own attention, where the model has ours. Attention that ends
+at a boundary gives leak = 0 to the bit. Where experts share a matrix product, or a kernel adds in
+no fixed order, other tokens change the rounding; how much, the model says itself: `noise` is the
+movement of one row of an ordinary batch when the tokens of the other rows change (and of two equal
+runs). A leak counts above eight times the noise and a floor; fresh models of 32 to 64 features,
+which attend to everything alike, leak between 1e-3 and 1. All runs begin with the same random
+states, so that what a model draws moves nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _MOST_NOISE = 0.3  # of the outputs; what moves more for no reason could hide a 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What is wrong with packed rows.
+    """A fault with packed rows.
 
     Attributes:
         what: a clause.
@@ -65,10 +66,12 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Noise:
-    """How far outputs move by other tokens in other rows, and by other random states.
+    """Movements of outputs that other rows and random states cause.
 
-    Of the token that moves most; `usual` of the median one, which a few experts chosen differently
-    do not move.
+    Attributes:
+        of_others: of the token that moves most by other tokens in other rows.
+        usual: of the median token, which a few experts chosen differently do not move.
+        drawn: of the token that moves most by these or by other random states.
     """
 
     of_others: float
@@ -108,7 +111,7 @@ class Probe:
         return max(_ERROR.get(dtype, 0.0) for dtype in self._dtypes)
 
     def trouble(self, start: int) -> Trouble | None:
-        """What is wrong with packed rows, short ones first; None if nothing is."""
+        """Looks for a fault with packed rows, short ones first; None if there is none."""
         found = self.trouble_of_short(start)
         return found or (None if self.long is None else self.trouble_of_long(self.long, start))
 
@@ -117,7 +120,7 @@ class Probe:
         return trouble.loud and self.batches.max_tokens is None
 
     def trouble_of_short(self, start: int) -> Trouble | None:
-        """What is wrong with short packed rows; None if nothing is."""
+        """Looks for a fault with short packed rows; None if there is none."""
         if getattr(self.base.config.get_text_config(), "expert_capacity", None):
             return Trouble("tokens of all sequences compete for the capacity of its experts")
         first = self.first_position(start)
@@ -186,7 +189,7 @@ class Probe:
         return f" (attn_implementation={self.base.config._attn_implementation!r})"
 
     def trouble_of_long(self, row: Row, start: int) -> Trouble | None:
-        """What is wrong with a row that passes the limits of the configuration."""
+        """Looks for a fault with a row that passes the limits of the configuration."""
         if not row.alone:
             with _stock_attention(self.base):
                 try:
@@ -273,7 +276,7 @@ class Probe:
         row.alone = alone
 
     def _noise(self, length: int) -> Noise:
-        """How far outputs move that must not."""
+        """Measures how far outputs move that must not."""
         kept, *others = (random_tokens(self.base, [length], seed)[0] for seed in (4, 5, 6, 7))
         rows = [torch.stack([other, kept]) for other in (*others, others[0])]
         hidden = length > max(LENGTHS)
