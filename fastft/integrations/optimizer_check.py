@@ -86,11 +86,11 @@ def check_optimizer(
     if not by_deepspeed:
         _check_parameters(model, inner)
     # Trainer keeps it for a second train(), as it is
-    if inner._origin is not None and not inner._had_gradients:
-        _check_settings(args, state, inner, inner._origin)
+    if inner.origin is not None and not inner.had_gradients:
+        _check_settings(args, state, inner, inner.origin)
     if inner.max_grad_norm is not None:
         # by adamw or adamw_spec already
-        told = inner._origin is not None and inner._origin.args is args
+        told = inner.origin is not None and inner.origin.args is args
         _check_clipping(
             args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model), told=told
         )
@@ -156,7 +156,7 @@ def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     missing = [name for name, param in trainable.items() if id(param) not in held]
-    made_from = None if optimizer._origin is None else optimizer._origin.model
+    made_from = None if optimizer.origin is None else optimizer.origin.model
     whole = None if made_from is None else made_from()
     # of the model that was handed over; parameters that the user chose may leave out what they like
     expected = set() if whole is None else {id(param) for param in whole.parameters()}

@@ -19,16 +19,20 @@ takes either dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastft.foreign import in_flat_parameter, local, placed_like, sharded_like
 from fastft.optim import moments_8bit, weight_bits
+from fastft.optim.adamw_state import State, new_state
 from fastft.optim.adamw_update import RESIDUES, store_value
+from fastft.optim.groups import check_group
 from fastft.optim.weight_bits import residue_of
+
+if TYPE_CHECKING:
+    from fastft.optim.adamw import AdamW
 
 _NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
 # what an optimizer of another `rounding` has no use for
@@ -44,7 +48,7 @@ class _Verbatim:
     """Hides a restored state from `Optimizer.load_state_dict`, which would cast it to the
     parameter's dtype."""
 
-    def __init__(self, entries: dict[str, Any]) -> None:
+    def __init__(self, entries: State) -> None:
         self.entries = entries
 
 
@@ -102,49 +106,25 @@ def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def load(
-    optimizer: torch.optim.Optimizer,
-    state_dict: dict[str, Any],
-    check_group: Callable[[dict[str, Any]], None],
-    new_state: Callable[[Tensor, dict[str, Any]], dict[str, Any]],
-) -> None:
-    """What `optimizer.load_state_dict(state_dict)` does; nothing changes where it raises.
-
-    `check_group` raises on a group that `optimizer` cannot follow; `new_state(param, group)` makes
-    a parameter's state, which gives names, shapes, dtypes and devices.
-    """
-    masters: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+def load(optimizer: AdamW, state_dict: dict[str, Any]) -> None:
+    """Does what `optimizer.load_state_dict(state_dict)` promises; nothing changes where it raises."""
     if not isinstance(state_dict, dict):
         raise TypeError(
             f"state_dict must be an optimizer's state_dict(), got {type(state_dict).__name__}"
         )
+    masters: list[tuple[Tensor, Tensor, State]] = []
 
     def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
         _check_form(loaded)
         loaded = _of_apex(loaded)
-        checksums = _checksums_of(loaded)
-        state = dict(loaded["state"])
+        state, checksums = dict(loaded["state"]), _checksums_of(loaded)
+        groups = [_without_apex(saved) for saved in loaded["param_groups"]]
         # a group more or less, or other sizes: torch raises after this
-        for saved_group, group in zip(loaded["param_groups"], optimizer.param_groups, strict=False):
-            whole_group = {**optimizer.defaults, **saved_group, "moments": group["moments"]}
-            check_group(whole_group)
-            for position, (key, param) in enumerate(
-                zip(saved_group["params"], group["params"], strict=False)
-            ):
-                owner = f"parameter {key}"
-                entries, master = _torch_form(state.get(key, {}), saved_group, position, owner)
-                if entries:
-                    _check_entries(entries, owner)
-                    state[key] = _Verbatim(_restored(entries, new_state(param, whole_group), owner))
-                    if key in checksums and weight_bits.claim_applies(param):
-                        state[key].entries.mark = weight_bits.Mark(checksum=checksums[key])
-                    if master is not None:
-                        _check_number(master, "master", owner)
-                        _same_shape(master, param, "master", owner)
-                        masters.append((param, master, state[key].entries))
-        groups = [_without_apex(saved_group) for saved_group in loaded["param_groups"]]
-        for saved_group, group in zip(groups, optimizer.param_groups, strict=False):
-            saved_group["moments"] = group["moments"]
+        for saved, restored, group in zip(
+            loaded["param_groups"], groups, optimizer.param_groups, strict=False
+        ):
+            masters.extend(_restore_group(optimizer, group, saved, state, checksums))
+            restored["moments"] = group["moments"]
         return {**loaded, "state": state, "param_groups": groups}
 
     # the last one: the user's hooks see the file's form
@@ -155,6 +135,39 @@ def load(
         handle.remove()
     for param, master, entries in masters:
         write_master(param, master, entries)
+
+
+def _restore_group(
+    optimizer: AdamW,
+    group: dict[str, Any],
+    saved: dict[str, Any],
+    state: dict[Any, Any],
+    checksums: dict[Any, int],
+) -> list[tuple[Tensor, Tensor, State]]:
+    """Puts the states of a group's parameters, in their form here, into the loaded `state`.
+
+    Returns:
+        Parameter, fp32 master and state, where the checkpoint has a master.
+    """
+    whole_group = {**optimizer.defaults, **saved, "moments": group["moments"]}
+    check_group(whole_group)
+    masters = []
+    for position, (key, param) in enumerate(zip(saved["params"], group["params"], strict=False)):
+        owner = f"parameter {key}"
+        entries, master = _torch_form(state.get(key, {}), saved, position, owner)
+        if not entries:
+            continue
+        _check_entries(entries, owner)
+        fresh = new_state(param, whole_group, optimizer.rounding)
+        restored = _restored(entries, fresh, owner)
+        state[key] = _Verbatim(restored)
+        if key in checksums and weight_bits.claim_applies(param):
+            restored.mark = weight_bits.Mark(checksum=checksums[key])
+        if master is not None:
+            _check_number(master, "master", owner)
+            _same_shape(master, param, "master", owner)
+            masters.append((param, master, restored))
+    return masters
 
 
 def reveal(optimizer: torch.optim.Optimizer) -> None:
@@ -239,9 +252,9 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
         raise ValueError(f"the loaded step of {owner} must be finite and not negative, got {count}")
     _check_codes(entries, owner)
     _check_no_codes_as_numbers(entries, owner)
-    coded = moments_8bit.SCALES[0] in entries
+    eight_bit = moments_8bit.SCALES[0] in entries
     for name in (*_MOMENTS, *_RESIDUES):
-        if name in entries and not (coded and name in moments_8bit.ENTRIES):
+        if name in entries and not (eight_bit and name in moments_8bit.ENTRIES):
             _check_number(
                 entries[name], name, owner, *((torch.int16,) if name == "remainder" else ())
             )
@@ -383,7 +396,7 @@ def _dequantised(entries: dict[str, Any], number: str, owner: str) -> Tensor:
     return (values * scale.repeat_interleave(block)[: values.numel()]).view(codes.shape)
 
 
-def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[str, Any]:
+def _restored(saved: dict[str, Any], fresh: State, owner: str) -> State:
     """`fresh` with the saved values, in its own dtypes, devices and layouts; unknown entries come
     as they are."""
     saved = _in_form_of(fresh, saved, owner)
@@ -407,8 +420,8 @@ def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[
 def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dict[str, Any]:
     """`saved` with its moments in 8 bits where those of `fresh` are, and as fp32 where they are
     not."""
-    wanted, coded = (moments_8bit.SCALES[0] in entries for entries in (fresh, saved))
-    if coded or not wanted:
+    wanted, there = (moments_8bit.SCALES[0] in entries for entries in (fresh, saved))
+    if there or not wanted:
         return saved if wanted else _decoded(saved)
     values = []
     for name in ("exp_avg", "exp_avg_sq"):

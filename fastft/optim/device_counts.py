@@ -1,5 +1,4 @@
-"""Step counts that live on the device, for `capturable=True`: what depends on them is computed
-there.
+"""Step counts on the device, for `capturable=True`: what depends on them is computed there.
 
 A CUDA graph replays kernels, not Python: the counts, and whatever of the hyper-parameters depends
 on them or on a learning rate on the device, must be read and written by kernels. Numbers go there
@@ -12,6 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from fastft.optim.groups import hyper_columns
 
 
 def counted_there(device: torch.device, groups: list[dict[str, Any]]) -> bool:
@@ -72,17 +73,7 @@ class DeviceCounts:
         else:
             self._advance = torch.ones((), dtype=torch.float64, device=self.device)
         step = self._of_rows + 1
-        correction2_sqrt = (1 - beta2**step).sqrt()
-        columns = [
-            1 - lr * decay,
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            -(lr / (1 - beta1**step)),
-            correction2_sqrt,
-            eps,
-            sign,
-        ]
+        columns = hyper_columns(lr, decay, eps, beta1, beta2, sign, step)
         return torch.stack([*columns, step * self._advance], 1).float()
 
     def count(self) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastft.foreign import inner_optimizer, local, sharded_like, unwrapped, world_size
 from fastft.optim import weight_files
 from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_state import new_state
 from fastft.optim.adamw_update import load_value
 from fastft.optim.checkpoint import write_master, write_whole
 from fastft.optim.weight_bits import residue_of
@@ -66,8 +67,7 @@ def save_fp32(
     }
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     writes = world_size() == 1 or torch.distributed.get_rank() == 0
-    stale = set(adamw._stale_weights())
-    adamw._warn_of_forgotten(len(stale))
+    stale = adamw.stale_weights()
     folder = Path(path)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,6 +229,6 @@ def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
 def _state(param: Tensor, optimizer: AdamW, group: dict[str, Any]) -> dict[str, Any]:
     """The parameter's state, made where there was no step yet: a residue needs a place."""
     if param not in optimizer.state:
-        optimizer.state[param] = optimizer._new_state(param, group)
+        optimizer.state[param] = new_state(param, group, optimizer.rounding)
     state: dict[str, Any] = optimizer.state[param]
     return state

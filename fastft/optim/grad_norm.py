@@ -54,12 +54,11 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     # the usual case, quickly
     if set(map(type, grads)) == {Tensor} and len(set(map(Tensor.get_device, grads))) == 1:
         return _total(grads, impl).sqrt().float()
-    groups: dict[Any, list[Tensor]] = {}
+    groups: dict[Any, list[Any]] = {}
+    grad: Any
     for grad in grads:
-        sharded = is_dtensor(grad)
-        groups.setdefault(
-            (grad.device_mesh, grad.placements) if sharded else grad.device, []
-        ).append(grad)  # type: ignore[attr-defined]
+        key = (grad.device_mesh, grad.placements) if is_dtensor(grad) else grad.device
+        groups.setdefault(key, []).append(grad)
     totals = [
         _sharded(members, impl) if isinstance(key, tuple) else _total(members, impl)
         for key, members in groups.items()
@@ -83,9 +82,8 @@ def _total(grads: Sequence[Tensor], impl: str) -> Tensor:
         try:
             GRAD_NORM.native(total, grads if dense else [grad.contiguous() for grad in grads])
             return total
-        except (
-            RuntimeError
-        ):  # to look at the dtypes before would cost a fifth of the norm of 1000 small gradients
+        except RuntimeError:
+            # to look at dtypes before would cost a fifth of the norm of 1000 small gradients
             if GRAD_NORM.resolve(impl, total.device, *{grad.dtype for grad in grads}) != "eager":
                 raise
     GRAD_NORM.reference(total, grads)

@@ -5,7 +5,7 @@ checkpoint, an average swapped in, pruning) does not know of them. So each state
 weight was when its low bits were written:
 
     version     torch's count of in-place changes, which writing through `.data` does not move
-    sample      a checksum of every 32nd section of 128 elements, which the C++ engine takes as it writes
+    sample      a checksum of every 32nd section of 128 elements, taken by the C++ engine as it writes
     checksum    of all sections: in state dicts, where there is time to read everything
 
 The checksum of the bf16 bits x, as signed 16-bit numbers, j the place in section q; modulo 2^64:
@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,16 +41,12 @@ _PIECE = SECTION * 2**14  # elements that plain torch looks at together
 def _checksum_reference(sum: Tensor, weight: Tensor, every: int) -> None:
     """Plain torch; writes the checksum of every so many sections of a contiguous bf16 weight into
     one int64."""
-    total, bits = (
-        torch.zeros((), dtype=torch.int64, device=weight.device),
-        weight.reshape(-1).view(torch.int16),
-    )
-    weights = _WEIGHTS.to(weight.device)
+    bits, weights = weight.reshape(-1).view(torch.int16), _WEIGHTS.to(weight.device)
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for begin in range(0, bits.numel(), _PIECE * every):
         piece = bits[begin : begin + _PIECE * every].long()
-        piece = torch.nn.functional.pad(piece, (0, -piece.numel() % SECTION)).view(-1, SECTION)[
-            ::every
-        ]
+        padded = torch.nn.functional.pad(piece, (0, -piece.numel() % SECTION))
+        piece = padded.view(-1, SECTION)[::every]
         section = begin // SECTION + every * torch.arange(len(piece), device=weight.device)
         total += (((piece * weights).sum(1) & 0xFFFFFFFF) * ((2 * section + 1) * _FACTOR)).sum()
     sum.copy_(total.reshape(sum.shape))
@@ -124,6 +121,67 @@ def mark_written(weight: Tensor, state: Any) -> None:
         torch.autograd.graph.increment_version(weight)
         place = local(weight).data_ptr(), order_of(weight)
         state.mark = Mark(weakref.ref(weight), weight._version, *place, sample(weight))
+
+
+class KeptWeights:
+    """The weights that a plan's steps write together with low bits, and what is known of them.
+
+    Reading every version after a step as well would cost a step over small tensors a tenth. But a
+    step adds one to each, and none ever falls: their sum tells whether somebody else wrote.
+
+    Args:
+        weights: each with its state. Those that others have written to lose their low bits.
+        samples: functions that return the sampled checksums of what the last step wrote, with the
+            weights where they are known.
+
+    Attributes:
+        forgotten: of how many weights the low bits had to be set to zero, as others had written
+            there.
+    """
+
+    def __init__(
+        self,
+        weights: list[tuple[Tensor, Any]],
+        samples: list[Callable[[], list[tuple[Tensor, int]]]],
+    ) -> None:
+        self._weights, self._samples, self._stepped = weights, samples, False
+        self._memory = [(local(weight).data_ptr(), order_of(weight)) for weight, _ in weights]
+        self._look_at_each()
+
+    def look(self) -> int:
+        """Before a step: returns `forgotten`, of what has happened since the last one."""
+        if sum([weight._version for weight, _ in self._weights]) == self._sum:
+            return 0
+        self.settle()
+        return self._look_at_each()
+
+    def wrote(self) -> None:
+        """After a step, which has added one to each version."""
+        self._stepped = True
+        self._steps += 1
+        self._sum += len(self._weights)
+
+    def settle(self) -> None:
+        """Marks the states with what the last step has written."""
+        if not self._stepped:
+            return
+        samples = dict(chain.from_iterable(known() for known in self._samples))
+        for (weight, state), version, memory in zip(
+            self._weights, self._versions, self._memory, strict=True
+        ):
+            version += self._steps
+            if not (state.mark and state.mark.is_later(weight, version)):
+                state.mark = Mark(weakref.ref(weight), version, *memory, samples.get(weight))
+
+    def _look_at_each(self) -> int:
+        self.forgotten = sum(
+            forget(weight, state)
+            for weight, state in self._weights
+            if not (state.mark and state.mark.untouched(weight))
+        )
+        self._versions, self._steps = [weight._version for weight, _ in self._weights], 0
+        self._sum = sum(self._versions)
+        return self.forgotten
 
 
 def residue_of(state: dict[str, Any]) -> Any:

@@ -12,7 +12,6 @@ What counts: the files that `model.safetensors.index.json` names; without an ind
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -59,7 +58,9 @@ def publish(folder: Path, weight_map: Mapping[str, str], metadata: Mapping[str, 
         os.replace(folder / (file + _ASIDE), folder / final[file])
     _sync(folder)
     if single:
-        _remove(folder / INDEX)  # with an earlier save's index its shards count until here
+        (folder / INDEX).unlink(
+            missing_ok=True
+        )  # with an earlier save's index its shards count until here
         _sync(folder)
     else:
         index = {
@@ -72,7 +73,7 @@ def publish(folder: Path, weight_map: Mapping[str, str], metadata: Mapping[str, 
         os.replace(aside, folder / INDEX)
         _sync(folder)
     for name in _weights_in(folder) - set(final.values()):
-        _remove(folder / name)
+        (folder / name).unlink(missing_ok=True)
 
 
 def remove_aside(folder: Path) -> None:
@@ -80,7 +81,7 @@ def remove_aside(folder: Path) -> None:
     for file in folder.iterdir():
         name = file.name.removesuffix(_ASIDE)
         if name != file.name and (name in (SINGLE, INDEX) or _SHARD.fullmatch(name)):
-            _remove(file)
+            file.unlink(missing_ok=True)
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
@@ -145,11 +146,6 @@ def _weights_in(folder: Path) -> set[str]:
     return {
         file.name for file in folder.iterdir() if file.name == SINGLE or _SHARD.fullmatch(file.name)
     }
-
-
-def _remove(file: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(file)
 
 
 def _sync(path: Path) -> None:
