@@ -48,8 +48,7 @@ class _Clipping(NamedTuple):
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW with torch's interface, fp32 moments, and bf16 parameters which follow fp32 AdamW to
-    the last bit.
+    """AdamW with torch's interface and fp32 moments; bf16 parameters follow fp32 AdamW to the bit.
 
     It is a `torch.optim.AdamW` because libraries decide by that: accelerate puts DeepSpeedCPUAdam
     in an optimizer's place under ZeRO with CPU offload, and makes its weight decay decoupled for
@@ -193,8 +192,7 @@ class AdamW(torch.optim.AdamW):
             self.check_that_a_replacement_is_faithful()
 
     def check_that_a_replacement_is_faithful(self) -> None:
-        """Raises a ValueError which names the options that DeepSpeedCPUAdam, put in this one's
-        place, does not have."""
+        """Raises where DeepSpeedCPUAdam, put in this one's place, lacks options; names them."""
         options = [
             (vars(self), _OPTIMIZER_OF_ANY),
             *((group, _GROUP_OF_ANY) for group in self.param_groups),
@@ -216,8 +214,7 @@ class AdamW(torch.optim.AdamW):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does. Raises as the constructor does, leaving the optimizer as it
-        was."""
+        """Adds a group as torch does; raises as the constructor does, with nothing changed."""
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
             if not param_group.get("decoupled_weight_decay", True):
@@ -264,8 +261,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a `remainder` has its 16 bits under the dtype bfloat16, which every backend
-        of FSDP sends.
+        """Returns torch's state dict; a `remainder` has its bits under bfloat16, which FSDP sends.
 
         Beside `state` and `param_groups` it has `weight_checksums`, of the bf16 weights that
         remainders belong to.
@@ -275,8 +271,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo
     def torch_state_dict(self) -> dict[str, Any]:
-        """What `torch.optim.AdamW` continues from: fp32 moments, and nothing that torch does not
-        know.
+        """Returns what `torch.optim.AdamW` continues from: fp32 moments, and only what torch knows.
 
         The weights are the model's own; those of bf16 parameters lose what rounding kept for them,
         unless the model takes `save_fp32`'s. On loading, torch casts the moments to the dtype of
@@ -286,8 +281,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class, `torch.optim.AdamW`, bitsandbytes, apex or
-        TransformerEngine.
+        """Loads a state dict of this class, torch's AdamW, bitsandbytes, apex or TransformerEngine.
 
         What is read of each: checkpoint.py. Moments become what `moments` says; fp32 masters
         overwrite the parameters. As with torch, tensors which need no conversion are shared with
@@ -370,8 +364,7 @@ class AdamW(torch.optim.AdamW):
     @torch._disable_dynamo
     @torch.no_grad()
     def forget_stale_remainders(self) -> int:
-        """Sets to zero what `rounding` keeps beside weights that somebody else has written to
-        since.
+        """Sets to zero what `rounding` keeps beside weights that somebody else has written to.
 
         Such a weight means its bf16 value then, as whoever wrote it meant. `step` does so by itself
         where torch counts the change (`p.copy_`, `load_state_dict`); this also finds writes through
@@ -420,12 +413,11 @@ class AdamW(torch.optim.AdamW):
             )
 
     def _counted_there(self, grads: list[Tensor]) -> bool:
-        """Whether the device itself sees to it that a skipped step does nothing."""
+        """Tells whether the device itself sees to it that a skipped step does nothing."""
         return all(device_counts.counted_there(grad.device, self.param_groups) for grad in grads)
 
     def _check_capture(self, grads: list[Tensor]) -> None:
-        """Raises where a graph's replays would repeat the step count and the learning rate of their
-        capture."""
+        """Raises where a graph's replays would repeat the count and rate of its capture."""
         if not self._counted_there(grads):
             raise RuntimeError(
                 "a CUDA graph captures AdamW.step(), and its replays would repeat this step's "
@@ -446,8 +438,7 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether GradScaler had found NaN or Inf at the last step; where the device decided, this
-        waits for it."""
+        """Whether GradScaler had found NaN or Inf at the last step; may wait for the device."""
         return bool(self._skipped)
 
     @property
@@ -475,7 +466,7 @@ class AdamW(torch.optim.AdamW):
         return self.grad_norm
 
     def _grad_factor(self, grads: list[Tensor], clipping: _Clipping | None) -> Tensor | None:
-        """What every gradient is to be multiplied by, for clipping and loss scaling; None for 1."""
+        """Computes what clipping and loss scaling multiply every gradient by; None for 1."""
         scale = getattr(self, "grad_scale", None)
         if clipping is not None:
             versions = [grad._version for grad in grads]

@@ -1,5 +1,4 @@
-"""What AdamW's steps over the same parameters share, found once and looked over again at every
-step.
+"""The plan of AdamW's steps over the same parameters: found once, looked over at every step.
 
 A plan holds for a step as long as nothing that it was made of is another than before:
 
@@ -125,8 +124,8 @@ class Plan:
             views |= zip(by_device[device], counts.steps.unbind(), strict=True)
         for i, entries in enumerate(self.states):
             entries["step"] = views[i]
-        # Views have the version of their tensor. Of memory, the first tells: looking at each would
-        # cost more than the step of a small tensor, and who moves states by `.data = ...` moves all.
+        # Views have the version of their tensor. Of memory, the first tells: to look at each would
+        # cost more than a small tensor's step, and who moves states by `.data = ...` moves all.
         self.first_counts = [views[positions[0]] for positions in by_device.values()]
         self.stamps = list(map(write_stamp, self.first_counts))
 
@@ -137,7 +136,7 @@ class Plan:
         params: list[Tensor],
         present: list[bool],
     ) -> bool:
-        """Whether a step over `params`, those of the groups with a gradient, may use this plan."""
+        """Tells whether a step over `params`, those with a gradient, may use this plan."""
         return (
             same_objects(params, self.params)
             and present == self.present
@@ -156,8 +155,7 @@ class Plan:
         seed: int,
         found_inf: Tensor | None = None,
     ) -> bool:
-        """One update, counted; False, with nothing done, if parameters or states have other memory
-        than before.
+        """Updates once, and counts; False, with nothing done, if memory is other than before.
 
         Where counts live on the device, nothing is updated or counted if the one element of
         `found_inf` is not 0.
@@ -230,14 +228,14 @@ class _Part:
         self.memory = self._memory()
 
     def _memory(self) -> list[Any]:
-        """What shows that parameters or states have been given other memory or another form."""
+        """Addresses and forms, which show that parameters or states have been given others."""
         forms = [
             (param.dtype, param.shape, param.stride(), param.data_ptr()) for param in self.params
         ]
         return [*forms, *map(Tensor.data_ptr, chain(*self.states))]
 
     def holds(self) -> bool:
-        """Whether shards and memory are as before.
+        """Tells whether shards and memory are as before.
 
         A native engine looks over memory itself, just before it updates. That is enough where there
         is one device; of several, none may be updated before all were looked over.
@@ -298,7 +296,7 @@ class _Part:
 
 
 def same_objects(these: Collection[Any], those: Collection[Any]) -> bool:
-    """Whether both have the very same objects in the same order."""
+    """Tells whether both have the very same objects in the same order."""
     return len(these) == len(those) and all(map(is_, these, those))
 
 
@@ -326,8 +324,7 @@ def _signature(groups: list[dict[str, Any]]) -> list[tuple[int, bool, bool]]:
 
 
 def _first_elements(every: list[tuple[Tensor, int]]) -> list[int]:
-    """Each parameter's first index in the numbering of all elements, which does not depend on
-    shards."""
+    """Each parameter's first index in the numbering of all elements, whatever the shards."""
     firsts, end = [], 0
     for param, _ in every:
         firsts.append(end + shard_begin(param))

@@ -1,4 +1,4 @@
-"""What AdamW keeps of a parameter between two steps: its entries, made, completed and checked.
+"""A parameter's state between two steps of AdamW: its entries, made, completed and checked.
 
 Which entries there are, and in which dtypes: adamw.py. Plans work with the very tensors that they
 found here, so that a state tells them when one is replaced.
@@ -55,7 +55,7 @@ class State(dict[str, Any]):
 
 
 def rounding_of(param: Tensor, rounding: str) -> Rounding:
-    """How `param` is kept where the optimizer was given `rounding`."""
+    """The way in which `param` is kept where the optimizer was given `rounding`."""
     return Rounding.FP32 if param.dtype == torch.float32 else Rounding[rounding.upper()]
 
 

@@ -52,8 +52,7 @@ from fastft.optim.philox import STREAMS, random_bits, swap_bytes
 
 
 class Rounding(IntEnum):
-    """How a parameter is kept; the numbers are those of the op's `table` and of
-    csrc/include/adamw_math.h."""
+    """Ways to keep a parameter; numbers as in the op's `table` and csrc/include/adamw_math.h."""
 
     FP32 = 0
     EXACT = 1
@@ -166,8 +165,7 @@ def _adamw_reference(
 
 
 def _load_moments(moments: list[Tensor], eight_bit: _EightBit | None) -> list[Tensor]:
-    """The flat moments in fp32, themselves where they are that; `eight_bit`: the codes in their shape
-    and the scales."""
+    """The flat moments in fp32, themselves where they are that; `eight_bit`: codes and scales."""
     return (
         list(map(_flat, moments_8bit.dequantise(*eight_bit)))
         if eight_bit
@@ -195,8 +193,7 @@ def _store_moments(
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
-    """a * b + c with one rounding, as the C++ engine (but for one case in 2^29, where double rounds
-    first)."""
+    """Rounds a * b + c once, as the C++ engine (but for one in 2^29, where double rounds first)."""
     return (a.double() * b + c).float()
 
 
@@ -214,8 +211,7 @@ def load_value(param: Tensor, residue: Tensor | None) -> Tensor:
 def store_value(
     result: Tensor, param: Tensor, residue: Tensor | None, bits: Tensor | None = None
 ) -> None:
-    """Writes an fp32 value into a parameter and what it is kept with; `bits` round it
-    stochastically."""
+    """Writes an fp32 value into a parameter and its residue; `bits` round it stochastically."""
     if bits is not None:
         _round_stochastic(result, bits, param)
     elif residue is None:
@@ -253,7 +249,7 @@ ops.library.define("adamw_written(Tensor(a!) sums, int bound) -> ()")
 
 
 class Outcome(IntEnum):
-    """What became of a bound step: the numbers that `adamw_bound_` returns."""
+    """The result of a bound step: the numbers that `adamw_bound_` returns."""
 
     DONE = 0
     CHANGED = 1  # a bound tensor has other memory or another form than before; nothing is done
@@ -261,8 +257,7 @@ class Outcome(IntEnum):
 
 
 class Binding:
-    """Tensors that a native engine has checked once and holds, so that a step hands over gradients
-    alone.
+    """Tensors that a native engine has checked once and holds: a step hands over gradients alone.
 
     It goes by a number there, which is no address: an unknown one is an error
     (csrc/include/live_table.h).
@@ -282,13 +277,12 @@ class Binding:
         """One update, the arguments as the operator's; returns an `Outcome`."""
         step = torch.ops.fastft.adamw_bound_.default
         try:
-            return step(grads, hyper, grad_factor, seed, self._number)  # type: ignore[no-any-return]
+            return step(grads, hyper, grad_factor, seed, self._number)
         except NotImplementedError:  # no such kernel for sparse tensors
             return Outcome.MISFIT
 
     def written(self) -> list[int]:
-        """The sampled checksum (weight_bits.py) of what the last step on a CPU wrote to each
-        parameter; 0: not known."""
+        """The sampled checksum of what the last step wrote to each parameter; 0: not known."""
         sums = torch.zeros(self.size, dtype=torch.int64)
         torch.ops.fastft.adamw_written(sums, self._number)
         return [value % 2**64 for value in sums.tolist()]

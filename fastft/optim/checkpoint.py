@@ -1,12 +1,13 @@
-"""Loading optimizer states: without a lost bit, and from the optimizers whose checkpoints people
-have.
+"""Loading optimizer states: without a lost bit, and also those that other optimizers saved.
 
 `torch.optim.Optimizer.load_state_dict` casts every state to its parameter's dtype; here each state
 keeps the dtype that it has in training. What is read, beside our own state dicts:
 
     torch.optim.AdamW       any dtype, fused, foreach or neither, with amsgrad
-    bitsandbytes AdamW*     32-bit and block-wise 8-bit `state1`, `state2`, nested or not: qmap[code] * absmax[block]
-    apex FusedAdam          `step` in the group; masters as a list `master` of the group, or FP16_Optimizer's own dict
+    bitsandbytes AdamW*     32-bit and block-wise 8-bit `state1`, `state2`, nested or not:
+                            qmap[code] * absmax[block]
+    apex FusedAdam          `step` in the group; masters as a list `master` of the group, or
+                            FP16_Optimizer's own dict
     TransformerEngine       `master_param`: the fp32 master, or the int16 remainder, which is ours
 
 Where a checkpoint has masters, they overwrite the parameters (of which the model's file has the
@@ -45,8 +46,7 @@ _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
 class _Verbatim:
-    """Hides a restored state from `Optimizer.load_state_dict`, which would cast it to the
-    parameter's dtype."""
+    """A restored state, hidden from torch's `load_state_dict`, which would cast its entries."""
 
     def __init__(self, entries: State) -> None:
         self.entries = entries
@@ -55,8 +55,7 @@ class _Verbatim:
 def packed(
     state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, stale: set[Tensor]
 ) -> dict[str, Any]:
-    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those
-    of the optimizer.
+    """Returns torch's state dict with the remainders as bfloat16; its tensors are the optimizer's.
 
     8-bit moments of FSDP1's vectors are fp32: it gathers, and cuts into parameters, what has the
     vector's shape only. Loading makes the same codes of them. Beside `stale` weights the low bits
@@ -107,7 +106,7 @@ def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(optimizer: AdamW, state_dict: dict[str, Any]) -> None:
-    """Does what `optimizer.load_state_dict(state_dict)` promises; nothing changes where it raises."""
+    """Does what `optimizer.load_state_dict` promises; nothing changes where it raises."""
     if not isinstance(state_dict, dict):
         raise TypeError(
             f"state_dict must be an optimizer's state_dict(), got {type(state_dict).__name__}"
@@ -171,8 +170,7 @@ def _restore_group(
 
 
 def reveal(optimizer: torch.optim.Optimizer) -> None:
-    """Puts the states that `load` has hidden into place; for `__setstate__`, after which the user's
-    hooks run."""
+    """Puts the states that `load` has hidden into place, before the user's hooks run."""
     for param, entries in optimizer.state.items():
         if isinstance(entries, _Verbatim):
             optimizer.state[param] = entries.entries
@@ -228,8 +226,7 @@ def _check_form(state_dict: dict[str, Any]) -> None:
 
 
 def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:
-    """Those of the weights that the remainders belong to, by the parameter's key; none in other
-    optimizers' states."""
+    """The checksums of the weights with remainders, by key; none in other optimizers' states."""
     checksums = loaded.get(CHECKSUMS, {})
     if not isinstance(checksums, dict) or not all(
         type(value) is int for value in checksums.values()
@@ -241,8 +238,7 @@ def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:
 
 
 def _check_entries(entries: dict[str, Any], owner: str) -> None:
-    """Raises where an entry under one of our names is not what its name says, or a part of 8-bit
-    moments is missing."""
+    """Raises where an entry under one of our names is not what that says, or is missing."""
     step = entries["step"]
     try:
         count = float(step)
@@ -265,8 +261,7 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
 
 
 def _check_codes(entries: dict[str, Any], owner: str) -> None:
-    """Raises where moments are in 8 bits and codes or scales are missing or do not fit each
-    other."""
+    """Raises where codes or scales of 8-bit moments are missing or do not fit each other."""
     codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
     kinds = codes | dict.fromkeys(moments_8bit.SCALES, torch.float32)
     has_codes = any(getattr(entries[name], "dtype", None) == dtype for name, dtype in codes.items())
@@ -293,8 +288,7 @@ def _check_codes(entries: dict[str, Any], owner: str) -> None:
 
 
 def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
-    """Raises where fp32 or bf16 moments are the codes of 8-bit ones: torch.distributed.checkpoint
-    casts without a word.
+    """Raises where 8-bit codes were read as numbers, to which torch.distributed.checkpoint casts.
 
     The largest moments of a block have the codes 127 and 255, beside which no moment is an integer
     by chance.
@@ -316,8 +310,7 @@ def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
 
 
 def _check_number(value: Any, name: str, owner: str, *others: torch.dtype) -> None:
-    """Raises unless `value` is a tensor of real floating-point numbers, or of one of the
-    `others`."""
+    """Raises unless `value` is a tensor of floating-point numbers, or of one of the `others`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"the loaded {name} of {owner} must be a tensor, got {value!r}")
     if not value.is_floating_point() and value.dtype not in others:
@@ -329,8 +322,7 @@ def _check_number(value: Any, name: str, owner: str, *others: torch.dtype) -> No
 def _torch_form(
     saved: dict[str, Any], group: dict[str, Any], position: int, owner: str
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """A parameter's saved state under torch's names, and its fp32 master where the checkpoint has
-    one."""
+    """A parameter's saved state under torch's names, and its fp32 master where there is one."""
     if not isinstance(saved, dict):
         raise TypeError(f"the loaded state of {owner} must be a dict, got {type(saved).__name__}")
     if not saved:
@@ -397,8 +389,7 @@ def _dequantised(entries: dict[str, Any], number: str, owner: str) -> Tensor:
 
 
 def _restored(saved: dict[str, Any], fresh: State, owner: str) -> State:
-    """`fresh` with the saved values, in its own dtypes, devices and layouts; unknown entries come
-    as they are."""
+    """`fresh` with the saved values, in its own forms; unknown entries come as they are."""
     saved = _in_form_of(fresh, saved, owner)
     for name, value in saved.items():
         if name == "step":
@@ -418,8 +409,7 @@ def _restored(saved: dict[str, Any], fresh: State, owner: str) -> State:
 
 
 def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dict[str, Any]:
-    """`saved` with its moments in 8 bits where those of `fresh` are, and as fp32 where they are
-    not."""
+    """`saved` with its moments in 8 bits where those of `fresh` are, else in fp32."""
     wanted, there = (moments_8bit.SCALES[0] in entries for entries in (fresh, saved))
     if there or not wanted:
         return saved if wanted else _decoded(saved)
@@ -455,5 +445,5 @@ def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:
 
 
 def _reinterpreted(tensor: Any, dtype: torch.dtype) -> Tensor:
-    """The same bits under another dtype of the same size."""
+    """Views the bits under another dtype of the same size."""
     return sharded_like(local(tensor).view(dtype), tensor)

@@ -16,13 +16,12 @@ from fastft.optim.groups import hyper_columns
 
 
 def counted_there(device: torch.device, groups: list[dict[str, Any]]) -> bool:
-    """Whether the counts of parameters on `device` live there: all do, if one group is
-    capturable."""
+    """Tells whether parameters on `device` are counted there: if one group is capturable."""
     return device.type != "cpu" and any(group["capturable"] for group in groups)
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph records what this thread launches now, in place of its being done."""
+    """Tells whether a CUDA graph records what this thread launches, in place of its being done."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -55,8 +54,7 @@ class DeviceCounts:
         self._columns: dict[str, tuple[list[float], Tensor]] = {}
 
     def hyper(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> Tensor:
-        """The hyper table of the next step, as of the operator; its last column is 0 where the step
-        is skipped."""
+        """The operator's hyper table of the next step; its last column is 0 if that is skipped."""
         if _captured(self.device):
             self.in_graphs.add(self)
         chosen = [groups[index] for index in self._groups]
@@ -82,8 +80,7 @@ class DeviceCounts:
         self._of_rows.add_(self._advance)
 
     def _column(self, name: str, values: list[float | Tensor]) -> Tensor:
-        """One number a row, float64; those that are not on a device already are kept until they
-        change."""
+        """One number a row, float64; numbers of the host are sent when they change."""
         there = [isinstance(value, Tensor) and value.device.type != "cpu" for value in values]
         numbers = [
             0.0 if on_device else float(value)

@@ -1,5 +1,4 @@
-"""Ways to hand AdamW to Trainer: `optimizers=adamw(model, args)` and
-`optimizer_cls_and_kwargs=adamw_spec(args)`.
+"""Ways to hand AdamW to Trainer: `optimizers=` and `optimizer_cls_and_kwargs=`.
 
 For an optimizer that it is given, Trainer ignores its `TrainingArguments` and makes no decay /
 no-decay groups; both functions put that right. What Trainer would drop or do otherwise is refused
@@ -30,8 +29,7 @@ def adamw(
     weight_decay: float | None = None,
     **options: Any,
 ) -> tuple[AdamW, None]:
-    """The pair that `Trainer(optimizers=...)` takes: AdamW, and None, for which Trainer builds its
-    schedule.
+    """The pair that `Trainer(optimizers=...)` takes: AdamW, and None for Trainer's own schedule.
 
     Call it when the model is ready: embeddings resized, layers frozen or unfrozen, adapters added.
     With `FusedLossCallback` or `PackingCallback` training does not begin where a parameter is
@@ -96,8 +94,7 @@ def adamw_spec(
     weight_decay: float | None = None,
     **options: Any,
 ) -> tuple[type[AdamW], Keywords]:
-    """The pair that `Trainer(optimizer_cls_and_kwargs=...)` takes: the way in under FSDP, DeepSpeed
-    and `model_init`.
+    """The pair for `Trainer(optimizer_cls_and_kwargs=...)`: FSDP, DeepSpeed, `model_init` need it.
 
     What comes from `args` is read when Trainer makes the optimizer, so that every trial of a
     `hyperparameter_search` trains at its own values; a keyword that is given here stays. Trainer
@@ -181,8 +178,7 @@ def _check_deepspeed(config: dict[str, Any], optimizer: AdamW) -> None:
 
 
 def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """The two groups of `Trainer.create_optimizer`; the first takes the optimizer's weight
-    decay."""
+    """The two groups of `Trainer.create_optimizer`; only the first has the optimizer's decay."""
     try:
         from transformers import Trainer
     except ImportError as error:

@@ -1,7 +1,6 @@
-"""The exact fp32 weights of a model trained in bf16, as safetensors: a bf16 parameter and the 16
-bits of its remainder.
+"""The exact fp32 weights of a model trained in bf16, as safetensors files.
 
-The files are those of `save_pretrained` (`model.safetensors`, or shards with an index), the keys
+Of a bf16 parameter they have the 16 bits of its remainder as well. They are those of `save_pretrained` (`model.safetensors`, or shards with an index), the keys
 those of `model.state_dict()`, so that a program which knows nothing of fastft reads the masters. At
 most one shard is in memory.
 """
@@ -90,8 +89,7 @@ def save_fp32(
 def load_fp32(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]
 ) -> None:
-    """Restores what `save_fp32` wrote: each weight and, of a bf16 parameter with
-    `rounding="exact"`, its remainder.
+    """Restores what `save_fp32` wrote: each weight and, with `rounding="exact"`, its remainder.
 
     The moments come from `optimizer.load_state_dict`, before or after; without it they start from
     zero.
@@ -212,8 +210,7 @@ def _as_saved(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
-    """A copy on the CPU of a whole tensor, with the bits of its remainder, unless that is of
-    another weight."""
+    """Copies a whole tensor to the CPU, with the bits of its remainder unless that is stale."""
     residue = residue_of(optimizer.state[tensor]) if tensor in optimizer.state else None
     if residue is not None and tensor in stale:
         # and not None: under FSDP2 it may be another rank's part alone

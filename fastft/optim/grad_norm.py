@@ -69,8 +69,7 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What clipping to `max_norm` multiplies every gradient by: float32, shape (); NaN where the
-    norm is NaN."""
+    """The factor of gradients that clips to `max_norm`: float32, shape (); NaN if the norm is."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 

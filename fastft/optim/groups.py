@@ -1,5 +1,4 @@
-"""A parameter group of AdamW: which hyper-parameters it may have, and the numbers that a step makes
-of them."""
+"""A parameter group of AdamW: which hyper-parameters it may have, and what a step makes of them."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_amsgrad(group: dict[str, Any]) -> None:
-    """Raises where amsgrad is asked for, which a group can be at any time, of moments that have no
-    place for it."""
+    """Raises where amsgrad, which a group may get at any time, meets 8-bit moments."""
     if group["moments"] == "8bit" and group["amsgrad"]:
         raise ValueError(
             'amsgrad with moments="8bit" is not implemented: a maximum of rounded values only grows'

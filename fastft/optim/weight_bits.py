@@ -1,4 +1,4 @@
-"""Whether a bf16 weight still has the bits that its remainder, or compensation, belongs to.
+"""Checks that a bf16 weight still has the bits that its remainder or compensation belongs to.
 
 The low bits of a weight mean nothing beside other high bits. Who writes to a weight (a best
 checkpoint, an average swapped in, pruning) does not know of them. So each state notes what the
@@ -39,8 +39,7 @@ _PIECE = SECTION * 2**14  # elements that plain torch looks at together
 
 
 def _checksum_reference(sum: Tensor, weight: Tensor, every: int) -> None:
-    """Plain torch; writes the checksum of every so many sections of a contiguous bf16 weight into
-    one int64."""
+    """Plain torch: writes the checksum of every so many sections of a contiguous bf16 weight."""
     bits, weights = weight.reshape(-1).view(torch.int16), _WEIGHTS.to(weight.device)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for begin in range(0, bits.numel(), _PIECE * every):
@@ -73,8 +72,7 @@ def checksum(weight: Tensor, every: int = 1, order: Sequence[int] | None = None)
 
 
 def order_of(weight: Tensor) -> list[int] | None:
-    """The order of dimensions in which the elements of this process's part lie one after the other;
-    None: as usual."""
+    """The dimensions in the order in which this process's part lies in memory; None: as usual."""
     part = local(weight)
     return None if part.is_contiguous() else sorted(range(part.ndim), key=part.stride, reverse=True)
 
@@ -86,7 +84,7 @@ def sample(weight: Tensor) -> int:
 
 @dataclass
 class Mark:
-    """What a weight was when the low bits beside it were written; None for what is not known."""
+    """The weight as it was when its low bits were written; None for what is not known."""
 
     owner: weakref.ref[Tensor] | None = None
     version: int | None = None
@@ -96,17 +94,16 @@ class Mark:
     checksum: int | None = None
 
     def untouched(self, weight: Tensor) -> bool:
-        """Whether nothing that torch counts has happened to the weight since."""
+        """Tells whether nothing that torch counts has happened to the weight since."""
         same = self.owner is not None and self.owner() is weight and self.version == weight._version
         return same and self.memory == local(weight).data_ptr()
 
     def is_later(self, weight: Tensor, version: int) -> bool:
-        """Whether the low bits were written after this version, as `load_fp32` does between two
-        steps."""
+        """Tells whether the low bits were written after this version, as `load_fp32` does."""
         return self.owner is not None and self.owner() is weight and (self.version or 0) > version
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether the weight has these bits still, as far as is known."""
+        """Tells whether the weight has these bits still, as far as is known."""
         if self.checksum is not None:
             return checksum(weight) == self.checksum
         if self.sample is not None:
@@ -115,8 +112,7 @@ class Mark:
 
 
 def mark_written(weight: Tensor, state: Any) -> None:
-    """Notes that weight and low bits have just been written together, in a way that no version
-    shows."""
+    """Notes that weight and low bits have just been written together, which no version shows."""
     if hasattr(state, "mark") and residue_of(state) is not None:
         torch.autograd.graph.increment_version(weight)
         place = local(weight).data_ptr(), order_of(weight)
@@ -185,19 +181,17 @@ class KeptWeights:
 
 
 def residue_of(state: dict[str, Any]) -> Any:
-    """What a state keeps of its weight's bits: the remainder, the compensation, or None."""
+    """The bits of its weight that a state keeps: the remainder, the compensation, or None."""
     return next((state[name] for name in ("remainder", "kahan") if name in state), None)
 
 
 def stale(states: Mapping[Tensor, Any]) -> list[Tensor]:
-    """The weights that somebody else has written to since their low bits were, where these are not
-    zero already."""
+    """The weights that somebody else has written to since, and whose low bits are not zero."""
     return [weight for weight, state in states.items() if _is_stale(weight, state)]
 
 
 def forget(weight: Tensor, state: Any) -> bool:
-    """Sets low bits that are not the weight's to zero, so that it means its bf16 value; whether
-    there were any."""
+    """Sets low bits that are not the weight's to zero; returns whether there were any."""
     found = _is_stale(weight, state)
     if found:
         local(residue_of(state)).zero_()
@@ -216,8 +210,7 @@ def _is_stale(weight: Tensor, state: Any) -> bool:
 
 
 def claim(weight: Tensor, state: Any) -> int | None:
-    """The checksum to be kept in a state dict; None of what may come back cut or laid out in
-    another way.
+    """The checksum for a state dict; None for a weight that may come back cut or laid out anew.
 
     One that was loaded and not yet looked at stays: the weights may be loaded after the states.
     """
@@ -227,14 +220,13 @@ def claim(weight: Tensor, state: Any) -> int | None:
 
 
 def awaits_weights(state: Any) -> bool:
-    """Whether the state was loaded with a checksum that nobody has compared with the weights
-    yet."""
+    """Tells whether a loaded checksum has not been compared with the weights yet."""
     mark = getattr(state, "mark", None)
     return mark is not None and mark.checksum is not None
 
 
 def claim_applies(weight: Tensor) -> bool:
-    """Whether a state dict's checksum is of all elements of this weight, in its order."""
+    """Tells whether a state dict's checksum is of all elements of this weight, in its order."""
     return not is_dtensor(weight) and not in_flat_parameter(weight) and weight.is_contiguous()
 
 
