@@ -22,7 +22,7 @@ from torch import Tensor
 from fastft.attention.segment_attention import segment_attention
 from fastft.attention.segments import Segments
 from fastft.data.boundaries import BOUNDARIES, boundaries_reference
-from fastft.loss.cross_entropy import ROWS
+from fastft.loss.cross_entropy_rows import ROWS
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 from fastft.loss.linear_log_probs import linear_log_probs
 from fastft.ops import ENGINES, Operator

@@ -1,6 +1,7 @@
-// AdamW over a run of one tensor's elements; compiled once per instruction set (isa.h). One loop widens what is kept in
-// 16 bits, updates and rounds. What needs random bits goes block by block, with the bits drawn into the first-level
-// cache before; 8-bit moments as well, decoded there, in whole blocks of theirs.
+// AdamW over a run of one tensor's elements; compiled once per instruction set (isa.h). One loop
+// widens what is kept in 16 bits, updates and rounds. What needs random bits goes block by block,
+// with the bits drawn into the first-level cache before; 8-bit moments as well, decoded there, in
+// whole blocks of theirs.
 #include "adamw_math.h"
 #include "isa.h"
 #include "lanes.h"
@@ -12,33 +13,37 @@ constexpr int kBlock = 512;  // elements
 
 struct alignas(64) Block {
   float exp_avg[kBlock], exp_avg_sq[kBlock];
-  uint16_t bits[3][kBlock + kPhiloxGroup], swapped[kBlock];  // of each stream; those of the moments with bytes swapped
+  uint16_t bits[3][kBlock + kPhiloxGroup];  // of each stream
+  uint16_t swapped[kBlock];                 // those of the moments with their bytes swapped
 };
 
 struct Random {
   uint64_t seed, first;  // global index of the block's first element
   uint32_t step;
 
-  // The bits of `n` elements.
+  // Returns the bits of `n` elements, which it draws into `bits`.
   const uint16_t* draw(uint32_t stream, int n, uint16_t* bits) const {
     const int skip = int(first % kPhiloxGroup);
-    for (int i = 0; i < skip + n; i += kPhiloxGroup) philox_group(first - skip + i, step, stream, seed, bits + i);
+    for (int i = 0; i < skip + n; i += kPhiloxGroup)
+      philox_group(first - skip + i, step, stream, seed, bits + i);
     return bits + skip;
   }
 };
 
 // Elements as Numbers, which are floats or Lanes.
 inline void load(const float* from, float* to) { *to = *from; }
-inline void load(const uint16_t* from, float* to) { *to = bf16_to_float(*from); }
+inline void load(const uint16_t* from, float* to) { *to = widened(*from); }
 inline void load_master(const uint16_t* param, const int16_t* remainder, float* to) {
-  *to = master_join(*param, *remainder);
+  *to = master_join(widened(*param), *remainder);
 }
 inline void store(float value, float* to) { *to = value; }
 inline void store_nearest(float value, uint16_t* to) { *to = bf16_nearest(value); }
 inline void store_stochastic(float value, const uint16_t* random, uint16_t* to) {
   *to = bf16_stochastic(value, *random);
 }
-inline void store_master(float value, uint16_t* param, int16_t* remainder) { master_split(value, param, remainder); }
+inline void store_master(float value, uint16_t* param, int16_t* remainder) {
+  master_split(value, param, remainder);
+}
 
 template <AdamwRounding rounding, class Number, class Element>
 FASTFT_HD Number load_param(const Element* param, const void* residue, int64_t i) {
@@ -57,9 +62,11 @@ FASTFT_HD Number load_param(const Element* param, const void* residue, int64_t i
 }
 
 template <AdamwRounding rounding, class Number, class Element>
-FASTFT_HD void store_param(Number value, const uint16_t* random, Element* param, void* residue, int64_t i) {
+FASTFT_HD void store_param(Number value, const uint16_t* random, Element* param, void* residue,
+                           int64_t i) {
   if constexpr (rounding == kFp32) store(value, param + i);
-  if constexpr (rounding == kExact) store_master(value, param + i, static_cast<int16_t*>(residue) + i);
+  if constexpr (rounding == kExact)
+    store_master(value, param + i, static_cast<int16_t*>(residue) + i);
   if constexpr (rounding == kStochastic) store_stochastic(value, random + i, param + i);
   if constexpr (rounding == kNearest || rounding == kKahan) store_nearest(value, param + i);
   if constexpr (rounding == kKahan) {
@@ -91,10 +98,12 @@ struct Kept<kFp32> {
   using Element = float;
 };
 
-template <AdamwRounding rounding, class Moment, bool amsgrad, class Element = typename Kept<rounding>::Element>
+template <AdamwRounding rounding, class Moment, bool amsgrad,
+          class Element = typename Kept<rounding>::Element>
 void update(Element* __restrict param, const Element* __restrict grad, void* __restrict residue,
-            Moment* __restrict exp_avg, Moment* __restrict exp_avg_sq, Moment* __restrict max_exp_avg_sq, int64_t n,
-            float factor, const AdamwHyper& hyper, const Bits& bits) {
+            Moment* __restrict exp_avg, Moment* __restrict exp_avg_sq,
+            Moment* __restrict max_exp_avg_sq, int64_t n, float factor, const AdamwHyper& hyper,
+            const Bits& bits) {
   const AdamwHyper h = hyper;
   const auto at = [&](int64_t i, auto g) __attribute__((always_inline)) {
     using Number = decltype(g);
@@ -103,8 +112,8 @@ void update(Element* __restrict param, const Element* __restrict grad, void* __r
     load(exp_avg + i, &m);
     load(exp_avg_sq + i, &v);
     if constexpr (amsgrad) load(max_exp_avg_sq + i, &largest);
-    const Number value = adamw_element(load_param<rounding, Number>(param, residue, i), g, factor, &m, &v,
-                                       amsgrad ? &largest : nullptr, h);
+    const Number value = adamw_element(load_param<rounding, Number>(param, residue, i), g, factor,
+                                       &m, &v, amsgrad ? &largest : nullptr, h);
     store_param<rounding>(value, bits.param, param, residue, i);
     store_moment(m, bits.exp_avg, exp_avg, i);
     store_moment(v, bits.exp_avg_sq, exp_avg_sq, i);
@@ -122,7 +131,7 @@ Bits draw(const AdamwTensor& t, const Random& random, int n, Block& block) {
   const auto of = [&](PhiloxStream stream) { return random.draw(stream, n, block.bits[stream]); };
   Bits bits{};
   if (t.rounding == kStochastic) bits.param = of(kStreamParam);
-  if (!t.narrow_moments && !t.columns) return bits;
+  if (!t.bf16_moments && !t.columns) return bits;
   bits.exp_avg = of(kStreamMoments);
   if (t.columns) return bits;  // codes swap the bytes themselves
   bits.exp_avg_sq = block.swapped;
@@ -131,12 +140,13 @@ Bits draw(const AdamwTensor& t, const Random& random, int n, Block& block) {
   return bits;
 }
 
-// The blocks of 8-bit moments in `n` elements from element `i` on, as f(offset from i, elements, scale).
+// The blocks of 8-bit moments in `n` elements from element `i` on, as f(offset from i, elements,
+// scale).
 template <class F>
 void each_moment_block(const AdamwTensor& t, int64_t i, int n, F f) {
   const int64_t row = i / t.columns;
   int64_t column = i - row * t.columns;
-  int64_t scale = row * ((t.columns + kMomentBlock - 1) / kMomentBlock) + column / kMomentBlock;
+  int64_t scale = row * (moment_blocks_of_row(t.columns)) + column / kMomentBlock;
   for (int done = 0; done < n; scale++) {
     const int64_t left = t.columns - column;
     const int size = left < kMomentBlock ? int(left) : int(kMomentBlock);
@@ -150,7 +160,8 @@ void each_moment_block(const AdamwTensor& t, int64_t i, int n, F f) {
 int whole_moment_blocks(const AdamwTensor& t, int64_t begin, int64_t end) {
   int64_t n = 0;
   for (int64_t column = begin % t.columns; n < end - begin;) {
-    const int64_t left = t.columns - column, size = left < kMomentBlock ? left : int64_t(kMomentBlock);
+    const int64_t left = t.columns - column;
+    const int64_t size = left < kMomentBlock ? left : int64_t(kMomentBlock);
     if (n + size > kBlock) break;
     n += size;
     column = column + size == t.columns ? 0 : column + size;
@@ -163,9 +174,12 @@ void decode_moments(const AdamwTensor& t, int64_t i, int n, Block& block) {
     const int8_t* __restrict codes = static_cast<const int8_t*>(t.exp_avg) + i + from;
     const uint8_t* __restrict sq_codes = static_cast<const uint8_t*>(t.exp_avg_sq) + i + from;
     const float m_scale = t.exp_avg_scale[scale], v_scale = t.exp_avg_sq_scale[scale];
-    if (decode_block(codes, sq_codes, m_scale, v_scale, size, block.exp_avg + from, block.exp_avg_sq + from)) return;
+    if (decode_block(codes, sq_codes, m_scale, v_scale, size, block.exp_avg + from,
+                     block.exp_avg_sq + from))
+      return;
     for (int j = 0; j < size; j++) block.exp_avg[from + j] = exp_avg_decode(codes[j], m_scale);
-    for (int j = 0; j < size; j++) block.exp_avg_sq[from + j] = exp_avg_sq_decode(sq_codes[j], v_scale);
+    for (int j = 0; j < size; j++)
+      block.exp_avg_sq[from + j] = exp_avg_sq_decode(sq_codes[j], v_scale);
   });
 }
 
@@ -189,7 +203,8 @@ void encode_moments(const AdamwTensor& t, int64_t i, int n, const Bits& bits, co
     for (int j = 0; j < size; j++)
       codes[j] = exp_avg_encode(m[j], both_finite(m[j], v[j]), divisor, bits.exp_avg[from + j]);
     for (int j = 0; j < size; j++)
-      sq_codes[j] = exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor, swap_bytes(bits.exp_avg[from + j]));
+      sq_codes[j] = exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor,
+                                      swap_bytes(bits.exp_avg[from + j]));
   });
 }
 
@@ -200,23 +215,27 @@ T* at(void* base, int64_t i) {
 
 // `n` elements from `i` on, with the moments there or, decoded from 8 bits, in `block`.
 template <AdamwRounding rounding, class Moment, bool amsgrad>
-void update_part(const AdamwTensor& t, int64_t i, int64_t n, float factor, const AdamwHyper& h, const Bits& bits,
-                 Block* block) {
+void update_part(const AdamwTensor& t, int64_t i, int64_t n, float factor, const AdamwHyper& h,
+                 const Bits& bits, Block* block) {
   using Element = typename Kept<rounding>::Element;
   Moment* exp_avg = block ? reinterpret_cast<Moment*>(block->exp_avg) : at<Moment>(t.exp_avg, i);
-  Moment* exp_avg_sq = block ? reinterpret_cast<Moment*>(block->exp_avg_sq) : at<Moment>(t.exp_avg_sq, i);
-  update<rounding, Moment, amsgrad>(at<Element>(t.param, i), static_cast<const Element*>(t.grad) + i,
-                                    at<uint16_t>(t.residue, i), exp_avg, exp_avg_sq, at<Moment>(t.max_exp_avg_sq, i), n,
-                                    factor, h, bits);
+  Moment* exp_avg_sq =
+      block ? reinterpret_cast<Moment*>(block->exp_avg_sq) : at<Moment>(t.exp_avg_sq, i);
+  update<rounding, Moment, amsgrad>(
+      at<Element>(t.param, i), static_cast<const Element*>(t.grad) + i, at<uint16_t>(t.residue, i),
+      exp_avg, exp_avg_sq, at<Moment>(t.max_exp_avg_sq, i), n, factor, h, bits);
 }
 
-using UpdatePart = void (*)(const AdamwTensor&, int64_t, int64_t, float, const AdamwHyper&, const Bits&, Block*);
+using UpdatePart = void (*)(const AdamwTensor&, int64_t, int64_t, float, const AdamwHyper&,
+                            const Bits&, Block*);
 
 template <AdamwRounding rounding>
 UpdatePart update_part_of(const AdamwTensor& t) {
-  if (t.narrow_moments)
-    return t.max_exp_avg_sq ? update_part<rounding, uint16_t, true> : update_part<rounding, uint16_t, false>;
-  return t.max_exp_avg_sq ? update_part<rounding, float, true> : update_part<rounding, float, false>;
+  if (t.bf16_moments)
+    return t.max_exp_avg_sq ? update_part<rounding, uint16_t, true>
+                            : update_part<rounding, uint16_t, false>;
+  return t.max_exp_avg_sq ? update_part<rounding, float, true>
+                          : update_part<rounding, float, false>;
 }
 
 UpdatePart update_part_of(const AdamwTensor& t) {
@@ -235,12 +254,12 @@ UpdatePart update_part_of(const AdamwTensor& t) {
 }
 }  // namespace
 
-extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, int64_t end, const AdamwHyper* hyper,
-                                     float factor, uint64_t seed) {
+extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, int64_t end,
+                                     const AdamwHyper* hyper, float factor, uint64_t seed) {
   const AdamwTensor& t = *tensor;
   factor = ft_mul(hyper->grad_sign, factor);
   const UpdatePart update_part = update_part_of(t);
-  if (t.rounding != kStochastic && !t.narrow_moments && !t.columns) {
+  if (t.rounding != kStochastic && !t.bf16_moments && !t.columns) {
     update_part(t, begin, end - begin, factor, *hyper, Bits{}, nullptr);
     return;
   }
@@ -248,7 +267,8 @@ extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, i
   while (begin < end) {
     const Random random{seed, uint64_t(t.first + begin), uint32_t(hyper->step)};
     const int64_t room = kBlock - int64_t(random.first % kBlock);
-    const int n = t.columns ? whole_moment_blocks(t, begin, end) : int(end - begin < room ? end - begin : room);
+    const int n = t.columns ? whole_moment_blocks(t, begin, end)
+                            : int(end - begin < room ? end - begin : room);
     const Bits bits = draw(t, random, n, block);
     if (t.columns) decode_moments(t, begin, n, block);
     update_part(t, begin, n, factor, *hyper, bits, t.columns ? &block : nullptr);

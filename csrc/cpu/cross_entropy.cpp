@@ -10,15 +10,17 @@ namespace {
 using Arguments = fastft::CrossEntropyArgs;
 
 int64_t target_of(const Arguments& job, int64_t row) {
-  return job.wide_target ? static_cast<const int64_t*>(job.target)[row] : static_cast<const int32_t*>(job.target)[row];
+  return job.wide_target ? static_cast<const int64_t*>(job.target)[row]
+                         : static_cast<const int32_t*>(job.target)[row];
 }
 
 void check_targets(const Arguments& job) {
   for (int64_t i = 0; i < job.rows; i++) {
     const int64_t target = target_of(job, i);
     FT_CHECK(target == job.ignore_index || (target >= 0 && target < job.classes),
-             "cross_entropy_rows: target[%lld] is %lld, not in [0, %lld)", static_cast<long long>(i),
-             static_cast<long long>(target), static_cast<long long>(job.classes));
+             "cross_entropy_rows: target[%lld] is %lld, not in [0, %lld)",
+             static_cast<long long>(i), static_cast<long long>(target),
+             static_cast<long long>(job.classes));
   }
 }
 
@@ -68,7 +70,8 @@ struct Rows {
 };
 
 void cross_entropy_rows(StableIValue* stack, uint64_t nargs, uint64_t) {
-  FT_CHECK(nargs == 13, "cross_entropy_rows: 13 arguments expected, got %d", static_cast<int>(nargs));
+  FT_CHECK(nargs == 13, "cross_entropy_rows: 13 arguments expected, got %d",
+           static_cast<int>(nargs));
   const Arguments job(stack, false);
   check_targets(job);
   if (job.classes == 0) return;

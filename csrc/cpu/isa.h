@@ -1,7 +1,8 @@
-// Run-time choice of the instruction set. A file X_kernel.cpp is compiled once per set with FASTFT_ISA defined and
-// exports FASTFT_KERNEL(name); its host file X.cpp declares them with FASTFT_DECLARE_KERNEL and calls through
-// name_kernel(). Kernel files hold static functions only and include no C++ library header: an inline std:: function
-// compiled there with AVX-512 could be the copy which the linker keeps for everybody.
+// Run-time choice of the instruction set. A file X_kernel.cpp is compiled once per set with
+// FASTFT_ISA defined and exports FASTFT_KERNEL(name); its host file X.cpp declares them with
+// FASTFT_DECLARE_KERNEL and calls through name_kernel(). Kernel files hold static functions only
+// and include no C++ library header: an inline std:: function compiled there with AVX-512 could be
+// the copy which the linker keeps for everybody.
 #pragma once
 
 namespace fastft {

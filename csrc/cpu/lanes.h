@@ -1,7 +1,7 @@
-// Sixteen floats at once with AVX2, by hand where compilers spend half of a loop on getting from 16 bits to 32 and
-// back. A register of 16-bit values is read with its quarters in the order 0 2 1 3: unpacking and packing work within
-// halves of a register, and so keep the elements in order. Every function has the bits of its scalar namesake in
-// adamw_math.h.
+// Sixteen floats at once with AVX2, by hand where compilers spend half of a loop on getting from 16
+// bits to 32 and back. A register of 16-bit values is read with its quarters in the order 0 2 1 3:
+// unpacking and packing work within halves of a register, and so keep the elements in order. Every
+// function has the bits of its scalar namesake in adamw_math.h.
 #pragma once
 #include "adamw_math.h"
 
@@ -13,23 +13,35 @@ struct Lanes {
   __m256 low, high;
   Lanes() = default;
   inline __attribute__((always_inline)) Lanes(__m256 low, __m256 high) : low(low), high(high) {}
-  inline __attribute__((always_inline)) explicit Lanes(float value) : low(_mm256_set1_ps(value)), high(low) {}
+  inline __attribute__((always_inline)) explicit Lanes(float value)
+      : low(_mm256_set1_ps(value)), high(low) {}
 };
 
-FASTFT_HD Lanes ft_mul(Lanes a, Lanes b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-FASTFT_HD Lanes ft_add(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
-FASTFT_HD Lanes ft_sub(Lanes a, Lanes b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
-FASTFT_HD Lanes ft_div(Lanes a, Lanes b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+FASTFT_HD Lanes ft_mul(Lanes a, Lanes b) {
+  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+FASTFT_HD Lanes ft_add(Lanes a, Lanes b) {
+  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+FASTFT_HD Lanes ft_sub(Lanes a, Lanes b) {
+  return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+FASTFT_HD Lanes ft_div(Lanes a, Lanes b) {
+  return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+}
 FASTFT_HD Lanes ft_sqrt(Lanes a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
 FASTFT_HD Lanes ft_fma(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 
 FASTFT_HD __m256 lanes_larger(__m256 a, __m256 b) {
-  const __m256 is_a = _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const __m256 is_a =
+      _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   return _mm256_blendv_ps(b, a, is_a);
 }
-FASTFT_HD Lanes ft_larger(Lanes a, Lanes b) { return {lanes_larger(a.low, b.low), lanes_larger(a.high, b.high)}; }
+FASTFT_HD Lanes ft_larger(Lanes a, Lanes b) {
+  return {lanes_larger(a.low, b.low), lanes_larger(a.high, b.high)};
+}
 
 FASTFT_HD __m256 lanes_or(__m256 a, __m256 otherwise) {
   return _mm256_blendv_ps(a, otherwise, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
@@ -50,11 +62,15 @@ FASTFT_HD Lanes lanes_widened(__m256i read) {
   return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, read)),
           _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, read))};
 }
-FASTFT_HD __m256i lanes_bits(__m256 value) {  // of NaN always the same, as rounding makes Inf or 0 of some
+
+// The bits of values, the same for every NaN: rounding would make Inf or 0 of some.
+FASTFT_HD __m256i lanes_bits(__m256 value) {
   return _mm256_castps_si256(lanes_or(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000))));
 }
 
-FASTFT_HD void load(const float* from, Lanes* to) { *to = {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+FASTFT_HD void load(const float* from, Lanes* to) {
+  *to = {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
+}
 FASTFT_HD void load(const uint16_t* from, Lanes* to) { *to = lanes_widened(lanes_read(from)); }
 FASTFT_HD void store(Lanes value, float* to) {
   _mm256_storeu_ps(to, value.low);
@@ -62,7 +78,8 @@ FASTFT_HD void store(Lanes value, float* to) {
 }
 
 FASTFT_HD __m256i lanes_nearest(__m256 value) {
-  const __m256i bits = lanes_bits(value), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i bits = lanes_bits(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
 }
 FASTFT_HD void store_nearest(Lanes value, uint16_t* to) {
@@ -72,18 +89,20 @@ FASTFT_HD void store_nearest(Lanes value, uint16_t* to) {
 FASTFT_HD void store_stochastic(Lanes value, const uint16_t* random, uint16_t* to) {
   const __m256i zero = _mm256_setzero_si256(), read = lanes_read(random);
   lanes_write_upper(_mm256_add_epi32(lanes_bits(value.low), _mm256_unpacklo_epi16(read, zero)),
-                    _mm256_add_epi32(lanes_bits(value.high), _mm256_unpackhi_epi16(read, zero)), to);
+                    _mm256_add_epi32(lanes_bits(value.high), _mm256_unpackhi_epi16(read, zero)),
+                    to);
 }
 
 // With 0x8000 added to both, a remainder is the lower half of the master's bits, and needs no sign.
 FASTFT_HD void load_master(const uint16_t* param, const int16_t* remainder, Lanes* to) {
   const __m256i half = _mm256_set1_epi32(0x8000), upper = lanes_read(param);
-  const __m256i lower =
-      _mm256_xor_si256(lanes_read(reinterpret_cast<const uint16_t*>(remainder)), _mm256_set1_epi16(-0x8000));
+  const __m256i lower = _mm256_xor_si256(lanes_read(reinterpret_cast<const uint16_t*>(remainder)),
+                                         _mm256_set1_epi16(-0x8000));
   const __m256i low = _mm256_sub_epi32(_mm256_unpacklo_epi16(lower, upper), half);
   const __m256i high = _mm256_sub_epi32(_mm256_unpackhi_epi16(lower, upper), half);
   const Lanes alone = lanes_widened(upper);
-  *to = {lanes_or(_mm256_castsi256_ps(low), alone.low), lanes_or(_mm256_castsi256_ps(high), alone.high)};
+  *to = {lanes_or(_mm256_castsi256_ps(low), alone.low),
+         lanes_or(_mm256_castsi256_ps(high), alone.high)};
 }
 
 FASTFT_HD void store_master(Lanes value, uint16_t* param, int16_t* remainder) {
@@ -91,13 +110,18 @@ FASTFT_HD void store_master(Lanes value, uint16_t* param, int16_t* remainder) {
   const __m256i low = _mm256_add_epi32(lanes_bits(value.low), half);
   const __m256i high = _mm256_add_epi32(lanes_bits(value.high), half);
   lanes_write_upper(low, high, param);
-  const __m256i lower = _mm256_packus_epi32(_mm256_blend_epi16(low, zero, 0xAA), _mm256_blend_epi16(high, zero, 0xAA));
-  lanes_write(_mm256_xor_si256(lower, _mm256_set1_epi16(-0x8000)), reinterpret_cast<uint16_t*>(remainder));
+  const __m256i lower = _mm256_packus_epi32(_mm256_blend_epi16(low, zero, 0xAA),
+                                            _mm256_blend_epi16(high, zero, 0xAA));
+  lanes_write(_mm256_xor_si256(lower, _mm256_set1_epi16(-0x8000)),
+              reinterpret_cast<uint16_t*>(remainder));
 }
 
 FASTFT_HD __m256 lanes_finite(__m256 value) {
-  const __m256 is_finite = _mm256_cmp_ps(_mm256_sub_ps(value, value), _mm256_setzero_ps(), _CMP_EQ_OQ);
+  const __m256 is_finite =
+      _mm256_cmp_ps(_mm256_sub_ps(value, value), _mm256_setzero_ps(), _CMP_EQ_OQ);
   return _mm256_and_ps(value, is_finite);
 }
-FASTFT_HD Lanes finite_or_zero(Lanes value) { return {lanes_finite(value.low), lanes_finite(value.high)}; }
+FASTFT_HD Lanes finite_or_zero(Lanes value) {
+  return {lanes_finite(value.low), lanes_finite(value.high)};
+}
 #endif

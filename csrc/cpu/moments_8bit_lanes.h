@@ -1,14 +1,15 @@
-// 8-bit moments of a block to and from floats with AVX2 and AVX-512, by hand: compilers do the widths of 8, 16 and 32
-// bits one by one. The bits of moments_8bit.h in fewer instructions. Blocks that are rare
-// are left to it: both functions return false, with nothing done, for the code of NaN, for Inf and NaN, for a scale
-// whose reciprocal may overflow.
+// 8-bit moments of a block to and from floats with AVX2 and AVX-512, by hand: compilers do the
+// widths of 8, 16 and 32 bits one by one. The bits of moments_8bit.h in fewer instructions. Blocks
+// that are rare are left to it: both functions return false, with nothing done, for the code of
+// NaN, for Inf and NaN, for a scale whose reciprocal may overflow.
 #pragma once
 #include "moments_8bit.h"
 #include "wide.h"
 
 #if defined(FASTFT_WIDE)
 constexpr int kCodesTogether = 32;
-constexpr float kToInteger = 0x1.8p23f;  // floats from 2^23 to 2^24 are integers: adding this rounds to one
+// Floats from 2^23 to 2^24 are integers: adding this rounds to one.
+constexpr float kToInteger = 0x1.8p23f;
 
 FASTFT_HD Wide wide(float value) { return FASTFT_OF_WIDE(set1_ps)(value); }
 FASTFT_HD WideInt wide(uint32_t value) { return FASTFT_OF_WIDE(set1_epi32)((int)value); }
@@ -64,7 +65,9 @@ FASTFT_HD WideInt wide_random(const uint16_t* bits) {
 FASTFT_HD WideInt wide_one_more(WideInt value, Wide a, Wide b) {  // where a < b
   return _mm256_sub_epi32(value, as_bits(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
 }
-FASTFT_HD WideInt wide_with_sign(WideInt size, Wide sign) { return _mm256_sign_epi32(size, as_bits(sign)); }
+FASTFT_HD WideInt wide_with_sign(WideInt size, Wide sign) {
+  return _mm256_sign_epi32(size, as_bits(sign));
+}
 FASTFT_HD WideInt wide_swapped(WideInt random) {  // bytes 0 and 1 as bytes 2 and 1
   const __m128i order = _mm_setr_epi8(-1, 1, 0, -1, -1, 5, 4, -1, -1, 9, 8, -1, -1, 13, 12, -1);
   return _mm256_shuffle_epi8(random, _mm256_broadcastsi128_si256(order));
@@ -74,17 +77,20 @@ FASTFT_HD uint32_t wide_largest(WideInt bits) {
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
   return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
-// Four registers of one code in each 32 bits as 32 codes in order, of which packing leaves the quarters mixed.
+// Four registers of one code in each 32 bits as 32 codes in order, of which packing leaves the
+// quarters mixed.
 FASTFT_HD void store_packed(__m256i packed, void* to) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
 }
 FASTFT_HD void store_codes(const WideInt (&code)[4], void* to) {
-  const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
+  const __m256i low = _mm256_packs_epi32(code[0], code[1]);
+  const __m256i high = _mm256_packs_epi32(code[2], code[3]);
   store_packed(_mm256_packs_epi16(low, high), to);
 }
 FASTFT_HD void store_sq_codes(const WideInt (&code)[4], void* to) {
-  const __m256i low = _mm256_packus_epi32(code[0], code[1]), high = _mm256_packus_epi32(code[2], code[3]);
+  const __m256i low = _mm256_packus_epi32(code[0], code[1]);
+  const __m256i high = _mm256_packus_epi32(code[2], code[3]);
   store_packed(_mm256_packus_epi16(low, high), to);
 }
 #endif
@@ -95,9 +101,11 @@ FASTFT_HD Wide exp_avg_decode(const int8_t* codes, Wide scale) {
 }
 
 FASTFT_HD Wide exp_avg_sq_decode(const uint8_t* codes, Wide scale) {
-  const Wide above = wide_add(FASTFT_OF_WIDE(cvtepi32_ps)(wide_unsigned(codes)), wide((float)kSqOctave));
+  const Wide above =
+      wide_add(FASTFT_OF_WIDE(cvtepi32_ps)(wide_unsigned(codes)), wide((float)kSqOctave));
   // code / 12, rounded down: to nearest after half of a unit less, but for rounding errors
-  const Wide octave = wide_add(wide_fma(above, wide(1.0f / kSqOctave), wide(-1.0f - 11.0f / 24.0f)), wide(kToInteger));
+  const Wide octave = wide_add(wide_fma(above, wide(1.0f / kSqOctave), wide(-1.0f - 11.0f / 24.0f)),
+                               wide(kToInteger));
   const Wide place = wide_fma(wide_sub(octave, wide(kToInteger)), wide(-(float)kSqOctave), above);
   const Wide unit = wide_mul(place, wide(1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS)));
   const WideInt exponent = FASTFT_OF_WIDE(slli_epi32)(as_bits(octave), 23);
@@ -107,19 +115,24 @@ FASTFT_HD Wide exp_avg_sq_decode(const uint8_t* codes, Wide scale) {
 FASTFT_HD WideInt exp_avg_encode(Wide m, Wide reciprocal, WideInt random) {
   const Wide size = wide_mul(wide_mul(wide_size(m), reciprocal), wide(FASTFT_EXP_AVG_UNITS));
   const Wide x = wide_min(size, wide(FASTFT_EXP_AVG_UNITS - 64.0f));  // code 127, whatever is drawn
-  const WideInt low = FASTFT_OF_WIDE(cvttps_epi32)(FASTFT_OF_WIDE(sqrt_ps)(FASTFT_OF_WIDE(sqrt_ps)(x)));
+  const WideInt low =
+      FASTFT_OF_WIDE(cvttps_epi32)(FASTFT_OF_WIDE(sqrt_ps)(FASTFT_OF_WIDE(sqrt_ps)(x)));
   const Wide root = FASTFT_OF_WIDE(cvtepi32_ps)(low), next = wide_add(root, wide(1.0f));
   const Wide square = wide_mul(root, root), next_square = wide_mul(next, next);
   const Wide below = wide_mul(square, square), above = wide_mul(next_square, next_square);
-  const Wide share = wide_sub(as_floats(random | wide(0x43000000u)), wide(128.0f));  // the random number / 2^16
-  return wide_with_sign(wide_one_more(low, wide_mul(share, wide_sub(above, below)), wide_sub(x, below)), m);
+  // share is the random number / 2^16
+  const Wide share = wide_sub(as_floats(random | wide(0x43000000u)), wide(128.0f));
+  return wide_with_sign(
+      wide_one_more(low, wide_mul(share, wide_sub(above, below)), wide_sub(x, below)), m);
 }
 
 FASTFT_HD WideInt exp_avg_sq_encode(Wide v, Wide reciprocal, WideInt random) {
   const Wide units = wide_mul(wide_mul(v, reciprocal), wide(FASTFT_EXP_AVG_SQ_UNITS));
   const Wide kept = wide_max(wide_min(units, wide(FASTFT_EXP_AVG_SQ_UNITS)), wide(1.0f));
-  // 24 * (bits of kept - bits of 1) + (random number, bytes swapped, << 8): the code is the topmost byte
-  const WideInt place = FASTFT_OF_WIDE(mullo_epi32)(wide_add(as_bits(kept), wide(0u - 0x3f800000u)), wide(24u));
+  // 24 * (bits of kept - bits of 1) + (random number, bytes swapped, << 8): the code is the topmost
+  // byte
+  const WideInt place =
+      FASTFT_OF_WIDE(mullo_epi32)(wide_add(as_bits(kept), wide(0u - 0x3f800000u)), wide(24u));
   return FASTFT_OF_WIDE(srli_epi32)(wide_add(place, wide_swapped(random)), 24);
 }
 
@@ -128,20 +141,21 @@ FASTFT_HD bool has_nan_code(const int8_t* codes) {
   return _mm256_movemask_epi8(_mm256_cmpeq_epi8(read, _mm256_set1_epi8(kExpAvgNan)));
 }
 
-FASTFT_HD void decode_together(const int8_t* codes, const uint8_t* sq_codes, Wide scale, Wide sq_scale, float* m,
-                               float* v) {
+FASTFT_HD void decode_together(const int8_t* codes, const uint8_t* sq_codes, Wide scale,
+                               Wide sq_scale, float* m, float* v) {
   for (int i = 0; i < kCodesTogether; i += kWide) {
     FASTFT_OF_WIDE(storeu_ps)(m + i, exp_avg_decode(codes + i, scale));
     FASTFT_OF_WIDE(storeu_ps)(v + i, exp_avg_sq_decode(sq_codes + i, sq_scale));
   }
 }
 
-static bool decode_block(const int8_t* codes, const uint8_t* sq_codes, float scale, float sq_scale, int n, float* m,
-                         float* v) {
+static bool decode_block(const int8_t* codes, const uint8_t* sq_codes, float scale, float sq_scale,
+                         int n, float* m, float* v) {
   const int whole = n - n % kCodesTogether;
   int8_t last[kCodesTogether] = {};
   uint8_t sq_last[kCodesTogether] = {};
-  memcpy(last, codes + whole, size_t(n - whole)), memcpy(sq_last, sq_codes + whole, size_t(n - whole));
+  memcpy(last, codes + whole, size_t(n - whole)),
+      memcpy(sq_last, sq_codes + whole, size_t(n - whole));
   bool spoilt = has_nan_code(last);
   for (int i = 0; i < whole; i += kCodesTogether) spoilt |= has_nan_code(codes + i);
   if (spoilt) return false;
@@ -151,7 +165,8 @@ static bool decode_block(const int8_t* codes, const uint8_t* sq_codes, float sca
   if (whole == n) return true;
   float last_m[kCodesTogether], last_v[kCodesTogether];
   decode_together(last, sq_last, scales, sq_scales, last_m, last_v);
-  memcpy(m + whole, last_m, size_t(n - whole) * 4), memcpy(v + whole, last_v, size_t(n - whole) * 4);
+  memcpy(m + whole, last_m, size_t(n - whole) * 4),
+      memcpy(v + whole, last_v, size_t(n - whole) * 4);
   return true;
 }
 
@@ -160,21 +175,22 @@ FASTFT_HD void encode_together(const float* m, const float* v, Wide reciprocal, 
   WideInt code[kCodesTogether / kWide], sq_code[kCodesTogether / kWide];
   for (int k = 0; k < kCodesTogether / kWide; k++) {
     const WideInt random = wide_random(bits + kWide * k);
-    const Wide value = FASTFT_OF_WIDE(loadu_ps)(m + kWide * k), sq = FASTFT_OF_WIDE(loadu_ps)(v + kWide * k);
+    const Wide value = FASTFT_OF_WIDE(loadu_ps)(m + kWide * k);
+    const Wide sq = FASTFT_OF_WIDE(loadu_ps)(v + kWide * k);
     code[k] = exp_avg_encode(value, reciprocal, random);
     sq_code[k] = exp_avg_sq_encode(sq, sq_reciprocal, random);
   }
   store_codes(code, codes), store_sq_codes(sq_code, sq_codes);
 }
 
-// Whether a block with such largest moments, by their bits, has no Inf or NaN, and a scale that is 0 or whose
-// reciprocal is a number.
+// Says whether a block with such largest moments, by their bits, has no Inf or NaN, and a scale
+// that is 0 or whose reciprocal is a number.
 FASTFT_HD bool plain_scale(uint32_t largest) {
   return largest == 0 || (largest >= float_bits(FASTFT_SMALL_SCALE) && largest < 0x7f800000u);
 }
 
-static bool encode_block(const float* m, const float* v, const uint16_t* bits, int n, int8_t* codes, uint8_t* sq_codes,
-                         float* scale, float* sq_scale) {
+static bool encode_block(const float* m, const float* v, const uint16_t* bits, int n, int8_t* codes,
+                         uint8_t* sq_codes, float* scale, float* sq_scale) {
   const int whole = n - n % kCodesTogether, left = n - whole;
   float last_m[kCodesTogether], last_v[kCodesTogether];
   WideInt largest = wide(0u), largest_sq = wide(0u);
@@ -193,7 +209,8 @@ static bool encode_block(const float* m, const float* v, const uint16_t* bits, i
   const uint32_t m_scale = wide_largest(largest), v_scale = wide_largest(largest_sq);
   if (!plain_scale(m_scale) || !plain_scale(v_scale)) return false;
   *scale = bits_float(m_scale), *sq_scale = bits_float(v_scale);
-  const Wide reciprocal = wide(m_scale ? 1.0f / *scale : 1.0f), sq_reciprocal = wide(v_scale ? 1.0f / *sq_scale : 1.0f);
+  const Wide reciprocal = wide(m_scale ? 1.0f / *scale : 1.0f);
+  const Wide sq_reciprocal = wide(v_scale ? 1.0f / *sq_scale : 1.0f);
   for (int i = 0; i < whole; i += kCodesTogether)
     encode_together(m + i, v + i, reciprocal, sq_reciprocal, bits + i, codes + i, sq_codes + i);
   if (left) {
@@ -206,8 +223,11 @@ static bool encode_block(const float* m, const float* v, const uint16_t* bits, i
   return true;
 }
 #else
-static inline bool decode_block(const int8_t*, const uint8_t*, float, float, int, float*, float*) { return false; }
-static inline bool encode_block(const float*, const float*, const uint16_t*, int, int8_t*, uint8_t*, float*, float*) {
+static inline bool decode_block(const int8_t*, const uint8_t*, float, float, int, float*, float*) {
+  return false;
+}
+static inline bool encode_block(const float*, const float*, const uint16_t*, int, int8_t*, uint8_t*,
+                                float*, float*) {
   return false;
 }
 #endif

@@ -1,9 +1,11 @@
 // plan_packs(Tensor lengths, Tensor windows, int max_tokens, int max_sequences, Tensor(a!) indices,
 //            Tensor(b!) entry_lengths, Tensor(c!) offsets, Tensor(d!) counts) -> ()
-// Best-fit decreasing over the lengths of one window after another. They are put in decreasing order by a counting sort
-// (ties in the order they came); each goes to the open pack with the smallest remaining capacity that takes it, the one
-// waiting longest among equals. Capacities are small integers: a bitset of those in use, with a second one over its
-// words, finds it in a few instructions.
+//
+// Best-fit decreasing over the lengths of one window after another. They are put in decreasing
+// order by a counting sort (ties in the order they came); each goes to the open pack with the
+// smallest remaining capacity that takes it, the one waiting longest among equals. Capacities are
+// small integers: a bitset of those in use, with a second one over its words, finds it in a few
+// instructions.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -86,30 +88,38 @@ class Capacities {  // FIFO queues of packs, one per remaining capacity
   }
 
  private:
-  static int64_t lowest(size_t word, uint64_t bits) { return static_cast<int64_t>(word) * 64 + __builtin_ctzll(bits); }
+  static int64_t lowest(size_t word, uint64_t bits) {
+    return static_cast<int64_t>(word) * 64 + __builtin_ctzll(bits);
+  }
 
   std::vector<uint64_t> used_, used_words_;
   std::vector<int32_t> head_, tail_, next_;
 };
 
-// Asks for large pages, before memory is first touched: half of the time of a large plan would go into page faults.
+// Asks for large pages, before memory is first touched: half of the time of a large plan would go
+// into page faults.
 void expect_use([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: it may fail
+  if (begin < end)  // a wish: it may fail
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
 struct Tables {  // what every window needs again
   Tables(int64_t most, int64_t max_tokens)
-      : order(new int32_t[most]), pack_of(new int32_t[most]), counts(max_tokens + 1, 0), next(max_tokens + 1) {
+      : order(new int32_t[most]),
+        pack_of(new int32_t[most]),
+        counts(max_tokens + 1, 0),
+        next(max_tokens + 1) {
     expect_use(order.get(), most * sizeof(int32_t));
     expect_use(pack_of.get(), most * sizeof(int32_t));
   }
 
-  std::unique_ptr<int32_t[]> order;    // the numbers of the window's lengths from the longest to the shortest
+  // the numbers of the window's lengths from the longest to the shortest
+  std::unique_ptr<int32_t[]> order;
   std::unique_ptr<int32_t[]> pack_of;  // the pack of each of these
   std::vector<int32_t> counts;         // how many have a length; all zero between windows
   std::vector<int32_t> next;           // where the next of a length goes in order
@@ -123,8 +133,10 @@ int64_t decreasing(const Length* lengths, int64_t n, Tables& tables) {
   int64_t longest = 0;
   for (int64_t i = 0; i < n; i++) {
     const int64_t length = lengths[i];
-    FT_CHECK(length > 0 && length <= largest, "plan_packs: length %lld at %lld of a window is not in [1, %lld]",
-             static_cast<long long>(length), static_cast<long long>(i), static_cast<long long>(largest));
+    FT_CHECK(length > 0 && length <= largest,
+             "plan_packs: length %lld at %lld of a window is not in [1, %lld]",
+             static_cast<long long>(length), static_cast<long long>(i),
+             static_cast<long long>(largest));
     tables.counts[length]++;
     longest = std::max(longest, length);
   }
@@ -138,8 +150,8 @@ int64_t decreasing(const Length* lengths, int64_t n, Tables& tables) {
 }
 
 // Fills pack_of and writes the size of pack p at offsets[p + 1]; returns the number of packs.
-int64_t assign(Capacities& capacities, Tables& tables, int64_t longest, int64_t max_tokens, int64_t max_sequences,
-               int64_t* offsets) {
+int64_t assign(Capacities& capacities, Tables& tables, int64_t longest, int64_t max_tokens,
+               int64_t max_sequences, int64_t* offsets) {
   int32_t* pack_of = tables.pack_of.get();
   int64_t packs = 0;
   for (int64_t length = longest; length > 0; length--) {
@@ -154,7 +166,8 @@ int64_t assign(Capacities& capacities, Tables& tables, int64_t longest, int64_t 
       } else {
         pack = capacities.pop(capacity);
       }
-      // what it has left is less than any other capacity that takes this length: it stays the best fit until it is none
+      // what it has left is less than any other capacity that takes this length: it stays the best
+      // fit until it is none
       int64_t many = capacity < 2 * length ? 1 : std::min(left, capacity / length);
       if (max_sequences > 0) many = std::min(many, max_sequences - offsets[pack + 1]);
       for (int64_t i = 0; i < many; i++) *pack_of++ = pack;
@@ -168,12 +181,13 @@ int64_t assign(Capacities& capacities, Tables& tables, int64_t longest, int64_t 
 }
 
 // Writes the entries of the packs of a window that begins with example `first`, and clears counts.
-void gather(Tables& tables, int64_t longest, int64_t first, const int64_t* offsets, int64_t packs, int64_t* indices,
-            int64_t* entry_lengths) {
+void gather(Tables& tables, int64_t longest, int64_t first, const int64_t* offsets, int64_t packs,
+            int64_t* indices, int64_t* entry_lengths) {
   indices += offsets[0];
   entry_lengths += offsets[0];
   tables.places.resize(packs);
-  for (int64_t p = 0; p < packs; p++) tables.places[p] = static_cast<int32_t>(offsets[p] - offsets[0]);
+  for (int64_t p = 0; p < packs; p++)
+    tables.places[p] = static_cast<int32_t>(offsets[p] - offsets[0]);
   int64_t k = 0;
   for (int64_t length = longest; length > 0; length--) {
     for (int32_t& left = tables.counts[length]; left > 0; left--, k++) {
@@ -186,10 +200,12 @@ void gather(Tables& tables, int64_t longest, int64_t first, const int64_t* offse
 
 // Plans all windows; offsets[0] is 0, counts receives the packs of each window.
 template <class Length>
-void plan(const Length* lengths, const int64_t* windows, int64_t many, int64_t max_tokens, int64_t max_sequences,
-          int64_t* indices, int64_t* entry_lengths, int64_t* offsets, int64_t* pack_counts) {
+void plan(const Length* lengths, const int64_t* windows, int64_t many, int64_t max_tokens,
+          int64_t max_sequences, int64_t* indices, int64_t* entry_lengths, int64_t* offsets,
+          int64_t* pack_counts) {
   int64_t total = 0, most = 0;
-  for (int64_t i = 0; i < windows[many] && total < max_tokens; i++)  // lengths are checked later: no sum overflows
+  // lengths are checked later: no sum overflows
+  for (int64_t i = 0; i < windows[many] && total < max_tokens; i++)
     total += std::max<int64_t>(0, std::min<int64_t>(lengths[i], max_tokens));
   for (int64_t w = 0; w < many; w++) most = std::max(most, windows[w + 1] - windows[w]);
   // a capacity beyond the sum of all lengths makes no difference, but the tables grow with it
@@ -212,18 +228,21 @@ void plan(const Length* lengths, const int64_t* windows, int64_t many, int64_t m
 
 void plan_packs(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 8, "plan_packs takes 8 arguments, got %d", static_cast<int>(nargs));
-  const Tensor lengths(stack[0]), windows(stack[1]), indices(stack[4]), entry_lengths(stack[5]), offsets(stack[6]),
-      counts(stack[7]);
-  const int64_t n = lengths.numel(), max_tokens = as_int(stack[2]), max_sequences = as_int(stack[3]);
+  const Tensor lengths(stack[0]), windows(stack[1]), indices(stack[4]), entry_lengths(stack[5]),
+      offsets(stack[6]), counts(stack[7]);
+  const int64_t n = lengths.numel(), max_tokens = as_int(stack[2]);
+  const int64_t max_sequences = as_int(stack[3]);
   for (const Tensor* tensor : {&windows, &indices, &entry_lengths, &offsets, &counts})
-    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int64() && tensor->contiguous(), "plan_packs: needs contiguous int64");
+    FT_CHECK(tensor->dtype() == aoti_torch_dtype_int64() && tensor->contiguous(),
+             "plan_packs: needs contiguous int64");
   const bool wide = lengths.dtype() == aoti_torch_dtype_int64();
   FT_CHECK((wide || lengths.dtype() == aoti_torch_dtype_int32()) && lengths.contiguous(),
            "plan_packs: needs contiguous lengths, int32 or int64");
   FT_CHECK(indices.numel() == n && entry_lengths.numel() == n && offsets.numel() == n + 1 &&
                counts.numel() == windows.numel() - 1,
            "plan_packs: outputs do not fit %lld lengths", static_cast<long long>(n));
-  FT_CHECK(n < INT32_MAX && max_tokens > 0 && max_tokens <= INT32_MAX, "plan_packs: more than 2^31 - 1");
+  FT_CHECK(n < INT32_MAX && max_tokens > 0 && max_tokens <= INT32_MAX,
+           "plan_packs: more than 2^31 - 1");
   const int64_t* window = static_cast<const int64_t*>(windows.data());
   const int64_t many = counts.numel();
   bool fits = window[0] == 0 && window[many] == n;
@@ -231,11 +250,14 @@ void plan_packs(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(fits, "plan_packs: the windows do not cover %lld lengths", static_cast<long long>(n));
 
   const auto run = [&](const auto* length) {
-    plan(length, window, many, max_tokens, max_sequences, static_cast<int64_t*>(indices.mutable_data()),
-         static_cast<int64_t*>(entry_lengths.mutable_data()), static_cast<int64_t*>(offsets.mutable_data()),
+    plan(length, window, many, max_tokens, max_sequences,
+         static_cast<int64_t*>(indices.mutable_data()),
+         static_cast<int64_t*>(entry_lengths.mutable_data()),
+         static_cast<int64_t*>(offsets.mutable_data()),
          static_cast<int64_t*>(counts.mutable_data()));
   };
-  wide ? run(static_cast<const int64_t*>(lengths.data())) : run(static_cast<const int32_t*>(lengths.data()));
+  wide ? run(static_cast<const int64_t*>(lengths.data()))
+       : run(static_cast<const int32_t*>(lengths.data()));
 }
 
 fastft::Kernel kernel("plan_packs", plan_packs);

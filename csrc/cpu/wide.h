@@ -1,8 +1,8 @@
-// One register of floats or of 32-bit integers with AVX2 or AVX-512: 8 or 16 of them, by intrinsics that have the same
-// name with both but for their beginning.
+// One register of floats or of 32-bit integers with AVX2 or AVX-512: 8 or 16 of them, by intrinsics
+// that have the same name with both but for their beginning.
 #pragma once
 #if defined(__AVX2__)
-#if defined(__GNUC__) && !defined(__clang__)  // gcc 12 warns of what its own header leaves undefined (its bug 105593)
+#if defined(__GNUC__) && !defined(__clang__)  // its bug 105593: it warns of its own header
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"

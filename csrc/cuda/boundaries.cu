@@ -1,9 +1,12 @@
-// fastft::packed_boundaries on CUDA: two launches and no wait for the device, which may still receive the lengths.
+// fastft::packed_boundaries on CUDA: two launches and no wait for the device, which may still
+// receive the lengths.
 //
-// The first adds up the lengths in one block: 8 bytes read and 4 written a segment. The second finds the segment of
-// each token by bisection of these sums, which stay in the cache, and writes 20 bytes a token beside the 8 that it
-// reads. Lengths that do not add up to the tokens are the caller's fault; nothing is written beyond the outputs then.
+// The first adds up the lengths in one block: 8 bytes read and 4 written a segment. The second
+// finds the segment of each token by bisection of these sums, which stay in the cache, and writes
+// 20 bytes a token beside the 8 that it reads. Lengths that do not add up to the tokens are the
+// caller's fault; nothing is written beyond the outputs then.
 #include "boundaries_args.h"
+#include "first_block.h"
 #include "launch.h"
 
 namespace {
@@ -18,7 +21,8 @@ struct Job {
   int32_t *seq_idx, *cu_seqlens;
 };
 
-// Every thread adds up a stretch of the lengths, the block adds up the stretches before it, and the thread writes.
+// Every thread adds up a stretch of the lengths, the block adds up the stretches before it, and the
+// thread writes.
 __global__ void scan_kernel(Job job) {
   extern __shared__ __align__(16) unsigned char shared[];
   int64_t* sums = reinterpret_cast<int64_t*>(shared);
@@ -46,14 +50,7 @@ __global__ void scan_kernel(Job job) {
 __global__ void fill_kernel(Job job) {
   const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (t >= job.tokens) return;
-  int64_t segment = 0, end = job.segments;  // the last one that begins at or before t
-  while (end - segment > 1) {
-    const int64_t middle = (segment + end) / 2;
-    if (job.cu_seqlens[middle] <= t)
-      segment = middle;
-    else
-      end = middle;
-  }
+  const int64_t segment = last_not_after(job.cu_seqlens, job.segments, t);
   const int64_t offset = t - job.cu_seqlens[segment];
   job.labels[t] = offset < job.ignored[segment] ? fastft::kIgnoredLabel : job.source[t];
   job.position_ids[t] = job.start + offset;

@@ -1,34 +1,41 @@
-// fastft::cross_entropy_rows on CUDA: which kernel a call needs, with how many threads, and whether rows are held.
+// fastft::cross_entropy_rows on CUDA: which kernel a call needs, with how many threads, and whether
+// rows are held.
 #include "cross_entropy_args.h"
-#include "cross_entropy_kernel.h"
+#include "cross_entropy_kernel.cuh"
 #include "launch.h"
 
 namespace {
-// Bytes of shared memory of which this device has as many for one block, and for all blocks of an SM.
+// Bytes of shared memory of which this device has as many for one block, and for all blocks of an
+// SM.
 struct SharedMemory {
   int block = 0, processor = 0;
   explicit SharedMemory(int32_t device) {
     cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   }
-  // Whether there are `bytes` for two blocks of an SM, each with the KiB that the driver takes.
+  // Says whether there are `bytes` for two blocks of an SM, each with the KiB that the driver
+  // takes.
   bool two_fit(int64_t bytes) const { return bytes <= block && 2 * (bytes + 1024) <= processor; }
 };
 
 template <class T, bool kOptions>
 void launch(Job job, int64_t rows, int32_t device) {
-  const int64_t vectors = job.classes / Row<T>::kSize, held_bytes = sizeof(Scratch) + vectors * sizeof(uint4);
+  const int64_t vectors = job.classes / Row<T>::kSize;
+  const int64_t held_bytes = sizeof(Scratch) + vectors * sizeof(uint4);
   const auto kernel = rows_kernel<T, kOptions>;
   const SharedMemory memory(device);
-  int64_t bytes = sizeof(Scratch), most = kMaxThreads;  // few rows in flight: they share the L2 cache
+  // few rows in flight: they share the L2 cache
+  int64_t bytes = sizeof(Scratch), most = kMaxThreads;
   if (job.grad && memory.two_fit(held_bytes)) {
     bytes = held_bytes, most = kMaxThreads / 2;
     job.held = true;
-    // The limit is the kernel's and not a launch's: a thread that set it to what its own rows need would take from
-    // another's launch what that needs. So it is always all that a block of this device may have.
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory.block);
-    FT_CHECK(error == cudaSuccess, "cross_entropy_rows: %d bytes of shared memory refused: %s", memory.block,
-             cudaGetErrorString(error));
+    // The limit is the kernel's and not a launch's: a thread that set it to what its own rows need
+    // would take from another's launch what that needs. So it is always all that a block of this
+    // device may have.
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory.block);
+    FT_CHECK(error == cudaSuccess, "cross_entropy_rows: %d bytes of shared memory refused: %s",
+             memory.block, cudaGetErrorString(error));
   }
   int threads = kWarp;
   while (threads < most && threads * 4 < vectors) threads *= 2;
@@ -71,11 +78,12 @@ Job read(const fastft::CrossEntropyArgs& args) {
 }
 
 void cross_entropy_rows(StableIValue* stack, uint64_t nargs, uint64_t) {
-  FT_CHECK(nargs == 13, "cross_entropy_rows: 13 arguments expected, got %d", static_cast<int>(nargs));
+  FT_CHECK(nargs == 13, "cross_entropy_rows: 13 arguments expected, got %d",
+           static_cast<int>(nargs));
   const fastft::CrossEntropyArgs args(stack, true);
   FT_CHECK(args.rows < (int64_t(1) << 31) && args.classes < (int64_t(1) << 29),
-           "cross_entropy_rows: logits of %lld x %lld are too large", static_cast<long long>(args.rows),
-           static_cast<long long>(args.classes));
+           "cross_entropy_rows: logits of %lld x %lld are too large",
+           static_cast<long long>(args.rows), static_cast<long long>(args.classes));
   if (args.rows == 0) return;
   const Job job = read(args);
   const fastft::DeviceGuard guard(args.device_index);

@@ -1,4 +1,5 @@
-// What launchers need of the runtime and of torch: the device, its stream and memory, and whether a launch failed.
+// Launchers' needs of the runtime and of torch: the device, its stream and memory, and whether a
+// launch failed.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -17,12 +18,13 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Memory of torch's allocator, aligned for every type; may be freed while kernels of the current stream still use it.
+// Memory of torch's allocator, aligned for every type; may be freed while kernels of the current
+// stream still use it.
 inline Tensor device_memory(int64_t bytes, int32_t device) {
   const int64_t stride = 1;
   AtenTensorHandle handle;
-  FT_CALL(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device,
-                                   &handle));
+  FT_CALL(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                   aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(reinterpret_cast<StableIValue>(handle));
 }
 

@@ -1,12 +1,14 @@
-// fastft::scale_gradients_ on CUDA: one launch for up to 64 gradients, which travel as its parameters. Every block
-// reads the scale and returns where it is 1: nothing else is read or written then, and no host has waited for it.
+// fastft::scale_gradients_ on CUDA: one launch for up to 64 gradients, which travel as its
+// parameters. Every block reads the scale and returns where it is 1: nothing else is read or
+// written then, and no host has waited for it.
 //
-// A block has the 128 KiB between two multiples of that, counted from the last 16 bytes that begin at or before the
-// gradient; so only the ends of a gradient can lie off 16 bytes, and these go element by element, a thread each.
-#include "batches.h"
+// A block has the 128 KiB between two multiples of that, counted from the last 16 bytes that begin
+// at or before the gradient; so only the ends of a gradient can lie off 16 bytes, and these go
+// element by element, a thread each.
+#include "batches.cuh"
 #include "launch.h"
 #include "scale_gradients_args.h"
-#include "vectors.h"
+#include "vectors.cuh"
 
 namespace {
 constexpr int kThreads = 256, kTensors = 64, kVector = 16;
@@ -23,7 +25,9 @@ struct Batch : TensorBatch<kTensors> {
 static_assert(sizeof(Batch) <= 4096, "kernel parameters hold 4 KiB on every architecture");
 
 // How far behind 16 bytes an address lies.
-__host__ __device__ int lead(const char* address) { return int(reinterpret_cast<uintptr_t>(address) % kVector); }
+__host__ __device__ int lead(const char* address) {
+  return int(reinterpret_cast<uintptr_t>(address) % kVector);
+}
 
 template <class T>
 __device__ uint4 scaled(const uint4& bits, float scale) {
@@ -38,10 +42,11 @@ __device__ uint4 scaled(const uint4& bits, float scale) {
 template <class T>
 __device__ void scale_ends(char* begin, char* end, float scale) {
   T* place = reinterpret_cast<T*>(begin) + threadIdx.x;
-  if (reinterpret_cast<char*>(place) < end) put(place, to_float(*place) * scale);
+  if (reinterpret_cast<char*>(place) < end) put(place, widened(*place) * scale);
 }
 
-// The bytes from `begin` to `end` of a gradient; `from`, on 16 bytes, is where those of the block would begin.
+// The bytes from `begin` to `end` of a gradient; `from`, on 16 bytes, is where those of the block
+// would begin.
 template <class T>
 __device__ void scale_chunk(char* from, char* begin, char* end, float scale) {
   char* up = begin == from ? from : from + kVector;
@@ -58,10 +63,12 @@ __device__ void scale_chunk(char* from, char* begin, char* end, float scale) {
 #pragma unroll
       for (int j = 0; j < kInFlight; j++) bits[j] = __ldcs(vectors + i + j * kThreads);
 #pragma unroll
-      for (int j = 0; j < kInFlight; j++) __stcs(vectors + i + j * kThreads, scaled<T>(bits[j], scale));
+      for (int j = 0; j < kInFlight; j++)
+        __stcs(vectors + i + j * kThreads, scaled<T>(bits[j], scale));
     }
   } else {
-    for (int i = threadIdx.x; i < count; i += kThreads) __stcs(vectors + i, scaled<T>(__ldcs(vectors + i), scale));
+    for (int i = threadIdx.x; i < count; i += kThreads)
+      __stcs(vectors + i, scaled<T>(__ldcs(vectors + i), scale));
   }
 }
 
@@ -82,6 +89,11 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
     scale_chunk<__half>(from, begin, end, scale);
 }
 
+Kind kind_of(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return kFloat;
+  return dtype == aoti_torch_dtype_bfloat16() ? kBfloat16 : kHalf;
+}
+
 void scale_gradients(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 2, "scale_gradients_: 2 arguments expected, got %d", int(nargs));
   const fastft::ScaleGradientsArgs args(stack);
@@ -94,13 +106,13 @@ void scale_gradients(StableIValue* stack, uint64_t nargs, uint64_t) {
   });
   for (const fastft::ScaleGradientsArgs::Gradient& gradient : args.gradients) {
     if (gradient.numel == 0) continue;
-    const bool wide = gradient.dtype == aoti_torch_dtype_float32();
+    const Kind kind = kind_of(gradient.dtype);
     char* data = static_cast<char*>(gradient.data);
-    const int64_t bytes = gradient.numel * (wide ? 4 : 2);
+    const int64_t bytes = gradient.numel * (kind == kFloat ? 4 : 2);
     const int i = batches.add((lead(data) + bytes + kChunk - 1) / kChunk);
     batches.batch.data[i] = data;
     batches.batch.bytes[i] = bytes;
-    batches.batch.kind[i] = wide ? kFloat : gradient.dtype == aoti_torch_dtype_bfloat16() ? kBfloat16 : kHalf;
+    batches.batch.kind[i] = kind;
   }
   batches.flush();
   fastft::check_launch("scale_gradients_");

@@ -8,7 +8,8 @@
 #include "shim.h"
 
 namespace fastft {
-// Whether elements at the same memory offset belong together: all contiguous, or all with the same dense strides.
+// Says whether elements at the same memory offset belong together: all contiguous, or all with the
+// same dense strides.
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   if (a.contiguous() && b.contiguous()) return true;
   const int64_t dim = a.dim();
@@ -22,37 +23,43 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return span == a.numel();
 }
 
-// The tensors that an update changes, checked against each other. It owns handles of them, which keep them alive and
-// with which `unchanged` sees that one was given other memory (`p.data = ...`) or another shape since.
+// The tensors that an update changes, checked against each other. It owns handles of them, which
+// keep them alive and with which `unchanged` sees that one was given other memory (`p.data = ...`)
+// or another shape since.
 class AdamwTensors {
  public:
   std::vector<AdamwTensor> rows;
-  std::vector<int64_t> ends;  // elements up to and including each tensor
+  std::vector<int64_t> starts{0};  // elements before each tensor, and all of them
   int32_t device_index = -1;
   int64_t hyper_rows = 0;
 
-  // Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, Tensor[] residues, Tensor table
+  // Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, Tensor[]
+  // residues, Tensor table
   AdamwTensors(const TensorList& params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
                const TensorList& max_exp_avg_sqs, const TensorList& residues, const Tensor& table) {
     const size_t n = params.size;
-    FT_CHECK(exp_avgs.size == n && exp_avg_sqs.size == n, "adamw_: lists of %zu, %zu and %zu tensors", n, exp_avgs.size,
-             exp_avg_sqs.size);
-    FT_CHECK(table.dtype() == aoti_torch_dtype_int64() && table.contiguous() && table.numel() == int64_t(4 * n),
+    FT_CHECK(exp_avgs.size == n && exp_avg_sqs.size == n,
+             "adamw_: lists of %zu, %zu and %zu tensors", n, exp_avgs.size, exp_avg_sqs.size);
+    FT_CHECK(table.dtype() == aoti_torch_dtype_int64() && table.contiguous() &&
+                 table.numel() == int64_t(4 * n),
              "adamw_: table must be contiguous int64 with one row of 4 for each tensor");
     const int64_t* entry = static_cast<const int64_t*>(table.data());
     size_t next_max = 0, next_residue = 0;
-    rows.reserve(n), ends.reserve(n), kept_.reserve(n);
+    rows.reserve(n), starts.reserve(n + 1), kept_.reserve(n);
     for (size_t i = 0; i < n; i++, entry += 4) {
       const auto rounding = static_cast<AdamwRounding>(entry[1]);
-      FT_CHECK(entry[0] >= 0 && entry[0] < kMostRows && rounding >= kFp32 && rounding <= kNearest && entry[3] >= 0 &&
-                   entry[3] <= kLastElement,
+      FT_CHECK(entry[0] >= 0 && entry[0] < kMostRows && rounding >= kFp32 && rounding <= kNearest &&
+                   entry[3] >= 0 && entry[3] <= kLastElement,
                "adamw_: bad table row %zu", i);
       const bool amsgrad = entry[2], keeps = rounding == kExact || rounding == kKahan;
-      FT_CHECK(!amsgrad || next_max < max_exp_avg_sqs.size, "adamw_: tensor %zu has no max_exp_avg_sq", i);
-      FT_CHECK(!keeps || next_residue < residues.size, "adamw_: bfloat16 tensor %zu has no residue", i);
+      FT_CHECK(!amsgrad || next_max < max_exp_avg_sqs.size,
+               "adamw_: tensor %zu has no max_exp_avg_sq", i);
+      FT_CHECK(!keeps || next_residue < residues.size, "adamw_: bfloat16 tensor %zu has no residue",
+               i);
       Tensor exp_avg = exp_avgs[i];
-      const bool coded = exp_avg.dtype() == aoti_torch_dtype_int8();
-      FT_CHECK(!coded || next_residue + keeps + 2 <= residues.size, "adamw_: tensor %zu has no scales", i);
+      const bool eight_bit = exp_avg.dtype() == aoti_torch_dtype_int8();
+      FT_CHECK(!eight_bit || next_residue + keeps + 2 <= residues.size,
+               "adamw_: tensor %zu has no scales", i);
       const auto next = [&](bool there, const TensorList& list, size_t& index) {
         return there ? list[index++] : Tensor(StableIValue(0));
       };
@@ -61,15 +68,16 @@ class AdamwTensors {
                 exp_avg_sqs[i],
                 next(amsgrad, max_exp_avg_sqs, next_max),
                 next(keeps, residues, next_residue),
-                next(coded, residues, next_residue),
-                next(coded, residues, next_residue)};
-      rows.push_back(coded ? check_8bit(i, kept, rounding) : check(i, kept, rounding));
+                next(eight_bit, residues, next_residue),
+                next(eight_bit, residues, next_residue)};
+      rows.push_back(eight_bit ? check_8bit(i, kept, rounding) : check(i, kept, rounding));
       rows.back().row = entry[0], rows.back().first = entry[3];
       hyper_rows = entry[0] >= hyper_rows ? entry[0] + 1 : hyper_rows;
-      ends.push_back((i ? ends[i - 1] : 0) + rows.back().numel);
+      starts.push_back(starts.back() + rows.back().numel);
       kept_.push_back(std::move(kept));
     }
-    FT_CHECK(next_max == max_exp_avg_sqs.size && next_residue == residues.size, "adamw_: tensors are left over");
+    FT_CHECK(next_max == max_exp_avg_sqs.size && next_residue == residues.size,
+             "adamw_: tensors are left over");
   }
 
   bool unchanged() const {
@@ -85,13 +93,16 @@ class AdamwTensors {
     return all;
   }
 
-  // Takes the gradients' pointers; returns the index of the first one which does not fit its parameter, or -1.
+  // Takes the gradients' pointers; returns the index of the first one which does not fit its
+  // parameter, or -1.
   int64_t take(const TensorList& grads) {
-    FT_CHECK(grads.size == rows.size(), "adamw_: %zu gradients for %zu parameters", grads.size, rows.size());
+    FT_CHECK(grads.size == rows.size(), "adamw_: %zu gradients for %zu parameters", grads.size,
+             rows.size());
     for (size_t i = 0; i < rows.size(); i++) {
       const Tensor grad = grads[i];
       const Kept& kept = kept_[i];
-      if (grad.dtype() != kept.dtype || grad.numel() != rows[i].numel || grad.device_index() != device_index ||
+      if (grad.dtype() != kept.dtype || grad.numel() != rows[i].numel ||
+          grad.device_index() != device_index ||
           !(kept.contiguous ? grad.contiguous() : same_layout(kept.param, grad)))
         return int64_t(i);
       rows[i].grad = grad.data();
@@ -105,8 +116,9 @@ class AdamwTensors {
     int32_t dtype = 0;
     bool contiguous = false;
 
-    // Since the last step the forward and the backward pass have swept the caches. A handle points to an at::Tensor,
-    // whose first word points to what `matches` reads; were it another word, this would only be useless.
+    // Since the last step the forward and the backward pass have swept the caches. A handle points
+    // to an at::Tensor, whose first word points to what `matches` reads; were it another word, this
+    // would only be useless.
     void prefetch() const {
       for (const Tensor* tensor : {&param, &exp_avg, &exp_avg_sq})
         for (int line = 0; line < 4; line++)
@@ -114,7 +126,7 @@ class AdamwTensors {
     }
   };
   std::vector<Kept> kept_;
-  // with which no sum of what a table says overflows
+  // Limits with which no sum of what a table says overflows.
   static constexpr int64_t kMostRows = int64_t(1) << 31, kLastElement = int64_t(1) << 62;
 
   static bool same(const Tensor& tensor, const void* data, int64_t numel) {
@@ -123,42 +135,50 @@ class AdamwTensors {
 
   static bool matches(const Kept& kept, const AdamwTensor& row) {
     return same(kept.param, row.param, row.numel) && kept.param.contiguous() == kept.contiguous &&
-           same(kept.exp_avg, row.exp_avg, row.numel) && same(kept.exp_avg_sq, row.exp_avg_sq, row.numel) &&
+           same(kept.exp_avg, row.exp_avg, row.numel) &&
+           same(kept.exp_avg_sq, row.exp_avg_sq, row.numel) &&
            (!row.max_exp_avg_sq || same(kept.max_exp_avg_sq, row.max_exp_avg_sq, row.numel)) &&
            (!row.residue || same(kept.residue, row.residue, row.numel)) &&
-           (!row.columns ||
-            (kept.exp_avg_scale.data() == row.exp_avg_scale && kept.exp_avg_sq_scale.data() == row.exp_avg_sq_scale));
+           (!row.columns || (kept.exp_avg_scale.data() == row.exp_avg_scale &&
+                             kept.exp_avg_sq_scale.data() == row.exp_avg_sq_scale));
   }
 
   AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding) {
-    const bool narrow = kept.exp_avg.dtype() == aoti_torch_dtype_bfloat16();
-    const int32_t moment = narrow ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+    const bool bf16 = kept.exp_avg.dtype() == aoti_torch_dtype_bfloat16();
+    const int32_t moment = bf16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
     AdamwTensor row = check(i, kept, rounding, moment, moment);
-    row.narrow_moments = narrow;
+    row.bf16_moments = bf16;
     return row;
   }
 
   AdamwTensor check_8bit(size_t i, Kept& kept, AdamwRounding rounding) {
     AdamwTensor row = check(i, kept, rounding, aoti_torch_dtype_int8(), aoti_torch_dtype_uint8());
-    FT_CHECK(kept.param.dim() > 0 && kept.param.contiguous() && kept.exp_avg.contiguous() && !row.max_exp_avg_sq,
-             "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of a dimension or more without amsgrad", i);
+    FT_CHECK(kept.param.dim() > 0 && kept.param.contiguous() && kept.exp_avg.contiguous() &&
+                 !row.max_exp_avg_sq,
+             "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of a dimension or more "
+             "without amsgrad",
+             i);
     const int64_t lines = kept.param.dim() == 1 ? 1 : kept.param.size(0);
     row.columns = row.numel ? row.numel / lines : 0;
-    const int64_t blocks = row.numel ? lines * ((row.columns + kMomentBlock - 1) / kMomentBlock) : 0;
+    const int64_t blocks = lines * moment_blocks_of_row(row.columns);
     for (const Tensor* scale : {&kept.exp_avg_scale, &kept.exp_avg_sq_scale})
-      FT_CHECK(scale->dtype() == aoti_torch_dtype_float32() && scale->contiguous() &&
-                   scale->device_index() == device_index && (row.numel == 0 || scale->numel() == blocks),
-               "adamw_: tensor %zu: scales must be contiguous float32 on its device, one for each block", i);
+      FT_CHECK(
+          scale->dtype() == aoti_torch_dtype_float32() && scale->contiguous() &&
+              scale->device_index() == device_index && (row.numel == 0 || scale->numel() == blocks),
+          "adamw_: tensor %zu: scales must be contiguous float32 on its device, one for each block",
+          i);
     row.exp_avg_scale = static_cast<float*>(kept.exp_avg_scale.mutable_data());
     row.exp_avg_sq_scale = static_cast<float*>(kept.exp_avg_sq_scale.mutable_data());
     return row;
   }
 
-  AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding, int32_t moment, int32_t moment_sq) {
+  AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding, int32_t moment,
+                    int32_t moment_sq) {
     const Tensor& param = kept.param;
     kept.dtype = param.dtype(), kept.contiguous = param.contiguous();
     const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16();
-    FT_CHECK(kept.dtype == (rounding == kFp32 ? fp32 : bf16), "adamw_: tensor %zu: wrong dtype for its rounding", i);
+    FT_CHECK(kept.dtype == (rounding == kFp32 ? fp32 : bf16),
+             "adamw_: tensor %zu: wrong dtype for its rounding", i);
     if (i == 0) device_index = param.device_index();
     FT_CHECK(param.device_index() == device_index, "adamw_: tensor %zu is on another device", i);
     AdamwTensor row{};
@@ -168,14 +188,18 @@ class AdamwTensors {
     if (kept.max_exp_avg_sq.handle)
       row.max_exp_avg_sq = checked(i, param, kept.max_exp_avg_sq, moment, "max_exp_avg_sq");
     if (kept.residue.handle)
-      row.residue = checked(i, param, kept.residue, rounding == kExact ? aoti_torch_dtype_int16() : bf16, "residue");
+      row.residue = checked(i, param, kept.residue,
+                            rounding == kExact ? aoti_torch_dtype_int16() : bf16, "residue");
     return row;
   }
 
-  static void* checked(size_t i, const Tensor& param, const Tensor& other, int32_t dtype, const char* what) {
-    FT_CHECK(other.dtype() == dtype && other.numel() == param.numel() && other.device_index() == param.device_index() &&
-                 other.dim() == param.dim() && same_layout(param, other),
-             "adamw_: tensor %zu: the %s does not have the parameter's shape, strides and device or has a wrong dtype",
+  static void* checked(size_t i, const Tensor& param, const Tensor& other, int32_t dtype,
+                       const char* what) {
+    FT_CHECK(other.dtype() == dtype && other.numel() == param.numel() &&
+                 other.device_index() == param.device_index() && other.dim() == param.dim() &&
+                 same_layout(param, other),
+             "adamw_: tensor %zu: the %s does not have the parameter's shape, strides and device "
+             "or has a wrong dtype",
              i, what);
     return other.mutable_data();
   }
@@ -186,12 +210,15 @@ struct AdamwStep {
   Tensor hyper, grad_factor;
   int64_t seed;
 
-  explicit AdamwStep(const StableIValue* stack) : hyper(stack[0]), grad_factor(stack[1]), seed(as_int(stack[2])) {}
+  explicit AdamwStep(const StableIValue* stack)
+      : hyper(stack[0]), grad_factor(stack[1]), seed(as_int(stack[2])) {}
 
   void check(const AdamwTensors& tensors) const {
-    FT_CHECK(hyper.dtype() == aoti_torch_dtype_float32() && hyper.contiguous() && hyper.dim() == 2 &&
-                 hyper.size(1) * sizeof(float) == sizeof(AdamwHyper) && hyper.size(0) >= tensors.hyper_rows,
-             "adamw_: hyper must be a contiguous float32 table with %zu columns and a row for each index in table",
+    FT_CHECK(hyper.dtype() == aoti_torch_dtype_float32() && hyper.contiguous() &&
+                 hyper.dim() == 2 && hyper.size(1) * sizeof(float) == sizeof(AdamwHyper) &&
+                 hyper.size(0) >= tensors.hyper_rows,
+             "adamw_: hyper must be a contiguous float32 table with %zu columns and a row for each "
+             "index in table",
              sizeof(AdamwHyper) / sizeof(float));
     FT_CHECK(grad_factor.dtype() == aoti_torch_dtype_float32() && grad_factor.numel() == 1,
              "adamw_: grad_factor must be one float32");
@@ -200,7 +227,8 @@ struct AdamwStep {
 };
 
 // adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
-//        Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor grad_factor, int seed)
+//        Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper,
+//        Tensor grad_factor, int seed)
 struct AdamwCall {
   TensorList params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues;
   Tensor table;
@@ -220,7 +248,8 @@ struct AdamwCall {
     step.check(tensors);
     FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
     const int64_t misfit = tensors.take(grads);
-    FT_CHECK(misfit < 0, "adamw_: gradient %d does not have its parameter's dtype, shape, strides and device",
+    FT_CHECK(misfit < 0,
+             "adamw_: gradient %d does not have its parameter's dtype, shape, strides and device",
              int(misfit));
   }
 };

@@ -1,4 +1,5 @@
-// A checksum of bf16 weights, by which it shows that somebody else has written to them: fastft/optim/weight_bits.py.
+// A checksum of bf16 weights, by which it shows that somebody else has written to them:
+// fastft/optim/weight_bits.py.
 #pragma once
 #include <stdint.h>
 

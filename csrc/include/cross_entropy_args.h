@@ -3,9 +3,10 @@
 #include "shim.h"
 
 namespace fastft {
-// cross_entropy_rows(Tensor logits, Tensor target, Tensor[] weight, Tensor[] upstream, Tensor(a!) losses,
-//                    Tensor(b!) lse, Tensor(c!)[] statistics, Tensor(d!)[] grad, int ignore_index,
-//                    float label_smoothing, float z_loss, float softcap, float logit_scale)
+// cross_entropy_rows(Tensor logits, Tensor target, Tensor[] weight, Tensor[] upstream,
+//                    Tensor(a!) losses, Tensor(b!) lse, Tensor(c!)[] statistics, Tensor(d!)[] grad,
+//                    int ignore_index, float label_smoothing, float z_loss, float softcap,
+//                    float logit_scale)
 class CrossEntropyArgs {
   Tensor logits_, target_, losses_, lse_;
   TensorList weight_, upstream_, statistics_, grad_;
@@ -49,20 +50,25 @@ class CrossEntropyArgs {
         softcap(static_cast<float>(as_double(stack[11]))),
         logit_scale(static_cast<float>(as_double(stack[12]))) {
     const int32_t fp32 = aoti_torch_dtype_float32();
-    FT_CHECK(
-        dtype == fp32 || dtype == aoti_torch_dtype_bfloat16() || (takes_half && dtype == aoti_torch_dtype_float16()),
-        "cross_entropy_rows: logits must be %sfloat32 or bfloat16", takes_half ? "float16, " : "");
+    FT_CHECK(dtype == fp32 || dtype == aoti_torch_dtype_bfloat16() ||
+                 (takes_half && dtype == aoti_torch_dtype_float16()),
+             "cross_entropy_rows: logits must be %sfloat32 or bfloat16",
+             takes_half ? "float16, " : "");
     stride = check_matrix(logits_, "logits");
     FT_CHECK(wide_target || target_.dtype() == aoti_torch_dtype_int32(),
              "cross_entropy_rows: target must be int64 or int32");
     check_vector(target_, "target", target_.dtype(), rows);
     check_vector(losses_, "losses", fp32, rows);
     check_vector(lse_, "lse", fp32, rows);
-    FT_CHECK(weight_.size <= 1 && grad_.size <= 1, "cross_entropy_rows: weight and grad hold at most one tensor");
-    FT_CHECK(upstream_.size <= 1 || upstream_.size == 3, "cross_entropy_rows: upstream holds 0, 1 or 3 tensors");
-    FT_CHECK(statistics_.size == 0 || statistics_.size == 2, "cross_entropy_rows: statistics holds 0 or 2 tensors");
+    FT_CHECK(weight_.size <= 1 && grad_.size <= 1,
+             "cross_entropy_rows: weight and grad hold at most one tensor");
+    FT_CHECK(upstream_.size <= 1 || upstream_.size == 3,
+             "cross_entropy_rows: upstream holds 0, 1 or 3 tensors");
+    FT_CHECK(statistics_.size == 0 || statistics_.size == 2,
+             "cross_entropy_rows: statistics holds 0 or 2 tensors");
     weight = vector<const float>(weight_, 0, "weight", fp32, classes);
-    for (size_t i = 0; i < 3; i++) upstream[i] = vector<const float>(upstream_, i, "upstream", fp32, rows);
+    for (size_t i = 0; i < 3; i++)
+      upstream[i] = vector<const float>(upstream_, i, "upstream", fp32, rows);
     entropy = vector<float>(statistics_, 0, "entropy", fp32, rows);
     is_top1 = vector<bool>(statistics_, 1, "is_top1", aoti_torch_dtype_bool(), rows);
     if (grad_.size == 0) return;
@@ -75,15 +81,18 @@ class CrossEntropyArgs {
   // Returns the distance of its rows.
   int64_t check_matrix(const Tensor& tensor, const char* name) const {
     check_device(tensor, name);
-    FT_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == classes && tensor.dtype() == dtype &&
-                 (classes <= 1 || tensor.stride(1) == 1),
-             "cross_entropy_rows: %s must have the shape and dtype of logits, and contiguous rows", name);
+    FT_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == classes &&
+                 tensor.dtype() == dtype && (classes <= 1 || tensor.stride(1) == 1),
+             "cross_entropy_rows: %s must have the shape and dtype of logits, and contiguous rows",
+             name);
     return tensor.stride(0);
   }
 
-  // Labels of the host would be an illegal address on a GPU, and the process would lose its context.
+  // Labels of the host would be an illegal address on a GPU, and the process would lose its
+  // context.
   void check_device(const Tensor& tensor, const char* name) const {
-    FT_CHECK(tensor.is_beside(logits_), "cross_entropy_rows: %s must be on the device of logits", name);
+    FT_CHECK(tensor.is_beside(logits_), "cross_entropy_rows: %s must be on the device of logits",
+             name);
   }
 
   void check_vector(const Tensor& tensor, const char* name, int32_t dtype, int64_t size) const {

@@ -1,4 +1,5 @@
-// What an operator hands to Python and takes back later: a number that stands for an object here, and is no address.
+// A handle that an operator gives to Python and takes back later: a number that stands for an
+// object here, and is no address.
 #pragma once
 #include <memory>
 #include <mutex>
@@ -7,12 +8,14 @@
 #include "shim.h"
 
 namespace fastft {
-// Objects by number, from any thread. A number is never given twice, and one that is unknown is an error, not a crash.
-// An object which is let go of while another thread uses it lives until that thread is done.
+// Objects by number, from any thread. A number is never given twice, and one that is unknown is an
+// error, not a crash. An object which is let go of while another thread uses it lives until that
+// thread is done.
 template <class T>
 class LiveTable {
  public:
-  // `first`: the first number; those of two tables differ, so that none takes the other's for its own.
+  // `first`: the first number; those of two tables differ, so that none takes the other's for its
+  // own.
   explicit LiveTable(int64_t first) : next_(first) {}
 
   int64_t add(std::unique_ptr<T> object) {
@@ -24,8 +27,8 @@ class LiveTable {
   std::shared_ptr<T> get(int64_t number, const char* what) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = objects_.find(number);
-    FT_CHECK(found != objects_.end(), "%s: %lld is nothing that it has bound, or was released", what,
-             static_cast<long long>(number));
+    FT_CHECK(found != objects_.end(), "%s: %lld is nothing that it has bound, or was released",
+             what, static_cast<long long>(number));
     return found->second;
   }
 

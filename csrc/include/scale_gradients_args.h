@@ -30,10 +30,14 @@ class ScaleGradientsArgs {
     for (size_t i = 0; i < list_.size; i++) {
       const Tensor tensor = list_[i];
       const int32_t dtype = tensor.dtype();
-      FT_CHECK(tensor.is_beside(scale_), "scale_gradients_: gradient %zu must be on the device of scale", i);
-      FT_CHECK(tensor.contiguous() && (dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_bfloat16() ||
-                                       dtype == aoti_torch_dtype_float16()),
-               "scale_gradients_: gradient %zu must be a contiguous float32, bfloat16 or float16 tensor", i);
+      FT_CHECK(tensor.is_beside(scale_),
+               "scale_gradients_: gradient %zu must be on the device of scale", i);
+      FT_CHECK(
+          tensor.contiguous() &&
+              (dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_bfloat16() ||
+               dtype == aoti_torch_dtype_float16()),
+          "scale_gradients_: gradient %zu must be a contiguous float32, bfloat16 or float16 tensor",
+          i);
       gradients.push_back({tensor.mutable_data(), tensor.numel(), dtype});
     }
   }

@@ -1,6 +1,7 @@
-// The entry points of libtorch's C shim that fastft uses, declared here so that building needs no torch. All of them
-// exist since libtorch 2.10 and carry its two-year promise. tests/test_native.py compiles this file together with
-// torch's own headers: a declaration that differs is a compile error.
+// The entry points of libtorch's C shim that fastft uses, declared here so that building needs no
+// torch. All of them exist since libtorch 2.10 and carry its two-year promise. tests/test_native.py
+// compiles this file together with torch's own headers: a declaration that differs is a compile
+// error.
 #pragma once
 #include <cstdarg>
 #include <cstddef>
@@ -24,9 +25,10 @@ using AOTITorchError = int32_t;
 typedef void (*ParallelFunc)(int64_t begin, int64_t end, void* context);
 
 extern "C" {
-AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, TorchLibraryHandle*);
-AOTITorchError torch_library_impl(TorchLibraryHandle, const char*, void (*)(StableIValue*, uint64_t, uint64_t),
-                                  uint64_t);
+AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t,
+                                            TorchLibraryHandle*);
+AOTITorchError torch_library_impl(TorchLibraryHandle, const char*,
+                                  void (*)(StableIValue*, uint64_t, uint64_t), uint64_t);
 uint64_t aoti_torch_abi_version();
 AOTITorchError torch_list_size(StableListHandle, size_t*);
 AOTITorchError torch_list_get_item(StableListHandle, size_t, StableIValue*);
@@ -42,8 +44,8 @@ AOTITorchError aoti_torch_get_stride(AtenTensorHandle, int64_t, int64_t*);
 AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle, bool*);
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t*);
 AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t*);
-AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
-                                        AtenTensorHandle*);
+AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t,
+                                        int32_t, AtenTensorHandle*);
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_device_type_cuda();
 int32_t aoti_torch_dtype_float32();
@@ -71,17 +73,21 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 #define FT_CALL(call) FT_CHECK((call) == 0, "%s", "libtorch call failed: " #call)
 
 namespace fastft {
-// The ABI which these declarations were written against, handed to libtorch with every kernel: 2.10.
+// The ABI which these declarations were written against, handed to libtorch with every kernel:
+// 2.10.
 constexpr uint64_t kAbi = (2ULL << 56) | (10ULL << 48);
 
-// printf and not iostream: no symbol newer than GLIBCXX_3.4.21, so that old distributions load the wheel
-[[noreturn]] __attribute__((noinline, cold, format(printf, 2, 3))) inline void fail(int line, const char* format, ...) {
+// printf and not iostream: no symbol newer than GLIBCXX_3.4.21, so that old distributions load the
+// wheel
+[[noreturn]] __attribute__((noinline, cold, format(printf, 2, 3))) inline void fail(
+    int line, const char* format, ...) {
   char message[512];
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(message, sizeof message, format, arguments);
   va_end(arguments);
-  throw std::runtime_error(std::string("fastft: ") + message + " (line " + std::to_string(line) + ")");
+  throw std::runtime_error(std::string("fastft: ") + message + " (line " + std::to_string(line) +
+                           ")");
 }
 
 struct Tensor {  // owns its handle
@@ -149,13 +155,17 @@ inline int64_t as_int(StableIValue value) { return static_cast<int64_t>(value); 
 // Runs body(begin, end) over [0, n) on torch's own thread pool, in pieces of at least `grain`.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, Body&& body) {
-  auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); };
-  if (n > 0) FT_CALL(torch_parallel_for(0, n, grain, call, const_cast<void*>(static_cast<const void*>(&body))));
+  auto call = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<Body*>(context))(begin, end);
+  };
+  if (n > 0)
+    FT_CALL(
+        torch_parallel_for(0, n, grain, call, const_cast<void*>(static_cast<const void*>(&body))));
 }
 
-// An operator's kernel, registered by a static object in the file which holds it; schemas are defined in Python. A
-// kernel receives its arguments as a stack of `nargs` values, takes ownership of each, and writes its results over
-// them.
+// An operator's kernel, registered by a static object in the file which holds it; schemas are
+// defined in Python. A kernel receives its arguments as a stack of `nargs` values, takes ownership
+// of each, and writes its results over them.
 struct Kernel {
   const char* name;
   void (*function)(StableIValue* stack, uint64_t nargs, uint64_t nreturns);
@@ -168,12 +178,15 @@ struct Kernel {
   }
 };
 
-// Gives all kernels of this library to torch under one dispatch key. Returns nullptr or what failed; never throws.
+// Gives all kernels of this library to torch under one dispatch key. Returns nullptr or what
+// failed; never throws.
 inline const char* register_kernels(const char* key) {
-  static TorchLibraryHandle library = nullptr;  // kept for the life of the process: deleting it would unregister
+  // kept for the life of the process: deleting it would unregister
+  static TorchLibraryHandle library = nullptr;
   if (library) return nullptr;
   if (aoti_torch_abi_version() < kAbi) return "libtorch is older than 2.10";
-  if (aoti_torch_library_init_impl("fastft", key, "shim.h", __LINE__, &library)) return "library_init_impl failed";
+  if (aoti_torch_library_init_impl("fastft", key, "shim.h", __LINE__, &library))
+    return "library_init_impl failed";
   for (Kernel* k = Kernel::first(); k; k = k->next)
     if (torch_library_impl(library, k->name, k->function, kAbi)) return k->name;
   return nullptr;

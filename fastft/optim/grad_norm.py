@@ -55,7 +55,7 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     if set(map(type, grads)) == {Tensor} and len(set(map(Tensor.get_device, grads))) == 1:
         return _total(grads, impl).sqrt().float()
     groups: dict[Any, list[Any]] = {}
-    grad: Any
+    grad: Any  # a Tensor or a DTensor
     for grad in grads:
         key = (grad.device_mesh, grad.placements) if is_dtensor(grad) else grad.device
         groups.setdefault(key, []).append(grad)

@@ -28,9 +28,9 @@ from transformers import Trainer, TrainerCallback
 
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss import lazy_losses
-from fastft.loss.lazy_logits import LazyLogits
-from fastft.loss.output_head import fused_loss
+from fastft.loss.lazy import losses as lazy_losses
+from fastft.loss.lazy.logits import LazyLogits
+from fastft.loss.lazy.output_head import fused_loss
 
 TRAINERS = {
     "plain": ({}, {}, {}),

@@ -13,7 +13,7 @@ from support.trainers import logged, quiet_arguments, tiny_llama
 from transformers import Trainer
 
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.output_head import fused_loss
+from fastft.loss.lazy.output_head import fused_loss
 
 peft = pytest.importorskip("peft")
 

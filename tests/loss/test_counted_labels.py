@@ -17,8 +17,9 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastft
-from fastft.loss import lazy_losses
-from fastft.loss.counted_labels import CountedLabels, bound_of, give_counted_labels, note_count
+from fastft.data.label_counts import known_count, note_count
+from fastft.loss.counted_labels import CountedLabels, bound_of, give_counted_labels
+from fastft.loss.lazy import losses as lazy_losses
 
 EXAMPLES = [
     {
@@ -34,7 +35,7 @@ def given(labels):
     seen = []
     module = nn.Module()
     module.forward = lambda labels: seen.append(labels)
-    remove = give_counted_labels(module)
+    remove = give_counted_labels(module, known_count)
     module(labels=labels)
     remove()
     return seen[0]
@@ -163,7 +164,7 @@ def test_labels_of_inference_mode_or_of_nobody_stay_as_they_are():
 
 def test_a_model_that_is_copied_or_pickled_meanwhile_works():
     model = tiny_llama()
-    remove = give_counted_labels(model)
+    remove = give_counted_labels(model, known_count)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         labels = noted()
         assert other(input_ids=labels.clamp(min=0), labels=labels).loss.isfinite()
@@ -202,7 +203,7 @@ def test_ignored_rows_cost_nothing_on_a_device(expand_on_device, labels):
     with fastft.fused_loss(model) as report, Watch() as watch, DeviceMode() as mode:
         batch = collator(examples).to(mode.device)
         mode.waits.clear()  # of the copy
-        remove = give_counted_labels(model)
+        remove = give_counted_labels(model, known_count)
         loss = model(**dict(batch))  # Trainer makes a copy of the dict
         loss.backward()
         remove()

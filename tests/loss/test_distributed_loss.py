@@ -28,7 +28,7 @@ from transformers import Trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.output_head import fused_loss
+from fastft.loss.lazy.output_head import fused_loss
 
 PROCESSES, V, S, STEPS = 2, 53, 12, 2
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}

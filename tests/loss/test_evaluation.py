@@ -29,9 +29,9 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 import fastft
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.evaluation import Evaluation
-from fastft.loss.lazy_logits import LazyLogits, lazy_linear
-from fastft.loss.output_head import Attachment, fused_loss
+from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.logits import LazyLogits, lazy_linear
+from fastft.loss.lazy.output_head import Attachment, fused_loss
 
 EVERY_STEP = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
 EVALUATIONS = 3
@@ -140,24 +140,39 @@ def history(trainer):
     ]
 
 
+def stock_of(tmp_path, make=llama, with_metrics=True, **settings):
+    """What a stock run logs, and what its metrics were given."""
+    metrics = Metrics() if with_metrics else None
+    trainer = run(tmp_path, make, [], metrics, **settings)
+    return history(trainer), metrics.given if with_metrics else None
+
+
 def compare(
-    tmp_path, make=llama, with_metrics=True, rtol=2e-5, atol=1e-5, only_fused=None, **settings
+    tmp_path,
+    make=llama,
+    with_metrics=True,
+    rtol=2e-5,
+    atol=1e-5,
+    only_fused=None,
+    stock=None,
+    **settings,
 ):
-    """The callback and the trainer of a fused run whose evaluations equal stock's; `only_fused`:
-    its own changes."""
-    metrics = [Metrics() if with_metrics else None for _ in range(2)]
-    stock = run(tmp_path, make, [], metrics[0], **settings)
-    callback = FusedLossCallback()
-    fused = run(tmp_path, make, [callback], metrics[1], **{**settings, **(only_fused or {})})
-    assert len(history(stock)) == len(history(fused)) >= EVALUATIONS
-    for mine, theirs in zip(history(fused), history(stock), strict=True):
+    """The callback and the trainer of a fused run whose evaluations equal stock's.
+
+    `stock` is what `stock_of` gives, where several tests share it; `only_fused` are changes of the
+    fused run.
+    """
+    logs, given = stock or stock_of(tmp_path, make, with_metrics, **settings)
+    callback, metrics = FusedLossCallback(), Metrics() if with_metrics else None
+    fused = run(tmp_path, make, [callback], metrics, **{**settings, **(only_fused or {})})
+    assert len(logs) == len(history(fused)) >= EVALUATIONS
+    for mine, theirs in zip(history(fused), logs, strict=True):
         assert mine == pytest.approx(theirs, rel=rtol)
     if with_metrics:
-        assert len(metrics[0].given) == len(metrics[1].given) >= EVALUATIONS
-        assert_close(metrics[1].given, metrics[0].given, rtol=1e-4, atol=atol)
-    assert (
-        callback.report.fused and not callback.report.materialised and not callback.report.skipped
-    ), callback.report
+        assert len(given) == len(metrics.given) >= EVALUATIONS
+        assert_close(metrics.given, given, rtol=1e-4, atol=atol)
+    report = callback.report
+    assert report.fused and not report.materialised and not report.skipped, report
     assert callback.evaluation.fused and not callback.evaluation.skipped, callback.evaluation
     assert_stock(fused.model)
     return callback, fused
@@ -241,10 +256,25 @@ PREPROCESS = {
 }
 
 
+@pytest.fixture(scope="module")
+def stock_of_all(tmp_path_factory):
+    """A stock run that computes all of `PREPROCESS`: the metrics of each are a part of its own."""
+
+    def every_one(logits, labels):
+        return tuple(function(logits, labels) for function in PREPROCESS.values())
+
+    options = {"preprocess_logits_for_metrics": every_one}
+    logs, given = stock_of(tmp_path_factory.mktemp("stock"), options=options)
+    return {
+        name: (logs, [(predictions[part], *others) for predictions, *others in given])
+        for part, name in enumerate(PREPROCESS)
+    }
+
+
 @pytest.mark.parametrize("name", PREPROCESS)
-def test_what_needs_tokens_alone_is_computed_without_logits(name, tmp_path):
+def test_what_needs_tokens_alone_is_computed_without_logits(name, tmp_path, stock_of_all):
     options = {"preprocess_logits_for_metrics": PREPROCESS[name]}
-    callback, _ = compare(tmp_path, options=options)
+    callback, _ = compare(tmp_path, stock=stock_of_all[name], options=options)
     assert not callback.evaluation.materialised and callback.evaluation.fused >= 4 * EVALUATIONS
 
 
@@ -498,7 +528,7 @@ def lazy_inputs(monkeypatch):
         shapes.append(tuple(input.shape))
         return lazy_linear(input, *args)
 
-    monkeypatch.setattr("fastft.loss.output_head.lazy_linear", remember)
+    monkeypatch.setattr("fastft.loss.lazy.output_head.lazy_linear", remember)
     return shapes
 
 

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastft import _native
 from fastft.loss import head_gemms
-from fastft.loss import linear_rows as room
+from fastft.loss import head_sweep as room
+from fastft.loss.head_sweep import chunk_rows
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
-from fastft.loss.linear_rows import HEAD, chunk_rows
+from fastft.loss.linear_rows import HEAD
 
 ENGINES = [
     "eager",
@@ -106,8 +107,8 @@ def test_target_probabilities(options, reduction, small_workspace):
     options = oracle.options_with_weight(options, 7) | {"reduction": reduction}
     probabilities = torch.rand(2, 3, 7).softmax(-1)
 
-    def plain(x, weight, target, *, linear_bias, **options):
-        logits = F.linear(x, weight, linear_bias).view(6, 7)
+    def plain(x, head, target, *, linear_bias, **options):
+        logits = F.linear(x, head, linear_bias).view(6, 7)
         loss = oracle.soft_cross_entropy(logits, target.view(6, 7), **options)
         return loss.view(2, 3) if reduction == "none" else loss
 

@@ -12,7 +12,7 @@ from support.numerics import assert_no_worse
 from support.watch import Watch
 
 import fastft
-from fastft.loss import linear_rows, vocab_parallel
+from fastft.loss import head_sweep, vocab_parallel
 
 ROWS, HIDDEN = 63, 16
 
@@ -136,7 +136,7 @@ def check_logits_in_chunks():
     logits = mine(whole.detach().T).T.clone().requires_grad_()
     target = torch.randint(0, whole.shape[1], (ROWS,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(linear_rows._LIMITS, "cpu", linear_rows._Limits(8 * 40 * 4, 1, 1 << 31))
+        patch.setitem(head_sweep._LIMITS, "cpu", head_sweep._Limits(8 * 40 * 4, 1, 1 << 31))
         with counted("all_reduce") as sizes:
             loss = fastft.cross_entropy(logits, target, group=dist.group.WORLD)
             (gradient,) = torch.autograd.grad(loss, logits)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
 
-from fastft.loss.output_head import LazyForward
+from fastft.loss.lazy.output_head import LazyForward
 from support.trainers import Curve, quiet_arguments, tiny_llama
 
 V = 997

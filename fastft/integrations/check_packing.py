@@ -1,0 +1,243 @@
+"""Does a model keep packed sequences apart? A probe that asks the model itself, and says what to do
+where it does not.
+
+`probe.py` says how it is asked and what counts. A short row shows what 31 tokens show; a long one
+passes the windows and tables of the configuration (`probe_rows.py`). Where something is wrong, what
+could help is tried on the model.
+
+Cost, without gradients: about a dozen forward passes over at most 31 tokens, and two over the long
+row and one over two thirds of it, whose head computes one token. More where a way out is looked
+for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastft.attention.attention import register_attention
+from fastft.attention.segments import packed_attention
+from fastft.foreign import base_model, prompt_learning, reason_not_to_run, unwrapped
+from fastft.integrations.block_mask import block_mask
+from fastft.integrations.probe import Probe, Trouble, attention
+from fastft.integrations.probe_rows import Batches, long_row
+from fastft.integrations.untouched import untouched
+
+STOCK = ("sdpa", "eager")
+
+
+class PackingLeakError(RuntimeError):
+    """A model does not compute for packed sequences what it computes for each of them alone."""
+
+
+class Unasked(ValueError):
+    """A model whose weights are elsewhere: nothing is known of it, and nothing against it."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What is wrong, and what helps.
+
+    Attributes:
+        what: a clause.
+        way_out: a sentence.
+        block_mask: whether that is a block mask.
+        loud: whether nothing else is wrong than that rows of some length make the model raise.
+    """
+
+    what: str
+    way_out: str
+    block_mask: bool = False
+    loud: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.way_out}"
+
+
+def check_packing(
+    model: nn.Module, *, position_ids_start: int = 0, max_tokens: int | None = None
+) -> None:
+    """Returns if `model`, as it is configured, computes for packed sequences what it computes for
+    each of them alone.
+
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastft")
+        fastft.check_packing(model)
+
+    A few sequences of random tokens are packed as `PackingCollator` does it and go through the
+    model in evaluation mode, and once in training mode, without gradients: 31 tokens, and a row
+    long enough to pass the windows and tables of its configuration. Weights, gradients, buffers,
+    modes, configurations, hooks and random states stay as they are; hooks of others see these
+    forward passes.
+
+    Args:
+        model: a transformers model, or one inside the wrappers of PEFT, DistributedDataParallel or
+            torch.compile.
+        position_ids_start: as in `PackingCollator`.
+        max_tokens: of the longest row that it will get; the long row is as long, at most 4,096
+            tokens. None: it is long enough for every window and table below 4,096, and a warning
+            says from where on the model raises.
+
+    Raises:
+        PackingLeakError: it does not. The message says why, and the way out: each one that it names
+            was tried on this model and found exact.
+        ValueError: an argument is out of its range; or the model cannot be asked: its parameters
+            are sharded or on the meta device, or it takes no text alone.
+        TypeError: `model` is no module.
+    """
+    for name, value, least in (
+        ("position_ids_start", position_ids_start, 0),
+        ("max_tokens", max_tokens, 1),
+    ):
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or value < least
+        ):
+            raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
+    leak = find_leak(model, Batches(position_ids_start, max_tokens))
+    if leak is None:
+        return
+    if leak.loud:
+        warnings.warn(f"{type(base_model(model)).__name__}: {leak}", stacklevel=2)
+        return
+    raise PackingLeakError(
+        f"{type(base_model(model)).__name__} does not keep packed sequences apart: {leak}"
+    )
+
+
+def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
+    """What `check_packing` raises or warns of, as a value; None if nothing is wrong. The same
+    errors otherwise."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
+    reason = reason_not_to_run(model)
+    if reason is not None:
+        reason += "; check it before it is prepared for training"
+        raise Unasked(f"model cannot be checked for packing: {reason}")
+    base, batches = base_model(model), batches or Batches()
+    if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
+        raise ValueError(
+            f"model cannot be checked for packing: {type(base).__name__} is no transformers model"
+        )
+    tuning = prompt_learning(model)
+    if tuning is not None:
+        return Leak(
+            f"{tuning} puts virtual tokens before each row of a batch, not before each sequence of "
+            f"it",
+            "No way out: train it on padded batches, or an adapter that adds no tokens (LoRA)",
+        )
+    register_attention()
+    with untouched(model) as states:
+        try:
+            probe = Probe(model, batches, states)
+        except Exception as error:
+            raise ValueError(
+                f"model cannot be checked for packing: alone, a text makes it raise {error!r}"
+            ) from error
+        return _leak(probe)
+
+
+def _leak(probe: Probe) -> Leak | None:
+    """What is wrong, with its way out."""
+    start, long = probe.batches.position_ids_start, probe.long
+    trouble = probe.trouble(start)
+    if trouble is not None:
+        return _way_out(probe, trouble, start, of_short_rows=True)
+    trouble = None if long is None else probe.trouble_of_long(long, start)
+    if trouble is None:
+        return None
+    if trouble.loud and probe.batches.max_tokens is None:
+        tokens = _exact_up_to(probe, start)
+        advice = (
+            f"Rows of at most {tokens} tokens are exact: fastft.pack(dataset, max_tokens={tokens})"
+        )
+        return Leak(trouble.what, advice if tokens else "Shorter rows are exact", loud=True)
+    return _way_out(probe, trouble, start, of_short_rows=False)
+
+
+def _way_out(probe: Probe, trouble: Trouble, start: int, of_short_rows: bool) -> Leak:
+    """The trouble, with what makes the model exact: something for every row, else for rows that are
+    short enough."""
+    first, long = probe.first_position(start), probe.long
+    place = "" if first == start else f"PackingCollator(position_ids_start={first})"
+    second_best: Leak | None = None
+    for text, context, masked in _remedies(probe, as_it_is=bool(place) or not of_short_rows):
+        with contextlib.suppress(ValueError, KeyError), context:  # the model does not take this one
+            if probe.trouble(first) is not None:
+                continue
+            found = None if long is None else probe.trouble_of_long(long, first)
+            if found is None or (found.loud and probe.batches.max_tokens is None):
+                what = trouble.what if found is None else f"{trouble.what}; and then, {found.what}"
+                return Leak(what, _tried(place, text), masked)
+            tokens = _exact_up_to(probe, first) if second_best is None else None
+            if tokens is not None:
+                rows = (
+                    f"rows of at most {tokens} tokens (fastft.pack(dataset, max_tokens={tokens}), "
+                    f"one pack a row)"
+                )
+                second_best = Leak(trouble.what, _tried(place, text, rows), masked)
+    return second_best or Leak(trouble.what, _no_way_out(probe))
+
+
+def _tried(*steps: str) -> str:
+    return f"Way out, tried on this model: {' and '.join(filter(None, steps))}"
+
+
+def _no_way_out(probe: Probe) -> str:
+    if probe.mixers:
+        return (
+            "No way out was found: such layers keep sequences apart only if their kernels are told "
+            "the boundaries "
+            "(causal-conv1d, mamba-ssm, flash-linear-attention); without these, train it on padded "
+            "batches"
+        )
+    if probe.batches.padded:
+        return (
+            "No way out was found: train it on padded batches, or leave rows= and "
+            "pad_to_multiple_of= out"
+        )
+    return "No way out was found: train it on padded batches"
+
+
+def _exact_up_to(probe: Probe, start: int) -> int | None:
+    """The largest limit of the configuration below which the model, as it is now, is exact."""
+    assert probe.long is not None
+    for size, _ in probe.limits.passed(len(probe.long)):
+        row = long_row(probe.base, probe.batches, size)
+        if row is not None and probe.trouble_of_long(row, start) is None:
+            return size
+    return None
+
+
+def _remedies(probe: Probe, as_it_is: bool) -> Iterator[tuple[str, Any, bool]]:
+    """What to tell, the context in which the model is like that, and whether that is a block
+    mask."""
+    if as_it_is:
+        yield "", contextlib.nullcontext(), False
+    inside = (
+        "fastft.PackingCallback() in Trainer, or fastft.packed_attention(model) around the loop"
+    )
+    yield inside, packed_attention(probe.model), False
+    for name in ("fastft", *STOCK):
+        if name != probe.base.config._attn_implementation:
+            implementation = f"attn_implementation={name!r}"
+            yield implementation, attention(probe.base, name), False
+            both = _both(attention(probe.base, name), packed_attention(probe.model))
+            yield f"{implementation} and {inside}", both, False
+    mask = (
+        "fastft.PackingCallback() in Trainer, or fastft.block_mask(model) around the loop: a mask "
+        "of T x T"
+    )
+    yield mask, block_mask(probe.model), True
+
+
+@contextlib.contextmanager
+def _both(*contexts: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

@@ -1,0 +1,105 @@
+"""Lazy logits of an evaluation: who gets them, and how they become plain tensors.
+
+In training a loss uses lazy logits up. In an evaluation they are handed on: to
+`preprocess_logits_for_metrics`, which may need tokens alone (argmax, top-k, log-probabilities), or
+to metrics that want the numbers. So the owner of the loop calls `settle()` after each batch: logits
+that somebody still holds become plain tensors, and nothing lazy is left when the weights change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastft.loss.lazy.report import Report
+
+if TYPE_CHECKING:
+    from fastft.loss.lazy.logits import LazyLogits
+
+
+class Evaluation:
+    """The evaluations of one training.
+
+    Args:
+        in_loop: whether the forward pass that runs now is one of an evaluation loop.
+
+    Attributes:
+        report: what became of their logits.
+        built: bytes of the real logits that were built since the last `settle()`.
+    """
+
+    def __init__(self, in_loop: Callable[[], bool]) -> None:
+        self.report = Report()
+        self.in_loop = in_loop
+        self.built = 0
+        self._alive: list[weakref.ref[LazyLogits]] = []
+
+    def watch(self, lazy: LazyLogits) -> None:
+        """Remembers logits without keeping them."""
+        self._alive.append(weakref.ref(lazy))
+
+    def settle(self) -> int:
+        """Makes plain tensors, in place, of all lazy logits that somebody still holds; returns
+        `built` with theirs."""
+        held = (reference() for reference in self._alive)
+        alive = [lazy for lazy in held if lazy is not None and _is_readable(lazy)]
+        self._alive.clear()
+        # all first: views read their roots
+        numbers = [lazy.materialise("logits that were kept") for lazy in alive]
+        for lazy, dense in zip(alive, numbers, strict=True):
+            lazy._dense = None
+            _become(lazy, dense)
+        built, self.built = self.built, 0
+        return built
+
+
+def guard(weight: Tensor) -> Callable[[bool], None]:
+    """What raises RuntimeError when the weight of a head has changed since, also where no version
+    number tells.
+
+    Whoever averages weights swaps them by `parameter.data.copy_`, perhaps inside a
+    `prediction_step` of his own.
+    """
+
+    def sample() -> Tensor:
+        rows, columns = (max(1, size // 16) for size in weight.shape)
+        return weight.detach()[::rows, ::columns].nan_to_num()
+
+    taken = sample().clone()
+
+    def check(entering: bool) -> None:
+        if not torch.equal(taken, sample()):
+            raise RuntimeError(
+                "fastft: logits of an evaluation are read after the output head's weight was "
+                "changed, and they were "
+                "never computed. Put weights in and out around evaluate(), not within "
+                "prediction_step, or read the "
+                "logits before."
+            )
+
+    return check
+
+
+def _is_readable(lazy: LazyLogits) -> bool:
+    """Whether the numbers exist or can be computed; else whoever reads them hears why not."""
+    try:
+        if lazy.is_lazy:
+            lazy._family().linear.check_unchanged()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _become(lazy: LazyLogits, dense: Tensor) -> None:
+    """Makes the object `lazy` a plain tensor over the numbers of `dense`."""
+    plain = dense.detach()  # an object that nobody else has: the two are swapped
+    # where it cannot be swapped, because of somebody's weak reference, it still has its numbers
+    lazy._dense = plain
+    with torch._C.DisableTorchFunctionSubclass(), contextlib.suppress(RuntimeError):
+        torch.utils.swap_tensors(lazy, plain)
+        plain.__dict__.clear()

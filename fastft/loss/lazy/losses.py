@@ -1,0 +1,271 @@
+"""Losses of lazy logits and reductions over their vocabulary, evaluated a chunk of rows at a time.
+
+A rule that is not sure returns `NotImplemented`: the logits are then materialised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastft.loss.counted_labels import bound_of
+from fastft.loss.head_sweep import CountedRows
+from fastft.loss.lazy.expressions import (
+    LOGITS,
+    Expression,
+    Linear,
+    Recorded,
+    autocast_state,
+)
+from fastft.loss.lazy.views import on_meta, with_strides_of
+from fastft.loss.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from fastft.loss.lazy.logits import LazyLogits
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def is_last(lazy: LazyLogits, dim: Any) -> bool:
+    """Whether `dim` is the vocabulary."""
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        dim = dim[0]
+    return isinstance(dim, int) and not isinstance(dim, bool) and dim in (-1, lazy.shadow.dim() - 1)
+
+
+def reduce(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`logsumexp`, `sum`, `argmax`, ... over the vocabulary."""
+    dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else None))
+    if not is_last(lazy, dim) or "out" in kwargs:
+        return NotImplemented
+    name = func.__name__
+    # which asks for the best token and no more
+    if name in ("logsumexp", "argmax") and not lazy.is_evaluated:
+        result = _kept(lazy, name)
+    else:
+        dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
+        function = getattr(torch, name)
+        result = lazy.over_rows(lambda z: function(z, dim=-1, **dtype))
+    lazy.evaluated(result)
+    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
+
+
+def _kept(lazy: LazyLogits, name: str) -> Tensor:
+    """`logsumexp` or `argmax` of each row. One pass gives both, and is not made again for logits
+    that share `kept`."""
+    state = autocast_state(lazy.device.type)  # sets the dtype of logsumexp
+    if state not in lazy.kept:
+        best: list[Tensor] = []
+
+        def both(z: Tensor) -> Tensor:
+            best.append(z.argmax(-1))
+            return z.logsumexp(-1)
+
+        with torch.no_grad():
+            lse = lazy.over_rows(both)
+        lazy.kept[state] = lse, torch.cat(best)
+    lse, argmax = lazy.kept[state]
+    if name == "argmax":
+        return argmax.clone()
+    return lazy.over_rows(lambda z: z.logsumexp(-1), known=lse)
+
+
+def top(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`topk`, and `max` over the vocabulary: values and indices."""
+    several = func.__name__ == "topk"
+    names = ("k", "dim", "largest", "sorted") if several else ("dim", "keepdim")
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
+    is_known = options.keys() <= set(names)
+    if not is_known or not is_last(lazy, options.get("dim", -1 if several else None)):
+        return NotImplemented
+    shadows = on_meta(lazy, func, (lazy, *args), kwargs)
+    options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
+    found: list[Tensor] = []
+
+    def both(z: Tensor) -> Tensor:
+        values, indices = getattr(torch, func.__name__)(z, **options)
+        found.append(indices)
+        return values
+
+    with torch.no_grad():
+        values = lazy.over_rows(both)
+    indices = torch.cat(found)
+    if lazy.requires_grad and torch.is_grad_enabled():
+        values = lazy.over_rows(lambda z, i: z.gather(-1, i), indices)
+    lazy.evaluated(values)
+    results = (with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True))
+    return getattr(torch.return_types, func.__name__)(tuple(results))
+
+
+def gather(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`gather` along the vocabulary."""
+    dim = kwargs.get("dim", args[0] if args else None)
+    index: Any = kwargs.get("index", args[1] if len(args) > 1 else None)
+    is_alike = index.dim() == lazy.shadow.dim() and index.shape[:-1] == lazy.shadow.shape[:-1]
+    if not is_last(lazy, dim) or not is_alike:
+        return NotImplemented
+    rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
+    result = lazy.over_rows(lambda z, i: z.gather(-1, i), rows)
+    lazy.evaluated(result)
+    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
+
+
+_NAMES = "target weight size_average ignore_index reduce reduction label_smoothing".split()
+
+
+def cross_entropy(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`F.cross_entropy` and `F.nll_loss`."""
+    return _loss(lazy, func, **dict(zip(_NAMES, args, strict=False)), **kwargs)
+
+
+def _loss(
+    lazy: LazyLogits,
+    func: Callable[..., Any],
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    is_old = size_average is not None or reduce is not None
+    if is_old or (weight is not None and weight.requires_grad):
+        return NotImplemented
+    # as it is now, whatever becomes of it before backward
+    options: dict[str, Any] = {"weight": None if weight is None else weight.clone()}
+    if func is F.cross_entropy:
+        options["label_smoothing"] = label_smoothing
+        if target.is_floating_point():
+            return _of_probabilities(lazy, target, reduction=reduction, **options)
+    if lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
+        return NotImplemented
+    if len(target) != len(lazy.shadow) or reduction not in ("none", "sum", "mean"):
+        return NotImplemented
+    options["ignore_index"] = ignore_index
+    return _of_classes(lazy, func, target, reduction, options)
+
+
+def _of_classes(
+    lazy: LazyLogits,
+    func: Callable[..., Any],
+    target: Tensor,
+    reduction: str,
+    options: dict[str, Any],
+) -> Tensor:
+    """The loss of class indices, by the row kernel where it knows the expression."""
+    ignore_index, weight = options["ignore_index"], options["weight"]
+    target, bound = bound_of(target, ignore_index)
+    # where labels are counted anyway, and numpy writes to them unseen
+    if target.device.type == "cpu":
+        bound = None
+    known = _known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
+    if known is not None:
+        options |= {"reduction": reduction, "max_counted": bound}
+        return _known_loss(lazy, func, target, **options, **known)
+    kind = "none" if reduction == "none" else "sum"
+    result = lazy.over_rows(
+        lambda z, t: func(z, t, reduction=kind, **options),
+        target,
+        summed=kind == "sum",
+        rows=CountedRows.of(target, ignore_index, bound),
+    )
+    if reduction == "mean":
+        counts = target != ignore_index
+        ones = counts if weight is None else weight[target.where(counts, 0).long()] * counts
+        result = result / torch.where(counts.any(), ones.sum(), 1)
+    lazy.evaluated(result)
+    return result
+
+
+def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
+    known = _known_rows(lazy, F.cross_entropy)
+    is_alike = target.shape == lazy.shape and lazy.shadow.dim() == 2
+    if known is None or not is_alike or target.requires_grad:
+        return NotImplemented
+    return _known_loss(lazy, F.cross_entropy, target, **options, **known)
+
+
+def _known_loss(
+    lazy: LazyLogits, func: Callable[..., Any], target: Tensor, **options: Any
+) -> Tensor:
+    """The loss that the row kernel computes, in the dtype of torch's."""
+    no_logits, weight = lazy.linear.no_rows(lazy.expression), options["weight"]
+    dtype = func(no_logits, target[:0], weight=weight, reduction="none").dtype
+    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options)).to(dtype)
+    lazy.evaluated(result)
+    return result
+
+
+def _known_rows(lazy: LazyLogits, func: Callable[..., Any]) -> dict[str, Any] | None:
+    """The options by which `linear_cross_entropy` computes a loss of these logits of one layer;
+    None if it cannot."""
+    if len(lazy.linear.terms) != 1:
+        return None
+    expression, casts = lazy.expression, set()
+    if func is F.nll_loss:
+        if not (isinstance(expression, Recorded) and expression.function is torch.log_softmax):
+            return None
+        expression, casts = expression.arguments[0], set(expression.keywords.values())
+    found = scale_and_softcap(expression)
+    dtype = torch.promote_types(lazy.linear.terms[0][0].dtype, torch.float32)
+    if found is None or not casts | found.casts <= {dtype}:
+        return None
+    return {"logit_scale": found.scale, "softcap": found.softcap}
+
+
+class ScaleAndSoftcap(NamedTuple):
+    """`scale * logits`, or `softcap * tanh(scale * logits / softcap)`, with casts to `casts` on the
+    way."""
+
+    scale: float
+    softcap: float | None
+    casts: set[torch.dtype]
+
+
+def scale_and_softcap(expression: Expression) -> ScaleAndSoftcap | None:
+    """What an expression made of positive factors, one tanh and casts comes to; None for any other
+    expression."""
+    before, after, casts, capped = 1.0, 1.0, set(), False
+    while isinstance(expression, Recorded):
+        name, arguments = expression.function.__name__, expression.arguments
+        numbers = [a for a in arguments if type(a) in (int, float) and 0 < a < math.inf]
+        inner = [a for a in arguments if isinstance(a, Recorded) or a is LOGITS]
+        if expression.keywords or len(inner) != 1:
+            return None
+        if expression.function is Tensor.to:
+            casts.add(arguments[1])
+        elif name == "tanh" and not capped:
+            capped = True
+        elif len(numbers) == 1 and (
+            name in _PRODUCTS or (name in _QUOTIENTS and arguments[0] is inner[0])
+        ):
+            factor = numbers[0] if name in _PRODUCTS else 1 / numbers[0]
+            before, after = (before * factor, after) if capped else (before, after * factor)
+        else:
+            return None
+        expression = inner[0]
+    return ScaleAndSoftcap(before * after, after if capped else None, casts)
+
+
+_PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
+_QUOTIENTS = ("div", "divide", "true_divide", "__truediv__")
+
+
+def _fused(layer: Linear, target: Tensor, **options: Any) -> Tensor:
+    ((x, weight, bias),) = layer.terms
+    with torch.autocast(x.device.type, enabled=False):  # it had its say when the head ran
+        return linear_cross_entropy(x, weight, target, linear_bias=bias, **options)

@@ -1,0 +1,333 @@
+"""Finding a model's output head and letting it return lazy logits.
+
+A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
+and nothing else. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
+a copy or a pickle of the model has stock heads. Quantised, offloaded, kernelised or custom heads
+are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from fastft.foreign import base_model, is_dtensor, is_exporting, sharding_library
+from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.logits import lazy_linear
+from fastft.loss.lazy.report import Report
+from fastft.loss.lazy.sharding import Sharding
+
+
+class LazyForward:
+    """The `forward` of an attached head: lazy in training where gradients are recorded, and in an
+    `Evaluation`.
+
+    It copies and pickles as the method that the module's class has, so that a copy of the model is
+    a stock one.
+    """
+
+    def __init__(
+        self,
+        head: nn.Linear,
+        around: list[nn.Module],
+        sharding: Sharding | None,
+        report: Report,
+        evaluation: Evaluation | None,
+    ) -> None:
+        self.head = head
+        self.around = around
+        self.sharding = sharding
+        self.report = report
+        self.evaluation = evaluation
+        self._outside_compiled = torch.compiler.disable(self._forward)
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`nn.Linear.forward`: lazy logits or stock ones."""
+        if is_exporting():  # a graph that is kept has no place for us
+            return type(self.head).forward(self.head, input, *args, **kwargs)
+        return self._outside_compiled(input, *args, **kwargs)
+
+    def _forward(
+        self,
+        input: Tensor,
+        *args: Any,
+        fastft_task: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        head = self.head
+        # entered again by Linear.inside_head, so that a sharded weight is gathered
+        if fastft_task is not None:
+            return fastft_task(input, head.weight, head.bias)
+        evaluation = None if head.training else self.evaluation
+        report = self.report if evaluation is None else evaluation.report
+        if (
+            args
+            or kwargs
+            or not self._is_meant(evaluation)
+            or not self._can_be_lazy(input, evaluation, report)
+        ):
+            return type(head).forward(head, input, *args, **kwargs)
+        check = None if self.sharding is None else self.sharding.permission()
+        return lazy_linear(input, head.weight, head.bias, report, head, check, evaluation)
+
+    def _is_meant(self, evaluation: Evaluation | None) -> bool:
+        """Whether this is a forward pass of a training, or of an evaluation inside one."""
+        if evaluation is None:
+            return self.head.training and torch.is_grad_enabled()
+        return not torch.is_grad_enabled() and evaluation.in_loop()
+
+    def _can_be_lazy(self, input: Tensor, evaluation: Evaluation | None, report: Report) -> bool:
+        if _is_traced() or type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
+            return False
+        reason = self._reason_now(evaluation)
+        if reason is not None and reason not in report.skipped:
+            report.skipped.append(reason)
+        return reason is None
+
+    def _reason_now(self, evaluation: Evaluation | None) -> str | None:
+        """What forbids lazy logits in this forward pass alone."""
+        if type(self.head.weight) not in (Tensor, nn.Parameter):
+            return f"the weight of the output head is a {type(self.head.weight).__name__}"
+        # its logits are read after the forward pass, when the shards are gone
+        if evaluation is not None:
+            return (
+                None
+                if self.sharding is None
+                else f"the output head is sharded by {self.sharding.library}"
+            )
+        if _has_global_backward_hooks() or any(
+            m._backward_hooks or m._backward_pre_hooks for m in self.around
+        ):
+            return "a module backward hook watches the gradient of the logits"
+        return None if self.sharding is None else self.sharding.reason_now()
+
+    def give_up(self) -> None:
+        """Leaves the head to another attachment, whose own this one is not when it ends."""
+        self.remove()
+        self.report.skipped.append("another fused loss has taken the output head")
+
+    def remove(self) -> None:
+        """Takes the head back to stock, if it is still ours."""
+        if self.head.__dict__.get("forward") is self:
+            del self.head.__dict__["forward"]
+        if self.sharding is not None:
+            self.sharding.remove()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.head, "forward")
+
+
+class Attachment:
+    """The heads of `model` that return lazy logits until `remove()`: in training and, if given, in
+    `evaluation`.
+
+    A head that another attachment holds is taken from it: after an exception nobody else may be
+    there to end that one.
+    """
+
+    def __init__(self, model: nn.Module, evaluation: Evaluation | None = None) -> None:
+        self.report = Report()
+        self.evaluation = evaluation
+        self.heads: list[nn.Linear] = []
+        self._forwards: list[LazyForward] = []
+        if isinstance(model, nn.DataParallel):
+            self.report.skipped.append(
+                "DataParallel: its replicas would call the head of the first device"
+            )
+            return
+        for head in find_heads(model):
+            stale = head.__dict__.get("forward")
+            if isinstance(stale, LazyForward):
+                stale.give_up()
+            reason = _reason_against(head)
+            around = [
+                module
+                for module in model.modules()
+                if any(part is head for part in module.modules())
+            ]
+            library = sharding_library(head, around) if reason is None else None
+            if reason is None and library is None and is_dtensor(head.weight):
+                reason = (
+                    "the output head is tensor-parallel: its weight is a DTensor that no FSDP "
+                    "gathers"
+                )
+            if reason is not None:
+                self.report.skipped.append(reason)
+                continue
+            sharding = None if library is None else Sharding(library, head, base_model(model))
+            forward = LazyForward(head, around, sharding, self.report, evaluation)
+            head.forward = forward  # type: ignore[method-assign]
+            self.heads.append(head)
+            self._forwards.append(forward)
+        if not self.heads and not self.report.skipped:
+            self.report.skipped.append(_why_no_head(model))
+
+    def remove(self) -> None:
+        """Takes the heads back to stock. Harmless when called twice."""
+        if self.evaluation is not None:
+            self.evaluation.settle()
+        for forward in self._forwards:
+            forward.remove()
+        self.heads, self._forwards = [], []
+
+
+def find_heads(model: nn.Module) -> list[nn.Linear]:
+    """The linear modules whose sum is the model's logits, looked up inside PEFT wrappers.
+
+    They are the output embeddings which the model, or else a model inside it, calls so. A language
+    model, or a module of one's own, that names none has as its head the last linear layer, if that
+    makes a vocabulary of something else; it is not looked for inside other models, whose layers may
+    be as wide. A classifier has none.
+    """
+    base = base_model(model)
+    named = _output_embeddings(base)
+    if named:
+        return [part for head in named for part in _linear_parts(head)]
+    return _last_layer(base) if expects_head(model) else []
+
+
+def expects_head(model: nn.Module) -> bool:
+    """Whether it would be strange if `model` had no output head: it is no classifier, or other
+    model without one."""
+    base = base_model(model)
+    is_language_model = any(_LANGUAGE_MODEL.search(kind.__name__) for kind in type(base).__mro__)
+    return (
+        is_language_model
+        or not hasattr(base, "get_output_embeddings")
+        or bool(_output_embeddings(base))
+    )
+
+
+_LANGUAGE_MODEL = re.compile(
+    "CausalLM|MaskedLM|LMHead|ConditionalGeneration|MTModel|Text2Text|EncoderDecoderModel"
+)
+
+
+def _output_embeddings(base: nn.Module) -> list[nn.Module]:
+    """What the model calls its output embeddings; where it says nothing, what the models inside it
+    call theirs."""
+    found: dict[int, nn.Module] = {}
+    for module in base.modules():
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            head = module.get_output_embeddings()  # type: ignore[operator]
+            if head is not None:
+                found[id(head)] = head
+        if module is base and found:
+            break
+    return list(found.values())
+
+
+def _last_layer(base: nn.Module) -> list[nn.Linear]:
+    config: Any = getattr(base, "config", None)
+    sizes = {getattr(config, "vocab_size", None)}
+    if hasattr(config, "get_text_config"):
+        sizes.add(getattr(config.get_text_config(), "vocab_size", None))
+    models = [
+        module
+        for module in base.modules()
+        if module is not base and hasattr(module, "get_output_embeddings")
+    ]
+    inside = {id(part) for model in models for part in model.modules()}
+    layers = [
+        part for part in base.modules() if isinstance(part, nn.Linear) and id(part) not in inside
+    ]
+    return [layer for layer in layers[-1:] if layer.out_features in sizes - {layer.in_features}]
+
+
+def _why_no_head(model: nn.Module) -> str:
+    name = type(base_model(model)).__name__
+    if not expects_head(model):
+        return f"{name} has no output head over a vocabulary, so that there is nothing to fuse"
+    return (
+        f"{name} has no output head that could be found: a plain torch.nn.Linear that "
+        f"get_output_embeddings() returns, "
+        "or the last linear layer, with config.vocab_size outputs"
+    )
+
+
+def _is_traced() -> bool:
+    """Whether somebody records the operations, to run them without us."""
+    return torch.jit.is_tracing() or get_proxy_mode() is not None
+
+
+def _has_global_backward_hooks() -> bool:
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks)
+
+
+def _linear_parts(module: nn.Module) -> list[nn.Linear]:
+    if type(module).__name__ == "ModulesToSaveWrapper":
+        copies: Any = module.modules_to_save
+        return [part for copy in copies.values() for part in _linear_parts(copy)]
+    # LoRA: the base head plus one B matrix, V x rank, for each adapter
+    if hasattr(module, "base_layer"):
+        adapters: Any = getattr(module, "lora_B", {})
+        layers: list[Any] = [module.base_layer, *adapters.values()]
+        return [part for layer in layers for part in _linear_parts(layer)]
+    return [module] if isinstance(module, nn.Linear) else []
+
+
+def _reason_against(head: nn.Linear) -> str | None:
+    """Why this head must keep its own forward; None if it is a plain linear layer."""
+    if type(head).forward is not nn.Linear.forward:
+        return f"the output head is a {type(head).__name__}, not a plain torch.nn.Linear"
+    if any(_is_computed(head, name) for name in ("weight", "bias")):
+        return (
+            f"the output head is a {type(head).__name__} that computes its weight or bias each "
+            f"time it is read (by "
+            "torch.nn.utils.parametrize, or a property)"
+        )
+    own = head.__dict__.get("forward")
+    stock = (
+        isinstance(own, types.MethodType)
+        and own.__func__ is nn.Linear.forward
+        and own.__self__ is head
+    )
+    if own is not None and not stock:
+        return "the output head's forward is patched by somebody else"
+    return None
+
+
+def _is_computed(head: nn.Linear, name: str) -> bool:
+    """Whether reading the attribute runs code, which may draw random numbers or change buffers."""
+    return hasattr(type(head), name) or not (name in head._parameters or name in head.__dict__)
+
+
+@contextlib.contextmanager
+def fused_loss(model: nn.Module) -> Iterator[Report]:
+    """While the context is open, `model` computes its training losses without logits.
+
+    The output head returns lazy logits in training mode; any loss which the model, or the loop,
+    computes of them by `torch.nn.functional.cross_entropy`, `nll_loss`, `log_softmax` and `gather`,
+    ... is fused; any other use computes real logits and is still right. Evaluation, and forward
+    passes without gradients, are stock.
+
+    Args:
+        model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers
+            included). Where there is none, or under DataParallel or tensor parallelism, the model
+            is left as it is and the report's `skipped` says why.
+
+    Yields:
+        `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: from the loop, when logits are read after an optimizer step has changed the
+            head's weight, when the gradient of logits is asked for (`register_hook`, `retain_grad`,
+            `torch.autograd.grad`) after their loss was computed, or when logits of a sharded head
+            are used after the forward pass that computed their loss.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    attachment = Attachment(model)
+    try:
+        yield attachment.report
+    finally:
+        attachment.remove()

@@ -1,0 +1,220 @@
+"""Views of lazy logits and selections of their rows: taken of the hidden states instead.
+
+Each rule also applies the function to `lazy.shadow`, a tensor on the meta device, which gives shape
+and strides, tells a view from a copy (by its memory), and raises what torch would raise. A rule
+that is not sure returns `NotImplemented`: the logits are then materialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastft.loss.lazy.logits import LazyLogits
+
+_MASKS = (torch.bool, torch.uint8)
+
+
+def on_meta(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What `func` makes of the shadows of all tensors among its arguments: its shape and
+    strides."""
+
+    def shadow(value: Any) -> Any:
+        if isinstance(value, type(lazy)):
+            return value.shadow
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+    return func(
+        *(shadow(arg) for arg in args), **{name: shadow(value) for name, value in kwargs.items()}
+    )
+
+
+def with_strides_of(shadow: Tensor, result: Tensor) -> Tensor:
+    """`result`, whose rows may be flat, in memory as torch lays it: whether `view` works depends on
+    that."""
+    result = result.reshape(shadow.shape)
+    if result.stride() == shadow.stride():
+        return result
+    strided = torch.empty_strided(
+        shadow.shape, shadow.stride(), dtype=result.dtype, device=result.device
+    )
+    return strided.copy_(result)
+
+
+def reshape(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`view`, `reshape`: the vocabulary stays the last dimension."""
+    if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
+        return NotImplemented
+    shadow = func(lazy.shadow, *args, **kwargs)
+    if shadow.dim() == 0 or shadow.shape[-1] != lazy.shadow.shape[-1] or shadow.numel() == 0:
+        return NotImplemented
+    return lazy.viewed(
+        func,
+        args,
+        kwargs,
+        shadow,
+        lambda x: x.reshape(*shadow.shape[:-1], x.shape[-1]),
+        same_rows=True,
+    )
+
+
+def _dimensions(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Any] | None:
+    """The dimensions that a function with arguments `args` (without the tensor) works on."""
+    name = func.__name__
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return [*args[:2], *(kwargs[key] for key in kwargs if key.startswith(("dim", "axis")))]
+    if name in ("split", "chunk"):
+        return [kwargs.get("dim", args[1] if len(args) > 1 else 0)]
+    if name == "unbind":
+        return [kwargs.get("dim", args[0] if args else 0)]
+    if name == "flatten":
+        return [kwargs.get("end_dim", args[1] if len(args) > 1 else -1)]
+    if "dim" in kwargs or args:
+        return [kwargs.get("dim", args[0] if args else None)]
+    return None
+
+
+def along_rows(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A function of named dimensions, none of which is the vocabulary: the same of the hidden
+    states."""
+    last = lazy.shadow.dim() - 1
+    size = last + 2 if func.__name__ == "unsqueeze" else last + 1
+    dimensions = _dimensions(func, args, kwargs)
+    if dimensions is None or not all(
+        isinstance(dim, int) and dim % size != size - 1 for dim in dimensions
+    ):
+        return NotImplemented
+    shadow = on_meta(lazy, func, (lazy, *args), kwargs)
+    if isinstance(shadow, tuple | list):
+        return tuple(
+            _part(lazy, func, args, kwargs, index, part) for index, part in enumerate(shadow)
+        )
+    return lazy.viewed(func, args, kwargs, shadow, lambda x: func(x, *args, **kwargs))
+
+
+def _part(
+    lazy: LazyLogits,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    index: int,
+    shadow: Tensor,
+) -> LazyLogits:
+    def take(tensor: Tensor) -> Tensor:
+        return func(tensor, *args, **kwargs)[index]
+
+    return lazy.viewed(take, (), {}, shadow, take)
+
+
+def permute(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`permute`, the vocabulary last."""
+    dims = kwargs.get("dims", args[0] if args and isinstance(args[0], tuple | list) else args)
+    if not dims or dims[-1] not in (-1, lazy.shadow.dim() - 1):
+        return NotImplemented
+    return lazy.viewed(
+        func, args, kwargs, func(lazy.shadow, *args, **kwargs), lambda x: func(x, *args, **kwargs)
+    )
+
+
+def iterate(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`for row in logits`."""
+    parts = along_rows(lazy, Tensor.unbind, (0,), {})
+    return parts if parts is NotImplemented else iter(parts)
+
+
+def getitem(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`logits[index]`, where the index says nothing about the vocabulary."""
+    index = args[0] if isinstance(args[0], tuple) else (args[0],)
+    if any(
+        isinstance(item, bool | list | range) or (item is not None and _is_mixed(item))
+        for item in index
+    ):
+        return NotImplemented
+    if _indexed_dimensions(index, lazy.shadow.dim()):
+        if not (isinstance(index[-1], slice) and _takes_all(index[-1], lazy.shadow.shape[-1])):
+            return NotImplemented
+        index = (*index[:-1], slice(None))
+    shadow = lazy.shadow[tuple(part for item in index for part in _on_meta(item))]
+    return lazy.viewed(func, args, kwargs, shadow, lambda x: x[index])
+
+
+def _is_mixed(item: Any) -> bool:
+    """An index whose meaning is not plain: neither an integer, a slice, an ellipsis nor an ordinary
+    tensor."""
+    if isinstance(item, Tensor):
+        return item.dim() == 0 and item.dtype in _MASKS
+    return not (isinstance(item, int | slice) or item is Ellipsis)
+
+
+def _on_meta(item: Any) -> tuple[Any, ...]:
+    """An index for the meta device, where a mask is the positions of its true elements."""
+    if not isinstance(item, Tensor):
+        return (item,)
+    return tuple(
+        part.to("meta")
+        for part in (item.nonzero(as_tuple=True) if item.dtype in _MASKS else (item,))
+    )
+
+
+def _takes_all(item: slice, size: int) -> bool:
+    return (
+        item.start in (None, 0)
+        and item.step in (None, 1)
+        and (item.stop is None or item.stop >= size)
+    )
+
+
+def _indexed_dimensions(index: tuple[Any, ...], dimensions: int) -> bool:
+    """Whether the index says anything about the last dimension."""
+    for position, item in enumerate(index):
+        if item is Ellipsis:
+            return any(after is not None for after in index[position + 1 :])
+    used = [
+        item.dim() if isinstance(item, Tensor) and item.dtype in _MASKS else 1
+        for item in index
+        if item is not None
+    ]
+    return sum(used) >= dimensions
+
+
+def clone(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`clone`, `contiguous`."""
+    shadow = func(lazy.shadow, *args, **kwargs)
+    if shadow is lazy.shadow:
+        return lazy
+    return lazy.viewed(func, args, kwargs, shadow, lambda x: x, same_rows=True)
+
+
+def detach(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Who detaches while gradients are recorded wants to keep the numbers; inside a Function it is
+    plumbing.
+
+    An evaluation detaches everything, and its logits are settled before the weights change.
+    """
+    if torch.is_grad_enabled() and not lazy.is_evaluated:
+        return NotImplemented
+    return lazy.viewed(func, args, kwargs, lazy.shadow.detach(), lambda x: x, same_rows=True)
