@@ -46,7 +46,7 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
     if not hasattr(accelerator, "clip_grad_norm_"):
         raise TypeError(
             f"trainer must be a transformers.Trainer, got {type(trainer).__name__} without an "
-            f"accelerator"
+            "accelerator"
         )
     stock = accelerator.clip_grad_norm_
 

@@ -102,14 +102,13 @@ def _check_replacement(
         if not inner.adam_w_mode:
             raise ValueError(
                 "DeepSpeedCPUAdam trains in the place of fastft's AdamW, and its weight decay is "
-                "L2, not decoupled: "
-                'set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration'
+                'L2, not decoupled: set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s '
+                "configuration"
             )
         logger.warning(
             "fastft: with ZeRO's offload_optimizer DeepSpeedCPUAdam trains in the place of "
-            "fastft's AdamW, by the same "
-            'formula; "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration lets '
-            "fastft's train"
+            'fastft\'s AdamW, by the same formula; "zero_force_ds_cpu_optimizer": false in '
+            "DeepSpeed's configuration lets fastft's train"
         )
         return
     kind = f"{type(inner).__module__}.{type(inner).__name__}"
@@ -160,25 +159,22 @@ def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
     if missing and len(missing) == len(trainable):
         what = (
             f"none of the model's {len(trainable)} trainable parameters is in the optimizer: "
-            f"nothing would train"
+            "nothing would train"
         )
     elif unexpected:
         named = ", ".join(unexpected[:_NAMED])
         rest = f" and {len(unexpected) - _NAMED} more" if len(unexpected) > _NAMED else ""
         what = (
             f"{len(unexpected)} of the model's {len(trainable)} trainable parameters are not in "
-            f"the optimizer, and "
-            f"would stay as they are: {named}{rest}"
+            f"the optimizer, and would stay as they are: {named}{rest}"
         )
     else:
         return
     raise ValueError(
         f"{what}. Make the optimizer when the model is ready (embeddings resized, layers unfrozen, "
-        f"adapters added or "
-        f"chosen; TRL adds them itself where it gets peft_config), or let Trainer make it: "
-        f"{_SPEC}. What is not to be "
-        "trained wants requires_grad_(False), or its absence from a list of parameters given to "
-        "fastft.adamw"
+        "adapters added or chosen; TRL adds them itself where it gets peft_config), or let Trainer "
+        f"make it: {_SPEC}. What is not to be trained wants requires_grad_(False), or its absence "
+        "from a list of parameters given to fastft.adamw"
     )
 
 
@@ -202,11 +198,9 @@ def _check_settings(
         values = ", ".join(f"{name} {defaults[name]} for {of_args[name]}" for name in wrong)
         raise ValueError(
             f"fastft.{made.way} made an optimizer with other values than the Trainer's args have "
-            f"now: {values}. "
-            f"Give it these very args; {_SPEC} reads them when training begins (TRL's trainers "
-            f"copy a plain "
-            "TrainingArguments: give both the trainer's own kind). Or say what you want: "
-            f"fastft.{made.way}(..., {wrong[0]}=...)"
+            f"now: {values}. Give it these very args; {_SPEC} reads them when training begins "
+            "(TRL's trainers copy a plain TrainingArguments: give both the trainer's own kind). Or "
+            f"say what you want: fastft.{made.way}(..., {wrong[0]}=...)"
         )
     asked = made.given.get("weight_decay") if by_trainer and state.global_step == 0 else None
     if asked is not None and asked not in [
@@ -214,8 +208,7 @@ def _check_settings(
     ]:
         raise ValueError(
             f"fastft.adamw_spec was given weight_decay={asked}, and Trainer made the groups with "
-            f"the "
-            f"{args.weight_decay} of its args: set it in args: "
+            f"the {args.weight_decay} of its args: set it in args: "
             f"TrainingArguments(weight_decay={asked})"
         )
 
@@ -225,12 +218,12 @@ def _check_clipping(args: TrainingArguments, max_grad_norm: float, flat: bool, t
     if flat:
         raise ValueError(
             "the optimizer's max_grad_norm would clip to the norm of each process's part of the "
-            "gradients, which "
-            "DeepSpeed and FSDP1 cut into flat parts: use TrainingArguments(max_grad_norm=...)"
+            "gradients, which DeepSpeed and FSDP1 cut into flat parts: use "
+            "TrainingArguments(max_grad_norm=...)"
         )
     if args.max_grad_norm and not told:
         logger.warning(
             f"fastft: gradients are clipped twice, to {args.max_grad_norm} by Trainer's args and "
-            f"to {max_grad_norm} by "
-            "the optimizer: set max_grad_norm to 0 in args, or leave it out of the optimizer"
+            f"to {max_grad_norm} by the optimizer: set max_grad_norm to 0 in args, or leave it out "
+            "of the optimizer"
         )

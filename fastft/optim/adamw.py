@@ -163,7 +163,7 @@ class AdamW(torch.optim.AdamW):
         if max_grad_norm is not None and impl not in ("auto", "eager", *GRAD_NORM.engines):
             raise ValueError(
                 f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has "
-                f"one"
+                "one"
             )
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
         self._plan: Plan | None = None
@@ -206,11 +206,9 @@ class AdamW(torch.optim.AdamW):
         if lost:
             raise ValueError(
                 "with ZeRO's offload_optimizer accelerate puts DeepSpeedCPUAdam in this "
-                "optimizer's place, which knows "
-                f"no {', '.join(sorted(lost))}: leave them out, or set "
-                f'"zero_force_ds_cpu_optimizer": false in '
-                "DeepSpeed's configuration, with which fastft's AdamW trains the offloaded "
-                "parameters"
+                f"optimizer's place, which knows no {', '.join(sorted(lost))}: leave them out, or "
+                'set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration, with '
+                "which fastft's AdamW trains the offloaded parameters"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -406,9 +404,8 @@ class AdamW(torch.optim.AdamW):
             count = sum(len(group["params"]) for group in self.param_groups)
             warnings.warn(
                 f"step() found no gradient in any of the optimizer's {count} parameters: if it "
-                f"stays so, nothing is "
-                "trained. Was the optimizer made before the model got its final parameters, or are "
-                "they frozen?",
+                "stays so, nothing is trained. Was the optimizer made before the model got its "
+                "final parameters, or are they frozen?",
                 stacklevel=3,
             )
 
@@ -421,9 +418,8 @@ class AdamW(torch.optim.AdamW):
         if not self._counted_there(grads):
             raise RuntimeError(
                 "a CUDA graph captures AdamW.step(), and its replays would repeat this step's "
-                "count and learning rate: "
-                "pass capturable=True, with all parameters on a GPU, or leave step() out of the "
-                "graph"
+                "count and learning rate: pass capturable=True, with all parameters on a GPU, or "
+                "leave step() out of the graph"
             )
         for device in {grad.device for grad in grads}:
             engine = ADAMW.resolve(self.impl, device)
@@ -431,9 +427,8 @@ class AdamW(torch.optim.AdamW):
                 reason = ADAMW.unavailable("cuda", device) or f"impl={self.impl!r} was asked for"
                 raise RuntimeError(
                     "a CUDA graph captures AdamW.step(), which of AdamW's engines only 'cuda' "
-                    "allows, and here "
-                    f"{engine!r} computes ({reason}): make that engine available, or leave step() "
-                    f"out of the graph"
+                    f"allows, and here {engine!r} computes ({reason}): make that engine available, "
+                    "or leave step() out of the graph"
                 )
 
     @property
@@ -473,8 +468,8 @@ class AdamW(torch.optim.AdamW):
             if not same_objects(grads, clipping.grads) or versions != clipping.versions:
                 raise RuntimeError(
                     "a gradient was changed between clipping and the step, which clips while it "
-                    "updates; change "
-                    "gradients before clipping, or clip with torch.nn.utils.clip_grad_norm_"
+                    "updates; change gradients before clipping, or clip with "
+                    "torch.nn.utils.clip_grad_norm_"
                 )
             norm, max_norm = clipping.norm, clipping.max_norm
         elif self.max_grad_norm is not None:

@@ -110,11 +110,12 @@ def _adamw_reference(
     grad_factor: Tensor,
     seed: int,
 ) -> None:
-    """Plain torch. The tensors of one index have the same shape and dense strides. A row of `table`
-    (int64) for each: its row of `hyper` (float32, as struct AdamwHyper), its Rounding, whether it
-    takes the next of `max_exp_avg_sqs`, and the index of its first element, for the random bits. Of
-    `residues`, those with exact or kahan take the next one, and then those with 8-bit moments two:
-    the scales.
+    """Plain torch. The tensors of one index have the same shape and dense strides.
+
+    Each has a row of `table` (int64): its row of `hyper` (float32, as struct AdamwHyper), its
+    Rounding, whether it takes the next of `max_exp_avg_sqs`, and the index of its first element,
+    for the random bits. Those with exact or kahan take the next of `residues`, and then those with
+    8-bit moments two: the scales.
     """
     next_max, next_residue, factor = iter(max_exp_avg_sqs), iter(residues), grad_factor.reshape(())
     for *tensors, (row, kept_as, amsgrad, first) in zip(
@@ -128,17 +129,8 @@ def _adamw_reference(
         if moments[0].dtype == torch.int8:
             eight_bit = (tensors[2], tensors[3], next(next_residue), next(next_residue))
         m, v, *largest = _load_moments(moments, eight_bit)
-        (
-            decay,
-            lerp_weight,
-            beta2,
-            one_minus_beta2,
-            negative_step,
-            correction2_sqrt,
-            eps,
-            sign,
-            step,
-        ) = hyper[row].tolist()
+        decay, lerp_weight, beta2, one_minus_beta2, *others = hyper[row].tolist()
+        negative_step, correction2_sqrt, eps, sign, step = others
         if step == 0:  # the device has found NaN or Inf
             continue
         grad = grad.float() * (factor * sign)
@@ -230,9 +222,8 @@ def _alike(device: torch.device, params: Sequence[Tensor], grads: Sequence[Tenso
 
 ADAMW = ops.Operator(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor "
-    "grad_factor, int seed) "
-    "-> ()",
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, "
+    "Tensor grad_factor, int seed) -> ()",
     _adamw_reference,
     engines=dict.fromkeys(("cpp", "cuda", "triton"), _alike),
 )
@@ -248,12 +239,7 @@ ops.library.define(
 ops.library.define("adamw_written(Tensor(a!) sums, int bound) -> ()")
 
 
-class Outcome(IntEnum):
-    """The result of a bound step: the numbers that `adamw_bound_` returns."""
-
-    DONE = 0
-    CHANGED = 1  # a bound tensor has other memory or another form than before; nothing is done
-    MISFIT = 2  # a gradient has another dtype, layout or size than its parameter; likewise
+_OUTCOMES = (True, False, None)  # by the number that `adamw_bound_` returns
 
 
 class Binding:
@@ -273,13 +259,19 @@ class Binding:
         self._number = torch.ops.fastft.adamw_bind.default(*tensors, table)
         weakref.finalize(self, _release, self._number, ops.LIBRARIES[engine])
 
-    def step(self, grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor, seed: int) -> int:
-        """One update, the arguments as the operator's; returns an `Outcome`."""
+    def step(
+        self, grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor, seed: int
+    ) -> bool | None:
+        """Updates, the arguments as the operator's; returns whether it did.
+
+        Nothing is done where a bound tensor has other memory or another form than before: False;
+        or where a gradient has another dtype, layout or size than its parameter: None.
+        """
         step = torch.ops.fastft.adamw_bound_.default
         try:
-            return step(grads, hyper, grad_factor, seed, self._number)
+            return _OUTCOMES[step(grads, hyper, grad_factor, seed, self._number)]
         except NotImplementedError:  # no such kernel for sparse tensors
-            return Outcome.MISFIT
+            return None
 
     def written(self) -> list[int]:
         """The sampled checksum of what the last step wrote to each parameter; 0: not known."""

@@ -184,12 +184,6 @@ def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     weight_bits.mark_written(param, state)
 
 
-@torch.no_grad()
-def write_whole(tensor: Tensor, value: Tensor) -> None:
-    """Sets a tensor, which may be a DTensor, to a whole one of its dtype."""
-    local(tensor).copy_(local(placed_like(value, tensor)))
-
-
 def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
     """The state dict inside that of apex's FP16_Optimizer, whose masters go into their groups."""
     if "optimizer_state_dict" not in loaded or "fp32_from_fp16" not in loaded:
@@ -302,10 +296,8 @@ def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
             return
     raise ValueError(
         f"the loaded moments of {owner} are 8-bit codes that were read as numbers: the checkpoint "
-        f"has 8-bit moments "
-        "where this optimizer has none. Give both the same `moments`; long vectors, which have "
-        "none under FSDP2, "
-        'need "fp32"'
+        "has 8-bit moments where this optimizer has none. Give both the same `moments`; long "
+        'vectors, which have none under FSDP2, need "fp32"'
     )
 
 

@@ -1,8 +1,9 @@
 """The exact fp32 weights of a model trained in bf16, as safetensors files.
 
-Of a bf16 parameter they have the 16 bits of its remainder as well. They are those of `save_pretrained` (`model.safetensors`, or shards with an index), the keys
-those of `model.state_dict()`, so that a program which knows nothing of fastft reads the masters. At
-most one shard is in memory.
+A bf16 parameter is written together with the 16 bits of its remainder. Files are those of
+`save_pretrained` (`model.safetensors`, or shards with an index), keys those of
+`model.state_dict()`, so that a program which knows nothing of fastft reads the masters. At most one
+shard is in memory.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer, local, sharded_like, unwrapped, world_size
+from fastft.foreign import inner_optimizer, local, placed_like, sharded_like, unwrapped, world_size
 from fastft.optim import weight_files
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_state import new_state
 from fastft.optim.adamw_update import load_value
-from fastft.optim.checkpoint import write_master, write_whole
+from fastft.optim.checkpoint import write_master
 from fastft.optim.weight_bits import residue_of
 from fastft.optim.weight_files import Header
 
@@ -127,10 +128,12 @@ def load_fp32(
                     continue
                 value = weights.get_tensor(name).to(tensor.device)
                 if headers[name].dtype in _FLOATS:
-                    state = _state(tensor, adamw, group_of[tensor]) if tensor in group_of else {}
-                    write_master(tensor, value, state)
+                    if tensor in group_of and tensor not in adamw.state:
+                        # there was no step yet, and a residue needs a place
+                        adamw.state[tensor] = new_state(tensor, group_of[tensor], adamw.rounding)
+                    write_master(tensor, value, adamw.state.get(tensor, {}))
                 else:
-                    write_whole(tensor, value)
+                    local(tensor).copy_(local(placed_like(value, tensor)))
 
 
 def _check_fit(
@@ -163,7 +166,7 @@ def _check_fit(
         if not fits:
             raise ValueError(
                 f"{name} is {found} in {path} and {tensor.dtype} in the model, which it does not "
-                f"convert to"
+                "convert to"
             )
 
 
@@ -221,11 +224,3 @@ def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
         master = sharded_like(load_value(local(tensor.detach()), local(residue)), tensor)
     whole: Tensor = master.full_tensor() if hasattr(master, "full_tensor") else master
     return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _state(param: Tensor, optimizer: AdamW, group: dict[str, Any]) -> dict[str, Any]:
-    """The parameter's state, made where there was no step yet: a residue needs a place."""
-    if param not in optimizer.state:
-        optimizer.state[param] = new_state(param, group, optimizer.rounding)
-    state: dict[str, Any] = optimizer.state[param]
-    return state

@@ -16,7 +16,7 @@ small, never too large. A moment of zero stays zero: m has a code for it, and a 
 scales.
 
 Bytes: 1 an element for each moment and 4 a block for each scale: 2.06 an element instead of 8.
-Codes need no table: |c| is a fourth root, and the bits of a float32 are an octave and a place in it.
+Codes need no table: |c| is a fourth root, a float32's bits are an octave and a place in it.
 
 An experiment chose the codes (docs/adamw.md, Figures): the noise of v decides the error over even
 gradients, and m's code that beside outliers; 12 values to an octave are the most whose range still
@@ -80,8 +80,7 @@ def new_entries(param: Any) -> dict[str, Tensor]:
         ):
             raise ValueError(
                 f'moments="8bit" needs parameters sharded on dimension 0, got {param.placements}; '
-                f'set moments="fp32" '
-                "in the parameter group of this one"
+                'set moments="fp32" in the parameter group of this one'
             )
         mesh, placements = param.device_mesh, param.placements
         return distributed.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)

@@ -5,7 +5,8 @@ checkpoint, an average swapped in, pruning) does not know of them. So each state
 weight was when its low bits were written:
 
     version     torch's count of in-place changes, which writing through `.data` does not move
-    sample      a checksum of every 32nd section of 128 elements, taken by the C++ engine as it writes
+    sample      a checksum of every 32nd section of 128 elements; the C++ engine takes it as it
+                writes
     checksum    of all sections: in state dicts, where there is time to read everything
 
 The checksum of the bf16 bits x, as signed 16-bit numbers, j the place in section q; modulo 2^64:
@@ -234,8 +235,7 @@ def warn_of(count: int) -> None:
     """Says of how many weights the low bits do not count any more."""
     warnings.warn(
         f"{count} bf16 weights were written by somebody else since AdamW wrote the low bits that "
-        f"it keeps beside them "
-        "(another checkpoint, an average swapped in, pruning): they count as their bf16 values, "
-        "and these bits as zero",
+        "it keeps beside them (another checkpoint, an average swapped in, pruning): they count as "
+        "their bf16 values, and these bits as zero",
         stacklevel=3,
     )

@@ -1,9 +1,9 @@
 """A folder of safetensors files, as `save_pretrained` writes them, that survives a crash.
 
-The old files or the new ones are there whenever it comes. New files are written aside, made durable, and then take their places; the one rename that makes
-them count comes last, and only then what they replace is removed. Between two saves of several
-shards the shards' names differ, because the index of the earlier save still counts while they
-arrive.
+It leaves the old files or the new ones. New files are written aside, made durable, and then take
+their places; the one rename that makes them count comes last, and only then what they replace is
+removed. Between two saves of several shards the shards' names differ, because the index of the
+earlier save still counts while they arrive.
 
 What counts: the files that `model.safetensors.index.json` names; without an index
 `model.safetensors`.

@@ -294,6 +294,27 @@ def test_what_a_plan_binds_goes_with_the_optimizer(impl):
     assert entry() is None
 
 
+def test_a_shard_that_moves_behind_a_parameter(monkeypatch):
+    """Also where the optimizer's first parameter is whole, as of FSDP2 with `ignored_params`."""
+    params, expected = start([(300,), (300,)]), start([(300,), (300,)])
+    parts = {id(params[1]): params[1].detach().clone()}
+    monkeypatch.setattr(adamw_plan, "local", lambda tensor: parts.get(id(tensor), tensor))
+    optimizer, grads = AdamW(params), gradients([(300,), (300,)], 3)
+    train(optimizer, grads[:2])
+    before = parts[id(params[1])]
+    parts[id(params[1])] = before.clone()
+    train(optimizer, grads[2:])
+    train(AdamW(expected), grads)
+    equal([params[0], parts[id(params[1])]], expected)
+
+
+def test_a_state_pickled_by_an_earlier_version():
+    now = pickle.dumps(State(step=1.0), protocol=0)
+    assert b"fastft.optim.adamw_state\n" in now
+    then = now.replace(b"fastft.optim.adamw_state\n", b"fastft.optim.adamw_plan\n")
+    assert pickle.loads(then) == {"step": 1.0} and isinstance(pickle.loads(then), State)
+
+
 CHANGES = {
     "update": lambda state: state.update(a=3),
     "item": lambda state: state.__setitem__("a", 4),
