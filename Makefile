@@ -4,6 +4,8 @@
 #                oldest and newest packages; make lint
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
+# make aarch64    the CPU library, cross-compiled and run under qemu, gives x86's bits (apt install g++-aarch64-linux-gnu
+#                qemu-user; part of test-all)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
@@ -25,7 +27,7 @@ RIVALS := $(VENV)/.rivals
 WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
 
-.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format bench kernels sweep lock wheel gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa aarch64 ptx test-latest test-oldest lint format bench kernels sweep lock wheel gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -40,6 +42,9 @@ test-slow: native $(WAYS)
 
 test-isa: native
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
+
+aarch64: native
+	$(PYTEST) -m "slow or not slow" tests/test_aarch64.py
 
 # every file that has cases of this mark; Triton beside the environment's own, which stays
 ptx: native $(if $(TRITON),build/triton-$(TRITON)/triton)
