@@ -1,15 +1,17 @@
 # make demo       fine-tune on this machine and measure it
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
-#                oldest and newest packages; make lint
+#                oldest and newest packages; make lint docs
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
 # make aarch64    the CPU library, cross-compiled and run under qemu, gives x86's bits (apt install g++-aarch64-linux-gnu
 #                qemu-user; part of test-all)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
+# make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
+# make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked
 # make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under nine
 #                minutes; PART="smoke ops": only these; results go to $OUT if that is set, else to benchmarks/results
 
@@ -26,8 +28,10 @@ READY := $(VENV)/.ready
 RIVALS := $(VENV)/.rivals
 WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
+DOCS := $(VENV)/.docs
+PACKERS := $(VENV)/.packers
 
-.PHONY: demo test test-all test-slow test-isa aarch64 ptx test-latest test-oldest lint format bench kernels sweep lock wheel gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa aarch64 ptx test-latest test-oldest lint format docs bench kernels sweep lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -35,7 +39,7 @@ demo: native
 test: native
 	$(PYTEST)
 
-test-all: lint test-slow test-isa ptx sweep test-oldest test-latest
+test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
 
 test-slow: native $(WAYS)
 	$(PYTEST) -m "not sweep and not ptx"
@@ -73,6 +77,9 @@ format: $(LINTERS)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict
+
 bench: native $(RIVALS)
 	$(BIN)/python benchmarks/record.py --machine cpu --only linear_cross_entropy cross_entropy linear_log_probs
 	$(BIN)/python benchmarks/record.py --machine cpu --only adamw
@@ -90,6 +97,15 @@ sweep: native
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
+
+# The wheel needs the glibc of the machine that builds it: for older ones cibuildwheel builds it (pyproject.toml).
+dist: $(PACKERS)
+	rm -rf dist build/dist
+	$(BIN)/python -m build --outdir build/dist
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude libtorch_cpu.so --exclude libtorch_cuda.so \
+		--wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(PART)
@@ -115,6 +131,14 @@ $(WAYS): $(READY)
 
 $(LINTERS): $(READY)
 	$(PIP) -e ".[lint]" --no-build-isolation
+	touch $@
+
+$(DOCS): $(READY)
+	$(PIP) -e ".[docs]" --no-build-isolation
+	touch $@
+
+$(PACKERS): $(READY)
+	$(PIP) -e ".[dist]" --no-build-isolation
 	touch $@
 
 # every version of every package, for each Python that fastft promises: the same clone is the same environment next year

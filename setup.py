@@ -186,6 +186,10 @@ def compile_library(kind):
         import ninja
     except ImportError:
         raise Unavailable("the build tool ninja is missing (pip install ninja)") from None
+    if not sys.platform.startswith("linux"):
+        raise Unavailable(
+            f"the kernels are for Linux, this is {platform.system()}: plain torch computes"
+        )
     folder = ROOT / "build" / "native" / kind
     folder.mkdir(parents=True, exist_ok=True)
     library = write_rules(kind, folder)

@@ -1,4 +1,4 @@
-"""Cross-entropy over logits, forward and backward. The limit is one read and one write: a copy."""
+"""Cross-entropy over logits, forward and backward. The bare work is a copy: one read, one write."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from compare import DEVICE, compare, rival
 
-from fastft.loss.cross_entropy import ROWS as OPERATOR
 from fastft.loss.cross_entropy import cross_entropy
+from fastft.loss.cross_entropy_rows import ROWS as OPERATOR
 
 ROWS, CLASSES = (8192, 128256) if DEVICE == "cuda" else (1024, 16384)
 ALL = {"softcap": 30.0, "logit_scale": 0.5, "z_loss": 1e-4, "label_smoothing": 0.1}
@@ -53,7 +53,7 @@ def test_cross_entropy(benchmark, device, dtype, options):
         stepping(cross_entropy, **options),
         rivals,
         bytes_moved=2 * logits.numel() * dtype.itemsize,
-        limit=lambda: logits.detach().clone(),
+        bare=lambda: logits.detach().clone(),
     )
 
 
@@ -78,5 +78,5 @@ def test_engines(benchmark, device, dtype, classes):
         if OPERATOR.unavailable("triton", logits.device) is None
         else {},
         bytes_moved=2 * logits.numel() * dtype.itemsize,
-        limit=lambda: grad.copy_(logits),
+        bare=lambda: grad.copy_(logits),
     )

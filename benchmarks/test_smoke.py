@@ -22,14 +22,13 @@ from torch import Tensor
 from fastft.attention.segment_attention import segment_attention
 from fastft.attention.segments import Segments
 from fastft.data.boundaries import BOUNDARIES, boundaries_reference
-from fastft.loss.cross_entropy import ROWS
+from fastft.loss.cross_entropy_rows import ROWS
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 from fastft.loss.linear_log_probs import linear_log_probs
 from fastft.ops import ENGINES, Operator
 from fastft.optim.adamw import AdamW
-from fastft.optim.adamw_update import OP as ADAMW
-from fastft.optim.grad_norm import OP as NORM
-from fastft.optim.grad_norm import grad_norm
+from fastft.optim.adamw_update import ADAMW
+from fastft.optim.grad_norm import GRAD_NORM, grad_norm
 
 GPU, BF16 = DEVICE == "cuda", torch.bfloat16
 CLASSES = 128_256 if GPU else 128
@@ -140,9 +139,9 @@ def test_adamw(engine: str, rounding: str, moments: str, record_property: Keep) 
     assert off < 1e-2
 
 
-@pytest.mark.parametrize("engine", engines(NORM))
+@pytest.mark.parametrize("engine", engines(GRAD_NORM))
 def test_norm_of_gradients(engine: str, record_property: Keep) -> None:
-    function(NORM, engine)
+    function(GRAD_NORM, engine)
     grads = [torch.randn(size, device=DEVICE).to(BF16) for size in (1, 63, 1_000_003)]
     off = error(grad_norm(grads, engine), torch.cat(grads).double().norm())
     large = [torch.randn(2**28 if GPU else 2**16, device=DEVICE).to(BF16)]

@@ -15,20 +15,20 @@ Three pieces, each of which works alone and enters through an official Trainer i
 from typing import TYPE_CHECKING, Any
 
 from fastft.attention.attention import register_attention
-from fastft.attention.block_mask import block_mask
-from fastft.attention.check_packing import PackingLeakError, check_packing
 from fastft.attention.registration import register_with_transformers
 from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import pack
 from fastft.data.plan import plan_packs
-from fastft.data.pool_segments import pool_segments
-from fastft.data.seq2seq import seq2seq_masks
+from fastft.data.tasks.seq2seq import seq2seq_masks
+from fastft.integrations.block_mask import block_mask
+from fastft.integrations.check_packing import PackingLeakError, check_packing
 from fastft.integrations.clipping import fuse_clipping
+from fastft.integrations.pool_segments import pool_segments
 from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
+from fastft.loss.lazy.output_head import fused_loss
 from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linear_token_loss
-from fastft.loss.output_head import fused_loss
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import adamw, adamw_spec
 from fastft.optim.fp32_weights import load_fp32, save_fp32
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdamW",

@@ -17,6 +17,8 @@ import pytest
 import setuptools
 import torch
 
+import fastft
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "fastft")
 OTHER_PYTHONS = ("3.10", "3.12", "3.13")
@@ -59,6 +61,27 @@ def wheel(checkout: Path, **environment: str) -> Path:
     return next((checkout / "dist").glob("*.whl"))
 
 
+def test_the_source_distribution_builds_what_a_checkout_builds(checkout: Path) -> None:
+    """Nothing is left out: a wheel of the sdist has the library, and the version of the package."""
+    script = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
+    made = subprocess.run(
+        [sys.executable, "-c", script], cwd=checkout, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    unpacked = checkout / "unpacked"
+    shutil.unpack_archive(archive, unpacked, filter="data")
+    (folder,) = unpacked.iterdir()
+    assert folder.name == f"fastft-{fastft.__version__}"
+    listed = [
+        {path.relative_to(root) for path in (root / "csrc").rglob("*.*") if path.stem[0] != "."}
+        for root in (checkout, folder)
+    ]
+    assert listed[0] == listed[1]
+    if shutil.which("g++"):
+        assert "sha256" in build_info(wheel(folder, FASTFT_BUILD_CUDA="0"))["cpu"]
+
+
 def build_info(built: Path) -> dict:
     return json.loads(zipfile.ZipFile(built).read("fastft/_lib/build_info.json"))
 
@@ -84,6 +107,22 @@ def test_without_compilers(checkout: Path, bare_path: str) -> None:
         [sys.executable, "-m", "fastft"], cwd=site, env=environment, capture_output=True, text=True
     )
     assert "libfastft_cpu: not built: no C++ compiler found" in done.stdout, done
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_other_systems_are_told_to_use_plain_torch(checkout: Path, system: str) -> None:
+    """No compiler is called there, though there is one."""
+    script = (
+        f"import runpy, sys, setuptools.command.build_ext; sys.platform = {system!r}; "
+        "sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=checkout, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    info = json.loads((checkout / "fastft" / "_lib" / "build_info.json").read_text())
+    assert all("the kernels are for Linux" in info[kind]["missing"] for kind in ("cpu", "cuda"))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

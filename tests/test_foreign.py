@@ -14,7 +14,7 @@ from torch import nn
 
 import fastft
 from fastft import foreign
-from fastft.loss.output_head import find_heads
+from fastft.loss.lazy.output_head import find_heads
 
 PACKAGE = Path(fastft.__file__).parent
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import fastft
-from fastft.ops import OPERATORS
+from fastft.ops import OPERATORS, Operator
 
 OPTIONAL = (
     "transformers",
@@ -60,9 +62,40 @@ def test_import_takes_no_longer_than_torch() -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("name", fastft.__all__)
-def test_public_names_are_documented(name: str) -> None:
-    assert getattr(fastft, name).__doc__
+def described(name: str) -> str:
+    """The docstring of a public name, and of the public ones that it leaves its arguments to."""
+    text = inspect.getdoc(getattr(fastft, name)) or ""
+    others = set(re.findall(r"`(?:fastft\.)?(\w+)`", text)) & set(fastft.__all__) - {name}
+    return text + "".join(inspect.getdoc(getattr(fastft, other)) or "" for other in others)
+
+
+# what callers give arguments to: not an error, nor the tuple that a function returns
+CALLED = [
+    name
+    for name in fastft.__all__
+    if inspect.isfunction(thing := getattr(fastft, name))
+    or not issubclass(thing, (Exception, tuple))
+]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_docstring_explains_every_argument(name: str) -> None:
+    arguments = [
+        parameter.name
+        for parameter in inspect.signature(getattr(fastft, name)).parameters.values()
+        if parameter.kind != parameter.VAR_KEYWORD and not parameter.name.startswith("_")
+    ]
+    text = described(name)
+    assert [
+        argument
+        for argument in arguments
+        if not re.search(rf"(?m)^ +\*?{argument}(, \w+)*:|`{argument}`|\({argument}\)", text)
+    ] == []
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_docstring_lists_the_errors_of_wrong_arguments(name: str) -> None:
+    assert re.search(r"Raises:\n +\w+Error: ", described(name))
 
 
 def test_unknown_attribute() -> None:
@@ -88,6 +121,12 @@ class TestEngines:
                 ):
                     operator.resolve(engine, torch.device("cpu"))
 
-    def test_eager_is_always_there(self, operator) -> None:
-        for device in ("cpu", "cuda", "xpu", "mps"):
-            assert operator.resolve("eager", torch.device(device)) == "eager"
+    def test_where_no_engine_computes_plain_torch_does(self, operator) -> None:
+        """As on Apple's devices; attention's `blocks` are plain torch, too."""
+        device = torch.device("mps")
+        assert operator.resolve("eager", device) == "eager"
+        assert operator.resolve("auto", device) == (
+            "blocks" if operator.name == "packed attention" else "eager"
+        )
+        if isinstance(operator, Operator):
+            assert operator.implementation("auto", device) is operator.reference

@@ -56,7 +56,7 @@ def test_the_door_names_the_argument(name):
 def test_a_triton_kernel_is_not_launched():
     pytest.importorskip("triton")
     from fastft.data.boundaries_triton import packed_boundaries
-    from fastft.loss.cross_entropy_triton import cross_entropy_rows
+    from fastft.loss.cross_entropy_rows_triton import cross_entropy_rows
     from fastft.loss.scale_gradients_triton import scale_gradients_
 
     rows, classes = torch.zeros(5), torch.ones(7)

@@ -1,5 +1,5 @@
 // The end of one row of logits, once its sums are known; the same on CPU and CUDA. The formulas
-// stand at the top of fastft/loss/cross_entropy.py; z are the logits after scale and softcap.
+// stand at the top of fastft/loss/cross_entropy_rows.py; z are the logits after scale and softcap.
 #pragma once
 #include <math.h>
 

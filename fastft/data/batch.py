@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastft.data.boundaries import IGNORE_INDEX, packed_boundaries
+from fastft.data.boundaries import packed_boundaries
 from fastft.data.host_boundaries import note, note_copy
-from fastft.loss.counted_labels import note_count, note_labels
+from fastft.data.keys import CU_SEQLENS_K, CU_SEQLENS_Q, DECODER_CU_SEQLENS, SEQ_IDX
+from fastft.data.label_counts import count_labels, note_count, note_count_of_copy
 
-BOUNDARIES_OF_SEGMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "decoder_cu_seq_lens"}
+BOUNDARIES_OF_SEGMENTS = {CU_SEQLENS_Q, CU_SEQLENS_K, DECODER_CU_SEQLENS}
 
 
 class _Counted:
@@ -44,22 +45,22 @@ class PackedBatch(_Counted, dict[str, Any]):
     """A batch of `PackingCollator`: a dict for the model, and `counted`."""
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
-        """The same batch with its tensors on `device`; accelerate calls this.
+        """Copies the tensors to `device`; accelerate calls this.
 
-        The host keeps the boundaries, and how many labels count.
+        The host remembers the boundaries, and how many labels count.
         """
         moved = self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         for key in BOUNDARIES_OF_SEGMENTS & self.keys():
             note_copy(self[key], moved[key])
-        note_labels(self.get("labels"), moved.get("labels"))
+        note_count_of_copy(self.get("labels"), moved.get("labels"))
         return moved
 
     def pin_memory(self) -> PackedBatch:
-        """The same in pinned memory; a `DataLoader` with `pin_memory=True` calls this."""
+        """Copies the tensors to pinned memory; a `DataLoader` with `pin_memory=True` calls this."""
         return self._with_each(Tensor.pin_memory)
 
     def _with_each(self, move: Callable[[Tensor], Tensor]) -> PackedBatch:
-        """The same batch of moved tensors; one that stands under two keys still does."""
+        """Moves the tensors; one that stands under two keys still does."""
         tensors = {id(value): value for value in self.values() if isinstance(value, Tensor)}
         places = {key: move(tensor) for key, tensor in tensors.items()}
         moved = PackedBatch((key, places.get(id(value), value)) for key, value in self.items())
@@ -88,8 +89,14 @@ class Expansion:
         columns: Mapping[str, Tensor],
         others: Mapping[str, Any],
     ) -> PackedBatch:
-        """The batch: `columns`, what follows from the segments' `lengths` and `ignored`, and
-        `others` as they are."""
+        """Makes the batch.
+
+        Args:
+            lengths: int64 (S,), tokens of each segment.
+            ignored: int64 (S,), how many of a segment's first labels are ignored.
+            columns: int64 (R, T), or of another shape where they are not per token.
+            others: what the batch has besides, as it is.
+        """
         shape = columns["input_ids"].shape
         source = columns["input_ids" if self.source is None else self.source].view(-1)
         labels = source if self.source == "labels" else torch.empty_like(source)
@@ -101,9 +108,9 @@ class Expansion:
             batch["labels"] = labels.view(shape)
         batch |= {
             "position_ids": position_ids.view(shape),
-            "seq_idx": seq_idx.view(shape),
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
+            SEQ_IDX: seq_idx.view(shape),
+            CU_SEQLENS_Q: cu_seqlens,
+            CU_SEQLENS_K: cu_seqlens,
             **{key: value for key, value in columns.items() if key not in batch},
             **others,
         }
@@ -142,31 +149,23 @@ class FlatBatch(_Counted):
         others: dict[str, Any],
         expansion: Expansion,
     ) -> FlatBatch:
-        """The batch that `expansion(lengths, ignored, columns, others)` would be."""
+        """Keeps what `expansion(lengths, ignored, columns, others)` will make a batch of."""
         flat = torch.cat([lengths, ignored, *[tensor.reshape(-1) for tensor in columns.values()]])
         shapes = {key: tensor.shape for key, tensor in columns.items()}
         return FlatBatch(flat, lengths.numel(), shapes, others, expansion)
 
     def pin_memory(self) -> FlatBatch:
-        """The same in pinned memory, from where copies to a GPU do not wait."""
+        """Copies the tensors to pinned memory, from where copies to a GPU do not wait."""
         others = {
             key: value.pin_memory() if isinstance(value, Tensor) else value
             for key, value in self.others.items()
         }
-        return FlatBatch(
-            self.integers.pin_memory(),
-            self.segments,
-            self.shapes,
-            others,
-            self.expansion,
-            self.count,
-        )
+        return replace(self, integers=self.integers.pin_memory(), others=others)
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
-        """The batch on `device`: one copy of the integers, and what follows from them computed
-        there.
+        """Copies the integers to `device` at once, and computes there what follows from them.
 
-        The host keeps the boundaries.
+        The host remembers the boundaries, and how many labels count.
         """
         moved = self.integers.to(device, non_blocking=non_blocking)
         if moved is self.integers:  # the batch may be written to
@@ -186,46 +185,21 @@ class FlatBatch(_Counted):
             note_count(batch["labels"], counted)
         for key in BOUNDARIES_OF_SEGMENTS & self.others.keys():
             note_copy(self.others[key], others[key])
-        note(
-            batch["cu_seq_lens_q"],
-            [0, *itertools.accumulate(self.integers[: self.segments].tolist())],
-        )
+        ends = itertools.accumulate(self.integers[: self.segments].tolist(), initial=0)
+        note(batch[CU_SEQLENS_Q], list(ends))
         batch.count = self.count
         return batch
 
     def _count(self) -> int | None:
-        """How many labels count, of the integers on the host: as they are now. None where none are
-        labels."""
+        """Counts the labels among the integers on the host as they are now; None without any."""
         source = self.expansion.source or "labels"
         if source not in self.shapes or self.integers.device.type != "cpu":
             return None
         lengths, ignored, *columns = self.integers.split(self._sizes())
         firsts = ignored.tolist() if self.expansion.source else []
-        # padding is ignored whole, and has tokens
+        # where tokens are labels, padding has tokens too, and is ignored whole
         labels = None if source == "input_ids" else columns[list(self.shapes).index(source)]
         return count_labels(labels, lengths.tolist(), firsts)
 
     def _sizes(self) -> list[int]:
         return [self.segments, self.segments, *[shape.numel() for shape in self.shapes.values()]]
-
-
-def count_labels(labels: Tensor | None, lengths: list[int], ignored: list[int]) -> int:
-    """How many labels count after the first `ignored` of each segment are ignored.
-
-    Args:
-        labels: int64 (R, T), -100 in padding; None where every token is its own label.
-        lengths: tokens of each segment.
-        ignored: labels to be ignored of each segment: none, the first, or all of padding.
-    """
-    if labels is None:
-        return sum(lengths) - sum(ignored)
-    kept = labels.view(-1) != IGNORE_INDEX
-    starts = itertools.accumulate(lengths, initial=0)
-    lost = [
-        start
-        for start, length, first in zip(starts, lengths, ignored, strict=False)
-        if length and first
-    ]
-    return int(kept.count_nonzero()) - int(
-        kept[torch.tensor(lost, dtype=torch.int64)].count_nonzero()
-    )

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-
-IGNORE_INDEX = -100
+from fastft.data.keys import IGNORE_INDEX
 
 
 def boundaries_reference(

@@ -1,87 +1,59 @@
 """One packed batch out of a list of examples, with every boundary that attention kernels read.
 
-Examples are checked and laid out as columns (`columns.py`), put into rows (`rows.py`), labelled by
-the task (`masking.py`, `seq2seq.py`), and the boundaries filled in (`boundaries.py`, `batch.py`).
-There is never a 2-D attention
-mask: in transformers one disables the detection of packed sequences, and so does a cache (hence
-    `use_cache`: False).
+    features.py    examples, packs and Arrow tables become columns
+    tasks/         the task takes its labels out
+    documents.py   rows that another tool packed are cut, masked tokens left out, lengths checked
+    rows.py        examples are shared out over rows, and columns laid out as they lie there
+    tasks/         the task adds its labels
+    boundaries.py  positions, segments and borders follow: now, or on the device (batch.py)
+
+There is never a 2-D attention mask: in transformers one disables the detection of packed sequences,
+and so does a cache (hence `use_cache`: False).
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
-from fastft.data.boundaries import BOUNDARIES, IGNORE_INDEX
-from fastft.data.columns import (
-    check_lengths,
-    drop_masked,
-    flatten,
-    flatten_integers,
-    integers_of,
-    lengths_of,
-    take_mask,
+from fastft.checks import integer
+from fastft.data.batch import Expansion, FlatBatch, PackedBatch
+from fastft.data.boundaries import BOUNDARIES
+from fastft.data.columns import integers_of
+from fastft.data.documents import split_documents
+from fastft.data.features import columns_of
+from fastft.data.keys import (
+    IGNORE_INDEX,
+    LOGITS_TO_KEEP,
+    MAX_LENGTH_K,
+    MAX_LENGTH_Q,
+    PADDING_LENGTHS,
+    SHIFT_LABELS,
+    USE_CACHE,
+    refuse_reserved,
 )
-from fastft.data.documents import KEYS, LIST_KEYS, cut_documents, document_lengths
-from fastft.data.features import Columns, Pack, columns_of, is_pack
-from fastft.data.masking import TokenMasking
-from fastft.data.rows import Layout, balanced_rows, lay_out, width_of
-from fastft.data.segment_labels import LABEL_KEYS, take_labels
-from fastft.data.seq2seq import decoder_batch, decoder_columns, lay_out_both, take_decoder
-from fastft.foreign import base_model
+from fastft.data.label_counts import count_labels
+from fastft.data.pack import is_pack
+from fastft.data.rows import Layout, balanced_rows, lay_out
+from fastft.data.supervised import check_supervised, kept_logits
+from fastft.data.tasks.masked_lm import MaskedLM, TokenMasking
+from fastft.data.tasks.seq2seq import Seq2Seq
+from fastft.data.tasks.sequence_classification import SequenceClassification
+from fastft.data.tasks.task import Task
+from fastft.data.tasks.token_labels import CausalLM, TokenClassification
 from fastft.ops import check_impl
 
-__all__ = ["Pack", "PackingCollator"]
-
-TOKEN_KEYS = ("input_ids", "labels")
-TASKS = ("causal_lm", "masked_lm", "token_classification", "sequence_classification", "seq2seq")
-# what a batch has besides the columns of the examples: names that no column may have
-RESERVED = (
-    "max_length_q",
-    "max_length_k",
-    "padding_lengths",
-    "use_cache",
-    "label_segments",
-    "decoder_cu_seq_lens",
-    "decoder_max_length",
-)
-
-
-def _check_slices_logits(model: Any) -> None:
-    """Raises ValueError where a mask of the logits to keep would not be understood; `model` may be
-    just True."""
-    import transformers
-
-    if model is not True and not isinstance(model, torch.nn.Module):
-        raise ValueError(f"supervised_only must be True, False or a model, got {model!r}")
-    if not hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
-        raise ValueError(
-            f"supervised_only needs transformers >= 5.23, {transformers.__version__} is installed"
-        )
-    if model is True:
-        return
-    base = base_model(model)
-    if "slice_logits_to_keep" not in inspect.unwrap(type(base).forward).__code__.co_names:
-        raise ValueError(
-            f"supervised_only: {type(base).__name__} does not use transformers' "
-            f"slice_logits_to_keep"
-        )
-
-
-def _supervised(labels: Tensor) -> dict[str, Tensor]:
-    """What makes a causal model compute logits for the tokens alone whose successor has a label."""
-    following = torch.full_like(labels, IGNORE_INDEX)
-    # the last token of a row is followed by an ignored one
-    following.view(-1)[:-1] = labels.view(-1)[1:]
-    keep = following != IGNORE_INDEX
-    return {"logits_to_keep": keep, "shift_labels": following[keep]}
+TASKS: dict[str, type[Task]] = {
+    "causal_lm": CausalLM,
+    "masked_lm": MaskedLM,
+    "token_classification": TokenClassification,
+    "sequence_classification": SequenceClassification,
+    "seq2seq": Seq2Seq,
+}
 
 
 class PackingCollator:
@@ -186,223 +158,98 @@ class PackingCollator:
     ) -> None:
         if task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(map(repr, TASKS))}, got {task!r}")
-        for name, value in (("rows", rows), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                if name == "rows" or value is not None:
-                    raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name, value in (
-            ("position_ids_start", position_ids_start),
-            ("pad_token_id", pad_token_id),
-        ):
-            if not hasattr(value, "__index__") or value < 0:
-                raise ValueError(f"{name} must be an integer from 0 on, got {value!r}")
-        if supervised_only is not False:
-            if task != "causal_lm" or expand_on_device:
-                other = (
-                    "expand_on_device, as labels are chosen on the host"
-                    if expand_on_device
-                    else f"task {task!r}"
-                )
-                raise ValueError(f"supervised_only does not go with {other}")
-            _check_slices_logits(supervised_only)
-        if not expand_on_device:
-            BOUNDARIES.resolve(impl, torch.device("cpu"))
-        else:
-            check_impl(impl)
-        self.task, self.rows, self.pad_token_id = task, rows, pad_token_id
-        self.pad_to_multiple_of, self.position_ids_start = pad_to_multiple_of, position_ids_start
-        self.supervised_only, self.expand_on_device, self.impl = (
-            supervised_only is not False,
-            expand_on_device,
-            impl,
+        self.task, self.rows = task, integer("rows", rows)
+        self.pad_to_multiple_of = (
+            None
+            if pad_to_multiple_of is None
+            else integer("pad_to_multiple_of", pad_to_multiple_of)
         )
+        from_0 = functools.partial(integer, what="an integer from 0 on", least=0)
+        self.position_ids_start = from_0("position_ids_start", position_ids_start)
+        self.pad_token_id = from_0("pad_token_id", pad_token_id)
+        self.supervised_only = supervised_only is not False
+        if self.supervised_only:
+            check_supervised(supervised_only, task, expand_on_device)
+        if expand_on_device:
+            check_impl(impl)
+        else:
+            BOUNDARIES.resolve(impl, torch.device("cpu"))
+        self.expand_on_device, self.impl = expand_on_device, impl
         self.decoder_start_token_id, self.pad_examples = decoder_start_token_id, pad_examples
         self.masking = None if tokenizer is None else TokenMasking(tokenizer, mlm_probability, seed)
 
     def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch:
-        """The batch of `features`; see the class."""
+        """Collates `features`; see the class."""
         features = list(features)
-        of_segments = self.task == "sequence_classification"
-        columns, counts = columns_of(features, LABEL_KEYS if of_segments else ("labels",))
-        self._refuse_reserved(columns)
-        labels = take_labels(columns) if of_segments else None
-        decoder, decoder_lengths = take_decoder(columns) if self.task == "seq2seq" else ({}, [])
-        columns, lengths, counts = self._documents(columns, counts)
+        task = TASKS[self.task](self)
+        columns, counts = columns_of(features, task.label_keys)
+        refuse_reserved(columns, (LOGITS_TO_KEEP, SHIFT_LABELS) if self.supervised_only else ())
+        task.take(columns)
+        alone = "with pad_examples each would see the others" if self.pad_examples else ""
+        columns, lengths, counts = split_documents(
+            columns, counts, self.position_ids_start, task.undivided or alone
+        )
+        multiple = self.pad_to_multiple_of or 1
         if self.pad_examples and not any(map(is_pack, features)):
-            return self._padded(
-                columns,
-                lengths,
-                None if labels is None else labels.values,
-                decoder,
-                decoder_lengths,
-            )
-        rows = self._rows(counts, lengths, decoder_lengths)
-        multiple = self.pad_to_multiple_of or 1
-        integers: dict[str, Tensor] = {}
-        others: dict[str, Any] = {}
-        if decoder:
-            layout, decoder_layout = lay_out_both(lengths, decoder_lengths, rows, multiple)
-            integers, others = decoder_batch(
-                decoder, decoder_layout, self.decoder_start_token_id, self.pad_token_id
-            )
-        else:
-            layout = lay_out(lengths, rows, width_of(lengths, rows, multiple))
-        flat = self._flatten(columns, layout)
-        if labels is not None:
-            flat |= labels.arranged(layout)
-        return self._finish({**flat, **integers}, others, layout)
+            layout = lay_out(lengths, [[example] for example in range(len(lengths))], multiple)
+            return _padded(task, task.fill(columns, layout), layout, lengths)
+        layout = lay_out(lengths, self._rows(counts, lengths, task), multiple, task.beside)
+        batch = task.fill(columns, layout)
+        task.finish(batch, layout)
+        return self._packed(task, batch, layout)
 
-    def _padded(
-        self,
-        columns: Columns,
-        lengths: list[int],
-        labels: Tensor | None,
-        decoder: Columns,
-        decoder_lengths: list[int],
-    ) -> PackedBatch:
-        """The batch that transformers' padding collators make: a row for each example, and an
-        attention_mask."""
-        rows = [[row] for row in range(len(lengths))]
-        multiple = self.pad_to_multiple_of or 1
-        layout = lay_out(lengths, rows, width_of(lengths, rows, multiple))
-        batch: dict[str, Any] = self._flatten(columns, layout)
-        real = torch.arange(layout.width) < torch.tensor(lengths)[:, None]
-        if decoder:
-            width = width_of(decoder_lengths, rows, multiple)
-            batch |= decoder_columns(
-                decoder, lay_out(decoder_lengths, rows, width), self.pad_token_id
-            )
-        elif labels is not None:
-            batch["labels"] = labels
-        elif self.task == "causal_lm" and "labels" not in batch:
-            batch["labels"] = batch["input_ids"].masked_fill(~real, IGNORE_INDEX)
-        padded = PackedBatch(batch, attention_mask=real.long())
-        if "labels" in padded:
-            padded.count = functools.partial(count_labels, padded["labels"], [], [])
-        return padded
-
-    def _refuse_reserved(self, columns: Columns) -> None:
-        made = (*RESERVED, "logits_to_keep", "shift_labels") if self.supervised_only else RESERVED
-        for key in made:
-            if key in columns:
-                raise ValueError(
-                    f"the examples have a column {key!r}, which the collator makes itself: rename "
-                    f"it"
-                )
-
-    def _documents(
-        self, columns: Columns, counts: list[int]
-    ) -> tuple[Columns, list[int], list[int]]:
-        """The checked columns without what is masked, rows that another tool packed cut into their
-        documents.
-
-        With them come the tokens of each example, and how many examples each feature is.
-        """
-        lengths = lengths_of("input_ids", columns["input_ids"])
-        for key, values in columns.items():
-            if key != "input_ids" and key not in LIST_KEYS:
-                check_lengths(key, values, lengths, "input_ids")
-        mask = take_mask("attention_mask", columns)
-        documents = document_lengths(columns, lengths, self.position_ids_start, mask)
-        if documents is not None:
-            self._refuse_documents(documents)
-            columns = cut_documents(columns, lengths, documents)
-            ends = [0, *itertools.accumulate(counts)]
-            counts = [
-                sum(map(len, documents[begin:end])) for begin, end in itertools.pairwise(ends)
-            ]
-            lengths = [*itertools.chain(*documents)]
-        for key in KEYS & columns.keys():
-            del columns[key]
-        return columns, drop_masked("attention_mask", mask, columns, list(columns), lengths), counts
-
-    def _refuse_documents(self, documents: list[list[int]]) -> None:
-        """Raises ValueError where an example must not be several documents."""
-        what = {
-            "sequence_classification": "task 'sequence_classification' has no label for each",
-            "seq2seq": "task 'seq2seq' does not know which labels are whose",
-        }.get(self.task, "with pad_examples each would see the others" if self.pad_examples else "")
-        if what:
-            index = next(index for index, sizes in enumerate(documents) if len(sizes) > 1)
-            raise ValueError(
-                f"example {index} is {len(documents[index])} documents, packed by another tool, "
-                f"and {what}: give the "
-                "documents one by one, and let fastft.pack pack them"
-            )
-
-    def _rows(
-        self, counts: list[int], lengths: list[int], decoder_lengths: list[int]
-    ) -> list[list[int]]:
-        """The examples of each row; `counts` are those which must stay in one."""
+    def _rows(self, counts: list[int], lengths: list[int], task: Task) -> list[list[int]]:
+        """Shares the examples out over rows; `counts` are those which must stay in one."""
         if self.rows == 1:
             return [list(range(len(lengths)))]
         starts = [0, *itertools.accumulate(counts)]
         members = [range(begin, end) for begin, end in itertools.pairwise(starts)]
-        tokens = [
-            sum(pair) for pair in itertools.zip_longest(lengths, decoder_lengths, fillvalue=0)
-        ]
+        tokens = [*map(sum, itertools.zip_longest(lengths, task.beside, fillvalue=0))]
         sizes = [sum(tokens[example] for example in unit) for unit in members]
         return [
             [example for unit in row for example in members[unit]]
             for row in balanced_rows(sizes, self.rows)
         ]
 
-    def _flatten(self, columns: dict[str, list[Any]], layout: Layout) -> dict[str, Tensor]:
-        """The columns as the segments lie, (R, T); those of the task checked or drawn."""
-        masking = self.masking if self.task == "masked_lm" else None
-        if masking is not None:
-            columns.pop("labels", None)
-            if "special_tokens_mask" not in columns:
-                columns["special_tokens_mask"] = [
-                    *map(masking.special_tokens, columns["input_ids"])
-                ]
-        elif self.task == "masked_lm" and "labels" not in columns:
-            raise ValueError(
-                "task 'masked_lm' needs tokenizer, or examples that have labels already"
-            )
-        fills = {
-            "input_ids": self.pad_token_id,
-            "labels": IGNORE_INDEX,
-            "special_tokens_mask": int(masking is not None),
+    def _packed(self, task: Task, batch: dict[str, Any], layout: Layout) -> PackedBatch | FlatBatch:
+        """Adds what follows from the segments, or leaves that to the device."""
+        source = task.source(batch)
+        integers = {
+            key: value for key, value in batch.items() if getattr(value, "dtype", 0) == torch.int64
         }
-        flat = {
-            key: (flatten_integers if key in TOKEN_KEYS else flatten)(
-                key, layout.arrange(values, fills.get(key, 0))
-            )
-            for key, values in columns.items()
-        }
-        if masking is not None:
-            flat["labels"] = masking(flat["input_ids"], flat.pop("special_tokens_mask"))
-        return {key: tensor.view(layout.rows, layout.width) for key, tensor in flat.items()}
-
-    def _finish(
-        self, flat: dict[str, Tensor], others: dict[str, Any], layout: Layout
-    ) -> PackedBatch | FlatBatch:
-        """The batch of its columns."""
-        shifts, of_tokens = (
-            self.task == "causal_lm",
-            self.task not in ("sequence_classification", "seq2seq"),
-        )
-        pairs = zip(layout.order, layout.lengths, strict=True)
-        ignored = [length if example is None else int(shifts) for example, length in pairs]
-        source = "labels" if of_tokens and "labels" in flat else "input_ids" if shifts else None
-        integers = {key: tensor for key, tensor in flat.items() if not tensor.is_floating_point()}
-        segments = integers_of(layout.lengths), integers_of(ignored)
         longest = max(layout.lengths)
-        others |= {"max_length_q": longest, "max_length_k": longest, "use_cache": False}
-        others |= {key: tensor for key, tensor in flat.items() if key not in integers}
-        if self.task != "seq2seq" and any(layout.padding):
-            others["padding_lengths"] = torch.tensor(layout.padding, dtype=torch.int32)
+        others: dict[str, Any] = {MAX_LENGTH_Q: longest, MAX_LENGTH_K: longest, USE_CACHE: False}
+        others |= {key: value for key, value in batch.items() if key not in integers}
+        # two sides have each their own padding, so that no one number is a row's
+        if not task.beside and any(layout.padding):
+            others[PADDING_LENGTHS] = torch.tensor(layout.padding, dtype=torch.int32)
+        ignored = [
+            length if example is None else task.ignored
+            for example, length in zip(layout.order, layout.lengths, strict=True)
+        ]
+        segments = integers_of(layout.lengths), integers_of(ignored)
         expansion = Expansion(source, self.position_ids_start, self.impl)
-        batch: PackedBatch | FlatBatch
+        made: PackedBatch | FlatBatch
         if self.expand_on_device:
-            batch = FlatBatch.of(*segments, integers, others, expansion)
+            made = FlatBatch.of(*segments, integers, others, expansion)
         else:
-            batch = expansion(*segments, integers, others)
+            made = expansion(*segments, integers, others)
             if self.supervised_only:
-                batch |= _supervised(batch["labels"])
-        if source is not None or "labels" in flat:
-            batch.count = functools.partial(
-                count_labels, flat.get("labels"), layout.lengths, ignored if of_tokens else []
+                made |= kept_logits(made["labels"])
+        if source is not None or "labels" in batch:
+            made.count = functools.partial(
+                count_labels, batch.get("labels"), layout.lengths, ignored if source else []
             )
-        return batch
+        return made
+
+
+def _padded(task: Task, batch: dict[str, Any], layout: Layout, lengths: list[int]) -> PackedBatch:
+    """Makes the batch of transformers' padding collators: a row for each example, and an
+    attention_mask."""
+    real = torch.arange(layout.width) < torch.tensor(lengths)[:, None]
+    if task.source(batch) == "input_ids":
+        batch["labels"] = batch["input_ids"].masked_fill(~real, IGNORE_INDEX)
+    padded = PackedBatch(batch, attention_mask=real.long())
+    if "labels" in padded:
+        padded.count = functools.partial(count_labels, padded["labels"], [], [])
+    return padded

@@ -16,6 +16,8 @@ from torch import Tensor
 
 _NDIM, _DTYPE = operator.attrgetter("ndim"), operator.attrgetter("dtype")
 MAX_TOKENS = 2**31 - 1  # what int32 boundaries can count
+INTEGERS = ("input_ids", "labels", "decoder_input_ids")  # columns in which nothing else makes sense
+Columns = dict[str, list[Any]]  # the values by key, one of each example
 
 
 def _are_vectors(values: list[Any]) -> bool:
@@ -38,8 +40,28 @@ def _check_vector(key: str, index: int, value: Any) -> None:
         raise ValueError(f"{key} of example {index} must hold one number per token, got {what}")
 
 
+def token_columns(columns: Columns, required: Iterable[str] = ()) -> Columns:
+    """Chooses the columns that may hold numbers for tokens, `input_ids` first, and those required.
+
+    Text, single numbers and None go nowhere near a model.
+    """
+    return {"input_ids": columns["input_ids"]} | {
+        key: values
+        for key, values in columns.items()
+        if key in required or any(map(_may_be_per_token, values))
+    }
+
+
+def _may_be_per_token(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and not isinstance(value[0], str | dict) and value[0] is not None
+    return (
+        hasattr(value, "ndim") and value.ndim > 0 and getattr(value.dtype, "kind", "i") not in "OSU"
+    )
+
+
 def lengths_of(key: str, values: list[Any]) -> list[int]:
-    """The length of each value of a column.
+    """The lengths of a column's values.
 
     Raises:
         ValueError: a value is not one-dimensional or empty, or together they are longer than int32
@@ -72,9 +94,8 @@ def check_lengths(key: str, values: list[Any], lengths: list[int], of: str) -> N
             )
 
 
-def take_mask(key: str, columns: dict[str, list[Any]]) -> Tensor | None:
-    """Takes `key` out of the columns: the masks of all examples, (T,), or None if nothing is masked
-    or numbered."""
+def take_mask(key: str, columns: Columns) -> Tensor | None:
+    """Takes the masks `key` out of the columns: (T,), or None if nothing is masked or numbered."""
     masks = columns.pop(key, None)
     if masks is None or (
         {*map(type, masks)} == {list} and all(mask.count(1) == len(mask) for mask in masks)
@@ -88,33 +109,34 @@ def take_mask(key: str, columns: dict[str, list[Any]]) -> Tensor | None:
 def drop_masked(
     key: str,
     mask: Tensor | None,
-    columns: dict[str, list[Any]],
-    keys: Iterable[str],
+    columns: Columns,
     lengths: list[int],
 ) -> list[int]:
-    """Takes the tokens that `mask` (T,), the values of `key`, masks out of the columns `keys`;
-    returns the new lengths.
+    """Takes the tokens that `mask` (T,), the values of `key`, masks out of all columns.
+
+    Returns:
+        The new lengths.
 
     Raises:
         ValueError: nothing is left of an example.
     """
     if mask is None or bool(mask.all()):
         return lengths
-    keys, left = list(keys), list(lengths)
+    left = list(lengths)
     for index, kept in enumerate((mask != 0).split(lengths)):
         left[index] = int(kept.sum())
         if left[index] == 0:
             raise ValueError(f"example {index} has no tokens: its {key} is all zeros")
-        for name in keys:
-            columns[name][index] = flatten(name, [columns[name][index]])[kept]
+        for name, values in columns.items():
+            values[index] = flatten(name, [values[index]])[kept]
     return left
 
 
 def flatten(key: str, values: Sequence[Any]) -> Tensor:
-    """All values of a column one after another in a new CPU tensor (T,): int64, or the
-    floating-point dtype they have.
+    """Joins the values of a column in a new CPU tensor (T,).
 
-    Numbers from lists that are no integers become float32.
+    It is int64, or of the floating-point dtype that they have; numbers from lists that are no
+    integers become float32.
 
     Raises:
         ValueError: something in it is no number, or an integer too large for int64.
@@ -133,16 +155,20 @@ def flatten(key: str, values: Sequence[Any]) -> Tensor:
 
 
 def flatten_integers(key: str, values: Sequence[Any]) -> Tensor:
-    """`flatten` for tokens and labels: int64; raises ValueError where the numbers are no
-    integers."""
+    """Joins integers as `flatten` does; raises ValueError for other numbers."""
     flat = flatten(key, values)
     if flat.is_floating_point():
         raise ValueError(f"{key} must be integers, got {flat.dtype}")
     return flat
 
 
+def flatten_column(key: str, values: Sequence[Any]) -> Tensor:
+    """Joins what `key` may hold: integers for tokens and labels, any numbers for others."""
+    return (flatten_integers if key in INTEGERS else flatten)(key, values)
+
+
 def integers_of(numbers: Sequence[int]) -> Tensor:
-    """int64 (n,) from n > 0 integers; for short lists many times faster than torch.tensor."""
+    """Makes int64 (n,) of n > 0 integers; of short lists many times faster than torch.tensor."""
     return torch.frombuffer(array("q", numbers), dtype=torch.int64)
 
 
@@ -197,8 +223,7 @@ def _flat_arrays(key: str, values: Sequence[Any]) -> Tensor:
 
 
 def padding_like(value: Any, count: int, fill: int) -> Any:
-    """A value for `flatten` that holds `fill` `count` times, and changes nothing about its column's
-    dtype."""
+    """Makes a value for `flatten`, `count` times `fill`, that leaves its column's dtype alone."""
     floating = "float" in str(getattr(value, "dtype", ""))
     if isinstance(value, Tensor):
         return torch.full(

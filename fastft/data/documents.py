@@ -2,11 +2,12 @@
 
 Such a row is one example with several documents, and says so by one of these columns:
 
-    position_ids    one number per token, 0 again (or the collator's position_ids_start) where a document begins
-    seq_idx         one number per token, another one in the next document
+    position_ids    a number for each token, 0 again (or position_ids_start) where a document begins
+    seq_idx         a number for each token, another one in the next document
     attention_mask  1, 1, 2, 2, 2, 3 ...: the number of the document, 0 where a token is masked
     seq_lengths     the tokens of each document, as TRL's packing has them
-    cu_seq_lens     where documents begin, and the tokens of the row; also as cu_seq_lens_q, cu_seq_lens_k, cu_seqlens
+    cu_seq_lens     where documents begin, and the tokens of the row; also as cu_seq_lens_q,
+                    cu_seq_lens_k, cu_seqlens
 
 Any of them cuts. A document that begins at another position than all others, or positions that jump
 (shared prefixes, positions drawn with gaps), cannot be numbered anew without training something
@@ -23,20 +24,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data.columns import flatten_integers
-from fastft.data.segment_labels import LABEL_KEYS
+from fastft.data.columns import (
+    Columns,
+    check_lengths,
+    drop_masked,
+    flatten_integers,
+    lengths_of,
+    take_mask,
+)
+from fastft.data.keys import LABEL_KEYS
 
 POSITIONS, NUMBERS, MASK, SIZES = "position_ids", "seq_idx", "attention_mask", "seq_lengths"
 BORDERS = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 LIST_KEYS = (SIZES, *BORDERS)  # with as many numbers as there are documents, not tokens
 KEYS = frozenset((POSITIONS, NUMBERS, *LIST_KEYS))
-Columns = dict[str, list[Any]]
+
+
+def split_documents(
+    columns: Columns, counts: list[int], start: int = 0, undivided: str = ""
+) -> tuple[Columns, list[int], list[int]]:
+    """Checks the columns, makes an example of each document and leaves out what is masked.
+
+    Args:
+        columns: of the examples. `attention_mask` is taken out.
+        counts: how many examples each feature is.
+        start: a position at which documents may begin besides 0.
+        undivided: why no example may be several documents, part of a sentence; empty where it may.
+
+    Returns:
+        The columns, without those which say where documents begin; the tokens of each example; and
+        how many of them each feature is.
+
+    Raises:
+        ValueError: an example has no tokens, or a column another number of values; documents that
+            cannot be told apart, or must not be.
+    """
+    lengths = lengths_of("input_ids", columns["input_ids"])
+    for key, values in columns.items():
+        if key != "input_ids" and key not in LIST_KEYS:
+            check_lengths(key, values, lengths, "input_ids")
+    mask = take_mask(MASK, columns)
+    documents = document_lengths(columns, lengths, start, mask)
+    if documents is not None:
+        if undivided:
+            index = next(index for index, sizes in enumerate(documents) if len(sizes) > 1)
+            raise ValueError(
+                f"example {index} is {len(documents[index])} documents, packed by another tool, "
+                f"and {undivided}: give the documents one by one, and let fastft.pack pack them"
+            )
+        columns = cut_documents(columns, lengths, documents)
+        ends = [0, *itertools.accumulate(counts)]
+        counts = [sum(map(len, documents[begin:end])) for begin, end in itertools.pairwise(ends)]
+        lengths = [*itertools.chain(*documents)]
+    for key in KEYS & columns.keys():
+        del columns[key]
+    return columns, drop_masked(MASK, mask, columns, lengths), counts
 
 
 def document_lengths(
     columns: Columns, lengths: Sequence[int], start: int | None = None, masks: Tensor | None = None
 ) -> list[list[int]] | None:
-    """The tokens of the documents of each example; None if every example is one document.
+    """Finds the documents of each example, their tokens; None if every example is one document.
 
     Args:
         columns: of the examples; what is per token must be so. Without one of the keys above the
@@ -83,7 +131,7 @@ def document_lengths(
 
 
 def _numbers(key: str, values: list[Any], lengths: Sequence[int]) -> Tensor:
-    """The document of each token (T,), by their lengths or borders in `values`."""
+    """Numbers the document of each token, (T,), by their lengths or borders in `values`."""
     made = []
     for index, (value, length) in enumerate(zip(values, lengths, strict=True)):
         listed = (
@@ -100,8 +148,7 @@ def _numbers(key: str, values: list[Any], lengths: Sequence[int]) -> Tensor:
             what = "the lengths" if key == SIZES else "the borders, from 0,"
             raise ValueError(
                 f"{key} of example {index} must be {what} of its documents, {length} tokens in "
-                f"all, got "
-                f"{listed.tolist()}"
+                f"all, got {listed.tolist()}"
             )
         made.append(torch.repeat_interleave(sizes))
     return torch.cat(made)
@@ -139,16 +186,14 @@ def _check_positions(
     where = "0" if not start else f"0 or position_ids_start={start}"
     raise ValueError(
         f"position_ids of example {example} {came}; the collator numbers the tokens of each "
-        f"document anew, so that "
-        f"positions must begin at {where} and go up by one: take the column out if they do not "
-        f"matter (RoBERTa-like "
-        "models: position_ids_start=2), or pad instead of packing if they do"
+        f"document anew, so that positions must begin at {where} and go up by one: take the column "
+        "out if they do not matter (RoBERTa-like models: position_ids_start=2), or pad instead of "
+        "packing if they do"
     )
 
 
 def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list[int]]) -> Columns:
-    """The columns with an example for each document; what says where they begin is gone, but for
-    `position_ids`.
+    """Makes an example of each document. Of what says where they begin, `position_ids` alone stay.
 
     Raises:
         ValueError: an example of several documents has labels that are not per token.
@@ -169,8 +214,8 @@ def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list
             elif key in LABEL_KEYS:
                 raise ValueError(
                     f"example {index} is {len(sizes)} documents, packed by another tool, but has "
-                    f"no label for each "
-                    f"token: its {key} cannot be shared out; give the documents one by one"
+                    f"no label for each token: its {key} cannot be shared out; give the documents "
+                    "one by one"
                 )
             else:
                 made += [value] * len(sizes)
@@ -183,11 +228,10 @@ def is_per_token(value: Any, tokens: int) -> bool:
 
 
 def shortened(example: dict[str, Any], begin: int, length: int) -> dict[str, Any]:
-    """What `length` tokens of an example from `begin` have in place of its columns that say where
-    documents begin.
+    """Writes the columns that say where documents begin anew for a part of an example.
 
-    A document of which the first tokens are missing is one of its own, which begins where the part
-    does.
+    The part is `length` tokens from `begin`. A document of which the first tokens are missing is
+    one of its own, which begins where the part does.
     """
     tokens = len(example["input_ids"])
     columns = {key: [value] for key, value in example.items() if key in KEYS}

@@ -12,18 +12,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
-from fastft.data.collator import PackingCollator
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.epochs import epoch_plan
-from fastft.data.features import Pack
 from fastft.data.lengths import scan_lengths
-from fastft.data.parts import cut, filler
+from fastft.data.pack import Pack, cut, filler
 from fastft.data.plan import PackPlan, check_limits, check_positive, plan_packs
 from fastft.data.streaming import OPEN_PACKS, PackedStream
 from fastft.foreign import is_dataset, world_size
 
 ROWS_OF_A_TABLE = 1024  # of `to_dataset`: so many packs are in memory twice
-WRITTEN = ("position_ids", "seq_idx")  # by the collator: they follow from seq_lengths
 # the policies after which a full pack may hold a part of an example
 CUTTING = ("truncate", "split")
 
@@ -135,19 +132,13 @@ class PackedDataset(Dataset[Pack]):
         import datasets
         import pyarrow
 
-        collator = PackingCollator(task="token_classification")
         tables = []
         for first in range(0, len(self), ROWS_OF_A_TABLE):
             packs = self._packs(range(first, min(first + ROWS_OF_A_TABLE, len(self))))
-            rows: list[Any] = [collator([one]) for one in packs]
-            kept = [
-                key
-                for key, value in rows[0].items()
-                if getattr(value, "ndim", 0) == 2 and key not in WRITTEN
-            ]
-            columns = {key: [row[key][0].numpy() for row in rows] for key in kept}
-            columns["seq_lengths"] = [row["cu_seq_lens_q"].diff().long().numpy() for row in rows]
-            tables.append(pyarrow.table(columns))
+            rows = [one.joined() for one in packs]
+            tables.append(
+                pyarrow.table({key: [row[key].numpy() for row in rows] for key in rows[0]})
+            )
         return datasets.Dataset(pyarrow.concat_tables(tables))
 
     def _packs(self, indices: Sequence[int]) -> list[Pack]:

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastft.data.columns import MAX_TOKENS, padding_like
+from torch import Tensor
+
+from fastft.data.columns import MAX_TOKENS, Columns, flatten_column, padding_like
 
 
 def balanced_rows(sizes: Sequence[int], rows: int) -> list[list[int]]:
-    """Units of the given sizes over at most `rows` rows: for each row its units in order, rows by
-    their first unit."""
+    """Shares units of the given sizes out over at most `rows` rows.
+
+    Returns:
+        The units of each row, in order; the rows by their first unit.
+    """
     if rows == 1:
         return [list(range(len(sizes)))]
     members: list[list[int]] = [[] for _ in range(min(rows, len(sizes)))]
@@ -32,14 +37,17 @@ def balanced_rows(sizes: Sequence[int], rows: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The examples of each row, one segment each, and the tokens that fill a row up, one more
-    segment if there are any.
+    """Where examples lie: the segments of each row are its examples and, where these do not fill
+    it, padding.
 
-    `width` is the tokens of a row, `lengths` those of each segment; `order` has the example of each
-    segment, None for padding.
+    Attributes:
+        members: the examples of each row.
+        width: tokens of a row.
+        lengths: tokens of each segment.
+        order: the example of each segment, None for padding.
     """
 
-    rows: int
+    members: Sequence[Sequence[int]]
     width: int
     lengths: list[int]
     order: list[int | None]
@@ -52,21 +60,23 @@ class Layout:
     @property
     def padding(self) -> list[int]:
         """How many tokens at the end of each row are padding."""
-        padding, end = [0] * self.rows, 0
+        padding, end = [0] * len(self.members), 0
         for example, length in zip(self.order, self.lengths, strict=True):
             end += length
             if example is None and length:
                 padding[end // self.width - 1] = length
         return padding
 
-    @property
-    def examples(self) -> list[int]:
-        """The examples in the order in which they lie."""
-        return [example for example in self.order if example is not None]
+    def tensors(self, columns: Columns, fills: Mapping[str, int]) -> dict[str, Tensor]:
+        """Lays columns out, (R, T) each; padding holds `fills`, or 0 where they have no number."""
+        shape = len(self.members), self.width
+        return {
+            key: flatten_column(key, self._arranged(values, fills.get(key, 0))).view(shape)
+            for key, values in columns.items()
+        }
 
-    def arrange(self, values: list[Any], fill: int) -> list[Any]:
-        """The values of a column, one of each example, as the segments lie; padding holds
-        `fill`."""
+    def _arranged(self, values: list[Any], fill: int) -> list[Any]:
+        """The values of a column as the segments lie."""
         if self.is_plain:
             return values
         segments = zip(self.order, self.lengths, strict=True)
@@ -76,8 +86,16 @@ class Layout:
             for example, length in segments
         ]
 
+    def beside(self, lengths: Sequence[int], multiple: int) -> Layout:
+        """Lays the examples' tokens on another side, `lengths` of each, in the same segments.
 
-def width_of(lengths: Sequence[int], rows: Iterable[Iterable[int]], multiple: int) -> int:
+        A segment of padding may be empty on either side.
+        """
+        padded = [padding > 0 for padding in self.padding]
+        return _laid_out(lengths, self.members, _width(lengths, self.members, multiple), padded)
+
+
+def _width(lengths: Sequence[int], rows: Sequence[Sequence[int]], multiple: int) -> int:
     """Tokens of the longest row, rounded up to a multiple."""
     longest = max(sum(lengths[example] for example in row) for row in rows)
     return longest + -longest % multiple
@@ -86,29 +104,44 @@ def width_of(lengths: Sequence[int], rows: Iterable[Iterable[int]], multiple: in
 def lay_out(
     lengths: Sequence[int],
     rows: Sequence[Sequence[int]],
-    width: int,
-    padded: Sequence[bool] | None = None,
+    multiple: int,
+    beside: Sequence[int] = (),
 ) -> Layout:
-    """The layout of `rows` of examples of the given lengths, each row filled up to `width` tokens.
+    """Lays examples out in rows that are all as long as the longest.
 
-    `padded` says which rows end with a segment of padding, be it empty; by default those that are
-    not full.
+    Args:
+        lengths: tokens of each example.
+        rows: the examples of each row.
+        multiple: of what the rows' tokens are rounded up to.
+        beside: tokens of each example on another side, whose padding needs padding here.
 
     Raises:
         ValueError: the rows have more tokens than int32 can count.
     """
+    width = _width(lengths, rows, multiple)
+    if beside:
+        other = _width(beside, rows, multiple)
+        ends = [[sum(side[one] for one in row) for side in (lengths, beside)] for row in rows]
+        width += multiple if any(end == width and needs < other for end, needs in ends) else 0
+    return _laid_out(lengths, rows, width, [False] * len(rows))
+
+
+def _laid_out(
+    lengths: Sequence[int], rows: Sequence[Sequence[int]], width: int, padded: Sequence[bool]
+) -> Layout:
+    """Fills rows up to `width` tokens; those of `padded` get a segment of padding be it empty."""
     if len(rows) * width > MAX_TOKENS:
         raise ValueError(
             f"{len(rows)} rows of {width} tokens are more than int32 boundaries can count"
         )
     segment_lengths: list[int] = []
     order: list[int | None] = []
-    for number, row in enumerate(rows):
+    for row, ends_with_padding in zip(rows, padded, strict=True):
         chosen = [lengths[example] for example in row]
         segment_lengths += chosen
         order += row
         padding = width - sum(chosen)
-        if padding if padded is None else padded[number]:
+        if padding or ends_with_padding:
             segment_lengths.append(padding)
             order.append(None)
-    return Layout(len(rows), width, segment_lengths, order)
+    return Layout(rows, width, segment_lengths, order)

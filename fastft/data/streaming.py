@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from fastft.data.collator import Pack
 from fastft.data.dispatching import refuse_dispatch
-from fastft.data.parts import cut
+from fastft.data.pack import Pack, cut
 from fastft.foreign import is_iterable_dataset
 
 OPEN_PACKS = 32

@@ -11,15 +11,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from fastft.data.label_counts import known_count
 from fastft.foreign import unwrapped, whose_forward
 from fastft.integrations.evaluation import in_evaluation_loop
 from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.trainings import training_begins, until_the_end_of
 from fastft.loss.counted_labels import give_counted_labels
-from fastft.loss.evaluation import Evaluation
-from fastft.loss.output_head import Attachment, expects_head
-from fastft.loss.report import Report
+from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.output_head import Attachment, expects_head
+from fastft.loss.lazy.report import Report
 
 # below "transformers", so that its verbosity rules
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -108,7 +109,7 @@ class FusedLossCallback(TrainerCallback):
         self._attachment = Attachment(model, evaluation)
         self._kept.callback(self._attachment.remove)
         if packing_collator(kwargs.get("train_dataloader")) is not None:
-            self._kept.callback(give_counted_labels(model))
+            self._kept.callback(give_counted_labels(model, known_count))
         self.report = self._attachment.report
         if args.torch_compile and self._attachment.heads:
             self._keep_loss_uncompiled(unwrapped(model))

@@ -14,17 +14,17 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from fastft.attention.block_mask import attention_configs, block_mask
-from fastft.attention.check_packing import Leak, PackingLeakError, Unasked, find_leak
-from fastft.attention.probe_rows import Batches
 from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.dispatching import REFUSAL
 from fastft.data.packed import PackedDataset, packs_of
-from fastft.data.pool_segments import is_pooled
 from fastft.foreign import base_model, dispatches, modules_with_hooks
+from fastft.integrations.block_mask import attention_configs, block_mask
+from fastft.integrations.check_packing import Leak, PackingLeakError, Unasked, find_leak
 from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packed_evaluation import PADDED, refuse_generation, warn_of_repeats
+from fastft.integrations.pool_segments import is_pooled
+from fastft.integrations.probe_rows import Batches
 from fastft.integrations.trainings import training_begins, until_the_end_of
 
 # below "transformers", so that its verbosity rules

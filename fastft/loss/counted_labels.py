@@ -13,36 +13,24 @@ counted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastft.foreign import write_stamp
 
 IGNORE_INDEX = -100
 _INDICES = (torch.int64, torch.int32)
-_notes: Any = WeakTensorKeyDictionary()  # by the labels: their write_stamp, how many count
+KnownCount = Callable[[Tensor], int | None]
 
 
 def _stamp(labels: Tensor) -> tuple[int, int] | None:
     with torch._C.DisableTorchFunctionSubclass():
         return write_stamp(labels)
-
-
-def note_labels(of_host: Any, moved: Any) -> None:
-    """Counts labels on the host, and remembers the number with `moved`, which they have become."""
-    if isinstance(of_host, Tensor) and of_host.device.type == "cpu" and of_host.dtype in _INDICES:
-        note_count(moved, int((of_host != IGNORE_INDEX).sum()))
-
-
-def note_count(labels: Tensor, counted: int) -> None:
-    """Remembers, as long as nobody writes to `labels`, that at most `counted` of them are not
-    -100."""
-    _notes[labels] = _stamp(labels), counted
 
 
 class CountedLabels(Tensor):
@@ -154,18 +142,21 @@ def bound_of(target: Tensor, ignore_index: int) -> tuple[Tensor, int | None]:
 
 
 def _give_counted(
-    model: nn.Module, args: Any, kwargs: dict[str, Any]
+    known_count: KnownCount, model: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
     labels = kwargs.get("labels")
     if torch.compiler.is_compiling() or type(labels) is not Tensor:
         return None
-    stamp, counted = _notes.get(labels, (None, None))
-    if stamp is None or stamp != _stamp(labels):
-        return None
-    return args, {**kwargs, "labels": _counted(labels, counted)}
+    counted = known_count(labels)
+    return None if counted is None else (args, {**kwargs, "labels": _counted(labels, counted)})
 
 
-def give_counted_labels(model: nn.Module) -> Callable[[], None]:
-    """Lets `model` have the labels of a batch that moved itself as `CountedLabels`, until the
-    result is called."""
-    return model.register_forward_pre_hook(_give_counted, with_kwargs=True).remove
+def give_counted_labels(model: nn.Module, known_count: KnownCount) -> Callable[[], None]:
+    """Lets `model` have labels as `CountedLabels`, until the result is called.
+
+    Args:
+        model: what is called with `labels=`.
+        known_count: what the host knows of labels: how many count at most, or None.
+    """
+    hook = functools.partial(_give_counted, known_count)
+    return model.register_forward_pre_hook(hook, with_kwargs=True).remove

@@ -27,9 +27,8 @@ from torch import Tensor
 from fastft import foreign, ops
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import MOMENTS, Plan, new_state
-from fastft.optim.adamw_update import OP, Rounding
-from fastft.optim.grad_norm import OP as NORM
-from fastft.optim.grad_norm import clip_factor, grad_norm
+from fastft.optim.adamw_update import ADAMW, Rounding
+from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
@@ -156,7 +155,7 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(
                 f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm!r}"
             )
-        if max_grad_norm is not None and impl not in ("auto", "eager", *NORM.engines):
+        if max_grad_norm is not None and impl not in ("auto", "eager", *GRAD_NORM.engines):
             raise ValueError(
                 f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has "
                 f"one"
@@ -420,9 +419,9 @@ class AdamW(torch.optim.AdamW):
                 "graph"
             )
         for device in {grad.device for grad in grads}:
-            engine = OP.resolve(self.impl, device)
+            engine = ADAMW.resolve(self.impl, device)
             if engine != "cuda":
-                reason = OP.unavailable("cuda", device) or f"impl={self.impl!r} was asked for"
+                reason = ADAMW.unavailable("cuda", device) or f"impl={self.impl!r} was asked for"
                 raise RuntimeError(
                     "a CUDA graph captures AdamW.step(), which of AdamW's engines only 'cuda' "
                     "allows, and here "

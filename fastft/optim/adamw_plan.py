@@ -22,7 +22,7 @@ from torch import Tensor
 from fastft import _native, ops
 from fastft.foreign import is_dtensor, local, shard_begin
 from fastft.optim import device_counts, moments_8bit, weight_bits
-from fastft.optim.adamw_update import OP, RESIDUES, Rounding
+from fastft.optim.adamw_update import ADAMW, RESIDUES, Rounding
 from fastft.optim.device_counts import DeviceCounts
 from fastft.optim.weight_bits import Mark
 
@@ -298,7 +298,7 @@ class _Part:
         ]
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
         # raises where an explicit engine is not there
-        self.impl, engine = impl, OP.resolve(impl, device)
+        self.impl, engine = impl, ADAMW.resolve(impl, device)
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.bound: int | None = None
         if engine in ops.LIBRARIES and all(map(_same_layout, self.params, self.exp_avgs)):
@@ -361,7 +361,7 @@ class _Part:
         ]
         grads = [_like(grad, exp_avg) for grad, exp_avg in zip(grads, self.exp_avgs, strict=True)]
         states = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.residues)
-        update = OP.implementation(self.impl, self.device, params, grads)
+        update = ADAMW.implementation(self.impl, self.device, params, grads)
         update(params, grads, *states, self.table, hyper, factor, seed)
         for param, updated in zip(self.params, params, strict=True):
             if param is not updated:

@@ -229,7 +229,7 @@ def _alike(device: torch.device, params: Sequence[Tensor], grads: Sequence[Tenso
     return None
 
 
-OP = ops.Operator(
+ADAMW = ops.Operator(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor "
     "grad_factor, int seed) "

@@ -409,7 +409,7 @@ def adamw_(
     grad_factor: Tensor,
     seed: int,
 ) -> None:
-    """The operator's schema (`fastft.optim.adamw_update.OP`).
+    """The operator's schema (`fastft.optim.adamw_update.ADAMW`).
 
     Raises:
         RuntimeError: a tensor has not its parameter's size and device, or not the dtype that its

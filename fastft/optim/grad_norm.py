@@ -28,7 +28,7 @@ def _grad_norm_squared_reference(total: Tensor, grads: Sequence[Tensor]) -> None
         total += grad.double().square().sum()
 
 
-OP = ops.Operator(
+GRAD_NORM = ops.Operator(
     "grad_norm_squared_(Tensor(a!) total, Tensor[] grads) -> ()",
     _grad_norm_squared_reference,
     engines=dict.fromkeys(("cpp", "cuda"), ops.takes(torch.float32, torch.bfloat16)),
@@ -55,11 +55,10 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     if set(map(type, grads)) == {Tensor} and len(set(map(Tensor.get_device, grads))) == 1:
         return _total(grads, impl).sqrt().float()
     groups: dict[Any, list[Tensor]] = {}
+    grad: Any  # a Tensor or a DTensor
     for grad in grads:
-        sharded = is_dtensor(grad)
-        groups.setdefault(
-            (grad.device_mesh, grad.placements) if sharded else grad.device, []
-        ).append(grad)  # type: ignore[attr-defined]
+        key = (grad.device_mesh, grad.placements) if is_dtensor(grad) else grad.device
+        groups.setdefault(key, []).append(grad)
     totals = [
         _sharded(members, impl) if isinstance(key, tuple) else _total(members, impl)
         for key, members in groups.items()
@@ -78,17 +77,17 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 def _total(grads: Sequence[Tensor], impl: str) -> Tensor:
     """The sum of squares of tensors on one device."""
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    if OP.resolve(impl, total.device) != "eager":
+    if GRAD_NORM.resolve(impl, total.device) != "eager":
         dense = all(map(Tensor.is_contiguous, grads))
         try:
-            OP.native(total, grads if dense else [grad.contiguous() for grad in grads])
+            GRAD_NORM.native(total, grads if dense else [grad.contiguous() for grad in grads])
             return total
         except (
             RuntimeError
         ):  # to look at the dtypes before would cost a fifth of the norm of 1000 small gradients
-            if OP.resolve(impl, total.device, *{grad.dtype for grad in grads}) != "eager":
+            if GRAD_NORM.resolve(impl, total.device, *{grad.dtype for grad in grads}) != "eager":
                 raise
-    OP.reference(total, grads)
+    GRAD_NORM.reference(total, grads)
     return total
 
 

@@ -55,7 +55,7 @@ def _checksum_reference(sum: Tensor, weight: Tensor, every: int) -> None:
     sum.copy_(total.reshape(sum.shape))
 
 
-OP = ops.Operator(
+WEIGHT_CHECKSUM = ops.Operator(
     "weight_checksum_(Tensor(a!) sum, Tensor weight, int every) -> ()",
     _checksum_reference,
     engines={"cpp": None},
@@ -71,7 +71,7 @@ def checksum(weight: Tensor, every: int = 1, order: Sequence[int] | None = None)
     part = local(weight.detach())
     part = (part if order is None else part.permute(*order)).contiguous()
     sum = torch.zeros((), dtype=torch.int64, device=part.device)
-    OP.implementation("auto", part.device)(sum, part, every)
+    WEIGHT_CHECKSUM.implementation("auto", part.device)(sum, part, every)
     return int(sum) % 2**64
 
 

@@ -14,8 +14,8 @@ from support.versions import checkpoint_activations
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastft
-from fastft.attention.check_packing import find_leak
-from fastft.attention.probe_rows import Batches
+from fastft.integrations.check_packing import find_leak
+from fastft.integrations.probe_rows import Batches
 
 SIZES = {
     "vocab_size": 97,

@@ -9,7 +9,8 @@ from support.packed_examples import FORMS, assert_same, make
 
 from fastft.data.collator import PackingCollator
 from fastft.data.columns import flatten, padding_like
-from fastft.data.features import Pack, arrow_examples, columns_of
+from fastft.data.features import arrow_examples, columns_of
+from fastft.data.pack import Pack
 
 
 @pytest.mark.parametrize("form", FORMS)

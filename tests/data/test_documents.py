@@ -16,7 +16,7 @@ from support.versions import chosen_logits
 from torch.utils.data import IterableDataset
 
 from fastft.data.collator import PackingCollator
-from fastft.data.features import Pack
+from fastft.data.pack import Pack
 from fastft.data.packed import pack
 
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support.numerics import assert_no_worse, terms_of
 from torch.utils.data import DataLoader, Dataset
 
-from fastft.data.collator import Pack, PackingCollator
+from fastft.data.collator import PackingCollator
+from fastft.data.pack import Pack
 from fastft.data.packed import PackedDataset, pack, scan_lengths
 
 transformers = pytest.importorskip("transformers")

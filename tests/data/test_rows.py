@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.packed_examples import make, unpacked
 
 from fastft.data.collator import PackingCollator
-from fastft.data.features import Pack
+from fastft.data.pack import Pack
 from fastft.data.rows import balanced_rows
 
 

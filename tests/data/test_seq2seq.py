@@ -13,8 +13,8 @@ from support.numerics import assert_no_worse, terms_of
 from support.packed_examples import FORMS, assert_same, unpacked
 
 import fastft
-from fastft.attention.block_mask import attention_configs
 from fastft.data.collator import PackingCollator
+from fastft.integrations.block_mask import attention_configs
 
 transformers = pytest.importorskip("transformers")
 

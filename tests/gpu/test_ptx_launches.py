@@ -25,7 +25,7 @@ def test_a_cuda_launch(chip: int) -> None:
 @pytest.mark.parametrize("chip", [80, 90])
 def test_a_triton_launch(chip: int) -> None:
     pytest.importorskip("triton")
-    from fastft.loss.cross_entropy_triton import cross_entropy_rows
+    from fastft.loss.cross_entropy_rows_triton import cross_entropy_rows
 
     with ptx.triton_as_ptx(chip) as launches:
         check(cross_entropy_rows, draw(EVERYTHING, 5, 507, torch.bfloat16))

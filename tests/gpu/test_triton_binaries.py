@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from support.machine_code import Binary
 from support.triton_compiler import binary, compiled_for
 
-from fastft.loss.cross_entropy_triton import cross_entropy_rows
+from fastft.loss.cross_entropy_rows_triton import cross_entropy_rows
 from fastft.optim.adamw_update import RESIDUES, Rounding
 from fastft.optim.adamw_update_triton import adamw_
 

@@ -16,7 +16,7 @@ from support.triton_compiler import compiled_for
 from test_triton_binaries import CODES, FULL, HALF, adamw_on_meta, no_cache, on_meta
 
 from fastft.data.boundaries_triton import packed_boundaries
-from fastft.loss.cross_entropy_triton import cross_entropy_rows
+from fastft.loss.cross_entropy_rows_triton import cross_entropy_rows
 from fastft.loss.scale_gradients_triton import scale_gradients_
 from fastft.optim.adamw_update import Rounding
 from fastft.optim.adamw_update_triton import adamw_

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.trainers import logged, quiet_arguments
 from torch.nn import functional as F
 
 import fastft
@@ -23,19 +24,12 @@ def padded(features):
 
 
 def first_loss(model, collator, folder):
-    args = transformers.TrainingArguments(
-        folder,
-        max_steps=1,
-        logging_steps=1,
-        per_device_train_batch_size=8,
-        learning_rate=0.0,
-        **{"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True},
-    )
+    args = quiet_arguments(folder, max_steps=1, per_device_train_batch_size=8, learning_rate=0.0)
     trainer = transformers.Trainer(
         model=model, args=args, train_dataset=EXAMPLES, data_collator=collator
     )
     trainer.train()
-    return trainer.state.log_history[0]["loss"]
+    return logged(trainer)[0]
 
 
 def test_gpt2_counts_the_first_label_of_each_row_in_stock_alone(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_optim_factory import arguments, examples, tiny_llama
+from support.adamw_trainers import arguments, biased_llama, examples
 
 import fastft
 
@@ -25,7 +25,7 @@ class Watcher(transformers.TrainerCallback):
 
 
 def run(folder, fuse, dtype=torch.float32, **options):
-    args, model, watcher = arguments(folder, max_steps=5, **options), tiny_llama(dtype), Watcher()
+    args, model, watcher = arguments(folder, max_steps=5, **options), biased_llama(dtype), Watcher()
     trainer = transformers.Trainer(
         model=model,
         args=args,
@@ -70,7 +70,7 @@ class Changes(transformers.TrainerCallback):
 
 
 def trainer_with(tmp_path, **options):
-    args, model = arguments(tmp_path, max_steps=2), tiny_llama()
+    args, model = arguments(tmp_path, max_steps=2), biased_llama()
     optimizers = options.pop("optimizers", None) or fastft.adamw(model, args)
     return transformers.Trainer(
         model=model, args=args, train_dataset=examples(), optimizers=optimizers, **options

@@ -8,13 +8,15 @@ new one; the interrupted ones may still be held by somebody, or be gone.
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from support.trainers import logged, quiet_arguments
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import fastft
 
@@ -42,21 +44,10 @@ def made():
 
 
 def trainer_of(tmp_path, model, callbacks, **options):
-    arguments = TrainingArguments(
-        str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        seed=1,
-        **options,
-    )
+    batches = {"max_steps": 2, "per_device_train_batch_size": 2}
     return Trainer(
         model,
-        arguments,
+        quiet_arguments(tmp_path, **batches, seed=1, **options),
         train_dataset=ROWS,
         data_collator=fastft.PackingCollator(),
         callbacks=callbacks,
@@ -65,7 +56,7 @@ def trainer_of(tmp_path, model, callbacks, **options):
 
 def losses_of(trainer):
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged(trainer)
 
 
 def traces(model):
@@ -187,8 +178,6 @@ def test_fused_loss_after_an_interrupted_training_leaves_a_stock_head(tmp_path):
 
 
 def test_models_are_not_kept_alive(tmp_path):
-    import weakref
-
     model = made()
     interrupt(tmp_path, model, fastft.FusedLossCallback())
     gone = weakref.ref(model)

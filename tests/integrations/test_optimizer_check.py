@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from test_optim_factory import arguments, examples, tiny_llama
+from support.adamw_trainers import arguments, biased_llama, examples
 
 import fastft
 from fastft import foreign
@@ -72,7 +72,7 @@ def other_adapter(model):
 
 STALE = {
     "embeddings resized": (
-        lambda: tiny_llama(),
+        biased_llama,
         resized,
         r"\d+ of the model's \d+ .*: .*lm_head.weight",
     ),
@@ -81,22 +81,22 @@ STALE = {
         unfrozen,
         r"\d+ of the model's \d+ .*layers.0.* and \d+ more",
     ),
-    "LoRA added": (lambda: tiny_llama(), lora, "none of the model's 4 trainable parameters"),
+    "LoRA added": (biased_llama, lora, "none of the model's 4 trainable parameters"),
     "another adapter set": (
-        lambda: lora(tiny_llama()),
+        lambda: lora(biased_llama()),
         other_adapter,
         "none of the model's 4 trainable parameters",
     ),
     "an adapter of another model": (
-        lambda: tiny_llama(),
-        lambda model: tiny_llama(),
+        biased_llama,
+        lambda model: biased_llama(),
         "none of the model's",
     ),
 }
 
 
 def frozen_body():
-    model = tiny_llama()
+    model = biased_llama()
     model.model.requires_grad_(False)
     return model
 
@@ -151,7 +151,7 @@ CHOSEN = {
 
 @pytest.mark.parametrize("how", CHOSEN)
 def test_a_part_of_the_model_that_the_user_chose_trains_without_a_word(how, tmp_path, said):
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     optimizer, _ = CHOSEN[how](model, args)
     begin(args, model, optimizer)
     held = [param for group in optimizer.param_groups for param in group["params"]]
@@ -159,7 +159,7 @@ def test_a_part_of_the_model_that_the_user_chose_trains_without_a_word(how, tmp_
 
 
 def test_torchs_own_optimizers_are_none_of_our_business(tmp_path, said):
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     begin(args, model, torch.optim.AdamW(model.parameters()))
     begin(args, model, torch.optim.SGD(model.lm_head.parameters(), lr=1e-3))
     assert said() == []
@@ -178,7 +178,7 @@ NAMES = {"learning_rate": "lr", "adam_beta1": "betas", "adam_beta2": "betas", "a
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_other_values_than_those_of_args_train_only_if_they_were_asked_for(setting, tmp_path):
     name = NAMES.get(setting, setting)
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     stale, _ = fastft.adamw(model, args)
     asked, _ = fastft.adamw(model, args, **{name: 0.25 if name != "betas" else (0.1, 0.2)})
     setattr(args, setting, SETTINGS[setting])
@@ -190,7 +190,7 @@ def test_other_values_than_those_of_args_train_only_if_they_were_asked_for(setti
 
 
 def test_adamw_without_args_does_not_replace_the_learning_rate_of_args(tmp_path):
-    args, model = arguments(tmp_path, max_steps=1, learning_rate=5e-6), tiny_llama()
+    args, model = arguments(tmp_path, max_steps=1, learning_rate=5e-6), biased_llama()
     with pytest.raises(ValueError, match=r"lr 0.001 for 5e-06, betas"):
         begin(args, model, fastft.adamw(model)[0])
     with pytest.raises(
@@ -202,7 +202,7 @@ def test_adamw_without_args_does_not_replace_the_learning_rate_of_args(tmp_path)
 
 
 def test_a_trainer_that_copies_its_args_as_trls_do_is_compared_with_its_copy(tmp_path):
-    plain, copied, model = arguments(tmp_path), arguments(tmp_path), tiny_llama()
+    plain, copied, model = arguments(tmp_path), arguments(tmp_path), biased_llama()
 
     def made():  # what Trainer makes of the spec
         cls, keywords = spec
@@ -228,12 +228,12 @@ def test_a_weight_decay_of_a_spec_without_args_that_trainer_does_not_use_is_told
         ValueError, match=r"given weight_decay=0.5, and Trainer made the groups with the 0.25"
     ):
         train(
-            tiny_llama(),
+            biased_llama(),
             args,
             optimizer_cls_and_kwargs=fastft.adamw_spec(weight_decay=0.5, **given),
         )
     train(
-        tiny_llama(), args, optimizer_cls_and_kwargs=fastft.adamw_spec(weight_decay=0.25, **given)
+        biased_llama(), args, optimizer_cls_and_kwargs=fastft.adamw_spec(weight_decay=0.25, **given)
     )
 
 
@@ -247,7 +247,7 @@ def test_a_resumed_run_and_a_second_one_are_not_taken_for_wrong(way, tmp_path, s
             "warmup_steps": 0,
             **changes,
         }
-        args, model = arguments(tmp_path, **options), tiny_llama()
+        args, model = arguments(tmp_path, **options), biased_llama()
         how = {"optimizers": fastft.adamw(model, args)}
         if way == "adamw_spec":
             how = {"optimizer_cls_and_kwargs": fastft.adamw_spec(args)}
@@ -275,7 +275,7 @@ def test_a_resumed_run_and_a_second_one_are_not_taken_for_wrong(way, tmp_path, s
 
 
 def test_two_clippings_get_a_word(tmp_path, said):
-    args, model = arguments(tmp_path, max_steps=1), tiny_llama()
+    args, model = arguments(tmp_path, max_steps=1), biased_llama()
     for call in (
         lambda: fastft.adamw(model, args, max_grad_norm=0.5),
         lambda: fastft.adamw_spec(args, max_grad_norm=0.5),
@@ -297,7 +297,7 @@ def test_two_clippings_get_a_word(tmp_path, said):
 
 
 def test_one_clipping_gets_none(tmp_path, said):
-    args, model = arguments(tmp_path, max_steps=1, max_grad_norm=0.0), tiny_llama()
+    args, model = arguments(tmp_path, max_steps=1, max_grad_norm=0.0), biased_llama()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         begin(args, model, fastft.adamw(model, args, max_grad_norm=0.5)[0])
@@ -321,7 +321,7 @@ def under_deepspeed(inner):
 
 
 def test_an_optimizer_that_deepspeed_dropped_is_told(tmp_path):
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     fastft.adamw(model, args)  # as Trainer does, nobody keeps it
     gc.collect()
     theirs = torch.optim.AdamW(model.parameters())
@@ -337,7 +337,7 @@ def test_an_optimizer_that_deepspeed_dropped_is_told(tmp_path):
 
 @pytest.mark.parametrize("callback", [fastft.FusedLossCallback(), fastft.PackingCallback()])
 def test_an_optimizer_made_by_hand_that_deepspeed_dropped_is_told(callback, tmp_path):
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     ours, theirs = AdamW(model.parameters()), torch.optim.AdamW(model.parameters())
     data = {"train_dataset": examples(), "callbacks": [callback]}
     transformers.Trainer(model, args, optimizers=(ours, None), **data)
@@ -353,7 +353,7 @@ def test_an_optimizer_made_by_hand_that_deepspeed_dropped_is_told(callback, tmp_
 
 @pytest.mark.parametrize("with_args", [True, False])
 def test_a_spec_that_deepspeeds_own_optimizer_displaced_is_told(with_args, tmp_path, said):
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     spec = fastft.adamw_spec(args if with_args else None)
     theirs = torch.optim.AdamW(model.parameters())
     with pytest.raises(
@@ -377,7 +377,7 @@ def test_an_optimizer_that_a_trainer_of_ones_own_ignores_gets_a_word(tmp_path, s
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
             return self.optimizer
 
-    args, model = arguments(tmp_path, max_steps=1), tiny_llama()
+    args, model = arguments(tmp_path, max_steps=1), biased_llama()
     callbacks, spec = [fastft.FusedLossCallback()], fastft.adamw_spec(args)
     Own(
         model, args, train_dataset=examples(), callbacks=callbacks, optimizer_cls_and_kwargs=spec
@@ -386,7 +386,7 @@ def test_an_optimizer_that_a_trainer_of_ones_own_ignores_gets_a_word(tmp_path, s
 
 
 def test_a_model_that_was_trained_with_ours_may_be_trained_with_another_one(tmp_path, said):
-    args, model = arguments(tmp_path, max_steps=1), tiny_llama()
+    args, model = arguments(tmp_path, max_steps=1), biased_llama()
     spec = fastft.adamw_spec(args)
     train(model, args, optimizers=fastft.adamw(model, args))
     train(model, args, optimizer_cls_and_kwargs=spec)
@@ -396,7 +396,7 @@ def test_a_model_that_was_trained_with_ours_may_be_trained_with_another_one(tmp_
 
 
 def test_what_is_remembered_of_a_model_goes_with_it(tmp_path):
-    model = tiny_llama()
+    model = biased_llama()
     fastft.adamw(model, arguments(tmp_path))
     assert model in origin.of_models
     count = len(origin.of_models)
@@ -406,7 +406,7 @@ def test_what_is_remembered_of_a_model_goes_with_it(tmp_path):
 
 
 def test_flat_parameters_are_not_looked_for_in_the_model(tmp_path, said):
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     _, keywords = fastft.adamw_spec(args)
     flat = AdamW([torch.zeros(8, requires_grad=True)], **keywords)
     begin(args, model, under_deepspeed(flat))
@@ -420,7 +420,7 @@ def test_flat_parameters_are_not_looked_for_in_the_model(tmp_path, said):
 def test_deepspeeds_adam_in_the_place_of_ours_is_told_and_must_decouple_its_decay(
     decoupled, tmp_path, said
 ):
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     ours = AdamW(model.parameters())
     cpu_adam = deepspeed_class(
         "DeepSpeedCPUAdam", param_groups=ours.param_groups, adam_w_mode=decoupled
@@ -457,7 +457,7 @@ ENGINES = {
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_adamw_names_adamw_spec_where_trainer_takes_no_optimizer(engine, tmp_path, monkeypatch):
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     ENGINES[engine](args, monkeypatch)
     name = "FSDP" if "fsdp" in engine else "DeepSpeed"
     for what in (model, model.parameters()):
@@ -554,7 +554,7 @@ def test_trl_with_an_adapter_of_its_own_trains_it_or_says_that_it_would_not(way,
     """SFTTrainer adds LoRA after the optimizer was made, and makes an SFTConfig of a plain
     TrainingArguments."""
     trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
-    args, model = arguments(tmp_path, max_steps=2, warmup_steps=0), tiny_llama()
+    args, model = arguments(tmp_path, max_steps=2, warmup_steps=0), biased_llama()
     rows = [
         {"input_ids": row["input_ids"].tolist(), "labels": row["labels"].tolist()}
         for row in examples()
@@ -597,7 +597,7 @@ def byte_tokenizer():
 def test_a_second_training_starts_from_the_weights_that_others_wrote_between(tmp_path):
     """As an average of weights does through `.data`, which torch does not count: the low bits are
     not theirs."""
-    model = tiny_llama().to(torch.bfloat16)
+    model = biased_llama().to(torch.bfloat16)
     args = arguments(tmp_path, max_steps=2, learning_rate=1e-2)
     optimizer, _ = fastft.adamw(model, args)
     trainer = transformers.Trainer(

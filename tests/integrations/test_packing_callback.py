@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastft
 from fastft.attention.attention import register_attention
-from fastft.attention.check_packing import find_leak
 from fastft.integrations import packing
+from fastft.integrations.check_packing import find_leak
 
 SIZES = {
     "hidden_size": 32,

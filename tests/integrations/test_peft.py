@@ -8,28 +8,16 @@ import inspect
 
 import pytest
 import torch
-import transformers
 from support.numerics import assert_no_worse
-from transformers import Trainer, TrainingArguments, set_seed
+from support.trainers import logged, quiet_arguments, tiny_llama
+from transformers import Trainer
 
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.output_head import fused_loss
+from fastft.loss.lazy.output_head import fused_loss
 
 peft = pytest.importorskip("peft")
 
 V = 211
-CONFIG = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-CONFIG |= {
-    "num_key_value_heads": 1,
-    "vocab_size": V,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "init_lora_weights": False}
 HEAD = {**LORA, "target_modules": ["lm_head"]}
 
@@ -39,9 +27,7 @@ def lora(model_options=None, **options):
 
 
 def adapted(config, **changes):
-    set_seed(3)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**CONFIG, **changes}))
-    return peft.get_peft_model(model, config).train()
+    return peft.get_peft_model(tiny_llama(V, pad_token_id=0, **changes), config).train()
 
 
 def two_adapters():
@@ -98,7 +84,7 @@ MATERIALISED = {
 
 
 def loss_and_gradients(model, autocast):
-    set_seed(6)
+    torch.manual_seed(6)
     ids = torch.randint(3, V, (2, 20))
     labels = ids.masked_fill(torch.rand(2, 20) < 0.3, -100)
     model.zero_grad()
@@ -134,8 +120,7 @@ def test_adapters_are_trained_as_stock(name, dtype):
 def half(*configs, **options):
     """A bf16 model with an adapter of each config; PEFT keeps adapters in fp32 unless told
     otherwise."""
-    set_seed(3)
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).to(torch.bfloat16)
+    base = tiny_llama(V, pad_token_id=0).to(torch.bfloat16)
     first, *others = configs
     model = peft.get_peft_model(base, peft.LoraConfig(**{**HEAD, **first}), **options)
     for index, config in enumerate(others):
@@ -161,7 +146,7 @@ if "autocast_adapter_dtype" in inspect.signature(peft.PeftModel.add_adapter).par
 
 def losses_and_gradients(model, autocast):
     """Of each token, because a single number may be right by luck."""
-    set_seed(6)
+    torch.manual_seed(6)
     ids = torch.randint(3, V, (2, 20))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(input_ids=ids).logits
@@ -203,21 +188,11 @@ def test_trainer_with_lora_on_the_head_is_stock(tmp_path):
     results = []
     for callbacks in ([], [FusedLossCallback()]):
         model = adapted(peft.LoraConfig(**HEAD, lora_dropout=0.1))
-        arguments = TrainingArguments(
-            str(tmp_path),
-            max_steps=4,
-            per_device_train_batch_size=2,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            save_strategy="no",
-            disable_tqdm=True,
-            gradient_accumulation_steps=2,
-            seed=1,
-        )
+        batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        arguments = quiet_arguments(tmp_path, max_steps=4, **batches, seed=1)
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
         trainer.train()
-        results.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        results.append(logged(trainer))
     assert results[1] == pytest.approx(results[0], rel=1e-6) and len(results[0]) == 4
     assert callbacks[0].report.fused == 8 and not callbacks[0].report.materialised
     assert "forward" not in model.get_base_model().lm_head.base_layer.__dict__

@@ -11,72 +11,11 @@ from typing import Any
 import pytest
 import torch
 from support.numerics import assert_no_worse, terms_of
+from support.pooled_models import LABELS, MODELS, V, classifier, labelled_examples
 
 import fastft
 
 transformers = pytest.importorskip("transformers")
-
-V = 61
-ENCODER = {
-    "vocab_size": V,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.2,
-    "attn_implementation": "sdpa",
-}
-MODERN = {**ENCODER, "global_attn_every_n_layers": 1, "pad_token_id": 0, "initializer_range": 0.1}
-MODELS = {
-    "bert": ("Bert", ENCODER),
-    "roberta": ("Roberta", {**ENCODER, "pad_token_id": 1}),
-    "electra": ("Electra", {**ENCODER, "embedding_size": 16}),
-    "distilbert": (
-        "DistilBert",
-        {
-            "vocab_size": V,
-            "dim": 16,
-            "n_layers": 2,
-            "n_heads": 2,
-            "hidden_dim": 32,
-            "attn_implementation": "sdpa",
-        },
-    ),
-    "modernbert cls": ("ModernBert", {**MODERN, "classifier_pooling": "cls"}),
-    "modernbert mean": ("ModernBert", {**MODERN, "classifier_pooling": "mean"}),
-    "llama": ("Llama", {**ENCODER, "pad_token_id": 0}),
-    "llama without padding": ("Llama", ENCODER),
-    "gpt2": ("GPT2", {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0}),
-}
-LABELS = {
-    "classes": (3, None, [0, 2, 1, 1, 2]),
-    "regression": (1, "regression", [0.5, -1.0, 2.0, 0.0, 1.5]),
-    "several": (
-        3,
-        "multi_label_classification",
-        [[1.0, 0.0, 1.0], [0.0] * 3, [1.0] * 3, [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]],
-    ),
-}
-
-
-def make(name: str, labels: str = "classes") -> torch.nn.Module:
-    kind, settings = MODELS[name]
-    classes, problem_type, _ = LABELS[labels]
-    config = getattr(transformers, f"{kind}Config")(
-        **settings, num_labels=classes, problem_type=problem_type
-    )
-    torch.manual_seed(1)
-    return getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
-
-
-def examples(labels: str, key: str = "label") -> list[dict]:
-    generator = torch.Generator().manual_seed(2)
-    sizes = (5, 1, 9, 4, 3)
-    ids = [torch.randint(5, V, (size,), generator=generator) for size in sizes]
-    return [
-        {"input_ids": one.tolist(), key: label}
-        for one, label in zip(ids, LABELS[labels][2], strict=True)
-    ]
 
 
 def block_mask(batch: dict, causal: bool) -> torch.Tensor:
@@ -133,14 +72,14 @@ def results(model: torch.nn.Module, logits: torch.Tensor, loss: torch.Tensor) ->
 )
 @pytest.mark.parametrize("labels", LABELS)
 def test_equals_one_example_at_a_time(name: str, labels: str, rows: int) -> None:
-    model = make(name, labels)
+    model = classifier(name, labels)
     collator = fastft.PackingCollator(
         task="sequence_classification",
         rows=rows,
         pad_to_multiple_of=8,
         position_ids_start=2 * (name == "roberta"),
     )
-    batch = collator(examples(labels))
+    batch = collator(labelled_examples(labels))
     plain, truth = (one_by_one(model, batch, dtype) for dtype in (torch.float32, torch.float64))
     with fastft.pool_segments(model):
         out = packed(model, batch)
@@ -152,7 +91,7 @@ def test_equals_one_example_at_a_time(name: str, labels: str, rows: int) -> None
 
 
 def test_without_labels_and_unpacked_batches() -> None:
-    model = make("bert")
+    model = classifier("bert")
     unpacked = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
     stock = model(**unpacked).logits
     collator = fastft.PackingCollator(task="sequence_classification")
@@ -169,9 +108,9 @@ def test_without_labels_and_unpacked_batches() -> None:
 
 def test_peft_and_training_mode_are_left_alone() -> None:
     peft = pytest.importorskip("peft")
-    model = make("bert")
+    model = classifier("bert")
     collator = fastft.PackingCollator(task="sequence_classification")
-    batch = collator(examples("classes"))
+    batch = collator(labelled_examples("classes"))
     with fastft.pool_segments(model):
         expected = packed(model, batch)
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2))
@@ -195,7 +134,7 @@ def test_models_that_pool_otherwise_are_refused() -> None:
         vocab_size=V, d_model=16, n_layer=1, n_head=2, d_inner=16, summary_type="mean"
     )
     for model, message in (
-        (make("bert").bert, "BertModel is no transformers model for sequence classification"),
+        (classifier("bert").bert, "BertModel is no transformers model for sequence classification"),
         (torch.nn.Linear(2, 2), "Linear is no transformers model"),
         (
             transformers.XLNetForSequenceClassification(config),
@@ -205,7 +144,7 @@ def test_models_that_pool_otherwise_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             fastft.pool_segments(model)
         assert not model._forward_pre_hooks
-    model = make("bert")
+    model = classifier("bert")
     pooler = model.bert.pooler
     pooler.forward = lambda hidden_states: torch.tanh(pooler.dense(hidden_states.mean(1)))
     with pytest.raises(ValueError, match="BertForSequenceClassification pools its tokens in a way"):
@@ -215,7 +154,7 @@ def test_models_that_pool_otherwise_are_refused() -> None:
 
 
 def test_a_batch_without_boundaries_is_named() -> None:
-    model = make("bert")
+    model = classifier("bert")
     with (
         fastft.pool_segments(model),
         pytest.raises(ValueError, match="label_segments but no cu_seq_lens_q"),
@@ -227,12 +166,13 @@ def trained(tmp_path: Any, name: str, packed: bool) -> list[float]:
     """The losses of training and evaluation, and the accuracy, padded by transformers or packed."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers.set_seed(1)
-    model = make(name)
+    model = classifier(name)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     data = [
-        {**example, "label": index % 3} for index, example in enumerate(examples("classes") * 3)
+        {**example, "label": index % 3}
+        for index, example in enumerate(labelled_examples("classes") * 3)
     ]
     if packed:
         collator: Any = fastft.PackingCollator(task="sequence_classification")
@@ -288,8 +228,8 @@ def test_trainer_packed_is_trainer_padded(name: str, tmp_path: Any) -> None:
 
 def test_a_copy_of_the_model_pools_too() -> None:
     """As a Trainer's best model or a teacher is made; the copy's batches do not reach the model."""
-    model = make("bert")
-    batch = fastft.PackingCollator(task="sequence_classification")(examples("classes"))
+    model = classifier("bert")
+    batch = fastft.PackingCollator(task="sequence_classification")(labelled_examples("classes"))
     with fastft.pool_segments(model):
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             expected = packed(twin, batch)

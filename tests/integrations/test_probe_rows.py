@@ -5,22 +5,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
+from support.trainers import llama_config
 
-from fastft.attention.probe_rows import Batches, limits_of, long_row, long_total
-
-
-def config(**sizes):
-    return transformers.LlamaConfig(
-        vocab_size=97, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, **sizes
-    )
+from fastft.integrations.probe_rows import Batches, limits_of, long_row, long_total
 
 
 class Model:
     """What the rows are made for: a configuration and embeddings."""
 
     def __init__(self, **sizes):
-        self.config = config(**sizes)
+        self.config = llama_config(**sizes)
 
     def get_input_embeddings(self):
         return torch.nn.Embedding(97, 8)
@@ -44,7 +38,7 @@ class Model:
     ],
 )
 def test_how_long_the_long_row_is(sizes, max_tokens, total):
-    assert long_total(limits_of(config(**sizes)), Batches(max_tokens=max_tokens)) == total
+    assert long_total(limits_of(llama_config(**sizes)), Batches(max_tokens=max_tokens)) == total
 
 
 @pytest.mark.parametrize("start", [0, 2])

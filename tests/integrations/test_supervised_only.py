@@ -6,10 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from support.fused_trainings import V, arguments, assert_stock, gemma, llama
+from support.trainers import logged
 from support.versions import chosen_logits
-from test_fused_loss import LLAMA, V, arguments, assert_stock, llama
 from torch import nn
-from transformers import Trainer, set_seed
+from transformers import Trainer
 
 from fastft import PackingCollator
 from fastft.integrations.fused_loss import FusedLossCallback
@@ -42,18 +43,16 @@ def test_it_keeps_the_tokens_before_a_label(count, padding):
 
 
 MODELS = {
-    "llama": lambda: llama(),
+    "llama": llama,
     "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=V, n_positions=256)
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=V, n_positions=256)
     ),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(**LLAMA, head_dim=16, final_logit_softcapping=3.0)
-    ),
+    "gemma2": gemma,
 }
 
 
 def train(tmp_path, make, supervised_only, callbacks=(), **changes):
-    set_seed(3)
+    torch.manual_seed(3)
     model, rows = make(), []
     head = model.get_output_embeddings()
 
@@ -83,14 +82,8 @@ def train(tmp_path, make, supervised_only, callbacks=(), **changes):
     )
     trainer.train()
     handle.remove()
-    log = trainer.state.log_history
-    history = [entry[key] for entry in log for key in ("loss", "eval_loss") if key in entry]
-    return (
-        history,
-        {name: p.detach().clone() for name, p in model.named_parameters()},
-        sum(rows),
-        model,
-    )
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return logged(trainer, "loss", "eval_loss"), weights, sum(rows), model
 
 
 @chosen_logits

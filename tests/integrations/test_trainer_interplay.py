@@ -3,20 +3,26 @@ patch the model."""
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import transformers
-from support.versions import CHECKPOINTING
+from support.fused_trainings import (
+    V,
+    arguments,
+    assert_stock,
+    examples,
+    llama,
+    per_token_loss,
+    train,
+)
+from support.trainers import logged, quiet_arguments
 from support.watch import Watch
-from test_fused_loss import V, arguments, assert_stock, examples, llama, train
 from torch import nn
-from transformers import Trainer, set_seed
+from transformers import Trainer
 
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.output_head import fused_loss
+from fastft.loss.lazy.output_head import fused_loss
 
 STEPS = 4
 
@@ -55,7 +61,6 @@ FEATURES = {
         {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
         {},
     ),
-    "activation_checkpointing": ({CHECKPOINTING: True}, {}),
     "no clipping": ({"max_grad_norm": 0.0}, {}),
 }
 
@@ -107,7 +112,7 @@ def test_a_micro_batch_without_labels(tmp_path):
         )
         trainer = Trainer(llama(), options, train_dataset=rows, callbacks=callbacks)
         trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses.append(logged(trainer))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == STEPS
 
 
@@ -134,10 +139,7 @@ def test_compiled(smoothing, tmp_path):
     compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
     # a compiled model's labels are not shifted by Trainer's label smoother
     stock = compiling if smoothing else {}
-    make = functools.partial(llama, num_hidden_layers=1)
-    compare(
-        tmp_path, {"label_smoothing_factor": smoothing, **stock}, make=make, only_fused=compiling
-    )
+    compare(tmp_path, {"label_smoothing_factor": smoothing, **stock}, only_fused=compiling)
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path):
@@ -171,7 +173,7 @@ def test_no_tensor_as_large_as_the_logits_in_a_whole_trainer_step(changes, tmp_p
         gradient_accumulation_steps=1,
         **changes,
     )
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small = {"hidden_size": 16, "intermediate_size": 16}
     model = llama(vocab_size=vocabulary, max_position_embeddings=length, **small)
     trainer = Trainer(model, options, train_dataset=data, callbacks=[callback])
     with Watch() as seen:
@@ -187,11 +189,7 @@ def test_accelerate_converts_lazy_logits_without_numbers(tmp_path):
 
     def loss_of(outputs, labels, num_items_in_batch=None):
         seen.append((type(outputs.logits).__name__, outputs.logits.dtype))
-        logits = outputs.logits[:, :-1].reshape(-1, V)
-        return (
-            nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
-            / num_items_in_batch
-        )
+        return per_token_loss(outputs, labels, num_items_in_batch)
 
     callback = FusedLossCallback()
     train(
@@ -208,11 +206,7 @@ def test_each_place_that_asks_for_real_logits_is_said_once(tmp_path, warnings):
     def loss_of(outputs, labels, num_items_in_batch=None):
         late = len(seen) >= 4
         seen.append(outputs.logits.sort(-1).values if late else None)
-        logits = outputs.logits[:, :-1].reshape(-1, V)
-        return (
-            nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
-            / num_items_in_batch
-        )
+        return per_token_loss(outputs, labels, num_items_in_batch)
 
     seen, callback = [], FusedLossCallback()
     train(
@@ -288,19 +282,8 @@ def test_inert_beside_trl(tmp_path, warnings):
     trl = pytest.importorskip("trl")
     losses = []
     for callbacks in ([], [FusedLossCallback()]):
-        set_seed(3)
-        options = trl.SFTConfig(
-            str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=2,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-            disable_tqdm=True,
-            max_length=None,
-        )
+        batches = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": None}
+        options = quiet_arguments(tmp_path, kind=trl.SFTConfig, bf16=False, **batches)
         rows = [{"input_ids": row["input_ids"].tolist()} for row in examples(8)]
         dataset = pytest.importorskip("datasets").Dataset.from_list(rows)
         trainer = trl.SFTTrainer(
@@ -311,7 +294,7 @@ def test_inert_beside_trl(tmp_path, warnings):
             callbacks=callbacks,
         )
         trainer.train()
-        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses.append(logged(trainer))
     assert losses[0] == losses[1] and len(losses[0]) == 2
     assert callbacks[0].report.fused == 0 and not callbacks[0].report.materialised
     assert len(warnings) == 1 and "nothing called the output head" in warnings[0]

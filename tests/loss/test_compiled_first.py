@@ -20,7 +20,8 @@ target = torch.tensor([0, 1, -100, 6, 2, 3])
 
 def check(function, *leaves, fullgraph=True):
     results = []
-    for run in (torch.compile(function, backend=backend, fullgraph=fullgraph), function):  # the compiled one first
+    compiled_first = torch.compile(function, backend=backend, fullgraph=fullgraph), function
+    for run in compiled_first:
         value = run(*leaves)
         results.append([value, *torch.autograd.grad(value, leaves)])
     for compiled, eager in zip(*results, strict=True):

@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.device_mode import DeviceMode
-from support.trainers import tiny_llama
+from support.trainers import logged, quiet_arguments, tiny_llama
 from support.watch import Watch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastft
-from fastft.loss import lazy_losses
-from fastft.loss.counted_labels import CountedLabels, bound_of, give_counted_labels, note_count
+from fastft.data.label_counts import known_count, note_count
+from fastft.loss.counted_labels import CountedLabels, bound_of, give_counted_labels
+from fastft.loss.lazy import losses as lazy_losses
 
 EXAMPLES = [
     {
@@ -34,7 +35,7 @@ def given(labels):
     seen = []
     module = nn.Module()
     module.forward = lambda labels: seen.append(labels)
-    remove = give_counted_labels(module)
+    remove = give_counted_labels(module, known_count)
     module(labels=labels)
     remove()
     return seen[0]
@@ -163,7 +164,7 @@ def test_labels_of_inference_mode_or_of_nobody_stay_as_they_are():
 
 def test_a_model_that_is_copied_or_pickled_meanwhile_works():
     model = tiny_llama()
-    remove = give_counted_labels(model)
+    remove = give_counted_labels(model, known_count)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         labels = noted()
         assert other(input_ids=labels.clamp(min=0), labels=labels).loss.isfinite()
@@ -202,7 +203,7 @@ def test_ignored_rows_cost_nothing_on_a_device(expand_on_device, labels):
     with fastft.fused_loss(model) as report, Watch() as watch, DeviceMode() as mode:
         batch = collator(examples).to(mode.device)
         mode.waits.clear()  # of the copy
-        remove = give_counted_labels(model)
+        remove = give_counted_labels(model, known_count)
         loss = model(**dict(batch))  # Trainer makes a copy of the dict
         loss.backward()
         remove()
@@ -277,22 +278,11 @@ class Spy:
         monkeypatch.setattr(lazy_losses, "bound_of", spy)
 
 
-def train(tmp_path, collator, callbacks, kind=Trainer, **options):
-    arguments = TrainingArguments(
-        tmp_path,
-        max_steps=3,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        remove_unused_columns=False,
-        eval_strategy="steps",
-        eval_steps=3,
-        per_device_eval_batch_size=3,
-        **options,
+def train(tmp_path, collator, callbacks, kind=Trainer):
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 3}
+    arguments = quiet_arguments(
+        tmp_path, max_steps=3, **batches, **evaluation, remove_unused_columns=False
     )
     trainer = kind(
         tiny_llama(),
@@ -303,12 +293,7 @@ def train(tmp_path, collator, callbacks, kind=Trainer, **options):
         callbacks=callbacks,
     )
     trainer.train()
-    return [
-        entry[key]
-        for entry in trainer.state.log_history
-        for key in ("loss", "eval_loss")
-        if key in entry
-    ]
+    return logged(trainer, "loss", "eval_loss")
 
 
 @pytest.mark.parametrize(

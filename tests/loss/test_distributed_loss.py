@@ -8,19 +8,15 @@ test of its own.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import socket
-import traceback
-from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-import transformers
-from filelock import FileLock
+from support import processes
+from support.trainers import Curve, logged, quiet_arguments, tiny_llama
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -28,30 +24,18 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.output_head import fused_loss
+from fastft.loss.lazy.output_head import fused_loss
 
 PROCESSES, V, S, STEPS = 2, 53, 12, 2
-CONFIG = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-CONFIG |= {
-    "num_key_value_heads": 1,
-    "vocab_size": V,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
 
 
 def llama(**changes):
-    set_seed(3)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**CONFIG, **changes})).train()
+    return tiny_llama(V, **{**SIZES, **changes})
 
 
 def batch(rank, step):
@@ -87,8 +71,9 @@ def train_by_hand(model, inner, outside, fused):
     return torch.stack(losses), [whole(gradient) for gradient in gradients], report
 
 
-def compare(make, outside=False, tolerance=1e-5):
-    """`make` returns the model to call and the model to attach to."""
+def compare(make, outside, tolerance=1e-5):
+    """The report, where losses and gradients are stock's; `make` returns the model to call and the
+    model to attach to."""
     stock, stock_gradients, _ = train_by_hand(*make(), outside, False)
     fused, gradients, report = train_by_hand(*make(), outside, True)
     torch.testing.assert_close(fused, stock, rtol=tolerance, atol=tolerance)
@@ -97,7 +82,20 @@ def compare(make, outside=False, tolerance=1e-5):
         torch.testing.assert_close(
             mine, theirs, rtol=0, atol=2 * tolerance * max(theirs.abs().max().item(), 0.1)
         )
-    return {"fused": report.fused, "materialised": report.materialised, "skipped": report.skipped}
+    assert not report.materialised
+    return report
+
+
+def fused(make, outside=False, tolerance=1e-5):
+    """A loss inside forward, which any library of sharding and DDP can follow."""
+    report = compare(make, outside, tolerance)
+    assert report.fused == STEPS and not report.skipped
+
+
+def stays_stock(make, reason="the loss is computed outside"):
+    """A loss outside a sharded forward, or a head whose weight is gone by then."""
+    report = compare(make, outside=reason.endswith("outside"))
+    assert report.fused == 0 and reason in report.skipped[0]
 
 
 def fsdp2(layout, policy=None, **config):
@@ -140,97 +138,66 @@ def ddp(**options):
     return DistributedDataParallel(model, **options), model
 
 
-def compare_tensor_parallel():
-    def make():
-        model = llama()
-        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
-        return (parallelize_module(model, init_device_mesh("cpu", (PROCESSES,)), plan),) * 2
-
-    return compare(make)
+def tensor_parallel():
+    plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    return (parallelize_module(llama(), init_device_mesh("cpu", (PROCESSES,)), plan),) * 2
 
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-LAYOUTS = ("one unit", "root", "root resharded", "head", "tail")
+FSDP2 = {
+    **{layout: partial(fsdp2, layout) for layout in ("one unit", "root", "head", "tail")},
+    "root resharded": partial(fsdp2, "root resharded"),
+    "tied": partial(fsdp2, "root", tie_word_embeddings=True),
+}
+FSDP1 = {
+    "whole": partial(fsdp1, False),
+    "use_orig_params": partial(fsdp1, True),
+    "inner model": partial(fsdp1, True, True),
+}
+SHARDED = {
+    **{f"fsdp2 {name}": make for name, make in FSDP2.items()},
+    **{f"fsdp1 {name}": make for name, make in FSDP1.items()},
+}
 FUSED = {
-    **{
-        f"fsdp2 {layout}": functools.partial(compare, functools.partial(fsdp2, layout))
-        for layout in LAYOUTS
-    },
-    "fsdp2 tied": functools.partial(
-        compare, functools.partial(fsdp2, "root", tie_word_embeddings=True)
-    ),
-    "fsdp2 tied tail": functools.partial(
-        compare, functools.partial(fsdp2, "tail", tie_word_embeddings=True)
-    ),
-    "fsdp2 bf16": functools.partial(
-        compare, functools.partial(fsdp2, "root", BF16), tolerance=1e-2
-    ),
-    "fsdp2 bf16 head": functools.partial(
-        compare, functools.partial(fsdp2, "head", BF16), tolerance=1e-2
-    ),
-    "fsdp1": functools.partial(compare, functools.partial(fsdp1, False)),
-    "fsdp1 use_orig_params": functools.partial(compare, functools.partial(fsdp1, True)),
-    "fsdp1 inner model": functools.partial(compare, functools.partial(fsdp1, True, True)),
-    "ddp": functools.partial(compare, functools.partial(ddp, find_unused_parameters=True)),
-    "ddp loss outside": functools.partial(
-        compare, functools.partial(ddp, find_unused_parameters=True), True
-    ),
-    "ddp static graph": functools.partial(compare, functools.partial(ddp, static_graph=True)),
+    **{name: partial(fused, make) for name, make in SHARDED.items()},
+    "fsdp2 tied tail": partial(fused, partial(fsdp2, "tail", tie_word_embeddings=True)),
+    "fsdp2 bf16": partial(fused, partial(fsdp2, "root", BF16), tolerance=1e-2),
+    "fsdp2 bf16 head": partial(fused, partial(fsdp2, "head", BF16), tolerance=1e-2),
+    "ddp": partial(fused, partial(ddp, find_unused_parameters=True)),
+    "ddp loss outside": partial(fused, partial(ddp, find_unused_parameters=True), True),
+    "ddp static graph": partial(fused, partial(ddp, static_graph=True)),
 }
 STOCK = {
-    "fsdp2 tail resharded": functools.partial(compare, functools.partial(fsdp2, "tail resharded")),
-    **{
-        f"fsdp2 {layout}": functools.partial(compare, functools.partial(fsdp2, layout), True)
-        for layout in LAYOUTS
-    },
-    "fsdp2 tied": functools.partial(
-        compare, functools.partial(fsdp2, "root", tie_word_embeddings=True), True
+    **{f"{name}, loss outside": partial(stays_stock, make) for name, make in SHARDED.items()},
+    "fsdp2 tail resharded": partial(
+        stays_stock, partial(fsdp2, "tail resharded"), "shares an FSDP2 unit"
     ),
-    "fsdp1": functools.partial(compare, functools.partial(fsdp1, False), True),
-    "fsdp1 use_orig_params": functools.partial(compare, functools.partial(fsdp1, True), True),
-    "fsdp1 inner model": functools.partial(compare, functools.partial(fsdp1, True, True), True),
+    "tensor parallel": partial(stays_stock, tensor_parallel, "tensor-parallel"),
 }
 
 
-REASONS = {name: "the loss is computed outside" for name in STOCK}
-REASONS["fsdp2 tail resharded"] = "shares an FSDP2 unit"
-STOCK["tensor parallel"], REASONS["tensor parallel"] = compare_tensor_parallel, "tensor-parallel"
+def on_both(**changes):
+    """Arguments of a Trainer on the processes that are there."""
+    rank = str(dist.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(PROCESSES)}
+    # accelerate asks for them; the group is there
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    batches = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "seed": 1}
+    return quiet_arguments("unused", **batches, **changes)
 
 
-class Curve(TrainerCallback):
-    def __init__(self):
-        self.losses, self.norms = [], []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses.append(logs["loss"])
-            self.norms.append(float(logs["grad_norm"]))
+def examples(count):
+    return [
+        {key: value[0] for key, value in batch(index % 2, index).items()} for index in range(count)
+    ]
 
 
 def trainer_run(callbacks, **changes):
-    rows = [
-        {key: value[0] for key, value in batch(index % 2, index).items()} for index in range(16)
-    ]
-    arguments = TrainingArguments(
-        "unused",
-        max_steps=3,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        seed=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        learning_rate=1e-3,
-        ddp_backend="gloo",
-        **changes,
-    )
-    curve, model = Curve(), llama()
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[curve, *callbacks])
+    curve, options = Curve(), on_both(max_steps=3, learning_rate=1e-3, **changes)
+    trainer = Trainer(llama(), options, train_dataset=examples(16), callbacks=[curve, *callbacks])
     trainer.train()
-    assert arguments.world_size == PROCESSES and isinstance(
-        trainer.model_wrapped, DistributedDataParallel
-    )
+    assert options.world_size == PROCESSES
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     assert trainer.model_wrapped.find_unused_parameters
     return curve
 
@@ -242,19 +209,19 @@ def compare_trainers(**changes):
     assert fused.losses == pytest.approx(stock.losses, rel=1e-6) and len(stock.losses) == 3
     assert fused.norms == pytest.approx(stock.norms, rel=1e-5)
     report = callback.report
-    return {"fused": report.fused, "materialised": report.materialised, "skipped": report.skipped}
+    assert report.fused >= 3 and not report.materialised and not report.skipped
 
 
 TRAINERS = {
     "plain": compare_trainers,
-    "accumulation": functools.partial(compare_trainers, gradient_accumulation_steps=2),
-    "tokens of all processes": functools.partial(
+    "accumulation": partial(compare_trainers, gradient_accumulation_steps=2),
+    "tokens of all processes": partial(
         compare_trainers, gradient_accumulation_steps=2, average_tokens_across_devices=True
     ),
-    "tokens of each process": functools.partial(
+    "tokens of each process": partial(
         compare_trainers, gradient_accumulation_steps=2, average_tokens_across_devices=False
     ),
-    "label smoothing": functools.partial(compare_trainers, label_smoothing_factor=0.1),
+    "label smoothing": partial(compare_trainers, label_smoothing_factor=0.1),
 }
 
 
@@ -272,29 +239,13 @@ def padded(rows):
 def evaluated(callbacks, preprocess, **changes):
     """What metrics are given in two evaluations of batches that are not equally long on the two
     processes."""
-    rows = [
-        {key: value[0] for key, value in batch(index % 2, index).items()} for index in range(15)
-    ]
+    rows = examples(15)
     uneven = [
         {key: value[: 9 - index % 5] for key, value in row.items()}
         for index, row in enumerate(rows[:7])
     ]
-    arguments = TrainingArguments(
-        "unused",
-        max_steps=1,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        report_to="none",
-        use_cpu=True,
-        seed=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        ddp_backend="gloo",
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_on_start=True,
-        **changes,
-    )
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    options = on_both(max_steps=1, per_device_eval_batch_size=2, **evaluation, **changes)
     given = []
 
     def metrics(prediction):
@@ -303,7 +254,7 @@ def evaluated(callbacks, preprocess, **changes):
 
     trainer = Trainer(
         llama(),
-        arguments,
+        options,
         train_dataset=rows,
         eval_dataset=uneven,
         data_collator=padded,
@@ -312,8 +263,7 @@ def evaluated(callbacks, preprocess, **changes):
         callbacks=callbacks,
     )
     trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    return losses, given
+    return logged(trainer, "eval_loss"), given
 
 
 def compare_evaluations(preprocess, **changes):
@@ -328,7 +278,8 @@ def compare_evaluations(preprocess, **changes):
             assert ours.shape == stock.shape and ours.dtype == stock.dtype and len(ours) == 7
             np.testing.assert_allclose(ours, stock, rtol=1e-4, atol=1e-5)
     report = callback.evaluation
-    return {"fused": report.fused, "materialised": report.materialised, "skipped": report.skipped}
+    assert report.fused and not report.skipped
+    assert bool(report.materialised) == (preprocess is None)
 
 
 def token_log_probs(logits, labels):
@@ -336,84 +287,37 @@ def token_log_probs(logits, labels):
 
 
 EVALUATIONS = {
-    "argmax": functools.partial(compare_evaluations, lambda logits, labels: logits.argmax(-1)),
-    "topk": functools.partial(compare_evaluations, lambda logits, labels: logits.topk(3).indices),
-    "log-probabilities": functools.partial(
-        compare_evaluations, token_log_probs, label_smoothing_factor=0.1
-    ),
-    "logits": functools.partial(compare_evaluations, None),
+    "argmax": partial(compare_evaluations, lambda logits, labels: logits.argmax(-1)),
+    "topk": partial(compare_evaluations, lambda logits, labels: logits.topk(3).indices),
+    "log-probabilities": partial(compare_evaluations, token_log_probs, label_smoothing_factor=0.1),
+    "logits": partial(compare_evaluations, None),
 }
-CASES = {
-    **{("fused", name): case for name, case in FUSED.items()},
-    **{("stock", name): case for name, case in STOCK.items()},
-    **{("trainer", name): case for name, case in TRAINERS.items()},
-    **{("evaluation", name): case for name, case in EVALUATIONS.items()},
-}
-
-
-def process(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results = {}
-    for name, case in CASES.items():
-        try:
-            results[name] = case()
-        except Exception:
-            results[name] = traceback.format_exc()
-        torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+CASES = {**FUSED, **STOCK, **TRAINERS, **EVALUATIONS}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each case returned on each process; they run once, whichever of pytest's workers comes
-    first."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two processes"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            # gloo may abort at exit; what is missing is seen
-            with contextlib.suppress(mp.ProcessExitedException):
-                mp.spawn(process, (port, folder), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
-
-
-def of(results, name):
-    for result in results:
-        assert isinstance(result.get(name), dict), result.get(name, "the process ended before")
-        yield result[name]
+def outcomes(tmp_path_factory):
+    return processes.run(__name__, PROCESSES, tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_a_loss_inside_forward_is_fused_and_stock(results, name):
-    for result in of(results, ("fused", name)):
-        assert result["fused"] == STEPS and not result["materialised"] and not result["skipped"]
+def test_a_loss_inside_forward_is_fused_and_stock(outcomes, name):
+    assert outcomes[name] == [""] * PROCESSES
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so(results, name):
-    for result in of(results, ("stock", name)):
-        assert result["fused"] == 0 and not result["materialised"]
-        assert REASONS[name] in result["skipped"][0]
+def test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so(outcomes, name):
+    assert outcomes[name] == [""] * PROCESSES
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_trainer_on_two_processes(results, name):
-    for result in of(results, ("trainer", name)):
-        assert result["fused"] >= 3 and not result["materialised"] and not result["skipped"]
+def test_trainer_on_two_processes(outcomes, name):
+    assert outcomes[name] == [""] * PROCESSES
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_evaluation_on_two_processes_whose_batches_are_not_equally_long(results, name):
-    for result in of(results, ("evaluation", name)):
-        assert result["fused"] and not result["skipped"]
-        assert bool(result["materialised"]) == (name == "logits")
+def test_evaluation_on_two_processes_whose_batches_are_not_equally_long(outcomes, name):
+    assert outcomes[name] == [""] * PROCESSES
 
 
 class BeforeBackward(torch.autograd.Function):

@@ -11,24 +11,27 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support.fused_trainings import (
+    SIZES,
+    V,
+    arguments,
+    assert_stock,
+    examples,
+    gemma,
+    llama,
+    per_token_loss,
+)
 from support.watch import Watch
-from test_fused_loss import SMALL, V, arguments, assert_stock, examples, llama, per_token_loss
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import (
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 import fastft
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.loss.evaluation import Evaluation
-from fastft.loss.lazy_logits import LazyLogits, lazy_linear
-from fastft.loss.output_head import Attachment, fused_loss
+from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.logits import LazyLogits, lazy_linear
+from fastft.loss.lazy.output_head import Attachment, fused_loss
 
 EVERY_STEP = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
 EVALUATIONS = 3
@@ -137,48 +140,58 @@ def history(trainer):
     ]
 
 
+def stock_of(tmp_path, make=llama, with_metrics=True, **settings):
+    """What a stock run logs, and what its metrics were given."""
+    metrics = Metrics() if with_metrics else None
+    trainer = run(tmp_path, make, [], metrics, **settings)
+    return history(trainer), metrics.given if with_metrics else None
+
+
 def compare(
-    tmp_path, make=llama, with_metrics=True, rtol=2e-5, atol=1e-5, only_fused=None, **settings
+    tmp_path,
+    make=llama,
+    with_metrics=True,
+    rtol=2e-5,
+    atol=1e-5,
+    only_fused=None,
+    stock=None,
+    **settings,
 ):
-    """The callback and the trainer of a fused run whose evaluations equal stock's; `only_fused`:
-    its own changes."""
-    metrics = [Metrics() if with_metrics else None for _ in range(2)]
-    stock = run(tmp_path, make, [], metrics[0], **settings)
-    callback = FusedLossCallback()
-    fused = run(tmp_path, make, [callback], metrics[1], **{**settings, **(only_fused or {})})
-    assert len(history(stock)) == len(history(fused)) >= EVALUATIONS
-    for mine, theirs in zip(history(fused), history(stock), strict=True):
+    """The callback and the trainer of a fused run whose evaluations equal stock's.
+
+    `stock` is what `stock_of` gives, where several tests share it; `only_fused` are changes of the
+    fused run.
+    """
+    logs, given = stock or stock_of(tmp_path, make, with_metrics, **settings)
+    callback, metrics = FusedLossCallback(), Metrics() if with_metrics else None
+    fused = run(tmp_path, make, [callback], metrics, **{**settings, **(only_fused or {})})
+    assert len(logs) == len(history(fused)) >= EVALUATIONS
+    for mine, theirs in zip(history(fused), logs, strict=True):
         assert mine == pytest.approx(theirs, rel=rtol)
     if with_metrics:
-        assert len(metrics[0].given) == len(metrics[1].given) >= EVALUATIONS
-        assert_close(metrics[1].given, metrics[0].given, rtol=1e-4, atol=atol)
-    assert (
-        callback.report.fused and not callback.report.materialised and not callback.report.skipped
-    ), callback.report
+        assert len(given) == len(metrics.given) >= EVALUATIONS
+        assert_close(metrics.given, given, rtol=1e-4, atol=atol)
+    report = callback.report
+    assert report.fused and not report.materialised and not report.skipped, report
     assert callback.evaluation.fused and not callback.evaluation.skipped, callback.evaluation
     assert_stock(fused.model)
     return callback, fused
 
 
-def bert(**changes):
-    set_seed(3)
-    sizes = {
-        **SMALL,
-        "type_vocab_size": 1,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        **changes,
-    }
-    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
+def bert():
+    torch.manual_seed(3)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(**SIZES, **dropout, type_vocab_size=1)
+    )
 
 
 def t5():
-    set_seed(3)
+    torch.manual_seed(3)
     sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 1, "vocab_size": V}
+    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            **sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, dropout_rate=0.0
-        )
+        transformers.T5Config(**sizes, **tokens, dropout_rate=0.0)
     )
 
 
@@ -188,14 +201,6 @@ def lora():
         target_modules=["lm_head", "q_proj"], r=4, task_type="CAUSAL_LM", init_lora_weights=False
     )
     return peft.get_peft_model(llama(), config)
-
-
-def gemma():
-    set_seed(3)
-    config = transformers.Gemma2Config(
-        **SMALL, head_dim=16, num_key_value_heads=2, final_logit_softcapping=3.0
-    )
-    return transformers.Gemma2ForCausalLM(config)
 
 
 COLLATORS = {"seq2seq": seq2seq_batch}  # with label smoothing the model sees no labels to shift
@@ -251,10 +256,25 @@ PREPROCESS = {
 }
 
 
+@pytest.fixture(scope="module")
+def stock_of_all(tmp_path_factory):
+    """A stock run that computes all of `PREPROCESS`: the metrics of each are a part of its own."""
+
+    def every_one(logits, labels):
+        return tuple(function(logits, labels) for function in PREPROCESS.values())
+
+    options = {"preprocess_logits_for_metrics": every_one}
+    logs, given = stock_of(tmp_path_factory.mktemp("stock"), options=options)
+    return {
+        name: (logs, [(predictions[part], *others) for predictions, *others in given])
+        for part, name in enumerate(PREPROCESS)
+    }
+
+
 @pytest.mark.parametrize("name", PREPROCESS)
-def test_what_needs_tokens_alone_is_computed_without_logits(name, tmp_path):
+def test_what_needs_tokens_alone_is_computed_without_logits(name, tmp_path, stock_of_all):
     options = {"preprocess_logits_for_metrics": PREPROCESS[name]}
-    callback, _ = compare(tmp_path, options=options)
+    callback, _ = compare(tmp_path, stock=stock_of_all[name], options=options)
     assert not callback.evaluation.materialised and callback.evaluation.fused >= 4 * EVALUATIONS
 
 
@@ -371,9 +391,7 @@ def test_compiled(tmp_path):
     torch._dynamo.reset()
     options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
     compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
-    callback, _ = compare(
-        tmp_path, lambda: llama(num_hidden_layers=1), options=options, only_fused=compiling
-    )
+    callback, _ = compare(tmp_path, options=options, only_fused=compiling)
     assert not callback.evaluation.materialised
 
 
@@ -497,8 +515,8 @@ def test_prediction_inside_a_callback(tmp_path):
 
 
 def seq2seq_arguments(tmp_path, **changes):
-    options = arguments(tmp_path, **changes).to_dict()
-    return Seq2SeqTrainingArguments(**options, predict_with_generate=True, generation_max_length=6)
+    generation = {"predict_with_generate": True, "generation_max_length": 6}
+    return arguments(tmp_path, kind=Seq2SeqTrainingArguments, **generation, **changes)
 
 
 @pytest.fixture
@@ -510,7 +528,7 @@ def lazy_inputs(monkeypatch):
         shapes.append(tuple(input.shape))
         return lazy_linear(input, *args)
 
-    monkeypatch.setattr("fastft.loss.output_head.lazy_linear", remember)
+    monkeypatch.setattr("fastft.loss.lazy.output_head.lazy_linear", remember)
     return shapes
 
 
@@ -645,7 +663,7 @@ def test_no_tensor_as_large_as_the_logits_in_an_evaluation(name, tmp_path):
     vocabulary, rows, length = 20_000, 8, 512
     tokens = torch.randint(3, vocabulary, (rows, length))
     data = [{"input_ids": row, "labels": row} for row in tokens]
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small = {"hidden_size": 16, "intermediate_size": 16}
     model = llama(vocab_size=vocabulary, max_position_embeddings=length, **small)
     seen = []
 

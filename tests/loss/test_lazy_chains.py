@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastft.loss.evaluation import Evaluation
-from fastft.loss.lazy_logits import lazy_linear
-from fastft.loss.report import Report
+from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.logits import lazy_linear
+from fastft.loss.lazy.report import Report
 
 B, S, V, H = 2, 3, 5, 4
 ROW = torch.linspace(-1, 1, V)

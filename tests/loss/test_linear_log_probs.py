@@ -5,10 +5,8 @@ import torch
 import torch.nn.functional as F
 from support import oracle
 from support.numerics import assert_no_worse
-from support.watch import Watch
 
 from fastft import _native
-from fastft.loss.linear_cross_entropy import linear_cross_entropy
 from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linear_token_loss
 
 ENGINES = [
@@ -72,19 +70,6 @@ def test_matches_torch(impl, dtype, options, shape, poisoned_empty):
         assert_no_worse(*values, name, terms=sum(shape))
 
 
-@pytest.mark.parametrize("impl", ENGINES)
-def test_the_top_class(impl):
-    x, head, _, target = make(63, 33, 507)
-    head[target[target >= 0][::2]] *= 20  # some targets win, some lose
-    logits = F.linear(x, head)
-    result = linear_log_probs(x, head, target, impl=impl)
-    assert (
-        torch.equal(result.is_top1, (logits.argmax(1) == target))
-        and not result.is_top1.requires_grad
-    )
-    assert 0 < result.is_top1.sum() < 63
-
-
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), ()])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_any_of_the_results_may_have_a_gradient(wanted, frozen):
@@ -116,20 +101,11 @@ def test_autocast_and_no_grad():
     x, head, _, target = make(63, 33, 507)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         result = linear_log_probs(x.requires_grad_(), head, target)
-    expected = linear_log_probs(x.bfloat16(), head.bfloat16(), target)
-    assert torch.equal(result.log_probs, expected.log_probs) and not result.log_probs.requires_grad
-
-
-def test_backward_refuses_a_second_derivative_and_keeps_graphs():
-    x, head, _, target = make(63, 33, 507)
-    leaves = leaves_of(x, head)
-    result = linear_log_probs(*leaves, target)
-    first, second = (
-        torch.autograd.grad(result.entropy.sum(), leaves, retain_graph=True) for _ in range(2)
-    )
-    assert all(map(torch.equal, first, second))
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(result.log_probs.sum(), leaves, create_graph=True)
+        plain = plain_log_probs(x, head, target)
+        truth = plain_log_probs(x.double(), head.double(), target, upcast=False)
+    for actual, rival, exact in zip(result[:3], plain, truth, strict=False):
+        assert not actual.requires_grad and not torch.equal(actual.double(), exact)
+        assert_no_worse(actual, rival, exact, terms=63 + 33 + 507)
 
 
 TOKEN_LOSSES = {
@@ -181,23 +157,6 @@ def plain_token_loss(x, head, target, token_loss, *rows, **options):
     tokens = plain_log_probs(x, head, target, upcast=False, **options)
     values = token_loss(tokens, *rows) + 0.0 * tokens.lse
     return torch.where(target != -100, values, 0.0).sum()
-
-
-def test_a_closed_form_token_loss_takes_three_products():
-    x, head, _, target = make(63, 33, 507)
-    leaves, unit = leaves_of(x, head), 2 * int((target != -100).sum()) * 33 * 507
-    with Watch() as watch:
-        linear_token_loss(*leaves, target, TOKEN_LOSSES["dft"], chunk_rows=16).backward()
-    assert watch.flops == 3 * unit and watch.elements <= 507 * 33
-    with Watch() as watch:
-        (-linear_log_probs(*leaves, target, chunk_rows=16).log_probs).sum().backward()
-    assert watch.flops == 4 * unit and watch.elements <= 507 * 33
-
-
-def test_cross_entropy_is_the_sum_of_log_probs():
-    x, head, bias, target = make(63, 33, 507)
-    losses = linear_cross_entropy(x, head, target, linear_bias=bias, reduction="none")
-    assert torch.equal(losses, -linear_log_probs(x, head, target, linear_bias=bias).log_probs)
 
 
 GOOD = {

@@ -22,11 +22,15 @@ from torch import nn
 
 import fastft
 from fastft import _native
-from fastft.loss import expressions
-from fastft.loss.cross_entropy import ROWS
-from fastft.loss.lazy_logits import lazy_linear
-from fastft.loss.report import Report
+from fastft.loss import head_sweep
+from fastft.loss.cross_entropy_rows import ROWS
+from fastft.loss.lazy.logits import lazy_linear
+from fastft.loss.lazy.report import Report
 
+ENGINES = [
+    "eager",
+    pytest.param("cpp", marks=pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")),
+]
 T, H, V = 63, 16, 507
 CHUNK = 16  # rows: every loss here takes four chunks
 
@@ -52,11 +56,11 @@ def fused(x, head, bias, target, **options):
     )
 
 
-def evaluate(function, operands, dtype, upstream=None, frozen=()):
-    """The result of `function(*operands)` in `dtype`, and the gradients of all operands but the
-    frozen ones."""
+def evaluate(function, operands, dtype=None, upstream=None, frozen=()):
+    """The result of `function(*operands)` in `dtype` (their own by default), and the gradients of
+    all operands but the frozen ones."""
     leaves = [
-        None if t is None else t.detach().to(dtype).requires_grad_(i not in frozen)
+        None if t is None else t.detach().to(dtype or t.dtype).requires_grad_(i not in frozen)
         for i, t in enumerate(operands)
     ]
     result = function(*leaves)
@@ -218,12 +222,12 @@ def dft(token):
 def test_closed_form_token_loss_in_6thv():
     operands, target = make(ignored=0)
     x, head, _ = parameters(operands)
-    assert (
-        flops_of(
-            lambda: fastft.linear_token_loss(x, head, target, dft, chunk_rows=CHUNK).backward()
-        )
-        == 6 * T * H * V
-    )
+    with Watch() as watch:
+        fastft.linear_token_loss(x, head, target, dft, chunk_rows=CHUNK).backward()
+    assert watch.flops == 6 * T * H * V and watch.elements == max(CHUNK * V, H * V)
+    with Watch() as watch:  # whose logits are made again
+        log_probs((x, head), target).log_probs.sum().backward()
+    assert watch.flops == 8 * T * H * V and watch.elements == max(CHUNK * V, H * V)
 
     def plain(x, head, _):
         log_p = F.linear(x, head).log_softmax(1).gather(1, target[:, None])
@@ -243,14 +247,13 @@ def test_none_sum_mean(reduction):
     )
 
 
-@pytest.mark.parametrize("items", [torch.tensor(37), torch.tensor([37.0]), 37])
-def test_num_items_in_batch_as_device_scalar(items):
+@pytest.mark.parametrize("items", [37, 37.0, torch.tensor(37), torch.tensor([37.0])])
+def test_num_items_in_batch_replaces_the_count(items):
     operands, target = make()
-    ours, plain = (
-        (lambda *t: fused(*t, target, num_items=items)),
-        lambda *t: eager(*t, target, reduction="sum") / 37,
-    )
-    check(ours, plain, operands)
+    plain = lambda *t: eager(*t, target, reduction="sum") / 37  # noqa: E731
+    check(lambda *t: fused(*t, target, num_items=items), plain, operands)
+    of_logits = lambda x, head, _: fastft.cross_entropy(x @ head.T, target, num_items=items)  # noqa: E731
+    check(of_logits, plain, operands)
 
 
 def test_bias():
@@ -287,8 +290,9 @@ def test_token_accuracy():
     operands, target = make()
     best = F.linear(*operands[:2]).argmax(1)
     target = torch.where((torch.arange(T) % 2 == 0) & (target >= 0), best, target)
-    is_top1 = log_probs(operands, target).is_top1
+    is_top1 = log_probs(parameters(operands), target).is_top1
     assert torch.equal(is_top1, best == target) and T // 3 < is_top1.sum() < T
+    assert not is_top1.requires_grad
 
 
 def test_returns_lse():
@@ -299,19 +303,15 @@ def test_returns_lse():
 
 def test_prob_targets():
     operands, _ = make(bias=True)
-    target = torch.rand(T, V).softmax(1)
-
-    def plain(x, head, bias):
-        return F.cross_entropy(F.linear(x, head, bias), target.to(x.dtype), label_smoothing=0.1)
-
-    check(lambda *t: fused(*t, target, label_smoothing=0.1), plain, operands)
+    target, options = torch.rand(T, V).softmax(1), {"label_smoothing": 0.1, "z_loss": 0.01}
+    plain = lambda *t: oracle.soft_cross_entropy(F.linear(*t), target, **options)  # noqa: E731
+    check(lambda *t: fused(*t, target, **options), plain, operands)
 
 
 def test_lora_on_lm_head(monkeypatch):
     """PEFT's head, base(x) + scale * B(A(x)), is one linear layer: the gradients of A and B, and no
     logits."""
-    monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(expressions, "MIN_CHUNK_ROWS", CHUNK)
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", head_sweep._Limits(0, CHUNK, 1 << 31))
     (x, head, _), target = make()
     operands, report = [x, head, torch.randn(4, H), torch.randn(V, 4)], Report()
 
@@ -326,40 +326,44 @@ def test_lora_on_lm_head(monkeypatch):
     assert report.fused == 3 and not report.materialised and watch.elements < T * V
 
 
-def test_head_only_training():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_head_only_training(reduction):
+    """Liger gives such a head no gradient."""
     operands, target = make(bias=True)
-    ours, plain = (lambda *t: fused(*t, target)), lambda *t: eager(*t, target)
+    ours, plain = (partial(f, target=target, reduction=reduction) for f in (fused, eager))
     check(ours, plain, operands, frozen=(0,))
     x, head, _ = parameters(operands, frozen=(0,))
-    fused(x, head, None, target).backward()
+    ours(x, head, None).sum().backward()
     assert x.grad is None and head.grad.any()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_retain_graph(reduction):
-    operands, target = make()
-    x, head, _ = parameters(operands)
-    loss = fused(x, head, None, target, reduction=reduction).sum() * 2.0
-    first, second = (torch.autograd.grad(loss, (x, head), retain_graph=True) for _ in range(2))
-    assert all(map(torch.equal, first, second)) and first[1].any()
 
 
 FUNCTIONS = {
     "linear_cross_entropy": lambda x, head, target: fused(x, head, None, target),
+    "linear_cross_entropy of each token": lambda x, head, target: fused(
+        x, head, None, target, reduction="none"
+    ).sum(),
     "cross_entropy": lambda x, head, target: fastft.cross_entropy(x @ head.T, target),
-    "linear_log_probs": lambda x, head, target: log_probs((x, head), target).log_probs.sum(),
+    "linear_log_probs": lambda x, head, target: sum(log_probs((x, head), target)[:3]).sum(),
     "linear_token_loss": lambda x, head, target: fastft.linear_token_loss(x, head, target, dft),
 }
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_retain_graph(name):
+    """Liger's second gradient is twice the first."""
+    operands, target = make()
+    x, head, _ = parameters(operands)
+    loss = FUNCTIONS[name](x, head, target) * 2.0
+    first, second = (torch.autograd.grad(loss, (x, head), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second)) and first[1].any()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_double_backward_is_a_clear_error(name):
     operands, target = make()
     x, head, _ = parameters(operands)
-    with pytest.raises(
-        RuntimeError,
-        match=f"{name.replace('linear_log_probs', 'linear_cross_entropy')} cannot be .*twice",
-    ):
+    function = name.partition(" of ")[0].replace("linear_log_probs", "linear_cross_entropy")
+    with pytest.raises(RuntimeError, match=f"{function} cannot be differentiated twice"):
         torch.autograd.grad(FUNCTIONS[name](x, head, target), x, create_graph=True)
 
 
@@ -439,17 +443,19 @@ def test_no_host_sync(reduction, max_counted, monkeypatch):
         losses.sum().item()  # as this does
 
 
-def test_autocast():
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast(hidden, reduction):
     operands, target = make(bias=True)
+    operands[0], options = operands[0].to(hidden), {"target": target, "reduction": reduction}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, plain = (
-            evaluate(partial(f, target=target), operands, torch.float32) for f in (fused, eager)
-        )
-    truth = evaluate(lambda *t: eager(*t, target), operands, torch.float64)
-    for values in zip(ours, plain, truth, strict=True):
-        assert_no_worse(*values, terms=terms_of(operands))
+        ours, plain = (evaluate(partial(f, **options), operands) for f in (fused, eager))
+    truth = evaluate(partial(eager, **options), operands, torch.float64)
+    for mine, rival, exact in zip(ours, plain, truth, strict=True):
+        assert mine.dtype == rival.dtype
+        assert_no_worse(mine, rival, exact, terms=terms_of(operands))
     rounded = [t.bfloat16() for t in operands]
-    assert ours[0] == fused(*rounded, target) and ours[1].dtype == torch.float32
+    assert torch.equal(ours[0], fused(*rounded, **options))
 
 
 def test_fp16_grad_scaler_safe():
@@ -524,10 +530,9 @@ def test_more_than_2_31_logits():
         .copy_(torch.randn(3, 7))
     )
     assert logits.data_ptr() % 2 == 0 and logits[2].storage_offset() > 2**31
-    losses = fastft.cross_entropy(logits, torch.tensor([1, 6, 3]), reduction="none")
-    assert torch.equal(
-        losses, fastft.cross_entropy(logits.contiguous(), torch.tensor([1, 6, 3]), reduction="none")
-    )
+    target = torch.tensor([1, 6, 3])
+    losses = fastft.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(losses, F.cross_entropy(logits.float(), target, reduction="none"))
 
 
 def test_fp32_loss_sum():
@@ -566,21 +571,26 @@ def test_all_ignored_batch(name):
         assert torch.equal(result, torch.zeros_like(result))
 
 
-@pytest.mark.parametrize("margin", [25.0, 60.0])
-def test_collapse_safe(margin):
-    logits = torch.zeros(1, 9)
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("margin", [25.0, 80.0])
+def test_collapse_safe(margin, impl):
+    """A confident row keeps its loss and gradients: softmax - 1 would be 0 in fp32."""
+    logits, target = torch.zeros(1, 9), torch.tensor([4])
     logits[0, 4] = margin
-    target, eye = torch.tensor([4]), torch.eye(9)
     others = 8 * torch.exp(torch.tensor(-margin, dtype=torch.float64))
-    for function in (
-        lambda z: fastft.cross_entropy(z, target),
-        lambda z: fastft.linear_cross_entropy(z, eye, target),
+    slope = -others / (1 + others)
+    of_logits = lambda z: fastft.cross_entropy(z, target, impl=impl)  # noqa: E731
+    linear = lambda x, head: fastft.linear_cross_entropy(x, head, target, impl=impl)  # noqa: E731
+    loss, gradient = evaluate(of_logits, [logits])
+    same_loss, d_input, d_head = evaluate(linear, [logits, torch.eye(9)])
+    for found, truth in (
+        (loss, others.log1p()),
+        (same_loss, others.log1p()),
+        (gradient[0, 4], slope),
+        (d_input[0, 4], slope),
+        (d_head[4, 4], margin * slope),
     ):
-        loss, gradient = evaluate(function, [logits], torch.float32)
-        torch.testing.assert_close(loss.double(), others.log1p(), rtol=1e-6, atol=0)
-        torch.testing.assert_close(
-            gradient[0, 4].double(), -others / (1 + others), rtol=1e-6, atol=0
-        )
+        torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -617,7 +627,7 @@ def test_accumulating_into_weight_grad_is_heard_by_ddp(tmp_path):
         operands, target = make()
         for _ in range(2):
             wrapped(operands[0], target).backward()
-        expected = fastft.linear_cross_entropy(operands[0], head.weight, target)
+        expected = eager(operands[0], head.weight, None, target)
         (gradient,) = torch.autograd.grad(expected, head.weight)
         torch.testing.assert_close(head.weight.grad, 2 * gradient)
     finally:
@@ -739,36 +749,15 @@ def test_right_where_torch_chunked_ignores_autocast():
         torch.testing.assert_close(theirs, in_fp32, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_right_where_liger_gives_a_head_that_trains_alone_no_gradient(reduction):
-    operands, target = make()
-    head = operands[1].requires_grad_()
-    fastft.linear_cross_entropy(operands[0], head, target, reduction=reduction).sum().backward()
-    expected = torch.autograd.grad(
-        eager(operands[0], head, None, target, reduction=reduction).sum(), head
-    )[0]
-    torch.testing.assert_close(head.grad, expected)
-
-
-def test_right_where_liger_doubles_the_gradient_of_a_kept_graph():
-    operands, target = make()
-    x, head, _ = parameters(operands)
-    loss = fastft.linear_cross_entropy(x, head, target)
-    upstream = torch.tensor(2.0)
-    first, second = (
-        torch.autograd.grad(loss, (x, head), upstream, retain_graph=True) for _ in range(2)
-    )
-    last = torch.autograd.grad(loss, (x, head), upstream)
-    assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, last))
-
-
-def test_right_where_liger_zeroes_the_logits_of_ignored_rows():
+@pytest.mark.parametrize("training", [False, True])
+def test_right_where_liger_zeroes_the_logits_of_ignored_rows(training):
     operands, target = make(ignored=0.5)
     logits = F.linear(*operands[:2])
     before = logits.clone()
-    with torch.no_grad():
-        fastft.cross_entropy(logits, target)
-    assert torch.equal(logits, before) and before[target == -100].any()
+    loss = fastft.cross_entropy(logits.requires_grad_(training), target)
+    if training:
+        loss.backward()
+    assert torch.equal(logits, before) and logits._version == 0 and before[target == -100].any()
 
 
 def test_right_where_liger_has_an_accuracy_of_nan():

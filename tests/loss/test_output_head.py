@@ -14,7 +14,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from transformers import set_seed
 
-from fastft.loss.output_head import Attachment, LazyForward, expects_head, find_heads, fused_loss
+from fastft.loss.lazy.output_head import (
+    Attachment,
+    LazyForward,
+    expects_head,
+    find_heads,
+    fused_loss,
+)
 
 V = 32  # of everything: the vocabulary, the hidden states and what is between them
 BERT = {

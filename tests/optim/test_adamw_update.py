@@ -7,16 +7,15 @@ import itertools
 
 import pytest
 import torch
-from test_adamw import ENGINES, NATIVE, equal, gradients, start, states, train
+from support.adamw_steps import ENGINES, equal, gradients, needs_native, start, states, train
 from torch.nn import Parameter
 
 from fastft.optim.adamw import AdamW
-from fastft.optim.adamw_update import OP, Rounding, join_master, split_master
+from fastft.optim.adamw_update import ADAMW, Rounding, join_master, split_master
 from fastft.optim.philox import random_bits
 
 ROUNDINGS = ["exact", "kahan", "stochastic", "nearest"]
 BF16 = torch.bfloat16
-needs_native = pytest.mark.skipif(not NATIVE, reason="no native library")
 
 
 def test_philox_known_answer():
@@ -68,7 +67,10 @@ def test_pieces_of_a_tensor_get_the_bits_of_the_whole(impl, rounding, moments):
     grads = [[grad.to(BF16) for grad in row] for row in gradients([(2000,)], 1)]
     whole = AdamW(start([(2000,)], BF16), rounding=rounding, moments=moments, seed=3, impl=impl)
     (expected,) = train(whole, grads)
-    param, update = start([(2000,)], BF16)[0].detach(), OP.implementation(impl, torch.device("cpu"))
+    param, update = (
+        start([(2000,)], BF16)[0].detach(),
+        ADAMW.implementation(impl, torch.device("cpu")),
+    )
     hyper = torch.tensor([[1 - 1e-5, 0.1, 0.999, 0.001, -1e-2, 0.001**0.5, 1e-8, 1.0, 1.0]])
     state = [
         torch.zeros(2000, dtype=BF16 if moments == "bf16" else torch.float32) for _ in range(2)

@@ -334,7 +334,7 @@ def test_instruction_sets_and_threads_have_the_same_bits():
 def test_rows_do_not_depend_on_each_other(impl, columns):
     """A shard of rows, whose random bits begin where they do in the whole, has the bits of the
     whole."""
-    from fastft.optim.adamw_update import OP
+    from fastft.optim.adamw_update import ADAMW
 
     names = moments_8bit.ENTRIES
 
@@ -342,7 +342,7 @@ def test_rows_do_not_depend_on_each_other(impl, columns):
         table = torch.tensor([[0, 0, 0, first]])
         hyper = torch.tensor([[1.0, 0.1, 0.999, 0.001, -0.1, 0.03, 1e-8, 1.0, number]])
         lists = [[param], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], []]
-        update = OP.implementation(impl, param.device)
+        update = ADAMW.implementation(impl, param.device)
         update(*lists, [state[name] for name in names[2:]], table, hyper, torch.ones(()), 7)
 
     whole = start([(9, columns)])[0].detach()

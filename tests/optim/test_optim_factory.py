@@ -5,52 +5,12 @@ import pickle
 
 import pytest
 import torch
+import transformers
+from support.adamw_trainers import arguments, biased_llama, examples
 
 import fastft
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import adamw, adamw_spec
-
-transformers = pytest.importorskip("transformers")
-
-
-def tiny_llama(dtype=torch.float32):
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        attention_bias=True,
-    )
-    torch.manual_seed(3)
-    return transformers.LlamaForCausalLM(config).to(dtype)
-
-
-def arguments(folder, **options):
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "max_steps": 8,
-        "learning_rate": 3e-3,
-        "weight_decay": 0.1,
-        "adam_beta2": 0.95,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "optim": "adamw_torch_fused",
-        "warmup_steps": 2,
-        "max_grad_norm": 1.0,
-    }
-    return transformers.TrainingArguments(**{**defaults, **options})
-
-
-def examples():
-    tokens = torch.randint(0, 64, (32, 16), generator=torch.Generator().manual_seed(5))
-    return [{"input_ids": row, "labels": row} for row in tokens]
 
 
 class Recorder(transformers.TrainerCallback):
@@ -76,8 +36,8 @@ def run(args, model, checkpoint=None, **options):
 @pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])
 def test_trainer_equals_stock_step_by_step(way, tmp_path):
     args = arguments(tmp_path)
-    stock, stock_losses, stock_steps = run(args, tiny_llama())
-    model = tiny_llama()
+    stock, stock_losses, stock_steps = run(args, biased_llama())
+    model = biased_llama()
     trainer, losses, steps = run(
         args, model, **{way: adamw(model, args) if way == "optimizers" else adamw_spec(args)}
     )
@@ -100,9 +60,9 @@ def test_trainer_equals_stock_step_by_step(way, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(dtype, tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=4, bf16=dtype == torch.bfloat16)
-    model = tiny_llama(dtype)
+    model = biased_llama(dtype)
     whole, _, whole_steps = run(args, model, optimizers=adamw(model, args))
-    model = tiny_llama(dtype)
+    model = biased_llama(dtype)
     resumed, _, steps = run(
         args, model, checkpoint=str(tmp_path / "checkpoint-4"), optimizers=adamw(model, args)
     )
@@ -121,7 +81,7 @@ def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(dtype, tmp_path):
 def test_model_init_takes_the_spec(tmp_path):
     args = arguments(tmp_path, max_steps=2)
     trainer = transformers.Trainer(
-        model_init=tiny_llama,
+        model_init=biased_llama,
         args=args,
         train_dataset=examples(),
         optimizer_cls_and_kwargs=adamw_spec(args),
@@ -137,7 +97,7 @@ EXPLICIT = {"lr": 0.5, "betas": (0.1, 0.2), "eps": 1e-3, "weight_decay": 0.25}
 def test_keywords_win_over_arguments(name, tmp_path):
     given = {} if name is None else {name: EXPLICIT[name]}
     expected = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1} | given
-    args, model = arguments(tmp_path), tiny_llama()
+    args, model = arguments(tmp_path), biased_llama()
     optimizer, schedule = adamw(model, args, **given)
     assert schedule is None
     decay, no_decay = optimizer.param_groups
@@ -168,7 +128,7 @@ def test_what_comes_from_args_is_read_when_the_optimizer_is_made(how, tmp_path):
     args.learning_rate, args.adam_beta1, args.adam_epsilon, args.weight_decay = 0.5, 0.25, 1.0, 0.75
     if how == "unpacked by Trainer":
         trainer = transformers.Trainer(
-            model_init=tiny_llama,
+            model_init=biased_llama,
             args=args,
             train_dataset=examples(),
             optimizer_cls_and_kwargs=spec,
@@ -210,7 +170,7 @@ def test_every_trial_of_a_search_trains_at_its_own_values(tmp_path):
             used.append((group["lr"], group["betas"][1], group["weight_decay"]))
 
     trainer = transformers.Trainer(
-        model_init=tiny_llama,
+        model_init=biased_llama,
         args=args,
         train_dataset=examples(),
         optimizer_cls_and_kwargs=adamw_spec(args),
@@ -224,7 +184,7 @@ def test_every_trial_of_a_search_trains_at_its_own_values(tmp_path):
 
 
 def test_groups_are_trainers_own(tmp_path):
-    model = tiny_llama()
+    model = biased_llama()
     model.model.embed_tokens.requires_grad_(False)
     names = {param: name for name, param in model.named_parameters()}
     optimizer, _ = adamw(model)

@@ -339,7 +339,7 @@ def operators(engine: str, chip: int) -> Iterator[tuple[Any, list[Launch]]]:
 def triton_operators() -> Any:
     """The functions of the Triton engines, by their operators' names."""
     from fastft.data.boundaries_triton import packed_boundaries
-    from fastft.loss.cross_entropy_triton import cross_entropy_rows
+    from fastft.loss.cross_entropy_rows_triton import cross_entropy_rows
     from fastft.loss.scale_gradients_triton import scale_gradients_
     from fastft.optim.adamw_update_triton import adamw_
 

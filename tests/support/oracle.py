@@ -67,6 +67,26 @@ def cross_entropy(
     return loss + (squares.sum() if reduction == "sum" else squares.sum() / counted.sum())
 
 
+def soft_cross_entropy(
+    logits,
+    probabilities,
+    *,
+    weight=None,
+    reduction="mean",
+    label_smoothing=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    z_loss=0.0,
+):
+    """Of logits (T, V) or (T, V, d) and a distribution for each row, in their dtype."""
+    z = capped(logits, softcap, logit_scale)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    weight = None if weight is None else weight.to(z.dtype)
+    loss = F.cross_entropy(z, probabilities.to(z.dtype), weight, **options)
+    squares = z_loss * z.logsumexp(1).square()
+    return loss + {"none": squares, "sum": squares.sum(), "mean": squares.mean()}[reduction]
+
+
 def log_probs(logits, target, *, ignore_index=-100, softcap=None, logit_scale=1.0):
     """Of logits (T, V): log_probs, entropy, lse and is_top1, one a row."""
     z = capped(logits, softcap, logit_scale)

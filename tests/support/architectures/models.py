@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from fastft.loss.output_head import find_heads
+from fastft.loss.lazy.output_head import find_heads
 from support.architectures.inputs import EXTRA_INPUTS
 from support.architectures.overrides import OVERRIDES
 from support.architectures.shrink import VOCABULARY, shrink

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import fastft
-from fastft.loss.output_head import find_heads
-from fastft.loss.report import Report
+from fastft.loss.lazy.output_head import find_heads
+from fastft.loss.lazy.report import Report
 from support.architectures.models import Case, batch, build, seed, takes_any
 
 FUSED, MATERIALISED, INERT = "exact and fused", "exact, materialised", "exact, inert"

@@ -1,9 +1,9 @@
 """What each torch function does to lazy logits: the rules by which they stay lazy.
 
-* A view or a selection of rows is taken of the hidden states instead (`lazy_views`).
+* A view or a selection of rows is taken of the hidden states instead (`views`).
 * A function that works on each row alone is recorded as an expression (here).
 * A loss, or a reduction over the vocabulary, is evaluated a chunk of rows at a time
-  (`lazy_losses`).
+  (`losses`).
 
 A rule gets the lazy logits, the function and its arguments, and returns `NotImplemented` for
 whatever it is not sure
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.loss.expressions import LOGITS, Call, autocast_state, is_freed
-from fastft.loss.lazy_losses import cross_entropy, gather, is_last, reduce, scale_and_softcap, top
-from fastft.loss.lazy_padding import new_zeros, write
-from fastft.loss.lazy_views import (
+from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state, is_freed
+from fastft.loss.lazy.losses import cross_entropy, gather, is_last, reduce, scale_and_softcap, top
+from fastft.loss.lazy.padding import new_zeros, write
+from fastft.loss.lazy.views import (
     along_rows,
     clone,
     detach,
@@ -34,7 +34,7 @@ from fastft.loss.lazy_views import (
 )
 
 if TYPE_CHECKING:
-    from fastft.loss.lazy_logits import LazyLogits
+    from fastft.loss.lazy.logits import LazyLogits
 
 T = Tensor
 Rule = Callable[["LazyLogits", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -176,7 +176,9 @@ def _record(
     kwargs: dict[str, Any] | None = None,
 ) -> LazyLogits:
     """`func(*args, **kwargs)`, whose arguments are `operands` in an expression over rows."""
-    call = Call(func, operands, kwargs or {}, autocast_state(lazy.linear.terms[0][0].device.type))
+    call = Recorded(
+        func, operands, kwargs or {}, autocast_state(lazy.linear.terms[0][0].device.type)
+    )
     return lazy.derived(call, on_meta(lazy, func, args, call.keywords))
 
 

@@ -4,7 +4,7 @@ A `LazyLogits` looks like the tensor `linear(x, W, b)` to everybody (shape, stri
 autograd), but holds only x, W and b and the row-wise functions applied since. Three layers keep it
 right:
 
-* `__torch_function__`, above autograd: the rules of `lazy_rules` keep it lazy through views, casts,
+* `__torch_function__`, above autograd: the rules of `rules` keep it lazy through views, casts,
   softcaps and scales, and evaluate losses a chunk of rows at a time.
 * What no rule covers *materialises*: the real logits are computed once, with their autograd
   history, and used from then on. The `Report` says where. Slower, never wrong.
@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastft.loss.evaluation import Evaluation, guard
-from fastft.loss.expressions import LOGITS, Expression, Linear, Origin, evaluate
-from fastft.loss.lazy_rules import IN_PLACE, REFLECTED, RULES
-from fastft.loss.lazy_views import with_strides_of
+from fastft.loss.lazy.evaluation import Evaluation, guard
+from fastft.loss.lazy.expressions import LOGITS, Expression, Linear, Origin, evaluate, over_rows
+from fastft.loss.lazy.report import Report
+from fastft.loss.lazy.rules import IN_PLACE, REFLECTED, RULES
+from fastft.loss.lazy.views import with_strides_of
 from fastft.loss.options import refuse_second_derivative
-from fastft.loss.report import Report
 
 Replay: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
 
@@ -200,6 +200,10 @@ class LazyLogits(Tensor):
         """`source`, if the weights are still those that the head ran with; else RuntimeError."""
         self.linear.check_unchanged()
         return self.source
+
+    def over_rows(self, function: Callable[..., Tensor], *arguments: Tensor, **options: Any) -> Any:
+        """`function(z, *arguments)` of these rows z, as of `apply_to_rows`."""
+        return over_rows(self.checked(), self.expression, function, *arguments, **options)
 
     def derived(
         self, expression: Expression, shadow: Tensor, linear: Linear | None = None

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastft.data.columns import Columns
+from fastft.data.keys import LABEL_KEYS, LABEL_SEGMENTS
 from fastft.data.rows import Layout
+from fastft.data.tasks.task import Task
 
-LABEL_KEYS = ("labels", "label", "label_ids")  # as transformers' collators take them
 
+class SequenceClassification(Task):
+    """A label for each example, (E,), or C of them, (E, C), in the order in which they came."""
 
-@dataclass(frozen=True, eq=False)
-class SegmentLabels:
-    """`values` has one row for each example, in the order in which they came; None where they have
-    no labels."""
+    label_keys = LABEL_KEYS
+    sources = ()
+    undivided = "task 'sequence_classification' has no label for each"
+    _labels: Tensor | None = None
 
-    values: Tensor | None
+    def take(self, columns: Columns) -> None:
+        """Takes the labels, if the examples have any."""
+        self._labels = _take_labels(columns)
 
-    def arranged(self, layout: Layout) -> dict[str, Tensor]:
-        """Labels, and the segment of each example, both in the order in which the examples came."""
-        segments = torch.empty(len(layout.examples), dtype=torch.int64)
+    def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
+        """The columns, and the labels as they came."""
+        batch = self._tensors(columns, layout)
+        return batch if self._labels is None else {**batch, "labels": self._labels}
+
+    def finish(self, batch: dict[str, Any], layout: Layout) -> None:
+        """Says in which segment each example lies."""
+        batch[LABEL_SEGMENTS] = torch.empty(sum(map(len, layout.members)), dtype=torch.int64)
         for segment, example in enumerate(layout.order):
             if example is not None:
-                segments[example] = segment
-        batch = {"label_segments": segments}
-        return batch if self.values is None else batch | {"labels": self.values}
+                batch[LABEL_SEGMENTS][example] = segment
 
 
-def take_labels(columns: dict[str, list[Any]]) -> SegmentLabels:
+def _take_labels(columns: Columns) -> Tensor | None:
     """Takes the labels out of the columns: int64 (E,) from integers, float32 from others, (E, C)
-    from C numbers each.
+    from C numbers each; None if there are none.
 
     Raises:
         ValueError: an example has no label but None or text, or another number of them than the
@@ -40,7 +48,7 @@ def take_labels(columns: dict[str, list[Any]]) -> SegmentLabels:
     """
     taken = {key: columns.pop(key) for key in LABEL_KEYS if key in columns}
     if not taken:
-        return SegmentLabels(None)
+        return None
     key, values = next(iter(taken.items()))
     rows = list[Tensor]()
     for index, value in enumerate(values):
@@ -62,4 +70,4 @@ def take_labels(columns: dict[str, list[Any]]) -> SegmentLabels:
             )
         rows.append(row)
     made = torch.stack([row.float() if row.is_floating_point() else row for row in rows]).cpu()
-    return SegmentLabels(made if made.is_floating_point() else made.long())
+    return made if made.is_floating_point() else made.long()

@@ -21,12 +21,12 @@ from typing import Any
 from torch import nn
 
 from fastft.attention.attention import register_attention
-from fastft.attention.block_mask import block_mask
-from fastft.attention.probe import Probe, Trouble, attention
-from fastft.attention.probe_rows import Batches, long_row
 from fastft.attention.segments import packed_attention
-from fastft.attention.untouched import untouched
 from fastft.foreign import base_model, prompt_learning, reason_not_to_run, unwrapped
+from fastft.integrations.block_mask import block_mask
+from fastft.integrations.probe import Probe, Trouble, attention
+from fastft.integrations.probe_rows import Batches, long_row
+from fastft.integrations.untouched import untouched
 
 STOCK = ("sdpa", "eager")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastft.loss.lazy_logits import LazyLogits
+    from fastft.loss.lazy.logits import LazyLogits
 
 _MASKS = (torch.bool, torch.uint8)
 

@@ -26,8 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.attention.block_mask import implementation_restored
-from fastft.attention.probe_rows import (
+from fastft.data.collator import PackingCollator
+from fastft.data.pack import Pack
+from fastft.foreign import base_model
+from fastft.integrations.block_mask import implementation_restored
+from fastft.integrations.probe_rows import (
     LENGTHS,
     PADDING,
     Batches,
@@ -39,9 +42,7 @@ from fastft.attention.probe_rows import (
     random_tokens,
     short_row,
 )
-from fastft.attention.untouched import RandomStates, training_mode
-from fastft.data.collator import Pack, PackingCollator
-from fastft.foreign import base_model
+from fastft.integrations.untouched import RandomStates, training_mode
 
 _LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 5e-4}
 _ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

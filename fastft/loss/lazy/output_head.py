@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastft.foreign import base_model, is_dtensor, is_exporting, sharding_library
-from fastft.loss.evaluation import Evaluation
-from fastft.loss.lazy_logits import lazy_linear
-from fastft.loss.report import Report
-from fastft.loss.sharding import Sharding
+from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.logits import lazy_linear
+from fastft.loss.lazy.report import Report
+from fastft.loss.lazy.sharding import Sharding
 
 
 class LazyForward:

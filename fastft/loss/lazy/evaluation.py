@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastft.loss.report import Report
+from fastft.loss.lazy.report import Report
 
 if TYPE_CHECKING:
-    from fastft.loss.lazy_logits import LazyLogits
+    from fastft.loss.lazy.logits import LazyLogits
 
 
 class Evaluation:

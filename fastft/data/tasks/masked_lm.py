@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data.boundaries import IGNORE_INDEX
+from fastft.data.columns import Columns
+from fastft.data.keys import IGNORE_INDEX
+from fastft.data.rows import Layout
+from fastft.data.tasks.task import Task
 
 MASK_TOKEN, RANDOM_TOKEN = 0.8, 0.1  # of the tokens that count
 
@@ -47,7 +50,7 @@ class TokenMasking:
         self._drawer: int | None = None
 
     def special_tokens(self, example: Any) -> list[int]:
-        """1 for each special token of an example's input_ids, by the tokenizer."""
+        """Asks the tokenizer which of an example's input_ids are special: 1, others 0."""
         ids = example if isinstance(example, list) else list(map(int, example))
         mask: list[int] = self.tokenizer.get_special_tokens_mask(
             ids, already_has_special_tokens=True
@@ -55,6 +58,7 @@ class TokenMasking:
         return mask
 
     def _random(self) -> torch.Generator | None:
+        """Makes the generator of this process when it is first asked for."""
         worker = torch.utils.data.get_worker_info()
         number = worker.id if worker else -1
         if self.seed is not None and self._drawer != number:
@@ -80,3 +84,26 @@ class TokenMasking:
         words = torch.randint(len(self.tokenizer), labels.shape, generator=generator)
         input_ids[randomised] = words[randomised]
         return labels
+
+
+class MaskedLM(Task):
+    """The tokens that are masked, drawn for each batch; without a tokenizer the examples' labels."""
+
+    def take(self, columns: Columns) -> None:
+        """Raises ValueError where there is nothing to draw with and nothing drawn."""
+        if self.collator.masking is None and "labels" not in columns:
+            raise ValueError(
+                "task 'masked_lm' needs tokenizer, or examples that have labels already"
+            )
+
+    def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
+        """The columns, with tokens masked and the labels of these."""
+        masking = self.collator.masking
+        if masking is None:
+            return self._tensors(columns, layout)
+        columns.pop("labels", None)
+        if "special_tokens_mask" not in columns:
+            columns["special_tokens_mask"] = [*map(masking.special_tokens, columns["input_ids"])]
+        batch = self._tensors(columns, layout, special_tokens_mask=1)  # padding is never drawn
+        batch["labels"] = masking(batch["input_ids"], batch.pop("special_tokens_mask"))
+        return batch

@@ -1,0 +1,56 @@
+"""The keys of a packed batch, each named once: what the collator writes, and who reads it.
+
+Those of the examples, `input_ids`, `labels`, `attention_mask` and the like, are transformers' names
+and stand where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# where segments begin in the R * T tokens, and R * T: of the queries and of the keys of attention
+CU_SEQLENS_Q, CU_SEQLENS_K = "cu_seq_lens_q", "cu_seq_lens_k"
+MAX_LENGTH_Q, MAX_LENGTH_K = "max_length_q", "max_length_k"  # the longest segment
+SEQ_IDX = "seq_idx"  # the segment of each token
+# the same of a decoder beside an encoder
+DECODER_CU_SEQLENS, DECODER_MAX_LENGTH = "decoder_cu_seq_lens", "decoder_max_length"
+PADDING_LENGTHS = "padding_lengths"  # padding at the end of each row, for a router's loss
+LABEL_SEGMENTS = "label_segments"  # the segment of each label, where examples are labelled
+USE_CACHE = "use_cache"
+# of the logits that are computed, and the labels of these
+LOGITS_TO_KEEP, SHIFT_LABELS = "logits_to_keep", "shift_labels"
+
+# what attention reads: it keeps the segments apart by these
+BOUNDARY_KEYS = (
+    CU_SEQLENS_Q,
+    CU_SEQLENS_K,
+    MAX_LENGTH_Q,
+    MAX_LENGTH_K,
+    SEQ_IDX,
+    DECODER_CU_SEQLENS,
+    DECODER_MAX_LENGTH,
+)
+# names that no column of the examples may have; the others of BOUNDARY_KEYS, as other tools write
+# them, say where the documents of a row begin
+RESERVED = (
+    MAX_LENGTH_Q,
+    MAX_LENGTH_K,
+    PADDING_LENGTHS,
+    USE_CACHE,
+    LABEL_SEGMENTS,
+    DECODER_CU_SEQLENS,
+    DECODER_MAX_LENGTH,
+)
+# labels of whole examples, as transformers' collators take them
+LABEL_KEYS = ("labels", "label", "label_ids")
+IGNORE_INDEX = -100  # of labels that count for nothing, in torch and transformers
+
+
+def refuse_reserved(columns: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Raises ValueError where a column of the examples has the name of one that the collator
+    makes: one of `RESERVED`, or of `also`."""
+    for key in (*also, *RESERVED):
+        if key in columns:
+            raise ValueError(
+                f"the examples have a column {key!r}, which the collator makes itself: rename it"
+            )

@@ -1,0 +1,174 @@
+"""A pack: the examples that go through the model together, and parts of examples.
+
+Planning makes packs, collation lays them out, and this room is all that the two have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.data.columns import (
+    Columns,
+    flatten_column,
+    flatten_integers,
+    integers_of,
+    token_columns,
+)
+from fastft.data.documents import (
+    KEYS,
+    SIZES,
+    cut_documents,
+    document_lengths,
+    is_per_token,
+    shortened,
+    split_documents,
+)
+from fastft.data.keys import IGNORE_INDEX, refuse_reserved
+
+
+class Values:
+    """The values of one key in the examples of a pack.
+
+    Its length is that of all of them together, in `input_ids` tokens: `Trainer` asks a feature for
+    that where it groups by length.
+    """
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return sum(len(value) for value in self.values if hasattr(value, "__len__"))
+
+    def __getitem__(self, place: Any) -> Any:
+        raise TypeError(
+            "only fastft.PackingCollator makes batches of the packs of fastft.pack: give it to "
+            "Trainer as data_collator=fastft.PackingCollator(), or to a DataLoader as collate_fn"
+        )
+
+
+class Pack(dict[str, Values]):
+    """Examples that go through the model together, as `fastft.pack` yields them.
+
+    It is a dict by column, of `Values`, so that Trainer's `remove_unused_columns` takes out of it what the model
+    has no argument for, as it does with an example. Rows that another tool packed are cut into
+    their documents; see `documents.py`.
+
+    Args:
+        examples: dicts with the same keys.
+
+    Raises:
+        ValueError: their keys differ; a row's documents cannot be told apart.
+    """
+
+    def __init__(self, examples: Sequence[dict[str, Any]] = ()) -> None:
+        columns = transposed(examples)
+        if columns.keys() & KEYS:
+            lengths = [*map(len, columns["input_ids"])]
+            documents = document_lengths(columns, lengths, masks=_masks(columns, lengths))
+            columns = cut_documents(columns, lengths, documents or [[length] for length in lengths])
+        super().__init__((key, Values(values)) for key, values in columns.items())
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """The examples, or documents, as dicts."""
+        return examples_of(self)
+
+    def joined(self) -> dict[str, Tensor]:
+        """Joins the examples into one row, without what is masked or not per token.
+
+        Returns:
+            A tensor (T,) of each column, and `seq_lengths`, the tokens of each example.
+
+        Raises:
+            ValueError: a column has not one number for each token.
+        """
+        columns = token_columns({key: column.values for key, column in self.items()}, ["labels"])
+        refuse_reserved(columns)
+        columns, lengths, _ = split_documents(columns, [len(columns["input_ids"])])
+        row = {key: flatten_column(key, values) for key, values in columns.items()}
+        return row | {SIZES: integers_of(lengths)}
+
+    def __reduce__(self) -> Any:
+        return Pack, (self.examples,)
+
+
+def _masks(columns: Columns, lengths: Sequence[int]) -> Any:
+    """The attention masks one after another, if every token has one."""
+    masks = columns.get("attention_mask")
+    if masks is None or not all(map(is_per_token, masks, lengths)):
+        return None
+    return flatten_integers("attention_mask", masks)
+
+
+def transposed(examples: Sequence[dict[str, Any]]) -> Columns:
+    """Turns examples into columns; raises ValueError where keys differ, or input_ids are missing."""
+    if not examples:
+        return {}
+    keys = examples[0].keys()
+    alike = [example.keys() for example in examples].count(keys) == len(examples)
+    if "input_ids" not in keys or not alike:
+        for index, example in enumerate(examples):
+            if "input_ids" not in example:
+                raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
+            if example.keys() != keys:
+                raise ValueError(
+                    f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}"
+                )
+    return {key: [example[key] for example in examples] for key in keys}
+
+
+def is_pack(feature: Any) -> bool:
+    """Whether a feature is a `Pack`, or what Trainer's `remove_unused_columns` left of one."""
+    return isinstance(feature, Pack) or (
+        isinstance(feature, dict) and type(feature.get("input_ids")) is Values
+    )
+
+
+def examples_of(pack: dict[str, Values]) -> list[dict[str, Any]]:
+    """The examples of a pack as dicts."""
+    columns = [column.values for column in pack.values()]
+    return [dict(zip(pack, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def cut(example: dict[str, Any], start: int, length: int) -> dict[str, Any]:
+    """Cuts `length` tokens from `start` out of an example.
+
+    A key that has another number of values than tokens is kept whole. Of a row that another tool
+    packed the part has its share of each document.
+    """
+    tokens = len(example["input_ids"])
+    if start == 0 and tokens == length:
+        return example
+    rewritten = shortened(example, start, length) if example.keys() & KEYS else {}
+    return {
+        key: rewritten[key]
+        if key in rewritten
+        else value[start : start + length]
+        if is_per_token(value, tokens)
+        else value
+        for key, value in example.items()
+    }
+
+
+def filler(example: dict[str, Any]) -> dict[str, Any]:
+    """Makes what stands in an empty pack: one token of an example, with ignored labels.
+
+    Raises:
+        ValueError: the labels are not integers, of which none can be ignored.
+    """
+    part = cut(example, 0, 1)
+    if "labels" not in part:
+        return part  # a causal model has nothing to predict the first token from
+    given = part["labels"]
+    labels = torch.as_tensor(given.tolist() if hasattr(given, "tolist") else given)
+    if labels.is_floating_point():
+        raise ValueError(
+            "balance needs more packs than there are examples for, and the labels cannot be ignored"
+        )
+    return part | {"labels": torch.full_like(labels, IGNORE_INDEX).tolist()}

@@ -1,0 +1,1 @@
+"""What the labels of a packed batch are: a class for each task."""

@@ -1,0 +1,119 @@
+"""The decoder's side of a packed batch: labels, the tokens which the decoder reads, and its
+segments.
+
+    decoder_input_ids[t] = decoder_start_token_id     where t is the first of a segment
+                         = labels[t - 1]              elsewhere; pad_token_id where that is -100
+
+Segment s of the decoder reads segment s of the encoder. Where a row of the decoder needs padding,
+that padding reads padding of the encoder, so that every token of the decoder has something to read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.data.columns import Columns, check_lengths, drop_masked, lengths_of, take_mask
+from fastft.data.keys import DECODER_CU_SEQLENS, DECODER_MAX_LENGTH, IGNORE_INDEX, SEQ_IDX
+from fastft.data.rows import Layout
+from fastft.data.tasks.task import Task
+
+DECODER_KEYS = ("labels", "decoder_input_ids", "decoder_attention_mask")
+
+
+class Seq2Seq(Task):
+    """The decoder's tokens, m for an example of n tokens that the encoder reads."""
+
+    sources = ()
+    undivided = "task 'seq2seq' does not know which labels are whose"
+
+    def take(self, columns: Columns) -> None:
+        """Takes the decoder's columns, without the tokens that decoder_attention_mask masks."""
+        decoder = {key: columns.pop(key) for key in DECODER_KEYS if key in columns}
+        leading = next((key for key in DECODER_KEYS[:2] if key in decoder), None)
+        if leading is None:
+            raise ValueError(f"task 'seq2seq' needs labels, the examples have {sorted(columns)}")
+        lengths = lengths_of(leading, decoder[leading])
+        for key in decoder.keys() - {leading}:
+            check_lengths(key, decoder[key], lengths, leading)
+        mask = take_mask("decoder_attention_mask", decoder)
+        self.beside = drop_masked("decoder_attention_mask", mask, decoder, lengths)
+        self._decoder = decoder
+
+    def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
+        """The columns, (R, T), and the decoder's, (R, U)."""
+        pad_token_id = self.collator.pad_token_id
+        self._layout = layout.beside(self.beside, self.collator.pad_to_multiple_of or 1)
+        fills = {"labels": IGNORE_INDEX, "decoder_input_ids": pad_token_id}
+        return self._tensors(columns, layout) | self._layout.tensors(self._decoder, fills)
+
+    def finish(self, batch: dict[str, Any], layout: Layout) -> None:
+        """Adds the tokens that the decoder reads, if the examples have none, and its segments."""
+        start, lengths = self.collator.decoder_start_token_id, self._layout.lengths
+        if "decoder_input_ids" not in batch:
+            if start is None:
+                raise ValueError(
+                    "task 'seq2seq' needs decoder_start_token_id (model.config has it) or examples "
+                    "with decoder_input_ids"
+                )
+            batch["decoder_input_ids"] = _shifted_right(
+                batch["labels"], lengths, start, self.collator.pad_token_id
+            )
+        borders = [0, *itertools.accumulate(lengths)]
+        batch[DECODER_CU_SEQLENS] = torch.tensor(borders, dtype=torch.int32)
+        batch[DECODER_MAX_LENGTH] = max(lengths)
+
+
+def _shifted_right(labels: Tensor, lengths: Sequence[int], start: int, pad_token_id: int) -> Tensor:
+    """Makes what the decoder reads: labels (R, U) one token later, in each segment of its own."""
+    shifted = labels.new_empty(labels.shape)
+    flat = shifted.view(-1)
+    flat[1:] = labels.view(-1)[:-1]
+    borders = itertools.accumulate(lengths, initial=0)
+    begins = [border for border, length in zip(borders, lengths, strict=False) if length]
+    flat[torch.tensor(begins)] = start
+    return shifted.masked_fill_(shifted == IGNORE_INDEX, pad_token_id)
+
+
+def seq2seq_masks(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes the masks of a packed batch for stock attention: True where a query sees a key.
+
+    transformers' encoder-decoder models take one `attention_mask` for the encoder and for what the
+    decoder sees of it; with packed examples the two differ, so the encoder runs first:
+
+        encoder, decoder, cross = fastft.seq2seq_masks(batch)
+        states = model.get_encoder()(batch["input_ids"], attention_mask=encoder)
+        model(
+            encoder_outputs=states,
+            attention_mask=cross,
+            decoder_attention_mask=decoder,
+            decoder_input_ids=batch["decoder_input_ids"],
+            labels=batch["labels"],
+        )
+
+    Exact for T5; models with absolute positions have no argument for the decoder's.
+
+    Args:
+        batch: of `PackingCollator(task="seq2seq")`.
+
+    Returns:
+        encoder, bool (R, 1, T, T); decoder, causal, bool (R, 1, U, U); cross, bool (R, 1, U, T).
+
+    Raises:
+        ValueError: the batch has no `decoder_cu_seq_lens`.
+    """
+    if DECODER_CU_SEQLENS not in batch:
+        raise ValueError(f"batch must be one of task 'seq2seq', got the keys {sorted(batch)}")
+    keys = batch[SEQ_IDX]
+    tokens = batch["decoder_input_ids"]
+    lengths = batch[DECODER_CU_SEQLENS].diff()
+    queries = torch.repeat_interleave(lengths, output_size=tokens.numel()).view(tokens.shape)
+
+    def same(first: Tensor, second: Tensor) -> Tensor:
+        return (first[:, :, None] == second[:, None, :])[:, None]
+
+    return same(keys, keys), same(queries, queries).tril(), same(queries, keys)

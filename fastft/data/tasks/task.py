@@ -1,0 +1,77 @@
+"""What a task does for the collator, and what most tasks do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastft.data.columns import Columns
+from fastft.data.keys import IGNORE_INDEX
+from fastft.data.rows import Layout
+
+if TYPE_CHECKING:
+    from fastft.data.collator import PackingCollator
+
+
+class Task:
+    """What the labels of one batch are. The collator makes an object for each batch, and calls
+
+        take(columns)           before it looks at the columns
+        fill(columns, layout)   when it knows where each example lies
+        finish(batch, layout)   of a packed batch, not of padded examples
+
+    A new task is a class that overrides what is different, and its name in the collator's `TASKS`.
+
+    Args:
+        collator: its options are the task's.
+
+    Attributes:
+        label_keys: columns that are taken from the examples whatever they hold.
+        sources: columns that may label tokens; the first of them that a batch has does so.
+        ignored: labels at the beginning of each example that nothing predicts.
+        undivided: why no example may be several documents, part of a sentence; empty where it may.
+        beside: tokens of each example that stand beside its own, as a decoder's; empty without.
+    """
+
+    label_keys: tuple[str, ...] = ("labels",)
+    sources: tuple[str, ...] = ("labels",)
+    ignored = 0
+    undivided = ""
+    beside: Sequence[int] = ()
+
+    def __init__(self, collator: PackingCollator) -> None:
+        self.collator = collator
+
+    def source(self, batch: Mapping[str, Any]) -> str | None:
+        """The column of `batch` that labels tokens; None without any."""
+        return next((key for key in self.sources if key in batch), None)
+
+    def take(self, columns: Columns) -> None:
+        """Takes the columns out that have not one number for each token of `input_ids`.
+
+        Args:
+            columns: the values by key, one of each example.
+
+        Raises:
+            ValueError: labels that the task needs are missing, or are none.
+        """
+
+    def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
+        """The tensors of the batch: of every column (R, T), labels as the task has them.
+
+        Args:
+            columns: one number for each token of each example.
+            layout: where the examples lie.
+        """
+        return self._tensors(columns, layout)
+
+    def finish(self, batch: dict[str, Any], layout: Layout) -> None:
+        """Adds to what `fill` made what only a packed batch has."""
+
+    def _tensors(self, columns: Columns, layout: Layout, **fills: int) -> dict[str, Tensor]:
+        """The columns as the examples lie; padding holds `fills`, other columns 0."""
+        return layout.tensors(
+            columns, {"input_ids": self.collator.pad_token_id, "labels": IGNORE_INDEX, **fills}
+        )
