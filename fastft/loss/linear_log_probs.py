@@ -24,15 +24,17 @@ from torch import Tensor
 from fastft.loss.cross_entropy_rows import rows_implementation
 from fastft.loss.dtensor_head import whole_head
 from fastft.loss.head_gemms import working_dtype
-from fastft.loss.head_sweep import HeadCall, Outputs, needed, scaled, sweep
-from fastft.loss.linear_cross_entropy import (
-    check_indices,
-    check_positive,
-    check_shapes,
-    compute_dtype,
-)
+from fastft.loss.head_sweep import HeadCall, Operands, Outputs, Where, handed_back, sweep_one
 from fastft.loss.linear_rows import linear_rows
-from fastft.loss.options import check_device, check_tensors, refuse_second_derivative, row_options
+from fastft.loss.options import (
+    check_device,
+    check_indices,
+    check_shapes,
+    check_tensors,
+    compute_dtype,
+    refuse_second_derivative,
+    row_options,
+)
 
 
 class LinearLogProbs(NamedTuple):
@@ -47,7 +49,7 @@ class LinearLogProbs(NamedTuple):
 
 def _checked_head(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor, Tensor, torch.dtype]:
+) -> tuple[Operands, Tensor, Tensor, torch.dtype]:
     """Input (T, H), weight and bias of a whole head; the target, as it came and flat; the dtype of
     the products."""
     check_tensors(target=target)
@@ -85,7 +87,9 @@ def linear_log_probs(
         ignore_index: rows with this target are 0 in every result and get no gradient. Default -100.
         softcap: logits become `softcap * tanh(logits / softcap)`; None (default): they stay.
         logit_scale: multiplies the logits, before the softcap (1 / temperature); default 1.
-        chunk_rows, max_counted, impl: as in `linear_cross_entropy`.
+        chunk_rows: as in `linear_cross_entropy`.
+        max_counted: as in `linear_cross_entropy`.
+        impl: as in `linear_cross_entropy`.
 
     Returns:
         `LinearLogProbs(log_probs, entropy, lse, is_top1)`. Of classes with equal logits the first
@@ -95,92 +99,80 @@ def linear_log_probs(
         TypeError, ValueError, RuntimeError: as `linear_cross_entropy`.
     """
     options = row_options(ignore_index, softcap=softcap, logit_scale=logit_scale)
-    check_positive("chunk_rows", chunk_rows, 1)
-    check_positive("max_counted", max_counted, 0)
     operands, target, flat, dtype = _checked_head(
         input, linear_weight, linear_bias, target, ignore_index
     )
-    plan: dict[str, Any] = {
-        "statistics": True,
-        "chunk_rows": chunk_rows,
-        "max_counted": max_counted,
-    }
-    losses, lse, entropy, is_top1 = linear_rows(
-        operands, flat, None, dtype=dtype, options=options, impl=impl, **plan
+    call = HeadCall.planned(
+        operands,
+        dtype,
+        options,
+        impl=impl,
+        chunk_rows=chunk_rows,
+        max_counted=max_counted,
+        statistics=True,
     )
+    losses, lse, entropy, is_top1 = linear_rows(operands, flat, None, call)
     log_probs, entropy, lse, is_top1 = (
         result.view(target.shape) for result in (-losses, entropy, lse, is_top1)
     )
     return LinearLogProbs(log_probs, entropy, lse, is_top1)
 
 
+class _TokenLoss(NamedTuple):
+    """A user's loss of each token, as the sweep takes it."""
+
+    function: Callable[..., Tensor]
+    arguments: Sequence[Tensor]
+    target: Tensor
+    call: HeadCall
+    row_kernel: Callable[..., Any]
+
+    def fill(self, z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:
+        """Writes the losses of the rows at `where`, and dz over their logits `z`."""
+        options, target = self.call.options, self.target[where]
+        losses, lse, *statistics = outputs.of_rows(len(z), True)
+        self.row_kernel(z, target, [], [], losses, lse, statistics, [], *options)
+        known = [values.detach().requires_grad_() for values in (-losses, statistics[0], lse)]
+        with torch.enable_grad():
+            tokens = LinearLogProbs(known[0], known[1], known[2], statistics[1])
+            values = self.function(tokens, *(argument[where] for argument in self.arguments))
+            _check_values(values, len(z))
+            values = torch.where(target != options.ignore_index, values, 0.0)
+        outputs.losses[where] = values.detach().to(losses.dtype)
+        if not any(self.call.needs):
+            return None
+        given: Sequence[Tensor | None] = (None, None, None)
+        if values.requires_grad:
+            one = torch.ones_like(values)
+            given = torch.autograd.grad(values, known, one, allow_unused=True)
+        log_probs, of_entropy, of_lse = (torch.zeros_like(lse) if g is None else g for g in given)
+        upstream = [-log_probs, of_lse, of_entropy]
+        self.row_kernel(z, target, [], upstream, losses, lse, statistics, [z], *options)
+        return z
+
+
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        token_loss: Callable[..., Tensor],
-        arguments: Sequence[Tensor],
-        call: HeadCall,
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, token_loss: _TokenLoss
     ) -> Tensor:
-        rows = rows_implementation(
-            call.impl, working_dtype(call.dtype, input.device.type), input.device
-        )
-
-        def fill(z: Tensor, where: slice | Tensor, outputs: Outputs) -> None:
-            losses, lse, *statistics = outputs.of_rows(len(z), True)
-            rows(z, target[where], [], [], losses, lse, statistics, [], *call.options)
-            known = [values.detach().requires_grad_() for values in (-losses, statistics[0], lse)]
-            counted = target[where] != call.options.ignore_index
-            with torch.enable_grad():
-                tokens = LinearLogProbs(known[0], known[1], known[2], statistics[1])
-                values = token_loss(tokens, *(argument[where] for argument in arguments))
-                _check_values(values, len(z))
-                values = torch.where(counted, values, 0.0)
-            outputs.losses[where] = values.detach().to(losses.dtype)
-            if not any(call.needs):
-                return
-            given: tuple[Tensor | None, ...] = (None, None, None)
-            if values.requires_grad:
-                given = torch.autograd.grad(
-                    values, known, torch.ones_like(values), allow_unused=True
-                )
-            log_probs, entropy, of_lse = (torch.zeros_like(lse) if g is None else g for g in given)
-            rows(
-                z,
-                target[where],
-                [],
-                [-log_probs, of_lse, entropy],
-                losses,
-                lse,
-                statistics,
-                [z],
-                *call.options,
-            )
-
-        ctx.dtypes = tuple(
-            None if tensor is None else tensor.dtype for tensor in (input, weight, bias)
-        )
-        outputs = sweep(input, weight, bias, target, call, fill)
+        operands = input, weight, bias
+        outputs = sweep_one(operands, token_loss.target, token_loss.call, token_loss.fill)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in operands]
         ctx.save_for_backward(*outputs[4:])
-        ctx.needs = call.needs
         return outputs.losses.sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_token_loss")
-        gradients = scaled(needed(ctx.saved_tensors, ctx.needs), upstream, ctx.dtypes)
-        return *gradients, None, None, None, None
+        needs = ctx.needs_input_grad[:3]
+        return *handed_back(ctx.saved_tensors, needs, ctx.dtypes, upstream), None
 
 
 def _check_values(values: Tensor, rows: int) -> None:
     if not isinstance(values, Tensor) or values.shape != (rows,):
-        got = (
-            f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        )
+        is_tensor = isinstance(values, Tensor)
+        got = f"shape {tuple(values.shape)}" if is_tensor else type(values).__name__
         raise ValueError(f"token_loss must return one loss per token, shape ({rows},), got {got}")
 
 
@@ -202,12 +194,15 @@ def linear_token_loss(
 
     For example the clipped policy gradient, or DFT (a token's loss times its probability):
 
-        linear_token_loss(x, head, target, lambda token: -token.log_probs *
-        token.log_probs.detach().exp())
+        def dft(token):
+            return -token.log_probs * token.log_probs.detach().exp()
+
+        linear_token_loss(x, head, target, dft)
+
+    `input`, `linear_weight`, `target`, `linear_bias`, `ignore_index`, `softcap`, `logit_scale`,
+    `chunk_rows`, `max_counted` and `impl` are those of `linear_log_probs`.
 
     Args:
-        input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, chunk_rows,
-            max_counted, impl: as in `linear_log_probs`.
         token_loss: `token_loss(tokens, *rows)` with `tokens` a `LinearLogProbs` of R tokens and
             `rows` their part of `arguments`; returns R losses, made of torch functions. Called once
             a chunk, on tokens in any grouping, so that a token's loss must not depend on the
@@ -223,8 +218,6 @@ def linear_token_loss(
             another shape than (R,).
     """
     options = row_options(ignore_index, softcap=softcap, logit_scale=logit_scale)
-    check_positive("chunk_rows", chunk_rows, 1)
-    check_positive("max_counted", max_counted, 0)
     operands, target, flat, dtype = _checked_head(
         input, linear_weight, linear_bias, target, ignore_index
     )
@@ -240,12 +233,19 @@ def linear_token_loss(
             raise ValueError(
                 f"arguments[{i}] requires a gradient, which linear_token_loss does not compute"
             )
-    recording = torch.is_grad_enabled()
-    needs = [recording and tensor is not None and tensor.requires_grad for tensor in operands]
-    bound = -1 if max_counted is None else max_counted
-    call = HeadCall(
-        (needs[0], needs[1], needs[2]), True, True, dtype, impl, chunk_rows or 0, bound, options
+    call = HeadCall.planned(
+        operands,
+        dtype,
+        options,
+        impl=impl,
+        chunk_rows=chunk_rows,
+        max_counted=max_counted,
+        summed=True,
+        statistics=True,
     )
-    with torch.autocast(input.device.type, enabled=False):
-        rows = [argument.reshape(-1) for argument in arguments]
-        return _LinearTokenLoss.apply(*operands, flat, token_loss, rows, call)
+    logits_dtype = working_dtype(dtype, flat.device.type)
+    row_kernel = rows_implementation(impl, logits_dtype, flat.device)
+    rows = [argument.reshape(-1) for argument in arguments]
+    with torch.autocast(flat.device.type, enabled=False):
+        loss = _TokenLoss(token_loss, rows, flat, call, row_kernel)
+        return _LinearTokenLoss.apply(*operands, loss)

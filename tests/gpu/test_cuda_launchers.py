@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from support import ptx, segment_problems
-from support.adamw_problems import MODES, Training, assert_same_bits, past_two_to_the_31
+from support.adamw_modes import MODES
+from support.adamw_problems import Training, past_two_to_the_31
+from support.adamw_steps import assert_same_bits
 from support.ptx.cuda import OPERATORS, tensors_in
 from support.ptx.engines import cuda_for_cpp
 from support.row_problems import CASES, check, draw

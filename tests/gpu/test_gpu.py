@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.adamw_problems import MODES, Mode, Training, assert_same_bits, past_two_to_the_31
+from support.adamw_modes import MODES, Mode
+from support.adamw_problems import Training, past_two_to_the_31
+from support.adamw_steps import assert_same_bits
 from support.head_problems import check_fp32_weights_under_autocast, check_the_factor_of_the_mean
 from support.numerics import assert_no_common_factor, assert_no_worse
 from support.row_problems import CASES, EVERYTHING, IGNORED, Case, check, draw, plain, run
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.gpu
 large = pytest.mark.xdist_group("large")  # one after the other, however many processes test
 
 ADAMW = OPERATORS["adamw_"]
-MIXED = Mode(torch.bfloat16, "stochastic", "bf16")
+MIXED = MODES["stochastic-bf16"]
 SIZES = (1, 3, 63, 507, 16_384, 16_385, 1_000_003, 0, *[4097] * 80)
 
 
@@ -143,9 +145,7 @@ def test_adamw_with_a_grad_scaler() -> None:
     """As on the CPU, where the host decides; a step is skipped."""
     results = []
     for device, capturable in (("cpu", False), ("cuda", False), ("cuda", True)):
-        training = Training(
-            Mode(torch.float32, "exact", "fp32"), "auto", device=device, capturable=capturable
-        )
+        training = Training(MODES["fp32-fp32"], "auto", device=device, capturable=capturable)
         scaler = torch.amp.GradScaler(device, init_scale=1024.0)
         for i in range(4):
             for param in training.params:

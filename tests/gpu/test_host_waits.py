@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -52,8 +53,23 @@ def gpu() -> Iterator[None]:
 
 
 def ours(mode: DeviceMode) -> list[Any]:
-    """The waits that fastft's code makes, or has others make; not those of a model's own code."""
-    return [wait for wait in mode.waits if not wait.where.startswith("test_")]
+    """The waits that fastft's code makes, or has others make; not those of a model's own code, nor
+    those inside transformers' masks, which are no fewer without us (`assert_masks_are_stocks`)."""
+    return [wait for wait in mode.waits if not (wait.where.startswith("test_") or wait.in_mask)]
+
+
+def assert_masks_are_stocks(mode: DeviceMode, stock: nn.Module, batch: Any) -> None:
+    """Transformers' masks wait no more often than in a stock model, which depends on its
+    version."""
+    with DeviceMode() as alone:
+        there = of_host(alone, batch).to(alone.device)
+        alone.waits.clear()
+        stock(**{key: there[key] for key in KEYS}, use_cache=False)  # as it is with us
+    found, expected = (
+        Counter((wait.what, wait.in_mask) for wait in each.waits if wait.in_mask)
+        for each in (mode, alone)
+    )
+    assert found <= expected, (found, expected)
 
 
 # ---- attention
@@ -152,6 +168,8 @@ def test_attention_in_models(gpu: None, name: str, checkpointing: bool | None) -
         mode.waits.clear()
         step(mode, model, there)
     assert ours(mode) == []
+    kind = "sdpa" if type(model)._supports_sdpa else "eager"
+    assert_masks_are_stocks(mode, build(name, kind, torch.bfloat16), batch)
     if name == "llama":
         assert [wait.what for wait in mode.waits] == ["local_scalar_dense"]
 
@@ -208,13 +226,15 @@ def test_a_block_mask(gpu: None) -> None:
     import transformers
 
     sizes = {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-    model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).to(torch.bfloat16)
+    config = transformers.BloomConfig(**sizes)
+    model, stock = (transformers.BloomForCausalLM(config).to(torch.bfloat16) for _ in range(2))
     batch = PackingCollator(rows=2)(make(SIZES))
     with DeviceMode() as mode, fastft.block_mask(model):
         there = of_host(mode, batch).to(mode.device)
         mode.waits.clear()
         step(mode, model, {key: there[key] for key in KEYS})
     assert ours(mode) == []
+    assert_masks_are_stocks(mode, stock, batch)
 
 
 # ---- the collator's batch

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from support import ptx
-from support.adamw_problems import MODES, Training
+from support.adamw_modes import MODES
+from support.adamw_problems import Training
 from support.ptx.bare import HEAD, execute
 from support.ptx.checks import noise
 from support.ptx.engines import Engine, adamw_by, unbound

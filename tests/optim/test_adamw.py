@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import os
 import pickle
 import subprocess
@@ -12,18 +11,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.adamw_steps import (
+    ENGINES,
+    equal,
+    gradients,
+    needs_native,
+    on_disk,
+    start,
+    states,
+    train,
+)
 from support.numerics import assert_no_worse
 from torch.nn import Parameter
 
-from fastft import _native
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import join_master
 
-NATIVE = _native.missing("cpu") is None
-ENGINES = [
-    "eager",
-    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
-]
 SHAPES = [(1,), (63,), (507,), (4096,), (3, 5, 7), (), (0,)]
 OPTIONS = [
     {},
@@ -34,44 +37,6 @@ OPTIONS = [
     {"amsgrad": True},
     {"amsgrad": True, "maximize": True, "betas": (torch.tensor(0.8), torch.tensor([0.9]))},
 ]
-
-
-def gradients(shapes, steps, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-
-    def one(shape):
-        scale = 10 ** (torch.rand(shape, generator=generator) * 6 - 4)
-        return torch.randn(shape, generator=generator) * scale
-
-    return [[one(shape) for shape in shapes] for _ in range(steps)]
-
-
-def start(shapes, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def train(optimizer, steps_of_grads):
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for grads in steps_of_grads:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = None if grad is None else grad.to(param.dtype)
-        optimizer.step()
-    return params
-
-
-def states(optimizer, name):
-    return [state[name] for state in optimizer.state.values()]
-
-
-def equal(left, right):
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.dtype == b.dtype
-        a, b = a.detach(), b.detach()
-        assert torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0)), float(
-            (a.double() - b.double()).abs().max()
-        )
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -95,7 +60,7 @@ def test_no_worse_than_torch(impl, options, poisoned_empty):
             assert_no_worse(actual, torchs, exact, name, terms=len(grads))
 
 
-@pytest.mark.skipif(not NATIVE, reason="no native library")
+@needs_native
 @pytest.mark.parametrize("options", OPTIONS)
 def test_bits_of_torch_fused(options):
     # exact on whole vectors; in the tail of a tensor torch's compiler contracts the second moment
@@ -112,7 +77,7 @@ def test_bits_of_torch_fused(options):
         equal(states(ours, "exp_avg_sq"), states(fused, "exp_avg_sq"))
 
 
-@pytest.mark.skipif(not NATIVE, reason="no native library")
+@needs_native
 @pytest.mark.parametrize("rival", [{"fused": True}, {"foreach": False}, {"foreach": True}])
 def test_one_step_is_within_an_ulp_of_torch(rival):
     shapes, grads = [(507,), (63,), (1,)], gradients([(507,), (63,), (1,)], 1)
@@ -189,7 +154,7 @@ torch.save(out, sys.argv[2])
 """
 
 
-@pytest.mark.skipif(not NATIVE, reason="no native library")
+@needs_native
 def test_same_bits_for_every_instruction_set_and_thread_count(tmp_path):
     here, running = Path(__file__).parent, {}
     for isa, threads in (("baseline", 1), ("avx2", 2), ("avx512", 3), ("avx512bf16", 1)):
@@ -270,15 +235,8 @@ def test_swapped_data_and_states_are_seen():
     assert float(optimizer.state[param]["step"]) == 6
 
 
-def saved_and_loaded(state_dict):
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 COPIES = {
-    "torch.save": lambda optimizer: saved_and_loaded(optimizer.state_dict()),
+    "torch.save": lambda optimizer: on_disk(optimizer.state_dict()),
     "deepcopy": lambda optimizer: copy.deepcopy(optimizer).state_dict(),
     "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)).state_dict(),
 }
@@ -309,7 +267,7 @@ def test_checkpoints_of_torch(dtype, fused):
     torchs = torch.optim.AdamW(start(shapes, dtype), fused=fused)
     params = train(torchs, grads[:3])
     ours = AdamW([Parameter(param.detach().clone()) for param in params])
-    ours.load_state_dict(saved_and_loaded(torchs.state_dict()))
+    ours.load_state_dict(on_disk(torchs.state_dict()))
     for name in ("exp_avg", "exp_avg_sq", "step"):
         equal(states(ours, name), [value.float() for value in states(torchs, name)])
     train(ours, grads[3:])
@@ -317,7 +275,7 @@ def test_checkpoints_of_torch(dtype, fused):
         again = torch.optim.AdamW(
             [Parameter(param.detach().clone()) for param in ours.param_groups[0]["params"]]
         )
-        again.load_state_dict(saved_and_loaded(ours.state_dict()))
+        again.load_state_dict(on_disk(ours.state_dict()))
         equal(states(again, "exp_avg"), states(ours, "exp_avg"))
         train(again, grads[:1])
         train(ours, grads[:1])

@@ -5,17 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.adamw_steps import ENGINES
 from torch.nn import Parameter
 
-from fastft import _native
 from fastft.optim.adamw import AdamW
 
-NATIVE = _native.missing("cpu") is None
-ENGINES = [
-    "auto",
-    "eager",
-    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
-]
+EVERY = ["auto", *ENGINES]
 
 
 def swap_data(value):
@@ -76,7 +71,7 @@ SWAPS = {
 }
 
 
-@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("impl", EVERY)
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("what", SWAPS)
 def test_swapped_tensors(what, stepped, impl):

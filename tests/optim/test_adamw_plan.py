@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from test_adamw import ENGINES, equal, gradients, start, states, train
+from support.adamw_steps import ENGINES, equal, gradients, start, states, train
 from torch.nn import Parameter
 
 from fastft.optim import adamw_plan

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from support import ptx
-from support.adamw_problems import MODES, Mode, Training, assert_same_bits, past_two_to_the_31
+from support.adamw_modes import MODES, Mode
+from support.adamw_problems import Training, past_two_to_the_31
+from support.adamw_steps import assert_same_bits
 from support.ptx.cuda import tensors_in
 from support.ptx.engines import (
     ENGINES,
@@ -34,7 +36,7 @@ from fastft.optim import adamw_plan, device_counts
 pytestmark = pytest.mark.skipif(_native.missing("cpu") is not None, reason="no native CPU library")
 
 CUDA_80, CUDA_90, TRITON_80, TRITON_90 = ENGINES
-MIXED = Mode(torch.bfloat16, "stochastic", "bf16")
+MIXED = MODES["stochastic-bf16"]
 SIZES = (1, 2049, 0, 63)  # a whole program of Triton, and three that are not
 engines = pytest.mark.parametrize("engine", ENGINES, ids=str)
 

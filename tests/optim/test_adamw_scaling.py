@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_adamw import ENGINES, equal, gradients, start, states, train
+from support.adamw_steps import ENGINES, equal, gradients, start, states, train
 from torch.nn import Parameter
 
 from fastft.optim.adamw import AdamW

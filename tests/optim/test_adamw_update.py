@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from test_adamw import ENGINES, NATIVE, equal, gradients, start, states, train
+from support.adamw_steps import ENGINES, equal, gradients, needs_native, start, states, train
 from torch.nn import Parameter
 
 from fastft.optim.adamw import AdamW
@@ -16,7 +16,6 @@ from fastft.optim.philox import random_bits
 
 ROUNDINGS = ["exact", "kahan", "stochastic", "nearest"]
 BF16 = torch.bfloat16
-needs_native = pytest.mark.skipif(not NATIVE, reason="no native library")
 
 
 def test_philox_known_answer():

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.adamw_problems import Mode, Training, assert_same_bits
+from support.adamw_modes import MODES
+from support.adamw_problems import Training
+from support.adamw_steps import ENGINES, assert_same_bits
 from torch.nn import Parameter
 
 import fastft
-from fastft import _native
 from fastft.optim import device_counts
 from fastft.optim.adamw_plan import _hyper_row
 from fastft.optim.device_counts import DeviceCounts
 
-IMPLS = ["eager"] if _native.missing("cpu") else ["eager", "cpp"]
-MIXED = Mode(torch.bfloat16, "stochastic", "bf16")
+MIXED = MODES["stochastic-bf16"]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_the_hyper_table_is_the_hosts() -> None:
     assert counts.steps.tolist() == [60.0, 101.0]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ENGINES)
 def test_training_has_the_same_bits(counted_there: None, impl: str) -> None:
     theirs, ours = (
         Training(MIXED, impl, capturable=capturable).step(5) for capturable in (False, True)
@@ -57,7 +57,7 @@ def test_training_has_the_same_bits(counted_there: None, impl: str) -> None:
     assert_same_bits(ours.values(), theirs.values())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ENGINES)
 def test_what_found_inf_says_is_not_looked_at(counted_there: None, impl: str) -> None:
     class Unseen(torch.Tensor):
         def __bool__(self) -> bool:
@@ -117,7 +117,7 @@ def test_a_count_that_somebody_sets(counted_there: None) -> None:
     assert torch.equal(run(True), run(False))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize(
     ("capturable", "needed"),
     [

@@ -2,15 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.adamw_steps import ENGINES
 
-from fastft import _native
 from fastft.optim.grad_norm import clip_factor, grad_norm
 
-NATIVE = _native.missing("cpu") is None
-ENGINES = [
-    "eager",
-    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
-]
 SHAPES = [(1,), (0,), (63,), (507,), (16384,), (16385,), (3, 5, 7), ()]
 
 

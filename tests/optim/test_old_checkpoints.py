@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support import old_checkpoints
-from support.adamw_problems import MODES
+from support.adamw_modes import MODES
+from support.adamw_steps import ENGINES
 from support.old_checkpoints import (
     AFTER,
     BEFORE,
@@ -25,15 +26,8 @@ from support.old_checkpoints import (
 from torch.nn import Parameter
 
 import fastft
-from fastft import _native
 from fastft.optim import moments_8bit
 from fastft.optim.adamw_update import load_value
-
-NATIVE = _native.missing("cpu") is None
-ENGINES = [
-    "eager",
-    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
-]
 
 
 def read(name: str) -> Any:

@@ -4,7 +4,6 @@ and do not count."""
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -13,21 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from support.adamw_steps import ENGINES, needs_native, on_disk
 from torch import Tensor
 from torch.nn import Parameter
 
 import fastft
-from fastft import _native
 from fastft.optim import weight_bits
 from fastft.optim.adamw_update import load_value
 from fastft.optim.weight_bits import residue_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*were written by somebody else:UserWarning")
-NATIVE = _native.missing("cpu") is None
-ENGINES = [
-    "eager",
-    pytest.param("cpp", marks=pytest.mark.skipif(not NATIVE, reason="no native library")),
-]
 SHAPES = [(5, 7), (300,), (70, 130), (2,)]
 KEPT = ["exact", "kahan"]
 
@@ -223,13 +217,6 @@ def test_the_same_bits_written_again_are_no_change(impl: str) -> None:
     assert all(map(torch.equal, masters(model, optimizer), masters(twin, undisturbed)))
 
 
-def on_disk(state_dict: dict[str, Any]) -> Any:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
 @pytest.mark.parametrize("rounding", KEPT)
 @pytest.mark.parametrize("order", ["weights first", "states first"])
 def test_a_checkpoint_in_either_order_keeps_every_bit(order: str, rounding: str) -> None:
@@ -347,7 +334,7 @@ def test_a_weight_whose_low_bits_are_zero_already_is_not_told_of() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 129, 4096, 70_001, 2_200_001])
 @pytest.mark.parametrize("every", [1, 32])
-@pytest.mark.skipif(not NATIVE, reason="no native library")
+@needs_native
 def test_the_engines_have_the_same_checksum(size: int, every: int) -> None:
     weight, sums = torch.randn(size).bfloat16(), torch.zeros(2, 1, dtype=torch.int64)
     weight_bits.WEIGHT_CHECKSUM.native(sums[0], weight, every)
@@ -380,7 +367,7 @@ def test_one_changed_bit_anywhere_changes_the_checksum() -> None:
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
 @pytest.mark.parametrize("shape", [(70_000,), (300, 256), (3, 5)])
-@pytest.mark.skipif(not NATIVE, reason="no native library")
+@needs_native
 def test_what_a_step_samples_is_what_is_there(shape: tuple[int, ...], moments: str) -> None:
     """On one thread and on two, which share a tensor."""
     threads = torch.get_num_threads()

@@ -11,21 +11,9 @@ from torch.nn import Parameter
 
 import fastft
 from fastft.optim import moments_8bit
+from support.adamw_modes import Mode
+from support.adamw_steps import assert_same_bits
 
-
-class Mode(NamedTuple):
-    dtype: torch.dtype
-    rounding: str
-    moments: str
-
-
-ROUNDINGS = ("exact", "kahan", "stochastic", "nearest")
-MODES = {
-    f"{'fp32' if dtype == torch.float32 else rounding}-{moments}": Mode(dtype, rounding, moments)
-    for dtype, roundings in ((torch.float32, ROUNDINGS[:1]), (torch.bfloat16, ROUNDINGS))
-    for rounding in roundings
-    for moments in ("fp32", "bf16", "8bit")
-}
 SIZES = (1, 3, 63, 507, 4097, 0, *[5] * 11, 1040)
 
 
@@ -57,10 +45,8 @@ class Training:
             {"params": self.params[half:], "lr": 3e-3, "betas": (0.4, 0.99), "maximize": True},
         ]
         groups[1]["amsgrad"] = mode.moments != "8bit"
-        kept = {"rounding": mode.rounding} if mode.dtype == torch.bfloat16 else {}
-        self.optimizer = fastft.AdamW(
-            groups, impl=impl, seed=2**40 + 5, moments=mode.moments, **kept, **options
-        )
+        options = {**mode.options, **options}
+        self.optimizer = fastft.AdamW(groups, impl=impl, seed=2**40 + 5, **options)
 
     def random(self, size: int) -> Tensor:
         scale = 10 ** (torch.rand(size, generator=self.generator) * 6 - 4)
@@ -147,14 +133,6 @@ def past_two_to_the_31(coded: bool, device: str = "cpu") -> Past:
         )
 
     return Past(arguments(whole, scales, 0), arguments(end, ends_scales, 2**31))
-
-
-def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(actual) == len(expected)
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == theirs.dtype and torch.equal(
-            *(t.reshape(-1).view(torch.uint8) for t in (ours, theirs))
-        )
 
 
 def _shifted(tensor: Tensor, offset: int) -> Tensor:

@@ -80,10 +80,12 @@ _PRODUCTS = {_aten.mm.dtype, _aten.mm.dtype_out, _aten.addmm.dtype, _aten.addmm.
 
 
 class Wait(NamedTuple):
-    """A place where the host waits for the device."""
+    """A place where the host waits for the device, and the function of transformers' masks, called
+    there, that makes it wait."""
 
     what: str
     where: str
+    in_mask: str = ""
 
     def __repr__(self) -> str:
         return f"{self.what} at {self.where}"
@@ -160,7 +162,7 @@ class DeviceMode:
 
     def waited(self, what: str) -> None:
         """Writes a wait down."""
-        wait = Wait(what, _place())
+        wait = Wait(what, *_place())
         self.waits.append(wait)
         if self.refuse:
             raise AssertionError(f"the host waits for the device: {wait}")
@@ -210,18 +212,21 @@ def _storage(tensor: Tensor) -> Any:
         return tensor.untyped_storage() if plain else None
 
 
-def _place() -> str:
-    """The innermost line of fastft's, or else of a test's, that is running."""
-    frame, best = sys._getframe(1), "?"
+def _place() -> tuple[str, str]:
+    """The innermost line of fastft's, or else of a test's, that is running; the innermost function
+    of transformers' masks inside it, or nothing."""
+    frame, best, mask = sys._getframe(1), "?", ""
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         line = f"{path.name}:{frame.f_lineno}"
+        if path.parts[-2:] == ("transformers", "masking_utils.py"):
+            mask = mask or frame.f_code.co_name
         if "fastft" in path.parts and _TESTS not in path.parents:
-            return line
+            return line, mask
         if best == "?" and _TESTS in path.parents and path != _HERE:
             best = line
         frame = frame.f_back
-    return best
+    return best, mask
 
 
 def _is_device(value: Any) -> bool:

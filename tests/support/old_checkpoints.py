@@ -1,6 +1,6 @@
 """What a checkpoint of commit a25eaea must load as, for ever: tests/fixtures/checkpoints_a25eaea.
 
-    git worktree add a25eaea a25eaea; cp tests/support/old_checkpoints.py a25eaea/tests/support/
+    git worktree add a25eaea a25eaea; cp tests/support/{old_checkpoints,adamw_modes}.py a25eaea/tests/support/
     cd a25eaea/tests; PYTHONPATH=.. python -m support.old_checkpoints ../../tests/fixtures
 
 wrote that folder. It was run once, at a25eaea with the C++ engine, and is not to be run again: a
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fastft
-from support.adamw_problems import MODES, Mode
+from support.adamw_modes import MODES, Mode
 
 FOLDER = Path(__file__).resolve().parent.parent / "fixtures" / "checkpoints_a25eaea"
 SHAPES = [(5, 7), (63,), (), (2, 3, 5), (1,), (2, 130)]
@@ -51,8 +51,7 @@ def optimizer_of(params: list[Parameter], mode: Mode, **options: Any) -> fastft.
     half = len(params) // 2
     rest = {"lr": 3e-3, "betas": (0.4, 0.99), "maximize": True, "amsgrad": mode.moments != "8bit"}
     groups = [{"params": params[:half], "weight_decay": 0.1}, {"params": params[half:], **rest}]
-    kept = {"rounding": mode.rounding} if mode.dtype == torch.bfloat16 else {}
-    return fastft.AdamW(groups, moments=mode.moments, **kept, **options)
+    return fastft.AdamW(groups, **mode.options, **options)
 
 
 def step(optimizer: torch.optim.Optimizer, number: int) -> None:

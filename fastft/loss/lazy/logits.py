@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastft.loss.lazy.evaluation import Evaluation, guard
-from fastft.loss.lazy.expressions import LOGITS, Expression, Linear, Origin, evaluate
+from fastft.loss.lazy.expressions import LOGITS, Expression, Linear, Origin, evaluate, over_rows
 from fastft.loss.lazy.report import Report
 from fastft.loss.lazy.rules import IN_PLACE, REFLECTED, RULES
 from fastft.loss.lazy.views import with_strides_of
@@ -200,6 +200,10 @@ class LazyLogits(Tensor):
         """`source`, if the weights are still those that the head ran with; else RuntimeError."""
         self.linear.check_unchanged()
         return self.source
+
+    def over_rows(self, function: Callable[..., Tensor], *arguments: Tensor, **options: Any) -> Any:
+        """`function(z, *arguments)` of these rows z, as of `apply_to_rows`."""
+        return over_rows(self.checked(), self.expression, function, *arguments, **options)
 
     def derived(
         self, expression: Expression, shadow: Tensor, linear: Linear | None = None

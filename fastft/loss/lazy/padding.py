@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastft.loss.lazy.expressions import LOGITS, MARKED, Call, Linear, autocast_state, evaluate
+from fastft.loss.lazy.expressions import LOGITS, MARKED, Linear, Recorded, autocast_state, evaluate
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.logits import LazyLogits
@@ -37,7 +37,7 @@ def new_zeros(
     x, weight, _ = lazy.linear.terms[0]
     nothing = x.new_empty(*zeros.shape[:-1], 0), weight.new_empty(lazy.linear.vocab, 0), None
     origin = lazy.linear.origin._replace(head=None, check=None)
-    expression = Call(Tensor.to, (LOGITS, lazy.shadow.dtype), {}, autocast_state(x.device.type))
+    expression = Recorded(Tensor.to, (LOGITS, lazy.shadow.dtype), {}, autocast_state(x.device.type))
     return lazy._make(Linear.of(nothing, origin=origin), expression, zeros, lazy._recipe.report)
 
 
@@ -67,7 +67,7 @@ def write(
     marked = torch.ones(*leading, 1, dtype=torch.bool, device=terms[0][0].device)
     marked[rows] = False
     state = autocast_state(value.device.type)
-    where = Call(torch.where, (MARKED, value.reshape(()), logits.expression), {}, state)
+    where = Recorded(torch.where, (MARKED, value.reshape(()), logits.expression), {}, state)
     recipe = lazy._recipe
     recipe.linear, recipe.expression = Linear.of(*terms, origin=source.origin, marked=marked), where
     return None

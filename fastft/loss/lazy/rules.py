@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.loss.lazy.expressions import LOGITS, Call, autocast_state, is_freed
+from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state, is_freed
 from fastft.loss.lazy.losses import cross_entropy, gather, is_last, reduce, scale_and_softcap, top
 from fastft.loss.lazy.padding import new_zeros, write
 from fastft.loss.lazy.views import (
@@ -176,7 +176,9 @@ def _record(
     kwargs: dict[str, Any] | None = None,
 ) -> LazyLogits:
     """`func(*args, **kwargs)`, whose arguments are `operands` in an expression over rows."""
-    call = Call(func, operands, kwargs or {}, autocast_state(lazy.linear.terms[0][0].device.type))
+    call = Recorded(
+        func, operands, kwargs or {}, autocast_state(lazy.linear.terms[0][0].device.type)
+    )
     return lazy.derived(call, on_meta(lazy, func, args, call.keywords))
 
 
