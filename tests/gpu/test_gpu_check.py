@@ -331,7 +331,7 @@ def test_the_smoke_cases_are_right_on_this_machine() -> None:
     for engine in smoke.engines(smoke.ADAMW):
         for rounding, moments in smoke.WAYS:
             smoke.test_adamw(engine, rounding, moments, keep)
-    for engine in smoke.engines(smoke.NORM):
+    for engine in smoke.engines(smoke.GRAD_NORM):
         smoke.test_norm_of_gradients(engine, keep)
     for engine in smoke.engines(smoke.BOUNDARIES):
         smoke.test_boundaries(engine, keep)
