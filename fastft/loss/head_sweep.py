@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastft.loss.head_gemms import NARROW_CHUNKS, HeadTerm, is_emulated, working_dtype
-from fastft.loss.options import RowOptions, check_positive, statistics_dtype, times
+from fastft.loss.options import RowOptions, statistics_dtype, times
 from fastft.loss.scale_gradients import scale_gradients
 
 Operands: TypeAlias = tuple[Tensor, Tensor, "Tensor | None"]  # input, weight and bias of a head
@@ -203,8 +203,10 @@ class HeadCall(NamedTuple):
         Raises:
             ValueError: `chunk_rows` is below 1, or `max_counted` below 0.
         """
-        check_positive("chunk_rows", chunk_rows, 1)
-        check_positive("max_counted", max_counted, 0)
+        given = ("chunk_rows", chunk_rows, 1), ("max_counted", max_counted, 0)
+        for name, value, least in given:
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be None or at least {least}, got {value}")
         x, weight, bias = (
             torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
             for tensor in operands

@@ -174,12 +174,6 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}")
 
 
-def check_positive(name: str, value: int | None, least: int) -> None:
-    """Raises if `value` is given and below `least`."""
-    if value is not None and value < least:
-        raise ValueError(f"{name} must be None or at least {least}, got {value}")
-
-
 def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
     """The dtype of the GEMMs: autocast's where it is on, as for `F.linear`; else the one that all
     operands share."""
