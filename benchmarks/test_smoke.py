@@ -28,8 +28,7 @@ from fastft.loss.linear_log_probs import linear_log_probs
 from fastft.ops import ENGINES, Operator
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import ADAMW
-from fastft.optim.grad_norm import GRAD_NORM
-from fastft.optim.grad_norm import grad_norm
+from fastft.optim.grad_norm import GRAD_NORM, grad_norm
 
 GPU, BF16 = DEVICE == "cuda", torch.bfloat16
 CLASSES = 128_256 if GPU else 128
