@@ -140,17 +140,17 @@ def history(trainer):
     ]
 
 
-def stock_of(tmp_path, make=llama, with_metrics=True, **settings):
+def stock_of(tmp_path, make=llama, metrics=True, **settings):
     """What a stock run logs, and what its metrics were given."""
-    metrics = Metrics() if with_metrics else None
-    trainer = run(tmp_path, make, [], metrics, **settings)
-    return history(trainer), metrics.given if with_metrics else None
+    seen = Metrics() if metrics else None
+    trainer = run(tmp_path, make, [], seen, **settings)
+    return history(trainer), seen and seen.given
 
 
 def compare(
     tmp_path,
     make=llama,
-    with_metrics=True,
+    metrics=True,
     rtol=2e-5,
     atol=1e-5,
     only_fused=None,
@@ -162,15 +162,15 @@ def compare(
     `stock` is what `stock_of` gives, where several tests share it; `only_fused` are changes of the
     fused run.
     """
-    logs, given = stock or stock_of(tmp_path, make, with_metrics, **settings)
-    callback, metrics = FusedLossCallback(), Metrics() if with_metrics else None
-    fused = run(tmp_path, make, [callback], metrics, **{**settings, **(only_fused or {})})
+    logs, given = stock or stock_of(tmp_path, make, metrics, **settings)
+    callback, seen = FusedLossCallback(), Metrics() if metrics else None
+    fused = run(tmp_path, make, [callback], seen, **{**settings, **(only_fused or {})})
     assert len(logs) == len(history(fused)) >= EVALUATIONS
     for mine, theirs in zip(history(fused), logs, strict=True):
         assert mine == pytest.approx(theirs, rel=rtol)
-    if with_metrics:
-        assert len(given) == len(metrics.given) >= EVALUATIONS
-        assert_close(metrics.given, given, rtol=1e-4, atol=atol)
+    if metrics:
+        assert len(given) == len(seen.given) >= EVALUATIONS
+        assert_close(seen.given, given, rtol=1e-4, atol=atol)
     report = callback.report
     assert report.fused and not report.materialised and not report.skipped, report
     assert callback.evaluation.fused and not callback.evaluation.skipped, callback.evaluation
@@ -217,7 +217,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_of_a_model(name, smoothing, tmp_path):
     settings = {"collator": COLLATORS.get(name, padded), "label_smoothing_factor": smoothing}
-    callback, _ = compare(tmp_path, MODELS[name], with_metrics=False, **settings)
+    callback, _ = compare(tmp_path, MODELS[name], metrics=False, **settings)
     assert not callback.evaluation.materialised
 
 
@@ -340,7 +340,7 @@ def test_packed_batches(tmp_path):
         return llama(attn_implementation="fastft")
 
     collator = fastft.PackingCollator()
-    callback, _ = compare(tmp_path, packed, with_metrics=False, collator=collator)
+    callback, _ = compare(tmp_path, packed, metrics=False, collator=collator)
     assert not callback.evaluation.materialised
     options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
     callback, _ = compare(
@@ -359,7 +359,7 @@ def test_a_stream_without_a_length(tmp_path):
 
 
 def test_several_data_sets(tmp_path):
-    callback, _ = compare(tmp_path, with_metrics=False, data={"one": uneven(), "two": uneven(3)})
+    callback, _ = compare(tmp_path, metrics=False, data={"one": uneven(), "two": uneven(3)})
     assert callback.evaluation.fused == (2 + 1) * EVALUATIONS
 
 
@@ -475,7 +475,7 @@ class Averaged(Trainer):
 
 
 def test_weights_swapped_in_every_prediction_step(tmp_path):
-    compare(tmp_path, kind=Averaged, with_metrics=False)
+    compare(tmp_path, kind=Averaged, metrics=False)
     options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
     with pytest.raises(RuntimeError, match="around evaluate"):
         run(tmp_path, llama, [FusedLossCallback()], Metrics(), kind=Averaged, options=options)
