@@ -4,6 +4,8 @@
 #                oldest and newest packages; make lint docs
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
+# make aarch64    the CPU library, cross-compiled and run under qemu, gives x86's bits (apt install g++-aarch64-linux-gnu
+#                qemu-user; part of test-all)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
@@ -29,7 +31,7 @@ LINTERS := $(VENV)/.linters
 DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 
-.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format docs bench kernels sweep lock wheel dist gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa aarch64 ptx test-latest test-oldest lint format docs bench kernels sweep lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -44,6 +46,9 @@ test-slow: native $(WAYS)
 
 test-isa: native
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
+
+aarch64: native
+	$(PYTEST) -m "slow or not slow" tests/test_aarch64.py
 
 # every file that has cases of this mark; Triton beside the environment's own, which stays
 ptx: native $(if $(TRITON),build/triton-$(TRITON)/triton)

@@ -1,5 +1,4 @@
-"""The experiment behind the codes of `moments="8bit"`: prints the table in
-fastft/optim/moments_8bit.py.
+"""The experiment behind the codes of `moments="8bit"`: prints the table of docs/adamw.md.
 
     python benchmarks/moments_8bit.py         the codes, a few minutes on one core
     python benchmarks/moments_8bit.py tune    fp32 against 8-bit moments, about a minute

@@ -16,6 +16,7 @@ import sys
 import pytest
 import torch
 from compare import compare, rival
+from support.adamw_modes import MODES
 
 from fastft.optim.adamw import AdamW
 from fastft.optim.grad_norm import grad_norm
@@ -30,16 +31,16 @@ CASES = {
     "400_bf16": LORA * 100,
     "1000x256_fp32": [((256,), FP32)] * 1000,
 }
-BYTES = {FP32: 28, BF16: 26}  # of ours, per element; torch's bf16 moments move 14
-# of a bf16 parameter: bytes per element moved and resident, the gradient included
-MODES = {
-    "exact": ({}, 26, 14),
-    "kahan": ({"rounding": "kahan"}, 26, 14),
-    "stochastic": ({"rounding": "stochastic"}, 22, 12),
-    "exact_bf16_moments": ({"moments": "bf16"}, 18, 10),
-    "stochastic_bf16_moments": ({"rounding": "stochastic", "moments": "bf16"}, 14, 8),
-    "exact_8bit_moments": ({"moments": "8bit"}, 14.125, 8.0625),
-    "stochastic_8bit_moments": ({"rounding": "stochastic", "moments": "8bit"}, 10.125, 6.0625),
+# of ours, moved for each element; torch's bf16 moments move 14
+BYTES = {FP32: MODES["fp32-fp32"].moved, BF16: MODES["exact-fp32"].moved}
+TIMED = {
+    "exact": MODES["exact-fp32"],
+    "kahan": MODES["kahan-fp32"],
+    "stochastic": MODES["stochastic-fp32"],
+    "exact_bf16_moments": MODES["exact-bf16"],
+    "stochastic_bf16_moments": MODES["stochastic-bf16"],
+    "exact_8bit_moments": MODES["exact-8bit"],
+    "stochastic_8bit_moments": MODES["stochastic-8bit"],
 }
 
 
@@ -61,10 +62,8 @@ def strayed(cls, device, **options):
     300 steps at lr 1e-5 over weights of 0.02; root mean squares. The rounding of the final weight
     to bf16 is in it.
     """
-    start, ends = (
-        torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16(),
-        [],
-    )
+    start = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    ends = []
     for made, dtype, chosen in ((cls, BF16, options), (torch.optim.AdamW, FP32, {})):
         param = torch.nn.Parameter(start.to(device, dtype, copy=True))
         trained, generator = made([param], lr=1e-5, **chosen), torch.Generator().manual_seed(1)
@@ -73,10 +72,8 @@ def strayed(cls, device, **options):
             param.grad = grad.bfloat16().to(device, dtype)
             trained.step()
         ends.append(param.detach().float().cpu())
-    off, went = (
-        end.sub(to).square().mean().sqrt() for end, to in ((ends[0], ends[1]), (ends[1], start))
-    )
-    return round(float(off / went), 4)
+    off, went = ends[0] - ends[1], ends[1] - start
+    return round(float(off.square().mean().sqrt() / went.square().mean().sqrt()), 4)
 
 
 def in_place(bytes_moved, device):
@@ -120,24 +117,21 @@ def test_adamw_clipped(benchmark, device, case):
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", TIMED)
 def test_adamw_bf16_modes(benchmark, device, mode):
-    options, moved, resident = MODES[mode]
+    kept_as = TIMED[mode]
     shapes = [((2000, 10240), BF16)]  # rows of whole blocks of 8-bit moments
-    ours = optimizer(AdamW, shapes, device, seed=0, **options)
+    ours = optimizer(AdamW, shapes, device, seed=0, **kept_as.options)
     (param,), (state,) = ours.param_groups[0]["params"], ours.state.values()
     kept = [param, param.grad, *(value for name, value in state.items() if name != "step")]
-    assert (
-        sum(tensor.numel() * tensor.element_size() for tensor in kept) == resident * param.numel()
-    )
-    benchmark.extra_info["bytes_resident_per_element"] = resident
-    theirs = strayed(torch.optim.AdamW, device, fused=True)
+    assert sum(tensor.nbytes for tensor in kept) == kept_as.resident * param.numel()
+    benchmark.extra_info["bytes_resident_per_element"] = kept_as.resident
     benchmark.extra_info["strayed_from_fp32"] = {
-        "ours": strayed(AdamW, device, seed=0, **options),
-        "torch fused": theirs,
+        "ours": strayed(AdamW, device, seed=0, **kept_as.options),
+        "torch fused": strayed(torch.optim.AdamW, device, fused=True),
     }
     rivals = {"torch fused": optimizer(torch.optim.AdamW, shapes, device, fused=True).step}
-    bytes_moved = int(moved * param.numel())
+    bytes_moved = int(kept_as.moved * param.numel())
     compare(
         benchmark, ours.step, rivals, bytes_moved=bytes_moved, bare=in_place(bytes_moved, device)
     )

@@ -11,15 +11,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DEVICE, compare, rival
+from compare import compare, rival
 from errors import peaks_mib, relative_errors
+from heads import IDS, make, stepping
 
-from fastft.loss.head_gemms import is_emulated
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
-
-SHAPE = (8192, 4096, 128256) if DEVICE == "cuda" else (1024, 512, 16384)
-EMULATED = (128, 256, 8192)
-IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", 0.0: "all_counted", 0.5: "half_ignored"}
 
 
 def eager(x, weight, target):
@@ -58,33 +54,6 @@ def trl_loss(function, x, weight, target):
     rows, indices = (x[mask], target[mask]) if x.is_cuda else (x, target.clamp(min=0))
     log_probs = function.apply(rows, weight, None, indices, 1.0, chunk, None, 1.0, ())[0]
     return -(log_probs if x.is_cuda else log_probs.masked_fill(~mask, 0)).sum() / mask.sum()
-
-
-def make(device, dtype, ignored=0.0, trainable=True, alone=False):
-    """Of the size that rivals can be timed at; `alone`: of the full size, for ours against ours."""
-    if device == "cuda" and dtype == torch.float32:
-        pytest.skip(
-            "a head of this size is not trained in fp32 on a GPU, where one call takes half a "
-            "second"
-        )
-    rows, hidden, classes = EMULATED if is_emulated(dtype, device) and not alone else SHAPE
-    torch.manual_seed(0)
-    x = torch.randn(rows, hidden, device=device).to(dtype).requires_grad_()
-    weight = (
-        (torch.randn(classes, hidden, device=device) / hidden**0.5)
-        .to(dtype)
-        .requires_grad_(trainable)
-    )
-    target = torch.randint(0, classes, (rows,), device=device)
-    return x, weight, target.masked_fill(torch.rand(rows, device=device) < ignored, -100)
-
-
-def stepping(loss, x, weight, target):
-    def step():
-        x.grad = weight.grad = None
-        loss(x, weight, target).backward()
-
-    return step
 
 
 @pytest.mark.parametrize(

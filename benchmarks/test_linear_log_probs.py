@@ -1,7 +1,7 @@
 """Log-probability and entropy of every token, forward and backward, as GRPO asks for them.
 
 The bare work is the four GEMMs: logits, logits again, and the two gradients. Shapes as in
-test_linear_cross_entropy.
+heads.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from compare import compare, rival
 from errors import peaks_mib, relative_errors
-from test_linear_cross_entropy import IDS, make, stepping
+from heads import IDS, make, stepping
 
 from fastft.loss.linear_log_probs import linear_log_probs
 

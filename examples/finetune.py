@@ -186,16 +186,17 @@ def train(
     model = build_model(options.model, tokenizer)
     padding = DataCollatorForSeq2Seq(tokenizer)  # pads labels too; needs no encoder
     collator = CountingCollator(fastft.PackingCollator() if variant.packing else padding)
-    if variant.packing:
-        model.set_attn_implementation("fastft")
     recorder = Recorder(variant.name, options.steps)
+    callbacks = [fastft.FusedLossCallback()] if variant.loss else []
+    if variant.packing and not variant.loss:  # the other one does this too
+        callbacks = [fastft.PackingCallback()]
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=examples,
         data_collator=collator,
         optimizers=fastft.adamw(model, args) if variant.optimizer else (None, None),
-        callbacks=[recorder, *([fastft.FusedLossCallback()] if variant.loss else [])],
+        callbacks=[recorder, *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

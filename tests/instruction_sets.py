@@ -33,6 +33,7 @@ ROOMS = (
         "linear_cross_entropy",
         "linear_log_probs",
         "loss_goals",
+        "row_functions",
     ),
     *(
         "moments_8bit",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +64,52 @@ def test_import_takes_no_longer_than_torch() -> None:
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+PACKAGE = Path(fastft.__file__).parent
+MODULES = {
+    ".".join(("fastft", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): file
+    for file in PACKAGE.rglob("*.py")
+}
+
+
+def run_time_imports(tree: ast.AST) -> Iterator[str]:
+    """The modules of the package that this one imports, at its top or inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else str(node.module)
+        else:
+            yield from run_time_imports(node)
+
+
+ARROWS = {
+    name: MODULES.keys() & {*run_time_imports(ast.parse(file.read_text()))}
+    for name, file in MODULES.items()
+}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Nor does an import inside a function hide such a circle; those for types alone may."""
+    order = [*graphlib.TopologicalSorter(ARROWS).static_order()]
+    assert order.index("fastft.loss.options") < order.index("fastft.loss.cross_entropy")
+
+
+def test_only_integrations_are_built_on_integrations() -> None:
+    wings = ("fastft.data", "fastft.loss", "fastft.optim", "fastft.attention")
+    assert not [
+        (name, found)
+        for name, arrows in ARROWS.items()
+        for found in arrows
+        if name.startswith(wings) and found.startswith("fastft.integrations")
+    ]
 
 
 def described(name: str) -> str:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastft.loss.cross_entropy_rows import probability_losses, rows_implementation
+from fastft.loss.cross_entropy_rows import ROWS, probability_losses
 from fastft.loss.options import (
     RowOptions,
-    check_device,
+    check_indices,
     check_plain_impl,
     check_probabilities,
     check_reduction,
-    check_target,
     check_tensors,
     check_weight,
     class_weights,
@@ -75,20 +74,6 @@ def _class_dim(input: Tensor) -> int:
     if class_dim < 0 or input.shape[class_dim] == 0:
         raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
     return class_dim
-
-
-def _flat_indices(
-    target: Tensor, input: Tensor, shape: torch.Size, classes: int, ignore_index: int
-) -> Tensor:
-    """`target`, flat and contiguous; raises if it does not fit the logits or holds a wrong index."""
-    check_device("target", target, input.device)
-    if target.shape != shape:
-        raise ValueError(
-            f"target must have the shape of input without its class dimension: input is "
-            f"{tuple(input.shape)}, target is {tuple(target.shape)}"
-        )
-    check_target(target, classes, ignore_index)
-    return target.reshape(-1).contiguous()
 
 
 def cross_entropy(
@@ -166,14 +151,14 @@ def cross_entropy(
         rows = target.movedim(class_dim, -1).reshape(-1, classes)
         losses = probability_losses(logits, rows, weight, options)
     else:
-        counted = _flat_indices(target, input, shape, classes, ignore_index)
+        counted = check_indices(target, input, class_dim, classes, ignore_index)
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         dtype = statistics_dtype(logits.dtype)
         weight = class_weights(weight, counted, ignore_index, reduction, num_items, dtype)
         if shard is not None:
             losses = sharded_losses(logits, counted, weight, options, shard)
         else:
-            row_kernel = rows_implementation(impl, logits.dtype, logits.device)
+            row_kernel = ROWS.implementation(impl, logits.device, logits.dtype)
             losses = _CrossEntropy.apply(logits, counted, weight, options, row_kernel)
     reduced = reduce_losses(losses, counted, reduction, ignore_index, num_items)
     return reduced.view(shape) if reduction == "none" else reduced

@@ -22,7 +22,7 @@ their gradient is written; all but the first read of a row hit the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -185,14 +185,6 @@ ROWS = ops.Operator(
     },
     samples={"float16 logits": (torch.float16,), "float64 logits": (torch.float64,)},
 )
-
-
-def rows_implementation(
-    impl: str, logits_dtype: torch.dtype, device: torch.device
-) -> Callable[..., Any]:
-    """The function that computes `cross_entropy_rows` for logits of this dtype; raises as
-    `Operator.resolve` does."""
-    return ROWS.implementation(impl, device, logits_dtype)
 
 
 def probability_losses(

@@ -84,38 +84,29 @@ def knows_out_dtype(product: str, dtype: torch.dtype, device: torch.device) -> b
     return True
 
 
-def _slabs(weight: Tensor) -> Iterator[slice]:
-    """Of the classes of a weight (V, H), or of its gradient."""
-    slab_bytes = _SLAB_BYTES if weight.device.type == "cpu" else _DEVICE_SLAB_BYTES
-    size = max(1, min(len(weight), slab_bytes // max(1, 4 * weight.shape[1])))
-    for begin in range(0, len(weight), size):
-        yield slice(begin, min(begin + size, len(weight)))
+def _slabs(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows, such as the classes of a weight (V, H) or of its gradient."""
+    slab_bytes = _SLAB_BYTES if matrix.device.type == "cpu" else _DEVICE_SLAB_BYTES
+    size = max(1, min(len(matrix), slab_bytes // max(1, 4 * matrix.shape[1])))
+    for begin in range(0, len(matrix), size):
+        yield slice(begin, min(begin + size, len(matrix)))
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:
-    """Writes a b to `out`, which may be wider than both; adds it where it is not the `first`."""
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:
+    """Adds a b to `out`, which may be wider than both; `first`: writes it there."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
-    else:
-        product = torch.mm(a, b)
-        out.copy_(product) if first else out.add_(product)
-
-
-def add_weight_gradient(total: Tensor, dz: Tensor, x: Tensor, *, first: bool = False) -> None:
-    """Adds dz^T x to `total` (V, H), which may be wider than both; `first`: writes it there."""
-    if total.dtype == dz.dtype:
-        _multiply(dz.T, x, total, first=first)
         return
-    widens = total.dtype == torch.float32 and knows_out_dtype("mm", dz.dtype, dz.device)
+    widens = out.dtype == torch.float32 and knows_out_dtype("mm", a.dtype, a.device)
     if widens and first:
-        torch.mm(dz.T, x, out_dtype=torch.float32, out=total)
-    elif widens and knows_out_dtype("addmm", dz.dtype, dz.device):
-        torch.addmm(total, dz.T, x, out_dtype=torch.float32, out=total)
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif widens and knows_out_dtype("addmm", a.dtype, a.device):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:  # there is no product that adds to another dtype: it goes through a slab
-        multiply = functools.partial(torch.mm, out_dtype=torch.float32) if widens else torch.mm
-        for slab in _slabs(total):
-            product = multiply(dz[:, slab].T, x)
-            total[slab].copy_(product) if first else total[slab].add_(product)
+        product = functools.partial(torch.mm, out_dtype=torch.float32) if widens else torch.mm
+        for slab in _slabs(out):
+            part = product(a[slab], b)
+            out[slab].copy_(part) if first else out[slab].add_(part)
 
 
 class HeadTerm:
@@ -143,11 +134,7 @@ class HeadTerm:
         self.gradients = self.d_input, self.d_weight, self.d_bias = gradients
         self.emulated = is_emulated(dtype, weight.device.type)
         self.dtype = working_dtype(dtype, weight.device.type)
-        self._first = True
-
-    def rows(self, where: slice | Tensor) -> Tensor:
-        """The rows of x at `where`, (R, H), in the dtype of the products."""
-        return self.input[where].to(self.weight.dtype)
+        self.is_first = True  # no chunk has written to dW
 
     def add_logits(self, x: Tensor, z: Tensor, *, first: bool) -> None:
         """Adds x W^T + b to `z` (R, V), of `dtype` or wider; `first`: writes it there."""
@@ -156,7 +143,7 @@ class HeadTerm:
             return
         wide = x.to(self.dtype)
         for slab in _slabs(self.weight) if self.emulated else [slice(None)]:
-            _multiply(wide, self.weight[slab].to(self.dtype).T, z[:, slab], first=first)
+            multiply(wide, self.weight[slab].to(self.dtype).T, z[:, slab], first=first)
         if self.bias is not None:
             z.add_(self.bias)
 
@@ -172,10 +159,10 @@ class HeadTerm:
             self.d_input[where] = self._input_gradient(dz).to(self.d_input.dtype)
         if self.d_weight is not None:
             x = x if inverse is None else times(x, inverse)
-            add_weight_gradient(self.d_weight, dz, x.to(dz.dtype), first=self._first)
+            multiply(dz.T, x.to(dz.dtype), self.d_weight, first=self.is_first)
         if self.d_bias is not None:
             self.d_bias += dz.sum(0, dtype=self.d_bias.dtype)
-        self._first = False
+        self.is_first = False
 
     def _input_gradient(self, dz: Tensor) -> Tensor:
         if not self.emulated:
@@ -184,8 +171,3 @@ class HeadTerm:
         for slab in _slabs(self.weight):
             total.addmm_(dz[:, slab], self.weight[slab].to(dz.dtype))
         return total
-
-    def finish(self) -> None:
-        """Fills dW where no rows did."""
-        if self._first and self.d_weight is not None:
-            self.d_weight.zero_()

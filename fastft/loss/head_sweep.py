@@ -73,25 +73,28 @@ class CountedRows(NamedTuple):
     too_many: Tensor | None = None  # (), on a device: whether rows that count are left out
 
     @classmethod
-    def of(cls, target: Tensor, ignore_index: int, max_counted: int | None = None) -> CountedRows:
+    def of(cls, target: Tensor, ignore_index: int, max_counted: int) -> CountedRows:
         """The rows whose `target` is not ignored, on a device maybe with a few others.
 
-        A device is never waited for: without a bound from the host, `max_counted`, all its rows are
-        taken, and cost their time.
+        A device is never waited for: without a bound from the host, `max_counted` >= 0, all its
+        rows are taken, and cost their time.
 
         Raises:
             ValueError: more rows count than `max_counted` (on a CPU).
         """
         counted, rows = target != ignore_index, len(target)
+        # looking at a CPU's numbers is free
         if target.device.type == "cpu":
-            if max_counted is not None and max_counted < counted.sum():
+            if 0 <= max_counted < counted.sum():
                 raise ValueError(
                     f"max_counted is {max_counted}, but {int(counted.sum())} rows count"
                 )
             return cls(rows, None if counted.all() else counted.nonzero()[:, 0])
-        if max_counted is None or max_counted >= rows:
+        if not 0 <= max_counted < rows:
             return cls(rows)
-        return cls(rows, device_positions(counted, max_counted), counted.sum() > max_counted)
+        # those that count first, found without a look at the numbers
+        first = torch.sort((~counted).to(torch.uint8), stable=True).indices[:max_counted]
+        return cls(rows, first, counted.sum() > max_counted)
 
     @property
     def counted(self) -> int:
@@ -102,10 +105,10 @@ class CountedRows(NamedTuple):
         """Those of them that receive a gradient from `upstream` (T, ...), if looking is free."""
         if upstream.device.type != "cpu":
             return self
-        wanted = upstream.reshape(self.total, upstream.shape[1:].numel()).any(1)
-        if self.positions is not None:
-            return CountedRows(self.total, self.positions[wanted[self.positions]])
-        return self if wanted.all() else CountedRows(self.total, wanted.nonzero()[:, 0])
+        # a row whose upstream is 0 has gradients of 0, and needs no logits
+        every = torch.arange(self.total) if self.positions is None else self.positions
+        wanted = upstream.reshape(self.total, upstream.shape[1:].numel()).any(1)[every]
+        return self if wanted.all() else self._replace(positions=every[wanted])
 
     def chunks(self, step: int) -> Iterator[Where]:
         """The rows, `step` at a time."""
@@ -121,11 +124,6 @@ class CountedRows(NamedTuple):
         for tensor in (losses, *(g if g is None else g.view(-1)[:1] for g in gradients)):
             if self.too_many is not None and tensor is not None:
                 tensor.masked_fill_(self.too_many, torch.nan)
-
-
-def device_positions(counted: Tensor, bound: int) -> Tensor:
-    """`bound` positions, those that count first: found without a look at the numbers."""
-    return torch.sort((~counted).to(torch.uint8), stable=True).indices[:bound]
 
 
 def sweep(
@@ -147,12 +145,14 @@ def sweep(
     """
     weight = terms[0].weight
     dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
+    # one for all chunks: new pages cost as much time as the products write
     workspace = weight.new_empty(step, len(weight), dtype=dtype)
     with torch.autocast(weight.device.type, enabled=False):
         for where in rows.chunks(step):
             _through_head(terms, workspace, where, fill, inverse)
         for term in terms:
-            term.finish()
+            if term.is_first and term.d_weight is not None:
+                term.d_weight.zero_()
 
 
 def _through_head(
@@ -163,7 +163,7 @@ def _through_head(
     inverse: Tensor | None,
 ) -> None:
     """A function, so that the next chunk finds nothing of this one's in memory."""
-    inputs = [term.rows(where) for term in terms]
+    inputs = [term.input[where].to(term.weight.dtype) for term in terms]
     z = workspace[: len(inputs[0])]
     for term, x in zip(terms, inputs, strict=True):
         term.add_logits(x, z, first=term is terms[0])
@@ -223,11 +223,6 @@ class HeadCall(NamedTuple):
     def flat(self) -> tuple[Any, ...]:
         """The operator's arguments."""
         return list(self.needs), *self[1:7], *self.options
-
-    def counted(self, target: Tensor) -> CountedRows:
-        """The rows that go through the head."""
-        bound = None if self.max_counted < 0 else self.max_counted
-        return CountedRows.of(target, self.options.ignore_index, bound)
 
     def step(self, count: int, weight: Tensor) -> int:
         """The rows of a chunk."""
@@ -294,7 +289,8 @@ def sweep_one(
     """
     input, weight, bias = operands
     outputs = Outputs.empty(input, weight, call)
-    rows, inverse = call.counted(target), None if divisor is None else divisor.reciprocal()
+    rows = CountedRows.of(target, call.options.ignore_index, call.max_counted)
+    inverse = None if divisor is None else divisor.reciprocal()
     gradients = [g if need else None for g, need in zip(outputs[4:], call.needs, strict=True)]
     term = HeadTerm(input, weight, bias, call.dtype, gradients)
     step = call.step(rows.counted, weight)
@@ -304,13 +300,6 @@ def sweep_one(
         scale_gradients([outputs.d_input, outputs.d_bias], inverse)
     rows.show_left_out(outputs.losses, gradients)
     return outputs
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward may be followed by another over the same graph; True where torch
-    does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
 
 
 def handed_back(
@@ -327,24 +316,20 @@ def handed_back(
     wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     if scale is None:
         return [g if g is None else g.to(dtype) for g, dtype in zip(wanted, dtypes, strict=True)]
-    if scale.dim():
-        scale = scale[:, None]
-    results, in_place, kept = [], [], _graph_is_kept()
+    column, results, in_place = scale[:, None] if scale.dim() else scale, [], []
+    # another backward over the same graph may follow, where torch does not tell that none will
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    kept = ask is None or ask()
     for gradient, dtype in zip(wanted, dtypes, strict=True):
         # a compiler cannot trace a change in place
-        if (
-            gradient is not None
-            and type(gradient) is Tensor
-            and gradient.dtype == dtype
-            and not kept
-        ):
-            in_place.append(gradient)
+        is_ours = not kept and type(gradient) is Tensor and gradient.dtype == dtype
+        if gradient is not None and not is_ours:
+            gradient = times(gradient, column, dtype)
+        elif gradient is not None and scale.dim():
+            gradient.mul_(column)
         elif gradient is not None:
-            gradient = times(gradient, scale, dtype)
+            in_place.append(gradient)
         results.append(gradient)
-    if scale.dim():
-        for gradient in in_place:
-            gradient.mul_(scale)
-    elif in_place:
+    if in_place:
         scale_gradients(in_place, scale)
     return results

@@ -213,7 +213,7 @@ def linear_cross_entropy(
             check_probabilities(target, torch.Size([*shape, classes]), input.device, "the logits")
             loss = _of_probabilities(operands, target, weight, call, reduction, num_items)
         else:
-            flat = check_indices(target, input, classes, ignore_index)
+            flat = check_indices(target, input, -1, classes, ignore_index)
             given = operands, flat, weight, call, reduction, num_items
             loss = _of_indices(*given, shard=shard, accumulate=accumulate)
     return loss.view(shape) if reduction == "none" else loss

@@ -1,13 +1,13 @@
-"""What a linear layer says about each token, without ever holding its logits: the stuff of DPO,
-GRPO and distillation.
+"""What a linear layer says about each token, without its logits: for DPO, GRPO, distillation.
 
-    log_probs[t] = z[t, y] - lse[t],   entropy[t] = -sum_v p[t, v] log p[t, v],   is_top1[t]: the target comes first
+    log_probs[t] = z[t, y] - lse[t],     entropy[t] = -sum_v p[t, v] log p[t, v]
+    is_top1[t]: whether the target comes first
 
-z, lse and p as in `cross_entropy`. A loss of these numbers reaches hidden states (T, H) and head
-(V, H) in one of two ways. `linear_log_probs` takes any loss: backward makes the logits again (4
-products of 2 T H V flops). With `linear_token_loss` the loss of a row is a function of that row's
-numbers, so that its derivative is known as soon as a chunk has its logits (3 products, as for plain
-cross-entropy): policy gradients, DFT, focal losses.
+z, lse and p are those of `cross_entropy_rows`. A loss of these numbers reaches hidden states (T, H)
+and head (V, H) in one of two ways. `linear_log_probs` takes any loss: backward makes the logits
+again (4 products of 2 T H V flops). With `linear_token_loss` the loss of a row is a function of
+that row's numbers, so that its derivative is known as soon as a chunk has its logits (3 products,
+as for plain cross-entropy): policy gradients, DFT, focal losses.
 
 Kept for backward: the operands; `linear_token_loss` keeps the gradients instead. Bytes moved: as in
 `linear_rows`, and one more pass over the workspace.
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastft.loss.cross_entropy_rows import rows_implementation
+from fastft.loss.cross_entropy_rows import ROWS
 from fastft.loss.dtensor_head import whole_head
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.head_sweep import HeadCall, Operands, Outputs, Where, handed_back, sweep_one
@@ -38,8 +38,10 @@ from fastft.loss.options import (
 
 
 class LinearLogProbs(NamedTuple):
-    """Per token, in `target`'s shape; 0 (False) where the target is `ignore_index`. fp32 (fp64 for
-    fp64 operands)."""
+    """What is known of each token, in `target`'s shape; 0 (False) where it is `ignore_index`.
+
+    fp32, or fp64 for fp64 operands.
+    """
 
     log_probs: Tensor
     entropy: Tensor
@@ -50,13 +52,13 @@ class LinearLogProbs(NamedTuple):
 def _checked_head(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
 ) -> tuple[Operands, Tensor, Tensor, torch.dtype]:
-    """Input (T, H), weight and bias of a whole head; the target, as it came and flat; the dtype of
-    the products."""
+    """Checks, and returns: input (T, H), weight and bias of a whole head; the target, as it came
+    and flat; the dtype of the products."""
     check_tensors(target=target)
     dtype = compute_dtype(input, weight, bias)
     check_shapes(input, weight, bias)
     input, weight, bias, target = whole_head(input, weight, bias, target)
-    flat = check_indices(target, input, len(weight), ignore_index)
+    flat = check_indices(target, input, -1, len(weight), ignore_index)
     return (input.reshape(-1, input.shape[-1]), weight, bias), target, flat, dtype
 
 
@@ -73,8 +75,7 @@ def linear_log_probs(
     max_counted: int | None = None,
     impl: str = "auto",
 ) -> LinearLogProbs:
-    """Log-probability of each target, entropy, log sum exp and whether the target is the most
-    probable class.
+    """Computes log-probability and entropy, log sum exp and is_top1 of each target.
 
     Differentiable in `log_probs`, `entropy` and `lse`. Obeys autocast as `F.linear` does.
 
@@ -118,46 +119,45 @@ def linear_log_probs(
     return LinearLogProbs(log_probs, entropy, lse, is_top1)
 
 
-class _TokenLoss(NamedTuple):
-    """A user's loss of each token, as the sweep takes it."""
-
-    function: Callable[..., Tensor]
-    arguments: Sequence[Tensor]
-    target: Tensor
-    call: HeadCall
-    row_kernel: Callable[..., Any]
-
-    def fill(self, z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:
-        """Writes the losses of the rows at `where`, and dz over their logits `z`."""
-        options, target = self.call.options, self.target[where]
-        losses, lse, *statistics = outputs.of_rows(len(z), True)
-        self.row_kernel(z, target, [], [], losses, lse, statistics, [], *options)
-        known = [values.detach().requires_grad_() for values in (-losses, statistics[0], lse)]
-        with torch.enable_grad():
-            tokens = LinearLogProbs(known[0], known[1], known[2], statistics[1])
-            values = self.function(tokens, *(argument[where] for argument in self.arguments))
-            _check_values(values, len(z))
-            values = torch.where(target != options.ignore_index, values, 0.0)
-        outputs.losses[where] = values.detach().to(losses.dtype)
-        if not any(self.call.needs):
-            return None
-        given: Sequence[Tensor | None] = (None, None, None)
-        if values.requires_grad:
-            one = torch.ones_like(values)
-            given = torch.autograd.grad(values, known, one, allow_unused=True)
-        log_probs, of_entropy, of_lse = (torch.zeros_like(lse) if g is None else g for g in given)
-        upstream = [-log_probs, of_lse, of_entropy]
-        self.row_kernel(z, target, [], upstream, losses, lse, statistics, [z], *options)
-        return z
-
-
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, token_loss: _TokenLoss
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        token_loss: Callable[..., Tensor],
+        arguments: Sequence[Tensor],
+        call: HeadCall,
     ) -> Tensor:
+        logits_dtype = working_dtype(call.dtype, input.device.type)
+        row_kernel = ROWS.implementation(call.impl, input.device, logits_dtype)
+
+        def fill(z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:
+            y, options = target[where], call.options
+            losses, lse, *statistics = outputs.of_rows(len(z), True)
+            row_kernel(z, y, [], [], losses, lse, statistics, [], *options)
+            known = [values.detach().requires_grad_() for values in (-losses, statistics[0], lse)]
+            with torch.enable_grad():
+                tokens = LinearLogProbs(known[0], known[1], known[2], statistics[1])
+                values = token_loss(tokens, *(argument[where] for argument in arguments))
+                _check_values(values, len(z))
+                values = torch.where(y != options.ignore_index, values, 0.0)
+            outputs.losses[where] = values.detach().to(losses.dtype)
+            if not any(call.needs):
+                return None
+            given: Sequence[Tensor | None] = (None, None, None)
+            if values.requires_grad:
+                one = torch.ones_like(values)
+                given = torch.autograd.grad(values, known, one, allow_unused=True)
+            log_probs, entropy, of_lse = (torch.zeros_like(lse) if g is None else g for g in given)
+            upstream = [-log_probs, of_lse, entropy]
+            row_kernel(z, y, [], upstream, losses, lse, statistics, [z], *options)
+            return z
+
         operands = input, weight, bias
-        outputs = sweep_one(operands, token_loss.target, token_loss.call, token_loss.fill)
+        outputs = sweep_one(operands, target, call, fill)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in operands]
         ctx.save_for_backward(*outputs[4:])
         return outputs.losses.sum()
@@ -166,7 +166,8 @@ class _LinearTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_token_loss")
         needs = ctx.needs_input_grad[:3]
-        return *handed_back(ctx.saved_tensors, needs, ctx.dtypes, upstream), None
+        results = handed_back(ctx.saved_tensors, needs, ctx.dtypes, upstream)
+        return *results, None, None, None, None
 
 
 def _check_values(values: Tensor, rows: int) -> None:
@@ -243,9 +244,6 @@ def linear_token_loss(
         summed=True,
         statistics=True,
     )
-    logits_dtype = working_dtype(dtype, flat.device.type)
-    row_kernel = rows_implementation(impl, logits_dtype, flat.device)
     rows = [argument.reshape(-1) for argument in arguments]
     with torch.autocast(flat.device.type, enabled=False):
-        loss = _TokenLoss(token_loss, rows, flat, call, row_kernel)
-        return _LinearTokenLoss.apply(*operands, loss)
+        return _LinearTokenLoss.apply(*operands, flat, token_loss, rows, call)

@@ -1,16 +1,17 @@
-"""The rows of a linear layer's cross-entropy: one operator for the forward and the backward pass of
-every plan.
+"""The rows of a linear layer's cross-entropy: one operator, forward and backward, of every plan.
 
-    z = x W^T + b;  loss[t], lse[t], entropy[t] and dz of z as in `cross_entropy_rows`;  dx = dz W, dW = dz^T x, db = sum dz
+    z = x W^T + b;     loss[t], lse[t], entropy[t] and dz of z as in `cross_entropy_rows`
+    dx = dz W,         dW = dz^T x,         db = sum dz
 
 x are the hidden states (T, H), W the head (V, H), y the targets. Rows that are not ignored go
 through the head as `head_sweep` says; the row kernel turns their logits into dz in place. What is
 computed when, in products of 2 T H V flops, depends on who needs a gradient:
 
-    a sum                      forward: z, dx, dW (3; 2 where W or x is frozen)     backward: a scaling
-    rows, only x trained       forward: z, dx (2)                                   backward: a scaling of dx's rows
-    rows, W or b trained       forward: z (1)                                       backward: z again, dx, dW (3)
-    rows and their entropies   forward: z (1)                                       backward: z again, dx, dW (3)
+    a sum                      forward: z, dx, dW (3; 2 where W or x is frozen)
+                               backward: a scaling
+    rows, only x trained       forward: z, dx (2)       backward: a scaling of dx's rows
+    rows, W or b trained       forward: z (1)           backward: z again, dx, dW (3)
+    rows and their entropies   forward: z (1)           backward: z again, dx, dW (3)
     nobody needs one           forward: z (1)
 
 Products run in the dtype of the operands (`head_gemms` says how), statistics and sums in fp32. dz
@@ -18,7 +19,8 @@ is between -1 and 1, unnormalised, and so are the gradients of a sum, and on a C
 (which loses nothing so under a GradScaler) those of a mean, a sum over N. A device's fp32 and bf16
 gradients of a mean are divided in the forward pass:
 
-    dW = sum over chunks of dz^T round(x / N),     dx = round(round(dz W) / N),     db = round(sum dz / N)
+    dW = sum over chunks of dz^T round(x / N)
+    dx = round(round(dz W) / N),     db = round(sum dz / N)
 
 What backward scales by is 1 then, as a rule, and the scaling (`scale_gradients`) leaves them alone.
 It is x that is divided and not dz: where a target has a small probability dz is near -1, and all
@@ -38,7 +40,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.loss.cross_entropy_rows import rows_implementation
+from fastft.loss.cross_entropy_rows import ROWS
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.head_sweep import HeadCall, Operands, Outputs, Where, handed_back, sweep_one
 from fastft.loss.options import refuse_second_derivative, statistics_dtype
@@ -61,7 +63,7 @@ def _linear_cross_entropy_rows(
 ) -> tuple[Tensor, ...]:
     call = HeadCall.of(*arguments)
     logits_dtype = working_dtype(call.dtype, input.device.type)
-    row_kernel = rows_implementation(call.impl, logits_dtype, input.device)
+    row_kernel = ROWS.implementation(call.impl, input.device, logits_dtype)
     weights = [] if weight is None else [weight]
 
     def fill(z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:

@@ -220,14 +220,17 @@ def check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def check_indices(target: Tensor, input: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """`target`, flat and contiguous; raises if it does not fit the hidden states or holds a wrong
-    index."""
+def check_indices(
+    target: Tensor, input: Tensor, dim: int, classes: int, ignore_index: int
+) -> Tensor:
+    """`target`, flat and contiguous; raises if it is not as large as `input` without its dimension
+    `dim`, or holds a wrong index."""
     check_device("target", target, input.device)
-    if target.shape != input.shape[:-1]:
+    shape = input.shape[:dim] + input.shape[dim:][1:]
+    if target.shape != shape:
         raise ValueError(
-            f"target must be of input's shape without its last dimension: target is "
-            f"{tuple(target.shape)}, needed is {tuple(input.shape[:-1])}"
+            f"target must have the shape of input without its dimension {dim}: input is "
+            f"{tuple(input.shape)}, target is {tuple(target.shape)}, needed is {tuple(shape)}"
         )
     check_target(target, classes, ignore_index)
     return target.reshape(-1).contiguous()

@@ -38,15 +38,6 @@ class _Task(NamedTuple):
     rows: CountedRows
     known: Tensor | None
 
-    def store(self, result: Tensor | None, value: Tensor, where: Where) -> Tensor:
-        """The result with that of the rows at `where`; what is left out is 0."""
-        if self.summed:
-            return value if result is None else result + value
-        if result is None:
-            result = value.new_zeros(self.rows.total, *value.shape[1:])
-        result[where] = value
-        return result
-
 
 def _terms(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[HeadTerm]:
     """The linear layers, over a matrix of rows, from the flat list that autograd sees."""
@@ -73,23 +64,28 @@ def _through_head(
     upstream: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The result, and the gradients of `tensors`; those alone where `upstream` is that of rows."""
-    terms, rows, wants = _terms(tensors, needs), task.rows, any(needs)
+    terms, wants = _terms(tensors, needs), any(needs)
     dtype = functools.reduce(torch.promote_types, (term.input.dtype for term in terms))
     weight, result = terms[0].weight, None
-    if upstream is not None:
-        rows = rows.with_gradient(upstream)
+    rows = task.rows if upstream is None else task.rows.with_gradient(upstream)
 
     def fill(z: Tensor, where: Where) -> Tensor | None:
         nonlocal result
+        # a leaf over the workspace, or a copy rounded to the dtype that torch's logits have
         logits = z.detach().to(dtype).requires_grad_(wants)
         with torch.set_grad_enabled(wants):
             value = task.function(logits, *(argument[where] for argument in task.arguments))
-        if upstream is None:
-            result = task.store(result, value.detach(), where)
+        if upstream is None and task.summed:
+            result = value.detach() if result is None else result + value.detach()
+        elif upstream is None:
+            # rows that are left out are 0
+            result = value.new_zeros(rows.total, *value.shape[1:]) if result is None else result
+            result[where] = value.detach()
         if not value.requires_grad:
             return None
         return torch.autograd.grad(value, logits, None if upstream is None else upstream[where])[0]
 
+    # functions hold several matrices as large as the logits, in fp32 as a rule
     sweep(terms, rows, chunk_rows(rows.counted, len(weight), torch.float32, weight.device), fill)
     if upstream is None and result is None:  # no row: shapes and dtypes come out right all the same
         fill(weight.new_empty(0, len(weight)), slice(0, 0))
@@ -127,6 +123,7 @@ class _RowFunction(torch.autograd.Function):
         return None, *handed_back(gradients, needs, ctx.dtypes)
 
 
+@torch._disable_dynamo  # torch.compiler.disable would import all of the compiler
 def apply_to_rows(
     terms: Sequence[Operands],
     function: Callable[..., Tensor],
@@ -135,7 +132,7 @@ def apply_to_rows(
     rows: CountedRows | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
-    """`function(z, *arguments)` of the logits of a head: the sum of the chunks' or one result a row.
+    """Computes `function(z, *arguments)` of a head's logits z: one result a row, or their sum.
 
     Args:
         terms: input (..., H), weight (V, H) and bias (V,) or None of each linear layer of the head,

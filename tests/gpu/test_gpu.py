@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from support.adamw_modes import MODES, Mode
 from support.adamw_problems import Training, past_two_to_the_31
 from support.adamw_steps import assert_same_bits
+from support.attention_problems import OPTIONS, each_segment, inputs, results, segments_of_lengths
 from support.head_problems import check_fp32_weights_under_autocast, check_the_factor_of_the_mean
 from support.numerics import assert_no_common_factor, assert_no_worse
 from support.row_problems import CASES, EVERYTHING, IGNORED, Case, check, draw, plain, run
-from test_segment_attention import OPTIONS, each_segment, inputs, results, segments_of_lengths
 
 import fastft
 from fastft.attention.segment_attention import segment_attention

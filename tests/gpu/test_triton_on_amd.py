@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from support.amd_code import AmdCode, amd_code, of_cuda
+from support.triton_calls import CODES, FULL, HALF, adamw_on_meta, no_cache, rows_on_meta
 from support.triton_compiler import compiled_for
-from test_triton_binaries import CODES, FULL, HALF, adamw_on_meta, no_cache, on_meta
 
 from fastft.data.boundaries_triton import packed_boundaries
 from fastft.loss.cross_entropy_rows_triton import cross_entropy_rows
@@ -59,7 +59,7 @@ def assert_whole(code: AmdCode) -> None:
 @pytest.mark.parametrize(("name", "classes", "dtype"), ROWS)
 def test_cross_entropy(chip: str, name: str, classes: int, dtype: torch.dtype) -> None:
     with compiled_for(chip) as kernels:
-        run(cross_entropy_rows, on_meta(CASES[name], classes, dtype))
+        run(cross_entropy_rows, rows_on_meta(CASES[name], classes, dtype))
     code = amd_code(kernels[0])
     assert_whole(code)
     if classes % 16 == 0:  # a wave's access is of 512 bytes

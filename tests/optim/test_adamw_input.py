@@ -108,21 +108,3 @@ def test_swapped_tensors(what, stepped, impl):
 def test_parameters_which_cannot_be_trained(params, error):
     with pytest.raises(error):
         AdamW(params)
-
-
-@pytest.mark.parametrize("impl", ["auto", "eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gradient_of_another_dtype_keeps_its_bits(impl, dtype):
-    if not hasattr(torch.Tensor, "grad_dtype"):
-        pytest.skip("this torch has no grad_dtype")
-    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
-    value, grads = torch.randn(63).bfloat16(), [torch.randn(63).to(other) for _ in range(3)]
-    param, wide = Parameter(value.to(dtype)), Parameter(value.float())
-    param.grad_dtype = other
-    optimizers = AdamW([param], impl=impl), AdamW([wide], impl="eager")
-    for grad in grads:
-        param.grad, wide.grad = grad, grad.float()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert torch.equal(optimizers[0].state[param]["exp_avg"], optimizers[1].state[wide]["exp_avg"])
-    torch.testing.assert_close(param.float(), wide, rtol=2**-8, atol=1e-8)

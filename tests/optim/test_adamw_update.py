@@ -36,29 +36,6 @@ def test_random_bits_depend_on_everything_but_the_split():
         assert (other == draw()).float().mean() < 0.01
 
 
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("moments", ["fp32", "bf16"])
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.filterwarnings("ignore:rounding=")
-def test_engines_agree_to_the_bit(dtype, rounding, moments, amsgrad):
-    shapes = [(1,), (63,), (507,), (0,), (3, 5, 7), (), (2000,)]
-    options = {
-        "rounding": rounding,
-        "moments": moments,
-        "amsgrad": amsgrad,
-        "seed": 2**62 + 11,
-        "maximize": amsgrad,
-    }
-    grads = gradients(shapes, 6)
-    eager, cpp = (AdamW(start(shapes, dtype), impl=impl, **options) for impl in ("eager", "cpp"))
-    equal(train(cpp, grads), train(eager, grads))
-    for name in next(iter(eager.state.values())):
-        equal(states(cpp, name), states(eager, name))
-    assert states(cpp, "exp_avg")[0].dtype == (BF16 if moments == "bf16" else torch.float32)
-
-
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize(
     ("rounding", "moments"), [("stochastic", "bf16"), ("kahan", "bf16"), ("exact", "fp32")]
@@ -95,21 +72,12 @@ def test_pieces_of_a_tensor_get_the_bits_of_the_whole(impl, rounding, moments):
     torch.testing.assert_close(param, expected.detach(), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("impl", ENGINES)
-def test_stochastic_rounding_is_right_in_the_mean(impl):
-    param = Parameter(torch.ones(40_000, dtype=BF16))
-    optimizer = AdamW([param], lr=1e-4, weight_decay=0.0, rounding="stochastic", impl=impl, seed=1)
-    train(optimizer, [[torch.ones(40_000)]] * 20)
-    moved = 1 - param.detach().double()
-    assert moved.mean() == pytest.approx(20 * 1e-4, rel=0.05) and moved.std() > 0
-
-
 def distance(rounding, moments, steps=400):
     """Largest distance from fp32 AdamW, in units of the largest error of rounding to bf16."""
     wide = [Parameter(param.detach().float()) for param in start([(507,)], BF16)]
     grads = [[grad.to(BF16) for grad in row] for row in gradients([(507,)], steps)]
     options = {"lr": 1e-4, "weight_decay": 0.1}
-    (fp32,) = train(AdamW(wide, **options), grads)
+    (fp32,) = train(torch.optim.AdamW(wide, **options), grads)
     (ours,) = train(
         AdamW(start([(507,)], BF16), rounding=rounding, moments=moments, seed=0, **options), grads
     )
@@ -120,32 +88,6 @@ def test_what_each_rounding_loses():
     assert distance("exact", "fp32") <= 1
     assert distance("kahan", "fp32") <= 1.01
     assert distance("nearest", "fp32") > 5
-
-
-@pytest.mark.parametrize("impl", ENGINES)
-@pytest.mark.parametrize("rounding", ["exact", "kahan", "stochastic"])
-def test_a_weight_of_one_moves_at_lr_1e_4(impl, rounding):
-    reference = Parameter(torch.ones(4096))
-    param = Parameter(torch.ones(4096, dtype=BF16))
-    options = {"lr": 1e-4, "weight_decay": 0.1, "impl": impl}
-    train(AdamW([reference], **options), [[torch.ones(4096)]] * 100)
-    train(AdamW([param], rounding=rounding, seed=5, **options), [[torch.ones(4096)]] * 100)
-    assert float(param.detach().float().mean()) == pytest.approx(
-        float(reference.detach().mean()), abs=2e-3
-    )
-    assert float(reference.detach().mean()) < 0.995
-
-
-@pytest.mark.parametrize("impl", ENGINES)
-@pytest.mark.parametrize("moments", ["fp32", "bf16"])
-def test_the_second_moment_decays(impl, moments):
-    param = Parameter(torch.ones(4096, dtype=BF16))
-    optimizer = AdamW([param], moments=moments, seed=2, impl=impl)
-    train(optimizer, [[torch.ones(4096)]])
-    before = float(optimizer.state[param]["exp_avg_sq"].double().mean())
-    train(optimizer, [[torch.zeros(4096)]] * 300)
-    after = float(optimizer.state[param]["exp_avg_sq"].double().mean())
-    assert after / before == pytest.approx(0.999**300, rel=0.01)
 
 
 def test_seeds():

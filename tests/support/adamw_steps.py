@@ -16,6 +16,16 @@ NATIVE = _native.missing("cpu") is None
 needs_native = pytest.mark.skipif(not NATIVE, reason="no native library")
 ENGINES = ["eager", pytest.param("cpp", marks=needs_native)]
 Shapes = list[tuple[int, ...]]
+# that torch's AdamW has too
+OPTIONS = [
+    {},
+    {"weight_decay": 0.0},
+    {"lr": 0.1, "betas": (0.3, 0.5), "eps": 1e-3, "weight_decay": 0.3},
+    {"maximize": True, "betas": (0.0, 0.9)},
+    {"lr": torch.tensor(0.01)},
+    {"amsgrad": True},
+    {"amsgrad": True, "maximize": True, "betas": (torch.tensor(0.8), torch.tensor([0.9]))},
+]
 
 
 def start(shapes: Shapes, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.loss.head_sweep import CountedRows, Operands
+from fastft.loss.head_sweep import Operands
 from fastft.loss.row_functions import apply_to_rows
 
 if TYPE_CHECKING:
@@ -37,16 +37,13 @@ class Recorded(NamedTuple):
     autocast: AutocastState
 
 
-class _Logits:
-    """The place in an expression where the logits of the linear layer go in."""
+class _Place:
+    """Where something goes into an expression."""
 
 
-class _Marked:
-    """The place where the marks of the rows go in, (..., 1): which rows are padding."""
-
-
-LOGITS, MARKED = _Logits(), _Marked()
-Expression: TypeAlias = Recorded | _Logits
+# the logits of the linear layer (..., V); and the marks of the rows that are padding, (..., 1)
+LOGITS, MARKED = _Place(), _Place()
+Expression: TypeAlias = Recorded | _Place
 
 
 def autocast_state(device_type: str) -> AutocastState:
@@ -60,15 +57,18 @@ def _autocast(device_type: str, state: AutocastState) -> contextlib.AbstractCont
     return torch.autocast(device_type, dtype=state[1], enabled=state[0], cache_enabled=False)
 
 
-def evaluate(expression: Expression, logits: Tensor, marked: Tensor | None = None) -> Tensor:
-    """`expression` with `logits` and `marked` put in; a sub-expression that occurs twice is
-    evaluated once."""
-    return _value(expression, logits, marked, {})
+def evaluate(
+    node: Any,
+    logits: Tensor,
+    marked: Tensor | None = None,
+    known: dict[int, Tensor] | None = None,
+) -> Any:
+    """The expression `node` with `logits` and `marked` put in.
 
-
-def _value(node: Any, logits: Tensor, marked: Tensor | None, known: dict[int, Tensor]) -> Any:
-    """No closure: a function that calls itself would keep every chunk's logits until garbage is
-    collected."""
+    `known`: what was evaluated already, so that nothing is that occurs twice. No closure: one that
+    calls itself would keep every chunk's logits until garbage is collected.
+    """
+    known = {} if known is None else known
     if node is LOGITS:
         return logits
     if node is MARKED:
@@ -76,7 +76,7 @@ def _value(node: Any, logits: Tensor, marked: Tensor | None, known: dict[int, Te
     if not isinstance(node, Recorded):
         return node
     if id(node) not in known:
-        arguments = [_value(argument, logits, marked, known) for argument in node.arguments]
+        arguments = [evaluate(argument, logits, marked, known) for argument in node.arguments]
         with _autocast(logits.device.type, node.autocast):
             known[id(node)] = node.function(*arguments, **node.keywords)
     return known[id(node)]
@@ -88,11 +88,11 @@ def _versions(terms: tuple[Operands, ...]) -> tuple[int, ...]:
 
 
 class Origin(NamedTuple):
-    """Where logits come from: the head, to be entered again, and what raises when its shards may
-    not be used.
+    """Where logits come from.
 
-    `check` is told whether the head is about to be entered. `evaluation`: whose logits they are;
-    None in training.
+    `vocab`: V, which a weight that was freed does not tell any more. `head`: to be entered again
+    for its weight. `check` raises when its shards may not be used; it is told whether the head is
+    about to be entered. `evaluation`: whose logits they are; None in training.
     """
 
     vocab: int
@@ -103,11 +103,10 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """The sum of `terms` (input, weight, bias or None); every input has the same leading shape,
-    every weight V rows.
+    """The sum of `terms`: every input has the same leading shape, every weight V rows.
 
-    `marked`: what an expression puts in for `MARKED`, boolean, with the inputs' leading shape and
-        one column.
+    `versions`: of their tensors, when the head ran. `marked`: what an expression puts in for
+    `MARKED`, boolean, of the inputs' leading shape and one column.
     """
 
     terms: tuple[Operands, ...]
@@ -121,23 +120,6 @@ class Linear:
     ) -> Linear:
         """A linear layer over tensors as they are now."""
         return cls(terms, _versions(terms), origin or Origin(terms[0][1].shape[0]), marked)
-
-    @property
-    def vocab(self) -> int:
-        """V, which a weight that was freed does not tell any more."""
-        return self.origin.vocab
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the logits: torch's of the sum, where terms differ (adapters of 32 bits on a head of
-        16)."""
-        dtypes = (x.dtype for x, _, _ in self.terms)
-        return functools.reduce(torch.promote_types, dtypes)
-
-    @property
-    def leading_shape(self) -> torch.Size:
-        """The shape of the logits without the vocabulary."""
-        return self.terms[0][0].shape[:-1]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -191,8 +173,8 @@ class Linear:
         if self.versions != _versions(self.terms):
             raise RuntimeError(
                 "fastft: these logits are read after the output head's weight was changed (an "
-                "optimizer step?), or its "
-                "input; they were never computed. Read or detach() them before the step."
+                "optimizer step?), or its input; they were never computed. Read or detach() them "
+                "before the step."
             )
 
     def inside_head(self, task: Callable[[Linear], Tensor]) -> Tensor:
@@ -225,26 +207,23 @@ class Linear:
             return functools.reduce(torch.add, parts)
 
     def no_rows(self, expression: Expression) -> Tensor:
-        """`expression` of logits of no row at all, (0, V): what asks torch for dtypes, those of
-        autocast too."""
+        """`expression` of no row, (0, V): torch tells its dtype, that of autocast too."""
         with torch.no_grad():
-            nothing = self.terms[0][0].new_empty(0, self.vocab, dtype=self.dtype)
+            # the sum of terms of two dtypes (adapters of 32 bits on a head of 16) has torch's
+            dtype = functools.reduce(torch.promote_types, (x.dtype for x, _, _ in self.terms))
+            nothing = self.terms[0][0].new_empty(0, self.origin.vocab, dtype=dtype)
             return evaluate(expression, nothing, torch.empty_like(nothing[:, :1], dtype=torch.bool))
 
 
 _GONE = (
     "fastft: the output head's sharded weight is gone, and entering the head does not bring it "
-    "back. Use the logits "
-    "inside the model's forward, or train without fastft's fused loss."
+    "back. Use the logits inside the model's forward, or train without fastft's fused loss."
 )
 
 
 def is_freed(weight: Tensor) -> bool:
     """Whether a sharding library has taken the numbers away again."""
-    return (
-        weight.dim() != 2
-        or weight.untyped_storage().size() < weight.numel() * weight.element_size()
-    )
+    return weight.dim() != 2 or weight.untyped_storage().size() < weight.nbytes
 
 
 def over_rows(
@@ -252,11 +231,9 @@ def over_rows(
     expression: Expression,
     function: Callable[..., Tensor],
     *arguments: Tensor,
-    summed: bool = False,
-    rows: CountedRows | None = None,
-    known: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """`function(z, *arguments)` of the rows z of `expression`, as of `apply_to_rows`."""
+    """`function(z, *arguments)` of the rows z of `expression`; `options` as of `apply_to_rows`."""
     state = autocast_state(linear.terms[0][0].device.type)
     marks = () if linear.marked is None else (linear.marked.reshape(-1, 1),)
 
@@ -265,8 +242,6 @@ def over_rows(
         with _autocast(logits.device.type, state):
             return function(evaluate(expression, logits, marked), *given[len(marks) :])
 
-    def task(layer: Linear) -> Tensor:
-        given = (*marks, *arguments)
-        return apply_to_rows(layer.terms, of_logits, *given, summed=summed, rows=rows, known=known)
-
-    return linear.inside_head(task)
+    return linear.inside_head(
+        lambda layer: apply_to_rows(layer.terms, of_logits, *marks, *arguments, **options)
+    )

@@ -57,20 +57,25 @@ def reduce(
     return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
 
+def _two(lazy: LazyLogits, both: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
+    """Two results of each row, which one pass gives, without a history."""
+    seconds: list[Tensor] = []
+
+    def first(z: Tensor) -> Tensor:
+        result, second = both(z)
+        seconds.append(second)
+        return result
+
+    with torch.no_grad():
+        return lazy.over_rows(first), torch.cat(seconds)
+
+
 def _kept(lazy: LazyLogits, name: str) -> Tensor:
-    """`logsumexp` or `argmax` of each row. One pass gives both, and is not made again for logits
-    that share `kept`."""
+    """`logsumexp` or `argmax` of each row, of a pass that is not made again for logits that share
+    `kept`."""
     state = autocast_state(lazy.device.type)  # sets the dtype of logsumexp
     if state not in lazy.kept:
-        best: list[Tensor] = []
-
-        def both(z: Tensor) -> Tensor:
-            best.append(z.argmax(-1))
-            return z.logsumexp(-1)
-
-        with torch.no_grad():
-            lse = lazy.over_rows(both)
-        lazy.kept[state] = lse, torch.cat(best)
+        lazy.kept[state] = _two(lazy, lambda z: (z.logsumexp(-1), z.argmax(-1)))
     lse, argmax = lazy.kept[state]
     if name == "argmax":
         return argmax.clone()
@@ -81,7 +86,7 @@ def top(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """`topk`, and `max` over the vocabulary: values and indices."""
-    several = func.__name__ == "topk"
+    name, several = func.__name__, func.__name__ == "topk"
     names = ("k", "dim", "largest", "sorted") if several else ("dim", "keepdim")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
     is_known = options.keys() <= set(names)
@@ -89,21 +94,12 @@ def top(
         return NotImplemented
     shadows = on_meta(lazy, func, (lazy, *args), kwargs)
     options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
-    found: list[Tensor] = []
-
-    def both(z: Tensor) -> Tensor:
-        values, indices = getattr(torch, func.__name__)(z, **options)
-        found.append(indices)
-        return values
-
-    with torch.no_grad():
-        values = lazy.over_rows(both)
-    indices = torch.cat(found)
+    values, indices = _two(lazy, lambda z: getattr(torch, name)(z, **options))
     if lazy.requires_grad and torch.is_grad_enabled():
         values = lazy.over_rows(lambda z, i: z.gather(-1, i), indices)
     lazy.evaluated(values)
     results = (with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True))
-    return getattr(torch.return_types, func.__name__)(tuple(results))
+    return getattr(torch.return_types, name)(tuple(results))
 
 
 def gather(
@@ -115,7 +111,7 @@ def gather(
     is_alike = index.dim() == lazy.shadow.dim() and index.shape[:-1] == lazy.shadow.shape[:-1]
     if not is_last(lazy, dim) or not is_alike:
         return NotImplemented
-    rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
+    rows = index.reshape(lazy.shadow.shape[:-1].numel(), index.shape[-1])
     result = lazy.over_rows(lambda z, i: z.gather(-1, i), rows)
     lazy.evaluated(result)
     return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
@@ -181,7 +177,7 @@ def _of_classes(
         lambda z, t: func(z, t, reduction=kind, **options),
         target,
         summed=kind == "sum",
-        rows=CountedRows.of(target, ignore_index, bound),
+        rows=CountedRows.of(target, ignore_index, -1 if bound is None else bound),
     )
     if reduction == "mean":
         counts = target != ignore_index
