@@ -136,7 +136,7 @@ def _marked(command):
     return pytest.param(command, marks=[pytest.mark.slow] if "benchmarks/" in command else [])
 
 
-@pytest.mark.parametrize("command", map(_marked, COMMANDS))
+@pytest.mark.parametrize("command", [_marked(command) for command in COMMANDS])
 def test_the_command_exists(command):
     """A target of make is known to it, a script takes the options, a selection of benchmarks is not
     empty."""
