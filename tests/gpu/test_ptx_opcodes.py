@@ -97,9 +97,6 @@ def test_integers(instruction: str) -> None:
     assert results(before + instruction) == expected
 
 
-# -- floats
-
-
 def floats(seed: int) -> np.ndarray:
     values = np.random.default_rng(seed).standard_normal(64) * 2.0 ** np.random.default_rng(
         seed + 9
@@ -240,9 +237,6 @@ def test_doubles() -> None:
     )
     execute(body + "fma.rn.f64 %e3, %e3, %e1, %e1; st.global.f64 [%d1], %e3;", out, threads=1)
     assert out.item() == 2.5
-
-
-# -- the warp and vectors
 
 
 def of_warp(instruction: str, threads: int = 32) -> list[int]:
