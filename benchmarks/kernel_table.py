@@ -103,21 +103,23 @@ def keys() -> list[str]:
 
 HEAD = """# What the GPU kernels cost, counted without a GPU
 
-`make kernels` writes this page. Nothing here has run on a GPU: kernels are compiled for sm_80 (A100) and sm_90 (H100,
-H200), their PTX is executed on the CPU, their machine code is read. CI fails where one has become worse than its row.
+`make kernels` writes this page. Nothing here has run on a GPU: kernels are compiled for sm_80
+(A100) and sm_90 (H100, H200), their PTX is executed on the CPU, their machine code is read. CI
+fails where one has become worse than its row.
 
 * **instructions**: executed instructions of PTX for each unit, moves not counted.
-* **read, written**: bytes that a unit loads and stores, also from caches; in brackets what cannot but move.
-* **a load, a store**: bytes of an access that threads come to, in the mean; behind it how many accesses the machine
-  code has of each width in bytes.
-* **registers** of a thread, **spills** and bytes of **stack**, **shared** bytes of a block, **threads** of a block,
-  **warps** that an SM holds at once, of 64.
-* **at least**: an ESTIMATE in ms, never measured, and what it is spent on; `benchmarks/kernel_table.py` says how.
+* **read, written**: bytes that a unit loads and stores, also from caches; in brackets what cannot
+  but move.
+* **a load, a store**: bytes of an access that threads come to, in the mean; behind it how many
+  accesses the machine code has of each width in bytes.
+* **registers** of a thread, **spills** and bytes of **stack**, **shared** bytes of a block,
+  **threads** of a block, **warps** that an SM holds at once, of 64.
+* **at least**: an ESTIMATE in ms, never measured, and what it is spent on;
+  `benchmarks/kernel_table.py` says how.
 """
 COLUMNS = (
     "kernel | chip | instructions | read | written | a load | a store | registers | spills, stack "
-    "| shared | threads "
-    "| warps | at least (estimate)"
+    "| shared | threads | warps | at least (estimate)"
 )
 HOST_HEAD = """
 ## The host
@@ -128,9 +130,10 @@ Launches and waits of a call of an operator, as the CUDA library makes them:
 |---|---|---|
 """
 STEPS_HEAD = """
-Of a training step's second run: operations that torch dispatches, those of them that launch something (an operator of
-ours counts once), waits for the device, and functions that fastft's Python calls. None of them grows with vocabulary or
-tokens, but that the fused loss goes by chunks. The one wait is GradScaler's, which decides on the host whether to step.
+Of a training step's second run: operations that torch dispatches, those of them that launch
+something (an operator of ours counts once), waits for the device, and functions that fastft's
+Python calls. None of them grows with vocabulary or tokens, but that the fused loss goes by chunks.
+The one wait is GradScaler's, which decides on the host whether to step.
 
 | step | operations | launches | waits | functions | with |
 |---|---|---|---|---|---|

@@ -1,8 +1,9 @@
-"""The experiment behind the codes of `moments="8bit"`: prints the table in
-fastft/optim/moments_8bit.py.
+"""The experiment behind the codes of `moments="8bit"`.
 
-    python benchmarks/moments_8bit.py            the codes, a few minutes on one core
-    python benchmarks/moments_8bit.py tune       the fine-tune: fp32 against 8-bit moments, about a minute
+    python benchmarks/moments_8bit.py        the codes, a few minutes on one core
+    python benchmarks/moments_8bit.py tune   the fine-tune, fp32 against 8-bit moments: a minute
+
+It prints the table in fastft/optim/moments_8bit.py.
 
 A code is a sorted list of values from 0 (or the smallest) to 1, here looked up; rounding is
 stochastic or to nearest. Four streams of gradients: (a) independent normal; (b) likewise, one
@@ -74,7 +75,8 @@ def gradients(stream: str, step: int) -> Tensor:
 def simulate(
     stream: str, steps: int, round_m: Rounder, round_v: Rounder
 ) -> tuple[float, float, float]:
-    """The relative error of the last 50 updates, the largest |update| and the mean of v relative to those of fp32."""
+    """The relative error of the last 50 updates; the largest |update| and the mean of v, both
+    relative to fp32's."""
     m, v, true_m, true_v = (torch.zeros(ELEMENTS) for _ in range(4))
     squares, true_squares, largest, true_largest = 0.0, 0.0, 0.0, 0.0
     for step in range(1, steps + 1):

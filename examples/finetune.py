@@ -1,8 +1,9 @@
-"""Fine-tunes one model with stock Trainer and with fastft, from the same seed, and shows what each
-piece brings.
+"""Fine-tunes one model with stock Trainer and with fastft: what each piece brings.
 
-    python examples/finetune.py                                       a small Llama on Python's own standard library
-    python examples/finetune.py --model NAME --dataset NAME           a model and a text data set of the hub
+    python examples/finetune.py                               a small Llama on Python's own library
+    python examples/finetune.py --model NAME --dataset NAME   a model and a text data set of the hub
+
+All runs begin from the same seed.
 
 Every run takes the same examples in the same batches, so their losses must coincide step by step.
 Each runs in a process of its own, so that its peak memory is its own. The table, report.json and

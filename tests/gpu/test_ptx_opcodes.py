@@ -65,8 +65,9 @@ INTEGER: dict[str, Callable[[int, int, int], int]] = {
     "lop3.b32 %r9, %r6, %r7, %r8, 0xca": lambda a, b, c: (a & b) | (~a & c),
     "lop3.b32 %r9, %r6, %r7, %r8, 0x96": lambda a, b, c: a ^ b ^ c,
     "prmt.b32 %r9, %r6, %r7, 0x6420": lambda a, b, c: prmt(lambda s, i: 2 * i)(a, b, c),
-    "prmt.b32 %r9, %r6, %r7, 0x9880": lambda a, b, c: 255 * (a >> 7 & 1) << 8 | 255 * (a >> 7 & 1) << 16 | a & 255
-    | 255 * (a >> 15 & 1) << 24,
+    "prmt.b32 %r9, %r6, %r7, 0x9880": lambda a, b, c: (
+        a & 255 | 255 * (a >> 7 & 1) << 8 | 255 * (a >> 7 & 1) << 16 | 255 * (a >> 15 & 1) << 24
+    ),
     "prmt.b32.f4e %r9, %r6, %r7, %r8": prmt(lambda s, i: s + i),
     "prmt.b32.b4e %r9, %r6, %r7, %r8": prmt(lambda s, i: s - i & 7),
     "prmt.b32.rc8 %r9, %r6, %r7, %r8": prmt(lambda s, i: s),
