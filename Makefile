@@ -1,11 +1,14 @@
 # make demo       fine-tune on this machine and measure it
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
-#                oldest and newest packages; make lint
+#                oldest and newest packages; make lint docs
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
+# make aarch64    the CPU library, cross-compiled and run under qemu, gives x86's bits (apt install g++-aarch64-linux-gnu
+#                qemu-user; part of test-all)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
+# make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
 # make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked
@@ -25,9 +28,10 @@ READY := $(VENV)/.ready
 RIVALS := $(VENV)/.rivals
 WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
+DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 
-.PHONY: demo test test-all test-slow test-isa ptx test-latest test-oldest lint format bench kernels sweep lock wheel dist gpu-check native clean
+.PHONY: demo test test-all test-slow test-isa aarch64 ptx test-latest test-oldest lint format docs bench kernels sweep lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -35,13 +39,16 @@ demo: native
 test: native
 	$(PYTEST)
 
-test-all: lint test-slow test-isa ptx sweep test-oldest test-latest
+test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
 
 test-slow: native $(WAYS)
 	$(PYTEST) -m "not sweep and not ptx"
 
 test-isa: native
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
+
+aarch64: native
+	$(PYTEST) -m "slow or not slow" tests/test_aarch64.py
 
 # every file that has cases of this mark; Triton beside the environment's own, which stays
 ptx: native $(if $(TRITON),build/triton-$(TRITON)/triton)
@@ -62,13 +69,16 @@ test-oldest:
 lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 	$(BIN)/mypy
 
 format: $(LINTERS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict
 
 bench: native $(RIVALS)
 	$(BIN)/python benchmarks/record.py --machine cpu --only linear_cross_entropy cross_entropy linear_log_probs
@@ -121,6 +131,10 @@ $(WAYS): $(READY)
 
 $(LINTERS): $(READY)
 	$(PIP) -e ".[lint]" --no-build-isolation
+	touch $@
+
+$(DOCS): $(READY)
+	$(PIP) -e ".[docs]" --no-build-isolation
 	touch $@
 
 $(PACKERS): $(READY)

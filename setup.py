@@ -1,5 +1,4 @@
-"""Builds fastft's two native libraries, libfastft_cpu.so and libfastft_cuda.so, next to the Python
-package.
+"""Builds fastft's two native libraries, for the CPU and for CUDA, into the Python package.
 
 Neither needs torch, Python.h or a GPU to be built: they are linked against empty libraries that
 carry torch's SONAMEs, so that at run time the loader finds the libtorch which `import torch` has
@@ -7,12 +6,13 @@ already loaded. This file only writes the rules; ninja compiles in parallel, fol
 dependencies and rebuilds no more than what changed. Where a compiler is missing the package is
 installed without that library and `python -m fastft` tells why.
 
-FASTFT_BUILD_CPU, FASTFT_BUILD_CUDA   auto (default), 0, or 1 to fail where the library cannot be built
-FASTFT_CUDA_ARCHS                     default "75;80;86;89;90;100;120+PTX", of which those are built that nvcc knows
-FASTFT_CXXFLAGS                       extra flags for every C++ file and for the link, e.g. sanitizers; with -Werror, as
-                                      CI has it, nvcc takes warnings and spilled registers for
-                                      errors too
-CXX, CUDA_HOME, MAX_JOBS              as everywhere
+FASTFT_BUILD_CPU,    auto (default), 0, or 1 to fail where the library cannot be built
+FASTFT_BUILD_CUDA
+FASTFT_CUDA_ARCHS    default "75;80;86;89;90;100;120+PTX", of which those are built that nvcc knows
+FASTFT_CXXFLAGS      extra flags for every C++ file and for the link, e.g. sanitizers; with -Werror,
+                     as CI has it, nvcc takes warnings and spilled registers for errors too
+CXX                  the C++ compiler, another architecture's too: the CPU library is then for that
+CUDA_HOME, MAX_JOBS  as everywhere
 """
 
 import hashlib
@@ -41,15 +41,11 @@ CXXFLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 ]
 AVX512 = [
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512vl",
-    "-mavx512dq",
-    "-mfma",
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
     "-mprefer-vector-width=512",
 ]
 # Files named *_kernel.cpp are compiled once for each of these, as FASTFT_ISA; csrc/cpu/isa.h
-# chooses at run time.
+# chooses at run time. Other architectures than x86-64 have the baseline alone.
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=256"],
@@ -75,8 +71,7 @@ def find_cxx():
 
 
 def find_nvcc():
-    """Returns nvcc's path, its (major, minor) version and the folder that holds
-    libcudart_static.a."""
+    """Returns nvcc's path, its (major, minor) version and the folder of libcudart_static.a."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [os.path.join(home, "bin")] if home else [None, "/usr/local/cuda/bin"]
     nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
@@ -100,10 +95,8 @@ def gencode_flags(nvcc):
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = set(re.findall(r"compute_(\d+)", listing))
     wanted = os.environ.get("FASTFT_CUDA_ARCHS", CUDA_ARCHS).strip().lower().replace(".", "")
-    entries = [
-        (entry.removesuffix("+ptx"), entry.endswith("+ptx"))
-        for entry in re.split(r"[;,\s]+", wanted)
-    ]
+    names = re.split(r"[;,\s]+", wanted)
+    entries = [(name.removesuffix("+ptx"), name.endswith("+ptx")) for name in names]
     built = {arch: ptx for arch, ptx in entries if arch.rstrip("af") in known}
     for arch in (arch for arch, _ in entries if arch not in built):
         print(f"fastft: this nvcc does not know sm_{arch}: left out", file=sys.stderr)
@@ -112,23 +105,28 @@ def gencode_flags(nvcc):
     # newer chips than nvcc knows need some
     if any(ptx for _, ptx in entries) and not any(built.values()):
         built[max(built, key=lambda arch: int(arch.rstrip("af")))] = True
-    codes = {
-        arch: f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}" for arch, ptx in built.items()
-    }
-    return [
-        word
-        for arch, code in codes.items()
-        for word in ("-gencode", f"arch=compute_{arch},code={code}")
-    ]
+    flags = []
+    for arch, ptx in built.items():
+        code = f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}"
+        flags += ["-gencode", f"arch=compute_{arch},code={code}"]
+    return flags
 
 
 def quote(words):
     return shlex.join(map(str, words)).replace("$", "$$")
 
 
-def cpu_objects():
+def builds_for_x86(cxx):
+    """Says whether a compiler, which may be a cross compiler, makes code for x86-64."""
+    # clang is told its target by flags that need not show in its name; its macros know
+    macros = [*cxx, *shlex.split(os.environ.get("FASTFT_CXXFLAGS", "")), "-dM", "-E", "-x", "c++"]
+    printed = subprocess.run([*macros, os.devnull], capture_output=True, text=True).stdout
+    return "#define __x86_64__ " in printed
+
+
+def cpu_objects(cxx):
     """Yields (source, object name, flags) for each compilation of the CPU library."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = builds_for_x86(cxx)
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         if not source.stem.endswith("_kernel"):
             yield source, f"{source.stem}.o", []
@@ -150,26 +148,22 @@ def write_rules(kind, folder):
         size = ["--compress-mode=size"] if version >= (13, 0) else []
         strict = NVCCFLAGS_OF_CI if "-Werror" in extra else []
         compiler = [nvcc, "-ccbin", cxx[0], *NVCCFLAGS, *strict, *size, *gencode_flags(nvcc)]
-        objects = [
-            (source, f"{source.stem}.o", []) for source in sorted((CSRC / "cuda").glob("*.cu"))
-        ]
+        sources = sorted((CSRC / "cuda").glob("*.cu"))
+        objects = [(source, f"{source.stem}.o", []) for source in sources]
         libs = [f"-L{cudart}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     else:
-        compiler, objects = [*cxx, *CXXFLAGS, *extra], list(cpu_objects())
+        compiler, objects = [*cxx, *CXXFLAGS, *extra], list(cpu_objects(cxx))
     with open(folder / "build.ninja", "w") as file:
         rules = Writer(file, width=200)
-        compile_ = (
-            f"{quote(compiler)} $flags -I{quote([CSRC / 'include'])} -MD -MF $out.d -c $in -o $out"
-        )
+        compile_ = f"{quote(compiler)} $flags -I{quote([CSRC / 'include'])}"
+        compile_ += " -MD -MF $out.d -c $in -o $out"
         rules.rule("compile", compile_, depfile="$out.d", deps="gcc", description=f"{kind}: $out")
         rules.rule(
             "stub", f"{quote(cxx)} -shared -nostdlib -Wl,-soname,$out -x c++ /dev/null -o $out"
         )
         # linked aside and renamed: an interrupted build leaves no half library behind
-        link = (
-            f"{quote([*cxx, *extra])} -shared -s -o $out.part $in -Wl,--no-as-needed -L. $torch "
-            f"-Wl,--as-needed"
-        )
+        link = f"{quote([*cxx, *extra])} -shared -s -o $out.part $in"
+        link += " -Wl,--no-as-needed -L. $torch -Wl,--as-needed"
         exports = quote([f"-Wl,--version-script={CSRC / 'exports.map'}"])
         link += f" {quote(libs)} {exports} -Wl,-z,relro -Wl,--gc-sections && mv $out.part $out"
         rules.rule("link", link, description=f"{kind}: $out")
@@ -179,20 +173,13 @@ def write_rules(kind, folder):
         stubs = [f"lib{name}.so" for name in torch]
         for stub in stubs:
             rules.build(stub, "stub")
-        needed = " ".join(f"-l{name}" for name in torch)
-        rules.build(
-            library,
-            "link",
-            [name for _, name, _ in objects],
-            implicit=stubs,
-            variables={"torch": needed},
-        )
+        variables = {"torch": " ".join(f"-l{name}" for name in torch)}
+        rules.build(library, "link", [name for _, name, _ in objects], stubs, variables=variables)
     return folder / library
 
 
 def compile_library(kind):
-    """Returns the path of the built library; raises Unavailable with the reason where there is
-    none."""
+    """Returns the path of the built library; raises Unavailable, with the reason, without one."""
     if os.environ.get(f"FASTFT_BUILD_{kind.upper()}") == "0":
         raise Unavailable(f"FASTFT_BUILD_{kind.upper()}=0")
     try:
@@ -215,8 +202,7 @@ def compile_library(kind):
 
 
 class BuildLibraries(build_ext):
-    """Puts the libraries, and build_info.json with their hashes or why one cannot be built, into
-    fastft/_lib."""
+    """Puts the libraries, and what became of them (build_info.json), into fastft/_lib."""
 
     def run(self):
         in_place = self.inplace or getattr(self, "editable_mode", False)
@@ -237,9 +223,8 @@ class BuildLibraries(build_ext):
             except Unavailable as reason:  # what an earlier build left may not fit today's schemas
                 installed.unlink(missing_ok=True)
                 if os.environ.get(f"FASTFT_BUILD_{kind.upper()}") == "1":
-                    raise SystemExit(
-                        f"fastft: {installed.name} cannot be built: {reason}"
-                    ) from None
+                    message = f"fastft: {installed.name} cannot be built: {reason}"
+                    raise SystemExit(message) from None
                 info[kind] = {"missing": str(reason)}
                 print(f"fastft: {installed.name} NOT built: {reason}", file=sys.stderr)
         (folder / "build_info.json").write_text(json.dumps(info, indent=1))
@@ -252,8 +237,7 @@ class BuildLibraries(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """No Python C API is used: one wheel serves every Python of its platform; with nothing built,
-    every platform."""
+    """No Python C API is used: one wheel serves every Python, with nothing built every platform."""
 
     def get_tag(self):
         built = self.bdist_dir and list(Path(self.bdist_dir).rglob("libfastft_*.so"))

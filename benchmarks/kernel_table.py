@@ -119,7 +119,8 @@ fails where one has become worse than its row.
 """
 COLUMNS = (
     "kernel | chip | instructions | read | written | a load | a store | registers | spills, stack "
-    "| shared | threads | warps | at least (estimate)"
+    "| shared | threads "
+    "| warps | at least (estimate)"
 )
 HOST_HEAD = """
 ## The host
@@ -132,8 +133,8 @@ Launches and waits of a call of an operator, as the CUDA library makes them:
 STEPS_HEAD = """
 Of a training step's second run: operations that torch dispatches, those of them that launch
 something (an operator of ours counts once), waits for the device, and functions that fastft's
-Python calls. None of them grows with vocabulary or tokens, but that the fused loss goes by chunks.
-The one wait is GradScaler's, which decides on the host whether to step.
+Python calls. None of them grows with vocabulary or tokens, but that the fused loss goes by
+chunks. The one wait is GradScaler's, which decides on the host whether to step.
 
 | step | operations | launches | waits | functions | with |
 |---|---|---|---|---|---|

@@ -1,9 +1,7 @@
-"""The experiment behind the codes of `moments="8bit"`.
+"""The experiment behind the codes of `moments="8bit"`: prints the table of docs/adamw.md.
 
-    python benchmarks/moments_8bit.py        the codes, a few minutes on one core
-    python benchmarks/moments_8bit.py tune   the fine-tune, fp32 against 8-bit moments: a minute
-
-It prints the table in fastft/optim/moments_8bit.py.
+    python benchmarks/moments_8bit.py         the codes, a few minutes on one core
+    python benchmarks/moments_8bit.py tune    fp32 against 8-bit moments, about a minute
 
 A code is a sorted list of values from 0 (or the smallest) to 1, here looked up; rounding is
 stochastic or to nearest. Four streams of gradients: (a) independent normal; (b) likewise, one
@@ -75,8 +73,7 @@ def gradients(stream: str, step: int) -> Tensor:
 def simulate(
     stream: str, steps: int, round_m: Rounder, round_v: Rounder
 ) -> tuple[float, float, float]:
-    """The relative error of the last 50 updates; the largest |update| and the mean of v, both
-    relative to fp32's."""
+    """Relative to fp32: the error of the last 50 updates, the largest |update|, the mean of v."""
     m, v, true_m, true_v = (torch.zeros(ELEMENTS) for _ in range(4))
     squares, true_squares, largest, true_largest = 0.0, 0.0, 0.0, 0.0
     for step in range(1, steps + 1):

@@ -43,7 +43,7 @@ def test_packed_boundaries(benchmark, engine, tokens):
         {"plain torch": lambda: boundaries_reference(*arguments)},
         rounds=31,
         bytes_moved=28 * tokens,
-        limit=lambda: [tensor.clone() for tensor in outputs],
+        bare=lambda: [tensor.clone() for tensor in outputs],
     )
 
 
@@ -61,5 +61,5 @@ def test_batch_to_gpu(benchmark):
         lambda: flat.to(DEVICE, non_blocking=True),
         {"every tensor": lambda: batch.to(DEVICE, non_blocking=True)},
         rounds=101,
-        limit=lambda: flat.integers.to(DEVICE, non_blocking=True),
+        bare=lambda: flat.integers.to(DEVICE, non_blocking=True),
     )

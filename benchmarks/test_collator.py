@@ -81,7 +81,7 @@ def measure(
         rounds=rounds,
         # read: the examples; written: input_ids, labels, position_ids, seq_idx
         bytes_moved=tokens * (8 * columns + 28),
-        limit=lambda: [tensor.clone() for tensor in written],
+        bare=lambda: [tensor.clone() for tensor in written],
     )
 
 

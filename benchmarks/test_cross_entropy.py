@@ -1,4 +1,4 @@
-"""Cross-entropy over logits, forward and backward. The limit is one read and one write: a copy."""
+"""Cross-entropy over logits, forward and backward. The bare work is a copy: one read, one write."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_cross_entropy(benchmark, device, dtype, options):
         stepping(cross_entropy, **options),
         rivals,
         bytes_moved=2 * logits.numel() * dtype.itemsize,
-        limit=lambda: logits.detach().clone(),
+        bare=lambda: logits.detach().clone(),
     )
 
 
@@ -78,5 +78,5 @@ def test_engines(benchmark, device, dtype, classes):
         if OPERATOR.unavailable("triton", logits.device) is None
         else {},
         bytes_moved=2 * logits.numel() * dtype.itemsize,
-        limit=lambda: grad.copy_(logits),
+        bare=lambda: grad.copy_(logits),
     )

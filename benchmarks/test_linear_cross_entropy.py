@@ -1,9 +1,9 @@
-"""A head and its loss, forward and backward. The limit is the GEMMs alone: three, or two where the
-head is frozen.
+"""A head and its loss, forward and backward. The bare work is the GEMMs alone: three, or two where
+the head is frozen.
 
 On a CPU N=1024, H=512, V=16384; on a GPU the head of an 8 B Llama, N=8192, H=4096, V=128256. A CPU
 that emulates bf16 GEMMs takes most of a minute for one call in bf16: there N=128, H=256, V=8192,
-and the limit is emulated too.
+and the bare work is emulated too.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def test_linear_cross_entropy(benchmark, device, dtype, head, ignored):
         steps,
         rounds=7 if device == "cuda" else 5,
         bytes_moved=dtype.itemsize * 4 * len(counted) * len(weight),
-        limit=gemms,
+        bare=gemms,
     )
 
 

@@ -67,7 +67,7 @@ def test_plan(benchmark, examples, window, rounds):
         rivals,
         rounds=rounds,
         bytes_moved=20 * examples,
-        limit=lambda: (
+        bare=lambda: (
             torch.ones(examples, dtype=torch.int64),
             torch.ones(examples, dtype=torch.int64),
         ),

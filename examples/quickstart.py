@@ -17,7 +17,6 @@ model = LlamaForCausalLM(
         intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
-        attn_implementation="fastft",
     )
 )
 args = TrainingArguments(

@@ -15,7 +15,7 @@ def integer(
     least: float = 1,
     below: float = math.inf,
 ) -> int:
-    """`value` as a Python integer; numbers of numpy and torch may be given too, but no bool.
+    """Turns `value` into a Python integer: one already, or of numpy or torch, but no bool.
 
     Args:
         name: of the argument.
@@ -37,5 +37,5 @@ def integer(
 
 
 def optional_integer(name: str, value: Any, **limits: Any) -> int | None:
-    """`integer` for an argument that may be None."""
+    """Turns `value` into a Python integer as `integer` does; None stays."""
     return None if value is None else integer(name, value, "a positive integer or None", **limits)

@@ -43,6 +43,7 @@ PRIVATE_NAMES = {
     ),
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "its gradients",
     "torch._dynamo.eval_frame:OptimizedModule._orig_mod": "the model inside torch.compile",
+    "torch.nn:Module._compiled_call_impl": "has a module been compiled in its place",
     "torch.distributed.fsdp:FullyShardedDataParallel._fsdp_wrapped_module": (
         "the model inside FSDP1"
     ),
@@ -50,9 +51,8 @@ PRIVATE_NAMES = {
         "a weight that FSDP1 keeps in a flat parameter"
     ),
     "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "which modules one FSDP2 unit gathers",
-    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_groups|_fsdp_param_group": (
-        "does it reshard"
-    ),
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState."
+    "_fsdp_param_groups|_fsdp_param_group": "does it reshard",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._modules": (
         "the modules of one FSDP2 unit"
     ),
@@ -75,6 +75,9 @@ PRIVATE_NAMES = {
         "the same, set without a check of the name"
     ),
     "transformers:PreTrainedModel._supports_sdpa": "which stock attention the probe tries",
+    "transformers:PreTrainedModel._can_set_attn_implementation": (
+        "does the model's code look its attention up by name"
+    ),
     "transformers:PreTrainedModel._loss_function": "what setting loss_function leaves on a model",
     "accelerate.accelerator:_original_forward": "accelerate's mixed precision runs inside forward",
     "datasets:Dataset._indices": "which rows select or shuffle left, in which order",
@@ -142,6 +145,23 @@ def base_model(model: Any) -> Any:
         if inner is model:
             return model
         model = inner
+
+
+def output_embeddings(model: Any) -> nn.Module | None:
+    """What `model` itself calls its output embeddings; None where it has none, or does not say."""
+    # transformers' models without a head raise, others have no such method
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        head = model.get_output_embeddings()
+        return head if isinstance(head, nn.Module) else None
+    return None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has been called on `model` or a part of it."""
+    return any(
+        "OptimizedModule" in _class_names(module) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
 
 
 def prompt_learning(model: Any) -> str | None:

@@ -31,6 +31,7 @@ ROOMS = (
         "linear_cross_entropy",
         "linear_log_probs",
         "loss_goals",
+        "row_functions",
     ),
     *(
         "moments_8bit",

@@ -42,18 +42,8 @@ def checkout(tmp_path: Path) -> Path:
 
 def wheel(checkout: Path, **environment: str) -> Path:
     """Builds a wheel without isolation, so that the environment's setuptools and ninja are used."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        "dist",
-        ".",
-    ]
+    options = ["-q", "--no-deps", "--no-build-isolation", "-w", "dist"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "."]
     done = subprocess.run(
         command, cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
     )

@@ -218,7 +218,7 @@ LIMITS = {
         "test_adamw_ptx.py::test_every_mode",
         "test_triton_binaries.py::test_adamw_has_no_spills_and_wide_accesses",
     ],
-    "adamw.md: Refused: ": [
+    "adamw.md: fp16, complex": [
         "test_adamw.py::test_bad_dtypes",
         "test_adamw.py::test_bad_options",
         "test_adamw_input.py::test_parameters_which_cannot_be_trained",
@@ -240,6 +240,10 @@ LIMITS = {
     ],
     'adamw.md: `state[p]["step"].data': [
         "test_adamw_plan.py::test_a_step_count_set_by_hand_counts",
+    ],
+    "adamw.md: `max_grad_norm` under": [
+        "test_optimizer_check.py::test_plain_adamw_survives_offload_and_an_optimizer_of_deepspeeds_own_does_not_pass",
+        "test_engines.py::test_trains_and_resumes_as_stock_does_or_says_why_not",
     ],
     "adamw.md: Under DeepSpeed and FSDP1": [
         "test_optimizer_check.py::test_flat_parameters_are_not_looked_for_in_the_model",
@@ -278,6 +282,62 @@ LIMITS = {
         "test_linear_log_probs.py::test_token_losses",
         "test_loss_goals.py::test_accumulating_into_weight_grad_is_refused_where_it_would_go_unseen",
     ],
+    "loss.md: A second derivative": [
+        "test_lazy_logits.py::test_second_derivatives_are_refused",
+    ],
+    "loss.md: A target out of range": [
+        "test_cross_entropy.py::test_bad_input",
+        "test_linear_cross_entropy.py::test_bad_input",
+    ],
+    "loss.md: Logits that are read": [
+        "test_lazy_logits.py::test_reading_after_the_weight_changed_raises",
+        "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
+    ],
+    "loss.md: An explicit `impl=`": [
+        "test_ops.py::test_an_engine_that_does_not_suit_never_becomes_another",
+    ],
+    "packing.md: accelerate's `dispatch_batches=True`": [
+        "test_packing_callback.py::test_dispatched_batches_are_refused",
+    ],
+    "packing.md: Packs in an evaluation": [
+        "test_distributed_evaluation.py::test_on_two_processes",
+        "test_balance.py::test_regression_labels_cannot_be_ignored",
+    ],
+    "packing.md: An empty dataset": [
+        "test_packed.py::test_bad_datasets",
+    ],
+    "collator.md: `supervised_only` with": [
+        "test_supervised_only.py::test_bad_arguments_are_named",
+    ],
+    "collator.md: `supervised_only=model` where": [
+        "test_supervised_only.py::test_a_model_without_chosen_logits_is_refused",
+    ],
+    "collator.md: Labels that do not suit": [
+        "test_collator.py::test_bad_labels",
+        "test_collator.py::test_columns_named_as_the_collators_own_are_kept_or_refused",
+    ],
+    "collator.md: A `FlatBatch`": [
+        "test_packing_callback.py::test_dispatched_batches_are_refused",
+        "test_packing_callback.py::test_data_parallel_is_refused",
+    ],
+    "packed-attention.md: `NotImplementedError`": [
+        "test_attention.py::test_bad_calls",
+        "test_attention.py::test_chunks_and_padding_are_refused",
+    ],
+    "packed-attention.md: `ValueError`": [
+        "test_attention.py::test_bad_calls",
+    ],
+    "packing-probe.md: A model that mixes": [
+        "test_packing_callback.py::test_training_on_contaminated_batches_is_refused",
+        "test_packing_callback.py::test_or_only_warned_about",
+    ],
+    "packing-probe.md: A model that cannot": [
+        "test_packing_callback.py::test_a_model_that_cannot_be_asked_is_not_trained",
+    ],
+    "packing-probe.md: DataParallel and": [
+        "test_packing_callback.py::test_dispatched_batches_are_refused",
+        "test_packing_callback.py::test_data_parallel_is_refused",
+    ],
     "packing.md: `max_tokens` below": [
         "test_plan.py::test_bad_capacity",
         "test_plan.py::test_kernel_refuses_what_does_not_fit",
@@ -295,21 +355,45 @@ LIMITS = {
     "packing.md: With a random sampler": [
         "test_packing_trainer.py::test_resuming_gives_the_same_batches",
     ],
-    "packing.md: The probe sees": [
+    "collator.md: A `seed` of masks": [
+        "test_masking.py::test_workers_draw_masks_of_their_own",
+    ],
+    "collator.md: Whole-word masking": [
+        "test_masking.py::test_masks_are_those_of_transformers",
+    ],
+    "collator.md: A batch has at most": [
+        "test_columns.py::test_padding_past_int32_is_refused",
+    ],
+    "packed-attention.md: Attention code that does not": [
+        "test_packing_matrix.py::test_a_model_is_exact_or_refused",
+    ],
+    "packed-attention.md: `torch.compile` breaks": [
+        "test_limits_of_attention.py::test_a_compiled_model_breaks_its_graph_and_is_right",
+    ],
+    "packed-attention.md: Without `packed_attention`": [
+        "test_limits_of_attention.py::test_a_model_that_hands_on_no_positions_without_the_context",
+    ],
+    "packed-attention.md: Many short segments": [
+        "benchmarks/test_attention.py::test_packed_attention",
+    ],
+    "packed-attention.md: Second derivatives": [
+        "test_limits_of_attention.py::test_a_second_derivative_raises",
+    ],
+    "packing-probe.md: The probe sees": [
         "test_check_packing.py::test_a_leak_that_begins_behind_a_limit",
         "test_packing_matrix.py::test_a_model_is_exact_or_refused",
         "test_probe_rows.py::test_how_long_the_long_row_is",
     ],
-    "packing.md: A leak below a floor": [
+    "packing-probe.md: A leak below a floor": [
         "test_check_packing.py::test_small_leaks_and_noise",
     ],
-    "packing.md: Sharded parameters": [
+    "packing-probe.md: Sharded parameters": [
         "test_check_packing.py::test_sharded_weights_are_not_asked",
     ],
-    "packing.md: Top-k sparse attention": [
+    "packing-probe.md: Top-k sparse attention": [
         "test_packing_matrix.py::test_a_model_is_exact_or_refused",
     ],
-    "packing.md: Flash attention": [
+    "packing-probe.md: Flash attention": [
         "test_segment_attention.py::test_flash_attn_arguments",
     ],
 }
@@ -332,31 +416,100 @@ def test_no_limit_is_listed_that_no_page_has():
     assert not [begin for begin in LIMITS if not any(text.startswith(begin) for text in pages)]
 
 
-def test_the_map_of_the_house_has_every_room():
+def map_of(folder):
+    """The sections of CONTRIBUTING's map that are about a folder."""
     page = (documentation.ROOT / "CONTRIBUTING.md").read_text()
-    rooms = [
-        path
-        for path in (documentation.ROOT / "fastft").rglob("*.py")
-        if not path.name.startswith("__")
-    ]
-    assert [path.name for path in rooms if f"{path.name}`" not in page] == []
+    return [text for text in page.split("\n### ") if f"`{folder}/`" in text.partition("\n")[0]]
+
+
+ROOMS = sorted({path.parent for path in (documentation.ROOT / "fastft").rglob("*.py")})
+
+
+@pytest.mark.parametrize("folder", ROOMS, ids=lambda path: path.name)
+def test_the_map_of_the_house_has_every_room(folder):
+    sections = map_of(folder.relative_to(documentation.ROOT))
+    told = {name for text in sections for name in re.findall(r"`(\w+\.py)`", text)}
+    hidden = {"__init__.py"}
+    assert told | hidden == {path.name for path in folder.glob("*.py")} | hidden
+
+
+def test_the_map_names_no_file_that_is_not_there():
+    page = (documentation.ROOT / "CONTRIBUTING.md").read_text()
+    spans = {span for span in documentation.spans(page) if re.fullmatch(r"[\w.]+/[\w/.*]*", span)}
+    gone = [span for span in spans if not list(documentation.ROOT.glob(span.rstrip("/")))]
+    assert gone in ([], ["build/site"])  # which make docs makes
 
 
 @pytest.mark.parametrize("folder", ["csrc", "tests/support", "benchmarks"])
 def test_the_map_has_every_file_beside_the_rooms(folder):
-    pages = [
-        documentation.ROOT / "CONTRIBUTING.md",
-        documentation.ROOT / "docs" / "gpu-code-without-a-gpu.md",
-    ]
-    named = {
-        Path(name).name for page in pages for name in re.findall(r"`([^`\s]+)`", page.read_text())
-    }
+    gpu = documentation.ROOT / "docs" / "gpu-code-without-a-gpu.md"
+    sections = [*map_of(folder.partition("/")[0]), gpu.read_text()]
+    named = {Path(span).name for text in sections for span in documentation.spans(text)}
     known = ("__init__.py", "conftest.py", "test_*.py")
     files = [
         path
         for path in (documentation.ROOT / folder).rglob("*.*")
-        if path.suffix[1:] in ("py", "cpp", "cu", "h")
+        if path.suffix[1:] in ("py", "cpp", "cu", "cuh", "h")
     ]
-    assert (
-        files and [path.name for path in files if not any(map(path.match, (*known, *named)))] == []
+    assert files
+    assert [path.name for path in files if not any(map(path.match, (*known, *named)))] == []
+
+
+@pytest.mark.parametrize("page", documentation.PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    broken = []
+    for target in (target for source, target in documentation.links() if source == page):
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        if not there.exists() or (anchor and anchor not in documentation.anchors(there)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_every_page_stands_in_the_navigation():
+    listed = re.findall(
+        r"^ *- .*: (\S+\.md)$", (documentation.ROOT / "mkdocs.yml").read_text(), re.M
     )
+    pages = {str(page.relative_to(documentation.ROOT)) for page in documentation.PAGES}
+    assert pages <= set(listed)
+    assert [name for name in listed if not (documentation.ROOT / name).exists()] == []
+
+
+def test_the_reference_has_every_public_name():
+    page = (documentation.ROOT / "docs" / "api.md").read_text()
+    assert sorted(re.findall(r"^::: fastft\.(\w+)$", page, re.M)) == sorted(fastft.__all__)
+
+
+def test_every_environment_variable_stands_in_the_table():
+    page = (documentation.ROOT / "docs" / "environment.md").read_text()
+    told = {name for name in documentation.spans(page) if re.fullmatch(r"[A-Z_]+", name)}
+    read = documentation.variables_read()
+    assert read, "nothing was found"
+    # code may put the end of a name together, FASTFT_BUILD_ and the library
+    assert [name for name in read if not any(known.startswith(name) for known in told)] == []
+    ours = [name for name in told if name.startswith("FASTFT_")]
+    assert [name for name in ours if not any(name.startswith(known) for known in read)] == []
+
+
+def test_what_the_design_names_exists():
+    """`path`, and `path::name` for a function, class, method or kernel; the drawing names paths."""
+    root = documentation.ROOT
+    page = (root / "docs" / "design.md").read_text()
+    drawing = (root / "docs" / "design.svg").read_text()
+    in_drawing = re.findall(r"(?:fastft|csrc)/[\w/]+\.\w+(?:::\w+)?", drawing)
+    named = [span for span in documentation.spans(page) if re.match(r"[\w.]+/|[\w/]+\.\w+::", span)]
+    assert len(named) > 20 and in_drawing
+    wrong = []
+    for span in (*named, *in_drawing):
+        path, _, name = span.partition("::")
+        files = sorted(root.glob(path.replace("<op>", "*")))
+        if not files or (name and not documentation.has_name(files[0], name)):
+            wrong.append(span)
+    assert wrong == []
+    sources = "".join(
+        (root / span.partition("::")[0]).read_text()
+        for span in named
+        if ".py" in span and "<" not in span
+    )
+    names = [span for span in documentation.spans(page) if re.fullmatch(r"[a-z_]\w*\(\)", span)]
+    assert [name for name in names if name[:-2] not in sources] == []

@@ -52,6 +52,14 @@ class TestSignatures:
     def test_the_reference_takes_the_schemas_arguments(self, operator: Operator) -> None:
         assert_takes(operator.reference, arguments(operator.native))
 
+    def test_the_fake_takes_the_schemas_arguments(self, operator: Operator) -> None:
+        """An operator without results may have one that ignores them."""
+        registered = torch._library.simple_registry.singleton.find(operator.qualified_name)
+        kernel = registered.fake_impl.kernel.func  # torch's, around ours
+        fake = inspect.getclosurevars(kernel).nonlocals["func"]
+        if operator.native._schema.returns or fake.__name__ != "<lambda>":
+            assert_takes(fake, arguments(operator.native))
+
     def test_the_native_engines_take_as_many(self, operator: Operator) -> None:
         for engine in set(operator.engines) & set(ops.LIBRARIES):
             folders = (CSRC / ops.LIBRARIES[engine], CSRC / "include")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
+import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastft
-from fastft.ops import OPERATORS
+from fastft.ops import OPERATORS, Operator
 
 OPTIONAL = (
     "transformers",
@@ -60,9 +66,86 @@ def test_import_takes_no_longer_than_torch() -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("name", fastft.__all__)
-def test_public_names_are_documented(name: str) -> None:
-    assert getattr(fastft, name).__doc__
+PACKAGE = Path(fastft.__file__).parent
+MODULES = {
+    ".".join(("fastft", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): file
+    for file in PACKAGE.rglob("*.py")
+}
+
+
+def run_time_imports(tree: ast.AST) -> Iterator[str]:
+    """The modules of the package that this one imports, at its top or inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else str(node.module)
+        else:
+            yield from run_time_imports(node)
+
+
+ARROWS = {
+    name: MODULES.keys() & {*run_time_imports(ast.parse(file.read_text()))}
+    for name, file in MODULES.items()
+}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Nor does an import inside a function hide such a circle; those for types alone may."""
+    order = [*graphlib.TopologicalSorter(ARROWS).static_order()]
+    assert order.index("fastft.loss.options") < order.index("fastft.loss.cross_entropy")
+
+
+def test_only_integrations_are_built_on_integrations() -> None:
+    wings = ("fastft.data", "fastft.loss", "fastft.optim", "fastft.attention")
+    assert not [
+        (name, found)
+        for name, arrows in ARROWS.items()
+        for found in arrows
+        if name.startswith(wings) and found.startswith("fastft.integrations")
+    ]
+
+
+def described(name: str) -> str:
+    """The docstring of a public name, and of the public ones that it leaves its arguments to."""
+    text = inspect.getdoc(getattr(fastft, name)) or ""
+    others = set(re.findall(r"`(?:fastft\.)?(\w+)`", text)) & set(fastft.__all__) - {name}
+    return text + "".join(inspect.getdoc(getattr(fastft, other)) or "" for other in others)
+
+
+# what callers give arguments to: not an error, nor the tuple that a function returns
+CALLED = [
+    name
+    for name in fastft.__all__
+    if inspect.isfunction(thing := getattr(fastft, name))
+    or not issubclass(thing, (Exception, tuple))
+]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_docstring_explains_every_argument(name: str) -> None:
+    arguments = [
+        parameter.name
+        for parameter in inspect.signature(getattr(fastft, name)).parameters.values()
+        if parameter.kind != parameter.VAR_KEYWORD and not parameter.name.startswith("_")
+    ]
+    text = described(name)
+    assert [
+        argument
+        for argument in arguments
+        if not re.search(rf"(?m)^ +\*?{argument}(, \w+)*:|`{argument}`|\({argument}\)", text)
+    ] == []
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_docstring_lists_the_errors_of_wrong_arguments(name: str) -> None:
+    assert re.search(r"Raises:\n +\w+Error: ", described(name))
 
 
 def test_unknown_attribute() -> None:
@@ -88,6 +171,12 @@ class TestEngines:
                 ):
                     operator.resolve(engine, torch.device("cpu"))
 
-    def test_eager_is_always_there(self, operator) -> None:
-        for device in ("cpu", "cuda", "xpu", "mps"):
-            assert operator.resolve("eager", torch.device(device)) == "eager"
+    def test_where_no_engine_computes_plain_torch_does(self, operator) -> None:
+        """As on Apple's devices; attention's `blocks` are plain torch, too."""
+        device = torch.device("mps")
+        assert operator.resolve("eager", device) == "eager"
+        assert operator.resolve("auto", device) == (
+            "blocks" if operator.name == "packed attention" else "eager"
+        )
+        if isinstance(operator, Operator):
+            assert operator.implementation("auto", device) is operator.reference

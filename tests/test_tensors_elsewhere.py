@@ -60,16 +60,8 @@ def test_a_triton_kernel_is_not_launched():
     from fastft.loss.scale_gradients_triton import scale_gradients_
 
     rows, classes = torch.zeros(5), torch.ones(7)
-    good = [
-        torch.randn(5, 7),
-        TARGET,
-        [classes],
-        [rows, rows, rows],
-        rows,
-        rows,
-        [rows, rows],
-        [torch.zeros(5, 7)],
-    ]
+    good = [torch.randn(5, 7), TARGET, [classes], [rows] * 3, rows, rows, [rows] * 2]
+    good.append([torch.zeros(5, 7)])
     names = "logits", "target", "weight[0]", "upstream[0]", "losses", "lse", "entropy", "grad[0]"
     for i, name in enumerate(names[1:], 1):
         given = good[i]
@@ -77,16 +69,8 @@ def test_a_triton_kernel_is_not_launched():
         with pytest.raises(RuntimeError, match=re.escape(f"cross_entropy_rows: {name} is on meta")):
             cross_entropy_rows(*good[:i], wrong, *good[i + 1 :], -100, 0.1, 0.0, 0.0, 1.0)
     tokens, segments = torch.zeros(9, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-    good = [
-        segments,
-        segments,
-        tokens,
-        0,
-        tokens,
-        tokens,
-        tokens.int(),
-        torch.zeros(3, dtype=torch.int32),
-    ]
+    narrow = tokens.int(), torch.zeros(3, dtype=torch.int32)
+    good = [segments, segments, tokens, 0, tokens, tokens, *narrow]
     for i in (0, 1, 4, 5, 6, 7):
         with pytest.raises(RuntimeError, match=r"packed_boundaries: \w+ is on meta"):
             packed_boundaries(*good[:i], good[i].to("meta"), *good[i + 1 :])
@@ -113,51 +97,22 @@ def test_a_cuda_kernel_is_not_launched(place):
                 getattr(gpu.ops, operator)(*wrong)
             assert gpu.launches == []
 
-    rows = [
-        torch.randn(5, 7),
-        TARGET,
-        [torch.ones(7)],
-        [torch.zeros(5) for _ in range(3)],
-        torch.zeros(5),
-        torch.zeros(5),
-        [torch.zeros(5), torch.zeros(5, dtype=torch.bool)],
-        [torch.zeros(5, 7)],
-        -100,
-        0.1,
-        0.0,
-        0.0,
-        1.0,
-    ]
-    places = {
-        "target": (1, None),
-        "weight": (2, 0),
-        "losses": (4, None),
-        "lse": (5, None),
-        "entropy": (6, 0),
-    }
-    for name, where in {**places, "is_top1": (6, 1), "grad": (7, 0)}.items():
+    losses, lse, entropy, *upstream = (torch.zeros(5) for _ in range(6))
+    outputs = losses, lse, [entropy, torch.zeros(5, dtype=torch.bool)], [torch.zeros(5, 7)]
+    options = (-100, 0.1, 0.0, 0.0, 1.0)
+    rows = [torch.randn(5, 7), TARGET, [torch.ones(7)], upstream, *outputs, *options]
+    inputs = {"target": (1, None), "weight": (2, 0)}
+    places = {"losses": (4, None), "lse": (5, None), "entropy": (6, 0), "is_top1": (6, 1)}
+    for name, where in {**inputs, **places, "grad": (7, 0)}.items():
         refused(name, "cross_entropy_rows", rows, *where, "logits")
     for i in range(3):
         refused("upstream", "cross_entropy_rows", rows, 3, i, "logits")
-    tokens, narrow = torch.arange(9), torch.zeros(9, dtype=torch.int32)
-    boundaries = [
-        torch.tensor([4, 5]),
-        torch.tensor([1, 1]),
-        tokens,
-        0,
-        tokens.clone(),
-        tokens.clone(),
-        narrow,
-    ]
-    boundaries.append(torch.zeros(3, dtype=torch.int32))
-    names = {
-        0: "lengths",
-        1: "ignored",
-        4: "labels",
-        5: "position_ids",
-        6: "seq_idx",
-        7: "cu_seqlens",
-    }
+    tokens, labels, position_ids = (torch.arange(9) for _ in range(3))
+    seq_idx, cu_seqlens = (torch.zeros(size, dtype=torch.int32) for size in (9, 3))
+    boundaries = [torch.tensor([4, 5]), torch.tensor([1, 1]), tokens, 0]
+    boundaries += [labels, position_ids, seq_idx, cu_seqlens]
+    names = {0: "lengths", 1: "ignored", 4: "labels", 5: "position_ids"}
+    names |= {6: "seq_idx", 7: "cu_seqlens"}
     for i, name in names.items():
         refused(name, "packed_boundaries", boundaries, i, None, "source")
     gradients = [torch.zeros(5, 7, dtype=torch.bfloat16), torch.zeros(9)]

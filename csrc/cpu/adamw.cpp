@@ -10,6 +10,7 @@
 
 #include "adamw_args.h"
 #include "checksum.h"
+#include "first_block.h"
 #include "isa.h"
 #include "live_table.h"
 
@@ -42,7 +43,7 @@ class Written {
  public:
   explicit Written(size_t tensors) : sums(tensors) {}
 
-  // Of a tensor which several processors share, each adds its part.
+  // Each processor adds the sum of its part, which may be the whole tensor.
   void add(size_t i, uint64_t sum, bool whole) {
     if (whole) {
       sums[i] = sum;
@@ -72,8 +73,8 @@ struct Bound {
       : tensors(std::move(checked)), written(tensors.rows.size()) {}
 };
 
-// Whether sections of the checksum are parts of a processor's part: rows of 8-bit moments may cut
-// them otherwise.
+// Says whether sections of the checksum are parts of a processor's part: rows of 8-bit moments may
+// cut them otherwise.
 bool summed(const AdamwTensor& t) {
   return t.residue && (t.columns == t.numel || t.columns % fastft::kSection == 0);
 }
@@ -99,13 +100,12 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step,
             Written* written = nullptr) {
   const float factor = *static_cast<const float*>(step.grad_factor.data());
   const AdamwHyper* hyper = step.rows();
-  const std::vector<int64_t>& ends = tensors.ends;
+  const std::vector<int64_t>& starts = tensors.starts;
   const auto update_kernel = adamw_kernel();
-  fastft::parallel_for(ends.empty() ? 0 : ends.back(), kGrain, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-    for (; begin < end; i++) {
+  fastft::parallel_for(starts.back(), kGrain, [&](int64_t begin, int64_t end) {
+    for (size_t i = last_not_after(starts.data(), tensors.rows.size(), begin); begin < end; i++) {
       const AdamwTensor& t = tensors.rows[i];
-      const int64_t stop = std::min(end, ends[i]), first = ends[i] - t.numel;
+      const int64_t first = starts[i], stop = std::min(end, starts[i + 1]);
       if (stop < end) prefetch(tensors.rows[i + 1]);
       const int64_t from = part_begin(t, begin - first), to = part_begin(t, stop - first);
       begin = stop;

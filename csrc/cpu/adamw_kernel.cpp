@@ -13,15 +13,15 @@ constexpr int kBlock = 512;  // elements
 
 struct alignas(64) Block {
   float exp_avg[kBlock], exp_avg_sq[kBlock];
-  // of each stream; those of the moments with bytes swapped
-  uint16_t bits[3][kBlock + kPhiloxGroup], swapped[kBlock];
+  uint16_t bits[3][kBlock + kPhiloxGroup];  // of each stream
+  uint16_t swapped[kBlock];                 // those of the moments with their bytes swapped
 };
 
 struct Random {
   uint64_t seed, first;  // global index of the block's first element
   uint32_t step;
 
-  // The bits of `n` elements.
+  // Returns the bits of `n` elements, which it draws into `bits`.
   const uint16_t* draw(uint32_t stream, int n, uint16_t* bits) const {
     const int skip = int(first % kPhiloxGroup);
     for (int i = 0; i < skip + n; i += kPhiloxGroup)
@@ -32,9 +32,9 @@ struct Random {
 
 // Elements as Numbers, which are floats or Lanes.
 inline void load(const float* from, float* to) { *to = *from; }
-inline void load(const uint16_t* from, float* to) { *to = bf16_to_float(*from); }
+inline void load(const uint16_t* from, float* to) { *to = widened(*from); }
 inline void load_master(const uint16_t* param, const int16_t* remainder, float* to) {
-  *to = master_join(*param, *remainder);
+  *to = master_join(widened(*param), *remainder);
 }
 inline void store(float value, float* to) { *to = value; }
 inline void store_nearest(float value, uint16_t* to) { *to = bf16_nearest(value); }
@@ -131,7 +131,7 @@ Bits draw(const AdamwTensor& t, const Random& random, int n, Block& block) {
   const auto of = [&](PhiloxStream stream) { return random.draw(stream, n, block.bits[stream]); };
   Bits bits{};
   if (t.rounding == kStochastic) bits.param = of(kStreamParam);
-  if (!t.narrow_moments && !t.columns) return bits;
+  if (!t.bf16_moments && !t.columns) return bits;
   bits.exp_avg = of(kStreamMoments);
   if (t.columns) return bits;  // codes swap the bytes themselves
   bits.exp_avg_sq = block.swapped;
@@ -146,7 +146,7 @@ template <class F>
 void each_moment_block(const AdamwTensor& t, int64_t i, int n, F f) {
   const int64_t row = i / t.columns;
   int64_t column = i - row * t.columns;
-  int64_t scale = row * ((t.columns + kMomentBlock - 1) / kMomentBlock) + column / kMomentBlock;
+  int64_t scale = row * (moment_blocks_of_row(t.columns)) + column / kMomentBlock;
   for (int done = 0; done < n; scale++) {
     const int64_t left = t.columns - column;
     const int size = left < kMomentBlock ? int(left) : int(kMomentBlock);
@@ -160,8 +160,8 @@ void each_moment_block(const AdamwTensor& t, int64_t i, int n, F f) {
 int whole_moment_blocks(const AdamwTensor& t, int64_t begin, int64_t end) {
   int64_t n = 0;
   for (int64_t column = begin % t.columns; n < end - begin;) {
-    const int64_t left = t.columns - column,
-                  size = left < kMomentBlock ? left : int64_t(kMomentBlock);
+    const int64_t left = t.columns - column;
+    const int64_t size = left < kMomentBlock ? left : int64_t(kMomentBlock);
     if (n + size > kBlock) break;
     n += size;
     column = column + size == t.columns ? 0 : column + size;
@@ -231,7 +231,7 @@ using UpdatePart = void (*)(const AdamwTensor&, int64_t, int64_t, float, const A
 
 template <AdamwRounding rounding>
 UpdatePart update_part_of(const AdamwTensor& t) {
-  if (t.narrow_moments)
+  if (t.bf16_moments)
     return t.max_exp_avg_sq ? update_part<rounding, uint16_t, true>
                             : update_part<rounding, uint16_t, false>;
   return t.max_exp_avg_sq ? update_part<rounding, float, true>
@@ -259,7 +259,7 @@ extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, i
   const AdamwTensor& t = *tensor;
   factor = ft_mul(hyper->grad_sign, factor);
   const UpdatePart update_part = update_part_of(t);
-  if (t.rounding != kStochastic && !t.narrow_moments && !t.columns) {
+  if (t.rounding != kStochastic && !t.bf16_moments && !t.columns) {
     update_part(t, begin, end - begin, factor, *hyper, Bits{}, nullptr);
     return;
   }

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "boundaries_args.h"
+#include "first_block.h"
 
 namespace {
 using fastft::BoundariesArgs;
@@ -16,16 +17,14 @@ constexpr int64_t kGrain = 1 << 16;  // tokens: about 30 microseconds of one cor
 
 void fill(const BoundariesArgs& args, int64_t begin, int64_t end) {
   const int32_t* cu_seqlens = args.cu_seqlens;
-  int64_t segment =
-      std::upper_bound(cu_seqlens, cu_seqlens + args.segments + 1, begin) - cu_seqlens - 1;
   if (args.labels != args.source)
     std::memcpy(args.labels + begin, args.source + begin,
                 static_cast<size_t>(end - begin) * sizeof *args.labels);
+  int64_t segment = last_not_after(cu_seqlens, args.segments, begin);
   for (int64_t t = begin; t < end; segment++) {
-    const int64_t first = cu_seqlens[segment],
-                  stop = std::min<int64_t>(end, cu_seqlens[segment + 1]);
-    const int64_t ignored = args.ignored[segment],
-                  unlabelled = ignored < stop - first ? first + ignored : stop;
+    const int64_t first = cu_seqlens[segment], ignored = args.ignored[segment];
+    const int64_t stop = std::min<int64_t>(end, cu_seqlens[segment + 1]);
+    const int64_t unlabelled = ignored < stop - first ? first + ignored : stop;
     for (int64_t i = t; i < unlabelled; i++) args.labels[i] = fastft::kIgnoredLabel;
     for (int64_t i = t; i < stop; i++)
       args.position_ids[i] = int64_t(uint64_t(args.start) + uint64_t(i - first));

@@ -1,4 +1,4 @@
-// What cross_entropy.cpp hands to cross_entropy_kernel.cpp: one counted row.
+// One counted row, as cross_entropy.cpp hands it to cross_entropy_kernel.cpp.
 #pragma once
 #include <stdint.h>
 

@@ -2,8 +2,7 @@
 // types at the width of the instruction set; sums always run in 16 lanes that are added up in one
 // order, so that every instruction set gives the same bits, but for the payload of a NaN: which of
 // two an operation keeps depends on the order of its operands.
-#include <stdint.h>
-
+#include "bf16.h"
 #include "cross_entropy.h"
 #include "cross_entropy_math.h"
 #include "isa.h"
@@ -21,54 +20,41 @@ typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
-struct Bfloat16 {
-  uint16_t bits;
-};
-
 template <class To, class From>
-inline __attribute__((always_inline)) To bit_cast(const From& from) {
+FASTFT_HD To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
   To to;
   __builtin_memcpy(&to, &from, sizeof to);
   return to;
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(Bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-
-inline __attribute__((always_inline)) Floats load(const float* p) {
+// Numbers kept as float32 or as bfloat16, of which a uint16_t has the bits.
+FASTFT_HD Floats load(const float* p) {
   Floats x;
   __builtin_memcpy(&x, p, sizeof x);
   return x;
 }
-inline __attribute__((always_inline)) Floats load(const Bfloat16* p) {
+FASTFT_HD Floats load(const uint16_t* p) {
   Halves x;
   __builtin_memcpy(&x, p, sizeof x);
   return bit_cast<Floats>(__builtin_convertvector(x, Words) << 16);
 }
-inline __attribute__((always_inline)) void store(float* p, Floats x) {
-  __builtin_memcpy(p, &x, sizeof x);
-}
-inline __attribute__((always_inline)) void store(Bfloat16* p, Floats x) {
-  const Words bits = bit_cast<Words>(x);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+FASTFT_HD void store(float* p, Floats x) { __builtin_memcpy(p, &x, sizeof x); }
+FASTFT_HD void store(uint16_t* p, Floats x) {
+  const Words rounded = bf16_nearest_sum(bit_cast<Words>(x)) >> 16;
   const Words quiet_nan = rounded - rounded + 0x7fc0;
   const Halves halves = __builtin_convertvector(x == x ? rounded : quiet_nan, Halves);
   __builtin_memcpy(p, &halves, sizeof halves);
 }
 
-inline void put(float* p, float x) { *p = x; }
-inline void put(Bfloat16* p, float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  p->bits = x == x ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
-}
+FASTFT_HD void put(float* p, float x) { *p = x; }
+FASTFT_HD void put(uint16_t* p, float x) { *p = bf16_nearest(x); }
 
 // exp for x <= 0, within 1 ulp: 2^n * e^r with Cephes' minimax polynomial for e^r. Below the
 // smallest normal number it is 0; NaN stays NaN.
-inline __attribute__((always_inline)) Floats exp_negative(Floats x) {
-  constexpr float kSmallest = -87.0f,
-                  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
-      kRound = 12582912.0f;
+FASTFT_HD Floats exp_negative(Floats x) {
+  constexpr float kSmallest = -87.0f;
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   const Floats zero = {}, clamped = x < kSmallest ? zero + kSmallest : x;
   const Floats shifted = clamped * 1.44269504f + kRound;
   const Floats n = shifted - kRound;
@@ -83,18 +69,18 @@ inline __attribute__((always_inline)) Floats exp_negative(Floats x) {
   return x < kSmallest ? zero : p * bit_cast<Floats>(power);
 }
 
-// What is multiplied with exp_negative(x): 0 where that is 0, because 0 * -Inf is NaN.
-inline __attribute__((always_inline)) Floats finite(Floats x) { return x < -87.0f ? Floats{} : x; }
+// The factor of exp_negative(x): 0 where that is 0, because 0 * -Inf is NaN.
+FASTFT_HD Floats finite(Floats x) { return x < -87.0f ? Floats{} : x; }
 
 // tanh within 2 ulp: Cephes' polynomial near zero, where 1 - e^(-2x) would cancel.
-inline __attribute__((always_inline)) Floats hyperbolic_tangent(Floats x) {
+FASTFT_HD Floats hyperbolic_tangent(Floats x) {
   const Floats size = x < 0.0f ? -x : x, square = x * x;
   Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;
   p = p * square - 5.37397155531e-2f;
   p = p * square + 1.33314422036e-1f;
   p = p * square - 3.33332819422e-1f;
-  const Floats small = p * square * x + x, e = exp_negative(size * -2.0f),
-               large = (1.0f - e) / (1.0f + e);
+  const Floats small = p * square * x + x, e = exp_negative(size * -2.0f);
+  const Floats large = (1.0f - e) / (1.0f + e);
   return size < 0.625f ? small : (x < 0.0f ? -large : large);
 }
 
@@ -110,8 +96,8 @@ struct Logits {
         cap(row.softcap) {}
   Floats through(Floats x) const { return kCap ? hyperbolic_tangent(x * scale) * cap : x * scale; }
   Floats at(int64_t i) const { return through(load(data + i)); }
-  float one(int64_t i) const { return through(Floats{} + to_float(data[i]))[0]; }
-  // d z / d logit where z is known, without the factor of the scale
+  float one(int64_t i) const { return through(Floats{} + widened(data[i]))[0]; }
+  // Returns d z / d logit where z is known, without the factor of the scale.
   Floats slope(Floats z) const {
     const Floats t = z / cap;
     return 1.0f - t * t;
@@ -132,15 +118,15 @@ float row_max(const Logits<T, kCap>& logits, int64_t classes) {
   float max = -__builtin_inff();
   for (int v = 0; v < kVectors; v++)
     for (int k = 0; k < kWidth; k++) max = best[v][k] > max ? best[v][k] : max;
-  for (; i < classes; i++) max = to_float(logits.data[i]) > max ? to_float(logits.data[i]) : max;
+  for (; i < classes; i++) max = widened(logits.data[i]) > max ? widened(logits.data[i]) : max;
   return logits.through(Floats{} + max)[0];  // scale and softcap keep the order
 }
 
 // Adds up `term(z, i)` over the row in fp32 lanes which are emptied into fp64 before they lose
 // digits. Where `skipped` is a class it counts as -Inf, as do the lanes behind the last class.
 template <class T, bool kCap, class Term>
-inline __attribute__((always_inline)) double sum_row(const Logits<T, kCap>& logits, int64_t classes,
-                                                     int64_t skipped, Term term) {
+FASTFT_HD double sum_row(const Logits<T, kCap>& logits, int64_t classes, int64_t skipped,
+                         Term term) {
   constexpr int64_t kSpan = 256 * kLanes;
   const int64_t block_of_skipped = skipped - skipped % kLanes, whole = classes - classes % kLanes;
   double total = 0.0;
@@ -164,7 +150,7 @@ inline __attribute__((always_inline)) double sum_row(const Logits<T, kCap>& logi
   return total;
 }
 
-// sum of weight * (max - z) over the whole row
+// Returns the sum of weight * (max - z) over the whole row.
 template <class T, bool kCap>
 double sum_below(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow& row, float max) {
   const int64_t whole = row.classes - row.classes % kLanes;
@@ -257,7 +243,7 @@ void compute_row(fastft::CrossEntropyRow& row) {
 
 extern "C" void FASTFT_KERNEL(cross_entropy_row)(fastft::CrossEntropyRow* row) {
   if (row->bfloat16)
-    row->softcap != 0.0f ? compute_row<Bfloat16, true>(*row) : compute_row<Bfloat16, false>(*row);
+    row->softcap != 0.0f ? compute_row<uint16_t, true>(*row) : compute_row<uint16_t, false>(*row);
   else
     row->softcap != 0.0f ? compute_row<float, true>(*row) : compute_row<float, false>(*row);
 }

@@ -2,16 +2,11 @@
 // range squares of float32 cannot leave: the sum is finite if and only if every gradient is. The
 // lanes are fixed, so that every instruction set adds in the same order, and has the same bits but
 // for the payload of a NaN.
-#include <stdint.h>
-
-#include "adamw_math.h"
+#include "bf16.h"
 #include "isa.h"
 
 namespace {
 constexpr int kLanes = 16;
-
-float widened(float value) { return value; }
-float widened(uint16_t value) { return bf16_to_float(value); }
 
 template <class T>
 double sum(const T* __restrict grad, int64_t n) {
@@ -32,8 +27,8 @@ double sum(const T* __restrict grad, int64_t n) {
 }
 }  // namespace
 
-extern "C" void FASTFT_KERNEL(sum_of_squares)(const void* grad, int64_t n, bool narrow,
+extern "C" void FASTFT_KERNEL(sum_of_squares)(const void* grad, int64_t n, bool bf16,
                                               double* result) {
   *result =
-      narrow ? sum(static_cast<const uint16_t*>(grad), n) : sum(static_cast<const float*>(grad), n);
+      bf16 ? sum(static_cast<const uint16_t*>(grad), n) : sum(static_cast<const float*>(grad), n);
 }

@@ -62,7 +62,8 @@ FASTFT_HD Lanes lanes_widened(__m256i read) {
   return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, read)),
           _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, read))};
 }
-// of NaN always the same, as rounding makes Inf or 0 of some
+
+// The bits of values, the same for every NaN: rounding would make Inf or 0 of some.
 FASTFT_HD __m256i lanes_bits(__m256 value) {
   return _mm256_castps_si256(lanes_or(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000))));
 }
@@ -77,8 +78,8 @@ FASTFT_HD void store(Lanes value, float* to) {
 }
 
 FASTFT_HD __m256i lanes_nearest(__m256 value) {
-  const __m256i bits = lanes_bits(value),
-                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i bits = lanes_bits(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
 }
 FASTFT_HD void store_nearest(Lanes value, uint16_t* to) {

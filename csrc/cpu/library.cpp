@@ -1,4 +1,4 @@
-// What Python calls through ctypes after loading libfastft_cpu.so.
+// The functions that Python calls through ctypes after loading libfastft_cpu.so.
 #include <cstdlib>
 
 #include "isa.h"

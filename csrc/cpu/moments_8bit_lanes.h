@@ -8,7 +8,7 @@
 
 #if defined(FASTFT_WIDE)
 constexpr int kCodesTogether = 32;
-// floats from 2^23 to 2^24 are integers: adding this rounds to one
+// Floats from 2^23 to 2^24 are integers: adding this rounds to one.
 constexpr float kToInteger = 0x1.8p23f;
 
 FASTFT_HD Wide wide(float value) { return FASTFT_OF_WIDE(set1_ps)(value); }
@@ -84,13 +84,13 @@ FASTFT_HD void store_packed(__m256i packed, void* to) {
   _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
 }
 FASTFT_HD void store_codes(const WideInt (&code)[4], void* to) {
-  const __m256i low = _mm256_packs_epi32(code[0], code[1]),
-                high = _mm256_packs_epi32(code[2], code[3]);
+  const __m256i low = _mm256_packs_epi32(code[0], code[1]);
+  const __m256i high = _mm256_packs_epi32(code[2], code[3]);
   store_packed(_mm256_packs_epi16(low, high), to);
 }
 FASTFT_HD void store_sq_codes(const WideInt (&code)[4], void* to) {
-  const __m256i low = _mm256_packus_epi32(code[0], code[1]),
-                high = _mm256_packus_epi32(code[2], code[3]);
+  const __m256i low = _mm256_packus_epi32(code[0], code[1]);
+  const __m256i high = _mm256_packus_epi32(code[2], code[3]);
   store_packed(_mm256_packus_epi16(low, high), to);
 }
 #endif
@@ -120,7 +120,7 @@ FASTFT_HD WideInt exp_avg_encode(Wide m, Wide reciprocal, WideInt random) {
   const Wide root = FASTFT_OF_WIDE(cvtepi32_ps)(low), next = wide_add(root, wide(1.0f));
   const Wide square = wide_mul(root, root), next_square = wide_mul(next, next);
   const Wide below = wide_mul(square, square), above = wide_mul(next_square, next_square);
-  // the random number / 2^16
+  // share is the random number / 2^16
   const Wide share = wide_sub(as_floats(random | wide(0x43000000u)), wide(128.0f));
   return wide_with_sign(
       wide_one_more(low, wide_mul(share, wide_sub(above, below)), wide_sub(x, below)), m);
@@ -175,16 +175,16 @@ FASTFT_HD void encode_together(const float* m, const float* v, Wide reciprocal, 
   WideInt code[kCodesTogether / kWide], sq_code[kCodesTogether / kWide];
   for (int k = 0; k < kCodesTogether / kWide; k++) {
     const WideInt random = wide_random(bits + kWide * k);
-    const Wide value = FASTFT_OF_WIDE(loadu_ps)(m + kWide * k),
-               sq = FASTFT_OF_WIDE(loadu_ps)(v + kWide * k);
+    const Wide value = FASTFT_OF_WIDE(loadu_ps)(m + kWide * k);
+    const Wide sq = FASTFT_OF_WIDE(loadu_ps)(v + kWide * k);
     code[k] = exp_avg_encode(value, reciprocal, random);
     sq_code[k] = exp_avg_sq_encode(sq, sq_reciprocal, random);
   }
   store_codes(code, codes), store_sq_codes(sq_code, sq_codes);
 }
 
-// Whether a block with such largest moments, by their bits, has no Inf or NaN, and a scale that is
-// 0 or whose reciprocal is a number.
+// Says whether a block with such largest moments, by their bits, has no Inf or NaN, and a scale
+// that is 0 or whose reciprocal is a number.
 FASTFT_HD bool plain_scale(uint32_t largest) {
   return largest == 0 || (largest >= float_bits(FASTFT_SMALL_SCALE) && largest < 0x7f800000u);
 }
@@ -209,8 +209,8 @@ static bool encode_block(const float* m, const float* v, const uint16_t* bits, i
   const uint32_t m_scale = wide_largest(largest), v_scale = wide_largest(largest_sq);
   if (!plain_scale(m_scale) || !plain_scale(v_scale)) return false;
   *scale = bits_float(m_scale), *sq_scale = bits_float(v_scale);
-  const Wide reciprocal = wide(m_scale ? 1.0f / *scale : 1.0f),
-             sq_reciprocal = wide(v_scale ? 1.0f / *sq_scale : 1.0f);
+  const Wide reciprocal = wide(m_scale ? 1.0f / *scale : 1.0f);
+  const Wide sq_reciprocal = wide(v_scale ? 1.0f / *sq_scale : 1.0f);
   for (int i = 0; i < whole; i += kCodesTogether)
     encode_together(m + i, v + i, reciprocal, sq_reciprocal, bits + i, codes + i, sq_codes + i);
   if (left) {

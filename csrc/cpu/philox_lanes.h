@@ -1,13 +1,15 @@
 // The random bits of philox.h for 128 neighbouring elements at once. With AVX2 and AVX-512 by hand:
 // compilers find no vectors in products of which both halves are needed.
 #pragma once
+#include <string.h>
+
 #include "philox.h"
 #include "wide.h"
 
 constexpr int kPhiloxGroup = 128;
 
 #if defined(FASTFT_WIDE)
-// of a register, each in the lower half of 64 bits; above is anything
+// Counters of a register, each in the lower half of 64 bits; above is anything.
 constexpr int kPhiloxCounters = kWide / 2;
 constexpr int kPhiloxRegisters = kPhiloxGroup / 8 / kPhiloxCounters;
 
@@ -42,19 +44,19 @@ static inline WideInt philox_upper(WideInt product) {
 }
 
 static inline void philox_round(PhiloxLanes* lanes, uint32_t key0, uint32_t key1) {
-  const WideInt a = philox_product(lanes->word0, 0xD2511F53u),
-                b = philox_product(lanes->word2, 0xCD9E8D57u);
+  const WideInt a = philox_product(lanes->word0, 0xD2511F53u);
+  const WideInt b = philox_product(lanes->word2, 0xCD9E8D57u);
   *lanes = {philox_xor(philox_upper(b), lanes->word1, philox_word(key0)), b,
             philox_xor(philox_upper(a), lanes->word3, philox_word(key1)), a};
 }
 
 // Writes each counter's four words side by side.
 static inline void philox_store(const PhiloxLanes& lanes, uint16_t* bits) {
-  const WideInt low = philox_pair(lanes.word0, lanes.word1),
-                high = philox_pair(lanes.word2, lanes.word3);
+  const WideInt low = philox_pair(lanes.word0, lanes.word1);
+  const WideInt high = philox_pair(lanes.word2, lanes.word3);
   WideInt* out = reinterpret_cast<WideInt*>(bits);
-  const WideInt first = FASTFT_OF_WIDE(unpacklo_epi64)(low, high),
-                last = FASTFT_OF_WIDE(unpackhi_epi64)(low, high);
+  const WideInt first = FASTFT_OF_WIDE(unpacklo_epi64)(low, high);
+  const WideInt last = FASTFT_OF_WIDE(unpackhi_epi64)(low, high);
   memcpy(out, &first, sizeof first), memcpy(out + 1, &last, sizeof last);
 }
 
@@ -70,8 +72,8 @@ static inline void philox_group(uint64_t first, uint32_t step, uint32_t stream, 
   const WideInt counts = FASTFT_OF_WIDE(add_epi32)(philox_word(block), philox_order());
   const WideInt key2 = philox_word(stream ^ key1);
   key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-  const WideInt key3 = philox_word((uint32_t)b0 ^ key0),
-                key4 = philox_word((uint32_t)(a1 >> 32) ^ key1);
+  const WideInt key3 = philox_word((uint32_t)b0 ^ key0);
+  const WideInt key4 = philox_word((uint32_t)(a1 >> 32) ^ key1);
   PhiloxLanes lanes[kPhiloxRegisters];
   for (int i = 0; i < kPhiloxRegisters; i++) {
     const WideInt count =

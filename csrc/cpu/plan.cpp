@@ -103,8 +103,8 @@ void expect_use([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
   constexpr uintptr_t kPage = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  // a wish: it may fail
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin < end)  // a wish: it may fail
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
@@ -230,8 +230,8 @@ void plan_packs(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 8, "plan_packs takes 8 arguments, got %d", static_cast<int>(nargs));
   const Tensor lengths(stack[0]), windows(stack[1]), indices(stack[4]), entry_lengths(stack[5]),
       offsets(stack[6]), counts(stack[7]);
-  const int64_t n = lengths.numel(), max_tokens = as_int(stack[2]),
-                max_sequences = as_int(stack[3]);
+  const int64_t n = lengths.numel(), max_tokens = as_int(stack[2]);
+  const int64_t max_sequences = as_int(stack[3]);
   for (const Tensor* tensor : {&windows, &indices, &entry_lengths, &offsets, &counts})
     FT_CHECK(tensor->dtype() == aoti_torch_dtype_int64() && tensor->contiguous(),
              "plan_packs: needs contiguous int64");

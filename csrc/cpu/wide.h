@@ -2,8 +2,7 @@
 // that have the same name with both but for their beginning.
 #pragma once
 #if defined(__AVX2__)
-// gcc 12 warns of what its own header leaves undefined (its bug 105593)
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__) && !defined(__clang__)  // its bug 105593: it warns of its own header
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"

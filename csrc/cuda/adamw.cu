@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "adamw_args.h"
-#include "adamw_kernel.h"
+#include "adamw_kernel.cuh"
 #include "launch.h"
 #include "live_table.h"
 
@@ -41,7 +41,7 @@ void upload(void* to, const void* from, size_t bytes, cudaStream_t stream) {
   fastft::check_launch("adamw_");
 }
 
-// Whether what is launched on a stream is recorded for a CUDA graph.
+// Says whether what is launched on a stream is recorded for a CUDA graph.
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(stream, &status);
@@ -53,7 +53,7 @@ bool is_capturing(cudaStream_t stream) {
 
 using Kernel = void (*)(Step);
 
-// The kernel for tensors that are kept like these.
+// Returns the kernel for tensors that are kept like these.
 Kernel kernel_for(const std::vector<AdamwTensor>& rows) {
   static constexpr Kernel kAlike[] = {adamw_kernel<kFp32>, adamw_kernel<kExact>,
                                       adamw_kernel<kKahan>, adamw_kernel<kStochastic>,
@@ -61,9 +61,9 @@ Kernel kernel_for(const std::vector<AdamwTensor>& rows) {
   bool alike = true;
   for (const AdamwTensor& t : rows) {
     if (t.columns > 0) return adamw_kernel<kAnyhow>;
-    alike &= t.rounding == rows[0].rounding && !t.narrow_moments;
+    alike &= t.rounding == rows[0].rounding && !t.bf16_moments;
   }
-  return alike && !rows.empty() ? kAlike[rows[0].rounding] : adamw_kernel<kUncoded>;
+  return alike && !rows.empty() ? kAlike[rows[0].rounding] : adamw_kernel<kNoEightBit>;
 }
 
 // Tensors, and a table of them in device memory. The table is laid there by the first step, and
@@ -77,7 +77,7 @@ class Bound {
       : tensors(std::move(checked)), kernel_(kernel_for(tensors.rows)) {
     for (const AdamwTensor& t : tensors.rows) {
       first_block_.push_back(uint32_t(blocks_));
-      blocks_ += t.columns ? (moment_blocks(t) + kCodedBlocks - 1) / kCodedBlocks
+      blocks_ += t.columns ? (moment_blocks(t) + kMomentBlocks - 1) / kMomentBlocks
                            : (t.numel + kChunk - 1) / kChunk;
       FT_CHECK(blocks_ < (int64_t(1) << 31), "adamw_: %zu tensors have too many elements",
                tensors.rows.size());
@@ -86,7 +86,7 @@ class Bound {
 
   ~Bound() { leave_to_graph(); }
 
-  // A step with the gradients that `tensors` has taken.
+  // Takes a step with the gradients that `tensors` has taken.
   void run(const fastft::AdamwStep& hyper) {
     if (blocks_ == 0) return;
     FT_CHECK(hyper.grad_factor.device_index() == tensors.device_index,
@@ -94,7 +94,7 @@ class Bound {
     const fastft::DeviceGuard guard(tensors.device_index);
     const cudaStream_t stream = fastft::current_stream(tensors.device_index);
     const bool capturing = is_capturing(stream);
-    // a graph is left its table, so that there it does not matter whose memory that is
+    // A graph keeps its table for good: there it does not matter whose memory that is.
     if (!memory_ || (stream != stream_ && !capturing)) lay_table(stream);
     in_graph_ |= capturing;
     refresh_grads(stream);
@@ -128,8 +128,8 @@ class Bound {
   std::vector<const void*> grads_;  // in the table
 
   void lay_table(cudaStream_t stream) {
-    const size_t n = tensors.rows.size(),
-                 of_tensor = sizeof(AdamwTensor) + sizeof(void*) + sizeof(uint32_t);
+    const size_t n = tensors.rows.size();
+    const size_t of_tensor = sizeof(AdamwTensor) + sizeof(void*) + sizeof(uint32_t);
     const size_t hyper =
         tensors.hyper_rows > kOwnRows ? size_t(tensors.hyper_rows) * sizeof(AdamwHyper) : 0;
     fastft::Tensor memory =

@@ -6,6 +6,7 @@
 // 20 bytes a token beside the 8 that it reads. Lengths that do not add up to the tokens are the
 // caller's fault; nothing is written beyond the outputs then.
 #include "boundaries_args.h"
+#include "first_block.h"
 #include "launch.h"
 
 namespace {
@@ -49,14 +50,7 @@ __global__ void scan_kernel(Job job) {
 __global__ void fill_kernel(Job job) {
   const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (t >= job.tokens) return;
-  int64_t segment = 0, end = job.segments;  // the last one that begins at or before t
-  while (end - segment > 1) {
-    const int64_t middle = (segment + end) / 2;
-    if (job.cu_seqlens[middle] <= t)
-      segment = middle;
-    else
-      end = middle;
-  }
+  const int64_t segment = last_not_after(job.cu_seqlens, job.segments, t);
   const int64_t offset = t - job.cu_seqlens[segment];
   job.labels[t] = offset < job.ignored[segment] ? fastft::kIgnoredLabel : job.source[t];
   job.position_ids[t] = job.start + offset;

@@ -1,7 +1,7 @@
 // fastft::cross_entropy_rows on CUDA: which kernel a call needs, with how many threads, and whether
 // rows are held.
 #include "cross_entropy_args.h"
-#include "cross_entropy_kernel.h"
+#include "cross_entropy_kernel.cuh"
 #include "launch.h"
 
 namespace {
@@ -13,14 +13,15 @@ struct SharedMemory {
     cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   }
-  // Whether there are `bytes` for two blocks of an SM, each with the KiB that the driver takes.
+  // Says whether there are `bytes` for two blocks of an SM, each with the KiB that the driver
+  // takes.
   bool two_fit(int64_t bytes) const { return bytes <= block && 2 * (bytes + 1024) <= processor; }
 };
 
 template <class T, bool kOptions>
 void launch(Job job, int64_t rows, int32_t device) {
-  const int64_t vectors = job.classes / Row<T>::kSize,
-                held_bytes = sizeof(Scratch) + vectors * sizeof(uint4);
+  const int64_t vectors = job.classes / Row<T>::kSize;
+  const int64_t held_bytes = sizeof(Scratch) + vectors * sizeof(uint4);
   const auto kernel = rows_kernel<T, kOptions>;
   const SharedMemory memory(device);
   // few rows in flight: they share the L2 cache

@@ -1,4 +1,4 @@
-// What launchers need of the runtime and of torch: the device, its stream and memory, and whether a
+// Launchers' needs of the runtime and of torch: the device, its stream and memory, and whether a
 // launch failed.
 #pragma once
 #include <cuda_runtime.h>

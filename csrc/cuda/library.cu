@@ -1,4 +1,4 @@
-// What Python calls through ctypes after loading libfastft_cuda.so.
+// The functions that Python calls through ctypes after loading libfastft_cuda.so.
 #include <cuda_runtime.h>
 
 #include "shim.h"

@@ -5,10 +5,10 @@
 // A block has the 128 KiB between two multiples of that, counted from the last 16 bytes that begin
 // at or before the gradient; so only the ends of a gradient can lie off 16 bytes, and these go
 // element by element, a thread each.
-#include "batches.h"
+#include "batches.cuh"
 #include "launch.h"
 #include "scale_gradients_args.h"
-#include "vectors.h"
+#include "vectors.cuh"
 
 namespace {
 constexpr int kThreads = 256, kTensors = 64, kVector = 16;
@@ -42,7 +42,7 @@ __device__ uint4 scaled(const uint4& bits, float scale) {
 template <class T>
 __device__ void scale_ends(char* begin, char* end, float scale) {
   T* place = reinterpret_cast<T*>(begin) + threadIdx.x;
-  if (reinterpret_cast<char*>(place) < end) put(place, to_float(*place) * scale);
+  if (reinterpret_cast<char*>(place) < end) put(place, widened(*place) * scale);
 }
 
 // The bytes from `begin` to `end` of a gradient; `from`, on 16 bytes, is where those of the block
@@ -89,6 +89,11 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
     scale_chunk<__half>(from, begin, end, scale);
 }
 
+Kind kind_of(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return kFloat;
+  return dtype == aoti_torch_dtype_bfloat16() ? kBfloat16 : kHalf;
+}
+
 void scale_gradients(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 2, "scale_gradients_: 2 arguments expected, got %d", int(nargs));
   const fastft::ScaleGradientsArgs args(stack);
@@ -101,15 +106,13 @@ void scale_gradients(StableIValue* stack, uint64_t nargs, uint64_t) {
   });
   for (const fastft::ScaleGradientsArgs::Gradient& gradient : args.gradients) {
     if (gradient.numel == 0) continue;
-    const bool wide = gradient.dtype == aoti_torch_dtype_float32();
+    const Kind kind = kind_of(gradient.dtype);
     char* data = static_cast<char*>(gradient.data);
-    const int64_t bytes = gradient.numel * (wide ? 4 : 2);
+    const int64_t bytes = gradient.numel * (kind == kFloat ? 4 : 2);
     const int i = batches.add((lead(data) + bytes + kChunk - 1) / kChunk);
     batches.batch.data[i] = data;
     batches.batch.bytes[i] = bytes;
-    batches.batch.kind[i] = wide                                            ? kFloat
-                            : gradient.dtype == aoti_torch_dtype_bfloat16() ? kBfloat16
-                                                                            : kHalf;
+    batches.batch.kind[i] = kind;
   }
   batches.flush();
   fastft::check_launch("scale_gradients_");

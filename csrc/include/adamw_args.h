@@ -8,8 +8,8 @@
 #include "shim.h"
 
 namespace fastft {
-// Whether elements at the same memory offset belong together: all contiguous, or all with the same
-// dense strides.
+// Says whether elements at the same memory offset belong together: all contiguous, or all with the
+// same dense strides.
 inline bool same_layout(const Tensor& a, const Tensor& b) {
   if (a.contiguous() && b.contiguous()) return true;
   const int64_t dim = a.dim();
@@ -29,7 +29,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 class AdamwTensors {
  public:
   std::vector<AdamwTensor> rows;
-  std::vector<int64_t> ends;  // elements up to and including each tensor
+  std::vector<int64_t> starts{0};  // elements before each tensor, and all of them
   int32_t device_index = -1;
   int64_t hyper_rows = 0;
 
@@ -45,7 +45,7 @@ class AdamwTensors {
              "adamw_: table must be contiguous int64 with one row of 4 for each tensor");
     const int64_t* entry = static_cast<const int64_t*>(table.data());
     size_t next_max = 0, next_residue = 0;
-    rows.reserve(n), ends.reserve(n), kept_.reserve(n);
+    rows.reserve(n), starts.reserve(n + 1), kept_.reserve(n);
     for (size_t i = 0; i < n; i++, entry += 4) {
       const auto rounding = static_cast<AdamwRounding>(entry[1]);
       FT_CHECK(entry[0] >= 0 && entry[0] < kMostRows && rounding >= kFp32 && rounding <= kNearest &&
@@ -57,8 +57,8 @@ class AdamwTensors {
       FT_CHECK(!keeps || next_residue < residues.size, "adamw_: bfloat16 tensor %zu has no residue",
                i);
       Tensor exp_avg = exp_avgs[i];
-      const bool coded = exp_avg.dtype() == aoti_torch_dtype_int8();
-      FT_CHECK(!coded || next_residue + keeps + 2 <= residues.size,
+      const bool eight_bit = exp_avg.dtype() == aoti_torch_dtype_int8();
+      FT_CHECK(!eight_bit || next_residue + keeps + 2 <= residues.size,
                "adamw_: tensor %zu has no scales", i);
       const auto next = [&](bool there, const TensorList& list, size_t& index) {
         return there ? list[index++] : Tensor(StableIValue(0));
@@ -68,12 +68,12 @@ class AdamwTensors {
                 exp_avg_sqs[i],
                 next(amsgrad, max_exp_avg_sqs, next_max),
                 next(keeps, residues, next_residue),
-                next(coded, residues, next_residue),
-                next(coded, residues, next_residue)};
-      rows.push_back(coded ? check_8bit(i, kept, rounding) : check(i, kept, rounding));
+                next(eight_bit, residues, next_residue),
+                next(eight_bit, residues, next_residue)};
+      rows.push_back(eight_bit ? check_8bit(i, kept, rounding) : check(i, kept, rounding));
       rows.back().row = entry[0], rows.back().first = entry[3];
       hyper_rows = entry[0] >= hyper_rows ? entry[0] + 1 : hyper_rows;
-      ends.push_back((i ? ends[i - 1] : 0) + rows.back().numel);
+      starts.push_back(starts.back() + rows.back().numel);
       kept_.push_back(std::move(kept));
     }
     FT_CHECK(next_max == max_exp_avg_sqs.size && next_residue == residues.size,
@@ -126,7 +126,7 @@ class AdamwTensors {
     }
   };
   std::vector<Kept> kept_;
-  // with which no sum of what a table says overflows
+  // Limits with which no sum of what a table says overflows.
   static constexpr int64_t kMostRows = int64_t(1) << 31, kLastElement = int64_t(1) << 62;
 
   static bool same(const Tensor& tensor, const void* data, int64_t numel) {
@@ -144,10 +144,10 @@ class AdamwTensors {
   }
 
   AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding) {
-    const bool narrow = kept.exp_avg.dtype() == aoti_torch_dtype_bfloat16();
-    const int32_t moment = narrow ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
+    const bool bf16 = kept.exp_avg.dtype() == aoti_torch_dtype_bfloat16();
+    const int32_t moment = bf16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
     AdamwTensor row = check(i, kept, rounding, moment, moment);
-    row.narrow_moments = narrow;
+    row.bf16_moments = bf16;
     return row;
   }
 
@@ -160,8 +160,7 @@ class AdamwTensors {
              i);
     const int64_t lines = kept.param.dim() == 1 ? 1 : kept.param.size(0);
     row.columns = row.numel ? row.numel / lines : 0;
-    const int64_t blocks =
-        row.numel ? lines * ((row.columns + kMomentBlock - 1) / kMomentBlock) : 0;
+    const int64_t blocks = lines * moment_blocks_of_row(row.columns);
     for (const Tensor* scale : {&kept.exp_avg_scale, &kept.exp_avg_sq_scale})
       FT_CHECK(
           scale->dtype() == aoti_torch_dtype_float32() && scale->contiguous() &&

@@ -1,16 +1,8 @@
 // AdamW for one element, shared by the CPU and the CUDA sources: fp32 inside, every operation
 // rounded on its own except the two fused multiply-adds, which are where torch's fused CPU kernel
-// has them, so that fp32 results equal it bit for bit. Everything is static: a CPU kernel file is
-// compiled once per instruction set and must share no inline function.
+// has them, so that fp32 results equal it bit for bit.
 #pragma once
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__CUDACC__)
-#define FASTFT_HD static __host__ __device__ __forceinline__
-#else
-#define FASTFT_HD static inline __attribute__((always_inline, unused))
-#endif
+#include "bf16.h"
 
 // One row of the op's `hyper` table, in this order.
 struct AdamwHyper {
@@ -32,18 +24,16 @@ enum AdamwRounding : int64_t { kFp32 = 0, kExact = 1, kKahan = 2, kStochastic = 
 struct AdamwTensor {
   void* param;  // float32 where rounding is kFp32, else bfloat16
   const void* grad;
-  // float32, bfloat16 where narrow_moments, or codes where there are scales
-  void *exp_avg, *exp_avg_sq;
-  float *exp_avg_scale, *exp_avg_sq_scale;  // nullptr, or of 8-bit moments the blocks' scales
-  int64_t columns;                          // elements of a row, in which such blocks lie
-  void* max_exp_avg_sq;                     // nullptr without amsgrad
-  // what rounding keeps: int16 remainder, bfloat16 compensation, or nullptr
-  void* residue;
+  void *exp_avg, *exp_avg_sq;  // float32, bfloat16 where bf16_moments, or codes where columns > 0
+  float *exp_avg_scale, *exp_avg_sq_scale;  // the scales of the blocks of 8-bit moments, or nullptr
+  int64_t columns;       // elements of a row, in which such blocks lie; 0 without 8-bit moments
+  void* max_exp_avg_sq;  // nullptr without amsgrad
+  void* residue;         // what rounding keeps: int16 remainder, bfloat16 compensation, or nullptr
   int64_t numel;
   int64_t first;  // index of the first element among all of the optimizer's, for the random bits
   int64_t row;    // of the hyper table
   AdamwRounding rounding;
-  bool narrow_moments;
+  bool bf16_moments;
 };
 
 #if defined(__CUDA_ARCH__)  // the intrinsics keep nvcc from contracting what the CPU rounds twice
@@ -63,19 +53,7 @@ FASTFT_HD float ft_sqrt(float a) { return __builtin_sqrtf(a); }
 FASTFT_HD float ft_div(float a, float b) { return a / b; }
 #endif
 
-FASTFT_HD uint32_t float_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-FASTFT_HD float bits_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// NaN wins, as in torch.maximum
+// The larger one; NaN wins, as in torch.maximum.
 FASTFT_HD float ft_larger(float a, float b) { return a > b || a != a ? a : b; }
 
 template <class Number>
@@ -123,42 +101,19 @@ FASTFT_HD Number adamw_element(Number param, Number grad, float factor, Number* 
                 ft_div(ft_mul(Number(h.negative_step), m), denominator));
 }
 
-FASTFT_HD float bf16_to_float(uint16_t value) { return bits_float((uint32_t)value << 16); }
-
-// Of a number: the upper half is the nearest bf16, ties to even.
-FASTFT_HD uint32_t bf16_nearest_sum(float value) {
-  const uint32_t bits = float_bits(value);
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
-
-FASTFT_HD uint16_t bf16_nearest(float value) {
-  return value != value ? (uint16_t)0x7fc0 : (uint16_t)(bf16_nearest_sum(value) >> 16);
-}
-
-// Of which the upper half is the result of bf16_stochastic.
-FASTFT_HD uint32_t bf16_sum(float value, uint32_t random) {
-  return value != value ? 0x7fc00000u : float_bits(value) + random;
-}
-
-// One of the two neighbouring bf16 values, the nearer the likelier, so that the mean over all
-// `random` is `value`.
-FASTFT_HD uint16_t bf16_stochastic(float value, uint16_t random) {
-  return (uint16_t)(bf16_sum(value, random) >> 16);
-}
-
-// A bf16 parameter and the int16 remainder together are the fp32 master: its bits are (param << 16)
-// + remainder, signed. The parameter is the master rounded to nearest, ties away from zero: with
-// ties to even, both neighbours of an even parameter at exactly half a step would need the same 16
-// bits, and one of the two masters would be lost.
-FASTFT_HD float master_join(uint16_t param, int16_t remainder) {
-  const uint32_t high = (uint32_t)param << 16;
-  const float master = bits_float(high + (uint32_t)(int32_t)remainder);
+// A bf16 parameter and the int16 remainder together are the fp32 master, whose bits are (param <<
+// 16) + remainder, signed. The parameter is the master rounded to nearest, ties away from zero:
+// with ties to even, both neighbours of an even parameter at exactly half a step would need the
+// same 16 bits, and one of the two masters would be lost.
+FASTFT_HD float master_join(float param, int32_t remainder) {
+  const float master = bits_float(float_bits(param) + (uint32_t)remainder);
   // No split makes NaN from another parameter: somebody has overwritten it, and the old remainder
   // does not fit.
-  return master == master ? master : bits_float(high);
+  return master == master ? master : param;
 }
 
-FASTFT_HD uint32_t master_bits(float master) {  // rounding makes Inf or 0 of some NaNs
+// The bits of a master, the same for every NaN: rounding would make Inf or 0 of some.
+FASTFT_HD uint32_t master_bits(float master) {
   return master != master ? 0x7fc00000u : float_bits(master);
 }
 
@@ -168,15 +123,5 @@ FASTFT_HD void master_split(float master, uint16_t* param, int16_t* remainder) {
   *remainder = (int16_t)(uint16_t)bits;
 }
 
-// A bf16 parameter and its bf16 compensation: together 16 bits of mantissa, at least.
-FASTFT_HD float kahan_join(uint16_t param, uint16_t compensation) {
-  return ft_add(bf16_to_float(param), bf16_to_float(compensation));
-}
-
+// Kahan's compensation of a weight that has lost `value`: there is none beside Inf and NaN.
 FASTFT_HD float finite_or_zero(float value) { return ft_add(value, -value) == 0.0f ? value : 0.0f; }
-
-FASTFT_HD void kahan_split(float value, uint16_t* param, uint16_t* compensation) {
-  *param = bf16_nearest(value);
-  // none beside Inf and NaN
-  *compensation = bf16_nearest(finite_or_zero(ft_sub(value, bf16_to_float(*param))));
-}

@@ -30,16 +30,16 @@ class BoundariesArgs {
         tokens(source_.numel()),
         start(as_int(stack[3])),
         device_index(source_.device_index()) {
-    const int32_t wide = aoti_torch_dtype_int64(), narrow = aoti_torch_dtype_int32();
+    const int32_t int64 = aoti_torch_dtype_int64(), int32 = aoti_torch_dtype_int32();
     FT_CHECK(tokens <= INT32_MAX, "packed_boundaries: %lld tokens are too many",
              static_cast<long long>(tokens));
-    lengths = checked<const int64_t>(lengths_, "lengths", wide, segments);
-    ignored = checked<const int64_t>(ignored_, "ignored", wide, segments);
-    source = checked<const int64_t>(source_, "source", wide, tokens);
-    labels = checked<int64_t>(labels_, "labels", wide, tokens);
-    position_ids = checked<int64_t>(position_ids_, "position_ids", wide, tokens);
-    seq_idx = checked<int32_t>(seq_idx_, "seq_idx", narrow, tokens);
-    cu_seqlens = checked<int32_t>(cu_seqlens_, "cu_seqlens", narrow, segments + 1);
+    lengths = checked<const int64_t>(lengths_, "lengths", int64, segments);
+    ignored = checked<const int64_t>(ignored_, "ignored", int64, segments);
+    source = checked<const int64_t>(source_, "source", int64, tokens);
+    labels = checked<int64_t>(labels_, "labels", int64, tokens);
+    position_ids = checked<int64_t>(position_ids_, "position_ids", int64, tokens);
+    seq_idx = checked<int32_t>(seq_idx_, "seq_idx", int32, tokens);
+    cu_seqlens = checked<int32_t>(cu_seqlens_, "cu_seqlens", int32, segments + 1);
   }
 
  private:

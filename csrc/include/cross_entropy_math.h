@@ -1,4 +1,4 @@
-// What becomes of one row of logits once its sums are known; the same on CPU and CUDA. The formulas
+// The end of one row of logits, once its sums are known; the same on CPU and CUDA. The formulas
 // stand at the top of fastft/loss/cross_entropy_rows.py; z are the logits after scale and softcap.
 #pragma once
 #include <math.h>
@@ -14,14 +14,12 @@ struct RowSums {
   float max, target_logit;
   double others;  // sum of exp(z - max) over all classes but the target
   double below;   // sum of weight * (max - z) over all classes; 0 without label smoothing
-  // sum of exp(z - max) * (z - max) over all classes; 0 where no entropy is asked for
-  double moment;
+  double moment;  // sum of exp(z - max) * (z - max) over all classes; 0 without an entropy
 };
 
 struct RowTerms {
-  // (1 - label_smoothing) * weight of the target: what the loss gives to the target's class
-  double hit;
-  double spread;  // label_smoothing / classes: what it gives to each class, times the class' weight
+  double hit;     // the target's share of the loss: (1 - label_smoothing) * its weight
+  double spread;  // each class' share, over its weight: label_smoothing / classes
   double weight_sum, target_weight;
   double z_loss;
   double upstream_loss, upstream_lse, upstream_entropy;

@@ -1,5 +1,5 @@
-// What an operator hands to Python and takes back later: a number that stands for an object here,
-// and is no address.
+// A handle that an operator gives to Python and takes back later: a number that stands for an
+// object here, and is no address.
 #pragma once
 #include <memory>
 #include <mutex>

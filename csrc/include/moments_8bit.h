@@ -9,6 +9,11 @@ enum { kMomentBlock = 128, kExpAvgNan = -128, kSqOctave = 12 };
 #define FASTFT_EXP_AVG_SQ_UNITS 2621440.0f  // code 255 in units of code 0: 1.25 * 2^21
 #define FASTFT_SMALL_SCALE 0x1p-100f
 
+// The blocks of a row of so many elements: its last one may be short.
+FASTFT_HD int64_t moment_blocks_of_row(int64_t columns) {
+  return (columns + kMomentBlock - 1) / kMomentBlock;
+}
+
 FASTFT_HD float exp_avg_decode(int8_t code, float scale) {
   const float root = ft_mul((float)code, 1.0f / 127.0f);
   const float m =

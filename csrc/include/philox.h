@@ -8,23 +8,10 @@
 #pragma once
 #include <stdint.h>
 
-#include "adamw_math.h"
+#include "host_device.h"
 
 enum PhiloxStream : uint32_t { kStreamParam = 0, kStreamMoments = 1, kStreamMaxExpAvgSq = 2 };
 enum { kPhiloxRounds = 7 };
-
-// One round over `lanes` counters at once, stored as structure of arrays: compilers turn the loop
-// into vectors.
-#define FASTFT_PHILOX_ROUND(lanes, c0, c1, c2, c3, key0, key1)                                 \
-  for (int lane = 0; lane < (lanes); lane++) {                                                 \
-    const uint64_t a = (uint64_t)c0[lane] * 0xD2511F53u, b = (uint64_t)c2[lane] * 0xCD9E8D57u; \
-    const uint32_t next0 = (uint32_t)(b >> 32) ^ c1[lane] ^ (key0);                            \
-    const uint32_t next2 = (uint32_t)(a >> 32) ^ c3[lane] ^ (key1);                            \
-    c0[lane] = next0;                                                                          \
-    c1[lane] = (uint32_t)b;                                                                    \
-    c2[lane] = next2;                                                                          \
-    c3[lane] = (uint32_t)a;                                                                    \
-  }
 
 FASTFT_HD uint16_t swap_bytes(uint16_t bits) { return (uint16_t)(bits << 8 | bits >> 8); }
 
@@ -62,7 +49,15 @@ FASTFT_HD void philox_bits(uint64_t block, uint32_t step, uint32_t stream, uint6
   }
   uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; round++) {
-    FASTFT_PHILOX_ROUND(lanes, c0, c1, c2, c3, key0, key1)
+    for (int lane = 0; lane < lanes; lane++) {  // a structure of arrays: this becomes vectors
+      const uint64_t a = (uint64_t)c0[lane] * 0xD2511F53u, b = (uint64_t)c2[lane] * 0xCD9E8D57u;
+      const uint32_t next0 = (uint32_t)(b >> 32) ^ c1[lane] ^ key0;
+      const uint32_t next2 = (uint32_t)(a >> 32) ^ c3[lane] ^ key1;
+      c0[lane] = next0;
+      c1[lane] = (uint32_t)b;
+      c2[lane] = next2;
+      c3[lane] = (uint32_t)a;
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }

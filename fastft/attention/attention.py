@@ -1,5 +1,4 @@
-"""`attn_implementation="fastft"`: attention that keeps the sequences of packed batches apart, for
-transformers' models.
+"""`attn_implementation="fastft"`: attention within packed sequences, for transformers' models.
 
 Two functions are registered with transformers. The attention function asks `segments_of` for the
 batch's boundaries and calls `segment_attention`; a batch without boundaries goes to transformers'
@@ -26,15 +25,11 @@ from fastft.data.host_boundaries import note
 
 NAME = "fastft"
 
-# transformers' mask functions whose meaning `_Pattern` holds, by their names in
-# transformers.masking_utils
-# what |i - j| < window adds to it
+# the names in transformers.masking_utils of mask functions whose meaning `_Pattern` holds; what
+# each kind of window is wider than its size, as |i - j| < window
 _WINDOWS = {"sliding_window_overlay": 0, "sliding_window_bidirectional_overlay": 1}
-_CHUNKS, _PACKED, _CAUSAL = (
-    "chunked_overlay",
-    "packed_sequence_mask_function",
-    "causal_mask_function",
-)
+_CHUNKS, _CAUSAL = "chunked_overlay", "causal_mask_function"
+_PACKED = "packed_sequence_mask_function"
 _UNDERSTOOD = {
     *_WINDOWS,
     *(_CHUNKS, _PACKED, _CAUSAL),
@@ -67,13 +62,11 @@ class _Pattern:
 
 
 def _names(function: Any) -> set[str]:
-    """The names of a mask function and of those it is made of, without what stands around them."""
+    """The names of a mask function and of those it is made of, found in its closure."""
     names = {getattr(function, "__qualname__", type(function).__name__).partition(".")[0]}
     for cell in getattr(function, "__closure__", None) or ():
-        inner = (
-            cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,)
-        )
-        for part in inner:
+        inner = cell.cell_contents
+        for part in inner if isinstance(inner, tuple) else (inner,):
             names |= _names(part) if callable(part) else set()
     return names
 
@@ -81,7 +74,7 @@ def _names(function: Any) -> set[str]:
 def _pattern(
     names: set[str], local_size: int | None, complete: bool, build: Callable[[], Tensor | None]
 ) -> _Pattern:
-    """What a mask function with these names says."""
+    """Reads what a mask function with these names says."""
     windows = [more for name, more in _WINDOWS.items() if name in names]
     local = len(windows) + (_CHUNKS in names)
     complete = (
@@ -102,8 +95,7 @@ def fastft_mask(
     local_size: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The mask function: transformers' sdpa mask, except for packed batches; arguments as
-    transformers calls it.
+    """The mask function: transformers' sdpa mask, except for packed batches.
 
     A batch is packed if a model with `keep_segments` runs it, or if its positions say so and its
     attention calls get the boundaries as keyword arguments. For these it returns None where only
@@ -143,8 +135,8 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any], key: Tensor, sinks: Tenso
         if bias or (name in _NOT_COMPUTED and value is not None and value is not False):
             raise NotImplementedError(
                 f'attn_implementation="fastft" does not know the argument {name} of '
-                f"{type(module).__name__} and would "
-                "compute something else without it: use another attn_implementation"
+                f"{type(module).__name__} and would compute something else without it: use another "
+                "attn_implementation, and attention=False in a callback of fastft's"
             )
     if sinks is None and isinstance(getattr(module, "sinks", None), Tensor):
         raise NotImplementedError(
@@ -153,7 +145,7 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any], key: Tensor, sinks: Tenso
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In autocast's dtype where it is on, as it casts for torch's own attention."""
+    """Casts to autocast's dtype where it is on, as it does for torch's own attention."""
     device = query.device.type
     if not torch.is_autocast_enabled(device):
         return query, key, value
@@ -162,7 +154,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def _whole_rows(rows: int, queries: int, keys: int, device: torch.device) -> Segments:
-    """Every row a segment; made where it is read, so that nothing waits."""
+    """Makes every row a segment, on the device where that is read, so that nothing waits."""
 
     def ends(tokens: int) -> Tensor:
         made = torch.arange(rows + 1, dtype=torch.int32, device=device) * tokens
@@ -181,16 +173,12 @@ def _unpacked(
     causal: bool,
     rule: dict[str, Any],
 ) -> Tensor:
-    """What sdpa attention does for a batch that is not packed, with the softcap and the sinks that
-    it does not know."""
+    """Computes a batch that is not packed, with the softcap and sinks that sdpa does not know."""
     length, bias = query.shape[2], rule["bias"]
     causal = causal and mask is None and length > 1
     if causal and key.shape[2] > length:  # a static cache that holds these tokens alone
-        key, value, bias = (
-            key[:, :, :length],
-            value[:, :, :length],
-            None if bias is None else bias[..., :length],
-        )
+        key, value = key[:, :, :length], value[:, :, :length]
+        bias = None if bias is None else bias[..., :length]
     rows = _whole_rows(query.shape[0], length, key.shape[2], query.device)
     query, key, value = _autocast(query, key, value)
     return segment_attention(
@@ -213,9 +201,9 @@ def fastft_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function, as models call it: (R, H, T, D), (R, G, U, D), (R, G, U, Dv) to (R,
-    T, H, Dv).
+    """The attention function, as models call it.
 
+    query (R, H, T, D), key (R, G, U, D) and value (R, G, U, Dv) give (R, T, H, Dv).
     `attention_mask` is what `fastft_mask` returned, or a mask (R or 1, H or 1, T, U) that holds
     causality and windows; `is_causal` is `module.is_causal` by default, else True; `s_aux` are
     sinks (H,); `kwargs` has the boundaries, if the model hands them on. There are no attention
@@ -247,8 +235,8 @@ def fastft_attention(
     if segments.alike and key.shape[2] != query.shape[2]:
         raise NotImplementedError(
             f"{type(module).__name__} has {key.shape[2]} keys for the {query.shape[2]} tokens of a "
-            f"packed row: packed "
-            "batches cannot be combined with a cache of earlier tokens or with prefix tuning"
+            "packed row: packed batches cannot be combined with a cache of earlier tokens or with "
+            "prefix tuning"
         )
     seen = _seen(attention_mask, causal, sliding_window)
     query, key, value = _autocast(query, key, value)
@@ -256,7 +244,7 @@ def fastft_attention(
 
 
 def _seen(mask: Tensor | _Pattern | None, causal: bool, window: int | None) -> dict[str, Any]:
-    """Which keys of its segment a query sees."""
+    """Returns which keys of its segment a query sees, as arguments of `segment_attention`."""
     if mask is None:
         return {"causal": causal, "window": window}
     if isinstance(mask, Tensor):

@@ -1,11 +1,10 @@
-"""Torch's flash attention kernels, a segment or a whole batch a call, as engines of
-`segment_attention`.
+"""Torch's flash attention kernels as engines of `segment_attention`.
 
 Forward takes q, k, v (R, H, T, D) and gives out (R, T, H, D) and lse (R, H, T); backward takes out
 and its gradient as (R, H, T, D) too. The CPU kernel knows a causal segment and a segment without a
-mask; a window that binds becomes bands of queries with a small additive mask, the same one for all
-but the first. The CUDA kernel knows segments, windows and dropout itself. Both share key heads
-among query heads, and neither stores scores.
+mask, one a call; a window that binds becomes bands of queries with a small additive mask, the same
+one for all but the first. The CUDA kernel computes a whole batch a call, and knows segments,
+windows and dropout itself. Both share key heads among query heads, and neither stores scores.
 
 Their backward takes out and lse as arguments, and with sinks they are the output and the lse with
 sinks.
@@ -20,43 +19,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.attention.attention_tiles import Call, Tile
+from fastft.attention.attention_tiles import AttentionCall, Tile
 
 _BAND = (128, 512)  # queries of one call where a window binds: at least, at most
 
 
-def _cpu_tiles(call: Call, query: Tensor) -> Iterator[tuple[Tile, dict[str, Any]]]:
-    """The kernel's calls and their arguments."""
+def _cpu_tiles(call: AttentionCall, query: Tensor) -> Iterator[tuple[Tile, dict[str, Any]]]:
+    """Yields the kernel's calls, a tile and its arguments each."""
     window = call.window
 
     def block(keys: int) -> int:
-        return (
-            sys.maxsize
-            if window is None or keys <= window
-            else min(max(window, _BAND[0]), _BAND[1])
-        )
+        if window is None or keys <= window:
+            return sys.maxsize
+        return min(max(window, _BAND[0]), _BAND[1])
 
     masks: dict[tuple[int, int, int], Tensor | None] = {}
     for tile in call.tiles(block):
-        causal = (
-            call.causal and tile.rows == tile.columns and (window is None or tile.rows <= window)
-        )
-        mask = None
+        square = tile.rows == tile.columns and (window is None or tile.rows <= window)
+        causal, mask = call.causal and square, None
         if not causal:
             shape = (tile.rows, tile.columns, tile.shift)
             if shape not in masks:
-                visible = call.visible(tile, query.device)
-                masks[shape] = (
-                    None
-                    if visible is None
-                    else query.new_zeros(shape[:2]).masked_fill_(~visible, -torch.inf)
-                )
+                masks[shape] = _additive(call.visible(tile, query.device), query)
             mask = masks[shape]
         yield tile, {"dropout_p": 0.0, "is_causal": causal, "attn_mask": mask, "scale": call.scale}
 
 
-def cpu_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, ...]:
-    """Out and lse."""
+def _additive(visible: Tensor | None, like: Tensor) -> Tensor | None:
+    """Returns what is added to scores: 0, and minus infinity for what a query may not see."""
+    if visible is None:
+        return None
+    return like.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+
+
+def cpu_forward(
+    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
+) -> tuple[Tensor, ...]:
+    """Computes out and lse."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = call.new_outputs(query, value)
     for tile, options in _cpu_tiles(call, query):
@@ -67,7 +66,9 @@ def cpu_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[
     return out, lse
 
 
-def cpu_backward(tensors: tuple[Tensor, ...], call: Call, grads: tuple[Tensor, ...]) -> None:
+def cpu_backward(
+    tensors: tuple[Tensor, ...], call: AttentionCall, grads: tuple[Tensor, ...]
+) -> None:
     """Fills the gradients of query, key and value; those of keys and values are zeros where a
     window binds."""
     d_out, query, key, value, out, lse = tensors
@@ -93,7 +94,8 @@ def cpu_backward(tensors: tuple[Tensor, ...], call: Call, grads: tuple[Tensor, .
                 grad[row, :, tokens] += part
 
 
-def _cuda_options(call: Call) -> dict[str, Any]:
+def _cuda_options(call: AttentionCall) -> dict[str, Any]:
+    """The arguments of the CUDA kernel that both directions take; -1 is no window."""
     left = -1 if call.window is None else call.window - 1
     return {
         "scale": call.scale,
@@ -107,8 +109,10 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
-def cuda_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, ...]:
-    """Out, lse, and the two tensors that say where dropout's random numbers came from."""
+def cuda_forward(
+    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
+) -> tuple[Tensor, ...]:
+    """Computes out, lse, and two tensors that say where dropout's random numbers came from."""
     out, lse, *random, _ = torch.ops.aten._flash_attention_forward(
         *(_flat(tensor) for tensor in (query, key, value)),
         *call.boundaries(query.device),
@@ -122,10 +126,10 @@ def cuda_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple
 
 
 def cuda_backward(
-    tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: Call
+    tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...], call: AttentionCall
 ) -> tuple[Tensor, ...]:
-    """The gradients of query, key and value, as the kernel lays them out; `saved`: what the forward
-    gave behind lse."""
+    """Computes the gradients of query, key and value; `saved` is what the forward gave after
+    lse."""
     d_out, query, key, value, out, lse = tensors
     parts = torch.ops.aten._flash_attention_backward(
         *(_flat(tensor) for tensor in (d_out, query, key, value, out)),
@@ -139,7 +143,7 @@ def cuda_backward(
     return tuple(part.unflatten(0, (query.shape[0], -1)).transpose(1, 2) for part in parts)
 
 
-def flash_attn(query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+def flash_attn(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """flash-attn's own function, which knows softcap; differentiable. (R, T, H, D)."""
     from flash_attn import flash_attn_varlen_func
 

@@ -1,9 +1,10 @@
-"""How packed rows fall into pieces and tiles for `segment_attention`: which queries see which keys.
+"""Pieces and tiles of packed rows for `segment_attention`: which queries see which keys.
 
 A *piece* is one segment, or one chunk of a segment where attention is chunked. A *tile* is some
 queries of a piece with the keys that causality and the window leave them:
 
-    low  = max(first key, first query - window + 1)      high = last query + 1 if causal, else last query + window
+    low  = max(first key, first query - window + 1)
+    high = last query + 1 if causal, else last query + window
 
 so that the tiles' scores together are linear in the tokens where a window binds.
 """
@@ -33,8 +34,7 @@ class Piece(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries and the keys that they may see; query i of the tile stands at key `shift + i` of the
-    tile."""
+    """Queries and the keys that they may see; query i of the tile stands at its key `shift + i`."""
 
     row: int
     queries: slice
@@ -43,18 +43,18 @@ class Tile(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many queries."""
+        """The count of queries."""
         return self.queries.stop - self.queries.start
 
     @property
     def columns(self) -> int:
-        """How many keys."""
+        """The count of keys."""
         return self.keys.stop - self.keys.start
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """All of one attention call but its differentiable tensors."""
+class AttentionCall:
+    """One attention call without its differentiable tensors."""
 
     segments: Segments
     pieces: list[Piece]
@@ -83,7 +83,7 @@ class Call:
                 yield Tile(row, slice(start, stop), slice(low, high), start - q0 + k0 - low)
 
     def visible(self, tile: Tile, device: torch.device) -> Tensor | None:
-        """Which keys each query of a tile sees, bool (queries, keys); None: all."""
+        """A mask of the keys that each query of a tile sees, bool (queries, keys); None: all."""
         window = (
             self.window
             if self.window is not None and max(tile.rows, tile.columns) > self.window
@@ -109,7 +109,7 @@ class Call:
         return chunks, chunks, longest, longest
 
     def new_outputs(self, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Unfilled out (R, T, H, Dv) of the query's dtype and lse (R, H, T), at least float32."""
+        """Allocates out (R, T, H, Dv) of the query's dtype and lse (R, H, T), at least float32."""
         rows, heads, length, _ = query.shape
         wide = torch.promote_types(query.dtype, torch.float32)
         return query.new_empty((rows, length, heads, value.shape[3])), query.new_empty(
@@ -117,14 +117,14 @@ class Call:
         )
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """Where dropout's random numbers come from, the same in each forward and backward; None
-        without dropout."""
+        """Makes the source of dropout's random numbers, the same for each forward and backward;
+        None without dropout."""
         return torch.Generator(device).manual_seed(self.seed) if self.dropout > 0 else None
 
 
 def _chunk_ends(ends: Tensor, chunk: int, chunks: int) -> Tensor:
-    """cu_seqlens of all chunks, int32 (chunks + 1,), computed where `ends` are: a copy from the
-    host would wait."""
+    """Computes cu_seqlens of all chunks, int32 (chunks + 1,), on the device of `ends`: a copy from
+    the host would wait."""
     counts = (ends.diff() + (chunk - 1)) // chunk
     segment = torch.repeat_interleave(counts, output_size=chunks)
     place = torch.arange(chunks, device=ends.device) - (counts.cumsum(0) - counts)[segment]
@@ -135,6 +135,7 @@ def _chunk_ends(ends: Tensor, chunk: int, chunks: int) -> Tensor:
 def _band(
     queries: int, keys: int, shift: int, causal: bool, window: int | None, device: torch.device
 ) -> Tensor:
+    """Returns which keys of a tile each query sees, bool (queries, keys)."""
     behind = (
         torch.arange(queries, device=device)[:, None] + shift - torch.arange(keys, device=device)
     )
@@ -143,6 +144,7 @@ def _band(
 
 
 def _check(name: str, ends: list[int], rows: int, length: int) -> None:
+    """Raises ValueError unless the boundaries cover the tokens of all rows."""
     if (
         ends[0] != 0
         or ends[-1] != rows * length
@@ -158,11 +160,10 @@ def _check(name: str, ends: list[int], rows: int, length: int) -> None:
 def pieces_of(
     segments: Segments, rows: int, length_q: int, length_k: int, same: bool, chunk: int | None
 ) -> list[Piece]:
-    """The segments that have queries, as places in their rows; the chunks of segments where there
-    are chunks.
+    """Finds the segments that have queries, or their chunks, as places in their rows.
 
     With `same` a segment must have as many keys as queries, as causality, a window and chunks need.
-    Found and checked once a batch: the list is for all who ask, not to be changed.
+    It is done once a batch: the list is for all who ask, not to be changed.
     """
     key = ("pieces", rows, length_q, length_k, same, chunk)
     if key not in segments.made:
@@ -208,15 +209,14 @@ def _pieces(
 
 
 def part_of(whole: Tensor, tile: Tile) -> Tensor:
-    """The view of a (1|R, 1|H, 1|T, 1|U) bias or mask that belongs to a tile: (1|H, 1|queries, 1|keys)."""
+    """The view of a bias or mask (1|R, 1|H, 1|T, 1|U) for a tile: (1|H, 1|queries, 1|keys)."""
     part = whole[tile.row if whole.shape[0] > 1 else 0]
     part = part[:, tile.queries] if part.shape[1] > 1 else part
     return part[:, :, tile.keys] if part.shape[2] > 1 else part
 
 
-def mask_scores(call: Call, tile: Tile, scores: Tensor) -> Tensor:
-    """Minus infinity where a query may not look; what a floating-point mask says is added. In
-    place."""
+def mask_scores(call: AttentionCall, tile: Tile, scores: Tensor) -> Tensor:
+    """Writes minus infinity where a query may not look, adds a floating-point mask; in place."""
     visible = call.visible(tile, scores.device)
     if visible is not None:
         scores.masked_fill_(~visible, -torch.inf)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.data.keys import PADDING_LENGTHS
 from fastft.foreign import base_model
 
-KEY = "padding_lengths"
 _MARK = "fastft_padding"  # an attribute of the mask, by which the body's hook knows it
 
 
@@ -57,7 +57,7 @@ def count_no_padding(model: nn.Module) -> RouterLossHandle:
 def _give_mask(
     model: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    padding, tokens = kwargs.get(KEY), kwargs.get("input_ids")
+    padding, tokens = kwargs.get(PADDING_LENGTHS), kwargs.get("input_ids")
     if (
         not isinstance(padding, Tensor)
         or tokens is None

@@ -1,14 +1,16 @@
-"""Attention within the segments of packed rows, with memory linear in the tokens, forward and
-backward.
+"""Attention within the segments of packed rows, with memory linear in the tokens.
 
-    s[i, j] = cap(scale q[i] . k[j]) + bias[i, j]      for j in the segment of i, j <= i if causal, |i - j| < window
-    lse[i]  = log(sum_j exp(s[i, j]) + exp(sink))      cap(x) = softcap tanh(x / softcap); no sink: exp(sink) = 0
-    out[i]  = sum_j p[i, j] v[j]                       p = exp(s - lse)
+    s[i, j] = cap(scale q[i] . k[j]) + bias[i, j]
+    lse[i]  = log(sum_j exp(s[i, j]) + exp(sink))
+    out[i]  = sum_j p[i, j] v[j]                    p = exp(s - lse)
 
-Backward needs no matrix of the forward, only q, k, v, out and lse:
+for the j in the segment of i, with j <= i if causal, |i - j| < window. cap(x) is softcap tanh(x /
+softcap); without a sink exp(sink) is 0. Backward needs no matrix of the forward, only q, k, v, out
+and lse:
 
-    delta = dout . out      ds = p (dout v^T - delta)      dq = scale ds k      dk = scale ds^T q      dv = p^T dout
-    dbias = ds              dsink = -sum_i exp(sink - lse[i]) delta[i]
+    delta = dout . out    ds = p (dout v^T - delta)    dbias = ds
+    dq = scale ds k       dk = scale ds^T q            dv = p^T dout
+    dsink = -sum_i exp(sink - lse[i]) delta[i]
 
 A kernel that knows no sinks still serves: out sigmoid(lse - sink) and log(exp(lse) + exp(sink)) are
 the output and the lse with them, and its backward is right for whatever out and lse it is given.
@@ -34,16 +36,21 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.attention import attention_flash
-from fastft.attention.attention_tiles import Call, Tile, mask_scores, part_of, pieces_of
+from fastft.attention.attention_tiles import AttentionCall, Tile, mask_scores, part_of, pieces_of
 from fastft.attention.segments import Segments
 
 _BLOCK_SCORES = 1 << 19  # scores of one block of queries, all heads: 2 MiB in float32
 
 
 def _attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, bias: Tensor | None, call: Call
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    call: AttentionCall,
 ) -> Tensor:
-    """Plain torch, a segment at a time, all its scores at once; differentiable by autograd."""
+    """Computes a segment at a time in plain torch, all its scores at once, for autograd."""
     out = []
     group, generator = query.shape[1] // key.shape[1], call.generator(query.device)
     for tile in call.tiles(lambda keys: sys.maxsize):
@@ -74,20 +81,21 @@ def _attention_reference(
 
 
 def _kept(p: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """What dropout multiplies the probabilities with."""
+    """Draws what dropout multiplies the probabilities with: 0, or 1 / (1 - dropout)."""
     uniform = torch.rand(p.shape, generator=generator, device=p.device)
     return (uniform >= dropout).to(p.dtype).div_(1 - dropout)
 
 
 def _block(heads: int) -> Callable[[int], int]:
+    """Returns how many queries of a piece with so many keys are computed at once."""
     return lambda keys: max(1, _BLOCK_SCORES // (heads * keys))
 
 
 def _scores(
-    call: Call, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None
+    call: AttentionCall, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """s of a tile (H, queries, keys) from q (G, H/G x queries, D) and k (G, keys, D); and capped,
-    before the bias."""
+    """Computes s of a tile (H, queries, keys) from q (G, H/G x queries, D) and k (G, keys, D), and
+    the capped scores before bias and masks, which backward needs."""
     scores = ((q * call.scale) @ k.mT).unflatten(1, (-1, tile.rows)).flatten(0, 1)
     capped = None
     if call.softcap is not None:
@@ -98,20 +106,23 @@ def _scores(
     return mask_scores(call, tile, scores), capped
 
 
-def _rows(tensor: Tensor, tile: Tile, part: slice, groups: int, dtype: torch.dtype) -> Tensor:
-    """Heads of a tile, those that share a key head one after another: (groups, H / groups x tokens,
-    D)."""
+def _by_key_head(
+    tensor: Tensor, tile: Tile, part: slice, groups: int, dtype: torch.dtype
+) -> Tensor:
+    """Takes the heads of a tile's tokens, by the key head that they share: (G, H/G x tokens, D)."""
+    # one product for all query heads of a key head, without a copy of keys and values for each
     return tensor[tile.row, :, part].to(dtype).unflatten(0, (groups, -1)).flatten(1, 2)
 
 
 def _blocks_forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: Call
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: AttentionCall
 ) -> tuple[Tensor, ...]:
+    """Computes out and lse, a block of queries at a time; its scores live in cache."""
     out, lse = call.new_outputs(query, value)
     heads, groups, generator = query.shape[1], key.shape[1], call.generator(query.device)
     for tile in call.tiles(_block(heads)):
         q, k, v = (
-            _rows(tensor, tile, part, groups, lse.dtype)
+            _by_key_head(tensor, tile, part, groups, lse.dtype)
             for tensor, part in ((query, tile.queries), (key, tile.keys), (value, tile.keys))
         )
         scores, _ = _scores(call, tile, q, k, bias)
@@ -132,15 +143,17 @@ def _blocks_backward(
     tensors: tuple[Tensor, ...],
     bias: Tensor | None,
     d_bias: Tensor | None,
-    call: Call,
+    call: AttentionCall,
     grads: tuple[Tensor, ...],
 ) -> None:
+    """Fills `grads` and `d_bias`: computes the scores of each block again, and draws the same
+    dropout in the same order."""
     d_out, query, key, value, out, lse = tensors
     d_query, d_key, d_value = grads
     heads, groups, generator = query.shape[1], key.shape[1], call.generator(query.device)
     for tile in call.tiles(_block(heads)):
         q, k, v, d_o, o = (
-            _rows(tensor, tile, part, groups, lse.dtype)
+            _by_key_head(tensor, tile, part, groups, lse.dtype)
             for tensor, part in (
                 (query, tile.queries),
                 (key, tile.keys),
@@ -161,6 +174,7 @@ def _blocks_backward(
         d_value[tile.row, :, tile.keys] += kept.unflatten(0, (groups, -1)).flatten(1, 2).mT @ d_o
         d_s = d_p.sub_((d_o * o).sum(-1).view_as(total)[..., None]).mul_(p)
         if d_bias is not None:
+            # a view: where the bias is broadcast, tiles add up in it
             part = part_of(d_bias, tile)
             part += d_s.sum_to_size(part.shape)
         if capped is not None:
@@ -172,15 +186,16 @@ def _blocks_backward(
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """With elements of a head side by side, as the flash kernels read them without asking."""
+    """Puts the elements of a head side by side: the flash kernels do not ask for the stride."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _gradients_to_fill(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, summed_in: Any
+    query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, summed_in: Any
 ) -> tuple[Tensor, ...]:
-    """Of the layout of their tensors; keys whose segment has no queries, and blocks that add up,
-    need zeros."""
+    """Allocates the gradients of query, key and value; `summed_in` is the dtype of parts that add
+    up in those of keys and values, None where each is written once."""
+    # a segment of keys without queries is never written
     zeros = summed_in is not None or not call.segments.alike
     like = torch.zeros_like if zeros else torch.empty_like
     return torch.empty_like(query), like(key, dtype=summed_in), like(value, dtype=summed_in)
@@ -195,7 +210,7 @@ class _SegmentAttention(torch.autograd.Function):
         value: Tensor,
         sinks: Tensor | None,
         bias: Tensor | None,
-        call: Call,
+        call: AttentionCall,
         engine: str,
     ) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
@@ -253,7 +268,7 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 class _Asked(NamedTuple):
-    """What decides which engine computes a call."""
+    """A call as the engines' rules look at it."""
 
     dtype: torch.dtype = torch.bfloat16
     size: int = 64  # of a head of queries and keys
@@ -350,7 +365,12 @@ ATTENTION = ops.Operation(
 
 
 def _engine(
-    impl: str, query: Tensor, value: Tensor, call: Call, sinks: Tensor | None, bias: Tensor | None
+    impl: str,
+    query: Tensor,
+    value: Tensor,
+    call: AttentionCall,
+    sinks: Tensor | None,
+    bias: Tensor | None,
 ) -> str:
     """The engine of a call; raises as `Operation.resolve` does."""
     has_mask, sizes = bias is not None or call.mask is not None, (query.shape[3], value.shape[3])
@@ -435,7 +455,7 @@ def segment_attention(
     pieces = pieces_of(segments, rows, length, key.shape[2], local, chunk)
     seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
     scale = size**-0.5 if scale is None else float(scale)
-    call = Call(
+    call = AttentionCall(
         segments, pieces, length, causal, window, chunk, scale, softcap, mask, dropout, seed
     )
     engine = _engine(impl, query, value, call, sinks, bias)

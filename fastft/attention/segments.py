@@ -1,5 +1,4 @@
-"""Where the packed sequences of the batch at hand begin, for attention that the model's code does
-not tell.
+"""Where packed sequences begin, for attention that the model's code does not tell.
 
 A packed batch has R rows of T tokens; flattened row by row, segment s is the tokens cu_seqlens[s]
 .. cu_seqlens[s + 1]. Attention learns the boundaries from its keyword arguments, as transformers'
@@ -26,26 +25,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.attention.router_loss import KEY as PADDING_KEY
 from fastft.attention.router_loss import count_no_padding
 from fastft.data.host_boundaries import HostBoundaries, on_host
-from fastft.foreign import base_model
-
-BOUNDARY_KEYS = (
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "seq_idx",
-    "decoder_cu_seq_lens",
-    "decoder_max_length",
+from fastft.data.keys import (
+    BOUNDARY_KEYS,
+    CU_SEQLENS_K,
+    CU_SEQLENS_Q,
+    DECODER_CU_SEQLENS,
+    DECODER_MAX_LENGTH,
+    MAX_LENGTH_K,
+    MAX_LENGTH_Q,
+    PADDING_LENGTHS,
+    USE_CACHE,
 )
+from fastft.foreign import base_model
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """The boundaries of one attention call: segment s of the queries reads segment s of the keys,
-    nothing else.
+    """The boundaries of one attention call: segment s of queries reads segment s of keys alone.
 
     `cu_seqlens_q` and `cu_seqlens_k` are int32 (S + 1,) over the rows flattened one after another;
     they begin with 0 and end with the number of tokens. The two differ in cross-attention alone.
@@ -80,20 +78,19 @@ class Segments:
 
     @cached_property
     def made(self) -> dict[Any, Any]:
-        """What follows from the boundaries, made once a batch, by name: of other Segments over
-        these tensors too."""
+        """Things computed from the boundaries, by name: each is made once a batch, and shared with
+        other Segments over the same tensors."""
         return self._host[0].made if self.alike else {}
 
     @property
     def longest(self) -> tuple[int, int]:
-        """max_seqlen_q and max_seqlen_k, or more where a segment has more: kernels would leave its
-        last tokens out."""
+        """max_seqlen_q and max_seqlen_k, or more where a segment has more."""
+        # a kernel leaves out the tokens of a segment that are behind the length it is told
         of_queries, of_keys = self._host
         return max(self.max_seqlen_q, of_queries.longest), max(self.max_seqlen_k, of_keys.longest)
 
     def on_device(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cu_seqlens_q and cu_seqlens_k in int32 on `device`; copied there once a batch, if they
-        are not there."""
+        """cu_seqlens_q and cu_seqlens_k in int32 on `device`, copied there once a batch."""
         of_queries, of_keys = self._host
         return _on_device(self.cu_seqlens_q, of_queries, device), _on_device(
             self.cu_seqlens_k, of_keys, device
@@ -120,8 +117,8 @@ def _check(name: str, cu: Any) -> None:
 def _segments(
     cu_q: Tensor, cu_k: Tensor, max_q: Any, max_k: Any, beside: tuple[Tensor, ...]
 ) -> Segments:
-    """Segments of a batch's own keys; a length that is not given, or is a device's, follows from
-    the boundaries."""
+    """Makes Segments of what a batch says; a length that it does not say follows from the
+    boundaries, as does one on a device, for which the host would have to wait."""
     unknown = [value is None or isinstance(value, Tensor) for value in (max_q, max_k)]
     if any(unknown):
         of_q, of_k, *_ = on_host(cu_q, cu_k, *beside)
@@ -131,11 +128,10 @@ def _segments(
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Boundaries of one forward: of the model or its encoder, and of its decoder where it has
-    both."""
+    """The boundaries of one forward."""
 
-    inputs: Segments
-    outputs: Segments | None = None
+    inputs: Segments  # of the model, or of its encoder
+    outputs: Segments | None = None  # of the decoder beside an encoder
 
     @cached_property
     def crossing(self) -> Segments:
@@ -149,6 +145,7 @@ class _Batch:
         )
 
     def of(self, in_decoder: bool, causal: bool) -> Segments:
+        """The boundaries of an attention call: of self-attention, or from decoder to encoder."""
         if self.outputs is None or not in_decoder:
             return self.inputs
         return self.outputs if causal else self.crossing  # a decoder is causal towards itself alone
@@ -156,33 +153,32 @@ class _Batch:
 
 def _batch(kwargs: dict[str, Any]) -> _Batch | None:
     """The boundaries among a forward's keyword arguments; None if there are none."""
-    get, cu_seqlens = kwargs.get, kwargs.get("cu_seq_lens_q")
-    if cu_seqlens is None:
+    get, cu_q = kwargs.get, kwargs.get(CU_SEQLENS_Q)
+    if cu_q is None:
         return None
-    keys, decoder = get("cu_seq_lens_k"), get("decoder_cu_seq_lens")
-    keys = cu_seqlens if keys is None else keys
-    every = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": keys}
-    every |= {} if decoder is None else {"decoder_cu_seq_lens": decoder}
+    cu_k, decoder = get(CU_SEQLENS_K), get(DECODER_CU_SEQLENS)
+    every = {CU_SEQLENS_Q: cu_q, CU_SEQLENS_K: cu_q if cu_k is None else cu_k}
+    every |= {} if decoder is None else {DECODER_CU_SEQLENS: decoder}
     for name, cu in every.items():
         _check(name, cu)
-        if cu.numel() != cu_seqlens.numel():
+        if cu.numel() != cu_q.numel():
             raise ValueError(
-                f"cu_seq_lens_q has {cu_seqlens.numel() - 1} segments, {name} has "
-                f"{cu.numel() - 1}: segment s of the "
-                "queries reads segment s of the keys, and segment s of a decoder that of the "
-                "encoder"
+                f"{CU_SEQLENS_Q} has {cu_q.numel() - 1} segments, {name} has {cu.numel() - 1}: "
+                "segment s of the queries reads segment s of the keys, and segment s of a decoder "
+                "that of the encoder"
             )
+    # one wait for a device is to bring all of them
     beside = tuple(every.values())
-    inputs = _segments(cu_seqlens, keys, get("max_length_q"), get("max_length_k"), beside)
+    inputs = _segments(cu_q, every[CU_SEQLENS_K], get(MAX_LENGTH_Q), get(MAX_LENGTH_K), beside)
     if decoder is None:
         return _Batch(inputs)
-    longest = get("decoder_max_length")
+    longest = get(DECODER_MAX_LENGTH)
     return _Batch(inputs, _segments(decoder, decoder, longest, longest, beside))
 
 
 @dataclass(eq=False)
 class _Holder:
-    """What the modules of one model share."""
+    """Keeps the boundaries of the forward at hand; all modules of one model share it."""
 
     # empty unless the model has an encoder and a decoder
     decoder_modules: weakref.WeakSet[nn.Module]
@@ -192,6 +188,9 @@ class _Holder:
     handles: int = 0
 
     def batch(self) -> _Batch | None:
+        """The boundaries for an attention call that happens now."""
+        # with checkpointing backward runs layers again after all forwards have ended: then the
+        # batch is that of the output which this backward pass has come through
         return self.differentiated if self.running == 0 and _in_backward() else self.current
 
 
@@ -203,7 +202,7 @@ _holders: weakref.WeakKeyDictionary[nn.Module, _Holder] = weakref.WeakKeyDiction
 
 
 def _decoder_of(model: nn.Module) -> nn.Module | None:
-    """The decoder of a model that has an encoder beside it."""
+    """Finds the decoder of a model that has an encoder beside it."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     decoder, encoder = (
@@ -217,7 +216,7 @@ def _decoder_of(model: nn.Module) -> nn.Module | None:
 
 
 def _holder_of(model: nn.Module) -> _Holder:
-    """The holder of a model or of its parts; a new one if they have none."""
+    """Finds the holder of a model or of its parts; makes one if they have none."""
     kept = {_holders[module] for module in model.modules() if module in _holders}
     if len(kept) > 1:
         raise ValueError(
@@ -230,14 +229,15 @@ def _holder_of(model: nn.Module) -> _Holder:
 
 
 def _for_model(model: nn.Module, holder: _Holder, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments without those which the model must not see, or does not take."""
+    """Leaves out the keyword arguments which the model must not see, or does not take."""
     parameters = inspect.signature(base_model(model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    # an encoder and a decoder would hand the same boundaries to both of their attentions
     dropped = {
         key
-        for key in (*BOUNDARY_KEYS, PADDING_KEY, "use_cache")
-        if key == PADDING_KEY
-        or (key != "use_cache" and holder.decoder_modules)
+        for key in (*BOUNDARY_KEYS, PADDING_LENGTHS, USE_CACHE)
+        if key == PADDING_LENGTHS
+        or (key != USE_CACHE and holder.decoder_modules)
         or key.startswith("decoder_")
         or not (takes_any or key in parameters)
     }
@@ -251,9 +251,10 @@ class _Forward:
     module: nn.Module
     holder: _Holder
     batch: _Batch | None
-    before: _Batch | None  # what its holder held
+    before: _Batch | None  # what its holder held, to be put back
 
 
+# one list for each thread: a forward may be inside another, of a part or of another model
 _under_way = threading.local()
 
 
@@ -263,15 +264,14 @@ def _forwards() -> list[_Forward]:
 
 
 def packed_forward_under_way() -> bool:
-    """Whether the innermost model with `keep_segments` that this thread runs got a packed batch;
-    for mask functions."""
+    """Whether the innermost model with `keep_segments` that this thread runs got a packed batch."""
     forwards = _forwards()
     return bool(forwards) and forwards[-1].batch is not None
 
 
 def segments_under_way() -> Segments | None:
-    """The boundaries of the innermost packed forward that this thread runs, an encoder's before a
-    decoder's."""
+    """The boundaries of the innermost packed forward that this thread runs: the encoder's, where
+    there is a decoder too."""
     forwards = _forwards()
     batch = forwards[-1].batch if forwards else None
     return None if batch is None else batch.inputs
@@ -280,6 +280,7 @@ def segments_under_way() -> Segments | None:
 def _before_forward(
     module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
+    """Puts the batch's boundaries into the holder, before the model's own code runs."""
     holder = _holders.get(module)
     if holder is None:  # a copy of a model that has the hooks
         return None
@@ -297,6 +298,7 @@ def _before_forward(
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
+    """Takes the boundaries out of the holder, and leaves them with the output for backward."""
     forwards = _forwards()
     if not forwards or forwards[-1].module is not module:  # the hook before did not get through
         return
@@ -310,13 +312,8 @@ def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
     def backward_begins(grad: Tensor) -> None:
         holder.differentiated = forward.batch  # there may have been other forwards since
 
-    for value in (
-        output.values()
-        if isinstance(output, dict)
-        else output
-        if isinstance(output, tuple)
-        else (output,)
-    ):
+    parts = output if isinstance(output, tuple) else (output,)
+    for value in output.values() if isinstance(output, dict) else parts:
         if type(value) is Tensor and value.requires_grad:
             value.register_hook(backward_begins)
 
@@ -334,7 +331,7 @@ class SegmentsHandle:
         holder.handles += 1
 
     def remove(self) -> None:
-        """Takes the hooks off; the last handle of a model forgets its batch. Calling it again does
+        """Takes the hooks off. The last handle of a model forgets its batch; another call does
         nothing."""
         if not self._hooks:
             return
@@ -343,7 +340,7 @@ class SegmentsHandle:
         self._hooks = []
         self._holder.handles -= 1
         if self._holder.handles == 0:
-            for module in [module for module, holder in _holders.items() if holder is self._holder]:
+            for module in [key for key, holder in _holders.items() if holder is self._holder]:
                 del _holders[module]
             _forwards()[:] = [
                 forward for forward in _forwards() if forward.holder is not self._holder
@@ -393,7 +390,7 @@ def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
         ValueError: boundaries of the wrong shape.
     """
     holder = _holders.get(module)
-    batch, given = holder.batch() if holder is not None else None, kwargs.get("cu_seq_lens_q")
+    batch, given = holder.batch() if holder is not None else None, kwargs.get(CU_SEQLENS_Q)
     if given is not None and (batch is None or batch.inputs.cu_seqlens_q is not given):
         batch = _batch(kwargs)
     if batch is None:
@@ -410,7 +407,7 @@ def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
 
 @contextlib.contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
-    """Packed batches stay apart in `model` inside this context, in training loops of one's own.
+    """Keeps packed sequences apart in `model` inside this context, for training loops of one's own.
 
     For a model with `attn_implementation="fastft"`; `fastft.PackingCallback` does the same for
     `Trainer`. The cache that models make unless told otherwise is turned off too, also in the

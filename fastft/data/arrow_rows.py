@@ -18,15 +18,17 @@ Fetch = Callable[[Sequence[int]], list[Any]]
 
 
 def list_memory(array: Any) -> tuple[Any, Any] | None:
-    """The numbers and the offsets of an Arrow array of number lists, as read-only numpy views; None
-    for any other."""
+    """Finds the numbers and the offsets of an Arrow array of number lists.
+
+    Returns:
+        Read-only numpy views of both; None for any other array.
+    """
     import pyarrow
 
-    kind = array.type
-    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-    if not lists or not (
-        pyarrow.types.is_integer(kind.value_type) or pyarrow.types.is_floating(kind.value_type)
-    ):
+    types, kind = pyarrow.types, array.type
+    if not (types.is_list(kind) or types.is_large_list(kind)):
+        return None
+    if not (types.is_integer(kind.value_type) or types.is_floating(kind.value_type)):
         return None
     if array.null_count or array.values.null_count:
         return None
@@ -34,7 +36,7 @@ def list_memory(array: Any) -> tuple[Any, Any] | None:
 
 
 def _fetcher(column: Any) -> Fetch:
-    """What gives the values of a column's rows."""
+    """Makes the function that gives the values of a column's rows."""
     memory = [list_memory(chunk) for chunk in column.chunks]
     if None in memory or not memory:
         return lambda rows: [column[row].as_py() for row in rows]
@@ -65,8 +67,9 @@ def _fetcher(column: Any) -> Fetch:
 
 
 class ArrowRows:
-    """Rows of a `datasets.Dataset` as dicts, whatever its format: lists of numbers as read-only
-    numpy views.
+    """Rows of a `datasets.Dataset` as dicts, whatever its format.
+
+    Lists of numbers are read-only numpy views.
 
     Args:
         dataset: what it holds is taken as it is now.
@@ -74,16 +77,13 @@ class ArrowRows:
 
     def __init__(self, dataset: Any) -> None:
         table = dataset.data.table
-        chosen = (
-            dataset.format["columns"]
-            if not dataset.format["output_all_columns"]
-            else dataset.column_names
-        )
+        every = dataset.format["output_all_columns"]
+        chosen = dataset.column_names if every else dataset.format["columns"]
         self._fetchers = {key: _fetcher(table.column(key)) for key in chosen}
         self._rows = chosen_rows(dataset)
 
     def __call__(self, examples: Sequence[int]) -> list[dict[str, Any]]:
-        """The examples of the given numbers."""
+        """Reads the examples of the given numbers."""
         rows = examples if self._rows is None else self._rows[list(examples)].tolist()
         columns = [fetch(rows) for fetch in self._fetchers.values()]
         return [dict(zip(self._fetchers, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from bisect import bisect_left, insort
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,23 +29,20 @@ LEVELS = 200
 
 
 def pack_costs(plan: PackPlan) -> tuple[Tensor, Tensor]:
-    """The tokens of each pack, int64 (packs,), and the sum of its sequences' squared lengths,
-    float64 (packs,)."""
+    """Sums up the tokens of each pack, int64, and their sequences' squared lengths, float64."""
     pack = torch.repeat_interleave(plan.offsets.diff())
     tokens = torch.zeros(len(plan), dtype=torch.int64).index_add_(0, pack, plan.lengths)
-    squares = torch.zeros(len(plan), dtype=torch.float64).index_add_(
-        0, pack, plan.lengths.double().square()
-    )
-    return tokens, squares
+    squares = torch.zeros(len(plan), dtype=torch.float64)
+    return tokens, squares.index_add_(0, pack, plan.lengths.double().square())
 
 
 def balanced(plan: PackPlan, group: int, max_sequences: int | None = None) -> PackPlan:
-    """The plan with a multiple of `group` packs, in an order in which each `group` consecutive ones
-    cost nearly equal.
+    """Makes the packs a multiple of `group`, and orders them so that each group costs nearly equal.
 
-    Within a group the cheapest is followed by the dearest, these by the next cheapest and the next
-    dearest: batches of several packs are nearer to each other than packs are. Groups stay in the
-    order of their windows. A pack that had to be left empty is one of the last.
+    A group is `group` consecutive packs. Within it the cheapest is followed by the dearest, these
+    by the next cheapest and the next dearest: batches of several packs are nearer to each other
+    than packs are. Groups stay in the order of their windows. A pack that had to be left empty is
+    one of the last.
     """
     plan = _multiple(plan, group, max_sequences or plan.indices.numel())
     tokens, squares = pack_costs(plan)
@@ -57,8 +55,7 @@ def balanced(plan: PackPlan, group: int, max_sequences: int | None = None) -> Pa
 
 
 def _multiple(plan: PackPlan, group: int, max_sequences: int) -> PackPlan:
-    """The plan with as many packs more as are missing to a multiple of `group`, each of examples of
-    one window."""
+    """Adds the packs that are missing to a multiple of `group`, each of examples of one window."""
     missing, sizes = -len(plan) % group, plan.offsets.diff()
     kept = torch.ones(len(plan), dtype=torch.bool)
     # the entries of a pack that replaces one of `plan`, and its window
@@ -77,30 +74,25 @@ def _multiple(plan: PackPlan, group: int, max_sequences: int) -> PackPlan:
             kept[shared], missing = False, missing - new
         end = begin
     # there are too few examples
-    divided += [(torch.zeros(0, dtype=torch.int64), int(plan.windows[-1]))] * missing
+    divided += [(_integers([]), int(plan.windows[-1]))] * missing
 
-    windows = torch.cat(
-        [plan.windows[kept], torch.tensor([window for _, window in divided], dtype=torch.int64)]
-    )
-    sizes = torch.cat(
-        [sizes[kept], torch.tensor([len(entries) for entries, _ in divided], dtype=torch.int64)]
-    )
+    windows = torch.cat([plan.windows[kept], _integers([window for _, window in divided])])
+    sizes = torch.cat([_integers([0]), sizes[kept], _integers([len(pack) for pack, _ in divided])])
     places = torch.repeat_interleave(kept, plan.offsets.diff()).nonzero().squeeze(1)
     order = torch.cat([places, *[entries for entries, _ in divided]])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    return PackPlan(
-        plan.indices[order],
-        offsets,
-        plan.starts[order],
-        plan.lengths[order],
-        windows,
-        plan.max_tokens,
-    )
+    return replace(plan.entries(order), offsets=sizes.cumsum(0), windows=windows)
+
+
+def _integers(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _shared(plan: PackPlan, begin: int, end: int, group: int, missing: int) -> tuple[Tensor, int]:
-    """Which packs of a window, `begin` to `end`, share their examples with new ones, and with how
-    many of these."""
+    """Chooses packs of a window, `begin` to `end`, that share their examples with new ones.
+
+    Returns:
+        The packs, and how many new ones there will be.
+    """
     bounds = plan.offsets[begin : end + 1]
     sizes = bounds.diff()
     new = min(missing, int((sizes - 1).sum()))
@@ -118,8 +110,7 @@ def _shared(plan: PackPlan, begin: int, end: int, group: int, missing: int) -> t
 def _shared_out(
     lengths: list[int], sizes: list[int], missing: int, max_sequences: int
 ) -> list[Tensor]:
-    """The entries of some packs, which have `sizes` of them, over `missing` packs more, with nearly
-    equal tokens.
+    """Shares the entries of packs, which have `sizes` of them, with `missing` new packs.
 
     A pack with many tokens gives to the one with fewest the entry that brings the two closest
     together, until none does. No pack gets fuller than the fullest was, and none stays empty while
@@ -132,8 +123,8 @@ def _shared_out(
     ]
     packs += [[] for _ in range(missing)]
     tokens = [sum(length for length, _ in pack) for pack in packs]
-    # both heaps keep what a pack had before: such items are told by their tokens, and left out when
-    # they come up
+    # both heaps keep what a pack had before: such items are known by their tokens, and left out
+    # when they come up
     fewest, most = ([(sign * count, pack) for pack, count in enumerate(tokens)] for sign in (1, -1))
     heapq.heapify(fewest)
     heapq.heapify(most)
@@ -151,14 +142,14 @@ def _shared_out(
             tokens[pack] += change
             heapq.heappush(fewest, (tokens[pack], pack))
             heapq.heappush(most, (-tokens[pack], pack))
-    return [torch.tensor([entry for _, entry in pack], dtype=torch.int64) for pack in packs]
+    return [_integers([entry for _, entry in pack]) for pack in packs]
 
 
 def _giver(
     most: list[tuple[int, int]], packs: list[list[tuple[int, int]]], tokens: list[int], fewest: int
 ) -> tuple[int | None, int]:
-    """The fullest pack with an entry whose move to one of `fewest` tokens brings the two closer,
-    and its place."""
+    """Finds the fullest pack with an entry whose move to one of `fewest` tokens brings the two
+    closer, and its place there; None without one."""
     unfit = []
     found: tuple[int | None, int] = None, 0
     while most:

@@ -1,5 +1,4 @@
-"""The packed batch, and how it comes to its device: as it is, or as one buffer of integers that is
-unpacked there.
+"""The packed batch, and its way to a device: as it is, or as one buffer that is unpacked there.
 
 The batch's integers are the tokens, labels and other columns of the examples, and two numbers a
 segment. What follows from them, positions, segment indices and boundaries, is 12 bytes a token
@@ -30,8 +29,7 @@ class _Counted:
 
     @property
     def counted(self) -> int | None:
-        """How many labels are not -100: counted on the host, when asked for, without waiting for a
-        GPU.
+        """Labels that are not -100, counted on the host when asked for: no GPU is waited for.
 
         It is the divisor of a mean over micro-batches, and what
         `linear_cross_entropy(max_counted=...)` takes; the fused loss of a `FusedLossCallback` knows
@@ -70,7 +68,7 @@ class PackedBatch(_Counted, dict[str, Any]):
 
 @dataclass(frozen=True)
 class Expansion:
-    """How integers become a batch.
+    """The way from integers to a batch.
 
     Attributes:
         source: the column that labels a token, or None if there are no labels for tokens.
@@ -119,9 +117,9 @@ class Expansion:
 
 @dataclass(eq=False)
 class FlatBatch(_Counted):
-    """A packed batch before it is unpacked on its device. `.to(device)` gives the `PackedBatch`.
+    """A packed batch before it is unpacked on its device: `.to(device)` gives the `PackedBatch`.
 
-    accelerate, and so `Trainer`, calls `.to`; a `DataLoader` with `pin_memory=True` calls
+    accelerate, and so `Trainer`, calls that; a `DataLoader` with `pin_memory=True` calls
     `.pin_memory`.
 
     Attributes:

@@ -1,10 +1,9 @@
-"""What attention kernels and losses read of a packed batch: positions, segments, their borders, and
-labels.
+"""Boundaries of a packed batch, for attention kernels and losses: positions, segments, labels.
 
 T tokens lie one after another in S segments of the given lengths:
 
-    cu_seqlens[s]   = lengths[0] + ... + lengths[s - 1]                 where segment s begins; cu_seqlens[S] = T
-    seq_idx[t]      = s                                                 for cu_seqlens[s] <= t < cu_seqlens[s + 1]
+    cu_seqlens[s]   = lengths[0] + ... + lengths[s - 1]       where s begins; cu_seqlens[S] = T
+    seq_idx[t]      = s                                       cu_seqlens[s] <= t < cu_seqlens[s + 1]
     position_ids[t] = position_ids_start + t - cu_seqlens[s]
     labels[t]       = -100 if t - cu_seqlens[s] < ignored[s] else source[t]
 
@@ -34,7 +33,7 @@ def boundaries_reference(
     seq_idx: Tensor,
     cu_seqlens: Tensor,
 ) -> None:
-    """The boundary tensors in plain torch, into the same outputs as the kernels."""
+    """Computes the boundaries in plain torch, into the same outputs as the kernels."""
     cu_seqlens[0] = 0
     cu_seqlens[1:] = lengths.cumsum(0)
     tokens = source.numel()
@@ -47,8 +46,7 @@ def boundaries_reference(
 
 BOUNDARIES = ops.Operator(
     "packed_boundaries(Tensor lengths, Tensor ignored, Tensor source, int position_ids_start, "
-    "Tensor(a!) labels, "
-    "Tensor(b!) position_ids, Tensor(c!) seq_idx, Tensor(d!) cu_seqlens) -> ()",
+    "Tensor(a!) labels, Tensor(b!) position_ids, Tensor(c!) seq_idx, Tensor(d!) cu_seqlens) -> ()",
     boundaries_reference,
     engines=dict.fromkeys(("cpp", "cuda", "triton")),
 )
@@ -62,8 +60,7 @@ def packed_boundaries(
     labels: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes `labels`, which may be `source`, and returns position_ids, seq_idx and cu_seqlens; see
-    the module.
+    """Writes `labels`, which may be `source`, and computes the others; see the module.
 
     Args:
         lengths: int64 (S,), tokens of each segment, 0 or more; they must add up to T.
@@ -72,6 +69,9 @@ def packed_boundaries(
         position_ids_start: position of a segment's first token.
         labels: int64 (T,), written.
         impl: the engine; see `fastft.ops`.
+
+    Returns:
+        position_ids, int64 (T,); seq_idx, int32 (T,); cu_seqlens, int32 (S + 1,).
     """
     position_ids = torch.empty_like(source)
     seq_idx = torch.empty_like(source, dtype=torch.int32)

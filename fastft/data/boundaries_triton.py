@@ -26,26 +26,16 @@ def _scan_kernel(lengths, cu_seqlens, segments, TILE: tl.constexpr):
     for tile in range(0, segments, TILE):
         inside = tile + offset < segments
         length = tl.load(lengths + tile + offset, inside, 0)
-        tl.store(
-            cu_seqlens + 1 + tile + offset, (before + tl.cumsum(length, 0)).to(tl.int32), inside
-        )
+        place = cu_seqlens + 1 + tile + offset
+        tl.store(place, (before + tl.cumsum(length, 0)).to(tl.int32), inside)
         before += tl.sum(length, 0)
 
 
 @triton.jit(do_not_specialize=["start", "segments", "tokens", "steps"])
 def _fill_kernel(
-    cu_seqlens,
-    ignored,
-    source,
-    labels,
-    position_ids,
-    seq_idx,
-    start,
-    segments,
-    tokens,
-    steps,
-    TILE: tl.constexpr,
-):
+    cu_seqlens, ignored, source, labels, position_ids, seq_idx,
+    start, segments, tokens, steps, TILE: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = token < tokens
     segment = tl.zeros((TILE,), tl.int32)  # the last one that begins at or before the token
@@ -74,32 +64,14 @@ def packed_boundaries(
     cu_seqlens: Tensor,
 ) -> None:
     """The operator; see `fastft.data.boundaries`."""
-    check_beside(
-        "packed_boundaries",
-        "source",
-        source,
-        lengths=lengths,
-        ignored=ignored,
-        labels=labels,
-        position_ids=position_ids,
-        seq_idx=seq_idx,
-        cu_seqlens=cu_seqlens,
-    )
+    named = {"lengths": lengths, "ignored": ignored, "labels": labels, "seq_idx": seq_idx}
+    named |= {"position_ids": position_ids, "cu_seqlens": cu_seqlens}
+    check_beside("packed_boundaries", "source", source, **named)
     segments, tokens = lengths.numel(), source.numel()
     _scan_kernel[(1,)](lengths, cu_seqlens, segments, TILE=_TILE)
     if tokens == 0 or segments == 0:
         return
-    steps = segments.bit_length()
     _fill_kernel[(triton.cdiv(tokens, _TILE),)](
-        cu_seqlens,
-        ignored,
-        source,
-        labels,
-        position_ids,
-        seq_idx,
-        position_ids_start,
-        segments,
-        tokens,
-        steps,
-        TILE=_TILE,
-    )
+        cu_seqlens, ignored, source, labels, position_ids, seq_idx,
+        position_ids_start, segments, tokens, segments.bit_length(), TILE=_TILE,
+    )  # fmt: skip

@@ -39,26 +39,26 @@ from fastft.data.keys import (
 from fastft.data.label_counts import count_labels
 from fastft.data.pack import is_pack
 from fastft.data.rows import Layout, balanced_rows, lay_out
-from fastft.data.supervised import check_supervised, kept_logits
+from fastft.data.tasks.causal_lm import CausalLM, check_supervised, kept_logits
 from fastft.data.tasks.masked_lm import MaskedLM, TokenMasking
 from fastft.data.tasks.seq2seq import Seq2Seq
 from fastft.data.tasks.sequence_classification import SequenceClassification
 from fastft.data.tasks.task import Task
-from fastft.data.tasks.token_labels import CausalLM, TokenClassification
 from fastft.ops import check_impl
 
 TASKS: dict[str, type[Task]] = {
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
-    "token_classification": TokenClassification,
+    "token_classification": Task,
     "sequence_classification": SequenceClassification,
     "seq2seq": Seq2Seq,
 }
 
 
 class PackingCollator:
-    """A list of examples, or of packs from `fastft.pack`, becomes one packed batch. For
-    `Trainer(data_collator=...)`.
+    """Makes one packed batch of examples, or of packs from `fastft.pack`.
+
+    It goes into `Trainer(data_collator=...)`.
 
     An example is a dict with `input_ids` (list, array or tensor of n > 0 integers), optionally
     `attention_mask` (tokens that it masks are removed) and labels as the task has them. Other keys
@@ -74,9 +74,9 @@ class PackingCollator:
     | `input_ids`, `position_ids` | int64 (R, T) |
     | `labels` | int64 (R, T); by the task |
     | `seq_idx` | int32 (R, T), the segment of each token |
-    | `cu_seq_lens_q`, `cu_seq_lens_k` | int32 (S + 1,), where segments begin in the R * T tokens, and R * T |
+    | `cu_seq_lens_q`, `cu_seq_lens_k` | int32 (S + 1,), where segments begin; the last is R * T |
     | `max_length_q`, `max_length_k` | int, the longest segment |
-    | `padding_lengths` | int32 (R,), padding at the end of each row, if there is any (not for `seq2seq`) |
+    | `padding_lengths` | int32 (R,), padding at each row's end, if any (not for `seq2seq`) |
     | `use_cache` | False |
     | other keys | int64 or the array's floating-point dtype (float32 from lists), (R, T) |
 

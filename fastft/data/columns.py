@@ -21,8 +21,7 @@ Columns = dict[str, list[Any]]  # the values by key, one of each example
 
 
 def _are_vectors(values: list[Any]) -> bool:
-    """Whether all values are lists, or all one-dimensional arrays or tensors: the usual columns,
-    without a loop."""
+    """Recognises the usual columns without a loop: lists alone, or vectors alone."""
     try:
         return {*map(type, values)} == {list} or {*map(_NDIM, values)} == {1}
     except AttributeError:
@@ -45,7 +44,7 @@ def token_columns(columns: Columns, required: Iterable[str] = ()) -> Columns:
 
     Text, single numbers and None go nowhere near a model.
     """
-    return {"input_ids": columns["input_ids"]} | {
+    return {"input_ids": columns.pop("input_ids")} | {
         key: values
         for key, values in columns.items()
         if key in required or any(map(_may_be_per_token, values))
@@ -61,7 +60,7 @@ def _may_be_per_token(value: Any) -> bool:
 
 
 def lengths_of(key: str, values: list[Any]) -> list[int]:
-    """The lengths of a column's values.
+    """Measures a column's values.
 
     Raises:
         ValueError: a value is not one-dimensional or empty, or together they are longer than int32
@@ -82,8 +81,7 @@ def lengths_of(key: str, values: list[Any]) -> list[int]:
 
 
 def check_lengths(key: str, values: list[Any], lengths: list[int], of: str) -> None:
-    """Raises ValueError unless the values of `key` are as long as those of the column `of`,
-    `lengths`."""
+    """Raises ValueError unless the values of `key` are as long as those of `of`, `lengths`."""
     if _are_vectors(values) and [*map(len, values)] == lengths:
         return
     for index, value in enumerate(values):

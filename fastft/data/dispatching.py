@@ -14,9 +14,8 @@ from fastft.foreign import active_dataloader, dispatches
 
 REFUSAL = (
     "accelerate would slice packed batches along dimension 0, and their boundaries with them "
-    "(dispatch_batches, its "
-    "default for an iterable dataset); each rank has to load its own batches: "
-    "TrainingArguments(accelerator_config={'dispatch_batches': False})"
+    "(dispatch_batches, its default for an iterable dataset); each rank has to load its own "
+    "batches: TrainingArguments(accelerator_config={'dispatch_batches': False})"
 )
 
 

@@ -32,10 +32,10 @@ from fastft.data.columns import (
     lengths_of,
     take_mask,
 )
-from fastft.data.keys import LABEL_KEYS
+from fastft.data.keys import CU_SEQLENS_K, CU_SEQLENS_Q, LABEL_KEYS, SEQ_IDX
 
-POSITIONS, NUMBERS, MASK, SIZES = "position_ids", "seq_idx", "attention_mask", "seq_lengths"
-BORDERS = ("cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+POSITIONS, NUMBERS, MASK, SIZES = "position_ids", SEQ_IDX, "attention_mask", "seq_lengths"
+BORDERS = ("cu_seq_lens", CU_SEQLENS_Q, CU_SEQLENS_K, "cu_seqlens")
 LIST_KEYS = (SIZES, *BORDERS)  # with as many numbers as there are documents, not tokens
 KEYS = frozenset((POSITIONS, NUMBERS, *LIST_KEYS))
 
@@ -192,6 +192,14 @@ def _check_positions(
     )
 
 
+def documents_of(columns: Columns, lengths: Sequence[int]) -> list[list[int]]:
+    """Finds the documents of each example, their tokens, in columns of which nothing is checked."""
+    masks = columns.get(MASK)
+    alike = masks is not None and all(map(is_per_token, masks, lengths))
+    flat = flatten_integers(MASK, masks) if masks is not None and alike else None
+    return document_lengths(columns, lengths, masks=flat) or [[length] for length in lengths]
+
+
 def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list[int]]) -> Columns:
     """Makes an example of each document. Of what says where they begin, `position_ids` alone stay.
 
@@ -223,7 +231,7 @@ def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list
 
 
 def is_per_token(value: Any, tokens: int) -> bool:
-    """Whether `value` has as many elements as an example has tokens."""
+    """Tells whether `value` has as many elements as an example has tokens."""
     return hasattr(value, "__len__") and not isinstance(value, str | dict) and len(value) == tokens
 
 
@@ -233,13 +241,8 @@ def shortened(example: dict[str, Any], begin: int, length: int) -> dict[str, Any
     The part is `length` tokens from `begin`. A document of which the first tokens are missing is
     one of its own, which begins where the part does.
     """
-    tokens = len(example["input_ids"])
-    columns = {key: [value] for key, value in example.items() if key in KEYS}
-    mask = example.get(MASK)
-    masks = (
-        flatten_integers(MASK, [mask]) if mask is not None and is_per_token(mask, tokens) else None
-    )
-    sizes = (document_lengths(columns, [tokens], masks=masks) or [[tokens]])[0]
+    columns = {key: [value] for key, value in example.items()}
+    sizes = documents_of(columns, [len(example["input_ids"])])[0]
     ends = list(itertools.accumulate(sizes))
     overlaps = [
         min(end, begin + length) - max(end - size, begin)
@@ -251,4 +254,5 @@ def shortened(example: dict[str, Any], begin: int, length: int) -> dict[str, Any
         NUMBERS: [number for number, size in enumerate(left) for _ in range(size)],
         SIZES: left,
     }
-    return {key: made[key] if key in made else [0, *itertools.accumulate(left)] for key in columns}
+    borders = [0, *itertools.accumulate(left)]
+    return {key: made.get(key, borders) for key in KEYS & columns.keys()}

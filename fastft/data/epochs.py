@@ -15,24 +15,17 @@ from fastft.data.plan import PackPlan, generator_for, shuffled_order
 
 
 def epoch_plan(plan: PackPlan, seed: int, epoch: int, group: int = 1) -> PackPlan:
-    """The plan of an epoch: groups of `group` packs in a random order, each within its window, with
-    mates redrawn."""
+    """Draws the plan of an epoch: other mates, and groups of `group` packs in a random order.
+
+    Each group stays within its window.
+    """
     generator = generator_for(seed, epoch)
-    entries = _exchanged(plan, generator)
-    drawn = PackPlan(
-        plan.indices[entries],
-        plan.offsets,
-        plan.starts[entries],
-        plan.lengths,
-        plan.windows,
-        plan.max_tokens,
-    )
+    drawn = plan.entries(_exchanged(plan, generator))
     return drawn.reordered(shuffled_order(plan.windows, generator, group))
 
 
 def _exchanged(plan: PackPlan, generator: torch.Generator) -> Tensor:
-    """For each entry the one that takes its place: a random permutation of those of its window and
-    length."""
+    """Draws the entry that takes each one's place, of the same window and length."""
     kinds = plan.lengths + (plan.max_tokens + 1) * torch.repeat_interleave(
         plan.windows, plan.offsets.diff()
     )

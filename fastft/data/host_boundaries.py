@@ -1,5 +1,4 @@
-"""What the host knows of boundaries that lie on a device, so that it need not wait for the device
-to learn them.
+"""Notes of the host on boundaries that lie on a device, for which it then need not wait.
 
 Boundaries, cu_seqlens of S + 1 integers, are made on the host. They are needed there again at every
 attention call: to check them, to cut rows into tiles, to know the longest segment. A batch that is
@@ -52,7 +51,7 @@ _notes: Any = WeakTensorKeyDictionary()  # by the tensor: its write_stamp, HostB
 
 
 def known(boundaries: Tensor) -> HostBoundaries | None:
-    """What the host knows of `boundaries`; None where it would have to wait for a device."""
+    """Finds what the host knows of `boundaries`; None where it would have to wait for a device."""
     stamp, noted = _notes.get(boundaries, (None, None))
     if boundaries.device.type == "cpu":
         ends = boundaries.tolist()
@@ -76,8 +75,7 @@ def note_copy(source: Tensor, copy: Tensor) -> None:
 
 
 def on_host(*boundaries: Tensor) -> list[HostBoundaries]:
-    """The numbers of each; those that are not known are read, with one wait for each device that
-    they are on."""
+    """Finds the numbers of each, and reads those that are not known: with one wait a device."""
     tensors_by_id = {id(tensor): tensor for tensor in boundaries}
     found = {key: known(tensor) for key, tensor in tensors_by_id.items()}
     unknown: dict[torch.device, dict[int, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""The keys of a packed batch, each named once: what the collator writes, and who reads it.
+"""The keys of a packed batch, each named once, for the collator and all who read its batches.
 
 Those of the examples, `input_ids`, `labels`, `attention_mask` and the like, are transformers' names
 and stand where they are used.
@@ -6,7 +6,7 @@ and stand where they are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 # where segments begin in the R * T tokens, and R * T: of the queries and of the keys of attention
 CU_SEQLENS_Q, CU_SEQLENS_K = "cu_seq_lens_q", "cu_seq_lens_k"
@@ -46,9 +46,8 @@ LABEL_KEYS = ("labels", "label", "label_ids")
 IGNORE_INDEX = -100  # of labels that count for nothing, in torch and transformers
 
 
-def refuse_reserved(columns: Iterable[str], also: Iterable[str] = ()) -> None:
-    """Raises ValueError where a column of the examples has the name of one that the collator
-    makes: one of `RESERVED`, or of `also`."""
+def refuse_reserved(columns: Collection[str], also: Collection[str] = ()) -> None:
+    """Raises ValueError where a column has a name of `RESERVED` or `also`."""
     for key in (*also, *RESERVED):
         if key in columns:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How many labels of a batch count: on the host, so that nobody waits for a device to learn it.
+"""Counts of labels that are not -100: on the host, so that nobody waits for a device.
 
 A batch that moves itself notes the number with its labels on the device. The note holds as long as
 nobody writes to these, and ends with them.
@@ -53,7 +53,7 @@ def note_count_of_copy(labels: Any, copy: Any) -> None:
 
 
 def known_count(labels: Tensor) -> int | None:
-    """How many of `labels` are not -100; None where nobody noted it, or somebody has written."""
+    """Finds how many labels are not -100; None where nobody noted it, or somebody has written."""
     stamp, counted = _notes.get(labels, (None, None))
     known: int | None = None if stamp is None or stamp != write_stamp(labels) else counted
     return known

@@ -1,4 +1,4 @@
-"""The number of tokens of each example, by the cheapest way that its dataset has.
+"""Lengths of examples in tokens, by the cheapest way that their dataset has.
 
 A `datasets.Dataset` keeps lists as offsets into one buffer: their differences are the lengths, and
 no token is read. What `select` or `shuffle` left out or moved is taken from these, not from the
@@ -16,7 +16,7 @@ from fastft.foreign import chosen_rows, is_dataset
 
 
 def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
-    """The number of tokens of each example, integers (N,).
+    """Counts the tokens of each example, integers (N,).
 
     Args:
         dataset: a list, a map-style torch dataset or a `datasets.Dataset`.
@@ -66,7 +66,7 @@ def _list_lengths(dataset: Any) -> Tensor:
 
 
 def _taken(dataset: Any, lengths: Any) -> Tensor:
-    """An Arrow column of lengths as a tensor, in the order that `dataset` has its rows in."""
+    """Turns an Arrow column of lengths into a tensor, in the order of the dataset's rows."""
     import pyarrow.compute
 
     # a row without a list has no tokens, and is reported as such

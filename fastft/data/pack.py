@@ -14,7 +14,6 @@ from torch import Tensor
 from fastft.data.columns import (
     Columns,
     flatten_column,
-    flatten_integers,
     integers_of,
     token_columns,
 )
@@ -22,7 +21,7 @@ from fastft.data.documents import (
     KEYS,
     SIZES,
     cut_documents,
-    document_lengths,
+    documents_of,
     is_per_token,
     shortened,
     split_documents,
@@ -55,9 +54,9 @@ class Values:
 class Pack(dict[str, Values]):
     """Examples that go through the model together, as `fastft.pack` yields them.
 
-    It is a dict by column, of `Values`, so that Trainer's `remove_unused_columns` takes out of it what the model
-    has no argument for, as it does with an example. Rows that another tool packed are cut into
-    their documents; see `documents.py`.
+    It is a dict by column, of `Values`, so that Trainer's `remove_unused_columns` takes out of it
+    what the model has no argument for, as it does with an example. Rows that another tool packed
+    are cut into their documents; see `documents.py`.
 
     Args:
         examples: dicts with the same keys.
@@ -70,8 +69,7 @@ class Pack(dict[str, Values]):
         columns = transposed(examples)
         if columns.keys() & KEYS:
             lengths = [*map(len, columns["input_ids"])]
-            documents = document_lengths(columns, lengths, masks=_masks(columns, lengths))
-            columns = cut_documents(columns, lengths, documents or [[length] for length in lengths])
+            columns = cut_documents(columns, lengths, documents_of(columns, lengths))
         super().__init__((key, Values(values)) for key, values in columns.items())
 
     @property
@@ -98,16 +96,8 @@ class Pack(dict[str, Values]):
         return Pack, (self.examples,)
 
 
-def _masks(columns: Columns, lengths: Sequence[int]) -> Any:
-    """The attention masks one after another, if every token has one."""
-    masks = columns.get("attention_mask")
-    if masks is None or not all(map(is_per_token, masks, lengths)):
-        return None
-    return flatten_integers("attention_mask", masks)
-
-
 def transposed(examples: Sequence[dict[str, Any]]) -> Columns:
-    """Turns examples into columns; raises ValueError where keys differ, or input_ids are missing."""
+    """Turns examples into columns; raises ValueError where keys differ, or there are no tokens."""
     if not examples:
         return {}
     keys = examples[0].keys()
@@ -124,14 +114,14 @@ def transposed(examples: Sequence[dict[str, Any]]) -> Columns:
 
 
 def is_pack(feature: Any) -> bool:
-    """Whether a feature is a `Pack`, or what Trainer's `remove_unused_columns` left of one."""
+    """Recognises a `Pack`, also what Trainer's `remove_unused_columns` left of one."""
     return isinstance(feature, Pack) or (
         isinstance(feature, dict) and type(feature.get("input_ids")) is Values
     )
 
 
 def examples_of(pack: dict[str, Values]) -> list[dict[str, Any]]:
-    """The examples of a pack as dicts."""
+    """Reads the examples of a pack as dicts."""
     columns = [column.values for column in pack.values()]
     return [dict(zip(pack, row, strict=True)) for row in zip(*columns, strict=True)]
 

@@ -1,22 +1,26 @@
-"""A packed view of a dataset: item p is the examples of pack p. Making it reads lengths only and
-copies no token."""
+"""A packed view of a dataset: item p is the examples of pack p.
+
+Making it reads lengths only and copies no token.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from fastft.checks import optional_integer
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
 from fastft.data.dispatching import refuse_dispatch
 from fastft.data.epochs import epoch_plan
 from fastft.data.lengths import scan_lengths
 from fastft.data.pack import Pack, cut, filler
-from fastft.data.plan import PackPlan, check_limits, check_positive, plan_packs
+from fastft.data.plan import PackPlan, checked_limits, plan_packs
 from fastft.data.streaming import OPEN_PACKS, PackedStream
 from fastft.foreign import is_dataset, world_size
 
@@ -26,7 +30,7 @@ CUTTING = ("truncate", "split")
 
 
 class PackedDataset(Dataset[Pack]):
-    """What `pack` returns: a map-style dataset of `Pack`s.
+    """A map-style dataset of `Pack`s, as `pack` returns it.
 
     Its length and the lengths in its packs never change. With a seed, `set_epoch` changes the order
     of the packs, and which of equally long examples (of the same window) is in which pack.
@@ -59,11 +63,8 @@ class PackedDataset(Dataset[Pack]):
         self._last: int | None = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value
-            for key, value in vars(self).items()
-            if key not in ("_rows", "_drawn", "_last")
-        }
+        own = ("_rows", "_drawn", "_last")
+        return {key: value for key, value in vars(self).items() if key not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -78,7 +79,7 @@ class PackedDataset(Dataset[Pack]):
 
     @property
     def plan(self) -> PackPlan:
-        """Which example, and which part of it, is in which pack in the current epoch."""
+        """The plan of the current epoch: which example, which part of it, is in which pack."""
         if self.seed is None:
             return self._base
         epoch = int(self._epoch)
@@ -92,11 +93,10 @@ class PackedDataset(Dataset[Pack]):
 
     @property
     def total_dataset_length(self) -> int:
-        """What accelerate cuts the last batch of an evaluation by, as rows of predictions: on one
-        process by nothing.
+        """Rows of predictions, by which accelerate cuts the last batch of an evaluation.
 
-        Nothing comes twice there, and a pack can have several rows of predictions: those of its
-        examples.
+        On one process it must cut nothing: no pack comes twice there, and one can have several rows
+        of predictions, those of its examples.
         """
         return len(self) if world_size() > 1 else 0
 
@@ -104,25 +104,26 @@ class PackedDataset(Dataset[Pack]):
         return self._packs([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Pack]:
-        """The packs of a batch, with one access to the dataset where that offers `__getitems__`
-        itself."""
+        """Makes the packs of a batch, with one access to a dataset that has `__getitems__` too."""
         made = self._packs(indices)
         self._watch_order(list(indices))
         return made
 
     def to_dataset(self) -> Any:
-        """A `datasets.Dataset` with a row for each pack, for trainers that want one, such as TRL's;
-        copies the tokens.
+        """Copies the packs into a `datasets.Dataset`, a row for each, for trainers that want one.
 
         A row joins the pack's examples: `input_ids` and every other column with a number for each
         token, int64 or of the floating-point dtype that it has. `seq_lengths`, the tokens of each
         example, says where they begin: TRL's padding-free collator and `PackingCollator` keep them
         apart by it. What is masked is left out, and so is what is not per token.
 
-            SFTTrainer(model, args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None),
-                       train_dataset=fastft.pack(dataset, 8192).to_dataset(),
-                       data_collator=fastft.PackingCollator())
+            options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+            SFTTrainer(
+                model,
+                args=SFTConfig(**options),
+                train_dataset=fastft.pack(dataset, 8192).to_dataset(),
+                data_collator=fastft.PackingCollator(),
+            )
 
         Raises:
             ImportError: `datasets` is not installed.
@@ -150,21 +151,17 @@ class PackedDataset(Dataset[Pack]):
         )
         fillers = sum(begin == end for begin, end in bounds)
         fetched = self._fetch(examples + plan.indices[:1].tolist() * fillers)
-        parts = iter(
-            [
-                example
-                if start == 0 and len(example["input_ids"]) == length
-                else self._part(example, index, start, length)
-                for example, index, start, length in zip(
-                    fetched, examples, starts, lengths, strict=False
-                )
-            ]
-        )
-        blank = [filler(fetched[-1])] if fillers else []
-        return [
-            Pack([next(parts) for _ in range(begin, end)] if begin < end else blank)
-            for begin, end in bounds
+        # an example is whole as a rule: for that, no function is called
+        parts = [
+            example
+            if start == 0 and len(example["input_ids"]) == length
+            else self._part(example, index, start, length)
+            for example, index, start, length in zip(
+                fetched, examples, starts, lengths, strict=False
+            )
         ]
+        blank, left = [filler(fetched[-1])] if fillers else [], iter(parts)
+        return [Pack([*islice(left, end - begin)] or blank) for begin, end in bounds]
 
     def _fetch(self, examples: list[int]) -> list[dict[str, Any]]:
         if is_dataset(self.dataset) and self.dataset.format["type"] != "custom":
@@ -176,7 +173,7 @@ class PackedDataset(Dataset[Pack]):
         return fetch(examples) if fetch else [self.dataset[example] for example in examples]
 
     def _part(self, example: dict[str, Any], index: int, start: int, length: int) -> dict[str, Any]:
-        """The tokens of an example that the plan wants, of every key that has as many."""
+        """Cuts out the tokens of an example that the plan wants."""
         tokens = len(example["input_ids"])
         cut_short = self.may_cut and length == self._base.max_tokens
         if tokens < start + length or (tokens > start + length and not cut_short):
@@ -197,10 +194,8 @@ class PackedDataset(Dataset[Pack]):
         self._last = None
         warnings.warn(
             "packs are in the order of seed= and balance=, but the sampler takes them in another; "
-            "with Trainer say "
-            "TrainingArguments(train_sampling_strategy='sequential') or leave seed= and balance= "
-            "out; without it, call "
-            "set_epoch before each epoch",
+            "with Trainer say TrainingArguments(train_sampling_strategy='sequential') or leave "
+            "seed= and balance= out; without it, call set_epoch before each epoch",
             stacklevel=3,
         )
 
@@ -217,8 +212,7 @@ def pack(
     length_column: str | None = None,
     open_packs: int | None = None,
 ) -> PackedDataset | PackedStream:
-    """A packed view of `dataset`: examples grouped so that each group has at most `max_tokens`
-    tokens.
+    """Groups the examples of a dataset so that each group has at most `max_tokens` tokens.
 
     Goes into `Trainer(train_dataset=...)` together with `PackingCollator`; a batch has
     `per_device_train_batch_size` packs. `len` is exact; an iterable dataset gives an iterable one,
@@ -252,34 +246,25 @@ def pack(
         ValueError: it is empty, input_ids are missing, an argument is out of its range, or is not
             for such a dataset.
     """
-    check_limits(max_tokens, max_sequences, overlong)
-    for name, value in (("window", window), ("balance", balance), ("open_packs", open_packs)):
-        check_positive(name, value)
+    max_tokens, max_sequences = checked_limits(max_tokens, max_sequences, overlong)
+    window, balance = optional_integer("window", window), optional_integer("balance", balance)
+    open_packs = optional_integer("open_packs", open_packs)
+    limits: dict[str, Any] = {"overlong": overlong, "max_sequences": max_sequences}
     if isinstance(dataset, IterableDataset):
-        _only_for(
-            "a map-style dataset",
-            window=window,
-            balance=balance,
-            seed=seed,
-            length_column=length_column,
-        )
-        slots = open_packs or OPEN_PACKS
-        return PackedStream(
-            dataset, max_tokens, overlong=overlong, max_sequences=max_sequences, open_packs=slots
-        )
+        others = {"balance": balance, "seed": seed, "length_column": length_column}
+        _only_for("a map-style dataset", window=window, **others)
+        return PackedStream(dataset, max_tokens, open_packs=open_packs or OPEN_PACKS, **limits)
     _only_for("an iterable dataset", open_packs=open_packs)
     lengths = scan_lengths(_checked_dataset(dataset), length_column)
-    plan = plan_packs(
-        lengths, max_tokens, overlong=overlong, max_sequences=max_sequences, window=window
-    )
+    plan = plan_packs(lengths, max_tokens, window=window, **limits)
     if balance is not None:
         plan, seed = balanced(plan, balance, max_sequences), seed or 0
     return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=overlong in CUTTING)
 
 
 def packs_of(loader: Any) -> PackedDataset | PackedStream | None:
-    """The packs that a loader gives out, also inside what others wrap a dataset in; None if it
-    gives out others."""
+    """Finds the packs that a loader gives out, also inside what others wrap a dataset in; None if
+    it gives out something else."""
     dataset = getattr(loader, "dataset", None)
     while dataset is not None and not isinstance(dataset, PackedDataset | PackedStream):
         # accelerate's share of a stream, a torch Subset
@@ -288,15 +273,11 @@ def packs_of(loader: Any) -> PackedDataset | PackedStream | None:
 
 
 def _checked_dataset(dataset: Any) -> Any:
-    if (
-        not hasattr(dataset, "__getitem__")
-        or not hasattr(dataset, "__len__")
-        or isinstance(dataset, dict)
-    ):
+    sequence = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not sequence or isinstance(dataset, dict):
         raise TypeError(
-            f"pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one of "
-            f"torch or datasets, "
-            f"got {type(dataset).__name__}"
+            "pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one of "
+            f"torch or datasets, got {type(dataset).__name__}"
         )
     if len(dataset) == 0:
         raise ValueError("dataset is empty: there is nothing to pack")

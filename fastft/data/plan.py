@@ -1,5 +1,4 @@
-"""Which examples share a pack: best-fit decreasing bin packing over the whole data set, or over
-windows of it.
+"""The plan, which examples share a pack: best-fit decreasing over the data set or windows of it.
 
 The lengths are taken from the longest to the shortest (ties in the order they came). Each goes into
 the open pack whose remaining capacity is the smallest that takes it, among equal ones into the pack
@@ -15,13 +14,14 @@ from array import array
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastft import ops
+from fastft.checks import integer, optional_integer
 
 OVERLONG = ("error", "truncate", "split", "drop")
 # the kernel keeps 20 bytes per token of capacity: beyond, sorted lists are better
@@ -38,8 +38,7 @@ def plan_reference(
     offsets: Tensor,
     counts: Tensor,
 ) -> None:
-    """The plan in plain Python, into the same outputs as the kernel; `max_sequences=0` means no
-    limit."""
+    """Plans in plain Python, into the kernel's outputs; `max_sequences=0` means no limit."""
     packs: list[list[int]] = []
     for window, (begin, end) in enumerate(itertools.pairwise(windows.tolist())):
         made = _best_fit(lengths[begin:end], max_tokens, max_sequences)
@@ -85,9 +84,8 @@ def _tables_fit(device: torch.device, lengths: Tensor, max_tokens: int) -> str |
 
 
 PLAN = ops.Operator(
-    "plan_packs(Tensor lengths, Tensor windows, int max_tokens, int max_sequences, Tensor(a!) "
-    "indices, "
-    "Tensor(b!) entry_lengths, Tensor(c!) offsets, Tensor(d!) counts) -> ()",
+    "plan_packs(Tensor lengths, Tensor windows, int max_tokens, int max_sequences, "
+    "Tensor(a!) indices, Tensor(b!) entry_lengths, Tensor(c!) offsets, Tensor(d!) counts) -> ()",
     plan_reference,
     engines={"cpp": _tables_fit},
     samples={"packs beyond 2^26 tokens": (torch.tensor([2**26, 1]), 2**26 + 1)},
@@ -96,8 +94,7 @@ PLAN = ops.Operator(
 
 @dataclass(frozen=True, eq=False)
 class PackPlan:
-    """Packs of example indices; `plan[p]` is the int64 tensor of pack p's, iteration goes over all
-    packs.
+    """Packs of example indices: `plan[p]` are those of pack p, an int64 tensor.
 
     Attributes:
         indices: int64 (entries,), the example of each entry, all packs one after another. A split
@@ -130,8 +127,10 @@ class PackPlan:
         return iter(self.indices.split(self.offsets.diff().tolist()))
 
     def bounds(self, pack: int) -> tuple[int, int]:
-        """The first entry of a pack and the one after its last; a negative `pack` counts from the
-        end.
+        """Finds the first entry of a pack and the one after its last.
+
+        Args:
+            pack: its number; a negative one counts from the end.
 
         Raises:
             IndexError: there is no such pack.
@@ -143,21 +142,23 @@ class PackPlan:
         return begin, end
 
     def reordered(self, order: Tensor) -> PackPlan:
-        """The same packs in another order: its pack p is pack `order[p]` of this plan."""
+        """Puts the packs in another order: pack p of the result is pack `order[p]` of this plan."""
         sizes = self.offsets.diff()[order]
         offsets = torch.zeros_like(self.offsets)
         torch.cumsum(sizes, 0, out=offsets[1:])
         # entry e of the new pack p was entry e - offsets[p] + self.offsets[order[p]]
         moved = torch.repeat_interleave(self.offsets[:-1][order] - offsets[:-1], sizes)
         entries = moved + torch.arange(moved.numel())
-        columns = (
-            self.indices[entries],
-            offsets,
-            self.starts[entries],
-            self.lengths[entries],
-            self.windows[order],
+        return replace(self.entries(entries), offsets=offsets, windows=self.windows[order])
+
+    def entries(self, order: Tensor) -> PackPlan:
+        """Puts other entries in the packs: entry e of the result is this plan's `order[e]`."""
+        return replace(
+            self,
+            indices=self.indices[order],
+            starts=self.starts[order],
+            lengths=self.lengths[order],
         )
-        return PackPlan(*columns, self.max_tokens)
 
     @property
     def efficiency(self) -> float:
@@ -179,8 +180,7 @@ def _as_tensor(lengths: Any) -> Tensor:
 
 
 def _dense(lengths: Any) -> Tensor:
-    """`lengths` as a tensor on the CPU; raises where they are no numbers, too large, or not
-    there."""
+    """Turns lengths into a tensor on the CPU; raises where they are no numbers, or too large."""
     try:
         tensor = _as_tensor(lengths)
         if tensor.is_meta or tensor.layout != torch.strided:
@@ -224,8 +224,11 @@ def _checked_lengths(lengths: Any) -> Tensor:
 def _entries(
     lengths: Tensor, max_tokens: int, overlong: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(example of each entry, its start, its length) once no entry exceeds max_tokens; None where
-    it is trivial."""
+    """Makes entries of the examples, none of which exceeds max_tokens.
+
+    Returns:
+        The example of each entry, its start and its length; None for what is trivial.
+    """
     if lengths.aminmax().max <= max_tokens:
         return None, None, lengths
     if overlong == "error":
@@ -251,19 +254,18 @@ def _entries(
 
 
 def _windows(examples: int, window: int | None, entries: Tensor | None) -> Tensor:
-    """The first entry of each window of so many examples, and the number of entries."""
+    """Finds the first entry of each window of so many examples; the number of entries is last."""
     edges = torch.tensor([*range(0, examples, window or examples), examples])
     return edges if entries is None else torch.searchsorted(entries, edges)
 
 
 def generator_for(seed: int, epoch: int = 0) -> torch.Generator:
-    """The random numbers of an epoch; those of one seed's epochs are not those of the next
-    seed's."""
+    """Seeds the random numbers of an epoch; no epoch of another seed has the same."""
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
 
 
 def shuffled_order(windows: Tensor, generator: torch.Generator, group: int = 1) -> Tensor:
-    """An order of packs, int64 (packs,), that shuffles groups of neighbours within their window.
+    """Draws an order of packs, int64 (packs,): groups of neighbours, shuffled within their window.
 
     Args:
         windows: int64 (packs,), not decreasing, the window of each pack; that of a group is its
@@ -276,23 +278,16 @@ def shuffled_order(windows: Tensor, generator: torch.Generator, group: int = 1) 
     return (groups[:, None] * group + torch.arange(group)).flatten()
 
 
-def check_limits(max_tokens: Any, max_sequences: Any, overlong: Any) -> None:
-    """Raises ValueError for a capacity, a number of sequences or a policy that there is not."""
-    if (
-        isinstance(max_tokens, bool)
-        or not isinstance(max_tokens, int)
-        or not 0 < max_tokens < 2**31
-    ):
-        raise ValueError(f"max_tokens must be an integer in [1, 2^31), got {max_tokens!r}")
-    check_positive("max_sequences", max_sequences)
+def checked_limits(max_tokens: Any, max_sequences: Any, overlong: Any) -> tuple[int, int | None]:
+    """Checks the limits of a pack, and returns those in tokens and in sequences.
+
+    Raises:
+        ValueError: there is no such capacity, number of sequences or policy.
+    """
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError if `value` is neither None nor a positive integer."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+    capacity = integer("max_tokens", max_tokens, "an integer in [1, 2^31)", below=2**31)
+    return capacity, optional_integer("max_sequences", max_sequences)
 
 
 def plan_packs(
@@ -305,8 +300,7 @@ def plan_packs(
     seed: int | None = None,
     impl: str = "auto",
 ) -> PackPlan:
-    """Distributes examples over packs of at most `max_tokens` tokens: best-fit decreasing, over all
-    of them at once.
+    """Shares examples out over packs of at most `max_tokens` tokens, by best fit decreasing.
 
     Args:
         lengths: tokens of each example: a list, a NumPy or Arrow array or a tensor of N positive
@@ -330,8 +324,8 @@ def plan_packs(
         RuntimeError: the engine asked for is not available, or is `"cpp"` and a pack could have
             more than 2^26 tokens.
     """
-    check_limits(max_tokens, max_sequences, overlong)
-    check_positive("window", window)
+    max_tokens, max_sequences = checked_limits(max_tokens, max_sequences, overlong)
+    window = optional_integer("window", window)
     PLAN.resolve(impl, torch.device("cpu"))
     checked = _checked_lengths(lengths)
     examples, starts, sizes = _entries(checked, max_tokens, overlong)
@@ -342,17 +336,16 @@ def plan_packs(
     )
     counts = torch.empty(windows.numel() - 1, dtype=torch.int64)
     plan(sizes, windows, max_tokens, max_sequences or 0, indices, entry_lengths, offsets, counts)
-    # a view of one zero: it is there without costing memory
-    first_tokens = (
-        torch.zeros(1, dtype=torch.int64).expand(indices.numel())
-        if starts is None
-        else starts[indices]
-    )
-    members = indices if examples is None else examples[indices]
-    offsets = offsets[: int(counts.sum()) + 1].clone()
+    # a view of one zero costs no memory
+    zeros = torch.zeros(1, dtype=torch.int64).expand(indices.numel())
     made = PackPlan(
-        members, offsets, first_tokens, entry_lengths, torch.repeat_interleave(counts), max_tokens
+        indices=indices if examples is None else examples[indices],
+        offsets=offsets[: int(counts.sum()) + 1].clone(),
+        starts=zeros if starts is None else starts[indices],
+        lengths=entry_lengths,
+        windows=torch.repeat_interleave(counts),
+        max_tokens=max_tokens,
     )
-    return (
-        made if seed is None else made.reordered(shuffled_order(made.windows, generator_for(seed)))
-    )
+    if seed is None:
+        return made
+    return made.reordered(shuffled_order(made.windows, generator_for(seed)))

@@ -1,4 +1,4 @@
-"""Which example goes into which row of a packed batch, and in what order the segments then lie.
+"""Rows of a packed batch: which example goes into which, and in what order the segments lie.
 
 All rows have the same number of tokens, so the longest decides. Units (examples, or whole packs)
 are taken from the longest to the shortest, each into the row that has the fewest tokens so far: no
@@ -24,8 +24,6 @@ def balanced_rows(sizes: Sequence[int], rows: int) -> list[list[int]]:
     Returns:
         The units of each row, in order; the rows by their first unit.
     """
-    if rows == 1:
-        return [list(range(len(sizes)))]
     members: list[list[int]] = [[] for _ in range(min(rows, len(sizes)))]
     heap = [(0, row) for row in range(len(members))]
     for unit in sorted(range(len(sizes)), key=lambda unit: -sizes[unit]):
@@ -37,8 +35,7 @@ def balanced_rows(sizes: Sequence[int], rows: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where examples lie: the segments of each row are its examples and, where these do not fill
-    it, padding.
+    """The places of examples: each row has a segment for each, and one of padding if it needs it.
 
     Attributes:
         members: the examples of each row.
@@ -54,12 +51,12 @@ class Layout:
 
     @functools.cached_property
     def is_plain(self) -> bool:
-        """Whether the examples lie as they came, without padding."""
+        """True where the examples lie as they came, without padding."""
         return self.order == list(range(len(self.order)))
 
     @property
     def padding(self) -> list[int]:
-        """How many tokens at the end of each row are padding."""
+        """Tokens of padding at the end of each row."""
         padding, end = [0] * len(self.members), 0
         for example, length in zip(self.order, self.lengths, strict=True):
             end += length
@@ -76,7 +73,7 @@ class Layout:
         }
 
     def _arranged(self, values: list[Any], fill: int) -> list[Any]:
-        """The values of a column as the segments lie."""
+        """Sorts the values of a column as the segments lie."""
         if self.is_plain:
             return values
         segments = zip(self.order, self.lengths, strict=True)
@@ -96,7 +93,7 @@ class Layout:
 
 
 def _width(lengths: Sequence[int], rows: Sequence[Sequence[int]], multiple: int) -> int:
-    """Tokens of the longest row, rounded up to a multiple."""
+    """Counts the tokens of the longest row, rounded up to a multiple."""
     longest = max(sum(lengths[example] for example in row) for row in rows)
     return longest + -longest % multiple
 

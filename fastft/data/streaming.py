@@ -25,7 +25,7 @@ Examples = list[dict[str, Any]]
 
 
 class _Packer:
-    """The open packs, and those that are done and wait to be taken out of `ready`."""
+    """Open packs, and those in `ready` that are done and wait to be taken."""
 
     def __init__(self, max_tokens: int, max_sequences: int | None, open_packs: int) -> None:
         self.max_tokens, self.max_sequences, self.open_packs = max_tokens, max_sequences, open_packs
@@ -54,7 +54,7 @@ class _Packer:
             self._close(self._rooms.pop(0)[1])
 
     def take(self) -> Iterator[Pack]:
-        """The packs that are done; each is gone from the state when it comes out."""
+        """Yields the packs that are done; each is gone from the state when it comes out."""
         while self.ready:
             yield Pack(self.ready.popleft())
 
@@ -77,8 +77,7 @@ class _Packer:
 
 
 class PackedStream(IterableDataset[Pack]):
-    """What `pack` returns for an iterable dataset: an iterable dataset of `Pack`s, without a
-    length.
+    """An iterable dataset of `Pack`s without a length, as `pack` returns it for one of examples.
 
     `state_dict` and `load_state_dict` hold what the open packs contain and where the dataset
     stands, in the convention of `datasets` and of torchdata's `StatefulDataLoader`: a stream that
@@ -126,15 +125,14 @@ class PackedStream(IterableDataset[Pack]):
         self._source: Any = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the dataset the epoch, if it wants to know; a state of another epoch is not
-        resumed."""
+        """Tells the dataset the epoch; a state of another epoch is not resumed."""
         refuse_dispatch(self)
         self._epoch.fill_(epoch)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration stands: after the pack it last yielded."""
+        """Tells where the iteration stands: after the pack that it last yielded."""
         if self._loaded is not None:
             return self._loaded
         source = self._source
@@ -148,8 +146,7 @@ class PackedStream(IterableDataset[Pack]):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next iteration go on from a state; options and dataset must be those that it was
-        taken with."""
+        """Lets the next iteration go on from a state, with the options and dataset of then."""
         self.set_epoch(state_dict["epoch"])
         self._loaded = state_dict
 
@@ -172,11 +169,8 @@ class PackedStream(IterableDataset[Pack]):
             yield from packer.take()
         packer.close()
         yield from packer.take()
-        if (
-            loaded is not None
-            and loaded["source"] is not None
-            and is_iterable_dataset(self.dataset)
-        ):
+        resumed = loaded is not None and loaded["source"] is not None
+        if resumed and is_iterable_dataset(self.dataset):
             # it would begin the next iteration where this one began
             self.dataset.load_state_dict({})
 

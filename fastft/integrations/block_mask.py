@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.attention.segments import Segments, packed_attention, segments_under_way
+from fastft.integrations.implementations import attention_configs, implementation_restored
 
 NAME = "fastft_block_mask"
 
@@ -35,24 +36,6 @@ def block_mask(model: nn.Module) -> Iterator[None]:
         for config in attention_configs(model):
             config._attn_implementation_internal = NAME
         yield
-
-
-def attention_configs(model: nn.Module) -> list[Any]:
-    """All configurations inside a model that name an attention implementation."""
-    found = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
-
-
-@contextlib.contextmanager
-def implementation_restored(model: nn.Module) -> Iterator[None]:
-    """At the end all configurations name the attention implementation that they named at the
-    beginning."""
-    before = [(config, config._attn_implementation_internal) for config in attention_configs(model)]
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
 
 
 def _register() -> None:

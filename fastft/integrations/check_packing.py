@@ -1,5 +1,4 @@
-"""Does a model keep packed sequences apart? A probe that asks the model itself, and says what to do
-where it does not.
+"""Does a model keep packed sequences apart? It is asked, and what helps is tried on it.
 
 `probe.py` says how it is asked and what counts. A short row shows what 31 tokens show; a long one
 passes the windows and tables of the configuration (`probe_rows.py`). Where something is wrong, what
@@ -16,7 +15,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -24,11 +23,15 @@ from fastft.attention.attention import register_attention
 from fastft.attention.segments import packed_attention
 from fastft.foreign import base_model, prompt_learning, reason_not_to_run, unwrapped
 from fastft.integrations.block_mask import block_mask
-from fastft.integrations.probe import Probe, Trouble, attention
+from fastft.integrations.implementations import STOCK, attention, switched
+from fastft.integrations.probe import Probe, Trouble
 from fastft.integrations.probe_rows import Batches, long_row
 from fastft.integrations.untouched import untouched
 
-STOCK = ("sdpa", "eager")
+_VIRTUAL_TOKENS = "puts virtual tokens before each row of a batch, not before each sequence of it"
+_NO_VIRTUAL_TOKENS = (
+    "No way out: train it on padded batches, or an adapter that adds no tokens (LoRA)"
+)
 
 
 class PackingLeakError(RuntimeError):
@@ -41,7 +44,7 @@ class Unasked(ValueError):
 
 @dataclass(frozen=True)
 class Leak:
-    """What is wrong, and what helps.
+    """A fault of a model with packed rows, and what helps.
 
     Attributes:
         what: a clause.
@@ -57,6 +60,18 @@ class Leak:
 
     def __str__(self) -> str:
         return f"{self.what}. {self.way_out}"
+
+
+class Verdict(NamedTuple):
+    """The probe's answer for a model and its batches.
+
+    Attributes:
+        leak: what is wrong; None if nothing is.
+        parts: the modules of the base model, by name, that get attention "fastft" for this.
+    """
+
+    leak: Leak | None = None
+    parts: tuple[str, ...] = ()
 
 
 def check_packing(
@@ -109,8 +124,17 @@ def check_packing(
 
 
 def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
-    """What `check_packing` raises or warns of, as a value; None if nothing is wrong. The same
-    errors otherwise."""
+    """Returns what `check_packing` raises or warns of; None if nothing is wrong. Other errors are
+    raised here too."""
+    return judge(model, batches or Batches()).leak
+
+
+def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdict:
+    """Probes the model; with `switch`, with attention "fastft" in place of sdpa and eager first.
+
+    Where that is exact, nothing else is asked. Where it is not, the model as it is is probed too,
+    and `parts` is empty, unless rows of some length make the model raise with either.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
@@ -118,18 +142,14 @@ def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
     if reason is not None:
         reason += "; check it before it is prepared for training"
         raise Unasked(f"model cannot be checked for packing: {reason}")
-    base, batches = base_model(model), batches or Batches()
+    base = base_model(model)
     if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
         raise ValueError(
             f"model cannot be checked for packing: {type(base).__name__} is no transformers model"
         )
     tuning = prompt_learning(model)
     if tuning is not None:
-        return Leak(
-            f"{tuning} puts virtual tokens before each row of a batch, not before each sequence of "
-            f"it",
-            "No way out: train it on padded batches, or an adapter that adds no tokens (LoRA)",
-        )
+        return Verdict(Leak(f"{tuning} {_VIRTUAL_TOKENS}", _NO_VIRTUAL_TOKENS))
     register_attention()
     with untouched(model) as states:
         try:
@@ -138,46 +158,61 @@ def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
             raise ValueError(
                 f"model cannot be checked for packing: alone, a text makes it raise {error!r}"
             ) from error
-        return _leak(probe)
+        return _judged(probe, switch)
 
 
-def _leak(probe: Probe) -> Leak | None:
-    """What is wrong, with its way out."""
-    start, long = probe.batches.position_ids_start, probe.long
-    trouble = probe.trouble(start)
-    if trouble is not None:
-        return _way_out(probe, trouble, start, of_short_rows=True)
-    trouble = None if long is None else probe.trouble_of_long(long, start)
+def _judged(probe: Probe, switch: bool) -> Verdict:
+    """Decides between attention "fastft" and the model as it is."""
+    ours = _with_ours(probe) if switch and probe.stock_parts else None
+    if ours is not None and ours.leak is None:
+        return ours
+    trouble = probe.trouble(probe.batches.position_ids_start)
+    if ours is not None and trouble is not None:
+        return ours  # both raise in long rows, or ours is the one that keeps sequences apart
+    return Verdict(_leak(probe, trouble))
+
+
+def _with_ours(probe: Probe) -> Verdict | None:
+    """The verdict with attention "fastft" for sdpa and eager; None where sequences are mixed."""
+    # whatever the model does not like about it, it may stay as it is
+    with contextlib.suppress(Exception), switched(probe.base, probe.stock_parts):
+        trouble = probe.trouble(probe.batches.position_ids_start)
+        if trouble is None or probe.tolerates(trouble):
+            return Verdict(_leak(probe, trouble), probe.stock_parts)
+    return None
+
+
+def _leak(probe: Probe, trouble: Trouble | None) -> Leak | None:
+    """The trouble of the model as it is, with its way out."""
+    start = probe.batches.position_ids_start
     if trouble is None:
         return None
-    if trouble.loud and probe.batches.max_tokens is None:
-        tokens = _exact_up_to(probe, start)
-        advice = (
-            f"Rows of at most {tokens} tokens are exact: fastft.pack(dataset, max_tokens={tokens})"
-        )
-        return Leak(trouble.what, advice if tokens else "Shorter rows are exact", loud=True)
-    return _way_out(probe, trouble, start, of_short_rows=False)
+    if not probe.tolerates(trouble):
+        return _way_out(probe, trouble, start)
+    tokens = _exact_up_to(probe, start)
+    advice = f"Rows of at most {tokens} tokens are exact: fastft.pack(dataset, max_tokens={tokens})"
+    return Leak(trouble.what, advice if tokens else "Shorter rows are exact", loud=True)
 
 
-def _way_out(probe: Probe, trouble: Trouble, start: int, of_short_rows: bool) -> Leak:
+def _way_out(probe: Probe, trouble: Trouble, start: int) -> Leak:
     """The trouble, with what makes the model exact: something for every row, else for rows that are
     short enough."""
-    first, long = probe.first_position(start), probe.long
+    first = probe.first_position(start)
     place = "" if first == start else f"PackingCollator(position_ids_start={first})"
     second_best: Leak | None = None
-    for text, context, masked in _remedies(probe, as_it_is=bool(place) or not of_short_rows):
+    for text, context, masked in _remedies(probe, as_it_is=bool(place) or trouble.long_row):
         with contextlib.suppress(ValueError, KeyError), context:  # the model does not take this one
-            if probe.trouble(first) is not None:
-                continue
-            found = None if long is None else probe.trouble_of_long(long, first)
-            if found is None or (found.loud and probe.batches.max_tokens is None):
+            found = probe.trouble(first)
+            if found is None or probe.tolerates(found):
                 what = trouble.what if found is None else f"{trouble.what}; and then, {found.what}"
                 return Leak(what, _tried(place, text), masked)
-            tokens = _exact_up_to(probe, first) if second_best is None else None
+            # of what mends short rows alone, the first is good enough
+            mends = found.long_row and second_best is None
+            tokens = _exact_up_to(probe, first) if mends else None
             if tokens is not None:
                 rows = (
                     f"rows of at most {tokens} tokens (fastft.pack(dataset, max_tokens={tokens}), "
-                    f"one pack a row)"
+                    "one pack a row)"
                 )
                 second_best = Leak(trouble.what, _tried(place, text, rows), masked)
     return second_best or Leak(trouble.what, _no_way_out(probe))
@@ -214,7 +249,7 @@ def _exact_up_to(probe: Probe, start: int) -> int | None:
 
 
 def _remedies(probe: Probe, as_it_is: bool) -> Iterator[tuple[str, Any, bool]]:
-    """What to tell, the context in which the model is like that, and whether that is a block
+    """Yields what to tell, a context in which the model is like that, and whether that is a block
     mask."""
     if as_it_is:
         yield "", contextlib.nullcontext(), False

@@ -21,8 +21,7 @@ _WHOLE_GRADIENTS = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
 def fuse_clipping(trainer: Any) -> Callable[[], None]:
-    """Makes a Trainer clip inside `fastft.AdamW`'s step: 32 bytes moved for each fp32 element
-    instead of 40.
+    """Makes a Trainer clip inside AdamW's step: 32 bytes moved for each fp32 element, not 40.
 
         trainer = Trainer(model=model, args=args, optimizers=fastft.adamw(model, args), ...)
         fastft.fuse_clipping(trainer)
@@ -47,7 +46,7 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
     if not hasattr(accelerator, "clip_grad_norm_"):
         raise TypeError(
             f"trainer must be a transformers.Trainer, got {type(trainer).__name__} without an "
-            f"accelerator"
+            "accelerator"
         )
     stock = accelerator.clip_grad_norm_
 
@@ -76,8 +75,7 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
 
 
 def _are_all(parameters: list[Tensor], optimizer: AdamW) -> bool:
-    """Whether the parameters with a gradient, of which there is one, are the optimizer's with a
-    gradient."""
+    """Tells whether the parameters with a gradient, at least one, are those of the optimizer."""
     ours = {
         id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
     }

@@ -30,13 +30,12 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 
 class FusedLossCallback(TrainerCallback):
-    """From train begin to train end the model's loss is computed without ever holding logits, in
-    evaluations too.
+    """Computes a model's loss without ever holding logits, from train begin to train end.
 
-    In an evaluation inside `train()`, `preprocess_logits_for_metrics` gets lazy logits: argmax,
-    top-k and log-probabilities are computed chunk by chunk. Metrics that want logits get plain
-    ones, as in stock. `generate`, exports, and `evaluate` and `predict` outside `train()` are
-    stock.
+    So it does in evaluations inside `train()`. There `preprocess_logits_for_metrics` gets lazy
+    logits: argmax, top-k and log-probabilities are computed chunk by chunk. Metrics that want
+    logits get plain ones, as in stock. `generate`, exports, and `evaluate` and `predict` outside
+    `train()` are stock.
 
     Args:
         verify: compute the loss of the first batch by the stock model as well, and raise
@@ -46,6 +45,8 @@ class FusedLossCallback(TrainerCallback):
             `fastft.PackingCallback` does: `"error"` raises if the model does not keep packed
             sequences apart, in a training or in an evaluation outside of one; `"warn"` says so and
             goes on.
+        attention: False leaves the attention implementation alone, which the callback else switches
+            for packed batches, as `fastft.PackingCallback` does.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which
@@ -53,6 +54,7 @@ class FusedLossCallback(TrainerCallback):
             training.
         evaluation: the same of the evaluations inside it, where `fused` counts all that was
             computed chunk by chunk.
+        switched: as in `fastft.PackingCallback`.
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
     label smoothing or a `compute_loss_func` it stays stock, and `report.skipped` says so.
@@ -70,14 +72,21 @@ class FusedLossCallback(TrainerCallback):
             than `args` have (docs/adamw.md).
     """
 
-    def __init__(self, verify: bool = False, on_leak: str = "error") -> None:
+    def __init__(
+        self, verify: bool = False, on_leak: str = "error", attention: bool = True
+    ) -> None:
         self.verify = verify
-        self._packing = PackingCallback(on_leak)
+        self._packing = PackingCallback(on_leak, attention)
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
         self._handed = Handed()
         self._kept = until_the_end_of(self)
         self._said, self._said_places, self._said_size = False, 0, False
+
+    @property
+    def switched(self) -> str | None:
+        """The attention in whose place the latest training had `"fastft"`, if it had."""
+        return self._packing.switched
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,6 +102,7 @@ class FusedLossCallback(TrainerCallback):
         self.restore()
         training_begins(kwargs["model"], state, self)
         if packing_collator(kwargs.get("train_dataloader")) is None:
+            self._packing.switched = None
             check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"), self._handed)
         else:
             # first: the probe sees the model without us
@@ -250,7 +260,7 @@ class FusedLossCallback(TrainerCallback):
 
 
 def _who_computes_it(model: nn.Module) -> str:
-    """Why no head was asked for logits, and what to do."""
+    """Says why no head was asked for logits, and what to do."""
     packages = whose_forward(model)
     if "trl" in packages:
         return (

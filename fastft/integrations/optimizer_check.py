@@ -1,31 +1,30 @@
-"""At train begin: is what trains what was made, does it hold what is trained, and does it follow
-the Trainer's args?
+"""The check at train begin: does the optimizer train what was meant, as it was meant?
 
-What goes wrong without a word otherwise (a Trainer hands an optimizer through without looking at
-it):
+A Trainer hands an optimizer through without looking at it. What then goes wrong without a word:
 
-    under DeepSpeed Trainer lets go of `optimizers=`, and of a spec where DeepSpeed's configuration
-    has an "optimizer" `adamw(model)` before resized embeddings, unfrozen layers, LoRA,
-    `set_adapter`: these do not train `adamw_spec(args)` and a trainer that copies its args (TRL):
-    the copy says something else `max_grad_norm` of the optimizer over gradients that DeepSpeed or
-    FSDP1 cut into flat parts; or beside that of args
+    under DeepSpeed                 Trainer lets go of `optimizers=`, and of a spec where
+                                    DeepSpeed's configuration has an "optimizer"
+    `adamw(model)` made too early   resized embeddings, unfrozen layers, LoRA and `set_adapter`
+                                    bring parameters that it does not train
+    `adamw_spec(args)`              a trainer that copies its args (TRL): the copy says other things
+    `max_grad_norm` of ours         over gradients that DeepSpeed or FSDP1 cut into flat parts; or
+                                    beside that of args
 
-`foreign` knows the classes. What else decides by an optimizer's class or by its name, and what that
-means for ours:
+`foreign` knows the classes. Others, too, decide by an optimizer's class or by its name:
 
-    accelerate      map_pytorch_optim_to_deepspeed: isinstance of torch.optim.AdamW makes the decay decoupled
-                    set_optimizer_type of Megatron-LM: "adam" in the name of the class, and the
-                    defaults
-    transformers    is_optimizer_factory: subclass of torch.optim.Optimizer; "bitsandbytes" in str(class)
-    DeepSpeed       ZERO_SUPPORTED_OPTIMIZERS by exact type: ours needs "zero_allow_untested_optimizer", which
-                    transformers and accelerate set; fp16 and bf16 master weights want
-                    DeepSpeedCPUAdam itself
-    PEFT            create_loraplus_optimizer: 8-bit classes by name, else any class
-    Lightning       a subclass of both LightningOptimizer and the optimizer's class; `_step_supports_amp_scaling` of
-                    a fp16 run refuses Lightning's clipping with a sentence, as for torch's fused
-                    AdamW
-    torch           torch.distributed.optim's functional twins by exact type: ours has none; GradScaler by
-                    `_step_supports_amp_scaling`
+    accelerate     map_pytorch_optim_to_deepspeed: a torch.optim.AdamW gets decoupled decay;
+                   set_optimizer_type of Megatron-LM: "adam" in the class's name, and the defaults
+    transformers   is_optimizer_factory: subclass of torch.optim.Optimizer; "bitsandbytes" in
+                   str(class)
+    DeepSpeed      ZERO_SUPPORTED_OPTIMIZERS by exact type: ours needs
+                   "zero_allow_untested_optimizer", which transformers and accelerate set; fp16 and
+                   bf16 master weights want DeepSpeedCPUAdam itself
+    PEFT           create_loraplus_optimizer: 8-bit classes by name, else any class
+    Lightning      a subclass of both LightningOptimizer and the optimizer's class; where
+                   `_step_supports_amp_scaling` an fp16 run refuses Lightning's clipping with a
+                   sentence, as for torch's fused AdamW
+    torch          torch.distributed.optim's functional twins by exact type: ours has none;
+                   GradScaler by `_step_supports_amp_scaling`
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ _NAMED = 8  # parameters of a list that goes into a sentence
 
 
 class Handed:
-    """Whether a Trainer was handed an AdamW of fastft's: a callback is told when the Trainer has
-    been made."""
+    """The Trainer's args if it was handed an AdamW of fastft's, which a callback is told once."""
 
     def __init__(self) -> None:
         self._args: TrainingArguments | None = None
@@ -60,15 +58,14 @@ class Handed:
         self._args = args if isinstance(optimizer, AdamW) else None
 
     def to(self, args: TrainingArguments) -> bool:
-        """Whether the Trainer of these `args` was handed one."""
+        """Tells whether the Trainer of these `args` was handed one."""
         return self._args is not None and self._args is args
 
 
 def check_optimizer(
     args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, handed: Handed
 ) -> None:
-    """Compares what trains with what was made. Quiet about optimizers that are not fastft's and
-    were not to be.
+    """Compares what trains with what was made; quiet about optimizers that are not fastft's affair.
 
     Args:
         args, state, model, optimizer: of Trainer, as its callbacks get them.
@@ -86,11 +83,11 @@ def check_optimizer(
     if not by_deepspeed:
         _check_parameters(model, inner)
     # Trainer keeps it for a second train(), as it is
-    if inner._origin is not None and not inner._had_gradients:
-        _check_settings(args, state, inner, inner._origin)
+    if inner.origin is not None and not inner.had_gradients:
+        _check_settings(args, state, inner, inner.origin)
     if inner.max_grad_norm is not None:
         # by adamw or adamw_spec already
-        told = inner._origin is not None and inner._origin.args is args
+        told = inner.origin is not None and inner.origin.args is args
         _check_clipping(
             args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model), told=told
         )
@@ -99,20 +96,19 @@ def check_optimizer(
 def _check_replacement(
     args: TrainingArguments, model: nn.Module, inner: Any, by_deepspeed: bool, handed: bool
 ) -> None:
-    """Another optimizer trains: was one of fastft's to do so?"""
+    """Raises or warns where another optimizer trains, and one of fastft's was to do so."""
     # made of our groups
     if foreign.is_deepspeed_adam(inner) and "moments" in inner.param_groups[0]:
         if not inner.adam_w_mode:
             raise ValueError(
                 "DeepSpeedCPUAdam trains in the place of fastft's AdamW, and its weight decay is "
-                "L2, not decoupled: "
-                'set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration'
+                'L2, not decoupled: set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s '
+                "configuration"
             )
         logger.warning(
             "fastft: with ZeRO's offload_optimizer DeepSpeedCPUAdam trains in the place of "
-            "fastft's AdamW, by the same "
-            'formula; "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration lets '
-            "fastft's train"
+            'fastft\'s AdamW, by the same formula; "zero_force_ds_cpu_optimizer": false in '
+            "DeepSpeed's configuration lets fastft's train"
         )
         return
     kind = f"{type(inner).__module__}.{type(inner).__name__}"
@@ -139,7 +135,7 @@ def _check_replacement(
 
 
 def _dropped(args: TrainingArguments, model: nn.Module, by_deepspeed: bool) -> Origin | None:
-    """What was called for this training and has not trained since."""
+    """The origin of an optimizer for this training that has not trained since."""
     for module in model.modules():
         made = origin.of_models.get(module)
         if made is not None and not made.trained:
@@ -151,12 +147,11 @@ def _dropped(args: TrainingArguments, model: nn.Module, by_deepspeed: bool) -> O
 
 
 def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
-    """Raises if nothing that is trainable is the optimizer's, or something is not that was to
-    be."""
+    """Raises if the optimizer has no trainable parameter, or lacks one that it was to have."""
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     missing = [name for name, param in trainable.items() if id(param) not in held]
-    made_from = None if optimizer._origin is None else optimizer._origin.model
+    made_from = None if optimizer.origin is None else optimizer.origin.model
     whole = None if made_from is None else made_from()
     # of the model that was handed over; parameters that the user chose may leave out what they like
     expected = set() if whole is None else {id(param) for param in whole.parameters()}
@@ -164,33 +159,29 @@ def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
     if missing and len(missing) == len(trainable):
         what = (
             f"none of the model's {len(trainable)} trainable parameters is in the optimizer: "
-            f"nothing would train"
+            "nothing would train"
         )
     elif unexpected:
         named = ", ".join(unexpected[:_NAMED])
         rest = f" and {len(unexpected) - _NAMED} more" if len(unexpected) > _NAMED else ""
         what = (
             f"{len(unexpected)} of the model's {len(trainable)} trainable parameters are not in "
-            f"the optimizer, and "
-            f"would stay as they are: {named}{rest}"
+            f"the optimizer, and would stay as they are: {named}{rest}"
         )
     else:
         return
     raise ValueError(
         f"{what}. Make the optimizer when the model is ready (embeddings resized, layers unfrozen, "
-        f"adapters added or "
-        f"chosen; TRL adds them itself where it gets peft_config), or let Trainer make it: "
-        f"{_SPEC}. What is not to be "
-        "trained wants requires_grad_(False), or its absence from a list of parameters given to "
-        "fastft.adamw"
+        "adapters added or chosen; TRL adds them itself where it gets peft_config), or let Trainer "
+        f"make it: {_SPEC}. What is not to be trained wants requires_grad_(False), or its absence "
+        "from a list of parameters given to fastft.adamw"
     )
 
 
 def _check_settings(
     args: TrainingArguments, state: TrainerState, optimizer: AdamW, made: Origin
 ) -> None:
-    """Raises where the optimizer was made with other values than `args` have, and the user did not
-    ask for them.
+    """Raises where the optimizer has other values than `args`, and the user did not ask for them.
 
     The values are those of the constructor: a schedule changes the groups', and so does a
     checkpoint, with stock too.
@@ -207,11 +198,9 @@ def _check_settings(
         values = ", ".join(f"{name} {defaults[name]} for {of_args[name]}" for name in wrong)
         raise ValueError(
             f"fastft.{made.way} made an optimizer with other values than the Trainer's args have "
-            f"now: {values}. "
-            f"Give it these very args; {_SPEC} reads them when training begins (TRL's trainers "
-            f"copy a plain "
-            "TrainingArguments: give both the trainer's own kind). Or say what you want: "
-            f"fastft.{made.way}(..., {wrong[0]}=...)"
+            f"now: {values}. Give it these very args; {_SPEC} reads them when training begins "
+            "(TRL's trainers copy a plain TrainingArguments: give both the trainer's own kind). Or "
+            f"say what you want: fastft.{made.way}(..., {wrong[0]}=...)"
         )
     asked = made.given.get("weight_decay") if by_trainer and state.global_step == 0 else None
     if asked is not None and asked not in [
@@ -219,24 +208,22 @@ def _check_settings(
     ]:
         raise ValueError(
             f"fastft.adamw_spec was given weight_decay={asked}, and Trainer made the groups with "
-            f"the "
-            f"{args.weight_decay} of its args: set it in args: "
+            f"the {args.weight_decay} of its args: set it in args: "
             f"TrainingArguments(weight_decay={asked})"
         )
 
 
 def _check_clipping(args: TrainingArguments, max_grad_norm: float, flat: bool, told: bool) -> None:
-    """Raises where the norm would be that of a part; warns where gradients are clipped twice,
-    unless `told` before."""
+    """Raises where the norm would be of a part; warns of clipping twice, unless `told` before."""
     if flat:
         raise ValueError(
             "the optimizer's max_grad_norm would clip to the norm of each process's part of the "
-            "gradients, which "
-            "DeepSpeed and FSDP1 cut into flat parts: use TrainingArguments(max_grad_norm=...)"
+            "gradients, which DeepSpeed and FSDP1 cut into flat parts: use "
+            "TrainingArguments(max_grad_norm=...)"
         )
     if args.max_grad_norm and not told:
         logger.warning(
             f"fastft: gradients are clipped twice, to {args.max_grad_norm} by Trainer's args and "
-            f"to {max_grad_norm} by "
-            "the optimizer: set max_grad_norm to 0 in args, or leave it out of the optimizer"
+            f"to {max_grad_norm} by the optimizer: set max_grad_norm to 0 in args, or leave it out "
+            "of the optimizer"
         )

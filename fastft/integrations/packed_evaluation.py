@@ -1,5 +1,4 @@
-"""What an evaluation with a `PackingCollator` cannot do, in a sentence: Trainer wants a row for
-each example.
+"""Limits of an evaluation with a `PackingCollator`: Trainer wants a row for each example.
 
 accelerate gives some examples out twice, so that all ranks have equally many, and takes their
 predictions away again by counting rows. Rows of several examples it cannot count; and `generate`
@@ -28,18 +27,16 @@ def refuse_generation(args: TrainingArguments, collator: PackingCollator) -> Non
     if getattr(args, "predict_with_generate", False) and not collator.pad_examples:
         raise ValueError(
             "fastft: predict_with_generate=True would generate one text for a row of several "
-            "examples; use "
-            f"{PADDED}, which then has a row for each example, or leave predict_with_generate out"
+            f"examples; use {PADDED}, which then has a row for each example, or leave "
+            "predict_with_generate out"
         )
 
 
 def warn_of_repeats(args: TrainingArguments, loader: Any, collator: PackingCollator) -> bool:
     """Warns, and says whether it did, where predictions of repeated examples would stay."""
-    if (
-        args.world_size <= 1
-        or args.prediction_loss_only
-        or collator.task == "sequence_classification"
-    ):
+    if args.world_size <= 1 or args.prediction_loss_only:
+        return False
+    if collator.task == "sequence_classification":  # pool_segments refuses these
         return False
     if collator.rows >= args.per_device_eval_batch_size or collator.pad_examples:
         return False
@@ -50,9 +47,8 @@ def warn_of_repeats(args: TrainingArguments, loader: Any, collator: PackingColla
     if repeated:
         logger.warning(
             f"fastft: this evaluation has {repeated} examples (or packs) twice, so that ranks have "
-            f"equally many. The "
-            "loss leaves them out; predictions, and metrics computed from them, do not, as rows "
-            "hold several examples. "
-            f"For a row each: {PADDED}; or rows=per_device_eval_batch_size"
+            "equally many. The loss leaves them out; predictions, and metrics computed from them, "
+            f"do not, as rows hold several examples. For a row each: {PADDED}; or "
+            "rows=per_device_eval_batch_size"
         )
     return bool(repeated)

@@ -1,5 +1,4 @@
-"""Packed batches in `transformers.Trainer`: their sequences are kept apart, or nothing is
-trained."""
+"""Packed batches in `transformers.Trainer`: sequences are kept apart, or nothing is trained."""
 
 from __future__ import annotations
 
@@ -18,9 +17,10 @@ from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.dispatching import REFUSAL
 from fastft.data.packed import PackedDataset, packs_of
-from fastft.foreign import base_model, dispatches, modules_with_hooks
-from fastft.integrations.block_mask import attention_configs, block_mask
-from fastft.integrations.check_packing import Leak, PackingLeakError, Unasked, find_leak
+from fastft.foreign import base_model, dispatches, is_compiled, modules_with_hooks
+from fastft.integrations.block_mask import block_mask
+from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
+from fastft.integrations.implementations import attention_configs, switched
 from fastft.integrations.optimizer_check import Handed, check_optimizer
 from fastft.integrations.packed_evaluation import PADDED, refuse_generation, warn_of_repeats
 from fastft.integrations.pool_segments import is_pooled
@@ -31,22 +31,32 @@ from fastft.integrations.trainings import training_begins, until_the_end_of
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _ON_LEAK = ("error", "warn")
-_verdicts: dict[Any, Leak | None] = {}
+_DATA_PARALLEL = (
+    "DataParallel cuts a packed batch between its devices; start one process for each instead"
+)
+_verdicts: dict[Any, Verdict] = {}
 
 
 class PackingCallback(TrainerCallback):
-    """From train begin to train end the model keeps the sequences of a `PackingCollator`'s batches
-    apart.
+    """Keeps the sequences of a `PackingCollator`'s batches apart, from train begin to train end.
 
     At train begin the model is probed as `fastft.check_packing` does it, once in a process for each
-    configuration of model, adapters and batches. A model with attention code of its own for which a
-    mask of T x T is exact gets that. Batches of other collators, such as those of an evaluation,
-    are left alone. `evaluate` and `predict` outside `train()` run the model as it is: there it is
-    probed after the first packed batch.
+    configuration of model, adapters and batches. Where the model has transformers' sdpa or eager
+    attention and `attn_implementation="fastft"` is exact, it gets that. A model with attention code
+    of its own for which a mask of T x T is exact gets the mask. At the end it has what it had. Any
+    other attention (flash, flex) was the user's choice and stays, as it does in a model that
+    torch.compile has seen. Batches of other collators, such as those of an evaluation, are left
+    alone. `evaluate` and `predict` outside `train()` run the model as it is: there it is probed
+    after the first packed batch.
 
     Args:
         on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated
             batches; `"warn"`: say so and go on.
+        attention: False leaves the attention implementation alone.
+
+    Attributes:
+        switched: the attention, e.g. `"sdpa"`, in whose place the latest training had `"fastft"`;
+            None where the model kept its own.
 
     Raises:
         PackingLeakError: from `train()`, `evaluate()` and `predict()`, with the reason and the way
@@ -55,17 +65,22 @@ class PackingCallback(TrainerCallback):
             train what it was made for, or not as `args` say (docs/adamw.md); where the collator's
             task is `sequence_classification` and the model lacks `fastft.pool_segments`; where
             Trainer would generate from rows of several examples.
+        TypeError: `attention` is no bool.
 
     `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out
-    of `train()` leaves the model's hooks on, because Trainer then calls no callback: `restore()`
-    takes them off, and so does the next training of the model that has this callback, a new one or
-    a `FusedLossCallback`.
+    of `train()` leaves the model's hooks and its attention, because Trainer then calls no callback:
+    `restore()` takes the model back, and so does the next training of the model that has this
+    callback, a new one or a `FusedLossCallback`.
     """
 
-    def __init__(self, on_leak: str = "error") -> None:
+    def __init__(self, on_leak: str = "error", attention: bool = True) -> None:
         if on_leak not in _ON_LEAK:
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
-        self.on_leak, self._warned_of_repeats = on_leak, False
+        if not isinstance(attention, bool):
+            raise TypeError(f"attention must be True or False, got {attention!r}")
+        self.on_leak, self.attention = on_leak, attention
+        self.switched: str | None = None
+        self._warned_of_repeats = False
         self._apart, self._asked = False, False  # in a training; in this evaluation outside of one
         self._handed = Handed()
         self._kept = until_the_end_of(self)
@@ -82,6 +97,7 @@ class PackingCallback(TrainerCallback):
         """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size
         begins anew."""
         self.restore()
+        self.switched = None
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         training_begins(model, state, self)
         check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed)
@@ -94,26 +110,32 @@ class PackingCallback(TrainerCallback):
             return
         refuse_generation(args, collator)
         _refuse_logits_of_rows(model, loader, collator)
-        if args.n_gpu > 1:
-            self._complain(
-                "DataParallel cuts a packed batch between its devices; start one process for each "
-                "instead"
-            )
-        if dispatches(loader):
-            self._complain(REFUSAL)
+        cut = [_DATA_PARALLEL] if args.n_gpu > 1 else []
+        cut += [REFUSAL] if dispatches(loader) else []
+        for reason in cut:
+            self._complain(reason)
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
-        packs = getattr(args, "train_batch_size", None)
-        leak = self._leak(model, _batches(loader, collator, packs), args)
+        batches = _batches(loader, collator, getattr(args, "train_batch_size", None))
+        # our attention breaks the compiler's graph, and would raise in a part of a batch
+        switch = self.attention and not cut and not is_compiled(model)
+        self._keep_apart(model, self._verdict(model, batches, args, switch))
+
+    def _keep_apart(self, model: nn.Module, verdict: Verdict) -> None:
+        """Does what the verdict says, and says it; `restore` undoes it."""
+        leak, name = verdict.leak, type(model).__name__
+        masked = leak is not None and leak.block_mask
         if leak is not None and leak.loud:
-            logger.warning(f"fastft: {type(model).__name__}: {leak}")
-        elif leak is not None and leak.block_mask:
-            logger.warning(
-                f"fastft: {type(model).__name__} gets an attention mask of T x T: {leak.what}"
-            )
+            logger.warning(f"fastft: {name}: {leak}")
+        elif leak is not None and masked:
+            logger.warning(f"fastft: {name} gets an attention mask of T x T: {leak.what}")
         elif leak is not None:
-            self._complain(f"{type(model).__name__} does not keep packed sequences apart: {leak}")
-        keep = block_mask if leak is not None and leak.block_mask else packed_attention
-        self._kept.enter_context(keep(model))
+            self._complain(f"{name} does not keep packed sequences apart: {leak}")
+        if verdict.parts:
+            former = self._kept.enter_context(switched(base_model(model), verdict.parts))
+            self.switched = ", ".join(sorted(former))
+            until = "until the training's end"
+            logger.info(f"fastft: {name} has attention 'fastft', not {self.switched}, {until}")
+        self._kept.enter_context(block_mask(model) if masked else packed_attention(model))
         self._apart = True
 
     def on_prediction_step(
@@ -147,7 +169,7 @@ class PackingCallback(TrainerCallback):
         metrics: Any,
         **kwargs: Any,
     ) -> None:
-        """The same of a prediction."""
+        """The next prediction may be of another model, too."""
         self._asked = False
 
     def _check_evaluation(
@@ -160,7 +182,7 @@ class PackingCallback(TrainerCallback):
             return
         _refuse_logits_of_rows(model, loader, collator)
         try:
-            leak = _verdict(model, batches, args, as_it_is=True)
+            leak = _verdict(model, batches, args, as_it_is=True).leak
         except ValueError as error:
             logger.warning(
                 f"fastft: whether this evaluation keeps packed sequences apart is not checked: "
@@ -176,10 +198,10 @@ class PackingCallback(TrainerCallback):
                 "evaluating",
             )
 
-    def _leak(self, model: nn.Module, batches: Batches, args: Any) -> Leak | None:
-        """What the probe finds; None also for a model that is elsewhere, with a warning."""
+    def _verdict(self, model: nn.Module, batches: Batches, args: Any, switch: bool) -> Verdict:
+        """Asks the probe; warns of a model that is elsewhere, and finds nothing wrong with it."""
         try:
-            return _verdict(model, batches, args)
+            return _verdict(model, batches, args, switch=switch)
         except Unasked as error:
             logger.warning(f"fastft: packing is not checked: {error}")
         except ValueError as error:
@@ -188,7 +210,7 @@ class PackingCallback(TrainerCallback):
                 f"nobody knows whether {type(model).__name__} keeps packed sequences apart: "
                 f"{error}; {advice}"
             )
-        return None
+        return Verdict()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -223,7 +245,7 @@ def packing_collator(dataloader: Any) -> PackingCollator | None:
 
 
 def _parts(whole: Any) -> Iterator[Any]:
-    """What a callable refers to, without models and classes."""
+    """Yields what a callable refers to, without models and classes."""
     if isinstance(whole, nn.Module | type):
         return
     if isinstance(whole, functools.partial):
@@ -256,8 +278,8 @@ def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingColla
 
 
 def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batches:
-    """What the loader's batches, of so many packs or examples, are like; the longest row is known
-    of packs alone."""
+    """Describes the loader's batches, of so many packs or examples; the longest row is known of
+    packs alone."""
     dataset = packs_of(loader)
     multiple, longest = collator.pad_to_multiple_of or 1, None
     if packs is not None and dataset is not None:
@@ -271,24 +293,26 @@ def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batch
     )
 
 
-def _verdict(model: nn.Module, batches: Batches, args: Any, as_it_is: bool = False) -> Leak | None:
-    """What the probe finds while sequences are kept apart; `as_it_is`: by others, if at all."""
+def _verdict(
+    model: nn.Module, batches: Batches, args: Any, *, as_it_is: bool = False, switch: bool = False
+) -> Verdict:
+    """Probes a model that keeps sequences apart; `as_it_is`: by its own means, if at all."""
     hooked = modules_with_hooks(model)
     if hooked:
+        names = ", ".join(hooked[:5]) + (" and others" if len(hooked) > 5 else "")
         logger.warning(
             f"fastft: the packing probe runs {type(model).__name__} on batches of its own, which "
-            f"the forward hooks of "
-            f"{', '.join(hooked[:5])}{' and others' if len(hooked) > 5 else ''} see too"
+            f"the forward hooks of {names} see too"
         )
-    key = (_key(model, batches, args), as_it_is, as_it_is and keeps_segments(model))
+    key = (_key(model, batches, args), as_it_is, as_it_is and keeps_segments(model), switch)
     if key not in _verdicts or hooked:
         with contextlib.nullcontext() if as_it_is else packed_attention(model):
-            _verdicts[key] = find_leak(model, batches)
+            _verdicts[key] = judge(model, batches, switch=switch)
     return _verdicts[key]
 
 
 def _key(model: nn.Module, batches: Batches, args: Any) -> Any:
-    """All that a verdict may depend on, but weights and the code of hooks."""
+    """Gathers all that a verdict may depend on, but weights and the code of hooks."""
     adapters = getattr(model, "peft_config", {})
     return (
         batches,

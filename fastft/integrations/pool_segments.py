@@ -5,8 +5,8 @@ transformers' models take the hidden state of one token of each row: of the firs
 of the last, as generative models. Here hooks give them that of each example's first or last token
 (or the mean over it) instead:
 
-    first-token models    the hidden states (R, T, H) become (E, 1, H) on their way to the model's pooler or head
-    last-token models     the scores (R, T, C) of the head are taken at (E,) tokens, and the loss computed from these
+    first-token models    hidden states (R, T, H) become (E, 1, H) on their way to pooler or head
+    last-token models     scores (R, T, C) of the head are taken at (E,) tokens, the loss from these
 
 The model's own code computes all else: pooler, dropout, head, and the loss by its `problem_type`.
 """
@@ -23,14 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from fastft.data.host_boundaries import on_host
+from fastft.data.keys import CU_SEQLENS_Q, LABEL_SEGMENTS
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.foreign import active_dataloader, base_model, unwrapped, world_size
 
 
 @dataclass(frozen=True, eq=False)
 class _Examples:
-    """The examples of a batch: which of its segments they are, (E,), where segments begin and end,
-    and labels."""
+    """The examples of a batch.
+
+    Attributes:
+        segments: which of the batch's segments they are, (E,).
+        boundaries: where segments begin, (S + 1,).
+        labels: (E,) or (E, C); None without.
+    """
 
     segments: Tensor
     boundaries: Tensor
@@ -46,17 +52,17 @@ class _Examples:
 
 
 def _examples_of(kwargs: dict[str, Any]) -> _Examples:
-    boundaries, segments = kwargs.get("cu_seq_lens_q"), kwargs.pop("label_segments")
+    boundaries, segments = kwargs.get(CU_SEQLENS_Q), kwargs.pop(LABEL_SEGMENTS)
     if boundaries is None:
         raise ValueError(
-            "the batch has label_segments but no cu_seq_lens_q: it must come from PackingCollator"
+            f"the batch has {LABEL_SEGMENTS} but no {CU_SEQLENS_Q}: it must come from "
+            "PackingCollator"
         )
     return _Examples(segments, boundaries, kwargs.get("labels"))
 
 
 class SegmentPooling:
-    """What `pool_segments` put on a model. `.remove()` takes it off again; a `with` block does so
-    at its end."""
+    """The hooks of `pool_segments` on a model, until `.remove()` or the end of a `with` block."""
 
     def __init__(self, model: nn.Module) -> None:
         base = getattr(model, getattr(model, "base_model_prefix", ""), None)
@@ -100,7 +106,7 @@ class SegmentPooling:
     def _before(
         self, model: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        if "label_segments" not in kwargs:  # not packed
+        if LABEL_SEGMENTS not in kwargs:  # not packed
             return None
         if not model.training:
             self._check_evaluation()
@@ -124,10 +130,8 @@ class SegmentPooling:
         if world_size() > 1:
             raise ValueError(
                 "predictions for the examples of fastft.pack cannot be gathered from several "
-                "processes, as packs have "
-                "different numbers of them: evaluate on the dataset itself "
-                "(eval_dataset=packed.dataset), of which "
-                "PackingCollator packs each batch"
+                "processes, as packs have different numbers of them: evaluate on the dataset "
+                "itself (eval_dataset=packed.dataset), of which PackingCollator packs each batch"
             )
         if self._spoke_of_order:
             return
@@ -136,43 +140,40 @@ class SegmentPooling:
         rows = "row i is example packed.plan.indices[i]" if planned else "not of the examples"
         warnings.warn(
             f"predictions for fastft.pack come in the order of the packs: {rows}; in the order of "
-            f"the dataset, if "
-            "evaluated on the dataset itself, of which PackingCollator packs each batch",
+            "the dataset, if evaluated on the dataset itself, of which PackingCollator packs each "
+            "batch",
             stacklevel=2,
         )
 
     def _pooled(self, hidden_states: Tensor, examples: _Examples) -> Tensor:
-        """(R, T, H) to (E, 1, H)."""
+        """Pools hidden states, (R, T, H), to one of each example, (E, 1, H)."""
         flat = hidden_states.flatten(0, 1)
         if not self._means:
             return flat[examples.first][:, None]
         end = on_host(examples.boundaries)[0].ends[-1]
         if end != len(flat):
             raise ValueError(
-                f"the model has {len(flat)} hidden states, the batch's cu_seq_lens_q ends with "
+                f"the model has {len(flat)} hidden states, the batch's {CU_SEQLENS_Q} ends with "
                 f"{end}"
             )
-        wide, lengths = (
-            torch.promote_types(flat.dtype, torch.float32),
-            examples.boundaries.diff().long(),
-        )
-        # else torch looks at lengths
-        means = torch.segment_reduce(flat.to(wide), "mean", lengths=lengths, unsafe=True)
+        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        lengths = examples.boundaries.diff().long()
+        # unsafe: else torch looks at the lengths, for which it waits
+        means = torch.segment_reduce(wide, "mean", lengths=lengths, unsafe=True)
         return means[examples.segments][:, None].to(flat.dtype)
 
     def _before_pooler(self, pooler: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (
-            None if self._examples is None else (self._pooled(args[0], self._examples), *args[1:])
-        )
+        if self._examples is None:
+            return None
+        return (self._pooled(args[0], self._examples), *args[1:])
 
     def _after_base(self, base: nn.Module, args: Any, output: Any) -> Any:
         if self._examples is None:
             return None
         if isinstance(output, tuple):
             return (self._pooled(output[0], self._examples), *output[1:])
-        return type(output)(
-            **{**output, "last_hidden_state": self._pooled(output[0], self._examples)}
-        )
+        pooled = self._pooled(output[0], self._examples)
+        return type(output)(**{**output, "last_hidden_state": pooled})
 
     def _after_score(self, head: nn.Module, args: Any, output: Tensor) -> None:
         if self._examples is not None:
@@ -188,15 +189,15 @@ class SegmentPooling:
             )
         loss = None
         if examples.labels is not None:
-            config = model.config
+            labels, config = examples.labels, model.config
             loss = model.loss_function(
-                logits=scores, labels=examples.labels, pooled_logits=scores, config=config
+                logits=scores, labels=labels, pooled_logits=scores, config=config
             )
         return type(output)(**{**output, "loss": loss, "logits": scores})
 
     @contextmanager
     def _whole_rows(self, input_ids: Tensor) -> Iterator[None]:
-        """The next forward sees one example in each row."""
+        """Lets the next forward see one example in each row."""
         rows, tokens = input_ids.shape
         boundaries = torch.arange(rows + 1, device=input_ids.device) * tokens
         self._examples = _Examples(torch.arange(rows, device=input_ids.device), boundaries, None)
@@ -204,7 +205,7 @@ class SegmentPooling:
 
 
 def is_pooled(model: nn.Module) -> bool:
-    """Whether `pool_segments` is at work on `model`, or on the model inside its wrappers."""
+    """Tells whether `pool_segments` is at work on `model`, or on the model inside its wrappers."""
     hooks = base_model(model)._forward_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), SegmentPooling) for hook in hooks)
 
@@ -232,22 +233,18 @@ def _check(model: Any, called: Any, pooling: SegmentPooling) -> None:
     if pooling._examples is not None:
         raise ValueError(
             f"{type(called).__name__} runs {type(model).__name__} past its hooks, with which "
-            f"segments are pooled: this "
-            "peft is too old (0.21 is not), or pad instead of packing"
+            "segments are pooled: this peft is too old (0.21 is not), or pad instead of packing"
         )
-    scale = stock.abs().max()
-    if ours.shape != stock.shape or not bool(
-        ((ours - stock).abs() <= 16 * torch.finfo(stock.dtype).eps * scale).all()
-    ):
+    tolerance = 16 * torch.finfo(stock.dtype).eps * stock.abs().max()
+    if ours.shape != stock.shape or not bool(((ours - stock).abs() <= tolerance).all()):
         raise ValueError(
             f"{type(model).__name__} pools its tokens in a way that pool_segments does not know: "
-            f"pad instead of packing"
+            "pad instead of packing"
         )
 
 
 def pool_segments(model: Any) -> SegmentPooling:
-    """Makes a model for sequence classification return (E, C) logits for packed batches, and the
-    loss of all examples.
+    """Makes a model for sequence classification return logits of examples, (E, C), and their loss.
 
     For batches of `PackingCollator(task="sequence_classification")`; others go through as before.
     Examples are the rows of the logits in the order of the batch's `labels`; the mean loss is over
@@ -255,8 +252,8 @@ def pool_segments(model: Any) -> SegmentPooling:
     `fastft.check_packing`.
 
         fastft.pool_segments(model)
-        trainer = Trainer(model, args,
-        data_collator=fastft.PackingCollator(task="sequence_classification"), ...)
+        collator = fastft.PackingCollator(task="sequence_classification")
+        trainer = Trainer(model, args, data_collator=collator, ...)
 
     Knows models that classify by the first token or the mean (BERT, RoBERTa, DistilBERT, ELECTRA,
     ModernBERT ...) and those by the last (Llama, Qwen ...: a `score` head). The model is run twice

@@ -1,25 +1,25 @@
-"""A model asked about packed rows: its outputs for sequences alone, packed, and packed behind
-another first sequence.
+"""A model asked about packed rows: its outputs for sequences alone, and for the same ones packed.
 
 In units of the root mean square of all outputs, of the packed outputs y of a token t behind the
 first sequence:
 
     leak[t]  = |y'[t] - y[t]|      y' is the packed run with other tokens in the first sequence
-    error[t] = |y[t] - alone[t]|   alone is the run of t's sequence by itself, with transformers' own attention
+    error[t] = |y[t] - alone[t]|   alone is the run of t's sequence by itself
 
-Attention that ends at a boundary gives leak = 0 to the bit. Where experts share a matrix product,
-or a kernel adds in no fixed order, other tokens change the rounding; how much, the model says
-itself: `noise` is the movement of one row of an ordinary batch when the tokens of the other rows
-change (and of two equal runs). A leak counts above eight times the noise and a floor; fresh models
-of 32 to 64 features, which attend to everything alike, leak between 1e-3 and 1. All runs begin with
-the same random states, so that what a model draws moves nothing.
+Sequences alone run with transformers' own attention, where the model has ours. Attention that ends
+at a boundary gives leak = 0 to the bit. Where experts share a matrix product, or a kernel adds in
+no fixed order, other tokens change the rounding; how much, the model says itself: `noise` is the
+movement of one row of an ordinary batch when the tokens of the other rows change (and of two equal
+runs). A leak counts above eight times the noise and a floor; fresh models of 32 to 64 features,
+which attend to everything alike, leak between 1e-3 and 1. All runs begin with the same random
+states, so that what a model draws moves nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from fastft.data.collator import PackingCollator
 from fastft.data.pack import Pack
-from fastft.foreign import base_model
-from fastft.integrations.block_mask import implementation_restored
+from fastft.foreign import base_model, output_embeddings
+from fastft.integrations.implementations import attention, parts_that_run, stock_parts
 from fastft.integrations.probe_rows import (
     LENGTHS,
     PADDING,
@@ -51,19 +51,27 @@ _MOST_NOISE = 0.3  # of the outputs; what moves more for no reason could hide a 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What is wrong with packed rows. `loud`: training would raise too, at the first row that is as
-    long."""
+    """A fault with packed rows.
+
+    Attributes:
+        what: a clause.
+        loud: whether training would raise too, at the first row that is as long.
+        long_row: whether short rows are exact.
+    """
 
     what: str
     loud: bool = False
+    long_row: bool = False
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How far outputs move by other tokens in other rows, and by other random states.
+    """Movements of outputs that other rows and random states cause.
 
-    Of the token that moves most; `usual` of the median one, which a few experts chosen differently
-    do not move.
+    Attributes:
+        of_others: of the token that moves most by other tokens in other rows.
+        usual: of the median token, which a few experts chosen differently do not move.
+        drawn: of the token that moves most by these or by other random states.
     """
 
     of_others: float
@@ -85,12 +93,14 @@ class Probe:
         self._before_head = False
         self._dtypes = {p.dtype for p in self.base.parameters() if p.dtype in _LEAK}
         with _stock_attention(self.base):
-            self._choose_outputs()
+            with parts_that_run(self.base) as ran:
+                self._choose_outputs()
             self._run_alone(self.short)
             self._other_row = other_row(self.base)
             if batches.rows > 1:
                 self._run_alone(self._other_row)
             self.noise = self._noise(max(LENGTHS))
+        self.stock_parts = stock_parts(self.base, ran)
 
     @property
     def _least(self) -> float:
@@ -101,7 +111,16 @@ class Probe:
         return max(_ERROR.get(dtype, 0.0) for dtype in self._dtypes)
 
     def trouble(self, start: int) -> Trouble | None:
-        """What is wrong with short packed rows; None if nothing is."""
+        """Looks for a fault with packed rows, short ones first; None if there is none."""
+        found = self.trouble_of_short(start)
+        return found or (None if self.long is None else self.trouble_of_long(self.long, start))
+
+    def tolerates(self, trouble: Trouble) -> bool:
+        """Whether the model may be trained all the same: rows that make it raise need not come."""
+        return trouble.loud and self.batches.max_tokens is None
+
+    def trouble_of_short(self, start: int) -> Trouble | None:
+        """Looks for a fault with short packed rows; None if there is none."""
         if getattr(self.base.config.get_text_config(), "expert_capacity", None):
             return Trouble("tokens of all sequences compete for the capacity of its experts")
         first = self.first_position(start)
@@ -170,7 +189,7 @@ class Probe:
         return f" (attn_implementation={self.base.config._attn_implementation!r})"
 
     def trouble_of_long(self, row: Row, start: int) -> Trouble | None:
-        """What is wrong with a row that passes the limits of the configuration."""
+        """Looks for a fault with a row that passes the limits of the configuration."""
         if not row.alone:
             with _stock_attention(self.base):
                 try:
@@ -178,15 +197,14 @@ class Probe:
                 except Exception as error:
                     text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                     longest = max(len(row.tokens[at]) for at in row.compared)
-                    return Trouble(
-                        f"alone, a sequence of {longest} tokens makes it raise {text}", loud=True
-                    )
+                    what = f"alone, a sequence of {longest} tokens makes it raise {text}"
+                    return Trouble(what, loud=True, long_row=True)
         found = self._trouble_of(row, start)
         if found is None:
             return None
         passed = ", ".join(f"{name} of {size}" for size, name in self.limits.passed(len(row))[:2])
         place = f"a row of {len(row)} tokens" + (f", longer than its {passed}" if passed else "")
-        return Trouble(f"in {place}: {found.what}", found.loud)
+        return Trouble(f"in {place}: {found.what}", found.loud, long_row=True)
 
     def _trouble_in_training(self, start: int) -> Trouble | None:
         """Whether sequences see each other in training mode alone. Dropout is the same in both
@@ -258,7 +276,7 @@ class Probe:
         row.alone = alone
 
     def _noise(self, length: int) -> Noise:
-        """How far outputs move that must not."""
+        """Measures how far outputs move that must not."""
         kept, *others = (random_tokens(self.base, [length], seed)[0] for seed in (4, 5, 6, 7))
         rows = [torch.stack([other, kept]) for other in (*others, others[0])]
         hidden = length > max(LENGTHS)
@@ -339,7 +357,8 @@ class Probe:
                     lambda module, args, output: seen.append(output)
                 )
                 hooks.callback(hook.remove)
-            if (hidden or self._before_head) and (head := _head(self.base)) is not None:
+            head = output_embeddings(self.base) if hidden or self._before_head else None
+            if head is not None:
                 hooks.callback(
                     head.register_forward_pre_hook(_last_token_alone(length, seen)).remove
                 )
@@ -409,14 +428,6 @@ def _last_token_alone(length: int, seen: list[Any]) -> Callable[[nn.Module, tupl
     return before
 
 
-def _head(base: Any) -> nn.Module | None:
-    try:
-        head = base.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return head if isinstance(head, nn.Module) else None
-
-
 def _kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
     """Text alone, said to models that ask for it in training because of their images."""
     takes = getattr(type(base).forward, "__wrapped__", type(base).forward).__code__.co_varnames
@@ -433,17 +444,6 @@ def _stock_attention(base: Any) -> Any:
     if base.config._attn_implementation != "fastft":
         return contextlib.nullcontext()
     return attention(base, "sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
-
-
-@contextlib.contextmanager
-def attention(base: Any, name: str) -> Iterator[None]:
-    """Another attention implementation for a while. Raises ValueError where the model does not take
-    it."""
-    with implementation_restored(base):
-        base.set_attn_implementation(name)
-        if base.config._attn_implementation != name:
-            raise ValueError(f"{type(base).__name__} has attention code of its own")
-        yield
 
 
 def _mixers(base: nn.Module) -> list[str]:

@@ -1,5 +1,4 @@
-"""The rows that the packing probe asks a model with: random tokens, a short row, and one long
-enough for its limits.
+"""The rows that the packing probe asks a model with: a short one, and one beyond its limits.
 
 A configuration has two kinds of numbers that a row may pass while none of its sequences does:
 tables (positions, causal masks, biases), which code that counts along the row looks up beyond their
@@ -37,7 +36,7 @@ _OF_OTHER_INPUTS = re.compile("vision|image|video|audio|speech|rope|quantization
 
 @dataclass(frozen=True)
 class Batches:
-    """What the batches are like that the model is to be trained on.
+    """A description of the batches that the model is to be trained on.
 
     Attributes:
         position_ids_start: as in `PackingCollator`.
@@ -61,8 +60,8 @@ class Limits:
     windows: list[tuple[int, str]]
 
     def passed(self, tokens: int) -> list[tuple[int, str]]:
-        """Those that a row of `tokens` is longer than, the largest first, tables before windows of
-        a size."""
+        """Chooses those that a row of `tokens` is longer than, the largest first, tables before
+        windows of a size."""
         return sorted(
             (limit for limit in self.tables + self.windows if limit[0] < tokens),
             key=lambda one: -one[0],
@@ -91,7 +90,7 @@ class Row:
         return sum(map(len, self.tokens))
 
     def ends(self, crossed: bool) -> list[int]:
-        """Where the outputs of each sequence begin, and the end."""
+        """The places where the outputs of each sequence begin, and the end."""
         lengths = [len(part) for part in (self.targets if crossed else self.tokens)]
         return [sum(lengths[:count]) for count in range(len(lengths) + 1)]
 
@@ -133,10 +132,10 @@ def long_row(base: Any, batches: Batches, total: int | None = None) -> Row | Non
 
 
 def long_total(limits: Limits, batches: Batches) -> int | None:
-    """How many tokens the long row has.
+    """Counts the tokens of the long row.
 
-    Those of the longest pack, at most 4,096, where that is known; else enough to pass all limits
-    below that.
+    It has those of the longest pack, at most 4,096, where that is known; else enough to pass all
+    limits below that.
     """
     if batches.max_tokens is not None:
         return min(batches.max_tokens, LONGEST)
@@ -160,7 +159,7 @@ def _lengths(total: int, limits: Limits, start: int) -> list[int]:
 
 
 def limits_of(config: Any) -> Limits:
-    """Every size of the configuration and its parts that `TABLES` or `WINDOWS` names."""
+    """Finds every size of the configuration and its parts that `TABLES` or `WINDOWS` names."""
     found = set(_sizes(config.to_dict()))
     tables, windows = (
         [(size, name) for size, name in found if name in names] for names in (TABLES, WINDOWS)

@@ -1,5 +1,4 @@
-"""What callbacks have put on a model is taken off by the next training of it, whichever callback
-begins that one.
+"""The next training of a model takes off what callbacks of an earlier one have left on it.
 
 Trainer calls no callback after an exception, so that hooks, patched methods and changed
 configurations stay on the model. The callback that put them there may be gone, and so may its
@@ -28,7 +27,7 @@ _of_model: weakref.WeakKeyDictionary[nn.Module, _Training] = weakref.WeakKeyDict
 
 
 def until_the_end_of(callback: TrainerCallback) -> contextlib.ExitStack:
-    """What `callback` closes to leave no trace; it closes by itself when the callback is gone."""
+    """Makes what `callback` closes to leave no trace; it closes when the callback is gone."""
     kept = contextlib.ExitStack()
     weakref.finalize(callback, kept.close).atexit = False
     return kept

@@ -1,4 +1,4 @@
-"""What the probe leaves as it was, and the two modes that it runs a model in."""
+"""A model left as it was by the probe, and the two modes that the probe runs it in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL = 2**20  # elements of a buffer that is worth a copy; larger ones are quan
 
 
 class RandomStates:
-    """Those of Python, NumPy, torch and the model's GPUs, as they are when this is made."""
+    """The random states of Python, NumPy, torch and the model's GPUs when this is made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.devices = [
@@ -31,7 +31,7 @@ class RandomStates:
         )
 
     def rewind(self) -> None:
-        """Back to these."""
+        """Goes back to these."""
         torch.set_rng_state(self.torch[0])
         for device, state in zip(self.devices, self.torch[1], strict=True):
             torch.cuda.set_rng_state(state, device)
@@ -63,7 +63,7 @@ def untouched(model: nn.Module) -> Iterator[RandomStates]:
 
 @contextlib.contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """All modules but dropout in training mode, and back in evaluation mode."""
+    """Puts all modules but dropout in training mode, and at the end in evaluation mode."""
     try:
         for module in model.modules():
             module.training = "dropout" not in type(module).__name__.lower()

@@ -1,9 +1,10 @@
-"""Labels of which the host knows how many count, so that the rows of the others cost nothing on a
-GPU either.
+"""Labels of which the host knows how many count: the rows of the others cost a GPU nothing either.
 
-    batch.to(device)   counts the labels while they are on the host, and notes the number with those on the device
-    model(labels=...)  a hook gives the model a `CountedLabels`: the same tensor, which knows the number
-    the model's loss   shifts, pads, flattens it; what comes out knows the number too, as an upper bound
+    batch.to(device)   counts the labels while they are on the host, and notes the number with those
+                       on the device
+    model(labels=...)  a hook gives the model `CountedLabels`: the same tensor, which knows it
+    the model's loss   shifts, pads, flattens it; what comes out knows the number too, as an upper
+                       bound
     the fused loss     takes so many rows, the first that count, and nobody waits for the device
 
 The bound is never a guess: a tensor loses it in every operation that could let more labels count
@@ -46,11 +47,9 @@ class CountedLabels(Tensor):
         kwargs = kwargs or {}
         source = args[0] if args else None
         # as it is before `func`; a compiler traces this too, and would compile again for each bound
-        counted = (
-            _known(source)
-            if isinstance(source, cls) and not torch.compiler.is_compiling()
-            else None
-        )
+        counted = None
+        if isinstance(source, cls) and not torch.compiler.is_compiling():
+            counted = _known(source)
         result = func(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
         if counted is None or not _keeps_the_bound(func, args, kwargs, args[0], result):
             return result
@@ -92,9 +91,8 @@ def _named(names: str) -> set[Any]:
 
 # what picks or moves elements and has none twice
 _PICKS = _named(
-    "view reshape flatten unflatten contiguous clone detach unsqueeze squeeze narrow select "
-    "transpose movedim permute "
-    "t chunk split tensor_split unbind roll flip"
+    "view reshape flatten unflatten contiguous clone detach unsqueeze squeeze narrow select t "
+    "transpose movedim permute chunk split tensor_split unbind roll flip"
 )
 _CASTS = _named("to long int cuda cpu")
 _PADS = {F.pad, torch.constant_pad_nd}
@@ -114,11 +112,9 @@ def _keeps_the_bound(
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return all(type(part) in (int, slice, type(None), type(...)) for part in index)
     if func in _PADS:
-        mode, value = (
-            (*args[2:], "constant", None)[:2]
-            if func is F.pad
-            else ("constant", (*args[2:], None)[0])
-        )
+        given: tuple[Any, ...] = args[2:] if func is F.pad else ("constant", *args[2:])
+        defaults: tuple[Any, ...] = ("constant", None)
+        mode, value = (*given, *defaults[len(given) :])
         return kwargs.get("mode", mode) == "constant" and kwargs.get("value", value) == IGNORE_INDEX
     if func in (Tensor.masked_fill, torch.masked_fill):
         filled = kwargs.get("value", args[2] if len(args) > 2 else None)
@@ -132,8 +128,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 
 def bound_of(target: Tensor, ignore_index: int) -> tuple[Tensor, int | None]:
-    """`target` as a plain tensor, and how many of its labels count at most; None where nobody
-    knows."""
+    """Returns `target` as a plain tensor, and how many count at most; None: nobody knows."""
     if not isinstance(target, CountedLabels):
         return target, None
     known = ignore_index == IGNORE_INDEX and not torch.compiler.is_compiling()
@@ -152,7 +147,7 @@ def _give_counted(
 
 
 def give_counted_labels(model: nn.Module, known_count: KnownCount) -> Callable[[], None]:
-    """Lets `model` have labels as `CountedLabels`, until the result is called.
+    """Gives `model` labels as `CountedLabels`, until the result is called.
 
     Args:
         model: what is called with `labels=`.

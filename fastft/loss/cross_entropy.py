@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastft.loss.cross_entropy_rows import probability_losses, rows_implementation
+from fastft.loss.cross_entropy_rows import ROWS, probability_losses
 from fastft.loss.options import (
     RowOptions,
-    check_device,
+    check_indices,
     check_plain_impl,
     check_probabilities,
     check_reduction,
-    check_target,
     check_tensors,
     check_weight,
     class_weights,
@@ -44,34 +43,37 @@ class _CrossEntropy(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         options: RowOptions,
-        rows: Callable[..., Any],
+        row_kernel: Callable[..., Any],
     ) -> Tensor:
         losses = logits.new_empty(len(logits), dtype=statistics_dtype(logits.dtype))
         weights = [] if weight is None else [weight]
-        rows(logits, target, weights, [], losses, torch.empty_like(losses), [], [], *options)
+        row_kernel(logits, target, weights, [], losses, torch.empty_like(losses), [], [], *options)
         ctx.save_for_backward(logits, target, weight)
-        ctx.options, ctx.rows = options, rows
+        ctx.options, ctx.row_kernel = options, row_kernel
         return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("cross_entropy")
         logits, target, weight = ctx.saved_tensors
-        losses = torch.empty_like(upstream, memory_format=torch.contiguous_format)
+        upstream = upstream.contiguous()
+        losses, lse = torch.empty_like(upstream), torch.empty_like(upstream)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        weights, upstreams = [] if weight is None else [weight], [upstream.contiguous()]
-        ctx.rows(
-            logits,
-            target,
-            weights,
-            upstreams,
-            losses,
-            torch.empty_like(losses),
-            [],
-            [grad],
-            *ctx.options,
+        weights = [] if weight is None else [weight]
+        ctx.row_kernel(
+            *(logits, target, weights, [upstream], losses, lse, [], [grad]), *ctx.options
         )
         return grad, None, None, None, None
+
+
+def _class_dim(input: Tensor) -> int:
+    """Which dimension of logits holds the classes."""
+    if not input.is_floating_point():
+        raise TypeError(f"input must be a floating-point tensor of logits, got {input.dtype}")
+    class_dim = min(1, input.dim() - 1)
+    if class_dim < 0 or input.shape[class_dim] == 0:
+        raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
+    return class_dim
 
 
 def cross_entropy(
@@ -107,7 +109,8 @@ def cross_entropy(
         z_loss: adds `z_loss * lse^2`, which class weights do not weigh; default 0.
         num_items: what "mean" divides the sum by instead of the count, a number or a tensor of one
             element, such as Trainer's `num_items_in_batch`.
-        impl: "auto" (default), "eager" or "cpp"; an explicit one never falls back.
+        impl: "auto" (default), "eager", "cpp", "cuda" or "triton"; an explicit one never falls
+            back.
         group: processes over which the classes are spread, V / n on each, in the order of the
             group. Then `input` holds this process's classes; `target` (of all V classes), `weight`
             (V,) and the options must be the same on all of them, and so is the loss. Class indices
@@ -133,45 +136,30 @@ def cross_entropy(
     check_tensors(input=input, target=target)
     check_reduction(reduction, num_items)
     options = row_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    if not input.is_floating_point():
-        raise TypeError(f"input must be a floating-point tensor of logits, got {input.dtype}")
-    class_dim = min(1, input.dim() - 1)
-    if class_dim < 0 or input.shape[class_dim] == 0:
-        raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
-    classes = input.shape[class_dim]
+    class_dim = _class_dim(input)
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
+    logits = input.movedim(class_dim, -1).reshape(-1, input.shape[class_dim])
     shard = None
     if group is not None:
-        shard = Shard.of((classes,), group, "class dimension of input", target, impl)
-        classes = shard.classes
+        shard = Shard.of(logits.shape[1:], group, "class dimension of input", target, impl)
+    classes = logits.shape[1] if shard is None else shard.classes
     check_weight(weight, classes, input.device)
-    logits = input.movedim(class_dim, -1).reshape(-1, input.shape[class_dim])
+    counted = None
     if target.is_floating_point():
         check_probabilities(target, input.shape, input.device, "input")
         check_plain_impl(impl, "target probabilities")
-        losses = probability_losses(
-            logits, target.movedim(class_dim, -1).reshape(-1, classes), weight, options
-        )
-        counted = None
+        rows = target.movedim(class_dim, -1).reshape(-1, classes)
+        losses = probability_losses(logits, rows, weight, options)
     else:
-        check_device("target", target, input.device)
-        if target.shape != shape:
-            raise ValueError(
-                f"target must have the shape of input without its class dimension: input is "
-                f"{tuple(input.shape)}, "
-                f"target is {tuple(target.shape)}"
-            )
-        check_target(target, classes, ignore_index)
-        counted = target.reshape(-1).contiguous()
-        scaled = class_weights(
-            weight, counted, ignore_index, reduction, num_items, statistics_dtype(logits.dtype)
-        )
+        counted = check_indices(target, input, class_dim, classes, ignore_index)
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+        dtype = statistics_dtype(logits.dtype)
+        weight = class_weights(weight, counted, ignore_index, reduction, num_items, dtype)
         if shard is not None:
-            losses = sharded_losses(logits, counted, scaled, options, shard)
+            losses = sharded_losses(logits, counted, weight, options, shard)
         else:
-            rows = rows_implementation(impl, logits.dtype, logits.device)
-            losses = _CrossEntropy.apply(logits, counted, scaled, options, rows)
+            row_kernel = ROWS.implementation(impl, logits.device, logits.dtype)
+            losses = _CrossEntropy.apply(logits, counted, weight, options, row_kernel)
     reduced = reduce_losses(losses, counted, reduction, ignore_index, num_items)
     return reduced.view(shape) if reduction == "none" else reduced
 

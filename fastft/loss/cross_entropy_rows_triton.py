@@ -1,10 +1,10 @@
-"""The Triton engine of `cross_entropy_rows`: one program a row, one launch for the losses,
-statistics and gradient.
+"""The Triton engine of `cross_entropy_rows`: one program a row, one launch for all results.
 
-Pass 1 keeps, for every lane, a running maximum of the logits without the target's, the sum of their exponentials below
-it and what the options ask for beside it; pass 2 writes the gradient. All maths is fp32; the formulas are those of
-`fastft.loss.cross_entropy`. exp, log1p and tanh are written out here, because `tl.exp` errs by |x| roundings, which a
-confident row would show, and `tl.math` has neither of the other two.
+Pass 1 keeps, for every lane, a running maximum of the logits without the target's, the sum of their
+exponentials below it and what the options ask for beside it; pass 2 writes the gradient. All maths
+is fp32; the formulas are those of `fastft.loss.cross_entropy`. exp, log1p and tanh are written out
+here, because `tl.exp` errs by |x| roundings, which a confident row would show, and `tl.math` has
+neither of the other two.
 
 Bytes moved: the logits are read twice, the second time from the end of the row, which is still in
 the L2 cache, and their gradient is written once; class weights are read as often as logits, from
@@ -32,7 +32,7 @@ from torch import Tensor
 from fastft import ops
 from fastft.ops import check_beside
 
-# finite: the difference of two of them is 0 and not NaN
+# It is finite: the difference of two of them is 0 and not NaN.
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _FAR = tl.constexpr(-200.0)  # exp of it is 0 in fp32; products with it stay finite
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +45,7 @@ def _at_least(x, low):
 
 @triton.jit
 def _exp(x):
-    """exp for -200 <= x <= 0: what the product with log2(e) loses by rounding is added back."""
+    """exp for -200 <= x <= 0; the rounding error of the product with log2(e) is added back."""
     power = x * 1.4426950408889634
     lost = tl.fma(x, 1.4426950216293335, -power)  # log2(e) as fp32 holds it, and the rest of it
     lost = tl.fma(x, 1.925963033500e-8, lost)
@@ -55,8 +55,7 @@ def _exp(x):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x >= -1; the series is that of 2 atanh(s), s = f / (2 + f), with 1 + x = 2^n
-    (1 + f)."""
+    """log(1 + x) for x >= -1: the series of 2 atanh(f / (2 + f)), where 1 + x = 2^n (1 + f)."""
     bits = (1.0 + x).to(tl.int32, bitcast=True)
     n = tl.where(x < 0.4, 0, (bits - 0x3F3504F3) >> 23)
     f = tl.where(x < 0.4, x, (bits - (n << 23)).to(tl.float32, bitcast=True) - 1.0)
@@ -85,8 +84,7 @@ def _tanh(x):
 
 @triton.jit
 def _load(row, position, tile, end, shift, PEELED: tl.constexpr, TILE: tl.constexpr):
-    """The logits at `position`, all within `TILE` from `tile`; -Inf beside the row, which is
-    [shift, end)."""
+    """Logits at `position`, all within `TILE` from `tile`; -Inf beside the row [shift, end)."""
     if PEELED:
         if (tile >= shift) & (tile + TILE <= end):
             x = tl.load(row + position)
@@ -99,7 +97,7 @@ def _load(row, position, tile, end, shift, PEELED: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def _store(row, position, tile, end, shift, x, PEELED: tl.constexpr, TILE: tl.constexpr):
-    """The counterpart of `_load`."""
+    """Writes where `_load` reads."""
     if PEELED:
         if (tile >= shift) & (tile + TILE <= end):
             tl.store(row + position, x)
@@ -120,31 +118,16 @@ def _transform(x, scale, softcap, softcap_inverse, SCALED: tl.constexpr, CAPPED:
 
 @triton.jit
 def _write_gradient(
-    row,
-    grad_row,
-    weight,
-    shift,
-    end,
-    target_position,
-    maximum,
-    inverse,
-    slope,
-    g_h,
-    dz_y,
-    unit,
-    scale,
-    softcap,
-    softcap_inverse,
-    BENT: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    PEELED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """Pass 2, from the end of the row: softmax * (slope - g_h * (z - maximum)) - unit * w, for the
-    target dz_y."""
+    row, grad_row, weight, shift, end, target_position,
+    maximum, inverse, slope, g_h, dz_y, unit,
+    scale, softcap, softcap_inverse,
+    BENT: tl.constexpr, SMOOTHED: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    PEELED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Pass 2, from the end of the row: the gradient of the logits, and for the target dz_y.
+
+    It is softmax * (slope - g_h * (z - maximum)) - unit * w.
+    """
     TILE: tl.constexpr = LANES * VECTOR
     offset = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     tiles = tl.cdiv(end, TILE)
@@ -162,9 +145,8 @@ def _write_gradient(
         dz = tl.where(position == target_position, dz_y, dz)
         if SMOOTHED:
             if weight is not None:
-                dz -= unit * tl.load(
-                    weight + (position - shift), (position >= shift) & (position < end), 0.0
-                )
+                place = weight + (position - shift)
+                dz -= unit * tl.load(place, (position >= shift) & (position < end), 0.0)
             else:
                 dz -= unit
         if CAPPED:
@@ -177,43 +159,21 @@ def _write_gradient(
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def _rows_kernel(
-    logits,
-    target,
-    weight,
-    g_loss,
-    g_lse,
-    g_entropy,
-    losses,
-    lses,
-    entropies,
-    is_top1,
-    grads,
-    classes,
-    stride,
-    grad_stride,
-    ignore_index,
-    smoothing,
-    z_loss,
-    scale,
-    softcap,
-    softcap_inverse,
-    MOMENTS: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    PEELED: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    logits, target, weight, g_loss, g_lse, g_entropy,  # read; None where not given
+    losses, lses, entropies, is_top1, grads,  # written, as far as they are given
+    classes, stride, grad_stride, ignore_index,
+    smoothing, z_loss, scale, softcap, softcap_inverse,
+    MOMENTS: tl.constexpr, SMOOTHED: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    PEELED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     TILE: tl.constexpr = LANES * VECTOR
     r = tl.program_id(0).to(tl.int64)  # a row times its stride may pass 2^31
     offset = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     row = logits + r * stride
     shift = 0
     if PEELED:
-        shift = (row.to(tl.int64, bitcast=True) % 16).to(tl.int32) // (
-            logits.dtype.element_ty.primitive_bitwidth // 8
-        )
+        ITEMSIZE: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth // 8
+        shift = (row.to(tl.int64, bitcast=True) % 16).to(tl.int32) // ITEMSIZE
         row = tl.multiple_of(row - shift, 16)
     end = shift + classes
     y = tl.load(target + r)
@@ -239,8 +199,7 @@ def _rows_kernel(
     w_y, w_sum = 1.0, classes * 1.0  # Triton makes of a 1 a plain int, which has no .to
     if weight is not None:
         w_y = tl.load(weight + y, known, float("nan"))
-    # sum(w (lse - z)) is taken about the target's logit, so that it does not cancel against w_sum *
-    # lse
+    # sum(w (lse - z)) is taken about the target's logit: it must not cancel against w_sum * lse
     center = tl.where(z_y > float("-inf"), z_y, 0.0)
 
     peak = tl.full((LANES,), _LOWEST, tl.float32)
@@ -279,8 +238,7 @@ def _rows_kernel(
     others = tl.sum(total * keep, 0)
     d_y = _at_least(z_y - maximum, _FAR)
     e_y = _exp(d_y)
-    # log of the sum is log1p of the sum without the class that holds the maximum, whose exponential
-    # is exactly 1
+    # log of the sum is log1p of the sum without the maximum's class, whose exponential is exactly 1
     log_sum = _log1p(tl.where(z_y == maximum, others, (others - 1.0) + e_y))
     inverse = 1.0 / (others + e_y)
     distance = (maximum - z_y) + log_sum  # lse - z_y
@@ -314,48 +272,29 @@ def _rows_kernel(
         # the target's softmax - 1 is -others / sum
         dz_y = e_y * inverse * (spread - g_h * d_y) - onehot * others * inverse
         _write_gradient(
-            row,
-            grad_row,
-            weight,
-            shift,
-            end,
-            target_position,
-            maximum,
-            inverse,
-            slope,
-            g_h,
-            dz_y,
-            unit,
-            scale,
-            softcap,
-            softcap_inverse,
-            g_entropy is not None,
-            SMOOTHED,
-            SCALED,
-            CAPPED,
-            PEELED,
-            LANES,
-            VECTOR,
-        )
+            row, grad_row, weight, shift, end, target_position,
+            maximum, inverse, slope, g_h, dz_y, unit,
+            scale, softcap, softcap_inverse,
+            g_entropy is not None, SMOOTHED, SCALED, CAPPED,
+            PEELED, LANES, VECTOR,
+        )  # fmt: skip
 
 
 def _shape(classes: int, itemsize: int, loads: int, wave: int) -> tuple[int, int, int]:
-    """Lanes, elements a lane and warps: the longer the rows, the fewer at once, because they share
-    the L2 cache.
+    """Lanes, elements a lane and warps of a program.
 
-    A thread of a wave of 32 has up to 32 bytes of logits in flight; 16 where the options need the
-    registers. One of a wave of 64 has half of that: the mask of each element takes it two scalar
-    registers. Not yet tuned on a GPU.
+    The longer the rows, the fewer are at once in flight, because they share the L2 cache. A thread
+    of a wave of 32 has up to 32 bytes of logits in flight; 16 where the options need the registers.
+    One of a wave of 64 has half of that: the mask of each element takes it two scalar registers.
+    Not yet tuned on a GPU.
     """
-    threads = (
-        32 if classes <= 1024 else 128 if classes <= 8192 else 256 if classes <= 65_536 else 512
-    )
-    threads = max(threads, wave)
+    steps = ((1024, 32), (8192, 128), (65_536, 256))
+    threads = max(next((few for most, few in steps if classes <= most), 512), wave)
     return threads * loads, 512 // wave // itemsize, threads // wave
 
 
 def _peeled(logits: Tensor, grads: Sequence[Tensor]) -> bool:
-    """Whether rows begin or end off 16 bytes, and the gradient's rows as far off as the logits'."""
+    """Says whether rows begin or end off 16 bytes, and the gradient's as far off as the logits'."""
     vector = 16 // logits.element_size()
     if (logits.data_ptr() % 16, logits.stride(0) % vector, logits.shape[1] % 16) == (0, 0, 0):
         return False
@@ -400,49 +339,18 @@ def cross_entropy_rows(
     lanes, vector, warps = _shape(classes, logits.element_size(), loads, ops.wave(logits.device))
     g_loss, g_lse, g_entropy = (*upstream, None, None, None)[:3]
     entropy, is_top1 = statistics or (None, None)
-    check_beside(
-        "cross_entropy_rows",
-        "logits",
-        logits,
-        target=target,
-        losses=losses,
-        lse=lse,
-        entropy=entropy,
-        is_top1=is_top1,
-        **{
-            f"{name}[{i}]": tensor
-            for name, several in (("weight", weight), ("upstream", upstream), ("grad", grad))
-            for i, tensor in enumerate(several)
-        },
-    )
+    named = {"target": target, "losses": losses, "lse": lse, "entropy": entropy, "is_top1": is_top1}
+    for name, several in (("weight", weight), ("upstream", upstream), ("grad", grad)):
+        named |= {f"{name}[{i}]": tensor for i, tensor in enumerate(several)}
+    check_beside("cross_entropy_rows", "logits", logits, **named)
     _rows_kernel[(rows,)](
-        logits,
-        target,
-        *(weight or (None,)),
-        g_loss,
-        g_lse,
-        g_entropy,
-        losses,
-        lse,
-        entropy,
-        is_top1,
-        *(grad or (None,)),
-        classes,
-        logits.stride(0),
-        grad[0].stride(0) if grad else 0,
-        ignore_index,
-        float(label_smoothing),
-        float(z_loss),
-        float(logit_scale),
-        float(softcap),
+        logits, target, *(weight or (None,)), g_loss, g_lse, g_entropy,
+        losses, lse, entropy, is_top1, *(grad or (None,)),
+        classes, logits.stride(0), grad[0].stride(0) if grad else 0, ignore_index,
+        float(label_smoothing), float(z_loss), float(logit_scale), float(softcap),
         1.0 / softcap if softcap else 0.0,
-        MOMENTS=moments,
-        SMOOTHED=label_smoothing != 0,
-        SCALED=logit_scale != 1,
-        CAPPED=softcap != 0,
-        PEELED=_peeled(logits, grad),
-        LANES=lanes,
-        VECTOR=vector,
-        num_warps=warps,
-        enable_fp_fusion=False,
-    )
+        MOMENTS=moments, SMOOTHED=label_smoothing != 0,
+        SCALED=logit_scale != 1, CAPPED=softcap != 0,
+        PEELED=_peeled(logits, grad), LANES=lanes, VECTOR=vector,
+        num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -1,14 +1,13 @@
-"""Heads that are DTensors: parameters which FSDP2 or a parallelisation plan has spread over a
-device mesh.
+"""Heads that are DTensors: FSDP2 or a parallelisation plan has spread them over a device mesh.
 
-    the head of a plain input               W = gather(W_i);   dW_i = part i of (1 / n) sum over processes of their dW
+    the head of a plain input               W = gather(W_i)
+                                            dW_i = part i of (1 / n) sum over processes of their dW
     the head of an input that is a DTensor  a shard of the classes each: `vocab_parallel`
 
 A plain input is data of its own on every process. The gradient is what FSDP2 makes of it for its
-parameters inside
-forward: the mean over the processes of the mesh, sharded as the parameter is. Where all processes
-have the same input the mean changes nothing, so that the gradient is right for tensor parallelism
-too, only dearer than it has to be.
+parameters inside forward: the mean over the processes of the mesh, sharded as the parameter is.
+Where all processes have the same input the mean changes nothing, so that the gradient is right for
+tensor parallelism too, only dearer than it has to be.
 
 Kept for backward: what the loss keeps, and the whole of W where it recomputes. Bytes moved: an
 all-gather of (V, H) in forward, a reduce-scatter of it in backward.
@@ -28,11 +27,7 @@ from fastft.loss.options import refuse_second_derivative
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Any) -> Tensor:
-        ctx.mesh, ctx.placements, ctx.shape = (
-            parameter.device_mesh,
-            parameter.placements,
-            parameter.shape,
-        )
+        ctx.mesh, ctx.placements = parameter.device_mesh, parameter.placements
         return parameter.detach().full_tensor()
 
     @staticmethod
@@ -48,8 +43,9 @@ class _Gather(torch.autograd.Function):
 
 
 def gathered(name: str, parameter: Tensor | None) -> Tensor | None:
-    """The whole of a DTensor, differentiable as above; any other tensor as it is. All processes of
-    its mesh must call.
+    """Returns the whole of a DTensor, differentiable as above; any other tensor as it is.
+
+    All processes of its mesh must call.
 
     Raises:
         TypeError: it has placements that are neither `Shard` nor `Replicate`.
@@ -66,8 +62,7 @@ def gathered(name: str, parameter: Tensor | None) -> Tensor | None:
 
 
 def _local_of(name: str, tensor: Any, mesh: Any, dim: int | None) -> Tensor:
-    """The local part of a DTensor on a mesh of one dimension, which shards `dim` or, without one,
-    nothing."""
+    """The local part of a DTensor on a mesh of one dimension, which shards `dim`; None: nothing."""
     from torch.distributed.tensor import Replicate, Shard
 
     needed = Replicate() if dim is None else Shard(dim)
@@ -79,9 +74,8 @@ def _local_of(name: str, tensor: Any, mesh: Any, dim: int | None) -> Tensor:
     if tensor.device_mesh != mesh or mesh.ndim != 1 or tensor.placements != (needed,):
         raise TypeError(
             f"{name} has placements {tensor.placements} on {tensor.device_mesh}; where input is a "
-            f"DTensor, {name} must "
-            f"have placements ({needed},) on a mesh of one dimension, that of input: redistribute "
-            f"it"
+            f"DTensor, {name} must have placements ({needed},) on a mesh of one dimension, that of "
+            f"input: redistribute it"
         )
     return tensor.to_local()
 
@@ -89,8 +83,7 @@ def _local_of(name: str, tensor: Any, mesh: Any, dim: int | None) -> Tensor:
 def local_head(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Any]:
-    """The arguments as plain tensors, and the group over which their classes are sharded, if they
-    are.
+    """Returns the arguments as plain tensors, and the group which shards their classes, if any.
 
     Without a DTensor among them they come back as they are.
 
@@ -108,32 +101,21 @@ def local_head(
             raise TypeError(
                 "target is a DTensor, input is not: give target.full_tensor() or target.to_local()"
             )
-        weight, bias = (
-            gathered("linear_weight", linear_weight),
-            gathered("linear_bias", linear_bias),
-        )
+        weight = gathered("linear_weight", linear_weight)
         assert weight is not None
-        return input, weight, bias, target, None
+        return input, weight, gathered("linear_bias", linear_bias), target, None
     mesh: Any = input.device_mesh  # type: ignore[attr-defined]
-    x, weight = (
-        _local_of("input", input, mesh, None),
-        _local_of("linear_weight", linear_weight, mesh, 0),
-    )
+    x = _local_of("input", input, mesh, None)
+    weight = _local_of("linear_weight", linear_weight, mesh, 0)
     bias = None if linear_bias is None else _local_of("linear_bias", linear_bias, mesh, 0)
-    return (
-        x,
-        weight,
-        bias,
-        _local_of("target", target, mesh, None) if is_dtensor(target) else target,
-        mesh.get_group(),
-    )
+    target = _local_of("target", target, mesh, None) if is_dtensor(target) else target
+    return x, weight, bias, target, mesh.get_group()
 
 
 def whole_head(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """`local_head` for an operation that knows no shards of the classes: of DTensors, it takes only
-    a head.
+    """Does as `local_head` for an operation that knows no shards: only a head may be a DTensor.
 
     Raises:
         TypeError: `input` or `target` is a DTensor.

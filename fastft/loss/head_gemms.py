@@ -21,12 +21,13 @@ slab of classes at a time; the logits then are not rounded to 16 bits at all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastft import _native
+from fastft.loss.options import times
 
 # a 16-bit parameter's gradient is summed in 16 bits over this many chunks at most
 NARROW_CHUNKS = 4
@@ -83,77 +84,90 @@ def knows_out_dtype(product: str, dtype: torch.dtype, device: torch.device) -> b
     return True
 
 
-def _slabs(weight: Tensor) -> Iterator[slice]:
-    """Of the classes of a weight (V, H), or of its gradient."""
-    slab_bytes = _SLAB_BYTES if weight.device.type == "cpu" else _DEVICE_SLAB_BYTES
-    size = max(1, min(len(weight), slab_bytes // max(1, 4 * weight.shape[1])))
-    for begin in range(0, len(weight), size):
-        yield slice(begin, min(begin + size, len(weight)))
+def _slabs(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows, such as the classes of a weight (V, H) or of its gradient."""
+    slab_bytes = _SLAB_BYTES if matrix.device.type == "cpu" else _DEVICE_SLAB_BYTES
+    size = max(1, min(len(matrix), slab_bytes // max(1, 4 * matrix.shape[1])))
+    for begin in range(0, len(matrix), size):
+        yield slice(begin, min(begin + size, len(matrix)))
 
 
-def add_weight_gradient(total: Tensor, dz: Tensor, x: Tensor, *, first: bool = False) -> None:
-    """Adds dz^T x to `total` (V, H), which may be wider than both; `first`: writes it there."""
-    if total.dtype == dz.dtype:
-        torch.mm(dz.T, x, out=total) if first else total.addmm_(dz.T, x)
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:
+    """Adds a b to `out`, which may be wider than both; `first`: writes it there."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
         return
-    widens = total.dtype == torch.float32 and knows_out_dtype("mm", dz.dtype, dz.device)
+    widens = out.dtype == torch.float32 and knows_out_dtype("mm", a.dtype, a.device)
     if widens and first:
-        torch.mm(dz.T, x, out_dtype=torch.float32, out=total)
-    elif widens and knows_out_dtype("addmm", dz.dtype, dz.device):
-        torch.addmm(total, dz.T, x, out_dtype=torch.float32, out=total)
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif widens and knows_out_dtype("addmm", a.dtype, a.device):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:  # there is no product that adds to another dtype: it goes through a slab
-        multiply = functools.partial(torch.mm, out_dtype=torch.float32) if widens else torch.mm
-        for slab in _slabs(total):
-            product = multiply(dz[:, slab].T, x)
-            total[slab].copy_(product) if first else total[slab].add_(product)
+        product = functools.partial(torch.mm, out_dtype=torch.float32) if widens else torch.mm
+        for slab in _slabs(out):
+            part = product(a[slab], b)
+            out[slab].copy_(part) if first else out[slab].add_(part)
 
 
-class HeadGemms:
-    """The products of one head, a chunk after the other.
+class HeadTerm:
+    """The products of one linear layer, whose logits are a head's, alone or beside others' (LoRA).
 
     Args:
-        weight: (V, H), in the dtype of the computation.
-        bias: (V,) in the same dtype, or None.
-        rows: R, of the largest chunk.
-        d_weight: (V, H), receives dW; its dtype is that of the sum.
-        d_bias: (V,) zeros, receives db.
+        input: x (T, H).
+        weight: W (V, H).
+        bias: b (V,), or None.
+        dtype: of the products.
+        gradients: what dx (T, H), dW (V, H) and db (V,) go into; None for each that nobody wants.
+            dW may be wider than the products, and hold anything; db holds zeros.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, rows: int, d_weight: Tensor, d_bias: Tensor
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        gradients: Sequence[Tensor | None],
     ) -> None:
-        self.weight, self.bias, self.d_weight, self.d_bias = weight, bias, d_weight, d_bias
-        self.emulated = is_emulated(weight.dtype, weight.device.type)
-        self.workspace = weight.new_empty(
-            rows, len(weight), dtype=working_dtype(weight.dtype, weight.device.type)
-        )
-        self.first = True
+        self.input, self.weight = input, weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.gradients = self.d_input, self.d_weight, self.d_bias = gradients
+        self.emulated = is_emulated(dtype, weight.device.type)
+        self.dtype = working_dtype(dtype, weight.device.type)
+        self.is_first = True  # no chunk has written to dW
 
-    def logits(self, x: Tensor) -> Tensor:
-        """z of rows `x` (R, H), in the workspace."""
-        z = self.workspace[: len(x)]
-        if not self.emulated:
-            if self.bias is None:
-                return torch.mm(x, self.weight.T, out=z)
-            return torch.addmm(self.bias, x, self.weight.T, out=z)
-        wide = x.to(z.dtype)
-        for slab in _slabs(self.weight):
-            torch.mm(wide, self.weight[slab].to(z.dtype).T, out=z[:, slab])
-        return z if self.bias is None else z.add_(self.bias)
+    def add_logits(self, x: Tensor, z: Tensor, *, first: bool) -> None:
+        """Adds x W^T + b to `z` (R, V), of `dtype` or wider; `first`: writes it there."""
+        if first and self.bias is not None and z.dtype == x.dtype:
+            torch.addmm(self.bias, x, self.weight.T, out=z)
+            return
+        wide = x.to(self.dtype)
+        for slab in _slabs(self.weight) if self.emulated else [slice(None)]:
+            multiply(wide, self.weight[slab].to(self.dtype).T, z[:, slab], first=first)
+        if self.bias is not None:
+            z.add_(self.bias)
 
-    def d_input(self, dz: Tensor) -> Tensor:
-        """dx of these rows, in the dtype of the workspace."""
+    def add_gradients(
+        self, dz: Tensor, x: Tensor, where: slice | Tensor, inverse: Tensor | None
+    ) -> None:
+        """Writes dx of these rows, and adds their part to dW and db.
+
+        `inverse`: () times which x goes into dW.
+        """
+        dz = dz.to(self.dtype)  # as torch's sum of terms of two dtypes hands it to the narrower
+        if self.d_input is not None:
+            self.d_input[where] = self._input_gradient(dz).to(self.d_input.dtype)
+        if self.d_weight is not None:
+            x = x if inverse is None else times(x, inverse)
+            multiply(dz.T, x.to(dz.dtype), self.d_weight, first=self.is_first)
+        if self.d_bias is not None:
+            self.d_bias += dz.sum(0, dtype=self.d_bias.dtype)
+        self.is_first = False
+
+    def _input_gradient(self, dz: Tensor) -> Tensor:
         if not self.emulated:
             return torch.mm(dz, self.weight)
         total = dz.new_zeros(len(dz), self.weight.shape[1])
         for slab in _slabs(self.weight):
             total.addmm_(dz[:, slab], self.weight[slab].to(dz.dtype))
         return total
-
-    def add_parameters(self, dz: Tensor, x: Tensor, needs: tuple[bool, bool, bool]) -> None:
-        """Adds the part of this chunk to dW and db, as far as they are wanted."""
-        if needs[2]:
-            self.d_bias += dz.sum(0, dtype=self.d_bias.dtype)
-        if needs[1]:
-            add_weight_gradient(self.d_weight, dz, x.to(dz.dtype), first=self.first)
-        self.first = False

@@ -1,11 +1,13 @@
-"""Rows through an output head, a chunk after the other.
+"""The sweep of rows through an output head, a chunk after the other: all losses of a head do it.
 
-    for each chunk of R rows:  z = x W^T + b;  z becomes dz;  dx = dz W;  dW += dz^T x;  db += sum dz
+    z = x W^T + b (+ x' W'^T + b' ...)        the rows of a chunk, into the workspace
+    dz                                        made of z by the loss, there or in memory of its own
+    dx = dz W;  dW += dz^T x;  db += sum dz   for each linear layer, as far as they are wanted
 
-x are the hidden states (T, H), W the head (V, H). Ignored rows are taken out first: T counts the
-others.
+x are the hidden states (T, H), W the head (V, H). A head is one linear layer, or the sum of several
+(LoRA). Rows that do not count are taken out before: T counts the others.
 
-R, the rows of a chunk: a product over R rows runs at about R / (R + 16) of its best rate on a CPU,
+A chunk has R rows. A product over R rows runs at about R / (R + 16) of its best rate on a CPU,
 R / (R + 256) on a GPU, and every chunk reads and writes dW once. Both costs fall as R grows, so R
 is what the workspace's budget holds, but at least 256 rows on a CPU, and from 1024 to 4096 on a
 GPU. There the budget is 512 MiB or, where dW is held, as much as that takes: then R is H or more.
@@ -14,16 +16,19 @@ Free memory is never asked for: the chunks, and with them the roundings, are the
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastft.loss.head_gemms import NARROW_CHUNKS, HeadGemms, is_emulated, working_dtype
-from fastft.loss.options import RowOptions, statistics_dtype, unrounded
+from fastft.loss.head_gemms import NARROW_CHUNKS, HeadTerm, is_emulated, working_dtype
+from fastft.loss.options import RowOptions, check_positive, statistics_dtype, times
 from fastft.loss.scale_gradients import scale_gradients
+
+Operands: TypeAlias = tuple[Tensor, Tensor, "Tensor | None"]  # input, weight and bias of a head
+Where: TypeAlias = "slice | Tensor"  # positions of rows
 
 
 class _Limits(NamedTuple):
@@ -60,22 +65,155 @@ def _parts(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def divides_rows(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the gradients of a mean are divided where they are made, for products in `dtype`."""
-    return device.type != "cpu" and dtype in (torch.float32, torch.bfloat16)
+class CountedRows(NamedTuple):
+    """The rows of a head that go through it."""
+
+    total: int  # T, with those that do not
+    positions: Tensor | None = None  # None: all of them
+    too_many: Tensor | None = None  # (), on a device: whether rows that count are left out
+
+    @classmethod
+    def of(cls, target: Tensor, ignore_index: int, max_counted: int) -> CountedRows:
+        """The rows whose `target` is not ignored, on a device maybe with a few others.
+
+        A device is never waited for: without a bound from the host, `max_counted` >= 0, all its
+        rows are taken, and cost their time.
+
+        Raises:
+            ValueError: more rows count than `max_counted` (on a CPU).
+        """
+        counted, rows = target != ignore_index, len(target)
+        # looking at a CPU's numbers is free
+        if target.device.type == "cpu":
+            if 0 <= max_counted < counted.sum():
+                raise ValueError(
+                    f"max_counted is {max_counted}, but {int(counted.sum())} rows count"
+                )
+            return cls(rows, None if counted.all() else counted.nonzero()[:, 0])
+        if not 0 <= max_counted < rows:
+            return cls(rows)
+        # those that count first, found without a look at the numbers
+        first = torch.sort((~counted).to(torch.uint8), stable=True).indices[:max_counted]
+        return cls(rows, first, counted.sum() > max_counted)
+
+    @property
+    def counted(self) -> int:
+        """How many they are."""
+        return self.total if self.positions is None else len(self.positions)
+
+    def with_gradient(self, upstream: Tensor) -> CountedRows:
+        """Those of them that receive a gradient from `upstream` (T, ...), if looking is free."""
+        if upstream.device.type != "cpu":
+            return self
+        # a row whose upstream is 0 has gradients of 0, and needs no logits
+        every = torch.arange(self.total) if self.positions is None else self.positions
+        wanted = upstream.reshape(self.total, upstream.shape[1:].numel()).any(1)[every]
+        return self if wanted.all() else self._replace(positions=every[wanted])
+
+    def chunks(self, step: int) -> Iterator[Where]:
+        """The rows, `step` at a time."""
+        for begin in range(0, self.counted, step or 1):
+            chunk = slice(begin, min(begin + step, self.counted))
+            yield chunk if self.positions is None else self.positions[chunk]
+
+    def show_left_out(self, losses: Tensor | None, gradients: Sequence[Tensor | None]) -> None:
+        """Makes losses NaN, and one number of each gradient, where rows that count were left out.
+
+        Trainer's log leaves a NaN loss out, but not a NaN gradient norm.
+        """
+        for tensor in (losses, *(g if g is None else g.view(-1)[:1] for g in gradients)):
+            if self.too_many is not None and tensor is not None:
+                tensor.masked_fill_(self.too_many, torch.nan)
+
+
+def sweep(
+    terms: Sequence[HeadTerm],
+    rows: CountedRows,
+    step: int,
+    fill: Callable[[Tensor, Where], Tensor | None],
+    inverse: Tensor | None = None,
+) -> None:
+    """Takes `rows` through a head, `step` of them at a time.
+
+    Args:
+        terms: the linear layers whose sum is the head.
+        rows: which rows of their inputs.
+        step: rows of a chunk.
+        fill: `fill(z, where)` gets the logits of the rows at `where`, in the workspace, and returns
+            dz, there or elsewhere; None where nobody wants a gradient.
+        inverse: () times which x goes into dW.
+    """
+    weight = terms[0].weight
+    dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
+    # one for all chunks: new pages cost as much time as the products write
+    workspace = weight.new_empty(step, len(weight), dtype=dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        for where in rows.chunks(step):
+            _through_head(terms, workspace, where, fill, inverse)
+        for term in terms:
+            if term.is_first and term.d_weight is not None:
+                term.d_weight.zero_()
+
+
+def _through_head(
+    terms: Sequence[HeadTerm],
+    workspace: Tensor,
+    where: Where,
+    fill: Callable[[Tensor, Where], Tensor | None],
+    inverse: Tensor | None,
+) -> None:
+    """A function, so that the next chunk finds nothing of this one's in memory."""
+    inputs = [term.input[where].to(term.weight.dtype) for term in terms]
+    z = workspace[: len(inputs[0])]
+    for term, x in zip(terms, inputs, strict=True):
+        term.add_logits(x, z, first=term is terms[0])
+    dz = fill(z, where)
+    if dz is not None:
+        for term, x in zip(terms, inputs, strict=True):
+            term.add_gradients(dz, x, where, inverse)
 
 
 class HeadCall(NamedTuple):
-    """What the operator takes besides tensors, in the order of its schema."""
+    """What the operator of a head's rows takes besides tensors, in the order of its schema."""
 
     needs: tuple[bool, bool, bool]  # whether the gradients of input, weight and bias are wanted now
     summed: bool  # losses are their sum, else one a row
     statistics: bool  # entropy and is_top1 are wanted
     dtype: torch.dtype  # of the products
-    impl: str
+    impl: str  # of the row kernel
     chunk_rows: int  # 0: planned
     max_counted: int  # an upper bound of the rows that count; -1: unknown
     options: RowOptions
+
+    @classmethod
+    def planned(
+        cls,
+        operands: Operands,
+        dtype: torch.dtype,
+        options: RowOptions,
+        *,
+        impl: str,
+        chunk_rows: int | None,
+        max_counted: int | None,
+        summed: bool = False,
+        statistics: bool = False,
+    ) -> HeadCall:
+        """By the plan that the gradients of `operands` call for (see `linear_rows`).
+
+        Raises:
+            ValueError: `chunk_rows` is below 1, or `max_counted` below 0.
+        """
+        check_positive("chunk_rows", chunk_rows, 1)
+        check_positive("max_counted", max_counted, 0)
+        x, weight, bias = (
+            torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+            for tensor in operands
+        )
+        # the gradients of a sum are known before backward, and so is that of x by each row's loss
+        now = summed or not (statistics or weight or bias)
+        needs = (x, weight, bias) if now else (False, False, False)
+        bound = -1 if max_counted is None else max_counted
+        return cls(needs, summed, statistics, dtype, impl, chunk_rows or 0, bound, options)
 
     @classmethod
     def of(cls, *arguments: Any) -> HeadCall:
@@ -103,7 +241,7 @@ class HeadCall(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of the operator; what is not wanted is empty."""
+    """What the operator of a head's rows returns; what is not wanted is empty."""
 
     losses: Tensor
     lse: Tensor
@@ -113,155 +251,85 @@ class Outputs(NamedTuple):
     d_weight: Tensor
     d_bias: Tensor
 
+    @classmethod
+    def empty(cls, input: Tensor, weight: Tensor, call: HeadCall) -> Outputs:
+        """Zeros for rows; the weight's gradient is not filled yet."""
+        rows, classes = len(input), len(weight)
+        sums = statistics_dtype(call.dtype)
+        extra = rows if call.statistics else 0
+        return cls(
+            input.new_zeros(rows, dtype=sums),
+            input.new_zeros(rows, dtype=sums),
+            input.new_zeros(extra, dtype=sums),
+            input.new_zeros(extra, dtype=torch.bool),
+            input.new_zeros(input.shape if call.needs[0] else 0, dtype=call.dtype),
+            input.new_empty(
+                weight.shape if call.needs[1] else 0, dtype=call.weight_sum_dtype(rows, weight)
+            ),
+            input.new_zeros(classes if call.needs[2] else 0, dtype=sums),
+        )
+
     def of_rows(self, rows: int, statistics: bool) -> tuple[Tensor, ...]:
         """Room for the losses, lse and maybe entropy and is_top1 of some rows."""
-        losses = self.losses.new_empty(rows)
-        if not statistics:
-            return losses, torch.empty_like(losses)
-        return (
-            losses,
-            torch.empty_like(losses),
-            torch.empty_like(losses),
-            self.is_top1.new_empty(rows),
-        )
+        results = self[:4] if statistics else self[:2]
+        return tuple(result.new_empty(rows) for result in results)
 
 
-def empty_outputs(input: Tensor, weight: Tensor, call: HeadCall) -> Outputs:
-    """Zeros for rows; the parameters' gradients are not filled yet."""
-    rows, classes = len(input), len(weight)
-    sums = statistics_dtype(call.dtype)
-    extra = rows if call.statistics else 0
-    return Outputs(
-        input.new_zeros(rows, dtype=sums),
-        input.new_zeros(rows, dtype=sums),
-        input.new_zeros(extra, dtype=sums),
-        input.new_zeros(extra, dtype=torch.bool),
-        input.new_zeros(input.shape if call.needs[0] else 0, dtype=call.dtype),
-        input.new_empty(
-            weight.shape if call.needs[1] else 0, dtype=call.weight_sum_dtype(rows, weight)
-        ),
-        input.new_zeros(classes if call.needs[2] else 0, dtype=sums),
-    )
-
-
-def _counted_rows(target: Tensor, ignore_index: int, max_counted: int) -> Tensor | None:
-    """The positions of the rows that count, and on a device maybe a few more; None for all rows.
-
-    A device is never waited for: without a bound from the host all its rows are taken, and cost
-    their time.
-    """
-    counted = target != ignore_index
-    if target.device.type == "cpu":
-        if 0 <= max_counted < counted.sum():
-            raise ValueError(f"max_counted is {max_counted}, but {int(counted.sum())} rows count")
-        return None if counted.all() else counted.nonzero()[:, 0]
-    if not 0 <= max_counted < len(target):
-        return None
-    return device_positions(counted, max_counted)
-
-
-def device_positions(counted: Tensor, bound: int) -> Tensor:
-    """`bound` positions, those that count first: found without a look at the numbers."""
-    return torch.sort((~counted).to(torch.uint8), stable=True).indices[:bound]
-
-
-def sweep(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
+def sweep_one(
+    operands: Operands,
     target: Tensor,
     call: HeadCall,
-    fill: Callable[[Tensor, slice | Tensor, Outputs], None],
+    fill: Callable[[Tensor, Where, Outputs], Tensor | None],
     divisor: Tensor | None = None,
 ) -> Outputs:
-    """Takes the rows that count through the head, a chunk after the other.
+    """Takes the rows that count through a head of one layer.
 
-    `fill(z, where, outputs)` gets the logits of the rows at `where`; it writes what is known of
-    these rows into `outputs` and, if any gradient is wanted, dz over the logits. `divisor`: of the
-    gradients, ().
+    `fill` is `sweep`'s; it also writes what is known of its rows into the outputs. `divisor`: of
+    the gradients, ().
     """
-    outputs = empty_outputs(input, linear_weight, call)
-    positions = _counted_rows(target, call.options.ignore_index, call.max_counted)
-    count = len(input) if positions is None else len(positions)
-    step = call.step(count, linear_weight)
-    bias = None if linear_bias is None else linear_bias.to(call.dtype)
-    gemms = HeadGemms(linear_weight.to(call.dtype), bias, step, outputs.d_weight, outputs.d_bias)
+    input, weight, bias = operands
+    outputs = Outputs.empty(input, weight, call)
+    rows = CountedRows.of(target, call.options.ignore_index, call.max_counted)
     inverse = None if divisor is None else divisor.reciprocal()
-    for begin in range(0, count, step or 1):
-        chunk = slice(begin, min(begin + step, count))
-        where = chunk if positions is None else positions[chunk]
-        x = input[where].to(call.dtype)
-        z = gemms.logits(x)
-        fill(z, where, outputs)
-        if call.needs[0]:
-            outputs.d_input[where] = gemms.d_input(z).to(call.dtype)
-        if inverse is not None and call.needs[1]:
-            x = _times(x, inverse)
-        gemms.add_parameters(z, x, call.needs)
-    if not count:
-        outputs.d_weight.zero_()
+    gradients = [g if need else None for g, need in zip(outputs[4:], call.needs, strict=True)]
+    term = HeadTerm(input, weight, bias, call.dtype, gradients)
+    step = call.step(rows.counted, weight)
+    sweep([term], rows, step, lambda z, where: fill(z, where, outputs), inverse)
+    # dx and db are divided at the end: their rows are rounded already, and the sum has no rows left
     if inverse is not None and (call.needs[0] or call.needs[2]):
         scale_gradients([outputs.d_input, outputs.d_bias], inverse)
-    if positions is not None and not target.is_cpu:
-        _show_left_out(
-            (target != call.options.ignore_index).sum() > call.max_counted, outputs, call.needs
-        )
+    rows.show_left_out(outputs.losses, gradients)
     return outputs
 
 
-def _show_left_out(too_many: Tensor, outputs: Outputs, needs: Sequence[bool]) -> None:
-    """Rows that were left out must not go unseen: losses become NaN, and one number of each
-    gradient.
-
-    Trainer's log leaves a NaN loss out, but not a NaN gradient norm.
-    """
-    outputs.losses.masked_fill_(too_many, torch.nan)
-    for gradient in itertools.compress(outputs[-3:], needs):
-        gradient.view(-1)[:1].masked_fill_(too_many, torch.nan)
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward may be followed by another over the same graph; True where torch
-    does not tell."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return ask is None or ask()
-
-
-def needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """None for those that nobody needs."""
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-
-
-def rounded(
-    gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
+def handed_back(
+    gradients: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    dtypes: Sequence[torch.dtype | None],
+    scale: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """`gradients` in `dtypes`; None stays None."""
-    return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+    """What backward returns: `gradients` times `scale` in fp32, rounded once to `dtypes`.
 
-
-def _times(tensor: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.mul(tensor, unrounded(scale), out=torch.empty_like(tensor, dtype=dtype))
-
-
-def scaled(
-    gradients: Sequence[Tensor | None], scale: Tensor, dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
-    """`gradients` times `scale`, () or of rows (T, 1), in fp32, rounded once to `dtypes`; None
-    stays None.
-
+    None for those that nobody needs. `scale`: () or of rows (T,), for a gradient (T, H); None: 1.
     In place where nobody can ask for a gradient again: saves a second (V, H) and its page faults.
     """
-    results, in_place, kept = [], [], _graph_is_kept()
-    for gradient, dtype in zip(gradients, dtypes, strict=True):
-        # not in place for a tensor that a compiler traces with
-        if gradient is None or (type(gradient) is Tensor and gradient.dtype == dtype and not kept):
-            results.append(gradient)
-            in_place += [] if gradient is None else [gradient]
-        else:
-            results.append(_times(gradient, scale, dtype))
-    if scale.dim():
-        for gradient in in_place:
-            gradient.mul_(scale)
-    elif in_place:
+    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    if scale is None:
+        return [g if g is None else g.to(dtype) for g, dtype in zip(wanted, dtypes, strict=True)]
+    column, results, in_place = scale[:, None] if scale.dim() else scale, [], []
+    # another backward over the same graph may follow, where torch does not tell that none will
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    kept = ask is None or ask()
+    for gradient, dtype in zip(wanted, dtypes, strict=True):
+        # a compiler cannot trace a change in place
+        is_ours = not kept and type(gradient) is Tensor and gradient.dtype == dtype
+        if gradient is not None and not is_ours:
+            gradient = times(gradient, column, dtype)
+        elif gradient is not None and scale.dim():
+            gradient.mul_(column)
+        elif gradient is not None:
+            in_place.append(gradient)
+        results.append(gradient)
+    if in_place:
         scale_gradients(in_place, scale)
     return results

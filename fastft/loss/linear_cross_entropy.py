@@ -2,8 +2,9 @@
 
     loss = sum over rows of cross_entropy(x W^T + b), or its mean, or the rows
 
-x are the hidden states (T, H), W the head (V, H). What a row's loss is stands in `cross_entropy`,
-how rows go through the head, what is kept for backward and which bytes are moved in `linear_rows`.
+x are the hidden states (T, H), W the head (V, H). What a row's loss is stands in
+`cross_entropy_rows`, how rows go through the head in `head_sweep`, what is kept for backward and
+which bytes are moved in `linear_rows`.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from torch import Tensor, nn
 
 from fastft.loss.cross_entropy_rows import probability_losses
 from fastft.loss.dtensor_head import local_head
-from fastft.loss.head_sweep import divides_rows
-from fastft.loss.lazy.expressions import LOGITS, Linear, map_rows, sum_over_rows
-from fastft.loss.linear_rows import linear_rows
+from fastft.loss.head_sweep import HeadCall, Operands
+from fastft.loss.linear_rows import divides_rows, linear_rows
 from fastft.loss.options import (
-    RowOptions,
-    check_device,
+    check_indices,
     check_plain_impl,
     check_probabilities,
     check_reduction,
-    check_target,
+    check_shapes,
     check_tensors,
     check_weight,
     class_weights,
+    compute_dtype,
     divisor_of,
     reduce_losses,
     row_options,
     statistics_dtype,
 )
+from fastft.loss.row_functions import apply_to_rows
 from fastft.loss.vocab_parallel import Shard, vocab_parallel_losses
 from fastft.loss.weight_grad import check_accumulates, sum_into_grad
 
@@ -40,115 +41,52 @@ if TYPE_CHECKING:  # builds of torch without processes do not have it
     from torch.distributed import ProcessGroup
 
 
-def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype of the GEMMs: autocast's where it is on, as for `F.linear`; else the one that all
-    operands share."""
-    operands = {
-        "input": input,
-        "linear_weight": weight,
-        **({} if bias is None else {"linear_bias": bias}),
-    }
-    check_tensors(**operands)
-    for name, tensor in operands.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        check_device(name, tensor, input.device)
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and all(
-        t.dtype != torch.float64 for t in operands.values()
-    ):
-        return torch.get_autocast_dtype(device)
-    for name, tensor in operands.items():
-        if tensor.dtype != input.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of input outside autocast: {tensor.dtype} and "
-                f"{input.dtype}"
-            )
-    return input.dtype
-
-
-def check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises if these are no hidden states (..., H) and head (V, H) with V >= 1, and bias (V,)."""
-
-    def complain(name: str, tensor: Tensor, rule: str, other: str, shape: torch.Size) -> None:
-        raise ValueError(
-            f"{name} must be {rule}: {name} is {tuple(tensor.shape)}, {other} is {tuple(shape)}"
-        )
-
-    if input.dim() < 1:
-        raise ValueError("input must be (..., H), got a tensor without dimensions")
-    if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or len(weight) == 0:
-        complain(
-            "linear_weight", weight, "(V, H) with V >= 1 and the H of input", "input", input.shape
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        complain("linear_bias", bias, "(V,)", "linear_weight", weight.shape)
-
-
-def check_indices(target: Tensor, input: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """`target`, flat and contiguous; raises if it does not fit the hidden states or holds a wrong
-    index."""
-    check_device("target", target, input.device)
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target must be of input's shape without its last dimension: target is "
-            f"{tuple(target.shape)}, needed is "
-            f"{tuple(input.shape[:-1])}"
-        )
-    check_target(target, classes, ignore_index)
-    return target.reshape(-1).contiguous()
-
-
-def _probability_losses(
-    operands: tuple[Tensor, Tensor, Tensor | None],
+def _of_probabilities(
+    operands: Operands,
     target: Tensor,
     weight: Tensor | None,
-    dtype: torch.dtype,
-    options: RowOptions,
-    summed: bool,
+    call: HeadCall,
+    reduction: str,
+    num_items: float | Tensor | None,
 ) -> Tensor:
-    x, head, bias = (None if tensor is None else tensor.to(dtype) for tensor in operands)
+    """The reduced loss of target probabilities (..., V), in plain torch."""
+    check_plain_impl(call.impl, "target probabilities")
+    x, head, bias = (None if tensor is None else tensor.to(call.dtype) for tensor in operands)
     assert x is not None and head is not None
-    linear = Linear.of((x, head, bias))
-    if summed:
-        return sum_over_rows(
-            linear, LOGITS, lambda z, t: probability_losses(z, t, weight, options).sum(), target
-        )
-    return map_rows(linear, LOGITS, lambda z, t: probability_losses(z, t, weight, options), target)
+    rows = target.reshape(-1, target.shape[-1])
+
+    def losses_of(z: Tensor, probabilities: Tensor) -> Tensor:
+        losses = probability_losses(z, probabilities, weight, call.options)
+        return losses.sum() if call.summed else losses
+
+    losses = apply_to_rows([(x, head, bias)], losses_of, rows, summed=call.summed)
+    every = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
+    return reduce_losses(losses, every, reduction, -1, num_items)
 
 
-def check_positive(name: str, value: int | None, least: int) -> None:
-    """Raises if `value` is given and below `least`."""
-    if value is not None and value < least:
-        raise ValueError(f"{name} must be None or at least {least}, got {value}")
-
-
-def _index_loss(
-    operands: tuple[Tensor, Tensor, Tensor | None],
+def _of_indices(
+    operands: Operands,
     target: Tensor,
     weight: Tensor | None,
+    call: HeadCall,
     reduction: str,
     num_items: float | Tensor | None,
     *,
     shard: Shard | None,
     accumulate: bool,
-    impl: str,
-    **plan: Any,
 ) -> Tensor:
-    """The reduced loss of class indices (T,); `plan` is of `linear_rows`."""
-    dtype, ignore_index, summed = plan["dtype"], plan["options"].ignore_index, reduction != "none"
-    weight = class_weights(
-        weight, target, ignore_index, reduction, num_items, statistics_dtype(dtype)
-    )
-    if shard is None and reduction == "mean" and divides_rows(dtype, target.device):
-        plan["divisor"] = divisor_of(target != ignore_index, num_items, statistics_dtype(dtype))
+    """The reduced loss of class indices (T,)."""
+    ignore_index, dtype, divisor = call.options.ignore_index, statistics_dtype(call.dtype), None
+    weight = class_weights(weight, target, ignore_index, reduction, num_items, dtype)
+    if shard is None and reduction == "mean" and divides_rows(call.dtype, target.device):
+        divisor = divisor_of(target != ignore_index, num_items, dtype)
         reduction = "sum"  # of what is divided
     if shard is not None:
-        losses = vocab_parallel_losses(operands, target, weight, shard, summed=summed, **plan)
+        losses = vocab_parallel_losses(operands, target, weight, call, shard)
     elif accumulate:
-        losses = sum_into_grad(operands, target, weight, impl=impl, **plan)
+        losses = sum_into_grad(operands, target, weight, call, divisor)
     else:
-        losses, *_ = linear_rows(operands, target, weight, summed=summed, impl=impl, **plan)
+        losses, *_ = linear_rows(operands, target, weight, call, divisor)
     return reduce_losses(losses, target, reduction, ignore_index, num_items)
 
 
@@ -209,8 +147,8 @@ def linear_cross_entropy(
             in one pass; autograd sees none, so that `torch.autograd.grad` has none to return. For a
             parameter without hooks on its gradient, "mean" or "sum", and class indices; not under
             torch.compile. Default False.
-        impl: how the rows are computed: "auto" (default), "eager" or "cpp"; an explicit one never
-            falls back.
+        impl: how the rows are computed: "auto" (default), "eager", "cpp", "cuda" or "triton"; an
+            explicit one never falls back.
         group: processes over which the classes are spread, V / n on each, in the order of the
             group. Then `linear_weight` (V / n, H) and `linear_bias` (V / n,) are this process's
             shards; `input`, `target` (of all V classes), `weight` (V,) and the options must be the
@@ -249,39 +187,36 @@ def linear_cross_entropy(
     accumulate = accumulate_weight_grad and torch.is_grad_enabled()
     if accumulate:
         check_accumulates(linear_weight, target, reduction, group)
-    check_positive("chunk_rows", chunk_rows, 1)
-    check_positive("max_counted", max_counted, 0)
     dtype = compute_dtype(input, linear_weight, linear_bias)
     check_shapes(input, linear_weight, linear_bias)
     input, linear_weight, linear_bias, target, group = local_head(
         input, linear_weight, linear_bias, target, group
     )
-    shard = (
-        None
-        if group is None
-        else Shard.of(linear_weight.shape, group, "linear_weight", target, impl)
-    )
+    shard = None
+    if group is not None:
+        shard = Shard.of(linear_weight.shape, group, "linear_weight", target, impl)
     classes = len(linear_weight) if shard is None else shard.classes
     check_weight(weight, classes, input.device)
     shape = input.shape[:-1]
     operands = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
+    call = HeadCall.planned(
+        operands,
+        dtype,
+        options,
+        impl=impl,
+        chunk_rows=chunk_rows,
+        max_counted=max_counted,
+        summed=reduction != "none",
+    )
     with torch.autocast(input.device.type, enabled=False):
         if target.is_floating_point():
             check_probabilities(target, torch.Size([*shape, classes]), input.device, "the logits")
-            check_plain_impl(impl, "target probabilities")
-            flat = torch.zeros(shape.numel(), dtype=torch.int64, device=input.device)
-            rows = target.reshape(-1, classes)
-            losses = _probability_losses(
-                operands, rows, weight, dtype, options, reduction != "none"
-            )
-            reduced = reduce_losses(losses, flat, reduction, -1, num_items)
+            loss = _of_probabilities(operands, target, weight, call, reduction, num_items)
         else:
-            flat = check_indices(target, input, classes, ignore_index)
-            plan: dict[str, Any] = {"dtype": dtype, "options": options}
-            plan |= {"chunk_rows": chunk_rows, "max_counted": max_counted}
-            plan |= {"shard": shard, "accumulate": accumulate, "impl": impl}
-            reduced = _index_loss(operands, flat, weight, reduction, num_items, **plan)
-    return reduced.view(shape) if reduction == "none" else reduced
+            flat = check_indices(target, input, -1, classes, ignore_index)
+            given = operands, flat, weight, call, reduction, num_items
+            loss = _of_indices(*given, shard=shard, accumulate=accumulate)
+    return loss.view(shape) if reduction == "none" else loss
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -315,23 +250,24 @@ class LinearCrossEntropyLoss(nn.Module):
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
         self.options = options
+        nothing = self.linear.weight[:0]
         with torch.no_grad():  # what is wrong with the options shows here and not in the first step
-            self(
-                self.linear.weight[:0],
-                torch.zeros(0, dtype=torch.int64, device=self.linear.weight.device),
-            )
+            self(nothing, torch.zeros(0, dtype=torch.int64, device=nothing.device))
 
     def forward(
         self, input: Tensor, target: Tensor, num_items: float | Tensor | None = None
     ) -> Tensor:
         """The loss of hidden states `input` (..., H) and `target` (...); `num_items` as in
         `linear_cross_entropy`."""
-        head: dict[str, Any] = {
-            "linear_bias": self.linear.bias,
-            "weight": self.weight,
-            "num_items": num_items,
-        }
-        return linear_cross_entropy(input, self.linear.weight, target, **head, **self.options)
+        return linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            num_items=num_items,
+            **self.options,
+        )
 
     def extra_repr(self) -> str:
         """What torch prints inside the parentheses."""

@@ -1,17 +1,17 @@
-"""The rows of a linear layer's cross-entropy: one operator for the forward and the backward pass of
-every plan.
+"""The rows of a linear layer's cross-entropy: one operator, forward and backward, of every plan.
 
-    z = x W^T + b;  loss[t], lse[t], entropy[t] and dz of z as in `cross_entropy`;  dx = dz W, dW = dz^T x, db = sum dz
+    z = x W^T + b;     loss[t], lse[t], entropy[t] and dz of z as in `cross_entropy_rows`
+    dx = dz W,         dW = dz^T x,         db = sum dz
 
-x are the hidden states (T, H), W the head (V, H), y the targets. Ignored rows are taken out first:
-T counts the others. They go through a workspace of R rows of logits, which the row kernel turns
-into dz in place. What is computed when, in products of 2 T H V flops, depends on who needs a
-gradient:
+x are the hidden states (T, H), W the head (V, H), y the targets. Rows that are not ignored go
+through the head as `head_sweep` says; the row kernel turns their logits into dz in place. What is
+computed when, in products of 2 T H V flops, depends on who needs a gradient:
 
-    a sum                      forward: z, dx, dW (3; 2 where W or x is frozen)     backward: a scaling
-    rows, only x trained       forward: z, dx (2)                                   backward: a scaling of dx's rows
-    rows, W or b trained       forward: z (1)                                       backward: z again, dx, dW (3)
-    rows and their entropies   forward: z (1)                                       backward: z again, dx, dW (3)
+    a sum                      forward: z, dx, dW (3; 2 where W or x is frozen)
+                               backward: a scaling
+    rows, only x trained       forward: z, dx (2)       backward: a scaling of dx's rows
+    rows, W or b trained       forward: z (1)           backward: z again, dx, dW (3)
+    rows and their entropies   forward: z (1)           backward: z again, dx, dW (3)
     nobody needs one           forward: z (1)
 
 Products run in the dtype of the operands (`head_gemms` says how), statistics and sums in fp32. dz
@@ -19,7 +19,8 @@ is between -1 and 1, unnormalised, and so are the gradients of a sum, and on a C
 (which loses nothing so under a GradScaler) those of a mean, a sum over N. A device's fp32 and bf16
 gradients of a mean are divided in the forward pass:
 
-    dW = sum over chunks of dz^T round(x / N),     dx = round(round(dz W) / N),     db = round(sum dz / N)
+    dW = sum over chunks of dz^T round(x / N)
+    dx = round(round(dz W) / N),     db = round(sum dz / N)
 
 What backward scales by is 1 then, as a rule, and the scaling (`scale_gradients`) leaves them alone.
 It is x that is divided and not dz: where a target has a small probability dz is near -1, and all
@@ -27,8 +28,7 @@ these would be rounded alike in bf16, by up to 0.39 %. The roundings of x differ
 of dW less.
 
 Kept for backward: dx, dW and db, or only the operands where backward makes z again. Bytes moved on
-top of the products'
-operands: for each chunk, 4 passes over the workspace (R V) and 2 over dW.
+top of the products' operands: for each chunk, 4 passes over the workspace (R V) and 2 over dW.
 """
 
 from __future__ import annotations
@@ -40,10 +40,15 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.loss.cross_entropy_rows import rows_implementation
+from fastft.loss.cross_entropy_rows import ROWS
 from fastft.loss.head_gemms import working_dtype
-from fastft.loss.head_sweep import HeadCall, Outputs, empty_outputs, needed, rounded, scaled, sweep
-from fastft.loss.options import RowOptions, refuse_second_derivative, statistics_dtype
+from fastft.loss.head_sweep import HeadCall, Operands, Outputs, Where, handed_back, sweep_one
+from fastft.loss.options import refuse_second_derivative, statistics_dtype
+
+
+def divides_rows(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the gradients of a mean are divided where they are made, for products in `dtype`."""
+    return device.type != "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
 def _linear_cross_entropy_rows(
@@ -57,23 +62,24 @@ def _linear_cross_entropy_rows(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     call = HeadCall.of(*arguments)
-    rows = rows_implementation(
-        call.impl, working_dtype(call.dtype, input.device.type), input.device
-    )
+    logits_dtype = working_dtype(call.dtype, input.device.type)
+    row_kernel = ROWS.implementation(call.impl, input.device, logits_dtype)
     weights = [] if weight is None else [weight]
 
-    def fill(z: Tensor, where: slice | Tensor, outputs: Outputs) -> None:
+    def fill(z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:
         results = outputs.of_rows(len(z), call.statistics)
         losses, lse, *statistics = results
         upstreams, grad = [u[where] for u in upstream], [z] if any(call.needs) else []
-        rows(z, target[where], weights, upstreams, losses, lse, statistics, grad, *call.options)
+        row_kernel(
+            *(z, target[where], weights, upstreams, losses, lse, statistics, grad), *call.options
+        )
         for output, values in zip(outputs, results, strict=False):
             output[where] = values
+        return z if grad else None
 
-    with torch.autocast(input.device.type, enabled=False):
-        outputs = sweep(input, linear_weight, linear_bias, target, call, fill, divisor)
-        total = outputs.losses.sum() if call.summed else outputs.losses
-        return total if divisor is None else total / divisor, *outputs[1:]
+    outputs = sweep_one((input, linear_weight, linear_bias), target, call, fill, divisor)
+    total = outputs.losses.sum() if call.summed else outputs.losses
+    return total if divisor is None else total / divisor, *outputs[1:]
 
 
 def _fake(
@@ -87,20 +93,18 @@ def _fake(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     call = HeadCall.of(*arguments)
-    outputs = empty_outputs(input, linear_weight, call)
+    outputs = Outputs.empty(input, linear_weight, call)
     return outputs.losses.sum() if call.summed else outputs.losses, *outputs[1:]
 
 
 # The gradients of losses (their sum, or times upstream: see ROWS) are of a forward or of a backward
 # pass alike. A sum and its gradients may have a divisor, ().
 HEAD = ops.Operator(
-    "linear_cross_entropy_rows(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor "
-    "target, Tensor? weight, "
-    "Tensor[] upstream, Tensor? divisor, bool[] needs, bool summed, bool statistics, ScalarType "
-    "dtype, str impl, "
-    "int chunk_rows, int max_counted, int ignore_index, float label_smoothing, float z_loss, float "
-    "softcap, "
-    "float logit_scale) -> "
+    "linear_cross_entropy_rows("
+    "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+    "Tensor[] upstream, Tensor? divisor, bool[] needs, bool summed, bool statistics, "
+    "ScalarType dtype, str impl, int chunk_rows, int max_counted, int ignore_index, "
+    "float label_smoothing, float z_loss, float softcap, float logit_scale) -> "
     "(Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor d_input, Tensor d_weight, "
     "Tensor d_bias)",
     _linear_cross_entropy_rows,
@@ -120,19 +124,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Any, ...]:
     refuse_second_derivative("linear_cross_entropy")
-    needs, call = ctx.needs_input_grad[:3], ctx.call
+    needs = ctx.needs_input_grad[:3]
     if ctx.kept:
-        (scale,) = upstreams[:1]
-        assert scale is not None
-        results = scaled(
-            needed(ctx.saved_tensors, needs), scale if call.summed else scale[:, None], ctx.dtypes
-        )
+        results = handed_back(ctx.saved_tensors, needs, ctx.dtypes, upstreams[0])
     else:
+        call = ctx.call._replace(needs=tuple(needs), summed=False, statistics=False)
         *operands, target, weight = ctx.saved_tensors
-        outputs = _recompute(
-            operands, target, weight, upstreams[:3], call._replace(needs=tuple(needs))
-        )
-        results = rounded(needed(outputs[4:], needs), ctx.dtypes)
+        gradients = _recompute(operands, target, weight, upstreams[:3], call)
+        results = handed_back(gradients, needs, ctx.dtypes)
     return *results, None, None, [None] * ctx.upstreams, *(None,) * 13
 
 
@@ -143,14 +142,13 @@ def _recompute(
     upstreams: tuple[Tensor | None, ...],
     call: HeadCall,
 ) -> tuple[Tensor, ...]:
-    """The operator again, with the gradients of its results."""
+    """The gradients of the operands, from those of losses, lse and entropy."""
     zero = torch.zeros(target.shape, dtype=statistics_dtype(call.dtype), device=target.device)
     losses, lse, entropy = (
         zero if u is None else u.expand(target.shape).contiguous() for u in upstreams
     )
     upstream = [losses] if lse is entropy is zero else [losses, lse, entropy]
-    call = call._replace(summed=False, statistics=False)
-    return HEAD.native(*operands, target, weight, upstream, None, *call.flat())
+    return HEAD.native(*operands, target, weight, upstream, None, *call.flat())[4:]
 
 
 torch.library.register_autograd(
@@ -159,38 +157,19 @@ torch.library.register_autograd(
 
 
 def linear_rows(
-    operands: tuple[Tensor, Tensor, Tensor | None],
+    operands: Operands,
     target: Tensor,
     weight: Tensor | None,
-    *,
-    dtype: torch.dtype,
-    options: RowOptions,
-    impl: str = "auto",
-    summed: bool = False,
+    call: HeadCall,
     divisor: Tensor | None = None,
-    statistics: bool = False,
-    chunk_rows: int | None = None,
-    max_counted: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses (or their sum), lse, entropy and is_top1 of a head over flat rows, by the plan that
-    gradients call for.
+    """Losses (or their sum), lse, entropy and is_top1 of a head over flat rows.
 
     Args:
         operands: input (T, H), linear_weight (V, H), linear_bias (V,) or None.
         target: (T,), contiguous.
         weight: as `class_weights` returns it.
-        dtype: of the products.
-        options: of the rows.
-        impl: of the row kernel.
-        summed: losses are their sum.
-        divisor: (), of that sum and its gradients.
-        statistics: entropy and is_top1 are computed.
-        chunk_rows: rows of a chunk; None: planned.
-        max_counted: see `linear_cross_entropy`.
+        call: as `HeadCall.planned` makes it.
+        divisor: (), of a sum and its gradients.
     """
-    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in operands)
-    now = summed or not (statistics or any(wanted[1:]))
-    needs = (wanted[0], wanted[1], wanted[2]) if now else (False, False, False)
-    bound = -1 if max_counted is None else max_counted
-    call = HeadCall(needs, summed, statistics, dtype, impl, chunk_rows or 0, bound, options)
     return HEAD.native(*operands, target, weight, [], divisor, *call.flat())[:4]

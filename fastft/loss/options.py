@@ -74,6 +74,11 @@ def unrounded(scale: Tensor) -> Tensor:
     return scale if scale.dim() or scale.device.type == "cpu" else scale.reshape(1)
 
 
+def times(tensor: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor` times `scale`, () or a column, computed in fp32 and rounded once, to `dtype`."""
+    return torch.mul(tensor, unrounded(scale), out=torch.empty_like(tensor, dtype=dtype))
+
+
 def check_tensors(**arguments: Any) -> None:
     """Raises TypeError unless all arguments are tensors."""
     for name, value in arguments.items():
@@ -167,6 +172,68 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
         )
     if not 0 <= num_items < math.inf:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}")
+
+
+def check_positive(name: str, value: int | None, least: int) -> None:
+    """Raises if `value` is given and below `least`."""
+    if value is not None and value < least:
+        raise ValueError(f"{name} must be None or at least {least}, got {value}")
+
+
+def compute_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype of the GEMMs: autocast's where it is on, as for `F.linear`; else the one that all
+    operands share."""
+    operands = {"input": input, "linear_weight": weight}
+    if bias is not None:
+        operands["linear_bias"] = bias
+    check_tensors(**operands)
+    for name, tensor in operands.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        check_device(name, tensor, input.device)
+    device = input.device.type
+    is_double = any(tensor.dtype == torch.float64 for tensor in operands.values())
+    if torch.is_autocast_enabled(device) and not is_double:
+        return torch.get_autocast_dtype(device)
+    for name, tensor in operands.items():
+        if tensor.dtype != input.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of input outside autocast: {tensor.dtype} and "
+                f"{input.dtype}"
+            )
+    return input.dtype
+
+
+def check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises if these are no hidden states (..., H) and head (V, H) with V >= 1, and bias (V,)."""
+    if input.dim() < 1:
+        raise ValueError("input must be (..., H), got a tensor without dimensions")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or len(weight) == 0:
+        raise ValueError(
+            f"linear_weight must be (V, H) with V >= 1 and the H of input: linear_weight is "
+            f"{tuple(weight.shape)}, input is {tuple(input.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_bias must be (V,): linear_bias is {tuple(bias.shape)}, linear_weight is "
+            f"{tuple(weight.shape)}"
+        )
+
+
+def check_indices(
+    target: Tensor, input: Tensor, dim: int, classes: int, ignore_index: int
+) -> Tensor:
+    """`target`, flat and contiguous; raises if it is not as large as `input` without its dimension
+    `dim`, or holds a wrong index."""
+    check_device("target", target, input.device)
+    shape = input.shape[:dim] + input.shape[dim:][1:]
+    if target.shape != shape:
+        raise ValueError(
+            f"target must have the shape of input without its dimension {dim}: input is "
+            f"{tuple(input.shape)}, target is {tuple(target.shape)}, needed is {tuple(shape)}"
+        )
+    check_target(target, classes, ignore_index)
+    return target.reshape(-1).contiguous()
 
 
 def check_weight(weight: Tensor | None, classes: int, device: torch.device) -> None:

@@ -1,5 +1,4 @@
-"""The Triton engine of `scale_gradients_`: one launch a gradient, which ends at once where the
-scale is 1.
+"""The Triton engine of `scale_gradients_`: one launch a gradient, which does nothing by 1.
 
 A program has several tiles, all of them whole but for the gradient's last: only that one asks which
 of its elements are there. Bytes moved: those of `fastft.loss.scale_gradients`.

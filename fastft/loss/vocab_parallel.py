@@ -1,18 +1,19 @@
-"""Cross-entropy whose classes are spread over processes: each holds a shard of the head, all see
-the same rows.
+"""Cross-entropy whose classes are spread over processes.
 
-    z_i = x W_i^T + b_i                                     (R, V / n) on process i of n, classes in the group's order
-    m = max_i max_v z_i[v]                                  first all-reduce of a chunk, R numbers
-    others = sum_i sum_{v != y} exp(z_i[v] - m),  m - z[y],  sum_i sum_v w[v] (m - z_i[v])
-                                                            second all-reduce, R x 2 numbers (3 with
-                                                            label smoothing)
-    dz_i from these by the formulas of `cross_entropy`;  dW_i = dz_i^T x and db_i = sum dz_i stay where they are
-    dx = sum_i dz_i W_i                                     one all-reduce of (T, H)
+Each process holds a shard of the head, and all see the same rows.
 
-From the sums every process computes the same losses, to the bit. They leave the target out, as
-`cross_entropy` does for confident rows. Chunks, products and who needs a gradient when are those of
-`linear_rows`; rows are computed in plain torch, with the formulas in fp32. Logits that exist,
-sharded in the same way, take the same road without the products; they are what is kept then,
+    z_i = x W_i^T + b_i             (R, V / n) on process i of n, classes in the group's order
+    m = max_i max_v z_i[v]          first all-reduce of a chunk, R numbers
+    others = sum_i sum_{v != y} exp(z_i[v] - m),   m - z[y],   sum_i sum_v w[v] (m - z_i[v])
+                                    second all-reduce, R x 2 numbers (3 with label smoothing)
+    dz_i                            from these by the formulas of `cross_entropy_rows`
+    dW_i = dz_i^T x, db_i = sum dz_i    stay where they are
+    dx = sum_i dz_i W_i             one all-reduce of (T, H)
+
+Every process computes the same losses from the sums, to the bit. They leave the target out, as
+`cross_entropy_rows` does for confident rows. Chunks, products and who needs a gradient when are
+those of `linear_rows`; rows are computed in plain torch, with the formulas in fp32. Logits that
+exist, sharded in the same way, take the same road without the products; they are what is kept then,
 besides the 4 numbers. Every process has the class weights of all classes.
 
 Kept for backward: dx, dW_i and db_i; or the operands and 4 numbers a row, with which backward
@@ -31,7 +32,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastft.loss.cross_entropy_rows import capped
-from fastft.loss.head_sweep import HeadCall, Outputs, chunk_rows, needed, rounded, scaled, sweep
+from fastft.loss.head_sweep import (
+    CountedRows,
+    HeadCall,
+    Operands,
+    Outputs,
+    Where,
+    chunk_rows,
+    handed_back,
+    sweep_one,
+)
 from fastft.loss.options import (
     RowOptions,
     check_plain_impl,
@@ -93,8 +103,24 @@ class Shard(NamedTuple):
         return cls(group, rank * shape[0], world * shape[0])
 
 
-class _Rows(NamedTuple):
-    """Of some rows: a matrix (R, V / n) and columns (R, 1)."""
+class _Shared(NamedTuple):
+    """What the processes know together about some rows: columns (R, 1)."""
+
+    highest: Tensor
+    others: Tensor
+    below: Tensor  # how far the target is below the highest
+    spreads: Tensor  # how far all classes are, weighted and summed; 0 without label smoothing
+
+    @property
+    def log_sum(self) -> Tensor:
+        # log of the sum is log1p of the sum without the class that holds the maximum, whose
+        # exponential is exactly 1
+        without = torch.where(self.below == 0, self.others, self.others - 1 + (-self.below).exp())
+        return without.log1p()
+
+
+class ShardedRows(NamedTuple):
+    """Some rows of a shard of the classes: a matrix (R, V / n) and columns (R, 1)."""
 
     z: Tensor
     own: Tensor  # the target among the classes of this process, or some class if it is not
@@ -105,129 +131,113 @@ class _Rows(NamedTuple):
     weight_sum: Tensor | float  # of all classes
     ignored: Tensor
     wrong: Tensor
+    options: RowOptions
 
+    @classmethod
+    def of(
+        cls,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: RowOptions,
+        shard: Shard,
+    ) -> ShardedRows:
+        """The rows of logits (R, V / n), in the dtype of statistics, with their targets (R,)."""
+        target, dtype = target.long()[:, None], statistics_dtype(logits.dtype)
+        ignored = target == options.ignore_index
+        wrong = ((target < 0) | (target >= shard.classes)) & ~ignored
+        index, count = target - shard.begin, logits.shape[1]
+        mine = (index >= 0) & (index < count) & ~ignored
+        hits = torch.full_like(target, 1 - options.label_smoothing, dtype=dtype)
+        return cls(
+            capped(logits.to(dtype), options),
+            torch.where(mine, index, 0),
+            mine,
+            hits if weight is None else hits * weight[torch.where(ignored | wrong, 0, target)],
+            options.label_smoothing / shard.classes,
+            1.0 if weight is None else weight[shard.begin : shard.begin + count],
+            float(shard.classes) if weight is None else weight.sum(),
+            ignored,
+            wrong,
+            options,
+        )
 
-class _Shared(NamedTuple):
-    """What the processes know together about some rows: columns (R, 1)."""
+    def shared(self, group: Any) -> _Shared:
+        """Makes the two all-reduces."""
+        highest = self.z.amax(1, keepdim=True)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        distance = highest - self.z
+        parts = [torch.where(self.mine, distance.gather(1, self.own), 0.0)]
+        if self.spread:
+            parts.append((distance * self.weight).sum(1, keepdim=True))
+        # the target is left out: confident rows keep their digits
+        exps = distance.neg_().exp_()
+        exps.scatter_(1, self.own, torch.where(self.mine, 0.0, exps.gather(1, self.own)))
+        sums = torch.cat([exps.sum(1, keepdim=True), *parts], 1)
+        dist.all_reduce(sums, group=group)
+        others, below, *spreads = sums.split(1, 1)
+        return _Shared(highest, others, below, spreads[0] if spreads else torch.zeros_like(others))
 
-    highest: Tensor
-    others: Tensor
-    below: Tensor  # how far the target is below the highest
-    spreads: Tensor  # the same of all classes, weighted and summed; 0 without label smoothing
+    def losses(self, shared: _Shared) -> Tensor:
+        """The losses (R,)."""
+        log_sum = shared.log_sum
+        losses = self.hits * (shared.below + log_sum)
+        if self.options.z_loss:  # 0 times Inf is NaN
+            losses += self.options.z_loss * (shared.highest + log_sum).square()
+        if self.spread:
+            losses += self.spread * (self.weight_sum * log_sum + shared.spreads)
+        return self._masked(losses)[:, 0]
 
-    @property
-    def log_sum(self) -> Tensor:
-        # log of the sum is log1p of the sum without the class that holds the maximum, whose
-        # exponential is exactly 1
-        without = torch.where(self.below == 0, self.others, self.others - 1 + (-self.below).exp())
-        return without.log1p()
+    def gradient(self, shared: _Shared, upstream: Tensor | None) -> Tensor:
+        """The gradient of the logits by the losses times `upstream` (R,), or by their sum."""
+        of_loss = torch.ones_like(self.hits) if upstream is None else upstream[:, None]
+        hits, spreads = self.hits * of_loss, self.spread * of_loss
+        total = shared.others + (-shared.below).exp()
+        factor = spreads * self.weight_sum + 2 * self.options.z_loss * of_loss * (
+            shared.highest + shared.log_sum
+        )
+        gradient = (self.z - shared.highest).exp_().mul_((factor + hits) / total)
+        of_target = ((-shared.below).exp() * factor - shared.others * hits) / total
+        of_own = torch.where(self.mine, of_target, gradient.gather(1, self.own))
+        gradient.scatter_(1, self.own, of_own)
+        if self.spread:
+            gradient -= spreads * self.weight
+        gradient *= self.options.logit_scale
+        if self.options.softcap:
+            gradient *= 1 - (self.z / self.options.softcap).square()
+        return self._masked(gradient)
 
-
-def _rows_of(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: RowOptions,
-    shard: Shard,
-    dtype: torch.dtype,
-) -> _Rows:
-    target = target.long()[:, None]
-    ignored = target == options.ignore_index
-    wrong = ((target < 0) | (target >= shard.classes)) & ~ignored
-    index, count = target - shard.begin, logits.shape[1]
-    mine = (index >= 0) & (index < count) & ~ignored
-    hit = torch.full(target.shape, 1 - options.label_smoothing, dtype=dtype, device=logits.device)
-    return _Rows(
-        capped(logits.to(dtype), options),
-        torch.where(mine, index, 0),
-        mine,
-        hit if weight is None else hit * weight[torch.where(ignored | wrong, 0, target)],
-        options.label_smoothing / shard.classes,
-        1.0 if weight is None else weight[shard.begin : shard.begin + count],
-        float(shard.classes) if weight is None else weight.sum(),
-        ignored,
-        wrong,
-    )
-
-
-def _shared_of(rows: _Rows, group: Any) -> _Shared:
-    """The two all-reduces."""
-    highest = rows.z.amax(1, keepdim=True)
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-    distance = highest - rows.z
-    parts = [torch.where(rows.mine, distance.gather(1, rows.own), 0.0)]
-    if rows.spread:
-        parts.append((distance * rows.weight).sum(1, keepdim=True))
-    exps = distance.neg_().exp_()
-    exps.scatter_(1, rows.own, torch.where(rows.mine, 0.0, exps.gather(1, rows.own)))
-    sums = torch.cat([exps.sum(1, keepdim=True), *parts], 1)
-    dist.all_reduce(sums, group=group)
-    others, below, *spreads = sums.split(1, 1)
-    return _Shared(highest, others, below, spreads[0] if spreads else torch.zeros_like(others))
-
-
-def _losses_of(rows: _Rows, shared: _Shared, options: RowOptions) -> Tensor:
-    log_sum = shared.log_sum
-    losses = rows.hits * (shared.below + log_sum)
-    if options.z_loss:  # 0 times Inf is NaN
-        losses += options.z_loss * (shared.highest + log_sum).square()
-    if rows.spread:
-        losses += rows.spread * (rows.weight_sum * log_sum + shared.spreads)
-    return losses.masked_fill_(rows.ignored, 0.0).masked_fill_(rows.wrong, torch.nan)[:, 0]
-
-
-def _gradient_of(
-    rows: _Rows, shared: _Shared, upstream: Tensor | None, options: RowOptions
-) -> Tensor:
-    """d(sum upstream losses) / d logits, of the classes of this process."""
-    of_loss = torch.ones_like(rows.hits) if upstream is None else upstream[:, None]
-    hits, spreads = rows.hits * of_loss, rows.spread * of_loss
-    total = shared.others + (-shared.below).exp()
-    factor = spreads * rows.weight_sum + 2 * options.z_loss * of_loss * (
-        shared.highest + shared.log_sum
-    )
-    gradient = (rows.z - shared.highest).exp_().mul_((factor + hits) / total)
-    of_target = ((-shared.below).exp() * factor - shared.others * hits) / total
-    gradient.scatter_(1, rows.own, torch.where(rows.mine, of_target, gradient.gather(1, rows.own)))
-    if rows.spread:
-        gradient -= spreads * rows.weight
-    gradient *= options.logit_scale
-    if options.softcap:
-        gradient *= 1 - (rows.z / options.softcap).square()
-    return gradient.masked_fill_(rows.ignored, 0.0).masked_fill_(rows.wrong, torch.nan)
+    def _masked(self, values: Tensor) -> Tensor:
+        return values.masked_fill_(self.ignored, 0.0).masked_fill_(self.wrong, torch.nan)
 
 
 def _through_head(
-    operands: tuple[Tensor, Tensor, Tensor | None],
+    operands: Operands,
     target: Tensor,
     weight: Tensor | None,
+    known: Tensor,
     call: HeadCall,
     shard: Shard,
-    known: Tensor,
     upstream: Tensor | None = None,
 ) -> Outputs:
-    """Losses and gradients; `known` (T, 4) receives what the processes share about the rows, or
-    holds it already.
+    """Losses and gradients; `known` (T, 4) receives what the processes share about the rows.
 
-    It holds it where there is an `upstream` gradient, that of the losses: in backward.
+    In backward, where there is an `upstream` gradient of the losses, it holds that already.
     """
 
-    def fill(z: Tensor, where: slice | Tensor, outputs: Outputs) -> None:
-        rows = _rows_of(z, target[where], weight, call.options, shard, outputs.losses.dtype)
+    def fill(z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:
+        rows = ShardedRows.of(z, target[where], weight, call.options, shard)
         if upstream is None:
-            shared = _shared_of(rows, shard.group)
+            shared = rows.shared(shard.group)
             known[where] = torch.cat(shared, 1)
-            outputs.losses[where] = _losses_of(rows, shared, call.options)
+            outputs.losses[where] = rows.losses(shared)
         else:
             shared = _Shared(*known[where].split(1, 1))
-        if any(call.needs):
-            z.copy_(
-                _gradient_of(
-                    rows, shared, None if upstream is None else upstream[where], call.options
-                )
-            )
+        if not any(call.needs):
+            return None
+        return z.copy_(rows.gradient(shared, None if upstream is None else upstream[where]))
 
-    outputs = sweep(*operands, target, call, fill)
+    outputs = sweep_one(operands, target, call, fill)
     if call.needs[0]:
         dist.all_reduce(outputs.d_input, group=shard.group)
     return outputs
@@ -247,7 +257,7 @@ class _VocabParallel(torch.autograd.Function):
     ) -> Tensor:
         operands = input, linear_weight, linear_bias
         known = input.new_empty(len(input), 4, dtype=statistics_dtype(call.dtype))
-        outputs = _through_head(operands, target, weight, call, shard, known)
+        outputs = _through_head(operands, target, weight, known, call, shard)
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in operands)
         ctx.call, ctx.shard, ctx.kept = call, shard, any(call.needs)
         ctx.save_for_backward(*(outputs[4:] if ctx.kept else (*operands, target, weight, known)))
@@ -256,33 +266,20 @@ class _VocabParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_cross_entropy")
-        needs, call = ctx.needs_input_grad[:3], ctx.call
+        needs = ctx.needs_input_grad[:3]
         if ctx.kept:
-            kept = needed(ctx.saved_tensors, needs)
-            results = scaled(kept, upstream if call.summed else upstream[:, None], ctx.dtypes)
+            results = handed_back(ctx.saved_tensors, needs, ctx.dtypes, upstream)
         else:
             *operands, target, weight, known = ctx.saved_tensors
-            again = call._replace(needs=needs, summed=False)
-            with torch.autocast(target.device.type, enabled=False):
-                gradients = _through_head(
-                    operands, target, weight, again, ctx.shard, known, upstream
-                )[4:]
-            results = rounded(needed(gradients, needs), ctx.dtypes)
+            call = ctx.call._replace(needs=needs, summed=False)
+            outputs = _through_head(operands, target, weight, known, call, ctx.shard, upstream)
+            results = handed_back(outputs[4:], needs, ctx.dtypes)
         return *results, None, None, None, None
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import all of the compiler
 def vocab_parallel_losses(
-    operands: tuple[Tensor, Tensor, Tensor | None],
-    target: Tensor,
-    weight: Tensor | None,
-    shard: Shard,
-    *,
-    dtype: torch.dtype,
-    options: RowOptions,
-    summed: bool,
-    chunk_rows: int | None,
-    max_counted: int | None,
+    operands: Operands, target: Tensor, weight: Tensor | None, call: HeadCall, shard: Shard
 ) -> Tensor:
     """Losses of a head's rows, or their sum: the same on every process of the group, all of which
     must call it alike.
@@ -292,21 +289,9 @@ def vocab_parallel_losses(
             n,) or None: shards.
         target: (T,), contiguous, the same everywhere.
         weight: of all classes (V,), as `class_weights` returns it.
+        call: as `HeadCall.planned` makes it.
         shard: which classes the shards hold.
-        dtype: of the products.
-        options: of the rows.
-        summed: losses are their sum.
-        chunk_rows: rows of a chunk; None: planned.
-        max_counted: see `linear_cross_entropy`.
     """
-    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in operands)
-    needs = (
-        (wanted[0], wanted[1], wanted[2])
-        if summed or not any(wanted[1:])
-        else (False, False, False)
-    )
-    bound = -1 if max_counted is None else max_counted
-    call = HeadCall(needs, summed, False, dtype, "eager", chunk_rows or 0, bound, options)
     return _VocabParallel.apply(*operands, target, weight, call, shard)
 
 
@@ -320,15 +305,13 @@ class _ShardedLogits(torch.autograd.Function):
         options: RowOptions,
         shard: Shard,
     ) -> Tensor:
-        dtype = statistics_dtype(logits.dtype)
-        losses, known = (
-            logits.new_empty(len(logits), dtype=dtype),
-            logits.new_empty(len(logits), 4, dtype=dtype),
-        )
+        count, dtype = len(logits), statistics_dtype(logits.dtype)
+        losses = logits.new_empty(count, dtype=dtype)
+        known = logits.new_empty(count, 4, dtype=dtype)
         for chunk in _chunks(logits):
-            rows = _rows_of(logits[chunk], target[chunk], weight, options, shard, dtype)
-            shared = _shared_of(rows, shard.group)
-            known[chunk], losses[chunk] = torch.cat(shared, 1), _losses_of(rows, shared, options)
+            rows = ShardedRows.of(logits[chunk], target[chunk], weight, options, shard)
+            shared = rows.shared(shard.group)
+            known[chunk], losses[chunk] = torch.cat(shared, 1), rows.losses(shared)
         ctx.options, ctx.shard = options, shard
         ctx.save_for_backward(logits, target, weight, known)
         return losses
@@ -339,19 +322,17 @@ class _ShardedLogits(torch.autograd.Function):
         logits, target, weight, known = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for chunk in _chunks(logits):
-            rows = _rows_of(
-                logits[chunk], target[chunk], weight, ctx.options, ctx.shard, known.dtype
-            )
+            rows = ShardedRows.of(logits[chunk], target[chunk], weight, ctx.options, ctx.shard)
             shared = _Shared(*known[chunk].split(1, 1))
-            gradient[chunk] = _gradient_of(rows, shared, upstream[chunk], ctx.options)
+            gradient[chunk] = rows.gradient(shared, upstream[chunk])
         return gradient, None, None, None, None
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Of rows, so that what is computed on the way stays small."""
+def _chunks(logits: Tensor) -> Iterator[Where]:
+    """Slices of rows, so that what is computed on the way stays small."""
     count, classes = logits.shape
     step = chunk_rows(count, classes, statistics_dtype(logits.dtype), logits.device)
-    return (slice(begin, begin + step) for begin in range(0, count, step or 1))
+    return CountedRows(count).chunks(step)
 
 
 @torch._disable_dynamo  # torch.compiler.disable would import all of the compiler

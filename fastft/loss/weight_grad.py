@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.loss.head_sweep import HeadCall, needed, scaled
+from fastft.loss.head_sweep import HeadCall, Operands, handed_back
 from fastft.loss.linear_rows import HEAD
-from fastft.loss.options import RowOptions, refuse_second_derivative, unrounded
+from fastft.loss.options import refuse_second_derivative, unrounded
 
 _SLAB = 2048  # classes whose gradient goes through a wider copy at once
 
@@ -59,29 +59,26 @@ class _IntoGrad(torch.autograd.Function):
         linear_bias: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
-        divisor: Tensor | None,
         call: HeadCall,
+        divisor: Tensor | None,
     ) -> Tensor:
         losses, *_, d_input, d_weight, d_bias = HEAD.native(
             input, linear_weight, linear_bias, target, weight, [], divisor, *call.flat()
         )
         ctx.save_for_backward(d_input, d_weight, d_bias)
-        ctx.weight, ctx.dtypes = (
-            linear_weight,
-            (input.dtype, None if linear_bias is None else linear_bias.dtype),
-        )
+        ctx.weight = linear_weight
+        ctx.dtypes = input.dtype, None, None if linear_bias is None else linear_bias.dtype
         return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_cross_entropy")
-        (d_input, d_weight, d_bias), needs = ctx.saved_tensors, ctx.needs_input_grad
-        to_input, to_bias = scaled(
-            needed((d_input, d_bias), (needs[0], needs[2])), upstream, ctx.dtypes
-        )
-        if needs[1]:  # not where torch.autograd.grad asks for other tensors alone
-            _add(ctx.weight, d_weight, upstream)
-        return to_input, None, to_bias, None, None, None, None
+        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+        gradients, needs = ctx.saved_tensors, (of_input, False, of_bias)
+        results = handed_back(gradients, needs, ctx.dtypes, upstream)
+        if of_weight:  # not where torch.autograd.grad asks for other tensors alone
+            _add(ctx.weight, gradients[1], upstream)
+        return *results, None, None, None, None
 
 
 def _add(weight: Tensor, d_weight: Tensor, upstream: Tensor) -> None:
@@ -90,7 +87,7 @@ def _add(weight: Tensor, d_weight: Tensor, upstream: Tensor) -> None:
             "accumulate_weight_grad=True: linear_weight was given hooks after the loss was computed"
         )
     if weight.grad is None:
-        (weight.grad,) = scaled([d_weight], upstream, [weight.dtype])
+        (weight.grad,) = handed_back([d_weight], [True], [weight.dtype], upstream)
     elif weight.grad.layout != torch.strided:
         raise RuntimeError(
             "accumulate_weight_grad=True needs a dense weight.grad; something made it sparse"
@@ -104,21 +101,12 @@ def _add(weight: Tensor, d_weight: Tensor, upstream: Tensor) -> None:
 
 
 def sum_into_grad(
-    operands: tuple[Tensor, Tensor, Tensor | None],
+    operands: Operands,
     target: Tensor,
     weight: Tensor | None,
-    *,
-    dtype: torch.dtype,
-    options: RowOptions,
-    impl: str,
-    chunk_rows: int | None,
-    max_counted: int | None,
+    call: HeadCall,
     divisor: Tensor | None = None,
 ) -> Tensor:
-    """As from `linear_rows`, `summed`; backward adds the gradient of `operands[1]` to its
+    """The sum that `linear_rows` returns; backward adds the gradient of `operands[1]` to its
     `grad`."""
-    input, _, bias = operands
-    needs = (input.requires_grad, True, bias is not None and bias.requires_grad)
-    bound = -1 if max_counted is None else max_counted
-    call = HeadCall(needs, True, False, dtype, impl, chunk_rows or 0, bound, options)
-    return _IntoGrad.apply(*operands, target, weight, divisor, call)
+    return _IntoGrad.apply(*operands, target, weight, call, divisor)

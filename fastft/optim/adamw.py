@@ -1,5 +1,4 @@
-"""The optimizer AdamW: torch's interface, one call for all tensors, bf16 parameters without fp32
-copies.
+"""The optimizer AdamW: torch's interface, one call for all tensors, no fp32 copies beside bf16.
 
 The formula, how parameters and moments are kept, and the bytes that a step moves: adamw_update.py.
 Bytes resident for each element, gradient included (amsgrad adds 4, or 2 with bf16 moments):
@@ -18,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, repeat
-from operator import is_, is_not
+from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +25,10 @@ from torch import Tensor
 
 from fastft import foreign, ops
 from fastft.optim import checkpoint, device_counts, weight_bits
-from fastft.optim.adamw_plan import MOMENTS, Plan, new_state
+from fastft.optim.adamw_plan import Plan, same_objects
 from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
+from fastft.optim.groups import check_group
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
@@ -48,8 +48,7 @@ class _Clipping(NamedTuple):
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW with torch's interface, fp32 moments, and bf16 parameters which follow fp32 AdamW to
-    the last bit.
+    """AdamW with torch's interface and fp32 moments; bf16 parameters follow fp32 AdamW to the bit.
 
     It is a `torch.optim.AdamW` because libraries decide by that: accelerate puts DeepSpeedCPUAdam
     in an optimizer's place under ZeRO with CPU offload, and makes its weight decay decoupled for
@@ -68,6 +67,12 @@ class AdamW(torch.optim.AdamW):
     waits unless it is `capturable`, nothing is updated or counted and `step_was_skipped` is True. A
     gradient that is NaN or Inf without a GradScaler spoils its own element, and with clipping, as
     in torch, every element.
+
+    Attributes:
+        grad_norm: the norm of all gradients before the last clipping: float32, shape (); None
+            before the first.
+        origin: how `adamw` or `adamw_spec` was called for this optimizer; None: made by hand.
+        had_gradients: whether a step has found a gradient, or has said that there is none.
 
     Args:
         params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of
@@ -121,9 +126,9 @@ class AdamW(torch.optim.AdamW):
 
     grad_norm: Tensor | None = None
     _skipped: bool | Tensor = False
-    _warned_of_forgotten = False
-    _origin: Origin | None = None  # of adamw() or adamw_spec(); None: made by hand
-    _had_gradients = False
+    origin: Origin | None = None
+    had_gradients = False
+    _warned_of_stale = False
 
     def __init__(
         self,
@@ -158,36 +163,36 @@ class AdamW(torch.optim.AdamW):
         if max_grad_norm is not None and impl not in ("auto", "eager", *GRAD_NORM.engines):
             raise ValueError(
                 f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has "
-                f"one"
+                "one"
             )
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
         self._warned = False
-        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
-        defaults |= {"weight_decay": weight_decay, "amsgrad": amsgrad}
-        defaults |= {
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
             "maximize": maximize,
             "capturable": capturable,
             "differentiable": differentiable,
-        }
-        defaults |= {
             "foreach": None,
             "fused": None,
             "decoupled_weight_decay": True,
             "moments": moments,
             "seed": seed,
         }
-        _check_group(defaults)
+        check_group(defaults)
         # torch.optim.AdamW's would own the defaults
         torch.optim.Optimizer.__init__(self, params, defaults)
-        self._origin = _origin
+        self.origin = _origin
         if foreign.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
 
     def check_that_a_replacement_is_faithful(self) -> None:
-        """Raises a ValueError which names the options that DeepSpeedCPUAdam, put in this one's
-        place, does not have."""
+        """Raises where DeepSpeedCPUAdam, put in this one's place, lacks options; names them."""
         options = [
             (vars(self), _OPTIMIZER_OF_ANY),
             *((group, _GROUP_OF_ANY) for group in self.param_groups),
@@ -201,18 +206,15 @@ class AdamW(torch.optim.AdamW):
         if lost:
             raise ValueError(
                 "with ZeRO's offload_optimizer accelerate puts DeepSpeedCPUAdam in this "
-                "optimizer's place, which knows "
-                f"no {', '.join(sorted(lost))}: leave them out, or set "
-                f'"zero_force_ds_cpu_optimizer": false in '
-                "DeepSpeed's configuration, with which fastft's AdamW trains the offloaded "
-                "parameters"
+                f"optimizer's place, which knows no {', '.join(sorted(lost))}: leave them out, or "
+                'set "zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration, with '
+                "which fastft's AdamW trains the offloaded parameters"
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group as torch does. Raises as the constructor does, leaving the optimizer as it
-        was."""
+        """Adds a group as torch does; raises as the constructor does, with nothing changed."""
         if isinstance(param_group, dict):
-            _check_group({**self.defaults, **param_group})
+            check_group({**self.defaults, **param_group})
             if not param_group.get("decoupled_weight_decay", True):
                 raise ValueError(
                     "decoupled_weight_decay=False is torch.optim.Adam's; AdamW's decay is decoupled"
@@ -257,24 +259,17 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a `remainder` has its 16 bits under the dtype bfloat16, which every backend
-        of FSDP sends.
+        """Returns torch's state dict; a `remainder` has its bits under bfloat16, which FSDP sends.
 
         Beside `state` and `param_groups` it has `weight_checksums`, of the bf16 weights that
         remainders belong to.
         """
-        stale = {
-            weight
-            for weight in self._stale_weights()
-            if not weight_bits.awaits_weights(self.state[weight])
-        }
-        self._warn_of_forgotten(len(stale))
+        stale = self.stale_weights(awaited=False)
         return checkpoint.packed(super().state_dict(), self, stale)
 
     @torch._disable_dynamo
     def torch_state_dict(self) -> dict[str, Any]:
-        """What `torch.optim.AdamW` continues from: fp32 moments, and nothing that torch does not
-        know.
+        """Returns what `torch.optim.AdamW` continues from: fp32 moments, and only what torch knows.
 
         The weights are the model's own; those of bf16 parameters lose what rounding kept for them,
         unless the model takes `save_fp32`'s. On loading, torch casts the moments to the dtype of
@@ -284,8 +279,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class, `torch.optim.AdamW`, bitsandbytes, apex or
-        TransformerEngine.
+        """Loads a state dict of this class, torch's AdamW, bitsandbytes, apex or TransformerEngine.
 
         What is read of each: checkpoint.py. Moments become what `moments` says; fp32 masters
         overwrite the parameters. As with torch, tensors which need no conversion are shared with
@@ -294,10 +288,7 @@ class AdamW(torch.optim.AdamW):
         Raises:
             ValueError: groups or shapes which do not fit this optimizer.
         """
-        checkpoint.load(self, state_dict, _check_group, self._new_state)
-
-    def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        return new_state(param, group["moments"], self.rounding, group["amsgrad"])
+        checkpoint.load(self, state_dict)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -319,13 +310,7 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params: list[Any] = []
-        for group in self.param_groups:
-            params += group["params"]
-        grads = [param.grad for param in params]
-        present = list(map(is_not, grads, repeat(None)))
-        if not all(present):
-            params, grads = list(compress(params, present)), list(compress(grads, present))
+        params, grads, present = self._with_gradients()
         if grads and device_counts.is_capturing():
             self._check_capture(grads)
         clipping, self._clipping = self._clipping, None
@@ -333,41 +318,51 @@ class AdamW(torch.optim.AdamW):
         self._skipped = False if found_inf is None else found_inf
         if not grads:
             self._say_that_nothing_is_trained()
-            return loss
-        if found_inf is not None and not self._counted_there(grads) and self.step_was_skipped:
-            return loss
-        factor = self._grad_factor(grads, clipping)
-        if self._plan is None or not self._plan.holds(
-            self.param_groups, self.state, params, present
-        ):
-            self._make_plan(present)
-        else:
-            self._warn_of_forgotten(self._plan.look_at_weights())
-        seed = self.param_groups[0]["seed"] or 0
-        while not self._plan.step(self.param_groups, grads, factor, seed, found_inf):  # type: ignore[union-attr]
-            self._make_plan(present)
-        torch.autograd.graph.increment_version(params)  # the kernels write outside autograd's sight
-        self._plan.wrote()  # type: ignore[union-attr]
+        elif found_inf is None or self._counted_there(grads) or not self.step_was_skipped:
+            factor = self._grad_factor(grads, clipping)
+            plan = self._plan_of(params, present)
+            seed = self.param_groups[0]["seed"] or 0
+            while not plan.step(self.param_groups, grads, factor, seed, found_inf):
+                plan = self._new_plan(present)
         return loss
 
-    def _make_plan(self, present: list[bool]) -> None:
-        self._had_gradients = True
-        if self._origin is not None:
-            self._origin.trained = True
+    def _with_gradients(self) -> tuple[list[Any], list[Any], list[bool]]:
+        """The parameters that have a gradient, the gradients, and of all whether they have one."""
+        params: list[Any] = []
+        for group in self.param_groups:
+            params += group["params"]
+        grads = [param.grad for param in params]
+        present = list(map(is_not, grads, repeat(None)))
+        if not all(present):
+            params, grads = list(compress(params, present)), list(compress(grads, present))
+        return params, grads, present
+
+    def _plan_of(self, params: list[Any], present: list[bool]) -> Plan:
+        """The plan of the last step, if it holds for these parameters, or a new one."""
+        plan = self._plan
+        if plan is None or not plan.holds(self.param_groups, self.state, params, present):
+            return self._new_plan(present)
+        self._warn_of_stale(plan.kept.look())
+        return plan
+
+    def _new_plan(self, present: list[bool]) -> Plan:
+        self.had_gradients = True
+        if self.origin is not None:
+            self.origin.trained = True
         self._settle()
         self._plan = None  # should the new one raise
         self._plan = Plan(self.param_groups, self.state, present, self.rounding, self.impl)
-        self._warn_of_forgotten(self._plan.forgotten)
+        self._warn_of_stale(self._plan.kept.forgotten)
+        return self._plan
 
     def _settle(self) -> None:
         if self._plan is not None:
-            self._plan.settle()
+            self._plan.kept.settle()
 
     @torch._disable_dynamo
     @torch.no_grad()
     def forget_stale_remainders(self) -> int:
-        """Sets to zero what `rounding` keeps beside weights that somebody else has written to
-        since.
+        """Sets to zero what `rounding` keeps beside weights that somebody else has written to.
 
         Such a weight means its bf16 value then, as whoever wrote it meant. `step` does so by itself
         where torch counts the change (`p.copy_`, `load_state_dict`); this also finds writes through
@@ -377,46 +372,54 @@ class AdamW(torch.optim.AdamW):
         Returns:
             Of how many weights it was. If any, and for the first time, a warning says so.
         """
-        count = sum(
-            weight_bits.forget(weight, self.state[weight]) for weight in self._stale_weights()
+        return sum(
+            weight_bits.forget(weight, self.state[weight]) for weight in self.stale_weights()
         )
-        self._warn_of_forgotten(count)
-        return count
 
-    def _stale_weights(self) -> list[Tensor]:
+    def stale_weights(self, *, awaited: bool = True) -> set[Tensor]:
+        """The weights that somebody else has written to since the low bits beside them were.
+
+        If there are any, and for the first time, a warning says so.
+
+        Args:
+            awaited: also those of a loaded state dict whose weights nobody has looked at since.
+        """
         self._settle()
-        return weight_bits.stale(self.state)
+        stale = set(weight_bits.stale(self.state))
+        if not awaited:
+            stale = {
+                weight for weight in stale if not weight_bits.awaits_weights(self.state[weight])
+            }
+        self._warn_of_stale(len(stale))
+        return stale
 
-    def _warn_of_forgotten(self, count: int) -> None:
-        if count and not self._warned_of_forgotten:
-            self._warned_of_forgotten = True
+    def _warn_of_stale(self, count: int) -> None:
+        if count and not self._warned_of_stale:
+            self._warned_of_stale = True
             weight_bits.warn_of(count)
 
     def _say_that_nothing_is_trained(self) -> None:
-        if not self._had_gradients:
-            self._had_gradients = True  # once
+        if not self.had_gradients:
+            self.had_gradients = True  # once
             count = sum(len(group["params"]) for group in self.param_groups)
             warnings.warn(
                 f"step() found no gradient in any of the optimizer's {count} parameters: if it "
-                f"stays so, nothing is "
-                "trained. Was the optimizer made before the model got its final parameters, or are "
-                "they frozen?",
+                "stays so, nothing is trained. Was the optimizer made before the model got its "
+                "final parameters, or are they frozen?",
                 stacklevel=3,
             )
 
     def _counted_there(self, grads: list[Tensor]) -> bool:
-        """Whether the device itself sees to it that a skipped step does nothing."""
+        """Tells whether the device itself sees to it that a skipped step does nothing."""
         return all(device_counts.counted_there(grad.device, self.param_groups) for grad in grads)
 
     def _check_capture(self, grads: list[Tensor]) -> None:
-        """Raises where a graph's replays would repeat the step count and the learning rate of their
-        capture."""
+        """Raises where a graph's replays would repeat the count and rate of its capture."""
         if not self._counted_there(grads):
             raise RuntimeError(
                 "a CUDA graph captures AdamW.step(), and its replays would repeat this step's "
-                "count and learning rate: "
-                "pass capturable=True, with all parameters on a GPU, or leave step() out of the "
-                "graph"
+                "count and learning rate: pass capturable=True, with all parameters on a GPU, or "
+                "leave step() out of the graph"
             )
         for device in {grad.device for grad in grads}:
             engine = ADAMW.resolve(self.impl, device)
@@ -424,15 +427,13 @@ class AdamW(torch.optim.AdamW):
                 reason = ADAMW.unavailable("cuda", device) or f"impl={self.impl!r} was asked for"
                 raise RuntimeError(
                     "a CUDA graph captures AdamW.step(), which of AdamW's engines only 'cuda' "
-                    "allows, and here "
-                    f"{engine!r} computes ({reason}): make that engine available, or leave step() "
-                    f"out of the graph"
+                    f"allows, and here {engine!r} computes ({reason}): make that engine available, "
+                    "or leave step() out of the graph"
                 )
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether GradScaler had found NaN or Inf at the last step; where the device decided, this
-        waits for it."""
+        """Whether GradScaler had found NaN or Inf at the last step; may wait for the device."""
         return bool(self._skipped)
 
     @property
@@ -460,15 +461,15 @@ class AdamW(torch.optim.AdamW):
         return self.grad_norm
 
     def _grad_factor(self, grads: list[Tensor], clipping: _Clipping | None) -> Tensor | None:
-        """What every gradient is to be multiplied by, for clipping and loss scaling; None for 1."""
+        """Computes what clipping and loss scaling multiply every gradient by; None for 1."""
         scale = getattr(self, "grad_scale", None)
         if clipping is not None:
-            same = len(grads) == len(clipping.grads) and all(map(is_, grads, clipping.grads))
-            if not same or [grad._version for grad in grads] != clipping.versions:
+            versions = [grad._version for grad in grads]
+            if not same_objects(grads, clipping.grads) or versions != clipping.versions:
                 raise RuntimeError(
                     "a gradient was changed between clipping and the step, which clips while it "
-                    "updates; change "
-                    "gradients before clipping, or clip with torch.nn.utils.clip_grad_norm_"
+                    "updates; change gradients before clipping, or clip with "
+                    "torch.nn.utils.clip_grad_norm_"
                 )
             norm, max_norm = clipping.norm, clipping.max_norm
         elif self.max_grad_norm is not None:
@@ -478,45 +479,3 @@ class AdamW(torch.optim.AdamW):
         self.grad_norm = norm if scale is None else norm / scale.to(norm.device)
         factor = clip_factor(self.grad_norm, max_norm)
         return factor if scale is None else factor / scale.to(norm.device)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raises where a group's hyper-parameters are no numbers, out of range or not implemented."""
-    betas = group["betas"]
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
-    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-        raise ValueError(f"betas must be either both numbers or both tensors, got {betas!r}")
-    numbers = {name: group[name] for name in ("lr", "eps", "weight_decay")} | dict(
-        zip(("beta1", "beta2"), betas, strict=True)
-    )
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"{name} as a tensor must have one element, got shape {tuple(value.shape)}"
-            )
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            continue  # looking at it would wait for the device
-        if name.startswith("beta") and not 0.0 <= float(value) < 1.0:
-            raise ValueError(f"betas must both be in [0, 1), got {betas!r}")
-        if not 0.0 <= float(value) < float("inf"):
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
-    if group["differentiable"]:
-        raise ValueError(
-            "differentiable=True is not implemented by fastft's AdamW; use torch.optim.AdamW for it"
-        )
-    if group["moments"] not in MOMENTS:
-        raise ValueError(
-            f"moments must be one of {', '.join(map(repr, MOMENTS))}, got {group['moments']!r}"
-        )
-    if group["moments"] == "8bit" and group["amsgrad"]:
-        raise ValueError(
-            'amsgrad with moments="8bit" is not implemented: a maximum of rounded values only grows'
-        )
-    seed = group["seed"]
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed must be an integer or None, got {seed!r}")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2^63), got {seed}")

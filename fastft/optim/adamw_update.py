@@ -38,20 +38,21 @@ or 4 in bf16):
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from fastft import ops
+from fastft import _native, ops
 from fastft.optim import moments_8bit
 from fastft.optim.philox import STREAMS, random_bits, swap_bytes
 
 
 class Rounding(IntEnum):
-    """How a parameter is kept; the numbers are those of the op's `table` and of
-    csrc/include/adamw_math.h."""
+    """Ways to keep a parameter; numbers as in the op's `table` and csrc/include/adamw_math.h."""
 
     FP32 = 0
     EXACT = 1
@@ -60,7 +61,8 @@ class Rounding(IntEnum):
     NEAREST = 4
 
 
-_Coded = tuple[Tensor, Tensor, Tensor, Tensor]  # codes and scales, in the order of moments_8bit
+# codes and scales, in the order of moments_8bit
+_EightBit = tuple[Tensor, Tensor, Tensor, Tensor]
 RESIDUES = {Rounding.EXACT: ("remainder", torch.int16), Rounding.KAHAN: ("kahan", torch.bfloat16)}
 
 
@@ -108,11 +110,12 @@ def _adamw_reference(
     grad_factor: Tensor,
     seed: int,
 ) -> None:
-    """Plain torch. The tensors of one index have the same shape and dense strides. A row of `table`
-    (int64) for each: its row of `hyper` (float32, as struct AdamwHyper), its Rounding, whether it
-    takes the next of `max_exp_avg_sqs`, and the index of its first element, for the random bits. Of
-    `residues`, those with exact or kahan take the next one, and then those with 8-bit moments two:
-    the scales.
+    """Plain torch. The tensors of one index have the same shape and dense strides.
+
+    Each has a row of `table` (int64): its row of `hyper` (float32, as struct AdamwHyper), its
+    Rounding, whether it takes the next of `max_exp_avg_sqs`, and the index of its first element,
+    for the random bits. Those with exact or kahan take the next of `residues`, and then those with
+    8-bit moments two: the scales.
     """
     next_max, next_residue, factor = iter(max_exp_avg_sqs), iter(residues), grad_factor.reshape(())
     for *tensors, (row, kept_as, amsgrad, first) in zip(
@@ -122,21 +125,12 @@ def _adamw_reference(
         if amsgrad:
             moments.append(_flat(next(next_max)))
         residue = _flat(next(next_residue)) if kept_as in RESIDUES else None
-        coded: _Coded | None = None
+        eight_bit: _EightBit | None = None
         if moments[0].dtype == torch.int8:
-            coded = (tensors[2], tensors[3], next(next_residue), next(next_residue))
-        m, v, *largest = _load_moments(moments, coded)
-        (
-            decay,
-            lerp_weight,
-            beta2,
-            one_minus_beta2,
-            negative_step,
-            correction2_sqrt,
-            eps,
-            sign,
-            step,
-        ) = hyper[row].tolist()
+            eight_bit = (tensors[2], tensors[3], next(next_residue), next(next_residue))
+        m, v, *largest = _load_moments(moments, eight_bit)
+        decay, lerp_weight, beta2, one_minus_beta2, *others = hyper[row].tolist()
+        negative_step, correction2_sqrt, eps, sign, step = others
         if step == 0:  # the device has found NaN or Inf
             continue
         grad = grad.float() * (factor * sign)
@@ -159,15 +153,14 @@ def _adamw_reference(
             residue,
             bits(STREAMS["param"]) if kept_as == Rounding.STOCHASTIC else None,
         )
-        _store_moments((m, v, *largest), moments, coded, bits)
+        _store_moments((m, v, *largest), moments, eight_bit, bits)
 
 
-def _load_moments(moments: list[Tensor], coded: _Coded | None) -> list[Tensor]:
-    """The flat moments in fp32, themselves where they are that; `coded`: the codes in their shape
-    and the scales."""
+def _load_moments(moments: list[Tensor], eight_bit: _EightBit | None) -> list[Tensor]:
+    """The flat moments in fp32, themselves where they are that; `eight_bit`: codes and scales."""
     return (
-        list(map(_flat, moments_8bit.dequantise(*coded)))
-        if coded
+        list(map(_flat, moments_8bit.dequantise(*eight_bit)))
+        if eight_bit
         else [moment.float() for moment in moments]
     )
 
@@ -175,14 +168,14 @@ def _load_moments(moments: list[Tensor], coded: _Coded | None) -> list[Tensor]:
 def _store_moments(
     values: Sequence[Tensor],
     moments: list[Tensor],
-    coded: _Coded | None,
+    eight_bit: _EightBit | None,
     bits: Callable[[int], Tensor],
 ) -> None:
-    if coded:
-        shape = coded[0].shape
+    if eight_bit:
+        shape = eight_bit[0].shape
         m, v = (value.view(shape) for value in values)
         drawn = bits(STREAMS["moments"]).view(shape)
-        moments_8bit.quantise(m, v, coded, drawn, swap_bytes(drawn))
+        moments_8bit.quantise(m, v, eight_bit, drawn, swap_bytes(drawn))
     elif moments[0] is not values[0]:
         drawn = bits(STREAMS["moments"])
         _round_stochastic(values[0], drawn, moments[0])
@@ -192,8 +185,7 @@ def _store_moments(
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
-    """a * b + c with one rounding, as the C++ engine (but for one case in 2^29, where double rounds
-    first)."""
+    """Rounds a * b + c once, as the C++ engine (but for one in 2^29, where double rounds first)."""
     return (a.double() * b + c).float()
 
 
@@ -211,8 +203,7 @@ def load_value(param: Tensor, residue: Tensor | None) -> Tensor:
 def store_value(
     result: Tensor, param: Tensor, residue: Tensor | None, bits: Tensor | None = None
 ) -> None:
-    """Writes an fp32 value into a parameter and what it is kept with; `bits` round it
-    stochastically."""
+    """Writes an fp32 value into a parameter and its residue; `bits` round it stochastically."""
     if bits is not None:
         _round_stochastic(result, bits, param)
     elif residue is None:
@@ -231,21 +222,65 @@ def _alike(device: torch.device, params: Sequence[Tensor], grads: Sequence[Tenso
 
 ADAMW = ops.Operator(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, Tensor "
-    "grad_factor, int seed) "
-    "-> ()",
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, "
+    "Tensor grad_factor, int seed) -> ()",
     _adamw_reference,
     engines=dict.fromkeys(("cpp", "cuda", "triton"), _alike),
 )
-# Of the native engines only: a step over tensors that were checked once and are kept
-# (csrc/cpu/adamw.cpp says why).
+# Of the native engines only (`Binding`); csrc/cpu/adamw.cpp says why.
 ops.library.define(
-    "adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] "
-    "max_exp_avg_sqs, "
-    "Tensor(e!)[] residues, Tensor table) -> int"
+    "adamw_bind(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table) -> int"
 )
 ops.library.define(
     "adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int"
 )
-# Of the C++ engine only: the checksums (weight_bits.py) of what the last bound step has written.
+# Of the C++ engine only.
 ops.library.define("adamw_written(Tensor(a!) sums, int bound) -> ()")
+
+
+_OUTCOMES = (True, False, None)  # by the number that `adamw_bound_` returns
+
+
+class Binding:
+    """Tensors that a native engine has checked once and holds: a step hands over gradients alone.
+
+    It goes by a number there, which is no address: an unknown one is an error
+    (csrc/include/live_table.h).
+
+    Args:
+        engine: "cpp" or "cuda".
+        tensors: the operator's arguments from `params` to `residues`, without `grads`.
+        table: the operator's.
+    """
+
+    def __init__(self, engine: str, tensors: Sequence[list[Tensor]], table: Tensor) -> None:
+        self.size = len(table)
+        self._number = torch.ops.fastft.adamw_bind.default(*tensors, table)
+        weakref.finalize(self, _release, self._number, ops.LIBRARIES[engine])
+
+    def step(
+        self, grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor, seed: int
+    ) -> bool | None:
+        """Updates, the arguments as the operator's; returns whether it did.
+
+        Nothing is done where a bound tensor has other memory or another form than before: False;
+        or where a gradient has another dtype, layout or size than its parameter: None.
+        """
+        step = torch.ops.fastft.adamw_bound_.default
+        try:
+            return _OUTCOMES[step(grads, hyper, grad_factor, seed, self._number)]
+        except NotImplementedError:  # no such kernel for sparse tensors
+            return None
+
+    def written(self) -> list[int]:
+        """The sampled checksum of what the last step wrote to each parameter; 0: not known."""
+        sums = torch.zeros(self.size, dtype=torch.int64)
+        torch.ops.fastft.adamw_written(sums, self._number)
+        return [value % 2**64 for value in sums.tolist()]
+
+
+def _release(number: int, kind: str) -> None:
+    library = _native.library(kind)
+    if isinstance(library, ctypes.CDLL):
+        library.fastft_adamw_release(ctypes.c_int64(number))

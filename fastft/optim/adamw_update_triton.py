@@ -1,11 +1,12 @@
-"""The Triton engine of `adamw_`: one launch for each way of keeping values, over all tensors that
-are kept so.
+"""The Triton engine of `adamw_`: one launch over all tensors that are kept in one way.
 
 A program updates 2048 elements of one tensor, or 16 blocks of 8-bit moments, which have fewer
 elements where rows are short. A table in device memory has a row of 13 int64 for each tensor,
 
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, residue    addresses, 0 for none
-    numel, first, hyper row, first program                       first: index of the first element, for the random bits
+    numel
+    first                                       index of the first element, for the random bits
+    hyper row, first program
     exp_avg_scale, exp_avg_sq_scale, columns                     of 8-bit moments, else 0
 
 below a row with the seed and the number of tensors. It is written anew at every call, from pinned
@@ -54,7 +55,7 @@ _EXACT, _KAHAN, _STOCHASTIC = (
 
 @triton.jit
 def _widen(x):
-    """fp32 of fp32, or of bf16 as int16."""
+    """Values as fp32, which are fp32 or bf16 as int16."""
     return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True) if x.dtype == tl.int16 else x
 
 
@@ -75,8 +76,10 @@ def _stochastic(x, random):
 
 @triton.jit
 def _draw(seed, elements, step, STREAM: tl.constexpr, ALIGNED: tl.constexpr):
-    """The random bits of eight elements from each of `elements` (GROUPS, 1) on; ALIGNED: they are
-    multiples of 8."""
+    """The random bits of eight elements from each of `elements` (GROUPS, 1) on.
+
+    ALIGNED: they are multiples of 8.
+    """
     within = tl.arange(0, 8)[None, :]
     if ALIGNED:
         call = elements // 8
@@ -124,18 +127,9 @@ def _load_param(pointer, residue, i, inside, ROUNDING: tl.constexpr, FULL: tl.co
 
 @triton.jit
 def _store_param(
-    pointer,
-    residue,
-    i,
-    inside,
-    value,
-    seed,
-    elements,
-    step,
-    ROUNDING: tl.constexpr,
-    FULL: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
+    pointer, residue, i, inside, value, seed, elements, step,
+    ROUNDING: tl.constexpr, FULL: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     if ROUNDING == _EXACT:
         bits = tl.where(value == value, value.to(tl.int32, bitcast=True), 0x7FC00000)
         _store(pointer, i, inside, ((bits + 0x8000) >> 16).to(tl.int16), FULL)
@@ -144,9 +138,8 @@ def _store_param(
         rounded = _nearest(value)
         lost = value - _widen(rounded)
         _store(pointer, i, inside, rounded, FULL)
-        _store(
-            residue, i, inside, tl.where(lost - lost == 0.0, _nearest(lost), 0).to(tl.int16), FULL
-        )
+        compensation = tl.where(lost - lost == 0.0, _nearest(lost), 0).to(tl.int16)
+        _store(residue, i, inside, compensation, FULL)
     elif ROUNDING == _STOCHASTIC:
         random = _draw(seed, elements, step, _OF_PARAM, ALIGNED)
         _store(pointer, i, inside, _stochastic(value, random), FULL)
@@ -188,22 +181,13 @@ def _new_param(p, m, largest, hyper):
 
 @triton.jit
 def _update_tile(
-    row,
-    hyper,
-    factor,
-    seed,
-    chunk,
-    numel,
-    ROUNDING: tl.constexpr,
-    NARROW: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    FULL: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """The elements from `chunk` on of the tensor of `row`; FULL: none of them is past its end."""
+    row, hyper, factor, seed, chunk, numel,
+    ROUNDING: tl.constexpr, BF16: tl.constexpr, AMSGRAD: tl.constexpr,
+    FULL: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Updates the elements from `chunk` on of the tensor of `row`; FULL: all are within it."""
     KIND: tl.constexpr = tl.float32 if ROUNDING == 0 else tl.int16
-    MOMENT: tl.constexpr = tl.int16 if NARROW else tl.float32
+    MOMENT: tl.constexpr = tl.int16 if BF16 else tl.float32
     step = tl.load(hyper + 8)
     groups = chunk + tl.arange(0, GROUPS)[:, None] * 8
     i, elements = groups + tl.arange(0, 8)[None, :], tl.load(row + 7) + groups
@@ -220,17 +204,17 @@ def _update_tile(
         old = _widen(_load(max_exp_avg_sq, i, inside, FULL))
         largest = tl.where((old > v) | (old != old), old, v)  # NaN wins, as in torch.maximum
     p = _new_param(_load_param(param, residue, i, inside, ROUNDING, FULL), m, largest, hyper)
-    if NARROW:
+    if BF16:
         _store_param(param, residue, i, inside, p, seed, elements, step, ROUNDING, FULL, ALIGNED)
-    random = _draw(seed, elements, step, _OF_MOMENTS, ALIGNED) if NARROW else 0
-    _store(exp_avg_sq, i, inside, _stochastic(v, _swap_bytes(random)) if NARROW else v, FULL)
-    _store(exp_avg, i, inside, _stochastic(m, random) if NARROW else m, FULL)
+    random = _draw(seed, elements, step, _OF_MOMENTS, ALIGNED) if BF16 else 0
+    _store(exp_avg_sq, i, inside, _stochastic(v, _swap_bytes(random)) if BF16 else v, FULL)
+    _store(exp_avg, i, inside, _stochastic(m, random) if BF16 else m, FULL)
     if AMSGRAD:
-        if NARROW:
+        if BF16:
             largest = _stochastic(largest, _draw(seed, elements, step, _OF_MAX_EXP_AVG_SQ, ALIGNED))
         _store(max_exp_avg_sq, i, inside, largest, FULL)
     # behind the moments, whose registers the parameter's random bits need: else sm_90 spills one
-    if not NARROW:
+    if not BF16:
         _store_param(param, residue, i, inside, p, seed, elements, step, ROUNDING, FULL, ALIGNED)
 
 
@@ -240,12 +224,10 @@ def _decode(m_code, v_code, m_scale, v_scale):
     root = m_code.to(tl.float32) * (1.0 / 127.0)
     m = (root * tl.abs(root)) * (root * root) * m_scale
     above = v_code.to(tl.float32) + 12.0
-    # code / 12, rounded down, behind 1.5 * 2^23: to nearest after half of a unit less, but for
-    # rounding errors
-    octave = (
-        tl.fma(above, tl.zeros_like(above) + 1.0 / 12.0, tl.zeros_like(above) - (1.0 + 11.0 / 24.0))
-        + 12582912.0
-    )
+    # code / 12, rounded down, behind 1.5 * 2^23: half of a unit less, but for rounding errors, is
+    # rounded to nearest
+    twelfth, less = tl.zeros_like(above) + 1.0 / 12.0, tl.zeros_like(above) - (1.0 + 11.0 / 24.0)
+    octave = tl.fma(above, twelfth, less) + 12582912.0
     place = tl.fma(octave - 12582912.0, tl.zeros_like(above) - 12.0, above)  # 12 to 23
     unit = (place * (1.0 / (12.0 * _SQ_UNITS))).to(tl.int32, bitcast=True)
     v = (unit + (octave.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True) * v_scale
@@ -261,7 +243,7 @@ def _share(value, divisor):
 
 @triton.jit
 def _encode_m(m, finite, divisor, random):
-    # 127^4; of NaN the latter
+    # 127^4; the minimum drops a NaN
     x = tl.minimum(_share(tl.abs(m), divisor) * 260144641.0, 260144641.0 - 64.0)
     low = tl.sqrt_rn(tl.sqrt_rn(x)).to(tl.int32)
     root = low.to(tl.float32)
@@ -288,26 +270,17 @@ def _largest_of_blocks(value, finite, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _divisor(scale, BLOCKS: tl.constexpr, GROUPS: tl.constexpr):
-    """Of each element (GROUPS, 8), what encoding divides by: its block's scale, or 1 where that is
-    0."""
+    """The divisor of each element (GROUPS, 8): its block's scale, or 1 where that is 0."""
     divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
     return tl.reshape(tl.broadcast_to(divisor, (BLOCKS, _BLOCK)), (GROUPS, 8))
 
 
 @triton.jit
-def _update_coded_tile(
-    row,
-    hyper,
-    factor,
-    seed,
-    first_block,
-    numel,
-    ROUNDING: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """The blocks of 8-bit moments from `first_block` on; each has its part of the tile to
-    itself."""
+def _update_8bit_tile(
+    row, hyper, factor, seed, first_block, numel,
+    ROUNDING: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Updates the blocks of 8-bit moments from `first_block` on, each in its part of the tile."""
     KIND: tl.constexpr = tl.float32 if ROUNDING == 0 else tl.int16
     OF_BLOCK: tl.constexpr = _BLOCK // 8
     BLOCKS: tl.constexpr = GROUPS // OF_BLOCK
@@ -354,17 +327,12 @@ def _update_coded_tile(
 
 @triton.jit
 def _adamw_kernel(
-    table,
-    hyper,
-    grad_factor,
-    ROUNDING: tl.constexpr,
-    BITS: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+    table, hyper, grad_factor,
+    ROUNDING: tl.constexpr, BITS: tl.constexpr, AMSGRAD: tl.constexpr,
+    ALIGNED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
     TILE: tl.constexpr = 8 * GROUPS
-    NARROW: tl.constexpr = BITS == 16
+    BF16: tl.constexpr = BITS == 16
     program = tl.program_id(0)
     low, high = tl.zeros((), tl.int64), tl.load(table + 1)
     while high - low > 1:  # for the last tensor whose first program is not after this one
@@ -380,28 +348,20 @@ def _adamw_kernel(
     number = program - tl.load(row + 9)
     chunk = number * TILE
     if BITS == 8:
-        _update_coded_tile(
-            row, hyper, factor, seed, number * (TILE // _BLOCK), numel, ROUNDING, ALIGNED, GROUPS
-        )
+        _update_8bit_tile(
+            row, hyper, factor, seed, number * (TILE // _BLOCK), numel,
+            ROUNDING, ALIGNED, GROUPS,
+        )  # fmt: skip
     elif chunk + TILE <= numel:
         _update_tile(
-            row, hyper, factor, seed, chunk, numel, ROUNDING, NARROW, AMSGRAD, True, ALIGNED, GROUPS
-        )
+            row, hyper, factor, seed, chunk, numel,
+            ROUNDING, BF16, AMSGRAD, True, ALIGNED, GROUPS,
+        )  # fmt: skip
     else:
         _update_tile(
-            row,
-            hyper,
-            factor,
-            seed,
-            chunk,
-            numel,
-            ROUNDING,
-            NARROW,
-            AMSGRAD,
-            False,
-            ALIGNED,
-            GROUPS,
-        )
+            row, hyper, factor, seed, chunk, numel,
+            ROUNDING, BF16, AMSGRAD, False, ALIGNED, GROUPS,
+        )  # fmt: skip
 
 
 def _check(i: int, param: Tensor, others: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> None:
@@ -413,15 +373,12 @@ def _check(i: int, param: Tensor, others: Sequence[Tensor], dtypes: Sequence[tor
             raise RuntimeError(f"adamw_: a tensor of parameter {i} must have {needed}; has {found}")
 
 
-def _check_coded(
+def _check_8bit(
     i: int, param: Tensor, tensors: Sequence[Tensor], scales: Sequence[Tensor], amsgrad: bool
 ) -> None:
-    """The same for 8-bit moments."""
-    if (
-        param.ndim < 1
-        or amsgrad
-        or not all(tensor.is_contiguous() for tensor in (*tensors, *scales))
-    ):
+    """Raises where 8-bit moments, or their scales, do not fit their parameter."""
+    contiguous = all(tensor.is_contiguous() for tensor in (*tensors, *scales))
+    if param.ndim < 1 or amsgrad or not contiguous:
         raise RuntimeError(
             f"adamw_: parameter {i}: 8-bit moments are for contiguous tensors without amsgrad"
         )
@@ -434,7 +391,7 @@ def _check_coded(
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor on `device`, without waiting for it."""
+    """Copies a small tensor to `device`, without waiting for it."""
     if tensor.device == device or device.type not in ops.ENGINES["triton"].devices:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -461,38 +418,34 @@ def adamw_(
     if is_capturing():
         raise RuntimeError(
             "adamw_: a CUDA graph cannot capture the Triton engine, its replays would repeat the "
-            "step count, learning "
-            "rate and addresses of the capture: use impl='cuda' with capturable=True (python -m "
-            "fastft says what that "
-            "lacks here), or leave the step out of the graph"
+            "step count, learning rate and addresses of the capture: use impl='cuda' with "
+            "capturable=True (python -m fastft says what that lacks here), or leave the step out "
+            "of the graph"
         )
     kinds: dict[tuple[int, int, bool], list[list[int]]] = {}
     next_max, next_residue = iter(max_exp_avg_sqs), iter(residues)
     every = zip(params, grads, exp_avgs, exp_avg_sqs, table.tolist(), strict=True)
-    for i, (param, grad, exp_avg, exp_avg_sq, (hyper_row, rounding, amsgrad, first)) in enumerate(
-        every
-    ):
-        coded = exp_avg.dtype == torch.int8
+    for i, (param, grad, exp_avg, exp_avg_sq, entry) in enumerate(every):
+        hyper_row, rounding, amsgrad, first = entry
+        eight_bit = exp_avg.dtype == torch.int8
         moment = torch.bfloat16 if exp_avg.dtype == torch.bfloat16 else torch.float32
-        moments = [torch.int8, torch.uint8] if coded else [moment, moment]
+        moments = [torch.int8, torch.uint8] if eight_bit else [moment, moment]
         kept = torch.float32 if rounding == Rounding.FP32 else torch.bfloat16
         largest = [next(next_max)] if amsgrad else []
         residue = [next(next_residue)] if rounding in RESIDUES else []
-        scales = [next(next_residue), next(next_residue)] if coded else []
+        scales = [next(next_residue), next(next_residue)] if eight_bit else []
         dtypes = [kept, kept, *moments, *[moment] * len(largest)]
         _check(i, param, [param, grad, exp_avg, exp_avg_sq, *largest], dtypes)
         _check(i, param, residue, [RESIDUES[Rounding(rounding)][1]] if residue else [])
-        if coded:
-            _check_coded(i, param, [param, grad, exp_avg, exp_avg_sq], scales, bool(amsgrad))
+        if eight_bit:
+            _check_8bit(i, param, [param, grad, exp_avg, exp_avg_sq], scales, bool(amsgrad))
         if param.numel() == 0:
             continue
         pointers = [tensor.data_ptr() for tensor in (param, grad, exp_avg, exp_avg_sq)]
         pointers += [tensors[0].data_ptr() if tensors else 0 for tensors in (largest, residue)]
-        of_blocks = (
-            [*(scale.data_ptr() for scale in scales), param.numel() // len(scales[0])]
-            if coded
-            else [0, 0, 0]
-        )
+        of_blocks = [0, 0, 0]
+        if eight_bit:
+            of_blocks = [*(scale.data_ptr() for scale in scales), param.numel() // len(scales[0])]
         rows = kinds.setdefault((rounding, 8 * exp_avg.itemsize, bool(amsgrad)), [])
         rows.append([*pointers, param.numel(), first, hyper_row, *of_blocks])
     if kinds:
@@ -506,7 +459,7 @@ def _launch(
     seed: int,
     on: torch.device,
 ) -> None:
-    """A launch for each kind, over rows of the table that lack the first program."""
+    """Launches once for each kind, over rows of the table that lack the first program."""
     for (rounding, bits, amsgrad), rows in kinds.items():
         ends = list(accumulate(map(_programs, rows)))
         lines = [[seed, len(rows), *[0] * 11]]
@@ -514,23 +467,15 @@ def _launch(
         aligned = all(address % 16 == 0 for row in rows for address in row[:6])
         aligned &= all(row[7] % 8 == 0 and row[11] % 8 == 0 for row in rows)
         _adamw_kernel[(ends[-1],)](
-            _sent(torch.tensor(lines, dtype=torch.int64), on),
-            hyper,
-            grad_factor,
-            ROUNDING=rounding,
-            BITS=bits,
-            AMSGRAD=amsgrad,
-            ALIGNED=aligned,
-            GROUPS=_GROUPS,
-            num_warps=_GROUPS // ops.wave(on),
-            enable_fp_fusion=False,
-        )
+            _sent(torch.tensor(lines, dtype=torch.int64), on), hyper, grad_factor,
+            ROUNDING=rounding, BITS=bits, AMSGRAD=amsgrad, ALIGNED=aligned, GROUPS=_GROUPS,
+            num_warps=_GROUPS // ops.wave(on), enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _programs(row: list[int]) -> int:
     numel, columns, tile = row[6], row[11], 8 * _GROUPS
-    return (
-        -(-(numel // columns * -(-columns // BLOCK)) // (tile // BLOCK))
-        if columns
-        else -(-numel // tile)
-    )
+    if not columns:
+        return -(-numel // tile)
+    blocks = numel // columns * -(-columns // BLOCK)
+    return -(-blocks // (tile // BLOCK))

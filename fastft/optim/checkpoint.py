@@ -1,12 +1,13 @@
-"""Loading optimizer states: without a lost bit, and from the optimizers whose checkpoints people
-have.
+"""Loading optimizer states: without a lost bit, and also those that other optimizers saved.
 
 `torch.optim.Optimizer.load_state_dict` casts every state to its parameter's dtype; here each state
 keeps the dtype that it has in training. What is read, beside our own state dicts:
 
     torch.optim.AdamW       any dtype, fused, foreach or neither, with amsgrad
-    bitsandbytes AdamW*     32-bit and block-wise 8-bit `state1`, `state2`, nested or not: qmap[code] * absmax[block]
-    apex FusedAdam          `step` in the group; masters as a list `master` of the group, or FP16_Optimizer's own dict
+    bitsandbytes AdamW*     32-bit and block-wise 8-bit `state1`, `state2`, nested or not:
+                            qmap[code] * absmax[block]
+    apex FusedAdam          `step` in the group; masters as a list `master` of the group, or
+                            FP16_Optimizer's own dict
     TransformerEngine       `master_param`: the fp32 master, or the int16 remainder, which is ours
 
 Where a checkpoint has masters, they overwrite the parameters (of which the model's file has the
@@ -19,16 +20,20 @@ takes either dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastft.foreign import in_flat_parameter, local, placed_like, sharded_like
 from fastft.optim import moments_8bit, weight_bits
+from fastft.optim.adamw_state import State, new_state
 from fastft.optim.adamw_update import RESIDUES, store_value
+from fastft.optim.groups import check_group
 from fastft.optim.weight_bits import residue_of
+
+if TYPE_CHECKING:
+    from fastft.optim.adamw import AdamW
 
 _NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
 # what an optimizer of another `rounding` has no use for
@@ -41,18 +46,16 @@ _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
 class _Verbatim:
-    """Hides a restored state from `Optimizer.load_state_dict`, which would cast it to the
-    parameter's dtype."""
+    """A restored state, hidden from torch's `load_state_dict`, which would cast its entries."""
 
-    def __init__(self, entries: dict[str, Any]) -> None:
+    def __init__(self, entries: State) -> None:
         self.entries = entries
 
 
 def packed(
     state_dict: dict[str, Any], optimizer: torch.optim.Optimizer, stale: set[Tensor]
 ) -> dict[str, Any]:
-    """What `state_dict()` returns: torch's, with the remainders as bfloat16; its tensors are those
-    of the optimizer.
+    """Returns torch's state dict with the remainders as bfloat16; its tensors are the optimizer's.
 
     8-bit moments of FSDP1's vectors are fp32: it gathers, and cuts into parameters, what has the
     vector's shape only. Loading makes the same codes of them. Beside `stale` weights the low bits
@@ -102,49 +105,25 @@ def for_torch(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def load(
-    optimizer: torch.optim.Optimizer,
-    state_dict: dict[str, Any],
-    check_group: Callable[[dict[str, Any]], None],
-    new_state: Callable[[Tensor, dict[str, Any]], dict[str, Any]],
-) -> None:
-    """What `optimizer.load_state_dict(state_dict)` does; nothing changes where it raises.
-
-    `check_group` raises on a group that `optimizer` cannot follow; `new_state(param, group)` makes
-    a parameter's state, which gives names, shapes, dtypes and devices.
-    """
-    masters: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+def load(optimizer: AdamW, state_dict: dict[str, Any]) -> None:
+    """Does what `optimizer.load_state_dict` promises; nothing changes where it raises."""
     if not isinstance(state_dict, dict):
         raise TypeError(
             f"state_dict must be an optimizer's state_dict(), got {type(state_dict).__name__}"
         )
+    masters: list[tuple[Tensor, Tensor, State]] = []
 
     def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
         _check_form(loaded)
         loaded = _of_apex(loaded)
-        checksums = _checksums_of(loaded)
-        state = dict(loaded["state"])
+        state, checksums = dict(loaded["state"]), _checksums_of(loaded)
+        groups = [_without_apex(saved) for saved in loaded["param_groups"]]
         # a group more or less, or other sizes: torch raises after this
-        for saved_group, group in zip(loaded["param_groups"], optimizer.param_groups, strict=False):
-            whole_group = {**optimizer.defaults, **saved_group, "moments": group["moments"]}
-            check_group(whole_group)
-            for position, (key, param) in enumerate(
-                zip(saved_group["params"], group["params"], strict=False)
-            ):
-                owner = f"parameter {key}"
-                entries, master = _torch_form(state.get(key, {}), saved_group, position, owner)
-                if entries:
-                    _check_entries(entries, owner)
-                    state[key] = _Verbatim(_restored(entries, new_state(param, whole_group), owner))
-                    if key in checksums and weight_bits.claim_applies(param):
-                        state[key].entries.mark = weight_bits.Mark(checksum=checksums[key])
-                    if master is not None:
-                        _check_number(master, "master", owner)
-                        _same_shape(master, param, "master", owner)
-                        masters.append((param, master, state[key].entries))
-        groups = [_without_apex(saved_group) for saved_group in loaded["param_groups"]]
-        for saved_group, group in zip(groups, optimizer.param_groups, strict=False):
-            saved_group["moments"] = group["moments"]
+        for saved, restored, group in zip(
+            loaded["param_groups"], groups, optimizer.param_groups, strict=False
+        ):
+            masters.extend(_restore_group(optimizer, group, saved, state, checksums))
+            restored["moments"] = group["moments"]
         return {**loaded, "state": state, "param_groups": groups}
 
     # the last one: the user's hooks see the file's form
@@ -157,9 +136,41 @@ def load(
         write_master(param, master, entries)
 
 
+def _restore_group(
+    optimizer: AdamW,
+    group: dict[str, Any],
+    saved: dict[str, Any],
+    state: dict[Any, Any],
+    checksums: dict[Any, int],
+) -> list[tuple[Tensor, Tensor, State]]:
+    """Puts the states of a group's parameters, in their form here, into the loaded `state`.
+
+    Returns:
+        Parameter, fp32 master and state, where the checkpoint has a master.
+    """
+    whole_group = {**optimizer.defaults, **saved, "moments": group["moments"]}
+    check_group(whole_group)
+    masters = []
+    for position, (key, param) in enumerate(zip(saved["params"], group["params"], strict=False)):
+        owner = f"parameter {key}"
+        entries, master = _torch_form(state.get(key, {}), saved, position, owner)
+        if not entries:
+            continue
+        _check_entries(entries, owner)
+        fresh = new_state(param, whole_group, optimizer.rounding)
+        restored = _restored(entries, fresh, owner)
+        state[key] = _Verbatim(restored)
+        if key in checksums and weight_bits.claim_applies(param):
+            restored.mark = weight_bits.Mark(checksum=checksums[key])
+        if master is not None:
+            _check_number(master, "master", owner)
+            _same_shape(master, param, "master", owner)
+            masters.append((param, master, restored))
+    return masters
+
+
 def reveal(optimizer: torch.optim.Optimizer) -> None:
-    """Puts the states that `load` has hidden into place; for `__setstate__`, after which the user's
-    hooks run."""
+    """Puts the states that `load` has hidden into place, before the user's hooks run."""
     for param, entries in optimizer.state.items():
         if isinstance(entries, _Verbatim):
             optimizer.state[param] = entries.entries
@@ -171,12 +182,6 @@ def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     parts = (placed_like(master.float(), param), param, residue_of(state))
     store_value(*(local(part) for part in parts))
     weight_bits.mark_written(param, state)
-
-
-@torch.no_grad()
-def write_whole(tensor: Tensor, value: Tensor) -> None:
-    """Sets a tensor, which may be a DTensor, to a whole one of its dtype."""
-    local(tensor).copy_(local(placed_like(value, tensor)))
 
 
 def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
@@ -215,8 +220,7 @@ def _check_form(state_dict: dict[str, Any]) -> None:
 
 
 def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:
-    """Those of the weights that the remainders belong to, by the parameter's key; none in other
-    optimizers' states."""
+    """The checksums of the weights with remainders, by key; none in other optimizers' states."""
     checksums = loaded.get(CHECKSUMS, {})
     if not isinstance(checksums, dict) or not all(
         type(value) is int for value in checksums.values()
@@ -228,8 +232,7 @@ def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:
 
 
 def _check_entries(entries: dict[str, Any], owner: str) -> None:
-    """Raises where an entry under one of our names is not what its name says, or a part of 8-bit
-    moments is missing."""
+    """Raises where an entry under one of our names is not what that says, or is missing."""
     step = entries["step"]
     try:
         count = float(step)
@@ -239,9 +242,9 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
         raise ValueError(f"the loaded step of {owner} must be finite and not negative, got {count}")
     _check_codes(entries, owner)
     _check_no_codes_as_numbers(entries, owner)
-    coded = moments_8bit.SCALES[0] in entries
+    eight_bit = moments_8bit.SCALES[0] in entries
     for name in (*_MOMENTS, *_RESIDUES):
-        if name in entries and not (coded and name in moments_8bit.ENTRIES):
+        if name in entries and not (eight_bit and name in moments_8bit.ENTRIES):
             _check_number(
                 entries[name], name, owner, *((torch.int16,) if name == "remainder" else ())
             )
@@ -252,8 +255,7 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
 
 
 def _check_codes(entries: dict[str, Any], owner: str) -> None:
-    """Raises where moments are in 8 bits and codes or scales are missing or do not fit each
-    other."""
+    """Raises where codes or scales of 8-bit moments are missing or do not fit each other."""
     codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
     kinds = codes | dict.fromkeys(moments_8bit.SCALES, torch.float32)
     has_codes = any(getattr(entries[name], "dtype", None) == dtype for name, dtype in codes.items())
@@ -280,8 +282,7 @@ def _check_codes(entries: dict[str, Any], owner: str) -> None:
 
 
 def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
-    """Raises where fp32 or bf16 moments are the codes of 8-bit ones: torch.distributed.checkpoint
-    casts without a word.
+    """Raises where 8-bit codes were read as numbers, to which torch.distributed.checkpoint casts.
 
     The largest moments of a block have the codes 127 and 255, beside which no moment is an integer
     by chance.
@@ -295,16 +296,13 @@ def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
             return
     raise ValueError(
         f"the loaded moments of {owner} are 8-bit codes that were read as numbers: the checkpoint "
-        f"has 8-bit moments "
-        "where this optimizer has none. Give both the same `moments`; long vectors, which have "
-        "none under FSDP2, "
-        'need "fp32"'
+        "has 8-bit moments where this optimizer has none. Give both the same `moments`; long "
+        'vectors, which have none under FSDP2, need "fp32"'
     )
 
 
 def _check_number(value: Any, name: str, owner: str, *others: torch.dtype) -> None:
-    """Raises unless `value` is a tensor of real floating-point numbers, or of one of the
-    `others`."""
+    """Raises unless `value` is a tensor of floating-point numbers, or of one of the `others`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"the loaded {name} of {owner} must be a tensor, got {value!r}")
     if not value.is_floating_point() and value.dtype not in others:
@@ -316,8 +314,7 @@ def _check_number(value: Any, name: str, owner: str, *others: torch.dtype) -> No
 def _torch_form(
     saved: dict[str, Any], group: dict[str, Any], position: int, owner: str
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """A parameter's saved state under torch's names, and its fp32 master where the checkpoint has
-    one."""
+    """A parameter's saved state under torch's names, and its fp32 master where there is one."""
     if not isinstance(saved, dict):
         raise TypeError(f"the loaded state of {owner} must be a dict, got {type(saved).__name__}")
     if not saved:
@@ -383,9 +380,8 @@ def _dequantised(entries: dict[str, Any], number: str, owner: str) -> Tensor:
     return (values * scale.repeat_interleave(block)[: values.numel()]).view(codes.shape)
 
 
-def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[str, Any]:
-    """`fresh` with the saved values, in its own dtypes, devices and layouts; unknown entries come
-    as they are."""
+def _restored(saved: dict[str, Any], fresh: State, owner: str) -> State:
+    """`fresh` with the saved values, in its own forms; unknown entries come as they are."""
     saved = _in_form_of(fresh, saved, owner)
     for name, value in saved.items():
         if name == "step":
@@ -405,10 +401,9 @@ def _restored(saved: dict[str, Any], fresh: dict[str, Any], owner: str) -> dict[
 
 
 def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dict[str, Any]:
-    """`saved` with its moments in 8 bits where those of `fresh` are, and as fp32 where they are
-    not."""
-    wanted, coded = (moments_8bit.SCALES[0] in entries for entries in (fresh, saved))
-    if coded or not wanted:
+    """`saved` with its moments in 8 bits where those of `fresh` are, else in fp32."""
+    wanted, there = (moments_8bit.SCALES[0] in entries for entries in (fresh, saved))
+    if there or not wanted:
         return saved if wanted else _decoded(saved)
     values = []
     for name in ("exp_avg", "exp_avg_sq"):
@@ -442,5 +437,5 @@ def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:
 
 
 def _reinterpreted(tensor: Any, dtype: torch.dtype) -> Tensor:
-    """The same bits under another dtype of the same size."""
+    """Views the bits under another dtype of the same size."""
     return sharded_like(local(tensor).view(dtype), tensor)

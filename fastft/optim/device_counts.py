@@ -1,5 +1,4 @@
-"""Step counts that live on the device, for `capturable=True`: what depends on them is computed
-there.
+"""Step counts on the device, for `capturable=True`: what depends on them is computed there.
 
 A CUDA graph replays kernels, not Python: the counts, and whatever of the hyper-parameters depends
 on them or on a learning rate on the device, must be read and written by kernels. Numbers go there
@@ -13,15 +12,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastft.optim.groups import hyper_columns
+
 
 def counted_there(device: torch.device, groups: list[dict[str, Any]]) -> bool:
-    """Whether the counts of parameters on `device` live there: all do, if one group is
-    capturable."""
+    """Tells whether parameters on `device` are counted there: if one group is capturable."""
     return device.type != "cpu" and any(group["capturable"] for group in groups)
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph records what this thread launches now, in place of its being done."""
+    """Tells whether a CUDA graph records what this thread launches, in place of its being done."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -54,8 +54,7 @@ class DeviceCounts:
         self._columns: dict[str, tuple[list[float], Tensor]] = {}
 
     def hyper(self, groups: list[dict[str, Any]], found_inf: Tensor | None) -> Tensor:
-        """The hyper table of the next step, as of the operator; its last column is 0 where the step
-        is skipped."""
+        """The operator's hyper table of the next step; its last column is 0 if that is skipped."""
         if _captured(self.device):
             self.in_graphs.add(self)
         chosen = [groups[index] for index in self._groups]
@@ -72,17 +71,7 @@ class DeviceCounts:
         else:
             self._advance = torch.ones((), dtype=torch.float64, device=self.device)
         step = self._of_rows + 1
-        correction2_sqrt = (1 - beta2**step).sqrt()
-        columns = [
-            1 - lr * decay,
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            -(lr / (1 - beta1**step)),
-            correction2_sqrt,
-            eps,
-            sign,
-        ]
+        columns = hyper_columns(lr, decay, eps, beta1, beta2, sign, step)
         return torch.stack([*columns, step * self._advance], 1).float()
 
     def count(self) -> None:
@@ -91,8 +80,7 @@ class DeviceCounts:
         self._of_rows.add_(self._advance)
 
     def _column(self, name: str, values: list[float | Tensor]) -> Tensor:
-        """One number a row, float64; those that are not on a device already are kept until they
-        change."""
+        """One number a row, float64; numbers of the host are sent when they change."""
         there = [isinstance(value, Tensor) and value.device.type != "cpu" for value in values]
         numbers = [
             0.0 if on_device else float(value)

@@ -1,5 +1,4 @@
-"""Ways to hand AdamW to Trainer: `optimizers=adamw(model, args)` and
-`optimizer_cls_and_kwargs=adamw_spec(args)`.
+"""Ways to hand AdamW to Trainer: `optimizers=` and `optimizer_cls_and_kwargs=`.
 
 For an optimizer that it is given, Trainer ignores its `TrainingArguments` and makes no decay /
 no-decay groups; both functions put that right. What Trainer would drop or do otherwise is refused
@@ -30,8 +29,7 @@ def adamw(
     weight_decay: float | None = None,
     **options: Any,
 ) -> tuple[AdamW, None]:
-    """The pair that `Trainer(optimizers=...)` takes: AdamW, and None, for which Trainer builds its
-    schedule.
+    """The pair that `Trainer(optimizers=...)` takes: AdamW, and None for Trainer's own schedule.
 
     Call it when the model is ready: embeddings resized, layers frozen or unfrozen, adapters added.
     With `FusedLossCallback` or `PackingCallback` training does not begin where a parameter is
@@ -67,17 +65,13 @@ def adamw(
         groups = _decay_groups(model)
         if options.get("moments") == "8bit":
             groups = _with_fp32_moments(groups, _embeddings_and_head(model))
-    elif isinstance(model_or_params, torch.Tensor | str) or not isinstance(
-        model_or_params, Iterable
-    ):
+    elif isinstance(groups, torch.Tensor | str) or not isinstance(groups, Iterable):
         raise TypeError(
             "model_or_params must be a torch.nn.Module or an iterable of parameters or parameter "
-            "groups, "
-            f"got {type(model_or_params).__name__}"
+            f"groups, got {type(model_or_params).__name__}"
         )
-    elif (
-        args is None
-    ):  # parameters and hyper-parameters by hand: there is nothing to compare them with
+    elif args is None:
+        # parameters and hyper-parameters by hand: there is nothing to compare them with
         return AdamW(groups, **given), None
     origin = Origin("adamw", args, given, model)
     optimizer = AdamW(groups, **Keywords(origin))
@@ -96,8 +90,7 @@ def adamw_spec(
     weight_decay: float | None = None,
     **options: Any,
 ) -> tuple[type[AdamW], Keywords]:
-    """The pair that `Trainer(optimizer_cls_and_kwargs=...)` takes: the way in under FSDP, DeepSpeed
-    and `model_init`.
+    """The pair for `Trainer(optimizer_cls_and_kwargs=...)`: FSDP, DeepSpeed, `model_init` need it.
 
     What comes from `args` is read when Trainer makes the optimizer, so that every trial of a
     `hyperparameter_search` trains at its own values; a keyword that is given here stays. Trainer
@@ -123,8 +116,8 @@ def adamw_spec(
         if weight_decay is not None and weight_decay != args.weight_decay:
             raise ValueError(
                 f"weight_decay={weight_decay} would be lost: Trainer makes the groups with the "
-                f"{args.weight_decay} of "
-                f"its args; set it in args: TrainingArguments(weight_decay={weight_decay})"
+                f"{args.weight_decay} of its args; set it in args: "
+                f"TrainingArguments(weight_decay={weight_decay})"
             )
         config = foreign.deepspeed_config(args)
         if config is None:
@@ -146,8 +139,8 @@ def _check_that_trainer_takes_an_optimizer(args: Any) -> None:
     if engine is not None:
         raise ValueError(
             f"{engine} trains here, for which Trainer makes the optimizer itself: use "
-            f"Trainer(optimizer_cls_and_kwargs="
-            "fastft.adamw_spec(args)) in the place of optimizers=fastft.adamw(model, args)"
+            "Trainer(optimizer_cls_and_kwargs=fastft.adamw_spec(args)) in the place of "
+            "optimizers=fastft.adamw(model, args)"
         )
 
 
@@ -155,9 +148,8 @@ def _warn_of_two_clippings(args: Any, max_grad_norm: float | None) -> None:
     if max_grad_norm is not None and args.max_grad_norm:
         warnings.warn(
             f"gradients are clipped twice, to {args.max_grad_norm} by Trainer and to "
-            f"{max_grad_norm} by the optimizer: "
-            "set TrainingArguments(max_grad_norm=0), or leave max_grad_norm to args and use "
-            "fastft.fuse_clipping",
+            f"{max_grad_norm} by the optimizer: set TrainingArguments(max_grad_norm=0), or leave "
+            "max_grad_norm to args and use fastft.fuse_clipping",
             stacklevel=3,
         )
 
@@ -167,22 +159,20 @@ def _check_deepspeed(config: dict[str, Any], optimizer: AdamW) -> None:
     if "optimizer" in config:
         raise ValueError(
             "DeepSpeed's configuration has an optimizer of its own, which would train in the place "
-            "of fastft's: remove "
-            'the section "optimizer" from it'
+            'of fastft\'s: remove the section "optimizer" from it'
         )
     if optimizer.max_grad_norm is not None:
         raise ValueError(
             "max_grad_norm would clip to the norm of each process's part of the gradients under "
-            "DeepSpeed: use "
-            "TrainingArguments(max_grad_norm=...), for which DeepSpeed takes the norm of all"
+            "DeepSpeed: use TrainingArguments(max_grad_norm=...), for which DeepSpeed takes the "
+            "norm of all"
         )
     if foreign.replaces_optimizers(config):
         optimizer.check_that_a_replacement_is_faithful()
 
 
 def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """The two groups of `Trainer.create_optimizer`; the first takes the optimizer's weight
-    decay."""
+    """The two groups of `Trainer.create_optimizer`; only the first has the optimizer's decay."""
     try:
         from transformers import Trainer
     except ImportError as error:
@@ -196,7 +186,7 @@ def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     if not trainable:
         raise ValueError(
             f"{type(model).__name__} has no parameter with requires_grad=True: there is nothing to "
-            f"train"
+            "train"
         )
     return [
         {"params": [param for name, param in trainable if name in decaying]},

@@ -1,9 +1,9 @@
-"""The exact fp32 weights of a model trained in bf16, as safetensors: a bf16 parameter and the 16
-bits of its remainder.
+"""The exact fp32 weights of a model trained in bf16, as safetensors files.
 
-The files are those of `save_pretrained` (`model.safetensors`, or shards with an index), the keys
-those of `model.state_dict()`, so that a program which knows nothing of fastft reads the masters. At
-most one shard is in memory.
+A bf16 parameter is written together with the 16 bits of its remainder. Files are those of
+`save_pretrained` (`model.safetensors`, or shards with an index), keys those of
+`model.state_dict()`, so that a program which knows nothing of fastft reads the masters. At most one
+shard is in memory.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer, local, sharded_like, unwrapped, world_size
+from fastft.foreign import inner_optimizer, local, placed_like, sharded_like, unwrapped, world_size
 from fastft.optim import weight_files
 from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_state import new_state
 from fastft.optim.adamw_update import load_value
-from fastft.optim.checkpoint import write_master, write_whole
+from fastft.optim.checkpoint import write_master
 from fastft.optim.weight_bits import residue_of
 from fastft.optim.weight_files import Header
 
@@ -66,8 +67,7 @@ def save_fp32(
     }
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     writes = world_size() == 1 or torch.distributed.get_rank() == 0
-    stale = set(adamw._stale_weights())
-    adamw._warn_of_forgotten(len(stale))
+    stale = adamw.stale_weights()
     folder = Path(path)
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,7 @@ def save_fp32(
 def load_fp32(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: str | os.PathLike[str]
 ) -> None:
-    """Restores what `save_fp32` wrote: each weight and, of a bf16 parameter with
-    `rounding="exact"`, its remainder.
+    """Restores what `save_fp32` wrote: each weight and, with `rounding="exact"`, its remainder.
 
     The moments come from `optimizer.load_state_dict`, before or after; without it they start from
     zero.
@@ -129,10 +128,12 @@ def load_fp32(
                     continue
                 value = weights.get_tensor(name).to(tensor.device)
                 if headers[name].dtype in _FLOATS:
-                    state = _state(tensor, adamw, group_of[tensor]) if tensor in group_of else {}
-                    write_master(tensor, value, state)
+                    if tensor in group_of and tensor not in adamw.state:
+                        # there was no step yet, and a residue needs a place
+                        adamw.state[tensor] = new_state(tensor, group_of[tensor], adamw.rounding)
+                    write_master(tensor, value, adamw.state.get(tensor, {}))
                 else:
-                    write_whole(tensor, value)
+                    local(tensor).copy_(local(placed_like(value, tensor)))
 
 
 def _check_fit(
@@ -165,7 +166,7 @@ def _check_fit(
         if not fits:
             raise ValueError(
                 f"{name} is {found} in {path} and {tensor.dtype} in the model, which it does not "
-                f"convert to"
+                "convert to"
             )
 
 
@@ -212,8 +213,7 @@ def _as_saved(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
-    """A copy on the CPU of a whole tensor, with the bits of its remainder, unless that is of
-    another weight."""
+    """Copies a whole tensor to the CPU, with the bits of its remainder unless that is stale."""
     residue = residue_of(optimizer.state[tensor]) if tensor in optimizer.state else None
     if residue is not None and tensor in stale:
         # and not None: under FSDP2 it may be another rank's part alone
@@ -224,11 +224,3 @@ def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
         master = sharded_like(load_value(local(tensor.detach()), local(residue)), tensor)
     whole: Tensor = master.full_tensor() if hasattr(master, "full_tensor") else master
     return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _state(param: Tensor, optimizer: AdamW, group: dict[str, Any]) -> dict[str, Any]:
-    """The parameter's state, made where there was no step yet: a residue needs a place."""
-    if param not in optimizer.state:
-        optimizer.state[param] = optimizer._new_state(param, group)
-    state: dict[str, Any] = optimizer.state[param]
-    return state

@@ -54,7 +54,7 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     # the usual case, quickly
     if set(map(type, grads)) == {Tensor} and len(set(map(Tensor.get_device, grads))) == 1:
         return _total(grads, impl).sqrt().float()
-    groups: dict[Any, list[Tensor]] = {}
+    groups: dict[Any, list[Any]] = {}
     grad: Any  # a Tensor or a DTensor
     for grad in grads:
         key = (grad.device_mesh, grad.placements) if is_dtensor(grad) else grad.device
@@ -69,8 +69,7 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What clipping to `max_norm` multiplies every gradient by: float32, shape (); NaN where the
-    norm is NaN."""
+    """The factor of gradients that clips to `max_norm`: float32, shape (); NaN if the norm is."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -82,9 +81,8 @@ def _total(grads: Sequence[Tensor], impl: str) -> Tensor:
         try:
             GRAD_NORM.native(total, grads if dense else [grad.contiguous() for grad in grads])
             return total
-        except (
-            RuntimeError
-        ):  # to look at the dtypes before would cost a fifth of the norm of 1000 small gradients
+        except RuntimeError:
+            # to look at dtypes before would cost a fifth of the norm of 1000 small gradients
             if GRAD_NORM.resolve(impl, total.device, *{grad.dtype for grad in grads}) != "eager":
                 raise
     GRAD_NORM.reference(total, grads)

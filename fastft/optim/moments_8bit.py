@@ -1,12 +1,13 @@
 """The moments of AdamW in 8 bits: codes, scales, and plain torch to go there and back.
 
-A block is up to 128 neighbouring elements of one row (entry of dim 0) of the parameter; the last block of a row may be
-shorter. A vector is one row, and has 8-bit moments from 4,096 elements on: libraries that shard (DeepSpeed's ZeRO,
-FSDP1) hand over their part of many parameters as one long vector. A block has two scales s, fp32: its largest |m| and
-its largest v. With the code c of an element
+A block is up to 128 neighbouring elements of one row (entry of dim 0) of the parameter; the last
+block of a row may be shorter. A vector is one row, and has 8-bit moments from 4,096 elements on:
+libraries that shard (DeepSpeed's ZeRO, FSDP1) hand over their part of many parameters as one long
+vector. A block has two scales s, fp32: its largest |m| and its largest v. With an element's code c
 
-    m = s * sign(c) * (|c| / 127)^4                              c: int8, -127 to 127; -128 is NaN
-    v = s * 2^(c // 12) * (12 + c % 12) / (15 * 2^21)            c: uint8, 0 to 255: 12 values to an octave, none is 0
+    m = s * sign(c) * (|c| / 127)^4                 c: int8, -127 to 127; -128 is NaN
+    v = s * 2^(c // 12) * (12 + c % 12) / (15 * 2^21)
+                                                    c: uint8, 0 to 255: 12 values an octave, no 0
 
 Both are rounded stochastically, so that they are right in the mean however little they change in a
 step. No value of v is zero: below s / 2.6e6 it becomes that, and updates beside an outlier are too
@@ -14,37 +15,13 @@ small, never too large. A moment of zero stays zero: m has a code for it, and a 
 = 0. An element whose m or v is Inf or NaN has the code NaN from then on, and does not count for the
 scales.
 
-Bytes: 1 an element for each moment and 4 a block for each scale: 2.06 an element instead of 8. Codes need no table:
-|c| is a fourth root, and the bits of a float32 are an octave and a place in it.
+Bytes: 1 an element for each moment and 4 a block for each scale: 2.06 an element instead of 8.
+Codes need no table: |c| is a fourth root, a float32's bits are an octave and a place in it.
 
-The experiment behind these choices (benchmarks/moments_8bit.py; blocks of 128, stochastic rounding,
-m and v as above where nothing else is said): the error of the last 50 updates relative to fp32's,
-root mean square over elements; the largest update relative to fp32's; v relative to fp32's in the
-mean. Gradients: (a) independent normal; (b) one element in 128 a thousand times larger; (c) all of
-them 30 times smaller after 200 of 500 steps; (d) times 1e-7.
-
-                                   (a)           (b)                    (c)           (d)
-                                   error     v   error  largest      v  error     v   error
-    as above                       0.081  1.00   0.139     1.14   1.00  0.080  1.00   0.068
-    blocks of 64                   0.081  1.00   0.111     1.14   1.00  0.078  1.00   0.066
-    blocks of 256                  0.081  1.00   0.152     1.15   1.00  0.081  1.00   0.067
-    rounded to nearest             0.093  1.14   0.103     1.19   1.00  0.074  1.07   0.061
-    m linear, v exact              0.019         4.008    50.00         0.019         0.019
-    m to the 2nd, v exact          0.020         0.341     2.12         0.020         0.020
-    m to the 3rd, v exact          0.025         0.163     1.19         0.025         0.025
-    m to the 4th, v exact          0.032         0.126     1.13         0.031         0.031
-    m to the 5th, v exact          0.038         0.114     1.11         0.038         0.038
-    v: 8 values to an octave       0.109  1.00   0.160     1.19   1.00  0.107  1.00   0.094
-    v: 10                          0.093  1.00   0.151     1.17   1.00  0.090  1.00   0.079
-    v: 14                          0.074  1.00   0.446     1.03   3.22  0.072  1.00   0.063
-    v: 16                          0.073  1.00   0.746     1.06  15.91  0.069  1.00   0.062
-    v: even over 20 octaves        0.081  1.00   0.145     1.06   1.13  0.078  1.00   0.069
-    v: even over 32 octaves        0.108  1.00   0.160     1.14   1.00  0.106  1.00   0.093
-    v: even over 20, with a zero   0.081  1.00  2079.1   223510   1.00  0.077  1.00   0.069
-
-So: the noise of v decides (a), (c) and (d), and m's code decides (b); 12 values to an octave are
-the most whose range still holds an outlier's neighbours (a million times smaller v); to nearest v
-is biased by 14 %; a zero in v is fatal.
+An experiment chose the codes (docs/adamw.md, Figures): the noise of v decides the error over even
+gradients, and m's code that beside outliers; 12 values to an octave are the most whose range still
+holds an outlier's neighbours (a million times smaller v); rounded to nearest, v is biased by 14 %;
+a zero in v is fatal.
 """
 
 from __future__ import annotations
@@ -70,8 +47,7 @@ _V_UNITS = 1.25 * 2**21  # code 255 in units of code 0
 
 
 def has_codes(param: Any) -> bool:
-    """Whether this parameter's moments are in 8 bits where the optimizer is asked for that; else
-    they are fp32.
+    """Tells whether a parameter's moments are codes where 8 bits are asked for, and not fp32.
 
     Vectors count by the length that this process holds. One that is a DTensor has none: its shape
     is the model's, not the sharder's (FSDP2 cuts norms and biases, short as they are), and its
@@ -87,8 +63,7 @@ def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
 
 
 def new_entries(param: Any) -> dict[str, Tensor]:
-    """The moments' part of a state before the first step: codes in the parameter's shape, scales by
-    `scale_shape`.
+    """The moments of a new state: codes in the parameter's shape, scales by `scale_shape`.
 
     Raises:
         ValueError: `param` is a DTensor sharded on another dimension than 0, which would cut
@@ -105,8 +80,7 @@ def new_entries(param: Any) -> dict[str, Tensor]:
         ):
             raise ValueError(
                 f'moments="8bit" needs parameters sharded on dimension 0, got {param.placements}; '
-                f'set moments="fp32" '
-                "in the parameter group of this one"
+                'set moments="fp32" in the parameter group of this one'
             )
         mesh, placements = param.device_mesh, param.placements
         return distributed.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
@@ -179,8 +153,7 @@ def _of_elements(scale: Tensor, elements: Tensor) -> Tensor:
 
 
 def _share(value: Tensor, scale: Tensor) -> Tensor:
-    """value / scale by way of the scales' reciprocals; those that would overflow are taken 2^64
-    times larger."""
+    """Value / scale by way of reciprocals; where these overflow, 2^64 times larger ones."""
     divisor = scale.masked_fill(scale == 0, 1.0)
     up = torch.where(divisor < 2.0**-100, 2.0**64, 1.0)
     return value * _of_elements(up, value) * _of_elements((divisor * up).reciprocal(), value)

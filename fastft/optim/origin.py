@@ -1,5 +1,4 @@
-"""Where an optimizer comes from: what the user asked for, so that train begin can compare it with
-what trains.
+"""The origin of an optimizer: what the user asked for, to be compared with what trains.
 
 Trainer drops an optimizer (DeepSpeed), makes one later than the user thinks (`adamw_spec`), or
 trains a model that has changed since its optimizer was made; all of it without a word. `adamw` and
@@ -21,7 +20,7 @@ of_specs: weakref.WeakSet[Origin] = weakref.WeakSet()
 
 
 class Origin:
-    """How `adamw` or `adamw_spec` was called.
+    """A call of `adamw` or `adamw_spec`.
 
     Attributes:
         way: the function's name.
@@ -48,8 +47,7 @@ class Origin:
 
 
 class Keywords(MutableMapping[str, Any]):
-    """The keywords of an AdamW: what the user gave, and for the rest what `args` say at the moment
-    they are read.
+    """The keywords of an AdamW: what the user gave, and else what `args` say when they are read.
 
     Trainer unpacks them when it makes the optimizer, which is after `hyperparameter_search` has
     changed `args`. Setting an item makes it one that the user gave.

@@ -1,11 +1,11 @@
-"""Random bits for stochastic rounding: Philox4x32 (Salmon et al., 2011) in plain torch, with the
-seven rounds which that paper finds enough for every test.
+"""Random bits for stochastic rounding: Philox4x32 (Salmon et al., 2011) in plain torch.
 
-The bits are a function of the seed, the step, the stream (what is rounded) and the element's index
-among all elements of the optimizer, so that neither the engine nor the way in which tensors are
-split changes them. Elements 8k to 8k + 7 share one call, with the counter (k, k >> 32, step,
-stream); each takes 16 of its 128 bits, in memory order. Both moments of an element are rounded with
-the same 16 bits, the second one with the two bytes swapped.
+It has the seven rounds which that paper finds enough for every test. The bits are a function of the
+seed, the step, the stream (what is rounded) and the element's index among all elements of the
+optimizer, so that neither the engine nor the way in which tensors are split changes them. Elements
+8k to 8k + 7 share one call, with the counter (k, k >> 32, step, stream); each takes 16 of its 128
+bits, in memory order. Both moments of an element are rounded with the same 16 bits, the second one
+with the two bytes swapped.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ _WORD = 0xFFFFFFFF
 def random_bits(
     first: int, count: int, step: int, stream: int, seed: int, device: torch.device
 ) -> Tensor:
-    """The bits of elements `first` to `first + count - 1`: int32, shape (count,), each in [0,
-    65535]."""
+    """The bits of elements `first` to `first + count - 1`: int32, (count,), each in [0, 65535]."""
     block = torch.arange(first // 8, (first + count + 7) // 8, dtype=torch.int64, device=device)
     words = [
         block & _WORD,

@@ -1,11 +1,12 @@
-"""Whether a bf16 weight still has the bits that its remainder, or compensation, belongs to.
+"""Checks that a bf16 weight still has the bits that its remainder or compensation belongs to.
 
 The low bits of a weight mean nothing beside other high bits. Who writes to a weight (a best
 checkpoint, an average swapped in, pruning) does not know of them. So each state notes what the
 weight was when its low bits were written:
 
     version     torch's count of in-place changes, which writing through `.data` does not move
-    sample      a checksum of every 32nd section of 128 elements, which the C++ engine takes as it writes
+    sample      a checksum of every 32nd section of 128 elements; the C++ engine takes it as it
+                writes
     checksum    of all sections: in state dicts, where there is time to read everything
 
 The checksum of the bf16 bits x, as signed 16-bit numbers, j the place in section q; modulo 2^64:
@@ -20,8 +21,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,18 +40,13 @@ _PIECE = SECTION * 2**14  # elements that plain torch looks at together
 
 
 def _checksum_reference(sum: Tensor, weight: Tensor, every: int) -> None:
-    """Plain torch; writes the checksum of every so many sections of a contiguous bf16 weight into
-    one int64."""
-    total, bits = (
-        torch.zeros((), dtype=torch.int64, device=weight.device),
-        weight.reshape(-1).view(torch.int16),
-    )
-    weights = _WEIGHTS.to(weight.device)
+    """Plain torch: writes the checksum of every so many sections of a contiguous bf16 weight."""
+    bits, weights = weight.reshape(-1).view(torch.int16), _WEIGHTS.to(weight.device)
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for begin in range(0, bits.numel(), _PIECE * every):
         piece = bits[begin : begin + _PIECE * every].long()
-        piece = torch.nn.functional.pad(piece, (0, -piece.numel() % SECTION)).view(-1, SECTION)[
-            ::every
-        ]
+        padded = torch.nn.functional.pad(piece, (0, -piece.numel() % SECTION))
+        piece = padded.view(-1, SECTION)[::every]
         section = begin // SECTION + every * torch.arange(len(piece), device=weight.device)
         total += (((piece * weights).sum(1) & 0xFFFFFFFF) * ((2 * section + 1) * _FACTOR)).sum()
     sum.copy_(total.reshape(sum.shape))
@@ -76,8 +73,7 @@ def checksum(weight: Tensor, every: int = 1, order: Sequence[int] | None = None)
 
 
 def order_of(weight: Tensor) -> list[int] | None:
-    """The order of dimensions in which the elements of this process's part lie one after the other;
-    None: as usual."""
+    """The dimensions in the order in which this process's part lies in memory; None: as usual."""
     part = local(weight)
     return None if part.is_contiguous() else sorted(range(part.ndim), key=part.stride, reverse=True)
 
@@ -89,7 +85,7 @@ def sample(weight: Tensor) -> int:
 
 @dataclass
 class Mark:
-    """What a weight was when the low bits beside it were written; None for what is not known."""
+    """The weight as it was when its low bits were written; None for what is not known."""
 
     owner: weakref.ref[Tensor] | None = None
     version: int | None = None
@@ -99,17 +95,16 @@ class Mark:
     checksum: int | None = None
 
     def untouched(self, weight: Tensor) -> bool:
-        """Whether nothing that torch counts has happened to the weight since."""
+        """Tells whether nothing that torch counts has happened to the weight since."""
         same = self.owner is not None and self.owner() is weight and self.version == weight._version
         return same and self.memory == local(weight).data_ptr()
 
     def is_later(self, weight: Tensor, version: int) -> bool:
-        """Whether the low bits were written after this version, as `load_fp32` does between two
-        steps."""
+        """Tells whether the low bits were written after this version, as `load_fp32` does."""
         return self.owner is not None and self.owner() is weight and (self.version or 0) > version
 
     def fits(self, weight: Tensor) -> bool:
-        """Whether the weight has these bits still, as far as is known."""
+        """Tells whether the weight has these bits still, as far as is known."""
         if self.checksum is not None:
             return checksum(weight) == self.checksum
         if self.sample is not None:
@@ -118,28 +113,86 @@ class Mark:
 
 
 def mark_written(weight: Tensor, state: Any) -> None:
-    """Notes that weight and low bits have just been written together, in a way that no version
-    shows."""
+    """Notes that weight and low bits have just been written together, which no version shows."""
     if hasattr(state, "mark") and residue_of(state) is not None:
         torch.autograd.graph.increment_version(weight)
         place = local(weight).data_ptr(), order_of(weight)
         state.mark = Mark(weakref.ref(weight), weight._version, *place, sample(weight))
 
 
+class KeptWeights:
+    """The weights that a plan's steps write together with low bits, and what is known of them.
+
+    Reading every version after a step as well would cost a step over small tensors a tenth. But a
+    step adds one to each, and none ever falls: their sum tells whether somebody else wrote.
+
+    Args:
+        weights: each with its state. Those that others have written to lose their low bits.
+        samples: functions that return the sampled checksums of what the last step wrote, with the
+            weights where they are known.
+
+    Attributes:
+        forgotten: of how many weights the low bits had to be set to zero, as others had written
+            there.
+    """
+
+    def __init__(
+        self,
+        weights: list[tuple[Tensor, Any]],
+        samples: list[Callable[[], list[tuple[Tensor, int]]]],
+    ) -> None:
+        self._weights, self._samples, self._stepped = weights, samples, False
+        self._memory = [(local(weight).data_ptr(), order_of(weight)) for weight, _ in weights]
+        self._look_at_each()
+
+    def look(self) -> int:
+        """Before a step: returns `forgotten`, of what has happened since the last one."""
+        if sum([weight._version for weight, _ in self._weights]) == self._sum:
+            return 0
+        self.settle()
+        return self._look_at_each()
+
+    def wrote(self) -> None:
+        """After a step, which has added one to each version."""
+        self._stepped = True
+        self._steps += 1
+        self._sum += len(self._weights)
+
+    def settle(self) -> None:
+        """Marks the states with what the last step has written."""
+        if not self._stepped:
+            return
+        samples = dict(chain.from_iterable(known() for known in self._samples))
+        for (weight, state), version, memory in zip(
+            self._weights, self._versions, self._memory, strict=True
+        ):
+            version += self._steps
+            if not (state.mark and state.mark.is_later(weight, version)):
+                state.mark = Mark(weakref.ref(weight), version, *memory, samples.get(weight))
+
+    def _look_at_each(self) -> int:
+        self.forgotten = sum(
+            forget(weight, state)
+            for weight, state in self._weights
+            if not (state.mark and state.mark.untouched(weight))
+        )
+        self._versions, self._steps = [weight._version for weight, _ in self._weights], 0
+        self._sum = sum(self._versions)
+        return self.forgotten
+
+
 def residue_of(state: dict[str, Any]) -> Any:
-    """What a state keeps of its weight's bits: the remainder, the compensation, or None."""
+    """The bits of its weight that a state keeps: the remainder, the compensation, or None."""
     return next((state[name] for name in ("remainder", "kahan") if name in state), None)
 
 
 def stale(states: Mapping[Tensor, Any]) -> list[Tensor]:
-    """The weights that somebody else has written to since their low bits were, where these are not
-    zero already."""
+    """The weights that somebody else has written to since, and whose low bits are not zero."""
     return [weight for weight, state in states.items() if _is_stale(weight, state)]
 
 
 def forget(weight: Tensor, state: Any) -> bool:
-    """Sets low bits that are not the weight's to zero, so that it means its bf16 value; whether
-    there were any."""
+    """Sets low bits that are not the weight's to zero; returns whether there were any."""
     found = _is_stale(weight, state)
     if found:
         local(residue_of(state)).zero_()
@@ -158,8 +211,7 @@ def _is_stale(weight: Tensor, state: Any) -> bool:
 
 
 def claim(weight: Tensor, state: Any) -> int | None:
-    """The checksum to be kept in a state dict; None of what may come back cut or laid out in
-    another way.
+    """The checksum for a state dict; None for a weight that may come back cut or laid out anew.
 
     One that was loaded and not yet looked at stays: the weights may be loaded after the states.
     """
@@ -169,14 +221,13 @@ def claim(weight: Tensor, state: Any) -> int | None:
 
 
 def awaits_weights(state: Any) -> bool:
-    """Whether the state was loaded with a checksum that nobody has compared with the weights
-    yet."""
+    """Tells whether a loaded checksum has not been compared with the weights yet."""
     mark = getattr(state, "mark", None)
     return mark is not None and mark.checksum is not None
 
 
 def claim_applies(weight: Tensor) -> bool:
-    """Whether a state dict's checksum is of all elements of this weight, in its order."""
+    """Tells whether a state dict's checksum is of all elements of this weight, in its order."""
     return not is_dtensor(weight) and not in_flat_parameter(weight) and weight.is_contiguous()
 
 
@@ -184,8 +235,7 @@ def warn_of(count: int) -> None:
     """Says of how many weights the low bits do not count any more."""
     warnings.warn(
         f"{count} bf16 weights were written by somebody else since AdamW wrote the low bits that "
-        f"it keeps beside them "
-        "(another checkpoint, an average swapped in, pruning): they count as their bf16 values, "
-        "and these bits as zero",
+        "it keeps beside them (another checkpoint, an average swapped in, pruning): they count as "
+        "their bf16 values, and these bits as zero",
         stacklevel=3,
     )

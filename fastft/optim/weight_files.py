@@ -1,10 +1,9 @@
-"""A folder of safetensors files, as `save_pretrained` writes them, of which a crash leaves the old
-or the new ones.
+"""A folder of safetensors files, as `save_pretrained` writes them, that survives a crash.
 
-New files are written aside, made durable, and then take their places; the one rename that makes
-them count comes last, and only then what they replace is removed. Between two saves of several
-shards the shards' names differ, because the index of the earlier save still counts while they
-arrive.
+It leaves the old files or the new ones. New files are written aside, made durable, and then take
+their places; the one rename that makes them count comes last, and only then what they replace is
+removed. Between two saves of several shards the shards' names differ, because the index of the
+earlier save still counts while they arrive.
 
 What counts: the files that `model.safetensors.index.json` names; without an index
 `model.safetensors`.
@@ -12,7 +11,6 @@ What counts: the files that `model.safetensors.index.json` names; without an ind
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -29,7 +27,7 @@ _ASIDE = ".part"
 
 
 class Header(NamedTuple):
-    """Where a saved tensor is and what it is; `dtype` under safetensors' name."""
+    """The place and form of a saved tensor; `dtype` under safetensors' name."""
 
     file: Path
     shape: tuple[int, ...]
@@ -59,7 +57,8 @@ def publish(folder: Path, weight_map: Mapping[str, str], metadata: Mapping[str, 
         os.replace(folder / (file + _ASIDE), folder / final[file])
     _sync(folder)
     if single:
-        _remove(folder / INDEX)  # with an earlier save's index its shards count until here
+        # with an earlier save's index its shards count until here
+        (folder / INDEX).unlink(missing_ok=True)
         _sync(folder)
     else:
         index = {
@@ -72,7 +71,7 @@ def publish(folder: Path, weight_map: Mapping[str, str], metadata: Mapping[str, 
         os.replace(aside, folder / INDEX)
         _sync(folder)
     for name in _weights_in(folder) - set(final.values()):
-        _remove(folder / name)
+        (folder / name).unlink(missing_ok=True)
 
 
 def remove_aside(folder: Path) -> None:
@@ -80,11 +79,11 @@ def remove_aside(folder: Path) -> None:
     for file in folder.iterdir():
         name = file.name.removesuffix(_ASIDE)
         if name != file.name and (name in (SINGLE, INDEX) or _SHARD.fullmatch(name)):
-            _remove(file)
+            file.unlink(missing_ok=True)
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """What is saved of each tensor that counts.
+    """Reads the place and form of each saved tensor that counts.
 
     Raises:
         FileNotFoundError: there are no weights, or a file which the index names is missing.
@@ -132,8 +131,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
 
 
 def _free_names(folder: Path, files: list[str]) -> dict[str, str]:
-    """A name for each shard which no file in the folder has: its own, or with a number before the
-    shard's."""
+    """A name for each shard that no file in the folder has: its own, or one with a number."""
     final, number = {file: file for file in files}, 1
     while any((folder / name).exists() for name in final.values()):
         number += 1
@@ -145,11 +143,6 @@ def _weights_in(folder: Path) -> set[str]:
     return {
         file.name for file in folder.iterdir() if file.name == SINGLE or _SHARD.fullmatch(file.name)
     }
-
-
-def _remove(file: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(file)
 
 
 def _sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from support.packed_examples import FORMS, assert_same, unpacked
 
 import fastft
 from fastft.data.collator import PackingCollator
-from fastft.integrations.block_mask import attention_configs
+from fastft.integrations.implementations import attention_configs
 
 transformers = pytest.importorskip("transformers")
 

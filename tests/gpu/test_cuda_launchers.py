@@ -145,7 +145,7 @@ def test_a_table_that_a_graph_reads_is_written_at_each_step_and_never_given_back
         assert kernels(gpu, before) == ["upload_kernel"] * captured + ["adamw_kernel<1>"]
         assert gpu.held == 1
         for part in training.optimizer._plan.parts:
-            gpu.release(part.bound)
+            gpu.release(part.binding._number)
         assert gpu.held == captured
 
 

@@ -258,7 +258,7 @@ def test_blocks_that_take_one_another_s_part() -> None:
 
 @pytest.mark.skipif(_native.missing("cpu") is not None, reason="no native CPU library")
 def test_the_barriers_of_a_triton_kernel_are_needed() -> None:
-    """`_update_coded_tile` reads the scales of a block before it writes them."""
+    """`_update_8bit_tile` reads the scales of a block before it writes them."""
     pytest.importorskip("triton")
 
     def step(change: Callable[[str], str]) -> None:

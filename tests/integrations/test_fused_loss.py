@@ -214,10 +214,7 @@ def test_a_classifier_has_nothing_to_fuse_and_is_no_reason_to_warn(labels, tmp_p
     ]
     callback = FusedLossCallback()
     Trainer(
-        model,
-        arguments(tmp_path, max_steps=1),
-        train_dataset=rows,
-        callbacks=[callback],
+        model, arguments(tmp_path, max_steps=1), train_dataset=rows, callbacks=[callback]
     ).train()
     assert not said["warning"] and len(said["info"]) == 1
     assert "LlamaForSequenceClassification has no output head over a vocabulary" in said["info"][0]

@@ -71,11 +71,7 @@ def other_adapter(model):
 
 
 STALE = {
-    "embeddings resized": (
-        biased_llama,
-        resized,
-        r"\d+ of the model's \d+ .*: .*lm_head.weight",
-    ),
+    "embeddings resized": (biased_llama, resized, r"\d+ of the model's \d+ .*: .*lm_head.weight"),
     "layers unfrozen": (
         lambda: frozen_body(),
         unfrozen,

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import fastft
 from fastft.attention.attention import register_attention
 from fastft.integrations import packing
-from fastft.integrations.check_packing import find_leak
+from fastft.integrations.check_packing import Verdict, find_leak
 
 SIZES = {
     "hidden_size": 32,
@@ -35,6 +35,19 @@ CALLBACKS = (fastft.PackingCallback, fastft.FusedLossCallback)
 @pytest.fixture(autouse=True)
 def no_verdicts():
     packing._verdicts.clear()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The models that the probe, which finds nothing, was given."""
+    models = []
+
+    def judge(model, batches, switch):
+        models.append(model)
+        return Verdict()
+
+    monkeypatch.setattr(packing, "judge", judge)
+    return models
 
 
 @pytest.fixture
@@ -127,14 +140,14 @@ def test_training_on_contaminated_batches_is_refused(kind, tmp_path):
         {name: value.clone() for name, value in model.state_dict().items()},
     )
     with pytest.raises(fastft.PackingLeakError, match=r"Way out.*attn_implementation='fastft'"):
-        trained(tmp_path, model, kind())
+        trained(tmp_path, model, kind(attention=False))
     assert traces(model) == before
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_or_only_warned_about(kind, tmp_path, said):
-    losses = trained(tmp_path, made(), kind(on_leak="warn"))
+    losses = trained(tmp_path, made(), kind(on_leak="warn", attention=False))
     assert len(losses) == 2 and "training on contaminated batches: OPTForCausalLM" in said[0]
 
 
@@ -166,7 +179,7 @@ def test_in_bf16_autocast(tmp_path):
     stock = padded(tmp_path, made())
     assert ours == pytest.approx(stock, rel=2e-2)
     with pytest.raises(fastft.PackingLeakError):
-        trained(tmp_path, made(), fastft.PackingCallback(), bf16=True)
+        trained(tmp_path, made(), fastft.PackingCallback(attention=False), bf16=True)
 
 
 def test_an_evaluation_on_padded_batches_is_stock(tmp_path):
@@ -201,9 +214,7 @@ def begin(callback, model, collator=None, args=Arguments):
     callback.on_train_begin(args, None, None, model=model, train_dataloader=loader)
 
 
-def test_the_probe_runs_once_for_a_configuration(monkeypatch):
-    calls = []
-    monkeypatch.setattr(packing, "find_leak", lambda *args: calls.append(args) and None)
+def test_the_probe_runs_once_for_a_configuration(asked):
     for implementation in ("sdpa", "fastft", "sdpa"):
         begin(fastft.PackingCallback(), made(implementation=implementation))
     begin(
@@ -212,7 +223,8 @@ def test_the_probe_runs_once_for_a_configuration(monkeypatch):
         fastft.PackingCollator(position_ids_start=2),
     )
     begin(fastft.PackingCallback(), made(implementation="fastft").to(torch.bfloat16))
-    assert len(calls) == 4
+    begin(fastft.PackingCallback(attention=False), made())
+    assert len(asked) == 5
 
 
 def changed(how):
@@ -249,18 +261,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_verdict_is_of_this_model(what, monkeypatch):
-    calls = []
-    monkeypatch.setattr(packing, "find_leak", lambda *args: calls.append(args) and None)
+def test_a_verdict_is_of_this_model(what, asked):
     for how in (lambda model: None, CHANGES[what]):
         begin(fastft.PackingCallback(), changed(how))
-    assert len(calls) == 2
+    assert len(asked) == 2
 
 
-def test_a_verdict_is_of_these_batches_adapters_and_precision(monkeypatch):
-    calls = []
-    monkeypatch.setattr(packing, "find_leak", lambda *args: calls.append(args) and None)
-
+def test_a_verdict_is_of_these_batches_adapters_and_precision(asked):
     class Half(Arguments):
         bf16 = True
 
@@ -279,12 +286,16 @@ def test_a_verdict_is_of_these_batches_adapters_and_precision(monkeypatch):
     begin(fastft.PackingCallback(), adapted())
     begin(fastft.PackingCallback(), adapted(use_dora=True))
     begin(fastft.PackingCallback(), adapted(use_dora=True))
-    assert len(calls) == 6
+    assert len(asked) == 6
 
 
 def test_the_collator_inside_trainers_wrapper_is_found():
     with pytest.raises(fastft.PackingLeakError):
-        begin(fastft.PackingCallback(), made(), Wrapped(Wrapped(fastft.PackingCollator())))
+        begin(
+            fastft.PackingCallback(attention=False),
+            made(),
+            Wrapped(Wrapped(fastft.PackingCollator())),
+        )
 
 
 class Counting:
@@ -314,7 +325,7 @@ CALLERS = {
 @pytest.mark.parametrize("caller", CALLERS)
 def test_the_collator_inside_what_calls_it_is_found(caller):
     with pytest.raises(fastft.PackingLeakError):
-        begin(fastft.FusedLossCallback(), made(), CALLERS[caller])
+        begin(fastft.FusedLossCallback(attention=False), made(), CALLERS[caller])
 
 
 def test_batches_of_other_collators_are_left_alone(said):
@@ -355,9 +366,11 @@ def test_a_model_that_cannot_be_asked_is_trained_with_a_warning(said):
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
-def test_on_leak_is_checked(kind):
+def test_the_arguments_are_checked(kind):
     with pytest.raises(ValueError, match="on_leak must be 'error' or 'warn', got 'ignore'"):
         kind(on_leak="ignore")
+    with pytest.raises(TypeError, match="attention must be True or False, got 'fastft'"):
+        kind(attention="fastft")
 
 
 class Words(nn.Module):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.numerics import assert_no_worse, terms_of
 from support.pooled_models import LABELS, MODELS, V, classifier, labelled_examples
+from support.trainers import logged, quiet_arguments
 
 import fastft
 
@@ -186,22 +187,10 @@ def trained(tmp_path: Any, name: str, packed: bool) -> list[float]:
             )
         )
         data = [{**example, "attention_mask": [1] * len(example["input_ids"])} for example in data]
-    arguments = transformers.TrainingArguments(
-        tmp_path,
-        max_steps=3,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        optim="sgd",
-        learning_rate=0.1,
-        eval_strategy="steps",
-        eval_steps=3,
-        per_device_eval_batch_size=5,
-    )
+    training = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 5}
+    arguments = quiet_arguments(tmp_path, **training, **batches, **evaluation)
     trainer = transformers.Trainer(
         model,
         arguments,
@@ -214,8 +203,7 @@ def trained(tmp_path: Any, name: str, packed: bool) -> list[float]:
     )
     with fastft.packed_attention(model):
         trainer.train()
-    keys = ("loss", "eval_loss", "eval_accuracy")
-    return [entry[key] for entry in trainer.state.log_history for key in keys if key in entry]
+    return logged(trainer, "loss", "eval_loss", "eval_accuracy")
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert mean", "llama"])

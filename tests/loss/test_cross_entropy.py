@@ -267,26 +267,10 @@ def operator_arguments(
     rows=7, classes=33, dtype=torch.float32, weight=True, upstream=3, statistics=True
 ):
     logits, target = make(rows, classes, dtype)
+    weights, upstreams = [torch.rand(classes)] if weight else [], list(torch.randn(upstream, rows))
     outputs = [torch.empty(rows), torch.empty(rows, dtype=torch.bool)] if statistics else []
-    return [
-        *(
-            logits,
-            target,
-            [torch.rand(classes)] if weight else [],
-            list(torch.randn(upstream, rows)),
-        ),
-        *(
-            torch.empty(rows),
-            torch.empty(rows),
-            outputs,
-            [torch.empty_like(logits)],
-            -100,
-            0.1,
-            0.02,
-            4.0,
-            0.5,
-        ),
-    ]
+    results = torch.empty(rows), torch.empty(rows), outputs, [torch.empty_like(logits)]
+    return [logits, target, weights, upstreams, *results, -100, 0.1, 0.02, 4.0, 0.5]
 
 
 def test_operator_contract():
@@ -319,8 +303,8 @@ def test_operator_writes_every_output(impl, in_place, classes):
     target[2] = -100
     truth = row_truth(logits, target, weight[0], upstream, options)
     output = logits if in_place else grad[0].fill_(torch.nan)
-    rows = ROWS.implementation(impl, logits.device)
-    rows(logits, target, weight, upstream, losses, lse, statistics, [output], *options)
+    row_kernel = ROWS.implementation(impl, logits.device)
+    row_kernel(logits, target, weight, upstream, losses, lse, statistics, [output], *options)
     for actual, exact in zip(
         (losses, lse, statistics[0], output), (*truth[:3], truth[4]), strict=True
     ):
@@ -336,21 +320,10 @@ def test_of_equal_classes_the_first_is_the_top_one(impl, softcap, target):
     logits[:, target] = 1e4
     logits[1, target - 2] = logits[2, (target + 1) % 507] = 1e4
     statistics = [torch.empty(3), torch.empty(3, dtype=torch.bool)]
-    rows = ROWS.implementation(impl, logits.device)
-    arguments = (
-        [],
-        [],
-        torch.empty(3),
-        torch.empty(3),
-        statistics,
-        [],
-        -100,
-        0.0,
-        0.0,
-        softcap,
-        1.0,
-    )
-    rows(logits, torch.full((3,), target), *arguments)
+    row_kernel = ROWS.implementation(impl, logits.device)
+    outputs = torch.empty(3), torch.empty(3), statistics, []
+    options = (-100, 0.0, 0.0, softcap, 1.0)
+    row_kernel(logits, torch.full((3,), target), [], [], *outputs, *options)
     assert statistics[1].tolist() == [True, False, target != 506]
 
 

@@ -15,7 +15,8 @@ import torch
 from support.ptx.engines import ENGINES, Engine, operator
 from support.row_problems import CASES, EVERYTHING, IGNORED, Case, Problem, check, draw, plain, run
 
-OP = "cross_entropy_rows"
+from fastft.loss.cross_entropy_rows import ROWS
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_80, CUDA_90, TRITON_80, TRITON_90 = ENGINES
 engines = pytest.mark.parametrize("engine", ENGINES, ids=str)
@@ -44,8 +45,8 @@ def whole_table() -> list[Any]:
 
 @pytest.mark.parametrize(("engine", "classes", "dtype", "case"), whole_table())
 def test_every_option(engine: Engine, classes: int, dtype: str, case: str) -> None:
-    with operator(engine, OP) as (rows, _):
-        check(rows, draw(CASES[case], 5, classes, DTYPES[dtype]))
+    with operator(engine, ROWS.name) as (row_kernel, _):
+        check(row_kernel, draw(CASES[case], 5, classes, DTYPES[dtype]))
 
 
 @pytest.mark.ptx
@@ -55,14 +56,14 @@ def test_every_option(engine: Engine, classes: int, dtype: str, case: str) -> No
 def test_every_option_with_approximations_that_are_off_by_two_ulp(
     engine: Engine, dtype: str, case: str
 ) -> None:
-    with operator(engine, OP, noise_ulp=2) as (rows, _):
-        check(rows, draw(CASES[case], 5, 507, DTYPES[dtype]))
+    with operator(engine, ROWS.name, noise_ulp=2) as (row_kernel, _):
+        check(row_kernel, draw(CASES[case], 5, 507, DTYPES[dtype]))
 
 
 @engines
 def test_approximations_that_are_off_by_two_ulp(engine: Engine) -> None:
-    with operator(engine, OP, noise_ulp=2) as (rows, _):
-        check(rows, draw(CASES["everything in place"], 3, 507, torch.bfloat16))
+    with operator(engine, ROWS.name, noise_ulp=2) as (row_kernel, _):
+        check(row_kernel, draw(CASES["everything in place"], 3, 507, torch.bfloat16))
 
 
 @engines
@@ -72,8 +73,8 @@ def test_gradients_are_rounded_to_nearest(engine: Engine, classes: int, dtype: s
     """Truncation is within twice torch's error, but makes every second number another."""
     problem = draw(CASES["plain"], 12, classes, DTYPES[dtype])
     counted = problem.target != IGNORED
-    with operator(engine, OP) as (rows, _):
-        ours = run(rows, problem)["grad"][counted]
+    with operator(engine, ROWS.name) as (row_kernel, _):
+        ours = run(row_kernel, problem)["grad"][counted]
     nearest = plain(problem, torch.float64)["grad"][counted].to(ours.dtype)
     assert (ours == nearest).double().mean() > 0.95
 
@@ -99,9 +100,9 @@ def long_rows() -> list[Any]:
 def test_long_rows_at_any_distance(engine: Engine, classes: int, dtype: str, padding: int) -> None:
     """Rows of one block and of several, that fit into shared memory and that do not, on 16 bytes
     and off them."""
-    with operator(engine, OP) as (rows, _):
+    with operator(engine, ROWS.name) as (row_kernel, _):
         for case in (CASES["in place"], EVERYTHING):
-            check(rows, draw(case, 2, classes, DTYPES[dtype], padding=padding))
+            check(row_kernel, draw(case, 2, classes, DTYPES[dtype], padding=padding))
 
 
 @engines
@@ -109,8 +110,8 @@ def test_the_order_of_the_blocks_changes_no_bit(engine: Engine) -> None:
     problem = draw(CASES["everything in place"], 9, 1_001, torch.bfloat16)
     results = []
     for order in (None, 1, 2):
-        with operator(engine, OP, order=order) as (rows, _):
-            results.append(run(rows, problem))
+        with operator(engine, ROWS.name, order=order) as (row_kernel, _):
+            results.append(run(row_kernel, problem))
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
@@ -122,8 +123,8 @@ def test_numbers_that_are_none(engine: Engine, value: float, position: int) -> N
     """NaN and infinities come out as torch's, and stay in their row."""
     problem = draw(Case(), 3, 507, torch.float32)
     problem.target[0], problem.logits[0, position] = 500, value
-    with operator(engine, OP) as (rows, _):
-        ours = run(rows, problem)
+    with operator(engine, ROWS.name) as (row_kernel, _):
+        ours = run(row_kernel, problem)
     assert all(value[1:].isfinite().all() for value in ours.values())
     leaf = problem.logits.double().requires_grad_()
     losses = torch.nn.functional.cross_entropy(
@@ -140,8 +141,8 @@ def test_numbers_that_are_none(engine: Engine, value: float, position: int) -> N
 def test_a_row_of_minus_infinity_is_nan(engine: Engine) -> None:
     problem = draw(Case(), 3, 507, torch.float32)
     problem.logits[0] = -torch.inf
-    with operator(engine, OP) as (rows, _):
-        ours = run(rows, problem)
+    with operator(engine, ROWS.name) as (row_kernel, _):
+        ours = run(row_kernel, problem)
     assert ours["losses"][0].isnan() and ours["grad"][0].isnan().all()
     assert all(value[1:].isfinite().all() for value in ours.values())
 
@@ -152,8 +153,8 @@ def test_a_confident_row_has_all_its_digits(engine: Engine, margin: float) -> No
     """Where fp32 torch has no loss left: relative to the loss, not to what torch gets."""
     logits = torch.tensor([[margin, 0.0], [0.0, -margin]])
     problem = Problem(Case(), logits, torch.zeros(2, dtype=torch.int64), [], [torch.ones(2)])
-    with operator(engine, OP) as (rows, _):
-        ours = run(rows, problem)
+    with operator(engine, ROWS.name) as (row_kernel, _):
+        ours = run(row_kernel, problem)
     exponential = (logits[:, 1] - logits[:, 0]).double().exp()
     share = exponential / (1 + exponential)
     for actual, truth in (
@@ -170,8 +171,8 @@ def test_a_confident_row_has_all_its_digits(engine: Engine, margin: float) -> No
 def test_a_target_out_of_range_is_nan_in_its_row(engine: Engine, target: int) -> None:
     problem = draw(EVERYTHING, 3, 63, torch.float32)
     problem.target[0] = target
-    with operator(engine, OP) as (rows, _):
-        ours = run(rows, problem)
+    with operator(engine, ROWS.name) as (row_kernel, _):
+        ours = run(row_kernel, problem)
     assert ours["losses"][0].isnan() and ours["grad"][0].isnan().all() and not ours["is_top1"][0]
     assert all(value[1:].isfinite().all() for value in ours.values())
 
@@ -181,15 +182,15 @@ def test_ties_count_for_the_first_class(engine: Engine) -> None:
     problem = draw(Case(statistics=True), 4, 63, torch.float32)
     problem.logits[:, [7, 40]] = 100.0
     problem.target.copy_(torch.tensor([7, 40, 8, IGNORED]))
-    with operator(engine, OP) as (rows, _):
-        assert run(rows, problem)["is_top1"].tolist() == [True, False, False, False]
+    with operator(engine, ROWS.name) as (row_kernel, _):
+        assert run(row_kernel, problem)["is_top1"].tolist() == [True, False, False, False]
 
 
 @engines
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_rows(engine: Engine, count: int) -> None:
-    with operator(engine, OP) as (rows, launches):
-        check(rows, draw(EVERYTHING, count, 63, torch.float32))
+    with operator(engine, ROWS.name) as (row_kernel, launches):
+        check(row_kernel, draw(EVERYTHING, count, 63, torch.float32))
     assert len(launches) == count
 
 
@@ -198,9 +199,10 @@ def test_few_rows(engine: Engine, count: int) -> None:
 def test_offsets_pass_two_to_the_31(engine: Engine, case: str) -> None:
     near = draw(CASES[case], 5, 63, torch.bfloat16)
     far = torch.empty(2**31 + 200, dtype=torch.bfloat16)  # untouched pages cost nothing
-    with operator(engine, OP) as (rows, _):
+    with operator(engine, ROWS.name) as (row_kernel, _):
         check(
-            rows, replace(near, logits=far.as_strided((5, 63), (2**29 + 8, 1)).copy_(near.logits))
+            row_kernel,
+            replace(near, logits=far.as_strided((5, 63), (2**29 + 8, 1)).copy_(near.logits)),
         )
 
 
@@ -210,8 +212,8 @@ def test_offsets_pass_two_to_the_31(engine: Engine, case: str) -> None:
 def test_bytes_are_those_of_triton_s_docstring(
     case: str, reads: int, dtype: torch.dtype, classes: int
 ) -> None:
-    with operator(TRITON_90, OP) as (rows, launches):
-        run(rows, draw(CASES[case], 2, classes, dtype))
+    with operator(TRITON_90, ROWS.name) as (row_kernel, launches):
+        run(row_kernel, draw(CASES[case], 2, classes, dtype))
     (launch,) = launches
     # targets, upstream, the target's logit; the results
     row, small = classes * dtype.itemsize, 2 * launch.block * 24
@@ -221,7 +223,7 @@ def test_bytes_are_those_of_triton_s_docstring(
 
 def test_arguments_are_checked() -> None:
     problem = draw(EVERYTHING, 3, 63, torch.float32)
-    with operator(CUDA_90, OP) as (rows, launches):
+    with operator(CUDA_90, ROWS.name) as (row_kernel, launches):
         for broken in (
             replace(problem, target=problem.target[:2]),
             replace(problem, weight=[torch.ones(62)]),
@@ -229,11 +231,11 @@ def test_arguments_are_checked() -> None:
             replace(problem, logits=problem.logits.double()),
         ):
             with pytest.raises(RuntimeError, match="cross_entropy_rows: "):
-                run(rows, broken)
+                run(row_kernel, broken)
     assert not launches
 
 
 def test_triton_refuses_other_dtypes() -> None:
-    with operator(TRITON_90, OP) as (rows, _):
+    with operator(TRITON_90, ROWS.name) as (row_kernel, _):
         with pytest.raises(TypeError, match="logits must be float32, bfloat16 or float16"):
-            run(rows, draw(Case(), 2, 3, torch.float64))
+            run(row_kernel, draw(Case(), 2, 3, torch.float64))

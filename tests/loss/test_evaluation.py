@@ -140,24 +140,39 @@ def history(trainer):
     ]
 
 
+def stock_of(tmp_path, make=llama, metrics=True, **settings):
+    """What a stock run logs, and what its metrics were given."""
+    seen = Metrics() if metrics else None
+    trainer = run(tmp_path, make, [], seen, **settings)
+    return history(trainer), seen and seen.given
+
+
 def compare(
-    tmp_path, make=llama, with_metrics=True, rtol=2e-5, atol=1e-5, only_fused=None, **settings
+    tmp_path,
+    make=llama,
+    metrics=True,
+    rtol=2e-5,
+    atol=1e-5,
+    only_fused=None,
+    stock=None,
+    **settings,
 ):
-    """The callback and the trainer of a fused run whose evaluations equal stock's; `only_fused`:
-    its own changes."""
-    metrics = [Metrics() if with_metrics else None for _ in range(2)]
-    stock = run(tmp_path, make, [], metrics[0], **settings)
-    callback = FusedLossCallback()
-    fused = run(tmp_path, make, [callback], metrics[1], **{**settings, **(only_fused or {})})
-    assert len(history(stock)) == len(history(fused)) >= EVALUATIONS
-    for mine, theirs in zip(history(fused), history(stock), strict=True):
+    """The callback and the trainer of a fused run whose evaluations equal stock's.
+
+    `stock` is what `stock_of` gives, where several tests share it; `only_fused` are changes of the
+    fused run.
+    """
+    logs, given = stock or stock_of(tmp_path, make, metrics, **settings)
+    callback, seen = FusedLossCallback(), Metrics() if metrics else None
+    fused = run(tmp_path, make, [callback], seen, **{**settings, **(only_fused or {})})
+    assert len(logs) == len(history(fused)) >= EVALUATIONS
+    for mine, theirs in zip(history(fused), logs, strict=True):
         assert mine == pytest.approx(theirs, rel=rtol)
-    if with_metrics:
-        assert len(metrics[0].given) == len(metrics[1].given) >= EVALUATIONS
-        assert_close(metrics[1].given, metrics[0].given, rtol=1e-4, atol=atol)
-    assert (
-        callback.report.fused and not callback.report.materialised and not callback.report.skipped
-    ), callback.report
+    if metrics:
+        assert len(given) == len(seen.given) >= EVALUATIONS
+        assert_close(seen.given, given, rtol=1e-4, atol=atol)
+    report = callback.report
+    assert report.fused and not report.materialised and not report.skipped, report
     assert callback.evaluation.fused and not callback.evaluation.skipped, callback.evaluation
     assert_stock(fused.model)
     return callback, fused
@@ -202,7 +217,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_loss_of_a_model(name, smoothing, tmp_path):
     settings = {"collator": COLLATORS.get(name, padded), "label_smoothing_factor": smoothing}
-    callback, _ = compare(tmp_path, MODELS[name], with_metrics=False, **settings)
+    callback, _ = compare(tmp_path, MODELS[name], metrics=False, **settings)
     assert not callback.evaluation.materialised
 
 
@@ -241,10 +256,25 @@ PREPROCESS = {
 }
 
 
+@pytest.fixture(scope="module")
+def stock_of_all(tmp_path_factory):
+    """A stock run that computes all of `PREPROCESS`: the metrics of each are a part of its own."""
+
+    def every_one(logits, labels):
+        return tuple(function(logits, labels) for function in PREPROCESS.values())
+
+    options = {"preprocess_logits_for_metrics": every_one}
+    logs, given = stock_of(tmp_path_factory.mktemp("stock"), options=options)
+    return {
+        name: (logs, [(predictions[part], *others) for predictions, *others in given])
+        for part, name in enumerate(PREPROCESS)
+    }
+
+
 @pytest.mark.parametrize("name", PREPROCESS)
-def test_what_needs_tokens_alone_is_computed_without_logits(name, tmp_path):
+def test_what_needs_tokens_alone_is_computed_without_logits(name, tmp_path, stock_of_all):
     options = {"preprocess_logits_for_metrics": PREPROCESS[name]}
-    callback, _ = compare(tmp_path, options=options)
+    callback, _ = compare(tmp_path, stock=stock_of_all[name], options=options)
     assert not callback.evaluation.materialised and callback.evaluation.fused >= 4 * EVALUATIONS
 
 
@@ -310,7 +340,7 @@ def test_packed_batches(tmp_path):
         return llama(attn_implementation="fastft")
 
     collator = fastft.PackingCollator()
-    callback, _ = compare(tmp_path, packed, with_metrics=False, collator=collator)
+    callback, _ = compare(tmp_path, packed, metrics=False, collator=collator)
     assert not callback.evaluation.materialised
     options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
     callback, _ = compare(
@@ -329,7 +359,7 @@ def test_a_stream_without_a_length(tmp_path):
 
 
 def test_several_data_sets(tmp_path):
-    callback, _ = compare(tmp_path, with_metrics=False, data={"one": uneven(), "two": uneven(3)})
+    callback, _ = compare(tmp_path, metrics=False, data={"one": uneven(), "two": uneven(3)})
     assert callback.evaluation.fused == (2 + 1) * EVALUATIONS
 
 
@@ -445,7 +475,7 @@ class Averaged(Trainer):
 
 
 def test_weights_swapped_in_every_prediction_step(tmp_path):
-    compare(tmp_path, kind=Averaged, with_metrics=False)
+    compare(tmp_path, kind=Averaged, metrics=False)
     options = {"preprocess_logits_for_metrics": PREPROCESS["argmax"]}
     with pytest.raises(RuntimeError, match="around evaluate"):
         run(tmp_path, llama, [FusedLossCallback()], Metrics(), kind=Averaged, options=options)

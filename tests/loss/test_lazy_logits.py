@@ -16,9 +16,10 @@ from support.watch import Watch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastft.loss.lazy import expressions
+from fastft.loss import head_sweep
+from fastft.loss.head_gemms import HeadTerm
 from fastft.loss.lazy import losses as lazy_losses
-from fastft.loss.lazy.expressions import LOGITS, Call
+from fastft.loss.lazy.expressions import LOGITS, Linear, Recorded, over_rows
 from fastft.loss.lazy.logits import LazyLogits, lazy_linear
 from fastft.loss.lazy.losses import scale_and_softcap
 from fastft.loss.lazy.output_head import fused_loss
@@ -308,10 +309,13 @@ def run(use, lazy: bool, dtype=torch.float32):
     return value.detach(), grads, report
 
 
+def small_chunks(monkeypatch, rows):
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", head_sweep._Limits(0, rows, 1 << 31))
+
+
 @pytest.mark.parametrize("name", [*LAZY, *MATERIALISED])
 def test_as_dense(name, monkeypatch):
-    monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(expressions, "MIN_CHUNK_ROWS", 4)
+    small_chunks(monkeypatch, 4)
     use = LAZY.get(name) or MATERIALISED[name]
     (expected, expected_grads, _), (actual, grads, report) = run(use, False), run(use, True)
     assert actual.dtype == expected.dtype and type(actual) is Tensor
@@ -347,7 +351,7 @@ def lazy_example(dtype=torch.float32):
     ],
 )
 def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
-    monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)
+    small_chunks(monkeypatch, 256)
     rows = 1024
     x = torch.randn(2, rows // 2, 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(VOCAB, 8, dtype=dtype, requires_grad=True)
@@ -358,28 +362,23 @@ def test_nothing_as_large_as_the_logits_is_made(use, dtype, monkeypatch):
 
 @pytest.mark.parametrize(
     "recorded",
-    [LOGITS, Call(torch.exp, (LOGITS,), {}, (False, torch.bfloat16))],
+    [LOGITS, Recorded(torch.exp, (LOGITS,), {}, (False, torch.bfloat16))],
     ids=["logits", "exp"],
 )
 def test_the_logits_of_a_chunk_are_gone_before_the_next(recorded, monkeypatch):
     """Also where garbage is collected late."""
-    monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(expressions, "MIN_CHUNK_ROWS", 2)
-    made, linear = [], expressions._linear
+    small_chunks(monkeypatch, 2)
+    made = []
 
-    def watched(*args):
+    def watched(z):
         assert not [reference for reference in made if reference() is not None]
-        logits = linear(*args)
-        made.append(weakref.ref(logits))
-        return logits
+        made.append(weakref.ref(z))
+        return z.amax(-1)
 
-    monkeypatch.setattr(expressions, "_linear", watched)
     x, weight = torch.randn(8, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     gc.disable()
     try:
-        expressions.map_rows(
-            expressions.Linear.of((x, weight, None)), recorded, lambda z: z.amax(-1)
-        ).sum().backward()
+        over_rows(Linear.of((x, weight, None)), recorded, watched).sum().backward()
     finally:
         gc.enable()
     assert len(made) == 4 + 4
@@ -666,14 +665,19 @@ def lse_after_a_change_in_place(z):
     return (before + z.logsumexp(-1) * z.argmax(-1)).sum()
 
 
-# forward + backward
-HEAD_PASSES = {all_statistics: 1, lse_again: 1 + 2, lse_after_a_change_in_place: 2 + 1}
+# the loss of the row kernel, forward + backward
+HEAD_PASSES = {all_statistics: 1 + 1, lse_again: 1 + 2, lse_after_a_change_in_place: 2 + 1}
 
 
 @pytest.mark.parametrize("use", HEAD_PASSES)
 def test_lse_and_argmax_are_computed_once(use, monkeypatch):
-    passes, linear = [], expressions._linear
-    monkeypatch.setattr(expressions, "_linear", lambda *args: passes.append(1) or linear(*args))
+    passes, make = [], HeadTerm.add_logits
+
+    def counted(*args, **options):
+        passes.append(1)
+        make(*args, **options)
+
+    monkeypatch.setattr(HeadTerm, "add_logits", counted)
     (expected, expected_grads, _), (actual, grads, report) = run(use, False), run(use, True)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(grads, expected_grads, strict=True):

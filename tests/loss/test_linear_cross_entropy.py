@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import oracle
+from support.device_mode import DeviceMode
 from support.head_problems import check_fp32_weights_under_autocast, check_the_factor_of_the_mean
 from support.numerics import assert_no_worse
 from support.watch import Watch
@@ -107,8 +108,8 @@ def test_target_probabilities(options, reduction, small_workspace):
     options = oracle.options_with_weight(options, 7) | {"reduction": reduction}
     probabilities = torch.rand(2, 3, 7).softmax(-1)
 
-    def plain(x, weight, target, *, linear_bias, **options):
-        logits = F.linear(x, weight, linear_bias).view(6, 7)
+    def plain(x, head, target, *, linear_bias, **options):
+        logits = F.linear(x, head, linear_bias).view(6, 7)
         loss = oracle.soft_cross_entropy(logits, target.view(6, 7), **options)
         return loss.view(2, 3) if reduction == "none" else loss
 
@@ -341,8 +342,9 @@ def test_a_bound_of_the_counted_rows_changes_nothing(bound):
 
 def test_rows_of_a_device_are_taken_out_without_looking():
     target = torch.tensor([-100, 3, -100, 5, 6, -100])
-    positions = room.device_positions(target != -100, 4)
-    assert positions.tolist()[:3] == [1, 3, 4] and len(positions) == 4
+    with DeviceMode(refuse=True):
+        rows = room.CountedRows.of(target, -100, 4)
+    assert rows.positions.tolist()[:3] == [1, 3, 4] and len(rows.positions) == 4
 
 
 @pytest.mark.parametrize("options", oracle.OPTIONS.values(), ids=oracle.OPTIONS)

@@ -171,7 +171,11 @@ GOOD = {
     ("arguments", "error", "message"),
     [
         ({"target": torch.tensor([0, 7, 1, 1])}, ValueError, r"target\[1\] is 7"),
-        ({"target": torch.rand(4, 7)}, ValueError, "target must be of input's shape"),
+        (
+            {"target": torch.rand(4, 7)},
+            ValueError,
+            "target must have the shape of input without its dimension -1",
+        ),
         ({"target": torch.rand(4)}, TypeError, "target.*float32"),
         ({"target": [0, 1, 1, 1]}, TypeError, "target must be a torch.Tensor, got list"),
         ({"input": [[1.0] * 9] * 4}, TypeError, "input must be a torch.Tensor, got list"),

@@ -22,8 +22,8 @@ from torch import nn
 
 import fastft
 from fastft import _native
+from fastft.loss import head_sweep
 from fastft.loss.cross_entropy_rows import ROWS
-from fastft.loss.lazy import expressions
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
 
@@ -311,8 +311,7 @@ def test_prob_targets():
 def test_lora_on_lm_head(monkeypatch):
     """PEFT's head, base(x) + scale * B(A(x)), is one linear layer: the gradients of A and B, and no
     logits."""
-    monkeypatch.setattr(expressions, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(expressions, "MIN_CHUNK_ROWS", CHUNK)
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", head_sweep._Limits(0, CHUNK, 1 << 31))
     (x, head, _), target = make()
     operands, report = [x, head, torch.randn(4, H), torch.randn(V, 4)], Report()
 

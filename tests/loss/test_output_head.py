@@ -23,47 +23,20 @@ from fastft.loss.lazy.output_head import (
 )
 
 V = 32  # of everything: the vocabulary, the hidden states and what is between them
-BERT = {
-    "vocab_size": V,
-    "hidden_size": V,
-    "intermediate_size": V,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
+WIDTHS = {"vocab_size": V, "hidden_size": V, "intermediate_size": V}
+BERT = {**WIDTHS, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA = {**BERT, "num_key_value_heads": 2, "pad_token_id": 0}
-GPT2 = {
-    "vocab_size": V,
-    "n_embd": V,
-    "n_layer": 1,
-    "n_head": 2,
-    "n_positions": 64,
-    "pad_token_id": 0,
-}
+GPT2 = {"vocab_size": V, "n_embd": V, "n_layer": 1, "n_head": 2, "n_positions": 64}
+GPT2 |= {"pad_token_id": 0}
 T5 = {"vocab_size": V, "d_model": V, "d_kv": 16, "d_ff": V, "num_layers": 1, "num_heads": 2}
-BART = {
-    "vocab_size": V,
-    "d_model": V,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-}
-BART |= {
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": V,
-    "decoder_ffn_dim": V,
-    "pad_token_id": 1,
-}
+BART = {"vocab_size": V, "d_model": V, "pad_token_id": 1}
+for part in ("encoder", "decoder"):
+    BART |= {f"{part}_layers": 1, f"{part}_attention_heads": 2, f"{part}_ffn_dim": V}
 DISTILBERT = {"vocab_size": V, "dim": V, "n_layers": 1, "n_heads": 2, "hidden_dim": V}
 VIT = {**BERT, "image_size": 8, "patch_size": 4}
 BLIP = {"text_config": {**BERT, "encoder_hidden_size": V}, "vision_config": VIT}
-WAV2VEC2 = {
-    **BERT,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "conv_dim": [V],
-    "conv_kernel": [3],
-}
-WAV2VEC2 |= {"conv_stride": [2], "num_feat_extract_layers": 1}
+WAV2VEC2 = {**BERT, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+WAV2VEC2 |= {"conv_dim": [V], "conv_kernel": [3], "conv_stride": [2], "num_feat_extract_layers": 1}
 
 CLASSIFIERS = {
     "BertForSequenceClassification": ("BertConfig", BERT),

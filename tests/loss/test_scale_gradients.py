@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastft.loss.scale_gradients import SCALE, scale_gradients
 
-OP = "scale_gradients_"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of CUDA's block: 32768 numbers of 32 bits and 65536 of 16; of Triton's program: 65536
 SIZES = [0, 1, 7, 63, 4_099]
@@ -55,17 +54,8 @@ def awkward(dtype: torch.dtype) -> Tensor:
     """Numbers that are none, the largest, subnormal ones, and zeros of both signs; products
     overflow and underflow."""
     info = torch.finfo(dtype)
-    ends = [
-        torch.inf,
-        -torch.inf,
-        torch.nan,
-        info.max,
-        info.min,
-        info.tiny,
-        info.smallest_normal / 2,
-        0.0,
-        -0.0,
-    ]
+    none, small = [torch.inf, -torch.inf, torch.nan], info.smallest_normal / 2
+    ends = [*none, info.max, info.min, info.tiny, small, 0.0, -0.0]
     return torch.tensor([*ends, *ends], dtype=torch.float64).to(dtype)
 
 
@@ -93,7 +83,7 @@ def test_float64_is_scaled_in_float64() -> None:
     ],
 )
 def test_gpu_kernels_as_ptx_round_once(engine: Engine, scale: float, dtype: torch.dtype) -> None:
-    with operator(engine, OP) as (function, launches):
+    with operator(engine, SCALE.name) as (function, launches):
         check(function, [*draw(SIZES, dtype), awkward(dtype)], scale)
     assert len(launches) == (1 if engine.name == "cuda" else 5)
 
@@ -102,7 +92,7 @@ def test_gpu_kernels_as_ptx_round_once(engine: Engine, scale: float, dtype: torc
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @engines
 def test_gpu_kernels_as_ptx_off_16_bytes(engine: Engine, dtype: torch.dtype, shift: int) -> None:
-    with operator(engine, OP) as (function, _):
+    with operator(engine, SCALE.name) as (function, _):
         for size in (1, 2, 8, 9, 16, 4_099):
             check(function, draw([size], dtype, shift), 1 / 3)
 
@@ -113,21 +103,21 @@ def test_gpu_kernels_as_ptx_off_16_bytes(engine: Engine, dtype: torch.dtype, shi
 def test_gpu_kernels_as_ptx_over_several_blocks(engine: Engine, dtype: str, shift: int) -> None:
     """Of whole ones, and of a last one that has but few numbers."""
     sizes = [2 * 65_536 + 4_096 + 3, 5, 65_536]
-    with operator(engine, OP, order=1) as (function, _):
+    with operator(engine, SCALE.name, order=1) as (function, _):
         check(function, draw(sizes, DTYPES[dtype], shift), 1 / 3)
 
 
 @engines
 def test_gpu_kernels_as_ptx_take_several_dtypes_in_one_call(engine: Engine) -> None:
     gradients = [draw([70], dtype, 1)[0] for dtype in DTYPES.values()]
-    with operator(engine, OP) as (function, _):
+    with operator(engine, SCALE.name) as (function, _):
         check(function, gradients, 1 / 3)
 
 
 def test_as_many_gradients_as_there_are() -> None:
     """More than the parameters of a launch hold."""
     gradients = [draw([i % 5], torch.bfloat16)[0] for i in range(200)]
-    with operator(Engine("cuda", 90), OP) as (function, launches):
+    with operator(Engine("cuda", 90), SCALE.name) as (function, launches):
         check(function, gradients, 1 / 3)
     assert len(launches) == 3
 
@@ -137,7 +127,7 @@ def test_the_end_of_a_gradient_past_two_to_the_31(engine: Engine) -> None:
     """The last block, over a gradient of which it alone touches a part."""
     gradient = torch.empty(2**31 + 100, dtype=torch.bfloat16)  # untouched pages cost nothing
     gradient[-100:] = torch.arange(100)
-    with operator(engine, OP, only=lambda blocks: [blocks - 1]) as (function, _):
+    with operator(engine, SCALE.name, only=lambda blocks: [blocks - 1]) as (function, _):
         function([gradient], torch.tensor(0.5))
     assert torch.equal(gradient[-100:], torch.arange(100).bfloat16() / 2)
 
@@ -145,7 +135,7 @@ def test_the_end_of_a_gradient_past_two_to_the_31(engine: Engine) -> None:
 @engines
 def test_a_scale_of_one_moves_nothing(engine: Engine) -> None:
     gradients = draw([2 * 65_536, 5], torch.bfloat16)
-    with operator(engine, OP) as (function, launches):
+    with operator(engine, SCALE.name) as (function, launches):
         check(function, gradients, 1.0)
     assert launches
     for launch in launches:
@@ -173,7 +163,7 @@ def test_the_cuda_launcher_checks_its_arguments(wrong: str) -> None:
         "scale": torch.zeros(3),
     }[wrong]
     scale = torch.ones(()).double() if wrong == "scale" else torch.ones(())
-    with operator(Engine("cuda", 90), OP) as (function, launches):
+    with operator(Engine("cuda", 90), SCALE.name) as (function, launches):
         with pytest.raises(RuntimeError, match=r"scale_gradients_: (gradient 0|scale) must be"):
             function([gradient], scale)
     assert launches == []

@@ -359,16 +359,17 @@ NEEDS = {
     "bias": (False, False, True),
     "no": (False,) * 3,
 }
-CASES = {
+# which the number of processes has no part in: on two of them
+OPTIONS = {
     **{
         f"{name}_{reduction}": partial(check_options, options, reduction, F32)
         for name, options in oracle.OPTIONS.items()
-        for reduction in REDUCTIONS
+        for reduction in ("none", "mean")
     },
     **{
         f"{name}_{reduction}_bf16": partial(check_options, oracle.OPTIONS[name], reduction, BF16)
         for name in ("plain", "weight_smoothing", "all")
-        for reduction in REDUCTIONS
+        for reduction in ("none", "mean")
     },
     **{
         f"logits_{n}_{r}": partial(check_logits, o, r, F32)
@@ -379,6 +380,12 @@ CASES = {
         f"logits_{n}_bf16": partial(check_logits, oracle.OPTIONS[n], "sum", BF16)
         for n in ("plain", "all")
     },
+}
+ON_ANY_NUMBER = {
+    **{
+        f"everything_{r}": partial(check_options, oracle.OPTIONS["all"], r, F32) for r in REDUCTIONS
+    },
+    "logits_everything": partial(check_logits, oracle.OPTIONS["all"], "mean", F32),
     "logits_in_chunks": check_logits_in_chunks,
     **{
         f"{n}_alone_{r}": partial(check_needs, needs, r)
@@ -415,11 +422,24 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["two", "three"])
-def outcomes(request, tmp_path_factory):
-    return processes.run(__name__, request.param, tmp_path_factory)
+def on_two(case):
+    """The case, which more processes leave out."""
+    return lambda: case() if dist.get_world_size() == 2 else None
+
+
+CASES = {**{name: on_two(case) for name, case in OPTIONS.items()}, **ON_ANY_NUMBER}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return {world: processes.run(__name__, world, tmp_path_factory) for world in (2, 3)}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_classes_spread_over_processes(outcomes, case):
-    assert not any(outcomes[case]), "\n".join(outcomes[case])
+def test_classes_spread_over_two_processes(outcomes, case):
+    assert not any(outcomes[2][case]), "\n".join(outcomes[2][case])
+
+
+@pytest.mark.parametrize("case", ON_ANY_NUMBER)
+def test_classes_spread_over_three_processes(outcomes, case):
+    assert not any(outcomes[3][case]), "\n".join(outcomes[3][case])

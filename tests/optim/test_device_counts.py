@@ -11,8 +11,8 @@ from torch.nn import Parameter
 
 import fastft
 from fastft.optim import device_counts
-from fastft.optim.adamw_plan import _hyper_row
 from fastft.optim.device_counts import DeviceCounts
+from fastft.optim.groups import hyper_row
 
 MIXED = MODES["stochastic-bf16"]
 
@@ -40,9 +40,7 @@ def test_the_hyper_table_is_the_hosts() -> None:
     counts = DeviceCounts(torch.device("cpu"), [0.0, 41.0], rows)
     for done in range(60):
         groups[0] = usual | {"lr": 1e-3 * (done % 5)}
-        expected = torch.tensor(
-            [_hyper_row(groups[index], step + done + 1) for index, step in rows]
-        )
+        expected = torch.tensor([hyper_row(groups[index], step + done + 1) for index, step in rows])
         assert torch.equal(counts.hyper(groups, None), expected)
         counts.count()
     assert counts.steps.tolist() == [60.0, 101.0]

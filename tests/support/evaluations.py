@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 import fastft
-from fastft.integrations.block_mask import attention_configs
+from fastft.integrations.implementations import attention_configs
 
 V = 61
 SIZES = [5, 1, 9, 4, 3, 7, 2, 8, 6, 4, 10]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fastft
 from fastft import ops
-from fastft.attention.attention_tiles import Call
+from fastft.attention.attention_tiles import AttentionCall
 from fastft.attention.segment_attention import ATTENTION, segment_attention
 from fastft.attention.segments import segments_of
 from fastft.data.collator import PackingCollator
@@ -46,12 +46,11 @@ class Work(NamedTuple):
 @contextlib.contextmanager
 def stand_ins(native: bool = True) -> Iterator[None]:
     """What only a GPU computes runs in plain torch; with `native`, CUDA's engines are the CPU's."""
-    of_any_device = Call.generator
+    of_any_device = AttentionCall.generator
     with pytest.MonkeyPatch.context() as patch:
         flash_kernels.install(patch)
-        patch.setattr(
-            Call, "generator", lambda call, device: of_any_device(call, torch.device("cpu"))
-        )
+        on_cpu = lambda call, device: of_any_device(call, torch.device("cpu"))  # noqa: E731
+        patch.setattr(AttentionCall, "generator", on_cpu)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(ops, "capability", lambda device: (9, 0))
         patch.setitem(ATTENTION.table, "flash_cuda", ops.Engine(("cuda",)))

@@ -1,1 +1,1 @@
-"""What the labels of a packed batch are: a class for each task."""
+"""The tasks that a collator knows: a class for each, which makes its labels."""

@@ -1,5 +1,4 @@
-"""Masked language modelling: which tokens a model has to guess, drawn as transformers' collator
-draws them.
+"""Masked language modelling: tokens to guess, drawn as transformers' collator draws them.
 
 With probability p a token that is not special counts: its label is the token, all others are -100.
 Of those that count, 80 % become the mask token, 10 % a random one, and 10 % stay. The draws are
@@ -87,7 +86,7 @@ class TokenMasking:
 
 
 class MaskedLM(Task):
-    """The tokens that are masked, drawn for each batch; without a tokenizer the examples' labels."""
+    """Masks, drawn for each batch; without a tokenizer the examples are masked already."""
 
     def take(self, columns: Columns) -> None:
         """Raises ValueError where there is nothing to draw with and nothing drawn."""
@@ -97,13 +96,15 @@ class MaskedLM(Task):
             )
 
     def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
-        """The columns, with tokens masked and the labels of these."""
+        """Lays the columns out, masks tokens and makes the labels of these."""
         masking = self.collator.masking
         if masking is None:
-            return self._tensors(columns, layout)
+            return super().fill(columns, layout)
         columns.pop("labels", None)
         if "special_tokens_mask" not in columns:
             columns["special_tokens_mask"] = [*map(masking.special_tokens, columns["input_ids"])]
-        batch = self._tensors(columns, layout, special_tokens_mask=1)  # padding is never drawn
-        batch["labels"] = masking(batch["input_ids"], batch.pop("special_tokens_mask"))
+        self.fills["special_tokens_mask"] = 1  # padding is never drawn
+        batch = super().fill(columns, layout)
+        input_ids, special = batch["input_ids"], batch.pop("special_tokens_mask")
+        batch["labels"] = masking(input_ids.view(-1), special.view(-1)).view(input_ids.shape)
         return batch

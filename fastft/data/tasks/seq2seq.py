@@ -1,5 +1,4 @@
-"""The decoder's side of a packed batch: labels, the tokens which the decoder reads, and its
-segments.
+"""The decoder's side of a packed batch: labels, the tokens that it reads, and its segments.
 
     decoder_input_ids[t] = decoder_start_token_id     where t is the first of a segment
                          = labels[t - 1]              elsewhere; pad_token_id where that is -100
@@ -45,11 +44,10 @@ class Seq2Seq(Task):
         self._decoder = decoder
 
     def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
-        """The columns, (R, T), and the decoder's, (R, U)."""
-        pad_token_id = self.collator.pad_token_id
+        """Lays the columns out, (R, T), and the decoder's, (R, U)."""
         self._layout = layout.beside(self.beside, self.collator.pad_to_multiple_of or 1)
-        fills = {"labels": IGNORE_INDEX, "decoder_input_ids": pad_token_id}
-        return self._tensors(columns, layout) | self._layout.tensors(self._decoder, fills)
+        fills = {**self.fills, "decoder_input_ids": self.collator.pad_token_id}
+        return super().fill(columns, layout) | self._layout.tensors(self._decoder, fills)
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:
         """Adds the tokens that the decoder reads, if the examples have none, and its segments."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.data.columns import Columns
+from fastft.data.columns import Columns, integers_of
 from fastft.data.keys import LABEL_KEYS, LABEL_SEGMENTS
 from fastft.data.rows import Layout
 from fastft.data.tasks.task import Task
@@ -26,16 +26,15 @@ class SequenceClassification(Task):
         self._labels = _take_labels(columns)
 
     def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
-        """The columns, and the labels as they came."""
-        batch = self._tensors(columns, layout)
+        """Lays the columns out; the labels stay as they came."""
+        batch = super().fill(columns, layout)
         return batch if self._labels is None else {**batch, "labels": self._labels}
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:
         """Says in which segment each example lies."""
-        batch[LABEL_SEGMENTS] = torch.empty(sum(map(len, layout.members)), dtype=torch.int64)
-        for segment, example in enumerate(layout.order):
-            if example is not None:
-                batch[LABEL_SEGMENTS][example] = segment
+        segments = enumerate(layout.order)
+        places = sorted((one, segment) for segment, one in segments if one is not None)
+        batch[LABEL_SEGMENTS] = integers_of([segment for _, segment in places])
 
 
 def _take_labels(columns: Columns) -> Tensor | None:

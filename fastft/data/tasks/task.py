@@ -1,11 +1,9 @@
-"""What a task does for the collator, and what most tasks do alike."""
+"""A task as the collator sees it: the simplest, whose labels are those of the examples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from fastft.data.columns import Columns
 from fastft.data.keys import IGNORE_INDEX
@@ -16,11 +14,13 @@ if TYPE_CHECKING:
 
 
 class Task:
-    """What the labels of one batch are. The collator makes an object for each batch, and calls
+    """The labels of one batch: a number for each token, if the examples have any.
 
-        take(columns)           before it looks at the columns
+    The collator makes a task for each batch, and calls
+
+        take(columns)           before it looks at the columns itself
         fill(columns, layout)   when it knows where each example lies
-        finish(batch, layout)   of a packed batch, not of padded examples
+        finish(batch, layout)   of packed batches alone, not of padded examples
 
     A new task is a class that overrides what is different, and its name in the collator's `TASKS`.
 
@@ -33,6 +33,7 @@ class Task:
         ignored: labels at the beginning of each example that nothing predicts.
         undivided: why no example may be several documents, part of a sentence; empty where it may.
         beside: tokens of each example that stand beside its own, as a decoder's; empty without.
+        fills: what padding holds, by column; 0 in others.
     """
 
     label_keys: tuple[str, ...] = ("labels",)
@@ -43,10 +44,11 @@ class Task:
 
     def __init__(self, collator: PackingCollator) -> None:
         self.collator = collator
+        self.fills = {"input_ids": collator.pad_token_id, "labels": IGNORE_INDEX}
 
     def source(self, batch: Mapping[str, Any]) -> str | None:
-        """The column of `batch` that labels tokens; None without any."""
-        return next((key for key in self.sources if key in batch), None)
+        """Names the column of `batch` that labels tokens; None without any."""
+        return next(filter(batch.__contains__, self.sources), None)
 
     def take(self, columns: Columns) -> None:
         """Takes the columns out that have not one number for each token of `input_ids`.
@@ -59,19 +61,13 @@ class Task:
         """
 
     def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
-        """The tensors of the batch: of every column (R, T), labels as the task has them.
+        """Lays the columns out, (R, T) each, and the labels as the task has them.
 
         Args:
             columns: one number for each token of each example.
             layout: where the examples lie.
         """
-        return self._tensors(columns, layout)
+        return layout.tensors(columns, self.fills)
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:
-        """Adds to what `fill` made what only a packed batch has."""
-
-    def _tensors(self, columns: Columns, layout: Layout, **fills: int) -> dict[str, Tensor]:
-        """The columns as the examples lie; padding holds `fills`, other columns 0."""
-        return layout.tensors(
-            columns, {"input_ids": self.collator.pad_token_id, "labels": IGNORE_INDEX, **fills}
-        )
+        """Adds what only a packed batch has to what `fill` made."""

@@ -44,8 +44,10 @@ class Evaluation:
         self._alive.append(weakref.ref(lazy))
 
     def settle(self) -> int:
-        """Makes plain tensors, in place, of all lazy logits that somebody still holds; returns
-        `built` with theirs."""
+        """Makes plain tensors, in place, of all lazy logits that somebody still holds.
+
+        Returns `built` with theirs.
+        """
         held = (reference() for reference in self._alive)
         alive = [lazy for lazy in held if lazy is not None and _is_readable(lazy)]
         self._alive.clear()
@@ -59,8 +61,7 @@ class Evaluation:
 
 
 def guard(weight: Tensor) -> Callable[[bool], None]:
-    """What raises RuntimeError when the weight of a head has changed since, also where no version
-    number tells.
+    """What raises RuntimeError when a head's weight has changed, though no version number tells.
 
     Whoever averages weights swaps them by `parameter.data.copy_`, perhaps inside a
     `prediction_step` of his own.
@@ -76,10 +77,8 @@ def guard(weight: Tensor) -> Callable[[bool], None]:
         if not torch.equal(taken, sample()):
             raise RuntimeError(
                 "fastft: logits of an evaluation are read after the output head's weight was "
-                "changed, and they were "
-                "never computed. Put weights in and out around evaluate(), not within "
-                "prediction_step, or read the "
-                "logits before."
+                "changed, and they were never computed. Put weights in and out around evaluate(), "
+                "not within prediction_step, or read the logits before."
             )
 
     return check

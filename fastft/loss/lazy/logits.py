@@ -19,10 +19,9 @@ would have made.
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastft.loss.lazy.evaluation import Evaluation, guard
-from fastft.loss.lazy.expressions import LOGITS, Expression, Linear, Origin, evaluate
+from fastft.loss.lazy.expressions import LOGITS, Expression, Linear, Origin, evaluate, over_rows
 from fastft.loss.lazy.report import Report
 from fastft.loss.lazy.rules import IN_PLACE, REFLECTED, RULES
 from fastft.loss.lazy.views import with_strides_of
@@ -91,9 +90,8 @@ class _LazyNode(torch.autograd.Function):
                 "fastft: lazy logits were changed in place after a custom autograd Function used "
                 "them."
             )
-        ctx.recipe.report.note_materialised(
-            "the backward pass of a function that torch functions do not see"
-        )
+        unseen = "the backward pass of a function that torch functions do not see"
+        ctx.recipe.report.note_materialised(unseen)
         tensors = [
             tensor.detach().requires_grad_(need) if tensor is not None else None
             for tensor, need in zip(saved, needs, strict=True)
@@ -102,17 +100,11 @@ class _LazyNode(torch.autograd.Function):
         with torch.enable_grad():
             dense = Linear.of(*terms).dense()  # type: ignore[arg-type]
             logits = evaluate(ctx.expression, dense, ctx.recipe.linear.marked)
-        wanted = [
-            tensor
-            for tensor, need in zip(tensors, needs, strict=True)
-            if need and tensor is not None
-        ]
-        gradients = iter(torch.autograd.grad(logits, wanted, _data(grad_output), allow_unused=True))
+        if isinstance(grad_output, LazyLogits):
+            grad_output = grad_output._numbers("gradient")
+        wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+        gradients = iter(torch.autograd.grad(logits, wanted, grad_output, allow_unused=True))
         return None, None, *(next(gradients) if need else None for need in needs)
-
-
-def _data(tensor: Tensor) -> Tensor:
-    return tensor._numbers("gradient") if isinstance(tensor, LazyLogits) else tensor
 
 
 class LazyLogits(Tensor):
@@ -128,6 +120,7 @@ class LazyLogits(Tensor):
     @classmethod
     def _wrap(cls, recipe: _Recipe) -> LazyLogits:
         shadow = recipe.shadow
+        # a tensor without memory: who asks for its shape is told, who asks for numbers is seen
         wrapper = Tensor._make_wrapper_subclass(
             cls,
             shadow.shape,
@@ -150,9 +143,8 @@ class LazyLogits(Tensor):
         report: Report,
         is_copy: bool = False,
     ) -> LazyLogits:
-        return _LazyNode.apply(
-            _Recipe(linear, expression, shadow, report, is_copy), None, *linear.tensors
-        )
+        recipe = _Recipe(linear, expression, shadow, report, is_copy)
+        return _LazyNode.apply(recipe, None, *linear.tensors)
 
     # What the rules see.
 
@@ -168,14 +160,12 @@ class LazyLogits(Tensor):
 
     @property
     def shadow(self) -> Tensor:
-        """A tensor on the meta device with the shape, strides and dtype that plain torch would
-        have."""
+        """A tensor on the meta device, of the shape, strides and dtype of plain torch's."""
         return self._recipe.shadow
 
     @property
     def kept(self) -> dict[Any, tuple[Tensor, Tensor]]:
-        """The rows' logsumexp and argmax by autocast state, where known. Shared by logits that hold
-        the same rows."""
+        """The rows' logsumexp and argmax by autocast state, shared by logits of the same rows."""
         return self._recipe.kept
 
     @property
@@ -185,14 +175,12 @@ class LazyLogits(Tensor):
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether these are logits of an evaluation, which others may read when their model's
-        forward pass is over."""
+        """Whether others may read these logits after their model's forward pass: an evaluation."""
         return self.linear.origin.evaluation is not None
 
     @property
     def source(self) -> Linear:
-        """The layer, without its history if this tensor was made where no gradients were
-        recorded."""
+        """The layer, without its history if gradients were not recorded here."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.linear if self.requires_grad else self.linear.detached()
 
@@ -200,6 +188,10 @@ class LazyLogits(Tensor):
         """`source`, if the weights are still those that the head ran with; else RuntimeError."""
         self.linear.check_unchanged()
         return self.source
+
+    def over_rows(self, function: Callable[..., Tensor], *arguments: Tensor, **options: Any) -> Any:
+        """`function(z, *arguments)` of these rows z, as of `apply_to_rows`."""
+        return over_rows(self.checked(), self.expression, function, *arguments, **options)
 
     def derived(
         self, expression: Expression, shadow: Tensor, linear: Linear | None = None
@@ -229,6 +221,7 @@ class LazyLogits(Tensor):
         `shadow` is that of the result: of other memory than ours where the result is a copy.
         `same_rows`: all rows, in their order.
         """
+        # the shadows share memory where torch's results would
         is_view = shadow.untyped_storage()._cdata == self.shadow.untyped_storage()._cdata
         linear = self.source.with_inputs(change)
         result = self._make(
@@ -237,6 +230,7 @@ class LazyLogits(Tensor):
         if same_rows:
             result._recipe.kept = self.kept
         family = self._family()
+        # a view remembers how it was made, so that it can be made again of real logits
         if is_view:
             result._root, result._replay = family, (*self._replay, (func, args, kwargs))
             result._recipe.memory = self._recipe.memory
@@ -264,20 +258,20 @@ class LazyLogits(Tensor):
     def materialise(self, function: str) -> Tensor:
         """The real logits with their history, computed once; `function` is what asked for them."""
         if self._dense is None:
+            # the root first: a view of real logits shares their memory
             dense = None if self._root is None else self._root.materialise(function)
-            with torch._C.DisableTorchFunctionSubclass(), self._as_when_made():
+            # gradients are recorded, or not, as they were when torch would have made the logits
+            with (
+                torch._C.DisableTorchFunctionSubclass(),
+                torch.inference_mode(self.is_inference()),
+                torch.set_grad_enabled(self.requires_grad),
+            ):
                 if dense is None:
                     dense = self._compute(function)
                 for func, args, kwargs in self._replay:
                     dense = func(dense, *args, **kwargs)
             self._dense = dense
         return self._dense
-
-    @contextlib.contextmanager
-    def _as_when_made(self) -> Iterator[None]:
-        """Gradients are recorded, or not, as they were when torch would have made the logits."""
-        with torch.inference_mode(self.is_inference()), torch.set_grad_enabled(self.requires_grad):
-            yield
 
     def _compute(self, function: str) -> Tensor:
         self._recipe.report.note_materialised(function)
@@ -305,15 +299,11 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         aten = torch.ops.aten
-        if (
-            func in (aten.detach.default, aten.alias.default, aten.clone.default)
-            and args[0].is_lazy
-        ):
+        copies = aten.detach.default, aten.alias.default, aten.clone.default
+        if func in copies and args[0].is_lazy:
             recipe = args[0]._recipe
             shadow = func(recipe.shadow, *args[1:], **(kwargs or {}))
-            return cls._wrap(
-                _Recipe(recipe.linear, recipe.expression, shadow, recipe.report, recipe.is_copy)
-            )
+            return cls._wrap(replace(recipe, shadow=shadow, kept={}, memory=_Memory()))
         args, kwargs = tree_map(
             lambda value: value._numbers(str(func)) if isinstance(value, cls) else value,
             (args, kwargs or {}),
@@ -325,11 +315,11 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # what needs no numbers is answered by the wrapper itself
         own = func in _ATTRIBUTES or (func in _GRADIENTS and args[0].is_lazy)
         if func == _GRAD_FN and args[0].is_lazy:
-            own = args[0]._is_fused or sys._getframe(1).f_globals.get("__name__", "").startswith(
-                _PLUMBERS
-            )
+            asking = sys._getframe(1).f_globals.get("__name__", "")
+            own = args[0]._is_fused or asking.startswith(_PLUMBERS)
         if own:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -344,6 +334,7 @@ class LazyLogits(Tensor):
         result = _apply_rule(func, args, kwargs)
         if result is not NotImplemented:
             return result
+        # no rule knows it: real logits from now on, and the report says who asked for them
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
             name = str(getattr(getattr(func, "__self__", None), "__name__", name))
@@ -382,7 +373,7 @@ def _change_in_place(
     """Rewrites the expression where nobody shares the memory; else changes real logits, which all
     views see."""
     recipe = lazy._recipe
-    # else the numbers change, and not the gradient
+    # where gradients are not recorded the numbers change, and not the gradient
     records = torch.is_grad_enabled() or not lazy.requires_grad
     if records and lazy.is_lazy and lazy._root is None and not lazy._has_views:
         changed = RULES[IN_PLACE[func]](lazy, IN_PLACE[func], args, kwargs)
@@ -390,19 +381,14 @@ def _change_in_place(
             if changed.dtype != lazy.shadow.dtype:
                 changed = changed.to(lazy.shadow.dtype)
             recipe.expression, recipe.kept = changed.expression, {}
+            if not lazy.requires_grad:
+                return lazy
             with torch._C.DisableTorchFunctionSubclass():
-                return (
-                    _LazyNode.apply(recipe, lazy, *lazy.linear.tensors)
-                    if lazy.requires_grad
-                    else lazy
-                )
-    dense = lazy.materialise(func.__name__)
+                return _LazyNode.apply(recipe, lazy, *lazy.linear.tensors)
+    name, operands = func.__name__, (lazy, *args)
+    dense = [a.materialise(name) if isinstance(a, LazyLogits) else a for a in operands]
     recipe.memory.rewritten = True
-    func(
-        dense,
-        *tree_map(lambda v: v.materialise(func.__name__) if isinstance(v, LazyLogits) else v, args),
-        **kwargs,
-    )
+    func(*dense, **kwargs)
     return lazy
 
 
@@ -438,8 +424,7 @@ def _attribute(name: str) -> Any:
 
 _NO_GRADIENT = (
     "fastft: {} on logits whose loss is already fused would never see a gradient. Call it before "
-    "the loss is computed, "
-    "or without fastft's fused loss."
+    "the loss is computed, or without fastft's fused loss."
 )
 # they look at gradients' ways, not at gradients
 _PLUMBERS = ("torch.distributed", "torch.nn.parallel", "deepspeed")
@@ -449,43 +434,20 @@ _GRAD_FN = _attribute("grad_fn")
 _GRADIENTS = {_attribute(name) for name in ("grad", "retains_grad")}
 _LEAF_MAKERS = {Tensor.requires_grad.__set__, Tensor.requires_grad_}  # type: ignore[attr-defined]
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+_PROPERTIES = (
+    "shape dtype device ndim requires_grad is_leaf layout names itemsize nbytes output_nr _version "
+    "_base _backward_hooks is_cpu is_cuda is_meta is_mps is_mtia is_xla is_xpu is_mkldnn is_sparse "
+    "is_sparse_csr is_quantized is_nested"
+)
+_METHODS = (
+    "size dim ndimension numel nelement stride storage_offset is_floating_point is_complex "
+    "is_contiguous element_size get_device __len__ __hash__ is_inference is_signed is_conj is_neg"
+)
 _ATTRIBUTES = {
-    _attribute(name)
-    for name in (
-        "shape dtype device ndim requires_grad is_leaf layout names itemsize nbytes output_nr "
-        "_version _base "
-        "_backward_hooks is_cpu is_cuda is_meta is_mps is_mtia is_xla is_xpu is_mkldnn is_sparse "
-        "is_sparse_csr "
-        "is_quantized is_nested"
-    ).split()
-} - {None}
-_ATTRIBUTES |= {
-    *(
-        Tensor.size,
-        Tensor.dim,
-        Tensor.ndimension,
-        Tensor.numel,
-        Tensor.nelement,
-        Tensor.stride,
-        Tensor.storage_offset,
-    ),
-    *(
-        Tensor.is_floating_point,
-        Tensor.is_complex,
-        Tensor.is_contiguous,
-        Tensor.element_size,
-        Tensor.get_device,
-    ),
-    *(
-        Tensor.__len__,
-        Tensor.__hash__,
-        Tensor.is_inference,
-        Tensor.is_signed,
-        Tensor.is_conj,
-        Tensor.is_neg,
-    ),
+    *map(_attribute, _PROPERTIES.split()),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
-}
+} - {None}
 
 
 def lazy_linear(
@@ -497,8 +459,7 @@ def lazy_linear(
     check: Callable[[bool], None] | None = None,
     evaluation: Evaluation | None = None,
 ) -> LazyLogits:
-    """`torch.nn.functional.linear(input, weight, bias)`, lazily, in the dtype that autocast asks
-    for.
+    """Returns `torch.nn.functional.linear(input, weight, bias)`, lazily, as under autocast.
 
     Args:
         input: hidden states (..., H).

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.counted_labels import bound_of
+from fastft.loss.head_sweep import CountedRows
 from fastft.loss.lazy.expressions import (
     LOGITS,
-    Call,
     Expression,
     Linear,
+    Recorded,
     autocast_state,
-    map_rows,
-    sum_over_rows,
 )
 from fastft.loss.lazy.views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
@@ -53,61 +52,54 @@ def reduce(
     else:
         dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
         function = getattr(torch, name)
-        result = map_rows(lazy.checked(), lazy.expression, lambda z: function(z, dim=-1, **dtype))
+        result = lazy.over_rows(lambda z: function(z, dim=-1, **dtype))
     lazy.evaluated(result)
     return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
 
+def _two(lazy: LazyLogits, both: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
+    """Two results of each row, which one pass gives, without a history."""
+    seconds: list[Tensor] = []
+
+    def first(z: Tensor) -> Tensor:
+        result, second = both(z)
+        seconds.append(second)
+        return result
+
+    with torch.no_grad():
+        return lazy.over_rows(first), torch.cat(seconds)
+
+
 def _kept(lazy: LazyLogits, name: str) -> Tensor:
-    """`logsumexp` or `argmax` of each row. One pass gives both, and is not made again for logits
-    that share `kept`."""
-    linear = lazy.checked()
-    state = autocast_state(linear.terms[0][0].device.type)  # sets the dtype of logsumexp
+    """`logsumexp` or `argmax` of each row, of a pass that is not made again for logits that share
+    `kept`."""
+    state = autocast_state(lazy.device.type)  # sets the dtype of logsumexp
     if state not in lazy.kept:
-        best: list[Tensor] = []
-
-        def both(z: Tensor) -> Tensor:
-            best.append(z.argmax(-1))
-            return z.logsumexp(-1)
-
-        with torch.no_grad():
-            lse = map_rows(linear, lazy.expression, both)
-        lazy.kept[state] = lse, torch.cat(best)
+        lazy.kept[state] = _two(lazy, lambda z: (z.logsumexp(-1), z.argmax(-1)))
     lse, argmax = lazy.kept[state]
     if name == "argmax":
         return argmax.clone()
-    return map_rows(linear, lazy.expression, lambda z: z.logsumexp(-1), known=lse)
+    return lazy.over_rows(lambda z: z.logsumexp(-1), known=lse)
 
 
 def top(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """`topk`, and `max` over the vocabulary: values and indices."""
-    several = func.__name__ == "topk"
+    name, several = func.__name__, func.__name__ == "topk"
     names = ("k", "dim", "largest", "sorted") if several else ("dim", "keepdim")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
-    if not is_last(lazy, options.get("dim", -1 if several else None)) or options.keys() - set(
-        names
-    ):
+    is_known = options.keys() <= set(names)
+    if not is_known or not is_last(lazy, options.get("dim", -1 if several else None)):
         return NotImplemented
     shadows = on_meta(lazy, func, (lazy, *args), kwargs)
     options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
-    found: list[Tensor] = []
-
-    def both(z: Tensor) -> Tensor:
-        values, indices = getattr(torch, func.__name__)(z, **options)
-        found.append(indices)
-        return values
-
-    linear = lazy.checked()
-    with torch.no_grad():
-        values = map_rows(linear, lazy.expression, both)
-    indices = torch.cat(found)
+    values, indices = _two(lazy, lambda z: getattr(torch, name)(z, **options))
     if lazy.requires_grad and torch.is_grad_enabled():
-        values = map_rows(linear, lazy.expression, lambda z, i: z.gather(-1, i), indices)
+        values = lazy.over_rows(lambda z, i: z.gather(-1, i), indices)
     lazy.evaluated(values)
     results = (with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True))
-    return getattr(torch.return_types, func.__name__)(tuple(results))
+    return getattr(torch.return_types, name)(tuple(results))
 
 
 def gather(
@@ -116,33 +108,23 @@ def gather(
     """`gather` along the vocabulary."""
     dim = kwargs.get("dim", args[0] if args else None)
     index: Any = kwargs.get("index", args[1] if len(args) > 1 else None)
-    if (
-        not is_last(lazy, dim)
-        or index.shape[:-1] != lazy.shadow.shape[:-1]
-        or index.dim() != lazy.shadow.dim()
-    ):
+    is_alike = index.dim() == lazy.shadow.dim() and index.shape[:-1] == lazy.shadow.shape[:-1]
+    if not is_last(lazy, dim) or not is_alike:
         return NotImplemented
-    rows = index.reshape(lazy.linear.leading_shape.numel(), index.shape[-1])
-    result = map_rows(lazy.checked(), lazy.expression, lambda z, i: z.gather(-1, i), rows)
+    rows = index.reshape(lazy.shadow.shape[:-1].numel(), index.shape[-1])
+    result = lazy.over_rows(lambda z, i: z.gather(-1, i), rows)
     lazy.evaluated(result)
     return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
+
+
+_NAMES = "target weight size_average ignore_index reduce reduction label_smoothing".split()
 
 
 def cross_entropy(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """`F.cross_entropy` and `F.nll_loss` with class indices."""
-    names = (
-        "target",
-        "weight",
-        "size_average",
-        "ignore_index",
-        "reduce",
-        "reduction",
-        "label_smoothing",
-    )
-    named = dict(zip(names, args, strict=False))
-    return _loss(lazy, func, **named, **kwargs)
+    """`F.cross_entropy` and `F.nll_loss`."""
+    return _loss(lazy, func, **dict(zip(_NAMES, args, strict=False)), **kwargs)
 
 
 def _loss(
@@ -156,38 +138,47 @@ def _loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    if (
-        size_average is not None
-        or reduce is not None
-        or (weight is not None and weight.requires_grad)
-    ):
+    is_old = size_average is not None or reduce is not None
+    if is_old or (weight is not None and weight.requires_grad):
         return NotImplemented
-    if func is F.cross_entropy and target.is_floating_point():
-        return _of_probabilities(
-            lazy, target, weight=weight, reduction=reduction, label_smoothing=label_smoothing
-        )
-    if lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
-        return NotImplemented
-    if target.shape[0] != lazy.shadow.shape[0] or reduction not in ("none", "sum", "mean"):
-        return NotImplemented
-    target, counted = bound_of(target, ignore_index)
-    # where labels are counted anyway, and numpy writes to them unseen
-    if target.device.type == "cpu":
-        counted = None
-    linear = lazy.checked()
     # as it is now, whatever becomes of it before backward
-    weight = None if weight is None else weight.clone()
-    options: dict[str, Any] = {"ignore_index": ignore_index, "weight": weight}
+    options: dict[str, Any] = {"weight": None if weight is None else weight.clone()}
     if func is F.cross_entropy:
         options["label_smoothing"] = label_smoothing
+        if target.is_floating_point():
+            return _of_probabilities(lazy, target, reduction=reduction, **options)
+    if lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
+        return NotImplemented
+    if len(target) != len(lazy.shadow) or reduction not in ("none", "sum", "mean"):
+        return NotImplemented
+    options["ignore_index"] = ignore_index
+    return _of_classes(lazy, func, target, reduction, options)
+
+
+def _of_classes(
+    lazy: LazyLogits,
+    func: Callable[..., Any],
+    target: Tensor,
+    reduction: str,
+    options: dict[str, Any],
+) -> Tensor:
+    """The loss of class indices, by the row kernel where it knows the expression."""
+    ignore_index, weight = options["ignore_index"], options["weight"]
+    target, bound = bound_of(target, ignore_index)
+    # where labels are counted anyway, and numpy writes to them unseen
+    if target.device.type == "cpu":
+        bound = None
     known = _known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
     if known is not None:
-        return _known_loss(
-            lazy, func, target, reduction=reduction, max_counted=counted, **options, **known
-        )
-    options["reduction"] = "none" if reduction == "none" else "sum"
-    over_rows = map_rows if reduction == "none" else sum_over_rows
-    result = over_rows(linear, lazy.expression, lambda z, t: func(z, t, **options), target)
+        options |= {"reduction": reduction, "max_counted": bound}
+        return _known_loss(lazy, func, target, **options, **known)
+    kind = "none" if reduction == "none" else "sum"
+    result = lazy.over_rows(
+        lambda z, t: func(z, t, reduction=kind, **options),
+        target,
+        summed=kind == "sum",
+        rows=CountedRows.of(target, ignore_index, -1 if bound is None else bound),
+    )
     if reduction == "mean":
         counts = target != ignore_index
         ones = counts if weight is None else weight[target.where(counts, 0).long()] * counts
@@ -198,12 +189,8 @@ def _loss(
 
 def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
     known = _known_rows(lazy, F.cross_entropy)
-    if (
-        known is None
-        or target.shape != lazy.shape
-        or lazy.shadow.dim() != 2
-        or target.requires_grad
-    ):
+    is_alike = target.shape == lazy.shape and lazy.shadow.dim() == 2
+    if known is None or not is_alike or target.requires_grad:
         return NotImplemented
     return _known_loss(lazy, F.cross_entropy, target, **options, **known)
 
@@ -211,12 +198,10 @@ def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
 def _known_loss(
     lazy: LazyLogits, func: Callable[..., Any], target: Tensor, **options: Any
 ) -> Tensor:
-    nothing = func(
-        lazy.linear.no_rows(lazy.expression), target[:0], weight=options["weight"], reduction="none"
-    )
-    result = (
-        lazy.checked().inside_head(lambda layer: _fused(layer, target, **options)).to(nothing.dtype)
-    )
+    """The loss that the row kernel computes, in the dtype of torch's."""
+    no_logits, weight = lazy.linear.no_rows(lazy.expression), options["weight"]
+    dtype = func(no_logits, target[:0], weight=weight, reduction="none").dtype
+    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options)).to(dtype)
     lazy.evaluated(result)
     return result
 
@@ -228,13 +213,12 @@ def _known_rows(lazy: LazyLogits, func: Callable[..., Any]) -> dict[str, Any] | 
         return None
     expression, casts = lazy.expression, set()
     if func is F.nll_loss:
-        if not (isinstance(expression, Call) and expression.function is torch.log_softmax):
+        if not (isinstance(expression, Recorded) and expression.function is torch.log_softmax):
             return None
         expression, casts = expression.arguments[0], set(expression.keywords.values())
     found = scale_and_softcap(expression)
-    if found is None or not casts | found.casts <= {
-        torch.promote_types(lazy.linear.terms[0][0].dtype, torch.float32)
-    }:
+    dtype = torch.promote_types(lazy.linear.terms[0][0].dtype, torch.float32)
+    if found is None or not casts | found.casts <= {dtype}:
         return None
     return {"logit_scale": found.scale, "softcap": found.softcap}
 
@@ -252,16 +236,10 @@ def scale_and_softcap(expression: Expression) -> ScaleAndSoftcap | None:
     """What an expression made of positive factors, one tanh and casts comes to; None for any other
     expression."""
     before, after, casts, capped = 1.0, 1.0, set(), False
-    while isinstance(expression, Call):
+    while isinstance(expression, Recorded):
         name, arguments = expression.function.__name__, expression.arguments
-        numbers = [
-            argument
-            for argument in arguments
-            if type(argument) in (int, float) and 0 < argument < math.inf
-        ]
-        inner = [
-            argument for argument in arguments if isinstance(argument, Call) or argument is LOGITS
-        ]
+        numbers = [a for a in arguments if type(a) in (int, float) and 0 < a < math.inf]
+        inner = [a for a in arguments if isinstance(a, Recorded) or a is LOGITS]
         if expression.keywords or len(inner) != 1:
             return None
         if expression.function is Tensor.to:

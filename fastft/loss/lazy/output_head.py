@@ -26,11 +26,10 @@ from fastft.loss.lazy.sharding import Sharding
 
 
 class LazyForward:
-    """The `forward` of an attached head: lazy in training where gradients are recorded, and in an
-    `Evaluation`.
+    """The `forward` of an attached head: lazy in training, and in an `Evaluation`.
 
-    It copies and pickles as the method that the module's class has, so that a copy of the model is
-    a stock one.
+    In training it is lazy where gradients are recorded. It copies and pickles as the method that
+    the module's class has, so that a copy of the model is a stock one.
     """
 
     def __init__(
@@ -67,12 +66,8 @@ class LazyForward:
             return fastft_task(input, head.weight, head.bias)
         evaluation = None if head.training else self.evaluation
         report = self.report if evaluation is None else evaluation.report
-        if (
-            args
-            or kwargs
-            or not self._is_meant(evaluation)
-            or not self._can_be_lazy(input, evaluation, report)
-        ):
+        is_plain = not args and not kwargs and self._is_meant(evaluation)
+        if not is_plain or not self._can_be_lazy(input, evaluation, report):
             return type(head).forward(head, input, *args, **kwargs)
         check = None if self.sharding is None else self.sharding.permission()
         return lazy_linear(input, head.weight, head.bias, report, head, check, evaluation)
@@ -84,8 +79,14 @@ class LazyForward:
         return not torch.is_grad_enabled() and evaluation.in_loop()
 
     def _can_be_lazy(self, input: Tensor, evaluation: Evaluation | None, report: Report) -> bool:
-        if _is_traced() or type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
+        # somebody records the operations, to run them without us
+        if torch.jit.is_tracing() or get_proxy_mode() is not None:
             return False
+        if type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
+            return False
+        is_autocast = torch.is_autocast_enabled(input.device.type)
+        if input.dtype != self.head.weight.dtype and not is_autocast:
+            return False  # torch says what is wrong
         reason = self._reason_now(evaluation)
         if reason is not None and reason not in report.skipped:
             report.skipped.append(reason)
@@ -96,15 +97,14 @@ class LazyForward:
         if type(self.head.weight) not in (Tensor, nn.Parameter):
             return f"the weight of the output head is a {type(self.head.weight).__name__}"
         # its logits are read after the forward pass, when the shards are gone
+        if evaluation is not None and self.sharding is not None:
+            return f"the output head is sharded by {self.sharding.library}"
         if evaluation is not None:
-            return (
-                None
-                if self.sharding is None
-                else f"the output head is sharded by {self.sharding.library}"
-            )
-        if _has_global_backward_hooks() or any(
-            m._backward_hooks or m._backward_pre_hooks for m in self.around
-        ):
+            return None
+        everywhere = torch.nn.modules.module
+        hooks = [everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks]
+        hooks += [part for m in self.around for part in (m._backward_hooks, m._backward_pre_hooks)]
+        if any(hooks):
             return "a module backward hook watches the gradient of the logits"
         return None if self.sharding is None else self.sharding.reason_now()
 
@@ -124,12 +124,17 @@ class LazyForward:
         return getattr, (self.head, "forward")
 
 
-class Attachment:
-    """The heads of `model` that return lazy logits until `remove()`: in training and, if given, in
-    `evaluation`.
+_DATA_PARALLEL = "DataParallel: its replicas would call the head of the first device"
+_TENSOR_PARALLEL = (
+    "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
+)
 
-    A head that another attachment holds is taken from it: after an exception nobody else may be
-    there to end that one.
+
+class Attachment:
+    """The heads of `model` that return lazy logits until `remove()`.
+
+    They do so in training and, if it is given, in `evaluation`. A head that another attachment
+    holds is taken from it: after an exception nobody else may be there to end that one.
     """
 
     def __init__(self, model: nn.Module, evaluation: Evaluation | None = None) -> None:
@@ -138,26 +143,17 @@ class Attachment:
         self.heads: list[nn.Linear] = []
         self._forwards: list[LazyForward] = []
         if isinstance(model, nn.DataParallel):
-            self.report.skipped.append(
-                "DataParallel: its replicas would call the head of the first device"
-            )
+            self.report.skipped.append(_DATA_PARALLEL)
             return
         for head in find_heads(model):
             stale = head.__dict__.get("forward")
             if isinstance(stale, LazyForward):
                 stale.give_up()
             reason = _reason_against(head)
-            around = [
-                module
-                for module in model.modules()
-                if any(part is head for part in module.modules())
-            ]
+            around = [m for m in model.modules() if any(part is head for part in m.modules())]
             library = sharding_library(head, around) if reason is None else None
             if reason is None and library is None and is_dtensor(head.weight):
-                reason = (
-                    "the output head is tensor-parallel: its weight is a DTensor that no FSDP "
-                    "gathers"
-                )
+                reason = _TENSOR_PARALLEL
             if reason is not None:
                 self.report.skipped.append(reason)
                 continue
@@ -194,15 +190,11 @@ def find_heads(model: nn.Module) -> list[nn.Linear]:
 
 
 def expects_head(model: nn.Module) -> bool:
-    """Whether it would be strange if `model` had no output head: it is no classifier, or other
-    model without one."""
+    """Whether `model` should have an output head: a classifier, for example, should not."""
     base = base_model(model)
     is_language_model = any(_LANGUAGE_MODEL.search(kind.__name__) for kind in type(base).__mro__)
-    return (
-        is_language_model
-        or not hasattr(base, "get_output_embeddings")
-        or bool(_output_embeddings(base))
-    )
+    says_nothing = not hasattr(base, "get_output_embeddings")
+    return is_language_model or says_nothing or bool(_output_embeddings(base))
 
 
 _LANGUAGE_MODEL = re.compile(
@@ -211,8 +203,7 @@ _LANGUAGE_MODEL = re.compile(
 
 
 def _output_embeddings(base: nn.Module) -> list[nn.Module]:
-    """What the model calls its output embeddings; where it says nothing, what the models inside it
-    call theirs."""
+    """The output embeddings that the model names, or else those of the models inside it."""
     found: dict[int, nn.Module] = {}
     for module in base.modules():
         with contextlib.suppress(AttributeError, NotImplementedError):
@@ -229,15 +220,10 @@ def _last_layer(base: nn.Module) -> list[nn.Linear]:
     sizes = {getattr(config, "vocab_size", None)}
     if hasattr(config, "get_text_config"):
         sizes.add(getattr(config.get_text_config(), "vocab_size", None))
-    models = [
-        module
-        for module in base.modules()
-        if module is not base and hasattr(module, "get_output_embeddings")
-    ]
+    parts = list(base.modules())
+    models = [m for m in parts if m is not base and hasattr(m, "get_output_embeddings")]
     inside = {id(part) for model in models for part in model.modules()}
-    layers = [
-        part for part in base.modules() if isinstance(part, nn.Linear) and id(part) not in inside
-    ]
+    layers = [m for m in parts if isinstance(m, nn.Linear) and id(m) not in inside]
     return [layer for layer in layers[-1:] if layer.out_features in sizes - {layer.in_features}]
 
 
@@ -247,19 +233,8 @@ def _why_no_head(model: nn.Module) -> str:
         return f"{name} has no output head over a vocabulary, so that there is nothing to fuse"
     return (
         f"{name} has no output head that could be found: a plain torch.nn.Linear that "
-        f"get_output_embeddings() returns, "
-        "or the last linear layer, with config.vocab_size outputs"
+        f"get_output_embeddings() returns, or the last linear layer, with config.vocab_size outputs"
     )
-
-
-def _is_traced() -> bool:
-    """Whether somebody records the operations, to run them without us."""
-    return torch.jit.is_tracing() or get_proxy_mode() is not None
-
-
-def _has_global_backward_hooks() -> bool:
-    everywhere = torch.nn.modules.module
-    return bool(everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks)
 
 
 def _linear_parts(module: nn.Module) -> list[nn.Linear]:
@@ -281,16 +256,11 @@ def _reason_against(head: nn.Linear) -> str | None:
     if any(_is_computed(head, name) for name in ("weight", "bias")):
         return (
             f"the output head is a {type(head).__name__} that computes its weight or bias each "
-            f"time it is read (by "
-            "torch.nn.utils.parametrize, or a property)"
+            f"time it is read (by torch.nn.utils.parametrize, or a property)"
         )
     own = head.__dict__.get("forward")
-    stock = (
-        isinstance(own, types.MethodType)
-        and own.__func__ is nn.Linear.forward
-        and own.__self__ is head
-    )
-    if own is not None and not stock:
+    is_stock = isinstance(own, types.MethodType) and own.__func__ is nn.Linear.forward
+    if own is not None and not (is_stock and own.__self__ is head):
         return "the output head's forward is patched by somebody else"
     return None
 

@@ -1,7 +1,7 @@
-"""Lazy logits padded to a longer shape: how the processes of an evaluation make theirs equally
-long.
+"""Lazy logits padded to a longer shape: processes of an evaluation make theirs equally long.
 
-    padded = logits.new_zeros(shape) + value;  padded[:, :length] = logits      accelerate's `pad_across_processes`
+    padded = logits.new_zeros(shape) + value          accelerate's `pad_across_processes`
+    padded[:, :length] = logits
 
 A tensor of one value is the logits of a layer without hidden states (H = 0): it costs nothing.
 Logits written into it make it their own layer over padded hidden states, with a mark at each row
@@ -11,12 +11,13 @@ that keeps the value.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastft.loss.lazy.expressions import LOGITS, MARKED, Call, Linear, autocast_state, evaluate
+from fastft.loss.lazy.expressions import LOGITS, MARKED, Linear, Recorded, autocast_state, evaluate
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.logits import LazyLogits
@@ -26,18 +27,13 @@ def new_zeros(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """`new_zeros`: lazy in an evaluation where the shape is one of logits, else real zeros."""
-    zeros = func(lazy.shadow, *args, **kwargs)
-    if (
-        zeros.dim() != lazy.shadow.dim()
-        or zeros.shape[-1] != lazy.linear.vocab
-        or kwargs
-        or not lazy.is_evaluated
-    ):
-        return func(lazy.linear.terms[0][0].new_empty(0, dtype=lazy.shadow.dtype), *args, **kwargs)
-    x, weight, _ = lazy.linear.terms[0]
-    nothing = x.new_empty(*zeros.shape[:-1], 0), weight.new_empty(lazy.linear.vocab, 0), None
+    zeros, (x, weight, _) = func(lazy.shadow, *args, **kwargs), lazy.linear.terms[0]
+    is_alike = zeros.dim() == lazy.shadow.dim() and zeros.shape[-1] == lazy.linear.origin.vocab
+    if not is_alike or kwargs or not lazy.is_evaluated:
+        return func(x.new_empty(0, dtype=lazy.shadow.dtype), *args, **kwargs)
+    nothing = x.new_empty(*zeros.shape[:-1], 0), weight.new_empty(zeros.shape[-1], 0), None
     origin = lazy.linear.origin._replace(head=None, check=None)
-    expression = Call(Tensor.to, (LOGITS, lazy.shadow.dtype), {}, autocast_state(x.device.type))
+    expression = Recorded(Tensor.to, (LOGITS, lazy.shadow.dtype), {}, autocast_state(x.device.type))
     return lazy._make(Linear.of(nothing, origin=origin), expression, zeros, lazy._recipe.report)
 
 
@@ -50,26 +46,24 @@ def write(
         return NotImplemented
     if not _is_blank(lazy) or not isinstance(index, tuple) or len(index) != lazy.shadow.dim():
         return NotImplemented
-    if (
-        not all(isinstance(item, slice) for item in index)
-        or lazy.shadow[index].shape != logits.shape
-    ):
+    fits = all(isinstance(item, slice) for item in index)
+    if not fits or lazy.shadow[index].shape != logits.shape:
         return NotImplemented
     value = evaluate(lazy.expression, lazy.linear.terms[0][0].new_zeros(1))
     if logits.shadow.dtype != lazy.shadow.dtype or value.numel() != 1:
         return NotImplemented
-    source, rows, leading = logits.checked(), index[:-1], lazy.shadow.shape[:-1]
-    terms = []
-    for x, weight, bias in source.terms:
-        longer = x.new_zeros(*leading, x.shape[-1])
-        longer[rows] = x
-        terms.append((longer, weight, bias))
-    marked = torch.ones(*leading, 1, dtype=torch.bool, device=terms[0][0].device)
-    marked[rows] = False
+
+    def longer(x: Tensor) -> Tensor:
+        result = x.new_zeros(*lazy.shadow.shape[:-1], x.shape[-1])
+        result[index[:-1]] = x
+        return result
+
+    linear = logits.checked().with_inputs(longer)
+    rows = torch.ones(*logits.shape[:-1], 1, dtype=torch.bool, device=value.device)
+    lazy._recipe.linear = replace(linear, marked=~longer(rows))
+    operands = MARKED, value.reshape(()), logits.expression
     state = autocast_state(value.device.type)
-    where = Call(torch.where, (MARKED, value.reshape(()), logits.expression), {}, state)
-    recipe = lazy._recipe
-    recipe.linear, recipe.expression = Linear.of(*terms, origin=source.origin, marked=marked), where
+    lazy._recipe.expression = Recorded(torch.where, operands, {}, state)
     return None
 
 

@@ -29,15 +29,12 @@ class Report:
 
 
 def _caller() -> str:
-    """file:line of the innermost frame that belongs neither to torch, nor to this package, nor to
-    an event."""
+    """Says file:line of the innermost frame of neither torch, nor this package, nor an event."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if (
-            module.split(".")[0] not in ("torch", "fastft")
-            and module != "transformers.trainer_callback"
-        ):
+        is_event = module == "transformers.trainer_callback"
+        if not is_event and module.split(".")[0] not in ("torch", "fastft"):
             return f"{frame.f_code.co_filename.split('site-packages/')[-1]}:{frame.f_lineno}"
         frame = frame.f_back
     return "unknown"

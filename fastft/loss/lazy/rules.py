@@ -6,8 +6,7 @@
   (`losses`).
 
 A rule gets the lazy logits, the function and its arguments, and returns `NotImplemented` for
-whatever it is not sure
-of: the logits are then materialised.
+whatever it is not sure of: the logits are then materialised.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastft.loss.lazy.expressions import LOGITS, Call, autocast_state, is_freed
+from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state, is_freed
 from fastft.loss.lazy.losses import cross_entropy, gather, is_last, reduce, scale_and_softcap, top
 from fastft.loss.lazy.padding import new_zeros, write
 from fastft.loss.lazy.views import (
@@ -64,11 +63,9 @@ def _cast(
     if device is not None and torch.empty(0, device=device).device != lazy.device:
         return NotImplemented
     if dtype is None or dtype == lazy.shadow.dtype:
-        return (
-            lazy.viewed(func, (), {}, lazy.shadow.clone(), lambda x: x, same_rows=True)
-            if copies
-            else lazy
-        )
+        if not copies:
+            return lazy
+        return lazy.viewed(func, (), {}, lazy.shadow.clone(), lambda x: x, same_rows=True)
     return _record(lazy, (lazy.expression, dtype), T.to, (lazy, dtype))
 
 
@@ -99,8 +96,7 @@ def _reflected(
 
 
 def _operand(lazy: LazyLogits, arg: Any) -> tuple[Any] | None:
-    """What stands for an argument in an expression over rows; None if it differs from row to row or
-    is trained."""
+    """What stands for an argument in an expression; None if it differs by row, or is trained."""
     if isinstance(arg, type(lazy)):
         same = arg is lazy or (
             arg.is_lazy and arg.source.same_as(lazy.source) and arg.shape == lazy.shape
@@ -119,12 +115,8 @@ def _sum_of_two(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A head plus a trained bias (ESM), or plus a LoRA head: still one linear layer."""
-    if (
-        func.__name__ not in ("add", "__add__", "__radd__")
-        or kwargs
-        or len(args) != 1
-        or lazy.expression is not LOGITS
-    ):
+    is_sum = func.__name__ in ("add", "__add__", "__radd__") and len(args) == 1 and not kwargs
+    if not is_sum or lazy.expression is not LOGITS:
         return NotImplemented
     other, dtype = args[0], lazy.shadow.dtype
     if isinstance(other, type(lazy)):
@@ -176,7 +168,9 @@ def _record(
     kwargs: dict[str, Any] | None = None,
 ) -> LazyLogits:
     """`func(*args, **kwargs)`, whose arguments are `operands` in an expression over rows."""
-    call = Call(func, operands, kwargs or {}, autocast_state(lazy.linear.terms[0][0].device.type))
+    call = Recorded(
+        func, operands, kwargs or {}, autocast_state(lazy.linear.terms[0][0].device.type)
+    )
     return lazy.derived(call, on_meta(lazy, func, args, call.keywords))
 
 
@@ -194,18 +188,8 @@ def _named(*names: str) -> list[Callable[..., Any]]:
 _FUNCTIONS: dict[Rule, list[Callable[..., Any]]] = {
     reshape: _named("view", "reshape", "view_as", "reshape_as"),
     along_rows: _named(
-        *(
-            "flatten",
-            "unsqueeze",
-            "squeeze",
-            "transpose",
-            "swapaxes",
-            "swapdims",
-            "split",
-            "chunk",
-            "unbind",
-        ),
-        *("select", "narrow", "index_select"),
+        *("flatten", "unsqueeze", "squeeze", "transpose", "swapaxes", "swapdims"),
+        *("split", "chunk", "unbind", "select", "narrow", "index_select"),
     ),
     permute: _named("permute"),
     iterate: [T.__iter__],
@@ -217,17 +201,8 @@ _FUNCTIONS: dict[Rule, list[Callable[..., Any]]] = {
         *("mul", "div", "add", "sub", "true_divide", "multiply", "divide", "neg", "pow", "square"),
         *("clamp", "clamp_min"),
         *("tanh", "exp", "log", "sigmoid", "logsigmoid", "relu", "nan_to_num"),
-        *(
-            "__mul__",
-            "__rmul__",
-            "__truediv__",
-            "__rtruediv__",
-            "__add__",
-            "__radd__",
-            "__sub__",
-            "__rsub__",
-        ),
-        *("__neg__", "__pow__"),
+        *("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__neg__", "__pow__"),
+        *("__add__", "__radd__", "__sub__", "__rsub__"),
     ),
     _softmax: _named("log_softmax", "softmax"),
     reduce: _named("logsumexp", "sum", "mean", "argmax", "amax"),

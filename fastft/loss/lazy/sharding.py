@@ -19,8 +19,7 @@ from fastft.foreign import shares_a_resharded_unit
 
 
 class Sharding:
-    """Follows the forward passes of `model`, whose head is sharded by `library`, until
-    `remove()`."""
+    """Follows the forward passes of `model`, whose head `library` shards, until `remove()`."""
 
     def __init__(self, library: str, head: nn.Linear, model: nn.Module) -> None:
         self.library = library
@@ -46,8 +45,7 @@ class Sharding:
         self._computes_loss = False
 
     def reason_now(self) -> str | None:
-        """Why this forward pass needs real logits; None where the model itself computes the
-        loss."""
+        """Why this forward pass needs real logits; None where the model computes the loss."""
         if not self._computes_loss:
             return (
                 f"the output head is sharded by {self.library}, and the loss is computed outside "
@@ -61,8 +59,7 @@ class Sharding:
         return None
 
     def permission(self) -> Callable[[bool], None]:
-        """What raises when logits of this forward pass are used where the library would not know of
-        it.
+        """What raises when logits of this forward pass are used unknown to the library.
 
         It is told whether the head has to be entered for its weight, which may be another one after
         the forward pass.
@@ -74,10 +71,9 @@ class Sharding:
             if not inside and (entering or torch.is_grad_enabled() or self._passes != made_in):
                 raise RuntimeError(
                     f"fastft: the output head is sharded by {self.library}; with labels given to "
-                    f"the model its logits "
-                    "are for the loss inside its forward alone and cannot be used afterwards. "
-                    "Leave the labels out and "
-                    "compute the loss outside, or train without the fused loss."
+                    "the model its logits are for the loss inside its forward alone and cannot be "
+                    "used afterwards. Leave the labels out and compute the loss outside, or train "
+                    "without the fused loss."
                 )
 
         return check

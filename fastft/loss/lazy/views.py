@@ -22,8 +22,7 @@ _MASKS = (torch.bool, torch.uint8)
 def on_meta(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """What `func` makes of the shadows of all tensors among its arguments: its shape and
-    strides."""
+    """What `func` makes of the shadows of its tensors: the shape and strides of its result."""
 
     def shadow(value: Any) -> Any:
         if isinstance(value, type(lazy)):
@@ -32,21 +31,15 @@ def on_meta(
             return value
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
-    return func(
-        *(shadow(arg) for arg in args), **{name: shadow(value) for name, value in kwargs.items()}
-    )
+    return func(*map(shadow, args), **{name: shadow(value) for name, value in kwargs.items()})
 
 
 def with_strides_of(shadow: Tensor, result: Tensor) -> Tensor:
-    """`result`, whose rows may be flat, in memory as torch lays it: whether `view` works depends on
-    that."""
+    """`result`, whose rows may be flat, in memory as torch lays it: `view` depends on that."""
     result = result.reshape(shadow.shape)
     if result.stride() == shadow.stride():
         return result
-    strided = torch.empty_strided(
-        shadow.shape, shadow.stride(), dtype=result.dtype, device=result.device
-    )
-    return strided.copy_(result)
+    return result.new_empty_strided(shadow.shape, shadow.stride()).copy_(result)
 
 
 def reshape(
@@ -58,14 +51,11 @@ def reshape(
     shadow = func(lazy.shadow, *args, **kwargs)
     if shadow.dim() == 0 or shadow.shape[-1] != lazy.shadow.shape[-1] or shadow.numel() == 0:
         return NotImplemented
-    return lazy.viewed(
-        func,
-        args,
-        kwargs,
-        shadow,
-        lambda x: x.reshape(*shadow.shape[:-1], x.shape[-1]),
-        same_rows=True,
-    )
+
+    def change(x: Tensor) -> Tensor:
+        return x.reshape(*shadow.shape[:-1], x.shape[-1])
+
+    return lazy.viewed(func, args, kwargs, shadow, change, same_rows=True)
 
 
 def _dimensions(
@@ -89,20 +79,14 @@ def _dimensions(
 def along_rows(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """A function of named dimensions, none of which is the vocabulary: the same of the hidden
-    states."""
-    last = lazy.shadow.dim() - 1
-    size = last + 2 if func.__name__ == "unsqueeze" else last + 1
+    """Applies a function of named dimensions, none of them the vocabulary, to the hidden states."""
+    size = lazy.shadow.dim() + (func.__name__ == "unsqueeze")
     dimensions = _dimensions(func, args, kwargs)
-    if dimensions is None or not all(
-        isinstance(dim, int) and dim % size != size - 1 for dim in dimensions
-    ):
+    if dimensions is None or not all(isinstance(d, int) and (d + 1) % size for d in dimensions):
         return NotImplemented
     shadow = on_meta(lazy, func, (lazy, *args), kwargs)
     if isinstance(shadow, tuple | list):
-        return tuple(
-            _part(lazy, func, args, kwargs, index, part) for index, part in enumerate(shadow)
-        )
+        return tuple(_part(lazy, func, args, kwargs, *numbered) for numbered in enumerate(shadow))
     return lazy.viewed(func, args, kwargs, shadow, lambda x: func(x, *args, **kwargs))
 
 
@@ -145,10 +129,7 @@ def getitem(
 ) -> Any:
     """`logits[index]`, where the index says nothing about the vocabulary."""
     index = args[0] if isinstance(args[0], tuple) else (args[0],)
-    if any(
-        isinstance(item, bool | list | range) or (item is not None and _is_mixed(item))
-        for item in index
-    ):
+    if not all(item is None or _is_plain(item) for item in index):
         return NotImplemented
     if _indexed_dimensions(index, lazy.shadow.dim()):
         if not (isinstance(index[-1], slice) and _takes_all(index[-1], lazy.shadow.shape[-1])):
@@ -158,30 +139,24 @@ def getitem(
     return lazy.viewed(func, args, kwargs, shadow, lambda x: x[index])
 
 
-def _is_mixed(item: Any) -> bool:
-    """An index whose meaning is not plain: neither an integer, a slice, an ellipsis nor an ordinary
-    tensor."""
+def _is_plain(item: Any) -> bool:
+    """Whether an index is an integer, a slice, an ellipsis or an ordinary tensor."""
     if isinstance(item, Tensor):
-        return item.dim() == 0 and item.dtype in _MASKS
-    return not (isinstance(item, int | slice) or item is Ellipsis)
+        return item.dim() > 0 or item.dtype not in _MASKS
+    return type(item) is not bool and (isinstance(item, int | slice) or item is Ellipsis)
 
 
 def _on_meta(item: Any) -> tuple[Any, ...]:
     """An index for the meta device, where a mask is the positions of its true elements."""
     if not isinstance(item, Tensor):
         return (item,)
-    return tuple(
-        part.to("meta")
-        for part in (item.nonzero(as_tuple=True) if item.dtype in _MASKS else (item,))
-    )
+    parts = item.nonzero(as_tuple=True) if item.dtype in _MASKS else (item,)
+    return tuple(part.to("meta") for part in parts)
 
 
 def _takes_all(item: slice, size: int) -> bool:
-    return (
-        item.start in (None, 0)
-        and item.step in (None, 1)
-        and (item.stop is None or item.stop >= size)
-    )
+    is_whole = item.stop is None or item.stop >= size
+    return is_whole and item.start in (None, 0) and item.step in (None, 1)
 
 
 def _indexed_dimensions(index: tuple[Any, ...], dimensions: int) -> bool:
@@ -210,10 +185,10 @@ def clone(
 def detach(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Who detaches while gradients are recorded wants to keep the numbers; inside a Function it is
-    plumbing.
+    """`detach`: who calls it while gradients are recorded wants to keep the numbers.
 
-    An evaluation detaches everything, and its logits are settled before the weights change.
+    Inside a Function it is plumbing. An evaluation detaches everything, and its logits are settled
+    before the weights change.
     """
     if torch.is_grad_enabled() and not lazy.is_evaluated:
         return NotImplemented

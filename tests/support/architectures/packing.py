@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastft
-from fastft.integrations.block_mask import attention_configs
+from fastft.integrations.implementations import attention_configs
 from support.architectures.models import Case, build, takes_any
 from support.architectures.shrink import IMAGE_TOKEN, VOCABULARY
 

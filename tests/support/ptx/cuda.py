@@ -124,7 +124,8 @@ def _objects(source: Path) -> Path:
 
 
 def _headers() -> list[Path]:
-    return sorted([*(ROOT / "csrc" / "include").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h")])
+    folders = (ROOT / "csrc" / folder for folder in ("include", "cuda"))
+    return sorted(path for folder in folders for path in folder.glob("*.*h"))  # .h and .cuh
 
 
 def _nvcc_flags() -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastft.ops import OPERATORS
-from fastft.optim import adamw_plan
+from fastft.optim import adamw_update
 from support.ptx import cuda
 from support.ptx.cuda import Gpu, tensors_in
 from support.ptx.lanes import Launch
@@ -70,7 +70,7 @@ def cuda_for_cpp(gpu: Gpu) -> Iterator[None]:
         patch.setattr(torch.ops.fastft, "adamw_bind", gpu.ops.adamw_bind)
         patch.setattr(torch.ops.fastft, "adamw_bound_", gpu.ops.adamw_bound_)
         patch.setattr(torch.ops.fastft, "adamw_written", lambda sums, bound: None)
-        patch.setattr(adamw_plan, "_release", lambda bound, kind: gpu.release(bound))
+        patch.setattr(adamw_update, "_release", lambda bound, kind: gpu.release(bound))
         yield
 
 
@@ -89,5 +89,5 @@ def adamw_by(engine: Engine, **options: Any) -> Iterator[list[Launch]]:
 def unbound(training: Any) -> Any:
     """A Training that has taken a step, so that each of the next ones asks for its operator."""
     for part in training.optimizer._plan.parts:
-        part.bound = None
+        part.binding = None
     return training

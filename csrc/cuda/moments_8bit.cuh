@@ -11,7 +11,7 @@
 #include "moments_8bit.h"
 
 namespace {
-// floats from here on have their integer part as their lowest bits
+// Floats from here on have their integer part as their lowest bits.
 constexpr float kBehind = 0x1p23f;
 constexpr uint32_t kBehindBits = 0x4b000000u;    // and these as the others
 constexpr uint32_t kSignsOfBytes = 0x80808080u;  // of four
@@ -91,8 +91,8 @@ __device__ bool encode_eight(const float (&m)[8], const float (&v)[8], float rec
     const float x = fminf(size, FASTFT_EXP_AVG_UNITS - 64.0f);
     const float root =
         ft_sub(floor_behind(about_fourth_root(x), 1.0f - 0x1p-21f, kBehind), kBehind);
-    const float next = ft_add(root, 1.0f), square = ft_mul(root, root),
-                next_square = ft_mul(next, next);
+    const float next = ft_add(root, 1.0f), square = ft_mul(root, root);
+    const float next_square = ft_mul(next, next);
     const float below = ft_mul(square, square), above = ft_mul(next_square, next_square);
     sure &= x < above;
     // 128 + the random number / 2^16

@@ -1,31 +1,15 @@
 // Elements of an AdamW tensor as a thread reads, draws for and writes them: kWidth neighbours at
 // once, float32 inside.
 #pragma once
-#include <cuda_bf16.h>
-
 #include "adamw_math.h"
-#include "coded_moments.h"
 #include "launch.h"
+#include "moments_8bit.cuh"
 #include "philox.h"
+#include "vectors.cuh"
 
 namespace {
 constexpr int kThreads = 128, kWarp = 32;  // of a block
 constexpr int kChunk = 4096;               // elements of a block
-
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Vector {
-  T at[kWidth];
-};
-
-template <int kWidth, class T>
-__device__ Vector<T, kWidth> load(const void* data, int64_t i) {
-  return *reinterpret_cast<const Vector<T, kWidth>*>(static_cast<const T*>(data) + i);
-}
-
-template <class T, int kWidth>
-__device__ void store(void* data, int64_t i, const Vector<T, kWidth>& values) {
-  *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(data) + i) = values;
-}
 
 // The random bits of kWidth elements, two a word.
 template <int kWidth>
@@ -40,7 +24,7 @@ struct Random {
   uint64_t seed;
   uint32_t step;
 
-  // Of the elements from the one with global index `element` on, which is a multiple of kWidth.
+  // Draws for the elements from global index `element` on, which is a multiple of kWidth.
   template <int kWidth>
   __device__ Drawn<kWidth> draw(uint32_t stream, uint64_t element) const {
     uint32_t all[4];
@@ -60,7 +44,7 @@ struct Random {
   }
 };
 
-// Where a thread is: element `i` of tensor `t`.
+// The place of a thread: element `i` of tensor `t`.
 struct Place {
   const AdamwTensor& t;
   int64_t i;
@@ -90,14 +74,12 @@ __device__ void store_halves(void* data, int64_t i, const uint32_t (&words)[kWid
 template <int kWidth>
 __device__ void store_nearest(void* data, int64_t i, const float (&numbers)[kWidth]) {
   if constexpr (kWidth == 1) {
-    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(numbers[0]);
+    put(static_cast<__nv_bfloat16*>(data) + i, numbers[0]);
   } else {
     Vector<uint32_t, kWidth / 2> kept;
 #pragma unroll
-    for (int k = 0; k < kWidth / 2; k++) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(numbers[2 * k], numbers[2 * k + 1]);
-      kept.at[k] = reinterpret_cast<const uint32_t&>(pair);
-    }
+    for (int k = 0; k < kWidth / 2; k++)
+      kept.at[k] = pack<__nv_bfloat16>(numbers[2 * k], numbers[2 * k + 1]);
     store(static_cast<uint16_t*>(data) + i, 0, kept);
   }
 }
@@ -120,10 +102,9 @@ __device__ void store_rounded(const Place& at, void* data, const Drawn<kWidth>& 
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
     const uint32_t word = bits.words[k / 2];
-    const uint32_t number = kSwapped ? permuted(word, 0, k % 2 ? 0x4423 : 0x4401)
-                            : k % 2  ? word >> 16
-                                     : word & 0xffffu;
-    sums[k] = bf16_sum(values[k], number);
+    const uint32_t plain = k % 2 ? word >> 16 : word & 0xffffu;
+    const uint32_t swapped = permuted(word, 0, k % 2 ? 0x4423 : 0x4401);
+    sums[k] = bf16_stochastic_sum(values[k], kSwapped ? swapped : plain);
   }
   store_halves<true>(data, at.i, sums);
 }
@@ -139,7 +120,7 @@ template <int kWidth>
 struct Neighbours<uint16_t, kWidth> {
   Vector<uint32_t, kWidth / 2> read{};
   __device__ float at(int k) const {
-    return bits_float(k % 2 ? read.at[k / 2] & 0xffff0000u : read.at[k / 2] << 16);
+    return k % 2 ? bf16_upper(read.at[k / 2]) : bf16_lower(read.at[k / 2]);
   }
   __device__ int32_t signed_at(int k) const {
     return int32_t(k % 2 ? read.at[k / 2] : read.at[k / 2] << 16) >> 16;
@@ -149,7 +130,7 @@ struct Neighbours<uint16_t, kWidth> {
 template <>
 struct Neighbours<uint16_t, 1> {
   Vector<uint16_t, 1> read{};
-  __device__ float at(int) const { return bf16_to_float(read.at[0]); }
+  __device__ float at(int) const { return widened(read.at[0]); }
   __device__ int32_t signed_at(int) const { return int16_t(read.at[0]); }
 };
 
@@ -179,12 +160,10 @@ __device__ void load_param(const Place& at, float (&values)[kWidth], uint16_t) {
   const auto residue = neighbours<uint16_t, kWidth>(at.t.residue, at.i);
 #pragma unroll
   for (int k = 0; k < kWidth; k++) {
-    if (at.t.rounding == kExact) {
-      const float master = bits_float(float_bits(values[k]) + uint32_t(residue.signed_at(k)));
-      values[k] = master == master ? master : values[k];  // as master_join
-    } else {
+    if (at.t.rounding == kExact)
+      values[k] = master_join(values[k], residue.signed_at(k));
+    else
       values[k] = ft_add(values[k], residue.at(k));
-    }
   }
 }
 
@@ -208,14 +187,14 @@ __device__ void store_param(const Place& at, const float (&values)[kWidth], uint
     for (int k = 0; k < kWidth; k++) words[k] += 0x8000u;
   } else {
 #pragma unroll
-    for (int k = 0; k < kWidth; k++) words[k] = bf16_nearest_sum(bits_float(words[k]));
+    for (int k = 0; k < kWidth; k++) words[k] = bf16_nearest_sum(words[k]);
   }
   store_halves<true>(at.t.param, at.i, words);
   if (at.t.rounding != kKahan) return;
   float compensations[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; k++)
-    compensations[k] = finite_or_zero(ft_sub(values[k], bits_float(words[k] & 0xffff0000u)));
+    compensations[k] = finite_or_zero(ft_sub(values[k], bf16_upper(words[k])));
   store_nearest(at.t.residue, at.i, compensations);
 }
 }  // namespace

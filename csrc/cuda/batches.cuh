@@ -1,6 +1,7 @@
 // Launches over any number of tensors: as many at a time as a kernel's parameters hold, each with
 // blocks of its own.
 #pragma once
+#include "first_block.h"
 #include "launch.h"
 
 namespace {
@@ -11,14 +12,8 @@ struct TensorBatch {
   uint32_t first_block[kTensors];
   int32_t tensors;
 
-  // The tensor of this block: the last one whose first block is not after it.
   __device__ int tensor_of_block() const {
-    int low = 0;
-    for (int high = tensors; high - low > 1;) {
-      const int middle = (low + high) / 2;
-      (first_block[middle] <= blockIdx.x ? low : high) = middle;
-    }
-    return low;
+    return last_not_after(first_block, tensors, blockIdx.x);
   }
 };
 
@@ -32,7 +27,7 @@ class Batches {
 
   Batch batch;
 
-  // Where in the batch a tensor of so many blocks goes.
+  // Returns the place in the batch of a tensor of so many blocks.
   int add(int64_t blocks) {
     FT_CHECK(blocks <= kMostBlocks, "%s: a gradient is too large: it takes %lld blocks", operation_,
              static_cast<long long>(blocks));
@@ -42,7 +37,7 @@ class Batches {
     return batch.tensors++;
   }
 
-  // Launches what has not been yet.
+  // Launches what has not been launched yet.
   void flush() {
     if (blocks_ > 0) launch_(batch, unsigned(blocks_));
     batch.tensors = 0;

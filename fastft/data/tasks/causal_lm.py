@@ -1,5 +1,9 @@
-"""Logits for the tokens alone whose successor has a label, which causal models of transformers
-compute where a batch asks for them."""
+"""Causal language modelling, with logits for all tokens or for those with a label alone.
+
+A model that shifts the labels itself predicts each token from the ones before. Of the supervised
+tokens alone, those whose successor has a label, causal models of transformers compute logits where
+a batch says which these are.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,19 @@ import torch
 from torch import Tensor
 
 from fastft.data.keys import IGNORE_INDEX, LOGITS_TO_KEEP, SHIFT_LABELS
+from fastft.data.tasks.task import Task
 from fastft.foreign import base_model
 
 
+class CausalLM(Task):
+    """The next token as the label, by the model's own shift: an example's first one is nobody's."""
+
+    sources = ("labels", "input_ids")
+    ignored = 1
+
+
 def check_supervised(model: Any, task: str, expand_on_device: bool) -> None:
-    """Raises ValueError where a mask of the logits to keep could not be made, or would not be
-    understood.
+    """Raises ValueError where a mask of logits cannot be made, or would not be understood.
 
     Args:
         model: which the batches are for, or just True.
@@ -43,12 +54,12 @@ def check_supervised(model: Any, task: str, expand_on_device: bool) -> None:
     if "slice_logits_to_keep" not in inspect.unwrap(type(base).forward).__code__.co_names:
         raise ValueError(
             f"supervised_only: {type(base).__name__} does not use transformers' "
-            f"slice_logits_to_keep"
+            "slice_logits_to_keep"
         )
 
 
 def kept_logits(labels: Tensor) -> dict[str, Tensor]:
-    """Which tokens of `labels`, (R, T), need logits, bool (R, T), and the labels of these, (K,)."""
+    """Marks the tokens of `labels`, (R, T), that need logits; with the labels of these, (K,)."""
     following = torch.full_like(labels, IGNORE_INDEX)
     # the last token of a row is followed by an ignored one: the first of the next
     following.view(-1)[:-1] = labels.view(-1)[1:]

@@ -13,17 +13,17 @@
 #pragma once
 #include "cross_entropy_math.h"
 #include "launch.h"
-#include "vectors.h"
+#include "vectors.cuh"
 
 namespace {
 constexpr int kMaxThreads = 1024, kWarp = 32;
 constexpr int kInFlight = 2;  // loads of a thread
 constexpr unsigned kAllLanes = 0xffffffffu;
-// finite: the difference of two of them is 0 and not NaN
+// Finite: the difference of two of them is 0 and not NaN.
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kFar = -200.0f;  // exp of it is 0; products with it are finite
 
-// off by 2 units in the last place; below 2^-126 it is 0
+// 2^x, off by 2 units in the last place; below 2^-126 it is 0.
 __device__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -77,7 +77,7 @@ struct Row {
   __device__ int alone_class(int i) const { return i < head ? i : i + vectors * kSize; }
 };
 
-// Where the gradient of a row goes, whose vectors may lie elsewhere than those of the logits.
+// The place of a row's gradient, whose vectors may lie elsewhere than those of the logits.
 template <class T>
 struct GradRow {
   T* data;
@@ -97,15 +97,14 @@ struct GradRow {
   }
 };
 
-// What a thread, a warp or the block knows of a row; the sums are relative to `peak` and leave the
-// target out.
+// The knowledge of a thread, a warp or the block of a row; the sums are relative to `peak` and
+// leave the target out.
 struct Sums {
   float peak = kLowest, total = 0.0f;
-  float moment = 0.0f;  // sum of exp(z - peak) (z - peak)
-  // sum of weight (target's z - z) over all classes; of the weights
-  float below = 0.0f, weights = 0.0f;
-  // not 0: a class has a higher logit than the target, or as high a one before it
-  float beaten = 0.0f;
+  float moment = 0.0f;   // sum of exp(z - peak) (z - peak)
+  float below = 0.0f;    // sum of weight (target's z - z) over all classes
+  float weights = 0.0f;  // sum of the weights
+  float beaten = 0.0f;   // not 0: a class has a higher logit, or an earlier one as high a logit
 };
 
 // Takes over sums relative to `peak`, which is not below theirs. No maximum drops a NaN: it is in
@@ -168,7 +167,7 @@ struct Target {
   float center;  // z, or 0 where that is -Inf
 };
 
-// What smoothing and statistics ask for beside the exponentials, of the classes from c on.
+// Adds what smoothing and statistics need beside the exponentials, of the classes from c on.
 template <int n>
 __device__ void add_options(Sums& sums, const float (&z)[n], int c, const Target& target,
                             const Job& job) {
@@ -236,7 +235,7 @@ __device__ Sums add_row(const Row<T>& row, const Target& target, uint4* held, co
   }
   if (threadIdx.x < row.alone) {
     const int c = row.alone_class(threadIdx.x);
-    float z[1] = {to_float(row.data[c])};
+    float z[1] = {widened(row.data[c])};
     add<T, kOptions>(sums, z, c, target, job);
   }
   return sums;
@@ -253,10 +252,10 @@ __device__ void finish(Scratch* scratch, const Sums& sums, const Target& target,
   const double below = sums.below + weights * (static_cast<double>(max) - target.center);
   const fastft::RowSums row{max, target.z, all.total, job.smoothing > 0.0f ? below : 0.0,
                             all.moment + static_cast<double>(expf(d)) * d};
-  const double hit = (1.0 - job.smoothing) * weight,
-               spread = static_cast<double>(job.smoothing) / job.classes;
-  const double g_loss = job.upstream[0] ? job.upstream[0][r] : 1.0f,
-               g_lse = job.upstream[1] ? job.upstream[1][r] : 0.0f;
+  const double hit = (1.0 - job.smoothing) * weight;
+  const double spread = static_cast<double>(job.smoothing) / job.classes;
+  const double g_loss = job.upstream[0] ? job.upstream[0][r] : 1.0f;
+  const double g_lse = job.upstream[1] ? job.upstream[1][r] : 0.0f;
   const double g_entropy = job.upstream[2] ? job.upstream[2][r] : 0.0f;
   const fastft::RowTerms terms{hit, spread, weights, weight, job.z_loss, g_loss, g_lse, g_entropy};
   fastft::RowResult result = fastft::finish_row(row, terms);
@@ -314,7 +313,7 @@ __device__ void differentiate(float (&z)[n], int c, const Scratch& of_row, const
   for (int i = 0; i < n; i++) z[i] = dz[i];
 }
 
-// From the end of the row, which is still in the L2 cache.
+// Writes the gradient from the end of the row on, which is still in the L2 cache.
 template <class T, bool kOptions>
 __device__ void write_gradient(const Scratch& of_row, const uint4* held, const Job& job) {
   // read back instead of kept: the registers that pass 1 and the double precision between need are
@@ -343,7 +342,7 @@ __device__ void write_gradient(const Scratch& of_row, const uint4* held, const J
   }
   if (threadIdx.x < row.alone) {
     const int c = row.alone_class(threadIdx.x);
-    float z[1] = {to_float(row.data[c])};
+    float z[1] = {widened(row.data[c])};
     differentiate<T, kOptions>(z, c, of_row, job);
     grad.store(c, z);
   }
@@ -371,7 +370,7 @@ __device__ Target find_target(const Row<T>& row, int64_t y, const Job& job) {
   Target target{y >= 0 && y < job.classes, -1, NAN, 0.0f};
   if (!target.known) return target;
   target.index = static_cast<int>(y);
-  float z[1] = {to_float(row.data[y])};
+  float z[1] = {widened(row.data[y])};
   transform<true>(z, job);
   target.z = z[0];
   if (target.z > -INFINITY) target.center = target.z;

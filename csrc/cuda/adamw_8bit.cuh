@@ -3,12 +3,12 @@
 #pragma once
 #include <cmath>
 
-#include "adamw_elements.h"
+#include "adamw_elements.cuh"
 #include "moments_8bit.h"
 
 namespace {
-// blocks of 8-bit moments that a CUDA block has
-constexpr int kCodedBlocks = kChunk / kMomentBlock;
+// Blocks of 8-bit moments that a CUDA block has.
+constexpr int kMomentBlocks = kChunk / kMomentBlock;
 
 // The largest of the values of kLanes neighbours, for each of them.
 template <int kLanes>
@@ -22,18 +22,18 @@ __device__ uint32_t largest_of(uint32_t value) {
 }
 
 __host__ __device__ int64_t moment_blocks(const AdamwTensor& t) {
-  return t.numel / t.columns * ((t.columns + kMomentBlock - 1) / kMomentBlock);
+  return t.numel / t.columns * moment_blocks_of_row(t.columns);
 }
 
 // A block of 8-bit moments: `size` elements, none where there is no such block, from `begin` on.
-struct CodedBlock {
+struct MomentBlock {
   int64_t begin, number;  // of its first element, and among the tensor's blocks
   int size;
 };
 
-// What the scales of a block are, and what its moments are divided by.
+// The scales of a block, and the divisors of its moments.
 struct Scales {
-  // the bits of |m| and v: of numbers that are none above those of any that is
+  // The bits of |m| and v. As integers they order numbers; Inf and NaN lie above all.
   uint32_t largest = 0, largest_sq = 0;
 
   __device__ void take(float m, float v) {
@@ -46,12 +46,12 @@ struct Scales {
     largest = largest_of<kLanes>(largest), largest_sq = largest_of<kLanes>(largest_sq);
   }
   __device__ void store(const AdamwTensor& t, int64_t block) const {
-    t.exp_avg_scale[block] = bits_float(largest),
+    t.exp_avg_scale[block] = bits_float(largest);
     t.exp_avg_sq_scale[block] = bits_float(largest_sq);
   }
   __device__ float divisor() const { return largest ? bits_float(largest) : 1.0f; }
   __device__ float sq_divisor() const { return largest_sq ? bits_float(largest_sq) : 1.0f; }
-  // Whether all values are numbers and the reciprocals of the scales are, too.
+  // Says whether all values are numbers and the reciprocals of the scales are, too.
   __device__ bool plain() const {
     const float most = bits_float(0x7f7fffffu), m = divisor(), v = sq_divisor();
     return m >= FASTFT_SMALL_SCALE && m <= most && v >= FASTFT_SMALL_SCALE && v <= most;
@@ -108,8 +108,8 @@ __device__ void load_codes(const Place& at, float m_scale, float v_scale, float 
 // kLanes lanes of a warp update a block, kWidth neighbours each at a time; the others do so with
 // another block.
 template <class P, int kWidth, int kLanes>
-__device__ void update_coded_block(const AdamwTensor& t, const void* grads, const CodedBlock& block,
-                                   float factor, const AdamwHyper& h, const Random& random) {
+__device__ void update_8bit_block(const AdamwTensor& t, const void* grads, const MomentBlock& block,
+                                  float factor, const AdamwHyper& h, const Random& random) {
   constexpr int kVectors = kMomentBlock / kLanes / kWidth;
   const int first = int(threadIdx.x) % kLanes * kWidth;
   const bool there = block.size > 0;
@@ -161,31 +161,31 @@ __device__ void update_coded_block(const AdamwTensor& t, const void* grads, cons
 
 // Blocks of 8-bit moments from `number` on, as many as make a chunk where none of them is short.
 template <class P, int kWidth, int kLanes>
-__device__ void update_coded_blocks(const AdamwTensor& t, const void* grads, int64_t number,
-                                    float factor, const AdamwHyper& h, const Random& random) {
-  const int64_t of_row = (t.columns + kMomentBlock - 1) / kMomentBlock, all = moment_blocks(t);
+__device__ void update_8bit_blocks(const AdamwTensor& t, const void* grads, int64_t number,
+                                   float factor, const AdamwHyper& h, const Random& random) {
+  const int64_t of_row = moment_blocks_of_row(t.columns), all = moment_blocks(t);
   constexpr int kTogether = kThreads / kLanes;
-  for (int j = 0; j < kCodedBlocks; j += kTogether) {
-    CodedBlock block{0, number + j + int(threadIdx.x) / kLanes, 0};
+  for (int j = 0; j < kMomentBlocks; j += kTogether) {
+    MomentBlock block{0, number + j + int(threadIdx.x) / kLanes, 0};
     if (block.number < all) {
-      const int64_t row = block.number / of_row,
-                    column = (block.number - row * of_row) * kMomentBlock;
+      const int64_t row = block.number / of_row;
+      const int64_t column = (block.number - row * of_row) * kMomentBlock;
       const int64_t left = t.columns - column;
       block.begin = row * t.columns + column;
       block.size = left < kMomentBlock ? int(left) : int(kMomentBlock);
     }
-    update_coded_block<P, kWidth, kLanes>(t, grads, block, factor, h, random);
+    update_8bit_block<P, kWidth, kLanes>(t, grads, block, factor, h, random);
   }
 }
 
 template <class P>
-__device__ void update_coded(const AdamwTensor& t, const void* grads, int64_t chunk, float factor,
-                             const AdamwHyper& h, const Random& random) {
+__device__ void update_8bit(const AdamwTensor& t, const void* grads, int64_t chunk, float factor,
+                            const AdamwHyper& h, const Random& random) {
   const uintptr_t together = uintptr_t(t.param) | uintptr_t(grads) | uintptr_t(t.exp_avg) |
                              uintptr_t(t.exp_avg_sq) | uintptr_t(t.residue);
   if ((together & 15) == 0 && t.first % 8 == 0 && t.columns % 8 == 0)
-    update_coded_blocks<P, 8, 16>(t, grads, chunk * kCodedBlocks, factor, h, random);
+    update_8bit_blocks<P, 8, 16>(t, grads, chunk * kMomentBlocks, factor, h, random);
   else
-    update_coded_blocks<P, 1, kWarp>(t, grads, chunk * kCodedBlocks, factor, h, random);
+    update_8bit_blocks<P, 1, kWarp>(t, grads, chunk * kMomentBlocks, factor, h, random);
 }
 }  // namespace

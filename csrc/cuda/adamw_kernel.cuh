@@ -6,9 +6,10 @@
 // on 16 bytes, and for 8-bit moments in rows of another length than a multiple of four. Not yet run
 // on a GPU.
 #pragma once
-#include "adamw_coded.h"
-#include "adamw_elements.h"
+#include "adamw_8bit.cuh"
+#include "adamw_elements.cuh"
 #include "adamw_math.h"
+#include "first_block.h"
 #include "launch.h"
 
 namespace {
@@ -36,8 +37,8 @@ __device__ void update(const AdamwTensor& t, const void* grads, int64_t chunk, i
     const Place at{t, chunk + k0, random};
     float p[kWidth], m[kWidth], v[kWidth], w[kWidth];
     const auto g = neighbours<P, kWidth>(grads, at.i);
-    const auto old_m = neighbours<M, kWidth>(t.exp_avg, at.i),
-               old_v = neighbours<M, kWidth>(t.exp_avg_sq, at.i);
+    const auto old_m = neighbours<M, kWidth>(t.exp_avg, at.i);
+    const auto old_v = neighbours<M, kWidth>(t.exp_avg_sq, at.i);
     Neighbours<M, kWidth> old_w{};
     if (t.max_exp_avg_sq) old_w = neighbours<M, kWidth>(t.max_exp_avg_sq, at.i);
     load_param(at, p, P());
@@ -80,32 +81,18 @@ __device__ T* global(T* data) {
   return data;
 }
 
-// The tensor of this block: the last one whose first block is not after it. Each warp asks 32
-// places at a time, so that two loads, one after the other, find one of a thousand tensors.
-__device__ int tensor_of_block(const Step& step) {
-  const int lane = int(threadIdx.x) % kWarp;
-  int low = 0;
-  for (int end = step.count; end - low > 1;) {
-    const int part = (end - low + kWarp - 1) / kWarp, place = low + lane * part;
-    const bool not_after = place < end && step.first_block[place] <= blockIdx.x;
-    low += (__popc(__ballot_sync(0xffffffffu, not_after)) - 1) * part;
-    end = end - low < part ? end : low + part;
-  }
-  return low;
-}
-
 // How the tensors of a launch are kept: all of them rounded as this AdamwRounding says, with
 // float32 moments, which the compiler then knows; or in any way without 8-bit moments; or in any
 // way. The more ways, the more registers.
-constexpr int kUncoded = kNearest + 1, kAnyhow = kUncoded + 1;
+constexpr int kNoEightBit = kNearest + 1, kAnyhow = kNoEightBit + 1;
 constexpr int blocks_of_processor(int kept) {
-  return kept == kAnyhow ? 4 : kept == kUncoded ? 5 : 6;
+  return kept == kAnyhow ? 4 : kept == kNoEightBit ? 5 : 6;
 }
 
 template <int kKept>
 __global__ void __launch_bounds__(kThreads, blocks_of_processor(kKept))
     adamw_kernel(const __grid_constant__ Step step) {
-  const int tensor = tensor_of_block(step);
+  const int tensor = last_not_after_of_warp(step.first_block, step.count, blockIdx.x);
   const AdamwTensor& row = step.tensors[tensor];
   const AdamwTensor t{global(row.param),
                       nullptr,
@@ -119,8 +106,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of_processor(kKept))
                       row.numel,
                       row.first,
                       row.row,
-                      kKept < kUncoded ? AdamwRounding(kKept) : row.rounding,
-                      kKept < kUncoded ? false : row.narrow_moments};
+                      kKept < kNoEightBit ? AdamwRounding(kKept) : row.rounding,
+                      kKept < kNoEightBit ? false : row.bf16_moments};
   const AdamwHyper h = step.hyper ? step.hyper[t.row] : step.own[t.row];
   if (h.step == 0.0f) return;  // the step is skipped
   const void* grads = global(step.grads[tensor]);
@@ -130,15 +117,15 @@ __global__ void __launch_bounds__(kThreads, blocks_of_processor(kKept))
   const Random random{step.seed, uint32_t(h.step)};
   if (kKept == kAnyhow && t.columns) {
     if (t.rounding == kFp32)
-      update_coded<float>(t, grads, number, factor, h, random);
+      update_8bit<float>(t, grads, number, factor, h, random);
     else
-      update_coded<uint16_t>(t, grads, number, factor, h, random);
+      update_8bit<uint16_t>(t, grads, number, factor, h, random);
   } else if (t.rounding == kFp32) {
-    if (t.narrow_moments)
+    if (t.bf16_moments)
       update_chunk<float, uint16_t, 4>(t, grads, chunk, n, factor, h, random);
     else
       update_chunk<float, float, 4>(t, grads, chunk, n, factor, h, random);
-  } else if (t.narrow_moments) {
+  } else if (t.bf16_moments) {
     update_chunk<uint16_t, uint16_t, 8>(t, grads, chunk, n, factor, h, random);
   } else {
     update_chunk<uint16_t, float, 4>(t, grads, chunk, n, factor, h, random);

@@ -1,0 +1,138 @@
+"""A parameter's state between two steps of AdamW: its entries, made, completed and checked.
+
+Which entries there are, and in which dtypes: adamw.py. Plans work with the very tensors that they
+found here, so that a state tells them when one is replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft.optim import moments_8bit
+from fastft.optim.adamw_update import RESIDUES, Rounding
+from fastft.optim.weight_bits import Mark
+
+MOMENTS = ("fp32", "bf16", "8bit")
+
+
+class Claim:
+    """A plan's claim on the entries of its states: broken when one of them has other entries."""
+
+    broken = False
+
+
+class State(dict[str, Any]):
+    """A parameter's state. Replacing an entry breaks the claim of the plan that works with them.
+
+    `mark` says which bits of the parameter its low bits belong to. Copies and pickles have neither.
+    """
+
+    mark: Mark | None = None
+    _claim: Claim | None = None
+
+    def __reduce__(self) -> Any:
+        return State, (dict(self),)
+
+    def claim(self, claim: Claim | None) -> None:
+        """Breaks the claim that is there, and lets another take its place."""
+        if self._claim is not None:
+            self._claim.broken = True
+        self._claim = claim
+
+    def _changing(method: Any) -> Any:
+        def changed(self: State, *args: Any, **kwargs: Any) -> Any:
+            self.claim(None)
+            return method(self, *args, **kwargs)
+
+        return changed
+
+    __setitem__, __delitem__ = _changing(dict.__setitem__), _changing(dict.__delitem__)
+    __ior__, update, setdefault = map(_changing, (dict.__ior__, dict.update, dict.setdefault))
+    pop, popitem, clear = map(_changing, (dict.pop, dict.popitem, dict.clear))
+
+
+def rounding_of(param: Tensor, rounding: str) -> Rounding:
+    """The way in which `param` is kept where the optimizer was given `rounding`."""
+    return Rounding.FP32 if param.dtype == torch.float32 else Rounding[rounding.upper()]
+
+
+def new_state(param: Tensor, group: dict[str, Any], rounding: str) -> State:
+    """The state before the first step, in the parameter's layout.
+
+    With 8-bit moments, which short vectors do not have, rows lie one after the other.
+    """
+    state = State(step=torch.zeros((), dtype=torch.float32))
+    eight_bit = _has_8bit_moments(param, group)
+    if eight_bit:
+        state |= moments_8bit.new_entries(param)
+    layout = torch.contiguous_format if eight_bit else torch.preserve_format
+    for name, dtype in _dtypes(param, group, rounding).items():
+        if name not in state:
+            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=layout)
+    return state
+
+
+def ready_state(
+    states: dict[Tensor, Any], param: Tensor, group: dict[str, Any], rounding: str
+) -> State:
+    """The parameter's state out of the optimizer's, with the entries that are missing.
+
+    Raises:
+        TypeError: the parameter is neither float32 nor bfloat16 any more.
+        RuntimeError: its gradient or an entry does not fit it, which `p.data = ...` or a new entry
+            can make so.
+    """
+    entries, dtypes = states[param], _dtypes(param, group, rounding)
+    missing = {"step", *dtypes} - entries.keys()
+    if missing or not isinstance(entries, State):
+        fresh = new_state(param, group, rounding) if missing else {}
+        entries = states[param] = State({**fresh, **entries})
+    _check_fit(param, entries, dtypes)
+    return entries
+
+
+def residue_names(state: State, rounding: Rounding) -> list[str]:
+    """The entries of a state that go into the operator's `residues`, in its order."""
+    residue = RESIDUES.get(rounding)
+    eight_bit = state["exp_avg"].dtype == torch.int8
+    return ([residue[0]] if residue else []) + (list(moments_8bit.SCALES) if eight_bit else [])
+
+
+def _has_8bit_moments(param: Tensor, group: dict[str, Any]) -> bool:
+    return group["moments"] == "8bit" and moments_8bit.has_codes(param)
+
+
+def _dtypes(param: Tensor, group: dict[str, Any], rounding: str) -> dict[str, torch.dtype]:
+    """The entries of a state that have the parameter's shape."""
+    residue = RESIDUES.get(rounding_of(param, rounding))
+    kept = dict([residue] if residue else [])
+    if _has_8bit_moments(param, group):
+        return {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8} | kept
+    names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+    dtype = torch.bfloat16 if group["moments"] == "bf16" else torch.float32
+    return dict.fromkeys(names, dtype) | kept
+
+
+def _check_fit(param: Tensor, entries: State, dtypes: dict[str, torch.dtype]) -> None:
+    if param.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(
+            f"AdamW trains float32 and bfloat16 parameters, one has become {param.dtype}"
+        )
+    grad = param.grad
+    if grad is not None and (grad.shape != param.shape or grad.device != param.device):
+        of_grad = f"a gradient has shape {tuple(grad.shape)} on {grad.device}"
+        raise RuntimeError(f"{of_grad}, its parameter {tuple(param.shape)} on {param.device}")
+    for name, dtype in dtypes.items():
+        entry = entries[name]
+        if entry.shape != param.shape or entry.dtype != dtype:
+            needed = f"{dtype} of shape {tuple(param.shape)}"
+            raise RuntimeError(
+                f"{name} of a parameter must be {needed}, is {entry.dtype} of {tuple(entry.shape)}"
+            )
+    for name in moments_8bit.SCALES if dtypes["exp_avg"] == torch.int8 else ():
+        shape = moments_8bit.scale_shape(param.shape)
+        if entries[name].shape != shape or entries[name].dtype != torch.float32:
+            raise RuntimeError(f"{name} of a parameter must be torch.float32 of shape {shape}")
