@@ -48,7 +48,7 @@ ESTIMATES = """# What the GPU kernels cost
 | a table without | chip |
 |---|---|
 | cross-entropy, plain, bf16, V=32000 | H100 5.0 |
-"""
+"""  # noqa: E501
 
 
 def outcomes(path: Path) -> dict[str, str]:
