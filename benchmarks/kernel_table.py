@@ -72,9 +72,6 @@ def estimate(kernel: Kernel, figures: Figures, gpu: Gpu) -> tuple[float, str]:
     return (times[limit] * units + LAUNCH) * 1e3, limit
 
 
-# ---- counting
-
-
 def _counted(part: tuple[str, int]) -> dict[str, dict[str, Any]]:
     engine, chip = part
     return {kernel.key(chip): asdict(count(kernel, chip)) for kernel in kernels(engine)}
@@ -103,8 +100,6 @@ def keys() -> list[str]:
     """Of all rows of kernels, in order."""
     return [kernel.key(chip) for engine in ENGINES for kernel in kernels(engine) for chip in CHIPS]
 
-
-# ---- the page
 
 HEAD = """# What the GPU kernels cost, counted without a GPU
 

@@ -1,8 +1,6 @@
-"""make test-isa: the numeric rooms under every instruction set of this machine, our kernels' and
-torch's.
+"""make test-isa: the numeric rooms under every instruction set of our kernels and of torch.
 
-python tests/instruction_sets.py [--only avx2 avx512] [pytest's arguments, e.g. tests/optim/test_adamw.py
--x]
+python tests/instruction_sets.py [--only avx2 avx512] [arguments of pytest]
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ The name is no part of a configuration that is saved.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,30 +63,23 @@ def switched(base: nn.Module, parts: Sequence[str]) -> Iterator[set[str]]:
 
 
 @contextlib.contextmanager
-def parts_that_run(base: nn.Module) -> Iterator[set[str]]:
-    """The names of the modules with a configuration that are called inside this context.
+def stock_parts(base: nn.Module) -> Iterator[dict[int, str]]:
+    """Gathers the modules that have sdpa or eager attention and are called inside this context.
 
-    Towers for images and sounds are not called for a text: nothing is known of their attention.
+    Their names, one for each configuration, and only where the module takes another attention's
+    name. Attention that the user chose (flash, flex, ours) is left out; so are towers for images
+    and sounds, which are not called for a text: nothing is known of their attention.
     """
-    ran: set[str] = set()
+    called: dict[int, str] = {}
     with contextlib.ExitStack() as hooks:
         for name, module in base.named_modules():
-            if hasattr(module, "config"):
-
-                def note(module: nn.Module, args: Any, name: str = name) -> None:
-                    ran.add(name)
-
+            config: Any = getattr(module, "config", None)
+            takes = getattr(module, "_can_set_attn_implementation", lambda: False)
+            if getattr(config, "_attn_implementation", None) in STOCK and takes():
+                note = functools.partial(_note, called, name)
                 hooks.callback(module.register_forward_pre_hook(note).remove)
-        yield ran
+        yield called
 
 
-def stock_parts(base: nn.Module, names: set[str]) -> tuple[str, ...]:
-    """Chooses of these modules those with sdpa or eager attention that take another one's name, one
-    for each configuration. Attention that the user chose (flash, flex, ours) is left out."""
-    parts: dict[int, str] = {}
-    for name, module in base.named_modules():
-        config: Any = getattr(module, "config", None)
-        takes = getattr(module, "_can_set_attn_implementation", lambda: False)
-        if name in names and getattr(config, "_attn_implementation", None) in STOCK and takes():
-            parts.setdefault(id(config), name)
-    return tuple(parts.values())
+def _note(called: dict[int, str], name: str, module: Any, args: Any) -> None:
+    called.setdefault(id(module.config), name)

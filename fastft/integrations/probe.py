@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fastft.data.collator import PackingCollator
 from fastft.data.pack import Pack
 from fastft.foreign import base_model, output_embeddings
-from fastft.integrations.implementations import attention, parts_that_run, stock_parts
+from fastft.integrations.implementations import attention, stock_parts
 from fastft.integrations.probe_rows import (
     LENGTHS,
     PADDING,
@@ -92,15 +92,14 @@ class Probe:
         self._body: nn.Module | None = None
         self._before_head = False
         self._dtypes = {p.dtype for p in self.base.parameters() if p.dtype in _LEAK}
-        with _stock_attention(self.base):
-            with parts_that_run(self.base) as ran:
-                self._choose_outputs()
+        with stock_parts(self.base) as called, _stock_attention(self.base):
+            self._choose_outputs()
             self._run_alone(self.short)
             self._other_row = other_row(self.base)
             if batches.rows > 1:
                 self._run_alone(self._other_row)
             self.noise = self._noise(max(LENGTHS))
-        self.stock_parts = stock_parts(self.base, ran)
+        self.stock_parts = tuple(called.values())
 
     @property
     def _least(self) -> float:

@@ -2,9 +2,9 @@
 
 Pass 1 keeps, for every lane, a running maximum of the logits without the target's, the sum of their
 exponentials below it and what the options ask for beside it; pass 2 writes the gradient. All maths
-is fp32; the formulas are those of `fastft.loss.cross_entropy`. exp, log1p and tanh are written out
-here, because `tl.exp` errs by |x| roundings, which a confident row would show, and `tl.math` has
-neither of the other two.
+is fp32; the formulas are those of `fastft.loss.cross_entropy_rows`. exp, log1p and tanh are written
+out here, because `tl.exp` errs by |x| roundings, which a confident row would show, and `tl.math`
+has neither of the other two.
 
 Bytes moved: the logits are read twice, the second time from the end of the row, which is still in
 the L2 cache, and their gradient is written once; class weights are read as often as logits, from
@@ -117,6 +117,53 @@ def _transform(x, scale, softcap, softcap_inverse, SCALED: tl.constexpr, CAPPED:
 
 
 @triton.jit
+def _add_up(
+    row, offset, weight, shift, end, target_position, z_y, center,
+    scale, softcap, softcap_inverse,
+    RANKED: tl.constexpr, MOMENTS: tl.constexpr, SMOOTHED: tl.constexpr, SCALED: tl.constexpr,
+    CAPPED: tl.constexpr, PEELED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Pass 1: what each lane knows of its part of the row; its sums are relative to its peak.
+
+    Returns:
+        The peak of the logits without the target's; the sums of their exponentials, and of these
+        times their distance from the peak (MOMENTS); the weighted sum of their distances from
+        `center`, and of the weights (SMOOTHED); whether one beats the target (RANKED).
+    """
+    TILE: tl.constexpr = LANES * VECTOR
+    peak = tl.full((LANES,), _LOWEST, tl.float32)
+    total, moment = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    below, weights = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    beaten = tl.zeros((LANES,), tl.int32)
+    for tile in range(0, end, TILE):
+        position = tile + offset
+        inside = (position >= shift) & (position < end)
+        z = _load(row, position, tile, end, shift, PEELED, TILE)
+        z = _transform(z, scale, softcap, softcap_inverse, SCALED, CAPPED)
+        if RANKED:
+            behind = (z < z_y) | ((z == z_y) & (position >= target_position))
+            beaten = tl.maximum(beaten, tl.max((inside & ~behind).to(tl.int32), 1))
+        if SMOOTHED:
+            distance = center - z
+            if weight is not None:
+                w = tl.load(weight + (position - shift), inside, 0.0)
+                weights += tl.sum(w, 1)
+                distance *= w
+            below += tl.sum(tl.where(inside, distance, 0.0), 1)
+        z = tl.where(inside & (position != target_position), z, float("-inf"))
+        higher = tl.maximum(peak, tl.max(z, 1))
+        d = _at_least(z - higher[:, None], _FAR)
+        e = _exp(d)
+        rescaled = _at_least(peak - higher, _FAR)
+        keep = _exp(rescaled)
+        if MOMENTS:  # the entropy is asked for, or has a gradient
+            moment = (moment + total * rescaled) * keep + tl.sum(e * d, 1)
+        total = total * keep + tl.sum(e, 1)
+        peak = higher
+    return peak, total, moment, below, weights, beaten
+
+
+@triton.jit
 def _write_gradient(
     row, grad_row, weight, shift, end, target_position,
     maximum, inverse, slope, g_h, dz_y, unit,
@@ -202,36 +249,12 @@ def _rows_kernel(
     # sum(w (lse - z)) is taken about the target's logit: it must not cancel against w_sum * lse
     center = tl.where(z_y > float("-inf"), z_y, 0.0)
 
-    peak = tl.full((LANES,), _LOWEST, tl.float32)
-    total, moment = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
-    below, weights = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
-    beaten = tl.zeros((LANES,), tl.int32)
-    for tile in range(0, end, TILE):
-        position = tile + offset
-        inside = (position >= shift) & (position < end)
-        z = _load(row, position, tile, end, shift, PEELED, TILE)
-        z = _transform(z, scale, softcap, softcap_inverse, SCALED, CAPPED)
-        if entropies is not None:
-            behind = (z < z_y) | ((z == z_y) & (position >= target_position))
-            beaten = tl.maximum(beaten, tl.max((inside & ~behind).to(tl.int32), 1))
-        if SMOOTHED:
-            distance = center - z
-            if weight is not None:
-                w = tl.load(weight + (position - shift), inside, 0.0)
-                weights += tl.sum(w, 1)
-                distance *= w
-            below += tl.sum(tl.where(inside, distance, 0.0), 1)
-        z = tl.where(inside & (position != target_position), z, float("-inf"))
-        higher = tl.maximum(peak, tl.max(z, 1))
-        d = _at_least(z - higher[:, None], _FAR)
-        e = _exp(d)
-        rescaled = _at_least(peak - higher, _FAR)
-        keep = _exp(rescaled)
-        if MOMENTS:  # the entropy is asked for, or has a gradient
-            moment = (moment + total * rescaled) * keep + tl.sum(e * d, 1)
-        total = total * keep + tl.sum(e, 1)
-        peak = higher
-
+    peak, total, moment, below, weights, beaten = _add_up(
+        row, offset, weight, shift, end, target_position, z_y, center,
+        scale, softcap, softcap_inverse,
+        entropies is not None, MOMENTS, SMOOTHED, SCALED, CAPPED,
+        PEELED, LANES, VECTOR,
+    )  # fmt: skip
     maximum = tl.maximum(tl.max(peak, 0), z_y)
     rescaled = _at_least(peak - maximum, _FAR)
     keep = _exp(rescaled)
@@ -320,7 +343,7 @@ def cross_entropy_rows(
     softcap: float,
     logit_scale: float,
 ) -> None:
-    """The operator's schema (`fastft.loss.cross_entropy.ROWS`) for fp32, bf16 and fp16 logits.
+    """The operator's schema (`fastft.loss.cross_entropy_rows.ROWS`) for fp32, bf16 and fp16 logits.
 
     Raises:
         TypeError: the logits have another dtype.

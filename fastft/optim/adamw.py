@@ -452,7 +452,7 @@ class AdamW(torch.optim.AdamW):
                 count for it.
 
         Returns:
-            The norm of all gradients together: float32, shape (); also `grad_norm`.
+            The norm of all gradients together, float32 of shape (); also `grad_norm`.
         """
         self.grad_norm = grad_norm(grads, self.impl)
         self._clipping = _Clipping(

@@ -37,8 +37,8 @@ def adamw(
 
     Args:
         model_or_params: a model, whose trainable parameters go into Trainer's two groups (biases
-            and norms do not decay; needs transformers); or an iterable of tensors, of `(name,
-            tensor)` pairs or of parameter groups, which may leave out what they like.
+            and norms do not decay; needs transformers); or an iterable of tensors, of
+            `(name, tensor)` pairs or of parameter groups, which may leave out what they like.
         args: a `transformers.TrainingArguments`, which gives lr, betas, eps and weight decay where
             the keyword is None.
         lr: learning rate; without it and without `args`, AdamW's default 1e-3. The others likewise.

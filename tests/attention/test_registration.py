@@ -15,11 +15,13 @@ from fastft.attention import registration
 
 MODEL = """
 from transformers import AutoModelForCausalLM, LlamaConfig
-sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=16)
+sizes |= dict(num_hidden_layers=1, num_attention_heads=2)
 model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), attn_implementation="fastft")
 model.save_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fastft")
-named = LlamaConfig.from_pretrained(folder, attn_implementation="fastft")  # a configuration that names it
+# a configuration that names it
+named = LlamaConfig.from_pretrained(folder, attn_implementation="fastft")
 assert AutoModelForCausalLM.from_config(named).config._attn_implementation == "fastft"
 """
 LOADED = """

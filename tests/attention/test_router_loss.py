@@ -10,8 +10,9 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from support.numerics import assert_no_worse
+from support.trainers import Curve, quiet_arguments
 from support.versions import checkpoint_activations
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 
 import fastft
 from fastft.integrations.check_packing import find_leak
@@ -159,33 +160,17 @@ def test_hooks_and_mask_are_gone_afterwards():
     assert before == [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
 
 
-class Losses(TrainerCallback):
-    def __init__(self):
-        self.values = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.values += [logs["loss"]] if "loss" in logs else []
-
-
 def trained(folder, attention, collator, *callbacks):
-    args = TrainingArguments(
-        str(folder),
-        logging_steps=1,
-        max_steps=3,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    losses, model = Losses(), made(attention=attention)
-    Trainer(
+    curve, model = Curve(), made(attention=attention)
+    trainer = Trainer(
         model,
-        args,
+        quiet_arguments(folder, max_steps=3),
         train_dataset=examples(),
         data_collator=collator,
-        callbacks=[losses, *callbacks],
-    ).train()
-    return torch.tensor(losses.values)
+        callbacks=[curve, *callbacks],
+    )
+    trainer.train()
+    return torch.tensor(curve.losses)
 
 
 def test_losses_of_trainer_with_padding_in_the_rows(tmp_path):

@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-import transformers
 from support.packed_examples import assert_same, make
 from support.ptx.engines import Engine, operator
+from support.trainers import logged, quiet_arguments, tiny_llama
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer
 
 from fastft.data.batch import FlatBatch, PackedBatch
 from fastft.data.boundaries import BOUNDARIES
@@ -120,44 +120,21 @@ def test_workers(expand_on_device):
 
 
 def losses(tmp_path, workers=0, **options):
-    set_seed(1)
-    shape = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=100, **shape))
-    arguments = TrainingArguments(
+    data = make([4, 7, 5, 9, 3, 6, 8, 5], labels=20)
+    arguments = quiet_arguments(
         tmp_path,
         max_steps=3,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
         dataloader_num_workers=workers,
-        disable_tqdm=True,
-        save_strategy="no",
         remove_unused_columns=False,
         eval_strategy="steps",
         eval_steps=3,
     )
-    data = make([4, 7, 5, 9, 3, 6, 8, 5], labels=20)
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=data,
-        eval_dataset=data[:3],
-        data_collator=PackingCollator(**options),
-    )
+    collator = PackingCollator(**options)
+    trainer = Trainer(tiny_llama(100), arguments, collator, data, data[:3])
     trainer.train()
-    return [
-        entry[key]
-        for entry in trainer.state.log_history
-        for key in ("loss", "eval_loss")
-        if key in entry
-    ]
+    return logged(trainer, "loss", "eval_loss")
 
 
 def test_trainer_takes_flat_batches(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from support import processes
+from support.trainers import quiet_arguments
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -92,17 +93,9 @@ def train(packed, **options) -> tuple[Model, Recorder, int]:
     # accelerate asks for them; the group is there
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "remove_unused_columns": False,  # the recorder reads the examples' numbers
-        }
-        args = transformers.TrainingArguments(
-            folder, **quiet, train_sampling_strategy="sequential", **options
-        )
+        # the recorder reads the examples' numbers
+        quiet = {"logging_strategy": "no", "remove_unused_columns": False}
+        args = quiet_arguments(folder, **quiet, train_sampling_strategy="sequential", **options)
         model, collator = Model(), Recorder()
         trainer = transformers.Trainer(
             model=model, args=args, train_dataset=packed, data_collator=collator

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.packed_examples import FORMS, assert_same, unpacked
+from support.trainers import logged, quiet_arguments, tiny_llama
 from support.versions import chosen_logits
 from torch.utils.data import IterableDataset
 
@@ -302,12 +303,7 @@ def test_rows_that_trl_packed():
 
 
 def llama() -> torch.nn.Module:
-    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(
-        **sizes, num_attention_heads=2, num_key_value_heads=1, attn_implementation="sdpa"
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config)
+    return tiny_llama(attn_implementation="sdpa")
 
 
 @pytest.mark.parametrize("packs", [False, True])
@@ -325,23 +321,18 @@ def test_trainer_keeps_documents_of_packed_rows_apart_as_stock_does(packs, tmp_p
     )
 
     def losses(dataset: Any, collator: Any) -> list[float]:
-        args = transformers.TrainingArguments(
-            str(tmp_path),
+        args = quiet_arguments(
+            tmp_path,
             per_device_train_batch_size=1,
             train_sampling_strategy="sequential",
             num_train_epochs=1,
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            save_strategy="no",
-            disable_tqdm=True,
             learning_rate=1e-2,
         )
         trainer = transformers.Trainer(
             model=llama(), args=args, train_dataset=dataset, data_collator=collator
         )
         trainer.train()
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return logged(trainer)
 
     stock = losses(rows.remove_columns("seq_idx"), transformers.default_data_collator)
     rows = rows.remove_columns("seq_idx")
@@ -357,13 +348,9 @@ def trl_losses(folder: str, rows: Any, collator: Any, **options: Any) -> list[fl
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(words), pad_token="[PAD]", eos_token="[EOS]"
     )
-    args = trl.SFTConfig(
+    args = quiet_arguments(
         folder,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_steps=1,
+        trl.SFTConfig,
         bf16=False,
         per_device_train_batch_size=1,
         train_sampling_strategy="sequential",
@@ -377,7 +364,7 @@ def trl_losses(folder: str, rows: Any, collator: Any, **options: Any) -> list[fl
         llama(), args=args, train_dataset=rows, data_collator=collator, processing_class=tokenizer
     )
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged(trainer)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own

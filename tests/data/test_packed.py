@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.numerics import assert_no_worse, terms_of
+from support.trainers import logged, quiet_arguments, tiny_llama
 from torch.utils.data import DataLoader, Dataset
 
 from fastft.data.collator import PackingCollator
@@ -304,18 +305,8 @@ def test_bad_datasets(dataset, error, message):
         pack(dataset, 32)
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).to(dtype)
+def llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return tiny_llama(num_hidden_layers=2, attn_implementation="sdpa").to(dtype)
 
 
 def separately(
@@ -340,11 +331,11 @@ def separately(
 @pytest.mark.parametrize("multiple", [None, 16])
 @pytest.mark.parametrize("packs", [1, 2, 5])
 def test_packed_batch_equals_examples_run_alone(packs, multiple):
-    model = tiny_llama()
+    model = llama()
     packed = pack(from_list(make(masked=3)), 32)
     fetched = packed.__getitems__(range(packs))
     truth, true_gradients = separately(
-        tiny_llama(torch.float64), [e for one in fetched for e in one.examples]
+        llama(torch.float64), [e for one in fetched for e in one.examples]
     )
     loss, gradients = separately(model, [e for one in fetched for e in one.examples])
     model.zero_grad()
@@ -360,11 +351,11 @@ def test_packed_batch_equals_examples_run_alone(packs, multiple):
 @pytest.mark.parametrize("kind", ["list", "torch", "datasets"])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_trainer_trains_on_packs(kind, batch_size, tmp_path):
-    model = tiny_llama()
+    model = llama()
     examples = make()
     packed = pack(KINDS[kind](examples), 32)
-    args = transformers.TrainingArguments(
-        str(tmp_path),
+    args = quiet_arguments(
+        tmp_path,
         per_device_train_batch_size=batch_size,
         train_sampling_strategy="sequential",
         num_train_epochs=1,
@@ -372,18 +363,13 @@ def test_trainer_trains_on_packs(kind, batch_size, tmp_path):
         lr_scheduler_type="constant",
         optim="sgd",
         max_grad_norm=0,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
     )
     reference = copy.deepcopy(model)
     trainer = transformers.Trainer(
         model=model, args=args, train_dataset=packed, data_collator=PackingCollator()
     )
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer)
     expected = []
     for first in range(0, len(packed), batch_size):
         groups = [
@@ -400,10 +386,8 @@ def test_trainer_trains_on_packs(kind, batch_size, tmp_path):
 
 
 def test_trainer_evaluates_on_packs(tmp_path):
-    model = tiny_llama()
-    args = transformers.TrainingArguments(
-        str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=1
-    )
+    model = llama()
+    args = quiet_arguments(tmp_path, per_device_eval_batch_size=1)
     trainer = transformers.Trainer(
         model=model, args=args, eval_dataset=pack(make(), 512), data_collator=PackingCollator()
     )

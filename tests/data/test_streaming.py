@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.trainers import quiet_arguments, tiny_llama
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastft.data.collator import PackingCollator
@@ -205,27 +206,9 @@ def test_open_packs_are_only_for_streams():
 
 
 def trainer_on(packed, tmp_path, **options) -> transformers.Trainer:
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=64,
-    )
-    arguments = {
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "max_steps": 3,
-    }
-    args = transformers.TrainingArguments(
-        str(tmp_path), **arguments, per_device_train_batch_size=2, **options
-    )
-    model = transformers.LlamaForCausalLM(config)
+    args = quiet_arguments(tmp_path, max_steps=3, per_device_train_batch_size=2, **options)
     return transformers.Trainer(
-        model=model, args=args, train_dataset=packed, data_collator=PackingCollator()
+        model=tiny_llama(), args=args, train_dataset=packed, data_collator=PackingCollator()
     )
 
 

@@ -360,15 +360,10 @@ def test_fp32_weights_under_autocast(chunk_rows: int) -> None:
 
 
 def test_a_training_step_is_stocks() -> None:
-    transformers = pytest.importorskip("transformers")
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=1003, **shape)).cuda()
+    pytest.importorskip("transformers")
+    from support.trainers import tiny_llama
+
+    model = tiny_llama(1003, hidden_size=64, num_hidden_layers=2).cuda()
     batch = fastft.PackingCollator()([{"input_ids": list(range(i, i + 40))} for i in (1, 50, 300)])
     batch = {
         key: value.cuda() if isinstance(value, torch.Tensor) else value

@@ -48,7 +48,7 @@ ESTIMATES = """# What the GPU kernels cost
 | a table without | chip |
 |---|---|
 | cross-entropy, plain, bf16, V=32000 | H100 5.0 |
-"""
+"""  # noqa: E501
 
 
 def outcomes(path: Path) -> dict[str, str]:
@@ -331,7 +331,7 @@ def test_the_smoke_cases_are_right_on_this_machine() -> None:
     for engine in smoke.engines(smoke.ADAMW):
         for rounding, moments in smoke.WAYS:
             smoke.test_adamw(engine, rounding, moments, keep)
-    for engine in smoke.engines(smoke.NORM):
+    for engine in smoke.engines(smoke.GRAD_NORM):
         smoke.test_norm_of_gradients(engine, keep)
     for engine in smoke.engines(smoke.BOUNDARIES):
         smoke.test_boundaries(engine, keep)

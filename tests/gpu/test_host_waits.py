@@ -72,7 +72,6 @@ def assert_masks_are_stocks(mode: DeviceMode, stock: nn.Module, batch: Any) -> N
     assert found <= expected, (found, expected)
 
 
-# ---- attention
 ATTENTION: dict[str, dict[str, Any]] = {
     "causal": {},
     "both ways": {"causal": False},
@@ -237,7 +236,6 @@ def test_a_block_mask(gpu: None) -> None:
     assert_masks_are_stocks(mode, stock, batch)
 
 
-# ---- the collator's batch
 def test_a_batch_comes_to_the_device_with_a_copy_of_each_tensor() -> None:
     batch = PackingCollator()(make(SIZES, labels=30))
     with DeviceMode() as mode:
@@ -280,7 +278,6 @@ def test_examples_classified_by_their_segments(gpu: None, name: str) -> None:
     assert ours(mode) == []
 
 
-# ---- the optimizer
 @pytest.fixture(params=["auto", "eager"])
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CPU's kernels in the place of CUDA's, with all that Python does for these; and plain

@@ -71,9 +71,6 @@ def row(key: str) -> Figures:
     return Figures(**ROWS["kernels"][key])
 
 
-# ---- rows
-
-
 @pytest.mark.parametrize(
     "key", [pytest.param(k, marks=[] if k in SAMPLE else [pytest.mark.ptx]) for k in EVERY]
 )
@@ -100,9 +97,6 @@ def test_the_page_shows_the_rows() -> None:
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
     assert (RESULTS / "kernels.md").read_text() == table.page(ROWS), "make kernels"
-
-
-# ---- planted faults: the comparison can fail
 
 
 @pytest.mark.parametrize(
@@ -193,9 +187,6 @@ def test_warps_of_an_sm(registers: int, threads: int, shared: int, warps: int) -
     assert Binary(registers, 0, Counter()).warps(90, threads, shared) == warps
 
 
-# ---- what must hold (issue 11)
-
-
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_row_kernel_needs_32_instructions_a_logit_and_stores_16_bytes(chip: int) -> None:
     figures = counted(f"{MUST_HOLD}, sm_{chip}")
@@ -240,9 +231,6 @@ def test_no_step_waits_for_the_device_or_launches_more_than_its_row(name: str) -
             f"with {versions()}"
         )
     assert work.launches <= before["launches"], "make kernels, if it must be so"
-
-
-# ---- the host
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,6 @@ def test_a_sound_kernel() -> None:
     )
 
 
-# -- addresses
-
-
 @pytest.mark.parametrize("elements", [31, 0])
 def test_a_store_past_the_end(elements: int) -> None:
     whole = ints(32)
@@ -91,9 +88,6 @@ def test_a_vector_off_its_alignment() -> None:
 @pytest.mark.parametrize("shared", [127, 0])
 def test_shared_memory_that_the_launch_has_not_asked_for(shared: int) -> None:
     caught("out of bounds", "st.shared.u32", "st.shared.u32 [%r5], %r1;", shared=shared)
-
-
-# -- what nobody wrote
 
 
 def test_a_register_that_nobody_wrote() -> None:
@@ -138,9 +132,6 @@ def test_device_memory_that_nobody_wrote() -> None:
             gpu.ops.packed_boundaries(lengths, ignored, source, 0, *outputs)
     assert caught.value.kind == "unwritten" and caught.value.kernel == "fill_kernel"
     assert caught.value.instruction.source.startswith("boundaries.cu:")
-
-
-# -- races
 
 
 SWAP = (
@@ -282,9 +273,6 @@ def test_the_barriers_of_a_triton_kernel_are_needed() -> None:
     assert caught.value.kernel == "_adamw_kernel" and "adamw_update_triton.py:" in str(caught.value)
 
 
-# -- threads that miss one another
-
-
 def test_a_barrier_that_only_some_threads_reach() -> None:
     body = (
         "setp.lt.u32 %p1, %r1, 7; @%p1 bra A; bar.sync 0; bra B; A: bar.sync 0; B: mov.u32 %r6, 0;"
@@ -332,9 +320,6 @@ def test_a_shuffle_of_a_cuda_kernel_that_some_lanes_miss() -> None:
     assert caught.value.instruction.opcode.startswith("shfl.sync")
 
 
-# -- what the machine does not know, or does not wait for
-
-
 @pytest.mark.parametrize(
     "instruction",
     ["wgmma.fence.sync.aligned", "add.rz.f32.v2 %f1, %f2, %f3", "shl.clamp.b32 %r6, %r1, 1"],
@@ -365,9 +350,6 @@ def test_a_trap() -> None:
     caught("trap", "trap", "trap;")
 
 
-# -- approximations
-
-
 def test_noise_is_a_function_of_the_input_s_bits() -> None:
     bits = np.arange(10_000, dtype=np.uint32) + np.float32(1.5).view(np.uint32)
     errors = noise(bits, 2)
@@ -387,9 +369,6 @@ def test_noise_moves_approximations_alone(opcode: str) -> None:
         results.append(x.view(torch.int32))
     off = (results[1] - results[0]).abs()
     assert torch.equal(results[1], results[2]) and off.max() == (0 if ".rn." in opcode else 2)
-
-
-# -- launches
 
 
 def planted(gpu: ptx.Gpu, **changes: Any) -> int:

@@ -65,8 +65,9 @@ INTEGER: dict[str, Callable[[int, int, int], int]] = {
     "lop3.b32 %r9, %r6, %r7, %r8, 0xca": lambda a, b, c: (a & b) | (~a & c),
     "lop3.b32 %r9, %r6, %r7, %r8, 0x96": lambda a, b, c: a ^ b ^ c,
     "prmt.b32 %r9, %r6, %r7, 0x6420": lambda a, b, c: prmt(lambda s, i: 2 * i)(a, b, c),
-    "prmt.b32 %r9, %r6, %r7, 0x9880": lambda a, b, c: 255 * (a >> 7 & 1) << 8 | 255 * (a >> 7 & 1) << 16 | a & 255
-    | 255 * (a >> 15 & 1) << 24,
+    "prmt.b32 %r9, %r6, %r7, 0x9880": lambda a, b, c: (
+        a & 255 | 255 * (a >> 7 & 1) << 8 | 255 * (a >> 7 & 1) << 16 | 255 * (a >> 15 & 1) << 24
+    ),
     "prmt.b32.f4e %r9, %r6, %r7, %r8": prmt(lambda s, i: s + i),
     "prmt.b32.b4e %r9, %r6, %r7, %r8": prmt(lambda s, i: s - i & 7),
     "prmt.b32.rc8 %r9, %r6, %r7, %r8": prmt(lambda s, i: s),
@@ -95,9 +96,6 @@ def test_integers(instruction: str) -> None:
     before = "cvt.u16.u32 %h1, %r6; cvt.u16.u32 %h2, %r7; "
     expected = [INTEGER[instruction](*map(int, each)) & MASK for each in zip(A, B, C, strict=True)]
     assert results(before + instruction) == expected
-
-
-# -- floats
 
 
 def floats(seed: int) -> np.ndarray:
@@ -240,9 +238,6 @@ def test_doubles() -> None:
     )
     execute(body + "fma.rn.f64 %e3, %e3, %e1, %e1; st.global.f64 [%d1], %e3;", out, threads=1)
     assert out.item() == 2.5
-
-
-# -- the warp and vectors
 
 
 def of_warp(instruction: str, threads: int = 32) -> list[int]:

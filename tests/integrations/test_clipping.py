@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.adamw_trainers import arguments, biased_llama, examples
+from support.trainers import logged
 
 import fastft
 
@@ -36,8 +37,7 @@ def run(folder, fuse, dtype=torch.float32, **options):
     if fuse:
         fastft.fuse_clipping(trainer)
     trainer.train()
-    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    return norms, watcher
+    return logged(trainer, "grad_norm"), watcher
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.1, 1e6, 0.0])

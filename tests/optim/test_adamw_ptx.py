@@ -180,9 +180,6 @@ def test_random_bits_of_a_place_past_two_to_the_36(engine: Engine, coded: bool) 
     assert_same_bits(list(tensors_in(ours)), list(tensors_in(theirs)))
 
 
-# -- what Triton's wrapper refuses
-
-
 def test_triton_refuses_what_does_not_fit() -> None:
     adamw_ = pytest.importorskip("fastft.optim.adamw_update_triton").adamw_
     p, table, hyper, one = (
@@ -223,9 +220,6 @@ def test_triton_refuses_a_graph_that_would_repeat_the_numbers_of_its_capture(
             unbound(training).optimizer.step()
     assert not launches
     assert_same_bits(training.values(), before)
-
-
-# -- CUDA's launcher: bindings, uploads, capture, streams
 
 
 @pytest.fixture(params=[80, 90])
@@ -378,9 +372,6 @@ def test_what_does_not_fit_is_refused(gpu: ptx.Gpu) -> None:
     ):
         with pytest.raises(RuntimeError, match=words):
             gpu.ops.adamw_(*arguments)
-
-
-# -- the norm of all gradients
 
 
 def check_norm(gpu: ptx.Gpu, sizes: list[int], dtype: torch.dtype) -> None:

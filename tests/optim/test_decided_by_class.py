@@ -1,7 +1,7 @@
-"""Libraries that decide by an optimizer's class, or by the class's name, take fastft's AdamW for
-what it is.
+"""Libraries that decide by an optimizer's class, or by its name, take our AdamW for what it is.
 
-Where each decides: fastft/integrations/optimizer_check.py. DeepSpeed itself: tests/integrations/test_engines.py.
+Where each decides stands in fastft/integrations/optimizer_check.py; DeepSpeed itself runs in
+tests/integrations/test_engines.py.
 """
 
 from __future__ import annotations

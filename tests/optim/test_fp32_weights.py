@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.trainers import tiny_llama
 
 import fastft
 from fastft.optim.adamw import AdamW
@@ -187,16 +188,7 @@ def test_shards_are_small_and_replaced(tmp_path):
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_from_pretrained_reads_it(tie, tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tie,
-    )
-    model = transformers.LlamaForCausalLM(config).bfloat16()
+    model = tiny_llama(32, tie_word_embeddings=tie).bfloat16()
     optimizer, _ = fastft.adamw(model, lr=1e-3)
     tokens = torch.arange(24).view(2, 12)
     for _ in range(3):

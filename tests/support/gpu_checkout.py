@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL = "bounded compare conftest gpu_check gpu_report ledger machine one_by_one pytest_ledger tables".split()
+REAL = "bounded compare conftest gpu_check gpu_report ledger machine one_by_one".split()
+REAL += ["pytest_ledger", "tables"]
 GPU = "stub-h100-80gb"
 
 TORCH = """
@@ -67,12 +68,14 @@ SETUP = """
     print("built for", os.environ["FASTFT_CUDA_ARCHS"])
     folder = pathlib.Path("fastft/_lib")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build_info.json").write_text(json.dumps({"cpu": {"sha256": ""}, "cuda": {"sha256": ""}}))
+    built = {"cpu": {"sha256": ""}, "cuda": {"sha256": ""}}
+    (folder / "build_info.json").write_text(json.dumps(built))
 """
 SMOKE = """
     import os
     def test_first(record_property):
-        record_property("found", {"kernel": "cuda, cross-entropy, plain, bf16, V=128256", "ms": 1.5})
+        kernel = "cuda, cross-entropy, plain, bf16, V=128256"
+        record_property("found", {"kernel": kernel, "ms": 1.5})
     def test_that_crashes():
         os._exit(11)
     def test_last(record_property):

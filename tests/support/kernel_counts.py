@@ -106,9 +106,6 @@ class Figures:
     warps: int = 0
 
 
-# ---- what is worse
-
-
 def worse(row: Figures, now: Figures) -> list[str]:
     """In which respects a kernel has become worse than its row, in words."""
     found = []
@@ -131,9 +128,6 @@ def worse(row: Figures, now: Figures) -> list[str]:
     if now.warps < row.warps:
         found.append(f"warps of an SM fell from {row.warps} to {now.warps}")
     return found
-
-
-# ---- the kernels
 
 
 def _rows_kernels(engine: str) -> Iterator[Kernel]:
@@ -310,9 +304,6 @@ def kernels(engine: str) -> list[Kernel]:
         *_scale_kernels(engine),
     ]
     return [*found, *_norm_kernels(), _upload()] if engine == "cuda" else found
-
-
-# ---- counting
 
 
 @contextmanager

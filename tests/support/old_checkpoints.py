@@ -1,6 +1,7 @@
 """What a checkpoint of commit a25eaea must load as, for ever: tests/fixtures/checkpoints_a25eaea.
 
-    git worktree add a25eaea a25eaea; cp tests/support/{old_checkpoints,adamw_modes}.py a25eaea/tests/support/
+    git worktree add a25eaea a25eaea
+    cp tests/support/{old_checkpoints,adamw_modes}.py a25eaea/tests/support/
     cd a25eaea/tests; PYTHONPATH=.. python -m support.old_checkpoints ../../tests/fixtures
 
 wrote that folder. It was run once, at a25eaea with the C++ engine, and is not to be run again: a

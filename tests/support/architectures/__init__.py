@@ -1,6 +1,6 @@
 """Every language model of transformers, made small: stock loss and gradients against fused ones.
 
 `shrink` makes a config small, `overrides` says what it cannot guess, `models` builds a case and its
-batch, `outcome` compares, `table` writes what `make sweep` found. `tests/integrations/test_architectures.py`
-runs it.
+batch, `outcome` compares, `table` writes what `make sweep` found.
+`tests/integrations/test_architectures.py` runs it.
 """

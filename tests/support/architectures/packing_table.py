@@ -32,18 +32,21 @@ _MEANING = {
 }
 _HEAD = f"""# Packed sequences against the same sequences alone
 
-Three sequences in one row, and two such rows, against the model run on one sequence after another: outputs of every
-token and gradients of all parameters, fp32, random models with shrunken configs.
+Three sequences in one row, and two such rows, against the model run on one sequence after another:
+outputs of every token and gradients of all parameters, fp32, random models with shrunken configs.
 
 * {EXACT}: outputs and gradients are those of the sequences alone.
-* **{LEAK}**: other tokens in the first sequence move the outputs of later ones. Silent in transformers.
-* **{OFF}**: no sequence sees another, but outputs or gradients are not those of the sequences alone.
+* **{LEAK}**: other tokens in the first sequence move the outputs of later ones. Silent in
+  transformers.
+* **{OFF}**: no sequence sees another, but outputs or gradients are not those of the sequences
+  alone.
 * {RAISES}: the model's forward raises.
 
-Columns: what transformers makes of a batch of `input_ids` and `position_ids` without a cache (its flattening collator
-in its Trainer), with the cache that most configs turn on, with a 2-D mask of ones; of all keys of
-`fastft.PackingCollator`, and of two such rows. Then what `fastft.check_packing` says of the model, and what becomes of
-it in Trainer with `fastft.PackingCallback` or `FusedLossCallback`. Flash attention needs a GPU and is not in this
+Columns: what transformers makes of a batch of `input_ids` and `position_ids` without a cache (its
+flattening collator in its Trainer), with the cache that most configs turn on, with a 2-D mask of
+ones; of all keys of `fastft.PackingCollator`, and of two such rows. Then what
+`fastft.check_packing` says of the model, and what becomes of it in Trainer with
+`fastft.PackingCallback` or `FusedLossCallback`. Flash attention needs a GPU and is not in this
 table."""
 
 
@@ -72,11 +75,10 @@ def written(found: dict[str, dict[str, dict[str, str]]], swept: set[str]) -> str
     lines = [
         *_HEAD.split("\n"),
         "",
-        f"`make sweep`, or `pytest tests/integrations/test_packing_matrix.py --packing-matrix FILE` for the "
-        f"first table alone:"
-        f" transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a "
-        f"CPU, without"
-        " causal-conv1d, mamba-ssm and flash-linear-attention.",
+        "`make sweep`, or `pytest tests/integrations/test_packing_matrix.py --packing-matrix FILE` "
+        f"for the first table alone: transformers {transformers.__version__}, "
+        f"torch {torch.__version__.split('+')[0]}, on a CPU, without causal-conv1d, mamba-ssm and "
+        "flash-linear-attention.",
         "",
         "| best | classes | meaning |",
         "|---|---|---|",

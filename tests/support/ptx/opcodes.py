@@ -81,9 +81,6 @@ def elementwise(
     return lambda lanes: put(lanes, function(*[source(lanes) for source in sources]))
 
 
-# -- arithmetic
-
-
 def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if np.any(b == 0):
         raise Fault("division by zero", "of integers")
@@ -221,8 +218,6 @@ def _copysign(compiler: Compiler, i: Instruction) -> Run:
     )
 
 
-# -- approximations and roots
-
 _SPECIAL = {
     "ex2": np.exp2,
     "lg2": np.log2,
@@ -278,8 +273,6 @@ def _testp(compiler: Compiler, i: Instruction) -> Run:
     return elementwise(compiler, i, [i.types[-1]], "pred", tests[test])
 
 
-# -- comparison and selection
-
 _COMPARE = {
     **{"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le},
     **{
@@ -334,9 +327,6 @@ def _setp(compiler: Compiler, i: Instruction) -> Run:
 def _selp(compiler: Compiler, i: Instruction) -> Run:
     kind = f"b{BITS[i.types[-1]]}"
     return elementwise(compiler, i, [kind, kind, "pred"], kind, lambda a, b, p: np.where(p, a, b))
-
-
-# -- bits
 
 
 @opcode("and or xor")
@@ -443,9 +433,6 @@ def _count(compiler: Compiler, i: Instruction) -> Run:
         ),
     }
     return elementwise(compiler, i, [kind], kind if i.base == "brev" else "u32", functions[i.base])
-
-
-# -- moves and conversions
 
 
 @opcode("mov")

@@ -106,9 +106,6 @@ def _st(compiler: Compiler, i: Instruction) -> Run:
     return run
 
 
-# -- the warp
-
-
 def _warps(lanes: Lanes, mask: np.ndarray, what: str) -> np.ndarray:
     """The active lanes of each thread's warp as a mask; all of its lanes must have come, with the
     mask of just these.
