@@ -139,9 +139,7 @@ def cross_entropy(
     class_dim = _class_dim(input)
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     logits = input.movedim(class_dim, -1).reshape(-1, input.shape[class_dim])
-    shard = None
-    if group is not None:
-        shard = Shard.of(logits.shape[1:], group, "class dimension of input", target, impl)
+    shard = Shard.of(logits.shape[1:], group, "class dimension of input", target, impl)
     classes = logits.shape[1] if shard is None else shard.classes
     check_weight(weight, classes, input.device)
     counted = None

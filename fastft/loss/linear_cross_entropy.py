@@ -192,9 +192,7 @@ def linear_cross_entropy(
     input, linear_weight, linear_bias, target, group = local_head(
         input, linear_weight, linear_bias, target, group
     )
-    shard = None
-    if group is not None:
-        shard = Shard.of(linear_weight.shape, group, "linear_weight", target, impl)
+    shard = Shard.of(linear_weight.shape, group, "linear_weight", target, impl)
     classes = len(linear_weight) if shard is None else shard.classes
     check_weight(weight, classes, input.device)
     shape = input.shape[:-1]
@@ -214,8 +212,16 @@ def linear_cross_entropy(
             loss = _of_probabilities(operands, target, weight, call, reduction, num_items)
         else:
             flat = check_indices(target, input, -1, classes, ignore_index)
-            given = operands, flat, weight, call, reduction, num_items
-            loss = _of_indices(*given, shard=shard, accumulate=accumulate)
+            loss = _of_indices(
+                operands,
+                flat,
+                weight,
+                call,
+                reduction,
+                num_items,
+                shard=shard,
+                accumulate=accumulate,
+            )
     return loss.view(shape) if reduction == "none" else loss
 
 

@@ -146,5 +146,5 @@ def apply_to_rows(
             left to do.
     """
     rows = rows or CountedRows(terms[0][0].shape[:-1].numel())
-    task = _Task(function, arguments, summed, rows, known)
-    return _RowFunction.apply(task, *(tensor for term in terms for tensor in term))
+    tensors = (tensor for term in terms for tensor in term)
+    return _RowFunction.apply(_Task(function, arguments, summed, rows, known), *tensors)

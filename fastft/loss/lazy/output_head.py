@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastft.foreign import base_model, is_dtensor, is_exporting, sharding_library
+from fastft.foreign import base_model, is_dtensor, is_exporting, output_embeddings, sharding_library
 from fastft.loss.lazy.evaluation import Evaluation
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
@@ -106,11 +106,6 @@ class LazyForward:
             return "a module backward hook watches the gradient of the logits"
         return None if sharding is None else sharding.reason_now()
 
-    def give_up(self) -> None:
-        """Leaves the head to another attachment, whose own this one is not when it ends."""
-        self.remove()
-        self.report.skipped.append("another fused loss has taken the output head")
-
     def remove(self) -> None:
         """Takes the head back to stock, if it is still ours."""
         if self.head.__dict__.get("forward") is self:
@@ -120,12 +115,6 @@ class LazyForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.head, "forward")
-
-
-_DATA_PARALLEL = "DataParallel: its replicas would call the head of the first device"
-_TENSOR_PARALLEL = (
-    "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
-)
 
 
 class Attachment:
@@ -141,17 +130,23 @@ class Attachment:
         self.heads: list[nn.Linear] = []
         self._forwards: list[LazyForward] = []
         if isinstance(model, nn.DataParallel):
-            self.report.skipped.append(_DATA_PARALLEL)
+            self.report.skipped.append(
+                "DataParallel: its replicas would call the head of the first device"
+            )
             return
         for head in find_heads(model):
             stale = head.__dict__.get("forward")
             if isinstance(stale, LazyForward):
-                stale.give_up()
+                stale.remove()
+                stale.report.skipped.append("another fused loss has taken the output head")
             reason = _reason_against(head)
             around = [m for m in model.modules() if any(part is head for part in m.modules())]
             library = sharding_library(head, around) if reason is None else None
             if reason is None and library is None and is_dtensor(head.weight):
-                reason = _TENSOR_PARALLEL
+                reason = (
+                    "the output head is tensor-parallel: its weight is a DTensor that no FSDP "
+                    "gathers"
+                )
             if reason is not None:
                 self.report.skipped.append(reason)
                 continue
@@ -202,15 +197,9 @@ _LANGUAGE_MODEL = re.compile(
 
 def _output_embeddings(base: nn.Module) -> list[nn.Module]:
     """The output embeddings that the model names, or else those of the models inside it."""
-    found: dict[int, nn.Module] = {}
-    for module in base.modules():
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            head = module.get_output_embeddings()  # type: ignore[operator]
-            if head is not None:
-                found[id(head)] = head
-        if module is base and found:
-            break
-    return list(found.values())
+    own = output_embeddings(base)
+    heads = map(output_embeddings, base.modules()) if own is None else [own]
+    return list(dict.fromkeys(head for head in heads if head is not None))
 
 
 def _last_layer(base: nn.Module) -> list[nn.Linear]:

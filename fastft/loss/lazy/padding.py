@@ -42,15 +42,18 @@ def write(
 ) -> Any:
     """`lazy[slices] = logits`, where `lazy` has one value everywhere and nobody else knows it."""
     index, logits = args
-    if not isinstance(logits, type(lazy)) or not logits.is_lazy or logits.linear.marked is not None:
-        return NotImplemented
-    if not _is_blank(lazy) or not isinstance(index, tuple) or len(index) != lazy.shadow.dim():
-        return NotImplemented
-    fits = all(isinstance(item, slice) for item in index)
-    if not fits or lazy.shadow[index].shape != logits.shape:
+    fits = (
+        # nobody else knows it
+        (lazy._root is None and not lazy._has_views and lazy.linear.terms[0][0].shape[-1] == 0)
+        and (isinstance(logits, type(lazy)) and logits.is_lazy and logits.linear.marked is None)
+        and (isinstance(index, tuple) and len(index) == lazy.shadow.dim())
+        and all(isinstance(item, slice) for item in index)
+        and (lazy.shadow[index].shape, lazy.shadow.dtype) == (logits.shape, logits.shadow.dtype)
+    )
+    if not fits:
         return NotImplemented
     value = evaluate(lazy.expression, lazy.linear.terms[0][0].new_zeros(1))
-    if logits.shadow.dtype != lazy.shadow.dtype or value.numel() != 1:
+    if value.numel() != 1:
         return NotImplemented
 
     def longer(x: Tensor) -> Tensor:
@@ -65,7 +68,3 @@ def write(
     state = autocast_state(value.device.type)
     lazy._recipe.expression = Recorded(torch.where, operands, {}, state)
     return None
-
-
-def _is_blank(lazy: LazyLogits) -> bool:
-    return lazy.linear.terms[0][0].shape[-1] == 0 and lazy._root is None and not lazy._has_views

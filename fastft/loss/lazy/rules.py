@@ -116,30 +116,26 @@ def _sum_of_two(
 ) -> Any:
     """A head plus a trained bias (ESM), or plus a LoRA head: still one linear layer."""
     is_sum = func.__name__ in ("add", "__add__", "__radd__") and len(args) == 1 and not kwargs
-    if not is_sum or lazy.expression is not LOGITS:
+    if not is_sum or lazy.expression is not LOGITS or not isinstance(args[0], Tensor):
         return NotImplemented
     other, dtype = args[0], lazy.shadow.dtype
     if isinstance(other, type(lazy)):
         found = scale_and_softcap(other.expression) if other.is_lazy else None
-        if found is None or found.softcap is not None or found.casts or _any_freed(lazy, other):
-            return NotImplemented
-        if other.shape != lazy.shape:
+        is_scaled = found is not None and found.softcap is None and not found.casts
+        if found is None or not is_scaled or other.shape != lazy.shape or _any_freed(lazy, other):
             return NotImplemented
         shadow = on_meta(lazy, func, (lazy, other), {})
         return lazy.derived(LOGITS, shadow, lazy.source.plus(other.source, found.scale))
-    is_bias = (
-        isinstance(other, Tensor) and other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
-    )
-    if not is_bias or other.dim() > lazy.shadow.dim() or _any_freed(lazy):
+    is_wider = other.dtype == torch.float32 and lazy.linear.terms[0][0].element_size() == 2
+    is_bias = other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
+    if not is_bias or not (other.dtype == dtype or is_wider):
         return NotImplemented
-    if other.dtype != dtype and not (
-        other.dtype == torch.float32 and lazy.linear.terms[0][0].element_size() == 2
-    ):
+    if other.dim() > lazy.shadow.dim() or _any_freed(lazy):
         return NotImplemented
     shadow = on_meta(lazy, func, (lazy, other), {})
-    result = lazy.derived(LOGITS, shadow, lazy.source.plus_bias(other.reshape(-1).to(dtype)))
+    linear = lazy.source.plus_bias(other.reshape(-1).to(dtype))
     # where autocast ran the head in 16 bits, the sum with a bias of 32 has 32
-    return result.to(other.dtype)
+    return lazy.derived(LOGITS, shadow, linear).to(other.dtype)
 
 
 def _any_freed(*logits: LazyLogits) -> bool:
@@ -150,8 +146,7 @@ def _any_freed(*logits: LazyLogits) -> bool:
 def _softmax(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    dim = kwargs.get("dim", args[0] if args else None)
-    if not is_last(lazy, dim):
+    if not is_last(lazy, kwargs.get("dim", args[0] if args else None)):
         return NotImplemented
     dtypes = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
     function = torch.log_softmax if "log" in func.__name__ else torch.softmax

@@ -58,22 +58,22 @@ def reshape(
     return lazy.viewed(func, args, kwargs, shadow, change, same_rows=True)
 
 
-def _dimensions(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Any] | None:
-    """The dimensions that a function with arguments `args` (without the tensor) works on."""
-    name = func.__name__
+# what a function calls the dimension that it works on, where that stands behind the tensor, and its
+# default; of others "dim" stands first, and has none
+_DIMENSIONS = {
+    "split": ("dim", 1, 0),
+    "chunk": ("dim", 1, 0),
+    "unbind": ("dim", 0, 0),
+    "flatten": ("end_dim", 1, -1),
+}
+
+
+def _dimensions(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The dimensions that the function `name` with `args` (without the tensor) works on."""
     if name in ("transpose", "swapaxes", "swapdims"):
         return [*args[:2], *(kwargs[key] for key in kwargs if key.startswith(("dim", "axis")))]
-    if name in ("split", "chunk"):
-        return [kwargs.get("dim", args[1] if len(args) > 1 else 0)]
-    if name == "unbind":
-        return [kwargs.get("dim", args[0] if args else 0)]
-    if name == "flatten":
-        return [kwargs.get("end_dim", args[1] if len(args) > 1 else -1)]
-    if "dim" in kwargs or args:
-        return [kwargs.get("dim", args[0] if args else None)]
-    return None
+    keyword, place, default = _DIMENSIONS.get(name, ("dim", 0, None))
+    return [kwargs.get(keyword, args[place] if len(args) > place else default)]
 
 
 def along_rows(
@@ -81,8 +81,8 @@ def along_rows(
 ) -> Any:
     """Applies a function of named dimensions, none of them the vocabulary, to the hidden states."""
     size = lazy.shadow.dim() + (func.__name__ == "unsqueeze")
-    dimensions = _dimensions(func, args, kwargs)
-    if dimensions is None or not all(isinstance(d, int) and (d + 1) % size for d in dimensions):
+    dimensions = _dimensions(func.__name__, args, kwargs)
+    if not all(isinstance(d, int) and (d + 1) % size for d in dimensions):
         return NotImplemented
     shadow = on_meta(lazy, func, (lazy, *args), kwargs)
     if isinstance(shadow, tuple | list):
