@@ -128,7 +128,12 @@ def _adamw_reference(
         eight_bit: _EightBit | None = None
         if moments[0].dtype == torch.int8:
             eight_bit = (tensors[2], tensors[3], next(next_residue), next(next_residue))
-        m, v, *largest = _load_moments(moments, eight_bit)
+        # in fp32, themselves where they are that
+        m, v, *largest = (
+            map(_flat, moments_8bit.dequantise(*eight_bit))
+            if eight_bit
+            else [moment.float() for moment in moments]
+        )
         decay, lerp_weight, beta2, one_minus_beta2, *others = hyper[row].tolist()
         negative_step, correction2_sqrt, eps, sign, step = others
         if step == 0:  # the device has found NaN or Inf
@@ -154,15 +159,6 @@ def _adamw_reference(
             bits(STREAMS["param"]) if kept_as == Rounding.STOCHASTIC else None,
         )
         _store_moments((m, v, *largest), moments, eight_bit, bits)
-
-
-def _load_moments(moments: list[Tensor], eight_bit: _EightBit | None) -> list[Tensor]:
-    """The flat moments in fp32, themselves where they are that; `eight_bit`: codes and scales."""
-    return (
-        list(map(_flat, moments_8bit.dequantise(*eight_bit)))
-        if eight_bit
-        else [moment.float() for moment in moments]
-    )
 
 
 def _store_moments(
@@ -215,8 +211,10 @@ def store_value(
 def _alike(device: torch.device, params: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if param.dtype != grad.dtype:
-            kinds = f"parameter {i} is {param.dtype}, its gradient {grad.dtype}"
-            return f"it takes gradients of their parameters' dtypes; {kinds}"
+            return (
+                f"it takes gradients of their parameters' dtypes; parameter {i} is {param.dtype}, "
+                f"its gradient {grad.dtype}"
+            )
     return None
 
 
