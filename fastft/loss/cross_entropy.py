@@ -18,7 +18,6 @@ from fastft.loss.cross_entropy_rows import ROWS, probability_losses
 from fastft.loss.options import (
     RowOptions,
     check_indices,
-    check_plain_impl,
     check_probabilities,
     check_reduction,
     check_tensors,
@@ -144,15 +143,15 @@ def cross_entropy(
     check_weight(weight, classes, input.device)
     counted = None
     if target.is_floating_point():
-        check_probabilities(target, input.shape, input.device, "input")
-        check_plain_impl(impl, "target probabilities")
+        check_probabilities(target, input.shape, input.device, "input", impl)
         rows = target.movedim(class_dim, -1).reshape(-1, classes)
         losses = probability_losses(logits, rows, weight, options)
     else:
         counted = check_indices(target, input, class_dim, classes, ignore_index)
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        dtype = statistics_dtype(logits.dtype)
-        weight = class_weights(weight, counted, ignore_index, reduction, num_items, dtype)
+        weight = class_weights(
+            weight, counted, ignore_index, reduction, num_items, statistics_dtype(logits.dtype)
+        )
         if shard is not None:
             losses = sharded_losses(logits, counted, weight, options, shard)
         else:

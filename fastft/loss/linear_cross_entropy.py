@@ -20,7 +20,6 @@ from fastft.loss.head_sweep import HeadCall, Operands
 from fastft.loss.linear_rows import divides_rows, linear_rows
 from fastft.loss.options import (
     check_indices,
-    check_plain_impl,
     check_probabilities,
     check_reduction,
     check_shapes,
@@ -50,7 +49,6 @@ def _of_probabilities(
     num_items: float | Tensor | None,
 ) -> Tensor:
     """The reduced loss of target probabilities (..., V), in plain torch."""
-    check_plain_impl(call.impl, "target probabilities")
     x, head, bias = (None if tensor is None else tensor.to(call.dtype) for tensor in operands)
     assert x is not None and head is not None
     rows = target.reshape(-1, target.shape[-1])
@@ -208,7 +206,9 @@ def linear_cross_entropy(
     )
     with torch.autocast(input.device.type, enabled=False):
         if target.is_floating_point():
-            check_probabilities(target, torch.Size([*shape, classes]), input.device, "the logits")
+            check_probabilities(
+                target, torch.Size([*shape, classes]), input.device, "the logits", impl
+            )
             loss = _of_probabilities(operands, target, weight, call, reduction, num_items)
         else:
             flat = check_indices(target, input, -1, classes, ignore_index)

@@ -164,8 +164,9 @@ class _LinearTokenLoss(torch.autograd.Function):
                 return None
             given: Sequence[Tensor | None] = (None, None, None)
             if values.requires_grad:
-                one = torch.ones_like(values)
-                given = torch.autograd.grad(values, known, one, allow_unused=True)
+                given = torch.autograd.grad(
+                    values, known, torch.ones_like(values), allow_unused=True
+                )
             log_probs, entropy, of_lse = (torch.zeros_like(lse) if g is None else g for g in given)
             upstream = [-log_probs, of_lse, entropy]
             row_kernel(z, y, [], upstream, losses, lse, statistics, [z], *options)

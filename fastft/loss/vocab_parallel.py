@@ -324,8 +324,7 @@ class _ShardedLogits(torch.autograd.Function):
         gradient = torch.empty_like(logits)
         for chunk in _chunks(logits):
             rows = ShardedRows(logits[chunk], target[chunk], weight, ctx.options, ctx.shard)
-            shared = _Shared(*known[chunk].split(1, 1))
-            gradient[chunk] = rows.gradient(shared, upstream[chunk])
+            gradient[chunk] = rows.gradient(_Shared(*known[chunk].split(1, 1)), upstream[chunk])
         return gradient, None, None, None, None
 
 

@@ -66,10 +66,10 @@ def _two(lazy: LazyLogits, both: Callable[[Tensor], Any]) -> tuple[Tensor, Tenso
 def _kept(lazy: LazyLogits, name: str) -> Tensor:
     """`logsumexp` or `argmax` of each row, of a pass that is not made again for logits that share
     `kept`."""
-    state = autocast_state(lazy.device.type)  # sets the dtype of logsumexp
-    if state not in lazy.kept:
-        lazy.kept[state] = _two(lazy, lambda z: (z.logsumexp(-1), z.argmax(-1)))
-    lse, argmax = lazy.kept[state]
+    kept, state = lazy._recipe.kept, autocast_state(lazy.device.type)  # the dtype of logsumexp
+    if state not in kept:
+        kept[state] = _two(lazy, lambda z: (z.logsumexp(-1), z.argmax(-1)))
+    lse, argmax = kept[state]
     if name == "argmax":
         return argmax.clone()
     return lazy.over_rows(lambda z: z.logsumexp(-1), known=lse)

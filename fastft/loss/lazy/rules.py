@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastft.loss.lazy.evaluation import new_zeros, write
 from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state, is_freed
 from fastft.loss.lazy.losses import cross_entropy, gather, is_last, reduce, scale_and_softcap, top
-from fastft.loss.lazy.padding import new_zeros, write
 from fastft.loss.lazy.views import (
     along_rows,
     clone,
@@ -104,9 +104,8 @@ def _operand(lazy: LazyLogits, arg: Any) -> tuple[Any] | None:
         return (arg.expression,) if same else None
     if not isinstance(arg, Tensor):
         return (arg,)
-    if arg.requires_grad or arg.dim() > lazy.shadow.dim():
-        return None
-    if arg.numel() != 1 and not arg.shape[-1] == lazy.shadow.shape[-1] == arg.numel():
+    is_row = arg.numel() == 1 or arg.shape[-1] == lazy.shadow.shape[-1] == arg.numel()
+    if arg.requires_grad or arg.dim() > lazy.shadow.dim() or not is_row:
         return None
     return (arg.reshape(-1 if arg.dim() else ()).clone(),)  # as it is now, whatever becomes of it
 
@@ -127,10 +126,12 @@ def _sum_of_two(
         shadow = on_meta(lazy, func, (lazy, other), {})
         return lazy.derived(LOGITS, shadow, lazy.source.plus(other.source, found.scale))
     is_wider = other.dtype == torch.float32 and lazy.linear.terms[0][0].element_size() == 2
-    is_bias = other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
-    if not is_bias or not (other.dtype == dtype or is_wider):
-        return NotImplemented
-    if other.dim() > lazy.shadow.dim() or _any_freed(lazy):
+    is_bias = (
+        other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
+        and other.dim() <= lazy.shadow.dim()
+        and (other.dtype == dtype or is_wider)
+    )
+    if not is_bias or _any_freed(lazy):
         return NotImplemented
     shadow = on_meta(lazy, func, (lazy, other), {})
     linear = lazy.source.plus_bias(other.reshape(-1).to(dtype))
@@ -171,11 +172,10 @@ def _record(
 
 def _named(*names: str) -> list[Callable[..., Any]]:
     """The method, the function and the functional of each name, where there is one."""
-    spaces = (T, torch, F)
     return [
         getattr(space, name)
         for name in names
-        for space in spaces
+        for space in (T, torch, F)
         if callable(getattr(space, name, None))
     ]
 

@@ -132,7 +132,8 @@ def getitem(
     if not all(item is None or _is_plain(item) for item in index):
         return NotImplemented
     if _indexed_dimensions(index, lazy.shadow.dim()):
-        if not (isinstance(index[-1], slice) and _takes_all(index[-1], lazy.shadow.shape[-1])):
+        classes = range(lazy.shadow.shape[-1])
+        if not isinstance(index[-1], slice) or classes[index[-1]] != classes:
             return NotImplemented
         index = (*index[:-1], slice(None))
     shadow = lazy.shadow[tuple(part for item in index for part in _on_meta(item))]
@@ -152,11 +153,6 @@ def _on_meta(item: Any) -> tuple[Any, ...]:
         return (item,)
     parts = item.nonzero(as_tuple=True) if item.dtype in _MASKS else (item,)
     return tuple(part.to("meta") for part in parts)
-
-
-def _takes_all(item: slice, size: int) -> bool:
-    is_whole = item.stop is None or item.stop >= size
-    return is_whole and item.start in (None, 0) and item.step in (None, 1)
 
 
 def _indexed_dimensions(index: tuple[Any, ...], dimensions: int) -> bool:
