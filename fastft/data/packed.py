@@ -16,12 +16,10 @@ from torch.utils.data import Dataset, IterableDataset
 from fastft.checks import optional_integer
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
-from fastft.data.dispatching import refuse_dispatch
-from fastft.data.epochs import epoch_plan
 from fastft.data.lengths import scan_lengths
 from fastft.data.pack import Pack, cut, filler
-from fastft.data.plan import PackPlan, checked_limits, plan_packs
-from fastft.data.streaming import OPEN_PACKS, PackedStream
+from fastft.data.plan import PackPlan, checked_limits, epoch_plan, plan_packs
+from fastft.data.streaming import OPEN_PACKS, PackedStream, refuse_dispatch
 from fastft.foreign import is_dataset, world_size
 
 ROWS_OF_A_TABLE = 1024  # of `to_dataset`: so many packs are in memory twice

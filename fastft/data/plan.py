@@ -4,6 +4,9 @@ The lengths are taken from the longest to the shortest (ties in the order they c
 the open pack whose remaining capacity is the smallest that takes it, among equal ones into the pack
 that has had this capacity longest, and into a new pack where none takes it. Only lengths and
 indices move: 4 or 8 bytes are read and 16 written per example.
+
+From one epoch to the next change the order of the packs, and which of equally long examples is in
+which.
 """
 
 from __future__ import annotations
@@ -349,3 +352,26 @@ def plan_packs(
     if seed is None:
         return made
     return made.reordered(shuffled_order(made.windows, generator_for(seed)))
+
+
+def epoch_plan(plan: PackPlan, seed: int, epoch: int, group: int = 1) -> PackPlan:
+    """Draws the plan of an epoch: other mates, and groups of `group` packs in a random order.
+
+    Each group stays within its window. All follows from the plan, the seed and the number of the
+    epoch: every rank draws the same without asking the others, a run that resumes draws what it
+    drew before, and number, lengths and costs of the packs never change.
+    """
+    generator = generator_for(seed, epoch)
+    exchanged = plan.entries(_exchanged(plan, generator))
+    return exchanged.reordered(shuffled_order(plan.windows, generator, group))
+
+
+def _exchanged(plan: PackPlan, generator: torch.Generator) -> Tensor:
+    """Draws the entry that takes each one's place, of the same window and length."""
+    kinds = plan.lengths + (plan.max_tokens + 1) * torch.repeat_interleave(
+        plan.windows, plan.offsets.diff()
+    )
+    lots = torch.randperm(kinds.numel(), generator=generator)
+    exchanged = torch.empty_like(lots)
+    exchanged[kinds.argsort(stable=True)] = lots[kinds[lots].argsort(stable=True)]
+    return exchanged

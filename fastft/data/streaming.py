@@ -16,12 +16,31 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from fastft.data.dispatching import refuse_dispatch
 from fastft.data.pack import Pack, cut
-from fastft.foreign import is_iterable_dataset
+from fastft.foreign import active_dataloader, dispatches, is_iterable_dataset
 
 OPEN_PACKS = 32
+REFUSAL = (
+    "accelerate would slice packed batches along dimension 0, and their boundaries with them "
+    "(dispatch_batches, its default for an iterable dataset); each rank has to load its own "
+    "batches: TrainingArguments(accelerator_config={'dispatch_batches': False})"
+)
 Examples = list[dict[str, Any]]
+
+
+def refuse_dispatch(dataset: Any) -> None:
+    """Raises ValueError if accelerate is about to dispatch the batches of `dataset`.
+
+    Rank 0 would load all batches, join them along dimension 0 and give each rank a slice of every
+    tensor. A packed batch has its boundaries in dimension 0: even on one rank only the first of
+    them would be left, and nothing would raise. It is accelerate's default for an iterable dataset.
+
+    To be called where the loader hands over, `set_epoch` and `__iter__`: accelerate has then made
+    it the active one.
+    """
+    active = active_dataloader()
+    if dispatches(active) and active.dataset is dataset:
+        raise ValueError(REFUSAL)
 
 
 class _Packer:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from fastft.data.label_counts import known_count
+from fastft.data.batch import known_count
 from fastft.foreign import unwrapped, whose_forward
 from fastft.integrations.evaluation import in_evaluation_loop
 from fastft.integrations.optimizer_check import Handed, check_optimizer

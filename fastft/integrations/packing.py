@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.data.collator import PackingCollator
-from fastft.data.dispatching import REFUSAL
 from fastft.data.packed import PackedDataset, packs_of
+from fastft.data.streaming import REFUSAL
 from fastft.foreign import base_model, dispatches, is_compiled, modules_with_hooks
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
