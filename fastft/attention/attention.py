@@ -104,12 +104,14 @@ def fastft_mask(
     from transformers.masking_utils import sdpa_mask
 
     def build() -> Tensor | None:
-        options: dict[str, Any] = {
-            "mask_function": mask_function,
-            "attention_mask": attention_mask,
+        return sdpa_mask(
+            q_length=q_length,
+            kv_length=kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
             **kwargs,
-        }
-        return sdpa_mask(q_length=q_length, kv_length=kv_length, local_size=local_size, **options)
+        )
 
     names, known = _names(mask_function), segments_under_way() is not None
     pattern = _pattern(names, local_size, attention_mask is None, build)

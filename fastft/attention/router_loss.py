@@ -64,7 +64,7 @@ def _returns_router_logits(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     asked = kwargs.get("output_router_logits")
     if asked is not None:
         return bool(asked)
-    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    configs = (getattr(module, "config", None) for module in model.modules())
     return any(getattr(config, "output_router_logits", False) for config in configs)
 
 
