@@ -195,8 +195,8 @@ class FlatBatch(_Counted):
             note_count(batch["labels"], counted)
         for key in BOUNDARIES_OF_SEGMENTS & self.others.keys():
             note_copy(self.others[key], others[key])
-        ends = itertools.accumulate(self.integers[: self.segments].tolist(), initial=0)
-        note(batch[CU_SEQLENS_Q], list(ends))
+        ends = [0, *itertools.accumulate(self.integers[: self.segments].tolist())]
+        note(batch[CU_SEQLENS_Q], ends)
         batch.count = self.count
         return batch
 
@@ -232,8 +232,7 @@ def count_labels(labels: Tensor | None, lengths: list[int], ignored: list[int]) 
         for start, length, first in zip(starts, lengths, ignored, strict=False)
         if length and first
     ]
-    places = torch.tensor(lost, dtype=torch.int64)
-    return int(kept.count_nonzero()) - int(kept[places].count_nonzero())
+    return int(kept.count_nonzero()) - int(kept[lost].count_nonzero())
 
 
 def note_count(labels: Tensor, counted: int) -> None:
@@ -243,8 +242,11 @@ def note_count(labels: Tensor, counted: int) -> None:
 
 def note_count_of_copy(labels: Any, copy: Any) -> None:
     """Counts labels that are on the host, and notes the number with their copy."""
-    integers = (torch.int64, torch.int32)
-    if isinstance(labels, Tensor) and labels.device.type == "cpu" and labels.dtype in integers:
+    if (
+        isinstance(labels, Tensor)
+        and labels.device.type == "cpu"
+        and labels.dtype in (torch.int64, torch.int32)
+    ):
         note_count(copy, int((labels != IGNORE_INDEX).sum()))
 
 

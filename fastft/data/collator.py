@@ -201,7 +201,7 @@ class PackingCollator:
         """Shares the examples out over rows; `counts` are those which must stay in one."""
         if self.rows == 1:
             return [list(range(len(lengths)))]
-        starts = [0, *itertools.accumulate(counts)]
+        starts = itertools.accumulate(counts, initial=0)
         members = [range(begin, end) for begin, end in itertools.pairwise(starts)]
         tokens = [*map(sum, itertools.zip_longest(lengths, task.beside, fillvalue=0))]
         sizes = [sum(tokens[example] for example in unit) for unit in members]

@@ -20,6 +20,8 @@ from fastft.data.pack import Pack, cut
 from fastft.foreign import active_dataloader, dispatches, is_iterable_dataset
 
 OPEN_PACKS = 32
+# the state of a stream that has yielded nothing
+BEGINNING: dict[str, Any] = {"seen": 0, "source": None, "ready": [], "open": []}
 REFUSAL = (
     "accelerate would slice packed batches along dimension 0, and their boundaries with them "
     "(dispatch_batches, its default for an iterable dataset); each rank has to load its own "
@@ -171,15 +173,13 @@ class PackedStream(IterableDataset[Pack]):
 
     def __iter__(self) -> Iterator[Pack]:
         refuse_dispatch(self)
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None and loaded["epoch"] != int(self._epoch):
-            loaded = None
+        state, self._loaded = self._loaded, None
+        if state is None or state["epoch"] != int(self._epoch):
+            state = BEGINNING
         packer = self._packer = _Packer(self.max_tokens, self.max_sequences, self.open_packs)
-        self._seen, self._source = 0, None
-        if loaded is not None:
-            packer.load_state_dict(loaded)
-            self._seen, self._source = loaded["seen"], loaded["source"]
-        examples = self._examples(loaded)
+        packer.load_state_dict(state)
+        self._seen, self._source = state["seen"], state["source"]
+        examples = self._examples(state)
         yield from packer.take()  # those that had been ready when the state was taken
         for example in examples:
             self._source = None
@@ -188,17 +188,15 @@ class PackedStream(IterableDataset[Pack]):
             yield from packer.take()
         packer.close()
         yield from packer.take()
-        resumed = loaded is not None and loaded["source"] is not None
-        if resumed and is_iterable_dataset(self.dataset):
+        if state["source"] is not None and is_iterable_dataset(self.dataset):
             # it would begin the next iteration where this one began
             self.dataset.load_state_dict({})
 
-    def _examples(self, loaded: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        if loaded is None or loaded["seen"] == 0:
-            return iter(self.dataset)
-        if loaded["source"] is None:
-            return islice(self.dataset, loaded["seen"], None)
-        self.dataset.load_state_dict(loaded["source"])
+    def _examples(self, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if state["seen"] > 0 and state["source"] is None:
+            return islice(self.dataset, state["seen"], None)
+        if state["seen"] > 0:
+            self.dataset.load_state_dict(state["source"])
         return iter(self.dataset)
 
     def _put(self, packer: _Packer, example: dict[str, Any]) -> None:
