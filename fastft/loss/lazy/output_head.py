@@ -97,16 +97,14 @@ class LazyForward:
         if type(self.head.weight) not in (Tensor, nn.Parameter):
             return f"the weight of the output head is a {type(self.head.weight).__name__}"
         # its logits are read after the forward pass, when the shards are gone
-        if evaluation is not None and self.sharding is not None:
-            return f"the output head is sharded by {self.sharding.library}"
+        sharding, everywhere = self.sharding, torch.nn.modules.module
         if evaluation is not None:
-            return None
-        everywhere = torch.nn.modules.module
+            return None if sharding is None else f"the output head is sharded by {sharding.library}"
         hooks = [everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks]
         hooks += [part for m in self.around for part in (m._backward_hooks, m._backward_pre_hooks)]
         if any(hooks):
             return "a module backward hook watches the gradient of the logits"
-        return None if self.sharding is None else self.sharding.reason_now()
+        return None if sharding is None else sharding.reason_now()
 
     def give_up(self) -> None:
         """Leaves the head to another attachment, whose own this one is not when it ends."""
