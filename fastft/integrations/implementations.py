@@ -9,7 +9,6 @@ The name is no part of a configuration that is saved.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,15 +70,17 @@ def stock_parts(base: nn.Module) -> Iterator[dict[int, str]]:
     and sounds, which are not called for a text: nothing is known of their attention.
     """
     called: dict[int, str] = {}
+    names = {
+        module: name
+        for name, module in base.named_modules()
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) in STOCK
+        and getattr(module, "_can_set_attn_implementation", lambda: False)()
+    }
+
+    def note(module: Any, args: Any) -> None:
+        called.setdefault(id(module.config), names[module])
+
     with contextlib.ExitStack() as hooks:
-        for name, module in base.named_modules():
-            config: Any = getattr(module, "config", None)
-            takes = getattr(module, "_can_set_attn_implementation", lambda: False)
-            if getattr(config, "_attn_implementation", None) in STOCK and takes():
-                note = functools.partial(_note, called, name)
-                hooks.callback(module.register_forward_pre_hook(note).remove)
+        for module in names:
+            hooks.callback(module.register_forward_pre_hook(note).remove)
         yield called
-
-
-def _note(called: dict[int, str], name: str, module: Any, args: Any) -> None:
-    called.setdefault(id(module.config), name)
