@@ -432,6 +432,13 @@ def test_reading_after_the_weight_changed_raises():
             read(z)
 
 
+@pytest.mark.parametrize("classes", [1, 7])
+def test_a_negative_step_is_torchs_error(classes):
+    logits = lazy_linear(torch.randn(5, 4), torch.randn(classes, 4), None, Report())
+    with pytest.raises(ValueError, match="step must be greater than zero"):
+        logits[:, ::-1]
+
+
 def test_reading_after_the_hidden_states_changed_raises():
     hidden = torch.randn(B, S, H)
     z = lazy_linear(hidden, torch.randn(V, H), None, Report())

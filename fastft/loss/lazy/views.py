@@ -131,12 +131,12 @@ def getitem(
     index = args[0] if isinstance(args[0], tuple) else (args[0],)
     if not all(item is None or _is_plain(item) for item in index):
         return NotImplemented
+    shadow = lazy.shadow[tuple(part for item in index for part in _on_meta(item))]
     if _indexed_dimensions(index, lazy.shadow.dim()):
         classes = range(lazy.shadow.shape[-1])
         if not isinstance(index[-1], slice) or classes[index[-1]] != classes:
             return NotImplemented
         index = (*index[:-1], slice(None))
-    shadow = lazy.shadow[tuple(part for item in index for part in _on_meta(item))]
     return lazy.viewed(func, args, kwargs, shadow, lambda x: x[index])
 
 
