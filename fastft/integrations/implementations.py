@@ -67,15 +67,17 @@ def stock_parts(base: nn.Module) -> Iterator[dict[int, str]]:
     """Gathers the modules that have sdpa or eager attention and are called inside this context.
 
     Their names, one for each configuration, and only where the module takes another attention's
-    name. Attention that the user chose (flash, flex, ours) is left out; so are towers for images
-    and sounds, which are not called for a text: nothing is known of their attention.
+    name. Attention that the user chose (flash, flex, ours) is left out, and eager attention that
+    has to return its weights; so are towers for images and sounds, which are not called for a text:
+    nothing is known of their attention.
     """
     called: dict[int, str] = {}
     with contextlib.ExitStack() as hooks:
         for name, module in base.named_modules():
             config: Any = getattr(module, "config", None)
             takes = getattr(module, "_can_set_attn_implementation", lambda: False)
-            if getattr(config, "_attn_implementation", None) in STOCK and takes():
+            stock = getattr(config, "_attn_implementation", None) in STOCK
+            if stock and not getattr(config, "output_attentions", False) and takes():
                 note = functools.partial(_note, called, name)
                 hooks.callback(module.register_forward_pre_hook(note).remove)
         yield called
