@@ -45,9 +45,9 @@ class PackingCallback(TrainerCallback):
     attention and `attn_implementation="fastft"` is exact, it gets that. A model with attention code
     of its own for which a mask of T x T is exact gets the mask. At the end it has what it had. Any
     other attention (flash, flex) was the user's choice and stays, as it does in a model that
-    torch.compile has seen or will see, or that returns its attentions. Batches of other collators, such as those of an evaluation, are left
-    alone. `evaluate` and `predict` outside `train()` run the model as it is: there it is probed
-    after the first packed batch.
+    torch.compile has seen or will see, or that returns its attentions. Batches of other collators,
+    such as those of an evaluation, are left alone. `evaluate` and `predict` outside `train()` run
+    the model as it is: there it is probed after the first packed batch.
 
     Args:
         on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated

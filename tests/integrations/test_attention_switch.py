@@ -415,7 +415,7 @@ def test_a_model_that_trainer_will_compile_keeps_its_graph(tmp_path):
 
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_a_model_that_returns_its_attentions_does_so(kind, tmp_path):
-    """transformers saves no configuration that asks for them beside another attention than eager."""
+    """transformers saves no configuration that asks for them with another attention than eager."""
     model = tiny_llama(attn_implementation="eager", output_attentions=True)
     callback, returned = kind(), []
     model.register_forward_hook(lambda module, args, output: returned.append(output["attentions"]))
