@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.attention.segment_attention import segment_attention
-from fastft.attention.segments import Segments, packed_forward_under_way, segments_of
+from fastft.attention.segments import Segments, segments_of, segments_under_way
 from fastft.data.host_boundaries import note
 
 NAME = "fastft"
@@ -104,14 +104,16 @@ def fastft_mask(
     from transformers.masking_utils import sdpa_mask
 
     def build() -> Tensor | None:
-        options: dict[str, Any] = {
-            "mask_function": mask_function,
-            "attention_mask": attention_mask,
+        return sdpa_mask(
+            q_length=q_length,
+            kv_length=kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
             **kwargs,
-        }
-        return sdpa_mask(q_length=q_length, kv_length=kv_length, local_size=local_size, **options)
+        )
 
-    names, known = _names(mask_function), packed_forward_under_way()
+    names, known = _names(mask_function), segments_under_way() is not None
     pattern = _pattern(names, local_size, attention_mask is None, build)
     binds = any(size is not None and size < kv_length for size in (pattern.window, pattern.chunk))
     # a mask of chunks counts from the first token of a row: right only where positions made it

@@ -12,6 +12,8 @@ T), 0 where a row ends with padding, and its body, which computes attention, doe
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,35 +25,20 @@ from fastft.foreign import base_model
 _MARK = "fastft_padding"  # an attribute of the mask, by which the body's hook knows it
 
 
-class RouterLossHandle:
-    """Ends what `count_no_padding` began."""
-
-    def __init__(self, hooks: list[Any]) -> None:
-        self._hooks = hooks
-
-    def remove(self) -> None:
-        """Takes the hooks off; again does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-
-def count_no_padding(model: nn.Module) -> RouterLossHandle:
-    """Keeps the padding of packed batches out of the router's loss of `model`, until `.remove()`.
+@contextlib.contextmanager
+def count_no_padding(model: nn.Module) -> Iterator[None]:
+    """Keeps the padding of packed batches out of the router's loss of `model` inside this context.
 
     The batch says how many tokens at the end of each row are padding: `padding_lengths`, integers
     (R,). A model that returns no router's loss, or has no body beside its head, is left alone.
     """
     base = base_model(model)
     body = getattr(base, "base_model", base)
-    if body is base or not isinstance(body, nn.Module):
-        return RouterLossHandle([])
-    return RouterLossHandle(
-        [
-            model.register_forward_pre_hook(_give_mask, with_kwargs=True),
-            body.register_forward_pre_hook(_take_mask, with_kwargs=True),
-        ]
-    )
+    with contextlib.ExitStack() as hooks:
+        if body is not base and isinstance(body, nn.Module):
+            hooks.callback(model.register_forward_pre_hook(_give_mask, with_kwargs=True).remove)
+            hooks.callback(body.register_forward_pre_hook(_take_mask, with_kwargs=True).remove)
+        yield
 
 
 def _give_mask(
@@ -62,9 +49,8 @@ def _give_mask(
         not isinstance(padding, Tensor)
         or tokens is None
         or kwargs.get("attention_mask") is not None
+        or not _returns_router_logits(model, kwargs)
     ):
-        return None
-    if not _returns_router_logits(model, kwargs):
         return None
     width = tokens.shape[1]
     mask = (
@@ -78,7 +64,7 @@ def _returns_router_logits(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     asked = kwargs.get("output_router_logits")
     if asked is not None:
         return bool(asked)
-    configs = (module.config for module in model.modules() if hasattr(module, "config"))
+    configs = (getattr(module, "config", None) for module in model.modules())
     return any(getattr(config, "output_router_logits", False) for config in configs)
 
 

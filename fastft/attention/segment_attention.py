@@ -364,20 +364,6 @@ ATTENTION = ops.Operation(
 )
 
 
-def _engine(
-    impl: str,
-    query: Tensor,
-    value: Tensor,
-    call: AttentionCall,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-) -> str:
-    """The engine of a call; raises as `Operation.resolve` does."""
-    has_mask, sizes = bias is not None or call.mask is not None, (query.shape[3], value.shape[3])
-    options = has_mask, call.softcap is not None, sinks is not None, call.dropout > 0
-    return ATTENTION.resolve(impl, query.device, _Asked(query.dtype, *sizes, *options))
-
-
 def _check(
     query: Tensor, key: Tensor, value: Tensor, window: int | None, chunk: int | None, dropout: float
 ) -> None:
@@ -458,7 +444,9 @@ def segment_attention(
     call = AttentionCall(
         segments, pieces, length, causal, window, chunk, scale, softcap, mask, dropout, seed
     )
-    engine = _engine(impl, query, value, call, sinks, bias)
+    masked, sizes = bias is not None or mask is not None, (size, value.shape[3])
+    asked = _Asked(query.dtype, *sizes, masked, softcap is not None, sinks is not None, dropout > 0)
+    engine = ATTENTION.resolve(impl, query.device, asked)
     if engine == "eager":
         return _attention_reference(query, key, value, sinks, bias, call)
     query, key, value = map(_dense, (query, key, value))

@@ -263,15 +263,9 @@ def _forwards() -> list[_Forward]:
     return forwards
 
 
-def packed_forward_under_way() -> bool:
-    """Whether the innermost model with `keep_segments` that this thread runs got a packed batch."""
-    forwards = _forwards()
-    return bool(forwards) and forwards[-1].batch is not None
-
-
 def segments_under_way() -> Segments | None:
-    """The boundaries of the innermost packed forward that this thread runs: the encoder's, where
-    there is a decoder too."""
+    """The boundaries of the innermost forward with `keep_segments` that this thread runs: the
+    encoder's, where there is a decoder too; None unless it got a packed batch."""
     forwards = _forwards()
     batch = forwards[-1].batch if forwards else None
     return None if batch is None else batch.inputs
@@ -424,16 +418,13 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: `model` is no module.
     """
-    # in this order: the second takes off what the first reads
-    handles = count_no_padding(model), keep_segments(model)
-    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    cached = [config for config in configs if getattr(config, "use_cache", False) is True]
-    for config in cached:
-        config.use_cache = False
-    try:
+    with contextlib.ExitStack() as kept:
+        # in this order: the second takes off what the first reads
+        kept.enter_context(count_no_padding(model))
+        kept.callback(keep_segments(model).remove)
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "use_cache", False) is True:
+                config.use_cache = False
+                kept.callback(setattr, config, "use_cache", True)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for config in cached:
-            config.use_cache = True

@@ -17,7 +17,7 @@ from fastft.foreign import chosen_rows
 Fetch = Callable[[Sequence[int]], list[Any]]
 
 
-def list_memory(array: Any) -> tuple[Any, Any] | None:
+def _list_memory(array: Any) -> tuple[Any, Any] | None:
     """Finds the numbers and the offsets of an Arrow array of number lists.
 
     Returns:
@@ -28,16 +28,15 @@ def list_memory(array: Any) -> tuple[Any, Any] | None:
     types, kind = pyarrow.types, array.type
     if not (types.is_list(kind) or types.is_large_list(kind)):
         return None
-    if not (types.is_integer(kind.value_type) or types.is_floating(kind.value_type)):
-        return None
-    if array.null_count or array.values.null_count:
+    numbers = types.is_integer(kind.value_type) or types.is_floating(kind.value_type)
+    if not numbers or array.null_count or array.values.null_count:
         return None
     return array.values.to_numpy(), array.offsets.to_numpy()
 
 
-def _fetcher(column: Any) -> Fetch:
-    """Makes the function that gives the values of a column's rows."""
-    memory = [list_memory(chunk) for chunk in column.chunks]
+def fetcher(column: Any) -> Fetch:
+    """Makes the function that gives the values of a column's rows; lists of numbers as views."""
+    memory = [_list_memory(chunk) for chunk in column.chunks]
     if None in memory or not memory:
         return lambda rows: [column[row].as_py() for row in rows]
     # the first row of each chunk
@@ -76,10 +75,9 @@ class ArrowRows:
     """
 
     def __init__(self, dataset: Any) -> None:
-        table = dataset.data.table
         every = dataset.format["output_all_columns"]
         chosen = dataset.column_names if every else dataset.format["columns"]
-        self._fetchers = {key: _fetcher(table.column(key)) for key in chosen}
+        self._fetchers = {key: fetcher(dataset.data.table.column(key)) for key in chosen}
         self._rows = chosen_rows(dataset)
 
     def __call__(self, examples: Sequence[int]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastft.data.plan import PackPlan
 
@@ -30,8 +31,8 @@ LEVELS = 200
 
 def pack_costs(plan: PackPlan) -> tuple[Tensor, Tensor]:
     """Sums up the tokens of each pack, int64, and their sequences' squared lengths, float64."""
+    tokens = functional.pad(plan.lengths.cumsum(0), (1, 0))[plan.offsets].diff()
     pack = torch.repeat_interleave(plan.offsets.diff())
-    tokens = torch.zeros(len(plan), dtype=torch.int64).index_add_(0, pack, plan.lengths)
     squares = torch.zeros(len(plan), dtype=torch.float64)
     return tokens, squares.index_add_(0, pack, plan.lengths.double().square())
 
@@ -57,6 +58,7 @@ def balanced(plan: PackPlan, group: int, max_sequences: int | None = None) -> Pa
 def _multiple(plan: PackPlan, group: int, max_sequences: int) -> PackPlan:
     """Adds the packs that are missing to a multiple of `group`, each of examples of one window."""
     missing, sizes = -len(plan) % group, plan.offsets.diff()
+    tokens, _ = pack_costs(plan)
     kept = torch.ones(len(plan), dtype=torch.bool)
     # the entries of a pack that replaces one of `plan`, and its window
     divided: list[tuple[Tensor, int]] = []
@@ -64,8 +66,9 @@ def _multiple(plan: PackPlan, group: int, max_sequences: int) -> PackPlan:
     while missing and end:
         window = int(plan.windows[end - 1])
         begin = int(torch.searchsorted(plan.windows[:end], window))
-        shared, new = _shared(plan, begin, end, group, missing)
+        shared, new = _shared(sizes[begin:end], tokens[begin:end], group, missing)
         if new:
+            shared += begin
             entries = torch.cat([torch.arange(*plan.bounds(pack)) for pack in shared.tolist()])
             packs = _shared_out(
                 plan.lengths[entries].tolist(), sizes[shared].tolist(), new, max_sequences
@@ -87,24 +90,19 @@ def _integers(numbers: list[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64)
 
 
-def _shared(plan: PackPlan, begin: int, end: int, group: int, missing: int) -> tuple[Tensor, int]:
-    """Chooses packs of a window, `begin` to `end`, that share their examples with new ones.
+def _shared(sizes: Tensor, tokens: Tensor, group: int, missing: int) -> tuple[Tensor, int]:
+    """Chooses packs of a window, of these sizes, that share their examples with new ones.
 
     Returns:
         The packs, and how many new ones there will be.
     """
-    bounds = plan.offsets[begin : end + 1]
-    sizes = bounds.diff()
     new = min(missing, int((sizes - 1).sum()))
-    first, last = int(bounds[0]), int(bounds[-1])
-    tokens = torch.zeros(end - begin, dtype=torch.int64)
-    tokens.index_add_(0, torch.repeat_interleave(sizes), plan.lengths[first:last])
     # the emptiest pack, and those with most sequences, which can be shared out most evenly
     choice = sizes.clone()
-    choice[tokens.argmin()] = plan.indices.numel()
+    choice[tokens.argmin()] = sizes.sum()
     order = choice.argsort(descending=True, stable=True)
     enough = int((sizes[order] - 1).cumsum(0).ge(new).nonzero()[0]) + 1 if new else 0
-    return order[: max(group - missing, enough)] + begin, new
+    return order[: max(group - missing, enough)], new
 
 
 def _shared_out(

@@ -4,6 +4,10 @@ The batch's integers are the tokens, labels and other columns of the examples, a
 segment. What follows from them, positions, segment indices and boundaries, is 12 bytes a token
 more, 20 where the labels follow from the tokens too: `FlatBatch` leaves these out and has them made
 on the device, with one copy there in place of five.
+
+How many labels are not -100 is counted on the host, so that nobody waits for a device. A batch that
+moves itself notes the number with its labels there. The note holds as long as nobody writes to
+these, and ends with them.
 """
 
 from __future__ import annotations
@@ -15,13 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastft.data.boundaries import packed_boundaries
 from fastft.data.host_boundaries import note, note_copy
-from fastft.data.keys import CU_SEQLENS_K, CU_SEQLENS_Q, DECODER_CU_SEQLENS, SEQ_IDX
-from fastft.data.label_counts import count_labels, note_count, note_count_of_copy
+from fastft.data.keys import (
+    CU_SEQLENS_K,
+    CU_SEQLENS_Q,
+    DECODER_CU_SEQLENS,
+    IGNORE_INDEX,
+    SEQ_IDX,
+)
+from fastft.foreign import write_stamp
 
 BOUNDARIES_OF_SEGMENTS = {CU_SEQLENS_Q, CU_SEQLENS_K, DECODER_CU_SEQLENS}
+_label_counts: Any = WeakTensorKeyDictionary()  # by the labels: their write_stamp, how many count
 
 
 class _Counted:
@@ -183,8 +195,8 @@ class FlatBatch(_Counted):
             note_count(batch["labels"], counted)
         for key in BOUNDARIES_OF_SEGMENTS & self.others.keys():
             note_copy(self.others[key], others[key])
-        ends = itertools.accumulate(self.integers[: self.segments].tolist(), initial=0)
-        note(batch[CU_SEQLENS_Q], list(ends))
+        ends = [0, *itertools.accumulate(self.integers[: self.segments].tolist())]
+        note(batch[CU_SEQLENS_Q], ends)
         batch.count = self.count
         return batch
 
@@ -201,3 +213,44 @@ class FlatBatch(_Counted):
 
     def _sizes(self) -> list[int]:
         return [self.segments, self.segments, *[shape.numel() for shape in self.shapes.values()]]
+
+
+def count_labels(labels: Tensor | None, lengths: list[int], ignored: list[int]) -> int:
+    """Counts the labels that are not -100 after the first `ignored` of each segment are ignored.
+
+    Args:
+        labels: int64 (R, T), -100 in padding; None where every token is its own label.
+        lengths: tokens of each segment.
+        ignored: labels to be ignored of each segment: none, the first, or all of padding.
+    """
+    if labels is None:
+        return sum(lengths) - sum(ignored)
+    kept = labels.view(-1) != IGNORE_INDEX
+    starts = itertools.accumulate(lengths, initial=0)
+    lost = [
+        start
+        for start, length, first in zip(starts, lengths, ignored, strict=False)
+        if length and first
+    ]
+    return int(kept.count_nonzero()) - int(kept[lost].count_nonzero())
+
+
+def note_count(labels: Tensor, counted: int) -> None:
+    """Remembers, as long as nobody writes to `labels`, that `counted` of them are not -100."""
+    _label_counts[labels] = write_stamp(labels), counted
+
+
+def note_count_of_copy(labels: Any, copy: Any) -> None:
+    """Counts labels that are on the host, and notes the number with their copy."""
+    if (
+        isinstance(labels, Tensor)
+        and labels.device.type == "cpu"
+        and labels.dtype in (torch.int64, torch.int32)
+    ):
+        note_count(copy, int((labels != IGNORE_INDEX).sum()))
+
+
+def known_count(labels: Tensor) -> int | None:
+    """Finds how many labels are not -100; None where nobody noted it, or somebody has written."""
+    stamp, counted = _label_counts.get(labels, (None, None))
+    return counted if stamp is not None and stamp == write_stamp(labels) else None

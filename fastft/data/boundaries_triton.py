@@ -64,9 +64,17 @@ def packed_boundaries(
     cu_seqlens: Tensor,
 ) -> None:
     """The operator; see `fastft.data.boundaries`."""
-    named = {"lengths": lengths, "ignored": ignored, "labels": labels, "seq_idx": seq_idx}
-    named |= {"position_ids": position_ids, "cu_seqlens": cu_seqlens}
-    check_beside("packed_boundaries", "source", source, **named)
+    check_beside(
+        "packed_boundaries",
+        "source",
+        source,
+        lengths=lengths,
+        ignored=ignored,
+        labels=labels,
+        position_ids=position_ids,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+    )
     segments, tokens = lengths.numel(), source.numel()
     _scan_kernel[(1,)](lengths, cu_seqlens, segments, TILE=_TILE)
     if tokens == 0 or segments == 0:

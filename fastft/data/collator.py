@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastft.checks import integer
-from fastft.data.batch import Expansion, FlatBatch, PackedBatch
+from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
 from fastft.data.boundaries import BOUNDARIES
 from fastft.data.columns import integers_of
 from fastft.data.documents import split_documents
@@ -36,7 +36,6 @@ from fastft.data.keys import (
     USE_CACHE,
     refuse_reserved,
 )
-from fastft.data.label_counts import count_labels
 from fastft.data.pack import is_pack
 from fastft.data.rows import Layout, balanced_rows, lay_out
 from fastft.data.tasks.causal_lm import CausalLM, check_supervised, kept_logits
@@ -202,7 +201,7 @@ class PackingCollator:
         """Shares the examples out over rows; `counts` are those which must stay in one."""
         if self.rows == 1:
             return [list(range(len(lengths)))]
-        starts = [0, *itertools.accumulate(counts)]
+        starts = itertools.accumulate(counts, initial=0)
         members = [range(begin, end) for begin, end in itertools.pairwise(starts)]
         tokens = [*map(sum, itertools.zip_longest(lengths, task.beside, fillvalue=0))]
         sizes = [sum(tokens[example] for example in unit) for unit in members]

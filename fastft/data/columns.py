@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NDIM, _DTYPE = operator.attrgetter("ndim"), operator.attrgetter("dtype")
 MAX_TOKENS = 2**31 - 1  # what int32 boundaries can count
 INTEGERS = ("input_ids", "labels", "decoder_input_ids")  # columns in which nothing else makes sense
 Columns = dict[str, list[Any]]  # the values by key, one of each example
@@ -23,7 +22,7 @@ Columns = dict[str, list[Any]]  # the values by key, one of each example
 def _are_vectors(values: list[Any]) -> bool:
     """Recognises the usual columns without a loop: lists alone, or vectors alone."""
     try:
-        return {*map(type, values)} == {list} or {*map(_NDIM, values)} == {1}
+        return {*map(type, values)} == {list} or {*map(operator.attrgetter("ndim"), values)} == {1}
     except AttributeError:
         return False
 
@@ -140,16 +139,15 @@ def flatten(key: str, values: Sequence[Any]) -> Tensor:
         ValueError: something in it is no number, or an integer too large for int64.
     """
     kinds = {*map(type, values)}
-    if kinds == {list}:
-        return _flat_lists(key, values)
     if kinds <= {list, tuple}:
-        return _flat_lists(key, [*map(list, values)])
+        return _flat_lists(key, values if kinds == {list} else [*map(list, values)])
     if all(issubclass(kind, Tensor) for kind in kinds):
         return _flat_tensors(key, values)
     if all(kind.__module__ == "numpy" for kind in kinds):
         return _flat_arrays(key, values)
-    parts = [flatten(key, [value if hasattr(value, "dtype") else list(value)]) for value in values]
-    return torch.cat(parts)
+    return torch.cat(
+        [flatten(key, [value if hasattr(value, "dtype") else list(value)]) for value in values]
+    )
 
 
 def flatten_integers(key: str, values: Sequence[Any]) -> Tensor:
@@ -207,7 +205,7 @@ def _flat_arrays(key: str, values: Sequence[Any]) -> Tensor:
     import numpy
 
     # numpy, because its concatenation takes arrays that are read-only, as those from Arrow are
-    dtypes = {*map(_DTYPE, values)}
+    dtypes = {value.dtype for value in values}
     kinds = {dtype.kind for dtype in dtypes}
     if kinds <= {*"iub"}:
         if numpy.dtype("uint64") in dtypes and any(

@@ -109,14 +109,12 @@ def document_lengths(
         numbers.append(flatten_integers(NUMBERS, columns[NUMBERS]))
     if numbered:
         numbers.append(masks)  # type: ignore[arg-type]
-    positions = (
-        flatten_integers(POSITIONS, columns[POSITIONS])[kept] if POSITIONS in given else None
-    )
     changed = rows[kept].diff() != 0
     inner = torch.zeros_like(changed)
     for number in numbers:
         inner |= number[kept].diff() != 0
-    if positions is not None:
+    if POSITIONS in given:
+        positions = flatten_integers(POSITIONS, columns[POSITIONS])[kept]
         inner |= positions.diff() != 1
         _check_positions(positions, inner | changed, kept, rows, lengths, start)
     inner &= ~changed
@@ -124,10 +122,9 @@ def document_lengths(
         return None
     firsts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
     begins = torch.cat([firsts, kept[1:][inner]]).sort().values
-    sizes = torch.cat([begins, torch.tensor([rows.numel()])]).diff().tolist()
+    sizes = iter(torch.cat([begins, torch.tensor([rows.numel()])]).diff().tolist())
     counts = torch.bincount(rows[begins], minlength=len(lengths)).tolist()
-    remaining = iter(sizes)
-    return [list(itertools.islice(remaining, count)) for count in counts]
+    return [list(itertools.islice(sizes, count)) for count in counts]
 
 
 def _numbers(key: str, values: list[Any], lengths: Sequence[int]) -> Tensor:
@@ -195,8 +192,8 @@ def _check_positions(
 def documents_of(columns: Columns, lengths: Sequence[int]) -> list[list[int]]:
     """Finds the documents of each example, their tokens, in columns of which nothing is checked."""
     masks = columns.get(MASK)
-    alike = masks is not None and all(map(is_per_token, masks, lengths))
-    flat = flatten_integers(MASK, masks) if masks is not None and alike else None
+    per_token = masks is not None and all(map(is_per_token, masks, lengths))
+    flat = flatten_integers(MASK, columns[MASK]) if per_token else None
     return document_lengths(columns, lengths, masks=flat) or [[length] for length in lengths]
 
 
@@ -250,9 +247,9 @@ def shortened(example: dict[str, Any], begin: int, length: int) -> dict[str, Any
     ]
     left = [overlap for overlap in overlaps if overlap > 0]
     made: dict[str, Any] = {
+        **{key: [0, *itertools.accumulate(left)] for key in BORDERS},
         POSITIONS: [place for size in left for place in range(size)],
         NUMBERS: [number for number, size in enumerate(left) for _ in range(size)],
         SIZES: left,
     }
-    borders = [0, *itertools.accumulate(left)]
-    return {key: made.get(key, borders) for key in KEYS & columns.keys()}
+    return {key: made[key] for key in KEYS & columns.keys()}

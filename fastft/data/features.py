@@ -6,26 +6,18 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from fastft.data.arrow_rows import list_memory
+from fastft.data.arrow_rows import fetcher
 from fastft.data.columns import Columns, token_columns
 from fastft.data.pack import Pack, Values, examples_of, is_pack, transposed
 
 
 def arrow_examples(table: Any) -> list[dict[str, Any]]:
     """Reads the rows of a pyarrow Table or RecordBatch; lists of numbers as views of its memory."""
-    columns = {}
-    for key in table.schema.names:
-        column = table.column(key)
-        whole = column.combine_chunks() if hasattr(column, "chunks") else column
-        memory = list_memory(whole)
-        if memory is None:
-            columns[key] = whole.to_pylist()
-        else:
-            numbers, offsets = memory
-            columns[key] = [
-                numbers[begin:end] for begin, end in itertools.pairwise(offsets.tolist())
-            ]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    import pyarrow
+
+    whole = table if isinstance(table, pyarrow.Table) else pyarrow.Table.from_batches([table])
+    columns = [fetcher(column)(range(len(whole))) for column in whole.columns]
+    return [dict(zip(whole.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _is_arrow(feature: Any) -> bool:
@@ -49,7 +41,7 @@ def _units_of(features: list[Any]) -> list[list[dict[str, Any]]]:
     return units
 
 
-def columns_of(features: Iterable[Any], required: Iterable[str] = ()) -> tuple[Columns, list[int]]:
+def columns_of(features: list[Any], required: Iterable[str] = ()) -> tuple[Columns, list[int]]:
     """Turns features into columns: of the keys that may hold numbers for tokens.
 
     Args:
@@ -64,15 +56,13 @@ def columns_of(features: Iterable[Any], required: Iterable[str] = ()) -> tuple[C
         TypeError: a feature is neither a dict nor a pack nor an Arrow table.
         ValueError: there are no examples, input_ids are missing, or the examples' keys differ.
     """
-    features = list(features)
-    if not features:
-        raise ValueError("the collator got no examples")
     if {*map(type, features)} == {dict} and Values not in {
         type(feature.get("input_ids")) for feature in features
     }:
         columns, counts = transposed(features), [1] * len(features)
     elif (
-        all(map(is_pack, features))
+        features
+        and all(map(is_pack, features))
         and all(features)
         and all(one.keys() == features[0].keys() for one in features)
     ):

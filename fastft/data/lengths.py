@@ -31,18 +31,16 @@ def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
         stored = dataset.column_names
         shown = dataset.format["columns"]
         transformed = dataset.format["type"] == "custom"
-        if length_column is not None:
-            if length_column not in stored:
-                raise ValueError(
-                    f"length_column={length_column!r} is none of the dataset's columns {stored}"
-                )
-            return _taken(dataset, dataset.data.column(length_column))
-        if not transformed and "input_ids" not in shown and "length" not in stored:
-            raise ValueError(f"example 0 has no input_ids to pack, only {shown}")
-        if not transformed and "input_ids" in shown:
+        if length_column is not None and length_column not in stored:
+            raise ValueError(
+                f"length_column={length_column!r} is none of the dataset's columns {stored}"
+            )
+        if length_column is None and not transformed and "input_ids" in shown:
             return _list_lengths(dataset)
-        if "length" in stored:
-            return _taken(dataset, dataset.data.column("length"))
+        if length_column is not None or "length" in stored:
+            return _taken(dataset, dataset.data.column(length_column or "length"))
+        if not transformed:
+            raise ValueError(f"example 0 has no input_ids to pack, only {shown}")
     read = _tokens if length_column is None else _stated
     lengths = [read(dataset, index, length_column) for index in range(len(dataset))]
     try:

@@ -16,17 +16,13 @@ from torch.utils.data import Dataset, IterableDataset
 from fastft.checks import optional_integer
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
-from fastft.data.dispatching import refuse_dispatch
-from fastft.data.epochs import epoch_plan
 from fastft.data.lengths import scan_lengths
 from fastft.data.pack import Pack, cut, filler
-from fastft.data.plan import PackPlan, checked_limits, plan_packs
-from fastft.data.streaming import OPEN_PACKS, PackedStream
+from fastft.data.plan import PackPlan, checked_limits, epoch_plan, plan_packs
+from fastft.data.streaming import OPEN_PACKS, PackedStream, refuse_dispatch
 from fastft.foreign import is_dataset, world_size
 
 ROWS_OF_A_TABLE = 1024  # of `to_dataset`: so many packs are in memory twice
-# the policies after which a full pack may hold a part of an example
-CUTTING = ("truncate", "split")
 
 
 class PackedDataset(Dataset[Pack]):
@@ -63,8 +59,11 @@ class PackedDataset(Dataset[Pack]):
         self._last: int | None = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_rows", "_drawn", "_last")
-        return {key: value for key, value in vars(self).items() if key not in own}
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("_rows", "_drawn", "_last")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -255,11 +254,20 @@ def pack(
         _only_for("a map-style dataset", window=window, **others)
         return PackedStream(dataset, max_tokens, open_packs=open_packs or OPEN_PACKS, **limits)
     _only_for("an iterable dataset", open_packs=open_packs)
-    lengths = scan_lengths(_checked_dataset(dataset), length_column)
-    plan = plan_packs(lengths, max_tokens, window=window, **limits)
+    sequence = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not sequence or isinstance(dataset, dict):
+        raise TypeError(
+            "pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one of "
+            f"torch or datasets, got {type(dataset).__name__}"
+        )
+    if len(dataset) == 0:
+        raise ValueError("dataset is empty: there is nothing to pack")
+    plan = plan_packs(scan_lengths(dataset, length_column), max_tokens, window=window, **limits)
     if balance is not None:
         plan, seed = balanced(plan, balance, max_sequences), seed or 0
-    return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=overlong in CUTTING)
+    # the policies after which a full pack may hold a part of an example
+    may_cut = overlong in ("truncate", "split")
+    return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=may_cut)
 
 
 def packs_of(loader: Any) -> PackedDataset | PackedStream | None:
@@ -269,18 +277,6 @@ def packs_of(loader: Any) -> PackedDataset | PackedStream | None:
     while dataset is not None and not isinstance(dataset, PackedDataset | PackedStream):
         # accelerate's share of a stream, a torch Subset
         dataset = getattr(dataset, "dataset", None)
-    return dataset
-
-
-def _checked_dataset(dataset: Any) -> Any:
-    sequence = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if not sequence or isinstance(dataset, dict):
-        raise TypeError(
-            "pack needs a map-style dataset, with __len__ and __getitem__, or an iterable one of "
-            f"torch or datasets, got {type(dataset).__name__}"
-        )
-    if len(dataset) == 0:
-        raise ValueError("dataset is empty: there is nothing to pack")
     return dataset
 
 

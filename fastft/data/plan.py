@@ -4,6 +4,8 @@ The lengths are taken from the longest to the shortest (ties in the order they c
 the open pack whose remaining capacity is the smallest that takes it, among equal ones into the pack
 that has had this capacity longest, and into a new pack where none takes it. Only lengths and
 indices move: 4 or 8 bytes are read and 16 written per example.
+
+An epoch changes the order of the packs, and which of equally long examples is in which.
 """
 
 from __future__ import annotations
@@ -253,12 +255,6 @@ def _entries(
     return examples, starts, (lengths[examples] - starts).clamp(max=max_tokens)
 
 
-def _windows(examples: int, window: int | None, entries: Tensor | None) -> Tensor:
-    """Finds the first entry of each window of so many examples; the number of entries is last."""
-    edges = torch.tensor([*range(0, examples, window or examples), examples])
-    return edges if entries is None else torch.searchsorted(entries, edges)
-
-
 def generator_for(seed: int, epoch: int = 0) -> torch.Generator:
     """Seeds the random numbers of an epoch; no epoch of another seed has the same."""
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
@@ -286,8 +282,10 @@ def checked_limits(max_tokens: Any, max_sequences: Any, overlong: Any) -> tuple[
     """
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
-    capacity = integer("max_tokens", max_tokens, "an integer in [1, 2^31)", below=2**31)
-    return capacity, optional_integer("max_sequences", max_sequences)
+    return (
+        integer("max_tokens", max_tokens, "an integer in [1, 2^31)", below=2**31),
+        optional_integer("max_sequences", max_sequences),
+    )
 
 
 def plan_packs(
@@ -330,7 +328,9 @@ def plan_packs(
     checked = _checked_lengths(lengths)
     examples, starts, sizes = _entries(checked, max_tokens, overlong)
     plan = PLAN.implementation(impl, torch.device("cpu"), sizes, max_tokens)
-    windows = _windows(checked.numel(), window, examples)
+    # the first entry of each window; the number of entries is last
+    edges = torch.tensor([*range(0, checked.numel(), window or checked.numel()), checked.numel()])
+    windows = edges if examples is None else torch.searchsorted(examples, edges)
     indices, entry_lengths, offsets = (
         torch.empty(sizes.numel() + extra, dtype=torch.int64) for extra in (0, 0, 1)
     )
@@ -349,3 +349,26 @@ def plan_packs(
     if seed is None:
         return made
     return made.reordered(shuffled_order(made.windows, generator_for(seed)))
+
+
+def epoch_plan(plan: PackPlan, seed: int, epoch: int, group: int = 1) -> PackPlan:
+    """Draws the plan of an epoch: other mates, and groups of `group` packs in a random order.
+
+    Each group stays within its window. All follows from the plan, the seed and the number of the
+    epoch: every rank draws the same without asking the others, a run that resumes draws what it
+    drew before, and number, lengths and costs of the packs never change.
+    """
+    generator = generator_for(seed, epoch)
+    exchanged = plan.entries(_exchanged(plan, generator))
+    return exchanged.reordered(shuffled_order(plan.windows, generator, group))
+
+
+def _exchanged(plan: PackPlan, generator: torch.Generator) -> Tensor:
+    """Draws the entry that takes each one's place, of the same window and length."""
+    kinds = plan.lengths + (plan.max_tokens + 1) * torch.repeat_interleave(
+        plan.windows, plan.offsets.diff()
+    )
+    lots = torch.randperm(kinds.numel(), generator=generator)
+    exchanged = torch.empty_like(lots)
+    exchanged[kinds.argsort(stable=True)] = lots[kinds[lots].argsort(stable=True)]
+    return exchanged

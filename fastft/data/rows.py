@@ -42,27 +42,19 @@ class Layout:
         width: tokens of a row.
         lengths: tokens of each segment.
         order: the example of each segment, None for padding.
+        padding: tokens of padding at the end of each row.
     """
 
     members: Sequence[Sequence[int]]
     width: int
     lengths: list[int]
     order: list[int | None]
+    padding: list[int]
 
     @functools.cached_property
     def is_plain(self) -> bool:
         """True where the examples lie as they came, without padding."""
         return self.order == list(range(len(self.order)))
-
-    @property
-    def padding(self) -> list[int]:
-        """Tokens of padding at the end of each row."""
-        padding, end = [0] * len(self.members), 0
-        for example, length in zip(self.order, self.lengths, strict=True):
-            end += length
-            if example is None and length:
-                padding[end // self.width - 1] = length
-        return padding
 
     def tensors(self, columns: Columns, fills: Mapping[str, int]) -> dict[str, Tensor]:
         """Lays columns out, (R, T) each; padding holds `fills`, or 0 where they have no number."""
@@ -76,11 +68,9 @@ class Layout:
         """Sorts the values of a column as the segments lie."""
         if self.is_plain:
             return values
-        segments = zip(self.order, self.lengths, strict=True)
-        first = values[0]
         return [
-            padding_like(first, length, fill) if example is None else values[example]
-            for example, length in segments
+            padding_like(values[0], length, fill) if example is None else values[example]
+            for example, length in zip(self.order, self.lengths, strict=True)
         ]
 
     def beside(self, lengths: Sequence[int], multiple: int) -> Layout:
@@ -131,14 +121,13 @@ def _laid_out(
         raise ValueError(
             f"{len(rows)} rows of {width} tokens are more than int32 boundaries can count"
         )
+    padding = [width - sum(lengths[example] for example in row) for row in rows]
     segment_lengths: list[int] = []
     order: list[int | None] = []
-    for row, ends_with_padding in zip(rows, padded, strict=True):
-        chosen = [lengths[example] for example in row]
-        segment_lengths += chosen
+    for row, rest, ends_with_padding in zip(rows, padding, padded, strict=True):
+        segment_lengths += [lengths[example] for example in row]
         order += row
-        padding = width - sum(chosen)
-        if padding or ends_with_padding:
-            segment_lengths.append(padding)
+        if rest or ends_with_padding:
+            segment_lengths.append(rest)
             order.append(None)
-    return Layout(rows, width, segment_lengths, order)
+    return Layout(rows, width, segment_lengths, order, padding)

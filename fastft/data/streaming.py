@@ -16,12 +16,33 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-from fastft.data.dispatching import refuse_dispatch
 from fastft.data.pack import Pack, cut
-from fastft.foreign import is_iterable_dataset
+from fastft.foreign import active_dataloader, dispatches, is_iterable_dataset
 
 OPEN_PACKS = 32
+# the state of a stream that has yielded nothing
+BEGINNING: dict[str, Any] = {"seen": 0, "source": None, "ready": [], "open": []}
+REFUSAL = (
+    "accelerate would slice packed batches along dimension 0, and their boundaries with them "
+    "(dispatch_batches, its default for an iterable dataset); each rank has to load its own "
+    "batches: TrainingArguments(accelerator_config={'dispatch_batches': False})"
+)
 Examples = list[dict[str, Any]]
+
+
+def refuse_dispatch(dataset: Any) -> None:
+    """Raises ValueError if accelerate is about to dispatch the batches of `dataset`.
+
+    Rank 0 would load all batches, join them along dimension 0 and give each rank a slice of every
+    tensor. A packed batch has its boundaries in dimension 0: even on one rank only the first of
+    them would be left, and nothing would raise. It is accelerate's default for an iterable dataset.
+
+    To be called where the loader hands over, `set_epoch` and `__iter__`: accelerate has then made
+    it the active one.
+    """
+    active = active_dataloader()
+    if dispatches(active) and active.dataset is dataset:
+        raise ValueError(REFUSAL)
 
 
 class _Packer:
@@ -152,15 +173,13 @@ class PackedStream(IterableDataset[Pack]):
 
     def __iter__(self) -> Iterator[Pack]:
         refuse_dispatch(self)
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None and loaded["epoch"] != int(self._epoch):
-            loaded = None
+        state, self._loaded = self._loaded, None
+        if state is None or state["epoch"] != int(self._epoch):
+            state = BEGINNING
         packer = self._packer = _Packer(self.max_tokens, self.max_sequences, self.open_packs)
-        self._seen, self._source = 0, None
-        if loaded is not None:
-            packer.load_state_dict(loaded)
-            self._seen, self._source = loaded["seen"], loaded["source"]
-        examples = self._examples(loaded)
+        packer.load_state_dict(state)
+        self._seen, self._source = state["seen"], state["source"]
+        examples = self._examples(state)
         yield from packer.take()  # those that had been ready when the state was taken
         for example in examples:
             self._source = None
@@ -169,17 +188,15 @@ class PackedStream(IterableDataset[Pack]):
             yield from packer.take()
         packer.close()
         yield from packer.take()
-        resumed = loaded is not None and loaded["source"] is not None
-        if resumed and is_iterable_dataset(self.dataset):
+        if state["source"] is not None and is_iterable_dataset(self.dataset):
             # it would begin the next iteration where this one began
             self.dataset.load_state_dict({})
 
-    def _examples(self, loaded: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        if loaded is None or loaded["seen"] == 0:
-            return iter(self.dataset)
-        if loaded["source"] is None:
-            return islice(self.dataset, loaded["seen"], None)
-        self.dataset.load_state_dict(loaded["source"])
+    def _examples(self, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if state["seen"] > 0 and state["source"] is None:
+            return islice(self.dataset, state["seen"], None)
+        if state["seen"] > 0:
+            self.dataset.load_state_dict(state["source"])
         return iter(self.dataset)
 
     def _put(self, packer: _Packer, example: dict[str, Any]) -> None:

@@ -28,11 +28,6 @@ from fastft.integrations.probe import Probe, Trouble
 from fastft.integrations.probe_rows import Batches, long_row
 from fastft.integrations.untouched import untouched
 
-_VIRTUAL_TOKENS = "puts virtual tokens before each row of a batch, not before each sequence of it"
-_NO_VIRTUAL_TOKENS = (
-    "No way out: train it on padded batches, or an adapter that adds no tokens (LoRA)"
-)
-
 
 class PackingLeakError(RuntimeError):
     """A model does not compute for packed sequences what it computes for each of them alone."""
@@ -113,14 +108,12 @@ def check_packing(
         ):
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
     leak = find_leak(model, Batches(position_ids_start, max_tokens))
-    if leak is None:
-        return
-    if leak.loud:
+    if leak is not None and leak.loud:
         warnings.warn(f"{type(base_model(model)).__name__}: {leak}", stacklevel=2)
-        return
-    raise PackingLeakError(
-        f"{type(base_model(model)).__name__} does not keep packed sequences apart: {leak}"
-    )
+    elif leak is not None:
+        raise PackingLeakError(
+            f"{type(base_model(model)).__name__} does not keep packed sequences apart: {leak}"
+        )
 
 
 def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
@@ -140,8 +133,10 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
     model = unwrapped(model)
     reason = reason_not_to_run(model)
     if reason is not None:
-        reason += "; check it before it is prepared for training"
-        raise Unasked(f"model cannot be checked for packing: {reason}")
+        raise Unasked(
+            f"model cannot be checked for packing: {reason}; check it before it is prepared for "
+            "training"
+        )
     base = base_model(model)
     if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
         raise ValueError(
@@ -149,7 +144,13 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
         )
     tuning = prompt_learning(model)
     if tuning is not None:
-        return Verdict(Leak(f"{tuning} {_VIRTUAL_TOKENS}", _NO_VIRTUAL_TOKENS))
+        return Verdict(
+            Leak(
+                f"{tuning} puts virtual tokens before each row of a batch, not before each "
+                "sequence of it",
+                "No way out: train it on padded batches, or an adapter that adds no tokens (LoRA)",
+            )
+        )
     register_attention()
     with untouched(model) as states:
         try:
@@ -200,8 +201,11 @@ def _way_out(probe: Probe, trouble: Trouble, start: int) -> Leak:
     first = probe.first_position(start)
     place = "" if first == start else f"PackingCollator(position_ids_start={first})"
     second_best: Leak | None = None
-    for text, context, masked in _remedies(probe, as_it_is=bool(place) or trouble.long_row):
-        with contextlib.suppress(ValueError, KeyError), context:  # the model does not take this one
+    for text, contexts, masked in _remedies(probe, as_it_is=bool(place) or trouble.long_row):
+        # the model may not take this one
+        with contextlib.suppress(ValueError, KeyError), contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
             found = probe.trouble(first)
             if found is None or probe.tolerates(found):
                 what = trouble.what if found is None else f"{trouble.what}; and then, {found.what}"
@@ -248,31 +252,23 @@ def _exact_up_to(probe: Probe, start: int) -> int | None:
     return None
 
 
-def _remedies(probe: Probe, as_it_is: bool) -> Iterator[tuple[str, Any, bool]]:
-    """Yields what to tell, a context in which the model is like that, and whether that is a block
+def _remedies(probe: Probe, as_it_is: bool) -> Iterator[tuple[str, list[Any], bool]]:
+    """Yields what to tell, contexts in which the model is like that, and whether that is a block
     mask."""
     if as_it_is:
-        yield "", contextlib.nullcontext(), False
+        yield "", [], False
     inside = (
         "fastft.PackingCallback() in Trainer, or fastft.packed_attention(model) around the loop"
     )
-    yield inside, packed_attention(probe.model), False
+    yield inside, [packed_attention(probe.model)], False
     for name in ("fastft", *STOCK):
         if name != probe.base.config._attn_implementation:
             implementation = f"attn_implementation={name!r}"
-            yield implementation, attention(probe.base, name), False
-            both = _both(attention(probe.base, name), packed_attention(probe.model))
+            yield implementation, [attention(probe.base, name)], False
+            both = [attention(probe.base, name), packed_attention(probe.model)]
             yield f"{implementation} and {inside}", both, False
     mask = (
         "fastft.PackingCallback() in Trainer, or fastft.block_mask(model) around the loop: a mask "
         "of T x T"
     )
-    yield mask, block_mask(probe.model), True
-
-
-@contextlib.contextmanager
-def _both(*contexts: Any) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
+    yield mask, [block_mask(probe.model)], True

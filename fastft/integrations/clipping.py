@@ -53,30 +53,21 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
         parameters = list(parameters)
         optimizer = inner_optimizer(trainer.optimizer)
-        fits = (
-            isinstance(optimizer, AdamW) and accelerator.distributed_type.value in _WHOLE_GRADIENTS
-        )
-        if not fits or norm_type != 2 or not _are_all(parameters, optimizer):
-            return stock(parameters, max_norm, norm_type=norm_type)
-        accelerator.unscale_gradients()
-        grads = [
-            param.grad
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        return optimizer.clip_at_step(grads, float(max_norm))
+        if (
+            isinstance(optimizer, AdamW)
+            and accelerator.distributed_type.value in _WHOLE_GRADIENTS
+            and norm_type == 2
+        ):
+            held = [param for group in optimizer.param_groups for param in group["params"]]
+            ours = {id(param): param.grad for param in held if param.grad is not None}
+            # all that it holds, and at least one
+            if ours and ours.keys() == {id(p) for p in parameters if p.grad is not None}:
+                accelerator.unscale_gradients()
+                return optimizer.clip_at_step(list(ours.values()), float(max_norm))
+        return stock(parameters, max_norm, norm_type=norm_type)
 
     def restore() -> None:
         accelerator.clip_grad_norm_ = stock
 
     accelerator.clip_grad_norm_ = clip_grad_norm_
     return restore
-
-
-def _are_all(parameters: list[Tensor], optimizer: AdamW) -> bool:
-    """Tells whether the parameters with a gradient, at least one, are those of the optimizer."""
-    ours = {
-        id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    }
-    return bool(ours) and ours == {id(p) for p in parameters if p.grad is not None}

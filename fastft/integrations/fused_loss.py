@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from fastft.data.label_counts import known_count
+from fastft.data.batch import known_count
 from fastft.foreign import unwrapped, whose_forward
-from fastft.integrations.evaluation import in_evaluation_loop
-from fastft.integrations.optimizer_check import Handed, check_optimizer
-from fastft.integrations.packing import PackingCallback, packing_collator
-from fastft.integrations.trainings import training_begins, until_the_end_of
+from fastft.integrations.packing import PackingCallback
 from fastft.loss.counted_labels import give_counted_labels
 from fastft.loss.lazy.evaluation import Evaluation
 from fastft.loss.lazy.output_head import Attachment, expects_head
@@ -26,10 +25,11 @@ from fastft.loss.lazy.report import Report
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _MANY_BYTES = 1 << 30
+_EVALUATING = ("prediction_step", "evaluation_loop", "evaluate", "predict")
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-class FusedLossCallback(TrainerCallback):
+class FusedLossCallback(PackingCallback):
     """Computes a model's loss without ever holding logits, from train begin to train end.
 
     So it does in evaluations inside `train()`. There `preprocess_logits_for_metrics` gets lazy
@@ -75,41 +75,21 @@ class FusedLossCallback(TrainerCallback):
     def __init__(
         self, verify: bool = False, on_leak: str = "error", attention: bool = True
     ) -> None:
+        super().__init__(on_leak, attention)
         self.verify = verify
-        self._packing = PackingCallback(on_leak, attention)
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
-        self._handed = Handed()
-        self._kept = until_the_end_of(self)
         self._said, self._said_places, self._said_size = False, 0, False
-
-    @property
-    def switched(self) -> str | None:
-        """The attention in whose place the latest training had `"fastft"`, if it had."""
-        return self._packing.switched
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remembers whether the Trainer was handed an optimizer of fastft's."""
-        self._handed.note(args, kwargs.get("optimizer"))
-        self._packing.on_init_end(args, state, control, **kwargs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attaches, after `restore()`: auto_find_batch_size begins again without an end."""
-        self.restore()
-        training_begins(kwargs["model"], state, self)
-        if packing_collator(kwargs.get("train_dataloader")) is None:
-            self._packing.switched = None
-            check_optimizer(args, state, kwargs["model"], kwargs.get("optimizer"), self._handed)
-        else:
-            # first: the probe sees the model without us
-            self._packing.on_train_begin(args, state, control, **kwargs)
+        # first: the probe sees the model without us
+        collator = self._begin(args, state, **kwargs)
         model = kwargs["model"]
         self._said, self._said_places, self._said_size = False, 0, False
-        evaluation = Evaluation(in_evaluation_loop)
+        evaluation = Evaluation(_in_evaluation_loop)
         self.evaluation = evaluation.report
         if args.n_gpu > 1:
             self.report = Report(
@@ -118,7 +98,7 @@ class FusedLossCallback(TrainerCallback):
             return
         self._attachment = Attachment(model, evaluation)
         self._kept.callback(self._attachment.remove)
-        if packing_collator(kwargs.get("train_dataloader")) is not None:
+        if collator is not None:
             self._kept.callback(give_counted_labels(model, known_count))
         self.report = self._attachment.report
         if args.torch_compile and self._attachment.heads:
@@ -140,9 +120,9 @@ class FusedLossCallback(TrainerCallback):
         places = self.report.materialised[self._said_places :]
         self._said_places += len(places)
         if places:
-            where = ", ".join(places)
             logger.warning(
-                f"fastft: real logits were asked for by {where}: right, but without the saving"
+                f"fastft: real logits were asked for by {', '.join(places)}: right, but without "
+                "the saving"
             )
         if self._said:
             return
@@ -177,9 +157,7 @@ class FusedLossCallback(TrainerCallback):
         packed rows that nothing keeps apart.
         """
         size = self._settle()
-        self._packing.on_prediction_step(
-            args, state, control, eval_dataloader=eval_dataloader, **kwargs
-        )
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
         held = (
             1
             if args.batch_eval_metrics or not has_length(eval_dataloader)
@@ -198,20 +176,8 @@ class FusedLossCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leaves nothing lazy to what comes after an evaluation."""
-        self._packing.on_evaluate(args, state, control, **kwargs)
-        self._settle()
-
-    def on_predict(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Leaves nothing lazy to what comes after a prediction."""
-        self._packing.on_predict(args, state, control, metrics, **kwargs)
+        """Leaves nothing lazy to what comes after an evaluation or a prediction."""
+        super().on_evaluate(args, state, control, **kwargs)
         self._settle()
 
     def on_pre_optimizer_step(
@@ -225,16 +191,9 @@ class FusedLossCallback(TrainerCallback):
         evaluation = None if self._attachment is None else self._attachment.evaluation
         return 0 if evaluation is None else evaluation.settle()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leaves no trace."""
-        self.restore()
-
     def restore(self) -> None:
         """Takes the model back to stock. Harmless when called twice."""
-        self._packing.restore()
-        self._kept.close()
+        super().restore()
         self._attachment = None
 
     def _keep_loss_uncompiled(self, model: Any) -> None:
@@ -263,6 +222,24 @@ class FusedLossCallback(TrainerCallback):
         hooks = self._kept.enter_context(contextlib.ExitStack())
         hooks.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+
+
+def _in_evaluation_loop() -> bool:
+    """Whether a method of Trainer that evaluates runs the model right now, and no `generate` in
+    between.
+
+    No event of Trainer comes between the last callback of a step and an evaluation's first forward
+    pass, and where Trainer computes the loss the model gets no labels: only the stack knows.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name == "generate":
+            return False
+        if name in _EVALUATING and isinstance(frame.f_locals.get("self"), Trainer):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _who_computes_it(model: nn.Module) -> str:

@@ -9,7 +9,6 @@ The name is no part of a configuration that is saved.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -72,16 +71,19 @@ def stock_parts(base: nn.Module) -> Iterator[dict[int, str]]:
     nothing is known of their attention.
     """
     called: dict[int, str] = {}
+    names = {module: name for name, module in base.named_modules() if _may_be_given_ours(module)}
+
+    def note(module: Any, args: Any) -> None:
+        called.setdefault(id(module.config), names[module])
+
     with contextlib.ExitStack() as hooks:
-        for name, module in base.named_modules():
-            config: Any = getattr(module, "config", None)
-            takes = getattr(module, "_can_set_attn_implementation", lambda: False)
-            stock = getattr(config, "_attn_implementation", None) in STOCK
-            if stock and not getattr(config, "output_attentions", False) and takes():
-                note = functools.partial(_note, called, name)
-                hooks.callback(module.register_forward_pre_hook(note).remove)
+        for module in names:
+            hooks.callback(module.register_forward_pre_hook(note).remove)
         yield called
 
 
-def _note(called: dict[int, str], name: str, module: Any, args: Any) -> None:
-    called.setdefault(id(module.config), name)
+def _may_be_given_ours(module: nn.Module) -> bool:
+    config, takes = getattr(module, "config", None), "_can_set_attn_implementation"
+    stock = getattr(config, "_attn_implementation", None) in STOCK
+    returned = getattr(config, "output_attentions", False)
+    return stock and not returned and getattr(module, takes, lambda: False)()

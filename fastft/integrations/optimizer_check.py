@@ -47,29 +47,14 @@ _SPEC = "Trainer(optimizer_cls_and_kwargs=fastft.adamw_spec(args))"
 _NAMED = 8  # parameters of a list that goes into a sentence
 
 
-class Handed:
-    """The Trainer's args if it was handed an AdamW of fastft's, which a callback is told once."""
-
-    def __init__(self) -> None:
-        self._args: TrainingArguments | None = None
-
-    def note(self, args: TrainingArguments, optimizer: Any) -> None:
-        """`args` and `optimizer` of Trainer as `on_init_end` gets them."""
-        self._args = args if isinstance(optimizer, AdamW) else None
-
-    def to(self, args: TrainingArguments) -> bool:
-        """Tells whether the Trainer of these `args` was handed one."""
-        return self._args is not None and self._args is args
-
-
 def check_optimizer(
-    args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, handed: Handed
+    args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, handed: bool
 ) -> None:
     """Compares what trains with what was made; quiet about optimizers that are not fastft's affair.
 
     Args:
         args, state, model, optimizer: of Trainer, as its callbacks get them.
-        handed: what the callback knows from `on_init_end`.
+        handed: whether this Trainer was handed an AdamW of fastft's.
 
     Raises:
         ValueError: where something else would be trained than what the user asked for.
@@ -77,7 +62,7 @@ def check_optimizer(
     inner, by_deepspeed = foreign.inner_optimizer(optimizer), foreign.of_deepspeed(optimizer)
     if not isinstance(inner, AdamW):
         if inner is not None:  # who calls a callback by hand may have none
-            _check_replacement(args, model, inner, by_deepspeed, handed.to(args))
+            _check_replacement(args, model, inner, by_deepspeed, handed)
         return
     inner.forget_stale_remainders()
     if not by_deepspeed:
@@ -86,11 +71,7 @@ def check_optimizer(
     if inner.origin is not None and not inner.had_gradients:
         _check_settings(args, state, inner, inner.origin)
     if inner.max_grad_norm is not None:
-        # by adamw or adamw_spec already
-        told = inner.origin is not None and inner.origin.args is args
-        _check_clipping(
-            args, inner.max_grad_norm, flat=by_deepspeed or foreign.is_fsdp1(model), told=told
-        )
+        _check_clipping(args, inner, flat=by_deepspeed or foreign.is_fsdp1(model))
 
 
 def _check_replacement(
@@ -141,9 +122,14 @@ def _dropped(args: TrainingArguments, model: nn.Module, by_deepspeed: bool) -> O
         if made is not None and not made.trained:
             return made
     # a spec without args may be another Trainer's; only DeepSpeed is known to drop one
-    of_this = [args, None] if by_deepspeed else [args]
-    waiting = [made for made in origin.of_specs if not made.trained]
-    return next((made for made in waiting if any(made.args is each for each in of_this)), None)
+    return next(
+        (
+            made
+            for made in origin.of_specs
+            if not made.trained and (made.args is args or (by_deepspeed and made.args is None))
+        ),
+        None,
+    )
 
 
 def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
@@ -213,17 +199,18 @@ def _check_settings(
         )
 
 
-def _check_clipping(args: TrainingArguments, max_grad_norm: float, flat: bool, told: bool) -> None:
-    """Raises where the norm would be of a part; warns of clipping twice, unless `told` before."""
+def _check_clipping(args: TrainingArguments, optimizer: AdamW, flat: bool) -> None:
+    """Raises where the norm would be of a part; warns of clipping twice."""
     if flat:
         raise ValueError(
             "the optimizer's max_grad_norm would clip to the norm of each process's part of the "
             "gradients, which DeepSpeed and FSDP1 cut into flat parts: use "
             "TrainingArguments(max_grad_norm=...)"
         )
-    if args.max_grad_norm and not told:
+    # else adamw or adamw_spec has said so already
+    if args.max_grad_norm and (optimizer.origin is None or optimizer.origin.args is not args):
         logger.warning(
             f"fastft: gradients are clipped twice, to {args.max_grad_norm} by Trainer's args and "
-            f"to {max_grad_norm} by the optimizer: set max_grad_norm to 0 in args, or leave it out "
-            "of the optimizer"
+            f"to {optimizer.max_grad_norm} by the optimizer: set max_grad_norm to 0 in args, or "
+            "leave it out of the optimizer"
         )

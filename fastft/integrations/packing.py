@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,26 +16,33 @@ from transformers.utils import logging
 
 from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.data.collator import PackingCollator
-from fastft.data.dispatching import REFUSAL
+from fastft.data.keys import LABEL_SEGMENTS
 from fastft.data.packed import PackedDataset, packs_of
+from fastft.data.streaming import REFUSAL
 from fastft.foreign import base_model, dispatches, is_compiled, modules_with_hooks
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
 from fastft.integrations.implementations import attention_configs, switched
-from fastft.integrations.optimizer_check import Handed, check_optimizer
-from fastft.integrations.packed_evaluation import PADDED, refuse_generation, warn_of_repeats
+from fastft.integrations.optimizer_check import check_optimizer
 from fastft.integrations.pool_segments import is_pooled
 from fastft.integrations.probe_rows import Batches
-from fastft.integrations.trainings import training_begins, until_the_end_of
+from fastft.optim.adamw import AdamW
 
 # below "transformers", so that its verbosity rules
 logger = logging.get_logger(f"transformers.{__name__}")
 
-_ON_LEAK = ("error", "warn")
 _DATA_PARALLEL = (
     "DataParallel cuts a packed batch between its devices; start one process for each instead"
 )
+_PADDED = (
+    "PackingCollator(pad_examples=True) with train_dataset=fastft.pack(...) and eval_dataset the "
+    "dataset itself"
+)
 _verdicts: dict[Any, Verdict] = {}
+# by model: the state, which Trainer makes for each training, and the callbacks of the latest one
+_trainings: weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.WeakSet[PackingCallback]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class PackingCallback(TrainerCallback):
@@ -74,7 +82,7 @@ class PackingCallback(TrainerCallback):
     """
 
     def __init__(self, on_leak: str = "error", attention: bool = True) -> None:
-        if on_leak not in _ON_LEAK:
+        if on_leak not in ("error", "warn"):
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
         if not isinstance(attention, bool):
             raise TypeError(f"attention must be True or False, got {attention!r}")
@@ -82,33 +90,42 @@ class PackingCallback(TrainerCallback):
         self.switched: str | None = None
         self._warned_of_repeats = False
         self._apart, self._asked = False, False  # in a training; in this evaluation outside of one
-        self._handed = Handed()
-        self._kept = until_the_end_of(self)
+        # the args of the Trainer that was handed an AdamW of fastft's
+        self._handed: TrainingArguments | None = None
+        self._kept = contextlib.ExitStack()
+        # closed when nobody holds the callback any more, to which nothing in it must refer
+        weakref.finalize(self, self._kept.close).atexit = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remembers whether the Trainer was handed an optimizer of fastft's."""
-        self._handed.note(args, kwargs.get("optimizer"))
+        self._handed = args if isinstance(kwargs.get("optimizer"), AdamW) else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size
         begins anew."""
-        self.restore()
-        self.switched = None
-        model, loader = kwargs["model"], kwargs.get("train_dataloader")
-        training_begins(model, state, self)
-        check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed)
-        collator = packing_collator(loader)
-        if collator is None:
+        if self._begin(args, state, **kwargs) is None:
             logger.warning(
                 "fastft: PackingCallback does nothing: batches do not come from a "
                 "fastft.PackingCollator"
             )
-            return
-        refuse_generation(args, collator)
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, **kwargs: Any
+    ) -> PackingCollator | None:
+        """Checks what trains, and keeps packed sequences apart; None without a collator of ours."""
+        self.restore()
+        self.switched = None
+        model, loader = kwargs["model"], kwargs.get("train_dataloader")
+        _training_begins(model, state, self)
+        check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed is args)
+        collator = packing_collator(loader)
+        if collator is None:
+            return None
+        _refuse_generation(args, collator)
         _refuse_logits_of_rows(model, loader, collator)
         cut = [_DATA_PARALLEL] if args.n_gpu > 1 else []
         cut += [REFUSAL] if dispatches(loader) else []
@@ -120,6 +137,7 @@ class PackingCallback(TrainerCallback):
         compiled = args.torch_compile or is_compiled(model)
         switch = self.attention and not cut and not compiled
         self._keep_apart(model, self._verdict(model, batches, args, switch))
+        return collator
 
     def _keep_apart(self, model: nn.Module, verdict: Verdict) -> None:
         """Does what the verdict says, and says it; `restore` undoes it."""
@@ -134,8 +152,10 @@ class PackingCallback(TrainerCallback):
         if verdict.parts:
             former = self._kept.enter_context(switched(base_model(model), verdict.parts))
             self.switched = ", ".join(sorted(former))
-            until = "until the training's end"
-            logger.info(f"fastft: {name} has attention 'fastft', not {self.switched}, {until}")
+            logger.info(
+                f"fastft: {name} has attention 'fastft', not {self.switched}, until the training's "
+                "end"
+            )
         self._kept.enter_context(block_mask(model) if masked else packed_attention(model))
         self._apart = True
 
@@ -162,7 +182,7 @@ class PackingCallback(TrainerCallback):
         if collator is None:
             return
         if not self._warned_of_repeats:
-            self._warned_of_repeats = warn_of_repeats(args, loader, collator)
+            self._warned_of_repeats = _warn_of_repeats(args, loader, collator)
         if not self._apart and not self._asked:
             self._check_evaluation(args, kwargs["model"], loader, collator)
             self._asked = True
@@ -182,7 +202,7 @@ class PackingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """The next prediction may be of another model, too."""
-        self._asked = False
+        self.on_evaluate(args, state, control, metrics=metrics, **kwargs)
 
     def _check_evaluation(
         self, args: Any, model: nn.Module, loader: Any, collator: PackingCollator
@@ -206,7 +226,7 @@ class PackingCallback(TrainerCallback):
                 f"sequences are kept apart by the callback inside train() alone, and "
                 f"{type(model).__name__} as it is "
                 f"does not do so: {leak}. The loop is evaluate() or predict() here; or evaluate "
-                f"with {PADDED}",
+                f"with {_PADDED}",
                 "evaluating",
             )
 
@@ -217,10 +237,9 @@ class PackingCallback(TrainerCallback):
         except Unasked as error:
             logger.warning(f"fastft: packing is not checked: {error}")
         except ValueError as error:
-            advice = "on_leak='warn' trains it all the same"
             self._complain(
                 f"nobody knows whether {type(model).__name__} keeps packed sequences apart: "
-                f"{error}; {advice}"
+                f"{error}; on_leak='warn' trains it all the same"
             )
         return Verdict()
 
@@ -239,6 +258,22 @@ class PackingCallback(TrainerCallback):
         if self.on_leak == "error":
             raise PackingLeakError(message)
         logger.warning(f"fastft: {doing} on contaminated batches: {message}")
+
+
+def _training_begins(model: nn.Module, state: Any, callback: PackingCallback) -> None:
+    """Restores the callbacks of an earlier training of `model`, in any wrapper, that has not ended.
+
+    Trainer calls no callback after an exception, so that hooks, patched methods and changed
+    configurations stay on the model; the callback that put them there may be of another Trainer.
+    """
+    base = base_model(model)
+    former, callbacks = _trainings.get(base, (None, weakref.WeakSet()))
+    if former is not state:
+        for stale in list(callbacks):
+            stale.restore()
+        callbacks = weakref.WeakSet()
+    callbacks.add(callback)
+    _trainings[base] = state, callbacks
 
 
 def packing_collator(dataloader: Any) -> PackingCollator | None:
@@ -275,6 +310,44 @@ def _parts(whole: Any) -> Iterator[Any]:
         yield from getattr(whole, "__dict__", {}).values()
 
 
+def _refuse_generation(args: TrainingArguments, collator: PackingCollator) -> None:
+    """Raises ValueError where Trainer would generate from rows that hold several examples."""
+    if getattr(args, "predict_with_generate", False) and not collator.pad_examples:
+        raise ValueError(
+            "fastft: predict_with_generate=True would generate one text for a row of several "
+            f"examples; use {_PADDED}, which then has a row for each example, or leave "
+            "predict_with_generate out"
+        )
+
+
+def _warn_of_repeats(args: TrainingArguments, loader: Any, collator: PackingCollator) -> bool:
+    """Warns, and says whether it did, where predictions of repeated examples would stay.
+
+    accelerate gives some examples out twice, so that all ranks have equally many, and takes their
+    predictions away again by counting rows. Rows of several examples it cannot count.
+    """
+    if (
+        args.world_size <= 1
+        or args.prediction_loss_only
+        or collator.task == "sequence_classification"  # pool_segments refuses these
+        or collator.rows >= args.per_device_eval_batch_size
+        or collator.pad_examples
+    ):
+        return False
+    try:
+        repeated = -len(loader.dataset) % (args.per_device_eval_batch_size * args.world_size)
+    except TypeError:  # an iterable dataset has no length
+        return False
+    if repeated:
+        logger.warning(
+            f"fastft: this evaluation has {repeated} examples (or packs) twice, so that ranks have "
+            "equally many. The loss leaves them out; predictions, and metrics computed from them, "
+            f"do not, as rows hold several examples. For a row each: {_PADDED}; or "
+            "rows=per_device_eval_batch_size"
+        )
+    return bool(repeated)
+
+
 def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
     """Raises where labels of examples would meet logits of rows: torch broadcasts the two in a
     regression."""
@@ -282,7 +355,7 @@ def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingColla
         return
     padded = collator.pad_examples and packs_of(loader) is None
     base = base_model(model)
-    if not padded and "label_segments" not in inspect.signature(base.forward).parameters:
+    if not padded and LABEL_SEGMENTS not in inspect.signature(base.forward).parameters:
         raise ValueError(
             f"{type(base).__name__} makes one row of logits of a row of several examples: call "
             "fastft.pool_segments(model) before training, which makes one of each example"

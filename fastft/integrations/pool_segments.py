@@ -14,8 +14,6 @@ The model's own code computes all else: pooler, dropout, head, and the loss by i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,16 +47,6 @@ class _Examples:
     @property
     def last(self) -> Tensor:
         return self.boundaries[self.segments + 1].long() - 1
-
-
-def _examples_of(kwargs: dict[str, Any]) -> _Examples:
-    boundaries, segments = kwargs.get(CU_SEQLENS_Q), kwargs.pop(LABEL_SEGMENTS)
-    if boundaries is None:
-        raise ValueError(
-            f"the batch has {LABEL_SEGMENTS} but no {CU_SEQLENS_Q}: it must come from "
-            "PackingCollator"
-        )
-    return _Examples(segments, boundaries, kwargs.get("labels"))
 
 
 class SegmentPooling:
@@ -111,7 +99,13 @@ class SegmentPooling:
         if not model.training:
             self._check_evaluation()
         kwargs = dict(kwargs)
-        self._examples = _examples_of(kwargs)
+        boundaries, segments = kwargs.get(CU_SEQLENS_Q), kwargs.pop(LABEL_SEGMENTS)
+        if boundaries is None:
+            raise ValueError(
+                f"the batch has {LABEL_SEGMENTS} but no {CU_SEQLENS_Q}: it must come from "
+                "PackingCollator"
+            )
+        self._examples = _Examples(segments, boundaries, kwargs.get("labels"))
         # the model would compare them with one row of logits for each row of the batch
         if self._takes_last:
             kwargs.pop("labels", None)
@@ -189,25 +183,18 @@ class SegmentPooling:
             )
         loss = None
         if examples.labels is not None:
-            labels, config = examples.labels, model.config
             loss = model.loss_function(
-                logits=scores, labels=labels, pooled_logits=scores, config=config
+                logits=scores, labels=examples.labels, pooled_logits=scores, config=model.config
             )
         return type(output)(**{**output, "loss": loss, "logits": scores})
-
-    @contextmanager
-    def _whole_rows(self, input_ids: Tensor) -> Iterator[None]:
-        """Lets the next forward see one example in each row."""
-        rows, tokens = input_ids.shape
-        boundaries = torch.arange(rows + 1, device=input_ids.device) * tokens
-        self._examples = _Examples(torch.arange(rows, device=input_ids.device), boundaries, None)
-        yield
 
 
 def is_pooled(model: nn.Module) -> bool:
     """Tells whether `pool_segments` is at work on `model`, or on the model inside its wrappers."""
-    hooks = base_model(model)._forward_pre_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), SegmentPooling) for hook in hooks)
+    return any(
+        isinstance(getattr(hook, "__self__", None), SegmentPooling)
+        for hook in base_model(model)._forward_pre_hooks.values()
+    )
 
 
 def _check(model: Any, called: Any, pooling: SegmentPooling) -> None:
@@ -225,8 +212,10 @@ def _check(model: Any, called: Any, pooling: SegmentPooling) -> None:
         with torch.no_grad():
             rows = ids[:1] if config.pad_token_id is None else ids
             stock = model(input_ids=rows).logits
-            with pooling._whole_rows(rows):
-                ours = called(input_ids=rows).logits
+            # one example in each row
+            places = torch.arange(len(rows) + 1, device=rows.device)
+            pooling._examples = _Examples(places[:-1], places * rows.shape[1], None)
+            ours = called(input_ids=rows).logits
     finally:
         for module in training:
             module.training = True

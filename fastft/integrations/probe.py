@@ -111,24 +111,21 @@ class Probe:
 
     def trouble(self, start: int) -> Trouble | None:
         """Looks for a fault with packed rows, short ones first; None if there is none."""
-        found = self.trouble_of_short(start)
-        return found or (None if self.long is None else self.trouble_of_long(self.long, start))
-
-    def tolerates(self, trouble: Trouble) -> bool:
-        """Whether the model may be trained all the same: rows that make it raise need not come."""
-        return trouble.loud and self.batches.max_tokens is None
-
-    def trouble_of_short(self, start: int) -> Trouble | None:
-        """Looks for a fault with short packed rows; None if there is none."""
         if getattr(self.base.config.get_text_config(), "expert_capacity", None):
             return Trouble("tokens of all sequences compete for the capacity of its experts")
         first = self.first_position(start)
         if first != start:
             return Trouble(f"it counts positions from {first}, position_ids_start is {start}")
-        found = self._trouble_of(self.short, start) or self._trouble_in_training(start)
-        if found is None and self.batches.padded:
-            found = self._trouble_with_padding(start)
-        return found
+        return (
+            self._trouble_of(self.short, start)
+            or self._trouble_in_training(start)
+            or self._trouble_with_padding(start)
+            or (None if self.long is None else self.trouble_of_long(self.long, start))
+        )
+
+    def tolerates(self, trouble: Trouble) -> bool:
+        """Whether the model may be trained all the same: rows that make it raise need not come."""
+        return trouble.loud and self.batches.max_tokens is None
 
     def first_position(self, start: int) -> int:
         """The first position as the model itself counts: `start`, or the one behind its padding
@@ -139,8 +136,8 @@ class Probe:
             positions = torch.arange(first, first + len(row.tokens[0]))[None]
             with contextlib.suppress(Exception):  # there may be no such argument
                 outputs = self._call({**inputs, "position_ids": positions}, len(row.alone[0]))[0]
-                distance = float(_distance(outputs, row.alone[0]).max())
-                if distance <= 8 * self.noise.of_others + self._least * _scale(row.alone):
+                allowed = 8 * self.noise.of_others + self._least * _scale(row.alone)
+                if float(_distance(outputs, row.alone[0]).max()) <= allowed:
                     return first
         return start
 
@@ -148,10 +145,9 @@ class Probe:
         try:
             packed, moved = (self._packed(row, start, other) for other in (False, True))
         except Exception as error:
-            raised = (
-                f"{type(error).__name__} for a packed batch: {' '.join(str(error).split())[:300]}"
-            )
-            return Trouble(f"it raises {raised}", loud=row is not self.short)
+            said = " ".join(str(error).split())[:300]
+            what = f"it raises {type(error).__name__} for a packed batch: {said}"
+            return Trouble(what, loud=row is not self.short)
         scale, ends = _scale(row.alone), row.ends(self.crossed)
         leaks, noise = _distance(packed, moved)[ends[1] :] / scale, self.noise
         if row is not self.short and not leaks.max() <= self._least + 8 * noise.of_others / _scale(
@@ -163,8 +159,10 @@ class Probe:
         if allowed > _MOST_NOISE:
             leak, allowed = float(leaks.median()), self._least + 8 * noise.usual / scale
         if not leak <= allowed:
-            what = "other tokens in the first sequence move the outputs of the later ones"
-            return Trouble(f"{what} by {leak:.1e}{self._why()}")
+            return Trouble(
+                "other tokens in the first sequence move the outputs of the later ones by "
+                f"{leak:.1e}{self._why()}"
+            )
         if not allowed <= _MOST_NOISE:
             return Trouble(
                 f"its outputs move by {noise.usual / scale:.1e} for no reason, which could hide a "
@@ -178,8 +176,10 @@ class Probe:
         # experts that are chosen differently by a rounding make a few tokens of a 16-bit model err
         worst = float(errors.median() if self._largest_error > 1e-2 else errors.max())
         if not worst <= self._largest_error + 8 * noise.drawn / scale:
-            off = f"the outputs are off by {worst:.1e} from those of sequences alone"
-            return Trouble(f"no sequence sees another, but {off}")
+            return Trouble(
+                f"no sequence sees another, but the outputs are off by {worst:.1e} from those of "
+                "sequences alone"
+            )
         return None
 
     def _why(self) -> str:
@@ -194,9 +194,11 @@ class Probe:
                 try:
                     self._run_alone(row, hidden=True)
                 except Exception as error:
-                    text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                     longest = max(len(row.tokens[at]) for at in row.compared)
-                    what = f"alone, a sequence of {longest} tokens makes it raise {text}"
+                    what = (
+                        f"alone, a sequence of {longest} tokens makes it raise "
+                        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    )
                     return Trouble(what, loud=True, long_row=True)
         found = self._trouble_of(row, start)
         if found is None:
@@ -212,13 +214,14 @@ class Probe:
             try:
                 packed, moved = (self._packed(self.short, start, other) for other in (False, True))
             except Exception as error:
-                raised = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                return Trouble(f"in training mode it raises {raised}")
+                said = " ".join(str(error).split())[:300]
+                return Trouble(f"in training mode it raises {type(error).__name__}: {said}")
             scale, end = _scale(self.short.alone), self.short.ends(self.crossed)[1]
             leak = float(_distance(packed, moved)[end:].max()) / scale
-            if leak <= self._least + 8 * self.noise.of_others / scale:
-                return None
-            if leak <= self._least + 8 * self._noise(max(LENGTHS)).of_others / scale:
+            if (
+                leak <= self._least + 8 * self.noise.of_others / scale
+                or leak <= self._least + 8 * self._noise(max(LENGTHS)).of_others / scale
+            ):
                 return None
         return Trouble(
             f"in training mode other tokens in the first sequence move the later ones by {leak:.1e}"
@@ -227,7 +230,8 @@ class Probe:
     def _trouble_with_padding(self, start: int) -> Trouble | None:
         """Whether the numbers that a model returns beside its outputs, such as a router's loss,
         count padding."""
-        if self._body is not None:  # a head of labels, which may not like the batch
+        # a head of labels may not like the batch
+        if self._body is not None or not self.batches.padded:
             return None
         plain, padded = (
             self._numbers(self._batch(self.short, start, rows=1, padded=padded)[0])
@@ -242,10 +246,9 @@ class Probe:
 
     def _numbers(self, batch: dict[str, Any]) -> dict[str, float]:
         output = self._run(batch)
-        items = output.items() if isinstance(output, dict) else ()
         return {
             name: float(value)
-            for name, value in items
+            for name, value in (output.items() if isinstance(output, dict) else ())
             if isinstance(value, Tensor) and value.ndim == 0
         }
 
@@ -289,8 +292,7 @@ class Probe:
         return Noise(of_others, usual, max(of_others, float(_distance(runs[0], drawn).max())))
 
     def _inputs(self, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
-        inputs = {"input_ids": tokens}
-        return {**inputs, "decoder_input_ids": targets} if self.crossed else inputs
+        return {"input_ids": tokens} | ({"decoder_input_ids": targets} if self.crossed else {})
 
     def _batch(
         self, row: Row, start: int, *, other: bool = False, rows: int, padded: bool
@@ -303,10 +305,11 @@ class Probe:
         if rows > 1:
             beside = self._other_row if row is self.short else beside_long(row)
             packs.append(Pack(self._examples(beside.tokens, beside.targets)))
-        task = "seq2seq" if self.crossed else "causal_lm"
-        multiple = len(row) + PADDING if padded else None
         collate = PackingCollator(
-            task=task, rows=len(packs), position_ids_start=start, pad_to_multiple_of=multiple
+            task="seq2seq" if self.crossed else "causal_lm",
+            rows=len(packs),
+            position_ids_start=start,
+            pad_to_multiple_of=len(row) + PADDING if padded else None,
         )
         batch: Any = collate(packs)
         del batch["labels"]
@@ -315,9 +318,9 @@ class Probe:
     def _examples(self, tokens: list[Tensor], targets: list[Tensor]) -> list[dict[str, Any]]:
         if not self.crossed:
             return [{"input_ids": ids} for ids in tokens]
-        pairs = zip(tokens, targets, strict=True)
         return [
-            {"input_ids": ids, "labels": goal, "decoder_input_ids": goal} for ids, goal in pairs
+            {"input_ids": ids, "labels": goal, "decoder_input_ids": goal}
+            for ids, goal in zip(tokens, targets, strict=True)
         ]
 
     def _packed(self, row: Row, start: int, other: bool) -> Tensor:
@@ -352,10 +355,11 @@ class Probe:
         seen: list[Any] = []
         with contextlib.ExitStack() as hooks:
             if self._body is not None:  # called by the model, whose hooks may be needed
-                hook = self._body.register_forward_hook(
-                    lambda module, args, output: seen.append(output)
+                hooks.callback(
+                    self._body.register_forward_hook(
+                        lambda module, args, output: seen.append(output)
+                    ).remove
                 )
-                hooks.callback(hook.remove)
             head = output_embeddings(self.base) if hidden or self._before_head else None
             if head is not None:
                 hooks.callback(

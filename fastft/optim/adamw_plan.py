@@ -305,7 +305,8 @@ def _steps_done(steps: list[Any]) -> list[float]:
     counts = [step if isinstance(step, Tensor) else torch.tensor(float(step)) for step in steps]
     done = [0.0] * len(counts)
     for places in _by_device(counts).values():
-        there = torch.stack([counts[i].reshape(()) for i in places])
+        # a view of each count would be a call into torch for each parameter
+        there = torch.stack([c.reshape(()) if c.ndim else c for c in (counts[i] for i in places)])
         for i, count in zip(places, there.tolist(), strict=True):
             done[i] = float(count)
     return done

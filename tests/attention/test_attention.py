@@ -288,7 +288,7 @@ def test_blocks_that_see_each_other_both_ways_get_a_mask(hooked: bool, window: i
     }
     x = torch.randn(1, 19, 32)
     known = pytest.MonkeyPatch()
-    known.setattr("fastft.attention.attention.packed_forward_under_way", lambda: hooked)
+    known.setattr("fastft.attention.attention.segments_under_way", lambda: hooked or None)
     mask = make(config, x, None, **options, **{_CACHE: None})
     known.undo()
     assert isinstance(mask, Tensor) and mask.shape[-2:] == (19, 19)

@@ -15,6 +15,7 @@ from support.versions import checkpoint_activations
 from transformers import Trainer
 
 import fastft
+from fastft.attention.segments import keep_segments
 from fastft.integrations.check_packing import find_leak
 from fastft.integrations.probe_rows import Batches
 
@@ -151,13 +152,28 @@ def test_a_model_whose_router_counts_padding_is_found():
         assert find_leak(model, Batches(padded=True)) is None
 
 
+def hooks_of(model):
+    return [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+
+
+def test_a_model_that_is_refused_has_no_hooks_afterwards():
+    model = made()
+    handles = [keep_segments(layer) for layer in model.model.layers]
+    before = hooks_of(model)
+    with pytest.raises(ValueError, match="one by one"), fastft.packed_attention(model):
+        pass
+    assert hooks_of(model) == before and model.config.use_cache
+    for handle in handles:
+        handle.remove()
+
+
 def test_hooks_and_mask_are_gone_afterwards():
     model = made()
     model(**fastft.PackingCollator()(examples()))  # transformers' own hooks stay
-    before = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    before = hooks_of(model)
     with fastft.packed_attention(model):
         model(**fastft.PackingCollator(rows=2)(examples()))
-    assert before == [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    assert hooks_of(model) == before
 
 
 def trained(folder, attention, collator, *callbacks):

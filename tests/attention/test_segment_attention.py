@@ -218,7 +218,7 @@ def test_cuda_arguments(batch: str, name: str, monkeypatch: pytest.MonkeyPatch) 
     """What is handed to the CUDA kernels and made of what they return; the kernels themselves do
     not run here."""
     calls, options = flash_kernels.install(monkeypatch), OPTIONS[name]
-    monkeypatch.setattr(room, "_engine", lambda *args: "flash_cuda")
+    monkeypatch.setattr(room.ATTENTION, "resolve", lambda *args: "flash_cuda")
     lengths, _ = BATCHES[batch]
     call = inputs(batch, options, torch.float64)
     ours = results(segment_attention, segments_of_lengths(lengths), call)
@@ -249,7 +249,7 @@ def test_the_stand_ins_take_what_torchs_kernels_take(name: str) -> None:
 def test_a_longest_segment_that_is_said_to_be_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA kernels would leave out what is beyond, without a word."""
     calls = flash_kernels.install(monkeypatch)
-    monkeypatch.setattr(room, "_engine", lambda *args: "flash_cuda")
+    monkeypatch.setattr(room.ATTENTION, "resolve", lambda *args: "flash_cuda")
     segments = dataclasses.replace(
         segments_of_lengths((30, 33, 63)), max_seqlen_q=40, max_seqlen_k=7
     )
@@ -275,7 +275,7 @@ def test_flash_attn_arguments(options: dict[str, Any], monkeypatch: pytest.Monke
 
     fake = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
-    monkeypatch.setattr(room, "_engine", lambda *args: "flash_attn")
+    monkeypatch.setattr(room.ATTENTION, "resolve", lambda *args: "flash_attn")
     call = inputs("rows", options, torch.float32)
     out = segment_attention(
         **call, segments=segments_of_lengths((30, 33, 63)), softcap=3.0, dropout=0.1

@@ -14,7 +14,7 @@ from support.packed_models import build, ends, one_process_group, packed, sequen
 from torch import Tensor, nn
 
 import fastft
-from fastft.attention.segments import keep_segments, packed_forward_under_way, segments_of
+from fastft.attention.segments import keep_segments, segments_of, segments_under_way
 
 LENGTHS = (11, 7, 13)
 
@@ -31,7 +31,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         segments = segments_of(self, {})
         self.seen.append(None if segments is None else segments.bounds_q)
-        assert packed_forward_under_way() == (segments is not None)
+        assert (segments_under_way() is None) == (segments is None)
         return x
 
 
@@ -130,10 +130,10 @@ def test_nothing_stays_after_an_error() -> None:
     keep_segments(model)
     with pytest.raises(TypeError):
         model(X, unknown=1, **BATCH)
-    assert not packed_forward_under_way()
+    assert segments_under_way() is None
     with pytest.raises(ValueError, match="cu_seq_lens_q must be"):
         model(X, cu_seq_lens_q=torch.zeros(2, 2))
-    assert not packed_forward_under_way()
+    assert segments_under_way() is None
     model(X)
     assert model.attention.seen == [None]
 

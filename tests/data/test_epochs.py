@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastft.data.epochs import epoch_plan
-from fastft.data.plan import plan_packs
+from fastft.data.plan import epoch_plan, plan_packs
 
 
 @settings(max_examples=100, deadline=None)
@@ -68,7 +67,7 @@ def test_other_processes_draw_the_same(threads):
 import torch
 torch.set_num_threads({threads})
 torch.manual_seed({threads})
-from fastft.data.epochs import epoch_plan
+from fastft.data.plan import epoch_plan
 from fastft.data.plan import plan_packs
 print(epoch_plan(plan_packs([*range(1, 500)], 600), 3, 2, 1).indices.tolist())
 """

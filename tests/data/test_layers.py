@@ -10,7 +10,7 @@ import pytest
 import fastft
 
 DATA = Path(fastft.__file__).parent / "data"
-PLANNING = ("plan", "packed", "streaming", "balance", "epochs", "lengths", "dispatching")
+PLANNING = ("plan", "packed", "streaming", "balance", "lengths")
 COMMON = ("pack", "arrow_rows", "keys")
 
 

@@ -15,7 +15,7 @@ from support.adamw_trainers import arguments, biased_llama, examples
 
 import fastft
 from fastft import foreign
-from fastft.integrations.optimizer_check import Handed, check_optimizer
+from fastft.integrations.optimizer_check import check_optimizer
 from fastft.optim import origin
 from fastft.optim.adamw import AdamW
 
@@ -28,8 +28,8 @@ def train(model, args, callback=fastft.FusedLossCallback, **options):
     return trainer
 
 
-def begin(args, model, optimizer, handed=None):
-    check_optimizer(args, transformers.TrainerState(), model, optimizer, handed or Handed())
+def begin(args, model, optimizer, handed=False):
+    check_optimizer(args, transformers.TrainerState(), model, optimizer, handed)
 
 
 def moved(model, before):
@@ -340,11 +340,11 @@ def test_an_optimizer_made_by_hand_that_deepspeed_dropped_is_told(callback, tmp_
     with pytest.raises(
         ValueError, match=r"was given a fastft.AdamW, but torch.optim.adamw.AdamW trains: DeepSpeed"
     ):
-        begin(args, model, under_deepspeed(theirs), callback._handed)
-    begin(args, model, theirs, callback._handed)
+        begin(args, model, under_deepspeed(theirs), callback._handed is args)
+    begin(args, model, theirs, callback._handed is args)
     args = arguments(tmp_path)
     transformers.Trainer(model, args, optimizers=(theirs, None), **data)
-    begin(args, model, under_deepspeed(theirs), callback._handed)
+    begin(args, model, under_deepspeed(theirs), callback._handed is args)
 
 
 @pytest.mark.parametrize("with_args", [True, False])

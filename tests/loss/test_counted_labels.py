@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import fastft
-from fastft.data.label_counts import known_count, note_count
+from fastft.data.batch import known_count, note_count
 from fastft.loss.counted_labels import CountedLabels, bound_of, give_counted_labels
 from fastft.loss.lazy import losses as lazy_losses
 

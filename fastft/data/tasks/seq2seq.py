@@ -61,20 +61,19 @@ class Seq2Seq(Task):
             batch["decoder_input_ids"] = _shifted_right(
                 batch["labels"], lengths, start, self.collator.pad_token_id
             )
-        borders = [0, *itertools.accumulate(lengths)]
-        batch[DECODER_CU_SEQLENS] = torch.tensor(borders, dtype=torch.int32)
+        batch[DECODER_CU_SEQLENS] = torch.tensor(
+            [0, *itertools.accumulate(lengths)], dtype=torch.int32
+        )
         batch[DECODER_MAX_LENGTH] = max(lengths)
 
 
 def _shifted_right(labels: Tensor, lengths: Sequence[int], start: int, pad_token_id: int) -> Tensor:
     """Makes what the decoder reads: labels (R, U) one token later, in each segment of its own."""
-    shifted = labels.new_empty(labels.shape)
-    flat = shifted.view(-1)
-    flat[1:] = labels.view(-1)[:-1]
+    shifted = labels.view(-1).roll(1)  # the last comes first, where a segment begins
     borders = itertools.accumulate(lengths, initial=0)
     begins = [border for border, length in zip(borders, lengths, strict=False) if length]
-    flat[torch.tensor(begins)] = start
-    return shifted.masked_fill_(shifted == IGNORE_INDEX, pad_token_id)
+    shifted[begins] = start
+    return shifted.masked_fill_(shifted == IGNORE_INDEX, pad_token_id).view(labels.shape)
 
 
 def seq2seq_masks(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,8 +107,9 @@ def seq2seq_masks(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"batch must be one of task 'seq2seq', got the keys {sorted(batch)}")
     keys = batch[SEQ_IDX]
     tokens = batch["decoder_input_ids"]
-    lengths = batch[DECODER_CU_SEQLENS].diff()
-    queries = torch.repeat_interleave(lengths, output_size=tokens.numel()).view(tokens.shape)
+    queries = torch.repeat_interleave(
+        batch[DECODER_CU_SEQLENS].diff(), output_size=tokens.numel()
+    ).view(tokens.shape)
 
     def same(first: Tensor, second: Tensor) -> Tensor:
         return (first[:, :, None] == second[:, None, :])[:, None]

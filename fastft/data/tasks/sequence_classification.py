@@ -22,8 +22,40 @@ class SequenceClassification(Task):
     _labels: Tensor | None = None
 
     def take(self, columns: Columns) -> None:
-        """Takes the labels, if the examples have any."""
-        self._labels = _take_labels(columns)
+        """Takes the labels, if there are any: int64 (E,) from integers, float32 from others, (E, C)
+        from C numbers each.
+
+        Raises:
+            ValueError: an example has no label but None or text, or another number of them than the
+                first one.
+        """
+        taken = {key: columns.pop(key) for key in LABEL_KEYS if key in columns}
+        if not taken:
+            return
+        key, values = next(iter(taken.items()))
+        rows = list[Tensor]()
+        for index, value in enumerate(values):
+            try:
+                row = torch.as_tensor(value)
+                if row.is_meta or row.layout != torch.strided:
+                    raise TypeError
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(
+                    f"{key} of example {index} must be numbers, got {value!r}"
+                ) from None
+            if row.ndim > 1 or row.numel() == 0:
+                raise ValueError(
+                    f"{key} of example {index} must be one number or a vector, got shape "
+                    f"{tuple(row.shape)}"
+                )
+            if rows and row.shape != rows[0].shape:
+                raise ValueError(
+                    f"{key} of example {index} has shape {tuple(row.shape)}, of example 0 "
+                    f"{tuple(rows[0].shape)}"
+                )
+            rows.append(row)
+        made = torch.stack([row.float() if row.is_floating_point() else row for row in rows]).cpu()
+        self._labels = made if made.is_floating_point() else made.long()
 
     def fill(self, columns: Columns, layout: Layout) -> dict[str, Any]:
         """Lays the columns out; the labels stay as they came."""
@@ -32,41 +64,9 @@ class SequenceClassification(Task):
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:
         """Says in which segment each example lies."""
-        segments = enumerate(layout.order)
-        places = sorted((one, segment) for segment, one in segments if one is not None)
+        places = sorted(
+            (example, segment)
+            for segment, example in enumerate(layout.order)
+            if example is not None
+        )
         batch[LABEL_SEGMENTS] = integers_of([segment for _, segment in places])
-
-
-def _take_labels(columns: Columns) -> Tensor | None:
-    """Takes the labels out of the columns: int64 (E,) from integers, float32 from others, (E, C)
-    from C numbers each; None if there are none.
-
-    Raises:
-        ValueError: an example has no label but None or text, or another number of them than the
-            first one.
-    """
-    taken = {key: columns.pop(key) for key in LABEL_KEYS if key in columns}
-    if not taken:
-        return None
-    key, values = next(iter(taken.items()))
-    rows = list[Tensor]()
-    for index, value in enumerate(values):
-        try:
-            row = torch.as_tensor(value)
-            if row.is_meta or row.layout != torch.strided:
-                raise TypeError
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"{key} of example {index} must be numbers, got {value!r}") from None
-        if row.ndim > 1 or row.numel() == 0:
-            raise ValueError(
-                f"{key} of example {index} must be one number or a vector, got shape "
-                f"{tuple(row.shape)}"
-            )
-        if rows and row.shape != rows[0].shape:
-            raise ValueError(
-                f"{key} of example {index} has shape {tuple(row.shape)}, of example 0 "
-                f"{tuple(rows[0].shape)}"
-            )
-        rows.append(row)
-    made = torch.stack([row.float() if row.is_floating_point() else row for row in rows]).cpu()
-    return made if made.is_floating_point() else made.long()
