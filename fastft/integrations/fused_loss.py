@@ -106,12 +106,6 @@ class FusedLossCallback(PackingCallback):
         if self.verify and self._attachment.heads:
             self._verify_first_batch(model)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Refuses packed rows that nothing keeps apart any more."""
-        self._packing.on_step_begin(args, state, control, **kwargs)
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
