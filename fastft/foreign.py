@@ -244,8 +244,13 @@ def sharded_like(part: Tensor, template: Any) -> Tensor:
         return part
     from torch.distributed.tensor import DTensor
 
-    layout = {"shape": template.shape, "stride": template.stride()}
-    return DTensor.from_local(part, template.device_mesh, template.placements, **layout)
+    return DTensor.from_local(
+        part,
+        template.device_mesh,
+        template.placements,
+        shape=template.shape,
+        stride=template.stride(),
+    )
 
 
 def placed_like(value: Tensor, template: Any) -> Tensor:
@@ -305,7 +310,7 @@ def shares_a_resharded_unit(module: nn.Module) -> bool:
 
 def reason_not_to_run(model: nn.Module) -> str | None:
     """Why `model` cannot be called by one process alone with its real weights; None if it can."""
-    if any("FullyShardedDataParallel" in _class_names(module) for module in model.modules()):
+    if is_fsdp1(model):
         return "FSDP1 shards its parameters"
     for parameter in model.parameters():
         if is_dtensor(parameter) or type(parameter).__name__ == "FlatParameter":

@@ -18,7 +18,6 @@ from fastft.loss.cross_entropy_rows import ROWS, probability_losses
 from fastft.loss.options import (
     RowOptions,
     check_indices,
-    check_plain_impl,
     check_probabilities,
     check_reduction,
     check_tensors,
@@ -139,22 +138,20 @@ def cross_entropy(
     class_dim = _class_dim(input)
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     logits = input.movedim(class_dim, -1).reshape(-1, input.shape[class_dim])
-    shard = None
-    if group is not None:
-        shard = Shard.of(logits.shape[1:], group, "class dimension of input", target, impl)
+    shard = Shard.of(logits.shape[1:], group, "class dimension of input", target, impl)
     classes = logits.shape[1] if shard is None else shard.classes
     check_weight(weight, classes, input.device)
     counted = None
     if target.is_floating_point():
-        check_probabilities(target, input.shape, input.device, "input")
-        check_plain_impl(impl, "target probabilities")
+        check_probabilities(target, input.shape, input.device, "input", impl)
         rows = target.movedim(class_dim, -1).reshape(-1, classes)
         losses = probability_losses(logits, rows, weight, options)
     else:
         counted = check_indices(target, input, class_dim, classes, ignore_index)
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        dtype = statistics_dtype(logits.dtype)
-        weight = class_weights(weight, counted, ignore_index, reduction, num_items, dtype)
+        weight = class_weights(
+            weight, counted, ignore_index, reduction, num_items, statistics_dtype(logits.dtype)
+        )
         if shard is not None:
             losses = sharded_losses(logits, counted, weight, options, shard)
         else:

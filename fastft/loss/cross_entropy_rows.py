@@ -23,7 +23,7 @@ their gradient is written; all but the first read of a row hit the cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,57 +42,47 @@ def capped(logits: Tensor, options: RowOptions) -> Tensor:
     return torch.tanh(z / options.softcap) * options.softcap if options.softcap else z
 
 
-class RowStatistics(NamedTuple):
-    """What the reference knows about its rows: matrices (T, V), columns (T, 1)."""
+class RowStatistics:
+    """What the reference knows about its rows: matrices (T, V), columns (T, 1).
 
-    z: Tensor
-    distance: Tensor  # from the maximum, 0 where the exponential is 0
-    exps: Tensor  # exp(z - maximum)
-    others: Tensor  # their sum without the target's
-    total: Tensor
-    log_sum: Tensor
-    lse: Tensor
-    picked: Tensor  # the class of each target
-    hits: Tensor  # (1 - label_smoothing) * weight of the target
-    spread: float  # label_smoothing / V
-    weight: Tensor | float
-    weight_sum: Tensor | float
-    options: RowOptions
+    Args:
+        logits: the rows.
+        picked: the class of each target (T, 1).
+        weight: of the classes, or none.
+        options: the operator's.
+        dtype: of the statistics.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         logits: Tensor,
-        index: Tensor,
+        picked: Tensor,
         weight: Sequence[Tensor],
         options: RowOptions,
         dtype: torch.dtype,
-    ) -> RowStatistics:
-        """The rows of `logits` with targets `index` (T, 1), in `dtype`."""
-        z = capped(logits.to(dtype), options)
-        highest, target_logit = z.amax(1, keepdim=True), z.gather(1, index)
-        exps = (z - highest).exp()
-        target_exp = exps.gather(1, index)
-        others = exps.scatter(1, index, 0.0).sum(1, keepdim=True)
+    ) -> None:
+        self.picked, self.options = picked, options
+        self.z = capped(logits.to(dtype), options)
+        highest, target_logit = self.z.amax(1, keepdim=True), self.z.gather(1, picked)
+        self.exps = (self.z - highest).exp()
+        # from the maximum, 0 where the exponential is 0
+        self.distance = (self.z - highest).masked_fill_(self.exps == 0, 0.0)
+        target_exp = self.exps.gather(1, picked)
+        self.others = self.exps.scatter(1, picked, 0.0).sum(1, keepdim=True)
+        self.total = self.others + target_exp
         # log of the sum is log1p of the sum without the class that holds the maximum, whose
         # exponential is exactly 1
-        log_sum = torch.where(target_logit == highest, others, others - 1 + target_exp).log1p()
-        hit, spread = 1 - options.label_smoothing, options.label_smoothing / logits.shape[1]
-        return cls(
-            z,
-            (z - highest).masked_fill_(exps == 0, 0.0),
-            exps,
-            others,
-            others + target_exp,
-            log_sum,
-            highest + log_sum,
-            index,
-            weight[0].to(dtype)[index] * hit if weight else torch.full_like(log_sum, hit),
-            spread,
-            weight[0].to(dtype) if weight else 1.0,
-            weight[0].sum(dtype=dtype) if weight else float(logits.shape[1]),
-            options,
+        without = torch.where(target_logit == highest, self.others, self.others - 1 + target_exp)
+        self.log_sum = without.log1p()
+        self.lse = highest + self.log_sum
+        self.weight: Tensor | float = weight[0].to(dtype) if weight else 1.0
+        self.weight_sum: Tensor | float = (
+            weight[0].sum(dtype=dtype) if weight else float(logits.shape[1])
         )
+        # what the target's class has of the loss, and what every class has
+        hit = 1 - options.label_smoothing
+        self.hits = weight[0].to(dtype)[picked] * hit if weight else torch.full_like(self.lse, hit)
+        self.spread = options.label_smoothing / logits.shape[1]
 
     def losses(self) -> Tensor:
         """The losses (T, 1)."""
@@ -150,8 +140,8 @@ def _cross_entropy_rows(
     options = RowOptions(*given)
     ignored = (target == options.ignore_index)[:, None]
     wrong = ((target < 0) | (target >= logits.shape[1]))[:, None] & ~ignored
-    index = target.long()[:, None].masked_fill(ignored | wrong, 0)
-    rows = RowStatistics.of(logits, index, weight, options, losses.dtype)
+    picked = target.long()[:, None].masked_fill(ignored | wrong, 0)
+    rows = RowStatistics(logits, picked, weight, options, losses.dtype)
 
     def masked(values: Tensor) -> Tensor:
         return values.masked_fill_(ignored, 0.0).masked_fill_(wrong, torch.nan)

@@ -105,11 +105,13 @@ def local_head(
         assert weight is not None
         return input, weight, gathered("linear_bias", linear_bias), target, None
     mesh: Any = input.device_mesh  # type: ignore[attr-defined]
-    x = _local_of("input", input, mesh, None)
-    weight = _local_of("linear_weight", linear_weight, mesh, 0)
-    bias = None if linear_bias is None else _local_of("linear_bias", linear_bias, mesh, 0)
-    target = _local_of("target", target, mesh, None) if is_dtensor(target) else target
-    return x, weight, bias, target, mesh.get_group()
+    return (
+        _local_of("input", input, mesh, None),
+        _local_of("linear_weight", linear_weight, mesh, 0),
+        None if linear_bias is None else _local_of("linear_bias", linear_bias, mesh, 0),
+        _local_of("target", target, mesh, None) if is_dtensor(target) else target,
+        mesh.get_group(),
+    )
 
 
 def whole_head(

@@ -48,11 +48,11 @@ def is_emulated(dtype: torch.dtype, device_type: str) -> bool:
         return False
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
-    if supported is None:
-        return False
     # torch says yes to AVX-512 without bf16 units too, where oneDNN converts whole matrices in
     # memory of its own
-    return not supported() or (dtype == torch.bfloat16 and _native.cpu_isa() == "avx512")
+    return supported is not None and (
+        not supported() or (dtype == torch.bfloat16 and _native.cpu_isa() == "avx512")
+    )
 
 
 def working_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -31,18 +31,10 @@ Operands: TypeAlias = tuple[Tensor, Tensor, "Tensor | None"]  # input, weight an
 Where: TypeAlias = "slice | Tensor"  # positions of rows
 
 
-class _Limits(NamedTuple):
-    """Of the workspace: its bytes, and the rows which it holds at least and at most whatever they
-    take."""
-
-    budget: int
-    least: int
-    most: int
-
-
-# a CPU's workspace should stay near its last-level cache, a GPU's products want a thousand rows
-_LIMITS = {"cpu": _Limits(32 << 20, 256, 1 << 31)}
-_DEVICE_LIMITS = _Limits(512 << 20, 1024, 4096)
+# the bytes of the workspace, and the rows which it holds at least and at most whatever they take: a
+# CPU's should stay near its last-level cache, a GPU's products want a thousand rows
+_LIMITS = {"cpu": (32 << 20, 256, 1 << 31)}
+_DEVICE_LIMITS = (512 << 20, 1024, 4096)
 
 
 def chunk_rows(
@@ -203,8 +195,7 @@ class HeadCall(NamedTuple):
         Raises:
             ValueError: `chunk_rows` is below 1, or `max_counted` below 0.
         """
-        given = ("chunk_rows", chunk_rows, 1), ("max_counted", max_counted, 0)
-        for name, value, least in given:
+        for name, value, least in (("chunk_rows", chunk_rows, 1), ("max_counted", max_counted, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be None or at least {least}, got {value}")
         x, weight, bias = (
@@ -273,8 +264,7 @@ class Outputs(NamedTuple):
 
     def of_rows(self, rows: int, statistics: bool) -> tuple[Tensor, ...]:
         """Room for the losses, lse and maybe entropy and is_top1 of some rows."""
-        results = self[:4] if statistics else self[:2]
-        return tuple(result.new_empty(rows) for result in results)
+        return tuple(result.new_empty(rows) for result in self[: 4 if statistics else 2])
 
 
 def sweep_one(

@@ -20,7 +20,6 @@ from fastft.loss.head_sweep import HeadCall, Operands
 from fastft.loss.linear_rows import divides_rows, linear_rows
 from fastft.loss.options import (
     check_indices,
-    check_plain_impl,
     check_probabilities,
     check_reduction,
     check_shapes,
@@ -50,7 +49,6 @@ def _of_probabilities(
     num_items: float | Tensor | None,
 ) -> Tensor:
     """The reduced loss of target probabilities (..., V), in plain torch."""
-    check_plain_impl(call.impl, "target probabilities")
     x, head, bias = (None if tensor is None else tensor.to(call.dtype) for tensor in operands)
     assert x is not None and head is not None
     rows = target.reshape(-1, target.shape[-1])
@@ -192,9 +190,7 @@ def linear_cross_entropy(
     input, linear_weight, linear_bias, target, group = local_head(
         input, linear_weight, linear_bias, target, group
     )
-    shard = None
-    if group is not None:
-        shard = Shard.of(linear_weight.shape, group, "linear_weight", target, impl)
+    shard = Shard.of(linear_weight.shape, group, "linear_weight", target, impl)
     classes = len(linear_weight) if shard is None else shard.classes
     check_weight(weight, classes, input.device)
     shape = input.shape[:-1]
@@ -210,12 +206,22 @@ def linear_cross_entropy(
     )
     with torch.autocast(input.device.type, enabled=False):
         if target.is_floating_point():
-            check_probabilities(target, torch.Size([*shape, classes]), input.device, "the logits")
+            check_probabilities(
+                target, torch.Size([*shape, classes]), input.device, "the logits", impl
+            )
             loss = _of_probabilities(operands, target, weight, call, reduction, num_items)
         else:
             flat = check_indices(target, input, -1, classes, ignore_index)
-            given = operands, flat, weight, call, reduction, num_items
-            loss = _of_indices(*given, shard=shard, accumulate=accumulate)
+            loss = _of_indices(
+                operands,
+                flat,
+                weight,
+                call,
+                reduction,
+                num_items,
+                shard=shard,
+                accumulate=accumulate,
+            )
     return loss.view(shape) if reduction == "none" else loss
 
 

@@ -49,17 +49,32 @@ class LinearLogProbs(NamedTuple):
     is_top1: Tensor
 
 
-def _checked_head(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int
-) -> tuple[Operands, Tensor, Tensor, torch.dtype]:
-    """Checks, and returns: input (T, H), weight and bias of a whole head; the target, as it came
-    and flat; the dtype of the products."""
+def _planned(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    **plan: Any,
+) -> tuple[Operands, Tensor, Tensor, HeadCall]:
+    """Checks the arguments, and returns: input (T, H), weight and bias of a whole head; the target,
+    as it came and flat; the call. `plan`: as of `HeadCall.planned`."""
+    options = row_options(ignore_index, softcap=softcap, logit_scale=logit_scale)
     check_tensors(target=target)
     dtype = compute_dtype(input, weight, bias)
     check_shapes(input, weight, bias)
     input, weight, bias, target = whole_head(input, weight, bias, target)
     flat = check_indices(target, input, -1, len(weight), ignore_index)
-    return (input.reshape(-1, input.shape[-1]), weight, bias), target, flat, dtype
+    operands = input.reshape(-1, input.shape[-1]), weight, bias
+    return (
+        operands,
+        target,
+        flat,
+        HeadCall.planned(operands, dtype, options, statistics=True, **plan),
+    )
 
 
 def linear_log_probs(
@@ -99,18 +114,17 @@ def linear_log_probs(
     Raises:
         TypeError, ValueError, RuntimeError: as `linear_cross_entropy`.
     """
-    options = row_options(ignore_index, softcap=softcap, logit_scale=logit_scale)
-    operands, target, flat, dtype = _checked_head(
-        input, linear_weight, linear_bias, target, ignore_index
-    )
-    call = HeadCall.planned(
-        operands,
-        dtype,
-        options,
+    operands, target, flat, call = _planned(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
         impl=impl,
         chunk_rows=chunk_rows,
         max_counted=max_counted,
-        statistics=True,
     )
     losses, lse, entropy, is_top1 = linear_rows(operands, flat, None, call)
     log_probs, entropy, lse, is_top1 = (
@@ -131,8 +145,9 @@ class _LinearTokenLoss(torch.autograd.Function):
         arguments: Sequence[Tensor],
         call: HeadCall,
     ) -> Tensor:
-        logits_dtype = working_dtype(call.dtype, input.device.type)
-        row_kernel = ROWS.implementation(call.impl, input.device, logits_dtype)
+        row_kernel = ROWS.implementation(
+            call.impl, input.device, working_dtype(call.dtype, input.device.type)
+        )
 
         def fill(z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:
             y, options = target[where], call.options
@@ -149,8 +164,9 @@ class _LinearTokenLoss(torch.autograd.Function):
                 return None
             given: Sequence[Tensor | None] = (None, None, None)
             if values.requires_grad:
-                one = torch.ones_like(values)
-                given = torch.autograd.grad(values, known, one, allow_unused=True)
+                given = torch.autograd.grad(
+                    values, known, torch.ones_like(values), allow_unused=True
+                )
             log_probs, entropy, of_lse = (torch.zeros_like(lse) if g is None else g for g in given)
             upstream = [-log_probs, of_lse, entropy]
             row_kernel(z, y, [], upstream, losses, lse, statistics, [z], *options)
@@ -166,8 +182,7 @@ class _LinearTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_token_loss")
         needs = ctx.needs_input_grad[:3]
-        results = handed_back(ctx.saved_tensors, needs, ctx.dtypes, upstream)
-        return *results, None, None, None, None
+        return *handed_back(ctx.saved_tensors, needs, ctx.dtypes, upstream), *(None,) * 4
 
 
 def _check_values(values: Tensor, rows: int) -> None:
@@ -218,9 +233,18 @@ def linear_token_loss(
             argument does not have `target`'s shape, requires a gradient, or `token_loss` returns
             another shape than (R,).
     """
-    options = row_options(ignore_index, softcap=softcap, logit_scale=logit_scale)
-    operands, target, flat, dtype = _checked_head(
-        input, linear_weight, linear_bias, target, ignore_index
+    operands, target, flat, call = _planned(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        impl=impl,
+        chunk_rows=chunk_rows,
+        max_counted=max_counted,
+        summed=True,
     )
     for i, argument in enumerate(arguments):
         check_tensors(**{f"arguments[{i}]": argument})
@@ -234,16 +258,6 @@ def linear_token_loss(
             raise ValueError(
                 f"arguments[{i}] requires a gradient, which linear_token_loss does not compute"
             )
-    call = HeadCall.planned(
-        operands,
-        dtype,
-        options,
-        impl=impl,
-        chunk_rows=chunk_rows,
-        max_counted=max_counted,
-        summed=True,
-        statistics=True,
-    )
     rows = [argument.reshape(-1) for argument in arguments]
     with torch.autocast(flat.device.type, enabled=False):
         return _LinearTokenLoss.apply(*operands, flat, token_loss, rows, call)

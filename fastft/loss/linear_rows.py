@@ -62,8 +62,9 @@ def _linear_cross_entropy_rows(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     call = HeadCall.of(*arguments)
-    logits_dtype = working_dtype(call.dtype, input.device.type)
-    row_kernel = ROWS.implementation(call.impl, input.device, logits_dtype)
+    row_kernel = ROWS.implementation(
+        call.impl, input.device, working_dtype(call.dtype, input.device.type)
+    )
     weights = [] if weight is None else [weight]
 
     def fill(z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:

@@ -94,29 +94,6 @@ def check_device(name: str, tensor: Tensor, device: torch.device, other: str = "
         )
 
 
-def check_target(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raises if `target` is no integer tensor or holds an index that is neither a class nor
-    ignored.
-
-    Indices on a device are looked at only where the environment variable FASTFT_CHECK_TARGETS is
-    set.
-    """
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"target must hold class indices of dtype int64 or int32, got {target.dtype}"
-        )
-    if not _may_look_at(target):  # the kernels see to it
-        return
-    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if wrong.any():
-        position = tuple(wrong.nonzero()[0].tolist())
-        place = f"target[{', '.join(map(str, position))}]" if position else "target"
-        value = int(target[position])
-        raise ValueError(
-            f"{place} is {value}; it must be in [0, {classes}) or equal ignore_index={ignore_index}"
-        )
-
-
 def _may_look_at(tensor: Tensor) -> bool:
     """Whether a tensor's values may be checked: that would wait for a device, and break a compiled
     graph."""
@@ -125,10 +102,11 @@ def _may_look_at(tensor: Tensor) -> bool:
 
 
 def check_probabilities(
-    target: Tensor, shape: torch.Size, device: torch.device, label: str
+    target: Tensor, shape: torch.Size, device: torch.device, label: str, impl: str
 ) -> None:
     """Raises if `target`, probabilities, is not of the shape or device of the logits, or asks for a
-    gradient."""
+    gradient; or if `impl` is an engine, none of which takes probabilities."""
+    check_plain_impl(impl, "target probabilities")
     check_device("target", target, device)
     if target.shape != shape:
         raise ValueError(
@@ -217,8 +195,12 @@ def check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def check_indices(
     target: Tensor, input: Tensor, dim: int, classes: int, ignore_index: int
 ) -> Tensor:
-    """`target`, flat and contiguous; raises if it is not as large as `input` without its dimension
-    `dim`, or holds a wrong index."""
+    """`target`, flat and contiguous; raises if it is no integer tensor, is not as large as `input`
+    without its dimension `dim`, or holds an index that is neither a class nor ignored.
+
+    Indices on a device are looked at only where the environment variable FASTFT_CHECK_TARGETS is
+    set; else the kernels see to them.
+    """
     check_device("target", target, input.device)
     shape = input.shape[:dim] + input.shape[dim:][1:]
     if target.shape != shape:
@@ -226,7 +208,19 @@ def check_indices(
             f"target must have the shape of input without its dimension {dim}: input is "
             f"{tuple(input.shape)}, target is {tuple(target.shape)}, needed is {tuple(shape)}"
         )
-    check_target(target, classes, ignore_index)
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"target must hold class indices of dtype int64 or int32, got {target.dtype}"
+        )
+    if _may_look_at(target):
+        wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+        if wrong.any():
+            position = tuple(wrong.nonzero()[0].tolist())
+            place = f"target[{', '.join(map(str, position))}]" if position else "target"
+            raise ValueError(
+                f"{place} is {int(target[position])}; it must be in [0, {classes}) or equal "
+                f"ignore_index={ignore_index}"
+            )
     return target.reshape(-1).contiguous()
 
 

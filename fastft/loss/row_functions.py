@@ -118,8 +118,7 @@ class _RowFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         if ctx.task.summed:
             return None, *handed_back(ctx.saved_tensors, needs, ctx.dtypes, upstream)
-        tensors = ctx.saved_tensors[: len(needs)]
-        _, gradients = _through_head(ctx.task, tensors, needs, upstream)
+        _, gradients = _through_head(ctx.task, ctx.saved_tensors[: len(needs)], needs, upstream)
         return None, *handed_back(gradients, needs, ctx.dtypes)
 
 
@@ -146,5 +145,5 @@ def apply_to_rows(
             left to do.
     """
     rows = rows or CountedRows(terms[0][0].shape[:-1].numel())
-    task = _Task(function, arguments, summed, rows, known)
-    return _RowFunction.apply(task, *(tensor for term in terms for tensor in term))
+    tensors = (tensor for term in terms for tensor in term)
+    return _RowFunction.apply(_Task(function, arguments, summed, rows, known), *tensors)

@@ -64,9 +64,11 @@ class Shard(NamedTuple):
     classes: int  # of all processes
 
     @classmethod
-    def of(cls, shape: Sequence[int], group: Any, label: str, target: Tensor, impl: str) -> Shard:
-        """For a tensor named `label`, of `shape` (V / n, ...); all processes of the group must call
-        it.
+    def of(
+        cls, shape: Sequence[int], group: Any, label: str, target: Tensor, impl: str
+    ) -> Shard | None:
+        """For a tensor named `label`, of `shape` (V / n, ...); None where there is no group, all
+        processes of which must call it.
 
         Raises:
             TypeError: `group` is no process group.
@@ -76,6 +78,8 @@ class Shard(NamedTuple):
                 new waits for those that know theirs.
             RuntimeError: `impl` is not plain torch.
         """
+        if group is None:
+            return None
         check_plain_impl(impl, "the rows of a group's processes")
         if target.is_floating_point():
             raise ValueError(
@@ -119,48 +123,45 @@ class _Shared(NamedTuple):
         return without.log1p()
 
 
-class ShardedRows(NamedTuple):
-    """Some rows of a shard of the classes: a matrix (R, V / n) and columns (R, 1)."""
+class ShardedRows:
+    """Some rows of a shard of the classes: a matrix (R, V / n) and columns (R, 1).
 
-    z: Tensor
-    own: Tensor  # the target among the classes of this process, or some class if it is not
-    mine: Tensor  # whether it is
-    hits: Tensor  # (1 - label_smoothing) * weight of the target
-    spread: float  # label_smoothing / V
-    weight: Tensor | float  # of the classes of this process
-    weight_sum: Tensor | float  # of all classes
-    ignored: Tensor
-    wrong: Tensor
-    options: RowOptions
+    Args:
+        logits: (R, V / n).
+        target: (R,), of all classes.
+        weight: of all classes, or None.
+        options: those of the loss.
+        shard: the classes of this process.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
         options: RowOptions,
         shard: Shard,
-    ) -> ShardedRows:
-        """The rows of logits (R, V / n), in the dtype of statistics, with their targets (R,)."""
-        target, dtype = target.long()[:, None], statistics_dtype(logits.dtype)
-        ignored = target == options.ignore_index
-        wrong = ((target < 0) | (target >= shard.classes)) & ~ignored
-        index, count = target - shard.begin, logits.shape[1]
-        mine = (index >= 0) & (index < count) & ~ignored
-        hits = torch.full_like(target, 1 - options.label_smoothing, dtype=dtype)
-        return cls(
-            capped(logits.to(dtype), options),
-            torch.where(mine, index, 0),
-            mine,
-            hits if weight is None else hits * weight[torch.where(ignored | wrong, 0, target)],
-            options.label_smoothing / shard.classes,
-            1.0 if weight is None else weight[shard.begin : shard.begin + count],
-            float(shard.classes) if weight is None else weight.sum(),
-            ignored,
-            wrong,
-            options,
+    ) -> None:
+        target, dtype, count = (
+            target.long()[:, None],
+            statistics_dtype(logits.dtype),
+            logits.shape[1],
         )
+        self.options, self.z = options, capped(logits.to(dtype), options)
+        self.ignored = target == options.ignore_index
+        self.wrong = ((target < 0) | (target >= shard.classes)) & ~self.ignored
+        index = target - shard.begin
+        self.mine = (index >= 0) & (index < count) & ~self.ignored
+        self.own = torch.where(self.mine, index, 0)  # some class, where the target is not ours
+        # what the target's class has of the loss, and what every class has
+        self.hits = torch.full_like(target, 1 - options.label_smoothing, dtype=dtype)
+        self.spread = options.label_smoothing / shard.classes
+        self.weight: Tensor | float = 1.0
+        self.weight_sum: Tensor | float = float(shard.classes)
+        if weight is not None:
+            self.hits *= weight[target.masked_fill(self.ignored | self.wrong, 0)]
+            self.weight = weight[shard.begin : shard.begin + count]
+            self.weight_sum = weight.sum()
 
     def shared(self, group: Any) -> _Shared:
         """Makes the two all-reduces."""
@@ -226,7 +227,7 @@ def _through_head(
     """
 
     def fill(z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:
-        rows = ShardedRows.of(z, target[where], weight, call.options, shard)
+        rows = ShardedRows(z, target[where], weight, call.options, shard)
         if upstream is None:
             shared = rows.shared(shard.group)
             known[where] = torch.cat(shared, 1)
@@ -309,7 +310,7 @@ class _ShardedLogits(torch.autograd.Function):
         losses = logits.new_empty(count, dtype=dtype)
         known = logits.new_empty(count, 4, dtype=dtype)
         for chunk in _chunks(logits):
-            rows = ShardedRows.of(logits[chunk], target[chunk], weight, options, shard)
+            rows = ShardedRows(logits[chunk], target[chunk], weight, options, shard)
             shared = rows.shared(shard.group)
             known[chunk], losses[chunk] = torch.cat(shared, 1), rows.losses(shared)
         ctx.options, ctx.shard = options, shard
@@ -322,9 +323,8 @@ class _ShardedLogits(torch.autograd.Function):
         logits, target, weight, known = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for chunk in _chunks(logits):
-            rows = ShardedRows.of(logits[chunk], target[chunk], weight, ctx.options, ctx.shard)
-            shared = _Shared(*known[chunk].split(1, 1))
-            gradient[chunk] = rows.gradient(shared, upstream[chunk])
+            rows = ShardedRows(logits[chunk], target[chunk], weight, ctx.options, ctx.shard)
+            gradient[chunk] = rows.gradient(_Shared(*known[chunk].split(1, 1)), upstream[chunk])
         return gradient, None, None, None, None
 
 

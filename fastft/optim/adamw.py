@@ -264,8 +264,7 @@ class AdamW(torch.optim.AdamW):
         Beside `state` and `param_groups` it has `weight_checksums`, of the bf16 weights that
         remainders belong to.
         """
-        stale = self.stale_weights(awaited=False)
-        return checkpoint.packed(super().state_dict(), self, stale)
+        return checkpoint.packed(super().state_dict(), self, self.stale_weights(awaited=False))
 
     @torch._disable_dynamo
     def torch_state_dict(self) -> dict[str, Any]:
@@ -385,18 +384,24 @@ class AdamW(torch.optim.AdamW):
             awaited: also those of a loaded state dict whose weights nobody has looked at since.
         """
         self._settle()
-        stale = set(weight_bits.stale(self.state))
-        if not awaited:
-            stale = {
-                weight for weight in stale if not weight_bits.awaits_weights(self.state[weight])
-            }
+        stale = {
+            weight
+            for weight, state in self.state.items()
+            if weight_bits.is_stale(weight, state)
+            and (awaited or not weight_bits.awaits_weights(state))
+        }
         self._warn_of_stale(len(stale))
         return stale
 
     def _warn_of_stale(self, count: int) -> None:
         if count and not self._warned_of_stale:
             self._warned_of_stale = True
-            weight_bits.warn_of(count)
+            warnings.warn(
+                f"{count} bf16 weights were written by somebody else since AdamW wrote the low "
+                "bits that it keeps beside them (another checkpoint, an average swapped in, "
+                "pruning): they count as their bf16 values, and these bits as zero",
+                stacklevel=2,
+            )
 
     def _say_that_nothing_is_trained(self) -> None:
         if not self.had_gradients:

@@ -15,8 +15,6 @@ from fastft.optim import moments_8bit
 from fastft.optim.adamw_update import RESIDUES, Rounding
 from fastft.optim.weight_bits import Mark
 
-MOMENTS = ("fp32", "bf16", "8bit")
-
 
 class Claim:
     """A plan's claim on the entries of its states: broken when one of them has other entries."""
@@ -123,16 +121,18 @@ def _check_fit(param: Tensor, entries: State, dtypes: dict[str, torch.dtype]) ->
         )
     grad = param.grad
     if grad is not None and (grad.shape != param.shape or grad.device != param.device):
-        of_grad = f"a gradient has shape {tuple(grad.shape)} on {grad.device}"
-        raise RuntimeError(f"{of_grad}, its parameter {tuple(param.shape)} on {param.device}")
-    for name, dtype in dtypes.items():
+        raise RuntimeError(
+            f"a gradient has shape {tuple(grad.shape)} on {grad.device}, its parameter "
+            f"{tuple(param.shape)} on {param.device}"
+        )
+    needed = {name: (dtype, param.shape) for name, dtype in dtypes.items()}
+    if dtypes["exp_avg"] == torch.int8:
+        scale = torch.float32, torch.Size(moments_8bit.scale_shape(param.shape))
+        needed |= dict.fromkeys(moments_8bit.SCALES, scale)
+    for name, (dtype, shape) in needed.items():
         entry = entries[name]
-        if entry.shape != param.shape or entry.dtype != dtype:
-            needed = f"{dtype} of shape {tuple(param.shape)}"
+        if entry.shape != shape or entry.dtype != dtype:
             raise RuntimeError(
-                f"{name} of a parameter must be {needed}, is {entry.dtype} of {tuple(entry.shape)}"
+                f"{name} of a parameter must be {dtype} of shape {tuple(shape)}, is {entry.dtype} "
+                f"of {tuple(entry.shape)}"
             )
-    for name in moments_8bit.SCALES if dtypes["exp_avg"] == torch.int8 else ():
-        shape = moments_8bit.scale_shape(param.shape)
-        if entries[name].shape != shape or entries[name].dtype != torch.float32:
-            raise RuntimeError(f"{name} of a parameter must be torch.float32 of shape {shape}")

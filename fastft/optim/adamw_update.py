@@ -20,7 +20,7 @@ A bf16 parameter is one of four things (`Rounding`):
 * kahan: with the bf16 `kahan`, what its rounding to nearest lost, it is the sum of both: at least
   16 bits of mantissa.
 * stochastic: the result is rounded to one of its two neighbours, the nearer the likelier, so that
-  it is right in the mean; random bits as in philox.py, stream 0.
+  it is right in the mean; random bits by `random_bits`, stream 0.
 * nearest: the result is rounded to nearest, ties to even. Updates below half of a last place are
   lost.
 
@@ -48,7 +48,6 @@ from torch import Tensor
 
 from fastft import _native, ops
 from fastft.optim import moments_8bit
-from fastft.optim.philox import STREAMS, random_bits, swap_bytes
 
 
 class Rounding(IntEnum):
@@ -63,6 +62,9 @@ class Rounding(IntEnum):
 
 # codes and scales, in the order of moments_8bit
 _EightBit = tuple[Tensor, Tensor, Tensor, Tensor]
+ROUNDS = 7  # of Philox
+STREAMS = {"param": 0, "moments": 1, "max_exp_avg_sq": 2}
+_WORD = 0xFFFFFFFF
 RESIDUES = {Rounding.EXACT: ("remainder", torch.int16), Rounding.KAHAN: ("kahan", torch.bfloat16)}
 
 
@@ -91,6 +93,45 @@ def _split_kahan(value: Tensor, param: Tensor, compensation: Tensor) -> None:
 def _round_stochastic(value: Tensor, bits: Tensor, to: Tensor) -> None:
     rounded = (value.view(torch.int32) + bits) >> 16
     to.view(torch.int16).copy_(rounded.masked_fill(value.isnan(), 0x7FC0))
+
+
+def random_bits(
+    first: int, count: int, step: int, stream: int, seed: int, device: torch.device
+) -> Tensor:
+    """The bits of elements `first` to `first + count - 1`: int32, (count,), each in [0, 65535].
+
+    They are those of Philox4x32 (Salmon et al., 2011) with the seven rounds which that paper finds
+    enough for every test: a function of the seed, the step, the stream (what is rounded) and the
+    element's index among all elements of the optimizer, so that neither the engine nor the way in
+    which tensors are split changes them. Elements 8k to 8k + 7 share one call, with the counter
+    (k, k >> 32, step, stream); each takes 16 of its 128 bits, in memory order. Both moments of an
+    element are rounded with the same 16 bits, the second one with the two bytes swapped.
+    """
+    block = torch.arange(first // 8, (first + count + 7) // 8, dtype=torch.int64, device=device)
+    words = [
+        block & _WORD,
+        block >> 32,
+        torch.full_like(block, step),
+        torch.full_like(block, stream),
+    ]
+    key0, key1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(ROUNDS):
+        # int64 products wrap, which leaves the 64 bits of the unsigned product in place
+        a, b = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
+        words = [
+            ((b >> 32) & _WORD) ^ words[1] ^ key0,
+            b & _WORD,
+            ((a >> 32) & _WORD) ^ words[3] ^ key1,
+            a & _WORD,
+        ]
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, 1).flatten()[first % 8 :][:count].int()
+
+
+def swap_bytes(bits: Tensor) -> Tensor:
+    """Random bits of 16 bits each with their bytes swapped."""
+    return (bits & 0xFF) << 8 | bits >> 8
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -128,7 +169,12 @@ def _adamw_reference(
         eight_bit: _EightBit | None = None
         if moments[0].dtype == torch.int8:
             eight_bit = (tensors[2], tensors[3], next(next_residue), next(next_residue))
-        m, v, *largest = _load_moments(moments, eight_bit)
+        # in fp32, themselves where they are that
+        m, v, *largest = (
+            map(_flat, moments_8bit.dequantise(*eight_bit))
+            if eight_bit
+            else [moment.float() for moment in moments]
+        )
         decay, lerp_weight, beta2, one_minus_beta2, *others = hyper[row].tolist()
         negative_step, correction2_sqrt, eps, sign, step = others
         if step == 0:  # the device has found NaN or Inf
@@ -154,15 +200,6 @@ def _adamw_reference(
             bits(STREAMS["param"]) if kept_as == Rounding.STOCHASTIC else None,
         )
         _store_moments((m, v, *largest), moments, eight_bit, bits)
-
-
-def _load_moments(moments: list[Tensor], eight_bit: _EightBit | None) -> list[Tensor]:
-    """The flat moments in fp32, themselves where they are that; `eight_bit`: codes and scales."""
-    return (
-        list(map(_flat, moments_8bit.dequantise(*eight_bit)))
-        if eight_bit
-        else [moment.float() for moment in moments]
-    )
 
 
 def _store_moments(
@@ -215,8 +252,10 @@ def store_value(
 def _alike(device: torch.device, params: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if param.dtype != grad.dtype:
-            kinds = f"parameter {i} is {param.dtype}, its gradient {grad.dtype}"
-            return f"it takes gradients of their parameters' dtypes; {kinds}"
+            return (
+                f"it takes gradients of their parameters' dtypes; parameter {i} is {param.dtype}, "
+                f"its gradient {grad.dtype}"
+            )
     return None
 
 

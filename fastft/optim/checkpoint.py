@@ -42,6 +42,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _OWN_OPTIONS = ("seed", "moments")
 # beside torch's `state` and `param_groups`, where nobody who cuts states sees it
 CHECKSUMS = "weight_checksums"
+_OF_APEX = ("step", "master", "bias_correction")  # entries of its groups
 _BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
@@ -69,20 +70,14 @@ def packed(
         param = param_of.get(key)
         if not isinstance(state, dict) or param is None:
             return state
-        if in_flat_parameter(param):
-            state = _decoded(state)
+        state = dict(_decoded(state) if in_flat_parameter(param) else state)
         if param in stale:
-            state = {
-                name: torch.zeros_like(value) if name in _RESIDUES else value
-                for name, value in state.items()
-            }
-        if residue_of(state) is not None:
-            claimed = weight_bits.claim(param, optimizer.state.get(param))
-            if claimed is not None:
-                checksums[key] = claimed
+            state |= {name: torch.zeros_like(state[name]) for name in _RESIDUES & state.keys()}
+        if residue_of(state) is not None and weight_bits.claim_applies(param):
+            checksums[key] = weight_bits.claim(param, optimizer.state.get(param))
         if "remainder" in state:
-            state = {**state, "remainder": _reinterpreted(state["remainder"], torch.bfloat16)}
-        return dict(state)
+            state["remainder"] = _reinterpreted(state["remainder"], torch.bfloat16)
+        return state
 
     state = {key: entries_of(key, entries) for key, entries in state_dict["state"].items()}
     return {**state_dict, "state": state} | ({CHECKSUMS: checksums} if checksums else {})
@@ -114,10 +109,12 @@ def load(optimizer: AdamW, state_dict: dict[str, Any]) -> None:
     masters: list[tuple[Tensor, Tensor, State]] = []
 
     def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-        _check_form(loaded)
-        loaded = _of_apex(loaded)
+        loaded = _inner(loaded)
         state, checksums = dict(loaded["state"]), _checksums_of(loaded)
-        groups = [_without_apex(saved) for saved in loaded["param_groups"]]
+        groups = [
+            {name: value for name, value in saved.items() if name not in _OF_APEX}
+            for saved in loaded["param_groups"]
+        ]
         # a group more or less, or other sizes: torch raises after this
         for saved, restored, group in zip(
             loaded["param_groups"], groups, optimizer.param_groups, strict=False
@@ -157,8 +154,7 @@ def _restore_group(
         if not entries:
             continue
         _check_entries(entries, owner)
-        fresh = new_state(param, whole_group, optimizer.rounding)
-        restored = _restored(entries, fresh, owner)
+        restored = _restored(entries, new_state(param, whole_group, optimizer.rounding), owner)
         state[key] = _Verbatim(restored)
         if key in checksums and weight_bits.claim_applies(param):
             restored.mark = weight_bits.Mark(checksum=checksums[key])
@@ -184,39 +180,25 @@ def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     weight_bits.mark_written(param, state)
 
 
-def _of_apex(loaded: dict[str, Any]) -> dict[str, Any]:
-    """The state dict inside that of apex's FP16_Optimizer, whose masters go into their groups."""
-    if "optimizer_state_dict" not in loaded or "fp32_from_fp16" not in loaded:
-        return loaded
-    inner, masters = loaded["optimizer_state_dict"], loaded["fp32_from_fp16"]
-    groups = [
-        {**group, "master": of_group}
-        for group, of_group in zip(inner["param_groups"], masters, strict=True)
-    ]
-    return {**inner, "param_groups": groups}
+def _inner(loaded: dict[str, Any]) -> dict[str, Any]:
+    """The state dict itself, or that inside apex's FP16_Optimizer with its masters in their groups.
 
-
-def _without_apex(group: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in group.items()
-        if name not in ("step", "master", "bias_correction")
-    }
-
-
-def _check_form(state_dict: dict[str, Any]) -> None:
-    """Raises where this is not what an optimizer's `state_dict()` returns, or apex's."""
-    needed = (
-        {"optimizer_state_dict", "fp32_from_fp16"}
-        if "fp32_from_fp16" in state_dict
-        else {"state", "param_groups"}
-    )
-    if missing := needed - state_dict.keys():
-        found = ", ".join(map(str, state_dict)) or "nothing"
+    Raises:
+        ValueError: it is neither.
+    """
+    is_apex = "fp32_from_fp16" in loaded
+    needed = {"optimizer_state_dict", "fp32_from_fp16"} if is_apex else {"state", "param_groups"}
+    if missing := needed - loaded.keys():
+        found = ", ".join(map(str, loaded)) or "nothing"
         raise ValueError(
             f"this is no optimizer's state dict: {', '.join(sorted(missing))} missing, found "
             f"{found}"
         )
+    if not is_apex:
+        return loaded
+    inner = loaded["optimizer_state_dict"]
+    pairs = zip(inner["param_groups"], loaded["fp32_from_fp16"], strict=True)
+    return {**inner, "param_groups": [{**group, "master": masters} for group, masters in pairs]}
 
 
 def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:
@@ -323,12 +305,11 @@ def _torch_form(
         raise ValueError(
             "the checkpoint was trained with bias_correction=False, which AdamW does not do"
         )
-    entries = {**saved, **saved.get(_NESTED_BY_BITSANDBYTES, {})}
+    of_group = {"step": group["step"]} if "step" in group else {}
+    entries = {**of_group, **saved, **saved.get(_NESTED_BY_BITSANDBYTES, {})}
     entries.pop(_NESTED_BY_BITSANDBYTES, None)
     if "state1" in entries:
         entries = _of_bitsandbytes(entries, owner)
-    if "step" not in entries and "step" in group:
-        entries["step"] = group["step"]
     masters = group.get("master")
     if masters is not None and len(masters) != len(group["params"]):
         raise ValueError(
@@ -352,11 +333,10 @@ def _of_bitsandbytes(entries: dict[str, Any], owner: str) -> dict[str, Any]:
             "this is a bitsandbytes optimizer with one moment, not AdamW: it has state1 and no "
             "state2"
         )
-    moments = {
+    return {name: value for name, value in entries.items() if name == "step"} | {
         "exp_avg": _dequantised(entries, "1", owner),
         "exp_avg_sq": _dequantised(entries, "2", owner),
     }
-    return {name: value for name, value in entries.items() if name == "step"} | moments
 
 
 def _dequantised(entries: dict[str, Any], number: str, owner: str) -> Tensor:
@@ -432,8 +412,10 @@ def _decoded(saved: dict[str, Any]) -> dict[str, Any]:
 
 def _same_shape(value: Tensor, template: Tensor, name: str, owner: str) -> None:
     if value.shape != template.shape:
-        shapes = f"{tuple(value.shape)}, the parameter has {tuple(template.shape)}"
-        raise ValueError(f"the loaded {name} of {owner} has shape {shapes}")
+        raise ValueError(
+            f"the loaded {name} of {owner} has shape {tuple(value.shape)}, the parameter has "
+            f"{tuple(template.shape)}"
+        )
 
 
 def _reinterpreted(tensor: Any, dtype: torch.dtype) -> Tensor:

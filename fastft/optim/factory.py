@@ -59,12 +59,17 @@ def adamw(
     given = _given(options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     model = model_or_params if isinstance(model_or_params, torch.nn.Module) else None
     groups: Any = model_or_params
-    if args is not None:
-        _check_that_trainer_takes_an_optimizer(args)
+    engine = None if args is None else foreign.engine_of(args)
+    if engine is not None:
+        raise ValueError(
+            f"{engine} trains here, for which Trainer makes the optimizer itself: use "
+            "Trainer(optimizer_cls_and_kwargs=fastft.adamw_spec(args)) in the place of "
+            "optimizers=fastft.adamw(model, args)"
+        )
     if model is not None:
         groups = _decay_groups(model)
         if options.get("moments") == "8bit":
-            groups = _with_fp32_moments(groups, _embeddings_and_head(model))
+            groups = _with_fp32_moments(groups, model)
     elif isinstance(groups, torch.Tensor | str) or not isinstance(groups, Iterable):
         raise TypeError(
             "model_or_params must be a torch.nn.Module or an iterable of parameters or parameter "
@@ -133,17 +138,6 @@ def _given(options: dict[str, Any], **named: Any) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None} | options
 
 
-def _check_that_trainer_takes_an_optimizer(args: Any) -> None:
-    """Raises where Trainer drops (DeepSpeed) or refuses (FSDP) the optimizer that it is given."""
-    engine = foreign.engine_of(args)
-    if engine is not None:
-        raise ValueError(
-            f"{engine} trains here, for which Trainer makes the optimizer itself: use "
-            "Trainer(optimizer_cls_and_kwargs=fastft.adamw_spec(args)) in the place of "
-            "optimizers=fastft.adamw(model, args)"
-        )
-
-
 def _warn_of_two_clippings(args: Any, max_grad_norm: float | None) -> None:
     if max_grad_norm is not None and args.max_grad_norm:
         warnings.warn(
@@ -197,23 +191,21 @@ def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _embeddings_and_head(model: torch.nn.Module) -> set[torch.nn.Parameter]:
-    modules = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    if head := getattr(model, "get_output_embeddings", lambda: None)():
-        modules.append(head)
-    return {param for module in modules for param in module.parameters()}
-
-
 def _with_fp32_moments(
-    groups: list[dict[str, Any]], chosen: set[torch.nn.Parameter]
+    groups: list[dict[str, Any]], model: torch.nn.Module
 ) -> list[dict[str, Any]]:
-    """The groups, each followed by one of its `chosen` parameters, where it has any."""
+    """The groups, each followed by one of the embeddings and the output head, if it has any."""
+    modules: list[torch.nn.Module] = [
+        module for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    ]
+    head = foreign.output_embeddings(model)
+    if head is not None:
+        modules.append(head)
+    chosen = {param for module in modules for param in module.parameters()}
     split = []
     for group in groups:
         kept = [param for param in group["params"] if param in chosen]
-        split.append(
-            {**group, "params": [param for param in group["params"] if param not in chosen]}
-        )
+        split.append({**group, "params": [p for p in group["params"] if p not in chosen]})
         if kept:
             split.append({**group, "params": kept, "moments": "fp32"})
     return split

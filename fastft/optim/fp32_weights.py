@@ -58,12 +58,9 @@ def save_fp32(
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    model, adamw = unwrapped(model), _adamw(optimizer)
-    tensors = _by_name(model)
-    _check_trained(adamw, list(tensors.values()))
+    adamw, tensors, untied = _trained(model, optimizer)
     sizes = {
-        names[0]: _as_saved(torch.empty_like(tensor, device="meta"))
-        for names, tensor in _untied(model, tensors)
+        names[0]: _as_saved(torch.empty_like(tensor, device="meta")) for names, tensor in untied
     }
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     writes = world_size() == 1 or torch.distributed.get_rank() == 0
@@ -110,11 +107,8 @@ def load_fp32(
     """
     from safetensors import safe_open
 
-    model, adamw = unwrapped(model), _adamw(optimizer)
-    tensors = _by_name(model)
-    _check_trained(adamw, list(tensors.values()))
+    adamw, tensors, untied = _trained(model, optimizer)
     headers = weight_files.read_headers(Path(path))
-    untied = _untied(model, tensors)
     chosen = [
         (next((name for name in names if name in headers), names[0]), tensor)
         for names, tensor in untied
@@ -170,41 +164,32 @@ def _check_fit(
             )
 
 
-def _adamw(optimizer: Any) -> AdamW:
-    inner = inner_optimizer(optimizer)
+def _trained(
+    model: Any, optimizer: Any
+) -> tuple[AdamW, dict[str, Tensor], list[tuple[list[str], Tensor]]]:
+    """The AdamW inside `optimizer`, and the tensors that it trains among others.
+
+    They are those of the model's state dict: tied ones under each of their names; and each distinct
+    one with its names, first that which `save_pretrained` keeps.
+    """
+    inner, model = inner_optimizer(optimizer), unwrapped(model)
     if not isinstance(inner, AdamW):
         raise TypeError(
             f"optimizer must be fastft's AdamW or a wrapper around it, got {type(inner).__name__}"
         )
-    return inner
-
-
-def _by_name(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The tensors of the model's state dict, tied ones under each of their names."""
-    return {
+    tensors = {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor)
     }
-
-
-def _check_trained(optimizer: AdamW, tensors: list[Tensor]) -> None:
-    known = set(map(id, tensors))
-    if not any(id(param) in known for group in optimizer.param_groups for param in group["params"]):
-        raise ValueError("optimizer trains no parameter of model: is it another model's optimizer?")
-
-
-def _untied(model: Any, tensors: dict[str, Tensor]) -> list[tuple[list[str], Tensor]]:
-    """Each distinct tensor with its names, first the one which `save_pretrained` keeps."""
-    tied = getattr(model, "all_tied_weights_keys", {})
     names_of: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names_of.setdefault(id(tensor), []).append(name)
-    return [
-        (ordered, tensors[ordered[0]])
-        for names in names_of.values()
-        if (ordered := sorted(names, key=tied.__contains__))
-    ]
+    if not any(id(param) in names_of for group in inner.param_groups for param in group["params"]):
+        raise ValueError("optimizer trains no parameter of model: is it another model's optimizer?")
+    tied = getattr(model, "all_tied_weights_keys", {})
+    every = (sorted(names, key=tied.__contains__) for names in names_of.values())
+    return inner, tensors, [(names, tensors[names[0]]) for names in every]
 
 
 def _as_saved(tensor: Tensor) -> Tensor:

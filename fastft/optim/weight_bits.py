@@ -19,9 +19,8 @@ It is kept in checkpoints: another formula would be another name.
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -96,8 +95,11 @@ class Mark:
 
     def untouched(self, weight: Tensor) -> bool:
         """Tells whether nothing that torch counts has happened to the weight since."""
-        same = self.owner is not None and self.owner() is weight and self.version == weight._version
-        return same and self.memory == local(weight).data_ptr()
+        return (
+            (self.owner is not None and self.owner() is weight)
+            and self.version == weight._version
+            and self.memory == local(weight).data_ptr()
+        )
 
     def is_later(self, weight: Tensor, version: int) -> bool:
         """Tells whether the low bits were written after this version, as `load_fp32` does."""
@@ -186,21 +188,17 @@ def residue_of(state: dict[str, Any]) -> Any:
     return next((state[name] for name in ("remainder", "kahan") if name in state), None)
 
 
-def stale(states: Mapping[Tensor, Any]) -> list[Tensor]:
-    """The weights that somebody else has written to since, and whose low bits are not zero."""
-    return [weight for weight, state in states.items() if _is_stale(weight, state)]
-
-
 def forget(weight: Tensor, state: Any) -> bool:
     """Sets low bits that are not the weight's to zero; returns whether there were any."""
-    found = _is_stale(weight, state)
+    found = is_stale(weight, state)
     if found:
         local(residue_of(state)).zero_()
     state.mark = None
     return found
 
 
-def _is_stale(weight: Tensor, state: Any) -> bool:
+def is_stale(weight: Tensor, state: Any) -> bool:
+    """Tells whether others have written to the weight since, and its low bits are not zero."""
     mark, residue = getattr(state, "mark", None), residue_of(state)
     return (
         residue is not None
@@ -210,13 +208,11 @@ def _is_stale(weight: Tensor, state: Any) -> bool:
     )
 
 
-def claim(weight: Tensor, state: Any) -> int | None:
-    """The checksum for a state dict; None for a weight that may come back cut or laid out anew.
+def claim(weight: Tensor, state: Any) -> int:
+    """The checksum for a state dict, of a weight to which `claim_applies`.
 
     One that was loaded and not yet looked at stays: the weights may be loaded after the states.
     """
-    if not claim_applies(weight):
-        return None
     return state.mark.checksum if awaits_weights(state) else checksum(weight)
 
 
@@ -229,13 +225,3 @@ def awaits_weights(state: Any) -> bool:
 def claim_applies(weight: Tensor) -> bool:
     """Tells whether a state dict's checksum is of all elements of this weight, in its order."""
     return not is_dtensor(weight) and not in_flat_parameter(weight) and weight.is_contiguous()
-
-
-def warn_of(count: int) -> None:
-    """Says of how many weights the low bits do not count any more."""
-    warnings.warn(
-        f"{count} bf16 weights were written by somebody else since AdamW wrote the low bits that "
-        "it keeps beside them (another checkpoint, an average swapped in, pruning): they count as "
-        "their bf16 values, and these bits as zero",
-        stacklevel=3,
-    )

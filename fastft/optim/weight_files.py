@@ -59,7 +59,6 @@ def publish(folder: Path, weight_map: Mapping[str, str], metadata: Mapping[str, 
     if single:
         # with an earlier save's index its shards count until here
         (folder / INDEX).unlink(missing_ok=True)
-        _sync(folder)
     else:
         index = {
             "metadata": dict(metadata),
@@ -69,7 +68,7 @@ def publish(folder: Path, weight_map: Mapping[str, str], metadata: Mapping[str, 
         aside.write_text(json.dumps(index, indent=2) + "\n")
         _sync(aside)
         os.replace(aside, folder / INDEX)
-        _sync(folder)
+    _sync(folder)
     for name in _weights_in(folder) - set(final.values()):
         (folder / name).unlink(missing_ok=True)
 

@@ -11,8 +11,7 @@ from support.adamw_steps import ENGINES, equal, gradients, needs_native, start, 
 from torch.nn import Parameter
 
 from fastft.optim.adamw import AdamW
-from fastft.optim.adamw_update import ADAMW, Rounding, join_master, split_master
-from fastft.optim.philox import random_bits
+from fastft.optim.adamw_update import ADAMW, Rounding, join_master, random_bits, split_master
 
 ROUNDINGS = ["exact", "kahan", "stochastic", "nearest"]
 BF16 = torch.bfloat16

@@ -358,6 +358,24 @@ def test_embeddings_and_head_keep_fp32(tied):
     )
 
 
+def test_embeddings_keep_fp32_where_a_model_refuses_to_name_a_head():
+    class Headless(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.layer = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 4)
+
+        def get_output_embeddings(self):
+            raise NotImplementedError
+
+    model = Headless()
+    optimizer, _ = adamw(model, moments="8bit")
+    kinds = {
+        id(param): group["moments"] for group in optimizer.param_groups for param in group["params"]
+    }
+    assert kinds[id(model.embedding.weight)] == "fp32"
+    assert kinds[id(model.layer.weight)] == "8bit"
+
+
 @pytest.mark.parametrize("how", ["constructor", "group", "checkpoint"])
 def test_amsgrad_is_refused(how):
     with pytest.raises(ValueError, match='amsgrad with moments="8bit"'):

@@ -203,8 +203,7 @@ class Linear:
     def dense(self) -> Tensor:
         """The logits, in the dtype of the operands: autocast has already had its say on them."""
         with torch.autocast(self.terms[0][0].device.type, enabled=False):
-            parts = (F.linear(x, weight, bias) for x, weight, bias in self.terms)
-            return functools.reduce(torch.add, parts)
+            return functools.reduce(torch.add, (F.linear(*term) for term in self.terms))
 
     def no_rows(self, expression: Expression) -> Tensor:
         """`expression` of no row, (0, V): torch tells its dtype, that of autocast too."""

@@ -54,6 +54,7 @@ class _Recipe:
     shadow: Tensor
     report: Report
     is_copy: bool = False
+    # the rows' logsumexp and argmax by autocast state, shared by logits of the same rows
     kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     memory: _Memory = field(default_factory=_Memory)
 
@@ -90,8 +91,9 @@ class _LazyNode(torch.autograd.Function):
                 "fastft: lazy logits were changed in place after a custom autograd Function used "
                 "them."
             )
-        unseen = "the backward pass of a function that torch functions do not see"
-        ctx.recipe.report.note_materialised(unseen)
+        ctx.recipe.report.note_materialised(
+            "the backward pass of a function that torch functions do not see"
+        )
         tensors = [
             tensor.detach().requires_grad_(need) if tensor is not None else None
             for tensor, need in zip(saved, needs, strict=True)
@@ -143,8 +145,9 @@ class LazyLogits(Tensor):
         report: Report,
         is_copy: bool = False,
     ) -> LazyLogits:
-        recipe = _Recipe(linear, expression, shadow, report, is_copy)
-        return _LazyNode.apply(recipe, None, *linear.tensors)
+        return _LazyNode.apply(
+            _Recipe(linear, expression, shadow, report, is_copy), None, *linear.tensors
+        )
 
     # What the rules see.
 
@@ -162,11 +165,6 @@ class LazyLogits(Tensor):
     def shadow(self) -> Tensor:
         """A tensor on the meta device, of the shape, strides and dtype of plain torch's."""
         return self._recipe.shadow
-
-    @property
-    def kept(self) -> dict[Any, tuple[Tensor, Tensor]]:
-        """The rows' logsumexp and argmax by autocast state, shared by logits of the same rows."""
-        return self._recipe.kept
 
     @property
     def is_lazy(self) -> bool:
@@ -228,7 +226,7 @@ class LazyLogits(Tensor):
             linear, self.expression, shadow, self._recipe.report, is_copy=not is_view
         )
         if same_rows:
-            result._recipe.kept = self.kept
+            result._recipe.kept = self._recipe.kept
         family = self._family()
         # a view remembers how it was made, so that it can be made again of real logits
         if is_view:

@@ -15,13 +15,7 @@ from torch import Tensor
 
 from fastft.loss.counted_labels import bound_of
 from fastft.loss.head_sweep import CountedRows
-from fastft.loss.lazy.expressions import (
-    LOGITS,
-    Expression,
-    Linear,
-    Recorded,
-    autocast_state,
-)
+from fastft.loss.lazy.expressions import LOGITS, Expression, Linear, Recorded, autocast_state
 from fastft.loss.lazy.views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 
@@ -51,8 +45,7 @@ def reduce(
         result = _kept(lazy, name)
     else:
         dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
-        function = getattr(torch, name)
-        result = lazy.over_rows(lambda z: function(z, dim=-1, **dtype))
+        result = lazy.over_rows(lambda z: getattr(torch, name)(z, dim=-1, **dtype))
     lazy.evaluated(result)
     return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
 
@@ -73,10 +66,10 @@ def _two(lazy: LazyLogits, both: Callable[[Tensor], Any]) -> tuple[Tensor, Tenso
 def _kept(lazy: LazyLogits, name: str) -> Tensor:
     """`logsumexp` or `argmax` of each row, of a pass that is not made again for logits that share
     `kept`."""
-    state = autocast_state(lazy.device.type)  # sets the dtype of logsumexp
-    if state not in lazy.kept:
-        lazy.kept[state] = _two(lazy, lambda z: (z.logsumexp(-1), z.argmax(-1)))
-    lse, argmax = lazy.kept[state]
+    kept, state = lazy._recipe.kept, autocast_state(lazy.device.type)  # the dtype of logsumexp
+    if state not in kept:
+        kept[state] = _two(lazy, lambda z: (z.logsumexp(-1), z.argmax(-1)))
+    lse, argmax = kept[state]
     if name == "argmax":
         return argmax.clone()
     return lazy.over_rows(lambda z: z.logsumexp(-1), known=lse)
@@ -89,8 +82,8 @@ def top(
     name, several = func.__name__, func.__name__ == "topk"
     names = ("k", "dim", "largest", "sorted") if several else ("dim", "keepdim")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
-    is_known = options.keys() <= set(names)
-    if not is_known or not is_last(lazy, options.get("dim", -1 if several else None)):
+    dim = options.get("dim", -1 if several else None)
+    if not options.keys() <= set(names) or not is_last(lazy, dim):
         return NotImplemented
     shadows = on_meta(lazy, func, (lazy, *args), kwargs)
     options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
@@ -147,9 +140,8 @@ def _loss(
         options["label_smoothing"] = label_smoothing
         if target.is_floating_point():
             return _of_probabilities(lazy, target, reduction=reduction, **options)
-    if lazy.shadow.dim() != 2 or target.dim() != 1 or target.dtype not in _INTEGERS:
-        return NotImplemented
-    if len(target) != len(lazy.shadow) or reduction not in ("none", "sum", "mean"):
+    is_plain = target.shape == lazy.shadow.shape[:1] and target.dtype in _INTEGERS
+    if lazy.shadow.dim() != 2 or not is_plain or reduction not in ("none", "sum", "mean"):
         return NotImplemented
     options["ignore_index"] = ignore_index
     return _of_classes(lazy, func, target, reduction, options)

@@ -18,11 +18,84 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fastft.foreign import base_model, is_dtensor, is_exporting, sharding_library
+from fastft.foreign import (
+    base_model,
+    is_dtensor,
+    is_exporting,
+    output_embeddings,
+    sharding_library,
+    shares_a_resharded_unit,
+)
 from fastft.loss.lazy.evaluation import Evaluation
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
-from fastft.loss.lazy.sharding import Sharding
+
+
+class Sharding:
+    """Follows the forward passes of `model`, whose head `library` shards, until `remove()`.
+
+    FSDP1, FSDP2 and ZeRO-3 gather a weight when the module that owns it is called, take it away
+    afterwards, and learn from the gradient of what a forward pass *returns* that a backward pass
+    begins. A loss which is computed inside the model's forward is returned by it, and its weight is
+    there, or comes back when the head is called again. A loss that is computed outside, from logits
+    that were never computed, would pass by all of that: the logits then have to be real.
+    """
+
+    def __init__(self, library: str, head: nn.Linear, model: nn.Module) -> None:
+        self.library = library
+        self.head = head
+        self._passes = 0
+        self._computes_loss = False
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._passes += 1
+        self._computes_loss = kwargs.get("labels") is not None
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._computes_loss = False
+
+    def reason_now(self) -> str | None:
+        """Why this forward pass needs real logits; None where the model computes the loss."""
+        if not self._computes_loss:
+            return (
+                f"the output head is sharded by {self.library}, and the loss is computed outside "
+                f"the model's forward"
+            )
+        if shares_a_resharded_unit(self.head):
+            return (
+                "the output head shares an FSDP2 unit that reshards after forward with other "
+                "modules"
+            )
+        return None
+
+    def permission(self) -> Callable[[bool], None]:
+        """What raises when logits of this forward pass are used unknown to the library.
+
+        It is told whether the head has to be entered for its weight, which may be another one after
+        the forward pass.
+        """
+        made_in = self._passes
+
+        def check(entering: bool) -> None:
+            inside = self._computes_loss and self._passes == made_in
+            if not inside and (entering or torch.is_grad_enabled() or self._passes != made_in):
+                raise RuntimeError(
+                    f"fastft: the output head is sharded by {self.library}; with labels given to "
+                    "the model its logits are for the loss inside its forward alone and cannot be "
+                    "used afterwards. Leave the labels out and compute the loss outside, or train "
+                    "without the fused loss."
+                )
+
+        return check
 
 
 class LazyForward:
@@ -106,11 +179,6 @@ class LazyForward:
             return "a module backward hook watches the gradient of the logits"
         return None if sharding is None else sharding.reason_now()
 
-    def give_up(self) -> None:
-        """Leaves the head to another attachment, whose own this one is not when it ends."""
-        self.remove()
-        self.report.skipped.append("another fused loss has taken the output head")
-
     def remove(self) -> None:
         """Takes the head back to stock, if it is still ours."""
         if self.head.__dict__.get("forward") is self:
@@ -120,12 +188,6 @@ class LazyForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.head, "forward")
-
-
-_DATA_PARALLEL = "DataParallel: its replicas would call the head of the first device"
-_TENSOR_PARALLEL = (
-    "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
-)
 
 
 class Attachment:
@@ -141,17 +203,23 @@ class Attachment:
         self.heads: list[nn.Linear] = []
         self._forwards: list[LazyForward] = []
         if isinstance(model, nn.DataParallel):
-            self.report.skipped.append(_DATA_PARALLEL)
+            self.report.skipped.append(
+                "DataParallel: its replicas would call the head of the first device"
+            )
             return
         for head in find_heads(model):
             stale = head.__dict__.get("forward")
             if isinstance(stale, LazyForward):
-                stale.give_up()
+                stale.remove()
+                stale.report.skipped.append("another fused loss has taken the output head")
             reason = _reason_against(head)
             around = [m for m in model.modules() if any(part is head for part in m.modules())]
             library = sharding_library(head, around) if reason is None else None
             if reason is None and library is None and is_dtensor(head.weight):
-                reason = _TENSOR_PARALLEL
+                reason = (
+                    "the output head is tensor-parallel: its weight is a DTensor that no FSDP "
+                    "gathers"
+                )
             if reason is not None:
                 self.report.skipped.append(reason)
                 continue
@@ -202,15 +270,9 @@ _LANGUAGE_MODEL = re.compile(
 
 def _output_embeddings(base: nn.Module) -> list[nn.Module]:
     """The output embeddings that the model names, or else those of the models inside it."""
-    found: dict[int, nn.Module] = {}
-    for module in base.modules():
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            head = module.get_output_embeddings()  # type: ignore[operator]
-            if head is not None:
-                found[id(head)] = head
-        if module is base and found:
-            break
-    return list(found.values())
+    own = output_embeddings(base)
+    heads = map(output_embeddings, base.modules()) if own is None else [own]
+    return list(dict.fromkeys(head for head in heads if head is not None))
 
 
 def _last_layer(base: nn.Module) -> list[nn.Linear]:

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastft.loss.lazy.evaluation import new_zeros, write
 from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state, is_freed
 from fastft.loss.lazy.losses import cross_entropy, gather, is_last, reduce, scale_and_softcap, top
-from fastft.loss.lazy.padding import new_zeros, write
 from fastft.loss.lazy.views import (
     along_rows,
     clone,
@@ -104,9 +104,8 @@ def _operand(lazy: LazyLogits, arg: Any) -> tuple[Any] | None:
         return (arg.expression,) if same else None
     if not isinstance(arg, Tensor):
         return (arg,)
-    if arg.requires_grad or arg.dim() > lazy.shadow.dim():
-        return None
-    if arg.numel() != 1 and not arg.shape[-1] == lazy.shadow.shape[-1] == arg.numel():
+    is_row = arg.numel() == 1 or arg.shape[-1] == lazy.shadow.shape[-1] == arg.numel()
+    if arg.requires_grad or arg.dim() > lazy.shadow.dim() or not is_row:
         return None
     return (arg.reshape(-1 if arg.dim() else ()).clone(),)  # as it is now, whatever becomes of it
 
@@ -116,30 +115,28 @@ def _sum_of_two(
 ) -> Any:
     """A head plus a trained bias (ESM), or plus a LoRA head: still one linear layer."""
     is_sum = func.__name__ in ("add", "__add__", "__radd__") and len(args) == 1 and not kwargs
-    if not is_sum or lazy.expression is not LOGITS:
+    if not is_sum or lazy.expression is not LOGITS or not isinstance(args[0], Tensor):
         return NotImplemented
     other, dtype = args[0], lazy.shadow.dtype
     if isinstance(other, type(lazy)):
         found = scale_and_softcap(other.expression) if other.is_lazy else None
-        if found is None or found.softcap is not None or found.casts or _any_freed(lazy, other):
-            return NotImplemented
-        if other.shape != lazy.shape:
+        is_scaled = found is not None and found.softcap is None and not found.casts
+        if found is None or not is_scaled or other.shape != lazy.shape or _any_freed(lazy, other):
             return NotImplemented
         shadow = on_meta(lazy, func, (lazy, other), {})
         return lazy.derived(LOGITS, shadow, lazy.source.plus(other.source, found.scale))
+    is_wider = other.dtype == torch.float32 and lazy.linear.terms[0][0].element_size() == 2
     is_bias = (
-        isinstance(other, Tensor) and other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
+        other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
+        and other.dim() <= lazy.shadow.dim()
+        and (other.dtype == dtype or is_wider)
     )
-    if not is_bias or other.dim() > lazy.shadow.dim() or _any_freed(lazy):
-        return NotImplemented
-    if other.dtype != dtype and not (
-        other.dtype == torch.float32 and lazy.linear.terms[0][0].element_size() == 2
-    ):
+    if not is_bias or _any_freed(lazy):
         return NotImplemented
     shadow = on_meta(lazy, func, (lazy, other), {})
-    result = lazy.derived(LOGITS, shadow, lazy.source.plus_bias(other.reshape(-1).to(dtype)))
+    linear = lazy.source.plus_bias(other.reshape(-1).to(dtype))
     # where autocast ran the head in 16 bits, the sum with a bias of 32 has 32
-    return result.to(other.dtype)
+    return lazy.derived(LOGITS, shadow, linear).to(other.dtype)
 
 
 def _any_freed(*logits: LazyLogits) -> bool:
@@ -150,8 +147,7 @@ def _any_freed(*logits: LazyLogits) -> bool:
 def _softmax(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    dim = kwargs.get("dim", args[0] if args else None)
-    if not is_last(lazy, dim):
+    if not is_last(lazy, kwargs.get("dim", args[0] if args else None)):
         return NotImplemented
     dtypes = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
     function = torch.log_softmax if "log" in func.__name__ else torch.softmax
@@ -176,11 +172,10 @@ def _record(
 
 def _named(*names: str) -> list[Callable[..., Any]]:
     """The method, the function and the functional of each name, where there is one."""
-    spaces = (T, torch, F)
     return [
         getattr(space, name)
         for name in names
-        for space in spaces
+        for space in (T, torch, F)
         if callable(getattr(space, name, None))
     ]
 

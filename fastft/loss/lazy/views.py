@@ -58,22 +58,22 @@ def reshape(
     return lazy.viewed(func, args, kwargs, shadow, change, same_rows=True)
 
 
-def _dimensions(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Any] | None:
-    """The dimensions that a function with arguments `args` (without the tensor) works on."""
-    name = func.__name__
+# what a function calls the dimension that it works on, where that stands behind the tensor, and its
+# default; of others "dim" stands first, and has none
+_DIMENSIONS = {
+    "split": ("dim", 1, 0),
+    "chunk": ("dim", 1, 0),
+    "unbind": ("dim", 0, 0),
+    "flatten": ("end_dim", 1, -1),
+}
+
+
+def _dimensions(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The dimensions that the function `name` with `args` (without the tensor) works on."""
     if name in ("transpose", "swapaxes", "swapdims"):
         return [*args[:2], *(kwargs[key] for key in kwargs if key.startswith(("dim", "axis")))]
-    if name in ("split", "chunk"):
-        return [kwargs.get("dim", args[1] if len(args) > 1 else 0)]
-    if name == "unbind":
-        return [kwargs.get("dim", args[0] if args else 0)]
-    if name == "flatten":
-        return [kwargs.get("end_dim", args[1] if len(args) > 1 else -1)]
-    if "dim" in kwargs or args:
-        return [kwargs.get("dim", args[0] if args else None)]
-    return None
+    keyword, place, default = _DIMENSIONS.get(name, ("dim", 0, None))
+    return [kwargs.get(keyword, args[place] if len(args) > place else default)]
 
 
 def along_rows(
@@ -81,8 +81,8 @@ def along_rows(
 ) -> Any:
     """Applies a function of named dimensions, none of them the vocabulary, to the hidden states."""
     size = lazy.shadow.dim() + (func.__name__ == "unsqueeze")
-    dimensions = _dimensions(func, args, kwargs)
-    if dimensions is None or not all(isinstance(d, int) and (d + 1) % size for d in dimensions):
+    dimensions = _dimensions(func.__name__, args, kwargs)
+    if not all(isinstance(d, int) and (d + 1) % size for d in dimensions):
         return NotImplemented
     shadow = on_meta(lazy, func, (lazy, *args), kwargs)
     if isinstance(shadow, tuple | list):
@@ -132,7 +132,8 @@ def getitem(
     if not all(item is None or _is_plain(item) for item in index):
         return NotImplemented
     if _indexed_dimensions(index, lazy.shadow.dim()):
-        if not (isinstance(index[-1], slice) and _takes_all(index[-1], lazy.shadow.shape[-1])):
+        classes = range(lazy.shadow.shape[-1])
+        if not isinstance(index[-1], slice) or classes[index[-1]] != classes:
             return NotImplemented
         index = (*index[:-1], slice(None))
     shadow = lazy.shadow[tuple(part for item in index for part in _on_meta(item))]
@@ -152,11 +153,6 @@ def _on_meta(item: Any) -> tuple[Any, ...]:
         return (item,)
     parts = item.nonzero(as_tuple=True) if item.dtype in _MASKS else (item,)
     return tuple(part.to("meta") for part in parts)
-
-
-def _takes_all(item: slice, size: int) -> bool:
-    is_whole = item.stop is None or item.stop >= size
-    return is_whole and item.start in (None, 0) and item.step in (None, 1)
 
 
 def _indexed_dimensions(index: tuple[Any, ...], dimensions: int) -> bool:
