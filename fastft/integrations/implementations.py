@@ -66,16 +66,12 @@ def stock_parts(base: nn.Module) -> Iterator[dict[int, str]]:
     """Gathers the modules that have sdpa or eager attention and are called inside this context.
 
     Their names, one for each configuration, and only where the module takes another attention's
-    name. Attention that the user chose (flash, flex, ours) is left out; so are towers for images
-    and sounds, which are not called for a text: nothing is known of their attention.
+    name. Attention that the user chose (flash, flex, ours) is left out, and eager attention that
+    has to return its weights; so are towers for images and sounds, which are not called for a text:
+    nothing is known of their attention.
     """
     called: dict[int, str] = {}
-    names = {
-        module: name
-        for name, module in base.named_modules()
-        if getattr(getattr(module, "config", None), "_attn_implementation", None) in STOCK
-        and getattr(module, "_can_set_attn_implementation", lambda: False)()
-    }
+    names = {module: name for name, module in base.named_modules() if _may_be_given_ours(module)}
 
     def note(module: Any, args: Any) -> None:
         called.setdefault(id(module.config), names[module])
@@ -84,3 +80,10 @@ def stock_parts(base: nn.Module) -> Iterator[dict[int, str]]:
         for module in names:
             hooks.callback(module.register_forward_pre_hook(note).remove)
         yield called
+
+
+def _may_be_given_ours(module: nn.Module) -> bool:
+    config, takes = getattr(module, "config", None), "_can_set_attn_implementation"
+    stock = getattr(config, "_attn_implementation", None) in STOCK
+    returned = getattr(config, "output_attentions", False)
+    return stock and not returned and getattr(module, takes, lambda: False)()

@@ -53,9 +53,9 @@ class PackingCallback(TrainerCallback):
     attention and `attn_implementation="fastft"` is exact, it gets that. A model with attention code
     of its own for which a mask of T x T is exact gets the mask. At the end it has what it had. Any
     other attention (flash, flex) was the user's choice and stays, as it does in a model that
-    torch.compile has seen. Batches of other collators, such as those of an evaluation, are left
-    alone. `evaluate` and `predict` outside `train()` run the model as it is: there it is probed
-    after the first packed batch.
+    torch.compile has seen or will see, or that returns its attentions. Batches of other collators,
+    such as those of an evaluation, are left alone. `evaluate` and `predict` outside `train()` run
+    the model as it is: there it is probed after the first packed batch.
 
     Args:
         on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated
@@ -134,7 +134,8 @@ class PackingCallback(TrainerCallback):
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
         batches = _batches(loader, collator, getattr(args, "train_batch_size", None))
         # our attention breaks the compiler's graph, and would raise in a part of a batch
-        switch = self.attention and not cut and not is_compiled(model)
+        compiled = args.torch_compile or is_compiled(model)
+        switch = self.attention and not cut and not compiled
         self._keep_apart(model, self._verdict(model, batches, args, switch))
         return collator
 
@@ -157,6 +158,17 @@ class PackingCallback(TrainerCallback):
             )
         self._kept.enter_context(block_mask(model) if masked else packed_attention(model))
         self._apart = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuses to go on where another training of the model, inside this one, has ended what
+        keeps its sequences apart."""
+        if not self._apart and packing_collator(kwargs.get("train_dataloader")) is not None:
+            self._complain(
+                "something has called restore() since this training began, or another training of "
+                "the model has begun: train one after the other"
+            )
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

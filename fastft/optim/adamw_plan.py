@@ -256,7 +256,8 @@ class _Part:
         if self.binding is not None:
             done = self.binding.step(grads, hyper, factor, seed)
             if done is not None:
-                self.eager_samples = None
+                if done:  # else those of the last step are still to be asked for
+                    self.eager_samples = None
                 return done
         self._step_unbound(grads, hyper, factor, seed)
         return True

@@ -91,10 +91,10 @@ def pad(rows):
     return {**filled, "attention_mask": (filled["labels"] != -100).long()}
 
 
-def begin(callback, model, collator=None, n_gpu=0):
+def begin(callback, model, collator=None, n_gpu=0, torch_compile=False):
     """What Trainer does with a callback when a training begins."""
     loader = DataLoader([0], collate_fn=collator or fastft.PackingCollator())
-    args = SimpleNamespace(n_gpu=n_gpu, torch_compile=False)
+    args = SimpleNamespace(n_gpu=n_gpu, torch_compile=torch_compile)
     callback.on_train_begin(args, object(), None, model=model, train_dataloader=loader)
     return callback
 
@@ -402,6 +402,39 @@ def test_a_compiled_model_keeps_its_graph(compiled):
     callback = begin(fastft.PackingCallback(), model)
     assert set(named(model)) == {"sdpa"} and callback.switched is None
     callback.restore()
+
+
+def test_a_model_that_trainer_will_compile_keeps_its_graph(tmp_path):
+    """accelerate compiles a wrapper of the model, of which the model itself knows nothing."""
+    callback, seen = fastft.PackingCallback(), Seen()
+    model = llama()
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1}
+    trainer_of(tmp_path, model, callback, seen, **options).train()
+    assert seen.names == ["sdpa"] and callback.switched is None
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_a_model_that_returns_its_attentions_does_so(kind, tmp_path):
+    """transformers saves no configuration that asks for them with another attention than eager."""
+    model = tiny_llama(attn_implementation="eager", output_attentions=True)
+    callback, returned = kind(), []
+    model.register_forward_hook(lambda module, args, output: returned.append(output["attentions"]))
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    trainer_of(tmp_path, model, callback, **saved).train()
+    assert all(len(attentions) == 1 for attentions in returned) and callback.switched is None
+    assert (tmp_path / "checkpoint-2" / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_another_training_of_the_model_inside_a_training_is_the_end_of_both(kind, tmp_path):
+    """The outer training would go on with what the model had: sequences that see each other."""
+    model = opt()
+    other = trainer_of(tmp_path / "inner", model, kind())
+    once = iter([other.train])
+    outer = trainer_of(tmp_path, model, kind(), Seen(lambda: next(once, lambda: None)()))
+    with pytest.raises(fastft.PackingLeakError, match="another training of the model has begun"):
+        outer.train()
+    assert set(named(model)) == {"sdpa"}
 
 
 def test_batches_that_are_cut_anyway_keep_the_attention():

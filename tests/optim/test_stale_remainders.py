@@ -205,6 +205,23 @@ def test_only_the_weights_that_were_written(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("changed", [True, False], ids=["other numbers", "the same numbers"])
+def test_other_memory_after_a_step_with_gradients_that_lie_otherwise(
+    changed: bool, impl: str
+) -> None:
+    """The native engine leaves such a step to the operator, and knows nothing of what it wrote."""
+    model, optimizer = trained(impl)
+    if changed:  # a new plan, whose engine has not written anything yet
+        state = optimizer.state[model.weights[0]]
+        state["exp_avg"] = state["exp_avg"].clone()
+    model.weights[2].grad = model.weights[2].grad.t().contiguous().t()  # type: ignore[union-attr]
+    optimizer.step()
+    model.weights[2].data = other(model.weights[2]) if changed else model.weights[2].data.clone()
+    messages = warned(lambda: step(model, optimizer, seed=2))
+    assert len(messages) == changed
+
+
+@pytest.mark.parametrize("impl", ENGINES)
 def test_the_same_bits_written_again_are_no_change(impl: str) -> None:
     """As DDP does when it begins, and everybody who loads the checkpoint that is already there."""
     (model, optimizer), (twin, undisturbed) = trained(impl), trained(impl)
