@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-SYSTEMS = [sys.platform, *({"darwin", "win32"} - {sys.platform})]
+SYSTEMS = sorted({sys.platform, "darwin", "win32"})
 
 START = """
 import sys
