@@ -186,7 +186,11 @@ def train_begin(model: nn.Module, start: int) -> fastft.PackingCallback:
     callback = fastft.PackingCallback()
     loader = SimpleNamespace(collate_fn=fastft.PackingCollator(position_ids_start=start))
     callback.on_train_begin(
-        SimpleNamespace(n_gpu=1), None, None, model=model, train_dataloader=loader
+        SimpleNamespace(n_gpu=1, torch_compile=False),
+        None,
+        None,
+        model=model,
+        train_dataloader=loader,
     )
     return callback
 
