@@ -331,16 +331,16 @@ class TestDevices:
         )
 
 
-def call_on(device: torch.device, dtype: torch.dtype, size: int, **options: Any) -> tuple[Any, ...]:
+def call_on(
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> tuple[Any, ...]:
     """What decides the engine of an attention call, of tensors which are not there."""
-    tensor = SimpleNamespace(device=device, dtype=dtype, shape=(1, 4, 6, size))
-    return (
-        tensor,
-        tensor,
-        SimpleNamespace(**{"mask": None, "softcap": None, "dropout": 0.0, **options}),
-        None,
-        None,
-    )
+    options = False, softcap is not None, False, dropout > 0
+    return device, attention._Asked(dtype, size, size, *options)
 
 
 class TestAttentionsEngines:
@@ -375,35 +375,35 @@ class TestAttentionsEngines:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         asked = call_on(GPU, HALF, size, dropout=dropout)
-        assert attention._engine("auto", *asked) == engine
+        assert attention.ATTENTION.resolve("auto", *asked) == engine
         if engine == "blocks":
             with pytest.raises(
                 RuntimeError, match=r"impl='flash_cuda' is not available .*compute capability \d"
             ):
-                attention._engine("flash_cuda", *asked)
+                attention.ATTENTION.resolve("flash_cuda", *asked)
 
     def test_a_torch_without_flash_attention(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-        assert attention._engine("auto", *call_on(GPU, NARROW, 64)) == "blocks"
+        assert attention.ATTENTION.resolve("auto", *call_on(GPU, NARROW, 64)) == "blocks"
         with pytest.raises(RuntimeError, match="this torch is built without flash attention"):
-            attention._engine("flash_cuda", *call_on(GPU, NARROW, 64))
+            attention.ATTENTION.resolve("flash_cuda", *call_on(GPU, NARROW, 64))
 
     def test_rocm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rocm(monkeypatch)
-        assert attention._engine("auto", *call_on(GPU, NARROW, 64)) == "blocks"
+        assert attention.ATTENTION.resolve("auto", *call_on(GPU, NARROW, 64)) == "blocks"
         with pytest.raises(RuntimeError, match="this torch is built for AMD's ROCm"):
-            attention._engine("flash_cuda", *call_on(GPU, NARROW, 64))
+            attention.ATTENTION.resolve("flash_cuda", *call_on(GPU, NARROW, 64))
 
     def test_softcap_is_for_flash_attn_where_it_is_installed(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked = call_on(GPU, NARROW, 64, softcap=30.0)
         monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None)
-        assert attention._engine("auto", *asked) == "blocks"
+        assert attention.ATTENTION.resolve("auto", *asked) == "blocks"
         with pytest.raises(RuntimeError, match="flash-attn is not installed"):
-            attention._engine("flash_attn", *asked)
+            attention.ATTENTION.resolve("flash_attn", *asked)
         monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: SimpleNamespace())
-        assert attention._engine("auto", *asked) == "flash_attn"
+        assert attention.ATTENTION.resolve("auto", *asked) == "flash_attn"
 
 
 class TestTheReport:

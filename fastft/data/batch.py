@@ -232,7 +232,8 @@ def count_labels(labels: Tensor | None, lengths: list[int], ignored: list[int]) 
         for start, length, first in zip(starts, lengths, ignored, strict=False)
         if length and first
     ]
-    return int(kept.count_nonzero()) - int(kept[lost].count_nonzero())
+    places = torch.tensor(lost, dtype=torch.int64)
+    return int(kept.count_nonzero()) - int(kept[places].count_nonzero())
 
 
 def note_count(labels: Tensor, counted: int) -> None:
