@@ -152,8 +152,8 @@ def _check(name: str, ends: list[int], rows: int, length: int) -> None:
     ):
         raise ValueError(
             f"{name} must rise from 0 to {rows * length}, the {rows} x {length} tokens that "
-            f"attention got; it goes "
-            f"from {ends[0]} to {ends[-1]}. Does the model add tokens to the packed ones?"
+            f"attention got; it goes from {ends[0]} to {ends[-1]}. Does the model add tokens to "
+            "the packed ones?"
         )
 
 
@@ -193,10 +193,9 @@ def _pieces(
         )
         if q1 > length_q or k0 < 0 or k1 > length_k or k0 == k1 or (same and q1 - q0 != k1 - k0):
             raise ValueError(
-                f"a segment must lie in one row and have keys, as many as queries if attention is "
-                f"causal or local: "
-                f"queries {begin_q} to {end_q} in rows of {length_q}, keys {begin_k} to {end_k} in "
-                f"rows of {length_k}"
+                "a segment must lie in one row and have keys, as many as queries if attention is "
+                f"causal or local: queries {begin_q} to {end_q} in rows of {length_q}, keys "
+                f"{begin_k} to {end_k} in rows of {length_k}"
             )
         if chunk is None:
             pieces.append(Piece(row, q0, q1, k0, k1))

@@ -229,10 +229,9 @@ def _tried(*steps: str) -> str:
 def _no_way_out(probe: Probe) -> str:
     if probe.mixers:
         return (
-            "No way out was found: such layers keep sequences apart only if their kernels are told "
-            "the boundaries "
-            "(causal-conv1d, mamba-ssm, flash-linear-attention); without these, train it on padded "
-            "batches"
+            "No way out was found: such layers keep sequences apart only if their kernels are "
+            "told the boundaries (causal-conv1d, mamba-ssm, flash-linear-attention); without "
+            "these, train it on padded batches"
         )
     if probe.batches.padded:
         return (

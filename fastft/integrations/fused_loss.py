@@ -132,7 +132,7 @@ class FusedLossCallback(PackingCallback):
         # a classifier has nothing to fuse
         say = logger.warning if expects_head(kwargs["model"]) else logger.info
         say(
-            f"fastft: no loss was fused in the first step: "
+            "fastft: no loss was fused in the first step: "
             f"{why or _who_computes_it(kwargs['model'])}"
         )
 
@@ -161,10 +161,9 @@ class FusedLossCallback(PackingCallback):
             self._said_size = True
             logger.warning(
                 f"fastft: the metrics get real logits, {size / 2**20:,.0f} MiB for each batch of "
-                f"the evaluation "
-                f"({', '.join(self.evaluation.materialised)}). Where argmax, top-k or "
-                f"log-probabilities are enough, "
-                "give Trainer a preprocess_logits_for_metrics: it makes them without the logits."
+                f"the evaluation ({', '.join(self.evaluation.materialised)}). Where argmax, top-k "
+                "or log-probabilities are enough, give Trainer a preprocess_logits_for_metrics: "
+                "it makes them without the logits."
             )
 
     def on_evaluate(
@@ -241,10 +240,9 @@ def _who_computes_it(model: nn.Module) -> str:
     packages = whose_forward(model)
     if "trl" in packages:
         return (
-            "nothing called the output head: TRL's trainers compute their loss by a fused head of "
-            "their own. Leave "
-            "FusedLossCallback out (fastft's AdamW and packing work there), or train with "
-            "transformers.Trainer"
+            "nothing called the output head: TRL's trainers compute their loss by a fused head "
+            "of their own. Leave FusedLossCallback out (fastft's AdamW and packing work there), "
+            "or train with transformers.Trainer"
         )
     if "liger_kernel" in packages:
         return (
@@ -253,8 +251,8 @@ def _who_computes_it(model: nn.Module) -> str:
         )
     return (
         "nothing called the output head: another fused loss must be at work, TRL's (SFTTrainer), "
-        "Liger's "
-        "(use_liger_kernel) or one in the model's code. Leave that, or FusedLossCallback, out"
+        "Liger's (use_liger_kernel) or one in the model's code. Leave that, or "
+        "FusedLossCallback, out"
     )
 
 
@@ -285,6 +283,5 @@ def _compare(stock: torch.Tensor | None, fused: torch.Tensor | None, dtype: torc
     if abs(expected - actual) > _TOLERANCE.get(dtype, 5e-2) * max(1.0, abs(expected)):
         raise RuntimeError(
             f"fastft: the fused loss of the first batch is {actual:.8g}, the stock loss "
-            f"{expected:.8g}. Please report "
-            "this model; train it without FusedLossCallback."
+            f"{expected:.8g}. Please report this model; train it without FusedLossCallback."
         )

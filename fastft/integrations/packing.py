@@ -164,7 +164,10 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Refuses to go on where another training of the model, inside this one, has ended what
         keeps its sequences apart."""
-        if not self._apart and packing_collator(kwargs.get("train_dataloader")) is not None:
+        if self._apart or self._asked:
+            return
+        if packing_collator(kwargs.get("train_dataloader")) is not None:
+            self._asked = True  # one warning is enough
             self._complain(
                 "something has called restore() since this training began, or another training of "
                 "the model has begun: train one after the other"
@@ -223,10 +226,9 @@ class PackingCallback(TrainerCallback):
             return
         if leak is not None and not leak.loud:
             self._complain(
-                f"sequences are kept apart by the callback inside train() alone, and "
-                f"{type(model).__name__} as it is "
-                f"does not do so: {leak}. The loop is evaluate() or predict() here; or evaluate "
-                f"with {_PADDED}",
+                "sequences are kept apart by the callback inside train() alone, and "
+                f"{type(model).__name__} as it is does not do so: {leak}. The loop is evaluate() "
+                f"or predict() here; or evaluate with {_PADDED}",
                 "evaluating",
             )
 
@@ -440,13 +442,12 @@ def _say_what_trainer_counts(args: Any, collator: PackingCollator, processing_cl
     if pads and collator.pad_token_id != pad:
         logger.warning(
             "fastft: num_input_tokens_seen will count padding: Trainer leaves out the padding "
-            "token of "
-            f"processing_class, {pad}, that of PackingCollator is {collator.pad_token_id}; give it "
-            f"pad_token_id={pad}"
+            f"token of processing_class, {pad}, that of PackingCollator is "
+            f"{collator.pad_token_id}; give it pad_token_id={pad}"
         )
     elif pad is not None and pad == getattr(processing_class, "eos_token_id", None):
         logger.warning(
             "fastft: num_input_tokens_seen will leave out every end token: Trainer takes the "
-            "padding token of "
-            f"processing_class, {pad}, for padding. Without padding in the rows, 'all' counts right"
+            f"padding token of processing_class, {pad}, for padding. Without padding in the rows, "
+            "'all' counts right"
         )

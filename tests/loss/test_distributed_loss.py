@@ -320,27 +320,16 @@ def test_evaluation_on_two_processes_whose_batches_are_not_equally_long(outcomes
     assert outcomes[name] == [""] * PROCESSES
 
 
-class BeforeBackward(torch.autograd.Function):
+class CalledInBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, zero3, module, output):
-        ctx.call = zero3.gather, module
-        return output.detach()
+    def forward(ctx, function, module, tensor):
+        ctx.call = function, module
+        return tensor.detach()
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.call[0](ctx.call[1])
-        return None, None, gradient
-
-
-class AfterBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, zero3, module, input):
-        ctx.call = zero3.release, module
-        return input.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.call[0](ctx.call[1])
+        function, module = ctx.call
+        function(module)
         return None, None, gradient
 
 
@@ -372,12 +361,15 @@ class Zero3:
     def before(self, module, args):
         self.gather(module)
         return tuple(
-            AfterBackward.apply(self, module, arg) if arg.requires_grad else arg for arg in args
+            CalledInBackward.apply(self.release, module, arg) if arg.requires_grad else arg
+            for arg in args
         )
 
     def after(self, module, args, output):
         self.release(module)
-        return BeforeBackward.apply(self, module, output) if output.requires_grad else output
+        return (
+            CalledInBackward.apply(self.gather, module, output) if output.requires_grad else output
+        )
 
     def reduce(self, parameter):
         self.gradients[parameter] = self.gradients.get(parameter, 0) + parameter.grad

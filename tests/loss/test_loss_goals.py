@@ -268,22 +268,15 @@ def plain_log_probs(operands, target):
     return oracle.log_probs(F.linear(operands[0], operands[1]), target)
 
 
-def test_per_token_logprobs():
+@pytest.mark.parametrize(("name", "place"), [("log_probs", 0), ("entropy", 1)])
+def test_log_probs_and_entropy_of_each_token(name, place):
     operands, target = make()
-    ours, plain = (
-        (lambda *t: log_probs(t, target).log_probs),
-        lambda *t: plain_log_probs(t, target)[0],
+    check(
+        lambda *t: getattr(log_probs(t, target), name),
+        lambda *t: plain_log_probs(t, target)[place],
+        operands,
+        upstream=torch.randn(T),
     )
-    check(ours, plain, operands, upstream=torch.randn(T))
-
-
-def test_entropy_differentiable():
-    operands, target = make()
-    ours, plain = (
-        (lambda *t: log_probs(t, target).entropy),
-        lambda *t: plain_log_probs(t, target)[1],
-    )
-    check(ours, plain, operands, upstream=torch.randn(T))
 
 
 def test_token_accuracy():
