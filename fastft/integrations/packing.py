@@ -164,9 +164,8 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Refuses to go on where another training of the model, inside this one, has ended what
         keeps its sequences apart."""
-        if self._apart or self._asked:
-            return
-        if packing_collator(kwargs.get("train_dataloader")) is not None:
+        known = self._apart or self._asked
+        if not known and packing_collator(kwargs.get("train_dataloader")) is not None:
             self._asked = True  # one warning is enough
             self._complain(
                 "something has called restore() since this training began, or another training of "

@@ -452,3 +452,14 @@ def test_a_model_that_is_exact_with_ours_is_not_asked_twice():
         return len(count)
 
     assert 0 < forwards(True) <= forwards(False)
+
+
+def test_a_training_that_goes_on_with_a_warning_is_warned_of_once(caplog):
+    callback = begin(fastft.PackingCallback("warn"), llama())
+    loader = DataLoader([0], collate_fn=fastft.PackingCollator())
+    callback.on_step_begin(None, None, None, train_dataloader=loader)
+    assert "contaminated" not in caplog.text
+    callback.restore()
+    for _ in range(3):
+        callback.on_step_begin(None, None, None, train_dataloader=loader)
+    assert caplog.text.count("training on contaminated batches") == 1
