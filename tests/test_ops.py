@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import fastft
-from fastft import __main__, _native, ops
+from fastft import _native, ops
 from fastft.attention import attention_flash
 from fastft.attention import segment_attention as attention
+from fastft.commands import engines
 from fastft.data import plan
 from fastft.ops import OPERATORS, Operator
 from fastft.optim.grad_norm import grad_norm
@@ -414,8 +415,8 @@ class TestTheReport:
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-        monkeypatch.setattr(__main__, "_devices", lambda: [GPU])
-        __main__.main()
+        monkeypatch.setattr(engines, "_devices", lambda: [GPU])
+        engines.main()
         printed = capsys.readouterr().out
         told = "flash_cuda: it needs compute capability 8.0, this GPU has 7.5; flash_attn: "
         assert re.search(rf"packed attention +blocks +\({told}", printed), printed
@@ -431,8 +432,8 @@ class TestTheReport:
     def test_names_the_calls_that_another_engine_computes(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(__main__, "_devices", lambda: [CPU])
-        __main__.main()
+        monkeypatch.setattr(engines, "_devices", lambda: [CPU])
+        engines.main()
         assert re.search(
             r"softcap +blocks +\(flash_cpu: its kernel knows no softcap", capsys.readouterr().out
         )

@@ -25,7 +25,7 @@ same = torch.testing.assert_close
 CASES = {
     "what is used is told": """
 from fastft import _native
-from fastft.__main__ import main
+from fastft.commands.engines import main
 assert _native.missing("cpu") and _native.missing("cuda")
 main()
 """,

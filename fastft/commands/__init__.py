@@ -1,0 +1,1 @@
+"""What `python -m fastft` can do, a room for each command."""
