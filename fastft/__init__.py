@@ -47,6 +47,7 @@ else:
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
+    from fastft.integrations.plug import Plugged, plug
 
 __version__ = "0.2.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "PackingCallback",
     "PackingCollator",
     "PackingLeakError",
+    "Plugged",
     "adamw",
     "adamw_spec",
     "block_mask",
@@ -73,6 +75,7 @@ __all__ = [
     "pack",
     "packed_attention",
     "plan_packs",
+    "plug",
     "pool_segments",
     "register_attention",
     "save_fp32",
@@ -80,18 +83,20 @@ __all__ = [
 ]
 
 
+# these subclass a class of transformers, which fastft does not need to be imported
+_OF_TRANSFORMERS = {
+    "FusedLossCallback": "fastft.integrations.fused_loss",
+    "PackingCallback": "fastft.integrations.packing",
+    "Plugged": "fastft.integrations.plug",
+    "plug": "fastft.integrations.plug",
+}
+
+
 def __getattr__(name: str) -> Any:
     if "AdamW" not in globals() and not name.startswith("__"):
         importlib.import_module("torch")  # brings everything of ours
         if name in globals():
             return globals()[name]
-    # the callbacks subclass a class of transformers, which fastft does not need to be imported
-    if name == "FusedLossCallback":
-        from fastft.integrations.fused_loss import FusedLossCallback
-
-        return FusedLossCallback
-    if name == "PackingCallback":
-        from fastft.integrations.packing import PackingCallback
-
-        return PackingCallback
+    if name in _OF_TRANSFORMERS:
+        return getattr(importlib.import_module(_OF_TRANSFORMERS[name]), name)
     raise AttributeError(f"module 'fastft' has no attribute {name!r}")
