@@ -53,8 +53,10 @@ class Micro:
 
 @dataclass
 class Step:
-    """One optimizer step. Lists with one number for each parameter are in `Trace.parameters`' order,
-    and cover this process's shard of it.
+    """One optimizer step.
+
+    Lists with one number for each parameter are in the order of `Trace.parameters`, and cover this
+    process's shard of it.
 
     Attributes:
         loss: the sum of the micro losses: what Trainer logs, before it averages over processes.
@@ -99,6 +101,11 @@ class Step:
         return [micro.targets for micro in self.micro]
 
     @property
+    def micro_supervised(self) -> list[int]:
+        """Labels that are not ignored, of each pass."""
+        return [micro.supervised for micro in self.micro]
+
+    @property
     def tokens(self) -> int:
         """Tokens without padding, of all passes."""
         return sum(micro.tokens for micro in self.micro)
@@ -131,11 +138,13 @@ class Trace:
         trainer: the class that trained: `Trainer`, `SFTTrainer`, ..., or `Accelerator`.
         model: the model's class.
         dtype: of most of the trainable weights ("bfloat16").
-        compute: the dtype of autocast, `dtype` without it.
+        compute_dtype: that of autocast, `dtype` without it.
         parameters: names of the trainable parameters.
         weight_decay: of each parameter, as the optimizer's groups have it; NaN for one that no
             group has.
+        projection0: `Step.projection` before the first step.
         optimizer: its class.
+        noise: where the noise of the variant "noise" is added, and how much, in words.
         steps: the steps.
         lines: what plug did, a sentence for each piece; empty in stock.
         fused: how many losses were fused.
@@ -159,10 +168,12 @@ class Trace:
     trainer: str = ""
     model: str = ""
     dtype: str = ""
-    compute: str = ""
+    compute_dtype: str = ""
     parameters: list[str] = field(default_factory=list)
     weight_decay: list[float] = field(default_factory=list)
+    projection0: list[float] = field(default_factory=list)
     optimizer: str = ""
+    noise: str = ""
     steps: list[Step] = field(default_factory=list)
     lines: dict[str, str] = field(default_factory=dict)
     fused: int = 0
