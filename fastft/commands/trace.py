@@ -28,6 +28,7 @@ class Micro:
         targets: the same of (tokens, labels); the label that causal models never predict, of a
             document's first token, is left out.
         documents: how many there are; a padded row is one, a packed row several.
+        packed: whether a row holds several.
         tokens: without padding.
         supervised: labels that are not ignored (and not a causal document's first).
         padding: elements of `input_ids` beyond `tokens`.
@@ -43,6 +44,7 @@ class Micro:
     inputs: str = ""
     targets: str = ""
     documents: int = 0
+    packed: bool = False
     tokens: int = 0
     supervised: int = 0
     padding: int = 0
