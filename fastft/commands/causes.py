@@ -54,11 +54,11 @@ class Case:
     def loss(self) -> Measured:
         """A mean over labels rounds like its sum, in the computation's dtype for each label."""
 
-        def floor(t: int) -> float:
-            labels = max(self.stock.steps[t].supervised, 1)
-            share = max(2.0**-19, 2 * self.runs.epsilon / math.sqrt(labels))
-            return share * _size(self.stock.steps[t].loss)
-
+        floor = [
+            max(2.0**-19, 2 * self.runs.epsilon / math.sqrt(max(step.supervised, 1)))
+            * _size(step.loss)
+            for step in self.stock.steps[: self.runs.length]
+        ]
         return measure(self.runs, relative(lambda step: step.loss), floor)
 
     @cached_property
@@ -72,7 +72,7 @@ class Case:
         return measure(
             self.runs,
             relative(lambda step: float(step.grad_norm or 0.0)),
-            lambda t: share * _size(self.stock.steps[t].grad_norm or 0.0),
+            [share * _size(self.stock.steps[t].grad_norm or 0.0) for t in self.steps],
         )
 
     @cached_property
@@ -178,7 +178,10 @@ def parameters(case: Case) -> Finding | None:
         if lacks or extra:
             side = "stock, not by fastft" if lacks else "fastft, not by stock"
             return Finding(
-                "trained parameters", 1, f"{_named(lacks or extra)} trained by {side}", lacks or extra
+                "trained parameters",
+                1,
+                f"{_named(lacks or extra)} trained by {side}",
+                lacks or extra,
             )
     return None
 
@@ -306,10 +309,9 @@ def accumulation(case: Case) -> Finding | None:
             ("the mean over all labels instead of a mean of means", [1 / m for m in means]),
         ):
             if max(expected) - min(expected) > 2 * near and _near(ratios, expected, near):
-                return Finding(
-                    "gradient accumulation", t + 1, f"the {seen} times stock's: {what}"
-                )
-        if _near(ratios, [statistics.median(ratios)] * len(ratios), near):
+                return Finding("gradient accumulation", t + 1, f"the {seen} times stock's: {what}")
+        factor = statistics.median(ratios)
+        if abs(factor - 1) > 2 * near and _near(ratios, [factor] * len(ratios), near):
             text = f"the {seen} times stock's: all divided by another number of items"
             return Finding("gradient accumulation", t + 1, text)
     return None
@@ -381,7 +383,9 @@ def weight_decay(case: Case) -> Finding | None:
             if not _same_decay(ours.get(name, math.nan), theirs.get(name, math.nan))
         ]
         if names:
-            text = f"{ours[names[0]]:g} in fastft, {theirs[names[0]]:g} in stock, for {_kind(names)}"
+            text = (
+                f"{ours[names[0]]:g} in fastft, {theirs[names[0]]:g} in stock, for {_kind(names)}"
+            )
             return Finding("weight decay", 1, text, names)
     found = case.off(case.projections)
     if found is None or not case.stock.projection0:
@@ -450,7 +454,9 @@ def update_size(case: Case) -> Finding | None:
     t, names = found
     ratio = statistics.median(_ratio(case.moved[name], t) for name in names)
     of = f"{len(names)} of {len(case.moved)} parameters, {_named(names)},"
-    return Finding("size of updates", t + 1, f"{of} move {ratio:.3g} times as far as stock's", names)
+    return Finding(
+        "size of updates", t + 1, f"{of} move {ratio:.3g} times as far as stock's", names
+    )
 
 
 def weights(case: Case) -> Finding | None:

@@ -4,7 +4,6 @@ functions on traces."""
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -90,7 +89,9 @@ def speedup(runs: Sequence[Trace], stock: Sequence[Trace]) -> Interval:
         picks = generator.choices(range(count), k=count)
         pair = [[generator.choice(side)[t] for t in picks] for side in (ours, theirs)]
         drawn.append(ratio(*pair))
-    whole = ratio([s for run in ours for s in run[:count]], [s for run in theirs for s in run[:count]])
+    whole = ratio(
+        [s for run in ours for s in run[:count]], [s for run in theirs for s in run[:count]]
+    )
     each = [ratio(a[:count], b[:count]) for a in ours for b in theirs]
     return _interval(whole, drawn, each)
 
@@ -99,15 +100,13 @@ def _rate(runs: Sequence[Trace], amount: Callable[[Step], int]) -> Interval:
     warm = [_warm(run) for run in runs]
     steps = [step for run in warm for step in run]
     generator = random.Random(0)
-    drawn = [
-        _per_second(generator.choices(steps, k=len(steps)), amount) for _ in range(_DRAWS)
-    ]
+    drawn = [_per_second(generator.choices(steps, k=len(steps)), amount) for _ in range(_DRAWS)]
     each = [_per_second(run, amount) for run in warm]
     return _interval(_per_second(steps, amount), drawn, each)
 
 
 def _tokens(step: Step) -> int:
-    return step.tokens
+    return step.tokens or 1  # without tokens (images, say) a step is what counts
 
 
 def _warm(run: Trace) -> list[Step]:
@@ -123,8 +122,3 @@ def _interval(value: float, drawn: Sequence[float], each: Sequence[float]) -> In
     ordered = sorted(drawn)
     low, high = ordered[int(0.025 * len(ordered))], ordered[int(0.975 * len(ordered)) - 1]
     return Interval(value, min(low, value, *each), max(high, value, *each))
-
-
-def median_seconds(runs: Sequence[Trace]) -> float:
-    """The median of a step's seconds."""
-    return statistics.median(step.seconds for run in runs for step in _warm(run))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastft.commands.causes import CAUSES, Case, Finding
-from fastft.commands.trace import Trace
+from fastft.commands.trace import Step, Trace
 from fastft.commands.yardstick import Measured, Runs, distance
 
 
@@ -84,16 +84,16 @@ def unreproducible(stock: Sequence[Trace]) -> str | None:
     loss, again = first.steps[0].loss, second.steps[0].loss
     if distance(loss, again) > 1e-2 * abs(loss):
         return (
-            f"two runs without fastft have losses of {loss:.4g} and {again:.4g} in their first step "
-            f"already: seed the model's weights and dropout (transformers.set_seed before both)"
+            f"two runs without fastft have losses of {loss:.4g} and {again:.4g} in their first "
+            f"step already: seed what makes weights and dropout (transformers.set_seed)"
         )
     return None
 
 
 def merged(ranks: Sequence[Trace]) -> Trace:
-    """One trace of what all processes recorded: batches of all, the mean of their losses, the slowest
-    one's time, the largest peak. A parameter is there once for each process, which has all of it or
-    a shard."""
+    """One trace of what all processes recorded: the batches of all, the mean of their losses, the
+    time of the slowest, the largest peak. A parameter is there once for each process, which has all
+    of it or a shard."""
     if len(ranks) == 1:
         return ranks[0]
     first = ranks[0]
@@ -102,7 +102,9 @@ def merged(ranks: Sequence[Trace]) -> Trace:
         parameters=[f"{n} (rank {trace.rank})" for trace in ranks for n in trace.parameters],
         weight_decay=[decay for trace in ranks for decay in trace.weight_decay],
         projection0=[number for trace in ranks for number in trace.projection0],
-        steps=[_merged_step(steps) for steps in zip(*(trace.steps for trace in ranks), strict=False)],
+        steps=[
+            _merged_step(steps) for steps in zip(*(trace.steps for trace in ranks), strict=False)
+        ],
         fused=sum(trace.fused for trace in ranks),
         materialised=list(dict.fromkeys(place for trace in ranks for place in trace.materialised)),
         skipped=list(dict.fromkeys(why for trace in ranks for why in trace.skipped)),
@@ -114,7 +116,7 @@ def merged(ranks: Sequence[Trace]) -> Trace:
     )
 
 
-def _merged_step(steps: Sequence) -> object:
+def _merged_step(steps: Sequence[Step]) -> Step:
     return dataclasses.replace(
         steps[0],
         loss=statistics.fmean(step.loss for step in steps),
@@ -122,7 +124,7 @@ def _merged_step(steps: Sequence) -> object:
         gradients=[number for step in steps for number in step.gradients],
         moments=None
         if any(step.moments is None for step in steps)
-        else [number for step in steps for number in step.moments],
+        else [number for step in steps for number in step.moments or ()],
         moved=[number for step in steps for number in step.moved],
         projection=[number for step in steps for number in step.projection],
         weights=" ".join(step.weights for step in steps),
@@ -145,19 +147,30 @@ def _closer_to_fp32(case: Case) -> list[str]:
         return []
     reference = [step.loss for step in case.runs.fp32.steps[: case.runs.length]]
     stock, fast = (
-        math.sqrt(statistics.fmean(distance(a, b) ** 2 for a, b in zip(side, reference, strict=True)))
-        for side in (case.loss.stock, [step.loss for step in case.runs.fast[0].steps[: case.runs.length]])
+        math.sqrt(
+            statistics.fmean(distance(a, b) ** 2 for a, b in zip(side, reference, strict=True))
+        )
+        for side in (
+            case.loss.stock,
+            [step.loss for step in case.runs.fast[0].steps[: case.runs.length]],
+        )
     )
     return [
         f"The weights are {case.stock.dtype}, in which stock loses every update of less than half "
         f"an ulp of its weight; a run with fp32 weights is the reference. Losses are off it by "
-        f"{stock:.2g} (root mean square) in stock, by {fast:.2g} in fastft. What is no farther from "
-        f"it than stock counts as equal."
+        f"{stock:.2g} (root mean square) in stock, by {fast:.2g} in fastft. What is no farther "
+        f"from it than stock counts as equal."
     ]
 
 
 def _random_states(runs: Runs, found: Sequence[Finding]) -> list[str]:
-    states = [(run.steps[t].random, runs.stock[0].steps[t].random) for run in runs.fast for t in range(runs.length)]
-    if any(ours != theirs for ours, theirs in states) and not any(f.what == "random numbers" for f in found):
+    states = [
+        (run.steps[t].random, runs.stock[0].steps[t].random)
+        for run in runs.fast
+        for t in range(runs.length)
+    ]
+    if any(ours != theirs for ours, theirs in states) and not any(
+        f.what == "random numbers" for f in found
+    ):
         return ["The random states differ from stock's, without an effect on what was trained."]
     return []

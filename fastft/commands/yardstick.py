@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from fastft.commands.trace import Step, Trace
 
 FACTOR = 8.0
-PARAMETER_FACTOR = 16.0  # of numbers that each parameter has: there are thousands to be unlucky with
+PARAMETER_FACTOR = (
+    16.0  # of numbers that each parameter has: there are thousands to be unlucky with
+)
 SETTLED = 5
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10, "float64": 2.0**-52}
 
@@ -51,7 +53,9 @@ class Runs:
     def epsilon(self) -> float:
         """Of the dtype in which the model computes, at least fp32's: sums are in fp32."""
         stock = self.stock[0]
-        known = [EPSILON.get(dtype, 0.0) for dtype in (stock.compute_dtype or stock.dtype, "float32")]
+        known = [
+            EPSILON.get(dtype, 0.0) for dtype in (stock.compute_dtype or stock.dtype, "float32")
+        ]
         return max(known)
 
 
@@ -94,14 +98,15 @@ def so_far(values: Sequence[float]) -> list[float]:
 def measure(
     runs: Runs,
     read: Callable[[Trace, int], float],
-    floor: Callable[[int], float],
+    floor: Sequence[float],
     pooled: Sequence[float] | None = None,
     factor: float = FACTOR,
 ) -> Measured:
     """Holds a number against the yardstick.
 
-    `read` gives it of a run and a step (from 0), `floor` what is allowed in any case, `pooled` a
-    noise by step below which its own is taken for luck, and `factor` how many noises are allowed.
+    `read` gives it of a run and a step (from 0), by step `floor` is what is allowed in
+    any case and `pooled` a noise below which its own is taken for luck; `factor` is how many noises
+    are allowed.
     """
     steps = range(runs.length)
     values = [[read(run, t) for t in steps] for run in runs.stock]
@@ -109,7 +114,7 @@ def measure(
     noise = noise_of(runs, read)
     if pooled is not None:
         noise = [max(own, other) for own, other in zip(noise, pooled, strict=True)]
-    allowed = [factor * noise[t] + floor(t) for t in steps]
+    allowed = [factor * noise[t] + floor[t] for t in steps]
     over = [False for _ in steps]
     fast, difference = list(stock), [0.0 for _ in steps]
     reference = [read(runs.fp32, t) for t in steps] if runs.fp32 is not None else None
@@ -170,9 +175,7 @@ class Parameters:
 
     def reader(self, kind: str, name: str) -> Callable[[Trace, int], float]:
         """Reads the number of one parameter."""
-        return lambda run, t: float(
-            getattr(run.steps[t], kind)[self._index[id(run)][name]]
-        )
+        return lambda run, t: float(getattr(run.steps[t], kind)[self._index[id(run)][name]])
 
     def measure(
         self, kind: str, scale: Callable[[str, int], float], floor: float
@@ -193,7 +196,7 @@ class Parameters:
             name: measure(
                 self.runs,
                 self.reader(kind, name),
-                lambda t, name=name: floor * scale(name, t),
+                [floor * scale(name, t) for t in steps],
                 [typical[t] * scale(name, t) for t in steps],
                 PARAMETER_FACTOR,
             )
