@@ -6,15 +6,17 @@ and every parameter's weight is one fixed random projection.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("stock", "fast", "noise", "fp32")
-ENDS = ("steps", "script", "error")
+PIECES = ("loss", "optimizer", "packing")
+VARIANTS = ("stock", "fast", "noise", "fp32", *PIECES)
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Micro:
         targets: the same of (tokens, labels); the label that causal models never predict, of a
             document's first token, is left out.
         documents: how many there are; a padded row is one, a packed row several.
+        packed: whether a row holds several.
         tokens: without padding.
         supervised: labels that are not ignored (and not a causal document's first).
         padding: elements of `input_ids` beyond `tokens`.
@@ -43,6 +46,7 @@ class Micro:
     inputs: str = ""
     targets: str = ""
     documents: int = 0
+    packed: bool = False
     tokens: int = 0
     supervised: int = 0
     padding: int = 0
@@ -131,7 +135,8 @@ class Trace:
     """One process's record of a training, up to `compare`'s last step.
 
     Attributes:
-        variant: one of `VARIANTS`, or the piece of fastft that alone was on.
+        variant: one of `VARIANTS`: stock; with fastft; stock with the smallest noise, or with
+            fp32 weights; or the piece of fastft that alone was on.
         rank, world: which process of how many.
         versions: of Python, torch, fastft and what else was there, by package.
         machine: what it ran on: "processor", "threads", "device", ...
@@ -205,3 +210,61 @@ class Trace:
             for step in fields.pop("steps")
         ]
         return cls(**fields, steps=steps)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a script and records its training; the process ends behind the last step."""
+    from fastft.commands.recorded_script import RecordedScript
+    from fastft.commands.script import reason_against, split
+
+    parser = _parser()
+    own, script = split(arguments)
+    options = parser.parse_args(own)
+    reason = reason_against(script)
+    if script is None or reason is not None:
+        parser.error(str(reason))
+    script.arguments[:0] = options.local_rank
+    pieces = (options.variant,) if options.variant in PIECES else options.only
+    packing = options.packing if "packing" in pieces else None
+    return RecordedScript(
+        script, options.out, options.variant, options.steps, pieces, packing
+    ).run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastft.commands.trace",
+        usage="%(prog)s --out FILE [options] -- script.py [arguments]",
+        description="One run of `python -m fastft compare`, in a process of its own.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the file that gets the trace")
+    parser.add_argument("--variant", choices=VARIANTS, default="fast")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (20)")
+    parser.add_argument("--only", type=_pieces, default=PIECES, help="pieces, commas between")
+    parser.add_argument("--packing", type=_packing, help="tokens, or 'collate'")
+    for name in ("--local_rank", "--local-rank"):  # launchers put it first
+        parser.add_argument(
+            name,
+            dest="local_rank",
+            action="append",
+            type=f"{name}={{}}".format,
+            default=[],
+            help=argparse.SUPPRESS,
+        )
+    return parser
+
+
+def _pieces(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _packing(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+if __name__ == "__main__":
+    # the script becomes __main__: what it pickles or imports must find this room under its name
+    from fastft.commands import trace
+
+    sys.exit(trace.main(sys.argv[1:]))
