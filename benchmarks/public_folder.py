@@ -204,7 +204,7 @@ DATA: dict[str, Callable[[str, str, int], dict[str, Any]]] = {
     "choice.json": choice,
     "nyu-mll/glue:mrpc": paraphrase,
     "glue:mrpc": paraphrase,
-    "facebook/xnli:en": inference,
+    "xnli:en": inference,
     "tagged": tagged,
     "squad": question,
     "trl-lib/Capybara": conversation,
@@ -220,7 +220,7 @@ DATA: dict[str, Callable[[str, str, int], dict[str, Any]]] = {
 LABELS = {
     "nyu-mll/glue:mrpc": ("label", ClassLabel(names=["not_equivalent", "equivalent"])),
     "glue:mrpc": ("label", ClassLabel(names=["not_equivalent", "equivalent"])),
-    "facebook/xnli:en": ("label", ClassLabel(names=["entailment", "neutral", "contradiction"])),
+    "xnli:en": ("label", ClassLabel(names=["entailment", "neutral", "contradiction"])),
     "tagged": ("ner_tags", Sequence(ClassLabel(names=["O", "B-WORD", "I-WORD"]))),
 }
 SPLITS = {"train": 300, "validation": 24, "test": 24}
