@@ -121,6 +121,8 @@ def show(comparison: Comparison, files: Sequence[Path]) -> None:
             console.print(table)
         console.print("\n".join(deeds), markup=False, highlight=False)
     print(f"\nIn {in_words(comparison.seconds)}. Written: {', '.join(map(str, files))}")
+    if not any(file.suffix == ".png" for file in files):
+        print("With matplotlib installed there is a picture as well.")
 
 
 def markdown(comparison: Comparison) -> str:
