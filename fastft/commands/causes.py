@@ -17,6 +17,10 @@ from fastft.commands.trace import Step, Trace
 from fastft.commands.yardstick import Measured, Parameters, Runs, measure, relative
 
 _SHOWN = 4
+_OTHER_MASKS = (
+    "the random states differ after this step: it drew more or fewer random numbers than stock's, "
+    "so that dropout has other masks"
+)
 
 
 @dataclass(frozen=True)
@@ -232,17 +236,19 @@ def learning_rate(case: Case) -> Finding | None:
 
 def random_numbers(case: Case) -> Finding | None:
     """Dropout has other masks. Without a consequence it is no difference."""
+    for t, (stock, fast) in enumerate(zip(*_steps_of(case.runs.dropout), strict=False)):
+        if stock.random != fast.random:
+            return Finding("random numbers", t + 1, f"with dropout, {_OTHER_MASKS}")
     if not case.consequences:
         return None
     for t, _, stock, fast in case.pairs():
         if stock.random != fast.random and (stock.drew or fast.drew):
-            return Finding(
-                "random numbers",
-                t + 1,
-                "the random states differ after this step: it drew more or fewer random numbers "
-                "than stock's, so that dropout has other masks",
-            )
+            return Finding("random numbers", t + 1, _OTHER_MASKS)
     return None
+
+
+def _steps_of(pair: tuple[Trace, Trace] | None) -> tuple[list[Step], list[Step]]:
+    return ([], []) if pair is None else (pair[0].steps, pair[1].steps)
 
 
 def leak(case: Case) -> Finding | None:

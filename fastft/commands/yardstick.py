@@ -39,12 +39,16 @@ EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10, "float
 @dataclass(frozen=True)
 class Runs:
     """The runs that one verdict is about: `stock` has one or two, `fast` one or more, each with at
-    least one step; the others are None where they were not made."""
+    least one step; the others are None where they were not made.
+
+    `dropout`: a stock and a fast run whose random numbers have to be the same, where the others are
+    without dropout."""
 
     stock: Sequence[Trace]
     fast: Sequence[Trace]
     noise: Trace | None = None
     fp32: Trace | None = None
+    dropout: tuple[Trace, Trace] | None = None
 
     @property
     def length(self) -> int:

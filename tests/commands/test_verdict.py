@@ -97,7 +97,7 @@ def dropped(step, t):
 
 
 def other_masks(step, t):
-    step.random += " again"
+    step.random, step.drew = step.random + " again", True
     step.loss *= 1.01
 
 
@@ -189,6 +189,17 @@ def test_a_parameter_that_is_not_trained():
     fast.parameters[0] = "another"
     found = judge(runs([fast]))
     assert found.cause.what == "trained parameters" and "embed.weight" in found.cause.sentence
+
+
+def test_random_numbers_of_a_pair_with_dropout():
+    def drawn_twice(step, t):
+        step.random += " again" * (t >= 3)
+
+    base, stock = runs(), trace()
+    assert judge(dataclasses.replace(base, dropout=(stock, trace("fast")))).equal
+    fast = changed(trace("fast"), drawn_twice)
+    found = judge(dataclasses.replace(base, dropout=(stock, fast)))
+    assert found.cause.what == "random numbers" and found.cause.step == 4
 
 
 def test_random_numbers_without_a_consequence_are_a_note():
