@@ -31,8 +31,8 @@ _LOW_PRECISION = ("bfloat16", "float16")
 
 _WITHOUT_DROPOUT = (
     "The script has dropout, whose masks are others where rows are packed, though the random "
-    "numbers are the same: these runs are without dropout, and a further pair with dropout and without "
-    "packing compares the random numbers."
+    "numbers are the same: these runs are without dropout, and a further pair with dropout and "
+    "without packing compares the random numbers."
 )
 _WITHOUT_PACKING = (
     "Packing is left out: the model draws random numbers, and not for dropout alone, which mean "
