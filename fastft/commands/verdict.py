@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastft.commands.causes import CAUSES, Case, Finding
+from fastft.commands.case import Case
+from fastft.commands.causes import CAUSES, Finding
 from fastft.commands.trace import Step, Trace
 from fastft.commands.yardstick import Measured, Runs, distance, noise_of
 
