@@ -51,6 +51,7 @@ class RecordedScript:
         steps: optimizer steps until the process ends.
         pieces: of fastft, those that are on.
         packing: as of `fastft.plug`.
+        dropout: whether the model keeps its own.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class RecordedScript:
         steps: int,
         pieces: tuple[str, ...],
         packing: int | str | None,
+        dropout: bool = True,
     ) -> None:
         rank = int(os.environ.get("RANK", "0"))
         self.out = out if rank == 0 else out.with_suffix(f".rank{rank}{out.suffix}")
@@ -72,7 +74,8 @@ class RecordedScript:
         self._recorder: Recorder | None = None
         self._loop: RecordedLoop | None = None
         self._trainer: Trainer | None = None
-        self._disturbed = False
+        self._disturbed, self._dropout = False, dropout
+        self._work = contextlib.ExitStack()
 
     def run(self) -> int:
         """Runs the script until the last step, where the process ends, or its own end.
@@ -82,7 +85,7 @@ class RecordedScript:
             is printed.
         """
         code = 0
-        with contextlib.ExitStack() as work:
+        with self._work as work:
             work.callback(when_imported("transformers.training_args", self._keep_to_itself))
             work.enter_context(at_train(self._begin, self._end))
             work.enter_context(at_prepare(self._before, self._after))
@@ -115,6 +118,7 @@ class RecordedScript:
             stock(arguments)
 
         module.TrainingArguments.__post_init__ = __post_init__
+        self._work.callback(setattr, module.TrainingArguments, "__post_init__", stock)
 
     def _begin(self, trainer: Trainer) -> None:
         """A Trainer is going to train; the latest is the one that is recorded."""
@@ -173,6 +177,10 @@ class RecordedScript:
         return self._recorder
 
     def _disturb(self, model: Any) -> None:
+        if not self._dropout:
+            from fastft.integrations.without_dropout import switch_off_dropout
+
+            switch_off_dropout(model)
         if self.trace.variant == "noise" and not self._disturbed:
             from fastft.integrations.reference_runs import add_noise
 
