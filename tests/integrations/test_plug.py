@@ -375,3 +375,18 @@ def test_the_tokenizer_of_the_tests_masks_its_end_token():
     collate = transformers.DataCollatorForLanguageModeling(tokenizer("[EOS]"), mlm=False)
     batch = collate(examples()[:2])
     assert (batch["labels"][batch["attention_mask"] == 1] == -100).sum() == 2
+
+
+def test_a_batch_without_labels_is_left_out_of_an_evaluation_as_in_stock(tmp_path):
+    texts = examples("tokens")[:5]
+    texts[3]["labels"] = texts[4]["labels"] = [-100] * 4
+    texts[3]["input_ids"] = texts[4]["input_ids"] = [5, 6, 7, 8]
+
+    def loss(plug):
+        own = transformers.DataCollatorForSeq2Seq(tokenizer())
+        trainer = trainer_of(tmp_path, options={"data_collator": own}, per_device_eval_batch_size=3)
+        if plug:
+            fastft.plug(trainer)
+        return trainer.evaluate(texts)["eval_loss"]
+
+    assert loss(True) == pytest.approx(loss(False), rel=1e-5)
