@@ -82,6 +82,9 @@ def test_a_training_has_the_losses_of_stock(tmp_path, way):
         other = trainers[0].model.get_parameter(name)
         torch.testing.assert_close(param, other, rtol=1e-3, atol=2e-4)
     assert (plug.report.fused > 0) == (way != "a classifier")
+    losses = [trainer.evaluate()["eval_loss"] for trainer in trainers]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-5)
+    assert (plug.evaluation.fused > 0) == (way != "a classifier")
 
 
 def test_the_lines_say_what_is_done_before_and_after(tmp_path, monkeypatch):
@@ -97,10 +100,11 @@ def test_the_lines_say_what_is_done_before_and_after(tmp_path, monkeypatch):
         "optimizer": "AdamW, clipping inside",
         "packing": "off: packing=None",
     }
-    assert sorted(said) == sorted(str(plug).splitlines())
+    # what was not asked for is no news
+    assert said == [line for line in str(plug).splitlines() if "off:" not in line][::-1]
     assert said[-1] == "fastft: loss: fused at lm_head"
     trainer.train()
-    assert len(said) == 6
+    assert len(said) == 4
 
 
 def test_other_processes_say_nothing(tmp_path, monkeypatch):
@@ -172,9 +176,15 @@ class Stop(TrainerCallback):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end", "on_prediction_step"])
-def test_after_an_exception_the_model_is_stock_and_trains_again(tmp_path, error, event):
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [
+        ("on_train_begin", ValueError),
+        ("on_step_end", KeyboardInterrupt),
+        ("on_prediction_step", KeyboardInterrupt),
+    ],
+)
+def test_after_an_exception_the_model_is_stock_and_trains_again(tmp_path, event, error):
     trainer = trainer_of(tmp_path, "causal", **EVALUATING)
     stop = Stop(error, event)
     implementation = trainer.model.config._attn_implementation
@@ -200,6 +210,7 @@ def test_an_interrupted_classifier_has_no_hooks(tmp_path):
     assert not any(module._forward_hooks for module in trainer.model.modules())
 
 
+@pytest.mark.slow
 def test_trained_twice(tmp_path):
     def twice(plug):
         trainer = trainer_of(tmp_path)

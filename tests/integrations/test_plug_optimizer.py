@@ -240,6 +240,7 @@ def test_a_restored_trainer_trains_with_its_own(tmp_path):
     assert type(inner(trainer)) is torch.optim.AdamW and len(logged(trainer)) == 2
 
 
+@pytest.mark.slow
 def test_checkpoints_of_plugged_and_stock_trainers_are_each_others(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     whole = curves(trainer_of(tmp_path / "stock", **saving))[0]

@@ -11,7 +11,7 @@ from support.trainers import logged, quiet_arguments
 import fastft
 
 trl = pytest.importorskip("trl")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of TRL
 TEXTS = [" ".join(str(3 + (i * 7 + j) % (V - 3)) for j in range(4 + i % 7)) for i in range(16)]
 PAIRS = [
     {"prompt": text, "chosen": text, "rejected": TEXTS[-1 - i]} for i, text in enumerate(TEXTS)
@@ -46,7 +46,11 @@ def trainer_of(folder, member, **changes):
         from transformers import LlamaForSequenceClassification
 
         model = LlamaForSequenceClassification(llama(num_labels=1).config)
-    options = {"reward_funcs": reward} if name == "GRPO" else {}
+    options = {
+        "GRPO": {"reward_funcs": reward},
+        "DPO": {"ref_model": llama()},
+        "KTO": {"ref_model": llama()},
+    }.get(name, {})
     return kind(
         model=model,
         args=args,
