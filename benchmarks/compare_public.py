@@ -165,7 +165,9 @@ def row(entry: dict[str, Any]) -> str:
     cells += [entry["outcome"], str(entry.get("fused", "-"))]
     cells.append(entry.get("lines", {}).get("optimizer", "-"))
     speed, peak = entry.get("speedup"), entry.get("peak")
-    cells.append(f"{speed['value']:.2f}x ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "-")
+    cells.append(
+        f"{speed['value']:.2f}x ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "-"
+    )
     cells.append(f"{peak:.2f}x" if peak else "-")
     return f"| {' | '.join(cells)} |"
 

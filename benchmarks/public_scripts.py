@@ -35,7 +35,9 @@ class PublicScript:
 
 
 HF = "transformers/examples/pytorch/"
-TRAINER = "--do_train --max_steps 20 --per_device_train_batch_size 8 --save_strategy no --output_dir out"
+TRAINER = (
+    "--do_train --max_steps 20 --per_device_train_batch_size 8 --save_strategy no --output_dir out"
+)
 LOOP = "--max_train_steps 20 --per_device_train_batch_size 8 --seed 1 --output_dir out"
 TRL = (
     "--per_device_train_batch_size 4 --save_strategy no --report_to none --use_cpu --bf16 False "
@@ -235,6 +237,18 @@ SCRIPTS = (
         "--base_model_name_or_path tiny-llama --bits fp32 --data_path meta-math/MetaMathQA "
         f"--dataset_split train --dataset_field query response {TRL}",
         ("tiny-llama", "meta-math/MetaMathQA"),
+    ),
+    PublicScript(
+        "peft/examples/unilora_finetuning/unilora_finetuning.py",
+        "--base_model_name_or_path tiny-llama --bits fp32 --data_path meta-math/MetaMathQA "
+        f"--dataset_split train --dataset_field query response {TRL}",
+        ("tiny-llama", "meta-math/MetaMathQA"),
+    ),
+    PublicScript(
+        "peft/examples/kasa_finetuning/kasa_finetuning.py",
+        "--base_model_name_or_path tiny-llama --data_path timdettmers/openassistant-guanaco "
+        f"--dataset_split train {TRL}",
+        ("tiny-llama", "timdettmers/openassistant-guanaco"),
     ),
     PublicScript(
         "peft/examples/sequence_classification/peft_no_lora_accelerate.py",
