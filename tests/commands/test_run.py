@@ -170,6 +170,46 @@ outcome = os.waitpid(child, 0)[1]
     assert script(BEGINS + source)["outcome"] == 0
 
 
+PROFILED = """
+import collections
+from transformers import TrainerCallback
+
+calls = collections.Counter()
+
+
+def profile(frame, event, arg):
+    room = frame.f_globals.get("__name__", "")
+    if event == "call" and room.partition(".")[0] == "fastft":
+        calls[room, frame.f_code.co_name] += 1
+
+
+class Profiles(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            sys.setprofile(profile)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            sys.setprofile(None)
+
+trainer = made(max_steps=6, gradient_accumulation_steps=2)
+trainer.add_callback(Profiles)
+"""
+BY_HAND = """
+import fastft
+trainer.optimizer, _ = fastft.adamw(trainer.model, trainer.args)
+trainer.add_callback(fastft.FusedLossCallback())
+fastft.fuse_clipping(trainer)
+"""
+
+
+def test_a_step_calls_nothing_of_fastft_that_the_three_lines_do_not_call(script):
+    by_hand = script(BEGINS + PROFILED + BY_HAND + "trainer.train()", None)["calls"]
+    found = script(BEGINS + PROFILED + "trainer.train()")["calls"]
+    assert found
+    assert found - by_hand == {}
+
+
 def failing(source, script, capfd, *options):
     """What stderr has when Python reports the error that leaves a script."""
     with pytest.raises(ZeroDivisionError) as caught:

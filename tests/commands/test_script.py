@@ -55,7 +55,7 @@ ENDS = {
     "words": "import sys; sys.exit('in words')",
     "nothing": "raise SystemExit",
     "an error": "def f(): raise KeyError('x')\nf()",
-    "an error with a cause": "try:\n    1 / 0\nexcept Exception as one:\n    raise OSError from one",
+    "a cause": "try:\n    1 / 0\nexcept Exception as one:\n    raise OSError from one",
     "several errors": "raise KeyError('x') if __import__('sys').version_info < (3, 11) else "
     "ExceptionGroup('two', [KeyError(1), OSError(2)])",
     "no Python": "if:",

@@ -3,11 +3,14 @@ in which transformers' `no_trainer` examples are written."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from support.trainers import tiny_llama
+from support.trainers import quiet_arguments, tiny_llama
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, get_scheduler
@@ -141,10 +144,7 @@ def test_what_prepare_was_not_given_is_said_at_the_end():
     assert loop.lines["packing"] == "left alone: prepare was not given a Trainer"
 
 
-def test_nothing_of_a_loop_that_is_over_is_kept(tmp_path):
-    import gc
-    import weakref
-
+def test_nothing_of_a_loop_that_is_over_is_kept():
     loop = AcceleratorLoop(BOTH)
     with at_prepare(loop.before, loop.after):
         accelerator, model = Accelerator(cpu=True), tiny_llama()
@@ -168,8 +168,6 @@ def test_prepare_is_stock_again_after_an_error():
 
 
 def test_a_trainer_s_own_prepare_is_not_a_loop(tmp_path):
-    from support.trainers import quiet_arguments
-
     seen = []
     rows = [{"input_ids": row, "labels": row} for row in ROWS]
     trainer = Trainer(tiny_llama(), quiet_arguments(tmp_path, max_steps=1), train_dataset=rows)
