@@ -1,6 +1,6 @@
 """`python -m fastft compare` on training scripts that no one here wrote, unchanged and offline.
 
-python benchmarks/compare_public.py FOLDER [--only NAME ...] [--steps N] [--jobs N]
+python benchmarks/compare_public.py FOLDER [--only NAME ...] [--steps N] [--runs 1] [--jobs N]
 
 FOLDER has clones of the repositories in `public_scripts.py`, under their names, at revisions that
 fit the installed versions. Each script runs with tiny models and data made on the spot
@@ -48,7 +48,9 @@ def revision(clone: Path) -> str:
     return asked.stdout.strip() or "no clone"
 
 
-def compare(script: PublicScript, clones: Path, folder: PublicFolder, steps: int) -> dict[str, Any]:
+def compare(
+    script: PublicScript, clones: Path, folder: PublicFolder, options: list[str]
+) -> dict[str, Any]:
     """One script's entry of the results."""
     repository = script.path.partition("/")[0]
     entry: dict[str, Any] = {
@@ -61,8 +63,8 @@ def compare(script: PublicScript, clones: Path, folder: PublicFolder, steps: int
     if not file.is_file():
         return entry | {"outcome": "not there", "sentence": "no such file in this folder"}
     out = folder.path / "compared" / script.name
-    command = [sys.executable, "-m", "fastft", "compare", "--steps", str(steps)]
-    command += ["--only", script.pieces, "--out", str(out), str(file.resolve())]
+    command = [sys.executable, "-m", "fastft", "compare", *options, "--only", script.pieces]
+    command += ["--out", str(out), str(file)]
     ended = subprocess.run(
         [*command, *shlex.split(script.arguments)],
         cwd=folder.path,
@@ -105,7 +107,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(clones: Path, names: list[str], steps: int, jobs: int) -> None:
+def run(clones: Path, names: list[str], options: list[str], jobs: int) -> None:
     """Compares the scripts of these names, all without a name, and keeps what others had."""
     chosen = [script for script in SCRIPTS if not names or script.name in names]
     kept, lock = load(), threading.Lock()
@@ -116,7 +118,7 @@ def run(clones: Path, names: list[str], steps: int, jobs: int) -> None:
                 folder.provide(need)
 
         def one(script: PublicScript) -> None:
-            entry = compare(script, clones, folder, steps)
+            entry = compare(script, clones, folder, options)
             with lock:
                 kept[script.path] = entry
                 save(kept)
@@ -189,12 +191,14 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="clones of the scripts' repositories")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run_clm, sft ...")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a run (20)")
+    parser.add_argument("--runs", type=int, choices=(1, 2), default=2, help="as compare's (2)")
     parser.add_argument("--jobs", type=int, default=1, help="scripts at a time (1)")
     options = parser.parse_args()
     unknown = set(options.only) - {script.name for script in SCRIPTS}
     if unknown or not options.folder.is_dir():
         parser.error(f"unknown: {', '.join(sorted(unknown)) or options.folder}")
-    run(options.folder.resolve(), options.only, options.steps, options.jobs)
+    how = ["--steps", str(options.steps), "--runs", str(options.runs)]
+    run(options.folder.resolve(), options.only, how, options.jobs)
     return int(any(entry["outcome"] == "different" for entry in load().values()))
 
 

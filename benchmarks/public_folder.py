@@ -92,8 +92,8 @@ import evaluate
 
 class Metric(evaluate.Metric):
     def _info(self):
-        features = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(features))
+        each = {name: datasets.Value("int64") for name in ("predictions", "references")}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(each))
 
     def _compute(self, predictions, references):
         equal = sum(a == b for a, b in zip(predictions, references))
@@ -204,8 +204,8 @@ def sentiment(a: str, b: str, at: int) -> dict[str, Any]:
     return {"text": a, "label": at % 3}
 
 
-# A name that ends in .json is one file of JSON lines, any other a folder with a file for each split,
-# as `load_dataset(name)` or, for "folder:configuration", `load_dataset(folder, configuration)` asks.
+# A name that ends in .json is one file of JSON lines, any other a folder with a file for a split, as
+# `load_dataset(name)` or, for "folder:configuration", `load_dataset(folder, configuration)` asks.
 DATA: dict[str, Callable[[str, str, int], dict[str, Any]]] = {
     "text.json": text,
     "labelled.json": labelled,
