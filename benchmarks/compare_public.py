@@ -108,9 +108,9 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(clones: Path, names: list[str], options: list[str], jobs: int) -> None:
-    """Compares the scripts of these names, all without a name, and keeps what others had."""
+    """Compares the scripts of these names, all without a name; keeps the others' results."""
     chosen = [script for script in SCRIPTS if not names or script.name in names]
-    kept, lock = load(), threading.Lock()
+    lock = threading.Lock()
     with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(jobs) as pool:
         folder = PublicFolder(Path(made))
         for script in chosen:
@@ -120,8 +120,7 @@ def run(clones: Path, names: list[str], options: list[str], jobs: int) -> None:
         def one(script: PublicScript) -> None:
             entry = compare(script, clones, folder, options)
             with lock:
-                kept[script.path] = entry
-                save(kept)
+                save(load() | {script.path: entry})
                 print(f"{entry['outcome']:15} {script.path}  {entry['sentence']}", flush=True)
 
         list(pool.map(one, chosen))

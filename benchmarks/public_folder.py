@@ -204,7 +204,7 @@ def sentiment(a: str, b: str, at: int) -> dict[str, Any]:
     return {"text": a, "label": at % 3}
 
 
-# A name that ends in .json is one file of JSON lines, any other a folder with a file for a split, as
+# A name that ends in .json is a file of JSON lines, any other a folder with a file for a split, as
 # `load_dataset(name)` or, for "folder:configuration", `load_dataset(folder, configuration)` asks.
 DATA: dict[str, Callable[[str, str, int], dict[str, Any]]] = {
     "text.json": text,
