@@ -49,7 +49,8 @@ class Request:
     """What was asked for.
 
     `pieces`: those that are to be run alone as well. `only`: those that the fast runs have.
-    `packing`: tokens of a pack for the second table; None without it.
+    `packing`: tokens of a pack for the second table; None without it. `runs`: of stock and of fast,
+    1 or 2.
     """
 
     script: Script
@@ -57,6 +58,7 @@ class Request:
     only: tuple[str, ...]
     pieces: tuple[str, ...]
     packing: int | None
+    runs: int
     launch: list[str]
     out: Path
 
@@ -116,6 +118,9 @@ def _parse(arguments: list[str]) -> Request:
         help="a second table: packs of so many tokens",
     )
     parser.add_argument(
+        "--runs", type=int, choices=(1, 2), default=2, help="of stock, and of fast, by turns (2)"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("fastft-compare"),
@@ -133,6 +138,7 @@ def _parse(arguments: list[str]) -> Request:
         options.only,
         options.pieces,
         options.packing,
+        options.runs,
         _launcher(parser, options.launch),
         options.out,
     )
@@ -312,17 +318,18 @@ def compare(request: Request) -> Comparison:
     request.out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     packing, names = request.packing, request.pieces
-    with children.Progress(5 + len(names) + (packing is not None)) as progress:
+    total = 2 * request.runs + 1 + len(names) + (packing is not None)
+    with children.Progress(total) as progress:
         session = _Session(request, progress)
         first, dropout = session.settle_dropout(session.stock())
         half = first.dtype in _LOW_PRECISION
         progress.add(int(half))
-        fast = [session.fast(), session.fast()]
-        stock = [first, session.stock()]
-        why = unreproducible(stock)
+        fast = [session.fast() for _ in range(request.runs)]
+        stock = [first, *(session.stock() for _ in range(request.runs - 1))]
+        noise = session.reference("noise", "noise")
+        why = unreproducible([*stock, noise])
         if why is not None:
             raise CouldNotRun(why)
-        noise = session.reference("noise", "noise")
         fp32 = session.reference("fp32", "fp32 weights") if half else None
         runs = Runs(stock, fast, noise, fp32, dropout)
         verdict = judge(runs)

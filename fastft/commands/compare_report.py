@@ -324,8 +324,9 @@ def _off(measured: Measured, t: int) -> list[str]:
 
 def _how(comparison: Comparison) -> list[str]:
     noise = comparison.runs.noise
+    turns = "stock, fastft" + ", fastft, stock" * (len(comparison.runs.stock) > 1)
     lines = [
-        "The runs are in turns (stock, fastft, fastft, stock), each in a process of its own, with "
+        f"The runs are in turns ({turns}), each in a process of its own, with "
         "the same seeds and batches. The yardstick of a number is the larger of stock against "
         "stock, and stock against itself with one ulp of noise"
         + (f" ({noise.noise})" if noise is not None and noise.noise else "")

@@ -192,11 +192,11 @@ class Parameters:
         return lambda run, t: float(getattr(run.steps[t], kind)[self._index[id(run)][name]])
 
     def measure(
-        self, kind: str, scale: Callable[[str, int], float], floor: float
+        self, kind: str, scale: Callable[[str, int], float], floor: Sequence[float]
     ) -> dict[str, Measured]:
         """Holds the numbers of all parameters against the yardstick.
 
-        `scale` says what a parameter's noise and the relative `floor` are relative to. A noise
+        `scale` says what a parameter's noise and the `floor` of each step are relative to. A noise
         below the median of all parameters is taken for luck.
         """
         steps = range(self.runs.length)
@@ -210,7 +210,7 @@ class Parameters:
             name: measure(
                 self.runs,
                 self.reader(kind, name),
-                [floor * scale(name, t) for t in steps],
+                [floor[t] * scale(name, t) for t in steps],
                 [typical[t] * scale(name, t) for t in steps],
                 PARAMETER_FACTOR,
             )

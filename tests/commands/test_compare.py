@@ -106,6 +106,12 @@ def test_the_runs_are_in_turns(script, synthetic):
     assert len(report("fastft-compare")["losses"]["stock 1"]) == 20
 
 
+def test_one_run_of_each(script, synthetic):
+    runs = synthetic()
+    assert main(["--runs", "1", script]) == 0
+    assert runs.seen == ["stock", "fast", "noise"]
+
+
 def test_bf16_weights_have_a_reference_in_fp32(script, synthetic):
     runs = synthetic(dtype="bfloat16")
     assert main([script]) == 0

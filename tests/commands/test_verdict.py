@@ -257,6 +257,27 @@ def test_what_is_closer_to_fp32_than_stock_is_equal():
     assert not judge(Runs(stock, [worse], noise, fp32)).equal
 
 
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_norm_that_stock_sums_badly_is_no_difference(clipped):
+    """torch's norm of some million fp32 numbers is off by 1e-4, and clipping scales by it."""
+
+    def badly(step, t):
+        exact = step.grad_norm
+        step.grad_norm = exact * (1 + 3e-4)
+        if clipped:
+            step.gradients = [value * 0.5 / step.grad_norm for value in step.gradients]
+
+    def well(step, t):
+        if clipped:
+            step.gradients = [value * 0.5 / step.grad_norm for value in step.gradients]
+
+    stock, noise = changed(trace(), badly), changed(trace("noise"), badly)
+    found = judge(Runs([stock, stock], [changed(trace("fast"), well)], noise))
+    assert found.equal, found.findings
+    twice = changed(changed(trace("fast"), well), scaled("gradients", 0.9))
+    assert judge(Runs([stock, stock], [twice], noise)).cause.what == "clipping"
+
+
 def test_two_stock_runs_on_other_batches_are_no_yardstick():
     other = changed(trace(), of_micro(targets=lambda micro: micro.targets + " of another seed"))
     assert "different batches from step 1" in unreproducible([trace(), other])
