@@ -337,6 +337,11 @@ def record(trainer: Trainer, recorder: Recorder) -> None:
     trainer.add_callback(RecorderCallback(trainer, recorder))
 
 
+def models_of(objects: tuple[Any, ...]) -> list[nn.Module]:
+    """The models among what `accelerator.prepare` is given."""
+    return [thing for thing in objects if isinstance(thing, nn.Module)]
+
+
 def _commonest_dtype(params: list[Tensor]) -> str:
     elements: dict[torch.dtype, int] = {}
     for param in params:
