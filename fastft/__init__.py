@@ -37,7 +37,7 @@ from fastft.optim.fp32_weights import load_fp32, save_fp32
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
-    from fastft.integrations.plug import Plugged, plug
+    from fastft.integrations.plug import plug
 
 __version__ = "0.2.0"
 
@@ -50,7 +50,6 @@ __all__ = [
     "PackingCallback",
     "PackingCollator",
     "PackingLeakError",
-    "Plugged",
     "adamw",
     "adamw_spec",
     "block_mask",
@@ -79,7 +78,6 @@ register_with_transformers()
 _OF_TRANSFORMERS = {
     "FusedLossCallback": "fastft.integrations.fused_loss",
     "PackingCallback": "fastft.integrations.packing",
-    "Plugged": "fastft.integrations.plug",
     "plug": "fastft.integrations.plug",
 }
 
