@@ -75,6 +75,7 @@ PRIVATE_NAMES = {
         "the same, set without a check of the name"
     ),
     "transformers:PreTrainedModel._supports_sdpa": "which stock attention the probe tries",
+    "transformers:PreTrainedModel._supports_flash_attn": "would flash-attn help a model",
     "transformers:PreTrainedModel._can_set_attn_implementation": (
         "does the model's code look its attention up by name"
     ),
