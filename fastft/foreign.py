@@ -69,6 +69,9 @@ PRIVATE_NAMES = {
     "torch:Tensor._backward_hooks": "a hook on a weight forbids writing to its gradient directly",
     "torch:Tensor._post_accumulate_grad_hooks": "likewise",
     "torch.utils:_pytree": "lazy logits nested in arguments",
+    "torch.optim.lr_scheduler:_wrapped_by_lr_sched": "has a scheduler wrapped an optimizer's step",
+    "torch.optim.lr_scheduler:LRScheduler._initial_step": "wraps it without a change of rates",
+    "accelerate.accelerator:_is_accelerate_prepared": "has an object been through `prepare`",
     "transformers:AttentionInterface._global_mapping": "is attn_implementation='fastft' registered",
     "transformers:PreTrainedConfig._attn_implementation": "which attention a model uses",
     "transformers:PreTrainedConfig._attn_implementation_internal": (
@@ -242,6 +245,16 @@ def inner_optimizer(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def is_counting_step(step: Any, stock: Callable[..., Any]) -> bool:
+    """Whether a scheduler has put `step` on an optimizer, around the `stock` one of its class."""
+    return hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is stock
+
+
+def is_prepared(thing: Any) -> bool:
+    """Whether an Accelerator has prepared it already."""
+    return bool(getattr(thing, "_is_accelerate_prepared", False))
 
 
 def write_stamp(tensor: Tensor) -> tuple[int, int] | None:

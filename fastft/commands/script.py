@@ -88,46 +88,45 @@ def execute(script: Script) -> None:
         ModuleNotFoundError: there is no such module, or it is a package without `__main__`.
     """
     main = ModuleType("__main__")
-    # what Python's own __main__ has; a function of the script finds builtins as a module there
-    main.__dict__.update(__builtins__=builtins, __cached__=None, __file__=None)
-    if sys.version_info < (3, 14):
-        main.__dict__["__annotations__"] = {}
-    code = _module(script, main) if script.is_module else _file(script, main)
-    sys.argv[:] = [main.__file__ if script.is_module else script.target, *script.arguments]
     sys.modules["__main__"] = main
-    exec(code, main.__dict__)
+    # what Python's own has: functions of the script find the module of builtins there, not a dict
+    names: dict[str, Any] = vars(main)
+    names |= {"__builtins__": builtins, "__cached__": None}
+    if sys.version_info < (3, 14):
+        names |= {"__annotations__": {}}
+    code = _module(script, names) if script.is_module else _file(script, names)
+    sys.argv[:] = [names["__file__"] if script.is_module else script.target, *script.arguments]
+    exec(code, names)
 
 
-def _file(script: Script, main: ModuleType) -> CodeType:
+def _file(script: Script, names: dict[str, Any]) -> CodeType:
     path = os.path.abspath(script.target)  # as Python has it, links not followed
-    main.__file__, main.__loader__ = path, SourceFileLoader("__main__", path)
-    main.__package__ = None
+    names |= {"__file__": path, "__loader__": SourceFileLoader("__main__", path)}
     if not getattr(sys.flags, "safe_path", sys.flags.isolated):
         sys.path[0] = os.path.dirname(os.path.realpath(path))  # here it does follow them
     with io.open_code(path) as file:
         return compile(file.read(), path, "exec", dont_inherit=True)
 
 
-def _module(script: Script, main: ModuleType) -> CodeType:
+def _module(script: Script, names: dict[str, Any]) -> CodeType:
     spec = importlib.util.find_spec(script.target)
     if spec is not None and spec.submodule_search_locations is not None:
         spec = importlib.util.find_spec(f"{script.target}.__main__")
-    code = _code_of(spec)
+    code = None if spec is None else _code_of(spec)
     if spec is None or code is None:
         raise ModuleNotFoundError(
             f"No module named {script.target}, or it is a package that cannot be run",
             name=script.target,
         )
-    main.__spec__, main.__loader__ = spec, spec.loader
-    main.__file__, main.__cached__ = spec.origin, spec.cached
-    main.__package__ = spec.parent
+    names |= {"__spec__": spec, "__loader__": spec.loader, "__package__": spec.parent}
+    names |= {"__file__": spec.origin, "__cached__": spec.cached}
     return code
 
 
-def _code_of(spec: ModuleSpec | None) -> CodeType | None:
-    loader: Any = None if spec is None else spec.loader
-    get_code = getattr(loader, "get_code", None)
-    return None if spec is None or get_code is None else get_code(spec.name)
+def _code_of(spec: ModuleSpec) -> CodeType | None:
+    # a namespace package has no loader, an extension module no code
+    get_code = getattr(spec.loader, "get_code", None)
+    return None if get_code is None else get_code(spec.name)
 
 
 def of_script(traceback: TracebackType | None) -> TracebackType | None:

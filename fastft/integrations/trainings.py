@@ -26,7 +26,8 @@ _Method = Callable[..., Any]
 
 @contextlib.contextmanager
 def at_train(
-    apply: Callable[[Trainer], None], failed: Callable[[Trainer], None] | None = None
+    apply: Callable[[Trainer], None],
+    ended: Callable[[Trainer, BaseException | None], None] | None = None,
 ) -> Iterator[None]:
     """While the context is open, `apply` gets every Trainer whose `train()` is called.
 
@@ -35,7 +36,8 @@ def at_train(
 
     Args:
         apply: what it raises, `train()` raises.
-        failed: gets the Trainer when an exception leaves its `train()`, and then passes on.
+        ended: gets the Trainer when its `train()` is over, and the exception that leaves it if one
+            does.
     """
 
     def wrap(stock: _Method) -> _Method:
@@ -44,12 +46,15 @@ def at_train(
             if not here():
                 return stock(trainer, *args, **kwargs)
             apply(trainer)
+            error: BaseException | None = None
             try:
                 return stock(trainer, *args, **kwargs)
-            except BaseException:
-                if failed is not None:
-                    failed(trainer)
+            except BaseException as raised:
+                error = raised
                 raise
+            finally:
+                if ended is not None:
+                    ended(trainer, error)
 
         return train
 
