@@ -98,6 +98,8 @@ class RecordedScript:
                 said = traceback.format_exception(type(error), error, of_its_own)
                 self.trace.error = "".join(said)
                 print(self.trace.error, file=sys.stderr)
+        if self._recorder is not None:
+            self._recorder.complete()
         self.trace.ended = "error" if self.trace.error else "script"
         self._save()
         return code

@@ -68,7 +68,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def described(batch: Any, loss: float, reading: Reading) -> Micro:
-    """A pass over `batch`, the model's keyword arguments; a batch without tokens is digested whole."""
+    """A pass over `batch`, the model's keyword arguments; one without tokens is digested whole."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.dim() < 2 or ids.is_floating_point():
         whole = digest(_bytes_of_all(batch))

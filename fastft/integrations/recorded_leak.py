@@ -46,7 +46,7 @@ def leak(model: Any, batch: Mapping[str, Any]) -> float | None:
 
 
 def _hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The hidden states of the backbone, (R, T, H), or where there is none of its own the logits."""
+    """The hidden states of the backbone, (R, T, H), or the logits of a model that has none."""
     base = foreign.base_model(model)
     backbone = getattr(base, "base_model", base)
     seen: list[Any] = []

@@ -48,7 +48,7 @@ class Weights:
 
     @property
     def kept_apart(self) -> bool:
-        """Whether an engine trains flat copies of the parameters, of which nothing is known here."""
+        """Whether an engine trains flat copies of the parameters, which are not looked into."""
         return foreign.of_deepspeed(self.optimizer)
 
     def of_groups(self, name: str) -> list[float]:
@@ -107,7 +107,7 @@ class Weights:
         return None if all(norm is None for norm in norms) else _numbers(norms)
 
     def _factor(self) -> Tensor | float:
-        """What our step is going to multiply the gradients by, in the place of a clipping before."""
+        """What our step is going to multiply the gradients by, in place of a clipping before."""
         if not isinstance(self.optimizer, AdamW):
             return 1.0
         held = (param for group in self.optimizer.param_groups for param in group["params"])
@@ -139,9 +139,8 @@ def _norm(tensor: Any) -> Tensor:
     tensor = foreign.local(tensor)
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
-    norm: Tensor = torch.linalg.vector_norm(
-        tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)
-    )
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
     return norm
 
 

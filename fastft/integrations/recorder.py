@@ -56,6 +56,7 @@ class Recorder:
         self._current: _Pass | None = None
         self._grad_norm: Any = None
         self._packed: Any = None
+        self._costs: Costs | None = None
 
     def begin(self, trainer: str, model: Any, optimizer: Any, accelerator: Any) -> None:
         """A training begins, maybe once more, after Trainer has found a smaller batch size."""
@@ -75,7 +76,12 @@ class Recorder:
         trace.steps = []
         self._watch_head(model)
         self._watch_clipping(accelerator)
-        self._costs, self._seconds = Costs(), 0.0
+        self._seconds, self._costs = 0.0, Costs()
+
+    @property
+    def _clock(self) -> Costs:
+        assert self._costs is not None, "begin() comes first"
+        return self._costs
 
     def pass_begins(self, batch: Any) -> None:
         """A forward pass of the training begins."""
@@ -92,7 +98,7 @@ class Recorder:
 
     def step_begins(self) -> None:
         """The gradients are what the optimizer is going to use."""
-        with self._costs.stopped():
+        with self._clock.stopped():
             passes, self._passes = self._passes, []
             micro = [self._micro(one) for one in passes]
             self._step = Step(
@@ -108,17 +114,17 @@ class Recorder:
 
     def step_ends(self) -> None:
         """The optimizer has taken its step."""
-        with self._costs.stopped(copies=self._weights.held):
+        with self._clock.stopped(copies=self._weights.held):
             step = self._step
             step.moved, step.moments = self._weights.moved(), self._weights.moments()
             step.projection, step.weights = self._weights.projections(), self._weights.bits()
 
     def closes(self) -> bool:
         """Nothing more belongs to the step; returns whether it was the last."""
-        with self._costs.stopped():
+        with self._clock.stopped():
             self._step.random = random_states()
-            self._step.seconds = self._costs.seconds - self._seconds
-            self._seconds = self._costs.seconds
+            self._step.seconds = self._clock.seconds - self._seconds
+            self._seconds = self._clock.seconds
             self.trace.steps.append(self._step)
         last = len(self.trace.steps) == self.steps
         if last:
@@ -126,19 +132,25 @@ class Recorder:
         return last
 
     def finish(self, ended: str) -> None:
+        """The training is over, for the recorder at least."""
+        self.complete()
+        self.trace.ended = ended
+        self._done()
+
+    def complete(self) -> None:
         """Takes the recorder off, and says what can be said of the training as a whole."""
         self.close()
-        trace = self.trace
-        trace.ended = ended
-        trace.peak_device, trace.peak_process = self._costs.peak_device, self._costs.peak_process
-        trace.peak_kind = self._costs.kind
+        trace, costs = self.trace, self._costs
+        if costs is None:
+            return
+        trace.peak_device, trace.peak_process = costs.peak_device, costs.peak_process
+        trace.peak_kind = costs.kind
         if self.plugged is not None:
             trace.lines = dict(self.plugged.lines)
             report = self.plugged.report
             trace.fused, trace.skipped = report.fused, list(report.skipped)
             trace.materialised = list(report.materialised)
         trace.leak = None if self._packed is None else leak(self._model, self._packed)
-        self._done()
 
     def close(self) -> None:
         """Takes every hook off again."""

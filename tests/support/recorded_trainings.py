@@ -39,7 +39,7 @@ def padded(features):
 
 
 def recorded(folder, *, steps=3, fused=False, packed=False, model=None, kind=Trainer, **changes):
-    """Records a training; its trace. `fused`: with our loss and optimizer, `packed`: and collator."""
+    """The trace of a training, `fused` with our loss and optimizer, `packed` with our collator."""
     model = model or tiny_llama(VOCABULARY, attention_dropout=changes.pop("dropout", 0.0))
     arguments = quiet_arguments(
         folder, **{"per_device_train_batch_size": 4, "max_steps": 2 * steps, "seed": 5, **changes}
