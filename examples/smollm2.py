@@ -61,7 +61,7 @@ def main() -> None:
         max_steps=options.max_steps,
         per_device_train_batch_size=8,
         learning_rate=5e-5,
-        warmup_steps=10,
+        lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="no",
         report_to="none",

@@ -176,8 +176,8 @@ def padding_is_learnt(sample: Sample) -> Finding | None:
     ends = end_tokens(sample.model, sample.trainer.processing_class)
     for batch in sample.batches:
         if sample.model.config.is_encoder_decoder:
-            known = "labels" in batch and pad is not None and pad not in ends
-            learnt += int(batch["labels"].eq(pad).sum()) if known else 0
+            known = "labels" in batch and isinstance(pad, int) and pad not in ends
+            learnt += int(torch.isin(batch["labels"], torch.tensor(pad)).sum()) if known else 0
         elif _is_labelled(batch) and (padding := _padding(batch)) is not None:
             learnt += int((batch["labels"][padding] != IGNORED).sum())
         rows += len(batch["input_ids"])
