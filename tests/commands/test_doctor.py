@@ -93,10 +93,10 @@ def test_a_check_that_fails_is_a_note_and_hides_no_other():
 
     found = examined([broken, worst], None)
     assert [(each.severity, each.check) for each in found] == [
-        ("wrong", "worst"),
         ("note", "broken"),
+        ("wrong", "worst"),
     ]
-    assert "KeyError" in found[1].what
+    assert "KeyError" in found[0].what
 
 
 @pytest.mark.parametrize("severities, code", [("", 0), ("note slow", 0), ("note wrong", 1)])
@@ -105,6 +105,8 @@ def test_the_exit_code_says_whether_something_is_wrong(severities, code, capsys)
     assert doctor.report("title", found, 3) == code
     said = capsys.readouterr().out
     assert said.count("-> Do it.") == len(found) and "3 checks: " in said
+    worst_first = [line.split(":")[0] for line in said.splitlines() if line[:4].isupper()]
+    assert worst_first == sorted(worst_first, key=["WRONG", "SLOW", "NOTE"].index)
 
 
 def test_without_an_argument_the_machine_is_looked_at(capsys, monkeypatch):
