@@ -370,6 +370,21 @@ def clipping(case: Case) -> Finding | None:
     return Finding("gradients", t + 1, f"{_named(names)}: {_worst(case.gradients, t)}", names)
 
 
+def stale(case: Case) -> Finding | None:
+    """A parameter stays where it is."""
+    for t in case.steps:
+        names = [
+            name
+            for name, m in case.moved.items()
+            if m.over[t] and name not in case.noisy and m.fast[t] < 1e-3 * m.stock[t]
+        ]
+        if names:
+            return Finding(
+                "stale parameter", t + 1, f"{_named(names)}: moves in stock, not in fastft", names
+            )
+    return None
+
+
 def weight_decay(case: Case) -> Finding | None:
     """Other parameters are decayed, by the optimizer's groups or by what it does."""
     for run in case.runs.fast:
@@ -431,21 +446,6 @@ def moments(case: Case) -> Finding | None:
     return Finding("moments", t + 1, f"{_named(names)}: {_worst(case.moments, t)}", names)
 
 
-def stale(case: Case) -> Finding | None:
-    """A parameter stays where it is."""
-    for t in case.steps:
-        names = [
-            name
-            for name, m in case.moved.items()
-            if m.over[t] and name not in case.noisy and m.fast[t] < 1e-3 * m.stock[t]
-        ]
-        if names:
-            return Finding(
-                "stale parameter", t + 1, f"{_named(names)}: moves in stock, not in fastft", names
-            )
-    return None
-
-
 def update_size(case: Case) -> Finding | None:
     """Weights go less far, or farther."""
     found = case.off(case.moved)
@@ -482,9 +482,9 @@ CAUSES: list[Callable[[Case], Finding | None]] = [
     loss,
     gradients,
     clipping,
+    stale,
     weight_decay,
     moments,
-    stale,
     update_size,
     weights,
 ]

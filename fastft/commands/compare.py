@@ -150,11 +150,11 @@ def _launcher(parser: argparse.ArgumentParser, text: str) -> list[str]:
     words = shlex.split(text)
     if not words:
         return [sys.executable, "-m"]
-    beside = Path(sys.executable).with_name(words[0])  # a venv that is not on the PATH
+    beside = Path(sys.executable).parent / words[0]  # a venv that is not on the PATH
     program = shutil.which(words[0]) or (str(beside) if beside.exists() else None)
     if program is None:
         parser.error(f"argument --launch: there is no program {words[0]!r}")
-    return [program, *words[1:], "--module" if words[0] == "deepspeed" else "-m"]
+    return [program, *words[1:], "--module" if Path(words[0]).name == "deepspeed" else "-m"]
 
 
 @dataclass
@@ -234,6 +234,16 @@ class _Session:
         """A run with one piece alone."""
         return self.trace(piece, piece, [piece], "collate" if piece == "packing" else "")
 
+    def reference(self, variant: str, name: str) -> Trace:
+        """A stock run that says what a difference means; without it nothing can be said."""
+        trace = self.trace(variant, name)
+        if trace.ended == "error" or not trace.steps:
+            raise CouldNotRun(
+                f"the script trains without fastft, but not with {name}, by which its differences "
+                f"are judged: {_reason(trace)}\n{self.output(trace)}"
+            )
+        return trace
+
     def output(self, trace: Trace) -> str:
         """The end of what a run printed, and where the rest is."""
         log = self.logs[id(trace)]
@@ -259,8 +269,8 @@ def compare(request: Request) -> Comparison:
         why = unreproducible(stock)
         if why is not None:
             raise CouldNotRun(why)
-        noise = _usable(session.trace("noise", "noise"))
-        fp32 = _usable(session.trace("fp32", "fp32 weights")) if half else None
+        noise = session.reference("noise", "noise")
+        fp32 = session.reference("fp32", "fp32 weights") if half else None
         runs = Runs(stock, fast, noise, fp32)
         verdict = judge(runs)
         names = request.pieces
@@ -290,10 +300,6 @@ def compare(request: Request) -> Comparison:
         packing=request.packing,
         seconds=time.monotonic() - begin,
     )
-
-
-def _usable(trace: Trace) -> Trace | None:
-    return trace if trace.steps and trace.ended != "error" else None
 
 
 def _reason(trace: Trace) -> str:

@@ -40,7 +40,7 @@ def draw(comparison: Comparison, path: Path) -> None:
         figure.add_subplot(grid[1, 1]),
         bars,
         memory,
-        f"Peak memory, MiB ({comparison.stock.peak_kind})",
+        "Peak memory of a process, MiB",
     )
     verdict = comparison.verdict
     answer = "the same training" if verdict.cause is None else f"different: {verdict.cause.what}"

@@ -162,16 +162,13 @@ def _answer(comparison: Comparison) -> list[str]:
     if verdict.equal:
         bits = verdict.same_bits
         same = (
-            "the weights have the same bits as stock's after every one"
-            if bits == length
-            else "and each parameter's weights are stock's"
+            f" After {'each' if bits == length else f'the first {bits}'} the weights have its bits."
         )
         return [
-            f"**Equal.** In all {length} steps the losses, the gradients, the updates "
-            f"{same if bits < length else f'are stock’s: {same}'}"
-            f"{'' if bits == length else ', as far as rounding lets stock be itself'}. "
-            f"A loss that is off by {verdict.sensitivity:.1g} of its size in the first step "
-            f"would have been seen."
+            f"**Equal.** In all {length} steps the losses, the gradients, the updates and each "
+            f"parameter's weights are stock's, as far as rounding lets stock be itself."
+            f"{same if bits else ''} In the first step a loss that is off by "
+            f"{verdict.sensitivity:.1g} of its size would have been seen."
         ]
     first, *rest = verdict.findings
     lines = [f"**Different: {first.what}** (step {first.step}). {_sentence(first.sentence)}"]
@@ -180,19 +177,10 @@ def _answer(comparison: Comparison) -> list[str]:
         lines += [f"* {f.what} (step {f.step}): {f.sentence}" for f in rest]
     guilty = [name for name, (alone, _) in comparison.alone.items() if not alone.equal]
     if guilty:
-        lines += ["", f"It comes with {_and(guilty)} alone: {_and(_innocent(comparison))}."]
+        lines += ["", f"It comes with {' and with '.join(f'{name} alone' for name in guilty)}."]
+    elif comparison.alone:
+        lines += ["", "No piece alone differs: it comes with their combination."]
     return lines
-
-
-def _innocent(comparison: Comparison) -> list[str]:
-    equal = [
-        f"{name} alone is equal" for name, (alone, _) in comparison.alone.items() if alone.equal
-    ]
-    return equal or ["no piece alone is equal"]
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def _sentence(text: str) -> str:
@@ -245,7 +233,7 @@ def _rows(stock: Figures, fast: Figures) -> list[list[str]]:
             "",
         ],
         [
-            f"peak memory ({fast.peak_kind or 'process'})",
+            "peak memory",
             _bytes(stock.peak),
             _bytes(fast.peak),
             f"{fast.peak / stock.peak:.2f}x" if stock.peak else "",
@@ -338,8 +326,7 @@ def _how(comparison: Comparison) -> list[str]:
         "Tokens a second are without padding and without the first two steps of a run; the "
         "interval is 95 % of a bootstrap over steps, and holds each run's own figure.",
     ]
-    if noise is None:
-        lines.append("The noise run did not train: the yardstick is stock against stock alone.")
+    lines.append(f"Peak memory is that of one process: {comparison.fast.peak_kind}.")
     return [f"* {line}" for line in [*lines, *comparison.verdict.notes]]
 
 

@@ -4,12 +4,13 @@ Trainings that round differently drift apart, the more the longer they run. Let 
 stock runs, n a stock run whose head got an input that was one ulp off, and b a fast run. For a
 number x that each step has (its loss, a norm, a parameter's projection)
 
-    noise(t)   = max over s <= max(t, SETTLED) of max(|x_a'(s) - x_a(s)|, |x_n(s) - x_a(s)|)
+    noise(t)   = max over s <= max(t + AHEAD, SETTLED) of max(|x_a'(s) - x_a(s)|, |x_n(s) - x_a(s)|)
     allowed(t) = FACTOR noise(t) + floor(t)
-    x differs  : |x_b(t) - x_a(t)| > allowed(t) in a step of a fast run
+    x differs  : |x_b(t) - x_a(t)| > allowed(t) in two steps in a row, or > ALONE allowed(t) in one
 
 One noise run gives one sample a step, which is small by luck now and then: therefore the largest so
-far counts, and the first SETTLED steps count together. The floor is what rounding does to a sum.
+far counts, the first SETTLED steps count together, and those that come next count too; and what is
+off in one step alone differs only if it is far off. The floor is what rounding does to a sum.
 
 With bf16 weights stock loses updates that are less than half an ulp of their weight, so that a
 better optimizer must differ. There r, a run with fp32 weights, is the reference: x does not differ
@@ -30,6 +31,8 @@ PARAMETER_FACTOR = (
     16.0  # of numbers that each parameter has: there are thousands to be unlucky with
 )
 SETTLED = 5
+AHEAD = 2
+ALONE = 3.0
 EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10, "float64": 2.0**-52}
 
 
@@ -91,8 +94,8 @@ def distance(x: float, y: float) -> float:
 
 
 def so_far(values: Sequence[float]) -> list[float]:
-    """The running maximum, in which the first SETTLED values count together."""
-    return [max(values[: max(t + 1, SETTLED)]) for t in range(len(values))]
+    """The running maximum, AHEAD values further, in which the first SETTLED count together."""
+    return [max(values[: max(t + 1 + AHEAD, SETTLED)]) for t in range(len(values))]
 
 
 def measure(
@@ -115,12 +118,12 @@ def measure(
     if pooled is not None:
         noise = [max(own, other) for own, other in zip(noise, pooled, strict=True)]
     allowed = [factor * noise[t] + floor[t] for t in steps]
-    over = [False for _ in steps]
-    fast, difference = list(stock), [0.0 for _ in steps]
+    over, fast, difference = [False for _ in steps], list(stock), [0.0 for _ in steps]
     reference = [read(runs.fp32, t) for t in steps] if runs.fp32 is not None else None
     if reference is not None:
         lost = so_far([max(distance(run[t], reference[t]) for run in values) for t in steps])
     for run in runs.fast:
+        excess = []
         for t in steps:
             value = read(run, t)
             off = distance(value, stock[t])
@@ -128,8 +131,15 @@ def measure(
                 fast[t], difference[t] = value, off
             if reference is not None and off > allowed[t]:
                 off = distance(value, reference[t]) - lost[t]
-            over[t] |= off > allowed[t]
+            excess.append(off / allowed[t] if allowed[t] else math.inf if off > 0 else 0.0)
+        over = [one or another for one, another in zip(over, _differs(excess), strict=True)]
     return Measured(stock, fast, difference, noise, allowed, over)
+
+
+def _differs(excess: Sequence[float]) -> list[bool]:
+    """Whether a step does, of differences by what is allowed. One that is alone may be luck."""
+    beside = [max(pair) for pair in zip([0.0, *excess], [*excess[1:], 0.0], strict=False)]
+    return [one > ALONE or (one > 1 < near) for one, near in zip(excess, beside, strict=True)]
 
 
 def noise_of(runs: Runs, read: Callable[[Trace, int], float]) -> list[float]:

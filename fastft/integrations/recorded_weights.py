@@ -39,12 +39,17 @@ class Weights:
     """
 
     def __init__(self, model: Any, optimizer: Any) -> None:
-        named = [(n, p) for n, p in foreign.unwrapped(model).named_parameters() if p.requires_grad]
-        self.names = [name for name, _ in named]
-        self.params: list[Any] = [param for _, param in named]
+        self._model = foreign.unwrapped(model)
+        self.names = [n for n, p in self._model.named_parameters() if p.requires_grad]
         self.optimizer = foreign.inner_optimizer(optimizer)
         self.held = 0
         self._before: list[Tensor] = []
+
+    @property
+    def params(self) -> list[Any]:
+        """The parameters that the model computes with now: the optimizer may hold others by then."""
+        now = dict(self._model.named_parameters())
+        return [now[name] for name in self.names]
 
     @property
     def kept_apart(self) -> bool:

@@ -1,5 +1,5 @@
-"""Trainings of a tiny Llama that are recorded in this process, stock or with fastft's parts put on
-by hand."""
+"""Trainings of a tiny Llama that are recorded in this process: stock, the references, and with
+fastft, whole or broken."""
 
 import random
 
@@ -9,17 +9,17 @@ from transformers import Trainer
 import fastft
 from fastft.commands.trace import Trace
 from fastft.integrations.recorder import Recorder, record
+from fastft.integrations.reference_runs import add_noise, train_in_fp32
 from support.trainers import quiet_arguments, tiny_llama
 
 VOCABULARY = 97
 
 
-def texts(count=24):
-    """Documents of 3 to 19 tokens, a few of whose first labels are ignored."""
+def texts(count=22):
+    """Documents of 3 to 19 tokens; of some the first labels are ignored."""
     drawn = random.Random(7)
-    rows = [
-        [drawn.randrange(3, VOCABULARY) for _ in range(drawn.randint(3, 19))] for _ in range(count)
-    ]
+    lengths = [drawn.randint(3, 19) for _ in range(count)]
+    rows = [[drawn.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
     return [
         {"input_ids": ids, "labels": [-100] * (i % 3) + ids[i % 3 :]} for i, ids in enumerate(rows)
     ]
@@ -38,23 +38,41 @@ def padded(features):
     return batch
 
 
-def recorded(folder, *, steps=3, fused=False, packed=False, model=None, kind=Trainer, **changes):
-    """The trace of a training, `fused` with our loss and optimizer, `packed` with our collator."""
-    model = model or tiny_llama(VOCABULARY, attention_dropout=changes.pop("dropout", 0.0))
-    arguments = quiet_arguments(
-        folder, **{"per_device_train_batch_size": 4, "max_steps": 2 * steps, "seed": 5, **changes}
-    )
-    trainer = kind(
-        model,
+def trainer_of(
+    folder, *, dtype=torch.float32, dropout=0.0, adapt=None, callbacks=(), kind=Trainer, **changes
+):
+    """A Trainer, always the same for the same settings.
+
+    `adapt` makes another model of the Llama; `changes` are of its arguments.
+    """
+    model = tiny_llama(VOCABULARY, attention_dropout=dropout, num_hidden_layers=2).to(dtype)
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.1, "num_train_epochs": 3, "seed": 5}
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    arguments = quiet_arguments(folder, **{**batches, **settings, **changes})
+    return kind(
+        model if adapt is None else adapt(model),
         arguments,
         train_dataset=texts(),
-        data_collator=fastft.PackingCollator() if packed else padded,
-        callbacks=[fastft.FusedLossCallback()] if fused else [],
-        optimizer_cls_and_kwargs=fastft.adamw_spec(arguments) if fused else None,
+        data_collator=padded,
+        callbacks=list(callbacks),
     )
-    if fused:
-        fastft.fuse_clipping(trainer)
-    trace = Trace("fast" if fused else "stock")
-    record(trainer, Recorder(trace, steps, lambda: None))
+
+
+def recorded(folder, variant="stock", *, steps=6, packing=None, defect=None, **settings):
+    """The trace of a training. `packing` and `defect`, which gets the plugged Trainer, are of the
+    variant "fast" alone."""
+    trainer = trainer_of(folder, **settings)
+    trace, plugged = Trace(variant), None
+    if variant == "fast":
+        plugged = fastft.plug(trainer, packing=packing)
+        if defect is not None:
+            defect(trainer)
+    elif variant == "noise":
+        trace.noise = add_noise(trainer.model)
+    elif variant == "fp32":
+        train_in_fp32(trainer.model, trainer.accelerator)
+    recorder = Recorder(trace, steps, lambda: None)
+    recorder.plugged = plugged
+    record(trainer, recorder)
     trainer.train()
     return trace
