@@ -141,6 +141,17 @@ def with_attributes(thing: Any, **values: Any) -> Iterator[None]:
                 delattr(thing, name)
 
 
+@contextlib.contextmanager
+def attributes_kept(thing: Any) -> Iterator[None]:
+    """Gives an object at the end the attributes that it had, whatever it has set meanwhile."""
+    before = dict(vars(thing))
+    try:
+        yield
+    finally:
+        vars(thing).clear()
+        vars(thing).update(before)
+
+
 @constant_when_compiled
 def is_exporting() -> bool:
     """Whether torch.export traces. Dynamo, where it traces torch's own question, says yes to it up

@@ -10,26 +10,27 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.utils import logging
 
 from fastft import foreign
 from fastft.data.collator import PackingCollator
-from fastft.data.packed import PackedDataset, pack, packs_of
+from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
 from fastft.integrations.packing import PackingCallback, why_not_packed
 from fastft.integrations.plug_collator import (
     PackedBatches,
     Unpackable,
     first_position,
-    padding_of,
-    pads_left,
     rows_of,
+    shifts_usually,
     task_of,
 )
 from fastft.integrations.pool_segments import pool_segments
@@ -48,14 +49,23 @@ class Sample:
     """A few batches as the user's collator makes them.
 
     Attributes:
-        padding: their share of padding.
-        pads_left: whether they have it on the left.
         examples: in a batch.
+        tokens: of each batch, without padding.
+        total: tokens with padding, in all of them.
+        pads_left: whether some of that is on the left.
     """
 
-    padding: float
-    pads_left: bool
     examples: int
+    tokens: list[int] = field(default_factory=list)
+    total: int = 0
+    pads_left: bool = False
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Counts a padded batch."""
+        mask = batch.get("attention_mask")
+        self.total += batch["input_ids"].numel()
+        self.tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
+        self.pads_left |= mask is not None and bool((mask[:, 0] == 0).any())
 
 
 class PackingPiece:
@@ -100,17 +110,18 @@ class PackingPiece:
         else:
             self._collator = _collator_for(trainer)
             self._sample = _sample(trainer, self._collator.packing.task)
-            if self._sample.pads_left and self._collator.packing.task == "causal_lm":
-                self._why_left()
+            if self.packing == COLLATE and self._predicts_from_padding():
+                raise Unpackable(
+                    "stock also predicts the first token of each text from the padding left of it, "
+                    "packed batches do not; tokenizer.padding_side = 'right' trains without that"
+                )
         if self.packing != COLLATE:
             self._pack()
 
-    def _why_left(self) -> None:
-        if self.packing == COLLATE:
-            raise Unpackable(
-                "stock also predicts the first token of each text from the padding left of it, "
-                "packed batches do not (tokenizer.padding_side = 'right' trains without that)"
-            )
+    def _predicts_from_padding(self) -> bool:
+        """Whether the user's batches have labels that the token before, a padding one, predicts."""
+        sample = self._sample
+        return sample is not None and sample.pads_left and self._task() == "causal_lm"
 
     def _pack(self) -> Any:
         """The packs of the Trainer's training set as it is now."""
@@ -212,11 +223,16 @@ class PackingPiece:
 
     def _padding(self) -> list[str]:
         """The share of padding, before and now."""
-        if self._sample is None:
+        sample, multiple = self._sample, _packing(self._collator).pad_to_multiple_of or 1
+        if sample is None or not sample.total:
             return []
-        stock = f"{100 * self._sample.padding:.0f} %"
-        words = [f"no padding instead of {stock}" if self._sample.padding else "no padding before"]
-        if self._sample.pads_left and self._task() == "causal_lm":
+        tokens, plan = torch.tensor(sample.tokens), getattr(self._packs, "plan", None)
+        if plan is not None:
+            ends = torch.cat([plan.lengths.new_zeros(1), plan.lengths.cumsum(0)])
+            tokens = ends[plan.offsets].diff()
+        now = _share(int(tokens.sum()), int((tokens + -tokens % multiple).sum()))
+        words = [f"{now} padding instead of {_share(sum(sample.tokens), sample.total)}"]
+        if self._predicts_from_padding():
             words.append("no first token predicted from padding left of it")
         return words
 
@@ -230,6 +246,10 @@ class PackingPiece:
             f"attention {'fastft' if callback.switched else kept}",
             f"probe {callback.probe}",
         ]
+
+
+def _share(tokens: int, total: int) -> str:
+    return "no" if tokens == total else f"{100 * (1 - tokens / total):.0f} %"
 
 
 def _packing(collator: Any) -> PackingCollator:
@@ -282,15 +302,10 @@ def _refuse_packed(trainer: Trainer, packing: Any) -> None:
         raise Unpackable("TRL packs already")
     if trainer.train_dataset is None:
         raise Unpackable("the Trainer has no train_dataset")
-    if packs_of(trainer) is not None or packs_of(_Holder(trainer.train_dataset)) is not None:
+    if packs_in(trainer.train_dataset) is not None:
         raise Unpackable("train_dataset is packed already")
     if packing == COLLATE and isinstance(trainer.data_collator, PackingCollator):
         raise Unpackable("PackingCollator packs already")
-
-
-@dataclass
-class _Holder:
-    dataset: Any
 
 
 def _collator_for(trainer: Any) -> PackedBatches:
@@ -298,7 +313,7 @@ def _collator_for(trainer: Any) -> PackedBatches:
     model, stock = trainer.model, trainer.data_collator
     task = task_of(model)
     config = foreign.base_model(model).config
-    pad = getattr(getattr(stock, "tokenizer", None), "pad_token_id", None)
+    pad = getattr(getattr(stock, "tokenizer", stock), "pad_token_id", None)
     pad = getattr(config, "pad_token_id", None) if pad is None else pad
     start = getattr(stock, "position_ids_start", None)
     options = {
@@ -318,28 +333,34 @@ def _sample(trainer: Any, task: str) -> Sample:
         Unpackable: they cannot be packed.
     """
     states = RandomStates(trainer.model)
-    padding = total = 0
-    left, size = False, trainer.args.train_batch_size
+    sample = Sample(trainer.args.train_batch_size)
     try:
-        with foreign.loaders_forgotten(trainer.accelerator):
+        with foreign.attributes_kept(trainer), foreign.loaders_forgotten(trainer.accelerator):
             loader = trainer.get_train_dataloader()
-        collate = _fresh(loader.collate_fn)
-        for examples in islice(_examples(loader, size), _BATCHES):
-            batch = _padded_batch(collate, examples, task)
-            (some, all_), left = padding_of(batch), left or pads_left(batch)
-            padding, total = padding + some, total + all_
+        collate = loader.collate_fn
+        with _generator_kept(getattr(collate, "data_collator", collate)):
+            for examples in islice(_examples(loader, sample.examples), _BATCHES):
+                sample.add(_padded_batch(collate, examples, task, trainer.model))
     finally:
         states.rewind()
-    return Sample(padding / max(total, 1), left, size)
+    return sample
 
 
-def _padded_batch(collate: Any, examples: list[Any], task: str) -> dict[str, Any]:
+def _padded_batch(collate: Any, examples: list[Any], task: str, model: Any) -> dict[str, Any]:
     batch = collate(examples)
+    if not hasattr(batch, "items"):
+        raise Unpackable(f"its batches are no dicts but {type(batch).__name__}")
+    batch = dict(batch.items())
+    if task == "seq2seq" and batch.get("decoder_input_ids") is None and not shifts_usually(model):
+        raise Unpackable(
+            f"{type(foreign.base_model(model)).__name__} shifts labels in a way of its own; with "
+            "DataCollatorForSeq2Seq(..., model=model) the collator has it do so"
+        )
     try:
-        rows_of(dict(batch), len(examples), task)
+        rows_of(batch, len(examples), task)
     except Unpackable as error:
         raise Unpackable(f"its batches {error}") from None
-    return dict(batch)
+    return batch
 
 
 def _examples(loader: Any, size: int) -> Any:
@@ -354,9 +375,17 @@ def _examples(loader: Any, size: int) -> Any:
         yield [dataset[index] for index in indices]
 
 
-def _fresh(collate: Any) -> Any:
-    """A collator whose random generator, if it has one, is not the user's."""
-    return copy.deepcopy(collate) if hasattr(collate, "generator") else collate
+@contextlib.contextmanager
+def _generator_kept(collator: Any) -> Iterator[None]:
+    """Leaves a collator's own random generator, if it has one, as it is."""
+    given = vars(collator).get("generator") if hasattr(collator, "__dict__") else None
+    if given is not None:
+        collator.generator = copy.deepcopy(given)
+    try:
+        yield
+    finally:
+        if hasattr(collator, "generator"):
+            collator.generator = given
 
 
 def _has_own_loss(trainer: Trainer) -> bool:
