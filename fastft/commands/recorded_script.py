@@ -73,6 +73,7 @@ class RecordedScript:
         self._loop: RecordedLoop | None = None
         self._trainer: Trainer | None = None
         self._disturbed = False
+        self._work = contextlib.ExitStack()
 
     def run(self) -> int:
         """Runs the script until the last step, where the process ends, or its own end.
@@ -82,7 +83,7 @@ class RecordedScript:
             is printed.
         """
         code = 0
-        with contextlib.ExitStack() as work:
+        with self._work as work:
             work.callback(when_imported("transformers.training_args", self._keep_to_itself))
             work.enter_context(at_train(self._begin, self._end))
             work.enter_context(at_prepare(self._before, self._after))
@@ -115,6 +116,7 @@ class RecordedScript:
             stock(arguments)
 
         module.TrainingArguments.__post_init__ = __post_init__
+        self._work.callback(setattr, module.TrainingArguments, "__post_init__", stock)
 
     def _begin(self, trainer: Trainer) -> None:
         """A Trainer is going to train; the latest is the one that is recorded."""

@@ -103,7 +103,7 @@ def neighbours(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
         key: value.detach().cpu() for key, value in batch.items() if isinstance(value, Tensor)
     }
     ids = tensors["input_ids"]
-    segments = _segments(_numbers(tensors, _kept(tensors)))
+    segments = [s for s in _segments(tensors) if len(s)]
     for former, latter in pairwise(segments):
         tokens = ids.reshape(-1)[former]
         same_row = int(former[0]) // ids.shape[-1] == int(latter[-1]) // ids.shape[-1]
@@ -118,7 +118,7 @@ class _Documents:
     def __init__(self, batch: dict[str, Tensor], reading: Reading) -> None:
         ids = batch["input_ids"]
         self.elements, self.batch, self.reading = ids.numel(), batch, reading
-        segments = _segments(_numbers(batch, _kept(batch)))
+        segments = _segments(batch)
         self.ids = ids.reshape(-1)
         labels = batch.get("labels")
         per_token = labels is not None and labels.shape == ids.shape
@@ -130,16 +130,12 @@ class _Documents:
         self.real = [i for i in range(len(self.segments)) if not self._is_padding(i)]
 
     def _is_padding(self, index: int) -> bool:
-        """Whether a segment is padding of which no key says so: one token again and again, without
-        a label."""
-        if "attention_mask" in self.batch or not _packing_keys(self.batch):
+        """Whether a segment of a text and its translation is padding, of which no key says so: one
+        token again and again, without a label."""
+        if DECODER_CU_SEQLENS not in self.batch:
             return False
         tokens = self.ids[self.segments[index]]
-        if self.labels is not None:
-            labelled = bool((self.labels[self.segments[index]] != IGNORE_INDEX).any())
-        else:
-            labelled = index < len(self.outside) and bool(self.outside[index])
-        return not labelled and bool((tokens == tokens[0]).all())
+        return not self.outside[index] and bool((tokens == tokens[:1]).all())
 
     def _labels_outside(self) -> list[bytes]:
         """What each document is labelled with where tokens are not: a class, an answer, a text."""
@@ -196,10 +192,6 @@ class _Documents:
         return int((labels != IGNORE_INDEX).sum())
 
 
-def _packing_keys(batch: Mapping[str, Tensor]) -> bool:
-    return any(key in batch for key in (SEQ_IDX, CU_SEQLENS_Q, "position_ids"))
-
-
 def _kept(batch: Mapping[str, Tensor]) -> Tensor:
     """Which of the flattened tokens are not padding, bool (R * T,)."""
     ids = batch["input_ids"]
@@ -230,8 +222,11 @@ def _numbers(batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:
     return numbers
 
 
-def _segments(numbers: Tensor) -> list[Tensor]:
-    """The places of each number but -1, in order, int64 each."""
+def _segments(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The places of each document among the flattened tokens, int64 each, in order."""
+    if DECODER_CU_SEQLENS in batch:  # padding of the decoder's side alone is an empty one
+        return [torch.arange(a, b) for a, b in pairwise(batch[CU_SEQLENS_Q].tolist())]
+    numbers = _numbers(batch, _kept(batch))
     places = (numbers >= 0).nonzero().squeeze(1)
     _, counts = numbers[places].unique_consecutive(return_counts=True)
     return list(places.split(counts.tolist()))

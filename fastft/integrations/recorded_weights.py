@@ -47,7 +47,7 @@ class Weights:
 
     @property
     def params(self) -> list[Any]:
-        """The parameters that the model computes with now: the optimizer may hold others by then."""
+        """The parameters that the model computes with now; the optimizer may hold others."""
         now = dict(self._model.named_parameters())
         return [now[name] for name in self.names]
 
@@ -202,12 +202,18 @@ def _whole(scalars: list[Tensor]) -> list[Any]:
     return [scalar.item() for scalar in scalars]
 
 
+def torch_states() -> list[Tensor]:
+    """The random states of torch, from which dropout is drawn; no device is waited for."""
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else ())]
+
+
 def random_states() -> str:
     """A digest of the random states of Python, NumPy, torch and its CUDA devices."""
-    parts = [repr(random.getstate()).encode(), torch.get_rng_state().numpy().tobytes()]
+    parts = [repr(random.getstate()).encode()]
+    parts += [state.numpy().tobytes() for state in torch_states()]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        parts.append(repr(numpy.random.get_state(legacy=False)).encode())
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        parts += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
+        name, keys, *rest = numpy.random.get_state()
+        parts += [name.encode(), keys.tobytes(), repr(rest).encode()]
     return digest(parts)

@@ -20,7 +20,7 @@ from fastft.commands.trace import Micro, Step, Trace
 from fastft.integrations.recorded_batches import Reading, described, shift_of
 from fastft.integrations.recorded_costs import Costs
 from fastft.integrations.recorded_leak import leak
-from fastft.integrations.recorded_weights import Weights, random_states
+from fastft.integrations.recorded_weights import Weights, random_states, torch_states
 
 _COMPUTE = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -31,7 +31,7 @@ class _Pass:
     gradient."""
 
     batch: Any
-    random: str
+    states: list[Tensor]
     loss: Tensor | None = None
     drew: bool = False
     learning: list[Tensor] = field(default_factory=list)
@@ -86,14 +86,15 @@ class Recorder:
     def pass_begins(self, batch: Any) -> None:
         """A forward pass of the training begins."""
         kept = dict(batch) if isinstance(batch, Mapping) else batch
-        self._current = _Pass(kept, random_states())
+        self._current = _Pass(kept, torch_states())
         self._passes.append(self._current)
 
     def pass_ends(self, loss: Tensor) -> None:
         """Its backward pass is through; `loss` is what it adds to that of its step."""
         if self._current is not None:
             self._current.loss = loss.detach()
-            self._current.drew = random_states() != self._current.random
+            states = zip(torch_states(), self._current.states, strict=True)
+            self._current.drew = not all(torch.equal(after, before) for after, before in states)
             self._current = None
 
     def step_begins(self) -> None:
