@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastft.commands import children
@@ -72,8 +72,8 @@ def _parse(arguments: list[str]) -> Request:
         prog="python -m fastft compare",
         usage="%(prog)s [options] script.py args...   or   %(prog)s [options] -m module args...",
         description="Trains with an unchanged script stock and with fastft by turns, on the same "
-        "batches. Exit code 0: equal within stock's own noise, 1: different, 2: could "
-        "not run.",
+        "batches. Exit code 0: equal within stock's own noise, 1: different, 2: could not run.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--steps", type=_positive, default=20, metavar="N", help="optimizer steps of a run (20)"
@@ -150,104 +150,112 @@ def _launcher(parser: argparse.ArgumentParser, text: str) -> list[str]:
     words = shlex.split(text)
     if not words:
         return [sys.executable, "-m"]
-    beside = Path(sys.executable).parent / words[0]  # a venv that is not on the PATH
-    program = shutil.which(words[0]) or (str(beside) if beside.exists() else None)
+    beside = Path(sys.executable).parent / words[0]  # this Python's own, on the PATH or not
+    program = str(beside) if beside.exists() else shutil.which(words[0])
     if program is None:
         parser.error(f"argument --launch: there is no program {words[0]!r}")
     return [program, *words[1:], "--module" if Path(words[0]).name == "deepspeed" else "-m"]
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Run:
+    """What all processes of a run recorded, and the file with what they printed."""
+
+    trace: Trace
+    log: Path
+
+    @property
+    def failed(self) -> bool:
+        """Whether it did not train."""
+        return self.trace.ended == "error" or not self.trace.steps
+
+    @property
+    def reason(self) -> str:
+        """Why it did not, in a line."""
+        return (self.trace.error or "it took no optimizer step").strip().splitlines()[-1]
+
+    @property
+    def output(self) -> str:
+        """The end of what it printed, and where the rest is."""
+        return f"The end of its output ({self.log}):\n{children.last_lines(self.log)}"
+
+
 class _Session:
-    """The runs of one comparison: makes them, and says where one failed."""
+    """Makes the runs of one comparison, and says where one failed."""
 
-    request: Request
-    progress: children.Progress
-    count: int = 0
-    logs: dict[int, Path] = field(default_factory=dict)
+    def __init__(self, request: Request, progress: children.Progress) -> None:
+        self.request, self.progress, self.count = request, progress, 0
 
-    def trace(self, variant: str, name: str, only: Sequence[str] = (), packing: str = "") -> Trace:
-        """Runs the script to its end or the last step. What all processes recorded; `ended` says
-        whether it failed."""
+    def run(self, variant: str, name: str, only: Sequence[str] = (), packing: str = "") -> _Run:
+        """Runs the script to its end or the last step."""
         request = self.request
         self.count += 1
-        stem = request.out / f"{self.count}-{name.replace(' ', '-')}"
-        file, log = stem.with_suffix(".json"), stem.with_suffix(".log")
-        for old in request.out.glob(f"{stem.name}*.json"):
+        stem = f"{self.count}-{name.replace(' ', '-')}"
+        file, log = request.out / f"{stem}.json", request.out / f"{stem}.log"
+        for old in request.out.glob(f"{stem}*.json"):
             old.unlink()
         command = [*request.launch, "fastft.commands.trace", "--out", str(file)]
         command += ["--variant", variant, "--steps", str(request.steps)]
         command += ["--only", ",".join(only)] if only else []
         command += ["--packing", packing] if packing else []
-        command += ["--", *(["-m"] if request.script.is_module else []), request.script.target]
         self.progress.begin(name)
         begin = time.monotonic()
-        code = children.run([*command, *request.script.arguments], log, self.progress.watch)
+        code = children.run([*command, "--", *_words(request.script)], log, self.progress.watch)
         self.progress.end(time.monotonic() - begin)
-        files = sorted(request.out.glob(f"{stem.name}*.json"))
-        if file not in files:
+        if not file.exists():
             error = f"it ended with exit code {code} before anything was recorded"
-            trace = Trace(variant, ended="error", error=error)
-        else:
-            trace = merged(sorted(map(Trace.load, files), key=lambda one: one.rank))
-        self.logs[id(trace)] = log
-        return trace
+            return _Run(Trace(variant, ended="error", error=error), log)
+        ranks = [Trace.load(one) for one in request.out.glob(f"{stem}*.json")]
+        return _Run(merged(sorted(ranks, key=lambda trace: trace.rank)), log)
 
     def stock(self) -> Trace:
         """A run without fastft, which must train."""
-        trace = self.trace("stock", "stock")
-        if trace.ended == "error":
+        run = self.run("stock", "stock")
+        if run.trace.ended == "error":
             raise CouldNotRun(
                 f"the script fails without fastft already, so there is nothing to compare: "
-                f"{_reason(trace)}\n{self.output(trace)}"
+                f"{run.reason}\n{run.output}"
             )
-        if not trace.steps:
+        if run.failed:
             raise CouldNotRun(
                 f"the script ended without a single optimizer step of a transformers Trainer or an "
-                f"accelerate Accelerator, so there is nothing to compare\n{self.output(trace)}"
+                f"accelerate Accelerator, so there is nothing to compare\n{run.output}"
             )
-        return trace
+        return run.trace
 
     def fast(self) -> Trace:
         """A run with fastft. One that fails is run with each piece alone, to name the guilty."""
         only = self.request.only
-        trace = self.trace("fast", "fastft", only, "collate")
-        if trace.ended != "error" and trace.steps:
-            return trace
+        run = self.run("fast", "fastft", only, "collate")
+        if not run.failed:
+            return run.trace
         guilty = []
         if len(only) > 1:
             self.progress.add(len(only))
-            alone = {piece: self.piece(piece) for piece in only}
-            guilty = [p for p, run in alone.items() if run.ended == "error" or not run.steps]
-        which = (
-            f"The {' and the '.join(guilty)} alone fails too: leave it out with "
-            f"--only {','.join(p for p in only if p not in guilty) or '(another piece)'}"
-            if guilty
-            else "No piece fails alone."
-        )
+            guilty = [piece for piece in only if self.piece(piece).failed]
+        others = ",".join(piece for piece in only if piece not in guilty)
+        which = "No piece fails alone."
+        if guilty:
+            which = f"The {' and the '.join(guilty)} alone fails too"
+            which += f": leave it out with --only {others}" if others else "."
         raise CouldNotRun(
-            f"the script trains without fastft, and fails with it: {_reason(trace)}\n"
-            f"{which}\n{self.output(trace)}"
+            f"the script trains without fastft, and fails with it: {run.reason}\n"
+            f"{which}\n{run.output}"
         )
-
-    def piece(self, piece: str) -> Trace:
-        """A run with one piece alone."""
-        return self.trace(piece, piece, [piece], "collate" if piece == "packing" else "")
 
     def reference(self, variant: str, name: str) -> Trace:
         """A stock run that says what a difference means; without it nothing can be said."""
-        trace = self.trace(variant, name)
-        if trace.ended == "error" or not trace.steps:
+        run = self.run(variant, name)
+        if run.failed:
             raise CouldNotRun(
                 f"the script trains without fastft, but not with {name}, by which its differences "
-                f"are judged: {_reason(trace)}\n{self.output(trace)}"
+                f"are judged: {run.reason}\n{run.output}"
             )
-        return trace
+        return run.trace
 
-    def output(self, trace: Trace) -> str:
-        """The end of what a run printed, and where the rest is."""
-        log = self.logs[id(trace)]
-        return f"The end of its output ({log}):\n{children.last_lines(log)}"
+    def piece(self, piece: str) -> _Run:
+        """A run with one piece alone."""
+        return self.run(piece, piece, [piece], "collate" if piece == "packing" else "")
 
 
 def compare(request: Request) -> Comparison:
@@ -258,13 +266,13 @@ def compare(request: Request) -> Comparison:
     """
     request.out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    total = 5 + len(request.pieces) + (request.packing is not None)
-    with children.Progress(total) as progress:
+    packing, only, names = request.packing, request.only, request.pieces
+    with children.Progress(5 + len(names) + (packing is not None)) as progress:
         session = _Session(request, progress)
         stock = [session.stock()]
         half = stock[0].dtype in _LOW_PRECISION
         progress.add(int(half))
-        fast = [session.fast() for _ in range(2)]
+        fast = [session.fast(), session.fast()]
         stock.append(session.stock())
         why = unreproducible(stock)
         if why is not None:
@@ -273,35 +281,25 @@ def compare(request: Request) -> Comparison:
         fp32 = session.reference("fp32", "fp32 weights") if half else None
         runs = Runs(stock, fast, noise, fp32)
         verdict = judge(runs)
-        names = request.pieces
-        if not verdict.equal and not names and len(request.only) > 1:
-            names = request.only  # which of them is it?
+        if not verdict.equal and not names and len(only) > 1:
+            names = only  # which of them is it?
             progress.add(len(names))
-        pieces = {piece: session.piece(piece) for piece in names}
-        packs = (
-            session.trace("fast", f"packs of {request.packing}", request.only, str(request.packing))
-            if request.packing is not None
-            else None
-        )
+        pieces = {name: session.piece(name) for name in names}
+        packs = None
+        if packing is not None:
+            packs = session.run("fast", f"packs of {packing}", only, str(packing)).trace
     return Comparison(
-        command=shlex.join(
-            [
-                *(["-m"] if request.script.is_module else []),
-                request.script.target,
-                *request.script.arguments,
-            ]
-        ),
+        command=shlex.join(_words(request.script)),
         launch=shlex.join(request.launch[:-1]) if request.launch[0] != sys.executable else "",
         runs=runs,
         verdict=verdict,
-        pieces={name: run for name, run in pieces.items() if run.steps},
-        failed={name: _reason(run) for name, run in pieces.items() if not run.steps},
+        pieces={name: run.trace for name, run in pieces.items() if not run.failed},
+        failed={name: run.reason for name, run in pieces.items() if run.failed},
         packs=packs,
-        packing=request.packing,
+        packing=packing,
         seconds=time.monotonic() - begin,
     )
 
 
-def _reason(trace: Trace) -> str:
-    lines = (trace.error or "it took no optimizer step").strip().splitlines()
-    return lines[-1] if lines else "it took no optimizer step"
+def _words(script: Script) -> list[str]:
+    return [*(["-m"] if script.is_module else []), script.target, *script.arguments]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,10 @@ from fastft.commands.figures import Figures, Interval, figures
 from fastft.commands.trace import Trace
 from fastft.commands.verdict import Verdict, judge
 from fastft.commands.yardstick import Measured, Runs
+
+_ROWS = 20  # of steps in the terminal
+
+Section = tuple[str, list[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -94,26 +98,31 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 
 def show(comparison: Comparison, files: Sequence[Path]) -> None:
     """Prints the answer, the figures, and where the rest is."""
+    heads, rows = _per_step(comparison)
+    every = -(-len(rows) // _ROWS)
+    sections = [*_sections(comparison), ("Steps", heads[:6], [row[:6] for row in rows[::every]])]
+    deeds = ["", "What fastft did:", *_deeds(comparison.runs.fast[0])]
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print("\n".join([*_answer(comparison), "", *_tables(comparison)]))
+        print("\n".join([*_answer(comparison), *_tables(sections), *deeds]))
     else:
         console = Console()
-        console.print()
         for line in _answer(comparison):
-            console.print(
-                line.replace("**", ""), style=None if comparison.equal else "red", markup=False
-            )
-        for title, heads, rows in _sections(comparison):
+            style = None if comparison.equal else "red"
+            console.print(line.replace("**", ""), style=style, markup=False, highlight=False)
+        for title, heads, rows in sections:
             table = Table(title=title or None, title_justify="left")
             for number, head in enumerate(heads):
                 table.add_column(head, justify="left" if number == 0 else "right")
             for row in rows:
-                table.add_row(*(cell.replace("**", "").replace("`", "") for cell in row))
+                table.add_row(*(cell.replace("**", "") for cell in row))
             console.print(table)
+        console.print("\n".join(deeds), markup=False, highlight=False)
     print(f"\nIn {in_words(comparison.seconds)}. Written: {', '.join(map(str, files))}")
+    if not any(file.suffix == ".png" for file in files):
+        print("With matplotlib installed there is a picture as well.")
 
 
 def markdown(comparison: Comparison) -> str:
@@ -124,8 +133,7 @@ def markdown(comparison: Comparison) -> str:
         f"### fastft compare: {_headline(comparison)}",
         "",
         *_answer(comparison),
-        "",
-        *_tables(comparison),
+        *_tables(_sections(comparison)),
         "",
         f"`{comparison.command}`{f' under `{comparison.launch}`' if comparison.launch else ''}: "
         f"{runs.length} optimizer steps of {stock.trainer} with {stock.model} "
@@ -138,7 +146,8 @@ def markdown(comparison: Comparison) -> str:
         *_deeds(fast),
         "",
         *_details(
-            "Loss and gradient norm of each step, against stock's noise", _per_step(comparison)
+            "Loss, gradient norm and weights of each step, against stock's noise",
+            _table(*_per_step(comparison)),
         ),
         "",
         *_details("How this was measured", _how(comparison)),
@@ -187,14 +196,11 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-Section = tuple[str, list[str], list[list[str]]]
-
-
 def _sections(comparison: Comparison) -> Iterator[Section]:
     """Title, heads and rows of each table."""
     stock, fast = comparison.stock, comparison.fast
     yes = "**yes**" if comparison.equal else f"**no: {comparison.verdict.findings[0].what}**"
-    rows = [["equal to stock", "", yes, ""], *_rows(stock, fast)]
+    rows = [["equal", "", yes, ""], *_rows(stock, fast)]
     yield "", ["", "stock", "fastft", "fastft / stock"], rows
     if comparison.alone or comparison.failed:
         heads = ["piece alone", "equal", "tokens/s", "against stock", "peak memory", "padding"]
@@ -261,10 +267,10 @@ def _per_pack(comparison: Comparison) -> list[list[str]]:
     ]
 
 
-def _tables(comparison: Comparison) -> list[str]:
+def _tables(sections: Iterable[Section]) -> list[str]:
     lines: list[str] = []
-    for title, heads, rows in _sections(comparison):
-        lines += ["", f"#### {title}", ""] if title else []
+    for title, heads, rows in sections:
+        lines += ["", f"#### {title}", ""] if title else [""]
         lines += _table(heads, rows)
     return lines
 
@@ -289,29 +295,27 @@ def _details(title: str, lines: Sequence[str]) -> list[str]:
     return ["<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>"]
 
 
-def _per_step(comparison: Comparison) -> list[str]:
+def _per_step(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of steps."""
     loss, norm = comparison.verdict.loss, comparison.verdict.grad_norm
-    heads = ["step", "loss, stock", "loss, fastft", "off by", "stock's noise", "allowed"]
-    heads += ["gradient norm, stock", "off by", "allowed"] if norm else []
+    weights = comparison.verdict.weights
+    heads = ["step", "loss, stock", "loss, fastft", "off by", "noise", "allowed"]
+    heads += ["gradient norm, stock", "off by", "noise", "allowed"] if norm else []
+    heads += ["weights off by", "noise"] if weights else []
     rows = []
     for t in range(len(loss.stock)):
-        row = [
-            str(t + 1),
-            f"{loss.stock[t]:.6f}",
-            f"{loss.fast[t]:.6f}",
-            *_off(loss, t, noise=True),
-        ]
-        if norm is not None:
-            row += [f"{norm.stock[t]:.6g}", *_off(norm, t)]
+        row = [str(t + 1), f"{loss.stock[t]:.6f}", f"{loss.fast[t]:.6f}", *_off(loss, t)]
+        row += [f"{norm.stock[t]:.6g}", *_off(norm, t)] if norm else []
+        row += [f"{side[t]:.1e}" for side in weights] if weights else []
         rows.append(row)
-    return _table(heads, rows)
+    return heads, rows
 
 
-def _off(measured: Measured, t: int, noise: bool = False) -> list[str]:
-    off = f"{measured.difference[t]:.1e}"
-    cells = [f"**{off}**" if measured.over[t] else off]
-    cells += [f"{measured.noise[t]:.1e}"] if noise else []
-    return [*cells, f"{measured.allowed[t]:.1e}"]
+def _off(measured: Measured, t: int) -> list[str]:
+    off, noise, allowed = (
+        f"{side[t]:.1e}" for side in (measured.difference, measured.noise, measured.allowed)
+    )
+    return [f"**{off}**" if measured.over[t] else off, noise, allowed]
 
 
 def _how(comparison: Comparison) -> list[str]:

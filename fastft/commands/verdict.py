@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fastft.commands.causes import CAUSES, Case, Finding
 from fastft.commands.trace import Step, Trace
-from fastft.commands.yardstick import Measured, Runs, distance
+from fastft.commands.yardstick import Measured, Runs, distance, noise_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class Verdict:
         loss: the losses against the yardstick.
         grad_norm: the same of the norms of all gradients, before clipping; None where a run has
             none.
+        weights: after each step, how far all weights are from stock's: the root of the parameters'
+            squared differences of projections, which is about the norm. The largest of the fast
+            runs, and stock's own (the running maximum of `yardstick.py`); None without projections.
         same_bits: how many steps have weights of the same bits as stock's, from the first on.
         notes: what there is to say besides, a sentence each.
     """
@@ -31,6 +34,7 @@ class Verdict:
     findings: list[Finding]
     loss: Measured
     grad_norm: Measured | None
+    weights: tuple[list[float], list[float]] | None
     same_bits: int
     notes: list[str] = field(default_factory=list)
 
@@ -63,6 +67,7 @@ def judge(runs: Runs) -> Verdict:
         findings=found,
         loss=case.loss,
         grad_norm=case.grad_norm,
+        weights=_weights(case),
         same_bits=_same_bits(runs),
         notes=[*_closer_to_fp32(case), *_random_states(runs, found)],
     )
@@ -132,6 +137,18 @@ def _merged_step(steps: Sequence[Step]) -> Step:
         drew=any(step.drew for step in steps),
         seconds=max(step.seconds for step in steps),
     )
+
+
+def _weights(case: Case) -> tuple[list[float], list[float]] | None:
+    runs, parameters = case.runs, case.parameters
+    if not parameters.has("projection"):
+        return None
+    readers = [parameters.reader("projection", name) for name in parameters.names]
+
+    def off(run: Trace, t: int) -> float:
+        return math.hypot(*(distance(read(run, t), read(case.stock, t)) for read in readers))
+
+    return [max(off(run, t) for run in runs.fast) for t in case.steps], noise_of(runs, off)
 
 
 def _same_bits(runs: Runs) -> int:

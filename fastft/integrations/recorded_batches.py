@@ -42,20 +42,27 @@ _BOUNDARIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model reads its labels: `causal` ones are shifted by it, of `masked` ones the token
-    itself is the label."""
+    """How a model reads its labels.
 
-    causal: bool
-    masked: bool
+    Attributes:
+        causal: it shifts them, and predicts a token from those before.
+        masked: a label is the token that the input hides.
+        apart: they are another text, a decoder's.
+    """
+
+    causal: bool = False
+    masked: bool = False
+    apart: bool = False
 
     @classmethod
     def of(cls, model: Any) -> Reading:
         """That of a transformers model, by its configuration and the name of its class."""
         name = type(model).__name__
         masked = "ForMaskedLM" in name or "ForPreTraining" in name
-        beside = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        apart = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        apart = apart and any(kind in name for kind in ("Generation", "LMHead", "MTModel"))
         kinds = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "DoubleHeads")
-        return cls(not beside and not masked and any(kind in name for kind in kinds), masked)
+        return cls(not apart and not masked and any(k in name for k in kinds), masked, apart)
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -121,7 +128,7 @@ class _Documents:
         segments = _segments(batch)
         self.ids = ids.reshape(-1)
         labels = batch.get("labels")
-        per_token = labels is not None and labels.shape == ids.shape
+        per_token = labels is not None and labels.shape == ids.shape and not reading.apart
         self.labels = labels.reshape(-1).clone() if labels is not None and per_token else None
         if reading.causal and self.labels is not None:
             self.labels[[int(where[0]) for where in segments]] = IGNORE_INDEX

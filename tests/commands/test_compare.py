@@ -1,5 +1,6 @@
 """`python -m fastft compare`: which runs it makes, what it says, how it ends."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 import pytest
 from support.child_runs import SyntheticRuns, option, report, run_preloaded
 
-from fastft.commands import children, compare
+from fastft.commands import children
 from fastft.commands.compare import main
 
 SCRIPT = """
@@ -47,9 +48,13 @@ def script(tmp_path, monkeypatch):
 
 @pytest.fixture
 def synthetic(monkeypatch):
-    def put(change=lambda made, command: None, **options):
+    """Synthetic runs; the picture, which takes a second, is left out."""
+
+    def put(change=lambda made, command: None, picture=False, **options):
         runs = SyntheticRuns(change, **options)
         monkeypatch.setattr(children, "run", runs)
+        if not picture:
+            monkeypatch.setitem(sys.modules, "fastft.commands.compare_picture", None)
         return runs
 
     return put
@@ -109,8 +114,10 @@ def test_bf16_weights_have_a_reference_in_fp32(script, synthetic):
 
 
 def test_each_piece_and_packs(script, synthetic, capsys):
-    runs = synthetic()
+    runs = synthetic(picture=True)
     assert main(["--pieces", "each", "--packing", "512", "--out", "there", script]) == 0
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    assert os.path.exists("there/report.png") is drawn
     assert runs.seen[5:] == ["loss", "optimizer", "packing", "fast"]
     assert option(runs.commands[-1], "--packing") == "512"
     assert set(report("there")["pieces"]) == {"loss", "optimizer", "packing"}
@@ -302,19 +309,26 @@ def test_what_is_left_is_estimated_after_the_first_run(capsys):
     ]
 
 
-@pytest.mark.parametrize("missing", [("rich",), ("rich", "matplotlib")])
-def test_without_rich_and_matplotlib(missing, script, synthetic, monkeypatch, capsys):
-    synthetic()
-    for name in missing:
-        for module in [one for one in sys.modules if one.partition(".")[0] == name]:
-            monkeypatch.delitem(sys.modules, module)
-        monkeypatch.setitem(sys.modules, name, None)
+def test_the_bar_of_a_terminal(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with children.Progress(2) as progress:
+        for name in ("stock", "fastft"):
+            progress.begin(name)
+            progress.watch(1.0)
+            progress.end(10.0)
+        progress.add(1)
+    assert "One run takes 10 s: 1 more, 10 s." in capsys.readouterr().err
+
+
+def test_without_rich_and_matplotlib(script, synthetic, monkeypatch, capsys):
+    synthetic(picture=True)
+    for module in [one for one in sys.modules if one.partition(".")[0] in ("rich", "matplotlib")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "fastft.commands.compare_picture", raising=False)
     assert main([script]) == 0
     said = capsys.readouterr().out
     assert "**Equal.**" in said and "| tokens/s |" in said
-    assert os.path.exists("fastft-compare/report.png") is ("matplotlib" not in missing)
-
-
-def test_exit_codes():
-    assert (compare.EQUAL, compare.DIFFERENT, compare.COULD_NOT_RUN) == (0, 1, 2)
+    assert not os.path.exists("fastft-compare/report.png")

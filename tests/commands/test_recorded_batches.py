@@ -19,7 +19,8 @@ from transformers.models.bert.modeling_bert import BertForTokenClassification
 from fastft import PackingCollator
 from fastft.integrations.recorded_batches import Reading, described, shift_of
 
-CAUSAL, MASKED, OTHER = Reading(True, False), Reading(False, True), Reading(False, False)
+CAUSAL, MASKED, OTHER = Reading(causal=True), Reading(masked=True), Reading()
+APART = Reading(apart=True)
 TEXTS = [[5, 6, 7, 8], [9, 5, 5], [11, 12, 13, 14, 15, 16], [7]]
 LABELS = [[-100, -100, 7, 8], [9, 5, 5], [11, 12, -100, 14, 15, 16], [7]]
 
@@ -151,9 +152,9 @@ def test_texts_and_their_translations():
         collator = PackingCollator(
             task="seq2seq", decoder_start_token_id=0, pad_to_multiple_of=multiple
         )
-        assert said(collator(pairs), OTHER) == said(stock, OTHER)
+        assert said(collator(pairs), APART) == said(stock, APART)
     swapped = {**stock, "labels": rows([answers[1], answers[0], *answers[2:]], -100)}
-    assert said(swapped, OTHER)[1] != said(stock, OTHER)[1]
+    assert said(swapped, APART)[1] != said(stock, APART)[1]
 
 
 def test_answers_in_a_text_count():
@@ -194,6 +195,6 @@ def test_how_a_model_reads_its_labels():
         AutoModelForCausalLM.from_config(GPT2Config(**small)): CAUSAL,
         BertForMaskedLM(bert): MASKED,
         BertForTokenClassification(bert): OTHER,
-        T5ForConditionalGeneration(T5Config(**t5)): OTHER,
+        T5ForConditionalGeneration(T5Config(**t5)): APART,
     }
     assert {model: Reading.of(model) for model in made} == made
