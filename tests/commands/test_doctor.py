@@ -68,6 +68,13 @@ def test_one_thread_of_several_cores_is_named_with_what_set_it():
     assert "OMP_NUM_THREADS=1" in machine.threads_and_cores(replace(FINE, threads=1, omp="1")).what
 
 
+def test_processes_of_torchrun_share_the_cores(monkeypatch):
+    monkeypatch.setattr(machine, "_quota", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.this_machine().cores == 2
+
+
 @pytest.mark.parametrize(
     "files, cores",
     [

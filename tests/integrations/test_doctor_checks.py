@@ -129,11 +129,11 @@ PACK = {
 def taken(tmp_path):
     """Makes a sample that nothing is wrong with, but for what is given."""
 
-    def make(given=None, net=None, seconds=0.0, inputs=None, **arguments):
+    def make(given=None, net=None, seconds=0.0, steps=None, inputs=None, **arguments):
         arguments = quiet_arguments(tmp_path, **arguments)
         trainer = Trainer(net or tiny_llama(), arguments, **inputs or {})
         trainer.processing_class = Words()
-        return Sample(trainer, [given or batch(TEXT)], seconds)
+        return Sample(trainer, [given or batch(TEXT)], seconds, steps)
 
     return make
 
@@ -235,6 +235,7 @@ def test_the_sample_is_of_the_trainers_own_loader(tmp_path):
     )
     seen = sample(trainer)
     assert len(seen.batches) == batches.MOST_BATCHES
+    assert seen.steps == 60  # three epochs
     assert all(each["input_ids"].shape == (2, 2) for each in seen.batches)
 
 
@@ -291,6 +292,7 @@ TRAININGS = {
     ),
     "clipping_that_clips_nothing": (lambda taken: taken(optim="galore_adamw_layerwise"), "wrong"),
     "betas_that_deepspeed_drops": (offloaded, "wrong"),
+    "warmup_that_never_ends": (lambda taken: taken(steps=100, warmup_steps=500), "wrong"),
     "one_process_for_several_gpus": (
         lambda taken: of_training(taken, n_gpu=2, parallel_mode=ParallelMode.NOT_DISTRIBUTED),
         "slow",
@@ -332,6 +334,13 @@ FAULTLESS = {
     "an adapter in fp32 on fp16": lambda: {"net": adapted_half()},
     "accumulation that the model divides": lambda: {"gradient_accumulation_steps": 2},
     "no accumulation": lambda: {"net": bert()},
+    "a warmup of half the steps": lambda: {"steps": 100, "warmup_steps": 50},
+    "a schedule that has no warmup": lambda: {
+        "steps": 100,
+        "warmup_steps": 500,
+        "lr_scheduler_type": "constant",
+    },
+    "a warmup of a data set without length": lambda: {"warmup_steps": 500},
 }
 
 

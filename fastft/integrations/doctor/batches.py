@@ -7,13 +7,15 @@ A check gets a `Sample`: the batches themselves, as Trainer's own loader gives t
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from fastft.data.collator import PackingCollator
 from fastft.foreign import base_model, output_embeddings, unwrapped
@@ -38,11 +40,13 @@ class Sample:
         batches: dictionaries of tensors, `input_ids` (rows, tokens) among them; on the CPU. Others
             are left out.
         seconds: that the making of one took, without the first.
+        steps: of the optimizer, in the whole training; None where the data set has no length.
     """
 
     trainer: Trainer
     batches: list[dict[str, Tensor]]
     seconds: float
+    steps: int | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -84,7 +88,8 @@ def sample(trainer: Trainer) -> Sample:
             break
     # the workers of a loader have the first ones ready before they are asked for
     seconds = (time.perf_counter() - first) / max(1, len(batches) - 1)
-    return Sample(trainer, [_tensors(batch) for batch in batches if _has_text(batch)], seconds)
+    texts = [_tensors(batch) for batch in batches if _has_text(batch)]
+    return Sample(trainer, texts, seconds, _steps(trainer.args, loader))
 
 
 def padding_share(sample: Sample) -> Finding | None:
@@ -98,8 +103,9 @@ def padding_share(sample: Sample) -> Finding | None:
         "slow",
         f"{padding / tokens:.0%} of the tokens are padding (of {tokens:,} in {sample.size}).",
         f"The model computes {tokens / (tokens - padding):.1f} times as many tokens as there are.",
-        "fastft.pack(dataset, max_tokens=...) with fastft.PackingCollator(): the same losses "
-        'without padding. Stock: train_sampling_strategy="group_by_length".',
+        'fastft.plug(trainer, packing="collate"), or python -m fastft run --packing collate '
+        'script.py: the same batches without padding. Stock: train_sampling_strategy="'
+        'group_by_length".',
     )
 
 
@@ -297,6 +303,15 @@ BATCHES = (
     batches_come_slowly,
     evaluation_holds_all_logits,
 )
+
+
+def _steps(args: TrainingArguments, loader: Any) -> int | None:
+    if args.max_steps > 0:
+        return args.max_steps
+    if not has_length(loader):
+        return None
+    of_an_epoch = max(1, math.ceil(len(loader) / args.gradient_accumulation_steps))
+    return math.ceil(of_an_epoch * args.num_train_epochs)
 
 
 def _has_text(batch: Any) -> bool:

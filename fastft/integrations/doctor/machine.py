@@ -35,7 +35,8 @@ class Machine:
         gpu_build: whether torch was built for CUDA or ROCm.
         gpu: whether torch can use such a GPU.
         nvidia: whether NVIDIA's driver is loaded here.
-        cores: how many CPU cores this process may use.
+        cores: how many CPU cores this process may use; of several that torchrun has started here,
+            its share.
         threads: how many threads torch computes with.
         omp: OMP_NUM_THREADS, or None.
         emulated: whether products of bf16 are emulated on the CPU.
@@ -146,7 +147,7 @@ def threads_and_cores(machine: Machine) -> Finding | None:
             "slow",
             f"torch computes with {machine.threads} threads on {machine.cores} cores.",
             "The threads of each operation wait for one another.",
-            f"Set OMP_NUM_THREADS={machine.cores}, divided by the processes that train.",
+            f"Set OMP_NUM_THREADS={machine.cores}.",
         )
     if machine.threads == 1 < machine.cores and not machine.gpu:
         source = "" if machine.omp is None else f" (OMP_NUM_THREADS={machine.omp})"
@@ -154,7 +155,7 @@ def threads_and_cores(machine: Machine) -> Finding | None:
             "slow",
             f"torch computes with one thread of {machine.cores} cores{source}.",
             "A training on the CPU leaves the other cores idle; torchrun sets this by itself.",
-            f"Set OMP_NUM_THREADS={machine.cores}, divided by the processes that train.",
+            f"Set OMP_NUM_THREADS={machine.cores}.",
         )
     return None
 
@@ -200,11 +201,12 @@ MACHINE = (
 
 
 def _usable_cores() -> int:
-    """The cores of this process's affinity, or of the control group's quota where that is less."""
+    """This process's share of the cores of its affinity, or of its control group's quota."""
     allowed = getattr(os, "sched_getaffinity", None)
     cores = len(allowed(0)) if allowed else os.cpu_count() or 1
     quota = _quota()
-    return cores if quota is None else max(1, min(cores, round(quota)))
+    cores = cores if quota is None else min(cores, round(quota))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import ParallelMode
 
 from fastft.foreign import (
@@ -28,6 +29,7 @@ from fastft.loss.head_gemms import is_emulated
 from fastft.optim.adamw import AdamW
 
 _LOOKED_AT = 4096  # elements of each weight
+_WITHOUT_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU)
 
 
 def updates_that_round_to_nothing(sample: Sample) -> Finding | None:
@@ -157,6 +159,24 @@ def betas_that_deepspeed_drops(sample: Sample) -> Finding | None:
     )
 
 
+def warmup_that_never_ends(sample: Sample) -> Finding | None:
+    """The learning rate is still rising when the training ends."""
+    args, steps = sample.trainer.args, sample.steps
+    own = sample.trainer.lr_scheduler is not None
+    if own or steps is None or args.lr_scheduler_type in _WITHOUT_WARMUP:
+        return None
+    warmup = args.get_warmup_steps(steps)
+    if warmup <= steps:
+        return None
+    return Finding(
+        "wrong",
+        f"The learning rate warms up for {warmup} steps, and the training has {steps}.",
+        f"It ends at {steps / warmup:.0%} of learning_rate={args.learning_rate:g}, which is never "
+        "reached.",
+        "warmup_steps=0.03, say: a number below 1 is a share of the steps.",
+    )
+
+
 def one_process_for_several_gpus(sample: Sample) -> Finding | None:
     """Several GPUs are driven by one process, with DataParallel."""
     args = sample.trainer.args
@@ -232,6 +252,7 @@ TRAINING = (
     accumulation_not_divided,
     clipping_that_clips_nothing,
     betas_that_deepspeed_drops,
+    warmup_that_never_ends,
     one_process_for_several_gpus,
     fp32_products_without_tf32,
     half_precision_emulated,
