@@ -69,7 +69,7 @@ class Sample:
     @property
     def size(self) -> str:
         """How many batches there are, in words."""
-        return f"{len(self.batches)} batch{'es' if len(self.batches) > 1 else ''}"
+        return f"{len(self.batches)} batch{'' if len(self.batches) == 1 else 'es'}"
 
 
 def sample(trainer: Trainer) -> Sample:
@@ -104,8 +104,8 @@ def padding_share(sample: Sample) -> Finding | None:
         f"{padding / tokens:.0%} of the tokens are padding (of {tokens:,} in {sample.size}).",
         f"The model computes {tokens / (tokens - padding):.1f} times as many tokens as there are.",
         'fastft.plug(trainer, packing="collate"), or python -m fastft run --packing collate '
-        'script.py: the same batches without padding. Stock: train_sampling_strategy="'
-        'group_by_length".',
+        "script.py: the same batches without padding. Stock: "
+        'train_sampling_strategy="group_by_length".',
     )
 
 
