@@ -51,6 +51,7 @@ class RecordedScript:
         steps: optimizer steps until the process ends.
         pieces: of fastft, those that are on.
         packing: as of `fastft.plug`.
+        dropout: whether the model keeps its own.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class RecordedScript:
         steps: int,
         pieces: tuple[str, ...],
         packing: int | str | None,
+        dropout: bool = True,
     ) -> None:
         rank = int(os.environ.get("RANK", "0"))
         self.out = out if rank == 0 else out.with_suffix(f".rank{rank}{out.suffix}")
@@ -72,7 +74,7 @@ class RecordedScript:
         self._recorder: Recorder | None = None
         self._loop: RecordedLoop | None = None
         self._trainer: Trainer | None = None
-        self._disturbed = False
+        self._disturbed, self._dropout = False, dropout
         self._work = contextlib.ExitStack()
 
     def run(self) -> int:
@@ -175,6 +177,10 @@ class RecordedScript:
         return self._recorder
 
     def _disturb(self, model: Any) -> None:
+        if not self._dropout:
+            from fastft.integrations.without_dropout import switch_off_dropout
+
+            switch_off_dropout(model)
         if self.trace.variant == "noise" and not self._disturbed:
             from fastft.integrations.reference_runs import add_noise
 

@@ -124,7 +124,8 @@ class Plugged:
         if self._trainer.is_world_process_zero():
             lines = self.lines
             for piece in pieces:
-                logger.warning(f"fastft: {piece}: {lines[piece]}")
+                if not lines[piece].startswith("off"):  # as the user has said himself
+                    logger.warning(f"fastft: {piece}: {lines[piece]}")
 
 
 class _Course(TrainerCallback):

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
-from transformers.utils import logging
 
 from fastft import foreign
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
-from fastft.integrations.packing import PackingCallback, why_not_packed
+from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.plug_collator import (
     PackedBatches,
     Unpackable,
@@ -35,9 +34,6 @@ from fastft.integrations.plug_collator import (
 )
 from fastft.integrations.pool_segments import pool_segments
 from fastft.integrations.untouched import RandomStates
-
-# below "transformers", so that its verbosity rules
-logger = logging.get_logger(f"transformers.{__name__}")
 
 COLLATE = "collate"
 _BATCHES = 4  # of the user's, which are looked at before training
@@ -88,8 +84,7 @@ class PackingPiece:
         self._collator: PackedBatches | PackingCollator | None = None
         self._packs: Any = None
         self._sample: Sample | None = None
-        self._leak: str | None = None  # why the model of the latest training got no packed batch
-        self._training: contextlib.ExitStack | None = None
+        self._leak: str | None = None  # why the latest training got no packed batch
         self._why_not: str | None = None
         if packing is None:
             self._why_not = _without(trainer)
@@ -176,7 +171,11 @@ class PackingPiece:
         if self._leak is not None:
             return stock()
         with foreign.with_attributes(trainer, args=args, **values):
-            return stock()
+            loader = stock()
+        if packing_collator(loader) is _packing(self._collator):
+            return loader
+        self._leak = f"{type(trainer).__name__}'s get_train_dataloader takes no other data_collator"
+        return stock()
 
     def _why_leaking(self) -> str | None:
         """Why the model that is about to be trained gets no packed batches."""
@@ -187,8 +186,8 @@ class PackingPiece:
             except ValueError as error:
                 return str(error)
         tokens = self.packing if isinstance(self.packing, int) else None
-        switch = self._callback is not None and self._callback.attention
-        return why_not_packed(trainer.model, packing, tokens, trainer.args, switch)
+        assert self._callback is not None
+        return self._callback.ask_ahead(trainer.model, packing, tokens, trainer.args)
 
     def _eval_loader(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """`get_eval_dataloader`: packed where it is for a loss that is the same then."""
@@ -396,10 +395,9 @@ def _has_own_loss(trainer: Trainer) -> bool:
 
 def _asks_for_losses_alone(trainer: Trainer) -> bool:
     """Whether an evaluation is of Trainer's own code, and nothing looks at rows of predictions."""
-    kinds = type(trainer), Trainer
     stock = all(
-        getattr(kinds[0], name) is getattr(kinds[1], name)
-        for name in ("compute_loss", "evaluation_loop")
+        getattr(type(trainer), name).__module__.startswith("transformers.")
+        for name in ("compute_loss", "prediction_step", "evaluation_loop")
     )
     return (
         stock

@@ -14,7 +14,7 @@ import pytest
 from fastft.commands.script import Script, reason_against, split
 
 FINDS = """
-import atexit, multiprocessing, os, pickle, signal, sys, threading, time, warnings
+import atexit, inspect, multiprocessing, os, pickle, signal, sys, threading, time, warnings
 
 
 class Thing:
@@ -39,8 +39,8 @@ if __name__ == "__main__":
     print(sorted(own.items()))
     print(sys.argv, sys.path, os.getcwd(), sys.flags)
     print(sys.modules["__main__"].__dict__ is globals(), named(__builtins__))
-    print({name for name in ("torch", "numpy", "transformers", "accelerate") if name in sys.modules})
-    print(pickle.dumps(Thing), inspect.getsource(Thing) if (inspect := __import__("inspect")) else 0)
+    print({"torch", "numpy", "transformers", "accelerate"} & set(sys.modules))
+    print(pickle.dumps(Thing), inspect.getsource(Thing))
     print([(number, signal.getsignal(number)) for number in signal.valid_signals()])
     print([(stream.encoding, stream.line_buffering, stream.isatty()) for stream in (
         sys.stdin, sys.stdout, sys.stderr)], sys.stdin.read(), sys.excepthook is sys.__excepthook__)
@@ -55,7 +55,7 @@ ENDS = {
     "words": "import sys; sys.exit('in words')",
     "nothing": "raise SystemExit",
     "an error": "def f(): raise KeyError('x')\nf()",
-    "an error with a cause": "try:\n    1 / 0\nexcept Exception as error:\n    raise OSError from error",
+    "a cause": "try:\n    1 / 0\nexcept Exception as one:\n    raise OSError from one",
     "several errors": "raise KeyError('x') if __import__('sys').version_info < (3, 11) else "
     "ExceptionGroup('two', [KeyError(1), OSError(2)])",
     "no Python": "if:",
@@ -92,7 +92,7 @@ def folder(tmp_path):
         (tmp_path / place / "finds.py").write_text(FINDS)
     (tmp_path / "package" / "__init__.py").write_text("")
     # multiprocessing's children do not find the functions of such a file, under Python as well
-    (tmp_path / "package" / "__main__.py").write_text(FINDS.replace("pool.map(square", "map(abs"))
+    (tmp_path / "package" / "__main__.py").write_text(FINDS.replace("pool.map(square, [3])", ""))
     (tmp_path / "link.py").symlink_to("elsewhere/finds.py")
     return tmp_path
 

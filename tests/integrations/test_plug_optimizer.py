@@ -3,6 +3,8 @@ optimizer is left alone."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
@@ -220,13 +222,12 @@ def test_trials_of_a_search_train_at_their_own_values(tmp_path, monkeypatch):
         data_collator=stock.data_collator,
     )
     plug = fastft.plug(trainer)
-    # Ray is not installed
-    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial)
-    trainer.hp_search_backend = transformers.trainer_utils.HPSearchBackend.RAY
-    for rate in (1e-3, 3e-3):
-        trainer.objective = None
-        trainer.compute_objective = lambda metrics: 0.0
-        trainer.train(trial={"learning_rate": rate})
+    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial.params)
+    trainer.hp_search_backend = transformers.trainer_utils.HPSearchBackend.OPTUNA
+    trainer.hp_space = lambda trial: trial.params
+    for number, rate in enumerate((1e-3, 3e-3)):
+        trial = SimpleNamespace(number=number, params={"learning_rate": rate})
+        trainer.train(trial=trial)
         assert inner(trainer).defaults["lr"] == rate
         assert plug.lines["optimizer"] == "AdamW, clipping inside"
     assert "clip_grad_norm_" not in vars(trainer.accelerator)
@@ -239,6 +240,7 @@ def test_a_restored_trainer_trains_with_its_own(tmp_path):
     assert type(inner(trainer)) is torch.optim.AdamW and len(logged(trainer)) == 2
 
 
+@pytest.mark.slow
 def test_checkpoints_of_plugged_and_stock_trainers_are_each_others(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     whole = curves(trainer_of(tmp_path / "stock", **saving))[0]

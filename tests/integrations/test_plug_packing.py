@@ -4,6 +4,7 @@ losses."""
 from __future__ import annotations
 
 import datasets
+import peft
 import pytest
 import torch
 import transformers
@@ -284,3 +285,25 @@ def test_a_packed_batch_says_which_collator_made_it():
     collator = PackedBatches(with_labels_at_padding, "causal_lm")
     with pytest.raises(ValueError, match=r"labels at padding.*leave packing out of fastft\.plug"):
         collator(examples()[:3])
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self):
+        collate = TASKS["causal"][2](self.model)
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=4, collate_fn=collate)
+
+
+@pytest.mark.parametrize("packing", ["collate", 40])
+def test_a_loader_of_ones_own_is_left_alone_with_a_word(tmp_path, packing):
+    trainer = trainer_of(tmp_path, kind=OwnLoader)
+    plug = fastft.plug(trainer, packing=packing)
+    assert all(rows == 4 for rows, _ in trained_rows(trainer))
+    assert "OwnLoader's get_train_dataloader takes no other" in plug.lines["packing"]
+
+
+def test_prompt_tuning_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    trainer.model = trainer.model_wrapped = peft.get_peft_model(trainer.model, config)
+    with pytest.raises(ValueError, match="prompt tuning puts virtual tokens before each row"):
+        fastft.plug(trainer, packing="collate")

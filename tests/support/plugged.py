@@ -32,6 +32,7 @@ def tokenizer(pad="[PAD]", side="right"):
     """One word for each number; padding is a token of its own, or the end token."""
     words = {"[PAD]": PAD, "[EOS]": EOS, "[MASK]": MASK} | {str(i): i for i in range(3, V)}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[MASK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": pad, "eos_token": "[EOS]", "mask_token": "[MASK]"}
     return PreTrainedTokenizerFast(tokenizer_object=model, padding_side=side, **special)
 
