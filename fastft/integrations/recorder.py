@@ -7,6 +7,7 @@ losses are kept, and looked at around the step, where the clock stands still.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,8 +110,7 @@ class Recorder:
                 gradients=self._weights.gradients(),
                 drew=any(one.drew for one in passes),
             )
-            norm, self._grad_norm = self._grad_norm, None
-            self._step.grad_norm = None if norm is None else float(norm)
+            self._step.grad_norm = self._norm_of(self._step.gradients)
             self._weights.remember()
 
     def step_ends(self) -> None:
@@ -173,6 +173,14 @@ class Recorder:
             if attributes.get(name) is method:
                 del attributes[name]
                 attributes.update(former)
+
+    def _norm_of(self, gradients: list[float]) -> float | None:
+        """That of all gradients, as clipping has found it; without clipping, by their own."""
+        norm, self._grad_norm = self._grad_norm, None
+        if norm is not None:
+            return float(norm)
+        known = [gradient for gradient in gradients if not math.isnan(gradient)]
+        return math.hypot(*known) if known else None
 
     def _micro(self, one: _Pass) -> Micro:
         loss = float("nan") if one.loss is None else float(one.loss)
@@ -327,6 +335,11 @@ class RecordedLoop:
 def record(trainer: Trainer, recorder: Recorder) -> None:
     """Has `recorder` see the training that `trainer` is about to begin."""
     trainer.add_callback(RecorderCallback(trainer, recorder))
+
+
+def models_of(objects: tuple[Any, ...]) -> list[nn.Module]:
+    """The models among what `accelerator.prepare` is given."""
+    return [thing for thing in objects if isinstance(thing, nn.Module)]
 
 
 def _commonest_dtype(params: list[Tensor]) -> str:

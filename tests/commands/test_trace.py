@@ -114,6 +114,12 @@ def test_gradients_are_those_after_clipping_also_where_the_step_clips(tmp_path):
         assert one.gradients == pytest.approx(other.gradients, rel=1e-4)
 
 
+def test_without_clipping_the_norm_is_that_of_the_gradients(tmp_path):
+    clipped, free = (recorded(tmp_path, steps=1, max_grad_norm=m).steps[0] for m in (0.1, 0))
+    assert free.grad_norm == pytest.approx(clipped.grad_norm, rel=1e-5)
+    assert free.grad_norm == pytest.approx(math.hypot(*free.gradients))
+
+
 def test_moments_of_8_bits_are_dequantised(tmp_path):
     stock = recorded(tmp_path, steps=2)
     fast = recorded(tmp_path, "fast", steps=2, options={"moments": "8bit"})
