@@ -1,6 +1,6 @@
 # make demo       fine-tune on this machine and measure it
 # make demo-smollm2    fine-tune a pretrained model, SmolLM2-135M, stock and with fastft by turns, and compare: a quarter of
-#                an hour on two idle cores, 12 GB of memory
+#                an hour on two cores that do nothing else
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
 #                oldest and newest packages; make lint docs
@@ -40,7 +40,7 @@ demo: native
 	$(BIN)/python examples/finetune.py
 
 demo-smollm2: native build/smollm2/model.safetensors
-	$(BIN)/python -m fastft compare --steps 5 --out build/demo-smollm2 examples/smollm2.py build/smollm2
+	$(BIN)/python -m fastft compare --steps 8 --out build/demo-smollm2 examples/smollm2.py build/smollm2
 	for each in md json png; do \
 		cp build/demo-smollm2/report.$$each benchmarks/results/demo-smollm2.$$each || exit; \
 	done
