@@ -16,6 +16,7 @@ from transformers import Trainer
 import fastft
 from fastft.integrations import check_packing
 from fastft.integrations import packing as packing_module
+from fastft.integrations.plug import Plugged
 from fastft.integrations.plug_collator import PackedBatches
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
@@ -278,7 +279,7 @@ def test_packing_that_cannot_be_is_refused_at_once(tmp_path, case):
     before = dict(vars(trainer))
     with pytest.raises(ValueError, match=message):
         fastft.plug(trainer, **plugs)
-    assert vars(trainer) == before and fastft.Plugged.of(trainer) is None
+    assert vars(trainer) == before and Plugged.of(trainer) is None
 
 
 def test_data_parallel_is_refused(tmp_path):
