@@ -47,7 +47,7 @@ else:
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
-    from fastft.integrations.plug import Plugged, plug
+    from fastft.integrations.plug import plug
 
 __version__ = "0.2.0"
 
@@ -60,7 +60,6 @@ __all__ = [
     "PackingCallback",
     "PackingCollator",
     "PackingLeakError",
-    "Plugged",
     "adamw",
     "adamw_spec",
     "block_mask",
@@ -87,7 +86,6 @@ __all__ = [
 _OF_TRANSFORMERS = {
     "FusedLossCallback": "fastft.integrations.fused_loss",
     "PackingCallback": "fastft.integrations.packing",
-    "Plugged": "fastft.integrations.plug",
     "plug": "fastft.integrations.plug",
 }
 

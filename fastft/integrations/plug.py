@@ -202,7 +202,8 @@ def plug(
             have comes from there, when Trainer makes the optimizer.
 
     Returns:
-        `Plugged`: `lines`, `report`, `evaluation`, `restore()`.
+        What became of it. `lines`: a dict, piece -> its sentence, up to date; `str` of it is all of
+        them. `report`, `evaluation`: as those of `FusedLossCallback`. `restore()` takes it off.
 
     Raises:
         TypeError: `trainer` is no Trainer, a switch is no bool, an option is unknown.
