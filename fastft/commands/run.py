@@ -125,7 +125,7 @@ def _reason_against(options: argparse.Namespace) -> str | None:
     return None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Training:
     """What the report has of a Trainer, or of the Accelerator loops.
 
@@ -152,7 +152,8 @@ class _Run:
 
     def __init__(self, options: argparse.Namespace, script: Script) -> None:
         wanted = options.only or PIECES
-        self._packing, self._file, self._script = options.packing, options.report, script
+        self._packing, self._script = options.packing, script
+        self._file = options.report and options.report.absolute()  # the script may change folders
         self._pieces = [piece for piece in wanted if piece != "packing" or self._packing]
         self._trainings: list[_Training] = []
         # weakly: a script that makes a Trainer for each fold must lose the last one
