@@ -36,6 +36,7 @@ from fastft.optim.fp32_weights import load_fp32, save_fp32
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
+    from fastft.integrations.throughput import ThroughputCallback
 
 __version__ = "0.2.0"
 
@@ -48,6 +49,7 @@ __all__ = [
     "PackingCallback",
     "PackingCollator",
     "PackingLeakError",
+    "ThroughputCallback",
     "adamw",
     "adamw_spec",
     "block_mask",
@@ -81,4 +83,8 @@ def __getattr__(name: str) -> Any:
         from fastft.integrations.packing import PackingCallback
 
         return PackingCallback
+    if name == "ThroughputCallback":
+        from fastft.integrations.throughput import ThroughputCallback
+
+        return ThroughputCallback
     raise AttributeError(f"module 'fastft' has no attribute {name!r}")
