@@ -72,6 +72,7 @@ PRIVATE_NAMES = {
     "CheckpointWrapper._checkpoint_wrapped_module": "the module inside torch's checkpointing",
     "torch:Tensor._backward_hooks": "a hook on a weight forbids writing to its gradient directly",
     "torch:Tensor._post_accumulate_grad_hooks": "likewise",
+    "torch.utils:_python_dispatch": "numbers of meta tensors are computed beside them",
     "torch.utils:_pytree": "lazy logits nested in arguments",
     "torch.optim.lr_scheduler:_wrapped_by_lr_sched": "has a scheduler wrapped an optimizer's step",
     "torch.optim.lr_scheduler:LRScheduler._initial_step": "wraps it without a change of rates",
