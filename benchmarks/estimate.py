@@ -92,7 +92,7 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("llama", {}, HALF | {"lora": 8}, STOCK),
     ("llama", {}, HALF | BF16 | {"lora": 8, "checkpointing": True}, ALL),
     ("llama", {}, HALF | {"label_smoothing": 0.1}, STOCK),
-    ("llama", {}, HALF | {"label_smoothing": 0.1}, LOSS),
+    ("llama", {}, {"rows": 2, "tokens": 512, "label_smoothing": 0.1}, LOSS),
     ("llama", {"vocab_size": 32003, "tie_word_embeddings": True}, {"tokens": 512}, STOCK),
     ("llama", {"vocab_size": 32003, "tie_word_embeddings": True}, {"tokens": 512}, LOSS),
     ("llama", {}, {"tokens": 1024, "attention": "eager"}, STOCK),
@@ -139,7 +139,9 @@ def words(changes: dict[str, Any], options: dict[str, Any]) -> str:
     shape = f"{options.pop('rows')} x {options.pop('tokens')} tokens"
     padding = options.pop("padding", 0)
     parts = [shape, *([f"{padding:.0%} padding"] if padding else [])]
-    return ", ".join([*parts, *(f"{name}={value}" for name, value in {**changes, **options}.items())])
+    return ", ".join(
+        [*parts, *(f"{name}={value}" for name, value in {**changes, **options}.items())]
+    )
 
 
 def _pair(estimated: Peak, counted: Peak) -> tuple[str, float]:

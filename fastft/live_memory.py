@@ -63,9 +63,9 @@ class LiveMemory(TorchDispatchMode):
         self._events: list[tuple[Block, int]] = []  # 1: made, -1: freed
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if LazyLogits in types:  # they answer themselves, with operations on what they are made of
+        if LazyLogits in types:  # which answer for themselves, by operations on their operands
             return NotImplemented
         kwargs = kwargs or {}
         for tensor in tensors_in((args, kwargs)):
@@ -86,7 +86,8 @@ class LiveMemory(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _see(self, tensor: Tensor) -> None:
-        if isinstance(tensor, LazyLogits) or tensor.device.type == "meta":
+        no_memory = isinstance(tensor, LazyLogits) or tensor.is_meta
+        if no_memory or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -29,11 +29,10 @@ COLUMNS = {
 }
 # what each column is called in a sentence
 _WORDS = {
-    "stock": "stock already fits",
-    "+loss": "the fused loss",
-    "+AdamW": "fastft's AdamW",
-    "+packing": "packing",
-    "all": "all pieces of fastft",
+    "+loss": "the fused loss makes",
+    "+AdamW": "fastft's AdamW makes",
+    "+packing": "packing makes",
+    "all": "all pieces of fastft make",
 }
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 # CUDA's context and what its allocator keeps beside live tensors
@@ -234,7 +233,7 @@ def _advice(
     if first == "stock":
         return "it fits, stock and with fastft", fits
     if first is not None:
-        return f"stock does not fit; {_WORDS[first]} makes it fit", fits
+        return f"stock does not fit; {_WORDS[first]} it fit", fits
     pieces = frozenset(COLUMNS["all" if "all" in results else "+loss"])
     taken = ["fastft"]
     for words, changed in _changes(training):

@@ -42,7 +42,6 @@ from fastft.integrations.check_packing import Verdict
 from fastft.integrations.clipping import fuse_clipping
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.integrations.packing import PackingCallback
-from fastft.integrations.pool_segments import pool_segments
 from fastft.live_memory import LiveMemory, Peak
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_state import ready_state
@@ -134,7 +133,9 @@ def load_config(name: str) -> PreTrainedConfig:
     if (local.suffix == ".json" or name.startswith((".", "/", "~"))) and not local.exists():
         raise ValueError(f"there is no file or folder {name!r}")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(local) if local.exists() else name)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(local) if local.exists() else name
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"no configuration of a model in {name!r}: {reason}") from error
@@ -180,22 +181,18 @@ def measure(training: Training, pieces: frozenset[str], counter: LiveMemory) -> 
             _pack_attention(model, task)
         args = _arguments(training, folder)
         phases = _Phases(counter)
-        ours = adamw(model, args, moments=training.moments, rounding=training.rounding) if (
-            "optimizer" in pieces
-        ) else (None, None)
-        if "optimizer" in pieces and isinstance(counter, Unallocated):
-            ours[0].step = types.MethodType(_step_by_shapes, ours[0])
+        own = "optimizer" in pieces
         trainer = Trainer(
             model=model,
             args=args,
             train_dataset=_examples(training, task, _STEPS * args.gradient_accumulation_steps),
             eval_dataset=_examples(training, task, 1),
             data_collator=_collator(training, task, "packing" in pieces),
-            optimizers=ours,
+            optimizers=_adamw(training, model, args, counter) if own else (None, None),
             callbacks=[*_callbacks(pieces), phases],
         )
         trainer.remove_callback(PrinterCallback)
-        if "optimizer" in pieces:
+        if own:
             fuse_clipping(trainer)
         trainer.train()
     return phases.memory()
@@ -258,6 +255,16 @@ class _UnprobedPacking(PackingCallback):
 
 class _UnprobedLoss(_UnprobedPacking, FusedLossCallback):
     """Likewise."""
+
+
+def _adamw(
+    training: Training, model: nn.Module, args: TrainingArguments, counter: LiveMemory
+) -> tuple[AdamW, None]:
+    optimizer, schedule = adamw(model, args, moments=training.moments, rounding=training.rounding)
+    if isinstance(counter, Unallocated):
+        by_shapes = types.MethodType(_step_by_shapes, optimizer)
+        optimizer.step = by_shapes  # type: ignore[method-assign]
+    return optimizer, schedule
 
 
 def _step_by_shapes(optimizer: AdamW, closure: Any = None) -> None:
