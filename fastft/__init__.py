@@ -12,6 +12,7 @@ Three pieces, each of which works alone and enters through an official Trainer i
     )
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastft.attention.attention import register_attention
@@ -36,6 +37,7 @@ from fastft.optim.fp32_weights import load_fp32, save_fp32
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
+    from fastft.integrations.plug import Plugged, plug
 
 __version__ = "0.2.0"
 
@@ -48,6 +50,7 @@ __all__ = [
     "PackingCallback",
     "PackingCollator",
     "PackingLeakError",
+    "Plugged",
     "adamw",
     "adamw_spec",
     "block_mask",
@@ -62,6 +65,7 @@ __all__ = [
     "pack",
     "packed_attention",
     "plan_packs",
+    "plug",
     "pool_segments",
     "register_attention",
     "save_fp32",
@@ -71,14 +75,16 @@ __all__ = [
 register_with_transformers()
 
 
+# these subclass a class of transformers, which fastft does not need to be imported
+_OF_TRANSFORMERS = {
+    "FusedLossCallback": "fastft.integrations.fused_loss",
+    "PackingCallback": "fastft.integrations.packing",
+    "Plugged": "fastft.integrations.plug",
+    "plug": "fastft.integrations.plug",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # the callbacks subclass a class of transformers, which fastft does not need to be imported
-    if name == "FusedLossCallback":
-        from fastft.integrations.fused_loss import FusedLossCallback
-
-        return FusedLossCallback
-    if name == "PackingCallback":
-        from fastft.integrations.packing import PackingCallback
-
-        return PackingCallback
+    if name in _OF_TRANSFORMERS:
+        return getattr(importlib.import_module(_OF_TRANSFORMERS[name]), name)
     raise AttributeError(f"module 'fastft' has no attribute {name!r}")

@@ -20,6 +20,8 @@ def main(arguments: list[str]) -> int:
     """Hands over to a command, which parses the rest and returns the exit code."""
     if not arguments:
         return _main_of("engines")()
+    if arguments[0].startswith(("--local_rank=", "--local-rank=")):
+        arguments = [*arguments[1:2], arguments[0], *arguments[2:]]  # deepspeed puts it first
     command, *rest = arguments
     if command in COMMANDS:
         return _main_of(command)(rest)

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -69,6 +69,9 @@ PRIVATE_NAMES = {
     "torch:Tensor._backward_hooks": "a hook on a weight forbids writing to its gradient directly",
     "torch:Tensor._post_accumulate_grad_hooks": "likewise",
     "torch.utils:_pytree": "lazy logits nested in arguments",
+    "torch.optim.lr_scheduler:_wrapped_by_lr_sched": "has a scheduler wrapped an optimizer's step",
+    "torch.optim.lr_scheduler:LRScheduler._initial_step": "wraps it without a change of rates",
+    "accelerate.accelerator:_is_accelerate_prepared": "has an object been through `prepare`",
     "transformers:AttentionInterface._global_mapping": "is attn_implementation='fastft' registered",
     "transformers:PreTrainedConfig._attn_implementation": "which attention a model uses",
     "transformers:PreTrainedConfig._attn_implementation_internal": (
@@ -79,7 +82,9 @@ PRIVATE_NAMES = {
         "does the model's code look its attention up by name"
     ),
     "transformers:PreTrainedModel._loss_function": "what setting loss_function leaves on a model",
+    "transformers:Trainer._train_batch_size": "how many packs a packed batch of `plug` has",
     "accelerate.accelerator:_original_forward": "accelerate's mixed precision runs inside forward",
+    "accelerate:Accelerator._dataloaders": "which loaders it has prepared",
     "datasets:Dataset._indices": "which rows select or shuffle left, in which order",
 }
 
@@ -112,6 +117,27 @@ def constant_when_compiled(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@contextlib.contextmanager
+def with_attributes(thing: Any, **values: Any) -> Iterator[None]:
+    """Gives one object attributes of its own, which hide those of its class.
+
+    At the end it has what it had before, but for what somebody else has put there since.
+    """
+    before = {name: vars(thing)[name] for name in values if name in vars(thing)}
+    for name, value in values.items():
+        setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        for name, value in values.items():
+            if vars(thing).get(name) is not value:
+                continue
+            if name in before:
+                setattr(thing, name, before[name])
+            else:
+                delattr(thing, name)
 
 
 @constant_when_compiled
@@ -218,6 +244,16 @@ def inner_optimizer(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def is_counting_step(step: Any, stock: Callable[..., Any]) -> bool:
+    """Whether a scheduler has put `step` on an optimizer, around the `stock` one of its class."""
+    return hasattr(step, "_wrapped_by_lr_sched") and getattr(step, "__wrapped__", None) is stock
+
+
+def is_prepared(thing: Any) -> bool:
+    """Whether an Accelerator has prepared it already."""
+    return bool(getattr(thing, "_is_accelerate_prepared", False))
 
 
 def write_stamp(tensor: Tensor) -> tuple[int, int] | None:
@@ -354,10 +390,26 @@ def active_dataloader() -> Any:
     return None if loaders is None else loaders.GradientState().active_dataloader
 
 
+@contextlib.contextmanager
+def loaders_forgotten(accelerator: Any) -> Iterator[None]:
+    """Makes an Accelerator forget at the end which loaders it has prepared in this context."""
+    before = list(accelerator._dataloaders)
+    try:
+        yield
+    finally:
+        accelerator._dataloaders[:] = before
+
+
 def deepspeed_config(args: Any) -> dict[str, Any] | None:
     """DeepSpeed's configuration as a TrainingArguments has it, its own or `accelerate launch`'s;
     None without."""
     return getattr(getattr(args, "deepspeed_plugin", None), "deepspeed_config", None)
+
+
+def engine_config(accelerator: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration as an Accelerator has it; empty where DeepSpeed does not train."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return {} if plugin is None else plugin.deepspeed_config
 
 
 def engine_of(args: Any) -> str | None:

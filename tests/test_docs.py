@@ -171,23 +171,23 @@ def test_the_command_exists(command):
 # how a limit begins, after the name of its page: the tests, or the benchmarks of a figure, which
 # hold it
 LIMITS = {
-    "README.md: **Not yet run on a GPU.**": [
+    "works-with.md: **Not yet run on a GPU.**": [
         "test_triton_on_amd.py::test_cross_entropy",
         "test_triton_binaries.py::test_no_spills",
         "test_cross_entropy_ptx.py::test_every_option",
         "test_adamw_ptx.py::test_every_mode",
         "test_boundaries.py::test_gpu_kernels_as_ptx_count_right",
     ],
-    "README.md: Packing: ": [
+    "works-with.md: Packing: ": [
         "test_packing_matrix.py::test_no_architecture_leaks_silently",
         "test_packing_matrix.py::test_a_model_is_exact_or_refused",
         "test_packing_callback.py::test_a_model_that_cannot_be_asked_is_trained_with_a_warning",
     ],
-    "README.md: Inside a model, softcap": [
+    "works-with.md: Inside a model, softcap": [
         "test_lazy_logits.py::test_which_losses_reach_the_kernel",
         "test_lazy_logits.py::test_only_a_scale_and_a_softcap_go_to_the_kernel",
     ],
-    "README.md: AdamW refuses fp16": [
+    "works-with.md: AdamW refuses fp16": [
         "test_adamw.py::test_bad_dtypes",
         "test_adamw_input.py::test_parameters_which_cannot_be_trained",
         "test_moments_8bit.py::test_amsgrad_is_refused",
@@ -195,12 +195,12 @@ LIMITS = {
         "test_device_counts.py::test_what_a_graph_has_captured",
         "test_engines.py::test_trains_and_resumes_as_stock_does_or_says_why_not",
     ],
-    "README.md: The mean over no counted row": [
+    "works-with.md: The mean over no counted row": [
         "test_cross_entropy.py::test_no_row_counts",
         "test_linear_cross_entropy.py::test_no_row_counts",
         "test_loss_goals.py::test_fp32_loss_sum",
     ],
-    "README.md: Heads are fused where": [
+    "works-with.md: Heads are fused where": [
         "test_engines.py::test_trains_and_resumes_as_stock_does_or_says_why_not",
         "test_peft.py::test_adapters_are_trained_as_stock",
         "test_peft.py::test_lora_on_the_head_of_a_bf16_model_is_fused_and_no_worse_than_stock",
@@ -209,11 +209,11 @@ LIMITS = {
         "test_distributed_loss.py::test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so",
         "test_fused_loss.py::test_data_parallel_is_left_alone",
     ],
-    "README.md: Evaluation is without logits": [
+    "works-with.md: Evaluation is without logits": [
         "test_evaluation.py::test_evaluation_outside_train_is_stock",
         "test_evaluation.py::test_a_sharded_head_is_evaluated_as_stock",
     ],
-    "README.md: A hook on logits": [
+    "works-with.md: A hook on logits": [
         "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
         "test_lazy_logits.py::test_who_watches_before_the_loss_sees_the_gradient",
     ],

@@ -8,16 +8,22 @@ registers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer
+from fastft.foreign import inner_optimizer, with_attributes
 from fastft.optim.adamw import AdamW
 
 # accelerate's names of what leaves every gradient on every process
 _WHOLE_GRADIENTS = ("NO", "MULTI_CPU", "MULTI_GPU")
+
+
+def has_whole_gradients(accelerator: Any) -> bool:
+    """Whether every process has every gradient, so that clipping can be in the step."""
+    return accelerator.distributed_type.value in _WHOLE_GRADIENTS
 
 
 def fuse_clipping(trainer: Any) -> Callable[[], None]:
@@ -53,11 +59,7 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
         parameters = list(parameters)
         optimizer = inner_optimizer(trainer.optimizer)
-        if (
-            isinstance(optimizer, AdamW)
-            and accelerator.distributed_type.value in _WHOLE_GRADIENTS
-            and norm_type == 2
-        ):
+        if isinstance(optimizer, AdamW) and has_whole_gradients(accelerator) and norm_type == 2:
             held = [param for group in optimizer.param_groups for param in group["params"]]
             ours = {id(param): param.grad for param in held if param.grad is not None}
             # all that it holds, and at least one
@@ -66,8 +68,6 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
                 return optimizer.clip_at_step(list(ours.values()), float(max_norm))
         return stock(parameters, max_norm, norm_type=norm_type)
 
-    def restore() -> None:
-        accelerator.clip_grad_norm_ = stock
-
-    accelerator.clip_grad_norm_ = clip_grad_norm_
-    return restore
+    stack = contextlib.ExitStack()
+    stack.enter_context(with_attributes(accelerator, clip_grad_norm_=clip_grad_norm_))
+    return stack.close

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -118,23 +119,28 @@ class FusedLossCallback(PackingCallback):
                 f"fastft: real logits were asked for by {', '.join(places)}: right, but without "
                 "the saving"
             )
-        if self._said:
-            return
-        self._said = True
+        if not self._said:
+            self._said = True
+            self._say_outcome(kwargs["model"])
+
+    def _say_outcome(self, model: nn.Module) -> None:
+        """Says after the first step what became of the loss."""
         if self.report.fused:
             logger.info(
                 f"fastft: the loss is fused ({self.report.fused} evaluations in the first step)"
             )
             return
-        why = "; ".join(self.report.skipped)
-        if not why and places:
-            why = "something asked for real logits before the loss"
         # a classifier has nothing to fuse
-        say = logger.warning if expects_head(kwargs["model"]) else logger.info
-        say(
-            "fastft: no loss was fused in the first step: "
-            f"{why or _who_computes_it(kwargs['model'])}"
-        )
+        say = logger.warning if expects_head(model) else logger.info
+        say(f"fastft: no loss was fused in the first step: {self.why_not_fused(model)}")
+
+    def why_not_fused(self, model: nn.Module) -> str:
+        """Why no loss was fused in a training of `model` that has taken a step, in words."""
+        if self.report.skipped:
+            return "; ".join(self.report.skipped)
+        if self.report.materialised:
+            return "something asked for real logits before the loss"
+        return _who_computes_it(model)
 
     def on_prediction_step(
         self,
@@ -179,6 +185,27 @@ class FusedLossCallback(PackingCallback):
         """Leaves no logits of an evaluation that could not be computed when the weights have
         changed."""
         self._settle()
+
+    @contextlib.contextmanager
+    def evaluating(self, model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+        """Makes an evaluation loop of Trainer's outside `train()` like those inside it, as
+        `fastft.plug` does.
+
+        Nothing happens inside a training, with DataParallel, and where a model is not yet sharded.
+        """
+        if self._attachment is not None or args.n_gpu > 1:
+            yield
+            return
+        evaluation = Evaluation(_in_evaluation_loop)
+        self.evaluation = evaluation.report
+        self._attachment = attachment = Attachment(model, evaluation)
+        with contextlib.ExitStack() as stack:
+            stack.callback(attachment.remove)
+            try:
+                yield
+            finally:
+                if self._attachment is attachment:
+                    self._attachment = None
 
     def _settle(self) -> int:
         evaluation = None if self._attachment is None else self._attachment.evaluation

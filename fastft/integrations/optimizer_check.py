@@ -173,7 +173,7 @@ def _check_settings(
     checkpoint, with stock too.
     """
     of_args, defaults = origin.hyper_parameters(args), optimizer.defaults
-    by_trainer = made.way == "adamw_spec"  # Trainer makes the groups, with the decay of its args
+    by_trainer = made.by_trainer
     unasked = [
         name
         for name in of_args
@@ -193,7 +193,7 @@ def _check_settings(
         group["weight_decay"] for group in optimizer.param_groups
     ]:
         raise ValueError(
-            f"fastft.adamw_spec was given weight_decay={asked}, and Trainer made the groups with "
+            f"fastft.{made.way} was given weight_decay={asked}, and Trainer made the groups with "
             f"the {args.weight_decay} of its args: set it in args: "
             f"TrainingArguments(weight_decay={asked})"
         )

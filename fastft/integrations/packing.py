@@ -65,6 +65,8 @@ class PackingCallback(TrainerCallback):
     Attributes:
         switched: the attention, e.g. `"sdpa"`, in whose place the latest training had `"fastft"`;
             None where the model kept its own.
+        probe: what the probe said of the latest training, `"exact"` or a few words; None before the
+            first on packed batches.
 
     Raises:
         PackingLeakError: from `train()`, `evaluate()` and `predict()`, with the reason and the way
@@ -88,6 +90,7 @@ class PackingCallback(TrainerCallback):
             raise TypeError(f"attention must be True or False, got {attention!r}")
         self.on_leak, self.attention = on_leak, attention
         self.switched: str | None = None
+        self.probe: str | None = None
         self._warned_of_repeats = False
         self._apart, self._asked = False, False  # in a training; in this evaluation outside of one
         # the args of the Trainer that was handed an AdamW of fastft's
@@ -118,7 +121,7 @@ class PackingCallback(TrainerCallback):
     ) -> PackingCollator | None:
         """Checks what trains, and keeps packed sequences apart; None without a collator of ours."""
         self.restore()
-        self.switched = None
+        self.switched = self.probe = None
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         _training_begins(model, state, self)
         check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed is args)
@@ -132,7 +135,7 @@ class PackingCallback(TrainerCallback):
         for reason in cut:
             self._complain(reason)
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
-        batches = _batches(loader, collator, getattr(args, "train_batch_size", None))
+        batches = _batches(loader, collator, _size_of_batches(loader, args))
         # our attention breaks the compiler's graph, and would raise in a part of a batch
         compiled = args.torch_compile or is_compiled(model)
         switch = self.attention and not cut and not compiled
@@ -143,6 +146,10 @@ class PackingCallback(TrainerCallback):
         """Does what the verdict says, and says it; `restore` undoes it."""
         leak, name = verdict.leak, type(model).__name__
         masked = leak is not None and leak.block_mask
+        if self.probe is None:
+            self.probe = "exact" if leak is None else "exact with a mask of T x T"
+            if leak is not None and not masked:
+                self.probe = "exact for shorter rows" if leak.loud else "leaks"
         if leak is not None and leak.loud:
             logger.warning(f"fastft: {name}: {leak}")
         elif leak is not None and masked:
@@ -236,8 +243,10 @@ class PackingCallback(TrainerCallback):
         try:
             return _verdict(model, batches, args, switch=switch)
         except Unasked as error:
+            self.probe = "not possible"
             logger.warning(f"fastft: packing is not checked: {error}")
         except ValueError as error:
+            self.probe = "not possible"
             self._complain(
                 f"nobody knows whether {type(model).__name__} keeps packed sequences apart: "
                 f"{error}; on_leak='warn' trains it all the same"
@@ -249,6 +258,11 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Leaves no trace."""
         self.restore()
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether a training on packed batches is under way, whose sequences are kept apart."""
+        return self._apart
 
     def restore(self) -> None:
         """Takes the model back to stock. Harmless when called twice."""
@@ -377,6 +391,46 @@ def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batch
     return Batches(
         collator.position_ids_start, longest, collator.rows, collator.rows > 1 or multiple > 1
     )
+
+
+def _size_of_batches(loader: Any, args: Any) -> int | None:
+    """How many packs or examples are in a batch."""
+    sampled: int | None = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return sampled or getattr(args, "train_batch_size", None)
+
+
+def why_not_packed(
+    model: nn.Module, collator: PackingCollator, max_tokens: int | None, args: Any, switch: bool
+) -> str | None:
+    """Asks, before it is prepared for a training, why a model cannot get packed batches.
+
+    Args:
+        model: as Trainer has it.
+        collator: of the batches.
+        max_tokens: of a row; None where that is not known.
+        args: of Trainer.
+        switch: whether the training may give it attention "fastft".
+
+    Returns:
+        A clause; None where it can, or where only the training itself will tell.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type != args.device.type:
+        return None  # sharded, or moved, later
+    multiple = collator.pad_to_multiple_of or 1
+    longest = None if max_tokens is None else max_tokens + -max_tokens % multiple
+    batches = Batches(collator.position_ids_start, longest, collator.rows, multiple > 1)
+    name = type(model).__name__
+    switch = switch and not (args.torch_compile or is_compiled(model))
+    try:
+        leak = _verdict(model, batches, args, switch=switch).leak
+    except Unasked:
+        return None
+    except ValueError as error:
+        return f"nobody knows whether {name} keeps packed sequences apart: {error}"
+    if leak is None or leak.loud or leak.block_mask:
+        return None
+    return f"{name} does not keep packed sequences apart: {leak}"
 
 
 def _verdict(

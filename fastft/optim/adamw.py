@@ -71,7 +71,7 @@ class AdamW(torch.optim.AdamW):
     Attributes:
         grad_norm: the norm of all gradients before the last clipping: float32, shape (); None
             before the first.
-        origin: how `adamw` or `adamw_spec` was called for this optimizer; None: made by hand.
+        origin: how `adamw`, `adamw_spec` or `plug` was called for it; None: made by hand.
         had_gradients: whether a step has found a gradient, or has said that there is none.
 
     Args:
@@ -186,6 +186,7 @@ class AdamW(torch.optim.AdamW):
         }
         check_group(defaults)
         # torch.optim.AdamW's would own the defaults
+        params = params if _origin is None else _origin.grouped(params)
         torch.optim.Optimizer.__init__(self, params, defaults)
         self.origin = _origin
         if foreign.optimizers_are_replaced():

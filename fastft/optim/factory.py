@@ -69,7 +69,7 @@ def adamw(
     if model is not None:
         groups = _decay_groups(model)
         if options.get("moments") == "8bit":
-            groups = _with_fp32_moments(groups, model)
+            groups = with_fp32_moments(groups, model)
     elif isinstance(groups, torch.Tensor | str) or not isinstance(groups, Iterable):
         raise TypeError(
             "model_or_params must be a torch.nn.Module or an iterable of parameters or parameter "
@@ -113,7 +113,12 @@ def adamw_spec(
             of each process's part alone.
     """
     given = _given(options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    origin = Origin("adamw_spec", args, given)
+    return spec_of(Origin("adamw_spec", args, given))
+
+
+def spec_of(origin: Origin) -> tuple[type[AdamW], Keywords]:
+    """The pair of `adamw_spec` for an origin, which is remembered; raises as `adamw_spec` does."""
+    args, weight_decay = origin.args, origin.given.get("weight_decay")
     keywords = Keywords(origin)
     # a wrong keyword is told here, not after Trainer has loaded the model
     example = AdamW([torch.zeros(1, dtype=torch.bfloat16)], **{"seed": 0, **keywords})
@@ -126,7 +131,7 @@ def adamw_spec(
             )
         config = foreign.deepspeed_config(args)
         if config is None:
-            _warn_of_two_clippings(args, example.max_grad_norm)
+            _warn_of_two_clippings(args, example.max_grad_norm, stacklevel=4)
         else:
             _check_deepspeed(config, example)
     origin.remember()
@@ -138,13 +143,13 @@ def _given(options: dict[str, Any], **named: Any) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None} | options
 
 
-def _warn_of_two_clippings(args: Any, max_grad_norm: float | None) -> None:
+def _warn_of_two_clippings(args: Any, max_grad_norm: float | None, stacklevel: int = 3) -> None:
     if max_grad_norm is not None and args.max_grad_norm:
         warnings.warn(
             f"gradients are clipped twice, to {args.max_grad_norm} by Trainer and to "
             f"{max_grad_norm} by the optimizer: set TrainingArguments(max_grad_norm=0), or leave "
             "max_grad_norm to args and use fastft.fuse_clipping",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -191,9 +196,7 @@ def _decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _with_fp32_moments(
-    groups: list[dict[str, Any]], model: torch.nn.Module
-) -> list[dict[str, Any]]:
+def with_fp32_moments(groups: list[dict[str, Any]], model: torch.nn.Module) -> list[dict[str, Any]]:
     """The groups, each followed by one of the embeddings and the output head, if it has any."""
     modules: list[torch.nn.Module] = [
         module for module in model.modules() if isinstance(module, torch.nn.Embedding)

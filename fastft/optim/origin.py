@@ -1,14 +1,15 @@
 """The origin of an optimizer: what the user asked for, to be compared with what trains.
 
 Trainer drops an optimizer (DeepSpeed), makes one later than the user thinks (`adamw_spec`), or
-trains a model that has changed since its optimizer was made; all of it without a word. `adamw` and
-`adamw_spec` leave an `Origin` behind, and `fastft.integrations.optimizer_check` reads it.
+trains a model that has changed since its optimizer was made; all of it without a word. `adamw`,
+`adamw_spec` and `plug` leave an `Origin` behind, and `fastft.integrations.optimizer_check` reads
+it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ of_specs: weakref.WeakSet[Origin] = weakref.WeakSet()
 
 
 class Origin:
-    """A call of `adamw` or `adamw_spec`.
+    """A call of `adamw`, `adamw_spec` or `plug`.
 
     Attributes:
         way: the function's name.
@@ -37,13 +38,26 @@ class Origin:
         self.model = None if model is None else weakref.ref(model)
         self.trained = False
 
+    @property
+    def by_trainer(self) -> bool:
+        """Whether Trainer makes the optimizer and its groups, with the weight decay of its args."""
+        return self.way != "adamw"
+
+    def grouped(self, params: Iterable[Any]) -> Iterable[Any]:
+        """What the optimizer is made of, where it was to be made of `params`."""
+        return params
+
     def remember(self) -> None:
         """Lets train begin find this, also where the optimizer is gone by then."""
         model = None if self.model is None else self.model()
         if model is not None:
             of_models[model] = self
-        elif self.way == "adamw_spec":
+        elif self.by_trainer:
             of_specs.add(self)
+
+    def forget(self) -> None:
+        """Train begin no longer looks for an optimizer of this origin."""
+        of_specs.discard(self)
 
 
 class Keywords(MutableMapping[str, Any]):

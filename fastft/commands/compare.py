@@ -1,0 +1,305 @@
+"""`python -m fastft compare script.py args...`: a training without and with fastft by turns, each
+in a process of its own. Is it the same, and what does it save?
+
+The runs: stock, fast, fast, stock (what a machine does meanwhile falls on both), stock with noise,
+which is the yardstick (`yardstick.py`), stock with fp32 weights where the weights are bf16, pieces
+alone, packs. `trace.py` is the child, `verdict.py` compares, `compare_report.py` says it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastft.commands import children
+from fastft.commands.compare_report import Comparison, show, write
+from fastft.commands.script import Script, reason_against, split
+from fastft.commands.trace import Trace
+from fastft.commands.verdict import judge, merged, unreproducible
+from fastft.commands.yardstick import Runs
+
+EQUAL, DIFFERENT, COULD_NOT_RUN = 0, 1, 2
+_PIECES = ("loss", "optimizer", "packing")
+_LOW_PRECISION = ("bfloat16", "float16")
+
+
+class CouldNotRun(Exception):
+    """Nothing was compared; the text says why."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    `pieces`: those that are to be run alone as well. `only`: those that the fast runs have.
+    `packing`: tokens of a pack for the second table; None without it.
+    """
+
+    script: Script
+    steps: int
+    only: tuple[str, ...]
+    pieces: tuple[str, ...]
+    packing: int | None
+    launch: list[str]
+    out: Path
+
+
+def main(arguments: list[str]) -> int:
+    """0: equal, 1: different, 2: could not run."""
+    request = _parse(arguments)
+    try:
+        with children.ended_by_signals():
+            comparison = compare(request)
+    except CouldNotRun as why:
+        print(f"fastft compare: {why}", file=sys.stderr)
+        return COULD_NOT_RUN
+    except KeyboardInterrupt:
+        print("fastft compare: interrupted; nothing runs any more", file=sys.stderr)
+        return 130
+    files = write(comparison, request.out)
+    show(comparison, files)
+    return EQUAL if comparison.equal else DIFFERENT
+
+
+def _parse(arguments: list[str]) -> Request:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastft compare",
+        usage="%(prog)s [options] script.py args...   or   %(prog)s [options] -m module args...",
+        description="Trains with an unchanged script stock and with fastft by turns, on the same "
+        "batches. Exit code 0: equal within stock's own noise, 1: different, 2: could not run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--steps", type=_positive, default=20, metavar="N", help="optimizer steps of a run (20)"
+    )
+    parser.add_argument(
+        "--pieces",
+        type=_pieces,
+        default=(),
+        metavar="each",
+        help="run each piece (loss, optimizer, packing) alone as well, or those named",
+    )
+    parser.add_argument(
+        "--only",
+        type=_pieces,
+        default=_PIECES,
+        metavar="PIECES",
+        help="the pieces of the fast runs: loss,optimizer",
+    )
+    parser.add_argument(
+        "--launch",
+        default="",
+        metavar="COMMAND",
+        help='starts each run: "torchrun --nproc_per_node 2"',
+    )
+    parser.add_argument(
+        "--packing",
+        type=_positive,
+        metavar="TOKENS",
+        help="a second table: packs of so many tokens",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastft-compare"),
+        metavar="DIR",
+        help="folder of report.md, report.json, report.png and the runs' output (fastft-compare)",
+    )
+    own, script = split(arguments)
+    options = parser.parse_args(own)
+    why = reason_against(script)
+    if script is None or why is not None:
+        parser.error(why or "a script is missing")
+    return Request(
+        script,
+        options.steps,
+        options.only,
+        options.pieces,
+        options.packing,
+        _launcher(parser, options.launch),
+        options.out,
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed, not {text!r}")
+    return int(text)
+
+
+def _pieces(text: str) -> tuple[str, ...]:
+    if text == "each":
+        return _PIECES
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in _PIECES:
+            raise argparse.ArgumentTypeError(
+                f"there is no piece {name!r}, only {', '.join(_PIECES)}, or each for all of them"
+            )
+    return names
+
+
+def _launcher(parser: argparse.ArgumentParser, text: str) -> list[str]:
+    """The command that starts `-m module` in each of its processes; this Python without one."""
+    words = shlex.split(text)
+    if not words:
+        return [sys.executable, "-m"]
+    beside = Path(sys.executable).parent / words[0]  # this Python's own, on the PATH or not
+    program = str(beside) if beside.exists() else shutil.which(words[0])
+    if program is None:
+        parser.error(f"argument --launch: there is no program {words[0]!r}")
+    return [program, *words[1:], "--module" if Path(words[0]).name == "deepspeed" else "-m"]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all processes of a run recorded, and the file with what they printed."""
+
+    trace: Trace
+    log: Path
+
+    @property
+    def failed(self) -> bool:
+        """Whether it did not train."""
+        return self.trace.ended == "error" or not self.trace.steps
+
+    @property
+    def reason(self) -> str:
+        """Why it did not, in a line."""
+        return (self.trace.error or "it took no optimizer step").strip().splitlines()[-1]
+
+    @property
+    def output(self) -> str:
+        """The end of what it printed, and where the rest is."""
+        return f"The end of its output ({self.log}):\n{children.last_lines(self.log)}"
+
+
+class _Session:
+    """Makes the runs of one comparison, and says where one failed."""
+
+    def __init__(self, request: Request, progress: children.Progress) -> None:
+        self.request, self.progress, self.count = request, progress, 0
+
+    def run(self, variant: str, name: str, only: Sequence[str] = (), packing: str = "") -> _Run:
+        """Runs the script to its end or the last step."""
+        request = self.request
+        self.count += 1
+        stem = f"{self.count}-{name.replace(' ', '-')}"
+        file, log = request.out / f"{stem}.json", request.out / f"{stem}.log"
+        for old in request.out.glob(f"{stem}*.json"):
+            old.unlink()
+        command = [*request.launch, "fastft.commands.trace", "--out", str(file)]
+        command += ["--variant", variant, "--steps", str(request.steps)]
+        command += ["--only", ",".join(only)] if only else []
+        command += ["--packing", packing] if packing else []
+        self.progress.begin(name)
+        begin = time.monotonic()
+        code = children.run([*command, "--", *_words(request.script)], log, self.progress.watch)
+        self.progress.end(time.monotonic() - begin)
+        if not file.exists():
+            error = f"it ended with exit code {code} before anything was recorded"
+            return _Run(Trace(variant, ended="error", error=error), log)
+        ranks = [Trace.load(one) for one in request.out.glob(f"{stem}*.json")]
+        return _Run(merged(sorted(ranks, key=lambda trace: trace.rank)), log)
+
+    def stock(self) -> Trace:
+        """A run without fastft, which must train."""
+        run = self.run("stock", "stock")
+        if run.trace.ended == "error":
+            raise CouldNotRun(
+                f"the script fails without fastft already, so there is nothing to compare: "
+                f"{run.reason}\n{run.output}"
+            )
+        if run.failed:
+            raise CouldNotRun(
+                f"the script ended without a single optimizer step of a transformers Trainer or an "
+                f"accelerate Accelerator, so there is nothing to compare\n{run.output}"
+            )
+        return run.trace
+
+    def fast(self) -> Trace:
+        """A run with fastft. One that fails is run with each piece alone, to name the guilty."""
+        only = self.request.only
+        run = self.run("fast", "fastft", only, "collate")
+        if not run.failed:
+            return run.trace
+        guilty = []
+        if len(only) > 1:
+            self.progress.add(len(only))
+            guilty = [piece for piece in only if self.piece(piece).failed]
+        others = ",".join(piece for piece in only if piece not in guilty)
+        which = "No piece fails alone."
+        if guilty:
+            which = f"The {' and the '.join(guilty)} alone fails too"
+            which += f": leave it out with --only {others}" if others else "."
+        raise CouldNotRun(
+            f"the script trains without fastft, and fails with it: {run.reason}\n"
+            f"{which}\n{run.output}"
+        )
+
+    def reference(self, variant: str, name: str) -> Trace:
+        """A stock run that says what a difference means; without it nothing can be said."""
+        run = self.run(variant, name)
+        if run.failed:
+            raise CouldNotRun(
+                f"the script trains without fastft, but not with {name}, by which its differences "
+                f"are judged: {run.reason}\n{run.output}"
+            )
+        return run.trace
+
+    def piece(self, piece: str) -> _Run:
+        """A run with one piece alone."""
+        return self.run(piece, piece, [piece], "collate" if piece == "packing" else "")
+
+
+def compare(request: Request) -> Comparison:
+    """Makes all runs and judges them.
+
+    Raises:
+        CouldNotRun: the script does not train, with or without fastft, or not twice alike.
+    """
+    request.out.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    packing, only, names = request.packing, request.only, request.pieces
+    with children.Progress(5 + len(names) + (packing is not None)) as progress:
+        session = _Session(request, progress)
+        stock = [session.stock()]
+        half = stock[0].dtype in _LOW_PRECISION
+        progress.add(int(half))
+        fast = [session.fast(), session.fast()]
+        stock.append(session.stock())
+        why = unreproducible(stock)
+        if why is not None:
+            raise CouldNotRun(why)
+        noise = session.reference("noise", "noise")
+        fp32 = session.reference("fp32", "fp32 weights") if half else None
+        runs = Runs(stock, fast, noise, fp32)
+        verdict = judge(runs)
+        if not verdict.equal and not names and len(only) > 1:
+            names = only  # which of them is it?
+            progress.add(len(names))
+        pieces = {name: session.piece(name) for name in names}
+        packs = None
+        if packing is not None:
+            packs = session.run("fast", f"packs of {packing}", only, str(packing)).trace
+    return Comparison(
+        command=shlex.join(_words(request.script)),
+        launch=shlex.join(request.launch[:-1]) if request.launch[0] != sys.executable else "",
+        runs=runs,
+        verdict=verdict,
+        pieces={name: run.trace for name, run in pieces.items() if not run.failed},
+        failed={name: run.reason for name, run in pieces.items() if run.failed},
+        packs=packs,
+        packing=packing,
+        seconds=time.monotonic() - begin,
+    )
+
+
+def _words(script: Script) -> list[str]:
+    return [*(["-m"] if script.is_module else []), script.target, *script.arguments]

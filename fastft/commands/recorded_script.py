@@ -1,0 +1,230 @@
+"""A script that is run once to be recorded: stock, with fastft, or as a reference.
+
+The process ends behind the last step, so that nothing is evaluated, saved or pushed, and schedules
+are those of the whole training. What the script would write into its `output_dir` goes beside the
+trace, and is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from fastft.commands.script import Script, execute, of_script
+from fastft.commands.trace import Trace
+from fastft.integrations.accelerator_loop import AcceleratorLoop
+from fastft.integrations.trainings import at_prepare, at_train
+from fastft.on_import import when_imported
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import Trainer
+
+    from fastft.integrations.recorder import RecordedLoop, Recorder
+
+_PACKAGES = (
+    *("fastft", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl"),
+    *("deepspeed", "bitsandbytes", "liger_kernel", "triton", "numpy"),
+)
+_REFERENCES = ("stock", "noise", "fp32")
+
+
+class RecordedScript:
+    """One run of a script in this process.
+
+    Args:
+        script: what is run.
+        out: the file that gets the trace of the first process; others have `.rankN` in its name.
+        variant: as `Trace.variant` has it.
+        steps: optimizer steps until the process ends.
+        pieces: of fastft, those that are on.
+        packing: as of `fastft.plug`.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        out: Path,
+        variant: str,
+        steps: int,
+        pieces: tuple[str, ...],
+        packing: int | str | None,
+    ) -> None:
+        rank = int(os.environ.get("RANK", "0"))
+        self.out = out if rank == 0 else out.with_suffix(f".rank{rank}{out.suffix}")
+        self.folder = out.with_suffix(".output")  # of all processes: one may write for the others
+        self._script, self._steps, self._packing = script, steps, packing
+        self._pieces = () if variant in _REFERENCES else pieces
+        self.trace = Trace(variant, rank, int(os.environ.get("WORLD_SIZE", "1")))
+        self._fast_loop = AcceleratorLoop([p for p in self._pieces if p != "packing"])
+        self._recorder: Recorder | None = None
+        self._loop: RecordedLoop | None = None
+        self._trainer: Trainer | None = None
+        self._disturbed = False
+
+    def run(self) -> int:
+        """Runs the script until the last step, where the process ends, or its own end.
+
+        Returns:
+            the exit code of a script that has ended before: its own, or 1 for an exception, which
+            is printed.
+        """
+        code = 0
+        with contextlib.ExitStack() as work:
+            work.callback(when_imported("transformers.training_args", self._keep_to_itself))
+            work.enter_context(at_train(self._begin, self._end))
+            work.enter_context(at_prepare(self._before, self._after))
+            try:
+                execute(self._script)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if code:
+                    self.trace.error = f"the script ended with exit code {code}"
+            except Exception as error:
+                code = 1
+                of_its_own = of_script(error.__traceback__)
+                said = traceback.format_exception(type(error), error, of_its_own)
+                self.trace.error = "".join(said)
+                print(self.trace.error, file=sys.stderr)
+        if self._recorder is not None:
+            self._recorder.complete()
+        self.trace.ended = "error" if self.trace.error else "script"
+        self._save()
+        return code
+
+    def _keep_to_itself(self, module: ModuleType) -> None:
+        """Has the arguments of every Trainer write to `folder` and report to nobody."""
+        stock = module.TrainingArguments.__post_init__
+
+        @functools.wraps(stock)
+        def __post_init__(arguments: Any) -> None:
+            arguments.output_dir, arguments.report_to = str(self.folder), "none"
+            arguments.push_to_hub = False
+            stock(arguments)
+
+        module.TrainingArguments.__post_init__ = __post_init__
+
+    def _begin(self, trainer: Trainer) -> None:
+        """A Trainer is going to train; the latest is the one that is recorded."""
+        from fastft.integrations.recorder import record
+
+        self.trace.error = None
+        if trainer is self._trainer:
+            return
+        self._trainer, plugged = trainer, None
+        if self.trace.variant == "fp32":
+            from fastft.integrations.reference_runs import train_in_fp32
+
+            train_in_fp32(trainer.model, trainer.accelerator)
+        self._disturb(trainer.model)
+        if self._pieces:
+            from fastft.integrations.plug import plug
+
+            plugged = plug(
+                trainer,
+                loss="loss" in self._pieces,
+                optimizer="optimizer" in self._pieces,
+                packing=self._packing,
+            )
+        record(trainer, self._new_recorder(plugged))
+
+    def _end(self, trainer: Trainer, error: BaseException | None) -> None:
+        if error is not None:  # which the script may catch
+            self.trace.error = "".join(traceback.format_exception(error))
+
+    def _before(self, accelerator: Accelerator, objects: tuple[Any, ...]) -> None:
+        """A loop of the script's own prepares something."""
+        for model in objects:
+            if isinstance(model, torch.nn.Module):
+                if self.trace.variant == "fp32":
+                    from fastft.integrations.reference_runs import train_in_fp32
+
+                    train_in_fp32(model, accelerator)
+                self._disturb(model)
+        self._fast_loop.before(accelerator, objects)
+
+    def _after(self, accelerator: Accelerator, prepared: tuple[Any, ...]) -> None:
+        from fastft.integrations.recorder import RecordedLoop
+
+        self._fast_loop.after(accelerator, prepared)
+        if self._loop is None:
+            self._loop = RecordedLoop(self._new_recorder(self._fast_loop if self._pieces else None))
+        self._loop.prepared(accelerator, prepared)
+
+    def _new_recorder(self, plugged: Any) -> Recorder:
+        from fastft.integrations.recorder import Recorder
+
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = Recorder(self.trace, self._steps, self._leave)
+        self._recorder.plugged = plugged
+        return self._recorder
+
+    def _disturb(self, model: Any) -> None:
+        if self.trace.variant == "noise" and not self._disturbed:
+            from fastft.integrations.reference_runs import add_noise
+
+            self.trace.noise, self._disturbed = add_noise(model), True
+
+    def _save(self) -> None:
+        self.trace.versions = {"python": platform.python_version(), **_versions()}
+        self.trace.machine = _machine()
+        self.trace.save(self.out)
+        if self.trace.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _leave(self) -> NoReturn:
+        """Ends the process, with all others of the training."""
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()  # nobody is waited for in vain
+        self._save()
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # the script's own end would evaluate, save and push
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        if package in sys.modules:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _machine() -> dict[str, str]:
+    machine = {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        machine["memory"] = f"{size / 2**30:.0f} GiB"
+    if torch.cuda.is_available():
+        machine["device"] = torch.cuda.get_device_name()
+    return machine
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,293 @@
+"""`python -m fastft run script.py args...`: an unchanged script trains with what fits of fastft.
+
+Every Trainer gets `fastft.plug` when its `train()` is called, every plain loop with an Accelerator
+the loss and AdamW at `prepare`. All else is as `python script.py args...` has it, and what fastft
+has to say goes to stderr, from the main process alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fastft.commands.script import Script, execute, of_script, reason_against, split
+from fastft.integrations.accelerator_loop import AcceleratorLoop
+from fastft.integrations.trainings import at_prepare, at_train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import Trainer
+
+    from fastft.integrations.plug import Plugged
+
+PIECES = ("loss", "optimizer", "packing")
+_PLUGGED = "_fastft_plugged"  # on a Trainer, so that both go together
+_PACKAGES = ("fastft", "torch", "transformers", "accelerate", "peft", "trl", "deepspeed")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the script; returns 0 where it ends, and leaves `SystemExit` and errors to Python."""
+    parser = _parser()
+    own, script = split(arguments)
+    options = parser.parse_args(own)
+    reason = reason_against(script) or _reason_against(options)
+    if script is None or reason is not None:
+        parser.error(str(reason))
+    script.arguments[:0] = options.local_rank
+    run = _Run(options, script)
+    with run.at_work():
+        execute(script)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastft run",
+        usage="%(prog)s [options] script.py [arguments]\n"
+        "       %(prog)s [options] -m module [arguments]",
+        description="Runs an unchanged script; every Trainer in it trains with fastft's loss and "
+        "optimizer, and an Accelerator's loop likewise. Behind a launcher: torchrun ... -m fastft "
+        "run script.py, accelerate launch -m fastft run script.py, deepspeed --module fastft run "
+        "script.py. Processes that the script starts itself train stock.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--only",
+        type=_pieces,
+        metavar="PIECES",
+        help=f"some of {', '.join(PIECES)}, with commas between; without it, all that fit",
+    )
+    parser.add_argument(
+        "--packing",
+        type=_packing,
+        metavar="N|collate",
+        help="pack the training set into rows of N tokens; or keep its batches, without padding",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write what was done, as JSON, at the end"
+    )
+    for name in ("--local_rank", "--local-rank"):  # launchers put it before the command
+        parser.add_argument(
+            name,
+            dest="local_rank",
+            action="append",
+            type=f"{name}={{}}".format,
+            default=[],
+            help=argparse.SUPPRESS,
+        )
+    return parser
+
+
+def _pieces(text: str) -> tuple[str, ...]:
+    pieces = tuple(filter(None, text.split(",")))
+    unknown = [piece for piece in pieces if piece not in PIECES]
+    if unknown or not pieces:
+        what = f"there is no piece {unknown[0]!r}" if unknown else "no piece is named"
+        raise argparse.ArgumentTypeError(f"{what}: the pieces are {', '.join(PIECES)}")
+    return pieces
+
+
+def _packing(text: str) -> int | str:
+    if text == "collate":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of tokens above 0, or 'collate', got {text!r}"
+        )
+    return int(text)
+
+
+def _reason_against(options: argparse.Namespace) -> str | None:
+    """Why these options cannot be meant; None if they can."""
+    only = options.only or PIECES
+    if options.only and "packing" in only and options.packing is None:
+        return "--only packing needs --packing N, or --packing collate"
+    if options.packing is not None and "packing" not in only:
+        return f"--packing {options.packing} is left out by --only {','.join(only)}"
+    if options.report is not None and not options.report.absolute().parent.is_dir():
+        return f"--report: there is no folder {options.report.absolute().parent}"
+    return None
+
+
+@dataclasses.dataclass
+class _Training:
+    """A Trainer, or an Accelerator's loop: what is said of it, and what the report has.
+
+    `trainer`: the name of its class.
+    `lines`: of each piece, the latest sentence.
+    `report`, `evaluation`: as `fastft.FusedLossCallback` has them.
+    """
+
+    trainer: str
+    lines: dict[str, str] = dataclasses.field(default_factory=dict)
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def look(self, source: Plugged | AcceleratorLoop, speaks: bool) -> None:
+        """Takes what `source` knows by now, and says which lines are new."""
+        news = {
+            piece: line for piece, line in source.lines.items() if line != self.lines.get(piece)
+        }
+        self.lines = dict(source.lines)
+        for name in ("report", "evaluation"):
+            found = getattr(source, name, None)
+            setattr(self, name, {} if found is None else dataclasses.asdict(found))
+        if speaks:
+            for piece, line in news.items():
+                _say(f"{self.trainer}: {piece}: {line}")
+
+
+class _Run:
+    """What becomes of the trainings in this process."""
+
+    def __init__(self, options: argparse.Namespace, script: Script) -> None:
+        self._pieces = tuple(
+            piece
+            for piece in options.only or PIECES
+            if piece != "packing" or options.packing is not None
+        )
+        self._packing, self._file, self._script = options.packing, options.report, script
+        self._trainings: list[_Training] = []
+        # weakly: a script that makes a Trainer for each fold must lose the last one
+        self._trainers: weakref.WeakKeyDictionary[Trainer, _Training] = weakref.WeakKeyDictionary()
+        self._loop = AcceleratorLoop(self._pieces)
+        self._of_loop: _Training | None = None
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While the context is open, trainings that begin are fastft's; nothing remains behind."""
+        error: BaseException | None = None
+        try:
+            with at_train(self._begin, self._end), at_prepare(self._loop.before, self._prepared):
+                yield
+        except BaseException as raised:
+            error = raised
+            self._explain(raised)
+            raise
+        finally:
+            self._close(error)
+
+    def _begin(self, trainer: Trainer) -> None:
+        if trainer not in self._trainers:
+            self._trainers[trainer] = _Training(type(trainer).__name__)
+            self._trainings.append(self._trainers[trainer])
+        if not hasattr(trainer, _PLUGGED):
+            # transformers is there by now: this imports it
+            from fastft.integrations.plug import plug
+
+            loss, optimizer = ("loss" in self._pieces, "optimizer" in self._pieces)
+            plugged = plug(trainer, loss=loss, optimizer=optimizer, packing=self._packing)
+            setattr(trainer, _PLUGGED, plugged)
+        self._look(trainer)
+
+    def _end(self, trainer: Trainer, error: BaseException | None) -> None:
+        self._look(trainer)
+        if error is not None:  # the script may catch it and train again
+            _take_off(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
+        self._trainers[trainer].look(getattr(trainer, _PLUGGED), trainer.is_world_process_zero())
+
+    def _prepared(self, accelerator: Accelerator, prepared: tuple[Any, ...]) -> None:
+        self._loop.after(accelerator, prepared)
+        if not self._loop.is_at_work:
+            return
+        if self._of_loop is None:
+            self._of_loop = _Training("Accelerator")
+            self._trainings.append(self._of_loop)
+        self._of_loop.look(self._loop, accelerator.is_main_process)
+
+    def _close(self, error: BaseException | None) -> None:
+        for trainer in self._trainers:
+            if hasattr(trainer, _PLUGGED):
+                self._look(trainer)
+                _take_off(trainer)
+        self._loop.restore()
+        if self._of_loop is not None:
+            self._of_loop.look(self._loop, _is_main_process())
+        if not _is_main_process():
+            return
+        if not self._trainings and not _is_failure(error):
+            _say(
+                "no Trainer was trained here, and no Accelerator prepared anything: nothing of "
+                "fastft was used. Processes that a script starts itself (spawn, Ray, "
+                "notebook_launcher) train stock: start them with torchrun ... -m fastft run"
+            )
+        if self._file is not None:
+            self._file.write_text(json.dumps(self._report(error), indent=2) + "\n")
+
+    def _report(self, error: BaseException | None) -> dict[str, Any]:
+        script, failed = self._script, _is_failure(error)
+        return {
+            "script": [*["-m"][: script.is_module], script.target, *script.arguments],
+            "pieces": self._pieces,
+            "packing": self._packing,
+            "trainings": list(map(dataclasses.asdict, self._trainings)),
+            "error": f"{type(error).__name__}: {error}" if failed else None,
+            "versions": {"python": platform.python_version(), **_versions()},
+        }
+
+    def _explain(self, error: BaseException) -> None:
+        """Lets Python report the script's failure as its own, and adds a line where it may be
+        fastft's."""
+        line = self._way_out(error)
+        if isinstance(error, SystemExit):  # Python prints no traceback behind which to say it
+            if line is not None:
+                _say(line)
+            return
+        report = sys.excepthook
+
+        def excepthook(
+            kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+        ) -> None:
+            of_its_own = of_script(traceback)
+            report(kind, error.with_traceback(of_its_own), of_its_own)
+            if line is not None:
+                _say(line)
+
+        sys.excepthook = excepthook
+
+    def _way_out(self, error: BaseException) -> str | None:
+        """What to do about a failure that may be fastft's; None where nothing of it was at work."""
+        if not self._trainings or not _is_failure(error) or isinstance(error, KeyboardInterrupt):
+            return None
+        one = " or ".join(f"--only {piece}" for piece in self._pieces)
+        others = f"leave pieces out ({one}), and " if len(self._pieces) > 1 else ""
+        return (
+            f"fastft's {', '.join(self._pieces)} had a part in this training. If it does not fail "
+            f"without `-m fastft run`, {others}please report it"
+        )
+
+
+def _take_off(trainer: Trainer) -> None:
+    plugged: Plugged = vars(trainer).pop(_PLUGGED)
+    plugged.restore()
+
+
+def _is_failure(error: BaseException | None) -> bool:
+    return error is not None and not (isinstance(error, SystemExit) and not error.code)
+
+
+def _is_main_process() -> bool:
+    """As launchers say it, for what is said where no library has been asked."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _versions() -> dict[str, str]:
+    loaded = [package for package in _PACKAGES if package in sys.modules]
+    return {package: importlib.metadata.version(package) for package in loaded}
+
+
+def _say(text: str) -> None:
+    print(f"fastft: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,127 @@
+"""The loss of a plugged Trainer: fused in its trainings and in all of its evaluations."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from fastft import foreign
+from fastft.integrations.fused_loss import FusedLossCallback
+from fastft.integrations.packing import PackingCallback
+from fastft.loss.lazy.output_head import expects_head, find_heads
+from fastft.loss.lazy.report import Report
+
+
+class _PluggedLoss(FusedLossCallback):
+    """A `FusedLossCallback` whose outcome is a line of `Plugged`."""
+
+    def _say_outcome(self, model: nn.Module) -> None:
+        pass
+
+
+class LossPiece:
+    """What `plug` does for the loss.
+
+    Args:
+        trainer: a Trainer before `train()`.
+        wanted: `loss` of `plug`.
+        packs: whether batches are packed.
+        attention: of `plug`.
+
+    Attributes:
+        callback: what fuses the loss and keeps packed sequences apart: the Trainer's own, if it has
+            one; None if there is nothing to do.
+    """
+
+    def __init__(self, trainer: Trainer, wanted: bool, packs: bool, attention: bool) -> None:
+        self._trainer: Any = trainer
+        self._wanted = wanted
+        there = trainer.callback_handler.callbacks
+        kind = FusedLossCallback if wanted else PackingCallback
+        given = next((callback for callback in there if isinstance(callback, kind)), None)
+        self._is_new = given is None
+        self.callback: PackingCallback | None = given
+        if given is None and wanted:
+            self.callback = _PluggedLoss(attention=attention)
+        elif given is None and packs:
+            self.callback = PackingCallback(attention=attention)
+
+    @property
+    def fusing(self) -> FusedLossCallback | None:
+        """The callback, where it was asked to fuse."""
+        wanted = self._wanted and isinstance(self.callback, FusedLossCallback)
+        return self.callback if wanted else None  # type: ignore[return-value]
+
+    def install(self, stack: contextlib.ExitStack) -> None:
+        """Gives the Trainer its callback and its evaluation loop, until `stack` is closed."""
+        trainer, callback = self._trainer, self.callback
+        if self._is_new and callback is not None:
+            trainer.add_callback(callback)
+            stack.callback(_without_callback, trainer, callback)
+        if callback is not None:
+            stack.callback(callback.restore)
+        if self.fusing is not None:
+            stock = trainer.evaluation_loop
+            loop = functools.wraps(stock)(functools.partial(self._evaluation_loop, stock))
+            stack.enter_context(foreign.with_attributes(trainer, evaluation_loop=loop))
+
+    def _evaluation_loop(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer, callback = self._trainer, self.fusing
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        unprepared = trainer.model_wrapped is trainer.model
+        # a head that is sharded in the loop itself has to be looked at afterwards
+        if callback is None or (sharded and unprepared):
+            return stock(*args, **kwargs)
+        with callback.evaluating(trainer.model, trainer.args):
+            return stock(*args, **kwargs)
+
+    def line(self, trained: bool) -> str:
+        """What becomes of the loss; `trained`: a step has been taken."""
+        callback, model = self.fusing, self._trainer.model
+        if callback is None:
+            return "off: loss=False"
+        heads = " and ".join(_names(model, find_heads(model))) or "the output head"
+        report = callback.report
+        if report.fused:
+            also = ", ".join(report.materialised)
+            asked = f"; real logits were asked for by {also}" if also else ""
+            return f"fused at {heads}{_softcap(model)}{asked}"
+        if trained:
+            return f"left alone: {callback.why_not_fused(model)}"
+        if self._trainer.args.n_gpu > 1:
+            return "left alone: DataParallel: its replicas would call the head of the first device"
+        if not expects_head(model):
+            name = type(foreign.base_model(model)).__name__
+            return f"left alone: {name} has no output head over a vocabulary"
+        return f"to be fused at {heads}{_softcap(model)}"
+
+    @property
+    def report(self) -> Report:
+        """`FusedLossCallback.report`."""
+        return Report() if self.fusing is None else self.fusing.report
+
+    @property
+    def evaluation(self) -> Report:
+        """`FusedLossCallback.evaluation`."""
+        return Report() if self.fusing is None else self.fusing.evaluation
+
+
+def _without_callback(trainer: Trainer, callback: Any) -> None:
+    if callback in trainer.callback_handler.callbacks:
+        trainer.remove_callback(callback)
+
+
+def _names(model: nn.Module, heads: list[nn.Linear]) -> list[str]:
+    names = {id(module): name for name, module in foreign.base_model(model).named_modules()}
+    return [names.get(id(head), "the output head") for head in heads]
+
+
+def _softcap(model: nn.Module) -> str:
+    config: Any = getattr(foreign.base_model(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    cap = getattr(text, "final_logit_softcapping", None)
+    return "" if cap is None else f", softcap {cap:g}"

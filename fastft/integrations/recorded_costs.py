@@ -1,0 +1,95 @@
+"""The time and memory of a training, without those of recording it.
+
+The clock stands still and the peak of memory is taken anew while something is recorded: what the
+recorder allocates counts for nothing once it is free again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Costs:
+    """The clock and the peaks, from when this is made.
+
+    Attributes:
+        seconds: that have passed, without those inside `stopped`.
+        peak_device: bytes of the current CUDA device at most; None without one.
+        peak_process: bytes of the process at most, above those at the beginning.
+        kind: how `peak_process` is measured.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.peak_process = 0.0, 0
+        self.peak_device: int | None = 0 if _has_device() else None
+        self._resets = _reset_process_peak()
+        self.kind = (
+            "resident memory, its high-water mark set back when training began"
+            if self._resets
+            else "resident memory at its highest, less what was the highest when training began"
+        )
+        self._base = _status("VmRSS") if self._resets else _highest()
+        self._begin()
+
+    @contextlib.contextmanager
+    def stopped(self, copies: int = 0) -> Iterator[None]:
+        """Counts nothing meanwhile; of the time before, so many bytes were the recorder's."""
+        _synchronise()
+        self.seconds += time.perf_counter() - self._since
+        process = (_status("VmHWM") if self._resets else _highest()) - self._base - copies
+        self.peak_process = max(self.peak_process, process)
+        if self.peak_device is not None:
+            self.peak_device = max(self.peak_device, torch.cuda.max_memory_allocated())
+        try:
+            yield
+        finally:
+            self._begin()
+
+    def _begin(self) -> None:
+        _synchronise()
+        if self._resets:
+            _reset_process_peak()
+        if self.peak_device is not None:
+            torch.cuda.reset_peak_memory_stats()
+        self._since = time.perf_counter()
+
+
+def _has_device() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _synchronise() -> None:
+    if _has_device():
+        torch.cuda.synchronize()
+
+
+def _reset_process_peak() -> bool:
+    """Sets the high-water mark to what the process has now; False where the system cannot."""
+    try:
+        _RESET.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def _highest() -> int:
+    """The most that the process ever had; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

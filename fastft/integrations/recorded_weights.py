@@ -1,0 +1,213 @@
+"""Numbers of weights, gradients and moments by which two runs are compared without keeping them.
+
+All of it is of this process's part, where a tensor is sharded, in plain torch, and reads only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastft import foreign
+from fastft.integrations.recorded_batches import digest
+from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_update import load_value
+from fastft.optim.moments_8bit import ENTRIES, dequantise
+from fastft.optim.weight_bits import residue_of
+
+_WIDTH = 1 << 14  # of a row of signs; a projection needs no more memory than this
+_MOMENTS = ("exp_avg", "momentum_buffer")
+
+
+class Weights:
+    """The trainable parameters of a model, and what its optimizer holds for them.
+
+    Args:
+        model: in whatever wraps it.
+        optimizer: likewise.
+
+    Attributes:
+        names: of the parameters, as the unwrapped model calls them.
+        held: bytes of the copies that lie on the host now.
+    """
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        self._model = foreign.unwrapped(model)
+        self.names = [n for n, p in self._model.named_parameters() if p.requires_grad]
+        self.optimizer = foreign.inner_optimizer(optimizer)
+        self.held = 0
+        self._before: list[Tensor] = []
+
+    @property
+    def params(self) -> list[Any]:
+        """The parameters that the model computes with now: the optimizer may hold others by then."""
+        now = dict(self._model.named_parameters())
+        return [now[name] for name in self.names]
+
+    @property
+    def kept_apart(self) -> bool:
+        """Whether an engine trains flat copies of the parameters, which are not looked into."""
+        return foreign.of_deepspeed(self.optimizer)
+
+    def of_groups(self, name: str) -> list[float]:
+        """A value of the optimizer's groups for each parameter; NaN where none has it."""
+        values = {
+            id(param): float(group.get(name, math.nan))
+            for group in self.optimizer.param_groups
+            for param in group["params"]
+        }
+        return [values.get(id(param), math.nan) for param in self.params]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keeps the weights on the host until `moved`."""
+        self._before = [self._value(param).to("cpu", copy=True) for param in self.params]
+        self.held = sum(map(_size, self._before))
+
+    @torch.no_grad()
+    def moved(self) -> list[float]:
+        """The norm of each weight's change since `remember`, which is forgotten."""
+        norms = [
+            torch.linalg.vector_norm(self._value(param) - before.to(_local(param).device))
+            for param, before in zip(self.params, self._before, strict=True)
+        ]
+        self._before, self.held = [], 0
+        return _numbers(norms)
+
+    @torch.no_grad()
+    def projections(self) -> list[float]:
+        """A fixed projection of each weight, with the bits that the optimizer keeps beside it."""
+        return _numbers([_projection(self._value(param)) for param in self.params])
+
+    @torch.no_grad()
+    def bits(self) -> str:
+        """A digest of the weights as the model holds them."""
+        sums = [_sum_of_bits(_local(param)) for param in self.params]
+        shadows = _numbers([_projection(_local(param).float()) for param in self.params])
+        return digest([repr(_whole(sums)).encode(), repr(shadows).encode()])
+
+    @torch.no_grad()
+    def gradients(self) -> list[float]:
+        """The norm of each gradient as the next step uses it; NaN without one."""
+        if self.kept_apart:
+            return []
+        factor = self._factor()
+        return _numbers(
+            [None if param.grad is None else factor * _norm(param.grad) for param in self.params]
+        )
+
+    @torch.no_grad()
+    def moments(self) -> list[float] | None:
+        """The norm of each running average of the gradient; None where the optimizer has none."""
+        if self.kept_apart:
+            return None
+        norms = [_moment(self.optimizer.state.get(param, {})) for param in self.params]
+        return None if all(norm is None for norm in norms) else _numbers(norms)
+
+    def _factor(self) -> Tensor | float:
+        """What our step is going to multiply the gradients by, in place of a clipping before."""
+        if not isinstance(self.optimizer, AdamW):
+            return 1.0
+        held = (param for group in self.optimizer.param_groups for param in group["params"])
+        grads = [param.grad for param in held if param.grad is not None]
+        factor = self.optimizer._grad_factor(grads, self.optimizer._clipping)
+        return 1.0 if factor is None else factor
+
+    def _value(self, param: Any) -> Tensor:
+        """The fp32 value of a weight."""
+        state = self.optimizer.state.get(param, {}) if not self.kept_apart else {}
+        residue = residue_of(state)
+        local = _local(param)
+        if residue is not None:
+            return load_value(local, foreign.local(residue))
+        return local if local.dtype == torch.float64 else local.float()
+
+
+def _local(param: Any) -> Tensor:
+    # ZeRO-3 leaves an empty tensor where a weight was, and its part under this name
+    part: Tensor = foreign.local(getattr(param, "ds_tensor", param).detach())
+    return part
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _norm(tensor: Any) -> Tensor:
+    tensor = foreign.local(tensor)
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+    return norm
+
+
+def _moment(state: dict[str, Any]) -> Tensor | None:
+    name = next((name for name in _MOMENTS if isinstance(state.get(name), Tensor)), None)
+    if name is None:
+        return None
+    if all(entry in state for entry in ENTRIES):
+        return _norm(dequantise(*(foreign.local(state[entry]) for entry in ENTRIES))[0])
+    moment = foreign.local(state[name])
+    # codes of another library, which has the table for them
+    return _norm(moment) if moment.is_floating_point() else None
+
+
+def _projection(value: Tensor) -> Tensor:
+    """The scalar product with random signs, of a norm near that of `value`.
+
+    The signs are the outer product of two rows of signs, which depend on the number of elements
+    alone.
+    """
+    flat = value.reshape(-1)
+    rows = -(-flat.numel() // _WIDTH)
+    inner = _signs(_WIDTH, 0, value.device, value.dtype)
+    outer = _signs(rows, 1, value.device, value.dtype)
+    whole = flat.numel() // _WIDTH * _WIDTH
+    total = flat[:whole].view(-1, _WIDTH) @ inner
+    rest = flat[whole:] @ inner[: flat.numel() - whole]
+    total = torch.cat((total, rest[None])) if flat.numel() > whole else total
+    return total @ outer
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(count: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)  # of its own: the training's is left alone
+    return (torch.randint(2, (count,), generator=generator) * 2 - 1).to(device, dtype)
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+def _numbers(values: Iterable[Tensor | None]) -> list[float]:
+    """As Python's numbers, with one wait for each device; NaN for None."""
+    values = list(values)
+    present = [value for value in values if value is not None]
+    found = iter(_whole([value.double() for value in present]))
+    return [math.nan if value is None else next(found) for value in values]
+
+
+def _whole(scalars: list[Tensor]) -> list[Any]:
+    if len({scalar.device for scalar in scalars}) == 1:
+        return list(torch.stack(scalars).tolist())
+    return [scalar.item() for scalar in scalars]
+
+
+def random_states() -> str:
+    """A digest of the random states of Python, NumPy, torch and its CUDA devices."""
+    parts = [repr(random.getstate()).encode(), torch.get_rng_state().numpy().tobytes()]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        parts.append(repr(numpy.random.get_state(legacy=False)).encode())
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        parts += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
+    return digest(parts)
