@@ -16,7 +16,6 @@ import gc
 import json
 import multiprocessing
 import warnings
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import transformers
 from memory import memory
 from transformers import AutoConfig, PreTrainedConfig
 
-from fastft.integrations.estimated_training import Training, measure
+from fastft.integrations.estimated_training import Memory, Training, measure
 from fastft.live_memory import LiveMemory, Peak
 from fastft.unallocated import Unallocated
 
@@ -120,7 +119,7 @@ def config_of(kind: str, changes: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def run(number: int, results: Connection) -> None:
+def run(number: int) -> tuple[Memory, Memory, int]:
     """One training, estimated and carried out, in a process of its own."""
     kind, changes, options, pieces = RUNS[number]
     training = Training(config_of(kind, changes), **options)
@@ -130,7 +129,7 @@ def run(number: int, results: Connection) -> None:
     before = memory("VmRSS")
     counted = measure(training, frozenset(pieces), LiveMemory())
     process = 1024 * (memory("VmHWM") - before)
-    results.send((estimated, counted, process))
+    return estimated, counted, process
 
 
 def words(changes: dict[str, Any], options: dict[str, Any]) -> str:
@@ -149,38 +148,39 @@ def _pair(estimated: Peak, counted: Peak) -> tuple[str, float]:
     return f"{estimated.bytes / 2**20:.2f} | {counted.bytes / 2**20:.2f} | {off:+.2f} %", abs(off)
 
 
+def _line(number: int, estimated: Memory, counted: Memory, process: int, offs: list[float]) -> str:
+    """A run's row of the table; its errors go into `offs`."""
+    kind, changes, options, pieces = RUNS[number]
+    step, off_step = _pair(estimated.training, counted.training)
+    evaluation, off_evaluation = _pair(estimated.evaluation, counted.evaluation)
+    offs += [off_step, off_evaluation]
+    return (
+        f"| {number + 1} | {kind} | {words(changes, options)} | {' + '.join(pieces) or 'stock'} "
+        f"| {step} | {process / 2**20:.0f} | {evaluation} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=int, nargs="+", help="numbers of runs; writes nothing")
-    numbers = parser.parse_args().only
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     # what a training imports is imported once, for all that are forked
     measure(Training(config_of("llama", {}), tokens=8), frozenset(ALL), Unallocated())
     lines, offs = [], list[float]()
     fork = multiprocessing.get_context("fork")  # nothing is imported anew
-    for number in numbers or range(len(RUNS)):
-        kind, changes, options, pieces = RUNS[number]
-        receiver, sender = fork.Pipe(duplex=False)
-        child = fork.Process(target=run, args=(number, sender))
-        child.start()
-        sender.close()
-        estimated, counted, process = receiver.recv()
-        child.join()
-        step, off_step = _pair(estimated.training, counted.training)
-        evaluation, off_evaluation = _pair(estimated.evaluation, counted.evaluation)
-        offs += [off_step, off_evaluation]
-        what = " + ".join(pieces) or "stock"
-        lines.append(
-            f"| {number + 1} | {kind} | {words(changes, options)} | {what} "
-            f"| {step} | {process / 2**20:.0f} | {evaluation} |"
-        )
-        print(lines[-1], flush=True)
+    chosen = options.only or range(len(RUNS))
+    with fork.Pool(options.jobs, maxtasksperchild=1) as pool:
+        for number, found in zip(chosen, pool.imap(run, chosen), strict=True):
+            lines.append(_line(number, *found, offs))
+            print(lines[-1], flush=True)
     summary = f"Mean error {sum(offs) / len(offs):.2f} %, worst {max(offs):.2f} %."
     print(json.dumps({"mean": sum(offs) / len(offs), "worst": max(offs)}))
-    if numbers is None:
+    if options.only is None:
         head = [
             "| | model | training | fastft | step: estimated | counted | off | process "
             "| evaluation: estimated | counted | off |",
