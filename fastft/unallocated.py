@@ -135,10 +135,10 @@ def _grouped_mm(
     a: Tensor, b: Tensor, offs: Any = (), bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
     """What products of groups look like: torch's meta device takes bf16 alone, a CPU fp32 too."""
+    shape = a.shape[-2], b.shape[-1]
     if a.dim() == b.dim():
-        shape = (len(offs) if a.dim() == 2 else len(a), a.shape[-2], b.shape[-1])
-    else:
-        shape = (a.shape[-2], b.shape[-1])
+        groups = len(offs) if a.dim() == 2 else len(a)
+        return a.new_empty(groups, *shape, dtype=out_dtype or a.dtype)
     return a.new_empty(shape, dtype=out_dtype or a.dtype)
 
 
