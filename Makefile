@@ -97,6 +97,7 @@ bench: native $(RIVALS)
 	$(BIN)/python benchmarks/record.py --machine cpu --only adamw
 	$(BIN)/python benchmarks/record.py --machine cpu --only attention collator boundaries plan
 	$(BIN)/python benchmarks/memory.py --machine cpu
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/estimate.py
 
 kernels: native
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python benchmarks/kernel_table.py

@@ -27,7 +27,12 @@ PRIVATE_NAMES = {
         "torch.compiler.assume_constant_result, without the compiler"
     ),
     "torch:Tensor._make_wrapper_subclass": "lazy logits are a tensor without memory",
-    "torch:UntypedStorage._cdata": "whether an operation on lazy logits would share their memory",
+    "torch:UntypedStorage._cdata": (
+        "whether an operation on lazy logits would share their memory; which memory is live"
+    ),
+    "torch:_ops.OpOverload._schema": "what an operation writes to, and which results are views",
+    "torch:ops.aten._local_scalar_dense": "a look at a number that is not there",
+    "torch:ops.aten._grouped_mm": "experts of a model, by shapes alone",
     "torch:Tensor._version": "has somebody written to a gradient, a state or a weight since",
     "torch._C:DisableTorchFunctionSubclass": (
         "computing inside __torch_function__ without entering it again"
@@ -82,6 +87,7 @@ PRIVATE_NAMES = {
     "transformers:PreTrainedConfig._attn_implementation_internal": (
         "the same, set without a check of the name"
     ),
+    "transformers:PreTrainedModel._from_config": "a model of the class that a configuration names",
     "transformers:PreTrainedModel._supports_sdpa": "which stock attention the probe tries",
     "transformers:PreTrainedModel._supports_flash_attn": "would flash-attn help a model",
     "transformers:PreTrainedModel._can_set_attn_implementation": (
