@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
     from fastft.integrations.plug import plug
+    from fastft.integrations.throughput import ThroughputCallback
 
 __version__ = "0.2.0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "PackingCallback",
     "PackingCollator",
     "PackingLeakError",
+    "ThroughputCallback",
     "adamw",
     "adamw_spec",
     "block_mask",
@@ -86,6 +88,7 @@ __all__ = [
 _OF_TRANSFORMERS = {
     "FusedLossCallback": "fastft.integrations.fused_loss",
     "PackingCallback": "fastft.integrations.packing",
+    "ThroughputCallback": "fastft.integrations.throughput",
     "plug": "fastft.integrations.plug",
 }
 
