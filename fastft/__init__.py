@@ -47,7 +47,8 @@ else:
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
-    from fastft.integrations.plug import Plugged, plug
+    from fastft.integrations.plug import plug
+    from fastft.integrations.throughput import ThroughputCallback
 
 __version__ = "0.2.0"
 
@@ -60,7 +61,7 @@ __all__ = [
     "PackingCallback",
     "PackingCollator",
     "PackingLeakError",
-    "Plugged",
+    "ThroughputCallback",
     "adamw",
     "adamw_spec",
     "block_mask",
@@ -87,7 +88,7 @@ __all__ = [
 _OF_TRANSFORMERS = {
     "FusedLossCallback": "fastft.integrations.fused_loss",
     "PackingCallback": "fastft.integrations.packing",
-    "Plugged": "fastft.integrations.plug",
+    "ThroughputCallback": "fastft.integrations.throughput",
     "plug": "fastft.integrations.plug",
 }
 

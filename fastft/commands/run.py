@@ -125,7 +125,7 @@ def _reason_against(options: argparse.Namespace) -> str | None:
     return None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Training:
     """What the report has of a Trainer, or of the Accelerator loops.
 
@@ -152,12 +152,15 @@ class _Run:
 
     def __init__(self, options: argparse.Namespace, script: Script) -> None:
         wanted = options.only or PIECES
-        self._packing, self._file, self._script = options.packing, options.report, script
+        self._packing, self._script = options.packing, script
+        self._file = options.report and options.report.absolute()  # the script may change folders
         self._pieces = [piece for piece in wanted if piece != "packing" or self._packing]
         self._trainings: list[_Training] = []
         # weakly: a script that makes a Trainer for each fold must lose the last one
         self._trainers: weakref.WeakKeyDictionary[Trainer, _Training] = weakref.WeakKeyDictionary()
+        self._ours: weakref.WeakSet[Trainer] = weakref.WeakSet()  # the script may plug some itself
         self._loop: tuple[AcceleratorLoop, _Training] | None = None
+        self._process = os.getpid()
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -179,23 +182,30 @@ class _Run:
         if trainer not in self._trainers:
             self._trainers[trainer] = _Training(type(trainer).__name__)
             self._trainings.append(self._trainers[trainer])
-        if Plugged.of(trainer) is None:  # else by an earlier train(), or by the script
+        if Plugged.of(trainer) is None:
             loss, optimizer = "loss" in self._pieces, "optimizer" in self._pieces
             plug(trainer, loss=loss, optimizer=optimizer, packing=self._packing)
+            self._ours.add(trainer)
         self._look(trainer)
 
     def _end(self, trainer: Trainer, error: BaseException | None) -> None:
-        plugged = self._look(trainer)
-        if error is not None and plugged is not None:
-            plugged.restore()  # the script may catch it and train again
+        self._look(trainer)
+        if error is not None:
+            self._take_off(trainer)  # the script may catch it and train again
 
-    def _look(self, trainer: Trainer) -> Plugged | None:
+    def _look(self, trainer: Trainer) -> None:
         from fastft.integrations.plug import Plugged
 
         plugged = Plugged.of(trainer)
         if plugged is not None:
             self._trainers[trainer].look(plugged)
-        return plugged
+
+    def _take_off(self, trainer: Trainer) -> None:
+        from fastft.integrations.plug import Plugged
+
+        plugged = Plugged.of(trainer)
+        if plugged is not None and trainer in self._ours:
+            plugged.restore()
 
     def _given(self, accelerator: Accelerator, objects: tuple[Any, ...]) -> None:
         if self._loop is None:
@@ -221,10 +231,11 @@ class _Run:
                 _say(f"{piece}: {line}")
 
     def _close(self, error: BaseException | None) -> None:
+        if os.getpid() != self._process:  # a process that the script has forked comes to its end
+            return
         for trainer in self._trainers:
-            plugged = self._look(trainer)
-            if plugged is not None:
-                plugged.restore()
+            self._look(trainer)
+            self._take_off(trainer)
         if self._loop is not None:
             self._loop[0].restore()
             self._tell(_is_main_process())

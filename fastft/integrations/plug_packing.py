@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
@@ -205,6 +207,8 @@ class PackingPiece:
         if self._leak is not None:
             return f"left alone: {self._leak}"
         words = [self._batches(), *self._padding(), *self._apart()]
+        if _draws(self._trainer.model):
+            words.append("dropout draws other masks than on padded rows")
         if _has_own_loss(self._trainer):
             words.append(f"{type(self._trainer).__name__}'s own loss gets rows of several examples")
         return ", ".join(words)
@@ -230,7 +234,8 @@ class PackingPiece:
             ends = torch.cat([plan.lengths.new_zeros(1), plan.lengths.cumsum(0)])
             tokens = ends[plan.offsets].diff()
         now = _share(int(tokens.sum()), int((tokens + -tokens % multiple).sum()))
-        words = [f"{now} padding instead of {_share(sum(sample.tokens), sample.total)}"]
+        before = _share(sum(sample.tokens), sample.total)
+        words = [f"{now} padding" + (", as before" if now == before else f" instead of {before}")]
         if self._predicts_from_padding():
             words.append("no first token predicted from padding left of it")
         return words
@@ -303,6 +308,8 @@ def _refuse_packed(trainer: Trainer, packing: Any) -> None:
         raise Unpackable("the Trainer has no train_dataset")
     if packs_in(trainer.train_dataset) is not None:
         raise Unpackable("train_dataset is packed already")
+    if trainer.neftune_noise_alpha is not None:
+        raise Unpackable("NEFTune makes its noise by the length of a row (neftune_noise_alpha)")
     if packing == COLLATE and isinstance(trainer.data_collator, PackingCollator):
         raise Unpackable("PackingCollator packs already")
 
@@ -385,6 +392,18 @@ def _generator_kept(collator: Any) -> Iterator[None]:
     finally:
         if hasattr(collator, "generator"):
             collator.generator = given
+
+
+def _draws(model: Any) -> bool:
+    """Whether a training of this model has dropout, of a module or of attention."""
+    config = getattr(foreign.base_model(model), "config", None)
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates += [
+        rate
+        for name, rate in ({} if config is None else config.to_dict()).items()
+        if re.search("attn_pdrop|attention.*dropout|^dropout", name) and isinstance(rate, float)
+    ]
+    return any(rate > 0 for rate in rates)
 
 
 def _has_own_loss(trainer: Trainer) -> bool:

@@ -7,6 +7,7 @@ losses are kept, and looked at around the step, where the clock stands still.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,8 @@ class Recorder:
         trace.steps = []
         self._watch_head(model)
         self._watch_clipping(accelerator)
+        if self._weights.kept_apart:  # the step is a part of the backward pass there
+            self._weights.remember()
         self._seconds, self._costs = 0.0, Costs()
 
     @property
@@ -99,7 +102,7 @@ class Recorder:
 
     def step_begins(self) -> None:
         """The gradients are what the optimizer is going to use."""
-        with self._clock.stopped():
+        with self._clock.stopped(self._weights.held):
             passes, self._passes = self._passes, []
             micro = [self._micro(one) for one in passes]
             self._step = Step(
@@ -109,20 +112,22 @@ class Recorder:
                 gradients=self._weights.gradients(),
                 drew=any(one.drew for one in passes),
             )
-            norm, self._grad_norm = self._grad_norm, None
-            self._step.grad_norm = None if norm is None else float(norm)
-            self._weights.remember()
+            self._step.grad_norm = self._norm_of(self._step.gradients)
+            if not self._weights.kept_apart:
+                self._weights.remember()
 
     def step_ends(self) -> None:
         """The optimizer has taken its step."""
-        with self._clock.stopped(copies=self._weights.held):
+        with self._clock.stopped(self._weights.held):
             step = self._step
             step.moved, step.moments = self._weights.moved(), self._weights.moments()
             step.projection, step.weights = self._weights.projections(), self._weights.bits()
+            if self._weights.kept_apart:
+                self._weights.remember()
 
     def closes(self) -> bool:
         """Nothing more belongs to the step; returns whether it was the last."""
-        with self._clock.stopped():
+        with self._clock.stopped(self._weights.held):
             self._step.random = random_states()
             self._step.seconds = self._clock.seconds - self._seconds
             self._seconds = self._clock.seconds
@@ -173,6 +178,14 @@ class Recorder:
             if attributes.get(name) is method:
                 del attributes[name]
                 attributes.update(former)
+
+    def _norm_of(self, gradients: list[float]) -> float | None:
+        """That of all gradients, as clipping has found it; without clipping, by their own."""
+        norm, self._grad_norm = self._grad_norm, None
+        if norm is not None:
+            return float(norm)
+        known = [gradient for gradient in gradients if not math.isnan(gradient)]
+        return math.hypot(*known) if known else None
 
     def _micro(self, one: _Pass) -> Micro:
         loss = float("nan") if one.loss is None else float(one.loss)
@@ -327,6 +340,11 @@ class RecordedLoop:
 def record(trainer: Trainer, recorder: Recorder) -> None:
     """Has `recorder` see the training that `trainer` is about to begin."""
     trainer.add_callback(RecorderCallback(trainer, recorder))
+
+
+def models_of(objects: tuple[Any, ...]) -> list[nn.Module]:
+    """The models among what `accelerator.prepare` is given."""
+    return [thing for thing in objects if isinstance(thing, nn.Module)]
 
 
 def _commonest_dtype(params: list[Tensor]) -> str:

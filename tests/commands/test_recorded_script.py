@@ -149,18 +149,21 @@ def test_a_training_that_is_shorter_ends_the_process_too(child):
     assert (code, left, found.ended, len(found.steps)) == (0, True, "script", 12)
 
 
-def test_a_training_that_the_script_tries_again(child):
+@pytest.mark.parametrize("again", ["another Trainer", "the same Trainer"])
+def test_a_training_that_the_script_tries_again(child, again):
     """A failure that the script catches is none, and the training that follows is recorded."""
     tries = """
 calls = iter([1])
 hook = model.lm_head.register_forward_pre_hook(lambda *_: next(calls) and None)
 args = TrainingArguments(sys.argv[1], use_cpu=True, per_device_train_batch_size=4)
+trainer = Trainer(model, args, train_dataset=rows)
 try:
-    Trainer(model, args, train_dataset=rows).train()
+    trainer.train()
 except StopIteration:
     hook.remove()
 """
-    code, left, found = child(MODEL + tries + TRAINER, "--variant", "fast")
+    then = TRAINER if again == "another Trainer" else "trainer.train()"
+    code, left, found = child(MODEL + tries + then, "--variant", "fast")
     assert (code, left, found.ended, found.error) == (0, True, "steps", None)
     assert len(found.steps) == 2 and found.fused == 2
 

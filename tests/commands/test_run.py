@@ -293,3 +293,12 @@ def test_transformers_is_found_when_the_script_imports_it(tmp_path):
     subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, check=True)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["trainings"][0]["report"]["fused"] == 3
+
+
+def test_a_forked_process_that_comes_to_the_script_s_end_reports_nothing(tmp_path):
+    source = "import os\nprint(bool(os.fork()) and os.wait()[1])"
+    (tmp_path / "script.py").write_text(source)
+    command = [sys.executable, "-m", "fastft", "run", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert sorted(done.stdout.split()) == ["0", "False"]
+    assert done.stderr.count("fastft: nothing") == 1

@@ -35,16 +35,16 @@ def test_recording_changes_no_bit(tmp_path, options):
     outcomes = []
     for records in (False, True):
         curve = Curve()
-        trainer = trainer_of(tmp_path, callbacks=[curve], **options)
+        trainer = trainer_of(tmp_path, callbacks=[curve], num_train_epochs=1, **options)
         if packing:
             fastft.plug(trainer, packing=packing)
         if records:
-            record(trainer, Recorder(Trace("stock"), 9, lambda: None))
+            record(trainer, Recorder(Trace("stock"), 3, lambda: None))
         trainer.train()
         weights = [weight.detach() for weight in trainer.model.parameters()]
         outcomes.append((curve.losses, curve.norms, random_states(), weights))
     (*stock, before), (*seen, after) = outcomes
-    assert stock == seen and len(stock[0]) == 9
+    assert stock == seen and len(stock[0]) == 3
     assert all(map(torch.equal, before, after))
 
 
@@ -112,6 +112,12 @@ def test_gradients_are_those_after_clipping_also_where_the_step_clips(tmp_path):
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5) and one.grad_norm > 0.2
         assert math.hypot(*one.gradients) == pytest.approx(0.1, rel=1e-3)
         assert one.gradients == pytest.approx(other.gradients, rel=1e-4)
+
+
+def test_without_clipping_the_norm_is_that_of_the_gradients(tmp_path):
+    clipped, free = (recorded(tmp_path, steps=1, max_grad_norm=m).steps[0] for m in (0.1, 0))
+    assert free.grad_norm == pytest.approx(clipped.grad_norm, rel=1e-5)
+    assert free.grad_norm == pytest.approx(math.hypot(*free.gradients))
 
 
 def test_moments_of_8_bits_are_dequantised(tmp_path):

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 import fastft
 from fastft.integrations import plug as plug_module
-from fastft.integrations.plug import PIECES
+from fastft.integrations.plug import PIECES, Plugged
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
 
@@ -148,8 +148,8 @@ def test_restore_leaves_the_trainer_as_it_was(tmp_path, packing):
     plug.restore()
     assert vars(trainer) == before and vars(trainer.accelerator) == accelerator
     assert trainer.callback_handler.callbacks == callbacks
-    assert fastft.Plugged.of(trainer) is None
-    assert fastft.Plugged.of(trainer) is None and trainer.train.__func__ is Trainer.train
+    assert Plugged.of(trainer) is None
+    assert Plugged.of(trainer) is None and trainer.train.__func__ is Trainer.train
 
 
 def test_after_a_training_restore_leaves_what_stock_leaves(tmp_path):
@@ -368,13 +368,13 @@ def test_a_wrong_combination_raises_at_once(tmp_path, case):
     before = dict(vars(trainer))
     with pytest.raises(error, match=message):
         fastft.plug(trainer if thing is None else thing() if callable(thing) else thing, **options)
-    assert vars(trainer) == before and fastft.Plugged.of(trainer) is None
+    assert vars(trainer) == before and Plugged.of(trainer) is None
 
 
 def test_plugged_twice(tmp_path):
     trainer = trainer_of(tmp_path)
     plug = fastft.plug(trainer)
-    assert fastft.Plugged.of(trainer) is plug
+    assert Plugged.of(trainer) is plug
     with pytest.raises(ValueError, match=r"plugged already: call restore\(\)"):
         fastft.plug(trainer)
     plug.restore()

@@ -14,6 +14,9 @@ from support.trainers import logged
 from transformers import Trainer
 
 import fastft
+from fastft.integrations import check_packing
+from fastft.integrations import packing as packing_module
+from fastft.integrations.plug import Plugged
 from fastft.integrations.plug_collator import PackedBatches
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
@@ -223,6 +226,22 @@ def test_a_model_that_leaks_keeps_its_padded_batches(tmp_path):
     assert plug.lines["packing"].startswith("left alone: MambaForCausalLM does not keep packed")
 
 
+def test_noise_that_depends_on_the_length_of_rows_is_left_to_padded_ones(tmp_path):
+    trainer = trainer_of(tmp_path, neftune_noise_alpha=5.0)
+    assert "NEFTune" in fastft.plug(trainer, packing="collate").lines["packing"]
+
+
+@pytest.mark.parametrize("kind", ["a module's", "attention's"])
+def test_dropout_is_told_of(tmp_path, kind):
+    trainer = trainer_of(tmp_path)
+    if kind == "attention's":
+        trainer.model.config.attention_dropout = 0.1
+    else:
+        trainer.model.dropout = torch.nn.Dropout(0.1)
+    line = fastft.plug(trainer, packing="collate").lines["packing"]
+    assert "dropout draws other masks than on padded rows" in line
+
+
 def test_a_loss_of_ones_own_is_told_that_rows_are_packed(tmp_path):
     line = fastft.plug(trainer_of(tmp_path, kind=OwnRows), packing="collate").lines["packing"]
     assert "OwnRows's own loss gets rows of several examples" in line
@@ -260,7 +279,7 @@ def test_packing_that_cannot_be_is_refused_at_once(tmp_path, case):
     before = dict(vars(trainer))
     with pytest.raises(ValueError, match=message):
         fastft.plug(trainer, **plugs)
-    assert vars(trainer) == before and fastft.Plugged.of(trainer) is None
+    assert vars(trainer) == before and Plugged.of(trainer) is None
 
 
 def test_data_parallel_is_refused(tmp_path):
@@ -307,3 +326,21 @@ def test_prompt_tuning_is_refused(tmp_path):
     trainer.model = trainer.model_wrapped = peft.get_peft_model(trainer.model, config)
     with pytest.raises(ValueError, match="prompt tuning puts virtual tokens before each row"):
         fastft.plug(trainer, packing="collate")
+
+
+class Forgetful(dict):
+    def __contains__(self, key):
+        return False
+
+
+def test_weights_that_are_sharded_in_training_are_asked_before(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    plug = fastft.plug(trainer, packing="collate")
+
+    def reason(model):
+        return "its parameters are sharded" if trainer.accelerator._models else None
+
+    monkeypatch.setattr(check_packing, "reason_not_to_run", reason)
+    monkeypatch.setattr(packing_module, "_verdicts", Forgetful())
+    trainer.train()
+    assert plug.lines["packing"].endswith("attention fastft, probe exact")
