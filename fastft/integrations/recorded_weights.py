@@ -36,6 +36,8 @@ class Weights:
 
     Attributes:
         names: of the parameters, as the unwrapped model calls them.
+        kept_apart: whether an engine trains flat copies of the parameters, in its backward pass;
+            gradients and moments are its own then.
         held: bytes of the copies that lie on the host now.
     """
 
@@ -43,6 +45,7 @@ class Weights:
         self._model = foreign.unwrapped(model)
         self.names = [n for n, p in self._model.named_parameters() if p.requires_grad]
         self.optimizer = foreign.inner_optimizer(optimizer)
+        self.kept_apart = foreign.of_deepspeed(optimizer)
         self.held = 0
         self._before: list[tuple[Tensor, ...]] = []
 
@@ -51,11 +54,6 @@ class Weights:
         """The parameters that the model computes with now; the optimizer may hold others."""
         now = dict(self._model.named_parameters())
         return [now[name] for name in self.names]
-
-    @property
-    def kept_apart(self) -> bool:
-        """Whether an engine trains flat copies of the parameters, which are not looked into."""
-        return foreign.of_deepspeed(self.optimizer)
 
     def of_groups(self, name: str) -> list[float]:
         """A value of the optimizer's groups for each parameter; NaN where none has it."""

@@ -77,6 +77,8 @@ class Recorder:
         trace.steps = []
         self._watch_head(model)
         self._watch_clipping(accelerator)
+        if self._weights.kept_apart:  # the step is a part of the backward pass there
+            self._weights.remember()
         self._seconds, self._costs = 0.0, Costs()
 
     @property
@@ -100,7 +102,7 @@ class Recorder:
 
     def step_begins(self) -> None:
         """The gradients are what the optimizer is going to use."""
-        with self._clock.stopped():
+        with self._clock.stopped(self._weights.held):
             passes, self._passes = self._passes, []
             micro = [self._micro(one) for one in passes]
             self._step = Step(
@@ -111,18 +113,21 @@ class Recorder:
                 drew=any(one.drew for one in passes),
             )
             self._step.grad_norm = self._norm_of(self._step.gradients)
-            self._weights.remember()
+            if not self._weights.kept_apart:
+                self._weights.remember()
 
     def step_ends(self) -> None:
         """The optimizer has taken its step."""
-        with self._clock.stopped(copies=self._weights.held):
+        with self._clock.stopped(self._weights.held):
             step = self._step
             step.moved, step.moments = self._weights.moved(), self._weights.moments()
             step.projection, step.weights = self._weights.projections(), self._weights.bits()
+            if self._weights.kept_apart:
+                self._weights.remember()
 
     def closes(self) -> bool:
         """Nothing more belongs to the step; returns whether it was the last."""
-        with self._clock.stopped():
+        with self._clock.stopped(self._weights.held):
             self._step.random = random_states()
             self._step.seconds = self._clock.seconds - self._seconds
             self._seconds = self._clock.seconds

@@ -44,21 +44,29 @@ def test_a_defect_is_reported_by_name(compare, name):
     assert verdict.cause.what == defect.named, verdict.findings
 
 
-SETTINGS = {
+QUICK = {
+    "packed batches": {"packing": "collate"},
+    "dropout": {"dropout": 0.2},
+    "LoRA": {"adapt": lora, "packing": "collate"},
+    "bf16 weights": {"dtype": torch.bfloat16, "packing": "collate"},
+}
+OTHERS = {
     "plain": {},
     "one batch a step": {"gradient_accumulation_steps": 1},
     "accumulation over three batches": {"gradient_accumulation_steps": 3},
-    "packed batches": {"packing": "collate"},
-    "dropout": {"dropout": 0.2},
     "clipping": {"max_grad_norm": 0.1, "packing": "collate"},
     "label smoothing": {"label_smoothing_factor": 0.1},
-    "LoRA": {"adapt": lora, "packing": "collate"},
-    "bf16 weights": {"dtype": torch.bfloat16, "packing": "collate"},
     "autocast": {"bf16": True, "packing": "collate"},
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_same_training_is_equal(compare, name):
-    verdict = compare(**SETTINGS[name])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(pytest.param(settings, id=name) for name, settings in QUICK.items()),
+        *(pytest.param(o, id=name, marks=pytest.mark.slow) for name, o in OTHERS.items()),
+    ],
+)
+def test_the_same_training_is_equal(compare, settings):
+    verdict = compare(**settings)
     assert verdict.equal, verdict.findings
