@@ -83,6 +83,7 @@ PRIVATE_NAMES = {
         "the same, set without a check of the name"
     ),
     "transformers:PreTrainedModel._supports_sdpa": "which stock attention the probe tries",
+    "transformers:PreTrainedModel._supports_flash_attn": "would flash-attn help a model",
     "transformers:PreTrainedModel._can_set_attn_implementation": (
         "does the model's code look its attention up by name"
     ),
@@ -147,6 +148,17 @@ def with_attributes(thing: Any, **values: Any) -> Iterator[None]:
                 setattr(thing, name, before[name])
             else:
                 delattr(thing, name)
+
+
+@contextlib.contextmanager
+def attributes_kept(thing: Any) -> Iterator[None]:
+    """Gives an object at the end the attributes that it had, whatever it has set meanwhile."""
+    before = dict(vars(thing))
+    try:
+        yield
+    finally:
+        vars(thing).clear()
+        vars(thing).update(before)
 
 
 @constant_when_compiled
