@@ -170,7 +170,7 @@ def _headline(comparison: Comparison) -> str:
 
 def _answer(comparison: Comparison) -> list[str]:
     verdict, length = comparison.verdict, comparison.runs.length
-    notes = [line for note in comparison.notes for line in ("", note)]
+    notes = [line for note in (*comparison.notes, *verdict.notes) for line in ("", note)]
     if verdict.equal:
         bits = verdict.same_bits
         same = (
@@ -336,7 +336,7 @@ def _how(comparison: Comparison) -> list[str]:
         "interval is 95 % of a bootstrap over steps, and holds each run's own figure.",
     ]
     lines.append(f"Peak memory is that of one process: {comparison.fast.peak_kind}.")
-    return [f"* {line}" for line in [*lines, *comparison.verdict.notes]]
+    return [f"* {line}" for line in lines]
 
 
 def _machine(trace: Trace) -> list[str]:

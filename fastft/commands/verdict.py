@@ -105,18 +105,25 @@ def _other_training(first: Trace, second: Trace) -> str | None:
 
 def merged(ranks: Sequence[Trace]) -> Trace:
     """One trace of what all processes recorded: the batches of all, the mean of their losses, the
-    time of the slowest, the largest peak. A parameter is there once for each process, which has all
-    of it or a shard."""
+    time of the slowest, the largest peak. A parameter is there once where all processes have the
+    same numbers of it, else once for each, which has a shard of its own."""
     if len(ranks) == 1:
         return ranks[0]
     first = ranks[0]
+    same = all(_numbers(trace) == _numbers(first) for trace in ranks)
+    if same:
+        names, apart = first.parameters, ranks[:1]
+    else:
+        names = [f"{name} (rank {trace.rank})" for trace in ranks for name in trace.parameters]
+        apart = ranks
     return dataclasses.replace(
         first,
-        parameters=[f"{n} (rank {trace.rank})" for trace in ranks for n in trace.parameters],
-        weight_decay=[decay for trace in ranks for decay in trace.weight_decay],
-        projection0=[number for trace in ranks for number in trace.projection0],
+        parameters=names,
+        weight_decay=[decay for trace in apart for decay in trace.weight_decay],
+        projection0=[number for trace in apart for number in trace.projection0],
         steps=[
-            _merged_step(steps) for steps in zip(*(trace.steps for trace in ranks), strict=False)
+            _merged_step(steps, len(apart))
+            for steps in zip(*(t.steps for t in ranks), strict=False)
         ],
         fused=sum(trace.fused for trace in ranks),
         materialised=list(dict.fromkeys(place for trace in ranks for place in trace.materialised)),
@@ -129,17 +136,24 @@ def merged(ranks: Sequence[Trace]) -> Trace:
     )
 
 
-def _merged_step(steps: Sequence[Step]) -> Step:
+def _numbers(trace: Trace) -> list[tuple[list[str], str, str]]:
+    # as text: a NaN of one process is that of another
+    return [(trace.parameters, str(s.projection), str(s.gradients)) for s in trace.steps]
+
+
+def _merged_step(steps: Sequence[Step], apart: int) -> Step:
+    """`apart`: how many of the processes have numbers of their own."""
+    own = steps[:apart]
     return dataclasses.replace(
         steps[0],
         loss=statistics.fmean(step.loss for step in steps),
         micro=[micro for step in steps for micro in step.micro],
-        gradients=[number for step in steps for number in step.gradients],
+        gradients=[number for step in own for number in step.gradients],
         moments=None
-        if any(step.moments is None for step in steps)
-        else [number for step in steps for number in step.moments or ()],
-        moved=[number for step in steps for number in step.moved],
-        projection=[number for step in steps for number in step.projection],
+        if any(step.moments is None for step in own)
+        else [number for step in own for number in step.moments or ()],
+        moved=[number for step in own for number in step.moved],
+        projection=[number for step in own for number in step.projection],
         weights=" ".join(step.weights for step in steps),
         random=" ".join(step.random for step in steps),
         drew=any(step.drew for step in steps),

@@ -300,6 +300,15 @@ def test_processes_are_one_training():
     assert judge(Runs([whole, whole], [whole])).equal
 
 
+def test_what_all_processes_have_is_there_once():
+    """Data parallel: else the gradients of two processes would have a norm of their own."""
+    whole = merged([dataclasses.replace(trace(), rank=rank, world=2) for rank in range(2)])
+    assert whole.parameters == NAMES and len(whole.steps[0].gradients) == len(NAMES)
+    assert len(whole.steps[0].micro) == 4
+    found = judge(Runs([whole, whole], [whole]))
+    assert found.equal and found.sensitivity < 1e-5
+
+
 def test_a_shard_of_one_process_that_is_stale_is_found():
     ranks = [dataclasses.replace(trace(seed=rank), rank=rank, world=2) for rank in range(2)]
     fast = merged([ranks[0], changed(ranks[1], stale)])
