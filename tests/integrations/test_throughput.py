@@ -10,7 +10,6 @@ from support.device_mode import DeviceMode
 from support.fused_trainings import arguments, assert_stock, examples, llama
 from support.trainers import Curve, quiet_arguments, tiny_llama
 from transformers import Trainer, TrainerCallback
-from transformers.utils import logging
 
 import fastft
 from fastft.integrations import peak_flops, stopwatch, throughput
@@ -193,8 +192,7 @@ def test_parts_that_are_unfrozen_on_the_way_are_counted_from_the_next_log_on(tmp
     assert after > 1.5 * before
 
 
-def test_what_is_not_known_is_left_out_and_said(tmp_path, monkeypatch, caplog):
-    logging.get_logger("transformers").propagate = True
+def test_what_is_not_known_is_left_out_and_said(tmp_path, monkeypatch):
     warned = []
     monkeypatch.setattr(throughput.logger, "warning", warned.append)
 
