@@ -118,7 +118,7 @@ def run(clones: Path, names: list[str], options: list[str], jobs: int) -> None:
                 folder.provide(need)
 
         def one(script: PublicScript) -> None:
-            entry = compare(script, clones, folder, options)
+            entry = compare(script, clones, folder, options) | {"jobs": jobs}
             with lock:
                 save(load() | {script.path: entry})
                 print(f"{entry['outcome']:15} {script.path}  {entry['sentence']}", flush=True)
@@ -151,37 +151,52 @@ def page(entries: list[dict[str, Any]]) -> Iterator[str]:
         if not own:
             continue
         yield f"\n## {repository}\n\n{home} at `{own[0]['revision'][:12]}`\n"
-        yield "| script | model | outcome | losses fused | optimizer | tokens/s | peak |"
-        yield "|---|---|---|---:|---|---:|---:|"
+        yield "| script | model | outcome | loss | optimizer | tokens/s | peak |"
+        yield "|---|---|---|---|---|---:|---:|"
         yield from map(row, own)
-        said = [entry for entry in own if entry["sentence"]]
-        for entry in said:
-            yield f"\n`{entry['path'].rpartition('/')[2]}`: {entry['sentence']}"
+        yield from remarks(own)
     yield from versions(entries)
 
 
 def row(entry: dict[str, Any]) -> str:
     """A line of the table; dashes where nothing was compared."""
-    cells = [f"`{entry['path'].removeprefix('examples/')}`", entry.get("model", "-")]
-    cells += [entry["outcome"], str(entry.get("fused", "-"))]
-    cells.append(entry.get("lines", {}).get("optimizer", "-"))
-    speed, peak = entry.get("speedup"), entry.get("peak")
-    cells.append(
-        f"{speed['value']:.2f}x ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "-"
+    lines, speed, peak = entry.get("lines", {}), entry.get("speedup"), entry.get("peak")
+    cells = (
+        f"`{entry['path'].removeprefix('examples/')}`",
+        entry.get("model", "-"),
+        entry["outcome"],
+        *(lines.get(piece, "-").partition(":")[0] for piece in ("loss", "optimizer")),
+        f"{speed['value']:.2f}x ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "-",
+        f"{peak:.2f}x" if peak else "-",
     )
-    cells.append(f"{peak:.2f}x" if peak else "-")
     return f"| {' | '.join(cells)} |"
 
 
+def remarks(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Sentences below a table, each once: why something differs, did not run, was left alone."""
+    said: dict[str, list[str]] = {}
+    for entry in entries:
+        lines = entry.get("lines", {})
+        left = [f"{piece} {lines[piece]}" for piece in lines if ": " in lines[piece]]
+        for remark in filter(None, [entry["sentence"], *left]):
+            said.setdefault(remark, []).append(entry["path"].rpartition("/")[2])
+    for remark, scripts in said.items():
+        if not remark.startswith("packing off"):
+            yield f"\n* {', '.join(scripts)}: {remark}"
+
+
 def versions(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """What the last comparison ran on."""
+    """What the last comparison ran on, and how busy the machine was."""
     compared = [entry for entry in entries if "versions" in entry]
     if compared:
         names = ("python", "torch", "transformers", "accelerate", "peft", "trl", "datasets")
         found = compared[-1]["versions"]
         yield "\n" + ", ".join(f"{name} {found[name]}" for name in names if name in found)
         machine = compared[-1]["machine"]
-        yield f"\n{machine['processor']}, {machine['threads']} thread, {machine['system']}"
+        yield f"\n{machine['processor']}, {machine['cores']} cores, {machine['threads']} for a run"
+        jobs = max(entry["jobs"] for entry in compared)
+        if jobs > 1:
+            yield f"\n{jobs} scripts ran at a time: tokens/s tell little, equality is not touched."
 
 
 def main() -> int:

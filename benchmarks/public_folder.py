@@ -43,8 +43,12 @@ NAMES = {
     "mask_token": "[MASK]",
 }
 TOKENS = {name: SPECIAL.index(token) for name, token in NAMES.items()}
-ENDS = {"BertConfig": "[CLS] $A [SEP]", "XLNetConfig": "$A [SEP] [CLS]"}
-PAIRS = {"BertConfig": "[CLS] $A [SEP] $B:1 [SEP]:1", "XLNetConfig": "$A [SEP] $B:1 [SEP]:1 [CLS]"}
+# how the tokenizer of a model frames one text, and two; of all other models not at all
+FRAMES = {
+    "bert": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+    "t5": ("$A </s>", "$A </s> $B:1 </s>:1"),
+    "bart": ("$A </s>", "$A </s> $B:1 </s>:1"),
+}
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>"
@@ -72,7 +76,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "tiny-gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
     "bert-base-cased": ("BertForMaskedLM", WIDTHS),
-    "tiny-xlnet": ("XLNetLMHeadModel", {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 128}),
     "t5-base": (
         "T5ForConditionalGeneration",
         {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4} | SEQ2SEQ,
@@ -184,10 +187,6 @@ def judged(a: str, b: str, at: int) -> dict[str, Any]:
     }
 
 
-def stepwise(a: str, b: str, at: int) -> dict[str, Any]:
-    return {"prompt": a, "completions": [b, a], "labels": [True, at % 2 == 0]}
-
-
 def prompt(a: str, b: str, at: int) -> dict[str, Any]:
     return {"prompt": [turn("user", a)], "solution": str(at)}
 
@@ -198,10 +197,6 @@ def instruction(a: str, b: str, at: int) -> dict[str, Any]:
 
 def asked(a: str, b: str, at: int) -> dict[str, Any]:
     return {"query": a, "response": b}
-
-
-def sentiment(a: str, b: str, at: int) -> dict[str, Any]:
-    return {"text": a, "label": at % 3}
 
 
 # A name that ends in .json is a file of JSON lines, any other a folder with a file for a split, as
@@ -220,12 +215,10 @@ DATA: dict[str, Callable[[str, str, int], dict[str, Any]]] = {
     "trl-lib/Capybara": conversation,
     "trl-lib/ultrafeedback_binarized": preference,
     "trl-lib/kto-mix-14k": judged,
-    "trl-lib/math_shepherd": stepwise,
     "prompts": prompt,
     "timdettmers/openassistant-guanaco": text,
     "yahma/alpaca-cleaned": instruction,
     "meta-math/MetaMathQA": asked,
-    "zeroshot/twitter-financial-news-sentiment": sentiment,
 }
 LABELS = {
     "nyu-mll/glue:mrpc": ("label", ClassLabel(names=["not_equivalent", "equivalent"])),
@@ -275,13 +268,14 @@ class PublicFolder:
         torch.manual_seed(0)
         model = made(made.config_class(vocab_size=VOCABULARY, **ids, **options))
         model.save_pretrained(where)
-        self._tokenizer(type(model.config).__name__).save_pretrained(where)
+        frames = FRAMES.get(model.config.model_type, ("$A", "$A $B:1"))
+        self._tokenizer(*frames).save_pretrained(where)
 
-    def _tokenizer(self, config: str) -> transformers.PreTrainedTokenizerFast:
+    def _tokenizer(self, single: str, pair: str) -> transformers.PreTrainedTokenizerFast:
         backend = tokenizers.Tokenizer.from_str(self._learnt)
         backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=ENDS.get(config, "$A </s>" if config in ("T5Config", "BartConfig") else "$A"),
-            pair=PAIRS.get(config, "$A $B:1"),
+            single=single,
+            pair=pair,
             special_tokens=[(token, SPECIAL.index(token)) for token in SPECIAL],
         )
         return transformers.PreTrainedTokenizerFast(

@@ -69,12 +69,6 @@ SCRIPTS = (
         ("bert-base-cased", "text.json"),
     ),
     PublicScript(
-        HF + "language-modeling/run_mlm_no_trainer.py",
-        "--model_name_or_path bert-base-cased --train_file text.json --line_by_line "
-        f"--max_seq_length 128 {LOOP}",
-        ("bert-base-cased", "text.json"),
-    ),
-    PublicScript(
         HF + "text-classification/run_glue.py",
         f"--model_name_or_path bert-base-cased --task_name mrpc {TRAINER}",
         ("bert-base-cased", "nyu-mll/glue:mrpc"),
@@ -115,11 +109,6 @@ SCRIPTS = (
         HF + "question-answering/run_qa_no_trainer.py",
         f"--model_name_or_path bert-base-cased --dataset_name squad {LOOP}",
         ("bert-base-cased", "squad"),
-    ),
-    PublicScript(
-        HF + "question-answering/run_qa_beam_search.py",
-        f"--model_name_or_path tiny-xlnet --dataset_name squad {TRAINER}",
-        ("tiny-xlnet", "squad"),
     ),
     PublicScript(
         HF + "question-answering/run_seq2seq_qa.py",
