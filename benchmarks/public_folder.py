@@ -70,6 +70,7 @@ BART_WIDTHS = {
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-llama": ("LlamaForCausalLM", WIDTHS | {"num_key_value_heads": 2}),
+    "HuggingFaceTB/SmolLM-360M": ("LlamaForCausalLM", WIDTHS | {"num_key_value_heads": 2}),
     "tiny-qwen2": (
         "Qwen2ForCausalLM",
         WIDTHS | {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -207,6 +208,7 @@ DATA: dict[str, Callable[[str, str, int], dict[str, Any]]] = {
     "summary.json": summary,
     "translation.json": translation,
     "choice.json": choice,
+    "Salesforce/wikitext:wikitext-2-v1": text,
     "nyu-mll/glue:mrpc": paraphrase,
     "glue:mrpc": paraphrase,
     "xnli:en": inference,
@@ -226,7 +228,7 @@ LABELS = {
     "xnli:en": ("label", ClassLabel(names=["entailment", "neutral", "contradiction"])),
     "tagged": ("ner_tags", Sequence(ClassLabel(names=["O", "B-WORD", "I-WORD"]))),
 }
-SPLITS = {"train": 300, "validation": 24, "test": 24}
+SPLITS = {"train": 500, "validation": 24, "test": 24}
 
 
 class PublicFolder:

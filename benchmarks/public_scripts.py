@@ -203,12 +203,12 @@ SCRIPTS = (
     ),
     PublicScript(
         "peft/examples/waveft_finetuning/waveft_finetuning.py",
-        PEFT,
+        f"{PEFT} --waveft_n_frequency 512",
         ("tiny-llama", "yahma/alpaca-cleaned"),
     ),
     PublicScript(
         "peft/examples/shira_finetuning/shira_finetuning.py",
-        PEFT,
+        f"{PEFT} --shira_r 8",
         ("tiny-llama", "yahma/alpaca-cleaned"),
     ),
     PublicScript(
@@ -261,8 +261,13 @@ SCRIPTS = (
     ),
     PublicScript(
         "accelerate/examples/by_feature/gradient_accumulation_for_autoregressive_models.py",
-        "--cpu --gradient_accumulation_steps 2",
-        ("bert-base-cased", "nyu-mll/glue:mrpc"),
+        "--cpu --gradient_accumulation_steps 2 --per_device_batch_size 4",
+        ("HuggingFaceTB/SmolLM-360M", "Salesforce/wikitext:wikitext-2-v1"),
+    ),
+    PublicScript(
+        "accelerate/examples/by_feature/deepspeed_with_config_support.py",
+        f"--model_name_or_path tiny-llama {CLM} {LOOP}",
+        ("tiny-llama", "text.json"),
     ),
     PublicScript(
         "accelerate/examples/by_feature/local_sgd.py",
