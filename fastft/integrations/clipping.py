@@ -8,12 +8,13 @@ registers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer
+from fastft.foreign import inner_optimizer, with_attributes
 from fastft.optim.adamw import AdamW
 
 # accelerate's names of what leaves every gradient on every process
@@ -67,12 +68,8 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
                 return optimizer.clip_at_step(list(ours.values()), float(max_norm))
         return stock(parameters, max_norm, norm_type=norm_type)
 
-    before = {name: own for name, own in vars(accelerator).items() if name == "clip_grad_norm_"}
-
-    # no context: what it puts back it would put back too when nobody keeps it
-    def restore() -> None:
-        vars(accelerator).pop("clip_grad_norm_", None)
-        vars(accelerator).update(before)
-
-    accelerator.clip_grad_norm_ = clip_grad_norm_
-    return restore
+    stack = contextlib.ExitStack()
+    stack.enter_context(with_attributes(accelerator, clip_grad_norm_=clip_grad_norm_))
+    # else it would be taken off when nobody keeps what is returned
+    clip_grad_norm_.takes_off = stack  # type: ignore[attr-defined]
+    return stack.close

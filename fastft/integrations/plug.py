@@ -140,6 +140,7 @@ class _Course(TrainerCallback):
     ) -> None:
         """The other callbacks have not looked at the model yet."""
         self._began = True
+        vars(self).pop("on_step_end", None)
         self.plugged._training_begins()
 
     def on_epoch_begin(
@@ -154,9 +155,10 @@ class _Course(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the first step it is known what was fused."""
-        if not self.plugged._trained:
-            self.plugged._trained = True
-            self.plugged._say("loss")
+        self.plugged._trained = True
+        self.plugged._say("loss")
+        # the later steps are none of ours: this one hides the method until the next training
+        self.on_step_end = super().on_step_end  # type: ignore[method-assign]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
