@@ -13,31 +13,42 @@ Three pieces, each of which works alone and enters through an official Trainer i
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from fastft.attention.attention import register_attention
-from fastft.attention.registration import register_with_transformers
-from fastft.attention.segments import packed_attention
-from fastft.data.collator import PackingCollator
-from fastft.data.packed import pack
-from fastft.data.plan import plan_packs
-from fastft.data.tasks.seq2seq import seq2seq_masks
-from fastft.integrations.block_mask import block_mask
-from fastft.integrations.check_packing import PackingLeakError, check_packing
-from fastft.integrations.clipping import fuse_clipping
-from fastft.integrations.pool_segments import pool_segments
-from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
-from fastft.loss.lazy.output_head import fused_loss
-from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
-from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linear_token_loss
-from fastft.optim.adamw import AdamW
-from fastft.optim.factory import adamw, adamw_spec
-from fastft.optim.fp32_weights import load_fp32, save_fp32
+from fastft.on_import import when_imported
+
+if TYPE_CHECKING or "torch" in sys.modules:
+    from fastft.attention.attention import register_attention
+    from fastft.attention.registration import register_with_transformers
+    from fastft.attention.segments import packed_attention
+    from fastft.data.collator import PackingCollator
+    from fastft.data.packed import pack
+    from fastft.data.plan import plan_packs
+    from fastft.data.tasks.seq2seq import seq2seq_masks
+    from fastft.integrations.block_mask import block_mask
+    from fastft.integrations.check_packing import PackingLeakError, check_packing
+    from fastft.integrations.clipping import fuse_clipping
+    from fastft.integrations.pool_segments import pool_segments
+    from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
+    from fastft.loss.lazy.output_head import fused_loss
+    from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+    from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs, linear_token_loss
+    from fastft.optim.adamw import AdamW
+    from fastft.optim.factory import adamw, adamw_spec
+    from fastft.optim.fp32_weights import load_fp32, save_fp32
+
+    register_with_transformers()
+else:
+    # a script under `python -m fastft run` begins without torch, as without fastft: it may still
+    # set what torch reads of the environment when it is imported
+    when_imported("torch", lambda torch: importlib.reload(sys.modules[__name__]))
 
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
-    from fastft.integrations.plug import Plugged, plug
+    from fastft.integrations.plug import plug
+    from fastft.integrations.throughput import ThroughputCallback
 
 __version__ = "0.2.0"
 
@@ -50,7 +61,7 @@ __all__ = [
     "PackingCallback",
     "PackingCollator",
     "PackingLeakError",
-    "Plugged",
+    "ThroughputCallback",
     "adamw",
     "adamw_spec",
     "block_mask",
@@ -72,19 +83,21 @@ __all__ = [
     "seq2seq_masks",
 ]
 
-register_with_transformers()
-
 
 # these subclass a class of transformers, which fastft does not need to be imported
 _OF_TRANSFORMERS = {
     "FusedLossCallback": "fastft.integrations.fused_loss",
     "PackingCallback": "fastft.integrations.packing",
-    "Plugged": "fastft.integrations.plug",
+    "ThroughputCallback": "fastft.integrations.throughput",
     "plug": "fastft.integrations.plug",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if "AdamW" not in globals() and not name.startswith("__"):
+        importlib.import_module("torch")  # brings everything of ours
+        if name in globals():
+            return globals()[name]
     if name in _OF_TRANSFORMERS:
         return getattr(importlib.import_module(_OF_TRANSFORMERS[name]), name)
     raise AttributeError(f"module 'fastft' has no attribute {name!r}")

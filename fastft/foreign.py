@@ -71,8 +71,13 @@ PRIVATE_NAMES = {
     "torch.nn.modules.module:_global_forward_hooks": "likewise, of all modules",
     "torch.nn.modules.module:_global_forward_pre_hooks": "likewise",
     "torch.nn:Module._parameters": "a weight that FSDP1 took out of its module is not in here",
+    "torch.nn:Module._buffers": "what a module's twin on the meta device holds",
+    "torch.nn:Module._modules": "likewise",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper:"
+    "CheckpointWrapper._checkpoint_wrapped_module": "the module inside torch's checkpointing",
     "torch:Tensor._backward_hooks": "a hook on a weight forbids writing to its gradient directly",
     "torch:Tensor._post_accumulate_grad_hooks": "likewise",
+    "torch.utils:_python_dispatch": "numbers of meta tensors are computed beside them",
     "torch.utils:_pytree": "lazy logits nested in arguments",
     "torch.optim.lr_scheduler:_wrapped_by_lr_sched": "has a scheduler wrapped an optimizer's step",
     "torch.optim.lr_scheduler:LRScheduler._initial_step": "wraps it without a change of rates",
@@ -84,8 +89,13 @@ PRIVATE_NAMES = {
     ),
     "transformers:PreTrainedModel._from_config": "a model of the class that a configuration names",
     "transformers:PreTrainedModel._supports_sdpa": "which stock attention the probe tries",
+    "transformers:PreTrainedModel._supports_flash_attn": "would flash-attn help a model",
     "transformers:PreTrainedModel._can_set_attn_implementation": (
         "does the model's code look its attention up by name"
+    ),
+    "transformers:PreTrainedModel._tp_size": "how many processes compute the same batch",
+    "transformers:PreTrainedConfig._experts_implementation_internal": (
+        "how a model's experts are computed, set without a check of the name"
     ),
     "transformers:PreTrainedModel._loss_function": "what setting loss_function leaves on a model",
     "transformers:Trainer._train_batch_size": "how many packs a packed batch of `plug` has",
@@ -146,6 +156,17 @@ def with_attributes(thing: Any, **values: Any) -> Iterator[None]:
                 delattr(thing, name)
 
 
+@contextlib.contextmanager
+def attributes_kept(thing: Any) -> Iterator[None]:
+    """Gives an object at the end the attributes that it had, whatever it has set meanwhile."""
+    before = dict(vars(thing))
+    try:
+        yield
+    finally:
+        vars(thing).clear()
+        vars(thing).update(before)
+
+
 @constant_when_compiled
 def is_exporting() -> bool:
     """Whether torch.export traces. Dynamo, where it traces torch's own question, says yes to it up
@@ -166,6 +187,26 @@ def unwrapped(model: Any) -> Any:
             return model
         model = children[name]
     return model
+
+
+def without_checkpointing(module: Any) -> Any:
+    """The module inside `unwrapped`'s wrappers and torch's checkpoint_wrapper, in any nesting."""
+    while True:
+        module = unwrapped(module)
+        inner = getattr(module, "_modules", {}).get("_checkpoint_wrapped_module")
+        if inner is None:
+            return module
+        module = inner
+
+
+def is_config(thing: object) -> bool:
+    """Whether `thing` is a configuration of a transformers model."""
+    return "PreTrainedConfig" in _class_names(thing)
+
+
+def full_shape(tensor: Any) -> torch.Size:
+    """The shape of the whole of a tensor that ZeRO-3 may have taken away; that of a DTensor is."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def base_model(model: Any) -> Any:
@@ -485,3 +526,26 @@ def world_size() -> int:
     distributed = sys.modules.get("torch.distributed")
     ready = distributed is not None and distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if ready and distributed is not None else 1
+
+
+def same_batch_ranks(model: Any, args: Any) -> int:
+    """How many processes compute the same batch together, each a part of the model: those of tensor
+    parallelism, transformers', DeepSpeed's or accelerate's."""
+    of_deepspeed = (deepspeed_config(args) or {}).get("tensor_parallel", {}).get("autotp_size")
+    of_accelerate = getattr(_parallelism(), "tp_size", None)
+    return getattr(base_model(model), "_tp_size", None) or of_deepspeed or of_accelerate or 1
+
+
+def rows_are_cut() -> bool:
+    """Whether accelerate cuts the rows of a batch between processes (context, sequence
+    parallelism)."""
+    sizes = (getattr(_parallelism(), name, None) or 1 for name in ("cp_size", "sp_size"))
+    return any(size > 1 for size in sizes)
+
+
+def _parallelism() -> Any:
+    """accelerate's configuration of parallelism in this process; None without."""
+    module = sys.modules.get("accelerate.state")
+    if module is None or not module.is_initialized():
+        return None
+    return getattr(module.AcceleratorState(), "parallelism_config", None)

@@ -8,33 +8,16 @@ would have, does the work behind it and is gone.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-
-
-class _Then(Loader):
-    """The loader of a module, and what is done behind it."""
-
-    def __init__(self, loader: Loader, do: Callable[[ModuleType], None]) -> None:
-        self._loader, self._do = loader, do
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        self._do(module)
+from typing import Any
 
 
 class _Waiting(MetaPathFinder):
-    """Finds one module with the other finders, once."""
+    """Finds one module as the finders behind this one do, until it has been executed."""
 
     def __init__(self, module: str, do: Callable[[ModuleType], None]) -> None:
         self._module, self._do = module, do
@@ -44,15 +27,42 @@ class _Waiting(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name != self._module:
             return None
-        self.stop()
-        spec = importlib.util.find_spec(name)
+        # who only asks whether there is such a module asks here as well: nothing ends with that
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(name, path, target) for finder in behind)
+        spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, self._do)
+            spec.loader = _Then(spec.loader, self)
         return spec
+
+    def executed(self, module: ModuleType) -> None:
+        if self in sys.meta_path:
+            self.stop()
+            self._do(module)
 
     def stop(self) -> None:
         with contextlib.suppress(ValueError):
             sys.meta_path.remove(self)
+
+
+class _Then(Loader):
+    """The loader of a module, and what waits for it."""
+
+    def __init__(self, loader: Loader, waiting: _Waiting) -> None:
+        self._loader, self._waiting = loader, waiting
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._waiting.executed(module)
 
 
 def when_imported(module: str, do: Callable[[ModuleType], None]) -> Callable[[], None]:

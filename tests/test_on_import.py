@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from importlib.machinery import SourceFileLoader
 
@@ -58,6 +58,15 @@ def test_who_gives_up_waiting_is_not_called(awaited):
     stop()
     importlib.import_module(awaited)
     assert not seen
+
+
+def test_to_ask_whether_there_is_such_a_module_ends_nothing(awaited):
+    seen = []
+    when_imported(awaited, seen.append)
+    spec = importlib.util.find_spec(awaited)
+    assert "its own" in spec.loader.get_source(awaited)
+    assert not seen
+    assert seen == [importlib.import_module(awaited)]
 
 
 def test_a_module_that_does_not_exist_is_missing_as_ever():

@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 
+from fastft.commands.case import Case
 from fastft.commands.trace import Step, Trace
-from fastft.commands.yardstick import Measured, Parameters, Runs, measure, relative
+from fastft.commands.yardstick import Measured
 
 _SHOWN = 4
+_OTHER_MASKS = (
+    "the random states differ after this step: it drew more or fewer random numbers than stock's, "
+    "so that dropout has other masks"
+)
 
 
 @dataclass(frozen=True)
@@ -34,130 +38,6 @@ class Finding:
     step: int
     sentence: str
     parameters: list[str] = field(default_factory=list)
-
-
-class Case:
-    """The runs of one verdict, and what is measured of them when a cause asks."""
-
-    def __init__(self, runs: Runs) -> None:
-        self.runs = runs
-        self.stock, self.steps = runs.stock[0], range(runs.length)
-        self.parameters = Parameters(runs)
-
-    def pairs(self) -> Iterator[tuple[int, Trace, Step, Step]]:
-        """Step by step: its number from 0, a fast run, stock's step, the run's."""
-        for t in self.steps:
-            for run in self.runs.fast:
-                yield t, run, self.stock.steps[t], run.steps[t]
-
-    @cached_property
-    def loss(self) -> Measured:
-        """A mean over labels rounds like its sum, in the computation's dtype for each label."""
-
-        floor = [
-            max(2.0**-19, 2 * self.runs.epsilon / math.sqrt(max(step.supervised, 1)))
-            * _size(step.loss)
-            for step in self.stock.steps[: self.runs.length]
-        ]
-        return measure(self.runs, relative(lambda step: step.loss), floor)
-
-    @cached_property
-    def grad_norm(self) -> Measured | None:
-        """None where some step of a run has none."""
-        runs = [*self.runs.stock, *self.runs.fast, self.runs.noise, self.runs.fp32]
-        norms = [s.grad_norm for run in runs if run for s in run.steps[: self.runs.length]]
-        if None in norms:
-            return None
-        share = max(1e-5, self.runs.epsilon / 8)
-        return measure(
-            self.runs,
-            relative(lambda step: float(step.grad_norm or 0.0)),
-            [share * _size(self.stock.steps[t].grad_norm or 0.0) for t in self.steps],
-        )
-
-    @cached_property
-    def gradients(self) -> dict[str, Measured]:
-        """Of each parameter, as the optimizer sees them. One of a part of 1e-4 of the typical
-        gradient, the bias of keys say, is rounding alone."""
-        if not self.parameters.has("gradients"):
-            return {}
-        read = {name: self.parameters.reader("gradients", name) for name in self.parameters.names}
-        typical = [
-            statistics.median(_size(read[name](self.stock, t)) for name in read) if read else 0.0
-            for t in self.steps
-        ]
-        return self.parameters.measure(
-            "gradients",
-            lambda name, t: max(_size(read[name](self.stock, t)), 1e-4 * typical[t]),
-            max(1e-4, self.runs.epsilon),
-        )
-
-    @cached_property
-    def moments(self) -> dict[str, Measured]:
-        """Of each parameter, the optimizer's `exp_avg`."""
-        if not self.parameters.has("moments"):
-            return {}
-        read = {name: self.parameters.reader("moments", name) for name in self.parameters.names}
-        return self.parameters.measure(
-            "moments",
-            lambda name, t: _size(read[name](self.stock, t)),
-            max(1e-3, self.runs.epsilon),
-        )
-
-    @cached_property
-    def moved(self) -> dict[str, Measured]:
-        """Of each parameter, how far it moved in the step."""
-        if not self.parameters.has("moved"):
-            return {}
-        read = {name: self.parameters.reader("moved", name) for name in self.parameters.names}
-        return self.parameters.measure(
-            "moved", lambda name, t: _size(read[name](self.stock, t)), 1e-3
-        )
-
-    @cached_property
-    def projections(self) -> dict[str, Measured]:
-        """Of each parameter, where its weights are, relative to how far they have come."""
-        if not (self.parameters.has("projection") and self.parameters.has("moved")):
-            return {}
-        walked: dict[str, list[float]] = {}
-        for name in self.parameters.names:
-            read, sums = self.parameters.reader("moved", name), [0.0]
-            for t in self.steps:
-                sums.append(sums[-1] + _size(read(self.stock, t)))
-            walked[name] = sums[1:]
-        return self.parameters.measure("projection", lambda name, t: walked[name][t], 1e-3)
-
-    @cached_property
-    def noisy(self) -> set[str]:
-        """Parameters whose gradient is rounding alone, like that of the keys' bias: AdamW makes
-        whole steps of it, each time others."""
-        if not self.gradients:
-            return set()
-        largest = [max(m.stock[t] for m in self.gradients.values()) for t in self.steps]
-        return {
-            name
-            for name, measured in self.gradients.items()
-            if any(
-                measured.noise[t] > 0.1 * measured.stock[t]
-                or measured.stock[t] < 1e-6 * largest[t]
-                or math.isnan(measured.stock[t])
-                for t in self.steps[:5]
-            )
-        }
-
-    def off(self, kind: dict[str, Measured]) -> tuple[int, list[str]] | None:
-        """The first step in which parameters differ, and which."""
-        for t in self.steps:
-            names = [n for n, m in kind.items() if m.over[t] and n not in self.noisy]
-            if names:
-                return t, names
-        return None
-
-    @property
-    def consequences(self) -> bool:
-        """Whether a loss or a gradient differs."""
-        norms = self.grad_norm is not None and self.grad_norm.first is not None
-        return self.loss.first is not None or norms
 
 
 def steps(case: Case) -> Finding | None:
@@ -232,17 +112,19 @@ def learning_rate(case: Case) -> Finding | None:
 
 def random_numbers(case: Case) -> Finding | None:
     """Dropout has other masks. Without a consequence it is no difference."""
+    for t, (stock, fast) in enumerate(zip(*_steps_of(case.runs.dropout), strict=False)):
+        if stock.random != fast.random:
+            return Finding("random numbers", t + 1, f"with dropout, {_OTHER_MASKS}")
     if not case.consequences:
         return None
     for t, _, stock, fast in case.pairs():
         if stock.random != fast.random and (stock.drew or fast.drew):
-            return Finding(
-                "random numbers",
-                t + 1,
-                "the random states differ after this step: it drew more or fewer random numbers "
-                "than stock's, so that dropout has other masks",
-            )
+            return Finding("random numbers", t + 1, _OTHER_MASKS)
     return None
+
+
+def _steps_of(pair: tuple[Trace, Trace] | None) -> tuple[list[Step], list[Step]]:
+    return ([], []) if pair is None else (pair[0].steps, pair[1].steps)
 
 
 def leak(case: Case) -> Finding | None:
@@ -488,10 +370,6 @@ CAUSES: list[Callable[[Case], Finding | None]] = [
     update_size,
     weights,
 ]
-
-
-def _size(number: float) -> float:
-    return abs(number) if math.isfinite(number) else 0.0
 
 
 def _ratio(measured: Measured, t: int) -> float:

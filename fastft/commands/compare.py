@@ -29,6 +29,17 @@ _PIECES = ("loss", "optimizer", "packing")
 _LOW_PRECISION = ("bfloat16", "float16")
 
 
+_WITHOUT_DROPOUT = (
+    "The script has dropout, whose masks are others where rows are packed, though the random "
+    "numbers are the same: these runs are without dropout, and a further pair with dropout and "
+    "without packing compares the random numbers."
+)
+_WITHOUT_PACKING = (
+    "Packing is left out: the model draws random numbers, and not for dropout alone, which mean "
+    "something else in packed rows."
+)
+
+
 class CouldNotRun(Exception):
     """Nothing was compared; the text says why."""
 
@@ -38,7 +49,8 @@ class Request:
     """What was asked for.
 
     `pieces`: those that are to be run alone as well. `only`: those that the fast runs have.
-    `packing`: tokens of a pack for the second table; None without it.
+    `packing`: tokens of a pack for the second table; None without it. `runs`: of stock and of fast,
+    1 or 2.
     """
 
     script: Script
@@ -46,6 +58,7 @@ class Request:
     only: tuple[str, ...]
     pieces: tuple[str, ...]
     packing: int | None
+    runs: int
     launch: list[str]
     out: Path
 
@@ -105,6 +118,9 @@ def _parse(arguments: list[str]) -> Request:
         help="a second table: packs of so many tokens",
     )
     parser.add_argument(
+        "--runs", type=int, choices=(1, 2), default=2, help="of stock, and of fast, by turns (2)"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("fastft-compare"),
@@ -122,6 +138,7 @@ def _parse(arguments: list[str]) -> Request:
         options.only,
         options.pieces,
         options.packing,
+        options.runs,
         _launcher(parser, options.launch),
         options.out,
     )
@@ -185,6 +202,7 @@ class _Session:
 
     def __init__(self, request: Request, progress: children.Progress) -> None:
         self.request, self.progress, self.count = request, progress, 0
+        self.only, self.dropout, self.notes = request.only, True, list[str]()
 
     def run(self, variant: str, name: str, only: Sequence[str] = (), packing: str = "") -> _Run:
         """Runs the script to its end or the last step."""
@@ -198,6 +216,7 @@ class _Session:
         command += ["--variant", variant, "--steps", str(request.steps)]
         command += ["--only", ",".join(only)] if only else []
         command += ["--packing", packing] if packing else []
+        command += [] if self.dropout else ["--dropout", "off"]
         self.progress.begin(name)
         begin = time.monotonic()
         code = children.run([*command, "--", *_words(request.script)], log, self.progress.watch)
@@ -223,10 +242,10 @@ class _Session:
             )
         return run.trace
 
-    def fast(self) -> Trace:
+    def fast(self, name: str = "fastft") -> Trace:
         """A run with fastft. One that fails is run with each piece alone, to name the guilty."""
-        only = self.request.only
-        run = self.run("fast", "fastft", only, "collate")
+        only = self.only
+        run = self.run("fast", name, only, "collate" if "packing" in only else "")
         if not run.failed:
             return run.trace
         guilty = []
@@ -253,6 +272,38 @@ class _Session:
             )
         return run.trace
 
+    def settle_dropout(self, stock: Trace) -> tuple[Trace, tuple[Trace, Trace] | None]:
+        """Where the script has dropout and packing is on, the runs to come are without dropout:
+        packed rows have another shape than padded ones, and the same random numbers are other masks
+        in them. Where a model draws random numbers all the same, packing is left out.
+
+        Args:
+            stock: the first run.
+
+        Returns:
+            the first run to compare with, and a stock and a fast run which keep dropout, or None.
+        """
+        only, others = self.only, tuple(piece for piece in self.only if piece != "packing")
+        if others == only or not _draws(stock):
+            return stock, None
+        self.progress.add(1 + bool(others))
+        self.dropout = False
+        still = self.stock()
+        if _draws(still) and not others:
+            raise CouldNotRun(
+                "the model draws random numbers, and not for dropout alone: in packed rows they "
+                "mean something else, so that packing has nothing to be compared with"
+            )
+        self.dropout, self.only = True, others
+        if _draws(still):
+            self.notes.append(_WITHOUT_PACKING)
+            self.progress.add(-1)
+            return stock, None
+        pair = (stock, self.fast("fastft with dropout")) if others else None
+        self.dropout, self.only = False, only
+        self.notes.append(_WITHOUT_DROPOUT)
+        return still, pair
+
     def piece(self, piece: str) -> _Run:
         """A run with one piece alone."""
         return self.run(piece, piece, [piece], "collate" if piece == "packing" else "")
@@ -266,28 +317,29 @@ def compare(request: Request) -> Comparison:
     """
     request.out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    packing, only, names = request.packing, request.only, request.pieces
-    with children.Progress(5 + len(names) + (packing is not None)) as progress:
+    packing, names = request.packing, request.pieces
+    total = 2 * request.runs + 1 + len(names) + (packing is not None)
+    with children.Progress(total) as progress:
         session = _Session(request, progress)
-        stock = [session.stock()]
-        half = stock[0].dtype in _LOW_PRECISION
+        first, dropout = session.settle_dropout(session.stock())
+        half = first.dtype in _LOW_PRECISION
         progress.add(int(half))
-        fast = [session.fast(), session.fast()]
-        stock.append(session.stock())
-        why = unreproducible(stock)
+        fast = [session.fast() for _ in range(request.runs)]
+        stock = [first, *(session.stock() for _ in range(request.runs - 1))]
+        noise = session.reference("noise", "noise")
+        why = unreproducible([*stock, noise])
         if why is not None:
             raise CouldNotRun(why)
-        noise = session.reference("noise", "noise")
         fp32 = session.reference("fp32", "fp32 weights") if half else None
-        runs = Runs(stock, fast, noise, fp32)
+        runs = Runs(stock, fast, noise, fp32, dropout)
         verdict = judge(runs)
-        if not verdict.equal and not names and len(only) > 1:
-            names = only  # which of them is it?
+        if not verdict.equal and not names and len(session.only) > 1:
+            names = session.only  # which of them is it?
             progress.add(len(names))
         pieces = {name: session.piece(name) for name in names}
         packs = None
         if packing is not None:
-            packs = session.run("fast", f"packs of {packing}", only, str(packing)).trace
+            packs = session.run("fast", f"packs of {packing}", request.only, str(packing)).trace
     return Comparison(
         command=shlex.join(_words(request.script)),
         launch=shlex.join(request.launch[:-1]) if request.launch[0] != sys.executable else "",
@@ -297,8 +349,13 @@ def compare(request: Request) -> Comparison:
         failed={name: run.reason for name, run in pieces.items() if run.failed},
         packs=packs,
         packing=packing,
+        notes=session.notes,
         seconds=time.monotonic() - begin,
     )
+
+
+def _draws(trace: Trace) -> bool:
+    return any(step.drew for step in trace.steps)
 
 
 def _words(script: Script) -> list[str]:

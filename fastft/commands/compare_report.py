@@ -35,6 +35,7 @@ class Comparison:
         pieces: runs with one piece alone, by its name.
         failed: why a piece alone did not train.
         packs: the run on packs of `packing` tokens.
+        notes: what there is to say of the runs themselves.
         seconds: all of it took.
     """
 
@@ -46,6 +47,7 @@ class Comparison:
     failed: dict[str, str] = field(default_factory=dict)
     packs: Trace | None = None
     packing: int | None = None
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -68,7 +70,7 @@ class Comparison:
         """Each piece that was run alone."""
         return {
             name: (
-                judge(dataclasses.replace(self.runs, fast=[run])),
+                judge(dataclasses.replace(self.runs, fast=[run], dropout=None)),
                 figures([run], self.runs.stock),
             )
             for name, run in self.pieces.items()
@@ -168,6 +170,7 @@ def _headline(comparison: Comparison) -> str:
 
 def _answer(comparison: Comparison) -> list[str]:
     verdict, length = comparison.verdict, comparison.runs.length
+    notes = [line for note in comparison.notes for line in ("", note)]
     if verdict.equal:
         bits = verdict.same_bits
         same = (
@@ -177,7 +180,8 @@ def _answer(comparison: Comparison) -> list[str]:
             f"**Equal.** In all {length} steps the losses, the gradients, the updates and each "
             f"parameter's weights are stock's, as far as rounding lets stock be itself."
             f"{same if bits else ''} In the first step a loss that is off by "
-            f"{verdict.sensitivity:.1g} of its size would have been seen."
+            f"{verdict.sensitivity:.1g} of its size would have been seen.",
+            *notes,
         ]
     first, *rest = verdict.findings
     lines = [f"**Different: {first.what}** (step {first.step}). {_sentence(first.sentence)}"]
@@ -187,9 +191,9 @@ def _answer(comparison: Comparison) -> list[str]:
     guilty = [name for name, (alone, _) in comparison.alone.items() if not alone.equal]
     if guilty:
         lines += ["", f"It comes with {' and with '.join(f'{name} alone' for name in guilty)}."]
-    elif comparison.alone:
+    elif comparison.alone and first.what != "random numbers":  # pieces alone draw none
         lines += ["", "No piece alone differs: it comes with their combination."]
-    return lines
+    return [*lines, *notes]
 
 
 def _sentence(text: str) -> str:
@@ -320,8 +324,9 @@ def _off(measured: Measured, t: int) -> list[str]:
 
 def _how(comparison: Comparison) -> list[str]:
     noise = comparison.runs.noise
+    turns = "stock, fastft" + ", fastft, stock" * (len(comparison.runs.stock) > 1)
     lines = [
-        "The runs are in turns (stock, fastft, fastft, stock), each in a process of its own, with "
+        f"The runs are in turns ({turns}), each in a process of its own, with "
         "the same seeds and batches. The yardstick of a number is the larger of stock against "
         "stock, and stock against itself with one ulp of noise"
         + (f" ({noise.noise})" if noise is not None and noise.noise else "")

@@ -20,11 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
 from fastft.commands.script import Script, execute, of_script
 from fastft.commands.trace import Trace
-from fastft.integrations.accelerator_loop import AcceleratorLoop
 from fastft.integrations.trainings import at_prepare, at_train
 from fastft.on_import import when_imported
 
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import Trainer
 
+    from fastft.integrations.accelerator_loop import AcceleratorLoop
     from fastft.integrations.recorder import RecordedLoop, Recorder
 
 _PACKAGES = (
@@ -51,6 +49,7 @@ class RecordedScript:
         steps: optimizer steps until the process ends.
         pieces: of fastft, those that are on.
         packing: as of `fastft.plug`.
+        dropout: whether the model keeps its own.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class RecordedScript:
         steps: int,
         pieces: tuple[str, ...],
         packing: int | str | None,
+        dropout: bool = True,
     ) -> None:
         rank = int(os.environ.get("RANK", "0"))
         self.out = out if rank == 0 else out.with_suffix(f".rank{rank}{out.suffix}")
@@ -68,11 +68,12 @@ class RecordedScript:
         self._script, self._steps, self._packing = script, steps, packing
         self._pieces = () if variant in _REFERENCES else pieces
         self.trace = Trace(variant, rank, int(os.environ.get("WORLD_SIZE", "1")))
-        self._fast_loop = AcceleratorLoop([p for p in self._pieces if p != "packing"])
+        self._fast_loop: AcceleratorLoop | None = None
         self._recorder: Recorder | None = None
         self._loop: RecordedLoop | None = None
-        self._trainer: Trainer | None = None
-        self._disturbed = False
+        self._changed: Any = None  # the model
+        self._dropout = dropout
+        self._work = contextlib.ExitStack()
 
     def run(self) -> int:
         """Runs the script until the last step, where the process ends, or its own end.
@@ -82,7 +83,7 @@ class RecordedScript:
             is printed.
         """
         code = 0
-        with contextlib.ExitStack() as work:
+        with self._work as work:
             work.callback(when_imported("transformers.training_args", self._keep_to_itself))
             work.enter_context(at_train(self._begin, self._end))
             work.enter_context(at_prepare(self._before, self._after))
@@ -115,52 +116,58 @@ class RecordedScript:
             stock(arguments)
 
         module.TrainingArguments.__post_init__ = __post_init__
+        self._work.callback(setattr, module.TrainingArguments, "__post_init__", stock)
 
     def _begin(self, trainer: Trainer) -> None:
         """A Trainer is going to train; the latest is the one that is recorded."""
         from fastft.integrations.recorder import record
 
         self.trace.error = None
-        if trainer is self._trainer:
-            return
-        self._trainer, plugged = trainer, None
-        if self.trace.variant == "fp32":
-            from fastft.integrations.reference_runs import train_in_fp32
-
-            train_in_fp32(trainer.model, trainer.accelerator)
-        self._disturb(trainer.model)
-        if self._pieces:
-            from fastft.integrations.plug import plug
-
-            plugged = plug(
-                trainer,
-                loss="loss" in self._pieces,
-                optimizer="optimizer" in self._pieces,
-                packing=self._packing,
-            )
-        record(trainer, self._new_recorder(plugged))
+        self._change(trainer.model, trainer.accelerator)
+        record(trainer, self._new_recorder(self._plugged(trainer)))
 
     def _end(self, trainer: Trainer, error: BaseException | None) -> None:
-        if error is not None:  # which the script may catch
-            self.trace.error = "".join(traceback.format_exception(error))
+        """A training has failed, which the script may catch, to train again."""
+        from fastft.integrations.recorder import RecorderCallback
+
+        trainer.remove_callback(RecorderCallback)
+        if self._pieces:
+            self._plugged(trainer).restore()
+        if error is not None:
+            of_it = traceback.format_exception(type(error), error, error.__traceback__)
+            self.trace.error = "".join(of_it)
+
+    def _plugged(self, trainer: Trainer) -> Any:
+        """What plug made of a Trainer, now or in the script; None for a stock run."""
+        if not self._pieces:
+            return None
+        from fastft.integrations.plug import Plugged, plug
+
+        loss, optimizer = "loss" in self._pieces, "optimizer" in self._pieces
+        return Plugged.of(trainer) or plug(
+            trainer, loss=loss, optimizer=optimizer, packing=self._packing
+        )
 
     def _before(self, accelerator: Accelerator, objects: tuple[Any, ...]) -> None:
         """A loop of the script's own prepares something."""
-        for model in objects:
-            if isinstance(model, torch.nn.Module):
-                if self.trace.variant == "fp32":
-                    from fastft.integrations.reference_runs import train_in_fp32
+        from fastft.integrations.recorder import models_of
 
-                    train_in_fp32(model, accelerator)
-                self._disturb(model)
-        self._fast_loop.before(accelerator, objects)
+        for model in models_of(objects):
+            self._change(model, accelerator)
+        if self._fast_loop is None and self._pieces:
+            from fastft.integrations.accelerator_loop import AcceleratorLoop
+
+            self._fast_loop = AcceleratorLoop([p for p in self._pieces if p != "packing"])
+        if self._fast_loop is not None:
+            self._fast_loop.before(accelerator, objects)
 
     def _after(self, accelerator: Accelerator, prepared: tuple[Any, ...]) -> None:
         from fastft.integrations.recorder import RecordedLoop
 
-        self._fast_loop.after(accelerator, prepared)
+        if self._fast_loop is not None:
+            self._fast_loop.after(accelerator, prepared)
         if self._loop is None:
-            self._loop = RecordedLoop(self._new_recorder(self._fast_loop if self._pieces else None))
+            self._loop = RecordedLoop(self._new_recorder(self._fast_loop))
         self._loop.prepared(accelerator, prepared)
 
     def _new_recorder(self, plugged: Any) -> Recorder:
@@ -172,11 +179,22 @@ class RecordedScript:
         self._recorder.plugged = plugged
         return self._recorder
 
-    def _disturb(self, model: Any) -> None:
-        if self.trace.variant == "noise" and not self._disturbed:
-            from fastft.integrations.reference_runs import add_noise
+    def _change(self, model: Any, accelerator: Accelerator) -> None:
+        """Makes the model what the variant asks for, once."""
+        if model is self._changed:
+            return
+        self._changed = model
+        if not self._dropout:
+            from fastft.integrations.without_dropout import switch_off_dropout
 
-            self.trace.noise, self._disturbed = add_noise(model), True
+            switch_off_dropout(model)
+        if self.trace.variant in ("noise", "fp32"):
+            from fastft.integrations.reference_runs import add_noise, train_in_fp32
+
+            if self.trace.variant == "fp32":
+                train_in_fp32(model, accelerator)
+            else:
+                self.trace.noise = add_noise(model)
 
     def _save(self) -> None:
         self.trace.versions = {"python": platform.python_version(), **_versions()}
@@ -187,6 +205,8 @@ class RecordedScript:
 
     def _leave(self) -> NoReturn:
         """Ends the process, with all others of the training."""
+        import torch  # not before the script, which may have something to say first
+
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             distributed.barrier()  # nobody is waited for in vain
@@ -212,12 +232,14 @@ def _machine() -> dict[str, str]:
         "system": platform.platform(),
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         machine["memory"] = f"{size / 2**30:.0f} GiB"
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        machine["threads"] = str(torch.get_num_threads())
+    if torch is not None and torch.cuda.is_available():
         machine["device"] = torch.cuda.get_device_name()
     return machine
 

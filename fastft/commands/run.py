@@ -22,18 +22,23 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fastft.commands.script import Script, execute, of_script, reason_against, split
-from fastft.integrations.accelerator_loop import AcceleratorLoop
 from fastft.integrations.trainings import at_prepare, at_train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import Trainer
 
+    from fastft.integrations.accelerator_loop import AcceleratorLoop
     from fastft.integrations.plug import Plugged
 
 PIECES = ("loss", "optimizer", "packing")
-_PLUGGED = "_fastft_plugged"  # on a Trainer, so that both go together
 _PACKAGES = ("fastft", "torch", "transformers", "accelerate", "peft", "trl", "deepspeed")
+
+_NOTHING = (
+    "nothing of fastft was used: this process trained no Trainer, and no Accelerator prepared a "
+    "model or an optimizer. Processes that a script starts itself (spawn, Ray, notebook_launcher) "
+    "train stock; start them with torchrun ... -m fastft run"
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -120,9 +125,9 @@ def _reason_against(options: argparse.Namespace) -> str | None:
     return None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Training:
-    """A Trainer, or an Accelerator's loop: what is said of it, and what the report has.
+    """What the report has of a Trainer, or of the Accelerator loops.
 
     `trainer`: the name of its class.
     `lines`: of each piece, the latest sentence.
@@ -134,42 +139,35 @@ class _Training:
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def look(self, source: Plugged | AcceleratorLoop, speaks: bool) -> None:
-        """Takes what `source` knows by now, and says which lines are new."""
-        news = {
-            piece: line for piece, line in source.lines.items() if line != self.lines.get(piece)
-        }
-        self.lines = dict(source.lines)
-        for name in ("report", "evaluation"):
-            found = getattr(source, name, None)
-            setattr(self, name, {} if found is None else dataclasses.asdict(found))
-        if speaks:
-            for piece, line in news.items():
-                _say(f"{self.trainer}: {piece}: {line}")
+    def look(self, source: Plugged | AcceleratorLoop) -> dict[str, str]:
+        """Takes what `source` knows by now; returns the lines that are new."""
+        before, self.lines = self.lines, dict(source.lines)
+        self.report = dataclasses.asdict(source.report)
+        self.evaluation = dataclasses.asdict(source.evaluation)
+        return {piece: line for piece, line in self.lines.items() if line != before.get(piece)}
 
 
 class _Run:
     """What becomes of the trainings in this process."""
 
     def __init__(self, options: argparse.Namespace, script: Script) -> None:
-        self._pieces = tuple(
-            piece
-            for piece in options.only or PIECES
-            if piece != "packing" or options.packing is not None
-        )
-        self._packing, self._file, self._script = options.packing, options.report, script
+        wanted = options.only or PIECES
+        self._packing, self._script = options.packing, script
+        self._file = options.report and options.report.absolute()  # the script may change folders
+        self._pieces = [piece for piece in wanted if piece != "packing" or self._packing]
         self._trainings: list[_Training] = []
         # weakly: a script that makes a Trainer for each fold must lose the last one
         self._trainers: weakref.WeakKeyDictionary[Trainer, _Training] = weakref.WeakKeyDictionary()
-        self._loop = AcceleratorLoop(self._pieces)
-        self._of_loop: _Training | None = None
+        self._ours: weakref.WeakSet[Trainer] = weakref.WeakSet()  # the script may plug some itself
+        self._loop: tuple[AcceleratorLoop, _Training] | None = None
+        self._process = os.getpid()
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """While the context is open, trainings that begin are fastft's; nothing remains behind."""
         error: BaseException | None = None
         try:
-            with at_train(self._begin, self._end), at_prepare(self._loop.before, self._prepared):
+            with at_train(self._begin, self._end), at_prepare(self._given, self._prepared):
                 yield
         except BaseException as raised:
             error = raised
@@ -179,51 +177,72 @@ class _Run:
             self._close(error)
 
     def _begin(self, trainer: Trainer) -> None:
+        from fastft.integrations.plug import Plugged, plug  # it imports transformers
+
         if trainer not in self._trainers:
             self._trainers[trainer] = _Training(type(trainer).__name__)
             self._trainings.append(self._trainers[trainer])
-        if not hasattr(trainer, _PLUGGED):
-            # transformers is there by now: this imports it
-            from fastft.integrations.plug import plug
-
-            loss, optimizer = ("loss" in self._pieces, "optimizer" in self._pieces)
-            plugged = plug(trainer, loss=loss, optimizer=optimizer, packing=self._packing)
-            setattr(trainer, _PLUGGED, plugged)
+        if Plugged.of(trainer) is None:
+            loss, optimizer = "loss" in self._pieces, "optimizer" in self._pieces
+            plug(trainer, loss=loss, optimizer=optimizer, packing=self._packing)
+            self._ours.add(trainer)
         self._look(trainer)
 
     def _end(self, trainer: Trainer, error: BaseException | None) -> None:
         self._look(trainer)
-        if error is not None:  # the script may catch it and train again
-            _take_off(trainer)
+        if error is not None:
+            self._take_off(trainer)  # the script may catch it and train again
 
     def _look(self, trainer: Trainer) -> None:
-        self._trainers[trainer].look(getattr(trainer, _PLUGGED), trainer.is_world_process_zero())
+        from fastft.integrations.plug import Plugged
+
+        plugged = Plugged.of(trainer)
+        if plugged is not None:
+            self._trainers[trainer].look(plugged)
+
+    def _take_off(self, trainer: Trainer) -> None:
+        from fastft.integrations.plug import Plugged
+
+        plugged = Plugged.of(trainer)
+        if plugged is not None and trainer in self._ours:
+            plugged.restore()
+
+    def _given(self, accelerator: Accelerator, objects: tuple[Any, ...]) -> None:
+        if self._loop is None:
+            from fastft.integrations.accelerator_loop import AcceleratorLoop  # it imports torch
+
+            self._loop = AcceleratorLoop(self._pieces), _Training("Accelerator")
+        self._loop[0].before(accelerator, objects)
 
     def _prepared(self, accelerator: Accelerator, prepared: tuple[Any, ...]) -> None:
-        self._loop.after(accelerator, prepared)
-        if not self._loop.is_at_work:
+        if self._loop is not None:
+            self._loop[0].after(accelerator, prepared)
+            self._tell(accelerator.is_main_process)
+
+    def _tell(self, aloud: bool) -> None:
+        """Keeps what there is to say of the Accelerator loops, and says what is new."""
+        if self._loop is None or not self._loop[0].is_at_work:
             return
-        if self._of_loop is None:
-            self._of_loop = _Training("Accelerator")
-            self._trainings.append(self._of_loop)
-        self._of_loop.look(self._loop, accelerator.is_main_process)
+        loop, training = self._loop
+        if training not in self._trainings:
+            self._trainings.append(training)
+        for piece, line in training.look(loop).items():
+            if aloud:
+                _say(f"{piece}: {line}")
 
     def _close(self, error: BaseException | None) -> None:
+        if os.getpid() != self._process:  # a process that the script has forked comes to its end
+            return
         for trainer in self._trainers:
-            if hasattr(trainer, _PLUGGED):
-                self._look(trainer)
-                _take_off(trainer)
-        self._loop.restore()
-        if self._of_loop is not None:
-            self._of_loop.look(self._loop, _is_main_process())
+            self._look(trainer)
+            self._take_off(trainer)
+        if self._loop is not None:
+            self._loop[0].restore()
+            self._tell(_is_main_process())
         if not _is_main_process():
             return
         if not self._trainings and not _is_failure(error):
-            _say(
-                "no Trainer was trained here, and no Accelerator prepared anything: nothing of "
-                "fastft was used. Processes that a script starts itself (spawn, Ray, "
-                "notebook_launcher) train stock: start them with torchrun ... -m fastft run"
-            )
+            _say(_NOTHING)
         if self._file is not None:
             self._file.write_text(json.dumps(self._report(error), indent=2) + "\n")
 
@@ -268,11 +287,6 @@ class _Run:
             f"fastft's {', '.join(self._pieces)} had a part in this training. If it does not fail "
             f"without `-m fastft run`, {others}please report it"
         )
-
-
-def _take_off(trainer: Trainer) -> None:
-    plugged: Plugged = vars(trainer).pop(_PLUGGED)
-    plugged.restore()
 
 
 def _is_failure(error: BaseException | None) -> bool:

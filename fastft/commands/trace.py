@@ -227,7 +227,13 @@ def main(arguments: list[str]) -> int:
     pieces = (options.variant,) if options.variant in PIECES else options.only
     packing = options.packing if "packing" in pieces else None
     return RecordedScript(
-        script, options.out, options.variant, options.steps, pieces, packing
+        script,
+        options.out,
+        options.variant,
+        options.steps,
+        pieces,
+        packing,
+        dropout=options.dropout == "on",
     ).run()
 
 
@@ -243,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (20)")
     parser.add_argument("--only", type=_pieces, default=PIECES, help="pieces, commas between")
     parser.add_argument("--packing", type=_packing, help="tokens, or 'collate'")
+    parser.add_argument("--dropout", choices=("on", "off"), default="on")
     for name in ("--local_rank", "--local-rank"):  # launchers put it first
         parser.add_argument(
             name,

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastft.commands.causes import CAUSES, Case, Finding
+from fastft.commands.case import Case
+from fastft.commands.causes import CAUSES, Finding
 from fastft.commands.trace import Step, Trace
 from fastft.commands.yardstick import Measured, Runs, distance, noise_of
 
@@ -77,9 +78,16 @@ def unreproducible(stock: Sequence[Trace]) -> str | None:
     """Why two stock runs say nothing about a third: they are two different trainings.
 
     Args:
-        stock: two stock runs of at least one step.
+        stock: two stock runs or more, of at least one step, with noise or without.
     """
-    first, second = stock[0], stock[-1]
+    for other in stock[1:]:
+        why = _other_training(stock[0], other)
+        if why is not None:
+            return why
+    return None
+
+
+def _other_training(first: Trace, second: Trace) -> str | None:
     for t, (one, other) in enumerate(zip(first.steps, second.steps, strict=False)):
         if one.batches != other.batches:
             return (

@@ -39,12 +39,16 @@ EPSILON = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10, "float
 @dataclass(frozen=True)
 class Runs:
     """The runs that one verdict is about: `stock` has one or two, `fast` one or more, each with at
-    least one step; the others are None where they were not made."""
+    least one step; the others are None where they were not made.
+
+    `dropout`: a stock and a fast run whose random numbers have to be the same, where the others are
+    without dropout."""
 
     stock: Sequence[Trace]
     fast: Sequence[Trace]
     noise: Trace | None = None
     fp32: Trace | None = None
+    dropout: tuple[Trace, Trace] | None = None
 
     @property
     def length(self) -> int:
@@ -188,11 +192,11 @@ class Parameters:
         return lambda run, t: float(getattr(run.steps[t], kind)[self._index[id(run)][name]])
 
     def measure(
-        self, kind: str, scale: Callable[[str, int], float], floor: float
+        self, kind: str, scale: Callable[[str, int], float], floor: Sequence[float]
     ) -> dict[str, Measured]:
         """Holds the numbers of all parameters against the yardstick.
 
-        `scale` says what a parameter's noise and the relative `floor` are relative to. A noise
+        `scale` says what a parameter's noise and the `floor` of each step are relative to. A noise
         below the median of all parameters is taken for luck.
         """
         steps = range(self.runs.length)
@@ -206,7 +210,7 @@ class Parameters:
             name: measure(
                 self.runs,
                 self.reader(kind, name),
-                [floor * scale(name, t) for t in steps],
+                [floor[t] * scale(name, t) for t in steps],
                 [typical[t] * scale(name, t) for t in steps],
                 PARAMETER_FACTOR,
             )

@@ -273,7 +273,11 @@ def pack(
 def packs_of(loader: Any) -> PackedDataset | PackedStream | None:
     """Finds the packs that a loader gives out, also inside what others wrap a dataset in; None if
     it gives out something else."""
-    dataset = getattr(loader, "dataset", None)
+    return packs_in(getattr(loader, "dataset", None))
+
+
+def packs_in(dataset: Any) -> PackedDataset | PackedStream | None:
+    """The same of a dataset."""
     while dataset is not None and not isinstance(dataset, PackedDataset | PackedStream):
         # accelerate's share of a stream, a torch Subset
         dataset = getattr(dataset, "dataset", None)

@@ -70,4 +70,6 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
 
     stack = contextlib.ExitStack()
     stack.enter_context(with_attributes(accelerator, clip_grad_norm_=clip_grad_norm_))
+    # else it would be taken off when nobody keeps what is returned
+    clip_grad_norm_.takes_off = stack  # type: ignore[attr-defined]
     return stack.close

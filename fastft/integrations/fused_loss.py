@@ -103,7 +103,7 @@ class FusedLossCallback(PackingCallback):
             self._kept.callback(give_counted_labels(model, known_count))
         self.report = self._attachment.report
         if args.torch_compile and self._attachment.heads:
-            self._keep_loss_uncompiled(unwrapped(model))
+            _keep_loss_uncompiled(unwrapped(model), self._kept)
         if self.verify and self._attachment.heads:
             self._verify_first_batch(model)
 
@@ -132,7 +132,10 @@ class FusedLossCallback(PackingCallback):
             return
         # a classifier has nothing to fuse
         say = logger.warning if expects_head(model) else logger.info
-        say(f"fastft: no loss was fused in the first step: {self.why_not_fused(model)}")
+        why = self.why_not_fused(model)
+        unknown = not (self.report.skipped or self.report.materialised)
+        advice = f". {_who_computes_it(model)[1]}" if unknown else ""
+        say(f"fastft: no loss was fused in the first step: {why}{advice}")
 
     def why_not_fused(self, model: nn.Module) -> str:
         """Why no loss was fused in a training of `model` that has taken a step, in words."""
@@ -140,7 +143,7 @@ class FusedLossCallback(PackingCallback):
             return "; ".join(self.report.skipped)
         if self.report.materialised:
             return "something asked for real logits before the loss"
-        return _who_computes_it(model)
+        return _who_computes_it(model)[0]
 
     def on_prediction_step(
         self,
@@ -201,6 +204,8 @@ class FusedLossCallback(PackingCallback):
         self._attachment = attachment = Attachment(model, evaluation)
         with contextlib.ExitStack() as stack:
             stack.callback(attachment.remove)
+            if args.torch_compile and attachment.heads:
+                _keep_loss_uncompiled(unwrapped(model), stack)
             try:
                 yield
             finally:
@@ -215,12 +220,6 @@ class FusedLossCallback(PackingCallback):
         """Takes the model back to stock. Harmless when called twice."""
         super().restore()
         self._attachment = None
-
-    def _keep_loss_uncompiled(self, model: Any) -> None:
-        """One graph break at the loss function instead of one at each operation on lazy logits."""
-        if hasattr(type(model), "loss_function") and "_loss_function" not in model.__dict__:
-            model.loss_function = torch.compiler.disable(model.loss_function)
-            self._kept.callback(model.__dict__.pop, "_loss_function", None)
 
     def _verify_first_batch(self, model: nn.Module) -> None:
         stock: list[torch.Tensor | None] = []
@@ -262,25 +261,33 @@ def _in_evaluation_loop() -> bool:
     return False
 
 
-def _who_computes_it(model: nn.Module) -> str:
+def _who_computes_it(model: nn.Module) -> tuple[str, str]:
     """Says why no head was asked for logits, and what to do."""
     packages = whose_forward(model)
     if "trl" in packages:
         return (
             "nothing called the output head: TRL's trainers compute their loss by a fused head "
-            "of their own. Leave FusedLossCallback out (fastft's AdamW and packing work there), "
-            "or train with transformers.Trainer"
+            "of their own",
+            "Leave FusedLossCallback out (fastft's AdamW and packing work there), or train with "
+            "transformers.Trainer",
         )
     if "liger_kernel" in packages:
         return (
-            "nothing called the output head: Liger computes the loss. Leave FusedLossCallback out, "
-            "or use_liger_kernel"
+            "nothing called the output head: Liger computes the loss",
+            "Leave FusedLossCallback out, or use_liger_kernel",
         )
     return (
         "nothing called the output head: another fused loss must be at work, TRL's (SFTTrainer), "
-        "Liger's (use_liger_kernel) or one in the model's code. Leave that, or "
-        "FusedLossCallback, out"
+        "Liger's (use_liger_kernel) or one in the model's code",
+        "Leave that, or FusedLossCallback, out",
     )
+
+
+def _keep_loss_uncompiled(model: Any, stack: contextlib.ExitStack) -> None:
+    """One graph break at the loss function instead of one at each operation on lazy logits."""
+    if hasattr(type(model), "loss_function") and "_loss_function" not in model.__dict__:
+        model.loss_function = torch.compiler.disable(model.loss_function)
+        stack.callback(model.__dict__.pop, "_loss_function", None)
 
 
 def _loss_of(output: Any) -> torch.Tensor | None:

@@ -92,6 +92,7 @@ class PackingCallback(TrainerCallback):
         self.switched: str | None = None
         self.probe: str | None = None
         self._warned_of_repeats = False
+        self._ahead: Verdict | None = None  # of the model before it was sharded
         self._apart, self._asked = False, False  # in a training; in this evaluation outside of one
         # the args of the Trainer that was handed an AdamW of fastft's
         self._handed: TrainingArguments | None = None
@@ -243,6 +244,8 @@ class PackingCallback(TrainerCallback):
         try:
             return _verdict(model, batches, args, switch=switch)
         except Unasked as error:
+            if self._ahead is not None:
+                return self._ahead
             self.probe = "not possible"
             logger.warning(f"fastft: packing is not checked: {error}")
         except ValueError as error:
@@ -258,6 +261,41 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Leaves no trace."""
         self.restore()
+
+    def ask_ahead(
+        self, model: nn.Module, collator: PackingCollator, max_tokens: int | None, args: Any
+    ) -> str | None:
+        """Probes a model before it is prepared for a training, in which its weights may be sharded.
+
+        Args:
+            model: as Trainer has it.
+            collator: of the batches.
+            max_tokens: of a row; None where that is not known.
+            args: of Trainer.
+
+        Returns:
+            Why it cannot get packed batches, a clause; None where it can, or where only the
+            training will tell.
+        """
+        self._ahead = None
+        parameter = next(model.parameters(), None)
+        if parameter is None or parameter.device.type != args.device.type:
+            return None  # it is moved later
+        multiple = collator.pad_to_multiple_of or 1
+        longest = None if max_tokens is None else max_tokens + -max_tokens % multiple
+        batches = Batches(collator.position_ids_start, longest, collator.rows, multiple > 1)
+        name, compiled = type(model).__name__, args.torch_compile or is_compiled(model)
+        try:
+            verdict = _verdict(model, batches, args, switch=self.attention and not compiled)
+        except Unasked:
+            return None
+        except ValueError as error:
+            return f"nobody knows whether {name} keeps packed sequences apart: {error}"
+        leak = verdict.leak
+        if leak is None or leak.loud or leak.block_mask:
+            self._ahead = verdict
+            return None
+        return f"{name} does not keep packed sequences apart: {leak}"
 
     @property
     def keeps_apart(self) -> bool:
@@ -397,40 +435,6 @@ def _size_of_batches(loader: Any, args: Any) -> int | None:
     """How many packs or examples are in a batch."""
     sampled: int | None = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return sampled or getattr(args, "train_batch_size", None)
-
-
-def why_not_packed(
-    model: nn.Module, collator: PackingCollator, max_tokens: int | None, args: Any, switch: bool
-) -> str | None:
-    """Asks, before it is prepared for a training, why a model cannot get packed batches.
-
-    Args:
-        model: as Trainer has it.
-        collator: of the batches.
-        max_tokens: of a row; None where that is not known.
-        args: of Trainer.
-        switch: whether the training may give it attention "fastft".
-
-    Returns:
-        A clause; None where it can, or where only the training itself will tell.
-    """
-    parameter = next(model.parameters(), None)
-    if parameter is None or parameter.device.type != args.device.type:
-        return None  # sharded, or moved, later
-    multiple = collator.pad_to_multiple_of or 1
-    longest = None if max_tokens is None else max_tokens + -max_tokens % multiple
-    batches = Batches(collator.position_ids_start, longest, collator.rows, multiple > 1)
-    name = type(model).__name__
-    switch = switch and not (args.torch_compile or is_compiled(model))
-    try:
-        leak = _verdict(model, batches, args, switch=switch).leak
-    except Unasked:
-        return None
-    except ValueError as error:
-        return f"nobody knows whether {name} keeps packed sequences apart: {error}"
-    if leak is None or leak.loud or leak.block_mask:
-        return None
-    return f"{name} does not keep packed sequences apart: {leak}"
 
 
 def _verdict(

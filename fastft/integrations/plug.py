@@ -124,7 +124,8 @@ class Plugged:
         if self._trainer.is_world_process_zero():
             lines = self.lines
             for piece in pieces:
-                logger.warning(f"fastft: {piece}: {lines[piece]}")
+                if not lines[piece].startswith("off"):  # as the user has said himself
+                    logger.warning(f"fastft: {piece}: {lines[piece]}")
 
 
 class _Course(TrainerCallback):
@@ -139,6 +140,7 @@ class _Course(TrainerCallback):
     ) -> None:
         """The other callbacks have not looked at the model yet."""
         self._began = True
+        vars(self).pop("on_step_end", None)
         self.plugged._training_begins()
 
     def on_epoch_begin(
@@ -153,9 +155,10 @@ class _Course(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the first step it is known what was fused."""
-        if not self.plugged._trained:
-            self.plugged._trained = True
-            self.plugged._say("loss")
+        self.plugged._trained = True
+        self.plugged._say("loss")
+        # the later steps are none of ours: this one hides the method until the next training
+        self.on_step_end = super().on_step_end  # type: ignore[method-assign]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -201,7 +204,8 @@ def plug(
             have comes from there, when Trainer makes the optimizer.
 
     Returns:
-        `Plugged`: `lines`, `report`, `evaluation`, `restore()`.
+        What became of it. `lines`: a dict, piece -> its sentence, up to date; `str` of it is all of
+        them. `report`, `evaluation`: as those of `FusedLossCallback`. `restore()` takes it off.
 
     Raises:
         TypeError: `trainer` is no Trainer, a switch is no bool, an option is unknown.

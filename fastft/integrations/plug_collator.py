@@ -84,7 +84,13 @@ class PackedBatches:
         """Collates examples or packs."""
         units = [examples_of(one) if is_pack(one) else [one] for one in features]
         examples = [_plain(example) for unit in units for example in unit]
-        rows = rows_of(self.collator(examples), len(examples), self.packing.task)
+        try:
+            rows = rows_of(self.collator(examples), len(examples), self.packing.task)
+        except Unpackable as error:
+            raise Unpackable(
+                f"the batches of {type(self.collator).__name__} {error}; or leave packing out of "
+                "fastft.plug"
+            ) from None
         if len(rows) != len(examples):
             return self.packing([Pack(rows)])
         left = iter(rows)
@@ -139,16 +145,16 @@ def _targets(batch: Batch, row: int) -> dict[str, Tensor]:
     return {key: batch[key][row][:end] for key in ("labels", "decoder_input_ids") if key in batch}
 
 
-def padding_of(batch: Batch) -> tuple[int, int]:
-    """How many tokens of a padded batch are padding, and how many it has."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    return 0 if mask is None else int((mask == 0).sum()), ids.numel()
-
-
-def pads_left(batch: Batch) -> bool:
-    """Whether a row of a padded batch begins with padding."""
-    mask = batch.get("attention_mask")
-    return mask is not None and bool((mask[:, 0] == 0).any())
+def shifts_usually(model: nn.Module) -> bool:
+    """Whether a decoder reads `decoder_start_token_id`, then the labels, as `PackingCollator`
+    makes it."""
+    base: Any = base_model(model)
+    shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        return True
+    first, second, third = range(base.config.pad_token_id + 1, base.config.pad_token_id + 4)
+    made = shift(labels=torch.tensor([[first, second, third]]))
+    return bool(made.tolist() == [[base.config.decoder_start_token_id, first, second]])
 
 
 def first_position(model: nn.Module) -> int:

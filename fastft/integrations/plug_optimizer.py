@@ -83,7 +83,9 @@ class OptimizerPiece:
         if self._why_not is None and not self._given:
             _check_options(trainer, options)
             name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-            self._origin = PlugOrigin(trainer, {**_ADAMW[name], **options})
+            # a seed that AdamW drew for itself would leave dropout other numbers than stock's
+            given = {"seed": trainer.args.seed, **_ADAMW[name], **options}
+            self._origin = PlugOrigin(trainer, given)
             self._spec = spec_of(self._origin)
             self._origin.forget()  # until it is installed
 

@@ -10,33 +10,32 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import torch
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
-from transformers.utils import logging
 
 from fastft import foreign
 from fastft.data.collator import PackingCollator
-from fastft.data.packed import PackedDataset, pack, packs_of
+from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
-from fastft.integrations.packing import PackingCallback, why_not_packed
+from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.plug_collator import (
     PackedBatches,
     Unpackable,
     first_position,
-    padding_of,
-    pads_left,
     rows_of,
+    shifts_usually,
     task_of,
 )
 from fastft.integrations.pool_segments import pool_segments
 from fastft.integrations.untouched import RandomStates
-
-# below "transformers", so that its verbosity rules
-logger = logging.get_logger(f"transformers.{__name__}")
 
 COLLATE = "collate"
 _BATCHES = 4  # of the user's, which are looked at before training
@@ -48,14 +47,23 @@ class Sample:
     """A few batches as the user's collator makes them.
 
     Attributes:
-        padding: their share of padding.
-        pads_left: whether they have it on the left.
         examples: in a batch.
+        tokens: of each batch, without padding.
+        total: tokens with padding, in all of them.
+        pads_left: whether some of that is on the left.
     """
 
-    padding: float
-    pads_left: bool
     examples: int
+    tokens: list[int] = field(default_factory=list)
+    total: int = 0
+    pads_left: bool = False
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Counts a padded batch."""
+        mask = batch.get("attention_mask")
+        self.total += batch["input_ids"].numel()
+        self.tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
+        self.pads_left |= mask is not None and bool((mask[:, 0] == 0).any())
 
 
 class PackingPiece:
@@ -78,8 +86,7 @@ class PackingPiece:
         self._collator: PackedBatches | PackingCollator | None = None
         self._packs: Any = None
         self._sample: Sample | None = None
-        self._leak: str | None = None  # why the model of the latest training got no packed batch
-        self._training: contextlib.ExitStack | None = None
+        self._leak: str | None = None  # why the latest training got no packed batch
         self._why_not: str | None = None
         if packing is None:
             self._why_not = _without(trainer)
@@ -100,17 +107,18 @@ class PackingPiece:
         else:
             self._collator = _collator_for(trainer)
             self._sample = _sample(trainer, self._collator.packing.task)
-            if self._sample.pads_left and self._collator.packing.task == "causal_lm":
-                self._why_left()
+            if self.packing == COLLATE and self._predicts_from_padding():
+                raise Unpackable(
+                    "stock also predicts the first token of each text from the padding left of it, "
+                    "packed batches do not; tokenizer.padding_side = 'right' trains without that"
+                )
         if self.packing != COLLATE:
             self._pack()
 
-    def _why_left(self) -> None:
-        if self.packing == COLLATE:
-            raise Unpackable(
-                "stock also predicts the first token of each text from the padding left of it, "
-                "packed batches do not (tokenizer.padding_side = 'right' trains without that)"
-            )
+    def _predicts_from_padding(self) -> bool:
+        """Whether the user's batches have labels that the token before, a padding one, predicts."""
+        sample = self._sample
+        return sample is not None and sample.pads_left and self._task() == "causal_lm"
 
     def _pack(self) -> Any:
         """The packs of the Trainer's training set as it is now."""
@@ -165,7 +173,11 @@ class PackingPiece:
         if self._leak is not None:
             return stock()
         with foreign.with_attributes(trainer, args=args, **values):
-            return stock()
+            loader = stock()
+        if packing_collator(loader) is _packing(self._collator):
+            return loader
+        self._leak = f"{type(trainer).__name__}'s get_train_dataloader takes no other data_collator"
+        return stock()
 
     def _why_leaking(self) -> str | None:
         """Why the model that is about to be trained gets no packed batches."""
@@ -176,8 +188,8 @@ class PackingPiece:
             except ValueError as error:
                 return str(error)
         tokens = self.packing if isinstance(self.packing, int) else None
-        switch = self._callback is not None and self._callback.attention
-        return why_not_packed(trainer.model, packing, tokens, trainer.args, switch)
+        assert self._callback is not None
+        return self._callback.ask_ahead(trainer.model, packing, tokens, trainer.args)
 
     def _eval_loader(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """`get_eval_dataloader`: packed where it is for a loss that is the same then."""
@@ -195,6 +207,8 @@ class PackingPiece:
         if self._leak is not None:
             return f"left alone: {self._leak}"
         words = [self._batches(), *self._padding(), *self._apart()]
+        if _draws(self._trainer.model):
+            words.append("dropout draws other masks than on padded rows")
         if _has_own_loss(self._trainer):
             words.append(f"{type(self._trainer).__name__}'s own loss gets rows of several examples")
         return ", ".join(words)
@@ -212,11 +226,17 @@ class PackingPiece:
 
     def _padding(self) -> list[str]:
         """The share of padding, before and now."""
-        if self._sample is None:
+        sample, multiple = self._sample, _packing(self._collator).pad_to_multiple_of or 1
+        if sample is None or not sample.total:
             return []
-        stock = f"{100 * self._sample.padding:.0f} %"
-        words = [f"no padding instead of {stock}" if self._sample.padding else "no padding before"]
-        if self._sample.pads_left and self._task() == "causal_lm":
+        tokens, plan = torch.tensor(sample.tokens), getattr(self._packs, "plan", None)
+        if plan is not None:
+            ends = torch.cat([plan.lengths.new_zeros(1), plan.lengths.cumsum(0)])
+            tokens = ends[plan.offsets].diff()
+        now = _share(int(tokens.sum()), int((tokens + -tokens % multiple).sum()))
+        before = _share(sum(sample.tokens), sample.total)
+        words = [f"{now} padding" + (", as before" if now == before else f" instead of {before}")]
+        if self._predicts_from_padding():
             words.append("no first token predicted from padding left of it")
         return words
 
@@ -230,6 +250,10 @@ class PackingPiece:
             f"attention {'fastft' if callback.switched else kept}",
             f"probe {callback.probe}",
         ]
+
+
+def _share(tokens: int, total: int) -> str:
+    return "no" if tokens == total else f"{100 * (1 - tokens / total):.0f} %"
 
 
 def _packing(collator: Any) -> PackingCollator:
@@ -282,15 +306,12 @@ def _refuse_packed(trainer: Trainer, packing: Any) -> None:
         raise Unpackable("TRL packs already")
     if trainer.train_dataset is None:
         raise Unpackable("the Trainer has no train_dataset")
-    if packs_of(trainer) is not None or packs_of(_Holder(trainer.train_dataset)) is not None:
+    if packs_in(trainer.train_dataset) is not None:
         raise Unpackable("train_dataset is packed already")
+    if trainer.neftune_noise_alpha is not None:
+        raise Unpackable("NEFTune makes its noise by the length of a row (neftune_noise_alpha)")
     if packing == COLLATE and isinstance(trainer.data_collator, PackingCollator):
         raise Unpackable("PackingCollator packs already")
-
-
-@dataclass
-class _Holder:
-    dataset: Any
 
 
 def _collator_for(trainer: Any) -> PackedBatches:
@@ -298,7 +319,7 @@ def _collator_for(trainer: Any) -> PackedBatches:
     model, stock = trainer.model, trainer.data_collator
     task = task_of(model)
     config = foreign.base_model(model).config
-    pad = getattr(getattr(stock, "tokenizer", None), "pad_token_id", None)
+    pad = getattr(getattr(stock, "tokenizer", stock), "pad_token_id", None)
     pad = getattr(config, "pad_token_id", None) if pad is None else pad
     start = getattr(stock, "position_ids_start", None)
     options = {
@@ -318,28 +339,34 @@ def _sample(trainer: Any, task: str) -> Sample:
         Unpackable: they cannot be packed.
     """
     states = RandomStates(trainer.model)
-    padding = total = 0
-    left, size = False, trainer.args.train_batch_size
+    sample = Sample(trainer.args.train_batch_size)
     try:
-        with foreign.loaders_forgotten(trainer.accelerator):
+        with foreign.attributes_kept(trainer), foreign.loaders_forgotten(trainer.accelerator):
             loader = trainer.get_train_dataloader()
-        collate = _fresh(loader.collate_fn)
-        for examples in islice(_examples(loader, size), _BATCHES):
-            batch = _padded_batch(collate, examples, task)
-            (some, all_), left = padding_of(batch), left or pads_left(batch)
-            padding, total = padding + some, total + all_
+        collate = loader.collate_fn
+        with _generator_kept(getattr(collate, "data_collator", collate)):
+            for examples in islice(_examples(loader, sample.examples), _BATCHES):
+                sample.add(_padded_batch(collate, examples, task, trainer.model))
     finally:
         states.rewind()
-    return Sample(padding / max(total, 1), left, size)
+    return sample
 
 
-def _padded_batch(collate: Any, examples: list[Any], task: str) -> dict[str, Any]:
+def _padded_batch(collate: Any, examples: list[Any], task: str, model: Any) -> dict[str, Any]:
     batch = collate(examples)
+    if not hasattr(batch, "items"):
+        raise Unpackable(f"its batches are no dicts but {type(batch).__name__}")
+    batch = dict(batch.items())
+    if task == "seq2seq" and batch.get("decoder_input_ids") is None and not shifts_usually(model):
+        raise Unpackable(
+            f"{type(foreign.base_model(model)).__name__} shifts labels in a way of its own; with "
+            "DataCollatorForSeq2Seq(..., model=model) the collator has it do so"
+        )
     try:
-        rows_of(dict(batch), len(examples), task)
+        rows_of(batch, len(examples), task)
     except Unpackable as error:
         raise Unpackable(f"its batches {error}") from None
-    return dict(batch)
+    return batch
 
 
 def _examples(loader: Any, size: int) -> Any:
@@ -354,9 +381,29 @@ def _examples(loader: Any, size: int) -> Any:
         yield [dataset[index] for index in indices]
 
 
-def _fresh(collate: Any) -> Any:
-    """A collator whose random generator, if it has one, is not the user's."""
-    return copy.deepcopy(collate) if hasattr(collate, "generator") else collate
+@contextlib.contextmanager
+def _generator_kept(collator: Any) -> Iterator[None]:
+    """Leaves a collator's own random generator, if it has one, as it is."""
+    given = vars(collator).get("generator") if hasattr(collator, "__dict__") else None
+    if given is not None:
+        collator.generator = copy.deepcopy(given)
+    try:
+        yield
+    finally:
+        if hasattr(collator, "generator"):
+            collator.generator = given
+
+
+def _draws(model: Any) -> bool:
+    """Whether a training of this model has dropout, of a module or of attention."""
+    config = getattr(foreign.base_model(model), "config", None)
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates += [
+        rate
+        for name, rate in ({} if config is None else config.to_dict()).items()
+        if re.search("attn_pdrop|attention.*dropout|^dropout", name) and isinstance(rate, float)
+    ]
+    return any(rate > 0 for rate in rates)
 
 
 def _has_own_loss(trainer: Trainer) -> bool:
@@ -367,10 +414,9 @@ def _has_own_loss(trainer: Trainer) -> bool:
 
 def _asks_for_losses_alone(trainer: Trainer) -> bool:
     """Whether an evaluation is of Trainer's own code, and nothing looks at rows of predictions."""
-    kinds = type(trainer), Trainer
     stock = all(
-        getattr(kinds[0], name) is getattr(kinds[1], name)
-        for name in ("compute_loss", "evaluation_loop")
+        getattr(type(trainer), name).__module__.startswith("transformers.")
+        for name in ("compute_loss", "prediction_step", "evaluation_loop")
     )
     return (
         stock

@@ -42,20 +42,27 @@ _BOUNDARIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model reads its labels: `causal` ones are shifted by it, of `masked` ones the token
-    itself is the label."""
+    """How a model reads its labels.
 
-    causal: bool
-    masked: bool
+    Attributes:
+        causal: it shifts them, and predicts a token from those before.
+        masked: a label is the token that the input hides.
+        apart: they are another text, a decoder's.
+    """
+
+    causal: bool = False
+    masked: bool = False
+    apart: bool = False
 
     @classmethod
     def of(cls, model: Any) -> Reading:
         """That of a transformers model, by its configuration and the name of its class."""
         name = type(model).__name__
         masked = "ForMaskedLM" in name or "ForPreTraining" in name
-        beside = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        apart = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        apart = apart and any(kind in name for kind in ("Generation", "LMHead", "MTModel"))
         kinds = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "DoubleHeads")
-        return cls(not beside and not masked and any(kind in name for kind in kinds), masked)
+        return cls(not apart and not masked and any(k in name for k in kinds), masked, apart)
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -103,7 +110,7 @@ def neighbours(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
         key: value.detach().cpu() for key, value in batch.items() if isinstance(value, Tensor)
     }
     ids = tensors["input_ids"]
-    segments = _segments(_numbers(tensors, _kept(tensors)))
+    segments = [s for s in _segments(tensors) if len(s)]
     for former, latter in pairwise(segments):
         tokens = ids.reshape(-1)[former]
         same_row = int(former[0]) // ids.shape[-1] == int(latter[-1]) // ids.shape[-1]
@@ -118,10 +125,10 @@ class _Documents:
     def __init__(self, batch: dict[str, Tensor], reading: Reading) -> None:
         ids = batch["input_ids"]
         self.elements, self.batch, self.reading = ids.numel(), batch, reading
-        segments = _segments(_numbers(batch, _kept(batch)))
+        segments = _segments(batch)
         self.ids = ids.reshape(-1)
         labels = batch.get("labels")
-        per_token = labels is not None and labels.shape == ids.shape
+        per_token = labels is not None and labels.shape == ids.shape and not reading.apart
         self.labels = labels.reshape(-1).clone() if labels is not None and per_token else None
         if reading.causal and self.labels is not None:
             self.labels[[int(where[0]) for where in segments]] = IGNORE_INDEX
@@ -130,16 +137,12 @@ class _Documents:
         self.real = [i for i in range(len(self.segments)) if not self._is_padding(i)]
 
     def _is_padding(self, index: int) -> bool:
-        """Whether a segment is padding of which no key says so: one token again and again, without
-        a label."""
-        if "attention_mask" in self.batch or not _packing_keys(self.batch):
+        """Whether a segment of a text and its translation is padding, of which no key says so: one
+        token again and again, without a label."""
+        if DECODER_CU_SEQLENS not in self.batch:
             return False
         tokens = self.ids[self.segments[index]]
-        if self.labels is not None:
-            labelled = bool((self.labels[self.segments[index]] != IGNORE_INDEX).any())
-        else:
-            labelled = index < len(self.outside) and bool(self.outside[index])
-        return not labelled and bool((tokens == tokens[0]).all())
+        return not self.outside[index] and bool((tokens == tokens[:1]).all())
 
     def _labels_outside(self) -> list[bytes]:
         """What each document is labelled with where tokens are not: a class, an answer, a text."""
@@ -196,10 +199,6 @@ class _Documents:
         return int((labels != IGNORE_INDEX).sum())
 
 
-def _packing_keys(batch: Mapping[str, Tensor]) -> bool:
-    return any(key in batch for key in (SEQ_IDX, CU_SEQLENS_Q, "position_ids"))
-
-
 def _kept(batch: Mapping[str, Tensor]) -> Tensor:
     """Which of the flattened tokens are not padding, bool (R * T,)."""
     ids = batch["input_ids"]
@@ -230,8 +229,11 @@ def _numbers(batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:
     return numbers
 
 
-def _segments(numbers: Tensor) -> list[Tensor]:
-    """The places of each number but -1, in order, int64 each."""
+def _segments(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The places of each document among the flattened tokens, int64 each, in order."""
+    if DECODER_CU_SEQLENS in batch:  # padding of the decoder's side alone is an empty one
+        return [torch.arange(a, b) for a, b in pairwise(batch[CU_SEQLENS_Q].tolist())]
+    numbers = _numbers(batch, _kept(batch))
     places = (numbers >= 0).nonzero().squeeze(1)
     _, counts = numbers[places].unique_consecutive(return_counts=True)
     return list(places.split(counts.tolist()))

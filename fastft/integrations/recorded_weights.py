@@ -9,7 +9,7 @@ import functools
 import math
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from fastft.optim.adamw_update import load_value
 from fastft.optim.moments_8bit import ENTRIES, dequantise
 from fastft.optim.weight_bits import residue_of
 
-_WIDTH = 1 << 14  # of a row of signs; a projection needs no more memory than this
+_WIDTH = 1 << 14  # of a row of signs
+_PART = _WIDTH << 8  # elements that are looked at in double precision at a time
 _MOMENTS = ("exp_avg", "momentum_buffer")
 
 
@@ -43,11 +44,11 @@ class Weights:
         self.names = [n for n, p in self._model.named_parameters() if p.requires_grad]
         self.optimizer = foreign.inner_optimizer(optimizer)
         self.held = 0
-        self._before: list[Tensor] = []
+        self._before: list[tuple[Tensor, ...]] = []
 
     @property
     def params(self) -> list[Any]:
-        """The parameters that the model computes with now: the optimizer may hold others by then."""
+        """The parameters that the model computes with now; the optimizer may hold others."""
         now = dict(self._model.named_parameters())
         return [now[name] for name in self.names]
 
@@ -68,16 +69,18 @@ class Weights:
     @torch.no_grad()
     def remember(self) -> None:
         """Keeps the weights on the host until `moved`."""
-        self._before = [self._value(param).to("cpu", copy=True) for param in self.params]
-        self.held = sum(map(_size, self._before))
+        self._before = [
+            tuple(part.to("cpu", copy=True) for part in self._parts(param)) for param in self.params
+        ]
+        self.held = sum(_size(part) for parts in self._before for part in parts)
 
     @torch.no_grad()
     def moved(self) -> list[float]:
         """The norm of each weight's change since `remember`, which is forgotten."""
-        norms = [
-            torch.linalg.vector_norm(self._value(param) - before.to(_local(param).device))
-            for param, before in zip(self.params, self._before, strict=True)
-        ]
+        norms = []
+        for param, before in zip(self.params, self._before, strict=True):
+            parts = (part.to(_local(param).device) for part in before)
+            norms.append(_norm(self._value(param) - _value_of(*parts)))
         self._before, self.held = [], 0
         return _numbers(norms)
 
@@ -90,7 +93,7 @@ class Weights:
     def bits(self) -> str:
         """A digest of the weights as the model holds them."""
         sums = [_sum_of_bits(_local(param)) for param in self.params]
-        shadows = _numbers([_projection(_local(param).float()) for param in self.params])
+        shadows = _numbers([_projection(_local(param)) for param in self.params])
         return digest([repr(_whole(sums)).encode(), repr(shadows).encode()])
 
     @torch.no_grad()
@@ -122,12 +125,19 @@ class Weights:
 
     def _value(self, param: Any) -> Tensor:
         """The fp32 value of a weight."""
-        state = self.optimizer.state.get(param, {}) if not self.kept_apart else {}
+        return _value_of(*self._parts(param))
+
+    def _parts(self, param: Any) -> tuple[Tensor, ...]:
+        """What a weight is kept in: the model's tensor, and what the optimizer keeps beside it."""
+        state = {} if self.kept_apart else self.optimizer.state.get(param, {})
         residue = residue_of(state)
-        local = _local(param)
-        if residue is not None:
-            return load_value(local, foreign.local(residue))
-        return local if local.dtype == torch.float64 else local.float()
+        return (_local(param), *(() if residue is None else (foreign.local(residue),)))
+
+
+def _value_of(weight: Tensor, residue: Tensor | None = None) -> Tensor:
+    if residue is not None:
+        return load_value(weight, residue)
+    return weight if weight.dtype == torch.float64 else weight.float()
 
 
 def _local(param: Any) -> Tensor:
@@ -141,12 +151,17 @@ def _size(tensor: Tensor) -> int:
 
 
 def _norm(tensor: Any) -> Tensor:
+    """In double precision: torch's own norm of millions of fp32 numbers on a CPU is off by 1e-4."""
     tensor = foreign.local(tensor)
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
-    return norm
+    flat = tensor.coalesce().values() if tensor.is_sparse else tensor
+    squares = [part.square().sum() for part in _parts(flat)]
+    return torch.stack(squares).sum().sqrt()
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements in double precision, some at a time."""
+    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
+    return (part.to(dtype) for part in tensor.reshape(-1).split(_PART))
 
 
 def _moment(state: dict[str, Any]) -> Tensor | None:
@@ -166,15 +181,14 @@ def _projection(value: Tensor) -> Tensor:
     The signs are the outer product of two rows of signs, which depend on the number of elements
     alone.
     """
-    flat = value.reshape(-1)
-    rows = -(-flat.numel() // _WIDTH)
-    inner = _signs(_WIDTH, 0, value.device, value.dtype)
-    outer = _signs(rows, 1, value.device, value.dtype)
-    whole = flat.numel() // _WIDTH * _WIDTH
-    total = flat[:whole].view(-1, _WIDTH) @ inner
-    rest = flat[whole:] @ inner[: flat.numel() - whole]
-    total = torch.cat((total, rest[None])) if flat.numel() > whole else total
-    return total @ outer
+    rows: list[Tensor] = []
+    for part in _parts(value):
+        signs = _signs(_WIDTH, 0, part.device, part.dtype)
+        whole = part.numel() // _WIDTH * _WIDTH
+        rows.append(part[:whole].view(-1, _WIDTH) @ signs)
+        rows.append((part[whole:] @ signs[: part.numel() - whole])[None])
+    sums = torch.cat(rows)
+    return sums @ _signs(sums.numel(), 1, sums.device, sums.dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -202,12 +216,18 @@ def _whole(scalars: list[Tensor]) -> list[Any]:
     return [scalar.item() for scalar in scalars]
 
 
+def torch_states() -> list[Tensor]:
+    """The random states of torch, from which dropout is drawn; no device is waited for."""
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else ())]
+
+
 def random_states() -> str:
     """A digest of the random states of Python, NumPy, torch and its CUDA devices."""
-    parts = [repr(random.getstate()).encode(), torch.get_rng_state().numpy().tobytes()]
+    parts = [repr(random.getstate()).encode()]
+    parts += [state.numpy().tobytes() for state in torch_states()]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        parts.append(repr(numpy.random.get_state(legacy=False)).encode())
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        parts += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
+        name, keys, *rest = numpy.random.get_state()
+        parts += [name.encode(), keys.tobytes(), repr(rest).encode()]
     return digest(parts)

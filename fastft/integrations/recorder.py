@@ -7,6 +7,7 @@ losses are kept, and looked at around the step, where the clock stands still.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from fastft.commands.trace import Micro, Step, Trace
 from fastft.integrations.recorded_batches import Reading, described, shift_of
 from fastft.integrations.recorded_costs import Costs
 from fastft.integrations.recorded_leak import leak
-from fastft.integrations.recorded_weights import Weights, random_states
+from fastft.integrations.recorded_weights import Weights, random_states, torch_states
 
 _COMPUTE = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -31,7 +32,7 @@ class _Pass:
     gradient."""
 
     batch: Any
-    random: str
+    states: list[Tensor]
     loss: Tensor | None = None
     drew: bool = False
     learning: list[Tensor] = field(default_factory=list)
@@ -86,14 +87,15 @@ class Recorder:
     def pass_begins(self, batch: Any) -> None:
         """A forward pass of the training begins."""
         kept = dict(batch) if isinstance(batch, Mapping) else batch
-        self._current = _Pass(kept, random_states())
+        self._current = _Pass(kept, torch_states())
         self._passes.append(self._current)
 
     def pass_ends(self, loss: Tensor) -> None:
         """Its backward pass is through; `loss` is what it adds to that of its step."""
         if self._current is not None:
             self._current.loss = loss.detach()
-            self._current.drew = random_states() != self._current.random
+            states = zip(torch_states(), self._current.states, strict=True)
+            self._current.drew = not all(torch.equal(after, before) for after, before in states)
             self._current = None
 
     def step_begins(self) -> None:
@@ -108,8 +110,7 @@ class Recorder:
                 gradients=self._weights.gradients(),
                 drew=any(one.drew for one in passes),
             )
-            norm, self._grad_norm = self._grad_norm, None
-            self._step.grad_norm = None if norm is None else float(norm)
+            self._step.grad_norm = self._norm_of(self._step.gradients)
             self._weights.remember()
 
     def step_ends(self) -> None:
@@ -172,6 +173,14 @@ class Recorder:
             if attributes.get(name) is method:
                 del attributes[name]
                 attributes.update(former)
+
+    def _norm_of(self, gradients: list[float]) -> float | None:
+        """That of all gradients, as clipping has found it; without clipping, by their own."""
+        norm, self._grad_norm = self._grad_norm, None
+        if norm is not None:
+            return float(norm)
+        known = [gradient for gradient in gradients if not math.isnan(gradient)]
+        return math.hypot(*known) if known else None
 
     def _micro(self, one: _Pass) -> Micro:
         loss = float("nan") if one.loss is None else float(one.loss)
@@ -326,6 +335,11 @@ class RecordedLoop:
 def record(trainer: Trainer, recorder: Recorder) -> None:
     """Has `recorder` see the training that `trainer` is about to begin."""
     trainer.add_callback(RecorderCallback(trainer, recorder))
+
+
+def models_of(objects: tuple[Any, ...]) -> list[nn.Module]:
+    """The models among what `accelerator.prepare` is given."""
+    return [thing for thing in objects if isinstance(thing, nn.Module)]
 
 
 def _commonest_dtype(params: list[Tensor]) -> str:

@@ -124,11 +124,11 @@ def _wrapped(
 
 
 def _a_trainer_calls() -> bool:
-    """Whether a method of a Trainer is being executed."""
-    trainers = sys.modules.get("transformers.trainer")
-    frame: FrameType | None = None if trainers is None else sys._getframe(1)
+    """Whether the code of Trainer is being executed."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), trainers.Trainer):  # type: ignore[union-attr]
+        # not its f_locals: a frame that was asked for them keeps what they were, a model too
+        if frame.f_globals.get("__name__") == "transformers.trainer":
             return True
         frame = frame.f_back
     return False

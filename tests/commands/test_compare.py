@@ -106,6 +106,12 @@ def test_the_runs_are_in_turns(script, synthetic):
     assert len(report("fastft-compare")["losses"]["stock 1"]) == 20
 
 
+def test_one_run_of_each(script, synthetic):
+    runs = synthetic()
+    assert main(["--runs", "1", script]) == 0
+    assert runs.seen == ["stock", "fast", "noise"]
+
+
 def test_bf16_weights_have_a_reference_in_fp32(script, synthetic):
     runs = synthetic(dtype="bfloat16")
     assert main([script]) == 0
@@ -137,6 +143,55 @@ def test_a_difference_is_named_and_its_piece_is_found(script, synthetic, capsys)
     said = capsys.readouterr().out
     assert "Different: clipping" in said and "comes with optimizer alone" in " ".join(said.split())
     assert report("fastft-compare")["cause"] == "clipping"
+
+
+def with_dropout(made, command):
+    for step in made.steps:
+        step.drew = option(command, "--dropout") != "off"
+
+
+def test_packed_rows_are_compared_without_dropout(script, synthetic, capsys):
+    runs = synthetic(with_dropout)
+    assert main([script]) == 0
+    seen = [(option(one, "--variant"), option(one, "--dropout")) for one in runs.commands]
+    off = [("fast", "off"), ("fast", "off"), ("stock", "off"), ("noise", "off")]
+    assert seen == [("stock", None), ("stock", "off"), ("fast", None), *off]
+    assert option(runs.commands[2], "--only") == "loss,optimizer"
+    assert option(runs.commands[2], "--packing") is None
+    assert "these runs are without dropout" in " ".join(capsys.readouterr().out.split())
+
+
+def test_dropout_stays_where_nothing_is_packed(script, synthetic):
+    runs = synthetic(with_dropout)
+    assert main(["--only", "loss", script]) == 0
+    assert runs.seen == ["stock", "fast", "fast", "stock", "noise"]
+    assert not any("--dropout" in command for command in runs.commands)
+
+
+def test_dropout_drawn_twice_is_found_beside_packing(script, synthetic):
+    def twice(made, command):
+        with_dropout(made, command)
+        if made.variant == "fast" and option(command, "--dropout") != "off":
+            for step in made.steps:
+                step.random += " again"
+
+    synthetic(twice)
+    assert main([script]) == 1
+    assert report("fastft-compare")["cause"] == "random numbers"
+
+
+def test_a_model_that_draws_without_dropout_is_not_packed(script, synthetic, capsys):
+    def draws(made, command):
+        for step in made.steps:
+            step.drew = True
+
+    runs = synthetic(draws)
+    assert main([script]) == 0
+    assert runs.seen == ["stock", "stock", "fast", "fast", "stock", "noise"]
+    assert option(runs.commands[2], "--only") == "loss,optimizer"
+    assert "Packing is left out" in " ".join(capsys.readouterr().out.split())
+    assert main(["--only", "packing", script]) == 2
+    assert "packing has nothing to be compared with" in capsys.readouterr().err
 
 
 def failing(*variants):

@@ -97,7 +97,7 @@ def dropped(step, t):
 
 
 def other_masks(step, t):
-    step.random += " again"
+    step.random, step.drew = step.random + " again", True
     step.loss *= 1.01
 
 
@@ -191,6 +191,17 @@ def test_a_parameter_that_is_not_trained():
     assert found.cause.what == "trained parameters" and "embed.weight" in found.cause.sentence
 
 
+def test_random_numbers_of_a_pair_with_dropout():
+    def drawn_twice(step, t):
+        step.random += " again" * (t >= 3)
+
+    base, stock = runs(), trace()
+    assert judge(dataclasses.replace(base, dropout=(stock, trace("fast")))).equal
+    fast = changed(trace("fast"), drawn_twice)
+    found = judge(dataclasses.replace(base, dropout=(stock, fast)))
+    assert found.cause.what == "random numbers" and found.cause.step == 4
+
+
 def test_random_numbers_without_a_consequence_are_a_note():
     def redrawn(step, t):
         step.random += " again"
@@ -244,6 +255,27 @@ def test_what_is_closer_to_fp32_than_stock_is_equal():
     assert found.equal and "loses every update" in found.notes[0]
     worse = changed(exact, off_by(0.05))
     assert not judge(Runs(stock, [worse], noise, fp32)).equal
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_norm_that_stock_sums_badly_is_no_difference(clipped):
+    """torch's norm of some million fp32 numbers is off by 1e-4, and clipping scales by it."""
+
+    def badly(step, t):
+        exact = step.grad_norm
+        step.grad_norm = exact * (1 + 3e-4)
+        if clipped:
+            step.gradients = [value * 0.5 / step.grad_norm for value in step.gradients]
+
+    def well(step, t):
+        if clipped:
+            step.gradients = [value * 0.5 / step.grad_norm for value in step.gradients]
+
+    stock, noise = changed(trace(), badly), changed(trace("noise"), badly)
+    found = judge(Runs([stock, stock], [changed(trace("fast"), well)], noise))
+    assert found.equal, found.findings
+    twice = changed(changed(trace("fast"), well), scaled("gradients", 0.9))
+    assert judge(Runs([stock, stock], [twice], noise)).cause.what == "clipping"
 
 
 def test_two_stock_runs_on_other_batches_are_no_yardstick():

@@ -108,3 +108,24 @@ def test_trains_and_resumes_as_stock_does_or_says_why_not(engine, results):
     for name, sentence in sentences(engine).items():
         said = found["refused"][name]
         assert re.match(sentence, said), f"{name}: {said}"
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_plugged_in_one_line_it_trains_as_stock(engine, results):
+    """With batches packed, too, of the same texts."""
+    if engine not in INSTALLED:
+        pytest.skip("DeepSpeed is not installed (make test-all does it)")
+    found = results.get(engine, {"error": "not reached"})
+    assert "error" not in found, found["error"]
+    stock, ours, lines = found["stock"], found["plugged"], found["plugged"]["lines"]
+    in_bf16 = "bf16" in engine
+    assert ours["losses"] == pytest.approx(stock["losses"], rel=2e-3 if in_bf16 else 1e-5)
+    assert ours["norms"] == pytest.approx(stock["norms"], rel=2e-2 if in_bf16 else 1e-4)
+    assert ours["fused"] == engines.STEPS * 2 and lines["loss"] == "fused at lm_head"
+    assert ours["optimizer"] == found["fastft"]["optimizer"]
+    # asked before the weights were sharded
+    assert lines["packing"].endswith("no padding, as before, attention fastft, probe exact")
+    if engine in REPLACED:
+        assert lines["optimizer"].startswith("left alone: DeepSpeedCPUAdam trains")
+    else:
+        assert lines["optimizer"].endswith("clipping by Trainer, as gradients are sharded")

@@ -1,5 +1,5 @@
-"""Trainer under the real DeepSpeed and FSDP2, on two processes and a CPU: stock, with fastft, and
-resumed.
+"""Trainer under the real DeepSpeed and FSDP2, on two processes and a CPU: stock, with fastft,
+plugged, and resumed.
 
 `run(engines, folder)` starts `torchrun` on this file and returns what came of each way. accelerate
 turns FSDP2 into DDP on a CPU without a word; `real_engines` makes it take the processes for GPUs.
@@ -146,14 +146,17 @@ def examples():
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def train(engine: str, folder: Path, resume: str | None = None, **options) -> dict:
+def train(
+    engine: str, folder: Path, resume: str | None = None, plug: dict | None = None, **options
+) -> dict:
     """A Trainer's losses, norms, weights before and after, and the classes of its optimizer and
-    what it wraps."""
+    what it wraps; with `plug`, the options of `fastft.plug`, its lines too."""
     from transformers import Trainer
 
     args = arguments(engine, folder, **({"save_strategy": "no"} if engine == "FSDP1" else {}))
     options = {name: make(args) for name, make in options.items()}
     trainer = Trainer(model=model(engine), args=args, train_dataset=examples(), **options)
+    plugged = None if plug is None else _plugged(trainer, plug)
     trainer.train(resume_from_checkpoint=resume and str(folder / resume))
     chain, optimizer = [], trainer.optimizer
     while optimizer is not None:
@@ -178,7 +181,14 @@ def train(engine: str, folder: Path, resume: str | None = None, **options) -> di
         "after": weights(engine, trainer, folder),
         "optimizer": chain,
         "model": {type(trainer.model_wrapped).__name__, *model_classes},
+        "lines": {} if plugged is None else plugged.lines,
     }
+
+
+def _plugged(trainer, options):
+    import fastft
+
+    return fastft.plug(trainer, **options)
 
 
 def weights(engine: str, trainer, folder: Path) -> dict[str, torch.Tensor]:
@@ -255,6 +265,7 @@ def under(engine: str, folder: Path) -> dict:
         "stock": train(engine, folder / "stock"),
         "fastft": train(engine, folder / "fastft", **fast),
     }
+    found["plugged"] = train(engine, folder / "plugged", plug={"packing": "collate"})
     if engine != "FSDP1":
         found["resumed"] = train(engine, folder / "fastft", f"checkpoint-{SAVED}", **fast)
     return {**found, "refused": refused(engine, folder / "refused")}

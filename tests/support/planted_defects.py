@@ -62,7 +62,9 @@ def mean_of_means(labels, num_items, compute, steps):
 
 
 def shift_twice(labels, num_items, compute, steps):
-    return compute(labels, num_items, shift_labels=functional.pad(labels, (0, 2), value=-100)[:, 2:])
+    return compute(
+        labels, num_items, shift_labels=functional.pad(labels, (0, 2), value=-100)[:, 2:]
+    )
 
 
 @at_first_step
@@ -164,9 +166,7 @@ DEFECTS = {
     "decay on norms": Defect(decay_everything, "weight decay"),
     "decay on norms that the groups do not show": Defect(decay_norms_unseen, "weight decay"),
     "weights move too little": Defect(move_less, "size of updates"),
-    "bf16 weights move too little": Defect(
-        move_less, "size of updates", {"dtype": torch.bfloat16}
-    ),
+    "bf16 weights move too little": Defect(move_less, "size of updates", {"dtype": torch.bfloat16}),
     "dropped last batch": Defect(drop_last_batch, "batches"),
     "stale parameter": Defect(train_another_tensor, "stale parameter"),
     "wrong shift": Defect(with_loss(shift_twice), "shift of the labels", PACKED),

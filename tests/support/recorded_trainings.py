@@ -39,32 +39,38 @@ def padded(features):
 
 
 def trainer_of(
-    folder, *, dtype=torch.float32, dropout=0.0, adapt=None, callbacks=(), kind=Trainer, **changes
+    folder, *, dtype=torch.float32, dropout=0.0, adapt=None, callbacks=(), eval_dataset=None, **more
 ):
     """A Trainer, always the same for the same settings.
 
-    `adapt` makes another model of the Llama; `changes` are of its arguments.
+    `adapt` makes another model of the Llama; `more` are arguments of the training.
     """
     model = tiny_llama(VOCABULARY, attention_dropout=dropout, num_hidden_layers=2).to(dtype)
     settings = {"learning_rate": 1e-3, "weight_decay": 0.1, "num_train_epochs": 3, "seed": 5}
     batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    arguments = quiet_arguments(folder, **{**batches, **settings, **changes})
-    return kind(
+    arguments = quiet_arguments(folder, **{**batches, **settings, **more})
+    return Trainer(
         model if adapt is None else adapt(model),
         arguments,
         train_dataset=texts(),
+        eval_dataset=eval_dataset,
         data_collator=padded,
         callbacks=list(callbacks),
     )
 
 
-def recorded(folder, variant="stock", *, steps=6, packing=None, defect=None, **settings):
-    """The trace of a training. `packing` and `defect`, which gets the plugged Trainer, are of the
-    variant "fast" alone."""
+def recorded(
+    folder, variant="stock", *, steps=6, packing=None, options=None, defect=None, **settings
+):
+    """The trace of a training.
+
+    Of the variant "fast" alone: `packing` and `options` go to `plug`, and `defect` gets the plugged
+    Trainer.
+    """
     trainer = trainer_of(folder, **settings)
     trace, plugged = Trace(variant), None
     if variant == "fast":
-        plugged = fastft.plug(trainer, packing=packing)
+        plugged = fastft.plug(trainer, packing=packing, **(options or {}))
         if defect is not None:
             defect(trainer)
     elif variant == "noise":

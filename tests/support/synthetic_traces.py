@@ -77,7 +77,7 @@ def one_step(t, micro, drawn, rounding, weights):
         projection=list(weights),
         weights=f"{drawn.random()}" if rounding else f"{t}",
         random=f"random {t}",
-        drew=True,
+        drew=False,
         seconds=0.5 * (1 + 0.05 * drawn.random()),
     )
 

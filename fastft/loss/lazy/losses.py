@@ -144,7 +144,11 @@ def _loss(
     if lazy.shadow.dim() != 2 or not is_plain or reduction not in ("none", "sum", "mean"):
         return NotImplemented
     options["ignore_index"] = ignore_index
-    return _of_classes(lazy, func, target, reduction, options)
+    result = _of_classes(lazy, func, target, reduction, options)
+    if lazy.is_evaluated and reduction == "mean":
+        # Trainer leaves a batch without labels, whose mean is NaN, out of the mean over batches
+        return result.where((target != ignore_index).any(), math.nan)
+    return result
 
 
 def _of_classes(

@@ -1,0 +1,1 @@
+"""How many floating-point operations a model needs for a document."""

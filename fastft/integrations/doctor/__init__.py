@@ -1,0 +1,1 @@
+"""The checks of `python -m fastft doctor`: of a machine, a model, a training and its batches."""
