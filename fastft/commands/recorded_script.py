@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -309,6 +310,4 @@ def _processor() -> str:
 
 if __name__ == "__main__":
     # the script becomes __main__: what it pickles or imports must find this room under its name
-    from fastft.commands import recorded_script
-
-    sys.exit(recorded_script.main(sys.argv[1:]))
+    sys.exit(importlib.import_module("fastft.commands.recorded_script").main(sys.argv[1:]))
