@@ -151,8 +151,8 @@ def page(entries: list[dict[str, Any]]) -> Iterator[str]:
         if not own:
             continue
         yield f"\n## {repository}\n\n{home} at `{own[0]['revision'][:12]}`\n"
-        yield "| script | model | outcome | loss | optimizer | tokens/s | peak |"
-        yield "|---|---|---|---|---|---:|---:|"
+        yield "| script | model | outcome | loss | optimizer | packing | tokens/s | peak |"
+        yield "|---|---|---|---|---|---|---:|---:|"
         yield from map(row, own)
         yield from remarks(own)
     yield from versions(entries)
@@ -165,7 +165,7 @@ def row(entry: dict[str, Any]) -> str:
         f"`{entry['path'].removeprefix('examples/')}`",
         entry.get("model", "-"),
         entry["outcome"],
-        *(lines.get(piece, "-").partition(":")[0] for piece in ("loss", "optimizer")),
+        *(lines.get(piece, "-").partition(":")[0] for piece in ("loss", "optimizer", "packing")),
         f"{speed['value']:.2f}x ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "-",
         f"{peak:.2f}x" if peak else "-",
     )

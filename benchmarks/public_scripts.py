@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ALL = "loss,optimizer,packing"
 REPOSITORIES = {
     "transformers": "https://github.com/huggingface/transformers",
     "peft": "https://github.com/huggingface/peft",
@@ -20,7 +21,7 @@ REPOSITORIES = {
 class PublicScript:
     """A script, its arguments as a shell reads them, and the names of what it loads.
 
-    `pieces`: those of the runs with fastft. Where a model drops, packed rows draw other masks.
+    `pieces`: those of the runs with fastft. With packing, `compare` switches dropout off.
     """
 
     path: str
@@ -67,11 +68,13 @@ SCRIPTS = (
         "--model_name_or_path bert-base-cased --train_file text.json --line_by_line "
         f"--max_seq_length 128 {TRAINER}",
         ("bert-base-cased", "text.json"),
+        ALL,
     ),
     PublicScript(
         HF + "text-classification/run_glue.py",
         f"--model_name_or_path bert-base-cased --task_name mrpc {TRAINER}",
         ("bert-base-cased", "nyu-mll/glue:mrpc"),
+        ALL,
     ),
     PublicScript(
         HF + "text-classification/run_glue_no_trainer.py",
@@ -94,6 +97,7 @@ SCRIPTS = (
         HF + "token-classification/run_ner.py",
         f"--model_name_or_path bert-base-cased --dataset_name tagged {TRAINER}",
         ("bert-base-cased", "tagged"),
+        ALL,
     ),
     PublicScript(
         HF + "token-classification/run_ner_no_trainer.py",
@@ -104,6 +108,7 @@ SCRIPTS = (
         HF + "question-answering/run_qa.py",
         f"--model_name_or_path bert-base-cased --dataset_name squad {TRAINER}",
         ("bert-base-cased", "squad"),
+        ALL,
     ),
     PublicScript(
         HF + "question-answering/run_qa_no_trainer.py",

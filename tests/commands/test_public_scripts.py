@@ -57,7 +57,11 @@ def test_equal_different_and_refused_scripts_are_told(tmp_path):
     common = {"repository": "trl", "revision": "0123456789abcdef", "jobs": 1}
     compared = {
         "model": "LlamaForCausalLM",
-        "lines": {"loss": "fused at lm_head", "optimizer": "left alone: SGD"},
+        "lines": {
+            "loss": "fused at lm_head",
+            "optimizer": "left alone: SGD",
+            "packing": "off: packing=None",
+        },
         "speedup": {"value": 1.5, "low": 1.4, "high": 1.6},
         "peak": 0.5,
         "versions": {"torch": "2.13.0"},
@@ -76,7 +80,9 @@ def test_equal_different_and_refused_scripts_are_told(tmp_path):
     assert f"| `a.py` | {row}" in page
     assert "* b.py: loss: off" in page
     assert "* a.py, b.py: optimizer left alone: SGD" in page
-    assert "| `c.py` | - | could not run | - | - | - | - |" in page and "* c.py: it fails" in page
+    assert (
+        "| `c.py` | - | could not run | - | - | - | - | - |" in page and "* c.py: it fails" in page
+    )
     missing = compare_public.compare(SCRIPTS[0], tmp_path, None, [])
     assert missing["outcome"] == "not there" and missing["revision"] == "no clone"
 
