@@ -194,6 +194,7 @@ def versions(entries: list[dict[str, Any]]) -> Iterator[str]:
         yield "\n" + ", ".join(f"{name} {found[name]}" for name in names if name in found)
         machine = compared[-1]["machine"]
         yield f"\n{machine['processor']}, {machine['cores']} cores, {machine['threads']} for a run"
+        yield f"\nAt least {min(entry['steps'] for entry in compared)} optimizer steps a run."
         jobs = max(entry.get("jobs", 1) for entry in compared)
         if jobs > 1:
             yield f"\n{jobs} scripts ran at a time: tokens/s tell little, equality is not touched."

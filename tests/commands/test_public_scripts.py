@@ -64,6 +64,7 @@ def test_equal_different_and_refused_scripts_are_told(tmp_path):
         },
         "speedup": {"value": 1.5, "low": 1.4, "high": 1.6},
         "peak": 0.5,
+        "steps": 20,
         "versions": {"torch": "2.13.0"},
         "machine": {"processor": "a", "cores": 2, "threads": 1},
     }
