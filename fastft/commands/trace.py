@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PIECES = ("loss", "optimizer", "packing")
+from fastft.commands.pieces import PIECES
+
 VARIANTS = ("stock", "fast", "noise", "fp32", *PIECES)
 
 
