@@ -104,11 +104,6 @@ class Step:
         return [micro.targets for micro in self.micro]
 
     @property
-    def micro_supervised(self) -> list[int]:
-        """Labels that are not ignored, of each pass."""
-        return [micro.supervised for micro in self.micro]
-
-    @property
     def tokens(self) -> int:
         """Tokens without padding, of all passes."""
         return sum(micro.tokens for micro in self.micro)
