@@ -19,13 +19,13 @@ from pathlib import Path
 
 from fastft.commands import children
 from fastft.commands.compare_report import Comparison, show, write
+from fastft.commands.pieces import PIECES, pieces_of
 from fastft.commands.script import Script, reason_against, split
 from fastft.commands.trace import Trace
 from fastft.commands.verdict import judge, merged, unreproducible
 from fastft.commands.yardstick import Runs
 
 EQUAL, DIFFERENT, COULD_NOT_RUN = 0, 1, 2
-_PIECES = ("loss", "optimizer", "packing")
 _LOW_PRECISION = ("bfloat16", "float16")
 
 
@@ -93,15 +93,15 @@ def _parse(arguments: list[str]) -> Request:
     )
     parser.add_argument(
         "--pieces",
-        type=_pieces,
+        type=pieces_of,
         default=(),
         metavar="each",
         help="run each piece (loss, optimizer, packing) alone as well, or those named",
     )
     parser.add_argument(
         "--only",
-        type=_pieces,
-        default=_PIECES,
+        type=pieces_of,
+        default=PIECES,
         metavar="PIECES",
         help="the pieces of the fast runs: loss,optimizer",
     )
@@ -130,6 +130,8 @@ def _parse(arguments: list[str]) -> Request:
     own, script = split(arguments)
     options = parser.parse_args(own)
     why = reason_against(script)
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"argument --out: {str(options.out)!r} is no folder")
     if script is None or why is not None:
         parser.error(why or "a script is missing")
     return Request(
@@ -150,21 +152,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _pieces(text: str) -> tuple[str, ...]:
-    if text == "each":
-        return _PIECES
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in _PIECES:
-            raise argparse.ArgumentTypeError(
-                f"there is no piece {name!r}, only {', '.join(_PIECES)}, or each for all of them"
-            )
-    return names
-
-
 def _launcher(parser: argparse.ArgumentParser, text: str) -> list[str]:
     """The command that starts `-m module` in each of its processes; this Python without one."""
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        parser.error(f"argument --launch: {error} in {text!r}")
     if not words:
         return [sys.executable, "-m"]
     beside = Path(sys.executable).parent / words[0]  # this Python's own, on the PATH or not

@@ -271,6 +271,8 @@ BAD = {
     "a piece": (["--pieces", "head", "train.py"], "there is no piece 'head'"),
     "a piece of fast": (["--only", "loss,", "train.py"], "there is no piece ''"),
     "a launcher": (["--launch", "no-such-launcher -n 2", "train.py"], "there is no program"),
+    "an open quote": (["--launch", "torchrun '", "train.py"], "argument --launch: No closing quot"),
+    "a file": (["--out", "train.py", "train.py"], "argument --out: 'train.py' is no folder"),
 }
 
 
