@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +70,17 @@ def main(arguments: list[str]) -> int:
     try:
         with children.ended_by_signals():
             comparison = compare(request)
+            show(comparison, write(comparison, request.out))
     except CouldNotRun as why:
         print(f"fastft compare: {why}", file=sys.stderr)
         return COULD_NOT_RUN
     except KeyboardInterrupt:
         print("fastft compare: interrupted; nothing runs any more", file=sys.stderr)
         return 130
-    files = write(comparison, request.out)
-    show(comparison, files)
+    except Exception:  # Python's own exit code for it is that of "different"
+        traceback.print_exc()
+        print("fastft compare: that is an error of its own: please report it", file=sys.stderr)
+        return COULD_NOT_RUN
     return EQUAL if comparison.equal else DIFFERENT
 
 
@@ -306,9 +310,13 @@ def compare(request: Request) -> Comparison:
     """Makes all runs and judges them.
 
     Raises:
-        CouldNotRun: the script does not train, with or without fastft, or not twice alike.
+        CouldNotRun: the script does not train, with or without fastft, or not twice alike; or there
+            is no place for the report.
     """
-    request.out.mkdir(parents=True, exist_ok=True)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CouldNotRun(f"--out: {request.out} cannot be a folder: {error.strerror}") from error
     begin = time.monotonic()
     packing, names = request.packing, request.pieces
     total = 2 * request.runs + 1 + len(names) + (packing is not None)
