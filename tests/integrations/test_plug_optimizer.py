@@ -81,6 +81,15 @@ def test_8_bit_optimizers_get_8_bit_moments_but_for_embeddings_and_head(tmp_path
     )
 
 
+def test_arguments_that_torchao_alone_reads_are_told_of(tmp_path):
+    lines = [
+        fastft.plug(trainer_of(tmp_path, optim=optim, optim_args="block_size=64")).lines
+        for optim in ("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_torch")
+    ]
+    told = ["without block_size=64 (optim_args)" in line["optimizer"] for line in lines]
+    assert told == [True, False, False]
+
+
 def test_the_groups_with_8_bit_moments_are_those_of_adamw(tmp_path):
     trainer = trainer_of(tmp_path)
     fastft.plug(trainer, moments="8bit")
