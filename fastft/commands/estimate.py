@@ -34,7 +34,10 @@ _WORDS = {
     "+packing": "packing makes",
     "all": "all pieces of fastft make",
 }
+# moments that take less memory, the exacter ones first
+_SMALLER = {"fp32": ("bf16", "8bit"), "bf16": ("8bit",), "8bit": ()}
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_LEAST = 1 << 20  # bytes: a number below it has lost its unit
 # CUDA's context and what its allocator keeps beside live tensors
 _OVERHEAD = {"cuda": 1 << 30, "cpu": 0}
 
@@ -90,9 +93,10 @@ def parse_bytes(name: str, text: str) -> int:
         ValueError: it is no amount.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    if found is None or not float(found[1]):
+    amount = 0 if found is None else int(float(found[1]) * 2 ** _UNITS[found[2]])
+    if amount < _LEAST:
         raise ValueError(f"{name} must be an amount of memory like 24GB, got {text!r}")
-    return int(float(found[1]) * 2 ** _UNITS[found[2]])
+    return amount
 
 
 def _estimate(options: argparse.Namespace) -> int:
@@ -195,7 +199,9 @@ def _title(options: argparse.Namespace, training: Training) -> str:
     parts += ["checkpointing"] if options.checkpointing else []
     parts += [f"{options.accumulation} micro-steps"] if options.accumulation > 1 else []
     parts += [f"LoRA of rank {options.lora}"] if options.lora else []
-    parts += [f"stock: {options.optim}", f"fastft: {options.moments} moments"]
+    in_bf16 = options.dtype == "bf16" and not options.lora
+    parts += [f"stock: {options.optim}{', its moments in bf16' if in_bf16 else ''}"]
+    parts += [f"fastft: {options.moments} moments" + f", {options.rounding} rounding" * in_bf16]
     name = (training.config.architectures or [training.config.model_type])[0]
     return f"{name}: {', '.join(parts)}; device {options.device}"
 
@@ -230,8 +236,10 @@ def _advice(
     """What fits into `limit` bytes, and the first change that makes it fit."""
     fits = {column: memory.bytes <= limit for column, memory in results.items()}
     first = next((column for column, fit in fits.items() if fit), None)
-    if first == "stock":
+    if all(fits.values()):
         return "it fits, stock and with fastft", fits
+    if first == "stock":
+        return _stock_alone(training, fits, limit, measured), fits
     if first is not None:
         return f"stock does not fit; {_WORDS[first]} it fit", fits
     pieces = frozenset(COLUMNS["all" if "all" in results else "+loss"])
@@ -246,6 +254,22 @@ def _advice(
         if peak <= limit:
             return f"it does not fit; with {', '.join(taken)} it does: {_size(peak)}", fits
     return f"it does not fit, not even with {', '.join(taken)}", fits
+
+
+def _stock_alone(training: Training, fits: dict[str, bool], limit: int, measured: _Measure) -> str:
+    """What to say where stock fits and a column of fastft does not, and what makes it fit."""
+    over = [column for column, fit in fits.items() if not fit]
+    said = f"stock fits; {' and '.join(over)} do{'es' if len(over) == 1 else ''} not"
+    if not any("optimizer" in COLUMNS[column] for column in over):
+        return said
+    if training.dtype == "bf16":
+        said += ", as fastft's AdamW keeps in fp32 what stock rounds to bf16"
+    for moments in _SMALLER[training.moments]:
+        smaller = dataclasses.replace(training, moments=moments)
+        peak = max(measured(smaller, frozenset(COLUMNS[column])).bytes for column in over)
+        if peak <= limit:
+            return f"{said}; with --moments {moments} it fits: {_size(peak)}"
+    return said
 
 
 def _changes(training: Training) -> list[tuple[str, Training]]:
@@ -269,8 +293,8 @@ def _changes(training: Training) -> list[tuple[str, Training]]:
         change(words, True, rows=rows, accumulation=more, padding=padding)
     is_wide = training.dtype == "fp32"
     change("--dtype bf16", is_wide, dtype="bf16", autocast=False)
-    change("--moments bf16", training.moments == "fp32", moments="bf16")
-    change("--moments 8bit", training.moments != "8bit", moments="8bit")
+    for moments in _SMALLER[training.moments]:
+        change(f"--moments {moments}", True, moments=moments)
     change("--lora 16", not training.lora, lora=16)
     return changes
 

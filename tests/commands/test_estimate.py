@@ -202,6 +202,38 @@ class TestTheCommand:
         assert sentence in said
         assert fits == {column: bytes <= limit for column, bytes in peaks.items()}
 
+    @pytest.mark.parametrize(
+        ("limit", "sentence"),
+        [
+            (80, "rounds to bf16; with --moments bf16 it fits: 0.0000 GiB"),
+            (74, "stock fits; +AdamW and all do not, as fastft's AdamW keeps in fp32 what stock"),
+            (74, "rounds to bf16; with --moments 8bit it fits"),
+            (71, "what stock rounds to bf16"),
+        ],
+    )
+    def test_stock_fits_and_exact_adamw_does_not(self, limit, sentence):
+        def memory(bytes):
+            return Memory(Peak(bytes, {}, "step", 0), Peak(0, {}, "evaluation", 0))
+
+        def measured(training, pieces):
+            assert pieces == ALL or pieces == frozenset(("optimizer",))
+            return memory({"bf16": 80, "8bit": 72}[training.moments])
+
+        peaks = {"stock": 70, "+loss": 65, "+AdamW": 120, "+packing": 70, "all": 110}
+        results = {column: memory(bytes) for column, bytes in peaks.items()}
+        training = Training(llama(), dtype="bf16")
+        said, fits = estimate._advice(training, results, limit, measured)
+        assert sentence in said
+        assert fits == {column: bytes <= limit for column, bytes in peaks.items()}
+
+    def test_the_title_says_what_the_dtype_makes_of_stocks_moments(self, folder, capsys):
+        shape = ("--max-tokens", 16)
+        _, said = run(capsys, folder, *shape)
+        assert "stock: adamw_torch_fused, its moments in bf16" in said.out
+        assert "fastft: fp32 moments, exact rounding" in said.out
+        _, said = run(capsys, folder, *shape, "--dtype", "fp32")
+        assert "in bf16" not in said.out and "rounding" not in said.out
+
     def test_the_choices_of_rounding_are_those_of_the_optimizer(self):
         actions = {action.dest: action for action in estimate._parser()._actions}
         assert tuple(actions["rounding"].choices) == ROUNDINGS
@@ -234,6 +266,7 @@ class TestBadInput:
         [
             (("--memory", "much"), "--memory must be an amount of memory like 24GB, got 'much'"),
             (("--memory", "0GB"), "--memory must be"),
+            (("--memory", "24"), "--memory must be an amount of memory like 24GB, got '24'"),
             (("--overhead", "x", "--memory", "1GB"), "--overhead must be"),
             (("--rows", "0"), "--rows must be at least 1, got 0"),
             (("--max-tokens", "1"), "--max-tokens must be at least 2"),

@@ -387,23 +387,47 @@ def polynomial(model, inputs):
         ("NVIDIA H100 80GB HBM3", 989.4, 67.0),
         ("NVIDIA H100 PCIe", 756.0, 51.0),
         ("NVIDIA H200", 989.4, 67.0),
+        ("NVIDIA H200 NVL", 835.0, 60.0),
         ("NVIDIA H20", 148.0, 44.0),
+        ("NVIDIA H20-3e", 148.0, 44.0),
+        ("NVIDIA GH200 480GB", 989.4, 67.0),
         ("NVIDIA GB200", 2500.0, 80.0),
         ("NVIDIA A100-SXM4-80GB", 312.0, 19.5),
         ("NVIDIA A10", 125.0, 31.2),
         ("NVIDIA L4", 121.0, 30.3),
         ("NVIDIA L40S", 362.05, 91.6),
         ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
-        ("Tesla T4", 65.0, 8.1),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None, None),
+        ("NVIDIA A40-24Q", None, None),
+        ("NVIDIA RTX A1000", None, None),
+        ("Quadro GV100", None, None),
+        ("NVIDIA GeForce RTX 3090 Ti", None, None),
+        ("NVIDIA GeForce RTX 4090 D", None, None),
         ("NVIDIA GeForce GTX 1080", None, None),
+        ("AMD Instinct MI300X", 1307.4, 163.4),
+        ("AMD Instinct MI350X", 2306.9, 144.2),
+        ("AMD Instinct MI355X", 2516.6, 157.3),
     ],
 )
 def test_data_sheets(name, half, single):
     for dtype, tflops in ((torch.bfloat16, half), (torch.float16, half), (torch.float32, single)):
         found = peak_flops.of_name(name, dtype)
         assert found == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+@pytest.mark.parametrize(
+    ("name", "half"),
+    [
+        ("Tesla T4", 65.0),
+        ("Tesla V100-SXM2-32GB", 125.0),
+        ("Tesla V100-PCIE-16GB", 112.0),
+        ("Tesla V100S-PCIE-32GB", 130.0),
+    ],
+)
+def test_what_came_before_bf16_promises_none_of_it(name, half):
+    assert peak_flops.of_name(name, torch.float16) == half * 1e12
+    assert peak_flops.of_name(name, torch.bfloat16) is None
 
 
 def test_bad_arguments_are_refused():
