@@ -410,7 +410,13 @@ WITHOUT_LABELS = {
 }
 
 
-@pytest.mark.parametrize("way", WITHOUT_LABELS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(one, marks=() if one == "the model's loss" else pytest.mark.slow)
+        for one in WITHOUT_LABELS
+    ],
+)
 def test_a_step_without_labels_leaves_the_weights_to_the_next_as_in_stock(tmp_path, way):
     """Trainer divides its loss by 0 labels: NaN is logged, and the gradients are 0."""
     texts = examples("tokens")[:12]

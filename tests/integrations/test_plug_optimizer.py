@@ -34,7 +34,7 @@ class NothingDecays(Trainer):
         return []
 
 
-@pytest.mark.parametrize("kind", [Trainer, NothingDecays])
+@pytest.mark.parametrize("kind", [Trainer, pytest.param(NothingDecays, marks=pytest.mark.slow)])
 def test_the_groups_are_trainers_own(tmp_path, kind):
     _, _, _, (stock, ours) = stock_and_plugged(tmp_path, kind=kind)
     assert type(inner(ours)) is fastft.AdamW and type(inner(stock)) is torch.optim.AdamW
@@ -179,7 +179,7 @@ def by_spec(trainer):
     trainer.optimizer_cls_and_kwargs = fastft.adamw_spec(trainer.args)
 
 
-@pytest.mark.parametrize("hand_over", [by_pair, by_spec])
+@pytest.mark.parametrize("hand_over", [by_pair, pytest.param(by_spec, marks=pytest.mark.slow)])
 def test_an_adamw_of_ours_is_kept_and_clips_inside(tmp_path, hand_over, monkeypatch):
     stock = curves(trainer_of(tmp_path))
     trainer = trainer_of(tmp_path)

@@ -96,6 +96,7 @@ def test_a_data_set_of_datasets_is_packed_without_its_other_columns(tmp_path):
     assert len(trained_rows(trainer)) == 3
 
 
+@pytest.mark.slow
 def test_accumulation_workers_and_length_grouping_of_packs(tmp_path):
     trainer = trainer_of(
         tmp_path,
