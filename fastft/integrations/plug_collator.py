@@ -48,11 +48,12 @@ def task_of(model: nn.Module) -> str:
         Unpackable: none that is known.
     """
     base = base_model(model)
+    config = getattr(base, "config", None)
     names = " ".join(kind.__name__ for kind in type(base).__mro__)
     for task, pattern in _TASKS.items():
         # a model for images and text is called so too, without an encoder
-        encodes = task != "seq2seq" or getattr(base.config, "is_encoder_decoder", False)
-        if hasattr(base, "config") and re.search(pattern, names) and encodes:
+        encodes = task != "seq2seq" or getattr(config, "is_encoder_decoder", False)
+        if config is not None and re.search(pattern, names) and encodes:
             return task
     raise Unpackable(
         f"{type(base).__name__} has no task of PackingCollator's ({', '.join(_TASKS)})"

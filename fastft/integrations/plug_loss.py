@@ -52,9 +52,11 @@ class LossPiece:
 
     @property
     def fusing(self) -> FusedLossCallback | None:
-        """The callback, where it was asked to fuse."""
-        wanted = self._wanted and isinstance(self.callback, FusedLossCallback)
-        return self.callback if wanted else None  # type: ignore[return-value]
+        """The callback that fuses, where it was asked for: of several the last one takes over."""
+        if not self._wanted:
+            return None
+        there = [self.callback, *self._trainer.callback_handler.callbacks]
+        return next(one for one in reversed(there) if isinstance(one, FusedLossCallback))
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Gives the Trainer its callback and its evaluation loop, until `stack` is closed."""
@@ -90,6 +92,8 @@ class LossPiece:
             also = ", ".join(report.materialised)
             asked = f"; real logits were asked for by {also}" if also else ""
             return f"fused at {heads}{_softcap(model)}{asked}"
+        if report.materialised:
+            return f"left alone: real logits were asked for by {', '.join(report.materialised)}"
         if trained:
             return f"left alone: {callback.why_not_fused(model)}"
         if self._trainer.args.n_gpu > 1:

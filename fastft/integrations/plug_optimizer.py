@@ -82,9 +82,8 @@ class OptimizerPiece:
             _refuse_options(options, self._why_not or "the Trainer has a fastft.AdamW already")
         if self._why_not is None and not self._given:
             _check_options(trainer, options)
-            name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
             # a seed that AdamW drew for itself would leave dropout other numbers than stock's
-            given = {"seed": trainer.args.seed, **_ADAMW[name], **options}
+            given = {"seed": trainer.args.seed, **_ADAMW[_optim(trainer.args)], **options}
             self._origin = PlugOrigin(trainer, given)
             self._spec = spec_of(self._origin)
             self._origin.forget()  # until it is installed
@@ -129,6 +128,9 @@ class OptimizerPiece:
             words.append("8-bit moments, those of embeddings and head fp32")
         elif moments != "fp32":
             words.append(f"{moments} moments")
+        # of these names torchao's alone reads any: its blocks and its rounding
+        if _optim(trainer.args) == "adamw_torch_8bit" and trainer.args.optim_args:
+            words.append(f"without {trainer.args.optim_args} (optim_args), which are torchao's")
         return ", ".join([*words, self._clipping()])
 
     def _clipping(self) -> str:
@@ -165,7 +167,7 @@ def _reasons(trainer: Any) -> Iterable[str | None]:
         yield f"{left} {type(trainer).__name__} has a {maker} of its own"
     if args.optim_target_modules is not None:
         yield f"{left} args.optim_target_modules chooses what it trains"
-    name = str(getattr(args.optim, "value", args.optim))
+    name = _optim(args)
     if name not in _ADAMW:
         yield f"{left} args.optim is {name!r}{_comment(name)}"
     config = foreign.engine_config(trainer.accelerator)
@@ -180,6 +182,10 @@ def _reasons(trainer: Any) -> Iterable[str | None]:
     others = sorted(str(dtype) for dtype in dtypes - {torch.float32, torch.bfloat16})
     if others:
         yield f"{left} it trains float32 and bfloat16, the model has {', '.join(others)}"
+
+
+def _optim(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def _comment(name: str) -> str:

@@ -98,20 +98,23 @@ class PackingPiece:
             return
         _check(trainer, packing)
         try:
-            self._plan()
+            self._plan(trainer.get_train_dataloader)
         except Unpackable as error:
             self._why_not = f"left alone: {error}"
 
-    def _plan(self) -> None:
-        """Decides on the collator, looks at batches, packs the training set."""
+    def _plan(self, stock: Any) -> None:
+        """Decides on the collator, looks at batches, packs the training set.
+
+        `stock`: `get_train_dataloader` of the Trainer's own.
+        """
         trainer = self._trainer
         _refuse_packed(trainer, self.packing)
-        stock = trainer.data_collator
-        if isinstance(stock, PackingCollator):
-            self._collator = stock
+        own = trainer.data_collator
+        if isinstance(own, PackingCollator):
+            self._collator, self._sample = own, None
         else:
             self._collator = _collator_for(trainer)
-            self._sample = _sample(trainer, self._collator.packing.task)
+            self._sample = _sample(trainer, stock, self._collator.packing.task)
             if self.packing == COLLATE and self._predicts_from_padding():
                 raise Unpackable(
                     "stock also predicts the first token of each text from the padding left of it, "
@@ -168,6 +171,8 @@ class PackingPiece:
             stock = getattr(trainer, name)
             loader = functools.wraps(stock)(functools.partial(make, stock))
             stack.enter_context(foreign.with_attributes(trainer, **{name: loader}))
+        count = functools.partial(_examples_in, trainer.num_examples)
+        stack.enter_context(foreign.with_attributes(trainer, num_examples=count))
 
     def train_begins(self, stack: contextlib.ExitStack) -> None:
         """Pools the segments of a classifier, until `stack` is closed."""
@@ -183,6 +188,13 @@ class PackingPiece:
     def _train_loader(self, stock: Any) -> Any:
         """`get_train_dataloader`: the user's own, with other batches in it."""
         trainer = self._trainer
+        if trainer.data_collator is not _users(self._collator):  # since plug
+            planned = self._collator
+            try:
+                self._plan(stock)
+            except Unpackable as error:
+                self._collator, self._leak = planned, str(error)
+                return stock()
         args = copy.copy(trainer.args)
         values: dict[str, Any] = {"data_collator": self._collator}
         if self.packing != COLLATE:
@@ -272,12 +284,22 @@ class PackingPiece:
         ]
 
 
+def _examples_in(stock: Any, dataloader: Any) -> int:
+    """`num_examples`, of which Trainer makes its examples a second: those in packs."""
+    packs = packs_in(getattr(dataloader, "dataset", None))
+    return len(packs.plan.indices) if isinstance(packs, PackedDataset) else stock(dataloader)
+
+
 def _share(tokens: int, total: int) -> str:
     return "no" if tokens == total else f"{100 * (1 - tokens / total):.0f} %"
 
 
 def _packing(collator: Any) -> PackingCollator:
     return collator if isinstance(collator, PackingCollator) else collator.packing
+
+
+def _users(collator: Any) -> Any:
+    return collator.collator if isinstance(collator, PackedBatches) else collator
 
 
 def _without(trainer: Trainer) -> str:
@@ -352,7 +374,7 @@ def _collator_for(trainer: Any) -> PackedBatches:
     return PackedBatches(stock, task, **options)
 
 
-def _sample(trainer: Any, task: str) -> Sample:
+def _sample(trainer: Any, stock: Any, task: str) -> Sample:
     """Looks at batches of the user's loader, with what it removes and collates; nothing is drawn.
 
     Raises:
@@ -362,7 +384,7 @@ def _sample(trainer: Any, task: str) -> Sample:
     sample = Sample(trainer.args.train_batch_size)
     try:
         with foreign.attributes_kept(trainer), foreign.loaders_forgotten(trainer.accelerator):
-            loader = trainer.get_train_dataloader()
+            loader = stock()
         collate = loader.collate_fn
         with _generator_kept(getattr(collate, "data_collator", collate)):
             for examples in islice(_examples(loader, sample.examples), _BATCHES):

@@ -78,13 +78,14 @@ def _of_indices(
     weight = class_weights(weight, target, ignore_index, reduction, num_items, dtype)
     if shard is None and reduction == "mean" and divides_rows(call.dtype, target.device):
         divisor = divisor_of(target != ignore_index, num_items, dtype)
-        reduction = "sum"  # of what is divided
     if shard is not None:
         losses = vocab_parallel_losses(operands, target, weight, call, shard)
     elif accumulate:
         losses = sum_into_grad(operands, target, weight, call, divisor)
     else:
         losses, *_ = linear_rows(operands, target, weight, call, divisor)
+    if divisor is not None:
+        return losses  # their mean
     return reduce_losses(losses, target, reduction, ignore_index, num_items)
 
 

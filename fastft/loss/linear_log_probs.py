@@ -34,6 +34,7 @@ from fastft.loss.options import (
     compute_dtype,
     refuse_second_derivative,
     row_options,
+    sum_of_counted,
 )
 
 
@@ -260,4 +261,5 @@ def linear_token_loss(
             )
     rows = [argument.reshape(-1) for argument in arguments]
     with torch.autocast(flat.device.type, enabled=False):
-        return _LinearTokenLoss.apply(*operands, flat, token_loss, rows, call)
+        total = _LinearTokenLoss.apply(*operands, flat, token_loss, rows, call)
+        return sum_of_counted(total, flat != ignore_index)

@@ -287,9 +287,18 @@ def reduce_losses(
         return losses
     total = losses.sum()
     if reduction == "sum":
-        return total
+        return total if target is None else sum_of_counted(total, target != ignore_index)
     rows = torch.ones_like(losses, dtype=torch.bool) if target is None else target != ignore_index
     return total / divisor_of(rows, num_items, losses.dtype)
+
+
+def sum_of_counted(total: Tensor, counted: Tensor) -> Tensor:
+    """`total`, the sum over the rows that are `counted`; where none is its gradient is 0.
+
+    Trainer divides it by the number of labels. In a step without any that is 0, and gradients that
+    are known before backward would be 0 times infinity.
+    """
+    return torch.where(counted.any(), total, total.detach())
 
 
 def divisor_of(counted: Tensor, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -189,6 +189,8 @@ class AdamW(torch.optim.AdamW):
         params = params if _origin is None else _origin.grouped(params)
         torch.optim.Optimizer.__init__(self, params, defaults)
         self.origin = _origin
+        if _origin is not None:
+            _origin.is_made()
         if foreign.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
 

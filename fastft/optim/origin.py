@@ -55,6 +55,12 @@ class Origin:
         elif self.by_trainer:
             of_specs.add(self)
 
+    def is_made(self) -> None:
+        """An optimizer of this origin exists. Without `args` nothing tells for which Trainer, but
+        DeepSpeed, which keeps Trainer from making one, has not dropped it."""
+        if self.args is None:
+            self.forget()
+
     def forget(self) -> None:
         """Train begin no longer looks for an optimizer of this origin."""
         of_specs.discard(self)

@@ -618,3 +618,10 @@ def test_a_second_training_starts_from_the_weights_that_others_wrote_between(tmp
     with pytest.warns(UserWarning, match="written"):
         trainer.train()
     assert remainders and not any(map(torch.any, remainders))
+
+
+def test_a_spec_that_another_trainer_has_made_its_optimizer_of_is_not_one_dropped_here():
+    kind, keywords = fastft.adamw_spec(lr=1e-3)
+    assert keywords["_origin"] in origin.of_specs
+    made = kind([torch.nn.Parameter(torch.ones(2))], **keywords)
+    assert made.origin is keywords["_origin"] and made.origin not in origin.of_specs

@@ -402,3 +402,68 @@ def test_a_batch_without_labels_is_left_out_of_an_evaluation_as_in_stock(tmp_pat
         return trainer.evaluate(texts)["eval_loss"]
 
     assert loss(True) == pytest.approx(loss(False), rel=1e-5)
+
+
+WITHOUT_LABELS = {
+    "the model's loss": {},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "a loss of its own": {"kind": OwnLoss},
+}
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(one, marks=() if one == "the model's loss" else pytest.mark.slow)
+        for one in WITHOUT_LABELS
+    ],
+)
+def test_a_step_without_labels_leaves_the_weights_to_the_next_as_in_stock(tmp_path, way):
+    """Trainer divides its loss by 0 labels: NaN is logged, and the gradients are 0."""
+    texts = examples("tokens")[:12]
+    for text in texts[4:8]:
+        text["labels"] = [-100] * len(text["labels"])
+
+    def trained(plug):
+        own = transformers.DataCollatorForSeq2Seq(tokenizer())
+        trainer = trainer_of(
+            tmp_path,
+            options={"data_collator": own, "train_dataset": texts},
+            train_sampling_strategy="sequential",
+            logging_nan_inf_filter=False,
+            max_steps=3,
+            **WITHOUT_LABELS[way],
+        )
+        done = fastft.plug(trainer) if plug else None
+        return curves(trainer), trainer.model.state_dict(), done
+
+    (stock, weights, _), (ours, found, plug) = trained(False), trained(True)
+    assert plug.report.fused >= 3 and stock[1][1] == 0
+    assert ours[1] == pytest.approx(stock[1], rel=2e-5)
+    assert ours[0] == pytest.approx(stock[0], rel=2e-5, nan_ok=True)
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=2e-4)
+
+
+def test_a_callback_that_is_added_later_is_the_one_that_is_told_of(tmp_path):
+    trainer, own = trainer_of(tmp_path), fastft.FusedLossCallback()
+    plug = fastft.plug(trainer)
+    trainer.add_callback(own)
+    trainer.train()
+    assert plug.lines["loss"] == "fused at lm_head" and plug.report.fused == STEPS
+    assert plug.report is own.report
+    trainer.evaluate()
+    assert plug.evaluation.fused > 0
+    assert_stock(trainer.model)
+
+
+def test_what_asks_for_real_logits_is_told_with_its_place(tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        rows = outputs.logits.sort().values.reshape(-1, V)
+        return torch.nn.functional.cross_entropy(rows, labels.reshape(-1))
+
+    trainer = trainer_of(tmp_path, options={"compute_loss_func": loss})
+    plug = fastft.plug(trainer)
+    trainer.train()
+    line = plug.lines["loss"]
+    assert line.startswith("left alone: real logits were asked for by ") and "test_plug" in line

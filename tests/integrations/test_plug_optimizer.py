@@ -34,7 +34,7 @@ class NothingDecays(Trainer):
         return []
 
 
-@pytest.mark.parametrize("kind", [Trainer, NothingDecays])
+@pytest.mark.parametrize("kind", [Trainer, pytest.param(NothingDecays, marks=pytest.mark.slow)])
 def test_the_groups_are_trainers_own(tmp_path, kind):
     _, _, _, (stock, ours) = stock_and_plugged(tmp_path, kind=kind)
     assert type(inner(ours)) is fastft.AdamW and type(inner(stock)) is torch.optim.AdamW
@@ -79,6 +79,15 @@ def test_8_bit_optimizers_get_8_bit_moments_but_for_embeddings_and_head(tmp_path
     assert plug.lines["optimizer"] == (
         "AdamW, 8-bit moments, those of embeddings and head fp32, clipping inside"
     )
+
+
+def test_arguments_that_torchao_alone_reads_are_told_of(tmp_path):
+    lines = [
+        fastft.plug(trainer_of(tmp_path, optim=optim, optim_args="block_size=64")).lines
+        for optim in ("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_torch")
+    ]
+    told = ["without block_size=64 (optim_args)" in line["optimizer"] for line in lines]
+    assert told == [True, False, False]
 
 
 def test_the_groups_with_8_bit_moments_are_those_of_adamw(tmp_path):
@@ -170,7 +179,7 @@ def by_spec(trainer):
     trainer.optimizer_cls_and_kwargs = fastft.adamw_spec(trainer.args)
 
 
-@pytest.mark.parametrize("hand_over", [by_pair, by_spec])
+@pytest.mark.parametrize("hand_over", [by_pair, pytest.param(by_spec, marks=pytest.mark.slow)])
 def test_an_adamw_of_ours_is_kept_and_clips_inside(tmp_path, hand_over, monkeypatch):
     stock = curves(trainer_of(tmp_path))
     trainer = trainer_of(tmp_path)

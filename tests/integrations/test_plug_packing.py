@@ -96,6 +96,7 @@ def test_a_data_set_of_datasets_is_packed_without_its_other_columns(tmp_path):
     assert len(trained_rows(trainer)) == 3
 
 
+@pytest.mark.slow
 def test_accumulation_workers_and_length_grouping_of_packs(tmp_path):
     trainer = trainer_of(
         tmp_path,
@@ -116,6 +117,39 @@ def test_packs_follow_the_training_set_that_the_trainer_has_at_train(tmp_path):
     fastft.plug(trainer, packing=40)
     trainer.train_dataset = examples()[:4]
     assert len(trained_rows(trainer)) == 1
+
+
+def test_examples_a_second_are_those_in_packs(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=-1, num_train_epochs=1)
+    plug = fastft.plug(trainer, packing=40)
+    of_packs = trainer.get_train_dataloader()
+    assert trainer.num_examples(of_packs) == 16 and len(of_packs) == 3
+    plug.restore()
+    assert trainer.num_examples(trainer.get_train_dataloader()) == 16
+
+
+def test_packed_batches_follow_the_collator_that_the_trainer_has_at_train(tmp_path):
+    def trained(plug):
+        trainer = trainer_of(tmp_path)
+        done = fastft.plug(trainer, packing="collate") if plug else None
+        trainer.data_collator = TASKS["causal, the end token is the padding token"][2](None)
+        trainer.train()
+        return logged(trainer), done
+
+    (stock, _), (ours, plug) = trained(False), trained(True)
+    assert ours == pytest.approx(stock, rel=2e-5)
+    assert plug.lines["packing"].startswith("the same batches")
+
+
+def test_a_collator_that_cannot_be_packed_since_is_left_alone(tmp_path):
+    trainer = trainer_of(tmp_path)
+    plug = fastft.plug(trainer, packing="collate")
+    packable = trainer.data_collator
+    trainer.data_collator = with_labels_at_padding
+    assert all(rows == 4 for rows, _ in trained_rows(trainer))
+    assert "its batches have labels at padding" in plug.lines["packing"]
+    trainer.data_collator = packable
+    assert all(rows == 1 for rows, _ in trained_rows(trainer)[-plugged.STEPS :])
 
 
 def test_evaluations_outside_of_training_and_predictions_keep_the_users_batches(tmp_path):
@@ -217,6 +251,12 @@ def test_where_stock_divides_by_first_labels_the_batches_stay_padded(tmp_path, m
     assert "the first token of each text" in plug.lines["packing"]
     for expected, actual in zip(stock, ours, strict=True):
         assert actual == pytest.approx(expected, rel=2e-5)
+
+
+def test_a_module_of_ones_own_keeps_its_batches_with_a_word(tmp_path):
+    trainer = Trainer(torch.nn.Linear(2, 1), trainer_of(tmp_path).args, train_dataset=examples())
+    line = fastft.plug(trainer, packing="collate").lines["packing"]
+    assert line.startswith("left alone: Linear has no task of PackingCollator's")
 
 
 def test_packs_with_left_padding_say_what_they_leave_out(tmp_path):

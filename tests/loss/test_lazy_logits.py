@@ -545,6 +545,16 @@ def test_no_row_at_all():
     assert loss == 0 and not x.grad.any() and not weight.grad.any()
 
 
+@pytest.mark.parametrize("of_logits", [torch.tanh, torch.clone])
+def test_a_sum_of_no_row_over_no_items_has_zero_gradients_as_in_torch(of_logits):
+    """What Trainer computes for a step without a label."""
+    z, x, weight, _ = lazy_example()
+    rows = of_logits(z).flatten(0, -2)
+    target = torch.full(rows.shape[:1], -100)
+    (F.cross_entropy(rows, target, reduction="sum") / torch.tensor(0)).backward()
+    assert not x.grad.any() and not weight.grad.any()
+
+
 def test_a_bias_of_more_bits_than_the_logits():
     use = LAZY["trained bias"]
     truth, dense, lazy = (

@@ -200,6 +200,25 @@ def test_no_row_counts(impl, rows, options, poisoned_empty):
     )
 
 
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_sum_of_no_row_over_no_items_has_zero_gradients_as_in_torch(impl, accumulate):
+    """What Trainer computes for a step without a label."""
+    x, weight, bias, target = make(5, 9, 15, ignored=1.1)
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
+    loss = linear_cross_entropy(
+        x,
+        weight,
+        target,
+        linear_bias=bias,
+        reduction="sum",
+        impl=impl,
+        accumulate_weight_grad=accumulate,
+    )
+    (loss / torch.tensor(0)).backward()
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)
+
+
 def test_a_row_that_is_not_finite_poisons_only_what_it_touches():
     x, weight, _, target = make(9, 5, 15, ignored=0.0)
     x[4, 2] = float("nan")

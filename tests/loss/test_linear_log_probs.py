@@ -211,3 +211,11 @@ def test_bad_input(function, arguments, error, message):
 def test_bad_token_losses(token_loss, rows, message):
     with pytest.raises(ValueError, match=message):
         linear_token_loss(GOOD["input"], GOOD["linear_weight"], GOOD["target"], token_loss, *rows)
+
+
+def test_a_sum_of_no_token_over_no_items_has_zero_gradients():
+    x, weight = torch.randn(5, 9, requires_grad=True), torch.randn(15, 9, requires_grad=True)
+    target = torch.full((5,), -100)
+    loss = linear_token_loss(x, weight, target, lambda tokens: -tokens.log_probs)
+    (loss / torch.tensor(0)).backward()
+    assert not x.grad.any() and not weight.grad.any()

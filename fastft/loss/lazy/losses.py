@@ -18,6 +18,7 @@ from fastft.loss.head_sweep import CountedRows
 from fastft.loss.lazy.expressions import LOGITS, Expression, Linear, Recorded, autocast_state
 from fastft.loss.lazy.views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
+from fastft.loss.options import sum_of_counted
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.logits import LazyLogits
@@ -179,6 +180,8 @@ def _of_classes(
         counts = target != ignore_index
         ones = counts if weight is None else weight[target.where(counts, 0).long()] * counts
         result = result / torch.where(counts.any(), ones.sum(), 1)
+    elif reduction == "sum":
+        result = sum_of_counted(result, target != ignore_index)
     lazy.evaluated(result)
     return result
 
