@@ -16,11 +16,15 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fastft.on_import import when_imported
+from fastft.attention.registration import register_with_transformers
 
-if TYPE_CHECKING or "torch" in sys.modules:
+# `python -m fastft run script.py` imports this package first, and the script begins without torch
+# as it does without fastft: it may still set what torch reads of the environment. While Python
+# looks for what stands behind -m, argv[0] is "-m".
+_WAITS = sys.argv[:1] == ["-m"] and "torch" not in sys.modules
+
+if TYPE_CHECKING or not _WAITS:
     from fastft.attention.attention import register_attention
-    from fastft.attention.registration import register_with_transformers
     from fastft.attention.segments import packed_attention
     from fastft.data.collator import PackingCollator
     from fastft.data.packed import pack
@@ -37,12 +41,6 @@ if TYPE_CHECKING or "torch" in sys.modules:
     from fastft.optim.adamw import AdamW
     from fastft.optim.factory import adamw, adamw_spec
     from fastft.optim.fp32_weights import load_fp32, save_fp32
-
-    register_with_transformers()
-else:
-    # a script under `python -m fastft run` begins without torch, as without fastft: it may still
-    # set what torch reads of the environment when it is imported
-    when_imported("torch", lambda torch: importlib.reload(sys.modules[__name__]))
 
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
@@ -94,10 +92,12 @@ _OF_TRANSFORMERS = {
 
 
 def __getattr__(name: str) -> Any:
-    if "AdamW" not in globals() and not name.startswith("__"):
-        importlib.import_module("torch")  # brings everything of ours
-        if name in globals():
-            return globals()[name]
     if name in _OF_TRANSFORMERS:
         return getattr(importlib.import_module(_OF_TRANSFORMERS[name]), name)
+    if _WAITS and name in __all__:
+        importlib.import_module("torch")  # with it this file is executed whole
+        return getattr(importlib.reload(sys.modules[__name__]), name)
     raise AttributeError(f"module 'fastft' has no attribute {name!r}")
+
+
+register_with_transformers()

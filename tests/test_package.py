@@ -49,6 +49,22 @@ def test_import_needs_only_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_python_m_begins_without_torch_and_lacks_nothing(tmp_path: Path) -> None:
+    """`python -m fastft run script.py` imports the package before a script that may import any room
+    of it first. Any package behind -m that imports fastft is treated alike."""
+    first = "import sys, fastft\nassert 'torch' not in sys.modules\n"
+    room = "from fastft.optim.adamw import AdamW\n"
+    main = "import fastft, mine\nfrom fastft import AdamW, pack\nassert AdamW is mine.AdamW\n"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text(first + room)
+    (tmp_path / "mine" / "__main__.py").write_text(main + "print(*dir(fastft))")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mine"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(fastft.__all__) - set(fastft._OF_TRANSFORMERS) <= set(done.stdout.split())
+
+
 def test_import_takes_no_longer_than_torch() -> None:
     """The compiler alone takes as long to import as torch."""
     heavy = (

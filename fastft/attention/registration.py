@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from types import ModuleType
 
-from fastft.attention.attention import register_attention
 from fastft.on_import import when_imported
 
 REGISTRY = "transformers.modeling_utils"
@@ -24,4 +23,6 @@ def register_with_transformers() -> None:
 def _register(models: ModuleType) -> None:
     # not ours to fail: an explicit register_attention() says why
     with contextlib.suppress(Exception):
+        from fastft.attention.attention import register_attention  # it imports torch
+
         register_attention()

@@ -212,7 +212,7 @@ class _Session:
         file, log = request.out / f"{stem}.json", request.out / f"{stem}.log"
         for old in request.out.glob(f"{stem}*.json"):
             old.unlink()
-        command = [*request.launch, "fastft.commands.trace", "--out", str(file)]
+        command = [*request.launch, "fastft.commands.recorded_script", "--out", str(file)]
         command += ["--variant", variant, "--steps", str(request.steps)]
         command += ["--only", ",".join(only)] if only else []
         command += ["--packing", packing] if packing else []

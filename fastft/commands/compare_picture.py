@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from fastft.commands.compare_report import Comparison
-from fastft.commands.figures import Figures
+if TYPE_CHECKING:
+    from fastft.commands.compare_report import Comparison
+    from fastft.commands.figures import Figures
 
 _STOCK, _FAST, _NOISE = "#8c8c8c", "#d9480f", "#1971c2"
 _OTHERS = ["#1971c2", "#2f9e44", "#9c36b5", "#e8a33d"]

@@ -7,8 +7,10 @@ trace, and is removed.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import multiprocessing
 import os
@@ -20,8 +22,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastft.commands.script import Script, execute, of_script
-from fastft.commands.trace import Trace
+from fastft.commands.script import (
+    Script,
+    add_local_rank,
+    execute,
+    of_script,
+    reason_against,
+    split,
+)
+from fastft.commands.trace import PIECES, VARIANTS, Trace
 from fastft.integrations.trainings import at_prepare, at_train
 from fastft.on_import import when_imported
 
@@ -37,6 +46,53 @@ _PACKAGES = (
     *("deepspeed", "bitsandbytes", "liger_kernel", "triton", "numpy"),
 )
 _REFERENCES = ("stock", "noise", "fp32")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a script and records its training; the process ends behind the last step."""
+    parser = _parser()
+    own, script = split(arguments)
+    options = parser.parse_args(own)
+    reason = reason_against(script)
+    if script is None or reason is not None:
+        parser.error(str(reason))
+    script.arguments[:0] = options.local_rank
+    pieces = (options.variant,) if options.variant in PIECES else options.only
+    packing = options.packing if "packing" in pieces else None
+    return RecordedScript(
+        script,
+        options.out,
+        options.variant,
+        options.steps,
+        pieces,
+        packing,
+        dropout=options.dropout == "on",
+    ).run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastft.commands.recorded_script",
+        usage="%(prog)s --out FILE [options] -- script.py [arguments]",
+        description="One run of `python -m fastft compare`, in a process of its own.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the file that gets the trace")
+    parser.add_argument("--variant", choices=VARIANTS, default="fast")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (20)")
+    parser.add_argument("--only", type=_pieces, default=PIECES, help="pieces, commas between")
+    parser.add_argument("--packing", type=_packing, help="tokens, or 'collate'")
+    parser.add_argument("--dropout", choices=("on", "off"), default="on")
+    add_local_rank(parser)
+    return parser
+
+
+def _pieces(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _packing(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 class RecordedScript:
@@ -250,3 +306,8 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    # the script becomes __main__: what it pickles or imports must find this room under its name
+    sys.exit(importlib.import_module("fastft.commands.recorded_script").main(sys.argv[1:]))

@@ -21,7 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fastft.commands.script import Script, execute, of_script, reason_against, split
+from fastft.commands.script import (
+    Script,
+    add_local_rank,
+    execute,
+    of_script,
+    reason_against,
+    split,
+)
 from fastft.integrations.trainings import at_prepare, at_train
 
 if TYPE_CHECKING:
@@ -82,15 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="write what was done, as JSON, at the end"
     )
-    for name in ("--local_rank", "--local-rank"):  # launchers put it before the command
-        parser.add_argument(
-            name,
-            dest="local_rank",
-            action="append",
-            type=f"{name}={{}}".format,
-            default=[],
-            help=argparse.SUPPRESS,
-        )
+    add_local_rank(parser)
     return parser
 
 

@@ -7,6 +7,7 @@ outlive it) is left to Python: nothing is caught and nothing is put back.
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import importlib.util
 import io
@@ -61,6 +62,20 @@ def split(
     if is_module:
         del rest[0]
     return own, Script(rest[0], is_module, rest[1:]) if rest else None
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Lets a command be given the rank that deepspeed puts before its name: `local_rank` of the
+    options is what the script gets first."""
+    for name in ("--local_rank", "--local-rank"):
+        parser.add_argument(
+            name,
+            dest="local_rank",
+            action="append",
+            type=f"{name}={{}}".format,
+            default=[],
+            help=argparse.SUPPRESS,
+        )
 
 
 def reason_against(script: Script | None) -> str | None:

@@ -6,11 +6,9 @@ and every parameter's weight is one fixed random projection.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,68 +208,3 @@ class Trace:
             for step in fields.pop("steps")
         ]
         return cls(**fields, steps=steps)
-
-
-def main(arguments: list[str]) -> int:
-    """Runs a script and records its training; the process ends behind the last step."""
-    from fastft.commands.recorded_script import RecordedScript
-    from fastft.commands.script import reason_against, split
-
-    parser = _parser()
-    own, script = split(arguments)
-    options = parser.parse_args(own)
-    reason = reason_against(script)
-    if script is None or reason is not None:
-        parser.error(str(reason))
-    script.arguments[:0] = options.local_rank
-    pieces = (options.variant,) if options.variant in PIECES else options.only
-    packing = options.packing if "packing" in pieces else None
-    return RecordedScript(
-        script,
-        options.out,
-        options.variant,
-        options.steps,
-        pieces,
-        packing,
-        dropout=options.dropout == "on",
-    ).run()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastft.commands.trace",
-        usage="%(prog)s --out FILE [options] -- script.py [arguments]",
-        description="One run of `python -m fastft compare`, in a process of its own.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="the file that gets the trace")
-    parser.add_argument("--variant", choices=VARIANTS, default="fast")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (20)")
-    parser.add_argument("--only", type=_pieces, default=PIECES, help="pieces, commas between")
-    parser.add_argument("--packing", type=_packing, help="tokens, or 'collate'")
-    parser.add_argument("--dropout", choices=("on", "off"), default="on")
-    for name in ("--local_rank", "--local-rank"):  # launchers put it first
-        parser.add_argument(
-            name,
-            dest="local_rank",
-            action="append",
-            type=f"{name}={{}}".format,
-            default=[],
-            help=argparse.SUPPRESS,
-        )
-    return parser
-
-
-def _pieces(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _packing(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
-
-
-if __name__ == "__main__":
-    # the script becomes __main__: what it pickles or imports must find this room under its name
-    from fastft.commands import trace
-
-    sys.exit(trace.main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from fastft.commands import trace
+from fastft.commands import recorded_script
 from fastft.commands.trace import Trace
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def child(tmp_path, monkeypatch):
         Path("out").mkdir(exist_ok=True)
         left, code = False, 0
         try:
-            code = trace.main([*own, "--", "script.py", str(tmp_path / "output")])
+            code = recorded_script.main([*own, "--", "script.py", str(tmp_path / "output")])
         except Left as end:
             left, code = True, end.args[0]
         return code, left, Trace.load("out/trace.json")
@@ -174,7 +174,7 @@ def test_bad_input_gets_a_sentence(child, capsys):
         (["--variant", "faster", "--", "script.py"], "invalid choice: 'faster'"),
     ):
         with pytest.raises(SystemExit) as ended:
-            trace.main(["--out", "trace.json", *options])
+            recorded_script.main(["--out", "trace.json", *options])
         assert ended.value.code == 2 and words in capsys.readouterr().err
 
 
@@ -182,7 +182,7 @@ def test_bad_input_gets_a_sentence(child, capsys):
 def test_two_processes_of_a_launcher(tmp_path):
     (tmp_path / "script.py").write_text(MODEL + TRAINER)
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
-    command += ["fastft.commands.trace", "--out", "trace.json", "--variant", "stock"]
+    command += ["fastft.commands.recorded_script", "--out", "trace.json", "--variant", "stock"]
     command += ["--steps", "2", "--", "script.py", "output"]
     paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

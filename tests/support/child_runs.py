@@ -52,7 +52,7 @@ def _train(command, log):
     sys.argv[:] = command
     sys.path.insert(0, "")
     with contextlib.suppress(SystemExit):
-        importlib.import_module("fastft.commands.trace").main(command)
+        importlib.import_module("fastft.commands.recorded_script").main(command)
     sys.stdout.flush()
     os._exit(0)
 
@@ -62,7 +62,7 @@ def run_preloaded(command, log, watch):
     transformers and fastft and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    arguments = command[command.index("fastft.commands.trace") + 1 :]
+    arguments = command[command.index("fastft.commands.recorded_script") + 1 :]
     process = context.Process(target=_train, args=(arguments, str(log)))
     process.start()
     process.join()
