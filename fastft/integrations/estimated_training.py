@@ -49,7 +49,6 @@ from fastft.optim.adamw_state import ready_state
 from fastft.optim.factory import adamw
 from fastft.unallocated import FlashAttention, Unallocated
 
-PIECES = ("loss", "optimizer", "packing")
 # how a class of transformers ends, and the collator's task
 _TASKS = {
     "ForCausalLM": "causal_lm",
@@ -170,7 +169,7 @@ def _reads_texts(kind: Any) -> bool:
 
 
 def measure(training: Training, pieces: frozenset[str], counter: LiveMemory) -> Memory:
-    """Trains two steps and evaluates, with these `PIECES` of fastft, under `counter`.
+    """Trains two steps and evaluates, with these pieces of fastft, under `counter`.
 
     Raises:
         ValueError: the model cannot be built or trained so.
