@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from fastft.live_memory import LiveMemory, tensors_in
 from fastft.loss.head_sweep import HeadCall, chunk_rows
@@ -129,6 +131,19 @@ class Unallocated(LiveMemory):
         self._see(result)
         self._unknown.add(result.untyped_storage()._cdata)
         return result
+
+
+class FlashAttention(TorchFunctionMode):
+    """Attention with dropout as on a GPU, whose fused kernels draw it themselves: a CPU's do not,
+    and hold all scores instead."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and "dropout_p" in kwargs:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
 
 
 def _grouped_mm(

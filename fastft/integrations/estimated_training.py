@@ -7,6 +7,7 @@ nothing; under `LiveMemory` it is a real one, which says how far off the estimat
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import types
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ from fastft.live_memory import LiveMemory, Peak
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_state import ready_state
 from fastft.optim.factory import adamw
-from fastft.unallocated import Unallocated
+from fastft.unallocated import FlashAttention, Unallocated
 
 # how a class of transformers ends, and the collator's task
 _TASKS = {
@@ -63,7 +64,6 @@ _MODELS = {
     "masked_lm": (MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM),
 }
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_CPU = torch.device("cpu")
 _STEPS = 2  # the second has the optimizer's states from its beginning
 
 
@@ -151,16 +151,21 @@ def task_of(config: PreTrainedConfig) -> tuple[str, Any]:
         for ending, task in _TASKS.items():
             kind = getattr(transformers, architecture, None)
             encodes = task == "seq2seq" and not config.is_encoder_decoder
-            if architecture.endswith(ending) and kind is not None and not encodes:
+            if architecture.endswith(ending) and _reads_texts(kind) and not encodes:
                 return task, kind
     for task, (mapping, kind) in _MODELS.items():
-        if type(config) in mapping and (task == "seq2seq") == bool(config.is_encoder_decoder):
+        of_task = type(config) in mapping and _reads_texts(mapping[type(config)])
+        if of_task and (task == "seq2seq") == bool(config.is_encoder_decoder):
             return task, kind
     raise ValueError(
         f"a {config.model_type!r} model ({', '.join(config.architectures or ['no architecture'])}) "
         "is neither a language model nor a classifier of texts or tokens: there is no training "
         "to estimate"
     )
+
+
+def _reads_texts(kind: Any) -> bool:
+    return getattr(kind, "main_input_name", None) == "input_ids"
 
 
 def measure(training: Training, pieces: frozenset[str], counter: LiveMemory) -> Memory:
@@ -173,7 +178,8 @@ def measure(training: Training, pieces: frozenset[str], counter: LiveMemory) -> 
     task, kind = task_of(training.config)
     _check_positions(training)
     counter.classes = _classes(training.config) if task in _MODELS else 0
-    with counter, tempfile.TemporaryDirectory() as folder:
+    attention = FlashAttention() if _imagined(counter) == "cuda" else contextlib.nullcontext()
+    with counter, attention, tempfile.TemporaryDirectory() as folder:
         model = _model(training, kind)
         counter.tag("weights", _weights(model))
         if "packing" in pieces:
@@ -209,7 +215,7 @@ class _Phases(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.counter.phase = "forward"
-        if args.optim == "adamw_torch" and getattr(self.counter, "imagined", _CPU).type == "cuda":
+        if args.optim == "adamw_torch" and _imagined(self.counter) == "cuda":
             for group in kwargs["optimizer"].param_groups:
                 group["foreach"] = True  # torch's default there, with copies of all gradients
 
@@ -283,6 +289,11 @@ def _check_positions(training: Training) -> None:
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "position_buckets", None)
     if places is not None and not rotary and training.tokens > places:
         raise ValueError(f"the model has {places} positions, a row {training.tokens} tokens")
+
+
+def _imagined(counter: LiveMemory) -> str:
+    """The type of the device whose memory is counted."""
+    return counter.imagined.type if isinstance(counter, Unallocated) else "cpu"
 
 
 def _classes(config: PreTrainedConfig) -> int:

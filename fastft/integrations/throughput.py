@@ -61,13 +61,15 @@ class ThroughputCallback(TrainerCallback):
 
     Raises:
         ValueError: `peak_flops` is not positive.
-        TypeError: `flops` is no bool.
+        TypeError: `peak_flops` is no number, or `flops` no bool.
 
     An exception out of `train()` leaves two hooks on the model, because Trainer then calls no
     callback: `restore()` takes them off, and so does the next training with this callback.
     """
 
     def __init__(self, peak_flops: float | None = None, flops: bool = True) -> None:
+        if not isinstance(peak_flops, int | float | None):
+            raise TypeError(f"peak_flops must be a number of FLOP/s, got {peak_flops!r}")
         if peak_flops is not None and not peak_flops > 0:
             raise ValueError(f"peak_flops must be positive FLOP/s, got {peak_flops!r}")
         if not isinstance(flops, bool):

@@ -113,6 +113,16 @@ class TestAgainstARealTraining:
         assert fused < stock / 3
 
 
+def test_attention_with_dropout_holds_no_scores_on_a_gpu():
+    config = bert("BertForMaskedLM")
+    training = Training(config, tokens=400)
+    gpu, cpu = (measure(training, STOCK, Unallocated(device=name)) for name in ("cuda", "cpu"))
+    config.attention_probs_dropout_prob = 0.0
+    plain = measure(training, STOCK, Unallocated(device="cuda"))
+    assert gpu.training.bytes == plain.training.bytes
+    assert cpu.training.bytes > gpu.training.bytes + 4 * 400**2 * 4  # the scores of four heads
+
+
 class TestNothingIsAllocated:
     def test_a_layer_of_70_billion_takes_no_memory(self):
         sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
@@ -302,11 +312,18 @@ class TestBadInput:
         code, said = run(capsys, "somebody/some-model")
         assert code == 2 and "couldn't connect" in said.err
 
+    @pytest.mark.parametrize(
+        ("kind", "architecture"),
+        [
+            (transformers.ViTConfig, "ViTForImageClassification"),
+            (transformers.WhisperConfig, "WhisperForConditionalGeneration"),
+            (transformers.WhisperConfig, None),
+        ],
+    )
     def test_a_model_that_is_neither_a_language_model_nor_a_classifier_of_texts(
-        self, tmp_path, capsys
+        self, kind, architecture, tmp_path, capsys
     ):
-        config = transformers.ViTConfig(architectures=["ViTForImageClassification"])
-        config.save_pretrained(tmp_path)
+        kind(architectures=[architecture] if architecture else None).save_pretrained(tmp_path)
         code, said = run(capsys, tmp_path)
         assert code == 2 and "there is no training to estimate" in said.err
 

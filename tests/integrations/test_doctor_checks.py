@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from support.plugged import tokenizer
 from support.trainers import llama_config, logged, quiet_arguments, tiny_llama
 from transformers import Trainer
 from transformers.training_args import ParallelMode
@@ -133,7 +134,9 @@ def taken(tmp_path):
         arguments = quiet_arguments(tmp_path, **arguments)
         trainer = Trainer(net or tiny_llama(), arguments, **inputs or {})
         trainer.processing_class = Words()
-        return Sample(trainer, [given or batch(TEXT)], seconds, steps)
+        packing = trainer.data_collator
+        packing = packing if isinstance(packing, fastft.PackingCollator) else None
+        return Sample(trainer, [given or batch(TEXT)], seconds, steps, packing)
 
     return make
 
@@ -237,6 +240,19 @@ def test_the_sample_is_of_the_trainers_own_loader(tmp_path):
     assert len(seen.batches) == batches.MOST_BATCHES
     assert seen.steps == 60  # three epochs
     assert all(each["input_ids"].shape == (2, 2) for each in seen.batches)
+
+
+def test_packs_of_a_plugged_trainer_are_kept_apart(tmp_path):
+    trainer = Trainer(
+        tiny_llama(),
+        quiet_arguments(tmp_path),
+        train_dataset=[{"input_ids": row, "labels": row} for row in TEXT * 8],
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer()),
+    )
+    fastft.plug(trainer, packing=32)
+    seen = sample(trainer)
+    assert seen.packing is not None
+    assert batches.packs_with_a_square_mask(seen) is batches.packs_leak(seen) is None
 
 
 def bert():

@@ -434,5 +434,7 @@ def test_bad_arguments_are_refused():
     for wrong in (0, -1.0):
         with pytest.raises(ValueError, match="peak_flops must be positive FLOP/s, got"):
             fastft.ThroughputCallback(peak_flops=wrong)
+    with pytest.raises(TypeError, match="peak_flops must be a number of FLOP/s, got '1e12'"):
+        fastft.ThroughputCallback(peak_flops="1e12")
     with pytest.raises(TypeError, match="flops must be True or False, got 'yes'"):
         fastft.ThroughputCallback(flops="yes")

@@ -25,7 +25,7 @@ from fastft.integrations.check_packing import find_leak
 from fastft.integrations.doctor.finding import Finding
 from fastft.integrations.doctor.model import end_tokens
 from fastft.integrations.implementations import STOCK
-from fastft.integrations.packing import PackingCallback
+from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.probe_rows import Batches
 
 MOST_BATCHES, MOST_SECONDS = 8, 30.0
@@ -42,12 +42,14 @@ class Sample:
             are left out.
         seconds: that the making of one took, without the first.
         steps: of the optimizer, in the whole training; None where the data set has no length.
+        packing: the collator of the loader, where it packs; with `plug` the trainer has another.
     """
 
     trainer: Trainer
     batches: list[dict[str, Tensor]]
     seconds: float
     steps: int | None = None
+    packing: PackingCollator | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -90,7 +92,7 @@ def sample(trainer: Trainer) -> Sample:
     # the workers of a loader have the first ones ready before they are asked for
     seconds = (time.perf_counter() - first) / max(1, len(batches) - 1)
     texts = [_tensors(batch) for batch in batches if _has_text(batch)]
-    return Sample(trainer, texts, seconds, _steps(trainer.args, loader))
+    return Sample(trainer, texts, seconds, _steps(trainer.args, loader), packing_collator(loader))
 
 
 def padding_share(sample: Sample) -> Finding | None:
@@ -218,7 +220,7 @@ def packs_with_a_square_mask(sample: Sample) -> Finding | None:
     """Packed rows go through an attention that builds a mask of T x T."""
     name = getattr(sample.model.config, "_attn_implementation", None)
     packed = [batch for batch in sample.batches if _is_packed(batch)]
-    if not packed or name not in STOCK or _kept_apart_by_us(sample.trainer):
+    if not packed or name not in STOCK or _kept_apart_by_us(sample):
         return None
     square = sum(batch["input_ids"].numel() * batch["input_ids"].shape[-1] for batch in packed)
     needed = sum(length**2 for batch in packed for length in _lengths(batch))
@@ -234,10 +236,9 @@ def packs_with_a_square_mask(sample: Sample) -> Finding | None:
 
 def packs_leak(sample: Sample) -> Finding | None:
     """Packed rows go to a model that does not keep their sequences apart."""
-    if not any(map(_is_packed, sample.batches)) or _kept_apart_by_us(sample.trainer):
+    if not any(map(_is_packed, sample.batches)) or _kept_apart_by_us(sample):
         return None
-    collator = sample.trainer.data_collator
-    start = collator.position_ids_start if isinstance(collator, PackingCollator) else 0
+    start = 0 if sample.packing is None else sample.packing.position_ids_start
     longest = max(batch["input_ids"].shape[-1] for batch in sample.batches)
     leak = find_leak(sample.adapted, Batches(start, longest))
     if leak is None or leak.loud:
@@ -348,11 +349,12 @@ def _lengths(batch: dict[str, Tensor]) -> list[int]:
     return [len(places) for places in segments_of(batch)]
 
 
-def _kept_apart_by_us(trainer: Trainer) -> bool:
+def _kept_apart_by_us(sample: Sample) -> bool:
     """Whether a callback of ours probes the model at train begin, and gives it our attention."""
-    return any(
-        isinstance(callback, PackingCallback) for callback in trainer.callback_handler.callbacks
-    ) and isinstance(trainer.data_collator, PackingCollator)
+    return sample.packing is not None and any(
+        isinstance(callback, PackingCallback)
+        for callback in sample.trainer.callback_handler.callbacks
+    )
 
 
 def _evaluation_sets(trainer: Trainer) -> list[Any]:
