@@ -6,6 +6,8 @@
 #                oldest and newest packages; make lint docs
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
+# make compare-public SCRIPTS=folder    is it the same training, for the example scripts of transformers, peft, trl and
+#                accelerate? The folder has clones of these; installs evaluate and nltk beside the extra `rivals`
 # make aarch64    the CPU library, cross-compiled and run under qemu, gives x86's bits (apt install g++-aarch64-linux-gnu
 #                qemu-user; part of test-all)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
@@ -28,13 +30,14 @@ PIP := $(BIN)/python -m pip install -q --no-compile $(addprefix -c ,$(LOCKED))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 READY := $(VENV)/.ready
 RIVALS := $(VENV)/.rivals
+PUBLIC := $(VENV)/.public
 WAYS := $(VENV)/.ways
 LINTERS := $(VENV)/.linters
 DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest lint format docs bench kernels sweep lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest lint format docs bench kernels compare-public sweep lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -102,6 +105,9 @@ bench: native $(RIVALS)
 kernels: native
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python benchmarks/kernel_table.py
 
+compare-public: native $(PUBLIC)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compare_public.py $(SCRIPTS)
+
 sweep: native
 	$(PYTEST) -r f -m sweep tests/integrations/test_architectures.py \
 		--architectures benchmarks/results/architectures.md
@@ -136,6 +142,10 @@ $(READY): pyproject.toml Makefile $(LOCKED)
 
 $(RIVALS): $(READY)
 	$(PIP) -e ".[rivals]" --no-build-isolation
+	touch $@
+
+$(PUBLIC): $(RIVALS)
+	$(PIP) evaluate nltk
 	touch $@
 
 $(WAYS): $(READY)

@@ -99,6 +99,7 @@ PRIVATE_NAMES = {
     ),
     "transformers:PreTrainedModel._loss_function": "what setting loss_function leaves on a model",
     "transformers:Trainer._train_batch_size": "how many packs a packed batch of `plug` has",
+    "transformers:Trainer._loss_shifts_labels": "does it count first labels, unpredicted ones",
     "accelerate.accelerator:_original_forward": "accelerate's mixed precision runs inside forward",
     "accelerate:Accelerator._dataloaders": "which loaders it has prepared",
     "datasets:Dataset._indices": "which rows select or shuffle left, in which order",

@@ -29,7 +29,8 @@ class _Waiting(MetaPathFinder):
             return None
         # who only asks whether there is such a module asks here as well: nothing ends with that
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        specs = (finder.find_spec(name, path, target) for finder in behind)
+        finds = (getattr(finder, "find_spec", None) for finder in behind)  # as import has it
+        specs = (find(name, path, target) for find in finds if find is not None)
         spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Then(spec.loader, self)

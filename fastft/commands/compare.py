@@ -13,19 +13,20 @@ import shlex
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastft.commands import children
 from fastft.commands.compare_report import Comparison, show, write
+from fastft.commands.pieces import PIECES, pieces_of
 from fastft.commands.script import Script, reason_against, split
 from fastft.commands.trace import Trace
 from fastft.commands.verdict import judge, merged, unreproducible
 from fastft.commands.yardstick import Runs
 
 EQUAL, DIFFERENT, COULD_NOT_RUN = 0, 1, 2
-_PIECES = ("loss", "optimizer", "packing")
 _LOW_PRECISION = ("bfloat16", "float16")
 
 
@@ -69,14 +70,17 @@ def main(arguments: list[str]) -> int:
     try:
         with children.ended_by_signals():
             comparison = compare(request)
+            show(comparison, write(comparison, request.out))
     except CouldNotRun as why:
         print(f"fastft compare: {why}", file=sys.stderr)
         return COULD_NOT_RUN
     except KeyboardInterrupt:
         print("fastft compare: interrupted; nothing runs any more", file=sys.stderr)
         return 130
-    files = write(comparison, request.out)
-    show(comparison, files)
+    except Exception:  # Python's own exit code for it is that of "different"
+        traceback.print_exc()
+        print("fastft compare: that is an error of its own: please report it", file=sys.stderr)
+        return COULD_NOT_RUN
     return EQUAL if comparison.equal else DIFFERENT
 
 
@@ -93,15 +97,15 @@ def _parse(arguments: list[str]) -> Request:
     )
     parser.add_argument(
         "--pieces",
-        type=_pieces,
+        type=pieces_of,
         default=(),
         metavar="each",
         help="run each piece (loss, optimizer, packing) alone as well, or those named",
     )
     parser.add_argument(
         "--only",
-        type=_pieces,
-        default=_PIECES,
+        type=pieces_of,
+        default=PIECES,
         metavar="PIECES",
         help="the pieces of the fast runs: loss,optimizer",
     )
@@ -130,6 +134,8 @@ def _parse(arguments: list[str]) -> Request:
     own, script = split(arguments)
     options = parser.parse_args(own)
     why = reason_against(script)
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"argument --out: {str(options.out)!r} is no folder")
     if script is None or why is not None:
         parser.error(why or "a script is missing")
     return Request(
@@ -150,21 +156,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _pieces(text: str) -> tuple[str, ...]:
-    if text == "each":
-        return _PIECES
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in _PIECES:
-            raise argparse.ArgumentTypeError(
-                f"there is no piece {name!r}, only {', '.join(_PIECES)}, or each for all of them"
-            )
-    return names
-
-
 def _launcher(parser: argparse.ArgumentParser, text: str) -> list[str]:
     """The command that starts `-m module` in each of its processes; this Python without one."""
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        parser.error(f"argument --launch: {error} in {text!r}")
     if not words:
         return [sys.executable, "-m"]
     beside = Path(sys.executable).parent / words[0]  # this Python's own, on the PATH or not
@@ -313,9 +310,13 @@ def compare(request: Request) -> Comparison:
     """Makes all runs and judges them.
 
     Raises:
-        CouldNotRun: the script does not train, with or without fastft, or not twice alike.
+        CouldNotRun: the script does not train, with or without fastft, or not twice alike; or there
+            is no place for the report.
     """
-    request.out.mkdir(parents=True, exist_ok=True)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CouldNotRun(f"--out: {request.out} cannot be a folder: {error.strerror}") from error
     begin = time.monotonic()
     packing, names = request.packing, request.pieces
     total = 2 * request.runs + 1 + len(names) + (packing is not None)

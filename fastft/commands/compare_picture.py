@@ -41,7 +41,7 @@ def draw(comparison: Comparison, path: Path) -> None:
         figure.add_subplot(grid[1, 1]),
         bars,
         memory,
-        "Peak memory of a process, MiB",
+        f"Peak memory of a process, MiB{'' if comparison.stock.peak_tells else ' (too small)'}",
     )
     verdict = comparison.verdict
     answer = "the same training" if verdict.cause is None else f"different: {verdict.cause.what}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.commands.children import in_words
-from fastft.commands.figures import Figures, Interval, figures
+from fastft.commands.figures import LIBRARIES, Figures, Interval, figures
 from fastft.commands.trace import Trace
 from fastft.commands.verdict import Verdict, judge
 from fastft.commands.yardstick import Measured, Runs
@@ -246,7 +246,7 @@ def _rows(stock: Figures, fast: Figures) -> list[list[str]]:
             "peak memory",
             _bytes(stock.peak),
             _bytes(fast.peak),
-            f"{fast.peak / stock.peak:.2f}x" if stock.peak else "",
+            f"{fast.peak / stock.peak:.2f}x" if stock.peak_tells else "too small to measure",
         ],
         ["padding", f"{stock.padding:.0%}", f"{fast.padding:.0%}", ""],
         ["ignored labels", f"{stock.ignored:.0%}", f"{fast.ignored:.0%}", ""],
@@ -336,6 +336,11 @@ def _how(comparison: Comparison) -> list[str]:
         "interval is 95 % of a bootstrap over steps, and holds each run's own figure.",
     ]
     lines.append(f"Peak memory is that of one process: {comparison.fast.peak_kind}.")
+    if not comparison.stock.peak_tells:
+        lines.append(
+            f"Below {_bytes(LIBRARIES)} it is too small to measure: what libraries keep in a "
+            "process (imports, buffers, kernels for each shape) may be as much."
+        )
     return [f"* {line}" for line in lines]
 
 

@@ -11,6 +11,8 @@ from fastft.commands.trace import Step, Trace
 
 _WARM = 2  # the first steps, which allocate, compile and read what is not in caches yet
 _DRAWS = 2000
+# of a process's growth may be what libraries keep: imports, buffers, kernels for each shape
+LIBRARIES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Figures:
         speedup: by how much its steps are faster than stock's; None of stock itself.
         peak: bytes, the largest of its runs, of one process.
         peak_kind: of what.
+        peak_tells: whether it is more than what libraries keep in a process.
         padding: share of the batches' elements.
         ignored: share of the labels, padding's left out.
     """
@@ -43,6 +46,7 @@ class Figures:
     speedup: Interval | None
     peak: int
     peak_kind: str
+    peak_tells: bool
     padding: float
     ignored: float
 
@@ -59,13 +63,15 @@ def figures(runs: Sequence[Trace], stock: Sequence[Trace] | None = None) -> Figu
     labels = sum(step.supervised for step in steps)
     ignored = sum(step.ignored for step in steps)
     device = [run.peak_device for run in runs if run.peak_device is not None]
+    peak = max(device) if device else max(run.peak_process for run in runs)
     return Figures(
         runs=len(runs),
         tokens_per_second=_rate(runs, lambda step: step.tokens),
         supervised_per_second=_rate(runs, lambda step: step.supervised),
         speedup=None if stock is None else speedup(runs, stock),
-        peak=max(device) if device else max(run.peak_process for run in runs),
+        peak=peak,
         peak_kind="device's allocator" if device else runs[0].peak_kind,
+        peak_tells=bool(device) or peak >= LIBRARIES,
         padding=1 - tokens / elements if elements else 0.0,
         ignored=ignored / (ignored + labels) if ignored + labels else 0.0,
     )

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import multiprocessing
 import os
 import platform
@@ -22,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastft.commands.pieces import PIECES, packing_of, pieces_of
 from fastft.commands.script import (
     Script,
     add_local_rank,
@@ -30,7 +30,8 @@ from fastft.commands.script import (
     reason_against,
     split,
 )
-from fastft.commands.trace import PIECES, VARIANTS, Trace
+from fastft.commands.trace import VARIANTS, Trace
+from fastft.commands.versions import loaded_versions
 from fastft.integrations.trainings import at_prepare, at_train
 from fastft.on_import import when_imported
 
@@ -41,10 +42,6 @@ if TYPE_CHECKING:
     from fastft.integrations.accelerator_loop import AcceleratorLoop
     from fastft.integrations.recorder import RecordedLoop, Recorder
 
-_PACKAGES = (
-    *("fastft", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl"),
-    *("deepspeed", "bitsandbytes", "liger_kernel", "triton", "numpy"),
-)
 _REFERENCES = ("stock", "noise", "fp32")
 
 
@@ -80,19 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="the file that gets the trace")
     parser.add_argument("--variant", choices=VARIANTS, default="fast")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (20)")
-    parser.add_argument("--only", type=_pieces, default=PIECES, help="pieces, commas between")
-    parser.add_argument("--packing", type=_packing, help="tokens, or 'collate'")
+    parser.add_argument("--only", type=pieces_of, default=PIECES, help="pieces, commas between")
+    parser.add_argument("--packing", type=packing_of, help="tokens, or 'collate'")
     parser.add_argument("--dropout", choices=("on", "off"), default="on")
     add_local_rank(parser)
     return parser
-
-
-def _pieces(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _packing(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 class RecordedScript:
@@ -253,7 +242,7 @@ class RecordedScript:
                 self.trace.noise = add_noise(model)
 
     def _save(self) -> None:
-        self.trace.versions = {"python": platform.python_version(), **_versions()}
+        self.trace.versions = loaded_versions()
         self.trace.machine = _machine()
         self.trace.save(self.out)
         if self.trace.rank == 0:
@@ -272,15 +261,6 @@ class RecordedScript:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # the script's own end would evaluate, save and push
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        if package in sys.modules:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[package] = importlib.metadata.version(package)
-    return found
 
 
 def _machine() -> dict[str, str]:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import weakref
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fastft.commands.pieces import PIECES, packing_of, pieces_of
 from fastft.commands.script import (
     Script,
     add_local_rank,
@@ -29,6 +28,7 @@ from fastft.commands.script import (
     reason_against,
     split,
 )
+from fastft.commands.versions import loaded_versions
 from fastft.integrations.trainings import at_prepare, at_train
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
     from fastft.integrations.accelerator_loop import AcceleratorLoop
     from fastft.integrations.plug import Plugged
-
-PIECES = ("loss", "optimizer", "packing")
-_PACKAGES = ("fastft", "torch", "transformers", "accelerate", "peft", "trl", "deepspeed")
 
 _NOTHING = (
     "nothing of fastft was used: this process trained no Trainer, and no Accelerator prepared a "
@@ -76,13 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only",
-        type=_pieces,
+        type=pieces_of,
         metavar="PIECES",
         help=f"some of {', '.join(PIECES)}, with commas between; without it, all that fit",
     )
     parser.add_argument(
         "--packing",
-        type=_packing,
+        type=packing_of,
         metavar="N|collate",
         help="pack the training set into rows of N tokens; or keep its batches, without padding",
     )
@@ -91,25 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_local_rank(parser)
     return parser
-
-
-def _pieces(text: str) -> tuple[str, ...]:
-    pieces = tuple(filter(None, text.split(",")))
-    unknown = [piece for piece in pieces if piece not in PIECES]
-    if unknown or not pieces:
-        what = f"there is no piece {unknown[0]!r}" if unknown else "no piece is named"
-        raise argparse.ArgumentTypeError(f"{what}: the pieces are {', '.join(PIECES)}")
-    return pieces
-
-
-def _packing(text: str) -> int | str:
-    if text == "collate":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"must be a number of tokens above 0, or 'collate', got {text!r}"
-        )
-    return int(text)
 
 
 def _reason_against(options: argparse.Namespace) -> str | None:
@@ -253,7 +231,7 @@ class _Run:
             "packing": self._packing,
             "trainings": list(map(dataclasses.asdict, self._trainings)),
             "error": f"{type(error).__name__}: {error}" if failed else None,
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": loaded_versions(),
         }
 
     def _explain(self, error: BaseException) -> None:
@@ -295,11 +273,6 @@ def _is_failure(error: BaseException | None) -> bool:
 def _is_main_process() -> bool:
     """As launchers say it, for what is said where no library has been asked."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _versions() -> dict[str, str]:
-    loaded = [package for package in _PACKAGES if package in sys.modules]
-    return {package: importlib.metadata.version(package) for package in loaded}
 
 
 def _say(text: str) -> None:

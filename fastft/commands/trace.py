@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PIECES = ("loss", "optimizer", "packing")
+from fastft.commands.pieces import PIECES
+
 VARIANTS = ("stock", "fast", "noise", "fp32", *PIECES)
 
 
@@ -101,11 +102,6 @@ class Step:
     def batches(self) -> list[str]:
         """The digests of the passes' examples, labels included."""
         return [micro.targets for micro in self.micro]
-
-    @property
-    def micro_supervised(self) -> list[int]:
-        """Labels that are not ignored, of each pass."""
-        return [micro.supervised for micro in self.micro]
 
     @property
     def tokens(self) -> int:

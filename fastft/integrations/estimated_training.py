@@ -48,7 +48,6 @@ from fastft.optim.adamw_state import ready_state
 from fastft.optim.factory import adamw
 from fastft.unallocated import Unallocated
 
-PIECES = ("loss", "optimizer", "packing")
 # how a class of transformers ends, and the collator's task
 _TASKS = {
     "ForCausalLM": "causal_lm",
@@ -165,7 +164,7 @@ def task_of(config: PreTrainedConfig) -> tuple[str, Any]:
 
 
 def measure(training: Training, pieces: frozenset[str], counter: LiveMemory) -> Memory:
-    """Trains two steps and evaluates, with these `PIECES` of fastft, under `counter`.
+    """Trains two steps and evaluates, with these pieces of fastft, under `counter`.
 
     Raises:
         ValueError: the model cannot be built or trained so.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from fastft.loss.counted_labels import give_counted_labels
 from fastft.loss.lazy.evaluation import Evaluation
 from fastft.loss.lazy.output_head import Attachment, expects_head
 from fastft.loss.lazy.report import Report
+from fastft.stack import callers
 
 # below "transformers", so that its verbosity rules
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -250,14 +249,12 @@ def _in_evaluation_loop() -> bool:
     No event of Trainer comes between the last callback of a step and an evaluation's first forward
     pass, and where Trainer computes the loss the model gets no labels: only the stack knows.
     """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         name = frame.f_code.co_name
         if name == "generate":
             return False
         if name in _EVALUATING and isinstance(frame.f_locals.get("self"), Trainer):
             return True
-        frame = frame.f_back
     return False
 
 

@@ -30,8 +30,6 @@ from fastft.loss.lazy.report import Report
 # below "transformers", so that its verbosity rules
 logger = logging.get_logger(f"transformers.{__name__}")
 
-PIECES = ("loss", "optimizer", "packing")
-
 
 class Plugged:
     """A Trainer that `plug` has changed, and what became of it.

@@ -23,6 +23,7 @@ from transformers import Trainer
 
 from fastft import foreign
 from fastft.data.collator import PackingCollator
+from fastft.data.keys import IGNORE_INDEX
 from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
 from fastft.integrations.packing import PackingCallback, packing_collator
@@ -51,12 +52,14 @@ class Sample:
         tokens: of each batch, without padding.
         total: tokens with padding, in all of them.
         pads_left: whether some of that is on the left.
+        labels_first: whether a row's first token has a label that counts.
     """
 
     examples: int
     tokens: list[int] = field(default_factory=list)
     total: int = 0
     pads_left: bool = False
+    labels_first: bool = False
 
     def add(self, batch: dict[str, Any]) -> None:
         """Counts a padded batch."""
@@ -64,6 +67,8 @@ class Sample:
         self.total += batch["input_ids"].numel()
         self.tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
         self.pads_left |= mask is not None and bool((mask[:, 0] == 0).any())
+        labels = batch["labels"]
+        self.labels_first |= labels.dim() > 1 and bool((labels[:, 0] != IGNORE_INDEX).any())
 
 
 class PackingPiece:
@@ -115,6 +120,12 @@ class PackingPiece:
                     "stock also predicts the first token of each text from the padding left of it, "
                     "packed batches do not; tokenizer.padding_side = 'right' trains without that"
                 )
+            if self.packing == COLLATE and self._divides_by_first_labels():
+                raise Unpackable(
+                    "stock divides the loss of this model by a count of labels that has the first "
+                    "token of each text, which nothing predicts; packed batches have it not, and "
+                    "their loss would be larger"
+                )
         if self.packing != COLLATE:
             self._pack()
 
@@ -122,6 +133,15 @@ class PackingPiece:
         """Whether the user's batches have labels that the token before, a padding one, predicts."""
         sample = self._sample
         return sample is not None and sample.pads_left and self._task() == "causal_lm"
+
+    def _divides_by_first_labels(self) -> bool:
+        """Whether Trainer takes no notice that a causal model shifts its labels: it does where the
+        class is called ForCausalLM, and not for GPT2LMHeadModel."""
+        trainer, sample = self._trainer, self._sample
+        divides = trainer.model_accepts_loss_kwargs and not trainer._loss_shifts_labels
+        return (
+            divides and self._task() == "causal_lm" and sample is not None and sample.labels_first
+        )
 
     def _pack(self) -> Any:
         """The packs of the Trainer's training set as it is now."""

@@ -8,7 +8,7 @@ therefore ignores. A batch is then the multiset of its documents.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,26 +18,16 @@ from torch import Tensor
 
 from fastft.commands.trace import Micro
 from fastft.data.keys import (
-    CU_SEQLENS_Q,
     DECODER_CU_SEQLENS,
     IGNORE_INDEX,
     LABEL_KEYS,
     LABEL_SEGMENTS,
-    PADDING_LENGTHS,
-    SEQ_IDX,
 )
+from fastft.integrations.batch_segments import segments_of
 
 _SHIFTS = (1, 0, 2)  # the likely first
 # of whole examples besides labels: answers of a text, as models for questions have them
 _ANSWERS = ("start_positions", "end_positions", "next_sentence_label")
-
-# what numbers tokens, and which differences of two neighbours begin a document; positions have
-# gaps where a mask has
-_BOUNDARIES: dict[str, Callable[[Tensor], Tensor]] = {
-    SEQ_IDX: lambda difference: difference != 0,
-    "attention_mask": lambda difference: difference != 0,
-    "position_ids": lambda difference: difference <= 0,
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ def neighbours(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
         key: value.detach().cpu() for key, value in batch.items() if isinstance(value, Tensor)
     }
     ids = tensors["input_ids"]
-    segments = [s for s in _segments(tensors) if len(s)]
+    segments = [s for s in segments_of(tensors) if len(s)]
     for former, latter in pairwise(segments):
         tokens = ids.reshape(-1)[former]
         same_row = int(former[0]) // ids.shape[-1] == int(latter[-1]) // ids.shape[-1]
@@ -125,7 +115,7 @@ class _Documents:
     def __init__(self, batch: dict[str, Tensor], reading: Reading) -> None:
         ids = batch["input_ids"]
         self.elements, self.batch, self.reading = ids.numel(), batch, reading
-        segments = _segments(batch)
+        segments = segments_of(batch)
         self.ids = ids.reshape(-1)
         labels = batch.get("labels")
         per_token = labels is not None and labels.shape == ids.shape and not reading.apart
@@ -197,46 +187,6 @@ class _Documents:
         if labels is None:
             return len(self.real) if self.outside else 0
         return int((labels != IGNORE_INDEX).sum())
-
-
-def _kept(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which of the flattened tokens are not padding, bool (R * T,)."""
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape == ids.shape:
-        return mask.reshape(-1) > 0
-    kept = torch.ones_like(ids, dtype=torch.bool)
-    if PADDING_LENGTHS in batch:
-        lengths = batch[PADDING_LENGTHS].to(torch.int64)
-        kept = torch.arange(ids.shape[-1]) < ids.shape[-1] - lengths[:, None]
-    return kept.reshape(-1)
-
-
-def _numbers(batch: Mapping[str, Tensor], kept: Tensor) -> Tensor:
-    """The number of the document of each flattened token, int64 (R * T,); -1 for padding."""
-    ids = batch["input_ids"]
-    places = kept.nonzero().squeeze(1)
-    rows = places // ids.shape[-1]
-    begins = rows.diff(prepend=rows.new_full((1,), -1)) != 0
-    for key, is_another in _BOUNDARIES.items():
-        numbers = batch.get(key)
-        if numbers is not None and numbers.shape == ids.shape:
-            begins[1:] |= is_another(numbers.reshape(-1)[places].long().diff())
-    if CU_SEQLENS_Q in batch:
-        begins |= torch.isin(places, batch[CU_SEQLENS_Q].long())
-    numbers = torch.full_like(kept, -1, dtype=torch.int64)
-    numbers[places] = begins.long().cumsum(0) - 1
-    return numbers
-
-
-def _segments(batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """The places of each document among the flattened tokens, int64 each, in order."""
-    if DECODER_CU_SEQLENS in batch:  # padding of the decoder's side alone is an empty one
-        return [torch.arange(a, b) for a, b in pairwise(batch[CU_SEQLENS_Q].tolist())]
-    numbers = _numbers(batch, _kept(batch))
-    places = (numbers >= 0).nonzero().squeeze(1)
-    _, counts = numbers[places].unique_consecutive(return_counts=True)
-    return list(places.split(counts.tolist()))
 
 
 def _bytes(tensor: Tensor) -> bytes:

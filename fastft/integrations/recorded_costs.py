@@ -7,14 +7,12 @@ recorder allocates counts for nothing once it is free again.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from fastft.integrations.process_memory import highest, peak_since_reset, reset_peak, resident
 
 
 class Costs:
@@ -30,13 +28,13 @@ class Costs:
     def __init__(self) -> None:
         self.seconds, self.peak_process = 0.0, 0
         self.peak_device: int | None = 0 if _has_device() else None
-        self._resets = _reset_process_peak()
+        self._resets = reset_peak()
         self.kind = (
             "resident memory, its high-water mark set back when training began"
             if self._resets
             else "resident memory at its highest, less what was the highest when training began"
         )
-        self._base = _status("VmRSS") if self._resets else _highest()
+        self._base = resident() if self._resets else highest()
         self._begin()
 
     @contextlib.contextmanager
@@ -44,7 +42,7 @@ class Costs:
         """Counts nothing meanwhile; of the time before, so many bytes were the recorder's."""
         _synchronise()
         self.seconds += time.perf_counter() - self._since
-        process = (_status("VmHWM") if self._resets else _highest()) - self._base - copies
+        process = (peak_since_reset() if self._resets else highest()) - self._base - copies
         self.peak_process = max(self.peak_process, process)
         if self.peak_device is not None:
             self.peak_device = max(self.peak_device, torch.cuda.max_memory_allocated())
@@ -56,7 +54,7 @@ class Costs:
     def _begin(self) -> None:
         _synchronise()
         if self._resets:
-            _reset_process_peak()
+            reset_peak()
         if self.peak_device is not None:
             torch.cuda.reset_peak_memory_stats()
         self._since = time.perf_counter()
@@ -69,27 +67,3 @@ def _has_device() -> bool:
 def _synchronise() -> None:
     if _has_device():
         torch.cuda.synchronize()
-
-
-def _reset_process_peak() -> bool:
-    """Sets the high-water mark to what the process has now; False where the system cannot."""
-    try:
-        _RESET.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status(name: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def _highest() -> int:
-    """The most that the process ever had; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

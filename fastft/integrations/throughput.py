@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,8 +18,10 @@ from fastft.flops.document_flops import DocumentFlops, FlopsUnknownError, docume
 from fastft.foreign import base_model, is_compiled, rows_are_cut, same_batch_ranks, world_size
 from fastft.integrations.batch_counts import BatchCounts, Totals, count_batch
 from fastft.integrations.peak_flops import peak_flops
+from fastft.integrations.process_memory import highest
 from fastft.integrations.stopwatch import Stopwatch
 from fastft.loss.lazy.report import Report
+from fastft.stack import callers
 
 # below "transformers", so that its verbosity rules
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -339,12 +339,10 @@ def _why_not(args: TrainingArguments) -> str | None:
 def _calling_handler() -> CallbackHandler | None:
     """Trainer's list of callbacks, one of whose events this is. No event tells it, only the
     stack."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
+    for frame in callers():
+        if frame.f_code.co_name == "call_event":
+            caller = frame.f_locals.get("self")
+            return caller if isinstance(caller, CallbackHandler) else None
     return None
 
 
@@ -389,9 +387,4 @@ def _peak_memory(device: torch.device) -> int:
     of_device = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     if device.type != "cpu" and of_device is not None:
         return int(of_device(device))
-    with contextlib.suppress(ImportError):  # Windows
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
-    return 0
+    return highest()

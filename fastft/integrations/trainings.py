@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastft.on_import import when_imported
+from fastft.stack import callers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -125,10 +125,4 @@ def _wrapped(
 
 def _a_trainer_calls() -> bool:
     """Whether the code of Trainer is being executed."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        # not its f_locals: a frame that was asked for them keeps what they were, a model too
-        if frame.f_globals.get("__name__") == "transformers.trainer":
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_globals.get("__name__") == "transformers.trainer" for frame in callers())

@@ -67,5 +67,5 @@ def test_what_goes_wrong_is_not_an_error_of_the_import(forgotten, monkeypatch):
     def fails():
         raise RuntimeError("another transformers")
 
-    monkeypatch.setattr(registration, "register_attention", fails)
+    monkeypatch.setattr("fastft.attention.attention.register_attention", fails)
     registration.register_with_transformers()

@@ -271,6 +271,8 @@ BAD = {
     "a piece": (["--pieces", "head", "train.py"], "there is no piece 'head'"),
     "a piece of fast": (["--only", "loss,", "train.py"], "there is no piece ''"),
     "a launcher": (["--launch", "no-such-launcher -n 2", "train.py"], "there is no program"),
+    "an open quote": (["--launch", "torchrun '", "train.py"], "argument --launch: No closing quot"),
+    "a file": (["--out", "train.py", "train.py"], "argument --out: 'train.py' is no folder"),
 }
 
 
@@ -281,6 +283,31 @@ def test_bad_input_is_a_sentence(case, script, capsys):
         main(arguments)
     assert end.value.code == 2 and words in capsys.readouterr().err
     assert not os.path.exists("fastft-compare")
+
+
+def test_a_report_that_has_no_place_is_no_verdict(script, capsys):
+    assert main(["--out", script, script]) == 2
+    assert f"--out: {script} cannot be a folder" in capsys.readouterr().err
+
+
+def test_an_error_of_its_own_is_no_verdict(script, synthetic, monkeypatch, capsys):
+    synthetic()
+    monkeypatch.setattr("fastft.commands.compare.judge", lambda runs: [][0])
+    assert main([script]) == 2
+    said = capsys.readouterr().err
+    assert "IndexError" in said and "an error of its own" in said
+
+
+@pytest.mark.parametrize("size", [2**27, 2**30])
+def test_a_peak_is_compared_where_it_is_more_than_what_libraries_keep(script, synthetic, size):
+    def of_size(made, command):
+        made.peak_process = size // 2 if option(command, "--variant") == "fast" else size
+
+    synthetic(of_size)
+    assert main([script]) == 0
+    with open("fastft-compare/report.md") as file:
+        (row,) = [line for line in file if line.startswith("| peak memory")]
+    assert ("0.50x" in row) == (size == 2**30) and ("too small" in row) == (size == 2**27)
 
 
 def test_help_names_the_exit_codes(capsys):

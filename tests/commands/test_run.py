@@ -16,7 +16,7 @@ from support.trainers import logged
 
 from fastft.__main__ import main as command_line
 from fastft.commands import run
-from fastft.integrations.plug import PIECES, Plugged
+from fastft.integrations.plug import Plugged
 
 BEGINS = """
 import sys, torch
@@ -252,7 +252,7 @@ def test_a_failure_by_exit_code_has_the_line_too(script, capfd):
         (["-m"], "a script is missing"),
         (["-m", "no_such_module"], "there is no module 'no_such_module'"),
         (["--only", "loss,speed", __file__], "there is no piece 'speed': the pieces are loss, "),
-        (["--only", "", __file__], "no piece is named"),
+        (["--only", "", __file__], "there is no piece ''"),
         (["--only", "packing", __file__], "--only packing needs --packing N"),
         (["--only=loss", "--packing=8", __file__], "--packing 8 is left out by --only loss"),
         (["--packing", "0", __file__], "must be a number of tokens above 0, or 'collate', got '0'"),
@@ -268,10 +268,6 @@ def test_bad_input_is_a_sentence(arguments, words, capsys):
         command_line(["run", *arguments])
     assert ended.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())
-
-
-def test_pieces_are_those_of_plug():
-    assert run.PIECES == PIECES
 
 
 @pytest.mark.parametrize("option", ["--local_rank=1", "--local-rank=1"])

@@ -75,7 +75,7 @@ def scaled(kind, factor, names=NAMES):
 
 
 def mean_of_means(step, t):
-    labels = step.micro_supervised
+    labels = [micro.supervised for micro in step.micro]
     for micro in step.micro:
         micro.loss *= sum(labels) / (len(labels) * micro.supervised)
     step.loss = sum(step.micro_losses)

@@ -16,8 +16,9 @@ from support.watch import Watch
 from transformers import Trainer, TrainerCallback
 
 import fastft
+from fastft.commands.pieces import PIECES
 from fastft.integrations import plug as plug_module
-from fastft.integrations.plug import PIECES, Plugged
+from fastft.integrations.plug import Plugged
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
 

@@ -240,6 +240,25 @@ def test_a_module_of_ones_own_keeps_its_batches_with_a_word(tmp_path):
     assert line.startswith("left alone: Linear has no task of PackingCollator's")
 
 
+def gpt2():
+    torch.manual_seed(3)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    config = transformers.GPT2Config(vocab_size=V, **sizes, **drops, **tokens)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_where_stock_divides_by_first_labels_the_batches_stay_padded(tmp_path, monkeypatch):
+    """Trainer knows the classes called ForCausalLM as models that shift their labels; the loss of
+    GPT2LMHeadModel is divided by a label more for each text."""
+    monkeypatch.setitem(TASKS, "gpt2", (gpt2, *TASKS["causal"][1:]))
+    stock, ours, plug, _ = stock_and_plugged(tmp_path, "gpt2", plugs={"packing": "collate"})
+    assert "the first token of each text" in plug.lines["packing"]
+    for expected, actual in zip(stock, ours, strict=True):
+        assert actual == pytest.approx(expected, rel=2e-5)
+
+
 def test_packs_with_left_padding_say_what_they_leave_out(tmp_path):
     collator = transformers.DataCollatorForLanguageModeling(tokenizer(side="left"), mlm=False)
     trainer = trainer_of(tmp_path, options={"data_collator": collator})

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from fastft.data.collator import PackingCollator
+from fastft.data.keys import IGNORE_INDEX
 from fastft.foreign import base_model, output_embeddings, unwrapped
+from fastft.integrations.batch_segments import kept_of, segments_of
 from fastft.integrations.check_packing import find_leak
 from fastft.integrations.doctor.finding import Finding
 from fastft.integrations.doctor.model import end_tokens
@@ -26,7 +28,6 @@ from fastft.integrations.implementations import STOCK
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.probe_rows import Batches
 
-IGNORED = -100
 MOST_BATCHES, MOST_SECONDS = 8, 30.0
 SLOW_BATCH = 0.05  # seconds: a device waits that long in each step
 
@@ -94,9 +95,8 @@ def sample(trainer: Trainer) -> Sample:
 
 def padding_share(sample: Sample) -> Finding | None:
     """Much of what the model computes is padding."""
-    masks = [mask for batch in sample.batches if (mask := _padding(batch)) is not None]
-    tokens = sum(mask.numel() for mask in masks)
-    padding = sum(int(mask.sum()) for mask in masks)
+    tokens = sum(batch["input_ids"].numel() for batch in sample.batches)
+    padding = sum(int(_padding(batch).sum()) for batch in sample.batches)
     if not tokens or padding < tokens / 5:
         return None
     return Finding(
@@ -113,22 +113,22 @@ def labels_all_ignored(sample: Sample) -> Finding | None:
     """Nothing is learnt from a batch, or from an example."""
     labels = [batch["labels"] for batch in sample.batches if "labels" in batch]
     labels = [each for each in labels if not each.is_floating_point() and each.dim() > 1]
-    empty = sum(bool((each == IGNORED).all()) for each in labels)
+    empty = sum(bool((each == IGNORE_INDEX).all()) for each in labels)
     if empty:
         return Finding(
             "wrong",
-            f"All labels are {IGNORED} in {empty} of {len(labels)} sampled batches.",
+            f"All labels are {IGNORE_INDEX} in {empty} of {len(labels)} sampled batches.",
             "Such a batch teaches nothing: its loss is 0 or NaN.",
             "Look at what masks the labels: a response template that is not in the text, a "
             "truncation that cuts the answer off, a pad token that is everywhere.",
         )
     rows = [row for each in labels for row in each]
-    lost = sum(bool((row == IGNORED).all()) for row in rows)
+    lost = sum(bool((row == IGNORE_INDEX).all()) for row in rows)
     if not lost or not sample.generates:
         return None
     return Finding(
         "slow",
-        f"All labels are {IGNORED} in {lost} of {len(rows)} sampled rows.",
+        f"All labels are {IGNORE_INDEX} in {lost} of {len(rows)} sampled rows.",
         "They are computed and teach nothing; a truncation may have cut the answers off.",
         "Take such examples out of the data set, or allow longer ones.",
     )
@@ -142,10 +142,9 @@ def end_token_not_learnt(sample: Sample) -> Finding | None:
     seen = learnt = 0
     for batch in filter(_is_labelled, sample.batches):
         end = torch.isin(batch["input_ids"], torch.tensor(sorted(ends)))
-        padding = _padding(batch)
-        end = end if padding is None else end & ~padding
+        end &= ~_padding(batch)
         seen += int(end.sum())
-        learnt += int((batch["labels"][end] != IGNORED).sum())
+        learnt += int((batch["labels"][end] != IGNORE_INDEX).sum())
     if not seen or learnt:
         return None
     return Finding(
@@ -184,8 +183,8 @@ def padding_is_learnt(sample: Sample) -> Finding | None:
         if sample.model.config.is_encoder_decoder:
             known = "labels" in batch and isinstance(pad, int) and pad not in ends
             learnt += int(torch.isin(batch["labels"], torch.tensor(pad)).sum()) if known else 0
-        elif _is_labelled(batch) and (padding := _padding(batch)) is not None:
-            learnt += int((batch["labels"][padding] != IGNORED).sum())
+        elif _is_labelled(batch):
+            learnt += int((batch["labels"][_padding(batch)] != IGNORE_INDEX).sum())
         rows += len(batch["input_ids"])
     # one for each row may be meant: the token that ends it
     if learnt <= rows:
@@ -194,8 +193,8 @@ def padding_is_learnt(sample: Sample) -> Finding | None:
         "wrong",
         f"{learnt} padding tokens of {sample.size} have labels that count.",
         "The loss is that of padding in good part, and falls as padding is learnt.",
-        f"Labels of padding must be {IGNORED}: copy input_ids to labels after padding, and mask "
-        "where attention_mask is 0; or leave padding and labels to the collator.",
+        f"Labels of padding must be {IGNORE_INDEX}: copy input_ids to labels after padding, and "
+        "mask where attention_mask is 0; or leave padding and labels to the collator.",
     )
 
 
@@ -204,7 +203,7 @@ def longer_than_the_model_knows(sample: Sample) -> Finding | None:
     config = sample.model.config.get_text_config()
     rotary = getattr(config, "rope_parameters", None)
     limit = getattr(config, "max_position_embeddings", None) if rotary else None
-    longest = max((max(_lengths(batch)) for batch in sample.batches), default=0)
+    longest = max(itertools.chain.from_iterable(map(_lengths, sample.batches)), default=0)
     if limit is None or longest <= limit:
         return None
     return Finding(
@@ -328,45 +327,25 @@ def _is_labelled(batch: dict[str, Tensor]) -> bool:
     return "labels" in batch and batch["labels"].shape == batch["input_ids"].shape
 
 
-def _padding(batch: dict[str, Tensor]) -> Tensor | None:
-    """Which tokens are padding (rows, tokens), bool; None where the batch does not say."""
-    mask = batch.get("attention_mask")
-    same = mask is not None and mask.shape == batch["input_ids"].shape
-    return mask == 0 if same and mask is not None else None
+def _padding(batch: dict[str, Tensor]) -> Tensor:
+    """Which tokens are padding (rows, tokens), bool, as far as the batch says."""
+    return ~kept_of(batch).view_as(batch["input_ids"])
 
 
 def _texts(batch: dict[str, Tensor]) -> list[Tensor]:
     """The rows without their padding."""
-    padding = _padding(batch)
-    rows = batch["input_ids"]
-    return (
-        list(rows) if padding is None else [row[~p] for row, p in zip(rows, padding, strict=True)]
-    )
-
-
-def _positions(batch: dict[str, Tensor]) -> Tensor | None:
-    positions = batch.get("position_ids")
-    same = positions is not None and positions.shape == batch["input_ids"].shape
-    return positions if same else None
+    rows, padding = batch["input_ids"], _padding(batch)
+    return [row[~padded] for row, padded in zip(rows, padding, strict=True)]
 
 
 def _is_packed(batch: dict[str, Tensor]) -> bool:
-    """Whether positions begin anew within a row."""
-    positions = _positions(batch)
-    return positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any())
+    """Whether some row has several texts."""
+    return len(segments_of(batch)) > len(batch["input_ids"])
 
 
 def _lengths(batch: dict[str, Tensor]) -> list[int]:
     """How many tokens each text has; where rows are packed, each sequence of them."""
-    positions = _positions(batch)
-    if positions is None:
-        return [len(row) for row in _texts(batch)]
-    lengths = []
-    for row in positions:
-        begins = torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] < row[:-1]])
-        edges = [*begins.nonzero().flatten().tolist(), len(row)]
-        lengths += [end - begin for begin, end in itertools.pairwise(edges)]
-    return lengths
+    return [len(places) for places in segments_of(batch)]
 
 
 def _kept_apart_by_us(trainer: Trainer) -> bool:

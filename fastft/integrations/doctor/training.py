@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import ParallelMode
 
+from fastft.data.keys import IGNORE_INDEX
 from fastft.foreign import (
     deepspeed_config,
     engine_of,
@@ -109,7 +110,7 @@ def accumulation_not_divided(sample: Sample) -> Finding | None:
         or "labels" not in sample.batches[0]
     ):
         return None
-    labels = int((sample.batches[0]["labels"] != -100).sum())
+    labels = int((sample.batches[0]["labels"] != IGNORE_INDEX).sum())
     once, twice = (_loss(sample.adapted, sample.batches[0], labels * times) for times in (1, 2))
     if not once or once != twice:
         return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from types import FrameType
+
+from fastft.stack import callers
 
 
 @dataclass
@@ -30,11 +30,9 @@ class Report:
 
 def _caller() -> str:
     """Says file:line of the innermost frame of neither torch, nor this package, nor an event."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         module = frame.f_globals.get("__name__", "")
         is_event = module == "transformers.trainer_callback"
         if not is_event and module.split(".")[0] not in ("torch", "fastft"):
             return f"{frame.f_code.co_filename.split('site-packages/')[-1]}:{frame.f_lineno}"
-        frame = frame.f_back
     return "unknown"
