@@ -117,6 +117,7 @@ class RecordedScript:
         self._recorder: Recorder | None = None
         self._loop: RecordedLoop | None = None
         self._changed: Any = None  # the model
+        self._exact: Any = None  # the library of exact sums, which works while it is kept
         self._dropout = dropout
         self._work = contextlib.ExitStack()
 
@@ -234,12 +235,13 @@ class RecordedScript:
 
             switch_off_dropout(model)
         if self.trace.variant in ("noise", "fp32"):
-            from fastft.integrations.reference_runs import add_noise, train_in_fp32
+            from fastft.integrations.reference_runs import add_noise, sum_exactly, train_in_fp32
 
             if self.trace.variant == "fp32":
                 train_in_fp32(model, accelerator)
             else:
                 self.trace.noise = add_noise(model)
+                self._exact = self._exact or sum_exactly()
 
     def _save(self) -> None:
         self.trace.versions = loaded_versions()

@@ -1,8 +1,9 @@
 """How far two trainings may differ: asked of stock itself. Pure functions on traces.
 
 Trainings that round differently drift apart, the more the longer they run. Let a and a' be two
-stock runs, n a stock run whose head got an input that was one ulp off, and b a fast run. For a
-number x that each step has (its loss, a norm, a parameter's projection)
+stock runs, n a stock run whose head got an input that was one ulp off and whose log-softmax added
+in float64, and b a fast run. For a number x that each step has (its loss, a norm, a parameter's
+projection)
 
     noise(t)   = max over s <= max(t + AHEAD, SETTLED) of max(|x_a'(s) - x_a(s)|, |x_n(s) - x_a(s)|)
     allowed(t) = FACTOR noise(t) + floor(t)

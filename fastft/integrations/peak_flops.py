@@ -17,7 +17,7 @@ import torch
 _OTHERS = re.compile(r"Laptop|Max-Q|MIG|-\d+[ABCQ]\b| Ti\b|RTX \d+ D\b")
 _WITHOUT_BF16 = re.compile(r"\b(V100|T4\b)")
 # what `get_device_name` has in it: TFLOP/s in bf16 and fp16, in TF32, in fp32; the first that
-# matches counts. Where a vendor gives units and clock, the three have been compared with them
+# matches counts. The 16-bit ones have been compared with units x clock where a vendor gives both
 _TFLOPS: tuple[tuple[str, float, float, float], ...] = (
     (r"GB[23]00", 2500.0, 1250.0, 80.0),
     (r"B[23]00", 2250.0, 1125.0, 75.0),

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from fastft.integrations.recorded_weights import random_states
-from fastft.integrations.reference_runs import add_noise, train_in_fp32
+from fastft.integrations.reference_runs import add_noise, sum_exactly, train_in_fp32
 
 IDS = torch.arange(3, 15).view(2, 6)
 
@@ -79,3 +79,31 @@ def test_weights_in_fp32_are_the_same_numbers_and_the_same_parameters():
     assert all(one is other for one, other in zip(held, after, strict=True))
     assert all(torch.equal(one.float(), other) for one, other in zip(before, after, strict=True))
     assert {p.dtype for p in after} == {torch.float32} and not accelerator.native_amp
+
+
+def a_large_vocabulary(dtype):
+    torch.manual_seed(5)
+    logits = torch.randn(7, 49_152) * 2
+    logits[:, 17] += 18  # beside it the others are small, and many
+    logits = logits.to(dtype).requires_grad_()
+    losses = nn.functional.cross_entropy(logits, torch.arange(7), reduction="none")
+    losses.sum().backward()
+    return losses.detach().double(), logits.grad.double()
+
+
+def test_exact_sums_of_a_large_vocabulary_are_those_of_float64():
+    truth, stock = a_large_vocabulary(torch.float64), a_large_vocabulary(torch.float32)
+    library = sum_exactly()
+    try:
+        exact = a_large_vocabulary(torch.float32)
+        columns = torch.randn(3, 5, 2, requires_grad=True)
+        torch.autograd.gradcheck(
+            lambda value: value.log_softmax(1), columns.double().detach().requires_grad_()
+        )
+        expected = columns - columns.logsumexp(1, keepdim=True)
+        torch.testing.assert_close(columns.log_softmax(1), expected)
+    finally:
+        library._destroy()
+    for ours, theirs, right in zip(exact, stock, truth, strict=True):
+        assert (ours - right).abs().max() < 0.3 * (theirs - right).abs().max()
+    assert all(map(torch.equal, a_large_vocabulary(torch.float32), stock))
