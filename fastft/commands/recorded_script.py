@@ -240,7 +240,7 @@ class RecordedScript:
             if self.trace.variant == "fp32":
                 train_in_fp32(model, accelerator)
             else:
-                self.trace.noise = add_noise(model)
+                self.trace.noise = f"{add_noise(model)}; log-softmax in float64"
                 self._exact = self._exact or sum_exactly()
 
     def _save(self) -> None:
