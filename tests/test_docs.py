@@ -221,6 +221,7 @@ LIMITS = {
     "works-with.md: Evaluation is without logits": [
         "test_evaluation.py::test_evaluation_outside_train_is_stock",
         "test_evaluation.py::test_a_sharded_head_is_evaluated_as_stock",
+        "test_plug.py::test_evaluate_and_predict_alone_are_those_of_stock_and_hold_no_logits",
     ],
     "works-with.md: A hook on logits": [
         "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
