@@ -1,6 +1,7 @@
 """fastft: faster, leaner and exact fine-tuning with Hugging Face Trainer.
 
-Three pieces, each of which works alone and enters through an official Trainer input:
+`fastft.plug(trainer)` does what fits a Trainer. By hand there are three pieces, each of which works
+alone and enters through an official Trainer input:
 
     trainer = Trainer(
         model=model,
