@@ -286,8 +286,9 @@ def test_bad_input_is_a_sentence(case, script, capsys):
 
 
 def test_a_report_that_has_no_place_is_no_verdict(script, capsys):
-    assert main(["--out", script, script]) == 2
-    assert f"--out: {script} cannot be a folder" in capsys.readouterr().err
+    below = f"{script}/below"
+    assert main(["--out", below, script]) == 2
+    assert f"--out: {below} cannot be a folder" in capsys.readouterr().err
 
 
 def test_an_error_of_its_own_is_no_verdict(script, synthetic, monkeypatch, capsys):
