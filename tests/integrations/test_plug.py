@@ -401,7 +401,8 @@ def test_a_batch_without_labels_is_left_out_of_an_evaluation_as_in_stock(tmp_pat
             fastft.plug(trainer)
         return trainer.evaluate(texts)["eval_loss"]
 
-    assert loss(True) == pytest.approx(loss(False), rel=1e-5)
+    # an older Trainer takes the mean of all, which is NaN
+    assert loss(True) == pytest.approx(loss(False), rel=1e-5, nan_ok=True)
 
 
 WITHOUT_LABELS = {
