@@ -136,18 +136,18 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
-@contextlib.contextmanager
-def with_attributes(thing: Any, **values: Any) -> Iterator[None]:
+def put_attributes(thing: Any, **values: Any) -> Callable[[], None]:
     """Gives one object attributes of its own, which hide those of its class.
 
-    At the end it has what it had before, but for what somebody else has put there since.
+    Returns:
+        A function which gives it back what it had before, but for what somebody else has put there
+        since.
     """
     before = {name: vars(thing)[name] for name in values if name in vars(thing)}
     for name, value in values.items():
         setattr(thing, name, value)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for name, value in values.items():
             if vars(thing).get(name) is not value:
                 continue
@@ -155,6 +155,18 @@ def with_attributes(thing: Any, **values: Any) -> Iterator[None]:
                 setattr(thing, name, before[name])
             else:
                 delattr(thing, name)
+
+    return restore
+
+
+@contextlib.contextmanager
+def with_attributes(thing: Any, **values: Any) -> Iterator[None]:
+    """`put_attributes` until the end of the context."""
+    restore = put_attributes(thing, **values)
+    try:
+        yield
+    finally:
+        restore()
 
 
 @contextlib.contextmanager

@@ -8,13 +8,12 @@ registers.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer, with_attributes
+from fastft.foreign import inner_optimizer, put_attributes
 from fastft.optim.adamw import AdamW
 
 # accelerate's names of what leaves every gradient on every process
@@ -68,8 +67,4 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
                 return optimizer.clip_at_step(list(ours.values()), float(max_norm))
         return stock(parameters, max_norm, norm_type=norm_type)
 
-    stack = contextlib.ExitStack()
-    stack.enter_context(with_attributes(accelerator, clip_grad_norm_=clip_grad_norm_))
-    # else it would be taken off when nobody keeps what is returned
-    clip_grad_norm_.takes_off = stack  # type: ignore[attr-defined]
-    return stack.close
+    return put_attributes(accelerator, clip_grad_norm_=clip_grad_norm_)

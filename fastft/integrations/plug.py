@@ -97,7 +97,7 @@ class Plugged:
         for piece in (self._loss, self._optimizer, self._packing):
             piece.install(stack)
         train = functools.wraps(trainer.train)(functools.partial(self._train, trainer.train))
-        stack.enter_context(foreign.with_attributes(trainer, train=train))
+        stack.callback(foreign.put_attributes(trainer, train=train))
 
     def _train(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         self._optimizer.refresh()

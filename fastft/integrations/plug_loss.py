@@ -69,7 +69,7 @@ class LossPiece:
         if self.fusing is not None:
             stock = trainer.evaluation_loop
             loop = functools.wraps(stock)(functools.partial(self._evaluation_loop, stock))
-            stack.enter_context(foreign.with_attributes(trainer, evaluation_loop=loop))
+            stack.callback(foreign.put_attributes(trainer, evaluation_loop=loop))
 
     def _evaluation_loop(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         trainer, callback = self._trainer, self.fusing

@@ -91,8 +91,8 @@ class OptimizerPiece:
     def install(self, stack: contextlib.ExitStack) -> None:
         """Hands the class and its keywords to the Trainer, until `stack` is closed."""
         if self._origin is not None:
-            spec = foreign.with_attributes(self._trainer, optimizer_cls_and_kwargs=self._spec)
-            stack.enter_context(spec)
+            spec = foreign.put_attributes(self._trainer, optimizer_cls_and_kwargs=self._spec)
+            stack.callback(spec)
             self._origin.remember()
             stack.callback(self._origin.forget)
 

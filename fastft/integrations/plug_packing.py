@@ -170,9 +170,9 @@ class PackingPiece:
         ):
             stock = getattr(trainer, name)
             loader = functools.wraps(stock)(functools.partial(make, stock))
-            stack.enter_context(foreign.with_attributes(trainer, **{name: loader}))
+            stack.callback(foreign.put_attributes(trainer, **{name: loader}))
         count = functools.partial(_examples_in, trainer.num_examples)
-        stack.enter_context(foreign.with_attributes(trainer, num_examples=count))
+        stack.callback(foreign.put_attributes(trainer, num_examples=count))
 
     def train_begins(self, stack: contextlib.ExitStack) -> None:
         """Pools the segments of a classifier, until `stack` is closed."""

@@ -169,15 +169,7 @@ class Recorder:
 
     def put(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
         """Gives an object another method until `close`, unless somebody has put one over it."""
-        attributes = vars(owner)
-        former = {name: attributes[name]} if name in attributes else {}
-        attributes[name] = method
-
-        @self.hook
-        def restore() -> None:
-            if attributes.get(name) is method:
-                del attributes[name]
-                attributes.update(former)
+        self.hook(foreign.put_attributes(owner, **{name: method}))
 
     def _norm_of(self, gradients: list[float]) -> float | None:
         """That of all gradients, as clipping has found it; without clipping, by their own."""
