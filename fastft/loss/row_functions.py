@@ -8,6 +8,9 @@ autograd says what dz is. A sum takes its gradients in the forward pass (3 produ
 flops). A result for each row makes its logits again in the backward pass (4), on a CPU only those
 of the rows that receive a gradient, so that a mask over gathered log-probabilities saves products.
 
+Where each process has a shard of the classes, z is gathered chunk by chunk, every process computes
+f of all classes, and dx is summed over them at the end.
+
 f sees logits in the dtype that torch's would have: where products are emulated in fp32 they are
 rounded to it. dW and db are summed in fp32.
 
@@ -22,11 +25,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastft.loss.head_gemms import HeadTerm
 from fastft.loss.head_sweep import CountedRows, Operands, Where, chunk_rows, handed_back, sweep
 from fastft.loss.options import refuse_second_derivative, statistics_dtype
+from fastft.loss.vocab_parallel import Shard
 
 
 class _Task(NamedTuple):
@@ -37,6 +42,7 @@ class _Task(NamedTuple):
     summed: bool
     rows: CountedRows
     known: Tensor | None
+    shard: Shard | None
 
 
 def _terms(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> list[HeadTerm]:
@@ -66,13 +72,14 @@ def _through_head(
     """The result, and the gradients of `tensors`; those alone where `upstream` is that of rows."""
     terms, wants = _terms(tensors, needs), any(needs)
     dtype = functools.reduce(torch.promote_types, (term.input.dtype for term in terms))
-    weight, result = terms[0].weight, None
+    weight, result, shard = terms[0].weight, None, task.shard
     rows = task.rows if upstream is None else task.rows.with_gradient(upstream)
 
     def fill(z: Tensor, where: Where) -> Tensor | None:
         nonlocal result
         # a leaf over the workspace, or a copy rounded to the dtype that torch's logits have
-        logits = z.detach().to(dtype).requires_grad_(wants)
+        logits = z.detach().to(dtype)
+        logits = (logits if shard is None else shard.whole(logits)).requires_grad_(wants)
         with torch.set_grad_enabled(wants):
             value = task.function(logits, *(argument[where] for argument in task.arguments))
         if upstream is None and task.summed:
@@ -83,12 +90,18 @@ def _through_head(
             result[where] = value.detach()
         if not value.requires_grad:
             return None
-        return torch.autograd.grad(value, logits, None if upstream is None else upstream[where])[0]
+        of_rows = None if upstream is None else upstream[where]
+        gradient = torch.autograd.grad(value, logits, of_rows)[0]
+        return gradient if shard is None else shard.own(gradient)
 
     # functions hold several matrices as large as the logits, in fp32 as a rule
-    sweep(terms, rows, chunk_rows(rows.counted, len(weight), torch.float32, weight.device), fill)
+    classes = len(weight) if shard is None else shard.classes
+    sweep(terms, rows, chunk_rows(rows.counted, classes, torch.float32, weight.device), fill)
     if upstream is None and result is None:  # no row: shapes and dtypes come out right all the same
         fill(weight.new_empty(0, len(weight)), slice(0, 0))
+    for of_input, *_ in (term.gradients for term in terms):
+        if shard is not None and of_input is not None:
+            dist.all_reduce(of_input, group=shard.group)
     gradients = [gradient for term in terms for gradient in term.gradients]
     rows.show_left_out(result, gradients)
     return result, [
@@ -130,6 +143,7 @@ def apply_to_rows(
     summed: bool = False,
     rows: CountedRows | None = None,
     known: Tensor | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Computes `function(z, *arguments)` of a head's logits z: one result a row, or their sum.
 
@@ -143,7 +157,9 @@ def apply_to_rows(
         rows: which rows count; the result of the others is 0. None (default): all.
         known: the results of the rows, where they were computed before; only their gradient is
             left to do.
+        shard: the classes of which this process has the weights; the others of its group must call
+            alike, with the same inputs. None (default): all.
     """
     rows = rows or CountedRows(terms[0][0].shape[:-1].numel())
     tensors = (tensor for term in terms for tensor in term)
-    return _RowFunction.apply(_Task(function, arguments, summed, rows, known), *tensors)
+    return _RowFunction.apply(_Task(function, arguments, summed, rows, known, shard), *tensors)

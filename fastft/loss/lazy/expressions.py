@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastft.loss.head_sweep import Operands
 from fastft.loss.row_functions import apply_to_rows
+from fastft.loss.vocab_parallel import Shard, whole_logits
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.evaluation import Evaluation
@@ -92,13 +93,15 @@ class Origin(NamedTuple):
 
     `vocab`: V, which a weight that was freed does not tell any more. `head`: to be entered again
     for its weight. `check` raises when its shards may not be used; it is told whether the head is
-    about to be entered. `evaluation`: whose logits they are; None in training.
+    about to be entered. `evaluation`: whose logits they are; None in training. `shard`: which
+    classes the weight has here, where a tensor-parallel plan spreads them; None: all.
     """
 
     vocab: int
     head: Callable[..., Any] | None = None
     check: Callable[[bool], None] | None = None
     evaluation: Evaluation | None = None
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +195,8 @@ class Linear:
             if is_freed(weight):
                 raise RuntimeError(_GONE)
             term = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-            return task(Linear.of(term, marked=self.marked))
+            origin = Origin(self.origin.vocab, shard=self.origin.shard)
+            return task(Linear.of(term, origin=origin, marked=self.marked))
 
         if head is None:
             raise RuntimeError(_GONE)
@@ -203,6 +207,8 @@ class Linear:
     def dense(self) -> Tensor:
         """The logits, in the dtype of the operands: autocast has already had its say on them."""
         with torch.autocast(self.terms[0][0].device.type, enabled=False):
+            if self.origin.shard is not None:
+                return whole_logits(self.terms[0], self.origin.shard)
             return functools.reduce(torch.add, (F.linear(*term) for term in self.terms))
 
     def no_rows(self, expression: Expression) -> Tensor:
@@ -242,5 +248,7 @@ def over_rows(
             return function(evaluate(expression, logits, marked), *given[len(marks) :])
 
     return linear.inside_head(
-        lambda layer: apply_to_rows(layer.terms, of_logits, *marks, *arguments, **options)
+        lambda layer: apply_to_rows(
+            layer.terms, of_logits, *marks, *arguments, shard=layer.origin.shard, **options
+        )
     )

@@ -34,6 +34,7 @@ from fastft.loss.lazy.report import Report
 from fastft.loss.lazy.rules import IN_PLACE, REFLECTED, RULES
 from fastft.loss.lazy.views import with_strides_of
 from fastft.loss.options import refuse_second_derivative
+from fastft.loss.vocab_parallel import Shard
 
 Replay: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
 
@@ -100,7 +101,8 @@ class _LazyNode(torch.autograd.Function):
         ]
         terms = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
         with torch.enable_grad():
-            dense = Linear.of(*terms).dense()  # type: ignore[arg-type]
+            origin = ctx.recipe.linear.origin
+            dense = Linear.of(*terms, origin=origin).dense()  # type: ignore[arg-type]
             logits = evaluate(ctx.expression, dense, ctx.recipe.linear.marked)
         if isinstance(grad_output, LazyLogits):
             grad_output = grad_output._numbers("gradient")
@@ -456,6 +458,7 @@ def lazy_linear(
     head: Callable[..., Any] | None = None,
     check: Callable[[bool], None] | None = None,
     evaluation: Evaluation | None = None,
+    shard: Shard | None = None,
 ) -> LazyLogits:
     """Returns `torch.nn.functional.linear(input, weight, bias)`, lazily, as under autocast.
 
@@ -468,6 +471,7 @@ def lazy_linear(
         check: called before the logits are used, with whether `head` is about to be entered; may
             raise.
         evaluation: the one that they are logits of; None: of a training.
+        shard: the classes that `weight` and `bias` have, where other processes have the rest.
     """
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
@@ -475,8 +479,9 @@ def lazy_linear(
         bias = None if bias is None else bias.to(dtype)
     if evaluation is not None:
         check = guard(weight)
-    origin = Origin(weight.shape[0], head, check, evaluation)
-    shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
+    classes = weight.shape[0] if shard is None else shard.classes
+    origin = Origin(classes, head, check, evaluation, shard)
+    shadow = torch.empty((*input.shape[:-1], classes), dtype=input.dtype, device="meta")
     linear = Linear.of((input, weight, bias), origin=origin)
     if not torch.is_grad_enabled():
         linear = linear.detached()

@@ -189,7 +189,8 @@ def _of_classes(
 def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
     known = _known_rows(lazy, F.cross_entropy)
     is_alike = target.shape == lazy.shape and lazy.shadow.dim() == 2
-    if known is None or not is_alike or target.requires_grad:
+    is_spread = lazy.linear.origin.shard is not None
+    if known is None or not is_alike or is_spread or target.requires_grad:
         return NotImplemented
     return _known_loss(lazy, F.cross_entropy, target, **options, **known)
 
@@ -263,4 +264,6 @@ _QUOTIENTS = ("div", "divide", "true_divide", "__truediv__")
 def _fused(layer: Linear, target: Tensor, **options: Any) -> Tensor:
     ((x, weight, bias),) = layer.terms
     with torch.autocast(x.device.type, enabled=False):  # it had its say when the head ran
-        return linear_cross_entropy(x, weight, target, linear_bias=bias, **options)
+        return linear_cross_entropy(
+            x, weight, target, linear_bias=bias, group=layer.origin.shard, **options
+        )

@@ -1,7 +1,7 @@
 """Finding a model's output head and letting it return lazy logits.
 
 A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and nothing else. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
+and nothing else. Where a tensor-parallel plan runs it, that stands in the place of the plan's. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
 a copy or a pickle of the model has stock heads. Quantised, offloaded, kernelised or custom heads
 are left alone.
 """
@@ -9,6 +9,7 @@ are left alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -19,16 +20,20 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastft.foreign import (
+    HeadPlan,
     base_model,
+    head_plan,
     is_dtensor,
     is_exporting,
     output_embeddings,
     sharding_library,
     shares_a_resharded_unit,
 )
+from fastft.loss.dtensor_head import sharded_head
 from fastft.loss.lazy.evaluation import Evaluation
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
+from fastft.loss.vocab_parallel import Shard
 
 
 class Sharding:
@@ -103,6 +108,9 @@ class LazyForward:
 
     In training it is lazy where gradients are recorded. It copies and pickles as the method that
     the module's class has, so that a copy of the model is a stock one.
+
+    A `plan` spreads the head's classes over processes, which all have the same hidden states: these
+    and the classes of this process are what the lazy logits then hold.
     """
 
     def __init__(
@@ -110,12 +118,15 @@ class LazyForward:
         head: nn.Linear,
         around: list[nn.Module],
         sharding: Sharding | None,
+        plan: HeadPlan | None,
         report: Report,
         evaluation: Evaluation | None,
     ) -> None:
         self.head = head
         self.around = around
         self.sharding = sharding
+        self.plan = plan
+        self.planned: Callable[..., Any] | None = head.__dict__.get("forward") if plan else None
         self.report = report
         self.evaluation = evaluation
         self._outside_compiled = torch.compiler.disable(self._forward)
@@ -123,8 +134,12 @@ class LazyForward:
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`nn.Linear.forward`: lazy logits or stock ones."""
         if is_exporting():  # a graph that is kept has no place for us
-            return type(self.head).forward(self.head, input, *args, **kwargs)
+            return self._stock(input, *args, **kwargs)
         return self._outside_compiled(input, *args, **kwargs)
+
+    def _stock(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        forward = self.planned or functools.partial(type(self.head).forward, self.head)
+        return forward(input, *args, **kwargs)
 
     def _forward(
         self,
@@ -136,14 +151,24 @@ class LazyForward:
         head = self.head
         # entered again by Linear.inside_head, so that a sharded weight is gathered
         if fastft_task is not None:
-            return fastft_task(input, head.weight, head.bias)
+            return self._handed(fastft_task(*self._operands(input)[:3]))
         evaluation = None if head.training else self.evaluation
         report = self.report if evaluation is None else evaluation.report
         is_plain = not args and not kwargs and self._is_meant(evaluation)
         if not is_plain or not self._can_be_lazy(input, evaluation, report):
-            return type(head).forward(head, input, *args, **kwargs)
+            return self._stock(input, *args, **kwargs)
         check = None if self.sharding is None else self.sharding.permission()
-        return lazy_linear(input, head.weight, head.bias, report, head, check, evaluation)
+        *operands, shard = self._operands(input)
+        return self._handed(lazy_linear(*operands, report, head, check, evaluation, shard))
+
+    def _operands(self, input: Any) -> tuple[Tensor, Tensor, Tensor | None, Shard | None]:
+        """What this process has of the input and of the head, and which classes these are."""
+        if self.plan is None:
+            return input, self.head.weight, self.head.bias, None
+        return sharded_head(self.plan.replicated(input), self.head.weight, self.head.bias)
+
+    def _handed(self, output: Any) -> Any:
+        return output if self.plan is None else self.plan.returned(output)
 
     def _is_meant(self, evaluation: Evaluation | None) -> bool:
         """Whether this is a forward pass of a training, or of an evaluation inside one."""
@@ -155,7 +180,8 @@ class LazyForward:
         # somebody records the operations, to run them without us
         if torch.jit.is_tracing() or get_proxy_mode() is not None:
             return False
-        if type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
+        is_placed = self.plan is not None and is_dtensor(input)
+        if not (is_placed or type(input) in (Tensor, nn.Parameter)) or input.dim() < 2:
             return False
         is_autocast = torch.is_autocast_enabled(input.device.type)
         if input.dtype != self.head.weight.dtype and not is_autocast:
@@ -167,8 +193,15 @@ class LazyForward:
 
     def _reason_now(self, evaluation: Evaluation | None) -> str | None:
         """What forbids lazy logits in this forward pass alone."""
-        if type(self.head.weight) not in (Tensor, nn.Parameter):
-            return f"the weight of the output head is a {type(self.head.weight).__name__}"
+        weight: Any = self.head.weight
+        if self.plan is not None and is_dtensor(weight):
+            if evaluation is not None:
+                return "the output head is tensor-parallel"
+            mesh, placements = weight.device_mesh, weight.placements
+            if mesh.ndim > 1 or not placements[0].is_shard(0):
+                return f"the weight of the output head has the placements {placements}"
+        elif type(weight) not in (Tensor, nn.Parameter):
+            return f"the weight of the output head is a {type(weight).__name__}"
         # its logits are read after the forward pass, when the shards are gone
         sharding, everywhere = self.sharding, torch.nn.modules.module
         if evaluation is not None:
@@ -183,6 +216,8 @@ class LazyForward:
         """Takes the head back to stock, if it is still ours."""
         if self.head.__dict__.get("forward") is self:
             del self.head.__dict__["forward"]
+            if self.planned is not None:
+                self.head.__dict__["forward"] = self.planned
         if self.sharding is not None:
             self.sharding.remove()
 
@@ -212,19 +247,17 @@ class Attachment:
             if isinstance(stale, LazyForward):
                 stale.remove()
                 stale.report.skipped.append("another fused loss has taken the output head")
-            reason = _reason_against(head)
+            plan = head_plan(head)
+            reason = _reason_against(head, plan)
             around = [m for m in model.modules() if any(part is head for part in m.modules())]
             library = sharding_library(head, around) if reason is None else None
-            if reason is None and library is None and is_dtensor(head.weight):
-                reason = (
-                    "the output head is tensor-parallel: its weight is a DTensor that no FSDP "
-                    "gathers"
-                )
+            if reason is None and library is None and plan is None and is_dtensor(head.weight):
+                reason = _UNKNOWN_PLAN
             if reason is not None:
                 self.report.skipped.append(reason)
                 continue
             sharding = None if library is None else Sharding(library, head, base_model(model))
-            forward = LazyForward(head, around, sharding, self.report, evaluation)
+            forward = LazyForward(head, around, sharding, plan, self.report, evaluation)
             head.forward = forward  # type: ignore[method-assign]
             self.heads.append(head)
             self._forwards.append(forward)
@@ -309,7 +342,13 @@ def _linear_parts(module: nn.Module) -> list[nn.Linear]:
     return [module] if isinstance(module, nn.Linear) else []
 
 
-def _reason_against(head: nn.Linear) -> str | None:
+_UNKNOWN_PLAN = (
+    "the output head is tensor-parallel, and its plan is neither transformers' "
+    "colwise_gather_output nor torch's ColwiseParallel(output_layouts=Replicate())"
+)
+
+
+def _reason_against(head: nn.Linear, plan: HeadPlan | None) -> str | None:
     """Why this head must keep its own forward; None if it is a plain linear layer."""
     if type(head).forward is not nn.Linear.forward:
         return f"the output head is a {type(head).__name__}, not a plain torch.nn.Linear"
@@ -318,7 +357,7 @@ def _reason_against(head: nn.Linear) -> str | None:
             f"the output head is a {type(head).__name__} that computes its weight or bias each "
             f"time it is read (by torch.nn.utils.parametrize, or a property)"
         )
-    own = head.__dict__.get("forward")
+    own = None if plan is not None else head.__dict__.get("forward")
     is_stock = isinstance(own, types.MethodType) and own.__func__ is nn.Linear.forward
     if own is not None and not (is_stock and own.__self__ is head):
         return "the output head's forward is patched by somebody else"

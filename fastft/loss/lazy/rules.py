@@ -117,6 +117,9 @@ def _sum_of_two(
     is_sum = func.__name__ in ("add", "__add__", "__radd__") and len(args) == 1 and not kwargs
     if not is_sum or lazy.expression is not LOGITS or not isinstance(args[0], Tensor):
         return NotImplemented
+    summands = [part for part in (lazy, args[0]) if isinstance(part, type(lazy))]
+    if any(part.linear.origin.shard is not None for part in summands):
+        return NotImplemented  # this process has some classes of one, and maybe all of the other
     other, dtype = args[0], lazy.shadow.dtype
     if isinstance(other, type(lazy)):
         found = scale_and_softcap(other.expression) if other.is_lazy else None
