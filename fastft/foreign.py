@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -401,7 +402,7 @@ class HeadPlan(NamedTuple):
 def head_plan(layer: nn.Linear) -> HeadPlan | None:
     """The plan of a layer whose weight is a DTensor, by transformers (`colwise_gather_output`) or
     torch (`ColwiseParallel(output_layouts=Replicate())`); None for any other."""
-    if not is_dtensor(layer.weight):
+    if not is_dtensor(layer._parameters.get("weight")):
         return None
     own = vars(layer).get("forward")
     if getattr(own, "__module__", None) == "transformers.distributed.tensor_parallel":
@@ -414,13 +415,15 @@ def head_plan(layer: nn.Linear) -> HeadPlan | None:
 
 def _plan_of_transformers(layer: nn.Linear, forward: Any) -> HeadPlan | None:
     # a function around the layer's own forward, which knows style and mesh
-    found = {
+    found: dict[str, Any] = {
         name: cell.cell_contents
         for name, cell in zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
     }
-    style, mesh, inner = (found.get(name) for name in ("self", "mesh", "original_forward"))
-    is_plain = getattr(inner, "__func__", None) is nn.Linear.forward and inner.__self__ is layer
-    if not is_plain or "ColwiseParallel" not in _class_names(style):
+    inner, mesh = found.get("original_forward"), found.get("mesh")
+    style: Any = found.get("self")
+    if inner != types.MethodType(nn.Linear.forward, layer) or "ColwiseParallel" not in _class_names(
+        style
+    ):
         return None
     if not (style.use_local_output and style.output_layouts.is_replicate()):
         return None

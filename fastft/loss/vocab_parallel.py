@@ -12,8 +12,8 @@ Each process holds a shard of the head, and all see the same rows.
 
 Shards are of one size, but where a DTensor says how large they are: then the last one may be
 smaller. Every process computes the same losses from the sums, to the bit. They leave the target
-out, as `cross_entropy_rows` does for confident rows. Chunks, products and who needs a gradient when are
-those of `linear_rows`; rows are computed in plain torch, with the formulas in fp32. Logits that
+out, as `cross_entropy_rows` does for confident rows. Chunks, products and who needs a gradient when
+are those of `linear_rows`; rows are computed in plain torch, with the formulas in fp32. Logits that
 exist, sharded in the same way, take the same road without the products; they are what is kept then,
 besides the 4 numbers. Every process has the class weights of all classes.
 

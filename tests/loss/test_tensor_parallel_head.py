@@ -82,7 +82,9 @@ def log_probs(logits, target):
 
 def entropy(logits, target):
     scaled = (logits / 0.7).log_softmax(-1)
-    return (scaled.exp() * scaled).sum(-1).mean() + F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    return (scaled.exp() * scaled).sum(-1).mean() + F.cross_entropy(
+        logits.flatten(0, 1), target.flatten()
+    )
 
 
 def softcapped(logits, target):

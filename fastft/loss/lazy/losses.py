@@ -263,7 +263,6 @@ _QUOTIENTS = ("div", "divide", "true_divide", "__truediv__")
 
 def _fused(layer: Linear, target: Tensor, **options: Any) -> Tensor:
     ((x, weight, bias),) = layer.terms
+    options |= {"linear_bias": bias, "group": layer.origin.shard}
     with torch.autocast(x.device.type, enabled=False):  # it had its say when the head ran
-        return linear_cross_entropy(
-            x, weight, target, linear_bias=bias, group=layer.origin.shard, **options
-        )
+        return linear_cross_entropy(x, weight, target, **options)

@@ -1,9 +1,10 @@
 """Finding a model's output head and letting it return lazy logits.
 
 A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and nothing else. Where a tensor-parallel plan runs it, that stands in the place of the plan's. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
-a copy or a pickle of the model has stock heads. Quantised, offloaded, kernelised or custom heads
-are left alone.
+and nothing else. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
+a copy or a pickle of the model has stock heads. Where a tensor-parallel plan runs the head, the
+attribute may stand in the place of the plan's, which is put back. Quantised, offloaded, kernelised
+or custom heads are left alone.
 """
 
 from __future__ import annotations
@@ -158,8 +159,9 @@ class LazyForward:
         if not is_plain or not self._can_be_lazy(input, evaluation, report):
             return self._stock(input, *args, **kwargs)
         check = None if self.sharding is None else self.sharding.permission()
-        *operands, shard = self._operands(input)
-        return self._handed(lazy_linear(*operands, report, head, check, evaluation, shard))
+        x, weight, bias, shard = self._operands(input)
+        logits = lazy_linear(x, weight, bias, report, head, check, evaluation, shard)
+        return self._handed(logits)
 
     def _operands(self, input: Any) -> tuple[Tensor, Tensor, Tensor | None, Shard | None]:
         """What this process has of the input and of the head, and which classes these are."""
@@ -222,7 +224,9 @@ class LazyForward:
             self.sharding.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.head, "forward")
+        # a plan's function has no copy: torch gives a copy of the model the very same
+        stock = self.head if self.planned is None else types.SimpleNamespace(forward=self.planned)
+        return getattr, (stock, "forward")
 
 
 class Attachment:
