@@ -5,7 +5,8 @@
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
 #                oldest and newest packages; make lint docs
 # make matrix     every test that has a mark of a way of training, slow ones too; keeps what came of them in
-#                benchmarks/results/ways.json, and writes the tables of docs/works-with.md and the README
+#                benchmarks/results/ways.json, and writes the tables of docs/works-with.md and the README; ONLY="files": merges
+#                what came of these
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
 # make compare-public SCRIPTS=folder    is it the same training, for the example scripts of transformers, peft, trl and
@@ -66,7 +67,7 @@ test-isa: native
 
 # the tables are written if tests fail, too, and say it
 matrix: native $(WAYS)
-	$(PYTEST) -m "way and not sweep and not ptx" --ways benchmarks/results/ways.json; tested=$$?; \
+	$(PYTEST) -m "way and not sweep and not ptx" --ways benchmarks/results/ways.json $(ONLY); tested=$$?; \
 	$(BIN)/python -m pytest -q --collect-only --ways-tables > build/ways.txt || { tail build/ways.txt; exit 1; }; \
 	exit $$tested
 

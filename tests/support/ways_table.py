@@ -1,5 +1,5 @@
-"""A pytest plugin: the tables of ways in `docs/works-with.md` and the README: what tests with the mark `way` have
-shown, recorded in `benchmarks/results/ways.json` (make matrix).
+"""A pytest plugin: the tables of ways in `docs/works-with.md` and the README, of what tests with
+the mark `way` have shown, and their record, `benchmarks/results/ways.json` (make matrix).
 
 The record has, of every cell, its word and its tests, each with its outcome and the run that it is
 from. A cell shows its word if each of its tests has run, none failed and one passed.
