@@ -653,6 +653,11 @@ def rows_are_cut() -> bool:
     return any(size > 1 for size in sizes)
 
 
+def inner_loader(loader: Any) -> Any:
+    """The loader inside DeepSpeed's adapter for sequence parallelism; any other as it is."""
+    return loader.dl if "UlyssesSPDataLoaderAdapter" in _class_names(loader) else loader
+
+
 def _parallelism() -> Any:
     """accelerate's configuration of parallelism in this process; None without."""
     module = sys.modules.get("accelerate.state")

@@ -19,7 +19,14 @@ from fastft.data.collator import PackingCollator
 from fastft.data.keys import LABEL_SEGMENTS
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.streaming import REFUSAL
-from fastft.foreign import base_model, dispatches, is_compiled, modules_with_hooks
+from fastft.foreign import (
+    base_model,
+    dispatches,
+    inner_loader,
+    is_compiled,
+    modules_with_hooks,
+    rows_are_cut,
+)
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
 from fastft.integrations.implementations import attention_configs, switched
@@ -33,6 +40,11 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 _DATA_PARALLEL = (
     "DataParallel cuts a packed batch between its devices; start one process for each instead"
+)
+ROWS_ARE_CUT = (
+    "context parallelism (cp_size) and sequence parallelism (sp_size) cut the rows of a batch "
+    "between processes, and the boundaries of packed sequences would be lost: leave these out, as "
+    "attention within packs takes memory in their length alone, or train unpacked batches"
 )
 _PADDED = (
     "PackingCollator(pad_examples=True) with train_dataset=fastft.pack(...) and eval_dataset the "
@@ -133,6 +145,7 @@ class PackingCallback(TrainerCallback):
         _refuse_logits_of_rows(model, loader, collator)
         cut = [_DATA_PARALLEL] if args.n_gpu > 1 else []
         cut += [REFUSAL] if dispatches(loader) else []
+        cut += [ROWS_ARE_CUT] if rows_are_cut() else []
         for reason in cut:
             self._complain(reason)
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
@@ -332,7 +345,7 @@ def _training_begins(model: nn.Module, state: Any, callback: PackingCallback) ->
 def packing_collator(dataloader: Any) -> PackingCollator | None:
     """The collator of a loader's batches, also inside what calls it: wrappers, functions, methods,
     partials."""
-    level: list[Any] = [getattr(dataloader, "collate_fn", None)]
+    level: list[Any] = [getattr(inner_loader(dataloader), "collate_fn", None)]
     seen: set[int] = set()
     for _ in range(5):
         for part in level:

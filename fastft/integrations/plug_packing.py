@@ -26,7 +26,7 @@ from fastft.data.collator import PackingCollator
 from fastft.data.keys import IGNORE_INDEX
 from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
-from fastft.integrations.packing import PackingCallback, packing_collator
+from fastft.integrations.packing import ROWS_ARE_CUT, PackingCallback, packing_collator
 from fastft.integrations.plug_collator import (
     PackedBatches,
     Unpackable,
@@ -321,6 +321,8 @@ def _check(trainer: Trainer, packing: Any) -> None:
             f"packing={packing!r}: DataParallel cuts a packed batch between its devices; start one "
             "process for each (torchrun), or leave packing out"
         )
+    if foreign.rows_are_cut():
+        raise ValueError(f"packing={packing!r}: {ROWS_ARE_CUT}")
     tuning = foreign.prompt_learning(trainer.model)
     if tuning is not None:
         raise ValueError(
