@@ -160,7 +160,7 @@ class LazyForward:
             return self._stock(input, *args, **kwargs)
         check = None if self.sharding is None else self.sharding.permission()
         x, weight, bias, shard = self._operands(input)
-        logits = lazy_linear(x, weight, bias, report, head, check, evaluation, shard)
+        logits = lazy_linear(x, weight, bias, report, head, check, evaluation, shard=shard)
         return self._handed(logits)
 
     def _operands(self, input: Any) -> tuple[Tensor, Tensor, Tensor | None, Shard | None]:
