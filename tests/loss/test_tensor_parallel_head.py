@@ -257,7 +257,7 @@ def outcomes(tmp_path_factory):
     return {world: processes.run(__name__, world, tmp_path_factory) for world in (2, 3)}
 
 
-@pytest.mark.way("Tensor parallel", loss="exact")
+@pytest.mark.way("tensor parallel", loss="exact")
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_a_head_spread_by_a_plan(outcomes, case, world):
