@@ -42,6 +42,7 @@ from fastft.data.tasks.causal_lm import CausalLM, check_supervised, kept_logits
 from fastft.data.tasks.masked_lm import MaskedLM, TokenMasking
 from fastft.data.tasks.seq2seq import Seq2Seq
 from fastft.data.tasks.sequence_classification import SequenceClassification
+from fastft.data.tasks.speech_seq2seq import SpeechSeq2Seq, check_speech
 from fastft.data.tasks.task import Task
 from fastft.ops import check_impl
 
@@ -51,6 +52,7 @@ TASKS: dict[str, type[Task]] = {
     "token_classification": Task,
     "sequence_classification": SequenceClassification,
     "seq2seq": Seq2Seq,
+    "speech_seq2seq": SpeechSeq2Seq,
 }
 
 
@@ -93,6 +95,11 @@ class PackingCollator:
       `decoder_cu_seq_lens` int32 (S + 1,), `decoder_max_length` int; all other keys are the
       encoder's. For models with `attn_implementation="fastft"`, which keeps decoder, encoder and
       what is between them apart by these boundaries.
+    - `speech_seq2seq`: m in an example, which has `input_features` or `input_values` in the place
+      of input_ids. The encoder has a row for each of the E examples, padded with zeros where they
+      differ, and `attention_mask` (E, L) then; the decoder has `labels`, `decoder_input_ids`,
+      `decoder_position_ids` (R, U) in as few rows of at most `row_tokens` as hold the examples,
+      `decoder_cu_seq_lens` int32 (E + 1,) and `decoder_max_length`. For Whisper and its kind.
 
     With `supervised_only` there are also `logits_to_keep`, bool (R, T), whether the token after has
     a label, and `shift_labels`, int64 (K,), these labels: the model computes hidden states for all
@@ -115,8 +122,10 @@ class PackingCollator:
             examples have a `special_tokens_mask`).
         mlm_probability: share of the tokens that `masked_lm` masks.
         seed: of the masks; None draws from torch's global generator.
-        decoder_start_token_id: for `seq2seq`, from the model's config; not needed if examples have
+        decoder_start_token_id: for `seq2seq` and `speech_seq2seq`, from the model's config; not needed if examples have
             decoder_input_ids.
+        row_tokens: for `speech_seq2seq`: tokens of a decoder's row, at most, or one example.
+            Whisper takes no more than 448, the default, its `config.max_target_positions`.
         expand_on_device: returns a `FlatBatch`, whose `.to(device)`, called by accelerate and so by
             Trainer, makes one copy of all integers and computes positions, segments, boundaries and
             ignored labels there.
@@ -151,6 +160,7 @@ class PackingCollator:
         mlm_probability: float = 0.15,
         seed: int | None = None,
         decoder_start_token_id: int | None = None,
+        row_tokens: int = 448,
         expand_on_device: bool = False,
         pad_examples: bool = False,
         impl: str = "auto",
@@ -169,6 +179,9 @@ class PackingCollator:
         self.supervised_only = supervised_only is not False
         if self.supervised_only:
             check_supervised(supervised_only, task, expand_on_device)
+        self.row_tokens = integer("row_tokens", row_tokens)
+        if task == "speech_seq2seq":
+            check_speech(rows, expand_on_device)
         if expand_on_device:
             check_impl(impl)
         else:
@@ -181,6 +194,8 @@ class PackingCollator:
         """Collates `features`; see the class."""
         features = list(features)
         task = TASKS[self.task](self)
+        if isinstance(task, SpeechSeq2Seq):
+            return task.batch(features)
         columns, counts = columns_of(features, task.label_keys)
         refuse_reserved(columns, (LOGITS_TO_KEEP, SHIFT_LABELS) if self.supervised_only else ())
         task.take(columns)
