@@ -212,6 +212,11 @@ def _before_decoder(
             f"{type(decoder).__name__} must be called with its tokens and encoder_hidden_states "
             "by keyword, for a packed batch whose encoder has a row for each example"
         )
+    if getattr(decoder.config, "_attn_implementation", None) != "fastft":
+        raise ValueError(
+            f"{type(decoder).__name__} needs attn_implementation='fastft' for a packed batch whose "
+            "encoder has a row for each example: other attention lets each read all of them"
+        )
     segments = batch.outputs.cu_seqlens_q.numel() - 1
     if len(states) != segments:
         raise ValueError(
@@ -441,7 +446,8 @@ def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
     """
     holder = _holders.get(module)
     batch, given = holder.batch() if holder is not None else None, kwargs.get(CU_SEQLENS_Q)
-    if given is not None and (batch is None or batch.inputs.cu_seqlens_q is not given):
+    inputs = None if batch is None else batch.inputs
+    if given is not None and (inputs is None or inputs.cu_seqlens_q is not given):
         batch = _batch(kwargs)
     if batch is None:
         return None

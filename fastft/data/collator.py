@@ -42,7 +42,7 @@ from fastft.data.tasks.causal_lm import CausalLM, check_supervised, kept_logits
 from fastft.data.tasks.masked_lm import MaskedLM, TokenMasking
 from fastft.data.tasks.seq2seq import Seq2Seq
 from fastft.data.tasks.sequence_classification import SequenceClassification
-from fastft.data.tasks.speech_seq2seq import SpeechSeq2Seq, check_speech
+from fastft.data.tasks.speech_seq2seq import ROW_TOKENS, SpeechSeq2Seq, check_speech
 from fastft.data.tasks.task import Task
 from fastft.ops import check_impl
 
@@ -122,8 +122,8 @@ class PackingCollator:
             examples have a `special_tokens_mask`).
         mlm_probability: share of the tokens that `masked_lm` masks.
         seed: of the masks; None draws from torch's global generator.
-        decoder_start_token_id: for `seq2seq` and `speech_seq2seq`, from the model's config; not needed if examples have
-            decoder_input_ids.
+        decoder_start_token_id: for `seq2seq` and `speech_seq2seq`, from the model's config; not
+            needed if examples have decoder_input_ids.
         row_tokens: for `speech_seq2seq`: tokens of a decoder's row, at most, or one example.
             Whisper takes no more than 448, the default, its `config.max_target_positions`.
         expand_on_device: returns a `FlatBatch`, whose `.to(device)`, called by accelerate and so by
@@ -160,7 +160,7 @@ class PackingCollator:
         mlm_probability: float = 0.15,
         seed: int | None = None,
         decoder_start_token_id: int | None = None,
-        row_tokens: int = 448,
+        row_tokens: int = ROW_TOKENS,
         expand_on_device: bool = False,
         pad_examples: bool = False,
         impl: str = "auto",

@@ -164,6 +164,11 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
 
 def _judged(probe: Probe, switch: bool) -> Verdict:
     """Decides between attention "fastft" and the model as it is."""
+    if switch and probe.sound is not None and probe.stock_parts:
+        # no other attention reads the states of several sounds apart
+        with switched(probe.base, probe.stock_parts):
+            found = probe.trouble(probe.batches.position_ids_start)
+            return Verdict(_leak(probe, found), probe.stock_parts)
     ours = _with_ours(probe) if switch and probe.stock_parts else None
     if ours is not None and ours.leak is None:
         return ours
@@ -233,7 +238,7 @@ def _no_way_out(probe: Probe) -> str:
             "told the boundaries (causal-conv1d, mamba-ssm, flash-linear-attention); without "
             "these, train it on padded batches"
         )
-    if probe.batches.padded:
+    if probe.batches.padded and probe.sound is None:
         return (
             "No way out was found: train it on padded batches, or leave rows= and "
             "pad_to_multiple_of= out"

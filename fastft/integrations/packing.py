@@ -281,9 +281,7 @@ class PackingCallback(TrainerCallback):
         parameter = next(model.parameters(), None)
         if parameter is None or parameter.device.type != args.device.type:
             return None  # it is moved later
-        multiple = collator.pad_to_multiple_of or 1
-        longest = None if max_tokens is None else max_tokens + -max_tokens % multiple
-        batches = Batches(collator.position_ids_start, longest, collator.rows, multiple > 1)
+        batches = _described(collator, max_tokens)
         name, compiled = type(model).__name__, args.torch_compile or is_compiled(model)
         try:
             verdict = _verdict(model, batches, args, switch=self.attention and not compiled)
@@ -366,6 +364,12 @@ def _parts(whole: Any) -> Iterator[Any]:
 def _refuse_generation(args: TrainingArguments, collator: PackingCollator) -> None:
     """Raises ValueError where Trainer would generate from rows that hold several examples."""
     if getattr(args, "predict_with_generate", False) and not collator.pad_examples:
+        if collator.task == "speech_seq2seq":
+            raise ValueError(
+                "fastft: predict_with_generate=True would generate from packed batches; give the "
+                "Trainer your padding collator, and fastft.plug(trainer, packing='collate'), which "
+                "packs in training alone"
+            )
         raise ValueError(
             "fastft: predict_with_generate=True would generate one text for a row of several "
             f"examples; use {_PADDED}, which then has a row for each example, or leave "
@@ -418,14 +422,21 @@ def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingColla
 def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batches:
     """Describes the loader's batches, of so many packs or examples; the longest row is known of
     packs alone."""
-    dataset = packs_of(loader)
-    multiple, longest = collator.pad_to_multiple_of or 1, None
+    dataset, longest = packs_of(loader), None
     if packs is not None and dataset is not None:
         tokens = (
             dataset.plan.max_tokens if isinstance(dataset, PackedDataset) else dataset.max_tokens
         )
         longest = -(-packs // collator.rows) * tokens
-        longest += -longest % multiple
+    return _described(collator, longest)
+
+
+def _described(collator: PackingCollator, longest: int | None) -> Batches:
+    """Describes batches of rows of at most `longest` tokens, before they are rounded up."""
+    if collator.task == "speech_seq2seq":
+        return Batches(collator.position_ids_start, collator.row_tokens, padded=True)
+    multiple = collator.pad_to_multiple_of or 1
+    longest = None if longest is None else longest + -longest % multiple
     return Batches(
         collator.position_ids_start, longest, collator.rows, collator.rows > 1 or multiple > 1
     )

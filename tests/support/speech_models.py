@@ -20,7 +20,7 @@ def _whisper() -> Any:
     layers = {"encoder_layers": 2, "decoder_layers": 2, "num_mel_bins": 8, "d_model": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     sizes = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_source_positions": FRAMES // 2}
-    rest = {"max_target_positions": 16, "init_std": 0.3, "suppress_tokens": None}
+    rest = {"max_target_positions": 40, "init_std": 0.3, "suppress_tokens": None}
     return transformers.WhisperConfig(
         vocab_size=V, **layers, **heads, **sizes, **rest, begin_suppress_tokens=None, **IDS
     )
@@ -39,7 +39,7 @@ def _moonshine_streaming() -> Any:
     heads = {"num_attention_heads": 2}
     encoder = {**sizes, **heads, "num_key_value_heads": 2, "sliding_windows": ((4, 2), (4, 0))}
     return transformers.MoonshineStreamingConfig(
-        vocab_size=V, **sizes, **heads, encoder_config=encoder, **IDS
+        vocab_size=V, **sizes, **heads, num_key_value_heads=2, encoder_config=encoder, **IDS
     )
 
 

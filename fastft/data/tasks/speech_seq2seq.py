@@ -1,4 +1,4 @@
-"""Sounds and what they say: the encoder has a row for each example, the decoder's tokens are packed.
+"""Sounds and what they say: the encoder has a row for each example, the decoder is packed.
 
 Encoders of speech take windows of a fixed length, or convolve over a whole row, so that nothing of
 theirs can be packed; their inputs become the batch that a padding collator makes of the same
@@ -33,6 +33,7 @@ from fastft.data.rows import balanced_rows, lay_out
 from fastft.data.tasks.seq2seq import shifted_right
 from fastft.data.tasks.task import Task
 
+ROW_TOKENS = 448  # of a decoder's row, at most: Whisper's table of positions
 _MASK = "attention_mask"  # of the sound's frames
 
 
