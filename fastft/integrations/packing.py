@@ -19,12 +19,19 @@ from fastft.data.collator import PackingCollator
 from fastft.data.keys import LABEL_SEGMENTS
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.streaming import REFUSAL
-from fastft.foreign import base_model, dispatches, is_compiled, modules_with_hooks
+from fastft.foreign import (
+    base_model,
+    dispatches,
+    is_compiled,
+    modules_with_hooks,
+    reason_not_to_run,
+    unwrapped,
+)
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
 from fastft.integrations.implementations import attention_configs, switched
 from fastft.integrations.optimizer_check import check_optimizer
-from fastft.integrations.pool_segments import is_pooled
+from fastft.integrations.pool_segments import is_pooled, pool_segments
 from fastft.integrations.probe_rows import Batches
 from fastft.optim.adamw import AdamW
 
@@ -53,7 +60,8 @@ class PackingCallback(TrainerCallback):
     attention and `attn_implementation="fastft"` is exact, it gets that. A model with attention code
     of its own for which a mask of T x T is exact gets the mask. At the end it has what it had. Any
     other attention (flash, flex) was the user's choice and stays, as it does in a model that
-    torch.compile has seen or will see, or that returns its attentions. Batches of other collators,
+    torch.compile has seen or will see, or that returns its attentions. A classifier gives a row of
+    logits for each example, as with `fastft.pool_segments`, or is refused. Batches of other collators,
     such as those of an evaluation, are left alone. `evaluate` and `predict` outside `train()` run
     the model as it is: there it is probed after the first packed batch.
 
@@ -73,8 +81,9 @@ class PackingCallback(TrainerCallback):
             out.
         ValueError: another `on_leak`; from `train()`, where an optimizer of fastft's would not
             train what it was made for, or not as `args` say (docs/adamw.md); where the collator's
-            task is `sequence_classification` and the model lacks `fastft.pool_segments`; where
-            Trainer would generate from rows of several examples.
+            task is `sequence_classification` and `fastft.pool_segments`, which the callback calls,
+            does not know how the model pools its tokens; where Trainer would generate from rows of
+            several examples.
         TypeError: `attention` is no bool.
 
     `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out
@@ -130,7 +139,7 @@ class PackingCallback(TrainerCallback):
         if collator is None:
             return None
         _refuse_generation(args, collator)
-        _refuse_logits_of_rows(model, loader, collator)
+        self._pool(model, loader, collator)
         cut = [_DATA_PARALLEL] if args.n_gpu > 1 else []
         cut += [REFUSAL] if dispatches(loader) else []
         for reason in cut:
@@ -142,6 +151,14 @@ class PackingCallback(TrainerCallback):
         switch = self.attention and not cut and not compiled
         self._keep_apart(model, self._verdict(model, batches, args, switch))
         return collator
+
+    def _pool(self, model: nn.Module, loader: Any, collator: PackingCollator) -> None:
+        """Gives a classifier a row of logits for each example, until `restore`; raises where it
+        pools its tokens in a way that is not known."""
+        if _labels_meet_rows(model, loader, collator) and reason_not_to_run(unwrapped(model)):
+            _refuse_logits_of_rows(model, loader, collator)
+        elif _labels_meet_rows(model, loader, collator):
+            self._kept.callback(pool_segments(model).remove)
 
     def _keep_apart(self, model: nn.Module, verdict: Verdict) -> None:
         """Does what the verdict says, and says it; `restore` undoes it."""
@@ -405,17 +422,23 @@ def _warn_of_repeats(args: TrainingArguments, loader: Any, collator: PackingColl
     return bool(repeated)
 
 
-def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
-    """Raises where labels of examples would meet logits of rows: torch broadcasts the two in a
+def _labels_meet_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> bool:
+    """Whether labels of examples would meet logits of rows: torch broadcasts the two in a
     regression."""
     if collator.task != "sequence_classification" or is_pooled(model):
-        return
+        return False
     padded = collator.pad_examples and packs_of(loader) is None
-    base = base_model(model)
-    if not padded and LABEL_SEGMENTS not in inspect.signature(base.forward).parameters:
+    signature = inspect.signature(base_model(model).forward)
+    return not padded and LABEL_SEGMENTS not in signature.parameters
+
+
+def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
+    """Raises ValueError where labels of examples would meet logits of rows."""
+    if _labels_meet_rows(model, loader, collator):
         raise ValueError(
-            f"{type(base).__name__} makes one row of logits of a row of several examples: call "
-            "fastft.pool_segments(model) before training, which makes one of each example"
+            f"{type(base_model(model)).__name__} makes one row of logits of a row of several "
+            "examples: call fastft.pool_segments(model), which makes one of each example, before "
+            "the model is sharded, and before an evaluation outside of a training"
         )
 
 
