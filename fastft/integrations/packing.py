@@ -33,6 +33,7 @@ from fastft.integrations.implementations import attention_configs, switched
 from fastft.integrations.optimizer_check import check_optimizer
 from fastft.integrations.pool_segments import is_pooled, pool_segments
 from fastft.integrations.probe_rows import Batches
+from fastft.integrations.run_record import record_run
 from fastft.optim.adamw import AdamW
 
 # below "transformers", so that its verbosity rules
@@ -61,9 +62,9 @@ class PackingCallback(TrainerCallback):
     of its own for which a mask of T x T is exact gets the mask. At the end it has what it had. Any
     other attention (flash, flex) was the user's choice and stays, as it does in a model that
     torch.compile has seen or will see, or that returns its attentions. A classifier gives a row of
-    logits for each example, as with `fastft.pool_segments`, or is refused. Batches of other collators,
-    such as those of an evaluation, are left alone. `evaluate` and `predict` outside `train()` run
-    the model as it is: there it is probed after the first packed batch.
+    logits for each example, as with `fastft.pool_segments`, or is refused. Batches of other
+    collators, such as those of an evaluation, are left alone. `evaluate` and `predict` outside
+    `train()` run the model as it is: there it is probed after the first packed batch.
 
     Args:
         on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated
@@ -120,7 +121,9 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size
         begins anew."""
-        if self._begin(args, state, **kwargs) is None:
+        if self._begin(args, state, **kwargs) is not None:
+            self._kept.callback(record_run(kwargs["model"], args))
+        else:
             logger.warning(
                 "fastft: PackingCallback does nothing: batches do not come from a "
                 "fastft.PackingCollator"
