@@ -165,9 +165,9 @@ def test_a_batch_without_boundaries_is_named() -> None:
         model(input_ids=torch.tensor([[5, 6]]), label_segments=torch.tensor([0]))
 
 
-def trained(tmp_path: Any, name: str, packed: bool, labels: str = "classes") -> list[float]:
-    """The losses of training and evaluation, and a metric of predictions, padded by transformers or
-    packed."""
+def trained(tmp_path: Any, name: str, how: str, labels: str) -> list[float]:
+    """The losses of training and evaluation, and metrics of predictions: padded by transformers,
+    packed by a collator with a callback, or by `plug`, with AdamW."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers.set_seed(1)
     model = classifier(name, labels)
@@ -175,7 +175,7 @@ def trained(tmp_path: Any, name: str, packed: bool, labels: str = "classes") -> 
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     data = labelled_examples(labels) * 3
-    if packed:
+    if how == "a callback":
         collator: Any = fastft.PackingCollator(task="sequence_classification")
     else:
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0}, unk_token="[PAD]"))
@@ -185,7 +185,7 @@ def trained(tmp_path: Any, name: str, packed: bool, labels: str = "classes") -> 
             )
         )
         data = [{**example, "attention_mask": [1] * len(example["input_ids"])} for example in data]
-    training = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
+    training = {"max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
     batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 5}
     arguments = quiet_arguments(tmp_path, **training, **batches, **evaluation)
@@ -202,32 +202,38 @@ def trained(tmp_path: Any, name: str, packed: bool, labels: str = "classes") -> 
         },
         callbacks=[fastft.PackingCallback()],
     )
+    if how == "plug":
+        line = fastft.plug(trainer, packing="collate").lines["optimizer"]
+        assert line.startswith("AdamW"), line
     trainer.train()
     assert not is_pooled(model)
     return logged(trainer, "loss", "eval_loss", "eval_weighed", "eval_labels")
 
 
-def _ways(name: str) -> Any:
-    kind = "decoders" if name == "llama" else "encoders"
-    title = f"sequence classification on {kind}"
-    return pytest.mark.way(title, loss="no vocabulary", optimizer="exact", packing="exact")
+def _ways(name: str, labels: str, how: str) -> list[Any]:
+    columns = {"loss": "no vocabulary", "packing": "exact"}
+    columns |= {"optimizer": "exact"} if how == "plug" else {}
+    titles = ["sequence classification" + (" on decoders" if name == "llama" else "")]
+    titles += ["reward models"] if (name, labels) == ("llama", "regression") else []
+    return [pytest.mark.way(title, **columns) for title in titles]
 
 
 @pytest.mark.parametrize(
-    ("name", "labels"),
+    ("name", "labels", "how"),
     [
-        pytest.param(name, labels, marks=_ways(name))
-        for name, labels in [
-            *((name, "classes") for name in ("bert", "distilbert", "modernbert mean", "llama")),
-            *(("llama", labels) for labels in ("regression", "several")),
+        pytest.param(*case, marks=_ways(*case))
+        for case in [
+            *((name, "classes", "a callback") for name in ("bert", "distilbert", "llama")),
+            *(("modernbert mean", "classes", "a callback"), ("llama", "several", "a callback")),
+            *(("llama", "classes", "plug"), ("llama", "regression", "plug")),
         ]
     ],
 )
-def test_trainer_packed_is_trainer_padded(name: str, labels: str, tmp_path: Any) -> None:
-    """With a callback alone: nobody calls pool_segments."""
-    padded = trained(tmp_path, name, False, labels)
+def test_trainer_packed_is_trainer_padded(name: str, labels: str, how: str, tmp_path: Any) -> None:
+    """Nobody calls pool_segments."""
+    padded = trained(tmp_path, name, "padding", labels)
     assert len(padded) == 6
-    assert trained(tmp_path, name, True, labels) == pytest.approx(padded, rel=1e-5, abs=1e-6)
+    assert trained(tmp_path, name, how, labels) == pytest.approx(padded, rel=1e-5, abs=1e-6)
 
 
 def test_a_copy_of_the_model_pools_too() -> None:

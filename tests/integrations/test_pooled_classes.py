@@ -95,10 +95,8 @@ def training_begins(model: Any, collator: Any) -> fastft.PackingCallback:
 @pytest.mark.way(
     "sequence classification on decoders",
     loss="no vocabulary",
-    optimizer="exact",
     packing="exact",
 )
-@pytest.mark.way("reward models", loss="no vocabulary", optimizer="exact", packing="exact")
 @pytest.mark.parametrize("problem", LABELS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_decoder_labels_packed_examples_as_each_alone(name: str, problem: str) -> None:
@@ -115,7 +113,7 @@ def test_a_decoder_labels_packed_examples_as_each_alone(name: str, problem: str)
     assert not is_pooled(model)
 
 
-@pytest.mark.way("sequence classification with states or an encoder", packing="refused")
+@pytest.mark.way("classifiers with states, or an encoder beside", packing="refused")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_probe_does_not_find_exact_is_refused(name: str) -> None:
     model = classifier(name)

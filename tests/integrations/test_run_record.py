@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.fused_trainings import V, examples, llama
+from support.fused_trainings import examples, llama, per_token_loss
 from support.speech_models import PAD, START, speech_model, spoken_examples
 from support.trainers import logged, quiet_arguments
 from transformers import Trainer, TrainerCallback
@@ -119,28 +119,30 @@ def test_what_sounds_say_is_counted(tmp_path: Any) -> None:
 
 
 def asking_for_logits(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-    """A loss that no rule knows."""
-    return outputs.logits.reshape(-1, V).cumsum(-1).mean() * 1e-3
+    """A loss of which a part is fused, and a part none that a rule knows."""
+    asked = outputs.logits.cumsum(-1).mean()
+    return per_token_loss(outputs, labels, num_items_in_batch) + 1e-3 * asked
 
 
 def logged_to(folder: Any, logger: str) -> None:
-    """Trains with a logger, and asserts that losses are those of a training without fastft."""
-    callbacks = [fastft.FusedLossCallback(), fastft.ThroughputCallback(flops=False)]
+    """Trains plugged and with a logger, and asserts that losses are those of stock."""
     losses = []
-    for report_to, given in (("none", []), (logger, callbacks)):
+    for report_to in ("none", logger):
         trainer = trainer_of(
             folder,
-            given,
-            args={"report_to": report_to, "run_name": "one"},
+            [] if report_to == "none" else [fastft.ThroughputCallback(flops=False)],
+            args={"report_to": report_to, "run_name": "one", "optim": "adamw_torch"},
             compute_loss_func=asking_for_logits,
         )
+        if report_to == logger:
+            assert fastft.plug(trainer).lines["optimizer"].startswith("AdamW")
         trainer.train()
         losses.append(logged(trainer, "loss", "train_loss"))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.way("TensorBoard", loss="exact")
+@pytest.mark.way("TensorBoard", loss="exact", optimizer="exact")
 def test_tensorboard_has_the_record_and_the_places(tmp_path: Any, monkeypatch: Any) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -158,7 +160,7 @@ def test_tensorboard_has_the_record_and_the_places(tmp_path: Any, monkeypatch: A
 
 
 @pytest.mark.slow
-@pytest.mark.way("W&B", loss="exact")
+@pytest.mark.way("W&B", loss="exact", optimizer="exact")
 def test_wandb_has_the_record_and_the_places(tmp_path: Any, monkeypatch: Any) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -173,7 +175,7 @@ def test_wandb_has_the_record_and_the_places(tmp_path: Any, monkeypatch: Any) ->
 
 
 @pytest.mark.slow
-@pytest.mark.way("MLflow", loss="exact")
+@pytest.mark.way("MLflow", loss="exact", optimizer="exact")
 def test_mlflow_has_the_record_and_the_places(tmp_path: Any, monkeypatch: Any) -> None:
     mlflow = pytest.importorskip("mlflow")
     store = (tmp_path / "runs").as_uri()

@@ -146,7 +146,7 @@ def test_plug_packs_the_batches_of_a_recipe_and_generates_from_padded_ones(tmp_p
     assert "the same batches" in line and "probe exact" in line and "instead of" in line, line
 
 
-@pytest.mark.way("speech models that count positions along a row", packing="refused")
+@pytest.mark.way("Speech2Text, Moonshine streaming", packing="refused")
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_that_count_along_the_row_are_refused(name: str, tmp_path: Any) -> None:
     trainer = trainer_of(tmp_path, collator(), name, callbacks=[fastft.PackingCallback()])
