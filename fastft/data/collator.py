@@ -36,9 +36,11 @@ from fastft.data.keys import (
     USE_CACHE,
     refuse_reserved,
 )
+from fastft.data.multi_axis import positions_of
 from fastft.data.pack import is_pack
 from fastft.data.rows import Layout, balanced_rows, lay_out
 from fastft.data.tasks.causal_lm import CausalLM, check_supervised, kept_logits
+from fastft.data.tasks.image_text import ImageText
 from fastft.data.tasks.masked_lm import MaskedLM, TokenMasking
 from fastft.data.tasks.seq2seq import Seq2Seq
 from fastft.data.tasks.sequence_classification import SequenceClassification
@@ -51,6 +53,7 @@ TASKS: dict[str, type[Task]] = {
     "token_classification": Task,
     "sequence_classification": SequenceClassification,
     "seq2seq": Seq2Seq,
+    "image_text_to_text": ImageText,
 }
 
 
@@ -93,6 +96,11 @@ class PackingCollator:
       `decoder_cu_seq_lens` int32 (S + 1,), `decoder_max_length` int; all other keys are the
       encoder's. For models with `attn_implementation="fastft"`, which keeps decoder, encoder and
       what is between them apart by these boundaries.
+    - `image_text_to_text`: n in an example, -100 at image tokens; the model shifts them. An example
+      is what a processor gives of one text with its images, (1, n) as well: what it has of images
+      (`pixel_values`, `image_grid_thw` and others, by their names) follows one another in the batch
+      as the examples do. For a model whose positions have A axes (mRoPE: Qwen-VL, GLM-V) the
+      collator needs `model`; `position_ids` are then (1 + A, R, T).
 
     With `supervised_only` there are also `logits_to_keep`, bool (R, T), whether the token after has
     a label, and `shift_labels`, int64 (K,), these labels: the model computes hidden states for all
@@ -117,6 +125,8 @@ class PackingCollator:
         seed: of the masks; None draws from torch's global generator.
         decoder_start_token_id: for `seq2seq`, from the model's config; not needed if examples have
             decoder_input_ids.
+        model: for `image_text_to_text`: the model that the batches are for. Its `get_rope_index`,
+            if it has one, makes the positions of each example; no weight of it is kept.
         expand_on_device: returns a `FlatBatch`, whose `.to(device)`, called by accelerate and so by
             Trainer, makes one copy of all integers and computes positions, segments, boundaries and
             ignored labels there.
@@ -131,10 +141,11 @@ class PackingCollator:
         ValueError: an argument out of its range; `supervised_only` where transformers or the model
             lacks it; in a call, no examples, input_ids missing or empty, keys that differ between
             examples, a key that has not one number per token, or the name of one of the batch's
-            own, labels that the task needs and the examples lack, positions that do not count from
+            own, labels that the task needs and the examples lack, images of several sizes of
+            which nothing says what is real, positions that do not count from
             where a document begins (0 or `position_ids_start`), several documents where a task has
             labels for none of them, more tokens than int32 counts.
-        TypeError: in a call, a feature that is neither a dict nor a pack.
+        TypeError: `model` is no module; in a call, a feature that is neither a dict nor a pack.
         RuntimeError: the engine asked for is not available.
     """
 
@@ -151,6 +162,7 @@ class PackingCollator:
         mlm_probability: float = 0.15,
         seed: int | None = None,
         decoder_start_token_id: int | None = None,
+        model: Any = None,
         expand_on_device: bool = False,
         pad_examples: bool = False,
         impl: str = "auto",
@@ -175,6 +187,9 @@ class PackingCollator:
             BOUNDARIES.resolve(impl, torch.device("cpu"))
         self.expand_on_device, self.impl = expand_on_device, impl
         self.decoder_start_token_id, self.pad_examples = decoder_start_token_id, pad_examples
+        if model is not None and task != "image_text_to_text":
+            raise ValueError(f"model is for task 'image_text_to_text', task is {task!r}")
+        self.positions = None if model is None else positions_of(model)
         self.masking = None if tokenizer is None else TokenMasking(tokenizer, mlm_probability, seed)
 
     def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch:
