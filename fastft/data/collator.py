@@ -194,7 +194,10 @@ class PackingCollator:
 
     def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch:
         """Collates `features`; see the class."""
-        features = list(features)
+        return self.collate(list(features))
+
+    def collate(self, features: list[Any]) -> PackedBatch | FlatBatch:
+        """Does so; the probe stands in its place to see what comes here."""
         task = TASKS[self.task](self)
         columns, counts = columns_of(features, task.label_keys)
         refuse_reserved(columns, (LOGITS_TO_KEEP, SHIFT_LABELS) if self.supervised_only else ())

@@ -201,18 +201,17 @@ class PackingPiece:
             values |= {"train_dataset": self._pack(), "_train_batch_size": 1}
             if args.train_sampling_strategy in _GROUPING:
                 args.train_sampling_strategy = "random"
-        self._leak = self._why_leaking()
-        if self._leak is not None:
-            return stock()
         with foreign.with_attributes(trainer, args=args, **values):
             loader = stock()
         if packing_collator(loader) is _packing(self._collator):
-            return loader
-        self._leak = f"{type(trainer).__name__}'s get_train_dataloader takes no other data_collator"
-        return stock()
+            self._leak = self._why_leaking(loader)
+        else:
+            kind = type(trainer).__name__
+            self._leak = f"{kind}'s get_train_dataloader takes no other data_collator"
+        return loader if self._leak is None else stock()
 
-    def _why_leaking(self) -> str | None:
-        """Why the model that is about to be trained gets no packed batches."""
+    def _why_leaking(self, loader: Any) -> str | None:
+        """Why the model that is about to be trained gets no packed batches, those of `loader`."""
         trainer, packing = self._trainer, _packing(self._collator)
         if packing.task == "sequence_classification":
             try:
@@ -221,7 +220,7 @@ class PackingPiece:
                 return str(error)
         tokens = self.packing if isinstance(self.packing, int) else None
         assert self._callback is not None
-        return self._callback.ask_ahead(trainer.model, packing, tokens, trainer.args)
+        return self._callback.ask_ahead(trainer.model, loader, tokens, trainer.args)
 
     def _eval_loader(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """`get_eval_dataloader`: packed where it is for a loss that is the same then."""
