@@ -7,6 +7,8 @@ transformers hand it the keyword arguments of the text all the same.
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import nn
 
 from fastft.foreign import base_model, output_embeddings
@@ -22,14 +24,18 @@ def parts_beside_text(model: nn.Module) -> list[nn.Module]:
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return []  # what its encoder reads is packed too
     decoder = getattr(base, "get_decoder", lambda: None)()
-    way = _way(base, decoder) if isinstance(decoder, nn.Module) else []
-    head = output_embeddings(base)
-    return [
-        part
-        for module in way
-        for part in module.children()
-        if part not in (*way, decoder, head)
-    ]
+    # BERT's head is called decoder too
+    if not isinstance(decoder, nn.Module) or not _reads_tokens(base, decoder):
+        return []
+    way = _way(base, decoder)
+    text = (*way, decoder, output_embeddings(base))
+    return [part for module in way for part in module.children() if part not in text]
+
+
+def _reads_tokens(base: nn.Module, part: nn.Module) -> bool:
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        return base.get_input_embeddings() in set(part.modules())
+    return False
 
 
 def _way(module: nn.Module, goal: nn.Module) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """A pack: the examples that go through the model together, and parts of examples.
 
-Planning makes packs, collation lays them out, and this room is all that the two have in common.
+Planning makes packs, collation lays them out, and this room is all that the two have in common,
+with the forms in which an example may come (`processed.py`).
 """
 
 from __future__ import annotations

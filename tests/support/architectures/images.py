@@ -39,7 +39,8 @@ def _patches(config: Any, size: tuple[int, int]) -> Example:
 
 def _square(config: Any, size: tuple[int, int]) -> Example:
     """One image of the tower's size: LLaVA and its kind."""
-    side = _first(getattr(config, "vision_config", config), "image_size")
+    vision = getattr(config, "vision_config", None) or config.vq_config
+    side = _first(vision, "image_size", "resolution")
     return {"pixel_values": torch.randn(1, 3, side, side)}
 
 
@@ -87,6 +88,13 @@ def _images(case: Case, model: nn.Module) -> Callable[[Any, tuple[int, int]], Ex
     return _sized if case.model_type in _SIZED else _square
 
 
+def _features(model: Any) -> Callable[..., Any]:
+    """What makes the features of images, of the model or of its body."""
+    name = "get_image_features"
+    made: Callable[..., Any] = getattr(model if hasattr(model, name) else model.model, name)
+    return made
+
+
 def _count(features: Any) -> list[int]:
     """How many tokens each image becomes."""
     features = getattr(features, "pooler_output", features)
@@ -99,28 +107,26 @@ def _example(case: Case, model: Any, place: int) -> Example:
     config, takes = model.config, inspect.signature(model.forward).parameters
     images = _images(case, model)(config, SIZES[place])
     with torch.no_grad():
-        counts = _count(model.get_image_features(**images, return_dict=True))
+        counts = _count(_features(model)(**images, return_dict=True))
     token = getattr(config, "image_token_id", None)
     token = getattr(config, "image_token_index", None) if token is None else token
-    before, behind = (torch.randint(LEAST, MOST, (n,)).tolist() for n in TEXT[place])
-    between = [torch.randint(LEAST, MOST, (2,)).tolist() for _ in counts]
-    # mRoPE models tell images apart by the text between them
-    spans = [part for n, text in zip(counts, between, strict=True) for part in ([token] * n, text)]
-    ids = [*before, *[one for span in spans for one in span], *behind]
-    tokens = torch.tensor([[one if one != token else token for one in ids]])
-    is_image = torch.zeros_like(tokens)
-    at = len(before)
+    before, behind = TEXT[place]
+    # images are told apart by the text between them
+    is_image = [0] * before
     for count in counts:
-        is_image[0, at : at + count] = 1
-        at += count + 2
-    labels = tokens.masked_fill(is_image == 1, -100)
-    labels[0, : len(before) - 1] = -100
+        is_image += [1] * count + [0] * 2
+    kinds = torch.tensor([is_image + [0] * behind])
+    words = torch.randint(LEAST, MOST, kinds.shape)
+    words += words == token  # an image's token stands nowhere else
+    tokens = torch.where(kinds == 1, token, words)
+    labels = tokens.masked_fill(kinds == 1, -100)
+    labels[0, : before - 1] = -100
     made = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     if "mm_token_type_ids" in takes:
-        made["mm_token_type_ids"] = is_image
+        made["mm_token_type_ids"] = kinds
     if "token_type_ids" in takes:
-        suffix = torch.arange(tokens.shape[1])[None] >= tokens.shape[1] - len(behind)
-        made["token_type_ids"] = suffix.long() if case.model_type == "paligemma" else is_image
+        suffix = torch.arange(tokens.shape[1])[None] >= tokens.shape[1] - behind
+        made["token_type_ids"] = suffix.long() if case.model_type == "paligemma" else kinds
     return made | images
 
 
