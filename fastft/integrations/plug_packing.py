@@ -28,6 +28,7 @@ from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.plug_collator import (
+    IMAGES,
     PackedBatches,
     Unpackable,
     first_position,
@@ -51,14 +52,15 @@ class Sample:
         examples: in a batch.
         tokens: of each batch, without padding.
         total: tokens with padding, in all of them.
-        pads_left: whether some of that is on the left.
+        predicts_from_padding: whether some of that is on the left of a token with a label that
+            counts.
         labels_first: whether a row's first token has a label that counts.
     """
 
     examples: int
     tokens: list[int] = field(default_factory=list)
     total: int = 0
-    pads_left: bool = False
+    predicts_from_padding: bool = False
     labels_first: bool = False
 
     def add(self, batch: dict[str, Any]) -> None:
@@ -66,8 +68,10 @@ class Sample:
         mask = batch.get("attention_mask")
         self.total += batch["input_ids"].numel()
         self.tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
-        self.pads_left |= mask is not None and bool((mask[:, 0] == 0).any())
         labels = batch["labels"]
+        if mask is not None and labels.shape == mask.shape:
+            first = labels.gather(1, mask.long().argmax(1, keepdim=True))[:, 0]
+            self.predicts_from_padding |= bool(((mask[:, 0] == 0) & (first != IGNORE_INDEX)).any())
         self.labels_first |= labels.dim() > 1 and bool((labels[:, 0] != IGNORE_INDEX).any())
 
 
@@ -132,16 +136,14 @@ class PackingPiece:
     def _predicts_from_padding(self) -> bool:
         """Whether the user's batches have labels that the token before, a padding one, predicts."""
         sample = self._sample
-        return sample is not None and sample.pads_left and self._task() == "causal_lm"
+        return sample is not None and sample.predicts_from_padding and self._is_causal()
 
     def _divides_by_first_labels(self) -> bool:
         """Whether Trainer takes no notice that a causal model shifts its labels: it does where the
         class is called ForCausalLM, and not for GPT2LMHeadModel."""
         trainer, sample = self._trainer, self._sample
         divides = trainer.model_accepts_loss_kwargs and not trainer._loss_shifts_labels
-        return (
-            divides and self._task() == "causal_lm" and sample is not None and sample.labels_first
-        )
+        return divides and self._is_causal() and sample is not None and sample.labels_first
 
     def _pack(self) -> Any:
         """The packs of the Trainer's training set as it is now."""
@@ -184,6 +186,9 @@ class PackingPiece:
 
     def _task(self) -> str:
         return _packing(self._collator).task
+
+    def _is_causal(self) -> bool:
+        return self._task() in ("causal_lm", IMAGES)
 
     def _train_loader(self, stock: Any) -> Any:
         """`get_train_dataloader`: the user's own, with other batches in it."""
@@ -360,14 +365,18 @@ def _collator_for(trainer: Any) -> PackedBatches:
     model, stock = trainer.model, trainer.data_collator
     task = task_of(model)
     config = foreign.base_model(model).config
-    pad = getattr(getattr(stock, "tokenizer", stock), "pad_token_id", None)
+    # of images and text a processor holds the tokenizer
+    holder = getattr(stock, "processor", stock)
+    pad = getattr(getattr(holder, "tokenizer", holder), "pad_token_id", None)
     pad = getattr(config, "pad_token_id", None) if pad is None else pad
     start = getattr(stock, "position_ids_start", None)
-    options = {
+    options: dict[str, Any] = {
         "pad_to_multiple_of": getattr(stock, "pad_to_multiple_of", None),
         "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
         "position_ids_start": first_position(model) if start is None else start,
     }
+    if task == IMAGES:
+        options["model"] = model
     if task == "seq2seq":
         options["decoder_start_token_id"] = getattr(config, "decoder_start_token_id", None)
     return PackedBatches(stock, task, **options)
