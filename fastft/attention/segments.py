@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.attention.beside_text import parts_beside_text
 from fastft.attention.encoder_rows import lay_end_to_end
 from fastft.attention.router_loss import count_no_padding
 from fastft.data.host_boundaries import HostBoundaries, on_host
@@ -345,6 +346,18 @@ def _before_forward(
     return args, _for_model(module, holder, kwargs)
 
 
+def _before_tower(
+    module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """Hides the batch's boundaries from a part that stands beside the text."""
+    holder = _holders.get(module)
+    if holder is None:
+        return None
+    _forwards().append(_Forward(module, holder, None, holder.current))
+    holder.current, holder.running = None, holder.running + 1
+    return args, {key: value for key, value in kwargs.items() if key not in BOUNDARY_KEYS}
+
+
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
     """Takes the boundaries out of the holder, and leaves them with the output for backward."""
     forwards = _forwards()
@@ -376,6 +389,11 @@ class SegmentsHandle:
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, always_call=True),
         ]
+        for tower in parts_beside_text(model):
+            self._hooks += [
+                tower.register_forward_pre_hook(_before_tower, with_kwargs=True),
+                tower.register_forward_hook(_after_forward, always_call=True),
+            ]
         holder.handles += 1
         decoder = _decoder_of(base_model(model))
         if decoder is not None and holder.decoder_hook is None:
@@ -409,7 +427,7 @@ def keep_segments(model: nn.Module) -> SegmentsHandle:
     Before each forward of `model` a hook reads the boundary keys of the batch (`cu_seq_lens_q`; of
     an encoder-decoder model `decoder_cu_seq_lens` too). It takes off the keys that the model's
     forward does not accept; of an encoder-decoder model all of them. A batch without boundaries is
-    not packed: the model runs as without the hook.
+    not packed: the model runs as without the hook. Towers for images see no boundaries of the text.
 
     Args:
         model: the outermost module that is called with the batch, or the model inside the wrapper

@@ -43,9 +43,21 @@ RESERVED = (
     DECODER_CU_SEQLENS,
     DECODER_MAX_LENGTH,
 )
+# what processors give of images and videos beside tokens, by the beginnings of its names; it has
+# numbers for images, patches or pixels, as many as they need
+_OF_IMAGES = (
+    *("pixel_", "image_", "images_", "video_", "second_per_grid", "num_images", "num_tiles"),
+    *("num_local_patches", "patches_grid", "spatial_shapes", "target_sizes", "tile_"),
+    *("aspect_ratio_", "cross_attention_mask", "batch_num_images", "flattened_patches"),
+)
 # labels of whole examples, as transformers' collators take them
 LABEL_KEYS = ("labels", "label", "label_ids")
 IGNORE_INDEX = -100  # of labels that count for nothing, in torch and transformers
+
+
+def is_of_images(key: str) -> bool:
+    """Tells by its name whether a key holds images or videos, or numbers of these."""
+    return key.startswith(_OF_IMAGES)
 
 
 def refuse_reserved(columns: Collection[str], also: Collection[str] = ()) -> None:

@@ -8,6 +8,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.keys import LABEL_SEGMENTS
+from fastft.data.multi_axis import has_several_axes
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.streaming import REFUSAL
 from fastft.foreign import (
@@ -32,6 +34,7 @@ from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict
 from fastft.integrations.implementations import attention_configs, switched
 from fastft.integrations.optimizer_check import check_optimizer
 from fastft.integrations.pool_segments import is_pooled, pool_segments
+from fastft.integrations.probe_images import TASK, examples_in, image_examples
 from fastft.integrations.probe_rows import Batches
 from fastft.integrations.run_record import record_run
 from fastft.optim.adamw import AdamW
@@ -148,7 +151,10 @@ class PackingCallback(TrainerCallback):
         for reason in cut:
             self._complain(reason)
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
-        batches = _batches(loader, collator, _size_of_batches(loader, args))
+        self._refuse_one_axis(model, collator)
+        batches = self._with_images(
+            model, loader, collator, _batches(loader, collator, _size_of_batches(loader, args))
+        )
         # our attention breaks the compiler's graph, and would raise in a part of a batch
         compiled = args.torch_compile or is_compiled(model)
         switch = self.attention and not cut and not compiled
@@ -243,6 +249,8 @@ class PackingCallback(TrainerCallback):
         if collator.pad_examples and batches.max_tokens is None:
             return
         _refuse_logits_of_rows(model, loader, collator)
+        self._refuse_one_axis(model, collator)
+        batches = self._with_images(model, loader, collator, batches)
         try:
             leak = _verdict(model, batches, args, as_it_is=True).leak
         except ValueError as error:
@@ -258,6 +266,37 @@ class PackingCallback(TrainerCallback):
                 f"or predict() here; or evaluate with {_PADDED}",
                 "evaluating",
             )
+
+    def _refuse_one_axis(self, model: nn.Module, collator: PackingCollator) -> None:
+        """Complains where a model's positions have several axes, and the batches' have one."""
+        if collator.task == TASK and collator.positions is None and has_several_axes(model):
+            name = type(base_model(model)).__name__
+            self._complain(
+                f"{name} numbers the tokens of images on several axes (mRoPE), which the collator "
+                f"has to ask it for: PackingCollator(task={TASK!r}, model=model)"
+            )
+
+    def _with_images(
+        self, model: nn.Module, loader: Any, collator: PackingCollator, batches: Batches
+    ) -> Batches:
+        """The description with some examples of the loader's, where these have images."""
+        if collator.task != TASK:
+            return batches
+        examples = examples_in(loader, collator, model)
+        if examples is None:
+            self._complain(
+                "nobody knows whether images of an iterable dataset are kept apart, as it may be "
+                "used up by looking: ask fastft.check_packing(model, examples=[...]) with some of "
+                "its examples; on_leak='warn' then trains it"
+            )
+            return batches
+        images = image_examples(model, examples)
+        if images is None:
+            logger.warning(
+                f"fastft: packing of images is not checked, as none of the first {len(examples)} "
+                "examples has one"
+            )
+        return replace(batches, images=images)
 
     def _verdict(self, model: nn.Module, batches: Batches, args: Any, switch: bool) -> Verdict:
         """Asks the probe; warns of a model that is elsewhere, and finds nothing wrong with it."""
@@ -283,13 +322,13 @@ class PackingCallback(TrainerCallback):
         self.restore()
 
     def ask_ahead(
-        self, model: nn.Module, collator: PackingCollator, max_tokens: int | None, args: Any
+        self, model: nn.Module, loader: Any, max_tokens: int | None, args: Any
     ) -> str | None:
         """Probes a model before it is prepared for a training, in which its weights may be sharded.
 
         Args:
             model: as Trainer has it.
-            collator: of the batches.
+            loader: of batches of a `PackingCollator`.
             max_tokens: of a row; None where that is not known.
             args: of Trainer.
 
@@ -301,7 +340,14 @@ class PackingCallback(TrainerCallback):
         parameter = next(model.parameters(), None)
         if parameter is None or parameter.device.type != args.device.type:
             return None  # it is moved later
+        collator = packing_collator(loader)
+        assert collator is not None
         batches = _described(collator, max_tokens)
+        if collator.task == TASK:
+            examples = examples_in(loader, collator, model)
+            if examples is None:
+                return "the images of an iterable dataset cannot be looked at before training"
+            batches = replace(batches, images=image_examples(model, examples))
         name, compiled = type(model).__name__, args.torch_compile or is_compiled(model)
         try:
             verdict = _verdict(model, batches, args, switch=self.attention and not compiled)

@@ -6,11 +6,13 @@ attention_mask masks is an example again, and `PackingCollator` makes the packed
 
     (N, L) ids, mask, labels    ->  N examples of their own lengths  ->  (1, T)
 
-Packs of `fastft.pack` stay together, in one row.
+Packs of `fastft.pack` stay together, in one row. Which images of a batch are whose nobody but the
+collator knows: it gets examples for a model that reads images one by one.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from collections.abc import Sequence
@@ -20,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from fastft.data.collator import PackingCollator
-from fastft.data.keys import IGNORE_INDEX, MAX_LENGTH_K, MAX_LENGTH_Q, SOUNDS
+from fastft.data.keys import IGNORE_INDEX, MAX_LENGTH_K, MAX_LENGTH_Q, SOUNDS, is_of_images
 from fastft.data.pack import Pack, examples_of, is_pack
+from fastft.data.processed import unbatched
 from fastft.foreign import base_model
 from fastft.integrations.probe_sounds import sound_key
 
@@ -33,8 +36,10 @@ _TASKS = {
     "masked_lm": "ForMaskedLM",
     "token_classification": "ForTokenClassification",
     "sequence_classification": "ForSequenceClassification",
+    "image_text_to_text": "ForConditionalGeneration",
     "seq2seq": "ForConditionalGeneration|ForSeq2SeqLM|MTModel|EncoderDecoderModel",
 }
+IMAGES = "image_text_to_text"
 Batch = dict[str, Any]
 
 
@@ -54,9 +59,12 @@ def task_of(model: nn.Module) -> str:
     if config is not None and sound_key(base) is not None:
         return "speech_seq2seq"
     for task, pattern in _TASKS.items():
-        # a model for images and text is called so too, without an encoder
-        encodes = task != "seq2seq" or getattr(config, "is_encoder_decoder", False)
-        if config is not None and re.search(pattern, names) and encodes:
+        # a model for images and text is called as one with an encoder
+        encodes = getattr(config, "is_encoder_decoder", False)
+        fits = task not in (IMAGES, "seq2seq") or encodes == (task == "seq2seq")
+        if task == IMAGES:
+            fits = fits and "pixel_values" in inspect.signature(base.forward).parameters
+        if config is not None and re.search(pattern, names) and fits:
             return task
     raise Unpackable(
         f"{type(base).__name__} has no task of PackingCollator's "
@@ -90,7 +98,7 @@ class PackedBatches:
         units = [[*map(_plain, examples_of(one))] if is_pack(one) else [one] for one in features]
         examples = [example for unit in units for example in unit]
         try:
-            rows = rows_of(self.collator(examples), len(examples), self.packing.task)
+            rows = self._rows(examples)
         except Unpackable as error:
             raise Unpackable(
                 f"the batches of {type(self.collator).__name__} {error}; or leave packing out of "
@@ -100,6 +108,16 @@ class PackedBatches:
             return self.packing([Pack(rows)])
         left = iter(rows)
         return self.packing([Pack([*itertools.islice(left, len(unit))]) for unit in units])
+
+    def _rows(self, examples: list[Batch]) -> list[Batch]:
+        if self.packing.task != IMAGES:
+            return rows_of(self.collator(examples), len(examples), self.packing.task)
+        rows = list[Batch]()
+        for example in examples:
+            batch = dict(self.collator([example]).items())
+            rows_of(batch, 1, IMAGES)
+            rows.append(unbatched({k: v for k, v in batch.items() if v is not None}))
+        return rows
 
 
 def rows_of(batch: Batch, examples: int, task: str) -> list[dict[str, Tensor]]:
@@ -128,7 +146,11 @@ def rows_of(batch: Batch, examples: int, task: str) -> list[dict[str, Tensor]]:
         batch = {key: value for key, value in batch.items() if key not in _BOUNDARIES}
     of_examples = task in ("sequence_classification", "seq2seq")
     own = ("labels", *_DECODER) if of_examples else ()
-    per_token = {key: value for key, value in batch.items() if key not in own}
+    per_token = {
+        key: value
+        for key, value in batch.items()
+        if key not in own and not (task == IMAGES and is_of_images(key))
+    }
     for key, value in per_token.items():
         if not isinstance(value, Tensor) or value.shape != ids.shape:
             raise Unpackable(f"have {key}, which is not a number for each token")

@@ -18,6 +18,7 @@ states, so that what a model draws moves nothing.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Probe:
         self._body: nn.Module | None = None
         self._before_head = False
         self._dtypes = {p.dtype for p in self.base.parameters() if p.dtype in _LEAK}
-        with stock_parts(self.base) as called, _stock_attention(self.base):
+        with stock_parts(self.base) as called, stock_attention(self.base):
             self._choose_outputs()
             self._run_alone(self.short)
             self._other_row = other_row(self.base)
@@ -124,8 +125,13 @@ class Probe:
             self._trouble_of(self.short, start)
             or self._trouble_in_training(start)
             or self._trouble_with_padding(start)
+            or self._trouble_of_more(start)
             or (None if self.long is None else self.trouble_of_long(self.long, start))
         )
+
+    def _trouble_of_more(self, start: int) -> Trouble | None:
+        """Looks for a fault with what batches have beside tokens."""
+        return None
 
     def tolerates(self, trouble: Trouble) -> bool:
         """Whether the model may be trained all the same: rows that make it raise need not come."""
@@ -194,7 +200,7 @@ class Probe:
     def trouble_of_long(self, row: Row, start: int) -> Trouble | None:
         """Looks for a fault with a row that passes the limits of the configuration."""
         if not row.alone:
-            with _stock_attention(self.base):
+            with stock_attention(self.base):
                 try:
                     self._run_alone(row, hidden=True)
                 except Exception as error:
@@ -314,17 +320,22 @@ class Probe:
         if rows > 1:
             beside = self._other_row if row is self.short else beside_long(row)
             packs.append(Pack(self._examples(beside.tokens, beside.targets)))
-        task = "seq2seq" if self.crossed else "causal_lm"
         collate = PackingCollator(
-            task=task if self.sound is None else "speech_seq2seq",
             rows=len(packs),
             row_tokens=sum(map(len, targets)),
             position_ids_start=start,
             pad_to_multiple_of=len(row) + PADDING if padded else None,
+            **self._task(),
         )
         batch: Any = collate(packs)
         del batch["labels"]
         return batch, batch["decoder_input_ids" if self.crossed else "input_ids"].shape[1]
+
+    def _task(self) -> dict[str, Any]:
+        """What the collator is told of its task."""
+        if self.sound is not None:
+            return {"task": "speech_seq2seq"}
+        return {"task": "seq2seq" if self.crossed else "causal_lm"}
 
     def _examples(self, tokens: list[Tensor], targets: list[Tensor]) -> list[dict[str, Any]]:
         if not self.crossed:
@@ -344,7 +355,7 @@ class Probe:
             row, start, other=other, rows=self.batches.rows, padded=self.batches.padded
         )
         if self.model.training and self.sound is None:
-            batch |= _kinds_of_tokens(self.base, batch["input_ids"])
+            batch |= kinds_of_tokens(self.base, batch["input_ids"])
         outputs = self._call(batch, width, hidden=row is not self.short)
         second = (
             outputs[1, : self._outputs_of(self._other_row)[0]]
@@ -445,9 +456,9 @@ def _last_token_alone(length: int, seen: list[Any]) -> Callable[[nn.Module, tupl
     return before
 
 
-def _kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
+def kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
     """Text alone, said to models that ask for it in training because of their images."""
-    takes = getattr(type(base).forward, "__wrapped__", type(base).forward).__code__.co_varnames
+    takes = inspect.signature(base.forward).parameters
     return {
         key: torch.zeros_like(tokens)
         for key in ("token_type_ids", "mm_token_type_ids")
@@ -455,7 +466,7 @@ def _kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _stock_attention(base: Any) -> Any:
+def stock_attention(base: Any) -> Any:
     """transformers' own attention, where ours is chosen: what its implementation gets wrong must
     show."""
     if base.config._attn_implementation != "fastft":
