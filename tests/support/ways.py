@@ -161,6 +161,7 @@ SECTIONS = {
         Way("early stopping, the best model", "", _USUAL),
         Way("workers of the loader", "", _USUAL),
         Way("`auto_find_batch_size`", "", _USUAL),
+        Way("counted tokens, emptied caches", "", _USUAL),
         Way("resuming", "to the bit of a run that was not interrupted", _RESUME),
         Way("killed in the middle, resumed", "packs too", _RESUME, "loss optimizer packing"),
         Way("from stock to fastft, and back", "a checkpoint of either", _RESUME),
