@@ -213,7 +213,7 @@ class FusedLossCallback(PackingCallback):
 
     def _settle(self) -> int:
         evaluation = None if self._attachment is None else self._attachment.evaluation
-        return 0 if evaluation is None else evaluation.settle()
+        return 0 if evaluation is None else evaluation.take_built()
 
     def restore(self) -> None:
         """Takes the model back to stock. Harmless when called twice."""
