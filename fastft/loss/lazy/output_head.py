@@ -1,9 +1,9 @@
 """Finding a model's output head and letting it return lazy logits.
 
 A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and nothing else. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
-a copy or a pickle of the model has stock heads. Quantised, offloaded, kernelised or custom heads
-are left alone.
+and on the layer that PEFT may have put around it. No parameter, buffer, hook or class is added, so
+that state dicts keep their keys; a copy or a pickle of the model has stock heads. Quantised,
+offloaded, kernelised or custom heads are left alone.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastft.foreign import (
     base_model,
+    is_adapter,
     is_dtensor,
     is_exporting,
     output_embeddings,
     sharding_library,
     shares_a_resharded_unit,
 )
+from fastft.loss.lazy.adapters import AdaptedForward
 from fastft.loss.lazy.evaluation import Evaluation
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
@@ -137,13 +139,30 @@ class LazyForward:
         # entered again by Linear.inside_head, so that a sharded weight is gathered
         if fastft_task is not None:
             return fastft_task(input, head.weight, head.bias)
-        evaluation = None if head.training else self.evaluation
-        report = self.report if evaluation is None else evaluation.report
-        is_plain = not args and not kwargs and self._is_meant(evaluation)
-        if not is_plain or not self._can_be_lazy(input, evaluation, report):
+        if args or kwargs or not self.is_lazy(input):
             return type(head).forward(head, input, *args, **kwargs)
+        return self.lazy(input, head.weight, head.bias, head)
+
+    def is_lazy(self, input: Tensor) -> bool:
+        """Whether the logits of this input are to be lazy; the report gets why they are not."""
+        evaluation = self._evaluation_now()
+        return self._is_meant(evaluation) and self._can_be_lazy(input, evaluation)
+
+    def lazy(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, head: nn.Linear | None = None
+    ) -> Tensor:
+        """Lazy logits of this forward pass; `head` can be entered again for its weight."""
         check = None if self.sharding is None else self.sharding.permission()
-        return lazy_linear(input, head.weight, head.bias, report, head, check, evaluation)
+        evaluation = self._evaluation_now()
+        return lazy_linear(input, weight, bias, self.report_now(), head, check, evaluation)
+
+    def report_now(self) -> Report:
+        """What gets to know of this forward pass."""
+        evaluation = self._evaluation_now()
+        return self.report if evaluation is None else evaluation.report
+
+    def _evaluation_now(self) -> Evaluation | None:
+        return None if self.head.training else self.evaluation
 
     def _is_meant(self, evaluation: Evaluation | None) -> bool:
         """Whether this is a forward pass of a training, or of an evaluation inside one."""
@@ -151,7 +170,7 @@ class LazyForward:
             return self.head.training and torch.is_grad_enabled()
         return not torch.is_grad_enabled() and evaluation.in_loop()
 
-    def _can_be_lazy(self, input: Tensor, evaluation: Evaluation | None, report: Report) -> bool:
+    def _can_be_lazy(self, input: Tensor, evaluation: Evaluation | None) -> bool:
         # somebody records the operations, to run them without us
         if torch.jit.is_tracing() or get_proxy_mode() is not None:
             return False
@@ -160,7 +179,7 @@ class LazyForward:
         is_autocast = torch.is_autocast_enabled(input.device.type)
         if input.dtype != self.head.weight.dtype and not is_autocast:
             return False  # torch says what is wrong
-        reason = self._reason_now(evaluation)
+        reason, report = self._reason_now(evaluation), self.report_now()
         if reason is not None and reason not in report.skipped:
             report.skipped.append(reason)
         return reason is None
@@ -201,7 +220,7 @@ class Attachment:
         self.report = Report()
         self.evaluation = evaluation
         self.heads: list[nn.Linear] = []
-        self._forwards: list[LazyForward] = []
+        self._forwards: list[LazyForward | AdaptedForward] = []
         if isinstance(model, nn.DataParallel):
             self.report.skipped.append(
                 "DataParallel: its replicas would call the head of the first device"
@@ -228,6 +247,11 @@ class Attachment:
             head.forward = forward  # type: ignore[method-assign]
             self.heads.append(head)
             self._forwards.append(forward)
+            for layer in around:
+                if is_adapter(layer) and "forward" not in layer.__dict__:
+                    adapted = AdaptedForward(layer, forward)
+                    layer.forward = adapted
+                    self._forwards.append(adapted)
         if not self.heads and not self.report.skipped:
             self.report.skipped.append(_why_no_head(model))
 
@@ -241,7 +265,7 @@ class Attachment:
 
 
 def find_heads(model: nn.Module) -> list[nn.Linear]:
-    """The linear modules whose sum is the model's logits, looked up inside PEFT wrappers.
+    """The linear modules that make the model's logits, looked up inside PEFT wrappers.
 
     They are the output embeddings which the model, or else a model inside it, calls so. A language
     model, or a module of one's own, that names none has as its head the last linear layer, if that
@@ -298,15 +322,16 @@ def _why_no_head(model: nn.Module) -> str:
 
 
 def _linear_parts(module: nn.Module) -> list[nn.Linear]:
+    inside: Any = module
     if type(module).__name__ == "ModulesToSaveWrapper":
-        copies: Any = module.modules_to_save
-        return [part for copy in copies.values() for part in _linear_parts(copy)]
-    # LoRA: the base head plus one B matrix, V x rank, for each adapter
-    if hasattr(module, "base_layer"):
-        adapters: Any = getattr(module, "lora_B", {})
-        layers: list[Any] = [module.base_layer, *adapters.values()]
-        return [part for layer in layers for part in _linear_parts(layer)]
-    return [module] if isinstance(module, nn.Linear) else []
+        parts = [*inside.modules_to_save.values()]
+    elif type(module).__name__ == "TrainableTokensWrapper":
+        parts = [inside.token_adapter]
+    elif is_adapter(module):
+        parts = [inside.base_layer]
+    else:
+        return [module] if isinstance(module, nn.Linear) else []
+    return [linear for part in parts for linear in _linear_parts(part)]
 
 
 def _reason_against(head: nn.Linear) -> str | None:
