@@ -138,7 +138,9 @@ def same_files(folder):
     assert names[0] == names[1] and stock.keys() == ours.keys()
     for key, value in stock.items():
         assert ours[key].dtype == value.dtype
-        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: k + m)
+        torch.testing.assert_close(
+            ours[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, k=key: k + m
+        )
 
 
 def same_afterwards(name, stock, ours, folder):

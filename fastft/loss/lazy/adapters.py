@@ -12,7 +12,7 @@ them is recorded as a model's softcap is. There is no list of methods here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,8 @@ _PRODUCTS = (torch.matmul, Tensor.matmul)
 
 
 class AdaptedForward:
-    """The `forward` of an adapter's `layer` around the head whose forward `base` is lazy.
+    """The `forward` of an adapter's `layer` around the head whose forward `base` is lazy, from now
+    until `remove()`.
 
     It copies and pickles as the method that the layer's class has.
     """
@@ -38,6 +39,7 @@ class AdaptedForward:
         self.layer = layer
         self.base = base
         self._outside_compiled = torch.compiler.disable(self._forward)
+        layer.forward = self
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""
@@ -46,12 +48,12 @@ class AdaptedForward:
         return self._outside_compiled(input, *args, **kwargs)
 
     def _forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        stock = type(self.layer).forward
-        if not self.base.is_lazy(input):
+        stock, make = type(self.layer).forward, self.base.maker(input)
+        if make is None:
             return stock(self.layer, input, *args, **kwargs)
-        with _Products(self.base, input.shape[:-1]):
+        with _Products(make, self.base.head.out_features, input.shape[:-1]):
             result = stock(self.layer, input, *args, **kwargs)
-        report = self.base.report_now()
+        report = self.base.report
         if type(result) is Tensor and not report.materialised:
             report.note_materialised(f"the forward of {type(self.layer).__module__}")
         return result
@@ -66,11 +68,11 @@ class AdaptedForward:
 
 
 class _Products(TorchFunctionMode):
-    """While it is open, a product of `rows` rows with a matrix of V rows is lazy."""
+    """While it is open, `make` answers a product of `rows` rows with a matrix of `vocab` rows."""
 
-    def __init__(self, base: LazyForward, rows: torch.Size) -> None:
+    def __init__(self, make: Callable[..., Tensor], vocab: int, rows: torch.Size) -> None:
         super().__init__()
-        self.base, self.rows = base, rows
+        self.make, self.vocab, self.rows = make, vocab, rows
 
     def __torch_function__(
         self,
@@ -81,7 +83,7 @@ class _Products(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         operands = self._operands(func, args, kwargs)
-        return func(*args, **kwargs) if operands is None else self.base.lazy(*operands)
+        return func(*args, **kwargs) if operands is None else self.make(*operands)
 
     def _operands(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -93,7 +95,7 @@ class _Products(TorchFunctionMode):
         else:
             return None
         plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (x, weight))
-        fits = plain and weight.dim() == 2 and len(weight) == self.base.head.out_features
+        fits = plain and weight.dim() == 2 and len(weight) == self.vocab
         return (x, weight, bias) if fits and x.shape[:-1] == self.rows else None
 
 
