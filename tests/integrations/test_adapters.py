@@ -1,20 +1,36 @@
-"""Trainings with every method of PEFT: the losses of stock, what is trained moves, the same files,
-merged and resumed as stock; packed where that is exact, and refused where it is not."""
+"""Trainings with every method of PEFT, in the body and on the output head: the losses of stock,
+what is trained moves, the same files, merged and resumed as stock; packed where that is exact, and
+refused where it is not."""
 
 from __future__ import annotations
+
+import contextlib
 
 import numpy as np
 import pytest
 import torch
 from support.trainers import logged, quiet_arguments
+from support.watch import Watch
 from transformers import Trainer
 
 import fastft
+from fastft.loss import head_sweep
 
 peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file  # noqa: E402
-from support.adapters import LAYERS, OTHERS, PROMPTS, V, adapted, config  # noqa: E402
+from support.adapters import (  # noqa: E402
+    BODY,
+    DENSE_ON_HEAD,
+    HEAD,
+    LAYERS,
+    OTHERS,
+    PROMPTS,
+    WIDE_ON_HEAD,
+    V,
+    adapted,
+    config,
+)
 
 # those of which the table has a row; "other methods of PEFT" are the rest
 ROWS = {
@@ -28,15 +44,28 @@ ROWS = {
     **{name: name for name in ("LoRA", "rsLoRA", "PiSSA", "DoRA", "IA3", "LoHa", "OFT", "VeRA")},
     **{name: name for name in ("trainable tokens", "LoRA with biases", *PROMPTS)},
 }
-QUICK = ("LoRA", "DoRA", "IA3", "VeRA", "trainable tokens", "prompt tuning")
+QUICK = ("LoRA", "DoRA", "VeRA", "trainable tokens", "prompt tuning")
 STEPS = 4
 
 
-def methods(names, **cells):
+def row_of(name, target):
+    """The row of the table that a method proves."""
+    if target is BODY:
+        return ROWS.get(name, "other methods of PEFT")
+    if name in DENSE_ON_HEAD:
+        return "RoAd, DeLoRA on the head"
+    known = ROWS.get(name) in ("LoRA", "DoRA", "IA3")
+    return f"{ROWS[name] if known else 'other methods'} on the head"
+
+
+def methods(names, target=BODY, quick=QUICK, **cells):
     """The names as cases that prove cells of the table, most of them slow."""
     for name in names:
-        way = pytest.mark.way(ROWS.get(name, "other methods of PEFT"), **cells)
-        yield pytest.param(name, marks=[way] if name in QUICK else [way, pytest.mark.slow])
+        way = pytest.mark.way(row_of(name, target), **cells)
+        marks = [way] if name in quick else [way, pytest.mark.slow]
+        yield pytest.param(
+            name, target, marks=marks, id=f"{name}{'' if target is BODY else ', head'}"
+        )
 
 
 def documents(count=16):
@@ -89,20 +118,24 @@ def logits_of(model):
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-def chosen(name):
-    found = config(name)
+def chosen(name, target=BODY):
+    found = config(name, target)
     if found is None:
         pytest.skip(f"PEFT {peft.__version__} does not have it")
     return found
 
 
-@pytest.mark.parametrize(
-    "name", methods([*LAYERS, *OTHERS, *PROMPTS], loss="exact", optimizer="exact")
-)
-def test_a_training_with_a_method_of_peft_is_that_of_stock(name, tmp_path):
+TRAININGS = [
+    *methods([*LAYERS, *OTHERS, *PROMPTS], loss="exact", optimizer="exact"),
+    *methods(["LoRA", "DoRA", "IA3"], HEAD, ["DoRA"], loss="exact", optimizer="exact"),
+]
+
+
+@pytest.mark.parametrize(("name", "target"), TRAININGS)
+def test_a_training_with_a_method_of_peft_is_that_of_stock(name, target, tmp_path):
     models, trainers = [], []
     for ours in (False, True):
-        model = adapted(chosen(name))
+        model = adapted(chosen(name, target))
         before = {key: value.detach().clone() for key, value in model.named_parameters()}
         saves = {"save_strategy": "steps", "save_steps": 2}
         trainer = trainer_of(model, tmp_path / str(ours), ours, **saves)
@@ -121,10 +154,10 @@ def test_a_training_with_a_method_of_peft_is_that_of_stock(name, tmp_path):
     report = report_of(fused)
     assert (report.fused, report.materialised, report.skipped) == (STEPS, [], [])
     same_files(tmp_path)
-    resumed = trainer_of(adapted(chosen(name)), tmp_path / "resumed")
+    resumed = trainer_of(adapted(chosen(name, target)), tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-2"))
     assert logged(resumed)[-2:] == logged(fused)[-2:]
-    same_afterwards(name, *models, tmp_path)
+    same_afterwards(*models, adapted(chosen(name, target)), tmp_path)
 
 
 def same_files(folder):
@@ -143,13 +176,42 @@ def same_files(folder):
         )
 
 
-def same_afterwards(name, stock, ours, folder):
+def same_afterwards(stock, ours, again, folder):
     """Raises unless the trained adapter loads, and merges where stock's does."""
     trained = logits_of(ours)
     torch.testing.assert_close(trained, logits_of(stock), rtol=1e-3, atol=1e-3)
-    again = adapted(chosen(name))
     again.load_adapter(folder / "True" / f"checkpoint-{STEPS}", "default")
     torch.testing.assert_close(logits_of(again), trained, rtol=1e-5, atol=1e-5)
-    if name not in PROMPTS:
+    if hasattr(ours.base_model, "merge_and_unload"):
         merged = [logits_of(model.merge_and_unload()) for model in (stock, ours)]
         torch.testing.assert_close(merged[1], merged[0], rtol=1e-3, atol=1e-3)
+
+
+ON_HEAD = [
+    *methods([n for n in LAYERS if n not in DENSE_ON_HEAD], HEAD, ["DoRA", "HRA"], loss="exact"),
+    *methods(DENSE_ON_HEAD, HEAD, ["RoAd"], loss="stock"),
+]
+
+
+@pytest.mark.parametrize(("name", "target"), ON_HEAD)
+def test_a_method_on_the_head_has_the_gradients_of_stock_and_no_logits(name, target, monkeypatch):
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 16, 1 << 31))
+    ids = torch.randint(3, V, (4, 60), generator=torch.Generator().manual_seed(6))
+    results = []
+    for ours in (False, True):
+        model = adapted(chosen(name, target), noise=0.05)
+        torch.manual_seed(3)
+        context = fastft.fused_loss(model) if ours else contextlib.nullcontext()
+        with context as report, Watch() as watch:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        results.append((loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+    (stock, expected), (fused, actual) = results
+    torch.testing.assert_close(fused, stock, rtol=1e-6, atol=0)
+    for gradient, truth in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
+    assert not report.skipped and bool(report.materialised) == (name in DENSE_ON_HEAD)
+    assert report.fused == (name not in DENSE_ON_HEAD)
+    if name not in DENSE_ON_HEAD + WIDE_ON_HEAD:
+        assert watch.elements < ids.numel() * V / 2
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -24,7 +24,6 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA, dropout": ("LoraConfig", {"r": 4, "lora_dropout": 0.3}),
     "rsLoRA": ("LoraConfig", {"r": 4, "use_rslora": True}),
     "PiSSA": ("LoraConfig", {"r": 4, "init_lora_weights": "pissa"}),
-    "LoftQ": ("LoraConfig", {"r": 4, "init_lora_weights": "loftq"}),
     "DoRA": ("LoraConfig", {"r": 4, "use_dora": True}),
     "DoRA, dropout": ("LoraConfig", {"r": 4, "use_dora": True, "lora_dropout": 0.3}),
     "IA3": ("IA3Config", {"feedforward_modules": []}),
@@ -48,13 +47,14 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "PSOFT": ("PsoftConfig", {"r": 4}),
     "Lily": ("LilyConfig", {"r": 4}),
     "BEFT": ("BeftConfig", {}),
-    # what they add to the logits is no product of T rows with V rows of a matrix
     "C3A": ("C3AConfig", {"block_size": 8}),
     "RoAd": ("RoadConfig", {"group_size": 8}),
     "GraLoRA": ("GraloraConfig", {"r": 4, "gralora_k": 2}),
     "DeLoRA": ("DeloraConfig", {"r": 4}),
 }
-DENSE_ON_HEAD = ("C3A", "RoAd", "GraLoRA", "DeLoRA")
+# on the head: they have T x V numbers of their own; and they ask for the logits themselves
+WIDE_ON_HEAD = ("C3A", "GraLoRA")
+DENSE_ON_HEAD = ("RoAd", "DeLoRA")
 PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt tuning": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
     "prefix tuning": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),
@@ -92,8 +92,6 @@ def config(name: str, target: list[str] = BODY) -> Any:
     options = {**({"target_modules": target} if name in LAYERS else {}), **options}
     if made is None or not options.keys() <= inspect.signature(made).parameters.keys():
         return None
-    if name == "LoftQ":
-        options["loftq_config"] = peft.LoftQConfig(loftq_bits=8)
     return made(task_type="CAUSAL_LM", **options)
 
 

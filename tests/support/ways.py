@@ -86,7 +86,7 @@ SECTIONS = {
         Way("LoRA with biases", "", _ADAPTERS),
         Way(
             "other methods of PEFT",
-            "LoftQ, LoKr, AdaLoRA, PVeRA, BOFT, HRA, FourierFT, WaveFT, MiSS, RandLoRA, VB-LoRA, "
+            "LoKr, AdaLoRA, PVeRA, BOFT, HRA, FourierFT, WaveFT, MiSS, RandLoRA, VB-LoRA, "
             "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily, BEFT, C3A, RoAd, GraLoRA, DeLoRA, norms",
             _ADAPTERS,
             "",
@@ -97,11 +97,11 @@ SECTIONS = {
         Way("IA3 on the head", "", _HEAD_ADAPTERS),
         Way(
             "other methods on the head",
-            "all of the above but the next row's",
+            "all of the above but the next row's; C3A and GraLoRA have T x V numbers of their own",
             _HEAD_ADAPTERS,
             "",
         ),
-        Way("C3A, RoAd, GraLoRA, DeLoRA on the head", "the logits are built", "", ""),
+        Way("RoAd, DeLoRA on the head", "the logits are built", "", ""),
         Way("prompt tuning", "", "prompt, prefix and p-tuning"),
         Way("prefix tuning", "", "prompt, prefix and p-tuning"),
         Way("p-tuning", "", "prompt, prefix and p-tuning", ""),
