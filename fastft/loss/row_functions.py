@@ -45,6 +45,7 @@ class _Task(NamedTuple):
     rows: CountedRows
     known: Tensor | None
     shards: tuple[Shard | None, ...]  # of each head
+    shared: tuple[int, ...]  # which arguments are the same for every row
 
 
 def _heads(
@@ -59,8 +60,8 @@ def _heads(
         sums = statistics_dtype(weight.dtype)
         of_input, of_weight, of_bias = needs[first : first + 3]
         gradients = (
-            torch.zeros_like(rows) if of_input else None,
-            torch.empty_like(weight, dtype=sums) if of_weight else None,
+            rows.new_zeros(rows.shape) if of_input else None,
+            weight.new_empty(weight.shape, dtype=sums) if of_weight else None,
             torch.zeros_like(bias, dtype=sums) if of_bias and bias is not None else None,
         )
         terms.append(HeadTerm(rows, weight, bias, x.dtype, gradients))
@@ -102,8 +103,13 @@ class _Chunks:
             for terms in heads
         ]
         self.gradients = [
-            torch.zeros_like(argument, memory_format=torch.contiguous_format) if need else None
-            for argument, need in zip(arguments, needs, strict=True)
+            argument.new_zeros(
+                argument.shape,
+                dtype=statistics_dtype(argument.dtype) if at in task.shared else None,
+            )
+            if need
+            else None
+            for at, (argument, need) in enumerate(zip(arguments, needs, strict=True))
         ]
 
     def fill(self, logits: list[Tensor], where: Where) -> list[Tensor | None]:
@@ -114,7 +120,10 @@ class _Chunks:
             rounded = z.detach().to(dtype)
             whole = rounded if shard is None else shard.whole(rounded)
             leaves.append(whole.requires_grad_(trained))
-        indices = [_index(argument, where, self.task.leading) for argument in self.arguments]
+        indices = [
+            ... if at in self.task.shared else _index(argument, where, self.task.leading)
+            for at, argument in enumerate(self.arguments)
+        ]
         for argument, index, gradient in zip(self.arguments, indices, self.gradients, strict=True):
             leaves.append(argument.detach()[index].requires_grad_(gradient is not None))
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -131,7 +140,7 @@ class _Chunks:
             self.gradients, indices, found[len(logits) :], strict=True
         ):
             if gradient is not None and part is not None:
-                gradient[index] = part
+                gradient[index] = part if index is not ... else gradient + part
         return [
             gradient if gradient is None or shard is None else shard.own(gradient)
             for gradient, shard in zip(found, self.task.shards, strict=False)
@@ -218,6 +227,7 @@ def apply_to_rows(
     heads: Sequence[Sequence[Operands]],
     function: Callable[..., Tensor],
     *arguments: Tensor,
+    shared: Sequence[int] = (),
     summed: bool = False,
     rows: CountedRows | None = None,
     known: Tensor | None = None,
@@ -233,6 +243,7 @@ def apply_to_rows(
         function: gets the logits (R, V) of some rows from each head, and these rows' part of each
             argument; returns the sum over the rows, or a tensor (R, ...).
         arguments: tensors (T, ...), or (..., C) of the rows' leading shape, which get gradients.
+        shared: which of the arguments are the same for every row, of whatever shape.
         summed: `function` returns a sum.
         rows: which rows count; the result of the others is 0. None (default): all.
         known: the results of the rows, where they were computed before; only their gradient is
@@ -243,14 +254,8 @@ def apply_to_rows(
     """
     leading = heads[0][0][0].shape[:-1]
     rows = rows or CountedRows(leading.numel())
-    task = _Task(
-        function,
-        tuple(map(len, heads)),
-        leading,
-        summed,
-        rows,
-        known,
-        tuple(shards) or (None,) * len(heads),
-    )
+    layers, shards = tuple(map(len, heads)), tuple(shards) or (None,) * len(heads)
+    task = _Task(function, layers, leading, summed, rows, known, shards, tuple(shared))
     tensors = (tensor for terms in heads for term in terms for tensor in term)
-    return _RowFunction.apply(task, *tensors, *(_flat(one, leading) for one in arguments))
+    flat = (one if at in shared else _flat(one, leading) for at, one in enumerate(arguments))
+    return _RowFunction.apply(task, *tensors, *flat)

@@ -105,7 +105,7 @@ def run(folder: Path, *options: str, kind: str = "ddp", delay: float = 0.0) -> l
 
 def _ends(children: list[subprocess.Popen], folder: Path, relay: Relay) -> list[Ended]:
     begin, stopped, ended = time.monotonic(), None, {}
-    while len(ended) < len(children) and time.monotonic() < begin + 300:
+    while len(ended) < len(children) and time.monotonic() < begin + 600:
         time.sleep(0.2)
         if stopped is None and (ended or (folder / "stalled").exists()):
             stopped = time.monotonic()

@@ -1,10 +1,10 @@
 """Finding a model's output head and letting it return lazy logits.
 
 A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and nothing else. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
-a copy or a pickle of the model has stock heads. Where a tensor-parallel plan runs the head, the
-attribute may stand in the place of the plan's, which is put back. Quantised, offloaded, kernelised
-or custom heads are left alone.
+and on the layer that PEFT may have put around it. No parameter, buffer, hook or class is added, so
+that state dicts keep their keys; a copy or a pickle of the model has stock heads. Where a
+tensor-parallel plan runs the head, the attribute may stand in the place of the plan's, which is put
+back. Quantised, offloaded, kernelised or custom heads are left alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastft.foreign import (
     HeadPlan,
     base_model,
     head_plan,
+    is_adapter,
     is_dtensor,
     is_exporting,
     output_embeddings,
@@ -32,6 +33,7 @@ from fastft.foreign import (
     shares_a_resharded_unit,
 )
 from fastft.loss.dtensor_head import sharded_head
+from fastft.loss.lazy.adapters import AdaptedForward
 from fastft.loss.lazy.evaluation import Evaluation, Held
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
@@ -136,6 +138,7 @@ class LazyForward:
         self.report = report
         self.evaluation = evaluation
         self.reads, self.held = reads, held
+        self.adapted: list[AdaptedForward] = []
         self._outside_compiled = torch.compiler.disable(self._forward)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -159,18 +162,11 @@ class LazyForward:
         # entered again by Linear.inside_head, so that a sharded weight is gathered
         if fastft_task is not None:
             return self._handed(fastft_task(*self._operands(input)[:3]))
-        is_meant, evaluation = self._purpose()
-        report = self.report if evaluation is None else evaluation.report
-        is_plain = not args and not kwargs and is_meant
-        if not is_plain or not self._can_be_lazy(input, evaluation, report):
+        make = None if args or kwargs else self.maker(input)
+        if make is None:
             return self._stock(input, *args, **kwargs)
-        check = None if self.sharding is None else self.sharding.permission()
         x, weight, bias, shard = self._operands(input)
-        # when somebody forgets logits is not the same on all processes, which compute them together
-        held = self.held if weight.requires_grad and shard is None else None
-        return self._handed(
-            lazy_linear(x, weight, bias, report, head, check, evaluation, held, shard)
-        )
+        return self._handed(make(x, weight, bias, head, shard))
 
     def _operands(self, input: Any) -> tuple[Tensor, Tensor, Tensor | None, Shard | None]:
         """What this process has of the input and of the head, and which classes these are."""
@@ -180,6 +176,29 @@ class LazyForward:
 
     def _handed(self, output: Any) -> Any:
         return output if self.plan is None else self.plan.returned(output)
+
+    def maker(self, input: Tensor) -> Callable[..., Tensor] | None:
+        """What makes lazy logits in this forward pass, of an input, a weight, a bias, the head that
+        can be entered again for them, and the classes that the weight has; None where logits are to
+        be real, and the report gets why."""
+        is_meant, evaluation = self._purpose()
+        report = self.report if evaluation is None else evaluation.report
+        if not is_meant or not self._can_be_lazy(input, evaluation, report):
+            return None
+        check = None if self.sharding is None else self.sharding.permission()
+
+        def make(
+            x: Tensor,
+            weight: Tensor,
+            bias: Tensor | None,
+            head: Any = None,
+            shard: Shard | None = None,
+        ) -> Tensor:
+            # processes that compute logits together do not forget them at the same time
+            held = self.held if weight.requires_grad and shard is None else None
+            return lazy_linear(x, weight, bias, report, head, check, evaluation, held, shard)
+
+        return make
 
     def _purpose(self) -> tuple[bool, Evaluation | None]:
         """Whether this is a forward pass of a training, or of an evaluation inside one, and of
@@ -235,6 +254,8 @@ class LazyForward:
                 self.head.__dict__["forward"] = self.planned
         if self.sharding is not None:
             self.sharding.remove()
+        for adapted in self.adapted:
+            adapted.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a plan's function has no copy: torch gives a copy of the model the very same
@@ -305,6 +326,9 @@ class Attachment:
             head, around, sharding, plan, self.report, self.evaluation, self._reads, self._held
         )
         head.forward = forward  # type: ignore[method-assign]
+        adapters = [m for m in around if is_adapter(m) and "forward" not in m.__dict__]
+        adapters = [] if plan is not None else adapters  # their products would need all classes
+        forward.adapted = [AdaptedForward(layer, forward) for layer in adapters]
         self._forwards.append(forward)
         return True
 
@@ -321,7 +345,7 @@ class Attachment:
 
 
 def find_heads(model: nn.Module) -> list[nn.Linear]:
-    """The linear modules whose sum is the model's logits, looked up inside PEFT wrappers.
+    """The linear modules that make the model's logits, looked up inside PEFT wrappers.
 
     They are the output embeddings which the model, or else a model inside it, calls so. A language
     model, or a module of one's own, that names none has as its head the last linear layer, if that
@@ -378,15 +402,16 @@ def _why_no_head(model: nn.Module) -> str:
 
 
 def _linear_parts(module: nn.Module) -> list[nn.Linear]:
+    inside: Any = module
     if type(module).__name__ == "ModulesToSaveWrapper":
-        copies: Any = module.modules_to_save
-        return [part for copy in copies.values() for part in _linear_parts(copy)]
-    # LoRA: the base head plus one B matrix, V x rank, for each adapter
-    if hasattr(module, "base_layer"):
-        adapters: Any = getattr(module, "lora_B", {})
-        layers: list[Any] = [module.base_layer, *adapters.values()]
-        return [part for layer in layers for part in _linear_parts(layer)]
-    return [module] if isinstance(module, nn.Linear) else []
+        parts = [*inside.modules_to_save.values()]
+    elif type(module).__name__ == "TrainableTokensWrapper":
+        parts = [inside.token_adapter]
+    elif is_adapter(module):
+        parts = [inside.base_layer]
+    else:
+        return [module] if isinstance(module, nn.Linear) else []
+    return [linear for part in parts for linear in _linear_parts(part)]
 
 
 _UNKNOWN_PLAN = (
