@@ -218,6 +218,12 @@ LIMITS = {
         "test_distributed_loss.py::test_what_a_sharding_library_would_not_notice_stays_stock_and_says_so",
         "test_fused_loss.py::test_data_parallel_is_left_alone",
     ],
+    "works-with.md: A tensor-parallel head": [
+        "test_tensor_parallel_head.py::test_a_head_spread_by_a_plan",
+    ],
+    "works-with.md: Where the rows of a batch": [
+        "test_cut_rows.py::test_packs_are_refused_before_training",
+    ],
     "works-with.md: Evaluation is without logits": [
         "test_evaluation.py::test_evaluation_outside_train_is_stock",
         "test_evaluation.py::test_a_sharded_head_is_evaluated_as_stock",

@@ -68,9 +68,8 @@ class FusedLossCallback(PackingCallback):
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
     label smoothing or a `compute_loss_func` it stays stock, and `report.skipped` says so.
-    Tensor-parallel heads, DataParallel, and models whose loss others compute (Liger, TRL) are left
-    alone, and a warning says so; so are classifiers, which have no vocabulary to save, without a
-    warning.
+    DataParallel, and models whose loss others compute (Liger, TRL), are left alone, and a warning
+    says so; so are classifiers, which have no vocabulary to save, without a warning.
 
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback:
     `restore()` takes it off, and so does the next training of the model that has this callback, a

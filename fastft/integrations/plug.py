@@ -208,8 +208,9 @@ def plug(
     Raises:
         TypeError: `trainer` is no Trainer, a switch is no bool, an option is unknown.
         ValueError: the Trainer is plugged already; `packing` is none of these, or impossible
-            (DataParallel, prompt tuning, `auto_find_batch_size`, dispatched batches, an example
-            that is too long); options for an optimizer that is left alone, or that `args` have.
+            (DataParallel, context or sequence parallelism, prompt tuning, `auto_find_batch_size`,
+            dispatched batches, an example that is too long); options for an optimizer that is left
+            alone, or that `args` have.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(

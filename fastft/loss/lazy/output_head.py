@@ -462,8 +462,9 @@ def fused_loss(model: nn.Module, *references: nn.Module) -> Iterator[Report]:
 
     Args:
         model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers
-            included). Where there is none, or under DataParallel or tensor parallelism, the model
-            is left as it is and the report's `skipped` says why.
+            included). Where there is none, or under DataParallel, the model is left as it is and
+            the report's `skipped` says why. Of a tensor-parallel head all processes must use the
+            logits alike.
         references: models whose logits the loss reads without gradients: a teacher, or `model`
             itself with its adapters switched off. Their forward passes without gradients are lazy
             too, outside `generate`.
