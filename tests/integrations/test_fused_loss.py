@@ -262,6 +262,7 @@ def test_who_else_computes_the_loss_is_named_and_what_to_do(
     )
 
 
+@pytest.mark.way("DataParallel", loss="stock")
 def test_data_parallel_is_left_alone():
     with fused_loss(nn.DataParallel(llama())) as report:
         assert "DataParallel" in report.skipped[0]

@@ -350,6 +350,7 @@ def test_dispatched_batches_are_refused():
         )
 
 
+@pytest.mark.way("DataParallel", packing="refused")
 def test_data_parallel_is_refused():
     class Two:
         n_gpu = 2

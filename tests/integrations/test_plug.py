@@ -330,6 +330,7 @@ def test_a_callback_that_is_there_is_kept(tmp_path, kind):
     assert_stock(trainer.model)
 
 
+@pytest.mark.way("DataParallel", loss="stock")
 def test_data_parallel_is_left_alone_with_a_word(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.args._n_gpu = 2

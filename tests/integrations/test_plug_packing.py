@@ -341,6 +341,7 @@ def test_packing_that_cannot_be_is_refused_at_once(tmp_path, case):
     assert vars(trainer) == before and Plugged.of(trainer) is None
 
 
+@pytest.mark.way("DataParallel", packing="refused")
 def test_data_parallel_is_refused(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.args._n_gpu = 2

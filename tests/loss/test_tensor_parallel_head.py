@@ -252,13 +252,9 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return {world: processes.run(__name__, world, tmp_path_factory) for world in (2, 3)}
-
-
 @pytest.mark.way("tensor parallel", loss="exact")
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
-def test_a_head_spread_by_a_plan(outcomes, case, world):
-    assert not any(outcomes[world][case]), "\n".join(outcomes[world][case])
+def test_a_head_spread_by_a_plan(case, world, tmp_path_factory):
+    outcomes = processes.run(__name__, world, tmp_path_factory)
+    assert not any(outcomes[case]), "\n".join(outcomes[case])

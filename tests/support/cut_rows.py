@@ -111,7 +111,7 @@ def train(kind: str, way: str, folder: Path) -> dict:
         if way == "plug packs":
             fastft.plug(trainer, packing=2 * LENGTH)
         trainer.train()
-    except ValueError as error:  # a PackingLeakError is one
+    except (ValueError, fastft.PackingLeakError) as error:
         return {"error": f"{type(error).__name__}: {error}", "steps": trainer.state.global_step}
     fused = callbacks[1].report.fused if way == "fused" else 0
     return {"losses": curve.losses, "norms": curve.norms, "fused": fused}
