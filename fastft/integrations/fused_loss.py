@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from fastft.data.batch import known_count
-from fastft.foreign import unwrapped, whose_forward
+from fastft.foreign import base_model, fused_head, unwrapped, whose_forward
 from fastft.integrations.packing import PackingCallback
 from fastft.loss.counted_labels import give_counted_labels
 from fastft.loss.lazy.evaluation import Evaluation
@@ -58,9 +58,10 @@ class FusedLossCallback(PackingCallback):
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
     label smoothing or a `compute_loss_func` it stays stock, and `report.skipped` says so.
-    Tensor-parallel heads, DataParallel, and models whose loss others compute (Liger, TRL) are left
-    alone, and a warning says so; so are classifiers, which have no vocabulary to save, without a
-    warning.
+    TRL's trainers ask the model's fused head for log-probabilities: those are answered too, for a
+    reference model as well, in training and in evaluations inside it. Tensor-parallel heads,
+    DataParallel, and models whose loss others compute (Liger, TRL's distillation) are left alone,
+    and a warning says so; so are classifiers, which have no vocabulary to save, without a warning.
 
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback:
     `restore()` takes it off, and so does the next training of the model that has this callback, a
@@ -79,6 +80,7 @@ class FusedLossCallback(PackingCallback):
         self.verify = verify
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
+        self._trainer_name = ""
         self._said, self._said_places, self._said_size = False, 0, False
 
     def on_train_begin(
@@ -96,8 +98,9 @@ class FusedLossCallback(PackingCallback):
                 skipped=["DataParallel: its replicas would call the head of the first device"]
             )
             return
-        self._attachment = Attachment(model, evaluation)
-        self._kept.callback(self._attachment.remove)
+        trainer = _trainer()
+        self._trainer_name = "" if trainer is None else type(trainer).__name__
+        self._attachment = _attach(model, evaluation, trainer, self._kept)
         if collator is not None:
             self._kept.callback(give_counted_labels(model, known_count))
         self.report = self._attachment.report
@@ -128,12 +131,15 @@ class FusedLossCallback(PackingCallback):
             logger.info(
                 f"fastft: the loss is fused ({self.report.fused} evaluations in the first step)"
             )
+            head = None if self._attachment is None else self._attachment.fused_head
+            if head is not None and head.difference is not None:
+                logger.warning(f"fastft: {_OTHER_HEAD.format(head.difference)}")
             return
         # a classifier has nothing to fuse
         say = logger.warning if expects_head(model) else logger.info
         why = self.why_not_fused(model)
         unknown = not (self.report.skipped or self.report.materialised)
-        advice = f". {_who_computes_it(model)[1]}" if unknown else ""
+        advice = f". {_who_computes_it(model, self._trainer_name)[1]}" if unknown else ""
         say(f"fastft: no loss was fused in the first step: {why}{advice}")
 
     def why_not_fused(self, model: nn.Module) -> str:
@@ -142,7 +148,7 @@ class FusedLossCallback(PackingCallback):
             return "; ".join(self.report.skipped)
         if self.report.materialised:
             return "something asked for real logits before the loss"
-        return _who_computes_it(model)[0]
+        return _who_computes_it(model, self._trainer_name)[0]
 
     def on_prediction_step(
         self,
@@ -200,9 +206,8 @@ class FusedLossCallback(PackingCallback):
             return
         evaluation = Evaluation(_in_evaluation_loop)
         self.evaluation = evaluation.report
-        self._attachment = attachment = Attachment(model, evaluation)
         with contextlib.ExitStack() as stack:
-            stack.callback(attachment.remove)
+            self._attachment = attachment = _attach(model, evaluation, _trainer(), stack)
             if args.torch_compile and attachment.heads:
                 _keep_loss_uncompiled(unwrapped(model), stack)
             try:
@@ -242,6 +247,36 @@ class FusedLossCallback(PackingCallback):
         hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
 
 
+_OTHER_HEAD = (
+    "the log-probabilities are those of the model's own logits. TRL's fused head alone would give "
+    "others: {}. Where it has computed a reference before the training (precompute_ref_log_probs), "
+    "leave that option out"
+)
+
+
+def _trainer() -> Any:
+    """The Trainer that trains or evaluates right now: no event of it tells its reference model."""
+    for frame in callers():
+        if frame.f_code.co_name in ("_inner_training_loop", *_EVALUATING):
+            trainer = frame.f_locals.get("self")
+            if isinstance(trainer, Trainer):
+                return trainer
+    return None
+
+
+def _attach(
+    model: nn.Module, evaluation: Evaluation, trainer: Any, stack: contextlib.ExitStack
+) -> Attachment:
+    """Attaches to a model, and to the reference of its Trainer where TRL has given that a fused head
+    too, until `stack` is closed."""
+    attachment = Attachment(model, evaluation)
+    stack.callback(attachment.remove)
+    reference = getattr(trainer, "ref_model", None)
+    if isinstance(reference, nn.Module) and fused_head(base_model(reference)) is not None:
+        stack.callback(Attachment(reference, evaluation, attachment.report).remove)
+    return attachment
+
+
 def _in_evaluation_loop() -> bool:
     """Whether a method of Trainer that evaluates runs the model right now, and no `generate` in
     between.
@@ -258,15 +293,20 @@ def _in_evaluation_loop() -> bool:
     return False
 
 
-def _who_computes_it(model: nn.Module) -> tuple[str, str]:
+def _who_computes_it(model: nn.Module, trainer: str) -> tuple[str, str]:
     """Says why no head was asked for logits, and what to do."""
     packages = whose_forward(model)
+    if "Distillation" in trainer:
+        return (
+            f"nothing called the output head: {trainer} reads the weights of both models' heads "
+            "itself",
+            "Leave FusedLossCallback out (fastft's AdamW works there)",
+        )
     if "trl" in packages:
         return (
-            "nothing called the output head: TRL's trainers compute their loss by a fused head "
-            "of their own",
-            "Leave FusedLossCallback out (fastft's AdamW and packing work there), or train with "
-            "transformers.Trainer",
+            "nothing called the output head: TRL computes the loss by a fused head of its own, "
+            "which is none that this version of fastft knows",
+            "Leave FusedLossCallback out (fastft's AdamW and packing work there), or use TRL 1.16",
         )
     if "liger_kernel" in packages:
         return (

@@ -85,8 +85,8 @@ def knows_out_dtype(product: str, dtype: torch.dtype, device: torch.device) -> b
 
 
 def slabs(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows, such as the classes of a weight (V, H) or of its gradient, whose copies in fp32
-    are small."""
+    """Slices of rows, such as the classes of a weight (V, H) or of its gradient, of which a copy in
+    fp32 is small."""
     slab_bytes = _SLAB_BYTES if matrix.device.type == "cpu" else _DEVICE_SLAB_BYTES
     size = max(1, min(len(matrix), slab_bytes // max(1, 4 * matrix.shape[1])))
     for begin in range(0, len(matrix), size):

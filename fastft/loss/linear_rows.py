@@ -41,9 +41,9 @@ from torch import Tensor
 
 from fastft import ops
 from fastft.loss.cross_entropy_rows import ROWS
-from fastft.loss.logit_moments import logit_moments
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.head_sweep import HeadCall, Operands, Outputs, Where, handed_back, sweep_one
+from fastft.loss.logit_moments import logit_moments
 from fastft.loss.options import refuse_second_derivative, statistics_dtype
 
 

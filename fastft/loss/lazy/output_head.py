@@ -12,7 +12,7 @@ import contextlib
 import re
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastft.foreign import (
     base_model,
+    fused_head,
     is_dtensor,
     is_exporting,
     output_embeddings,
@@ -27,6 +28,7 @@ from fastft.foreign import (
     shares_a_resharded_unit,
 )
 from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.fused_head import FusedHeadForward
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
 
@@ -63,6 +65,15 @@ class Sharding:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._computes_loss = False
 
+    @contextlib.contextmanager
+    def loss_inside(self) -> Iterator[None]:
+        """Within, what is made of the logits is returned by the model's forward."""
+        before, self._computes_loss = self._computes_loss, True
+        try:
+            yield
+        finally:
+            self._computes_loss = before
+
     def reason_now(self) -> str | None:
         """Why this forward pass needs real logits; None where the model computes the loss."""
         if not self._computes_loss:
@@ -98,11 +109,22 @@ class Sharding:
         return check
 
 
+class _Asked(NamedTuple):
+    """What somebody around the model's forward pass makes of its logits, in any mode of the model.
+
+    `report`: where that is counted. `fp32`: whether the head's products are those of fp32 copies.
+    """
+
+    report: Report
+    fp32: bool
+
+
 class LazyForward:
     """The `forward` of an attached head: lazy in training, and in an `Evaluation`.
 
-    In training it is lazy where gradients are recorded. It copies and pickles as the method that
-    the module's class has, so that a copy of the model is a stock one.
+    In training it is lazy where gradients are recorded, and in any mode while it is `asked`. It
+    copies and pickles as the method that the module's class has, so that a copy of the model is a
+    stock one.
     """
 
     def __init__(
@@ -118,6 +140,7 @@ class LazyForward:
         self.sharding = sharding
         self.report = report
         self.evaluation = evaluation
+        self._asked: _Asked | None = None
         self._outside_compiled = torch.compiler.disable(self._forward)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -137,13 +160,31 @@ class LazyForward:
         # entered again by Linear.inside_head, so that a sharded weight is gathered
         if fastft_task is not None:
             return fastft_task(input, head.weight, head.bias)
-        evaluation = None if head.training else self.evaluation
+        asked = self._asked
+        evaluation = None if head.training or asked is not None else self.evaluation
         report = self.report if evaluation is None else evaluation.report
-        is_plain = not args and not kwargs and self._is_meant(evaluation)
+        report = report if asked is None else asked.report
+        is_plain = not args and not kwargs and (asked is not None or self._is_meant(evaluation))
         if not is_plain or not self._can_be_lazy(input, evaluation, report):
             return type(head).forward(head, input, *args, **kwargs)
         check = None if self.sharding is None else self.sharding.permission()
-        return lazy_linear(input, head.weight, head.bias, report, head, check, evaluation)
+        weight, bias = head.weight, head.bias
+        if asked is None or not asked.fp32:
+            return lazy_linear(input, weight, bias, report, head, check, evaluation)
+        wide = None if bias is None else bias.float()
+        with torch.autocast(input.device.type, enabled=False):
+            return lazy_linear(input.float(), weight.float(), wide, report, head, check)
+
+    @contextlib.contextmanager
+    def asked(self, report: Report, fp32: bool) -> Iterator[None]:
+        """Within, the logits are lazy in any mode: whoever enters this is around the model's
+        forward pass, and returns what it makes of them."""
+        with contextlib.ExitStack() as stack:
+            if self.sharding is not None:
+                stack.enter_context(self.sharding.loss_inside())
+            stack.callback(setattr, self, "_asked", self._asked)
+            self._asked = _Asked(report, fp32)
+            yield
 
     def _is_meant(self, evaluation: Evaluation | None) -> bool:
         """Whether this is a forward pass of a training, or of an evaluation inside one."""
@@ -160,15 +201,16 @@ class LazyForward:
         is_autocast = torch.is_autocast_enabled(input.device.type)
         if input.dtype != self.head.weight.dtype and not is_autocast:
             return False  # torch says what is wrong
-        reason = self._reason_now(evaluation)
-        if reason is not None and reason not in report.skipped:
-            report.skipped.append(reason)
+        if type(self.head.weight) in (Tensor, nn.Parameter):
+            reason = self.reason_now(evaluation)
+        else:
+            reason = f"the weight of the output head is a {type(self.head.weight).__name__}"
+        if reason is not None:
+            report.note_skipped(reason)
         return reason is None
 
-    def _reason_now(self, evaluation: Evaluation | None) -> str | None:
+    def reason_now(self, evaluation: Evaluation | None = None) -> str | None:
         """What forbids lazy logits in this forward pass alone."""
-        if type(self.head.weight) not in (Tensor, nn.Parameter):
-            return f"the weight of the output head is a {type(self.head.weight).__name__}"
         # its logits are read after the forward pass, when the shards are gone
         sharding, everywhere = self.sharding, torch.nn.modules.module
         if evaluation is not None:
@@ -193,15 +235,23 @@ class LazyForward:
 class Attachment:
     """The heads of `model` that return lazy logits until `remove()`.
 
-    They do so in training and, if it is given, in `evaluation`. A head that another attachment
-    holds is taken from it: after an exception nobody else may be there to end that one.
+    They do so in training and, if it is given, in `evaluation`, and where TRL asks a model with its
+    fused head for log-probabilities. A head that another attachment holds is taken from it: after
+    an exception nobody else may be there to end that one. `report`: another attachment's, whose
+    model trains with this one.
     """
 
-    def __init__(self, model: nn.Module, evaluation: Evaluation | None = None) -> None:
-        self.report = Report()
+    def __init__(
+        self,
+        model: nn.Module,
+        evaluation: Evaluation | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self.report = report or Report()
         self.evaluation = evaluation
         self.heads: list[nn.Linear] = []
         self._forwards: list[LazyForward] = []
+        self.fused_head: FusedHeadForward | None = None
         if isinstance(model, nn.DataParallel):
             self.report.skipped.append(
                 "DataParallel: its replicas would call the head of the first device"
@@ -230,11 +280,25 @@ class Attachment:
             self._forwards.append(forward)
         if not self.heads and not self.report.skipped:
             self.report.skipped.append(_why_no_head(model))
+        if self.heads:
+            self._answer_for(base_model(model))
+
+    def _answer_for(self, model: nn.Module) -> None:
+        """Takes the place of TRL's fused head, where `model` has one."""
+        former, head = vars(model).get("forward"), fused_head(model)
+        if isinstance(former, FusedHeadForward):
+            former.remove()
+        if head is not None:
+            self.fused_head = FusedHeadForward(
+                model, head, self._forwards, self.report, self.evaluation
+            )
 
     def remove(self) -> None:
         """Takes the heads back to stock. Harmless when called twice."""
         if self.evaluation is not None:
             self.evaluation.settle()
+        if self.fused_head is not None:
+            self.fused_head.remove()
         for forward in self._forwards:
             forward.remove()
         self.heads, self._forwards = [], []
