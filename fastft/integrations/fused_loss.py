@@ -267,8 +267,8 @@ def _trainer() -> Any:
 def _attach(
     model: nn.Module, evaluation: Evaluation, trainer: Any, stack: contextlib.ExitStack
 ) -> Attachment:
-    """Attaches to a model, and to the reference of its Trainer where TRL has given that a fused head
-    too, until `stack` is closed."""
+    """Attaches, until `stack` is closed, to a model, and to its Trainer's reference where TRL has
+    given that a fused head too."""
     attachment = Attachment(model, evaluation)
     stack.callback(attachment.remove)
     reference = getattr(trainer, "ref_model", None)

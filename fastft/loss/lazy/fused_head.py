@@ -67,7 +67,9 @@ class FusedHeadForward:
         self._stock = model.forward
         # `generate`, Trainer and PEFT look at the signature
         functools.update_wrapper(self, self._stock)
-        self._answer = torch.compiler.disable(self._answers, recursive=False)
+        # the model's own forward is compiled all the same
+        self._answer = torch.compiler.disable(self._answer_outside, recursive=False)
+        self._read = torch.compiler.disable(self._read_logits)
         self._restore = put_attributes(model, forward=self)
 
     def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -89,7 +91,7 @@ class FusedHeadForward:
         self._forwards = ()
         self._restore()
 
-    def _answers(self, *args: Any, **kwargs: Any) -> Any:
+    def _answer_outside(self, *args: Any, **kwargs: Any) -> Any:
         head, evaluation = self._head, self._evaluation
         evaluated = evaluation is not None and not torch.is_grad_enabled() and evaluation.in_loop()
         report = evaluation.report if evaluation is not None and evaluated else self._report
@@ -99,10 +101,10 @@ class FusedHeadForward:
             reasons = [forward.reason_now() for forward in self._forwards]
             for reason in filter(None, reasons):
                 report.note_skipped(reason)
-            result = None if any(reasons) else self._from_logits(report, *args, **kwargs)
-        return self._stock(*args, fused_lm_head=True, **kwargs) if result is None else result
+            answer = None if any(reasons) else self._answered(report, *args, **kwargs)
+        return self._stock(*args, fused_lm_head=True, **kwargs) if answer is None else answer
 
-    def _from_logits(
+    def _answered(
         self,
         report: Report,
         *args: Any,
@@ -116,38 +118,41 @@ class FusedHeadForward:
         aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is None and self._routes(kwargs):
             return None
-        logits: Tensor = outputs.logits
+        found = self._read(report, outputs.logits, labels, shift_labels)
+        counted = found["label_mask"]
+        items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = -found["log_probs"].sum() / items
+        if aux_loss is not None:
+            loss = loss + getattr(self._text_config, "router_aux_loss_coef", 0.0) * aux_loss
+        return self._head.output(loss=loss, aux_loss=aux_loss, **found)
+
+    def _read_logits(
+        self,
+        report: Report,
+        logits: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """What TRL asks for of each label, and which labels there are."""
         if self.difference is None:
             self.difference = self._difference(logits)
         if shift_labels is None:
             assert labels is not None
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        else:
-            labels = shift_labels
-        labels = labels.to(logits.device)
+            logits, shift_labels = logits[:, :-1], labels[:, 1:]
+        labels = shift_labels.to(logits.device)
         if self._head.temperature != 1.0:
             logits = logits / self._head.temperature
-        tokens = self._tokens(logits, labels)
         report.fused += isinstance(logits, LazyLogits) and logits.is_lazy
-        counted, names = labels != IGNORED, self._head.outputs
-        items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = -tokens["log_probs"].sum() / items
-        if aux_loss is not None:
-            loss = loss + getattr(self._text_config, "router_aux_loss_coef", 0.0) * aux_loss
-        wanted = {name: tokens[name] for name in {"log_probs", *names}}
-        return self._head.output(loss=loss, label_mask=counted, aux_loss=aux_loss, **wanted)
-
-    def _tokens(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        names = self._head.outputs
-        counted = labels != IGNORED
-        return token_log_probs(
+        counted, names = labels != IGNORED, {"log_probs", *self._head.outputs}
+        tokens = token_log_probs(
             logits,
             labels,
             # TRL's head waits for the device to count them, too
             max_counted=None if labels.device.type == "cpu" else int(counted.sum()),
             mean_logits="mean_logits" in names,
             log_sum_sq_probs="log_sum_sq_probs" in names,
-        )._asdict()
+        )
+        return {name: getattr(tokens, name) for name in names} | {"label_mask": counted}
 
     @property
     def _text_config(self) -> Any:

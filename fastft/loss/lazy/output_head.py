@@ -364,7 +364,8 @@ def _why_no_head(model: nn.Module) -> str:
 def _linear_parts(module: nn.Module) -> list[nn.Linear]:
     if type(module).__name__ == "ModulesToSaveWrapper":
         copies: Any = module.modules_to_save
-        return [part for copy in copies.values() for part in _linear_parts(copy)]
+        modules: list[Any] = [*copies.values(), module.original_module]
+        return [part for copy in modules for part in _linear_parts(copy)]
     # LoRA: the base head plus one B matrix, V x rank, for each adapter
     if hasattr(module, "base_layer"):
         adapters: Any = getattr(module, "lora_B", {})
