@@ -8,11 +8,13 @@ import types
 from contextlib import nullcontext
 
 import datasets
+import pytest
 import torch
 import trl
 from transformers import LlamaForCausalLM
 from trl.trainer.utils import FusedCausalLMOutput
 
+import fastft
 from fastft.foreign import base_model
 from support.plugged import V, llama, tokenizer
 from support.trainers import quiet_arguments
@@ -61,7 +63,9 @@ def trainer_of(folder, name, *, rows=None, model=None, options=None, **changes):
     `rows`: other examples. `options`: of the trainer itself. `changes`: of its arguments.
     """
     examples, given = MEMBERS[name]
-    usual = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    # Adam makes steps of noise, where gradients of chosen and rejected cancel out
+    usual = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.05}
+    usual |= {"optim": "sgd", "disable_tqdm": True}
     arguments = quiet_arguments(
         folder,
         getattr(trl, f"{name}Config"),
@@ -136,11 +140,29 @@ def curves(trainer):
     return [entry for entry in entries if any("loss" in key for key in entry)]
 
 
-def train(trainer, *callbacks, inside=None):
-    """Trains, and returns its curves."""
-    for callback in callbacks:
-        trainer.add_callback(callback)
+def train(trainer, inside=None):
+    """Trains within the context `inside`, and returns the curves; the same draws each time."""
     with inside or nullcontext(), torch.random.fork_rng():
         torch.manual_seed(3)
         trainer.train()
     return curves(trainer)
+
+
+def compare(stock, ours, callback=None, rel=2e-6, abs=2e-6):
+    """Trains two trainers, the first with plain logits, and compares all that they log.
+
+    Returns:
+        The callback of the second, and the curves.
+    """
+    expected = train(with_plain_heads(stock))
+    callback = callback or fastft.FusedLossCallback()
+    models = [m for m in (ours.model, getattr(ours, "ref_model", None)) if m is not None]
+    before = [dict(vars(base_model(model))) for model in models]
+    ours.add_callback(callback)
+    actual = train(ours)
+    for model, attributes in zip(models, before, strict=True):
+        assert vars(base_model(model))["forward"] is attributes["forward"]
+    assert [entry.keys() for entry in actual] == [entry.keys() for entry in expected]
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=rel, abs=abs, nan_ok=True)
+    return callback, actual
