@@ -236,6 +236,11 @@ def base_model(model: Any) -> Any:
         model = inner
 
 
+def is_adapter(layer: nn.Module) -> bool:
+    """Whether it is a layer of one of PEFT's methods, around another layer."""
+    return "BaseTunerLayer" in _class_names(layer) and "base_layer" in layer._modules
+
+
 def output_embeddings(model: Any) -> nn.Module | None:
     """What `model` itself calls its output embeddings; None where it has none, or does not say."""
     # transformers' models without a head raise, others have no such method
@@ -304,6 +309,13 @@ def _wrapped_functions(forward: Any) -> Iterator[Any]:
         function = getattr(forward, "__func__", forward)
         yield function
         forward = getattr(function, "__wrapped__", None)
+
+
+def casts_head_to_fp32(forward: Any) -> bool:
+    """Whether `forward` is what TRL gives an output head under `cast_lm_head_to_fp32`."""
+    code, space = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    is_of_trl = str(space.get("__name__", "")).startswith("trl.")
+    return is_of_trl and getattr(code, "co_name", None) == "cast_forward_to_fp32"
 
 
 class FusedHead(NamedTuple):

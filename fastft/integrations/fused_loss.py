@@ -13,11 +13,16 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from fastft.data.batch import known_count
-from fastft.foreign import base_model, fused_head, unwrapped, whose_forward
+from fastft.foreign import unwrapped, whose_forward
 from fastft.integrations.packing import PackingCallback
+from fastft.integrations.run_record import record_run
 from fastft.loss.counted_labels import give_counted_labels
 from fastft.loss.lazy.evaluation import Evaluation
-from fastft.loss.lazy.output_head import Attachment, expects_head
+from fastft.loss.lazy.output_head import (
+    Attachment,
+    expects_head,
+    is_recomputed_or_generating,
+)
 from fastft.loss.lazy.report import Report
 from fastft.stack import callers
 
@@ -25,12 +30,17 @@ from fastft.stack import callers
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _MANY_BYTES = 1 << 30
+_STEPPING = ("training_step", "compute_loss")
 _EVALUATING = ("prediction_step", "evaluation_loop", "evaluate", "predict")
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class FusedLossCallback(PackingCallback):
     """Computes a model's loss without ever holding logits, from train begin to train end.
+
+    So it does for the other models of the Trainer, whose logits its loss reads (`teacher_model`,
+    `ref_model`), and for the model itself without its adapters: in a training step, forward passes
+    without gradients have no logits either.
 
     So it does in evaluations inside `train()`. There `preprocess_logits_for_metrics` gets lazy
     logits: argmax, top-k and log-probabilities are computed chunk by chunk. Metrics that want
@@ -81,6 +91,7 @@ class FusedLossCallback(PackingCallback):
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
         self._trainer_name = ""
+        self._is_verifying = False
         self._said, self._said_places, self._said_size = False, 0, False
 
     def on_train_begin(
@@ -93,14 +104,15 @@ class FusedLossCallback(PackingCallback):
         self._said, self._said_places, self._said_size = False, 0, False
         evaluation = Evaluation(_in_evaluation_loop)
         self.evaluation = evaluation.report
+        self._kept.callback(record_run(model, args))
         if args.n_gpu > 1:
             self.report = Report(
                 skipped=["DataParallel: its replicas would call the head of the first device"]
             )
             return
-        trainer = _trainer()
-        self._trainer_name = "" if trainer is None else type(trainer).__name__
-        self._attachment = _attach(model, evaluation, trainer, self._kept)
+        self._trainer_name = type(_trainer()).__name__
+        self._attachment = Attachment(model, evaluation, _other_models(), self._reads_logits)
+        self._kept.callback(self._attachment.remove)
         if collator is not None:
             self._kept.callback(give_counted_labels(model, known_count))
         self.report = self._attachment.report
@@ -131,9 +143,10 @@ class FusedLossCallback(PackingCallback):
             logger.info(
                 f"fastft: the loss is fused ({self.report.fused} evaluations in the first step)"
             )
-            head = None if self._attachment is None else self._attachment.fused_head
-            if head is not None and head.difference is not None:
-                logger.warning(f"fastft: {_OTHER_HEAD.format(head.difference)}")
+            heads = [] if self._attachment is None else self._attachment.fused_heads
+            differences = dict.fromkeys(head.difference for head in heads)
+            for difference in filter(None, differences):
+                logger.warning(f"fastft: {_OTHER_HEAD.format(difference)}")
             return
         # a classifier has nothing to fuse
         say = logger.warning if expects_head(model) else logger.info
@@ -206,8 +219,9 @@ class FusedLossCallback(PackingCallback):
             return
         evaluation = Evaluation(_in_evaluation_loop)
         self.evaluation = evaluation.report
+        self._attachment = attachment = Attachment(model, evaluation, _other_models())
         with contextlib.ExitStack() as stack:
-            self._attachment = attachment = _attach(model, evaluation, _trainer(), stack)
+            stack.callback(attachment.remove)
             if args.torch_compile and attachment.heads:
                 _keep_loss_uncompiled(unwrapped(model), stack)
             try:
@@ -216,9 +230,12 @@ class FusedLossCallback(PackingCallback):
                 if self._attachment is attachment:
                     self._attachment = None
 
+    def _reads_logits(self) -> bool:
+        return not self._is_verifying and _in_training_step()
+
     def _settle(self) -> int:
         evaluation = None if self._attachment is None else self._attachment.evaluation
-        return 0 if evaluation is None else evaluation.settle()
+        return 0 if evaluation is None else evaluation.take_built()
 
     def restore(self) -> None:
         """Takes the model back to stock. Harmless when called twice."""
@@ -230,9 +247,12 @@ class FusedLossCallback(PackingCallback):
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not stock and module.training:
-                # heads are stock where no gradients are recorded
-                with torch.no_grad(), torch.random.fork_rng():
-                    stock.append(_loss_of(module.forward(*args, **kwargs)))
+                self._is_verifying = True
+                try:
+                    with torch.no_grad(), torch.random.fork_rng():
+                        stock.append(_loss_of(module.forward(*args, **kwargs)))
+                finally:
+                    self._is_verifying = False
 
         def after(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -254,29 +274,6 @@ _OTHER_HEAD = (
 )
 
 
-def _trainer() -> Any:
-    """The Trainer that trains or evaluates right now: no event of it tells its reference model."""
-    for frame in callers():
-        if frame.f_code.co_name in ("_inner_training_loop", *_EVALUATING):
-            trainer = frame.f_locals.get("self")
-            if isinstance(trainer, Trainer):
-                return trainer
-    return None
-
-
-def _attach(
-    model: nn.Module, evaluation: Evaluation, trainer: Any, stack: contextlib.ExitStack
-) -> Attachment:
-    """Attaches, until `stack` is closed, to a model, and to its Trainer's reference where TRL has
-    given that a fused head too."""
-    attachment = Attachment(model, evaluation)
-    stack.callback(attachment.remove)
-    reference = getattr(trainer, "ref_model", None)
-    if isinstance(reference, nn.Module) and fused_head(base_model(reference)) is not None:
-        stack.callback(Attachment(reference, evaluation, attachment.report).remove)
-    return attachment
-
-
 def _in_evaluation_loop() -> bool:
     """Whether a method of Trainer that evaluates runs the model right now, and no `generate` in
     between.
@@ -291,6 +288,34 @@ def _in_evaluation_loop() -> bool:
         if name in _EVALUATING and isinstance(frame.f_locals.get("self"), Trainer):
             return True
     return False
+
+
+def _in_training_step() -> bool:
+    """Whether a step of a Trainer runs the model right now, for the logits of that pass alone."""
+    return not is_recomputed_or_generating() and any(
+        isinstance(frame.f_locals.get("self"), Trainer)
+        for frame in callers()
+        if frame.f_code.co_name in _STEPPING
+    )
+
+
+def _trainer() -> Any:
+    """The Trainer that is about to train or evaluate."""
+    for frame in callers():
+        if frame.f_code.co_name in ("_inner_training_loop", *_EVALUATING):
+            trainer = frame.f_locals.get("self")
+            if isinstance(trainer, Trainer):
+                return trainer
+    return None
+
+
+def _other_models() -> list[nn.Module]:
+    """The models of the Trainer that is about to train or evaluate, but the one it trains."""
+    trainer = _trainer()
+    own = (getattr(trainer, "model", None), getattr(trainer, "model_wrapped", None))
+    values = () if trainer is None else vars(trainer).values()
+    others = (value for value in values if isinstance(value, nn.Module))
+    return [other for other in others if all(other is not one for one in own)]
 
 
 def _who_computes_it(model: nn.Module, trainer: str) -> tuple[str, str]:

@@ -132,7 +132,10 @@ VARIANTS = {
     "DPO, another divergence": ("DPO", {"f_divergence_type": "js_divergence"}),
     "DPO, tails of another weight": ("DPO", {"ld_alpha": 0.5}),
     "DPO, another reference": ("DPO", {"options": given_reference}),
-    "DPO, a reference before training": ("DPO", {"precompute_ref_log_probs": True}),
+    "DPO, a reference before training": (
+        "DPO",
+        {"precompute_ref_log_probs": True, "options": given_reference},
+    ),
     "DPO, a reference that follows": (
         "DPO",
         {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
@@ -186,7 +189,9 @@ def test_every_setting_that_changes_the_loss(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["DPO", "GRPO"])
 def test_in_bf16(tmp_path, name):
-    changes = {"bf16": True, "use_cpu": True, "max_steps": 2}
+    changes = {"bf16": True, "max_steps": 2}
+    if name == "DPO":  # from which policies differ: no accuracy hangs on a rounding
+        changes["options"] = given_reference
     callback, _ = compare(*trainers(tmp_path, name, **changes), rel=5e-2, abs=5e-2)
     assert callback.report.fused == 4 and not callback.report.materialised
 
@@ -244,39 +249,23 @@ def test_a_reward_model_has_no_vocabulary_and_no_warning(tmp_path, caplog):
     assert not [record for record in caplog.records if "fastft" in record.getMessage()]
 
 
-@way("Distillation", "stock")
+@way("distillation", "stock")
 def test_a_distillation_is_left_as_it_is(tmp_path, caplog):
     """It reads the weights of both heads itself."""
-    curves_of = []
-    rows = [
-        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
-        for a, b in zip(TEXTS, reversed(TEXTS), strict=True)
-    ]
+    usual = {"max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 6}
+    found = []
     for callbacks in ([], [fastft.FusedLossCallback()]):
-        words = tokenizer()
-        words.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+        arguments = {**usual, "optim": "sgd", "learning_rate": 0.05, "bf16": False}
         trainer = trl.DistillationTrainer(
             model=policy(tmp_path),
             teacher_model=llama(**SIZES, num_key_value_heads=2, seed=3),
-            args=quiet_arguments(
-                tmp_path,
-                trl.DistillationConfig,
-                max_steps=1,
-                lmbda=0.0,
-                bf16=False,
-                per_device_train_batch_size=2,
-                optim="sgd",
-                learning_rate=0.05,
-                max_completion_length=8,
-            ),
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=words,
+            args=quiet_arguments(tmp_path, trl.DistillationConfig, **arguments),
+            train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in TEXTS]),
+            processing_class=tokenizer(),
             callbacks=callbacks,
         )
-        with caplog.at_level("WARNING"):
-            curves_of.append(train(trainer))
-    assert curves_of[0] == pytest.approx(curves_of[1], rel=1e-12)
-    (said,) = [
-        r.getMessage() for r in caplog.records if "fastft: no loss was fused" in r.getMessage()
-    ]
-    assert "DistillationTrainer reads the weights of both models' heads itself" in said
+        found.append(train(trainer))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    said = [record.getMessage() for record in caplog.records]
+    (outcome,) = [line for line in said if "fastft: no loss was fused" in line]
+    assert "DistillationTrainer reads the weights of both models' heads itself" in outcome

@@ -119,7 +119,7 @@ def with_lora(model, **options):
 
 HEADS = {
     "LoRA": ({"target_modules": ["q_proj", "lm_head"]}, 1),
-    "DoRA": ({"target_modules": ["lm_head"], "use_dora": True}, 0),
+    "DoRA": ({"target_modules": ["lm_head"], "use_dora": True}, 1),
     "a trained copy": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, 1),
     "adapters elsewhere": ({"target_modules": ["q_proj"]}, 1),
 }

@@ -168,7 +168,7 @@ class FusedHeadForward:
     def _difference(self, logits: Tensor) -> str | None:
         if not isinstance(logits, LazyLogits) or not logits.is_lazy:
             return None
-        if len(logits.linear.terms) > 1:
+        if not logits.recorded.is_single or len(logits.recorded.head.terms) > 1:
             return "it reads the weight of the output head alone, which has an adapter"
         found, head = scale_and_softcap(logits.expression), self._head
         if found is None:

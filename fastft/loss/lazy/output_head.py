@@ -1,9 +1,9 @@
 """Finding a model's output head and letting it return lazy logits.
 
 A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and nothing else. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
-a copy or a pickle of the model has stock heads. Quantised, offloaded, kernelised or custom heads
-are left alone.
+and on the layer that PEFT may have put around it. No parameter, buffer, hook or class is added, so
+that state dicts keep their keys; a copy or a pickle of the model has stock heads. Quantised,
+offloaded, kernelised or custom heads are left alone.
 """
 
 from __future__ import annotations
@@ -11,26 +11,32 @@ from __future__ import annotations
 import contextlib
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.foreign import (
     base_model,
+    casts_head_to_fp32,
     fused_head,
+    is_adapter,
     is_dtensor,
     is_exporting,
     output_embeddings,
+    put_attributes,
     sharding_library,
     shares_a_resharded_unit,
 )
-from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.adapters import AdaptedForward
+from fastft.loss.lazy.evaluation import Evaluation, Held
 from fastft.loss.lazy.fused_head import FusedHeadForward
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
+from fastft.stack import callers
 
 
 class Sharding:
@@ -122,9 +128,9 @@ class _Asked(NamedTuple):
 class LazyForward:
     """The `forward` of an attached head: lazy in training, and in an `Evaluation`.
 
-    In training it is lazy where gradients are recorded, and in any mode while it is `asked`. It
-    copies and pickles as the method that the module's class has, so that a copy of the model is a
-    stock one.
+    In training it is lazy where gradients are recorded, where `reads` says that a loss reads logits
+    without them, and in any mode while it is `asked`. It copies and pickles as the method that the
+    module's class has, so that a copy of the model is a stock one.
     """
 
     def __init__(
@@ -134,19 +140,26 @@ class LazyForward:
         sharding: Sharding | None,
         report: Report,
         evaluation: Evaluation | None,
+        reads: Callable[[], bool],
+        held: Held,
     ) -> None:
         self.head = head
         self.around = around
         self.sharding = sharding
         self.report = report
         self.evaluation = evaluation
+        self.reads, self.held = reads, held
+        self.adapted: list[AdaptedForward] = []
         self._asked: _Asked | None = None
         self._outside_compiled = torch.compiler.disable(self._forward)
+        own = vars(head).get("forward")
+        self._own = own if casts_head_to_fp32(own) else None
+        self._restore = put_attributes(head, forward=self)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`nn.Linear.forward`: lazy logits or stock ones."""
         if is_exporting():  # a graph that is kept has no place for us
-            return type(self.head).forward(self.head, input, *args, **kwargs)
+            return self._real(input, *args, **kwargs)
         return self._outside_compiled(input, *args, **kwargs)
 
     def _forward(
@@ -160,20 +173,38 @@ class LazyForward:
         # entered again by Linear.inside_head, so that a sharded weight is gathered
         if fastft_task is not None:
             return fastft_task(input, head.weight, head.bias)
-        asked = self._asked
-        evaluation = None if head.training or asked is not None else self.evaluation
-        report = self.report if evaluation is None else evaluation.report
+        make = None if args or kwargs else self.maker(input)
+        if make is None:
+            return self._real(input, *args, **kwargs)
+        return make(input, head.weight, head.bias, head)
+
+    def _real(self, *args: Any, **kwargs: Any) -> Any:
+        """Real logits."""
+        if self._own is not None:
+            return self._own(*args, **kwargs)
+        return type(self.head).forward(self.head, *args, **kwargs)
+
+    def maker(self, input: Tensor) -> Callable[..., Tensor] | None:
+        """What makes lazy logits in this forward pass, of an input, a weight, a bias, and the head
+        that can be entered again for them; None where logits are to be real, and the report gets
+        why."""
+        is_meant, evaluation = self._purpose()
+        report, asked = self.report if evaluation is None else evaluation.report, self._asked
         report = report if asked is None else asked.report
-        is_plain = not args and not kwargs and (asked is not None or self._is_meant(evaluation))
-        if not is_plain or not self._can_be_lazy(input, evaluation, report):
-            return type(head).forward(head, input, *args, **kwargs)
+        if not is_meant or not self._can_be_lazy(input, evaluation, report):
+            return None
         check = None if self.sharding is None else self.sharding.permission()
-        weight, bias = head.weight, head.bias
-        if asked is None or not asked.fp32:
-            return lazy_linear(input, weight, bias, report, head, check, evaluation)
-        wide = None if bias is None else bias.float()
-        with torch.autocast(input.device.type, enabled=False):
-            return lazy_linear(input.float(), weight.float(), wide, report, head, check)
+
+        def make(x: Tensor, weight: Tensor, bias: Tensor | None, head: Any = None) -> Tensor:
+            held = self.held if weight.requires_grad else None
+            rest = report, head, check, evaluation, held
+            if asked is None or not asked.fp32:
+                return lazy_linear(x, weight, bias, *rest)
+            wide = None if bias is None else bias.float()
+            with torch.autocast(x.device.type, enabled=False):
+                return lazy_linear(x.float(), weight.float(), wide, *rest)
+
+        return make
 
     @contextlib.contextmanager
     def asked(self, report: Report, fp32: bool) -> Iterator[None]:
@@ -186,11 +217,18 @@ class LazyForward:
             self._asked = _Asked(report, fp32)
             yield
 
-    def _is_meant(self, evaluation: Evaluation | None) -> bool:
-        """Whether this is a forward pass of a training, or of an evaluation inside one."""
-        if evaluation is None:
-            return self.head.training and torch.is_grad_enabled()
-        return not torch.is_grad_enabled() and evaluation.in_loop()
+    def _purpose(self) -> tuple[bool, Evaluation | None]:
+        """Whether this is a forward pass of a training, or of an evaluation inside one, and of
+        which."""
+        # TRL's own forward of a head in fp32 is left as it is but for those who ask for fp32
+        if self._asked is not None or self._own is not None:
+            return self._asked is not None, None
+        if torch.is_grad_enabled():
+            return self.head.training, None
+        evaluation = None if self.head.training else self.evaluation
+        if evaluation is not None and evaluation.in_loop():
+            return True, evaluation
+        return self.reads(), None
 
     def _can_be_lazy(self, input: Tensor, evaluation: Evaluation | None, report: Report) -> bool:
         # somebody records the operations, to run them without us
@@ -213,8 +251,10 @@ class LazyForward:
         """What forbids lazy logits in this forward pass alone."""
         # its logits are read after the forward pass, when the shards are gone
         sharding, everywhere = self.sharding, torch.nn.modules.module
-        if evaluation is not None:
-            return None if sharding is None else f"the output head is sharded by {sharding.library}"
+        if evaluation is not None or not torch.is_grad_enabled():
+            if sharding is not None and self._asked is None:
+                return f"the output head is sharded by {sharding.library}"
+            return None if sharding is None else sharding.reason_now()
         hooks = [everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks]
         hooks += [part for m in self.around for part in (m._backward_hooks, m._backward_pre_hooks)]
         if any(hooks):
@@ -223,10 +263,11 @@ class LazyForward:
 
     def remove(self) -> None:
         """Takes the head back to stock, if it is still ours."""
-        if self.head.__dict__.get("forward") is self:
-            del self.head.__dict__["forward"]
+        self._restore()
         if self.sharding is not None:
             self.sharding.remove()
+        for adapted in self.adapted:
+            adapted.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.head, "forward")
@@ -237,75 +278,100 @@ class Attachment:
 
     They do so in training and, if it is given, in `evaluation`, and where TRL asks a model with its
     fused head for log-probabilities. A head that another attachment holds is taken from it: after
-    an exception nobody else may be there to end that one. `report`: another attachment's, whose
-    model trains with this one.
+    an exception nobody else may be there to end that one.
+
+    Args:
+        references: other models whose logits the same loss reads, a teacher for example.
+        reads: whether the forward pass that runs now, without gradients, is one whose logits a loss
+            reads: of a reference, or of `model` itself without its adapters.
     """
 
     def __init__(
         self,
         model: nn.Module,
         evaluation: Evaluation | None = None,
-        report: Report | None = None,
+        references: Iterable[nn.Module] = (),
+        reads: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.report = report or Report()
+        self.report = Report()
         self.evaluation = evaluation
         self.heads: list[nn.Linear] = []
+        self._reads, self._held = reads, Held()
         self._forwards: list[LazyForward] = []
-        self.fused_head: FusedHeadForward | None = None
+        self.fused_heads: list[FusedHeadForward] = []
+        self._hook: Any = None
         if isinstance(model, nn.DataParallel):
             self.report.skipped.append(
                 "DataParallel: its replicas would call the head of the first device"
             )
             return
         for head in find_heads(model):
-            stale = head.__dict__.get("forward")
-            if isinstance(stale, LazyForward):
-                stale.remove()
-                stale.report.skipped.append("another fused loss has taken the output head")
-            reason = _reason_against(head)
-            around = [m for m in model.modules() if any(part is head for part in m.modules())]
-            library = sharding_library(head, around) if reason is None else None
-            if reason is None and library is None and is_dtensor(head.weight):
-                reason = (
-                    "the output head is tensor-parallel: its weight is a DTensor that no FSDP "
-                    "gathers"
-                )
-            if reason is not None:
-                self.report.skipped.append(reason)
-                continue
-            sharding = None if library is None else Sharding(library, head, base_model(model))
-            forward = LazyForward(head, around, sharding, self.report, evaluation)
-            head.forward = forward  # type: ignore[method-assign]
-            self.heads.append(head)
-            self._forwards.append(forward)
+            if self._attach(model, head):
+                self.heads.append(head)
         if not self.heads and not self.report.skipped:
             self.report.skipped.append(_why_no_head(model))
-        if self.heads:
-            self._answer_for(base_model(model))
+        if not self.heads:
+            return
+        self._answer_for(model)
+        for other in references:
+            for head in find_heads(other):
+                if all(forward.head is not head for forward in self._forwards):
+                    self._attach(other, head)
+            self._answer_for(other)
+        held = self._held  # not the attachment, nor through it the model
+        self._hook = register_optimizer_step_pre_hook(lambda *_: held.settle())
 
     def _answer_for(self, model: nn.Module) -> None:
-        """Takes the place of TRL's fused head, where `model` has one."""
-        former, head = vars(model).get("forward"), fused_head(model)
+        """Takes the place of TRL's fused head, where `model` has one and a head of ours."""
+        base, heads = base_model(model), find_heads(model)
+        former, known = vars(base).get("forward"), fused_head(base)
         if isinstance(former, FusedHeadForward):
             former.remove()
-        if head is not None:
-            self.fused_head = FusedHeadForward(
-                model, head, self._forwards, self.report, self.evaluation
+        ours = [one for one in self._forwards if any(one.head is head for head in heads)]
+        if known is not None and ours:
+            one = FusedHeadForward(base, known, ours, self.report, self.evaluation)
+            self.fused_heads.append(one)
+
+    def _attach(self, model: nn.Module, head: nn.Linear) -> bool:
+        stale = head.__dict__.get("forward")
+        if isinstance(stale, LazyForward):
+            stale.remove()
+            stale.report.skipped.append("another fused loss has taken the output head")
+        reason = _reason_against(head)
+        around = [m for m in model.modules() if any(part is head for part in m.modules())]
+        library = sharding_library(head, around) if reason is None else None
+        if reason is None and library is None and is_dtensor(head.weight):
+            reason = (
+                "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
             )
+        if reason is not None:
+            self.report.skipped.append(reason)
+            return False
+        sharding = None if library is None else Sharding(library, head, base_model(model))
+        forward = LazyForward(
+            head, around, sharding, self.report, self.evaluation, self._reads, self._held
+        )
+        adapters = [m for m in around if is_adapter(m) and "forward" not in m.__dict__]
+        forward.adapted = [AdaptedForward(layer, forward) for layer in adapters]
+        self._forwards.append(forward)
+        return True
 
     def remove(self) -> None:
         """Takes the heads back to stock. Harmless when called twice."""
+        self._held.settle()
         if self.evaluation is not None:
             self.evaluation.settle()
-        if self.fused_head is not None:
-            self.fused_head.remove()
+        for head in self.fused_heads:
+            head.remove()
+        if self._hook is not None:
+            self._hook.remove()
         for forward in self._forwards:
             forward.remove()
         self.heads, self._forwards = [], []
 
 
 def find_heads(model: nn.Module) -> list[nn.Linear]:
-    """The linear modules whose sum is the model's logits, looked up inside PEFT wrappers.
+    """The linear modules that make the model's logits, looked up inside PEFT wrappers.
 
     They are the output embeddings which the model, or else a model inside it, calls so. A language
     model, or a module of one's own, that names none has as its head the last linear layer, if that
@@ -362,16 +428,16 @@ def _why_no_head(model: nn.Module) -> str:
 
 
 def _linear_parts(module: nn.Module) -> list[nn.Linear]:
+    inside: Any = module
     if type(module).__name__ == "ModulesToSaveWrapper":
-        copies: Any = module.modules_to_save
-        modules: list[Any] = [*copies.values(), module.original_module]
-        return [part for copy in modules for part in _linear_parts(copy)]
-    # LoRA: the base head plus one B matrix, V x rank, for each adapter
-    if hasattr(module, "base_layer"):
-        adapters: Any = getattr(module, "lora_B", {})
-        layers: list[Any] = [module.base_layer, *adapters.values()]
-        return [part for layer in layers for part in _linear_parts(layer)]
-    return [module] if isinstance(module, nn.Linear) else []
+        parts = [*inside.modules_to_save.values(), inside.original_module]
+    elif type(module).__name__ == "TrainableTokensWrapper":
+        parts = [inside.token_adapter]
+    elif is_adapter(module):
+        parts = [inside.base_layer]
+    else:
+        return [module] if isinstance(module, nn.Linear) else []
+    return [linear for part in parts for linear in _linear_parts(part)]
 
 
 def _reason_against(head: nn.Linear) -> str | None:
@@ -384,6 +450,8 @@ def _reason_against(head: nn.Linear) -> str | None:
             f"time it is read (by torch.nn.utils.parametrize, or a property)"
         )
     own = head.__dict__.get("forward")
+    if casts_head_to_fp32(own):
+        return None
     is_stock = isinstance(own, types.MethodType) and own.__func__ is nn.Linear.forward
     if own is not None and not (is_stock and own.__self__ is head):
         return "the output head's forward is patched by somebody else"
@@ -395,19 +463,32 @@ def _is_computed(head: nn.Linear, name: str) -> bool:
     return hasattr(type(head), name) or not (name in head._parameters or name in head.__dict__)
 
 
+def is_recomputed_or_generating() -> bool:
+    """Whether the forward pass that runs now is one of `generate`, or inside the forward pass of an
+    autograd Function: a checkpoint, which gives its outputs a history of its own."""
+    return any(
+        frame.f_code.co_name == "generate"
+        or (frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",))
+        for frame in callers()
+    )
+
+
 @contextlib.contextmanager
-def fused_loss(model: nn.Module) -> Iterator[Report]:
+def fused_loss(model: nn.Module, *references: nn.Module) -> Iterator[Report]:
     """While the context is open, `model` computes its training losses without logits.
 
     The output head returns lazy logits in training mode; any loss which the model, or the loop,
     computes of them by `torch.nn.functional.cross_entropy`, `nll_loss`, `log_softmax` and `gather`,
     ... is fused; any other use computes real logits and is still right. Evaluation, and forward
-    passes without gradients, are stock.
+    passes without gradients, are stock, except those of `references`.
 
     Args:
         model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers
             included). Where there is none, or under DataParallel or tensor parallelism, the model
             is left as it is and the report's `skipped` says why.
+        references: models whose logits the loss reads without gradients: a teacher, or `model`
+            itself with its adapters switched off. Their forward passes without gradients are lazy
+            too, outside `generate`.
 
     Yields:
         `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.
@@ -419,9 +500,11 @@ def fused_loss(model: nn.Module) -> Iterator[Report]:
             `torch.autograd.grad`) after their loss was computed, or when logits of a sharded head
             are used after the forward pass that computed their loss.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    attachment = Attachment(model)
+    for name, module in (("model", model), *(("a reference", other) for other in references)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+    reads = (lambda: not is_recomputed_or_generating()) if references else (lambda: False)
+    attachment = Attachment(model, references=references, reads=reads)
     try:
         yield attachment.report
     finally:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastft.loss.head_sweep import CountedRows
-from fastft.loss.lazy.expressions import Linear
 from fastft.loss.lazy.logits import LazyLogits
 from fastft.loss.lazy.losses import scale_and_softcap
+from fastft.loss.lazy.sources import Linear
 from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs
 
 IGNORED = -100  # TRL's label, and torch's
@@ -40,7 +40,7 @@ def token_log_probs(
     extras = {"mean_logits": mean_logits, "log_sum_sq_probs": log_sum_sq_probs}
     options = _known(logits)
     if options is not None:
-        tokens = logits.checked().inside_head(  # type: ignore[attr-defined]
+        tokens = logits.checked().head.inside_head(  # type: ignore[attr-defined]
             lambda layer: _by_kernel(layer, target, max_counted=max_counted, **extras, **options)
         )
         names = [*LinearLogProbs._fields[:4], *(name for name in extras if extras[name])]
@@ -67,10 +67,12 @@ def token_log_probs(
 
 def _known(logits: Tensor) -> dict[str, Any] | None:
     """The options by which `linear_log_probs` computes those of `logits`; None if it cannot."""
-    if not isinstance(logits, LazyLogits) or not logits.is_lazy or len(logits.linear.terms) > 1:
+    if not isinstance(logits, LazyLogits) or not logits.is_lazy:
+        return None
+    if not logits.recorded.is_single or len(logits.recorded.head.terms) > 1:
         return None
     found = scale_and_softcap(logits.expression)
-    dtype = torch.promote_types(logits.linear.terms[0][0].dtype, torch.float32)
+    dtype = torch.promote_types(logits.recorded.head.dtype, torch.float32)
     if found is None or not found.casts <= {dtype}:
         return None
     return {"logit_scale": found.scale, "softcap": found.softcap}
