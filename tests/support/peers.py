@@ -23,17 +23,14 @@ PROCESSES, STEPS, SAVED, LIMIT = 2, 6, 2, 10  # the limit of a collective in sec
 
 
 class Relay:
-    """Hands on what comes to `port` to the port `to`, each piece after `delay` seconds, until
-    `drop()`: from then on nothing arrives, and no connection is closed."""
+    """Hands on what comes to `port` to the port `to`, each piece after `delay` seconds, while it is
+    `open`: else nothing arrives, and no connection is closed."""
 
     def __init__(self, to: int, delay: float) -> None:
         self.to, self.delay, self.open = to, delay, True
         self.door = socket.create_server(("127.0.0.1", 0))
         self.port = self.door.getsockname()[1]
         self._start(self._accept)
-
-    def drop(self) -> None:
-        self.open = False
 
     def _start(self, *work) -> None:
         threading.Thread(target=work[0], args=work[1:], daemon=True).start()
@@ -107,14 +104,14 @@ def _ends(children: list[subprocess.Popen], folder: Path, relay: Relay) -> list[
     begin, stopped, ended = time.monotonic(), None, {}
     while len(ended) < len(children) and time.monotonic() < begin + 600:
         time.sleep(0.2)
-        if stopped is None and (ended or (folder / "stalled").exists()):
+        stalled = (folder / "stalled").exists()
+        if stopped is None and (ended or stalled):
             stopped = time.monotonic()
-            relay.drop()
+            relay.open = not stalled
         for rank, child in enumerate(children):
             if rank not in ended and child.poll() is not None:
                 ended[rank] = child.returncode, time.monotonic() - (stopped or time.monotonic())
-        # one that was stopped never ends by itself
-        if stopped is not None and 0 in ended:
+        if stalled and 0 in ended:  # the other never ends by itself
             break
     found = []
     for rank, child in enumerate(children):
