@@ -83,6 +83,7 @@ def run(folder: Path, *options: str, kind: str = "ddp", delay: float = 0.0) -> l
         delay: of the relay between the ranks and the store where they meet.
     """
     folder.mkdir(exist_ok=True)
+    (folder / "stalled").unlink(missing_ok=True)
     port = free_port()
     relay = Relay(port, delay)
     here = Path(__file__).resolve().parents[1]
