@@ -90,9 +90,7 @@ def test_one_record_a_run_in_the_last_log(callbacks: str, tmp_path: Any) -> None
 class Copies(TrainerCallback):
     """Copies the model in a training, as an average of weights does."""
 
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         self.copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
 
