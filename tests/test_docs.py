@@ -371,6 +371,9 @@ LIMITS = {
     "collator.md: A `seed` of masks": [
         "test_masking.py::test_workers_draw_masks_of_their_own",
     ],
+    "collator.md: Task `speech_seq2seq`": [
+        "test_speech_batches.py::test_options_that_are_refused",
+    ],
     "collator.md: Whole-word masking": [
         "test_masking.py::test_masks_are_those_of_transformers",
     ],
