@@ -6,7 +6,13 @@ python examples/lora.py
 
 import peft
 import stdlib_text
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import fastft
 
@@ -30,7 +36,7 @@ trainer = Trainer(
         "out/lora", max_steps=10, learning_rate=1e-2, logging_steps=1, report_to="none"
     ),
     train_dataset=examples,
-    processing_class=tokenizer,
+    data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels
 )
 plugged = fastft.plug(trainer, packing=512)
 trainer.train()
