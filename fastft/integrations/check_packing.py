@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastft.attention.attention import register_attention
-from fastft.attention.segments import packed_attention
+from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.foreign import base_model, prompt_learning, reason_not_to_run, unwrapped
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.implementations import STOCK, attention, switched
 from fastft.integrations.probe import Probe, Trouble
 from fastft.integrations.probe_rows import Batches, long_row
+from fastft.integrations.twin import twin_of
 from fastft.integrations.untouched import untouched
 
 
@@ -34,7 +35,7 @@ class PackingLeakError(RuntimeError):
 
 
 class Unasked(ValueError):
-    """A model whose weights are elsewhere: nothing is known of it, and nothing against it."""
+    """A model whose weights are elsewhere, and no twin of it: nothing is known against it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def check_packing(
 
     Args:
         model: a transformers model, or one inside the wrappers of PEFT, DistributedDataParallel or
-            torch.compile.
+            torch.compile. Of one whose weights are sharded or on the meta device a small twin with
+            random weights is asked.
         position_ids_start: as in `PackingCollator`.
         max_tokens: of the longest row that it will get; the long row is as long, at most 4,096
             tokens. None: it is long enough for every window and table below 4,096, and a warning
@@ -95,8 +97,8 @@ def check_packing(
     Raises:
         PackingLeakError: it does not. The message says why, and the way out: each one that it names
             was tried on this model and found exact.
-        ValueError: an argument is out of its range; or the model cannot be asked: its parameters
-            are sharded or on the meta device, or it takes no text alone.
+        ValueError: an argument is out of its range; or the model cannot be asked: it takes no text
+            alone, or its weights are elsewhere and no small twin of it can be made.
         TypeError: `model` is no module.
     """
     for name, value, least in (
@@ -131,12 +133,6 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
-    reason = reason_not_to_run(model)
-    if reason is not None:
-        raise Unasked(
-            f"model cannot be checked for packing: {reason}; check it before it is prepared for "
-            "training"
-        )
     base = base_model(model)
     if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
         raise ValueError(
@@ -152,14 +148,37 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
             )
         )
     register_attention()
-    with untouched(model) as states:
+    with _here(model) as asked, untouched(asked) as states:
         try:
-            probe = Probe(model, batches, states)
+            probe = Probe(asked, batches, states)
         except Exception as error:
-            raise ValueError(
-                f"model cannot be checked for packing: alone, a text makes it raise {error!r}"
+            kind, whose = (ValueError, "it") if asked is model else (Unasked, "its twin")
+            raise kind(
+                f"model cannot be checked for packing: alone, a text makes {whose} raise {error!r}"
             ) from error
         return _judged(probe, switch)
+
+
+@contextlib.contextmanager
+def _here(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, or where its weights are elsewhere its twin, which is told of segments if it is.
+
+    Raises:
+        Unasked: there is no twin.
+    """
+    reason = reason_not_to_run(model)
+    if reason is None:
+        yield model
+        return
+    try:
+        twin = twin_of(model)
+    except ValueError as error:
+        raise Unasked(
+            f"model cannot be checked for packing: {reason}, and {error}; check it before it is "
+            "prepared for training"
+        ) from error
+    with packed_attention(twin) if keeps_segments(model) else contextlib.nullcontext():
+        yield twin
 
 
 def _judged(probe: Probe, switch: bool) -> Verdict:

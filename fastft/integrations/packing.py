@@ -19,7 +19,13 @@ from fastft.data.collator import PackingCollator
 from fastft.data.keys import LABEL_SEGMENTS
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.streaming import REFUSAL
-from fastft.foreign import base_model, dispatches, is_compiled, modules_with_hooks
+from fastft.foreign import (
+    base_model,
+    dispatches,
+    is_compiled,
+    modules_with_hooks,
+    reason_not_to_run,
+)
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
 from fastft.integrations.implementations import attention_configs, switched
@@ -441,12 +447,21 @@ def _verdict(
     model: nn.Module, batches: Batches, args: Any, *, as_it_is: bool = False, switch: bool = False
 ) -> Verdict:
     """Probes a model that keeps sequences apart; `as_it_is`: by its own means, if at all."""
-    hooked = modules_with_hooks(model)
+    hooked, elsewhere = modules_with_hooks(model), reason_not_to_run(model)
+    name = type(base_model(model)).__name__
+    if elsewhere is not None:
+        logger.info(
+            f"fastft: {elsewhere}: in its place the packing probe asks a small model of the class "
+            f"and configuration of {name}, with random weights"
+        )
     if hooked:
         names = ", ".join(hooked[:5]) + (" and others" if len(hooked) > 5 else "")
         logger.warning(
-            f"fastft: the packing probe runs {type(model).__name__} on batches of its own, which "
-            f"the forward hooks of {names} see too"
+            f"fastft: the packing probe asks a twin of {name} ({elsewhere}), without the forward "
+            f"hooks of {names}"
+            if elsewhere is not None
+            else f"fastft: the packing probe runs {name} on batches of its own, which the forward "
+            f"hooks of {names} see too"
         )
     key = (_key(model, batches, args), as_it_is, as_it_is and keeps_segments(model), switch)
     if key not in _verdicts or hooked:
