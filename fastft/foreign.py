@@ -428,6 +428,11 @@ def class_without_sharding(module: nn.Module) -> Any:
     )
 
 
+def class_name(model: Any) -> str:
+    """The name of a model's class, inside `unwrapped`'s wrappers, and before FSDP2."""
+    return str(class_without_sharding(unwrapped(model)).__name__)
+
+
 def computing_device(model: nn.Module) -> torch.device:
     """Where a model computes, also where its weights are sharded; the CPU for one on the meta
     device."""

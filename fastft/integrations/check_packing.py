@@ -21,7 +21,7 @@ from torch import nn
 
 from fastft.attention.attention import register_attention
 from fastft.attention.segments import keeps_segments, packed_attention
-from fastft.foreign import base_model, prompt_learning, reason_not_to_run, unwrapped
+from fastft.foreign import base_model, class_name, prompt_learning, reason_not_to_run, unwrapped
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.implementations import STOCK, attention, switched
 from fastft.integrations.probe import Probe, Trouble
@@ -111,10 +111,10 @@ def check_packing(
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
     leak = find_leak(model, Batches(position_ids_start, max_tokens))
     if leak is not None and leak.loud:
-        warnings.warn(f"{type(base_model(model)).__name__}: {leak}", stacklevel=2)
+        warnings.warn(f"{class_name(base_model(model))}: {leak}", stacklevel=2)
     elif leak is not None:
         raise PackingLeakError(
-            f"{type(base_model(model)).__name__} does not keep packed sequences apart: {leak}"
+            f"{class_name(base_model(model))} does not keep packed sequences apart: {leak}"
         )
 
 

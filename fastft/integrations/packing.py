@@ -21,6 +21,7 @@ from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.streaming import REFUSAL
 from fastft.foreign import (
     base_model,
+    class_name,
     dispatches,
     is_compiled,
     modules_with_hooks,
@@ -151,7 +152,7 @@ class PackingCallback(TrainerCallback):
 
     def _keep_apart(self, model: nn.Module, verdict: Verdict) -> None:
         """Does what the verdict says, and says it; `restore` undoes it."""
-        leak, name = verdict.leak, type(model).__name__
+        leak, name = verdict.leak, class_name(model)
         masked = leak is not None and leak.block_mask
         if self.probe is None:
             self.probe = "exact" if leak is None else "exact with a mask of T x T"
@@ -240,7 +241,7 @@ class PackingCallback(TrainerCallback):
         if leak is not None and not leak.loud:
             self._complain(
                 "sequences are kept apart by the callback inside train() alone, and "
-                f"{type(model).__name__} as it is does not do so: {leak}. The loop is evaluate() "
+                f"{class_name(model)} as it is does not do so: {leak}. The loop is evaluate() "
                 f"or predict() here; or evaluate with {_PADDED}",
                 "evaluating",
             )
@@ -257,7 +258,7 @@ class PackingCallback(TrainerCallback):
         except ValueError as error:
             self.probe = "not possible"
             self._complain(
-                f"nobody knows whether {type(model).__name__} keeps packed sequences apart: "
+                f"nobody knows whether {class_name(model)} keeps packed sequences apart: "
                 f"{error}; on_leak='warn' trains it all the same"
             )
         return Verdict()
@@ -290,7 +291,7 @@ class PackingCallback(TrainerCallback):
         multiple = collator.pad_to_multiple_of or 1
         longest = None if max_tokens is None else max_tokens + -max_tokens % multiple
         batches = Batches(collator.position_ids_start, longest, collator.rows, multiple > 1)
-        name, compiled = type(model).__name__, args.torch_compile or is_compiled(model)
+        name, compiled = class_name(model), args.torch_compile or is_compiled(model)
         try:
             verdict = _verdict(model, batches, args, switch=self.attention and not compiled)
         except Unasked:
@@ -448,7 +449,7 @@ def _verdict(
 ) -> Verdict:
     """Probes a model that keeps sequences apart; `as_it_is`: by its own means, if at all."""
     hooked, elsewhere = modules_with_hooks(model), reason_not_to_run(model)
-    name = type(base_model(model)).__name__
+    name = class_name(base_model(model))
     if elsewhere is not None:
         logger.info(
             f"fastft: {elsewhere}: in its place the packing probe asks a small model of the class "
