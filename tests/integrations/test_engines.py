@@ -1,5 +1,5 @@
-"""The real DeepSpeed, FSDP and DDP under Trainer and in a loop of one's own, two and three processes
-on a CPU: trained as stock trains under that engine."""
+"""The real DeepSpeed, FSDP and DDP under Trainer and in a loop of one's own, two and three
+processes on a CPU: trained as stock trains under that engine."""
 
 from __future__ import annotations
 
@@ -86,7 +86,12 @@ def sentences(engine):
         "adamw(model, args)": BEFORE_TRAINER.format("DeepSpeed"),
         "adamw(model) without args": DROPPED,
         "AdamW(...)": DROPPED,
-        "a spec that clips": LOST.format("max_grad_norm") if replaced else PARTS,
+        # stage 0 leaves gradients whole
+        "a spec that clips": "trained"
+        if engine == "ZeRO-0"
+        else LOST.format("max_grad_norm")
+        if replaced
+        else PARTS,
         "kahan": LOST.format("rounding") if replaced else "trained",
         "a leaking model on packed batches": LEAK,
     }
@@ -143,11 +148,11 @@ def assert_trained_alike(ours, stock, in_bf16, before):
         )
 
 
-def assert_resumed(resumed, whole, stock_resumed, stock):
+def assert_resumed(resumed, whole, stock_resumed, stock, to_the_bit=True):
     """What follows a checkpoint is to the bit what an uninterrupted training does, or where stock's
     is not, as far from it as stock's."""
     steps = len(resumed["losses"])
-    if stock_resumed is None or _same(stock_resumed, stock, steps):
+    if to_the_bit and (stock_resumed is None or _same(stock_resumed, stock, steps)):
         assert _same(resumed, whole, steps)
         return
     assert resumed["losses"] == pytest.approx(stock_resumed["losses"], rel=1e-6)
@@ -227,7 +232,7 @@ def test_plugged_in_one_line_it_trains_as_stock(engine, results):
         assert lines["optimizer"].endswith("clipping by Trainer, as gradients are sharded")
 
 
-def assert_loop(found, engine):
+def assert_loop(found, engine, to_the_bit=True):
     """A loop with Accelerator, with fastft by hand and as `python -m fastft run` changes it."""
     in_bf16 = "bf16" in engine
     stock = found["stock"]
@@ -244,7 +249,7 @@ def assert_loop(found, engine):
     expected = replaced if engine in REPLACED else "AdamW"
     assert found["run"]["lines"] == {"loss": f"fused, {fused} times", "optimizer": expected}
     whole = found["by hand"]
-    assert_resumed(found["resumed"], whole, found["stock resumed"], stock)
+    assert_resumed(found["resumed"], whole, found["stock resumed"], stock, to_the_bit)
 
 
 def loop_cases(named):
@@ -266,4 +271,5 @@ def test_a_loop_of_one_s_own_trains_and_resumes_as_stock_does(engine, loops):
 
 @pytest.mark.parametrize("engine", loop_cases(THREE))
 def test_three_processes_that_divide_no_size(engine, of_three):
-    assert_loop(found_in(of_three, engine), engine)
+    # gloo adds the numbers of three in an order of its own
+    assert_loop(found_in(of_three, engine), engine, to_the_bit=False)
