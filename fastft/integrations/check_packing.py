@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from fastft.foreign import base_model, class_name, prompt_learning, reason_not_t
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.implementations import STOCK, attention, switched
 from fastft.integrations.probe import Probe, Trouble
+from fastft.integrations.probe_images import ImageProbe, image_examples
 from fastft.integrations.probe_rows import Batches, long_row
 from fastft.integrations.twin import twin_of
 from fastft.integrations.untouched import untouched
@@ -71,7 +72,11 @@ class Verdict(NamedTuple):
 
 
 def check_packing(
-    model: nn.Module, *, position_ids_start: int = 0, max_tokens: int | None = None
+    model: nn.Module,
+    *,
+    position_ids_start: int = 0,
+    max_tokens: int | None = None,
+    examples: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """Returns if `model`, as it is configured, computes for packed sequences what it computes for
     each of them alone.
@@ -93,12 +98,16 @@ def check_packing(
         max_tokens: of the longest row that it will get; the long row is as long, at most 4,096
             tokens. None: it is long enough for every window and table below 4,096, and a warning
             says from where on the model raises.
+        examples: for a model that is trained on images: some of its processor's outputs, as
+            `PackingCollator(task="image_text_to_text")` takes them. The three shortest with images
+            are asked with too. None: of text alone.
 
     Raises:
         PackingLeakError: it does not. The message says why, and the way out: each one that it names
             was tried on this model and found exact.
-        ValueError: an argument is out of its range; or the model cannot be asked: it takes no text
-            alone, or its weights are elsewhere and no small twin of it can be made.
+        ValueError: an argument is out of its range, no example has an image; or the model cannot
+            be asked: it takes no text alone, or its weights are elsewhere and no small twin of it
+            can be made.
         TypeError: `model` is no module.
     """
     for name, value, least in (
@@ -109,7 +118,10 @@ def check_packing(
             not isinstance(value, int) or isinstance(value, bool) or value < least
         ):
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
-    leak = find_leak(model, Batches(position_ids_start, max_tokens))
+    images = None if examples is None else image_examples(model, examples)
+    if examples is not None and images is None:
+        raise ValueError("examples must have images (pixel_values ...), got none that has")
+    leak = find_leak(model, Batches(position_ids_start, max_tokens, images=images))
     if leak is not None and leak.loud:
         warnings.warn(f"{class_name(base_model(model))}: {leak}", stacklevel=2)
     elif leak is not None:
@@ -148,19 +160,20 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
             )
         )
     register_attention()
-    with _here(model) as asked, untouched(asked) as states:
+    with _here(model, batches) as asked, untouched(asked) as states:
         try:
-            probe = Probe(asked, batches, states)
+            probe = (Probe if batches.images is None else ImageProbe)(asked, batches, states)
         except Exception as error:
+            what = "a text" if batches.images is None else "a text, or an example with its images,"
             kind, whose = (ValueError, "it") if asked is model else (Unasked, "its twin")
             raise kind(
-                f"model cannot be checked for packing: alone, a text makes {whose} raise {error!r}"
+                f"model cannot be checked for packing: alone, {what} makes {whose} raise {error!r}"
             ) from error
         return _judged(probe, switch)
 
 
 @contextlib.contextmanager
-def _here(model: nn.Module) -> Iterator[nn.Module]:
+def _here(model: nn.Module, batches: Batches) -> Iterator[nn.Module]:
     """The model, or where its weights are elsewhere its twin, which is told of segments if it is.
 
     Raises:
@@ -171,7 +184,7 @@ def _here(model: nn.Module) -> Iterator[nn.Module]:
         yield model
         return
     try:
-        twin = twin_of(model)
+        twin = twin_of(model, smaller=batches.images is None)
     except ValueError as error:
         raise Unasked(
             f"model cannot be checked for packing: {reason}, and {error}; check it before it is "
@@ -183,6 +196,11 @@ def _here(model: nn.Module) -> Iterator[nn.Module]:
 
 def _judged(probe: Probe, switch: bool) -> Verdict:
     """Decides between attention "fastft" and the model as it is."""
+    if switch and probe.sound is not None and probe.stock_parts:
+        # no other attention reads the states of several sounds apart
+        with switched(probe.base, probe.stock_parts):
+            found = probe.trouble(probe.batches.position_ids_start)
+            return Verdict(_leak(probe, found), probe.stock_parts)
     ours = _with_ours(probe) if switch and probe.stock_parts else None
     if ours is not None and ours.leak is None:
         return ours
@@ -252,7 +270,7 @@ def _no_way_out(probe: Probe) -> str:
             "told the boundaries (causal-conv1d, mamba-ssm, flash-linear-attention); without "
             "these, train it on padded batches"
         )
-    if probe.batches.padded:
+    if probe.batches.padded and probe.sound is None:
         return (
             "No way out was found: train it on padded batches, or leave rows= and "
             "pad_to_multiple_of= out"

@@ -38,12 +38,16 @@ _INDEX = re.compile(r"idx|index|_id$")
 _INNER = re.compile(r"intermediate|inner|ffn|d_ff")
 
 
-def twin_of(model: nn.Module) -> nn.Module:
+def twin_of(model: nn.Module, smaller: bool = True) -> nn.Module:
     """Makes a model of the class and configuration of `model`'s base model, whose weights are
     here.
 
     It is in fp32, or in bf16 where its attention may be of a kernel that takes no fp32. Adapters
     and hooks are not on it. Random states stay as they are.
+
+    Args:
+        model: whose weights are elsewhere.
+        smaller: False for one that gets tokens and images of the model's own sizes.
 
     Raises:
         ValueError: none could be made that takes a text, and is small enough.
@@ -51,7 +55,7 @@ def twin_of(model: nn.Module) -> nn.Module:
     base, why = foreign.base_model(model), ""
     states = RandomStates(model)
     try:
-        for config, most in _configurations(base):
+        for config, most in _configurations(base, smaller):
             try:
                 return _made(base, config(), most)
             except Exception as error:  # a size that this class does not allow, or is too large
@@ -61,11 +65,13 @@ def twin_of(model: nn.Module) -> nn.Module:
     raise ValueError(f"no small twin of it could be made ({why})")
 
 
-def _configurations(base: Any) -> Iterator[tuple[Callable[[], Any], int]]:
+def _configurations(base: Any, smaller: bool) -> Iterator[tuple[Callable[[], Any], int]]:
     """The model's own if it is small, the smallest, one of its width; and how many parameters it
     may have."""
-    layers = _enough_layers(base)
     yield lambda: copy.deepcopy(base.config), OWN
+    if not smaller:
+        return
+    layers = _enough_layers(base)
     yield lambda: _narrow(_short(base.config, layers)), MOST
     yield lambda: _short(base.config, layers), MOST
 
@@ -85,9 +91,10 @@ def _made(base: Any, config: Any, most: int) -> nn.Module:
     known = {*STOCK, OURS, BLOCK_MASK}
     usual = all(one._attn_implementation in known for one in _configs_in(config))
     twin = twin.to(foreign.computing_device(base), torch.float32 if usual else torch.bfloat16)
-    text = torch.arange(8, device=foreign.computing_device(base))[None]
-    with torch.no_grad():
-        twin.eval()(text, **({"decoder_input_ids": text} if config.is_encoder_decoder else {}))
+    if base.main_input_name == "input_ids":
+        text = torch.arange(8, device=foreign.computing_device(base))[None]
+        with torch.no_grad():
+            twin.eval()(text, **({"decoder_input_ids": text} if config.is_encoder_decoder else {}))
     return twin
 
 
