@@ -448,6 +448,32 @@ def reason_not_to_run(model: nn.Module) -> str | None:
     return None
 
 
+def class_without_sharding(module: nn.Module) -> Any:
+    """The class of a module as it was before FSDP2 gave it one that derives from it."""
+    return next(
+        kind
+        for kind in type(module).__mro__
+        if "FSDPModule" not in {base.__name__ for base in kind.__mro__}
+    )
+
+
+def class_name(model: Any) -> str:
+    """The name of a model's class, inside `unwrapped`'s wrappers, and before FSDP2."""
+    return str(class_without_sharding(unwrapped(model)).__name__)
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where a model computes, also where its weights are sharded; the CPU for one on the meta
+    device."""
+    parameter: Any = next(model.parameters(), None)
+    if parameter is None or parameter.is_meta:
+        return torch.device("cpu")
+    if is_dtensor(parameter):  # CPU offload has its shards elsewhere
+        return torch.device(parameter.device_mesh.device_type)
+    device: torch.device = parameter.device
+    return device
+
+
 def is_dataset(dataset: Any) -> bool:
     """Whether `dataset` is a `datasets.Dataset`."""
     datasets = sys.modules.get("datasets")

@@ -64,7 +64,9 @@ def check_optimizer(
     inner, by_deepspeed = foreign.inner_optimizer(optimizer), foreign.of_deepspeed(optimizer)
     if not isinstance(inner, AdamW):
         if inner is not None:  # who calls a callback by hand may have none
-            _check_replacement(args, model, inner, by_deepspeed, handed)
+            # whose stage 0 wraps no optimizer in a class of its own
+            drops = by_deepspeed or foreign.engine_of(args) == "DeepSpeed"
+            _check_replacement(args, model, inner, drops, handed)
         return
     inner.forget_stale_remainders()
     if not by_deepspeed:
