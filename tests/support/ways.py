@@ -90,7 +90,7 @@ SECTIONS = {
         Way(
             "other methods of PEFT",
             "LoKr, AdaLoRA, PVeRA, BOFT, HRA, FourierFT, WaveFT, MiSS, RandLoRA, VB-LoRA, "
-            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily, BEFT, C3A, RoAd, GraLoRA, DeLoRA, norms",
+            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily, BEFT, C3A, RoAd, GraLoRA, DeLoRA, FRoD, norms",
             _ADAPTERS,
             "",
         ),
@@ -104,7 +104,7 @@ SECTIONS = {
             _HEAD_ADAPTERS,
             "",
         ),
-        Way("RoAd, DeLoRA on the head", "the logits are built", "", ""),
+        Way("RoAd, DeLoRA, FRoD on the head", "the logits are built", "", ""),
         Way("prompt tuning", "", "prompt, prefix and p-tuning"),
         Way("prefix tuning", "", "prompt, prefix and p-tuning"),
         Way("p-tuning", "", "prompt, prefix and p-tuning", ""),
