@@ -399,6 +399,9 @@ LIMITS = {
     "collator.md: A `seed` of masks": [
         "test_masking.py::test_workers_draw_masks_of_their_own",
     ],
+    "collator.md: Task `speech_seq2seq`": [
+        "test_speech_batches.py::test_options_that_are_refused",
+    ],
     "collator.md: Whole-word masking": [
         "test_masking.py::test_masks_are_those_of_transformers",
     ],
@@ -428,8 +431,10 @@ LIMITS = {
     "packing-probe.md: A leak below a floor": [
         "test_check_packing.py::test_small_leaks_and_noise",
     ],
-    "packing-probe.md: Sharded parameters": [
-        "test_check_packing.py::test_sharded_weights_are_not_asked",
+    "packing-probe.md: Of sharded models": [
+        "test_twin.py::test_the_twin_of_a_published_size_gets_the_verdict_of_a_small_model",
+        "test_twin.py::test_a_class_that_takes_more_than_a_configuration_has_none",
+        "test_twin.py::test_hooks_that_a_twin_has_not_are_spoken_of",
     ],
     "packing-probe.md: Top-k sparse attention": [
         "test_packing_matrix.py::test_a_model_is_exact_or_refused",
