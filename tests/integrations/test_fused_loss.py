@@ -239,9 +239,10 @@ LOSS = (
     ("module", "words"),
     [
         ("trl.trainer.utils", "TRL's trainers compute their loss by a fused head of their own"),
-        (
+        pytest.param(
             "liger_kernel.transformers.model.llama",
             "nothing called the output head: Liger computes the loss",
+            marks=pytest.mark.way("Liger", loss="stock"),
         ),
         (
             "modeling_mine",

@@ -1,10 +1,11 @@
 """Finding a model's output head and letting it return lazy logits.
 
-A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and on the layer that PEFT may have put around it. No parameter, buffer, hook or class is added, so
-that state dicts keep their keys; a copy or a pickle of the model has stock heads. Where a
-tensor-parallel plan runs the head, the attribute may stand in the place of the plan's, which is put
-back. Quantised, offloaded, kernelised or custom heads are left alone.
+A head is patched only if it is a plain `nn.Linear`, or bitsandbytes' of 4 bits: an attribute
+`forward` on that one instance, and on the layer that PEFT may have put around it. No parameter,
+buffer, hook or class is added, so that state dicts keep their keys; a copy or a pickle of the model
+has stock heads. Where a tensor-parallel plan runs the head, the attribute may stand in the place of
+the plan's, which is put back. Heads otherwise quantised, offloaded, kernelised or custom ones are
+left alone.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from fastft.foreign import (
     casts_head_to_fp32,
     fused_head,
     head_plan,
+    is_4bit,
     is_adapter,
     is_dtensor,
     is_exporting,
+    operands_of_4bit,
     output_embeddings,
     put_attributes,
     sharding_library,
@@ -187,6 +190,9 @@ class LazyForward:
         make = None if args or kwargs else self.maker(input)
         if make is None:
             return self._real(input, *args, **kwargs)
+        if is_4bit(head):  # its 4 bits are not autocast's affair
+            with torch.autocast(input.device.type, enabled=False):
+                return make(*operands_of_4bit(head, input)).to(input.dtype)
         x, weight, bias, shard = self._operands(input)
         return self._handed(make(x, weight, bias, head, shard))
 
@@ -266,8 +272,8 @@ class LazyForward:
         is_placed = self.plan is not None and is_dtensor(input)
         if not (is_placed or type(input) in (Tensor, nn.Parameter)) or input.dim() < 2:
             return False
-        is_autocast = torch.is_autocast_enabled(input.device.type)
-        if input.dtype != self.head.weight.dtype and not is_autocast:
+        is_any = torch.is_autocast_enabled(input.device.type) or is_4bit(self.head)
+        if input.dtype != self.head.weight.dtype and not is_any:
             return False  # torch says what is wrong
         reason = self._reason_against_weight(evaluation) or self.reason_now(evaluation)
         if reason is not None:
@@ -277,7 +283,7 @@ class LazyForward:
     def _reason_against_weight(self, evaluation: Evaluation | None) -> str | None:
         weight: Any = self.head.weight
         if self.plan is None or not is_dtensor(weight):
-            if type(weight) in (Tensor, nn.Parameter):
+            if type(weight) in (Tensor, nn.Parameter) or is_4bit(self.head):
                 return None
             return f"the weight of the output head is a {type(weight).__name__}"
         if evaluation is not None:
@@ -490,7 +496,7 @@ _UNKNOWN_PLAN = (
 
 def _reason_against(head: nn.Linear, plan: HeadPlan | None) -> str | None:
     """Why this head must keep its own forward; None if it is a plain linear layer."""
-    if type(head).forward is not nn.Linear.forward:
+    if type(head).forward is not nn.Linear.forward and not is_4bit(head):
         return f"the output head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if any(_is_computed(head, name) for name in ("weight", "bias")):
         return (
