@@ -591,7 +591,7 @@ def test_a_classifier_is_pooled_in_a_training_or_refused(callback, tmp_path):
         return output
 
     model.forward = otherwise
-    with pytest.raises(ValueError, match="Llama.* pools its tokens in a way"):
+    with pytest.raises(ValueError, match=r"Llama.* pools its tokens in a way"):
         trainer_of_classifier(model, callback, tmp_path).train()
 
 
