@@ -18,8 +18,8 @@ from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
 from fastft.data.lengths import scan_lengths
 from fastft.data.pack import Pack, cut, filler
-from fastft.data.processed import unbatched
 from fastft.data.plan import PackPlan, checked_limits, epoch_plan, plan_packs
+from fastft.data.processed import unbatched
 from fastft.data.streaming import OPEN_PACKS, PackedStream, refuse_dispatch
 from fastft.foreign import is_dataset, world_size
 

@@ -1,7 +1,7 @@
 """Examples as processors of images and text give them: each a batch of one.
 
-    input_ids, attention_mask, labels ...    (1, n), which becomes (n,)
-    pixel_values, image_grid_thw ...         images, patches or pixels first; they stay as they are
+input_ids, attention_mask, labels ...    (1, n), which becomes (n,)
+pixel_values, image_grid_thw ...         images, patches or pixels first; they stay as they are
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Images and text, packed against alone: a class of each family in CI, every class that transformers
-lists by `make sweep`."""
+"""Images and text, packed against alone: a class of each family in CI, every class of transformers
+by `make sweep`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,13 @@ def test_blocks_of_images_leak_or_are_off_without_our_attention():
     fastft.check_packing(packed.model)  # of text alone nothing is wrong
 
 
+def test_examples_that_are_alike_hide_nothing_from_the_probe():
+    """A mask that looks everything up in the first example is right for others like it."""
+    model, examples = model_and_examples(GEMMA)
+    with pytest.raises(fastft.PackingLeakError, match=r"with images"):
+        fastft.check_packing(model, examples=[examples[0]] * 3)
+
+
 @pytest.mark.parametrize("case", [QWEN, GEMMA, LLAVA], ids=str)
 def test_attention_chosen_for_the_whole_model_leaves_its_tower_alone(case):
     packed = Packed(case)
@@ -102,6 +109,14 @@ def test_attention_chosen_for_the_whole_model_leaves_its_tower_alone(case):
     with fastft.packed_attention(packed.model):
         assert packed.outcome()[0] == EXACT
         fastft.check_packing(packed.model, examples=packed.examples)
+
+
+def test_a_tower_that_is_computed_again_in_backward_has_no_boundaries_either():
+    packed = Packed(QWEN)
+    packed.model.set_attn_implementation("fastft")
+    packed.model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    with fastft.packed_attention(packed.model):
+        assert packed.outcome()[0] == EXACT
 
 
 @pytest.mark.parametrize("case", [QWEN, LLAVA], ids=str)

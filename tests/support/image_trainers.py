@@ -1,4 +1,4 @@
-"""Trainers of small models for images and text, with a collator that pads as their processors do."""
+"""Trainers of small models for images and text, and a collator that pads as processors do."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ _HEAD = f"""# Packed images and text against the same examples alone
 
 Three examples with images of their own sizes in one row, the first of which ends with an image and
 the second begins with one, against the model as transformers has it, fed with one example after
-another: its own loss and the gradients of all parameters, fp32, random models with shrunken configs,
-for every class that transformers lists for image-text-to-text.
+another: its own loss and the gradients of all parameters, fp32, random models with shrunken
+configs, for every class that transformers lists for image-text-to-text.
 
 * as it is: the batch of `fastft.PackingCollator(task="image_text_to_text", model=model)` with
   transformers' own attention. **{LEAK}**: other pixels and tokens in the first example move the
@@ -88,7 +88,9 @@ def written(found: dict[str, Outcome]) -> str:
     for case, outcome in sorted(found.items(), key=lambda one: (order.index(one[1].best), one[0])):
         exact = outcome.best in (OURS, STOCK, MASK)
         errors = (f"{outcome.loss:.0e}", f"{outcome.gradient:.0e}") if exact else ("", "")
-        as_it_is = f"**{outcome.as_it_is}**" if outcome.as_it_is in (LEAK, OFF) else outcome.as_it_is
+        as_it_is = (
+            f"**{outcome.as_it_is}**" if outcome.as_it_is in (LEAK, OFF) else outcome.as_it_is
+        )
         why = outcome.why.replace("|", "\\|")
         lines.append(
             f"| {case.split('-')[-1]} | {outcome.inputs} | {outcome.axes or ''} | {as_it_is} | "
