@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.attention.encoder_rows import flattened
 from fastft.attention.segment_attention import segment_attention
 from fastft.attention.segments import Segments, segments_of, segments_under_way
 from fastft.data.host_boundaries import note
@@ -262,6 +263,15 @@ def fastft_attention(
 
         kwargs |= {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, **kwargs)
+    rows = len(query)
+    if segments.laid:
+        if isinstance(attention_mask, Tensor) or position_bias is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} has a mask or a bias for the states of an encoder that "
+                "are laid end to end: train it on padded batches"
+            )
+        query = flattened(query, segments.bounds_q[-1])
+        key, value = (flattened(one, segments.bounds_k[-1]) for one in (key, value))
     if segments.alike and key.shape[2] != query.shape[2]:
         raise NotImplementedError(
             f"{type(module).__name__} has {key.shape[2]} keys for the {query.shape[2]} tokens of a "
@@ -270,7 +280,8 @@ def fastft_attention(
         )
     seen = _seen(attention_mask, causal, sliding_window)
     query, key, value = _autocast(query, key, value)
-    return segment_attention(query, key, value, segments, **seen, **rule), None
+    out = segment_attention(query, key, value, segments, **seen, **rule)
+    return out.unflatten(1, (rows, -1)).squeeze(0) if segments.laid else out, None
 
 
 def _seen(mask: Tensor | _Pattern | None, causal: bool, window: int | None) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from fastft.data.tasks.image_text import ImageText
 from fastft.data.tasks.masked_lm import MaskedLM, TokenMasking
 from fastft.data.tasks.seq2seq import Seq2Seq
 from fastft.data.tasks.sequence_classification import SequenceClassification
+from fastft.data.tasks.speech_seq2seq import ROW_TOKENS, SpeechSeq2Seq, check_speech
 from fastft.data.tasks.task import Task
 from fastft.ops import check_impl
 
@@ -53,6 +54,7 @@ TASKS: dict[str, type[Task]] = {
     "token_classification": Task,
     "sequence_classification": SequenceClassification,
     "seq2seq": Seq2Seq,
+    "speech_seq2seq": SpeechSeq2Seq,
     "image_text_to_text": ImageText,
 }
 
@@ -96,6 +98,11 @@ class PackingCollator:
       `decoder_cu_seq_lens` int32 (S + 1,), `decoder_max_length` int; all other keys are the
       encoder's. For models with `attn_implementation="fastft"`, which keeps decoder, encoder and
       what is between them apart by these boundaries.
+    - `speech_seq2seq`: m in an example, which has `input_features` or `input_values` in the place
+      of input_ids. The encoder has a row for each of the E examples, padded with zeros where they
+      differ, and `attention_mask` (E, L) then; the decoder has `labels`, `decoder_input_ids`,
+      `decoder_position_ids` (R, U) in as few rows of at most `row_tokens` as hold the examples,
+      `decoder_cu_seq_lens` int32 (E + 1,) and `decoder_max_length`. For Whisper and its kind.
     - `image_text_to_text`: n in an example, -100 at image tokens; the model shifts them. An example
       is what a processor gives of one text with its images, (1, n) as well: what it has of images
       (`pixel_values`, `image_grid_thw` and others, by their names) follows one another in the batch
@@ -123,8 +130,10 @@ class PackingCollator:
             examples have a `special_tokens_mask`).
         mlm_probability: share of the tokens that `masked_lm` masks.
         seed: of the masks; None draws from torch's global generator.
-        decoder_start_token_id: for `seq2seq`, from the model's config; not needed if examples have
-            decoder_input_ids.
+        decoder_start_token_id: for `seq2seq` and `speech_seq2seq`, from the model's config; not
+            needed if examples have decoder_input_ids.
+        row_tokens: for `speech_seq2seq`: tokens of a decoder's row, at most, or one example.
+            Whisper takes no more than 448, the default, its `config.max_target_positions`.
         model: for `image_text_to_text`: the model that the batches are for. Its `get_rope_index`,
             if it has one, makes the positions of each example; no weight of it is kept.
         expand_on_device: returns a `FlatBatch`, whose `.to(device)`, called by accelerate and so by
@@ -162,6 +171,7 @@ class PackingCollator:
         mlm_probability: float = 0.15,
         seed: int | None = None,
         decoder_start_token_id: int | None = None,
+        row_tokens: int = ROW_TOKENS,
         model: Any = None,
         expand_on_device: bool = False,
         pad_examples: bool = False,
@@ -181,6 +191,9 @@ class PackingCollator:
         self.supervised_only = supervised_only is not False
         if self.supervised_only:
             check_supervised(supervised_only, task, expand_on_device)
+        self.row_tokens = integer("row_tokens", row_tokens)
+        if task == "speech_seq2seq":
+            check_speech(rows, expand_on_device)
         if expand_on_device:
             check_impl(impl)
         else:
@@ -199,6 +212,8 @@ class PackingCollator:
     def collate(self, features: list[Any]) -> PackedBatch | FlatBatch:
         """Does so; the probe stands in its place to see what comes here."""
         task = TASKS[self.task](self)
+        if isinstance(task, SpeechSeq2Seq):
+            return task.batch(features)
         columns, counts = columns_of(features, task.label_keys)
         refuse_reserved(columns, (LOGITS_TO_KEEP, SHIFT_LABELS) if self.supervised_only else ())
         task.take(columns)

@@ -14,6 +14,8 @@ MAX_LENGTH_Q, MAX_LENGTH_K = "max_length_q", "max_length_k"  # the longest segme
 SEQ_IDX = "seq_idx"  # the segment of each token
 # the same of a decoder beside an encoder
 DECODER_CU_SEQLENS, DECODER_MAX_LENGTH = "decoder_cu_seq_lens", "decoder_max_length"
+DECODER_POSITIONS = "decoder_position_ids"
+SOUNDS = ("input_features", "input_values")  # what an encoder of speech reads
 PADDING_LENGTHS = "padding_lengths"  # padding at the end of each row, for a router's loss
 LABEL_SEGMENTS = "label_segments"  # the segment of each label, where examples are labelled
 USE_CACHE = "use_cache"

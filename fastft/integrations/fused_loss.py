@@ -15,9 +15,14 @@ from transformers.utils import logging
 from fastft.data.batch import known_count
 from fastft.foreign import unwrapped, whose_forward
 from fastft.integrations.packing import PackingCallback
+from fastft.integrations.run_record import record_run
 from fastft.loss.counted_labels import give_counted_labels
 from fastft.loss.lazy.evaluation import Evaluation
-from fastft.loss.lazy.output_head import Attachment, expects_head
+from fastft.loss.lazy.output_head import (
+    Attachment,
+    expects_head,
+    is_recomputed_or_generating,
+)
 from fastft.loss.lazy.report import Report
 from fastft.stack import callers
 
@@ -25,12 +30,17 @@ from fastft.stack import callers
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _MANY_BYTES = 1 << 30
+_STEPPING = ("training_step", "compute_loss")
 _EVALUATING = ("prediction_step", "evaluation_loop", "evaluate", "predict")
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class FusedLossCallback(PackingCallback):
     """Computes a model's loss without ever holding logits, from train begin to train end.
+
+    So it does for the other models of the Trainer, whose logits its loss reads (`teacher_model`,
+    `ref_model`), and for the model itself without its adapters: in a training step, forward passes
+    without gradients have no logits either.
 
     So it does in evaluations inside `train()`. There `preprocess_logits_for_metrics` gets lazy
     logits: argmax, top-k and log-probabilities are computed chunk by chunk. Metrics that want
@@ -79,6 +89,7 @@ class FusedLossCallback(PackingCallback):
         self.verify = verify
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
+        self._is_verifying = False
         self._said, self._said_places, self._said_size = False, 0, False
 
     def on_train_begin(
@@ -91,12 +102,13 @@ class FusedLossCallback(PackingCallback):
         self._said, self._said_places, self._said_size = False, 0, False
         evaluation = Evaluation(_in_evaluation_loop)
         self.evaluation = evaluation.report
+        self._kept.callback(record_run(model, args))
         if args.n_gpu > 1:
             self.report = Report(
                 skipped=["DataParallel: its replicas would call the head of the first device"]
             )
             return
-        self._attachment = Attachment(model, evaluation)
+        self._attachment = Attachment(model, evaluation, _other_models(), self._reads_logits)
         self._kept.callback(self._attachment.remove)
         if collator is not None:
             self._kept.callback(give_counted_labels(model, known_count))
@@ -186,6 +198,7 @@ class FusedLossCallback(PackingCallback):
     ) -> None:
         """Leaves no logits of an evaluation that could not be computed when the weights have
         changed."""
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
         self._settle()
 
     @contextlib.contextmanager
@@ -200,7 +213,7 @@ class FusedLossCallback(PackingCallback):
             return
         evaluation = Evaluation(_in_evaluation_loop)
         self.evaluation = evaluation.report
-        self._attachment = attachment = Attachment(model, evaluation)
+        self._attachment = attachment = Attachment(model, evaluation, _other_models())
         with contextlib.ExitStack() as stack:
             stack.callback(attachment.remove)
             if args.torch_compile and attachment.heads:
@@ -211,9 +224,12 @@ class FusedLossCallback(PackingCallback):
                 if self._attachment is attachment:
                     self._attachment = None
 
+    def _reads_logits(self) -> bool:
+        return not self._is_verifying and _in_training_step()
+
     def _settle(self) -> int:
         evaluation = None if self._attachment is None else self._attachment.evaluation
-        return 0 if evaluation is None else evaluation.settle()
+        return 0 if evaluation is None else evaluation.take_built()
 
     def restore(self) -> None:
         """Takes the model back to stock. Harmless when called twice."""
@@ -225,9 +241,12 @@ class FusedLossCallback(PackingCallback):
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not stock and module.training:
-                # heads are stock where no gradients are recorded
-                with torch.no_grad(), torch.random.fork_rng():
-                    stock.append(_loss_of(module.forward(*args, **kwargs)))
+                self._is_verifying = True
+                try:
+                    with torch.no_grad(), torch.random.fork_rng():
+                        stock.append(_loss_of(module.forward(*args, **kwargs)))
+                finally:
+                    self._is_verifying = False
 
         def after(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -256,6 +275,27 @@ def _in_evaluation_loop() -> bool:
         if name in _EVALUATING and isinstance(frame.f_locals.get("self"), Trainer):
             return True
     return False
+
+
+def _in_training_step() -> bool:
+    """Whether a step of a Trainer runs the model right now, for the logits of that pass alone."""
+    return not is_recomputed_or_generating() and any(
+        isinstance(frame.f_locals.get("self"), Trainer)
+        for frame in callers()
+        if frame.f_code.co_name in _STEPPING
+    )
+
+
+def _other_models() -> list[nn.Module]:
+    """The models of the Trainer that is about to train or evaluate, but the one it trains."""
+    names = ("_inner_training_loop", *_EVALUATING)
+    for frame in callers():
+        trainer = frame.f_locals.get("self") if frame.f_code.co_name in names else None
+        if isinstance(trainer, Trainer):
+            own = (trainer.model, trainer.model_wrapped)
+            others = (value for value in vars(trainer).values() if isinstance(value, nn.Module))
+            return [other for other in others if all(other is not one for one in own)]
+    return []
 
 
 def _who_computes_it(model: nn.Module) -> tuple[str, str]:

@@ -21,14 +21,23 @@ from fastft.data.keys import LABEL_SEGMENTS
 from fastft.data.multi_axis import has_several_axes
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.streaming import REFUSAL
-from fastft.foreign import base_model, dispatches, is_compiled, modules_with_hooks
+from fastft.foreign import (
+    base_model,
+    class_name,
+    dispatches,
+    is_compiled,
+    modules_with_hooks,
+    reason_not_to_run,
+    unwrapped,
+)
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
 from fastft.integrations.implementations import attention_configs, switched
-from fastft.integrations.optimizer_check import check_optimizer
-from fastft.integrations.pool_segments import is_pooled
+from fastft.integrations.optimizer_check import check_optimizer, gradients_are_lost
+from fastft.integrations.pool_segments import is_pooled, pool_segments
 from fastft.integrations.probe_images import TASK, examples_in, image_examples
 from fastft.integrations.probe_rows import Batches
+from fastft.integrations.run_record import record_run
 from fastft.optim.adamw import AdamW
 
 # below "transformers", so that its verbosity rules
@@ -56,9 +65,10 @@ class PackingCallback(TrainerCallback):
     attention and `attn_implementation="fastft"` is exact, it gets that. A model with attention code
     of its own for which a mask of T x T is exact gets the mask. At the end it has what it had. Any
     other attention (flash, flex) was the user's choice and stays, as it does in a model that
-    torch.compile has seen or will see, or that returns its attentions. Batches of other collators,
-    such as those of an evaluation, are left alone. `evaluate` and `predict` outside `train()` run
-    the model as it is: there it is probed after the first packed batch.
+    torch.compile has seen or will see, or that returns its attentions. A classifier gives a row of
+    logits for each example, as with `fastft.pool_segments`, or is refused. Batches of other
+    collators, such as those of an evaluation, are left alone. `evaluate` and `predict` outside
+    `train()` run the model as it is: there it is probed after the first packed batch.
 
     Args:
         on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated
@@ -76,8 +86,9 @@ class PackingCallback(TrainerCallback):
             out.
         ValueError: another `on_leak`; from `train()`, where an optimizer of fastft's would not
             train what it was made for, or not as `args` say (docs/adamw.md); where the collator's
-            task is `sequence_classification` and the model lacks `fastft.pool_segments`; where
-            Trainer would generate from rows of several examples.
+            task is `sequence_classification` and `fastft.pool_segments`, which the callback calls,
+            does not know how the model pools its tokens; where Trainer would generate from rows of
+            several examples.
         TypeError: `attention` is no bool.
 
     `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out
@@ -94,7 +105,7 @@ class PackingCallback(TrainerCallback):
         self.on_leak, self.attention = on_leak, attention
         self.switched: str | None = None
         self.probe: str | None = None
-        self._warned_of_repeats = False
+        self._warned_of_repeats = self._warned_of_lost = False
         self._ahead: Verdict | None = None  # of the model before it was sharded
         self._apart, self._asked = False, False  # in a training; in this evaluation outside of one
         # the args of the Trainer that was handed an AdamW of fastft's
@@ -114,7 +125,9 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size
         begins anew."""
-        if self._begin(args, state, **kwargs) is None:
+        if self._begin(args, state, **kwargs) is not None:
+            self._kept.callback(record_run(kwargs["model"], args))
+        else:
             logger.warning(
                 "fastft: PackingCallback does nothing: batches do not come from a "
                 "fastft.PackingCollator"
@@ -126,6 +139,7 @@ class PackingCallback(TrainerCallback):
         """Checks what trains, and keeps packed sequences apart; None without a collator of ours."""
         self.restore()
         self.switched = self.probe = None
+        self._warned_of_lost = False
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         _training_begins(model, state, self)
         check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed is args)
@@ -133,7 +147,7 @@ class PackingCallback(TrainerCallback):
         if collator is None:
             return None
         _refuse_generation(args, collator)
-        _refuse_logits_of_rows(model, loader, collator)
+        self._pool(model, loader, collator)
         cut = [_DATA_PARALLEL] if args.n_gpu > 1 else []
         cut += [REFUSAL] if dispatches(loader) else []
         for reason in cut:
@@ -149,9 +163,17 @@ class PackingCallback(TrainerCallback):
         self._keep_apart(model, self._verdict(model, batches, args, switch))
         return collator
 
+    def _pool(self, model: nn.Module, loader: Any, collator: PackingCollator) -> None:
+        """Gives a classifier a row of logits for each example, until `restore`; raises where it
+        pools its tokens in a way that is not known."""
+        if _labels_meet_rows(model, loader, collator) and reason_not_to_run(unwrapped(model)):
+            _refuse_logits_of_rows(model, loader, collator)
+        elif _labels_meet_rows(model, loader, collator):
+            self._kept.callback(pool_segments(model).remove)
+
     def _keep_apart(self, model: nn.Module, verdict: Verdict) -> None:
         """Does what the verdict says, and says it; `restore` undoes it."""
-        leak, name = verdict.leak, type(model).__name__
+        leak, name = verdict.leak, class_name(model)
         masked = leak is not None and leak.block_mask
         if self.probe is None:
             self.probe = "exact" if leak is None else "exact with a mask of T x T"
@@ -185,6 +207,13 @@ class PackingCallback(TrainerCallback):
                 "something has called restore() since this training began, or another training of "
                 "the model has begun: train one after the other"
             )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warns once of a step that would move nothing."""
+        if not self._warned_of_lost:
+            self._warned_of_lost = gradients_are_lost(kwargs["model"], kwargs.get("optimizer"))
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -242,7 +271,7 @@ class PackingCallback(TrainerCallback):
         if leak is not None and not leak.loud:
             self._complain(
                 "sequences are kept apart by the callback inside train() alone, and "
-                f"{type(model).__name__} as it is does not do so: {leak}. The loop is evaluate() "
+                f"{class_name(model)} as it is does not do so: {leak}. The loop is evaluate() "
                 f"or predict() here; or evaluate with {_PADDED}",
                 "evaluating",
             )
@@ -280,17 +309,17 @@ class PackingCallback(TrainerCallback):
 
     def _verdict(self, model: nn.Module, batches: Batches, args: Any, switch: bool) -> Verdict:
         """Asks the probe; warns of a model that is elsewhere, and finds nothing wrong with it."""
+        if self._ahead is not None and reason_not_to_run(model) is not None:
+            return self._ahead
         try:
             return _verdict(model, batches, args, switch=switch)
         except Unasked as error:
-            if self._ahead is not None:
-                return self._ahead
             self.probe = "not possible"
             logger.warning(f"fastft: packing is not checked: {error}")
         except ValueError as error:
             self.probe = "not possible"
             self._complain(
-                f"nobody knows whether {type(model).__name__} keeps packed sequences apart: "
+                f"nobody knows whether {class_name(model)} keeps packed sequences apart: "
                 f"{error}; on_leak='warn' trains it all the same"
             )
         return Verdict()
@@ -322,15 +351,13 @@ class PackingCallback(TrainerCallback):
             return None  # it is moved later
         collator = packing_collator(loader)
         assert collator is not None
-        multiple = collator.pad_to_multiple_of or 1
-        longest = None if max_tokens is None else max_tokens + -max_tokens % multiple
-        batches = Batches(collator.position_ids_start, longest, collator.rows, multiple > 1)
+        batches = _described(collator, max_tokens)
         if collator.task == TASK:
             examples = examples_in(loader, collator, model)
             if examples is None:
                 return "the images of an iterable dataset cannot be looked at before training"
             batches = replace(batches, images=image_examples(model, examples))
-        name, compiled = type(model).__name__, args.torch_compile or is_compiled(model)
+        name, compiled = class_name(model), args.torch_compile or is_compiled(model)
         try:
             verdict = _verdict(model, batches, args, switch=self.attention and not compiled)
         except Unasked:
@@ -412,6 +439,12 @@ def _parts(whole: Any) -> Iterator[Any]:
 def _refuse_generation(args: TrainingArguments, collator: PackingCollator) -> None:
     """Raises ValueError where Trainer would generate from rows that hold several examples."""
     if getattr(args, "predict_with_generate", False) and not collator.pad_examples:
+        if collator.task == "speech_seq2seq":
+            raise ValueError(
+                "fastft: predict_with_generate=True would generate from packed batches; give the "
+                "Trainer your padding collator, and fastft.plug(trainer, packing='collate'), which "
+                "packs in training alone"
+            )
         raise ValueError(
             "fastft: predict_with_generate=True would generate one text for a row of several "
             f"examples; use {_PADDED}, which then has a row for each example, or leave "
@@ -447,31 +480,44 @@ def _warn_of_repeats(args: TrainingArguments, loader: Any, collator: PackingColl
     return bool(repeated)
 
 
-def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
-    """Raises where labels of examples would meet logits of rows: torch broadcasts the two in a
+def _labels_meet_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> bool:
+    """Whether labels of examples would meet logits of rows: torch broadcasts the two in a
     regression."""
     if collator.task != "sequence_classification" or is_pooled(model):
-        return
+        return False
     padded = collator.pad_examples and packs_of(loader) is None
-    base = base_model(model)
-    if not padded and LABEL_SEGMENTS not in inspect.signature(base.forward).parameters:
+    signature = inspect.signature(base_model(model).forward)
+    return not padded and LABEL_SEGMENTS not in signature.parameters
+
+
+def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
+    """Raises ValueError where labels of examples would meet logits of rows."""
+    if _labels_meet_rows(model, loader, collator):
         raise ValueError(
-            f"{type(base).__name__} makes one row of logits of a row of several examples: call "
-            "fastft.pool_segments(model) before training, which makes one of each example"
+            f"{type(base_model(model)).__name__} makes one row of logits of a row of several "
+            "examples: call fastft.pool_segments(model), which makes one of each example, before "
+            "the model is sharded, and before an evaluation outside of a training"
         )
 
 
 def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batches:
     """Describes the loader's batches, of so many packs or examples; the longest row is known of
     packs alone."""
-    dataset = packs_of(loader)
-    multiple, longest = collator.pad_to_multiple_of or 1, None
+    dataset, longest = packs_of(loader), None
     if packs is not None and dataset is not None:
         tokens = (
             dataset.plan.max_tokens if isinstance(dataset, PackedDataset) else dataset.max_tokens
         )
         longest = -(-packs // collator.rows) * tokens
-        longest += -longest % multiple
+    return _described(collator, longest)
+
+
+def _described(collator: PackingCollator, longest: int | None) -> Batches:
+    """Describes batches of rows of at most `longest` tokens, before they are rounded up."""
+    if collator.task == "speech_seq2seq":
+        return Batches(collator.position_ids_start, collator.row_tokens, padded=True)
+    multiple = collator.pad_to_multiple_of or 1
+    longest = None if longest is None else longest + -longest % multiple
     return Batches(
         collator.position_ids_start, longest, collator.rows, collator.rows > 1 or multiple > 1
     )
@@ -487,12 +533,21 @@ def _verdict(
     model: nn.Module, batches: Batches, args: Any, *, as_it_is: bool = False, switch: bool = False
 ) -> Verdict:
     """Probes a model that keeps sequences apart; `as_it_is`: by its own means, if at all."""
-    hooked = modules_with_hooks(model)
+    hooked, elsewhere = modules_with_hooks(model), reason_not_to_run(model)
+    name = class_name(base_model(model))
+    if elsewhere is not None:
+        logger.info(
+            f"fastft: {elsewhere}: in its place the packing probe asks a small model of the class "
+            f"and configuration of {name}, with random weights"
+        )
     if hooked:
         names = ", ".join(hooked[:5]) + (" and others" if len(hooked) > 5 else "")
         logger.warning(
-            f"fastft: the packing probe runs {type(model).__name__} on batches of its own, which "
-            f"the forward hooks of {names} see too"
+            f"fastft: the packing probe asks a twin of {name} ({elsewhere}), without the forward "
+            f"hooks of {names}"
+            if elsewhere is not None
+            else f"fastft: the packing probe runs {name} on batches of its own, which the forward "
+            f"hooks of {names} see too"
         )
     key = (_key(model, batches, args), as_it_is, as_it_is and keeps_segments(model), switch)
     if key not in _verdicts or hooked:

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from fastft.data.collator import PackingCollator
-from fastft.data.keys import IGNORE_INDEX, MAX_LENGTH_K, MAX_LENGTH_Q, is_of_images
+from fastft.data.keys import IGNORE_INDEX, MAX_LENGTH_K, MAX_LENGTH_Q, SOUNDS, is_of_images
 from fastft.data.pack import Pack, examples_of, is_pack
 from fastft.data.processed import unbatched
 from fastft.foreign import base_model
+from fastft.integrations.probe_sounds import sound_key
 
 # what a collator that packs says beside positions, from which the same follows
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", MAX_LENGTH_Q, MAX_LENGTH_K, "seq_idx")
@@ -55,6 +56,8 @@ def task_of(model: nn.Module) -> str:
     base = base_model(model)
     config = getattr(base, "config", None)
     names = " ".join(kind.__name__ for kind in type(base).__mro__)
+    if config is not None and sound_key(base) is not None:
+        return "speech_seq2seq"
     for task, pattern in _TASKS.items():
         # a model for images and text is called as one with an encoder
         encodes = getattr(config, "is_encoder_decoder", False)
@@ -64,7 +67,8 @@ def task_of(model: nn.Module) -> str:
         if config is not None and re.search(pattern, names) and fits:
             return task
     raise Unpackable(
-        f"{type(base).__name__} has no task of PackingCollator's ({', '.join(_TASKS)})"
+        f"{type(base).__name__} has no task of PackingCollator's "
+        f"({', '.join((*_TASKS, 'speech_seq2seq'))})"
     )
 
 
@@ -91,8 +95,8 @@ class PackedBatches:
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """Collates examples or packs."""
-        units = [examples_of(one) if is_pack(one) else [one] for one in features]
-        examples = [_plain(example) for unit in units for example in unit]
+        units = [[*map(_plain, examples_of(one))] if is_pack(one) else [one] for one in features]
+        examples = [example for unit in units for example in unit]
         try:
             rows = self._rows(examples)
         except Unpackable as error:
@@ -128,6 +132,8 @@ def rows_of(batch: Batch, examples: int, task: str) -> list[dict[str, Tensor]]:
         Unpackable: as a clause that goes on from "its batches".
     """
     batch = {key: value for key, value in batch.items() if value is not None}
+    if task == "speech_seq2seq":
+        return _spoken(batch, examples)
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise Unpackable("have no input_ids of shape (rows, tokens)")
@@ -157,6 +163,24 @@ def rows_of(batch: Batch, examples: int, task: str) -> list[dict[str, Tensor]]:
     if of_examples:
         for row, example in enumerate(rows):
             example |= _targets(batch, row) if task == "seq2seq" else {"labels": labels[row]}
+    return rows
+
+
+def _spoken(batch: Batch, examples: int) -> list[dict[str, Tensor]]:
+    """The sounds of a padded batch, as they are, each with what it says."""
+    sound, labels = next((key for key in SOUNDS if key in batch), None), batch.get("labels")
+    if sound is None:
+        raise Unpackable(f"have neither {' nor '.join(SOUNDS)}")
+    if not isinstance(labels, Tensor) or len(labels) != examples or len(batch[sound]) != examples:
+        raise Unpackable(f"have no labels and {sound} of {examples} rows")
+    others = batch.keys() - {sound, "labels", "attention_mask", *_DECODER}
+    if others:
+        raise Unpackable(f"have {', '.join(sorted(others))}, which belong to no sound")
+    rows = []
+    for row in range(examples):
+        heard = {key: batch[key][row] for key in (sound, "attention_mask") if key in batch}
+        targets = _targets(batch, row)
+        rows.append({"input_ids": targets["labels"], **targets, **heard})
     return rows
 
 

@@ -26,6 +26,7 @@ from fastft.data.collator import PackingCollator
 from fastft.data.keys import IGNORE_INDEX
 from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
+from fastft.data.tasks.speech_seq2seq import ROW_TOKENS
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.plug_collator import (
     IMAGES,
@@ -65,6 +66,11 @@ class Sample:
 
     def add(self, batch: dict[str, Any]) -> None:
         """Counts a padded batch."""
+        if "input_ids" not in batch:  # of sounds: what is packed is what they say
+            labels = batch["labels"]
+            self.total += labels.numel()
+            self.tokens.append(int((labels != IGNORE_INDEX).sum()))
+            return
         mask = batch.get("attention_mask")
         self.total += batch["input_ids"].numel()
         self.tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
@@ -118,6 +124,11 @@ class PackingPiece:
             self._collator, self._sample = own, None
         else:
             self._collator = _collator_for(trainer)
+            if self.packing != COLLATE and self._task() == "speech_seq2seq":
+                raise Unpackable(
+                    "a batch of sounds is as many as per_device_train_batch_size says; "
+                    "packing='collate' packs what they say"
+                )
             self._sample = _sample(trainer, stock, self._collator.packing.task)
             if self.packing == COLLATE and self._predicts_from_padding():
                 raise Unpackable(
@@ -377,8 +388,10 @@ def _collator_for(trainer: Any) -> PackedBatches:
     }
     if task == IMAGES:
         options["model"] = model
-    if task == "seq2seq":
+    if task.endswith("seq2seq"):
         options["decoder_start_token_id"] = getattr(config, "decoder_start_token_id", None)
+    if task == "speech_seq2seq":
+        options["row_tokens"] = getattr(config, "max_target_positions", ROW_TOKENS)
     return PackedBatches(stock, task, **options)
 
 
@@ -407,7 +420,11 @@ def _padded_batch(collate: Any, examples: list[Any], task: str, model: Any) -> d
     if not hasattr(batch, "items"):
         raise Unpackable(f"its batches are no dicts but {type(batch).__name__}")
     batch = dict(batch.items())
-    if task == "seq2seq" and batch.get("decoder_input_ids") is None and not shifts_usually(model):
+    if (
+        task.endswith("seq2seq")
+        and batch.get("decoder_input_ids") is None
+        and not shifts_usually(model)
+    ):
         raise Unpackable(
             f"{type(foreign.base_model(model)).__name__} shifts labels in a way of its own; with "
             "DataCollatorForSeq2Seq(..., model=model) the collator has it do so"

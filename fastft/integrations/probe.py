@@ -43,6 +43,7 @@ from fastft.integrations.probe_rows import (
     random_tokens,
     short_row,
 )
+from fastft.integrations.probe_sounds import shape_of_sounds, sound_key, sounds
 from fastft.integrations.untouched import RandomStates, training_mode
 
 _LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 5e-4}
@@ -86,9 +87,12 @@ class Probe:
     def __init__(self, model: nn.Module, batches: Batches, states: RandomStates) -> None:
         self.model, self.base, self.batches = model, base_model(model), batches
         self.crossed = bool(getattr(self.base.config, "is_encoder_decoder", False))
+        self.sound = sound_key(self.base)
+        self._shape = () if self.sound is None else shape_of_sounds(self.base, self.sound)
         self.short, self.long = short_row(self.base), long_row(self.base, batches)
         self.limits = limits_of(self.base.config)
-        self.mixers = _mixers(self.base)
+        # an encoder of sounds has a row for each, and may mix what is in it
+        self.mixers = _mixers(self.base) if self.sound is None else []
         self._states = states
         self._body: nn.Module | None = None
         self._before_head = False
@@ -298,7 +302,12 @@ class Probe:
         return Noise(of_others, usual, max(of_others, float(_distance(runs[0], drawn).max())))
 
     def _inputs(self, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
-        return {"input_ids": tokens} | ({"decoder_input_ids": targets} if self.crossed else {})
+        read = tokens if self.sound is None else self._sounds(tokens)
+        decoder = {"decoder_input_ids": targets} if self.crossed else {}
+        return {self.sound or "input_ids": read} | decoder
+
+    def _sounds(self, tokens: Tensor) -> Tensor:
+        return sounds(tokens, self._shape, next(self.base.parameters()).dtype)
 
     def _batch(
         self, row: Row, start: int, *, other: bool = False, rows: int, padded: bool
@@ -313,6 +322,7 @@ class Probe:
             packs.append(Pack(self._examples(beside.tokens, beside.targets)))
         collate = PackingCollator(
             rows=len(packs),
+            row_tokens=sum(map(len, targets)),
             position_ids_start=start,
             pad_to_multiple_of=len(row) + PADDING if padded else None,
             **self._task(),
@@ -323,14 +333,19 @@ class Probe:
 
     def _task(self) -> dict[str, Any]:
         """What the collator is told of its task."""
+        if self.sound is not None:
+            return {"task": "speech_seq2seq"}
         return {"task": "seq2seq" if self.crossed else "causal_lm"}
 
     def _examples(self, tokens: list[Tensor], targets: list[Tensor]) -> list[dict[str, Any]]:
         if not self.crossed:
             return [{"input_ids": ids} for ids in tokens]
+        heard: list[dict[str, Any]] = [{} for _ in tokens]
+        if self.sound is not None:
+            heard = [{self.sound: self._sounds(ids[None])[0]} for ids in tokens]
         return [
-            {"input_ids": ids, "labels": goal, "decoder_input_ids": goal}
-            for ids, goal in zip(tokens, targets, strict=True)
+            {"input_ids": ids, "labels": goal, "decoder_input_ids": goal, **sound}
+            for ids, goal, sound in zip(tokens, targets, heard, strict=True)
         ]
 
     def _packed(self, row: Row, start: int, other: bool) -> Tensor:
@@ -339,7 +354,7 @@ class Probe:
         batch, width = self._batch(
             row, start, other=other, rows=self.batches.rows, padded=self.batches.padded
         )
-        if self.model.training:
+        if self.model.training and self.sound is None:
             batch |= kinds_of_tokens(self.base, batch["input_ids"])
         outputs = self._call(batch, width, hidden=row is not self.short)
         second = (

@@ -5,7 +5,8 @@
     dx = dz W;  dW += dz^T x;  db += sum dz   for each linear layer, as far as they are wanted
 
 x are the hidden states (T, H), W the head (V, H). A head is one linear layer, or the sum of several
-(LoRA). Rows that do not count are taken out before: T counts the others.
+(LoRA). Heads whose logits one loss reads (a student's and its teacher's) go side by side, each with
+a workspace. Rows that do not count are taken out before: T counts the others.
 
 A chunk has R rows. A product over R rows runs at about R / (R + 16) of its best rate on a CPU,
 R / (R + 256) on a GPU, and every chunk reads and writes dW once. Both costs fall as R grows, so R
@@ -17,6 +18,7 @@ Free memory is never asked for: the chunks, and with them the roundings, are the
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -119,49 +121,56 @@ class CountedRows(NamedTuple):
 
 
 def sweep(
-    terms: Sequence[HeadTerm],
+    heads: Sequence[Sequence[HeadTerm]],
     rows: CountedRows,
     step: int,
-    fill: Callable[[Tensor, Where], Tensor | None],
+    fill: Callable[[list[Tensor], Where], Sequence[Tensor | None]],
     inverse: Tensor | None = None,
 ) -> None:
-    """Takes `rows` through a head, `step` of them at a time.
+    """Takes `rows` through one head, or several side by side, `step` rows at a time.
 
     Args:
-        terms: the linear layers whose sum is the head.
+        heads: the linear layers whose sum each head is.
         rows: which rows of their inputs.
         step: rows of a chunk.
-        fill: `fill(z, where)` gets the logits of the rows at `where`, in the workspace, and returns
-            dz, there or elsewhere; None where nobody wants a gradient.
+        fill: `fill(logits, where)` gets the logits of each head of the rows at `where`, in the
+            workspaces, and returns dz of each, there or elsewhere; None where nobody wants a
+            gradient.
         inverse: () times which x goes into dW.
     """
-    weight = terms[0].weight
-    dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
-    # one for all chunks: new pages cost as much time as the products write
-    workspace = weight.new_empty(step, len(weight), dtype=dtype)
-    with torch.autocast(weight.device.type, enabled=False):
+    # one of each head for all chunks: new pages cost as much time as the products write
+    workspaces = [_workspace(terms, step) for terms in heads]
+    with torch.autocast(workspaces[0].device.type, enabled=False):
         for where in rows.chunks(step):
-            _through_head(terms, workspace, where, fill, inverse)
-        for term in terms:
+            _through_heads(heads, workspaces, where, fill, inverse)
+        for term in itertools.chain(*heads):
             if term.is_first and term.d_weight is not None:
                 term.d_weight.zero_()
 
 
-def _through_head(
-    terms: Sequence[HeadTerm],
-    workspace: Tensor,
+def _workspace(terms: Sequence[HeadTerm], step: int) -> Tensor:
+    weight = terms[0].weight
+    dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
+    return weight.new_empty(step, len(weight), dtype=dtype)
+
+
+def _through_heads(
+    heads: Sequence[Sequence[HeadTerm]],
+    workspaces: Sequence[Tensor],
     where: Where,
-    fill: Callable[[Tensor, Where], Tensor | None],
+    fill: Callable[[list[Tensor], Where], Sequence[Tensor | None]],
     inverse: Tensor | None,
 ) -> None:
     """A function, so that the next chunk finds nothing of this one's in memory."""
-    inputs = [term.input[where].to(term.weight.dtype) for term in terms]
-    z = workspace[: len(inputs[0])]
-    for term, x in zip(terms, inputs, strict=True):
-        term.add_logits(x, z, first=term is terms[0])
-    dz = fill(z, where)
-    if dz is not None:
-        for term, x in zip(terms, inputs, strict=True):
+    inputs = [[term.input[where].to(term.weight.dtype) for term in terms] for terms in heads]
+    logits = [space[: len(xs[0])] for space, xs in zip(workspaces, inputs, strict=True)]
+    for terms, xs, z in zip(heads, inputs, logits, strict=True):
+        for term, x in zip(terms, xs, strict=True):
+            term.add_logits(x, z, first=term is terms[0])
+    for terms, xs, dz in zip(heads, inputs, fill(logits, where), strict=True):
+        if dz is None:
+            continue
+        for term, x in zip(terms, xs, strict=True):
             term.add_gradients(dz, x, where, inverse)
 
 
@@ -286,7 +295,7 @@ def sweep_one(
     gradients = [g if need else None for g, need in zip(outputs[4:], call.needs, strict=True)]
     term = HeadTerm(input, weight, bias, call.dtype, gradients)
     step = call.step(rows.counted, weight)
-    sweep([term], rows, step, lambda z, where: fill(z, where, outputs), inverse)
+    sweep([[term]], rows, step, lambda z, where: [fill(z[0], where, outputs)], inverse)
     # dx and db are divided at the end: their rows are rounded already, and the sum has no rows left
     if inverse is not None and (call.needs[0] or call.needs[2]):
         scale_gradients([outputs.d_input, outputs.d_bias], inverse)

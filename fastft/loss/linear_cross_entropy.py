@@ -57,7 +57,7 @@ def _of_probabilities(
         losses = probability_losses(z, probabilities, weight, call.options)
         return losses.sum() if call.summed else losses
 
-    losses = apply_to_rows([(x, head, bias)], losses_of, rows, summed=call.summed)
+    losses = apply_to_rows([[(x, head, bias)]], losses_of, rows, summed=call.summed)
     every = torch.zeros(len(rows), dtype=torch.int64, device=x.device)
     return reduce_losses(losses, every, reduction, -1, num_items)
 

@@ -111,6 +111,7 @@ def test_attention_chosen_for_the_whole_model_leaves_its_tower_alone(case):
         fastft.check_packing(packed.model, examples=packed.examples)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_a_tower_that_is_computed_again_in_backward_has_no_boundaries_either():
     packed = Packed(QWEN)
     packed.model.set_attn_implementation("fastft")

@@ -798,7 +798,7 @@ def logits_of(like):
     if type(like) is torch.Tensor:
         return nn.functional.linear(x, weight, bias)
     return lazy_linear(
-        x, weight, bias, like._recipe.report, evaluation=like.linear.origin.evaluation
+        x, weight, bias, like._recipe.report, evaluation=like.recorded.head.origin.evaluation
     )
 
 

@@ -19,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from fastft.loss import head_sweep
 from fastft.loss.head_gemms import HeadTerm
 from fastft.loss.lazy import losses as lazy_losses
-from fastft.loss.lazy.expressions import LOGITS, Linear, Recorded, over_rows
+from fastft.loss.lazy.expressions import LOGITS, Recorded
 from fastft.loss.lazy.logits import LazyLogits, lazy_linear
 from fastft.loss.lazy.losses import scale_and_softcap
 from fastft.loss.lazy.output_head import fused_loss
 from fastft.loss.lazy.report import Report
+from fastft.loss.lazy.sources import Linear, Source, over_rows
 
 B, S, V, H = 2, 9, 53, 16
 VOCAB = 20_000  # so large that 1024 rows are more than any workspace
@@ -228,10 +229,24 @@ LAZY = {
     "transpose": lambda z: (z.transpose(0, 1).logsumexp(-1) * torch.arange(B)).sum(),
     "permute": lambda z: (z.permute(1, 0, 2).logsumexp(-1) * torch.arange(B)).sum(),
     "in place": lambda z: F.cross_entropy((z * 1).div_(2.0).view(-1, V), TARGET.view(-1)),
+    "in place by tokens": lambda z: (z * 1).mul_(NOISE).logsumexp(-1).sum(),
+    "in place, two layers": lambda z: (z * 1).add_(z * SCALE).logsumexp(-1).sum(),
     "in place same object": lambda z: z.clone().mul_(2).logsumexp(-1).sum(),
     "no grad then grad": without_history,
     "checkpoint": lambda z: checkpoint(lambda q: q.logsumexp(-1).sum(), z, use_reentrant=False),
     "trained bias": lambda z: (z + BIAS).logsumexp(-1).pow(2).sum(),
+    "ce trained scale": lambda z: F.cross_entropy((z * SCALE).view(-1, V), TARGET.view(-1)),
+    "token scale": lambda z: (z * TOKEN_SCALE).logsumexp(-1).sum(),
+    "where": lambda z: torch.where(ROW < 5, z, torch.tensor(-1e9)).logsumexp(-1).sum(),
+    "masked_fill": lambda z: z.masked_fill(ROW > 4.9, -1e9).logsumexp(-1).sum(),
+    "z minus lse": lambda z: (
+        (z - z.logsumexp(-1, keepdim=True)).gather(-1, TARGET.unsqueeze(-1)).sum()
+    ),
+    "kl": lambda z: F.kl_div(F.log_softmax(z, -1), NOISE.softmax(-1), reduction="batchmean"),
+    "mse": lambda z: F.mse_loss(z, NOISE),
+    "sum all": lambda z: z.sum(),
+    "take_along": lambda z: torch.take_along_dim(z, TARGET.unsqueeze(-1), -1).sum(),
+    "isnan": lambda z: z.isnan().float().sum() + z.sum(),
 }
 MATERIALISED = {
     "same object in place": same_object_in_place,
@@ -239,7 +254,6 @@ MATERIALISED = {
     "part in place": part_in_place,
     "copy before in place": copy_before_in_place,
     "item set": item_set,
-    "in place by tokens": lambda z: (z * 1).mul_(NOISE).sum(),
     "hook": hooked,
     "hook after view": hooked_view,
     "read before": read_before,
@@ -250,28 +264,17 @@ MATERIALISED = {
         z.exp().view(-1, V), NOISE.view(-1, V).softmax(-1)
     ),
     "ce cut": lambda z: F.cross_entropy(z[..., :40].reshape(-1, 40), TARGET.clamp(max=39).view(-1)),
-    "ce trained scale": lambda z: F.cross_entropy((z * SCALE).view(-1, V), TARGET.view(-1)),
-    "token scale": lambda z: (z * TOKEN_SCALE).logsumexp(-1).sum(),
-    "where": lambda z: torch.where(ROW < 5, z, torch.tensor(-1e9)).logsumexp(-1).sum(),
-    "masked_fill": lambda z: z.masked_fill(ROW > 4.9, -1e9).logsumexp(-1).sum(),
-    "z minus lse": lambda z: (
-        (z - z.logsumexp(-1, keepdim=True)).gather(-1, TARGET.unsqueeze(-1)).sum()
-    ),
-    "kl": lambda z: F.kl_div(F.log_softmax(z, -1), NOISE.softmax(-1), reduction="batchmean"),
     "kl to detached": lambda z: F.kl_div(
         z.log_softmax(-1), (z.detach() * 0.5).softmax(-1), reduction="sum"
     ),
-    "mse": lambda z: F.mse_loss(z, NOISE),
     "max of rows": lambda z: z.max(1).values.sum() + z.max(),
     "topk of rows": lambda z: z.topk(2, 1).values.sum(),
-    "sum all": lambda z: z.sum(),
     "sum of rows": lambda z: z.sum((0, 1)).pow(2).sum(),
     "lse of rows": lambda z: z.logsumexp(0).sum(),
     "norm": lambda z: z.norm(),
     "cat": lambda z: torch.cat([z, z * 2]).logsumexp(-1).sum(),
     "split vocabulary": lambda z: z.split(20, -1)[1].sum(),
     "index vocabulary": lambda z: z[..., INDEX].sum() + z[0, 1, 2] + z[..., -1].sum(),
-    "take_along": lambda z: torch.take_along_dim(z, TARGET.unsqueeze(-1), -1).sum(),
     "matmul": lambda z: (z.softmax(-1) @ ROW.unsqueeze(-1)).sum(),
     "einsum": lambda z: torch.einsum("bsv,v->bs", z, ROW).sum(),
     "linear": lambda z: F.linear(z, torch.ones(3, V)).pow(2).sum(),
@@ -280,7 +283,6 @@ MATERIALISED = {
     "expand": lambda z: z[:, :, None].expand(-1, -1, 2, -1).logsumexp(-1).sum(),
     "vmap": lambda z: torch.vmap(lambda row: row.logsumexp(-1))(z.reshape(-1, V)).sum(),
     "pad": lambda z: F.pad(z, (0, 1)).logsumexp(-1).sum(),
-    "isnan": lambda z: z.isnan().float().sum() + z.sum(),
     "checkpoint reentrant": lambda z: checkpoint(
         lambda q: q.logsumexp(-1).sum() * 1, z, use_reentrant=True
     ),
@@ -378,7 +380,7 @@ def test_the_logits_of_a_chunk_are_gone_before_the_next(recorded, monkeypatch):
     x, weight = torch.randn(8, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
     gc.disable()
     try:
-        over_rows(Linear.of((x, weight, None)), recorded, watched).sum().backward()
+        over_rows(Source((Linear.of((x, weight, None)),)), recorded, watched).sum().backward()
     finally:
         gc.enable()
     assert len(made) == 4 + 4

@@ -141,7 +141,7 @@ def test_rows_that_do_not_count_are_left_out(dtypes, emulated, summed, monkeypat
     leaves = [tensor for term in terms for tensor in term]
     with Products() as products:
         ours = apply_to_rows(
-            [(*term, None) for term in terms], loss, target, summed=summed, rows=rows
+            [[(*term, None) for term in terms]], loss, target, summed=summed, rows=rows
         )
         gradients = torch.autograd.grad(ours, leaves, upstream)
     passes = 1 if summed else 2
@@ -160,7 +160,7 @@ def test_rows_that_do_not_count_are_left_out(dtypes, emulated, summed, monkeypat
 def test_no_row_receives_a_gradient(dtype):
     x, weight = (tensor.requires_grad_() for tensor in make(dtype)[:2])
     with Products() as products:
-        result = apply_to_rows([(x, weight, None)], lambda z: z.logsumexp(-1))
+        result = apply_to_rows([[(x, weight, None)]], lambda z: z.logsumexp(-1))
         gradients = torch.autograd.grad(result, (x, weight), torch.zeros(T, dtype=dtype))
     assert products.rows == T
     assert all(not gradient.any() for gradient in gradients)
@@ -175,7 +175,7 @@ def test_a_bound_of_the_rows_on_a_device(bound):
     with DeviceMode(refuse=True), Products() as products:
         rows = CountedRows.of(target, -100, bound)
         loss = apply_to_rows(
-            [(*leaves, None)],
+            [[(*leaves, None)]],
             lambda z, y: F.cross_entropy(z + 1, y, reduction="sum"),
             target,
             summed=True,

@@ -1,9 +1,11 @@
-"""Lazy logits of an evaluation: who gets them, and how they become plain tensors.
+"""Lazy logits that are handed on, those of an evaluation above all: how they become plain tensors.
 
 In training a loss uses lazy logits up. In an evaluation they are handed on: to
 `preprocess_logits_for_metrics`, which may need tokens alone (argmax, top-k, log-probabilities), or
 to metrics that want the numbers. So the owner of the loop calls `settle()` after each batch: logits
 that somebody still holds become plain tensors, and nothing lazy is left when the weights change.
+Logits without a history, which a training keeps (`logits.detach()`, for a metric), are `Held` in the
+same way until the optimizer's step.
 
 Processes of an evaluation make their logits equally long, and so they are padded while lazy:
 
@@ -20,45 +22,31 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastft.loss.lazy.expressions import LOGITS, MARKED, Linear, Recorded, autocast_state, evaluate
+from fastft.loss.lazy.expressions import LOGITS, Place, Recorded, autocast_state, evaluate
 from fastft.loss.lazy.report import Report
+from fastft.loss.lazy.sources import Linear, Source
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.logits import LazyLogits
 
 
-class Evaluation:
-    """The evaluations of one training.
+class Held:
+    """Remembers lazy logits that somebody may read later, without keeping them."""
 
-    Args:
-        in_loop: whether the forward pass that runs now is one of an evaluation loop.
-
-    Attributes:
-        report: what became of their logits.
-        built: bytes of the real logits that were built since the last `settle()`.
-    """
-
-    def __init__(self, in_loop: Callable[[], bool]) -> None:
-        self.report = Report()
-        self.in_loop = in_loop
-        self.built = 0
+    def __init__(self) -> None:
         self._alive: list[weakref.ref[LazyLogits]] = []
 
     def watch(self, lazy: LazyLogits) -> None:
-        """Remembers logits without keeping them."""
+        """Remembers one."""
         self._alive.append(weakref.ref(lazy))
 
-    def settle(self) -> int:
-        """Makes plain tensors, in place, of all lazy logits that somebody still holds.
-
-        Returns `built` with theirs.
-        """
+    def settle(self) -> None:
+        """Makes plain tensors, in place, of all lazy logits that somebody still holds."""
         held = (reference() for reference in self._alive)
         alive = [lazy for lazy in held if lazy is not None and _is_readable(lazy)]
         self._alive.clear()
@@ -67,6 +55,28 @@ class Evaluation:
         for lazy, dense in zip(alive, numbers, strict=True):
             lazy._dense = None
             _become(lazy, dense)
+
+
+class Evaluation(Held):
+    """The evaluations of one training.
+
+    Args:
+        in_loop: whether the forward pass that runs now is one of an evaluation loop.
+
+    Attributes:
+        report: what became of their logits.
+        built: bytes of the real logits that were built since they were last taken.
+    """
+
+    def __init__(self, in_loop: Callable[[], bool]) -> None:
+        super().__init__()
+        self.report = Report()
+        self.in_loop = in_loop
+        self.built = 0
+
+    def take_built(self) -> int:
+        """Settles, and returns `built`, which begins anew."""
+        self.settle()
         built, self.built = self.built, 0
         return built
 
@@ -99,7 +109,7 @@ def _is_readable(lazy: LazyLogits) -> bool:
     """Whether the numbers exist or can be computed; else whoever reads them hears why not."""
     try:
         if lazy.is_lazy:
-            lazy._family().linear.check_unchanged()
+            lazy._family().recorded.check_unchanged()
     except RuntimeError:
         return False
     return True
@@ -119,14 +129,16 @@ def new_zeros(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """`new_zeros`: lazy in an evaluation where the shape is one of logits, else real zeros."""
-    zeros, (x, weight, _) = func(lazy.shadow, *args, **kwargs), lazy.linear.terms[0]
-    is_alike = zeros.dim() == lazy.shadow.dim() and zeros.shape[-1] == lazy.linear.origin.vocab
+    zeros, head = func(lazy.shadow, *args, **kwargs), lazy.recorded.head
+    x, weight, _ = head.terms[0]
+    is_alike = zeros.dim() == lazy.shadow.dim() and zeros.shape[-1] == head.origin.vocab
     if not is_alike or kwargs or not lazy.is_evaluated:
         return func(x.new_empty(0, dtype=lazy.shadow.dtype), *args, **kwargs)
     nothing = x.new_empty(*zeros.shape[:-1], 0), weight.new_empty(zeros.shape[-1], 0), None
-    origin = lazy.linear.origin._replace(head=None, check=None)
+    origin = head.origin._replace(head=None, check=None)
     expression = Recorded(Tensor.to, (LOGITS, lazy.shadow.dtype), {}, autocast_state(x.device.type))
-    return lazy._make(Linear.of(nothing, origin=origin), expression, zeros, lazy._recipe.report)
+    source = Source((Linear.of(nothing, origin=origin),))
+    return lazy._make(source, expression, zeros, lazy._recipe.report)
 
 
 def write(
@@ -134,17 +146,18 @@ def write(
 ) -> Any:
     """`lazy[slices] = logits`, where `lazy` has one value everywhere and nobody else knows it."""
     index, logits = args
+    zeros = lazy.recorded.head.terms[0][0]
     fits = (
         # nobody else knows it
-        (lazy._root is None and not lazy._has_views and lazy.linear.terms[0][0].shape[-1] == 0)
-        and (isinstance(logits, type(lazy)) and logits.is_lazy and logits.linear.marked is None)
+        (lazy._root is None and not lazy._has_views and zeros.shape[-1] == 0)
+        and (isinstance(logits, type(lazy)) and logits.is_lazy and logits.recorded.is_single)
         and (isinstance(index, tuple) and len(index) == lazy.shadow.dim())
         and all(isinstance(item, slice) for item in index)
         and (lazy.shadow[index].shape, lazy.shadow.dtype) == (logits.shape, logits.shadow.dtype)
     )
     if not fits:
         return NotImplemented
-    value = evaluate(lazy.expression, lazy.linear.terms[0][0].new_zeros(1))
+    value = evaluate(lazy.expression, [zeros.new_zeros(1)])
     if value.numel() != 1:
         return NotImplemented
 
@@ -153,9 +166,9 @@ def write(
         result[index[:-1]] = x
         return result
 
-    linear = logits.checked().with_inputs(longer)
     rows = torch.ones(*logits.shape[:-1], 1, dtype=torch.bool, device=value.device)
-    lazy._recipe.linear = replace(linear, marked=~longer(rows))
-    operands = MARKED, value.reshape(()), logits.expression
+    marked = ~longer(rows)
+    lazy._recipe.source = logits.checked().with_inputs(longer).with_operands([marked])
+    operands = Place("operand", 0), value.reshape(()), logits.expression
     lazy._recipe.expression = Recorded(torch.where, operands, {}, autocast_state(value.device.type))
     return None

@@ -1,8 +1,8 @@
 """Lazy logits: what an output head returns in training instead of T x V numbers.
 
 A `LazyLogits` looks like the tensor `linear(x, W, b)` to everybody (shape, strides, dtype, device,
-autograd), but holds only x, W and b and the row-wise functions applied since. Three layers keep it
-right:
+autograd), but holds only x, W and b and the row-wise functions applied since; also of two such
+heads (the divergence of a student from its teacher). Three layers keep it right:
 
 * `__torch_function__`, above autograd: the rules of `rules` keep it lazy through views, casts,
   softcaps and scales, and evaluate losses a chunk of rows at a time.
@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastft.loss.lazy.evaluation import Evaluation, guard
-from fastft.loss.lazy.expressions import LOGITS, Expression, Linear, Origin, evaluate, over_rows
+from fastft.loss.lazy.combined import is_stacked, unstacked
+from fastft.loss.lazy.evaluation import Evaluation, Held, guard
+from fastft.loss.lazy.expressions import LOGITS, Expression
 from fastft.loss.lazy.report import Report
-from fastft.loss.lazy.rules import IN_PLACE, REFLECTED, RULES
+from fastft.loss.lazy.rules import ANYWHERE, IN_PLACE, RULES, pointwise
+from fastft.loss.lazy.sources import Linear, Origin, Source, over_rows
 from fastft.loss.lazy.views import with_strides_of
 from fastft.loss.options import refuse_second_derivative
 
@@ -49,7 +51,7 @@ class _Memory:
 class _Recipe:
     """What a `LazyLogits` and its autograd node share."""
 
-    linear: Linear
+    source: Source
     expression: Expression
     shadow: Tensor
     report: Report
@@ -70,7 +72,7 @@ class _LazyNode(torch.autograd.Function):
     def forward(
         ctx: Any, recipe: _Recipe, changed: LazyLogits | None, *tensors: Tensor | None
     ) -> LazyLogits:
-        ctx.recipe, ctx.expression = recipe, recipe.expression
+        ctx.recipe, ctx.source, ctx.expression = recipe, recipe.source, recipe.expression
         ctx.save_for_backward(*tensors)
         # nobody's gradient (the loss went past the logits) must stay nobody's
         ctx.set_materialize_grads(False)
@@ -98,10 +100,8 @@ class _LazyNode(torch.autograd.Function):
             tensor.detach().requires_grad_(need) if tensor is not None else None
             for tensor, need in zip(saved, needs, strict=True)
         ]
-        terms = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
         with torch.enable_grad():
-            dense = Linear.of(*terms).dense()  # type: ignore[arg-type]
-            logits = evaluate(ctx.expression, dense, ctx.recipe.linear.marked)
+            logits = ctx.source.with_tensors(tensors).dense(ctx.expression)
         if isinstance(grad_output, LazyLogits):
             grad_output = grad_output._numbers("gradient")
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
@@ -128,37 +128,41 @@ class LazyLogits(Tensor):
             shadow.shape,
             strides=shadow.stride(),
             dtype=shadow.dtype,
-            device=recipe.linear.terms[0][0].device,
+            device=recipe.source.device,
         )
         wrapper._recipe, wrapper._root, wrapper._replay, wrapper._dense = recipe, None, (), None
         wrapper._has_views = wrapper._used = False
-        if recipe.linear.origin.evaluation is not None:
-            recipe.linear.origin.evaluation.watch(wrapper)
+        evaluation = recipe.source.head.origin.evaluation
+        if evaluation is not None:
+            evaluation.watch(wrapper)
         return wrapper
 
     @classmethod
     def _make(
         cls,
-        linear: Linear,
+        source: Source,
         expression: Expression,
         shadow: Tensor,
         report: Report,
         is_copy: bool = False,
     ) -> LazyLogits:
-        return _LazyNode.apply(
-            _Recipe(linear, expression, shadow, report, is_copy), None, *linear.tensors
-        )
+        recipe = _Recipe(source, expression, shadow, report, is_copy)
+        result = _LazyNode.apply(recipe, None, *source.tensors)
+        for head in source.heads if not result.requires_grad else ():
+            if head.origin.held is not None:
+                head.origin.held.watch(result)
+        return result
 
     # What the rules see.
 
     @property
-    def linear(self) -> Linear:
-        """The layer below."""
-        return self._recipe.linear
+    def recorded(self) -> Source:
+        """What is below, with its history."""
+        return self._recipe.source
 
     @property
     def expression(self) -> Expression:
-        """What has been applied to its logits."""
+        """What has been applied to it."""
         return self._recipe.expression
 
     @property
@@ -174,17 +178,17 @@ class LazyLogits(Tensor):
     @property
     def is_evaluated(self) -> bool:
         """Whether others may read these logits after their model's forward pass: an evaluation."""
-        return self.linear.origin.evaluation is not None
+        return self.recorded.head.origin.evaluation is not None
 
     @property
-    def source(self) -> Linear:
-        """The layer, without its history if gradients were not recorded here."""
+    def source(self) -> Source:
+        """What is below, without its history if gradients were not recorded here."""
         with torch._C.DisableTorchFunctionSubclass():
-            return self.linear if self.requires_grad else self.linear.detached()
+            return self.recorded if self.requires_grad else self.recorded.detached()
 
-    def checked(self) -> Linear:
+    def checked(self) -> Source:
         """`source`, if the weights are still those that the head ran with; else RuntimeError."""
-        self.linear.check_unchanged()
+        self.recorded.check_unchanged()
         return self.source
 
     def over_rows(self, function: Callable[..., Tensor], *arguments: Tensor, **options: Any) -> Any:
@@ -192,15 +196,15 @@ class LazyLogits(Tensor):
         return over_rows(self.checked(), self.expression, function, *arguments, **options)
 
     def derived(
-        self, expression: Expression, shadow: Tensor, linear: Linear | None = None
+        self, expression: Expression, shadow: Tensor, source: Source | None = None
     ) -> LazyLogits:
-        """Another expression (or another layer) of the same rows, in memory of its own.
+        """Another expression (or another source) of the same rows, in memory of its own.
 
         `shadow` has the shape and strides that torch gives it; its dtype is that of the expression.
         """
-        linear = linear or self.source
-        shadow = shadow.to(linear.no_rows(expression).dtype)
-        result = self._make(linear, expression, shadow, self._recipe.report)
+        source = source or self.source
+        shadow = shadow.to(source.no_rows(expression).dtype)
+        result = self._make(source, expression, shadow, self._recipe.report)
         self._family()._used |= result.requires_grad
         return result
 
@@ -221,9 +225,9 @@ class LazyLogits(Tensor):
         """
         # the shadows share memory where torch's results would
         is_view = shadow.untyped_storage()._cdata == self.shadow.untyped_storage()._cdata
-        linear = self.source.with_inputs(change)
+        source = self.source.with_inputs(change)
         result = self._make(
-            linear, self.expression, shadow, self._recipe.report, is_copy=not is_view
+            source, self.expression, shadow, self._recipe.report, is_copy=not is_view
         )
         if same_rows:
             result._recipe.kept = self._recipe.kept
@@ -273,12 +277,10 @@ class LazyLogits(Tensor):
 
     def _compute(self, function: str) -> Tensor:
         self._recipe.report.note_materialised(function)
-        linear = self.checked()
-        dense = linear.inside_head(
-            lambda layer: evaluate(self.expression, layer.dense(), layer.marked)
-        )
-        if linear.origin.evaluation is not None:
-            linear.origin.evaluation.built += dense.nbytes
+        source = self.checked()
+        dense = source.inside_heads(lambda there: there.dense(self.expression))
+        if source.head.origin.evaluation is not None:
+            source.head.origin.evaluation.built += dense.nbytes
         if dense.stride() != self.shadow.stride():
             return with_strides_of(self.shadow, dense)
         # who changes a copy in place must not reach what the backward pass of the last function
@@ -352,12 +354,13 @@ def _apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         args = (kwargs.pop("input"),)
     if not args or kwargs.get("out") is not None:
         return NotImplemented
-    if not isinstance(args[0], LazyLogits):
-        lazy = args[1] if len(args) == 2 else None
-        if func in REFLECTED and isinstance(lazy, LazyLogits) and lazy.is_lazy:
-            return REFLECTED[func](lazy, func, args, kwargs)
-        return NotImplemented
     lazy, *rest = args
+    if isinstance(lazy, LazyLogits) and lazy.is_lazy and is_stacked(lazy):
+        return unstacked(lazy, func, tuple(rest), kwargs)
+    if func in ANYWHERE:
+        return ANYWHERE[func](func, args, kwargs)
+    if not isinstance(lazy, LazyLogits):
+        return NotImplemented
     if func in IN_PLACE:
         return _change_in_place(lazy, func, tuple(rest), kwargs)
     if func not in RULES or not lazy.is_lazy:
@@ -374,15 +377,15 @@ def _change_in_place(
     # where gradients are not recorded the numbers change, and not the gradient
     records = torch.is_grad_enabled() or not lazy.requires_grad
     if records and lazy.is_lazy and lazy._root is None and not lazy._has_views:
-        changed = RULES[IN_PLACE[func]](lazy, IN_PLACE[func], args, kwargs)
-        if isinstance(changed, LazyLogits) and changed.linear.same_as(lazy.source):
+        changed = pointwise(IN_PLACE[func], (lazy, *args), kwargs)
+        if isinstance(changed, LazyLogits):
             if changed.dtype != lazy.shadow.dtype:
                 changed = changed.to(lazy.shadow.dtype)
-            recipe.expression, recipe.kept = changed.expression, {}
-            if not lazy.requires_grad:
+            recipe.source, recipe.expression, recipe.kept = changed.recorded, changed.expression, {}
+            if not changed.requires_grad:
                 return lazy
             with torch._C.DisableTorchFunctionSubclass():
-                return _LazyNode.apply(recipe, lazy, *lazy.linear.tensors)
+                return _LazyNode.apply(recipe, lazy, *changed.recorded.tensors)
     name, operands = func.__name__, (lazy, *args)
     dense = [a.materialise(name) if isinstance(a, LazyLogits) else a for a in operands]
     recipe.memory.rewritten = True
@@ -456,6 +459,7 @@ def lazy_linear(
     head: Callable[..., Any] | None = None,
     check: Callable[[bool], None] | None = None,
     evaluation: Evaluation | None = None,
+    held: Held | None = None,
 ) -> LazyLogits:
     """Returns `torch.nn.functional.linear(input, weight, bias)`, lazily, as under autocast.
 
@@ -468,6 +472,7 @@ def lazy_linear(
         check: called before the logits are used, with whether `head` is about to be entered; may
             raise.
         evaluation: the one that they are logits of; None: of a training.
+        held: what remembers logits without a history until the weight changes.
     """
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
@@ -475,9 +480,9 @@ def lazy_linear(
         bias = None if bias is None else bias.to(dtype)
     if evaluation is not None:
         check = guard(weight)
-    origin = Origin(weight.shape[0], head, check, evaluation)
+    origin = Origin(weight.shape[0], head, check, evaluation, held)
     shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
     linear = Linear.of((input, weight, bias), origin=origin)
     if not torch.is_grad_enabled():
         linear = linear.detached()
-    return LazyLogits._make(linear, LOGITS, shadow, report)
+    return LazyLogits._make(Source((linear,)), LOGITS, shadow, report)

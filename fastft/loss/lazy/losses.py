@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fastft.loss.counted_labels import bound_of
 from fastft.loss.head_sweep import CountedRows
-from fastft.loss.lazy.expressions import LOGITS, Expression, Linear, Recorded, autocast_state
+from fastft.loss.lazy.expressions import LOGITS, Expression, Recorded, autocast_state
+from fastft.loss.lazy.shortcuts import picked, summed_over_classes
+from fastft.loss.lazy.sources import Linear
 from fastft.loss.lazy.views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
 from fastft.loss.options import sum_of_counted
@@ -36,19 +38,50 @@ def is_last(lazy: LazyLogits, dim: Any) -> bool:
 def reduce(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """`logsumexp`, `sum`, `argmax`, ... over the vocabulary."""
+    """`logsumexp`, `sum`, `argmax`, ... over the vocabulary; `sum` and `mean` of everything."""
+    name = func.__name__
+    if name in ("sum", "mean") and not args and kwargs.keys() <= {"dtype"}:
+        return total(lazy, name, kwargs.get("dtype"))
     dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else None))
     if not is_last(lazy, dim) or "out" in kwargs:
         return NotImplemented
-    name = func.__name__
+    result = None
     # which asks for the best token and no more
     if name in ("logsumexp", "argmax") and not lazy.is_evaluated:
         result = _kept(lazy, name)
-    else:
+    elif name in ("sum", "mean") and kwargs.get("dtype") is None:
+        result = _short_sum(lazy, name)
+    if result is None:
         dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
         result = lazy.over_rows(lambda z: getattr(torch, name)(z, dim=-1, **dtype))
     lazy.evaluated(result)
     return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
+
+
+def _short_sum(lazy: LazyLogits, name: str) -> Tensor | None:
+    """`sum` or `mean` over the vocabulary of a scaled linear layer, which needs no logits."""
+    source, found = lazy.checked(), scale_and_softcap(lazy.expression)
+    if found is None or found.softcap is not None or not source.is_single or source.head.is_freed:
+        return None
+    if not found.casts <= {torch.promote_types(source.head.dtype, torch.float32)}:
+        return None
+    scale = found.scale / (lazy.shadow.shape[-1] if name == "mean" else 1)
+    nothing = source.no_rows(lazy.expression)
+    return summed_over_classes(source.head, scale).to(getattr(torch, name)(nothing, dim=-1).dtype)
+
+
+def total(lazy: LazyLogits, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """`sum` or `mean` of everything, whose gradients are made at once."""
+    given = {} if dtype is None else {"dtype": dtype}
+    of_torch = getattr(torch, name)(lazy.recorded.no_rows(lazy.expression), **given).dtype
+    wide = torch.promote_types(of_torch, torch.float32) if of_torch.is_floating_point else of_torch
+    rows = _short_sum(lazy, "sum") if of_torch == wide else None
+    if rows is None:
+        result = lazy.over_rows(lambda z: z.sum(dtype=wide), summed=True)
+    else:
+        result = rows.sum(dtype=wide)
+    lazy.evaluated(result)
+    return (result / lazy.shadow.numel() if name == "mean" else result).to(of_torch)
 
 
 def _two(lazy: LazyLogits, both: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
@@ -90,7 +123,7 @@ def top(
     options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
     values, indices = _two(lazy, lambda z: getattr(torch, name)(z, **options))
     if lazy.requires_grad and torch.is_grad_enabled():
-        values = lazy.over_rows(lambda z, i: z.gather(-1, i), indices)
+        values = _gathered(lazy, indices)
     lazy.evaluated(values)
     results = (with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True))
     return getattr(torch.return_types, name)(tuple(results))
@@ -99,16 +132,26 @@ def top(
 def gather(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """`gather` along the vocabulary."""
-    dim = kwargs.get("dim", args[0] if args else None)
-    index: Any = kwargs.get("index", args[1] if len(args) > 1 else None)
+    """`gather` and `take_along_dim` along the vocabulary."""
+    names = ("dim", "index") if func.__name__ == "gather" else ("indices", "dim")
+    options: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+    index = options.get("index", options.get("indices"))
     is_alike = index.dim() == lazy.shadow.dim() and index.shape[:-1] == lazy.shadow.shape[:-1]
-    if not is_last(lazy, dim) or not is_alike:
+    if not is_last(lazy, options.get("dim")) or not is_alike or isinstance(index, type(lazy)):
         return NotImplemented
+    shadow = on_meta(lazy, func, (lazy, *args), kwargs)
     rows = index.reshape(lazy.shadow.shape[:-1].numel(), index.shape[-1])
-    result = lazy.over_rows(lambda z, i: z.gather(-1, i), rows)
+    result = _gathered(lazy, rows.long())
     lazy.evaluated(result)
-    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
+    return with_strides_of(shadow, result)
+
+
+def _gathered(lazy: LazyLogits, rows: Tensor) -> Tensor:
+    """The numbers at `rows` (T, K)."""
+    result = picked(lazy.checked(), lazy.expression, rows)
+    if result is not None:
+        return result
+    return lazy.over_rows(lambda z, i: z.gather(-1, i), rows)
 
 
 _NAMES = "target weight size_average ignore_index reduce reduction label_smoothing".split()
@@ -139,6 +182,8 @@ def _loss(
     options: dict[str, Any] = {"weight": None if weight is None else weight.clone()}
     if func is F.cross_entropy:
         options["label_smoothing"] = label_smoothing
+        if isinstance(target, type(lazy)):
+            return _of_lazy_probabilities(lazy, target, reduction=reduction, **options)
         if target.is_floating_point():
             return _of_probabilities(lazy, target, reduction=reduction, **options)
     is_plain = target.shape == lazy.shadow.shape[:1] and target.dtype in _INTEGERS
@@ -186,6 +231,24 @@ def _of_classes(
     return result
 
 
+def _of_lazy_probabilities(
+    lazy: LazyLogits,
+    target: LazyLogits,
+    reduction: str,
+    weight: Tensor | None,
+    label_smoothing: float,
+) -> Any:
+    """The cross-entropy of a student and its teacher's probabilities."""
+    is_plain = weight is None and not label_smoothing and reduction in ("none", "sum", "mean")
+    is_alike = target.shape == lazy.shape and lazy.shadow.dim() == 2
+    if not is_plain or not is_alike or not target.is_lazy:
+        return NotImplemented
+    terms: Any = F.log_softmax(lazy, -1) * target
+    if reduction == "none":
+        return -terms.sum(-1)
+    return -terms.sum() / (lazy.shadow.shape[0] if reduction == "mean" else 1)
+
+
 def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
     known = _known_rows(lazy, F.cross_entropy)
     is_alike = target.shape == lazy.shape and lazy.shadow.dim() == 2
@@ -198,9 +261,10 @@ def _known_loss(
     lazy: LazyLogits, func: Callable[..., Any], target: Tensor, **options: Any
 ) -> Tensor:
     """The loss that the row kernel computes, in the dtype of torch's."""
-    no_logits, weight = lazy.linear.no_rows(lazy.expression), options["weight"]
+    no_logits, weight = lazy.recorded.no_rows(lazy.expression), options["weight"]
     dtype = func(no_logits, target[:0], weight=weight, reduction="none").dtype
-    result = lazy.checked().inside_head(lambda layer: _fused(layer, target, **options)).to(dtype)
+    head = lazy.checked().head
+    result = head.inside_head(lambda layer: _fused(layer, target, **options)).to(dtype)
     lazy.evaluated(result)
     return result
 
@@ -208,7 +272,7 @@ def _known_loss(
 def _known_rows(lazy: LazyLogits, func: Callable[..., Any]) -> dict[str, Any] | None:
     """The options by which `linear_cross_entropy` computes a loss of these logits of one layer;
     None if it cannot."""
-    if len(lazy.linear.terms) != 1:
+    if not lazy.recorded.is_single or len(lazy.recorded.head.terms) != 1:
         return None
     expression, casts = lazy.expression, set()
     if func is F.nll_loss:
@@ -216,7 +280,7 @@ def _known_rows(lazy: LazyLogits, func: Callable[..., Any]) -> dict[str, Any] | 
             return None
         expression, casts = expression.arguments[0], set(expression.keywords.values())
     found = scale_and_softcap(expression)
-    dtype = torch.promote_types(lazy.linear.terms[0][0].dtype, torch.float32)
+    dtype = torch.promote_types(lazy.recorded.head.dtype, torch.float32)
     if found is None or not casts | found.casts <= {dtype}:
         return None
     return {"logit_scale": found.scale, "softcap": found.softcap}

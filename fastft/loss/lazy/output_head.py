@@ -1,9 +1,9 @@
 """Finding a model's output head and letting it return lazy logits.
 
-A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and nothing else. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
-a copy or a pickle of the model has stock heads. Quantised, offloaded, kernelised or custom heads
-are left alone.
+A head is patched only if it is a plain `nn.Linear`, or bitsandbytes' of 4 bits: an attribute
+`forward` on that one instance, and on the layer that PEFT may have put around it. No parameter,
+buffer, hook or class is added, so that state dicts keep their keys; a copy or a pickle of the model
+has stock heads. Heads otherwise quantised, offloaded, kernelised or custom ones are left alone.
 """
 
 from __future__ import annotations
@@ -11,24 +11,30 @@ from __future__ import annotations
 import contextlib
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.foreign import (
     base_model,
+    is_4bit,
+    is_adapter,
     is_dtensor,
     is_exporting,
+    operands_of_4bit,
     output_embeddings,
     sharding_library,
     shares_a_resharded_unit,
 )
-from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.adapters import AdaptedForward
+from fastft.loss.lazy.evaluation import Evaluation, Held
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
+from fastft.stack import callers
 
 
 class Sharding:
@@ -101,8 +107,9 @@ class Sharding:
 class LazyForward:
     """The `forward` of an attached head: lazy in training, and in an `Evaluation`.
 
-    In training it is lazy where gradients are recorded. It copies and pickles as the method that
-    the module's class has, so that a copy of the model is a stock one.
+    In training it is lazy where gradients are recorded, and where `reads` says that a loss reads
+    logits without them. It copies and pickles as the method that the module's class has, so that a
+    copy of the model is a stock one.
     """
 
     def __init__(
@@ -112,12 +119,16 @@ class LazyForward:
         sharding: Sharding | None,
         report: Report,
         evaluation: Evaluation | None,
+        reads: Callable[[], bool],
+        held: Held,
     ) -> None:
         self.head = head
         self.around = around
         self.sharding = sharding
         self.report = report
         self.evaluation = evaluation
+        self.reads, self.held = reads, held
+        self.adapted: list[AdaptedForward] = []
         self._outside_compiled = torch.compiler.disable(self._forward)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -137,19 +148,40 @@ class LazyForward:
         # entered again by Linear.inside_head, so that a sharded weight is gathered
         if fastft_task is not None:
             return fastft_task(input, head.weight, head.bias)
-        evaluation = None if head.training else self.evaluation
-        report = self.report if evaluation is None else evaluation.report
-        is_plain = not args and not kwargs and self._is_meant(evaluation)
-        if not is_plain or not self._can_be_lazy(input, evaluation, report):
+        make = None if args or kwargs else self.maker(input)
+        if make is None:
             return type(head).forward(head, input, *args, **kwargs)
-        check = None if self.sharding is None else self.sharding.permission()
-        return lazy_linear(input, head.weight, head.bias, report, head, check, evaluation)
+        if not is_4bit(head):
+            return make(input, head.weight, head.bias, head)
+        # its 4 bits are not autocast's affair
+        with torch.autocast(input.device.type, enabled=False):
+            return make(*operands_of_4bit(head, input)).to(input.dtype)
 
-    def _is_meant(self, evaluation: Evaluation | None) -> bool:
-        """Whether this is a forward pass of a training, or of an evaluation inside one."""
-        if evaluation is None:
-            return self.head.training and torch.is_grad_enabled()
-        return not torch.is_grad_enabled() and evaluation.in_loop()
+    def maker(self, input: Tensor) -> Callable[..., Tensor] | None:
+        """What makes lazy logits in this forward pass, of an input, a weight, a bias, and the head
+        that can be entered again for them; None where logits are to be real, and the report gets
+        why."""
+        is_meant, evaluation = self._purpose()
+        report = self.report if evaluation is None else evaluation.report
+        if not is_meant or not self._can_be_lazy(input, evaluation, report):
+            return None
+        check = None if self.sharding is None else self.sharding.permission()
+
+        def make(x: Tensor, weight: Tensor, bias: Tensor | None, head: Any = None) -> Tensor:
+            held = self.held if weight.requires_grad else None
+            return lazy_linear(x, weight, bias, report, head, check, evaluation, held)
+
+        return make
+
+    def _purpose(self) -> tuple[bool, Evaluation | None]:
+        """Whether this is a forward pass of a training, or of an evaluation inside one, and of
+        which."""
+        if torch.is_grad_enabled():
+            return self.head.training, None
+        evaluation = None if self.head.training else self.evaluation
+        if evaluation is not None and evaluation.in_loop():
+            return True, evaluation
+        return self.reads(), None
 
     def _can_be_lazy(self, input: Tensor, evaluation: Evaluation | None, report: Report) -> bool:
         # somebody records the operations, to run them without us
@@ -157,8 +189,8 @@ class LazyForward:
             return False
         if type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
             return False
-        is_autocast = torch.is_autocast_enabled(input.device.type)
-        if input.dtype != self.head.weight.dtype and not is_autocast:
+        is_any = torch.is_autocast_enabled(input.device.type) or is_4bit(self.head)
+        if input.dtype != self.head.weight.dtype and not is_any:
             return False  # torch says what is wrong
         reason = self._reason_now(evaluation)
         if reason is not None and reason not in report.skipped:
@@ -167,11 +199,11 @@ class LazyForward:
 
     def _reason_now(self, evaluation: Evaluation | None) -> str | None:
         """What forbids lazy logits in this forward pass alone."""
-        if type(self.head.weight) not in (Tensor, nn.Parameter):
+        if type(self.head.weight) not in (Tensor, nn.Parameter) and not is_4bit(self.head):
             return f"the weight of the output head is a {type(self.head.weight).__name__}"
         # its logits are read after the forward pass, when the shards are gone
         sharding, everywhere = self.sharding, torch.nn.modules.module
-        if evaluation is not None:
+        if evaluation is not None or not torch.is_grad_enabled():
             return None if sharding is None else f"the output head is sharded by {sharding.library}"
         hooks = [everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks]
         hooks += [part for m in self.around for part in (m._backward_hooks, m._backward_pre_hooks)]
@@ -185,6 +217,8 @@ class LazyForward:
             del self.head.__dict__["forward"]
         if self.sharding is not None:
             self.sharding.remove()
+        for adapted in self.adapted:
+            adapted.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.head, "forward")
@@ -195,53 +229,84 @@ class Attachment:
 
     They do so in training and, if it is given, in `evaluation`. A head that another attachment
     holds is taken from it: after an exception nobody else may be there to end that one.
+
+    Args:
+        references: other models whose logits the same loss reads, a teacher for example.
+        reads: whether the forward pass that runs now, without gradients, is one whose logits a loss
+            reads: of a reference, or of `model` itself without its adapters.
     """
 
-    def __init__(self, model: nn.Module, evaluation: Evaluation | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        evaluation: Evaluation | None = None,
+        references: Iterable[nn.Module] = (),
+        reads: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.report = Report()
         self.evaluation = evaluation
         self.heads: list[nn.Linear] = []
+        self._reads, self._held = reads, Held()
         self._forwards: list[LazyForward] = []
+        self._hook: Any = None
         if isinstance(model, nn.DataParallel):
             self.report.skipped.append(
                 "DataParallel: its replicas would call the head of the first device"
             )
             return
         for head in find_heads(model):
-            stale = head.__dict__.get("forward")
-            if isinstance(stale, LazyForward):
-                stale.remove()
-                stale.report.skipped.append("another fused loss has taken the output head")
-            reason = _reason_against(head)
-            around = [m for m in model.modules() if any(part is head for part in m.modules())]
-            library = sharding_library(head, around) if reason is None else None
-            if reason is None and library is None and is_dtensor(head.weight):
-                reason = (
-                    "the output head is tensor-parallel: its weight is a DTensor that no FSDP "
-                    "gathers"
-                )
-            if reason is not None:
-                self.report.skipped.append(reason)
-                continue
-            sharding = None if library is None else Sharding(library, head, base_model(model))
-            forward = LazyForward(head, around, sharding, self.report, evaluation)
-            head.forward = forward  # type: ignore[method-assign]
-            self.heads.append(head)
-            self._forwards.append(forward)
+            if self._attach(model, head):
+                self.heads.append(head)
         if not self.heads and not self.report.skipped:
             self.report.skipped.append(_why_no_head(model))
+        if not self.heads:
+            return
+        others = ((other, head) for other in references for head in find_heads(other))
+        for other, head in others:
+            if all(forward.head is not head for forward in self._forwards):
+                self._attach(other, head)
+        held = self._held  # not the attachment, nor through it the model
+        self._hook = register_optimizer_step_pre_hook(lambda *_: held.settle())
+
+    def _attach(self, model: nn.Module, head: nn.Linear) -> bool:
+        stale = head.__dict__.get("forward")
+        if isinstance(stale, LazyForward):
+            stale.remove()
+            stale.report.skipped.append("another fused loss has taken the output head")
+        reason = _reason_against(head)
+        around = [m for m in model.modules() if any(part is head for part in m.modules())]
+        library = sharding_library(head, around) if reason is None else None
+        if reason is None and library is None and is_dtensor(head.weight):
+            reason = (
+                "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
+            )
+        if reason is not None:
+            self.report.skipped.append(reason)
+            return False
+        sharding = None if library is None else Sharding(library, head, base_model(model))
+        forward = LazyForward(
+            head, around, sharding, self.report, self.evaluation, self._reads, self._held
+        )
+        head.forward = forward  # type: ignore[method-assign]
+        adapters = [m for m in around if is_adapter(m) and "forward" not in m.__dict__]
+        forward.adapted = [AdaptedForward(layer, forward) for layer in adapters]
+        self._forwards.append(forward)
+        return True
 
     def remove(self) -> None:
         """Takes the heads back to stock. Harmless when called twice."""
+        self._held.settle()
         if self.evaluation is not None:
             self.evaluation.settle()
+        if self._hook is not None:
+            self._hook.remove()
         for forward in self._forwards:
             forward.remove()
         self.heads, self._forwards = [], []
 
 
 def find_heads(model: nn.Module) -> list[nn.Linear]:
-    """The linear modules whose sum is the model's logits, looked up inside PEFT wrappers.
+    """The linear modules that make the model's logits, looked up inside PEFT wrappers.
 
     They are the output embeddings which the model, or else a model inside it, calls so. A language
     model, or a module of one's own, that names none has as its head the last linear layer, if that
@@ -298,20 +363,21 @@ def _why_no_head(model: nn.Module) -> str:
 
 
 def _linear_parts(module: nn.Module) -> list[nn.Linear]:
+    inside: Any = module
     if type(module).__name__ == "ModulesToSaveWrapper":
-        copies: Any = module.modules_to_save
-        return [part for copy in copies.values() for part in _linear_parts(copy)]
-    # LoRA: the base head plus one B matrix, V x rank, for each adapter
-    if hasattr(module, "base_layer"):
-        adapters: Any = getattr(module, "lora_B", {})
-        layers: list[Any] = [module.base_layer, *adapters.values()]
-        return [part for layer in layers for part in _linear_parts(layer)]
-    return [module] if isinstance(module, nn.Linear) else []
+        parts = [*inside.modules_to_save.values()]
+    elif type(module).__name__ == "TrainableTokensWrapper":
+        parts = [inside.token_adapter]
+    elif is_adapter(module):
+        parts = [inside.base_layer]
+    else:
+        return [module] if isinstance(module, nn.Linear) else []
+    return [linear for part in parts for linear in _linear_parts(part)]
 
 
 def _reason_against(head: nn.Linear) -> str | None:
     """Why this head must keep its own forward; None if it is a plain linear layer."""
-    if type(head).forward is not nn.Linear.forward:
+    if type(head).forward is not nn.Linear.forward and not is_4bit(head):
         return f"the output head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if any(_is_computed(head, name) for name in ("weight", "bias")):
         return (
@@ -330,19 +396,32 @@ def _is_computed(head: nn.Linear, name: str) -> bool:
     return hasattr(type(head), name) or not (name in head._parameters or name in head.__dict__)
 
 
+def is_recomputed_or_generating() -> bool:
+    """Whether the forward pass that runs now is one of `generate`, or inside the forward pass of an
+    autograd Function: a checkpoint, which gives its outputs a history of its own."""
+    return any(
+        frame.f_code.co_name == "generate"
+        or (frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",))
+        for frame in callers()
+    )
+
+
 @contextlib.contextmanager
-def fused_loss(model: nn.Module) -> Iterator[Report]:
+def fused_loss(model: nn.Module, *references: nn.Module) -> Iterator[Report]:
     """While the context is open, `model` computes its training losses without logits.
 
     The output head returns lazy logits in training mode; any loss which the model, or the loop,
     computes of them by `torch.nn.functional.cross_entropy`, `nll_loss`, `log_softmax` and `gather`,
     ... is fused; any other use computes real logits and is still right. Evaluation, and forward
-    passes without gradients, are stock.
+    passes without gradients, are stock, except those of `references`.
 
     Args:
         model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers
             included). Where there is none, or under DataParallel or tensor parallelism, the model
             is left as it is and the report's `skipped` says why.
+        references: models whose logits the loss reads without gradients: a teacher, or `model`
+            itself with its adapters switched off. Their forward passes without gradients are lazy
+            too, outside `generate`.
 
     Yields:
         `Report`: `fused`, `materialised`, `skipped`, growing as the loop runs.
@@ -354,9 +433,11 @@ def fused_loss(model: nn.Module) -> Iterator[Report]:
             `torch.autograd.grad`) after their loss was computed, or when logits of a sharded head
             are used after the forward pass that computed their loss.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    attachment = Attachment(model)
+    for name, module in (("model", model), *(("a reference", other) for other in references)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+    reads = (lambda: not is_recomputed_or_generating()) if references else (lambda: False)
+    attachment = Attachment(model, references=references, reads=reads)
     try:
         yield attachment.report
     finally:

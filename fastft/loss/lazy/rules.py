@@ -1,12 +1,14 @@
 """What each torch function does to lazy logits: the rules by which they stay lazy.
 
 * A view or a selection of rows is taken of the hidden states instead (`views`).
-* A function that works on each row alone is recorded as an expression (here).
+* A function that works on each row alone is recorded as an expression (here), also of the logits of
+  several heads, and of tensors that somebody holds.
 * A loss, or a reduction over the vocabulary, is evaluated a chunk of rows at a time
   (`losses`).
 
-A rule gets the lazy logits, the function and its arguments, and returns `NotImplemented` for
-whatever it is not sure of: the logits are then materialised.
+A rule gets the lazy logits, the function and its other arguments; one of `ANYWHERE`, whose lazy
+logits may be any argument, gets all of them. It returns `NotImplemented` for whatever it is not
+sure of: the logits are then materialised.
 """
 
 from __future__ import annotations
@@ -18,9 +20,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastft.loss.lazy.combined import (
+    broadcast,
+    cat,
+    logits_among,
+    operands_of,
+    stack,
+    together,
+)
 from fastft.loss.lazy.evaluation import new_zeros, write
-from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state, is_freed
-from fastft.loss.lazy.losses import cross_entropy, gather, is_last, reduce, scale_and_softcap, top
+from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state
+from fastft.loss.lazy.losses import (
+    cross_entropy,
+    gather,
+    is_last,
+    reduce,
+    scale_and_softcap,
+    top,
+    total,
+)
 from fastft.loss.lazy.views import (
     along_rows,
     clone,
@@ -69,45 +87,39 @@ def _cast(
     return _record(lazy, (lazy.expression, dtype), T.to, (lazy, dtype))
 
 
-def _pointwise(
-    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    if any(isinstance(value, Tensor) for value in kwargs.values()):
-        return NotImplemented
-    if func is F.logsigmoid and not lazy.is_contiguous():
+def pointwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function of each element of lazy logits, of the same elements of others, and of tensors."""
+    logits = logits_among(args, kwargs)
+    if func in (torch.where, T.where) and len(args) + len(kwargs) < 3:
+        return NotImplemented  # the positions of what is not 0
+    if not logits or (func is F.logsigmoid and not logits[0].is_contiguous()):
         return NotImplemented  # the meta device lays it like its input, a CPU does not
-    arguments: list[Any] = []
-    for arg in (lazy, *args):
-        operand = _operand(lazy, arg)
-        if operand is None:
-            return _sum_of_two(lazy, func, args, kwargs)
-        arguments.append(operand[0])
-    return _record(lazy, tuple(arguments), func, (lazy, *args), kwargs)
-
-
-def _reflected(
-    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """`torch.mul(2, lazy)`: the first argument is no tensor of rows. `args` is (first, lazy)."""
-    operand = _operand(lazy, args[0])
-    if operand is None or kwargs:
+    summed = _sum_of_two(logits[0], func, args[1:], kwargs) if args[0] is logits[0] else None
+    if isinstance(summed, Tensor):
+        return summed
+    shadow = on_meta(logits[0], func, args, kwargs)
+    operands = operands_of(logits, args, kwargs)
+    if operands is None or shadow.shape != logits[0].shape:
         return NotImplemented
-    return _record(lazy, (operand[0], lazy.expression), func, args)
+    source, arguments, keywords = operands
+    call = Recorded(func, arguments, keywords, autocast_state(source.device.type))
+    return together(logits, call, shadow, source)
 
 
-def _operand(lazy: LazyLogits, arg: Any) -> tuple[Any] | None:
-    """What stands for an argument in an expression; None if it differs by row, or is trained."""
-    if isinstance(arg, type(lazy)):
-        same = arg is lazy or (
-            arg.is_lazy and arg.source.same_as(lazy.source) and arg.shape == lazy.shape
-        )
-        return (arg.expression,) if same else None
-    if not isinstance(arg, Tensor):
-        return (arg,)
-    is_row = arg.numel() == 1 or arg.shape[-1] == lazy.shadow.shape[-1] == arg.numel()
-    if arg.requires_grad or arg.dim() > lazy.shadow.dim() or not is_row:
-        return None
-    return (arg.reshape(-1 if arg.dim() else ()).clone(),)  # as it is now, whatever becomes of it
+def _elementwise_loss(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`kl_div`, `mse_loss`, ... of two, of which one or both are lazy."""
+    options = {name: value for name, value in kwargs.items() if value is not None}
+    reduction = options.pop("reduction", "mean")
+    if len(args) != 2 or options.keys() & {"size_average", "reduce", "weight"}:
+        return NotImplemented
+    each = pointwise(func, args, {**options, "reduction": "none"})
+    if each is NotImplemented or reduction == "none":
+        return each
+    if reduction == "batchmean":
+        return total(each, "sum") / each.shape[0]
+    return total(each, reduction)
 
 
 def _sum_of_two(
@@ -115,33 +127,36 @@ def _sum_of_two(
 ) -> Any:
     """A head plus a trained bias (ESM), or plus a LoRA head: still one linear layer."""
     is_sum = func.__name__ in ("add", "__add__", "__radd__") and len(args) == 1 and not kwargs
-    if not is_sum or lazy.expression is not LOGITS or not isinstance(args[0], Tensor):
+    is_layer = lazy.expression == LOGITS and lazy.recorded.is_single
+    # a head that must be entered again knows of its own term alone
+    if not is_sum or not is_layer or lazy.recorded.head.is_freed:
         return NotImplemented
-    other, dtype = args[0], lazy.shadow.dtype
+    other, dtype, source = args[0], lazy.shadow.dtype, lazy.source
     if isinstance(other, type(lazy)):
         found = scale_and_softcap(other.expression) if other.is_lazy else None
         is_scaled = found is not None and found.softcap is None and not found.casts
-        if found is None or not is_scaled or other.shape != lazy.shape or _any_freed(lazy, other):
+        if found is None or not is_scaled or other.shape != lazy.shape:
+            return NotImplemented
+        head = other.source.head
+        if not other.recorded.is_single or head.is_freed or head.shares_with(source.head):
             return NotImplemented
         shadow = on_meta(lazy, func, (lazy, other), {})
-        return lazy.derived(LOGITS, shadow, lazy.source.plus(other.source, found.scale))
-    is_wider = other.dtype == torch.float32 and lazy.linear.terms[0][0].element_size() == 2
+        plus = source.with_head(source.head.plus(head, found.scale))
+        return lazy.derived(LOGITS, shadow, plus)
+    if not isinstance(other, Tensor) or not other.requires_grad:
+        return NotImplemented
+    is_wider = other.dtype == torch.float32 and lazy.recorded.head.terms[0][0].element_size() == 2
     is_bias = (
         other.numel() == lazy.shadow.shape[-1] == other.shape[-1]
         and other.dim() <= lazy.shadow.dim()
         and (other.dtype == dtype or is_wider)
     )
-    if not is_bias or _any_freed(lazy):
+    if not is_bias:
         return NotImplemented
     shadow = on_meta(lazy, func, (lazy, other), {})
-    linear = lazy.source.plus_bias(other.reshape(-1).to(dtype))
+    plus = source.with_head(source.head.plus_bias(other.reshape(-1).to(dtype)))
     # where autocast ran the head in 16 bits, the sum with a bias of 32 has 32
-    return lazy.derived(LOGITS, shadow, linear).to(other.dtype)
-
-
-def _any_freed(*logits: LazyLogits) -> bool:
-    """Whether a head must be entered again, which knows of its own term alone."""
-    return any(is_freed(weight) for lazy in logits for _, weight, _ in lazy.linear.terms)
+    return lazy.derived(LOGITS, shadow, plus).to(other.dtype)
 
 
 def _softmax(
@@ -164,9 +179,7 @@ def _record(
     kwargs: dict[str, Any] | None = None,
 ) -> LazyLogits:
     """`func(*args, **kwargs)`, whose arguments are `operands` in an expression over rows."""
-    call = Recorded(
-        func, operands, kwargs or {}, autocast_state(lazy.linear.terms[0][0].device.type)
-    )
+    call = Recorded(func, operands, kwargs or {}, autocast_state(lazy.recorded.device.type))
     return lazy.derived(call, on_meta(lazy, func, args, call.keywords))
 
 
@@ -192,17 +205,12 @@ _FUNCTIONS: dict[Rule, list[Callable[..., Any]]] = {
     clone: _named("clone", "contiguous"),
     detach: _named("detach"),
     _cast: [*CASTS, T.to, T.type_as],
-    _pointwise: _named(
-        *("mul", "div", "add", "sub", "true_divide", "multiply", "divide", "neg", "pow", "square"),
-        *("clamp", "clamp_min"),
-        *("tanh", "exp", "log", "sigmoid", "logsigmoid", "relu", "nan_to_num"),
-        *("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__neg__", "__pow__"),
-        *("__add__", "__radd__", "__sub__", "__rsub__"),
-    ),
     _softmax: _named("log_softmax", "softmax"),
-    reduce: _named("logsumexp", "sum", "mean", "argmax", "amax"),
+    reduce: _named(
+        *("logsumexp", "sum", "mean", "argmax", "argmin", "amax", "amin", "all", "any"),
+    ),
     top: [T.max, torch.max, T.topk, torch.topk],
-    gather: _named("gather"),
+    gather: _named("gather", "take_along_dim"),
     new_zeros: [T.new_zeros],
     write: [T.__setitem__],
     cross_entropy: [F.cross_entropy, F.nll_loss],
@@ -210,11 +218,30 @@ _FUNCTIONS: dict[Rule, list[Callable[..., Any]]] = {
 RULES: dict[Callable[..., Any], Rule] = {
     function: rule for rule, functions in _FUNCTIONS.items() for function in functions
 }
-REFLECTED: dict[Callable[..., Any], Rule] = dict.fromkeys(
-    _named("mul", "div", "add", "sub"), _reflected
-)
+_ANYWHERE: dict[Callable[..., Any], list[Callable[..., Any]]] = {
+    pointwise: _named(
+        *("mul", "div", "add", "sub", "true_divide", "multiply", "divide", "subtract", "neg"),
+        *("pow", "square", "sqrt", "abs", "exp", "expm1", "log", "log1p", "log2"),
+        *("clamp", "clamp_min", "clamp_max", "maximum", "minimum", "logaddexp", "xlogy", "lerp"),
+        *("tanh", "sigmoid", "logsigmoid", "softplus", "relu", "nan_to_num"),
+        *("where", "masked_fill", "isnan", "isinf", "isfinite"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"),
+        *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+        *("__and__", "__rand__", "__or__", "__ror__", "__invert__"),
+        *("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__rdiv__", "__neg__"),
+        *("__add__", "__radd__", "__sub__", "__rsub__", "__pow__", "__rpow__"),
+    ),
+    _elementwise_loss: [F.kl_div, F.mse_loss, F.l1_loss, F.smooth_l1_loss],
+    stack: [torch.stack],
+    cat: [torch.cat, torch.concat, torch.concatenate],
+    broadcast: [torch.broadcast_tensors],
+}
+ANYWHERE: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: rule for rule, functions in _ANYWHERE.items() for function in functions
+}
 IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
     **{T.mul_: T.mul, T.div_: T.div, T.add_: T.add, T.sub_: T.sub},
     **{T.__imul__: T.mul, T.__itruediv__: T.div, T.__iadd__: T.add, T.__isub__: T.sub},
     **{T.neg_: T.neg, T.exp_: T.exp, T.tanh_: T.tanh, T.clamp_: T.clamp},
+    T.masked_fill_: T.masked_fill,
 }

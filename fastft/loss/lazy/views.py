@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.logits import LazyLogits
@@ -31,7 +32,8 @@ def on_meta(
             return value
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
-    return func(*map(shadow, args), **{name: shadow(value) for name, value in kwargs.items()})
+    args, kwargs = tree_map(shadow, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def with_strides_of(shadow: Tensor, result: Tensor) -> Tensor:
@@ -181,11 +183,17 @@ def clone(
 def detach(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """`detach`: who calls it while gradients are recorded wants to keep the numbers.
+    """`detach`: who calls it while gradients are recorded may keep the numbers.
 
-    Inside a Function it is plumbing. An evaluation detaches everything, and its logits are settled
-    before the weights change.
+    So it is lazy where the weight is not trained, or somebody settles what is kept before it
+    changes. Inside a Function it is plumbing.
     """
-    if torch.is_grad_enabled() and not lazy.is_evaluated:
+    heads = lazy.recorded.heads
+    may_change = any(
+        head.origin.held is None and any(w.requires_grad for _, w, _ in head.terms)
+        for head in heads
+    )
+    if torch.is_grad_enabled() and may_change and not lazy.is_evaluated:
         return NotImplemented
-    return lazy.viewed(func, args, kwargs, lazy.shadow.detach(), lambda x: x, same_rows=True)
+    with torch.no_grad():
+        return lazy.viewed(func, args, kwargs, lazy.shadow.detach(), lambda x: x, same_rows=True)

@@ -85,7 +85,10 @@ def written(found: dict[str, Outcome]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     order = list(_MEANING)
-    for case, outcome in sorted(found.items(), key=lambda one: (order.index(one[1].best), one[0])):
+    rows = sorted(found.items(), key=lambda one: (order.index(one[1].best), one[0]))
+    # a class may stand for several model types: the first is what becomes of it
+    classes = dict(reversed([(case.split("-")[-1], outcome) for case, outcome in rows]))
+    for name, outcome in reversed(classes.items()):
         exact = outcome.best in (OURS, STOCK, MASK)
         errors = (f"{outcome.loss:.0e}", f"{outcome.gradient:.0e}") if exact else ("", "")
         as_it_is = (
@@ -93,7 +96,7 @@ def written(found: dict[str, Outcome]) -> str:
         )
         why = outcome.why.replace("|", "\\|")
         lines.append(
-            f"| {case.split('-')[-1]} | {outcome.inputs} | {outcome.axes or ''} | {as_it_is} | "
+            f"| {name} | {outcome.inputs} | {outcome.axes or ''} | {as_it_is} | "
             f"{outcome.best} | {errors[0]} | {errors[1]} | {why} |"
         )
     return "\n".join(lines) + "\n"
