@@ -142,8 +142,15 @@ SECTIONS = {
     ],
     "Vision and speech": [
         Way("image classification", "ViT", _ENCODERS),
-        Way("LLaVA and its kind", "", _IMAGES),
-        Way("Qwen2-VL and its kind", "", _IMAGES, ""),
+        Way(
+            "LLaVA and its kind",
+            "[every class](../benchmarks/results/packing-images.md)",
+            _IMAGES,
+            "loss optimizer packing",
+        ),
+        Way("Qwen2-VL and its kind", "positions of several axes", _IMAGES),
+        Way("Gemma3, PaliGemma", "tokens of an image see each other", _IMAGES),
+        Way("Qwen3.5", "recurrent layers, without their kernels", "", ""),
         Way("Whisper", "also Moonshine, Cohere ASR, Canary", "speech: Whisper"),
         Way("Speech2Text, Moonshine streaming", "they count positions along a row", "", ""),
     ],
