@@ -33,7 +33,7 @@ from fastft.foreign import (
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
 from fastft.integrations.implementations import attention_configs, switched
-from fastft.integrations.optimizer_check import check_optimizer
+from fastft.integrations.optimizer_check import check_optimizer, gradients_are_lost
 from fastft.integrations.pool_segments import is_pooled, pool_segments
 from fastft.integrations.probe_images import TASK, examples_in, image_examples
 from fastft.integrations.probe_rows import Batches
@@ -105,7 +105,7 @@ class PackingCallback(TrainerCallback):
         self.on_leak, self.attention = on_leak, attention
         self.switched: str | None = None
         self.probe: str | None = None
-        self._warned_of_repeats = False
+        self._warned_of_repeats = self._warned_of_lost = False
         self._ahead: Verdict | None = None  # of the model before it was sharded
         self._apart, self._asked = False, False  # in a training; in this evaluation outside of one
         # the args of the Trainer that was handed an AdamW of fastft's
@@ -139,6 +139,7 @@ class PackingCallback(TrainerCallback):
         """Checks what trains, and keeps packed sequences apart; None without a collator of ours."""
         self.restore()
         self.switched = self.probe = None
+        self._warned_of_lost = False
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         _training_begins(model, state, self)
         check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed is args)
@@ -206,6 +207,13 @@ class PackingCallback(TrainerCallback):
                 "something has called restore() since this training began, or another training of "
                 "the model has begun: train one after the other"
             )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warns once of a step that would move nothing."""
+        if not self._warned_of_lost:
+            self._warned_of_lost = gradients_are_lost(kwargs["model"], kwargs.get("optimizer"))
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

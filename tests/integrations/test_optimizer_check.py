@@ -97,6 +97,7 @@ def frozen_body():
     return model
 
 
+@pytest.mark.way("a model changed after `adamw(model)`", optimizer="refused")
 @pytest.mark.parametrize("change", STALE)
 def test_a_model_that_changed_after_adamw_is_not_trained_in_part(change, tmp_path):
     make, then, sentence = STALE[change]
