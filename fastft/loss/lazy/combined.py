@@ -157,8 +157,7 @@ def cat(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
         return NotImplemented
     first, sources = parts[0], [part.source for part in parts]
     fits = all(
-        part.dim() == first.dim() and are_alike(part.expression, first.expression)
-        for part in parts
+        part.dim() == first.dim() and are_alike(part.expression, first.expression) for part in parts
     ) and all(map(_of_one_head, sources, sources[:1] * len(sources)))
     if not fits or not isinstance(dim, int) or (dim + 1) % first.dim() == 0:
         return NotImplemented

@@ -135,7 +135,7 @@ def gather(
     """`gather` and `take_along_dim` along the vocabulary."""
     names = ("dim", "index") if func.__name__ == "gather" else ("indices", "dim")
     options: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-    index = options.get("index", options.get("indices"))
+    index: Any = options.get("index", options.get("indices"))
     is_alike = index.dim() == lazy.shadow.dim() and index.shape[:-1] == lazy.shadow.shape[:-1]
     if not is_last(lazy, options.get("dim")) or not is_alike or isinstance(index, type(lazy)):
         return NotImplemented

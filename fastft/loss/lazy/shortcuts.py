@@ -1,7 +1,7 @@
 """Numbers of a linear layer's logits that need no product with the vocabulary.
 
-    z[t, y_t] = x_t . W[y_t] + b[y_t]                   one gathered logit a row, T H multiplications
-    sum_v z[t, v] = x_t . sum_v W[v] + sum_v b[v]       a sum or mean of logits, (T + V) H
+    z[t, y_t] = x_t . W[y_t] + b[y_t]                   a gathered logit a row: T H multiplications
+    sum_v z[t, v] = x_t . sum_v W[v] + sum_v b[v]       a sum or mean of logits: (T + V) H
 
 A selected log-probability is the first less a logsumexp, so that only that makes the logits; the
 second is what trainers log of logits.
