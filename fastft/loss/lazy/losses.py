@@ -123,7 +123,7 @@ def top(
     options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
     values, indices = _two(lazy, lambda z: getattr(torch, name)(z, **options))
     if lazy.requires_grad and torch.is_grad_enabled():
-        values = _gathered(lazy, indices)
+        values = _gathered(lazy, indices, known=values)
     lazy.evaluated(values)
     results = (with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True))
     return getattr(torch.return_types, name)(tuple(results))
@@ -146,12 +146,12 @@ def gather(
     return with_strides_of(shadow, result)
 
 
-def _gathered(lazy: LazyLogits, rows: Tensor) -> Tensor:
-    """The numbers at `rows` (T, K)."""
+def _gathered(lazy: LazyLogits, rows: Tensor, known: Tensor | None = None) -> Tensor:
+    """The numbers at `rows` (T, K), which may be `known` without their history."""
     result = picked(lazy.checked(), lazy.expression, rows)
     if result is not None:
         return result
-    return lazy.over_rows(lambda z, i: z.gather(-1, i), rows)
+    return lazy.over_rows(lambda z, i: z.gather(-1, i), rows, known=known)
 
 
 _NAMES = "target weight size_average ignore_index reduce reduction label_smoothing".split()
