@@ -141,9 +141,7 @@ def test_both_heads_get_their_gradients_if_both_are_trained(trained):
         if not trained:
             other.requires_grad_(False)
         heads = (x, weight), (u, other)
-        z, t = (
-            lazy_linear(*head, None, report) if lazy else F.linear(*head) for head in heads
-        )
+        z, t = (lazy_linear(*head, None, report) if lazy else F.linear(*head) for head in heads)
         value = jsd(z / 0.7, t / 0.7, 0.3)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         first = torch.autograd.grad(value, wanted, retain_graph=True)
@@ -239,9 +237,12 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_two_heads_cannot_do_lazily_is_right(name):
     (value, gradients), (expected, truths) = (
-        (lambda given, leaves: (v := OTHERS[name](given["z"], given["t"]), torch.autograd.grad(v, leaves)))(
-            *names(lazy)
-        )
+        (
+            lambda given, leaves: (
+                v := OTHERS[name](given["z"], given["t"]),
+                torch.autograd.grad(v, leaves),
+            )
+        )(*names(lazy))
         for lazy in (True, False)
     )
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-4)

@@ -89,7 +89,7 @@ def replaced(
         return places.get(node, node)
     if type(node) is list:
         return [replaced(part, places, known) for part in node]
-    if not isinstance(node, Recorded) or all(place is of for place, of in places.items()):
+    if not isinstance(node, Recorded) or all(place == of for place, of in places.items()):
         return node
     if id(node) not in known:
         known[id(node)] = node._replace(

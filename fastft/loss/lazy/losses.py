@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastft.loss.counted_labels import bound_of
 from fastft.loss.head_sweep import CountedRows
-from fastft.loss.lazy.expressions import LOGITS, Expression, Recorded, autocast_state
+from fastft.loss.lazy.expressions import Expression, Place, Recorded, autocast_state
 from fastft.loss.lazy.shortcuts import picked, summed_over_classes
 from fastft.loss.lazy.sources import Linear
 from fastft.loss.lazy.views import on_meta, with_strides_of
@@ -302,7 +302,7 @@ def scale_and_softcap(expression: Expression) -> ScaleAndSoftcap | None:
     while isinstance(expression, Recorded):
         name, arguments = expression.function.__name__, expression.arguments
         numbers = [a for a in arguments if type(a) in (int, float) and 0 < a < math.inf]
-        inner = [a for a in arguments if isinstance(a, Recorded) or a is LOGITS]
+        inner = [a for a in arguments if isinstance(a, Recorded | Place)]
         if expression.keywords or len(inner) != 1:
             return None
         if expression.function is Tensor.to:
