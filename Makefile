@@ -4,6 +4,9 @@
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
 #                oldest and newest packages; make lint docs
+# make matrix     every test that has a mark of a way of training, slow ones too; keeps what came of them in
+#                benchmarks/results/ways.json, and writes the tables of docs/works-with.md and the README; ONLY="files": merges
+#                what came of these
 # make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
 # make compare-public SCRIPTS=folder    is it the same training, for the example scripts of transformers, peft, trl and
@@ -37,7 +40,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest lint format docs bench kernels compare-public sweep lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench kernels compare-public sweep lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -61,6 +64,12 @@ test-slow: native $(WAYS)
 
 test-isa: native
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
+
+# the tables are written if tests fail, too, and say it
+matrix: native $(WAYS)
+	$(PYTEST) -m "way and not sweep and not ptx" --ways benchmarks/results/ways.json $(ONLY); tested=$$?; \
+	$(BIN)/python -m pytest -q --collect-only --ways-tables > build/ways.txt || { tail build/ways.txt; exit 1; }; \
+	exit $$tested
 
 aarch64: native
 	$(PYTEST) -m "slow or not slow" tests/test_aarch64.py

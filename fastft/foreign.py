@@ -233,6 +233,11 @@ def base_model(model: Any) -> Any:
         model = inner
 
 
+def is_adapter(layer: nn.Module) -> bool:
+    """Whether it is a layer of one of PEFT's methods, around another layer."""
+    return "BaseTunerLayer" in _class_names(layer) and "base_layer" in layer._modules
+
+
 def output_embeddings(model: Any) -> nn.Module | None:
     """What `model` itself calls its output embeddings; None where it has none, or does not say."""
     # transformers' models without a head raise, others have no such method

@@ -14,6 +14,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+pytest_plugins = ["support.ways_table"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.attention.encoder_rows import flattened
 from fastft.attention.segment_attention import segment_attention
 from fastft.attention.segments import Segments, segments_of, segments_under_way
 from fastft.data.host_boundaries import note
@@ -29,11 +30,12 @@ NAME = "fastft"
 # each kind of window is wider than its size, as |i - j| < window
 _WINDOWS = {"sliding_window_overlay": 0, "sliding_window_bidirectional_overlay": 1}
 _CHUNKS, _CAUSAL = "chunked_overlay", "causal_mask_function"
-_PACKED = "packed_sequence_mask_function"
+_PACKED, _REMAPPED = "packed_sequence_mask_function", "remap_positions_for_packed_sequence"
+_BLOCKS = "blockwise_overlay"  # tokens of an image, which see each other
 _UNDERSTOOD = {
     *_WINDOWS,
     *(_CHUNKS, _PACKED, _CAUSAL),
-    *("bidirectional_mask_function", "and_masks", "remap_positions_for_packed_sequence"),
+    *("bidirectional_mask_function", "and_masks", _REMAPPED),
 }
 
 # keyword arguments of attention calls in transformers that say which keys are seen or what is added
@@ -61,14 +63,38 @@ class _Pattern:
     complete: bool = True  # False where the mask says more, and says it of positions in the row
 
 
+def _name(function: Any) -> str:
+    """The name of a mask function, or of the function that made it."""
+    name: str = getattr(function, "__qualname__", type(function).__name__)
+    return name.partition(".")[0]
+
+
+def _parts(function: Any) -> list[Callable[..., Any]]:
+    """The mask functions that a mask function is made of, found in its closure."""
+    inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    parts = [part for one in inside for part in (one if isinstance(one, tuple) else (one,))]
+    return [part for part in parts if callable(part)]
+
+
 def _names(function: Any) -> set[str]:
-    """The names of a mask function and of those it is made of, found in its closure."""
-    names = {getattr(function, "__qualname__", type(function).__name__).partition(".")[0]}
-    for cell in getattr(function, "__closure__", None) or ():
-        inner = cell.cell_contents
-        for part in inner if isinstance(inner, tuple) else (inner,):
-            names |= _names(part) if callable(part) else set()
-    return names
+    """The names of a mask function and of all that it is made of."""
+    return {_name(function)}.union(*map(_names, _parts(function)))
+
+
+def _counting_in_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A packed row's mask function without the step that turns places in the row into places in
+    their sequences: for `blockwise_overlay`, which looks places in the row up and would look up
+    those of the first sequence. Causality and windows, which compare two places, stay as they are
+    inside a sequence."""
+    from transformers import masking_utils
+
+    name, parts = _name(function), _parts(function)
+    if name == _REMAPPED:
+        return _counting_in_rows(parts[0])
+    if name in ("and_masks", "or_masks"):
+        joined: Callable[..., Any] = getattr(masking_utils, name)(*map(_counting_in_rows, parts))
+        return joined
+    return function
 
 
 def _pattern(
@@ -103,6 +129,10 @@ def fastft_mask(
     """
     from transformers.masking_utils import sdpa_mask
 
+    names, known = _names(mask_function), segments_under_way() is not None
+    if {_BLOCKS, _REMAPPED} <= names and _CHUNKS not in names:
+        mask_function = _counting_in_rows(mask_function)
+
     def build() -> Tensor | None:
         return sdpa_mask(
             q_length=q_length,
@@ -113,7 +143,6 @@ def fastft_mask(
             **kwargs,
         )
 
-    names, known = _names(mask_function), segments_under_way() is not None
     pattern = _pattern(names, local_size, attention_mask is None, build)
     binds = any(size is not None and size < kv_length for size in (pattern.window, pattern.chunk))
     # a mask of chunks counts from the first token of a row: right only where positions made it
@@ -234,6 +263,15 @@ def fastft_attention(
 
         kwargs |= {"scaling": scaling, "is_causal": is_causal, "position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, **kwargs)
+    rows = len(query)
+    if segments.laid:
+        if isinstance(attention_mask, Tensor) or position_bias is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} has a mask or a bias for the states of an encoder that "
+                "are laid end to end: train it on padded batches"
+            )
+        query = flattened(query, segments.bounds_q[-1])
+        key, value = (flattened(one, segments.bounds_k[-1]) for one in (key, value))
     if segments.alike and key.shape[2] != query.shape[2]:
         raise NotImplementedError(
             f"{type(module).__name__} has {key.shape[2]} keys for the {query.shape[2]} tokens of a "
@@ -242,7 +280,8 @@ def fastft_attention(
         )
     seen = _seen(attention_mask, causal, sliding_window)
     query, key, value = _autocast(query, key, value)
-    return segment_attention(query, key, value, segments, **seen, **rule), None
+    out = segment_attention(query, key, value, segments, **seen, **rule)
+    return out.unflatten(1, (rows, -1)).squeeze(0) if segments.laid else out, None
 
 
 def _seen(mask: Tensor | _Pattern | None, causal: bool, window: int | None) -> dict[str, Any]:

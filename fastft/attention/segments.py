@@ -9,6 +9,9 @@ the batch's boundaries there, a hook after it takes them away.
 The holder belongs to the modules, not to a thread or a context: gradient checkpointing runs a
 layer's forward again during backward, on another thread where a GPU is used. Such a second forward
 reads the boundaries of the forward whose output backward has come through.
+
+Where a batch has boundaries for a decoder alone (task "speech_seq2seq"), its encoder runs a row for
+each example; a hook before the decoder lays the states end to end (`encoder_rows.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastft.attention.beside_text import parts_beside_text
+from fastft.attention.encoder_rows import lay_end_to_end
 from fastft.attention.router_loss import count_no_padding
 from fastft.data.host_boundaries import HostBoundaries, on_host
 from fastft.data.keys import (
@@ -48,7 +53,8 @@ class Segments:
     `cu_seqlens_q` and `cu_seqlens_k` are int32 (S + 1,) over the rows flattened one after another;
     they begin with 0 and end with the number of tokens. The two differ in cross-attention alone.
     `beside` are other boundaries of the batch, which are read along with these where the host must
-    wait for a device.
+    wait for a device. Where `laid`, the rows of queries and of keys count end to end: a segment of
+    keys may cross rows, and there may be more keys behind the last.
     """
 
     cu_seqlens_q: Tensor
@@ -56,6 +62,7 @@ class Segments:
     max_seqlen_q: int
     max_seqlen_k: int
     beside: tuple[Tensor, ...] = ()
+    laid: bool = False
 
     @cached_property
     def _host(self) -> list[HostBoundaries]:
@@ -126,36 +133,38 @@ def _segments(
     return Segments(cu_q, cu_k, int(max_q), int(max_k), beside)
 
 
-@dataclass(frozen=True, eq=False)
+# what a decoder calls its tokens
+_DECODER_TOKENS = ("input_ids", "inputs_embeds", "input_values")
+
+
+@dataclass(eq=False)
 class _Batch:
     """The boundaries of one forward."""
 
-    inputs: Segments  # of the model, or of its encoder
+    inputs: Segments | None  # of the model, or of its encoder; None where that has a row an example
     outputs: Segments | None = None  # of the decoder beside an encoder
+    crossing: Segments | None = None  # queries from the decoder, keys from the encoder
 
-    @cached_property
-    def crossing(self) -> Segments:
-        """Queries from the decoder, keys from the encoder."""
-        assert self.outputs is not None
-        return Segments(
-            self.outputs.cu_seqlens_q,
-            self.inputs.cu_seqlens_q,
-            self.outputs.max_seqlen_q,
-            self.inputs.max_seqlen_q,
-        )
-
-    def of(self, in_decoder: bool, causal: bool) -> Segments:
+    def of(self, in_decoder: bool, causal: bool) -> Segments | None:
         """The boundaries of an attention call: of self-attention, or from decoder to encoder."""
         if self.outputs is None or not in_decoder:
             return self.inputs
         return self.outputs if causal else self.crossing  # a decoder is causal towards itself alone
+
+    def cross(self, keys: Tensor, longest: int, laid: bool) -> None:
+        """Sets the boundaries of the encoder's states, `keys`."""
+        assert self.outputs is not None
+        queries = self.outputs
+        self.crossing = Segments(
+            queries.cu_seqlens_q, keys, queries.max_seqlen_q, longest, laid=laid
+        )
 
 
 def _batch(kwargs: dict[str, Any]) -> _Batch | None:
     """The boundaries among a forward's keyword arguments; None if there are none."""
     get, cu_q = kwargs.get, kwargs.get(CU_SEQLENS_Q)
     if cu_q is None:
-        return None
+        return _batch_of_decoder(kwargs)
     cu_k, decoder = get(CU_SEQLENS_K), get(DECODER_CU_SEQLENS)
     every = {CU_SEQLENS_Q: cu_q, CU_SEQLENS_K: cu_q if cu_k is None else cu_k}
     every |= {} if decoder is None else {DECODER_CU_SEQLENS: decoder}
@@ -173,7 +182,52 @@ def _batch(kwargs: dict[str, Any]) -> _Batch | None:
     if decoder is None:
         return _Batch(inputs)
     longest = get(DECODER_MAX_LENGTH)
-    return _Batch(inputs, _segments(decoder, decoder, longest, longest, beside))
+    batch = _Batch(inputs, _segments(decoder, decoder, longest, longest, beside))
+    batch.cross(inputs.cu_seqlens_q, inputs.max_seqlen_q, laid=False)
+    return batch
+
+
+def _batch_of_decoder(kwargs: dict[str, Any]) -> _Batch | None:
+    """The boundaries of a batch whose encoder has a row for each example; None if there are
+    none."""
+    decoder = kwargs.get(DECODER_CU_SEQLENS)
+    if decoder is None:
+        return None
+    _check(DECODER_CU_SEQLENS, decoder)
+    longest = kwargs.get(DECODER_MAX_LENGTH)
+    return _Batch(None, _segments(decoder, decoder, longest, longest, (decoder,)))
+
+
+def _before_decoder(
+    decoder: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """Lays the states of an encoder that has a row for each example end to end."""
+    holder = _holders.get(decoder)
+    batch = holder.batch() if holder is not None else None
+    if batch is None or batch.inputs is not None or batch.outputs is None:
+        return None
+    states, mask = (kwargs.get(f"encoder_{name}") for name in ("hidden_states", "attention_mask"))
+    tokens = next((kwargs[key] for key in _DECODER_TOKENS if kwargs.get(key) is not None), None)
+    if not isinstance(states, Tensor) or not isinstance(tokens, Tensor):
+        raise ValueError(
+            f"{type(decoder).__name__} must be called with its tokens and encoder_hidden_states "
+            "by keyword, for a packed batch whose encoder has a row for each example"
+        )
+    if getattr(decoder.config, "_attn_implementation", None) != "fastft":
+        raise ValueError(
+            f"{type(decoder).__name__} needs attn_implementation='fastft' for a packed batch whose "
+            "encoder has a row for each example: other attention lets each read all of them"
+        )
+    segments = batch.outputs.cu_seqlens_q.numel() - 1
+    if len(states) != segments:
+        raise ValueError(
+            f"{DECODER_CU_SEQLENS} has {segments} segments, the encoder has states of "
+            f"{len(states)} examples"
+        )
+    laid, keys, longest = lay_end_to_end(states, mask, len(tokens))
+    batch.cross(keys, longest, laid=True)
+    hidden = {} if mask is None else {"encoder_attention_mask": None}
+    return args, {**kwargs, "encoder_hidden_states": laid, **hidden}
 
 
 @dataclass(eq=False)
@@ -186,6 +240,7 @@ class _Holder:
     current: _Batch | None = None  # of the innermost
     differentiated: _Batch | None = None  # of the forward that backward is in, or will be
     handles: int = 0
+    decoder_hook: Any = None  # as long as there are handles
 
     def batch(self) -> _Batch | None:
         """The boundaries for an attention call that happens now."""
@@ -265,10 +320,10 @@ def _forwards() -> list[_Forward]:
 
 def segments_under_way() -> Segments | None:
     """The boundaries of the innermost forward with `keep_segments` that this thread runs: the
-    encoder's, where there is a decoder too; None unless it got a packed batch."""
+    encoder's, where that is packed, else the decoder's; None unless it got a packed batch."""
     forwards = _forwards()
     batch = forwards[-1].batch if forwards else None
-    return None if batch is None else batch.inputs
+    return None if batch is None else batch.inputs or batch.outputs
 
 
 def _before_forward(
@@ -289,6 +344,18 @@ def _before_forward(
     forwards.append(_Forward(module, holder, batch, holder.current))
     holder.current, holder.running = batch, holder.running + 1
     return args, _for_model(module, holder, kwargs)
+
+
+def _before_tower(
+    module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """Hides the batch's boundaries from a part that stands beside the text."""
+    holder = _holders.get(module)
+    if holder is None:
+        return None
+    _forwards().append(_Forward(module, holder, None, holder.current))
+    holder.current, holder.running = None, holder.running + 1
+    return args, {key: value for key, value in kwargs.items() if key not in BOUNDARY_KEYS}
 
 
 def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
@@ -322,7 +389,17 @@ class SegmentsHandle:
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, always_call=True),
         ]
+        for tower in parts_beside_text(model):
+            self._hooks += [
+                tower.register_forward_pre_hook(_before_tower, with_kwargs=True),
+                tower.register_forward_hook(_after_forward, always_call=True),
+            ]
         holder.handles += 1
+        decoder = _decoder_of(base_model(model))
+        if decoder is not None and holder.decoder_hook is None:
+            holder.decoder_hook = decoder.register_forward_pre_hook(
+                _before_decoder, with_kwargs=True
+            )
 
     def remove(self) -> None:
         """Takes the hooks off. The last handle of a model forgets its batch; another call does
@@ -334,6 +411,8 @@ class SegmentsHandle:
         self._hooks = []
         self._holder.handles -= 1
         if self._holder.handles == 0:
+            if self._holder.decoder_hook is not None:
+                self._holder.decoder_hook.remove()
             for module in [key for key, holder in _holders.items() if holder is self._holder]:
                 del _holders[module]
             _forwards()[:] = [
@@ -348,7 +427,7 @@ def keep_segments(model: nn.Module) -> SegmentsHandle:
     Before each forward of `model` a hook reads the boundary keys of the batch (`cu_seq_lens_q`; of
     an encoder-decoder model `decoder_cu_seq_lens` too). It takes off the keys that the model's
     forward does not accept; of an encoder-decoder model all of them. A batch without boundaries is
-    not packed: the model runs as without the hook.
+    not packed: the model runs as without the hook. Towers for images see no boundaries of the text.
 
     Args:
         model: the outermost module that is called with the batch, or the model inside the wrapper
@@ -385,7 +464,8 @@ def segments_of(module: nn.Module, kwargs: dict[str, Any]) -> Segments | None:
     """
     holder = _holders.get(module)
     batch, given = holder.batch() if holder is not None else None, kwargs.get(CU_SEQLENS_Q)
-    if given is not None and (batch is None or batch.inputs.cu_seqlens_q is not given):
+    inputs = None if batch is None else batch.inputs
+    if given is not None and (inputs is None or inputs.cu_seqlens_q is not given):
         batch = _batch(kwargs)
     if batch is None:
         return None

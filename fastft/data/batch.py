@@ -121,6 +121,7 @@ class Expansion:
             SEQ_IDX: seq_idx.view(shape),
             CU_SEQLENS_Q: cu_seqlens,
             CU_SEQLENS_K: cu_seqlens,
+            # a task may have made other positions
             **{key: value for key, value in columns.items() if key not in batch},
             **others,
         }

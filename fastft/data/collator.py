@@ -36,12 +36,15 @@ from fastft.data.keys import (
     USE_CACHE,
     refuse_reserved,
 )
+from fastft.data.multi_axis import positions_of
 from fastft.data.pack import is_pack
 from fastft.data.rows import Layout, balanced_rows, lay_out
 from fastft.data.tasks.causal_lm import CausalLM, check_supervised, kept_logits
+from fastft.data.tasks.image_text import ImageText
 from fastft.data.tasks.masked_lm import MaskedLM, TokenMasking
 from fastft.data.tasks.seq2seq import Seq2Seq
 from fastft.data.tasks.sequence_classification import SequenceClassification
+from fastft.data.tasks.speech_seq2seq import ROW_TOKENS, SpeechSeq2Seq, check_speech
 from fastft.data.tasks.task import Task
 from fastft.ops import check_impl
 
@@ -51,6 +54,8 @@ TASKS: dict[str, type[Task]] = {
     "token_classification": Task,
     "sequence_classification": SequenceClassification,
     "seq2seq": Seq2Seq,
+    "speech_seq2seq": SpeechSeq2Seq,
+    "image_text_to_text": ImageText,
 }
 
 
@@ -93,6 +98,16 @@ class PackingCollator:
       `decoder_cu_seq_lens` int32 (S + 1,), `decoder_max_length` int; all other keys are the
       encoder's. For models with `attn_implementation="fastft"`, which keeps decoder, encoder and
       what is between them apart by these boundaries.
+    - `speech_seq2seq`: m in an example, which has `input_features` or `input_values` in the place
+      of input_ids. The encoder has a row for each of the E examples, padded with zeros where they
+      differ, and `attention_mask` (E, L) then; the decoder has `labels`, `decoder_input_ids`,
+      `decoder_position_ids` (R, U) in as few rows of at most `row_tokens` as hold the examples,
+      `decoder_cu_seq_lens` int32 (E + 1,) and `decoder_max_length`. For Whisper and its kind.
+    - `image_text_to_text`: n in an example, -100 at image tokens; the model shifts them. An example
+      is what a processor gives of one text with its images, (1, n) as well: what it has of images
+      (`pixel_values`, `image_grid_thw` and others, by their names) follows one another in the batch
+      as the examples do. For a model whose positions have A axes (mRoPE: Qwen-VL, GLM-V) the
+      collator needs `model`; `position_ids` are then (1 + A, R, T).
 
     With `supervised_only` there are also `logits_to_keep`, bool (R, T), whether the token after has
     a label, and `shift_labels`, int64 (K,), these labels: the model computes hidden states for all
@@ -115,8 +130,12 @@ class PackingCollator:
             examples have a `special_tokens_mask`).
         mlm_probability: share of the tokens that `masked_lm` masks.
         seed: of the masks; None draws from torch's global generator.
-        decoder_start_token_id: for `seq2seq`, from the model's config; not needed if examples have
-            decoder_input_ids.
+        decoder_start_token_id: for `seq2seq` and `speech_seq2seq`, from the model's config; not
+            needed if examples have decoder_input_ids.
+        row_tokens: for `speech_seq2seq`: tokens of a decoder's row, at most, or one example.
+            Whisper takes no more than 448, the default, its `config.max_target_positions`.
+        model: for `image_text_to_text`: the model that the batches are for. Its `get_rope_index`,
+            if it has one, makes the positions of each example; no weight of it is kept.
         expand_on_device: returns a `FlatBatch`, whose `.to(device)`, called by accelerate and so by
             Trainer, makes one copy of all integers and computes positions, segments, boundaries and
             ignored labels there.
@@ -131,10 +150,11 @@ class PackingCollator:
         ValueError: an argument out of its range; `supervised_only` where transformers or the model
             lacks it; in a call, no examples, input_ids missing or empty, keys that differ between
             examples, a key that has not one number per token, or the name of one of the batch's
-            own, labels that the task needs and the examples lack, positions that do not count from
+            own, labels that the task needs and the examples lack, images of several sizes of
+            which nothing says what is real, positions that do not count from
             where a document begins (0 or `position_ids_start`), several documents where a task has
             labels for none of them, more tokens than int32 counts.
-        TypeError: in a call, a feature that is neither a dict nor a pack.
+        TypeError: `model` is no module; in a call, a feature that is neither a dict nor a pack.
         RuntimeError: the engine asked for is not available.
     """
 
@@ -151,6 +171,8 @@ class PackingCollator:
         mlm_probability: float = 0.15,
         seed: int | None = None,
         decoder_start_token_id: int | None = None,
+        row_tokens: int = ROW_TOKENS,
+        model: Any = None,
         expand_on_device: bool = False,
         pad_examples: bool = False,
         impl: str = "auto",
@@ -169,18 +191,29 @@ class PackingCollator:
         self.supervised_only = supervised_only is not False
         if self.supervised_only:
             check_supervised(supervised_only, task, expand_on_device)
+        self.row_tokens = integer("row_tokens", row_tokens)
+        if task == "speech_seq2seq":
+            check_speech(rows, expand_on_device)
         if expand_on_device:
             check_impl(impl)
         else:
             BOUNDARIES.resolve(impl, torch.device("cpu"))
         self.expand_on_device, self.impl = expand_on_device, impl
         self.decoder_start_token_id, self.pad_examples = decoder_start_token_id, pad_examples
+        if model is not None and task != "image_text_to_text":
+            raise ValueError(f"model is for task 'image_text_to_text', task is {task!r}")
+        self.positions = None if model is None else positions_of(model)
         self.masking = None if tokenizer is None else TokenMasking(tokenizer, mlm_probability, seed)
 
     def __call__(self, features: Iterable[Any]) -> PackedBatch | FlatBatch:
         """Collates `features`; see the class."""
-        features = list(features)
+        return self.collate(list(features))
+
+    def collate(self, features: list[Any]) -> PackedBatch | FlatBatch:
+        """Does so; the probe stands in its place to see what comes here."""
         task = TASKS[self.task](self)
+        if isinstance(task, SpeechSeq2Seq):
+            return task.batch(features)
         columns, counts = columns_of(features, task.label_keys)
         refuse_reserved(columns, (LOGITS_TO_KEEP, SHIFT_LABELS) if self.supervised_only else ())
         task.take(columns)

@@ -14,6 +14,8 @@ MAX_LENGTH_Q, MAX_LENGTH_K = "max_length_q", "max_length_k"  # the longest segme
 SEQ_IDX = "seq_idx"  # the segment of each token
 # the same of a decoder beside an encoder
 DECODER_CU_SEQLENS, DECODER_MAX_LENGTH = "decoder_cu_seq_lens", "decoder_max_length"
+DECODER_POSITIONS = "decoder_position_ids"
+SOUNDS = ("input_features", "input_values")  # what an encoder of speech reads
 PADDING_LENGTHS = "padding_lengths"  # padding at the end of each row, for a router's loss
 LABEL_SEGMENTS = "label_segments"  # the segment of each label, where examples are labelled
 USE_CACHE = "use_cache"
@@ -41,9 +43,21 @@ RESERVED = (
     DECODER_CU_SEQLENS,
     DECODER_MAX_LENGTH,
 )
+# what processors give of images and videos beside tokens, by the beginnings of its names; it has
+# numbers for images, patches or pixels, as many as they need
+_OF_IMAGES = (
+    *("pixel_", "image_", "images_", "video_", "second_per_grid", "num_images", "num_tiles"),
+    *("num_local_patches", "patches_grid", "spatial_shapes", "target_sizes", "tile_"),
+    *("aspect_ratio_", "cross_attention_mask", "batch_num_images", "flattened_patches"),
+)
 # labels of whole examples, as transformers' collators take them
 LABEL_KEYS = ("labels", "label", "label_ids")
 IGNORE_INDEX = -100  # of labels that count for nothing, in torch and transformers
+
+
+def is_of_images(key: str) -> bool:
+    """Tells by its name whether a key holds images or videos, or numbers of these."""
+    return key.startswith(_OF_IMAGES)
 
 
 def refuse_reserved(columns: Collection[str], also: Collection[str] = ()) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.data.processed import token_count
 from fastft.foreign import chosen_rows, is_dataset
 
 
@@ -55,12 +56,25 @@ def _list_lengths(dataset: Any) -> Tensor:
     import pyarrow.compute
 
     column = dataset.data.column("input_ids")
+    if _holds_lists(column.type):
+        inner = pyarrow.compute.list_flatten(column)
+        if len(inner) == len(column):  # (1, n) each, as processors give them
+            column = inner
     try:
         return _taken(dataset, pyarrow.compute.list_value_length(column))
     except pyarrow.ArrowNotImplementedError:
         raise ValueError(
             f"input_ids must be lists of tokens, the dataset's are {column.type}"
         ) from None
+
+
+def _holds_lists(kind: Any) -> bool:
+    """Recognises the Arrow type of lists of lists."""
+    import pyarrow
+
+    lists = (pyarrow.types.is_list, pyarrow.types.is_large_list)
+    outer = any(is_list(kind) for is_list in lists)
+    return outer and any(is_list(kind.value_type) for is_list in lists)
 
 
 def _taken(dataset: Any, lengths: Any) -> Tensor:
@@ -75,7 +89,7 @@ def _taken(dataset: Any, lengths: Any) -> Tensor:
 
 def _tokens(dataset: Any, index: int, _: str | None) -> int:
     try:
-        return len(dataset[index]["input_ids"])
+        return token_count(dataset[index]["input_ids"])
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"example {index} has no input_ids to pack ({type(error).__name__}: {error})"

@@ -1,6 +1,7 @@
 """A pack: the examples that go through the model together, and parts of examples.
 
-Planning makes packs, collation lays them out, and this room is all that the two have in common.
+Planning makes packs, collation lays them out, and this room is all that the two have in common,
+with the forms in which an example may come (`processed.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from fastft.data.documents import (
     shortened,
     split_documents,
 )
-from fastft.data.keys import IGNORE_INDEX, refuse_reserved
+from fastft.data.keys import IGNORE_INDEX, is_of_images, refuse_reserved
+from fastft.data.processed import unbatched
 
 
 class Values:
@@ -97,20 +99,26 @@ class Pack(dict[str, Values]):
 
 
 def transposed(examples: Sequence[dict[str, Any]]) -> Columns:
-    """Turns examples into columns; raises ValueError where keys differ, or there are no tokens."""
+    """Turns examples into columns; raises ValueError where keys differ, or there are no tokens.
+
+    Keys of images may be missing where there is no image: None stands there.
+    """
     if not examples:
         return {}
     keys = examples[0].keys()
     alike = [example.keys() for example in examples].count(keys) == len(examples)
-    if "input_ids" not in keys or not alike:
-        for index, example in enumerate(examples):
-            if "input_ids" not in example:
-                raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
-            if example.keys() != keys:
-                raise ValueError(
-                    f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}"
-                )
-    return {key: [example[key] for example in examples] for key in keys}
+    if "input_ids" in keys and alike:
+        return {key: [example[key] for example in examples] for key in keys}
+    of_tokens = [key for key in keys if not is_of_images(key)]
+    for index, example in enumerate(examples):
+        if "input_ids" not in example:
+            raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
+        if {key for key in example if not is_of_images(key)} != {*of_tokens}:
+            raise ValueError(
+                f"example {index} has the keys {sorted(example)}, example 0 has {sorted(keys)}"
+            )
+    of_images = dict.fromkeys(key for one in examples for key in one if is_of_images(key))
+    return {key: [one.get(key) for one in examples] for key in (*of_tokens, *of_images)}
 
 
 def is_pack(feature: Any) -> bool:
@@ -131,10 +139,20 @@ def cut(example: dict[str, Any], start: int, length: int) -> dict[str, Any]:
 
     A key that has another number of values than tokens is kept whole. Of a row that another tool
     packed the part has its share of each document.
+
+    Raises:
+        ValueError: it has images, whose tokens and pixels belong together.
     """
     tokens = len(example["input_ids"])
     if start == 0 and tokens == length:
         return example
+    for key, value in example.items():
+        if is_of_images(key) and value is not None:
+            raise ValueError(
+                f"an example of {tokens} tokens has {key} and cannot be cut to {length} tokens: "
+                "the rest of its images would meet no token. overlong='drop' leaves such examples "
+                "out, a larger max_tokens keeps them"
+            )
     rewritten = shortened(example, start, length) if example.keys() & KEYS else {}
     return {
         key: rewritten[key]
@@ -152,6 +170,7 @@ def filler(example: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the labels are not integers, of which none can be ignored.
     """
+    example = {key: value for key, value in unbatched(example).items() if not is_of_images(key)}
     part = cut(example, 0, 1)
     if "labels" not in part:
         return part  # a causal model has nothing to predict the first token from

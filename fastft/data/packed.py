@@ -19,6 +19,7 @@ from fastft.data.balance import balanced
 from fastft.data.lengths import scan_lengths
 from fastft.data.pack import Pack, cut, filler
 from fastft.data.plan import PackPlan, checked_limits, epoch_plan, plan_packs
+from fastft.data.processed import unbatched
 from fastft.data.streaming import OPEN_PACKS, PackedStream, refuse_dispatch
 from fastft.foreign import is_dataset, world_size
 
@@ -173,6 +174,7 @@ class PackedDataset(Dataset[Pack]):
 
     def _part(self, example: dict[str, Any], index: int, start: int, length: int) -> dict[str, Any]:
         """Cuts out the tokens of an example that the plan wants."""
+        example = unbatched(example)
         tokens = len(example["input_ids"])
         cut_short = self.may_cut and length == self._base.max_tokens
         if tokens < start + length or (tokens > start + length and not cut_short):

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from fastft.data.pack import Pack, cut
+from fastft.data.processed import unbatched
 from fastft.foreign import active_dataloader, dispatches, is_iterable_dataset
 
 OPEN_PACKS = 32
@@ -202,6 +203,7 @@ class PackedStream(IterableDataset[Pack]):
     def _put(self, packer: _Packer, example: dict[str, Any]) -> None:
         number = self._seen - 1
         try:
+            example = unbatched(example)
             tokens = len(example["input_ids"])
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(

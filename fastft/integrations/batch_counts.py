@@ -25,6 +25,7 @@ from fastft.data.keys import (
     IGNORE_INDEX,
     PADDING_LENGTHS,
     SHIFT_LABELS,
+    SOUNDS,
 )
 
 
@@ -57,7 +58,7 @@ def count_batch(inputs: Mapping[str, Any], beside: bool, shifts: bool) -> BatchC
     ids, embeddings = _tensor(inputs, "input_ids"), _tensor(inputs, "inputs_embeds")
     if ids is None:
         if embeddings is None:
-            return None
+            return _of_sounds(inputs) if beside else None
         shape = embeddings.shape[:-1]
     else:
         shape = ids.shape
@@ -72,6 +73,15 @@ def count_batch(inputs: Mapping[str, Any], beside: bool, shifts: bool) -> BatchC
         shape.numel() + (0 if outputs is None else _output_places(inputs)),
         _supervised(inputs, shifts) if of_tokens or SHIFT_LABELS in inputs else None,
     )
+
+
+def _of_sounds(inputs: Mapping[str, Any]) -> BatchCounts | None:
+    """Counts what sounds say: all of it is labels, be it padded or packed."""
+    labels = _tensor(inputs, "labels")
+    if labels is None or not any(key in inputs for key in SOUNDS):
+        return None
+    supervised = (labels != IGNORE_INDEX).sum()
+    return BatchCounts(torch.zeros(0).long(), supervised[None], labels.numel(), supervised)
 
 
 def _tensor(inputs: Mapping[str, Any], key: str, shape: torch.Size | None = None) -> Tensor | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from fastft.foreign import base_model, prompt_learning, reason_not_to_run, unwra
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.implementations import STOCK, attention, switched
 from fastft.integrations.probe import Probe, Trouble
+from fastft.integrations.probe_images import ImageProbe, image_examples
 from fastft.integrations.probe_rows import Batches, long_row
 from fastft.integrations.untouched import untouched
 
@@ -70,7 +71,11 @@ class Verdict(NamedTuple):
 
 
 def check_packing(
-    model: nn.Module, *, position_ids_start: int = 0, max_tokens: int | None = None
+    model: nn.Module,
+    *,
+    position_ids_start: int = 0,
+    max_tokens: int | None = None,
+    examples: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """Returns if `model`, as it is configured, computes for packed sequences what it computes for
     each of them alone.
@@ -91,12 +96,15 @@ def check_packing(
         max_tokens: of the longest row that it will get; the long row is as long, at most 4,096
             tokens. None: it is long enough for every window and table below 4,096, and a warning
             says from where on the model raises.
+        examples: for a model that is trained on images: some of its processor's outputs, as
+            `PackingCollator(task="image_text_to_text")` takes them. The three shortest with images
+            are asked with too. None: of text alone.
 
     Raises:
         PackingLeakError: it does not. The message says why, and the way out: each one that it names
             was tried on this model and found exact.
-        ValueError: an argument is out of its range; or the model cannot be asked: its parameters
-            are sharded or on the meta device, or it takes no text alone.
+        ValueError: an argument is out of its range, no example has an image; or the model cannot
+            be asked: its parameters are sharded or on the meta device, or it takes no text alone.
         TypeError: `model` is no module.
     """
     for name, value, least in (
@@ -107,7 +115,10 @@ def check_packing(
             not isinstance(value, int) or isinstance(value, bool) or value < least
         ):
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
-    leak = find_leak(model, Batches(position_ids_start, max_tokens))
+    images = None if examples is None else image_examples(model, examples)
+    if examples is not None and images is None:
+        raise ValueError("examples must have images (pixel_values ...), got none that has")
+    leak = find_leak(model, Batches(position_ids_start, max_tokens, images=images))
     if leak is not None and leak.loud:
         warnings.warn(f"{type(base_model(model)).__name__}: {leak}", stacklevel=2)
     elif leak is not None:
@@ -154,16 +165,22 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
     register_attention()
     with untouched(model) as states:
         try:
-            probe = Probe(model, batches, states)
+            probe = (Probe if batches.images is None else ImageProbe)(model, batches, states)
         except Exception as error:
+            what = "a text" if batches.images is None else "a text, or an example with its images,"
             raise ValueError(
-                f"model cannot be checked for packing: alone, a text makes it raise {error!r}"
+                f"model cannot be checked for packing: alone, {what} makes it raise {error!r}"
             ) from error
         return _judged(probe, switch)
 
 
 def _judged(probe: Probe, switch: bool) -> Verdict:
     """Decides between attention "fastft" and the model as it is."""
+    if switch and probe.sound is not None and probe.stock_parts:
+        # no other attention reads the states of several sounds apart
+        with switched(probe.base, probe.stock_parts):
+            found = probe.trouble(probe.batches.position_ids_start)
+            return Verdict(_leak(probe, found), probe.stock_parts)
     ours = _with_ours(probe) if switch and probe.stock_parts else None
     if ours is not None and ours.leak is None:
         return ours
@@ -233,7 +250,7 @@ def _no_way_out(probe: Probe) -> str:
             "told the boundaries (causal-conv1d, mamba-ssm, flash-linear-attention); without "
             "these, train it on padded batches"
         )
-    if probe.batches.padded:
+    if probe.batches.padded and probe.sound is None:
         return (
             "No way out was found: train it on padded batches, or leave rows= and "
             "pad_to_multiple_of= out"

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from fastft.data.batch import known_count
 from fastft.foreign import unwrapped, whose_forward
 from fastft.integrations.packing import PackingCallback
+from fastft.integrations.run_record import record_run
 from fastft.loss.counted_labels import give_counted_labels
 from fastft.loss.lazy.evaluation import Evaluation
 from fastft.loss.lazy.output_head import (
@@ -101,6 +102,7 @@ class FusedLossCallback(PackingCallback):
         self._said, self._said_places, self._said_size = False, 0, False
         evaluation = Evaluation(_in_evaluation_loop)
         self.evaluation = evaluation.report
+        self._kept.callback(record_run(model, args))
         if args.n_gpu > 1:
             self.report = Report(
                 skipped=["DataParallel: its replicas would call the head of the first device"]

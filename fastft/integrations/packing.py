@@ -8,6 +8,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,15 +18,25 @@ from transformers.utils import logging
 from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.data.collator import PackingCollator
 from fastft.data.keys import LABEL_SEGMENTS
+from fastft.data.multi_axis import has_several_axes
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.streaming import REFUSAL
-from fastft.foreign import base_model, dispatches, is_compiled, modules_with_hooks
+from fastft.foreign import (
+    base_model,
+    dispatches,
+    is_compiled,
+    modules_with_hooks,
+    reason_not_to_run,
+    unwrapped,
+)
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
 from fastft.integrations.implementations import attention_configs, switched
 from fastft.integrations.optimizer_check import check_optimizer
-from fastft.integrations.pool_segments import is_pooled
+from fastft.integrations.pool_segments import is_pooled, pool_segments
+from fastft.integrations.probe_images import TASK, examples_in, image_examples
 from fastft.integrations.probe_rows import Batches
+from fastft.integrations.run_record import record_run
 from fastft.optim.adamw import AdamW
 
 # below "transformers", so that its verbosity rules
@@ -53,9 +64,10 @@ class PackingCallback(TrainerCallback):
     attention and `attn_implementation="fastft"` is exact, it gets that. A model with attention code
     of its own for which a mask of T x T is exact gets the mask. At the end it has what it had. Any
     other attention (flash, flex) was the user's choice and stays, as it does in a model that
-    torch.compile has seen or will see, or that returns its attentions. Batches of other collators,
-    such as those of an evaluation, are left alone. `evaluate` and `predict` outside `train()` run
-    the model as it is: there it is probed after the first packed batch.
+    torch.compile has seen or will see, or that returns its attentions. A classifier gives a row of
+    logits for each example, as with `fastft.pool_segments`, or is refused. Batches of other
+    collators, such as those of an evaluation, are left alone. `evaluate` and `predict` outside
+    `train()` run the model as it is: there it is probed after the first packed batch.
 
     Args:
         on_leak: `"error"`: raise where the model would be trained or evaluated on contaminated
@@ -73,8 +85,9 @@ class PackingCallback(TrainerCallback):
             out.
         ValueError: another `on_leak`; from `train()`, where an optimizer of fastft's would not
             train what it was made for, or not as `args` say (docs/adamw.md); where the collator's
-            task is `sequence_classification` and the model lacks `fastft.pool_segments`; where
-            Trainer would generate from rows of several examples.
+            task is `sequence_classification` and `fastft.pool_segments`, which the callback calls,
+            does not know how the model pools its tokens; where Trainer would generate from rows of
+            several examples.
         TypeError: `attention` is no bool.
 
     `FusedLossCallback` does all this too, so that only one of the two is needed. An exception out
@@ -111,7 +124,9 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Probes the model and keeps its sequences apart, after `restore()`: auto_find_batch_size
         begins anew."""
-        if self._begin(args, state, **kwargs) is None:
+        if self._begin(args, state, **kwargs) is not None:
+            self._kept.callback(record_run(kwargs["model"], args))
+        else:
             logger.warning(
                 "fastft: PackingCallback does nothing: batches do not come from a "
                 "fastft.PackingCollator"
@@ -130,18 +145,29 @@ class PackingCallback(TrainerCallback):
         if collator is None:
             return None
         _refuse_generation(args, collator)
-        _refuse_logits_of_rows(model, loader, collator)
+        self._pool(model, loader, collator)
         cut = [_DATA_PARALLEL] if args.n_gpu > 1 else []
         cut += [REFUSAL] if dispatches(loader) else []
         for reason in cut:
             self._complain(reason)
         _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
-        batches = _batches(loader, collator, _size_of_batches(loader, args))
+        self._refuse_one_axis(model, collator)
+        batches = self._with_images(
+            model, loader, collator, _batches(loader, collator, _size_of_batches(loader, args))
+        )
         # our attention breaks the compiler's graph, and would raise in a part of a batch
         compiled = args.torch_compile or is_compiled(model)
         switch = self.attention and not cut and not compiled
         self._keep_apart(model, self._verdict(model, batches, args, switch))
         return collator
+
+    def _pool(self, model: nn.Module, loader: Any, collator: PackingCollator) -> None:
+        """Gives a classifier a row of logits for each example, until `restore`; raises where it
+        pools its tokens in a way that is not known."""
+        if _labels_meet_rows(model, loader, collator) and reason_not_to_run(unwrapped(model)):
+            _refuse_logits_of_rows(model, loader, collator)
+        elif _labels_meet_rows(model, loader, collator):
+            self._kept.callback(pool_segments(model).remove)
 
     def _keep_apart(self, model: nn.Module, verdict: Verdict) -> None:
         """Does what the verdict says, and says it; `restore` undoes it."""
@@ -223,6 +249,8 @@ class PackingCallback(TrainerCallback):
         if collator.pad_examples and batches.max_tokens is None:
             return
         _refuse_logits_of_rows(model, loader, collator)
+        self._refuse_one_axis(model, collator)
+        batches = self._with_images(model, loader, collator, batches)
         try:
             leak = _verdict(model, batches, args, as_it_is=True).leak
         except ValueError as error:
@@ -238,6 +266,37 @@ class PackingCallback(TrainerCallback):
                 f"or predict() here; or evaluate with {_PADDED}",
                 "evaluating",
             )
+
+    def _refuse_one_axis(self, model: nn.Module, collator: PackingCollator) -> None:
+        """Complains where a model's positions have several axes, and the batches' have one."""
+        if collator.task == TASK and collator.positions is None and has_several_axes(model):
+            name = type(base_model(model)).__name__
+            self._complain(
+                f"{name} numbers the tokens of images on several axes (mRoPE), which the collator "
+                f"has to ask it for: PackingCollator(task={TASK!r}, model=model)"
+            )
+
+    def _with_images(
+        self, model: nn.Module, loader: Any, collator: PackingCollator, batches: Batches
+    ) -> Batches:
+        """The description with some examples of the loader's, where these have images."""
+        if collator.task != TASK:
+            return batches
+        examples = examples_in(loader, collator, model)
+        if examples is None:
+            self._complain(
+                "nobody knows whether images of an iterable dataset are kept apart, as it may be "
+                "used up by looking: ask fastft.check_packing(model, examples=[...]) with some of "
+                "its examples; on_leak='warn' then trains it"
+            )
+            return batches
+        images = image_examples(model, examples)
+        if images is None:
+            logger.warning(
+                f"fastft: packing of images is not checked, as none of the first {len(examples)} "
+                "examples has one"
+            )
+        return replace(batches, images=images)
 
     def _verdict(self, model: nn.Module, batches: Batches, args: Any, switch: bool) -> Verdict:
         """Asks the probe; warns of a model that is elsewhere, and finds nothing wrong with it."""
@@ -263,13 +322,13 @@ class PackingCallback(TrainerCallback):
         self.restore()
 
     def ask_ahead(
-        self, model: nn.Module, collator: PackingCollator, max_tokens: int | None, args: Any
+        self, model: nn.Module, loader: Any, max_tokens: int | None, args: Any
     ) -> str | None:
         """Probes a model before it is prepared for a training, in which its weights may be sharded.
 
         Args:
             model: as Trainer has it.
-            collator: of the batches.
+            loader: of batches of a `PackingCollator`.
             max_tokens: of a row; None where that is not known.
             args: of Trainer.
 
@@ -281,9 +340,14 @@ class PackingCallback(TrainerCallback):
         parameter = next(model.parameters(), None)
         if parameter is None or parameter.device.type != args.device.type:
             return None  # it is moved later
-        multiple = collator.pad_to_multiple_of or 1
-        longest = None if max_tokens is None else max_tokens + -max_tokens % multiple
-        batches = Batches(collator.position_ids_start, longest, collator.rows, multiple > 1)
+        collator = packing_collator(loader)
+        assert collator is not None
+        batches = _described(collator, max_tokens)
+        if collator.task == TASK:
+            examples = examples_in(loader, collator, model)
+            if examples is None:
+                return "the images of an iterable dataset cannot be looked at before training"
+            batches = replace(batches, images=image_examples(model, examples))
         name, compiled = type(model).__name__, args.torch_compile or is_compiled(model)
         try:
             verdict = _verdict(model, batches, args, switch=self.attention and not compiled)
@@ -366,6 +430,12 @@ def _parts(whole: Any) -> Iterator[Any]:
 def _refuse_generation(args: TrainingArguments, collator: PackingCollator) -> None:
     """Raises ValueError where Trainer would generate from rows that hold several examples."""
     if getattr(args, "predict_with_generate", False) and not collator.pad_examples:
+        if collator.task == "speech_seq2seq":
+            raise ValueError(
+                "fastft: predict_with_generate=True would generate from packed batches; give the "
+                "Trainer your padding collator, and fastft.plug(trainer, packing='collate'), which "
+                "packs in training alone"
+            )
         raise ValueError(
             "fastft: predict_with_generate=True would generate one text for a row of several "
             f"examples; use {_PADDED}, which then has a row for each example, or leave "
@@ -401,31 +471,44 @@ def _warn_of_repeats(args: TrainingArguments, loader: Any, collator: PackingColl
     return bool(repeated)
 
 
-def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
-    """Raises where labels of examples would meet logits of rows: torch broadcasts the two in a
+def _labels_meet_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> bool:
+    """Whether labels of examples would meet logits of rows: torch broadcasts the two in a
     regression."""
     if collator.task != "sequence_classification" or is_pooled(model):
-        return
+        return False
     padded = collator.pad_examples and packs_of(loader) is None
-    base = base_model(model)
-    if not padded and LABEL_SEGMENTS not in inspect.signature(base.forward).parameters:
+    signature = inspect.signature(base_model(model).forward)
+    return not padded and LABEL_SEGMENTS not in signature.parameters
+
+
+def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
+    """Raises ValueError where labels of examples would meet logits of rows."""
+    if _labels_meet_rows(model, loader, collator):
         raise ValueError(
-            f"{type(base).__name__} makes one row of logits of a row of several examples: call "
-            "fastft.pool_segments(model) before training, which makes one of each example"
+            f"{type(base_model(model)).__name__} makes one row of logits of a row of several "
+            "examples: call fastft.pool_segments(model), which makes one of each example, before "
+            "the model is sharded, and before an evaluation outside of a training"
         )
 
 
 def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batches:
     """Describes the loader's batches, of so many packs or examples; the longest row is known of
     packs alone."""
-    dataset = packs_of(loader)
-    multiple, longest = collator.pad_to_multiple_of or 1, None
+    dataset, longest = packs_of(loader), None
     if packs is not None and dataset is not None:
         tokens = (
             dataset.plan.max_tokens if isinstance(dataset, PackedDataset) else dataset.max_tokens
         )
         longest = -(-packs // collator.rows) * tokens
-        longest += -longest % multiple
+    return _described(collator, longest)
+
+
+def _described(collator: PackingCollator, longest: int | None) -> Batches:
+    """Describes batches of rows of at most `longest` tokens, before they are rounded up."""
+    if collator.task == "speech_seq2seq":
+        return Batches(collator.position_ids_start, collator.row_tokens, padded=True)
+    multiple = collator.pad_to_multiple_of or 1
+    longest = None if longest is None else longest + -longest % multiple
     return Batches(
         collator.position_ids_start, longest, collator.rows, collator.rows > 1 or multiple > 1
     )

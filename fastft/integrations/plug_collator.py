@@ -6,11 +6,13 @@ attention_mask masks is an example again, and `PackingCollator` makes the packed
 
     (N, L) ids, mask, labels    ->  N examples of their own lengths  ->  (1, T)
 
-Packs of `fastft.pack` stay together, in one row.
+Packs of `fastft.pack` stay together, in one row. Which images of a batch are whose nobody but the
+collator knows: it gets examples for a model that reads images one by one.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from collections.abc import Sequence
@@ -20,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from fastft.data.collator import PackingCollator
-from fastft.data.keys import IGNORE_INDEX, MAX_LENGTH_K, MAX_LENGTH_Q
+from fastft.data.keys import IGNORE_INDEX, MAX_LENGTH_K, MAX_LENGTH_Q, SOUNDS, is_of_images
 from fastft.data.pack import Pack, examples_of, is_pack
+from fastft.data.processed import unbatched
 from fastft.foreign import base_model
+from fastft.integrations.probe_sounds import sound_key
 
 # what a collator that packs says beside positions, from which the same follows
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", MAX_LENGTH_Q, MAX_LENGTH_K, "seq_idx")
@@ -32,8 +36,10 @@ _TASKS = {
     "masked_lm": "ForMaskedLM",
     "token_classification": "ForTokenClassification",
     "sequence_classification": "ForSequenceClassification",
+    "image_text_to_text": "ForConditionalGeneration",
     "seq2seq": "ForConditionalGeneration|ForSeq2SeqLM|MTModel|EncoderDecoderModel",
 }
+IMAGES = "image_text_to_text"
 Batch = dict[str, Any]
 
 
@@ -50,13 +56,19 @@ def task_of(model: nn.Module) -> str:
     base = base_model(model)
     config = getattr(base, "config", None)
     names = " ".join(kind.__name__ for kind in type(base).__mro__)
+    if config is not None and sound_key(base) is not None:
+        return "speech_seq2seq"
     for task, pattern in _TASKS.items():
-        # a model for images and text is called so too, without an encoder
-        encodes = task != "seq2seq" or getattr(config, "is_encoder_decoder", False)
-        if config is not None and re.search(pattern, names) and encodes:
+        # a model for images and text is called as one with an encoder
+        encodes = getattr(config, "is_encoder_decoder", False)
+        fits = task not in (IMAGES, "seq2seq") or encodes == (task == "seq2seq")
+        if task == IMAGES:
+            fits = fits and "pixel_values" in inspect.signature(base.forward).parameters
+        if config is not None and re.search(pattern, names) and fits:
             return task
     raise Unpackable(
-        f"{type(base).__name__} has no task of PackingCollator's ({', '.join(_TASKS)})"
+        f"{type(base).__name__} has no task of PackingCollator's "
+        f"({', '.join((*_TASKS, 'speech_seq2seq'))})"
     )
 
 
@@ -83,10 +95,10 @@ class PackedBatches:
 
     def __call__(self, features: Sequence[Any]) -> Any:
         """Collates examples or packs."""
-        units = [examples_of(one) if is_pack(one) else [one] for one in features]
-        examples = [_plain(example) for unit in units for example in unit]
+        units = [[*map(_plain, examples_of(one))] if is_pack(one) else [one] for one in features]
+        examples = [example for unit in units for example in unit]
         try:
-            rows = rows_of(self.collator(examples), len(examples), self.packing.task)
+            rows = self._rows(examples)
         except Unpackable as error:
             raise Unpackable(
                 f"the batches of {type(self.collator).__name__} {error}; or leave packing out of "
@@ -96,6 +108,16 @@ class PackedBatches:
             return self.packing([Pack(rows)])
         left = iter(rows)
         return self.packing([Pack([*itertools.islice(left, len(unit))]) for unit in units])
+
+    def _rows(self, examples: list[Batch]) -> list[Batch]:
+        if self.packing.task != IMAGES:
+            return rows_of(self.collator(examples), len(examples), self.packing.task)
+        rows = list[Batch]()
+        for example in examples:
+            batch = dict(self.collator([example]).items())
+            rows_of(batch, 1, IMAGES)
+            rows.append(unbatched({k: v for k, v in batch.items() if v is not None}))
+        return rows
 
 
 def rows_of(batch: Batch, examples: int, task: str) -> list[dict[str, Tensor]]:
@@ -110,6 +132,8 @@ def rows_of(batch: Batch, examples: int, task: str) -> list[dict[str, Tensor]]:
         Unpackable: as a clause that goes on from "its batches".
     """
     batch = {key: value for key, value in batch.items() if value is not None}
+    if task == "speech_seq2seq":
+        return _spoken(batch, examples)
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise Unpackable("have no input_ids of shape (rows, tokens)")
@@ -122,7 +146,11 @@ def rows_of(batch: Batch, examples: int, task: str) -> list[dict[str, Tensor]]:
         batch = {key: value for key, value in batch.items() if key not in _BOUNDARIES}
     of_examples = task in ("sequence_classification", "seq2seq")
     own = ("labels", *_DECODER) if of_examples else ()
-    per_token = {key: value for key, value in batch.items() if key not in own}
+    per_token = {
+        key: value
+        for key, value in batch.items()
+        if key not in own and not (task == IMAGES and is_of_images(key))
+    }
     for key, value in per_token.items():
         if not isinstance(value, Tensor) or value.shape != ids.shape:
             raise Unpackable(f"have {key}, which is not a number for each token")
@@ -135,6 +163,24 @@ def rows_of(batch: Batch, examples: int, task: str) -> list[dict[str, Tensor]]:
     if of_examples:
         for row, example in enumerate(rows):
             example |= _targets(batch, row) if task == "seq2seq" else {"labels": labels[row]}
+    return rows
+
+
+def _spoken(batch: Batch, examples: int) -> list[dict[str, Tensor]]:
+    """The sounds of a padded batch, as they are, each with what it says."""
+    sound, labels = next((key for key in SOUNDS if key in batch), None), batch.get("labels")
+    if sound is None:
+        raise Unpackable(f"have neither {' nor '.join(SOUNDS)}")
+    if not isinstance(labels, Tensor) or len(labels) != examples or len(batch[sound]) != examples:
+        raise Unpackable(f"have no labels and {sound} of {examples} rows")
+    others = batch.keys() - {sound, "labels", "attention_mask", *_DECODER}
+    if others:
+        raise Unpackable(f"have {', '.join(sorted(others))}, which belong to no sound")
+    rows = []
+    for row in range(examples):
+        heard = {key: batch[key][row] for key in (sound, "attention_mask") if key in batch}
+        targets = _targets(batch, row)
+        rows.append({"input_ids": targets["labels"], **targets, **heard})
     return rows
 
 

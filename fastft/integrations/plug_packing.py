@@ -26,8 +26,10 @@ from fastft.data.collator import PackingCollator
 from fastft.data.keys import IGNORE_INDEX
 from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
+from fastft.data.tasks.speech_seq2seq import ROW_TOKENS
 from fastft.integrations.packing import PackingCallback, packing_collator
 from fastft.integrations.plug_collator import (
+    IMAGES,
     PackedBatches,
     Unpackable,
     first_position,
@@ -51,23 +53,31 @@ class Sample:
         examples: in a batch.
         tokens: of each batch, without padding.
         total: tokens with padding, in all of them.
-        pads_left: whether some of that is on the left.
+        predicts_from_padding: whether some of that is on the left of a token with a label that
+            counts.
         labels_first: whether a row's first token has a label that counts.
     """
 
     examples: int
     tokens: list[int] = field(default_factory=list)
     total: int = 0
-    pads_left: bool = False
+    predicts_from_padding: bool = False
     labels_first: bool = False
 
     def add(self, batch: dict[str, Any]) -> None:
         """Counts a padded batch."""
+        if "input_ids" not in batch:  # of sounds: what is packed is what they say
+            labels = batch["labels"]
+            self.total += labels.numel()
+            self.tokens.append(int((labels != IGNORE_INDEX).sum()))
+            return
         mask = batch.get("attention_mask")
         self.total += batch["input_ids"].numel()
         self.tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
-        self.pads_left |= mask is not None and bool((mask[:, 0] == 0).any())
         labels = batch["labels"]
+        if mask is not None and labels.shape == mask.shape:
+            first = labels.gather(1, mask.long().argmax(1, keepdim=True))[:, 0]
+            self.predicts_from_padding |= bool(((mask[:, 0] == 0) & (first != IGNORE_INDEX)).any())
         self.labels_first |= labels.dim() > 1 and bool((labels[:, 0] != IGNORE_INDEX).any())
 
 
@@ -114,6 +124,11 @@ class PackingPiece:
             self._collator, self._sample = own, None
         else:
             self._collator = _collator_for(trainer)
+            if self.packing != COLLATE and self._task() == "speech_seq2seq":
+                raise Unpackable(
+                    "a batch of sounds is as many as per_device_train_batch_size says; "
+                    "packing='collate' packs what they say"
+                )
             self._sample = _sample(trainer, stock, self._collator.packing.task)
             if self.packing == COLLATE and self._predicts_from_padding():
                 raise Unpackable(
@@ -132,16 +147,14 @@ class PackingPiece:
     def _predicts_from_padding(self) -> bool:
         """Whether the user's batches have labels that the token before, a padding one, predicts."""
         sample = self._sample
-        return sample is not None and sample.pads_left and self._task() == "causal_lm"
+        return sample is not None and sample.predicts_from_padding and self._is_causal()
 
     def _divides_by_first_labels(self) -> bool:
         """Whether Trainer takes no notice that a causal model shifts its labels: it does where the
         class is called ForCausalLM, and not for GPT2LMHeadModel."""
         trainer, sample = self._trainer, self._sample
         divides = trainer.model_accepts_loss_kwargs and not trainer._loss_shifts_labels
-        return (
-            divides and self._task() == "causal_lm" and sample is not None and sample.labels_first
-        )
+        return divides and self._is_causal() and sample is not None and sample.labels_first
 
     def _pack(self) -> Any:
         """The packs of the Trainer's training set as it is now."""
@@ -185,6 +198,9 @@ class PackingPiece:
     def _task(self) -> str:
         return _packing(self._collator).task
 
+    def _is_causal(self) -> bool:
+        return self._task() in ("causal_lm", IMAGES)
+
     def _train_loader(self, stock: Any) -> Any:
         """`get_train_dataloader`: the user's own, with other batches in it."""
         trainer = self._trainer
@@ -201,18 +217,17 @@ class PackingPiece:
             values |= {"train_dataset": self._pack(), "_train_batch_size": 1}
             if args.train_sampling_strategy in _GROUPING:
                 args.train_sampling_strategy = "random"
-        self._leak = self._why_leaking()
-        if self._leak is not None:
-            return stock()
         with foreign.with_attributes(trainer, args=args, **values):
             loader = stock()
         if packing_collator(loader) is _packing(self._collator):
-            return loader
-        self._leak = f"{type(trainer).__name__}'s get_train_dataloader takes no other data_collator"
-        return stock()
+            self._leak = self._why_leaking(loader)
+        else:
+            kind = type(trainer).__name__
+            self._leak = f"{kind}'s get_train_dataloader takes no other data_collator"
+        return loader if self._leak is None else stock()
 
-    def _why_leaking(self) -> str | None:
-        """Why the model that is about to be trained gets no packed batches."""
+    def _why_leaking(self, loader: Any) -> str | None:
+        """Why the model that is about to be trained gets no packed batches, those of `loader`."""
         trainer, packing = self._trainer, _packing(self._collator)
         if packing.task == "sequence_classification":
             try:
@@ -221,7 +236,7 @@ class PackingPiece:
                 return str(error)
         tokens = self.packing if isinstance(self.packing, int) else None
         assert self._callback is not None
-        return self._callback.ask_ahead(trainer.model, packing, tokens, trainer.args)
+        return self._callback.ask_ahead(trainer.model, loader, tokens, trainer.args)
 
     def _eval_loader(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         """`get_eval_dataloader`: packed where it is for a loss that is the same then."""
@@ -361,16 +376,22 @@ def _collator_for(trainer: Any) -> PackedBatches:
     model, stock = trainer.model, trainer.data_collator
     task = task_of(model)
     config = foreign.base_model(model).config
-    pad = getattr(getattr(stock, "tokenizer", stock), "pad_token_id", None)
+    # of images and text a processor holds the tokenizer
+    holder = getattr(stock, "processor", stock)
+    pad = getattr(getattr(holder, "tokenizer", holder), "pad_token_id", None)
     pad = getattr(config, "pad_token_id", None) if pad is None else pad
     start = getattr(stock, "position_ids_start", None)
-    options = {
+    options: dict[str, Any] = {
         "pad_to_multiple_of": getattr(stock, "pad_to_multiple_of", None),
         "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
         "position_ids_start": first_position(model) if start is None else start,
     }
-    if task == "seq2seq":
+    if task == IMAGES:
+        options["model"] = model
+    if task.endswith("seq2seq"):
         options["decoder_start_token_id"] = getattr(config, "decoder_start_token_id", None)
+    if task == "speech_seq2seq":
+        options["row_tokens"] = getattr(config, "max_target_positions", ROW_TOKENS)
     return PackedBatches(stock, task, **options)
 
 
@@ -399,7 +420,11 @@ def _padded_batch(collate: Any, examples: list[Any], task: str, model: Any) -> d
     if not hasattr(batch, "items"):
         raise Unpackable(f"its batches are no dicts but {type(batch).__name__}")
     batch = dict(batch.items())
-    if task == "seq2seq" and batch.get("decoder_input_ids") is None and not shifts_usually(model):
+    if (
+        task.endswith("seq2seq")
+        and batch.get("decoder_input_ids") is None
+        and not shifts_usually(model)
+    ):
         raise Unpackable(
             f"{type(foreign.base_model(model)).__name__} shifts labels in a way of its own; with "
             "DataCollatorForSeq2Seq(..., model=model) the collator has it do so"

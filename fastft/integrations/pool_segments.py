@@ -8,6 +8,9 @@ of the last, as generative models. Here hooks give them that of each example's f
     first-token models    hidden states (R, T, H) become (E, 1, H) on their way to pooler or head
     last-token models     scores (R, T, C) of the head are taken at (E,) tokens, the loss from these
 
+The last token is the model's: where the configuration has a padding token, the last one that is
+another, as models find it (an end token that is the padding token too is none of theirs).
+
 The model's own code computes all else: pooler, dropout, head, and the loss by its `problem_type`.
 """
 
@@ -34,11 +37,13 @@ class _Examples:
         segments: which of the batch's segments they are, (E,).
         boundaries: where segments begin, (S + 1,).
         labels: (E,) or (E, C); None without.
+        real: which tokens are none of padding, (R, T); None: all of them.
     """
 
     segments: Tensor
     boundaries: Tensor
-    labels: Tensor | None
+    labels: Tensor | None = None
+    real: Tensor | None = None
 
     @property
     def first(self) -> Tensor:
@@ -46,32 +51,38 @@ class _Examples:
 
     @property
     def last(self) -> Tensor:
-        return self.boundaries[self.segments + 1].long() - 1
+        """The last token of each that is real, the first where none is, as models count."""
+        ends = self.boundaries[self.segments + 1].long() - 1
+        if self.real is None:
+            return ends
+        real = self.real.flatten()
+        places = torch.arange(real.numel(), device=real.device).masked_fill(~real, -1)
+        return torch.maximum(places.cummax(0).values[ends], self.first)
 
 
 class SegmentPooling:
     """The hooks of `pool_segments` on a model, until `.remove()` or the end of a `with` block."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, last: bool) -> None:
         base = getattr(model, getattr(model, "base_model_prefix", ""), None)
-        head = getattr(model, "score", None)
-        if not isinstance(base, nn.Module) or not (
-            isinstance(head, nn.Module) or hasattr(model, "classifier")
-        ):
+        head = getattr(model, "score", getattr(model, "classifier", None))
+        if not isinstance(base, nn.Module) or head is None:
             raise ValueError(
                 f"{type(model).__name__} is no transformers model for sequence classification"
             )
         self._examples: _Examples | None = None
         self._scores: Tensor | None = None
         self._spoke_of_order = False
-        self._takes_last = isinstance(head, nn.Module)
+        self._takes_last = last
         self._means = getattr(model.config, "classifier_pooling", "cls") == "mean"
+        config: Any = model.config
+        self._pad = getattr(config.get_text_config(), "pad_token_id", None)
         self._hooks = [
             # first of all, as other hooks may take the boundaries off
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
-        if isinstance(head, nn.Module):
+        if last:
             self._hooks.append(head.register_forward_hook(self._after_score))
         else:
             self._hooks.append(base.register_forward_hook(self._after_base))
@@ -105,11 +116,26 @@ class SegmentPooling:
                 f"the batch has {LABEL_SEGMENTS} but no {CU_SEQLENS_Q}: it must come from "
                 "PackingCollator"
             )
-        self._examples = _Examples(segments, boundaries, kwargs.get("labels"))
+        self._examples = self.examples(
+            segments, boundaries, kwargs.get("labels"), kwargs.get("input_ids")
+        )
         # the model would compare them with one row of logits for each row of the batch
         if self._takes_last:
             kwargs.pop("labels", None)
         return args, kwargs
+
+    def examples(
+        self,
+        segments: Tensor,
+        boundaries: Tensor,
+        labels: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> _Examples:
+        """The examples of a batch whose tokens are (R, T)."""
+        real = None
+        if self._takes_last and tokens is not None and self._pad is not None:
+            real = tokens.ne(self._pad)
+        return _Examples(segments, boundaries, labels, real)
 
     def _check_evaluation(self) -> None:
         """Says that rows of predictions come in the order of packs; raises where ranks cannot
@@ -204,17 +230,20 @@ def _check(model: Any, called: Any, pooling: SegmentPooling) -> None:
     hooks.
     """
     config = model.config.get_text_config()
-    tokens = [token for token in range(min(config.vocab_size, 64)) if token != config.pad_token_id]
-    ids = torch.tensor([tokens[:3], tokens[-3:]], device=next(model.parameters()).device)
+    pad = getattr(config, "pad_token_id", None)
+    tokens = [token for token in range(min(config.vocab_size, 64)) if token != pad]
+    # the last token of a row may be padding, which models that take the last one pass over
+    end = tokens[-1] if pad is None or not pooling._takes_last else pad
+    ids = torch.tensor([tokens[:3], [*tokens[-3:-1], end]], device=next(model.parameters()).device)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
-            rows = ids[:1] if config.pad_token_id is None else ids
+            rows = ids[:1] if pad is None else ids
             stock = model(input_ids=rows).logits
             # one example in each row
             places = torch.arange(len(rows) + 1, device=rows.device)
-            pooling._examples = _Examples(places[:-1], places * rows.shape[1], None)
+            pooling._examples = pooling.examples(places[:-1], places * rows.shape[1], tokens=rows)
             ours = called(input_ids=rows).logits
     finally:
         for module in training:
@@ -226,10 +255,11 @@ def _check(model: Any, called: Any, pooling: SegmentPooling) -> None:
         )
     tolerance = 16 * torch.finfo(stock.dtype).eps * stock.abs().max()
     if ours.shape != stock.shape or not bool(((ours - stock).abs() <= tolerance).all()):
-        raise ValueError(
-            f"{type(model).__name__} pools its tokens in a way that pool_segments does not know: "
-            "pad instead of packing"
-        )
+        raise _Otherwise
+
+
+class _Otherwise(Exception):
+    """The model pools its tokens in another way."""
 
 
 def pool_segments(model: Any) -> SegmentPooling:
@@ -245,8 +275,9 @@ def pool_segments(model: Any) -> SegmentPooling:
         trainer = Trainer(model, args, data_collator=collator, ...)
 
     Knows models that classify by the first token or the mean (BERT, RoBERTa, DistilBERT, ELECTRA,
-    ModernBERT ...) and those by the last (Llama, Qwen ...: a `score` head). The model is run twice
-    on three tokens to see that it is one of them.
+    ModernBERT ...) and those by the last (Llama, Qwen ...). The model is run on three tokens, by
+    itself and with the hooks, to see that it is one of them. The callbacks and `plug` do this in a
+    training by themselves; outside of one, an evaluation of packed examples needs it.
 
     Args:
         model: `...ForSequenceClassification`, or PEFT's wrapper of one.
@@ -261,11 +292,20 @@ def pool_segments(model: Any) -> SegmentPooling:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    inner = base_model(model)
-    pooling = SegmentPooling(inner)
-    try:
-        _check(inner, unwrapped(model), pooling)
-    except BaseException:
-        pooling.remove()
-        raise
-    return pooling
+    inner, why = base_model(model), ""
+    # with a `score` head none takes the first
+    for last in (True,) if hasattr(inner, "score") else (False, True):
+        pooling = SegmentPooling(inner, last)
+        try:
+            _check(inner, unwrapped(model), pooling)
+            return pooling
+        except ValueError:
+            pooling.remove()
+            raise
+        except Exception as error:
+            pooling.remove()
+            why = why if isinstance(error, _Otherwise) else f" ({type(error).__name__}: {error})"
+    raise ValueError(
+        f"{type(inner).__name__} pools its tokens in a way that pool_segments does not know{why}: "
+        "pad instead of packing"
+    )

@@ -18,6 +18,7 @@ states, so that what a model draws moves nothing.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from fastft.integrations.probe_rows import (
     random_tokens,
     short_row,
 )
+from fastft.integrations.probe_sounds import shape_of_sounds, sound_key, sounds
 from fastft.integrations.untouched import RandomStates, training_mode
 
 _LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 5e-4}
@@ -85,14 +87,17 @@ class Probe:
     def __init__(self, model: nn.Module, batches: Batches, states: RandomStates) -> None:
         self.model, self.base, self.batches = model, base_model(model), batches
         self.crossed = bool(getattr(self.base.config, "is_encoder_decoder", False))
+        self.sound = sound_key(self.base)
+        self._shape = () if self.sound is None else shape_of_sounds(self.base, self.sound)
         self.short, self.long = short_row(self.base), long_row(self.base, batches)
         self.limits = limits_of(self.base.config)
-        self.mixers = _mixers(self.base)
+        # an encoder of sounds has a row for each, and may mix what is in it
+        self.mixers = _mixers(self.base) if self.sound is None else []
         self._states = states
         self._body: nn.Module | None = None
         self._before_head = False
         self._dtypes = {p.dtype for p in self.base.parameters() if p.dtype in _LEAK}
-        with stock_parts(self.base) as called, _stock_attention(self.base):
+        with stock_parts(self.base) as called, stock_attention(self.base):
             self._choose_outputs()
             self._run_alone(self.short)
             self._other_row = other_row(self.base)
@@ -120,8 +125,13 @@ class Probe:
             self._trouble_of(self.short, start)
             or self._trouble_in_training(start)
             or self._trouble_with_padding(start)
+            or self._trouble_of_more(start)
             or (None if self.long is None else self.trouble_of_long(self.long, start))
         )
+
+    def _trouble_of_more(self, start: int) -> Trouble | None:
+        """Looks for a fault with what batches have beside tokens."""
+        return None
 
     def tolerates(self, trouble: Trouble) -> bool:
         """Whether the model may be trained all the same: rows that make it raise need not come."""
@@ -190,7 +200,7 @@ class Probe:
     def trouble_of_long(self, row: Row, start: int) -> Trouble | None:
         """Looks for a fault with a row that passes the limits of the configuration."""
         if not row.alone:
-            with _stock_attention(self.base):
+            with stock_attention(self.base):
                 try:
                     self._run_alone(row, hidden=True)
                 except Exception as error:
@@ -292,7 +302,12 @@ class Probe:
         return Noise(of_others, usual, max(of_others, float(_distance(runs[0], drawn).max())))
 
     def _inputs(self, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
-        return {"input_ids": tokens} | ({"decoder_input_ids": targets} if self.crossed else {})
+        read = tokens if self.sound is None else self._sounds(tokens)
+        decoder = {"decoder_input_ids": targets} if self.crossed else {}
+        return {self.sound or "input_ids": read} | decoder
+
+    def _sounds(self, tokens: Tensor) -> Tensor:
+        return sounds(tokens, self._shape, next(self.base.parameters()).dtype)
 
     def _batch(
         self, row: Row, start: int, *, other: bool = False, rows: int, padded: bool
@@ -306,21 +321,31 @@ class Probe:
             beside = self._other_row if row is self.short else beside_long(row)
             packs.append(Pack(self._examples(beside.tokens, beside.targets)))
         collate = PackingCollator(
-            task="seq2seq" if self.crossed else "causal_lm",
             rows=len(packs),
+            row_tokens=sum(map(len, targets)),
             position_ids_start=start,
             pad_to_multiple_of=len(row) + PADDING if padded else None,
+            **self._task(),
         )
         batch: Any = collate(packs)
         del batch["labels"]
         return batch, batch["decoder_input_ids" if self.crossed else "input_ids"].shape[1]
 
+    def _task(self) -> dict[str, Any]:
+        """What the collator is told of its task."""
+        if self.sound is not None:
+            return {"task": "speech_seq2seq"}
+        return {"task": "seq2seq" if self.crossed else "causal_lm"}
+
     def _examples(self, tokens: list[Tensor], targets: list[Tensor]) -> list[dict[str, Any]]:
         if not self.crossed:
             return [{"input_ids": ids} for ids in tokens]
+        heard: list[dict[str, Any]] = [{} for _ in tokens]
+        if self.sound is not None:
+            heard = [{self.sound: self._sounds(ids[None])[0]} for ids in tokens]
         return [
-            {"input_ids": ids, "labels": goal, "decoder_input_ids": goal}
-            for ids, goal in zip(tokens, targets, strict=True)
+            {"input_ids": ids, "labels": goal, "decoder_input_ids": goal, **sound}
+            for ids, goal, sound in zip(tokens, targets, heard, strict=True)
         ]
 
     def _packed(self, row: Row, start: int, other: bool) -> Tensor:
@@ -329,8 +354,8 @@ class Probe:
         batch, width = self._batch(
             row, start, other=other, rows=self.batches.rows, padded=self.batches.padded
         )
-        if self.model.training:
-            batch |= _kinds_of_tokens(self.base, batch["input_ids"])
+        if self.model.training and self.sound is None:
+            batch |= kinds_of_tokens(self.base, batch["input_ids"])
         outputs = self._call(batch, width, hidden=row is not self.short)
         second = (
             outputs[1, : self._outputs_of(self._other_row)[0]]
@@ -431,9 +456,9 @@ def _last_token_alone(length: int, seen: list[Any]) -> Callable[[nn.Module, tupl
     return before
 
 
-def _kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
+def kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
     """Text alone, said to models that ask for it in training because of their images."""
-    takes = getattr(type(base).forward, "__wrapped__", type(base).forward).__code__.co_varnames
+    takes = inspect.signature(base.forward).parameters
     return {
         key: torch.zeros_like(tokens)
         for key in ("token_type_ids", "mm_token_type_ids")
@@ -441,7 +466,7 @@ def _kinds_of_tokens(base: Any, tokens: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _stock_attention(base: Any) -> Any:
+def stock_attention(base: Any) -> Any:
     """transformers' own attention, where ours is chosen: what its implementation gets wrong must
     show."""
     if base.config._attn_implementation != "fastft":

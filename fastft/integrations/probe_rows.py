@@ -11,10 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastft.integrations.probe_images import ImageExamples
 
 LENGTHS, DECODER_LENGTHS = (11, 7, 13), (6, 9, 5)
 OTHER_ROW, OTHER_DECODER_ROW = 24, 17
@@ -43,12 +46,14 @@ class Batches:
         max_tokens: of a row; None where that is not known.
         rows: whether a batch has several is what matters.
         padded: whether rows may end with padding.
+        images: examples that have some; None where all are text.
     """
 
     position_ids_start: int = 0
     max_tokens: int | None = None
     rows: int = 1
     padded: bool = False
+    images: ImageExamples | None = None
 
 
 @dataclass(frozen=True)
@@ -186,10 +191,15 @@ def random_tokens(base: Any, lengths: Sequence[int], seed: int) -> list[Tensor]:
     size = min(
         int(given) for given in (*sizes, base.get_input_embeddings().weight.shape[0]) if given
     )
-    special = set(_special_tokens(base.config.to_dict()))
+    special = special_tokens(base)
     allowed = torch.tensor([token for token in range(min(size, 32_768)) if token not in special])
     generator = torch.Generator().manual_seed(seed)
     return [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths]
+
+
+def special_tokens(base: Any) -> set[int]:
+    """Finds the tokens that the configuration gives a meaning."""
+    return set(_special_tokens(base.config.to_dict()))
 
 
 def _special_tokens(config: dict[Any, Any]) -> Iterator[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from fastft.foreign import base_model, is_compiled, rows_are_cut, same_batch_ran
 from fastft.integrations.batch_counts import BatchCounts, Totals, count_batch
 from fastft.integrations.peak_flops import peak_flops
 from fastft.integrations.process_memory import highest
+from fastft.integrations.run_record import calling_handler, put_first, record_run, reports_of
 from fastft.integrations.stopwatch import Stopwatch
-from fastft.loss.lazy.report import Report
-from fastft.stack import callers
 
 # below "transformers", so that its verbosity rules
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -87,15 +85,16 @@ class ThroughputCallback(TrainerCallback):
         if reason is not None:
             logger.warning(f"fastft: no throughput is logged: {reason}")
             return
-        model, handler = kwargs["model"], _calling_handler()
+        model, handler = kwargs["model"], calling_handler()
         self._counting = counting = _Counting(model, args, self.peak_flops, self.flops, handler)
         enter, leave = counting.enter, counting.leave
         if args.torch_compile or is_compiled(model):
             enter, leave = torch.compiler.disable(enter), torch.compiler.disable(leave)
+        self._kept.callback(record_run(model, args))
         self._kept.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
         self._kept.callback(model.register_forward_hook(leave).remove)
         if handler is not None:
-            self._kept.callback(_put_first(handler, _Writer(counting)))
+            self._kept.callback(put_first(handler, _Writer(counting)))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -311,12 +310,7 @@ class _Counting:
 
     def _losses(self) -> dict[str, float]:
         """What became of losses since the last time, where a callback of fastft's fuses them."""
-        callbacks = [] if self.handler is None else self.handler.callbacks
-        reports = [
-            callback.report
-            for callback in callbacks
-            if isinstance(getattr(callback, "report", None), Report)
-        ]
+        reports = reports_of(self.handler)
         if not reports:
             return {}
         before, self.fused = self.fused, sum(report.fused for report in reports)
@@ -336,29 +330,6 @@ def _why_not(args: TrainingArguments) -> str | None:
     if rows_are_cut():
         return "context or sequence parallelism cuts the rows of a batch between processes"
     return None
-
-
-def _calling_handler() -> CallbackHandler | None:
-    """Trainer's list of callbacks, one of whose events this is. No event tells it, only the
-    stack."""
-    for frame in callers():
-        if frame.f_code.co_name == "call_event":
-            caller = frame.f_locals.get("self")
-            return caller if isinstance(caller, CallbackHandler) else None
-    return None
-
-
-def _put_first(handler: CallbackHandler, callback: TrainerCallback) -> Callable[[], None]:
-    """Puts `callback` before all others, and returns what takes it away.
-
-    Both give the handler another list: the event that is under way goes through the old one.
-    """
-    handler.callbacks = [callback, *handler.callbacks]
-
-    def take_away() -> None:
-        handler.callbacks = [other for other in handler.callbacks if other is not callback]
-
-    return take_away
 
 
 def _what_is_trained(model: nn.Module) -> list[bool]:

@@ -39,6 +39,7 @@ class _Task(NamedTuple):
     summed: bool
     rows: CountedRows
     known: Tensor | None
+    shared: tuple[int, ...]  # which arguments are the same for every row
 
 
 def _heads(
@@ -53,8 +54,8 @@ def _heads(
         sums = statistics_dtype(weight.dtype)
         of_input, of_weight, of_bias = needs[first : first + 3]
         gradients = (
-            torch.zeros_like(rows) if of_input else None,
-            torch.empty_like(weight, dtype=sums) if of_weight else None,
+            rows.new_zeros(rows.shape) if of_input else None,
+            weight.new_empty(weight.shape, dtype=sums) if of_weight else None,
             torch.zeros_like(bias, dtype=sums) if of_bias and bias is not None else None,
         )
         terms.append(HeadTerm(rows, weight, bias, x.dtype, gradients))
@@ -96,8 +97,13 @@ class _Chunks:
             for terms in heads
         ]
         self.gradients = [
-            torch.zeros_like(argument, memory_format=torch.contiguous_format) if need else None
-            for argument, need in zip(arguments, needs, strict=True)
+            argument.new_zeros(
+                argument.shape,
+                dtype=statistics_dtype(argument.dtype) if at in task.shared else None,
+            )
+            if need
+            else None
+            for at, (argument, need) in enumerate(zip(arguments, needs, strict=True))
         ]
 
     def fill(self, logits: list[Tensor], where: Where) -> list[Tensor | None]:
@@ -106,7 +112,10 @@ class _Chunks:
             z.detach().to(dtype).requires_grad_(trained)
             for z, dtype, trained in zip(logits, self.dtypes, self.trained, strict=True)
         ]
-        indices = [_index(argument, where, self.task.leading) for argument in self.arguments]
+        indices = [
+            ... if at in self.task.shared else _index(argument, where, self.task.leading)
+            for at, argument in enumerate(self.arguments)
+        ]
         for argument, index, gradient in zip(self.arguments, indices, self.gradients, strict=True):
             leaves.append(argument.detach()[index].requires_grad_(gradient is not None))
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -123,7 +132,7 @@ class _Chunks:
             self.gradients, indices, found[len(logits) :], strict=True
         ):
             if gradient is not None and part is not None:
-                gradient[index] = part
+                gradient[index] = part if index is not ... else gradient + part
         return found[: len(logits)]
 
     def _keep(self, value: Tensor, where: Where) -> None:
@@ -203,6 +212,7 @@ def apply_to_rows(
     heads: Sequence[Sequence[Operands]],
     function: Callable[..., Tensor],
     *arguments: Tensor,
+    shared: Sequence[int] = (),
     summed: bool = False,
     rows: CountedRows | None = None,
     known: Tensor | None = None,
@@ -217,6 +227,7 @@ def apply_to_rows(
         function: gets the logits (R, V) of some rows from each head, and these rows' part of each
             argument; returns the sum over the rows, or a tensor (R, ...).
         arguments: tensors (T, ...), or (..., C) of the rows' leading shape, which get gradients.
+        shared: which of the arguments are the same for every row, of whatever shape.
         summed: `function` returns a sum.
         rows: which rows count; the result of the others is 0. None (default): all.
         known: the results of the rows, where they were computed before; only their gradient is
@@ -224,6 +235,7 @@ def apply_to_rows(
     """
     leading = heads[0][0][0].shape[:-1]
     rows = rows or CountedRows(leading.numel())
-    task = _Task(function, tuple(map(len, heads)), leading, summed, rows, known)
+    task = _Task(function, tuple(map(len, heads)), leading, summed, rows, known, tuple(shared))
     tensors = (tensor for terms in heads for term in terms for tensor in term)
-    return _RowFunction.apply(task, *tensors, *(_flat(one, leading) for one in arguments))
+    flat = (one if at in shared else _flat(one, leading) for at, one in enumerate(arguments))
+    return _RowFunction.apply(task, *tensors, *flat)

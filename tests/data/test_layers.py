@@ -11,7 +11,7 @@ import fastft
 
 DATA = Path(fastft.__file__).parent / "data"
 PLANNING = ("plan", "packed", "streaming", "balance", "lengths")
-COMMON = ("pack", "arrow_rows", "keys")
+COMMON = ("pack", "processed", "arrow_rows", "keys")
 
 
 def imported(room: Path) -> set[str]:

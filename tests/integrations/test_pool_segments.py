@@ -8,6 +8,7 @@ import inspect
 import pickle
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from support.numerics import assert_no_worse, terms_of
@@ -15,6 +16,7 @@ from support.pooled_models import LABELS, MODELS, V, classifier, labelled_exampl
 from support.trainers import logged, quiet_arguments
 
 import fastft
+from fastft.integrations.pool_segments import is_pooled
 
 transformers = pytest.importorskip("transformers")
 
@@ -163,22 +165,18 @@ def test_a_batch_without_boundaries_is_named() -> None:
         model(input_ids=torch.tensor([[5, 6]]), label_segments=torch.tensor([0]))
 
 
-def trained(tmp_path: Any, name: str, packed: bool) -> list[float]:
-    """The losses of training and evaluation, and the accuracy, padded by transformers or packed."""
+def trained(tmp_path: Any, name: str, how: str, labels: str) -> list[float]:
+    """The losses of training and evaluation, and metrics of predictions: padded by transformers,
+    packed by a collator with a callback, or by `plug`, with AdamW."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers.set_seed(1)
-    model = classifier(name)
+    model = classifier(name, labels)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    data = [
-        {**example, "label": index % 3}
-        for index, example in enumerate(labelled_examples("classes") * 3)
-    ]
-    if packed:
+    data = labelled_examples(labels) * 3
+    if how == "a callback":
         collator: Any = fastft.PackingCollator(task="sequence_classification")
-        model.set_attn_implementation("fastft")
-        fastft.pool_segments(model)
     else:
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0}, unk_token="[PAD]"))
         collator = transformers.DataCollatorWithPadding(
@@ -187,7 +185,7 @@ def trained(tmp_path: Any, name: str, packed: bool) -> list[float]:
             )
         )
         data = [{**example, "attention_mask": [1] * len(example["input_ids"])} for example in data]
-    training = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
+    training = {"max_steps": 3, "optim": "adamw_torch", "learning_rate": 1e-2}
     batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 5}
     arguments = quiet_arguments(tmp_path, **training, **batches, **evaluation)
@@ -197,21 +195,45 @@ def trained(tmp_path: Any, name: str, packed: bool) -> list[float]:
         train_dataset=data,
         eval_dataset=data,
         data_collator=collator,
+        # what labels predictions have is seen where each weighs otherwise
         compute_metrics=lambda p: {
-            "accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())
+            "weighed": float((p.predictions.sum(-1) * numpy.arange(len(p.label_ids))).sum()),
+            "labels": float(numpy.square(p.predictions.sum(-1) - p.label_ids.sum(-1)).sum()),
         },
+        callbacks=[fastft.PackingCallback()],
     )
-    with fastft.packed_attention(model):
-        trainer.train()
-    return logged(trainer, "loss", "eval_loss", "eval_accuracy")
+    if how == "plug":
+        line = fastft.plug(trainer, packing="collate").lines["optimizer"]
+        assert line.startswith("AdamW"), line
+    trainer.train()
+    assert not is_pooled(model)
+    return logged(trainer, "loss", "eval_loss", "eval_weighed", "eval_labels")
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert mean", "llama"])
-def test_trainer_packed_is_trainer_padded(name: str, tmp_path: Any) -> None:
-    padded = trained(tmp_path, name, packed=False)
-    assert len(padded) == 5 and trained(tmp_path, name, packed=True) == pytest.approx(
-        padded, rel=1e-5
-    )
+def _ways(name: str, labels: str, how: str) -> list[Any]:
+    columns = {"loss": "no vocabulary", "packing": "exact"}
+    columns |= {"optimizer": "exact"} if how == "plug" else {}
+    titles = ["sequence classification" + (" on decoders" if name == "llama" else "")]
+    titles += ["reward models"] if (name, labels) == ("llama", "regression") else []
+    return [pytest.mark.way(title, **columns) for title in titles]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "how"),
+    [
+        pytest.param(*case, marks=_ways(*case))
+        for case in [
+            *((name, "classes", "a callback") for name in ("bert", "distilbert", "llama")),
+            *(("modernbert mean", "classes", "a callback"), ("llama", "several", "a callback")),
+            *(("llama", "classes", "plug"), ("llama", "regression", "plug")),
+        ]
+    ],
+)
+def test_trainer_packed_is_trainer_padded(name: str, labels: str, how: str, tmp_path: Any) -> None:
+    """Nobody calls pool_segments."""
+    padded = trained(tmp_path, name, "padding", labels)
+    assert len(padded) == 6
+    assert trained(tmp_path, name, how, labels) == pytest.approx(padded, rel=1e-5, abs=1e-6)
 
 
 def test_a_copy_of_the_model_pools_too() -> None:

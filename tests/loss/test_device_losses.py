@@ -245,10 +245,10 @@ def test_another_loss_on_lazy_logits_has_the_chunks_and_products_of_ours(
 
 def test_a_chunk_of_another_loss_has_a_thousand_rows_on_a_device(monkeypatch):
     sizes = []
-    terms = [(torch.empty(8192, 8), torch.empty(512 << 8, 8), None)]
-    monkeypatch.setattr(row_functions, "sweep", lambda terms, rows, size, fill: sizes.append(size))
+    heads = [[(torch.empty(8192, 8), torch.empty(512 << 8, 8), None)]]
+    monkeypatch.setattr(row_functions, "sweep", lambda heads, rows, size, fill: sizes.append(size))
     with DeviceMode():
-        row_functions.apply_to_rows(terms, lambda z: z.amax(-1))
+        row_functions.apply_to_rows(heads, lambda z: z.amax(-1))
     assert sizes == [1024]
 
 

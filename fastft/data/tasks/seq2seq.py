@@ -58,7 +58,7 @@ class Seq2Seq(Task):
                     "task 'seq2seq' needs decoder_start_token_id (model.config has it) or examples "
                     "with decoder_input_ids"
                 )
-            batch["decoder_input_ids"] = _shifted_right(
+            batch["decoder_input_ids"] = shifted_right(
                 batch["labels"], lengths, start, self.collator.pad_token_id
             )
         batch[DECODER_CU_SEQLENS] = torch.tensor(
@@ -67,7 +67,7 @@ class Seq2Seq(Task):
         batch[DECODER_MAX_LENGTH] = max(lengths)
 
 
-def _shifted_right(labels: Tensor, lengths: Sequence[int], start: int, pad_token_id: int) -> Tensor:
+def shifted_right(labels: Tensor, lengths: Sequence[int], start: int, pad_token_id: int) -> Tensor:
     """Makes what the decoder reads: labels (R, U) one token later, in each segment of its own."""
     shifted = labels.view(-1).roll(1)  # the last comes first, where a segment begins
     borders = itertools.accumulate(lengths, initial=0)

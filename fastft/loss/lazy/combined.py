@@ -2,8 +2,9 @@
 
 A tensor that is one number, or one of each class, is a constant of an expression, as it is now.
 Any other that fits the rows becomes an operand of the source: a column (..., 1), such as a
-temperature, a mask or a logsumexp, which is copied, and gets its gradient; or as many numbers as
-logits, which are somebody's anyway.
+temperature, a mask or a logsumexp, which is copied, and gets its gradient; as many numbers as
+logits, which are somebody's anyway; or numbers of the classes (V,) that are trained, such as the
+magnitudes of DoRA.
 """
 
 from __future__ import annotations
@@ -69,14 +70,18 @@ class _Operands:
         if is_row and not argument.requires_grad:
             return argument.reshape(-1 if argument.dim() else ()).clone()
         is_column = size == 1 or argument.shape[-1] == 1
-        self.fits &= type(argument) in (Tensor, nn.Parameter) and not (is_row and not is_column)
+        self.fits &= type(argument) in (Tensor, nn.Parameter)
         self.fits &= argument.device == self.source.device
         self.fits &= argument.dim() > 0 or argument.dtype == self.dtype
         # a gradient of as many numbers as logits is there only for as many numbers
-        self.fits &= is_column or not argument.requires_grad or argument.shape == self.shape
+        is_own = is_column or is_row or argument.shape == self.shape
+        self.fits &= is_own or not argument.requires_grad
         if not self.fits:
             return None
-        whole = argument.expand(*self.shape[:-1], 1 if is_column else classes)
+        if is_row and not is_column:
+            whole = argument.reshape(-1)
+        else:
+            whole = argument.expand(*self.shape[:-1], 1 if is_column else classes)
         self.source = self.source.with_operands([whole.clone() if is_column else whole])
         return Place("operand", len(self.source.operands) - 1)
 
@@ -166,7 +171,9 @@ def cat(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     layers = zip(*(source.heads for source in sources), strict=True)
     heads = tuple(_one_after_the_other(same, dim) for same in layers)
     rows = zip(*(source.operands for source in sources), strict=True)
-    source = Source(heads).with_operands(torch.cat(same, dim) for same in rows)
+    source = Source(heads).with_operands(
+        same[0] if same[0].dim() == 1 else torch.cat(same, dim) for same in rows
+    )
     return together(list(parts), first.expression, shadow, source)
 
 
@@ -176,6 +183,8 @@ def _of_one_head(one: Source, other: Source) -> bool:
     widths = [[operand.shape[-1] for operand in source.operands] for source in (one, other)]
     if len(mine) != len(theirs) or widths[0] != widths[1]:
         return False
+    if any(a.dim() == 1 and a is not b for a, b in zip(one.operands, other.operands, strict=True)):
+        return False  # of the classes, and of all rows
     return all(
         len(terms) == len(others)
         and evaluation is evaluation_of_other

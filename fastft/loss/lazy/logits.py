@@ -72,7 +72,7 @@ class _LazyNode(torch.autograd.Function):
     def forward(
         ctx: Any, recipe: _Recipe, changed: LazyLogits | None, *tensors: Tensor | None
     ) -> LazyLogits:
-        ctx.recipe, ctx.expression = recipe, recipe.expression
+        ctx.recipe, ctx.source, ctx.expression = recipe, recipe.source, recipe.expression
         ctx.save_for_backward(*tensors)
         # nobody's gradient (the loss went past the logits) must stay nobody's
         ctx.set_materialize_grads(False)
@@ -101,7 +101,7 @@ class _LazyNode(torch.autograd.Function):
             for tensor, need in zip(saved, needs, strict=True)
         ]
         with torch.enable_grad():
-            logits = ctx.recipe.source.with_tensors(tensors).dense(ctx.expression)
+            logits = ctx.source.with_tensors(tensors).dense(ctx.expression)
         if isinstance(grad_output, LazyLogits):
             grad_output = grad_output._numbers("gradient")
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need and t is not None]
@@ -378,14 +378,14 @@ def _change_in_place(
     records = torch.is_grad_enabled() or not lazy.requires_grad
     if records and lazy.is_lazy and lazy._root is None and not lazy._has_views:
         changed = pointwise(IN_PLACE[func], (lazy, *args), kwargs)
-        if isinstance(changed, LazyLogits) and changed.recorded.same_as(lazy.source):
+        if isinstance(changed, LazyLogits):
             if changed.dtype != lazy.shadow.dtype:
                 changed = changed.to(lazy.shadow.dtype)
-            recipe.expression, recipe.kept = changed.expression, {}
-            if not lazy.requires_grad:
+            recipe.source, recipe.expression, recipe.kept = changed.recorded, changed.expression, {}
+            if not changed.requires_grad:
                 return lazy
             with torch._C.DisableTorchFunctionSubclass():
-                return _LazyNode.apply(recipe, lazy, *lazy.recorded.tensors)
+                return _LazyNode.apply(recipe, lazy, *changed.recorded.tensors)
     name, operands = func.__name__, (lazy, *args)
     dense = [a.materialise(name) if isinstance(a, LazyLogits) else a for a in operands]
     recipe.memory.rewritten = True

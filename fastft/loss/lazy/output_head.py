@@ -1,9 +1,9 @@
 """Finding a model's output head and letting it return lazy logits.
 
 A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and nothing else. No parameter, buffer, hook or class is added, so that state dicts keep their keys;
-a copy or a pickle of the model has stock heads. Quantised, offloaded, kernelised or custom heads
-are left alone.
+and on the layer that PEFT may have put around it. No parameter, buffer, hook or class is added, so
+that state dicts keep their keys; a copy or a pickle of the model has stock heads. Quantised,
+offloaded, kernelised or custom heads are left alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.foreign import (
     base_model,
+    is_adapter,
     is_dtensor,
     is_exporting,
     output_embeddings,
     sharding_library,
     shares_a_resharded_unit,
 )
+from fastft.loss.lazy.adapters import AdaptedForward
 from fastft.loss.lazy.evaluation import Evaluation, Held
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
@@ -124,6 +126,7 @@ class LazyForward:
         self.report = report
         self.evaluation = evaluation
         self.reads, self.held = reads, held
+        self.adapted: list[AdaptedForward] = []
         self._outside_compiled = torch.compiler.disable(self._forward)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -143,14 +146,26 @@ class LazyForward:
         # entered again by Linear.inside_head, so that a sharded weight is gathered
         if fastft_task is not None:
             return fastft_task(input, head.weight, head.bias)
+        make = None if args or kwargs else self.maker(input)
+        if make is None:
+            return type(head).forward(head, input, *args, **kwargs)
+        return make(input, head.weight, head.bias, head)
+
+    def maker(self, input: Tensor) -> Callable[..., Tensor] | None:
+        """What makes lazy logits in this forward pass, of an input, a weight, a bias, and the head
+        that can be entered again for them; None where logits are to be real, and the report gets
+        why."""
         is_meant, evaluation = self._purpose()
         report = self.report if evaluation is None else evaluation.report
-        is_plain = not args and not kwargs and is_meant
-        if not is_plain or not self._can_be_lazy(input, evaluation, report):
-            return type(head).forward(head, input, *args, **kwargs)
+        if not is_meant or not self._can_be_lazy(input, evaluation, report):
+            return None
         check = None if self.sharding is None else self.sharding.permission()
-        held = self.held if head.weight.requires_grad else None
-        return lazy_linear(input, head.weight, head.bias, report, head, check, evaluation, held)
+
+        def make(x: Tensor, weight: Tensor, bias: Tensor | None, head: Any = None) -> Tensor:
+            held = self.held if weight.requires_grad else None
+            return lazy_linear(x, weight, bias, report, head, check, evaluation, held)
+
+        return make
 
     def _purpose(self) -> tuple[bool, Evaluation | None]:
         """Whether this is a forward pass of a training, or of an evaluation inside one, and of
@@ -196,6 +211,8 @@ class LazyForward:
             del self.head.__dict__["forward"]
         if self.sharding is not None:
             self.sharding.remove()
+        for adapted in self.adapted:
+            adapted.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.head, "forward")
@@ -265,6 +282,8 @@ class Attachment:
             head, around, sharding, self.report, self.evaluation, self._reads, held
         )
         head.forward = forward  # type: ignore[method-assign]
+        adapters = [m for m in around if is_adapter(m) and "forward" not in m.__dict__]
+        forward.adapted = [AdaptedForward(layer, forward) for layer in adapters]
         self._forwards.append(forward)
         return True
 
@@ -281,7 +300,7 @@ class Attachment:
 
 
 def find_heads(model: nn.Module) -> list[nn.Linear]:
-    """The linear modules whose sum is the model's logits, looked up inside PEFT wrappers.
+    """The linear modules that make the model's logits, looked up inside PEFT wrappers.
 
     They are the output embeddings which the model, or else a model inside it, calls so. A language
     model, or a module of one's own, that names none has as its head the last linear layer, if that
@@ -338,15 +357,16 @@ def _why_no_head(model: nn.Module) -> str:
 
 
 def _linear_parts(module: nn.Module) -> list[nn.Linear]:
+    inside: Any = module
     if type(module).__name__ == "ModulesToSaveWrapper":
-        copies: Any = module.modules_to_save
-        return [part for copy in copies.values() for part in _linear_parts(copy)]
-    # LoRA: the base head plus one B matrix, V x rank, for each adapter
-    if hasattr(module, "base_layer"):
-        adapters: Any = getattr(module, "lora_B", {})
-        layers: list[Any] = [module.base_layer, *adapters.values()]
-        return [part for layer in layers for part in _linear_parts(layer)]
-    return [module] if isinstance(module, nn.Linear) else []
+        parts = [*inside.modules_to_save.values()]
+    elif type(module).__name__ == "TrainableTokensWrapper":
+        parts = [inside.token_adapter]
+    elif is_adapter(module):
+        parts = [inside.base_layer]
+    else:
+        return [module] if isinstance(module, nn.Linear) else []
+    return [linear for part in parts for linear in _linear_parts(part)]
 
 
 def _reason_against(head: nn.Linear) -> str | None:

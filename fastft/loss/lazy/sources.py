@@ -4,8 +4,9 @@
     source = the logits of a head, of another (a teacher's), ..., operands (..., C) of the same rows
 
 T rows, V vocabulary, H hidden size, which differs between heads; C is 1 (temperatures, masks, a
-logsumexp) or V (probabilities that somebody holds). `over_rows` evaluates an expression of a source
-by `row_functions`, a chunk of rows at a time.
+logsumexp) or V (probabilities that somebody holds). An operand (V,) is the same for every row: what
+an adapter trains of each class. `over_rows` evaluates an expression of a source by `row_functions`,
+a chunk of rows at a time.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def _is_freed(weight: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The `heads` and `operands` of an expression, all of the same leading shape.
+    """The `heads` and `operands` of an expression, all of the same leading shape, or (V,).
 
     `versions`: of the operands, when they came in.
     """
@@ -245,7 +246,9 @@ class Source:
         """A view or a selection of the rows."""
         self.check_unchanged()
         heads = tuple(head.with_inputs(change) for head in self.heads)
-        return Source(heads).with_operands(map(change, self.operands))
+        # one of the classes has no rows; or it is that of one row, and stays so
+        operands = (operand if operand.dim() == 1 else change(operand) for operand in self.operands)
+        return Source(heads).with_operands(operands)
 
     def with_head(self, head: Linear) -> Source:
         """The same of another first head."""
@@ -343,6 +346,7 @@ def over_rows(
             of_logits,
             *there.operands,
             *arguments,
+            shared=[at for at, operand in enumerate(there.operands) if operand.dim() == 1],
             **options,
         )
     )

@@ -62,7 +62,7 @@ def build(case: Case) -> nn.Module:
 
     Biases and gates begin at zero, which hides what they multiply: here they do not.
     """
-    config = _small_config(case)
+    config = small_config(case)
     kind = getattr(transformers, case.class_name)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in kind(config).parameters())
@@ -79,7 +79,7 @@ def build(case: Case) -> nn.Module:
     return model
 
 
-def _small_config(case: Case) -> Any:
+def small_config(case: Case) -> Any:
     kind = getattr(transformers, case.class_name)
     overrides = OVERRIDES.get((case.mapping, case.model_type), OVERRIDES.get(case.model_type, {}))
     whole = transformers.CONFIG_MAPPING[case.model_type]()

@@ -43,6 +43,7 @@ _MROPE_TEXT = {"text_config": _MROPE}
 # what it changes to in its first pass over so short a text
 _FULL_ATTENTION = {"attention_type": "original_full"}
 _QUERIES = {"num_query_tokens": 4, "image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN}
+_TILES = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}  # of towers for 32 x 32 pixels
 _VIBEVOICE = {"num_filters": 2, "depths": [1] * 7, "hidden_size": 16}
 _ZAMBA = {"attention_head_dim": 32, "attention_hidden_size": 128}
 _INDEXER = {
@@ -63,6 +64,8 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     **dict.fromkeys(("big_bird", "bigbird_pegasus"), _FULL_ATTENTION),
     **dict.fromkeys(("blip-2", "instructblip"), _QUERIES),
     "instructblipvideo": {**_QUERIES, "video_token_index": IMAGE_TOKEN},
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), _TILES),
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "blt": {
         "encoder_hash_byte_group_vocab": 50,
         "patcher_config": _BLT,
@@ -137,7 +140,7 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
         "attention_layers": ["global", "local"],
     },
     "gptj": {"rotary_dim": 8},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    "granite4_vision": {**_TILES, "deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {
         "head_dim": 16,
@@ -156,6 +159,14 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 256,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+        }
+    },
     "luke": {"entity_vocab_size": 50, "entity_emb_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "ministral": {"head_dim": 16},
@@ -190,6 +201,7 @@ OVERRIDES: dict[str | tuple[str, str], dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config": _VIBEVOICE,
         "semantic_tokenizer_encoder_config": _VIBEVOICE,
     },
+    "vipllava": {"vision_feature_layers": [-2, -1]},
     "xlnet": {"d_head": 16},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], **_ZAMBA},

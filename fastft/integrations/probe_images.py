@@ -1,0 +1,207 @@
+"""The probe's row of examples with images, as a processor gave them.
+
+Nobody but a processor knows what the inputs of a tower look like, so that the user's own examples
+are asked with: three of the shortest, each alone and all packed. Then the first one gets other
+pixels, and other tokens where these are ordinary; nothing behind it may move.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from fastft.data.batch import PackedBatch
+from fastft.data.collator import PackingCollator
+from fastft.data.keys import is_of_images
+from fastft.data.pack import Pack, examples_of, is_pack
+from fastft.data.packed import packs_of
+from fastft.data.processed import unbatched
+from fastft.foreign import base_model, with_attributes
+from fastft.integrations.probe import Probe, Trouble, kinds_of_tokens, stock_attention
+from fastft.integrations.probe_rows import Batches, Row, random_tokens, special_tokens
+from fastft.integrations.untouched import RandomStates
+
+TASK = "image_text_to_text"
+_LOOKED_AT, _PACKED = 8, 3  # examples of a dataset; of these, in the row
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageExamples:
+    """Examples that a row is made of; two are equal where theirs have the same shapes.
+
+    Attributes:
+        examples: the tensors of each: (n,) of its tokens, of its images as they are.
+    """
+
+    examples: tuple[dict[str, Tensor], ...]
+
+    @property
+    def _shapes(self) -> Any:
+        return tuple(
+            tuple((key, tuple(value.shape)) for key, value in sorted(example.items()))
+            for example in self.examples
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ImageExamples) and other._shapes == self._shapes
+
+    def __hash__(self) -> int:
+        return hash(self._shapes)
+
+
+def image_examples(model: nn.Module, examples: Sequence[Example]) -> ImageExamples | None:
+    """Chooses the shortest examples, without the tokens that are masked and what `model` does not
+    take; None where no example has an image.
+
+    Raises:
+        ValueError: an example has no `input_ids`.
+    """
+    takes = inspect.signature(base_model(model).forward).parameters
+    made = []
+    for index, example in enumerate(examples):
+        if "input_ids" not in example:
+            raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
+        tensors = {
+            key: torch.as_tensor(value)
+            for key, value in unbatched(example).items()
+            if key in takes and key != "labels" and value is not None
+        }
+        mask = tensors.pop("attention_mask", torch.ones_like(tensors["input_ids"])).bool()
+        made.append({k: v if is_of_images(k) else v[mask] for k, v in tensors.items()})
+    made.sort(key=lambda one: (not any(map(is_of_images, one)), len(one["input_ids"])))
+    if not any(map(is_of_images, made[0] if made else ())):
+        return None
+    return ImageExamples(tuple(made[:_PACKED]))
+
+
+def examples_in(loader: Any, collator: PackingCollator, model: nn.Module) -> list[Example] | None:
+    """The first examples of a loader, as they come to its `PackingCollator`; None of an iterable
+    dataset, which may be used up by looking.
+
+    What lies between loader and collator, another collator or Trainer's removal of columns, is done
+    to them.
+    """
+    packs = packs_of(loader)
+    dataset = getattr(loader, "dataset", None) if packs is None else packs.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return None
+    seen: list[Any] = []
+
+    def note(features: Any) -> PackedBatch:
+        seen.extend(features)
+        return PackedBatch()
+
+    states = RandomStates(model)
+    try:
+        with with_attributes(collator, collate=note):
+            loader.collate_fn([dataset[index] for index in range(min(len(dataset), _LOOKED_AT))])
+    finally:
+        states.rewind()
+    return [one for part in seen for one in (examples_of(part) if is_pack(part) else [part])]
+
+
+@dataclass
+class ImageRow(Row):
+    """Sequences with images, packed into one row.
+
+    Attributes:
+        inputs: of each sequence, by key.
+        changed: what the probe puts in place of the first sequence.
+    """
+
+    inputs: list[dict[str, Tensor]] = field(default_factory=list)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _row_of(base: Any, examples: Sequence[dict[str, Tensor]]) -> ImageRow:
+    tokens = [example["input_ids"] for example in examples]
+    row = ImageRow(tokens, tokens, (tokens[0], tokens[0]), range(len(tokens)))
+    row.inputs, row.changed = list(examples), _changed(base, examples[0])
+    return row
+
+
+def _changed(base: Any, example: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The example with other pixels, and other tokens where the configuration gives them no
+    meaning and they stand for no image."""
+    generator = torch.Generator().manual_seed(14)
+    ids = example["input_ids"]
+    meant = torch.isin(ids, torch.tensor([*special_tokens(base)]))
+    meant |= example.get("mm_token_type_ids", torch.zeros_like(ids)) != 0
+    made = {"input_ids": torch.where(meant, ids, random_tokens(base, [len(ids)], 15)[0])}
+    for key, value in example.items():
+        if is_of_images(key) and value.is_floating_point():
+            others = torch.randn(value.shape, generator=generator).to(value.dtype)
+            made[key] = torch.where(value == 0, value, others)  # zeros may be no pixels
+    return example | made
+
+
+class ImageProbe(Probe):
+    """The probe of a model whose batches have images.
+
+    Raises:
+        what the model raises for a text, or for an example, alone.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, states: RandomStates) -> None:
+        super().__init__(model, batches, states)
+        assert batches.images is not None
+        self._images = _row_of(self.base, batches.images.examples)
+        with stock_attention(self.base), _positions_forgotten(self.base):
+            self._images.alone = [
+                self._call(_alone(inputs), len(inputs["input_ids"]), hidden=True)[0]
+                for inputs in self._images.inputs
+            ]
+
+    def _trouble_of_more(self, start: int) -> Trouble | None:
+        found = self._trouble_of(self._images, start)
+        if found is None:
+            return None
+        return replace(found, what=f"with images, {found.what}", loud=False)
+
+    def _task(self) -> dict[str, Any]:
+        return {"task": TASK, "model": self.base}
+
+    def _examples(self, tokens: list[Tensor], targets: list[Tensor]) -> list[dict[str, Any]]:
+        """Texts, as a processor gives them."""
+        return [_labelled({"input_ids": ids, **kinds_of_tokens(self.base, ids)}) for ids in tokens]
+
+    def _batch(
+        self, row: Row, start: int, *, other: bool = False, rows: int, padded: bool
+    ) -> tuple[dict[str, Any], int]:
+        if not isinstance(row, ImageRow):
+            return super()._batch(row, start, other=other, rows=rows, padded=padded)
+        inputs = [row.changed if other else row.inputs[0], *row.inputs[1:]]
+        collate = PackingCollator(position_ids_start=start, **self._task())
+        batch: Any = collate([Pack([*map(_labelled, inputs)])])
+        del batch["labels"]
+        return batch, len(row)
+
+
+def _labelled(example: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**example, "labels": example["input_ids"]}
+
+
+def _alone(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One example as Trainer hands a batch of it to the model."""
+    made = {key: v if is_of_images(key) else v[None] for key, v in inputs.items()}
+    return made | {"attention_mask": torch.ones_like(made["input_ids"])}
+
+
+@contextmanager
+def _positions_forgotten(base: nn.Module) -> Iterator[None]:
+    """Gives a model back what it remembers of the positions of its latest batch (`rope_deltas`)."""
+    name = "rope_deltas"
+    before = [(module, getattr(module, name)) for module in base.modules() if name in vars(module)]
+    try:
+        yield
+    finally:
+        for module, value in before:
+            setattr(module, name, value)
