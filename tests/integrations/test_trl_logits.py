@@ -61,25 +61,17 @@ def compare(folder, member, monkeypatch, tolerance=1e-6, **changes):
     return callback, trainer
 
 
-@pytest.mark.parametrize(
-    "member",
-    [
-        pytest.param("ORPO", marks=pytest.mark.way("ORPO (TRL)", loss="exact")),
-        pytest.param("CPO", marks=pytest.mark.way("CPO, SimPO (TRL)", loss="exact")),
-        pytest.param("SimPO", marks=pytest.mark.way("CPO, SimPO (TRL)", loss="exact")),
-        pytest.param("GKD", marks=pytest.mark.way("GKD (TRL)", loss="exact")),
-        *(
-            pytest.param(name, marks=[pytest.mark.slow, pytest.mark.way(way, loss="exact")])
-            for name, way in {
-                "TPO": "TPO (TRL)",
-                "GOLD": "GOLD (TRL)",
-                "Online DPO": "Online DPO (TRL)",
-                "A*-PO": "A*-PO (TRL)",
-                "SDFT": "SDFT (TRL)",
-            }.items()
-        ),
-    ],
-)
+OTHERS = pytest.mark.way("TPO, GOLD, SDFT, A*-PO, Online DPO (TRL)", loss="exact")
+CASES = [
+    pytest.param(name, marks=pytest.mark.way(f"{name} (TRL)", loss="exact"))
+    for name in ("ORPO", "CPO", "SimPO", "GKD")
+] + [
+    pytest.param(name, marks=[pytest.mark.slow, OTHERS])
+    for name in ("TPO", "GOLD", "SDFT", "A*-PO", "Online DPO")
+]
+
+
+@pytest.mark.parametrize("member", CASES)
 def test_trains_and_evaluates_as_stock_without_logits(tmp_path, member, monkeypatch):
     compare(tmp_path, member, monkeypatch)
 
@@ -103,6 +95,14 @@ def test_the_model_without_its_adapters_is_the_reference(tmp_path, member, monke
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     compare(tmp_path, member, monkeypatch, options={"peft_config": config})
+
+
+@pytest.mark.slow
+def test_plug_says_that_it_is_fused(tmp_path):
+    trainer = trainer_of(tmp_path, "ORPO")
+    plug = fastft.plug(trainer)
+    trainer.train()
+    assert plug.lines["loss"] == "fused at lm_head"
 
 
 def test_what_is_left_after_a_training_is_stock(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from fastft.loss.linear_rows import HEAD
 
 
 class Watch(TorchDispatchMode):
-    """`elements`: of the largest tensor that any operation made, views aside; `flops`: of all matrix products.
+    """`elements`: of the largest tensor that any operation made, views aside; `flops`: of all
+    matrix products.
 
     It looks into fastft's own operator of a head, which a dispatch mode would see as one operation.
     """
