@@ -288,7 +288,7 @@ def test_a_loop_with_a_teacher_has_no_logits():
 
 def test_a_teacher_that_is_none_is_refused():
     with (
-        pytest.raises(TypeError, match="a reference must be a .*Module, got str"),
+        pytest.raises(TypeError, match="a reference must be a"),
         fused_loss(Model(8, 0), "teacher"),
     ):
         pass
