@@ -92,7 +92,7 @@ MEMBERS = {
     "A*-PO": (
         "a2po.A2PO",
         PROMPTS,
-        {"max_completion_length": 6, "num_value_samples": 2},
+        {"max_completion_length": 12, "num_value_samples": 2},
         lambda: {"reward_funcs": reward},
     ),
     "SDFT": (
