@@ -97,6 +97,7 @@ def frozen_body():
     return model
 
 
+@pytest.mark.way("a model changed after `adamw(model)`", optimizer="refused")
 @pytest.mark.parametrize("change", STALE)
 def test_a_model_that_changed_after_adamw_is_not_trained_in_part(change, tmp_path):
     make, then, sentence = STALE[change]
@@ -345,6 +346,16 @@ def test_an_optimizer_made_by_hand_that_deepspeed_dropped_is_told(callback, tmp_
     args = arguments(tmp_path)
     transformers.Trainer(model, args, optimizers=(theirs, None), **data)
     begin(args, model, under_deepspeed(theirs), callback._handed is args)
+
+
+def test_an_optimizer_that_stage_0_dropped_is_told(tmp_path, monkeypatch):
+    """Where no class of DeepSpeed is around the one that trains."""
+    args, model = arguments(tmp_path), biased_llama()
+    theirs = SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters()))
+    begin(args, model, theirs, True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"was given a fastft.AdamW, but .* DeepSpeed drops ours"):
+        begin(args, model, theirs, True)
 
 
 @pytest.mark.parametrize("with_args", [True, False])

@@ -162,7 +162,15 @@ OURS = {
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.way("gradient checkpointing", packing="exact"))
+        if name == "checkpointed"
+        else name
+        for name in OURS
+    ],
+)
 def test_packed_losses_are_those_of_padded_batches(name, kind, tmp_path):
     model, other = OURS[name](), OURS[name]()
     before = traces(model)
@@ -174,6 +182,7 @@ def test_packed_losses_are_those_of_padded_batches(name, kind, tmp_path):
     assert traces(model) == before
 
 
+@pytest.mark.way("bf16 autocast", packing="works")
 def test_in_bf16_autocast(tmp_path):
     ours = trained(tmp_path, made(implementation="fastft"), fastft.PackingCallback(), bf16=True)
     stock = padded(tmp_path, made())
@@ -350,6 +359,7 @@ def test_dispatched_batches_are_refused():
         )
 
 
+@pytest.mark.way("DataParallel", packing="refused")
 def test_data_parallel_is_refused():
     class Two:
         n_gpu = 2
@@ -359,10 +369,15 @@ def test_data_parallel_is_refused():
 
 
 def test_a_model_that_cannot_be_asked_is_trained_with_a_warning(said):
-    model = made(implementation="fastft")
+    class OfTwo(type(made())):
+        def __init__(self, config, teacher):
+            super().__init__(config)
+
+    model = OfTwo(made(implementation="fastft").config, None)
     nn.Module.to(model, "meta")
     begin(fastft.PackingCallback(), model)
     assert len(said) == 1 and "packing is not checked" in said[0]
+    assert "no small twin of it could be made" in said[0]
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)

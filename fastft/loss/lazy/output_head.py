@@ -1,9 +1,9 @@
 """Finding a model's output head and letting it return lazy logits.
 
-A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and on the layer that PEFT may have put around it. No parameter, buffer, hook or class is added, so
-that state dicts keep their keys; a copy or a pickle of the model has stock heads. Quantised,
-offloaded, kernelised or custom heads are left alone.
+A head is patched only if it is a plain `nn.Linear`, or bitsandbytes' of 4 bits: an attribute
+`forward` on that one instance, and on the layer that PEFT may have put around it. No parameter,
+buffer, hook or class is added, so that state dicts keep their keys; a copy or a pickle of the model
+has stock heads. Heads otherwise quantised, offloaded, kernelised or custom ones are left alone.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.foreign import (
     base_model,
+    is_4bit,
     is_adapter,
     is_dtensor,
     is_exporting,
+    operands_of_4bit,
     output_embeddings,
     sharding_library,
     shares_a_resharded_unit,
@@ -149,7 +151,11 @@ class LazyForward:
         make = None if args or kwargs else self.maker(input)
         if make is None:
             return type(head).forward(head, input, *args, **kwargs)
-        return make(input, head.weight, head.bias, head)
+        if not is_4bit(head):
+            return make(input, head.weight, head.bias, head)
+        # its 4 bits are not autocast's affair
+        with torch.autocast(input.device.type, enabled=False):
+            return make(*operands_of_4bit(head, input)).to(input.dtype)
 
     def maker(self, input: Tensor) -> Callable[..., Tensor] | None:
         """What makes lazy logits in this forward pass, of an input, a weight, a bias, and the head
@@ -183,8 +189,8 @@ class LazyForward:
             return False
         if type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
             return False
-        is_autocast = torch.is_autocast_enabled(input.device.type)
-        if input.dtype != self.head.weight.dtype and not is_autocast:
+        is_any = torch.is_autocast_enabled(input.device.type) or is_4bit(self.head)
+        if input.dtype != self.head.weight.dtype and not is_any:
             return False  # torch says what is wrong
         reason = self._reason_now(evaluation)
         if reason is not None and reason not in report.skipped:
@@ -193,7 +199,7 @@ class LazyForward:
 
     def _reason_now(self, evaluation: Evaluation | None) -> str | None:
         """What forbids lazy logits in this forward pass alone."""
-        if type(self.head.weight) not in (Tensor, nn.Parameter):
+        if type(self.head.weight) not in (Tensor, nn.Parameter) and not is_4bit(self.head):
             return f"the weight of the output head is a {type(self.head.weight).__name__}"
         # its logits are read after the forward pass, when the shards are gone
         sharding, everywhere = self.sharding, torch.nn.modules.module
@@ -371,7 +377,7 @@ def _linear_parts(module: nn.Module) -> list[nn.Linear]:
 
 def _reason_against(head: nn.Linear) -> str | None:
     """Why this head must keep its own forward; None if it is a plain linear layer."""
-    if type(head).forward is not nn.Linear.forward:
+    if type(head).forward is not nn.Linear.forward and not is_4bit(head):
         return f"the output head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if any(_is_computed(head, name) for name in ("weight", "bias")):
         return (
