@@ -137,6 +137,8 @@ SECTIONS = {
         Way("CPO (TRL)", "", _EXPERIMENTAL, ""),
         Way("SimPO (TRL)", "", _EXPERIMENTAL, ""),
         Way("GKD (TRL)", "", _EXPERIMENTAL, ""),
+        Way("TPO, GOLD, SDFT, A*-PO, Online DPO (TRL)", "no logits either", "", ""),
+        Way("SDPO (TRL)", "its top-k tail magnifies rounding", "", ""),
         Way("distillation (TRL)", "", "", ""),
         Way("a loss of one's own over logits", "`compute_loss_func`"),
     ],
