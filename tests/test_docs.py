@@ -219,6 +219,9 @@ LIMITS = {
         "test_packing_matrix.py::test_no_architecture_leaks_silently",
         "test_packing_matrix.py::test_a_model_is_exact_or_refused",
         "test_packing_callback.py::test_a_model_that_cannot_be_asked_is_trained_with_a_warning",
+        "test_image_packing.py::test_no_class_for_images_is_wrong_silently",
+        "test_image_trainer.py::test_images_of_an_iterable_dataset_are_refused_before_training",
+        "test_image_text.py::test_no_example_is_cut_through_its_images",
     ],
     "works-with.md: Inside a model, softcap": [
         "test_lazy_logits.py::test_which_losses_reach_the_kernel",
