@@ -47,7 +47,9 @@ def launched(folder, *line, **variables):
     environment = {**os.environ, "PYTHONPATH": folders, "MASTER_PORT": "0", **variables}
     # DeepSpeed compiles with the ninja beside this Python
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        line, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr
 

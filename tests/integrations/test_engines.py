@@ -249,6 +249,12 @@ def assert_loop(found, engine, to_the_bit=True):
     replaced = "left alone: ZeRO's offload_optimizer puts DeepSpeedCPUAdam in its place"
     expected = replaced if engine in REPLACED else "AdamW"
     assert found["run"]["lines"] == {"loss": f"fused, {fused} times", "optimizer": expected}
+    if engine in REPLACED:
+        assert "DeepSpeedCPUAdam in this optimizer's place" in found["clipping inside"]
+    elif engine.startswith(("DDP", "FSDP2", "ZeRO-0")):
+        assert found["clipping inside"] == "made"
+    else:
+        assert "to the norm of each process's part" in found["clipping inside"]
     whole = found["by hand"]
     assert_resumed(found["resumed"], whole, found["stock resumed"], stock, to_the_bit)
 
