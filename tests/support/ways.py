@@ -218,6 +218,7 @@ SECTIONS = {
         Way("early stopping, the best model", "", _USUAL),
         Way("workers of the loader", "", _USUAL),
         Way("`auto_find_batch_size`", "", _USUAL),
+        Way("counted tokens, emptied caches", "", _USUAL),
         Way("`optim` that is no AdamW", "", "", ""),
         Way(
             "a model changed after `adamw(model)`",
