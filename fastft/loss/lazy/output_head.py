@@ -26,6 +26,7 @@ from fastft.foreign import (
     base_model,
     casts_head_to_fp32,
     fused_head,
+    has_sharded_parts,
     head_plan,
     is_4bit,
     is_adapter,
@@ -398,9 +399,14 @@ class Attachment:
         forward = LazyForward(
             head, around, sharding, plan, self.report, self.evaluation, self._reads, held
         )
-        adapters = [m for m in around if is_adapter(m) and "forward" not in m.__dict__]
-        adapters = [] if plan is not None else adapters  # their products would need all classes
-        forward.adapted = [AdaptedForward(layer, forward) for layer in adapters]
+        forward.adapted = [
+            AdaptedForward(layer, forward)
+            for layer in around
+            if is_adapter(layer)
+            and "forward" not in layer.__dict__
+            and not has_sharded_parts(layer)
+            and plan is None  # their products would need all classes
+        ]
         self._forwards.append(forward)
         return True
 
