@@ -21,6 +21,7 @@ from support.trl_trainers import (  # noqa: E402
     STEPS,
     TEXTS,
     compare,
+    lora,
     policy,
     train,
     trainer_of,
@@ -74,11 +75,6 @@ def test_logits_are_never_there(tmp_path, monkeypatch):
             train(trainer if largest else with_plain_heads(trainer))
         largest.append(watch.elements)
     assert largest[0] >= rows * V and largest[1] < rows * V
-
-
-def lora(folder):
-    peft = pytest.importorskip("peft")
-    return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)}
 
 
 def a_copy_of_the_head(folder):
