@@ -241,6 +241,30 @@ def is_adapter(layer: nn.Module) -> bool:
     return "BaseTunerLayer" in _class_names(layer) and "base_layer" in layer._modules
 
 
+def is_4bit(layer: nn.Module) -> bool:
+    """Whether it is bitsandbytes' linear layer of 4 bits, in the layout that can be trained
+    through: an evaluation on a CPU may have packed it anew."""
+    state = getattr(layer.weight, "quant_state", None)
+    return (
+        type(layer).__name__ == "Linear4bit"
+        and type(layer).__module__.startswith("bitsandbytes")
+        and state is not None
+        and not getattr(state, "packing_format_for_cpu", False)
+    )
+
+
+def operands_of_4bit(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What such a layer multiplies: the input, the weight of its 4 bits and the bias, in the dtype
+    in which it computes."""
+    if not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    dtype = layer.compute_dtype or x.dtype
+    dequantize = sys.modules["bitsandbytes"].functional.dequantize_4bit
+    weight = dequantize(layer.weight.data, layer.weight.quant_state).to(dtype)
+    return x.to(dtype), weight, None if layer.bias is None else layer.bias.to(dtype)
+
+
 def output_embeddings(model: Any) -> nn.Module | None:
     """What `model` itself calls its output embeddings; None where it has none, or does not say."""
     # transformers' models without a head raise, others have no such method
@@ -468,6 +492,32 @@ def reason_not_to_run(model: nn.Module) -> str | None:
         if parameter.is_meta and not hasattr(model, "hf_device_map"):
             return "its parameters are on the meta device"
     return None
+
+
+def class_without_sharding(module: nn.Module) -> Any:
+    """The class of a module as it was before FSDP2 gave it one that derives from it."""
+    return next(
+        kind
+        for kind in type(module).__mro__
+        if "FSDPModule" not in {base.__name__ for base in kind.__mro__}
+    )
+
+
+def class_name(model: Any) -> str:
+    """The name of a model's class, inside `unwrapped`'s wrappers, and before FSDP2."""
+    return str(class_without_sharding(unwrapped(model)).__name__)
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where a model computes, also where its weights are sharded; the CPU for one on the meta
+    device."""
+    parameter: Any = next(model.parameters(), None)
+    if parameter is None or parameter.is_meta:
+        return torch.device("cpu")
+    if is_dtensor(parameter):  # CPU offload has its shards elsewhere
+        return torch.device(parameter.device_mesh.device_type)
+    device: torch.device = parameter.device
+    return device
 
 
 def is_dataset(dataset: Any) -> bool:

@@ -429,6 +429,28 @@ class TestTheReport:
                         engine,
                     )
 
+    @pytest.mark.parametrize(
+        ("kind", "name"), [("cuda", "AMD Instinct MI300X"), ("xpu", "Intel Data Center GPU Max")]
+    )
+    def test_says_what_amds_and_intels_gpus_would_use(
+        self, kind: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys
+    ) -> None:
+        if kind == "cuda":
+            rocm(monkeypatch)
+        everything = dict.fromkeys(("nvidia", "amd", "intel"))
+        triton_backends = importlib.import_module("triton.backends")
+        monkeypatch.setattr(triton_backends, "backends", everything)
+        found = {"cuda": 0, "xpu": 0, kind: 1}
+        for each, count in found.items():
+            monkeypatch.setattr(getattr(torch, each), "device_count", lambda count=count: count)
+        monkeypatch.setattr(getattr(torch, kind), "get_device_name", lambda device: name)
+        engines.main()
+        _, _, of_the_gpu = capsys.readouterr().out.partition(f"{kind}:0 ({name})\n")
+        for operator in WITH_TRITON:
+            assert re.search(rf"^  {operator} +triton\b", of_the_gpu, re.M), of_the_gpu
+        not_for_it = "it is for NVIDIA's GPUs, this torch is built for AMD's ROCm"
+        assert (not_for_it in of_the_gpu) == (kind == "cuda")
+
     def test_names_the_calls_that_another_engine_computes(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # accelerate's names of what hands an optimizer's parameters on as they are
-_PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED")
+_PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")
 
 
 class AcceleratorLoop:

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastft.attention.attention import register_attention
-from fastft.attention.segments import packed_attention
-from fastft.foreign import base_model, prompt_learning, reason_not_to_run, unwrapped
+from fastft.attention.segments import keeps_segments, packed_attention
+from fastft.foreign import base_model, class_name, prompt_learning, reason_not_to_run, unwrapped
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.implementations import STOCK, attention, switched
 from fastft.integrations.probe import Probe, Trouble
 from fastft.integrations.probe_images import ImageProbe, image_examples
 from fastft.integrations.probe_rows import Batches, long_row
+from fastft.integrations.twin import twin_of
 from fastft.integrations.untouched import untouched
 
 
@@ -35,7 +36,7 @@ class PackingLeakError(RuntimeError):
 
 
 class Unasked(ValueError):
-    """A model whose weights are elsewhere: nothing is known of it, and nothing against it."""
+    """A model whose weights are elsewhere, and no twin of it: nothing is known against it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def check_packing(
 
     Args:
         model: a transformers model, or one inside the wrappers of PEFT, DistributedDataParallel or
-            torch.compile.
+            torch.compile. Of one whose weights are sharded or on the meta device a small twin with
+            random weights is asked.
         position_ids_start: as in `PackingCollator`.
         max_tokens: of the longest row that it will get; the long row is as long, at most 4,096
             tokens. None: it is long enough for every window and table below 4,096, and a warning
@@ -104,7 +106,8 @@ def check_packing(
         PackingLeakError: it does not. The message says why, and the way out: each one that it names
             was tried on this model and found exact.
         ValueError: an argument is out of its range, no example has an image; or the model cannot
-            be asked: its parameters are sharded or on the meta device, or it takes no text alone.
+            be asked: it takes no text alone, or its weights are elsewhere and no small twin of it
+            can be made.
         TypeError: `model` is no module.
     """
     for name, value, least in (
@@ -120,10 +123,10 @@ def check_packing(
         raise ValueError("examples must have images (pixel_values ...), got none that has")
     leak = find_leak(model, Batches(position_ids_start, max_tokens, images=images))
     if leak is not None and leak.loud:
-        warnings.warn(f"{type(base_model(model)).__name__}: {leak}", stacklevel=2)
+        warnings.warn(f"{class_name(base_model(model))}: {leak}", stacklevel=2)
     elif leak is not None:
         raise PackingLeakError(
-            f"{type(base_model(model)).__name__} does not keep packed sequences apart: {leak}"
+            f"{class_name(base_model(model))} does not keep packed sequences apart: {leak}"
         )
 
 
@@ -142,12 +145,6 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
-    reason = reason_not_to_run(model)
-    if reason is not None:
-        raise Unasked(
-            f"model cannot be checked for packing: {reason}; check it before it is prepared for "
-            "training"
-        )
     base = base_model(model)
     if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):
         raise ValueError(
@@ -163,15 +160,38 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
             )
         )
     register_attention()
-    with untouched(model) as states:
+    with _here(model, batches) as asked, untouched(asked) as states:
         try:
-            probe = (Probe if batches.images is None else ImageProbe)(model, batches, states)
+            probe = (Probe if batches.images is None else ImageProbe)(asked, batches, states)
         except Exception as error:
             what = "a text" if batches.images is None else "a text, or an example with its images,"
-            raise ValueError(
-                f"model cannot be checked for packing: alone, {what} makes it raise {error!r}"
+            kind, whose = (ValueError, "it") if asked is model else (Unasked, "its twin")
+            raise kind(
+                f"model cannot be checked for packing: alone, {what} makes {whose} raise {error!r}"
             ) from error
         return _judged(probe, switch)
+
+
+@contextlib.contextmanager
+def _here(model: nn.Module, batches: Batches) -> Iterator[nn.Module]:
+    """The model, or where its weights are elsewhere its twin, which is told of segments if it is.
+
+    Raises:
+        Unasked: there is no twin.
+    """
+    reason = reason_not_to_run(model)
+    if reason is None:
+        yield model
+        return
+    try:
+        twin = twin_of(model, smaller=batches.images is None)
+    except ValueError as error:
+        raise Unasked(
+            f"model cannot be checked for packing: {reason}, and {error}; check it before it is "
+            "prepared for training"
+        ) from error
+    with packed_attention(twin) if keeps_segments(model) else contextlib.nullcontext():
+        yield twin
 
 
 def _judged(probe: Probe, switch: bool) -> Verdict:

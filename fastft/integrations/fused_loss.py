@@ -205,6 +205,7 @@ class FusedLossCallback(PackingCallback):
     ) -> None:
         """Leaves no logits of an evaluation that could not be computed when the weights have
         changed."""
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
         self._settle()
 
     @contextlib.contextmanager

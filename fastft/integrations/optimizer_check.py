@@ -1,11 +1,13 @@
-"""The check at train begin: does the optimizer train what was meant, as it was meant?
+"""The check at train begin, and before steps: does the optimizer train what was meant, as it was
+meant?
 
 A Trainer hands an optimizer through without looking at it. What then goes wrong without a word:
 
     under DeepSpeed                 Trainer lets go of `optimizers=`, and of a spec where
                                     DeepSpeed's configuration has an "optimizer"
     `adamw(model)` made too early   resized embeddings, unfrozen layers, LoRA and `set_adapter`
-                                    bring parameters that it does not train
+                                    bring parameters that it does not train, before a training or
+                                    in the middle of it
     `adamw_spec(args)`              a trainer that copies its args (TRL): the copy says other things
     `max_grad_norm` of ours         over gradients that DeepSpeed or FSDP1 cut into flat parts; or
                                     beside that of args
@@ -62,7 +64,9 @@ def check_optimizer(
     inner, by_deepspeed = foreign.inner_optimizer(optimizer), foreign.of_deepspeed(optimizer)
     if not isinstance(inner, AdamW):
         if inner is not None:  # who calls a callback by hand may have none
-            _check_replacement(args, model, inner, by_deepspeed, handed)
+            # whose stage 0 wraps no optimizer in a class of its own
+            drops = by_deepspeed or foreign.engine_of(args) == "DeepSpeed"
+            _check_replacement(args, model, inner, drops, handed)
         return
     inner.forget_stale_remainders()
     if not by_deepspeed:
@@ -162,6 +166,31 @@ def _check_parameters(model: nn.Module, optimizer: AdamW) -> None:
         f"make it: {_SPEC}. What is not to be trained wants requires_grad_(False), or its absence "
         "from a list of parameters given to fastft.adamw"
     )
+
+
+def gradients_are_lost(model: nn.Module, optimizer: Any) -> bool:
+    """Whether a step would move nothing, since all gradients are those of parameters that an AdamW
+    of fastft's does not have; a warning names them.
+
+    Stock goes on without a word where a training chooses another adapter in its middle.
+    """
+    inner = foreign.inner_optimizer(optimizer)
+    if not isinstance(inner, AdamW) or foreign.of_deepspeed(optimizer):
+        return False
+    held = [param for group in inner.param_groups for param in group["params"]]
+    if any(param.grad is not None for param in held):
+        return False
+    known = set(map(id, held))
+    lost = [n for n, p in model.named_parameters() if p.grad is not None and id(p) not in known]
+    if not lost:
+        return False
+    rest = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
+    logger.warning(
+        f"fastft: this step trains nothing: the {len(lost)} parameters with a gradient are not in "
+        f"the optimizer: {', '.join(lost[:_NAMED])}{rest}. Was an adapter chosen (set_adapter), or "
+        "added, after the optimizer was made? Make it while all that will be trained is trainable"
+    )
+    return True
 
 
 def _check_settings(

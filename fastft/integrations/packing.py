@@ -23,6 +23,7 @@ from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.streaming import REFUSAL
 from fastft.foreign import (
     base_model,
+    class_name,
     dispatches,
     is_compiled,
     modules_with_hooks,
@@ -32,7 +33,7 @@ from fastft.foreign import (
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
 from fastft.integrations.implementations import attention_configs, switched
-from fastft.integrations.optimizer_check import check_optimizer
+from fastft.integrations.optimizer_check import check_optimizer, gradients_are_lost
 from fastft.integrations.pool_segments import is_pooled, pool_segments
 from fastft.integrations.probe_images import TASK, examples_in, image_examples
 from fastft.integrations.probe_rows import Batches
@@ -104,7 +105,7 @@ class PackingCallback(TrainerCallback):
         self.on_leak, self.attention = on_leak, attention
         self.switched: str | None = None
         self.probe: str | None = None
-        self._warned_of_repeats = False
+        self._warned_of_repeats = self._warned_of_lost = False
         self._ahead: Verdict | None = None  # of the model before it was sharded
         self._apart, self._asked = False, False  # in a training; in this evaluation outside of one
         # the args of the Trainer that was handed an AdamW of fastft's
@@ -138,6 +139,7 @@ class PackingCallback(TrainerCallback):
         """Checks what trains, and keeps packed sequences apart; None without a collator of ours."""
         self.restore()
         self.switched = self.probe = None
+        self._warned_of_lost = False
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         _training_begins(model, state, self)
         check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed is args)
@@ -171,7 +173,7 @@ class PackingCallback(TrainerCallback):
 
     def _keep_apart(self, model: nn.Module, verdict: Verdict) -> None:
         """Does what the verdict says, and says it; `restore` undoes it."""
-        leak, name = verdict.leak, type(model).__name__
+        leak, name = verdict.leak, class_name(model)
         masked = leak is not None and leak.block_mask
         if self.probe is None:
             self.probe = "exact" if leak is None else "exact with a mask of T x T"
@@ -205,6 +207,13 @@ class PackingCallback(TrainerCallback):
                 "something has called restore() since this training began, or another training of "
                 "the model has begun: train one after the other"
             )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warns once of a step that would move nothing."""
+        if not self._warned_of_lost:
+            self._warned_of_lost = gradients_are_lost(kwargs["model"], kwargs.get("optimizer"))
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -262,7 +271,7 @@ class PackingCallback(TrainerCallback):
         if leak is not None and not leak.loud:
             self._complain(
                 "sequences are kept apart by the callback inside train() alone, and "
-                f"{type(model).__name__} as it is does not do so: {leak}. The loop is evaluate() "
+                f"{class_name(model)} as it is does not do so: {leak}. The loop is evaluate() "
                 f"or predict() here; or evaluate with {_PADDED}",
                 "evaluating",
             )
@@ -300,17 +309,17 @@ class PackingCallback(TrainerCallback):
 
     def _verdict(self, model: nn.Module, batches: Batches, args: Any, switch: bool) -> Verdict:
         """Asks the probe; warns of a model that is elsewhere, and finds nothing wrong with it."""
+        if self._ahead is not None and reason_not_to_run(model) is not None:
+            return self._ahead
         try:
             return _verdict(model, batches, args, switch=switch)
         except Unasked as error:
-            if self._ahead is not None:
-                return self._ahead
             self.probe = "not possible"
             logger.warning(f"fastft: packing is not checked: {error}")
         except ValueError as error:
             self.probe = "not possible"
             self._complain(
-                f"nobody knows whether {type(model).__name__} keeps packed sequences apart: "
+                f"nobody knows whether {class_name(model)} keeps packed sequences apart: "
                 f"{error}; on_leak='warn' trains it all the same"
             )
         return Verdict()
@@ -348,7 +357,7 @@ class PackingCallback(TrainerCallback):
             if examples is None:
                 return "the images of an iterable dataset cannot be looked at before training"
             batches = replace(batches, images=image_examples(model, examples))
-        name, compiled = type(model).__name__, args.torch_compile or is_compiled(model)
+        name, compiled = class_name(model), args.torch_compile or is_compiled(model)
         try:
             verdict = _verdict(model, batches, args, switch=self.attention and not compiled)
         except Unasked:
@@ -524,12 +533,21 @@ def _verdict(
     model: nn.Module, batches: Batches, args: Any, *, as_it_is: bool = False, switch: bool = False
 ) -> Verdict:
     """Probes a model that keeps sequences apart; `as_it_is`: by its own means, if at all."""
-    hooked = modules_with_hooks(model)
+    hooked, elsewhere = modules_with_hooks(model), reason_not_to_run(model)
+    name = class_name(base_model(model))
+    if elsewhere is not None:
+        logger.info(
+            f"fastft: {elsewhere}: in its place the packing probe asks a small model of the class "
+            f"and configuration of {name}, with random weights"
+        )
     if hooked:
         names = ", ".join(hooked[:5]) + (" and others" if len(hooked) > 5 else "")
         logger.warning(
-            f"fastft: the packing probe runs {type(model).__name__} on batches of its own, which "
-            f"the forward hooks of {names} see too"
+            f"fastft: the packing probe asks a twin of {name} ({elsewhere}), without the forward "
+            f"hooks of {names}"
+            if elsewhere is not None
+            else f"fastft: the packing probe runs {name} on batches of its own, which the forward "
+            f"hooks of {names} see too"
         )
     key = (_key(model, batches, args), as_it_is, as_it_is and keeps_segments(model), switch)
     if key not in _verdicts or hooked:

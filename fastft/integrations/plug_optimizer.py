@@ -48,6 +48,14 @@ class PlugOrigin(Origin):
         super().__init__("plug", trainer.args, given)
         self._trainer = weakref.ref(trainer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray sends a Trainer to its processes; no weak reference can be pickled."""
+        return {**vars(self), "_trainer": self._trainer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._trainer = weakref.ref(state["_trainer"])
+
     def grouped(self, params: Iterable[Any]) -> Iterable[Any]:
         """With 8-bit moments embeddings and output head keep fp32 ones, in groups of their own."""
         params, trainer = list(params), self._trainer()

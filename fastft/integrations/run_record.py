@@ -16,6 +16,7 @@ loggers that take texts get them by their own interfaces.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,22 +31,22 @@ from fastft.loss.lazy.report import Report
 from fastft.stack import callers
 
 _PREFIX = "fastft/"
+_records: weakref.WeakKeyDictionary[nn.Module, RunRecord] = weakref.WeakKeyDictionary()
 
 
 class RunRecord(TrainerCallback):
     """Counts the padding of one training, and writes the figures into its last log."""
 
     def __init__(self, handler: CallbackHandler, model: nn.Module) -> None:
-        self.handler = handler
+        # weakly: callbacks whose training was interrupted end when nobody holds them
+        self._handler = weakref.ref(handler)
         config = getattr(base_model(model), "config", None)
         self.beside = bool(getattr(config, "is_encoder_decoder", False))
         self.totals = Totals()
 
-    def count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward pass: counts the places of its batch; waits for no device."""
-        counts = None
-        if module.training and torch.is_grad_enabled():
-            counts = count_batch(kwargs, self.beside, shifts=False)
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Counts the places of a forward pass's batch; waits for no device."""
+        counts = count_batch(inputs, self.beside, shifts=False)
         if counts is not None:
             for side in (counts.tokens, counts.outputs):
                 if side is not None:
@@ -61,21 +62,29 @@ class RunRecord(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Writes the figures into the last log of a training."""
-        if logs is None or "train_runtime" not in logs:
+        handler = self._handler()
+        if logs is None or "train_runtime" not in logs or handler is None:
             return
-        reports = reports_of(self.handler)
+        reports = reports_of(handler)
         figures = {**_outcome(reports), **self._padding()}
         logs.update({f"{_PREFIX}{name}": value for name, value in figures.items()})
         if state.log_history:
             state.log_history[-1].update({f"{_PREFIX}{name}": figures[name] for name in figures})
         if state.is_world_process_zero:
-            _tell(self.handler, state, _texts(reports))
+            _tell(handler, state, _texts(reports))
 
     def _padding(self) -> dict[str, float]:
         sums = self.totals.read()
         if not sums.get("places"):
             return {}
         return {"padding_share": 1 - sums["tokens"] / sums["places"]}
+
+
+# a function, not a method: a model with it can be copied and pickled
+def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    record = _records.get(module)
+    if record is not None and module.training and torch.is_grad_enabled():
+        record.count(kwargs)
 
 
 def record_run(model: nn.Module, args: TrainingArguments) -> Callable[[], None]:
@@ -96,9 +105,10 @@ def record_run(model: nn.Module, args: TrainingArguments) -> Callable[[], None]:
     take_away = put_first(handler, record)
     if args.n_gpu > 1:  # its replicas would count in threads
         return take_away
-    count = record.count
+    count = _before_forward
     if args.torch_compile or is_compiled(model):
         count = torch.compiler.disable(count)
+    _records[model] = record
     # first of all, as other hooks take the boundaries off
     hook = model.register_forward_pre_hook(count, with_kwargs=True, prepend=True)
 
@@ -168,8 +178,11 @@ def put_first(handler: CallbackHandler, callback: TrainerCallback) -> Callable[[
     Both give the handler another list: the event that is under way goes through the old one.
     """
     handler.callbacks = [callback, *handler.callbacks]
+    held = weakref.ref(handler)
 
     def take_away() -> None:
-        handler.callbacks = [other for other in handler.callbacks if other is not callback]
+        there = held()
+        if there is not None:
+            there.callbacks = [other for other in there.callbacks if other is not callback]
 
     return take_away

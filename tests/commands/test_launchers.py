@@ -41,18 +41,26 @@ ACCELERATE += ["--dynamo_backend", "no", "--main_process_port", "0"]
 LAUNCHERS = {"torchrun": TORCHRUN, "accelerate launch": ACCELERATE}
 
 
-def launched(folder, *line):
-    (folder / "script.py").write_text(SCRIPT)
+def launched(folder, *line, **variables):
     tests, package = Path(__file__).parents[1], Path(__file__).parents[2]
     folders = os.pathsep.join([str(package), str(tests), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": folders, "MASTER_PORT": "0"}
+    environment = {**os.environ, "PYTHONPATH": folders, "MASTER_PORT": "0", **variables}
+    # DeepSpeed compiles with the ninja beside this Python
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(line, id=name, marks=pytest.mark.way(name, loss="exact", optimizer="exact"))
+        for name, line in LAUNCHERS.items()
+    ],
+)
 def test_every_process_trains_as_without(tmp_path, launcher):
+    (tmp_path / "script.py").write_text(SCRIPT)
     launched(tmp_path, *launcher, "script.py", "stock", "--more")
     options = ["run", "--report", "report.json", "script.py", "fast", "--more"]
     said = launched(tmp_path, *launcher, "-m", "fastft", *options)
@@ -67,12 +75,124 @@ def test_every_process_trains_as_without(tmp_path, launcher):
     assert training["report"]["fused"] == 3
 
 
+# what `accelerate config` writes, by the engine that it names
+ANY_CONFIG = {
+    "compute_environment": "LOCAL_MACHINE",
+    "num_processes": 2,
+    "num_machines": 1,
+    "machine_rank": 0,
+    "main_process_port": 0,
+    "main_training_function": "main",
+    "mixed_precision": "no",
+    "use_cpu": False,
+}
+FSDP = {
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+    "fsdp_cpu_ram_efficient_loading": False,
+    "fsdp_sync_module_states": False,
+}
+CONFIGS = {
+    "MULTI_GPU": {"distributed_type": "MULTI_GPU"},
+    "FSDP1": {
+        "distributed_type": "FSDP",
+        "fsdp_config": {**FSDP, "fsdp_version": 1, "fsdp_sharding_strategy": "FULL_SHARD"},
+    },
+    "FSDP2": {
+        "distributed_type": "FSDP",
+        "fsdp_config": {**FSDP, "fsdp_version": 2, "fsdp_reshard_after_forward": True},
+    },
+    "ZeRO-3": {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {
+            "zero_stage": 3,
+            "gradient_accumulation_steps": 1,
+            "offload_optimizer_device": "none",
+            "offload_param_device": "none",
+            "zero3_init_flag": True,
+            "zero3_save_16bit_model": True,
+        },
+    },
+}
+# ENGINE is one of tests/support/engines.py, or what the launcher has said
+UNDER_AN_ENGINE = """
+import json, os, sys, torch
+from support import engines
+from support.trainers import logged, quiet_arguments
+from transformers import Trainer
+
+engines.real_engines()
+given = os.environ["ENGINE"]
+how = {"use_cpu": True, "ddp_backend": "gloo"} if given == "DDP" else {"use_cpu": False}
+if given.startswith("ZeRO"):
+    how["deepspeed"] = engines.deepspeed(given)
+arguments = quiet_arguments("out", max_steps=3, per_device_train_batch_size=2, **how)
+trainer = Trainer(engines.model(given), arguments, train_dataset=engines.examples())
+trainer.train()
+parameter = next(trainer.model_wrapped.parameters())
+inner = trainer.optimizer
+while hasattr(inner, "optimizer"):
+    inner = inner.optimizer
+classes = [type(trainer.model_wrapped).__name__, type(parameter).__name__, type(inner).__module__]
+outcome = [classes, arguments.world_size, logged(trainer, "loss", "grad_norm")]
+with open(f"{sys.argv[-1]}{os.environ['RANK']}.json", "w") as file:
+    json.dump(outcome, file)
+torch.distributed.destroy_process_group()
+"""
+SEEN = {"MULTI_GPU": "DistributedDataParallel", "FSDP1": "FullyShardedDataParallel"}
+SEEN |= {"FSDP2": "FSDPLlamaForCausalLM", "ZeRO-3": "DeepSpeedEngine"}
+
+
+def trained_under(folder, engine, stock, fast):
+    """Runs both command lines, and compares what all processes have logged."""
+    (folder / "script.py").write_text(UNDER_AN_ENGINE)
+    environment = {"ENGINE": engine, "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    launched(folder, *stock, "stock", **environment)
+    said = launched(folder, *fast, "fast", **environment)
+    assert said.count("fastft: loss: fused") == 1, said
+    for rank in range(2):
+        of_stock, of_fast = (
+            json.loads((folder / f"{name}{rank}.json").read_text()) for name in ("stock", "fast")
+        )
+        assert of_fast[1] == of_stock[1] == 2
+        assert of_fast[0][:2] == of_stock[0][:2]
+        assert of_stock[0][2].startswith("torch.optim")
+        assert of_fast[0][2] == "fastft.optim.adamw"
+        assert of_fast[2] == pytest.approx(of_stock[2], rel=2e-5) and len(of_fast[2]) == 6
+    return of_fast[0][0]
+
+
+@pytest.mark.way("accelerate launch", loss="exact", optimizer="exact")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_of_accelerate_launch(tmp_path, name):
+    if name.startswith("ZeRO"):
+        pytest.importorskip("deepspeed")
+    (tmp_path / "config.yaml").write_text(json.dumps({**ANY_CONFIG, **CONFIGS[name]}))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config.yaml"]
+    stock = [*launch, "script.py"]
+    fast = [*launch, "-m", "fastft", "run", "script.py"]
+    engine = "DDP" if name == "MULTI_GPU" else "of the launcher"
+    assert trained_under(tmp_path, engine, stock, fast) == SEEN[name]
+
+
+def deepspeed_launcher(port):
+    launch = [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info"]
+    launch += ["eyJsb2NhbGhvc3QiOiBbMCwgMV19"]  # {"localhost": [0, 1]}
+    return [*launch, "--master_port", str(port)]
+
+
+@pytest.mark.way("deepspeed launcher", loss="exact", optimizer="exact")
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no deepspeed")
+def test_deepspeed_s_launcher_trains_a_script_that_fastft_runs(tmp_path):
+    stock = [*deepspeed_launcher(29513), "script.py"]
+    fast = [*deepspeed_launcher(29515), "--module", "fastft", "run", "script.py"]
+    assert trained_under(tmp_path, "ZeRO-2", stock, fast) == "DeepSpeedEngine"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no deepspeed")
 def test_deepspeed_s_launcher_gives_the_script_its_rank(tmp_path):
     (tmp_path / "probe.py").write_text("import os, sys; print(sys.argv, os.environ['RANK'])")
-    launch = [sys.executable, "-m", "deepspeed.launcher.launch", "--world_info"]
-    launch += ["eyJsb2NhbGhvc3QiOiBbMCwgMV19"]  # {"localhost": [0, 1]}
-    launch += ["--module", "--master_port", "29511", "fastft", "run", "probe.py", "--more"]
+    launch = [*deepspeed_launcher(29511), "--module", "fastft", "run", "probe.py", "--more"]
     done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True)
     for rank in "01":
         assert f"['probe.py', '--local_rank={rank}', '--more'] {rank}\n" in done.stdout, done.stderr

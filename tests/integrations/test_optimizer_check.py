@@ -347,6 +347,16 @@ def test_an_optimizer_made_by_hand_that_deepspeed_dropped_is_told(callback, tmp_
     begin(args, model, under_deepspeed(theirs), callback._handed is args)
 
 
+def test_an_optimizer_that_stage_0_dropped_is_told(tmp_path, monkeypatch):
+    """Where no class of DeepSpeed is around the one that trains."""
+    args, model = arguments(tmp_path), biased_llama()
+    theirs = SimpleNamespace(optimizer=torch.optim.AdamW(model.parameters()))
+    begin(args, model, theirs, True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"was given a fastft.AdamW, but .* DeepSpeed drops ours"):
+        begin(args, model, theirs, True)
+
+
 @pytest.mark.parametrize("with_args", [True, False])
 def test_a_spec_that_deepspeeds_own_optimizer_displaced_is_told(with_args, tmp_path, said):
     args, model = arguments(tmp_path), biased_llama()

@@ -359,10 +359,15 @@ def test_data_parallel_is_refused():
 
 
 def test_a_model_that_cannot_be_asked_is_trained_with_a_warning(said):
-    model = made(implementation="fastft")
+    class OfTwo(type(made())):
+        def __init__(self, config, teacher):
+            super().__init__(config)
+
+    model = OfTwo(made(implementation="fastft").config, None)
     nn.Module.to(model, "meta")
     begin(fastft.PackingCallback(), model)
     assert len(said) == 1 and "packing is not checked" in said[0]
+    assert "no small twin of it could be made" in said[0]
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)

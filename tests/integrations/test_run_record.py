@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -83,6 +85,23 @@ def test_one_record_a_run_in_the_last_log(callbacks: str, tmp_path: Any) -> None
     assert not trainer.model._forward_pre_hooks
     names = [type(one).__name__ for one in trainer.callback_handler.callbacks]
     assert "RunRecord" not in names
+
+
+class Copies(TrainerCallback):
+    """Copies the model in a training, as an average of weights does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+
+
+def test_a_copy_of_the_model_counts_for_nobody(tmp_path: Any) -> None:
+    reporter, copies = Reporter(), Copies()
+    trainer_of(tmp_path, [reporter, copies, fastft.PackingCallback(), SETS["loss"]()[0]]).train()
+    (record,) = records(reporter)
+    assert record["fastft/padding_share"] == pytest.approx(1 / 24)
+    for one in copies.copies:
+        one(**padded(examples(count=3)))
 
 
 def test_a_second_training_counts_anew(tmp_path: Any) -> None:

@@ -3,6 +3,7 @@ padded batches."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -80,6 +81,24 @@ def test_losses_and_gradients_are_those_of_each_example_alone(name: str, row_tok
     assert (gradients(model) - grads).norm() <= 1e-6 * grads.norm()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_run_again_in_backward_read_their_own_sounds(reentrant: bool) -> None:
+    """Gradient checkpointing, with another forward in between."""
+    model, grads = speech_model("whisper", "fastft").train(), []
+    one, other = (collator()(spoken_examples("whisper", seed=seed)) for seed in (1, 2))
+    for checkpointing in (False, True):
+        if checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # its name is going to change
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with fastft.packed_attention(model):
+            loss = model(**one).loss
+            model(**other)
+            loss.backward()
+        grads.append(gradients(model))
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 @pytest.mark.way("Whisper", packing="exact")
 @pytest.mark.parametrize("name", EXACT)
 def test_the_probe_finds_the_kind_exact_and_a_planted_leak(name: str) -> None:
@@ -152,3 +171,19 @@ def test_models_that_count_along_the_row_are_refused(name: str, tmp_path: Any) -
     trainer = trainer_of(tmp_path, collator(), name, callbacks=[fastft.PackingCallback()])
     with pytest.raises(fastft.PackingLeakError, match=r"the outputs are off .* padded batches"):
         trainer.train()
+
+
+def test_generation_from_packed_batches_is_refused(tmp_path: Any) -> None:
+    options = {"args": {"predict_with_generate": True}, "callbacks": [fastft.PackingCallback()]}
+    with pytest.raises(ValueError, match=r"would generate from packed batches; .*plug"):
+        trainer_of(tmp_path, collator(), **options).train()
+
+
+def test_attention_that_cannot_read_sounds_apart_is_refused() -> None:
+    model = speech_model("whisper")
+    batch = collator()(spoken_examples("whisper"))
+    with (
+        fastft.packed_attention(model),
+        pytest.raises(ValueError, match="WhisperDecoder needs attn_implementation='fastft'"),
+    ):
+        model(**batch)

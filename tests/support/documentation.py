@@ -31,11 +31,19 @@ def _blocks(page: Path) -> Iterator[tuple[int, str]]:
             block, begin = [], 0
 
 
+def configurations(page: Path) -> list[tuple[str, str]]:
+    """The language and the text of each block of YAML or JSON."""
+    return re.findall(r"^```(yaml|json)\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
 def python_blocks() -> dict[str, str]:
     """Each block that is Python, under "page:line"."""
     found = {}
     for page in PAGES:
+        others = {text.rstrip("\n") for _, text in configurations(page)}
         for line, text in _blocks(page):
+            if text in others:  # much of it is Python too
+                continue
             try:
                 ast.parse(text)
             except SyntaxError:

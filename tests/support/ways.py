@@ -116,7 +116,12 @@ SECTIONS = {
         Way("torchao int8 weight-only", "", _QUANTISED, "optimizer"),
         Way("torchao int4 and float8 weight-only", "", _QUANTISED, ""),
         Way("a head quantised by torchao", "", "", ""),
-        Way("torchao QAT", "", _QUANTISED, "optimizer"),
+        Way(
+            "torchao QAT",
+            "rounding to 4 bits makes steps of differences in last bits",
+            _QUANTISED,
+            "optimizer",
+        ),
     ],
     "Preference and reinforcement": [
         Way("SFT (TRL)", "", "TRL: SFT", "optimizer"),

@@ -1,9 +1,9 @@
 """Finding a model's output head and letting it return lazy logits.
 
-A head is patched only if it is a plain `nn.Linear`: an attribute `forward` on that one instance,
-and on the layer that PEFT may have put around it. No parameter, buffer, hook or class is added, so
-that state dicts keep their keys; a copy or a pickle of the model has stock heads. Quantised,
-offloaded, kernelised or custom heads are left alone.
+A head is patched only if it is a plain `nn.Linear`, or bitsandbytes' of 4 bits: an attribute
+`forward` on that one instance, and on the layer that PEFT may have put around it. No parameter,
+buffer, hook or class is added, so that state dicts keep their keys; a copy or a pickle of the model
+has stock heads. Heads otherwise quantised, offloaded, kernelised or custom ones are left alone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from fastft.foreign import (
     base_model,
     casts_head_to_fp32,
     fused_head,
+    is_4bit,
     is_adapter,
     is_dtensor,
     is_exporting,
+    operands_of_4bit,
     output_embeddings,
     put_attributes,
     sharding_library,
@@ -176,7 +178,11 @@ class LazyForward:
         make = None if args or kwargs else self.maker(input)
         if make is None:
             return self._real(input, *args, **kwargs)
-        return make(input, head.weight, head.bias, head)
+        if not is_4bit(head):
+            return make(input, head.weight, head.bias, head)
+        # its 4 bits are not autocast's affair
+        with torch.autocast(input.device.type, enabled=False):
+            return make(*operands_of_4bit(head, input)).to(input.dtype)
 
     def _real(self, *args: Any, **kwargs: Any) -> Any:
         """Real logits."""
@@ -236,10 +242,10 @@ class LazyForward:
             return False
         if type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
             return False
-        is_autocast = torch.is_autocast_enabled(input.device.type)
-        if input.dtype != self.head.weight.dtype and not is_autocast:
+        is_any = torch.is_autocast_enabled(input.device.type) or is_4bit(self.head)
+        if input.dtype != self.head.weight.dtype and not is_any:
             return False  # torch says what is wrong
-        if type(self.head.weight) in (Tensor, nn.Parameter):
+        if type(self.head.weight) in (Tensor, nn.Parameter) or is_4bit(self.head):
             reason = self.reason_now(evaluation)
         else:
             reason = f"the weight of the output head is a {type(self.head.weight).__name__}"
@@ -442,7 +448,7 @@ def _linear_parts(module: nn.Module) -> list[nn.Linear]:
 
 def _reason_against(head: nn.Linear) -> str | None:
     """Why this head must keep its own forward; None if it is a plain linear layer."""
-    if type(head).forward is not nn.Linear.forward:
+    if type(head).forward is not nn.Linear.forward and not is_4bit(head):
         return f"the output head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if any(_is_computed(head, name) for name in ("weight", "bias")):
         return (
@@ -479,8 +485,9 @@ def fused_loss(model: nn.Module, *references: nn.Module) -> Iterator[Report]:
 
     The output head returns lazy logits in training mode; any loss which the model, or the loop,
     computes of them by `torch.nn.functional.cross_entropy`, `nll_loss`, `log_softmax` and `gather`,
-    ... is fused; any other use computes real logits and is still right. Evaluation, and forward
-    passes without gradients, are stock, except those of `references`.
+    ... is fused, and so are the log-probabilities that TRL's trainers ask for; any other use
+    computes real logits and is still right. Evaluation, and forward passes without gradients, are
+    stock, except those of `references` and what TRL asks for.
 
     Args:
         model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers

@@ -1,0 +1,57 @@
+"""DeepSpeed ZeRO-3 under Trainer, and one line: parameters, gradients and optimizer states are
+sharded, the loss is fused at the gathered head, AdamW is fastft's.
+
+torchrun --nproc-per-node 2 examples/deepspeed_zero.py
+
+Without GPUs accelerate runs DeepSpeed in one process alone: DS_ACCELERATOR=cpu before torchrun, and
+--nproc-per-node 1.
+"""
+
+import stdlib_text
+import torch
+from transformers import (
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import fastft
+
+tokenizer, examples = stdlib_text.load(vocab_size=4096, max_tokens=256)
+args = TrainingArguments(
+    "out/deepspeed",
+    per_device_train_batch_size=4,
+    max_steps=10,
+    learning_rate=1e-3,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    deepspeed={
+        "zero_optimization": {"stage": 3},
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    },
+)
+torch.manual_seed(0)
+model = LlamaForCausalLM(
+    LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+)
+trainer = Trainer(
+    model=model,
+    args=args,
+    train_dataset=[{"input_ids": example["input_ids"]} for example in examples],
+    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+)
+plugged = fastft.plug(trainer)
+trainer.train()
+if trainer.is_world_process_zero():
+    print(f"fused losses: {plugged.report.fused}")

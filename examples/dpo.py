@@ -1,0 +1,52 @@
+"""DPO with TRL, unchanged, and one line: a small Llama is taught to prefer the body that a function
+of the standard library has to that of another function.
+
+python examples/dpo.py
+"""
+
+import datasets
+import stdlib_text
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+import fastft
+
+tokenizer, functions = stdlib_text.load(vocab_size=4096, max_tokens=128)
+masked = [sum(label == stdlib_text.IGNORED for label in each["labels"]) for each in functions[:64]]
+pairs = [
+    {
+        "prompt": tokenizer.decode(each["input_ids"][:cut]),
+        "chosen": tokenizer.decode(each["input_ids"][cut:]),
+        "rejected": tokenizer.decode(other["input_ids"][other_cut:]),
+    }
+    for each, cut, other, other_cut in zip(
+        functions, masked, reversed(functions[:64]), reversed(masked), strict=False
+    )
+]
+model = LlamaForCausalLM(
+    LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+)
+trainer = DPOTrainer(
+    model=model,
+    args=DPOConfig(
+        "out/dpo",
+        per_device_train_batch_size=4,
+        max_steps=10,
+        learning_rate=1e-3,
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+    ),
+    train_dataset=datasets.Dataset.from_list(pairs),
+    processing_class=tokenizer,
+)
+plugged = fastft.plug(trainer)
+trainer.train()
+print(plugged)

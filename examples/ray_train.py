@@ -1,0 +1,54 @@
+"""Ray Train with two workers, Trainer inside, and one line: `plug` before Ray's `prepare_trainer`.
+
+python examples/ray_train.py
+"""
+
+from pathlib import Path
+
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+
+def train_of_a_worker() -> None:
+    import stdlib_text
+    from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
+    from transformers import (
+        DataCollatorForLanguageModeling,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainingArguments,
+    )
+
+    import fastft
+
+    tokenizer, examples = stdlib_text.load(vocab_size=4096, max_tokens=256)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, **sizes))
+    args = TrainingArguments(
+        "checkpoints",
+        per_device_train_batch_size=4,
+        max_steps=10,
+        learning_rate=1e-3,
+        logging_steps=5,
+        save_steps=10,
+        report_to="none",
+    )
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=[{"input_ids": example["input_ids"]} for example in examples],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        callbacks=[RayTrainReportCallback()],
+    )
+    plugged = fastft.plug(trainer)
+    prepare_trainer(trainer).train()
+    print(f"fused losses: {plugged.report.fused}")
+
+
+result = TorchTrainer(
+    train_of_a_worker,
+    scaling_config=ScalingConfig(num_workers=2),
+    run_config=RunConfig(storage_path=str(Path("out/ray").resolve())),
+).fit()
+print(f"last loss: {result.metrics['loss']:.3f}")
