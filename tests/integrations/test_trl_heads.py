@@ -173,8 +173,18 @@ VARIANTS = {
 }
 
 
+def variants():
+    rows = {
+        "SFT, label smoothing": "SFT (TRL), label smoothing",
+        "SFT, adapters": "SFT (TRL), PEFT",
+    }
+    for name in VARIANTS:
+        marks = [pytest.mark.way(rows[name], loss="exact")] if name in rows else []
+        yield pytest.param(name, marks=marks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", variants())
 def test_every_setting_that_changes_the_loss(tmp_path, name):
     kind, changes = VARIANTS[name]
     callback, _ = compare(*trainers(tmp_path, kind, **changes))
