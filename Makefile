@@ -122,6 +122,8 @@ sweep: native
 		--architectures benchmarks/results/architectures.md
 	$(PYTEST) -m "sweep or not sweep" tests/integrations/test_packing_matrix.py \
 		--packing-matrix benchmarks/results/packing.md
+	$(PYTEST) -m "sweep or not sweep" tests/integrations/test_image_packing.py \
+		--image-packing benchmarks/results/packing-images.md
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist

@@ -4,6 +4,8 @@ of the standard library has to that of another function.
 python examples/dpo.py
 """
 
+import copy
+
 import datasets
 import stdlib_text
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,6 +36,7 @@ model = LlamaForCausalLM(
 )
 trainer = DPOTrainer(
     model=model,
+    ref_model=copy.deepcopy(model),
     args=DPOConfig(
         "out/dpo",
         per_device_train_batch_size=4,

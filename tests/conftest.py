@@ -26,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="where the packing matrix writes its table (make sweep)",
     )
+    parser.addoption(
+        "--image-packing",
+        metavar="FILE",
+        help="where packed images and text write their table (make sweep)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,6 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from support.architectures.packing_table import PackingTable
 
         config.pluginmanager.register(PackingTable(path))
+    path = config.getoption("--image-packing")
+    if path and not hasattr(config, "workerinput"):
+        from support.architectures.image_packing_table import ImagePackingTable
+
+        config.pluginmanager.register(ImagePackingTable(path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

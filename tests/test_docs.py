@@ -219,6 +219,9 @@ LIMITS = {
         "test_packing_matrix.py::test_no_architecture_leaks_silently",
         "test_packing_matrix.py::test_a_model_is_exact_or_refused",
         "test_packing_callback.py::test_a_model_that_cannot_be_asked_is_trained_with_a_warning",
+        "test_image_packing.py::test_no_class_for_images_is_wrong_silently",
+        "test_image_trainer.py::test_images_of_an_iterable_dataset_are_refused_before_training",
+        "test_image_text.py::test_no_example_is_cut_through_its_images",
     ],
     "works-with.md: Inside a model, softcap": [
         "test_lazy_logits.py::test_which_losses_reach_the_kernel",
@@ -240,6 +243,9 @@ LIMITS = {
     "works-with.md: Heads are fused where": [
         "test_engines.py::test_trains_and_resumes_as_stock_does_or_says_why_not",
         "test_peft.py::test_adapters_are_trained_as_stock",
+        "test_adapters.py::test_a_method_on_the_head_has_the_gradients_of_stock_and_no_logits",
+        "test_quantised_bases.py::test_a_head_of_4_bits_is_fused",
+        "test_quantised_bases.py::test_a_head_of_8_bits_stays_stock_and_the_report_says_so",
         "test_peft.py::test_lora_on_the_head_of_a_bf16_model_is_fused_and_no_worse_than_stock",
         "test_output_head.py::test_a_head_whose_weight_is_computed_trains_as_stock",
         "test_distributed_loss.py::test_a_loss_inside_forward_is_fused_and_stock",

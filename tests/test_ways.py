@@ -49,11 +49,11 @@ def test_what_worked_when_it_was_tried_by_hand_works(way):
 
 
 MARKS = {
-    '"DPP", loss="exact"': "way('DPP',) is no row of tests/support/ways.py; there are 'causal",
+    '"DPP", loss="exact"': "way('DPP',) is no row of tests/support/ways.py; there is ",
     'loss="exact"': "way() is no row",
-    '"DDP"': "columns [] of way('DDP',); there are 'loss', 'optimizer', 'packing'",
+    '"DDP"': "columns [] of way('DDP',); there is 'loss', 'optimizer', 'packing'",
     '"DDP", loss="exact", speed="exact"': "columns ['loss', 'speed'] of way('DDP',)",
-    '"DDP", loss="tested"': "loss='tested' of way('DDP',); there are 'exact', 'works', 'stock'",
+    '"DDP", loss="tested"': "loss='tested' of way('DDP',); there is 'exact', 'works', 'stock'",
     '"DDP", packing="no vocabulary"': "packing='no vocabulary' of way('DDP',)",
 }
 TEST = "import pytest\n\n\n@pytest.mark.way({})\ndef test_{}():\n    {}\n"

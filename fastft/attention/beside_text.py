@@ -8,6 +8,7 @@ transformers hand it the keyword arguments of the text all the same.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 from torch import nn
 
@@ -32,9 +33,9 @@ def parts_beside_text(model: nn.Module) -> list[nn.Module]:
     return [part for module in way for part in module.children() if part not in text]
 
 
-def _reads_tokens(base: nn.Module, part: nn.Module) -> bool:
+def _reads_tokens(base: Any, part: nn.Module) -> bool:
     with contextlib.suppress(AttributeError, NotImplementedError):
-        return base.get_input_embeddings() in set(part.modules())
+        return any(module is base.get_input_embeddings() for module in part.modules())
     return False
 
 

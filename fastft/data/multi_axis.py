@@ -58,7 +58,7 @@ class MultiAxisPositions:
         for name, value in vars(part).items():
             if name == "config" or (not name.startswith("_") and isinstance(value, plain)):
                 vars(self._part)[name] = value
-        self._takes = inspect.signature(getattr(part, METHOD)).parameters.keys()
+        self._takes = {*inspect.signature(getattr(part, METHOD)).parameters}
         text = torch.zeros(1, 2, dtype=torch.int64)
         try:
             self.axes = len(self._ask({"input_ids": text, "mm_token_type_ids": text}))

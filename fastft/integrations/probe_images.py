@@ -3,6 +3,9 @@
 Nobody but a processor knows what the inputs of a tower look like, so that the user's own examples
 are asked with: three of the shortest, each alone and all packed. Then the first one gets other
 pixels, and other tokens where these are ordinary; nothing behind it may move.
+
+A mask that looks a later sequence's images up in the first one is right as long as both have theirs
+at the same place: an example that is alike gets a few words in front.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +34,7 @@ from fastft.integrations.untouched import RandomStates
 
 TASK = "image_text_to_text"
 _LOOKED_AT, _PACKED = 8, 3  # examples of a dataset; of these, in the row
+_WORDS = 3  # in front of an example that is alike
 Example = dict[str, Any]
 
 
@@ -58,15 +63,16 @@ class ImageExamples:
 
 
 def image_examples(model: nn.Module, examples: Sequence[Example]) -> ImageExamples | None:
-    """Chooses the shortest examples, without the tokens that are masked and what `model` does not
-    take; None where no example has an image.
+    """Chooses the shortest of the first examples, without the tokens that are masked and what `model` does not
+    take, and with their images at different places; None where no example has an image.
 
     Raises:
         ValueError: an example has no `input_ids`.
     """
-    takes = inspect.signature(base_model(model).forward).parameters
+    base = base_model(model)
+    takes = inspect.signature(base.forward).parameters
     made = []
-    for index, example in enumerate(examples):
+    for index, example in enumerate(islice(examples, _LOOKED_AT)):
         if "input_ids" not in example:
             raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
         tensors = {
@@ -79,7 +85,34 @@ def image_examples(model: nn.Module, examples: Sequence[Example]) -> ImageExampl
     made.sort(key=lambda one: (not any(map(is_of_images, one)), len(one["input_ids"])))
     if not any(map(is_of_images, made[0] if made else ())):
         return None
-    return ImageExamples(tuple(made[:_PACKED]))
+    chosen = list[Example]()
+    for example in made[:_PACKED]:
+        while any(_alike(base, example, other) for other in chosen):
+            example = _with_words(base, example)
+        chosen.append(example)
+    return ImageExamples(tuple(chosen))
+
+
+def _meant(base: Any, example: Example) -> Tensor:
+    """Which tokens the configuration gives a meaning or stand for an image, bool (n,)."""
+    ids = example["input_ids"]
+    meant = torch.isin(ids, torch.tensor([*special_tokens(base)]))
+    return meant | (example.get("mm_token_type_ids", torch.zeros_like(ids)) != 0)
+
+
+def _alike(base: Any, example: Example, other: Example) -> bool:
+    places, others = (_meant(base, one).nonzero() for one in (example, other))
+    return len(places) > 0 and torch.equal(places, others)
+
+
+def _with_words(base: Any, example: Example) -> Example:
+    words = random_tokens(base, [_WORDS], 16)[0]
+    front = {
+        key: words if key == "input_ids" else value.new_zeros(_WORDS)  # the kind of text
+        for key, value in example.items()
+        if not is_of_images(key)
+    }
+    return example | {key: torch.cat([part, example[key]]) for key, part in front.items()}
 
 
 def examples_in(loader: Any, collator: PackingCollator, model: nn.Module) -> list[Example] | None:
@@ -90,7 +123,7 @@ def examples_in(loader: Any, collator: PackingCollator, model: nn.Module) -> lis
     to them.
     """
     packs = packs_of(loader)
-    dataset = getattr(loader, "dataset", None) if packs is None else packs.dataset
+    dataset: Any = getattr(loader, "dataset", None) if packs is None else packs.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return None
     seen: list[Any] = []
@@ -105,7 +138,8 @@ def examples_in(loader: Any, collator: PackingCollator, model: nn.Module) -> lis
             loader.collate_fn([dataset[index] for index in range(min(len(dataset), _LOOKED_AT))])
     finally:
         states.rewind()
-    return [one for part in seen for one in (examples_of(part) if is_pack(part) else [part])]
+    units = [examples_of(part) if is_pack(part) else [part] for part in seen]
+    return [example for unit in units for example in unit]
 
 
 @dataclass
@@ -133,9 +167,8 @@ def _changed(base: Any, example: dict[str, Tensor]) -> dict[str, Tensor]:
     meaning and they stand for no image."""
     generator = torch.Generator().manual_seed(14)
     ids = example["input_ids"]
-    meant = torch.isin(ids, torch.tensor([*special_tokens(base)]))
-    meant |= example.get("mm_token_type_ids", torch.zeros_like(ids)) != 0
-    made = {"input_ids": torch.where(meant, ids, random_tokens(base, [len(ids)], 15)[0])}
+    words = random_tokens(base, [len(ids)], 15)[0]
+    made = {"input_ids": torch.where(_meant(base, example), ids, words)}
     for key, value in example.items():
         if is_of_images(key) and value.is_floating_point():
             others = torch.randn(value.shape, generator=generator).to(value.dtype)

@@ -22,6 +22,7 @@ def test_a_second_derivative_raises() -> None:
         gradient.sum().backward()
 
 
+@pytest.mark.way("`torch_compile`", packing="exact")
 @pytest.mark.slow
 def test_a_compiled_model_breaks_its_graph_and_is_right() -> None:
     model = tiny_llama(attn_implementation="fastft").eval()

@@ -79,6 +79,7 @@ def trained(folder, together=True, resumed=False, precision="no", **options):
     return curve, model, optimizer, scheduler
 
 
+@pytest.mark.way("a loop with Accelerate", loss="exact", optimizer="exact")
 @pytest.mark.parametrize("together", [True, False], ids=["one prepare", "one for each"])
 def test_it_trains_as_without(tmp_path, together):
     stock = trained(str(tmp_path / "stock"), together)[0]

@@ -239,9 +239,10 @@ LOSS = (
     ("module", "words"),
     [
         ("trl.trainer.utils", "TRL computes the loss by a fused head of its own"),
-        (
+        pytest.param(
             "liger_kernel.transformers.model.llama",
             "nothing called the output head: Liger computes the loss",
+            marks=pytest.mark.way("Liger", loss="stock"),
         ),
         (
             "modeling_mine",
@@ -262,6 +263,7 @@ def test_who_else_computes_the_loss_is_named_and_what_to_do(
     )
 
 
+@pytest.mark.way("DataParallel", loss="stock")
 def test_data_parallel_is_left_alone():
     with fused_loss(nn.DataParallel(llama())) as report:
         assert "DataParallel" in report.skipped[0]

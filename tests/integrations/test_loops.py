@@ -64,6 +64,32 @@ def test_a_loop_of_plain_torch_over_packs():
     assert sum(losses) / targets == pytest.approx(sum(alone) / targets, rel=1e-6)
 
 
+def scaled(fast):
+    model = tiny_llama()
+    loss_of, optimizer = pieces(model, fast)
+    scaler, curve = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+    with loss_of as report:
+        for ids in ROWS.split(4):
+            with torch.autocast("cpu", torch.float16):
+                loss = model(input_ids=ids, labels=ids).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+    return curve, report
+
+
+@pytest.mark.way("fp16 autocast with a GradScaler", loss="works", optimizer="works")
+def test_a_loop_in_fp16_with_a_scaler():
+    stock, _ = scaled(False)
+    ours, report = scaled(True)
+    assert ours == pytest.approx(stock, rel=2e-3) and stock[-1] < stock[0]
+    assert report.fused == 6 and not report.materialised
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning
 @pytest.mark.way("Lightning", loss="exact", optimizer="exact")

@@ -124,6 +124,7 @@ def test_steps_epochs_and_counts(sampling, batch_size, accumulation, tmp_path):
     assert trainer.counts == expected
 
 
+@pytest.mark.way("resuming", packing="exact")
 @pytest.mark.parametrize("sampling", ["random", "sequential"])
 @pytest.mark.parametrize("step", [2, 5, 8])
 def test_resuming_gives_the_same_batches(sampling, step, tmp_path):

@@ -131,6 +131,8 @@ HALF = {
     "fp32 adapter, dropout": lambda: half({"lora_dropout": 0.3}),
     "fp32 adapter, bias": lambda: half({"lora_bias": True}),
     "fp32 adapter, rank stabilised": lambda: half({"use_rslora": True}),
+    "fp32 adapter, DoRA": lambda: half({"use_dora": True}),
+    "fp32 adapter, DoRA, dropout": lambda: half({"use_dora": True, "lora_dropout": 0.3}),
     "fp32 adapter, everywhere": lambda: half({"target_modules": "all-linear"}),
     "fp32 adapters": lambda: half({}, {"r": 2, "lora_alpha": 5}),
     "bf16 adapter": lambda: half({}, **NARROW),
@@ -156,6 +158,7 @@ def losses_and_gradients(model, autocast):
     }
 
 
+@pytest.mark.way("LoRA in fp32 on a bf16 head", loss="works")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", HALF)
 def test_lora_on_the_head_of_a_bf16_model_is_fused_and_no_worse_than_stock(name, autocast):
@@ -178,6 +181,7 @@ def test_lora_on_the_head_of_a_bf16_model_is_fused_and_no_worse_than_stock(name,
         assert_no_worse(result, expected[key], exact[key], key)
 
 
+@pytest.mark.way("LoRA on the head", loss="exact")
 def test_trainer_with_lora_on_the_head_is_stock(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, V, (8, 16))]
     results = []

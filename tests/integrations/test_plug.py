@@ -239,6 +239,7 @@ def test_a_batch_size_that_is_found(tmp_path):
     assert_stock(trainer.model)
 
 
+@pytest.mark.way("`model_init`", loss="exact", optimizer="exact")
 def test_model_init_makes_a_model_for_each_training(tmp_path):
     def trained(plug):
         stock = trainer_of(tmp_path)

@@ -150,6 +150,7 @@ LEFT_ALONE = {
 }
 
 
+@pytest.mark.way("`optim` that is no AdamW", optimizer="stock")
 @pytest.mark.parametrize("case", LEFT_ALONE)
 def test_an_optimizer_that_the_user_chose_is_left_alone_with_a_word(tmp_path, case):
     given, prepare, word = LEFT_ALONE[case]
@@ -249,6 +250,7 @@ def test_a_restored_trainer_trains_with_its_own(tmp_path):
     assert type(inner(trainer)) is torch.optim.AdamW and len(logged(trainer)) == 2
 
 
+@pytest.mark.way("from stock to fastft, and back", loss="exact", optimizer="exact")
 @pytest.mark.slow
 def test_checkpoints_of_plugged_and_stock_trainers_are_each_others(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}

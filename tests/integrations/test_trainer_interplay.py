@@ -143,6 +143,7 @@ def test_compiled(tmp_path):
     compare(tmp_path, {"label_smoothing_factor": 0.1, **compiling})
 
 
+@pytest.mark.way("resuming", loss="exact")
 def test_training_goes_on_from_a_checkpoint(tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     _, fused = compare(tmp_path, {**saving, "load_best_model_at_end": True})

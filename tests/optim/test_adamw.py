@@ -252,6 +252,7 @@ def test_bad_options(options, error, match):
         assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.way("fp16 parameters", optimizer="refused")
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.float64, torch.complex64])
 def test_bad_dtypes(dtype):
     with pytest.raises(TypeError, match=str(dtype)):

@@ -33,6 +33,7 @@ def run(args, model, checkpoint=None, **options):
     return trainer, losses, recorder.steps
 
 
+@pytest.mark.way("resuming", optimizer="exact")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumed_run_equals_an_uninterrupted_one_to_the_bit(dtype, tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=4, bf16=dtype == torch.bfloat16)

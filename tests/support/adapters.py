@@ -51,10 +51,11 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "RoAd": ("RoadConfig", {"group_size": 8}),
     "GraLoRA": ("GraloraConfig", {"r": 4, "gralora_k": 2}),
     "DeLoRA": ("DeloraConfig", {"r": 4}),
+    "FRoD": ("FrodConfig", {}),
 }
-# on the head: they have T x V numbers of their own; and they ask for the logits themselves
+# on the head: they have T x V numbers of their own; or the logits themselves are built
 WIDE_ON_HEAD = ("C3A", "GraLoRA")
-DENSE_ON_HEAD = ("RoAd", "DeLoRA")
+DENSE_ON_HEAD = ("RoAd", "DeLoRA", "FRoD")
 PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt tuning": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
     "prefix tuning": ("PrefixTuningConfig", {"num_virtual_tokens": 3}),

@@ -10,6 +10,7 @@ tests, and writes the table.
 
 from __future__ import annotations
 
+import difflib
 from typing import NamedTuple
 
 import pytest
@@ -90,7 +91,7 @@ SECTIONS = {
         Way(
             "other methods of PEFT",
             "LoKr, AdaLoRA, PVeRA, BOFT, HRA, FourierFT, WaveFT, MiSS, RandLoRA, VB-LoRA, "
-            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily, BEFT, C3A, RoAd, GraLoRA, DeLoRA, norms",
+            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily, BEFT, C3A, RoAd, GraLoRA, DeLoRA, FRoD, norms",
             _ADAPTERS,
             "",
         ),
@@ -104,7 +105,7 @@ SECTIONS = {
             _HEAD_ADAPTERS,
             "",
         ),
-        Way("RoAd, DeLoRA on the head", "the logits are built", "", ""),
+        Way("RoAd, DeLoRA, FRoD on the head", "the logits are built", "", ""),
         Way("prompt tuning", "", "prompt, prefix and p-tuning"),
         Way("prefix tuning", "", "prompt, prefix and p-tuning"),
         Way("p-tuning", "", "prompt, prefix and p-tuning", ""),
@@ -136,28 +137,55 @@ SECTIONS = {
         Way("CPO (TRL)", "", _EXPERIMENTAL, ""),
         Way("SimPO (TRL)", "", _EXPERIMENTAL, ""),
         Way("GKD (TRL)", "", _EXPERIMENTAL, ""),
+        Way("TPO, GOLD, SDFT, A*-PO, Online DPO (TRL)", "no logits either", "", ""),
+        Way("SDPO (TRL)", "its top-k tail magnifies rounding", "", ""),
         Way("distillation (TRL)", "", "", ""),
         Way("a loss of one's own over logits", "`compute_loss_func`"),
     ],
     "Vision and speech": [
         Way("image classification", "ViT", _ENCODERS),
-        Way("LLaVA and its kind", "", _IMAGES),
-        Way("Qwen2-VL and its kind", "", _IMAGES, ""),
+        Way(
+            "LLaVA and its kind",
+            "[every class](../benchmarks/results/packing-images.md)",
+            _IMAGES,
+            "loss optimizer packing",
+        ),
+        Way("Qwen2-VL and its kind", "positions of several axes", _IMAGES),
+        Way("Gemma3, PaliGemma", "tokens of an image see each other", _IMAGES),
+        Way("Qwen3.5", "recurrent layers, without their kernels", "", ""),
         Way("Whisper", "also Moonshine, Cohere ASR, Canary", "speech: Whisper"),
         Way("Speech2Text, Moonshine streaming", "they count positions along a row", "", ""),
     ],
     "Many processes": [
         Way("DDP", "", "DDP", "loss optimizer packing"),
-        Way("DataParallel", "use DDP, which is faster too", "", ""),
-        Way("FSDP1", "stock cannot save it on a CPU: nothing is resumed in the test", _FSDP),
+        Way("DataParallel", "start one process for each GPU instead", "", ""),
+        Way("FSDP1", "a whole state dict dies in torch on a CPU: sharded ones are tested", _FSDP),
         Way("FSDP2", "", _FSDP),
+        Way("FSDP2 + CPU offload", "", _FSDP, ""),
+        Way("FSDP, a loss outside the model's forward", "label smoothing, or your own", "", ""),
+        Way("DeepSpeed ZeRO-0", "", "", "loss optimizer"),
         Way("DeepSpeed ZeRO-1", "", _ZERO, "loss optimizer"),
         Way("DeepSpeed ZeRO-2", "", _ZERO, "loss optimizer"),
         Way("DeepSpeed ZeRO-3", "", _ZERO, "loss optimizer"),
+        Way("DeepSpeed ZeRO + optimizer offload", "DeepSpeedCPUAdam trains", "", "loss"),
+        Way(
+            "DeepSpeed ZeRO + optimizer offload, fastft's AdamW kept",
+            "`zero_force_ds_cpu_optimizer: false`",
+            "",
+            "",
+        ),
+        Way("accelerate loop, DDP", "", _LOOPS, ""),
+        Way("accelerate loop, FSDP1", "", "", ""),
+        Way("accelerate loop, FSDP2", "", "", ""),
+        Way("accelerate loop, DeepSpeed", "", "", ""),
+        Way("resume under each engine", "to the bit where stock's is", "", ""),
+        Way("`merge_fsdp_weights`", "", "", ""),
         Way("tensor parallel", "", "tensor and context parallel", ""),
         Way("context parallel", "", "tensor and context parallel", ""),
         Way("Ray Train", "", "Ray Train"),
-        Way("`accelerate launch`", "", "", "loss"),
+        Way("`torchrun`", "", "", ""),
+        Way("`accelerate launch`", "its configuration files, too", "", "loss"),
+        Way("`deepspeed` launcher", "", "", ""),
     ],
     "Loops, search and loggers": [
         Way("a loop of plain torch", "", _LOOPS),
@@ -176,7 +204,7 @@ SECTIONS = {
         Way("gradient checkpointing", "", "gradient checkpointing"),
         Way("bf16 autocast", "", _BF16),
         Way("bf16 parameters", "AdamW gives the trajectory of fp32 parameters", _BF16),
-        Way("`fp16=True` over fp32 parameters", "", "", ""),
+        Way("fp16 autocast with a GradScaler", "`fp16=True` over fp32 parameters", "", ""),
         Way("fp16 parameters", "train them in fp32, with autocast", "fp16 parameters", ""),
         Way("`torch_compile`", "a graph break at the head and at attention", "`torch.compile`"),
         Way("label smoothing", "", _USUAL),
@@ -189,6 +217,13 @@ SECTIONS = {
         Way("early stopping, the best model", "", _USUAL),
         Way("workers of the loader", "", _USUAL),
         Way("`auto_find_batch_size`", "", _USUAL),
+        Way("`optim` that is no AdamW", "", "", ""),
+        Way(
+            "a model changed after `adamw(model)`",
+            "resized embeddings, `set_adapter`: make it later, or use `adamw_spec`, `plug`",
+            "",
+            "",
+        ),
         Way("resuming", "to the bit of a run that was not interrupted", _RESUME),
         Way("killed in the middle, resumed", "packs too", _RESUME, "loss optimizer packing"),
         Way("from stock to fastft, and back", "a checkpoint of either", _RESUME),
@@ -207,7 +242,8 @@ def claims(item: pytest.Item) -> list[Claim]:
 
 def _claims_of(mark: pytest.Mark, test: str) -> list[Claim]:
     if len(mark.args) != 1 or mark.args[0] not in ROWS:
-        raise _refused(test, f"way{mark.args} is no row of tests/support/ways.py", ROWS)
+        near = difflib.get_close_matches(str(mark.args[0]) if mark.args else "", ROWS, 3, 0.3)
+        raise _refused(test, f"way{mark.args} is no row of tests/support/ways.py", near or ROWS)
     if not mark.kwargs or not set(mark.kwargs) <= set(COLUMNS):
         raise _refused(test, f"columns {list(mark.kwargs)} of way{mark.args}", COLUMNS)
     for column, word in mark.kwargs.items():
@@ -218,17 +254,20 @@ def _claims_of(mark: pytest.Mark, test: str) -> list[Claim]:
 
 
 def _refused(test: str, what: str, choices) -> pytest.UsageError:
-    return pytest.UsageError(f"{test}: {what}; there are {', '.join(map(repr, choices))}")
+    return pytest.UsageError(f"{test}: {what}; there is {', '.join(map(repr, choices))}")
 
 
-def check_one_word_for_each_cell(tests: dict[str, list[Claim]]) -> None:
-    """Raises pytest.UsageError where two tests say different words of one cell, and names both."""
-    first: dict[tuple[str, str], tuple[str, str]] = {}
+def disagreements(tests: dict[str, list[Claim]]) -> list[str]:
+    """A sentence for each cell of which two tests say different words."""
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    sentences: dict[tuple[str, str], str] = {}
     for test, claimed in tests.items():
         for row, column, word in claimed:
-            said, other = first.setdefault((row, column), (word, test))
+            said, other = found.setdefault((row, column), (word, test))
             if said != word:
-                raise pytest.UsageError(
+                sentences.setdefault(
+                    (row, column),
                     f"{column} of way {row!r} is {word!r} by {test}, and {said!r} by {other}: one "
-                    "of the two belongs to a row of its own in tests/support/ways.py"
+                    "of the two belongs to a row of its own in tests/support/ways.py",
                 )
+    return [*sentences.values()]

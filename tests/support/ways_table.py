@@ -22,8 +22,8 @@ from support.ways import (
     SECTIONS,
     WORDS,
     Claim,
-    check_one_word_for_each_cell,
     claims,
+    disagreements,
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -77,6 +77,7 @@ class Collected:
     def __init__(self) -> None:
         self.tests: Tests = {}
         self.skipped: set[str] = set()
+        self.complete = False  # pytest calls what comes after a failed collection, too
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.skipped:
@@ -84,11 +85,20 @@ class Collected:
 
     @pytest.hookimpl(tryfirst=True)  # before -m deselects
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        wrong: dict[str, None] = {}  # in order; a function's cases say the same
         for item in items:
-            if claimed := claims(item):
+            try:
+                claimed = claims(item)
+            except pytest.UsageError as error:
+                wrong[str(error)] = None
+                continue
+            if claimed:
                 self.tests[item.nodeid] = claimed
                 item.user_properties.append((_PROPERTY, claimed))
-        check_one_word_for_each_cell(self.tests)
+        wrong |= dict.fromkeys(disagreements(self.tests))
+        if wrong:
+            raise pytest.UsageError("\n".join(wrong))
+        self.complete = True
 
     def whole(self, session: pytest.Session) -> bool:
         """Whether the whole suite was collected, on which alone the tables can be judged."""
@@ -240,6 +250,8 @@ class Writer:
         self.collected = collected
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if not self.collected.complete:
+            return
         if not self.collected.whole(session):
             raise pytest.UsageError("--ways-tables: collect the whole suite, without a file")
         record = read()

@@ -21,7 +21,7 @@ from fastft.foreign import base_model
 class CausalLM(Task):
     """The next token as the label, by the model's own shift: an example's first one is nobody's."""
 
-    sources = ("labels", "input_ids")
+    sources: tuple[str, ...] = ("labels", "input_ids")
     ignored = 1
 
 

@@ -62,7 +62,7 @@ class ImageText(CausalLM):
         order = [example for example in layout.order if example is not None]
         real = any(key in self._images for key in _SAY_WHAT_IS_REAL)
         for key, values in self._images.items():
-            given = {index: values[index] for index in order if values[index] is not None}
+            given = {index: value for index in order if (value := values[index]) is not None}
             if given:
                 batch[key] = _joined(key, given, real)
         return batch

@@ -143,7 +143,7 @@ class LazyForward:
         report: Report,
         evaluation: Evaluation | None,
         reads: Callable[[], bool],
-        held: Held,
+        held: Held | None,
     ) -> None:
         self.head = head
         self.around = around
@@ -312,7 +312,7 @@ class Attachment:
             )
             return
         for head in find_heads(model):
-            if self._attach(model, head):
+            if self._attach(model, head, self._held):
                 self.heads.append(head)
         if not self.heads and not self.report.skipped:
             self.report.skipped.append(_why_no_head(model))
@@ -322,7 +322,7 @@ class Attachment:
         for other in references:
             for head in find_heads(other):
                 if all(forward.head is not head for forward in self._forwards):
-                    self._attach(other, head)
+                    self._attach(other, head, None)  # which no step changes
             self._answer_for(other)
         held = self._held  # not the attachment, nor through it the model
         self._hook = register_optimizer_step_pre_hook(lambda *_: held.settle())
@@ -338,7 +338,7 @@ class Attachment:
             one = FusedHeadForward(base, known, ours, self.report, self.evaluation)
             self.fused_heads.append(one)
 
-    def _attach(self, model: nn.Module, head: nn.Linear) -> bool:
+    def _attach(self, model: nn.Module, head: nn.Linear, held: Held | None) -> bool:
         stale = head.__dict__.get("forward")
         if isinstance(stale, LazyForward):
             stale.remove()
@@ -355,7 +355,7 @@ class Attachment:
             return False
         sharding = None if library is None else Sharding(library, head, base_model(model))
         forward = LazyForward(
-            head, around, sharding, self.report, self.evaluation, self._reads, self._held
+            head, around, sharding, self.report, self.evaluation, self._reads, held
         )
         adapters = [m for m in around if is_adapter(m) and "forward" not in m.__dict__]
         forward.adapted = [AdaptedForward(layer, forward) for layer in adapters]

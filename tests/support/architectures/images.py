@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from support.architectures.models import Case, build
 
 Example = dict[str, Any]
-TEXT, LEAST, MOST = ((5, 9), (3, 12), (8, 4)), 5, 60  # tokens before and behind the images; which
+# tokens before and behind the images: one example ends with an image, the next begins with one
+TEXT, LEAST, MOST = ((5, 0), (0, 12), (8, 4)), 5, 60
 SIZES = ((2, 3), (4, 2), (2, 2))  # of images, in what a tower makes of them
 
 
@@ -112,15 +113,13 @@ def _example(case: Case, model: Any, place: int) -> Example:
     token = getattr(config, "image_token_index", None) if token is None else token
     before, behind = TEXT[place]
     # images are told apart by the text between them
-    is_image = [0] * before
-    for count in counts:
-        is_image += [1] * count + [0] * 2
-    kinds = torch.tensor([is_image + [0] * behind])
+    is_image = [kind for count in counts for kind in ([1] * count + [0] * 2)][:-2]
+    kinds = torch.tensor([[0] * before + is_image + [0] * behind])
     words = torch.randint(LEAST, MOST, kinds.shape)
     words += words == token  # an image's token stands nowhere else
     tokens = torch.where(kinds == 1, token, words)
     labels = tokens.masked_fill(kinds == 1, -100)
-    labels[0, : before - 1] = -100
+    labels[0, : before // 2] = -100
     made = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     if "mm_token_type_ids" in takes:
         made["mm_token_type_ids"] = kinds
@@ -130,8 +129,8 @@ def _example(case: Case, model: Any, place: int) -> Example:
     return made | images
 
 
-def model_and_examples(case: Case) -> tuple[Any, list[Example]]:
-    """A small model in evaluation mode, and three examples with images."""
+def model_and_examples(case: Case, count: int = len(SIZES)) -> tuple[Any, list[Example]]:
+    """A small model in evaluation mode, and examples with images."""
     model = build(case).eval()
     torch.manual_seed(5)
-    return model, [_example(case, model, place) for place in range(len(SIZES))]
+    return model, [_example(case, model, place % len(SIZES)) for place in range(count)]

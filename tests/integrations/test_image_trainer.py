@@ -1,0 +1,129 @@
+"""Trainer on images and text: packed as padded, with the fused loss and AdamW as stock."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from support.image_trainers import GEMMA, LLAVA, QWEN, Padded, image_trainer
+from support.trainers import logged
+
+import fastft
+
+WAYS = {
+    "LLaVA and its kind": LLAVA,
+    "Qwen2-VL and its kind": QWEN,
+    "Gemma3, PaliGemma": GEMMA,
+}
+
+
+def of_ways(**cells):
+    return [
+        pytest.param(case, id=case.model_type, marks=pytest.mark.way(way, **cells))
+        for way, case in WAYS.items()
+    ]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+def packing(model):
+    return fastft.PackingCollator(task="image_text_to_text", model=model)
+
+
+def losses(trainer):
+    trainer.train()
+    return logged(trainer)
+
+
+@pytest.mark.parametrize("case", of_ways(loss="exact", optimizer="exact", packing="exact"))
+def test_a_plugged_trainer_has_the_losses_of_stock_on_padded_batches(tmp_path, case):
+    stock = losses(image_trainer(tmp_path, case))
+    trainer = image_trainer(tmp_path, case)
+    plug = fastft.plug(trainer, packing="collate")
+    assert losses(trainer) == pytest.approx(stock, rel=2e-5)
+    assert plug.lines["packing"].startswith("the same batches, no padding"), plug.lines
+    assert "attention fastft, probe exact" in plug.lines["packing"]
+    assert "cross-entropy" in plug.lines["loss"] or "fused" in plug.lines["loss"], plug.lines
+
+
+@pytest.mark.parametrize("case", WAYS.values(), ids=[case.model_type for case in WAYS.values()])
+def test_packed_batches_have_the_losses_of_padded_ones(tmp_path, case):
+    stock = losses(image_trainer(tmp_path, case))
+    callback = fastft.PackingCallback()
+    packed = losses(image_trainer(tmp_path, case, packing, callbacks=[callback]))
+    assert packed == pytest.approx(stock, rel=2e-5) and packed[0] == pytest.approx(stock[0], 1e-6)
+    assert (callback.probe, callback.switched) == ("exact", "sdpa")
+
+
+def test_packs_of_a_dataset_are_trained_whole(tmp_path):
+    tokens = []
+
+    class Counted(fastft.PackingCollator):
+        def collate(self, features):
+            batch = super().collate(features)
+            tokens.append(batch["input_ids"].numel())
+            return batch
+
+    trainer = image_trainer(
+        tmp_path,
+        LLAVA,
+        lambda model: Counted(task="image_text_to_text", model=model),
+        dataset=lambda examples: fastft.pack(examples, 90),
+        callbacks=[fastft.FusedLossCallback()],
+        per_device_train_batch_size=1,
+        max_steps=-1,
+        num_train_epochs=1,
+    )
+    trainer.train()
+    sizes = [len(one["input_ids"][0]) for one in trainer.train_dataset.dataset]
+    assert sum(tokens) == sum(sizes) and max(tokens) <= 90 and len(tokens) < len(sizes)
+
+
+def test_padding_on_the_left_is_packed_too(tmp_path):
+    """As processors pad: labels leave the first tokens out, so that padding predicts none."""
+    stock = losses(image_trainer(tmp_path, QWEN, lambda model: Padded("left")))
+    trainer = image_trainer(tmp_path, QWEN, lambda model: Padded("left"))
+    fastft.plug(trainer, packing="collate")
+    assert losses(trainer) == pytest.approx(stock, rel=2e-5)
+
+
+def test_a_collator_without_the_model_is_refused_where_positions_have_several_axes(tmp_path):
+    def collator(model):
+        return fastft.PackingCollator(task="image_text_to_text")
+
+    trainer = image_trainer(tmp_path, QWEN, collator, callbacks=[fastft.PackingCallback()])
+    with pytest.raises(fastft.PackingLeakError, match=r"several axes \(mRoPE\).*model=model"):
+        trainer.train()
+
+
+def test_blocks_of_images_are_refused_without_our_attention(tmp_path):
+    callback = fastft.PackingCallback(attention=False)
+    trainer = image_trainer(tmp_path, GEMMA, packing, callbacks=[callback])
+    with pytest.raises(fastft.PackingLeakError, match=r"with images.*attn_implementation='fastft'"):
+        trainer.train()
+
+
+def test_images_of_an_iterable_dataset_are_refused_before_training(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self, examples):
+            self.examples = examples
+
+        def __iter__(self):
+            return iter(self.examples)
+
+    trainer = image_trainer(
+        tmp_path,
+        LLAVA,
+        packing,
+        dataset=Stream,
+        callbacks=[fastft.PackingCallback()],
+        accelerator_config={"dispatch_batches": False},
+    )
+    with pytest.raises(fastft.PackingLeakError, match=r"nobody knows whether images.*examples="):
+        trainer.train()
