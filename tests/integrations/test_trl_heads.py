@@ -21,6 +21,7 @@ from support.trl_trainers import (  # noqa: E402
     STEPS,
     TEXTS,
     compare,
+    lora,
     policy,
     train,
     trainer_of,
@@ -74,11 +75,6 @@ def test_logits_are_never_there(tmp_path, monkeypatch):
             train(trainer if largest else with_plain_heads(trainer))
         largest.append(watch.elements)
     assert largest[0] >= rows * V and largest[1] < rows * V
-
-
-def lora(folder):
-    peft = pytest.importorskip("peft")
-    return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)}
 
 
 def a_copy_of_the_head(folder):
@@ -177,8 +173,18 @@ VARIANTS = {
 }
 
 
+def variants():
+    rows = {
+        "SFT, label smoothing": "SFT (TRL), label smoothing",
+        "SFT, adapters": "SFT (TRL), PEFT",
+    }
+    for name in VARIANTS:
+        marks = [pytest.mark.way(rows[name], loss="exact")] if name in rows else []
+        yield pytest.param(name, marks=marks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", variants())
 def test_every_setting_that_changes_the_loss(tmp_path, name):
     kind, changes = VARIANTS[name]
     callback, _ = compare(*trainers(tmp_path, kind, **changes))

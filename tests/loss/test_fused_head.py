@@ -13,6 +13,7 @@ from torch import nn
 
 import fastft
 from fastft.loss import head_sweep
+from fastft.loss.lazy.output_head import Attachment
 
 trl = pytest.importorskip("trl", minversion="1.16")
 from support.trl_trainers import plain_log_probs  # noqa: E402
@@ -143,6 +144,33 @@ def test_the_same_model_without_its_adapters_is_a_reference(name):
         result = model(ids, labels=labels, fused_lm_head=True)
     assert report.fused == 1
     torch.testing.assert_close(result.log_probs, truth["log_probs"])
+
+
+DIFFERENCES = {
+    "none": (lambda: build("Cohere", logit_scale=0.25), None),
+    "a softcap": (
+        lambda: build(
+            "RecurrentGemma", logits_soft_cap=0.3, lru_width=32, block_types=["attention"]
+        ),
+        "it reads a scale of 1 and a softcap of 0 in the configuration, the model's code has 1 and "
+        "0.3",
+    ),
+    "an adapter": (
+        lambda: with_lora(build("Llama"), target_modules=["lm_head"]),
+        "it reads the weight of the output head alone, which has an adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_where_the_formula_of_trl_is_not_the_models_it_is_said(name):
+    make, words = DIFFERENCES[name]
+    model, (ids, labels) = make(), inputs()
+    add_fused_lm_head(base_of(model))
+    attachment = Attachment(model)
+    model(ids, labels=labels, fused_lm_head=True)
+    assert [head.difference for head in attachment.fused_heads] == [words]
+    attachment.remove()
 
 
 @pytest.mark.parametrize("training", [True, False])

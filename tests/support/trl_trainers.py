@@ -8,6 +8,7 @@ import types
 from contextlib import nullcontext
 
 import datasets
+import peft
 import pytest
 import torch
 import trl
@@ -55,6 +56,12 @@ def policy(folder, **config):
     place = folder / "policy"
     llama(**{**SIZES, "num_key_value_heads": 2, **config}).save_pretrained(place)
     return LlamaForCausalLM.from_pretrained(place).train()
+
+
+def lora(folder):
+    """The option of a trainer that adds adapters, which change the model from the beginning."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    return {"peft_config": config}
 
 
 def trainer_of(folder, name, *, rows=None, model=None, options=None, **changes):

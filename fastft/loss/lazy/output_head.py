@@ -539,8 +539,9 @@ def fused_loss(model: nn.Module, *references: nn.Module) -> Iterator[Report]:
 
     The output head returns lazy logits in training mode; any loss which the model, or the loop,
     computes of them by `torch.nn.functional.cross_entropy`, `nll_loss`, `log_softmax` and `gather`,
-    ... is fused; any other use computes real logits and is still right. Evaluation, and forward
-    passes without gradients, are stock, except those of `references`.
+    ... is fused, and so are the log-probabilities that TRL's trainers ask for; any other use
+    computes real logits and is still right. Evaluation, and forward passes without gradients, are
+    stock, except those of `references` and what TRL asks for.
 
     Args:
         model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers
