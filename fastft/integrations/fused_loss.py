@@ -38,11 +38,11 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, tor
 class FusedLossCallback(PackingCallback):
     """Computes a model's loss without ever holding logits, from train begin to train end.
 
-    So it does for the other models of the Trainer, whose logits its loss reads (`teacher_model`,
-    `ref_model`), and for the model itself without its adapters: in a training step, forward passes
-    without gradients have no logits either.
+    A loss that reads the logits of the Trainer's other models too (`teacher_model`, `ref_model`), or
+    of the model without its adapters, holds none of theirs: in a training step forward passes
+    without gradients are lazy as well.
 
-    So it does in evaluations inside `train()`. There `preprocess_logits_for_metrics` gets lazy
+    So are evaluations inside `train()`. There `preprocess_logits_for_metrics` gets lazy
     logits: argmax, top-k and log-probabilities are computed chunk by chunk. Metrics that want
     logits get plain ones, as in stock. `generate`, exports, and `evaluate` and `predict` outside
     `train()` are stock.
@@ -71,6 +71,9 @@ class FusedLossCallback(PackingCallback):
     Tensor-parallel heads, DataParallel, and models whose loss others compute (Liger, TRL) are left
     alone, and a warning says so; so are classifiers, which have no vocabulary to save, without a
     warning.
+
+    Trainer's last log of a training has the numbers of `report` and the share of padding, as
+    `fastft/fused` and others (docs/throughput.md).
 
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback:
     `restore()` takes it off, and so does the next training of the model that has this callback, a

@@ -102,6 +102,11 @@ FUNCTIONS = {
     "float": lambda z: z.float(),
     "bfloat16": lambda z: z.bfloat16(),
     "double": lambda z: z.to(torch.float64),
+    "less its logsumexp": lambda z: z - z.logsumexp(-1, keepdim=True),
+    "masked": lambda z: z.masked_fill(MASK, 0.25),
+    "where it is more than its mean": lambda z: torch.where(z > z.mean(-1, keepdim=True), z, -z),
+    "mixed with its half": lambda z: torch.stack([z, z * 0.5]).logsumexp(0),
+    "rows by rows": lambda z: z * torch.linspace(0.5, 1, z.numel()).view(z.shape).to(z.dtype),
 }
 IN_PLACE = {
     "mul_": lambda z: z.mul_(0.5),
@@ -118,6 +123,11 @@ REDUCTIONS = {
     "sum": lambda z: z.sum(-1),
     "mean": lambda z: z.mean(-1, keepdim=True),
     "sum in fp64": lambda z: z.sum(dim=(-1,), dtype=torch.float64),
+    "sum of all": lambda z: z.sum(),
+    "mean of all": lambda z: torch.mean(z),
+    "take_along_dim": lambda z: torch.take_along_dim(
+        z, torch.ones(*z.shape[:-1], 1, dtype=torch.int64), -1
+    ),
     "logsumexp": lambda z: z.logsumexp(-1),
     "amax": lambda z: z.amax(-1, True),
     "topk": lambda z: z.topk(2, -1).values,

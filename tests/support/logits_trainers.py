@@ -7,6 +7,7 @@ import importlib
 
 import datasets
 import torch
+from transformers import LlamaForCausalLM
 
 from support.plugged import PAD, V, tokenizer
 from support.trainers import quiet_arguments, tiny_llama
@@ -58,28 +59,52 @@ def reward(completions, **kwargs):
     return [float(len(set(text)) % 3) for text in completions]
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "prediction_loss_only": True}
 # a trainer, its examples, its arguments, and what else it is given
 MEMBERS = {
-    "ORPO": ("orpo.ORPO", PAIRS, {"max_length": 48}, dict),
-    "CPO": ("cpo.CPO", PAIRS, {"max_length": 48}, dict),
-    "SimPO": ("cpo.CPO", PAIRS, {"loss_type": "simpo", "cpo_alpha": 0.0, "max_length": 48}, dict),
+    "ORPO": ("orpo.ORPO", PAIRS, {"max_length": 48, **EVALUATED}, dict),
+    "CPO": ("cpo.CPO", PAIRS, {"max_length": 48, **EVALUATED}, dict),
+    "SimPO": (
+        "cpo.CPO",
+        PAIRS,
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "max_length": 48, **EVALUATED},
+        dict,
+    ),
     "GKD": (
         "gkd.GKD",
         [{"input_ids": ids} for ids in IDS],
-        {"lmbda": 0.0, "beta": 0.5},
+        {"lmbda": 0.0, "beta": 0.5, **EVALUATED},
         lambda: {"teacher_model": teacher(), "data_collator": rows_of_tokens},
     ),
-    "TPO": ("tpo.TPO", TRIPLES, {"max_length": 48}, dict),
+    "TPO": ("tpo.TPO", TRIPLES, {"max_length": 48, **EVALUATED}, dict),
     "GOLD": (
         "gold.GOLD",
         [{"input_ids": ids} for ids in IDS],
-        {"lmbda": 0.0, "beta": 0.5, "temperature": 0.7},
+        {"lmbda": 0.0, "beta": 0.5, "temperature": 0.7, **EVALUATED},
         lambda: {"teacher_model": teacher(), "data_collator": rows_of_tokens},
     ),
     "Online DPO": (
         "online_dpo.OnlineDPO",
         PROMPTS,
         {"max_new_tokens": 6, "missing_eos_penalty": None},
+        lambda: {"reward_funcs": reward},
+    ),
+    "A*-PO": (
+        "a2po.A2PO",
+        PROMPTS,
+        {"max_completion_length": 12, "num_value_samples": 2},
+        lambda: {"reward_funcs": reward},
+    ),
+    "SDFT": (
+        "sdft.SDFT",
+        [{"prompt": text, "privileged_context": TEXTS[-1 - i]} for i, text in enumerate(TEXTS)],
+        {"max_completion_length": 12, "num_generations": 2},
+        dict,
+    ),
+    "SDPO": (
+        "sdpo.SDPO",
+        [{"prompt": text, "privileged_context": TEXTS[-1 - i]} for i, text in enumerate(TEXTS)],
+        {"max_completion_length": 12, "num_generations": 2},
         lambda: {"reward_funcs": reward},
     ),
 }
@@ -90,14 +115,18 @@ def trainer_of(folder, member, *, model=None, options=None, **changes):
     place, rows, given, extra = MEMBERS[member]
     package, name = place.split(".")
     module = importlib.import_module(f"trl.experimental.{package}")
-    usual = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    usual = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.1}
+    usual["optim"] = "sgd"  # Adam makes much of gradients that are nothing but rounding
     arguments = quiet_arguments(
         folder,
         getattr(module, f"{name}Config"),
         **{**usual, "bf16": False, "seed": 7, **given, **changes},
     )
+    if model is None:  # from a folder, out of which some load a teacher
+        student().save_pretrained(folder / "student")
+        model = LlamaForCausalLM.from_pretrained(folder / "student").train()
     return getattr(module, f"{name}Trainer")(
-        model=model or student(),
+        model=model,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows),
         eval_dataset=datasets.Dataset.from_list(rows[:4]),

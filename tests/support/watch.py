@@ -11,7 +11,8 @@ from fastft.loss.linear_rows import HEAD
 
 
 class Watch(TorchDispatchMode):
-    """`elements`: of the largest tensor that any operation made; `flops`: of all matrix products.
+    """`elements`: of the largest tensor that any operation made, views aside; `flops`: of all
+    matrix products.
 
     It looks into fastft's own operator of a head, which a dispatch mode would see as one operation.
     """
@@ -25,9 +26,16 @@ class Watch(TorchDispatchMode):
             with self:
                 return HEAD.reference(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
+        given = [
+            tensor.untyped_storage()._cdata
+            for tensor in torch.utils._pytree.tree_leaves((args, kwargs))
+            if type(tensor) is torch.Tensor
+        ]
         for tensor in torch.utils._pytree.tree_leaves(result):
             # a subclass may hold no numbers
-            if type(tensor) is torch.Tensor and tensor.device.type != "meta":
+            if type(tensor) is not torch.Tensor or tensor.device.type == "meta":
+                continue
+            if tensor.untyped_storage()._cdata not in given:
                 self.elements = max(self.elements, tensor.numel())
         # the registry does not know the product that adds in place
         packet = (

@@ -4,8 +4,8 @@ In training a loss uses lazy logits up. In an evaluation they are handed on: to
 `preprocess_logits_for_metrics`, which may need tokens alone (argmax, top-k, log-probabilities), or
 to metrics that want the numbers. So the owner of the loop calls `settle()` after each batch: logits
 that somebody still holds become plain tensors, and nothing lazy is left when the weights change.
-Logits without a history, which a training keeps (`logits.detach()`, for a metric), are `Held` in the
-same way until the optimizer's step.
+Logits without a history, which a training keeps (`logits.detach()`, for a metric), are `Held` in
+the same way until the optimizer's step.
 
 Processes of an evaluation make their logits equally long, and so they are padded while lazy:
 

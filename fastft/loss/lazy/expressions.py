@@ -33,7 +33,7 @@ class Place(NamedTuple):
     operand (..., C)."""
 
     kind: Literal["head", "operand"]
-    index: int
+    number: int
 
 
 Expression: TypeAlias = Recorded | Place
@@ -65,7 +65,7 @@ def evaluate(
     """
     known = {} if known is None else known
     if isinstance(node, Place):
-        return (logits if node.kind == "head" else operands)[node.index]
+        return (logits if node.kind == "head" else operands)[node.number]
     if type(node) is list:
         return [evaluate(part, logits, operands, known) for part in node]
     if not isinstance(node, Recorded):
@@ -89,7 +89,7 @@ def replaced(
         return places.get(node, node)
     if type(node) is list:
         return [replaced(part, places, known) for part in node]
-    if not isinstance(node, Recorded) or all(place is of for place, of in places.items()):
+    if not isinstance(node, Recorded) or all(place == of for place, of in places.items()):
         return node
     if id(node) not in known:
         known[id(node)] = node._replace(

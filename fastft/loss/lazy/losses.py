@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastft.loss.counted_labels import bound_of
 from fastft.loss.head_sweep import CountedRows
-from fastft.loss.lazy.expressions import LOGITS, Expression, Recorded, autocast_state
+from fastft.loss.lazy.expressions import Expression, Place, Recorded, autocast_state
 from fastft.loss.lazy.shortcuts import picked, summed_over_classes
 from fastft.loss.lazy.sources import Linear
 from fastft.loss.lazy.views import on_meta, with_strides_of
@@ -123,7 +123,7 @@ def top(
     options |= {"dim": -1} if several else {"dim": -1, "keepdim": True}
     values, indices = _two(lazy, lambda z: getattr(torch, name)(z, **options))
     if lazy.requires_grad and torch.is_grad_enabled():
-        values = _gathered(lazy, indices)
+        values = _gathered(lazy, indices, known=values)
     lazy.evaluated(values)
     results = (with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True))
     return getattr(torch.return_types, name)(tuple(results))
@@ -135,7 +135,7 @@ def gather(
     """`gather` and `take_along_dim` along the vocabulary."""
     names = ("dim", "index") if func.__name__ == "gather" else ("indices", "dim")
     options: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-    index = options.get("index", options.get("indices"))
+    index: Any = options.get("index", options.get("indices"))
     is_alike = index.dim() == lazy.shadow.dim() and index.shape[:-1] == lazy.shadow.shape[:-1]
     if not is_last(lazy, options.get("dim")) or not is_alike or isinstance(index, type(lazy)):
         return NotImplemented
@@ -146,12 +146,12 @@ def gather(
     return with_strides_of(shadow, result)
 
 
-def _gathered(lazy: LazyLogits, rows: Tensor) -> Tensor:
-    """The numbers at `rows` (T, K)."""
+def _gathered(lazy: LazyLogits, rows: Tensor, known: Tensor | None = None) -> Tensor:
+    """The numbers at `rows` (T, K), which may be `known` without their history."""
     result = picked(lazy.checked(), lazy.expression, rows)
     if result is not None:
         return result
-    return lazy.over_rows(lambda z, i: z.gather(-1, i), rows)
+    return lazy.over_rows(lambda z, i: z.gather(-1, i), rows, known=known)
 
 
 _NAMES = "target weight size_average ignore_index reduce reduction label_smoothing".split()
@@ -302,7 +302,7 @@ def scale_and_softcap(expression: Expression) -> ScaleAndSoftcap | None:
     while isinstance(expression, Recorded):
         name, arguments = expression.function.__name__, expression.arguments
         numbers = [a for a in arguments if type(a) in (int, float) and 0 < a < math.inf]
-        inner = [a for a in arguments if isinstance(a, Recorded) or a is LOGITS]
+        inner = [a for a in arguments if isinstance(a, Recorded | Place)]
         if expression.keywords or len(inner) != 1:
             return None
         if expression.function is Tensor.to:

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.foreign import (
     base_model,
+    has_sharded_parts,
     is_4bit,
     is_adapter,
     is_dtensor,
@@ -120,7 +121,7 @@ class LazyForward:
         report: Report,
         evaluation: Evaluation | None,
         reads: Callable[[], bool],
-        held: Held,
+        held: Held | None,
     ) -> None:
         self.head = head
         self.around = around
@@ -255,7 +256,7 @@ class Attachment:
             )
             return
         for head in find_heads(model):
-            if self._attach(model, head):
+            if self._attach(model, head, self._held):
                 self.heads.append(head)
         if not self.heads and not self.report.skipped:
             self.report.skipped.append(_why_no_head(model))
@@ -264,11 +265,11 @@ class Attachment:
         others = ((other, head) for other in references for head in find_heads(other))
         for other, head in others:
             if all(forward.head is not head for forward in self._forwards):
-                self._attach(other, head)
+                self._attach(other, head, None)  # which no step changes
         held = self._held  # not the attachment, nor through it the model
         self._hook = register_optimizer_step_pre_hook(lambda *_: held.settle())
 
-    def _attach(self, model: nn.Module, head: nn.Linear) -> bool:
+    def _attach(self, model: nn.Module, head: nn.Linear, held: Held | None) -> bool:
         stale = head.__dict__.get("forward")
         if isinstance(stale, LazyForward):
             stale.remove()
@@ -285,11 +286,16 @@ class Attachment:
             return False
         sharding = None if library is None else Sharding(library, head, base_model(model))
         forward = LazyForward(
-            head, around, sharding, self.report, self.evaluation, self._reads, self._held
+            head, around, sharding, self.report, self.evaluation, self._reads, held
         )
         head.forward = forward  # type: ignore[method-assign]
-        adapters = [m for m in around if is_adapter(m) and "forward" not in m.__dict__]
-        forward.adapted = [AdaptedForward(layer, forward) for layer in adapters]
+        forward.adapted = [
+            AdaptedForward(layer, forward)
+            for layer in around
+            if is_adapter(layer)
+            and "forward" not in layer.__dict__
+            and not has_sharded_parts(layer)
+        ]
         self._forwards.append(forward)
         return True
 

@@ -1,7 +1,7 @@
 """Numbers of a linear layer's logits that need no product with the vocabulary.
 
-    z[t, y_t] = x_t . W[y_t] + b[y_t]                   one gathered logit a row, T H multiplications
-    sum_v z[t, v] = x_t . sum_v W[v] + sum_v b[v]       a sum or mean of logits, (T + V) H
+    z[t, y_t] = x_t . W[y_t] + b[y_t]                   a gathered logit a row: T H multiplications
+    sum_v z[t, v] = x_t . sum_v W[v] + sum_v b[v]       a sum or mean of logits: (T + V) H
 
 A selected log-probability is the first less a logsumexp, so that only that makes the logits; the
 second is what trainers log of logits.
@@ -58,6 +58,7 @@ def _logits_at(head: Linear, index: Tensor) -> Tensor:
     return total.to(head.dtype)[:, None]
 
 
+@torch._disable_dynamo
 def picked(source: Source, expression: Expression, index: Tensor) -> Tensor | None:
     """`expression` at `index` (T, 1), (T, 1); None where that needs the other logits of a row."""
     columns = [operand for operand in source.operands if operand.shape[-1] == 1]
@@ -77,6 +78,7 @@ def picked(source: Source, expression: Expression, index: Tensor) -> Tensor | No
     return evaluate(expression, logits, [column.reshape(-1, 1) for column in columns])
 
 
+@torch._disable_dynamo
 def summed_over_classes(head: Linear, scale: float) -> Tensor:
     """`scale` times the sum of each row's logits, (...), in fp32."""
     total: Any = 0

@@ -45,15 +45,14 @@ def _share(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether two tensors are the same numbers in the same memory, with one history at most."""
     if one is None or other is None or one is other:
         return one is other
-    if one.requires_grad and other.requires_grad and (one._base is None or other._base is None):
-        return False
     mine, theirs = (
         (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype)
         for t in (one, other)
     )
-    # views of one tensor have one history
+    # a tensor and its views have one history
+    bases = [t if t._base is None else t._base for t in (one, other)]
     both = one.requires_grad and other.requires_grad
-    return mine == theirs and (not both or one._base is other._base)
+    return mine == theirs and (not both or bases[0] is bases[1])
 
 
 class Origin(NamedTuple):

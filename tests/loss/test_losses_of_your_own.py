@@ -1,0 +1,309 @@
+"""Hand-written losses on lazy logits, of one head and of two: each row of the table in
+docs/loss.md, and what no table says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.numerics import assert_no_worse
+from support.watch import Watch
+from torch import nn
+
+from fastft.loss import head_sweep
+from fastft.loss.lazy.evaluation import Held
+from fastft.loss.lazy.logits import LazyLogits, lazy_linear
+from fastft.loss.lazy.output_head import fused_loss
+from fastft.loss.lazy.report import Report
+
+B, S, V, H = 2, 16, 1024, 8
+CHUNK = 4
+DOCS = Path(__file__).parents[2] / "docs" / "loss.md"
+ROWS = re.findall(r"(?m)^\| `(.+)` \| ([\d.]+) \| ([\d.]+) \| (\w+) \|$", DOCS.read_text())
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, CHUNK, 1 << 31))
+
+
+def operands(dtype=torch.float32, hidden=H):
+    """Hidden states and a head."""
+    draw = torch.Generator().manual_seed(hidden)
+    x, weight = (
+        torch.randn(*shape, generator=draw).to(dtype) for shape in ((B, S, hidden), (V, hidden))
+    )
+    return x.requires_grad_(), weight.requires_grad_()
+
+
+def names(lazy, dtype=torch.float32, report=None):
+    """What the expressions of the table are made of, and the leaves."""
+    leaves, theirs = operands(dtype), operands(dtype, 2 * H if dtype is torch.float64 else H)
+    report, held, draw = report or Report(), Held(), torch.Generator().manual_seed(7)
+    if lazy:
+        z = lazy_linear(*leaves, None, report, held=held)
+        with torch.no_grad():
+            t = lazy_linear(*theirs, None, report)
+    else:
+        z = F.linear(*leaves)
+        with torch.no_grad():
+            t = F.linear(*theirs)
+    given = {
+        "y": torch.randint(0, V, (B, S), generator=draw),
+        "m": torch.arange(B * S).view(B, S) % 2 == 0,
+        "p": torch.randn(B, S, V, generator=draw).softmax(-1).to(dtype),
+        "c": torch.rand(B, S, 1, generator=draw).to(dtype) + 0.5,
+    }
+    return {"z": z, "t": t, "V": V, "torch": torch, "F": F, **given}, leaves
+
+
+def value_and_gradients(composition, lazy, dtype=torch.float32):
+    given, leaves = names(lazy, dtype)
+    value = eval(composition, given)  # of our own page
+    return value, torch.autograd.grad(value.sum(), leaves)
+
+
+@pytest.mark.parametrize(("composition", "forward", "backward", "memory"), ROWS)
+@pytest.mark.way("a loss of one's own over logits", loss="exact")
+def test_the_table_says_what_a_composition_costs(composition, forward, backward, memory):
+    expected, expected_gradients = value_and_gradients(composition, lazy=False)
+    report, product = Report(), 2 * B * S * H * V
+    given, leaves = names(lazy=True, report=report)
+    with Watch() as seen:
+        value = eval(composition, given)
+        forward_flops, seen.flops = seen.flops, 0
+        gradients = torch.autograd.grad(value.sum(), leaves)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    counted = forward_flops / product, seen.flops / product
+    assert counted == pytest.approx((float(forward), float(backward)), abs=0.01)
+    assert bool(report.materialised) == (memory == "built")
+    least, most = {
+        "hidden": (0, V * H),
+        "chunks": (CHUNK * V, 4 * CHUNK * V),
+        "built": (B * S * V, 1 << 40),
+    }[memory]
+    assert least <= seen.elements <= most
+
+
+def test_the_table_is_read():
+    assert len(ROWS) > 35
+
+
+DIVERGENCES = [row[0] for row in ROWS if "t." in row[0] and row[3] == "chunks"]
+
+
+@pytest.mark.parametrize("composition", DIVERGENCES)
+def test_a_teacher_of_another_width(composition):
+    """In float64, in which a wrong factor would show."""
+    (expected, truths), (value, gradients) = (
+        value_and_gradients(composition, lazy, torch.float64) for lazy in (False, True)
+    )
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients, truths, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("composition", DIVERGENCES[:2])
+def test_a_divergence_in_16_bits(composition, dtype):
+    found = [
+        value_and_gradients(composition, *kind)
+        for kind in ((True, dtype), (False, dtype), (False, torch.float32))
+    ]
+    ours, stock, exact = ([value, *gradients] for value, gradients in found)
+    assert [tensor.dtype for tensor in ours] == [tensor.dtype for tensor in stock]
+    for what, mine, theirs in zip(("dx", "dW"), ours[1:], stock[1:], strict=True):
+        truth = exact[1 if what == "dx" else 2].double()
+        assert_no_worse(mine, theirs, truth, what, terms=B * S + H + V)
+
+
+def jsd(z, t, beta):
+    student, teacher = z.log_softmax(-1), t.log_softmax(-1)
+    beta = torch.tensor(beta)
+    mixed = torch.stack([student + torch.log1p(-beta), teacher + torch.log(beta)])
+    mixture = torch.logsumexp(mixed, dim=0)
+    of_teacher, of_student = (
+        F.kl_div(mixture, one, reduction="none", log_target=True) for one in (teacher, student)
+    )
+    return (beta * of_teacher + (1 - beta) * of_student).sum()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_both_heads_get_their_gradients_if_both_are_trained(trained):
+    results = []
+    for lazy in (False, True):
+        leaves, report = [*operands(), *operands(hidden=5)], Report()
+        x, weight, u, other = leaves
+        if not trained:
+            other.requires_grad_(False)
+        heads = (x, weight), (u, other)
+        z, t = (lazy_linear(*head, None, report) if lazy else F.linear(*head) for head in heads)
+        value = jsd(z / 0.7, t / 0.7, 0.3)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        first = torch.autograd.grad(value, wanted, retain_graph=True)
+        again = torch.autograd.grad(2 * value, wanted)
+        torch.testing.assert_close(again, tuple(2 * gradient for gradient in first))
+        results.append([value, *first])
+        assert not report.materialised
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def products_of(function):
+    with Watch() as seen:
+        function()
+    return seen.flops / (2 * B * S * H * V)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda z: z.detach(),
+        lambda z: z[:, :].detach() * 0.5,
+        lambda z: z.view(B, S, V),
+        lambda z: z < z.detach().mean(-1, keepdim=True),
+        lambda z: z[:, :],
+    ],
+)
+def test_logits_of_the_same_rows_are_made_once(other):
+    given, leaves = names(lazy=True)
+    z = given["z"]
+    assert products_of(lambda: torch.where(z > 0, z, other(z)).exp().sum()) == 3
+    dense = names(lazy=False)[0]["z"].detach().requires_grad_()
+    expected = torch.autograd.grad(torch.where(dense > 0, dense, other(dense)).exp().sum(), dense)
+    wanted = (expected[0].view(-1, V) @ leaves[1].detach()).view(B, S, H)
+    (found,) = torch.autograd.grad(torch.where(z > 0, z, other(z)).exp().sum(), leaves[:1])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+
+
+TRAINED = {
+    "a number": lambda z, one: (z * one[0, 0, 0]).logsumexp(-1),
+    "a column": lambda z, one: (z * one[:, :, :1]).logsumexp(-1),
+    "a column for all rows": lambda z, one: (z * one[:1, :, :1]).softmax(-1).square().sum(-1),
+    "as many as logits": lambda z, one: (z + one).logsumexp(-1),
+    "a part of a larger one": lambda z, one: (z[:, 1:] - one[:, :-1]).logsumexp(-1),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trained_tensor_gets_its_gradient(name):
+    results = []
+    for lazy in (False, True):
+        report = Report()
+        leaves = operands()
+        z = lazy_linear(*leaves, None, report) if lazy else F.linear(*leaves)
+        one = torch.linspace(0.5, 1.5, B * S * V).view(B, S, V).requires_grad_()
+        value = TRAINED[name](z, one)
+        results.append([value, *torch.autograd.grad(value.square().sum(), (*leaves, one))])
+        assert not report.materialised
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-4)
+
+
+def test_a_tensor_that_changes_before_it_is_read_is_an_error():
+    given, _ = names(lazy=True)
+    both = given["z"] * given["p"]
+    given["p"].zero_()
+    with pytest.raises(RuntimeError, match="changed in place after lazy logits were combined"):
+        both.sum(-1)
+
+
+def test_a_column_is_as_it_was():
+    given, _ = names(lazy=True)
+    column = given["c"].clone()
+    both = given["z"] * column
+    column.zero_()
+    dense = names(lazy=False)[0]
+    torch.testing.assert_close(both.logsumexp(-1), (dense["z"] * dense["c"]).logsumexp(-1))
+
+
+def test_a_divergence_cannot_be_differentiated_twice():
+    given, leaves = names(lazy=True)
+    value = (given["z"].log_softmax(-1) * given["t"].softmax(-1)).sum()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(value, leaves, create_graph=True)
+
+
+OTHERS = {
+    "a stack that is read": lambda z, t: torch.stack([z, t])[1].sum() + z.sum(),
+    "a stack of three dimensions": lambda z, t: torch.stack([z, t], 1).logsumexp(1).sum(),
+    "two heads, one after the other": lambda z, t: torch.cat([z, t]).logsumexp(-1).sum(),
+    "two shapes": lambda z, t: (z[:, :1] * t).sum(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_two_heads_cannot_do_lazily_is_right(name):
+    (value, gradients), (expected, truths) = (
+        (
+            lambda given, leaves: (
+                v := OTHERS[name](given["z"], given["t"]),
+                torch.autograd.grad(v, leaves),
+            )
+        )(*names(lazy))
+        for lazy in (True, False)
+    )
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradients, truths, rtol=1e-5, atol=1e-4)
+
+
+class Model(nn.Module):
+    def __init__(self, hidden, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = nn.Linear(H, hidden), nn.Linear(hidden, V)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.way("a loss of one's own over logits", loss="exact")
+def test_a_loop_with_a_teacher_has_no_logits():
+    curves, x = [], torch.randn(B, S, H)
+    for fused in (False, True):
+        student, teacher = Model(8, 0), Model(12, 1).eval()
+        optimizer, losses = torch.optim.SGD(student.parameters(), 0.1), []
+        watched = Watch()
+        with fused_loss(student, teacher) if fused else watched, watched:
+            for _ in range(3):
+                z = student(x)
+                with torch.no_grad():
+                    t = teacher(x)
+                assert isinstance(t, LazyLogits) == fused
+                loss = jsd(z, t, 0.5) / B
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        curves.append(losses)
+        assert (watched.elements >= B * S * V) == (not fused)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-6)
+    assert "forward" not in vars(teacher.head)
+
+
+def test_a_teacher_that_is_none_is_refused():
+    with (
+        pytest.raises(TypeError, match="a reference must be a"),
+        fused_loss(Model(8, 0), "teacher"),
+    ):
+        pass
+
+
+def test_a_detached_copy_that_is_kept_has_its_numbers_before_the_step():
+    student, x = Model(8, 0), torch.randn(B, S, H)
+    optimizer = torch.optim.SGD(student.parameters(), 0.5)
+    with fused_loss(student) as report:
+        logits = student(x)
+        kept, expected = logits.detach(), F.linear(student.body(x), *student.head.parameters())
+        assert isinstance(kept, LazyLogits) and kept.is_lazy and not kept.requires_grad
+        logits.logsumexp(-1).sum().backward()
+        assert not report.materialised
+        optimizer.step()
+    assert type(kept) is torch.Tensor
+    torch.testing.assert_close(kept, expected.detach())
+    assert report.materialised[0].startswith("logits that were kept")
