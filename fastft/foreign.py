@@ -238,6 +238,15 @@ def is_adapter(layer: nn.Module) -> bool:
     return "BaseTunerLayer" in _class_names(layer) and "base_layer" in layer._modules
 
 
+def has_sharded_parts(layer: nn.Module) -> bool:
+    """Whether a library takes weights inside `layer` away again before its forward is over."""
+    units = {"FSDPModule", "FullyShardedDataParallel"}
+    parts = (part for part in layer.modules() if part is not layer)
+    return any(_class_names(part) & units for part in parts) or any(
+        hasattr(parameter, "ds_id") for parameter in layer.parameters()
+    )
+
+
 def is_4bit(layer: nn.Module) -> bool:
     """Whether it is bitsandbytes' linear layer of 4 bits, in the layout that can be trained
     through: an evaluation on a CPU may have packed it anew."""
@@ -559,13 +568,29 @@ def replaces_optimizers(config: dict[str, Any]) -> bool:
 def optimizers_are_replaced() -> bool:
     """`replaces_optimizers` of the engine that accelerate has started in this process, if it
     has."""
-    module = sys.modules.get("accelerate.state")
-    if module is None or not module.is_initialized():
-        return False
-    state = module.AcceleratorState()
-    return state.distributed_type == "DEEPSPEED" and replaces_optimizers(
-        state.deepspeed_plugin.deepspeed_config
+    state = _state_of_accelerate()
+    return (
+        state is not None
+        and state.distributed_type == "DEEPSPEED"
+        and replaces_optimizers(state.deepspeed_plugin.deepspeed_config)
     )
+
+
+def gradients_are_parts() -> bool:
+    """Whether accelerate has started an engine in this process that hands an optimizer plain
+    vectors, which are this process's part of all gradients: ZeRO from stage 1 on, and FSDP1."""
+    state = _state_of_accelerate()
+    if state is None:
+        return False
+    if state.distributed_type == "DEEPSPEED":
+        zero = state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        return bool(zero.get("stage", 0) != 0)
+    return bool(state.distributed_type == "FSDP" and state.fsdp_plugin.fsdp_version == 1)
+
+
+def _state_of_accelerate() -> Any:
+    module = sys.modules.get("accelerate.state")
+    return None if module is None or not module.is_initialized() else module.AcceleratorState()
 
 
 def of_deepspeed(optimizer: Any) -> bool:

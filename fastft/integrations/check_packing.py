@@ -99,8 +99,8 @@ def check_packing(
             tokens. None: it is long enough for every window and table below 4,096, and a warning
             says from where on the model raises.
         examples: for a model that is trained on images: some of its processor's outputs, as
-            `PackingCollator(task="image_text_to_text")` takes them. The three shortest with images
-            are asked with too. None: of text alone.
+            `PackingCollator(task="image_text_to_text")` takes them. The three shortest of the
+            first eight, with images, are asked with too. None: text alone.
 
     Raises:
         PackingLeakError: it does not. The message says why, and the way out: each one that it names
@@ -118,6 +118,7 @@ def check_packing(
             not isinstance(value, int) or isinstance(value, bool) or value < least
         ):
             raise ValueError(f"{name} must be an integer from {least} on, got {value!r}")
+    _check_module(model)
     images = None if examples is None else image_examples(model, examples)
     if examples is not None and images is None:
         raise ValueError("examples must have images (pixel_values ...), got none that has")
@@ -128,6 +129,11 @@ def check_packing(
         raise PackingLeakError(
             f"{class_name(base_model(model))} does not keep packed sequences apart: {leak}"
         )
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def find_leak(model: nn.Module, batches: Batches | None = None) -> Leak | None:
@@ -142,8 +148,7 @@ def judge(model: nn.Module, batches: Batches, *, switch: bool = False) -> Verdic
     Where that is exact, nothing else is asked. Where it is not, the model as it is is probed too,
     and `parts` is empty, unless rows of some length make the model raise with either.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
     model = unwrapped(model)
     base = base_model(model)
     if not hasattr(base, "config") or not hasattr(base, "get_input_embeddings"):

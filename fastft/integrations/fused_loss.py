@@ -72,6 +72,9 @@ class FusedLossCallback(PackingCallback):
     alone, and a warning says so; so are classifiers, which have no vocabulary to save, without a
     warning.
 
+    Trainer's last log of a training has the numbers of `report` and the share of padding, as
+    `fastft/fused` and others (docs/throughput.md).
+
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback:
     `restore()` takes it off, and so does the next training of the model that has this callback, a
     new one or a `PackingCallback`.

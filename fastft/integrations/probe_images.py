@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class ImageExamples:
 
 
 def image_examples(model: nn.Module, examples: Sequence[Example]) -> ImageExamples | None:
-    """Chooses the shortest examples, without the tokens that are masked and what `model` does not
+    """Chooses the shortest of the first examples, without the tokens that are masked and what `model` does not
     take, and with their images at different places; None where no example has an image.
 
     Raises:
@@ -71,7 +72,7 @@ def image_examples(model: nn.Module, examples: Sequence[Example]) -> ImageExampl
     base = base_model(model)
     takes = inspect.signature(base.forward).parameters
     made = []
-    for index, example in enumerate(examples):
+    for index, example in enumerate(islice(examples, _LOOKED_AT)):
         if "input_ids" not in example:
             raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
         tensors = {

@@ -193,6 +193,12 @@ class AdamW(torch.optim.AdamW):
             _origin.is_made()
         if foreign.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
+        if max_grad_norm is not None and foreign.gradients_are_parts():
+            raise ValueError(
+                "the optimizer's max_grad_norm would clip to the norm of each process's part of "
+                "the gradients, which DeepSpeed and FSDP1 cut into flat parts: use "
+                "TrainingArguments(max_grad_norm=...), or Accelerator.clip_grad_norm_"
+            )
 
     def check_that_a_replacement_is_faithful(self) -> None:
         """Raises where DeepSpeedCPUAdam, put in this one's place, lacks options; names them."""

@@ -47,7 +47,9 @@ def launched(folder, *line, **variables):
     environment = {**os.environ, "PYTHONPATH": folders, "MASTER_PORT": "0", **variables}
     # DeepSpeed compiles with the ninja beside this Python
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        line, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -55,7 +57,9 @@ def launched(folder, *line, **variables):
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(line, id=name, marks=pytest.mark.way(name, loss="exact", optimizer="exact"))
+        pytest.param(
+            line, id=name, marks=pytest.mark.way(f"`{name}`", loss="exact", optimizer="exact")
+        )
         for name, line in LAUNCHERS.items()
     ],
 )
@@ -162,7 +166,7 @@ def trained_under(folder, engine, stock, fast):
     return of_fast[0][0]
 
 
-@pytest.mark.way("accelerate launch", loss="exact", optimizer="exact")
+@pytest.mark.way("`accelerate launch`", loss="exact", optimizer="exact")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_of_accelerate_launch(tmp_path, name):
     if name.startswith("ZeRO"):
@@ -181,7 +185,7 @@ def deepspeed_launcher(port):
     return [*launch, "--master_port", str(port)]
 
 
-@pytest.mark.way("deepspeed launcher", loss="exact", optimizer="exact")
+@pytest.mark.way("`deepspeed` launcher", loss="exact", optimizer="exact")
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no deepspeed")
 def test_deepspeed_s_launcher_trains_a_script_that_fastft_runs(tmp_path):
     stock = [*deepspeed_launcher(29513), "script.py"]

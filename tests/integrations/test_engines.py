@@ -42,25 +42,26 @@ LEAK = (
 THREE = ["DDP", "FSDP2", "ZeRO-2", "ZeRO-3"]
 
 
-def rows_of(engine):
-    """The rows of the table of ways."""
-    if engine.startswith("FSDP2 offload"):
-        return ["FSDP2 + CPU offload"]
+def row_of(engine):
+    """The row of the table of ways."""
+    if engine == "FSDP2 offload":
+        return "FSDP2 + CPU offload"
     if "offload" in engine:
         kept = ", fastft's AdamW kept" if "kept" in engine else ""
-        return [f"DeepSpeed ZeRO + optimizer offload{kept}"]
+        return f"DeepSpeed ZeRO + optimizer offload{kept}"
     kind = re.match(r"DDP|FSDP\d|ZeRO-\d", engine)[0]
-    return [f"DeepSpeed {kind}" if kind.startswith("ZeRO") else kind]
+    return f"DeepSpeed {kind}" if kind.startswith("ZeRO") else kind
 
 
 def cases(named, **cells):
-    """A parameter for each engine, with the marks of its row; `cells` by column."""
+    """A parameter for each engine, with the marks of its row, which has another word for fp32 than
+    for bf16; `cells` by column."""
     for engine in named:
-        word = "works" if "bf16" in engine else "exact"
-        given = {column: cell or word for column, cell in cells.items()}
+        given = dict(cells)
         if engine in REPLACED and "optimizer" in given:
             given["optimizer"] = "stock"
-        marks = [pytest.mark.way(row, **given) for row in rows_of(engine)]
+        marked = given and "bf16" not in engine
+        marks = [pytest.mark.way(row_of(engine), **given)] if marked else []
         absent = engine.startswith("ZeRO") and not DEEPSPEED
         marks += [pytest.mark.skipif(absent, reason="DeepSpeed is not installed")]
         yield pytest.param(engine, marks=marks, id=engine)
@@ -155,9 +156,10 @@ def assert_resumed(resumed, whole, stock_resumed, stock, to_the_bit=True):
     if to_the_bit and (stock_resumed is None or _same(stock_resumed, stock, steps)):
         assert _same(resumed, whole, steps)
         return
-    assert resumed["losses"] == pytest.approx(stock_resumed["losses"], rel=1e-6)
+    # moments that torch has gathered wrong (FSDP1 on a CPU) enlarge roundings
+    assert resumed["losses"] == pytest.approx(stock_resumed["losses"], rel=1e-5)
     for name, weight in resumed["after"].items():
-        torch.testing.assert_close(weight, stock_resumed["after"][name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weight, stock_resumed["after"][name], rtol=1e-3, atol=1e-3)
 
 
 def _same(resumed, whole, steps):
@@ -166,7 +168,7 @@ def _same(resumed, whole, steps):
     )
 
 
-@pytest.mark.parametrize("engine", cases(engines.ENGINES, loss=None, optimizer=None))
+@pytest.mark.parametrize("engine", cases(engines.ENGINES, loss="exact", optimizer="exact"))
 def test_trains_and_resumes_as_stock_does_or_says_why_not(engine, results):
     found = found_in(results, engine)
     stock, ours = found["stock"], found["fastft"]
@@ -184,7 +186,7 @@ def test_trains_and_resumes_as_stock_does_or_says_why_not(engine, results):
         assert re.match(sentence, said), f"{name}: {said}"
 
 
-@pytest.mark.way("Resume from a checkpoint", loss="exact", optimizer="exact")
+@pytest.mark.way("resume under each engine", loss="exact", optimizer="exact")
 @pytest.mark.parametrize("engine", cases(name for name in engines.ENGINES if name != "FSDP1"))
 def test_resumes_as_stock_does(engine, results):
     found = found_in(results, engine)
@@ -192,7 +194,7 @@ def test_resumes_as_stock_does(engine, results):
     assert_resumed(found["resumed"], whole, found.get("stock resumed"), found["stock"])
 
 
-@pytest.mark.way("merge_fsdp_weights", loss="exact", optimizer="exact")
+@pytest.mark.way("`merge_fsdp_weights`", loss="exact", optimizer="exact")
 def test_a_merged_checkpoint_is_that_of_stock(results):
     """A fresh model has loaded it, key by key."""
     sharded, gathered = (found_in(results, name) for name in ("FSDP2 sharded checkpoint", "FSDP2"))
@@ -202,7 +204,7 @@ def test_a_merged_checkpoint_is_that_of_stock(results):
         assert torch.equal(merged[name], weight)
 
 
-@pytest.mark.parametrize("engine", cases(engines.ENGINES, packing=None))
+@pytest.mark.parametrize("engine", cases(engines.ENGINES, packing="exact"))
 def test_packed_batches_train_as_the_same_texts_in_rows(engine, results):
     """The model is asked for leaks, sharded or not, and found exact."""
     found = found_in(results, engine)
@@ -248,6 +250,12 @@ def assert_loop(found, engine, to_the_bit=True):
     replaced = "left alone: ZeRO's offload_optimizer puts DeepSpeedCPUAdam in its place"
     expected = replaced if engine in REPLACED else "AdamW"
     assert found["run"]["lines"] == {"loss": f"fused, {fused} times", "optimizer": expected}
+    if engine in REPLACED:
+        assert "DeepSpeedCPUAdam in this optimizer's place" in found["clipping inside"]
+    elif engine.startswith(("DDP", "FSDP2", "ZeRO-0")):
+        assert found["clipping inside"] == "made"
+    else:
+        assert "to the norm of each process's part" in found["clipping inside"]
     whole = found["by hand"]
     assert_resumed(found["resumed"], whole, found["stock resumed"], stock, to_the_bit)
 
@@ -257,11 +265,9 @@ def loop_cases(named):
     for case in cases(named):
         (engine,) = case.values
         kind = "DeepSpeed" if engine.startswith("ZeRO") else re.match(r"DDP|FSDP\d", engine)[0]
-        word = "works" if "bf16" in engine else "exact"
-        trains = "stock" if engine in REPLACED else word
-        mark = pytest.mark.way(f"accelerate loop, {kind}", loss=word, optimizer=trains)
-        others = [mark for mark in case.marks if mark.name != "way"]
-        yield pytest.param(engine, marks=[*others, mark], id=engine)
+        row = pytest.mark.way(f"accelerate loop, {kind}", loss="exact", optimizer="exact")
+        marked = engine not in REPLACED and "bf16" not in engine
+        yield pytest.param(engine, marks=[*case.marks, *([row] if marked else [])], id=engine)
 
 
 @pytest.mark.parametrize("engine", loop_cases(engines.LOOPS))

@@ -523,11 +523,19 @@ def test_plain_adamw_survives_offload_and_an_optimizer_of_deepspeeds_own_does_no
         fastft.adamw_spec(args)
 
 
+def test_clipping_is_refused_where_the_running_engine_cuts_gradients_into_parts(monkeypatch):
+    monkeypatch.setattr(foreign, "gradients_are_parts", lambda: True)
+    AdamW([torch.zeros(4, 4)])
+    with pytest.raises(ValueError, match=r"each process's part .*Accelerator.clip_grad_norm_"):
+        AdamW([torch.zeros(4, 4)], max_grad_norm=1.0)
+
+
 def test_the_running_engine_is_asked_only_where_accelerate_has_started_one():
     accelerate = pytest.importorskip("accelerate")
     assert not foreign.optimizers_are_replaced()
     accelerate.Accelerator(cpu=True)
     assert not foreign.optimizers_are_replaced()
+    assert not foreign.gradients_are_parts()
 
 
 def test_step_says_once_that_nothing_has_a_gradient():

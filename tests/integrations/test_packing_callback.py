@@ -19,6 +19,7 @@ import fastft
 from fastft.attention.attention import register_attention
 from fastft.integrations import packing
 from fastft.integrations.check_packing import Verdict, find_leak
+from fastft.integrations.pool_segments import is_pooled
 
 SIZES = {
     "hidden_size": 32,
@@ -587,11 +588,21 @@ def trainer_of_classifier(model, callback, tmp_path, **options):
 
 
 @pytest.mark.parametrize("callback", CALLBACKS)
-def test_a_regression_without_pool_segments_would_broadcast_and_is_refused(callback, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"LlamaForSequenceClassification .* call fastft\.pool_segments\(model\)"
-    ):
-        trainer_of_classifier(classifier(), callback, tmp_path).train()
+def test_a_classifier_is_pooled_in_a_training_or_refused(callback, tmp_path):
+    model = classifier()
+    trainer_of_classifier(model, callback, tmp_path).train()
+    assert not is_pooled(model)
+    stock = model.forward
+
+    @functools.wraps(stock)
+    def otherwise(*args, **kwargs):
+        output = stock(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = otherwise
+    with pytest.raises(ValueError, match=r"Llama.* pools its tokens in a way"):
+        trainer_of_classifier(model, callback, tmp_path).train()
 
 
 def test_a_classifier_that_is_pooled_or_gets_padded_examples_trains(tmp_path):

@@ -3,7 +3,6 @@ padded batches."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from support.speech_models import (
     spoken_examples,
 )
 from support.trainers import logged, quiet_arguments
+from support.versions import checkpoint_activations
 
 import fastft
 
@@ -88,9 +88,7 @@ def test_layers_that_run_again_in_backward_read_their_own_sounds(reentrant: bool
     one, other = (collator()(spoken_examples("whisper", seed=seed)) for seed in (1, 2))
     for checkpointing in (False, True):
         if checkpointing:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # its name is going to change
-                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
         with fastft.packed_attention(model):
             loss = model(**one).loss
             model(**other)

@@ -111,6 +111,10 @@ def smoother(z):
     return 0.9 * nll.sum() + 0.1 * smoothed.sum() / V
 
 
+def together(z):
+    return torch.cat([z[:1], z[1:]])
+
+
 LAZY = {
     "ce": lambda z: F.cross_entropy(z.view(-1, V), TARGET.view(-1)),
     "ce ignore": lambda z: F.cross_entropy(z.float().view(-1, V), IGNORED.view(-1)),
@@ -236,6 +240,14 @@ LAZY = {
     "checkpoint": lambda z: checkpoint(lambda q: q.logsumexp(-1).sum(), z, use_reentrant=False),
     "trained bias": lambda z: (z + BIAS).logsumexp(-1).pow(2).sum(),
     "ce trained scale": lambda z: F.cross_entropy((z * SCALE).view(-1, V), TARGET.view(-1)),
+    "ce trained row": lambda z: F.cross_entropy((BIAS * z).view(-1, V), TARGET.view(-1)),
+    "trained row, some tokens": lambda z: (z * BIAS)[:, 1:].reshape(-1, V).logsumexp(-1).sum(),
+    "trained row, one token": lambda z: (z * BIAS)[0, 1][None].logsumexp(-1).sum(),
+    "trained row, tokens together": lambda z: together(z * BIAS).logsumexp(-1).sum(),
+    "trained rows of two sums": lambda z: (
+        (z + (BIAS - 1)[None] * z + BIAS * (z * 2) * SCALE).logsumexp(-1).square().sum()
+    ),
+    "trained row in place": lambda z: (z * 1).mul_(BIAS).add_(z).logsumexp(-1).sum(),
     "token scale": lambda z: (z * TOKEN_SCALE).logsumexp(-1).sum(),
     "where": lambda z: torch.where(ROW < 5, z, torch.tensor(-1e9)).logsumexp(-1).sum(),
     "masked_fill": lambda z: z.masked_fill(ROW > 4.9, -1e9).logsumexp(-1).sum(),
@@ -258,6 +270,8 @@ MATERIALISED = {
     "hook after view": hooked_view,
     "read before": read_before,
     "function": lambda z: DoubledGradient.apply(z).sum(),
+    "function of a trained row": lambda z: DoubledGradient.apply(z * BIAS).square().sum(),
+    "two trained rows, tokens together": lambda z: torch.cat([z * BIAS, z * BIAS]).square().sum(),
     "function after softcap": lambda z: DoubledGradient.apply(torch.tanh(z / 5) * 5).sum(),
     "ce transposed": lambda z: F.cross_entropy(z.transpose(1, 2), TARGET),
     "ce soft of an expression": lambda z: F.cross_entropy(

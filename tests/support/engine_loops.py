@@ -134,5 +134,11 @@ def under(engine: str, folder: Path) -> dict[str, Any]:
     with changed_by_run() as changes:
         found["run"] = loop(engine, folder / "run", stock)
         found["run"] |= {"lines": changes.lines, "fused": changes.report.fused}
+    accelerator_of(engine)
+    try:
+        fastft.AdamW(engines.model(engine).parameters(), max_grad_norm=1.0)
+        found["clipping inside"] = "made"
+    except ValueError as error:
+        found["clipping inside"] = str(error)
     before = dict(engines.model(engine).named_parameters())
     return found | {"before": {name: param.detach() for name, param in before.items()}}

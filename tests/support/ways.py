@@ -91,7 +91,8 @@ SECTIONS = {
         Way(
             "other methods of PEFT",
             "LoKr, AdaLoRA, PVeRA, BOFT, HRA, FourierFT, WaveFT, MiSS, RandLoRA, VB-LoRA, "
-            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily, BEFT, C3A, RoAd, GraLoRA, DeLoRA, FRoD, norms",
+            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily, BEFT, C3A, RoAd, GraLoRA, DeLoRA, FRoD, "
+            "norms",
             _ADAPTERS,
             "",
         ),
@@ -159,15 +160,33 @@ SECTIONS = {
     "Many processes": [
         Way("DDP", "", "DDP", "loss optimizer packing"),
         Way("DataParallel", "start one process for each GPU instead", "", ""),
-        Way("FSDP1", "stock cannot save it on a CPU: nothing is resumed in the test", _FSDP),
+        Way("FSDP1", "a whole state dict dies in torch on a CPU: sharded ones are tested", _FSDP),
         Way("FSDP2", "", _FSDP),
+        Way("FSDP2 + CPU offload", "", _FSDP, ""),
+        Way("FSDP, a loss outside the model's forward", "label smoothing, or your own", "", ""),
+        Way("DeepSpeed ZeRO-0", "", "", "loss optimizer"),
         Way("DeepSpeed ZeRO-1", "", _ZERO, "loss optimizer"),
         Way("DeepSpeed ZeRO-2", "", _ZERO, "loss optimizer"),
         Way("DeepSpeed ZeRO-3", "", _ZERO, "loss optimizer"),
+        Way("DeepSpeed ZeRO + optimizer offload", "DeepSpeedCPUAdam trains", "", "loss"),
+        Way(
+            "DeepSpeed ZeRO + optimizer offload, fastft's AdamW kept",
+            "`zero_force_ds_cpu_optimizer: false`",
+            "",
+            "",
+        ),
+        Way("accelerate loop, DDP", "", _LOOPS, ""),
+        Way("accelerate loop, FSDP1", "", "", ""),
+        Way("accelerate loop, FSDP2", "", "", ""),
+        Way("accelerate loop, DeepSpeed", "", "", ""),
+        Way("resume under each engine", "to the bit where stock's is", "", ""),
+        Way("`merge_fsdp_weights`", "", "", ""),
         Way("tensor parallel", "", "tensor and context parallel", ""),
         Way("context parallel", "", "tensor and context parallel", ""),
         Way("Ray Train", "", "Ray Train"),
-        Way("`accelerate launch`", "", "", "loss"),
+        Way("`torchrun`", "", "", ""),
+        Way("`accelerate launch`", "its configuration files, too", "", "loss"),
+        Way("`deepspeed` launcher", "", "", ""),
     ],
     "Loops, search and loggers": [
         Way("a loop of plain torch", "", _LOOPS),
@@ -199,6 +218,7 @@ SECTIONS = {
         Way("early stopping, the best model", "", _USUAL),
         Way("workers of the loader", "", _USUAL),
         Way("`auto_find_batch_size`", "", _USUAL),
+        Way("counted tokens, emptied caches", "", _USUAL),
         Way("`optim` that is no AdamW", "", "", ""),
         Way(
             "a model changed after `adamw(model)`",
