@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.foreign import (
     base_model,
+    has_sharded_parts,
     is_4bit,
     is_adapter,
     is_dtensor,
@@ -288,8 +289,13 @@ class Attachment:
             head, around, sharding, self.report, self.evaluation, self._reads, held
         )
         head.forward = forward  # type: ignore[method-assign]
-        adapters = [m for m in around if is_adapter(m) and "forward" not in m.__dict__]
-        forward.adapted = [AdaptedForward(layer, forward) for layer in adapters]
+        forward.adapted = [
+            AdaptedForward(layer, forward)
+            for layer in around
+            if is_adapter(layer)
+            and "forward" not in layer.__dict__
+            and not has_sharded_parts(layer)
+        ]
         self._forwards.append(forward)
         return True
 
