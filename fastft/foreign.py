@@ -241,6 +241,15 @@ def is_adapter(layer: nn.Module) -> bool:
     return "BaseTunerLayer" in _class_names(layer) and "base_layer" in layer._modules
 
 
+def has_sharded_parts(layer: nn.Module) -> bool:
+    """Whether a library takes weights inside `layer` away again before its forward is over."""
+    units = {"FSDPModule", "FullyShardedDataParallel"}
+    parts = (part for part in layer.modules() if part is not layer)
+    return any(_class_names(part) & units for part in parts) or any(
+        hasattr(parameter, "ds_id") for parameter in layer.parameters()
+    )
+
+
 def is_4bit(layer: nn.Module) -> bool:
     """Whether it is bitsandbytes' linear layer of 4 bits, in the layout that can be trained
     through: an evaluation on a CPU may have packed it anew."""

@@ -134,6 +134,17 @@ def examples_of(pack: dict[str, Values]) -> list[dict[str, Any]]:
     return [dict(zip(pack, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
+def refuse_images(example: dict[str, Any], length: int) -> None:
+    """Raises ValueError where an example that is to be cut to `length` tokens has images."""
+    for key, value in example.items():
+        if is_of_images(key) and value is not None:
+            raise ValueError(
+                f"an example has {key} and cannot be cut to {length} tokens: the rest of its "
+                "images would meet no token. overlong='drop' leaves such examples out, a larger "
+                "max_tokens keeps them"
+            )
+
+
 def cut(example: dict[str, Any], start: int, length: int) -> dict[str, Any]:
     """Cuts `length` tokens from `start` out of an example.
 
@@ -146,13 +157,7 @@ def cut(example: dict[str, Any], start: int, length: int) -> dict[str, Any]:
     tokens = len(example["input_ids"])
     if start == 0 and tokens == length:
         return example
-    for key, value in example.items():
-        if is_of_images(key) and value is not None:
-            raise ValueError(
-                f"an example of {tokens} tokens has {key} and cannot be cut to {length} tokens: "
-                "the rest of its images would meet no token. overlong='drop' leaves such examples "
-                "out, a larger max_tokens keeps them"
-            )
+    refuse_images(example, length)
     rewritten = shortened(example, start, length) if example.keys() & KEYS else {}
     return {
         key: rewritten[key]

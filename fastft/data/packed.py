@@ -1,6 +1,6 @@
 """A packed view of a dataset: item p is the examples of pack p.
 
-Making it reads lengths only and copies no token.
+Making it reads lengths only, and one example where some are to be cut; it copies no token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastft.checks import optional_integer
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
 from fastft.data.lengths import scan_lengths
-from fastft.data.pack import Pack, cut, filler
+from fastft.data.pack import Pack, cut, filler, refuse_images
 from fastft.data.plan import PackPlan, checked_limits, epoch_plan, plan_packs
 from fastft.data.processed import unbatched
 from fastft.data.streaming import OPEN_PACKS, PackedStream, refuse_dispatch
@@ -245,7 +245,7 @@ def pack(
     Raises:
         TypeError: `dataset` is neither iterable nor has a length and can be indexed.
         ValueError: it is empty, input_ids are missing, an argument is out of its range, or is not
-            for such a dataset.
+            for such a dataset; an example with images would be cut.
     """
     max_tokens, max_sequences = checked_limits(max_tokens, max_sequences, overlong)
     window, balance = optional_integer("window", window), optional_integer("balance", balance)
@@ -264,11 +264,15 @@ def pack(
         )
     if len(dataset) == 0:
         raise ValueError("dataset is empty: there is nothing to pack")
-    plan = plan_packs(scan_lengths(dataset, length_column), max_tokens, window=window, **limits)
+    lengths = scan_lengths(dataset, length_column)
+    plan = plan_packs(lengths, max_tokens, window=window, **limits)
     if balance is not None:
         plan, seed = balanced(plan, balance, max_sequences), seed or 0
     # the policies after which a full pack may hold a part of an example
     may_cut = overlong in ("truncate", "split")
+    overlong_ones = (lengths > max_tokens).nonzero() if may_cut else []
+    if len(overlong_ones):  # the first of them tells now what would be an error in training
+        refuse_images(dataset[int(overlong_ones[0])], max_tokens)
     return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=may_cut)
 
 

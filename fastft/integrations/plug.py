@@ -93,7 +93,7 @@ class Plugged:
         trainer, stack = self._trainer, self._installed
         # first, so that classifiers are pooled before the other callbacks look at them
         trainer.callback_handler.callbacks.insert(0, self._course)
-        stack.callback(_remove, trainer.callback_handler.callbacks, self._course)
+        stack.callback(_remove, trainer.callback_handler, self._course)
         for piece in (self._loss, self._optimizer, self._packing):
             piece.install(stack)
         train = functools.wraps(trainer.train)(functools.partial(self._train, trainer.train))
@@ -165,9 +165,10 @@ class _Course(TrainerCallback):
         self.plugged._training_ends()
 
 
-def _remove(callbacks: list[Any], callback: Any) -> None:
-    if callback in callbacks:
-        callbacks.remove(callback)
+def _remove(handler: Any, callback: Any) -> None:
+    # the list of now: a training may have given the handler another one
+    if callback in handler.callbacks:
+        handler.callbacks.remove(callback)
 
 
 def plug(

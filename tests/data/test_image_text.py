@@ -118,8 +118,11 @@ def test_packs_of_a_stream_count_tokens_too():
 
 @pytest.mark.parametrize("overlong", ["truncate", "split"])
 def test_no_example_is_cut_through_its_images(overlong):
-    packs = fastft.pack([example(9), example(4)], 6, overlong=overlong)
-    with pytest.raises(ValueError, match=r"has pixel_values and cannot be cut.*overlong='drop'"):
+    said = r"has pixel_values and cannot be cut.*overlong='drop'"
+    with pytest.raises(ValueError, match=said):
+        fastft.pack([example(4), example(9)], 6, overlong=overlong)
+    packs = fastft.pack([example(9, images=0), example(8)], 6, overlong=overlong)
+    with pytest.raises(ValueError, match=said):
         [packs[index] for index in range(len(packs))]
     texts = fastft.pack([example(9, images=0)], 6, overlong=overlong)
     assert len(texts[0]["input_ids"]) == 6

@@ -44,7 +44,7 @@ ROWS = {
     **{name: name for name in ("LoRA", "rsLoRA", "PiSSA", "DoRA", "IA3", "LoHa", "OFT", "VeRA")},
     **{name: name for name in ("trainable tokens", "LoRA with biases", *PROMPTS)},
 }
-QUICK = ("LoRA", "DoRA", "VeRA", "trainable tokens", "prompt tuning")
+QUICK = ("LoRA", "DoRA", "trainable tokens", "prompt tuning")
 STEPS = 4
 # PEFT does not merge Lily, nor BEFT into a layer without a bias
 UNMERGED = tuple(getattr(peft, n) for n in ("LilyConfig", "BeftConfig") if hasattr(peft, n))

@@ -52,7 +52,14 @@ def test_a_plugged_trainer_has_the_losses_of_stock_on_padded_batches(tmp_path, c
     assert "cross-entropy" in plug.lines["loss"] or "fused" in plug.lines["loss"], plug.lines
 
 
-@pytest.mark.parametrize("case", WAYS.values(), ids=[case.model_type for case in WAYS.values()])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(QWEN, id="qwen2_5_vl"),
+        pytest.param(GEMMA, id="gemma3", marks=pytest.mark.slow),
+        pytest.param(LLAVA, id="llava", marks=pytest.mark.slow),
+    ],
+)
 def test_packed_batches_have_the_losses_of_padded_ones(tmp_path, case):
     stock = losses(image_trainer(tmp_path, case))
     callback = fastft.PackingCallback()

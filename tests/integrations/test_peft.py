@@ -181,6 +181,25 @@ def test_lora_on_the_head_of_a_bf16_model_is_fused_and_no_worse_than_stock(name,
         assert_no_worse(result, expected[key], exact[key], key)
 
 
+class FSDPModule(torch.nn.Linear):
+    """What FSDP2 makes of a layer that is a unit of its own, as PEFT's policy has it for FSDP1."""
+
+
+def test_an_adapter_whose_parts_are_sharded_one_by_one_computes_its_own_products():
+    model = adapted(peft.LoraConfig(**HEAD))
+    stock, expected = loss_and_gradients(model, False)
+    head = model.get_base_model().lm_head
+    head.lora_B["default"].__class__ = FSDPModule
+    with fused_loss(model) as report:
+        fused, actual = loss_and_gradients(model, False)
+        assert "forward" not in vars(head)
+    torch.testing.assert_close(fused, stock, rtol=1e-6, atol=0)
+    for key, gradient in expected.items():
+        atol = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(actual[key], gradient, rtol=0, atol=atol)
+    assert (report.fused, report.materialised) == (1, [])
+
+
 @pytest.mark.way("LoRA on the head", loss="exact")
 def test_trainer_with_lora_on_the_head_is_stock(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, V, (8, 16))]

@@ -91,7 +91,8 @@ SECTIONS = {
         Way(
             "other methods of PEFT",
             "LoKr, AdaLoRA, PVeRA, BOFT, HRA, FourierFT, WaveFT, MiSS, RandLoRA, VB-LoRA, "
-            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily, BEFT, C3A, RoAd, GraLoRA, DeLoRA, FRoD, norms",
+            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily, BEFT, C3A, RoAd, GraLoRA, DeLoRA, FRoD, "
+            "norms",
             _ADAPTERS,
             "",
         ),
@@ -217,6 +218,7 @@ SECTIONS = {
         Way("early stopping, the best model", "", _USUAL),
         Way("workers of the loader", "", _USUAL),
         Way("`auto_find_batch_size`", "", _USUAL),
+        Way("counted tokens, emptied caches", "", _USUAL),
         Way("`optim` that is no AdamW", "", "", ""),
         Way(
             "a model changed after `adamw(model)`",

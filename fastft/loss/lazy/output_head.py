@@ -23,6 +23,7 @@ from fastft.foreign import (
     base_model,
     casts_head_to_fp32,
     fused_head,
+    has_sharded_parts,
     is_4bit,
     is_adapter,
     is_dtensor,
@@ -357,8 +358,13 @@ class Attachment:
         forward = LazyForward(
             head, around, sharding, self.report, self.evaluation, self._reads, held
         )
-        adapters = [m for m in around if is_adapter(m) and "forward" not in m.__dict__]
-        forward.adapted = [AdaptedForward(layer, forward) for layer in adapters]
+        forward.adapted = [
+            AdaptedForward(layer, forward)
+            for layer in around
+            if is_adapter(layer)
+            and "forward" not in layer.__dict__
+            and not has_sharded_parts(layer)
+        ]
         self._forwards.append(forward)
         return True
 
