@@ -14,7 +14,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,9 @@ PRIVATE_NAMES = {
     "accelerate.accelerator:_original_forward": "accelerate's mixed precision runs inside forward",
     "accelerate:Accelerator._dataloaders": "which loaders it has prepared",
     "datasets:Dataset._indices": "which rows select or shuffle left, in which order",
+    "trl.trainer.utils:add_fused_lm_head._fused_forward": (
+        "the forward that TRL gives a model, which computes log-probabilities"
+    ),
 }
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -327,13 +330,56 @@ def whose_forward(model: Any) -> set[str]:
     """The packages that have replaced or wrapped the forward of `model`'s class, and that of its
     class itself."""
     base = base_model(model)
-    packages = set()
-    for forward in (vars(base).get("forward"), type(base).forward):
+    forwards = (vars(base).get("forward"), type(base).forward)
+    functions = (function for forward in forwards for function in _wrapped_functions(forward))
+    names = (getattr(function, "__globals__", {}).get("__name__", "") for function in functions)
+    return {name.partition(".")[0] for name in names}
+
+
+def _wrapped_functions(forward: Any) -> Iterator[Any]:
+    """The function of a method, the one that it wraps, and so on inwards."""
+    while forward is not None:
         function = getattr(forward, "__func__", forward)
-        while function is not None:
-            packages.add(getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0])
-            function = getattr(function, "__wrapped__", None)
-    return packages
+        yield function
+        forward = getattr(function, "__wrapped__", None)
+
+
+def casts_head_to_fp32(forward: Any) -> bool:
+    """Whether `forward` is what TRL gives an output head under `cast_lm_head_to_fp32`."""
+    code, space = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    is_of_trl = str(space.get("__name__", "")).startswith("trl.")
+    return is_of_trl and getattr(code, "co_name", None) == "cast_forward_to_fp32"
+
+
+class FusedHead(NamedTuple):
+    """What TRL's `add_fused_lm_head` was told, and what it has read in the configuration.
+
+    `temperature`, `cast_lm_head_to_fp32`, `outputs`: its arguments. `logit_scale`, `softcap`: what
+    it does to the logits, before it divides them by the temperature. `output`: the class of what
+    the forward returns.
+    """
+
+    temperature: float
+    cast_lm_head_to_fp32: bool
+    outputs: tuple[str, ...]
+    logit_scale: float
+    softcap: float | None
+    output: Callable[..., Any]
+
+
+def fused_head(model: Any) -> FusedHead | None:
+    """TRL's fused head of `model`, a `forward` of this one instance, maybe inside accelerate's
+    wrappers; None where there is none, or one of a version that we do not know."""
+    names = "temperature cast_lm_head_to_fp32 outputs logit_scale final_logit_softcapping".split()
+    for function in _wrapped_functions(vars(model).get("forward")):
+        code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+        if code is None or code.co_name != "_fused_forward":
+            continue
+        told = dict(zip(code.co_freevars, cells or (), strict=True))
+        output = function.__globals__.get("FusedCausalLMOutput")
+        if output is not None and told.keys() >= set(names):
+            return FusedHead._make([*(told[name].cell_contents for name in names), output])
+    return None
 
 
 def inner_optimizer(optimizer: Any) -> Any:

@@ -68,9 +68,10 @@ class FusedLossCallback(PackingCallback):
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
     label smoothing or a `compute_loss_func` it stays stock, and `report.skipped` says so.
-    Tensor-parallel heads, DataParallel, and models whose loss others compute (Liger, TRL) are left
-    alone, and a warning says so; so are classifiers, which have no vocabulary to save, without a
-    warning.
+    TRL's trainers ask the model's fused head for log-probabilities: those are answered too, for a
+    reference model as well, in training and in evaluations inside it. Tensor-parallel heads,
+    DataParallel, and models whose loss others compute (Liger, TRL's distillation) are left alone,
+    and a warning says so; so are classifiers, which have no vocabulary to save, without a warning.
 
     Trainer's last log of a training has the numbers of `report` and the share of padding, as
     `fastft/fused` and others (docs/throughput.md).
@@ -92,6 +93,7 @@ class FusedLossCallback(PackingCallback):
         self.verify = verify
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
+        self._trainer_name = ""
         self._is_verifying = False
         self._said, self._said_places, self._said_size = False, 0, False
 
@@ -111,6 +113,7 @@ class FusedLossCallback(PackingCallback):
                 skipped=["DataParallel: its replicas would call the head of the first device"]
             )
             return
+        self._trainer_name = type(_trainer()).__name__
         self._attachment = Attachment(model, evaluation, _other_models(), self._reads_logits)
         self._kept.callback(self._attachment.remove)
         if collator is not None:
@@ -143,12 +146,16 @@ class FusedLossCallback(PackingCallback):
             logger.info(
                 f"fastft: the loss is fused ({self.report.fused} evaluations in the first step)"
             )
+            heads = [] if self._attachment is None else self._attachment.fused_heads
+            differences = dict.fromkeys(head.difference for head in heads)
+            for difference in filter(None, differences):
+                logger.warning(f"fastft: {_OTHER_HEAD.format(difference)}")
             return
         # a classifier has nothing to fuse
         say = logger.warning if expects_head(model) else logger.info
         why = self.why_not_fused(model)
         unknown = not (self.report.skipped or self.report.materialised)
-        advice = f". {_who_computes_it(model)[1]}" if unknown else ""
+        advice = f". {_who_computes_it(model, self._trainer_name)[1]}" if unknown else ""
         say(f"fastft: no loss was fused in the first step: {why}{advice}")
 
     def why_not_fused(self, model: nn.Module) -> str:
@@ -157,7 +164,7 @@ class FusedLossCallback(PackingCallback):
             return "; ".join(self.report.skipped)
         if self.report.materialised:
             return "something asked for real logits before the loss"
-        return _who_computes_it(model)[0]
+        return _who_computes_it(model, self._trainer_name)[0]
 
     def on_prediction_step(
         self,
@@ -264,6 +271,13 @@ class FusedLossCallback(PackingCallback):
         hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
 
 
+_OTHER_HEAD = (
+    "the log-probabilities are those of the model's own logits. TRL's fused head alone would give "
+    "others: {}. Where it has computed a reference before the training (precompute_ref_log_probs), "
+    "leave that option out"
+)
+
+
 def _in_evaluation_loop() -> bool:
     """Whether a method of Trainer that evaluates runs the model right now, and no `generate` in
     between.
@@ -289,27 +303,39 @@ def _in_training_step() -> bool:
     )
 
 
+def _trainer() -> Any:
+    """The Trainer that is about to train or evaluate."""
+    for frame in callers():
+        if frame.f_code.co_name in ("_inner_training_loop", *_EVALUATING):
+            trainer = frame.f_locals.get("self")
+            if isinstance(trainer, Trainer):
+                return trainer
+    return None
+
+
 def _other_models() -> list[nn.Module]:
     """The models of the Trainer that is about to train or evaluate, but the one it trains."""
-    names = ("_inner_training_loop", *_EVALUATING)
-    for frame in callers():
-        trainer = frame.f_locals.get("self") if frame.f_code.co_name in names else None
-        if isinstance(trainer, Trainer):
-            own = (trainer.model, trainer.model_wrapped)
-            others = (value for value in vars(trainer).values() if isinstance(value, nn.Module))
-            return [other for other in others if all(other is not one for one in own)]
-    return []
+    trainer = _trainer()
+    own = (getattr(trainer, "model", None), getattr(trainer, "model_wrapped", None))
+    values = () if trainer is None else vars(trainer).values()
+    others = (value for value in values if isinstance(value, nn.Module))
+    return [other for other in others if all(other is not one for one in own)]
 
 
-def _who_computes_it(model: nn.Module) -> tuple[str, str]:
+def _who_computes_it(model: nn.Module, trainer: str) -> tuple[str, str]:
     """Says why no head was asked for logits, and what to do."""
     packages = whose_forward(model)
+    if "Distillation" in trainer:
+        return (
+            f"nothing called the output head: {trainer} reads the weights of both models' heads "
+            "itself",
+            "Leave FusedLossCallback out (fastft's AdamW works there)",
+        )
     if "trl" in packages:
         return (
-            "nothing called the output head: TRL's trainers compute their loss by a fused head "
-            "of their own",
-            "Leave FusedLossCallback out (fastft's AdamW and packing work there), or train with "
-            "transformers.Trainer",
+            "nothing called the output head: TRL computes the loss by a fused head of its own, "
+            "which is none that this version of fastft knows",
+            "Leave FusedLossCallback out (fastft's AdamW and packing work there), or use TRL 1.16",
         )
     if "liger_kernel" in packages:
         return (

@@ -84,8 +84,9 @@ def knows_out_dtype(product: str, dtype: torch.dtype, device: torch.device) -> b
     return True
 
 
-def _slabs(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows, such as the classes of a weight (V, H) or of its gradient."""
+def slabs(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows, such as the classes of a weight (V, H) or of its gradient, of which a copy in
+    fp32 is small."""
     slab_bytes = _SLAB_BYTES if matrix.device.type == "cpu" else _DEVICE_SLAB_BYTES
     size = max(1, min(len(matrix), slab_bytes // max(1, 4 * matrix.shape[1])))
     for begin in range(0, len(matrix), size):
@@ -104,7 +105,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:  # there is no product that adds to another dtype: it goes through a slab
         product = functools.partial(torch.mm, out_dtype=torch.float32) if widens else torch.mm
-        for slab in _slabs(out):
+        for slab in slabs(out):
             part = product(a[slab], b)
             out[slab].copy_(part) if first else out[slab].add_(part)
 
@@ -142,7 +143,7 @@ class HeadTerm:
             torch.addmm(self.bias, x, self.weight.T, out=z)
             return
         wide = x.to(self.dtype)
-        for slab in _slabs(self.weight) if self.emulated else [slice(None)]:
+        for slab in slabs(self.weight) if self.emulated else [slice(None)]:
             multiply(wide, self.weight[slab].to(self.dtype).T, z[:, slab], first=first)
         if self.bias is not None:
             z.add_(self.bias)
@@ -168,6 +169,6 @@ class HeadTerm:
         if not self.emulated:
             return torch.mm(dz, self.weight)
         total = dz.new_zeros(len(dz), self.weight.shape[1])
-        for slab in _slabs(self.weight):
+        for slab in slabs(self.weight):
             total.addmm_(dz[:, slab], self.weight[slab].to(dz.dtype))
         return total

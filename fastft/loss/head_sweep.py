@@ -185,6 +185,7 @@ class HeadCall(NamedTuple):
     chunk_rows: int  # 0: planned
     max_counted: int  # an upper bound of the rows that count; -1: unknown
     options: RowOptions
+    moments: bool = False  # mean_logits and log_sum_sq_probs are wanted
 
     @classmethod
     def planned(
@@ -198,6 +199,7 @@ class HeadCall(NamedTuple):
         max_counted: int | None,
         summed: bool = False,
         statistics: bool = False,
+        moments: bool = False,
     ) -> HeadCall:
         """By the plan that the gradients of `operands` call for (see `linear_rows`).
 
@@ -215,16 +217,18 @@ class HeadCall(NamedTuple):
         now = summed or not (statistics or weight or bias)
         needs = (x, weight, bias) if now else (False, False, False)
         bound = -1 if max_counted is None else max_counted
-        return cls(needs, summed, statistics, dtype, impl, chunk_rows or 0, bound, options)
+        plan = statistics, dtype, impl, chunk_rows or 0, bound, options, moments
+        return cls(needs, summed, *plan)
 
     @classmethod
     def of(cls, *arguments: Any) -> HeadCall:
         """From the operator's arguments."""
-        return cls(tuple(arguments[0]), *arguments[1:7], RowOptions(*arguments[7:]))  # type: ignore[call-arg]
+        needs, *plan = arguments[:7]
+        return cls(tuple(needs), *plan, RowOptions(*arguments[7:-1]), arguments[-1])  # type: ignore[call-arg]
 
     def flat(self) -> tuple[Any, ...]:
         """The operator's arguments."""
-        return list(self.needs), *self[1:7], *self.options
+        return list(self.needs), *self[1:7], *self.options, self.moments
 
     def step(self, count: int, weight: Tensor) -> int:
         """The rows of a chunk."""
@@ -249,6 +253,8 @@ class Outputs(NamedTuple):
     lse: Tensor
     entropy: Tensor
     is_top1: Tensor
+    mean_logits: Tensor
+    log_sum_sq_probs: Tensor
     d_input: Tensor
     d_weight: Tensor
     d_bias: Tensor
@@ -258,18 +264,25 @@ class Outputs(NamedTuple):
         """Zeros for rows; the weight's gradient is not filled yet."""
         rows, classes = len(input), len(weight)
         sums = statistics_dtype(call.dtype)
-        extra = rows if call.statistics else 0
+        extra, more = rows if call.statistics else 0, rows if call.moments else 0
         return cls(
             input.new_zeros(rows, dtype=sums),
             input.new_zeros(rows, dtype=sums),
             input.new_zeros(extra, dtype=sums),
             input.new_zeros(extra, dtype=torch.bool),
+            input.new_zeros(more, dtype=sums),
+            input.new_zeros(more, dtype=sums),
             input.new_zeros(input.shape if call.needs[0] else 0, dtype=call.dtype),
             input.new_empty(
                 weight.shape if call.needs[1] else 0, dtype=call.weight_sum_dtype(rows, weight)
             ),
             input.new_zeros(classes if call.needs[2] else 0, dtype=sums),
         )
+
+    @property
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the operands."""
+        return self.d_input, self.d_weight, self.d_bias
 
     def of_rows(self, rows: int, statistics: bool) -> tuple[Tensor, ...]:
         """Room for the losses, lse and maybe entropy and is_top1 of some rows."""
@@ -292,7 +305,7 @@ def sweep_one(
     outputs = Outputs.empty(input, weight, call)
     rows = CountedRows.of(target, call.options.ignore_index, call.max_counted)
     inverse = None if divisor is None else divisor.reciprocal()
-    gradients = [g if need else None for g, need in zip(outputs[4:], call.needs, strict=True)]
+    gradients = [g if need else None for g, need in zip(outputs.gradients, call.needs, strict=True)]
     term = HeadTerm(input, weight, bias, call.dtype, gradients)
     step = call.step(rows.counted, weight)
     sweep([[term]], rows, step, lambda z, where: [fill(z[0], where, outputs)], inverse)

@@ -2,6 +2,7 @@
 
     log_probs[t] = z[t, y] - lse[t],     entropy[t] = -sum_v p[t, v] log p[t, v]
     is_top1[t]: whether the target comes first
+    mean_logits[t], log_sum_sq_probs[t]: as in `logit_moments`, where they are asked for
 
 z, lse and p are those of `cross_entropy_rows`. A loss of these numbers reaches hidden states (T, H)
 and head (V, H) in one of two ways. `linear_log_probs` takes any loss: backward makes the logits
@@ -26,6 +27,7 @@ from fastft.loss.dtensor_head import whole_head
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.head_sweep import HeadCall, Operands, Outputs, Where, handed_back, sweep_one
 from fastft.loss.linear_rows import linear_rows
+from fastft.loss.logit_moments import mean_of_linear
 from fastft.loss.options import (
     check_device,
     check_indices,
@@ -34,6 +36,7 @@ from fastft.loss.options import (
     compute_dtype,
     refuse_second_derivative,
     row_options,
+    statistics_dtype,
     sum_of_counted,
 )
 
@@ -41,13 +44,16 @@ from fastft.loss.options import (
 class LinearLogProbs(NamedTuple):
     """What is known of each token, in `target`'s shape; 0 (False) where it is `ignore_index`.
 
-    fp32, or fp64 for fp64 operands.
+    fp32, or fp64 for fp64 operands. `mean_logits` (the mean of the token's logits over the
+    vocabulary) and `log_sum_sq_probs` (log sum_v p_v^2) are None where they were not asked for.
     """
 
     log_probs: Tensor
     entropy: Tensor
     lse: Tensor
     is_top1: Tensor
+    mean_logits: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
 
 
 def _planned(
@@ -87,13 +93,16 @@ def linear_log_probs(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    mean_logits: bool = False,
+    log_sum_sq_probs: bool = False,
     chunk_rows: int | None = None,
     max_counted: int | None = None,
     impl: str = "auto",
 ) -> LinearLogProbs:
     """Computes log-probability and entropy, log sum exp and is_top1 of each target.
 
-    Differentiable in `log_probs`, `entropy` and `lse`. Obeys autocast as `F.linear` does.
+    Differentiable in `log_probs`, `entropy` and `lse`; the others have no gradient. Obeys autocast
+    as `F.linear` does.
 
     Args:
         input: hidden states (..., H), floating point.
@@ -104,13 +113,17 @@ def linear_log_probs(
         ignore_index: rows with this target are 0 in every result and get no gradient. Default -100.
         softcap: logits become `softcap * tanh(logits / softcap)`; None (default): they stay.
         logit_scale: multiplies the logits, before the softcap (1 / temperature); default 1.
+        mean_logits: whether the means of the logits, scaled and capped, are computed too. Costs one
+            pass over the weight, with a softcap one over the logits. Default False.
+        log_sum_sq_probs: whether log sum_v p_v^2 is, a pass of plain torch over the logits in the
+            forward. Default False.
         chunk_rows: as in `linear_cross_entropy`.
         max_counted: as in `linear_cross_entropy`.
         impl: as in `linear_cross_entropy`.
 
     Returns:
-        `LinearLogProbs(log_probs, entropy, lse, is_top1)`. Of classes with equal logits the first
-        is the top one.
+        `LinearLogProbs(log_probs, entropy, lse, is_top1, mean_logits, log_sum_sq_probs)`, the last
+        two None unless asked for. Of classes with equal logits the first is the top one.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `linear_cross_entropy`.
@@ -126,12 +139,28 @@ def linear_log_probs(
         impl=impl,
         chunk_rows=chunk_rows,
         max_counted=max_counted,
+        moments=log_sum_sq_probs or (mean_logits and softcap is not None),
     )
-    losses, lse, entropy, is_top1 = linear_rows(operands, flat, None, call)
-    log_probs, entropy, lse, is_top1 = (
-        result.view(target.shape) for result in (-losses, entropy, lse, is_top1)
+    losses, lse, entropy, is_top1, means, log_sums = linear_rows(operands, flat, None, call)
+    if mean_logits and not call.moments:
+        means = _means(operands, flat, call)
+    shape = target.shape
+    return LinearLogProbs(
+        -losses.view(shape),
+        entropy.view(shape),
+        lse.view(shape),
+        is_top1.view(shape),
+        means.view(shape) if mean_logits else None,
+        log_sums.view(shape) if log_sum_sq_probs else None,
     )
-    return LinearLogProbs(log_probs, entropy, lse, is_top1)
+
+
+@torch.no_grad()
+def _means(operands: Operands, target: Tensor, call: HeadCall) -> Tensor:
+    options = call.options
+    with torch.autocast(target.device.type, enabled=False):
+        means = mean_of_linear(*operands, options.logit_scale, statistics_dtype(call.dtype))
+    return means.masked_fill_(target == options.ignore_index, 0.0)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -176,7 +205,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         operands = input, weight, bias
         outputs = sweep_one(operands, target, call, fill)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in operands]
-        ctx.save_for_backward(*outputs[4:])
+        ctx.save_for_backward(*outputs.gradients)
         return outputs.losses.sum()
 
     @staticmethod
@@ -217,7 +246,8 @@ def linear_token_loss(
         linear_token_loss(x, head, target, dft)
 
     `input`, `linear_weight`, `target`, `linear_bias`, `ignore_index`, `softcap`, `logit_scale`,
-    `chunk_rows`, `max_counted` and `impl` are those of `linear_log_probs`.
+    `chunk_rows`, `max_counted` and `impl` are those of `linear_log_probs`. Tokens have no
+    `mean_logits` and no `log_sum_sq_probs`.
 
     Args:
         token_loss: `token_loss(tokens, *rows)` with `tokens` a `LinearLogProbs` of R tokens and

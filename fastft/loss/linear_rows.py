@@ -43,6 +43,7 @@ from fastft import ops
 from fastft.loss.cross_entropy_rows import ROWS
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.head_sweep import HeadCall, Operands, Outputs, Where, handed_back, sweep_one
+from fastft.loss.logit_moments import logit_moments
 from fastft.loss.options import refuse_second_derivative, statistics_dtype
 
 
@@ -68,13 +69,15 @@ def _linear_cross_entropy_rows(
     weights = [] if weight is None else [weight]
 
     def fill(z: Tensor, where: Where, outputs: Outputs) -> Tensor | None:
-        results = outputs.of_rows(len(z), call.statistics)
+        results, more = outputs.of_rows(len(z), call.statistics), []
         losses, lse, *statistics = results
+        if call.moments:
+            more = logit_moments(z, target[where], call.options, losses.dtype)
         upstreams, grad = [u[where] for u in upstream], [z] if any(call.needs) else []
         row_kernel(
             *(z, target[where], weights, upstreams, losses, lse, statistics, grad), *call.options
         )
-        for output, values in zip(outputs, results, strict=False):
+        for output, values in zip(outputs, (*results, *more), strict=False):
             output[where] = values
         return z if grad else None
 
@@ -105,9 +108,9 @@ HEAD = ops.Operator(
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
     "Tensor[] upstream, Tensor? divisor, bool[] needs, bool summed, bool statistics, "
     "ScalarType dtype, str impl, int chunk_rows, int max_counted, int ignore_index, "
-    "float label_smoothing, float z_loss, float softcap, float logit_scale) -> "
-    "(Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor d_input, Tensor d_weight, "
-    "Tensor d_bias)",
+    "float label_smoothing, float z_loss, float softcap, float logit_scale, bool moments) -> "
+    "(Tensor losses, Tensor lse, Tensor entropy, Tensor is_top1, Tensor mean_logits, "
+    "Tensor log_sum_sq_probs, Tensor d_input, Tensor d_weight, Tensor d_bias)",
     _linear_cross_entropy_rows,
     engines={},
     fake=_fake,
@@ -120,7 +123,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[3:])
     ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
     ctx.kept, ctx.upstreams = any(ctx.call.needs), len(inputs[5])
-    ctx.save_for_backward(*(output[4:] if ctx.kept else inputs[:5]))
+    ctx.save_for_backward(*(output[-3:] if ctx.kept else inputs[:5]))
 
 
 def _backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Any, ...]:
@@ -129,11 +132,11 @@ def _backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Any, ...]:
     if ctx.kept:
         results = handed_back(ctx.saved_tensors, needs, ctx.dtypes, upstreams[0])
     else:
-        call = ctx.call._replace(needs=tuple(needs), summed=False, statistics=False)
+        call = ctx.call._replace(needs=tuple(needs), summed=False, statistics=False, moments=False)
         *operands, target, weight = ctx.saved_tensors
         gradients = _recompute(operands, target, weight, upstreams[:3], call)
         results = handed_back(gradients, needs, ctx.dtypes)
-    return *results, None, None, [None] * ctx.upstreams, *(None,) * 13
+    return *results, None, None, [None] * ctx.upstreams, *(None,) * 14
 
 
 def _recompute(
@@ -149,7 +152,7 @@ def _recompute(
         zero if u is None else u.expand(target.shape).contiguous() for u in upstreams
     )
     upstream = [losses] if lse is entropy is zero else [losses, lse, entropy]
-    return HEAD.native(*operands, target, weight, upstream, None, *call.flat())[4:]
+    return HEAD.native(*operands, target, weight, upstream, None, *call.flat())[-3:]
 
 
 torch.library.register_autograd(
@@ -163,8 +166,9 @@ def linear_rows(
     weight: Tensor | None,
     call: HeadCall,
     divisor: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses (or their sum), lse, entropy and is_top1 of a head over flat rows.
+) -> tuple[Tensor, ...]:
+    """Losses (or their sum), lse, entropy, is_top1, mean_logits and log_sum_sq_probs of a head over
+    flat rows.
 
     Args:
         operands: input (T, H), linear_weight (V, H), linear_bias (V,) or None.
@@ -173,4 +177,4 @@ def linear_rows(
         call: as `HeadCall.planned` makes it.
         divisor: (), of a sum and its gradients.
     """
-    return HEAD.native(*operands, target, weight, [], divisor, *call.flat())[:4]
+    return HEAD.native(*operands, target, weight, [], divisor, *call.flat())[:6]

@@ -261,7 +261,9 @@ class _VocabParallel(torch.autograd.Function):
         outputs = _through_head(operands, target, weight, known, call, shard)
         ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in operands)
         ctx.call, ctx.shard, ctx.kept = call, shard, any(call.needs)
-        ctx.save_for_backward(*(outputs[4:] if ctx.kept else (*operands, target, weight, known)))
+        ctx.save_for_backward(
+            *(outputs.gradients if ctx.kept else (*operands, target, weight, known))
+        )
         return outputs.losses.sum() if call.summed else outputs.losses
 
     @staticmethod
@@ -274,7 +276,7 @@ class _VocabParallel(torch.autograd.Function):
             *operands, target, weight, known = ctx.saved_tensors
             call = ctx.call._replace(needs=needs, summed=False)
             outputs = _through_head(operands, target, weight, known, call, ctx.shard, upstream)
-            results = handed_back(outputs[4:], needs, ctx.dtypes)
+            results = handed_back(outputs.gradients, needs, ctx.dtypes)
         return *results, None, None, None, None
 
 

@@ -238,7 +238,7 @@ LOSS = (
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        ("trl.trainer.utils", "TRL's trainers compute their loss by a fused head of their own"),
+        ("trl.trainer.utils", "TRL computes the loss by a fused head of its own"),
         pytest.param(
             "liger_kernel.transformers.model.llama",
             "nothing called the output head: Liger computes the loss",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,10 +92,10 @@ def test_shapes_empty_batches_and_ignored_rows():
     x, head, _, _ = make(6, 5, 7)
     target = torch.tensor([[0, -100, 2], [6, -100, 1]], dtype=torch.int32)
     result = linear_log_probs(x.view(2, 3, 5), head, target)
-    assert all(value.shape == (2, 3) and not value[:, 1].any() for value in result)
+    assert all(value.shape == (2, 3) and not value[:, 1].any() for value in result[:4])
     leaf = head.requires_grad_()
     empty = linear_log_probs(x[:0], leaf, torch.zeros(0, dtype=torch.int64))
-    assert all(value.shape == (0,) for value in empty)
+    assert all(value.shape == (0,) for value in empty[:4])
     assert not torch.autograd.grad(empty.log_probs.sum(), leaf)[0].any()
 
 
@@ -219,3 +221,95 @@ def test_a_sum_of_no_token_over_no_items_has_zero_gradients():
     loss = linear_token_loss(x, weight, target, lambda tokens: -tokens.log_probs)
     (loss / torch.tensor(0)).backward()
     assert not x.grad.any() and not weight.grad.any()
+
+
+def plain_moments(x, head, target, *, linear_bias=None, upcast=True, **options):
+    logits = oracle.capped(F.linear(x, head, linear_bias), **options)
+    logits = logits.float() if upcast else logits
+    squares = (2 * logits.log_softmax(-1)).logsumexp(-1)
+    return [torch.where(target != -100, values, 0.0) for values in (logits.mean(-1), squares)]
+
+
+MOMENTS = {"mean_logits": True, "log_sum_sq_probs": True}
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+@pytest.mark.parametrize("options", LOGITS.values(), ids=LOGITS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (63, 1, 15), (63, 33, 507)])
+def test_mean_logits_and_how_peaked_a_token_is(impl, dtype, options, shape, poisoned_empty):
+    if impl == "cpp" and dtype not in DTYPES:
+        pytest.skip("the C++ kernel takes fp32 and bf16")
+    x, head, bias, target = make(*shape, dtype)
+    given = {"linear_bias": bias, "impl": impl, "chunk_rows": 8, **options}
+    result = linear_log_probs(x, head, target, **given, **MOMENTS)
+    plain = plain_moments(
+        x, head, target, linear_bias=bias, upcast=dtype != torch.float64, **options
+    )
+    truth = plain_moments(
+        *(t.double() for t in (x, head)), target, linear_bias=bias.double(), upcast=False, **options
+    )
+    for name, rival, exact in zip(MOMENTS, plain, truth, strict=True):
+        alone = linear_log_probs(x, head, target, **given, **{name: True})
+        for tokens in (result, alone):
+            ours = getattr(tokens, name)
+            assert not ours.requires_grad
+            assert ours.dtype == torch.promote_types(dtype, torch.float32)
+            assert_no_worse(ours, rival, exact, name, terms=sum(shape))
+        assert all(map(torch.equal, alone[:4], result[:4])) and alone.count(None) == 1
+    assert linear_log_probs(x, head, target, **given)[4:] == (None, None)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_gradients_do_not_depend_on_the_moments(frozen):
+    x, head, bias, target = make(63, 33, 507)
+    results = []
+    for extra in ({}, MOMENTS):
+        leaves = leaves_of(x) if frozen else leaves_of(x, head, bias)
+        operands = (leaves[0], head, bias) if frozen else leaves
+        tokens = linear_log_probs(
+            operands[0], operands[1], target, linear_bias=operands[2], **LOGITS["softcap"], **extra
+        )
+        results.append(torch.autograd.grad((tokens.log_probs + tokens.entropy).sum(), leaves))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("margin", [25.0, 60.0])
+def test_how_peaked_a_token_is_where_one_class_leads_by_far(margin):
+    """-2 times what the others have: 1 - p rounds to 0 in fp32."""
+    logits = torch.zeros(3, 9)
+    logits[:, 4] = margin
+    result = linear_log_probs(
+        logits, torch.eye(9), torch.tensor([4, 0, -100]), log_sum_sq_probs=True
+    ).log_sum_sq_probs
+    exact = -2 * torch.tensor([8.0, 8.0, 0.0], dtype=torch.float64) * math.exp(-margin)
+    torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=0.0)
+
+
+def test_moments_of_nothing():
+    x, head, _, _ = make(6, 5, 7)
+    ignored = linear_log_probs(x, head, torch.full((6,), -100), **MOMENTS)
+    assert all(value.shape == (6,) and not value.any() for value in ignored)
+    empty = linear_log_probs(x[:0].view(2, 0, 5), head, torch.zeros(2, 0).long(), **MOMENTS)
+    assert all(value.shape == (2, 0) for value in empty)
+    x[0] = torch.nan  # hidden states of rows that are ignored say nothing
+    target = torch.tensor([-100, 1, 2, 3, 4, 5])
+    assert not any(v.isnan().any() for v in linear_log_probs(x, head, target, **MOMENTS))
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments_under_autocast_and_compiled(name):
+    x, head, _, target = make(9, 5, 15)
+
+    def compute(x, head):
+        return getattr(linear_log_probs(x, head, target, **{name: True}), name)
+
+    compiled = torch.compile(compute, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, head), compute(x, head))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = compute(x, head)
+    truth = plain_moments(x.double(), head.double(), target, upcast=False)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(
+        result.double(), truth[list(MOMENTS).index(name)], rtol=2e-2, atol=2e-2
+    )

@@ -12,7 +12,7 @@ import contextlib
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.foreign import (
     base_model,
+    casts_head_to_fp32,
+    fused_head,
     has_sharded_parts,
     is_4bit,
     is_adapter,
@@ -28,11 +30,13 @@ from fastft.foreign import (
     is_exporting,
     operands_of_4bit,
     output_embeddings,
+    put_attributes,
     sharding_library,
     shares_a_resharded_unit,
 )
 from fastft.loss.lazy.adapters import AdaptedForward
 from fastft.loss.lazy.evaluation import Evaluation, Held
+from fastft.loss.lazy.fused_head import FusedHeadForward
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
 from fastft.stack import callers
@@ -70,6 +74,15 @@ class Sharding:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._computes_loss = False
 
+    @contextlib.contextmanager
+    def loss_inside(self) -> Iterator[None]:
+        """Within, what is made of the logits is returned by the model's forward."""
+        before, self._computes_loss = self._computes_loss, True
+        try:
+            yield
+        finally:
+            self._computes_loss = before
+
     def reason_now(self) -> str | None:
         """Why this forward pass needs real logits; None where the model computes the loss."""
         if not self._computes_loss:
@@ -105,12 +118,22 @@ class Sharding:
         return check
 
 
+class _Asked(NamedTuple):
+    """What somebody around the model's forward pass makes of its logits, in any mode of the model.
+
+    `report`: where that is counted. `fp32`: whether the head's products are those of fp32 copies.
+    """
+
+    report: Report
+    fp32: bool
+
+
 class LazyForward:
     """The `forward` of an attached head: lazy in training, and in an `Evaluation`.
 
-    In training it is lazy where gradients are recorded, and where `reads` says that a loss reads
-    logits without them. It copies and pickles as the method that the module's class has, so that a
-    copy of the model is a stock one.
+    In training it is lazy where gradients are recorded, where `reads` says that a loss reads logits
+    without them, and in any mode while it is `asked`. It copies and pickles as the method that the
+    module's class has, so that a copy of the model is a stock one.
     """
 
     def __init__(
@@ -130,12 +153,16 @@ class LazyForward:
         self.evaluation = evaluation
         self.reads, self.held = reads, held
         self.adapted: list[AdaptedForward] = []
+        self._asked: _Asked | None = None
         self._outside_compiled = torch.compiler.disable(self._forward)
+        own = vars(head).get("forward")
+        self._own = own if casts_head_to_fp32(own) else None
+        self._restore = put_attributes(head, forward=self)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`nn.Linear.forward`: lazy logits or stock ones."""
         if is_exporting():  # a graph that is kept has no place for us
-            return type(self.head).forward(self.head, input, *args, **kwargs)
+            return self._real(input, *args, **kwargs)
         return self._outside_compiled(input, *args, **kwargs)
 
     def _forward(
@@ -151,32 +178,58 @@ class LazyForward:
             return fastft_task(input, head.weight, head.bias)
         make = None if args or kwargs else self.maker(input)
         if make is None:
-            return type(head).forward(head, input, *args, **kwargs)
+            return self._real(input, *args, **kwargs)
         if not is_4bit(head):
             return make(input, head.weight, head.bias, head)
         # its 4 bits are not autocast's affair
         with torch.autocast(input.device.type, enabled=False):
             return make(*operands_of_4bit(head, input)).to(input.dtype)
 
+    def _real(self, *args: Any, **kwargs: Any) -> Any:
+        """Real logits."""
+        if self._own is not None:
+            return self._own(*args, **kwargs)
+        return type(self.head).forward(self.head, *args, **kwargs)
+
     def maker(self, input: Tensor) -> Callable[..., Tensor] | None:
         """What makes lazy logits in this forward pass, of an input, a weight, a bias, and the head
         that can be entered again for them; None where logits are to be real, and the report gets
         why."""
         is_meant, evaluation = self._purpose()
-        report = self.report if evaluation is None else evaluation.report
+        report, asked = self.report if evaluation is None else evaluation.report, self._asked
+        report = report if asked is None else asked.report
         if not is_meant or not self._can_be_lazy(input, evaluation, report):
             return None
         check = None if self.sharding is None else self.sharding.permission()
 
         def make(x: Tensor, weight: Tensor, bias: Tensor | None, head: Any = None) -> Tensor:
             held = self.held if weight.requires_grad else None
-            return lazy_linear(x, weight, bias, report, head, check, evaluation, held)
+            rest = report, head, check, evaluation, held
+            if asked is None or not asked.fp32:
+                return lazy_linear(x, weight, bias, *rest)
+            wide = None if bias is None else bias.float()
+            with torch.autocast(x.device.type, enabled=False):
+                return lazy_linear(x.float(), weight.float(), wide, *rest)
 
         return make
+
+    @contextlib.contextmanager
+    def asked(self, report: Report, fp32: bool) -> Iterator[None]:
+        """Within, the logits are lazy in any mode: whoever enters this is around the model's
+        forward pass, and returns what it makes of them."""
+        with contextlib.ExitStack() as stack:
+            if self.sharding is not None:
+                stack.enter_context(self.sharding.loss_inside())
+            stack.callback(setattr, self, "_asked", self._asked)
+            self._asked = _Asked(report, fp32)
+            yield
 
     def _purpose(self) -> tuple[bool, Evaluation | None]:
         """Whether this is a forward pass of a training, or of an evaluation inside one, and of
         which."""
+        # TRL's own forward of a head in fp32 is left as it is but for those who ask for fp32
+        if self._asked is not None or self._own is not None:
+            return self._asked is not None, None
         if torch.is_grad_enabled():
             return self.head.training, None
         evaluation = None if self.head.training else self.evaluation
@@ -193,19 +246,22 @@ class LazyForward:
         is_any = torch.is_autocast_enabled(input.device.type) or is_4bit(self.head)
         if input.dtype != self.head.weight.dtype and not is_any:
             return False  # torch says what is wrong
-        reason = self._reason_now(evaluation)
-        if reason is not None and reason not in report.skipped:
-            report.skipped.append(reason)
+        if type(self.head.weight) in (Tensor, nn.Parameter) or is_4bit(self.head):
+            reason = self.reason_now(evaluation)
+        else:
+            reason = f"the weight of the output head is a {type(self.head.weight).__name__}"
+        if reason is not None:
+            report.note_skipped(reason)
         return reason is None
 
-    def _reason_now(self, evaluation: Evaluation | None) -> str | None:
+    def reason_now(self, evaluation: Evaluation | None = None) -> str | None:
         """What forbids lazy logits in this forward pass alone."""
-        if type(self.head.weight) not in (Tensor, nn.Parameter) and not is_4bit(self.head):
-            return f"the weight of the output head is a {type(self.head.weight).__name__}"
         # its logits are read after the forward pass, when the shards are gone
         sharding, everywhere = self.sharding, torch.nn.modules.module
         if evaluation is not None or not torch.is_grad_enabled():
-            return None if sharding is None else f"the output head is sharded by {sharding.library}"
+            if sharding is not None and self._asked is None:
+                return f"the output head is sharded by {sharding.library}"
+            return None if sharding is None else sharding.reason_now()
         hooks = [everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks]
         hooks += [part for m in self.around for part in (m._backward_hooks, m._backward_pre_hooks)]
         if any(hooks):
@@ -214,8 +270,7 @@ class LazyForward:
 
     def remove(self) -> None:
         """Takes the head back to stock, if it is still ours."""
-        if self.head.__dict__.get("forward") is self:
-            del self.head.__dict__["forward"]
+        self._restore()
         if self.sharding is not None:
             self.sharding.remove()
         for adapted in self.adapted:
@@ -228,8 +283,9 @@ class LazyForward:
 class Attachment:
     """The heads of `model` that return lazy logits until `remove()`.
 
-    They do so in training and, if it is given, in `evaluation`. A head that another attachment
-    holds is taken from it: after an exception nobody else may be there to end that one.
+    They do so in training and, if it is given, in `evaluation`, and where TRL asks a model with its
+    fused head for log-probabilities. A head that another attachment holds is taken from it: after
+    an exception nobody else may be there to end that one.
 
     Args:
         references: other models whose logits the same loss reads, a teacher for example.
@@ -249,6 +305,7 @@ class Attachment:
         self.heads: list[nn.Linear] = []
         self._reads, self._held = reads, Held()
         self._forwards: list[LazyForward] = []
+        self.fused_heads: list[FusedHeadForward] = []
         self._hook: Any = None
         if isinstance(model, nn.DataParallel):
             self.report.skipped.append(
@@ -262,12 +319,25 @@ class Attachment:
             self.report.skipped.append(_why_no_head(model))
         if not self.heads:
             return
-        others = ((other, head) for other in references for head in find_heads(other))
-        for other, head in others:
-            if all(forward.head is not head for forward in self._forwards):
-                self._attach(other, head, None)  # which no step changes
+        self._answer_for(model)
+        for other in references:
+            for head in find_heads(other):
+                if all(forward.head is not head for forward in self._forwards):
+                    self._attach(other, head, None)  # which no step changes
+            self._answer_for(other)
         held = self._held  # not the attachment, nor through it the model
         self._hook = register_optimizer_step_pre_hook(lambda *_: held.settle())
+
+    def _answer_for(self, model: nn.Module) -> None:
+        """Takes the place of TRL's fused head, where `model` has one and a head of ours."""
+        base, heads = base_model(model), find_heads(model)
+        former, known = vars(base).get("forward"), fused_head(base)
+        if isinstance(former, FusedHeadForward):
+            former.remove()
+        ours = [one for one in self._forwards if any(one.head is head for head in heads)]
+        if known is not None and ours:
+            one = FusedHeadForward(base, known, ours, self.report, self.evaluation)
+            self.fused_heads.append(one)
 
     def _attach(self, model: nn.Module, head: nn.Linear, held: Held | None) -> bool:
         stale = head.__dict__.get("forward")
@@ -288,7 +358,6 @@ class Attachment:
         forward = LazyForward(
             head, around, sharding, self.report, self.evaluation, self._reads, held
         )
-        head.forward = forward  # type: ignore[method-assign]
         forward.adapted = [
             AdaptedForward(layer, forward)
             for layer in around
@@ -304,6 +373,8 @@ class Attachment:
         self._held.settle()
         if self.evaluation is not None:
             self.evaluation.settle()
+        for head in self.fused_heads:
+            head.remove()
         if self._hook is not None:
             self._hook.remove()
         for forward in self._forwards:
@@ -371,7 +442,7 @@ def _why_no_head(model: nn.Module) -> str:
 def _linear_parts(module: nn.Module) -> list[nn.Linear]:
     inside: Any = module
     if type(module).__name__ == "ModulesToSaveWrapper":
-        parts = [*inside.modules_to_save.values()]
+        parts = [*inside.modules_to_save.values(), inside.original_module]
     elif type(module).__name__ == "TrainableTokensWrapper":
         parts = [inside.token_adapter]
     elif is_adapter(module):
@@ -391,6 +462,8 @@ def _reason_against(head: nn.Linear) -> str | None:
             f"time it is read (by torch.nn.utils.parametrize, or a property)"
         )
     own = head.__dict__.get("forward")
+    if casts_head_to_fp32(own):
+        return None
     is_stock = isinstance(own, types.MethodType) and own.__func__ is nn.Linear.forward
     if own is not None and not (is_stock and own.__self__ is head):
         return "the output head's forward is patched by somebody else"
@@ -418,8 +491,9 @@ def fused_loss(model: nn.Module, *references: nn.Module) -> Iterator[Report]:
 
     The output head returns lazy logits in training mode; any loss which the model, or the loop,
     computes of them by `torch.nn.functional.cross_entropy`, `nll_loss`, `log_softmax` and `gather`,
-    ... is fused; any other use computes real logits and is still right. Evaluation, and forward
-    passes without gradients, are stock, except those of `references`.
+    ... is fused, and so are the log-probabilities that TRL's trainers ask for; any other use
+    computes real logits and is still right. Evaluation, and forward passes without gradients, are
+    stock, except those of `references` and what TRL asks for.
 
     Args:
         model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers

@@ -21,6 +21,11 @@ class Report:
     materialised: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
+    def note_skipped(self, reason: str) -> None:
+        """Remembers why logits are real, each reason once."""
+        if reason not in self.skipped:
+            self.skipped.append(reason)
+
     def note_materialised(self, function: str) -> None:
         """Remembers the caller of `function`."""
         place = f"{function} at {_caller()}"
