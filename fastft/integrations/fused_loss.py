@@ -38,8 +38,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, tor
 class FusedLossCallback(PackingCallback):
     """Computes a model's loss without ever holding logits, from train begin to train end.
 
-    A loss that reads the logits of the Trainer's other models too (`teacher_model`, `ref_model`), or
-    of the model without its adapters, holds none of theirs: in a training step forward passes
+    A loss that reads the logits of the Trainer's other models too (`teacher_model`, `ref_model`),
+    or of the model without its adapters, holds none of theirs: in a training step forward passes
     without gradients are lazy as well.
 
     So are evaluations inside `train()`. There `preprocess_logits_for_metrics` gets lazy
