@@ -270,9 +270,9 @@ def pack(
         plan, seed = balanced(plan, balance, max_sequences), seed or 0
     # the policies after which a full pack may hold a part of an example
     may_cut = overlong in ("truncate", "split")
-    overlong_ones = (lengths > max_tokens).nonzero() if may_cut else []
-    if len(overlong_ones):  # the first of them tells now what would be an error in training
-        refuse_images(dataset[int(overlong_ones[0])], max_tokens)
+    # the first that is too long tells now what would be an error in training
+    if may_cut and bool((lengths > max_tokens).any()):
+        refuse_images(dataset[int((lengths > max_tokens).nonzero()[0])], max_tokens)
     return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=may_cut)
 
 

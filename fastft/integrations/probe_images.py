@@ -63,8 +63,10 @@ class ImageExamples:
 
 
 def image_examples(model: nn.Module, examples: Sequence[Example]) -> ImageExamples | None:
-    """Chooses the shortest of the first examples, without the tokens that are masked and what `model` does not
-    take, and with their images at different places; None where no example has an image.
+    """Chooses the shortest of the first examples; None where none of these has an image.
+
+    They are without the tokens that are masked and what `model` does not take, and their images are
+    at different places.
 
     Raises:
         ValueError: an example has no `input_ids`.

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 import fastft
+from fastft.integrations.plug import Plugged
 
 
 def inner(trainer):
@@ -241,6 +242,22 @@ def test_trials_of_a_search_train_at_their_own_values(tmp_path, monkeypatch):
         assert inner(trainer).defaults["lr"] == rate
         assert plug.lines["optimizer"] == "AdamW, clipping inside"
     assert "clip_grad_norm_" not in vars(trainer.accelerator)
+
+
+def test_a_trainer_that_ray_has_sent_to_a_process_trains_at_the_values_of_its_copy(tmp_path):
+    cloudpickle = pytest.importorskip("cloudpickle")
+    trainer = trainer_of(tmp_path)
+    fastft.plug(trainer)
+    sent = cloudpickle.loads(cloudpickle.dumps(trainer))
+    plug = Plugged.of(sent)
+    sent.args.learning_rate = 3e-3
+    sent.train()
+    assert inner(sent).defaults["lr"] == 3e-3 and type(inner(sent)) is fastft.AdamW
+    assert plug.report.fused == 2 and plug.lines["optimizer"] == "AdamW, clipping inside"
+    assert trainer.optimizer is None and trainer.state.global_step == 0
+    stock = trainer_of(tmp_path, learning_rate=3e-3)
+    stock.train()
+    assert logged(sent) == pytest.approx(logged(stock), rel=1e-6)
 
 
 def test_a_restored_trainer_trains_with_its_own(tmp_path):

@@ -115,6 +115,7 @@ def test_target_probabilities(options, reduction):
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.way("fp16 parameters", loss="works")
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
 def test_mean(impl, dtype):
