@@ -135,7 +135,11 @@ TIMES = ("runtime", "per_second", "epoch", "step")
 
 def history(trainer):
     return [
-        {key: value for key, value in entry.items() if not key.endswith(TIMES)}
+        {
+            key: value
+            for key, value in entry.items()
+            if not key.endswith(TIMES) and not key.startswith("fastft/")
+        }
         for entry in trainer.state.log_history
     ]
 
