@@ -169,7 +169,7 @@ class LazyForward:
         check = None if self.sharding is None else self.sharding.permission()
 
         def make(x: Tensor, weight: Tensor, bias: Tensor | None, head: Any = None) -> Tensor:
-            held = self.held if weight.requires_grad else None
+            held = self.held if evaluation is None and weight.requires_grad else None
             return lazy_linear(x, weight, bias, report, head, check, evaluation, held)
 
         return make
