@@ -232,7 +232,8 @@ class LazyForward:
             shard: Shard | None = None,
         ) -> Tensor:
             # processes that compute logits together do not forget them at the same time
-            held = self.held if weight.requires_grad and shard is None else None
+            alone = evaluation is None and shard is None
+            held = self.held if alone and weight.requires_grad else None
             rest = report, head, check, evaluation, held, shard
             if asked is None or not asked.fp32:
                 return lazy_linear(x, weight, bias, *rest)
