@@ -96,8 +96,8 @@ class PackingPiece:
             if self.packing == COLLATE and self._divides_by_first_labels():
                 raise Unpackable(
                     "stock divides the loss of this model by a count of labels that has the first "
-                    "token of each text, which nothing predicts; packed batches have it not, and "
-                    "their loss would be larger"
+                    "token of each text, which nothing predicts; packed batches leave it out, "
+                    "and their loss would be larger"
                 )
         if self.packing != COLLATE:
             self._pack()
