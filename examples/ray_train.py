@@ -13,7 +13,7 @@ def train_of_a_worker() -> None:
     import stdlib_text
     from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
     from transformers import (
-        DataCollatorForLanguageModeling,
+        DataCollatorForSeq2Seq,
         LlamaConfig,
         LlamaForCausalLM,
         Trainer,
@@ -37,8 +37,8 @@ def train_of_a_worker() -> None:
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=[{"input_ids": example["input_ids"]} for example in examples],
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        train_dataset=examples,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels
         callbacks=[RayTrainReportCallback()],
     )
     plugged = fastft.plug(trainer)

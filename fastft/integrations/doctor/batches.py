@@ -25,7 +25,8 @@ from fastft.integrations.check_packing import find_leak
 from fastft.integrations.doctor.finding import Finding
 from fastft.integrations.doctor.model import end_tokens
 from fastft.integrations.implementations import STOCK
-from fastft.integrations.packing import PackingCallback, packing_collator
+from fastft.integrations.packed_loader import packing_collator
+from fastft.integrations.packing import PackingCallback
 from fastft.integrations.probe_rows import Batches
 
 MOST_BATCHES, MOST_SECONDS = 8, 30.0
