@@ -281,7 +281,9 @@ class Source:
             elif heads[at].requires_grad and not head.requires_grad:
                 of_theirs[Place("head", index)] = detached
         operands, versions = list(self.operands), list(self.versions)
-        for index, (operand, version) in enumerate(zip(other.operands, other.versions, strict=True)):
+        for index, (operand, version) in enumerate(
+            zip(other.operands, other.versions, strict=True)
+        ):
             known = zip(operands, versions, strict=True)
             both = [a is operand and then == version for a, then in known]
             at = both.index(True) if any(both) else len(operands)
