@@ -29,9 +29,9 @@ from fastft.data.packed import packs_of
 from fastft.data.processed import unbatched
 from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.foreign import base_model, with_attributes
-from fastft.integrations.probe import Probe, Trouble, kinds_of_tokens, stock_attention
-from fastft.integrations.probe_rows import Batches, Row, random_tokens, special_tokens
-from fastft.integrations.untouched import RandomStates
+from fastft.integrations.probe.probe import Probe, Trouble, kinds_of_tokens, stock_attention
+from fastft.integrations.probe.rows import Batches, Row, random_tokens, special_tokens
+from fastft.integrations.probe.untouched import RandomStates
 
 _LOOKED_AT, _PACKED = 8, 3  # examples of a dataset; of these, in the row
 _WORDS = 3  # in front of an example that is alike

@@ -26,13 +26,13 @@ from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.data.tasks.speech_seq2seq import ROW_TOKENS
 from fastft.integrations.packed_loader import packing_collator
 from fastft.integrations.packing import ROWS_ARE_CUT, PackingCallback
-from fastft.integrations.plug_collator import (
+from fastft.integrations.plug.collator import (
     PackedBatches,
     Unpackable,
     first_position,
     task_of,
 )
-from fastft.integrations.plug_sample import Sample, sample_of
+from fastft.integrations.plug.sample import Sample, sample_of
 from fastft.integrations.pool_segments import pool_segments
 
 COLLATE = "collate"
