@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 import fastft
-from fastft.integrations.packing import packing_collator
+from fastft.integrations.packed_loader import packing_collator
 
 slow = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from support.image_trainers import GEMMA, LLAVA, QWEN, Padded, image_trainer
 from support.trainers import logged
 
 import fastft
-from fastft.integrations.probe_images import image_examples
+from fastft.integrations.probe.images import image_examples
 
 WAYS = {
     "LLaVA and its kind": LLAVA,

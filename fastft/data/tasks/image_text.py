@@ -26,6 +26,7 @@ from fastft.data.processed import holds_images, tensor_of, unbatched
 from fastft.data.rows import Layout
 from fastft.data.tasks.causal_lm import CausalLM
 
+IMAGE_TEXT = "image_text_to_text"
 _SAY_WHAT_IS_REAL = ("image_sizes", "pixel_attention_mask")
 _SIZES = ("_thw", "_hws", "image_sizes")  # whose names end so: a row for each image
 _TOKENS = {"input_ids", "mm_token_type_ids", "token_type_ids"}  # of which models make positions

@@ -29,13 +29,12 @@ from fastft.loss.lazy.combined import (
     together,
 )
 from fastft.loss.lazy.evaluation import new_zeros, write
-from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state
+from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state, scale_and_softcap
 from fastft.loss.lazy.losses import (
     cross_entropy,
     gather,
     is_last,
     reduce,
-    scale_and_softcap,
     top,
     total,
 )

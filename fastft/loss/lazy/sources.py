@@ -247,9 +247,10 @@ class Source:
         return Source(tuple(heads)).with_operands(left)
 
     def with_operands(self, operands: Iterable[Tensor]) -> Source:
-        """The same with more operands."""
-        found = (*self.operands, *operands)
-        return replace(self, operands=found, versions=_versions(found))
+        """The same with more operands, as they are now."""
+        more = tuple(operands)
+        versions = (*self.versions, *_versions(more))
+        return replace(self, operands=(*self.operands, *more), versions=versions)
 
     def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Source:
         """A view or a selection of the rows."""
@@ -267,38 +268,38 @@ class Source:
         self, other: Source
     ) -> tuple[Source, dict[Place, Expression], dict[Place, Expression]]:
         """Both, and what stands for the places of each. A head that both have is there once."""
-        heads, operands = list(self.heads), list(self.operands)
-        of_mine: dict[Place, Expression] = {}
-        of_theirs: dict[Place, Expression] = {}
+        heads, of_mine, of_theirs = list(self.heads), {}, {}
         for index, head in enumerate(other.heads):
-            shared = [at for at, mine in enumerate(heads) if mine.shares_with(head)]
-            at = shared[0] if shared else len(heads)
+            at = next((at for at, mine in enumerate(heads) if mine.shares_with(head)), len(heads))
             place = Place("head", at)
             detached = Recorded(Tensor.detach, (place,), {}, autocast_state(self.device.type))
             of_theirs[Place("head", index)] = place
-            if not shared:
+            if at == len(heads):
                 heads.append(head)
             elif head.requires_grad and not heads[at].requires_grad:
                 heads[at], of_mine[place] = head, detached
             elif heads[at].requires_grad and not head.requires_grad:
                 of_theirs[Place("head", index)] = detached
-        for index, operand in enumerate(other.operands):
-            at = next((at for at, mine in enumerate(operands) if mine is operand), len(operands))
-            operands[at:] = operands[at:] or [operand]
+        operands, versions = list(self.operands), list(self.versions)
+        for index, (operand, version) in enumerate(
+            zip(other.operands, other.versions, strict=True)
+        ):
+            known = zip(operands, versions, strict=True)
+            both = [a is operand and then == version for a, then in known]
+            at = both.index(True) if any(both) else len(operands)
+            if at == len(operands):
+                operands.append(operand)
+                versions.append(version)
             of_theirs[Place("operand", index)] = Place("operand", at)
-        return Source(tuple(heads)).with_operands(operands), of_mine, of_theirs
-
-    def same_as(self, other: Source) -> bool:
-        """Whether both are made of the same tensors."""
-        mine, theirs = self.tensors, other.tensors
-        return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+        return Source(tuple(heads), tuple(operands), tuple(versions)), of_mine, of_theirs
 
     def detached(self) -> Source:
         """The same numbers without their history; the very same where there is none."""
         if not any(tensor is not None and tensor.requires_grad for tensor in self.tensors):
             return self
         heads = tuple(head.detached() for head in self.heads)
-        return Source(heads).with_operands(operand.detach() for operand in self.operands)
+        operands = tuple(operand.detach() for operand in self.operands)
+        return replace(self, heads=heads, operands=operands)
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError when a tensor is not what it was."""
