@@ -1,5 +1,5 @@
 """The fused loss in a training loop of one's own, with Accelerate: a small Llama on random tokens,
-on a CPU in seconds. Behind `accelerate launch` it runs on several processes as it is.
+on a CPU in seconds.
 
 python examples/accelerate_loop.py
 """

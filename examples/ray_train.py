@@ -11,6 +11,7 @@ from ray.train.torch import TorchTrainer
 
 def train_of_a_worker() -> None:
     import stdlib_text
+    import torch
     from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
     from transformers import (
         DataCollatorForSeq2Seq,
@@ -27,6 +28,7 @@ def train_of_a_worker() -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, **sizes))
     args = TrainingArguments(
         "checkpoints",
+        use_cpu=not torch.cuda.is_available(),  # else each worker would train alone
         per_device_train_batch_size=4,
         max_steps=10,
         learning_rate=1e-3,

@@ -13,7 +13,7 @@ from torch import nn
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import PackedDataset, packs_of
 from fastft.foreign import inner_loader
-from fastft.integrations.probe_rows import Batches
+from fastft.integrations.probe.rows import Batches
 
 
 def packing_collator(dataloader: Any) -> PackingCollator | None:

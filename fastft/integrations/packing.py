@@ -26,7 +26,6 @@ from fastft.foreign import (
     unwrapped,
 )
 from fastft.integrations.block_mask import block_mask
-from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict
 from fastft.integrations.implementations import switched
 from fastft.integrations.optimizer_check import check_optimizer, gradients_are_lost
 from fastft.integrations.packed_loader import (
@@ -36,8 +35,10 @@ from fastft.integrations.packed_loader import (
     size_of_batches,
 )
 from fastft.integrations.pool_segments import pool_segments
-from fastft.integrations.probe_images import examples_in, image_examples
-from fastft.integrations.probe_rows import Batches
+from fastft.integrations.probe.check_packing import PackingLeakError, Unasked, Verdict
+from fastft.integrations.probe.images import examples_in, image_examples
+from fastft.integrations.probe.rows import Batches
+from fastft.integrations.probe.verdicts import verdict_of
 from fastft.integrations.rows_as_examples import (
     A_ROW_FOR_EACH,
     labels_meet_rows,
@@ -47,7 +48,6 @@ from fastft.integrations.rows_as_examples import (
     warn_of_repeats,
 )
 from fastft.integrations.run_record import record_run
-from fastft.integrations.verdicts import verdict_of
 from fastft.optim.adamw import AdamW
 
 # below "transformers", so that its verbosity rules
@@ -313,8 +313,8 @@ class PackingCallback(TrainerCallback):
         images = image_examples(model, examples)
         if images is None:
             logger.warning(
-                f"fastft: packing of images is not checked, as none of the first {len(examples)} "
-                "examples has one"
+                "fastft: packing of images is not checked, as none of "
+                f"{len(examples)} examples from all over the dataset has one"
             )
         return replace(batches, images=images)
 

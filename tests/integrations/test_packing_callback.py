@@ -17,9 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastft
 from fastft.attention.attention import register_attention
-from fastft.integrations import packing, rows_as_examples, verdicts
-from fastft.integrations.check_packing import Verdict, find_leak
+from fastft.integrations import packing, rows_as_examples
 from fastft.integrations.pool_segments import is_pooled
+from fastft.integrations.probe import verdicts
+from fastft.integrations.probe.check_packing import Verdict, find_leak
 
 SIZES = {
     "hidden_size": 32,

@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback
 
 import fastft
 from fastft.commands.pieces import PIECES
-from fastft.integrations import plug as plug_module
-from fastft.integrations.plug import Plugged
+from fastft.integrations.plug import plug as plug_module
+from fastft.integrations.plug.plug import Plugged
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
 

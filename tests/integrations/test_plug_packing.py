@@ -14,9 +14,9 @@ from support.trainers import logged
 from transformers import Trainer
 
 import fastft
-from fastft.integrations import check_packing, verdicts
-from fastft.integrations.plug import Plugged
-from fastft.integrations.plug_collator import PackedBatches
+from fastft.integrations.plug.collator import PackedBatches
+from fastft.integrations.plug.plug import Plugged
+from fastft.integrations.probe import check_packing, verdicts
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
 

@@ -22,7 +22,7 @@ from fastft.loss.lazy.expressions import (
     autocast_state,
     scale_and_softcap,
 )
-from fastft.loss.lazy.shortcuts import picked, summed_over_classes
+from fastft.loss.lazy.shortcuts import picked, summed
 from fastft.loss.lazy.sources import Linear
 from fastft.loss.lazy.views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
@@ -71,7 +71,7 @@ def _short_sum(lazy: LazyLogits, name: str) -> Tensor | None:
         return None
     scale = found.scale / (lazy.shadow.shape[-1] if name == "mean" else 1)
     nothing = source.no_rows(lazy.expression)
-    return summed_over_classes(source.head, scale).to(getattr(torch, name)(nothing, dim=-1).dtype)
+    return summed(source.head, scale).to(getattr(torch, name)(nothing, dim=-1).dtype)
 
 
 def total(lazy: LazyLogits, name: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,8 +14,8 @@ from torch.utils.data import IterableDataset
 
 from fastft import foreign
 from fastft.data.keys import IGNORE_INDEX
-from fastft.integrations.plug_collator import Unpackable, rows_of, shifts_usually
-from fastft.integrations.untouched import RandomStates
+from fastft.integrations.plug.collator import Unpackable, rows_of, shifts_usually
+from fastft.integrations.probe.untouched import RandomStates
 
 _BATCHES = 4  # of the user's, which are looked at before training
 

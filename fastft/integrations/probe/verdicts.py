@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.foreign import base_model, class_name, modules_with_hooks, reason_not_to_run
-from fastft.integrations.check_packing import Verdict, judge
 from fastft.integrations.implementations import attention_configs
-from fastft.integrations.probe_rows import Batches
+from fastft.integrations.probe.check_packing import Verdict, judge
+from fastft.integrations.probe.rows import Batches
 
 # below "transformers", so that its verbosity rules
 logger = logging.get_logger(f"transformers.{__name__}")

@@ -27,7 +27,7 @@ from fastft.data.pack import Pack, examples_of, is_pack
 from fastft.data.processed import unbatched
 from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.foreign import base_model
-from fastft.integrations.probe_sounds import sound_key
+from fastft.integrations.probe.sounds import sound_key
 
 # what a collator that packs says beside positions, from which the same follows
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", MAX_LENGTH_Q, MAX_LENGTH_K, "seq_idx")

@@ -22,9 +22,9 @@ from transformers.utils import logging
 
 from fastft import foreign
 from fastft.integrations.packing import PackingCallback
-from fastft.integrations.plug_loss import LossPiece
-from fastft.integrations.plug_optimizer import OptimizerPiece
-from fastft.integrations.plug_packing import PackingPiece
+from fastft.integrations.plug.loss import LossPiece
+from fastft.integrations.plug.optimizer import OptimizerPiece
+from fastft.integrations.plug.packing import PackingPiece
 from fastft.loss.lazy.report import Report
 
 # below "transformers", so that its verbosity rules
