@@ -7,6 +7,7 @@ import torch
 import transformers
 from support.image_trainers import GEMMA, LLAVA, QWEN, Padded, image_trainer
 from support.trainers import logged
+from support.versions import images_looked_up
 
 import fastft
 from fastft.integrations.probe.images import image_examples
@@ -110,6 +111,7 @@ def test_a_collator_without_the_model_is_refused_where_positions_have_several_ax
         trainer.train()
 
 
+@images_looked_up
 def test_blocks_of_images_are_refused_without_our_attention(tmp_path):
     callback = fastft.PackingCallback(attention=False)
     trainer = image_trainer(tmp_path, GEMMA, packing, callbacks=[callback])
