@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from fastft.loss.lazy.expressions import (
     autocasting,
     evaluate,
 )
+from fastft.loss.lazy.selections import Selection
 from fastft.loss.row_functions import apply_to_rows
 
 if TYPE_CHECKING:
@@ -202,12 +203,14 @@ def _is_freed(weight: Tensor) -> bool:
 class Source:
     """The `heads` and `operands` of an expression, all of the same leading shape, or (V,).
 
-    `versions`: of the operands, when they came in.
+    `versions`: of the operands, when they came in. `selections`: what was picked out of expressions
+    of it, by logits that share the list.
     """
 
     heads: tuple[Linear, ...]
     operands: tuple[Tensor, ...] = ()
     versions: tuple[int, ...] = ()
+    selections: list[Selection] = field(default_factory=list)
 
     @property
     def head(self) -> Linear:
@@ -240,7 +243,8 @@ class Source:
     def with_operands(self, operands: Iterable[Tensor]) -> Source:
         """The same with more operands."""
         found = (*self.operands, *operands)
-        return replace(self, operands=found, versions=_versions(found))
+        known = list(self.selections)  # others may have other operands in these places
+        return replace(self, operands=found, versions=_versions(found), selections=known)
 
     def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Source:
         """A view or a selection of the rows."""
@@ -252,7 +256,7 @@ class Source:
 
     def with_head(self, head: Linear) -> Source:
         """The same of another first head."""
-        return replace(self, heads=(head, *self.heads[1:]))
+        return replace(self, heads=(head, *self.heads[1:]), selections=[])
 
     def joined(
         self, other: Source
@@ -277,7 +281,8 @@ class Source:
             at = next((at for at, mine in enumerate(operands) if mine is operand), len(operands))
             operands[at:] = operands[at:] or [operand]
             of_theirs[Place("operand", index)] = Place("operand", at)
-        return Source(tuple(heads)).with_operands(operands), of_mine, of_theirs
+        both = Source(tuple(heads), selections=self.selections).with_operands(operands)
+        return both, of_mine, of_theirs
 
     def same_as(self, other: Source) -> bool:
         """Whether both are made of the same tensors."""
@@ -289,7 +294,8 @@ class Source:
         if not any(tensor is not None and tensor.requires_grad for tensor in self.tensors):
             return self
         heads = tuple(head.detached() for head in self.heads)
-        return Source(heads).with_operands(operand.detach() for operand in self.operands)
+        operands = tuple(operand.detach() for operand in self.operands)
+        return replace(self, heads=heads, operands=operands)
 
     def check_unchanged(self) -> None:
         """Raises RuntimeError when a tensor is not what it was."""
