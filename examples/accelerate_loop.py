@@ -27,7 +27,7 @@ loader = torch.utils.data.DataLoader(tokens, batch_size=4, shuffle=True)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 model.train()
-with fastft.fused_loss(accelerator.unwrap_model(model)) as report:
+with fastft.fused_loss(model) as report:
     for ids in loader:
         with accelerator.accumulate(model):
             loss = model(input_ids=ids, labels=ids).loss

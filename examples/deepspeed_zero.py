@@ -10,7 +10,7 @@ Without GPUs accelerate runs DeepSpeed in one process alone: DS_ACCELERATOR=cpu 
 import stdlib_text
 import torch
 from transformers import (
-    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -48,8 +48,8 @@ model = LlamaForCausalLM(
 trainer = Trainer(
     model=model,
     args=args,
-    train_dataset=[{"input_ids": example["input_ids"]} for example in examples],
-    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    train_dataset=examples,
+    data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels
 )
 plugged = fastft.plug(trainer)
 trainer.train()

@@ -14,17 +14,17 @@ from trl import DPOConfig, DPOTrainer
 import fastft
 
 tokenizer, functions = stdlib_text.load(vocab_size=4096, max_tokens=128)
-masked = [sum(label == stdlib_text.IGNORED for label in each["labels"]) for each in functions[:64]]
-pairs = [
-    {
-        "prompt": tokenizer.decode(each["input_ids"][:cut]),
-        "chosen": tokenizer.decode(each["input_ids"][cut:]),
-        "rejected": tokenizer.decode(other["input_ids"][other_cut:]),
-    }
-    for each, cut, other, other_cut in zip(
-        functions, masked, reversed(functions[:64]), reversed(masked), strict=False
-    )
-]
+
+
+def prompt_and_body(function):
+    tokens, cut = function["input_ids"], function["labels"].count(stdlib_text.IGNORED)
+    return tokenizer.decode(tokens[:cut]), tokenizer.decode(tokens[cut:])
+
+
+pairs = []
+for function, other in zip(functions[:64], functions[64:128], strict=True):
+    prompt, body = prompt_and_body(function)
+    pairs.append({"prompt": prompt, "chosen": body, "rejected": prompt_and_body(other)[1]})
 model = LlamaForCausalLM(
     LlamaConfig(
         vocab_size=len(tokenizer),
@@ -45,7 +45,7 @@ trainer = DPOTrainer(
         logging_steps=5,
         save_strategy="no",
         report_to="none",
-        bf16=False,
+        bf16=False,  # TRL's default is True
     ),
     train_dataset=datasets.Dataset.from_list(pairs),
     processing_class=tokenizer,

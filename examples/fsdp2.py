@@ -46,9 +46,10 @@ with fastft.fused_loss(model) as report:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        dist.all_reduce(loss.detach_(), op=dist.ReduceOp.SUM)
+        mean = loss.detach() / world
+        dist.all_reduce(mean)
         if rank == 0:
-            print(f"loss {loss.item() / world:.3f}")
+            print(f"loss {mean.item():.3f}")
 if rank == 0:
     print(f"fused losses: {report.fused}")
 dist.destroy_process_group()

@@ -33,7 +33,12 @@ model = peft.get_peft_model(
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
-        "out/lora", max_steps=10, learning_rate=1e-2, logging_steps=1, report_to="none"
+        "out/lora",
+        max_steps=10,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
     ),
     train_dataset=examples,
     data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels

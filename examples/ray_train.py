@@ -11,9 +11,10 @@ from ray.train.torch import TorchTrainer
 
 def train_of_a_worker() -> None:
     import stdlib_text
+    import torch
     from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
     from transformers import (
-        DataCollatorForLanguageModeling,
+        DataCollatorForSeq2Seq,
         LlamaConfig,
         LlamaForCausalLM,
         Trainer,
@@ -27,6 +28,7 @@ def train_of_a_worker() -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, **sizes))
     args = TrainingArguments(
         "checkpoints",
+        use_cpu=not torch.cuda.is_available(),  # else each worker would train alone
         per_device_train_batch_size=4,
         max_steps=10,
         learning_rate=1e-3,
@@ -37,8 +39,8 @@ def train_of_a_worker() -> None:
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=[{"input_ids": example["input_ids"]} for example in examples],
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        train_dataset=examples,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels
         callbacks=[RayTrainReportCallback()],
     )
     plugged = fastft.plug(trainer)

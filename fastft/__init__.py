@@ -32,9 +32,9 @@ if TYPE_CHECKING or not _WAITS:
     from fastft.data.plan import plan_packs
     from fastft.data.tasks.seq2seq import seq2seq_masks
     from fastft.integrations.block_mask import block_mask
-    from fastft.integrations.check_packing import PackingLeakError, check_packing
     from fastft.integrations.clipping import fuse_clipping
     from fastft.integrations.pool_segments import pool_segments
+    from fastft.integrations.probe.check_packing import PackingLeakError, check_packing
     from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
     from fastft.loss.lazy.output_head import fused_loss
     from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
@@ -46,7 +46,7 @@ if TYPE_CHECKING or not _WAITS:
 if TYPE_CHECKING:
     from fastft.integrations.fused_loss import FusedLossCallback
     from fastft.integrations.packing import PackingCallback
-    from fastft.integrations.plug import plug
+    from fastft.integrations.plug.plug import plug
     from fastft.integrations.throughput import ThroughputCallback
 
 __version__ = "0.2.0"
@@ -88,7 +88,7 @@ _OF_TRANSFORMERS = {
     "FusedLossCallback": "fastft.integrations.fused_loss",
     "PackingCallback": "fastft.integrations.packing",
     "ThroughputCallback": "fastft.integrations.throughput",
-    "plug": "fastft.integrations.plug",
+    "plug": "fastft.integrations.plug.plug",
 }
 
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -94,6 +95,11 @@ PRIVATE_NAMES = {
         "does the model's code look its attention up by name"
     ),
     "transformers:PreTrainedModel._tp_size": "how many processes compute the same batch",
+    "transformers.distributed.tensor_parallel:TensorParallelLayer.install_forward": (
+        "the function that it leaves on a head knows the plan by the names `self`, `mesh` and "
+        "`original_forward`"
+    ),
+    "torch.distributed.tensor:_api.distribute_module": "a head's hook that gathers its output",
     "transformers:PreTrainedConfig._experts_implementation_internal": (
         "how a model's experts are computed, set without a check of the name"
     ),
@@ -417,6 +423,30 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def local_gradient(gradient: Any, parameter: Any) -> Any:
+    """This rank's part of a gradient, as it has one of the parameter.
+
+    Of DTensors the two may lie otherwise: backward leaves partial sums for the weights of a norm
+    under sequence parallelism, and a whole gradient for rows that do not divide evenly. All
+    processes of the mesh must call.
+    """
+    placements = getattr(parameter, "placements", None)
+    if is_dtensor(gradient) and gradient.placements != placements is not None:
+        gradient = gradient.redistribute(placements=placements)
+    return local(gradient)
+
+
+def summed(tensor: Any) -> Any:
+    """A DTensor without partial sums; anything else as it is. All processes of its mesh must
+    call."""
+    if not (is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements)):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    whole = [Replicate() if p.is_partial() else p for p in tensor.placements]
+    return tensor.redistribute(placements=whole)
+
+
 def sharded_like(part: Tensor, template: Any) -> Tensor:
     """`part` itself, or where `template` is a DTensor a DTensor of its shape with `part` as this
     rank's."""
@@ -440,6 +470,73 @@ def placed_like(value: Tensor, template: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, template.device_mesh, template.placements)
+
+
+class HeadPlan(NamedTuple):
+    """How a tensor-parallel plan runs a linear layer, so that all processes get its whole output.
+
+    `replicated`: makes of what the layer's forward gets a DTensor that every process has whole.
+    `returned`: makes of the whole output what forward has to return for it.
+    """
+
+    replicated: Callable[[Any], Any]
+    returned: Callable[[Any], Any]
+
+
+def head_plan(layer: nn.Linear) -> HeadPlan | None:
+    """The plan of a layer whose weight is a DTensor, by transformers (`colwise_gather_output`) or
+    torch (`ColwiseParallel(output_layouts=Replicate())`); None for any other."""
+    if not is_dtensor(layer._parameters.get("weight")):
+        return None
+    own = vars(layer).get("forward")
+    if getattr(own, "__module__", None) == "transformers.distributed.tensor_parallel":
+        return _plan_of_transformers(layer, own)
+    hooks = [*layer._forward_hooks.values()]
+    if own is None and len(hooks) == 1 and hooks[0].__module__ == "torch.distributed.tensor._api":
+        return _plan_of_torch(layer, hooks[0])
+    return None
+
+
+def _plan_of_transformers(layer: nn.Linear, forward: Any) -> HeadPlan | None:
+    # a function around the layer's own forward, which knows style and mesh
+    found: dict[str, Any] = {
+        name: cell.cell_contents
+        for name, cell in zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
+    }
+    inner, mesh = found.get("original_forward"), found.get("mesh")
+    style: Any = found.get("self")
+    if inner != types.MethodType(nn.Linear.forward, layer) or "ColwiseParallel" not in _class_names(
+        style
+    ):
+        return None
+    if not (style.use_local_output and style.output_layouts.is_replicate()):
+        return None
+
+    def replicated(input: Tensor) -> Any:
+        (placed, *_), _ = style.transform_inputs_pre_forward(layer, (input,), {}, mesh)
+        return placed
+
+    return HeadPlan(replicated, lambda output: output)
+
+
+class _Whole:
+    """Stands for a DTensor that every process has whole, for a hook that makes it a plain one."""
+
+    def __init__(self, output: Any) -> None:
+        from torch.distributed.tensor import Replicate
+
+        self.placements, self._output = (Replicate(),), output
+
+    def to_local(self) -> Any:
+        return self._output
+
+
+def _plan_of_torch(layer: nn.Linear, hook: Callable[..., Any]) -> HeadPlan | None:
+    output = object()
+    with contextlib.suppress(AttributeError):  # it wants another placement
+        if hook(layer, (), _Whole(output)) is output:
+            return HeadPlan(lambda placed: placed, _Whole)
+    return None
 
 
 def in_flat_parameter(tensor: Any) -> bool:
@@ -680,6 +777,11 @@ def rows_are_cut() -> bool:
     parallelism)."""
     sizes = (getattr(_parallelism(), name, None) or 1 for name in ("cp_size", "sp_size"))
     return any(size > 1 for size in sizes)
+
+
+def inner_loader(loader: Any) -> Any:
+    """The loader inside DeepSpeed's adapter for sequence parallelism; any other as it is."""
+    return loader.dl if "UlyssesSPDataLoaderAdapter" in _class_names(loader) else loader
 
 
 def _parallelism() -> Any:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from fastft.integrations.accelerator_loop import AcceleratorLoop
-    from fastft.integrations.recorder import RecordedLoop, Recorder
+    from fastft.integrations.recorder.recorder import RecordedLoop, Recorder
 
 _REFERENCES = ("stock", "noise", "fp32")
 
@@ -166,7 +166,7 @@ class RecordedScript:
 
     def _begin(self, trainer: Trainer) -> None:
         """A Trainer is going to train; the latest is the one that is recorded."""
-        from fastft.integrations.recorder import record
+        from fastft.integrations.recorder.recorder import record
 
         self.trace.error = None
         self._change(trainer.model, trainer.accelerator)
@@ -174,7 +174,7 @@ class RecordedScript:
 
     def _end(self, trainer: Trainer, error: BaseException | None) -> None:
         """A training has failed, which the script may catch, to train again."""
-        from fastft.integrations.recorder import RecorderCallback
+        from fastft.integrations.recorder.recorder import RecorderCallback
 
         trainer.remove_callback(RecorderCallback)
         if self._pieces:
@@ -187,7 +187,7 @@ class RecordedScript:
         """What plug made of a Trainer, now or in the script; None for a stock run."""
         if not self._pieces:
             return None
-        from fastft.integrations.plug import Plugged, plug
+        from fastft.integrations.plug.plug import Plugged, plug
 
         loss, optimizer = "loss" in self._pieces, "optimizer" in self._pieces
         return Plugged.of(trainer) or plug(
@@ -196,7 +196,7 @@ class RecordedScript:
 
     def _before(self, accelerator: Accelerator, objects: tuple[Any, ...]) -> None:
         """A loop of the script's own prepares something."""
-        from fastft.integrations.recorder import models_of
+        from fastft.integrations.recorder.recorder import models_of
 
         for model in models_of(objects):
             self._change(model, accelerator)
@@ -208,7 +208,7 @@ class RecordedScript:
             self._fast_loop.before(accelerator, objects)
 
     def _after(self, accelerator: Accelerator, prepared: tuple[Any, ...]) -> None:
-        from fastft.integrations.recorder import RecordedLoop
+        from fastft.integrations.recorder.recorder import RecordedLoop
 
         if self._fast_loop is not None:
             self._fast_loop.after(accelerator, prepared)
@@ -217,7 +217,7 @@ class RecordedScript:
         self._loop.prepared(accelerator, prepared)
 
     def _new_recorder(self, plugged: Any) -> Recorder:
-        from fastft.integrations.recorder import Recorder
+        from fastft.integrations.recorder.recorder import Recorder
 
         if self._recorder is not None:
             self._recorder.close()

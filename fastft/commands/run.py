@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from fastft.integrations.accelerator_loop import AcceleratorLoop
-    from fastft.integrations.plug import Plugged
+    from fastft.integrations.plug.plug import Plugged
 
 _NOTHING = (
     "nothing of fastft was used: this process trained no Trainer, and no Accelerator prepared a "
@@ -154,7 +154,7 @@ class _Run:
             self._close(error)
 
     def _begin(self, trainer: Trainer) -> None:
-        from fastft.integrations.plug import Plugged, plug  # it imports transformers
+        from fastft.integrations.plug.plug import Plugged, plug  # it imports transformers
 
         if trainer not in self._trainers:
             self._trainers[trainer] = _Training(type(trainer).__name__)
@@ -171,14 +171,14 @@ class _Run:
             self._take_off(trainer)  # the script may catch it and train again
 
     def _look(self, trainer: Trainer) -> None:
-        from fastft.integrations.plug import Plugged
+        from fastft.integrations.plug.plug import Plugged
 
         plugged = Plugged.of(trainer)
         if plugged is not None:
             self._trainers[trainer].look(plugged)
 
     def _take_off(self, trainer: Trainer) -> None:
-        from fastft.integrations.plug import Plugged
+        from fastft.integrations.plug.plug import Plugged
 
         plugged = Plugged.of(trainer)
         if plugged is not None and trainer in self._ours:

@@ -39,10 +39,10 @@ from transformers.models.auto.modeling_auto import (
 
 from fastft.data.collator import PackingCollator
 from fastft.foreign import base_model
-from fastft.integrations.check_packing import Verdict
 from fastft.integrations.clipping import fuse_clipping
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.integrations.packing import PackingCallback
+from fastft.integrations.probe.check_packing import Verdict
 from fastft.live_memory import LiveMemory, Peak
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_state import ready_state

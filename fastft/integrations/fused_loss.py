@@ -69,9 +69,9 @@ class FusedLossCallback(PackingCallback):
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
     label smoothing or a `compute_loss_func` it stays stock, and `report.skipped` says so.
     TRL's trainers ask the model's fused head for log-probabilities: those are answered too, for a
-    reference model as well, in training and in evaluations inside it. Tensor-parallel heads,
-    DataParallel, and models whose loss others compute (Liger, TRL's distillation) are left alone,
-    and a warning says so; so are classifiers, which have no vocabulary to save, without a warning.
+    reference model as well, in training and in evaluations inside it. DataParallel, and models
+    whose loss others compute (Liger, TRL's distillation), are left alone, and a warning says so; so
+    are classifiers, which have no vocabulary to save, without a warning.
 
     Trainer's last log of a training has the numbers of `report` and the share of padding, as
     `fastft/fused` and others (docs/throughput.md).
@@ -94,7 +94,7 @@ class FusedLossCallback(PackingCallback):
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
         self._trainer_name = ""
-        self._is_verifying = False
+        self._steps = _Steps()
         self._said, self._said_places, self._said_size = False, 0, False
 
     def on_train_begin(
@@ -114,7 +114,7 @@ class FusedLossCallback(PackingCallback):
             )
             return
         self._trainer_name = type(_trainer()).__name__
-        self._attachment = Attachment(model, evaluation, _other_models(), self._reads_logits)
+        self._attachment = Attachment(model, evaluation, _other_models(), self._steps)
         self._kept.callback(self._attachment.remove)
         if collator is not None:
             self._kept.callback(give_counted_labels(model, known_count))
@@ -234,9 +234,6 @@ class FusedLossCallback(PackingCallback):
                 if self._attachment is attachment:
                     self._attachment = None
 
-    def _reads_logits(self) -> bool:
-        return not self._is_verifying and _in_training_step()
-
     def _settle(self) -> int:
         evaluation = None if self._attachment is None else self._attachment.evaluation
         return 0 if evaluation is None else evaluation.take_built()
@@ -248,15 +245,16 @@ class FusedLossCallback(PackingCallback):
 
     def _verify_first_batch(self, model: nn.Module) -> None:
         stock: list[torch.Tensor | None] = []
+        steps = self._steps  # and not this callback, which the model would keep alive
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not stock and module.training:
-                self._is_verifying = True
+                steps.verifies = True
                 try:
                     with torch.no_grad(), torch.random.fork_rng():
                         stock.append(_loss_of(module.forward(*args, **kwargs)))
                 finally:
-                    self._is_verifying = False
+                    steps.verifies = False
 
         def after(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -294,13 +292,18 @@ def _in_evaluation_loop() -> bool:
     return False
 
 
-def _in_training_step() -> bool:
-    """Whether a step of a Trainer runs the model right now, for the logits of that pass alone."""
-    return not is_recomputed_or_generating() and any(
-        isinstance(frame.f_locals.get("self"), Trainer)
-        for frame in callers()
-        if frame.f_code.co_name in _STEPPING
-    )
+class _Steps:
+    """Tells whether a step of a Trainer runs the model right now, for the logits of that pass
+    alone; never while the stock model verifies."""
+
+    verifies = False
+
+    def __call__(self) -> bool:
+        return not (self.verifies or is_recomputed_or_generating()) and any(
+            isinstance(frame.f_locals.get("self"), Trainer)
+            for frame in callers()
+            if frame.f_code.co_name in _STEPPING
+        )
 
 
 def _trainer() -> Any:

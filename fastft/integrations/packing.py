@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import types
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,28 +11,42 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from fastft.attention.segments import keeps_segments, packed_attention
+from fastft.attention.segments import packed_attention
 from fastft.data.collator import PackingCollator
-from fastft.data.keys import LABEL_SEGMENTS
 from fastft.data.multi_axis import has_several_axes
-from fastft.data.packed import PackedDataset, packs_of
 from fastft.data.streaming import REFUSAL
+from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.foreign import (
     base_model,
     class_name,
     dispatches,
     is_compiled,
-    modules_with_hooks,
     reason_not_to_run,
+    rows_are_cut,
     unwrapped,
 )
 from fastft.integrations.block_mask import block_mask
-from fastft.integrations.check_packing import PackingLeakError, Unasked, Verdict, judge
-from fastft.integrations.implementations import attention_configs, switched
+from fastft.integrations.implementations import switched
 from fastft.integrations.optimizer_check import check_optimizer, gradients_are_lost
-from fastft.integrations.pool_segments import is_pooled, pool_segments
-from fastft.integrations.probe_images import TASK, examples_in, image_examples
-from fastft.integrations.probe_rows import Batches
+from fastft.integrations.packed_loader import (
+    batches_of,
+    described,
+    packing_collator,
+    size_of_batches,
+)
+from fastft.integrations.pool_segments import pool_segments
+from fastft.integrations.probe.check_packing import PackingLeakError, Unasked, Verdict
+from fastft.integrations.probe.images import examples_in, image_examples
+from fastft.integrations.probe.rows import Batches
+from fastft.integrations.probe.verdicts import verdict_of
+from fastft.integrations.rows_as_examples import (
+    A_ROW_FOR_EACH,
+    labels_meet_rows,
+    refuse_generation,
+    refuse_logits_of_rows,
+    say_what_trainer_counts,
+    warn_of_repeats,
+)
 from fastft.integrations.run_record import record_run
 from fastft.optim.adamw import AdamW
 
@@ -46,11 +56,11 @@ logger = logging.get_logger(f"transformers.{__name__}")
 _DATA_PARALLEL = (
     "DataParallel cuts a packed batch between its devices; start one process for each instead"
 )
-_PADDED = (
-    "PackingCollator(pad_examples=True) with train_dataset=fastft.pack(...) and eval_dataset the "
-    "dataset itself"
+ROWS_ARE_CUT = (
+    "context parallelism (cp_size) and sequence parallelism (sp_size) cut the rows of a batch "
+    "between processes, and the boundaries of packed sequences would be lost: leave these out, as "
+    "attention within packs takes memory in their length alone, or train unpacked batches"
 )
-_verdicts: dict[Any, Verdict] = {}
 # by model: the state, which Trainer makes for each training, and the callbacks of the latest one
 _trainings: weakref.WeakKeyDictionary[nn.Module, tuple[Any, weakref.WeakSet[PackingCallback]]] = (
     weakref.WeakKeyDictionary()
@@ -146,16 +156,17 @@ class PackingCallback(TrainerCallback):
         collator = packing_collator(loader)
         if collator is None:
             return None
-        _refuse_generation(args, collator)
+        refuse_generation(args, collator)
         self._pool(model, loader, collator)
         cut = [_DATA_PARALLEL] if args.n_gpu > 1 else []
         cut += [REFUSAL] if dispatches(loader) else []
+        cut += [ROWS_ARE_CUT] if rows_are_cut() else []
         for reason in cut:
             self._complain(reason)
-        _say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
+        say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
         self._refuse_one_axis(model, collator)
         batches = self._with_images(
-            model, loader, collator, _batches(loader, collator, _size_of_batches(loader, args))
+            model, loader, collator, batches_of(loader, collator, size_of_batches(loader, args))
         )
         # our attention breaks the compiler's graph, and would raise in a part of a batch
         compiled = args.torch_compile or is_compiled(model)
@@ -166,9 +177,9 @@ class PackingCallback(TrainerCallback):
     def _pool(self, model: nn.Module, loader: Any, collator: PackingCollator) -> None:
         """Gives a classifier a row of logits for each example, until `restore`; raises where it
         pools its tokens in a way that is not known."""
-        if _labels_meet_rows(model, loader, collator) and reason_not_to_run(unwrapped(model)):
-            _refuse_logits_of_rows(model, loader, collator)
-        elif _labels_meet_rows(model, loader, collator):
+        if labels_meet_rows(model, loader, collator) and reason_not_to_run(unwrapped(model)):
+            refuse_logits_of_rows(model, loader, collator)
+        elif labels_meet_rows(model, loader, collator):
             self._kept.callback(pool_segments(model).remove)
 
     def _keep_apart(self, model: nn.Module, verdict: Verdict) -> None:
@@ -227,7 +238,7 @@ class PackingCallback(TrainerCallback):
         if collator is None:
             return
         if not self._warned_of_repeats:
-            self._warned_of_repeats = _warn_of_repeats(args, loader, collator)
+            self._warned_of_repeats = warn_of_repeats(args, loader, collator)
         if not self._apart and not self._asked:
             self._check_evaluation(args, kwargs["model"], loader, collator)
             self._asked = True
@@ -254,14 +265,14 @@ class PackingCallback(TrainerCallback):
     ) -> None:
         """Complains where the model as it is, outside a training, does not keep the packed batch
         apart that it got."""
-        batches = _batches(loader, collator, getattr(args, "eval_batch_size", None))
+        batches = batches_of(loader, collator, getattr(args, "eval_batch_size", None))
         if collator.pad_examples and batches.max_tokens is None:
             return
-        _refuse_logits_of_rows(model, loader, collator)
+        refuse_logits_of_rows(model, loader, collator)
         self._refuse_one_axis(model, collator)
         batches = self._with_images(model, loader, collator, batches)
         try:
-            leak = _verdict(model, batches, args, as_it_is=True).leak
+            leak = verdict_of(model, batches, args, as_it_is=True).leak
         except ValueError as error:
             logger.warning(
                 f"fastft: whether this evaluation keeps packed sequences apart is not checked: "
@@ -272,24 +283,24 @@ class PackingCallback(TrainerCallback):
             self._complain(
                 "sequences are kept apart by the callback inside train() alone, and "
                 f"{class_name(model)} as it is does not do so: {leak}. The loop is evaluate() "
-                f"or predict() here; or evaluate with {_PADDED}",
+                f"or predict() here; or evaluate with {A_ROW_FOR_EACH}",
                 "evaluating",
             )
 
     def _refuse_one_axis(self, model: nn.Module, collator: PackingCollator) -> None:
         """Complains where a model's positions have several axes, and the batches' have one."""
-        if collator.task == TASK and collator.positions is None and has_several_axes(model):
+        if collator.task == IMAGE_TEXT and collator.positions is None and has_several_axes(model):
             name = type(base_model(model)).__name__
             self._complain(
                 f"{name} numbers the tokens of images on several axes (mRoPE), which the collator "
-                f"has to ask it for: PackingCollator(task={TASK!r}, model=model)"
+                f"has to ask it for: PackingCollator(task={IMAGE_TEXT!r}, model=model)"
             )
 
     def _with_images(
         self, model: nn.Module, loader: Any, collator: PackingCollator, batches: Batches
     ) -> Batches:
         """The description with some examples of the loader's, where these have images."""
-        if collator.task != TASK:
+        if collator.task != IMAGE_TEXT:
             return batches
         examples = examples_in(loader, collator, model)
         if examples is None:
@@ -312,7 +323,7 @@ class PackingCallback(TrainerCallback):
         if self._ahead is not None and reason_not_to_run(model) is not None:
             return self._ahead
         try:
-            return _verdict(model, batches, args, switch=switch)
+            return verdict_of(model, batches, args, switch=switch)
         except Unasked as error:
             self.probe = "not possible"
             logger.warning(f"fastft: packing is not checked: {error}")
@@ -351,15 +362,15 @@ class PackingCallback(TrainerCallback):
             return None  # it is moved later
         collator = packing_collator(loader)
         assert collator is not None
-        batches = _described(collator, max_tokens)
-        if collator.task == TASK:
+        batches = described(collator, max_tokens)
+        if collator.task == IMAGE_TEXT:
             examples = examples_in(loader, collator, model)
             if examples is None:
                 return "the images of an iterable dataset cannot be looked at before training"
             batches = replace(batches, images=image_examples(model, examples))
         name, compiled = class_name(model), args.torch_compile or is_compiled(model)
         try:
-            verdict = _verdict(model, batches, args, switch=self.attention and not compiled)
+            verdict = verdict_of(model, batches, args, switch=self.attention and not compiled)
         except Unasked:
             return None
         except ValueError as error:
@@ -400,212 +411,3 @@ def _training_begins(model: nn.Module, state: Any, callback: PackingCallback) ->
         callbacks = weakref.WeakSet()
     callbacks.add(callback)
     _trainings[base] = state, callbacks
-
-
-def packing_collator(dataloader: Any) -> PackingCollator | None:
-    """The collator of a loader's batches, also inside what calls it: wrappers, functions, methods,
-    partials."""
-    level: list[Any] = [getattr(dataloader, "collate_fn", None)]
-    seen: set[int] = set()
-    for _ in range(5):
-        for part in level:
-            if isinstance(part, PackingCollator):
-                return part
-        seen.update(map(id, level))
-        parts = (part for whole in level for part in _parts(whole) if id(part) not in seen)
-        level = [part for part in parts if callable(part) or hasattr(part, "data_collator")]
-    return None
-
-
-def _parts(whole: Any) -> Iterator[Any]:
-    """Yields what a callable refers to, without models and classes."""
-    if isinstance(whole, nn.Module | type):
-        return
-    if isinstance(whole, functools.partial):
-        yield from (whole.func, *whole.args, *whole.keywords.values())
-    elif isinstance(whole, types.MethodType):
-        yield from (whole.__self__, whole.__func__)
-    elif isinstance(whole, types.FunctionType):
-        for cell in whole.__closure__ or ():
-            with contextlib.suppress(ValueError):  # a cell that is empty
-                yield cell.cell_contents
-        yield from (
-            whole.__globals__[name] for name in whole.__code__.co_names if name in whole.__globals__
-        )
-    else:
-        yield from getattr(whole, "__dict__", {}).values()
-
-
-def _refuse_generation(args: TrainingArguments, collator: PackingCollator) -> None:
-    """Raises ValueError where Trainer would generate from rows that hold several examples."""
-    if getattr(args, "predict_with_generate", False) and not collator.pad_examples:
-        if collator.task == "speech_seq2seq":
-            raise ValueError(
-                "fastft: predict_with_generate=True would generate from packed batches; give the "
-                "Trainer your padding collator, and fastft.plug(trainer, packing='collate'), which "
-                "packs in training alone"
-            )
-        raise ValueError(
-            "fastft: predict_with_generate=True would generate one text for a row of several "
-            f"examples; use {_PADDED}, which then has a row for each example, or leave "
-            "predict_with_generate out"
-        )
-
-
-def _warn_of_repeats(args: TrainingArguments, loader: Any, collator: PackingCollator) -> bool:
-    """Warns, and says whether it did, where predictions of repeated examples would stay.
-
-    accelerate gives some examples out twice, so that all ranks have equally many, and takes their
-    predictions away again by counting rows. Rows of several examples it cannot count.
-    """
-    if (
-        args.world_size <= 1
-        or args.prediction_loss_only
-        or collator.task == "sequence_classification"  # pool_segments refuses these
-        or collator.rows >= args.per_device_eval_batch_size
-        or collator.pad_examples
-    ):
-        return False
-    try:
-        repeated = -len(loader.dataset) % (args.per_device_eval_batch_size * args.world_size)
-    except TypeError:  # an iterable dataset has no length
-        return False
-    if repeated:
-        logger.warning(
-            f"fastft: this evaluation has {repeated} examples (or packs) twice, so that ranks have "
-            "equally many. The loss leaves them out; predictions, and metrics computed from them, "
-            f"do not, as rows hold several examples. For a row each: {_PADDED}; or "
-            "rows=per_device_eval_batch_size"
-        )
-    return bool(repeated)
-
-
-def _labels_meet_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> bool:
-    """Whether labels of examples would meet logits of rows: torch broadcasts the two in a
-    regression."""
-    if collator.task != "sequence_classification" or is_pooled(model):
-        return False
-    padded = collator.pad_examples and packs_of(loader) is None
-    signature = inspect.signature(base_model(model).forward)
-    return not padded and LABEL_SEGMENTS not in signature.parameters
-
-
-def _refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollator) -> None:
-    """Raises ValueError where labels of examples would meet logits of rows."""
-    if _labels_meet_rows(model, loader, collator):
-        raise ValueError(
-            f"{type(base_model(model)).__name__} makes one row of logits of a row of several "
-            "examples: call fastft.pool_segments(model), which makes one of each example, before "
-            "the model is sharded, and before an evaluation outside of a training"
-        )
-
-
-def _batches(loader: Any, collator: PackingCollator, packs: int | None) -> Batches:
-    """Describes the loader's batches, of so many packs or examples; the longest row is known of
-    packs alone."""
-    dataset, longest = packs_of(loader), None
-    if packs is not None and dataset is not None:
-        tokens = (
-            dataset.plan.max_tokens if isinstance(dataset, PackedDataset) else dataset.max_tokens
-        )
-        longest = -(-packs // collator.rows) * tokens
-    return _described(collator, longest)
-
-
-def _described(collator: PackingCollator, longest: int | None) -> Batches:
-    """Describes batches of rows of at most `longest` tokens, before they are rounded up."""
-    if collator.task == "speech_seq2seq":
-        return Batches(collator.position_ids_start, collator.row_tokens, padded=True)
-    multiple = collator.pad_to_multiple_of or 1
-    longest = None if longest is None else longest + -longest % multiple
-    return Batches(
-        collator.position_ids_start, longest, collator.rows, collator.rows > 1 or multiple > 1
-    )
-
-
-def _size_of_batches(loader: Any, args: Any) -> int | None:
-    """How many packs or examples are in a batch."""
-    sampled: int | None = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return sampled or getattr(args, "train_batch_size", None)
-
-
-def _verdict(
-    model: nn.Module, batches: Batches, args: Any, *, as_it_is: bool = False, switch: bool = False
-) -> Verdict:
-    """Probes a model that keeps sequences apart; `as_it_is`: by its own means, if at all."""
-    hooked, elsewhere = modules_with_hooks(model), reason_not_to_run(model)
-    name = class_name(base_model(model))
-    if elsewhere is not None:
-        logger.info(
-            f"fastft: {elsewhere}: in its place the packing probe asks a small model of the class "
-            f"and configuration of {name}, with random weights"
-        )
-    if hooked:
-        names = ", ".join(hooked[:5]) + (" and others" if len(hooked) > 5 else "")
-        logger.warning(
-            f"fastft: the packing probe asks a twin of {name} ({elsewhere}), without the forward "
-            f"hooks of {names}"
-            if elsewhere is not None
-            else f"fastft: the packing probe runs {name} on batches of its own, which the forward "
-            f"hooks of {names} see too"
-        )
-    key = (_key(model, batches, args), as_it_is, as_it_is and keeps_segments(model), switch)
-    if key not in _verdicts or hooked:
-        with contextlib.nullcontext() if as_it_is else packed_attention(model):
-            _verdicts[key] = judge(model, batches, switch=switch)
-    return _verdicts[key]
-
-
-def _key(model: nn.Module, batches: Batches, args: Any) -> Any:
-    """Gathers all that a verdict may depend on, but weights and the code of hooks."""
-    adapters = getattr(model, "peft_config", {})
-    return (
-        batches,
-        tuple(
-            (name, type(module), _attributes(module))
-            for name, module in model.named_modules(remove_duplicate=False)
-        ),
-        tuple(
-            (str(vars(config)), config._attn_implementation) for config in attention_configs(model)
-        ),
-        frozenset((parameter.dtype, parameter.device.type) for parameter in model.parameters()),
-        str(adapters) + str(getattr(model, "active_adapter", None)),
-        (getattr(args, "bf16", None), getattr(args, "fp16", None)),
-    )
-
-
-def _attributes(module: nn.Module) -> tuple[Any, ...]:
-    """Plain attributes of a module, which may be changed after it was made, and functions that were
-    put on it."""
-    plain = [
-        (name, value)
-        for name, value in vars(module).items()
-        if name != "training" and isinstance(value, bool | int | float | str | None)
-    ]
-    functions = [
-        (name, id(value))
-        for name, value in vars(module).items()
-        if isinstance(value, types.FunctionType)
-    ]
-    return (*plain, *functions)
-
-
-def _say_what_trainer_counts(args: Any, collator: PackingCollator, processing_class: Any) -> None:
-    """Trainer knows padding by the attention mask, which a packed batch has not, or by the padding
-    token."""
-    if getattr(args, "include_num_input_tokens_seen", "no") != "non_padding":
-        return
-    pad = getattr(processing_class, "pad_token_id", None)
-    pads = collator.rows > 1 or collator.pad_to_multiple_of is not None
-    if pads and collator.pad_token_id != pad:
-        logger.warning(
-            "fastft: num_input_tokens_seen will count padding: Trainer leaves out the padding "
-            f"token of processing_class, {pad}, that of PackingCollator is "
-            f"{collator.pad_token_id}; give it pad_token_id={pad}"
-        )
-    elif pad is not None and pad == getattr(processing_class, "eos_token_id", None):
-        logger.warning(
-            "fastft: num_input_tokens_seen will leave out every end token: Trainer takes the "
-            f"padding token of processing_class, {pad}, for padding. Without padding in the rows, "
-            "'all' counts right"
-        )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastft.foreign import is_dtensor
 from fastft.loss.options import refuse_second_derivative
+from fastft.loss.vocab_parallel import Shard
 
 
 class _Gather(torch.autograd.Function):
@@ -80,10 +81,39 @@ def _local_of(name: str, tensor: Any, mesh: Any, dim: int | None) -> Tensor:
     return tensor.to_local()
 
 
+def sharded_head(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Shard]:
+    """Returns as plain tensors what this process has of an input, a DTensor that all have whole,
+    and of a head that is sharded by classes on the same mesh; and which classes these are.
+
+    No process is asked: the mesh tells, also where the last shard is smaller than the others.
+
+    Raises:
+        TypeError: they are placed in another way; says what to do.
+        ValueError: there are fewer shards with a class than processes.
+    """
+    mesh: Any = input.device_mesh  # type: ignore[attr-defined]
+    local = (
+        _local_of("input", input, mesh, None),
+        _local_of("linear_weight", linear_weight, mesh, 0),
+        None if linear_bias is None else _local_of("linear_bias", linear_bias, mesh, 0),
+    )
+    classes, count = len(linear_weight), mesh.size()
+    largest = -(-classes // count)  # as torch cuts
+    if largest * (count - 1) >= classes:
+        raise ValueError(
+            f"linear_weight has {classes} classes for {count} processes, so that one has none: "
+            f"shard it over fewer, or give input.to_local()"
+        )
+    return *local, Shard(mesh.get_group(), mesh.get_local_rank() * largest, classes)
+
+
 def local_head(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Any]:
-    """Returns the arguments as plain tensors, and the group which shards their classes, if any.
+    """Returns the arguments as plain tensors, and the group which shards their classes, if any; of
+    DTensors the `Shard` of this process.
 
     Without a DTensor among them they come back as they are.
 
@@ -105,13 +135,10 @@ def local_head(
         assert weight is not None
         return input, weight, gathered("linear_bias", linear_bias), target, None
     mesh: Any = input.device_mesh  # type: ignore[attr-defined]
-    return (
-        _local_of("input", input, mesh, None),
-        _local_of("linear_weight", linear_weight, mesh, 0),
-        None if linear_bias is None else _local_of("linear_bias", linear_bias, mesh, 0),
-        _local_of("target", target, mesh, None) if is_dtensor(target) else target,
-        mesh.get_group(),
-    )
+    if is_dtensor(target):
+        target = _local_of("target", target, mesh, None)
+    x, weight, bias, shard = sharded_head(input, linear_weight, linear_bias)
+    return x, weight, bias, target, shard
 
 
 def whole_head(

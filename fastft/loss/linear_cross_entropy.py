@@ -161,7 +161,7 @@ def linear_cross_entropy(
     it is gathered (all processes of its mesh must call), and its gradient is the mean over them,
     sharded as the head is: what FSDP2 does inside forward by default. With an `input` that is a
     DTensor, replicated on a mesh of one dimension, a head sharded by classes on that mesh stays
-    where it is, as with `group`; the loss is a plain tensor.
+    where it is, as with `group`, and need not divide evenly; the loss is a plain tensor.
 
     Returns:
         A scalar, or the losses in `target`'s shape (without the classes) for "none"; fp32 for

@@ -27,7 +27,7 @@ from fastft.loss.dtensor_head import whole_head
 from fastft.loss.head_gemms import working_dtype
 from fastft.loss.head_sweep import HeadCall, Operands, Outputs, Where, handed_back, sweep_one
 from fastft.loss.linear_rows import linear_rows
-from fastft.loss.logit_moments import mean_of_linear
+from fastft.loss.logit_moments import summed_over_classes
 from fastft.loss.options import (
     check_device,
     check_indices,
@@ -157,9 +157,9 @@ def linear_log_probs(
 
 @torch.no_grad()
 def _means(operands: Operands, target: Tensor, call: HeadCall) -> Tensor:
-    options = call.options
+    options, scale = call.options, call.options.logit_scale / len(operands[1])
     with torch.autocast(target.device.type, enabled=False):
-        means = mean_of_linear(*operands, options.logit_scale, statistics_dtype(call.dtype))
+        means = scale * summed_over_classes(*operands, statistics_dtype(call.dtype))
     return means.masked_fill_(target == options.ignore_index, 0.0)
 
 

@@ -8,10 +8,10 @@ out, whose e is exactly 1: where one class leads by 25 nats the second number is
 
 They are asked for to log them (DPO, KTO), or to weigh sequences (WPO), so that they take a pass of
 plain torch over the chunk's logits, and no kernel has them. Without a softcap the mean does not
-need that pass: the mean of x W^T + b is x (mean of W)^T + (mean of b).
+need that pass: the sum of x W^T + b is x (sum of W)^T + (sum of b), which has gradients, too.
 
 Bytes moved: 1 pass over the logits and some over copies of a few rows, which stay in a CPU's cache;
-of `mean_of_linear` one over the weight.
+of `summed_over_classes` one over the weight.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _of_slab(z: Tensor) -> tuple[Tensor, Tensor]:
     return z.mean(1), exps.square_().sum(1).log1p() - 2 * others
 
 
-def mean_of_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype
+def summed_over_classes(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The mean over the classes of `scale` times a linear layer's logits: (T,), in `dtype`."""
-    mean, result = weight.new_zeros(weight.shape[1], dtype=dtype), input.new_empty(0, dtype=dtype)
-    for classes in slabs(weight):
-        mean += weight[classes].sum(0, dtype=dtype) / len(weight)
-    result = torch.cat([result, *(input[rows].to(dtype) @ mean for rows in slabs(input))])
-    return scale * (result if bias is None else result + bias.mean(dtype=dtype))
+    """The sum over the classes of a linear layer's logits: (...), in `dtype`, differentiable."""
+    sizes = [classes.stop - classes.start for classes in slabs(weight)]
+    # no copy of the weight in `dtype`, forward or backward
+    of_weight = torch.stack([part.sum(0, dtype=dtype) for part in weight.split(sizes)]).sum(0)
+    result = input.to(dtype) @ of_weight
+    return result if bias is None else result + bias.sum(dtype=dtype)

@@ -9,6 +9,9 @@ flops for a head that is trained, 1 for another). A result for each row makes it
 the backward pass (4, and 2), on a CPU only those of the rows that receive a gradient, so that a
 mask over gathered log-probabilities saves products.
 
+Where each process has a shard of the classes, z is gathered chunk by chunk, every process computes
+f of all classes, and dx is summed over them at the end.
+
 f sees logits in the dtype that torch's would have: where products are emulated in fp32 they are
 rounded to it. dW and db are summed in fp32.
 
@@ -23,11 +26,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastft.loss.head_gemms import HeadTerm
 from fastft.loss.head_sweep import CountedRows, Operands, Where, chunk_rows, handed_back, sweep
 from fastft.loss.options import refuse_second_derivative, statistics_dtype
+from fastft.loss.vocab_parallel import Shard
 
 
 class _Task(NamedTuple):
@@ -39,6 +44,7 @@ class _Task(NamedTuple):
     summed: bool
     rows: CountedRows
     known: Tensor | None
+    shards: tuple[Shard | None, ...]  # of each head
     shared: tuple[int, ...]  # which arguments are the same for every row
 
 
@@ -108,10 +114,12 @@ class _Chunks:
 
     def fill(self, logits: list[Tensor], where: Where) -> list[Tensor | None]:
         """Of `sweep`."""
-        leaves = [
-            z.detach().to(dtype).requires_grad_(trained)
-            for z, dtype, trained in zip(logits, self.dtypes, self.trained, strict=True)
-        ]
+        heads = zip(logits, self.dtypes, self.trained, self.task.shards, strict=True)
+        leaves = []
+        for z, dtype, trained, shard in heads:
+            rounded = z.detach().to(dtype)
+            whole = rounded if shard is None else shard.whole(rounded)
+            leaves.append(whole.requires_grad_(trained))
         indices = [
             ... if at in self.task.shared else _index(argument, where, self.task.leading)
             for at, argument in enumerate(self.arguments)
@@ -133,7 +141,10 @@ class _Chunks:
         ):
             if gradient is not None and part is not None:
                 gradient[index] = part if index is not ... else gradient + part
-        return found[: len(logits)]
+        return [
+            gradient if gradient is None or shard is None else shard.own(gradient)
+            for gradient, shard in zip(found, self.task.shards, strict=False)
+        ]
 
     def _keep(self, value: Tensor, where: Where) -> None:
         if self.task.summed:
@@ -156,13 +167,17 @@ def _through_heads(
     arguments: list[Any] = list(tensors[count:])
     rows = task.rows if upstream is None else task.rows.with_gradient(upstream)
     chunks = _Chunks(task, heads, arguments, needs[count:], upstream)
-    weight = heads[0][0].weight
+    weight, shard = heads[0][0].weight, task.shards[0]
+    classes = len(weight) if shard is None else shard.classes
     # functions hold several matrices as large as the logits, in fp32 as a rule
-    step = chunk_rows(rows.counted, len(weight) * len(heads), torch.float32, weight.device)
+    step = chunk_rows(rows.counted, classes * len(heads), torch.float32, weight.device)
     sweep(heads, rows, step, chunks.fill)
     if upstream is None and chunks.result is None:  # no row: the shape and dtype come out right
-        nothing = [terms[0].weight.new_empty(0, len(weight)) for terms in heads]
+        nothing = [terms[0].weight.new_empty(0, len(terms[0].weight)) for terms in heads]
         chunks.fill(nothing, slice(0, 0))
+    for shard, (term, *_) in zip(task.shards, heads, strict=True):
+        if shard is not None and term.gradients[0] is not None:
+            dist.all_reduce(term.gradients[0], group=shard.group)
     gradients = [gradient for terms in heads for term in terms for gradient in term.gradients]
     gradients += chunks.gradients
     rows.show_left_out(chunks.result, gradients)
@@ -216,6 +231,7 @@ def apply_to_rows(
     summed: bool = False,
     rows: CountedRows | None = None,
     known: Tensor | None = None,
+    shards: Sequence[Shard | None] = (),
 ) -> Tensor:
     """Computes `function(z, z', ..., *arguments)` of the logits of heads: one result a row, or
     their sum.
@@ -232,10 +248,14 @@ def apply_to_rows(
         rows: which rows count; the result of the others is 0. None (default): all.
         known: the results of the rows, where they were computed before; only their gradient is
             left to do.
+        shards: of each head the classes of which this process has the weights, where it is one
+            layer; the others of its group must call alike, with the same inputs. None (default):
+            all.
     """
     leading = heads[0][0][0].shape[:-1]
     rows = rows or CountedRows(leading.numel())
-    task = _Task(function, tuple(map(len, heads)), leading, summed, rows, known, tuple(shared))
+    layers, shards = tuple(map(len, heads)), tuple(shards) or (None,) * len(heads)
+    task = _Task(function, layers, leading, summed, rows, known, shards, tuple(shared))
     tensors = (tensor for terms in heads for term in terms for tensor in term)
     flat = (one if at in shared else _flat(one, leading) for at, one in enumerate(arguments))
     return _RowFunction.apply(task, *tensors, *flat)

@@ -10,9 +10,10 @@ Each process holds a shard of the head, and all see the same rows.
     dW_i = dz_i^T x, db_i = sum dz_i    stay where they are
     dx = sum_i dz_i W_i             one all-reduce of (T, H)
 
-Every process computes the same losses from the sums, to the bit. They leave the target out, as
-`cross_entropy_rows` does for confident rows. Chunks, products and who needs a gradient when are
-those of `linear_rows`; rows are computed in plain torch, with the formulas in fp32. Logits that
+Shards are of one size, but where a DTensor says how large they are: then the last one may be
+smaller. Every process computes the same losses from the sums, to the bit. They leave the target
+out, as `cross_entropy_rows` does for confident rows. Chunks, products and who needs a gradient when
+are those of `linear_rows`; rows are computed in plain torch, with the formulas in fp32. Logits that
 exist, sharded in the same way, take the same road without the products; they are what is kept then,
 besides the 4 numbers. Every process has the class weights of all classes.
 
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.loss.cross_entropy_rows import capped
@@ -68,7 +70,7 @@ class Shard(NamedTuple):
         cls, shape: Sequence[int], group: Any, label: str, target: Tensor, impl: str
     ) -> Shard | None:
         """For a tensor named `label`, of `shape` (V / n, ...); None where there is no group, all
-        processes of which must call it.
+        processes of which must call it. A `group` that is a `Shard` already is what it returns.
 
         Raises:
             TypeError: `group` is no process group.
@@ -85,6 +87,8 @@ class Shard(NamedTuple):
             raise ValueError(
                 "target must hold class indices where a group is given, got probabilities"
             )
+        if isinstance(group, Shard):
+            return group
         if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group does not contain this process")
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -105,6 +109,60 @@ class Shard(NamedTuple):
                 )
             seen.add(tuple(shape))
         return cls(group, rank * shape[0], world * shape[0])
+
+    @property
+    def largest(self) -> int:
+        """The classes of each process but the last, which may have fewer."""
+        return -(-self.classes // dist.get_world_size(self.group))
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """The logits (..., V) of all classes, where this process has (..., V / n) of them.
+
+        All processes must call it.
+        """
+        own = F.pad(logits, (0, self.largest - logits.shape[-1]))
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, own, group=self.group)
+        parts[-1] = parts[-1][..., : self.classes - (len(parts) - 1) * self.largest]
+        return torch.cat(parts, -1)
+
+    def own(self, logits: Tensor) -> Tensor:
+        """What this process has of the logits (..., V) of all classes."""
+        return logits[..., self.begin : self.begin + self.largest].contiguous()
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return shard.whole(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("logits that processes have put together")
+        return ctx.shard.own(gradient), None
+
+
+class _Alike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        summed = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed, group=ctx.shard.group)
+        return summed, None
+
+
+def whole_logits(operands: Operands, shard: Shard) -> Tensor:
+    """The logits (..., V) of a head of which each process has a shard: real ones, differentiable.
+
+    All processes must call it, with the same input (..., H), whose gradient is summed over them.
+    """
+    input, weight, bias = operands
+    return _Whole.apply(F.linear(_Alike.apply(input, shard), weight, bias), shard)
 
 
 class _Shared(NamedTuple):
@@ -295,6 +353,9 @@ def vocab_parallel_losses(
         call: as `HeadCall.planned` makes it.
         shard: which classes the shards hold.
     """
+    # chunks are those of the largest shard, so that all processes have as many
+    largest = operands[1][:1].expand(shard.largest, -1)
+    call = call._replace(chunk_rows=call.step(len(target), largest))
     return _VocabParallel.apply(*operands, target, weight, call, shard)
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.foreign import is_dtensor, local, shard_begin, write_stamp
+from fastft.foreign import is_dtensor, local, local_gradient, shard_begin, write_stamp
 from fastft.optim import device_counts, weight_bits
 from fastft.optim.adamw_state import Claim, State, ready_state, residue_names, rounding_of
 from fastft.optim.adamw_update import ADAMW, RESIDUES, Binding, Rounding
@@ -166,7 +166,7 @@ class Plan:
             rows = [hyper_row(groups[index], step + 1) for index, step in self.rows]
             of_host = torch.tensor(rows, dtype=torch.float32)
         if self.sharded:
-            grads = [local(grad) for grad in grads]
+            grads = list(map(local_gradient, grads, self.params))
         for part in self.parts:
             counts = self.counts.get(part.device)
             hyper = counts.hyper(groups, found_inf) if counts else of_host

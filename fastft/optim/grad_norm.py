@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.foreign import is_dtensor
+from fastft.foreign import is_dtensor, summed
 
 
 def _grad_norm_squared_reference(total: Tensor, grads: Sequence[Tensor]) -> None:
@@ -56,7 +56,7 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
         return _total(grads, impl).sqrt().float()
     groups: dict[Any, list[Any]] = {}
     grad: Any  # a Tensor or a DTensor
-    for grad in grads:
+    for grad in map(summed, grads):
         key = (grad.device_mesh, grad.placements) if is_dtensor(grad) else grad.device
         groups.setdefault(key, []).append(grad)
     totals = [

@@ -16,8 +16,8 @@ from transformers import Trainer
 
 import fastft
 from fastft.attention.segments import keep_segments
-from fastft.integrations.check_packing import find_leak
-from fastft.integrations.probe_rows import Batches
+from fastft.integrations.probe.check_packing import find_leak
+from fastft.integrations.probe.rows import Batches
 
 SIZES = {
     "vocab_size": 97,

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertForTokenClassification
 
 from fastft import PackingCollator
-from fastft.integrations.recorded_batches import Reading, described, shift_of
+from fastft.integrations.recorder.batches import Reading, described, shift_of
 
 CAUSAL, MASKED, OTHER = Reading(causal=True), Reading(masked=True), Reading()
 APART = Reading(apart=True)

@@ -8,7 +8,7 @@ from support.trainers import tiny_llama
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from fastft.integrations.recorded_weights import random_states
+from fastft.integrations.recorder.weights import random_states
 from fastft.integrations.reference_runs import add_noise, sum_exactly, train_in_fp32
 
 IDS = torch.arange(3, 15).view(2, 6)

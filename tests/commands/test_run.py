@@ -16,7 +16,7 @@ from support.trainers import logged
 
 from fastft.__main__ import main as command_line
 from fastft.commands import run
-from fastft.integrations.plug import Plugged
+from fastft.integrations.plug.plug import Plugged
 
 BEGINS = """
 import sys, torch

@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 
 import fastft
 from fastft.commands.trace import Micro, Step, Trace
-from fastft.integrations.recorded_weights import random_states
-from fastft.integrations.recorder import Recorder, record
+from fastft.integrations.recorder.recorder import Recorder, record
+from fastft.integrations.recorder.weights import random_states
 
 
 def test_a_trace_is_the_same_after_saving_and_loading(tmp_path):

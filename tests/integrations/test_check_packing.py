@@ -20,8 +20,8 @@ from torch import nn
 
 import fastft
 from fastft.attention.attention import register_attention
-from fastft.integrations.check_packing import find_leak
-from fastft.integrations.probe_rows import Batches
+from fastft.integrations.probe.check_packing import find_leak
+from fastft.integrations.probe.rows import Batches
 
 SIZES = {
     "hidden_size": 32,

@@ -125,7 +125,7 @@ def repeated_examples_are_spoken_of():
         (fastft.PackingCallback, PackingCollator(), pack(data, 16, balance=6), False),
     ):
         words = Words()
-        logger = logging.getLogger("transformers.fastft.integrations.packing")
+        logger = logging.getLogger("transformers.fastft.integrations.rows_as_examples")
         logger.addHandler(words)
         with trainer("causal_lm", 3, collator, callbacks=[callback()]) as made:
             made.predict(dataset)

@@ -17,9 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fastft
 from fastft.attention.attention import register_attention
-from fastft.integrations import packing
-from fastft.integrations.check_packing import Verdict, find_leak
+from fastft.integrations import packing, rows_as_examples
 from fastft.integrations.pool_segments import is_pooled
+from fastft.integrations.probe import verdicts
+from fastft.integrations.probe.check_packing import Verdict, find_leak
 
 SIZES = {
     "hidden_size": 32,
@@ -35,7 +36,7 @@ CALLBACKS = (fastft.PackingCallback, fastft.FusedLossCallback)
 
 @pytest.fixture(autouse=True)
 def no_verdicts():
-    packing._verdicts.clear()
+    verdicts._verdicts.clear()
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def asked(monkeypatch):
         models.append(model)
         return Verdict()
 
-    monkeypatch.setattr(packing, "judge", judge)
+    monkeypatch.setattr(verdicts, "judge", judge)
     return models
 
 
@@ -55,7 +56,8 @@ def asked(monkeypatch):
 def said(monkeypatch):
     """The warnings, whatever transformers' verbosity is."""
     warnings = []
-    monkeypatch.setattr(packing.logger, "warning", warnings.append)
+    for room in (packing, rows_as_examples, verdicts):
+        monkeypatch.setattr(room.logger, "warning", warnings.append)
     return warnings
 
 

@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback
 
 import fastft
 from fastft.commands.pieces import PIECES
-from fastft.integrations import plug as plug_module
-from fastft.integrations.plug import Plugged
+from fastft.integrations.plug import plug as plug_module
+from fastft.integrations.plug.plug import Plugged
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
 
@@ -331,6 +331,7 @@ def test_a_callback_that_is_there_is_kept(tmp_path, kind):
     assert_stock(trainer.model)
 
 
+@pytest.mark.way("DataParallel", loss="stock")
 def test_data_parallel_is_left_alone_with_a_word(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.args._n_gpu = 2

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 import fastft
-from fastft.integrations.plug import Plugged
+from fastft.integrations.plug.plug import Plugged
 
 
 def inner(trainer):

@@ -14,10 +14,9 @@ from support.trainers import logged
 from transformers import Trainer
 
 import fastft
-from fastft.integrations import check_packing
-from fastft.integrations import packing as packing_module
-from fastft.integrations.plug import Plugged
-from fastft.integrations.plug_collator import PackedBatches
+from fastft.integrations.plug.collator import PackedBatches
+from fastft.integrations.plug.plug import Plugged
+from fastft.integrations.probe import check_packing, verdicts
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
 
@@ -341,6 +340,7 @@ def test_packing_that_cannot_be_is_refused_at_once(tmp_path, case):
     assert vars(trainer) == before and Plugged.of(trainer) is None
 
 
+@pytest.mark.way("DataParallel", packing="refused")
 def test_data_parallel_is_refused(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.args._n_gpu = 2
@@ -400,6 +400,6 @@ def test_weights_that_are_sharded_in_training_are_asked_before(tmp_path, monkeyp
         return "its parameters are sharded" if trainer.accelerator._models else None
 
     monkeypatch.setattr(check_packing, "reason_not_to_run", reason)
-    monkeypatch.setattr(packing_module, "_verdicts", Forgetful())
+    monkeypatch.setattr(verdicts, "_verdicts", Forgetful())
     trainer.train()
     assert plug.lines["packing"].endswith("attention fastft, probe exact")

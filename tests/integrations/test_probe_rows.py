@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.trainers import llama_config
 
-from fastft.integrations.probe_rows import Batches, limits_of, long_row, long_total
+from fastft.integrations.probe.rows import Batches, limits_of, long_row, long_total
 
 
 class Model:

@@ -16,9 +16,9 @@ from support.trainers import tiny_llama
 
 import fastft
 from fastft.attention.segments import packed_attention
-from fastft.integrations.check_packing import Unasked, find_leak, judge
-from fastft.integrations.probe_rows import Batches
-from fastft.integrations.twin import MOST, twin_of
+from fastft.integrations.probe.check_packing import Unasked, find_leak, judge
+from fastft.integrations.probe.rows import Batches
+from fastft.integrations.probe.twin import MOST, twin_of
 
 MODELS = (*PACKED, *UNPACKED)
 # shapes that must fit together otherwise, or experts that are too many: nothing small is like them

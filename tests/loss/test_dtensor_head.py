@@ -115,12 +115,12 @@ def mesh():
 
 def check_tensor_parallel(replicated_input, reduction, bias):
     """The same data everywhere; the head sharded by classes, which stays so where the input is a
-    DTensor."""
+    DTensor, although the shards are of two sizes."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     torch.manual_seed(2)
-    x, target = torch.randn(3, 7, HIDDEN), torch.randint(-1, CLASSES + 1, (3, 7))
-    whole = [x, torch.randn(CLASSES + 1, HIDDEN), torch.randn(CLASSES + 1) if bias else None]
+    x, target = torch.randn(3, 7, HIDDEN), torch.randint(-1, CLASSES, (3, 7))
+    whole = [x, torch.randn(CLASSES, HIDDEN), torch.randn(CLASSES) if bias else None]
     parts = [None if t is None else distribute_tensor(t, mesh(), [Shard(0)]) for t in whole]
     parts[0] = distribute_tensor(x, mesh(), [Replicate()]) if replicated_input else x.clone()
     options = {"reduction": reduction, "ignore_index": -1}
@@ -189,7 +189,7 @@ def check_bad_input():
     replicated, rows = (
         distribute_tensor(x, mesh(), [placement]) for placement in (Replicate(), Shard(0))
     )
-    uneven = distribute_tensor(torch.randn(7, 4), mesh(), [Shard(0)])
+    few = distribute_tensor(torch.randn(1, 4), mesh(), [Shard(0)])
     partial_sum = torch.distributed.tensor.DTensor.from_local(weight, mesh(), [Partial()])
     wrong = [
         (
@@ -219,10 +219,10 @@ def check_bad_input():
             "linear_weight is a DTensor with placements.*redistribute",
         ),
         (
-            (replicated, uneven, target),
+            (replicated, few, target),
             {},
             ValueError,
-            "group must have a linear_weight of one size",
+            "linear_weight has 1 classes for 2 processes, so that one has none",
         ),
     ]
     for operands, options, error, message in wrong:

@@ -19,9 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from fastft.loss import head_sweep
 from fastft.loss.head_gemms import HeadTerm
 from fastft.loss.lazy import losses as lazy_losses
-from fastft.loss.lazy.expressions import LOGITS, Recorded
+from fastft.loss.lazy.expressions import LOGITS, Recorded, scale_and_softcap
 from fastft.loss.lazy.logits import LazyLogits, lazy_linear
-from fastft.loss.lazy.losses import scale_and_softcap
 from fastft.loss.lazy.output_head import fused_loss
 from fastft.loss.lazy.report import Report
 from fastft.loss.lazy.sources import Linear, Source, over_rows

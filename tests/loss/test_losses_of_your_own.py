@@ -203,12 +203,24 @@ def test_a_trained_tensor_gets_its_gradient(name):
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-4)
 
 
-def test_a_tensor_that_changes_before_it_is_read_is_an_error():
+COMBINED_FURTHER = {
+    "not": lambda both, given: both,
+    "with a column": lambda both, given: both * given["c"],
+    "with as many numbers": lambda both, given: both * given["p"].clone(),
+    "with the same numbers": lambda both, given: both * given["p"],
+    "with other logits": lambda both, given: both * given["t"],
+    "to other logits": lambda both, given: given["t"] * both,
+    "without a history": lambda both, given: both.detach().exp(),
+}
+
+
+@pytest.mark.parametrize("further", COMBINED_FURTHER)
+def test_a_tensor_that_changes_before_it_is_read_is_an_error(further):
     given, _ = names(lazy=True)
     both = given["z"] * given["p"]
     given["p"].zero_()
     with pytest.raises(RuntimeError, match="changed in place after lazy logits were combined"):
-        both.sum(-1)
+        COMBINED_FURTHER[further](both, given).sum(-1)
 
 
 def test_a_column_is_as_it_was():

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fastft.optim.adamw import AdamW
 from fastft.optim.fp32_weights import load_fp32, save_fp32
@@ -321,8 +321,36 @@ def clipping_under_fsdp2(mode, folder):
     assert_same_bits(snapshot(model, optimizer), snapshot(alone, plain))
 
 
+def gradients_that_lie_otherwise(mode, folder):
+    """Backward leaves partial sums for a norm under sequence parallelism, and a whole gradient for
+    rows that do not divide evenly; the norm to clip by is that of whole gradients too."""
+    dtype, options = MODES[mode]
+    mesh = init_device_mesh("cpu", (WORLD,))
+    options = {**options, "seed": 3, "max_grad_norm": 0.1}
+    for placed, lies in (
+        (Replicate(), Partial()),
+        (Shard(0), Replicate()),
+        (Shard(0), Partial()),
+    ):
+        torch.manual_seed(1)
+        value = torch.randn(7, 4).to(dtype)
+        plain = torch.nn.Parameter(value.clone())
+        parts = torch.nn.Parameter(distribute_tensor(value, mesh, [placed]))
+        optimizers = AdamW([plain], **options), AdamW([parts], **options)
+        for step in range(3):
+            grad = torch.randn(7, 4, generator=torch.Generator().manual_seed(step)).to(dtype)
+            plain.grad = grad
+            halves = DTensor.from_local(grad / WORLD, mesh, [Partial()])
+            parts.grad = halves.redistribute(placements=[lies])
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(optimizers[1].grad_norm, optimizers[0].grad_norm)
+        assert torch.equal(parts.full_tensor(), plain), (placed, lies)
+
+
 CHECKS = [
     any_placement,
+    gradients_that_lie_otherwise,
     long_vector,
     flat_parameters_of_fsdp1,
     clipping_under_fsdp2,

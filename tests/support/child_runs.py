@@ -11,7 +11,11 @@ from pathlib import Path
 
 from support.synthetic_traces import trace
 
-_PRELOADED = ["transformers.trainer", "fastft.integrations.plug", "fastft.commands.recorded_script"]
+_PRELOADED = [
+    "transformers.trainer",
+    "fastft.integrations.plug.plug",
+    "fastft.commands.recorded_script",
+]
 
 
 def option(command, name):

@@ -8,7 +8,7 @@ from transformers import Trainer
 
 import fastft
 from fastft.commands.trace import Trace
-from fastft.integrations.recorder import Recorder, record
+from fastft.integrations.recorder.recorder import Recorder, record
 from fastft.integrations.reference_runs import add_noise, train_in_fp32
 from support.trainers import quiet_arguments, tiny_llama
 

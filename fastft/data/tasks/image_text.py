@@ -26,6 +26,7 @@ from fastft.data.processed import unbatched
 from fastft.data.rows import Layout
 from fastft.data.tasks.causal_lm import CausalLM
 
+IMAGE_TEXT = "image_text_to_text"
 _SAY_WHAT_IS_REAL = ("image_sizes", "pixel_attention_mask")
 _TOKENS = {"input_ids", "mm_token_type_ids", "token_type_ids"}  # of which models make positions
 

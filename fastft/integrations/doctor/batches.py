@@ -21,12 +21,13 @@ from fastft.data.collator import PackingCollator
 from fastft.data.keys import IGNORE_INDEX
 from fastft.foreign import base_model, output_embeddings, unwrapped
 from fastft.integrations.batch_segments import kept_of, segments_of
-from fastft.integrations.check_packing import find_leak
 from fastft.integrations.doctor.finding import Finding
 from fastft.integrations.doctor.model import end_tokens
 from fastft.integrations.implementations import STOCK
-from fastft.integrations.packing import PackingCallback, packing_collator
-from fastft.integrations.probe_rows import Batches
+from fastft.integrations.packed_loader import packing_collator
+from fastft.integrations.packing import PackingCallback
+from fastft.integrations.probe.check_packing import find_leak
+from fastft.integrations.probe.rows import Batches
 
 MOST_BATCHES, MOST_SECONDS = 8, 30.0
 SLOW_BATCH = 0.05  # seconds: a device waits that long in each step

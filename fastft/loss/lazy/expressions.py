@@ -10,6 +10,7 @@ logits they are, and which operands, is in `sources`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -124,3 +125,41 @@ def parts_of(node: Any, seen: set[int] | None = None) -> Iterator[Any]:
     if type(inner) is list:
         for part in inner:
             yield from parts_of(part, seen)
+
+
+class ScaleAndSoftcap(NamedTuple):
+    """`scale * logits`, or `softcap * tanh(scale * logits / softcap)`, with casts to `casts` on the
+    way."""
+
+    scale: float
+    softcap: float | None
+    casts: set[torch.dtype]
+
+
+def scale_and_softcap(expression: Expression) -> ScaleAndSoftcap | None:
+    """What an expression made of positive factors, one tanh and casts comes to; None for any other
+    expression."""
+    before, after, casts, capped = 1.0, 1.0, set(), False
+    while isinstance(expression, Recorded):
+        name, arguments = expression.function.__name__, expression.arguments
+        numbers = [a for a in arguments if type(a) in (int, float) and 0 < a < math.inf]
+        inner = [a for a in arguments if isinstance(a, Recorded | Place)]
+        if expression.keywords or len(inner) != 1:
+            return None
+        if expression.function is Tensor.to:
+            casts.add(arguments[1])
+        elif name == "tanh" and not capped:
+            capped = True
+        elif len(numbers) == 1 and (
+            name in _PRODUCTS or (name in _QUOTIENTS and arguments[0] is inner[0])
+        ):
+            factor = numbers[0] if name in _PRODUCTS else 1 / numbers[0]
+            before, after = (before * factor, after) if capped else (before, after * factor)
+        else:
+            return None
+        expression = inner[0]
+    return ScaleAndSoftcap(before * after, after if capped else None, casts)
+
+
+_PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
+_QUOTIENTS = ("div", "divide", "true_divide", "__truediv__")

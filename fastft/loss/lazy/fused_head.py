@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from fastft.foreign import FusedHead, put_attributes
 from fastft.loss.lazy.evaluation import Evaluation
+from fastft.loss.lazy.expressions import scale_and_softcap
 from fastft.loss.lazy.logits import LazyLogits
-from fastft.loss.lazy.losses import scale_and_softcap
 from fastft.loss.lazy.report import Report
 from fastft.loss.lazy.token_log_probs import IGNORED, token_log_probs
 

@@ -36,6 +36,7 @@ from fastft.loss.lazy.rules import ANYWHERE, IN_PLACE, OTHERS, RULES, pointwise
 from fastft.loss.lazy.sources import Linear, Origin, Source, over_rows
 from fastft.loss.lazy.views import with_strides_of
 from fastft.loss.options import refuse_second_derivative
+from fastft.loss.vocab_parallel import Shard
 
 Replay: TypeAlias = tuple[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], ...]
 
@@ -463,6 +464,7 @@ def lazy_linear(
     check: Callable[[bool], None] | None = None,
     evaluation: Evaluation | None = None,
     held: Held | None = None,
+    shard: Shard | None = None,
 ) -> LazyLogits:
     """Returns `torch.nn.functional.linear(input, weight, bias)`, lazily, as under autocast.
 
@@ -476,6 +478,7 @@ def lazy_linear(
             raise.
         evaluation: the one that they are logits of; None: of a training.
         held: what remembers logits without a history until the weight changes.
+        shard: the classes that `weight` and `bias` have, where other processes have the rest.
     """
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
@@ -483,8 +486,9 @@ def lazy_linear(
         bias = None if bias is None else bias.to(dtype)
     if evaluation is not None:
         check = guard(weight)
-    origin = Origin(weight.shape[0], head, check, evaluation, held)
-    shadow = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device="meta")
+    classes = weight.shape[0] if shard is None else shard.classes
+    origin = Origin(classes, head, check, evaluation, held, shard)
+    shadow = torch.empty((*input.shape[:-1], classes), dtype=input.dtype, device="meta")
     linear = Linear.of((input, weight, bias), origin=origin)
     if not torch.is_grad_enabled():
         linear = linear.detached()

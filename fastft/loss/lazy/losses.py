@@ -6,8 +6,8 @@ A rule that is not sure returns `NotImplemented`: the logits are then materialis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,15 @@ from torch import Tensor
 
 from fastft.loss.counted_labels import bound_of
 from fastft.loss.head_sweep import CountedRows
-from fastft.loss.lazy.expressions import Expression, Place, Recorded, autocast_state
+from fastft.loss.lazy.expressions import (
+    Expression,
+    Recorded,
+    ScaleAndSoftcap,
+    autocast_state,
+    scale_and_softcap,
+)
 from fastft.loss.lazy.selections import Selection
-from fastft.loss.lazy.shortcuts import picked, summed_over_classes
+from fastft.loss.lazy.shortcuts import picked, summed
 from fastft.loss.lazy.sources import Linear
 from fastft.loss.lazy.views import on_meta, with_strides_of
 from fastft.loss.linear_cross_entropy import linear_cross_entropy
@@ -76,14 +82,12 @@ def _remember(
 
 def _short_sum(lazy: LazyLogits, name: str) -> Tensor | None:
     """`sum` or `mean` over the vocabulary of a scaled linear layer, which needs no logits."""
-    source, found = lazy.checked(), scale_and_softcap(lazy.expression)
-    if found is None or found.softcap is not None or not source.is_single or source.head.is_freed:
-        return None
-    if not found.casts <= {torch.promote_types(source.head.dtype, torch.float32)}:
+    source, found = lazy.checked(), _of_one_head(lazy, lazy.expression)
+    if found is None or found.softcap is not None or not source.head.is_whole:
         return None
     scale = found.scale / (lazy.shadow.shape[-1] if name == "mean" else 1)
     nothing = source.no_rows(lazy.expression)
-    return summed_over_classes(source.head, scale).to(getattr(torch, name)(nothing, dim=-1).dtype)
+    return summed(source.head, scale).to(getattr(torch, name)(nothing, dim=-1).dtype)
 
 
 def total(lazy: LazyLogits, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -229,7 +233,7 @@ def _of_classes(
     # where labels are counted anyway, and numpy writes to them unseen
     if target.device.type == "cpu":
         bound = None
-    known = _known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
+    known = known_rows(lazy, func) if target.dtype in (torch.int64, torch.int32) else None
     if known is not None:
         options |= {"reduction": reduction, "max_counted": bound}
         return _known_loss(lazy, func, target, **options, **known)
@@ -269,9 +273,10 @@ def _of_lazy_probabilities(
 
 
 def _of_probabilities(lazy: LazyLogits, target: Tensor, **options: Any) -> Any:
-    known = _known_rows(lazy, F.cross_entropy)
+    known = known_rows(lazy)
     is_alike = target.shape == lazy.shape and lazy.shadow.dim() == 2
-    if known is None or not is_alike or target.requires_grad:
+    is_spread = lazy.recorded.head.origin.shard is not None
+    if known is None or not is_alike or is_spread or target.requires_grad:
         return NotImplemented
     return _known_loss(lazy, F.cross_entropy, target, **options, **known)
 
@@ -288,62 +293,34 @@ def _known_loss(
     return result
 
 
-def _known_rows(lazy: LazyLogits, func: Callable[..., Any]) -> dict[str, Any] | None:
-    """The options by which `linear_cross_entropy` computes a loss of these logits of one layer;
-    None if it cannot."""
-    if not lazy.recorded.is_single or len(lazy.recorded.head.terms) != 1:
-        return None
+def known_rows(
+    lazy: LazyLogits, func: Callable[..., Any] = F.cross_entropy
+) -> dict[str, Any] | None:
+    """The options by which the row kernel computes a loss of these logits of one layer; None if it
+    cannot."""
     expression, casts = lazy.expression, set()
     if func is F.nll_loss:
         if not (isinstance(expression, Recorded) and expression.function is torch.log_softmax):
             return None
         expression, casts = expression.arguments[0], set(expression.keywords.values())
-    found = scale_and_softcap(expression)
-    dtype = torch.promote_types(lazy.recorded.head.dtype, torch.float32)
-    if found is None or not casts | found.casts <= {dtype}:
+    found = _of_one_head(lazy, expression, casts)
+    if found is None or len(lazy.recorded.head.terms) > 1:
         return None
     return {"logit_scale": found.scale, "softcap": found.softcap}
 
 
-class ScaleAndSoftcap(NamedTuple):
-    """`scale * logits`, or `softcap * tanh(scale * logits / softcap)`, with casts to `casts` on the
-    way."""
-
-    scale: float
-    softcap: float | None
-    casts: set[torch.dtype]
-
-
-def scale_and_softcap(expression: Expression) -> ScaleAndSoftcap | None:
-    """What an expression made of positive factors, one tanh and casts comes to; None for any other
-    expression."""
-    before, after, casts, capped = 1.0, 1.0, set(), False
-    while isinstance(expression, Recorded):
-        name, arguments = expression.function.__name__, expression.arguments
-        numbers = [a for a in arguments if type(a) in (int, float) and 0 < a < math.inf]
-        inner = [a for a in arguments if isinstance(a, Recorded | Place)]
-        if expression.keywords or len(inner) != 1:
-            return None
-        if expression.function is Tensor.to:
-            casts.add(arguments[1])
-        elif name == "tanh" and not capped:
-            capped = True
-        elif len(numbers) == 1 and (
-            name in _PRODUCTS or (name in _QUOTIENTS and arguments[0] is inner[0])
-        ):
-            factor = numbers[0] if name in _PRODUCTS else 1 / numbers[0]
-            before, after = (before * factor, after) if capped else (before, after * factor)
-        else:
-            return None
-        expression = inner[0]
-    return ScaleAndSoftcap(before * after, after if capped else None, casts)
-
-
-_PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
-_QUOTIENTS = ("div", "divide", "true_divide", "__truediv__")
+def _of_one_head(
+    lazy: LazyLogits, expression: Expression, casts: Iterable[torch.dtype] = ()
+) -> ScaleAndSoftcap | None:
+    """What an expression of one head's logits comes to, if all `casts` are to the dtype in which
+    losses are computed anyway."""
+    found = scale_and_softcap(expression) if lazy.recorded.is_single else None
+    wide = torch.promote_types(lazy.recorded.head.dtype, torch.float32)
+    return found if found is not None and found.casts.union(casts) <= {wide} else None
 
 
 def _fused(layer: Linear, target: Tensor, **options: Any) -> Tensor:
     ((x, weight, bias),) = layer.terms
+    options |= {"linear_bias": bias, "group": layer.origin.shard}
     with torch.autocast(x.device.type, enabled=False):  # it had its say when the head ran
-        return linear_cross_entropy(x, weight, target, linear_bias=bias, **options)
+        return linear_cross_entropy(x, weight, target, **options)

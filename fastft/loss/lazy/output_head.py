@@ -3,7 +3,9 @@
 A head is patched only if it is a plain `nn.Linear`, or bitsandbytes' of 4 bits: an attribute
 `forward` on that one instance, and on the layer that PEFT may have put around it. No parameter,
 buffer, hook or class is added, so that state dicts keep their keys; a copy or a pickle of the model
-has stock heads. Heads otherwise quantised, offloaded, kernelised or custom ones are left alone.
+has stock heads. Where a tensor-parallel plan runs the head, the attribute may stand in the place of
+the plan's, which is put back. Heads otherwise quantised, offloaded, kernelised or custom ones are
+left alone.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.foreign import (
+    HeadPlan,
     base_model,
     casts_head_to_fp32,
     fused_head,
     has_sharded_parts,
+    head_plan,
     is_4bit,
     is_adapter,
     is_dtensor,
@@ -34,11 +38,13 @@ from fastft.foreign import (
     sharding_library,
     shares_a_resharded_unit,
 )
+from fastft.loss.dtensor_head import sharded_head
 from fastft.loss.lazy.adapters import AdaptedForward
 from fastft.loss.lazy.evaluation import Evaluation, Held
 from fastft.loss.lazy.fused_head import FusedHeadForward
 from fastft.loss.lazy.logits import lazy_linear
 from fastft.loss.lazy.report import Report
+from fastft.loss.vocab_parallel import Shard
 from fastft.stack import callers
 
 
@@ -134,6 +140,9 @@ class LazyForward:
     In training it is lazy where gradients are recorded, where `reads` says that a loss reads logits
     without them, and in any mode while it is `asked`. It copies and pickles as the method that the
     module's class has, so that a copy of the model is a stock one.
+
+    A `plan` spreads the head's classes over processes, which all have the same hidden states: these
+    and the classes of this process are what the lazy logits then hold.
     """
 
     def __init__(
@@ -141,6 +150,7 @@ class LazyForward:
         head: nn.Linear,
         around: list[nn.Module],
         sharding: Sharding | None,
+        plan: HeadPlan | None,
         report: Report,
         evaluation: Evaluation | None,
         reads: Callable[[], bool],
@@ -149,6 +159,8 @@ class LazyForward:
         self.head = head
         self.around = around
         self.sharding = sharding
+        self.plan = plan
+        self.planned: Callable[..., Any] | None = head.__dict__.get("forward") if plan else None
         self.report = report
         self.evaluation = evaluation
         self.reads, self.held = reads, held
@@ -175,26 +187,36 @@ class LazyForward:
         head = self.head
         # entered again by Linear.inside_head, so that a sharded weight is gathered
         if fastft_task is not None:
-            return fastft_task(input, head.weight, head.bias)
+            return self._handed(fastft_task(*self._operands(input)[:3]))
         make = None if args or kwargs else self.maker(input)
         if make is None:
             return self._real(input, *args, **kwargs)
-        if not is_4bit(head):
-            return make(input, head.weight, head.bias, head)
-        # its 4 bits are not autocast's affair
-        with torch.autocast(input.device.type, enabled=False):
-            return make(*operands_of_4bit(head, input)).to(input.dtype)
+        if is_4bit(head):  # its 4 bits are not autocast's affair
+            with torch.autocast(input.device.type, enabled=False):
+                return make(*operands_of_4bit(head, input)).to(input.dtype)
+        x, weight, bias, shard = self._operands(input)
+        return self._handed(make(x, weight, bias, head, shard))
+
+    def _operands(self, input: Any) -> tuple[Tensor, Tensor, Tensor | None, Shard | None]:
+        """What this process has of the input and of the head, and which classes these are."""
+        if self.plan is None:
+            return input, self.head.weight, self.head.bias, None
+        return sharded_head(self.plan.replicated(input), self.head.weight, self.head.bias)
+
+    def _handed(self, output: Any) -> Any:
+        return output if self.plan is None else self.plan.returned(output)
 
     def _real(self, *args: Any, **kwargs: Any) -> Any:
         """Real logits."""
-        if self._own is not None:
-            return self._own(*args, **kwargs)
+        own = self._own or self.planned
+        if own is not None:
+            return own(*args, **kwargs)
         return type(self.head).forward(self.head, *args, **kwargs)
 
     def maker(self, input: Tensor) -> Callable[..., Tensor] | None:
-        """What makes lazy logits in this forward pass, of an input, a weight, a bias, and the head
-        that can be entered again for them; None where logits are to be real, and the report gets
-        why."""
+        """What makes lazy logits in this forward pass, of an input, a weight, a bias, the head that
+        can be entered again for them, and the classes that the weight has; None where logits are to
+        be real, and the report gets why."""
         is_meant, evaluation = self._purpose()
         report, asked = self.report if evaluation is None else evaluation.report, self._asked
         report = report if asked is None else asked.report
@@ -202,9 +224,17 @@ class LazyForward:
             return None
         check = None if self.sharding is None else self.sharding.permission()
 
-        def make(x: Tensor, weight: Tensor, bias: Tensor | None, head: Any = None) -> Tensor:
-            held = self.held if weight.requires_grad else None
-            rest = report, head, check, evaluation, held
+        def make(
+            x: Tensor,
+            weight: Tensor,
+            bias: Tensor | None,
+            head: Any = None,
+            shard: Shard | None = None,
+        ) -> Tensor:
+            # processes that compute logits together do not forget them at the same time
+            alone = evaluation is None and shard is None
+            held = self.held if alone and weight.requires_grad else None
+            rest = report, head, check, evaluation, held, shard
             if asked is None or not asked.fp32:
                 return lazy_linear(x, weight, bias, *rest)
             wide = None if bias is None else bias.float()
@@ -241,18 +271,28 @@ class LazyForward:
         # somebody records the operations, to run them without us
         if torch.jit.is_tracing() or get_proxy_mode() is not None:
             return False
-        if type(input) not in (Tensor, nn.Parameter) or input.dim() < 2:
+        is_placed = self.plan is not None and is_dtensor(input)
+        if not (is_placed or type(input) in (Tensor, nn.Parameter)) or input.dim() < 2:
             return False
         is_any = torch.is_autocast_enabled(input.device.type) or is_4bit(self.head)
         if input.dtype != self.head.weight.dtype and not is_any:
             return False  # torch says what is wrong
-        if type(self.head.weight) in (Tensor, nn.Parameter) or is_4bit(self.head):
-            reason = self.reason_now(evaluation)
-        else:
-            reason = f"the weight of the output head is a {type(self.head.weight).__name__}"
+        reason = self._reason_against_weight(evaluation) or self.reason_now(evaluation)
         if reason is not None:
             report.note_skipped(reason)
         return reason is None
+
+    def _reason_against_weight(self, evaluation: Evaluation | None) -> str | None:
+        weight: Any = self.head.weight
+        if self.plan is None or not is_dtensor(weight):
+            if type(weight) in (Tensor, nn.Parameter) or is_4bit(self.head):
+                return None
+            return f"the weight of the output head is a {type(weight).__name__}"
+        if evaluation is not None:
+            return "the output head is tensor-parallel"
+        if weight.device_mesh.ndim > 1 or not weight.placements[0].is_shard(0):
+            return f"the weight of the output head has the placements {weight.placements}"
+        return None
 
     def reason_now(self, evaluation: Evaluation | None = None) -> str | None:
         """What forbids lazy logits in this forward pass alone."""
@@ -277,7 +317,9 @@ class LazyForward:
             adapted.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.head, "forward")
+        # a plan's function has no copy: torch gives a copy of the model the very same
+        stock = self.head if self.planned is None else types.SimpleNamespace(forward=self.planned)
+        return getattr, (stock, "forward")
 
 
 class Attachment:
@@ -335,7 +377,8 @@ class Attachment:
         if isinstance(former, FusedHeadForward):
             former.remove()
         ours = [one for one in self._forwards if any(one.head is head for head in heads)]
-        if known is not None and ours:
+        # nobody has all classes of a head that a plan spreads
+        if known is not None and ours and all(one.plan is None for one in ours):
             one = FusedHeadForward(base, known, ours, self.report, self.evaluation)
             self.fused_heads.append(one)
 
@@ -344,19 +387,18 @@ class Attachment:
         if isinstance(stale, LazyForward):
             stale.remove()
             stale.report.skipped.append("another fused loss has taken the output head")
-        reason = _reason_against(head)
+        plan = head_plan(head)
+        reason = _reason_against(head, plan)
         around = [m for m in model.modules() if any(part is head for part in m.modules())]
         library = sharding_library(head, around) if reason is None else None
-        if reason is None and library is None and is_dtensor(head.weight):
-            reason = (
-                "the output head is tensor-parallel: its weight is a DTensor that no FSDP gathers"
-            )
+        if reason is None and library is None and plan is None and is_dtensor(head.weight):
+            reason = _UNKNOWN_PLAN
         if reason is not None:
             self.report.skipped.append(reason)
             return False
         sharding = None if library is None else Sharding(library, head, base_model(model))
         forward = LazyForward(
-            head, around, sharding, self.report, self.evaluation, self._reads, held
+            head, around, sharding, plan, self.report, self.evaluation, self._reads, held
         )
         forward.adapted = [
             AdaptedForward(layer, forward)
@@ -364,6 +406,7 @@ class Attachment:
             if is_adapter(layer)
             and "forward" not in layer.__dict__
             and not has_sharded_parts(layer)
+            and plan is None  # their products would need all classes
         ]
         self._forwards.append(forward)
         return True
@@ -452,7 +495,13 @@ def _linear_parts(module: nn.Module) -> list[nn.Linear]:
     return [linear for part in parts for linear in _linear_parts(part)]
 
 
-def _reason_against(head: nn.Linear) -> str | None:
+_UNKNOWN_PLAN = (
+    "the output head is tensor-parallel, and its plan is neither transformers' "
+    "colwise_gather_output nor torch's ColwiseParallel(output_layouts=Replicate())"
+)
+
+
+def _reason_against(head: nn.Linear, plan: HeadPlan | None) -> str | None:
     """Why this head must keep its own forward; None if it is a plain linear layer."""
     if type(head).forward is not nn.Linear.forward and not is_4bit(head):
         return f"the output head is a {type(head).__name__}, not a plain torch.nn.Linear"
@@ -461,7 +510,7 @@ def _reason_against(head: nn.Linear) -> str | None:
             f"the output head is a {type(head).__name__} that computes its weight or bias each "
             f"time it is read (by torch.nn.utils.parametrize, or a property)"
         )
-    own = head.__dict__.get("forward")
+    own = None if plan is not None else head.__dict__.get("forward")
     if casts_head_to_fp32(own):
         return None
     is_stock = isinstance(own, types.MethodType) and own.__func__ is nn.Linear.forward
@@ -497,8 +546,9 @@ def fused_loss(model: nn.Module, *references: nn.Module) -> Iterator[Report]:
 
     Args:
         model: any model with an output head that is a plain `torch.nn.Linear` (PEFT wrappers
-            included). Where there is none, or under DataParallel or tensor parallelism, the model
-            is left as it is and the report's `skipped` says why.
+            included). Where there is none, or under DataParallel, the model is left as it is and
+            the report's `skipped` says why. Of a tensor-parallel head all processes must use the
+            logits alike.
         references: models whose logits the loss reads without gradients: a teacher, or `model`
             itself with its adapters switched off. Their forward passes without gradients are lazy
             too, outside `generate`.

@@ -29,13 +29,12 @@ from fastft.loss.lazy.combined import (
     together,
 )
 from fastft.loss.lazy.evaluation import new_zeros, write
-from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state
+from fastft.loss.lazy.expressions import LOGITS, Recorded, autocast_state, scale_and_softcap
 from fastft.loss.lazy.losses import (
     cross_entropy,
     gather,
     is_last,
     reduce,
-    scale_and_softcap,
     top,
     total,
 )
@@ -132,8 +131,8 @@ def _sum_of_two(
     """A head plus a trained bias (ESM), or plus a LoRA head: still one linear layer."""
     is_sum = func.__name__ in ("add", "__add__", "__radd__") and len(args) == 1 and not kwargs
     is_layer = lazy.expression == LOGITS and lazy.recorded.is_single
-    # a head that must be entered again knows of its own term alone
-    if not is_sum or not is_layer or lazy.recorded.head.is_freed:
+    # a head that must be entered again, or that processes share, knows of its own term alone
+    if not is_sum or not is_layer or not lazy.recorded.head.is_whole:
         return NotImplemented
     other, dtype, source = args[0], lazy.shadow.dtype, lazy.source
     if isinstance(other, type(lazy)):
@@ -142,7 +141,7 @@ def _sum_of_two(
         if found is None or not is_scaled or other.shape != lazy.shape:
             return NotImplemented
         head = other.source.head
-        if not other.recorded.is_single or head.is_freed or head.shares_with(source.head):
+        if not other.recorded.is_single or not head.is_whole or head.shares_with(source.head):
             return NotImplemented
         shadow = on_meta(lazy, func, (lazy, other), {})
         plus = source.with_head(source.head.plus(head, found.scale))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastft.loss.lazy.expressions import Expression, Place, Recorded, evaluate, parts_of
 from fastft.loss.lazy.sources import Linear, Source
+from fastft.loss.logit_moments import summed_over_classes
 from fastft.loss.options import refuse_second_derivative, statistics_dtype
 
 # of which a number depends on others of its row
@@ -68,8 +69,8 @@ def picked(source: Source, expression: Expression, index: Tensor) -> Tensor | No
         else isinstance(part, Tensor) and part.numel() > 1
         for part in parts_of(expression)
     )
-    is_freed = any(head.is_freed for head in source.heads)
-    if index.shape[-1] != 1 or mixes or is_freed or len(columns) < len(source.operands):
+    is_whole = all(head.is_whole for head in source.heads)
+    if index.shape[-1] != 1 or mixes or not is_whole or len(columns) < len(source.operands):
         return None
     if isinstance(expression, Place) and expression.kind == "operand":
         return None
@@ -79,13 +80,8 @@ def picked(source: Source, expression: Expression, index: Tensor) -> Tensor | No
 
 
 @torch._disable_dynamo
-def summed_over_classes(head: Linear, scale: float) -> Tensor:
+def summed(head: Linear, scale: float) -> Tensor:
     """`scale` times the sum of each row's logits, (...), in fp32."""
-    total: Any = 0
     with torch.autocast(head.terms[0][0].device.type, enabled=False):
-        for x, weight, bias in head.terms:
-            wide = statistics_dtype(x.dtype)
-            total = total + x.to(wide) @ weight.sum(0, dtype=wide)
-            if bias is not None:
-                total = total + bias.sum(dtype=wide)
-    return total * scale
+        dtype = statistics_dtype(head.dtype)
+        return scale * sum(summed_over_classes(*term, dtype) for term in head.terms)

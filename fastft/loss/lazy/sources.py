@@ -31,6 +31,7 @@ from fastft.loss.lazy.expressions import (
 )
 from fastft.loss.lazy.selections import Selection
 from fastft.loss.row_functions import apply_to_rows
+from fastft.loss.vocab_parallel import Shard, whole_logits
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.evaluation import Evaluation, Held
@@ -62,7 +63,8 @@ class Origin(NamedTuple):
     `vocab`: V, which a weight that was freed does not tell any more. `head`: to be entered again
     for its weight. `check` raises when its shards may not be used; it is told whether the head is
     about to be entered. `evaluation`: whose logits they are; None in training. `held`: which
-    remembers those without a history that must be numbers before the weight changes.
+    remembers those without a history that must be numbers before the weight changes. `shard`: which
+    classes the weight has here, where a tensor-parallel plan spreads them; None: all.
     """
 
     vocab: int
@@ -70,6 +72,7 @@ class Origin(NamedTuple):
     check: Callable[[bool], None] | None = None
     evaluation: Evaluation | None = None
     held: Held | None = None
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +162,11 @@ class Linear:
         """Whether a sharding library has taken the numbers of a weight away again."""
         return any(_is_freed(weight) for _, weight, _ in self.terms)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the weights is here: nothing freed, and no other process has classes."""
+        return self.origin.shard is None and not self.is_freed
+
     def inside_head(self, task: Callable[[Linear], Tensor]) -> Tensor:
         """`task` of a layer whose weight is there.
 
@@ -173,9 +181,8 @@ class Linear:
         def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if _is_freed(weight):
                 raise RuntimeError(_GONE)
-            return task(
-                Linear.of((x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
-            )
+            term = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+            return task(Linear.of(term, origin=Origin(self.origin.vocab, shard=self.origin.shard)))
 
         if head is None:
             raise RuntimeError(_GONE)
@@ -186,6 +193,8 @@ class Linear:
     def dense(self) -> Tensor:
         """The logits, in the dtype of the operands: autocast has already had its say on them."""
         with torch.autocast(self.terms[0][0].device.type, enabled=False):
+            if self.origin.shard is not None:
+                return whole_logits(self.terms[0], self.origin.shard)
             return functools.reduce(torch.add, (F.linear(*term) for term in self.terms))
 
 
@@ -241,10 +250,14 @@ class Source:
         return Source(tuple(heads)).with_operands(left)
 
     def with_operands(self, operands: Iterable[Tensor]) -> Source:
-        """The same with more operands."""
-        found = (*self.operands, *operands)
-        known = list(self.selections)  # others may have other operands in these places
-        return replace(self, operands=found, versions=_versions(found), selections=known)
+        """The same with more operands, as they are now."""
+        more = tuple(operands)
+        return replace(
+            self,
+            operands=(*self.operands, *more),
+            versions=(*self.versions, *_versions(more)),
+            selections=list(self.selections),  # others may have other operands in these places
+        )
 
     def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Source:
         """A view or a selection of the rows."""
@@ -262,32 +275,31 @@ class Source:
         self, other: Source
     ) -> tuple[Source, dict[Place, Expression], dict[Place, Expression]]:
         """Both, and what stands for the places of each. A head that both have is there once."""
-        heads, operands = list(self.heads), list(self.operands)
-        of_mine: dict[Place, Expression] = {}
-        of_theirs: dict[Place, Expression] = {}
+        heads, of_mine, of_theirs = list(self.heads), {}, {}
         for index, head in enumerate(other.heads):
-            shared = [at for at, mine in enumerate(heads) if mine.shares_with(head)]
-            at = shared[0] if shared else len(heads)
+            at = next((at for at, mine in enumerate(heads) if mine.shares_with(head)), len(heads))
             place = Place("head", at)
             detached = Recorded(Tensor.detach, (place,), {}, autocast_state(self.device.type))
             of_theirs[Place("head", index)] = place
-            if not shared:
+            if at == len(heads):
                 heads.append(head)
             elif head.requires_grad and not heads[at].requires_grad:
                 heads[at], of_mine[place] = head, detached
             elif heads[at].requires_grad and not head.requires_grad:
                 of_theirs[Place("head", index)] = detached
-        for index, operand in enumerate(other.operands):
-            at = next((at for at, mine in enumerate(operands) if mine is operand), len(operands))
-            operands[at:] = operands[at:] or [operand]
+        operands, versions = list(self.operands), list(self.versions)
+        for index, (operand, version) in enumerate(
+            zip(other.operands, other.versions, strict=True)
+        ):
+            known = zip(operands, versions, strict=True)
+            both = [a is operand and then == version for a, then in known]
+            at = both.index(True) if any(both) else len(operands)
+            if at == len(operands):
+                operands.append(operand)
+                versions.append(version)
             of_theirs[Place("operand", index)] = Place("operand", at)
-        both = Source(tuple(heads), selections=self.selections).with_operands(operands)
+        both = Source(tuple(heads), tuple(operands), tuple(versions), list(self.selections))
         return both, of_mine, of_theirs
-
-    def same_as(self, other: Source) -> bool:
-        """Whether both are made of the same tensors."""
-        mine, theirs = self.tensors, other.tensors
-        return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
 
     def detached(self) -> Source:
         """The same numbers without their history; the very same where there is none."""
@@ -352,6 +364,7 @@ def over_rows(
             of_logits,
             *there.operands,
             *arguments,
+            shards=[layer.origin.shard for layer in there.heads],
             shared=[at for at, operand in enumerate(there.operands) if operand.dim() == 1],
             **options,
         )

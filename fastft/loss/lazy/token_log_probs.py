@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastft.loss.head_sweep import CountedRows
 from fastft.loss.lazy.logits import LazyLogits
-from fastft.loss.lazy.losses import scale_and_softcap
+from fastft.loss.lazy.losses import known_rows
 from fastft.loss.lazy.sources import Linear
 from fastft.loss.linear_log_probs import LinearLogProbs, linear_log_probs
 
@@ -38,17 +38,18 @@ def token_log_probs(
         max_counted, mean_logits, log_sum_sq_probs: as in `linear_log_probs`.
     """
     extras = {"mean_logits": mean_logits, "log_sum_sq_probs": log_sum_sq_probs}
-    options = _known(logits)
-    if options is not None:
-        tokens = logits.checked().head.inside_head(  # type: ignore[attr-defined]
-            lambda layer: _by_kernel(layer, target, max_counted=max_counted, **extras, **options)
-        )
+    lazy = logits if isinstance(logits, LazyLogits) and logits.is_lazy else None
+    known = None if lazy is None else known_rows(lazy)
+    if lazy is not None and known is not None and lazy.recorded.head.origin.shard is None:
+        options = {"max_counted": max_counted, **extras, **known}
+        head = lazy.checked().head
+        tokens = head.inside_head(lambda layer: _by_kernel(layer, target, **options))
         names = [*LinearLogProbs._fields[:4], *(name for name in extras if extras[name])]
         return LinearLogProbs(**dict(zip(names, tokens, strict=True)))
     flat = target.reshape(-1)
-    if isinstance(logits, LazyLogits) and logits.is_lazy:
+    if lazy is not None:
         rows = CountedRows.of(flat, IGNORED, -1 if max_counted is None else max_counted)
-        columns = logits.over_rows(_of_rows, flat, rows=rows)
+        columns = lazy.over_rows(_of_rows, flat, rows=rows)
     else:
         columns = _of_rows(logits.reshape(len(flat), logits.shape[-1]), flat)
     counted = (flat != IGNORED)[:, None]
@@ -63,19 +64,6 @@ def token_log_probs(
         means.detach() if mean_logits else None,
         squares.detach() if log_sum_sq_probs else None,
     )
-
-
-def _known(logits: Tensor) -> dict[str, Any] | None:
-    """The options by which `linear_log_probs` computes those of `logits`; None if it cannot."""
-    if not isinstance(logits, LazyLogits) or not logits.is_lazy:
-        return None
-    if not logits.recorded.is_single or len(logits.recorded.head.terms) > 1:
-        return None
-    found = scale_and_softcap(logits.expression)
-    dtype = torch.promote_types(logits.recorded.head.dtype, torch.float32)
-    if found is None or not found.casts <= {dtype}:
-        return None
-    return {"logit_scale": found.scale, "softcap": found.softcap}
 
 
 def _by_kernel(layer: Linear, target: Tensor, **options: Any) -> tuple[Tensor, ...]:

@@ -28,8 +28,8 @@ from fastft import foreign
 from fastft.attention.attention import NAME as OURS
 from fastft.integrations.block_mask import NAME as BLOCK_MASK
 from fastft.integrations.implementations import STOCK
-from fastft.integrations.probe_rows import TABLES, WINDOWS
-from fastft.integrations.untouched import RandomStates
+from fastft.integrations.probe.rows import TABLES, WINDOWS
+from fastft.integrations.probe.untouched import RandomStates
 
 OWN, MOST = 2**24, 2**27  # parameters of a twin of the same sizes, of any
 VOCABULARY, WIDTH = 1024, 16  # tokens; features inside experts and other layers of two matrices

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastft.integrations.probe_images import ImageExamples
+    from fastft.integrations.probe.images import ImageExamples
 
 LENGTHS, DECODER_LENGTHS = (11, 7, 13), (6, 9, 5)
 OTHER_ROW, OTHER_DECODER_ROW = 24, 17

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastft import foreign
-from fastft.integrations.recorded_batches import digest
+from fastft.integrations.recorder.batches import digest
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import load_value
 from fastft.optim.moments_8bit import ENTRIES, dequantise

@@ -31,7 +31,7 @@ from fastft.data.collator import PackingCollator
 from fastft.data.pack import Pack
 from fastft.foreign import base_model, output_embeddings
 from fastft.integrations.implementations import attention, stock_parts
-from fastft.integrations.probe_rows import (
+from fastft.integrations.probe.rows import (
     LENGTHS,
     PADDING,
     Batches,
@@ -43,8 +43,8 @@ from fastft.integrations.probe_rows import (
     random_tokens,
     short_row,
 )
-from fastft.integrations.probe_sounds import shape_of_sounds, sound_key, sounds
-from fastft.integrations.untouched import RandomStates, training_mode
+from fastft.integrations.probe.sounds import shape_of_sounds, sound_key, sounds
+from fastft.integrations.probe.untouched import RandomStates, training_mode
 
 _LEAK = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 5e-4}
 _ERROR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

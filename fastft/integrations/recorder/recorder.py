@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from fastft import foreign
 from fastft.commands.trace import Micro, Step, Trace
-from fastft.integrations.recorded_batches import Reading, described, shift_of
-from fastft.integrations.recorded_costs import Costs
-from fastft.integrations.recorded_leak import leak
-from fastft.integrations.recorded_weights import Weights, random_states, torch_states
+from fastft.integrations.recorder.batches import Reading, described, shift_of
+from fastft.integrations.recorder.costs import Costs
+from fastft.integrations.recorder.leak import leak
+from fastft.integrations.recorder.weights import Weights, random_states, torch_states
 
 _COMPUTE = {"bf16": "bfloat16", "fp16": "float16"}
 

@@ -27,12 +27,12 @@ from fastft.data.keys import is_of_images
 from fastft.data.pack import Pack, examples_of, is_pack
 from fastft.data.packed import packs_of
 from fastft.data.processed import unbatched
+from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.foreign import base_model, with_attributes
-from fastft.integrations.probe import Probe, Trouble, kinds_of_tokens, stock_attention
-from fastft.integrations.probe_rows import Batches, Row, random_tokens, special_tokens
-from fastft.integrations.untouched import RandomStates
+from fastft.integrations.probe.probe import Probe, Trouble, kinds_of_tokens, stock_attention
+from fastft.integrations.probe.rows import Batches, Row, random_tokens, special_tokens
+from fastft.integrations.probe.untouched import RandomStates
 
-TASK = "image_text_to_text"
 _LOOKED_AT, _PACKED = 8, 3  # examples of a dataset; of these, in the row
 _WORDS = 3  # in front of an example that is alike
 Example = dict[str, Any]
@@ -202,7 +202,7 @@ class ImageProbe(Probe):
         return replace(found, what=f"with images, {found.what}", loud=False)
 
     def _task(self) -> dict[str, Any]:
-        return {"task": TASK, "model": self.base}
+        return {"task": IMAGE_TEXT, "model": self.base}
 
     def _examples(self, tokens: list[Tensor], targets: list[Tensor]) -> list[dict[str, Any]]:
         """Texts, as a processor gives them."""

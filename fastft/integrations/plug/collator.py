@@ -25,8 +25,9 @@ from fastft.data.collator import PackingCollator
 from fastft.data.keys import IGNORE_INDEX, MAX_LENGTH_K, MAX_LENGTH_Q, SOUNDS, is_of_images
 from fastft.data.pack import Pack, examples_of, is_pack
 from fastft.data.processed import unbatched
+from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.foreign import base_model
-from fastft.integrations.probe_sounds import sound_key
+from fastft.integrations.probe.sounds import sound_key
 
 # what a collator that packs says beside positions, from which the same follows
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", MAX_LENGTH_Q, MAX_LENGTH_K, "seq_idx")
@@ -39,7 +40,6 @@ _TASKS = {
     "image_text_to_text": "ForConditionalGeneration",
     "seq2seq": "ForConditionalGeneration|ForSeq2SeqLM|MTModel|EncoderDecoderModel",
 }
-IMAGES = "image_text_to_text"
 Batch = dict[str, Any]
 
 
@@ -61,8 +61,8 @@ def task_of(model: nn.Module) -> str:
     for task, pattern in _TASKS.items():
         # a model for images and text is called as one with an encoder
         encodes = getattr(config, "is_encoder_decoder", False)
-        fits = task not in (IMAGES, "seq2seq") or encodes == (task == "seq2seq")
-        if task == IMAGES:
+        fits = task not in (IMAGE_TEXT, "seq2seq") or encodes == (task == "seq2seq")
+        if task == IMAGE_TEXT:
             fits = fits and "pixel_values" in inspect.signature(base.forward).parameters
         if config is not None and re.search(pattern, names) and fits:
             return task
@@ -110,12 +110,12 @@ class PackedBatches:
         return self.packing([Pack([*itertools.islice(left, len(unit))]) for unit in units])
 
     def _rows(self, examples: list[Batch]) -> list[Batch]:
-        if self.packing.task != IMAGES:
+        if self.packing.task != IMAGE_TEXT:
             return rows_of(self.collator(examples), len(examples), self.packing.task)
         rows = list[Batch]()
         for example in examples:
             batch = dict(self.collator([example]).items())
-            rows_of(batch, 1, IMAGES)
+            rows_of(batch, 1, IMAGE_TEXT)
             rows.append(unbatched({k: v for k, v in batch.items() if v is not None}))
         return rows
 
@@ -149,7 +149,7 @@ def rows_of(batch: Batch, examples: int, task: str) -> list[dict[str, Tensor]]:
     per_token = {
         key: value
         for key, value in batch.items()
-        if key not in own and not (task == IMAGES and is_of_images(key))
+        if key not in own and not (task == IMAGE_TEXT and is_of_images(key))
     }
     for key, value in per_token.items():
         if not isinstance(value, Tensor) or value.shape != ids.shape:

@@ -11,9 +11,6 @@ import contextlib
 import copy
 import functools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,62 +20,23 @@ from transformers import Trainer
 
 from fastft import foreign
 from fastft.data.collator import PackingCollator
-from fastft.data.keys import IGNORE_INDEX
 from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
+from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.data.tasks.speech_seq2seq import ROW_TOKENS
-from fastft.integrations.packing import PackingCallback, packing_collator
-from fastft.integrations.plug_collator import (
-    IMAGES,
+from fastft.integrations.packed_loader import packing_collator
+from fastft.integrations.packing import ROWS_ARE_CUT, PackingCallback
+from fastft.integrations.plug.collator import (
     PackedBatches,
     Unpackable,
     first_position,
-    rows_of,
-    shifts_usually,
     task_of,
 )
+from fastft.integrations.plug.sample import Sample, sample_of
 from fastft.integrations.pool_segments import pool_segments
-from fastft.integrations.untouched import RandomStates
 
 COLLATE = "collate"
-_BATCHES = 4  # of the user's, which are looked at before training
 _GROUPING = ("group_by_length", "batch_rebalance")
-
-
-@dataclass
-class Sample:
-    """A few batches as the user's collator makes them.
-
-    Attributes:
-        examples: in a batch.
-        tokens: of each batch, without padding.
-        total: tokens with padding, in all of them.
-        predicts_from_padding: whether some of that is on the left of a token with a label that
-            counts.
-        labels_first: whether a row's first token has a label that counts.
-    """
-
-    examples: int
-    tokens: list[int] = field(default_factory=list)
-    total: int = 0
-    predicts_from_padding: bool = False
-    labels_first: bool = False
-
-    def add(self, batch: dict[str, Any]) -> None:
-        """Counts a padded batch."""
-        if "input_ids" not in batch:  # of sounds: what is packed is what they say
-            labels = batch["labels"]
-            self.total += labels.numel()
-            self.tokens.append(int((labels != IGNORE_INDEX).sum()))
-            return
-        mask = batch.get("attention_mask")
-        self.total += batch["input_ids"].numel()
-        self.tokens.append(batch["input_ids"].numel() if mask is None else int(mask.sum()))
-        labels = batch["labels"]
-        if mask is not None and labels.shape == mask.shape:
-            first = labels.gather(1, mask.long().argmax(1, keepdim=True))[:, 0]
-            self.predicts_from_padding |= bool(((mask[:, 0] == 0) & (first != IGNORE_INDEX)).any())
-        self.labels_first |= labels.dim() > 1 and bool((labels[:, 0] != IGNORE_INDEX).any())
 
 
 class PackingPiece:
@@ -129,7 +87,7 @@ class PackingPiece:
                     "a batch of sounds is as many as per_device_train_batch_size says; "
                     "packing='collate' packs what they say"
                 )
-            self._sample = _sample(trainer, stock, self._collator.packing.task)
+            self._sample = sample_of(trainer, stock, self._collator.packing.task)
             if self.packing == COLLATE and self._predicts_from_padding():
                 raise Unpackable(
                     "stock also predicts the first token of each text from the padding left of it, "
@@ -138,8 +96,8 @@ class PackingPiece:
             if self.packing == COLLATE and self._divides_by_first_labels():
                 raise Unpackable(
                     "stock divides the loss of this model by a count of labels that has the first "
-                    "token of each text, which nothing predicts; packed batches have it not, and "
-                    "their loss would be larger"
+                    "token of each text, which nothing predicts; packed batches leave it out, "
+                    "and their loss would be larger"
                 )
         if self.packing != COLLATE:
             self._pack()
@@ -199,7 +157,7 @@ class PackingPiece:
         return _packing(self._collator).task
 
     def _is_causal(self) -> bool:
-        return self._task() in ("causal_lm", IMAGES)
+        return self._task() in ("causal_lm", IMAGE_TEXT)
 
     def _train_loader(self, stock: Any) -> Any:
         """`get_train_dataloader`: the user's own, with other batches in it."""
@@ -336,6 +294,8 @@ def _check(trainer: Trainer, packing: Any) -> None:
             f"packing={packing!r}: DataParallel cuts a packed batch between its devices; start one "
             "process for each (torchrun), or leave packing out"
         )
+    if foreign.rows_are_cut():
+        raise ValueError(f"packing={packing!r}: {ROWS_ARE_CUT}")
     tuning = foreign.prompt_learning(trainer.model)
     if tuning is not None:
         raise ValueError(
@@ -386,79 +346,13 @@ def _collator_for(trainer: Any) -> PackedBatches:
         "pad_token_id": pad if isinstance(pad, int) and pad >= 0 else 0,
         "position_ids_start": first_position(model) if start is None else start,
     }
-    if task == IMAGES:
+    if task == IMAGE_TEXT:
         options["model"] = model
     if task.endswith("seq2seq"):
         options["decoder_start_token_id"] = getattr(config, "decoder_start_token_id", None)
     if task == "speech_seq2seq":
         options["row_tokens"] = getattr(config, "max_target_positions", ROW_TOKENS)
     return PackedBatches(stock, task, **options)
-
-
-def _sample(trainer: Any, stock: Any, task: str) -> Sample:
-    """Looks at batches of the user's loader, with what it removes and collates; nothing is drawn.
-
-    Raises:
-        Unpackable: they cannot be packed.
-    """
-    states = RandomStates(trainer.model)
-    sample = Sample(trainer.args.train_batch_size)
-    try:
-        with foreign.attributes_kept(trainer), foreign.loaders_forgotten(trainer.accelerator):
-            loader = stock()
-        collate = loader.collate_fn
-        with _generator_kept(getattr(collate, "data_collator", collate)):
-            for examples in islice(_examples(loader, sample.examples), _BATCHES):
-                sample.add(_padded_batch(collate, examples, task, trainer.model))
-    finally:
-        states.rewind()
-    return sample
-
-
-def _padded_batch(collate: Any, examples: list[Any], task: str, model: Any) -> dict[str, Any]:
-    batch = collate(examples)
-    if not hasattr(batch, "items"):
-        raise Unpackable(f"its batches are no dicts but {type(batch).__name__}")
-    batch = dict(batch.items())
-    if (
-        task.endswith("seq2seq")
-        and batch.get("decoder_input_ids") is None
-        and not shifts_usually(model)
-    ):
-        raise Unpackable(
-            f"{type(foreign.base_model(model)).__name__} shifts labels in a way of its own; with "
-            "DataCollatorForSeq2Seq(..., model=model) the collator has it do so"
-        )
-    try:
-        rows_of(batch, len(examples), task)
-    except Unpackable as error:
-        raise Unpackable(f"its batches {error}") from None
-    return batch
-
-
-def _examples(loader: Any, size: int) -> Any:
-    """The examples of batches, without a worker or a copy to a device."""
-    dataset, batches = loader.dataset, getattr(loader, "batch_sampler", None)
-    if isinstance(dataset, IterableDataset):
-        # one of `datasets` begins anew each time; another may be used up
-        if foreign.is_iterable_dataset(dataset):
-            yield list(islice(iter(dataset), size))
-        return
-    for indices in batches or []:
-        yield [dataset[index] for index in indices]
-
-
-@contextlib.contextmanager
-def _generator_kept(collator: Any) -> Iterator[None]:
-    """Leaves a collator's own random generator, if it has one, as it is."""
-    given = vars(collator).get("generator") if hasattr(collator, "__dict__") else None
-    if given is not None:
-        collator.generator = copy.deepcopy(given)
-    try:
-        yield
-    finally:
-        if hasattr(collator, "generator"):
-            collator.generator = given
 
 
 def _draws(model: Any) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastft import foreign
-from fastft.integrations.recorded_batches import neighbours
-from fastft.integrations.untouched import untouched
+from fastft.integrations.probe.untouched import untouched
+from fastft.integrations.recorder.batches import neighbours
 
 
 class _Seen(Exception):

@@ -1,7 +1,7 @@
 """Does a model keep packed sequences apart? It is asked, and what helps is tried on it.
 
 `probe.py` says how it is asked and what counts. A short row shows what 31 tokens show; a long one
-passes the windows and tables of the configuration (`probe_rows.py`). Where something is wrong, what
+passes the windows and tables of the configuration (`rows.py`). Where something is wrong, what
 could help is tried on the model.
 
 Cost, without gradients: about a dozen forward passes over at most 31 tokens, and two over the long
@@ -24,11 +24,11 @@ from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.foreign import base_model, class_name, prompt_learning, reason_not_to_run, unwrapped
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.implementations import STOCK, attention, switched
-from fastft.integrations.probe import Probe, Trouble
-from fastft.integrations.probe_images import ImageProbe, image_examples
-from fastft.integrations.probe_rows import Batches, long_row
-from fastft.integrations.twin import twin_of
-from fastft.integrations.untouched import untouched
+from fastft.integrations.probe.images import ImageProbe, image_examples
+from fastft.integrations.probe.probe import Probe, Trouble
+from fastft.integrations.probe.rows import Batches, long_row
+from fastft.integrations.probe.twin import twin_of
+from fastft.integrations.probe.untouched import untouched
 
 
 class PackingLeakError(RuntimeError):

@@ -22,9 +22,9 @@ from transformers.utils import logging
 
 from fastft import foreign
 from fastft.integrations.packing import PackingCallback
-from fastft.integrations.plug_loss import LossPiece
-from fastft.integrations.plug_optimizer import OptimizerPiece
-from fastft.integrations.plug_packing import PackingPiece
+from fastft.integrations.plug.loss import LossPiece
+from fastft.integrations.plug.optimizer import OptimizerPiece
+from fastft.integrations.plug.packing import PackingPiece
 from fastft.loss.lazy.report import Report
 
 # below "transformers", so that its verbosity rules
@@ -209,8 +209,9 @@ def plug(
     Raises:
         TypeError: `trainer` is no Trainer, a switch is no bool, an option is unknown.
         ValueError: the Trainer is plugged already; `packing` is none of these, or impossible
-            (DataParallel, prompt tuning, `auto_find_batch_size`, dispatched batches, an example
-            that is too long); options for an optimizer that is left alone, or that `args` have.
+            (DataParallel, context or sequence parallelism, prompt tuning, `auto_find_batch_size`,
+            dispatched batches, an example that is too long); options for an optimizer that is left
+            alone, or that `args` have.
     """
     if not isinstance(trainer, Trainer):
         raise TypeError(

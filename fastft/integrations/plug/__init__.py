@@ -1,0 +1,1 @@
+"""`fastft.plug`: what fits a Trainer, piece by piece."""
