@@ -20,7 +20,7 @@ from fastft.loss.logit_moments import summed_over_classes
 from fastft.loss.options import refuse_second_derivative, statistics_dtype
 
 # of which a number depends on others of its row
-_MIXING = (torch.softmax, torch.log_softmax, torch.stack)
+_MIXING = (torch.softmax, torch.log_softmax, torch.stack, torch.gather, torch.amax, torch.amin)
 
 
 class _Picked(torch.autograd.Function):

@@ -36,6 +36,37 @@ def on_meta(
     return func(*args, **kwargs)
 
 
+def _without_numbers(lazy: LazyLogits) -> Tensor:
+    """A tensor of the shape, dtype and device of lazy logits, of one number."""
+    return torch.empty((), dtype=lazy.shadow.dtype, device=lazy.device).expand(lazy.shadow.shape)
+
+
+def shaped_as(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`zeros_like(logits)` and its kind, which read no logits."""
+    device = kwargs.get("device")
+    if device is not None and torch.empty(0, device=device).device != lazy.device:
+        return NotImplemented
+    options = {name: value for name, value in kwargs.items() if name != "device"}
+    shadow = func(lazy.shadow, *args, **options)
+    result = func(_without_numbers(lazy), *args, **options)
+    if result.stride() != shadow.stride():
+        return NotImplemented
+    return result
+
+
+def shaped_as_other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`mask.expand_as(logits)`, `values.to(logits)`, ..., which read none either."""
+    from fastft.loss.lazy.logits import LazyLogits
+
+    def without(value: Any) -> Any:
+        return _without_numbers(value) if isinstance(value, LazyLogits) else value
+
+    args, kwargs = tree_map(without, (args, kwargs))
+    return func(*args, **kwargs)
+
+
 def with_strides_of(shadow: Tensor, result: Tensor) -> Tensor:
     """`result`, whose rows may be flat, in memory as torch lays it: `view` depends on that."""
     result = result.reshape(shadow.shape)
