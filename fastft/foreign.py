@@ -513,7 +513,8 @@ def _plan_of_transformers(layer: nn.Linear, forward: Any) -> HeadPlan | None:
         return None
 
     def replicated(input: Tensor) -> Any:
-        (placed, *_), _ = style.transform_inputs_pre_forward(layer, (input,), {}, mesh)
+        with torch.enable_grad():  # without gradients it would leave a plain tensor plain
+            (placed, *_), _ = style.transform_inputs_pre_forward(layer, (input,), {}, mesh)
         return placed
 
     return HeadPlan(replicated, lambda output: output)

@@ -322,9 +322,6 @@ LIMITS = {
         "test_linear_cross_entropy.py::test_compiles_to_one_graph",
         "test_trainer_interplay.py::test_compiled",
     ],
-    "loss.md: A hook on logits": [
-        "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
-    ],
     "loss.md: A head that computes its weight": [
         "test_output_head.py::test_a_head_whose_weight_is_computed_trains_as_stock",
     ],
@@ -349,6 +346,7 @@ LIMITS = {
     "loss.md: Logits that are read": [
         "test_lazy_logits.py::test_reading_after_the_weight_changed_raises",
         "test_lazy_logits.py::test_a_hook_that_would_never_run_raises",
+        "test_lazy_logits.py::test_who_watches_before_the_loss_sees_the_gradient",
     ],
     "loss.md: An explicit `impl=`": [
         "test_ops.py::test_an_engine_that_does_not_suit_never_becomes_another",

@@ -46,13 +46,16 @@ def token_columns(columns: Columns, required: Iterable[str] = ()) -> Columns:
     return {"input_ids": columns.pop("input_ids")} | {
         key: values
         for key, values in columns.items()
-        if key in required or any(map(_may_be_per_token, values))
+        if key in required or any(map(may_hold_numbers, values))
     }
 
 
-def _may_be_per_token(value: Any) -> bool:
+def may_hold_numbers(value: Any) -> bool:
+    """Tells arrays and lists of numbers from text, single numbers, None and lists of objects."""
     if isinstance(value, list | tuple):
-        return bool(value) and not isinstance(value[0], str | dict) and value[0] is not None
+        return bool(value) and (
+            isinstance(value[0], int | float | list | tuple) or hasattr(value[0], "dtype")
+        )
     return (
         hasattr(value, "ndim") and value.ndim > 0 and getattr(value.dtype, "kind", "i") not in "OSU"
     )

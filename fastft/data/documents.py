@@ -32,7 +32,8 @@ from fastft.data.columns import (
     lengths_of,
     take_mask,
 )
-from fastft.data.keys import CU_SEQLENS_K, CU_SEQLENS_Q, LABEL_KEYS, SEQ_IDX, is_of_images
+from fastft.data.keys import CU_SEQLENS_K, CU_SEQLENS_Q, LABEL_KEYS, SEQ_IDX
+from fastft.data.processed import holds_images
 
 POSITIONS, NUMBERS, MASK, SIZES = "position_ids", SEQ_IDX, "attention_mask", "seq_lengths"
 BORDERS = ("cu_seq_lens", CU_SEQLENS_Q, CU_SEQLENS_K, "cu_seqlens")
@@ -213,14 +214,14 @@ def cut_documents(columns: Columns, lengths: Sequence[int], documents: list[list
         ):
             if len(sizes) == 1:
                 made.append(value)
-            elif is_per_token(value, length):
-                ends = itertools.accumulate(sizes)
-                made += [value[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-            elif is_of_images(key) and value is not None:
+            elif holds_images(key, value):
                 raise ValueError(
                     f"example {index} is {len(sizes)} documents, packed by another tool, of which "
                     f"nothing says whose {key} are whose: give the documents one by one"
                 )
+            elif is_per_token(value, length):
+                ends = itertools.accumulate(sizes)
+                made += [value[end - size : end] for end, size in zip(ends, sizes, strict=True)]
             elif key in LABEL_KEYS:
                 raise ValueError(
                     f"example {index} is {len(sizes)} documents, packed by another tool, but has "

@@ -92,9 +92,11 @@ class MultiAxisPositions:
         try:
             made = self._ask({key: value[None] for key, value in tokens.items()} | images)
         except Exception as error:
+            reads, given = (", ".join(sorted(keys)) for keys in (self._takes, {*tokens, *images}))
             raise ValueError(
-                f"{type(self._part).__name__}.{METHOD} cannot make the positions of an example "
-                f"with {', '.join(sorted({*tokens, *images}))}: {error!r}"
+                f"{type(self._part).__name__}.{METHOD}, which reads {reads}, cannot make the "
+                f"positions of an example with {given}: {error!r}. Keep in each example all that "
+                "its processor gives, and all tokens of its images"
             ) from error
         return torch.cat([places[None], made.to(places.dtype)])
 

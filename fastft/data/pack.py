@@ -28,7 +28,7 @@ from fastft.data.documents import (
     split_documents,
 )
 from fastft.data.keys import IGNORE_INDEX, is_of_images, refuse_reserved
-from fastft.data.processed import unbatched
+from fastft.data.processed import holds_images, unbatched
 
 
 class Values:
@@ -137,7 +137,7 @@ def examples_of(pack: dict[str, Values]) -> list[dict[str, Any]]:
 def refuse_images(example: dict[str, Any], length: int) -> None:
     """Raises ValueError where an example that is to be cut to `length` tokens has images."""
     for key, value in example.items():
-        if is_of_images(key) and value is not None:
+        if holds_images(key, value):
             raise ValueError(
                 f"an example has {key} and cannot be cut to {length} tokens: the rest of its "
                 "images would meet no token. overlong='drop' leaves such examples out, a larger "

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from fastft.data.columns import may_hold_numbers
 from fastft.data.keys import is_of_images
 
 
@@ -23,6 +27,12 @@ def _is_batch_of_one(value: Any) -> bool:
     )
 
 
+def holds_images(key: str, value: Any) -> bool:
+    """Tells images and numbers of these from None, from an empty list, in whose place `datasets`
+    has none, and from what else a dataset says of images (`image_url`, `video_id`)."""
+    return is_of_images(key) and may_hold_numbers(value) and len(value) > 0
+
+
 def token_count(input_ids: Any) -> int:
     """Counts the tokens of (n,), or of (1, n)."""
     return len(input_ids[0]) if _is_batch_of_one(input_ids) else len(input_ids)
@@ -36,3 +46,13 @@ def unbatched(example: dict[str, Any]) -> dict[str, Any]:
         key: value[0] if not is_of_images(key) and _is_batch_of_one(value) else value
         for key, value in example.items()
     }
+
+
+def tensor_of(value: Any) -> Tensor:
+    """Makes a tensor of an array, of lists of numbers, or of a list of arrays, an image each, as
+    processors give them without `return_tensors`."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, list | tuple) and hasattr(value[0], "dtype"):
+        return torch.stack([tensor_of(one) for one in value])
+    return torch.tensor(value)  # a copy, as Arrow's memory is not to be written to

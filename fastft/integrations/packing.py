@@ -313,8 +313,8 @@ class PackingCallback(TrainerCallback):
         images = image_examples(model, examples)
         if images is None:
             logger.warning(
-                f"fastft: packing of images is not checked, as none of the first {len(examples)} "
-                "examples has one"
+                "fastft: packing of images is not checked, as none of "
+                f"{len(examples)} examples from all over the dataset has one"
             )
         return replace(batches, images=images)
 

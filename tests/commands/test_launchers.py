@@ -48,7 +48,7 @@ def launched(folder, *line, **variables):
     # DeepSpeed compiles with the ninja beside this Python
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        line, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+        line, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     return done.stderr

@@ -180,3 +180,43 @@ def test_the_dimension_of_one_is_of_tokens_alone():
     assert unbatched(one)["input_ids"] == [1, 2, 3]
     assert unbatched(one)["pixel_values"].shape == (1, 3) and unbatched(one)["text"] == "a"
     assert [token_count(ids) for ids in ([[1, 2]], [1, 2], torch.ones(1, 4), [5])] == [2, 2, 4, 1]
+
+
+def test_a_list_of_arrays_is_an_image_each():
+    """As processors give it without `return_tensors`."""
+    expected = packed([example(5, images=2)])["pixel_values"]
+    for one in (torch.Tensor.numpy, torch.Tensor.clone):
+        given = example(5, images=2)
+        given["pixel_values"] = [one(image) for image in given["pixel_values"]]
+        assert torch.equal(packed([given])["pixel_values"], expected)
+
+
+def test_an_empty_list_is_no_image():
+    """As `datasets` stores what a processor gives of no image."""
+    batch = packed([example(5, images=0, pixel_values=[]), example(7)])
+    assert len(batch["pixel_values"]) == 1
+    assert len(fastft.pack([example(9, images=0, pixel_values=[])], 6, overlong="truncate")) == 1
+
+
+def test_what_a_dataset_says_of_images_beside_them_is_left_out():
+    said = {"image_url": "a.png", "image_id": 3, "images": [object()], "video_paths": ["a", "b"]}
+    assert packed([example(5) | said]).keys() == packed([example(5)]).keys()
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+def test_texts_with_words_about_images_are_cut_as_ever(overlong):
+    rows = [{"input_ids": [*range(9)], "image_url": "a.png", "video_id": 7, "image_ids": []}]
+    assert len(fastft.pack(rows, 6, overlong=overlong)[0]["input_ids"]) == 6
+    row = {"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1], "image_url": "a.png"}
+    assert fastft.PackingCollator()([row])["cu_seq_lens_q"].tolist() == [0, 2, 4]
+
+
+def test_images_of_as_many_patches_as_tokens_are_not_cut_with_a_packed_row():
+    row = example(4, images=0, batched=False, position_ids=torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(ValueError, match=r"nothing says whose pixel_values are whose"):
+        fastft.pack([row | {"pixel_values": torch.zeros(4, 12)}], 9)[0]
+
+
+def test_sizes_without_a_row_for_each_image_are_refused():
+    with pytest.raises(ValueError, match=r"image_grid_thw of example 1 must have a row for each"):
+        packed([example(5), example(6, image_grid_thw=torch.tensor([1, 2, 2]))])

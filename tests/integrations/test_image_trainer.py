@@ -9,6 +9,7 @@ from support.image_trainers import GEMMA, LLAVA, QWEN, Padded, image_trainer
 from support.trainers import logged
 
 import fastft
+from fastft.integrations.probe.images import image_examples
 
 WAYS = {
     "LLaVA and its kind": LLAVA,
@@ -134,3 +135,41 @@ def test_images_of_an_iterable_dataset_are_refused_before_training(tmp_path):
     )
     with pytest.raises(fastft.PackingLeakError, match=r"nobody knows whether images.*examples="):
         trainer.train()
+
+
+def test_images_behind_many_texts_are_found_by_the_probe(tmp_path):
+    """As in datasets that were joined end to end."""
+    text = {key: torch.arange(6, 17)[None] for key in ("input_ids", "labels")}
+    text["attention_mask"] = torch.ones_like(text["input_ids"])
+    text["token_type_ids"] = torch.zeros_like(text["input_ids"])
+    callback = fastft.PackingCallback(attention=False)
+    trainer = image_trainer(
+        tmp_path, GEMMA, packing, dataset=lambda images: [text] * 40 + images, callbacks=[callback]
+    )
+    with pytest.raises(fastft.PackingLeakError, match=r"with images"):
+        trainer.train()
+
+
+def test_the_probe_asks_with_examples_of_each_kind():
+    model = torch.nn.Module()
+    model.forward = lambda input_ids, pixel_values=None, pixel_values_videos=None: None
+    model.config = transformers.PretrainedConfig(vocab_size=64)
+    image, video = {"pixel_values": torch.zeros(1, 3)}, {"pixel_values_videos": torch.zeros(2, 3)}
+    given = [{"input_ids": torch.arange(4 + n), **image} for n in range(5)]
+    given += [{"input_ids": torch.arange(40), **more} for more in (video, image | video, {})]
+    chosen = [one.keys() - {"input_ids"} for one in image_examples(model, given).examples]
+    assert sorted(map(sorted, chosen)) == sorted(map(sorted, [image, video, image | video, {}]))
+
+
+def test_label_smoothing_that_learns_first_tokens_is_left_alone(tmp_path):
+    """Trainer shifts no labels for it but those of causal models."""
+
+    def all_learned(examples):
+        return [example | {"labels": example["input_ids"]} for example in examples]
+
+    changes = {"label_smoothing_factor": 0.1, "dataset": all_learned, "max_steps": 2}
+    stock = losses(image_trainer(tmp_path, LLAVA, **changes))
+    trainer = image_trainer(tmp_path, LLAVA, **changes)
+    plug = fastft.plug(trainer, packing="collate")
+    assert losses(trainer) == pytest.approx(stock, rel=2e-5)
+    assert plug.lines["packing"].startswith("left alone: with label_smoothing_factor"), plug.lines

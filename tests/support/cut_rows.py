@@ -37,7 +37,7 @@ def run(kind: str, way: str, folder: Path) -> tuple[list[dict], str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     files = [folder / f"{rank}.pt" for rank in range(PROCESSES)]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-PROCESSES, STEPS, SAVED, LIMIT = 2, 6, 2, 10  # the limit of a collective in seconds
+PROCESSES, STEPS, SAVED, LIMIT = 2, 6, 2, 30  # the limit of a collective in seconds
 
 
 class Relay:
@@ -103,7 +103,7 @@ def run(folder: Path, *options: str, kind: str = "ddp", delay: float = 0.0) -> l
 
 def _ends(children: list[subprocess.Popen], folder: Path, relay: Relay) -> list[Ended]:
     begin, stopped, ended = time.monotonic(), None, {}
-    while len(ended) < len(children) and time.monotonic() < begin + 600:
+    while len(ended) < len(children) and time.monotonic() < begin + 1200:
         time.sleep(0.2)
         stalled = (folder / "stalled").exists()
         if stopped is None and (ended or stalled):

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 def _work(rank, world, module, folder):
     torch.set_num_threads(1)
-    rendezvous = {"init_method": f"file://{folder}/rendezvous", "timeout": timedelta(seconds=60)}
+    rendezvous = {"init_method": f"file://{folder}/rendezvous", "timeout": timedelta(minutes=5)}
     dist.init_process_group("gloo", rank=rank, world_size=world, **rendezvous)
     outcomes = {}
     for name, case in importlib.import_module(module).CASES.items():

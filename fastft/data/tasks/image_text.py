@@ -22,12 +22,13 @@ from torch import Tensor
 
 from fastft.data.columns import Columns
 from fastft.data.keys import is_of_images
-from fastft.data.processed import unbatched
+from fastft.data.processed import holds_images, tensor_of, unbatched
 from fastft.data.rows import Layout
 from fastft.data.tasks.causal_lm import CausalLM
 
 IMAGE_TEXT = "image_text_to_text"
 _SAY_WHAT_IS_REAL = ("image_sizes", "pixel_attention_mask")
+_SIZES = ("_thw", "_hws", "image_sizes")  # whose names end so: a row for each image
 _TOKENS = {"input_ids", "mm_token_type_ids", "token_type_ids"}  # of which models make positions
 
 
@@ -90,19 +91,21 @@ def _tensors(key: str, values: Sequence[Any]) -> list[Tensor | None]:
     """Turns what examples have of their images into tensors; None stays where there is no image."""
     made = list[Tensor | None]()
     for index, value in enumerate(values):
+        if not holds_images(key, value):
+            made.append(None)
+            continue
         try:
-            # an array may be a view of Arrow's memory, which is not to be written to
-            made.append(
-                value.cpu()
-                if isinstance(value, Tensor)
-                else None
-                if value is None
-                else torch.tensor(value)
-            )
+            tensor = tensor_of(value)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
                 f"{key} of example {index} must be numbers of one shape, got {type(value).__name__}"
             ) from None
+        if key.endswith(_SIZES) and tensor.ndim == 1:
+            raise ValueError(
+                f"{key} of example {index} must have a row for each image, got the shape "
+                f"{tuple(tensor.shape)}: leave the first dimension that its processor gives it"
+            )
+        made.append(tensor)
     return made
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastft import foreign
 from fastft.data.collator import PackingCollator
@@ -99,6 +100,13 @@ class PackingPiece:
                     "token of each text, which nothing predicts; packed batches leave it out, "
                     "and their loss would be larger"
                 )
+            if self._smooths_first_labels():
+                raise Unpackable(
+                    "with label_smoothing_factor Trainer does not shift the labels of "
+                    f"{foreign.class_name(trainer.model)}, and the first token of each text is "
+                    "learned too, which packed batches leave out; label_smoothing_factor=0 has "
+                    "the model's own loss"
+                )
         if self.packing != COLLATE:
             self._pack()
 
@@ -113,6 +121,15 @@ class PackingPiece:
         trainer, sample = self._trainer, self._sample
         divides = trainer.model_accepts_loss_kwargs and not trainer._loss_shifts_labels
         return divides and self._is_causal() and sample is not None and sample.labels_first
+
+    def _smooths_first_labels(self) -> bool:
+        """Whether Trainer's label smoother takes labels as they are: it shifts those of the classes
+        for causal models, of which none reads images."""
+        trainer, sample = self._trainer, self._sample
+        name = type(foreign.base_model(trainer.model)).__name__
+        unshifted = name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        learned = sample is not None and sample.labels_first and self._is_causal()
+        return trainer.label_smoother is not None and unshifted and learned
 
     def _pack(self) -> Any:
         """The packs of the Trainer's training set as it is now."""

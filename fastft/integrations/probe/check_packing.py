@@ -99,8 +99,9 @@ def check_packing(
             tokens. None: it is long enough for every window and table below 4,096, and a warning
             says from where on the model raises.
         examples: for a model that is trained on images: some of its processor's outputs, as
-            `PackingCollator(task="image_text_to_text")` takes them. The three shortest of the
-            first eight, with images, are asked with too. None: text alone.
+            `PackingCollator(task="image_text_to_text")` takes them. Of the first sixteen the
+            shortest of each kind (images, videos, text) are asked with too, three at least. None:
+            text alone.
 
     Raises:
         PackingLeakError: it does not. The message says why, and the way out: each one that it names

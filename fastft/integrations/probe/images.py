@@ -1,8 +1,9 @@
 """The probe's row of examples with images, as a processor gave them.
 
 Nobody but a processor knows what the inputs of a tower look like, so that the user's own examples
-are asked with: three of the shortest, each alone and all packed. Then the first one gets other
-pixels, and other tokens where these are ordinary; nothing behind it may move.
+are asked with: the shortest of each kind (images, videos, both, text) and others up to three, each
+alone and all packed. Then the first one gets other pixels, and other tokens where these are
+ordinary; nothing behind it may move.
 
 A mask that looks a later sequence's images up in the first one is right as long as both have theirs
 at the same place: an example that is alike gets a few words in front.
@@ -26,14 +27,14 @@ from fastft.data.collator import PackingCollator
 from fastft.data.keys import is_of_images
 from fastft.data.pack import Pack, examples_of, is_pack
 from fastft.data.packed import packs_of
-from fastft.data.processed import unbatched
+from fastft.data.processed import holds_images, tensor_of, unbatched
 from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.foreign import base_model, with_attributes
 from fastft.integrations.probe.probe import Probe, Trouble, kinds_of_tokens, stock_attention
 from fastft.integrations.probe.rows import Batches, Row, random_tokens, special_tokens
 from fastft.integrations.probe.untouched import RandomStates
 
-_LOOKED_AT, _PACKED = 8, 3  # examples of a dataset; of these, in the row
+_LOOKED_AT, _PACKED = 16, 3  # examples; of these in the row, or more where there are more kinds
 _WORDS = 3  # in front of an example that is alike
 Example = dict[str, Any]
 
@@ -63,7 +64,7 @@ class ImageExamples:
 
 
 def image_examples(model: nn.Module, examples: Sequence[Example]) -> ImageExamples | None:
-    """Chooses the shortest of the first examples; None where none of these has an image.
+    """Chooses the shortest examples of each kind; None where none has an image.
 
     They are without the tokens that are masked and what `model` does not take, and their images are
     at different places.
@@ -78,21 +79,33 @@ def image_examples(model: nn.Module, examples: Sequence[Example]) -> ImageExampl
         if "input_ids" not in example:
             raise ValueError(f"example {index} has no input_ids, only {sorted(example)}")
         tensors = {
-            key: torch.as_tensor(value)
+            key: tensor_of(value)
             for key, value in unbatched(example).items()
-            if key in takes and key != "labels" and value is not None
+            if key in takes and key != "labels" and _has(key, value)
         }
         mask = tensors.pop("attention_mask", torch.ones_like(tensors["input_ids"])).bool()
         made.append({k: v if is_of_images(k) else v[mask] for k, v in tensors.items()})
-    made.sort(key=lambda one: (not any(map(is_of_images, one)), len(one["input_ids"])))
-    if not any(map(is_of_images, made[0] if made else ())):
+    made.sort(key=lambda one: (not _kind(one), len(one["input_ids"])))
+    if not (made and _kind(made[0])):
         return None
+    kinds = {_kind(example): index for index, example in reversed([*enumerate(made)])}
+    others = [index for index in range(len(made)) if index not in kinds.values()]
+    row = [*sorted(kinds.values()), *others][: max(_PACKED, len(kinds))]
     chosen = list[Example]()
-    for example in made[:_PACKED]:
+    for example in (made[index] for index in row):
         while any(_alike(base, example, other) for other in chosen):
             example = _with_words(base, example)
         chosen.append(example)
     return ImageExamples(tuple(chosen))
+
+
+def _has(key: str, value: Any) -> bool:
+    return holds_images(key, value) if is_of_images(key) else value is not None
+
+
+def _kind(example: Example) -> tuple[str, ...]:
+    """The keys of images or videos that an example has; none of a text."""
+    return tuple(sorted(filter(is_of_images, example)))
 
 
 def _meant(base: Any, example: Example) -> Tensor:
@@ -118,8 +131,8 @@ def _with_words(base: Any, example: Example) -> Example:
 
 
 def examples_in(loader: Any, collator: PackingCollator, model: nn.Module) -> list[Example] | None:
-    """The first examples of a loader, as they come to its `PackingCollator`; None of an iterable
-    dataset, which may be used up by looking.
+    """Examples from all over a loader's dataset, which may begin with texts, as they come to its
+    `PackingCollator`; None of an iterable dataset, which may be used up by looking.
 
     What lies between loader and collator, another collator or Trainer's removal of columns, is done
     to them.
@@ -137,7 +150,9 @@ def examples_in(loader: Any, collator: PackingCollator, model: nn.Module) -> lis
     states = RandomStates(model)
     try:
         with with_attributes(collator, collate=note):
-            loader.collate_fn([dataset[index] for index in range(min(len(dataset), _LOOKED_AT))])
+            count = len(dataset)
+            spread = {place * (count - 1) // (_LOOKED_AT - 1) for place in range(_LOOKED_AT)}
+            loader.collate_fn([dataset[index] for index in sorted(spread)])
     finally:
         states.rewind()
     units = [examples_of(part) if is_pack(part) else [part] for part in seen]
