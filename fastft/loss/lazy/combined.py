@@ -25,7 +25,7 @@ from fastft.loss.lazy.expressions import (
     replaced,
 )
 from fastft.loss.lazy.sources import Linear, Source
-from fastft.loss.lazy.views import on_meta
+from fastft.loss.lazy.views import is_logits, on_meta
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.logits import LazyLogits
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 def logits_among(args: Any, kwargs: Any) -> list[LazyLogits]:
     """The lazy logits of a call, if all are lazy and of one shape; else none."""
-    from fastft.loss.lazy.logits import LazyLogits
-
-    found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
+    found = [leaf for leaf in tree_leaves((args, kwargs)) if is_logits(leaf)]
     fits = all(
         lazy.is_lazy and not is_stacked(lazy) and lazy.shape == found[0].shape for lazy in found
     )
@@ -185,11 +183,9 @@ def unstacked(
 
 def cat(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows of one head, one after the other: those of its inputs."""
-    from fastft.loss.lazy.logits import LazyLogits
-
     parts = args[0]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-    if not all(isinstance(p, LazyLogits) and p.is_lazy and not is_stacked(p) for p in parts):
+    if not all(is_logits(p) and p.is_lazy and not is_stacked(p) for p in parts):
         return NotImplemented
     first, sources = parts[0], [part.source for part in parts]
     fits = all(

@@ -167,7 +167,7 @@ class Linear:
         """Whether all of the weights is here: nothing freed, and no other process has classes."""
         return self.origin.shard is None and not self.is_freed
 
-    def inside_head(self, task: Callable[[Linear], Tensor]) -> Tensor:
+    def inside_head(self, task: Callable[[Linear], Any]) -> Any:
         """`task` of a layer whose weight is there.
 
         FSDP2 and ZeRO-3 free the gathered weight of a head that is a unit of its own as soon as its
@@ -275,7 +275,9 @@ class Source:
         self, other: Source
     ) -> tuple[Source, dict[Place, Expression], dict[Place, Expression]]:
         """Both, and what stands for the places of each. A head that both have is there once."""
-        heads, of_mine, of_theirs = list(self.heads), {}, {}
+        heads = list(self.heads)
+        of_mine: dict[Place, Expression] = {}
+        of_theirs: dict[Place, Expression] = {}
         for index, head in enumerate(other.heads):
             at = next((at for at, mine in enumerate(heads) if mine.shares_with(head)), len(heads))
             place = Place("head", at)

@@ -8,7 +8,7 @@ that is not sure returns `NotImplemented`: the logits are then materialised.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from fastft.loss.lazy.logits import LazyLogits
 
 _MASKS = (torch.bool, torch.uint8)
+
+
+def is_logits(value: Any) -> TypeGuard[LazyLogits]:
+    """Whether it is of the class that is built on these rules, which cannot import it."""
+    return hasattr(type(value), "is_lazy")
 
 
 def on_meta(
