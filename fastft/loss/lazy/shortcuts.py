@@ -84,4 +84,5 @@ def summed(head: Linear, scale: float) -> Tensor:
     """`scale` times the sum of each row's logits, (...), in fp32."""
     with torch.autocast(head.terms[0][0].device.type, enabled=False):
         dtype = statistics_dtype(head.dtype)
-        return scale * sum(summed_over_classes(*term, dtype) for term in head.terms)
+        total: Any = sum(summed_over_classes(*term, dtype) for term in head.terms)
+        return scale * total

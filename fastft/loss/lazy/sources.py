@@ -268,7 +268,9 @@ class Source:
         self, other: Source
     ) -> tuple[Source, dict[Place, Expression], dict[Place, Expression]]:
         """Both, and what stands for the places of each. A head that both have is there once."""
-        heads, of_mine, of_theirs = list(self.heads), {}, {}
+        heads = list(self.heads)
+        of_mine: dict[Place, Expression] = {}
+        of_theirs: dict[Place, Expression] = {}
         for index, head in enumerate(other.heads):
             at = next((at for at, mine in enumerate(heads) if mine.shares_with(head)), len(heads))
             place = Place("head", at)
