@@ -22,8 +22,10 @@ PACKAGE = Path(fastft.__file__).parent
 @pytest.mark.parametrize("name", foreign.PRIVATE_NAMES)
 def test_the_private_name_is_still_there(name):
     module_name, _, path = name.partition(":")
-    if module_name.partition(".")[0] not in ("torch", "transformers"):
-        pytest.importorskip(module_name.partition(".")[0])
+    library = module_name.partition(".")[0]
+    if library not in ("torch", "transformers"):
+        # to an older TRL nothing is answered: it has no such head
+        pytest.importorskip(library, minversion="1.16" if library == "trl" else None)
     holder = module = importlib.import_module(module_name)
     for part in path.split("."):
         versions = part.split("|")

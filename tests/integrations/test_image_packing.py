@@ -4,6 +4,7 @@ by `make sweep`."""
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import asdict
 
 import pytest
@@ -14,6 +15,7 @@ from support.architectures.image_packing_table import not_asked
 from support.architectures.images import model_and_examples
 from support.architectures.models import Case, all_cases
 from support.architectures.outcome import time_limit
+from support.versions import images_looked_up
 
 import fastft
 
@@ -70,7 +72,9 @@ def test_losses_and_gradients_are_those_of_examples_alone(case, record_property)
 def test_recurrent_layers_without_their_kernels_are_refused(record_property):
     outcome = examine(RECURRENT)
     record_property("image packing", {"case": str(RECURRENT), "outcome": asdict(outcome)})
-    assert outcome.best == REFUSED and "causal_conv1d" in outcome.why, outcome
+    # an older transformers has a layer without that kernel, which leaks
+    why = re.search("causal_conv1d|tokens mix without attention", outcome.why)
+    assert outcome.best == REFUSED and why, outcome
 
 
 @pytest.mark.sweep
@@ -95,6 +99,7 @@ def test_blocks_of_images_leak_or_are_off_without_our_attention():
     fastft.check_packing(packed.model)  # of text alone nothing is wrong
 
 
+@images_looked_up
 def test_examples_that_are_alike_hide_nothing_from_the_probe():
     """A mask that looks everything up in the first example is right for others like it."""
     model, examples = model_and_examples(GEMMA)

@@ -65,11 +65,16 @@ def compare(folder, member, monkeypatch, tolerance=1e-6, **changes):
 
 OTHERS = pytest.mark.way("TPO, GOLD, SDFT, A*-PO, Online DPO (TRL)", loss="exact")
 CASES = [
-    pytest.param(name, marks=pytest.mark.way(f"{name} (TRL)", loss="exact"))
-    for name in ("ORPO", "CPO", "SimPO", "GKD")
-] + [
-    pytest.param(name, marks=[pytest.mark.slow, OTHERS])
-    for name in ("TPO", "GOLD", "SDFT", "A*-PO", "Online DPO")
+    *(
+        pytest.param(name, marks=pytest.mark.way(f"{name} (TRL)", loss="exact"))
+        for name in ("ORPO", "CPO", "GKD")
+    ),
+    # the trainer is CPO's
+    pytest.param("SimPO", marks=[pytest.mark.slow, pytest.mark.way("SimPO (TRL)", loss="exact")]),
+    *(
+        pytest.param(name, marks=[pytest.mark.slow, OTHERS])
+        for name in ("TPO", "GOLD", "SDFT", "A*-PO", "Online DPO")
+    ),
 ]
 
 

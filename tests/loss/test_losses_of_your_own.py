@@ -4,6 +4,7 @@ docs/loss.md, and what no table says."""
 from __future__ import annotations
 
 import gc
+import math
 import re
 import weakref
 from pathlib import Path
@@ -351,3 +352,77 @@ def test_a_detached_copy_that_is_kept_has_its_numbers_before_the_step():
     assert type(kept) is torch.Tensor
     torch.testing.assert_close(kept, expected.detach())
     assert report.materialised[0].startswith("logits that were kept")
+
+
+# a rank, a filter of the k best, ... compare logits with one of themselves
+SELECTIONS = {
+    "rank of the label": "(z > z.gather(-1, y[..., None])).sum(-1)",
+    "rank in probabilities": "(z.softmax(-1) > z.softmax(-1).gather(-1, y[..., None])).sum(-1)",
+    "rank of scaled logits": "(lambda s: (s > s.gather(-1, y[..., None])).sum(-1))(z / c)",
+    "rank in a detached copy": "(z > z.detach().gather(-1, y[..., None])[..., 0, None]).sum(-1)",
+    "how many are best": "(z == z.amax(-1, keepdim=True)).sum(-1)",
+    "how many are best, expanded": "(z >= z.max(-1).values[..., None].expand_as(z)).sum(-1)",
+    "how many are worst": "(z <= z.min(-1, keepdim=True).values).sum(-1)",
+    "distance to the best": "((z - z.detach().amax(-1, keepdim=True)) == 0).sum(-1)",
+    "one position": "(z[0, 0] > z[0, 0].gather(-1, y[0, :1])).sum(-1)",
+    "the five best": "z.masked_fill(z < z.topk(5).values[..., -1:], -1e9).logsumexp(-1)",
+    "the five best, with a teacher": (
+        "(z.masked_fill(z < z.topk(5).values[..., -1, None], -1e9).softmax(-1) * t).sum(-1)"
+    ),
+    "the best after a change in place": (
+        "(lambda best: (z.mul_(2.0) > best).sum(-1))(z.max(-1, True).values)"
+    ),
+    "the best, changed in place": (
+        "(lambda best: (best.mul_(0.5), (z > best).sum(-1))[1])(z.max(-1, True).values.detach())"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("chunk", [1, 3, CHUNK])
+def test_a_number_that_was_picked_is_equal_to_itself(name, chunk, monkeypatch):
+    """A product of other rows rounds differently."""
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, chunk, 1 << 31))
+    results, gradients = [], []
+    for lazy in (False, True):
+        report = Report()
+        given, leaves = names(lazy, torch.float64, report)
+        result = eval(SELECTIONS[name], given)
+        assert not report.materialised
+        results.append(result)
+        if result.requires_grad:
+            gradients.append(torch.autograd.grad(result.sum(), leaves))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    for theirs, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 1), (3, B, S, V), (B, 1, S, 1)])
+def test_a_tensor_of_more_dimensions_than_the_logits(shape):
+    """The result has them too, and is none of these rows."""
+    more = torch.linspace(0.5, 1.0, math.prod(shape)).view(shape)
+    expected, actual = ((names(lazy)[0]["z"] * more).logsumexp(-1) for lazy in (False, True))
+    torch.testing.assert_close(actual, expected)
+
+
+SHAPES = {
+    "zeros_like": "z + torch.zeros_like(z)",
+    "ones_like, transposed": "z.transpose(0, 1) + torch.ones_like(z.transpose(0, 1))",
+    "full_like": "torch.where(m[..., None], z, torch.full_like(z, -3.0))",
+    "expand_as": "z.masked_fill(m[..., None].expand_as(z), 0.0)",
+    "view_as": "z * p.flatten().view_as(z)",
+    "reshape_as": "z * p.flatten().reshape_as(z)",
+    "to": "z * m[..., None].to(z)",
+    "type_as": "z * m[..., None].type_as(z)",
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_who_asks_for_the_shape_alone_gets_no_logits(name):
+    results = []
+    for lazy in (False, True):
+        report = Report()
+        given, _ = names(lazy, torch.float64, report)
+        results.append(eval(SHAPES[name], given).logsumexp(-1))
+        assert not report.materialised or "transposed" in name
+    torch.testing.assert_close(*results)

@@ -14,6 +14,11 @@ chosen_logits = pytest.mark.skipif(
     not hasattr(transformers.modeling_utils, "slice_logits_to_keep"),
     reason="this transformers keeps no chosen logits",
 )
+# its mask of packed images looks them up by their places in their own example
+images_looked_up = pytest.mark.skipif(
+    not hasattr(transformers.masking_utils, "remap_positions_for_packed_sequence"),
+    reason="this transformers mixes only images that touch",
+)
 
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 # the argument of Trainer which has activations computed again in backward

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastft.foreign import is_exporting
+from fastft.foreign import is_exporting, put_attributes
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.output_head import LazyForward
@@ -39,7 +39,7 @@ class AdaptedForward:
         self.layer = layer
         self.base = base
         self._outside_compiled = torch.compiler.disable(self._forward)
-        layer.forward = self
+        self._restore = put_attributes(layer, forward=self)
 
     def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""
@@ -60,8 +60,7 @@ class AdaptedForward:
 
     def remove(self) -> None:
         """Takes the layer back to stock, if it is still ours."""
-        if self.layer.__dict__.get("forward") is self:
-            del self.layer.__dict__["forward"]
+        self._restore()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.layer, "forward")

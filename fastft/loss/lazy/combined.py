@@ -25,7 +25,7 @@ from fastft.loss.lazy.expressions import (
     replaced,
 )
 from fastft.loss.lazy.sources import Linear, Source
-from fastft.loss.lazy.views import on_meta
+from fastft.loss.lazy.views import is_logits, on_meta
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.logits import LazyLogits
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 def logits_among(args: Any, kwargs: Any) -> list[LazyLogits]:
     """The lazy logits of a call, if all are lazy and of one shape; else none."""
-    from fastft.loss.lazy.logits import LazyLogits
-
-    found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)]
+    found = [leaf for leaf in tree_leaves((args, kwargs)) if is_logits(leaf)]
     fits = all(
         lazy.is_lazy and not is_stacked(lazy) and lazy.shape == found[0].shape for lazy in found
     )
@@ -45,11 +43,11 @@ def logits_among(args: Any, kwargs: Any) -> list[LazyLogits]:
 class _Operands:
     """What stands for arguments in an expression, and the source of it all."""
 
-    def __init__(self, logits: list[LazyLogits]) -> None:
-        first, *others = logits
+    def __init__(self, logits: list[LazyLogits], compares: bool) -> None:
+        (first, *others), self.compares = logits, compares
         self.shape, self.dtype, self.source = first.shape, first.shadow.dtype, first.source
         self.expressions: dict[int, Expression] = {id(first): first.expression}
-        self.fits = True
+        self.fits, self.selections = True, first.recorded.selections
         for lazy in others:
             if id(lazy) not in self.expressions:
                 self.source, of_mine, of_theirs = self.source.joined(lazy.source)
@@ -65,6 +63,9 @@ class _Operands:
             return [self.of(part) for part in argument]
         if not isinstance(argument, Tensor):
             return argument
+        again = self.picked_again(argument)
+        if again is not None:
+            return again
         size, classes = argument.numel(), self.shape[-1]
         is_row = size == 1 or (argument.dim() > 0 and argument.shape[-1] == classes == size)
         if is_row and not argument.requires_grad:
@@ -85,12 +86,40 @@ class _Operands:
         self.source = self.source.with_operands([whole.clone() if is_column else whole])
         return Place("operand", len(self.source.operands) - 1)
 
+    def picked_again(self, argument: Tensor) -> Expression | None:
+        """What stands for numbers that were picked out of these logits and get no gradient."""
+        if argument.requires_grad and not self.compares:
+            return None
+        if argument.dim() == 0 or (argument.dim() and argument.stride(-1) == 0):
+            argument = argument[..., None] if argument.dim() == 0 else argument[..., :1]
+        if argument.shape[:-1] != self.shape[:-1]:
+            return None
+        state = autocast_state(self.source.device.type)
+        for picked in self.selections:
+            column = picked.column(argument)
+            if column is None:
+                continue
+            node = picked.expression
+            if picked.indices is not None:
+                index = picked.indices[..., column : column + 1]
+                self.source = self.source.with_operands([index])
+                place = Place("operand", len(self.source.operands) - 1)
+                node = Recorded(torch.gather, (node, -1, place), {}, state)
+            return Recorded(Tensor.detach, (node,), {}, state)
+        return None
+
 
 def operands_of(
-    logits: list[LazyLogits], args: tuple[Any, ...], kwargs: dict[str, Any]
+    logits: list[LazyLogits],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    compares: bool = False,
 ) -> tuple[Source, tuple[Any, ...], dict[str, Any]] | None:
-    """The source of a call, and what stands for its arguments; None if one cannot be an operand."""
-    operands = _Operands(logits)
+    """The source of a call, and what stands for its arguments; None if one cannot be an operand.
+
+    `compares`: the call is a comparison, which has no gradient.
+    """
+    operands = _Operands(logits, compares)
     arguments = tuple(map(operands.of, args))
     keywords = {name: operands.of(value) for name, value in kwargs.items()}
     return (operands.source, arguments, keywords) if operands.fits else None
@@ -154,11 +183,9 @@ def unstacked(
 
 def cat(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Rows of one head, one after the other: those of its inputs."""
-    from fastft.loss.lazy.logits import LazyLogits
-
     parts = args[0]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-    if not all(isinstance(p, LazyLogits) and p.is_lazy and not is_stacked(p) for p in parts):
+    if not all(is_logits(p) and p.is_lazy and not is_stacked(p) for p in parts):
         return NotImplemented
     first, sources = parts[0], [part.source for part in parts]
     fits = all(

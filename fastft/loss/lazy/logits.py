@@ -32,7 +32,7 @@ from fastft.loss.lazy.combined import is_stacked, unstacked
 from fastft.loss.lazy.evaluation import Evaluation, Held, guard
 from fastft.loss.lazy.expressions import LOGITS, Expression
 from fastft.loss.lazy.report import Report
-from fastft.loss.lazy.rules import ANYWHERE, IN_PLACE, RULES, pointwise
+from fastft.loss.lazy.rules import ANYWHERE, IN_PLACE, OTHERS, RULES, pointwise
 from fastft.loss.lazy.sources import Linear, Origin, Source, over_rows
 from fastft.loss.lazy.views import with_strides_of
 from fastft.loss.options import refuse_second_derivative
@@ -232,6 +232,9 @@ class LazyLogits(Tensor):
         )
         if same_rows:
             result._recipe.kept = self._recipe.kept
+        if same_rows and shadow.shape == self.shape:
+            selections = self.recorded.selections
+            result._recipe.source = replace(result.recorded, selections=selections)
         family = self._family()
         # a view remembers how it was made, so that it can be made again of real logits
         if is_view:
@@ -361,7 +364,7 @@ def _apply_rule(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if func in ANYWHERE:
         return ANYWHERE[func](func, args, kwargs)
     if not isinstance(lazy, LazyLogits):
-        return NotImplemented
+        return OTHERS[func](func, args, kwargs) if func in OTHERS else NotImplemented
     if func in IN_PLACE:
         return _change_in_place(lazy, func, tuple(rest), kwargs)
     if func not in RULES or not lazy.is_lazy:

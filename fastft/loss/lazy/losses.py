@@ -22,6 +22,7 @@ from fastft.loss.lazy.expressions import (
     autocast_state,
     scale_and_softcap,
 )
+from fastft.loss.lazy.selections import Selection
 from fastft.loss.lazy.shortcuts import picked, summed
 from fastft.loss.lazy.sources import Linear
 from fastft.loss.lazy.views import on_meta, with_strides_of
@@ -61,7 +62,22 @@ def reduce(
         dtype = {"dtype": kwargs["dtype"]} if kwargs.get("dtype") is not None else {}
         result = lazy.over_rows(lambda z: getattr(torch, name)(z, dim=-1, **dtype))
     lazy.evaluated(result)
-    return with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
+    result = with_strides_of(on_meta(lazy, func, (lazy, *args), kwargs), result)
+    if name in ("amax", "amin"):
+        state = autocast_state(lazy.device.type)
+        best = Recorded(getattr(torch, name), (lazy.expression, -1, True), {}, state)
+        _remember(lazy, result, best)
+    return result
+
+
+def _remember(
+    lazy: LazyLogits, values: Tensor, expression: Expression, indices: Tensor | None = None
+) -> None:
+    """Remembers numbers of each row, of K `indices` or one, for `picked_again`."""
+    if values.dim() < lazy.shadow.dim():
+        values = values.detach().unsqueeze(-1)
+        indices = None if indices is None else indices.unsqueeze(-1)
+    lazy.recorded.selections.append(Selection.of(values, expression, indices))
 
 
 def _short_sum(lazy: LazyLogits, name: str) -> Tensor | None:
@@ -116,7 +132,7 @@ def _kept(lazy: LazyLogits, name: str) -> Tensor:
 def top(
     lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """`topk`, and `max` over the vocabulary: values and indices."""
+    """`topk`, and `max` or `min` over the vocabulary: values and indices."""
     name, several = func.__name__, func.__name__ == "topk"
     names = ("k", "dim", "largest", "sorted") if several else ("dim", "keepdim")
     options = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -129,7 +145,8 @@ def top(
     if lazy.requires_grad and torch.is_grad_enabled():
         values = _gathered(lazy, indices, known=values)
     lazy.evaluated(values)
-    results = (with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True))
+    results = [with_strides_of(*pair) for pair in zip(shadows, (values, indices), strict=True)]
+    _remember(lazy, results[0], lazy.expression, results[1].clone())
     return getattr(torch.return_types, name)(tuple(results))
 
 
@@ -147,7 +164,9 @@ def gather(
     rows = index.reshape(lazy.shadow.shape[:-1].numel(), index.shape[-1])
     result = _gathered(lazy, rows.long())
     lazy.evaluated(result)
-    return with_strides_of(shadow, result)
+    result = with_strides_of(shadow, result)
+    _remember(lazy, result, lazy.expression, index.long().clone())
+    return result
 
 
 def _gathered(lazy: LazyLogits, rows: Tensor, known: Tensor | None = None) -> Tensor:

@@ -47,6 +47,8 @@ from fastft.loss.lazy.views import (
     on_meta,
     permute,
     reshape,
+    shaped_as,
+    shaped_as_other,
 )
 
 if TYPE_CHECKING:
@@ -97,8 +99,10 @@ def pointwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if isinstance(summed, Tensor):
         return summed
     shadow = on_meta(logits[0], func, args, kwargs)
-    operands = operands_of(logits, args, kwargs)
-    if operands is None or shadow.shape != logits[0].shape:
+    if shadow.shape != logits[0].shape:
+        return NotImplemented
+    operands = operands_of(logits, args, kwargs, compares=shadow.dtype == torch.bool)
+    if operands is None:
         return NotImplemented
     source, arguments, keywords = operands
     call = Recorded(func, arguments, keywords, autocast_state(source.device.type))
@@ -208,9 +212,10 @@ _FUNCTIONS: dict[Rule, list[Callable[..., Any]]] = {
     reduce: _named(
         *("logsumexp", "sum", "mean", "argmax", "argmin", "amax", "amin", "all", "any"),
     ),
-    top: [T.max, torch.max, T.topk, torch.topk],
+    top: _named("max", "min", "topk"),
     gather: _named("gather", "take_along_dim"),
     new_zeros: [T.new_zeros],
+    shaped_as: _named("zeros_like", "ones_like", "full_like", "empty_like"),
     write: [T.__setitem__],
     cross_entropy: [F.cross_entropy, F.nll_loss],
 }
@@ -237,6 +242,11 @@ _ANYWHERE: dict[Callable[..., Any], list[Callable[..., Any]]] = {
 }
 ANYWHERE: dict[Callable[..., Any], Callable[..., Any]] = {
     function: rule for rule, functions in _ANYWHERE.items() for function in functions
+}
+# of a tensor that somebody has, whose other argument is lazy
+OTHERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    function: shaped_as_other
+    for function in _named("expand_as", "view_as", "reshape_as", "to", "type_as")
 }
 IN_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
     **{T.mul_: T.mul, T.div_: T.div, T.add_: T.add, T.sub_: T.sub},

@@ -20,7 +20,7 @@ from fastft.loss.logit_moments import summed_over_classes
 from fastft.loss.options import refuse_second_derivative, statistics_dtype
 
 # of which a number depends on others of its row
-_MIXING = (torch.softmax, torch.log_softmax, torch.stack)
+_MIXING = (torch.softmax, torch.log_softmax, torch.stack, torch.gather, torch.amax, torch.amin)
 
 
 class _Picked(torch.autograd.Function):
@@ -84,4 +84,5 @@ def summed(head: Linear, scale: float) -> Tensor:
     """`scale` times the sum of each row's logits, (...), in fp32."""
     with torch.autocast(head.terms[0][0].device.type, enabled=False):
         dtype = statistics_dtype(head.dtype)
-        return scale * sum(summed_over_classes(*term, dtype) for term in head.terms)
+        first, *others = (summed_over_classes(*term, dtype) for term in head.terms)
+        return scale * sum(others, first)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from fastft.loss.lazy.expressions import (
     autocasting,
     evaluate,
 )
+from fastft.loss.lazy.selections import Selection
 from fastft.loss.row_functions import apply_to_rows
 from fastft.loss.vocab_parallel import Shard, whole_logits
 
@@ -166,7 +167,7 @@ class Linear:
         """Whether all of the weights is here: nothing freed, and no other process has classes."""
         return self.origin.shard is None and not self.is_freed
 
-    def inside_head(self, task: Callable[[Linear], Tensor]) -> Tensor:
+    def inside_head(self, task: Callable[[Linear], Any]) -> Any:
         """`task` of a layer whose weight is there.
 
         FSDP2 and ZeRO-3 free the gathered weight of a head that is a unit of its own as soon as its
@@ -211,12 +212,14 @@ def _is_freed(weight: Tensor) -> bool:
 class Source:
     """The `heads` and `operands` of an expression, all of the same leading shape, or (V,).
 
-    `versions`: of the operands, when they came in.
+    `versions`: of the operands, when they came in. `selections`: what was picked out of expressions
+    of it, by logits that share the list.
     """
 
     heads: tuple[Linear, ...]
     operands: tuple[Tensor, ...] = ()
     versions: tuple[int, ...] = ()
+    selections: list[Selection] = field(default_factory=list)
 
     @property
     def head(self) -> Linear:
@@ -249,8 +252,12 @@ class Source:
     def with_operands(self, operands: Iterable[Tensor]) -> Source:
         """The same with more operands, as they are now."""
         more = tuple(operands)
-        versions = (*self.versions, *_versions(more))
-        return replace(self, operands=(*self.operands, *more), versions=versions)
+        return replace(
+            self,
+            operands=(*self.operands, *more),
+            versions=(*self.versions, *_versions(more)),
+            selections=list(self.selections),  # others may have other operands in these places
+        )
 
     def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Source:
         """A view or a selection of the rows."""
@@ -262,13 +269,15 @@ class Source:
 
     def with_head(self, head: Linear) -> Source:
         """The same of another first head."""
-        return replace(self, heads=(head, *self.heads[1:]))
+        return replace(self, heads=(head, *self.heads[1:]), selections=[])
 
     def joined(
         self, other: Source
     ) -> tuple[Source, dict[Place, Expression], dict[Place, Expression]]:
         """Both, and what stands for the places of each. A head that both have is there once."""
-        heads, of_mine, of_theirs = list(self.heads), {}, {}
+        heads = list(self.heads)
+        of_mine: dict[Place, Expression] = {}
+        of_theirs: dict[Place, Expression] = {}
         for index, head in enumerate(other.heads):
             at = next((at for at, mine in enumerate(heads) if mine.shares_with(head)), len(heads))
             place = Place("head", at)
@@ -291,7 +300,8 @@ class Source:
                 operands.append(operand)
                 versions.append(version)
             of_theirs[Place("operand", index)] = Place("operand", at)
-        return Source(tuple(heads), tuple(operands), tuple(versions)), of_mine, of_theirs
+        both = Source(tuple(heads), tuple(operands), tuple(versions), list(self.selections))
+        return both, of_mine, of_theirs
 
     def detached(self) -> Source:
         """The same numbers without their history; the very same where there is none."""

@@ -8,7 +8,7 @@ that is not sure returns `NotImplemented`: the logits are then materialised.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from fastft.loss.lazy.logits import LazyLogits
 
 _MASKS = (torch.bool, torch.uint8)
+
+
+def is_logits(value: Any) -> TypeGuard[LazyLogits]:
+    """Whether it is of the class that is built on these rules, which cannot import it."""
+    return hasattr(type(value), "is_lazy")
 
 
 def on_meta(
@@ -33,6 +38,37 @@ def on_meta(
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
     args, kwargs = tree_map(shadow, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _without_numbers(lazy: LazyLogits) -> Tensor:
+    """A tensor of the shape, dtype and device of lazy logits, of one number."""
+    return torch.empty((), dtype=lazy.shadow.dtype, device=lazy.device).expand(lazy.shadow.shape)
+
+
+def shaped_as(
+    lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`zeros_like(logits)` and its kind, which read no logits."""
+    device = kwargs.get("device")
+    if device is not None and torch.empty(0, device=device).device != lazy.device:
+        return NotImplemented
+    options = {name: value for name, value in kwargs.items() if name != "device"}
+    shadow = func(lazy.shadow, *args, **options)
+    result = func(_without_numbers(lazy), *args, **options)
+    if result.stride() != shadow.stride():
+        return NotImplemented
+    return result
+
+
+def shaped_as_other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`mask.expand_as(logits)`, `values.to(logits)`, ..., which read none either."""
+    from fastft.loss.lazy.logits import LazyLogits
+
+    def without(value: Any) -> Any:
+        return _without_numbers(value) if isinstance(value, LazyLogits) else value
+
+    args, kwargs = tree_map(without, (args, kwargs))
     return func(*args, **kwargs)
 
 
