@@ -24,6 +24,10 @@ MODELS = (*PACKED, *UNPACKED)
 # shapes that must fit together otherwise, or experts that are too many: nothing small is like them
 UNLIKE = {"bamba", "falcon_h1", "granitemoehybrid", "qwen3_vl", "rwkv"}
 QUICK = {"llama", "gemma2", "deepseek_v3", "gpt_oss", "opt", "mpt", "roberta", "qwen3_next"}
+CASES = [
+    pytest.param(case, marks=() if case.model_type in QUICK else pytest.mark.slow)
+    for case in MODELS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +44,7 @@ def said(model, batches):
     return leak and (leak.what.partition(" by ")[0], leak.way_out, leak.block_mask), parts
 
 
-@pytest.mark.parametrize("case", MODELS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_twin_of_a_small_model_gets_its_verdict(case):
     model, batches = build(case), Batches(START.get(case.model_type, 0))
     assert said(copy.deepcopy(model).to("meta"), batches) == said(model, batches)
@@ -59,11 +63,8 @@ def published(case):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=() if case.model_type in QUICK else pytest.mark.slow)
-        for case in MODELS
-        if case.model_type != "lfm2"  # whose default configuration has no convolution
-    ],
+    # the default configuration of lfm2 has no convolution
+    [case for case in CASES if case.values[0].model_type != "lfm2"],
     ids=str,
 )
 def test_the_twin_of_a_published_size_gets_the_verdict_of_a_small_model(case):
