@@ -300,8 +300,8 @@ class Source:
                 operands.append(operand)
                 versions.append(version)
             of_theirs[Place("operand", index)] = Place("operand", at)
-        both = Source(tuple(heads), tuple(operands), tuple(versions), list(self.selections))
-        return both, of_mine, of_theirs
+        source = Source(tuple(heads), tuple(operands), tuple(versions), list(self.selections))
+        return source, of_mine, of_theirs
 
     def detached(self) -> Source:
         """The same numbers without their history; the very same where there is none."""
