@@ -63,10 +63,9 @@ def shaped_as(
 
 def shaped_as_other(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`mask.expand_as(logits)`, `values.to(logits)`, ..., which read none either."""
-    from fastft.loss.lazy.logits import LazyLogits
 
     def without(value: Any) -> Any:
-        return _without_numbers(value) if isinstance(value, LazyLogits) else value
+        return _without_numbers(value) if is_logits(value) else value
 
     args, kwargs = tree_map(without, (args, kwargs))
     return func(*args, **kwargs)
