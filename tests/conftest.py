@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -81,6 +82,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def as_loud_as_before():
+    """What one test (or a command that it calls) makes transformers say is not the next one's."""
+    logger = logging.getLogger("transformers")
+    level, propagate = logger.level, logger.propagate
+    yield
+    if level:  # else transformers was imported in between
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from support.fused_trainings import (
     per_token_loss,
     train,
 )
-from support.trainers import logged, quiet_arguments
+from support.trainers import logged
 from support.watch import Watch
 from torch import nn
 from transformers import Trainer
@@ -278,38 +278,6 @@ def test_inert_beside_liger(tmp_path, warnings, monkeypatch):
     _, module, loss = liger()
     monkeypatch.setattr(module, "LigerForCausalLMLoss", loss)
     assert_inert(tmp_path, lambda: liger()[0], warnings)
-
-
-def test_inert_beside_trl(tmp_path, warnings):
-    trl = pytest.importorskip("trl")
-    losses = []
-    for callbacks in ([], [FusedLossCallback()]):
-        batches = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": None}
-        options = quiet_arguments(tmp_path, kind=trl.SFTConfig, bf16=False, **batches)
-        rows = [{"input_ids": row["input_ids"].tolist()} for row in examples(8)]
-        dataset = pytest.importorskip("datasets").Dataset.from_list(rows)
-        trainer = trl.SFTTrainer(
-            llama(),
-            options,
-            train_dataset=dataset,
-            processing_class=tokenizer(),
-            callbacks=callbacks,
-        )
-        trainer.train()
-        losses.append(logged(trainer))
-    assert losses[0] == losses[1] and len(losses[0]) == 2
-    assert callbacks[0].report.fused == 0 and not callbacks[0].report.materialised
-    assert len(warnings) == 1 and "nothing called the output head" in warnings[0]
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models
-
-    words = {f"<{index}>": index for index in range(V)}
-    fast = Tokenizer(models.WordLevel(words, unk_token="<0>"))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<0>", eos_token="<2>"
-    )
 
 
 def test_a_second_fused_loss_takes_the_head_and_the_first_says_so():

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -138,11 +136,6 @@ def ddp(**options):
     return DistributedDataParallel(model, **options), model
 
 
-def tensor_parallel():
-    plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
-    return (parallelize_module(llama(), init_device_mesh("cpu", (PROCESSES,)), plan),) * 2
-
-
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 FSDP2 = {
     **{layout: partial(fsdp2, layout) for layout in ("one unit", "root", "head", "tail")},
@@ -172,7 +165,6 @@ STOCK = {
     "fsdp2 tail resharded": partial(
         stays_stock, partial(fsdp2, "tail resharded"), "shares an FSDP2 unit"
     ),
-    "tensor parallel": partial(stays_stock, tensor_parallel, "tensor-parallel"),
 }
 
 

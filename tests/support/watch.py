@@ -29,13 +29,10 @@ class Watch(TorchDispatchMode):
         given = [
             tensor.untyped_storage()._cdata
             for tensor in torch.utils._pytree.tree_leaves((args, kwargs))
-            if type(tensor) is torch.Tensor
+            if _holds_numbers(tensor)
         ]
         for tensor in torch.utils._pytree.tree_leaves(result):
-            # a subclass may hold no numbers
-            if type(tensor) is not torch.Tensor or tensor.device.type == "meta":
-                continue
-            if tensor.untyped_storage()._cdata not in given:
+            if _holds_numbers(tensor) and tensor.untyped_storage()._cdata not in given:
                 self.elements = max(self.elements, tensor.numel())
         # the registry does not know the product that adds in place
         packet = (
@@ -44,3 +41,9 @@ class Watch(TorchDispatchMode):
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def _holds_numbers(value) -> bool:
+    """A subclass may hold none; a sparse tensor has no storage of its own."""
+    plain = type(value) is torch.Tensor and value.layout is torch.strided
+    return plain and value.device.type != "meta"

@@ -46,9 +46,19 @@ class Held:
         self._alive.append(weakref.ref(lazy))
 
     def settle(self) -> None:
-        """Makes plain tensors, in place, of all lazy logits that somebody still holds."""
+        """Makes plain tensors, in place, of all lazy logits that somebody still holds.
+
+        But for those of a training that have a history by now: a Function made them without one,
+        and handed them on (DDP's, of every output).
+        """
         held = (reference() for reference in self._alive)
-        alive = [lazy for lazy in held if lazy is not None and _is_readable(lazy)]
+        alive = [
+            lazy
+            for lazy in held
+            if lazy is not None
+            and _is_readable(lazy)
+            and (lazy.is_evaluated or not lazy.requires_grad)
+        ]
         self._alive.clear()
         # all first: views read their roots
         numbers = [lazy.materialise("logits that were kept") for lazy in alive]
