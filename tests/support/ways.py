@@ -91,8 +91,8 @@ SECTIONS = {
         Way(
             "other methods of PEFT",
             "LoKr, AdaLoRA, PVeRA, BOFT, HRA, FourierFT, WaveFT, MiSS, RandLoRA, VB-LoRA, "
-            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily (not packed), BEFT, C3A, RoAd, GraLoRA, DeLoRA, FRoD, "
-            "norms",
+            "Uni-LoRA, SHiRA, HiRA, GLoRA, PSOFT, Lily (not packed), BEFT, C3A, RoAd, GraLoRA, "
+            "DeLoRA, FRoD, norms",
             _ADAPTERS,
             "",
         ),
