@@ -141,7 +141,7 @@ SECTIONS = {
         Way("TPO, GOLD, SDFT, A*-PO, Online DPO (TRL)", "no logits either", "", ""),
         Way("SDPO (TRL)", "its top-k tail magnifies rounding", "", ""),
         Way("distillation (TRL)", "", "", ""),
-        Way("a loss of one's own over logits", "`compute_loss_func`"),
+        Way("a loss of one's own over logits", "`compute_loss_func`", "", "loss"),
     ],
     "Vision and speech": [
         Way("image classification", "ViT", _ENCODERS),
