@@ -7,15 +7,10 @@ Without GPUs accelerate runs DeepSpeed in one process alone: DS_ACCELERATOR=cpu 
 --nproc-per-node 1.
 """
 
+import small_llama
 import stdlib_text
 import torch
-from transformers import (
-    DataCollatorForSeq2Seq,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import fastft
 
@@ -36,15 +31,7 @@ args = TrainingArguments(
     },
 )
 torch.manual_seed(0)
-model = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-)
+model = small_llama.make(len(tokenizer))
 trainer = Trainer(
     model=model,
     args=args,

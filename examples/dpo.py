@@ -7,8 +7,8 @@ python examples/dpo.py
 import copy
 
 import datasets
+import small_llama
 import stdlib_text
-from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 import fastft
@@ -25,15 +25,7 @@ pairs = []
 for function, other in zip(functions[:64], functions[64:128], strict=True):
     prompt, body = prompt_and_body(function)
     pairs.append({"prompt": prompt, "chosen": body, "rejected": prompt_and_body(other)[1]})
-model = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-)
+model = small_llama.make(len(tokenizer), hidden_size=64)
 trainer = DPOTrainer(
     model=model,
     ref_model=copy.deepcopy(model),

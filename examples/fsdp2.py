@@ -4,12 +4,12 @@ are sharded, and no process ever holds logits.
 torchrun --nproc-per-node 2 examples/fsdp2.py
 """
 
+import small_llama
 import stdlib_text
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastft
 
@@ -19,15 +19,7 @@ rank, world = dist.get_rank(), dist.get_world_size()
 device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
 tokenizer, examples = stdlib_text.load(vocab_size=4096, max_tokens=256)
 torch.manual_seed(0)
-model = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-).to(device)
+model = small_llama.make(len(tokenizer)).to(device)
 mesh = init_device_mesh(kind, (world,))
 for layer in model.model.layers:
     fully_shard(layer, mesh=mesh)

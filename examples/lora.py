@@ -5,31 +5,16 @@ python examples/lora.py
 """
 
 import peft
+import small_llama
 import stdlib_text
-from transformers import (
-    DataCollatorForSeq2Seq,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import fastft
 
 tokenizer, examples = stdlib_text.load(vocab_size=4096, max_tokens=256)
-model = LlamaForCausalLM(
-    LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-)
 targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-model = peft.get_peft_model(
-    model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets)
-)
+config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets)
+model = peft.get_peft_model(small_llama.make(len(tokenizer)), config)
 trainer = Trainer(
     model=model,
     args=TrainingArguments(

@@ -10,22 +10,15 @@ from ray.train.torch import TorchTrainer
 
 
 def train_of_a_worker() -> None:
+    import small_llama
     import stdlib_text
     import torch
     from ray.train.huggingface.transformers import RayTrainReportCallback, prepare_trainer
-    from transformers import (
-        DataCollatorForSeq2Seq,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Trainer,
-        TrainingArguments,
-    )
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     import fastft
 
     tokenizer, examples = stdlib_text.load(vocab_size=4096, max_tokens=256)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, **sizes))
     args = TrainingArguments(
         "checkpoints",
         use_cpu=not torch.cuda.is_available(),  # else each worker would train alone
@@ -37,7 +30,7 @@ def train_of_a_worker() -> None:
         report_to="none",
     )
     trainer = Trainer(
-        model=model,
+        model=small_llama.make(len(tokenizer)),
         args=args,
         train_dataset=examples,
         data_collator=DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastft import _native, foreign
+from fastft import _native
+from fastft.foreign import compiling
 
 # Of a device and what decides a call: why an engine cannot compute it, a part of a sentence; None
 # if it can.
@@ -183,7 +184,7 @@ class Operation:
         rule = self.engines.get(engine)
         return rule(device, *what) if reason is None and rule is not None and what else reason
 
-    @foreign.constant_when_compiled  # no compiler can trace the loading of a library
+    @compiling.constant_when_compiled  # no compiler can trace the loading of a library
     def resolve(self, impl: str, device: torch.device, *what: Any) -> str:
         """The engine that `impl` means on `device` for a call decided by `what`: "eager" or one of
         `engines`.

@@ -96,6 +96,15 @@ def as_loud_as_before():
 
 
 @pytest.fixture
+def quiet(as_loud_as_before):
+    """transformers says errors alone: a test that makes many models, or trains on purpose what it
+    warns of."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture
 def poisoned_empty():
     """torch.empty filled with NaN (or the largest integer), so that an output which nobody wrote
     shows."""

@@ -13,13 +13,13 @@ from support.trainers import tiny_llama
 from torch import nn
 
 import fastft
-from fastft import foreign
+from fastft.foreign import engines, models, private_names
 from fastft.loss.lazy.output_head import find_heads
 
 PACKAGE = Path(fastft.__file__).parent
 
 
-@pytest.mark.parametrize("name", foreign.PRIVATE_NAMES)
+@pytest.mark.parametrize("name", private_names.PRIVATE_NAMES)
 def test_the_private_name_is_still_there(name):
     module_name, _, path = name.partition(":")
     library = module_name.partition(".")[0]
@@ -35,7 +35,7 @@ def test_the_private_name_is_still_there(name):
         if found is holder:  # what only instances have stands in the text of the class's module
             text = inspect.getsource(inspect.getmodule(holder) or module)
             assert any(part in text for part in versions), (
-                f"{name} has gone: {foreign.PRIVATE_NAMES[name]}"
+                f"{name} has gone: {private_names.PRIVATE_NAMES[name]}"
             )
         holder = found
 
@@ -61,14 +61,14 @@ def _names(tree):
 def test_every_foreign_private_name_of_the_package_is_in_the_list():
     ours, read = {file.stem for file in PACKAGE.rglob("*.py")}, {}
     for file in PACKAGE.rglob("*.py"):
-        if file.name == "foreign.py":
+        if file.parent.name == "foreign":
             continue
         defined, names = _names(ast.parse(file.read_text()))
         ours |= defined
         for name in names:
             if name.startswith("_") and name.isidentifier() and not name.startswith("__"):
                 read.setdefault(name, []).append(str(file.relative_to(PACKAGE)))
-    listed = {part for name in foreign.PRIVATE_NAMES for part in re.split(r"[:.|]", name)}
+    listed = {part for name in private_names.PRIVATE_NAMES for part in re.split(r"[:.|]", name)}
     of_python = {"_replace", "_asdict", "_fields", "_getframe", "_exit", "_"}
     unknown = {name: files for name, files in read.items() if name not in ours | listed | of_python}
     assert not unknown
@@ -141,12 +141,12 @@ def test_the_model_is_found_inside(wrappers, process_group):
     model = wrapped = tiny_llama()
     for wrap in wrappers:
         wrapped = wrap(wrapped)
-    assert foreign.base_model(wrapped) is model
+    assert models.base_model(wrapped) is model
     if wrappers != [fully_sharded]:  # FSDP1 flattens the head's weight with the others
         assert find_heads(wrapped) == [model.lm_head]
     peft = with_lora in wrappers or with_prompts in wrappers
-    assert type(foreign.unwrapped(wrapped)).__name__.startswith("Peft") if peft else True
-    assert peft or foreign.unwrapped(wrapped) is model
+    assert type(models.unwrapped(wrapped)).__name__.startswith("Peft") if peft else True
+    assert peft or models.unwrapped(wrapped) is model
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_a_module_that_is_called_module_is_no_wrapper():
             self.module = nn.Linear(2, 2)
 
     net = Net()
-    assert foreign.unwrapped(net) is net
-    assert foreign.base_model(net) is net
+    assert models.unwrapped(net) is net
+    assert models.base_model(net) is net
 
 
 def test_the_optimizer_inside_wrappers():
@@ -179,5 +179,5 @@ def test_the_optimizer_inside_wrappers():
             self.optimizer = optimizer
 
     (adamw, _) = fastft.adamw([nn.Parameter(torch.zeros(2))])
-    assert foreign.inner_optimizer(Wrapper(Wrapper(adamw))) is adamw
-    assert foreign.inner_optimizer(adamw) is adamw
+    assert engines.inner_optimizer(Wrapper(Wrapper(adamw))) is adamw
+    assert engines.inner_optimizer(adamw) is adamw

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fastft.foreign import base_model, output_embeddings
+from fastft.foreign.models import base_model, output_embeddings
 
 
 def parts_beside_text(model: nn.Module) -> list[nn.Module]:

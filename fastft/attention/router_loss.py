@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft.data.keys import PADDING_LENGTHS
-from fastft.foreign import base_model
+from fastft.foreign.models import base_model
 
 _MARK = "fastft_padding"  # an attribute of the mask, by which the body's hook knows it
 

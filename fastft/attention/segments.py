@@ -43,7 +43,7 @@ from fastft.data.keys import (
     PADDING_LENGTHS,
     USE_CACHE,
 )
-from fastft.foreign import base_model
+from fastft.foreign.models import base_model
 
 
 @dataclass(frozen=True, eq=False)

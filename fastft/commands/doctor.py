@@ -106,7 +106,7 @@ def _diagnose(trainer: Trainer) -> NoReturn:
 
 
 def _training(trainer: Trainer) -> int:
-    from fastft.foreign import base_model
+    from fastft.foreign.models import base_model
     from fastft.integrations.doctor.batches import BATCHES, sample
     from fastft.integrations.doctor.model import MODEL, Subject
     from fastft.integrations.doctor.training import TRAINING

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastft.foreign import chosen_rows
+from fastft.foreign.loaders import chosen_rows
 
 Fetch = Callable[[Sequence[int]], list[Any]]
 

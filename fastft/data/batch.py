@@ -30,7 +30,7 @@ from fastft.data.keys import (
     IGNORE_INDEX,
     SEQ_IDX,
 )
-from fastft.foreign import write_stamp
+from fastft.foreign.tensors import write_stamp
 
 BOUNDARIES_OF_SEGMENTS = {CU_SEQLENS_Q, CU_SEQLENS_K, DECODER_CU_SEQLENS}
 _label_counts: Any = WeakTensorKeyDictionary()  # by the labels: their write_stamp, how many count

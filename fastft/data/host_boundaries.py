@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastft.foreign import write_stamp
+from fastft.foreign.tensors import write_stamp
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastft.data.processed import token_count
-from fastft.foreign import chosen_rows, is_dataset
+from fastft.foreign.loaders import chosen_rows, is_dataset
 
 
 def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.foreign import base_model
+from fastft.foreign.models import base_model
 
 METHOD = "get_rope_index"
 

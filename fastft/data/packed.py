@@ -21,7 +21,8 @@ from fastft.data.pack import Pack, cut, filler, refuse_images
 from fastft.data.plan import PackPlan, checked_limits, epoch_plan, plan_packs
 from fastft.data.processed import unbatched
 from fastft.data.streaming import OPEN_PACKS, PackedStream, refuse_dispatch
-from fastft.foreign import is_dataset, world_size
+from fastft.foreign.loaders import is_dataset
+from fastft.foreign.sharding import world_size
 
 ROWS_OF_A_TABLE = 1024  # of `to_dataset`: so many packs are in memory twice
 

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 from fastft.data.pack import Pack, cut
 from fastft.data.processed import unbatched
-from fastft.foreign import active_dataloader, dispatches, is_iterable_dataset
+from fastft.foreign.loaders import active_dataloader, dispatches, is_iterable_dataset
 
 OPEN_PACKS = 32
 # the state of a stream that has yielded nothing

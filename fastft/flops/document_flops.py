@@ -34,7 +34,7 @@ from fastft.flops.attention_masks import Mask, attention_modules, innermost, mas
 from fastft.flops.document_alone import document_alone, more_than_tokens
 from fastft.flops.known_numbers import KnownNumbers
 from fastft.flops.meta_copy import meta_copy
-from fastft.foreign import base_model
+from fastft.foreign.models import base_model
 
 Powers = tuple[tuple[int, int, int], ...]
 Lengths = tuple[tuple[int, int], ...]
@@ -105,7 +105,7 @@ def document_flops(model: nn.Module, inputs: Mapping[str, Any]) -> DocumentFlops
 
     Args:
         model: a model of transformers, with adapters or without, in any of the wrappers that
-            `fastft.foreign.unwrapped` knows; what requires a gradient is what does so now.
+            `fastft.foreign.models.unwrapped` knows; what requires a gradient is what does so now.
         inputs: a batch of it, padded or packed, of which only keys, shapes and dtypes are read.
 
     Raises:

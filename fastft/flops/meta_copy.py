@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft.foreign import full_shape, is_config, without_checkpointing
+from fastft.foreign.models import is_config, without_checkpointing
+from fastft.foreign.tensors import full_shape
 
 # what a module's instance has of others; "forward" there is a patch, as is a compiled call
 _HOOKS = (

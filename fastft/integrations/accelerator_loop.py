@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastft import foreign
+from fastft.foreign import engines, models
 from fastft.loss.lazy.output_head import Attachment, LazyForward
 from fastft.loss.lazy.report import Report
 from fastft.optim.in_place import turn_into_ours
@@ -47,7 +47,7 @@ class AcceleratorLoop:
         if "optimizer" not in self._pieces:
             return
         for optimizer in objects:
-            if isinstance(optimizer, torch.optim.Optimizer) and not foreign.is_prepared(optimizer):
+            if isinstance(optimizer, torch.optim.Optimizer) and not engines.is_prepared(optimizer):
                 self._optimizers.append(_become(optimizer, accelerator))
 
     def after(self, accelerator: Accelerator, prepared: tuple[Any, ...]) -> None:
@@ -55,9 +55,9 @@ class AcceleratorLoop:
         if "loss" not in self._pieces:
             return
         for model in prepared:
-            if isinstance(model, nn.Module) and foreign.base_model(model) not in self._models:
+            if isinstance(model, nn.Module) and models.base_model(model) not in self._models:
                 attachment = Attachment(model)
-                self._models.add(foreign.base_model(model))
+                self._models.add(models.base_model(model))
                 self._heads.update(attachment.heads)
                 self._reports.append(attachment.report)
 
@@ -106,7 +106,7 @@ class AcceleratorLoop:
 def _become(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> str:
     kind = accelerator.distributed_type.value
     reason = turn_into_ours(optimizer) if kind in _PLAIN else f"{kind} makes its own of it"
-    if reason is None and foreign.optimizers_are_replaced():
+    if reason is None and engines.optimizers_are_replaced():
         reason = "ZeRO's offload_optimizer puts DeepSpeedCPUAdam in its place"
     return "AdamW" if reason is None else f"left alone: {reason}"
 

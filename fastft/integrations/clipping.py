@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer, put_attributes
+from fastft.foreign.engines import inner_optimizer
+from fastft.foreign.objects import put_attributes
 from fastft.optim.adamw import AdamW
 
 # accelerate's names of what leaves every gradient on every process

@@ -38,7 +38,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from fastft.data.collator import PackingCollator
-from fastft.foreign import base_model
+from fastft.foreign.models import base_model
 from fastft.integrations.clipping import fuse_clipping
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.integrations.packing import PackingCallback

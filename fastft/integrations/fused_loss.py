@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from fastft.data.batch import known_count
-from fastft.foreign import unwrapped, whose_forward
+from fastft.foreign.models import unwrapped, whose_forward
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.run_record import record_run
 from fastft.loss.counted_labels import give_counted_labels

@@ -37,7 +37,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from fastft import foreign
+from fastft.foreign import engines, sharding
 from fastft.optim import origin
 from fastft.optim.adamw import AdamW
 from fastft.optim.origin import Origin
@@ -61,11 +61,11 @@ def check_optimizer(
     Raises:
         ValueError: where something else would be trained than what the user asked for.
     """
-    inner, by_deepspeed = foreign.inner_optimizer(optimizer), foreign.of_deepspeed(optimizer)
+    inner, by_deepspeed = engines.inner_optimizer(optimizer), engines.of_deepspeed(optimizer)
     if not isinstance(inner, AdamW):
         if inner is not None:  # who calls a callback by hand may have none
             # whose stage 0 wraps no optimizer in a class of its own
-            drops = by_deepspeed or foreign.engine_of(args) == "DeepSpeed"
+            drops = by_deepspeed or engines.engine_of(args) == "DeepSpeed"
             _check_replacement(args, model, inner, drops, handed)
         return
     inner.forget_stale_remainders()
@@ -75,7 +75,7 @@ def check_optimizer(
     if inner.origin is not None and not inner.had_gradients:
         _check_settings(args, state, inner, inner.origin)
     if inner.max_grad_norm is not None:
-        _check_clipping(args, inner, flat=by_deepspeed or foreign.is_fsdp1(model))
+        _check_clipping(args, inner, flat=by_deepspeed or sharding.is_fsdp1(model))
 
 
 def _check_replacement(
@@ -83,7 +83,7 @@ def _check_replacement(
 ) -> None:
     """Raises or warns where another optimizer trains, and one of fastft's was to do so."""
     # made of our groups
-    if foreign.is_deepspeed_adam(inner) and "moments" in inner.param_groups[0]:
+    if engines.is_deepspeed_adam(inner) and "moments" in inner.param_groups[0]:
         if not inner.adam_w_mode:
             raise ValueError(
                 "DeepSpeedCPUAdam trains in the place of fastft's AdamW, and its weight decay is "
@@ -174,8 +174,8 @@ def gradients_are_lost(model: nn.Module, optimizer: Any) -> bool:
 
     Stock goes on without a word where a training chooses another adapter in its middle.
     """
-    inner = foreign.inner_optimizer(optimizer)
-    if not isinstance(inner, AdamW) or foreign.of_deepspeed(optimizer):
+    inner = engines.inner_optimizer(optimizer)
+    if not isinstance(inner, AdamW) or engines.of_deepspeed(optimizer):
         return False
     held = [param for group in inner.param_groups for param in group["params"]]
     if any(param.grad is not None for param in held):

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import PackedDataset, packs_of
-from fastft.foreign import inner_loader
+from fastft.foreign.loaders import inner_loader
 from fastft.integrations.probe.rows import Batches
 
 

@@ -16,15 +16,11 @@ from fastft.data.collator import PackingCollator
 from fastft.data.multi_axis import has_several_axes
 from fastft.data.streaming import REFUSAL
 from fastft.data.tasks.image_text import IMAGE_TEXT
-from fastft.foreign import (
-    base_model,
-    class_name,
-    dispatches,
-    is_compiled,
-    reason_not_to_run,
-    rows_are_cut,
-    unwrapped,
-)
+from fastft.foreign.compiling import is_compiled
+from fastft.foreign.engines import rows_are_cut
+from fastft.foreign.loaders import dispatches
+from fastft.foreign.models import base_model, class_name, unwrapped
+from fastft.foreign.sharding import reason_not_to_run
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.implementations import switched
 from fastft.integrations.optimizer_check import check_optimizer, gradients_are_lost

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from fastft.data.host_boundaries import on_host
 from fastft.data.keys import CU_SEQLENS_Q, LABEL_SEGMENTS
 from fastft.data.packed import PackedDataset, packs_of
-from fastft.foreign import active_dataloader, base_model, unwrapped, world_size
+from fastft.foreign.loaders import active_dataloader
+from fastft.foreign.models import base_model, unwrapped
+from fastft.foreign.sharding import world_size
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastft import foreign
+from fastft.foreign import models
 
 _SEED = 0
 _ROWS = 64  # of log-softmax in float64 at once
@@ -24,8 +24,8 @@ def add_noise(model: Any) -> str:
         Where the noise is, in words. Without a head for a vocabulary it is what enters the model's
         last module; and where that cannot be told, each element of the first weight, once.
     """
-    base = foreign.base_model(model)
-    head = foreign.output_embeddings(base)
+    base = models.base_model(model)
+    head = models.output_embeddings(base)
     place = "the output head's input"
     if head is None:
         backbone = getattr(base, "base_model", None)

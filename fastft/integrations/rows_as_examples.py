@@ -16,7 +16,7 @@ from transformers.utils import logging
 from fastft.data.collator import PackingCollator
 from fastft.data.keys import LABEL_SEGMENTS
 from fastft.data.packed import packs_of
-from fastft.foreign import base_model
+from fastft.foreign.models import base_model
 from fastft.integrations.pool_segments import is_pooled
 
 # below "transformers", so that its verbosity rules

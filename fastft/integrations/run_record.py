@@ -25,7 +25,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from fastft.foreign import base_model, is_compiled
+from fastft.foreign.compiling import is_compiled
+from fastft.foreign.models import base_model
 from fastft.integrations.batch_counts import Totals, count_batch
 from fastft.loss.lazy.report import Report
 from fastft.stack import callers

@@ -14,7 +14,10 @@ from transformers.utils import logging
 
 from fastft.flops.document_alone import more_than_tokens
 from fastft.flops.document_flops import DocumentFlops, FlopsUnknownError, document_flops
-from fastft.foreign import base_model, is_compiled, rows_are_cut, same_batch_ranks, world_size
+from fastft.foreign.compiling import is_compiled
+from fastft.foreign.engines import rows_are_cut, same_batch_ranks
+from fastft.foreign.models import base_model
+from fastft.foreign.sharding import world_size
 from fastft.integrations.batch_counts import BatchCounts, Totals, count_batch
 from fastft.integrations.peak_flops import peak_flops
 from fastft.integrations.process_memory import highest

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastft import foreign
+from fastft.foreign import models
 
 
 def switch_off_dropout(model: nn.Module) -> None:
@@ -16,7 +16,7 @@ def switch_off_dropout(model: nn.Module) -> None:
     Models keep them in modules (`nn.Dropout.p`), in numbers of modules that hand them to attention
     (`attention_dropout`), and in configurations which are read in forward.
     """
-    base = foreign.base_model(model)
+    base = models.base_model(model)
     for module in base.modules():
         if "drop" in type(module).__name__.lower():
             _make_zero(module, "p")

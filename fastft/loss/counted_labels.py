@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastft.foreign import write_stamp
+from fastft.foreign.tensors import write_stamp
 
 IGNORE_INDEX = -100
 _INDICES = (torch.int64, torch.int32)

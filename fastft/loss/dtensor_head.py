@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import is_dtensor
+from fastft.foreign.tensors import is_dtensor
 from fastft.loss.options import refuse_second_derivative
 from fastft.loss.vocab_parallel import Shard
 

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastft import foreign, ops
+from fastft import ops
+from fastft.foreign import engines
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import Plan, same_objects
 from fastft.optim.adamw_update import ADAMW, Rounding
@@ -191,9 +192,9 @@ class AdamW(torch.optim.AdamW):
         self.origin = _origin
         if _origin is not None:
             _origin.is_made()
-        if foreign.optimizers_are_replaced():
+        if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
-        if max_grad_norm is not None and foreign.gradients_are_parts():
+        if max_grad_norm is not None and engines.gradients_are_parts():
             raise ValueError(
                 "the optimizer's max_grad_norm would clip to the norm of each process's part of "
                 "the gradients, which DeepSpeed and FSDP1 cut into flat parts: use "

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.foreign import is_dtensor, local, local_gradient, shard_begin, write_stamp
+from fastft.foreign.tensors import is_dtensor, local, local_gradient, shard_begin, write_stamp
 from fastft.optim import device_counts, weight_bits
 from fastft.optim.adamw_state import Claim, State, ready_state, residue_names, rounding_of
 from fastft.optim.adamw_update import ADAMW, RESIDUES, Binding, Rounding

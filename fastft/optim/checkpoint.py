@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import in_flat_parameter, local, placed_like, sharded_like
+from fastft.foreign.tensors import in_flat_parameter, local, placed_like, sharded_like
 from fastft.optim import moments_8bit, weight_bits
 from fastft.optim.adamw_state import State, new_state
 from fastft.optim.adamw_update import RESIDUES, store_value

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastft import foreign
+from fastft.foreign import engines, models
 from fastft.optim.adamw import AdamW
 from fastft.optim.origin import Keywords, Origin
 
@@ -59,7 +59,7 @@ def adamw(
     given = _given(options, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     model = model_or_params if isinstance(model_or_params, torch.nn.Module) else None
     groups: Any = model_or_params
-    engine = None if args is None else foreign.engine_of(args)
+    engine = None if args is None else engines.engine_of(args)
     if engine is not None:
         raise ValueError(
             f"{engine} trains here, for which Trainer makes the optimizer itself: use "
@@ -129,7 +129,7 @@ def spec_of(origin: Origin) -> tuple[type[AdamW], Keywords]:
                 f"{args.weight_decay} of its args; set it in args: "
                 f"TrainingArguments(weight_decay={weight_decay})"
             )
-        config = foreign.deepspeed_config(args)
+        config = engines.deepspeed_config(args)
         if config is None:
             _warn_of_two_clippings(args, example.max_grad_norm, stacklevel=4)
         else:
@@ -166,7 +166,7 @@ def _check_deepspeed(config: dict[str, Any], optimizer: AdamW) -> None:
             "DeepSpeed: use TrainingArguments(max_grad_norm=...), for which DeepSpeed takes the "
             "norm of all"
         )
-    if foreign.replaces_optimizers(config):
+    if engines.replaces_optimizers(config):
         optimizer.check_that_a_replacement_is_faithful()
 
 
@@ -201,7 +201,7 @@ def with_fp32_moments(groups: list[dict[str, Any]], model: torch.nn.Module) -> l
     modules: list[torch.nn.Module] = [
         module for module in model.modules() if isinstance(module, torch.nn.Embedding)
     ]
-    head = foreign.output_embeddings(model)
+    head = models.output_embeddings(model)
     if head is not None:
         modules.append(head)
     chosen = {param for module in modules for param in module.parameters()}

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import inner_optimizer, local, placed_like, sharded_like, unwrapped, world_size
+from fastft.foreign.engines import inner_optimizer
+from fastft.foreign.models import unwrapped
+from fastft.foreign.sharding import world_size
+from fastft.foreign.tensors import local, placed_like, sharded_like
 from fastft.optim import weight_files
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_state import new_state

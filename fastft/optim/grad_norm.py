@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.foreign import is_dtensor, summed
+from fastft.foreign.tensors import is_dtensor, summed
 
 
 def _grad_norm_squared_reference(total: Tensor, grads: Sequence[Tensor]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from fastft.foreign import is_counting_step
+from fastft.foreign.engines import is_counting_step
 from fastft.optim.adamw import AdamW
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable")

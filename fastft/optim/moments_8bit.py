@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import is_dtensor
+from fastft.foreign.tensors import is_dtensor
 
 BLOCK = 128
 # elements of a vector from which on it is worth blocks; norms and biases of most models are shorter

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.foreign import in_flat_parameter, is_dtensor, local
+from fastft.foreign.tensors import in_flat_parameter, is_dtensor, local
 
 SECTION = 128
 EVERY = 32

@@ -29,7 +29,7 @@ class Cut:
 def test_packs_are_refused_before_training(sizes, tmp_path, monkeypatch):
     """By the callbacks and by `plug`, which leaves the Trainer as it was."""
     trainer = trainer_of(tmp_path)
-    monkeypatch.setattr("fastft.foreign._parallelism", lambda: Cut(**sizes))
+    monkeypatch.setattr("fastft.foreign.engines._parallelism", lambda: Cut(**sizes))
     with pytest.raises(ValueError, match=r"packing=40: context parallelism.*train unpacked"):
         fastft.plug(trainer, packing=40)
     trainer.data_collator = fastft.PackingCollator()

@@ -9,7 +9,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import transformers
 from support.architectures.image_packing import EXACT, OURS, REFUSED, STOCK, Packed, examine
 from support.architectures.image_packing_table import not_asked
 from support.architectures.images import model_and_examples
@@ -18,6 +17,8 @@ from support.architectures.outcome import time_limit
 from support.versions import images_looked_up
 
 import fastft
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 QWEN = Case("image-text", "qwen2_vl", "Qwen2VLForConditionalGeneration")
 GEMMA = Case("image-text", "gemma3", "Gemma3ForConditionalGeneration")
@@ -38,14 +39,6 @@ GEMMA_KIND = (GEMMA, Case("image-text", "paligemma", "PaliGemmaForConditionalGen
 RECURRENT = Case("image-text", "qwen3_5", "Qwen3_5ForConditionalGeneration")
 QUICK = (*LLAVA_KIND, *QWEN_KIND, *GEMMA_KIND, RECURRENT)
 SWEPT = [case for case in all_cases() if case.mapping == "image-text" and case not in QUICK]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
 
 
 def of_way(cases, way, word="exact"):

@@ -12,6 +12,8 @@ from support.versions import images_looked_up
 import fastft
 from fastft.integrations.probe.images import image_examples
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 WAYS = {
     "LLaVA and its kind": LLAVA,
     "Qwen2-VL and its kind": QWEN,
@@ -24,14 +26,6 @@ def of_ways(**cells):
         pytest.param(case, id=case.model_type, marks=pytest.mark.way(way, **cells))
         for way, case in WAYS.items()
     ]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
 
 
 def packing(model):

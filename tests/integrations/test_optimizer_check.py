@@ -14,7 +14,7 @@ import transformers
 from support.adamw_trainers import arguments, biased_llama, examples
 
 import fastft
-from fastft import foreign
+from fastft.foreign import engines
 from fastft.integrations.optimizer_check import check_optimizer
 from fastft.optim import origin
 from fastft.optim.adamw import AdamW
@@ -504,7 +504,7 @@ def test_what_deepspeeds_adam_does_not_have_is_refused_under_offload(name, tmp_p
         if name != "max_grad_norm":
             fastft.adamw_spec(kept, **given)
     # a spec without args, or an Accelerate loop: only the running engine knows
-    monkeypatch.setattr(foreign, "optimizers_are_replaced", lambda: True)
+    monkeypatch.setattr(engines, "optimizers_are_replaced", lambda: True)
     with pytest.raises(
         ValueError, match=f"DeepSpeedCPUAdam .*{name}=.*zero_force_ds_cpu_optimizer"
     ):
@@ -524,7 +524,7 @@ def test_plain_adamw_survives_offload_and_an_optimizer_of_deepspeeds_own_does_no
 
 
 def test_clipping_is_refused_where_the_running_engine_cuts_gradients_into_parts(monkeypatch):
-    monkeypatch.setattr(foreign, "gradients_are_parts", lambda: True)
+    monkeypatch.setattr(engines, "gradients_are_parts", lambda: True)
     AdamW([torch.zeros(4, 4)])
     with pytest.raises(ValueError, match=r"each process's part .*Accelerator.clip_grad_norm_"):
         AdamW([torch.zeros(4, 4)], max_grad_norm=1.0)
@@ -532,10 +532,10 @@ def test_clipping_is_refused_where_the_running_engine_cuts_gradients_into_parts(
 
 def test_the_running_engine_is_asked_only_where_accelerate_has_started_one():
     accelerate = pytest.importorskip("accelerate")
-    assert not foreign.optimizers_are_replaced()
+    assert not engines.optimizers_are_replaced()
     accelerate.Accelerator(cpu=True)
-    assert not foreign.optimizers_are_replaced()
-    assert not foreign.gradients_are_parts()
+    assert not engines.optimizers_are_replaced()
+    assert not engines.gradients_are_parts()
 
 
 def test_step_says_once_that_nothing_has_a_gradient():

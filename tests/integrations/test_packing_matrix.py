@@ -3,25 +3,16 @@ sweep`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import transformers
 from support.architectures.models import all_cases
 from support.architectures.outcome import time_limit
 from support.architectures.packing import OURS, REFUSED, best, examine
 from support.architectures.packing_models import PACKED, START, UNPACKED
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 MODELS = (*PACKED, *UNPACKED)
 SWEPT = [case for case in all_cases() if case.mapping != "image-text" and case not in MODELS]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)

@@ -20,6 +20,8 @@ from fastft.integrations.probe.check_packing import Unasked, find_leak, judge
 from fastft.integrations.probe.rows import Batches
 from fastft.integrations.probe.twin import MOST, twin_of
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 MODELS = (*PACKED, *UNPACKED)
 # shapes that must fit together otherwise, or experts that are too many: nothing small is like them
 UNLIKE = {"bamba", "falcon_h1", "granitemoehybrid", "qwen3_vl", "rwkv"}
@@ -28,14 +30,6 @@ CASES = [
     pytest.param(case, marks=() if case.model_type in QUICK else pytest.mark.slow)
     for case in MODELS
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    yield
-    transformers.logging.set_verbosity(before)
 
 
 def said(model, batches):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fastft import foreign
+from fastft.foreign import private_names
 from fastft.ops import Operator
 
 HEAD = """
@@ -88,4 +88,4 @@ def test_the_choice_of_an_engine_is_a_constant_as_torch_marks_one() -> None:
     torch.compiler.assume_constant_result(function)
     (mark,) = set(vars(function)) - before
     assert getattr(Operator.resolve, mark) is True
-    assert any(mark in name for name in foreign.PRIVATE_NAMES)
+    assert any(mark in name for name in private_names.PRIVATE_NAMES)

@@ -9,17 +9,11 @@ import datasets
 import torch
 from transformers import LlamaForCausalLM
 
-from support.plugged import PAD, V, tokenizer
+from support.plugged import PAD, tokenizer
 from support.trainers import quiet_arguments, tiny_llama
+from support.trl_trainers import PAIRS, SIZES, TEXTS, WORDS
 
 STEPS, WIDE = 3, 1009
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-WORDS = [[str(3 + (i * 7 + j) % (V - 3)) for j in range(6 + i % 7)] for i in range(12)]
-TEXTS = [" ".join(words) for words in WORDS]
-PAIRS = [
-    {"prompt": text, "chosen": f" {TEXTS[i - 1]}", "rejected": f" {TEXTS[-1 - i]}"}
-    for i, text in enumerate(TEXTS)
-]
 TRIPLES = [{**pair, "reference": f" {TEXTS[(i + 5) % 12]}"} for i, pair in enumerate(PAIRS)]
 PROMPTS = [{"prompt": text} for text in TEXTS]
 IDS = [[int(word) for word in words] for words in WORDS]

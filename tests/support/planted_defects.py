@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastft.data.keys import BOUNDARY_KEYS
-from fastft.foreign import inner_optimizer
+from fastft.foreign.engines import inner_optimizer
 
 
 class AtFirstStep(TrainerCallback):

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from trl.trainer.utils import FusedCausalLMOutput
 
 import fastft
-from fastft.foreign import base_model
+from fastft.foreign.models import base_model
 from support.plugged import V, llama, tokenizer
 from support.trainers import quiet_arguments
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastft.data.keys import IGNORE_INDEX, LOGITS_TO_KEEP, SHIFT_LABELS
 from fastft.data.tasks.task import Task
-from fastft.foreign import base_model
+from fastft.foreign.models import base_model
 
 
 class CausalLM(Task):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from fastft.data.columns import Columns, check_lengths, drop_masked, lengths_of,
 from fastft.data.keys import DECODER_CU_SEQLENS, DECODER_MAX_LENGTH, IGNORE_INDEX, SEQ_IDX
 from fastft.data.rows import Layout
 from fastft.data.tasks.task import Task
+
+if TYPE_CHECKING:
+    from fastft.data.collator import PackingCollator
 
 DECODER_KEYS = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
@@ -51,20 +54,29 @@ class Seq2Seq(Task):
 
     def finish(self, batch: dict[str, Any], layout: Layout) -> None:
         """Adds the tokens that the decoder reads, if the examples have none, and its segments."""
-        start, lengths = self.collator.decoder_start_token_id, self._layout.lengths
-        if "decoder_input_ids" not in batch:
-            if start is None:
-                raise ValueError(
-                    "task 'seq2seq' needs decoder_start_token_id (model.config has it) or examples "
-                    "with decoder_input_ids"
-                )
-            batch["decoder_input_ids"] = shifted_right(
-                batch["labels"], lengths, start, self.collator.pad_token_id
-            )
+        lengths = self._layout.lengths
+        add_decoder_inputs(batch, lengths, self.collator)
         batch[DECODER_CU_SEQLENS] = torch.tensor(
             [0, *itertools.accumulate(lengths)], dtype=torch.int32
         )
         batch[DECODER_MAX_LENGTH] = max(lengths)
+
+
+def add_decoder_inputs(
+    batch: dict[str, Any], lengths: Sequence[int], collator: PackingCollator
+) -> None:
+    """Adds the tokens that the decoder reads, if the examples have none: the labels one later, in
+    each segment of its own."""
+    if "decoder_input_ids" in batch:
+        return
+    if collator.decoder_start_token_id is None:
+        raise ValueError(
+            f"task {collator.task!r} needs decoder_start_token_id (model.config has it) or "
+            "examples with decoder_input_ids"
+        )
+    batch["decoder_input_ids"] = shifted_right(
+        batch["labels"], lengths, collator.decoder_start_token_id, collator.pad_token_id
+    )
 
 
 def shifted_right(labels: Tensor, lengths: Sequence[int], start: int, pad_token_id: int) -> Tensor:

@@ -30,7 +30,7 @@ from fastft.data.keys import (
 )
 from fastft.data.pack import examples_of, is_pack
 from fastft.data.rows import balanced_rows, lay_out
-from fastft.data.tasks.seq2seq import shifted_right
+from fastft.data.tasks.seq2seq import add_decoder_inputs
 from fastft.data.tasks.task import Task
 
 ROW_TOKENS = 448  # of a decoder's row, at most: Whisper's table of positions
@@ -95,16 +95,7 @@ class SpeechSeq2Seq(Task):
         own = [[lengths[example] for example in row] for row in members]
         padded = [[*row[:-1], row[-1] + width - sum(row)] for row in own]
         segments = list(itertools.chain(*padded))
-        if "decoder_input_ids" not in batch:
-            start = self.collator.decoder_start_token_id
-            if start is None:
-                raise ValueError(
-                    "task 'speech_seq2seq' needs decoder_start_token_id (model.config has it) or "
-                    "examples with decoder_input_ids"
-                )
-            batch["decoder_input_ids"] = shifted_right(
-                batch["labels"], segments, start, self.collator.pad_token_id
-            )
+        add_decoder_inputs(batch, segments, self.collator)
         if self._pads:
             return
         first = self.collator.position_ids_start

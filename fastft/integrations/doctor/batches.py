@@ -19,7 +19,7 @@ from transformers.trainer_utils import has_length
 
 from fastft.data.collator import PackingCollator
 from fastft.data.keys import IGNORE_INDEX
-from fastft.foreign import base_model, output_embeddings, unwrapped
+from fastft.foreign.models import base_model, output_embeddings, unwrapped
 from fastft.integrations.batch_segments import kept_of, segments_of
 from fastft.integrations.doctor.finding import Finding
 from fastft.integrations.doctor.model import end_tokens

@@ -17,12 +17,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import ParallelMode
 
 from fastft.data.keys import IGNORE_INDEX
-from fastft.foreign import (
-    deepspeed_config,
-    engine_of,
-    inner_optimizer,
-    replaces_optimizers,
-)
+from fastft.foreign.engines import deepspeed_config, engine_of, inner_optimizer, replaces_optimizers
 from fastft.integrations.doctor.batches import Sample
 from fastft.integrations.doctor.finding import Finding
 from fastft.integrations.doctor.machine import slowness

@@ -26,7 +26,7 @@ from fastft.data.keys import IGNORE_INDEX, MAX_LENGTH_K, MAX_LENGTH_Q, SOUNDS, i
 from fastft.data.pack import Pack, examples_of, is_pack
 from fastft.data.processed import unbatched
 from fastft.data.tasks.image_text import IMAGE_TEXT
-from fastft.foreign import base_model
+from fastft.foreign.models import base_model
 from fastft.integrations.probe.sounds import sound_key
 
 # what a collator that packs says beside positions, from which the same follows

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from fastft import foreign
+from fastft.foreign import models, objects
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.integrations.packing import PackingCallback
 from fastft.loss.lazy.output_head import expects_head, find_heads
@@ -69,7 +69,7 @@ class LossPiece:
         if self.fusing is not None:
             stock = trainer.evaluation_loop
             loop = functools.wraps(stock)(functools.partial(self._evaluation_loop, stock))
-            stack.callback(foreign.put_attributes(trainer, evaluation_loop=loop))
+            stack.callback(objects.put_attributes(trainer, evaluation_loop=loop))
 
     def _evaluation_loop(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         trainer, callback = self._trainer, self.fusing
@@ -99,7 +99,7 @@ class LossPiece:
         if self._trainer.args.n_gpu > 1:
             return "left alone: DataParallel: its replicas would call the head of the first device"
         if not expects_head(model):
-            name = type(foreign.base_model(model)).__name__
+            name = type(models.base_model(model)).__name__
             return f"left alone: {name} has no output head over a vocabulary"
         return f"to be fused at {heads}{_softcap(model)}"
 
@@ -120,12 +120,12 @@ def _without_callback(trainer: Trainer, callback: Any) -> None:
 
 
 def _names(model: nn.Module, heads: list[nn.Linear]) -> list[str]:
-    names = {id(module): name for name, module in foreign.base_model(model).named_modules()}
+    names = {id(module): name for name, module in models.base_model(model).named_modules()}
     return [names.get(id(head), "the output head") for head in heads]
 
 
 def _softcap(model: nn.Module) -> str:
-    config: Any = getattr(foreign.base_model(model), "config", None)
+    config: Any = getattr(models.base_model(model), "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     cap = getattr(text, "final_logit_softcapping", None)
     return "" if cap is None else f", softcap {cap:g}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from fastft import foreign
+from fastft.foreign import engines, objects
 from fastft.integrations.clipping import fuse_clipping, has_whole_gradients
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import spec_of, with_fp32_moments
@@ -99,7 +99,7 @@ class OptimizerPiece:
     def install(self, stack: contextlib.ExitStack) -> None:
         """Hands the class and its keywords to the Trainer, until `stack` is closed."""
         if self._origin is not None:
-            spec = foreign.put_attributes(self._trainer, optimizer_cls_and_kwargs=self._spec)
+            spec = objects.put_attributes(self._trainer, optimizer_cls_and_kwargs=self._spec)
             stack.callback(spec)
             self._origin.remember()
             stack.callback(self._origin.forget)
@@ -119,7 +119,7 @@ class OptimizerPiece:
         if self._why_not is not None:
             return self._why_not
         trainer = self._trainer
-        made = foreign.inner_optimizer(trainer.optimizer)
+        made = engines.inner_optimizer(trainer.optimizer)
         if made is not None and not isinstance(made, AdamW):
             kind = f"{type(made).__module__}.{type(made).__name__}"
             return f"left alone: {kind} trains, though fastft's AdamW was handed over"
@@ -152,7 +152,7 @@ class OptimizerPiece:
 def is_given(trainer: Trainer) -> bool:
     """Whether the user has handed this Trainer an AdamW of fastft's."""
     if trainer.optimizer is not None:
-        return isinstance(foreign.inner_optimizer(trainer.optimizer), AdamW)
+        return isinstance(engines.inner_optimizer(trainer.optimizer), AdamW)
     given = trainer.optimizer_cls_and_kwargs
     return given is not None and isinstance(given[0], type) and issubclass(given[0], AdamW)
 
@@ -165,7 +165,7 @@ def why_left_alone(trainer: Trainer, given: bool) -> str | None:
 def _reasons(trainer: Any) -> Iterable[str | None]:
     args, left = trainer.args, "left alone:"
     if trainer.optimizer is not None:
-        kind = type(foreign.inner_optimizer(trainer.optimizer)).__name__
+        kind = type(engines.inner_optimizer(trainer.optimizer)).__name__
         yield f"{left} the Trainer has a {kind} already (optimizers=, or an earlier train())"
     if trainer.optimizer_cls_and_kwargs is not None:
         kind = getattr(trainer.optimizer_cls_and_kwargs[0], "__name__", "factory")
@@ -178,10 +178,10 @@ def _reasons(trainer: Any) -> Iterable[str | None]:
     name = _optim(args)
     if name not in _ADAMW:
         yield f"{left} args.optim is {name!r}{_comment(name)}"
-    config = foreign.engine_config(trainer.accelerator)
+    config = engines.engine_config(trainer.accelerator)
     if "optimizer" in config:
         yield f"{left} DeepSpeed's configuration has an optimizer of its own"
-    if foreign.replaces_optimizers(config):
+    if engines.replaces_optimizers(config):
         yield (
             f"{left} DeepSpeedCPUAdam trains where ZeRO offloads the optimizer; "
             '"zero_force_ds_cpu_optimizer": false in its configuration lets fastft\'s train'

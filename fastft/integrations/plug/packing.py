@@ -19,12 +19,12 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fastft import foreign
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import PackedDataset, pack, packs_in
 from fastft.data.streaming import REFUSAL
 from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.data.tasks.speech_seq2seq import ROW_TOKENS
+from fastft.foreign import engines, models, objects
 from fastft.integrations.packed_loader import packing_collator
 from fastft.integrations.packing import ROWS_ARE_CUT, PackingCallback
 from fastft.integrations.plug.collator import (
@@ -103,7 +103,7 @@ class PackingPiece:
             if self._smooths_first_labels():
                 raise Unpackable(
                     "with label_smoothing_factor Trainer does not shift the labels of "
-                    f"{foreign.class_name(trainer.model)}, and the first token of each text is "
+                    f"{models.class_name(trainer.model)}, and the first token of each text is "
                     "learned too, which packed batches leave out; label_smoothing_factor=0 has "
                     "the model's own loss"
                 )
@@ -126,7 +126,7 @@ class PackingPiece:
         """Whether Trainer's label smoother takes labels as they are: it shifts those of the classes
         for causal models, of which none reads images."""
         trainer, sample = self._trainer, self._sample
-        name = type(foreign.base_model(trainer.model)).__name__
+        name = type(models.base_model(trainer.model)).__name__
         unshifted = name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         learned = sample is not None and sample.labels_first and self._is_causal()
         return trainer.label_smoother is not None and unshifted and learned
@@ -158,9 +158,9 @@ class PackingPiece:
         ):
             stock = getattr(trainer, name)
             loader = functools.wraps(stock)(functools.partial(make, stock))
-            stack.callback(foreign.put_attributes(trainer, **{name: loader}))
+            stack.callback(objects.put_attributes(trainer, **{name: loader}))
         count = functools.partial(_examples_in, trainer.num_examples)
-        stack.callback(foreign.put_attributes(trainer, num_examples=count))
+        stack.callback(objects.put_attributes(trainer, num_examples=count))
 
     def train_begins(self, stack: contextlib.ExitStack) -> None:
         """Pools the segments of a classifier, until `stack` is closed."""
@@ -192,7 +192,7 @@ class PackingPiece:
             values |= {"train_dataset": self._pack(), "_train_batch_size": 1}
             if args.train_sampling_strategy in _GROUPING:
                 args.train_sampling_strategy = "random"
-        with foreign.with_attributes(trainer, args=args, **values):
+        with objects.with_attributes(trainer, args=args, **values):
             loader = stock()
         if packing_collator(loader) is _packing(self._collator):
             self._leak = self._why_leaking(loader)
@@ -219,7 +219,7 @@ class PackingPiece:
         alike = self._callback is not None and self._callback.keeps_apart
         if not (alike and self._packs_now() and _asks_for_losses_alone(trainer)):
             return stock(*args, **kwargs)
-        with foreign.with_attributes(trainer, data_collator=self._collator):
+        with objects.with_attributes(trainer, data_collator=self._collator):
             return stock(*args, **kwargs)
 
     def line(self) -> str:
@@ -266,7 +266,7 @@ class PackingPiece:
         callback = self._callback
         if callback is None or callback.probe is None:
             return []
-        config = getattr(foreign.base_model(self._trainer.model), "config", None)
+        config = getattr(models.base_model(self._trainer.model), "config", None)
         kept = getattr(config, "_attn_implementation", "its own")
         return [
             f"attention {'fastft' if callback.switched else kept}",
@@ -311,9 +311,9 @@ def _check(trainer: Trainer, packing: Any) -> None:
             f"packing={packing!r}: DataParallel cuts a packed batch between its devices; start one "
             "process for each (torchrun), or leave packing out"
         )
-    if foreign.rows_are_cut():
+    if engines.rows_are_cut():
         raise ValueError(f"packing={packing!r}: {ROWS_ARE_CUT}")
-    tuning = foreign.prompt_learning(trainer.model)
+    tuning = models.prompt_learning(trainer.model)
     if tuning is not None:
         raise ValueError(
             f"packing={packing!r}: {tuning} puts virtual tokens before each row of a batch, not "
@@ -352,7 +352,7 @@ def _collator_for(trainer: Any) -> PackedBatches:
     """The collator that packs, with the settings of the user's."""
     model, stock = trainer.model, trainer.data_collator
     task = task_of(model)
-    config = foreign.base_model(model).config
+    config = models.base_model(model).config
     # of images and text a processor holds the tokenizer
     holder = getattr(stock, "processor", stock)
     pad = getattr(getattr(holder, "tokenizer", holder), "pad_token_id", None)
@@ -374,7 +374,7 @@ def _collator_for(trainer: Any) -> PackedBatches:
 
 def _draws(model: Any) -> bool:
     """Whether a training of this model has dropout, of a module or of attention."""
-    config = getattr(foreign.base_model(model), "config", None)
+    config = getattr(models.base_model(model), "config", None)
     rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     rates += [
         rate

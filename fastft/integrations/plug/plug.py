@@ -20,7 +20,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from fastft import foreign
+from fastft.foreign import objects
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.plug.loss import LossPiece
 from fastft.integrations.plug.optimizer import OptimizerPiece
@@ -97,7 +97,7 @@ class Plugged:
         for piece in (self._loss, self._optimizer, self._packing):
             piece.install(stack)
         train = functools.wraps(trainer.train)(functools.partial(self._train, trainer.train))
-        stack.callback(foreign.put_attributes(trainer, train=train))
+        stack.callback(objects.put_attributes(trainer, train=train))
 
     def _train(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         self._optimizer.refresh()

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from fastft import foreign
 from fastft.data.keys import IGNORE_INDEX
+from fastft.foreign import loaders, models, objects
 from fastft.integrations.plug.collator import Unpackable, rows_of, shifts_usually
 from fastft.integrations.probe.untouched import RandomStates
 
@@ -65,7 +65,7 @@ def sample_of(trainer: Any, stock: Any, task: str) -> Sample:
     states = RandomStates(trainer.model)
     sample = Sample(trainer.args.train_batch_size)
     try:
-        with foreign.attributes_kept(trainer), foreign.loaders_forgotten(trainer.accelerator):
+        with objects.attributes_kept(trainer), loaders.loaders_forgotten(trainer.accelerator):
             loader = stock()
         collate = loader.collate_fn
         with _generator_kept(getattr(collate, "data_collator", collate)):
@@ -87,7 +87,7 @@ def _padded_batch(collate: Any, examples: list[Any], task: str, model: Any) -> d
         and not shifts_usually(model)
     ):
         raise Unpackable(
-            f"{type(foreign.base_model(model)).__name__} shifts labels in a way of its own; with "
+            f"{type(models.base_model(model)).__name__} shifts labels in a way of its own; with "
             "DataCollatorForSeq2Seq(..., model=model) the collator has it do so"
         )
     try:
@@ -102,7 +102,7 @@ def _examples(loader: Any, size: int) -> Any:
     dataset, batches = loader.dataset, getattr(loader, "batch_sampler", None)
     if isinstance(dataset, IterableDataset):
         # one of `datasets` begins anew each time; another may be used up
-        if foreign.is_iterable_dataset(dataset):
+        if loaders.is_iterable_dataset(dataset):
             yield list(islice(iter(dataset), size))
         return
     for indices in batches or []:

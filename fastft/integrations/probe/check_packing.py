@@ -21,7 +21,8 @@ from torch import nn
 
 from fastft.attention.attention import register_attention
 from fastft.attention.segments import keeps_segments, packed_attention
-from fastft.foreign import base_model, class_name, prompt_learning, reason_not_to_run, unwrapped
+from fastft.foreign.models import base_model, class_name, prompt_learning, unwrapped
+from fastft.foreign.sharding import reason_not_to_run
 from fastft.integrations.block_mask import block_mask
 from fastft.integrations.implementations import STOCK, attention, switched
 from fastft.integrations.probe.images import ImageProbe, image_examples

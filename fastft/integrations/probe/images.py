@@ -29,7 +29,8 @@ from fastft.data.pack import Pack, examples_of, is_pack
 from fastft.data.packed import packs_of
 from fastft.data.processed import holds_images, tensor_of, unbatched
 from fastft.data.tasks.image_text import IMAGE_TEXT
-from fastft.foreign import base_model, with_attributes
+from fastft.foreign.models import base_model
+from fastft.foreign.objects import with_attributes
 from fastft.integrations.probe.probe import Probe, Trouble, kinds_of_tokens, stock_attention
 from fastft.integrations.probe.rows import Batches, Row, random_tokens, special_tokens
 from fastft.integrations.probe.untouched import RandomStates

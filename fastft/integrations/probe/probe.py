@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fastft.data.collator import PackingCollator
 from fastft.data.pack import Pack
-from fastft.foreign import base_model, output_embeddings
+from fastft.foreign.models import base_model, output_embeddings
 from fastft.integrations.implementations import attention, stock_parts
 from fastft.integrations.probe.rows import (
     LENGTHS,

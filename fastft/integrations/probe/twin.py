@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastft import foreign
 from fastft.attention.attention import NAME as OURS
+from fastft.foreign import models
 from fastft.integrations.block_mask import NAME as BLOCK_MASK
 from fastft.integrations.implementations import STOCK
 from fastft.integrations.probe.rows import TABLES, WINDOWS
@@ -52,7 +52,7 @@ def twin_of(model: nn.Module, smaller: bool = True) -> nn.Module:
     Raises:
         ValueError: none could be made that takes a text, and is small enough.
     """
-    base, why = foreign.base_model(model), ""
+    base, why = models.base_model(model), ""
     states = RandomStates(model)
     try:
         for config, most in _configurations(base, smaller):
@@ -77,7 +77,7 @@ def _configurations(base: Any, smaller: bool) -> Iterator[tuple[Callable[[], Any
 
 
 def _made(base: Any, config: Any, most: int) -> nn.Module:
-    kind = foreign.class_without_sharding(base)
+    kind = models.class_without_sharding(base)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind(config).parameters())
     if size > most:
@@ -90,9 +90,9 @@ def _made(base: Any, config: Any, most: int) -> nn.Module:
                 parameter.normal_(std=0.02)
     known = {*STOCK, OURS, BLOCK_MASK}
     usual = all(one._attn_implementation in known for one in _configs_in(config))
-    twin = twin.to(foreign.computing_device(base), torch.float32 if usual else torch.bfloat16)
+    twin = twin.to(models.computing_device(base), torch.float32 if usual else torch.bfloat16)
     if base.main_input_name == "input_ids":
-        text = torch.arange(8, device=foreign.computing_device(base))[None]
+        text = torch.arange(8, device=models.computing_device(base))[None]
         with torch.no_grad():
             twin.eval()(text, **({"decoder_input_ids": text} if config.is_encoder_decoder else {}))
     return twin
@@ -100,7 +100,7 @@ def _made(base: Any, config: Any, most: int) -> nn.Module:
 
 def _configs_in(config: Any) -> list[Any]:
     """A configuration and those of its parts."""
-    parts = [value for value in vars(config).values() if foreign.is_config(value)]
+    parts = [value for value in vars(config).values() if models.is_config(value)]
     return [config, *(inner for part in parts for inner in _configs_in(part))]
 
 

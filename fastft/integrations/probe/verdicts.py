@@ -11,7 +11,8 @@ from torch import nn
 from transformers.utils import logging
 
 from fastft.attention.segments import keeps_segments, packed_attention
-from fastft.foreign import base_model, class_name, modules_with_hooks, reason_not_to_run
+from fastft.foreign.models import base_model, class_name, modules_with_hooks
+from fastft.foreign.sharding import reason_not_to_run
 from fastft.integrations.implementations import attention_configs
 from fastft.integrations.probe.check_packing import Verdict, judge
 from fastft.integrations.probe.rows import Batches

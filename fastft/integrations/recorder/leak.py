@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastft import foreign
+from fastft.foreign import models, sharding
 from fastft.integrations.probe.untouched import untouched
 from fastft.integrations.recorder.batches import neighbours
 
@@ -28,9 +28,9 @@ def leak(model: Any, batch: Mapping[str, Any]) -> float | None:
         None where the model cannot be called by one process alone, or fails, or where no two
         documents lie in one row.
     """
-    inner = foreign.unwrapped(model)
+    inner = models.unwrapped(model)
     pair = neighbours(batch)
-    if pair is None or foreign.reason_not_to_run(inner) is not None:
+    if pair is None or sharding.reason_not_to_run(inner) is not None:
         return None
     former, latter = pair
     turned = batch["input_ids"].clone()
@@ -47,7 +47,7 @@ def leak(model: Any, batch: Mapping[str, Any]) -> float | None:
 
 def _hidden(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The hidden states of the backbone, (R, T, H), or the logits of a model that has none."""
-    base = foreign.base_model(model)
+    base = models.base_model(model)
     backbone = getattr(base, "base_model", base)
     seen: list[Any] = []
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastft import foreign
 from fastft.commands.trace import Micro, Step, Trace
+from fastft.foreign import compiling, engines, models, objects
 from fastft.integrations.recorder.batches import Reading, described, shift_of
 from fastft.integrations.recorder.costs import Costs
 from fastft.integrations.recorder.leak import leak
@@ -62,7 +62,7 @@ class Recorder:
     def begin(self, trainer: str, model: Any, optimizer: Any, accelerator: Any) -> None:
         """A training begins, maybe once more, after Trainer has found a smaller batch size."""
         self.close()
-        trace, base = self.trace, foreign.base_model(model)
+        trace, base = self.trace, models.base_model(model)
         self._model, self._reading = model, Reading.of(base)
         self._weights = Weights(model, optimizer)
         trace.trainer, trace.model = trainer, type(base).__name__
@@ -169,7 +169,7 @@ class Recorder:
 
     def put(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
         """Gives an object another method until `close`, unless somebody has put one over it."""
-        self.hook(foreign.put_attributes(owner, **{name: method}))
+        self.hook(objects.put_attributes(owner, **{name: method}))
 
     def _norm_of(self, gradients: list[float]) -> float | None:
         """That of all gradients, as clipping has found it; without clipping, by their own."""
@@ -192,8 +192,8 @@ class Recorder:
 
     def _watch_head(self, model: Any) -> None:
         """Has the passes see which rows of the output head's input get a gradient."""
-        head = foreign.output_embeddings(foreign.base_model(model))
-        if head is None or foreign.is_compiled(model):
+        head = models.output_embeddings(models.base_model(model))
+        if head is None or compiling.is_compiled(model):
             return
 
         def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -291,11 +291,11 @@ class RecordedLoop:
         self._model: Any = None
         self._optimizer: Any = None
 
-    def prepared(self, accelerator: Any, objects: tuple[Any, ...]) -> None:
+    def prepared(self, accelerator: Any, things: tuple[Any, ...]) -> None:
         """Takes what `accelerator.prepare` returns; begins with the first model and optimizer."""
         if self._model is not None and self._optimizer is not None:
             return
-        for thing in objects:
+        for thing in things:
             if isinstance(thing, nn.Module) and self._model is None:
                 self._model = thing
             elif isinstance(thing, torch.optim.Optimizer) and self._optimizer is None:
@@ -319,7 +319,7 @@ class RecordedLoop:
 
         recorder.put(accelerator, "backward", backward)
         recorder.hook(model.register_forward_pre_hook(forward, with_kwargs=True).remove)
-        optimizer = foreign.inner_optimizer(self._optimizer)
+        optimizer = engines.inner_optimizer(self._optimizer)
         before = optimizer.register_step_pre_hook(lambda *_: recorder.step_begins())
         recorder.hook(before.remove)
         recorder.hook(optimizer.register_step_post_hook(lambda *_: self._step_ends()).remove)
@@ -334,9 +334,9 @@ def record(trainer: Trainer, recorder: Recorder) -> None:
     trainer.add_callback(RecorderCallback(trainer, recorder))
 
 
-def models_of(objects: tuple[Any, ...]) -> list[nn.Module]:
+def models_of(things: tuple[Any, ...]) -> list[nn.Module]:
     """The models among what `accelerator.prepare` is given."""
-    return [thing for thing in objects if isinstance(thing, nn.Module)]
+    return [thing for thing in things if isinstance(thing, nn.Module)]
 
 
 def _commonest_dtype(params: list[Tensor]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft import foreign
+from fastft.foreign import engines, models, tensors
 from fastft.integrations.recorder.batches import digest
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import load_value
@@ -42,10 +42,10 @@ class Weights:
     """
 
     def __init__(self, model: Any, optimizer: Any) -> None:
-        self._model = foreign.unwrapped(model)
+        self._model = models.unwrapped(model)
         self.names = [n for n, p in self._model.named_parameters() if p.requires_grad]
-        self.optimizer = foreign.inner_optimizer(optimizer)
-        self.kept_apart = foreign.of_deepspeed(optimizer)
+        self.optimizer = engines.inner_optimizer(optimizer)
+        self.kept_apart = engines.of_deepspeed(optimizer)
         self.held = 0
         self._before: list[tuple[Tensor, ...]] = []
 
@@ -129,7 +129,7 @@ class Weights:
         """What a weight is kept in: the model's tensor, and what the optimizer keeps beside it."""
         state = {} if self.kept_apart else self.optimizer.state.get(param, {})
         residue = residue_of(state)
-        return (_local(param), *(() if residue is None else (foreign.local(residue),)))
+        return (_local(param), *(() if residue is None else (tensors.local(residue),)))
 
 
 def _value_of(weight: Tensor, residue: Tensor | None = None) -> Tensor:
@@ -140,7 +140,7 @@ def _value_of(weight: Tensor, residue: Tensor | None = None) -> Tensor:
 
 def _local(param: Any) -> Tensor:
     # ZeRO-3 leaves an empty tensor where a weight was, and its part under this name
-    part: Tensor = foreign.local(getattr(param, "ds_tensor", param).detach())
+    part: Tensor = tensors.local(getattr(param, "ds_tensor", param).detach())
     return part
 
 
@@ -150,7 +150,7 @@ def _size(tensor: Tensor) -> int:
 
 def _norm(tensor: Any) -> Tensor:
     """In double precision: torch's own norm of millions of fp32 numbers on a CPU is off by 1e-4."""
-    tensor = foreign.local(tensor)
+    tensor = tensors.local(tensor)
     flat = tensor.coalesce().values() if tensor.is_sparse else tensor
     squares = [part.square().sum() for part in _parts(flat)]
     return torch.stack(squares).sum().sqrt()
@@ -167,8 +167,8 @@ def _moment(state: dict[str, Any]) -> Tensor | None:
     if name is None:
         return None
     if all(entry in state for entry in ENTRIES):
-        return _norm(dequantise(*(foreign.local(state[entry]) for entry in ENTRIES))[0])
-    moment = foreign.local(state[name])
+        return _norm(dequantise(*(tensors.local(state[entry]) for entry in ENTRIES))[0])
+    moment = tensors.local(state[name])
     # codes of another library, which has the table for them
     return _norm(moment) if moment.is_floating_point() else None
 

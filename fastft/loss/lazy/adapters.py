@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastft.foreign import is_exporting, put_attributes
+from fastft.foreign.compiling import is_exporting
+from fastft.foreign.objects import put_attributes
 
 if TYPE_CHECKING:
     from fastft.loss.lazy.output_head import LazyForward

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastft.foreign import FusedHead, put_attributes
+from fastft.foreign.heads import FusedHead
+from fastft.foreign.objects import put_attributes
 from fastft.loss.lazy.evaluation import Evaluation
 from fastft.loss.lazy.expressions import scale_and_softcap
 from fastft.loss.lazy.logits import LazyLogits

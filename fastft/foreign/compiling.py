@@ -1,0 +1,39 @@
+"""What torch.compile and torch.export do to functions and models of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastft.foreign.objects import class_names
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """A decorator: torch.compile calls `function` where it traces a call, and keeps the result as a
+    constant.
+
+    Its arguments must be constants. This is `torch.compiler.assume_constant_result`, which imports
+    all of the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
+def is_exporting() -> bool:
+    """Whether torch.export traces. Dynamo, where it traces torch's own question, says yes to it up
+    to torch 2.12."""
+    return torch.compiler.is_exporting()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has been called on `model` or a part of it."""
+    return any(
+        "OptimizedModule" in class_names(module) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )

@@ -1,0 +1,75 @@
+"""Who shards a model, and what can then not be done with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from fastft.foreign.objects import class_names
+from fastft.foreign.tensors import in_flat_parameter, is_dtensor
+
+
+def has_sharded_parts(layer: nn.Module) -> bool:
+    """Whether a library takes weights inside `layer` away again before its forward is over."""
+    units = {"FSDPModule", "FullyShardedDataParallel"}
+    parts = (part for part in layer.modules() if part is not layer)
+    return any(class_names(part) & units for part in parts) or any(
+        hasattr(parameter, "ds_id") for parameter in layer.parameters()
+    )
+
+
+def sharding_library(module: nn.Module, around: Iterable[nn.Module]) -> str | None:
+    """What shards the weight of `module`, which the modules `around` contain; None for nobody."""
+    if hasattr(module.weight, "ds_id"):
+        return "ZeRO-3"
+    kinds = set().union(*map(class_names, around))
+    if "FSDPModule" in kinds:
+        return "FSDP2"
+    # what the hooks of weight_norm, spectral_norm and pruning make has parameters too: weight_g,
+    # weight_orig, ...
+    has_own = any(name.startswith("weight") for name in module._parameters)
+    flattened = not has_own or in_flat_parameter(module.weight)
+    return "FSDP1" if flattened or "FullyShardedDataParallel" in kinds else None
+
+
+def shares_a_resharded_unit(module: nn.Module) -> bool:
+    """Whether calling `module` again would have FSDP2 free its neighbours' weights before their
+    backward pass."""
+    get_state: Any = getattr(module, "_get_fsdp_state", None)
+    state = None if get_state is None else get_state()
+    if state is None or len(getattr(state, "_modules", (module,))) < 2:
+        return False
+    groups = getattr(state, "_fsdp_param_groups", None) or [
+        getattr(state, "_fsdp_param_group", None)
+    ]
+    return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
+
+
+def reason_not_to_run(model: nn.Module) -> str | None:
+    """Why `model` cannot be called by one process alone with its real weights; None if it can."""
+    if is_fsdp1(model):
+        return "FSDP1 shards its parameters"
+    for parameter in model.parameters():
+        if is_dtensor(parameter) or type(parameter).__name__ == "FlatParameter":
+            return "its parameters are sharded"
+        if hasattr(parameter, "ds_id"):
+            return "DeepSpeed ZeRO-3 shards its parameters"
+        # accelerate's hooks fetch what it offloaded
+        if parameter.is_meta and not hasattr(model, "hf_device_map"):
+            return "its parameters are on the meta device"
+    return None
+
+
+def is_fsdp1(model: Any) -> bool:
+    """Whether FSDP1 wraps any part of `model`."""
+    return any("FullyShardedDataParallel" in class_names(module) for module in model.modules())
+
+
+def world_size() -> int:
+    """How many processes there are: 1 where torch.distributed has not been set up."""
+    distributed = sys.modules.get("torch.distributed")
+    ready = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if ready and distributed is not None else 1
