@@ -88,7 +88,7 @@ def main() -> None:
     medians = {name: statistics.median(seconds) for name, seconds in took.items()}
     peaks = peaks_mib({"TRL": trl, "fastft": ours}, *model.parameters())
     print(
-        f"{options.outputs}: T={options.rows} ({options.counted:g} of them counted), "
+        f"{options.outputs}: T={options.rows} ({options.counted:.0%} of them counted), "
         f"H={options.hidden}, V={options.classes}, {options.dtype}, {DEVICE}, "
         f"{torch.get_num_threads()} threads, {options.rounds} rounds by turns"
     )
