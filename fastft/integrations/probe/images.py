@@ -6,9 +6,9 @@ alone and all packed. Then the first one gets other pixels, and other tokens whe
 ordinary; nothing behind it may move.
 
 A mask that looks a later sequence's images up in the first one is right as long as both have theirs
-at the same place: an example that is alike gets a few words in front. Another mask joins images that
-touch, also those of two examples: where one ends with an image and another begins with one, these
-come first.
+at the same place: an example that is alike gets a few words in front. Another mask joins images
+that touch, also those of two examples: where one ends with an image and another begins with one,
+these come first.
 """
 
 from __future__ import annotations
