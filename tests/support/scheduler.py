@@ -108,6 +108,9 @@ class Scheduler:
     def host_memory(self, size: int) -> Tensor:
         return self._allocated(size, None)
 
+    def reaches(self, tensor: Tensor) -> bool:
+        return self.memory_of(tensor).owner is None
+
     # for tests
 
     @contextlib.contextmanager
@@ -153,6 +156,9 @@ class Scheduler:
             tensor = torch.full((size,), 0xFF, dtype=torch.uint8)
         self._known[tensor.untyped_storage()._cdata] = _Memory(tensor, owner, allocated=True)
         self._step()
+        if owner is not None:  # whose earlier work may still use what the allocator gives out again
+            owner.tick()
+            self.touch(owner, tensor, True, f"the allocation at {_place()}")
         return tensor
 
     def memory_of(self, tensor: Tensor) -> _Memory:
@@ -178,12 +184,15 @@ class Scheduler:
                     )
         alive = [memory for memory in self._known.values() if memory.allocated]
         self.host_bytes = sum(memory.size for memory in alive if memory.owner is None)
-        of_model = [p.grad for p in self._params if p.grad is not None] + self._params
-        storages = {tensor.untyped_storage()._cdata: tensor for tensor in map(_local, of_model)}
-        self.device_bytes = sum(memory.size for memory in alive if memory.owner is not None) + sum(
-            tensor.untyped_storage().nbytes()
-            for tensor in storages.values()
-            if self.memory_of(tensor).owner is not None
+        self.device_bytes = sum(memory.size for memory in alive if memory.owner is not None)
+        with torch._C.DisableTorchFunctionSubclass():
+            of_model = [p.grad for p in self._params if p.grad is not None] + self._params
+            local = [t for t in map(_local, of_model) if not _dispatches(type(t))]
+            storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in local}
+        self.device_bytes += sum(
+            storage.nbytes()
+            for number, storage in storages.items()
+            if number not in self._known or not self._known[number].allocated
         )
         self.device_peak = max(self.device_peak, self.device_bytes)
         self.host_peak = max(self.host_peak, self.host_bytes)
@@ -586,7 +595,7 @@ class _Watch(TorchDispatchMode):
         self._scheduler = scheduler
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):
+        if any(map(_dispatches, types)):
             return NotImplemented  # its own tensors come here after it
         kwargs = kwargs or {}
         if self._scheduler._inside or _is_view(func):
@@ -642,6 +651,11 @@ def _nothing() -> None:
 def _check_event(event: Any) -> None:
     if not isinstance(event, _Event):
         raise AssertionError(f"a queue waits for {event!r}, which no queue has recorded")
+
+
+def _dispatches(kind: type) -> bool:
+    """Tells whether tensors of a class are made of others, or of none."""
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 def _local(tensor: Any) -> Tensor:

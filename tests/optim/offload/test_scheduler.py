@@ -102,6 +102,7 @@ def test_work_held_back_keeps_no_device_memory_alive(order):
     with pytest.raises(Freed):
         with Scheduler(order).installed() as device:
             side, memory = device.queue(), device.memory(8)
+            side.wait(device.current().record())
             side.launch(lambda memory=memory: memory.zero_(), [], [memory])
             del memory
             device.current().record()
@@ -161,7 +162,9 @@ def test_two_queues_that_write_the_same_bytes_are_found(order):
     with pytest.raises(Race, match=r"queue 1 and .*queue 2"):
         with Scheduler(order).installed() as device:
             memory = device.memory(8)
+            allocated = device.current().record()
             for queue in (device.queue(), device.queue()):
+                queue.wait(allocated)
                 queue.launch(memory.zero_, [], [memory])
 
 
@@ -169,8 +172,10 @@ def test_two_queues_that_write_the_same_bytes_are_found(order):
 def test_two_queues_that_write_neighbouring_bytes_pass(order):
     with Scheduler(order).installed() as device:
         memory = device.memory(8)
+        allocated = device.current().record()
         for part in memory.split(4):
             queue = device.queue()
+            queue.wait(allocated)
             queue.launch(part.zero_, [], [part])
             device.current().wait(queue.record())
         assert not memory.any()
@@ -181,6 +186,7 @@ def test_the_host_writes_what_a_queue_has_still_to_read(order):
     with pytest.raises(Race, match="in the host"):
         with Scheduler(order).installed() as device:
             host, memory, side = device.host_memory(8), device.memory(8), device.queue()
+            side.wait(device.current().record())
             host.zero_()
             side.copy(memory, host)
             host.fill_(1)
@@ -202,6 +208,7 @@ def test_memory_is_poisoned_when_fresh_and_between_its_last_use_and_the_next_wri
         assert memory.view(torch.float32).isnan() and host.view(torch.bfloat16).isnan().all()
         source.zero_()
         side = device.queue()
+        side.wait(device.current().record())
         side.copy(memory, source)
         side.copy(host, memory)
         side.record().synchronize()
@@ -224,13 +231,24 @@ def test_a_fault_that_the_engine_swallows_is_raised_at_the_end():
     with pytest.raises(Race):
         with Scheduler().installed() as device:
             memory = device.memory(8)
-            device.queue().launch(memory.zero_, [], [memory])
             try:
                 device.queue().launch(memory.zero_, [], [memory])
             except AssertionError:
                 pass
-            for queue in device._queues:
-                queue.record().synchronize()
+
+
+def test_fresh_memory_may_still_be_in_use_by_the_queue_that_it_was_allocated_under():
+    with pytest.raises(Race, match="the allocation at"):
+        with Scheduler().installed() as device:
+            memory = device.memory(8)
+            device.queue().launch(memory.zero_, [], [memory])
+
+
+def test_the_device_reaches_its_host_memory_and_views_of_it_alone():
+    with Scheduler().installed() as device:
+        host = device.host_memory(8)
+        assert device.reaches(host) and device.reaches(host[4:].view(torch.float32))
+        assert not device.reaches(device.memory(8)) and not device.reaches(torch.zeros(8))
 
 
 def test_a_wait_that_is_ignored_is_counted():
