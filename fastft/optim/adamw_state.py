@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.foreign.tensors import local
 from fastft.optim import moments_8bit
 from fastft.optim.adamw_update import RESIDUES, Rounding
 from fastft.optim.weight_bits import Mark
@@ -90,6 +91,18 @@ def ready_state(
         entries = states[param] = State({**fresh, **entries})
     _check_fit(param, entries, dtypes)
     return entries
+
+
+def bytes_of_state(param: Tensor, group: dict[str, Any], rounding: str) -> int:
+    """The bytes that a state will have without its count, of this process's part of a DTensor."""
+    part = local(param)
+    size = sum(
+        part.numel() * dtype.itemsize for dtype in _dtypes(param, group, rounding).values()
+    )
+    if _has_8bit_moments(param, group):
+        rows, blocks = moments_8bit.scale_shape(part.shape)
+        size += len(moments_8bit.SCALES) * rows * blocks * torch.float32.itemsize
+    return size
 
 
 def residue_names(state: State, rounding: Rounding) -> list[str]:
