@@ -57,7 +57,7 @@ class Slot:
         self.lane, self.form, self.filling = lane, _without_memory(form), 0
         self.sent: Event  # the last copy to it
         count = parts_of(form.numel(), lane.engine)
-        self.sums = lane.memory(count, torch.float64)
+        self.sums = lane.place.memory(8 * count).view(torch.float64)
         if lane.place.separate:
             bytes_ = lane.place.host_memory(form.numel() * form.element_size())
             self.flat = bytes_.view(form.dtype)
@@ -116,19 +116,15 @@ class Filling:
         self.slot.lane.put(self.slot, zeros.zero_())
 
 
-class _Flying(NamedTuple):
-    """A gradient on its way to the host, the queue that it came in, and when it has arrived."""
+class _InUse(NamedTuple):
+    """Memory that the side queues use, the queue that it is of, and the end of that use.
 
-    gradient: Tensor
-    queue: Queue
-    arrived: Event
-
-
-class _Stage(NamedTuple):
-    """Memory of the device for a run of a slot, and when it may be written again."""
+    A gradient on its way to the host, or a stage.
+    """
 
     memory: Tensor
-    free: Event
+    queue: Queue
+    end: Event
 
 
 class Lane:
@@ -144,12 +140,8 @@ class Lane:
         has_norm = impl == "eager" or impl in GRAD_NORM.engines
         self.engine = GRAD_NORM.resolve(impl if has_norm else "auto", device)
         self.fetch, self.send = self.place.queue(), self.place.queue()
-        self.flying: deque[_Flying] = deque()
-        self.stages: deque[_Stage] = deque()
-
-    def memory(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Memory of the device, flat."""
-        return self.place.memory(numel * dtype.itemsize).view(dtype)
+        self.flying: deque[_InUse] = deque()
+        self.stages: deque[_InUse] = deque()
 
     def put(self, slot: Slot, gradient: Tensor) -> None:
         """Fills the slot with a gradient of its form."""
@@ -182,9 +174,10 @@ class Lane:
         self._depart(slot, gradient, now)
 
     def _add_run(self, slot: Slot, run: slice, new: Tensor, now: Queue) -> None:
-        stage = self._stage(new.numel(), slot.form.dtype, now)
-        memory, host = stage.memory[: new.numel()], slot.flat[run]
-        self.fetch.wait(stage.free)
+        host = slot.flat[run]
+        stage = self._stage(host.nbytes, now)
+        memory = stage.memory[: host.nbytes].view(host.dtype)
+        self.fetch.wait(stage.end)
         self.fetch.wait(slot.sent)
         self.fetch.copy(memory, host)
         self.send.wait(self.fetch.record())
@@ -193,16 +186,16 @@ class Lane:
         total = memory if form.is_contiguous() else memory.as_strided(form.shape, form.stride())
         self._take_part(slot, run, total)
         self.send.copy(host, memory)
-        self.stages.append(_Stage(stage.memory, self.send.record()))
+        self.stages.append(stage._replace(end=self.send.record()))
 
-    def _stage(self, numel: int, dtype: torch.dtype, now: Queue) -> _Stage:
-        """The stage that has been free the longest, or a new one."""
+    def _stage(self, size: int, now: Queue) -> _InUse:
+        """The stage whose last use is the older one; a new one where it has fewer bytes."""
         if len(self.stages) == 2:
             stage = self.stages.popleft()
-            if stage.memory.dtype == dtype and len(stage.memory) >= numel:
+            if len(stage.memory) >= size:
                 return stage
-        memory = self.memory(numel, dtype)
-        return _Stage(memory, now.record())
+            self.flying.append(stage)
+        return _InUse(self.place.memory(size), now, now.record())
 
     def _take_part(self, slot: Slot, run: slice, numbers: Tensor) -> None:
         """Takes the part of the norm of a run, all of whose numbers there are."""
@@ -213,13 +206,13 @@ class Lane:
 
     def _depart(self, slot: Slot, gradient: Tensor, queue: Queue) -> None:
         slot.sent = self.send.record()
-        self.flying.append(_Flying(gradient, queue, slot.sent))
-        while len(self.flying) > 1 and sum(f.gradient.nbytes for f in self.flying) > IN_FLIGHT:
+        self.flying.append(_InUse(gradient, queue, slot.sent))
+        while len(self.flying) > 1 and sum(use.memory.nbytes for use in self.flying) > IN_FLIGHT:
             self._land()
 
     def _land(self) -> None:
-        flying = self.flying.popleft()
-        flying.queue.wait(flying.arrived)
+        use = self.flying.popleft()
+        use.queue.wait(use.end)
 
     def arrive(self) -> None:
         """Lets the current queue wait for all that was sent, and lets go of what it was sent of."""
@@ -231,7 +224,7 @@ class Lane:
         """The numbers of a slot in new memory of the device."""
         if not self.place.separate:
             return slot.value.clone()
-        now, flat = self.place.current(), self.memory(slot.form.numel(), slot.form.dtype)
+        now, flat = self.place.current(), self.place.memory(slot.flat.nbytes).view(slot.flat.dtype)
         now.wait(slot.sent)
         now.copy(flat, slot.flat)
         return flat.as_strided(slot.form.shape, slot.form.stride())
