@@ -27,8 +27,11 @@ _ZEROES = (aten.zero_.default, aten._foreach_zero_.default)
 class Keeper(Protocol):
     """Who has, or had, the numbers of a gradient."""
 
-    sums: Tensor  # its part of the norm: float64, (n,)
     refusal: str  # why nobody may write to it or read it among many, and what to do
+
+    @property
+    def sums(self) -> Tensor:
+        """Its part of the norm: float64, (n,)."""
 
     def read(self) -> Tensor:
         """The numbers, on the device."""
@@ -62,18 +65,18 @@ class AbsentGradient(Tensor):
         pass
 
     # every function of torch comes here below autograd alone
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def sums(self) -> Tensor:
         """Its part of the norm (grad_norm.py)."""
         return self.keeper.sums
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"AbsentGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}

@@ -97,17 +97,21 @@ class Filling:
 
     @property
     def sums(self) -> Tensor:
+        """The part of the norm, which the current queue has waited for."""
         self.slot.lane.arrive()
         return self.slot.sums
 
     def read(self) -> Tensor:
+        """The numbers, in new memory of the device."""
         return self.slot.lane.read(self.slot)
 
     def add(self, new: Tensor) -> None:
+        """`p.grad += new`."""
         check_kind(new)
         self.slot.lane.add(self.slot, local(new).detach())
 
     def zero(self) -> None:
+        """`p.grad.zero_()`."""
         form = self.slot.form
         zeros = torch.empty_strided(
             form.shape, form.stride(), dtype=form.dtype, device=self.slot.lane.device
@@ -302,4 +306,7 @@ def _without_memory(tensor: Tensor) -> Tensor:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether its elements lie without gaps, each once, in some order of its dimensions."""
-    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return (
+        tensor.is_contiguous()
+        or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    )
