@@ -54,7 +54,7 @@ class AbsentGradient(Tensor):
     keeper: Keeper
 
     @staticmethod
-    def __new__(cls, like: Tensor, keeper: Keeper) -> AbsentGradient:
+    def __new__(cls, like: Tensor, keeper: Keeper) -> AbsentGradient:  # noqa: D102
         made = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
@@ -92,8 +92,11 @@ class AbsentGradient(Tensor):
                 gradient.keeper.zero()
             return first if func is aten.zero_.default else None
         shares = any(result.alias_info is not None for result in func._schema.returns)
-        if func._schema.is_mutable or shares or len(absent) > 1:
+        several = any(gradient.keeper is not first.keeper for gradient in absent)
+        if func._schema.is_mutable or shares or several:
             raise RuntimeError(f"{func} of a gradient that is not there: {first.keeper.refusal}")
         numbers = first.keeper.read()
-        args, kwargs = tree_map(lambda leaf: numbers if leaf is first else leaf, (args, kwargs))
+        args, kwargs = tree_map(
+            lambda leaf: numbers if isinstance(leaf, cls) else leaf, (args, kwargs)
+        )
         return func(*args, **kwargs)
