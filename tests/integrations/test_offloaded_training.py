@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.adamw_trainers import arguments, biased_llama, examples
 from support.trainers import logged
+from support.versions import checkpoint_activations
 
 import fastft
 from fastft.optim.offload.absent import AbsentGradient
@@ -33,12 +34,16 @@ def trainer_of(
     way: str,
     options: dict[str, Any],
     course: transformers.TrainerCallback,
+    checkpointing: bool | None = None,
     **changes: Any,
 ) -> Any:
+    """`checkpointing`: whether it is reentrant; None for none."""
     torch.manual_seed(0)
-    usual = {"per_device_train_batch_size": 2, "max_steps": 6, "max_grad_norm": 0.1, "bf16": True}
+    usual = {"per_device_train_batch_size": 2, "max_steps": 4, "max_grad_norm": 0.1, "bf16": True}
     args = arguments(folder, **{**usual, **changes})
     model = biased_llama(torch.bfloat16)
+    if checkpointing is not None:
+        checkpoint_activations(model, use_reentrant=checkpointing)
     given = {"optimizers": fastft.adamw(model, args, **options)} if way == "by hand" else {}
     trainer = transformers.Trainer(
         model=model, args=args, train_dataset=examples(), callbacks=[course], **given
@@ -63,32 +68,25 @@ def assert_same(left: list[Any], right: list[Any]) -> None:
 TRAININGS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "clipping": ({}, ()),
     "no clipping": ({"max_grad_norm": 0.0}, ()),
-    "accumulation": ({"gradient_accumulation_steps": 4, "max_steps": 3}, ()),
+    "accumulation": ({"gradient_accumulation_steps": 4, "max_steps": 2}, ()),
     "epochs that do not divide": (
-        {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2},
-        (),
-    ),
-    "checkpointing": (
         {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "gradient_accumulation_steps": 3,
+            "per_device_train_batch_size": 4,
+            "max_steps": -1,
+            "num_train_epochs": 2,
         },
         (),
     ),
-    "reentrant checkpointing": (
-        {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": True},
-            "gradient_accumulation_steps": 2,
-        },
-        (),
-    ),
+    "checkpointing": ({"checkpointing": False}, ()),
+    "reentrant checkpointing": ({"checkpointing": True, "gradient_accumulation_steps": 2}, ()),
     "skipped steps": ({"gradient_accumulation_steps": 2}, (1, 2)),
 }
 
 
-@pytest.mark.parametrize("way", ["plug", "by hand"])
-@pytest.mark.parametrize("what", TRAININGS)
+@pytest.mark.parametrize(
+    ("what", "way"), [*((what, "plug") for what in TRAININGS), ("accumulation", "by hand")]
+)
 def test_gradients_on_the_host_train_as_resident_ones(what, way, tmp_path):
     changes, skipped = TRAININGS[what]
     found = []
@@ -116,13 +114,13 @@ def test_released_gradients_train_as_resident_ones(way, tmp_path):
 
 @pytest.mark.parametrize(("first", "second"), [("gradients", None), (None, "gradients")])
 def test_a_training_goes_on_with_another_offload(first, second, tmp_path):
-    steps = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    steps = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     whole = trainer_of(tmp_path / "whole", "plug", {}, Course(), **steps)
     whole.train()
     begun = trainer_of(tmp_path, "plug", {"offload": first}, Course(), **steps)
     begun.train()
     resumed = trainer_of(tmp_path, "plug", {"offload": second}, Course(), **steps)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(outcome(resumed)[2:], outcome(whole)[2:])
 
 
