@@ -27,9 +27,9 @@ from fastft import ops
 from fastft.foreign import engines
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import Plan, same_objects
+from fastft.optim.adamw_state import state_bytes
 from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
-from fastft.optim.adamw_state import state_bytes
 from fastft.optim.groups import check_group
 from fastft.optim.offload.host_memory import check_that_it_suffices
 from fastft.optim.origin import Origin

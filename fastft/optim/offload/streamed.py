@@ -30,7 +30,7 @@ from fastft.optim.adamw_update import ADAMW
 from fastft.optim.offload import device as devices
 from fastft.optim.offload import pieces
 from fastft.optim.offload.device import Event
-from fastft.optim.offload.pieces import Form, Span
+from fastft.optim.offload.pieces import Span
 
 
 class _Piece(NamedTuple):
