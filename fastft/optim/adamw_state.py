@@ -99,15 +99,15 @@ def ready_state(
         RuntimeError: its gradient or an entry does not fit it, which `p.data = ...` or a new entry
             can make so.
     """
-    entries, dtypes = states.get(param, {}), _dtypes(param, group, rounding)
+    entries, dtypes = states[param], _dtypes(param, group, rounding)
     missing = {"step", *dtypes} - entries.keys()
     if missing or not isinstance(entries, State):
         fresh = new_state(param, group, rounding, "meta" if offloaded else None) if missing else {}
         entries = State({**fresh, **entries})
-    _check_fit(param, entries, dtypes)
     if offloaded:
         house(entries, device.of(local(param).device))
     states[param] = entries
+    _check_fit(param, entries, dtypes)
     return entries
 
 
