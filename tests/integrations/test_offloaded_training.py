@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.adamw_trainers import arguments, biased_llama, examples
+from support.recorded_trainings import recorded
 from support.trainers import logged
 from support.versions import checkpoint_activations
 
@@ -151,7 +152,7 @@ def test_clipping_by_trainer_is_a_sentence(checked, options, max_grad_norm, tmp_
         optimizers=(optimizer, None),
         callbacks=[fastft.FusedLossCallback()] if checked else [],
     )
-    with pytest.raises((ValueError, RuntimeError), match="fuse_clipping|max_grad_norm=1.0"):
+    with pytest.raises((ValueError, RuntimeError), match=r"fuse_clipping|max_grad_norm=1\.0"):
         trainer.train()
     if checked or "offload" in options:
         for param, value in zip(model.parameters(), before, strict=True):
@@ -188,3 +189,16 @@ def test_fp16_is_told_at_the_door(options, tmp_path):
     args.fp16 = True
     with pytest.raises(ValueError, match="fp16=True scales the loss"):
         fastft.adamw(biased_llama(), args, **options)
+
+
+@pytest.mark.parametrize("options", [{"offload": "gradients"}, {"release_gradients": True}])
+def test_compare_records_gradients_that_are_not_there(options, tmp_path):
+    settings = {"max_grad_norm": 0.1} if "offload" in options else {"max_grad_norm": 0.0}
+    settings |= {} if "offload" in options else {"gradient_accumulation_steps": 1}
+    ours, stock = (
+        recorded(tmp_path, "fast", steps=2, options=given, **settings)
+        for given in (options, {})
+    )
+    for step, expected in zip(ours.steps, stock.steps, strict=True):
+        assert step.grad_norm == expected.grad_norm and step.loss == expected.loss
+        assert step.gradients == pytest.approx(expected.gradients, rel=1e-9)

@@ -155,7 +155,7 @@ def test_what_needs_a_gradient_later_is_a_sentence(what):
 
 def test_clipping_in_the_step_is_a_sentence():
     model, optimizer = released()
-    with pytest.raises(ValueError, match="cannot be clipped to 1.0"):
+    with pytest.raises(ValueError, match=r"cannot be clipped to 1\.0"):
         optimizer.clip_at_step([param.grad for param in model.parameters()], 1.0)
 
 
