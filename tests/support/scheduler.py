@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastft.optim.offload import device as device_room
 
 _TORCH = os.path.dirname(torch.__file__)
+_OPTIMIZER = os.path.dirname(os.path.dirname(device_room.__file__))
 _HIDDEN = (__file__, device_room.__file__, contextlib.__file__, functools.__file__)
 
 
@@ -61,8 +62,9 @@ class Scheduler:
         watched: whether a dispatch mode sees the model's work (not under torch.compile).
 
     Attributes:
-        device_bytes, device_peak: of `memory`, and of parameters given to `count` and their
-            gradients, as seen at each call of the interface.
+        device_bytes, device_peak: of `memory`, of plain tensors that fastft's optimizer makes, and
+            of parameters given to `count` and their gradients, as seen at each call of the
+            interface.
         host_bytes, host_peak: of `host_memory`.
         calls: how many calls of the interface there were.
     """
@@ -329,6 +331,9 @@ class Scheduler:
     def made(self, func: Any, results: list[Tensor]) -> None:
         """Results of plain torch, of which those in new memory have been written just now."""
         fresh = [t for t in results if t.untyped_storage()._cdata not in self._known]
+        if _caller().f_code.co_filename.startswith(_OPTIMIZER):
+            for tensor in fresh:
+                self.memory_of(tensor).allocated = True
         if "empty" in func.__name__:
             for tensor in fresh:
                 self.memory_of(tensor)
@@ -572,6 +577,8 @@ def _weakened(value: Any) -> Any:
         return _Weakened(value)
     if type(value) in (list, tuple):
         return type(value)(map(_weakened, value))
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(_weakened, value))
     if type(value) is dict:
         return {key: _weakened(entry) for key, entry in value.items()}
     return value
@@ -582,6 +589,8 @@ def _strong(value: Any) -> Any:
         return value.needed()
     if type(value) in (list, tuple):
         return type(value)(map(_strong, value))
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(_strong, value))
     if type(value) is dict:
         return {key: _strong(entry) for key, entry in value.items()}
     return value
@@ -617,7 +626,9 @@ class _Watch(TorchDispatchMode):
 
 
 def _has_memory(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
+    return (
+        isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    )
 
 
 @functools.cache
