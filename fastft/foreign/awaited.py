@@ -31,9 +31,8 @@ _OF_ITS_FORM = {
     *(Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad.__delete__),  # type: ignore[attr-defined]
     *(
         getattr(Tensor, name).__get__
-        for name in ("requires_grad", "is_leaf", "shape", "dtype", "device", "layout", "ndim")
+        for name in ("requires_grad", "is_leaf", "shape", "dtype", "device")
     ),
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
 }
 
 

@@ -114,13 +114,14 @@ class PendingStep:
                 for param in group.params:
                     awaited.await_numbers(param, functools.partial(self._settle, group))
             self._launch_from(0)
-        self._finish_if_done()
 
     def flush(self) -> None:
-        """Updates all that is left, and ends the step."""
+        """Updates all that is left, and ends the step: the host may look at states and weights."""
         for group in self._order:
             if id(group) in self._at:
                 self._settle(group)
+        for part in self._parts:
+            part.finish()
 
     def _settle(self, group: _Group) -> None:
         """Brings a group's weights to whoever asks for one of them."""
@@ -137,7 +138,6 @@ class PendingStep:
                 awaited.arrived(param)
             self.asked.append(group.params)
             self._launch_from(self._at.pop(id(group)) + 1)
-        self._finish_if_done()
 
     def _launch_from(self, at: int) -> None:
         """Launches what is likely to be asked for next, where that goes on beside other work."""
@@ -147,11 +147,6 @@ class PendingStep:
                 return
             size += group.size
             group.launch()
-
-    def _finish_if_done(self) -> None:
-        if not self._at:
-            for part in self._parts:
-                part.finish()
 
 
 def _group(of_step: Iterable[tuple[Any, int, Tensor]]) -> _Group:
