@@ -31,7 +31,9 @@ from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
 from fastft.optim.adamw_state import state_bytes
 from fastft.optim.groups import check_group
+from fastft.optim.offload.gradients import HeldGradients
 from fastft.optim.offload.host_memory import check_that_it_suffices
+from fastft.optim.offload.released import ReleasedGradients
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
@@ -213,6 +215,8 @@ class AdamW(torch.optim.AdamW):
         self.offload, self.release_gradients = offload, release_gradients
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
+        self._held = HeldGradients(impl) if offload in ("gradients", "overlap") else None
+        self._released = ReleasedGradients(self) if release_gradients else None
         self._warned = False
         defaults = {
             "lr": lr,
@@ -283,6 +287,7 @@ class AdamW(torch.optim.AdamW):
                 raise TypeError(
                     f"AdamW trains float32 and bfloat16 parameters, got one of {param.dtype}"
                 )
+        self._watch_gradients()
         random = self.rounding == "stochastic" or self.param_groups[-1]["moments"] != "fp32"
         if random and self.param_groups[0]["seed"] is None:  # all groups have that of the first
             self.defaults["seed"] = int(torch.randint(2**63 - 1, ()))
@@ -365,6 +370,8 @@ class AdamW(torch.optim.AdamW):
                 explicit `impl` that cannot be used on these parameters, or a CUDA graph that
                 captures a step it could only repeat.
         """
+        if self._held is not None or self._released is not None:
+            self._check_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -377,10 +384,14 @@ class AdamW(torch.optim.AdamW):
         self._skipped = False if found_inf is None else found_inf
         if not grads:
             self._say_that_nothing_is_trained()
+        elif self._released is not None:
+            self._released.step(params)
         elif found_inf is None or self._counted_there(grads) or not self.step_was_skipped:
             factor = self._grad_factor(grads, clipping)
             plan = self._plan_of(params, present)
             seed = self.param_groups[0]["seed"] or 0
+            if self._held is not None:
+                grads = self._held.on_host(grads)
             while not plan.step(self.param_groups, grads, factor, seed, found_inf):
                 plan = self._new_plan(present)
         return loss
@@ -410,11 +421,42 @@ class AdamW(torch.optim.AdamW):
             )
         )
 
-    def _with_gradients(self) -> tuple[list[Any], list[Any], list[bool]]:
-        """The parameters that have a gradient, the gradients, and of all whether they have one."""
+    def _watch_gradients(self) -> None:
+        for keeper in (self._held, self._released):
+            if keeper is not None:
+                keeper.watch(self._params())
+
+    def _params(self) -> list[Any]:
         params: list[Any] = []
         for group in self.param_groups:
             params += group["params"]
+        return params
+
+    def _check_step(self, closure: Any) -> None:
+        """Raises for what a step over gradients that are not on the device cannot do."""
+        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
+            raise RuntimeError(
+                "GradScaler looks for Inf in gradients that are freed as backward makes them "
+                "(offload='gradients', release_gradients): train in bf16, or use offload='states'"
+            )
+        if closure is not None and self._released is not None:
+            raise RuntimeError(
+                "a closure's backward pass would update before step() does: call step() without "
+                "one, or leave out release_gradients"
+            )
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Throws gradients away, wherever they are, as torch does."""
+        super().zero_grad(set_to_none)
+        if self._released is not None:
+            self._released.zero_grad()
+
+    def _with_gradients(self) -> tuple[list[Any], list[Any], list[bool]]:
+        """The parameters that have a gradient, the gradients, and of all whether they have one."""
+        params = self._params()
+        if self._held is not None:
+            self._held.take(params)
         grads = [param.grad for param in params]
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
@@ -446,6 +488,8 @@ class AdamW(torch.optim.AdamW):
 
     def _settle(self) -> None:
         """What goes before any look at states."""
+        if self._released is not None:
+            self._released.settle()
         if self._plan is not None:
             self._plan.settle()
 
@@ -550,6 +594,12 @@ class AdamW(torch.optim.AdamW):
         Returns:
             The norm of all gradients together, float32 of shape (); also `grad_norm`.
         """
+        if self._released is not None and max_norm != float("inf"):
+            raise ValueError(
+                f"gradients cannot be clipped to {max_norm} after release_gradients=True has used "
+                "them up inside backward: TrainingArguments(max_grad_norm=0), or "
+                "offload='gradients', which clips"
+            )
         self.grad_norm = grad_norm(grads, self.impl)
         self._clipping = _Clipping(
             self.grad_norm, max_norm, list(grads), [grad._version for grad in grads]
