@@ -14,12 +14,7 @@ from torch import Tensor
 
 import fastft
 from fastft.optim.grad_norm import CHUNK
-from fastft.optim.offload import gradients
-try:
-    from fastft.optim.offload import pieces
-except ImportError:
-    import types
-    pieces = types.SimpleNamespace(BUFFER=0)
+from fastft.optim.offload import gradients, pieces
 
 TIERS = ("states", "gradients", "overlap")
 VOCABULARY = 61
@@ -227,11 +222,11 @@ def assert_same_bits(these: Trained, those: Trained) -> None:
     assert these.norms == those.norms
     for mine, other in ((these.weights, those.weights), (these.states, those.states)):
         assert mine.keys() == other.keys()
-        different = [name for name in mine if not _same(mine[name], other[name])]
+        different = [name for name in mine if not same(mine[name], other[name])]
         assert not different, different
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
     """To the bit, NaNs too."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False

@@ -63,10 +63,9 @@ class Scheduler:
 
     Attributes:
         device_bytes, device_peak: of `memory`, of plain tensors that fastft's optimizer makes, and
-            of parameters given to `count` and their gradients, as seen at each call of the
-            interface.
+            of parameters given to `count` and their gradients, as seen at each allocation and
+            each wait.
         host_bytes, host_peak: of `host_memory`.
-        calls: how many calls of the interface there were.
     """
 
     separate = True
@@ -80,7 +79,7 @@ class Scheduler:
     ) -> None:
         self._order = Random(order) if isinstance(order, int) else order
         self._without, self._watched = without, watched
-        self.ignored = self.calls = 0
+        self.ignored = 0
         self.faults: list[AssertionError] = []
         self._inside = False  # the scheduler's own work, which nobody races with
         self._numbers = itertools.count()
@@ -90,7 +89,6 @@ class Scheduler:
         self._current = self.model
         self._known: dict[int, _Memory] = {}
         self._crowd = 1000  # known memories, many of which will have gone
-        self._poisonings: list[tuple[_Item, set[_Item], list[_Weak]]] = []
         self._params: list[Tensor] = []
         self.device_bytes = self.device_peak = self.host_bytes = self.host_peak = 0
 
@@ -140,8 +138,8 @@ class Scheduler:
         finally:
             self._current, queue.at_once = before, was
 
-    def count(self, params: Iterable[Tensor]) -> None:
-        """Counts these parameters and their gradients as memory of the device."""
+    def count(self, params: Iterable[Tensor] = ()) -> None:
+        """Looks what is there; these parameters and their gradients are memory of the device."""
         self._params += params
         self._sweep()
 
@@ -157,6 +155,7 @@ class Scheduler:
         with self._own():
             tensor = torch.full((size,), 0xFF, dtype=torch.uint8)
         self._known[tensor.untyped_storage()._cdata] = _Memory(tensor, owner, allocated=True)
+        self._sweep()
         self._step()
         if owner is not None:  # whose earlier work may still use what the allocator gives out again
             owner.tick()
@@ -203,8 +202,6 @@ class Scheduler:
 
     def _step(self) -> None:
         """At each call of the interface: somebody may work now."""
-        self.calls += 1
-        self._sweep()
         if self._order == "late":
             return
         while ready := [queue for queue in self._queues if queue.is_ready()]:
@@ -232,13 +229,10 @@ class Scheduler:
             except Freed as error:
                 self.fail(Freed, f"{item.place}: {error}")
         item.run = _nothing  # lets go of what it held
-        for waiting, before, memories in self._poisonings:
-            before.discard(item)
-            if not before and waiting is not item:
+        for later, memories in item.awaited_by:
+            later.before -= 1
+            if not later.before:
                 self._poison(memories)
-        self._poisonings = [
-            entry for entry in self._poisonings if entry[1] and entry[0] is not item
-        ]
 
     def _poison(self, memories: Iterable[_Weak]) -> None:
         with self._own():
@@ -257,10 +251,10 @@ class Scheduler:
             for access in self.memory_of(tensor).overlapping(*_span(tensor))
             if access.item is not None and access.item is not item and access.item.is_waiting()
         }
-        memories = list(map(_Weak, writes))
-        if before:
-            self._poisonings.append((item, before, memories))
-        else:
+        memories, item.before = list(map(_Weak, writes)), len(before)
+        for earlier in before:
+            earlier.awaited_by.append((item, memories))
+        if not before:
             self._poison(memories)
 
     @contextlib.contextmanager
@@ -378,6 +372,7 @@ class _Queue:
         return _Event(self, self.tick(), dict(self.clock), self._scheduler)
 
     def wait(self, event: _Event) -> None:
+        self._scheduler._sweep()  # memory that goes from here on goes behind the wait
         self._scheduler._step()
         _check_event(event)
         if self._scheduler.is_ignored():
@@ -450,6 +445,7 @@ class _Event:
         return not self.queue.items or self.queue.items[0].at > self.at
 
     def synchronize(self) -> None:
+        self._scheduler._sweep()
         self._scheduler._step()
         if self._scheduler.is_ignored():
             return
@@ -458,7 +454,8 @@ class _Event:
 
 
 class _Item:
-    """Work in a queue, or a wait there."""
+    """Work in a queue, or a wait there. `awaited_by`: whoever overwrites what it uses, with what is
+    to be poisoned when nobody of those `before` it has to use it any more."""
 
     def __init__(
         self,
@@ -470,6 +467,7 @@ class _Item:
         place: str = "",
     ) -> None:
         self.queue, self.at, self.run, self.needs, self.place = queue, at, run, needs, place
+        self.before, self.awaited_by = 0, list[tuple[_Item, list[_Weak]]]()
 
     def is_waiting(self) -> bool:
         return bool(self.queue.items) and self.queue.items[0].at <= self.at

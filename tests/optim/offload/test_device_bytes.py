@@ -66,6 +66,6 @@ def test_memory_of_the_host_is_bounded_and_given_back(offload):
             peaks.append(device.host_peak)
             del model, optimizer
             gc.collect()
-            device.current().record()
+            device.count()
             assert device.host_bytes == 0
         assert peaks[0] == peaks[1]
