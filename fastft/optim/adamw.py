@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastft import ops
-from fastft.foreign import engines
+from fastft.foreign import engines, tensors
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import Plan, same_objects
 from fastft.optim.adamw_state import state_bytes
@@ -218,8 +218,7 @@ class AdamW(torch.optim.AdamW):
         self.offload, self.release_gradients = offload, release_gradients
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
-        self._held = HeldGradients(impl) if offload in ("gradients", "overlap") else None
-        self._released = ReleasedGradients(self) if release_gradients else None
+        self._make_keepers()
         self._warned = False
         defaults = {
             "lr": lr,
@@ -243,9 +242,16 @@ class AdamW(torch.optim.AdamW):
         self.origin = _origin
         if _origin is not None:
             _origin.is_made()
-        self._check_host_memory()
+        self._check_host_memory(0 if self._held is None else sum(map(_bytes, self._params())))
         if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
+        frees = self._held is not None or self._released is not None
+        if frees and engines.gradients_are_parts():
+            raise ValueError(
+                "offload='gradients' and release_gradients take gradients as backward makes them, "
+                "where DeepSpeed and FSDP1 still cut them into flat parts: use offload='states', "
+                "or FSDP2"
+            )
         if max_grad_norm is not None and engines.gradients_are_parts():
             raise ValueError(
                 "the optimizer's max_grad_norm would clip to the norm of each process's part of "
@@ -315,12 +321,15 @@ class AdamW(torch.optim.AdamW):
         # torch.optim.AdamW's looks into states that are still hidden
         torch.optim.Optimizer.__setstate__(self, state)
         self._plan = self._clipping = None
+        if "_held" not in vars(self):  # a copy, or out of a pickle
+            self._make_keepers()
+            self._watch_gradients()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["foreach"] = group["fused"] = None  # a checkpoint of torch's may say otherwise
             group["decoupled_weight_decay"] = True  # a checkpoint of torch's Adam says otherwise
-            if self.offload is not None:
+            if self.offload is not None or self.release_gradients:
                 group["capturable"] = False  # a checkpoint of another `offload` may say otherwise
         checkpoint.reveal(self)
 
@@ -473,24 +482,33 @@ class AdamW(torch.optim.AdamW):
         return 0 if self._plan is None else self._plan.staging
 
     def _check_not_capturable(self, group: dict[str, Any]) -> None:
-        if self.offload is not None and group["capturable"]:
+        what = "release_gradients=True" if self.release_gradients else f"offload={self.offload!r}"
+        if group["capturable"] and (self.offload is not None or self.release_gradients):
             raise ValueError(
-                f"capturable=True with offload={self.offload!r} is not implemented: a CUDA graph "
-                "would repeat one step's copies. Leave out one of them"
+                f"capturable=True with {what} is not implemented: a CUDA graph would repeat one "
+                "step's copies and counts. Leave out one of them"
             )
 
-    def _check_host_memory(self) -> None:
-        """Raises where the host has too little memory for the states that are still to be made."""
+    def _check_host_memory(self, gradients: int = 0) -> None:
+        """Raises where the host has too little memory for the states that are still to be made, and
+        so many bytes of gradients."""
         if self.offload is None:
             return
         check_that_it_suffices(
-            sum(
+            gradients
+            + sum(
                 state_bytes(param, group, self.rounding)
                 for group in self.param_groups
                 for param in group["params"]
                 if param not in self.state
             )
         )
+
+    def _make_keepers(self) -> None:
+        """Makes what takes gradients as backward makes them."""
+        held = self.offload in ("gradients", "overlap")
+        self._held = HeldGradients(self.impl) if held else None
+        self._released = ReleasedGradients(self) if self.release_gradients else None
 
     def _watch_gradients(self) -> None:
         for keeper in (self._held, self._released):
@@ -697,3 +715,8 @@ class AdamW(torch.optim.AdamW):
         self.grad_norm = norm if scale is None else norm / scale.to(norm.device)
         factor = clip_factor(self.grad_norm, max_norm)
         return factor if scale is None else factor / scale.to(norm.device)
+
+
+def _bytes(param: Any) -> int:
+    """Bytes of this process's part of a parameter."""
+    return int(tensors.local(param).nbytes)
