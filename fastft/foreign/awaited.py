@@ -4,7 +4,7 @@ While a parameter is awaited its class is a subclass of its own, as that of torc
 `UninitializedParameter` is before its time. So it does not matter who asks, where, or by which
 name: the module that owns the parameter, another one, a hook, a list that somebody keeps. Every
 function of torch that gets it, inside a compiled function too, first has the numbers brought; only
-questions about its form and its gradient leave it awaited.
+its gradient is given and taken without.
 
 What asks without torch's knowledge gets what is in memory: a kernel in C++ that is handed the
 parameter itself, `torch.func` where it wraps one, memory that is known by another tensor
@@ -26,14 +26,8 @@ from torch.utils import _python_dispatch, _pytree
 from fastft.foreign.tensors import is_dtensor
 
 _ASK = "_fastft_ask"
-# what zero_grad and those who read a model's form ask for
-_OF_ITS_FORM = {
-    *(Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad.__delete__),  # type: ignore[attr-defined]
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("requires_grad", "is_leaf", "shape", "dtype", "device")
-    ),
-}
+# what zero_grad asks for
+_OF_ITS_GRADIENT = {getattr(Tensor.grad, name) for name in ("__get__", "__set__", "__delete__")}
 
 
 class _Asked:
@@ -54,7 +48,7 @@ class _Awaited(_Asked, nn.Parameter):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _OF_ITS_FORM:
+        if func in _OF_ITS_GRADIENT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         for leaf in _pytree.tree_leaves((args, kwargs)):
@@ -67,7 +61,7 @@ class _Awaited(_Asked, nn.Parameter):
 def _awaited_dtensor() -> Any:
     """The class of a DTensor whose part is awaited; all that torch does with one reads its part."""
 
-    class AwaitedDTensor(_Asked, sys.modules["torch.distributed.tensor"].DTensor):  # type: ignore[misc, name-defined]
+    class AwaitedDTensor(_Asked, sys.modules["torch.distributed.tensor"].DTensor):  # type: ignore[misc]
         @property
         def _local_tensor(self) -> Tensor:
             ask(self)
@@ -78,9 +72,7 @@ def _awaited_dtensor() -> Any:
 
 def can_be_awaited(param: Tensor) -> bool:
     """Whether who asks for its numbers can be told: a Parameter or a DTensor, of no subclass."""
-    return type(param) is nn.Parameter or (
-        is_dtensor(param) and type(param).__name__ == "DTensor"
-    )
+    return type(param) is nn.Parameter or (is_dtensor(param) and type(param).__name__ == "DTensor")
 
 
 def await_numbers(param: Any, bring: Callable[[], None]) -> None:

@@ -49,9 +49,7 @@ def shares_a_resharded_unit(module: nn.Module) -> bool:
     return any(getattr(group, "post_forward_mesh_info", group) is not None for group in groups)
 
 
-def before_gathers(
-    model: nn.Module, ask: Callable[[Iterable[Any]], Any]
-) -> Callable[[], None]:
+def before_gathers(model: nn.Module, ask: Callable[[Iterable[Any]], Any]) -> Callable[[], None]:
     """Calls `ask` with the sharded parameters of a unit of FSDP2 each time before it gathers them.
 
     That is before the unit's forward, where another unit prefetches it, or by `unshard()`. The
@@ -60,12 +58,8 @@ def before_gathers(
     Returns:
         A function which takes it off again.
     """
-    states = {
-        id(state): state
-        for module in model.modules()
-        if "FSDPModule" in class_names(module)
-        for state in [module._get_fsdp_state()]
-    }
+    units: list[Any] = [one for one in model.modules() if "FSDPModule" in class_names(one)]
+    states = {id(state): state for state in (unit._get_fsdp_state() for unit in units)}
     groups = [
         group
         for state in states.values()

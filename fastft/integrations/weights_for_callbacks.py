@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from fastft.foreign import engines
@@ -75,26 +75,35 @@ def _handles(callback: Any, event: str) -> bool:
     return own is not None or getattr(type(callback), event) is not getattr(TrainerCallback, event)
 
 
-def follow_training(model: nn.Module, optimizer: Any, kept: contextlib.ExitStack) -> None:
+def follow_training(
+    args: TrainingArguments, model: nn.Module, optimizer: Any, kept: contextlib.ExitStack
+) -> None:
     """Lets an AdamW with `offload="overlap"` overlap in the training that begins, until `kept` is
-    closed; nothing where another optimizer trains.
+    closed; nothing where another optimizer trains. For callbacks at train begin.
 
-    For callbacks at train begin.
+    Raises:
+        ValueError: DataParallel trains, whose copies of the model are made anew at each forward.
     """
-    inner, trainer = engines.inner_optimizer(optimizer), _trainer()
+    inner = engines.inner_optimizer(optimizer)
     if not isinstance(inner, AdamW) or inner.offload != "overlap":
         return
+    if args.n_gpu > 1:
+        raise ValueError(
+            'offload="overlap" under DataParallel, which copies all weights before each forward: '
+            "start one process for each device (FSDP2), or let one device be seen "
+            "(CUDA_VISIBLE_DEVICES)"
+        )
     inner.follow(model)
     kept.callback(inner.follow, None)
-    if trainer is None:
+    trainer = _trainer()
+    handler = getattr(trainer, "callback_handler", None)
+    if handler is None or any(isinstance(one, _FinishFirst) for one in handler.callbacks):
         return
-    handler = trainer.callback_handler
-    if not any(isinstance(one, _FinishFirst) for one in handler.callbacks):
-        first = _FinishFirst(handler)
-        # another list: the handler is going through this one, and would come to someone again
-        handler.callbacks = [first, *handler.callbacks]
-        # what `kept` refers to may not lead to its owner
-        kept.callback(_take_off, weakref.ref(handler), first)
+    first = _FinishFirst(handler)
+    # another list: the handler is going through this one, and would come to somebody twice
+    handler.callbacks = [first, *handler.callbacks]
+    # what `kept` refers to may not lead to its owner
+    kept.callback(_take_off, weakref.ref(handler), first)
 
 
 def _take_off(handler: weakref.ref[Any], first: TrainerCallback) -> None:

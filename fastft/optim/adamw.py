@@ -21,16 +21,17 @@ from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastft import ops
-from fastft.foreign import engines
+from fastft.foreign import engines, tensors
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import Plan, same_objects
+from fastft.optim.adamw_state import state_bytes
 from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
-from fastft.optim.adamw_state import state_bytes
 from fastft.optim.groups import check_group
+from fastft.optim.offload.deferred import Followed, PendingStep
 from fastft.optim.offload.gradients import HeldGradients
 from fastft.optim.offload.host_memory import check_that_it_suffices
 from fastft.optim.offload.released import ReleasedGradients
@@ -171,7 +172,9 @@ class AdamW(torch.optim.AdamW):
     _skipped: bool | Tensor = False
     origin: Origin | None = None
     had_gradients = False
-    _warned_of_stale = False
+    _warned_of_stale = _warned_of_no_model = False
+    _pending: PendingStep | None = None
+    _followed: Followed | None = None
 
     def __init__(
         self,
@@ -215,8 +218,7 @@ class AdamW(torch.optim.AdamW):
         self.offload, self.release_gradients = offload, release_gradients
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
-        self._held = HeldGradients(impl) if offload in ("gradients", "overlap") else None
-        self._released = ReleasedGradients(self) if release_gradients else None
+        self._make_keepers()
         self._warned = False
         defaults = {
             "lr": lr,
@@ -240,9 +242,16 @@ class AdamW(torch.optim.AdamW):
         self.origin = _origin
         if _origin is not None:
             _origin.is_made()
-        self._check_host_memory()
+        self._check_host_memory(0 if self._held is None else sum(map(_bytes, self._params())))
         if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
+        frees = self._held is not None or self._released is not None
+        if frees and engines.gradients_are_parts():
+            raise ValueError(
+                "offload='gradients' and release_gradients take gradients as backward makes them, "
+                "where DeepSpeed and FSDP1 still cut them into flat parts: use offload='states', "
+                "or FSDP2"
+            )
         if max_grad_norm is not None and engines.gradients_are_parts():
             raise ValueError(
                 "the optimizer's max_grad_norm would clip to the norm of each process's part of "
@@ -312,12 +321,15 @@ class AdamW(torch.optim.AdamW):
         # torch.optim.AdamW's looks into states that are still hidden
         torch.optim.Optimizer.__setstate__(self, state)
         self._plan = self._clipping = None
+        if "_held" not in vars(self):  # a copy, or out of a pickle
+            self._make_keepers()
+            self._watch_gradients()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["foreach"] = group["fused"] = None  # a checkpoint of torch's may say otherwise
             group["decoupled_weight_decay"] = True  # a checkpoint of torch's Adam says otherwise
-            if self.offload is not None:
+            if self.offload is not None or self.release_gradients:
                 group["capturable"] = False  # a checkpoint of another `offload` may say otherwise
         checkpoint.reveal(self)
 
@@ -352,6 +364,7 @@ class AdamW(torch.optim.AdamW):
         Raises:
             ValueError: groups or shapes which do not fit this optimizer.
         """
+        self.flush()
         checkpoint.load(self, state_dict)
 
     @torch._disable_dynamo
@@ -376,6 +389,7 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.flush()
         params, grads, present = self._with_gradients()
         if grads and device_counts.is_capturing():
             self._check_capture(grads)
@@ -394,7 +408,73 @@ class AdamW(torch.optim.AdamW):
                 grads = self._held.on_host(grads)
             while not plan.step(self.param_groups, grads, factor, seed, found_inf):
                 plan = self._new_plan(present)
+            if self.offload == "overlap":
+                self._pending = PendingStep(plan.placed(), self._together())
         return loss
+
+    def follow(self, model: nn.Module | None) -> None:
+        """Lets updates overlap with the forwards of `model` (`offload="overlap"`).
+
+        From now on `step()` returns before the model's weights are updated: each is when it is next
+        asked for, which hooks before the forward of its module do first. `fastft.adamw(model)`,
+        `FusedLossCallback`, `PackingCallback` and `plug` call this; so has a loop of your own, with
+        the model that is inside of what `Accelerator.prepare` or `torch.compile` returned.
+
+        Args:
+            model: its parameters are among the optimizer's; in place of an earlier one. None: the
+                hooks go, and `step()` updates at once.
+
+        Raises:
+            TypeError: `model` is no module.
+            ValueError: the optimizer has another `offload`.
+        """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if self.offload != "overlap":
+            raise ValueError(
+                f'follow() is for AdamW(offload="overlap"), this one has offload={self.offload!r}'
+            )
+        self.flush()
+        if self._followed is not None:
+            self._followed.remove()
+        self._followed = None if model is None else Followed(model)
+
+    @torch._disable_dynamo
+    def flush(self) -> None:
+        """Updates all weights that the last step has left to be updated when they are asked for.
+
+        Before they are read in a way that torch does not see: by memory that they share, by a
+        kernel that gets them without torch, by a CUDA graph. Nothing but `offload="overlap"` leaves
+        any.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.flush()
+            if self._followed is not None:
+                self._followed.learn(pending.asked)
+
+    def _together(self) -> list[list[Tensor]]:
+        if self._followed is not None:
+            return self._followed.together()
+        if not self._warned_of_no_model:
+            self._warned_of_no_model = True
+            warnings.warn(
+                'offload="overlap": the optimizer knows no model before whose forwards weights '
+                "could be updated, so that step() updates them at once: call "
+                "optimizer.follow(model), or use FusedLossCallback, PackingCallback or plug",
+                stacklevel=4,
+            )
+        return []
+
+    @property
+    def state(self) -> Any:
+        """What is kept of each parameter, after `flush()`."""
+        self.flush()
+        return vars(self)["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        vars(self)["state"] = value
 
     @property
     def staging(self) -> int:
@@ -402,24 +482,33 @@ class AdamW(torch.optim.AdamW):
         return 0 if self._plan is None else self._plan.staging
 
     def _check_not_capturable(self, group: dict[str, Any]) -> None:
-        if self.offload is not None and group["capturable"]:
+        what = "release_gradients=True" if self.release_gradients else f"offload={self.offload!r}"
+        if group["capturable"] and (self.offload is not None or self.release_gradients):
             raise ValueError(
-                f"capturable=True with offload={self.offload!r} is not implemented: a CUDA graph "
-                "would repeat one step's copies. Leave out one of them"
+                f"capturable=True with {what} is not implemented: a CUDA graph would repeat one "
+                "step's copies and counts. Leave out one of them"
             )
 
-    def _check_host_memory(self) -> None:
-        """Raises where the host has too little memory for the states that are still to be made."""
+    def _check_host_memory(self, gradients: int = 0) -> None:
+        """Raises where the host has too little memory for the states that are still to be made, and
+        so many bytes of gradients."""
         if self.offload is None:
             return
         check_that_it_suffices(
-            sum(
+            gradients
+            + sum(
                 state_bytes(param, group, self.rounding)
                 for group in self.param_groups
                 for param in group["params"]
                 if param not in self.state
             )
         )
+
+    def _make_keepers(self) -> None:
+        """Makes what takes gradients as backward makes them."""
+        held = self.offload in ("gradients", "overlap")
+        self._held = HeldGradients(self.impl) if held else None
+        self._released = ReleasedGradients(self) if self.release_gradients else None
 
     def _watch_gradients(self) -> None:
         for keeper in (self._held, self._released):
@@ -488,6 +577,7 @@ class AdamW(torch.optim.AdamW):
 
     def _settle(self) -> None:
         """What goes before any look at states."""
+        self.flush()
         if self._released is not None:
             self._released.settle()
         if self._plan is not None:
@@ -625,3 +715,8 @@ class AdamW(torch.optim.AdamW):
         self.grad_norm = norm if scale is None else norm / scale.to(norm.device)
         factor = clip_factor(self.grad_norm, max_norm)
         return factor if scale is None else factor / scale.to(norm.device)
+
+
+def _bytes(param: Any) -> int:
+    """Bytes of this process's part of a parameter."""
+    return int(tensors.local(param).nbytes)

@@ -82,6 +82,8 @@ def adamw(
     optimizer = AdamW(groups, **Keywords(origin))
     if args is not None:
         _warn_of_two_clippings(args, optimizer.max_grad_norm)
+    if model is not None and optimizer.offload == "overlap":
+        optimizer.follow(model)
     origin.remember()
     return optimizer, None
 

@@ -28,7 +28,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,28 +40,28 @@ from fastft.foreign.tensors import storage_address
 from fastft.optim import device_counts
 from fastft.optim.offload import device as devices
 from fastft.optim.offload.device import Event
+from fastft.optim.offload.streamed import StreamedPart
 
 # Elements behind a weight in use whose updates are under way: two layers of a model of 8 B. With
 # all of a model's copies in its queues at once a device would keep the host waiting.
 AHEAD = 2**29
 
 
-class Part(Protocol):
-    """The parameters of a step that are on one device (streamed.py), after its `begin`."""
+class LatePart(StreamedPart):
+    """The parameters on one device, of which `step` updates none yet."""
 
-    device: torch.device
-
-    def run(self, places: Sequence[int]) -> Event:
-        """Updates the parameters at these places; the event is behind that in the engine's queue."""
-
-    def finish(self) -> None:
-        """Ends a step of which every place has been updated."""
+    def step(
+        self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int
+    ) -> bool:
+        """Fixes what the step depends on; True."""
+        self.begin(all_grads, hyper, grad_factor, seed)
+        return True
 
 
 class _Group:
     """Weights that are updated together, and where."""
 
-    def __init__(self, params: list[Any], places: dict[Part, list[int]]) -> None:
+    def __init__(self, params: list[Any], places: dict[StreamedPart, list[int]]) -> None:
         self.params, self.places = params, places
         self.size = sum(param.numel() for param in params)
         self.events: list[tuple[torch.device, Event]] | None = None
@@ -93,6 +93,9 @@ class PendingStep:
         self, parts: Sequence[tuple[Any, Sequence[Tensor]]], together: Iterable[Sequence[Tensor]]
     ) -> None:
         self._parts = [part for part, _ in parts]
+        # should nobody wait any more for copies to the host's memory
+        self._end = weakref.finalize(self, _settle, self._parts)
+        self._end.atexit = False
         where = {
             id(param): (part, place, param)
             for part, params in parts
@@ -120,6 +123,7 @@ class PendingStep:
         for group in self._order:
             if id(group) in self._at:
                 self._settle(group)
+        self._end.detach()
         for part in self._parts:
             part.finish()
 
@@ -147,6 +151,11 @@ class PendingStep:
                 return
             size += group.size
             group.launch()
+
+
+def _settle(parts: Sequence[Any]) -> None:
+    for part in parts:
+        part.settle()
 
 
 def _group(of_step: Iterable[tuple[Any, int, Tensor]]) -> _Group:
@@ -189,13 +198,13 @@ class Followed:
         """torch.compile has come upon one of the hooks."""
         self._compiled = True
 
-    def defer(self, parts: Sequence[tuple[Any, Sequence[Tensor]]]) -> PendingStep:
-        """Lets a step that has begun go on when its weights are asked for."""
+    def together(self) -> list[list[Tensor]]:
+        """The weights that a step may leave to be updated when they are asked for: those that are
+        updated together, in the order in which the last forward asked for them."""
         model = self._model()
-        together: list[list[Tensor]] = []
-        if model is not None and not self._is_compiled():
-            together = sorted(_awaitable(model), key=lambda group: self._place_of(group))
-        return PendingStep(parts, together)
+        if model is None or self._is_compiled():
+            return []
+        return sorted(_awaitable(model), key=self._place_of)
 
     def learn(self, asked: Sequence[Sequence[Tensor]]) -> None:
         """Takes the order in which weights were asked for as that of the next forward."""
@@ -272,7 +281,7 @@ def _awaitable(model: nn.Module) -> Iterator[list[Tensor]]:
     }
     for module in _modules(model):
         own = {id(param): param for param in module._parameters.values() if param is not None}
-        group = [
+        group: list[Tensor] = [
             param
             for number, param in own.items()
             if number not in done and awaited.can_be_awaited(param) and users[memory[number]] == 1

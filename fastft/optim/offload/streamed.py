@@ -30,7 +30,7 @@ from fastft.optim.adamw_update import ADAMW
 from fastft.optim.offload import device as devices
 from fastft.optim.offload import pieces
 from fastft.optim.offload.device import Event
-from fastft.optim.offload.pieces import Form, Span
+from fastft.optim.offload.pieces import Span
 
 
 class _Piece(NamedTuple):
@@ -199,7 +199,7 @@ class StreamedPart:
                 self._left.remove(number)
         except BaseException as error:
             self.torn = error
-            self._settle()
+            self.settle()
             raise
         return self._work.record()
 
@@ -251,11 +251,12 @@ class StreamedPart:
 
     def finish(self) -> None:
         """Ends a step of which all was run: waits until the states are on the host."""
-        self._settle()
+        self.settle()
         self._step = None
         self._samples = samples_of(self.tensors, self.device)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Waits until all that was run is on the host."""
         self._out.record().synchronize()
 
     def samples(self) -> list[tuple[Tensor, int]]:
