@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from fastft.foreign.tensors import local
 from fastft.optim.adamw_state import bytes_of_state
 
