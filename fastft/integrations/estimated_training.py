@@ -279,7 +279,7 @@ def _step_by_shapes(optimizer: AdamW, closure: Any = None) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             if param.grad is not None:
-                ready_state(optimizer.state, param, group, optimizer.rounding)
+                ready_state(optimizer.state, param, group, optimizer.rounding, False)
 
 
 def _check_positions(training: Training) -> None:

@@ -79,6 +79,7 @@ def test_all_parts_of_a_good_day(tmp_path: Path) -> None:
     done = [line["part"] for line in lines(stem.with_suffix(".jsonl")) if "took" in line]
     assert done == ["machine", "build", "smoke", "tests", "ops", "train"]
     assert set(outcomes(stem.with_suffix(".jsonl")).values()) == {"passed", "skipped"}
+    assert "skipped: the host has 1 GiB available" in table
     assert 'tests="5"' in (checkout.results / f"{GPU}-tests.xml").read_text()
     assert {path.name for path in checkout.results.iterdir()} == {
         "kernels.md",
@@ -146,7 +147,7 @@ def test_a_part_ends_when_its_time_is_over(behind: bool, tmp_path: Path) -> None
     checkout = Checkout(tmp_path, goes_wrong=True)
     ran = checkout.check("train", "--seconds", "6", out=tmp_path / "out", behind=behind)
     ended = [line for line in lines(tmp_path / "out" / f"{GPU}-train.jsonl") if "took" in line]
-    assert ran.status == 1 and 3 < ran.seconds < 60 and sum(line["took"] for line in ended) < 7
+    assert ran.status == 1 and 1 < ran.seconds < 60 and sum(line["took"] for line in ended) < 7
     assert "training[fastft] cut off: not finished after" in ran.printed
     assert len(checkout.children()) == 1 and not any(map(lives, checkout.children()))
 

@@ -7,7 +7,6 @@ import torch
 import transformers
 from support.image_trainers import GEMMA, LLAVA, QWEN, Padded, image_trainer
 from support.trainers import logged
-from support.versions import images_looked_up
 
 import fastft
 from fastft.integrations.probe.images import image_examples
@@ -105,7 +104,6 @@ def test_a_collator_without_the_model_is_refused_where_positions_have_several_ax
         trainer.train()
 
 
-@images_looked_up
 def test_blocks_of_images_are_refused_without_our_attention(tmp_path):
     callback = fastft.PackingCallback(attention=False)
     trainer = image_trainer(tmp_path, GEMMA, packing, callbacks=[callback])
@@ -157,12 +155,51 @@ def test_the_probe_asks_with_examples_of_each_kind():
     assert sorted(map(sorted, chosen)) == sorted(map(sorted, [image, video, image | video, {}]))
 
 
+def test_examples_whose_images_touch_are_asked_side_by_side():
+    """Longer ones than others: before transformers 5.23 a mask joined the two images."""
+    model = torch.nn.Module()
+    model.forward = lambda input_ids, pixel_values=None: None
+    model.config = transformers.PretrainedConfig(vocab_size=64, image_token_id=60)
+    image = {"pixel_values": torch.zeros(1, 3)}
+    word, picture = torch.arange(3, 9), torch.tensor([60, 60])
+    begins = {"input_ids": torch.cat([picture, word]), **image}
+    ends = {"input_ids": torch.cat([word, word, picture]), **image}
+    between = {"input_ids": torch.cat([word[:1], picture, word[:1]]), **image}
+    given = [between, between, begins, ends, {"input_ids": word}]
+    first, second, *others = image_examples(model, given).examples
+    assert torch.equal(first["input_ids"], ends["input_ids"])
+    assert torch.equal(second["input_ids"], begins["input_ids"])
+    assert len(others) == 2  # an image between words, a text
+
+
+def all_learned(examples):
+    return [example | {"labels": example["input_ids"]} for example in examples]
+
+
+def without_labels(examples):
+    return [{key: each[key] for key in each if key != "labels"} for each in examples]
+
+
+@pytest.mark.parametrize("dataset", [all_learned, without_labels])
+@pytest.mark.parametrize("callback", [fastft.PackingCallback, fastft.FusedLossCallback])
+def test_smoothed_labels_of_first_tokens_are_refused_with_a_collator_of_ours(
+    tmp_path, dataset, callback
+):
+    given = {"dataset": dataset, "label_smoothing_factor": 0.1, "remove_unused_columns": False}
+    trainer = image_trainer(tmp_path, LLAVA, packing, callbacks=[callback()], **given)
+    with pytest.raises(fastft.PackingLeakError, match="with label_smoothing_factor Trainer does"):
+        trainer.train()
+
+
+def test_smoothed_labels_behind_the_first_token_are_those_of_stock(tmp_path):
+    stock = losses(image_trainer(tmp_path, LLAVA, label_smoothing_factor=0.1))
+    given = {"callbacks": [fastft.PackingCallback()], "label_smoothing_factor": 0.1}
+    packed = losses(image_trainer(tmp_path, LLAVA, packing, **given))
+    assert packed == pytest.approx(stock, rel=2e-5)
+
+
 def test_label_smoothing_that_learns_first_tokens_is_left_alone(tmp_path):
     """Trainer shifts no labels for it but those of causal models."""
-
-    def all_learned(examples):
-        return [example | {"labels": example["input_ids"]} for example in examples]
-
     trainer = image_trainer(tmp_path, LLAVA, dataset=all_learned, label_smoothing_factor=0.1)
     plug = fastft.plug(trainer, packing="collate")
     assert plug.lines["packing"].startswith("left alone: with label_smoothing_factor"), plug.lines

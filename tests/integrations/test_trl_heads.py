@@ -64,17 +64,23 @@ def test_losses_and_metrics_of_training_and_evaluation(tmp_path, name):
     assert any(abs(entry["grad_norm"]) > 1e-2 for entry in curve if "loss" in entry)
 
 
-def test_logits_are_never_there(tmp_path, monkeypatch):
-    """Neither of the policy nor of the reference, in training and in evaluation."""
+# tokens of a batch that have labels, at least
+TOKENS = {"SFT": 4 * 12, "DPO": 8 * 13, "KTO": 4 * 12, "GRPO": 4 * 6, "RLOO": 4 * 6}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_logits_are_never_there(tmp_path, monkeypatch, name):
+    """Neither of the policy nor of the reference, in training, generation and evaluation."""
     monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 4, 4))
-    largest, rows = [], 8 * 13  # at least: prompts and completions of four pairs
-    for trainer in trainers(tmp_path, "DPO", **with_evaluation("DPO"), max_steps=2):
+    changes = with_evaluation(name) if name in EVALUATED else {}
+    largest, logits = [], TOKENS[name] * V
+    for trainer in trainers(tmp_path, name, **changes, max_steps=2):
         if largest:
             trainer.add_callback(fastft.FusedLossCallback())
         with Watch() as watch:
             train(trainer if largest else with_plain_heads(trainer))
         largest.append(watch.elements)
-    assert largest[0] >= rows * V and largest[1] < rows * V
+    assert largest[0] >= logits and largest[1] < logits
 
 
 def a_copy_of_the_head(folder):
@@ -183,11 +189,15 @@ def variants():
         yield pytest.param(name, marks=marks)
 
 
+# advantages that cancel out: stock's own norm is 1e-6 from that in float64, and so is ours
+ROUNDING = {"RLOO, adapters": 2e-6}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", variants())
 def test_every_setting_that_changes_the_loss(tmp_path, name):
     kind, changes = VARIANTS[name]
-    callback, _ = compare(*trainers(tmp_path, kind, **changes))
+    callback, _ = compare(*trainers(tmp_path, kind, **changes), rel=ROUNDING.get(name, 1e-6))
     assert callback.report.fused and not callback.report.skipped
     assert not callback.report.materialised
 
@@ -209,10 +219,10 @@ def test_plug_and_evaluate_after_a_training(tmp_path, name):
     expected = train(with_plain_heads(stock)), stock.evaluate()
     plug, theirs = fastft.plug(ours, optimizer=False), vars(ours.model)["forward"]
     actual = train(ours), ours.evaluate()
-    assert actual[0][0] == pytest.approx(expected[0][0], rel=2e-6, abs=2e-6)
+    assert actual[0][0] == pytest.approx(expected[0][0], rel=1e-6, abs=1e-6)
     wanted = {key: value for key, value in expected[1].items() if "_per_s" not in key}
     wanted.pop("eval_runtime")
-    assert {key: actual[1][key] for key in wanted} == pytest.approx(wanted, rel=2e-6, abs=2e-6)
+    assert {key: actual[1][key] for key in wanted} == pytest.approx(wanted, rel=1e-6, abs=1e-6)
     assert plug.lines["loss"] == "fused at lm_head" and plug.evaluation.fused
     assert vars(ours.model)["forward"] is theirs
 
@@ -234,7 +244,7 @@ def test_after_an_exception_the_next_training_is_right(tmp_path, caplog):
     assert vars(ours.model)["forward"] is not theirs
     ours.remove_callback(Stop)
     curve = train(ours)
-    assert curve[0]["loss"] == pytest.approx(expected[0]["loss"], rel=2e-6)
+    assert curve[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
     assert callback.report.fused == 2 and vars(ours.model)["forward"] is theirs
 
 
