@@ -83,6 +83,8 @@ def adamw(
     if args is not None:
         _warn_of_two_clippings(args, optimizer.max_grad_norm)
         _check_freed(args, optimizer)
+    if model is not None and optimizer.offload == "overlap":
+        optimizer.follow(model)
     origin.remember()
     return optimizer, None
 

@@ -196,8 +196,7 @@ def test_compare_records_gradients_that_are_not_there(options, tmp_path):
     settings = {"max_grad_norm": 0.1} if "offload" in options else {"max_grad_norm": 0.0}
     settings |= {} if "offload" in options else {"gradient_accumulation_steps": 1}
     ours, stock = (
-        recorded(tmp_path, "fast", steps=2, options=given, **settings)
-        for given in (options, {})
+        recorded(tmp_path, "fast", steps=2, options=given, **settings) for given in (options, {})
     )
     for step, expected in zip(ours.steps, stock.steps, strict=True):
         assert step.grad_norm == expected.grad_norm and step.loss == expected.loss

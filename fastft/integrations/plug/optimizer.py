@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from fastft.foreign import engines, objects
 from fastft.integrations.clipping import can_be_inside, fuse_clipping
+from fastft.integrations.weights_for_callbacks import follow_training
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import spec_of, with_fp32_moments
 from fastft.optim.origin import Keywords, Origin
@@ -113,6 +114,8 @@ class OptimizerPiece:
         """Clips inside the step of the accelerator of this training, until `stack` is closed."""
         if self._why_not is None:
             stack.callback(fuse_clipping(self._trainer))
+            trainer = self._trainer
+            follow_training(trainer.args, trainer.model, trainer.optimizer, stack)
 
     def line(self) -> str:
         """What optimizer trains, and how."""
