@@ -15,6 +15,7 @@ from support.versions import checkpoint_activations
 import fastft
 from fastft.optim.offload.absent import AbsentGradient
 
+accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
 
@@ -201,3 +202,34 @@ def test_compare_records_gradients_that_are_not_there(options, tmp_path):
     for step, expected in zip(ours.steps, stock.steps, strict=True):
         assert step.grad_norm == expected.grad_norm and step.loss == expected.loss
         assert step.gradients == pytest.approx(expected.gradients, rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"offload": "gradients"}, {"release_gradients": True}])
+def test_a_loop_with_accelerate(options):
+    micro = 2 if "offload" in options else 1
+
+    def weights(**options):
+        accelerator = accelerate.Accelerator(gradient_accumulation_steps=micro, cpu=True)
+        model = biased_llama(torch.bfloat16)
+        optimizer = fastft.AdamW(model.parameters(), lr=1e-2, **options)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for example in examples()[:6]:
+            with accelerator.accumulate(model):
+                row = {name: tokens[None] for name, tokens in example.items()}
+                accelerator.backward(model(**row).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        return [param.detach() for param in model.parameters()]
+
+    clips = {"max_grad_norm": 0.1} if micro > 1 else {}
+    assert_same(weights(**options, **clips), weights(**clips))
+
+
+def test_the_clipping_of_accelerate_is_a_sentence():
+    accelerator, model = accelerate.Accelerator(cpu=True), biased_llama(torch.bfloat16)
+    optimizer = fastft.AdamW(model.parameters(), offload="gradients")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    row = {name: tokens[None] for name, tokens in examples()[0].items()}
+    accelerator.backward(model(**row).loss)
+    with pytest.raises(RuntimeError, match="fuse_clipping"):
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
