@@ -245,8 +245,7 @@ class AdamW(torch.optim.AdamW):
         self._check_host_memory(0 if self._held is None else sum(map(_bytes, self._params())))
         if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
-        frees = self._held is not None or self._released is not None
-        if frees and engines.gradients_are_parts():
+        if self.frees_gradients and engines.gradients_are_parts():
             raise ValueError(
                 "offload='gradients' and release_gradients take gradients as backward makes them, "
                 "where DeepSpeed and FSDP1 still cut them into flat parts: use offload='states', "
@@ -383,7 +382,7 @@ class AdamW(torch.optim.AdamW):
                 explicit `impl` that cannot be used on these parameters, or a CUDA graph that
                 captures a step it could only repeat.
         """
-        if self._held is not None or self._released is not None:
+        if self.frees_gradients:
             self._check_step(closure)
         loss = None
         if closure is not None:
@@ -475,6 +474,11 @@ class AdamW(torch.optim.AdamW):
     @state.setter
     def state(self, value: Any) -> None:
         vars(self)["state"] = value
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether backward leaves no gradients on the device."""
+        return self._held is not None or self._released is not None
 
     @property
     def staging(self) -> int:

@@ -166,11 +166,13 @@ class Plan:
         ]
 
     def settle(self) -> None:
-        """Goes before any look at states: marks them with what the last step has written.
+        """Goes before any look at states: marks them with what the last step has written; raises
+        as `check_whole`."""
+        self.check_whole()
+        self.kept.settle()
 
-        Raises:
-            RuntimeError: a step has broken off in its middle.
-        """
+    def check_whole(self) -> None:
+        """Raises RuntimeError where a step has broken off in its middle."""
         for part in self.parts:
             if isinstance(part, StreamedPart) and part.torn is not None:
                 raise RuntimeError(
@@ -179,7 +181,6 @@ class Plan:
                     "of that step, others of the one before. Load the weights and this optimizer "
                     "from a checkpoint"
                 ) from part.torn
-        self.kept.settle()
 
     def step(
         self,
@@ -194,6 +195,7 @@ class Plan:
         Where counts live on the device, nothing is updated or counted if the one element of
         `found_inf` is not 0.
         """
+        self.check_whole()
         # reading the counts or a learning rate of a device would wait for it
         if len(self.counts) < len(self.parts):
             rows = [hyper_row(groups[index], step + 1) for index, step in self.rows]

@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from fastft.foreign import engines, objects
-from fastft.integrations.clipping import fuse_clipping, has_whole_gradients
+from fastft.integrations.clipping import can_be_inside, fuse_clipping
 from fastft.integrations.weights_for_callbacks import follow_training
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import spec_of, with_fp32_moments
@@ -147,9 +147,9 @@ class OptimizerPiece:
     def _clipping(self) -> str:
         if not self._trainer.args.max_grad_norm:
             return "no clipping"
-        if has_whole_gradients(self._trainer.accelerator):
+        if can_be_inside(self._trainer.accelerator):
             return "clipping inside"
-        return "clipping by Trainer, as gradients are sharded"
+        return "clipping by Trainer, as gradients lie in flat parts"
 
 
 def is_given(trainer: Trainer) -> bool:

@@ -58,7 +58,7 @@ class Slot:
         self._param = weakref.ref(param)
         self.sent: Event  # the last copy to it
         count = parts_of(form.numel(), lane.engine)
-        self.sums = lane.place.memory(8 * count).view(torch.float64)
+        self.sums = lane.memory(8 * count).view(torch.float64)
         if lane.place.separate:
             bytes_ = lane.place.host_memory(form.numel() * form.element_size())
             self.flat = bytes_.view(form.dtype)
@@ -105,17 +105,21 @@ class Filling:
 
     @property
     def sums(self) -> Tensor:
+        """The part of the norm, which the current queue has waited for."""
         self.slot.lane.arrive()
         return self.slot.sums
 
     def read(self) -> Tensor:
+        """The numbers, in new memory of the device."""
         return self.slot.lane.read(self.slot)
 
     def add(self, new: Tensor) -> None:
+        """`p.grad += new`."""
         check_kind(new)
         self.slot.lane.add(self.slot, local(new).detach())
 
     def zero(self) -> None:
+        """`p.grad.zero_()`."""
         form = self.slot.form
         zeros = torch.empty_strided(
             form.shape, form.stride(), dtype=form.dtype, device=self.slot.lane.device
@@ -148,6 +152,12 @@ class Lane:
         self.fetch, self.send = self.place.queue(), self.place.queue()
         self.flying: deque[_InUse] = deque()
         self.stages: deque[_InUse] = deque()
+        self.owners: list[Queue] = []  # of the memory that lasts
+
+    def memory(self, size: int) -> Tensor:
+        """Memory of the device that lasts."""
+        self.owners.append(self.place.current())
+        return self.place.memory(size)
 
     def put(self, slot: Slot, gradient: Tensor) -> None:
         """Fills the slot with a gradient of its form."""
@@ -203,7 +213,7 @@ class Lane:
             if len(stage.memory) >= size:
                 return stage
             self.flying.append(stage)
-        return _InUse(self.place.memory(size), now, now.record())
+        return _InUse(self.memory(size), now, now.record())
 
     def _take_part(self, slot: Slot, run: slice, numbers: Tensor) -> None:
         """Takes the part of the norm of a run, all of whose numbers there are."""
@@ -227,6 +237,13 @@ class Lane:
         self.place.current().wait(self.send.record())
         while self.flying:
             self._land()
+
+    def close(self) -> None:
+        """Comes before memory that lasts is let go of."""
+        self.arrive()
+        end = self.place.current().record()
+        for owner in self.owners:
+            owner.wait(end)
 
     def read(self, slot: Slot) -> Tensor:
         """The numbers of a slot in new memory of the device."""
@@ -255,7 +272,12 @@ class HeldGradients:
     def watch(self, params: Sequence[Any]) -> None:
         """Holds from now on what backward makes for these parameters, and for no others."""
         for gone in self._hooks.watch(params):
-            self._slots.pop(gone, None)
+            self._drop(gone)
+
+    def _drop(self, param: Any) -> None:
+        slot = self._slots.pop(param, None)
+        if slot is not None:
+            slot.lane.close()
 
     def hold(self, param: Any) -> None:
         """Sends `p.grad` to the host, if it is not there, and leaves an absent one in its place."""
@@ -271,6 +293,7 @@ class HeldGradients:
             part = part.contiguous()
         slot = self._slots.get(param)
         if slot is None or not slot.fits(part):
+            self._drop(param)
             slot = self._slots[param] = Slot(lane, part, param)
         filling = Filling(slot)
         lane.put(slot, part)
@@ -294,7 +317,7 @@ class HeldGradients:
 def _let_go(lanes: dict[torch.device, Lane]) -> None:
     """Gives memory back behind what is still done with it."""
     for lane in lanes.values():
-        lane.arrive()
+        lane.close()
 
 
 def _write(sums: Tensor, numbers: Tensor, engine: str) -> None:

@@ -2,12 +2,14 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import weakref
 
 import pytest
 import torch
+from support.scheduler import Race, Scheduler
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -18,7 +20,8 @@ from torch.utils.checkpoint import (
 )
 
 from fastft.foreign import awaited
-from fastft.optim.offload import deferred
+from fastft.optim.adamw import AdamW
+from fastft.optim.offload import deferred, pieces
 from fastft.optim.offload.deferred import Followed, PendingStep
 
 
@@ -488,3 +491,50 @@ def test_without_its_hook_a_kernel_that_torch_does_not_know_reads_the_old_weight
         pending, _, after = begun(model, followed=followed)
         assert torch.equal(model(), after[0]) is hooked
         pending.flush()
+
+
+def trained(tier, accumulation=1, follows=True):
+    """Weights and losses of a few steps of a tied network, whose last layer is used twice."""
+    torch.manual_seed(0)
+    embed, layers = nn.Embedding(11, 8), [nn.Linear(8, 8) for _ in range(3)]
+    model = nn.ModuleList([embed, *layers]).bfloat16()
+    optimizer = AdamW(model.parameters(), lr=1e-2, max_grad_norm=0.5, offload=tier)
+    if tier == "overlap" and follows:
+        optimizer.follow(model)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    losses = []
+    for step in range(4):
+        for part in range(accumulation):
+            x = embed(torch.tensor([[step, 3, part, 7]]))
+            for layer in layers[: 2 + step % 2]:  # the last one at every other step
+                x = layer(x).tanh()
+            loss = F.linear(x, embed.weight).float().logsumexp(-1).square().mean()
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        schedule.step()
+        model.zero_grad()
+    states = optimizer.state_dict()["state"]
+    moments = [entries["exp_avg"] for entries in states.values()]
+    return [p.detach().clone() for p in model.parameters()] + losses + moments
+
+
+@pytest.mark.parametrize("ahead", [0, 100, 2**29])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("order", ["late", "early", 1, 2])
+def test_in_whatever_order_queues_work(order, accumulation, ahead, monkeypatch):
+    expected = trained(None, accumulation)
+    monkeypatch.setattr(deferred, "AHEAD", ahead)
+    monkeypatch.setattr(pieces, "BUFFER", 4096)
+    with Scheduler(order).installed():
+        results = trained("overlap", accumulation)
+    assert all(map(torch.equal, results, expected))
+
+
+def test_without_its_wait_a_weight_is_read_too_early():
+    lines, first = inspect.getsourcelines(deferred._Group.wait)
+    with (
+        pytest.raises(Race, match="writes bytes"),
+        Scheduler(without=("deferred.py", range(first, first + len(lines)))).installed(),
+    ):
+        trained("overlap")
