@@ -6,8 +6,8 @@
     "gradients"    device    host, some a while  host      device
     "overlap"      device    host, some a while  host      device
 
-Only shapes and dtypes are looked at, so that parameters on the meta device are as good as real ones;
-of a DTensor this process's part counts.
+Only shapes and dtypes are looked at, so that parameters on the meta device are as good as real
+ones; of a DTensor this process's part counts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from fastft.foreign.tensors import local
 from fastft.optim.adamw_state import bytes_of_state
 
 TIERS = (None, "states", "gradients", "overlap")
-_ON_THEIR_WAY = 2  # gradients
+OF_GRADIENTS = TIERS[2:]  # with these, gradients lie on the host
+IN_FLIGHT = 2**28  # bytes of gradients on their way to the host, beside the one just made
+BUFFER = 64 * 2**20
 
 
 class TierBytes(NamedTuple):
@@ -70,14 +70,19 @@ def bytes_of(
     """
     every = [(param, group) for group in groups for param in group["params"]]
     sizes = [local(param).nbytes for param, _ in every]
-    states = [bytes_of_state(param, group, rounding) for param, group in every]
-    whole, on_host = sum(sizes), 0 if offload is None else sum(states)
-    leaves = release_gradients or offload in ("gradients", "overlap")
+    states = sum(bytes_of_state(param, group, rounding) for param, group in every)
+    whole, largest = sum(sizes), max(sizes, default=0)
+    if release_gradients:
+        gradients = largest
+    elif offload in OF_GRADIENTS:
+        gradients = min(whole, largest + IN_FLIGHT)
+    else:
+        gradients = whole
     return TierBytes(
         weights=whole,
-        gradients=sum(sorted(sizes)[-_ON_THEIR_WAY:]) if leaves else whole,
-        states=sum(states) - on_host,
-        staging=0,
-        host_states=on_host,
-        host_gradients=whole if leaves and not release_gradients else 0,
+        gradients=gradients,
+        states=0 if offload else states,
+        staging=2 * BUFFER if offload else 0,
+        host_states=states if offload else 0,
+        host_gradients=whole if offload in OF_GRADIENTS and not release_gradients else 0,
     )
