@@ -30,6 +30,7 @@ from fastft.optim.adamw_plan import Plan, same_objects
 from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
 from fastft.optim.groups import check_group
+from fastft.optim.offload.gradients import HeldGradients
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
@@ -150,6 +151,8 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: float | None = None,
         seed: int | None = None,
         impl: str = "auto",
+        offload: str | None = None,
+        release_gradients: bool = False,
         _origin: Origin | None = None,
     ) -> None:
         ops.check_impl(impl)
@@ -169,6 +172,8 @@ class AdamW(torch.optim.AdamW):
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
+        self.offload, self.release_gradients = offload, release_gradients
+        self._held = HeldGradients(impl) if offload in ("gradients", "overlap") else None
         self._warned = False
         defaults = {
             "lr": lr,
@@ -237,6 +242,8 @@ class AdamW(torch.optim.AdamW):
                 raise TypeError(
                     f"AdamW trains float32 and bfloat16 parameters, got one of {param.dtype}"
                 )
+        if self._held is not None:
+            self._held.watch(self._params())
         random = self.rounding == "stochastic" or self.param_groups[-1]["moments"] != "fp32"
         if random and self.param_groups[0]["seed"] is None:  # all groups have that of the first
             self.defaults["seed"] = int(torch.randint(2**63 - 1, ()))
@@ -331,15 +338,23 @@ class AdamW(torch.optim.AdamW):
             factor = self._grad_factor(grads, clipping)
             plan = self._plan_of(params, present)
             seed = self.param_groups[0]["seed"] or 0
+            if self._held is not None:
+                grads = self._held.on_host(grads)
             while not plan.step(self.param_groups, grads, factor, seed, found_inf):
                 plan = self._new_plan(present)
         return loss
 
-    def _with_gradients(self) -> tuple[list[Any], list[Any], list[bool]]:
-        """The parameters that have a gradient, the gradients, and of all whether they have one."""
+    def _params(self) -> list[Any]:
         params: list[Any] = []
         for group in self.param_groups:
             params += group["params"]
+        return params
+
+    def _with_gradients(self) -> tuple[list[Any], list[Any], list[bool]]:
+        """The parameters that have a gradient, the gradients, and of all whether they have one."""
+        params = self._params()
+        if self._held is not None:
+            self._held.take(params)
         grads = [param.grad for param in params]
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
