@@ -280,7 +280,7 @@ def _adamw(
     # raises where they do not go together
     AdamW([torch.zeros(1, dtype=torch.bfloat16)], seed=0, **kept, **tier)
     optimizer, schedule = adamw(model, args, **kept)
-    run_by_shapes(optimizer, counter, offload, releases)
+    run_by_shapes(optimizer, counter, offload, releases, training.accumulation)
     return optimizer, schedule
 
 

@@ -18,11 +18,15 @@ from torch import Tensor
 from fastft.live_memory import HOST, LiveMemory
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_state import ready_state
-from fastft.optim.offload import tiers
+from fastft.optim.offload import gradients, tiers
 
 
 def run_by_shapes(
-    optimizer: AdamW, counter: LiveMemory, offload: str | None, release_gradients: bool
+    optimizer: AdamW,
+    counter: LiveMemory,
+    offload: str | None,
+    release_gradients: bool,
+    micro_steps: int,
 ) -> None:
     """Lets an AdamW that keeps all on the device hold what it would hold in a tier.
 
@@ -30,19 +34,27 @@ def run_by_shapes(
         optimizer: its `step` is replaced.
         counter: is told what is on the host.
         offload, release_gradients: of the AdamW that is asked about.
+        micro_steps: of a step.
     """
-    steps = _Steps(optimizer, counter, offload, release_gradients)
+    groups, rounding = optimizer.param_groups, optimizer.rounding
+    staging = tiers.bytes_of(groups, rounding, offload, micro_steps=micro_steps).staging
+    steps = _Steps(optimizer, counter, offload, release_gradients, staging)
     optimizer.step = types.MethodType(steps.step, optimizer)  # type: ignore[method-assign]
 
 
 class _Steps:
     def __init__(
-        self, optimizer: AdamW, counter: LiveMemory, offload: str | None, release_gradients: bool
+        self,
+        optimizer: AdamW,
+        counter: LiveMemory,
+        offload: str | None,
+        release_gradients: bool,
+        staging: int,
     ) -> None:
         self._counter, self._offload, self._releases = counter, offload, release_gradients
         groups = optimizer.param_groups
         self._groups = {param: group for group in groups for param in group["params"]}
-        self._size = tiers.bytes_of(groups, optimizer.rounding, offload).staging
+        self._staging_size = staging
         self._staging: Tensor | None = None
         self._of_host: dict[Tensor, Tensor] = {}  # gradients
         self._in_flight = deque[Tensor]()
@@ -59,8 +71,9 @@ class _Steps:
             self._make_state(optimizer, param)
             return
         self._in_flight.append(gradient)
-        while sum(tensor.nbytes for tensor in self._in_flight) > tiers.IN_FLIGHT:
-            self._in_flight.popleft()
+        flying = self._in_flight
+        while len(flying) > 1 and sum(one.nbytes for one in flying) > gradients.IN_FLIGHT:
+            flying.popleft()
         if param not in self._of_host:
             self._of_host[param] = torch.empty_like(gradient)
             self._counter.tag(HOST, [self._of_host[param]])
@@ -77,6 +90,6 @@ class _Steps:
         for param in self._groups:
             if param.grad is not None or param in self._of_host:
                 self._make_state(optimizer, param)
-        if self._size and self._staging is None:  # they stay
-            self._staging = torch.empty(self._size, dtype=torch.uint8)
+        if self._staging_size and self._staging is None:  # they stay
+            self._staging = torch.empty(self._staging_size, dtype=torch.uint8)
             self._counter.tag("optimizer", [self._staging])

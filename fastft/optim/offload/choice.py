@@ -187,7 +187,11 @@ def _command(
     """The estimate of this very training."""
     config, params = getattr(model, "config", None), [*model.parameters()]
     dtypes = {param.dtype for param in params}
-    if config is None or not models.is_config(config) or not all(param.requires_grad for param in params):
+    if (
+        config is None
+        or not models.is_config(config)
+        or not all(param.requires_grad for param in params)
+    ):
         raise Unknown("it is no model of transformers, or not all of it is trained")
     if len(dtypes) > 1 or any(group["amsgrad"] for group in groups):
         raise Unknown("it has weights of several dtypes, or amsgrad")

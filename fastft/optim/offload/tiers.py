@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 from fastft.foreign.tensors import local
 from fastft.optim.adamw_state import bytes_of_state
+from fastft.optim.grad_norm import CHUNK
+from fastft.optim.offload import gradients
 
 TIERS = (None, "states", "gradients", "overlap")
 OF_GRADIENTS = TIERS[2:]  # with these, gradients lie on the host
-IN_FLIGHT = 2**28  # bytes of gradients on their way to the host, beside the one just made
 BUFFER = 64 * 2**20
+_SUM = 8  # bytes of a part of the norm
 
 
 class TierBytes(NamedTuple):
@@ -29,10 +31,9 @@ class TierBytes(NamedTuple):
 
     Attributes:
         weights: on the device, as all up to `staging`.
-        gradients: at the end of backward; of a tier that gives them away, those that are still on
-            their way then.
+        gradients: at most at a time.
         states: moments and what `rounding` keeps.
-        staging: the buffers that states, and gradients, of the host stream through.
+        staging: what states and gradients of the host stream through, and their parts of the norm.
         host_states, host_gradients: on the host, page-locked where the device copies by itself.
     """
 
@@ -59,6 +60,7 @@ def bytes_of(
     rounding: str,
     offload: str | None,
     release_gradients: bool = False,
+    micro_steps: int = 1,
 ) -> TierBytes:
     """The bytes of parameter groups in a tier.
 
@@ -67,22 +69,26 @@ def bytes_of(
         rounding: of the optimizer.
         offload: one of `TIERS`.
         release_gradients: whether backward uses gradients up.
+        micro_steps: whose gradients a step adds.
     """
-    every = [(param, group) for group in groups for param in group["params"]]
-    sizes = [local(param).nbytes for param, _ in every]
-    states = sum(bytes_of_state(param, group, rounding) for param, group in every)
+    every = [(local(param), param, group) for group in groups for param in group["params"]]
+    states = sum(bytes_of_state(param, group, rounding) for _, param, group in every)
+    sizes = [part.nbytes for part, _, _ in every]
     whole, largest = sum(sizes), max(sizes, default=0)
-    if release_gradients:
-        gradients = largest
-    elif offload in OF_GRADIENTS:
-        gradients = min(whole, largest + IN_FLIGHT)
-    else:
-        gradients = whole
+    held, staging = offload in OF_GRADIENTS, 0
+    if offload is not None:
+        staging += 2 * BUFFER
+    if held:
+        staging += sum(_SUM * -(-part.numel() // CHUNK) for part, _, _ in every)
+        widest = max((part.itemsize for part, _, _ in every), default=0)
+        staging += 2 * gradients.STAGE * widest if micro_steps > 1 else 0
+    # those that wait for their copy, or the one that is larger, and the one that is being made
+    in_flight = min(whole, max(gradients.IN_FLIGHT, largest) + largest)
     return TierBytes(
         weights=whole,
-        gradients=gradients,
+        gradients=largest if release_gradients else in_flight if held else whole,
         states=0 if offload else states,
-        staging=2 * BUFFER if offload else 0,
+        staging=staging,
         host_states=states if offload else 0,
-        host_gradients=whole if offload in OF_GRADIENTS and not release_gradients else 0,
+        host_gradients=whole if held else 0,
     )
