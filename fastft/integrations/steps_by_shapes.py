@@ -79,7 +79,9 @@ class _Steps:
             self._counter.tag(HOST, [self._of_host[param]])
 
     def _make_state(self, optimizer: AdamW, param: Tensor) -> None:
-        entries = ready_state(optimizer.state, param, self._groups[param], optimizer.rounding)
+        entries = ready_state(
+            optimizer.state, param, self._groups[param], optimizer.rounding, False
+        )
         if self._offload is not None:
             self._counter.tag(HOST, (e for e in entries.values() if isinstance(e, Tensor)))
 

@@ -27,17 +27,26 @@ from fastft import ops
 from fastft.foreign import engines
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import Plan, same_objects
+from fastft.optim.adamw_state import state_bytes
 from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
 from fastft.optim.groups import check_group
 from fastft.optim.offload.gradients import HeldGradients
+from fastft.optim.offload.host_memory import check_that_it_suffices
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
+OFFLOADS = (None, "states", "gradients", "overlap")
 # what every AdamW has, of a group and of the whole; another value is lost where a library puts its
 # own in our place
 _GROUP_OF_ANY: dict[str, Any] = {"amsgrad": False, "maximize": False, "moments": "fp32"}
-_OPTIMIZER_OF_ANY: dict[str, Any] = {"rounding": "exact", "max_grad_norm": None, "impl": "auto"}
+_OPTIMIZER_OF_ANY: dict[str, Any] = {
+    "rounding": "exact",
+    "max_grad_norm": None,
+    "impl": "auto",
+    "offload": None,
+    "release_gradients": False,
+}
 
 
 class _Clipping(NamedTuple):
@@ -47,6 +56,30 @@ class _Clipping(NamedTuple):
     max_norm: float
     grads: list[Tensor]
     versions: list[int]
+
+
+def check_offload(
+    offload: str | None, release_gradients: bool, max_grad_norm: float | None
+) -> None:
+    """Raises where they are no tier, or do not go together."""
+    if offload not in OFFLOADS:
+        raise ValueError(
+            f"offload must be one of {', '.join(map(repr, OFFLOADS))}, got {offload!r}"
+        )
+    if not isinstance(release_gradients, bool):
+        raise TypeError(f"release_gradients must be True or False, got {release_gradients!r}")
+    if release_gradients and offload is not None:
+        raise ValueError(
+            f"release_gradients=True with offload={offload!r}: the one uses gradients up inside "
+            "backward, where the other keeps them or their states on the host. Leave out one of "
+            'them; offload="gradients" frees them on the device as well'
+        )
+    if release_gradients and max_grad_norm is not None:
+        raise ValueError(
+            "release_gradients=True with max_grad_norm: the norm of all gradients is known only "
+            "after backward, when they would be gone. Leave out one of them; "
+            'offload="gradients" frees them on the device, and clips exactly'
+        )
 
 
 class AdamW(torch.optim.AdamW):
@@ -112,6 +145,13 @@ class AdamW(torch.optim.AdamW):
         seed: of stochastic rounding, in [0, 2^63); None draws one from torch's default generator
             where anything is rounded stochastically. Kept in the parameter groups and so in the
             state dict. Processes which train the same parameters need the same seed.
+        offload: what lies on the host between steps, which changes no bit of what is trained
+            (offload/__init__.py has the bytes): None, nothing; "states", moments and what
+            `rounding` keeps, which each step streams through two buffers on the device and waits
+            for; "gradients", also each gradient as backward has produced it; "overlap", which
+            also updates weights only before their next forward. Not with `capturable`.
+        release_gradients: use up each gradient inside backward, so that never all of them exist.
+            Not with `max_grad_norm` or `offload`.
         impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton", of the update and of the
             norm that clipping takes, which Triton has no kernel for; an explicit one never falls
             back.
@@ -122,8 +162,8 @@ class AdamW(torch.optim.AdamW):
         ValueError: a hyper-parameter out of range, betas of mixed kinds, an option that is not
             implemented, an empty parameter list; or where accelerate's DeepSpeed is going to put
             DeepSpeedCPUAdam in this optimizer's place, an option that this does not have.
-        RuntimeError: at `step`, an explicit `impl` which is not available (says why), or a sparse
-            gradient.
+        RuntimeError: the host has too little memory for what is offloaded; at `step`, an explicit
+            `impl` which is not available (says why), or a sparse gradient.
     """
 
     grad_norm: Tensor | None = None
@@ -150,9 +190,9 @@ class AdamW(torch.optim.AdamW):
         rounding: str = "exact",
         max_grad_norm: float | None = None,
         seed: int | None = None,
-        impl: str = "auto",
         offload: str | None = None,
         release_gradients: bool = False,
+        impl: str = "auto",
         _origin: Origin | None = None,
     ) -> None:
         ops.check_impl(impl)
@@ -169,10 +209,11 @@ class AdamW(torch.optim.AdamW):
                 f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has "
                 "one"
             )
+        check_offload(offload, release_gradients, max_grad_norm)
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
+        self.offload, self.release_gradients = offload, release_gradients
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
-        self.offload, self.release_gradients = offload, release_gradients
         self._held = HeldGradients(impl) if offload in ("gradients", "overlap") else None
         self._warned = False
         defaults = {
@@ -197,6 +238,7 @@ class AdamW(torch.optim.AdamW):
         self.origin = _origin
         if _origin is not None:
             _origin.is_made()
+        self._check_host_memory()
         if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
         if max_grad_norm is not None and engines.gradients_are_parts():
@@ -230,6 +272,7 @@ class AdamW(torch.optim.AdamW):
         """Adds a group as torch does; raises as the constructor does, with nothing changed."""
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
+            self._check_not_capturable({**self.defaults, **param_group})
             if not param_group.get("decoupled_weight_decay", True):
                 raise ValueError(
                     "decoupled_weight_decay=False is torch.optim.Adam's; AdamW's decay is decoupled"
@@ -260,7 +303,8 @@ class AdamW(torch.optim.AdamW):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rounding", "impl", "max_grad_norm", "_warned")
+        names = ("rounding", "impl", "max_grad_norm", "offload", "release_gradients", "_warned")
+        self._settle()
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -272,6 +316,8 @@ class AdamW(torch.optim.AdamW):
                 group.setdefault(name, value)
             group["foreach"] = group["fused"] = None  # a checkpoint of torch's may say otherwise
             group["decoupled_weight_decay"] = True  # a checkpoint of torch's Adam says otherwise
+            if self.offload is not None:
+                group["capturable"] = False  # a checkpoint of another `offload` may say otherwise
         checkpoint.reveal(self)
 
     @torch._disable_dynamo
@@ -291,6 +337,7 @@ class AdamW(torch.optim.AdamW):
         unless the model takes `save_fp32`'s. On loading, torch casts the moments to the dtype of
         its parameters.
         """
+        self._settle()
         return checkpoint.for_torch(super().state_dict())
 
     @torch._disable_dynamo
@@ -344,6 +391,31 @@ class AdamW(torch.optim.AdamW):
                 plan = self._new_plan(present)
         return loss
 
+    @property
+    def staging(self) -> int:
+        """Bytes of the buffers on all devices through which states stream; 0 before a step."""
+        return 0 if self._plan is None else self._plan.staging
+
+    def _check_not_capturable(self, group: dict[str, Any]) -> None:
+        if self.offload is not None and group["capturable"]:
+            raise ValueError(
+                f"capturable=True with offload={self.offload!r} is not implemented: a CUDA graph "
+                "would repeat one step's copies. Leave out one of them"
+            )
+
+    def _check_host_memory(self) -> None:
+        """Raises where the host has too little memory for the states that are still to be made."""
+        if self.offload is None:
+            return
+        check_that_it_suffices(
+            sum(
+                state_bytes(param, group, self.rounding)
+                for group in self.param_groups
+                for param in group["params"]
+                if param not in self.state
+            )
+        )
+
     def _params(self) -> list[Any]:
         params: list[Any] = []
         for group in self.param_groups:
@@ -374,14 +446,20 @@ class AdamW(torch.optim.AdamW):
         if self.origin is not None:
             self.origin.trained = True
         self._settle()
+        for group in self.param_groups:
+            self._check_not_capturable(group)
+        self._check_host_memory()
         self._plan = None  # should the new one raise
-        self._plan = Plan(self.param_groups, self.state, present, self.rounding, self.impl)
+        self._plan = Plan(
+            self.param_groups, self.state, present, self.rounding, self.impl, self.offload
+        )
         self._warn_of_stale(self._plan.kept.forgotten)
         return self._plan
 
     def _settle(self) -> None:
+        """What goes before any look at states."""
         if self._plan is not None:
-            self._plan.kept.settle()
+            self._plan.settle()
 
     @torch._disable_dynamo
     @torch.no_grad()

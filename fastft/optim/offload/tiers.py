@@ -16,13 +16,12 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from fastft.foreign.tensors import local
-from fastft.optim.adamw_state import bytes_of_state
+from fastft.optim.adamw_state import state_bytes
 from fastft.optim.grad_norm import CHUNK
-from fastft.optim.offload import gradients
+from fastft.optim.offload import gradients, pieces
 
 TIERS = (None, "states", "gradients", "overlap")
 OF_GRADIENTS = TIERS[2:]  # with these, gradients lie on the host
-BUFFER = 64 * 2**20
 _SUM = 8  # bytes of a part of the norm
 
 
@@ -72,12 +71,12 @@ def bytes_of(
         micro_steps: whose gradients a step adds.
     """
     every = [(local(param), param, group) for group in groups for param in group["params"]]
-    states = sum(bytes_of_state(param, group, rounding) for _, param, group in every)
+    states = sum(state_bytes(param, group, rounding) for _, param, group in every)
     sizes = [part.nbytes for part, _, _ in every]
     whole, largest = sum(sizes), max(sizes, default=0)
     held, staging = offload in OF_GRADIENTS, 0
     if offload is not None:
-        staging += 2 * BUFFER
+        staging += pieces.STAGING
     if held:
         staging += sum(_SUM * -(-part.numel() // CHUNK) for part, _, _ in every)
         widest = max((part.itemsize for part, _, _ in every), default=0)
