@@ -29,6 +29,7 @@ from fastft.commands.script import (
     split,
 )
 from fastft.commands.versions import loaded_versions
+from fastft.integrations.processes_apart import is_first_started, processes_apart
 from fastft.integrations.trainings import at_prepare, at_train
 
 if TYPE_CHECKING:
@@ -189,6 +190,9 @@ class _Run:
             from fastft.integrations.accelerator_loop import AcceleratorLoop  # it imports torch
 
             self._loop = AcceleratorLoop(self._pieces), _Training("Accelerator")
+            apart = processes_apart(accelerator.num_processes)
+            if apart is not None and is_first_started():
+                _say(str(apart))
         self._loop[0].before(accelerator, objects)
 
     def _prepared(self, accelerator: Accelerator, prepared: tuple[Any, ...]) -> None:
@@ -215,8 +219,8 @@ class _Run:
             self._take_off(trainer)
         if self._loop is not None:
             self._loop[0].restore()
-            self._tell(_is_main_process())
-        if not _is_main_process():
+            self._tell(is_first_started())
+        if not is_first_started():
             return
         if not self._trainings and not _is_failure(error):
             _say(_NOTHING)
@@ -268,11 +272,6 @@ class _Run:
 
 def _is_failure(error: BaseException | None) -> bool:
     return error is not None and not (isinstance(error, SystemExit) and not error.code)
-
-
-def _is_main_process() -> bool:
-    """As launchers say it, for what is said where no library has been asked."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(text: str) -> None:

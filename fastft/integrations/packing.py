@@ -37,10 +37,14 @@ from fastft.integrations.probe.rows import Batches
 from fastft.integrations.probe.verdicts import verdict_of
 from fastft.integrations.rows_as_examples import (
     A_ROW_FOR_EACH,
+    CAUSAL,
+    first_labels_are_smoothed,
     labels_meet_rows,
+    learns_first_tokens,
     refuse_generation,
     refuse_logits_of_rows,
     say_what_trainer_counts,
+    smooths_labels_unshifted,
     warn_of_repeats,
 )
 from fastft.integrations.run_record import record_run
@@ -161,6 +165,12 @@ class PackingCallback(TrainerCallback):
             self._complain(reason)
         say_what_trainer_counts(args, collator, kwargs.get("processing_class"))
         self._refuse_one_axis(model, collator)
+        if (
+            collator.task in CAUSAL
+            and smooths_labels_unshifted(args, model)
+            and learns_first_tokens(loader, collator, model)
+        ):
+            self._complain(first_labels_are_smoothed(model))
         batches = self._with_images(
             model, loader, collator, batches_of(loader, collator, size_of_batches(loader, args))
         )

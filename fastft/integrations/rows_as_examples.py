@@ -1,7 +1,7 @@
 """Trainer takes a row of a batch for one example: what goes wrong where a row holds several.
 
-Generation, gathering of predictions, labels of whole examples and counts of tokens are refused, or
-a warning says what they will be.
+Generation, gathering of predictions, labels of whole examples, smoothed labels of first tokens and
+counts of tokens are refused, or a warning says what they will be.
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from fastft.data.collator import PackingCollator
-from fastft.data.keys import LABEL_SEGMENTS
+from fastft.data.keys import IGNORE_INDEX, LABEL_SEGMENTS
 from fastft.data.packed import packs_of
+from fastft.data.processed import tensor_of
+from fastft.data.tasks.image_text import IMAGE_TEXT
 from fastft.foreign.models import base_model
 from fastft.integrations.pool_segments import is_pooled
+from fastft.integrations.probe.images import examples_in
+
+CAUSAL = ("causal_lm", IMAGE_TEXT)
 
 # below "transformers", so that its verbosity rules
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -90,6 +96,40 @@ def refuse_logits_of_rows(model: nn.Module, loader: Any, collator: PackingCollat
             "examples: call fastft.pool_segments(model), which makes one of each example, before "
             "the model is sharded, and before an evaluation outside of a training"
         )
+
+
+def smooths_labels_unshifted(args: Any, model: nn.Module) -> bool:
+    """Whether Trainer's label smoother takes the labels of a causal model as they are: it shifts
+    those of the classes for causal models, of which none reads images."""
+    name = type(base_model(model)).__name__
+    return args.label_smoothing_factor != 0 and (
+        name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )
+
+
+def first_labels_are_smoothed(model: nn.Module) -> str:
+    """A sentence for a model of which that is so, and whose examples learn their first token."""
+    return (
+        "with label_smoothing_factor Trainer does not shift the labels of "
+        f"{type(base_model(model)).__name__}, and the first token of each text is learned too, "
+        "which packed batches leave out; label_smoothing_factor=0 has the model's own loss"
+    )
+
+
+def learns_first_tokens(loader: Any, collator: PackingCollator, model: nn.Module) -> bool:
+    """Whether some example from all over a loader's dataset has a label for its first token, as far
+    as that can be known."""
+    examples = examples_in(loader, collator, model)
+    return examples is None or any(map(_learns_its_first, examples))
+
+
+def _learns_its_first(example: dict[str, Any]) -> bool:
+    labels = example.get("labels")
+    if labels is None:  # all of its tokens are
+        return True
+    labels, mask = tensor_of(labels).flatten(), example.get("attention_mask")
+    first = 0 if mask is None else int(tensor_of(mask).flatten().argmax())
+    return len(labels) > 0 and int(labels[first]) != IGNORE_INDEX
 
 
 def say_what_trainer_counts(args: Any, collator: PackingCollator, processing_class: Any) -> None:

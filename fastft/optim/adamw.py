@@ -24,15 +24,16 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.foreign import engines
+from fastft.foreign import engines, tensors
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import Plan, same_objects
-from fastft.optim.adamw_state import state_bytes
 from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
+from fastft.optim.adamw_state import state_bytes
 from fastft.optim.groups import check_group
 from fastft.optim.offload.gradients import HeldGradients
 from fastft.optim.offload.host_memory import check_that_it_suffices
+from fastft.optim.offload.released import ReleasedGradients
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
@@ -214,7 +215,7 @@ class AdamW(torch.optim.AdamW):
         self.offload, self.release_gradients = offload, release_gradients
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
-        self._held = HeldGradients(impl) if offload in ("gradients", "overlap") else None
+        self._make_keepers()
         self._warned = False
         defaults = {
             "lr": lr,
@@ -238,9 +239,16 @@ class AdamW(torch.optim.AdamW):
         self.origin = _origin
         if _origin is not None:
             _origin.is_made()
-        self._check_host_memory()
+        self._check_host_memory(0 if self._held is None else sum(map(_bytes, self._params())))
         if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
+        frees = self._held is not None or self._released is not None
+        if frees and engines.gradients_are_parts():
+            raise ValueError(
+                "offload='gradients' and release_gradients take gradients as backward makes them, "
+                "where DeepSpeed and FSDP1 still cut them into flat parts: use offload='states', "
+                "or FSDP2"
+            )
         if max_grad_norm is not None and engines.gradients_are_parts():
             raise ValueError(
                 "the optimizer's max_grad_norm would clip to the norm of each process's part of "
@@ -285,8 +293,7 @@ class AdamW(torch.optim.AdamW):
                 raise TypeError(
                     f"AdamW trains float32 and bfloat16 parameters, got one of {param.dtype}"
                 )
-        if self._held is not None:
-            self._held.watch(self._params())
+        self._watch_gradients()
         random = self.rounding == "stochastic" or self.param_groups[-1]["moments"] != "fp32"
         if random and self.param_groups[0]["seed"] is None:  # all groups have that of the first
             self.defaults["seed"] = int(torch.randint(2**63 - 1, ()))
@@ -311,12 +318,15 @@ class AdamW(torch.optim.AdamW):
         # torch.optim.AdamW's looks into states that are still hidden
         torch.optim.Optimizer.__setstate__(self, state)
         self._plan = self._clipping = None
+        if "_held" not in vars(self):  # a copy, or out of a pickle
+            self._make_keepers()
+            self._watch_gradients()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["foreach"] = group["fused"] = None  # a checkpoint of torch's may say otherwise
             group["decoupled_weight_decay"] = True  # a checkpoint of torch's Adam says otherwise
-            if self.offload is not None:
+            if self.offload is not None or self.release_gradients:
                 group["capturable"] = False  # a checkpoint of another `offload` may say otherwise
         checkpoint.reveal(self)
 
@@ -369,6 +379,8 @@ class AdamW(torch.optim.AdamW):
                 explicit `impl` that cannot be used on these parameters, or a CUDA graph that
                 captures a step it could only repeat.
         """
+        if self._held is not None or self._released is not None:
+            self._check_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -381,6 +393,8 @@ class AdamW(torch.optim.AdamW):
         self._skipped = False if found_inf is None else found_inf
         if not grads:
             self._say_that_nothing_is_trained()
+        elif self._released is not None:
+            self._released.step(params)
         elif found_inf is None or self._counted_there(grads) or not self.step_was_skipped:
             factor = self._grad_factor(grads, clipping)
             plan = self._plan_of(params, present)
@@ -397,18 +411,21 @@ class AdamW(torch.optim.AdamW):
         return 0 if self._plan is None else self._plan.staging
 
     def _check_not_capturable(self, group: dict[str, Any]) -> None:
-        if self.offload is not None and group["capturable"]:
+        what = "release_gradients=True" if self.release_gradients else f"offload={self.offload!r}"
+        if group["capturable"] and (self.offload is not None or self.release_gradients):
             raise ValueError(
-                f"capturable=True with offload={self.offload!r} is not implemented: a CUDA graph "
-                "would repeat one step's copies. Leave out one of them"
+                f"capturable=True with {what} is not implemented: a CUDA graph would repeat one "
+                "step's copies and counts. Leave out one of them"
             )
 
-    def _check_host_memory(self) -> None:
-        """Raises where the host has too little memory for the states that are still to be made."""
+    def _check_host_memory(self, gradients: int = 0) -> None:
+        """Raises where the host has too little memory for the states that are still to be made, and
+        so many bytes of gradients."""
         if self.offload is None:
             return
         check_that_it_suffices(
-            sum(
+            gradients
+            + sum(
                 state_bytes(param, group, self.rounding)
                 for group in self.param_groups
                 for param in group["params"]
@@ -416,11 +433,42 @@ class AdamW(torch.optim.AdamW):
             )
         )
 
+    def _make_keepers(self) -> None:
+        """Makes what takes gradients as backward makes them."""
+        held = self.offload in ("gradients", "overlap")
+        self._held = HeldGradients(self.impl) if held else None
+        self._released = ReleasedGradients(self) if self.release_gradients else None
+
+    def _watch_gradients(self) -> None:
+        for keeper in (self._held, self._released):
+            if keeper is not None:
+                keeper.watch(self._params())
+
     def _params(self) -> list[Any]:
         params: list[Any] = []
         for group in self.param_groups:
             params += group["params"]
         return params
+
+    def _check_step(self, closure: Any) -> None:
+        """Raises for what a step over gradients that are not on the device cannot do."""
+        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
+            raise RuntimeError(
+                "GradScaler looks for Inf in gradients that are freed as backward makes them "
+                "(offload='gradients', release_gradients): train in bf16, or use offload='states'"
+            )
+        if closure is not None and self._released is not None:
+            raise RuntimeError(
+                "a closure's backward pass would update before step() does: call step() without "
+                "one, or leave out release_gradients"
+            )
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Throws gradients away, wherever they are, as torch does."""
+        super().zero_grad(set_to_none)
+        if self._released is not None:
+            self._released.zero_grad()
 
     def _with_gradients(self) -> tuple[list[Any], list[Any], list[bool]]:
         """The parameters that have a gradient, the gradients, and of all whether they have one."""
@@ -458,6 +506,8 @@ class AdamW(torch.optim.AdamW):
 
     def _settle(self) -> None:
         """What goes before any look at states."""
+        if self._released is not None:
+            self._released.settle()
         if self._plan is not None:
             self._plan.settle()
 
@@ -562,6 +612,12 @@ class AdamW(torch.optim.AdamW):
         Returns:
             The norm of all gradients together, float32 of shape (); also `grad_norm`.
         """
+        if self._released is not None and max_norm != float("inf"):
+            raise ValueError(
+                f"gradients cannot be clipped to {max_norm} after release_gradients=True has used "
+                "them up inside backward: TrainingArguments(max_grad_norm=0), or "
+                "offload='gradients', which clips"
+            )
         self.grad_norm = grad_norm(grads, self.impl)
         self._clipping = _Clipping(
             self.grad_norm, max_norm, list(grads), [grad._version for grad in grads]
@@ -587,3 +643,8 @@ class AdamW(torch.optim.AdamW):
         self.grad_norm = norm if scale is None else norm / scale.to(norm.device)
         factor = clip_factor(self.grad_norm, max_norm)
         return factor if scale is None else factor / scale.to(norm.device)
+
+
+def _bytes(param: Any) -> int:
+    """Bytes of this process's part of a parameter."""
+    return int(tensors.local(param).nbytes)

@@ -74,6 +74,13 @@ class WithSums(Protocol):
     sums: Tensor
 
 
+def norm_engine(impl: str, device: torch.device) -> str:
+    """The engine that takes parts of the norm for an optimizer with `impl`: any, where this has no
+    kernel for it (max_grad_norm is refused then)."""
+    has_norm = impl == "eager" or impl in GRAD_NORM.engines
+    return GRAD_NORM.resolve(impl if has_norm else "auto", device)
+
+
 def parts_of(numel: int, engine: str) -> int:
     """How many sums are a gradient's part of the norm that `engine` takes."""
     return 1 if engine == "eager" else -(-numel // CHUNK)

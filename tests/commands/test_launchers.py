@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytestmark = [
@@ -74,9 +75,44 @@ def test_every_process_trains_as_without(tmp_path, launcher):
         )
         assert fast[:2] == stock[:2] == [["--more"], 2]
         assert fast[2] == pytest.approx(stock[2], rel=2e-5)
-    assert said.count("fastft: loss: fused") == 1
+    assert said.count("fastft: loss: fused") == 1 and "have not been joined" not in said
     (training,) = json.loads((tmp_path / "report.json").read_text())["trainings"]
     assert training["report"]["fused"] == 3
+
+
+ALONE = {
+    "Trainer": """
+import torch
+from support.trainers import quiet_arguments, tiny_llama
+from transformers import Trainer
+
+rows = [{"input_ids": row, "labels": row} for row in torch.arange(97 * 9).remainder(97).view(97, 9)]
+arguments = quiet_arguments("out", max_steps=1, use_cpu=False)
+trainer = Trainer(tiny_llama(), arguments, train_dataset=rows)
+trainer.train()
+assert arguments.world_size == 1
+""",
+    "Accelerator": """
+import torch
+from accelerate import Accelerator
+from support.trainers import tiny_llama
+
+model = tiny_llama()
+accelerator = Accelerator()
+accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+assert accelerator.num_processes == 1
+""",
+}
+
+
+@pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="a GPU, for which processes are joined"
+)
+@pytest.mark.parametrize("kind", ALONE)
+def test_processes_that_nobody_has_joined_are_told_once(tmp_path, kind):
+    (tmp_path / "script.py").write_text(ALONE[kind])
+    said = launched(tmp_path, *TORCHRUN, "-m", "fastft", "run", "script.py")
+    assert said.count("A launcher has started 2 processes (WORLD_SIZE)") == 1
 
 
 # what `accelerate config` writes, by the engine that it names

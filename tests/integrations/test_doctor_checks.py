@@ -313,6 +313,7 @@ TRAININGS = {
         lambda taken: of_training(taken, n_gpu=2, parallel_mode=ParallelMode.NOT_DISTRIBUTED),
         "slow",
     ),
+    "processes_that_train_alone": (lambda taken: taken(), "wrong"),
     "fp32_products_without_tf32": (on_a_gpu, "slow"),
     "half_precision_emulated": (lambda taken: taken(bf16=True), "slow"),
     "debugging_left_on": (lambda taken: taken(debug="underflow_overflow"), "slow"),
@@ -325,7 +326,10 @@ def test_a_training_that_makes_a_check_speak(check, taken, monkeypatch):
     emulated = check is training.half_precision_emulated
     monkeypatch.setattr(training, "is_emulated", lambda dtype, device: emulated)
     build, severity = TRAININGS[check.__name__]
-    assert check(build(taken)).severity == severity
+    seen = build(taken)
+    if check is training.processes_that_train_alone:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    assert check(seen).severity == severity
 
 
 def half_that_keeps_low_bits():

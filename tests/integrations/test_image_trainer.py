@@ -157,12 +157,34 @@ def test_the_probe_asks_with_examples_of_each_kind():
     assert sorted(map(sorted, chosen)) == sorted(map(sorted, [image, video, image | video, {}]))
 
 
+def all_learned(examples):
+    return [example | {"labels": example["input_ids"]} for example in examples]
+
+
+def without_labels(examples):
+    return [{key: each[key] for key in each if key != "labels"} for each in examples]
+
+
+@pytest.mark.parametrize("dataset", [all_learned, without_labels])
+@pytest.mark.parametrize("callback", [fastft.PackingCallback, fastft.FusedLossCallback])
+def test_smoothed_labels_of_first_tokens_are_refused_with_a_collator_of_ours(
+    tmp_path, dataset, callback
+):
+    given = {"dataset": dataset, "label_smoothing_factor": 0.1, "remove_unused_columns": False}
+    trainer = image_trainer(tmp_path, LLAVA, packing, callbacks=[callback()], **given)
+    with pytest.raises(fastft.PackingLeakError, match="with label_smoothing_factor Trainer does"):
+        trainer.train()
+
+
+def test_smoothed_labels_behind_the_first_token_are_those_of_stock(tmp_path):
+    stock = losses(image_trainer(tmp_path, LLAVA, label_smoothing_factor=0.1))
+    given = {"callbacks": [fastft.PackingCallback()], "label_smoothing_factor": 0.1}
+    packed = losses(image_trainer(tmp_path, LLAVA, packing, **given))
+    assert packed == pytest.approx(stock, rel=2e-5)
+
+
 def test_label_smoothing_that_learns_first_tokens_is_left_alone(tmp_path):
     """Trainer shifts no labels for it but those of causal models."""
-
-    def all_learned(examples):
-        return [example | {"labels": example["input_ids"]} for example in examples]
-
     trainer = image_trainer(tmp_path, LLAVA, dataset=all_learned, label_smoothing_factor=0.1)
     plug = fastft.plug(trainer, packing="collate")
     assert plug.lines["packing"].startswith("left alone: with label_smoothing_factor"), plug.lines

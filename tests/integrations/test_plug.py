@@ -118,6 +118,31 @@ def test_other_processes_say_nothing(tmp_path, monkeypatch):
     assert not said and plug.lines["loss"] == "fused at lm_head"
 
 
+@pytest.mark.parametrize(
+    "variables, warnings",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, 1),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, 0),  # one process says it
+        ({"WORLD_SIZE": "1", "RANK": "0"}, 0),
+        ({}, 0),
+    ],
+)
+def test_processes_of_a_launcher_that_train_alone_are_told_so(
+    tmp_path, monkeypatch, variables, warnings
+):
+    """As on a CPU behind torchrun, without use_cpu=True."""
+    said = []
+    monkeypatch.setattr(plug_module.logger, "warning", said.append)
+    trainer = trainer_of(tmp_path, max_steps=1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    fastft.plug(trainer)
+    trainer.train()
+    told = [line for line in said if "have not been joined" in line]
+    assert len(told) == warnings
+    assert all("use_cpu=True" in line and "2 processes" in line for line in told)
+
+
 def test_a_bf16_model_with_softcap_is_told_of(tmp_path):
     trainer = trainer_of(tmp_path)
     trainer.model = trainer.model_wrapped = gemma().to(torch.bfloat16)

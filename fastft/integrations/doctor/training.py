@@ -21,6 +21,7 @@ from fastft.foreign.engines import deepspeed_config, engine_of, inner_optimizer,
 from fastft.integrations.doctor.batches import Sample
 from fastft.integrations.doctor.finding import Finding
 from fastft.integrations.doctor.machine import slowness
+from fastft.integrations.processes_apart import processes_apart
 from fastft.loss.head_gemms import is_emulated
 from fastft.optim.adamw import AdamW
 
@@ -186,6 +187,12 @@ def one_process_for_several_gpus(sample: Sample) -> Finding | None:
     )
 
 
+def processes_that_train_alone(sample: Sample) -> Finding | None:
+    """A launcher has started several processes, and each trains a model of its own."""
+    apart = processes_apart(sample.trainer.args.world_size)
+    return None if apart is None else Finding("wrong", *apart)
+
+
 def fp32_products_without_tf32(sample: Sample) -> Finding | None:
     """fp32 products leave the tensor cores of a GPU idle."""
     args = sample.trainer.args
@@ -250,6 +257,7 @@ TRAINING = (
     betas_that_deepspeed_drops,
     warmup_that_never_ends,
     one_process_for_several_gpus,
+    processes_that_train_alone,
     fp32_products_without_tf32,
     half_precision_emulated,
     debugging_left_on,

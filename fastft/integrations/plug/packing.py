@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastft.data.collator import PackingCollator
 from fastft.data.packed import PackedDataset, pack, packs_in
@@ -35,6 +34,11 @@ from fastft.integrations.plug.collator import (
 )
 from fastft.integrations.plug.sample import Sample, sample_of
 from fastft.integrations.pool_segments import pool_segments
+from fastft.integrations.rows_as_examples import (
+    CAUSAL,
+    first_labels_are_smoothed,
+    smooths_labels_unshifted,
+)
 
 COLLATE = "collate"
 _GROUPING = ("group_by_length", "batch_rebalance")
@@ -101,12 +105,7 @@ class PackingPiece:
                     "and their loss would be larger"
                 )
             if self._smooths_first_labels():
-                raise Unpackable(
-                    "with label_smoothing_factor Trainer does not shift the labels of "
-                    f"{models.class_name(trainer.model)}, and the first token of each text is "
-                    "learned too, which packed batches leave out; label_smoothing_factor=0 has "
-                    "the model's own loss"
-                )
+                raise Unpackable(first_labels_are_smoothed(trainer.model))
         if self.packing != COLLATE:
             self._pack()
 
@@ -123,13 +122,10 @@ class PackingPiece:
         return divides and self._is_causal() and sample is not None and sample.labels_first
 
     def _smooths_first_labels(self) -> bool:
-        """Whether Trainer's label smoother takes labels as they are: it shifts those of the classes
-        for causal models, of which none reads images."""
+        """Whether Trainer's label smoother gets labels of first tokens, unshifted."""
         trainer, sample = self._trainer, self._sample
-        name = type(models.base_model(trainer.model)).__name__
-        unshifted = name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         learned = sample is not None and sample.labels_first and self._is_causal()
-        return trainer.label_smoother is not None and unshifted and learned
+        return learned and smooths_labels_unshifted(trainer.args, trainer.model)
 
     def _pack(self) -> Any:
         """The packs of the Trainer's training set as it is now."""
@@ -174,7 +170,7 @@ class PackingPiece:
         return _packing(self._collator).task
 
     def _is_causal(self) -> bool:
-        return self._task() in ("causal_lm", IMAGE_TEXT)
+        return self._task() in CAUSAL
 
     def _train_loader(self, stock: Any) -> Any:
         """`get_train_dataloader`: the user's own, with other batches in it."""

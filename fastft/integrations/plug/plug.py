@@ -25,6 +25,7 @@ from fastft.integrations.packing import PackingCallback
 from fastft.integrations.plug.loss import LossPiece
 from fastft.integrations.plug.optimizer import OptimizerPiece
 from fastft.integrations.plug.packing import PackingPiece
+from fastft.integrations.processes_apart import is_first_started, processes_apart
 from fastft.loss.lazy.report import Report
 
 # below "transformers", so that its verbosity rules
@@ -109,6 +110,9 @@ class Plugged:
     def _training_begins(self) -> None:
         self._training_ends()  # auto_find_batch_size begins again without an end
         self._trained = False
+        apart = processes_apart(self._trainer.args.world_size)
+        if apart is not None and is_first_started():
+            logger.warning(f"fastft: {apart}")
         for piece in (self._optimizer, self._packing):
             piece.train_begins(self._training)
 

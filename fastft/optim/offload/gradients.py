@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from fastft.foreign import sharding
-from fastft.foreign.tensors import in_flat_parameter, is_dtensor, local, sharded_like
-from fastft.optim.grad_norm import CHUNK, GRAD_NORM, parts_of, write_parts
+from fastft.foreign.tensors import local, sharded_like
+from fastft.optim.grad_norm import CHUNK, norm_engine, parts_of, write_parts
 from fastft.optim.offload import device as devices
 from fastft.optim.offload.absent import AbsentGradient
 from fastft.optim.offload.device import Event, Queue
+from fastft.optim.offload.hooks import Hooks, check_gradient, check_kind
 
 IN_FLIGHT = 2**28  # bytes of gradients that wait for their copy; one may be larger
 STAGE = 2**22  # elements of each of the two stages, which only micro-batches need
@@ -105,7 +104,7 @@ class Filling:
         return self.slot.lane.read(self.slot)
 
     def add(self, new: Tensor) -> None:
-        _check_addend(new)
+        check_kind(new)
         self.slot.lane.add(self.slot, local(new).detach())
 
     def zero(self) -> None:
@@ -137,8 +136,7 @@ class Lane:
 
     def __init__(self, device: torch.device, impl: str) -> None:
         self.device, self.place = device, devices.of(device)
-        has_norm = impl == "eager" or impl in GRAD_NORM.engines
-        self.engine = GRAD_NORM.resolve(impl if has_norm else "auto", device)
+        self.engine = norm_engine(impl, device)
         self.fetch, self.send = self.place.queue(), self.place.queue()
         self.flying: deque[_InUse] = deque()
         self.stages: deque[_InUse] = deque()
@@ -241,24 +239,13 @@ class HeldGradients:
         self._impl = impl
         self._lanes: dict[torch.device, Lane] = {}
         self._slots: dict[Tensor, Slot] = {}
-        self._handles: dict[Tensor, RemovableHandle] = {}
-        removals: list[RemovableHandle] = []
-        self._removals = removals
-        weakref.finalize(self, _let_go, removals, self._lanes).atexit = False
+        self._hooks = Hooks(self.hold)
+        weakref.finalize(self, _let_go, self._lanes).atexit = False
 
     def watch(self, params: Sequence[Any]) -> None:
         """Holds from now on what backward makes for these parameters, and for no others."""
-        kept = set(params)
-        for param in [param for param in self._handles if param not in kept]:
-            self._handles.pop(param).remove()
-            self._slots.pop(param, None)
-        self._removals[:] = self._handles.values()
-        hold = weakref.WeakMethod(self.hold)  # a parameter must not keep its optimizer alive
-        for param in params:
-            if param.requires_grad and param.is_leaf and param not in self._handles:
-                handle = param.register_post_accumulate_grad_hook(partial(_hold_if_alive, hold))
-                self._handles[param] = handle
-                self._removals.append(handle)
+        for gone in self._hooks.watch(params):
+            self._slots.pop(gone, None)
 
     def hold(self, param: Any) -> None:
         """Sends `p.grad` to the host, if it is not there, and leaves an absent one in its place."""
@@ -294,62 +281,8 @@ class HeldGradients:
         return [slot.value for slot in slots]
 
 
-def check_gradient(param: Any, gradient: Any) -> None:
-    """Raises where a gradient cannot be used and given back in the middle of a backward pass."""
-    _check_addend(gradient)
-    check_place(param)
-    placements = getattr(gradient, "placements", None)
-    if placements is None:
-        return
-    if placements != getattr(param, "placements", None):
-        raise RuntimeError(
-            f"a gradient has placements {placements}, its parameter {param.placements}: gradients "
-            "on the host are those that FSDP2 shards as their parameters; use offload='states'"
-        )
-    if gradient.device_mesh.ndim > 1 and any(place.is_replicate() for place in placements):
-        raise RuntimeError(
-            f"gradients of placements {placements} are reduced in two queues (HSDP), and their "
-            "memory cannot be given back in between: use offload='states'"
-        )
-
-
-def check_place(param: Any) -> None:
-    """Raises where others still need the gradient when backward has made it."""
-    what = "gradients are freed as backward makes them (offload='gradients', release_gradients), "
-    if in_flat_parameter(param) or type(param).__name__ == "FlatParameter":
-        raise RuntimeError(f"{what}which FSDP1's flat ones cannot be: use FSDP2")
-    if sharding.world_size() > 1 and not is_dtensor(param):
-        raise RuntimeError(
-            f"{what}and in several processes only FSDP2 has reduced them by then: under "
-            "DistributedDataParallel and DeepSpeed use offload='states'"
-        )
-
-
-def _check_addend(gradient: Any) -> None:
-    """Raises for what no slot can hold."""
-    if gradient.layout != torch.strided:
-        raise RuntimeError(
-            "AdamW does not take sparse gradients (an Embedding with sparse=True makes them)"
-        )
-    if gradient.requires_grad:
-        raise RuntimeError(
-            "backward(create_graph=True) makes gradients with a history, which cannot leave the "
-            "device: train without offload='gradients' and release_gradients"
-        )
-    if gradient.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"gradients on the host are float32 or bfloat16, got {gradient.dtype}")
-
-
-def _hold_if_alive(method: weakref.WeakMethod[Any], param: Tensor) -> None:
-    hold = method()
-    if hold is not None:
-        hold(param)
-
-
-def _let_go(handles: list[RemovableHandle], lanes: dict[torch.device, Lane]) -> None:
-    """Takes the hooks off, and gives memory back behind what is still done with it."""
-    for handle in handles:
-        handle.remove()
+def _let_go(lanes: dict[torch.device, Lane]) -> None:
+    """Gives memory back behind what is still done with it."""
     for lane in lanes.values():
         lane.arrive()
 
