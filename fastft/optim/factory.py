@@ -121,7 +121,10 @@ def spec_of(origin: Origin) -> tuple[type[AdamW], Keywords]:
     args, weight_decay = origin.args, origin.given.get("weight_decay")
     keywords = Keywords(origin)
     # a wrong keyword is told here, not after Trainer has loaded the model
-    example = AdamW([torch.zeros(1, dtype=torch.bfloat16)], **{"seed": 0, **keywords})
+    tried = {"seed": 0, **keywords}
+    if tried.get("offload") == "auto":  # which looks at parameters
+        tried["offload"] = "states"
+    example = AdamW([torch.zeros(1, dtype=torch.bfloat16)], **tried)
     if args is not None:
         if weight_decay is not None and weight_decay != args.weight_decay:
             raise ValueError(

@@ -17,15 +17,20 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed
+from torch import Tensor
 
 from fastft.foreign import engines, models, sharding
 from fastft.foreign.tensors import is_dtensor, local
 from fastft.optim.offload import tiers
+
+if TYPE_CHECKING:
+    from fastft.optim.origin import Origin
 
 _SECONDS = 600.0  # of an estimate; 70 billion parameters take two minutes
 # what tells a process that it is one of several, or has a GPU
@@ -50,6 +55,33 @@ class Choice(NamedTuple):
 
 class Unknown(Exception):
     """Activations are not known; says why."""
+
+
+def choose_for(
+    params: Iterable[Any], moments: str, amsgrad: bool, rounding: str, origin: Origin | None
+) -> tuple[list[Any], Choice]:
+    """The choice for what an optimizer is going to be made of, and that, which may be a generator,
+    as a list."""
+    params = list(params)
+    if all(isinstance(group, dict) for group in params):
+        params = [{**group, "params": _listed(group["params"])} for group in params]
+    defaults = {"moments": moments, "amsgrad": amsgrad}
+    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+    groups = [{**defaults, **group, "params": _tensors(group["params"])} for group in groups]
+    if not any(group["params"] for group in groups):
+        return params, Choice(None, "there are no parameters")  # which torch refuses
+    known = {} if origin is None else origin.training()
+    return params, choose(groups, rounding, **known)
+
+
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _tensors(params: Iterable[Any]) -> list[Tensor]:
+    """Without the names that may go with them, and without what torch refuses."""
+    found = (param[1] if isinstance(param, tuple) else param for param in params)
+    return [param for param in found if isinstance(param, Tensor)]
 
 
 def choose(
@@ -88,7 +120,8 @@ def choose(
 def _device(groups: list[dict[str, Any]], args: Any) -> torch.device:
     """Where the training will be: Trainer moves a model there later than its optimizer is made."""
     device: torch.device | None = getattr(args, "device", None)
-    return device or local(groups[0]["params"][0]).device
+    first = next(param for group in groups for param in group["params"])
+    return device or local(first).device
 
 
 def _allowed(groups: list[dict[str, Any]], args: Any) -> tuple[str | None, ...]:

@@ -15,8 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from fastft.foreign.tensors import local
-from fastft.optim.adamw_state import state_bytes
+from fastft.optim.adamw_part import Row, entry_names
+from fastft.optim.adamw_state import new_state, rounding_of
 from fastft.optim.grad_norm import CHUNK
 from fastft.optim.offload import gradients, pieces
 
@@ -70,18 +73,21 @@ def bytes_of(
         release_gradients: whether backward uses gradients up.
         micro_steps: whose gradients a step adds.
     """
-    every = [(local(param), param, group) for group in groups for param in group["params"]]
-    states = sum(state_bytes(param, group, rounding) for _, param, group in every)
-    sizes = [part.nbytes for part, _, _ in every]
+    every = [(param, group) for group in groups for param in group["params"]]
+    params = [local(param) for param, _ in every]
+    entries = [_entries(param, group, rounding) for param, group in every]
+    states = sum(entry.nbytes for of_param in entries for entry in of_param)
+    sizes = [param.nbytes for param in params]
     whole, largest = sum(sizes), max(sizes, default=0)
     held, staging = offload in OF_GRADIENTS, 0
     if offload is not None:
-        staging += pieces.STAGING
-    if held:
-        staging += sum(_SUM * -(-part.numel() // CHUNK) for part, _, _ in every)
-        widest = max((part.itemsize for part, _, _ in every), default=0)
-        staging += 2 * gradients.STAGE * widest if micro_steps > 1 else 0
-    # those that wait for their copy, or the one that is larger, and the one that is being made
+        forms = [pieces.form(*both, held) for both in zip(params, entries, strict=True)]
+        staging += sum(pieces.buffers(forms, pieces.cut(forms, pieces.BUFFER)))
+    if held or release_gradients:
+        staging += sum(_SUM * -(-param.numel() // CHUNK) for param in params)
+    if held and micro_steps > 1:
+        staging += 2 * gradients.STAGE * max((param.itemsize for param in params), default=0)
+    # those that wait for their copy, or one that is larger, and the one that is being made
     in_flight = min(whole, max(gradients.IN_FLIGHT, largest) + largest)
     return TierBytes(
         weights=whole,
@@ -91,3 +97,10 @@ def bytes_of(
         host_states=states if offload else 0,
         host_gradients=whole if held else 0,
     )
+
+
+def _entries(param: Tensor, group: dict[str, Any], rounding: str) -> list[Tensor]:
+    """This process's part of a state, without memory, in the operator's order."""
+    state = new_state(param, group, rounding, "meta")
+    row = Row(0, rounding_of(param, rounding), group["amsgrad"], 0)
+    return [local(state[name]) for name in entry_names(state, row)]
