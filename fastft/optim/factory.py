@@ -16,6 +16,7 @@ import torch
 
 from fastft.foreign import engines, models
 from fastft.optim.adamw import AdamW
+from fastft.optim.offload import tiers
 from fastft.optim.origin import Keywords, Origin
 
 
@@ -82,6 +83,7 @@ def adamw(
     optimizer = AdamW(groups, **Keywords(origin))
     if args is not None:
         _warn_of_two_clippings(args, optimizer.max_grad_norm)
+        _check_gradients(args, optimizer, model)
     origin.remember()
     return optimizer, None
 
@@ -132,6 +134,7 @@ def spec_of(origin: Origin) -> tuple[type[AdamW], Keywords]:
                 f"{args.weight_decay} of its args; set it in args: "
                 f"TrainingArguments(weight_decay={weight_decay})"
             )
+        _check_gradients(args, example)
         config = engines.deepspeed_config(args)
         if config is None:
             _warn_of_two_clippings(args, example.max_grad_norm, stacklevel=4)
@@ -153,6 +156,34 @@ def _warn_of_two_clippings(args: Any, max_grad_norm: float | None, stacklevel: i
             f"{max_grad_norm} by the optimizer: set TrainingArguments(max_grad_norm=0), or leave "
             "max_grad_norm to args and use fastft.fuse_clipping",
             stacklevel=stacklevel,
+        )
+
+
+def _check_gradients(args: Any, optimizer: AdamW, model: torch.nn.Module | None = None) -> None:
+    """Raises where somebody else needs the gradients that leave the device in backward."""
+    releases = optimizer.release_gradients
+    if not (releases or optimizer.offload in tiers.OF_GRADIENTS):
+        return
+    name = "release_gradients=True" if releases else f"offload={optimizer.offload!r}"
+    processes = getattr(args, "world_size", 1) // engines.same_batch_ranks(model, args)
+    copies = processes > 1 and engines.engine_of(args) is None
+    if copies or getattr(args, "n_gpu", 1) > 1:
+        why = "DDP and DataParallel add up those of all copies of the model when all are made"
+    elif getattr(args, "fp16", False):
+        why = "the GradScaler of fp16 looks for Inf when all are made"
+    else:
+        why = ""
+    if why:
+        raise ValueError(
+            f"{name} takes gradients off the device as backward makes them, and {why}: use "
+            "offload='states'"
+        )
+    if releases and (args.gradient_accumulation_steps > 1 or args.max_grad_norm):
+        raise ValueError(
+            "release_gradients=True uses each gradient up in backward, before its norm or that of "
+            "a second micro-batch is known: set TrainingArguments(max_grad_norm=0, "
+            "gradient_accumulation_steps=1), or use offload='gradients', which clips and "
+            "accumulates exactly"
         )
 
 
