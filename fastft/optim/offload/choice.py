@@ -204,7 +204,7 @@ def _by_estimate(
     peak = max(column["training"]["bytes"], column["evaluation"]["bytes"])
     return Choice(
         found["offload"],
-        f"{peak / _GIB:.1f} of {budget / _GIB:.1f} GiB, as estimated for {batch.rows} rows of "
+        f"{peak / _GIB:.1f} of {budget / _GIB:.1f} GiB, as estimated for {batch.rows} x "
         f"{batch.tokens} tokens",
     )
 
