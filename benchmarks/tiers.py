@@ -252,12 +252,17 @@ def main() -> None:
     for name, rows in TABLES.items():
         table = "\n".join(rows())
         print(table, flush=True)
-        begin, end = f"<!-- benchmarks/tiers.py: {name} -->\n\n", "\n\n<!-- end -->"
-        found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.S)
-        if found is None:
-            raise SystemExit(f"{PAGE} has no place for the table {name!r}")
-        text = text[: found.start()] + begin + table + end + text[found.end() :]
+        begin, old = table_of(text, name)
+        text = text[:begin] + table + text[begin + len(old) :]
     PAGE.write_text(text)
+
+
+def table_of(text: str, name: str) -> tuple[int, str]:
+    """Where the page has a table, and the table."""
+    found = re.search(f"<!-- benchmarks/tiers.py: {name} -->\n\n(.*?)\n*<!-- end -->", text, re.S)
+    if found is None:
+        raise ValueError(f"{PAGE} has no place for the table {name!r}")
+    return found.start(1), found[1]
 
 
 if __name__ == "__main__":
