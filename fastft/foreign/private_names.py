@@ -13,7 +13,10 @@ PRIVATE_NAMES = {
     "torch._dynamo.decorators:_dynamo_marked_constant": (
         "torch.compiler.assume_constant_result, without the compiler"
     ),
-    "torch:Tensor._make_wrapper_subclass": "lazy logits are a tensor without memory",
+    "torch:Tensor._make_wrapper_subclass": "lazy logits, and gradients that are elsewhere, are "
+    "tensors without memory",
+    "torch._C:_disabled_torch_function_impl": "such a gradient is looked at below autograd alone",
+    "torch:ops.aten._foreach_zero_": "zero_grad(set_to_none=False)",
     "torch:UntypedStorage._cdata": (
         "whether an operation on lazy logits would share their memory; which memory is live"
     ),

@@ -102,9 +102,8 @@ def smooths_labels_unshifted(args: Any, model: nn.Module) -> bool:
     """Whether Trainer's label smoother takes the labels of a causal model as they are: it shifts
     those of the classes for causal models, of which none reads images."""
     name = type(base_model(model)).__name__
-    return args.label_smoothing_factor != 0 and (
-        name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    )
+    smoothed = getattr(args, "label_smoothing_factor", 0.0) != 0
+    return smoothed and name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def first_labels_are_smoothed(model: nn.Module) -> str:

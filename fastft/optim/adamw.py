@@ -21,7 +21,7 @@ from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastft import ops
 from fastft.foreign import engines, tensors
@@ -32,6 +32,7 @@ from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
 from fastft.optim.groups import check_group
 from fastft.optim.offload.choice import Choice, choose_for
+from fastft.optim.offload.deferred import Followed, PendingStep
 from fastft.optim.offload.gradients import HeldGradients
 from fastft.optim.offload.host_memory import check_that_it_suffices
 from fastft.optim.offload.released import ReleasedGradients
@@ -177,7 +178,9 @@ class AdamW(torch.optim.AdamW):
     origin: Origin | None = None
     had_gradients = False
     choice: Choice | None = None
-    _warned_of_stale = False
+    _warned_of_stale = _warned_of_no_model = False
+    _pending: PendingStep | None = None
+    _followed: Followed | None = None
 
     def __init__(
         self,
@@ -251,8 +254,7 @@ class AdamW(torch.optim.AdamW):
         self._check_host_memory(0 if self._held is None else sum(map(_bytes, self._params())))
         if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
-        frees = self._held is not None or self._released is not None
-        if frees and engines.gradients_are_parts():
+        if self.frees_gradients and engines.gradients_are_parts():
             raise ValueError(
                 "offload='gradients' and release_gradients take gradients as backward makes them, "
                 "where DeepSpeed and FSDP1 still cut them into flat parts: use offload='states', "
@@ -370,6 +372,7 @@ class AdamW(torch.optim.AdamW):
         Raises:
             ValueError: groups or shapes which do not fit this optimizer.
         """
+        self.flush()
         checkpoint.load(self, state_dict)
 
     @torch._disable_dynamo
@@ -388,12 +391,13 @@ class AdamW(torch.optim.AdamW):
                 explicit `impl` that cannot be used on these parameters, or a CUDA graph that
                 captures a step it could only repeat.
         """
-        if self._held is not None or self._released is not None:
+        if self.frees_gradients:
             self._check_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.flush()
         params, grads, present = self._with_gradients()
         if grads and device_counts.is_capturing():
             self._check_capture(grads)
@@ -412,7 +416,78 @@ class AdamW(torch.optim.AdamW):
                 grads = self._held.on_host(grads)
             while not plan.step(self.param_groups, grads, factor, seed, found_inf):
                 plan = self._new_plan(present)
+            if self.offload == "overlap":
+                self._pending = PendingStep(plan.placed(), self._together())
         return loss
+
+    def follow(self, model: nn.Module | None) -> None:
+        """Lets updates overlap with the forwards of `model` (`offload="overlap"`).
+
+        From now on `step()` returns before the model's weights are updated: each is when it is next
+        asked for, which hooks before the forward of its module do first. `fastft.adamw(model)`,
+        `FusedLossCallback`, `PackingCallback` and `plug` call this; so has a loop of your own, with
+        the model that is inside of what `Accelerator.prepare` or `torch.compile` returned.
+
+        Args:
+            model: its parameters are among the optimizer's; in place of an earlier one. None: the
+                hooks go, and `step()` updates at once.
+
+        Raises:
+            TypeError: `model` is no module.
+            ValueError: the optimizer has another `offload`.
+        """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if self.offload != "overlap":
+            raise ValueError(
+                f'follow() is for AdamW(offload="overlap"), this one has offload={self.offload!r}'
+            )
+        self.flush()
+        if self._followed is not None:
+            self._followed.remove()
+        self._followed = None if model is None else Followed(model)
+
+    @torch._disable_dynamo
+    def flush(self) -> None:
+        """Updates all weights that the last step has left to be updated when they are asked for.
+
+        Before they are read in a way that torch does not see: by memory that they share, by a
+        kernel that gets them without torch, by a CUDA graph. Nothing but `offload="overlap"` leaves
+        any.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.flush()
+            if self._followed is not None:
+                self._followed.learn(pending.asked)
+
+    def _together(self) -> list[list[Tensor]]:
+        if self._followed is not None:
+            return self._followed.together()
+        if not self._warned_of_no_model:
+            self._warned_of_no_model = True
+            warnings.warn(
+                'offload="overlap": the optimizer knows no model before whose forwards weights '
+                "could be updated, so that step() updates them at once: call "
+                "optimizer.follow(model), or use FusedLossCallback, PackingCallback or plug",
+                stacklevel=4,
+            )
+        return []
+
+    @property
+    def state(self) -> Any:
+        """What is kept of each parameter, after `flush()`."""
+        self.flush()
+        return vars(self)["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        vars(self)["state"] = value
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether backward leaves no gradients on the device."""
+        return self._held is not None or self._released is not None
 
     @property
     def staging(self) -> int:
@@ -515,6 +590,7 @@ class AdamW(torch.optim.AdamW):
 
     def _settle(self) -> None:
         """What goes before any look at states."""
+        self.flush()
         if self._released is not None:
             self._released.settle()
         if self._plan is not None:

@@ -39,6 +39,7 @@ from fastft.optim.adamw_state import Claim, State, ready_state, rounding_of
 from fastft.optim.adamw_update import RESIDUES
 from fastft.optim.device_counts import DeviceCounts
 from fastft.optim.groups import check_amsgrad, hyper_row
+from fastft.optim.offload.deferred import LatePart
 from fastft.optim.offload.streamed import StreamedPart
 from fastft.optim.weight_bits import KeptWeights
 
@@ -87,6 +88,7 @@ class Plan:
         by_device = _by_device(self.params)
         self._lay_counts(done, by_device, groups)
         self.sharded = any(map(is_dtensor, self.params))
+        kind = LatePart if offload == "overlap" else StreamedPart
         self.parts: list[Part | StreamedPart] = []
         for device, positions in by_device.items():
             tensors = PartTensors(
@@ -98,7 +100,7 @@ class Plan:
             self.parts.append(
                 Part(device, chosen, tensors, impl)
                 if offload is None
-                else StreamedPart(device, chosen, tensors, impl, offload != "states")
+                else kind(device, chosen, tensors, impl, offload != "states")
             )
         kept = [
             (param, entries)
@@ -156,12 +158,21 @@ class Plan:
         """Bytes of the buffers on the devices through which states stream."""
         return sum(part.staging for part in self.parts if isinstance(part, StreamedPart))
 
-    def settle(self) -> None:
-        """Goes before any look at states: marks them with what the last step has written.
+    def placed(self) -> list[tuple[Any, list[Any]]]:
+        """Each part with its parameters, as they are at its places."""
+        return [
+            (part, [self.params[i] for i in part.positions or range(len(self.params))])
+            for part in self.parts
+        ]
 
-        Raises:
-            RuntimeError: a step has broken off in its middle.
-        """
+    def settle(self) -> None:
+        """Goes before any look at states: marks them with what the last step has written; raises
+        as `check_whole`."""
+        self.check_whole()
+        self.kept.settle()
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError where a step has broken off in its middle."""
         for part in self.parts:
             if isinstance(part, StreamedPart) and part.torn is not None:
                 raise RuntimeError(
@@ -170,7 +181,6 @@ class Plan:
                     "of that step, others of the one before. Load the weights and this optimizer "
                     "from a checkpoint"
                 ) from part.torn
-        self.kept.settle()
 
     def step(
         self,
@@ -185,6 +195,7 @@ class Plan:
         Where counts live on the device, nothing is updated or counted if the one element of
         `found_inf` is not 0.
         """
+        self.check_whole()
         # reading the counts or a learning rate of a device would wait for it
         if len(self.counts) < len(self.parts):
             rows = [hyper_row(groups[index], step + 1) for index, step in self.rows]

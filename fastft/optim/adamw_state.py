@@ -104,10 +104,10 @@ def ready_state(
     if missing or not isinstance(entries, State):
         fresh = new_state(param, group, rounding, "meta" if offloaded else None) if missing else {}
         entries = State({**fresh, **entries})
-    _check_fit(param, entries, dtypes)
     if offloaded:
         house(entries, device.of(local(param).device))
     states[param] = entries
+    _check_fit(param, entries, dtypes)
     return entries
 
 

@@ -16,7 +16,6 @@ import torch
 
 from fastft.foreign import engines, models
 from fastft.optim.adamw import AdamW
-from fastft.optim.offload import tiers
 from fastft.optim.origin import Keywords, Origin
 
 
@@ -83,7 +82,9 @@ def adamw(
     optimizer = AdamW(groups, **Keywords(origin))
     if args is not None:
         _warn_of_two_clippings(args, optimizer.max_grad_norm)
-        _check_gradients(args, optimizer, model)
+        _check_freed(args, optimizer, model)
+    if model is not None and optimizer.offload == "overlap":
+        optimizer.follow(model)
     origin.remember()
     return optimizer, None
 
@@ -128,13 +129,13 @@ def spec_of(origin: Origin) -> tuple[type[AdamW], Keywords]:
         tried["offload"] = "states"
     example = AdamW([torch.zeros(1, dtype=torch.bfloat16)], **tried)
     if args is not None:
+        _check_freed(args, example)
         if weight_decay is not None and weight_decay != args.weight_decay:
             raise ValueError(
                 f"weight_decay={weight_decay} would be lost: Trainer makes the groups with the "
                 f"{args.weight_decay} of its args; set it in args: "
                 f"TrainingArguments(weight_decay={weight_decay})"
             )
-        _check_gradients(args, example)
         config = engines.deepspeed_config(args)
         if config is None:
             _warn_of_two_clippings(args, example.max_grad_norm, stacklevel=4)
@@ -144,9 +145,47 @@ def spec_of(origin: Origin) -> tuple[type[AdamW], Keywords]:
     return AdamW, keywords
 
 
+def check_args_for_freed_gradients(args: Any, released: bool) -> None:
+    """Raises where a Trainer with `args` needs gradients later than backward makes them.
+
+    Args:
+        args: a `transformers.TrainingArguments`.
+        released: with `release_gradients`, which has nothing left to clip or to add to.
+    """
+    if getattr(args, "fp16", False):
+        raise ValueError(
+            "fp16=True scales the loss, and GradScaler looks for Inf in gradients that are freed "
+            "as backward makes them (offload='gradients', release_gradients): use bf16=True, or "
+            "offload='states'"
+        )
+    clips = getattr(args, "max_grad_norm", None)
+    micro = getattr(args, "gradient_accumulation_steps", 1)
+    asked = [f"max_grad_norm={clips}"] if clips else []
+    asked += [f"gradient_accumulation_steps={micro}"] if micro > 1 else []
+    if released and asked:
+        raise ValueError(
+            f"release_gradients=True with {' and '.join(asked)} of TrainingArguments: backward "
+            "uses each gradient up, so that there is none to clip or to add to. Set max_grad_norm=0 "
+            "and gradient_accumulation_steps=1, or use offload='gradients', which does both"
+        )
+
+
 def _given(options: dict[str, Any], **named: Any) -> dict[str, Any]:
     """The keywords that the user gave."""
     return {name: value for name, value in named.items() if value is not None} | options
+
+
+def _check_freed(args: Any, optimizer: AdamW, model: torch.nn.Module | None = None) -> None:
+    if not optimizer.frees_gradients:
+        return
+    check_args_for_freed_gradients(args, optimizer.release_gradients)
+    copies = getattr(args, "world_size", 1) // engines.same_batch_ranks(model, args)
+    if (copies > 1 and engines.engine_of(args) is None) or getattr(args, "n_gpu", 1) > 1:
+        raise ValueError(
+            "DDP and DataParallel add up the gradients of all copies of a model when backward is "
+            "over, and these are freed as backward makes them (offload='gradients', "
+            "release_gradients): use offload='states', or FSDP2"
+        )
 
 
 def _warn_of_two_clippings(args: Any, max_grad_norm: float | None, stacklevel: int = 3) -> None:
@@ -156,34 +195,6 @@ def _warn_of_two_clippings(args: Any, max_grad_norm: float | None, stacklevel: i
             f"{max_grad_norm} by the optimizer: set TrainingArguments(max_grad_norm=0), or leave "
             "max_grad_norm to args and use fastft.fuse_clipping",
             stacklevel=stacklevel,
-        )
-
-
-def _check_gradients(args: Any, optimizer: AdamW, model: torch.nn.Module | None = None) -> None:
-    """Raises where somebody else needs the gradients that leave the device in backward."""
-    releases = optimizer.release_gradients
-    if not (releases or optimizer.offload in tiers.OF_GRADIENTS):
-        return
-    name = "release_gradients=True" if releases else f"offload={optimizer.offload!r}"
-    processes = getattr(args, "world_size", 1) // engines.same_batch_ranks(model, args)
-    copies = processes > 1 and engines.engine_of(args) is None
-    if copies or getattr(args, "n_gpu", 1) > 1:
-        why = "DDP and DataParallel add up those of all copies of the model when all are made"
-    elif getattr(args, "fp16", False):
-        why = "the GradScaler of fp16 looks for Inf when all are made"
-    else:
-        why = ""
-    if why:
-        raise ValueError(
-            f"{name} takes gradients off the device as backward makes them, and {why}: use "
-            "offload='states'"
-        )
-    if releases and (args.gradient_accumulation_steps > 1 or args.max_grad_norm):
-        raise ValueError(
-            "release_gradients=True uses each gradient up in backward, before its norm or that of "
-            "a second micro-batch is known: set TrainingArguments(max_grad_norm=0, "
-            "gradient_accumulation_steps=1), or use offload='gradients', which clips and "
-            "accumulates exactly"
         )
 
 

@@ -135,7 +135,7 @@ def _total(grads: Sequence[Tensor], impl: str) -> Tensor:
     """The sum of squares of tensors on one device."""
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
     if isinstance(grads[0], WithSums):
-        sums = torch.cat([grad.sums for grad in grads])
+        sums = torch.cat([grad.sums for grad in grads])  # type: ignore[attr-defined]
         NORM_TOTAL.implementation(impl, total.device)(total, sums)
         return total
     if GRAD_NORM.resolve(impl, total.device) != "eager":

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.peers import free_port
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,7 +48,7 @@ def launched(folder, *line, **variables):
     folders = os.pathsep.join([str(package), str(tests), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": folders, "MASTER_PORT": "0", **variables}
     # DeepSpeed compiles with the ninja beside this Python
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     done = subprocess.run(
         line, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
     )
@@ -65,19 +66,60 @@ def launched(folder, *line, **variables):
     ],
 )
 def test_every_process_trains_as_without(tmp_path, launcher):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launched(tmp_path, *launcher, "script.py", "stock", "--more")
+    train_as_without(tmp_path, launcher)
+
+
+def train_as_without(folder, launcher, **variables):
+    """Runs the script on two processes without and with fastft, and compares what each has
+    logged."""
+    (folder / "script.py").write_text(SCRIPT)
+    launched(folder, *launcher, "script.py", "stock", "--more", **variables)
     options = ["run", "--report", "report.json", "script.py", "fast", "--more"]
-    said = launched(tmp_path, *launcher, "-m", "fastft", *options)
+    said = launched(folder, *launcher, "-m", "fastft", *options, **variables)
     for rank in range(2):
         stock, fast = (
-            json.loads((tmp_path / f"{name}{rank}.json").read_text()) for name in ("stock", "fast")
+            json.loads((folder / f"{name}{rank}.json").read_text()) for name in ("stock", "fast")
         )
         assert fast[:2] == stock[:2] == [["--more"], 2]
         assert fast[2] == pytest.approx(stock[2], rel=2e-5)
     assert said.count("fastft: loss: fused") == 1 and "have not been joined" not in said
-    (training,) = json.loads((tmp_path / "report.json").read_text())["trainings"]
+    (training,) = json.loads((folder / "report.json").read_text())["trainings"]
     assert training["report"]["fused"] == 3
+
+
+# starts processes as Open MPI's does, on this machine: accelerate launches several for CPUs with it
+MPIRUN = f"""#!{sys.executable}
+import os, subprocess, sys
+
+if "--version" in sys.argv:
+    sys.exit(print("mpirun (Open MPI) 5.0"))
+count, line = sys.argv[sys.argv.index("-n") + 1], sys.argv[sys.argv.index("--bind-to") + 2 :]
+started = []
+for rank in map(str, range(int(count))):
+    size = {{f"OMPI_COMM_WORLD_{{name}}": count for name in ("SIZE", "LOCAL_SIZE")}}
+    place = {{f"OMPI_COMM_WORLD_{{name}}": rank for name in ("RANK", "LOCAL_RANK")}}
+    started.append(subprocess.Popen(line, env={{**os.environ, **size, **place}}))
+sys.exit(max(abs(process.wait()) for process in started))
+"""
+
+
+@pytest.mark.way("`accelerate launch`", loss="exact", optimizer="exact")
+def test_processes_on_cpus_as_a_configuration_of_accelerate_has_them(tmp_path):
+    config = {
+        **ANY_CONFIG,
+        "distributed_type": "MULTI_CPU",
+        "use_cpu": True,
+        "mpirun_config": {"mpirun_hostfile": "hosts", "mpirun_ccl": "1"},
+        "main_process_port": free_port(),
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    mpirun = tmp_path / "programs" / "mpirun"
+    mpirun.parent.mkdir()
+    mpirun.write_text(MPIRUN)
+    mpirun.chmod(0o755)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "config.yaml"]
+    path = os.pathsep.join([str(mpirun.parent), os.environ["PATH"]])
+    train_as_without(tmp_path, launch, PATH=path)
 
 
 ALONE = {

@@ -7,7 +7,6 @@ import torch
 import transformers
 from support.image_trainers import GEMMA, LLAVA, QWEN, Padded, image_trainer
 from support.trainers import logged
-from support.versions import images_looked_up
 
 import fastft
 from fastft.integrations.probe.images import image_examples
@@ -105,7 +104,6 @@ def test_a_collator_without_the_model_is_refused_where_positions_have_several_ax
         trainer.train()
 
 
-@images_looked_up
 def test_blocks_of_images_are_refused_without_our_attention(tmp_path):
     callback = fastft.PackingCallback(attention=False)
     trainer = image_trainer(tmp_path, GEMMA, packing, callbacks=[callback])
@@ -155,6 +153,23 @@ def test_the_probe_asks_with_examples_of_each_kind():
     given += [{"input_ids": torch.arange(40), **more} for more in (video, image | video, {})]
     chosen = [one.keys() - {"input_ids"} for one in image_examples(model, given).examples]
     assert sorted(map(sorted, chosen)) == sorted(map(sorted, [image, video, image | video, {}]))
+
+
+def test_examples_whose_images_touch_are_asked_side_by_side():
+    """Longer ones than others: before transformers 5.23 a mask joined the two images."""
+    model = torch.nn.Module()
+    model.forward = lambda input_ids, pixel_values=None: None
+    model.config = transformers.PretrainedConfig(vocab_size=64, image_token_id=60)
+    image = {"pixel_values": torch.zeros(1, 3)}
+    word, picture = torch.arange(3, 9), torch.tensor([60, 60])
+    begins = {"input_ids": torch.cat([picture, word]), **image}
+    ends = {"input_ids": torch.cat([word, word, picture]), **image}
+    between = {"input_ids": torch.cat([word[:1], picture, word[:1]]), **image}
+    given = [between, between, begins, ends, {"input_ids": word}]
+    first, second, *others = image_examples(model, given).examples
+    assert torch.equal(first["input_ids"], ends["input_ids"])
+    assert torch.equal(second["input_ids"], begins["input_ids"])
+    assert len(others) == 2  # an image between words, a text
 
 
 def all_learned(examples):

@@ -83,11 +83,11 @@ def test_a_paged_optimizer_may_have_another_tier(tmp_path):
 
 REFUSED = {
     "an unknown tier": ({}, {"offload": "disk"}, "offload must be one of None, 'states'"),
-    "release and clipping": ({}, {"release_gradients": True}, r"set TrainingArguments\(max_grad"),
+    "release and clipping": ({}, {"release_gradients": True}, "Set max_grad_norm=0"),
     "release and micro-steps": (
         {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2},
         {"release_gradients": True},
-        "gradient_accumulation_steps=1",
+        "gradient_accumulation_steps=2 of TrainingArguments",
     ),
     "release and a tier": (
         {"max_grad_norm": 0.0},
@@ -120,7 +120,7 @@ def test_gradients_that_somebody_else_needs_are_not_taken_away(tmp_path, way, va
         "adamw_spec": lambda: fastft.adamw_spec(trainer.args, offload="gradients"),
         "plug": lambda: fastft.plug(trainer, offload="gradients"),
     }
-    with pytest.raises(ValueError, match=f"{words}.*use offload='states'"):
+    with pytest.raises(ValueError, match=f"{words}.*offload='states'"):
         make[way]()
 
 

@@ -17,7 +17,8 @@ from transformers import Trainer
 
 from fastft.data.lengths import scan_lengths
 from fastft.foreign import engines, loaders, objects
-from fastft.integrations.clipping import fuse_clipping, has_whole_gradients
+from fastft.integrations.clipping import can_be_inside, fuse_clipping
+from fastft.integrations.weights_for_callbacks import follow_training
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import spec_of, with_fp32_moments
 from fastft.optim.offload import tiers
@@ -161,6 +162,8 @@ class OptimizerPiece:
         """Clips inside the step of the accelerator of this training, until `stack` is closed."""
         if self._why_not is None:
             stack.callback(fuse_clipping(self._trainer))
+            trainer = self._trainer
+            follow_training(trainer.args, trainer.model, trainer.optimizer, stack)
 
     def line(self) -> str:
         """What optimizer trains, and how."""
@@ -212,9 +215,9 @@ class OptimizerPiece:
     def _clipping(self) -> str:
         if not self._trainer.args.max_grad_norm:
             return "no clipping"
-        if has_whole_gradients(self._trainer.accelerator):
+        if can_be_inside(self._trainer.accelerator):
             return "clipping inside"
-        return "clipping by Trainer, as gradients are sharded"
+        return "clipping by Trainer, as gradients lie in flat parts"
 
 
 def is_given(trainer: Trainer) -> bool:

@@ -6,7 +6,9 @@ alone and all packed. Then the first one gets other pixels, and other tokens whe
 ordinary; nothing behind it may move.
 
 A mask that looks a later sequence's images up in the first one is right as long as both have theirs
-at the same place: an example that is alike gets a few words in front.
+at the same place: an example that is alike gets a few words in front. Another mask joins images
+that touch, also those of two examples: where one ends with an image and another begins with one,
+these come first.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from fastft.integrations.probe.untouched import RandomStates
 
 _LOOKED_AT, _PACKED = 16, 3  # examples; of these in the row, or more where there are more kinds
 _WORDS = 3  # in front of an example that is alike
+_IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 Example = dict[str, Any]
 
 
@@ -90,14 +93,25 @@ def image_examples(model: nn.Module, examples: Sequence[Example]) -> ImageExampl
     if not (made and _kind(made[0])):
         return None
     kinds = {_kind(example): index for index, example in reversed([*enumerate(made)])}
-    others = [index for index in range(len(made)) if index not in kinds.values()]
-    row = [*sorted(kinds.values()), *others][: max(_PACKED, len(kinds))]
+    needed = dict.fromkeys([*_touching(base, made), *sorted(kinds.values())])
+    row = [*dict.fromkeys([*needed, *range(len(made))])][: max(_PACKED, len(needed))]
     chosen = list[Example]()
     for example in (made[index] for index in row):
         while any(_alike(base, example, other) for other in chosen):
             example = _with_words(base, example)
         chosen.append(example)
     return ImageExamples(tuple(chosen))
+
+
+def _touching(base: Any, examples: Sequence[Example]) -> list[int]:
+    """The first example that ends with an image, and the first other one that begins with one."""
+    tokens = [[getattr(base.config, name, None)] for name in _IMAGE_TOKENS]
+    ids = [example["input_ids"] for example in examples]
+    first, last = (
+        [index for index, one in enumerate(ids) if one[end:][:1].tolist() in tokens]
+        for end in (0, -1)
+    )
+    return next(([end, begin] for end in last for begin in first if end != begin), [])
 
 
 def _has(key: str, value: Any) -> bool:

@@ -27,8 +27,11 @@ _ZEROES = (aten.zero_.default, aten._foreach_zero_.default)
 class Keeper(Protocol):
     """Who has, or had, the numbers of a gradient."""
 
-    sums: Tensor  # its part of the norm: float64, (n,)
     refusal: str  # why nobody may write to it or read it among many, and what to do
+
+    @property
+    def sums(self) -> Tensor:
+        """Its part of the norm: float64, (n,)."""
 
     def read(self) -> Tensor:
         """The numbers, on the device."""
@@ -51,7 +54,7 @@ class AbsentGradient(Tensor):
     keeper: Keeper
 
     @staticmethod
-    def __new__(cls, like: Tensor, keeper: Keeper) -> AbsentGradient:
+    def __new__(cls, like: Tensor, keeper: Keeper) -> AbsentGradient:  # noqa: D102
         made = Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
@@ -62,18 +65,18 @@ class AbsentGradient(Tensor):
         pass
 
     # every function of torch comes here below autograd alone
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def sums(self) -> Tensor:
         """Its part of the norm (grad_norm.py)."""
         return self.keeper.sums
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"AbsentGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -89,8 +92,11 @@ class AbsentGradient(Tensor):
                 gradient.keeper.zero()
             return first if func is aten.zero_.default else None
         shares = any(result.alias_info is not None for result in func._schema.returns)
-        if func._schema.is_mutable or shares or len(absent) > 1:
+        several = any(gradient.keeper is not first.keeper for gradient in absent)
+        if func._schema.is_mutable or shares or several:
             raise RuntimeError(f"{func} of a gradient that is not there: {first.keeper.refusal}")
         numbers = first.keeper.read()
-        args, kwargs = tree_map(lambda leaf: numbers if leaf is first else leaf, (args, kwargs))
+        args, kwargs = tree_map(
+            lambda leaf: numbers if isinstance(leaf, cls) else leaf, (args, kwargs)
+        )
         return func(*args, **kwargs)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastft.foreign.awaited import ask
 from fastft.foreign.tensors import local, sharded_like
 from fastft.optim.grad_norm import CHUNK, norm_engine, parts_of, write_parts
 from fastft.optim.offload import device as devices
@@ -52,11 +53,12 @@ class Slot:
         filling: how often it has been filled anew.
     """
 
-    def __init__(self, lane: Lane, form: Tensor) -> None:
+    def __init__(self, lane: Lane, form: Tensor, param: Any) -> None:
         self.lane, self.form, self.filling = lane, _without_memory(form), 0
+        self._param = weakref.ref(param)
         self.sent: Event  # the last copy to it
         count = parts_of(form.numel(), lane.engine)
-        self.sums = lane.place.memory(8 * count).view(torch.float64)
+        self.sums = lane.memory(8 * count).view(torch.float64)
         if lane.place.separate:
             bytes_ = lane.place.host_memory(form.numel() * form.element_size())
             self.flat = bytes_.view(form.dtype)
@@ -66,6 +68,12 @@ class Slot:
         """Whether a gradient of this form has its place here."""
         mine = self.form.shape, self.form.stride(), self.form.dtype, self.lane.device
         return mine == (form.shape, form.stride(), form.dtype, form.device)
+
+    def make_room(self) -> None:
+        """Before the slot is written: a step that has still to read it does so now."""
+        param = self._param()
+        if param is not None:
+            ask(param)
 
     def runs(self) -> Iterator[slice]:
         """The elements, in runs that a stage holds; the norm may need all at once."""
@@ -97,17 +105,21 @@ class Filling:
 
     @property
     def sums(self) -> Tensor:
+        """The part of the norm, which the current queue has waited for."""
         self.slot.lane.arrive()
         return self.slot.sums
 
     def read(self) -> Tensor:
+        """The numbers, in new memory of the device."""
         return self.slot.lane.read(self.slot)
 
     def add(self, new: Tensor) -> None:
+        """`p.grad += new`."""
         check_kind(new)
         self.slot.lane.add(self.slot, local(new).detach())
 
     def zero(self) -> None:
+        """`p.grad.zero_()`."""
         form = self.slot.form
         zeros = torch.empty_strided(
             form.shape, form.stride(), dtype=form.dtype, device=self.slot.lane.device
@@ -140,9 +152,16 @@ class Lane:
         self.fetch, self.send = self.place.queue(), self.place.queue()
         self.flying: deque[_InUse] = deque()
         self.stages: deque[_InUse] = deque()
+        self.owners: list[Queue] = []  # of the memory that lasts
+
+    def memory(self, size: int) -> Tensor:
+        """Memory of the device that lasts."""
+        self.owners.append(self.place.current())
+        return self.place.memory(size)
 
     def put(self, slot: Slot, gradient: Tensor) -> None:
         """Fills the slot with a gradient of its form."""
+        slot.make_room()
         if not self.place.separate:
             slot.value = gradient
             self._take_part(slot, slice(0, gradient.numel()), gradient)
@@ -156,6 +175,7 @@ class Lane:
 
     def add(self, slot: Slot, gradient: Tensor) -> None:
         """Adds a gradient to the slot, as `p.grad += gradient`."""
+        slot.make_room()
         if not self.place.separate:
             slot.value += gradient
             self._take_part(slot, slice(0, gradient.numel()), slot.value)
@@ -193,7 +213,7 @@ class Lane:
             if len(stage.memory) >= size:
                 return stage
             self.flying.append(stage)
-        return _InUse(self.place.memory(size), now, now.record())
+        return _InUse(self.memory(size), now, now.record())
 
     def _take_part(self, slot: Slot, run: slice, numbers: Tensor) -> None:
         """Takes the part of the norm of a run, all of whose numbers there are."""
@@ -217,6 +237,13 @@ class Lane:
         self.place.current().wait(self.send.record())
         while self.flying:
             self._land()
+
+    def close(self) -> None:
+        """Comes before memory that lasts is let go of."""
+        self.arrive()
+        end = self.place.current().record()
+        for owner in self.owners:
+            owner.wait(end)
 
     def read(self, slot: Slot) -> Tensor:
         """The numbers of a slot in new memory of the device."""
@@ -245,7 +272,12 @@ class HeldGradients:
     def watch(self, params: Sequence[Any]) -> None:
         """Holds from now on what backward makes for these parameters, and for no others."""
         for gone in self._hooks.watch(params):
-            self._slots.pop(gone, None)
+            self._drop(gone)
+
+    def _drop(self, param: Any) -> None:
+        slot = self._slots.pop(param, None)
+        if slot is not None:
+            slot.lane.close()
 
     def hold(self, param: Any) -> None:
         """Sends `p.grad` to the host, if it is not there, and leaves an absent one in its place."""
@@ -261,7 +293,8 @@ class HeldGradients:
             part = part.contiguous()
         slot = self._slots.get(param)
         if slot is None or not slot.fits(part):
-            slot = self._slots[param] = Slot(lane, part)
+            self._drop(param)
+            slot = self._slots[param] = Slot(lane, part, param)
         filling = Filling(slot)
         lane.put(slot, part)
         param.grad = sharded_like(AbsentGradient(part, filling), gradient)
@@ -284,7 +317,7 @@ class HeldGradients:
 def _let_go(lanes: dict[torch.device, Lane]) -> None:
     """Gives memory back behind what is still done with it."""
     for lane in lanes.values():
-        lane.arrive()
+        lane.close()
 
 
 def _write(sums: Tensor, numbers: Tensor, engine: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from fastft.foreign.tensors import around, local
 from fastft.optim.offload.device import Device
 
-_MEMINFO, _CGROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# of a control group: the files of its limit and of what it uses, and cached files in memory.stat
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _GIB = 2**30
 
 
@@ -50,41 +54,44 @@ def check_that_it_suffices(needed: int) -> None:
 
 
 def available() -> int | None:
-    """Bytes that processes can still get: of the system, and of the control group that limits this
-    one; None where nobody says."""
-    limits = [limit for limit in (_of_system(), _of_group()) if limit is not None]
-    return min(limits, default=None)
+    """Bytes that processes can still get: of the system, and within the limits of the control
+    groups of this one (containers, batch systems); None where nobody says."""
+    return min((left for left in (_of_system(), *_of_groups()) if left is not None), default=None)
 
 
 def _of_system() -> int | None:
     try:
-        lines = _MEMINFO.read_text().splitlines()
+        lines = (_PROC / "meminfo").read_text().splitlines()
     except OSError:  # only Linux has it
         return None
     found = [line for line in lines if line.startswith("MemAvailable:")]
     return int(found[0].split()[1]) * 1024 if found else None
 
 
-def _of_group() -> int | None:
-    """What is left of the limit of a container: version 2 of control groups, else version 1."""
-    files = (
-        (_CGROUPS, "memory.max", "memory.current", "inactive_file"),
-        (
-            _CGROUPS / "memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    )
-    for folder, limit, usage, cache in files:
-        try:
-            most, used = (folder / limit).read_text(), int((folder / usage).read_text())
-            lines = (folder / "memory.stat").read_text().splitlines()
-        except OSError:
+def _of_groups() -> Iterator[int]:
+    """What is left within each limit on the way from this process's control group to the root."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
             continue
-        if most.strip() == "max":
-            return None
-        # files that the kernel lets go of when memory is wanted
-        freed = sum(int(line.split()[1]) for line in lines if line.split()[0] == cache)
-        return int(most) - used + freed
-    return None
+        root, names = (_CGROUPS / "memory", _VERSION_1) if controllers else (_CGROUPS, _VERSION_2)
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            left = _left_of(root / folder, *names)
+            if left is not None:
+                yield left
+
+
+def _left_of(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    """What is left of a control group's limit; None where it has none."""
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        stat = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return None
+    # of files, which the kernel lets go of when memory is wanted
+    freed = sum(int(line.split()[1]) for line in stat if line.startswith(f"{cache} "))
+    return None if most == "max" else int(most) - used + freed

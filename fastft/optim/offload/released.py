@@ -56,9 +56,11 @@ class Used:
         self.sums = sums
 
     def read(self) -> Tensor:
+        """Raises: there are none."""
         raise RuntimeError(f"the numbers of a gradient are gone: {_USED_UP}")
 
     def add(self, new: Tensor) -> None:
+        """Raises: there is nothing to add to."""
         raise RuntimeError(
             "a second gradient of a parameter, which is to be added to one that is gone (a second "
             "backward pass before zero_grad(), gradient_accumulation_steps, reentrant "
@@ -66,6 +68,7 @@ class Used:
         )
 
     def zero(self) -> None:
+        """Raises: there is nothing to set to zero."""
         raise RuntimeError(
             "zero_grad(set_to_none=False) would make gradients of zeros, which train too: use "
             "zero_grad(), or leave out release_gradients"

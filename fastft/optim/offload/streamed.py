@@ -171,16 +171,24 @@ class StreamedPart:
         params = self.tensors.params
         update = ADAMW.implementation(self.impl, self.device, params, grads)
         factor = self._one if grad_factor is None else grad_factor.to(self.device)
-        laid = [
-            like(grad, exp_avg) for grad, exp_avg in zip(grads, self.tensors.exp_avgs, strict=True)
-        ]
+        laid = [self._laid(grad, place) for place, grad in enumerate(grads)]
         self._step = _Step(laid, update, hyper, factor, seed)
         self._left = list(range(len(self._pieces)))
-        # gradients and the factor are the model's queue's, and so was what the buffers' memory had
-        # before
-        ready = self._there.current().record()
-        self._work.wait(ready)
-        self._into.wait(ready)
+        # weights, gradients and the factor are the model's queue's, and so was what the buffers'
+        # memory had before; each kernel waits for copies that come behind
+        self._into.wait(self._there.current().record())
+
+    def _laid(self, grad: Tensor, place: int) -> Tensor:
+        """A gradient in the layout of its parameter's state; one of the host that lies otherwise,
+        or has another dtype than the parameter, does not fit its place in a buffer."""
+        layout, dtype = self.tensors.exp_avgs[place], self.tensors.params[place].dtype
+        fits = same_layout(grad, layout) and grad.dtype == dtype
+        if not fits and self._there.separate and self._there.reaches(grad):
+            memory = self._there.memory(grad.nbytes).view(grad.dtype)
+            brought = memory.as_strided(grad.shape, grad.stride())
+            self._there.current().copy(brought, grad)
+            grad = brought
+        return like(grad, layout)
 
     def run(self, places: Collection[int] | None = None) -> Event:
         """Updates those at these places, or all, that this step has not updated yet.
@@ -199,7 +207,7 @@ class StreamedPart:
                 self._left.remove(number)
         except BaseException as error:
             self.torn = error
-            self._settle()
+            self.settle()
             raise
         return self._work.record()
 
@@ -251,11 +259,12 @@ class StreamedPart:
 
     def finish(self) -> None:
         """Ends a step of which all was run: waits until the states are on the host."""
-        self._settle()
+        self.settle()
         self._step = None
         self._samples = samples_of(self.tensors, self.device)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Lets the host wait for all that was put into the queues."""
         self._out.record().synchronize()
 
     def samples(self) -> list[tuple[Tensor, int]]:
