@@ -19,7 +19,7 @@
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
 # make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked
-# make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under nine
+# make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under ten
 #                minutes; PART="smoke ops": only these; results go to $OUT if that is set, else to benchmarks/results
 
 # The environment that demo, test and bench make for themselves: the versions of LOCKED, or without it the newest. On Linux

@@ -1,5 +1,5 @@
-// fastft::grad_norm_squared_ on CUDA: sums of squares of fixed chunks, one block each, then one
-// block that adds them up, in an order that depends on sizes alone. 190 gradients of any size for
+// The norm of gradients on CUDA: sums of squares of fixed chunks, one block each, then one block
+// that adds them up, in an order that depends on sizes alone. 190 gradients of any size for
 // each launch, which travel as its parameters; loads are of 16 bytes where a gradient lies on 16
 // bytes.
 //
@@ -14,7 +14,8 @@
 #include "vectors.cuh"
 
 namespace {
-constexpr int kThreads = 256, kTotalThreads = 1024, kChunk = 16384, kTensors = 190;
+constexpr int kThreads = 256, kTotalThreads = 1024, kTensors = 190;
+constexpr int kChunk = int(fastft::kNormChunk);
 constexpr int kInFlight = 4;  // loads of a thread
 // The loss of squares below 2^-126 is nothing beside a sum of at least 2^-70.
 constexpr float kLeast = 8.470329473e-22f;
@@ -118,36 +119,67 @@ __global__ void __launch_bounds__(kTotalThreads)
   if (threadIdx.x == 0) *total = sum;
 }
 
-int64_t blocks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-
-void grad_norm_squared(StableIValue* stack, uint64_t nargs, uint64_t) {
-  FT_CHECK(nargs == 2, "grad_norm_squared_: 2 arguments expected, got %d", int(nargs));
-  const fastft::GradNormArgs args(stack);
-  const fastft::DeviceGuard guard(args.device_index);
-  const cudaStream_t stream = fastft::current_stream(args.device_index);
-  int64_t count = 0;
-  for (const auto& gradient : args.gradients) count += blocks_of(gradient.numel);
-  const int64_t bytes = (count + 1) * int64_t(sizeof(double));
-  const fastft::Tensor memory = fastft::device_memory(bytes, args.device_index);
-  double* sums = static_cast<double*>(memory.mutable_data());
+// Writes the sum of the squares of each chunk.
+void sum_chunks(const fastft::GradNormArgs& args, double* sums, const char* operation,
+                cudaStream_t stream) {
   Batch empty{};
   empty.sums = sums;
-  Batches batches("grad_norm_squared_", empty, [stream](Batch& batch, unsigned blocks) {
+  Batches batches(operation, empty, [stream](Batch& batch, unsigned blocks) {
     squares_kernel<<<blocks, kThreads, kThreads * sizeof(double), stream>>>(batch);
     batch.sums += blocks;
   });
   for (const auto& [data, numel, bf16] : args.gradients) {
     if (numel == 0) continue;
-    const int i = batches.add(blocks_of(numel));
+    const int i = batches.add(fastft::norm_chunks(numel));
     batches.batch.data[i] = data;
     batches.batch.numel[i] = numel;
     batches.batch.bf16[i] = bf16;
   }
   batches.flush();
-  total_kernel<<<1, kTotalThreads, kTotalThreads * sizeof(double), stream>>>(sums, count,
-                                                                             args.total);
+}
+
+void add_up(const double* sums, int64_t count, double* total, cudaStream_t stream) {
+  total_kernel<<<1, kTotalThreads, kTotalThreads * sizeof(double), stream>>>(sums, count, total);
+}
+
+void grad_norm_squared(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 2, "grad_norm_squared_: 2 arguments expected, got %d", int(nargs));
+  const fastft::GradNormArgs args(stack, "grad_norm_squared_", "total");
+  args.result.check_size(1, "grad_norm_squared_", "total");
+  const int32_t device = args.result.device_index;
+  const fastft::DeviceGuard guard(device);
+  const cudaStream_t stream = fastft::current_stream(device);
+  const int64_t bytes = (args.chunks + 1) * int64_t(sizeof(double));
+  const fastft::Tensor memory = fastft::device_memory(bytes, device);
+  double* sums = static_cast<double*>(memory.mutable_data());
+  sum_chunks(args, sums, "grad_norm_squared_", stream);
+  add_up(sums, args.chunks, args.result.writable(), stream);
   fastft::check_launch("grad_norm_squared_");
 }
 
+void grad_square_sums(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 2, "grad_square_sums_: 2 arguments expected, got %d", int(nargs));
+  const fastft::GradNormArgs args(stack, "grad_square_sums_", "sums");
+  args.result.check_size(args.chunks, "grad_square_sums_", "sums");
+  const fastft::DeviceGuard guard(args.result.device_index);
+  sum_chunks(args, args.result.writable(), "grad_square_sums_",
+             fastft::current_stream(args.result.device_index));
+  fastft::check_launch("grad_square_sums_");
+}
+
+void grad_norm_total(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 2, "grad_norm_total_: 2 arguments expected, got %d", int(nargs));
+  const fastft::Doubles total(stack[0], "grad_norm_total_", "total");
+  const fastft::Doubles sums(stack[1], "grad_norm_total_", "sums");
+  total.check_size(1, "grad_norm_total_", "total");
+  FT_CHECK(sums.device_index == total.device_index,
+           "grad_norm_total_: sums are not on the total's device");
+  const fastft::DeviceGuard guard(total.device_index);
+  add_up(sums.data(), sums.size, total.writable(), fastft::current_stream(total.device_index));
+  fastft::check_launch("grad_norm_total_");
+}
+
 fastft::Kernel kernel_grad_norm("grad_norm_squared_", grad_norm_squared);
+fastft::Kernel kernel_square_sums("grad_square_sums_", grad_square_sums);
+fastft::Kernel kernel_norm_total("grad_norm_total_", grad_norm_total);
 }  // namespace

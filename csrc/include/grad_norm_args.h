@@ -1,13 +1,38 @@
-// Reads and checks the arguments of fastft::grad_norm_squared_ for the CPU and the CUDA launcher.
+// Reads and checks the arguments of the operators of grad_norm.py for the CPU and the CUDA launcher.
 #pragma once
 #include <vector>
 
 #include "shim.h"
 
 namespace fastft {
+constexpr int64_t kNormChunk = 16384;  // elements whose squares are one sum, on every device
+
+inline int64_t norm_chunks(int64_t numel) { return (numel + kNormChunk - 1) / kNormChunk; }
+
+// float64 numbers that lie one after the other.
+class Doubles {
+  Tensor tensor_;
+
+ public:
+  const int64_t size;
+  const int32_t device_index;
+
+  Doubles(StableIValue value, const char* operation, const char* name)
+      : tensor_(value), size(tensor_.numel()), device_index(tensor_.device_index()) {
+    FT_CHECK(tensor_.dtype() == aoti_torch_dtype_float64() && tensor_.contiguous(),
+             "%s: %s must be contiguous float64", operation, name);
+  }
+  double* writable() const { return static_cast<double*>(tensor_.mutable_data()); }
+  const double* data() const { return static_cast<const double*>(tensor_.data()); }
+  void check_size(int64_t needed, const char* operation, const char* name) const {
+    FT_CHECK(size == needed, "%s: %s must have %lld elements, has %lld", operation, name,
+             static_cast<long long>(needed), static_cast<long long>(size));
+  }
+};
+
 // grad_norm_squared_(Tensor(a!) total, Tensor[] grads) -> ()
+// grad_square_sums_(Tensor(a!) sums, Tensor[] grads) -> ()
 class GradNormArgs {
-  Tensor total_;
   TensorList list_;
 
  public:
@@ -17,26 +42,21 @@ class GradNormArgs {
     bool bf16;  // else float32
   };
   std::vector<Gradient> gradients;
-  double* total;
-  const int32_t device_index;
+  const Doubles result;
+  int64_t chunks = 0;  // of all gradients
 
-  explicit GradNormArgs(StableIValue* stack)
-      : total_(stack[0]),
-        list_(stack[1]),
-        total(static_cast<double*>(total_.mutable_data())),
-        device_index(total_.device_index()) {
-    FT_CHECK(total_.dtype() == aoti_torch_dtype_float64() && total_.numel() == 1,
-             "grad_norm_squared_: total must be one float64");
+  GradNormArgs(StableIValue* stack, const char* operation, const char* name)
+      : list_(stack[1]), result(stack[0], operation, name) {
     gradients.reserve(list_.size);
     for (size_t i = 0; i < list_.size; i++) {
       const Tensor grad = list_[i];
       const bool bf16 = grad.dtype() == aoti_torch_dtype_bfloat16();
       FT_CHECK((bf16 || grad.dtype() == aoti_torch_dtype_float32()) && grad.contiguous() &&
-                   grad.device_index() == device_index,
-               "grad_norm_squared_: gradient %zu is not a contiguous float32 or bfloat16 tensor on "
-               "the total's device",
-               i);
+                   grad.device_index() == result.device_index,
+               "%s: gradient %zu is not a contiguous float32 or bfloat16 tensor on the %s' device",
+               operation, i, name);
       gradients.push_back({grad.data(), grad.numel(), bf16});
+      chunks += norm_chunks(grad.numel());
     }
   }
 };

@@ -93,6 +93,12 @@ def gradients_are_parts() -> bool:
     return bool(state.distributed_type == "FSDP" and state.fsdp_plugin.fsdp_version == 1)
 
 
+def losses_are_scaled() -> bool:
+    """Whether accelerate has started mixed precision of fp16 in this process, which scales
+    losses."""
+    return getattr(_state_of_accelerate(), "mixed_precision", "no") == "fp16"
+
+
 def _state_of_accelerate() -> Any:
     module = sys.modules.get("accelerate.state")
     return None if module is None or not module.is_initialized() else module.AcceleratorState()

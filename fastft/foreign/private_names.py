@@ -13,7 +13,10 @@ PRIVATE_NAMES = {
     "torch._dynamo.decorators:_dynamo_marked_constant": (
         "torch.compiler.assume_constant_result, without the compiler"
     ),
-    "torch:Tensor._make_wrapper_subclass": "lazy logits are a tensor without memory",
+    "torch:Tensor._make_wrapper_subclass": "lazy logits, and gradients that are elsewhere, are "
+    "tensors without memory",
+    "torch._C:_disabled_torch_function_impl": "such a gradient is looked at below autograd alone",
+    "torch:ops.aten._foreach_zero_": "zero_grad(set_to_none=False)",
     "torch:UntypedStorage._cdata": (
         "whether an operation on lazy logits would share their memory; which memory is live"
     ),
@@ -49,6 +52,9 @@ PRIVATE_NAMES = {
         "the modules of one FSDP2 unit"
     ),
     "torch.distributed.tensor._utils:compute_local_shape_and_global_offset": "where a shard begins",
+    "torch.distributed.tensor:DTensor._spec": (
+        "a DTensor on a mesh of GPUs whose parts are on the host, as FSDP2 makes its own"
+    ),
     "torch.nn.modules.module:_global_backward_hooks": "hooks that would see the gradient of logits",
     "torch.nn.modules.module:_global_backward_pre_hooks": "likewise",
     "torch.nn:Module._backward_hooks": "likewise, of one module",

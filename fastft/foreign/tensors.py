@@ -71,6 +71,17 @@ def sharded_like(part: Tensor, template: Any) -> Tensor:
     )
 
 
+def around(part: Tensor, template: Any) -> Tensor:
+    """`part` itself, or where `template` is a DTensor a DTensor of its form with `part` as this
+    rank's, wherever it lies: FSDP2's own offloading keeps parts on the host, of a mesh of GPUs."""
+    if not is_dtensor(template):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    # `from_local` would move it to the mesh's kind of device
+    return DTensor(part, template._spec, requires_grad=False)
+
+
 def placed_like(value: Tensor, template: Any) -> Tensor:
     """A whole tensor cut as the DTensor `template` is; all else as it came."""
     if not is_dtensor(template) or is_dtensor(value):
@@ -78,6 +89,15 @@ def placed_like(value: Tensor, template: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, template.device_mesh, template.placements)
+
+
+def storage_address(tensor: Any) -> int | None:
+    """Where the storage of this process's part of a tensor begins; None for a tensor that is made
+    of others, or has no memory."""
+    part = local(tensor)
+    if type(part).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return None
+    return part.untyped_storage().data_ptr() or None
 
 
 def in_flat_parameter(tensor: Any) -> bool:

@@ -21,9 +21,17 @@ from fastft.optim.adamw import AdamW
 _WHOLE_GRADIENTS = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
-def has_whole_gradients(accelerator: Any) -> bool:
-    """Whether every process has every gradient, so that clipping can be in the step."""
-    return accelerator.distributed_type.value in _WHOLE_GRADIENTS
+def can_be_inside(accelerator: Any) -> bool:
+    """Whether clipping can be in the step: every process has every gradient, or the shards of
+    FSDP2, whose norm is that of all."""
+    whole = accelerator.distributed_type.value in _WHOLE_GRADIENTS
+    return whole or bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def is_inside(accelerator: Any) -> bool:
+    """Whether `fuse_clipping` has replaced the accelerator's."""
+    clips = vars(accelerator).get("clip_grad_norm_")
+    return clips is not None and clips.__module__ == __name__
 
 
 def fuse_clipping(trainer: Any) -> Callable[[], None]:
@@ -35,8 +43,9 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
     The logged `grad_norm` and the update stay the same up to rounding. After clipping `p.grad`
     holds the gradients as they were before it; one that is changed between clipping and the step
     makes the step raise a RuntimeError. Where the optimizer is another one, the norm another one
-    than the Euclidean of all its gradients, or gradients are sharded (FSDP, DeepSpeed), Trainer
-    clips as ever.
+    than the Euclidean of all its gradients, or gradients lie in flat parts (FSDP1, DeepSpeed),
+    Trainer clips as ever. With `AdamW(offload="gradients")` the norm was taken in backward, and
+    this is what Trainer needs to clip at all.
 
     Args:
         trainer: a `transformers.Trainer`, or any object with `accelerator` and `optimizer`. Only
@@ -59,7 +68,7 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
         parameters = list(parameters)
         optimizer = inner_optimizer(trainer.optimizer)
-        if isinstance(optimizer, AdamW) and has_whole_gradients(accelerator) and norm_type == 2:
+        if isinstance(optimizer, AdamW) and can_be_inside(accelerator) and norm_type == 2:
             held = [param for group in optimizer.param_groups for param in group["params"]]
             ours = {id(param): param.grad for param in held if param.grad is not None}
             # all that it holds, and at least one

@@ -11,6 +11,7 @@ A Trainer hands an optimizer through without looking at it. What then goes wrong
     `adamw_spec(args)`              a trainer that copies its args (TRL): the copy says other things
     `max_grad_norm` of ours         over gradients that DeepSpeed or FSDP1 cut into flat parts; or
                                     beside that of args
+    gradients freed in backward     Trainer's clipping, GradScaler and DDP look for them later
 
 `foreign` knows the classes. Others, too, decide by an optimizer's class or by its name:
 
@@ -38,8 +39,11 @@ from transformers import TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from fastft.foreign import engines, sharding
+from fastft.integrations import clipping, trainings
 from fastft.optim import origin
 from fastft.optim.adamw import AdamW
+from fastft.optim.factory import check_args_for_freed_gradients
+from fastft.optim.offload import hooks
 from fastft.optim.origin import Origin
 
 # below "transformers", so that its verbosity rules
@@ -74,6 +78,8 @@ def check_optimizer(
     # Trainer keeps it for a second train(), as it is
     if inner.origin is not None and not inner.had_gradients:
         _check_settings(args, state, inner, inner.origin)
+    if inner.frees_gradients:
+        _check_freed_gradients(args, inner)
     if inner.max_grad_norm is not None:
         _check_clipping(args, inner, flat=by_deepspeed or sharding.is_fsdp1(model))
 
@@ -225,6 +231,22 @@ def _check_settings(
             f"fastft.{made.way} was given weight_decay={asked}, and Trainer made the groups with "
             f"the {args.weight_decay} of its args: set it in args: "
             f"TrainingArguments(weight_decay={asked})"
+        )
+
+
+def _check_freed_gradients(args: TrainingArguments, optimizer: AdamW) -> None:
+    """Raises where somebody still needs gradients that are freed as backward makes them."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            hooks.check_place(param)
+    check_args_for_freed_gradients(args, optimizer.release_gradients)
+    trainer = trainings.current_trainer()
+    if trainer is not None and not clipping.is_inside(trainer.accelerator):
+        raise ValueError(
+            "Trainer reads p.grad to clip and to log its norm, and AdamW frees gradients as "
+            "backward makes them (offload='gradients', release_gradients): call "
+            "fastft.fuse_clipping(trainer) before train(), or let fastft.plug(trainer, ...) make "
+            "the optimizer"
         )
 
 

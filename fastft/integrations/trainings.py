@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _Method = Callable[..., Any]
+_LOOP = "_inner_training_loop"
 
 
 @contextlib.contextmanager
@@ -126,3 +127,12 @@ def _wrapped(
 def _a_trainer_calls() -> bool:
     """Whether the code of Trainer is being executed."""
     return any(frame.f_globals.get("__name__") == "transformers.trainer" for frame in callers())
+
+
+def current_trainer() -> Any:
+    """The Trainer whose training loop calls, of which its callbacks are not told; None without."""
+    for frame in callers():
+        trainer = frame.f_locals.get("self") if frame.f_code.co_name == _LOOP else None
+        if trainer is not None and hasattr(trainer, "accelerator"):
+            return trainer
+    return None

@@ -21,22 +21,36 @@ from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastft import ops
-from fastft.foreign import engines
+from fastft.foreign import engines, tensors
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import Plan, same_objects
+from fastft.optim.adamw_state import state_bytes
 from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
 from fastft.optim.groups import check_group
+from fastft.optim.offload.choice import Choice, choose_for
+from fastft.optim.offload.deferred import Followed, PendingStep
+from fastft.optim.offload.gradients import HeldGradients
+from fastft.optim.offload.host_memory import check_that_it_suffices
+from fastft.optim.offload.released import ReleasedGradients
+from fastft.optim.offload.tiers import TIERS
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
+OFFLOADS = (*TIERS, "auto")
 # what every AdamW has, of a group and of the whole; another value is lost where a library puts its
 # own in our place
 _GROUP_OF_ANY: dict[str, Any] = {"amsgrad": False, "maximize": False, "moments": "fp32"}
-_OPTIMIZER_OF_ANY: dict[str, Any] = {"rounding": "exact", "max_grad_norm": None, "impl": "auto"}
+_OPTIMIZER_OF_ANY: dict[str, Any] = {
+    "rounding": "exact",
+    "max_grad_norm": None,
+    "impl": "auto",
+    "offload": None,
+    "release_gradients": False,
+}
 
 
 class _Clipping(NamedTuple):
@@ -46,6 +60,30 @@ class _Clipping(NamedTuple):
     max_norm: float
     grads: list[Tensor]
     versions: list[int]
+
+
+def check_offload(
+    offload: str | None, release_gradients: bool, max_grad_norm: float | None
+) -> None:
+    """Raises where they are no tier, or do not go together."""
+    if offload not in OFFLOADS:
+        raise ValueError(
+            f"offload must be one of {', '.join(map(repr, OFFLOADS))}, got {offload!r}"
+        )
+    if not isinstance(release_gradients, bool):
+        raise TypeError(f"release_gradients must be True or False, got {release_gradients!r}")
+    if release_gradients and offload is not None:
+        raise ValueError(
+            f"release_gradients=True with offload={offload!r}: the one uses gradients up inside "
+            "backward, where the other keeps them or their states on the host. Leave out one of "
+            'them; offload="gradients" frees them on the device as well'
+        )
+    if release_gradients and max_grad_norm is not None:
+        raise ValueError(
+            "release_gradients=True with max_grad_norm: the norm of all gradients is known only "
+            "after backward, when they would be gone. Leave out one of them; "
+            'offload="gradients" frees them on the device, and clips exactly'
+        )
 
 
 class AdamW(torch.optim.AdamW):
@@ -74,6 +112,7 @@ class AdamW(torch.optim.AdamW):
             before the first.
         origin: how `adamw`, `adamw_spec` or `plug` was called for it; None: made by hand.
         had_gradients: whether a step has found a gradient, or has said that there is none.
+        choice: what `offload="auto"` has chosen, and why; None: it was not asked for.
 
     Args:
         params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of
@@ -111,6 +150,15 @@ class AdamW(torch.optim.AdamW):
         seed: of stochastic rounding, in [0, 2^63); None draws one from torch's default generator
             where anything is rounded stochastically. Kept in the parameter groups and so in the
             state dict. Processes which train the same parameters need the same seed.
+        offload: what lies on the host between steps, which changes no bit of what is trained
+            (offload/__init__.py has the bytes): None, nothing; "states", moments and what
+            `rounding` keeps, which each step streams through two buffers on the device and waits
+            for; "gradients", also each gradient as backward has produced it; "overlap", which
+            also updates weights only before their next forward; or "auto", the first of None,
+            "states" and "gradients" that fits the device (offload/choice.py). Not with
+            `capturable`.
+        release_gradients: use up each gradient inside backward, so that never all of them exist.
+            Not with `max_grad_norm` or `offload`.
         impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton", of the update and of the
             norm that clipping takes, which Triton has no kernel for; an explicit one never falls
             back.
@@ -121,15 +169,18 @@ class AdamW(torch.optim.AdamW):
         ValueError: a hyper-parameter out of range, betas of mixed kinds, an option that is not
             implemented, an empty parameter list; or where accelerate's DeepSpeed is going to put
             DeepSpeedCPUAdam in this optimizer's place, an option that this does not have.
-        RuntimeError: at `step`, an explicit `impl` which is not available (says why), or a sparse
-            gradient.
+        RuntimeError: the host has too little memory for what is offloaded; at `step`, an explicit
+            `impl` which is not available (says why), or a sparse gradient.
     """
 
     grad_norm: Tensor | None = None
     _skipped: bool | Tensor = False
     origin: Origin | None = None
     had_gradients = False
-    _warned_of_stale = False
+    choice: Choice | None = None
+    _warned_of_stale = _warned_of_no_model = False
+    _pending: PendingStep | None = None
+    _followed: Followed | None = None
 
     def __init__(
         self,
@@ -149,6 +200,8 @@ class AdamW(torch.optim.AdamW):
         rounding: str = "exact",
         max_grad_norm: float | None = None,
         seed: int | None = None,
+        offload: str | None = None,
+        release_gradients: bool = False,
         impl: str = "auto",
         _origin: Origin | None = None,
     ) -> None:
@@ -166,9 +219,16 @@ class AdamW(torch.optim.AdamW):
                 f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has "
                 "one"
             )
+        check_offload(offload, release_gradients, max_grad_norm)
+        params = params if _origin is None else _origin.grouped(params)
+        if offload == "auto":
+            params, self.choice = choose_for(params, moments, amsgrad, rounding, _origin)
+            offload = self.choice.offload
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
+        self.offload, self.release_gradients = offload, release_gradients
         self._plan: Plan | None = None
         self._clipping: _Clipping | None = None
+        self._make_keepers()
         self._warned = False
         defaults = {
             "lr": lr,
@@ -187,13 +247,19 @@ class AdamW(torch.optim.AdamW):
         }
         check_group(defaults)
         # torch.optim.AdamW's would own the defaults
-        params = params if _origin is None else _origin.grouped(params)
         torch.optim.Optimizer.__init__(self, params, defaults)
         self.origin = _origin
         if _origin is not None:
             _origin.is_made()
+        self._check_host_memory(0 if self._held is None else sum(map(_bytes, self._params())))
         if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
+        if self.frees_gradients and engines.gradients_are_parts():
+            raise ValueError(
+                "offload='gradients' and release_gradients take gradients as backward makes them, "
+                "where DeepSpeed and FSDP1 still cut them into flat parts: use offload='states', "
+                "or FSDP2"
+            )
         if max_grad_norm is not None and engines.gradients_are_parts():
             raise ValueError(
                 "the optimizer's max_grad_norm would clip to the norm of each process's part of "
@@ -225,6 +291,7 @@ class AdamW(torch.optim.AdamW):
         """Adds a group as torch does; raises as the constructor does, with nothing changed."""
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
+            self._check_not_capturable({**self.defaults, **param_group})
             if not param_group.get("decoupled_weight_decay", True):
                 raise ValueError(
                     "decoupled_weight_decay=False is torch.optim.Adam's; AdamW's decay is decoupled"
@@ -237,6 +304,7 @@ class AdamW(torch.optim.AdamW):
                 raise TypeError(
                     f"AdamW trains float32 and bfloat16 parameters, got one of {param.dtype}"
                 )
+        self._watch_gradients()
         random = self.rounding == "stochastic" or self.param_groups[-1]["moments"] != "fp32"
         if random and self.param_groups[0]["seed"] is None:  # all groups have that of the first
             self.defaults["seed"] = int(torch.randint(2**63 - 1, ()))
@@ -253,18 +321,24 @@ class AdamW(torch.optim.AdamW):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rounding", "impl", "max_grad_norm", "_warned")
+        names = ("rounding", "impl", "max_grad_norm", "offload", "release_gradients", "_warned")
+        self._settle()
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch.optim.AdamW's looks into states that are still hidden
         torch.optim.Optimizer.__setstate__(self, state)
         self._plan = self._clipping = None
+        if "_held" not in vars(self):  # a copy, or out of a pickle
+            self._make_keepers()
+            self._watch_gradients()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["foreach"] = group["fused"] = None  # a checkpoint of torch's may say otherwise
             group["decoupled_weight_decay"] = True  # a checkpoint of torch's Adam says otherwise
+            if self.offload is not None or self.release_gradients:
+                group["capturable"] = False  # a checkpoint of another `offload` may say otherwise
         checkpoint.reveal(self)
 
     @torch._disable_dynamo
@@ -284,6 +358,7 @@ class AdamW(torch.optim.AdamW):
         unless the model takes `save_fp32`'s. On loading, torch casts the moments to the dtype of
         its parameters.
         """
+        self._settle()
         return checkpoint.for_torch(super().state_dict())
 
     @torch._disable_dynamo
@@ -297,6 +372,7 @@ class AdamW(torch.optim.AdamW):
         Raises:
             ValueError: groups or shapes which do not fit this optimizer.
         """
+        self.flush()
         checkpoint.load(self, state_dict)
 
     @torch._disable_dynamo
@@ -315,10 +391,13 @@ class AdamW(torch.optim.AdamW):
                 explicit `impl` that cannot be used on these parameters, or a CUDA graph that
                 captures a step it could only repeat.
         """
+        if self.frees_gradients:
+            self._check_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.flush()
         params, grads, present = self._with_gradients()
         if grads and device_counts.is_capturing():
             self._check_capture(grads)
@@ -327,19 +406,160 @@ class AdamW(torch.optim.AdamW):
         self._skipped = False if found_inf is None else found_inf
         if not grads:
             self._say_that_nothing_is_trained()
+        elif self._released is not None:
+            self._note_training()
+            self._released.step(self._params())
         elif found_inf is None or self._counted_there(grads) or not self.step_was_skipped:
             factor = self._grad_factor(grads, clipping)
             plan = self._plan_of(params, present)
             seed = self.param_groups[0]["seed"] or 0
+            if self._held is not None:
+                grads = self._held.on_host(grads)
             while not plan.step(self.param_groups, grads, factor, seed, found_inf):
                 plan = self._new_plan(present)
+            if self.offload == "overlap":
+                self._pending = PendingStep(plan.placed(), self._together())
         return loss
 
-    def _with_gradients(self) -> tuple[list[Any], list[Any], list[bool]]:
-        """The parameters that have a gradient, the gradients, and of all whether they have one."""
+    def follow(self, model: nn.Module | None) -> None:
+        """Lets updates overlap with the forwards of `model` (`offload="overlap"`).
+
+        From now on `step()` returns before the model's weights are updated: each is when it is next
+        asked for, which hooks before the forward of its module do first. `fastft.adamw(model)`,
+        `FusedLossCallback`, `PackingCallback` and `plug` call this; so has a loop of your own, with
+        the model that is inside of what `Accelerator.prepare` or `torch.compile` returned.
+
+        Args:
+            model: its parameters are among the optimizer's; in place of an earlier one. None: the
+                hooks go, and `step()` updates at once.
+
+        Raises:
+            TypeError: `model` is no module.
+            ValueError: the optimizer has another `offload`.
+        """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if self.offload != "overlap":
+            raise ValueError(
+                f'follow() is for AdamW(offload="overlap"), this one has offload={self.offload!r}'
+            )
+        self.flush()
+        if self._followed is not None:
+            self._followed.remove()
+        self._followed = None if model is None else Followed(model)
+
+    @torch._disable_dynamo
+    def flush(self) -> None:
+        """Updates all weights that the last step has left to be updated when they are asked for.
+
+        Before they are read in a way that torch does not see: by memory that they share, by a
+        kernel that gets them without torch, by a CUDA graph. Nothing but `offload="overlap"` leaves
+        any.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.flush()
+            if self._followed is not None:
+                self._followed.learn(pending.asked)
+
+    def _together(self) -> list[list[Tensor]]:
+        if self._followed is not None:
+            return self._followed.together()
+        if not self._warned_of_no_model:
+            self._warned_of_no_model = True
+            warnings.warn(
+                'offload="overlap": the optimizer knows no model before whose forwards weights '
+                "could be updated, so that step() updates them at once: call "
+                "optimizer.follow(model), or use FusedLossCallback, PackingCallback or plug",
+                stacklevel=4,
+            )
+        return []
+
+    @property
+    def state(self) -> Any:
+        """What is kept of each parameter, after `flush()`."""
+        self.flush()
+        return vars(self)["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        vars(self)["state"] = value
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether backward leaves no gradients on the device."""
+        return self._held is not None or self._released is not None
+
+    @property
+    def staging(self) -> int:
+        """Bytes of the buffers on all devices through which states stream; 0 before a step."""
+        return 0 if self._plan is None else self._plan.staging
+
+    def _check_not_capturable(self, group: dict[str, Any]) -> None:
+        what = "release_gradients=True" if self.release_gradients else f"offload={self.offload!r}"
+        if group["capturable"] and (self.offload is not None or self.release_gradients):
+            raise ValueError(
+                f"capturable=True with {what} is not implemented: a CUDA graph would repeat one "
+                "step's copies and counts. Leave out one of them"
+            )
+
+    def _check_host_memory(self, gradients: int = 0) -> None:
+        """Raises where the host has too little memory for the states that are still to be made, and
+        so many bytes of gradients."""
+        if self.offload is None:
+            return
+        check_that_it_suffices(
+            gradients
+            + sum(
+                state_bytes(param, group, self.rounding)
+                for group in self.param_groups
+                for param in group["params"]
+                if param not in self.state
+            )
+        )
+
+    def _make_keepers(self) -> None:
+        """Makes what takes gradients as backward makes them."""
+        held = self.offload in ("gradients", "overlap")
+        self._held = HeldGradients(self.impl) if held else None
+        self._released = ReleasedGradients(self) if self.release_gradients else None
+
+    def _watch_gradients(self) -> None:
+        for keeper in (self._held, self._released):
+            if keeper is not None:
+                keeper.watch(self._params())
+
+    def _params(self) -> list[Any]:
         params: list[Any] = []
         for group in self.param_groups:
             params += group["params"]
+        return params
+
+    def _check_step(self, closure: Any) -> None:
+        """Raises for what a step over gradients that are not on the device cannot do."""
+        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
+            raise RuntimeError(
+                "GradScaler looks for Inf in gradients that are freed as backward makes them "
+                "(offload='gradients', release_gradients): train in bf16, or use offload='states'"
+            )
+        if closure is not None and self._released is not None:
+            raise RuntimeError(
+                "a closure's backward pass would update before step() does: call step() without "
+                "one, or leave out release_gradients"
+            )
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Throws gradients away, wherever they are, as torch does."""
+        super().zero_grad(set_to_none)
+        if self._released is not None:
+            self._released.zero_grad()
+
+    def _with_gradients(self) -> tuple[list[Any], list[Any], list[bool]]:
+        """The parameters that have a gradient, the gradients, and of all whether they have one."""
+        params = self._params()
+        if self._held is not None:
+            self._held.take(params)
         grads = [param.grad for param in params]
         present = list(map(is_not, grads, repeat(None)))
         if not all(present):
@@ -354,19 +574,31 @@ class AdamW(torch.optim.AdamW):
         self._warn_of_stale(plan.kept.look())
         return plan
 
-    def _new_plan(self, present: list[bool]) -> Plan:
+    def _note_training(self) -> None:
         self.had_gradients = True
         if self.origin is not None:
             self.origin.trained = True
+
+    def _new_plan(self, present: list[bool]) -> Plan:
+        self._note_training()
         self._settle()
+        for group in self.param_groups:
+            self._check_not_capturable(group)
+        self._check_host_memory()
         self._plan = None  # should the new one raise
-        self._plan = Plan(self.param_groups, self.state, present, self.rounding, self.impl)
+        self._plan = Plan(
+            self.param_groups, self.state, present, self.rounding, self.impl, self.offload
+        )
         self._warn_of_stale(self._plan.kept.forgotten)
         return self._plan
 
     def _settle(self) -> None:
+        """What goes before any look at states."""
+        self.flush()
+        if self._released is not None:
+            self._released.settle()
         if self._plan is not None:
-            self._plan.kept.settle()
+            self._plan.settle()
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -469,6 +701,12 @@ class AdamW(torch.optim.AdamW):
         Returns:
             The norm of all gradients together, float32 of shape (); also `grad_norm`.
         """
+        if self._released is not None and max_norm != float("inf"):
+            raise ValueError(
+                f"gradients cannot be clipped to {max_norm} after release_gradients=True has used "
+                "them up inside backward: TrainingArguments(max_grad_norm=0), or "
+                "offload='gradients', which clips"
+            )
         self.grad_norm = grad_norm(grads, self.impl)
         self._clipping = _Clipping(
             self.grad_norm, max_norm, list(grads), [grad._version for grad in grads]
@@ -494,3 +732,8 @@ class AdamW(torch.optim.AdamW):
         self.grad_norm = norm if scale is None else norm / scale.to(norm.device)
         factor = clip_factor(self.grad_norm, max_norm)
         return factor if scale is None else factor / scale.to(norm.device)
+
+
+def _bytes(param: Any) -> int:
+    """Bytes of this process's part of a parameter."""
+    return int(tensors.local(param).nbytes)

@@ -25,32 +25,25 @@ elements, on one core, takes 290 us in fp32 and 380 us in bf16; in its place
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import chain, compress
+from itertools import compress
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastft import ops
-from fastft.foreign.tensors import is_dtensor, local, local_gradient, shard_begin, write_stamp
-from fastft.optim import device_counts, weight_bits
-from fastft.optim.adamw_state import Claim, State, ready_state, residue_names, rounding_of
-from fastft.optim.adamw_update import ADAMW, RESIDUES, Binding, Rounding
+from fastft.foreign.tensors import is_dtensor, local_gradient, shard_begin, write_stamp
+from fastft.optim import device_counts
+from fastft.optim.adamw_part import Part, PartTensors, Row
+from fastft.optim.adamw_state import Claim, State, ready_state, rounding_of
+from fastft.optim.adamw_update import RESIDUES
 from fastft.optim.device_counts import DeviceCounts
 from fastft.optim.groups import check_amsgrad, hyper_row
+from fastft.optim.offload.deferred import LatePart
+from fastft.optim.offload.streamed import StreamedPart
 from fastft.optim.weight_bits import KeptWeights
 
 ALIGNMENT = 512  # each parameter's first random bits: whole blocks of the kernels
-
-
-class _Row(NamedTuple):
-    """A tensor's row of the operator's `table`."""
-
-    hyper: int
-    rounding: Rounding
-    amsgrad: bool
-    first: int
 
 
 class Plan:
@@ -60,7 +53,7 @@ class Plan:
         groups: the optimizer's `param_groups`.
         state: the optimizer's `state`; entries which are missing are made.
         present: for each parameter of the groups, whether it has a gradient.
-        rounding, impl: the optimizer's.
+        rounding, impl, offload: the optimizer's.
     """
 
     def __init__(
@@ -70,6 +63,7 @@ class Plan:
         present: list[bool],
         rounding: str,
         impl: str,
+        offload: str | None = None,
     ) -> None:
         for group in groups:
             check_amsgrad(group)
@@ -78,7 +72,8 @@ class Plan:
         self.params, self.present = [param for param, _ in found], present
         self.signature = _signature(groups)
         self.states: list[State] = [  # whose class is here for pickles of fastft 0.1
-            ready_state(state, param, groups[i], rounding) for param, i in found
+            ready_state(state, param, groups[i], rounding, offload is not None)
+            for param, i in found
         ]
         self.every_state = list(state.values())
         done = _steps_done([entries["step"] for entries in self.states])
@@ -86,17 +81,27 @@ class Plan:
         self.rows = list(dict.fromkeys(keys))  # (group, steps done) of each row of the hyper table
         firsts = compress(_first_elements(every), present)
         table = [
-            _Row(self.rows.index(key), rounding_of(param, rounding), groups[key[0]]["amsgrad"], at)
+            Row(self.rows.index(key), rounding_of(param, rounding), groups[key[0]]["amsgrad"], at)
             for param, key, at in zip(self.params, keys, firsts, strict=True)
         ]
         # a step is one call for each device
         by_device = _by_device(self.params)
         self._lay_counts(done, by_device, groups)
         self.sharded = any(map(is_dtensor, self.params))
-        self.parts = [
-            _Part(device, positions if len(by_device) > 1 else None, self, table, impl)
-            for device, positions in by_device.items()
-        ]
+        kind = LatePart if offload == "overlap" else StreamedPart
+        self.parts: list[Part | StreamedPart] = []
+        for device, positions in by_device.items():
+            tensors = PartTensors(
+                [self.params[i] for i in positions],
+                [self.states[i] for i in positions],
+                [table[i] for i in positions],
+            )
+            chosen = positions if len(by_device) > 1 else None
+            self.parts.append(
+                Part(device, chosen, tensors, impl)
+                if offload is None
+                else kind(device, chosen, tensors, impl, offload != "states")
+            )
         kept = [
             (param, entries)
             for param, entries, row in zip(self.params, self.states, table, strict=True)
@@ -148,6 +153,35 @@ class Plan:
             and all(part.holds() for part in self.parts)
         )
 
+    @property
+    def staging(self) -> int:
+        """Bytes of the buffers on the devices through which states stream."""
+        return sum(part.staging for part in self.parts if isinstance(part, StreamedPart))
+
+    def placed(self) -> list[tuple[Any, list[Any]]]:
+        """Each part with its parameters, as they are at its places."""
+        return [
+            (part, [self.params[i] for i in part.positions or range(len(self.params))])
+            for part in self.parts
+        ]
+
+    def settle(self) -> None:
+        """Goes before any look at states: marks them with what the last step has written; raises
+        as `check_whole`."""
+        self.check_whole()
+        self.kept.settle()
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError where a step has broken off in its middle."""
+        for part in self.parts:
+            if isinstance(part, StreamedPart) and part.torn is not None:
+                raise RuntimeError(
+                    "a step of AdamW broke off in its middle "
+                    f"({type(part.torn).__name__}: {part.torn}): some weights and their states are "
+                    "of that step, others of the one before. Load the weights and this optimizer "
+                    "from a checkpoint"
+                ) from part.torn
+
     def step(
         self,
         groups: list[dict[str, Any]],
@@ -161,6 +195,7 @@ class Plan:
         Where counts live on the device, nothing is updated or counted if the one element of
         `found_inf` is not 0.
         """
+        self.check_whole()
         # reading the counts or a learning rate of a device would wait for it
         if len(self.counts) < len(self.parts):
             rows = [hyper_row(groups[index], step + 1) for index, step in self.rows]
@@ -181,118 +216,6 @@ class Plan:
         torch.autograd.graph.increment_version(self.params)
         self.kept.wrote()
         return True
-
-
-class _Part:
-    """The tensors of a plan that are on one device."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        positions: list[int] | None,
-        plan: Plan,
-        table: list[_Row],
-        impl: str,
-    ) -> None:
-        self.device, self.positions, self.impl = device, positions, impl
-        chosen = range(len(plan.params)) if positions is None else positions
-        originals, states = [plan.params[i] for i in chosen], [plan.states[i] for i in chosen]
-        rows = [table[i] for i in chosen]
-        # the engine gets this process's parts; FSDP may put others behind the same parameters
-        self.params = [local(param) for param in originals]
-        self.shards = [
-            (param, part)
-            for param, part in zip(originals, self.params, strict=True)
-            if param is not part
-        ]
-        self.kept = [
-            (place, originals[place]) for place, row in enumerate(rows) if row.rounding in RESIDUES
-        ]
-        self.eager_samples: list[tuple[Tensor, int]] | None = None
-        self.exp_avgs = [local(state["exp_avg"]) for state in states]
-        of_states = list(zip(states, rows, strict=True))
-        self.states = (
-            self.exp_avgs,
-            [local(state["exp_avg_sq"]) for state in states],
-            [local(state["max_exp_avg_sq"]) for state, row in of_states if row.amsgrad],
-            [
-                local(state[name])
-                for state, row in of_states
-                for name in residue_names(state, row.rounding)
-            ],
-        )
-        self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
-        engine = ADAMW.resolve(impl, device)  # raises where an explicit one is not there
-        self.one = torch.ones((), dtype=torch.float32, device=device)
-        self.binding: Binding | None = None
-        if engine in ops.LIBRARIES and all(map(_same_layout, self.params, self.exp_avgs)):
-            self.binding = Binding(engine, (self.params, *self.states), self.table)
-        self.memory = self._memory()
-
-    def _memory(self) -> list[Any]:
-        """Addresses and forms, which show that parameters or states have been given others."""
-        forms = [
-            (param.dtype, param.shape, param.stride(), param.data_ptr()) for param in self.params
-        ]
-        return [*forms, *map(Tensor.data_ptr, chain(*self.states))]
-
-    def holds(self) -> bool:
-        """Tells whether shards and memory are as before.
-
-        A native engine looks over memory itself, just before it updates. That is enough where there
-        is one device; of several, none may be updated before all were looked over.
-        """
-        if any(local(param) is not part for param, part in self.shards):
-            return False
-        looks_itself = self.binding is not None and self.positions is None
-        return looks_itself or self._memory() == self.memory
-
-    def step(
-        self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int
-    ) -> bool:
-        """Updates; False, with nothing done, if what is bound has other memory than before."""
-        grads = all_grads if self.positions is None else [all_grads[i] for i in self.positions]
-        factor = self.one if grad_factor is None else grad_factor.to(self.one.device)
-        if self.binding is not None:
-            done = self.binding.step(grads, hyper, factor, seed)
-            if done is not None:
-                if done:  # else those of the last step are still to be asked for
-                    self.eager_samples = None
-                return done
-        self._step_unbound(grads, hyper, factor, seed)
-        return True
-
-    def _step_unbound(
-        self, grads: Sequence[Tensor], hyper: Tensor, factor: Tensor, seed: int
-    ) -> None:
-        """Updates by way of the operator, with copies of what lies otherwise than its state."""
-        if any(grad.layout != torch.strided for grad in grads):
-            raise RuntimeError(
-                "AdamW does not take sparse gradients (an Embedding with sparse=True makes them)"
-            )
-        # under `.data` torch counts no change: the plan counts one for every engine
-        targets = [param.data for param in self.params]
-        params, grads = (
-            [_like(tensor, layout) for tensor, layout in zip(tensors, self.exp_avgs, strict=True)]
-            for tensors in (targets, grads)
-        )
-        update = ADAMW.implementation(self.impl, self.device, params, grads)
-        update(params, grads, *self.states, self.table, hyper, factor, seed)
-        for target, updated in zip(targets, params, strict=True):
-            if target is not updated:
-                target.copy_(updated)
-        # elsewhere than on a CPU samples would cost launches for each
-        kept = self.kept if self.device.type == "cpu" else []
-        self.eager_samples = [(param, weight_bits.sample(param)) for _, param in kept]
-
-    def samples(self) -> list[tuple[Tensor, int]]:
-        """The weights whose sampled checksum of what the last step wrote is known, with it."""
-        if self.eager_samples is not None:
-            return self.eager_samples
-        if self.binding is None or self.device.type != "cpu" or not self.kept:
-            return []
-        written = self.binding.written()
-        return [(param, written[place]) for place, param in self.kept if written[place]]
 
 
 def same_objects(these: Collection[Any], those: Collection[Any]) -> bool:
@@ -331,14 +254,3 @@ def _first_elements(every: list[tuple[Tensor, int]]) -> list[int]:
         firsts.append(end + shard_begin(param))
         end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
     return firsts
-
-
-def _same_layout(tensor: Tensor, layout: Tensor) -> bool:
-    return tensor.stride() == layout.stride() or (tensor.is_contiguous() and layout.is_contiguous())
-
-
-def _like(tensor: Tensor, layout: Tensor) -> Tensor:
-    """`tensor`, or a copy of it in the strides of `layout`, which the operator walks through."""
-    if _same_layout(tensor, layout):
-        return tensor
-    return torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.foreign.tensors import local
 from fastft.optim import moments_8bit
 from fastft.optim.adamw_update import RESIDUES, Rounding
+from fastft.optim.offload import device
+from fastft.optim.offload.host_memory import house
 from fastft.optim.weight_bits import Mark
 
 
@@ -57,26 +60,39 @@ def rounding_of(param: Tensor, rounding: str) -> Rounding:
     return Rounding.FP32 if param.dtype == torch.float32 else Rounding[rounding.upper()]
 
 
-def new_state(param: Tensor, group: dict[str, Any], rounding: str) -> State:
+def new_state(
+    param: Tensor, group: dict[str, Any], rounding: str, where: str | None = None
+) -> State:
     """The state before the first step, in the parameter's layout.
 
     With 8-bit moments, which short vectors do not have, rows lie one after the other.
+
+    Args:
+        where: "cpu", or "meta" for the form alone; on the parameter's device by default.
     """
     state = State(step=torch.zeros((), dtype=torch.float32))
     eight_bit = _has_8bit_moments(param, group)
     if eight_bit:
-        state |= moments_8bit.new_entries(param)
+        state |= moments_8bit.new_entries(param, where)
     layout = torch.contiguous_format if eight_bit else torch.preserve_format
     for name, dtype in _dtypes(param, group, rounding).items():
         if name not in state:
-            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=layout)
+            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=layout, device=where)
     return state
 
 
+def state_bytes(param: Tensor, group: dict[str, Any], rounding: str) -> int:
+    """Bytes of this process's part of a parameter's state, without its count."""
+    entries = new_state(param, group, rounding, "meta")
+    return sum(local(entry).nbytes for name, entry in entries.items() if name != "step")
+
+
 def ready_state(
-    states: dict[Tensor, Any], param: Tensor, group: dict[str, Any], rounding: str
+    states: dict[Tensor, Any], param: Tensor, group: dict[str, Any], rounding: str, offloaded: bool
 ) -> State:
     """The parameter's state out of the optimizer's, with the entries that are missing.
+
+    Where it is `offloaded`, entries that lie elsewhere than in the host's memory are moved there.
 
     Raises:
         TypeError: the parameter is neither float32 nor bfloat16 any more.
@@ -86,8 +102,11 @@ def ready_state(
     entries, dtypes = states[param], _dtypes(param, group, rounding)
     missing = {"step", *dtypes} - entries.keys()
     if missing or not isinstance(entries, State):
-        fresh = new_state(param, group, rounding) if missing else {}
-        entries = states[param] = State({**fresh, **entries})
+        fresh = new_state(param, group, rounding, "meta" if offloaded else None) if missing else {}
+        entries = State({**fresh, **entries})
+    if offloaded:
+        house(entries, device.of(local(param).device))
+    states[param] = entries
     _check_fit(param, entries, dtypes)
     return entries
 

@@ -154,7 +154,10 @@ def _restore_group(
         if not entries:
             continue
         _check_entries(entries, owner)
-        restored = _restored(entries, new_state(param, whole_group, optimizer.rounding), owner)
+        fresh = new_state(
+            param, whole_group, optimizer.rounding, "cpu" if optimizer.offload else None
+        )
+        restored = _restored(entries, fresh, owner)
         state[key] = _Verbatim(restored)
         if key in checksums and weight_bits.claim_applies(param):
             restored.mark = weight_bits.Mark(checksum=checksums[key])
@@ -175,8 +178,12 @@ def reveal(optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     """Sets a parameter, and what `state` keeps with it, to an fp32 master. All may be DTensors."""
-    parts = (placed_like(master.float(), param), param, residue_of(state))
-    store_value(*(local(part) for part in parts))
+    residue = residue_of(state)
+    value, part, kept = map(local, (placed_like(master.float(), param), param, residue))
+    there = None if kept is None else kept.to(part.device)  # it may be on the host
+    store_value(value, part, there)
+    if there is not kept:
+        kept.copy_(there)
     weight_bits.mark_written(param, state)
 
 

@@ -82,6 +82,9 @@ def adamw(
     optimizer = AdamW(groups, **Keywords(origin))
     if args is not None:
         _warn_of_two_clippings(args, optimizer.max_grad_norm)
+        _check_freed(args, optimizer, model)
+    if model is not None and optimizer.offload == "overlap":
+        optimizer.follow(model)
     origin.remember()
     return optimizer, None
 
@@ -121,8 +124,12 @@ def spec_of(origin: Origin) -> tuple[type[AdamW], Keywords]:
     args, weight_decay = origin.args, origin.given.get("weight_decay")
     keywords = Keywords(origin)
     # a wrong keyword is told here, not after Trainer has loaded the model
-    example = AdamW([torch.zeros(1, dtype=torch.bfloat16)], **{"seed": 0, **keywords})
+    tried = {"seed": 0, **keywords}
+    if tried.get("offload") == "auto":  # which looks at parameters
+        tried["offload"] = "states"
+    example = AdamW([torch.zeros(1, dtype=torch.bfloat16)], **tried)
     if args is not None:
+        _check_freed(args, example)
         if weight_decay is not None and weight_decay != args.weight_decay:
             raise ValueError(
                 f"weight_decay={weight_decay} would be lost: Trainer makes the groups with the "
@@ -138,9 +145,48 @@ def spec_of(origin: Origin) -> tuple[type[AdamW], Keywords]:
     return AdamW, keywords
 
 
+def check_args_for_freed_gradients(args: Any, released: bool) -> None:
+    """Raises where a Trainer with `args` needs gradients later than backward makes them.
+
+    Args:
+        args: a `transformers.TrainingArguments`.
+        released: with `release_gradients`, which has nothing left to clip or to add to.
+    """
+    if getattr(args, "fp16", False):
+        raise ValueError(
+            "fp16=True scales the loss, and GradScaler looks for Inf in gradients that are freed "
+            "as backward makes them (offload='gradients', release_gradients): use bf16=True, or "
+            "offload='states'"
+        )
+    clips = getattr(args, "max_grad_norm", None)
+    micro = getattr(args, "gradient_accumulation_steps", 1)
+    asked = [f"max_grad_norm={clips}"] if clips else []
+    asked += [f"gradient_accumulation_steps={micro}"] if micro > 1 else []
+    if released and asked:
+        raise ValueError(
+            f"release_gradients=True with {' and '.join(asked)} of TrainingArguments: backward "
+            "uses each gradient up, so that there is none to clip or to add to. Set "
+            "max_grad_norm=0 and gradient_accumulation_steps=1, or use offload='gradients', which "
+            "does both"
+        )
+
+
 def _given(options: dict[str, Any], **named: Any) -> dict[str, Any]:
     """The keywords that the user gave."""
     return {name: value for name, value in named.items() if value is not None} | options
+
+
+def _check_freed(args: Any, optimizer: AdamW, model: torch.nn.Module | None = None) -> None:
+    if not optimizer.frees_gradients:
+        return
+    check_args_for_freed_gradients(args, optimizer.release_gradients)
+    copies = getattr(args, "world_size", 1) // engines.same_batch_ranks(model, args)
+    if (copies > 1 and engines.engine_of(args) is None) or getattr(args, "n_gpu", 1) > 1:
+        raise ValueError(
+            "DDP and DataParallel add up the gradients of all copies of a model when backward is "
+            "over, and these are freed as backward makes them (offload='gradients', "
+            "release_gradients): use offload='states', or FSDP2"
+        )
 
 
 def _warn_of_two_clippings(args: Any, max_grad_norm: float | None, stacklevel: int = 3) -> None:

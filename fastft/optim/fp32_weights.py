@@ -127,7 +127,12 @@ def load_fp32(
                 if headers[name].dtype in _FLOATS:
                     if tensor in group_of and tensor not in adamw.state:
                         # there was no step yet, and a residue needs a place
-                        adamw.state[tensor] = new_state(tensor, group_of[tensor], adamw.rounding)
+                        adamw.state[tensor] = new_state(
+                            tensor,
+                            group_of[tensor],
+                            adamw.rounding,
+                            "cpu" if adamw.offload else None,
+                        )
                     write_master(tensor, value, adamw.state.get(tensor, {}))
                 else:
                     local(tensor).copy_(local(placed_like(value, tensor)))
@@ -209,6 +214,7 @@ def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
     if residue is None:
         master = _as_saved(tensor.detach())
     else:
-        master = sharded_like(load_value(local(tensor.detach()), local(residue)), tensor)
+        part = local(tensor.detach())
+        master = sharded_like(load_value(part, local(residue).to(part.device)), tensor)
     whole: Tensor = master.full_tensor() if hasattr(master, "full_tensor") else master
     return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)

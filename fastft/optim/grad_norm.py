@@ -7,12 +7,16 @@ Squares are summed in double; on CUDA 64 at a time in float32, whose rounding er
 beside them, which is off by less than 2e-11. The norm is finite if and only if every gradient is,
 and sums over any number of threads are the same to the bit. Bytes moved for each element: 4 (fp32)
 or 2 (bf16), the gradient read once; torch's clipping reads it twice and writes it once.
+
+A gradient that lies on the host (offload/gradients.py) comes with its part of the norm, taken while
+it was on its device: sums over chunks of it (of plain torch, one over all of it). Their total in
+the order of the gradients has the bits of the norm of resident ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,12 +40,66 @@ GRAD_NORM = ops.Operator(
 )
 
 
+def _square_sums_reference(sums: Tensor, grads: Sequence[Tensor]) -> None:
+    """Plain torch; writes the sum of squares of each chunk of the gradients, one float64 each."""
+    chunks = [chunk for grad in grads for chunk in grad.reshape(-1).split(CHUNK) if chunk.numel()]
+    for place, chunk in zip(sums, chunks, strict=True):
+        place.copy_(chunk.double().square().sum())
+
+
+def _norm_total_reference(total: Tensor, sums: Tensor) -> None:
+    """Plain torch; writes the total of float64 sums, added in order, into `total`."""
+    total.zero_()
+    for part in sums:
+        total += part
+
+
+CHUNK = 16384  # elements whose squares are one sum, in csrc/include/grad_norm_args.h too
+SQUARE_SUMS = ops.Operator(
+    "grad_square_sums_(Tensor(a!) sums, Tensor[] grads) -> ()",
+    _square_sums_reference,
+    engines=GRAD_NORM.engines,
+)
+NORM_TOTAL = ops.Operator(
+    "grad_norm_total_(Tensor(a!) total, Tensor sums) -> ()",
+    _norm_total_reference,
+    engines=dict.fromkeys(("cpp", "cuda")),
+)
+
+
+@runtime_checkable
+class WithSums(Protocol):
+    """A gradient whose numbers are elsewhere; its part of the norm is here: float64, (n,)."""
+
+    sums: Tensor
+
+
+def norm_engine(impl: str, device: torch.device) -> str:
+    """The engine that takes parts of the norm for an optimizer with `impl`: any, where this has no
+    kernel for it (max_grad_norm is refused then)."""
+    has_norm = impl == "eager" or impl in GRAD_NORM.engines
+    return GRAD_NORM.resolve(impl if has_norm else "auto", device)
+
+
+def parts_of(numel: int, engine: str) -> int:
+    """How many sums are a gradient's part of the norm that `engine` takes."""
+    return 1 if engine == "eager" else -(-numel // CHUNK)
+
+
+def write_parts(sums: Tensor, grad: Tensor, engine: str) -> None:
+    """Writes a contiguous gradient's part of the norm, or that of a run of whole chunks of it."""
+    if engine == "eager":
+        sums.copy_(grad.double().square().sum())
+    else:
+        SQUARE_SUMS.native(sums, [grad])
+
+
 def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     """The Euclidean norm of all `grads` together.
 
     Args:
         grads: floating-point tensors of any shape and layout, on any devices; of DTensors, the
-            whole counts.
+            whole counts. All of a device have their sums with them, or none has.
         impl: "auto", "eager", "cpp" or "cuda"; with "auto" gradients without a kernel (another
             device, float16) are computed in plain torch.
 
@@ -76,6 +134,10 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 def _total(grads: Sequence[Tensor], impl: str) -> Tensor:
     """The sum of squares of tensors on one device."""
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    if isinstance(grads[0], WithSums):
+        sums = torch.cat([grad.sums for grad in grads])  # type: ignore[attr-defined]
+        NORM_TOTAL.implementation(impl, total.device)(total, sums)
+        return total
     if GRAD_NORM.resolve(impl, total.device) != "eager":
         dense = all(map(Tensor.is_contiguous, grads))
         try:

@@ -62,8 +62,12 @@ def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
     return rows, -(-columns // BLOCK)
 
 
-def new_entries(param: Any) -> dict[str, Tensor]:
+def new_entries(param: Any, where: str | None = None) -> dict[str, Tensor]:
     """The moments of a new state: codes in the parameter's shape, scales by `scale_shape`.
+
+    Args:
+        where: the kind of device that they are made on, by default the parameter's; the scales of a
+            DTensor are on that in any case.
 
     Raises:
         ValueError: `param` is a DTensor sharded on another dimension than 0, which would cut
@@ -72,7 +76,7 @@ def new_entries(param: Any) -> dict[str, Tensor]:
 
     def zeros(shape: torch.Size | tuple[int, int], dtype: torch.dtype) -> Tensor:
         if not is_dtensor(param):
-            return torch.zeros(shape, dtype=dtype, device=param.device)
+            return torch.zeros(shape, dtype=dtype, device=where or param.device)
         from torch.distributed import tensor as distributed
 
         if any(
@@ -82,6 +86,9 @@ def new_entries(param: Any) -> dict[str, Tensor]:
                 f'moments="8bit" needs parameters sharded on dimension 0, got {param.placements}; '
                 'set moments="fp32" in the parameter group of this one'
             )
+        if where is not None and shape == param.shape:
+            layout = torch.contiguous_format
+            return torch.zeros_like(param, dtype=dtype, device=where, memory_format=layout)
         mesh, placements = param.device_mesh, param.placements
         return distributed.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
 

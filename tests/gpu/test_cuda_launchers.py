@@ -41,6 +41,21 @@ def add_up(grad_norm_squared_: Callable[..., None]) -> None:
     )
 
 
+def sum_chunks(grad_square_sums_: Callable[..., None]) -> None:
+    grads = [torch.randn(40_000), torch.randn(507).bfloat16()]
+    chunks = [chunk for grad in grads for chunk in grad.split(16_384)]
+    sums = torch.full((4,), torch.nan, dtype=torch.float64)
+    grad_square_sums_(sums, grads)
+    expected = [chunk.double().square().sum().item() for chunk in chunks]
+    assert sums.tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def total_sums(grad_norm_total_: Callable[..., None]) -> None:
+    total, sums = torch.zeros((), dtype=torch.float64), torch.rand(2_051, dtype=torch.float64)
+    grad_norm_total_(total, sums)
+    assert total.item() == pytest.approx(sums.sum().item(), rel=1e-12)
+
+
 def scale(scale_gradients_: Callable[..., None]) -> None:
     gradients = [torch.randn(40_003), torch.randn(63).bfloat16()]
     expected = [gradient / 4 for gradient in gradients]
@@ -55,6 +70,8 @@ USES = {
     ),
     "packed_boundaries": lambda fill: segment_problems.check(fill, [3, 700], 0, False),
     "grad_norm_squared_": add_up,
+    "grad_square_sums_": sum_chunks,
+    "grad_norm_total_": total_sums,
     "adamw_": update,
     "scale_gradients_": scale,
 }
@@ -165,6 +182,19 @@ def total(gpu: ptx.Gpu, grads: list[Tensor]) -> float:
     result = torch.full((), torch.nan, dtype=torch.float64)
     gpu.ops.grad_norm_squared_(result, grads)
     return result.item()
+
+
+def test_the_total_of_chunk_sums_has_the_bits_of_the_norm_at_once() -> None:
+    grads = [torch.randn(size) for size in (1, 16_384, 16_385, 507, 0, *[63] * 400)]
+    grads[2] = grads[2].bfloat16()
+    with ptx.cuda_operators(90) as gpu:
+        at_once = total(gpu, grads)
+        parts = [torch.empty(-(-grad.numel() // 16_384), dtype=torch.float64) for grad in grads]
+        for part, grad in zip(parts, grads, strict=True):
+            gpu.ops.grad_square_sums_(part, [grad])
+        result = torch.empty((), dtype=torch.float64)
+        gpu.ops.grad_norm_total_(result, torch.cat(parts))
+    assert result.item() == at_once
 
 
 # squares below and above the range of float32, and at its ends

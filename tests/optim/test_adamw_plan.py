@@ -13,7 +13,7 @@ import torch
 from support.adamw_steps import ENGINES, equal, gradients, start, states, train
 from torch.nn import Parameter
 
-from fastft.optim import adamw_plan
+from fastft.optim import adamw_part, adamw_plan
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_state import Claim, State
 
@@ -298,7 +298,7 @@ def test_a_shard_that_moves_behind_a_parameter(monkeypatch):
     """Also where the optimizer's first parameter is whole, as of FSDP2 with `ignored_params`."""
     params, expected = start([(300,), (300,)]), start([(300,), (300,)])
     parts = {id(params[1]): params[1].detach().clone()}
-    monkeypatch.setattr(adamw_plan, "local", lambda tensor: parts.get(id(tensor), tensor))
+    monkeypatch.setattr(adamw_part, "local", lambda tensor: parts.get(id(tensor), tensor))
     optimizer, grads = AdamW(params), gradients([(300,), (300,)], 3)
     train(optimizer, grads[:2])
     before = parts[id(params[1])]

@@ -125,6 +125,15 @@ TRAINING = """
     found = {"losses": [3.0, 2.0], "tokens_per_second": 9.0, "peak_mib": 1.0}
     ledger.append(**line, outcome="passed", seconds=0.1, found=found)
 """
+OFFLOADING = """
+    import argparse, pathlib
+    from ledger import Ledger
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ledger", type=pathlib.Path)
+    ledger = Ledger(parser.parse_args().ledger)
+    line = {"part": "train", "case": "training[8B under 24 GiB]"}
+    ledger.append(**line, outcome="skipped", said="the host has 1 GiB available")
+"""
 # starts a process that outlives who started it, and waits for it
 CHILD = "import subprocess; subprocess.run(['sh', '-c', 'echo $$ >> children; exec sleep 300'])"
 
@@ -144,6 +153,7 @@ class Checkout:
             self.put(f"benchmarks/{name}.py", (ROOT / "benchmarks" / f"{name}.py").read_text())
         child = CHILD if goes_wrong else "pass"
         texts = {"stub/torch/__init__": TORCH, "setup": SETUP, "benchmarks/training": TRAINING}
+        texts |= {"benchmarks/offloading": OFFLOADING}
         texts |= {
             "benchmarks/test_smoke": SMOKE if goes_wrong else SMOKE.replace("os._exit(11)", "pass")
         }

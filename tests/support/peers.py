@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 PROCESSES, STEPS, SAVED, LIMIT = 2, 6, 2, 30  # the limit of a collective in seconds
 
@@ -146,7 +147,7 @@ def _ddp(folder: Path, options: list[str]) -> dict[str, torch.Tensor]:
                 _middle([str(folder), *options])
 
     saving = {"save_strategy": "steps", "save_steps": SAVED}
-    changes = {"max_steps": STEPS, "learning_rate": 1e-2, "seed": 3, "ddp_timeout": LIMIT, **saving}
+    changes = {"max_steps": STEPS, "learning_rate": 1e-2, "seed": 3, **saving}
     trainer = trainer_of(folder, "causal", **changes)
     trainer.add_callback(Middle())
     if "refuse" in options:
@@ -164,14 +165,12 @@ def _ddp(folder: Path, options: list[str]) -> dict[str, torch.Tensor]:
 
 def _tensor_parallel(folder: Path, options: list[str]) -> dict[str, torch.Tensor]:
     """Collectives of fastft's own: of a head's classes, and of the norm of gradients."""
-    import torch.distributed as dist
     import torch.nn.functional as F
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     import fastft
 
-    dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     mesh = dist.device_mesh.init_device_mesh("cpu", (PROCESSES,))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 31, bias=False))
@@ -198,8 +197,11 @@ KINDS = {"ddp": _ddp, "tensor parallel": _tensor_parallel}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # where Trainer makes the group, with use_cpu=True, it has torch's 30 minutes: transformers
+    # hands `ddp_timeout` on for accelerators alone
+    dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     kind, folder, *options = sys.argv[1:]
     found = KINDS[kind](Path(folder), options)
     torch.save(found, Path(folder) / f"{os.environ['RANK']}.pt")
     # without which gloo aborts now and then at the interpreter's end
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()

@@ -25,6 +25,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastft.optim.offload import page_locked
+
 
 class Event(Protocol):
     """A place in a queue."""
@@ -73,6 +75,9 @@ class Device(Protocol):
     def host_memory(self, size: int) -> Tensor:
         """Memory of the host that the device copies from and to by itself: uint8, (size,)."""
 
+    def reaches(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in such memory of the host."""
+
 
 class _Done:
     """The event of a queue whose work is done as it comes."""
@@ -115,6 +120,9 @@ class Host:
         return torch.empty(size, dtype=torch.uint8)
 
     host_memory = memory
+
+    def reaches(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu"
 
 
 class _Stream:
@@ -161,7 +169,13 @@ class Accelerator:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def host_memory(self, size: int) -> Tensor:
+        if self._device.type == "cuda" and size:
+            return page_locked.memory(size)
+        # torch's allocator rounds up to a power of two
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def reaches(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and (tensor.numel() == 0 or tensor.is_pinned())
 
 
 @functools.cache

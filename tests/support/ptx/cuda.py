@@ -39,6 +39,8 @@ OPERATORS = (
     "adamw_bind",
     "adamw_bound_",
     "grad_norm_squared_",
+    "grad_square_sums_",
+    "grad_norm_total_",
     "cross_entropy_rows",
     "packed_boundaries",
     "scale_gradients_",

@@ -1,0 +1,109 @@
+"""How much memory the host has left, and memory that a GPU copies from by itself."""
+
+import gc
+
+import pytest
+import torch
+
+from fastft.optim.offload import host_memory, page_locked
+from fastft.optim.offload.device import Accelerator
+
+GIB = 2**30
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """Writes files of a system that has 64 GiB left."""
+    monkeypatch.setattr(host_memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(host_memory, "_CGROUPS", tmp_path / "groups")
+
+    def write(**files):
+        files = {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {64 * 2**20} kB\n", **files}
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    return write
+
+
+def _group(folder, limit, used, cached, names=host_memory._VERSION_2):
+    files = (limit, used, f"anon 5\n{names[2]} {cached}\n")
+    return {
+        f"groups/{folder}{name}": f"{text}\n"
+        for name, text in zip((*names[:2], "memory.stat"), files, strict=True)
+    }
+
+
+def test_what_the_system_has_left(system):
+    system()
+    assert host_memory.available() == 64 * GIB
+
+
+def test_a_container_of_control_groups_version_2_counts_but_for_its_cached_files(system):
+    system(**{"proc/self/cgroup": "0::/\n"}, **_group("", 8 * GIB, 5 * GIB, GIB))
+    assert host_memory.available() == 4 * GIB
+
+
+def test_a_container_without_a_limit_does_not_count(system):
+    system(**{"proc/self/cgroup": "0::/\n"}, **_group("", "max", 5 * GIB, GIB))
+    assert host_memory.available() == 64 * GIB
+
+
+def test_the_narrowest_limit_of_a_batch_systems_nested_groups_counts(system):
+    system(
+        **{"proc/self/cgroup": "0::/jobs/7/task\n"},
+        **_group("jobs/", 30 * GIB, 20 * GIB, 0),
+        **_group("jobs/7/", 12 * GIB, 10 * GIB, 0),
+        **_group("jobs/7/task/", "max", 10 * GIB, 0),
+    )
+    assert host_memory.available() == 2 * GIB
+
+
+def test_control_groups_of_version_1_as_a_container_sees_them(system):
+    system(
+        **{"proc/self/cgroup": "5:cpu,cpuacct:/docker/ab\n4:memory:/docker/ab\n0::/\n"},
+        **_group("memory/", 8 * GIB, 5 * GIB, GIB, host_memory._VERSION_1),
+    )
+    assert host_memory.available() == 4 * GIB
+
+
+def test_a_system_that_does_not_say_is_not_asked(system, tmp_path):
+    assert host_memory.available() is None
+
+
+class Runtime:
+    """What of CUDA's runtime page-locks memory."""
+
+    def __init__(self, most=10):
+        self.locked, self.most = {}, most
+
+    def cudaHostRegister(self, address, size, flags):
+        if len(self.locked) == self.most:
+            return 2  # cudaErrorMemoryAllocation
+        self.locked[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address):
+        del self.locked[address]
+
+
+@pytest.mark.parametrize("size", [1, 63, 100_001])
+def test_page_locked_memory_is_as_large_as_asked_for_and_given_back(monkeypatch, size):
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = Accelerator(torch.device("cuda")).host_memory(size)
+    part = memory[size // 2 :].view(torch.int8)
+    assert memory.shape == (size,) and runtime.locked == {memory.data_ptr(): size}
+    del memory
+    gc.collect()
+    assert runtime.locked  # a part is still there
+    part.fill_(1)
+    del part
+    assert not runtime.locked
+
+
+def test_memory_that_the_driver_does_not_lock_is_ordinary_memory_with_a_warning(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(most=0))
+    with pytest.warns(UserWarning, match="does not page-lock more host memory"):
+        assert page_locked.memory(100).fill_(7).sum() == 700
