@@ -6,14 +6,15 @@
 A code is a sorted list of values from 0 (or the smallest) to 1, here looked up; rounding is
 stochastic or to nearest. Four streams of gradients: (a) independent normal; (b) likewise, one
 element in 128 a thousand times larger; (c) as (a) until all shrink by 30; (d) likewise times 1e-7.
+moments_4bit.py runs the same experiments.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from fastft.optim.moments_8bit import dequantise
 
 ELEMENTS, BETA1, BETA2, EPS = 8192, 0.9, 0.999, 1e-8
 Rounder = Callable[[Tensor], Tensor]
+MomentsRounder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+OptimizerMaker = Callable[[Iterator[Tensor], float], AdamW]  # of parameters and learning rate
 
 
 def own_levels() -> tuple[Tensor, Tensor]:
@@ -70,9 +73,11 @@ def gradients(stream: str, step: int) -> Tensor:
     return grad * {"drop": 1.0 if step <= 200 else 1 / 30, "tiny": 1e-7}.get(stream, 1.0)
 
 
-def simulate(
-    stream: str, steps: int, round_m: Rounder, round_v: Rounder
-) -> tuple[float, float, float]:
+def apart(round_m: Rounder, round_v: Rounder) -> MomentsRounder:
+    return lambda m, v: (round_m(m), round_v(v))
+
+
+def simulate(stream: str, steps: int, rounded: MomentsRounder) -> tuple[float, float, float]:
     """Relative to fp32: the error of the last 50 updates, the largest |update|, the mean of v."""
     m, v, true_m, true_v = (torch.zeros(ELEMENTS) for _ in range(4))
     squares, true_squares, largest, true_largest = 0.0, 0.0, 0.0, 0.0
@@ -85,7 +90,7 @@ def simulate(
             second.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
             updates.append(first / correction1 / (second.sqrt() / correction2 + EPS))
         update, true = updates
-        m, v = round_m(m), round_v(v)
+        m, v = rounded(m, v)
         largest, true_largest = (
             max(largest, update.abs().max().item()),
             max(true_largest, true.abs().max().item()),
@@ -94,6 +99,21 @@ def simulate(
             squares += (update - true).square().sum().item()
             true_squares += true.square().sum().item()
     return (squares / true_squares) ** 0.5, largest / true_largest, (v / true_v).mean().item()
+
+
+def print_streams(cases: dict[str, MomentsRounder]) -> None:
+    print(f"{'':32} (a) error   v | (b) error largest   v | (c) error   v | (d) error largest")
+    for name, rounded in cases.items():
+        iid, outlier, drop, tiny = (
+            simulate(stream, steps, rounded)
+            for stream, steps in (("iid", 300), ("outlier", 200), ("drop", 500), ("tiny", 200))
+        )
+        print(
+            f"{name:32} {iid[0]:9.3f} {iid[2]:5.2f} | {outlier[0]:7.3f} {outlier[1]:8.2f} "
+            f"{outlier[2]:6.2f} "
+            f"| {drop[0]:7.3f} {drop[2]:5.2f} | {tiny[0]:7.3f} {tiny[1]:8.2f}",
+            flush=True,
+        )
 
 
 def print_codes() -> None:
@@ -114,27 +134,21 @@ def print_codes() -> None:
     }
     zero = torch.cat([torch.zeros(1), logarithmic(20)[1:]])
     cases |= {"v log over 20, with a zero": (m, rounder(zero))}
-    print(f"{'':28} (a) error   v | (b) error largest   v | (c) error   v | (d) error largest")
-    for name, (round_m, round_v) in cases.items():
-        iid, outlier, drop, tiny = (
-            simulate(stream, steps, round_m, round_v)
-            for stream, steps in (("iid", 300), ("outlier", 200), ("drop", 500), ("tiny", 200))
-        )
-        print(
-            f"{name:28} {iid[0]:9.3f} {iid[2]:5.2f} | {outlier[0]:7.3f} {outlier[1]:8.2f} "
-            f"{outlier[2]:6.2f} "
-            f"| {drop[0]:7.3f} {drop[2]:5.2f} | {tiny[0]:7.3f} {tiny[1]:8.2f}",
-            flush=True,
-        )
+    print_streams({name: apart(*rounders) for name, rounders in cases.items()})
 
 
 def tune(
-    moments: str, dtype: torch.dtype, steps: int, start: dict[str, Tensor] | None, seed: int
-) -> tuple[float, dict]:
-    """Trains a small Llama on bytes of the standard library; the loss on unseen text and the
-    weights.
+    optimizer_of: OptimizerMaker,
+    dtype: torch.dtype,
+    steps: int,
+    start: dict[str, Tensor] | None,
+    order: int = 0,
+) -> tuple[float, dict, AdamW]:
+    """Trains a small Llama on bytes of the standard library; the loss on unseen text, the weights
+    and the optimizer.
 
-    Without `start` it begins at random, on other modules than with it.
+    Without `start` it begins at random, on other modules than with it. Each `order` takes other
+    places of the text.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -154,12 +168,11 @@ def tune(
     if start is not None:
         model.load_state_dict(start)
     model.to(dtype)
-    optimizer = AdamW(
-        model.parameters(), lr=1e-3 if start is None else 3e-4, moments=moments, seed=seed
-    )
+    optimizer = optimizer_of(model.parameters(), 1e-3 if start is None else 3e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for step in range(steps):
-        places = torch.randint(len(text) - 128, (8,), generator=torch.Generator().manual_seed(step))
+        generator = torch.Generator().manual_seed(order * steps + step)
+        places = torch.randint(len(text) - 128, (8,), generator=generator)
         batch = torch.stack([text[place : place + 128] for place in places.tolist()])
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
@@ -167,18 +180,27 @@ def tune(
         schedule.step()
     with torch.no_grad():
         losses = [model(input_ids=part, labels=part).loss.item() for part in heldout.split(32)]
-    return sum(losses) / len(losses), model.state_dict()
+    return sum(losses) / len(losses), model.state_dict(), optimizer
+
+
+def keeping(moments: str, seed: int = 0) -> OptimizerMaker:
+    return lambda params, lr: AdamW(params, lr=lr, moments=moments, seed=seed)
+
+
+def tuned_start() -> dict[str, Tensor]:
+    """The weights from which the fine-tunes begin."""
+    return tune(keeping("fp32"), torch.float32, 400, None)[1]
 
 
 def print_tune() -> None:
-    start = tune("fp32", torch.float32, 400, None, 0)[1]
+    start = tuned_start()
     results: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        true = tune("fp32", dtype, 300, start, 0)[0]
+        true = tune(keeping("fp32"), dtype, 300, start)[0]
         results[f"{dtype} fp32"] = true
         for moments in ("bf16", "8bit"):
             for seed in range(2):
-                loss = tune(moments, dtype, 300, start, seed)[0]
+                loss = tune(keeping(moments, seed), dtype, 300, start)[0]
                 results[f"{dtype} {moments} seed {seed}"] = loss
                 print(
                     f"{dtype} {moments} seed {seed}: {loss:.4f}, fp32 {true:.4f}, "
@@ -187,6 +209,14 @@ def print_tune() -> None:
     print(json.dumps(results))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=("codes", "tune"), default="codes")
     torch.set_num_threads(1)
-    print_tune() if sys.argv[1:] == ["tune"] else print_codes()
+    {"codes": print_codes, "tune": print_tune}[parser.parse_args().what]()
+
+
+if __name__ == "__main__":
+    main()

