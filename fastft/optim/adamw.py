@@ -31,14 +31,16 @@ from fastft.optim.adamw_state import state_bytes
 from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
 from fastft.optim.groups import check_group
+from fastft.optim.offload.choice import Choice, choose_for
 from fastft.optim.offload.deferred import Followed, PendingStep
 from fastft.optim.offload.gradients import HeldGradients
 from fastft.optim.offload.host_memory import check_that_it_suffices
 from fastft.optim.offload.released import ReleasedGradients
+from fastft.optim.offload.tiers import TIERS
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
-OFFLOADS = (None, "states", "gradients", "overlap")
+OFFLOADS = (*TIERS, "auto")
 # what every AdamW has, of a group and of the whole; another value is lost where a library puts its
 # own in our place
 _GROUP_OF_ANY: dict[str, Any] = {"amsgrad": False, "maximize": False, "moments": "fp32"}
@@ -110,6 +112,7 @@ class AdamW(torch.optim.AdamW):
             before the first.
         origin: how `adamw`, `adamw_spec` or `plug` was called for it; None: made by hand.
         had_gradients: whether a step has found a gradient, or has said that there is none.
+        choice: what `offload="auto"` has chosen, and why; None: it was not asked for.
 
     Args:
         params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of
@@ -151,7 +154,9 @@ class AdamW(torch.optim.AdamW):
             (offload/__init__.py has the bytes): None, nothing; "states", moments and what
             `rounding` keeps, which each step streams through two buffers on the device and waits
             for; "gradients", also each gradient as backward has produced it; "overlap", which
-            also updates weights only before their next forward. Not with `capturable`.
+            also updates weights only before their next forward; or "auto", the first of None,
+            "states" and "gradients" that fits the device (offload/choice.py). Not with
+            `capturable`.
         release_gradients: use up each gradient inside backward, so that never all of them exist.
             Not with `max_grad_norm` or `offload`.
         impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton", of the update and of the
@@ -172,6 +177,7 @@ class AdamW(torch.optim.AdamW):
     _skipped: bool | Tensor = False
     origin: Origin | None = None
     had_gradients = False
+    choice: Choice | None = None
     _warned_of_stale = _warned_of_no_model = False
     _pending: PendingStep | None = None
     _followed: Followed | None = None
@@ -214,6 +220,10 @@ class AdamW(torch.optim.AdamW):
                 "one"
             )
         check_offload(offload, release_gradients, max_grad_norm)
+        params = params if _origin is None else _origin.grouped(params)
+        if offload == "auto":
+            params, self.choice = choose_for(params, moments, amsgrad, rounding, _origin)
+            offload = self.choice.offload
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
         self.offload, self.release_gradients = offload, release_gradients
         self._plan: Plan | None = None
@@ -237,7 +247,6 @@ class AdamW(torch.optim.AdamW):
         }
         check_group(defaults)
         # torch.optim.AdamW's would own the defaults
-        params = params if _origin is None else _origin.grouped(params)
         torch.optim.Optimizer.__init__(self, params, defaults)
         self.origin = _origin
         if _origin is not None:
