@@ -1,4 +1,5 @@
-"""Every single wait of the engine is needed: without it a training fails under the tests' device."""
+"""Every single wait of the engine is needed: without it a training under the tests' device
+fails."""
 
 from __future__ import annotations
 
