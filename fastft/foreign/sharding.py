@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -109,8 +110,22 @@ def is_fsdp1(model: Any) -> bool:
     return any("FullyShardedDataParallel" in class_names(module) for module in model.modules())
 
 
+def is_distributed() -> bool:
+    """Whether torch.distributed has been set up, if only for one process."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def world_size() -> int:
     """How many processes there are: 1 where torch.distributed has not been set up."""
-    distributed = sys.modules.get("torch.distributed")
-    ready = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if ready and distributed is not None else 1
+    return sys.modules["torch.distributed"].get_world_size() if is_distributed() else 1
+
+
+def is_under_ddp(parameter: Any) -> bool:
+    """Whether a DistributedDataParallel has the parameter, of which nothing about it tells: looks
+    at all objects there are."""
+    return is_distributed() and any(
+        any(own is parameter for own in thing.parameters())
+        for thing in gc.get_objects()
+        if "DistributedDataParallel" in class_names(thing)
+    )

@@ -407,7 +407,8 @@ class AdamW(torch.optim.AdamW):
         if not grads:
             self._say_that_nothing_is_trained()
         elif self._released is not None:
-            self._released.step(params)
+            self._note_training()
+            self._released.step(self._params())
         elif found_inf is None or self._counted_there(grads) or not self.step_was_skipped:
             factor = self._grad_factor(grads, clipping)
             plan = self._plan_of(params, present)
@@ -573,10 +574,13 @@ class AdamW(torch.optim.AdamW):
         self._warn_of_stale(plan.kept.look())
         return plan
 
-    def _new_plan(self, present: list[bool]) -> Plan:
+    def _note_training(self) -> None:
         self.had_gradients = True
         if self.origin is not None:
             self.origin.trained = True
+
+    def _new_plan(self, present: list[bool]) -> Plan:
+        self._note_training()
         self._settle()
         for group in self.param_groups:
             self._check_not_capturable(group)

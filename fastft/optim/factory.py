@@ -165,8 +165,9 @@ def check_args_for_freed_gradients(args: Any, released: bool) -> None:
     if released and asked:
         raise ValueError(
             f"release_gradients=True with {' and '.join(asked)} of TrainingArguments: backward "
-            "uses each gradient up, so that there is none to clip or to add to. Set max_grad_norm=0 "
-            "and gradient_accumulation_steps=1, or use offload='gradients', which does both"
+            "uses each gradient up, so that there is none to clip or to add to. Set "
+            "max_grad_norm=0 and gradient_accumulation_steps=1, or use offload='gradients', which "
+            "does both"
         )
 
 

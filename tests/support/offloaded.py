@@ -66,7 +66,8 @@ def _bert() -> Any:
 
 
 class Chain(torch.nn.Module):
-    """A few layers of odd sizes, with biases and a tied head: the model that is quick."""
+    """A few layers of odd sizes, with biases and a tied head, and a weight that is no module's:
+    the model that is quick."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,9 +77,22 @@ class Chain(torch.nn.Module):
         )
         self.head = torch.nn.Linear(33, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
+        self.beside = [torch.nn.Parameter(torch.ones(33))]
+
+    def to(self, dtype: torch.dtype) -> Chain:  # type: ignore[override]
+        self.beside = [torch.nn.Parameter(param.detach().to(dtype)) for param in self.beside]
+        return super().to(dtype)
+
+    def get_extra_state(self) -> Tensor:
+        return self.beside[0].detach()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        with torch.no_grad():
+            self.beside[0].copy_(state)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
-        hidden = self.embedding(input_ids)
+        scale = 1 * self.beside[0]  # before any other weight is asked for
+        hidden = self.embedding(input_ids) * scale
         for layer in self.layers:
             hidden = torch.tanh(layer(hidden))
         logits = self.head(hidden)
@@ -116,7 +130,9 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         values = zip(self._fields, self, strict=True)
-        return "-".join(f"{value}" if isinstance(value, str) else f"{n}{value}" for n, value in values)
+        return "-".join(
+            f"{value}" if isinstance(value, str) else f"{n}{value}" for n, value in values
+        )
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -182,30 +198,28 @@ def trained(
     *,
     offload: str | None,
     steps: int,
-    begun: Callable[[torch.nn.Module], Any] = lambda model: None,
-    learning_rate: float = 1e-2,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
 ) -> Trained:
-    """Trains a case with another `offload` than its own, or its own; `begun` gets the model."""
+    """Trains a case with its own `offload` or another."""
     model, optimizer = _made(case, offload)
-    begun(model)
     losses: list[float] = []
     norms: list[float] = []
     for step in range(steps):
         if step == steps // 2 and case.resumed != "no":
             other = {"as before": offload, "None": None}.get(case.resumed, case.resumed)
             model, optimizer = _resumed(case, other, model, optimizer)
-            begun(model)
         _freeze(case, model, step / steps)
         for batch in _batches(step, case.accumulation):
             loss = model(input_ids=batch, labels=batch).loss / case.accumulation
-            loss.backward()
+            backward(loss)
             losses.append(loss.item())
         grads = [p.grad for p in _params(optimizer) if p.grad is not None]
         if case.clipping == "call":
+            norms.append(float(grads[-1].clone().float().sum()))
             norms.append(float(optimizer.clip_at_step(grads, 0.5)))
         del grads
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * (1 - step / (2 * steps))
+            group["lr"] = 1e-2 * (1 - step / (2 * steps))
         optimizer.step()
         for group in optimizer.param_groups:
             group["lr"] = 1e3  # what is scheduled behind the step is not of it
@@ -247,7 +261,7 @@ def _made(case: Case, offload: str | None) -> tuple[torch.nn.Module, Any]:
         options["max_grad_norm"] = 0.5
     if offload is not None:
         options["offload"] = offload
-    optimizer = fastft.AdamW(model.parameters(), **options)
+    optimizer = fastft.AdamW([*model.parameters(), *getattr(model, "beside", ())], **options)
     if offload == "overlap":
         optimizer.follow(model)
     return model, optimizer

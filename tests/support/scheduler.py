@@ -57,8 +57,8 @@ class Scheduler:
     Args:
         order: when queues work. "late": only when somebody waits; "early": at once; or a Random
             (also one of hypothesis), or its seed, which decides at each call.
-        without: (end of a file's name, lines): waits called there are ignored, and counted in
-            `ignored`.
+        without: (end of a file's name, lines): waits called there, or by what is called there, are
+            ignored, and counted in `ignored`.
         watched: whether a dispatch mode sees the model's work (not under torch.compile).
 
     Attributes:
@@ -276,11 +276,14 @@ class Scheduler:
         """Tells whether the wait that is being called is to be ignored."""
         if self._without is None:
             return False
-        frame = _caller()
         name, lines = self._without
-        found = frame.f_code.co_filename.endswith(name) and frame.f_lineno in lines
-        self.ignored += found
-        return found
+        frame: types.FrameType | None = _caller()
+        while frame is not None:
+            if frame.f_lineno in lines and frame.f_code.co_filename.endswith(name):
+                self.ignored += 1
+                return True
+            frame = frame.f_back
+        return False
 
     def touch(
         self, queue: _Queue, tensor: Tensor, writes: bool, place: str, item: _Item | None = None

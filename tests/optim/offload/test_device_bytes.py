@@ -47,9 +47,7 @@ def _training(device, offload, *, accumulation, moments="fp32"):
 )
 def test_bytes_of_a_bf16_parameter_on_the_device(offload, bytes_each, accumulation, moments):
     with Scheduler().installed() as device:
-        model, optimizer = _training(
-            device, offload, accumulation=accumulation, moments=moments
-        )
+        model, optimizer = _training(device, offload, accumulation=accumulation, moments=moments)
         count = sum(param.numel() for param in model.parameters())
         assert device.device_peak <= bytes_each * count + 2 * OF_LAYER + 2 * 8192 + 2 * 2048 * 4
         predicted = tiers.bytes_of(optimizer.param_groups, "exact", offload)

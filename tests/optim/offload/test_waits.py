@@ -6,7 +6,7 @@ import ast
 import functools
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,12 +21,14 @@ from support.offloaded import (
 from support.scheduler import Scheduler
 
 import fastft
+from fastft.optim.offload import gradients
 
 ROOM = Path(fastft.__file__).parent / "optim"
 CASES = {
     "plain": Case("chain", rounding="exact"),
     "clipped, accumulated": Case("chain", clipping="option", accumulation=3, params="late"),
     "8 bits, resumed": Case("chain", moments="8bit", clipping="call", resumed="as before"),
+    "reduced in another queue": Case("chain", clipping="option"),
 }
 STEPS = 6
 
@@ -77,9 +79,43 @@ def attempt(name: str, tier: str, scheduler: Scheduler) -> None:
     expected = resident(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with scheduler.installed():
-            found = trained(CASES[name], offload=tier, steps=STEPS)
+        with scheduler.installed(), pytest.MonkeyPatch.context() as patch:
+            if name != "plain":  # whose gradients wait for those before them
+                patch.setattr(gradients, "IN_FLIGHT", 2**28)
+            if name == "reduced in another queue":
+                reduced = _Reduced(scheduler)
+                patch.setattr(gradients.HeldGradients, "hold", reduced.hold())
+                found = trained(CASES[name], offload=tier, steps=STEPS, backward=reduced.backward)
+            else:
+                found = trained(CASES[name], offload=tier, steps=STEPS)
     assert_same_bits(found, expected)
+
+
+class _Reduced:
+    """Makes gradients as FSDP2 does: in a queue of its own, which the model's waits for at the end
+    of backward."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler, self._queue = scheduler, scheduler.queue()
+        self._kept: list[torch.Tensor] = []
+
+    def hold(self) -> Any:
+        hold = gradients.HeldGradients.hold
+
+        def reduce_and_hold(held: Any, param: Any) -> None:
+            if type(param.grad) is torch.Tensor:
+                self._kept.append(param.grad)
+                self._queue.wait(self._scheduler.current().record())
+                with self._scheduler.under(self._queue):
+                    param.grad = param.grad.clone()
+                    hold(held, param)
+
+        return reduce_and_hold
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        self._scheduler.current().wait(self._queue.record())
+        self._kept.clear()
 
 
 def fails_without(site: Site) -> bool:
