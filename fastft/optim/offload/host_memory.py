@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign.tensors import around, local
+from fastft.foreign.tensors import local, sharded_like
 from fastft.optim.offload.device import Device
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -33,7 +33,7 @@ def house(entries: dict[str, Any], device: Device) -> None:
         memory = device.host_memory(layout.numel() * layout.itemsize)
         housed = memory.view(layout.dtype).as_strided(layout.shape, layout.stride())
         housed.zero_() if part.is_meta else housed.copy_(part)
-        entries[name] = around(housed, entry)
+        entries[name] = sharded_like(housed, entry)
 
 
 def check_that_it_suffices(needed: int) -> None:
