@@ -112,6 +112,13 @@ def _cases():
 CASES = dict(_cases())
 
 
-@pytest.mark.parametrize("case", CASES)
+def _marked(case):
+    how, tier, _ = case.split(", ", 2)
+    row = {"states": f"{how}, states on the host", "gradients": f"{how}, gradients on the host"}
+    marks = [pytest.mark.way(row[tier], optimizer="exact")] if tier in row else []
+    return pytest.param(case, marks=marks)
+
+
+@pytest.mark.parametrize("case", map(_marked, CASES))
 def test_two_processes_have_the_bits_of_one(case, tmp_path_factory):
     assert processes.run(__name__, PROCESSES, tmp_path_factory)[case] == [""] * PROCESSES
