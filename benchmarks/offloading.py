@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 import fastft
 from fastft.optim.factory import with_fp32_moments
 from fastft.optim.offload import tiers
+from fastft.optim.offload.host_memory import available
 
 STEPS, MICRO, TOKENS = (WARM + 3, 2, 2048) if GPU else (WARM + 3, 2, 32)
 MOMENTS = "8bit"
@@ -116,17 +117,16 @@ def missing(offload: str) -> str | None:
         return None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(), dtype=torch.bfloat16)
-    groups = [{"params": list(model.parameters()), "moments": MOMENTS, "amsgrad": False}]
-    groups = with_fp32_moments(groups, model)
+    plain = {"params": list(model.parameters()), "moments": MOMENTS, "amsgrad": False}
+    groups = with_fp32_moments([plain], model)
     free, _ = torch.cuda.mem_get_info()
     needed = tiers.bytes_of(groups, "exact", None).device + _BESIDE
     if free < needed:
         return f"resident it needs {needed >> 30} GiB of the device, which has {free >> 30} free"
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = 1024 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
+    there = available()
     needed = tiers.bytes_of(groups, "exact", offload).host + _BESIDE
-    if available < needed:
-        return f"it needs {needed >> 30} GiB of the host, which has {available >> 30} available"
+    if there is not None and there < needed:
+        return f"it needs {needed >> 30} GiB of the host, which has {there >> 30} available"
     return None
 
 

@@ -23,6 +23,7 @@ from fastft.loss.lazy.logits import LazyLogits
 from fastft.loss.linear_rows import HEAD
 
 ROLES = ("weights", "gradients", "optimizer", "activations", "logits")
+HOST = "host"  # a role of tensors that are on the device's host: they count by themselves
 
 
 class Block:
@@ -37,12 +38,13 @@ class Block:
 @dataclass(frozen=True)
 class Peak:
     """The most that was live at a time, in bytes: in all, for each of `ROLES`, and in which
-    phase; and the most logits, which may be at another time."""
+    phase; and the most logits, and the most on the host, which may be at other times."""
 
     bytes: int
     parts: dict[str, int]
     phase: str
     logits: int
+    host: int = 0
 
 
 class LiveMemory(TorchDispatchMode):
@@ -105,10 +107,11 @@ class LiveMemory(TorchDispatchMode):
         self._events.append((block, -1))
 
     def tag(self, role: str, tensors: Iterable[Tensor]) -> None:
-        """Says what these tensors are for."""
+        """Says what these tensors are for; what is on the host stays there."""
         for tensor in tensors:
             self._see(tensor)
-            if (kept := self._live.get(tensor.untyped_storage()._cdata)) is not None:
+            kept = self._live.get(tensor.untyped_storage()._cdata)
+            if kept is not None and kept[1].role != HOST:
                 kept[1].role = role
 
     @property
@@ -119,18 +122,18 @@ class LiveMemory(TorchDispatchMode):
     def peak(self, begin: int = 0, end: int | None = None) -> Peak:
         """The peak between two moments, of all that was live then, whenever it was made."""
         events = self._events[:end]
-        live = dict.fromkeys((*ROLES, "all"), 0)
-        most, logits, at, parts = -1, 0, begin, dict(live)
+        live = dict.fromkeys((*ROLES, HOST), 0)
+        now, most, logits, host, at, parts = 0, -1, 0, 0, begin, dict(live)
         for place, (block, change) in enumerate(events):
             live[block.role] += change * block.bytes
-            live["all"] += change * block.bytes
+            now += change * block.bytes * (block.role != HOST)
             if place >= begin:
-                logits = max(logits, live["logits"])
-                if live["all"] > most:
-                    most, at, parts = live["all"], place, dict(live)
-        del parts["all"]
+                logits, host = max(logits, live["logits"]), max(host, live[HOST])
+                if now > most:
+                    most, at, parts = now, place, dict(live)
+        del parts[HOST]
         phase = events[at][0].phase if events[at:] else self.phase
-        return Peak(max(most, 0), parts, phase, logits)
+        return Peak(max(most, 0), parts, phase, logits, host)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

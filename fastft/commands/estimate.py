@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastft.commands.pieces import PIECES, pieces_of
+
 if TYPE_CHECKING:
     from fastft.integrations.estimated_training import Memory, Training
 
@@ -34,8 +36,19 @@ _WORDS = {
     "+packing": "packing makes",
     "all": "all pieces of fastft make",
 }
+# of --offload: tiers by name, in the order of what they cost
+TIERS: dict[str, str | None] = {
+    "none": None,
+    "states": "states",
+    "gradients": "gradients",
+    "overlap": "overlap",
+}
+# "overlap" takes as much memory as "gradients", and a look at a weight may be stale
+_BY_ITSELF = ("none", "states", "gradients")
 # moments that take less memory, the exacter ones first
 _SMALLER = {"fp32": ("bf16", "8bit"), "bf16": ("8bit",), "8bit": ()}
+_Measure = Any  # (Training, pieces) -> Memory
+_Columns = dict[str, "tuple[Training, frozenset[str]]"]
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _LEAST = 1 << 20  # bytes: a number below it has lost its unit
 # CUDA's context and what its allocator keeps beside live tensors
@@ -76,8 +89,22 @@ def _parser() -> argparse.ArgumentParser:
         default="exact",
         help="of bf16 weights in fastft's AdamW",
     )
+    add(
+        "--offload",
+        choices=(*TIERS, "auto", "each"),
+        default="none",
+        help="what of fastft's AdamW is on the host: a tier; auto: the first that fits --memory; "
+        "each: a column of all pieces for each tier",
+    )
+    add("--release-gradients", action="store_true", help="fastft's AdamW uses them up in backward")
     add("--label-smoothing", type=float, default=0.0, help="Trainer's label_smoothing_factor")
     add("--attention", help="stock's attention: sdpa, eager (default: the model's choice)")
+    add(
+        "--only",
+        type=pieces_of,
+        metavar="PIECES",
+        help=f"a column of these alone: some of {', '.join(PIECES)}, with commas between",
+    )
     add("--device", choices=tuple(_OVERHEAD), default="cuda", help="assumed (default: cuda)")
     add("--memory", help="what there is, 24GB e.g.: what fits, and what would make it fit")
     add("--overhead", help="of --memory, what no tensor has (default: 1GB on cuda, 0 on cpu)")
@@ -104,23 +131,28 @@ def _estimate(options: argparse.Namespace) -> int:
     overhead = _OVERHEAD[options.device]
     if options.overhead is not None:
         overhead = 0 if options.overhead == "0" else parse_bytes("--overhead", options.overhead)
+    limit = None if memory is None else memory - overhead
     _check(options)
     training, measured = _prepared(options)
+    columns = _columns(options, training)
     results: dict[str, Memory] = {}
     refused: dict[str, str] = {}
-    for column, pieces in COLUMNS.items():
+    if options.offload == "auto":
+        training, columns, said = _tier_that_fits(training, columns, limit or 0, measured)
+    for column, (asked, pieces) in columns.items():
         try:
-            results[column] = measured(training, frozenset(pieces))
+            results[column] = measured(asked, pieces)
         except ValueError as error:
-            if column == "stock":
+            if column == next(iter(columns)):
                 raise
             refused[column] = str(error)
     title = _title(options, training)
     lines = [title, "", *_table(results), ""]
+    lines += [said] if options.offload == "auto" else []
     lines += [f"{column}: {reason}" for column, reason in refused.items()]
     found: dict[str, Any] = {"title": title, "columns": _plain(results), "refused": refused}
-    if memory is not None:
-        limit = memory - overhead
+    found |= {"offload": training.offload} if options.offload == "auto" else {}
+    if memory is not None and limit is not None:
         sentence, fits = _advice(training, results, limit, measured)
         assumed = f", of which {_size(overhead)} for {options.device} itself" if overhead else ""
         lines.append(f"in {_size(memory)}{assumed}: {sentence}")
@@ -129,6 +161,48 @@ def _estimate(options: argparse.Namespace) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def _columns(options: argparse.Namespace, training: Training) -> _Columns:
+    """What is estimated, by the name of its column."""
+    if options.only is not None:
+        return {" + ".join(options.only): (training, frozenset(options.only))}
+    if options.offload == "each":
+        pieces = frozenset(COLUMNS["all"])
+        tiers = {
+            name: (dataclasses.replace(training, offload=tier), pieces)
+            for name, tier in TIERS.items()
+        }
+        return {"stock": (training, frozenset()), **tiers}
+    return {name: (training, frozenset(pieces)) for name, pieces in COLUMNS.items()}
+
+
+def _tier_that_fits(
+    training: Training, columns: _Columns, limit: int, measured: _Measure
+) -> tuple[Training, _Columns, str]:
+    """The training and the columns in the first tier whose last column fits, and what to say."""
+    over = list[str]()
+    for name in _BY_ITSELF:
+        training = dataclasses.replace(training, offload=TIERS[name])
+        columns = {column: (training, pieces) for column, (_, pieces) in columns.items()}
+        peak = _last(columns, measured)
+        if peak <= limit:
+            break
+        over.append(f"{name} takes {_size(peak)}")
+    chosen = f"--offload auto takes {name}"
+    why = f", as {' and '.join(over)}" if over else ", as all fits on the device"
+    return training, columns, chosen + why
+
+
+def _last(columns: _Columns, measured: _Measure) -> int:
+    """The peak of the last column that there is."""
+    error = ValueError("there is no column")
+    for training, pieces in reversed(columns.values()):
+        try:
+            return int(measured(training, pieces).bytes)
+        except ValueError as refused:
+            error = refused
+    raise error
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -146,11 +220,16 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.autocast and options.dtype != "fp32":
         raise ValueError("--autocast computes in bf16 from fp32 weights: add --dtype fp32")
+    if options.offload == "auto" and options.memory is None:
+        raise ValueError("--offload auto takes what fits into --memory: add --memory 24GB e.g.")
+    if options.only is not None and options.offload == "each":
+        raise ValueError("--offload each has a column for each tier: leave out --only")
+    if options.only is not None and options.offload != "none" and "optimizer" not in options.only:
+        raise ValueError(
+            f"--offload is of fastft's AdamW, which --only {','.join(options.only)} leaves out"
+        )
     if options.json is not None and not options.json.parent.is_dir():
         raise ValueError(f"--json: there is no folder {str(options.json.parent)!r}")
-
-
-_Measure = Any  # (Training, pieces) -> Memory
 
 
 def _prepared(options: argparse.Namespace) -> tuple[Training, _Measure]:
@@ -187,6 +266,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Training, _Measure]:
     given = {name: value for name, value in vars(options).items() if name in same}
     config = estimated_training.load_config(options.model)
     estimated_training.task_of(config)
+    given["offload"] = TIERS.get(options.offload)
     training = estimated_training.Training(config, tokens=options.max_tokens, **given)
     return training, measured
 
@@ -202,6 +282,8 @@ def _title(options: argparse.Namespace, training: Training) -> str:
     in_bf16 = options.dtype == "bf16" and not options.lora
     parts += [f"stock: {options.optim}{', its moments in bf16' if in_bf16 else ''}"]
     parts += [f"fastft: {options.moments} moments" + f", {options.rounding} rounding" * in_bf16]
+    parts += [f"offload {training.offload}"] if training.offload else []
+    parts += ["gradients released in backward, no clipping"] if training.release_gradients else []
     name = (training.config.architectures or [training.config.model_type])[0]
     return f"{name}: {', '.join(parts)}; device {options.device}"
 
@@ -218,6 +300,8 @@ def _table(results: dict[str, Memory]) -> list[str]:
         "logits at their most": lambda memory: _gib(memory.training.logits),
         "peak of evaluation": lambda memory: _gib(memory.evaluation.bytes),
     }
+    if any(memory.host for memory in results.values()):
+        shown["on the host"] = lambda memory: _gib(memory.host)
     rows = [["GiB", *results]]
     rows += [[name, *map(figure, results.values())] for name, figure in shown.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -235,6 +319,8 @@ def _advice(
 ) -> tuple[str, dict[str, bool]]:
     """What fits into `limit` bytes, and the first change that makes it fit."""
     fits = {column: memory.bytes <= limit for column, memory in results.items()}
+    if not results.keys() <= COLUMNS.keys():
+        return _which_fit(fits), fits
     first = next((column for column, fit in fits.items() if fit), None)
     if all(fits.values()):
         return "it fits, stock and with fastft", fits
@@ -248,12 +334,21 @@ def _advice(
         training = changed
         taken.append(words)
         try:
-            peak = measured(training, pieces).bytes
+            memory = measured(training, pieces)
         except ValueError:
             continue
-        if peak <= limit:
-            return f"it does not fit; with {', '.join(taken)} it does: {_size(peak)}", fits
+        if memory.bytes <= limit:
+            return f"it does not fit; with {', '.join(taken)} it does: {_sizes(memory)}", fits
     return f"it does not fit, not even with {', '.join(taken)}", fits
+
+
+def _which_fit(fits: dict[str, bool]) -> str:
+    """Which columns fit, where they are not the usual ones."""
+    good = [column for column, fit in fits.items() if fit]
+    bad = [column for column, fit in fits.items() if not fit]
+    said = [f"{' and '.join(good)} fit{'s' if len(good) == 1 else ''}"] if good else []
+    said += [f"{' and '.join(bad)} do{'es' if len(bad) == 1 else ''} not fit"] if bad else []
+    return "; ".join(said)
 
 
 def _stock_alone(training: Training, fits: dict[str, bool], limit: int, measured: _Measure) -> str:
@@ -264,12 +359,26 @@ def _stock_alone(training: Training, fits: dict[str, bool], limit: int, measured
         return said
     if training.dtype == "bf16":
         said += ", as fastft's AdamW keeps in fp32 what stock rounds to bf16"
-    for moments in _SMALLER[training.moments]:
-        smaller = dataclasses.replace(training, moments=moments)
-        peak = max(measured(smaller, frozenset(COLUMNS[column])).bytes for column in over)
-        if peak <= limit:
-            return f"{said}; with --moments {moments} it fits: {_size(peak)}"
+    smaller: list[tuple[str, dict[str, Any]]] = []
+    smaller += [(f"--offload {tier}", {"offload": tier}) for tier in _further(training)]
+    smaller += [(f"--moments {name}", {"moments": name}) for name in _SMALLER[training.moments]]
+    for words, values in smaller:
+        changed = dataclasses.replace(training, **values)
+        memories = [measured(changed, frozenset(COLUMNS[column])) for column in over]
+        most = max(memories, key=lambda memory: memory.bytes)
+        if most.bytes <= limit:
+            return f"{said}; with {words} it fits: {_sizes(most)}"
     return said
+
+
+def _further(training: Training) -> list[str]:
+    """The tiers that leave less on the device, exact all of them."""
+    if training.release_gradients or training.lora:
+        return []
+    tiers = [TIERS[name] for name in _BY_ITSELF]
+    if training.offload not in tiers:
+        return []
+    return [tier for tier in tiers[tiers.index(training.offload) + 1 :] if tier is not None]
 
 
 def _changes(training: Training) -> list[tuple[str, Training]]:
@@ -291,6 +400,8 @@ def _changes(training: Training) -> list[tuple[str, Training]]:
         padding = min(training.padding, most)
         words = f"--rows {rows} --accumulation {more}"
         change(words, True, rows=rows, accumulation=more, padding=padding)
+    for tier in _further(training):
+        change(f"--offload {tier}", True, offload=tier)
     is_wide = training.dtype == "fp32"
     change("--dtype bf16", is_wide, dtype="bf16", autocast=False)
     for moments in _SMALLER[training.moments]:
@@ -301,6 +412,10 @@ def _changes(training: Training) -> list[tuple[str, Training]]:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:,.2f}" if count >= 1 << 27 else f"{count / 2**30:,.4f}"
+
+
+def _sizes(memory: Memory) -> str:
+    return _size(memory.bytes) + (f", and {_size(memory.host)} on the host" if memory.host else "")
 
 
 def _size(count: int) -> str:

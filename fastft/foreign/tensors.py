@@ -91,6 +91,15 @@ def placed_like(value: Tensor, template: Any) -> Tensor:
     return distribute_tensor(value, template.device_mesh, template.placements)
 
 
+def storage_address(tensor: Any) -> int | None:
+    """Where the storage of this process's part of a tensor begins; None for a tensor that is made
+    of others, or has no memory."""
+    part = local(tensor)
+    if type(part).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return None
+    return part.untyped_storage().data_ptr() or None
+
+
 def in_flat_parameter(tensor: Any) -> bool:
     """Whether this is, or is this process's part of, a parameter that FSDP1 keeps in one flat
     vector."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +42,9 @@ from fastft.integrations.clipping import fuse_clipping
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.probe.check_packing import Verdict
+from fastft.integrations.steps_by_shapes import run_by_shapes
 from fastft.live_memory import LiveMemory, Peak
 from fastft.optim.adamw import AdamW
-from fastft.optim.adamw_state import ready_state
 from fastft.optim.factory import adamw
 from fastft.unallocated import FlashAttention, Unallocated
 
@@ -81,7 +80,7 @@ class Training:
         accumulation: micro-steps of an optimizer step.
         lora: the rank of adapters on all linear layers; 0: all weights are trained.
         optim: Trainer's name of the optimizer that stock has.
-        moments, rounding: of fastft's AdamW.
+        moments, rounding, offload, release_gradients: of fastft's AdamW.
         label_smoothing: as Trainer's `label_smoothing_factor`.
         attention: transformers' name of stock's attention; None: the model's own choice.
     """
@@ -98,6 +97,8 @@ class Training:
     optim: str = "adamw_torch_fused"
     moments: str = "fp32"
     rounding: str = "exact"
+    offload: str | None = None
+    release_gradients: bool = False
     label_smoothing: float = 0.0
     attention: str | None = None
 
@@ -120,6 +121,11 @@ class Memory:
     def bytes(self) -> int:
         """The higher of both."""
         return max(self.training.bytes, self.evaluation.bytes)
+
+    @property
+    def host(self) -> int:
+        """On the host."""
+        return max(self.training.host, self.evaluation.host)
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -265,21 +271,17 @@ class _UnprobedLoss(_UnprobedPacking, FusedLossCallback):
 def _adamw(
     training: Training, model: nn.Module, args: TrainingArguments, counter: LiveMemory
 ) -> tuple[AdamW, None]:
-    optimizer, schedule = adamw(model, args, moments=training.moments, rounding=training.rounding)
-    if isinstance(counter, Unallocated):
-        by_shapes = types.MethodType(_step_by_shapes, optimizer)
-        optimizer.step = by_shapes  # type: ignore[method-assign]
+    offload, releases = training.offload, training.release_gradients
+    kept: dict[str, Any] = {"moments": training.moments, "rounding": training.rounding}
+    tier: dict[str, Any] = {"offload": offload} if offload else {}
+    tier |= {"release_gradients": True} if releases else {}
+    if not isinstance(counter, Unallocated):
+        return adamw(model, args, **kept, **tier)
+    # raises where they do not go together
+    AdamW([torch.zeros(1, dtype=torch.bfloat16)], seed=0, **kept, **tier)
+    optimizer, schedule = adamw(model, args, **kept)
+    run_by_shapes(optimizer, counter, offload, releases, training.accumulation)
     return optimizer, schedule
-
-
-def _step_by_shapes(optimizer: AdamW, closure: Any = None) -> None:
-    """Makes the states that the first step makes. The kernels of a step need no memory, and take
-    addresses, which are not there."""
-    optimizer._clipping = None
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None:
-                ready_state(optimizer.state, param, group, optimizer.rounding, False)
 
 
 def _check_positions(training: Training) -> None:
@@ -338,6 +340,7 @@ def _arguments(training: Training, folder: str) -> TrainingArguments:
         per_device_eval_batch_size=training.rows,
         gradient_accumulation_steps=min(training.accumulation, 2),  # later ones are as the second
         bf16=training.autocast,
+        max_grad_norm=0.0 if training.release_gradients else 1.0,  # which it excludes
         optim=training.optim,
         label_smoothing_factor=training.label_smoothing,
         logging_nan_inf_filter=False,

@@ -48,6 +48,7 @@ from fastft.integrations.rows_as_examples import (
     warn_of_repeats,
 )
 from fastft.integrations.run_record import record_run
+from fastft.integrations.weights_for_callbacks import follow_training
 from fastft.optim.adamw import AdamW
 
 # below "transformers", so that its verbosity rules
@@ -153,6 +154,7 @@ class PackingCallback(TrainerCallback):
         model, loader = kwargs["model"], kwargs.get("train_dataloader")
         _training_begins(model, state, self)
         check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed is args)
+        follow_training(args, model, kwargs.get("optimizer"), self._kept)
         collator = packing_collator(loader)
         if collator is None:
             return None

@@ -21,7 +21,7 @@ from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastft import ops
 from fastft.foreign import engines, tensors
@@ -31,13 +31,16 @@ from fastft.optim.adamw_state import state_bytes
 from fastft.optim.adamw_update import ADAMW, Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
 from fastft.optim.groups import check_group
+from fastft.optim.offload.choice import Choice, choose_for
+from fastft.optim.offload.deferred import Followed, PendingStep
 from fastft.optim.offload.gradients import HeldGradients
 from fastft.optim.offload.host_memory import check_that_it_suffices
 from fastft.optim.offload.released import ReleasedGradients
+from fastft.optim.offload.tiers import TIERS
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
-OFFLOADS = (None, "states", "gradients", "overlap")
+OFFLOADS = (*TIERS, "auto")
 # what every AdamW has, of a group and of the whole; another value is lost where a library puts its
 # own in our place
 _GROUP_OF_ANY: dict[str, Any] = {"amsgrad": False, "maximize": False, "moments": "fp32"}
@@ -109,6 +112,7 @@ class AdamW(torch.optim.AdamW):
             before the first.
         origin: how `adamw`, `adamw_spec` or `plug` was called for it; None: made by hand.
         had_gradients: whether a step has found a gradient, or has said that there is none.
+        choice: what `offload="auto"` has chosen, and why; None: it was not asked for.
 
     Args:
         params: float32 or bfloat16 tensors, `(name, tensor)` pairs, or parameter groups (dicts), of
@@ -150,7 +154,9 @@ class AdamW(torch.optim.AdamW):
             (offload/__init__.py has the bytes): None, nothing; "states", moments and what
             `rounding` keeps, which each step streams through two buffers on the device and waits
             for; "gradients", also each gradient as backward has produced it; "overlap", which
-            also updates weights only before their next forward. Not with `capturable`.
+            also updates weights only before their next forward; or "auto", the first of None,
+            "states" and "gradients" that fits the device (offload/choice.py). Not with
+            `capturable`.
         release_gradients: use up each gradient inside backward, so that never all of them exist.
             Not with `max_grad_norm` or `offload`.
         impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton", of the update and of the
@@ -171,7 +177,10 @@ class AdamW(torch.optim.AdamW):
     _skipped: bool | Tensor = False
     origin: Origin | None = None
     had_gradients = False
-    _warned_of_stale = False
+    choice: Choice | None = None
+    _warned_of_stale = _warned_of_no_model = False
+    _pending: PendingStep | None = None
+    _followed: Followed | None = None
 
     def __init__(
         self,
@@ -211,6 +220,10 @@ class AdamW(torch.optim.AdamW):
                 "one"
             )
         check_offload(offload, release_gradients, max_grad_norm)
+        params = params if _origin is None else _origin.grouped(params)
+        if offload == "auto":
+            params, self.choice = choose_for(params, moments, amsgrad, rounding, _origin)
+            offload = self.choice.offload
         self.rounding, self.impl, self.max_grad_norm = rounding, impl, max_grad_norm
         self.offload, self.release_gradients = offload, release_gradients
         self._plan: Plan | None = None
@@ -234,7 +247,6 @@ class AdamW(torch.optim.AdamW):
         }
         check_group(defaults)
         # torch.optim.AdamW's would own the defaults
-        params = params if _origin is None else _origin.grouped(params)
         torch.optim.Optimizer.__init__(self, params, defaults)
         self.origin = _origin
         if _origin is not None:
@@ -360,6 +372,7 @@ class AdamW(torch.optim.AdamW):
         Raises:
             ValueError: groups or shapes which do not fit this optimizer.
         """
+        self.flush()
         checkpoint.load(self, state_dict)
 
     @torch._disable_dynamo
@@ -384,6 +397,7 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.flush()
         params, grads, present = self._with_gradients()
         if grads and device_counts.is_capturing():
             self._check_capture(grads)
@@ -393,7 +407,8 @@ class AdamW(torch.optim.AdamW):
         if not grads:
             self._say_that_nothing_is_trained()
         elif self._released is not None:
-            self._released.step(params)
+            self._note_training()
+            self._released.step(self._params())
         elif found_inf is None or self._counted_there(grads) or not self.step_was_skipped:
             factor = self._grad_factor(grads, clipping)
             plan = self._plan_of(params, present)
@@ -402,7 +417,73 @@ class AdamW(torch.optim.AdamW):
                 grads = self._held.on_host(grads)
             while not plan.step(self.param_groups, grads, factor, seed, found_inf):
                 plan = self._new_plan(present)
+            if self.offload == "overlap":
+                self._pending = PendingStep(plan.placed(), self._together())
         return loss
+
+    def follow(self, model: nn.Module | None) -> None:
+        """Lets updates overlap with the forwards of `model` (`offload="overlap"`).
+
+        From now on `step()` returns before the model's weights are updated: each is when it is next
+        asked for, which hooks before the forward of its module do first. `fastft.adamw(model)`,
+        `FusedLossCallback`, `PackingCallback` and `plug` call this; so has a loop of your own, with
+        the model that is inside of what `Accelerator.prepare` or `torch.compile` returned.
+
+        Args:
+            model: its parameters are among the optimizer's; in place of an earlier one. None: the
+                hooks go, and `step()` updates at once.
+
+        Raises:
+            TypeError: `model` is no module.
+            ValueError: the optimizer has another `offload`.
+        """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if self.offload != "overlap":
+            raise ValueError(
+                f'follow() is for AdamW(offload="overlap"), this one has offload={self.offload!r}'
+            )
+        self.flush()
+        if self._followed is not None:
+            self._followed.remove()
+        self._followed = None if model is None else Followed(model)
+
+    @torch._disable_dynamo
+    def flush(self) -> None:
+        """Updates all weights that the last step has left to be updated when they are asked for.
+
+        Before they are read in a way that torch does not see: by memory that they share, by a
+        kernel that gets them without torch, by a CUDA graph. Nothing but `offload="overlap"` leaves
+        any.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.flush()
+            if self._followed is not None:
+                self._followed.learn(pending.asked)
+
+    def _together(self) -> list[list[Tensor]]:
+        if self._followed is not None:
+            return self._followed.together()
+        if not self._warned_of_no_model:
+            self._warned_of_no_model = True
+            warnings.warn(
+                'offload="overlap": the optimizer knows no model before whose forwards weights '
+                "could be updated, so that step() updates them at once: call "
+                "optimizer.follow(model), or use FusedLossCallback, PackingCallback or plug",
+                stacklevel=4,
+            )
+        return []
+
+    @property
+    def state(self) -> Any:
+        """What is kept of each parameter, after `flush()`."""
+        self.flush()
+        return vars(self)["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        vars(self)["state"] = value
 
     @property
     def frees_gradients(self) -> bool:
@@ -493,10 +574,13 @@ class AdamW(torch.optim.AdamW):
         self._warn_of_stale(plan.kept.look())
         return plan
 
-    def _new_plan(self, present: list[bool]) -> Plan:
+    def _note_training(self) -> None:
         self.had_gradients = True
         if self.origin is not None:
             self.origin.trained = True
+
+    def _new_plan(self, present: list[bool]) -> Plan:
+        self._note_training()
         self._settle()
         for group in self.param_groups:
             self._check_not_capturable(group)
@@ -510,6 +594,7 @@ class AdamW(torch.optim.AdamW):
 
     def _settle(self) -> None:
         """What goes before any look at states."""
+        self.flush()
         if self._released is not None:
             self._released.settle()
         if self._plan is not None:

@@ -39,6 +39,7 @@ from fastft.optim.adamw_state import Claim, State, ready_state, rounding_of
 from fastft.optim.adamw_update import RESIDUES
 from fastft.optim.device_counts import DeviceCounts
 from fastft.optim.groups import check_amsgrad, hyper_row
+from fastft.optim.offload.deferred import LatePart
 from fastft.optim.offload.streamed import StreamedPart
 from fastft.optim.weight_bits import KeptWeights
 
@@ -87,6 +88,7 @@ class Plan:
         by_device = _by_device(self.params)
         self._lay_counts(done, by_device, groups)
         self.sharded = any(map(is_dtensor, self.params))
+        kind = LatePart if offload == "overlap" else StreamedPart
         self.parts: list[Part | StreamedPart] = []
         for device, positions in by_device.items():
             tensors = PartTensors(
@@ -98,7 +100,7 @@ class Plan:
             self.parts.append(
                 Part(device, chosen, tensors, impl)
                 if offload is None
-                else StreamedPart(device, chosen, tensors, impl, offload != "states")
+                else kind(device, chosen, tensors, impl, offload != "states")
             )
         kept = [
             (param, entries)
@@ -155,6 +157,13 @@ class Plan:
     def staging(self) -> int:
         """Bytes of the buffers on the devices through which states stream."""
         return sum(part.staging for part in self.parts if isinstance(part, StreamedPart))
+
+    def placed(self) -> list[tuple[Any, list[Any]]]:
+        """Each part with its parameters, as they are at its places."""
+        return [
+            (part, [self.params[i] for i in part.positions or range(len(self.params))])
+            for part in self.parts
+        ]
 
     def settle(self) -> None:
         """Goes before any look at states: marks them with what the last step has written; raises

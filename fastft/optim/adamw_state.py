@@ -111,16 +111,6 @@ def ready_state(
     return entries
 
 
-def bytes_of_state(param: Tensor, group: dict[str, Any], rounding: str) -> int:
-    """The bytes that a state will have without its count, of this process's part of a DTensor."""
-    part = local(param)
-    size = sum(part.numel() * dtype.itemsize for dtype in _dtypes(param, group, rounding).values())
-    if _has_8bit_moments(param, group):
-        rows, blocks = moments_8bit.scale_shape(part.shape)
-        size += len(moments_8bit.SCALES) * rows * blocks * torch.float32.itemsize
-    return size
-
-
 def residue_names(state: State, rounding: Rounding) -> list[str]:
     """The entries of a state that go into the operator's `residues`, in its order."""
     residue = RESIDUES.get(rounding)

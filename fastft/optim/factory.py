@@ -82,7 +82,9 @@ def adamw(
     optimizer = AdamW(groups, **Keywords(origin))
     if args is not None:
         _warn_of_two_clippings(args, optimizer.max_grad_norm)
-        _check_freed(args, optimizer)
+        _check_freed(args, optimizer, model)
+    if model is not None and optimizer.offload == "overlap":
+        optimizer.follow(model)
     origin.remember()
     return optimizer, None
 
@@ -122,7 +124,10 @@ def spec_of(origin: Origin) -> tuple[type[AdamW], Keywords]:
     args, weight_decay = origin.args, origin.given.get("weight_decay")
     keywords = Keywords(origin)
     # a wrong keyword is told here, not after Trainer has loaded the model
-    example = AdamW([torch.zeros(1, dtype=torch.bfloat16)], **{"seed": 0, **keywords})
+    tried = {"seed": 0, **keywords}
+    if tried.get("offload") == "auto":  # which looks at parameters
+        tried["offload"] = "states"
+    example = AdamW([torch.zeros(1, dtype=torch.bfloat16)], **tried)
     if args is not None:
         _check_freed(args, example)
         if weight_decay is not None and weight_decay != args.weight_decay:
@@ -160,8 +165,9 @@ def check_args_for_freed_gradients(args: Any, released: bool) -> None:
     if released and asked:
         raise ValueError(
             f"release_gradients=True with {' and '.join(asked)} of TrainingArguments: backward "
-            "uses each gradient up, so that there is none to clip or to add to. Set max_grad_norm=0 "
-            "and gradient_accumulation_steps=1, or use offload='gradients', which does both"
+            "uses each gradient up, so that there is none to clip or to add to. Set "
+            "max_grad_norm=0 and gradient_accumulation_steps=1, or use offload='gradients', which "
+            "does both"
         )
 
 
@@ -170,9 +176,17 @@ def _given(options: dict[str, Any], **named: Any) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None} | options
 
 
-def _check_freed(args: Any, optimizer: AdamW) -> None:
-    if optimizer.frees_gradients:
-        check_args_for_freed_gradients(args, optimizer.release_gradients)
+def _check_freed(args: Any, optimizer: AdamW, model: torch.nn.Module | None = None) -> None:
+    if not optimizer.frees_gradients:
+        return
+    check_args_for_freed_gradients(args, optimizer.release_gradients)
+    copies = getattr(args, "world_size", 1) // engines.same_batch_ranks(model, args)
+    if (copies > 1 and engines.engine_of(args) is None) or getattr(args, "n_gpu", 1) > 1:
+        raise ValueError(
+            "DDP and DataParallel add up the gradients of all copies of a model when backward is "
+            "over, and these are freed as backward makes them (offload='gradients', "
+            "release_gradients): use offload='states', or FSDP2"
+        )
 
 
 def _warn_of_two_clippings(args: Any, max_grad_norm: float | None, stacklevel: int = 3) -> None:

@@ -47,6 +47,12 @@ class Origin:
         """What the optimizer is made of, where it was to be made of `params`."""
         return params
 
+    def training(self) -> dict[str, Any]:
+        """What is known of the training: `model`, `args`, and its `batch`, as
+        `fastft.optim.offload.choice.choose` takes them."""
+        model = None if self.model is None else self.model()
+        return {"model": model, "args": self.args, "batch": None}
+
     def remember(self) -> None:
         """Lets train begin find this, also where the optimizer is gone by then."""
         model = None if self.model is None else self.model()

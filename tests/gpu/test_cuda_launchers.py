@@ -42,11 +42,11 @@ def add_up(grad_norm_squared_: Callable[..., None]) -> None:
 
 
 def sum_chunks(grad_square_sums_: Callable[..., None]) -> None:
-    grads = [torch.randn(40_000), torch.zeros(0), torch.randn(507).bfloat16()]
+    grads = [torch.randn(40_000), torch.randn(507).bfloat16()]
     chunks = [chunk for grad in grads for chunk in grad.split(16_384)]
     sums = torch.full((4,), torch.nan, dtype=torch.float64)
     grad_square_sums_(sums, grads)
-    expected = [chunk.double().square().sum().item() for chunk in chunks if chunk.numel()]
+    expected = [chunk.double().square().sum().item() for chunk in chunks]
     assert sums.tolist() == pytest.approx(expected, rel=1e-10)
 
 
@@ -185,7 +185,7 @@ def total(gpu: ptx.Gpu, grads: list[Tensor]) -> float:
 
 
 def test_the_total_of_chunk_sums_has_the_bits_of_the_norm_at_once() -> None:
-    grads = [torch.randn(size) for size in (1, 16_384, 16_385, 507, *[63] * 400)]
+    grads = [torch.randn(size) for size in (1, 16_384, 16_385, 507, 0, *[63] * 400)]
     grads[2] = grads[2].bfloat16()
     with ptx.cuda_operators(90) as gpu:
         at_once = total(gpu, grads)

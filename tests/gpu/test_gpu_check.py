@@ -355,6 +355,37 @@ def test_the_training_is_stocks() -> None:
     assert training.disagreement(off[:-1], stock["losses"]) == "5 losses, stock has 6"
 
 
+@pytest.mark.parametrize("offload", ["states", "gradients"])
+def test_the_training_of_a_small_card_is_the_resident_one(offload: str) -> None:
+    offloading = pytest.importorskip("offloading")
+    assert offloading.missing(offload) is None
+    found = offloading.both(offload, 24 << 30)
+    assert len(set(found["losses"])) == offloading.STEPS
+    assert offloading.disagreement(found) == ""
+    found["bits"][0] += 1
+    assert "1 of 21 weights end with other bits" in offloading.disagreement(found)
+    found["losses"][2] += 1e-3
+    assert offloading.disagreement(found).startswith("the loss of step 3 is")
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "words"),
+    [
+        (60 << 30, 1 << 40, "resident it needs 74 GiB of the device, which has 60 free"),
+        (1 << 40, 50 << 30, "it needs 59 GiB of the host, which has 50 available"),
+        (1 << 40, 1 << 40, None),
+    ],
+)
+def test_a_machine_that_is_too_small_for_8_billion_says_so(
+    monkeypatch: pytest.MonkeyPatch, device: int, host: int, words: str | None
+) -> None:
+    offloading = pytest.importorskip("offloading")
+    monkeypatch.setattr(offloading, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (device, 1 << 41))
+    monkeypatch.setattr(offloading, "available", lambda: host)
+    assert offloading.missing("gradients") == words
+
+
 def test_heads_of_a_real_size_are_not_multiplied_in_fp32_on_a_gpu() -> None:
     with pytest.raises(pytest.skip.Exception, match="nobody trains such a head in fp32"):
         module("test_linear_cross_entropy").make("cuda", torch.float32, alone=True)

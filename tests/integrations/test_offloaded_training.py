@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from support.adamw_trainers import arguments, biased_llama, examples
+from support.recorded_trainings import recorded
 from support.trainers import logged
+from support.versions import checkpoint_activations
 
 import fastft
 from fastft.optim.offload.absent import AbsentGradient
 
+accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
 
@@ -33,12 +36,16 @@ def trainer_of(
     way: str,
     options: dict[str, Any],
     course: transformers.TrainerCallback,
+    checkpointing: bool | None = None,
     **changes: Any,
 ) -> Any:
+    """`checkpointing`: whether it is reentrant; None for none."""
     torch.manual_seed(0)
-    usual = {"per_device_train_batch_size": 2, "max_steps": 6, "max_grad_norm": 0.1, "bf16": True}
+    usual = {"per_device_train_batch_size": 2, "max_steps": 4, "max_grad_norm": 0.1, "bf16": True}
     args = arguments(folder, **{**usual, **changes})
     model = biased_llama(torch.bfloat16)
+    if checkpointing is not None:
+        checkpoint_activations(model, use_reentrant=checkpointing)
     given = {"optimizers": fastft.adamw(model, args, **options)} if way == "by hand" else {}
     trainer = transformers.Trainer(
         model=model, args=args, train_dataset=examples(), callbacks=[course], **given
@@ -63,32 +70,25 @@ def assert_same(left: list[Any], right: list[Any]) -> None:
 TRAININGS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "clipping": ({}, ()),
     "no clipping": ({"max_grad_norm": 0.0}, ()),
-    "accumulation": ({"gradient_accumulation_steps": 4, "max_steps": 3}, ()),
+    "accumulation": ({"gradient_accumulation_steps": 4, "max_steps": 2}, ()),
     "epochs that do not divide": (
-        {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2},
-        (),
-    ),
-    "checkpointing": (
         {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "gradient_accumulation_steps": 3,
+            "per_device_train_batch_size": 4,
+            "max_steps": -1,
+            "num_train_epochs": 2,
         },
         (),
     ),
-    "reentrant checkpointing": (
-        {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": True},
-            "gradient_accumulation_steps": 2,
-        },
-        (),
-    ),
+    "checkpointing": ({"checkpointing": False}, ()),
+    "reentrant checkpointing": ({"checkpointing": True, "gradient_accumulation_steps": 2}, ()),
     "skipped steps": ({"gradient_accumulation_steps": 2}, (1, 2)),
 }
 
 
-@pytest.mark.parametrize("way", ["plug", "by hand"])
-@pytest.mark.parametrize("what", TRAININGS)
+@pytest.mark.parametrize(
+    ("what", "way"), [*((what, "plug") for what in TRAININGS), ("accumulation", "by hand")]
+)
 def test_gradients_on_the_host_train_as_resident_ones(what, way, tmp_path):
     changes, skipped = TRAININGS[what]
     found = []
@@ -116,13 +116,13 @@ def test_released_gradients_train_as_resident_ones(way, tmp_path):
 
 @pytest.mark.parametrize(("first", "second"), [("gradients", None), (None, "gradients")])
 def test_a_training_goes_on_with_another_offload(first, second, tmp_path):
-    steps = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    steps = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     whole = trainer_of(tmp_path / "whole", "plug", {}, Course(), **steps)
     whole.train()
     begun = trainer_of(tmp_path, "plug", {"offload": first}, Course(), **steps)
     begun.train()
     resumed = trainer_of(tmp_path, "plug", {"offload": second}, Course(), **steps)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same(outcome(resumed)[2:], outcome(whole)[2:])
 
 
@@ -153,7 +153,7 @@ def test_clipping_by_trainer_is_a_sentence(checked, options, max_grad_norm, tmp_
         optimizers=(optimizer, None),
         callbacks=[fastft.FusedLossCallback()] if checked else [],
     )
-    with pytest.raises((ValueError, RuntimeError), match="fuse_clipping|max_grad_norm=1.0"):
+    with pytest.raises((ValueError, RuntimeError), match=r"fuse_clipping|max_grad_norm=1\.0"):
         trainer.train()
     if checked or "offload" in options:
         for param, value in zip(model.parameters(), before, strict=True):
@@ -190,3 +190,46 @@ def test_fp16_is_told_at_the_door(options, tmp_path):
     args.fp16 = True
     with pytest.raises(ValueError, match="fp16=True scales the loss"):
         fastft.adamw(biased_llama(), args, **options)
+
+
+@pytest.mark.parametrize("options", [{"offload": "gradients"}, {"release_gradients": True}])
+def test_compare_records_gradients_that_are_not_there(options, tmp_path):
+    settings = {"max_grad_norm": 0.1} if "offload" in options else {"max_grad_norm": 0.0}
+    settings |= {} if "offload" in options else {"gradient_accumulation_steps": 1}
+    ours, stock = (
+        recorded(tmp_path, "fast", steps=2, options=given, **settings) for given in (options, {})
+    )
+    for step, expected in zip(ours.steps, stock.steps, strict=True):
+        assert step.grad_norm == expected.grad_norm and step.loss == expected.loss
+        assert step.gradients == pytest.approx(expected.gradients, rel=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"offload": "gradients"}, {"release_gradients": True}])
+def test_a_loop_with_accelerate(options):
+    micro = 2 if "offload" in options else 1
+
+    def weights(**options):
+        accelerator = accelerate.Accelerator(gradient_accumulation_steps=micro, cpu=True)
+        model = biased_llama(torch.bfloat16)
+        optimizer = fastft.AdamW(model.parameters(), lr=1e-2, **options)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for example in examples()[:6]:
+            with accelerator.accumulate(model):
+                row = {name: tokens[None] for name, tokens in example.items()}
+                accelerator.backward(model(**row).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        return [param.detach() for param in model.parameters()]
+
+    clips = {"max_grad_norm": 0.1} if micro > 1 else {}
+    assert_same(weights(**options, **clips), weights(**clips))
+
+
+def test_the_clipping_of_accelerate_is_a_sentence():
+    accelerator, model = accelerate.Accelerator(cpu=True), biased_llama(torch.bfloat16)
+    optimizer = fastft.AdamW(model.parameters(), offload="gradients")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    row = {name: tokens[None] for name, tokens in examples()[0].items()}
+    accelerator.backward(model(**row).loss)
+    with pytest.raises(RuntimeError, match="fuse_clipping"):
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)

@@ -135,7 +135,6 @@ def with_sgd(trainer):
 
 LEFT_ALONE = {
     "args.optim": ({"optim": "adafactor"}, None, "args.optim is 'adafactor'"),
-    "paged": ({"optim": "paged_adamw_8bit"}, None, "pages its states to the host"),
     "for TPUs": ({"optim": "adamw_torch_xla"}, None, "it is for TPUs"),
     "4 bits": ({"optim": "adamw_torch_4bit"}, None, "4-bit moments"),
     "target modules": ({"optim_target_modules": ["q_proj"]}, None, "optim_target_modules"),

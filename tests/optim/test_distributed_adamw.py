@@ -39,6 +39,8 @@ MODES = {
     "kahan": (torch.bfloat16, {"rounding": "kahan", "amsgrad": True}),
     "stochastic": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
     "8bit": (torch.bfloat16, {"moments": "8bit"}),
+    "offloaded": (torch.bfloat16, {"offload": "states"}),
+    "offloaded 8bit": (torch.bfloat16, {"moments": "8bit", "offload": "states"}),
 }
 STEPS = 6
 WORLD = 2
@@ -57,8 +59,8 @@ def build(mode):
     return torch.nn.Sequential(*layers).to(MODES[mode][0])
 
 
-def optimizer_of(model, mode, seed=5):
-    options = {"seed": seed, **MODES[mode][1]}
+def optimizer_of(model, mode, seed=5, **others):
+    options = {"seed": seed, **MODES[mode][1], **others}
     decaying = [param for param in model.parameters() if param.ndim > 1]
     rest = [param for param in model.parameters() if param.ndim <= 1]
     return AdamW([{"params": decaying}, {"params": rest, "weight_decay": 0.0}], lr=1e-2, **options)
@@ -100,8 +102,9 @@ def assert_same_bits(left, right):
 
 
 def undisturbed(mode, steps=STEPS):
+    """In one process, with states beside the weights."""
     model = build(mode)
-    optimizer = optimizer_of(model, mode)
+    optimizer = optimizer_of(model, mode, offload=None)
     train(model, optimizer, 0, steps)
     return model, optimizer
 
@@ -227,7 +230,8 @@ def any_placement(mode, folder):
         torch.randn(7, 9, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)
     ]
     placements = [Shard(0), Replicate()]
-    if mode not in ("stochastic", "8bit"):  # whose random bits and blocks follow rows
+    # whose random bits and blocks follow rows
+    if mode not in ("stochastic", "8bit", "offloaded 8bit"):
         placements.append(Shard(1))
     for placement in placements:
         plain = torch.nn.Parameter(value.clone())
@@ -253,7 +257,7 @@ def long_vector(mode, folder):
     value = torch.randn(9001, generator=torch.Generator().manual_seed(1)).to(dtype)
     plain = torch.nn.Parameter(value.clone())
     parts = torch.nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
-    wide = {**options, "moments": "fp32"} if mode == "8bit" else options
+    wide = {**options, "moments": "fp32"} if "8bit" in mode else options
     optimizers = AdamW([plain], seed=3, **wide), AdamW([parts], seed=3, **options)
     for i in range(3):
         grad = torch.randn(9001, generator=torch.Generator().manual_seed(i)).to(dtype)
@@ -268,7 +272,7 @@ def long_vector(mode, folder):
 def flat_parameters_of_fsdp1(mode, folder):
     """Long vectors, which have 8-bit moments; FSDP1 gathers them as fp32 ones, and none of their
     bits is lost."""
-    if mode != "8bit":
+    if "8bit" not in mode:
         return
 
     def build_flat():
@@ -289,12 +293,12 @@ def flat_parameters_of_fsdp1(mode, folder):
             optimizer.step()
 
     model = build_flat()
-    optimizer = AdamW(model.parameters(), moments="8bit", seed=5)
+    optimizer = AdamW(model.parameters(), seed=5, **MODES[mode][1])
     train_flat(model, optimizer, 0, 3)
     assert all(state["exp_avg"].dtype == torch.int8 for state in optimizer.state.values())
     gathered = FullyShardedDataParallel.optim_state_dict(model, optimizer)
     again = build_flat()
-    resumed = AdamW(again.parameters(), moments="8bit", seed=5)
+    resumed = AdamW(again.parameters(), seed=5, **MODES[mode][1])
     resumed.load_state_dict(
         FullyShardedDataParallel.optim_state_dict_to_load(again, resumed, gathered)
     )

@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastft.optim.offload import device as device_room
 
 _TORCH = os.path.dirname(torch.__file__)
+_OPTIMIZER = os.path.dirname(os.path.dirname(device_room.__file__))
 _HIDDEN = (__file__, device_room.__file__, contextlib.__file__, functools.__file__)
 
 
@@ -56,15 +57,15 @@ class Scheduler:
     Args:
         order: when queues work. "late": only when somebody waits; "early": at once; or a Random
             (also one of hypothesis), or its seed, which decides at each call.
-        without: (end of a file's name, lines): waits called there are ignored, and counted in
-            `ignored`.
+        without: (end of a file's name, lines): waits called there, or by what is called there, are
+            ignored, and counted in `ignored`.
         watched: whether a dispatch mode sees the model's work (not under torch.compile).
 
     Attributes:
-        device_bytes, device_peak: of `memory`, and of parameters given to `count` and their
-            gradients, as seen at each call of the interface.
+        device_bytes, device_peak: of `memory`, of plain tensors that fastft's optimizer makes, and
+            of parameters given to `count` and their gradients, as seen at each allocation and
+            each wait.
         host_bytes, host_peak: of `host_memory`.
-        calls: how many calls of the interface there were.
     """
 
     separate = True
@@ -78,7 +79,7 @@ class Scheduler:
     ) -> None:
         self._order = Random(order) if isinstance(order, int) else order
         self._without, self._watched = without, watched
-        self.ignored = self.calls = 0
+        self.ignored = 0
         self.faults: list[AssertionError] = []
         self._inside = False  # the scheduler's own work, which nobody races with
         self._numbers = itertools.count()
@@ -88,7 +89,6 @@ class Scheduler:
         self._current = self.model
         self._known: dict[int, _Memory] = {}
         self._crowd = 1000  # known memories, many of which will have gone
-        self._poisonings: list[tuple[_Item, set[_Item], list[_Weak]]] = []
         self._params: list[Tensor] = []
         self.device_bytes = self.device_peak = self.host_bytes = self.host_peak = 0
 
@@ -138,8 +138,8 @@ class Scheduler:
         finally:
             self._current, queue.at_once = before, was
 
-    def count(self, params: Iterable[Tensor]) -> None:
-        """Counts these parameters and their gradients as memory of the device."""
+    def count(self, params: Iterable[Tensor] = ()) -> None:
+        """Looks what is there; these parameters and their gradients are memory of the device."""
         self._params += params
         self._sweep()
 
@@ -155,6 +155,7 @@ class Scheduler:
         with self._own():
             tensor = torch.full((size,), 0xFF, dtype=torch.uint8)
         self._known[tensor.untyped_storage()._cdata] = _Memory(tensor, owner, allocated=True)
+        self._sweep()
         self._step()
         if owner is not None:  # whose earlier work may still use what the allocator gives out again
             owner.tick()
@@ -201,8 +202,6 @@ class Scheduler:
 
     def _step(self) -> None:
         """At each call of the interface: somebody may work now."""
-        self.calls += 1
-        self._sweep()
         if self._order == "late":
             return
         while ready := [queue for queue in self._queues if queue.is_ready()]:
@@ -230,13 +229,10 @@ class Scheduler:
             except Freed as error:
                 self.fail(Freed, f"{item.place}: {error}")
         item.run = _nothing  # lets go of what it held
-        for waiting, before, memories in self._poisonings:
-            before.discard(item)
-            if not before and waiting is not item:
+        for later, memories in item.awaited_by:
+            later.before -= 1
+            if not later.before:
                 self._poison(memories)
-        self._poisonings = [
-            entry for entry in self._poisonings if entry[1] and entry[0] is not item
-        ]
 
     def _poison(self, memories: Iterable[_Weak]) -> None:
         with self._own():
@@ -255,10 +251,10 @@ class Scheduler:
             for access in self.memory_of(tensor).overlapping(*_span(tensor))
             if access.item is not None and access.item is not item and access.item.is_waiting()
         }
-        memories = list(map(_Weak, writes))
-        if before:
-            self._poisonings.append((item, before, memories))
-        else:
+        memories, item.before = list(map(_Weak, writes)), len(before)
+        for earlier in before:
+            earlier.awaited_by.append((item, memories))
+        if not before:
             self._poison(memories)
 
     @contextlib.contextmanager
@@ -280,11 +276,14 @@ class Scheduler:
         """Tells whether the wait that is being called is to be ignored."""
         if self._without is None:
             return False
-        frame = _caller()
         name, lines = self._without
-        found = frame.f_code.co_filename.endswith(name) and frame.f_lineno in lines
-        self.ignored += found
-        return found
+        frame: types.FrameType | None = _caller()
+        while frame is not None:
+            if frame.f_lineno in lines and frame.f_code.co_filename.endswith(name):
+                self.ignored += 1
+                return True
+            frame = frame.f_back
+        return False
 
     def touch(
         self, queue: _Queue, tensor: Tensor, writes: bool, place: str, item: _Item | None = None
@@ -329,6 +328,9 @@ class Scheduler:
     def made(self, func: Any, results: list[Tensor]) -> None:
         """Results of plain torch, of which those in new memory have been written just now."""
         fresh = [t for t in results if t.untyped_storage()._cdata not in self._known]
+        if _caller().f_code.co_filename.startswith(_OPTIMIZER):
+            for tensor in fresh:
+                self.memory_of(tensor).allocated = True
         if "empty" in func.__name__:
             for tensor in fresh:
                 self.memory_of(tensor)
@@ -373,6 +375,7 @@ class _Queue:
         return _Event(self, self.tick(), dict(self.clock), self._scheduler)
 
     def wait(self, event: _Event) -> None:
+        self._scheduler._sweep()  # memory that goes from here on goes behind the wait
         self._scheduler._step()
         _check_event(event)
         if self._scheduler.is_ignored():
@@ -445,6 +448,7 @@ class _Event:
         return not self.queue.items or self.queue.items[0].at > self.at
 
     def synchronize(self) -> None:
+        self._scheduler._sweep()
         self._scheduler._step()
         if self._scheduler.is_ignored():
             return
@@ -453,7 +457,8 @@ class _Event:
 
 
 class _Item:
-    """Work in a queue, or a wait there."""
+    """Work in a queue, or a wait there. `awaited_by`: whoever overwrites what it uses, with what is
+    to be poisoned when nobody of those `before` it has to use it any more."""
 
     def __init__(
         self,
@@ -465,6 +470,7 @@ class _Item:
         place: str = "",
     ) -> None:
         self.queue, self.at, self.run, self.needs, self.place = queue, at, run, needs, place
+        self.before, self.awaited_by = 0, list[tuple[_Item, list[_Weak]]]()
 
     def is_waiting(self) -> bool:
         return bool(self.queue.items) and self.queue.items[0].at <= self.at
@@ -572,6 +578,8 @@ def _weakened(value: Any) -> Any:
         return _Weakened(value)
     if type(value) in (list, tuple):
         return type(value)(map(_weakened, value))
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(_weakened, value))
     if type(value) is dict:
         return {key: _weakened(entry) for key, entry in value.items()}
     return value
@@ -582,6 +590,8 @@ def _strong(value: Any) -> Any:
         return value.needed()
     if type(value) in (list, tuple):
         return type(value)(map(_strong, value))
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(map(_strong, value))
     if type(value) is dict:
         return {key: _strong(entry) for key, entry in value.items()}
     return value
@@ -617,7 +627,9 @@ class _Watch(TorchDispatchMode):
 
 
 def _has_memory(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
+    return (
+        isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    )
 
 
 @functools.cache

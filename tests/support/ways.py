@@ -51,6 +51,7 @@ _SEARCH = "Optuna, Ray Tune"
 _LOOPS = "loops of one's own: torch, Accelerate, Lightning"
 _LOGGERS = "TensorBoard, W&B, MLflow"
 _RESUME = "resuming, killed or not"
+_OFFLOAD = "AdamW's `offload`: states, gradients on the host"
 _BF16 = "bf16, as autocast or parameters"
 _USUAL = "other settings of Trainer"
 
@@ -164,6 +165,10 @@ SECTIONS = {
         Way("FSDP2", "", _FSDP),
         Way("FSDP2 + CPU offload", "", _FSDP, ""),
         Way("FSDP, a loss outside the model's forward", "label smoothing, or your own", "", ""),
+        Way("DDP, states on the host", "", "", ""),
+        Way("DDP, gradients on the host", "states can be there", "", ""),
+        Way("FSDP2, states on the host", "", "", ""),
+        Way("FSDP2, gradients on the host", "", "", ""),
         Way("DeepSpeed ZeRO-0", "", "", "loss optimizer"),
         Way("DeepSpeed ZeRO-1", "", _ZERO, "loss optimizer"),
         Way("DeepSpeed ZeRO-2", "", _ZERO, "loss optimizer"),
@@ -179,6 +184,8 @@ SECTIONS = {
         Way("accelerate loop, FSDP1", "", "", ""),
         Way("accelerate loop, FSDP2", "", "", ""),
         Way("accelerate loop, DeepSpeed", "", "", ""),
+        Way("accelerate loop, states on the host", "", "", ""),
+        Way("accelerate loop, gradients on the host", "", "", ""),
         Way("resume under each engine", "to the bit where stock's is", "", ""),
         Way("`merge_fsdp_weights`", "", "", ""),
         Way("tensor parallel", "", "tensor parallel", ""),
@@ -212,6 +219,10 @@ SECTIONS = {
         Way("gradient checkpointing", "", "gradient checkpointing"),
         Way("bf16 autocast", "", _BF16),
         Way("bf16 parameters", "AdamW gives the trajectory of fp32 parameters", _BF16),
+        Way('`offload="states"`', "[what fits](memory.md); to the bit", _OFFLOAD, ""),
+        Way('`offload="gradients"`', "to the bit", _OFFLOAD, ""),
+        Way('`offload="overlap"`', "to the bit", _OFFLOAD, ""),
+        Way("`release_gradients=True`", "without clipping and accumulation; to the bit", "", ""),
         Way("fp16 autocast with a GradScaler", "`fp16=True` over fp32 parameters", "", ""),
         Way("fp16 parameters", "train them in fp32, with autocast", "fp16 parameters", ""),
         Way("`torch_compile`", "a graph break at the head and at attention", "`torch.compile`"),

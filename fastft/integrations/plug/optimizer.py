@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-from fastft.foreign import engines, objects
+from fastft.data.lengths import scan_lengths
+from fastft.foreign import engines, loaders, objects
 from fastft.integrations.clipping import can_be_inside, fuse_clipping
+from fastft.integrations.weights_for_callbacks import follow_training
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import spec_of, with_fp32_moments
+from fastft.optim.offload import tiers
+from fastft.optim.offload.choice import Batch
 from fastft.optim.origin import Keywords, Origin
 
 # names in TrainingArguments.optim, and what of fastft's they are
@@ -28,25 +32,36 @@ _ADAMW: dict[str, dict[str, Any]] = {
     "adamw_bnb_8bit": {"moments": "8bit"},
     "adamw_8bit": {"moments": "8bit"},
     "adamw_torch_8bit": {"moments": "8bit"},
+    # whose states go to the host where the device has too little memory
+    "paged_adamw_32bit": {"offload": "states"},
+    "paged_adamw_8bit": {"moments": "8bit", "offload": "states"},
 }
 _OTHER_ADAMW = {
-    "paged_adamw_32bit": "it pages its states to the host, which fastft's AdamW does not",
-    "paged_adamw_8bit": "it pages its states to the host, which fastft's AdamW does not; "
-    "optim='adamw_bnb_8bit' gets fastft's 8-bit moments",
     "adamw_torch_4bit": "it keeps 4-bit moments; optim='adamw_bnb_8bit' gets fastft's of 8 bits",
     "adamw_anyprecision": "its dtypes are in optim_args",
     "adamw_torch_xla": "it is for TPUs",
     "adamw_torch_npu_fused": "it is for NPUs",
 }
+_PLACES = {
+    "states": "states on the host",
+    "gradients": "states and gradients on the host",
+    "overlap": "states and gradients on the host, each weight updated before its next forward",
+    "auto": "on the host what does not fit the device when training begins",
+}
+_RELEASED = "each gradient used up in backward"
+_GIB = 2**30
 _MAKERS = ("create_optimizer", "create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs")
 
 
 class PlugOrigin(Origin):
     """A call of `plug`: Trainer's groups become those of `fastft.adamw(model)`."""
 
-    def __init__(self, trainer: Trainer, given: dict[str, Any]) -> None:
+    def __init__(
+        self, trainer: Trainer, given: dict[str, Any], pieces: Sequence[str], packing: Any
+    ) -> None:
         super().__init__("plug", trainer.args, given)
         self._trainer = weakref.ref(trainer)
+        self._pieces, self._packing = tuple(pieces), packing
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray sends a Trainer to its processes; no weak reference can be pickled."""
@@ -66,6 +81,30 @@ class PlugOrigin(Origin):
         model: Any = trainer.model
         return with_fp32_moments(params, model)
 
+    def training(self) -> dict[str, Any]:
+        """The Trainer's model, and its batch where its longest row can be known."""
+        trainer: Any = self._trainer()
+        if trainer is None:
+            return super().training()
+        batch = _batch(trainer, self._packing)
+        known = None if batch is None else Batch(*batch, self._pieces)
+        return {"model": trainer.model, "args": self.args, "batch": known}
+
+
+def _batch(trainer: Any, packing: Any) -> tuple[int, int] | None:
+    """Rows, and tokens of the longest; None where nobody knows without reading all of a stream."""
+    if isinstance(packing, int):
+        return 1, packing
+    dataset, rows = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    if not (loaders.is_dataset(dataset) or isinstance(dataset, list)):
+        return None
+    try:
+        longest = int(scan_lengths(dataset).max())
+    except (ValueError, RuntimeError, KeyError, TypeError):  # of texts, e.g.
+        return None
+    most = getattr(trainer.args, "max_length", None)  # TRL's collators cut there
+    return rows, min(longest, most) if isinstance(most, int) else longest
+
 
 class OptimizerPiece:
     """What `plug` does for the optimizer.
@@ -74,13 +113,22 @@ class OptimizerPiece:
         trainer: a Trainer before `train()`.
         wanted: `optimizer` of `plug`.
         options: keywords of `AdamW`.
+        loss, packing: of `plug`.
 
     Raises:
         TypeError: an unknown option.
         ValueError: an option out of its range, or beside an optimizer that is left alone.
     """
 
-    def __init__(self, trainer: Trainer, wanted: bool, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        wanted: bool,
+        options: dict[str, Any],
+        *,
+        loss: bool = True,
+        packing: int | str | None = None,
+    ) -> None:
         self._trainer: Any = trainer
         self._spec: tuple[type[AdamW], Keywords] | None = None
         self._origin: PlugOrigin | None = None
@@ -92,7 +140,8 @@ class OptimizerPiece:
             _check_options(trainer, options)
             # a seed that AdamW drew for itself would leave dropout other numbers than stock's
             given = {"seed": trainer.args.seed, **_ADAMW[_optim(trainer.args)], **options}
-            self._origin = PlugOrigin(trainer, given)
+            pieces = [*(["loss"] if loss else []), *(["packing"] if packing else [])]
+            self._origin = PlugOrigin(trainer, given, pieces, packing)
             self._spec = spec_of(self._origin)
             self._origin.forget()  # until it is installed
 
@@ -113,6 +162,8 @@ class OptimizerPiece:
         """Clips inside the step of the accelerator of this training, until `stack` is closed."""
         if self._why_not is None:
             stack.callback(fuse_clipping(self._trainer))
+            trainer = self._trainer
+            follow_training(trainer.args, trainer.model, trainer.optimizer, stack)
 
     def line(self) -> str:
         """What optimizer trains, and how."""
@@ -136,10 +187,30 @@ class OptimizerPiece:
             words.append("8-bit moments, those of embeddings and head fp32")
         elif moments != "fp32":
             words.append(f"{moments} moments")
+        words += self._places(made, keywords)
         # of these names torchao's alone reads any: its blocks and its rounding
         if _optim(trainer.args) == "adamw_torch_8bit" and trainer.args.optim_args:
             words.append(f"without {trainer.args.optim_args} (optim_args), which are torchao's")
         return ", ".join([*words, self._clipping()])
+
+    def _places(self, made: AdamW | None, keywords: dict[str, Any]) -> list[str]:
+        """What is on the host, and how much of it."""
+        if made is None:
+            offload = keywords.get("offload")
+            released = keywords.get("release_gradients", False)
+            return [_PLACES[offload]] if offload else [_RELEASED] if released else []
+        if made.release_gradients:
+            return [_RELEASED]
+        words = []
+        if made.offload is not None:
+            size = tiers.bytes_of(made.param_groups, made.rounding, made.offload)
+            words = [
+                f"{_PLACES[made.offload]}: {size.host / _GIB:.1f} GiB, beside "
+                f"{size.device / _GIB:.1f} GiB on the device"
+            ]
+        if made.choice is not None:
+            words.append(f"chosen by offload='auto': {made.offload!r}, {made.choice.why}")
+        return words
 
     def _clipping(self) -> str:
         if not self._trainer.args.max_grad_norm:

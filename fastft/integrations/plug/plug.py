@@ -197,14 +197,14 @@ def plug(
         trainer: a `transformers.Trainer` or a subclass, before `train()`.
         loss: compute losses without logits, in trainings, `evaluate` and `predict`.
         optimizer: train with `fastft.AdamW` where `args.optim` is an AdamW and nothing else chose
-            another; the 8-bit ones of bitsandbytes and torchao become `moments="8bit"`. Clips
-            inside the step.
+            another; the 8-bit ones of bitsandbytes and torchao become `moments="8bit"`, the paged
+            ones `offload="states"`. Clips inside the step.
         packing: a number packs the training set, that many tokens in a pack and one pack in a
             batch; `"collate"` keeps the batches and leaves out their padding; None leaves them as
             they are. Labels are those of the Trainer's own collator.
         attention: let packed batches have `attn_implementation="fastft"` where it is exact.
-        adamw_options: keywords of `fastft.AdamW`: `moments`, `rounding`, `seed`, ...; what `args`
-            have comes from there, when Trainer makes the optimizer.
+        adamw_options: keywords of `fastft.AdamW`: `moments`, `rounding`, `offload`, `seed`, ...;
+            what `args` have comes from there, when Trainer makes the optimizer.
 
     Returns:
         What became of it. `lines`: a dict, piece -> its sentence, up to date; `str` of it is all of
@@ -230,5 +230,5 @@ def plug(
             "this Trainer is plugged already: call restore() of what plug returned first"
         )
     losses = LossPiece(trainer, loss, packing is not None, attention)
-    adamw = OptimizerPiece(trainer, optimizer, adamw_options)
+    adamw = OptimizerPiece(trainer, optimizer, adamw_options, loss=loss, packing=packing)
     return Plugged(trainer, losses, adamw, PackingPiece(trainer, packing, losses.callback))

@@ -20,6 +20,7 @@ from fastft.integrations.recorder.batches import digest
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import load_value
 from fastft.optim.moments_8bit import ENTRIES, dequantise
+from fastft.optim.offload.absent import AbsentGradient
 from fastft.optim.weight_bits import residue_of
 
 _WIDTH = 1 << 14  # of a row of signs
@@ -151,6 +152,8 @@ def _size(tensor: Tensor) -> int:
 def _norm(tensor: Any) -> Tensor:
     """In double precision: torch's own norm of millions of fp32 numbers on a CPU is off by 1e-4."""
     tensor = tensors.local(tensor)
+    if isinstance(tensor, AbsentGradient):
+        return tensor.sums.sum().sqrt()
     flat = tensor.coalesce().values() if tensor.is_sparse else tensor
     squares = [part.square().sum() for part in _parts(flat)]
     return torch.stack(squares).sum().sqrt()

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastft.foreign.awaited import ask
 from fastft.foreign.tensors import local, sharded_like
 from fastft.optim.grad_norm import CHUNK, norm_engine, parts_of, write_parts
 from fastft.optim.offload import device as devices
@@ -52,8 +53,9 @@ class Slot:
         filling: how often it has been filled anew.
     """
 
-    def __init__(self, lane: Lane, form: Tensor) -> None:
+    def __init__(self, lane: Lane, form: Tensor, param: Any) -> None:
         self.lane, self.form, self.filling = lane, _without_memory(form), 0
+        self._param = weakref.ref(param)
         self.sent: Event  # the last copy to it
         count = parts_of(form.numel(), lane.engine)
         self.sums = lane.memory(8 * count).view(torch.float64)
@@ -66,6 +68,12 @@ class Slot:
         """Whether a gradient of this form has its place here."""
         mine = self.form.shape, self.form.stride(), self.form.dtype, self.lane.device
         return mine == (form.shape, form.stride(), form.dtype, form.device)
+
+    def make_room(self) -> None:
+        """Before the slot is written: a step that has still to read it does so now."""
+        param = self._param()
+        if param is not None:
+            ask(param)
 
     def runs(self) -> Iterator[slice]:
         """The elements, in runs that a stage holds; the norm may need all at once."""
@@ -153,6 +161,7 @@ class Lane:
 
     def put(self, slot: Slot, gradient: Tensor) -> None:
         """Fills the slot with a gradient of its form."""
+        slot.make_room()
         if not self.place.separate:
             slot.value = gradient
             self._take_part(slot, slice(0, gradient.numel()), gradient)
@@ -166,6 +175,7 @@ class Lane:
 
     def add(self, slot: Slot, gradient: Tensor) -> None:
         """Adds a gradient to the slot, as `p.grad += gradient`."""
+        slot.make_room()
         if not self.place.separate:
             slot.value += gradient
             self._take_part(slot, slice(0, gradient.numel()), slot.value)
@@ -284,7 +294,7 @@ class HeldGradients:
         slot = self._slots.get(param)
         if slot is None or not slot.fits(part):
             self._drop(param)
-            slot = self._slots[param] = Slot(lane, part)
+            slot = self._slots[param] = Slot(lane, part, param)
         filling = Filling(slot)
         lane.put(slot, part)
         param.grad = sharded_like(AbsentGradient(part, filling), gradient)

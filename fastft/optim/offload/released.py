@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastft.foreign import engines
+from fastft.foreign import engines, sharding
 from fastft.foreign.tensors import local, sharded_like
 from fastft.optim.adamw_plan import Plan
 from fastft.optim.grad_norm import norm_engine, parts_of, write_parts
@@ -103,11 +103,8 @@ class ReleasedGradients:
         if optimizer is None or gradient is None or isinstance(local(gradient), AbsentGradient):
             return
         check_gradient(param, gradient)
-        if engines.losses_are_scaled():
-            raise RuntimeError(
-                "fp16 training scales its loss, which release_gradients=True would learn of too "
-                "late: train in bf16, or use offload='states'"
-            )
+        if not self._plans:
+            _check_first(param)
         if param in self._pending:
             self._warn_of_thrown_away()
         gradient = gradient.detach()
@@ -199,3 +196,17 @@ class ReleasedGradients:
     def _settle(self, plan: Plan | None) -> None:
         if plan is not None:
             plan.kept.settle()
+
+
+def _check_first(param: Any) -> None:
+    """Raises where somebody will look for gradients when parameters have been updated with them."""
+    if engines.losses_are_scaled():
+        raise RuntimeError(
+            "fp16 training scales its loss, which release_gradients=True would learn of too late: "
+            "train in bf16, or use offload='states'"
+        )
+    if sharding.is_under_ddp(param):
+        raise RuntimeError(
+            "DistributedDataParallel, if only of one process, reduces gradients that "
+            "release_gradients=True has used up: leave out one of them"
+        )

@@ -6,8 +6,8 @@
     "gradients"    device    host, some a while  host      device
     "overlap"      device    host, some a while  host      device
 
-Only shapes and dtypes are looked at, so that parameters on the meta device are as good as real ones;
-of a DTensor this process's part counts.
+Only shapes and dtypes are looked at, so that parameters on the meta device are as good as real
+ones; of a DTensor this process's part counts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastft.foreign.tensors import local
-from fastft.optim.adamw_state import bytes_of_state
+from fastft.optim.adamw_part import Row, entry_names
+from fastft.optim.adamw_state import new_state, rounding_of
+from fastft.optim.grad_norm import CHUNK
+from fastft.optim.offload import gradients, pieces
 
 TIERS = (None, "states", "gradients", "overlap")
-_ON_THEIR_WAY = 2  # gradients
+OF_GRADIENTS = TIERS[2:]  # with these, gradients lie on the host
+_SUM = 8  # bytes of a part of the norm
 
 
 class TierBytes(NamedTuple):
@@ -29,10 +33,9 @@ class TierBytes(NamedTuple):
 
     Attributes:
         weights: on the device, as all up to `staging`.
-        gradients: at the end of backward; of a tier that gives them away, those that are still on
-            their way then.
+        gradients: at most at a time.
         states: moments and what `rounding` keeps.
-        staging: the buffers that states, and gradients, of the host stream through.
+        staging: what states and gradients of the host stream through, and their parts of the norm.
         host_states, host_gradients: on the host, page-locked where the device copies by itself.
     """
 
@@ -59,6 +62,7 @@ def bytes_of(
     rounding: str,
     offload: str | None,
     release_gradients: bool = False,
+    micro_steps: int = 1,
 ) -> TierBytes:
     """The bytes of parameter groups in a tier.
 
@@ -67,17 +71,36 @@ def bytes_of(
         rounding: of the optimizer.
         offload: one of `TIERS`.
         release_gradients: whether backward uses gradients up.
+        micro_steps: whose gradients a step adds.
     """
     every = [(param, group) for group in groups for param in group["params"]]
-    sizes = [local(param).nbytes for param, _ in every]
-    states = [bytes_of_state(param, group, rounding) for param, group in every]
-    whole, on_host = sum(sizes), 0 if offload is None else sum(states)
-    leaves = release_gradients or offload in ("gradients", "overlap")
+    params = [local(param) for param, _ in every]
+    entries = [_entries(param, group, rounding) for param, group in every]
+    states = sum(entry.nbytes for of_param in entries for entry in of_param)
+    sizes = [param.nbytes for param in params]
+    whole, largest = sum(sizes), max(sizes, default=0)
+    held, staging = offload in OF_GRADIENTS, 0
+    if offload is not None:
+        forms = [pieces.form(*both, held) for both in zip(params, entries, strict=True)]
+        staging += sum(pieces.buffers(forms, pieces.cut(forms, pieces.BUFFER)))
+    if held or release_gradients:
+        staging += sum(_SUM * -(-param.numel() // CHUNK) for param in params)
+    if held and micro_steps > 1:
+        staging += 2 * gradients.STAGE * max((param.itemsize for param in params), default=0)
+    # those that wait for their copy, or one that is larger, and the one that is being made
+    in_flight = min(whole, max(gradients.IN_FLIGHT, largest) + largest)
     return TierBytes(
         weights=whole,
-        gradients=sum(sorted(sizes)[-_ON_THEIR_WAY:]) if leaves else whole,
-        states=sum(states) - on_host,
-        staging=0,
-        host_states=on_host,
-        host_gradients=whole if leaves and not release_gradients else 0,
+        gradients=largest if release_gradients else in_flight if held else whole,
+        states=0 if offload else states,
+        staging=staging,
+        host_states=states if offload else 0,
+        host_gradients=whole if held else 0,
     )
+
+
+def _entries(param: Tensor, group: dict[str, Any], rounding: str) -> list[Tensor]:
+    """This process's part of a state, without memory, in the operator's order."""
+    state = new_state(param, group, rounding, "meta")
+    row = Row(0, rounding_of(param, rounding), group["amsgrad"], 0)
+    return [local(state[name]) for name in entry_names(state, row)]

@@ -304,7 +304,7 @@ def test_a_kernel_that_raises_in_the_middle_is_not_forgotten(monkeypatch):
         lambda: pickle.dumps(training.optimizer),
         training.optimizer.stale_weights,
     ):
-        with pytest.raises(RuntimeError, match="broke off in its middle .MemoryError: no more"):
+        with pytest.raises(RuntimeError, match=r"broke off in its middle .MemoryError: no more"):
             use()
     # a checkpoint mends it
     monkeypatch.undo()
@@ -370,7 +370,7 @@ def test_a_group_that_becomes_capturable_later_is_refused():
 def test_too_little_host_memory_is_a_sentence_before_anything_is_made(monkeypatch):
     params = [Parameter(torch.ones(1000, dtype=BF16)), Parameter(torch.ones(500, dtype=FP32))]
     monkeypatch.setattr(host_memory, "available", lambda: 1000 * 10 + 500 * 8 - 1)
-    with pytest.raises(RuntimeError, match="offloading needs .* GiB of host memory, and .*"):
+    with pytest.raises(RuntimeError, match=r"offloading needs .* GiB of host memory"):
         AdamW(params, offload="states")
     monkeypatch.setattr(host_memory, "available", lambda: 1000 * 10 + 500 * 8)
     optimizer = AdamW(params, offload="states")
