@@ -213,6 +213,10 @@ def test_compare_records_gradients_that_are_not_there(options, tmp_path):
             {"offload": "gradients"},
             marks=pytest.mark.way("accelerate loop, gradients on the host", optimizer="exact"),
         ),
+        pytest.param(
+            {"offload": "states"},
+            marks=pytest.mark.way("accelerate loop, states on the host", optimizer="exact"),
+        ),
         {"release_gradients": True},
     ],
 )
