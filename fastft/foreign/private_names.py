@@ -61,9 +61,10 @@ PRIVATE_NAMES = {
         "the modules of one FSDP2 unit"
     ),
     "torch.distributed.tensor._utils:compute_local_shape_and_global_offset": "where a shard begins",
-    "torch.distributed.tensor:DTensor._spec": (
+    "torch.distributed.tensor:_dtensor_spec.DTensorSpec": (
         "a DTensor on a mesh of GPUs whose parts are on the host, as FSDP2 makes its own"
     ),
+    "torch.distributed.tensor:_dtensor_spec.TensorMeta": "likewise",
     "torch.nn.modules.module:_global_backward_hooks": "hooks that would see the gradient of logits",
     "torch.nn.modules.module:_global_backward_pre_hooks": "likewise",
     "torch.nn:Module._backward_hooks": "likewise, of one module",

@@ -57,29 +57,16 @@ def summed(tensor: Any) -> Any:
 
 def sharded_like(part: Tensor, template: Any) -> Tensor:
     """`part` itself, or where `template` is a DTensor a DTensor of its shape with `part` as this
-    rank's."""
+    rank's, wherever that lies: FSDP2's own offloading has parts on the host, of a mesh of GPUs."""
     if not is_dtensor(template):
         return part
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    return DTensor.from_local(
-        part,
-        template.device_mesh,
-        template.placements,
-        shape=template.shape,
-        stride=template.stride(),
-    )
-
-
-def around(part: Tensor, template: Any) -> Tensor:
-    """`part` itself, or where `template` is a DTensor a DTensor of its form with `part` as this
-    rank's, wherever it lies: FSDP2's own offloading keeps parts on the host, of a mesh of GPUs."""
-    if not is_dtensor(template):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    # `from_local` would move it to the mesh's kind of device
-    return DTensor(part, template._spec, requires_grad=False)
+    form = TensorMeta(template.shape, template.stride(), part.dtype)
+    spec = DTensorSpec(template.device_mesh, template.placements, tensor_meta=form)
+    # `from_local` would move the part to the mesh's kind of device
+    return DTensor(part, spec, requires_grad=False)
 
 
 def placed_like(value: Tensor, template: Any) -> Tensor:

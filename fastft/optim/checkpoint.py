@@ -382,7 +382,8 @@ def _restored(saved: dict[str, Any], fresh: State, owner: str) -> State:
             if name == "remainder" and value.dtype == torch.bfloat16:
                 value = _reinterpreted(value, torch.int16)
             _same_shape(value, template, name, owner)
-            value = placed_like(value.to(device=template.device, dtype=template.dtype), template)
+            # cutting a whole tensor leaves its part on the mesh's device
+            value = placed_like(value.to(template.dtype), template).to(template.device)
             fresh[name] = value if value.stride() == template.stride() else template.copy_(value)
     return fresh
 
@@ -396,9 +397,7 @@ def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dic
     for name in ("exp_avg", "exp_avg_sq"):
         _same_shape(saved[name], fresh[name], name, owner)
         values.append(
-            local(
-                placed_like(saved[name].to(fresh[name].device, torch.float32), fresh[name])
-            ).contiguous()
+            local(placed_like(saved[name].float(), fresh[name]).to(fresh[name].device)).contiguous()
         )
     codes = [local(fresh[name]) for name in moments_8bit.ENTRIES]
     moments_8bit.quantise(values[0], values[1], (codes[0], codes[1], codes[2], codes[3]))

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastft.foreign.tensors import is_dtensor
+from fastft.foreign.tensors import is_dtensor, sharded_like
 
 BLOCK = 128
 # elements of a vector from which on it is worth blocks; norms and biases of most models are shorter
@@ -66,8 +66,7 @@ def new_entries(param: Any, where: str | None = None) -> dict[str, Tensor]:
     """The moments of a new state: codes in the parameter's shape, scales by `scale_shape`.
 
     Args:
-        where: the kind of device that they are made on, by default the parameter's; the scales of a
-            DTensor are on that in any case.
+        where: the kind of device that they are made on, by default the parameter's.
 
     Raises:
         ValueError: `param` is a DTensor sharded on another dimension than 0, which would cut
@@ -90,7 +89,10 @@ def new_entries(param: Any, where: str | None = None) -> dict[str, Tensor]:
             layout = torch.contiguous_format
             return torch.zeros_like(param, dtype=dtype, device=where, memory_format=layout)
         mesh, placements = param.device_mesh, param.placements
-        return distributed.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        made = distributed.zeros(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        if where is None:
+            return made
+        return sharded_like(torch.zeros_like(made.to_local(), device=where), made)
 
     codes = {
         "exp_avg": zeros(param.shape, torch.int8),

@@ -10,10 +10,12 @@ import torch
 import transformers
 from support.trainers import llama_config
 
+import fastft
 from fastft.commands import estimate
 from fastft.integrations.estimated_training import Memory, Training, measure
 from fastft.live_memory import ROLES, LiveMemory, Peak
 from fastft.optim.adamw import ROUNDINGS
+from fastft.optim.offload import gradients, pieces, tiers
 from fastft.unallocated import Unallocated, UnknownNumbers
 
 ALL = frozenset(("loss", "optimizer", "packing"))
@@ -111,6 +113,48 @@ class TestAgainstARealTraining:
         )
         assert stock >= 2 * 600 * 32_003 * 4
         assert fused < stock / 3
+
+
+class TestOffload:
+    def measured(self, offload, moments="fp32", **changes):
+        config = llama(vocab_size=32_003, num_hidden_layers=3)
+        training = Training(config, dtype="bf16", tokens=16, moments=moments, checkpointing=True)
+        training = replace(training, offload=offload, **changes)
+        return measure(training, ALL, Unallocated(device="cuda"))
+
+    def test_what_is_on_the_host_is_no_memory_of_the_device(self, monkeypatch):
+        monkeypatch.setattr(pieces, "BUFFER", 9001)
+        monkeypatch.setattr(gradients, "IN_FLIGHT", 5000)
+        model = transformers.AutoModelForCausalLM.from_config(
+            llama(vocab_size=32_003, num_hidden_layers=3), dtype=torch.bfloat16
+        )
+        groups = fastft.adamw(model)[0].param_groups
+        for offload in tiers.TIERS[1:]:
+            found, size = self.measured(offload), tiers.bytes_of(groups, "exact", offload)
+            assert found.host == pytest.approx(size.host, rel=0.01)
+            parts = found.training.parts
+            assert parts["weights"] == pytest.approx(size.weights, rel=0.01)
+            assert parts["gradients"] <= size.gradients
+            assert parts["optimizer"] == size.staging
+
+    def test_each_tier_takes_less_than_the_one_before(self, monkeypatch):
+        monkeypatch.setattr(pieces, "BUFFER", 9001)
+        monkeypatch.setattr(gradients, "IN_FLIGHT", 5000)
+        none, states, held = (
+            self.measured(offload).training.bytes for offload in (None, "states", "gradients")
+        )
+        released = self.measured(None, release_gradients=True).training
+        assert none > released.bytes > states > held
+        assert released.host == 0
+
+    def test_gradients_of_micro_steps_go_to_the_host_too(self, monkeypatch):
+        monkeypatch.setattr(gradients, "STAGE", 16384)
+        one, three = (self.measured("gradients", accumulation=count) for count in (1, 3))
+        assert one.host == three.host
+        more = three.training.parts["gradients"] - one.training.parts["gradients"]
+        assert 0 < more <= one.training.parts["weights"]  # those of two micro-steps are in flight
+        more = three.training.parts["optimizer"] - one.training.parts["optimizer"]
+        assert more == 2 * 16384 * 2
 
 
 def test_attention_with_dropout_holds_no_scores_on_a_gpu():
@@ -249,6 +293,48 @@ class TestTheCommand:
         _, said = run(capsys, folder, *shape, "--dtype", "fp32")
         assert "in bf16" not in said.out and "rounding" not in said.out
 
+    def test_auto_takes_the_first_tier_that_fits(self, folder, capsys, tmp_path):
+        out, shape = tmp_path / "found.json", ("--max-tokens", 16, "--only", "loss,optimizer")
+        code, said = run(
+            capsys, folder, *shape, "--offload", "auto", "--memory", "2GB", "--json", out
+        )
+        assert code == 0, said.err
+        assert "--offload auto takes none, as all fits on the device" in said.out
+        assert "loss + optimizer fits" in said.out
+        assert json.loads(out.read_text())["offload"] is None
+
+    @pytest.mark.parametrize(
+        ("limit", "tier", "words"),
+        [
+            (100, None, "takes none, as all"),
+            (99, "states", "takes states, as none takes 0.0000 GiB"),
+            (10, "gradients", "takes gradients, as none takes 0.0000 GiB and states takes 0.0000"),
+            (5, "gradients", "takes gradients, as none"),
+        ],
+    )
+    def test_the_first_tier_that_fits(self, limit, tier, words):
+        def measured(training, pieces):
+            peak = Peak({None: 100, "states": 40, "gradients": 10}[training.offload], {}, "step", 0)
+            return Memory(peak, Peak(0, {}, "evaluation", 0))
+
+        columns = {"all": (Training(llama()), ALL)}
+        training, changed, said = estimate._tier_that_fits(
+            Training(llama()), columns, limit, measured
+        )
+        assert training.offload == changed["all"][0].offload == tier
+        assert words in said
+
+    def test_each_has_a_column_for_each_tier(self, folder, capsys):
+        code, said = run(capsys, folder, "--max-tokens", 16, "--offload", "each", "--memory", "2GB")
+        assert code == 0, said.err
+        for word in (
+            "stock",
+            *estimate.TIERS,
+            "on the host",
+            "stock and none and states and gradients",
+        ):
+            assert word in said.out
+
     def test_the_choices_of_rounding_are_those_of_the_optimizer(self):
         actions = {action.dest: action for action in estimate._parser()._actions}
         assert tuple(actions["rounding"].choices) == ROUNDINGS
@@ -291,6 +377,9 @@ class TestBadInput:
             (("--autocast",), "add --dtype fp32"),
             (("--moments", "4bit"), "invalid choice"),
             (("--optim", "sgdd"), "sgdd"),
+            (("--offload", "auto"), "add --memory 24GB e.g."),
+            (("--offload", "each", "--only", "loss"), "leave out --only"),
+            (("--offload", "states", "--only", "loss"), "which --only loss leaves out"),
             (("--json", "/no/such/folder/x.json"), "there is no folder"),
         ],
     )

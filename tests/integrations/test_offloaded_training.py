@@ -86,6 +86,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.way('`offload="gradients"`', optimizer="exact")
 @pytest.mark.parametrize(
     ("what", "way"), [*((what, "plug") for what in TRAININGS), ("accumulation", "by hand")]
 )
@@ -102,6 +103,7 @@ def test_gradients_on_the_host_train_as_resident_ones(what, way, tmp_path):
     assert_same(*found)
 
 
+@pytest.mark.way("`release_gradients=True`", optimizer="exact")
 @pytest.mark.parametrize("way", ["plug", "by hand"])
 def test_released_gradients_train_as_resident_ones(way, tmp_path):
     found = []
@@ -204,7 +206,20 @@ def test_compare_records_gradients_that_are_not_there(options, tmp_path):
         assert step.gradients == pytest.approx(expected.gradients, rel=1e-9)
 
 
-@pytest.mark.parametrize("options", [{"offload": "gradients"}, {"release_gradients": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            {"offload": "gradients"},
+            marks=pytest.mark.way("accelerate loop, gradients on the host", optimizer="exact"),
+        ),
+        pytest.param(
+            {"offload": "states"},
+            marks=pytest.mark.way("accelerate loop, states on the host", optimizer="exact"),
+        ),
+        {"release_gradients": True},
+    ],
+)
 def test_a_loop_with_accelerate(options):
     micro = 2 if "offload" in options else 1
 

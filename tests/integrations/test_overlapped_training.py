@@ -86,7 +86,7 @@ def assert_same(one, other):
             assert torch.equal(value.view(bits), states[1][number][name].view(bits)), name
 
 
-@pytest.mark.way('`offload="overlap"`', loss="exact", optimizer="exact")
+@pytest.mark.way('`offload="overlap"`', optimizer="exact")
 @pytest.mark.parametrize("how", HANDED)
 def test_every_way_to_trainer_overlaps_with_the_bits_of_the_resident_one(tmp_path, how, waiting):
     pair = []

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_state import new_state
 from fastft.optim.fp32_weights import load_fp32, save_fp32
 
 pytestmark = [
@@ -269,6 +270,27 @@ def long_vector(mode, folder):
         assert torch.equal(whole(optimizers[1].state[parts][entry]), whole(state)), entry
 
 
+def states_on_another_device_than_the_mesh(mode, folder):
+    """As those of a GPU's weights on the host; the meta device is the other one here. Neither what
+    is new nor what is cut out of whole tensors is moved to the mesh's device."""
+    dtype, options = MODES[mode]
+    group = {"moments": "fp32", "amsgrad": False, **options}
+    mesh = init_device_mesh("cpu", (WORLD,))
+    value = torch.randn(7, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
+    param = distribute_tensor(value, mesh, [Shard(0)])
+    here = new_state(param, group, options.get("rounding", "exact"))
+    there = new_state(param, group, options.get("rounding", "exact"), "meta")
+    assert there.keys() == here.keys()
+    for name in here.keys() - {"step"}:
+        assert there[name].to_local().is_meta and there[name].is_meta
+        for form in ("shape", "dtype", "placements"):
+            assert getattr(there[name], form) == getattr(here[name], form)
+        assert there[name].to_local().shape == here[name].to_local().shape
+        assert there[name].stride() == here[name].stride()
+    moved = there["exp_avg"].to("meta")
+    assert moved.to_local().is_meta and moved.placements == param.placements
+
+
 def flat_parameters_of_fsdp1(mode, folder):
     """Long vectors, which have 8-bit moments; FSDP1 gathers them as fp32 ones, and none of their
     bits is lost."""
@@ -356,6 +378,7 @@ CHECKS = [
     any_placement,
     gradients_that_lie_otherwise,
     long_vector,
+    states_on_another_device_than_the_mesh,
     flat_parameters_of_fsdp1,
     clipping_under_fsdp2,
     under_ddp,

@@ -116,7 +116,8 @@ class Filling:
     def add(self, new: Tensor) -> None:
         """`p.grad += new`."""
         check_kind(new)
-        self.slot.lane.add(self.slot, local(new).detach())
+        slot = self.slot
+        slot.lane.add(slot, local(new).detach().expand(slot.form.shape))
 
     def zero(self) -> None:
         """`p.grad.zero_()`."""

@@ -2,17 +2,20 @@
 
 torch's allocator for pinned memory rounds each size up to a power of two, so that 70 GB become up
 to 128, and keeps what it is given back. Here ordinary pages are registered with the driver, and
-unregistered before they are unmapped. They are the process's own: no other memory shares them.
+unregistered before they are unmapped. No other memory shares them, and processes that a DataLoader
+forks do not get them: at a fork the kernel would copy what is locked.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import sys
-import warnings
 
 import torch
 from torch import Tensor
+
+_PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU of this process
 
 
 class _Pages(mmap.mmap):
@@ -20,31 +23,37 @@ class _Pages(mmap.mmap):
 
     _address: int | None = None
 
-    def lock(self, address: int) -> bool:
-        """Registers them; returns whether that worked."""
+    def lock(self, address: int) -> int:
+        """Registers them; returns CUDA's error, 0 for none."""
         runtime = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(address, len(self), 0)) != 0:
-            return False
-        # at the end of the process the module may be gone before this object
-        self._address, self._unregister = address, runtime.cudaHostUnregister
-        return True
+        error = int(runtime.cudaHostRegister(address, len(self), _PORTABLE))
+        if error == 0:
+            # at the end of the process the module may be gone before this object
+            self._address, self._unregister = address, runtime.cudaHostUnregister
+            self._owner, self._process = os.getpid(), os.getpid
+        return error
 
     def __del__(self) -> None:
-        if self._address is not None:
+        if self._address is not None and self._process() == self._owner:
             self._unregister(self._address)
 
 
 def memory(size: int) -> Tensor:
-    """Page-locked memory: uint8, (size,). Where the driver locks no more, ordinary memory, with a
-    warning: copies wait for each other there, and are as right."""
-    # not shared with the processes that a DataLoader forks
-    flags = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    pages = _Pages(-1, size, **flags)
+    """Page-locked memory: uint8, (size,).
+
+    Raises:
+        RuntimeError: the driver does not lock so much.
+    """
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    pages = _Pages(-1, size, **private)
+    if hasattr(mmap, "MADV_DONTFORK"):
+        pages.madvise(mmap.MADV_DONTFORK)
     tensor = torch.frombuffer(pages, dtype=torch.uint8)  # which keeps the pages
-    if not pages.lock(tensor.data_ptr()):
-        warnings.warn(
-            "the driver does not page-lock more host memory: optimizer states lie in ordinary "
-            "memory, and their copies are slower",
-            stacklevel=2,
+    error = pages.lock(tensor.data_ptr())
+    if error:
+        raise RuntimeError(
+            f"the driver does not page-lock {size} more bytes of host memory for what is offloaded "
+            f"(cudaHostRegister: error {error}). Is there a limit (a container's, half of the "
+            'memory under WSL)? moments="8bit" needs less'
         )
     return tensor

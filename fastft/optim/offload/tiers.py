@@ -26,6 +26,7 @@ from fastft.optim.offload import gradients, pieces
 TIERS = (None, "states", "gradients", "overlap")
 OF_GRADIENTS = TIERS[2:]  # with these, gradients lie on the host
 _SUM = 8  # bytes of a part of the norm
+_FACTOR = 4  # bytes of what a step multiplies all gradients by
 
 
 class TierBytes(NamedTuple):
@@ -82,13 +83,13 @@ def bytes_of(
     held, staging = offload in OF_GRADIENTS, 0
     if offload is not None:
         forms = [pieces.form(*both, held) for both in zip(params, entries, strict=True)]
-        staging += sum(pieces.buffers(forms, pieces.cut(forms, pieces.BUFFER)))
+        staging += _FACTOR + sum(pieces.buffers(forms, pieces.cut(forms, pieces.BUFFER)))
     if held or release_gradients:
         staging += sum(_SUM * -(-param.numel() // CHUNK) for param in params)
     if held and micro_steps > 1:
         staging += 2 * gradients.STAGE * max((param.itemsize for param in params), default=0)
     # those that wait for their copy, or one that is larger, and the one that is being made
-    in_flight = min(whole, max(gradients.IN_FLIGHT, largest) + largest)
+    in_flight = min(micro_steps * whole, max(gradients.IN_FLIGHT, largest) + largest)
     return TierBytes(
         weights=whole,
         gradients=largest if release_gradients else in_flight if held else whole,

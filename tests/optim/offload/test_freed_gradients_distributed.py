@@ -17,7 +17,17 @@ def outcomes(tmp_path_factory):
     return processes.run("support.freed_gradients", 2, tmp_path_factory)
 
 
-@pytest.mark.parametrize("case", freed_gradients.CASES)
+WAYS = {
+    "FSDP2, clipped": pytest.mark.way("FSDP2, gradients on the host", optimizer="exact"),
+    "FSDP2, accumulation": pytest.mark.way("FSDP2, gradients on the host", optimizer="exact"),
+    "DDP": pytest.mark.way("DDP, gradients on the host", optimizer="refused"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=WAYS.get(case, ())) for case in freed_gradients.CASES],
+)
 def test_two_processes(case, outcomes):
     assert outcomes[case] == ["", ""], "\n".join(outcomes[case])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -23,6 +24,14 @@ from fastft.optim.offload import gradients, pieces
 from fastft.optim.offload.absent import AbsentGradient
 
 ORDERS = ["late", "early", 1, 2]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Several runs in a gradient, and gradients that wait for the bus."""
+    monkeypatch.setattr(gradients, "STAGE", norms.CHUNK)
+    monkeypatch.setattr(gradients, "IN_FLIGHT", 1500)
+    monkeypatch.setattr(pieces, "BUFFER", 1 << 16)
 
 
 class Net(nn.Module):
@@ -111,6 +120,20 @@ def replace_one(step: int, model: nn.Module) -> None:
 def test_a_gradient_that_the_user_sets_or_takes_away_counts_as_it_would_resident():
     options = {"before_step": replace_one, "max_grad_norm": 0.01}
     assert_same(train("gradients", **options), train(None, **options))
+
+
+def add_noise(step: int, model: nn.Module) -> None:
+    for param in model.parameters():
+        param.grad += torch.full_like(param, 1e-2)
+        param.grad.add_(torch.ones((), dtype=param.dtype))
+
+
+@pytest.mark.parametrize("order", [None, "late"])
+def test_what_the_user_adds_to_a_gradient_is_added(order, small):
+    options = {"before_step": add_noise, "max_grad_norm": 0.01}
+    with contextlib.nullcontext() if order is None else Scheduler(order).installed():
+        offloaded = train("gradients", **options)
+    assert_same(offloaded, train(None, **options))
 
 
 def freeze(step: int, model: nn.Module) -> None:
@@ -348,14 +371,6 @@ def test_copies_hold_gradients_of_their_own(copied):
 
 
 # under the scheduler
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Several runs in a gradient, and gradients that wait for the bus."""
-    monkeypatch.setattr(gradients, "STAGE", norms.CHUNK)
-    monkeypatch.setattr(gradients, "IN_FLIGHT", 1500)
-    monkeypatch.setattr(pieces, "BUFFER", 1 << 16)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -1,6 +1,8 @@
 """How much memory the host has left, and memory that a GPU copies from by itself."""
 
 import gc
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,7 +105,23 @@ def test_page_locked_memory_is_as_large_as_asked_for_and_given_back(monkeypatch,
     assert not runtime.locked
 
 
-def test_memory_that_the_driver_does_not_lock_is_ordinary_memory_with_a_warning(monkeypatch):
+def test_memory_that_the_driver_does_not_lock_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(most=0))
-    with pytest.warns(UserWarning, match="does not page-lock more host memory"):
-        assert page_locked.memory(100).fill_(7).sum() == 700
+    with pytest.raises(RuntimeError, match=r"does not page-lock 100 more bytes .* error 2"):
+        page_locked.memory(100)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_process_that_is_forked_neither_copies_nor_unlocks_the_memory(monkeypatch):
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = page_locked.memory(100_001)
+    address = f"{memory.data_ptr():x}-"
+    assert any(line.startswith(address) for line in Path("/proc/self/maps").open())
+    child = os.fork()
+    if child == 0:
+        there = any(line.startswith(address) for line in Path("/proc/self/maps").open())
+        del memory
+        os._exit(there or not runtime.locked)
+    assert os.waitpid(child, 0)[1] == 0
