@@ -137,6 +137,18 @@ def test_adamw_bf16_modes(benchmark, device, mode):
     )
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("millions", [50, 500])
+def test_adamw_offloaded(benchmark, device, millions, dtype):
+    """States on the host against states beside the weights: on a CPU what the pieces cost, on a GPU
+    the bus. 500 M parameters twice need 16 GB."""
+    shapes = [((millions * 20, 6250), dtype)] * 8
+    ours = optimizer(AdamW, shapes, device, offload="states")
+    rivals = {"resident": optimizer(AdamW, shapes, device).step}
+    bytes_moved = sum(p.numel() * BYTES[p.dtype] for p in ours.param_groups[0]["params"])
+    compare(benchmark, ours.step, rivals, bytes_moved=bytes_moved)
+
+
 STEPS = """
 import json, sys, time, torch
 import {module}

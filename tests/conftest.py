@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -18,39 +19,30 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 pytest_plugins = ["support.ways_table"]
 
 
+# an option with the file of a page: what the tests record for it, and the room that writes it
+PAGES = {
+    "--architectures": ("architecture", "table"),
+    "--packing-matrix": ("packing", "packing_table"),
+    "--image-packing": ("image packing", "image_packing_table"),
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--architectures", metavar="FILE", help="where the sweep writes its table (make sweep)"
-    )
-    parser.addoption(
-        "--packing-matrix",
-        metavar="FILE",
-        help="where the packing matrix writes its table (make sweep)",
-    )
-    parser.addoption(
-        "--image-packing",
-        metavar="FILE",
-        help="where packed images and text write their table (make sweep)",
-    )
+    for option, (name, _) in PAGES.items():
+        parser.addoption(
+            option, metavar="FILE", help=f"where the page of {name!r} is written (make sweep)"
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--architectures")
-    # the process that hears of every worker's tests
-    if path and not hasattr(config, "workerinput"):
-        from support.architectures.table import Table
+    for option, (name, room) in PAGES.items():
+        path = config.getoption(option)
+        # the process that hears of every worker's tests
+        if path and not hasattr(config, "workerinput"):
+            from support.architectures.gathered import Gathered
 
-        config.pluginmanager.register(Table(path))
-    path = config.getoption("--packing-matrix")
-    if path and not hasattr(config, "workerinput"):
-        from support.architectures.packing_table import PackingTable
-
-        config.pluginmanager.register(PackingTable(path))
-    path = config.getoption("--image-packing")
-    if path and not hasattr(config, "workerinput"):
-        from support.architectures.image_packing_table import ImagePackingTable
-
-        config.pluginmanager.register(ImagePackingTable(path))
+            written = importlib.import_module(f"support.architectures.{room}").written
+            config.pluginmanager.register(Gathered(path, name, written))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

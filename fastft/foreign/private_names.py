@@ -48,6 +48,15 @@ PRIVATE_NAMES = {
     "torch.distributed.fsdp:FSDPModule._get_fsdp_state": "which modules one FSDP2 unit gathers",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState."
     "_fsdp_param_groups|_fsdp_param_group": "does it reshard",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup."
+    "_wait_all_gather_streams_on_event": "gathering waits for updates of what is gathered",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.unshard": (
+        "what comes before every gather"
+    ),
+    "torch.distributed.tensor:DTensor._local_tensor": "who reads a DTensor's part",
+    "torch.utils._python_dispatch:_disable_current_modes": (
+        "updates in the middle of code that counts operations"
+    ),
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._modules": (
         "the modules of one FSDP2 unit"
     ),

@@ -34,7 +34,7 @@ from fastft.optim.groups import check_group
 from fastft.optim.offload.choice import Choice, choose_for
 from fastft.optim.offload.deferred import Followed, PendingStep
 from fastft.optim.offload.gradients import HeldGradients
-from fastft.optim.offload.host_memory import check_that_it_suffices
+from fastft.optim.offload.host_memory import check_that_it_suffices, processes_here
 from fastft.optim.offload.released import ReleasedGradients
 from fastft.optim.offload.tiers import TIERS
 from fastft.optim.origin import Origin
@@ -251,7 +251,11 @@ class AdamW(torch.optim.AdamW):
         self.origin = _origin
         if _origin is not None:
             _origin.is_made()
-        self._check_host_memory(0 if self._held is None else sum(map(_bytes, self._params())))
+        self._check_host_memory(
+            [param.requires_grad for param in self._params()],
+            0 if self._held is None else sum(map(_bytes, self._params())),
+            processes_here(),
+        )
         if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
         if self.frees_gradients and engines.gradients_are_parts():
@@ -503,20 +507,20 @@ class AdamW(torch.optim.AdamW):
                 "step's copies and counts. Leave out one of them"
             )
 
-    def _check_host_memory(self, gradients: int = 0) -> None:
-        """Raises where the host has too little memory for the states that are still to be made, and
-        so many bytes of gradients."""
+    def _check_host_memory(
+        self, chosen: list[bool], gradients: int = 0, processes: int = 1
+    ) -> None:
+        """Raises where the host has too little memory for the states of chosen parameters that are
+        still to be made, and so many bytes of gradients, in each of so many processes."""
         if self.offload is None:
             return
-        check_that_it_suffices(
-            gradients
-            + sum(
-                state_bytes(param, group, self.rounding)
-                for group in self.param_groups
-                for param in group["params"]
-                if param not in self.state
-            )
+        every = [(param, group) for group in self.param_groups for param in group["params"]]
+        states = sum(
+            state_bytes(param, group, self.rounding)
+            for param, group in compress(every, chosen)
+            if param not in self.state
         )
+        check_that_it_suffices(states + gradients, processes)
 
     def _make_keepers(self) -> None:
         """Makes what takes gradients as backward makes them."""
@@ -584,7 +588,8 @@ class AdamW(torch.optim.AdamW):
         self._settle()
         for group in self.param_groups:
             self._check_not_capturable(group)
-        self._check_host_memory()
+        # of this process alone: others may have made theirs
+        self._check_host_memory(present)
         self._plan = None  # should the new one raise
         self._plan = Plan(
             self.param_groups, self.state, present, self.rounding, self.impl, self.offload

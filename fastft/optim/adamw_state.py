@@ -105,7 +105,8 @@ def ready_state(
         fresh = new_state(param, group, rounding, "meta" if offloaded else None) if missing else {}
         entries = State({**fresh, **entries})
     if offloaded:
-        house(entries, device.of(local(param).device))
+        scales = moments_8bit.SCALES if dtypes["exp_avg"] == torch.int8 else ()
+        house(entries, (*dtypes, *scales), device.of(local(param).device))
     states[param] = entries
     _check_fit(param, entries, dtypes)
     return entries

@@ -4,6 +4,7 @@ train."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,34 @@ def test_the_norm_of_gradients(dtype: torch.dtype) -> None:
     assert ours.device.type == "cuda" and ours.item() == truth.float().item()
     grads[6][1_000_000] = torch.inf
     assert not grad_norm([grad.cuda() for grad in grads]).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"offload": "gradients"}, {"release_gradients": True}])
+def test_gradients_that_backward_frees(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Resident, and on the host with micro-batches and clipping, or used up in backward."""
+    micro, clips = (3, {"max_grad_norm": 0.5}) if "offload" in options else (1, {})
+    results = []
+    for given in (options, {}):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(2, size, generator=generator) for size in SIZES]
+        params = [torch.nn.Parameter(pair[0].to("cuda", dtype)) for pair in drawn]
+        optimizer, norms = fastft.AdamW(params, lr=1e-2, **clips, **given), []
+        for step in range(3):
+            for number in range(micro):
+                scale = 1.0 + step + number / 3
+                factors = [(scale * pair[1]).to("cuda", dtype) for pair in drawn]
+                sum((p * f).sum() for p, f in zip(params, factors, strict=True)).backward()
+            if not clips:
+                optimizer.clip_at_step([p.grad for p in params], torch.inf)
+            optimizer.step()
+            norms.append(optimizer.grad_norm.item())
+            optimizer.zero_grad()
+        torch.cuda.synchronize()
+        results.append([*params, *(optimizer.state[p]["exp_avg"] for p in params), norms])
+    (*ours, our_norms), (*stock, norms) = results
+    assert our_norms == norms
+    assert_same_bits([t.detach().cpu() for t in ours], [t.detach().cpu() for t in stock])
 
 
 ROWS = OPERATORS["cross_entropy_rows"]

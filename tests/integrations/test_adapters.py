@@ -9,7 +9,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from support.trainers import logged, quiet_arguments
+from support.trainers import logged, quiet_arguments, tiny_llama
 from support.watch import Watch
 from transformers import Trainer
 
@@ -225,6 +225,34 @@ def test_virtual_tokens_before_packed_documents_are_refused(name, target, tmp_pa
     with pytest.raises(fastft.PackingLeakError, match=f"PEFT's {name}"):
         packs(model, tmp_path).train()
     assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
+
+
+def mixture(folder):
+    """X-LoRA: two adapters of a base, mixed token by token by a classifier, which is trained. It
+    runs the base once without gradients before each forward pass."""
+    places = {}
+    for name in ("0", "1"):  # PEFT looks its scales up by these
+        adapted(config("LoRA"), seed=int(name), noise=0.05).save_pretrained(folder / name)
+        places[name] = str(folder / name)
+    base = tiny_llama(V, pad_token_id=0, use_cache=False)
+    torch.manual_seed(3)
+    options = {"hidden_size": base.config.hidden_size, "xlora_depth": 1, "adapters": places}
+    return peft.get_peft_model(base, peft.XLoraConfig(task_type="CAUSAL_LM", **options))
+
+
+@pytest.mark.way("several adapters", loss="exact", optimizer="exact")
+def test_a_plugged_mixture_of_adapters_has_the_losses_of_stock(tmp_path):
+    models = [mixture(tmp_path) for _ in range(2)]
+    trainers = [trainer_of(model, tmp_path, ours=False, callbacks=[]) for model in models]
+    plug = fastft.plug(trainers[1], packing="collate")
+    for trainer in trainers:
+        trainer.train()
+    stock, ours = (logged(trainer, "loss", "grad_norm") for trainer in trainers)
+    assert ours == pytest.approx(stock, rel=2e-6) and len(ours) == 2 * STEPS
+    assert plug.report.fused == STEPS and not plug.report.materialised
+    assert plug.lines["optimizer"].startswith("AdamW")
+    moved = [name for name, value in models[1].named_parameters() if value.requires_grad]
+    assert moved and all("internal_xlora_classifier" in name for name in moved)
 
 
 ON_HEAD = [

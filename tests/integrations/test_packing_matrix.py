@@ -19,7 +19,7 @@ SWEPT = [case for case in all_cases() if case.mapping != "image-text" and case n
 def test_a_model_is_exact_or_refused(case, record_property, request):
     whole = request.config.getoption("--packing-matrix") is not None
     rows = examine(case, START.get(case.model_type, 0), whole)  # raises where one leaks in silence
-    record_property("packing", {"case": str(case), "rows": rows})
+    record_property("packing", {"case": str(case), "rows": rows, "swept": False})
     if case in PACKED:
         assert best(rows) != REFUSED, rows
         # a model that takes our attention runs with it
@@ -38,6 +38,6 @@ def test_no_architecture_leaks_silently(case, record_property):
             pytest.skip(
                 f"cannot be built, or not run alone, with a shrunken config: {error!r}"[:200]
             )
-    record_property("packing", {"case": str(case), "rows": rows})
+    record_property("packing", {"case": str(case), "rows": rows, "swept": True})
     if best(rows) == REFUSED:
         assert all(row["check_packing"] == "raises" for row in rows.values())

@@ -110,6 +110,42 @@ def test_a_teacher_of_another_width(composition):
     torch.testing.assert_close(gradients, truths, rtol=1e-9, atol=1e-9)
 
 
+# a cosine builds logits, a divergence does not: their gradients come together in the hidden states
+BUILT_TOO = {
+    "inside": "F.cosine_similarity({kl}, {other}, dim=-1)",
+    "beside": "{kl}.sum(-1) + F.cosine_similarity(z, {other}, dim=-1)",
+    "times": "{kl}.sum(-1) * F.cosine_similarity({other}, z, dim=-1)",
+}
+
+
+# The divergence of a distribution from itself is rounding, which a cosine divides by a norm of at
+# least 1e-8: of that nothing is left in fp32, in stock either.
+NOTHING = ("inside", "z.softmax(-1)", False)
+JOINED = [
+    (place, other, log_target)
+    for place in BUILT_TOO
+    for other in ("p", "t.softmax(-1)", "z.detach().softmax(-1)", "z.softmax(-1)")
+    for log_target in (False, True)
+    if (place, other, log_target) != NOTHING
+]
+
+
+@pytest.mark.parametrize(("place", "other", "log_target"), JOINED)
+def test_a_divergence_and_a_cosine_differ_from_stock_by_rounding_alone(place, other, log_target):
+    """In float64 by nothing else, and in fp32 by no more than stock's own."""
+    kl = f"F.kl_div(z.log_softmax(-1), {other}, reduction='none', log_target={log_target})"
+    composition = BUILT_TOO[place].format(kl=kl, other=other)
+    expected, truths = value_and_gradients(composition, False, torch.float64)
+    value, gradients = value_and_gradients(composition, True, torch.float64)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(gradients, truths, rtol=1e-11, atol=1e-11)
+    # of its hidden states the teacher has others in fp32
+    if "t." not in other:
+        ours, stock = (value_and_gradients(composition, lazy)[1] for lazy in (True, False))
+        for what, mine, theirs, truth in zip(("dx", "dW"), ours, stock, truths, strict=True):
+            assert_no_worse(mine, theirs, truth, what, terms=B * S + H + V)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("composition", DIVERGENCES[:2])
 def test_a_divergence_in_16_bits(composition, dtype):

@@ -4,7 +4,14 @@ import pytest
 import torch
 from support.adamw_steps import ENGINES
 
-from fastft.optim.grad_norm import clip_factor, grad_norm
+from fastft.optim.grad_norm import (
+    CHUNK,
+    GRAD_NORM,
+    NORM_TOTAL,
+    SQUARE_SUMS,
+    clip_factor,
+    grad_norm,
+)
 
 SHAPES = [(1,), (0,), (63,), (507,), (16384,), (16385,), (3, 5, 7), ()]
 
@@ -55,3 +62,34 @@ def test_the_factor_is_torchs(max_norm, bad):
     norm = grad_norm([grad])
     torch.testing.assert_close(norm, expected, equal_nan=True)
     torch.testing.assert_close(grad * clip_factor(norm, max_norm), params[0].grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunk_sums_and_their_total_in_every_engine(dtype):
+    grads = [grad.contiguous() for grad in gradients(dtype)]
+    count = sum(-(-grad.numel() // CHUNK) for grad in grads)
+    sums, plain = torch.empty(2, count, dtype=torch.float64)
+    SQUARE_SUMS.native(sums, grads)
+    SQUARE_SUMS.reference(plain, grads)
+    torch.testing.assert_close(sums, plain, rtol=1e-13, atol=0)
+    total, other, at_once = torch.empty(3, dtype=torch.float64)
+    NORM_TOTAL.native(total, sums)
+    NORM_TOTAL.reference(other, sums)
+    GRAD_NORM.native(at_once, grads)
+    assert total == other == at_once
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda sums, grad: SQUARE_SUMS.native(sums, [grad]), "must have 2 elements, has 3"),
+        (lambda sums, grad: SQUARE_SUMS.native(sums.float(), [grad]), "contiguous float64"),
+        (lambda sums, grad: SQUARE_SUMS.native(sums[:2], [grad.half()]), "gradient 0 is not"),
+        (lambda sums, grad: NORM_TOTAL.native(sums, sums), "total must have 1 elements, has 3"),
+    ],
+)
+def test_sums_that_do_not_fit(call, sentence):
+    if GRAD_NORM.resolve("auto", torch.device("cpu")) != "cpp":
+        pytest.skip("plain torch checks nothing")
+    with pytest.raises(RuntimeError, match=sentence):
+        call(torch.zeros(3, dtype=torch.float64), torch.zeros(CHUNK + 1))

@@ -75,6 +75,20 @@ def test_unrounded_moments_train_as_those_of_fp32():
     assert error < 1e-6 and abs(largest - 1) < 1e-6
 
 
+def test_only_groups_that_ask_for_fp32_keep_it():
+    def make(params):
+        spared.append(torch.nn.Parameter(params[0].detach().clone()))
+        spared[0].grad = torch.ones_like(spared[0])
+        groups = [{"params": params}, {"params": spared, "moments": "fp32"}]
+        return Rounded(groups, Kept(CODES["m"], None), seed=3)
+
+    spared = []
+    weight, optimizer = trained(make, 1)
+    blocks = optimizer.state[weight]["exp_avg"][0].split(32)
+    assert all(len((block / block.abs().max()).unique()) <= 15 for block in blocks)
+    torch.testing.assert_close(optimizer.state[spared[0]]["exp_avg"], 0.1 * spared[0].grad)
+
+
 def test_first_moments_of_8_bits_are_those_of_the_optimizer():
     # its random bits and its blocks, also where rows are rounded in several pieces; of positive
     # values, because the optimizer rounds magnitudes

@@ -1,4 +1,4 @@
-"""Trainings whose optimizer's states lie on the host, held to the bits of those where they do not."""
+"""Trainings whose optimizer's states lie on the host, held to the bits of those without that."""
 
 from __future__ import annotations
 
@@ -228,6 +228,8 @@ def trained(
         optimizer.zero_grad()
     states = dict(_flat("", optimizer.state_dict()["state"]))
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for batch in _batches(steps, 1):  # a training may end in the middle of a step
+        backward(model(input_ids=batch, labels=batch).loss)
     return Trained(losses, norms, weights, states)
 
 

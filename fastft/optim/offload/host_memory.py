@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastft.foreign.tensors import local, sharded_like
 from fastft.optim.offload.device import Device
@@ -20,14 +19,13 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_
 _GIB = 2**30
 
 
-def house(entries: dict[str, Any], device: Device) -> None:
-    """Moves a state's tensors to memory of the host that `device` copies from and to by itself.
-
-    Meta tensors become zeros there. `step`, which never leaves the host, stays as it is.
-    """
-    for name, entry in list(entries.items()):
-        part = local(entry) if name != "step" else None
-        if not isinstance(part, Tensor) or device.reaches(part):
+def house(entries: dict[str, Any], names: Iterable[str], device: Device) -> None:
+    """Moves these of a state's entries to memory of the host that `device` copies from and to by
+    itself; meta tensors become zeros there."""
+    for name in names:
+        entry = entries[name]
+        part = local(entry)
+        if device.reaches(part):
             continue
         layout = torch.empty_like(part, device="meta")  # dense, whatever `part` is
         memory = device.host_memory(layout.numel() * layout.itemsize)
@@ -36,13 +34,8 @@ def house(entries: dict[str, Any], device: Device) -> None:
         entries[name] = sharded_like(housed, entry)
 
 
-def check_that_it_suffices(needed: int) -> None:
-    """Raises where the host has less memory than `needed` bytes for each process of this machine.
-
-    Raises:
-        RuntimeError: says how much is needed and how much there is.
-    """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def check_that_it_suffices(needed: int, processes: int) -> None:
+    """Raises RuntimeError where the host has less memory than `needed` bytes for each process."""
     there = available()
     if there is not None and needed * processes > there:
         each = f" for each of {processes} processes" if processes > 1 else ""
@@ -51,6 +44,11 @@ def check_that_it_suffices(needed: int) -> None:
             f'{there / _GIB:.1f} GiB are available: take moments="bf16" or "8bit", or a machine '
             "with more memory"
         )
+
+
+def processes_here() -> int:
+    """How many processes a launcher has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def available() -> int | None:

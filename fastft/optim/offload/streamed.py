@@ -38,7 +38,7 @@ class _Piece(NamedTuple):
 
     Attributes:
         spans: what is updated.
-        params: the spans' elements; None where a parameter lies otherwise than its state.
+        natural: whether a span's parameter lies as its state.
         states: the operator's lists of states, on the device.
         table: the operator's.
         copies: parts of states on the host, each with its place in the buffer.
@@ -47,7 +47,7 @@ class _Piece(NamedTuple):
     """
 
     spans: list[Span]
-    params: list[Tensor | None]
+    natural: list[bool]
     states: tuple[list[Tensor], ...]
     table: Tensor
     copies: list[tuple[Tensor, Tensor]]
@@ -118,11 +118,9 @@ class StreamedPart:
             tensors.rows[span.place]._replace(first=tensors.rows[span.place].first + span.begin)
             for span in spans
         ]
-        params: list[Tensor | None] = []
-        for span in spans:
-            param, exp_avg = tensors.params[span.place], tensors.exp_avgs[span.place]
-            natural = same_layout(param, exp_avg)
-            params.append(self._elements(param.data, span) if natural else None)
+        natural = [
+            same_layout(tensors.params[span.place], tensors.exp_avgs[span.place]) for span in spans
+        ]
         hosts = [self._entries(span) for span in spans]
         staged, copies, grads = hosts, [], []
         if self._there.separate:
@@ -135,7 +133,7 @@ class StreamedPart:
                     for span, parts in zip(spans, hosts, strict=True)
                 ]
         states = operator_lists(staged, rows)
-        return _Piece(spans, params, states, table_of(rows), copies, grads, number % 2)
+        return _Piece(spans, natural, states, table_of(rows), copies, grads, number % 2)
 
     def _elements(self, tensor: Tensor, span: Span) -> Tensor:
         return pieces.elements(tensor, span, self._forms[span.place])
@@ -226,13 +224,15 @@ class StreamedPart:
                     self._into.copy(place, grads[i])
                     grads[i] = place
             self._work.wait(self._into.record())
+        # a plan that kept parts of weights would keep memory that `p.data = ...` lets go of
+        wholes = [self.tensors.params[span.place].data for span in piece.spans]
         params = [
-            self.tensors.params[span.place].data if part is None else part
-            for part, span in zip(piece.params, piece.spans, strict=True)
+            self._elements(whole, span) if natural else whole
+            for whole, span, natural in zip(wholes, piece.spans, piece.natural, strict=True)
         ]
         changed = [*params, *chain(*piece.states)]
         self._work.launch(
-            functools.partial(self._update, piece, step, grads),
+            functools.partial(self._update, piece, step, params, grads),
             reads=[*grads, step.factor, *changed],
             writes=changed,
         )
@@ -241,19 +241,18 @@ class StreamedPart:
             self._out.copy(host, staged)
         self._free[piece.buffer] = self._out.record()
 
-    def _update(self, piece: _Piece, step: _Step, grads: list[Tensor]) -> None:
+    def _update(
+        self, piece: _Piece, step: _Step, params: list[Tensor], grads: list[Tensor]
+    ) -> None:
         """Runs the kernel; a parameter that lies otherwise than its state is copied there and
         back."""
         laid: dict[int, Tensor] = {}
-        params = []
-        for part, span in zip(piece.params, piece.spans, strict=True):
-            if part is None:
-                if span.place not in laid:
-                    target = self.tensors.params[span.place].data
-                    laid[span.place] = like(target, self.tensors.exp_avgs[span.place])
-                part = self._elements(laid[span.place], span)
-            params.append(part)
-        step.update(params, grads, *piece.states, piece.table, step.hyper, step.factor, step.seed)
+        parts = []
+        for param, span, natural in zip(params, piece.spans, piece.natural, strict=True):
+            if not natural and span.place not in laid:
+                laid[span.place] = like(param, self.tensors.exp_avgs[span.place])
+            parts.append(param if natural else self._elements(laid[span.place], span))
+        step.update(parts, grads, *piece.states, piece.table, step.hyper, step.factor, step.seed)
         for place, updated in laid.items():
             self.tensors.params[place].data.copy_(updated)
 

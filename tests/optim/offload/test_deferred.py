@@ -1,5 +1,6 @@
 """The deferred step: whoever reads a weight, by whatever way, finds it updated, once."""
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import (
 
 from fastft.foreign import awaited
 from fastft.optim.adamw import AdamW
-from fastft.optim.offload import deferred, pieces
+from fastft.optim.offload import deferred, gradients, pieces
 from fastft.optim.offload.deferred import Followed, PendingStep
 
 
@@ -538,3 +539,47 @@ def test_without_its_wait_a_weight_is_read_too_early():
         Scheduler(without=("deferred.py", range(first, first + len(lines)))).installed(),
     ):
         trained("overlap")
+
+
+class Shift(nn.Module):
+    """No graph keeps its weights, so that one from before a step gives gradients after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+def passed_on(tier, zeroed):
+    """The weight after a backward pass of the same graph before and behind a step."""
+    model = Shift()
+    optimizer = AdamW(model.parameters(), lr=0.1, max_grad_norm=9.0, offload=tier)
+    if tier == "overlap":
+        optimizer.follow(model)
+    for step in range(3):
+        result = model(torch.full((2, 3), step + 1.0)).square().sum()
+        result.backward(retain_graph=True)
+        optimizer.step()
+        if zeroed:
+            model.zero_grad()
+        (3 * result).backward()
+        optimizer.step()
+        model.zero_grad()
+    return model.bias.detach().clone()
+
+
+@pytest.mark.parametrize("zeroed", [True, False])
+@pytest.mark.parametrize("where", ["on a CPU", "late", "early"])
+def test_a_gradient_that_comes_before_the_update_waits_for_its_place(where, zeroed):
+    expected = passed_on(None, zeroed)
+    with contextlib.nullcontext() if where == "on a CPU" else Scheduler(where).installed():
+        result = passed_on("overlap", zeroed)
+    assert torch.equal(result, expected)
+
+
+def test_without_waiting_for_its_place_it_would_be_lost(monkeypatch):
+    expected = passed_on(None, False)
+    monkeypatch.setattr(gradients.Slot, "make_room", lambda self: None)
+    assert not torch.equal(passed_on("overlap", False), expected)

@@ -4,6 +4,7 @@ updated."""
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from fastft.optim.offload import deferred
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
+    # two processes that import torch; test_two_processes.py has the tier among its own
+    pytest.mark.slow,
 ]
 
 
@@ -39,7 +42,7 @@ def build(how: str) -> Any:
             fully_shard(layer, reshard_after_forward=how != "not resharded")
     fully_shard(model)
     if how == "prefetched":
-        for layer, following in zip(model[:-1], model[1:], strict=True):
+        for layer, following in itertools.pairwise(model):
             layer.set_modules_to_forward_prefetch([following])
     return model
 
@@ -97,12 +100,24 @@ def check(how: str, look: Any, order: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+def check_without_asking() -> None:
+    """The tests above can fail: where nothing is asked for before a gather, old shards are."""
+    asked = deferred.before_gathers
+    deferred.before_gathers = lambda model, ask: lambda: None
+    try:
+        with pytest.raises(AssertionError):
+            check("prefetched", None, "late")
+    finally:
+        deferred.before_gathers = asked
+
+
 UNITS = ["a unit each", "units of two layers", "one unit", "a layer of the root", "not resharded"]
 CASES = {
     f"{how}, {order}": functools.partial(check, how, None, order)
     for how in (*UNITS, "prefetched")
     for order in ("late", "early")
 } | {name: functools.partial(check, "a unit each", look, "late") for name, look in LOOKS.items()}
+CASES["prefetched, without asking"] = check_without_asking
 
 
 @pytest.mark.parametrize("case", CASES)

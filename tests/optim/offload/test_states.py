@@ -382,11 +382,45 @@ def test_too_little_host_memory_is_a_sentence_before_anything_is_made(monkeypatc
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    param = Parameter(torch.ones(100, dtype=FP32))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(host_memory, "available", lambda: 3999)
+    monkeypatch.setattr(host_memory, "available", lambda: 3199)
     with pytest.raises(RuntimeError, match="for each of 4 processes"):
-        host_memory.check_that_it_suffices(1000)
-    monkeypatch.setattr(host_memory, "available", lambda: 4000)
-    host_memory.check_that_it_suffices(1000)
+        AdamW([param], offload="states")
+    monkeypatch.setattr(host_memory, "available", lambda: 3200)
+    optimizer = AdamW([param], offload="states")
+    # the others have made their states by now
+    monkeypatch.setattr(host_memory, "available", lambda: 800)
+    param.grad = torch.ones(100)
+    optimizer.step()
+
+
+def test_a_host_that_does_not_say_how_much_it_has_is_believed(monkeypatch):
     monkeypatch.setattr(host_memory, "available", lambda: None)
-    host_memory.check_that_it_suffices(1000)
+    AdamW([Parameter(torch.ones(100))], offload="states")
+
+
+def test_a_frozen_parameter_needs_no_memory(monkeypatch):
+    monkeypatch.setattr(host_memory, "available", lambda: 100)
+    frozen = torch.ones(100, dtype=FP32)
+    param = Parameter(torch.ones(2, dtype=FP32))
+    optimizer = AdamW([frozen, param], offload="states")
+    param.grad = torch.ones(2)
+    optimizer.step()
+
+
+def test_entries_of_others_in_a_state_stay_where_they_are():
+    with Scheduler("late").installed() as device:
+        training = Training(MODES["fp32-fp32"], "auto", sizes=(63,), offload="states").step()
+        other = device.memory(8)
+        training.optimizer.state[training.params[0]]["of somebody else"] = other
+        training.step()
+        assert training.optimizer.state[training.params[0]]["of somebody else"] is other
+
+
+def test_weights_that_are_moved_away_leave_their_memory():
+    training = Training(MODES["exact-fp32"], "auto", sizes=(4097,), offload="states").step()
+    (param,) = training.params
+    memory = torch.multiprocessing.reductions.StorageWeakRef(param.untyped_storage())
+    param.data = param.data.clone()
+    assert memory.expired()

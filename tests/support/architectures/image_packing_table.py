@@ -1,11 +1,9 @@
-"""benchmarks/results/packing-images.md: a pytest plugin that gathers what was found of packed
-images, and writes it."""
+"""benchmarks/results/packing-images.md: the page of what was found of packed images."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
 import transformers
 
@@ -50,24 +48,9 @@ configs, for every class that transformers lists for image-text-to-text.
 --image-packing FILE`:"""
 
 
-class ImagePackingTable:
-    """Hears of every test, in whichever worker it ran, and writes the table at the end."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.found: dict[str, Outcome] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, value in report.user_properties if report.when == "call" else ():
-            if name == "image packing":
-                self.found[value["case"]] = Outcome(**value["outcome"])
-
-    def pytest_sessionfinish(self) -> None:
-        self.path.write_text(written(self.found))
-
-
-def written(found: dict[str, Outcome]) -> str:
+def written(recorded: dict[str, dict[str, Any]]) -> str:
     """The page: counts, then a line for each class, by what becomes of it."""
+    found = {case: Outcome(**value["outcome"]) for case, value in recorded.items()}
     lines = [
         _HEAD,
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on a "

@@ -1,11 +1,9 @@
-"""benchmarks/results/packing.md: a pytest plugin that gathers what the packing matrix found, and
-writes it."""
+"""benchmarks/results/packing.md: the page of what the packing matrix found."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
 import transformers
 
@@ -50,28 +48,11 @@ ones; of all keys of `fastft.PackingCollator`, and of two such rows. Then what
 table."""
 
 
-class PackingTable:
-    """Hears of every test, in whichever worker it ran, and writes the table at the end."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.found: dict[str, dict[str, dict[str, str]]] = {}
-        self.swept: set[str] = set()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, value in report.user_properties if report.when == "call" else ():
-            if name == "packing":
-                self.found[value["case"]] = value["rows"]
-                if "silently" in report.nodeid:
-                    self.swept.add(value["case"])
-
-    def pytest_sessionfinish(self) -> None:
-        self.path.write_text(written(self.found, self.swept))
-
-
-def written(found: dict[str, dict[str, dict[str, str]]], swept: set[str]) -> str:
+def written(recorded: dict[str, dict[str, Any]]) -> str:
     """The page: the survey's models by attention implementation, then the others by what is best
     for each."""
+    found = {case: value["rows"] for case, value in recorded.items()}
+    swept = {case for case, value in recorded.items() if value["swept"]}
     lines = [
         *_HEAD.split("\n"),
         "",

@@ -1,15 +1,13 @@
-"""The table of `make sweep`: a pytest plugin that gathers the outcomes of all workers and writes
-them."""
+"""benchmarks/results/architectures.md: the page of `make sweep` on every language model."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
 import transformers
 
-from support.architectures.models import MAPPINGS, Case, all_cases
+from support.architectures.models import MAPPINGS, all_cases
 from support.architectures.outcome import (
     FUSED,
     INERT,
@@ -31,27 +29,10 @@ _MEANING = {
 }
 
 
-class Table:
-    """Hears of every test, in whichever worker it ran, and writes the table at the end."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.outcomes: dict[str, Outcome] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, value in report.user_properties if report.when == "call" else ():
-            if name == "architecture":
-                self.outcomes[value["case"]] = Outcome(**value["outcome"])
-
-    def pytest_sessionfinish(self) -> None:
-        died = Outcome(NOT_RUN, "its process died")
-        self.path.write_text(
-            written([(case, self.outcomes.get(str(case), died)) for case in all_cases()])
-        )
-
-
-def written(rows: list[tuple[Case, Outcome]]) -> str:
+def written(found: dict[str, dict[str, Any]]) -> str:
     """The page: counts, then one line for each class, what is not fused first."""
+    died = {"outcome": {"kind": NOT_RUN, "why": "its process died"}}
+    rows = [(case, Outcome(**found.get(str(case), died)["outcome"])) for case in all_cases()]
     classes = len({case.class_name for case, outcome in rows if outcome.kind == FUSED})
     lines = [
         "# The fused loss on every architecture",
