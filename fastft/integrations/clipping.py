@@ -64,6 +64,9 @@ def fuse_clipping(trainer: Any) -> Callable[[], None]:
             "accelerator"
         )
     stock = accelerator.clip_grad_norm_
+    made = inner_optimizer(getattr(trainer, "optimizer", None))
+    if isinstance(made, AdamW):
+        made.watch_gradients()
 
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
         parameters = list(parameters)

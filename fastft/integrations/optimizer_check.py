@@ -72,6 +72,7 @@ def check_optimizer(
             drops = by_deepspeed or engines.engine_of(args) == "DeepSpeed"
             _check_replacement(args, model, inner, drops, handed)
         return
+    inner.watch_gradients()
     inner.forget_stale_remainders()
     if not by_deepspeed:
         _check_parameters(model, inner)

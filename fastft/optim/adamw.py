@@ -308,7 +308,7 @@ class AdamW(torch.optim.AdamW):
                 raise TypeError(
                     f"AdamW trains float32 and bfloat16 parameters, got one of {param.dtype}"
                 )
-        self._watch_gradients()
+        self.watch_gradients()
         random = self.rounding == "stochastic" or self.param_groups[-1]["moments"] != "fp32"
         if random and self.param_groups[0]["seed"] is None:  # all groups have that of the first
             self.defaults["seed"] = int(torch.randint(2**63 - 1, ()))
@@ -335,7 +335,7 @@ class AdamW(torch.optim.AdamW):
         self._plan = self._clipping = None
         if "_held" not in vars(self):  # a copy, or out of a pickle
             self._make_keepers()
-            self._watch_gradients()
+            self.watch_gradients()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -528,7 +528,10 @@ class AdamW(torch.optim.AdamW):
         self._held = HeldGradients(self.impl) if held else None
         self._released = ReleasedGradients(self) if self.release_gradients else None
 
-    def _watch_gradients(self) -> None:
+    def watch_gradients(self) -> None:
+        """Takes gradients of the parameters that there are now as backward makes them, where
+        `offload` or `release_gradients` says so: others may have put theirs into the groups, as
+        accelerate does under FSDP2. `step` does this too, which is one backward pass later."""
         for keeper in (self._held, self._released):
             if keeper is not None:
                 keeper.watch(self._params())
@@ -712,6 +715,10 @@ class AdamW(torch.optim.AdamW):
                 "them up inside backward: TrainingArguments(max_grad_norm=0), or "
                 "offload='gradients', which clips"
             )
+        if self._held is not None:
+            owners = {id(p.grad): p for p in self._params() if p.grad is not None}
+            self._held.take(self._params())
+            grads = [owners[id(grad)].grad if id(grad) in owners else grad for grad in grads]
         self.grad_norm = grad_norm(grads, self.impl)
         self._clipping = _Clipping(
             self.grad_norm, max_norm, list(grads), [grad._version for grad in grads]

@@ -234,6 +234,16 @@ def test_plugged_in_one_line_it_trains_as_stock(engine, results):
         assert lines["optimizer"].endswith("clipping by Trainer, as gradients lie in flat parts")
 
 
+@pytest.mark.parametrize("engine", cases(["FSDP2"]))
+def test_gradients_on_the_host_train_as_resident_ones(engine, results):
+    found = found_in(results, engine)
+    ours, resident = found["gradients on the host"], found["plugged"]
+    for name in ("losses", "norms"):
+        assert ours[name] == resident[name]
+    for name, weight in resident["after"].items():
+        assert torch.equal(ours["after"][name], weight)
+
+
 def assert_loop(found, engine, to_the_bit=True):
     """A loop with Accelerator, with fastft by hand and as `python -m fastft run` changes it."""
     in_bf16 = "bf16" in engine

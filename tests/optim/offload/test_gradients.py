@@ -122,6 +122,21 @@ def test_a_gradient_that_the_user_sets_or_takes_away_counts_as_it_would_resident
     assert_same(train("gradients", **options), train(None, **options))
 
 
+def test_gradients_that_no_hook_has_seen_are_clipped_as_resident_ones():
+    """As at the first step where a library has put other parameters into the groups."""
+
+    def by_hand(offload):
+        model = Net(torch.bfloat16)
+        optimizer = AdamW(model.parameters(), lr=1e-2, offload=offload)
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        norm = optimizer.clip_at_step([param.grad for param in model.parameters()], 0.1)
+        optimizer.step()
+        return [norm, *(param.detach() for param in model.parameters())]
+
+    assert_same(by_hand("gradients"), by_hand(None))
+
+
 def add_noise(step: int, model: nn.Module) -> None:
     for param in model.parameters():
         param.grad += torch.full_like(param, 1e-2)

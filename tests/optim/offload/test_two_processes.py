@@ -119,6 +119,6 @@ def _marked(case):
     return pytest.param(case, marks=marks)
 
 
-@pytest.mark.parametrize("case", map(_marked, CASES))
+@pytest.mark.parametrize("case", [_marked(case) for case in CASES])
 def test_two_processes_have_the_bits_of_one(case, tmp_path_factory):
     assert processes.run(__name__, PROCESSES, tmp_path_factory)[case] == [""] * PROCESSES
