@@ -73,7 +73,8 @@ class Device(Protocol):
         """Memory of the device: uint8, (size,), allocated under the current queue."""
 
     def host_memory(self, size: int) -> Tensor:
-        """Memory of the host that the device copies from and to by itself: uint8, (size,)."""
+        """Memory of the host that the device copies from and to by itself: uint8, (size,). Let go
+        of, it stays until the device is done with it."""
 
     def reaches(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in such memory of the host."""
@@ -170,7 +171,7 @@ class Accelerator:
 
     def host_memory(self, size: int) -> Tensor:
         if self._device.type == "cuda" and size:
-            return page_locked.memory(size)
+            return page_locked.memory(size, self._device)
         # torch's allocator rounds up to a power of two
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
