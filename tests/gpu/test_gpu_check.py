@@ -368,6 +368,27 @@ def test_the_training_of_a_small_card_is_the_resident_one(offload: str) -> None:
     assert offloading.disagreement(found).startswith("the loss of step 3 is")
 
 
+def test_the_two_trainings_repeat_what_attention_on_a_gpu_would_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offloading = pytest.importorskip("offloading")
+    modes: list[bool] = []
+
+    def both(offload: str, cap: int) -> dict[str, Any]:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return {"losses": [], "bits": [], "resident": {"losses": [], "bits": []}}
+
+    monkeypatch.setattr(offloading, "both", both)
+    monkeypatch.setattr(sys, "argv", ["offloading.py"])
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        offloading.main()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert modes == [True]
+
+
 @pytest.mark.parametrize(
     ("device", "host", "words"),
     [
