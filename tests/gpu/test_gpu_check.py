@@ -332,6 +332,7 @@ def test_the_smoke_cases_are_right_on_this_machine() -> None:
     for engine in smoke.engines(smoke.ADAMW):
         for rounding, moments in smoke.WAYS:
             smoke.test_adamw(engine, rounding, moments, keep)
+        smoke.test_adamw_with_states_on_the_host(engine, keep)
     for engine in smoke.engines(smoke.GRAD_NORM):
         smoke.test_norm_of_gradients(engine, keep)
     for engine in smoke.engines(smoke.BOUNDARIES):
@@ -340,7 +341,7 @@ def test_the_smoke_cases_are_right_on_this_machine() -> None:
         smoke.test_head(name, keep)
     for engine in smoke.ATTENTION:
         smoke.test_attention(engine, keep)
-    assert all(each["ms"] > 0 for each in found if "kernel" in each) and len(found) == 11
+    assert all(each["ms"] > 0 for each in found if "kernel" in each) and len(found) == 12
 
 
 def test_the_training_is_stocks() -> None:
