@@ -13,12 +13,20 @@ import contextlib
 import mmap
 import os
 import sys
+import weakref
 from functools import partial
 
 import torch
 from torch import Tensor
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every GPU of this process
+
+
+_alive: weakref.WeakSet[_Pages] = weakref.WeakSet()
+_of_parent: list[_Pages] = []
+if hasattr(os, "register_at_fork"):
+    # what a forked process has mapped in their place is not to be unmapped with them
+    os.register_at_fork(after_in_child=lambda: _of_parent.extend(_alive))
 
 
 class _Pages(mmap.mmap):
@@ -60,6 +68,7 @@ def memory(size: int, device: torch.device) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
+    _alive.add(pages)
     tensor = torch.frombuffer(pages, dtype=torch.uint8)  # which keeps the pages
     error = pages.lock(tensor.data_ptr(), device)
     if error:
