@@ -181,5 +181,14 @@ class Accelerator:
 
 @functools.cache
 def of(device: torch.device) -> Device:
-    """The device, and the host beside it; a test puts its own in this function's place."""
+    """The device, and the host beside it; a test puts its own in this function's place.
+
+    Raises:
+        RuntimeError: it has no queues beside the one that torch works in.
+    """
+    if device.type == "mps":
+        raise RuntimeError(
+            "offload needs a device that copies beside its work; a Mac's GPU has the host's memory "
+            "anyway: leave out offload"
+        )
     return Host() if device.type == "cpu" else Accelerator(device)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastft.optim.offload import host_memory, page_locked
+from fastft.optim.offload import device, host_memory, page_locked
 from fastft.optim.offload.device import Accelerator
 
 GIB = 2**30
@@ -162,3 +162,10 @@ def test_a_process_that_is_forked_neither_copies_nor_unlocks_the_memory(runtime)
         pages = [one for one in gc.get_objects() if isinstance(one, page_locked._Pages)]
         os._exit(there or not runtime.locked or not pages)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_device_without_memory_or_queues_of_its_own_is_refused():
+    with pytest.raises(
+        RuntimeError, match=r"a Mac's GPU has the host's memory .* leave out offload"
+    ):
+        device.of(torch.device("mps"))
