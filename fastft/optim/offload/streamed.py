@@ -171,7 +171,7 @@ class StreamedPart:
         factor = self._one if grad_factor is None else grad_factor.to(self.device)
         laid = [self._laid(grad, place) for place, grad in enumerate(grads)]
         self._step = _Step(laid, update, hyper, factor, seed)
-        self._left = list(range(len(self._pieces)))
+        self._left, self._samples = list(range(len(self._pieces))), []
         # weights, gradients and the factor are the model's queue's, and so was what the buffers'
         # memory had before; each kernel waits for copies that come behind
         self._into.wait(self._there.current().record())
@@ -207,6 +207,8 @@ class StreamedPart:
             self.torn = error
             self.settle()
             raise
+        if not self._there.separate:  # before anybody else can write there, or change what they are
+            self._samples += samples_of(self.tensors, self.device, places)
         return self._work.record()
 
     def _run_piece(self, piece: _Piece) -> None:
@@ -260,7 +262,6 @@ class StreamedPart:
         """Ends a step of which all was run: waits until the states are on the host."""
         self.settle()
         self._step = None
-        self._samples = samples_of(self.tensors, self.device)
 
     def settle(self) -> None:
         """Lets the host wait for all that was put into the queues."""

@@ -541,6 +541,48 @@ def test_without_its_wait_a_weight_is_read_too_early():
         trained("overlap")
 
 
+def _halve(param):
+    with torch.no_grad():
+        param.mul_(0.5)
+
+
+def _replace(param):
+    param.data = param.data * 0.5
+
+
+def _lay_otherwise(param):
+    param.data = param.data.t().contiguous().t()
+
+
+def _to_float32(param):
+    param.data = param.data.float()
+
+
+def rewritten(tier, write):
+    """Weights of a training in whose middle somebody writes to all of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 9, bias=False), nn.Linear(9, 5, bias=False)).bfloat16()
+    optimizer = AdamW(model.parameters(), lr=1e-2, offload=tier)
+    if tier == "overlap":
+        optimizer.follow(model)
+    for step in range(4):
+        x = torch.full((3, 16), 0.1 * step + 0.1, dtype=model[0].weight.dtype)
+        model(x).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            for param in model.parameters():
+                write(param)
+    return [param.detach().clone() for param in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:2 bf16 weights were written by somebody else")
+@pytest.mark.parametrize("tier", ["states", "gradients", "overlap"])
+@pytest.mark.parametrize("write", [_halve, _replace, _lay_otherwise, _to_float32])
+def test_weights_written_between_two_steps_train_on_as_without_offload(write, tier):
+    assert all(map(torch.equal, rewritten(tier, write), rewritten(None, write)))
+
+
 class Shift(nn.Module):
     """No graph keeps its weights, so that one from before a step gives gradients after it."""
 
