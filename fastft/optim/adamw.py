@@ -547,7 +547,8 @@ class AdamW(torch.optim.AdamW):
         if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
             raise RuntimeError(
                 "GradScaler looks for Inf in gradients that are freed as backward makes them "
-                "(offload='gradients', release_gradients): train in bf16, or use offload='states'"
+                "(offload='gradients' or 'overlap', release_gradients): train in bf16, or use "
+                "offload='states'"
             )
         if closure is not None and self._released is not None:
             raise RuntimeError(
