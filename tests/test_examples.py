@@ -44,6 +44,7 @@ RUNS = {
     ),
     "fsdp2.py": Run("fused losses: 10", launcher=[*TORCHRUN, "--nproc-per-node=2"]),
     "lora.py": Run("fused losses: 10", library="peft"),
+    "offload.py": Run("overlap: the same bits"),
     "quickstart.py": Run("fused losses: 40"),
     "ray_train.py": Run("last loss: ", library="ray"),
 }

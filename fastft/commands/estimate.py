@@ -222,6 +222,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--autocast computes in bf16 from fp32 weights: add --dtype fp32")
     if options.offload == "auto" and options.memory is None:
         raise ValueError("--offload auto takes what fits into --memory: add --memory 24GB e.g.")
+    if options.release_gradients and options.offload != "none":
+        raise ValueError(
+            f"--release-gradients leaves no gradients to --offload {options.offload}: take one of "
+            "them"
+        )
+    if options.release_gradients and options.accumulation > 1:
+        raise ValueError(
+            f"--release-gradients uses each gradient up in backward, which --accumulation "
+            f"{options.accumulation} would add to: take --offload gradients"
+        )
     if options.only is not None and options.offload == "each":
         raise ValueError("--offload each has a column for each tier: leave out --only")
     if options.only is not None and options.offload != "none" and "optimizer" not in options.only:

@@ -245,7 +245,7 @@ def _check_freed_gradients(args: TrainingArguments, optimizer: AdamW) -> None:
     if trainer is not None and not clipping.is_inside(trainer.accelerator):
         raise ValueError(
             "Trainer reads p.grad to clip and to log its norm, and AdamW frees gradients as "
-            "backward makes them (offload='gradients', release_gradients): call "
+            "backward makes them (offload='gradients' or 'overlap', release_gradients): call "
             "fastft.fuse_clipping(trainer) before train(), or let fastft.plug(trainer, ...) make "
             "the optimizer"
         )

@@ -155,8 +155,8 @@ def check_args_for_freed_gradients(args: Any, released: bool) -> None:
     if getattr(args, "fp16", False):
         raise ValueError(
             "fp16=True scales the loss, and GradScaler looks for Inf in gradients that are freed "
-            "as backward makes them (offload='gradients', release_gradients): use bf16=True, or "
-            "offload='states'"
+            "as backward makes them (offload='gradients' or 'overlap', release_gradients): use "
+            "bf16=True, or offload='states'"
         )
     clips = getattr(args, "max_grad_norm", None)
     micro = getattr(args, "gradient_accumulation_steps", 1)
@@ -184,7 +184,7 @@ def _check_freed(args: Any, optimizer: AdamW, model: torch.nn.Module | None = No
     if (copies > 1 and engines.engine_of(args) is None) or getattr(args, "n_gpu", 1) > 1:
         raise ValueError(
             "DDP and DataParallel add up the gradients of all copies of a model when backward is "
-            "over, and these are freed as backward makes them (offload='gradients', "
+            "over, and these are freed as backward makes them (offload='gradients' or 'overlap', "
             "release_gradients): use offload='states', or FSDP2"
         )
 

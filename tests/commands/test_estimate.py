@@ -379,6 +379,8 @@ class TestBadInput:
             (("--optim", "sgdd"), "sgdd"),
             (("--offload", "auto"), "add --memory 24GB e.g."),
             (("--offload", "each", "--only", "loss"), "leave out --only"),
+            (("--release-gradients", "--offload", "states"), "take one of them"),
+            (("--release-gradients", "--accumulation", "2"), "take --offload gradients"),
             (("--offload", "states", "--only", "loss"), "which --only loss leaves out"),
             (("--json", "/no/such/folder/x.json"), "there is no folder"),
         ],

@@ -30,12 +30,12 @@ def assert_same_bits(one, other):
     [
         pytest.param(
             "states",
-            "AdamW exact bf16, states on the host: 0.0 GiB, beside 0.0 GiB on the device",
+            "AdamW exact bf16, states on the host: ",
             marks=pytest.mark.way('`offload="states"`', optimizer="exact"),
         ),
         pytest.param(
             "gradients",
-            "states and gradients on the host: 0.0 GiB",
+            "states and gradients on the host: ",
             marks=pytest.mark.way('`offload="gradients"`', optimizer="exact"),
         ),
         ("auto", "chosen by offload='auto': None, on a CPU the host's memory is the device's"),
@@ -47,6 +47,7 @@ def test_a_tier_has_the_bits_of_the_resident_training(tmp_path, offload, words):
     ours, line = ended(trainer_of(tmp_path, **given), offload=offload)
     assert_same_bits(stock, ours)
     assert words in line and line.endswith("clipping inside")
+    assert offload == "auto" or " MiB, beside " in line  # of a small model no 0.0 GiB
 
 
 def test_before_the_optimizer_is_made_the_line_says_what_will_be(tmp_path):

@@ -205,8 +205,8 @@ class OptimizerPiece:
         if made.offload is not None:
             size = tiers.bytes_of(made.param_groups, made.rounding, made.offload)
             words = [
-                f"{_PLACES[made.offload]}: {size.host / _GIB:.1f} GiB, beside "
-                f"{size.device / _GIB:.1f} GiB on the device"
+                f"{_PLACES[made.offload]}: {_said(size.host)}, beside {_said(size.device)} on the "
+                "device"
             ]
         if made.choice is not None:
             words.append(f"chosen by offload='auto': {made.offload!r}, {made.choice.why}")
@@ -218,6 +218,11 @@ class OptimizerPiece:
         if can_be_inside(self._trainer.accelerator):
             return "clipping inside"
         return "clipping by Trainer, as gradients lie in flat parts"
+
+
+def _said(size: int) -> str:
+    """Bytes, as the log has them."""
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB // 10 else f"{size / 2**20:.1f} MiB"
 
 
 def is_given(trainer: Trainer) -> bool:

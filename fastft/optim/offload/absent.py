@@ -94,7 +94,9 @@ class AbsentGradient(Tensor):
         shares = any(result.alias_info is not None for result in func._schema.returns)
         several = any(gradient.keeper is not first.keeper for gradient in absent)
         if func._schema.is_mutable or shares or several:
-            raise RuntimeError(f"{func} of a gradient that is not there: {first.keeper.refusal}")
+            raise RuntimeError(
+                f"{func} cannot work on a gradient without memory: {first.keeper.refusal}"
+            )
         numbers = first.keeper.read()
         args, kwargs = tree_map(
             lambda leaf: numbers if isinstance(leaf, cls) else leaf, (args, kwargs)

@@ -37,10 +37,11 @@ STAGE = 2**22  # elements of each of the two stages, which only micro-batches ne
 assert STAGE % CHUNK == 0  # a run in a stage has the norm's whole chunks
 
 _ELSEWHERE = (
-    "AdamW(offload='gradients') keeps gradients on the host. Clip inside the step: "
+    "AdamW(offload='gradients' or 'overlap') keeps gradients on the host. Clip inside the step: "
     "AdamW(max_grad_norm=...), with Trainer fastft.fuse_clipping(trainer) or fastft.plug(trainer). "
     "GradScaler, DistributedDataParallel and what else needs all gradients on the device want "
-    "offload='states'. One gradient is read by p.grad.clone(), and set by p.grad = ..."
+    "offload='states'. One gradient is read by p.grad.clone(), and changed by "
+    "p.grad = 0.5 * p.grad e.g."
 )
 
 

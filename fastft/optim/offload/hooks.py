@@ -79,7 +79,10 @@ def check_gradient(param: Any, gradient: Any) -> None:
 
 def check_place(param: Any) -> None:
     """Raises where others still need the gradient of a parameter when backward has made it."""
-    what = "gradients are freed as backward makes them (offload='gradients', release_gradients)"
+    what = (
+        "gradients are freed as backward makes them (offload='gradients' or 'overlap', "
+        "release_gradients)"
+    )
     if in_flat_parameter(param) or type(param).__name__ == "FlatParameter":
         raise RuntimeError(f"{what}, which FSDP1's flat ones cannot be: use FSDP2")
     if sharding.world_size() > 1 and not is_dtensor(param):

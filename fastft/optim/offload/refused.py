@@ -65,7 +65,8 @@ def check_step(optimizer: AdamW, closure: Any) -> None:
     if hasattr(optimizer, "found_inf") or hasattr(optimizer, "grad_scale"):
         raise RuntimeError(
             "GradScaler looks for Inf in gradients that are freed as backward makes them "
-            "(offload='gradients', release_gradients): train in bf16, or use offload='states'"
+            "(offload='gradients' or 'overlap', release_gradients): train in bf16, or use "
+            "offload='states'"
         )
     if closure is not None and optimizer.release_gradients:
         raise RuntimeError(
