@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -171,11 +171,18 @@ def check_dense(grads: Sequence[Tensor]) -> None:
         )
 
 
-def samples_of(tensors: PartTensors, device: torch.device) -> list[tuple[Tensor, int]]:
-    """The weights beside low bits with their sampled checksums, right after a step."""
+def samples_of(
+    tensors: PartTensors, device: torch.device, places: Collection[int] | None = None
+) -> list[tuple[Tensor, int]]:
+    """The weights beside low bits, at these places or all, with their sampled checksums, right
+    after their update."""
     # elsewhere than on a CPU samples would cost launches for each
     kept = tensors.kept if device.type == "cpu" else []
-    return [(param, weight_bits.sample(param)) for _, param in kept]
+    return [
+        (param, weight_bits.sample(tensors.params[place]))
+        for place, param in kept
+        if places is None or place in places
+    ]
 
 
 def same_layout(tensor: Tensor, layout: Tensor) -> bool:

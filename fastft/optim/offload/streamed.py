@@ -171,7 +171,7 @@ class StreamedPart:
         factor = self._one if grad_factor is None else grad_factor.to(self.device)
         laid = [self._laid(grad, place) for place, grad in enumerate(grads)]
         self._step = _Step(laid, update, hyper, factor, seed)
-        self._left = list(range(len(self._pieces)))
+        self._left, self._samples = list(range(len(self._pieces))), []
         # weights, gradients and the factor are the model's queue's, and so was what the buffers'
         # memory had before; each kernel waits for copies that come behind
         self._into.wait(self._there.current().record())
@@ -207,7 +207,26 @@ class StreamedPart:
             self.torn = error
             self.settle()
             raise
+        self._take_samples(chosen)
         return self._work.record()
+
+    def _take_samples(self, done: list[int]) -> None:
+        """Puts the checksums of weights that these pieces have finished behind their updates: later
+        somebody else may have written to a weight."""
+        written, still = (
+            {span.place for number in numbers for span in self._pieces[number].spans}
+            for numbers in (done, self._left)
+        )
+        finished = [place for place, _ in self.tensors.kept if place in written - still]
+        if finished and self.device.type == "cpu":
+            self._work.launch(
+                functools.partial(self._sample, finished),
+                reads=[self.tensors.params[place].data for place in finished],
+                writes=[],
+            )
+
+    def _sample(self, places: list[int]) -> None:
+        self._samples += samples_of(self.tensors, self.device, places)
 
     def _run_piece(self, piece: _Piece) -> None:
         step = self._step
@@ -260,7 +279,6 @@ class StreamedPart:
         """Ends a step of which all was run: waits until the states are on the host."""
         self.settle()
         self._step = None
-        self._samples = samples_of(self.tensors, self.device)
 
     def settle(self) -> None:
         """Lets the host wait for all that was put into the queues."""
