@@ -4,12 +4,13 @@ equal to the bit.
 python benchmarks/offloading.py [--offload gradients] [--cap 24] [--ledger FILE]
 
 On a GPU a Llama 3.1 8B from random weights in bf16 with exact rounding and 8-bit moments, gradient
-checkpointing and clipping, rows of 2,048 tokens, two micro-steps a step: with its states and
-gradients on the host, where this process may have no more than so many GiB of the device; then with
-all of it on the device. On a CPU a tiny one, without a limit. Prints a line of JSON: each step's
-loss, seconds a step, the peak that the device has allocated, and the same of the resident training.
-Who has FILE finds it there too, as case `training[8B under 24 GiB]` of part `train`; it is skipped,
-with a reason, where device or host have too little for one of the two.
+checkpointing and clipping, rows of 2,048 tokens, two micro-steps a step, by torch's deterministic
+algorithms (else the backward pass of flash attention, for one, adds in any order): with its states
+and gradients on the host, where this process may have no more than so many GiB of the device; then
+with all of it on the device. On a CPU a tiny one, without a limit. Prints a line of JSON: each
+step's loss, seconds a step, the peak that the device has allocated, and the same of the resident
+training. Who has FILE finds it there too, as case `training[8B under 24 GiB]` of part `train`; it
+is skipped, with a reason, where device or host have too little for one of the two.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 from ledger import Ledger
 from training import GPU, WARM, Recorder
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
@@ -98,6 +101,13 @@ def train(offload: str | None) -> dict[str, Any]:
     }
 
 
+def repeat_every_bit() -> None:
+    """Lets torch give the same bits each time, to which two trainings are held here."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of cuBLAS's first use
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time
+
+
 def both(offload: str, cap: int) -> dict[str, Any]:
     """The training of a small card, and beside it the resident one of the whole."""
     if GPU:
@@ -149,6 +159,7 @@ def main() -> None:
     parser.add_argument("--ledger", type=Path, help="a file that lines of JSON are appended to")
     options = parser.parse_args()
     began = time.monotonic()
+    repeat_every_bit()
     line = {"part": "train", "case": f"training[8B under {options.cap:g} GiB]"}
     ledger = Ledger(options.ledger) if options.ledger else None
     if ledger:

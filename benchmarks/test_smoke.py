@@ -139,6 +139,33 @@ def test_adamw(engine: str, rounding: str, moments: str, record_property: Keep) 
     assert off < 1e-2
 
 
+@pytest.mark.parametrize("engine", engines(ADAMW))
+def test_adamw_with_states_on_the_host(engine: str, record_property: Keep) -> None:
+    """Also how many GB of states a second go each way over the bus."""
+    function(ADAMW, engine)
+
+    def made(rows: int, columns: int, offload: str | None) -> tuple[torch.nn.Parameter, AdamW]:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        start, grad = torch.randn(2, rows, columns, generator=generator, device=DEVICE).to(BF16)
+        param = torch.nn.Parameter(start)
+        param.grad = grad
+        return param, AdamW([param], moments="8bit", impl=engine, offload=offload, seed=5)
+
+    ended = []
+    for offload in (None, "states"):
+        param, optimizer = made(65, 1003, offload)
+        for _ in range(3):
+            optimizer.step()
+        ended.append(param.detach())
+    assert torch.equal(*ended)
+    elements = 2**28 if GPU else 2**16
+    param, optimizer = made(elements // 4096, 4096, "states")
+    ms = milliseconds(optimizer.step, rounds=3)
+    moved = sum(entry.nbytes for entry in optimizer.state[param].values())
+    name = f"{engine}, AdamW, exact, moments 8-bit, states on the host"
+    keep(record_property, name, ms * 1e9 / elements, giga_byte_s=round(1e-6 * moved / ms, 1))
+
+
 @pytest.mark.parametrize("engine", engines(GRAD_NORM))
 def test_norm_of_gradients(engine: str, record_property: Keep) -> None:
     function(GRAD_NORM, engine)

@@ -1,4 +1,4 @@
-// Reads and checks the arguments of the operators of grad_norm.py for the CPU and the CUDA launcher.
+// Reads and checks the arguments of grad_norm.py's operators for the CPU and the CUDA launcher.
 #pragma once
 #include <vector>
 

@@ -28,19 +28,24 @@ from fastft.foreign import engines, tensors
 from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import Plan, same_objects
 from fastft.optim.adamw_state import state_bytes
-from fastft.optim.adamw_update import ADAMW, Rounding
+from fastft.optim.adamw_update import Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
 from fastft.optim.groups import check_group
 from fastft.optim.offload.choice import Choice, choose_for
 from fastft.optim.offload.deferred import Followed, PendingStep
 from fastft.optim.offload.gradients import HeldGradients
 from fastft.optim.offload.host_memory import check_that_it_suffices, processes_here
+from fastft.optim.offload.refused import (
+    check_capturable,
+    check_engine,
+    check_offload,
+    check_step,
+)
 from fastft.optim.offload.released import ReleasedGradients
-from fastft.optim.offload.tiers import TIERS
+from fastft.optim.offload.tiers import OF_GRADIENTS
 from fastft.optim.origin import Origin
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
-OFFLOADS = (*TIERS, "auto")
 # what every AdamW has, of a group and of the whole; another value is lost where a library puts its
 # own in our place
 _GROUP_OF_ANY: dict[str, Any] = {"amsgrad": False, "maximize": False, "moments": "fp32"}
@@ -60,30 +65,6 @@ class _Clipping(NamedTuple):
     max_norm: float
     grads: list[Tensor]
     versions: list[int]
-
-
-def check_offload(
-    offload: str | None, release_gradients: bool, max_grad_norm: float | None
-) -> None:
-    """Raises where they are no tier, or do not go together."""
-    if offload not in OFFLOADS:
-        raise ValueError(
-            f"offload must be one of {', '.join(map(repr, OFFLOADS))}, got {offload!r}"
-        )
-    if not isinstance(release_gradients, bool):
-        raise TypeError(f"release_gradients must be True or False, got {release_gradients!r}")
-    if release_gradients and offload is not None:
-        raise ValueError(
-            f"release_gradients=True with offload={offload!r}: the one uses gradients up inside "
-            "backward, where the other keeps them or their states on the host. Leave out one of "
-            'them; offload="gradients" frees them on the device as well'
-        )
-    if release_gradients and max_grad_norm is not None:
-        raise ValueError(
-            "release_gradients=True with max_grad_norm: the norm of all gradients is known only "
-            "after backward, when they would be gone. Leave out one of them; "
-            'offload="gradients" frees them on the device, and clips exactly'
-        )
 
 
 class AdamW(torch.optim.AdamW):
@@ -258,12 +239,8 @@ class AdamW(torch.optim.AdamW):
         )
         if engines.optimizers_are_replaced():
             self.check_that_a_replacement_is_faithful()
-        if self.frees_gradients and engines.gradients_are_parts():
-            raise ValueError(
-                "offload='gradients' and release_gradients take gradients as backward makes them, "
-                "where DeepSpeed and FSDP1 still cut them into flat parts: use offload='states', "
-                "or FSDP2"
-            )
+        if self.frees_gradients:
+            check_engine()
         if max_grad_norm is not None and engines.gradients_are_parts():
             raise ValueError(
                 "the optimizer's max_grad_norm would clip to the norm of each process's part of "
@@ -295,7 +272,7 @@ class AdamW(torch.optim.AdamW):
         """Adds a group as torch does; raises as the constructor does, with nothing changed."""
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
-            self._check_not_capturable({**self.defaults, **param_group})
+            check_capturable({**self.defaults, **param_group}, self.offload, self.release_gradients)
             if not param_group.get("decoupled_weight_decay", True):
                 raise ValueError(
                     "decoupled_weight_decay=False is torch.optim.Adam's; AdamW's decay is decoupled"
@@ -396,7 +373,7 @@ class AdamW(torch.optim.AdamW):
                 captures a step it could only repeat.
         """
         if self.frees_gradients:
-            self._check_step(closure)
+            check_step(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -404,7 +381,7 @@ class AdamW(torch.optim.AdamW):
         self.flush()
         params, grads, present = self._with_gradients()
         if grads and device_counts.is_capturing():
-            self._check_capture(grads)
+            device_counts.check_capture(grads, self.param_groups, self.impl)
         clipping, self._clipping = self._clipping, None
         found_inf = getattr(self, "found_inf", None)
         self._skipped = False if found_inf is None else found_inf
@@ -413,7 +390,11 @@ class AdamW(torch.optim.AdamW):
         elif self._released is not None:
             self._note_training()
             self._released.step(self._params())
-        elif found_inf is None or self._counted_there(grads) or not self.step_was_skipped:
+        elif (
+            found_inf is None
+            or device_counts.all_counted_there(grads, self.param_groups)
+            or not self.step_was_skipped
+        ):
             factor = self._grad_factor(grads, clipping)
             plan = self._plan_of(params, present)
             seed = self.param_groups[0]["seed"] or 0
@@ -499,14 +480,6 @@ class AdamW(torch.optim.AdamW):
         """Bytes of the buffers on all devices through which states stream; 0 before a step."""
         return 0 if self._plan is None else self._plan.staging
 
-    def _check_not_capturable(self, group: dict[str, Any]) -> None:
-        what = "release_gradients=True" if self.release_gradients else f"offload={self.offload!r}"
-        if group["capturable"] and (self.offload is not None or self.release_gradients):
-            raise ValueError(
-                f"capturable=True with {what} is not implemented: a CUDA graph would repeat one "
-                "step's copies and counts. Leave out one of them"
-            )
-
     def _check_host_memory(
         self, chosen: list[bool], gradients: int = 0, processes: int = 1
     ) -> None:
@@ -524,7 +497,7 @@ class AdamW(torch.optim.AdamW):
 
     def _make_keepers(self) -> None:
         """Makes what takes gradients as backward makes them."""
-        held = self.offload in ("gradients", "overlap")
+        held = self.offload in OF_GRADIENTS
         self._held = HeldGradients(self.impl) if held else None
         self._released = ReleasedGradients(self) if self.release_gradients else None
 
@@ -541,19 +514,6 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             params += group["params"]
         return params
-
-    def _check_step(self, closure: Any) -> None:
-        """Raises for what a step over gradients that are not on the device cannot do."""
-        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
-            raise RuntimeError(
-                "GradScaler looks for Inf in gradients that are freed as backward makes them "
-                "(offload='gradients', release_gradients): train in bf16, or use offload='states'"
-            )
-        if closure is not None and self._released is not None:
-            raise RuntimeError(
-                "a closure's backward pass would update before step() does: call step() without "
-                "one, or leave out release_gradients"
-            )
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -590,7 +550,7 @@ class AdamW(torch.optim.AdamW):
         self._note_training()
         self._settle()
         for group in self.param_groups:
-            self._check_not_capturable(group)
+            check_capturable(group, self.offload, self.release_gradients)
         # of this process alone: others may have made theirs
         self._check_host_memory(present)
         self._plan = None  # should the new one raise
@@ -663,28 +623,6 @@ class AdamW(torch.optim.AdamW):
                 "final parameters, or are they frozen?",
                 stacklevel=3,
             )
-
-    def _counted_there(self, grads: list[Tensor]) -> bool:
-        """Tells whether the device itself sees to it that a skipped step does nothing."""
-        return all(device_counts.counted_there(grad.device, self.param_groups) for grad in grads)
-
-    def _check_capture(self, grads: list[Tensor]) -> None:
-        """Raises where a graph's replays would repeat the count and rate of its capture."""
-        if not self._counted_there(grads):
-            raise RuntimeError(
-                "a CUDA graph captures AdamW.step(), and its replays would repeat this step's "
-                "count and learning rate: pass capturable=True, with all parameters on a GPU, or "
-                "leave step() out of the graph"
-            )
-        for device in {grad.device for grad in grads}:
-            engine = ADAMW.resolve(self.impl, device)
-            if engine != "cuda":
-                reason = ADAMW.unavailable("cuda", device) or f"impl={self.impl!r} was asked for"
-                raise RuntimeError(
-                    "a CUDA graph captures AdamW.step(), which of AdamW's engines only 'cuda' "
-                    f"allows, and here {engine!r} computes ({reason}): make that engine available, "
-                    "or leave step() out of the graph"
-                )
 
     @property
     def step_was_skipped(self) -> bool:

@@ -174,12 +174,12 @@ def check_dense(grads: Sequence[Tensor]) -> None:
 def samples_of(
     tensors: PartTensors, device: torch.device, places: Collection[int] | None = None
 ) -> list[tuple[Tensor, int]]:
-    """The weights beside low bits, at these places or all, with their sampled checksums, right
-    after their update."""
+    """The weights beside low bits, of all or those at these places, with their sampled checksums;
+    right after a step has written them."""
     # elsewhere than on a CPU samples would cost launches for each
     kept = tensors.kept if device.type == "cpu" else []
     return [
-        (param, weight_bits.sample(tensors.params[place]))
+        (param, weight_bits.sample(param))
         for place, param in kept
         if places is None or place in places
     ]

@@ -7,11 +7,13 @@ by value, so that nothing waits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fastft.optim.adamw_update import ADAMW
 from fastft.optim.groups import hyper_columns
 
 
@@ -20,9 +22,33 @@ def counted_there(device: torch.device, groups: list[dict[str, Any]]) -> bool:
     return device.type != "cpu" and any(group["capturable"] for group in groups)
 
 
+def all_counted_there(grads: Sequence[Tensor], groups: list[dict[str, Any]]) -> bool:
+    """Tells whether the device itself sees to it that a skipped step does nothing."""
+    return all(counted_there(grad.device, groups) for grad in grads)
+
+
 def is_capturing() -> bool:
     """Tells whether a CUDA graph records what this thread launches, in place of its being done."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def check_capture(grads: Sequence[Tensor], groups: list[dict[str, Any]], impl: str) -> None:
+    """Raises where a graph's replays would repeat the count and rate of its capture."""
+    if not all_counted_there(grads, groups):
+        raise RuntimeError(
+            "a CUDA graph captures AdamW.step(), and its replays would repeat this step's "
+            "count and learning rate: pass capturable=True, with all parameters on a GPU, or "
+            "leave step() out of the graph"
+        )
+    for device in {grad.device for grad in grads}:
+        engine = ADAMW.resolve(impl, device)
+        if engine != "cuda":
+            reason = ADAMW.unavailable("cuda", device) or f"impl={impl!r} was asked for"
+            raise RuntimeError(
+                "a CUDA graph captures AdamW.step(), which of AdamW's engines only 'cuda' "
+                f"allows, and here {engine!r} computes ({reason}): make that engine available, "
+                "or leave step() out of the graph"
+            )
 
 
 def _captured(device: torch.device) -> bool:

@@ -332,6 +332,7 @@ def test_the_smoke_cases_are_right_on_this_machine() -> None:
     for engine in smoke.engines(smoke.ADAMW):
         for rounding, moments in smoke.WAYS:
             smoke.test_adamw(engine, rounding, moments, keep)
+        smoke.test_adamw_with_states_on_the_host(engine, keep)
     for engine in smoke.engines(smoke.GRAD_NORM):
         smoke.test_norm_of_gradients(engine, keep)
     for engine in smoke.engines(smoke.BOUNDARIES):
@@ -340,7 +341,7 @@ def test_the_smoke_cases_are_right_on_this_machine() -> None:
         smoke.test_head(name, keep)
     for engine in smoke.ATTENTION:
         smoke.test_attention(engine, keep)
-    assert all(each["ms"] > 0 for each in found if "kernel" in each) and len(found) == 11
+    assert all(each["ms"] > 0 for each in found if "kernel" in each) and len(found) == 12
 
 
 def test_the_training_is_stocks() -> None:
@@ -366,6 +367,27 @@ def test_the_training_of_a_small_card_is_the_resident_one(offload: str) -> None:
     assert "1 of 21 weights end with other bits" in offloading.disagreement(found)
     found["losses"][2] += 1e-3
     assert offloading.disagreement(found).startswith("the loss of step 3 is")
+
+
+def test_the_two_trainings_repeat_what_attention_on_a_gpu_would_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offloading = pytest.importorskip("offloading")
+    modes: list[bool] = []
+
+    def both(offload: str, cap: int) -> dict[str, Any]:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return {"losses": [], "bits": [], "resident": {"losses": [], "bits": []}}
+
+    monkeypatch.setattr(offloading, "both", both)
+    monkeypatch.setattr(sys, "argv", ["offloading.py"])
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        offloading.main()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert modes == [True]
 
 
 @pytest.mark.parametrize(

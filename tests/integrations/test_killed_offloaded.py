@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,10 +43,6 @@ def training(folder, offload, callbacks=()):
     return trainer
 
 
-def killed(_, folder, offload):
-    training(folder, offload, [Kill()]).train()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     trainer = training(tmp_path_factory.mktemp("whole"), None)
@@ -71,8 +69,11 @@ def assert_same(trainer, whole):
     ],
 )
 def test_a_killed_training_goes_on_to_the_bit(first, then, whole, tmp_path):
-    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        torch.multiprocessing.spawn(killed, (str(tmp_path), first))
+    training_there = f"tests.training({str(tmp_path)!r}, {first!r}, [tests.Kill()]).train()"
+    code = f"import {__name__} as tests; {training_there}"
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == -signal.SIGKILL
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
     again = training(tmp_path, then)
     again.train(resume_from_checkpoint=True)

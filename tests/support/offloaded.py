@@ -79,9 +79,9 @@ class Chain(torch.nn.Module):
         self.head.weight = self.embedding.weight
         self.beside = [torch.nn.Parameter(torch.ones(33))]
 
-    def to(self, dtype: torch.dtype) -> Chain:  # type: ignore[override]
-        self.beside = [torch.nn.Parameter(param.detach().to(dtype)) for param in self.beside]
-        return super().to(dtype)
+    def to(self, what: torch.dtype | str) -> Chain:  # type: ignore[override]
+        self.beside = [torch.nn.Parameter(param.detach().to(what)) for param in self.beside]
+        return super().to(what)
 
     def get_extra_state(self) -> Tensor:
         return self.beside[0].detach()
@@ -199,17 +199,18 @@ def trained(
     offload: str | None,
     steps: int,
     backward: Callable[[Tensor], Any] = Tensor.backward,
+    device: str = "cpu",
 ) -> Trained:
     """Trains a case with its own `offload` or another."""
-    model, optimizer = _made(case, offload)
+    model, optimizer = _made(case, offload, device)
     losses: list[float] = []
     norms: list[float] = []
     for step in range(steps):
         if step == steps // 2 and case.resumed != "no":
             other = {"as before": offload, "None": None}.get(case.resumed, case.resumed)
-            model, optimizer = _resumed(case, other, model, optimizer)
+            model, optimizer = _resumed(case, other, model, optimizer, device)
         _freeze(case, model, step / steps)
-        for batch in _batches(step, case.accumulation):
+        for batch in _batches(step, case.accumulation, device):
             loss = model(input_ids=batch, labels=batch).loss / case.accumulation
             backward(loss)
             losses.append(loss.item())
@@ -228,7 +229,7 @@ def trained(
         optimizer.zero_grad()
     states = dict(_flat("", optimizer.state_dict()["state"]))
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-    for batch in _batches(steps, 1):  # a training may end in the middle of a step
+    for batch in _batches(steps, 1, device):  # a training may end in the middle of a step
         backward(model(input_ids=batch, labels=batch).loss)
     return Trained(losses, norms, weights, states)
 
@@ -246,14 +247,16 @@ def same(one: Tensor, other: Tensor) -> bool:
     """To the bit, NaNs too."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+    return torch.equal(*(t.cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
 
 
-def _made(case: Case, offload: str | None) -> tuple[torch.nn.Module, Any]:
+def _made(case: Case, offload: str | None, device: str) -> tuple[torch.nn.Module, Any]:
     torch.manual_seed(0)
     model = FAMILIES[case.family]().train()
     if case.rounding != "fp32":
         model = model.to(torch.bfloat16)
+    if device != "cpu":
+        model = model.to(device)
     if case.checkpointing:
         model.gradient_checkpointing_enable()
     options: dict[str, Any] = {"moments": case.moments, "seed": 7, "weight_decay": 0.1}
@@ -270,13 +273,13 @@ def _made(case: Case, offload: str | None) -> tuple[torch.nn.Module, Any]:
 
 
 def _resumed(
-    case: Case, offload: str | None, model: torch.nn.Module, optimizer: Any
+    case: Case, offload: str | None, model: torch.nn.Module, optimizer: Any, device: str
 ) -> tuple[torch.nn.Module, Any]:
     """Another model and optimizer out of a checkpoint, which has gone through a file."""
     file = io.BytesIO()
     torch.save({"optimizer": optimizer.state_dict(), "model": model.state_dict()}, file)
     saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    model, optimizer = _made(case, offload)
+    model, optimizer = _made(case, offload, device)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return model, optimizer
@@ -290,10 +293,10 @@ def _freeze(case: Case, model: torch.nn.Module, done: float) -> None:
                 param.requires_grad_(trainable)
 
 
-def _batches(step: int, count: int) -> Iterator[Tensor]:
+def _batches(step: int, count: int, device: str) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(step)
     for _ in range(count):
-        yield torch.randint(1, VOCABULARY, (2, 9), generator=generator)
+        yield torch.randint(1, VOCABULARY, (2, 9), generator=generator).to(device)
 
 
 def _params(optimizer: Any) -> list[Any]:

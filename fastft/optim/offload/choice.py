@@ -104,6 +104,8 @@ def choose(
     device = _device(groups, args)
     if device.type == "cpu":
         return Choice(None, "on a CPU the host's memory is the device's")
+    if device.type == "mps":
+        return Choice(None, "a Mac's GPU has the host's memory")
     allowed = _allowed(groups, args)
     budget = _least(_budget(device, groups, model))
     try:

@@ -73,7 +73,8 @@ class Device(Protocol):
         """Memory of the device: uint8, (size,), allocated under the current queue."""
 
     def host_memory(self, size: int) -> Tensor:
-        """Memory of the host that the device copies from and to by itself: uint8, (size,)."""
+        """Memory of the host that the device copies from and to by itself: uint8, (size,). Let go
+        of, it stays until the device is done with it."""
 
     def reaches(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in such memory of the host."""
@@ -170,7 +171,7 @@ class Accelerator:
 
     def host_memory(self, size: int) -> Tensor:
         if self._device.type == "cuda" and size:
-            return page_locked.memory(size)
+            return page_locked.memory(size, self._device)
         # torch's allocator rounds up to a power of two
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
@@ -180,5 +181,14 @@ class Accelerator:
 
 @functools.cache
 def of(device: torch.device) -> Device:
-    """The device, and the host beside it; a test puts its own in this function's place."""
+    """The device, and the host beside it; a test puts its own in this function's place.
+
+    Raises:
+        RuntimeError: it has no queues beside the one that torch works in.
+    """
+    if device.type == "mps":
+        raise RuntimeError(
+            "offload needs a device that copies beside its work; a Mac's GPU has the host's memory "
+            "anyway: leave out offload"
+        )
     return Host() if device.type == "cpu" else Accelerator(device)

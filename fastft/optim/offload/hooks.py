@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastft.foreign import sharding
 from fastft.foreign.tensors import in_flat_parameter, is_dtensor
+from fastft.optim.adamw_part import check_dense
 
 
 class Hooks:
@@ -90,10 +91,7 @@ def check_place(param: Any) -> None:
 
 def check_kind(gradient: Any) -> None:
     """Raises for a gradient that is kept, or used, only while backward is under way."""
-    if gradient.layout != torch.strided:
-        raise RuntimeError(
-            "AdamW does not take sparse gradients (an Embedding with sparse=True makes them)"
-        )
+    check_dense([gradient])
     if gradient.requires_grad:
         raise RuntimeError(
             "backward(create_graph=True) makes gradients with a history, which freeing them would "

@@ -207,26 +207,9 @@ class StreamedPart:
             self.torn = error
             self.settle()
             raise
-        self._take_samples(chosen)
+        if not self._there.separate:  # before anybody else can write there, or change what they are
+            self._samples += samples_of(self.tensors, self.device, places)
         return self._work.record()
-
-    def _take_samples(self, done: list[int]) -> None:
-        """Puts the checksums of weights that these pieces have finished behind their updates: later
-        somebody else may have written to a weight."""
-        written, still = (
-            {span.place for number in numbers for span in self._pieces[number].spans}
-            for numbers in (done, self._left)
-        )
-        finished = [place for place, _ in self.tensors.kept if place in written - still]
-        if finished and self.device.type == "cpu":
-            self._work.launch(
-                functools.partial(self._sample, finished),
-                reads=[self.tensors.params[place].data for place in finished],
-                writes=[],
-            )
-
-    def _sample(self, places: list[int]) -> None:
-        self._samples += samples_of(self.tensors, self.device, places)
 
     def _run_piece(self, piece: _Piece) -> None:
         step = self._step

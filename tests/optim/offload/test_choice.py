@@ -228,3 +228,9 @@ def test_a_tier_that_is_not_possible_is_told(gpu, monkeypatch):
     args = gpu(1 << 30, fp16=True)
     found = chosen(args, groups_of(model), model=model, batch=Batch(1, 8))
     assert found == ("states", "gradients is not possible here, and states may not fit")
+
+
+def test_on_a_macs_gpu_nothing_is_put_elsewhere():
+    groups = [{"params": [torch.zeros(3)], "moments": "fp32", "amsgrad": False}]
+    found = choice.choose(groups, "exact", args=SimpleNamespace(device=torch.device("mps")))
+    assert found == (None, "a Mac's GPU has the host's memory")

@@ -326,50 +326,6 @@ def test_writing_to_a_weight_comes_after_its_update():
     assert not model[0].weight.any() and not model[2].weight.any() and not model[2].bias.any()
 
 
-WRITES = {
-    "copy_": lambda p: p.copy_(p.round(decimals=1)),
-    "mul_": lambda p: p.mul_(0.9),
-    "p.data.mul_": lambda p: p.data.mul_(0.9),
-    "p.data =": lambda p: setattr(p, "data", p.data * 0.9),
-}
-
-
-def _written_after_a_step(tier, write):
-    """Weights and states of a bf16 model whose weight somebody writes to right after a step."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(63, 65), nn.Linear(65, 3)).bfloat16()
-    optimizer = AdamW(model.parameters(), lr=0.1, offload=tier)
-    if tier == "overlap":
-        optimizer.follow(model)
-    for step in range(4):
-        model(torch.ones(2, 63).bfloat16()).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step == 1:
-            with torch.no_grad():
-                WRITES[write](model[0].weight)
-            if write == "p.data.mul_":  # which no version shows
-                assert optimizer.forget_stale_remainders() == 1
-    states = optimizer.state_dict()["state"].values()
-    return [p.detach() for p in model.parameters()] + [
-        state["remainder"].view(torch.int16)
-        for state in states  # NaN would equal nothing
-    ]
-
-
-@pytest.mark.filterwarnings("ignore:.*were written by somebody else:UserWarning")
-@pytest.mark.parametrize("order", ["host", "late", "early"])
-@pytest.mark.parametrize("write", WRITES)
-def test_low_bits_do_not_count_beside_a_weight_written_right_after_its_step(
-    write, order, monkeypatch
-):
-    monkeypatch.setattr(pieces, "BUFFER", 4096)  # a weight is in several pieces
-    resident = _written_after_a_step(None, write)
-    with contextlib.nullcontext() if order == "host" else Scheduler(order).installed():
-        overlapped = _written_after_a_step("overlap", write)
-    assert all(map(torch.equal, resident, overlapped))
-
-
 def test_another_dtype_comes_after_the_update():
     model = net()
     after = begun(model)[2]
@@ -583,6 +539,48 @@ def test_without_its_wait_a_weight_is_read_too_early():
         Scheduler(without=("deferred.py", range(first, first + len(lines)))).installed(),
     ):
         trained("overlap")
+
+
+def _halve(param):
+    with torch.no_grad():
+        param.mul_(0.5)
+
+
+def _replace(param):
+    param.data = param.data * 0.5
+
+
+def _lay_otherwise(param):
+    param.data = param.data.t().contiguous().t()
+
+
+def _to_float32(param):
+    param.data = param.data.float()
+
+
+def rewritten(tier, write):
+    """Weights of a training in whose middle somebody writes to all of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 9, bias=False), nn.Linear(9, 5, bias=False)).bfloat16()
+    optimizer = AdamW(model.parameters(), lr=1e-2, offload=tier)
+    if tier == "overlap":
+        optimizer.follow(model)
+    for step in range(4):
+        x = torch.full((3, 16), 0.1 * step + 0.1, dtype=model[0].weight.dtype)
+        model(x).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            for param in model.parameters():
+                write(param)
+    return [param.detach().clone() for param in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:2 bf16 weights were written by somebody else")
+@pytest.mark.parametrize("tier", ["states", "gradients", "overlap"])
+@pytest.mark.parametrize("write", [_halve, _replace, _lay_otherwise, _to_float32])
+def test_weights_written_between_two_steps_train_on_as_without_offload(write, tier):
+    assert all(map(torch.equal, rewritten(tier, write), rewritten(None, write)))
 
 
 class Shift(nn.Module):

@@ -1,5 +1,6 @@
 """How much memory the host has left, and memory that a GPU copies from by itself."""
 
+import contextlib
 import gc
 import os
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastft.optim.offload import host_memory, page_locked
+from fastft.optim.offload import device, host_memory, page_locked
 from fastft.optim.offload.device import Accelerator
 
 GIB = 2**30
+CARD = torch.device("cuda", 1)
 
 
 @pytest.fixture
@@ -78,22 +80,40 @@ class Runtime:
     """What of CUDA's runtime page-locks memory."""
 
     def __init__(self, most=10):
-        self.locked, self.most = {}, most
+        self.locked, self.most, self.calls = {}, most, []
 
     def cudaHostRegister(self, address, size, flags):
         if len(self.locked) == self.most:
             return 2  # cudaErrorMemoryAllocation
         self.locked[address] = size
+        self.calls.append("register")
         return 0
 
     def cudaHostUnregister(self, address):
         del self.locked[address]
+        self.calls.append("unregister")
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """In the place of CUDA's; notes whose context is current, and waits for a device."""
+    runtime = Runtime()
+
+    @contextlib.contextmanager
+    def current(device):
+        runtime.calls.append(f"context {device}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda device: runtime.calls.append(f"wait {device}")
+    )
+    return runtime
 
 
 @pytest.mark.parametrize("size", [1, 63, 100_001])
-def test_page_locked_memory_is_as_large_as_asked_for_and_given_back(monkeypatch, size):
-    runtime = Runtime()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+def test_page_locked_memory_is_as_large_as_asked_for_and_given_back(runtime, size):
     memory = Accelerator(torch.device("cuda")).host_memory(size)
     part = memory[size // 2 :].view(torch.int8)
     assert memory.shape == (size,) and runtime.locked == {memory.data_ptr(): size}
@@ -105,23 +125,47 @@ def test_page_locked_memory_is_as_large_as_asked_for_and_given_back(monkeypatch,
     assert not runtime.locked
 
 
-def test_memory_that_the_driver_does_not_lock_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime(most=0))
+def test_memory_is_unlocked_when_the_device_has_done_its_copies(runtime):
+    memory = page_locked.memory(100, CARD)
+    assert runtime.calls == ["context cuda:1", "register"]
+    del memory
+    assert runtime.calls[2:] == ["wait cuda:1", "unregister"]
+
+
+def test_memory_that_goes_after_cuda_makes_no_noise(runtime, monkeypatch, capfd):
+    def failed(device):
+        raise RuntimeError("CUDA error: driver shutting down")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", failed)
+    memory = page_locked.memory(100, CARD)
+    del memory
+    assert runtime.calls[-1] == "register" and capfd.readouterr().err == ""
+
+
+def test_memory_that_the_driver_does_not_lock_is_a_sentence(runtime):
+    runtime.most = 0
     with pytest.raises(RuntimeError, match=r"does not page-lock 100 more bytes .* error 2"):
-        page_locked.memory(100)
+        page_locked.memory(100, CARD)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
 @pytest.mark.filterwarnings("ignore:.*fork")
-def test_a_process_that_is_forked_neither_copies_nor_unlocks_the_memory(monkeypatch):
-    runtime = Runtime()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    memory = page_locked.memory(100_001)
+def test_a_process_that_is_forked_neither_copies_nor_unlocks_the_memory(runtime):
+    memory = page_locked.memory(100_001, CARD)
     address = f"{memory.data_ptr():x}-"
     assert any(line.startswith(address) for line in Path("/proc/self/maps").open())
     child = os.fork()
     if child == 0:
         there = any(line.startswith(address) for line in Path("/proc/self/maps").open())
         del memory
-        os._exit(there or not runtime.locked)
+        # whose end would unmap what this process has mapped there since
+        pages = [one for one in gc.get_objects() if isinstance(one, page_locked._Pages)]
+        os._exit(there or not runtime.locked or not pages)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_device_without_memory_or_queues_of_its_own_is_refused():
+    with pytest.raises(
+        RuntimeError, match=r"a Mac's GPU has the host's memory .* leave out offload"
+    ):
+        device.of(torch.device("mps"))
