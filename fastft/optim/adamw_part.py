@@ -179,7 +179,7 @@ def samples_of(
     # elsewhere than on a CPU samples would cost launches for each
     kept = tensors.kept if device.type == "cpu" else []
     return [
-        (param, weight_bits.sample(param))
+        (param, weight_bits.sample(tensors.params[place]))  # a DTensor may be awaited
         for place, param in kept
         if places is None or place in places
     ]
