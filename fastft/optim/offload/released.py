@@ -8,6 +8,8 @@ checks. What would need a gradient longer than that is a sentence:
     clipping                needs the norm of all before the first update
     GradScaler              knows of Inf only when backward is over
     a skipped step          cannot be taken back: a warning says of how many parameters
+    a rate, or a weight,    that is changed between backward and `step()` comes too late for the
+                            update: `step()` raises
 
 A backward pass that raises has updated the parameters whose gradients it had made. They are whole,
 with their states and counts; the next `zero_grad()` or `step()` goes on from there.
@@ -47,10 +49,12 @@ class Used:
     Attributes:
         sums: its part of the norm.
         stepped: whether `step()` has counted it.
+        after: the parameter's version behind the update, and what its group had for it.
     """
 
     refusal = _USED_UP
     stepped = False
+    after: tuple[int, list[Any]]
 
     def __init__(self, sums: Tensor) -> None:
         self.sums = sums
@@ -110,6 +114,7 @@ class ReleasedGradients:
         gradient = gradient.detach()
         used = Used(self._part_of_the_norm(optimizer, param, local(gradient)))
         self._update(optimizer, param, gradient)
+        used.after = self._now(optimizer, param)
         self._pending[param] = used
         param.grad = sharded_like(AbsentGradient(local(gradient), used), gradient)
 
@@ -150,7 +155,8 @@ class ReleasedGradients:
         """Counts what backward has updated; updates with what no hook has seen.
 
         Raises:
-            RuntimeError: gradients that an earlier step has counted.
+            RuntimeError: gradients that an earlier step has counted, or an update that did not see
+                what has been changed since.
         """
         self.watch(params)
         for param in params:
@@ -164,11 +170,33 @@ class ReleasedGradients:
                     "step() came a second time after one backward pass, and could not repeat the "
                     f"update: {_USED_UP}"
                 )
+            self._check_unchanged(param, gradient.keeper)
         for param in params:
             if param.grad is not None:
                 local(param.grad).keeper.stepped = True
                 self._pending.pop(param, None)
         self._drop_thrown_away()
+
+    def _now(self, optimizer: AdamW, param: Any) -> tuple[int, list[Any]]:
+        """What an update depends on and others may change: the version of the weight, and options
+        of its group, of tensors their versions."""
+        of_group, _ = self._plans[param].rows[0]
+        group = optimizer.param_groups[of_group]
+        names = ("lr", "weight_decay", "eps", "maximize", "amsgrad")
+        values = [*(group[name] for name in names), *group["betas"]]
+        return param._version, [
+            (id(value), value._version) if isinstance(value, Tensor) else value for value in values
+        ]
+
+    def _check_unchanged(self, param: Any, used: Used) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None and used.after != self._now(optimizer, param):
+            raise RuntimeError(
+                "a weight, or the learning rate or another option of its group, was changed "
+                "between backward and step(), too late for the update, which "
+                "release_gradients=True has made inside backward: change it after step(), or use "
+                "offload='gradients'"
+            )
 
     def zero_grad(self) -> None:
         """Goes on from what has been updated, if no step has counted it."""

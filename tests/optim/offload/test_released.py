@@ -153,6 +153,26 @@ def test_what_needs_a_gradient_later_is_a_sentence(what):
         REFUSED[what](*released())
 
 
+@pytest.mark.parametrize("what", ["lr", "betas", "a tensor of a rate", "a weight"])
+def test_what_changes_between_backward_and_the_step_is_too_late(what):
+    model, rate = build(), torch.tensor(1e-2)
+    tensor_or_number = rate if what == "a tensor of a rate" else 1e-2
+    optimizer = AdamW(model.parameters(), lr=tensor_or_number, release_gradients=True)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    model.zero_grad()
+    loss_of(model, 1).backward()
+    with torch.no_grad():
+        if what == "a weight":
+            model[2].weight.mul_(0.99)
+        elif what == "a tensor of a rate":
+            rate.mul_(0.5)
+        else:
+            optimizer.param_groups[0][what] = {"lr": 1e-3, "betas": (0.8, 0.9)}[what]
+    with pytest.raises(RuntimeError, match="changed between backward and step"):
+        optimizer.step()
+
+
 def test_clipping_in_the_step_is_a_sentence():
     model, optimizer = released()
     with pytest.raises(ValueError, match=r"cannot be clipped to 1\.0"):
