@@ -32,13 +32,19 @@ def assert_same_bits(one, other):
             "states",
             "AdamW exact bf16, states on the host: ",
             marks=pytest.mark.way('`offload="states"`', optimizer="exact"),
+            id="states",
         ),
         pytest.param(
             "gradients",
             "states and gradients on the host: ",
             marks=pytest.mark.way('`offload="gradients"`', optimizer="exact"),
+            id="gradients",
         ),
-        ("auto", "chosen by offload='auto': None, on a CPU the host's memory is the device's"),
+        pytest.param(
+            "auto",
+            "chosen by offload='auto': None, on a CPU the host's memory is the device's",
+            id="auto",
+        ),
     ],
 )
 def test_a_tier_has_the_bits_of_the_resident_training(tmp_path, offload, words):
