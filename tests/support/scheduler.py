@@ -577,24 +577,21 @@ def _weakened(value: Any) -> Any:
         return _Weak(value)
     if isinstance(value, types.FunctionType | functools.partial):
         return _Weakened(value)
-    if type(value) in (list, tuple):
-        return type(value)(map(_weakened, value))
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(map(_weakened, value))
-    if type(value) is dict:
-        return {key: _weakened(entry) for key, entry in value.items()}
-    return value
+    return _with_entries(value, _weakened)
 
 
 def _strong(value: Any) -> Any:
-    if isinstance(value, _Weak):
-        return value.needed()
+    return value.needed() if isinstance(value, _Weak) else _with_entries(value, _strong)
+
+
+def _with_entries(value: Any, of: Callable[[Any], Any]) -> Any:
+    """A container with `of` each of its entries; anything else as it is."""
     if type(value) in (list, tuple):
-        return type(value)(map(_strong, value))
+        return type(value)(map(of, value))
     if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(map(_strong, value))
+        return value._make(map(of, value))
     if type(value) is dict:
-        return {key: _strong(entry) for key, entry in value.items()}
+        return {key: of(entry) for key, entry in value.items()}
     return value
 
 

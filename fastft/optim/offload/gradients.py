@@ -153,6 +153,7 @@ class Lane:
         self.engine = norm_engine(impl, device)
         self.fetch, self.send = self.place.queue(), self.place.queue()
         self.flying: deque[_InUse] = deque()
+        self._bytes_flying = 0
         self.stages: deque[_InUse] = deque()
         self.owners: list[Queue] = []  # of the memory that lasts
 
@@ -214,7 +215,7 @@ class Lane:
             stage = self.stages.popleft()
             if len(stage.memory) >= size:
                 return stage
-            self.flying.append(stage)
+            self._take_off(stage)
         return _InUse(self.memory(size), now, now.record())
 
     def _take_part(self, slot: Slot, run: slice, numbers: Tensor) -> None:
@@ -226,12 +227,17 @@ class Lane:
 
     def _depart(self, slot: Slot, gradient: Tensor, queue: Queue) -> None:
         slot.sent = self.send.record()
-        self.flying.append(_InUse(gradient, queue, slot.sent))
-        while len(self.flying) > 1 and sum(use.memory.nbytes for use in self.flying) > IN_FLIGHT:
+        self._take_off(_InUse(gradient, queue, slot.sent))
+        while len(self.flying) > 1 and self._bytes_flying > IN_FLIGHT:
             self._land()
+
+    def _take_off(self, use: _InUse) -> None:
+        self.flying.append(use)
+        self._bytes_flying += use.memory.nbytes
 
     def _land(self) -> None:
         use = self.flying.popleft()
+        self._bytes_flying -= use.memory.nbytes
         use.queue.wait(use.end)
 
     def arrive(self) -> None:

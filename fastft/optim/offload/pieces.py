@@ -18,7 +18,6 @@ from fastft.optim.moments_8bit import BLOCK
 # Bytes of one of the two buffers. PCIe 4 needs 2.6 ms for so many, tens of times what it takes to
 # launch the copies and the kernel of a piece; more would only take memory from the model.
 BUFFER = 64 * 2**20
-STAGING = 2 * BUFFER
 ALIGNMENT = 128  # bytes: whatever lies in a buffer begins at a cache line of the device
 _UNIT = 512  # elements between cuts: whole blocks of the kernels
 _ROWS = 8  # between cuts of 8-bit moments, so that cuts are at whole 16 bytes and random blocks

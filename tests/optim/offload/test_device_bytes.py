@@ -19,7 +19,6 @@ OF_LAYER = WIDTH * WIDTH * 2
 @pytest.fixture(autouse=True)
 def little_staging(monkeypatch):
     monkeypatch.setattr(pieces, "BUFFER", 8192)
-    monkeypatch.setattr(pieces, "STAGING", 2 * 8192)
     monkeypatch.setattr(gradients, "IN_FLIGHT", OF_LAYER)
     monkeypatch.setattr(gradients, "STAGE", 2048)
 

@@ -1,5 +1,6 @@
 """offload="states": the bits of the resident step, wherever states lie and however they are cut."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -37,6 +38,13 @@ def small_pieces(monkeypatch):
 def assert_same(one, other):
     for mine, theirs in zip(one, other, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def assert_trains_as_resident(trained, staged):
+    """`trained(offload)` gives the bits of `trained(None)`, on the host or through a device."""
+    with Scheduler("late").installed() if staged else contextlib.nullcontext():
+        offloaded = trained("states")
+    assert_same(offloaded, trained(None))
 
 
 def pieces_of(optimizer):
@@ -87,13 +95,7 @@ def test_parameters_and_gradients_that_lie_in_any_way(layout, moments, staged):
             optimizer.step()
         return [param.detach(), *optimizer.state[param].values()]
 
-    resident = trained(None)
-    if staged:
-        with Scheduler("late").installed():
-            offloaded = trained("states")
-    else:
-        offloaded = trained("states")
-    assert_same(offloaded, resident)
+    assert_trains_as_resident(trained, staged)
 
 
 def test_a_gradient_of_another_dtype_takes_the_engine_that_the_resident_step_takes():
@@ -202,13 +204,7 @@ def test_late_frozen_and_moved_parameters_and_replaced_states(staged):
         state["exp_avg"] = torch.full_like(state["exp_avg"], 0.5)
         return training.step().values()
 
-    resident = trained(None)
-    if staged:
-        with Scheduler("late").installed():
-            offloaded = trained("states")
-    else:
-        offloaded = trained("states")
-    assert_same(offloaded, resident)
+    assert_trains_as_resident(trained, staged)
 
 
 def test_gradscaler_skips_and_unscales_as_resident():
