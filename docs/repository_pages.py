@@ -16,6 +16,7 @@ SHOWN = [
     "docs/*.md",
     "docs/*.svg",
     "benchmarks/NOTES.md",
+    "examples/*.py",
     "benchmarks/results/*.md",
     "benchmarks/results/*.png",
     "benchmarks/results/*.json",
