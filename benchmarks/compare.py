@@ -139,7 +139,7 @@ def compare(
     what the bytes and products take at the highest rate that was seen on this machine.
     """
     check()
-    runs = {"ours": ours, **rivals, **({"bare work": bare} if bare else {})}
+    runs = {"ours": ours, **rivals, **({turns.BARE: bare} if bare else {})}
     hosts: dict[str, list[float]] = {name: [] for name in runs}
     if benchmark.disabled:
         for run in runs.values():
@@ -166,7 +166,7 @@ def compare(
             name: round(1e3 * statistics.median(all_of), 4) for name, all_of in hosts.items()
         }
     if bare:
-        info["times_the_bare_work"] = round(times.median("ours") / times.median("bare work"), 3)
+        info["times_the_bare_work"] = round(times.median("ours") / times.median(turns.BARE), 3)
     if bytes_moved:
         info["bytes_moved"] = int(bytes_moved)
         info["gigabytes_per_second"] = round(bytes_moved / times.median("ours") / 1e9, 2)
@@ -189,5 +189,5 @@ def keep(info: dict[str, Any], times: turns.Times) -> None:
     info["times_faster_than"] = {
         name: round(times.median(name) / times.median("ours"), 3)
         for name in names
-        if name not in ("ours", "bare work")
+        if name not in ("ours", turns.BARE)
     }

@@ -2,11 +2,13 @@
 renews the pages that are made of these files (report.py).
 
 python benchmarks/record.py [--only adamw collator] [--goals] [--rows EXPRESSION]
+python benchmarks/record.py --ledger FILE
 
 Each case is in results/<machine>/<op>.jsonl as soon as it ends, and a failing one stops no other;
-that file goes when all have passed. Rows that were measured anew take the place of those of that
-name, with --only, --goals and --rows the others stay. The exit status is 1 where a case has failed;
-a row whose times scatter is named, here and in the report.
+that file goes when all have passed. --ledger takes what `make gpu-check` has measured. Rows that
+were measured anew take the place of those of that name; with --goals and --rows the others stay.
+The exit status is 1 where a case has failed; a row whose times scatter is named, here and in the
+report.
 """
 
 from __future__ import annotations
@@ -52,6 +54,18 @@ def write(path: Path, where: dict[str, Any], rows: list[Row], keep_others: bool)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def taken(path: Path) -> list[str]:
+    """Files the rows of a ledger of `make gpu-check`; sentences about cases that have failed."""
+    ledger = Ledger(path)
+    where = next(line["facts"] for line in ledger.lines() if "facts" in line)
+    folder = report.RESULTS / machine.name(where)
+    folder.mkdir(exist_ok=True)
+    for stem in stems(None, gpu=True):
+        if rows := rows_of(ledger, "ops", stem):
+            write(folder / f"{stem}.json", where, rows, keep_others=False)
+    return failures(ledger, "ops")
+
+
 def measure(
     stem: str, folder: Path, where: dict[str, Any], options: argparse.Namespace
 ) -> list[str]:
@@ -82,7 +96,12 @@ def main() -> None:
     parser.add_argument("--only", help="the stems of some benchmark files, e.g. adamw", nargs="+")
     parser.add_argument("--rows", help="part of the names of rows, e.g. '50M'", default="")
     parser.add_argument("--goals", help="the rows of goals.py alone", action="store_true")
+    parser.add_argument("--ledger", help="<gpu>.jsonl of make gpu-check", type=Path)
     options = parser.parse_args()
+    if options.ledger:
+        print("\n".join(taken(options.ledger)))
+        report.write()
+        return
     where = machine.facts()
     folder = report.RESULTS / machine.name(where)
     folder.mkdir(parents=True, exist_ok=True)

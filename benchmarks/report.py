@@ -47,7 +47,7 @@ HEAD = """# Measured
 
 Ours and its rivals run by turns in one process, each case after its results passed a check
 (`benchmarks/compare.py`). A time is a median; IQR is the largest interquartile range of what is in
-the row (ours, rivals, bare work) as a share of its median: above 5 % all was measured again, up to
+the row (ours, rivals) as a share of its median: above 5 % all was measured again, up to
 four times, above 10 % the row counts as failed. Above 1 ours is faster; **bold** is slower.
 
 *Bare work* is what cannot be left out, done alone: products, or reading and writing as many bytes.

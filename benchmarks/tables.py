@@ -10,15 +10,16 @@ from turns import FAILED
 Row = dict[str, Any]
 
 
-def rows_of(ledger: Ledger, part: str) -> list[Row]:
+def rows_of(ledger: Ledger, part: str, stem: str | None = None) -> list[Row]:
     """What the cases of a part have found, with the name of each; nothing of those that have
-    failed or measured nothing."""
-    lines = [line for line in ledger.cases(part).values() if line["outcome"] == "passed"]
-    return [
-        {"name": line["case"].partition("::")[2].removeprefix("test_"), **line["found"]}
-        for line in lines
-        if line.get("found")
-    ]
+    failed or measured nothing. `stem`: of the one file that is asked for."""
+    rows = []
+    for line in ledger.cases(part).values():
+        path, _, case = line["case"].partition("::")
+        asked = stem is None or path.endswith(f"test_{stem}.py")
+        if asked and line["outcome"] == "passed" and line.get("found"):
+            rows.append({"name": case.removeprefix("test_"), **line["found"]})
+    return rows
 
 
 def failures(ledger: Ledger, part: str) -> list[str]:

@@ -3,9 +3,9 @@
 A turn is every run once, so that a slow moment of the machine hits all of them alike. Turns before
 the first that counts warm what a run needs (first touches, thread pools, caches), until no run is
 faster than it was: a row is the same whatever has run before it in its process. A sample is a run's
-median over as many turns as take 20 ms: one where they take longer. A row is steady where the
-quartiles of every run's samples lie within 5 % of its median; else all is measured again, at most
-four times, and the steadiest attempt is kept, whosever times are in it.
+median over as many turns as take 60 ms: one where they take longer. A row is steady where the
+quartiles of ours, and of every rival, are at most 5 % of the median apart; else all is measured
+again, at most four times, and the steadiest attempt is kept, whomever it favours.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ STEADY, FAILED = 0.05, 0.10  # interquartile range over median: measured again, 
 ATTEMPTS, FEWEST, MOST = 4, 5, 41  # attempts; samples of one
 SECONDS = 2.5  # of one attempt where the fewest samples allow it
 _PATIENCE = 3.0  # times the seconds of an attempt: for more no other one begins
-_SAMPLE = 0.02
+_SAMPLE = 0.06
 _AS_FAST = 0.95
+BARE = "bare work"
 
 
 class Times(NamedTuple):
@@ -38,8 +39,8 @@ class Times(NamedTuple):
         return low, high
 
     def spread(self) -> float:
-        """The largest interquartile range of a run, as a share of its median."""
-        ranges = {name: self.quartiles(name) for name in self.samples}
+        """The largest interquartile range of a run but the bare work, as a share of its median."""
+        ranges = {name: self.quartiles(name) for name in self.samples if name != BARE}
         return max((high - low) / self.median(name) for name, (low, high) in ranges.items())
 
 

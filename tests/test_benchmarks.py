@@ -313,3 +313,21 @@ def of_benchmarks() -> Any:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def test_rows_of_a_day_with_a_gpu_are_filed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = pytest.importorskip("record")
+    ledger = record.Ledger(tmp_path / "stub.jsonl")
+    ledger.append(part="machine", facts={"gpu": "Stub H100 80GB", "commit": None})
+    case = "benchmarks/test_adamw.py::test_adamw[50M_fp32]"
+    found = {"median_ms": {"ours": 2.0}, "times_faster_than": {}}
+    ledger.append(part="ops", case=case, outcome="passed", found=found)
+    ledger.append(
+        part="ops", case="benchmarks/test_plan.py::test_plan", outcome="failed", said="no"
+    )
+    monkeypatch.setattr(record.report, "RESULTS", tmp_path)
+    assert record.taken(ledger.path) == ["benchmarks/test_plan.py::test_plan failed: no"]
+    (row,) = json.loads((tmp_path / "stub-h100-80gb" / "adamw.json").read_text())["rows"]
+    assert row["name"] == "adamw[50M_fp32]" and row["median_ms"] == {"ours": 2.0}
