@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import STREAMS, random_bits, swap_bytes
 from fastft.optim.factory import with_fp32_moments
-from fastft.optim.moments_8bit import has_codes
+from fastft.optim.moment_blocks import has_codes
 
 CHUNK = 1 << 15  # elements that are rounded at once: they stay in the cache
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastft.optim.adamw import AdamW
-from fastft.optim.moments_8bit import ENTRIES, dequantise
+from fastft.optim.moment_blocks import ENTRIES
+from fastft.optim.moments_8bit import dequantise
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
