@@ -110,8 +110,8 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     Raises:
         RuntimeError: the engine asked for cannot compute one of the gradients; says why.
     """
-    # the usual case, quickly: to look here at what the kernel looks at, devices, dtypes and layouts,
-    # would cost as much as the norm of 1000 small gradients
+    # the usual case, quickly: to look here at what the kernel looks at, devices, dtypes and
+    # layouts, would cost as much as the norm of 1000 small gradients
     if set(map(type, grads)) == {Tensor} and GRAD_NORM.resolve(impl, grads[0].device) != "eager":
         total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
         with contextlib.suppress(RuntimeError):
