@@ -18,7 +18,7 @@
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
-# make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked
+# make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked, with hashes
 # make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under ten
 #                minutes; PART="smoke ops": only these; results go to $OUT if that is set, else to benchmarks/results
 
@@ -136,6 +136,7 @@ dist: $(PACKERS)
 		--wheel-dir dist build/dist/*.whl
 	mv build/dist/*.tar.gz dist
 	$(BIN)/twine check --strict dist/*
+	cd dist && sha256sum *.whl *.tar.gz > SHA256SUMS
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(PART)

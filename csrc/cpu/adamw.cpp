@@ -73,8 +73,8 @@ struct Bound {
       : tensors(std::move(checked)), written(tensors.rows.size()) {}
 };
 
-// Says whether sections of the checksum are parts of a processor's part: rows of 8-bit moments may
-// cut them otherwise.
+// Says whether sections of the checksum are parts of a processor's part: rows of codes may cut them
+// otherwise.
 bool summed(const AdamwTensor& t) {
   return t.residue && (t.columns == t.numel || t.columns % fastft::kSection == 0);
 }

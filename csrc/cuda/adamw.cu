@@ -76,6 +76,7 @@ class Bound {
   explicit Bound(fastft::AdamwTensors&& checked)
       : tensors(std::move(checked)), kernel_(kernel_for(tensors.rows)) {
     for (const AdamwTensor& t : tensors.rows) {
+      FT_CHECK(!t.four_bit, "adamw_: the CUDA engine has no 4-bit moments");
       first_block_.push_back(uint32_t(blocks_));
       blocks_ += t.columns ? (moment_blocks(t) + kMomentBlocks - 1) / kMomentBlocks
                            : (t.numel + kChunk - 1) / kChunk;

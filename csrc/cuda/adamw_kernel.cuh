@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of_processor(kKept))
                       row.first,
                       row.row,
                       kKept < kNoEightBit ? AdamwRounding(kKept) : row.rounding,
-                      kKept < kNoEightBit ? false : row.bf16_moments};
+                      kKept < kNoEightBit ? false : row.bf16_moments,
+                      kKept == kAnyhow && row.four_bit};
   const AdamwHyper h = step.hyper ? step.hyper[t.row] : step.own[t.row];
   if (h.step == 0.0f) return;  // the step is skipped
   const void* grads = global(step.grads[tensor]);

@@ -227,8 +227,11 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
         count = float(step)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"the loaded step of {owner} must be a number, got {step!r}") from None
-    if not 0 <= count < float("inf"):
-        raise ValueError(f"the loaded step of {owner} must be finite and not negative, got {count}")
+    if not 0 <= count < float("inf") or count % 1:
+        raise ValueError(
+            f"the loaded step of {owner} must be a whole number, finite and not negative, "
+            f"got {count}"
+        )
     _check_codes(entries, owner)
     _check_no_codes_as_numbers(entries, owner)
     eight_bit = moments_8bit.SCALES[0] in entries

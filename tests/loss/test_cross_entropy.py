@@ -434,6 +434,7 @@ GOOD = {"input": torch.randn(4, 7), "target": torch.tensor([0, 6, -100, 3])}
         ),
         ({"num_items": "8"}, TypeError, "num_items must be a number or a tensor of one, got str"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+        ({"ignore_index": -(2**70)}, ValueError, "ignore_index must fit into int64"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
         ({"weight": [1.0] * 7}, TypeError, "weight must be a torch.Tensor, got list"),
         (

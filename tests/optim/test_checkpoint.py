@@ -203,6 +203,7 @@ REFUSED = {  # of the first parameter's state: what it has become, the error, an
         ValueError,
         "step of parameter 0.*not negative, got -5",
     ),
+    "half a step": ({"step": 1.5}, ValueError, "step of parameter 0.*whole number.*got 1.5"),
     "step NaN": ({"step": float("nan")}, ValueError, "step of parameter 0.*finite"),
     "step as text": (
         {"step": "three"},
