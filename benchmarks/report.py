@@ -45,10 +45,10 @@ HEAD = """# Measured
 
 *This page and its pictures are made of the JSON files beside it by `python benchmarks/report.py`.*
 
-Ours and its rivals run by turns in one process, each case after its results passed a check
+Ours runs by turns with each rival in one process, after its results passed a check
 (`benchmarks/compare.py`). A time is a median; IQR is the largest interquartile range of what is in
-the row (ours, rivals) as a share of its median: above 5 % all was measured again, up to
-four times, above 10 % the row counts as failed. Above 1 ours is faster; **bold** is slower.
+the row (ours, rivals) as a share of its median: above 5 % all was measured again, up to four times,
+above 10 % the row counts as failed. Above 1 ours is faster; **bold** is slower.
 
 *Bare work* is what cannot be left out, done alone: products, or reading and writing as many bytes.
 It can be beaten, by who is spared a part of it. The *bound* cannot: bytes (of rows that no cache

@@ -293,7 +293,7 @@ def test_adamw_8bit(benchmark, small, dtype):
     }
     benchmark.pedantic(runs["ours"])
     if not small:
-        keep(benchmark.extra_info, turns.by_turns(runs))
+        keep(benchmark.extra_info, {"bitsandbytes": turns.by_turns(runs)})
         print(f"\n{benchmark.name}: {benchmark.extra_info}")
 
 

@@ -29,8 +29,6 @@ def test_import(benchmark, small):
 
     benchmark.pedantic(lambda: imported(1))
     if not small:
-        keep(
-            benchmark.extra_info,
-            turns.by_turns({"ours": lambda: imported(1), "torch": lambda: imported(0)}),
-        )
+        runs = {"ours": lambda: imported(1), "torch": lambda: imported(0)}
+        keep(benchmark.extra_info, {"torch": turns.by_turns(runs)})
         print(f"\n{benchmark.name}: {benchmark.extra_info}")

@@ -1,11 +1,12 @@
 """Statistics of runs by turns: how often each runs, until which its times are steady, what is kept.
 
-A turn is every run once, so that a slow moment of the machine hits all of them alike. Turns before
+A turn is every run once, mostly ours and one rival, so that a slow moment of the machine hits both
+alike, and each finds the caches as the other one leaves them. Turns before
 the first that counts warm what a run needs (first touches, thread pools, caches), until no run is
 faster than it was: a row is the same whatever has run before it in its process. A sample is a run's
 median over as many turns as take 60 ms: one where they take longer. A row is steady where the
-quartiles of ours, and of every rival, are at most 5 % of the median apart; else all is measured
-again, at most four times, and the steadiest attempt is kept, whomever it favours.
+quartiles of each run are at most 5 % of the median apart; else all is measured again, at most four
+times, and the steadiest attempt is kept, whomever it favours.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from typing import NamedTuple
 
 STEADY, FAILED = 0.05, 0.10  # interquartile range over median: measured again, a failure
 ATTEMPTS, FEWEST, MOST = 4, 5, 41  # attempts; samples of one
-SECONDS = 2.5  # of one attempt where the fewest samples allow it
+SECONDS = 1.5  # of one attempt where the fewest samples allow it
 _PATIENCE = 3.0  # times the seconds of an attempt: for more no other one begins
 _SAMPLE = 0.06
 _AS_FAST = 0.95
-BARE = "bare work"
 
 
 class Times(NamedTuple):
@@ -39,8 +39,8 @@ class Times(NamedTuple):
         return low, high
 
     def spread(self) -> float:
-        """The largest interquartile range of a run but the bare work, as a share of its median."""
-        ranges = {name: self.quartiles(name) for name in self.samples if name != BARE}
+        """The largest interquartile range of a run, as a share of its median."""
+        ranges = {name: self.quartiles(name) for name in self.samples}
         return max((high - low) / self.median(name) for name, (low, high) in ranges.items())
 
 
