@@ -434,10 +434,10 @@ def test_recording_keeps_what_was_measured_before_a_failure(
     monkeypatch.setattr(one_by_one, "run", run)
     monkeypatch.setattr(sys, "argv", ["record.py", "--only", "adamw"])
     monkeypatch.setenv("PATH", "")  # no git
-    with pytest.raises(SystemExit, match=r"have failed: .*here/"):
+    with pytest.raises(SystemExit, match=r"have failed: .*here/record.jsonl"):
         record.main()
     assert "test_two failed: MemoryError" in capfd.readouterr().out
     recorded = json.loads((tmp_path / "here" / "adamw.json").read_text())
     (row,) = recorded["rows"]
     assert row["name"] == "one" and row["commit"] is None is recorded["machine"]["commit"]
-    assert len(lines(tmp_path / "here" / "adamw.jsonl")) == 2
+    assert len(lines(tmp_path / "here" / "record.jsonl")) == 2
