@@ -261,9 +261,18 @@ def _alike(
                 f"it takes gradients of their parameters' dtypes; parameter {i} is {param.dtype}, "
                 f"its gradient {grad.dtype}"
             )
-    if device.type != "cpu" and any(exp_avg.dtype == torch.uint8 for exp_avg in exp_avgs):
-        return "it has no kernel for 4-bit moments"
     return None
+
+
+def _alike_without_4_bits(
+    device: torch.device,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor] = (),
+) -> str | None:
+    if any(exp_avg.dtype == torch.uint8 for exp_avg in exp_avgs):
+        return "it has no kernel for 4-bit moments"
+    return _alike(device, params, grads)
 
 
 ADAMW = ops.Operator(
@@ -271,7 +280,7 @@ ADAMW = ops.Operator(
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, "
     "Tensor grad_factor, int seed) -> ()",
     _adamw_reference,
-    engines=dict.fromkeys(("cpp", "cuda", "triton"), _alike),
+    engines={"cpp": _alike, "cuda": _alike, "triton": _alike_without_4_bits},
 )
 # Of the native engines only (`Binding`); csrc/cpu/adamw.cpp says why.
 ops.library.define(
