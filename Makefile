@@ -15,6 +15,7 @@
 #                qemu-user; part of test-all)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
+# make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
@@ -28,6 +29,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
 LOCKED ?= requirements/locked.txt
+SECONDS ?= 60
+SEED ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --no-compile $(addprefix -c ,$(LOCKED))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -40,7 +43,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench kernels compare-public sweep lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench kernels compare-public sweep fuzz lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -124,6 +127,10 @@ sweep: native
 		--packing-matrix benchmarks/results/packing.md
 	$(PYTEST) -m "sweep or not sweep" tests/integrations/test_image_packing.py \
 		--image-packing benchmarks/results/packing-images.md
+
+fuzz: native
+	$(PYTEST) tests/fuzz --fuzz-seconds $(SECONDS) --fuzz-seed $(SEED) --junit-xml build/fuzz.xml; tested=$$?; \
+	grep -o 'name="fuzzed" value="[^"]*"' build/fuzz.xml | cut -d '"' -f 4; exit $$tested
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist

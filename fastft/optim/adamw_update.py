@@ -249,20 +249,20 @@ def store_value(
         (split_master if residue.dtype == torch.int16 else _split_kahan)(result, param, residue)
 
 
-def _suits(
+def _alike(
     device: torch.device,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor] = (),
 ) -> str | None:
-    if any(exp_avg.dtype == torch.uint8 for exp_avg in exp_avgs):
-        return "it has no kernel for 4-bit moments"
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if param.dtype != grad.dtype:
             return (
                 f"it takes gradients of their parameters' dtypes; parameter {i} is {param.dtype}, "
                 f"its gradient {grad.dtype}"
             )
+    if device.type != "cpu" and any(exp_avg.dtype == torch.uint8 for exp_avg in exp_avgs):
+        return "it has no kernel for 4-bit moments"
     return None
 
 
@@ -271,7 +271,7 @@ ADAMW = ops.Operator(
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, "
     "Tensor grad_factor, int seed) -> ()",
     _adamw_reference,
-    engines=dict.fromkeys(("cpp", "cuda", "triton"), _suits),
+    engines=dict.fromkeys(("cpp", "cuda", "triton"), _alike),
 )
 # Of the native engines only (`Binding`); csrc/cpu/adamw.cpp says why.
 ops.library.define(

@@ -102,7 +102,7 @@ def unfitting(m, v):
 
 def huge(m, v):
     m *= F32(1e18)
-    v *= F32(1e33)
+    v *= F32(1e29)
 
 
 KINDS = {f.__name__: f for f in (outliers, zeros, spoilt, tiny, unfitting, huge, lambda m, v: None)}
