@@ -249,12 +249,7 @@ def store_value(
         (split_master if residue.dtype == torch.int16 else _split_kahan)(result, param, residue)
 
 
-def _alike(
-    device: torch.device,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor] = (),
-) -> str | None:
+def _alike(device: torch.device, params: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if param.dtype != grad.dtype:
             return (
@@ -264,23 +259,12 @@ def _alike(
     return None
 
 
-def _alike_without_4_bits(
-    device: torch.device,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor] = (),
-) -> str | None:
-    if any(exp_avg.dtype == torch.uint8 for exp_avg in exp_avgs):
-        return "it has no kernel for 4-bit moments"
-    return _alike(device, params, grads)
-
-
 ADAMW = ops.Operator(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table, Tensor hyper, "
     "Tensor grad_factor, int seed) -> ()",
     _adamw_reference,
-    engines={"cpp": _alike, "cuda": _alike, "triton": _alike_without_4_bits},
+    engines=dict.fromkeys(("cpp", "cuda", "triton"), _alike),
 )
 # Of the native engines only (`Binding`); csrc/cpu/adamw.cpp says why.
 ops.library.define(
