@@ -31,7 +31,7 @@ def reason_against() -> str | None:
 
 def is_faster() -> bool:
     """Whether oneDNN's products have wider instructions than MKL's."""
-    return reason_against() is None and torch.backends.mkldnn.enabled
+    return reason_against() is None and bool(torch.backends.mkldnn.enabled)
 
 
 def _processor() -> str:

@@ -86,7 +86,7 @@ def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and input.numel() >= _ROWS * weight.shape[1]
         and weight.is_contiguous()
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not is_watched()
     )
 
