@@ -15,10 +15,11 @@
 #                qemu-user; part of test-all)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
+# make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
-# make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked
+# make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked, with hashes
 # make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under ten
 #                minutes; PART="smoke ops": only these; results go to $OUT if that is set, else to benchmarks/results
 
@@ -28,6 +29,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
 LOCKED ?= requirements/locked.txt
+SECONDS ?= 60
+SEED ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --no-compile $(addprefix -c ,$(LOCKED))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -40,7 +43,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench kernels compare-public sweep lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench kernels compare-public sweep fuzz lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -125,6 +128,10 @@ sweep: native
 	$(PYTEST) -m "sweep or not sweep" tests/integrations/test_image_packing.py \
 		--image-packing benchmarks/results/packing-images.md
 
+fuzz: native
+	$(PYTEST) tests/fuzz --fuzz-seconds $(SECONDS) --fuzz-seed $(SEED) --junit-xml build/fuzz.xml; tested=$$?; \
+	grep -o 'name="fuzzed" value="[^"]*"' build/fuzz.xml | cut -d '"' -f 4; exit $$tested
+
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
 
@@ -136,6 +143,7 @@ dist: $(PACKERS)
 		--wheel-dir dist build/dist/*.whl
 	mv build/dist/*.tar.gz dist
 	$(BIN)/twine check --strict dist/*
+	cd dist && sha256sum *.whl *.tar.gz > SHA256SUMS
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(PART)

@@ -32,6 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addoption(
             option, metavar="FILE", help=f"where the page of {name!r} is written (make sweep)"
         )
+    parser.addoption("--fuzz-seconds", type=float, help="how long each room of tests/fuzz is tried")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="of the first round of cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:

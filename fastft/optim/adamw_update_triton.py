@@ -37,7 +37,7 @@ from torch import Tensor
 from fastft import ops
 from fastft.optim.adamw_update import RESIDUES, ROUNDS, STREAMS, Rounding
 from fastft.optim.device_counts import is_capturing
-from fastft.optim.moments_8bit import BLOCK, scale_shape
+from fastft.optim.moment_blocks import BLOCK, scale_shape
 
 _COLUMNS = tl.constexpr(13)
 _HYPER = tl.constexpr(9)

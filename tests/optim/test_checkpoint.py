@@ -203,6 +203,7 @@ REFUSED = {  # of the first parameter's state: what it has become, the error, an
         ValueError,
         "step of parameter 0.*not negative, got -5",
     ),
+    "half a step": ({"step": 1.5}, ValueError, "step of parameter 0.*whole number.*got 1.5"),
     "step NaN": ({"step": float("nan")}, ValueError, "step of parameter 0.*finite"),
     "step as text": (
         {"step": "three"},
@@ -270,7 +271,7 @@ CODED = {  # the same, of 8-bit moments
     "without both scales": (
         {"exp_avg_scale": Ellipsis, "exp_avg_sq_scale": Ellipsis},
         ValueError,
-        "8-bit moments of parameter 0 lack exp_avg_scale, exp_avg_sq_scale",
+        "moments of parameter 0 are codes and lack exp_avg_scale, exp_avg_sq_scale",
     ),
     "scales of another tensor": (
         {"exp_avg_scale": torch.ones(9, 1)},
@@ -287,10 +288,15 @@ CODED = {  # the same, of 8-bit moments
         ValueError,
         "exp_avg of parameter 0.*torch.int8",
     ),
-    "codes under the other dtype": (
+    "codes under another dtype": (
+        {"exp_avg": torch.ones(70, 73, dtype=torch.int16)},
+        ValueError,
+        "exp_avg of parameter 0.*must be torch.int8 or torch.uint8, is torch.int16",
+    ),
+    "codes under that of 4 bits": (
         {"exp_avg": torch.ones(70, 73, dtype=torch.uint8)},
         ValueError,
-        "exp_avg of parameter 0.*must be torch.int8, is torch.uint8",
+        r"exp_avg of parameter 0 has shape \(70, 73\); \(70, 73\) codes need \(70, 37\)",
     ),
 }
 

@@ -21,7 +21,7 @@ from support.adamw_steps import (
 from support.trainers import tiny_llama
 from torch.nn import Parameter
 
-from fastft.optim import moments_8bit
+from fastft.optim import moment_blocks, moment_codes, moments_8bit
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import adamw
 
@@ -29,8 +29,8 @@ SHAPES = [(5, 1), (3, 63), (4, 507), (2, 3, 7), (9,), (70, 128), (2, 1000), (0, 
 
 
 def codes_of(m, v):
-    state = moments_8bit.new_entries(m)
-    names = moments_8bit.ENTRIES
+    state = moment_codes.new_entries(m, "8bit")
+    names = moment_blocks.ENTRIES
     moments_8bit.quantise(m, v, tuple(state[name] for name in names))
     return tuple(state[name] for name in names)
 
@@ -171,7 +171,7 @@ def test_moments_beside_a_code_have_the_same_bits(columns):
         for step in range(40):  # with betas[0] = 0 the first moment is the gradient
             param.grad = grads * 2.0**-step
             optimizer.step()
-            entries += [optimizer.state[param][name].clone() for name in moments_8bit.ENTRIES]
+            entries += [optimizer.state[param][name].clone() for name in moment_blocks.ENTRIES]
         runs.append(entries)
     for eager, cpp in zip(*runs, strict=True):
         assert torch.equal(eager, cpp)
@@ -184,7 +184,7 @@ def test_rows_do_not_depend_on_each_other(impl, columns):
     whole."""
     from fastft.optim.adamw_update import ADAMW
 
-    names = moments_8bit.ENTRIES
+    names = moment_blocks.ENTRIES
 
     def step(param, grad, state, first, number):
         table = torch.tensor([[0, 0, 0, first]])
@@ -195,7 +195,7 @@ def test_rows_do_not_depend_on_each_other(impl, columns):
 
     whole = start([(9, columns)])[0].detach()
     parts = [whole[:4].clone(), whole[4:].clone()]
-    states = [moments_8bit.new_entries(tensor) for tensor in (whole, *parts)]
+    states = [moment_codes.new_entries(tensor, "8bit") for tensor in (whole, *parts)]
     for number, (grad,) in enumerate(gradients([(9, columns)], 5), 1):
         step(whole, grad, states[0], 0, float(number))
         step(parts[0], grad[:4].clone(), states[1], 0, float(number))
@@ -209,7 +209,7 @@ def test_rows_do_not_depend_on_each_other(impl, columns):
 def test_parts_of_a_vector_that_begin_with_a_block_have_the_bits_of_the_whole(cut, same):
     """A flat vector cut anew among processes: exact where every part begins at a multiple of
     128."""
-    size, names = 9000, moments_8bit.ENTRIES
+    size, names = 9000, moment_blocks.ENTRIES
     m, v = torch.randn(size, generator=torch.Generator().manual_seed(1)), torch.rand(size)
     whole, parts = codes_of(m, v), [codes_of(m[:cut], v[:cut]), codes_of(m[cut:], v[cut:])]
     joined = [torch.cat([part[i] for part in parts], 0 if i < 2 else 1) for i in range(len(names))]
@@ -242,7 +242,7 @@ def test_states_have_the_promised_form():
         assert (entries["exp_avg"].dtype, entries["exp_avg_sq"].dtype) == (torch.int8, torch.uint8)
         rows = 1 if weight.ndim == 1 else len(weight)
         blocks = -(-(weight.numel() // rows) // 128) if rows else 1
-        for name in moments_8bit.SCALES:
+        for name in moment_blocks.SCALES:
             assert entries[name].dtype == torch.float32 and entries[name].shape == (rows, blocks)
 
 
@@ -253,7 +253,7 @@ def test_a_flat_part_of_many_parameters_is_in_8_bits(dtype):
     optimizer = AdamW(flat, moments="8bit", seed=1)
     train(optimizer, gradients([(40_064,)], 2))
     state = optimizer.state[flat[0]]
-    kept = sum(state[name].nbytes for name in moments_8bit.ENTRIES)
+    kept = sum(state[name].nbytes for name in moment_blocks.ENTRIES)
     assert kept == 2 * 40_064 + 2 * 4 * 40_064 // 128
 
 
@@ -277,7 +277,7 @@ def test_into_torchs_form_and_back():
     for param in ours.param_groups[0]["params"]:
         if param.ndim > 1 or len(param) > 4096:
             decoded = moments_8bit.dequantise(
-                *(ours.state[param][name] for name in moments_8bit.ENTRIES)
+                *(ours.state[param][name] for name in moment_blocks.ENTRIES)
             )
             at = next(
                 other for other, mine in zip(wide.state, ours.state, strict=True) if mine is param
@@ -309,7 +309,7 @@ def test_codes_that_were_read_as_numbers_are_refused(shape, moments, tmp_path):
     assert loaded["optimizer"]["state"][0]["exp_avg"].abs().max() == 127
     loaded["optimizer"]["param_groups"] = other.state_dict()["param_groups"]
     with pytest.raises(
-        ValueError, match="moments of parameter 0 are 8-bit codes that were read as numbers"
+        ValueError, match="moments of parameter 0 are codes that were read as numbers"
     ):
         other.load_state_dict(loaded["optimizer"])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fastft
-from fastft.optim import moments_8bit
+from fastft.optim import moment_blocks
 from support.adamw_modes import Mode
 from support.adamw_steps import assert_same_bits
 
@@ -53,7 +53,7 @@ class Training:
         values = (torch.randn(size, generator=self.generator) * scale).to(self.mode.dtype)
         rows = next(rows for rows in (4, 3, 1) if size % rows == 0)
         vector = (
-            self.mode.moments != "8bit" or size == 0 or (rows == 1 and size >= moments_8bit.LONG)
+            self.mode.moments != "8bit" or size == 0 or (rows == 1 and size >= moment_blocks.LONG)
         )
         return values if vector else values.view(rows, -1)
 
