@@ -29,6 +29,7 @@ from ledger import Ledger
 from tables import Row, failures, rows_of, table, unsteady
 
 HERE = Path(__file__).resolve().parent
+_SILENCE = 240.0  # seconds of a case, after which it hangs
 OF_GPU_CHECK = ("smoke",)
 OF_THE_HOST = ("collator", "import", "memory", "plan")  # minutes that a GPU has better uses for
 
@@ -97,7 +98,7 @@ def main() -> None:
     chosen, why = stems(options.only, "gpu" in where), "interrupted"
     try:
         files = [HERE / f"test_{stem}.py" for stem in chosen]
-        why = one_by_one.run(files, ledger, "ops", options=selected)
+        why = one_by_one.run(files, ledger, "ops", options=selected, silence=_SILENCE)
     finally:
         rows = file(ledger, "ops", chosen, where, keep_others=some)
         report.write()

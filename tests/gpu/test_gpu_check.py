@@ -420,7 +420,7 @@ def test_recording_keeps_what_was_measured_before_a_failure(
     record = pytest.importorskip("record")
     report = pytest.importorskip("report")
 
-    def run(files: list[Path], ledger: Ledger, part: str, options: list[str]) -> str:
+    def run(files: list[Path], ledger: Ledger, part: str, **options: object) -> str:
         found = {"median_ms": {"ours": 2.0}, "times_faster_than": {"rival": 1.5}}
         ledger.append(part=part, case=f"{files[0]}::test_one", outcome="passed", found=found)
         ledger.append(
