@@ -121,7 +121,8 @@ void update(Element* __restrict param, const Element* __restrict grad, void* __r
   };
   int64_t i = 0;
 #if defined(FASTFT_LANES)
-  for (; i + FASTFT_LANES <= n; i += FASTFT_LANES) at(i, Lanes());
+  constexpr bool floats = sizeof(Element) == 4 || sizeof(Moment) == 4;
+  for (; i + FASTFT_LANES <= n; i += FASTFT_LANES) at(i, Lanes<floats>());
 #endif
   for (; i < n; i++) at(i, float());
 }

@@ -200,7 +200,7 @@ void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
   const auto held = bindings().get(fastft::as_int(stack[4]), "adamw_bound_");
   Bound& bound = *held;
   step.check(bound.tensors);
-  const int code = !bound.tensors.unchanged() ? 1 : bound.tensors.take(grads) >= 0 ? 2 : 0;
+  const int64_t code = bound.tensors.look_and_take(grads);
   if (code == 0) bound.run(step);
   stack[0] = StableIValue(code);
 }

@@ -24,8 +24,8 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 }
 
 // The tensors that an update changes, checked against each other. It owns handles of them, which
-// keep them alive and with which `unchanged` sees that one was given other memory (`p.data = ...`)
-// or another shape since.
+// keep them alive and with which `look_and_take` sees that one was given other memory (`p.data =
+// ...`) or another shape since.
 class AdamwTensors {
  public:
   std::vector<AdamwTensor> rows;
@@ -81,33 +81,30 @@ class AdamwTensors {
              "adamw_: tensors are left over");
   }
 
-  bool unchanged() const {
-    std::atomic<bool> all{true};
+  // Takes the pointers of a step's gradients: 0, or 1 where a bound tensor has changed since it was
+  // checked and 2 where a gradient does not fit its parameter. All in one pass by all threads: what
+  // it reads has left the caches since the last step.
+  int64_t look_and_take(const TensorList& grads) {
+    std::atomic<bool> changed{false}, misfit{false};
     constexpr int64_t kGrain = 128;  // tensors: about 40 microseconds where no cache has them
+    check_count(grads);
     parallel_for(int64_t(rows.size()), kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         constexpr int64_t kAhead = 6;
         if (i + kAhead < end) kept_[size_t(i + kAhead)].prefetch();
-        if (!matches(kept_[size_t(i)], rows[size_t(i)])) all = false;
+        if (!matches(kept_[size_t(i)], rows[size_t(i)])) changed = true;
+        if (!take(size_t(i), grads[size_t(i)])) misfit = true;
       }
     });
-    return all;
+    return changed ? 1 : misfit ? 2 : 0;
   }
 
   // Takes the gradients' pointers; returns the index of the first one which does not fit its
   // parameter, or -1.
   int64_t take(const TensorList& grads) {
-    FT_CHECK(grads.size == rows.size(), "adamw_: %zu gradients for %zu parameters", grads.size,
-             rows.size());
-    for (size_t i = 0; i < rows.size(); i++) {
-      const Tensor grad = grads[i];
-      const Kept& kept = kept_[i];
-      if (grad.dtype() != kept.dtype || grad.numel() != rows[i].numel ||
-          grad.device_index() != device_index ||
-          !(kept.contiguous ? grad.contiguous() : same_layout(kept.param, grad)))
-        return int64_t(i);
-      rows[i].grad = grad.data();
-    }
+    check_count(grads);
+    for (size_t i = 0; i < rows.size(); i++)
+      if (!take(i, grads[i])) return int64_t(i);
     return -1;
   }
 
@@ -127,6 +124,22 @@ class AdamwTensors {
     }
   };
   std::vector<Kept> kept_;
+
+  void check_count(const TensorList& grads) const {
+    FT_CHECK(grads.size == rows.size(), "adamw_: %zu gradients for %zu parameters", grads.size,
+             rows.size());
+  }
+
+  bool take(size_t i, const Tensor& grad) {
+    const Kept& kept = kept_[i];
+    if (grad.dtype() != kept.dtype || grad.numel() != rows[i].numel ||
+        grad.device_index() != device_index ||
+        !(kept.contiguous ? grad.contiguous() : same_layout(kept.param, grad)))
+      return false;
+    rows[i].grad = grad.data();
+    return true;
+  }
+
   // Limits with which no sum of what a table says overflows.
   static constexpr int64_t kMostRows = int64_t(1) << 31, kLastElement = int64_t(1) << 62;
 
