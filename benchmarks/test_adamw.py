@@ -45,6 +45,8 @@ TIMED = {
     "stochastic_bf16_moments": MODES["stochastic-bf16"],
     "exact_8bit_moments": MODES["exact-8bit"],
     "stochastic_8bit_moments": MODES["stochastic-8bit"],
+    "exact_4bit_moments": MODES["exact-4bit"],
+    "stochastic_4bit_moments": MODES["stochastic-4bit"],
 }
 
 
