@@ -1,8 +1,7 @@
-// The blocks of a tensor's codes, to and from floats: by the lanes of moments_8bit_lanes.h where
-// these do a block, else element by element.
+// The blocks of a tensor's codes, to and from floats: by the lanes of moments_8bit_lanes.h and
+// moments_4bit_lanes.h where these do a block, else element by element.
 #pragma once
-#include "moments_4bit.h"
-#include "moments_8bit_lanes.h"
+#include "moments_4bit_lanes.h"
 #include "philox.h"
 
 // A block of codes in some neighbouring elements.
@@ -56,6 +55,7 @@ static inline void decode_8bit(const MomentCodes& at, float* __restrict m, float
 static inline void decode_4bit(const MomentCodes& at, float* __restrict m, float* __restrict v) {
   const uint8_t* __restrict bytes = static_cast<const uint8_t*>(at.m);
   const float m_scale = *at.m_scale, v_scale = *at.v_scale;
+  if (decode_block(bytes, at.v, m_scale, v_scale, at.size, m, v)) return;
   for (int j = 0; j < at.size; j++) v[j] = exp_avg_sq_decode(at.v[j], v_scale);
   for (int j = 0; j < at.size; j++)
     m[j] = nibble_decode(nibble_of(bytes[j / 2], j % 2), m_scale, ft_sqrt(v[j]));
@@ -101,6 +101,8 @@ static inline void encode_8bit(const MomentCodes& at, const float* __restrict m,
 
 static inline void encode_4bit(const MomentCodes& at, const float* __restrict m,
                                const float* __restrict v, const uint16_t* __restrict random) {
+  uint8_t* __restrict bytes = static_cast<uint8_t*>(at.m);
+  if (encode_block(m, v, random, at.size, bytes, at.v, at.m_scale, at.v_scale)) return;
   encode_sq(at, m, v, random, store_scale(Largest(m, v, at.size).v, at.v_scale));
   float ratio[kMomentBlock];
   const float v_scale = *at.v_scale;
@@ -113,7 +115,6 @@ static inline void encode_4bit(const MomentCodes& at, const float* __restrict m,
   const auto code = [&](int j) {
     return nibble_encode(m[j], ratio[j], both_finite(m[j], v[j]), divisor, random[j]);
   };
-  uint8_t* __restrict bytes = static_cast<uint8_t*>(at.m);
   for (int j = 0; j + 1 < at.size; j += 2) bytes[j / 2] = nibble_pair(code(j), code(j + 1));
   if (at.size % 2) bytes[at.size / 2] = nibble_pair(code(at.size - 1), 0);
 }

@@ -58,12 +58,14 @@ Kernel kernel_for(const std::vector<AdamwTensor>& rows) {
   static constexpr Kernel kAlike[] = {adamw_kernel<kFp32>, adamw_kernel<kExact>,
                                       adamw_kernel<kKahan>, adamw_kernel<kStochastic>,
                                       adamw_kernel<kNearest>};
-  bool alike = true;
+  bool alike = true, codes = false;
   for (const AdamwTensor& t : rows) {
-    if (t.columns > 0) return adamw_kernel<kAnyhow>;
+    if (t.four_bit) return adamw_kernel<kAnyhow>;
+    codes |= t.columns > 0;
     alike &= t.rounding == rows[0].rounding && !t.bf16_moments;
   }
-  return alike && !rows.empty() ? kAlike[rows[0].rounding] : adamw_kernel<kNoEightBit>;
+  if (codes) return adamw_kernel<kNoFourBit>;
+  return alike && !rows.empty() ? kAlike[rows[0].rounding] : adamw_kernel<kNoCodes>;
 }
 
 // Tensors, and a table of them in device memory. The table is laid there by the first step, and
@@ -76,7 +78,6 @@ class Bound {
   explicit Bound(fastft::AdamwTensors&& checked)
       : tensors(std::move(checked)), kernel_(kernel_for(tensors.rows)) {
     for (const AdamwTensor& t : tensors.rows) {
-      FT_CHECK(!t.four_bit, "adamw_: the CUDA engine has no 4-bit moments");
       first_block_.push_back(uint32_t(blocks_));
       blocks_ += t.columns ? (moment_blocks(t) + kMomentBlocks - 1) / kMomentBlocks
                            : (t.numel + kChunk - 1) / kChunk;
