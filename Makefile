@@ -2,14 +2,18 @@
 # make demo-smollm2    fine-tune a pretrained model, SmolLM2-135M, stock and with fastft by turns, and compare: a quarter of
 #                an hour on two cores that do nothing else
 # make whole-runs    the demos' trainings with stock, fastft and rivals by turns: ten minutes on two cores; make profile: where
-#                a step's time goes, in three. Results: benchmarks/results/<machine>; WORKLOADS="demo": only these
+#                a step's time goes, in three. Results: benchmarks/results/<machine>
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
 #                oldest and newest packages; make lint docs
 # make matrix     every test that has a mark of a way of training, slow ones too; keeps what came of them in
 #                benchmarks/results/ways.json, and writes the tables of docs/works-with.md and the README; ONLY="files": merges
 #                what came of these
-# make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
+# make bench      every benchmark against its rivals, a quarter of an hour on two cores that do nothing else; renews
+#                benchmarks/results and the tables of figures in all pages (benchmarks/report.py)
+# make bench-avx2 the rows for which issue 16 has a goal, ours and the rivals limited to AVX2
+# make estimates  estimates of memory against what forty trainings hold: benchmarks/results/estimate.md
+# make lint       ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
 # make compare-public SCRIPTS=folder    is it the same training, for the example scripts of transformers, peft, trl and
 #                accelerate? The folder has clones of these; installs evaluate and nltk beside the extra `rivals`
@@ -45,24 +49,23 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench kernels compare-public sweep fuzz lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
 
 demo-smollm2: native build/smollm2/model.safetensors
 	$(BIN)/python -m fastft compare --steps 8 --out build/demo-smollm2 examples/smollm2.py build/smollm2
-	for each in md json png; do \
-		cp build/demo-smollm2/report.$$each benchmarks/results/demo-smollm2.$$each || exit; \
-	done
+	folder=benchmarks/results/$$($(BIN)/python benchmarks/machine.py --name) && mkdir -p $$folder && \
+	for each in md json png; do cp build/demo-smollm2/report.$$each $$folder/smollm2.$$each || exit; done
+	$(BIN)/python benchmarks/report.py
 
-WORKLOADS ?= demo smollm2 smollm2_rows
 MACHINE = benchmarks/results/$(shell $(BIN)/python benchmarks/machine.py --name)
 
-# compiling takes SmolLM2 minutes: torch.compile has the demo's rows
+# compiling takes SmolLM2 minutes: torch.compile has rows of the demo alone
 whole-runs: native $(RIVALS) build/smollm2/model.safetensors
-	$(BIN)/python benchmarks/whole_runs.py $(filter demo,$(WORKLOADS)) --to $(MACHINE)
-	$(BIN)/python benchmarks/whole_runs.py $(filter-out demo,$(WORKLOADS)) --rounds 1 \
+	$(BIN)/python benchmarks/whole_runs.py demo --to $(MACHINE)
+	$(BIN)/python benchmarks/whole_runs.py smollm2 smollm2_rows --rounds 1 \
 		--variants stock fastft onednn trl trl_flat liger --to $(MACHINE)
 
 profile: native build/smollm2/model.safetensors
@@ -73,8 +76,10 @@ profile: native build/smollm2/model.safetensors
 build/smollm2/model.safetensors: $(SMOLLM2) examples/smollm2_model.py
 	$(BIN)/python examples/smollm2_model.py $(@D)
 
+# benchmarks are checked on little work, and not timed
 test: native
 	$(PYTEST)
+	$(PYTEST) benchmarks --benchmark-disable
 
 test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
 
@@ -124,10 +129,13 @@ docs: $(DOCS)
 	$(BIN)/mkdocs build --strict
 
 bench: native $(RIVALS)
-	$(BIN)/python benchmarks/record.py --machine cpu --only linear_cross_entropy cross_entropy linear_log_probs
-	$(BIN)/python benchmarks/record.py --machine cpu --only adamw
-	$(BIN)/python benchmarks/record.py --machine cpu --only attention collator boundaries plan
-	$(BIN)/python benchmarks/memory.py --machine cpu
+	$(BIN)/python benchmarks/record.py
+
+bench-avx2: native $(RIVALS)
+	FASTFT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python benchmarks/record.py --goals
+
+estimates: native
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/estimate.py
 
 kernels: native

@@ -16,6 +16,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,21 @@ def cpu_isa() -> str | None:
     """The instruction set that the CPU kernels use, e.g. "avx2"; None without the library."""
     loaded = library("cpu")
     return None if isinstance(loaded, str) else _instruction_set(loaded)
+
+
+def expect_use(tensor: Tensor) -> Tensor:
+    """Asks for large pages for new memory of the CPU, before it is first touched; returns it.
+
+    Without them Linux takes longer to hand memory out than a pass over it takes.
+    """
+    loaded = library("cpu")
+    # neither a compiler's nor a subclass's tensor need have memory
+    has_memory = type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
+    if has_memory and not isinstance(loaded, str):
+        loaded.fastft_expect_use(
+            ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+        )
+    return tensor
 
 
 def _load(kind: str) -> ctypes.CDLL | str:

@@ -3,6 +3,7 @@
 
 #include "cross_entropy_args.h"
 #include "isa.h"
+#include "pages.h"
 
 FASTFT_DECLARE_KERNEL(cross_entropy_row, fastft::CrossEntropyRow*)
 
@@ -77,6 +78,8 @@ void cross_entropy_rows(StableIValue* stack, uint64_t nargs, uint64_t) {
   if (job.classes == 0) return;
   const Rows rows(job);
   const auto kernel = cross_entropy_row_kernel();
+  if (job.grad && job.grad != job.logits)
+    fastft::expect_use(job.grad, rows.itemsize * ((job.rows - 1) * job.grad_stride + job.classes));
   fastft::parallel_for(job.rows, 1 + 16384 / job.classes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
       if (target_of(job, i) == job.ignore_index)

@@ -6,12 +6,11 @@
 #include "cross_entropy.h"
 #include "cross_entropy_math.h"
 #include "isa.h"
+#include "wide.h"
 
 namespace {
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8;
+#if defined(FASTFT_WIDE)
+constexpr int kWidth = kWide;
 #else
 constexpr int kWidth = 4;
 #endif
@@ -28,6 +27,64 @@ FASTFT_HD To bit_cast(const From& from) {
   return to;
 }
 
+// What compilers make of these three with the widest registers takes several times as long.
+#if defined(__AVX512F__)
+FASTFT_HD Words widened_words(Halves x) {
+  return bit_cast<Words>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(x)));
+}
+FASTFT_HD Halves narrowed(Words x) {
+  return bit_cast<Halves>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(x)));
+}
+#elif defined(__AVX2__)
+FASTFT_HD Words widened_words(Halves x) {
+  return bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(x)));
+}
+FASTFT_HD Halves narrowed(Words x) {
+  const __m256i words = bit_cast<__m256i>(x), packed = _mm256_packus_epi32(words, words);
+  return bit_cast<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+#else
+FASTFT_HD Words widened_words(Halves x) { return __builtin_convertvector(x, Words); }
+FASTFT_HD Halves narrowed(Words x) { return __builtin_convertvector(x, Halves); }
+#endif
+
+// The larger of each two; b where one of them is NaN.
+FASTFT_HD Floats larger(Floats a, Floats b) {
+#if defined(FASTFT_WIDE)
+  return FASTFT_OF_WIDE(max_ps)(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+#if !defined(FASTFT_WIDE)
+FASTFT_HD float fused_one(float a, float b, float c) {
+#if defined(__FP_FAST_FMAF)
+  return __builtin_fmaf(a, b, c);
+#else
+  // In double the product is exact. Where the rounded sum lies in the middle of two floats and the
+  // exact one does not, it is moved to the exact one's side.
+  const double product = static_cast<double>(a) * b, addend = c, sum = product + addend;
+  const double added = sum - product, lost = (product - (sum - added)) + (addend - added);
+  int64_t bits = bit_cast<int64_t>(sum);
+  if ((bits & 0x1fffffff) == 0x10000000 && lost != 0.0)
+    bits += (lost < 0.0) == (sum < 0.0) ? 1 : -1;
+  return static_cast<float>(bit_cast<double>(bits));
+#endif
+}
+#endif
+
+// a b + c, rounded once.
+FASTFT_HD Floats fused(Floats a, Floats b, Floats c) {
+#if defined(FASTFT_WIDE)
+  return FASTFT_OF_WIDE(fmadd_ps)(a, b, c);
+#else
+  Floats sum;
+  for (int k = 0; k < kWidth; k++) sum[k] = fused_one(a[k], b[k], c[k]);
+  return sum;
+#endif
+}
+
 // Numbers kept as float32 or as bfloat16, of which a uint16_t has the bits.
 FASTFT_HD Floats load(const float* p) {
   Floats x;
@@ -37,13 +94,21 @@ FASTFT_HD Floats load(const float* p) {
 FASTFT_HD Floats load(const uint16_t* p) {
   Halves x;
   __builtin_memcpy(&x, p, sizeof x);
-  return bit_cast<Floats>(__builtin_convertvector(x, Words) << 16);
+  return bit_cast<Floats>(widened_words(x) << 16);
 }
 FASTFT_HD void store(float* p, Floats x) { __builtin_memcpy(p, &x, sizeof x); }
 FASTFT_HD void store(uint16_t* p, Floats x) {
+#if defined(__AVX512BF16__)
+  constexpr int kSubnormal = 0x20;  // which the unit would take for 0
+  if (__builtin_expect(_mm512_fpclass_ps_mask(x, kSubnormal) == 0, 1)) {
+    const auto nearest = _mm512_cvtneps_pbh(x);
+    __builtin_memcpy(p, &nearest, sizeof nearest);
+    return;
+  }
+#endif
   const Words rounded = bf16_nearest_sum(bit_cast<Words>(x)) >> 16;
   const Words quiet_nan = rounded - rounded + 0x7fc0;
-  const Halves halves = __builtin_convertvector(x == x ? rounded : quiet_nan, Halves);
+  const Halves halves = narrowed(x == x ? rounded : quiet_nan);
   __builtin_memcpy(p, &halves, sizeof halves);
 }
 
@@ -55,16 +120,16 @@ FASTFT_HD void put(uint16_t* p, float x) { *p = bf16_nearest(x); }
 FASTFT_HD Floats exp_negative(Floats x) {
   constexpr float kSmallest = -87.0f;
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  const Floats zero = {}, clamped = x < kSmallest ? zero + kSmallest : x;
-  const Floats shifted = clamped * 1.44269504f + kRound;
+  const Floats zero = {}, clamped = larger(zero + kSmallest, x);
+  const Floats shifted = fused(clamped, zero + 1.44269504f, zero + kRound);
   const Floats n = shifted - kRound;
-  const Floats r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const Floats r = fused(n, zero + 2.12194440e-4f, fused(n, zero - 0.693359375f, clamped));
+  Floats p = fused(r, zero + 1.9875691500e-4f, zero + 1.3981999507e-3f);
+  p = fused(p, r, zero + 8.3334519073e-3f);
+  p = fused(p, r, zero + 4.1665795894e-2f);
+  p = fused(p, r, zero + 1.6666665459e-1f);
+  p = fused(p, r, zero + 5.0000001201e-1f);
+  p = fused(p, r * r, r) + 1.0f;
   const Words power = (bit_cast<Words>(shifted) + (127u - 0x4b400000u)) << 23;
   return x < kSmallest ? zero : p * bit_cast<Floats>(power);
 }
@@ -75,11 +140,12 @@ FASTFT_HD Floats finite(Floats x) { return x < -87.0f ? Floats{} : x; }
 // tanh within 2 ulp: Cephes' polynomial near zero, where 1 - e^(-2x) would cancel.
 FASTFT_HD Floats hyperbolic_tangent(Floats x) {
   const Floats size = x < 0.0f ? -x : x, square = x * x;
-  Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  const Floats small = p * square * x + x, e = exp_negative(size * -2.0f);
+  const Floats zero = {};
+  Floats p = fused(square, zero - 5.70498872745e-3f, zero + 2.06390887954e-2f);
+  p = fused(p, square, zero - 5.37397155531e-2f);
+  p = fused(p, square, zero + 1.33314422036e-1f);
+  p = fused(p, square, zero - 3.33332819422e-1f);
+  const Floats small = fused(p * square, x, x), e = exp_negative(size * -2.0f);
   const Floats large = (1.0f - e) / (1.0f + e);
   return size < 0.625f ? small : (x < 0.0f ? -large : large);
 }
@@ -106,18 +172,15 @@ struct Logits {
 
 template <class T, bool kCap>
 float row_max(const Logits<T, kCap>& logits, int64_t classes) {
-  const Floats lowest = Floats{} - __builtin_inff();
-  Floats best[kVectors];
-  for (int v = 0; v < kVectors; v++) best[v] = lowest;
+  constexpr int kBest = 4;  // a comparison takes longer than the next one's load
+  Floats best[kBest];
+  for (int v = 0; v < kBest; v++) best[v] = Floats{} - __builtin_inff();
   int64_t i = 0;
-  for (; i + kLanes <= classes; i += kLanes)
-    for (int v = 0; v < kVectors; v++) {
-      const Floats x = load(logits.data + i + v * kWidth);
-      best[v] = x > best[v] ? x : best[v];
-    }
+  for (; i + kBest * kWidth <= classes; i += kBest * kWidth)
+    for (int v = 0; v < kBest; v++) best[v] = larger(load(logits.data + i + v * kWidth), best[v]);
+  const Floats all = larger(larger(best[0], best[1]), larger(best[2], best[3]));
   float max = -__builtin_inff();
-  for (int v = 0; v < kVectors; v++)
-    for (int k = 0; k < kWidth; k++) max = best[v][k] > max ? best[v][k] : max;
+  for (int k = 0; k < kWidth; k++) max = all[k] > max ? all[k] : max;
   for (; i < classes; i++) max = widened(logits.data[i]) > max ? widened(logits.data[i]) : max;
   return logits.through(Floats{} + max)[0];  // scale and softcap keep the order
 }

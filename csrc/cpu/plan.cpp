@@ -11,10 +11,7 @@
 #include <memory>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "pages.h"
 #include "shim.h"
 
 namespace {
@@ -96,26 +93,14 @@ class Capacities {  // FIFO queues of packs, one per remaining capacity
   std::vector<int32_t> head_, tail_, next_;
 };
 
-// Asks for large pages, before memory is first touched: half of the time of a large plan would go
-// into page faults.
-void expect_use([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin < end)  // a wish: it may fail
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 struct Tables {  // what every window needs again
   Tables(int64_t most, int64_t max_tokens)
       : order(new int32_t[most]),
         pack_of(new int32_t[most]),
         counts(max_tokens + 1, 0),
         next(max_tokens + 1) {
-    expect_use(order.get(), most * sizeof(int32_t));
-    expect_use(pack_of.get(), most * sizeof(int32_t));
+    fastft::expect_use(order.get(), most * sizeof(int32_t));
+    fastft::expect_use(pack_of.get(), most * sizeof(int32_t));
   }
 
   // the numbers of the window's lengths from the longest to the shortest
@@ -210,8 +195,8 @@ void plan(const Length* lengths, const int64_t* windows, int64_t many, int64_t m
   for (int64_t w = 0; w < many; w++) most = std::max(most, windows[w + 1] - windows[w]);
   // a capacity beyond the sum of all lengths makes no difference, but the tables grow with it
   max_tokens = std::max<int64_t>(1, std::min(max_tokens, total));
-  expect_use(indices, windows[many] * sizeof(int64_t));
-  expect_use(entry_lengths, windows[many] * sizeof(int64_t));
+  fastft::expect_use(indices, windows[many] * sizeof(int64_t));
+  fastft::expect_use(entry_lengths, windows[many] * sizeof(int64_t));
   Tables tables(most, max_tokens);
   Capacities capacities(max_tokens);
   offsets[0] = 0;

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fastft import _native
 from fastft.checks import integer
 from fastft.loss.head_gemms import NARROW_CHUNKS, HeadTerm, is_emulated, working_dtype
 from fastft.loss.options import RowOptions, statistics_dtype, times
@@ -153,7 +154,7 @@ def sweep(
 def _workspace(terms: Sequence[HeadTerm], step: int) -> Tensor:
     weight = terms[0].weight
     dtype = functools.reduce(torch.promote_types, (term.dtype for term in terms))
-    return weight.new_empty(step, len(weight), dtype=dtype)
+    return _native.expect_use(weight.new_empty(step, len(weight), dtype=dtype))
 
 
 def _through_heads(
@@ -307,6 +308,7 @@ def sweep_one(
     """
     input, weight, bias = operands
     outputs = Outputs.empty(input, weight, call)
+    _native.expect_use(outputs.d_weight)
     rows = CountedRows.of(target, call.options.ignore_index, call.max_counted)
     inverse = None if divisor is None else divisor.reciprocal()
     gradients = [g if need else None for g, need in zip(outputs.gradients, call.needs, strict=True)]

@@ -79,8 +79,7 @@ class Part:
         self.eager_samples: list[tuple[Tensor, int]] | None = None
         self.states = operator_lists(tensors.entries, tensors.rows)
         self.table = table_of(tensors.rows)
-        # raises where an explicit one is not there
-        engine = ADAMW.resolve(impl, device, [], [], self.states[0])
+        engine = ADAMW.resolve(impl, device)  # raises where an explicit one is not there
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.binding: Binding | None = None
         if engine in ops.LIBRARIES and all(map(same_layout, tensors.params, tensors.layouts)):
@@ -124,7 +123,7 @@ class Part:
             [like(tensor, layout) for tensor, layout in zip(of, self.tensors.layouts, strict=True)]
             for of in (targets, grads)
         )
-        update = ADAMW.implementation(self.impl, self.device, params, grads, self.states[0])
+        update = ADAMW.implementation(self.impl, self.device, params, grads)
         update(params, grads, *self.states, self.table, hyper, factor, seed)
         for target, updated in zip(targets, params, strict=True):
             if target is not updated:

@@ -249,20 +249,13 @@ def store_value(
         (split_master if residue.dtype == torch.int16 else _split_kahan)(result, param, residue)
 
 
-def _alike(
-    device: torch.device,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor] = (),
-) -> str | None:
+def _alike(device: torch.device, params: Sequence[Tensor], grads: Sequence[Tensor]) -> str | None:
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         if param.dtype != grad.dtype:
             return (
                 f"it takes gradients of their parameters' dtypes; parameter {i} is {param.dtype}, "
                 f"its gradient {grad.dtype}"
             )
-    if device.type != "cpu" and any(exp_avg.dtype == torch.uint8 for exp_avg in exp_avgs):
-        return "it has no kernel for 4-bit moments"
     return None
 
 

@@ -31,7 +31,7 @@ from fastft.optim.adamw_state import State, new_state
 from fastft.optim.adamw_update import RESIDUES, store_value
 from fastft.optim.groups import check_group
 from fastft.optim.moment_blocks import BLOCK, ENTRIES, SCALES
-from fastft.optim.moment_codes import CODES, code_of, dequantise, entries_of, quantise
+from fastft.optim.moment_codes import CODES, code_of, dequantise, entries_of, restore
 from fastft.optim.weight_bits import residue_of
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def packed(
     """Returns torch's state dict with the remainders as bfloat16; its tensors are the optimizer's.
 
     Codes of FSDP1's vectors become fp32 moments: it gathers, and cuts into parameters, what has the
-    vector's shape only. Loading makes the same codes of them. Beside `stale` weights the low bits
-    are zero.
+    vector's shape only. Loading makes codes of them which mean the same. Beside `stale` weights the
+    low bits are zero.
     """
     keys = (key for group in state_dict["param_groups"] for key in group["params"])
     params = (param for group in optimizer.param_groups for param in group["params"])
@@ -414,7 +414,7 @@ def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dic
         _same_shape(saved[name], template, name, owner)
         placed = placed_like(saved[name].float(), template)
         values.append(local(placed.to(template.device)).contiguous())
-    quantise(values[0], values[1], entries_of(fresh))
+    restore(values[0], values[1], entries_of(fresh))
     return saved | {name: fresh[name] for name in ENTRIES}
 
 

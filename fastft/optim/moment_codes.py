@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fastft.foreign.tensors import is_dtensor, local, sharded_like
 from fastft.optim import moments_4bit, moments_8bit
-from fastft.optim.moment_blocks import ENTRIES, NEAREST, SCALES, Entries, scale_shape
+from fastft.optim.moment_blocks import (
+    ENTRIES,
+    NEAREST,
+    SCALES,
+    Entries,
+    scale_shape,
+    write_largest,
+)
 
 Shape = torch.Size | tuple[int, ...]
 Forms = dict[str, tuple[torch.dtype, torch.Size]]
@@ -108,6 +115,27 @@ def quantise(
 ) -> None:
     """Writes fp32 moments into codes and scales, the arguments as `moments_8bit.quantise`'s."""
     _BY_DTYPE[state[0].dtype].quantise(m, v, state, m_bits, v_bits)
+
+
+def restore(m: Tensor, v: Tensor, state: Entries) -> None:
+    """Writes moments to which codes had been decoded, so that the same are decoded again; others to
+    their nearest codes.
+
+    Of 4 bits the largest m / sqrt(v) may come out some last places beside the scale that it was.
+    """
+    quantise(m, v, state)
+    codes, codes_v, scale, scale_v = state
+    made, off = scale.view(torch.int32).clone(), torch.zeros_like(scale)
+    fitting = torch.full_like(scale, m.numel() == 0, dtype=torch.bool)
+    for places in (0, 1, -1, 2, -2):
+        if fitting.all():
+            break
+        tried = (made + places).clamp_(min=0).view(torch.float32)
+        decoded = dequantise(codes, codes_v, tried, scale_v)[0]
+        write_largest(((decoded != m) & ~(decoded.isnan() & m.isnan())).float(), off)
+        found = (off == 0) & ~fitting
+        scale.copy_(tried.where(found, scale))
+        fitting |= found
 
 
 def entries_of(state: dict[str, Any]) -> Entries:

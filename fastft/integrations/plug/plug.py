@@ -198,8 +198,8 @@ def plug(
         trainer: a `transformers.Trainer` or a subclass, before `train()`.
         loss: compute losses without logits, in trainings, `evaluate` and `predict`.
         optimizer: train with `fastft.AdamW` where `args.optim` is an AdamW and nothing else chose
-            another; the 8-bit ones of bitsandbytes and torchao become `moments="8bit"`, the paged
-            ones `offload="states"`. Clips inside the step.
+            another; those of bitsandbytes and torchao with 8 or 4 bits become `moments="8bit"` and
+            "4bit", the paged ones `offload="states"`. Clips inside the step.
         packing: a number packs the training set, that many tokens in a pack and one pack in a
             batch; `"collate"` keeps the batches and leaves out their padding; None leaves them as
             they are. Labels are those of the Trainer's own collator.

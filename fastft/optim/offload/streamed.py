@@ -94,9 +94,7 @@ class StreamedPart:
         held: bool,
     ) -> None:
         self.device, self.positions, self.impl, self.tensors = device, positions, impl, tensors
-        self._exp_avgs = [entries[0] for entries in tensors.entries]
-        # raises where an explicit engine is not there
-        ADAMW.resolve(impl, device, [], [], self._exp_avgs)
+        ADAMW.resolve(impl, device)  # raises where an explicit engine is not there
         self._one = torch.ones((), dtype=torch.float32, device=device)
         self._memory = tensors.memory()
         self._there = devices.of(device)
@@ -167,7 +165,7 @@ class StreamedPart:
         grads = all_grads if self.positions is None else [all_grads[i] for i in self.positions]
         check_dense(grads)
         params = self.tensors.params
-        update = ADAMW.implementation(self.impl, self.device, params, grads, self._exp_avgs)
+        update = ADAMW.implementation(self.impl, self.device, params, grads)
         factor = self._one if grad_factor is None else grad_factor.to(self.device)
         laid = [self._laid(grad, place) for place, grad in enumerate(grads)]
         self._step = _Step(laid, update, hyper, factor, seed)
