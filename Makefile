@@ -7,7 +7,11 @@
 # make matrix     every test that has a mark of a way of training, slow ones too; keeps what came of them in
 #                benchmarks/results/ways.json, and writes the tables of docs/works-with.md and the README; ONLY="files": merges
 #                what came of these
-# make bench      benchmarks against rivals             make lint   ruff, clang-format, mypy
+# make bench      every benchmark against its rivals, a quarter of an hour on two cores that do nothing else; renews
+#                benchmarks/results and the tables of figures in all pages (benchmarks/report.py)
+# make bench-avx2 the rows for which issue 16 has a goal, ours and the rivals limited to AVX2
+# make estimates  estimates of memory against what forty trainings hold: benchmarks/results/estimate.md
+# make lint       ruff, clang-format, mypy
 # make kernels    counts anew what the GPU kernels cost: benchmarks/results/kernels.md (nvcc, no GPU)
 # make compare-public SCRIPTS=folder    is it the same training, for the example scripts of transformers, peft, trl and
 #                accelerate? The folder has clones of these; installs evaluate and nltk beside the extra `rivals`
@@ -15,10 +19,11 @@
 #                qemu-user; part of test-all)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
+# make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
-# make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked
+# make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked, with hashes
 # make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under ten
 #                minutes; PART="smoke ops": only these; results go to $OUT if that is set, else to benchmarks/results
 
@@ -28,6 +33,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
 LOCKED ?= requirements/locked.txt
+SECONDS ?= 60
+SEED ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --no-compile $(addprefix -c ,$(LOCKED))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -40,22 +47,24 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench kernels compare-public sweep lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
 
 demo-smollm2: native build/smollm2/model.safetensors
 	$(BIN)/python -m fastft compare --steps 8 --out build/demo-smollm2 examples/smollm2.py build/smollm2
-	for each in md json png; do \
-		cp build/demo-smollm2/report.$$each benchmarks/results/demo-smollm2.$$each || exit; \
-	done
+	folder=benchmarks/results/$$($(BIN)/python benchmarks/machine.py --name) && mkdir -p $$folder && \
+	for each in md json png; do cp build/demo-smollm2/report.$$each $$folder/smollm2.$$each || exit; done
+	$(BIN)/python benchmarks/report.py
 
 build/smollm2/model.safetensors: $(SMOLLM2) examples/smollm2_model.py
 	$(BIN)/python examples/smollm2_model.py $(@D)
 
+# benchmarks are checked on little work, and not timed
 test: native
 	$(PYTEST)
+	$(PYTEST) benchmarks --benchmark-disable
 
 test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
 
@@ -105,10 +114,13 @@ docs: $(DOCS)
 	$(BIN)/mkdocs build --strict
 
 bench: native $(RIVALS)
-	$(BIN)/python benchmarks/record.py --machine cpu --only linear_cross_entropy cross_entropy linear_log_probs
-	$(BIN)/python benchmarks/record.py --machine cpu --only adamw
-	$(BIN)/python benchmarks/record.py --machine cpu --only attention collator boundaries plan
-	$(BIN)/python benchmarks/memory.py --machine cpu
+	$(BIN)/python benchmarks/record.py
+
+bench-avx2: native $(RIVALS)
+	FASTFT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+		$(BIN)/python benchmarks/record.py --goals
+
+estimates: native
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/estimate.py
 
 kernels: native
@@ -125,6 +137,10 @@ sweep: native
 	$(PYTEST) -m "sweep or not sweep" tests/integrations/test_image_packing.py \
 		--image-packing benchmarks/results/packing-images.md
 
+fuzz: native
+	$(PYTEST) tests/fuzz --fuzz-seconds $(SECONDS) --fuzz-seed $(SEED) --junit-xml build/fuzz.xml; tested=$$?; \
+	grep -o 'name="fuzzed" value="[^"]*"' build/fuzz.xml | cut -d '"' -f 4; exit $$tested
+
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
 
@@ -136,6 +152,7 @@ dist: $(PACKERS)
 		--wheel-dir dist build/dist/*.whl
 	mv build/dist/*.tar.gz dist
 	$(BIN)/twine check --strict dist/*
+	cd dist && sha256sum *.whl *.tar.gz > SHA256SUMS
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(PART)

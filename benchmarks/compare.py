@@ -10,14 +10,16 @@ it: where it is the longer of the two, a training that does nothing else would w
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import statistics
 import time
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import turns
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -82,52 +84,123 @@ def _sweep() -> tuple[torch.Tensor, float]:
     return sweep, 1e-4 * begin.elapsed_time(end)
 
 
+BARE = "bare work"
+_BEYOND_CACHES = 2**29
+
+
+@functools.cache
+def bytes_a_second() -> float:
+    """The most that was read, or read and written in place, of memory that no cache holds."""
+    floats = torch.ones(2**28, device=DEVICE)
+    reads, writes = (_fastest(run) for run in (floats.sum, lambda: floats.mul_(1.0)))
+    return floats.nbytes * max(1 / reads, 2 / writes)
+
+
+@functools.cache
+def flops_a_second(dtype: torch.dtype) -> float:
+    """The most of a square product, of `dtype` or of fp32: a processor may have no units for
+    `dtype`."""
+    size, rates = 8192 if DEVICE == "cuda" else 2048, []
+    for factors in {dtype, torch.float32}:
+        left, right = (torch.randn(size, size, device=DEVICE).to(factors) for _ in range(2))
+        rates.append(2 * size**3 / _fastest(lambda left=left, right=right: left @ right))
+    return max(rates)
+
+
+def _fastest(run: Run) -> float:
+    began, best = time.perf_counter(), timed(run).seconds
+    while time.perf_counter() - began < 1.0:
+        best = min(best, timed(run).seconds)
+    return best
+
+
 def compare(
     benchmark: BenchmarkFixture,
     ours: Run,
     rivals: dict[str, Run],
     *,
-    rounds: int = 9,
-    bytes_moved: int = 0,
+    check: Run,
+    bytes_moved: float = 0,
+    products: tuple[float, torch.dtype] | None = None,
     bare: Run | None = None,
 ) -> None:
-    """Runs `ours`, every rival and the bare work (what cannot be left out, done alone, e.g. a copy)
-    alternately, and keeps medians.
+    """Checks, then runs `ours` by turns with each rival and with the bare work (turns.py); keeps
+    what each took. Where benchmarks are disabled all run once.
 
-    `extra_info` receives medians in milliseconds, on a GPU also the host's, the ratio rival / ours
-    (above 1: ours is faster), the ratio ours / bare work (no bound: a cache, or work that ours is
-    spared, brings it below 1), and GB/s where `bytes_moved` is given.
-    pytest-benchmark's own table has the times of `ours` with all that is done around them.
+    Args:
+        check: raises where ours is wrong: nothing is timed then.
+        bytes_moved: that nobody is spared. They bound those that caches do not hold.
+        products: floating-point operations of matrix products that nobody is spared, and of which
+            dtype the factors are.
+        bare: work that cannot be left out, done alone, e.g. a copy. It is no bound: a cache, or
+            work that ours is spared, is faster.
+
+    `extra_info` receives medians and quartiles in milliseconds, on a GPU also the host's medians,
+    the ratios rival / ours (above 1: ours is faster) and ours / bare work, GB/s, and `bound_ms`:
+    what the bytes and products take at the highest rate that was seen on this machine.
     """
-    runs = {"ours": ours, **rivals, **({"bare work": bare} if bare else {})}
-    took: dict[str, list[Took]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()  # warm-up: first touches, thread pools, caches
-    hosts = {name: timed(run).host if DEVICE == "cuda" else 0.0 for name, run in runs.items()}
+    check()
+    runs = {"ours": ours, **rivals, **({BARE: bare} if bare else {})}
+    hosts: dict[str, list[float]] = {name: [] for name in runs}
+    if benchmark.disabled:
+        for run in runs.values():
+            run()
+        benchmark.pedantic(ours)
+        return
 
-    def once(name: str) -> None:
-        took[name].append(timed(runs[name], hosts[name]))
+    def timing(name: str) -> Callable[[], float]:
+        def once() -> float:
+            took = timed(runs[name], hosts[name][-1] if hosts[name] else 0.0)
+            hosts[name].append(took.host)
+            return took.seconds
 
-    def others() -> None:
-        for name in list(runs)[1:]:
-            once(name)
+        return once
 
-    benchmark.pedantic(once, args=("ours",), setup=others, rounds=rounds)
-    medians = {
-        name: statistics.median(each.seconds for each in all_of) for name, all_of in took.items()
+    gc.collect()
+    seconds = 0.4 if DEVICE == "cuda" else turns.SECONDS  # a device's times hardly vary
+    pairs = {
+        name: turns.by_turns({each: timing(each) for each in {"ours", name}}, seconds)
+        for name in [*runs][1:] or ["ours"]
     }
+    benchmark.pedantic(ours)  # pytest-benchmark's table has one run more
     info = benchmark.extra_info
-    info["median_ms"] = {name: round(1e3 * seconds, 4) for name, seconds in medians.items()}
+    keep(info, pairs)
     if DEVICE == "cuda":
         info["host_ms"] = {
-            name: round(1e3 * statistics.median(each.host for each in all_of), 4)
-            for name, all_of in took.items()
+            name: round(1e3 * statistics.median(all_of), 4) for name, all_of in hosts.items()
         }
-    info["times_faster_than"] = {name: round(medians[name] / medians["ours"], 3) for name in rivals}
-    if bare:
-        info["times_the_bare_work"] = round(medians["ours"] / medians["bare work"], 3)
     if bytes_moved:
-        info["bytes_moved"] = bytes_moved
-        info["gigabytes_per_second"] = round(bytes_moved / medians["ours"] / 1e9, 2)
+        info["bytes_moved"] = int(bytes_moved)
+        info["gigabytes_per_second"] = round(bytes_moved / info["median_ms"]["ours"] / 1e6, 2)
+    bounds = [bytes_moved / bytes_a_second()] if bytes_moved >= _BEYOND_CACHES else []
+    bounds += [products[0] / flops_a_second(products[1])] if products else []
+    if bounds:
+        info["bound_ms"] = round(1e3 * max(bounds), 4)
     shown = ", ".join(f"{key} {value}" for key, value in info.items())
     print(f"\n{benchmark.name}: {shown}")
+
+
+def keep(info: dict[str, Any], pairs: dict[str, turns.Times]) -> None:
+    """Medians, quartiles and ratios, of ours by turns with each other run. Ours' own median is that
+    beside the first; the spread is that of all but the bare work, which nobody claims to be."""
+    first, *_ = pairs.values()
+    of = {"ours": first, **pairs}
+    medians = {name: times.median(name) for name, times in of.items()}
+    info["median_ms"] = {name: _ms(seconds) for name, seconds in medians.items()}
+    info["quartiles_ms"] = {
+        name: [_ms(each) for each in times.quartiles(name)] for name, times in of.items()
+    }
+    claimed = [times for name, times in pairs.items() if name != BARE] or [first]
+    info["spread"] = round(max(times.spread() for times in claimed), 4)
+    info["attempts"] = max(times.attempts for times in pairs.values())
+    beside = {name: times.median("ours") for name, times in pairs.items() if name != "ours"}
+    if len(beside) > 1:
+        info["ours_beside_ms"] = {name: _ms(seconds) for name, seconds in beside.items()}
+    ratios = {name: medians[name] / ours for name, ours in beside.items()}
+    if BARE in ratios:
+        info["times_the_bare_work"] = round(1 / ratios.pop(BARE), 3)
+    info["times_faster_than"] = {name: round(ratio, 3) for name, ratio in ratios.items()}
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 
+import goals
 import pytest
 import torch
 from compare import DEVICE
@@ -13,6 +14,27 @@ from compare import DEVICE
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+@pytest.fixture
+def small(benchmark) -> bool:
+    """Where benchmarks are disabled a case is checked on little work, and nothing is timed."""
+    return benchmark.disabled
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--goals", action="store_true", help="the rows of goals.py alone")
+    parser.addoption("--rows", default="", help="part of the names of rows, e.g. [50M")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, goals_alone = config.getoption("--rows"), config.getoption("--goals")
+
+    def chosen(item: pytest.Item) -> bool:
+        row = item.name.removeprefix("test_")
+        return part in row and (row in goals.ROWS or not goals_alone)
+
+    items[:] = [item for item in items if chosen(item)]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,4 @@
-"""How exact a loss is and how much memory it takes, beside its time."""
+"""How exact a function and its gradients are, and how much memory they take, beside their time."""
 
 from __future__ import annotations
 
@@ -6,39 +6,52 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+from support.numerics import assert_no_worse
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, head and targets
+# of tensors, of which those that require a gradient get one
+Function = Callable[..., Tensor]
 
 
-def relative_errors(
-    losses: dict[str, Loss], truth: Loss, x: Tensor, weight: Tensor, target: Tensor
-) -> dict:
-    """Of each loss, and of its gradients as norms, against `truth` in float64."""
+def check(
+    functions: dict[str, Function],
+    truth: Function,
+    leaves: Sequence[Tensor],
+    names: Sequence[str],
+    *,
+    plain: str,
+    terms: int,
+    upstream: Tensor | None = None,
+) -> dict[str, dict[str, float]]:
+    """Errors of each function's value and gradients against `truth` in float64, as norms; raises if
+    ours are larger than the tests' one tolerance allows.
 
-    def results(loss: Loss, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [
-            tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for tensor in (x, weight)
-        ]
-        value = loss(*leaves, target)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        return [
-            value.detach().double(),
-            *(grad.double() for grad in torch.autograd.grad(value.sum(), wanted)),
-        ]
+    Args:
+        functions, truth: of `leaves`.
+        names: of the value and of the gradients.
+        plain: which function is plain torch, whose own error the tolerance goes by.
+        terms: of the sums that lie one behind another.
+        upstream: the gradient of a value that is no scalar.
+    """
+
+    def results(function: Function, dtype: torch.dtype) -> list[Tensor]:
+        mine = [leaf.detach().to(dtype).requires_grad_(leaf.requires_grad) for leaf in leaves]
+        value = function(*mine)
+        given = None if upstream is None else upstream.to(value.dtype)
+        wanted = [leaf for leaf in mine if leaf.requires_grad]
+        return [value.detach(), *torch.autograd.grad(value, wanted, given)]
 
     exact = results(truth, torch.float64)
-    errors = {}
-    for name, loss in losses.items():
-        found = (
-            float((mine - best).norm() / best.norm())
-            for mine, best in zip(results(loss, x.dtype), exact, strict=True)
-        )
-        errors[name] = {
-            what: float(f"{e:.2g}")
-            for what, e in zip(("loss", "d_input", "d_weight"), found, strict=False)
+    found = {name: results(each, leaves[0].dtype) for name, each in functions.items()}
+    for what, ours, theirs, best in zip(names, found["ours"], found[plain], exact, strict=False):
+        assert_no_worse(ours, theirs, best, what, terms=terms)
+    return {
+        name: {
+            what: float(f"{(mine.double() - best).norm() / best.norm():.2g}")
+            for what, mine, best in zip(names, tensors, exact, strict=False)
         }
-    return errors
+        for name, tensors in found.items()
+    }
 
 
 def peaks_mib(runs: dict[str, Callable[[], object]], *leaves: Tensor) -> dict[str, float]:

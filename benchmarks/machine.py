@@ -1,7 +1,7 @@
 """What was measured on: the machine, its GPU, the versions. Whatever cannot be found out is None,
 or says why.
 
-python benchmarks/machine.py [--to FILE]    prints it as JSON, or writes it
+python benchmarks/machine.py [--to FILE | --name]    prints it as JSON, or writes it
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,24 @@ PACKAGES = {
 PACKAGES |= {"pytest_benchmark": "pytest-benchmark", **RIVALS}
 
 
+# who sets these measures the kernels of ours and of torch with fewer instructions
+LIMITS = ("FASTFT_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def name(described: dict[str, Any]) -> str:
+    """The folder of a machine's results: its GPU, or its processor with the instruction set, and
+    that to which it was limited."""
+    if "gpu" in described:
+        return slug(described["gpu"])
+    whole, used = described["processor_isa"], described["cpu_isa"]
+    limited = f"-as-{used}" if used != whole else ""
+    return f"{slug(described['cpu'].partition(',')[0])}-{whole}{limited}"
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def facts() -> dict[str, Any]:
     """Of a GPU also its architecture (as nvcc calls it, "90"), memory and driver."""
     described: dict[str, Any] = {"commit": commit(), "sources": sources()} | _fastft()
@@ -43,7 +62,9 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-    described |= {"cpu": cpu_name()}
+    described |= {"cpu": cpu_name(), "processor_isa": processor_isa()}
+    limits = {name: os.environ[name] for name in LIMITS if name in os.environ}
+    described |= {"limited": limits} if limits else {}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         described |= {
@@ -100,6 +121,14 @@ def cpu_name() -> str:
     )
 
 
+def processor_isa() -> str:
+    """The best set of instructions that the processor has and our kernels know (csrc/cpu/isa.h)."""
+    listing = Path("/proc/cpuinfo")
+    flags = set(listing.read_text().split()) if listing.exists() else set()
+    known = {"avx512bf16": "avx512_bf16", "avx512": "avx512vl", "avx2": "avx2"}
+    return next((isa for isa, flag in known.items() if flag in flags), "baseline")
+
+
 def _fastft() -> dict[str, Any]:
     try:
         import fastft
@@ -126,7 +155,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--to", type=Path, help="the file that is written")
+    parser.add_argument("--name", help="the folder of its results alone", action="store_true")
     options = parser.parse_args()
+    if options.name:
+        print(name(facts()))
+        return
     text = json.dumps(facts(), indent=1)
     if options.to is None:
         print(text)

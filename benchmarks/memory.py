@@ -1,32 +1,26 @@
-"""Peak memory of Trainer, stock and with the fused loss, each in a process of its own.
+"""Peak memory of one Trainer, stock or with the fused loss, as a process (test_memory.py).
 
-python benchmarks/memory.py --machine cpu
+python benchmarks/memory.py --measure step --variant fused
 
 A one-layer Llama with H=512 and V=128256 (tied embeddings), in fp32 on the CPU: one training step
 over T=4096 tokens with Trainer's own AdamW, and an evaluation inside `train()` over as many tokens,
 for its loss alone and with the accuracy of the tokens (`preprocess_logits_for_metrics` takes the
 argmax). Counted is what the process holds at its peak above what it held before `train()`: the
-model (262 MB) is in neither, gradients and optimizer states are in both steps. Writes
-results/<machine>-memory.json and .md.
+model (262 MB) is in neither, gradients and optimizer states are in both steps. Prints a line of
+JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
 T, H, V = 4096, 512, 128256
 VARIANTS = ("stock", "fused")
-MEASURES = {
-    "step": "a training step",
-    "loss": "an evaluation: the loss",
-    "metrics": "an evaluation: loss and accuracy",
-}
+# a training step; an evaluation for its loss, and with the accuracy
+MEASURES = ("step", "loss", "metrics")
 
 
 def memory(what: str) -> int:
@@ -37,7 +31,7 @@ def memory(what: str) -> int:
     return int(line.split()[1])
 
 
-def measure(what: str, variant: str) -> dict:
+def measure(what: str, variant: str, tokens: int, classes: int) -> dict:
     """Runs in a fresh process: memory that was freed once comes back without being counted."""
     import torch
     from transformers import (
@@ -58,9 +52,11 @@ def measure(what: str, variant: str) -> dict:
         "num_attention_heads": 8,
     }
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=V, max_position_embeddings=T, tie_word_embeddings=True, **sizes)
+        LlamaConfig(
+            vocab_size=classes, max_position_embeddings=tokens, tie_word_embeddings=True, **sizes
+        )
     )
-    ids = torch.randint(0, V, (T,))
+    ids = torch.randint(0, classes, (tokens,))
     callback = fastft.FusedLossCallback()
     found: dict = {}
 
@@ -80,7 +76,7 @@ def measure(what: str, variant: str) -> dict:
 
     evaluating = what != "step"
     # evaluated before the first step, whose own peak is not looked at
-    length = 8 if evaluating else T
+    length = 8 if evaluating else tokens
     with tempfile.TemporaryDirectory() as folder:
         quiet = {
             "report_to": "none",
@@ -116,46 +112,17 @@ def measure(what: str, variant: str) -> dict:
     return found
 
 
-def run(what: str, variant: str) -> dict:
-    """One result."""
-    command = [sys.executable, __file__, "--measure", what, "--variant", variant]
-    return json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--machine", default="cpu", help="names the files in benchmarks/results/")
-    parser.add_argument(
-        "--measure", choices=MEASURES, default="step", help="with --variant: what is run"
-    )
-    parser.add_argument("--variant", choices=VARIANTS, help="runs one variant in this very process")
+    parser.add_argument("--measure", choices=MEASURES, default="step", help="what is run")
+    parser.add_argument("--variant", choices=VARIANTS, default="fused", help="by whom")
+    parser.add_argument("--tokens", type=int, default=T)
+    parser.add_argument("--classes", type=int, default=V)
     options = parser.parse_args()
-    if options.variant:
-        print(json.dumps(measure(options.measure, options.variant)))
-        return
-    results = {what: {variant: run(what, variant) for variant in VARIANTS} for what in MEASURES}
-    lines = [
-        "| | Trainer | peak above the start, MiB | times less | loss |",
-        "|---|---|---|---|---|",
-    ]
-    for what, found in results.items():
-        found["times_less"] = round(found["stock"]["peak_mib"] / found["fused"]["peak_mib"], 2)
-        for variant in VARIANTS:
-            peak, loss = found[variant]["peak_mib"], found[variant]["loss"]
-            times = found["times_less"] if variant == "fused" else ""
-            lines.append(f"| {MEASURES[what]} | {variant} | {peak:,.0f} | {times} | {loss:.6f} |")
-    stem = RESULTS / f"{options.machine}-memory"
-    shape = {"T": T, "H": H, "V": V, "dtype": "float32"}
-    stem.with_suffix(".json").write_text(json.dumps({**shape, **results}, indent=1) + "\n")
-    text = "\n".join([__doc__.split("\n\n")[2].strip(), "", *lines])
-    stem.with_suffix(".md").write_text(
-        f"# Memory of Trainer\n\n`python benchmarks/memory.py`\n\n{text}\n"
-    )
-    print(text)
+    found = measure(options.measure, options.variant, options.tokens, options.classes)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

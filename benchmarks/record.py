@@ -1,131 +1,119 @@
-"""Runs every benchmark and keeps what came out: results/<machine>.json, tables in Markdown and
-pictures.
+"""Runs every benchmark and keeps what came out: results/<machine>/<op>.json, a row a case; then
+renews the pages that are made of these files (report.py).
 
-python benchmarks/record.py --machine cpu [--only adamw collator]
+python benchmarks/record.py [--only adamw collator] [--goals] [--rows EXPRESSION]
+python benchmarks/record.py --ledger FILE
 
-Each benchmark is in results/<machine>.jsonl as soon as it ends, and a failing one stops no other;
-that file goes when all have passed. The exit status is 1 where one has not.
+Each case is in results/<machine>/<op>.jsonl as soon as it ends, and a failing one stops no other;
+that file goes when all have passed. --ledger takes what `make gpu-check` has measured. Rows that
+were measured anew take the place of those of that name; with --goals and --rows the others stay.
+The exit status is 1 where a case has failed; a row whose times scatter is named, here and in the
+report.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import goals
 import machine
-import matplotlib
 import one_by_one
+import report
 from ledger import Ledger
-from tables import Row, exactness, failures, memory_growth, rows_of, table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from tables import Row, failures, rows_of, table, unsteady
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 OF_GPU_CHECK = ("smoke",)
-OF_THE_HOST = ("plan", "collator")  # minutes that a machine with a GPU has better uses for
+OF_THE_HOST = ("collator", "import", "memory", "plan")  # minutes that a GPU has better uses for
 
 
-def files(only: list[str] | None, gpu: bool) -> list[Path]:
-    """The benchmarks' files: those of these stems, or all that tell something on this machine."""
+def stems(only: list[str] | None, gpu: bool) -> list[str]:
+    """Of the benchmarks' files: these, or all that tell something on this machine."""
     left_out = OF_GPU_CHECK + (OF_THE_HOST if gpu else ())
-    stems = only or [path.stem.removeprefix("test_") for path in sorted(HERE.glob("test_*.py"))]
-    return [HERE / f"test_{stem}.py" for stem in stems if only or stem not in left_out]
+    known = [path.stem.removeprefix("test_") for path in sorted(HERE.glob("test_*.py"))]
+    return only or [stem for stem in known if stem not in left_out]
 
 
-def plot_losses(rows: list[Row], path: Path, title: str) -> None:
-    """Time and error of each way to the same loss, a pair of panels a benchmark."""
-    rows = [row for row in rows if "loss" in row.get("relative_errors", {}).get("ours", {})]
-    figure, axes = plt.subplots(
-        len(rows), 2, figsize=(11, 1.7 * len(rows) + 0.6), layout="constrained", squeeze=False
-    )
-    for row, (time, error) in zip(rows, axes, strict=True):
-        names = [*row["relative_errors"]][::-1]
-        colors = ["#d9480f" if name == "ours" else "#8c8c8c" for name in names]
-        drawn = time.barh(names, [row["median_ms"][name] for name in names], color=colors)
-        time.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=8)
-        errors = [max(row["relative_errors"][name]["loss"], 1e-16) for name in names]
-        error.bar_label(
-            error.barh(names, errors, color=colors), fmt="{:.0e}", padding=3, fontsize=8
-        )
-        error.set(xscale="log", title="relative error of the loss", yticks=[])
-        time.set_title(f"{row['name']}, {row['shape']}: ms")
-        for panel in (time, error):
-            panel.margins(x=0.2)
-            panel.title.set_fontsize(9)
-            panel.tick_params(labelsize=8)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=100)
-
-
-def plot(rows: list[Row], path: Path, title: str) -> None:
-    pairs = [
-        (f"{row['name']}\nagainst {rival}", ratio)
+def write(path: Path, where: dict[str, Any], rows: list[Row], keep_others: bool) -> None:
+    """The rows with their commit and date; `keep_others`: beside those that the file has."""
+    today = datetime.date.today().isoformat()
+    command = shlex.join(["python", "benchmarks/record.py", *sys.argv[1:]])
+    new = {
+        row["name"]: {**row, "commit": where["commit"], "date": today, "command": command}
         for row in rows
-        for rival, ratio in row.get("times_faster_than", {}).items()
-    ]
-    if not pairs:
-        return
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(pairs) + 1.2), layout="constrained")
-    names, ratios = zip(*pairs[::-1], strict=True)
-    drawn = axes.barh(
-        names, ratios, color=["#2f9e44" if ratio >= 1 else "#d9480f" for ratio in ratios]
-    )
-    axes.bar_label(drawn, [f"{ratio:.2f}x" for ratio in ratios], padding=3)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", title=f"Rival's time / ours: {title}")
-    axes.tick_params(axis="y", labelsize=7)
-    axes.margins(x=0.15)
-    figure.savefig(path, dpi=100)
+    }
+    old = json.loads(path.read_text())["rows"] if keep_others and path.exists() else []
+    merged = {row["name"]: row for row in old} | new
+    content = {"machine": where, "rows": list(merged.values())}
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write(stem: Path, where: dict[str, Any], rows: list[Row], command: str) -> None:
-    """The JSON, the tables and the pictures beside it."""
-    stem.with_suffix(".json").write_text(
-        json.dumps({"machine": where, "benchmarks": rows}, indent=1) + "\n"
-    )
-    described = ", ".join(f"{key} {value}" for key, value in where.items() if key != "packages")
-    name = where.get("gpu") or where["cpu"]
-    tables = "\n\n".join(filter(None, (table(rows), exactness(rows), memory_growth(rows))))
-    stem.with_suffix(".md").write_text(
-        f"# {name}\n\n{described}.\nMade by {command}.\n\n{tables}\n"
-    )
-    if any("loss" in row.get("relative_errors", {}).get("ours", {}) for row in rows):
-        plot_losses(rows, stem.with_name(f"{stem.name}-loss.png"), name)
-    plot(rows, stem.with_suffix(".png"), name)
+def taken(path: Path) -> list[str]:
+    """Files the rows of a ledger of `make gpu-check`; sentences about cases that have failed."""
+    ledger = Ledger(path)
+    where = next(line["facts"] for line in ledger.lines() if "facts" in line)
+    folder = report.RESULTS / machine.name(where)
+    folder.mkdir(exist_ok=True)
+    for stem in stems(None, gpu=True):
+        if rows := rows_of(ledger, "ops", stem):
+            write(folder / f"{stem}.json", where, rows, keep_others=False)
+    return failures(ledger, "ops")
+
+
+def measure(
+    stem: str, folder: Path, where: dict[str, Any], options: argparse.Namespace
+) -> list[str]:
+    """The cases of one file; sentences about those that have failed."""
+    ledger = Ledger(folder / f"{stem}.jsonl")
+    ledger.path.unlink(missing_ok=True)
+    chosen = ["--benchmark-only"]
+    chosen += [f"--rows={options.rows}"] if options.rows else ["--goals"] if options.goals else []
+    why = "interrupted"
+    try:
+        why = one_by_one.run([HERE / f"test_{stem}.py"], ledger, stem, options=chosen)
+    finally:
+        rows = rows_of(ledger, stem)
+        if rows:
+            some = bool(options.goals or options.rows)
+            write(folder / f"{stem}.json", where, rows, keep_others=some)
+            print(table(rows))
+    wrong = [*failures(ledger, stem), *filter(None, [why])]
+    if not wrong:
+        ledger.path.unlink(missing_ok=True)
+    return [*wrong, *unsteady(rows)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--machine", required=True, help="names the files in benchmarks/results/")
     parser.add_argument("--only", help="the stems of some benchmark files, e.g. adamw", nargs="+")
+    parser.add_argument("--rows", help="part of the names of rows, e.g. '50M'", default="")
+    parser.add_argument("--goals", help="the rows of goals.py alone", action="store_true")
+    parser.add_argument("--ledger", help="<gpu>.jsonl of make gpu-check", type=Path)
     options = parser.parse_args()
-    stem = RESULTS / (
-        options.machine if options.only is None else f"{options.machine}-{options.only[0]}"
-    )
-    only = "" if options.only is None else f" --only {' '.join(options.only)}"
-    where, ledger = machine.facts(), Ledger(stem.with_suffix(".jsonl"))
-    ledger.path.unlink(missing_ok=True)
-    ledger.append(part="machine", **where)
-    why = "interrupted"
-    try:
-        chosen = files(options.only, "gpu" in where)
-        why = one_by_one.run(chosen, ledger, "benchmarks", options=["--benchmark-only"])
-    finally:
-        rows = rows_of(ledger, "benchmarks")
-        write(stem, where, rows, f"`python benchmarks/record.py --machine {options.machine}{only}`")
-        print(table(rows))
-    wrong = [*failures(ledger, "benchmarks"), *filter(None, [why])]
-    if wrong:
-        raise SystemExit(
-            "\n".join(["", *wrong, f"What has been measured is in {ledger.path} and beside it."])
-        )
-    ledger.path.unlink()
+    if options.ledger:
+        print("\n".join(taken(options.ledger)))
+        report.write()
+        return
+    where = machine.facts()
+    folder = report.RESULTS / machine.name(where)
+    folder.mkdir(parents=True, exist_ok=True)
+    said = []
+    for stem in stems(options.only, "gpu" in where):
+        said += measure(stem, folder, where, options)
+    report.write()
+    missed = [each for each in goals.judge(report.rows_by_name(folder)) if not each.reached]
+    said += [f"{each.row}: {each.what} {each.found}, goal {each.goal}" for each in missed]
+    print("\n".join(["", *said]))
+    if any(folder.glob("*.jsonl")):
+        raise SystemExit(f"Some cases have failed: {folder}/*.jsonl")
 
 
 if __name__ == "__main__":

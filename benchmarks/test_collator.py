@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import texts
 import torch
 from compare import compare, rival
 
@@ -25,13 +26,14 @@ COUNT, WORDS = 64, 50_000
 Collate = Callable[[list[dict[str, Any]]], Any]
 
 
-def drawn() -> list[np.ndarray]:
+def drawn(real: bool = False) -> list[np.ndarray]:
     random = np.random.default_rng(0)
-    return [random.integers(5, WORDS, size) for size in random.integers(200, 1000, COUNT)]
+    sizes = random.choice(texts.lengths(), COUNT) if real else random.integers(200, 1000, COUNT)
+    return [random.integers(5, WORDS, size) for size in sizes]
 
 
-def make(form: str, *keys: str) -> list[dict[str, Any]]:
-    return [{key: FORMS[form](one) for key in keys} for one in drawn()]
+def make(form: str, *keys: str, real: bool = False) -> list[dict[str, Any]]:
+    return [{key: FORMS[form](one) for key in keys} for one in drawn(real)]
 
 
 def tokenizer() -> Any:
@@ -67,30 +69,49 @@ def measure(
     ours: Callable[[], Any],
     theirs: dict[str, Callable[[], Any]],
     columns: int,
-    rounds: int = 31,
+    check: Callable[[Any], None],
 ) -> None:
-    tokens = sum(map(len, drawn()))
+    """`check` is called with a batch of ours; `columns`: how many are read."""
+    batch = ours()
+    tokens = batch["input_ids"].numel()
     benchmark.extra_info["tokens"] = tokens
-    written = [torch.zeros(tokens, dtype=torch.int64) for _ in range(3)] + [
-        torch.zeros(tokens, dtype=torch.int32)
-    ]
+    kept = [batch[key] for key in ("input_ids", "labels", "position_ids", "seq_idx")]
     compare(
         benchmark,
         ours,
         theirs,
-        rounds=rounds,
-        # read: the examples; written: input_ids, labels, position_ids, seq_idx
-        bytes_moved=tokens * (8 * columns + 28),
-        bare=lambda: [tensor.clone() for tensor in written],
+        check=lambda: check(batch),
+        bytes_moved=8 * columns * tokens + sum(tensor.nbytes for tensor in kept),
+        bare=lambda: [tensor.clone() for tensor in kept],
     )
+
+
+def as_flattened(examples: list[dict[str, Any]]) -> Callable[[Any], None]:
+    """The check of a batch: it is transformers' to the last number."""
+
+    def check(batch: Any) -> None:
+        stock = flattening()(examples)
+        for key in ("input_ids", "labels", "position_ids", "seq_idx"):
+            assert torch.equal(batch[key], stock[key]), key
+
+    return check
 
 
 @pytest.mark.parametrize("labels", [False, True], ids=["ids", "ids_and_labels"])
 @pytest.mark.parametrize("form", FORMS)
 def test_collate(benchmark, form, labels):
-    keys = ("input_ids", "labels")[: 1 + labels]
-    examples, collator = make(form, *keys), PackingCollator()
-    lists = make("list", *keys)
+    collate(benchmark, form, ("input_ids", "labels")[: 1 + labels])
+
+
+@pytest.mark.parametrize("form", ["list", "numpy"])
+def test_collate_texts(benchmark, form):
+    """As long as 64 texts drawn of texts.py: most are short, a few very long."""
+    collate(benchmark, form, ("input_ids", "labels"), real=True)
+
+
+def collate(benchmark: Any, form: str, keys: tuple[str, ...], real: bool = False) -> None:
+    examples, collator = make(form, *keys, real=real), PackingCollator()
+    lists, labels = make("list", *keys, real=real), "labels" in keys
     theirs = {name: lambda other=other: other(examples) for name, other in rivals(labels).items()}
     if form != "list":  # what a user of the rival would give it
         flatten = flattening()
@@ -98,7 +119,7 @@ def test_collate(benchmark, form, labels):
     if "transformers padding" in theirs:  # it changes what it is given
         padding = rivals(True)["transformers padding"]
         theirs["transformers padding"] = lambda: padding([dict(example) for example in lists])
-    measure(benchmark, lambda: collator(examples), theirs, 1 + labels, rounds=21)
+    measure(benchmark, lambda: collator(examples), theirs, len(keys), as_flattened(lists))
 
 
 def test_collate_from_arrow(benchmark):
@@ -116,22 +137,19 @@ def test_collate_from_arrow(benchmark):
         lambda: collator(packs.__getitems__(batch)),
         {"transformers flattening": lambda: other(dataset.__getitems__(rows))},
         2,
+        as_flattened(dataset.__getitems__(rows)),
     )
 
 
 @pytest.mark.parametrize("task", ["masked_lm", "rows"])
 def test_collate_tasks(benchmark, task):
     """Masks as transformers draws them for padded batches; four rows in place of one."""
-    examples = make("list", "input_ids", *(["special_tokens_mask"] if task == "masked_lm" else []))
-    for example in examples:
-        if task == "masked_lm":
-            example["special_tokens_mask"] = [0] * len(example["input_ids"])
-    if task == "rows":
-        collator, theirs = (
-            PackingCollator(rows=4),
-            {"transformers flattening": lambda: flattening()(examples)},
-        )
-    else:
+    masked = task == "masked_lm"
+    examples = make("list", "input_ids", *(["special_tokens_mask"] if masked else []))
+    for example in examples if masked else ():
+        example["special_tokens_mask"] = [0] * len(example["input_ids"])
+    tokens = torch.cat([torch.tensor(example["input_ids"]) for example in examples])
+    if masked:
         words = tokenizer()
         words.__class__ = type("Words", (type(words),), {"__len__": lambda self: WORDS})
         collator = PackingCollator(task="masked_lm", tokenizer=words)
@@ -139,4 +157,15 @@ def test_collate_tasks(benchmark, task):
         theirs = {
             "transformers padding, masked": lambda: masking([dict(example) for example in examples])
         }
-    measure(benchmark, lambda: collator(examples), theirs, 1 + (task == "masked_lm"), rounds=9)
+    else:
+        collator, flatten = PackingCollator(rows=4), flattening()
+        theirs = {"transformers flattening": lambda: flatten(examples)}
+
+    def check(batch: Any) -> None:
+        ids, labels = batch["input_ids"].flatten(), batch["labels"].flatten()
+        if masked:
+            assert torch.equal(torch.where(labels == -100, ids, labels), tokens)
+        else:
+            assert torch.equal(ids[ids >= 5].sort().values, tokens.sort().values)
+
+    measure(benchmark, lambda: collator(examples), theirs, 1 + masked, check)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import compare, rival
-from errors import peaks_mib, relative_errors
-from heads import IDS, make, stepping
+from errors import check, peaks_mib
+from heads import IDS, make, shape_of, stepping, told
 
 from fastft.loss.linear_log_probs import linear_log_probs
 
@@ -51,8 +51,9 @@ def rivals():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=IDS.get)
-def test_linear_log_probs(benchmark, device, dtype):
-    x, weight, target = make(device, dtype)
+def test_linear_log_probs(benchmark, device, small, dtype):
+    shape = shape_of(device, dtype, small)
+    x, weight, target = make(device, dtype, shape)
     logits = x.new_empty(len(x), len(weight))
     d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
 
@@ -64,10 +65,31 @@ def test_linear_log_probs(benchmark, device, dtype):
             torch.mm(logits.T, x, out=d_weight)
 
     losses = {"ours": ours, **rivals()}
-    info = benchmark.extra_info
-    info["shape"] = f"N={len(x)}, H={x.shape[1]}, V={len(weight)}"
-    if device == "cpu":
-        info["relative_errors"] = relative_errors(losses, eager, x, weight, target)
     steps = {name: stepping(loss, x, weight, target) for name, loss in losses.items()}
+    rows = max(min(len(x), 2**27 // len(weight)), 1)  # of which float64 fits a GPU
+    info = benchmark.extra_info
+    info["shape"] = told(shape)
+
+    def checked():
+        info["relative_errors"] = check(
+            {
+                name: lambda *pair, loss=loss: loss(*pair, target[:rows])
+                for name, loss in losses.items()
+            },
+            lambda *pair: eager(*pair, target[:rows]),
+            (x.detach()[:rows].requires_grad_(), weight),
+            ("loss", "d_input", "d_weight"),
+            plain="torch eager",
+            terms=sum(shape),
+        )
+
+    compare(
+        benchmark,
+        steps["ours"],
+        {name: step for name, step in steps.items() if name != "ours"},
+        check=checked,
+        # a fused head computes logits twice, who keeps them once
+        products=(6 * logits.numel() * x.shape[1], dtype),
+        bare=gemms,
+    )
     info["peak_mib"] = peaks_mib(steps, x, weight)
-    compare(benchmark, steps.pop("ours"), steps, rounds=5, bare=gemms)

@@ -23,12 +23,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from fastft.integrations.estimated_training import Memory, Training, measure
 from fastft.optim.factory import with_fp32_moments
+from fastft.optim.moment_codes import CODES
 from fastft.optim.offload import tiers
 from fastft.unallocated import Unallocated
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
 TOKENS = 4096
-MOMENTS = ("fp32", "8bit")
+MOMENTS = ("fp32", "8bit", "4bit")
 CARDS = (8, 16, 24, 40, 48, 80)  # GiB
 BESIDE = 1 << 30  # bytes of a card that no tensor has, as `estimate` assumes
 BUS = {"PCIe 4": 25e9, "PCIe 5": 50e9}  # bytes a second and direction, of 32e9 and 64e9
@@ -111,7 +112,7 @@ def size(name: str, moments: str, offload: str | None, processes: int = 1) -> ti
     parameter along its first dimension."""
     model = _model(name)
     groups: list[dict[str, Any]] = [{"params": [*model.parameters()]}]
-    groups = with_fp32_moments(groups, model) if moments == "8bit" else groups
+    groups = with_fp32_moments(groups, model) if moments in CODES else groups
     groups = [
         {
             "amsgrad": False,

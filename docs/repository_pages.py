@@ -18,8 +18,8 @@ SHOWN = [
     "benchmarks/NOTES.md",
     "examples/*.py",
     "benchmarks/results/*.md",
-    "benchmarks/results/*.png",
     "benchmarks/results/*.json",
+    "benchmarks/results/*/*.*",
     "requirements/locked.txt",
 ]
 

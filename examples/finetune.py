@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from report import plot, print_table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -165,7 +166,6 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     examples: list,
 ) -> Result:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     on_gpu = torch.cuda.is_available() and not options.cpu
     args = TrainingArguments(
         str(options.output / "checkpoints"),
@@ -182,6 +182,9 @@ def train(
         report_to="none",
         disable_tqdm=True,
     )
+    # what every Trainer imports on its way (accelerate's engines, loggers) is none of its peak
+    Trainer(nn.Linear(1, 1), args)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     set_seed(options.seed)
     model = build_model(options.model, tokenizer)
     padding = DataCollatorForSeq2Seq(tokenizer)  # pads labels too; needs no encoder

@@ -14,17 +14,11 @@ alone and enters through an official Trainer input:
 """
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from fastft.attention.registration import register_with_transformers
 
-# `python -m fastft run script.py` imports this package first, and the script begins without torch
-# as it does without fastft: it may still set what torch reads of the environment. While Python
-# looks for what stands behind -m, argv[0] is "-m".
-_WAITS = sys.argv[:1] == ["-m"] and "torch" not in sys.modules
-
-if TYPE_CHECKING or not _WAITS:
+if TYPE_CHECKING:
     from fastft.attention.attention import register_attention
     from fastft.attention.segments import packed_attention
     from fastft.data.collator import PackingCollator
@@ -33,8 +27,12 @@ if TYPE_CHECKING or not _WAITS:
     from fastft.data.tasks.seq2seq import seq2seq_masks
     from fastft.integrations.block_mask import block_mask
     from fastft.integrations.clipping import fuse_clipping
+    from fastft.integrations.fused_loss import FusedLossCallback
+    from fastft.integrations.packing import PackingCallback
+    from fastft.integrations.plug.plug import plug
     from fastft.integrations.pool_segments import pool_segments
     from fastft.integrations.probe.check_packing import PackingLeakError, check_packing
+    from fastft.integrations.throughput import ThroughputCallback
     from fastft.loss.cross_entropy import CrossEntropyLoss, cross_entropy
     from fastft.loss.lazy.output_head import fused_loss
     from fastft.loss.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
@@ -42,12 +40,6 @@ if TYPE_CHECKING or not _WAITS:
     from fastft.optim.adamw import AdamW
     from fastft.optim.factory import adamw, adamw_spec
     from fastft.optim.fp32_weights import load_fp32, save_fp32
-
-if TYPE_CHECKING:
-    from fastft.integrations.fused_loss import FusedLossCallback
-    from fastft.integrations.packing import PackingCallback
-    from fastft.integrations.plug.plug import plug
-    from fastft.integrations.throughput import ThroughputCallback
 
 __version__ = "0.2.0"
 
@@ -83,22 +75,54 @@ __all__ = [
 ]
 
 
-# these subclass a class of transformers, which fastft does not need to be imported
-_OF_TRANSFORMERS = {
-    "FusedLossCallback": "fastft.integrations.fused_loss",
-    "PackingCallback": "fastft.integrations.packing",
-    "ThroughputCallback": "fastft.integrations.throughput",
-    "plug": "fastft.integrations.plug.plug",
+# The rooms of these names are imported when a name is first asked for: nobody waits for what is not
+# used, and `python -m fastft run script.py` leaves the script to set what torch reads of the
+# environment.
+_ROOMS = {
+    "fastft.attention.attention": ("register_attention",),
+    "fastft.attention.segments": ("packed_attention",),
+    "fastft.data.collator": ("PackingCollator",),
+    "fastft.data.packed": ("pack",),
+    "fastft.data.plan": ("plan_packs",),
+    "fastft.data.tasks.seq2seq": ("seq2seq_masks",),
+    "fastft.integrations.block_mask": ("block_mask",),
+    "fastft.integrations.clipping": ("fuse_clipping",),
+    "fastft.integrations.pool_segments": ("pool_segments",),
+    "fastft.integrations.probe.check_packing": ("PackingLeakError", "check_packing"),
+    "fastft.loss.cross_entropy": ("CrossEntropyLoss", "cross_entropy"),
+    "fastft.loss.lazy.output_head": ("fused_loss",),
+    "fastft.loss.linear_cross_entropy": ("LinearCrossEntropyLoss", "linear_cross_entropy"),
+    "fastft.loss.linear_log_probs": ("LinearLogProbs", "linear_log_probs", "linear_token_loss"),
+    "fastft.optim.adamw": ("AdamW",),
+    "fastft.optim.factory": ("adamw", "adamw_spec"),
+    "fastft.optim.fp32_weights": ("load_fp32", "save_fp32"),
+}
+# these subclass a class of transformers, which the others do not need
+_ROOMS_OF_TRANSFORMERS = {
+    "fastft.integrations.fused_loss": ("FusedLossCallback",),
+    "fastft.integrations.packing": ("PackingCallback",),
+    "fastft.integrations.plug.plug": ("plug",),
+    "fastft.integrations.throughput": ("ThroughputCallback",),
 }
 
 
+def _import_rooms() -> None:
+    """Imports all that needs no transformers: `torch.ops.fastft` then has every operator."""
+    for room in _ROOMS:
+        importlib.import_module(room)
+
+
 def __getattr__(name: str) -> Any:
-    if name in _OF_TRANSFORMERS:
-        return getattr(importlib.import_module(_OF_TRANSFORMERS[name]), name)
-    if _WAITS and name in __all__:
-        importlib.import_module("torch")  # with it this file is executed whole
-        return getattr(importlib.reload(sys.modules[__name__]), name)
+    for room, names in (_ROOMS | _ROOMS_OF_TRANSFORMERS).items():
+        if name in names:
+            # from the next time on it is found without this function
+            found = globals()[name] = getattr(importlib.import_module(room), name)
+            return found
     raise AttributeError(f"module 'fastft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 register_with_transformers()

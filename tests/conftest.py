@@ -13,6 +13,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import pytest
 import torch
 
+import fastft
+
+fastft._import_rooms()  # for tests that ask which operators there are
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addoption(
             option, metavar="FILE", help=f"where the page of {name!r} is written (make sweep)"
         )
+    parser.addoption("--fuzz-seconds", type=float, help="how long each room of tests/fuzz is tried")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="of the first round of cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -234,7 +234,7 @@ LIMITS = {
     "works-with.md: AdamW refuses fp16": [
         "test_adamw.py::test_bad_dtypes",
         "test_adamw_input.py::test_parameters_which_cannot_be_trained",
-        "test_moments_8bit.py::test_amsgrad_is_refused",
+        "test_moment_codes.py::test_amsgrad_is_refused",
         "test_adamw_update.py::test_pieces_of_a_tensor_get_the_bits_of_the_whole",
         "test_device_counts.py::test_what_a_graph_has_captured",
         "test_engines.py::test_trains_and_resumes_as_stock_does_or_says_why_not",
@@ -279,7 +279,7 @@ LIMITS = {
         "test_adamw.py::test_bad_dtypes",
         "test_adamw.py::test_bad_options",
         "test_adamw_input.py::test_parameters_which_cannot_be_trained",
-        "test_moments_8bit.py::test_amsgrad_is_refused",
+        "test_moment_codes.py::test_amsgrad_is_refused",
     ],
     "adamw.md: On a CPU with AVX2": [
         "benchmarks/test_adamw.py::test_adamw_bf16_modes",

@@ -34,10 +34,7 @@ def test_import_needs_only_torch() -> None:
     # None makes every import of them fail
     hide = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))"
     script = f"{hide}\nimport fastft, torch\n"
-    script += (
-        "lazy = fastft._OF_TRANSFORMERS\n"
-        "assert [getattr(fastft, name) for name in fastft.__all__ if name not in lazy]"
-    )
+    script += "assert [getattr(fastft, name) for names in fastft._ROOMS.values() for name in names]"
     script += (
         "\nloss = fastft.linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), "
         "torch.tensor([0, 1, 4]))"
@@ -62,10 +59,42 @@ def test_python_m_begins_without_torch_and_lacks_nothing(tmp_path: Path) -> None
         [sys.executable, "-W", "ignore", "-m", "mine"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert set(fastft.__all__) - set(fastft._OF_TRANSFORMERS) <= set(done.stdout.split())
+    assert set(fastft.__all__) <= set(done.stdout.split())
 
 
-def test_import_takes_no_longer_than_torch() -> None:
+def test_import_waits_for_the_first_use() -> None:
+    script = "import sys, fastft\n"
+    script += "print(*{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)\n"
+    script += "print(*(name for name in sys.modules if name.startswith('fastft')))"
+    done = subprocess.run(
+        # without site: an installed package may have itself imported at the start
+        [sys.executable, "-S", "-c", script],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    packages, rooms = map(str.split, done.stdout.splitlines())
+    assert set(packages) == {"__main__", "fastft"}
+    assert set(rooms) == {
+        "fastft",
+        "fastft.attention",
+        "fastft.attention.registration",
+        "fastft.on_import",
+    }
+
+
+def test_type_checkers_and_imports_read_names_from_the_same_rooms() -> None:
+    tree = ast.parse(Path(fastft.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    typed = {node.module: tuple(name.name for name in node.names) for node in block.body}
+    rooms = fastft._ROOMS | fastft._ROOMS_OF_TRANSFORMERS
+    assert rooms == typed
+    assert sorted(name for names in rooms.values() for name in names) == sorted(fastft.__all__)
+
+
+def test_names_take_no_longer_to_import_than_torch() -> None:
     """The compiler alone takes as long to import as torch."""
     heavy = (
         "torch._dynamo",
@@ -76,6 +105,7 @@ def test_import_takes_no_longer_than_torch() -> None:
         "datasets",
     )
     script = "import sys, torch\nbefore = set(sys.modules)\nimport fastft\n"
+    script += "fastft._import_rooms()\n"
     script += f"print(*{set(heavy)} & (set(sys.modules) - before))"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True

@@ -73,8 +73,8 @@ struct Bound {
       : tensors(std::move(checked)), written(tensors.rows.size()) {}
 };
 
-// Says whether sections of the checksum are parts of a processor's part: rows of 8-bit moments may
-// cut them otherwise.
+// Says whether sections of the checksum are parts of a processor's part: rows of codes may cut them
+// otherwise.
 bool summed(const AdamwTensor& t) {
   return t.residue && (t.columns == t.numel || t.columns % fastft::kSection == 0);
 }
@@ -153,7 +153,7 @@ void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
   const auto bound = bindings().get(fastft::as_int(stack[4]), "adamw_bound_");
   fastft::AdamwTensors& tensors = bound->tensors;
   step.check(tensors);
-  const int code = !tensors.unchanged() ? 1 : tensors.take(grads) >= 0 ? 2 : 0;
+  const int64_t code = tensors.look_and_take(grads);
   if (code == 0) update(tensors, step, &bound->written);
   stack[0] = StableIValue(code);
 }

@@ -1,11 +1,11 @@
 // AdamW over a run of one tensor's elements; compiled once per instruction set (isa.h). One loop
 // widens what is kept in 16 bits, updates and rounds. What needs random bits goes block by block,
-// with the bits drawn into the first-level cache before; 8-bit moments as well, decoded there, in
-// whole blocks of theirs.
+// with the bits drawn into the first-level cache before; moments of 8 and 4 bits as well, decoded
+// there, in whole blocks of theirs.
 #include "adamw_math.h"
 #include "isa.h"
 #include "lanes.h"
-#include "moments_8bit_lanes.h"
+#include "moment_blocks.h"
 #include "philox_lanes.h"
 
 namespace {
@@ -121,7 +121,8 @@ void update(Element* __restrict param, const Element* __restrict grad, void* __r
   };
   int64_t i = 0;
 #if defined(FASTFT_LANES)
-  for (; i + FASTFT_LANES <= n; i += FASTFT_LANES) at(i, Lanes());
+  constexpr bool floats = sizeof(Element) == 4 || sizeof(Moment) == 4;
+  for (; i + FASTFT_LANES <= n; i += FASTFT_LANES) at(i, Lanes<floats>());
 #endif
   for (; i < n; i++) at(i, float());
 }
@@ -140,80 +141,12 @@ Bits draw(const AdamwTensor& t, const Random& random, int n, Block& block) {
   return bits;
 }
 
-// The blocks of 8-bit moments in `n` elements from element `i` on, as f(offset from i, elements,
-// scale).
-template <class F>
-void each_moment_block(const AdamwTensor& t, int64_t i, int n, F f) {
-  const int64_t row = i / t.columns;
-  int64_t column = i - row * t.columns;
-  int64_t scale = row * (moment_blocks_of_row(t.columns)) + column / kMomentBlock;
-  for (int done = 0; done < n; scale++) {
-    const int64_t left = t.columns - column;
-    const int size = left < kMomentBlock ? int(left) : int(kMomentBlock);
-    f(done, size, scale);
-    done += size;
-    column = column + size == t.columns ? 0 : column + size;
-  }
-}
-
-// How many elements from `begin` on, the first of a block, make whole blocks and at most kBlock.
-int whole_moment_blocks(const AdamwTensor& t, int64_t begin, int64_t end) {
-  int64_t n = 0;
-  for (int64_t column = begin % t.columns; n < end - begin;) {
-    const int64_t left = t.columns - column;
-    const int64_t size = left < kMomentBlock ? left : int64_t(kMomentBlock);
-    if (n + size > kBlock) break;
-    n += size;
-    column = column + size == t.columns ? 0 : column + size;
-  }
-  return int(n);
-}
-
-void decode_moments(const AdamwTensor& t, int64_t i, int n, Block& block) {
-  each_moment_block(t, i, n, [&](int from, int size, int64_t scale) {
-    const int8_t* __restrict codes = static_cast<const int8_t*>(t.exp_avg) + i + from;
-    const uint8_t* __restrict sq_codes = static_cast<const uint8_t*>(t.exp_avg_sq) + i + from;
-    const float m_scale = t.exp_avg_scale[scale], v_scale = t.exp_avg_sq_scale[scale];
-    if (decode_block(codes, sq_codes, m_scale, v_scale, size, block.exp_avg + from,
-                     block.exp_avg_sq + from))
-      return;
-    for (int j = 0; j < size; j++) block.exp_avg[from + j] = exp_avg_decode(codes[j], m_scale);
-    for (int j = 0; j < size; j++)
-      block.exp_avg_sq[from + j] = exp_avg_sq_decode(sq_codes[j], v_scale);
-  });
-}
-
-void encode_moments(const AdamwTensor& t, int64_t i, int n, const Bits& bits, const Block& block) {
-  each_moment_block(t, i, n, [&](int from, int size, int64_t scale) {
-    const float* __restrict m = block.exp_avg + from;
-    const float* __restrict v = block.exp_avg_sq + from;
-    int8_t* __restrict codes = static_cast<int8_t*>(t.exp_avg) + i + from;
-    uint8_t* __restrict sq_codes = static_cast<uint8_t*>(t.exp_avg_sq) + i + from;
-    float *m_scale = t.exp_avg_scale + scale, *v_scale = t.exp_avg_sq_scale + scale;
-    if (encode_block(m, v, bits.exp_avg + from, size, codes, sq_codes, m_scale, v_scale)) return;
-    int32_t largest = 0, largest_sq = 0;
-    for (int j = 0; j < size; j++) {
-      const bool finite = both_finite(m[j], v[j]);
-      const int32_t a = finite ? magnitude(m[j]) : 0, b = finite ? magnitude(v[j]) : 0;
-      largest = a > largest ? a : largest;
-      largest_sq = b > largest_sq ? b : largest_sq;
-    }
-    *m_scale = bits_float(uint32_t(largest)), *v_scale = bits_float(uint32_t(largest_sq));
-    const float divisor = largest ? *m_scale : 1.0f, sq_divisor = largest_sq ? *v_scale : 1.0f;
-    for (int j = 0; j < size; j++)
-      codes[j] = exp_avg_encode(m[j], both_finite(m[j], v[j]), divisor, bits.exp_avg[from + j]);
-    for (int j = 0; j < size; j++)
-      sq_codes[j] = exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), sq_divisor,
-                                      swap_bytes(bits.exp_avg[from + j]));
-  });
-}
-
 template <class T>
 T* at(void* base, int64_t i) {
   return base ? static_cast<T*>(base) + i : nullptr;
 }
 
-// `n` elements from `i` on, with the moments there or, decoded from 8 bits, in `block`.
+// `n` elements from `i` on, with the moments there or, decoded from codes, in `block`.
 template <AdamwRounding rounding, class Moment, bool amsgrad>
 void update_part(const AdamwTensor& t, int64_t i, int64_t n, float factor, const AdamwHyper& h,
                  const Bits& bits, Block* block) {
@@ -267,12 +200,12 @@ extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, i
   while (begin < end) {
     const Random random{seed, uint64_t(t.first + begin), uint32_t(hyper->step)};
     const int64_t room = kBlock - int64_t(random.first % kBlock);
-    const int n = t.columns ? whole_moment_blocks(t, begin, end)
+    const int n = t.columns ? whole_moment_blocks(t, begin, end, kBlock)
                             : int(end - begin < room ? end - begin : room);
     const Bits bits = draw(t, random, n, block);
-    if (t.columns) decode_moments(t, begin, n, block);
+    if (t.columns) decode_moments(t, begin, n, block.exp_avg, block.exp_avg_sq);
     update_part(t, begin, n, factor, *hyper, bits, t.columns ? &block : nullptr);
-    if (t.columns) encode_moments(t, begin, n, bits, block);
+    if (t.columns) encode_moments(t, begin, n, bits.exp_avg, block.exp_avg, block.exp_avg_sq);
     begin += n;
   }
 }

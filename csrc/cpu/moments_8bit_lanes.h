@@ -77,21 +77,22 @@ FASTFT_HD uint32_t wide_largest(WideInt bits) {
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
   return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
-// Four registers of one code in each 32 bits as 32 codes in order, of which packing leaves the
-// quarters mixed.
-FASTFT_HD void store_packed(__m256i packed, void* to) {
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(packed, order));
+// 32 codes in order, of which packing four registers leaves the quarters mixed.
+FASTFT_HD __m256i in_order(__m256i packed) {
+  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-FASTFT_HD void store_codes(const WideInt (&code)[4], void* to) {
+FASTFT_HD __m256i packed_codes(const WideInt (&code)[4]) {
   const __m256i low = _mm256_packs_epi32(code[0], code[1]);
   const __m256i high = _mm256_packs_epi32(code[2], code[3]);
-  store_packed(_mm256_packs_epi16(low, high), to);
+  return in_order(_mm256_packs_epi16(low, high));
+}
+FASTFT_HD void store_codes(const WideInt (&code)[4], void* to) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), packed_codes(code));
 }
 FASTFT_HD void store_sq_codes(const WideInt (&code)[4], void* to) {
   const __m256i low = _mm256_packus_epi32(code[0], code[1]);
   const __m256i high = _mm256_packus_epi32(code[2], code[3]);
-  store_packed(_mm256_packus_epi16(low, high), to);
+  _mm256_storeu_si256(static_cast<__m256i*>(to), in_order(_mm256_packus_epi16(low, high)));
 }
 #endif
 
@@ -100,9 +101,8 @@ FASTFT_HD Wide exp_avg_decode(const int8_t* codes, Wide scale) {
   return wide_mul(wide_mul(wide_mul(root, wide_size(root)), wide_mul(root, root)), scale);
 }
 
-FASTFT_HD Wide exp_avg_sq_decode(const uint8_t* codes, Wide scale) {
-  const Wide above =
-      wide_add(FASTFT_OF_WIDE(cvtepi32_ps)(wide_unsigned(codes)), wide((float)kSqOctave));
+FASTFT_HD Wide exp_avg_sq_decode(WideInt codes, Wide scale) {
+  const Wide above = wide_add(FASTFT_OF_WIDE(cvtepi32_ps)(codes), wide((float)kSqOctave));
   // code / 12, rounded down: to nearest after half of a unit less, but for rounding errors
   const Wide octave = wide_add(wide_fma(above, wide(1.0f / kSqOctave), wide(-1.0f - 11.0f / 24.0f)),
                                wide(kToInteger));
@@ -110,6 +110,11 @@ FASTFT_HD Wide exp_avg_sq_decode(const uint8_t* codes, Wide scale) {
   const Wide unit = wide_mul(place, wide(1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS)));
   const WideInt exponent = FASTFT_OF_WIDE(slli_epi32)(as_bits(octave), 23);
   return wide_mul(as_floats(wide_add(as_bits(unit), exponent)), scale);
+}
+
+// The random numbers / 2^16.
+FASTFT_HD Wide random_share(WideInt random) {
+  return wide_sub(as_floats(random | wide(0x43000000u)), wide(128.0f));
 }
 
 FASTFT_HD WideInt exp_avg_encode(Wide m, Wide reciprocal, WideInt random) {
@@ -120,8 +125,7 @@ FASTFT_HD WideInt exp_avg_encode(Wide m, Wide reciprocal, WideInt random) {
   const Wide root = FASTFT_OF_WIDE(cvtepi32_ps)(low), next = wide_add(root, wide(1.0f));
   const Wide square = wide_mul(root, root), next_square = wide_mul(next, next);
   const Wide below = wide_mul(square, square), above = wide_mul(next_square, next_square);
-  // share is the random number / 2^16
-  const Wide share = wide_sub(as_floats(random | wide(0x43000000u)), wide(128.0f));
+  const Wide share = random_share(random);
   return wide_with_sign(
       wide_one_more(low, wide_mul(share, wide_sub(above, below)), wide_sub(x, below)), m);
 }
@@ -145,7 +149,7 @@ FASTFT_HD void decode_together(const int8_t* codes, const uint8_t* sq_codes, Wid
                                Wide sq_scale, float* m, float* v) {
   for (int i = 0; i < kCodesTogether; i += kWide) {
     FASTFT_OF_WIDE(storeu_ps)(m + i, exp_avg_decode(codes + i, scale));
-    FASTFT_OF_WIDE(storeu_ps)(v + i, exp_avg_sq_decode(sq_codes + i, sq_scale));
+    FASTFT_OF_WIDE(storeu_ps)(v + i, exp_avg_sq_decode(wide_unsigned(sq_codes + i), sq_scale));
   }
 }
 
@@ -189,24 +193,29 @@ FASTFT_HD bool plain_scale(uint32_t largest) {
   return largest == 0 || (largest >= float_bits(FASTFT_SMALL_SCALE) && largest < 0x7f800000u);
 }
 
+// The bits of a block's largest moments.
+struct LargestBits {
+  WideInt m = wide(0u), v = wide(0u);
+  __attribute__((always_inline)) inline void take(const float* m_of, const float* v_of) {
+    for (int i = 0; i < kCodesTogether; i += kWide) {
+      m = wide_max_bits(m, as_bits(wide_size(FASTFT_OF_WIDE(loadu_ps)(m_of + i))));
+      v = wide_max_bits(v, as_bits(FASTFT_OF_WIDE(loadu_ps)(v_of + i)));
+    }
+  }
+};
+
 static bool encode_block(const float* m, const float* v, const uint16_t* bits, int n, int8_t* codes,
                          uint8_t* sq_codes, float* scale, float* sq_scale) {
   const int whole = n - n % kCodesTogether, left = n - whole;
   float last_m[kCodesTogether], last_v[kCodesTogether];
-  WideInt largest = wide(0u), largest_sq = wide(0u);
-  const auto take = [&](const float* m, const float* v) __attribute__((always_inline)) {
-    for (int i = 0; i < kCodesTogether; i += kWide) {
-      largest = wide_max_bits(largest, as_bits(wide_size(FASTFT_OF_WIDE(loadu_ps)(m + i))));
-      largest_sq = wide_max_bits(largest_sq, as_bits(FASTFT_OF_WIDE(loadu_ps)(v + i)));
-    }
-  };
-  for (int i = 0; i < whole; i += kCodesTogether) take(m + i, v + i);
+  LargestBits largest;
+  for (int i = 0; i < whole; i += kCodesTogether) largest.take(m + i, v + i);
   if (left) {
     memset(last_m, 0, sizeof last_m), memset(last_v, 0, sizeof last_v);
     memcpy(last_m, m + whole, size_t(left) * 4), memcpy(last_v, v + whole, size_t(left) * 4);
-    take(last_m, last_v);
+    largest.take(last_m, last_v);
   }
-  const uint32_t m_scale = wide_largest(largest), v_scale = wide_largest(largest_sq);
+  const uint32_t m_scale = wide_largest(largest.m), v_scale = wide_largest(largest.v);
   if (!plain_scale(m_scale) || !plain_scale(v_scale)) return false;
   *scale = bits_float(m_scale), *sq_scale = bits_float(v_scale);
   const Wide reciprocal = wide(m_scale ? 1.0f / *scale : 1.0f);

@@ -58,12 +58,14 @@ Kernel kernel_for(const std::vector<AdamwTensor>& rows) {
   static constexpr Kernel kAlike[] = {adamw_kernel<kFp32>, adamw_kernel<kExact>,
                                       adamw_kernel<kKahan>, adamw_kernel<kStochastic>,
                                       adamw_kernel<kNearest>};
-  bool alike = true;
+  bool alike = true, codes = false;
   for (const AdamwTensor& t : rows) {
-    if (t.columns > 0) return adamw_kernel<kAnyhow>;
+    if (t.four_bit) return adamw_kernel<kAnyhow>;
+    codes |= t.columns > 0;
     alike &= t.rounding == rows[0].rounding && !t.bf16_moments;
   }
-  return alike && !rows.empty() ? kAlike[rows[0].rounding] : adamw_kernel<kNoEightBit>;
+  if (codes) return adamw_kernel<kNoFourBit>;
+  return alike && !rows.empty() ? kAlike[rows[0].rounding] : adamw_kernel<kNoCodes>;
 }
 
 // Tensors, and a table of them in device memory. The table is laid there by the first step, and
@@ -198,7 +200,7 @@ void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
   const auto held = bindings().get(fastft::as_int(stack[4]), "adamw_bound_");
   Bound& bound = *held;
   step.check(bound.tensors);
-  const int code = !bound.tensors.unchanged() ? 1 : bound.tensors.take(grads) >= 0 ? 2 : 0;
+  const int64_t code = bound.tensors.look_and_take(grads);
   if (code == 0) bound.run(step);
   stack[0] = StableIValue(code);
 }

@@ -6,6 +6,7 @@
 // on 16 bytes, and for 8-bit moments in rows of another length than a multiple of four. Not yet run
 // on a GPU.
 #pragma once
+#include "adamw_4bit.cuh"
 #include "adamw_8bit.cuh"
 #include "adamw_elements.cuh"
 #include "adamw_math.h"
@@ -82,11 +83,38 @@ __device__ T* global(T* data) {
 }
 
 // How the tensors of a launch are kept: all of them rounded as this AdamwRounding says, with
-// float32 moments, which the compiler then knows; or in any way without 8-bit moments; or in any
-// way. The more ways, the more registers.
-constexpr int kNoEightBit = kNearest + 1, kAnyhow = kNoEightBit + 1;
+// float32 moments, which the compiler then knows; or in any way without codes; or in any way
+// without 4-bit codes; or in any way. The more ways, the more registers.
+constexpr int kNoCodes = kNearest + 1, kNoFourBit = kNoCodes + 1, kAnyhow = kNoFourBit + 1;
 constexpr int blocks_of_processor(int kept) {
-  return kept == kAnyhow ? 4 : kept == kNoEightBit ? 5 : 6;
+  return kept > kNoCodes ? 4 : kept == kNoCodes ? 5 : 6;
+}
+
+// Moment blocks of a chunk of a tensor that is kept as P.
+template <class P>
+__device__ void update_8bit(const AdamwTensor& t, const void* grads, int64_t number, float factor,
+                            const AdamwHyper& h, const Random& random) {
+  if (in_eights(t, grads))
+    each_moment_block<16>(t, number * kMomentBlocks, [&](const MomentBlock& block) {
+      update_8bit_block<P, 8, 16>(t, grads, block, factor, h, random);
+    });
+  else
+    each_moment_block<kWarp>(t, number * kMomentBlocks, [&](const MomentBlock& block) {
+      update_8bit_block<P, 1, kWarp>(t, grads, block, factor, h, random);
+    });
+}
+
+template <class P>
+__device__ void update_4bit(const AdamwTensor& t, const void* grads, int64_t number, float factor,
+                            const AdamwHyper& h, const Random& random) {
+  if (in_eights(t, grads))
+    each_moment_block<16>(t, number * kMomentBlocks, [&](const MomentBlock& block) {
+      update_4bit_block<P, 8, 16>(t, grads, block, factor, h, random);
+    });
+  else
+    each_moment_block<kWarp>(t, number * kMomentBlocks, [&](const MomentBlock& block) {
+      update_4bit_block<P, 1, kWarp>(t, grads, block, factor, h, random);
+    });
 }
 
 template <int kKept>
@@ -106,8 +134,9 @@ __global__ void __launch_bounds__(kThreads, blocks_of_processor(kKept))
                       row.numel,
                       row.first,
                       row.row,
-                      kKept < kNoEightBit ? AdamwRounding(kKept) : row.rounding,
-                      kKept < kNoEightBit ? false : row.bf16_moments};
+                      kKept < kNoCodes ? AdamwRounding(kKept) : row.rounding,
+                      kKept < kNoCodes ? false : row.bf16_moments,
+                      kKept == kAnyhow && row.four_bit};
   const AdamwHyper h = step.hyper ? step.hyper[t.row] : step.own[t.row];
   if (h.step == 0.0f) return;  // the step is skipped
   const void* grads = global(step.grads[tensor]);
@@ -115,7 +144,12 @@ __global__ void __launch_bounds__(kThreads, blocks_of_processor(kKept))
   const int n = int(t.numel - chunk < kChunk ? t.numel - chunk : kChunk);
   const float factor = ft_mul(h.grad_sign, *step.grad_factor);
   const Random random{step.seed, uint32_t(h.step)};
-  if (kKept == kAnyhow && t.columns) {
+  if (t.four_bit) {
+    if (t.rounding == kFp32)
+      update_4bit<float>(t, grads, number, factor, h, random);
+    else
+      update_4bit<uint16_t>(t, grads, number, factor, h, random);
+  } else if (kKept > kNoCodes && t.columns) {
     if (t.rounding == kFp32)
       update_8bit<float>(t, grads, number, factor, h, random);
     else

@@ -40,31 +40,37 @@ __device__ float byte_behind(uint32_t word, int k) {
   return bits_float(permuted(word, kBehindBits, 0x7540 + k));
 }
 
-// The moments of eight codes.
-__device__ void decode_eight(const uint32_t (&m_codes)[2], const uint32_t (&v_codes)[2],
-                             float m_scale, float v_scale, float (&m)[8], float (&v)[8]) {
+// The first moments of eight codes.
+__device__ void decode_eight(const uint32_t (&codes)[2], float scale, float (&m)[8]) {
   uint32_t nan = 0;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const uint32_t from_nan = m_codes[i] ^ kSignsOfBytes;  // 0 to 255 for -128 to 127
-    nan |= (from_nan - 0x01010101u) & m_codes[i] & kSignsOfBytes;
+    const uint32_t from_nan = codes[i] ^ kSignsOfBytes;  // 0 to 255 for -128 to 127
+    nan |= (from_nan - 0x01010101u) & codes[i] & kSignsOfBytes;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
       const float root = ft_mul(ft_sub(byte_behind(from_nan, k), kBehind + 128.0f), 1.0f / 127.0f);
       const float square = ft_mul(root, root);
-      m[4 * i + k] = ft_mul(with_sign_of(ft_mul(square, square), root), m_scale);
-      const float above = ft_sub(byte_behind(v_codes[i], k), kBehind - kSqOctave);    // code + 12
-      const float octave = floor_behind(above, 1.0f / kSqOctave, kBehind - 1.0f);     // behind 2^23
-      const float place = ft_fma(ft_sub(octave, kBehind), -float(kSqOctave), above);  // 12 to 23
-      const float unit = ft_mul(place, 1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS));
-      // 2^octave units
-      v[4 * i + k] = ft_mul(bits_float(float_bits(unit) + (float_bits(octave) << 23)), v_scale);
+      m[4 * i + k] = ft_mul(with_sign_of(ft_mul(square, square), root), scale);
     }
   }
   if (nan == 0) return;
 #pragma unroll
   for (int k = 0; k < 8; k++)
-    if (permuted(m_codes[k / 4], 0, 0x4440 + k % 4) == 0x80u) m[k] = bits_float(0x7fc00000u);
+    if (permuted(codes[k / 4], 0, 0x4440 + k % 4) == 0x80u) m[k] = bits_float(0x7fc00000u);
+}
+
+// The second moments of eight codes.
+__device__ void decode_sq_eight(const uint32_t (&codes)[2], float scale, float (&v)[8]) {
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    const float above = ft_sub(byte_behind(codes[k / 4], k % 4), kBehind - kSqOctave);  // code + 12
+    const float octave = floor_behind(above, 1.0f / kSqOctave, kBehind - 1.0f);     // behind 2^23
+    const float place = ft_fma(ft_sub(octave, kBehind), -float(kSqOctave), above);  // 12 to 23
+    const float unit = ft_mul(place, 1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS));
+    // 2^octave units
+    v[k] = ft_mul(bits_float(float_bits(unit) + (float_bits(octave) << 23)), scale);
+  }
 }
 
 // Four of the upper bytes (`byte` 3) or lower ones (0) of words.
@@ -74,17 +80,19 @@ __device__ uint32_t gathered(const uint32_t (&words)[8], int first, uint32_t byt
                   permuted(words[first + 2], words[first + 3], pair), 0x5410);
 }
 
-// The codes of eight moments whose blocks' scales have these reciprocals; false where a code of m
-// may be another, with the eight codes of m undefined. `random`: 16 bits of each element, two a
-// word.
-__device__ bool encode_eight(const float (&m)[8], const float (&v)[8], float reciprocal,
-                             float sq_reciprocal, const uint32_t (&random)[4],
-                             uint32_t (&m_codes)[2], uint32_t (&v_codes)[2]) {
-  uint32_t m_words[8], v_words[8];
+// 128 + the random number of element `k` of eight / 2^16; they are two a word.
+__device__ float share_behind(const uint32_t (&random)[4], int k) {
+  return bits_float(permuted(random[k / 2], 0x43000000u, k % 2 ? 0x7432 : 0x7410));
+}
+
+// The codes of eight first moments whose block's scale has this reciprocal; false where one may be
+// another, with all of them undefined. `random`: 16 bits of each element, two a word.
+__device__ bool encode_eight(const float (&m)[8], float reciprocal, const uint32_t (&random)[4],
+                             uint32_t (&codes)[2]) {
+  uint32_t words[8];
   bool sure = true;
 #pragma unroll
   for (int k = 0; k < 8; k++) {
-    const uint32_t drawn = random[k / 2];
     const float size =
         ft_mul(ft_mul(bits_float(uint32_t(magnitude(m[k]))), reciprocal), FASTFT_EXP_AVG_UNITS);
     // no closer to code 127 than where all draws give it
@@ -95,20 +103,29 @@ __device__ bool encode_eight(const float (&m)[8], const float (&v)[8], float rec
     const float next_square = ft_mul(next, next);
     const float below = ft_mul(square, square), above = ft_mul(next_square, next_square);
     sure &= x < above;
-    // 128 + the random number / 2^16
-    const float share =
-        ft_sub(bits_float(permuted(drawn, 0x43000000u, k % 2 ? 0x7432 : 0x7410)), 128.0f);
+    const float share = ft_sub(share_behind(random, k), 128.0f);
     const float code = ft_mul(share, ft_sub(above, below)) < ft_sub(x, below) ? next : root;
-    m_words[k] = float_bits(ft_add(with_sign_of(code, m[k]), 1.5f * kBehind));
-    const float units = ft_mul(ft_mul(v[k], sq_reciprocal), FASTFT_EXP_AVG_SQ_UNITS);
+    words[k] = float_bits(ft_add(with_sign_of(code, m[k]), 1.5f * kBehind));
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) codes[i] = gathered(words, 4 * i, 0);
+  return sure;
+}
+
+// The codes of eight second moments.
+__device__ void encode_sq_eight(const float (&v)[8], float reciprocal, const uint32_t (&random)[4],
+                                uint32_t (&codes)[2]) {
+  uint32_t words[8];
+#pragma unroll
+  for (int k = 0; k < 8; k++) {
+    const float units = ft_mul(ft_mul(v[k], reciprocal), FASTFT_EXP_AVG_SQ_UNITS);
     const float kept = fmaxf(fminf(units, FASTFT_EXP_AVG_SQ_UNITS), 1.0f);
     // 24 * (bits of kept - bits of 1) + (random number, bytes swapped, << 8): the code is the
     // topmost byte
-    v_words[k] = float_bits(kept) * 24u + permuted(drawn, 0x0c000000u, k % 2 ? 0x7234 : 0x7014);
+    words[k] =
+        float_bits(kept) * 24u + permuted(random[k / 2], 0x0c000000u, k % 2 ? 0x7234 : 0x7014);
   }
 #pragma unroll
-  for (int i = 0; i < 2; i++)
-    m_codes[i] = gathered(m_words, 4 * i, 0), v_codes[i] = gathered(v_words, 4 * i, 3);
-  return sure;
+  for (int i = 0; i < 2; i++) codes[i] = gathered(words, 4 * i, 3);
 }
 }  // namespace

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "adamw_math.h"
-#include "moments_8bit.h"
+#include "moments_4bit.h"
 #include "shim.h"
 
 namespace fastft {
@@ -24,8 +24,8 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 }
 
 // The tensors that an update changes, checked against each other. It owns handles of them, which
-// keep them alive and with which `unchanged` sees that one was given other memory (`p.data = ...`)
-// or another shape since.
+// keep them alive and with which `look_and_take` sees that one was given other memory (`p.data =
+// ...`) or another shape since.
 class AdamwTensors {
  public:
   std::vector<AdamwTensor> rows;
@@ -57,8 +57,9 @@ class AdamwTensors {
       FT_CHECK(!keeps || next_residue < residues.size, "adamw_: bfloat16 tensor %zu has no residue",
                i);
       Tensor exp_avg = exp_avgs[i];
-      const bool eight_bit = exp_avg.dtype() == aoti_torch_dtype_int8();
-      FT_CHECK(!eight_bit || next_residue + keeps + 2 <= residues.size,
+      const bool codes =
+          exp_avg.dtype() == aoti_torch_dtype_int8() || exp_avg.dtype() == aoti_torch_dtype_uint8();
+      FT_CHECK(!codes || next_residue + keeps + 2 <= residues.size,
                "adamw_: tensor %zu has no scales", i);
       const auto next = [&](bool there, const TensorList& list, size_t& index) {
         return there ? list[index++] : Tensor(StableIValue(0));
@@ -68,9 +69,9 @@ class AdamwTensors {
                 exp_avg_sqs[i],
                 next(amsgrad, max_exp_avg_sqs, next_max),
                 next(keeps, residues, next_residue),
-                next(eight_bit, residues, next_residue),
-                next(eight_bit, residues, next_residue)};
-      rows.push_back(eight_bit ? check_8bit(i, kept, rounding) : check(i, kept, rounding));
+                next(codes, residues, next_residue),
+                next(codes, residues, next_residue)};
+      rows.push_back(codes ? check_codes(i, kept, rounding) : check_floats(i, kept, rounding));
       rows.back().row = entry[0], rows.back().first = entry[3];
       hyper_rows = entry[0] >= hyper_rows ? entry[0] + 1 : hyper_rows;
       starts.push_back(starts.back() + rows.back().numel);
@@ -80,33 +81,30 @@ class AdamwTensors {
              "adamw_: tensors are left over");
   }
 
-  bool unchanged() const {
-    std::atomic<bool> all{true};
+  // Takes the pointers of a step's gradients: 0, or 1 where a bound tensor has changed since it was
+  // checked and 2 where a gradient does not fit its parameter. All in one pass by all threads: what
+  // it reads has left the caches since the last step.
+  int64_t look_and_take(const TensorList& grads) {
+    std::atomic<bool> changed{false}, misfit{false};
     constexpr int64_t kGrain = 128;  // tensors: about 40 microseconds where no cache has them
+    check_count(grads);
     parallel_for(int64_t(rows.size()), kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         constexpr int64_t kAhead = 6;
         if (i + kAhead < end) kept_[size_t(i + kAhead)].prefetch();
-        if (!matches(kept_[size_t(i)], rows[size_t(i)])) all = false;
+        if (!matches(kept_[size_t(i)], rows[size_t(i)])) changed = true;
+        if (!take(size_t(i), grads[size_t(i)])) misfit = true;
       }
     });
-    return all;
+    return changed ? 1 : misfit ? 2 : 0;
   }
 
   // Takes the gradients' pointers; returns the index of the first one which does not fit its
   // parameter, or -1.
   int64_t take(const TensorList& grads) {
-    FT_CHECK(grads.size == rows.size(), "adamw_: %zu gradients for %zu parameters", grads.size,
-             rows.size());
-    for (size_t i = 0; i < rows.size(); i++) {
-      const Tensor grad = grads[i];
-      const Kept& kept = kept_[i];
-      if (grad.dtype() != kept.dtype || grad.numel() != rows[i].numel ||
-          grad.device_index() != device_index ||
-          !(kept.contiguous ? grad.contiguous() : same_layout(kept.param, grad)))
-        return int64_t(i);
-      rows[i].grad = grad.data();
-    }
+    check_count(grads);
+    for (size_t i = 0; i < rows.size(); i++)
+      if (!take(i, grads[i])) return int64_t(i);
     return -1;
   }
 
@@ -126,6 +124,22 @@ class AdamwTensors {
     }
   };
   std::vector<Kept> kept_;
+
+  void check_count(const TensorList& grads) const {
+    FT_CHECK(grads.size == rows.size(), "adamw_: %zu gradients for %zu parameters", grads.size,
+             rows.size());
+  }
+
+  bool take(size_t i, const Tensor& grad) {
+    const Kept& kept = kept_[i];
+    if (grad.dtype() != kept.dtype || grad.numel() != rows[i].numel ||
+        grad.device_index() != device_index ||
+        !(kept.contiguous ? grad.contiguous() : same_layout(kept.param, grad)))
+      return false;
+    rows[i].grad = grad.data();
+    return true;
+  }
+
   // Limits with which no sum of what a table says overflows.
   static constexpr int64_t kMostRows = int64_t(1) << 31, kLastElement = int64_t(1) << 62;
 
@@ -135,7 +149,7 @@ class AdamwTensors {
 
   static bool matches(const Kept& kept, const AdamwTensor& row) {
     return same(kept.param, row.param, row.numel) && kept.param.contiguous() == kept.contiguous &&
-           same(kept.exp_avg, row.exp_avg, row.numel) &&
+           same(kept.exp_avg, row.exp_avg, row.four_bit ? nibble_bytes(row) : row.numel) &&
            same(kept.exp_avg_sq, row.exp_avg_sq, row.numel) &&
            (!row.max_exp_avg_sq || same(kept.max_exp_avg_sq, row.max_exp_avg_sq, row.numel)) &&
            (!row.residue || same(kept.residue, row.residue, row.numel)) &&
@@ -143,23 +157,35 @@ class AdamwTensors {
                              kept.exp_avg_sq_scale.data() == row.exp_avg_sq_scale));
   }
 
-  AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding) {
+  static int64_t nibble_bytes(const AdamwTensor& row) {
+    return row.numel ? row.numel / row.columns * nibble_bytes_of_row(row.columns) : 0;
+  }
+
+  AdamwTensor check_floats(size_t i, Kept& kept, AdamwRounding rounding) {
     const bool bf16 = kept.exp_avg.dtype() == aoti_torch_dtype_bfloat16();
     const int32_t moment = bf16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
-    AdamwTensor row = check(i, kept, rounding, moment, moment);
+    AdamwTensor row = check(i, kept, rounding, moment);
+    row.exp_avg = checked(i, kept.param, kept.exp_avg, moment, "exp_avg");
+    if (kept.max_exp_avg_sq.handle)
+      row.max_exp_avg_sq = checked(i, kept.param, kept.max_exp_avg_sq, moment, "max_exp_avg_sq");
     row.bf16_moments = bf16;
     return row;
   }
 
-  AdamwTensor check_8bit(size_t i, Kept& kept, AdamwRounding rounding) {
-    AdamwTensor row = check(i, kept, rounding, aoti_torch_dtype_int8(), aoti_torch_dtype_uint8());
-    FT_CHECK(kept.param.dim() > 0 && kept.param.contiguous() && kept.exp_avg.contiguous() &&
-                 !row.max_exp_avg_sq,
-             "adamw_: tensor %zu: 8-bit moments are for contiguous tensors of a dimension or more "
-             "without amsgrad",
-             i);
+  AdamwTensor check_codes(size_t i, Kept& kept, AdamwRounding rounding) {
+    AdamwTensor row = check(i, kept, rounding, aoti_torch_dtype_uint8());
+    FT_CHECK(
+        kept.param.dim() > 0 && kept.param.contiguous() && kept.exp_avg.contiguous() &&
+            !kept.max_exp_avg_sq.handle,
+        "adamw_: tensor %zu: 8-bit and 4-bit moments are for contiguous tensors of a dimension "
+        "or more without amsgrad",
+        i);
     const int64_t lines = kept.param.dim() == 1 ? 1 : kept.param.size(0);
     row.columns = row.numel ? row.numel / lines : 0;
+    row.four_bit = kept.exp_avg.dtype() == aoti_torch_dtype_uint8();
+    row.exp_avg = row.four_bit
+                      ? checked_nibbles(i, kept.exp_avg, row, lines)
+                      : checked(i, kept.param, kept.exp_avg, aoti_torch_dtype_int8(), "exp_avg");
     const int64_t blocks = lines * moment_blocks_of_row(row.columns);
     for (const Tensor* scale : {&kept.exp_avg_scale, &kept.exp_avg_sq_scale})
       FT_CHECK(
@@ -172,8 +198,20 @@ class AdamwTensors {
     return row;
   }
 
-  AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding, int32_t moment,
-                    int32_t moment_sq) {
+  void* checked_nibbles(size_t i, const Tensor& exp_avg, const AdamwTensor& row, int64_t lines) {
+    const bool shaped = exp_avg.dim() == 2 && exp_avg.size(0) == lines &&
+                        exp_avg.size(1) == nibble_bytes_of_row(row.columns);
+    FT_CHECK(exp_avg.device_index() == device_index && exp_avg.numel() == nibble_bytes(row) &&
+                 (shaped || row.numel == 0),
+             "adamw_: tensor %zu: an exp_avg of uint8 has two codes of 4 bits a byte: (%lld, %lld) "
+             "on the parameter's device",
+             i, static_cast<long long>(lines),
+             static_cast<long long>(nibble_bytes_of_row(row.columns)));
+    return exp_avg.mutable_data();
+  }
+
+  // What all forms of the first moment have in common.
+  AdamwTensor check(size_t i, Kept& kept, AdamwRounding rounding, int32_t moment_sq) {
     const Tensor& param = kept.param;
     kept.dtype = param.dtype(), kept.contiguous = param.contiguous();
     const int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16();
@@ -183,10 +221,7 @@ class AdamwTensors {
     FT_CHECK(param.device_index() == device_index, "adamw_: tensor %zu is on another device", i);
     AdamwTensor row{};
     row.param = param.mutable_data(), row.numel = param.numel(), row.rounding = rounding;
-    row.exp_avg = checked(i, param, kept.exp_avg, moment, "exp_avg");
     row.exp_avg_sq = checked(i, param, kept.exp_avg_sq, moment_sq, "exp_avg_sq");
-    if (kept.max_exp_avg_sq.handle)
-      row.max_exp_avg_sq = checked(i, param, kept.max_exp_avg_sq, moment, "max_exp_avg_sq");
     if (kept.residue.handle)
       row.residue = checked(i, param, kept.residue,
                             rounding == kExact ? aoti_torch_dtype_int16() : bf16, "residue");

@@ -25,8 +25,8 @@ struct AdamwTensor {
   void* param;  // float32 where rounding is kFp32, else bfloat16
   const void* grad;
   void *exp_avg, *exp_avg_sq;  // float32, bfloat16 where bf16_moments, or codes where columns > 0
-  float *exp_avg_scale, *exp_avg_sq_scale;  // the scales of the blocks of 8-bit moments, or nullptr
-  int64_t columns;       // elements of a row, in which such blocks lie; 0 without 8-bit moments
+  float *exp_avg_scale, *exp_avg_sq_scale;  // the scales of the blocks of codes, or nullptr
+  int64_t columns;       // elements of a row, in which such blocks lie; 0 without codes
   void* max_exp_avg_sq;  // nullptr without amsgrad
   void* residue;         // what rounding keeps: int16 remainder, bfloat16 compensation, or nullptr
   int64_t numel;
@@ -34,6 +34,7 @@ struct AdamwTensor {
   int64_t row;    // of the hyper table
   AdamwRounding rounding;
   bool bf16_moments;
+  bool four_bit;  // the codes of exp_avg are two a byte, each row's from a byte of its own on
 };
 
 #if defined(__CUDA_ARCH__)  // the intrinsics keep nvcc from contracting what the CPU rounds twice

@@ -82,7 +82,7 @@ class CrossEntropyArgs {
   int64_t check_matrix(const Tensor& tensor, const char* name) const {
     check_device(tensor, name);
     FT_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == classes &&
-                 tensor.dtype() == dtype && (classes <= 1 || tensor.stride(1) == 1),
+                 tensor.dtype() == dtype && (classes <= 1 || rows == 0 || tensor.stride(1) == 1),
              "cross_entropy_rows: %s must have the shape and dtype of logits, and contiguous rows",
              name);
     return tensor.stride(0);

@@ -3,7 +3,6 @@ and why."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
 from typing import Any
@@ -62,7 +61,7 @@ def _choice(operation: Operation, device: torch.device, *what: Any) -> str:
 
 def main() -> int:
     """Prints the report; never fails because something is missing."""
-    importlib.reload(fastft)  # behind -m it has not imported the rooms with operators yet
+    fastft._import_rooms()
     print(f"fastft {fastft.__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(", ".join(f"{package} {_version(package)}" for package in _COMPANIONS))
     for kind in ("cpu", "cuda"):

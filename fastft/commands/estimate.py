@@ -45,8 +45,9 @@ TIERS: dict[str, str | None] = {
 }
 # "overlap" takes as much memory as "gradients", and a look at a weight may be stale
 _BY_ITSELF = ("none", "states", "gradients")
-# moments that take less memory, the exacter ones first
-_SMALLER = {"fp32": ("bf16", "8bit"), "bf16": ("8bit",), "8bit": ()}
+_MOMENTS = ("fp32", "bf16", "8bit", "4bit")
+# that take less memory, the exacter ones first
+_SMALLER = {moments: _MOMENTS[i + 1 :] for i, moments in enumerate(_MOMENTS)}
 _Measure = Any  # (Training, pieces) -> Memory
 _Columns = dict[str, "tuple[Training, frozenset[str]]"]
 _UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--accumulation", type=int, default=1, help="micro-steps of a step (default: 1)")
     add("--lora", type=int, default=0, metavar="R", help="adapters of this rank on all layers")
     add("--optim", default="adamw_torch_fused", help="stock's optimizer, as Trainer names it")
-    add("--moments", choices=("fp32", "bf16", "8bit"), default="fp32", help="of fastft's AdamW")
+    add("--moments", choices=_MOMENTS, default="fp32", help="of fastft's AdamW")
     add(
         "--rounding",
         choices=("exact", "kahan", "stochastic", "nearest"),

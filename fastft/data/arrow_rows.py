@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastft.data.columns import Columns
 from fastft.foreign.loaders import chosen_rows
 
 Fetch = Callable[[Sequence[int]], list[Any]]
@@ -80,8 +81,12 @@ class ArrowRows:
         self._fetchers = {key: fetcher(dataset.data.table.column(key)) for key in chosen}
         self._rows = chosen_rows(dataset)
 
-    def __call__(self, examples: Sequence[int]) -> list[dict[str, Any]]:
-        """Reads the examples of the given numbers."""
+    def columns(self, examples: Sequence[int]) -> Columns:
+        """Reads the examples of the given numbers, key by key."""
         rows = examples if self._rows is None else self._rows[list(examples)].tolist()
-        columns = [fetch(rows) for fetch in self._fetchers.values()]
-        return [dict(zip(self._fetchers, row, strict=True)) for row in zip(*columns, strict=True)]
+        return {key: fetch(rows) for key, fetch in self._fetchers.items()}
+
+    def __call__(self, examples: Sequence[int]) -> list[dict[str, Any]]:
+        """Reads them one by one."""
+        columns = self.columns(examples)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -107,18 +107,17 @@ class Expansion:
             columns: int64 (R, T), or of another shape where they are not per token.
             others: what the batch has besides, as it is.
         """
-        shape = columns["input_ids"].shape
-        source = columns["input_ids" if self.source is None else self.source].view(-1)
+        source = columns["input_ids" if self.source is None else self.source]
         labels = source if self.source == "labels" else torch.empty_like(source)
         position_ids, seq_idx, cu_seqlens = packed_boundaries(
             lengths, ignored, source, self.position_ids_start, labels, self.impl
         )
         batch = PackedBatch(input_ids=columns["input_ids"])
         if self.source is not None:
-            batch["labels"] = labels.view(shape)
+            batch["labels"] = labels
         batch |= {
-            "position_ids": position_ids.view(shape),
-            SEQ_IDX: seq_idx.view(shape),
+            "position_ids": position_ids,
+            SEQ_IDX: seq_idx,
             CU_SEQLENS_Q: cu_seqlens,
             CU_SEQLENS_K: cu_seqlens,
             # a task may have made other positions

@@ -34,6 +34,9 @@ def boundaries_reference(
     cu_seqlens: Tensor,
 ) -> None:
     """Computes the boundaries in plain torch, into the same outputs as the kernels."""
+    source, labels, position_ids, seq_idx = (
+        tensor.view(-1) for tensor in (source, labels, position_ids, seq_idx)
+    )
     cu_seqlens[0] = 0
     cu_seqlens[1:] = lengths.cumsum(0)
     tokens = source.numel()
@@ -65,13 +68,14 @@ def packed_boundaries(
     Args:
         lengths: int64 (S,), tokens of each segment, 0 or more; they must add up to T.
         ignored: int64 (S,), how many of a segment's first labels are ignored.
-        source: int64 (T,), the labels.
+        source: int64, T of them in any shape, the labels.
         position_ids_start: position of a segment's first token.
-        labels: int64 (T,), written.
+        labels: int64 in the shape of `source`, written.
         impl: the engine; see `fastft.ops`.
 
     Returns:
-        position_ids, int64 (T,); seq_idx, int32 (T,); cu_seqlens, int32 (S + 1,).
+        position_ids, int64, and seq_idx, int32, in the shape of `source`; cu_seqlens, int32
+        (S + 1,).
     """
     position_ids = torch.empty_like(source)
     seq_idx = torch.empty_like(source, dtype=torch.int32)

@@ -6,6 +6,7 @@ with the forms in which an example may come (`processed.py`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,11 +69,15 @@ class Pack(dict[str, Values]):
     """
 
     def __init__(self, examples: Sequence[dict[str, Any]] = ()) -> None:
-        columns = transposed(examples)
+        self.hold(transposed(examples))
+
+    def hold(self, columns: Columns) -> None:
+        """Takes the columns of its examples, `input_ids` among them."""
         if columns.keys() & KEYS:
             lengths = [*map(len, columns["input_ids"])]
             columns = cut_documents(columns, lengths, documents_of(columns, lengths))
-        super().__init__((key, Values(values)) for key, values in columns.items())
+        for key, values in columns.items():
+            self[key] = Values(values)
 
     @property
     def examples(self) -> list[dict[str, Any]]:
@@ -96,6 +101,14 @@ class Pack(dict[str, Values]):
 
     def __reduce__(self) -> Any:
         return Pack, (self.examples,)
+
+
+def packs_of_columns(columns: Columns, sizes: Sequence[int]) -> list[Pack]:
+    """Makes packs of so many examples each, which follow one another in the columns."""
+    packs = [Pack() for _ in sizes]
+    for pack, end, size in zip(packs, itertools.accumulate(sizes), sizes, strict=True):
+        pack.hold({key: values[end - size : end] for key, values in columns.items()})
+    return packs
 
 
 def transposed(examples: Sequence[dict[str, Any]]) -> Columns:

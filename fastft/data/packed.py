@@ -5,19 +5,20 @@ Making it reads lengths only, and one example where some are to be cut; it copie
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from fastft.checks import optional_integer
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
 from fastft.data.lengths import scan_lengths
-from fastft.data.pack import Pack, cut, filler, refuse_images
+from fastft.data.pack import Pack, cut, filler, packs_of_columns, refuse_images
 from fastft.data.plan import PackPlan, checked_limits, epoch_plan, plan_packs
 from fastft.data.processed import unbatched
 from fastft.data.streaming import OPEN_PACKS, PackedStream, refuse_dispatch
@@ -55,7 +56,8 @@ class PackedDataset(Dataset[Pack]):
 
     def _forget(self) -> None:
         """Resets what each process makes or notes for itself."""
-        self._rows: tuple[Any, Any] | None = None  # the dataset, and views of its Arrow tables
+        # the dataset, and views of its Arrow tables
+        self._rows: tuple[Any, ArrowRows] | None = None
         self._drawn: tuple[int, PackPlan] | None = None
         # the pack that a batch last ended with; None: no longer watched
         self._last: int | None = -1
@@ -146,11 +148,17 @@ class PackedDataset(Dataset[Pack]):
     def _packs(self, indices: Sequence[int]) -> list[Pack]:
         plan = self.plan
         bounds = [plan.bounds(index) for index in indices]
-        chosen = torch.cat([torch.arange(begin, end) for begin, end in bounds])
+        # numpy, as a few numbers of torch's cost several times more
         examples, starts, lengths = (
-            column[chosen].tolist() for column in (plan.indices, plan.starts, plan.lengths)
+            [*itertools.chain(*[numbers[begin:end].tolist() for begin, end in bounds])]
+            for numbers in map(Tensor.numpy, (plan.indices, plan.starts, plan.lengths))
         )
         fillers = sum(begin == end for begin, end in bounds)
+        table = self._table()
+        if table is not None and not fillers and not any(starts):
+            columns = table.columns(examples)
+            if [*map(len, columns.get("input_ids", ()))] == lengths:  # all are whole, as a rule
+                return packs_of_columns(columns, [end - begin for begin, end in bounds])
         fetched = self._fetch(examples + plan.indices[:1].tolist() * fillers)
         # an example is whole as a rule: for that, no function is called
         parts = [
@@ -162,15 +170,19 @@ class PackedDataset(Dataset[Pack]):
             )
         ]
         blank, left = [filler(fetched[-1])] if fillers else [], iter(parts)
-        return [Pack([*islice(left, end - begin)] or blank) for begin, end in bounds]
+        return [Pack([*itertools.islice(left, end - begin)] or blank) for begin, end in bounds]
+
+    def _table(self) -> ArrowRows | None:
+        """Reads a `datasets.Dataset` straight from Arrow, whatever its format: no Python object is
+        made of a token. None for another dataset."""
+        if not is_dataset(self.dataset) or self.dataset.format["type"] == "custom":
+            return None
+        if self._rows is None or self._rows[0] is not self.dataset:
+            self._rows = self.dataset, ArrowRows(self.dataset)
+        return self._rows[1]
 
     def _fetch(self, examples: list[int]) -> list[dict[str, Any]]:
-        if is_dataset(self.dataset) and self.dataset.format["type"] != "custom":
-            # straight from Arrow, whatever the format: no Python object is made of a token
-            if self._rows is None or self._rows[0] is not self.dataset:
-                self._rows = self.dataset, ArrowRows(self.dataset)
-            return self._rows[1](examples)
-        fetch = getattr(self.dataset, "__getitems__", None)
+        fetch = self._table() or getattr(self.dataset, "__getitems__", None)
         return fetch(examples) if fetch else [self.dataset[example] for example in examples]
 
     def _part(self, example: dict[str, Any], index: int, start: int, length: int) -> dict[str, Any]:

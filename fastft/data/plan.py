@@ -140,7 +140,7 @@ class PackPlan:
         position = pack + len(self) if pack < 0 else pack
         if not 0 <= position < len(self):
             raise IndexError(f"pack {pack} of a plan with {len(self)} packs")
-        begin, end = self.offsets[position : position + 2].tolist()
+        begin, end = self.offsets.numpy()[position : position + 2].tolist()
         return begin, end
 
     def reordered(self, order: Tensor) -> PackPlan:

@@ -84,7 +84,7 @@ class Layout:
 
 def _width(lengths: Sequence[int], rows: Sequence[Sequence[int]], multiple: int) -> int:
     """Counts the tokens of the longest row, rounded up to a multiple."""
-    longest = max(sum(lengths[example] for example in row) for row in rows)
+    longest = max(sum([lengths[example] for example in row]) for row in rows)
     return longest + -longest % multiple
 
 
@@ -121,11 +121,14 @@ def _laid_out(
         raise ValueError(
             f"{len(rows)} rows of {width} tokens are more than int32 boundaries can count"
         )
-    padding = [width - sum(lengths[example] for example in row) for row in rows]
+    padding: list[int] = []
     segment_lengths: list[int] = []
     order: list[int | None] = []
-    for row, rest, ends_with_padding in zip(rows, padding, padded, strict=True):
-        segment_lengths += [lengths[example] for example in row]
+    for row, ends_with_padding in zip(rows, padded, strict=True):
+        of_row = [lengths[example] for example in row]
+        rest = width - sum(of_row)
+        padding.append(rest)
+        segment_lengths += of_row
         order += row
         if rest or ends_with_padding:
             segment_lengths.append(rest)

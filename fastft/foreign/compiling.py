@@ -31,6 +31,17 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def is_watched() -> bool:
+    """Whether somebody records, counts or answers the operations that run now: a compiler, a
+    tracer, a mode of torch's."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile has been called on `model` or a part of it."""
     return any(

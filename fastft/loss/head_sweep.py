@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from fastft import _native
+from fastft.checks import integer
 from fastft.loss.head_gemms import NARROW_CHUNKS, HeadTerm, is_emulated, working_dtype
 from fastft.loss.options import RowOptions, statistics_dtype, times
 from fastft.loss.scale_gradients import scale_gradients
+from fastft.ops import check_impl
 
 Operands: TypeAlias = tuple[Tensor, Tensor, "Tensor | None"]  # input, weight and bias of a head
 Where: TypeAlias = "slice | Tensor"  # positions of rows
@@ -205,11 +207,13 @@ class HeadCall(NamedTuple):
         """By the plan that the gradients of `operands` call for (see `linear_rows`).
 
         Raises:
-            ValueError: `chunk_rows` is below 1, or `max_counted` below 0.
+            ValueError: `impl` is no engine's name, `chunk_rows` no integer from 1 on, or
+                `max_counted` none from 0 on.
         """
+        check_impl(impl)
         for name, value, least in (("chunk_rows", chunk_rows, 1), ("max_counted", max_counted, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be None or at least {least}, got {value}")
+            if value is not None:
+                integer(name, value, f"None or an integer of at least {least}", least=least)
         x, weight, bias = (
             torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
             for tensor in operands

@@ -35,13 +35,15 @@ def row_options(
 
     Raises:
         TypeError: `ignore_index` is no integer.
-        ValueError: `label_smoothing` is not in [0, 1], `z_loss` is negative, or `softcap` or
-            `logit_scale` is not positive and finite.
+        ValueError: `ignore_index` does not fit into int64, `label_smoothing` is not in [0, 1],
+            `z_loss` is negative, or `softcap` or `logit_scale` is not positive and finite.
     """
     if not isinstance(ignore_index, int):
         if not hasattr(ignore_index, "__index__") or isinstance(ignore_index, Tensor):
             raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
         ignore_index = operator.index(ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into int64, got {ignore_index}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0.0 <= z_loss < math.inf:

@@ -3,10 +3,10 @@
 The formula, how parameters and moments are kept, and the bytes that a step moves: adamw_update.py.
 Bytes resident for each element, gradient included (amsgrad adds 4, or 2 with bf16 moments):
 
-    parameter         fp32 moments   bf16 moments   8-bit moments
-    fp32                        16             12           10.06
-    bf16 exact, kahan           14             10            8.06
-    bf16 stochastic             12              8            6.06
+    parameter         fp32 moments   bf16 moments   8-bit moments   4-bit moments
+    fp32                        16             12           10.06            9.56
+    bf16 exact, kahan           14             10            8.06            7.56
+    bf16 stochastic             12              8            6.06            5.56
 
 Clipping adds one reading of the gradients (4 or 2 bytes an element); torch's clip_grad_norm_ adds
 three passes' worth.
@@ -78,10 +78,10 @@ class AdamW(torch.optim.AdamW):
     (float32, or bfloat16 with `moments="bf16"`; the shape of p), with amsgrad `max_exp_avg_sq`
     (likewise) and, for bf16 parameters, `remainder` (int16, with `rounding="exact"`) or `kahan`
     (bfloat16). With `moments="8bit"`, `exp_avg` and `exp_avg_sq` are int8 and uint8 codes, and
-    `exp_avg_scale`, `exp_avg_sq_scale` (float32, rows x blocks) go with them. State dicts of fp32
-    parameters with fp32 moments load into `torch.optim.AdamW`, its state dicts load here, and
-    saving and loading keeps every dtype and bit; an optimizer with other `moments` converts what it
-    loads.
+    `exp_avg_scale`, `exp_avg_sq_scale` (float32, rows x blocks) go with them; with "4bit" `exp_avg`
+    is uint8, rows x bytes of two codes. State dicts of fp32 parameters with fp32 moments load into
+    `torch.optim.AdamW`, its state dicts load here, and saving and loading keeps every dtype and
+    bit; an optimizer with other `moments` converts what it loads.
 
     torch's `GradScaler` is served through its attributes: with `found_inf`, for which the step
     waits unless it is `capturable`, nothing is updated or counted and `step_was_skipped` is True. A
@@ -116,9 +116,10 @@ class AdamW(torch.optim.AdamW):
             CPU parameters.
         differentiable: must be False.
         fused: as foreach.
-        moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; or
-            "8bit", codes with a scale for each block of 128 elements of a row (moments_8bit.py),
-            likewise, not with amsgrad; vectors of fewer than 4,096 elements keep fp32 then. A
+        moments: how the running averages are kept: "fp32"; "bf16", rounded stochastically; "8bit",
+            codes with a scale for each block of 128 elements of a row (moments_8bit.py), likewise;
+            or "4bit", such codes of 4 bits for the first and 8 for the second (moments_4bit.py).
+            Codes are not for amsgrad, and vectors of fewer than 4,096 elements keep fp32. A
             parameter group may have its own.
         rounding: how a bf16 parameter is kept: "exact" keeps the 16 bits which rounding drops and
             follows fp32 to the last bit; "kahan" keeps a bf16 compensation; "stochastic" keeps

@@ -34,7 +34,8 @@ class PartTensors:
         params: the parts of the parameters.
         entries: of each parameter those of its state, in the operator's order: `exp_avg`,
             `exp_avg_sq`, `max_exp_avg_sq` if it has that, its residues.
-        exp_avgs: the first of each.
+        layouts: of each the entry that has the parameter's shape and layout of its state, whatever
+            its kind of moments.
         rows: the parameters' rows of the operator's table.
         kept: the weights that are written together with low bits, with their places.
     """
@@ -54,7 +55,7 @@ class PartTensors:
             [local(state[name]) for name in entry_names(state, row)]
             for state, row in zip(states, rows, strict=True)
         ]
-        self.exp_avgs = [entries[0] for entries in self.entries]
+        self.layouts = [entries[1] for entries in self.entries]
 
     def memory(self) -> list[Any]:
         """Addresses and forms, which show that parameters or states have been given others."""
@@ -81,7 +82,7 @@ class Part:
         engine = ADAMW.resolve(impl, device)  # raises where an explicit one is not there
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.binding: Binding | None = None
-        if engine in ops.LIBRARIES and all(map(same_layout, tensors.params, tensors.exp_avgs)):
+        if engine in ops.LIBRARIES and all(map(same_layout, tensors.params, tensors.layouts)):
             self.binding = Binding(engine, (tensors.params, *self.states), self.table)
         self.memory = tensors.memory()
 
@@ -119,7 +120,7 @@ class Part:
         # under `.data` torch counts no change: the plan counts one for every engine
         targets = [param.data for param in self.tensors.params]
         params, grads = (
-            [like(tensor, layout) for tensor, layout in zip(of, self.tensors.exp_avgs, strict=True)]
+            [like(tensor, layout) for tensor, layout in zip(of, self.tensors.layouts, strict=True)]
             for of in (targets, grads)
         )
         update = ADAMW.implementation(self.impl, self.device, params, grads)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fastft.foreign.tensors import local
-from fastft.optim import moments_8bit
+from fastft.optim import moment_codes
 from fastft.optim.adamw_update import RESIDUES, Rounding
+from fastft.optim.moment_blocks import SCALES, has_codes
+from fastft.optim.moment_codes import CODES, Forms, code_of
 from fastft.optim.offload import device
 from fastft.optim.offload.host_memory import house
 from fastft.optim.weight_bits import Mark
@@ -65,17 +67,17 @@ def new_state(
 ) -> State:
     """The state before the first step, in the parameter's layout.
 
-    With 8-bit moments, which short vectors do not have, rows lie one after the other.
+    With moments that are codes, which short vectors do not have, rows lie one after the other.
 
     Args:
         where: "cpu", or "meta" for the form alone; on the parameter's device by default.
     """
     state = State(step=torch.zeros((), dtype=torch.float32))
-    eight_bit = _has_8bit_moments(param, group)
-    if eight_bit:
-        state |= moments_8bit.new_entries(param, where)
-    layout = torch.contiguous_format if eight_bit else torch.preserve_format
-    for name, dtype in _dtypes(param, group, rounding).items():
+    coded = _is_coded(param, group)
+    if coded:
+        state |= moment_codes.new_entries(param, group["moments"], where)
+    layout = torch.contiguous_format if coded else torch.preserve_format
+    for name, (dtype, _) in _forms(param, group, rounding).items():
         if name not in state:
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=layout, device=where)
     return state
@@ -99,42 +101,41 @@ def ready_state(
         RuntimeError: its gradient or an entry does not fit it, which `p.data = ...` or a new entry
             can make so.
     """
-    entries, dtypes = states[param], _dtypes(param, group, rounding)
-    missing = {"step", *dtypes} - entries.keys()
+    entries, forms = states[param], _forms(param, group, rounding)
+    missing = {"step", *forms} - entries.keys()
     if missing or not isinstance(entries, State):
         fresh = new_state(param, group, rounding, "meta" if offloaded else None) if missing else {}
         entries = State({**fresh, **entries})
     if offloaded:
-        scales = moments_8bit.SCALES if dtypes["exp_avg"] == torch.int8 else ()
-        house(entries, (*dtypes, *scales), device.of(local(param).device))
+        house(entries, forms, device.of(local(param).device))
     states[param] = entries
-    _check_fit(param, entries, dtypes)
+    _check_fit(param, entries, forms)
     return entries
 
 
 def residue_names(state: State, rounding: Rounding) -> list[str]:
     """The entries of a state that go into the operator's `residues`, in its order."""
     residue = RESIDUES.get(rounding)
-    eight_bit = state["exp_avg"].dtype == torch.int8
-    return ([residue[0]] if residue else []) + (list(moments_8bit.SCALES) if eight_bit else [])
+    coded = code_of(state["exp_avg"]) is not None
+    return ([residue[0]] if residue else []) + (list(SCALES) if coded else [])
 
 
-def _has_8bit_moments(param: Tensor, group: dict[str, Any]) -> bool:
-    return group["moments"] == "8bit" and moments_8bit.has_codes(param)
+def _is_coded(param: Tensor, group: dict[str, Any]) -> bool:
+    return group["moments"] in CODES and has_codes(param)
 
 
-def _dtypes(param: Tensor, group: dict[str, Any], rounding: str) -> dict[str, torch.dtype]:
-    """The entries of a state that have the parameter's shape."""
+def _forms(param: Tensor, group: dict[str, Any], rounding: str) -> Forms:
+    """The entries of a state but its count, with their dtypes and shapes."""
     residue = RESIDUES.get(rounding_of(param, rounding))
-    kept = dict([residue] if residue else [])
-    if _has_8bit_moments(param, group):
-        return {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8} | kept
+    kept = {residue[0]: (residue[1], param.shape)} if residue else {}
+    if _is_coded(param, group):
+        return CODES[group["moments"]].forms(param.shape) | kept
     names = ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
     dtype = torch.bfloat16 if group["moments"] == "bf16" else torch.float32
-    return dict.fromkeys(names, dtype) | kept
+    return dict.fromkeys(names, (dtype, param.shape)) | kept
 
 
-def _check_fit(param: Tensor, entries: State, dtypes: dict[str, torch.dtype]) -> None:
+def _check_fit(param: Tensor, entries: State, forms: Forms) -> None:
     if param.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(
             f"AdamW trains float32 and bfloat16 parameters, one has become {param.dtype}"
@@ -145,11 +146,7 @@ def _check_fit(param: Tensor, entries: State, dtypes: dict[str, torch.dtype]) ->
             f"a gradient has shape {tuple(grad.shape)} on {grad.device}, its parameter "
             f"{tuple(param.shape)} on {param.device}"
         )
-    needed = {name: (dtype, param.shape) for name, dtype in dtypes.items()}
-    if dtypes["exp_avg"] == torch.int8:
-        scale = torch.float32, torch.Size(moments_8bit.scale_shape(param.shape))
-        needed |= dict.fromkeys(moments_8bit.SCALES, scale)
-    for name, (dtype, shape) in needed.items():
+    for name, (dtype, shape) in forms.items():
         entry = entries[name]
         if entry.shape != shape or entry.dtype != dtype:
             raise RuntimeError(

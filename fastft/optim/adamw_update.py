@@ -24,16 +24,16 @@ A bf16 parameter is one of four things (`Rounding`):
 * nearest: the result is rounded to nearest, ties to even. Updates below half of a last place are
   lost.
 
-Moments are fp32, or bf16 rounded stochastically (streams 1 to 3: m, v, w), or block-wise 8-bit
-codes likewise (moments_8bit.py); the update uses them before the rounding.
+Moments are fp32, or bf16 rounded stochastically (streams 1 to 3: m, v, w), or block-wise codes of 8
+or 4 bits likewise (moments_8bit.py, moments_4bit.py); the update uses them before the rounding.
 
 Bytes moved for each element and step (p, residue, m and v read and written, g read; amsgrad adds 8,
 or 4 in bf16):
 
-    parameter         fp32 moments   bf16 moments   8-bit moments
-    fp32                        28             20           16.13
-    bf16 exact, kahan           26             18           14.13
-    bf16 stochastic             22             14           10.13
+    parameter         fp32 moments   bf16 moments   8-bit moments   4-bit moments
+    fp32                        28             20           16.13           15.13
+    bf16 exact, kahan           26             18           14.13           13.13
+    bf16 stochastic             22             14           10.13            9.13
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ import torch
 from torch import Tensor
 
 from fastft import _native, ops
-from fastft.optim import moments_8bit
+from fastft.optim import moment_codes
+from fastft.optim.moment_blocks import Entries
 
 
 class Rounding(IntEnum):
@@ -60,8 +61,6 @@ class Rounding(IntEnum):
     NEAREST = 4
 
 
-# codes and scales, in the order of moments_8bit
-_EightBit = tuple[Tensor, Tensor, Tensor, Tensor]
 ROUNDS = 7  # of Philox
 STREAMS = {"param": 0, "moments": 1, "max_exp_avg_sq": 2}
 _WORD = 0xFFFFFFFF
@@ -151,12 +150,13 @@ def _adamw_reference(
     grad_factor: Tensor,
     seed: int,
 ) -> None:
-    """Plain torch. The tensors of one index have the same shape and dense strides.
+    """Plain torch. The tensors of one index have the same shape and dense strides, but for packed
+    codes of 4 bits.
 
     Each has a row of `table` (int64): its row of `hyper` (float32, as struct AdamwHyper), its
     Rounding, whether it takes the next of `max_exp_avg_sqs`, and the index of its first element,
-    for the random bits. Those with exact or kahan take the next of `residues`, and then those with
-    8-bit moments two: the scales.
+    for the random bits. Those with exact or kahan take the next of `residues`, and then those whose
+    moments are codes two: the scales.
     """
     next_max, next_residue, factor = iter(max_exp_avg_sqs), iter(residues), grad_factor.reshape(())
     for *tensors, (row, kept_as, amsgrad, first) in zip(
@@ -166,13 +166,13 @@ def _adamw_reference(
         if amsgrad:
             moments.append(_flat(next(next_max)))
         residue = _flat(next(next_residue)) if kept_as in RESIDUES else None
-        eight_bit: _EightBit | None = None
-        if moments[0].dtype == torch.int8:
-            eight_bit = (tensors[2], tensors[3], next(next_residue), next(next_residue))
+        coded: Entries | None = None
+        if moment_codes.code_of(tensors[2]):
+            coded = (tensors[2], tensors[3], next(next_residue), next(next_residue))
         # in fp32, themselves where they are that
         m, v, *largest = (
-            map(_flat, moments_8bit.dequantise(*eight_bit))
-            if eight_bit
+            map(_flat, moment_codes.dequantise(*coded))
+            if coded
             else [moment.float() for moment in moments]
         )
         decay, lerp_weight, beta2, one_minus_beta2, *others = hyper[row].tolist()
@@ -199,20 +199,20 @@ def _adamw_reference(
             residue,
             bits(STREAMS["param"]) if kept_as == Rounding.STOCHASTIC else None,
         )
-        _store_moments((m, v, *largest), moments, eight_bit, bits)
+        _store_moments((m, v, *largest), moments, coded, bits)
 
 
 def _store_moments(
     values: Sequence[Tensor],
     moments: list[Tensor],
-    eight_bit: _EightBit | None,
+    coded: Entries | None,
     bits: Callable[[int], Tensor],
 ) -> None:
-    if eight_bit:
-        shape = eight_bit[0].shape
+    if coded:
+        shape = coded[1].shape
         m, v = (value.view(shape) for value in values)
         drawn = bits(STREAMS["moments"]).view(shape)
-        moments_8bit.quantise(m, v, eight_bit, drawn, swap_bytes(drawn))
+        moment_codes.quantise(m, v, coded, drawn, swap_bytes(drawn))
     elif moments[0] is not values[0]:
         drawn = bits(STREAMS["moments"])
         _round_stochastic(values[0], drawn, moments[0])

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from fastft.foreign.tensors import in_flat_parameter, local, placed_like, sharded_like
-from fastft.optim import moments_8bit, weight_bits
+from fastft.optim import weight_bits
 from fastft.optim.adamw_state import State, new_state
 from fastft.optim.adamw_update import RESIDUES, store_value
 from fastft.optim.groups import check_group
+from fastft.optim.moment_blocks import BLOCK, ENTRIES, SCALES
+from fastft.optim.moment_codes import CODES, code_of, dequantise, entries_of, restore
 from fastft.optim.weight_bits import residue_of
 
 if TYPE_CHECKING:
@@ -58,9 +60,9 @@ def packed(
 ) -> dict[str, Any]:
     """Returns torch's state dict with the remainders as bfloat16; its tensors are the optimizer's.
 
-    8-bit moments of FSDP1's vectors are fp32: it gathers, and cuts into parameters, what has the
-    vector's shape only. Loading makes the same codes of them. Beside `stale` weights the low bits
-    are zero.
+    Codes of FSDP1's vectors become fp32 moments: it gathers, and cuts into parameters, what has the
+    vector's shape only. Loading makes codes of them which mean the same. Beside `stale` weights the
+    low bits are zero.
     """
     keys = (key for group in state_dict["param_groups"] for key in group["params"])
     params = (param for group in optimizer.param_groups for param in group["params"])
@@ -227,13 +229,16 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
         count = float(step)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"the loaded step of {owner} must be a number, got {step!r}") from None
-    if not 0 <= count < float("inf"):
-        raise ValueError(f"the loaded step of {owner} must be finite and not negative, got {count}")
+    if not 0 <= count < float("inf") or count % 1:
+        raise ValueError(
+            f"the loaded step of {owner} must be a whole number, finite and not negative, "
+            f"got {count}"
+        )
     _check_codes(entries, owner)
     _check_no_codes_as_numbers(entries, owner)
-    eight_bit = moments_8bit.SCALES[0] in entries
+    coded = SCALES[0] in entries
     for name in (*_MOMENTS, *_RESIDUES):
-        if name in entries and not (eight_bit and name in moments_8bit.ENTRIES):
+        if name in entries and not (coded and name in ENTRIES):
             _check_number(
                 entries[name], name, owner, *((torch.int16,) if name == "remainder" else ())
             )
@@ -244,48 +249,56 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
 
 
 def _check_codes(entries: dict[str, Any], owner: str) -> None:
-    """Raises where codes or scales of 8-bit moments are missing or do not fit each other."""
-    codes = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
-    kinds = codes | dict.fromkeys(moments_8bit.SCALES, torch.float32)
-    has_codes = any(getattr(entries[name], "dtype", None) == dtype for name, dtype in codes.items())
-    if not has_codes and not any(name in entries for name in moments_8bit.SCALES):
+    """Raises where codes or scales of moments are missing or do not fit each other."""
+    code = code_of(entries["exp_avg"])
+    coded_v = getattr(entries["exp_avg_sq"], "dtype", None) == torch.uint8
+    if code is None and not coded_v and not any(name in entries for name in SCALES):
         return
-    if missing := kinds.keys() - entries.keys():
+    if missing := set(ENTRIES) - entries.keys():
         raise ValueError(
-            f"the 8-bit moments of {owner} lack {', '.join(sorted(missing))}: without it they mean "
-            f"nothing"
+            f"the moments of {owner} are codes and lack {', '.join(sorted(missing))}: without it "
+            "they mean nothing"
         )
-    for name, dtype in kinds.items():
-        if (found := getattr(entries[name], "dtype", type(entries[name]).__name__)) != dtype:
+    kinds = dict.fromkeys(SCALES, (torch.float32,)) | {
+        "exp_avg": tuple(kind.dtype for kind in CODES.values()),
+        "exp_avg_sq": (torch.uint8,),
+    }
+    for name, dtypes in kinds.items():
+        found = getattr(entries[name], "dtype", type(entries[name]).__name__)
+        if found not in dtypes:
             raise ValueError(
-                f"the loaded {name} of {owner}, of 8-bit moments, must be {dtype}, is {found}"
+                f"the loaded {name} of {owner}, of moments that are codes, must be "
+                f"{' or '.join(map(str, dtypes))}, is {found}"
             )
-    shape = entries["exp_avg"].shape
-    for name, needed in dict.fromkeys(moments_8bit.SCALES, moments_8bit.scale_shape(shape)).items():
-        if tuple(entries[name].shape) != needed:
-            found = tuple(entries[name].shape)
+    assert code is not None
+    shape = entries["exp_avg_sq"].shape
+    for name, (_, needed) in code.forms(shape).items():
+        if entries[name].shape != needed:
             raise ValueError(
-                f"the loaded {name} of {owner} has shape {found}; {tuple(shape)} codes need "
-                f"{needed}"
+                f"the loaded {name} of {owner} has shape {tuple(entries[name].shape)}; "
+                f"{tuple(shape)} codes need {tuple(needed)}"
             )
 
 
 def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
-    """Raises where 8-bit codes were read as numbers, to which torch.distributed.checkpoint casts.
+    """Raises where codes were read as numbers, to which torch.distributed.checkpoint casts.
 
-    The largest moments of a block have the codes 127 and 255, beside which no moment is an integer
-    by chance.
+    The largest second moment of a block has the code 255, beside which no moment is an integer by
+    chance. (Codes of 4 bits have the parameter's shape, without which nothing is cast, in rows of
+    one element.)
     """
-    for name, largest in (("exp_avg", 127), ("exp_avg_sq", 255)):
+    for name in ("exp_avg", "exp_avg_sq"):
         value = local(entries[name])
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
             return
-        first = value.detach().reshape(-1)[: moments_8bit.BLOCK].float()
-        if first.abs().max() != largest or not torch.equal(first, first.trunc()):
+        first = value.detach().reshape(-1)[:BLOCK].float()
+        if not torch.equal(first, first.trunc()):
             return
+    if first.max() != 255:
+        return
     raise ValueError(
-        f"the loaded moments of {owner} are 8-bit codes that were read as numbers: the checkpoint "
-        "has 8-bit moments where this optimizer has none. Give both the same `moments`; long "
+        f"the loaded moments of {owner} are codes that were read as numbers: the checkpoint has "
+        "moments of 8 or 4 bits where this optimizer has none. Give both the same `moments`; long "
         'vectors, which have none under FSDP2, need "fp32"'
     )
 
@@ -389,30 +402,28 @@ def _restored(saved: dict[str, Any], fresh: State, owner: str) -> State:
 
 
 def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dict[str, Any]:
-    """`saved` with its moments in 8 bits where those of `fresh` are, else in fp32."""
-    wanted, there = (moments_8bit.SCALES[0] in entries for entries in (fresh, saved))
-    if there or not wanted:
-        return saved if wanted else _decoded(saved)
-    values = []
+    """`saved` with its moments as the codes of `fresh` where that has some, else in numbers."""
+    wanted, there = (code_of(entries["exp_avg"]) for entries in (fresh, saved))
+    if wanted is there:
+        return saved
+    saved = _decoded(saved)
+    if wanted is None:
+        return saved
+    values, template = [], fresh["exp_avg_sq"]  # of the parameter's shape
     for name in ("exp_avg", "exp_avg_sq"):
-        _same_shape(saved[name], fresh[name], name, owner)
-        values.append(
-            local(placed_like(saved[name].float(), fresh[name]).to(fresh[name].device)).contiguous()
-        )
-    codes = [local(fresh[name]) for name in moments_8bit.ENTRIES]
-    moments_8bit.quantise(values[0], values[1], (codes[0], codes[1], codes[2], codes[3]))
-    return saved | {name: fresh[name] for name in moments_8bit.ENTRIES}
+        _same_shape(saved[name], template, name, owner)
+        placed = placed_like(saved[name].float(), template)
+        values.append(local(placed.to(template.device)).contiguous())
+    restore(values[0], values[1], entries_of(fresh))
+    return saved | {name: fresh[name] for name in ENTRIES}
 
 
 def _decoded(saved: dict[str, Any]) -> dict[str, Any]:
-    """`saved` with fp32 moments where they are in 8 bits."""
-    if moments_8bit.SCALES[0] not in saved:
+    """`saved` with fp32 moments where they are codes."""
+    if SCALES[0] not in saved:
         return saved
-    codes = [saved[name] for name in moments_8bit.ENTRIES]
-    moments = (
-        sharded_like(value, codes[0]) for value in moments_8bit.dequantise(*map(local, codes))
-    )
-    others = {name: value for name, value in saved.items() if name not in moments_8bit.SCALES}
+    moments = (sharded_like(value, saved["exp_avg_sq"]) for value in dequantise(*entries_of(saved)))
+    others = {name: value for name, value in saved.items() if name not in SCALES}
     return others | dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
 
 

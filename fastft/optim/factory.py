@@ -16,6 +16,7 @@ import torch
 
 from fastft.foreign import engines, models
 from fastft.optim.adamw import AdamW
+from fastft.optim.moment_codes import CODES
 from fastft.optim.origin import Keywords, Origin
 
 
@@ -46,8 +47,8 @@ def adamw(
         eps: default 1e-8.
         weight_decay: default 1e-2; of a model, only for the parameters that decay.
         options: further keywords of `AdamW`: `maximize`, `moments`, `rounding`, `impl`, ... Of a
-            model with `moments="8bit"`, embeddings and the output head keep fp32 moments, in groups
-            of their own.
+            model with `moments="8bit"` or "4bit", embeddings and the output head keep fp32 moments,
+            in groups of their own.
 
     Raises:
         TypeError: `model_or_params` is neither a model nor an iterable, `args` is no
@@ -68,7 +69,7 @@ def adamw(
         )
     if model is not None:
         groups = _decay_groups(model)
-        if options.get("moments") == "8bit":
+        if options.get("moments") in CODES:
             groups = with_fp32_moments(groups, model)
     elif isinstance(groups, torch.Tensor | str) or not isinstance(groups, Iterable):
         raise TypeError(
@@ -103,7 +104,7 @@ def adamw_spec(
     What comes from `args` is read when Trainer makes the optimizer, so that every trial of a
     `hyperparameter_search` trains at its own values; a keyword that is given here stays. Trainer
     makes the parameter groups, with the weight decay of its own `args`. The arguments are those of
-    `adamw`; with `moments="8bit"` embeddings and head have 8-bit moments as well.
+    `adamw`; with `moments="8bit"` or "4bit" embeddings and head have such moments as well.
 
     Returns:
         The class, and a mapping of its keywords.

@@ -15,6 +15,7 @@ the order of the gradients has the bits of the norm of resident ones.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -109,9 +110,13 @@ def grad_norm(grads: Sequence[Tensor], impl: str = "auto") -> Tensor:
     Raises:
         RuntimeError: the engine asked for cannot compute one of the gradients; says why.
     """
-    # the usual case, quickly
-    if set(map(type, grads)) == {Tensor} and len(set(map(Tensor.get_device, grads))) == 1:
-        return _total(grads, impl).sqrt().float()
+    # the usual case, quickly: to look here at what the kernel looks at, devices, dtypes and
+    # layouts, would cost as much as the norm of 1000 small gradients
+    if set(map(type, grads)) == {Tensor} and GRAD_NORM.resolve(impl, grads[0].device) != "eager":
+        total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+        with contextlib.suppress(RuntimeError):
+            GRAD_NORM.native(total, grads)
+            return total.sqrt().float()
     groups: dict[Any, list[Any]] = {}
     grad: Any  # a Tensor or a DTensor
     for grad in map(summed, grads):
@@ -138,16 +143,11 @@ def _total(grads: Sequence[Tensor], impl: str) -> Tensor:
         sums = torch.cat([grad.sums for grad in grads])  # type: ignore[attr-defined]
         NORM_TOTAL.implementation(impl, total.device)(total, sums)
         return total
-    if GRAD_NORM.resolve(impl, total.device) != "eager":
-        dense = all(map(Tensor.is_contiguous, grads))
-        try:
-            GRAD_NORM.native(total, grads if dense else [grad.contiguous() for grad in grads])
-            return total
-        except RuntimeError:
-            # to look at dtypes before would cost a fifth of the norm of 1000 small gradients
-            if GRAD_NORM.resolve(impl, total.device, *{grad.dtype for grad in grads}) != "eager":
-                raise
-    GRAD_NORM.reference(total, grads)
+    dtypes = {grad.dtype for grad in grads}
+    if GRAD_NORM.resolve(impl, total.device, *dtypes) == "eager":
+        GRAD_NORM.reference(total, grads)
+    else:
+        GRAD_NORM.native(total, [grad.contiguous() for grad in grads])
     return total
 
 

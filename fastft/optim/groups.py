@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-MOMENTS = ("fp32", "bf16", "8bit")
+from fastft.optim.moment_codes import CODES
+
+MOMENTS = ("fp32", "bf16", *CODES)
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -39,10 +41,12 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_amsgrad(group: dict[str, Any]) -> None:
-    """Raises where amsgrad, which a group may get at any time, meets 8-bit moments."""
-    if group["moments"] == "8bit" and group["amsgrad"]:
+    """Raises where amsgrad, which a group may get at any time, meets moments that are codes."""
+    moments = group["moments"]
+    if moments in CODES and group["amsgrad"]:
         raise ValueError(
-            'amsgrad with moments="8bit" is not implemented: a maximum of rounded values only grows'
+            f'amsgrad with moments="{moments}" is not implemented: a maximum of rounded values '
+            "only grows"
         )
 
 

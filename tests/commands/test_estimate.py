@@ -264,6 +264,7 @@ class TestTheCommand:
             (75, "rounds to bf16; with --moments bf16 it fits: 0.0000 GiB"),
             (74, "stock fits; +AdamW and all do not, as fastft's AdamW keeps in fp32 what stock"),
             (74, "rounds to bf16; with --moments 8bit it fits"),
+            (72, "rounds to bf16; with --moments 4bit it fits"),
             (71, "what stock rounds to bf16"),
         ],
     )
@@ -275,7 +276,7 @@ class TestTheCommand:
             assert pieces == ALL or pieces == frozenset(("optimizer",))
             assert not training.offload or training.moments == "fp32"  # one or the other
             tiers = {None: 120, "states": 79, "gradients": 76}
-            moments = {"bf16": 75, "8bit": 72}
+            moments = {"bf16": 75, "8bit": 73, "4bit": 72}
             return memory(moments.get(training.moments, tiers[training.offload]))
 
         peaks = {"stock": 70, "+loss": 65, "+AdamW": 120, "+packing": 70, "all": 110}
@@ -375,7 +376,7 @@ class TestBadInput:
             (("--padding", "0.5"), "too much for --rows 1"),
             (("--lora", "-1"), "--lora must be at least 0"),
             (("--autocast",), "add --dtype fp32"),
-            (("--moments", "4bit"), "invalid choice"),
+            (("--moments", "2bit"), "invalid choice"),
             (("--optim", "sgdd"), "sgdd"),
             (("--offload", "auto"), "add --memory 24GB e.g."),
             (("--offload", "each", "--only", "loss"), "leave out --only"),

@@ -301,3 +301,22 @@ def test_generic_addresses_are_of_shared_memory_or_of_global() -> None:
     )
     execute(body + "add.s32 %r6, %r6, 7; st.u32 [%d4], %r6;", out, shared=128)
     assert out.tolist() == list(range(7, 39))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_of_a_warp_to_shared_memory(transposed: bool) -> None:
+    """Two of them, of 8 x 8 halves: lane 4 r + c has those of row r from column 2 c on."""
+    numbers = torch.arange(128, dtype=torch.int16)
+    out = numbers.view(torch.int32).clone()
+    kind = "x2.trans.shared" if transposed else "x2.shared"
+    body = (
+        "ld.global.u32 %r6, [%d4]; add.s64 %d5, %d4, 128; ld.global.u32 %r7, [%d5]; "
+        f"shl.b32 %r8, %r1, 4; and.b32 %r8, %r8, 255; "
+        f"stmatrix.sync.aligned.m8n8.{kind}.b16 [%r8], {{%r6, %r7}}; bar.warp.sync -1; "
+        "ld.shared.u32 %r6, [%r5]; ld.shared.u32 %r7, [%r5+128]; "
+        "st.global.u32 [%d4], %r6; st.global.u32 [%d5], %r7;"
+    )
+    execute(body, out, shared=256)
+    matrices = numbers.view(2, 8, 8)
+    expected = matrices.transpose(1, 2) if transposed else matrices
+    assert torch.equal(out.view(torch.int16).view(2, 8, 8), expected)

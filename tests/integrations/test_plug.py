@@ -376,7 +376,7 @@ REFUSED = {
     "loss": (None, {"loss": 1}, TypeError, "loss must be True or False, got 1"),
     "attention": (None, {"attention": "sdpa"}, TypeError, "attention must be True or False"),
     "an unknown option": (None, {"rate": 1}, TypeError, "unexpected keyword argument 'rate'"),
-    "a wrong value": (None, {"moments": "4bit"}, ValueError, "moments must be"),
+    "a wrong value": (None, {"moments": "2bit"}, ValueError, "moments must be"),
     "differentiable": (None, {"differentiable": True}, ValueError, "differentiable"),
     "max_grad_norm": (None, {"max_grad_norm": 1.0}, ValueError, "TrainingArguments.max_grad_norm"),
     "weight_decay": (None, {"weight_decay": 0.5}, ValueError, "weight_decay=0.5 would be lost"),

@@ -62,8 +62,11 @@ def test_other_arguments_of_the_trainer_are_read_at_its_next_training(tmp_path):
     assert inner(trainer).defaults["lr"] == 0.25
 
 
-@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"])
-def test_8_bit_optimizers_get_8_bit_moments_but_for_embeddings_and_head(tmp_path, optim):
+@pytest.mark.parametrize(
+    ("optim", "bits"),
+    [("adamw_bnb_8bit", 8), ("adamw_8bit", 8), ("adamw_torch_8bit", 8), ("adamw_torch_4bit", 4)],
+)
+def test_optimizers_of_few_bits_get_such_moments_but_for_embeddings_and_head(tmp_path, optim, bits):
     trainer = trainer_of(tmp_path, optim=optim)
     plug = fastft.plug(trainer)
     trainer.train()
@@ -74,28 +77,29 @@ def test_8_bit_optimizers_get_8_bit_moments_but_for_embeddings_and_head(tmp_path
         if group["moments"] == "fp32"
     }
     assert kept == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert inner(trainer).defaults["moments"] == "8bit"
+    assert inner(trainer).defaults["moments"] == f"{bits}bit"
     weight = trainer.model.model.layers[0].mlp.up_proj.weight
-    assert inner(trainer).state[weight]["exp_avg"].dtype == torch.int8
+    assert inner(trainer).state[weight]["exp_avg"].nbytes == weight.numel() * bits // 8
     assert plug.lines["optimizer"] == (
-        "AdamW, 8-bit moments, those of embeddings and head fp32, clipping inside"
+        f"AdamW, {bits}-bit moments, those of embeddings and head fp32, clipping inside"
     )
 
 
 def test_arguments_that_torchao_alone_reads_are_told_of(tmp_path):
     lines = [
         fastft.plug(trainer_of(tmp_path, optim=optim, optim_args="block_size=64")).lines
-        for optim in ("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_torch")
+        for optim in ("adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit", "adamw_torch")
     ]
     told = ["without block_size=64 (optim_args)" in line["optimizer"] for line in lines]
-    assert told == [True, False, False]
+    assert told == [True, True, False, False]
 
 
-def test_the_groups_with_8_bit_moments_are_those_of_adamw(tmp_path):
+@pytest.mark.parametrize("moments", ["8bit", "4bit"])
+def test_the_groups_with_moments_of_few_bits_are_those_of_adamw(tmp_path, moments):
     trainer = trainer_of(tmp_path)
-    fastft.plug(trainer, moments="8bit")
+    fastft.plug(trainer, moments=moments)
     trainer.create_optimizer()
-    by_hand, _ = fastft.adamw(trainer.model, trainer.args, moments="8bit")
+    by_hand, _ = fastft.adamw(trainer.model, trainer.args, moments=moments)
     for one, other in zip(by_hand.param_groups, inner(trainer).param_groups, strict=True):
         assert [*map(id, one["params"])] == [*map(id, other["params"])]
         assert one["weight_decay"] == other["weight_decay"] and one["moments"] == other["moments"]
@@ -136,7 +140,6 @@ def with_sgd(trainer):
 LEFT_ALONE = {
     "args.optim": ({"optim": "adafactor"}, None, "args.optim is 'adafactor'"),
     "for TPUs": ({"optim": "adamw_torch_xla"}, None, "it is for TPUs"),
-    "4 bits": ({"optim": "adamw_torch_4bit"}, None, "4-bit moments"),
     "target modules": ({"optim_target_modules": ["q_proj"]}, None, "optim_target_modules"),
     "create_optimizer": ({"kind": OwnOptimizer}, None, "OwnOptimizer has a create_optimizer"),
     "the class": ({"kind": OwnClass}, None, "get_optimizer_cls_and_kwargs of its own"),

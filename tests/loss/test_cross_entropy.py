@@ -189,6 +189,15 @@ def test_extreme_logits(impl):
 
 
 @pytest.mark.parametrize("impl", ENGINES)
+def test_no_row_of_transposed_logits(impl):
+    """Empty tensors count as contiguous, whatever their strides."""
+    logits = torch.randn(7, 0).t().requires_grad_()
+    loss = cross_entropy(logits, torch.empty(0, dtype=torch.int64), impl=impl)
+    loss.backward()
+    assert loss == 0 and logits.grad.shape == (0, 7)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("rows", [0, 5])
 @pytest.mark.parametrize(
     "options", [{}, {"num_items": 0}, {"num_items": torch.tensor(0)}, {"reduction": "sum"}]
@@ -434,6 +443,7 @@ GOOD = {"input": torch.randn(4, 7), "target": torch.tensor([0, 6, -100, 3])}
         ),
         ({"num_items": "8"}, TypeError, "num_items must be a number or a tensor of one, got str"),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
+        ({"ignore_index": -(2**70)}, ValueError, "ignore_index must fit into int64"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
         ({"weight": [1.0] * 7}, TypeError, "weight must be a torch.Tensor, got list"),
         (

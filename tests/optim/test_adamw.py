@@ -231,7 +231,7 @@ BAD = [
     ({"betas": 0.9}, TypeError, "betas"),
     ({"eps": -1e-8}, ValueError, "eps"),
     ({"weight_decay": -0.1}, ValueError, "weight_decay"),
-    ({"moments": "4bit"}, ValueError, "moments"),
+    ({"moments": "2bit"}, ValueError, "moments"),
     ({"rounding": "down"}, ValueError, "rounding"),
     ({"impl": "metal"}, ValueError, "impl"),
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),

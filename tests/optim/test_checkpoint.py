@@ -15,6 +15,7 @@ from support.foreign_checkpoints import (
 )
 
 from fastft.optim.adamw import AdamW
+from fastft.optim.moment_codes import CODES
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -36,7 +37,9 @@ def test_accelerate_prepares_without_a_loss(mode, steps):
     assert prepared.state_dict()["param_groups"] == groups
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if "8bit" not in mode])  # no amsgrad there
+@pytest.mark.parametrize(
+    "mode", [mode for mode, kept in MODES.items() if kept.moments not in CODES]
+)  # no amsgrad there
 def test_from_one_mode_to_another(mode):
     # what the other mode has is taken, what only this one has starts from zero, the rest is dropped
     saved = AdamW(start(SHAPES, torch.bfloat16), amsgrad=True)  # comes with the groups
@@ -203,6 +206,7 @@ REFUSED = {  # of the first parameter's state: what it has become, the error, an
         ValueError,
         "step of parameter 0.*not negative, got -5",
     ),
+    "half a step": ({"step": 1.5}, ValueError, "step of parameter 0.*whole number.*got 1.5"),
     "step NaN": ({"step": float("nan")}, ValueError, "step of parameter 0.*finite"),
     "step as text": (
         {"step": "three"},
@@ -270,7 +274,7 @@ CODED = {  # the same, of 8-bit moments
     "without both scales": (
         {"exp_avg_scale": Ellipsis, "exp_avg_sq_scale": Ellipsis},
         ValueError,
-        "8-bit moments of parameter 0 lack exp_avg_scale, exp_avg_sq_scale",
+        "moments of parameter 0 are codes and lack exp_avg_scale, exp_avg_sq_scale",
     ),
     "scales of another tensor": (
         {"exp_avg_scale": torch.ones(9, 1)},
@@ -287,10 +291,15 @@ CODED = {  # the same, of 8-bit moments
         ValueError,
         "exp_avg of parameter 0.*torch.int8",
     ),
-    "codes under the other dtype": (
+    "codes under another dtype": (
+        {"exp_avg": torch.ones(70, 73, dtype=torch.int16)},
+        ValueError,
+        "exp_avg of parameter 0.*must be torch.int8 or torch.uint8, is torch.int16",
+    ),
+    "codes under that of 4 bits": (
         {"exp_avg": torch.ones(70, 73, dtype=torch.uint8)},
         ValueError,
-        "exp_avg of parameter 0.*must be torch.int8, is torch.uint8",
+        r"exp_avg of parameter 0 has shape \(70, 73\); \(70, 73\) codes need \(70, 37\)",
     ),
 }
 

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_state import new_state
 from fastft.optim.fp32_weights import load_fp32, save_fp32
+from fastft.optim.moment_codes import code_of
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
@@ -40,6 +41,7 @@ MODES = {
     "kahan": (torch.bfloat16, {"rounding": "kahan", "amsgrad": True}),
     "stochastic": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
     "8bit": (torch.bfloat16, {"moments": "8bit"}),
+    "4bit": (torch.bfloat16, {"moments": "4bit"}),
     "offloaded": (torch.bfloat16, {"offload": "states"}),
     "offloaded 8bit": (torch.bfloat16, {"moments": "8bit", "offload": "states"}),
 }
@@ -232,7 +234,7 @@ def any_placement(mode, folder):
     ]
     placements = [Shard(0), Replicate()]
     # whose random bits and blocks follow rows
-    if mode not in ("stochastic", "8bit", "offloaded 8bit"):
+    if options.get("moments", "fp32") == "fp32":
         placements.append(Shard(1))
     for placement in placements:
         plain = torch.nn.Parameter(value.clone())
@@ -258,7 +260,7 @@ def long_vector(mode, folder):
     value = torch.randn(9001, generator=torch.Generator().manual_seed(1)).to(dtype)
     plain = torch.nn.Parameter(value.clone())
     parts = torch.nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
-    wide = {**options, "moments": "fp32"} if "8bit" in mode else options
+    wide = {**options, "moments": "fp32"} if "bit" in mode else options
     optimizers = AdamW([plain], seed=3, **wide), AdamW([parts], seed=3, **options)
     for i in range(3):
         grad = torch.randn(9001, generator=torch.Generator().manual_seed(i)).to(dtype)
@@ -292,9 +294,9 @@ def states_on_another_device_than_the_mesh(mode, folder):
 
 
 def flat_parameters_of_fsdp1(mode, folder):
-    """Long vectors, which have 8-bit moments; FSDP1 gathers them as fp32 ones, and none of their
+    """Long vectors, whose moments are codes; FSDP1 gathers them as fp32 ones, and none of their
     bits is lost."""
-    if "8bit" not in mode:
+    if "bit" not in mode:
         return
 
     def build_flat():
@@ -317,7 +319,7 @@ def flat_parameters_of_fsdp1(mode, folder):
     model = build_flat()
     optimizer = AdamW(model.parameters(), seed=5, **MODES[mode][1])
     train_flat(model, optimizer, 0, 3)
-    assert all(state["exp_avg"].dtype == torch.int8 for state in optimizer.state.values())
+    assert all(code_of(state["exp_avg"]) for state in optimizer.state.values())
     gathered = FullyShardedDataParallel.optim_state_dict(model, optimizer)
     again = build_flat()
     resumed = AdamW(again.parameters(), seed=5, **MODES[mode][1])

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fastft
-from fastft.optim import moments_8bit
+from fastft.optim.moment_blocks import LONG
+from fastft.optim.moment_codes import CODES
 from support.adamw_modes import Mode
 from support.adamw_steps import assert_same_bits
 
@@ -19,8 +20,8 @@ SIZES = (1, 3, 63, 507, 4097, 0, *[5] * 11, 1040)
 
 class Training:
     """An optimizer over two groups, the second with amsgrad where that may be, on the CPU's random
-    numbers whatever the device. With 8-bit moments, which are for rows and long vectors, a
-    parameter has four rows, or three, or one, or stays a vector if it is long.
+    numbers whatever the device. With moments that are codes, which are for rows and long
+    vectors, a parameter has four rows, or three, or one, or stays a vector if it is long.
 
     `offset`: every tensor begins so many elements after a multiple of 16 bytes.
     """
@@ -44,7 +45,7 @@ class Training:
             {"params": self.params[:half], "weight_decay": 0.1},
             {"params": self.params[half:], "lr": 3e-3, "betas": (0.4, 0.99), "maximize": True},
         ]
-        groups[1]["amsgrad"] = mode.moments != "8bit"
+        groups[1]["amsgrad"] = mode.moments not in CODES
         options = {**mode.options, **options}
         self.optimizer = fastft.AdamW(groups, impl=impl, seed=2**40 + 5, **options)
 
@@ -52,9 +53,7 @@ class Training:
         scale = 10 ** (torch.rand(size, generator=self.generator) * 6 - 4)
         values = (torch.randn(size, generator=self.generator) * scale).to(self.mode.dtype)
         rows = next(rows for rows in (4, 3, 1) if size % rows == 0)
-        vector = (
-            self.mode.moments != "8bit" or size == 0 or (rows == 1 and size >= moments_8bit.LONG)
-        )
+        vector = self.mode.moments not in CODES or size == 0 or (rows == 1 and size >= LONG)
         return values if vector else values.view(rows, -1)
 
     def step(self, steps: int = 1) -> Training:

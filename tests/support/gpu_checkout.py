@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL = "bounded compare conftest gpu_check gpu_report ledger machine one_by_one".split()
-REAL += ["pytest_ledger", "tables"]
+REAL = "bounded compare conftest goals gpu_check gpu_report ledger machine one_by_one".split()
+REAL += ["pytest_ledger", "tables", "turns"]
 GPU = "stub-h100-80gb"
 
 TORCH = """
@@ -94,10 +94,10 @@ GPU_TESTS = """
 BENCHMARKS = """
     import torch
     from compare import compare
+    def run():
+        torch.NOW[0] += 2e-3
     def test_right(benchmark):
-        def run():
-            torch.NOW[0] += 2e-3
-        compare(benchmark, run, {"rival": lambda: (run(), run())}, rounds=3)
+        compare(benchmark, run, {"rival": lambda: (run(), run())}, check=run)
     def test_wrong(benchmark):
         benchmark.extra_info["peak_mib"] = {"ours": 5.0}
         raise RuntimeError("out of memory")
@@ -108,7 +108,7 @@ BENCHMARKS = """
         torch.cuda.synchronize()
         CHILD
     def test_after_all(benchmark):
-        compare(benchmark, lambda: None, {}, rounds=1)
+        compare(benchmark, run, {}, check=run)
 """
 TRAINING = """
     import argparse, pathlib, time

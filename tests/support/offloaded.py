@@ -139,7 +139,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "family": ("llama", "gemma3", "qwen3_moe", "t5", "gpt2", "bert"),
     "offload": TIERS,
     "rounding": ("fp32", "exact", "kahan", "stochastic", "nearest"),
-    "moments": ("fp32", "bf16", "8bit"),
+    "moments": ("fp32", "bf16", "8bit", "4bit"),
     "clipping": ("none", "option", "call"),
     "accumulation": (1, 4),
     "params": ("all", "frozen", "late"),

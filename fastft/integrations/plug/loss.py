@@ -30,14 +30,16 @@ class LossPiece:
         trainer: a Trainer before `train()`.
         wanted: `loss` of `plug`.
         packs: whether batches are packed.
-        attention: of `plug`.
+        attention, onednn: of `plug`.
 
     Attributes:
         callback: what fuses the loss and keeps packed sequences apart: the Trainer's own, if it has
             one; None if there is nothing to do.
     """
 
-    def __init__(self, trainer: Trainer, wanted: bool, packs: bool, attention: bool) -> None:
+    def __init__(
+        self, trainer: Trainer, wanted: bool, packs: bool, attention: bool, onednn: bool
+    ) -> None:
         self._trainer: Any = trainer
         self._wanted = wanted
         there = trainer.callback_handler.callbacks
@@ -46,7 +48,7 @@ class LossPiece:
         self._is_new = given is None
         self.callback: PackingCallback | None = given
         if given is None and wanted:
-            self.callback = _PluggedLoss(attention=attention)
+            self.callback = _PluggedLoss(attention=attention, onednn=onednn)
         elif given is None and packs:
             self.callback = PackingCallback(attention=attention)
 

@@ -21,6 +21,7 @@ from fastft.integrations.clipping import can_be_inside, fuse_clipping
 from fastft.integrations.weights_for_callbacks import follow_training
 from fastft.optim.adamw import AdamW
 from fastft.optim.factory import spec_of, with_fp32_moments
+from fastft.optim.moment_codes import CODES
 from fastft.optim.offload import tiers
 from fastft.optim.offload.choice import Batch
 from fastft.optim.origin import Keywords, Origin
@@ -32,12 +33,12 @@ _ADAMW: dict[str, dict[str, Any]] = {
     "adamw_bnb_8bit": {"moments": "8bit"},
     "adamw_8bit": {"moments": "8bit"},
     "adamw_torch_8bit": {"moments": "8bit"},
+    "adamw_torch_4bit": {"moments": "4bit"},
     # whose states go to the host where the device has too little memory
     "paged_adamw_32bit": {"offload": "states"},
     "paged_adamw_8bit": {"moments": "8bit", "offload": "states"},
 }
 _OTHER_ADAMW = {
-    "adamw_torch_4bit": "it keeps 4-bit moments; optim='adamw_bnb_8bit' gets fastft's of 8 bits",
     "adamw_anyprecision": "its dtypes are in optim_args",
     "adamw_torch_xla": "it is for TPUs",
     "adamw_torch_npu_fused": "it is for NPUs",
@@ -72,9 +73,10 @@ class PlugOrigin(Origin):
         self._trainer = weakref.ref(state["_trainer"])
 
     def grouped(self, params: Iterable[Any]) -> Iterable[Any]:
-        """With 8-bit moments embeddings and output head keep fp32 ones, in groups of their own."""
+        """Where moments are codes, embeddings and output head keep fp32 ones, in groups of their
+        own."""
         params, trainer = list(params), self._trainer()
-        if self.given.get("moments") != "8bit" or trainer is None:
+        if self.given.get("moments") not in CODES or trainer is None:
             return params
         if not all(isinstance(group, dict) for group in params):
             return params
@@ -181,15 +183,15 @@ class OptimizerPiece:
         trained = {param.dtype for param in trainer.model.parameters() if param.requires_grad}
         if torch.bfloat16 in trained:
             words[0] += f" {rounding} bf16"
-        if moments == "8bit" and self._given:
-            words.append("8-bit moments")
-        elif moments == "8bit":
-            words.append("8-bit moments, those of embeddings and head fp32")
+        if moments in CODES:
+            kept = "" if self._given else ", those of embeddings and head fp32"
+            words.append(f"{moments.removesuffix('bit')}-bit moments{kept}")
         elif moments != "fp32":
             words.append(f"{moments} moments")
         words += self._places(made, keywords)
         # of these names torchao's alone reads any: its blocks and its rounding
-        if _optim(trainer.args) == "adamw_torch_8bit" and trainer.args.optim_args:
+        of_torchao = _optim(trainer.args) in ("adamw_torch_8bit", "adamw_torch_4bit")
+        if of_torchao and trainer.args.optim_args:
             words.append(f"without {trainer.args.optim_args} (optim_args), which are torchao's")
         return ", ".join([*words, self._clipping()])
 

@@ -182,6 +182,7 @@ def plug(
     optimizer: bool = True,
     packing: int | str | None = None,
     attention: bool = True,
+    onednn: bool = False,
     **adamw_options: Any,
 ) -> Plugged:
     """Does for a built Trainer what fits it: the fused loss, AdamW, packed batches.
@@ -197,12 +198,14 @@ def plug(
         trainer: a `transformers.Trainer` or a subclass, before `train()`.
         loss: compute losses without logits, in trainings, `evaluate` and `predict`.
         optimizer: train with `fastft.AdamW` where `args.optim` is an AdamW and nothing else chose
-            another; the 8-bit ones of bitsandbytes and torchao become `moments="8bit"`, the paged
-            ones `offload="states"`. Clips inside the step.
+            another; those of bitsandbytes and torchao with 8 or 4 bits become `moments="8bit"` and
+            "4bit", the paged ones `offload="states"`. Clips inside the step.
         packing: a number packs the training set, that many tokens in a pack and one pack in a
             batch; `"collate"` keeps the batches and leaves out their padding; None leaves them as
             they are. Labels are those of the Trainer's own collator.
         attention: let packed batches have `attn_implementation="fastft"` where it is exact.
+        onednn: let the model's linear layers multiply by oneDNN, as `FusedLossCallback` does; of no
+            effect without the loss.
         adamw_options: keywords of `fastft.AdamW`: `moments`, `rounding`, `offload`, `seed`, ...;
             what `args` have comes from there, when Trainer makes the optimizer.
 
@@ -222,13 +225,14 @@ def plug(
             f"trainer must be a transformers.Trainer, got {type(trainer).__name__}; a loop of your "
             "own takes fastft.fused_loss(model) and fastft.adamw(model)"
         )
-    for name, value in (("loss", loss), ("optimizer", optimizer), ("attention", attention)):
+    switches = {"loss": loss, "optimizer": optimizer, "attention": attention, "onednn": onednn}
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     if Plugged.of(trainer) is not None:
         raise ValueError(
             "this Trainer is plugged already: call restore() of what plug returned first"
         )
-    losses = LossPiece(trainer, loss, packing is not None, attention)
+    losses = LossPiece(trainer, loss, packing is not None, attention, onednn)
     adamw = OptimizerPiece(trainer, optimizer, adamw_options, loss=loss, packing=packing)
     return Plugged(trainer, losses, adamw, PackingPiece(trainer, packing, losses.callback))

@@ -19,7 +19,8 @@ from fastft.foreign import engines, models, tensors
 from fastft.integrations.recorder.batches import digest
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import load_value
-from fastft.optim.moments_8bit import ENTRIES, dequantise
+from fastft.optim.moment_blocks import ENTRIES
+from fastft.optim.moment_codes import dequantise, entries_of
 from fastft.optim.offload.absent import AbsentGradient
 from fastft.optim.weight_bits import residue_of
 
@@ -170,7 +171,7 @@ def _moment(state: dict[str, Any]) -> Tensor | None:
     if name is None:
         return None
     if all(entry in state for entry in ENTRIES):
-        return _norm(dequantise(*(tensors.local(state[entry]) for entry in ENTRIES))[0])
+        return _norm(dequantise(*entries_of(state))[0])
     moment = tensors.local(state[name])
     # codes of another library, which has the table for them
     return _norm(moment) if moment.is_floating_point() else None

@@ -41,8 +41,8 @@ def check_that_it_suffices(needed: int, processes: int) -> None:
         each = f" for each of {processes} processes" if processes > 1 else ""
         raise RuntimeError(
             f"offloading needs {needed / _GIB:.1f} GiB of host memory{each}, and "
-            f'{there / _GIB:.1f} GiB are available: take moments="bf16" or "8bit", or a machine '
-            "with more memory"
+            f'{there / _GIB:.1f} GiB are available: take moments="bf16", "8bit" or "4bit", '
+            "or a machine with more memory"
         )
 
 

@@ -75,6 +75,6 @@ def memory(size: int, device: torch.device) -> Tensor:
         raise RuntimeError(
             f"the driver does not page-lock {size} more bytes of host memory for what is offloaded "
             f"(cudaHostRegister: error {error}). Is there a limit (a container's, half of the "
-            'memory under WSL)? moments="8bit" needs less'
+            'memory under WSL)? moments="8bit" and "4bit" need less'
         )
     return tensor

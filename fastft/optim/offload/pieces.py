@@ -1,8 +1,8 @@
 """How a step over states on the host is cut: into pieces of which each fills a staging buffer.
 
 A piece has many small parameters, or a part of a large one. No cut changes a bit: random bits go by
-the element's index, and a cut lies where the kernels begin a block of it; 8-bit moments are cut
-between rows, or, where a row is longer than a piece, between blocks of 128 of it.
+the element's index, and a cut lies where the kernels begin a block of it; moments that are codes
+are cut between rows, or, where a row is longer than a piece, between blocks of 128 of it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from fastft.optim.moments_8bit import BLOCK
+from fastft.optim.moment_blocks import BLOCK, lines
+from fastft.optim.moment_codes import code_of
 
 # Bytes of one of the two buffers. PCIe 4 needs 2.6 ms for so many, tens of times what it takes to
 # launch the copies and the kernel of a piece; more would only take memory from the model.
 BUFFER = 64 * 2**20
 ALIGNMENT = 128  # bytes: whatever lies in a buffer begins at a cache line of the device
 _UNIT = 512  # elements between cuts: whole blocks of the kernels
-_ROWS = 8  # between cuts of 8-bit moments, so that cuts are at whole 16 bytes and random blocks
+_ROWS = 8  # between cuts of codes, so that cuts are at whole 16 bytes and random blocks
 
 
 class Form(NamedTuple):
@@ -28,27 +28,30 @@ class Form(NamedTuple):
 
     Attributes:
         numel: its elements.
-        element: bytes of an element of everything that is staged for it, but for scales.
-        tensors: how many tensors are staged for it.
-        columns: the length of its rows if it has 8-bit moments, else 0.
+        staged: of each tensor that is staged for it, the bytes of an entry, and for how many
+            neighbours of a row that stands: 1, or more for scales and packed codes.
+        columns: the length of its rows if its moments are codes, else 0.
     """
 
     numel: int
-    element: int
-    tensors: int
+    staged: tuple[tuple[int, int], ...]
     columns: int = 0
 
-    def blocks(self, count: int) -> int:
-        """The blocks of 8-bit moments of whole rows, or of a part of a row, of `count` elements."""
-        if not self.columns:
-            return 0
+    def entries(self, count: int, each: int) -> int:
+        """How many entries, each for so many neighbours or for what is left of a row, stand for the
+        `count` elements of whole rows or of a part of one."""
+        if each == 1:
+            return count
         rows, rest = divmod(count, self.columns)
-        return rows * -(-self.columns // BLOCK) + -(-rest // BLOCK)
+        return rows * -(-self.columns // each) + -(-rest // each)
+
+    def content(self, count: int) -> int:
+        """Bytes of `count` elements."""
+        return sum(size * self.entries(count, each) for size, each in self.staged)
 
     def size(self, count: int) -> int:
         """Bytes in a buffer of `count` elements, at most."""
-        scales = 2 * 4 * self.blocks(count)
-        return count * self.element + scales + self.tensors * ALIGNMENT
+        return self.content(count) + len(self.staged) * ALIGNMENT
 
     def next_cut(self, begin: int) -> int:
         """The elements from `begin` on to the end, or to the end of the row that was begun."""
@@ -58,13 +61,13 @@ class Form(NamedTuple):
     def most(self, begin: int, room: int) -> int:
         """The most elements from `begin` on that fit into `room` bytes; at least what is not
         cut."""
-        room -= self.tensors * ALIGNMENT
+        room -= len(self.staged) * ALIGNMENT
         if not self.columns:
-            return max(1, room // self.element // _UNIT) * _UNIT
-        rows = room // (self.columns * self.element + 2 * 4 * self.blocks(self.columns))
+            return max(1, room // self.content(_UNIT)) * _UNIT
+        rows = room // self.content(self.columns)
         if rows and begin % self.columns == 0:
             return (rows if rows < _ROWS else rows - rows % _ROWS) * self.columns
-        blocks = max(1, room // (BLOCK * self.element + 2 * 4))
+        blocks = max(1, room // self.content(BLOCK))
         return min(blocks * BLOCK, self.columns - begin % self.columns)
 
 
@@ -74,15 +77,12 @@ def form(param: Tensor, entries: Sequence[Tensor], held: bool) -> Form:
     Args:
         held: whether its gradient may be staged as well.
     """
-    eight_bit = entries[0].dtype == torch.int8
-    staged = [*(entries[:-2] if eight_bit else entries), *([param] if held else [])]
-    rows = len(param) if param.ndim > 1 else 1
-    return Form(
-        param.numel(),
-        sum(tensor.itemsize for tensor in staged),
-        len(entries) + held,
-        param.numel() // max(1, rows) if eight_bit else 0,
-    )
+    code, sizes = code_of(entries[0]), [entry.itemsize for entry in entries]
+    each = [1] * len(sizes)
+    if code is not None:
+        each = [code.packed, *each[1:-2], BLOCK, BLOCK]
+    staged = (*zip(sizes, each, strict=True), *([(param.itemsize, 1)] if held else []))
+    return Form(param.numel(), staged, 0 if code is None else lines(param.shape)[1])
 
 
 class Span(NamedTuple):
@@ -123,26 +123,14 @@ def buffers(forms: Sequence[Form], pieces: list[list[Span]]) -> list[int]:
     return [max(sizes, default=0)] * len(sizes[:2])
 
 
-def elements(tensor: Tensor, span: Span, form: Form) -> Tensor:
-    """The span's elements of a dense tensor that lies as its state: flat, or in whole rows or a
-    part of one where moments are of 8 bits."""
-    count = span.end - span.begin
-    return tensor.as_strided(*_lines(count, form.columns), tensor.storage_offset() + span.begin)
-
-
-def scales(tensor: Tensor, span: Span, form: Form) -> Tensor:
-    """The scales of the span's blocks."""
-    count = form.blocks(span.end - span.begin)
-    of_row = -(-form.columns // BLOCK)
+def part(tensor: Tensor, span: Span, form: Form, each: int = 1) -> Tensor:
+    """The span's part of a dense tensor that lies as its state, and of which an entry stands for so
+    many neighbours: flat, or in whole rows or a part of one where moments are codes."""
+    count, offset = form.entries(span.end - span.begin, each), tensor.storage_offset()
+    if not form.columns:
+        return tensor.as_strided((count,), (1,), offset + span.begin)
     row, column = divmod(span.begin, form.columns)
-    first = tensor.storage_offset() + row * of_row + column // BLOCK
-    return tensor.as_strided(*_lines(count, of_row), first)
-
-
-def _lines(count: int, columns: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of so many neighbours: lines of whole rows, or of a part of one; flat where
-    there are no columns."""
-    if not columns:
-        return (count,), (1,)
-    rows = max(1, count // columns)
-    return (rows, count // rows), (count // rows, 1)
+    of_row = -(-form.columns // each)
+    rows = max(1, count // of_row)
+    shape = rows, count // rows
+    return tensor.as_strided(shape, (shape[1], 1), offset + row * of_row + column // each)

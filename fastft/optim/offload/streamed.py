@@ -119,7 +119,7 @@ class StreamedPart:
             for span in spans
         ]
         natural = [
-            same_layout(tensors.params[span.place], tensors.exp_avgs[span.place]) for span in spans
+            same_layout(tensors.params[span.place], tensors.layouts[span.place]) for span in spans
         ]
         hosts = [self._entries(span) for span in spans]
         staged, copies, grads = hosts, [], []
@@ -129,23 +129,21 @@ class StreamedPart:
             copies = list(zip(chain(*hosts), chain(*staged), strict=True))
             if held:
                 grads = [
-                    take(parts[0].shape, tensors.params[span.place].dtype)
+                    take(parts[1].shape, tensors.params[span.place].dtype)
                     for span, parts in zip(spans, hosts, strict=True)
                 ]
         states = operator_lists(staged, rows)
         return _Piece(spans, natural, states, table_of(rows), copies, grads, number % 2)
 
     def _elements(self, tensor: Tensor, span: Span) -> Tensor:
-        return pieces.elements(tensor, span, self._forms[span.place])
+        return pieces.part(tensor, span, self._forms[span.place])
 
     def _entries(self, span: Span) -> list[Tensor]:
         """The span's parts of its parameter's state."""
-        entries, form = self.tensors.entries[span.place], self._forms[span.place]
-        scales = len(entries) - 2 if form.columns else len(entries)
-        return [
-            (pieces.elements if i < scales else pieces.scales)(entry, span, form)
-            for i, entry in enumerate(entries)
-        ]
+        form = self._forms[span.place]
+        # behind a state's may come a gradient's
+        pairs = zip(self.tensors.entries[span.place], form.staged, strict=False)
+        return [pieces.part(entry, span, form, each) for entry, (_, each) in pairs]
 
     def holds(self) -> bool:
         """Tells whether shards and memory are as before."""
@@ -179,7 +177,7 @@ class StreamedPart:
     def _laid(self, grad: Tensor, place: int) -> Tensor:
         """A gradient in the layout of its parameter's state; one of the host that lies otherwise,
         or has another dtype than the parameter, does not fit its place in a buffer."""
-        layout, dtype = self.tensors.exp_avgs[place], self.tensors.params[place].dtype
+        layout, dtype = self.tensors.layouts[place], self.tensors.params[place].dtype
         fits = same_layout(grad, layout) and grad.dtype == dtype
         if not fits and self._there.separate and self._there.reaches(grad):
             memory = self._there.memory(grad.nbytes).view(grad.dtype)
@@ -252,7 +250,7 @@ class StreamedPart:
         parts = []
         for param, span, natural in zip(params, piece.spans, piece.natural, strict=True):
             if not natural and span.place not in laid:
-                laid[span.place] = like(param, self.tensors.exp_avgs[span.place])
+                laid[span.place] = like(param, self.tensors.layouts[span.place])
             parts.append(param if natural else self._elements(laid[span.place], span))
         step.update(parts, grads, *piece.states, piece.table, step.hyper, step.factor, step.seed)
         for place, updated in laid.items():

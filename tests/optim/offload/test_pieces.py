@@ -5,15 +5,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastft.optim import moments_8bit
+from fastft.optim import moment_blocks, moment_codes
 from fastft.optim.offload import pieces
 from fastft.optim.offload.pieces import Form, Span
 
-FLAT = st.builds(Form, st.integers(0, 200_000), st.sampled_from([4, 10]), st.just(3), st.just(0))
+# of fp32 and bf16 moments with their low bits
+FLAT = st.builds(
+    Form,
+    st.integers(0, 200_000),
+    st.sampled_from([((1, 1), (1, 1), (2, 1)), ((4, 1), (4, 1), (2, 1))]),
+    st.just(0),
+)
+# of moments that are codes of 8 and 4 bits, with low bits
+CODED = [((1, packed), (1, 1), (2, 1), (4, 128), (4, 128)) for packed in (1, 2)]
 ROWS = st.builds(
-    lambda rows, columns: Form(rows * columns, 4, 5, columns if rows else 0),
+    lambda rows, columns, staged: Form(rows * columns, staged, columns if rows else 0),
     st.integers(0, 40),
     st.integers(1, 9001),
+    st.sampled_from(CODED),
 )
 FORMS = st.lists(FLAT | ROWS, max_size=6)
 
@@ -41,7 +50,7 @@ def test_cuts_lie_between_blocks(forms, room):
         columns, numel = forms[span.place].columns, forms[span.place].numel
         for at in (span.begin, span.end):
             if columns:
-                assert at % columns % moments_8bit.BLOCK == 0
+                assert at % columns % moment_blocks.BLOCK == 0
             else:
                 assert at % 512 == 0 or at == numel
         if columns:  # whole rows, or within one
@@ -50,29 +59,28 @@ def test_cuts_lie_between_blocks(forms, room):
 
 
 def test_a_parameter_that_fits_into_a_buffer_is_not_cut():
-    forms = [Form(1000, 10, 3), Form(5000, 10, 3), Form(3, 10, 3)]
+    staged = (4, 1), (4, 1), (2, 1)
+    forms = [Form(1000, staged), Form(5000, staged), Form(3, staged)]
     cut = pieces.cut(forms, 51_000)
     assert cut == [[Span(0, 0, 1000)], [Span(1, 0, 5000), Span(2, 0, 3)]]
 
 
+@pytest.mark.parametrize("moments", moment_codes.CODES)
 @pytest.mark.parametrize(
     "span", [(0, 14 * 507), (3 * 507, 5 * 507), (507, 507 + 256), (507 + 128, 1014)]
 )
-def test_codes_and_scales_of_a_span_are_those_of_the_whole(span):
-    form, at = Form(14 * 507, 4, 5, 507), Span(0, *span)
-    moment = torch.randn(14, 507).square()
-    whole = (
-        torch.zeros(14, 507, dtype=torch.int8),
-        torch.zeros(14, 507, dtype=torch.uint8),
-        torch.zeros(14, 4),
-        torch.zeros(14, 4),
-    )
-    moments_8bit.quantise(moment, moment, whole)
-    part = pieces.elements(moment, at, form)
-    own = [torch.zeros_like(pieces.elements(codes, at, form)) for codes in whole[:2]]
-    own += [torch.zeros_like(pieces.scales(scale, at, form)) for scale in whole[2:]]
-    moments_8bit.quantise(part, part, tuple(own))
-    for mine, codes in zip(own[:2], whole[:2], strict=True):
-        assert torch.equal(mine, pieces.elements(codes, at, form))
-    for mine, scale in zip(own[2:], whole[2:], strict=True):
-        assert torch.equal(mine, pieces.scales(scale, at, form))
+def test_codes_and_scales_of_a_span_are_those_of_the_whole(span, moments):
+    moment, at = torch.randn(14, 507).square(), Span(0, *span)
+    state = moment_codes.new_entries(moment, moments)
+    whole = moment_codes.entries_of(state)
+    form = pieces.form(moment, whole, held=False)
+    moment_codes.quantise(moment, moment, whole)
+    part = pieces.part(moment, at, form)
+    of_span = [
+        pieces.part(entry, at, form, each)
+        for entry, (_, each) in zip(whole, form.staged, strict=True)
+    ]
+    own = moment_codes.entries_of(moment_codes.new_entries(part, moments))
+    moment_codes.quantise(part, part, own)
+    assert all(map(torch.equal, own, of_span))
+    assert form.content(at.end - at.begin) == sum(entry.nbytes for entry in own)

@@ -24,7 +24,7 @@ MATRIX = pairwise(seed=15)
 PROMISED = [
     Case("llama", tier, "exact", moments, "call", 4, "all", True, "as before", order)
     for tier in TIERS
-    for moments, order in (("fp32", "late"), ("8bit", "host"))
+    for moments, order in (("fp32", "late"), ("8bit", "host"), ("4bit", "early"))
 ]
 SWITCHES = [
     Case("chain", offload, clipping="option", params="late", resumed=resumed)

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from fastft import fuse_clipping
 from fastft.optim import adamw_update, fp32_weights
 from fastft.optim.adamw import AdamW
+from fastft.optim.moment_codes import CODES
 from fastft.optim.offload import host_memory, pieces
 
 IMPLS = ("cpp", "eager")
@@ -66,7 +67,9 @@ def test_every_way_of_keeping_values_has_the_bits_of_the_resident_step(mode, imp
 
 
 @pytest.mark.parametrize("order", ["late", "early", 0, 1])
-@pytest.mark.parametrize("mode", ["fp32-fp32", "exact-fp32", "exact-8bit", "stochastic-bf16"])
+@pytest.mark.parametrize(
+    "mode", ["fp32-fp32", "exact-fp32", "exact-8bit", "exact-4bit", "stochastic-bf16"]
+)
 def test_staged_through_two_buffers_in_every_order_that_the_waits_allow(mode, order):
     resident = Training(MODES[mode], "auto", sizes=LONG_ROWS, max_grad_norm=1.0).step(3)
     with Scheduler(order).installed() as device:
@@ -80,7 +83,7 @@ def test_staged_through_two_buffers_in_every_order_that_the_waits_allow(mode, or
 
 
 @pytest.mark.parametrize("staged", [False, True])
-@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+@pytest.mark.parametrize("moments", ["fp32", *CODES])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_and_gradients_that_lie_in_any_way(layout, moments, staged):
     def trained(offload):
@@ -134,7 +137,7 @@ def test_sparse_gradients_are_refused_before_anything_is_updated():
     assert torch.equal(optimizer.param_groups[0]["params"][0], torch.ones(5))
 
 
-@pytest.mark.parametrize("mode", ["exact-fp32", "stochastic-8bit"])
+@pytest.mark.parametrize("mode", ["exact-fp32", "stochastic-8bit", "kahan-4bit"])
 def test_switching_between_runs_of_one_checkpoint_changes_no_bit(mode):
     resident = Training(MODES[mode], "auto", sizes=LONG_ROWS).step(6)
     switched = Training(MODES[mode], "auto", sizes=LONG_ROWS)

@@ -6,6 +6,7 @@ from support.scheduler import Scheduler
 
 import fastft
 from fastft.optim.adamw import ROUNDINGS
+from fastft.optim.moment_codes import CODES
 from fastft.optim.offload import gradients, pieces, tiers
 
 LAYERS, WIDTH = 5, 129
@@ -33,7 +34,7 @@ def trained(device, offload, micro_steps, dtype=torch.bfloat16, **options):
     return optimizer
 
 
-@pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", *CODES])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_states_on_the_host_are_counted_to_the_byte(small_buffers, moments, rounding):
     with Scheduler().installed() as device:
@@ -56,7 +57,13 @@ def test_gradients_on_the_host_leave_what_is_in_flight(small_buffers, micro_step
 
 @pytest.mark.parametrize(
     ("moments", "amsgrad"),
-    [("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True), ("8bit", False)],
+    [
+        ("fp32", False),
+        ("fp32", True),
+        ("bf16", False),
+        ("bf16", True),
+        *((moments, False) for moments in CODES),
+    ],
 )
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_states_of_the_device_are_those_of_a_step(moments, rounding, amsgrad):

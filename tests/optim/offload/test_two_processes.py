@@ -28,6 +28,7 @@ MODES = {
     "fp32": (torch.float32, {}),
     "exact": (torch.bfloat16, {}),
     "exact 8bit": (torch.bfloat16, {"moments": "8bit"}),
+    "exact 4bit": (torch.bfloat16, {"moments": "4bit"}),
     "stochastic bf16": (torch.bfloat16, {"rounding": "stochastic", "moments": "bf16"}),
 }
 STEPS, PROCESSES = 5, 2

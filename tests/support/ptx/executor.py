@@ -24,7 +24,7 @@ from support.ptx.parser import BITS, ENDS_A_BLOCK, UINT, Instruction, Kernel, sp
 _LANES = 4096  # that run together: numpy's overhead against the cache
 _MOST_STEPS = 5_000_000  # basic blocks of a batch, after which a loop counts as endless
 # what nobody wrote may go nowhere from here
-_NEED_KNOWN = ("ld", "ldu", "st", "vote", "match", "redux", "ldmatrix")
+_NEED_KNOWN = ("ld", "ldu", "st", "vote", "match", "redux", "ldmatrix", "stmatrix")
 _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 
 Getter = Callable[["Lanes"], np.ndarray]

@@ -257,5 +257,36 @@ def _ldmatrix(compiler: Compiler, i: Instruction) -> Run:
     return run
 
 
-def _of_all(lanes: Lanes, i: Instruction, addresses: np.ndarray, size: int) -> Access:
-    return Access(i, addresses.reshape(-1), size, False, lanes.threads)
+@opcode("stmatrix", "sync aligned m8n8 x1 x2 x4 trans shared shared__cta")
+def _stmatrix(compiler: Compiler, i: Instruction) -> Run:
+    base, offset = compiler.address(i.operands[0])
+    gets = [compiler.get(name, "b32") for name in compiler.vector(i.operands[1])]
+    transposed = "trans" in i.modifiers
+
+    def run(lanes: Lanes) -> None:
+        _warps(lanes, ALL_LANES, "stmatrix")
+        addresses = (base(lanes).astype(np.int64) + offset).reshape(-1, WARP)
+        lane = np.arange(WARP)
+
+        def write(at: np.ndarray, size: int, values: np.ndarray) -> None:
+            access = _of_all(lanes, i, at, size, writes=True)
+            lanes.shared.write(access, lanes.slots, size, [values])
+
+        for j, get in enumerate(gets):
+            # of matrix j: eight lanes have the address of a row each
+            rows = addresses[:, 8 * j : 8 * j + 8]
+            values = np.broadcast_to(get(lanes), (lanes.active,))
+            if not transposed:
+                write(rows[:, lane // 4] + lane % 4 * 4, 4, values)
+                continue
+            for k in (0, 1):
+                half = (values >> np.uint32(16 * k)).astype(np.uint16)
+                write(rows[:, 2 * (lane % 4) + k] + lane // 4 * 2, 2, half)
+
+    return run
+
+
+def _of_all(
+    lanes: Lanes, i: Instruction, addresses: np.ndarray, size: int, writes: bool = False
+) -> Access:
+    return Access(i, addresses.reshape(-1), size, writes, lanes.threads)

@@ -1,0 +1,85 @@
+"""What issue 16 promises of single operations on a CPU, as data: rows, rivals and ratios."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+FLATTENING = "transformers flattening"
+FUSED, CLIPPED = "torch fused", "torch clip_grad_norm_ + fused"
+# row: rival: its time is to be at least so many times ours
+AHEAD: dict[str, dict[str, float]] = {
+    "adamw_8bit[float32]": {"bitsandbytes": 15},
+    "adamw_8bit[bfloat16]": {"bitsandbytes": 15},
+    "adamw[50M_fp32]": {FUSED: 1.0},
+    "adamw_clipped[50M_fp32]": {CLIPPED: 1.35},
+    "adamw_clipped[50M_bf16]": {CLIPPED: 1.3},
+    "adamw[400_mixed]": {FUSED: 2.5},
+    "adamw[400_bf16]": {FUSED: 2.5},
+    "adamw_clipped[400_mixed]": {CLIPPED: 3},
+    "adamw_clipped[400_bf16]": {CLIPPED: 3},
+    "adamw[1000x256_fp32]": {FUSED: 8},
+    "adamw_clipped[1000x256_fp32]": {CLIPPED: 8},
+    "adamw_bf16_modes[exact_bf16_moments]": {"ours, fp32 moments": 1},
+    "adamw_bf16_modes[exact_8bit_moments]": {"ours, fp32 moments": 1},
+    "adamw_bf16_modes[stochastic_bf16_moments]": {"ours, fp32 moments": 1},
+    "adamw_bf16_modes[stochastic_8bit_moments]": {"ours, fp32 moments": 1},
+    "collate[list-ids_and_labels]": {FLATTENING: 8},
+    "collate[numpy-ids_and_labels]": {FLATTENING: 40},
+    "collate_from_arrow": {FLATTENING: 40},
+    "linear_cross_entropy[fp32-trainable-all_counted]": {"torch eager": 1.3, "transformers": 1.7},
+    "linear_cross_entropy[bf16-trainable-all_counted]": {"torch eager": 1.3, "transformers": 1.7},
+    "cross_entropy[bf16-plain]": {"torch": 2},
+    "import": {"torch": 1 / 0.03},
+}
+# row: ours is to take at most so many times the bare work
+OF_THE_BARE_WORK = {
+    "linear_cross_entropy[fp32-trainable-all_counted]": 1.0,
+    "linear_cross_entropy[bf16-trainable-all_counted]": 1.1,
+}
+EXACT_BF16, OF_THE_BOUND = "adamw[50M_bf16]", 0.9  # or 1.2 times torch's
+SHARED_KEYS = "packed_attention[2048-causal-bf16]"  # errors not above sdpa's
+ROWS = (*AHEAD, EXACT_BF16, SHARED_KEYS)
+
+
+class Reached(NamedTuple):
+    row: str
+    what: str
+    goal: str
+    found: str
+    reached: bool
+
+
+def judge(rows: dict[str, dict[str, Any]]) -> list[Reached]:
+    """Every goal of a row that was measured."""
+    found = []
+    for name, goals in AHEAD.items():
+        ratios = rows.get(name, {}).get("times_faster_than", {})
+        for rival, goal in goals.items():
+            if rival in ratios:
+                ratio = ratios[rival]
+                goal_said = f"at least {goal:.3g}"
+                found.append(Reached(name, rival, goal_said, f"{ratio:.2f}", ratio >= goal))
+    for name, most in OF_THE_BARE_WORK.items():
+        if (ratio := rows.get(name, {}).get("times_the_bare_work")) is not None:
+            said = f"at most {most}"
+            found.append(Reached(name, "ours / bare work", said, f"{ratio:.2f}", ratio <= most))
+    if row := rows.get(EXACT_BF16):
+        ratio = row["times_faster_than"][FUSED]
+        share = row["bound_ms"] / row["median_ms"]["ours"] if "bound_ms" in row else 0.0
+        said = f"{ratio:.2f}; {share:.2f} of the bound" if share else f"{ratio:.2f}"
+        goal_said = f"at least 1.2, or {OF_THE_BOUND} of the bound"
+        reached = ratio >= 1.2 or share >= OF_THE_BOUND
+        found.append(Reached(EXACT_BF16, FUSED, goal_said, said, reached))
+    if errors := rows.get(SHARED_KEYS, {}).get("relative_errors"):
+        for what in ("d_key", "d_value"):
+            ours, theirs = errors["ours"][what], errors["transformers sdpa"][what]
+            found.append(
+                Reached(
+                    SHARED_KEYS,
+                    f"error of {what}, sdpa's {theirs:.1e}",
+                    "not above",
+                    f"{ours:.1e}",
+                    ours <= theirs,
+                )
+            )
+    return found

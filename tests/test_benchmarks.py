@@ -1,0 +1,333 @@
+"""The harness of the benchmarks, by a clock that nobody waits for; pages have the figures that were
+recorded, and no others."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support import documentation
+from support.documentation import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))  # behind the tests: some names are in both
+
+import compare
+import goals
+import machine
+import report
+import tables
+import turns
+
+
+class Clock:
+    """Time that passes where somebody works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def run(self, seconds: Callable[[int], float]) -> Callable[[], float]:
+        """Works for `seconds` of its calls' number."""
+        calls = 0
+
+        def work() -> float:
+            nonlocal calls
+            took = seconds(calls)
+            calls, self.now = calls + 1, self.now + took
+            return took
+
+        return work
+
+
+def measured(**runs: Callable[[int], float]) -> turns.Times:
+    clock = Clock()
+    return turns.by_turns({name: clock.run(run) for name, run in runs.items()}, clock=clock)
+
+
+@pytest.mark.parametrize("cold", [0, 1, 2, 3])
+def test_a_row_is_the_same_whatever_has_run_before_it(cold: int) -> None:
+    """`cold`: calls until its caches, pools and pages are warm; another case may have warmed
+    them."""
+    times = measured(
+        ours=lambda call: 0.03 * max(1, 2 ** (cold - call)),
+        rival=lambda call: 0.05 * max(1, 3 - call),
+    )
+    assert times.median("ours") == pytest.approx(0.03) and times.attempts == 1
+    assert times.median("rival") == pytest.approx(0.05) and times.spread() < 1e-9
+
+
+def test_a_slow_moment_of_the_machine_hits_all_alike() -> None:
+    """A third of the turns take twice the time: of both."""
+    times = measured(
+        ours=lambda call: 0.03 * (1 + (call % 9 < 3)),
+        rival=lambda call: 0.06 * (1 + (call % 9 < 3)),
+    )
+    assert times.median("rival") / times.median("ours") == pytest.approx(2)
+
+
+def test_a_row_that_scatters_is_measured_again_and_the_steadiest_is_kept() -> None:
+    noisy, noise = 20, random.Random(0)
+    times = measured(ours=lambda call: 0.05 * (1 if call > noisy else noise.uniform(1, 2)))
+    assert times.attempts == 2 and times.spread() < 1e-9
+    assert times.median("ours") == pytest.approx(0.05)
+
+
+def test_a_row_that_never_settles_ends_and_counts_as_failed() -> None:
+    noise = random.Random(0)
+    times = measured(ours=lambda call: noise.uniform(0.02, 0.2))
+    assert 1 < times.attempts <= turns.ATTEMPTS and times.spread() > turns.FAILED
+    row = {"name": "a row", "spread": times.spread(), "attempts": times.attempts}
+    assert tables.unsteady([row])[0].startswith("a row: quartiles")
+    assert not tables.unsteady([{"name": "another", "spread": turns.FAILED, "attempts": 1}])
+
+
+def test_of_short_calls_a_sample_is_the_median_of_many() -> None:
+    """One call in ten is interrupted for ten times as long."""
+    times = measured(ours=lambda call: 1e-4 * (10 if call % 10 == 9 else 1))
+    assert times.median("ours") == pytest.approx(1e-4) and times.spread() < 1e-9
+
+
+def test_a_slow_rival_has_the_fewest_samples_and_a_quick_one_no_more_than_the_most() -> None:
+    slow, quick = measured(ours=lambda call: 4.0), measured(ours=lambda call: 0.02)
+    assert len(slow.samples["ours"]) == turns.FEWEST
+    assert len(quick.samples["ours"]) == turns.MOST
+
+
+class Benchmark:
+    """What pytest-benchmark gives to a case."""
+
+    name = "a case"
+
+    def __init__(self, disabled: bool) -> None:
+        self.disabled, self.extra_info = disabled, dict[str, Any]()
+
+    def pedantic(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_case_whose_check_fails_is_not_timed(disabled: bool) -> None:
+    def wrong() -> None:
+        raise AssertionError("off by 3")
+
+    ran: list[str] = []
+    benchmark = Benchmark(disabled)
+    with pytest.raises(AssertionError, match="off by 3"):
+        compare.compare(benchmark, lambda: ran.append("ours"), {}, check=wrong)
+    assert ran == [] and benchmark.extra_info == {}
+
+
+def test_where_benchmarks_are_disabled_all_run_and_nothing_is_kept() -> None:
+    ran: list[str] = []
+    runs = {name: lambda name=name: ran.append(name) for name in ("ours", "rival", "bare")}
+    benchmark = Benchmark(disabled=True)
+    compare.compare(
+        benchmark,
+        runs["ours"],
+        {"rival": runs["rival"]},
+        check=lambda: ran.append("check"),
+        bare=runs["bare"],
+    )
+    assert ran[0] == "check" and set(ran) == {"check", *runs} and benchmark.extra_info == {}
+
+
+def test_what_a_row_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    took = {"ours": 0.1, "rival": 0.25, "bare work": 0.08}
+    runs = {name: clock.run(lambda call, s=s: s) for name, s in took.items()}
+    monkeypatch.setattr(compare, "timed", lambda run, host=0.0: compare.Took(run(), 0.0))
+    monkeypatch.setattr(compare, "bytes_a_second", lambda: 2e10)
+    by_turns = turns.by_turns
+    monkeypatch.setattr(
+        turns, "by_turns", lambda runs, seconds: by_turns(runs, seconds, clock=clock)
+    )
+    benchmark = Benchmark(disabled=False)
+    compare.compare(
+        benchmark,
+        runs["ours"],
+        {"rival": runs["rival"]},
+        check=lambda: None,
+        bytes_moved=10**9,
+        bare=runs["bare work"],
+    )
+    row = benchmark.extra_info
+    assert row["median_ms"] == {"ours": 100.0, "rival": 250.0, "bare work": 80.0}
+    assert row["quartiles_ms"]["rival"] == [250.0, 250.0] and row["spread"] == 0.0
+    assert row["times_faster_than"] == {"rival": 2.5} and row["times_the_bare_work"] == 1.25
+    assert row["bound_ms"] == 50.0 and row["gigabytes_per_second"] == 10.0
+    table = tables.table([{"name": "a row", **row}])
+    assert "| a row | 100.000 | 0.0% | rival 2.50 | 1.25 | 0.50 | 10.0 |" in table
+
+
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        ({"gpu": "NVIDIA H200"}, "nvidia-h200"),
+        (("AMD EPYC, 2 cores", "avx2", "avx2"), "amd-epyc-avx2"),
+        (("AMD EPYC, 2 cores", "avx512bf16", "avx2"), "amd-epyc-avx512bf16-as-avx2"),
+    ],
+)
+def test_the_folder_of_a_machine(facts: Any, name: str) -> None:
+    if isinstance(facts, tuple):
+        facts = dict(zip(("cpu", "processor_isa", "cpu_isa"), facts, strict=True))
+    assert machine.name(facts) == name
+
+
+def test_a_goal_is_judged_by_what_was_measured() -> None:
+    exact = {"times_faster_than": {goals.FUSED: 0.9}, "median_ms": {"ours": 100}, "bound_ms": 95}
+    rows = {"adamw[50M_fp32]": {"times_faster_than": {goals.FUSED: 0.99}}, goals.EXACT_BF16: exact}
+    judged = {each.row: each.reached for each in goals.judge(rows)}
+    assert judged == {"adamw[50M_fp32]": False, goals.EXACT_BF16: True}
+
+
+def test_the_page_of_results_is_what_is_made_of_the_recorded_rows() -> None:
+    assert report.PAGE.read_text() == report.page(), "python benchmarks/report.py"
+
+
+@pytest.mark.parametrize("path", report.pages(), ids=lambda path: path.name)
+def test_the_tables_of_a_page_are_what_was_recorded(path: Path) -> None:
+    assert path.read_text() == report.with_figures(path.read_text()), "python benchmarks/report.py"
+
+
+def test_losses_against_a_rival_stay_in_the_table() -> None:
+    rows = [
+        row for path in report.machines().values() for row in report.rows_by_name(path).values()
+    ]
+    slower = [
+        row for row in rows if min((row.get("times_faster_than") or {"": 1}).values()) < 0.995
+    ]
+    page = report.PAGE.read_text()
+    assert slower
+    for row in slower:
+        assert re.search(rf"^\| {re.escape(row['name'])} \|.*\*\*0\.", page, re.MULTILINE), row
+
+
+# a ratio, a share, milliseconds, a peak, a speed
+FIGURE = re.compile(
+    r"(?<![\w.,/-])(\d[\d,]*(?:\.\d+)?)(?: to (\d[\d,]*(?:\.\d+)?))?\s?"
+    r"(x(?!\w)(?! \d)|%|ms\b|µs\b|MiB\b|tokens/s\b|times (?:as|the|less|more|faster|what)\b)"
+)
+MADE = re.compile(r"<!-- (?!to here|end)[^>]*-->.*?<!-- (?:to here|end) -->", re.DOTALL)
+QUOTED = re.compile(r"^```.*?^```|^(?: {4}|\t).*?$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
+PUBLISHED = "As they have published it"  # a section of what others say of themselves
+
+
+def sections(page: Path) -> Iterator[str]:
+    """What is neither made of results nor quoted."""
+    text = MADE.sub("", page.read_text())
+    for section in re.split(r"^(?=#+ )", text, flags=re.MULTILINE):
+        if PUBLISHED not in section:
+            yield section
+
+
+def numbers_of(path: Path) -> set[float]:
+    """All that a file of results has."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        return {float(each.replace(",", "")) for each in re.findall(r"\d[\d,]*(?:\.\d+)?", text)}
+    return set(map(float, re.findall(r"-?\d+(?:\.\d+)?(?:e-?\d+)?", text)))
+
+
+def unfounded(page: Path) -> list[str]:
+    """The figures of a page that no file of results has to which their section leads."""
+    found = []
+    for section in sections(page):
+        targets = re.findall(r"\]\(([^)#]*benchmarks/results/[^)#]+\.(?:md|json))", section)
+        known = {n for target in targets for n in numbers_of((page.parent / target).resolve())}
+        for figure in FIGURE.finditer(QUOTED.sub("", section)):
+            for text in filter(None, figure.group(1, 2)):
+                digits = len(text.partition(".")[2])
+                value = float(text.replace(",", ""))
+                shares = (1, 100) if figure[3] == "%" else (1,)
+                if not any(round(n * s, digits) == value for n in known for s in shares):
+                    found.append(f"{section.splitlines()[0]}: {figure[0]}")
+    return found
+
+
+@pytest.mark.parametrize("page", documentation.PAGES, ids=lambda page: page.name)
+def test_every_figure_is_found_in_the_results(page: Path) -> None:
+    """It stands in a table that benchmarks/report.py makes, or its section links the file that has
+    it; a number that was chosen and not measured is written as code."""
+    if page.name != "CHANGELOG.md":  # what a figure was when that version was made
+        assert unfounded(page) == []
+
+
+def test_a_figure_that_nobody_measured_is_found(tmp_path: Path) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "a.json").write_text(json.dumps({"speed": 2.717, "share": 0.42}))
+    page = tmp_path / "page.md"
+    text = "# Fast\n\n2.72x at 42 % ([a](benchmarks/results/a.json)), {}.\n\n# Other\n\n`7 MiB`\n"
+    page.write_text(text.format("as 16 x 1024 are"))
+    assert unfounded(page) == []
+    page.write_text(text.format("2.9x") + "\n2.72x\n")
+    assert unfounded(page) == ["# Fast: 2.9x", "# Other: 2.72x"]
+
+
+def test_a_marker_without_a_row_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no result has a row like 'adamw"):
+        report.block("times", "adamw[no_such_case]")
+
+
+def test_rows_of_a_name_are_merged_with_those_that_were_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = pytest.importorskip("record")
+    monkeypatch.setattr(sys, "argv", ["record.py", "--rows", "a b"])
+    path, where = tmp_path / "op.json", {"commit": "abc"}
+    record.write(path, where, [{"name": "one", "x": 1}, {"name": "two", "x": 1}], keep_others=False)
+    record.write(path, {"commit": "def"}, [{"name": "two", "x": 2}], keep_others=True)
+    one, two = json.loads(path.read_text())["rows"]
+    assert (one["x"], one["commit"], two["x"], two["commit"]) == (1, "abc", 2, "def")
+    assert two["command"] == "python benchmarks/record.py --rows 'a b'"
+
+
+def test_goals_and_rows_choose_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["test_adamw[50M_fp32]", "test_adamw[400_mixed]", "test_stream[8]"]
+
+    def chosen(**options: Any) -> list[str]:
+        items = [SimpleNamespace(name=name) for name in names]
+        config = SimpleNamespace(getoption=lambda option: options[option.lstrip("-")])
+        of_benchmarks().pytest_collection_modifyitems(config, items)
+        return [item.name for item in items]
+
+    assert chosen(goals=True, rows="") == names[:2]
+    assert chosen(goals=False, rows="[50M") == names[:1]
+
+
+def of_benchmarks() -> Any:
+    """Their conftest, whose name tests have too."""
+    import importlib.util
+
+    path = ROOT / "benchmarks" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_conftest", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_rows_of_a_day_with_a_gpu_are_filed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = pytest.importorskip("record")
+    ledger = record.Ledger(tmp_path / "stub.jsonl")
+    ledger.append(part="machine", facts={"gpu": "Stub H100 80GB", "commit": None})
+    case = "benchmarks/test_adamw.py::test_adamw[50M_fp32]"
+    found = {"median_ms": {"ours": 2.0}, "times_faster_than": {}}
+    ledger.append(part="ops", case=case, outcome="passed", found=found)
+    ledger.append(
+        part="ops", case="benchmarks/test_plan.py::test_plan", outcome="failed", said="no"
+    )
+    monkeypatch.setattr(record.report, "RESULTS", tmp_path)
+    assert record.taken(ledger.path) == ["benchmarks/test_plan.py::test_plan failed: no"]
+    (row,) = json.loads((tmp_path / "stub-h100-80gb" / "adamw.json").read_text())["rows"]
+    assert row["name"] == "adamw[50M_fp32]" and row["median_ms"] == {"ours": 2.0}
