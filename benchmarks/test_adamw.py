@@ -45,6 +45,8 @@ TIMED = {
     "stochastic_bf16_moments": MODES["stochastic-bf16"],
     "exact_8bit_moments": MODES["exact-8bit"],
     "stochastic_8bit_moments": MODES["stochastic-8bit"],
+    "exact_4bit_moments": MODES["exact-4bit"],
+    "stochastic_4bit_moments": MODES["stochastic-4bit"],
 }
 
 
@@ -213,7 +215,7 @@ def test_adamw_of_model(benchmark, device, small, trained):
 @pytest.mark.parametrize("mode", TIMED)
 def test_adamw_bf16_modes(benchmark, device, small, mode):
     kept_as = TIMED[mode]
-    # rows of whole blocks of 8-bit moments
+    # rows of whole blocks of codes
     shapes = [((63, 256) if small else (2000, 10240), BF16)]
     ours = optimizer(AdamW, shapes, device, seed=0, **kept_as.options)
     (param,), (state,) = ours.param_groups[0]["params"], ours.state.values()
@@ -225,9 +227,10 @@ def test_adamw_bf16_modes(benchmark, device, small, mode):
         "torch fused": strayed(torch.optim.AdamW, device, fused=True),
     }
     rivals = {"torch fused": optimizer(torch.optim.AdamW, shapes, device, fused=True).step}
-    if kept_as.moments != "fp32":
-        rivals["ours, fp32 moments"] = optimizer(
-            AdamW, shapes, device, seed=0, rounding=kept_as.rounding
+    others = {"fp32": (), "4bit": ("fp32", "8bit")}.get(kept_as.moments, ("fp32",))
+    for moments in others:
+        rivals[f"ours, {moments} moments"] = optimizer(
+            AdamW, shapes, device, seed=0, rounding=kept_as.rounding, moments=moments
         ).step
     bytes_moved = int(kept_as.moved * param.numel())
     compare(

@@ -58,6 +58,13 @@ def cpu_isa() -> str | None:
     return None if isinstance(loaded, str) else _instruction_set(loaded)
 
 
+@functools.cache
+def is_intel() -> bool:
+    """Whether the processor is Intel's, as far as the CPU library, if there is one, knows."""
+    loaded = library("cpu")
+    return not isinstance(loaded, str) and bool(loaded.fastft_is_intel())
+
+
 def expect_use(tensor: Tensor) -> Tensor:
     """Asks for large pages for new memory of the CPU, before it is first touched; returns it.
 
@@ -67,9 +74,7 @@ def expect_use(tensor: Tensor) -> Tensor:
     # neither a compiler's nor a subclass's tensor need have memory
     has_memory = type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
     if has_memory and not isinstance(loaded, str):
-        loaded.fastft_expect_use(
-            ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
-        )
+        loaded.fastft_expect_use(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
     return tensor
 
 
