@@ -1,6 +1,8 @@
 # make demo       fine-tune on this machine and measure it
 # make demo-smollm2    fine-tune a pretrained model, SmolLM2-135M, stock and with fastft by turns, and compare: a quarter of
 #                an hour on two cores that do nothing else
+# make whole-runs    the demos' trainings with stock, fastft and rivals by turns: ten minutes on two cores; make profile: where
+#                a step's time goes, in three. Results: benchmarks/results/<machine>
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
 #                oldest and newest packages; make lint docs
@@ -47,7 +49,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -57,6 +59,19 @@ demo-smollm2: native build/smollm2/model.safetensors
 	folder=benchmarks/results/$$($(BIN)/python benchmarks/machine.py --name) && mkdir -p $$folder && \
 	for each in md json png; do cp build/demo-smollm2/report.$$each $$folder/smollm2.$$each || exit; done
 	$(BIN)/python benchmarks/report.py
+
+MACHINE = benchmarks/results/$(shell $(BIN)/python benchmarks/machine.py --name)
+
+# compiling takes SmolLM2 minutes: torch.compile has rows of the demo alone
+whole-runs: native $(RIVALS) build/smollm2/model.safetensors
+	$(BIN)/python benchmarks/whole_runs.py demo --to $(MACHINE)
+	$(BIN)/python benchmarks/whole_runs.py smollm2 smollm2_rows --rounds 1 \
+		--variants stock fastft onednn trl trl_flat liger --to $(MACHINE)
+
+profile: native build/smollm2/model.safetensors
+	$(BIN)/python benchmarks/profile_step.py demo --to $(MACHINE)
+	$(BIN)/python benchmarks/profile_step.py smollm2 --warm 2 --steps 2 --to $(MACHINE)
+	$(BIN)/python benchmarks/step_bounds.py --to benchmarks/results
 
 build/smollm2/model.safetensors: $(SMOLLM2) examples/smollm2_model.py
 	$(BIN)/python examples/smollm2_model.py $(@D)

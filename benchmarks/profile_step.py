@@ -38,7 +38,6 @@ from whole_runs import VARIANTS, WORKLOADS, Workload, described, grid, trainer_o
 from fastft.foreign import onednn
 from fastft.foreign.models import base_model, output_embeddings
 
-WARM = 4
 PARTS = ["linear layers", "attention", "norms", "rotary", "activation", "embedding"]
 PARTS += ["head and loss", "model, between its layers"]
 OTHERS = ["optimizer", "clipping", "batches", "Trainer, accelerate, Python"]
@@ -90,7 +89,8 @@ def _mark(module: nn.Module, part: str) -> None:
 class Watch(TrainerCallback):
     """Profiles the steps behind the warm ones."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, warm: int) -> None:
+        self.warm = warm
         self.profile = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
         self.began = self.seconds = 0.0
         clip = trainer.accelerator.clip_grad_norm_
@@ -102,7 +102,7 @@ class Watch(TrainerCallback):
         trainer.accelerator.clip_grad_norm_ = clipping
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == WARM:
+        if state.global_step == self.warm:
             self.profile.start()
             self.began = time.perf_counter()
 
@@ -192,12 +192,12 @@ def _shape(event: Any) -> tuple[int, int, int] | None:
     return rows, inner, other[0 if of_linear else 1]
 
 
-def measure(name: str, workload: Workload, steps: int) -> dict[str, Any]:
+def measure(name: str, workload: Workload, steps: int, warm: int) -> dict[str, Any]:
     """Milliseconds a step, by part."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer, recorder = trainer_of(VARIANTS[name], workload, WARM + steps, folder)
+        trainer, recorder = trainer_of(VARIANTS[name], workload, warm + steps, folder)
         mark(trainer.model)
-        watch = Watch(trainer)
+        watch = Watch(trainer, warm)
         trainer.add_callback(watch)
         trainer.train()
     events = watch.profile.events()
@@ -208,7 +208,7 @@ def measure(name: str, workload: Workload, steps: int) -> dict[str, Any]:
     return {
         "name": VARIANTS[name].name,
         "step_ms": round(per_step * watch.seconds, 1),
-        "tokens": sum(recorder.run.tokens[WARM : WARM + steps]) // steps,
+        "tokens": sum(recorder.run.tokens[warm : warm + steps]) // steps,
         "parts_ms": {" ".join(k).strip(): round(per_step * s, 2) for k, s in seconds.items()},
         "bare_products_ms": {
             way: round(per_step * s, 1) for way, s in products_alone(events).items()
@@ -246,7 +246,8 @@ def main() -> None:
     )
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS)
-    parser.add_argument("--steps", type=int, default=6, help="profiled, behind four warm ones (6)")
+    parser.add_argument("--steps", type=int, default=6, help="profiled (6)")
+    parser.add_argument("--warm", type=int, default=4, help="steps before these (4)")
     parser.add_argument("--to", type=Path, required=True, help="the folder of the results")
     options = parser.parse_args()
     names = options.variants or ["stock", "fastft", "onednn"]
@@ -255,7 +256,9 @@ def main() -> None:
         workload = WORKLOADS[options.workload](Path(folder))
         for name in (each for each in names if VARIANTS[each].missing() is None):
             with ProcessPoolExecutor(1, mp_context=context) as process:
-                runs[name] = process.submit(measure, name, workload, options.steps).result()
+                runs[name] = process.submit(
+                    measure, name, workload, options.steps, options.warm
+                ).result()
     results = {
         "title": workload.title,
         "command": " ".join(["python", "benchmarks/profile_step.py", *sys.argv[1:]]),

@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = RESULTS / "README.md"
 TRAININGS = {"demo": "demo", "smollm2": "SmolLM2-135M"}
+TRAININGS |= {"whole_demo": "demo, rivals", "whole_smollm2": "SmolLM2-135M, rivals"}
+TRAININGS |= {"whole_smollm2_rows": "SmolLM2-135M, full rows"}
 OPS = {
     "adamw": "AdamW",
     "linear_cross_entropy": "Linear cross-entropy",

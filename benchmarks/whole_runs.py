@@ -9,7 +9,7 @@ padding. Every run is in a process of its own, forth and back through the varian
 of two runs has the same examples, so that a ratio is the median over steps of seconds / seconds.
 The first steps (compiling, first touches of memory) are left out. Losses must be stock's.
 
-Writes whole_runs.json and whole_runs.md to the folder of this machine's results, or to --to.
+Writes whole_<workload>.json and .md to the folder of --to.
 """
 
 from __future__ import annotations
@@ -263,54 +263,64 @@ def by_turns(names: list[str], workload: Workload, steps: int, rounds: int) -> d
     return runs
 
 
-def compared(runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
-    """Speed, memory and losses of each variant, and what they are of the first one's."""
+def compared(runs: dict[str, list[Run]]) -> dict[str, Any]:
+    """`runs`: speed and memory of each variant, and what they are of the first one's;
+    `agreement`: how far its losses are from that one's. As `make demo` has them, and more."""
     first = next(iter(runs))
-    rows: dict[str, dict[str, Any]] = {}
-    for name, turns in runs.items():
-        mean = [statistics.mean(step) for step in zip(*(run.seconds for run in turns), strict=True)]
-        of_first = [
-            statistics.mean(step) for step in zip(*(r.seconds for r in runs[first]), strict=True)
-        ]
-        tokens = turns[0].tokens[: len(mean)]
-        ratios = [a / b for a, b in zip(of_first[WARM:], mean[WARM:], strict=True)]
+    seconds = {name: _mean_seconds(turns) for name, turns in runs.items()}
+    peaks = {name: max(run.peak_bytes for run in turns) for name, turns in runs.items()}
+    rows, agreement = [], []
+    for name, (run, *_) in runs.items():
+        ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        stock, peak = runs[first][0], max(run.peak_bytes for run in turns)
-        rows[name] = {
-            "name": VARIANTS[name].name,
-            "tokens_per_second": round(sum(tokens[WARM:]) / sum(mean[WARM:]), 1),
-            "times_faster": round(statistics.median(ratios), 3),
-            "quartiles": [round(low, 3), round(high, 3)],
-            "peak_mib": round(peak / 2**20),
-            "share_of_peak": round(peak / max(run.peak_bytes for run in runs[first]), 3),
-            "padding": round(1 - sum(turns[0].tokens) / turns[0].positions, 3),
-            "losses_off_by": max(
-                abs(a - b) / abs(b) for a, b in zip(turns[0].losses, stock.losses, strict=True)
-            ),
-        }
-    return rows
+        tokens, total = sum(run.tokens[WARM : len(run.seconds)]), sum(seconds[name])
+        rows.append(
+            {
+                "name": VARIANTS[name].name,
+                "losses": run.losses,
+                "seconds": total,
+                "tokens": tokens,
+                "tokens_per_second": tokens / total,
+                "times_faster": round(statistics.median(ratios), 3),
+                "quartiles": [round(low, 3), round(high, 3)],
+                "peak_bytes": peaks[name],
+                "share_of_peak": round(peaks[name] / peaks[first], 3),
+                "padding": 1 - sum(run.tokens) / run.positions,
+            }
+        )
+        pairs = zip(run.losses, runs[first][0].losses, strict=True)
+        off = max(abs(a - b) / abs(b) for a, b in pairs)
+        line = {"name": VARIANTS[name].name, "largest_difference": off, "agrees": off <= TOLERANCE}
+        agreement.append(line)
+    return {"runs": rows, "agreement": agreement}
+
+
+def _mean_seconds(turns: list[Run]) -> list[float]:
+    """Of each step behind the first ones."""
+    return [statistics.mean(step) for step in zip(*(run.seconds for run in turns), strict=True)][
+        WARM:
+    ]
 
 
 def page(results: dict[str, Any]) -> str:
-    lines = ["# Whole trainings", "", f"`{results['command']}`, {results['date']}. {described()}"]
-    lines += ["", "Times as fast: the median over steps, quartiles behind it. Memory: the peak of"]
-    lines += ["the process above what it held before the model was there."]
-    for workload in results["workloads"].values():
-        head = ["run", "tokens/s", "times as fast", "peak", "of stock's", "padding", "losses"]
-        body = [
-            [
-                row["name"],
-                f"{row['tokens_per_second']:,.0f}",
-                "**{:.2f}** ({:.2f} to {:.2f})".format(row["times_faster"], *row["quartiles"]),
-                f"{row['peak_mib']:,} MiB",
-                f"{row['share_of_peak']:.0%}",
-                f"{row['padding']:.0%}",
-                f"within {row['losses_off_by']:.0e}",
-            ]
-            for row in workload["rows"].values()
+    lines = [f"# {results['title']}", "", f"`{results['command']}`, {results['date']}."]
+    lines += [f"{described()} Times as fast: the median over steps, quartiles behind it. Peak: of"]
+    lines += ["the process, above what it held before the model was there.", ""]
+    head = ["run", "tokens/s", "times as fast", "peak", "of stock's", "padding", "losses"]
+    body = [
+        [
+            run["name"],
+            f"{run['tokens_per_second']:,.0f}",
+            "**{:.2f}** ({:.2f} to {:.2f})".format(run["times_faster"], *run["quartiles"]),
+            f"{run['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{run['share_of_peak']:.0%}",
+            f"{run['padding']:.0%}",
+            f"within {line['largest_difference']:.0e}",
         ]
-        lines += ["", f"## {workload['title']}", "", *grid(head, body)]
-        lines += [f"\nNot run: {VARIANTS[n].name}: {why}." for n, why in workload["left"].items()]
+        for run, line in zip(results["runs"], results["agreement"], strict=True)
+    ]
+    lines += grid(head, body)
+    lines += [f"\nNot run: {name}: {why}." for name, why in results["left_out"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -335,30 +345,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a run; default: by workload")
     parser.add_argument("--to", type=Path, required=True, help="the folder of the results")
     options = parser.parse_args()
-    done: dict[str, Any] = {}
-    for name in options.workloads:
-        with tempfile.TemporaryDirectory() as folder:
-            workload = WORKLOADS[name](Path(folder))
-            print(workload.title, flush=True)
-            left = {each: VARIANTS[each].missing() for each in options.variants}
-            there = [each for each in options.variants if left[each] is None]
-            steps = options.steps or workload.steps
-            rows = compared(by_turns(there, workload, steps, options.rounds))
-        done[name] = {"title": workload.title, "rows": rows}
-        done[name]["left"] = {each: why for each, why in left.items() if why is not None}
+    options.to.mkdir(parents=True, exist_ok=True)
+    agrees = [_measured(name, options) for name in options.workloads]
+    if not all(agrees):
+        raise SystemExit("The losses of a run are not stock's.")
+
+
+def _measured(name: str, options: argparse.Namespace) -> bool:
+    """Measures a workload and writes its files; whether all losses agree."""
+    with tempfile.TemporaryDirectory() as folder:
+        workload = WORKLOADS[name](Path(folder))
+        print(workload.title, flush=True)
+        left = {each: VARIANTS[each].missing() for each in options.variants}
+        there = [each for each in options.variants if left[each] is None]
+        runs = by_turns(there, workload, options.steps or workload.steps, options.rounds)
     results = {
+        "title": workload.title,
         "command": " ".join(["python", "benchmarks/whole_runs.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine.facts(),
-        "workloads": done,
+        **compared(runs),
+        "left_out": {VARIANTS[each].name: why for each, why in left.items() if why is not None},
     }
-    options.to.mkdir(parents=True, exist_ok=True)
-    (options.to / "whole_runs.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.to / "whole_runs.md").write_text(page(results))
-    print(page(results))
-    far = [row for each in done.values() for row in each["rows"].values()]
-    if any(row["losses_off_by"] > TOLERANCE for row in far):
-        raise SystemExit("The losses of a run are not stock's.")
+    (options.to / f"whole_{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.to / f"whole_{name}.md").write_text(page(results))
+    print(page(results), flush=True)
+    return all(line["agrees"] for line in results["agreement"])
 
 
 if __name__ == "__main__":

@@ -58,6 +58,13 @@ def cpu_isa() -> str | None:
     return None if isinstance(loaded, str) else _instruction_set(loaded)
 
 
+@functools.cache
+def is_intel() -> bool:
+    """Whether the processor is Intel's, as far as the CPU library, if there is one, knows."""
+    loaded = library("cpu")
+    return not isinstance(loaded, str) and bool(loaded.fastft_is_intel())
+
+
 def expect_use(tensor: Tensor) -> Tensor:
     """Asks for large pages for new memory of the CPU, before it is first touched; returns it.
 

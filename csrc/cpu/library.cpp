@@ -34,4 +34,12 @@ fastft::Isa fastft::isa() {
 }
 
 FASTFT_EXPORT const char* fastft_cpu_isa() { return kNames[static_cast<int>(fastft::isa())]; }
+FASTFT_EXPORT int fastft_is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return 0;
+#endif
+}
 FASTFT_EXPORT const char* fastft_register() { return fastft::register_kernels("CPU"); }

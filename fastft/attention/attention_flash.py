@@ -24,8 +24,10 @@ from fastft.attention.attention_tiles import AttentionCall, Tile
 _BAND = (128, 512)  # queries of one call where a window binds: at least, at most
 
 
-def _cpu_tiles(call: AttentionCall, query: Tensor) -> Iterator[tuple[Tile, dict[str, Any]]]:
-    """Yields the kernel's calls, a tile and its arguments each."""
+def _cpu_tiles(
+    call: AttentionCall, query: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[Tile, dict[str, Any]]]:
+    """Yields the kernel's calls in `dtype`, a tile and its arguments each."""
     window = call.window
 
     def block(keys: int) -> int:
@@ -40,16 +42,16 @@ def _cpu_tiles(call: AttentionCall, query: Tensor) -> Iterator[tuple[Tile, dict[
         if not causal:
             shape = (tile.rows, tile.columns, tile.shift)
             if shape not in masks:
-                masks[shape] = _additive(call.visible(tile, query.device), query)
+                masks[shape] = _additive(call.visible(tile, query.device), dtype)
             mask = masks[shape]
         yield tile, {"dropout_p": 0.0, "is_causal": causal, "attn_mask": mask, "scale": call.scale}
 
 
-def _additive(visible: Tensor | None, like: Tensor) -> Tensor | None:
+def _additive(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Returns what is added to scores: 0, and minus infinity for what a query may not see."""
     if visible is None:
         return None
-    return like.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    return visible.new_zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 def cpu_forward(
@@ -58,7 +60,7 @@ def cpu_forward(
     """Computes out and lse."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = call.new_outputs(query, value)
-    for tile, options in _cpu_tiles(call, query):
+    for tile, options in _cpu_tiles(call, query, query.dtype):
         row = slice(tile.row, tile.row + 1)
         q, k, v = query[row, :, tile.queries], key[row, :, tile.keys], value[row, :, tile.keys]
         part, lse[row, :, tile.queries] = kernel(q, k, v, **options)
@@ -69,22 +71,21 @@ def cpu_forward(
 def cpu_backward(
     tensors: tuple[Tensor, ...], call: AttentionCall, grads: tuple[Tensor, ...]
 ) -> None:
-    """Fills the gradients of query, key and value; those of keys and values are zeros where a
-    window binds."""
+    """Fills the gradients of query, key and value, a segment at a time in at least float32; those
+    of keys and values are zeros where a window binds."""
     d_out, query, key, value, out, lse = tensors
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    for tile, options in _cpu_tiles(call, query):
+    # In 16 bits the kernel would round the gradient of a key and value for each block of queries,
+    # and for each query head that shares them. In float32 it is as fast, and on a processor that
+    # emulates 16-bit products many times faster.
+    wide = lse.dtype
+    for tile, options in _cpu_tiles(call, query, wide):
         row = slice(tile.row, tile.row + 1)
         q, k, v = query[row, :, tile.queries], key[row, :, tile.keys], value[row, :, tile.keys]
-        results = (tensor[row, :, tile.queries] for tensor in (out, lse))
-        # in 16 bits the kernel would round the gradient of a shared key head once for each of its
-        # query heads
-        shared = query.shape[1] // key.shape[1] if query.element_size() == 2 else 1
-        if shared > 1:
-            k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        parts = kernel(d_out[row, :, tile.queries], q, k, v, *results, **options)
-        if shared > 1:
-            parts = (parts[0], *(part.unflatten(1, (-1, shared)).sum(2) for part in parts[1:]))
+        d_o, o = d_out[row, :, tile.queries], out[row, :, tile.queries]
+        parts = kernel(
+            *(tensor.to(wide) for tensor in (d_o, q, k, v, o)), lse[row, :, tile.queries], **options
+        )
         for grad, part, tokens in zip(
             grads, parts, (tile.queries, tile.keys, tile.keys), strict=True
         ):

@@ -14,8 +14,8 @@ is rounded, which stays below the rounding of the operands and saves V H 4 bytes
 chunks it doubles the error).
 
 A processor without 16-bit matrix units emulates 16-bit products: with AVX2 twenty times slower than
-fp32 ones, with AVX-512 as fast, but in copies of the operands. There the weight is taken to fp32 a
-slab of classes at a time; the logits then are not rounded to 16 bits at all.
+fp32 ones, with AVX-512 as fast, but in copies of the operands. There the weight is taken to fp32, by
+`matrix_product` or a slab of classes at a time; the logits then are not rounded to 16 bits at all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastft import _native
+from fastft.loss import matrix_product
 from fastft.loss.options import times
 
 # a 16-bit parameter's gradient is summed in 16 bits over this many chunks at most
@@ -89,12 +90,22 @@ def slabs(matrix: Tensor) -> Iterator[slice]:
     fp32 is small."""
     slab_bytes = _SLAB_BYTES if matrix.device.type == "cpu" else _DEVICE_SLAB_BYTES
     size = max(1, min(len(matrix), slab_bytes // max(1, 4 * matrix.shape[1])))
-    for begin in range(0, len(matrix), size):
+    for begin in range(0, max(1, len(matrix)), size):
         yield slice(begin, min(begin + size, len(matrix)))
+
+
+def _is_ours(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether a b is `matrix_product`'s: where torch has 16-bit matrix units, they are faster."""
+    in_16_bits = a.dtype == b.dtype != torch.float32 and not is_emulated(a.dtype, a.device.type)
+    return not in_16_bits and matrix_product.is_ahead() and matrix_product.takes(out, a, b)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:
     """Adds a b to `out`, which may be wider than both; `first`: writes it there."""
+    if _is_ours(a, b, out):
+        matrix_product.PRODUCT.native(out, a, b, not first)
+        return
+    b = b.to(a.dtype)
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
         return
@@ -104,9 +115,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:
     elif widens and knows_out_dtype("addmm", a.dtype, a.device):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:  # there is no product that adds to another dtype: it goes through a slab
-        product = functools.partial(torch.mm, out_dtype=torch.float32) if widens else torch.mm
         for slab in slabs(out):
-            part = product(a[slab], b)
+            part = out.new_empty(out[slab].shape, dtype=out.dtype if widens else a.dtype)
+            multiply(a[slab], b, part, first=True)
             out[slab].copy_(part) if first else out[slab].add_(part)
 
 
@@ -139,12 +150,12 @@ class HeadTerm:
 
     def add_logits(self, x: Tensor, z: Tensor, *, first: bool) -> None:
         """Adds x W^T + b to `z` (R, V), of `dtype` or wider; `first`: writes it there."""
-        if first and self.bias is not None and z.dtype == x.dtype:
+        x, ours = x.to(self.dtype), _is_ours(x, self.weight.T, z)
+        if first and self.bias is not None and z.dtype == x.dtype and not (ours or self.emulated):
             torch.addmm(self.bias, x, self.weight.T, out=z)
             return
-        wide = x.to(self.dtype)
-        for slab in slabs(self.weight) if self.emulated else [slice(None)]:
-            multiply(wide, self.weight[slab].to(self.dtype).T, z[:, slab], first=first)
+        for slab in slabs(self.weight) if self.emulated and not ours else [slice(None)]:
+            multiply(x, self.weight[slab].T, z[:, slab], first=first)
         if self.bias is not None:
             z.add_(self.bias)
 
@@ -166,9 +177,8 @@ class HeadTerm:
         self.is_first = False
 
     def _input_gradient(self, dz: Tensor) -> Tensor:
-        if not self.emulated:
-            return torch.mm(dz, self.weight)
-        total = dz.new_zeros(len(dz), self.weight.shape[1])
-        for slab in slabs(self.weight):
-            total.addmm_(dz[:, slab], self.weight[slab].to(dz.dtype))
+        total = dz.new_empty(len(dz), self.weight.shape[1])
+        by_slabs = self.emulated and not _is_ours(dz, self.weight, total)
+        for slab in slabs(self.weight) if by_slabs else [slice(None)]:
+            multiply(dz[:, slab], self.weight[slab], total, first=not slab.start)
         return total

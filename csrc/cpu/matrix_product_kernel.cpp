@@ -1,0 +1,132 @@
+// The inner loops of a matrix product: tiles of sums that stay in registers, over factors that are
+// packed so that they are read one number after the other.
+#include "bf16.h"
+#include "isa.h"
+#include "matrix_product.h"
+#include "wide.h"
+
+namespace {
+#if defined(FASTFT_WIDE)
+FASTFT_HD Wide broadcast(float x) { return FASTFT_OF_WIDE(set1_ps)(x); }
+FASTFT_HD Wide fused(Wide a, Wide b, Wide c) { return FASTFT_OF_WIDE(fmadd_ps)(a, b, c); }
+#else
+constexpr int kWide = 4;
+typedef float Wide __attribute__((vector_size(16)));
+FASTFT_HD Wide broadcast(float x) { return Wide{x, x, x, x}; }
+FASTFT_HD Wide fused(Wide a, Wide b, Wide c) { return a * b + c; }
+#endif
+FASTFT_HD Wide load(const float* p) {
+  Wide x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+FASTFT_HD void store(float* p, Wide x) { __builtin_memcpy(p, &x, sizeof x); }
+
+constexpr int kRows = kWide == 16 ? 14 : 6, kColumns = 2 * kWide, kBlock = 12 * kRows;
+static_assert(fastft::kPanel % kColumns == 0, "tiles divide a panel");
+
+// to[k, lane] = from[lane, k] for `lanes` of kLanes, 0 for the others.
+template <int kLanes, class T>
+void pack(const T* from, int64_t stride, int64_t step, int64_t lanes, int64_t depth, float* to) {
+  if (stride == 1 && lanes == kLanes)
+    for (int64_t k = 0; k < depth; k++)
+      for (int lane = 0; lane < kLanes; lane++)
+        to[k * kLanes + lane] = widened(from[k * step + lane]);
+  else
+    for (int64_t lane = 0; lane < kLanes; lane++)
+      for (int64_t k = 0; k < depth; k++)
+        to[k * kLanes + lane] = lane < lanes ? widened(from[lane * stride + k * step]) : 0.0f;
+}
+
+template <int kLanes>
+void pack(const fastft::Factor& factor, int64_t at, int64_t stride, int64_t step, int64_t lanes,
+          int64_t depth, float* to) {
+  if (factor.bfloat16)
+    pack<kLanes>(static_cast<const uint16_t*>(factor.data) + at, stride, step, lanes, depth, to);
+  else
+    pack<kLanes>(static_cast<const float*>(factor.data) + at, stride, step, lanes, depth, to);
+}
+
+// left: depth x kRows; right: depth x kPanel, from the tile's first column on.
+void tile(int64_t depth, const float* left, const float* right, float* out, int64_t stride,
+          bool add) {
+  Wide sums[kRows][2] = {};
+  for (int64_t k = 0; k < depth; k++) {
+    const Wide low = load(right + k * fastft::kPanel),
+               high = load(right + k * fastft::kPanel + kWide);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++) {
+      const Wide x = broadcast(left[k * kRows + i]);
+      sums[i][0] = fused(x, low, sums[i][0]);
+      sums[i][1] = fused(x, high, sums[i][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; i++)
+    for (int half = 0; half < 2; half++) {
+      float* to = out + i * stride + half * kWide;
+      store(to, add ? load(to) + sums[i][half] : sums[i][half]);
+    }
+}
+
+// A tile of which the product has `rows` x `columns`.
+void part_of_tile(int64_t depth, const float* left, const float* right, float* out, int64_t stride,
+                  int64_t rows, int64_t columns, bool add) {
+  float whole[kRows * kColumns];
+  tile(depth, left, right, whole, kColumns, false);
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < columns; j++)
+      out[i * stride + j] = whole[i * kColumns + j] + (add ? out[i * stride + j] : 0.0f);
+}
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows that are packed, `depth` terms from `begin` on, times all columns of the part.
+void multiply_block(const fastft::ProductPart& part, const float* packed, int64_t row, int64_t end,
+                    int64_t begin) {
+  const int64_t depth = part.depth_at(begin);
+  const bool add = part.add || begin > 0;
+  for (int64_t column = 0; column < part.columns; column += kColumns) {
+    const float* right = part.panel(begin, column / fastft::kPanel) + column % fastft::kPanel;
+    for (int64_t i = row; i < end; i += kRows) {
+      const float* left = packed + (i - row) * depth;
+      float* out = part.out + i * part.out_stride + part.first_column + column;
+      const int64_t rows = least(kRows, end - i), columns = least(kColumns, part.columns - column);
+      if (rows == kRows && columns == kColumns)
+        tile(depth, left, right, out, part.out_stride, add);
+      else
+        part_of_tile(depth, left, right, out, part.out_stride, rows, columns, add);
+    }
+  }
+}
+}  // namespace
+
+extern "C" void FASTFT_KERNEL(pack_panels)(const fastft::ProductPart* part, int64_t first,
+                                           int64_t last) {
+  const fastft::Factor& right = part->right;
+  for (int64_t begin = 0; begin < part->terms; begin += part->depth)
+    for (int64_t index = first; index < last; index++) {
+      const int64_t column = index * fastft::kPanel;
+      pack<fastft::kPanel>(
+          right, (part->from + begin) * right.stride + (part->first_column + column) * right.step,
+          right.step, right.stride, least(fastft::kPanel, part->columns - column),
+          part->depth_at(begin), part->panel(begin, index));
+    }
+}
+
+// Tiles of rows, a block of them at a time: what is packed of it stays in the second-level cache,
+// as its results do from one depth to the next.
+extern "C" void FASTFT_KERNEL(multiply_tiles)(const fastft::ProductPart* part, int64_t first,
+                                              int64_t last) {
+  alignas(64) float packed[kBlock * fastft::kMostDepth];
+  const fastft::Factor& left = part->left;
+  const int64_t end = least(last * kRows, left.rows);
+  for (int64_t row = first * kRows; row < end; row += kBlock)
+    for (int64_t begin = 0; begin < part->terms; begin += part->depth) {
+      const int64_t depth = part->depth_at(begin), block_end = least(row + kBlock, end);
+      for (int64_t i = row; i < block_end; i += kRows)
+        pack<kRows>(left, i * left.stride + (part->from + begin) * left.step, left.stride,
+                    left.step, least(kRows, block_end - i), depth, packed + (i - row) * depth);
+      multiply_block(*part, packed, row, block_end, begin);
+    }
+}
