@@ -15,7 +15,7 @@ from fastft.loss.head_gemms import is_emulated
 
 IDS = {torch.float32: "fp32", torch.bfloat16: "bf16", 0.0: "all_counted", 0.5: "half_ignored"}
 # of a head whose gradient, and both in float64, two cores have the time and memory for
-ELEMENTS, TOKENS = 2**27, 64
+ELEMENTS, TOKENS = 2**26, 64
 
 
 class Shape(NamedTuple):
@@ -38,7 +38,7 @@ def shape_of(device: str, dtype: torch.dtype, small: bool, alone: bool = False) 
 
 
 def of_model(name: str, device: str, dtype: torch.dtype, small: bool) -> Shape:
-    """A model's head; on two cores 64 tokens, and the classes that are left of it at 2^27
+    """A model's head; on two cores 64 tokens, and the classes that are left of it at 2^26
     elements."""
     config = models.config(name)
     if small:
