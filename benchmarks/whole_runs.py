@@ -43,7 +43,8 @@ from transformers import (
 )
 
 import fastft
-from fastft.foreign import onednn
+from fastft.integrations.linear_products import NOT_AHEAD
+from fastft.loss import matrix_product
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
@@ -58,7 +59,7 @@ class Variant:
 
     name: str
     ours: bool = False
-    onednn: bool = False
+    linear: bool = False
     compiled: bool = False
     sft: dict[str, Any] | None = None
     liger: bool = False
@@ -71,13 +72,13 @@ class Variant:
             return "liger_kernel is not importable"
         if self.liger:
             return "Liger's kernels are Triton's, which runs on no CPU"
-        return onednn.reason_against() if self.onednn else None
+        return NOT_AHEAD if self.linear and not matrix_product.is_ahead() else None
 
 
 VARIANTS = {
     "stock": Variant("stock Trainer"),
     "fastft": Variant("fastft", ours=True),
-    "onednn": Variant("fastft, onednn=True", ours=True, onednn=True),
+    "linear": Variant("fastft, linear=True", ours=True, linear=True),
     "stock_compiled": Variant("stock Trainer, torch.compile", compiled=True),
     "fastft_compiled": Variant("fastft, torch.compile", ours=True, compiled=True),
     "trl": Variant("TRL's SFTTrainer (its fused head)", sft={}),
@@ -208,7 +209,7 @@ def trainer_of(variant: Variant, workload: Workload, steps: int, folder: str) ->
             packs or DataCollatorForSeq2Seq(tokenizer),
             workload.examples,
             optimizers=fastft.adamw(model, args) if variant.ours else (None, None),
-            callbacks=[fastft.FusedLossCallback(onednn=variant.onednn)] if variant.ours else [],
+            callbacks=[fastft.FusedLossCallback(linear=variant.linear)] if variant.ours else [],
         )
         if variant.ours:
             fastft.fuse_clipping(trainer)
