@@ -47,7 +47,7 @@ from fastft.integrations.linear_products import NOT_AHEAD
 from fastft.loss import matrix_product
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))  # whose report.py is meant, not the one beside this
 SMOLLM2 = ROOT / "build" / "smollm2"
 WARM, TOLERANCE = 3, 1e-4  # steps; of a loss
 Examples = list[dict[str, list[int]]]
