@@ -98,12 +98,18 @@ def bytes_a_second() -> float:
 
 @functools.cache
 def flops_a_second(dtype: torch.dtype) -> float:
-    """The most of a square product, of `dtype` or of fp32: a processor may have no units for
-    `dtype`."""
+    """The most of a square product, of `dtype` or of fp32 (a processor may have no units for
+    `dtype`), by torch or by its oneDNN."""
+    from fastft.foreign import onednn
+    from fastft.loss.head_gemms import is_emulated
+
     size, rates = 8192 if DEVICE == "cuda" else 2048, []
-    for factors in {dtype, torch.float32}:
+    for factors in {torch.float32} if is_emulated(dtype, DEVICE) else {dtype, torch.float32}:
         left, right = (torch.randn(size, size, device=DEVICE).to(factors) for _ in range(2))
-        rates.append(2 * size**3 / _fastest(lambda left=left, right=right: left @ right))
+        runs = [functools.partial(torch.mm, left, right)]
+        if factors == torch.float32 and onednn.is_faster():
+            runs.append(functools.partial(onednn.product, left, right))
+        rates += [2 * size**3 / _fastest(run) for run in runs]
     return max(rates)
 
 

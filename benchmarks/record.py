@@ -4,11 +4,11 @@ renews the pages that are made of these files (report.py).
 python benchmarks/record.py [--only adamw collator] [--goals] [--rows EXPRESSION]
 python benchmarks/record.py --ledger FILE
 
-Each case is in results/<machine>/<op>.jsonl as soon as it ends, and a failing one stops no other;
+Each case is in results/<machine>/record.jsonl as soon as it ends, and a failing one stops no other;
 that file goes when all have passed. --ledger takes what `make gpu-check` has measured. Rows that
 were measured anew take the place of those of that name; with --goals and --rows the others stay.
-The exit status is 1 where a case has failed; a row whose times scatter is named, here and in the
-report.
+What failed is printed at the end: rows whose times scatter, goals that were missed, and cases, for
+which the exit status is 1.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ledger import Ledger
 from tables import Row, failures, rows_of, table, unsteady
 
 HERE = Path(__file__).resolve().parent
+_SILENCE = 240.0  # seconds of a case, after which it hangs
 OF_GPU_CHECK = ("smoke",)
 OF_THE_HOST = ("collator", "import", "memory", "plan")  # minutes that a GPU has better uses for
 
@@ -54,39 +55,25 @@ def write(path: Path, where: dict[str, Any], rows: list[Row], keep_others: bool)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def file(
+    ledger: Ledger, part: str, chosen: list[str], where: dict[str, Any], keep_others: bool = False
+) -> list[Row]:
+    """The rows of a ledger, in the file of each operation."""
+    folder = report.RESULTS / machine.name(where)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {stem: rows_of(ledger, part, stem) for stem in chosen}
+    for stem, rows in found.items():
+        if rows:
+            write(folder / f"{stem}.json", where, rows, keep_others)
+    return [row for rows in found.values() for row in rows]
+
+
 def taken(path: Path) -> list[str]:
-    """Files the rows of a ledger of `make gpu-check`; sentences about cases that have failed."""
+    """Files what `make gpu-check` has measured; sentences about cases that have failed."""
     ledger = Ledger(path)
     where = next(line["facts"] for line in ledger.lines() if "facts" in line)
-    folder = report.RESULTS / machine.name(where)
-    folder.mkdir(exist_ok=True)
-    for stem in stems(None, gpu=True):
-        if rows := rows_of(ledger, "ops", stem):
-            write(folder / f"{stem}.json", where, rows, keep_others=False)
+    file(ledger, "ops", stems(None, gpu=True), where)
     return failures(ledger, "ops")
-
-
-def measure(
-    stem: str, folder: Path, where: dict[str, Any], options: argparse.Namespace
-) -> list[str]:
-    """The cases of one file; sentences about those that have failed."""
-    ledger = Ledger(folder / f"{stem}.jsonl")
-    ledger.path.unlink(missing_ok=True)
-    chosen = ["--benchmark-only"]
-    chosen += [f"--rows={options.rows}"] if options.rows else ["--goals"] if options.goals else []
-    why = "interrupted"
-    try:
-        why = one_by_one.run([HERE / f"test_{stem}.py"], ledger, stem, options=chosen)
-    finally:
-        rows = rows_of(ledger, stem)
-        if rows:
-            some = bool(options.goals or options.rows)
-            write(folder / f"{stem}.json", where, rows, keep_others=some)
-            print(table(rows))
-    wrong = [*failures(ledger, stem), *filter(None, [why])]
-    if not wrong:
-        ledger.path.unlink(missing_ok=True)
-    return [*wrong, *unsteady(rows)]
 
 
 def main() -> None:
@@ -102,18 +89,30 @@ def main() -> None:
         print("\n".join(taken(options.ledger)))
         report.write()
         return
-    where = machine.facts()
+    where, some = machine.facts(), bool(options.goals or options.rows)
     folder = report.RESULTS / machine.name(where)
     folder.mkdir(parents=True, exist_ok=True)
-    said = []
-    for stem in stems(options.only, "gpu" in where):
-        said += measure(stem, folder, where, options)
-    report.write()
-    missed = [each for each in goals.judge(report.rows_by_name(folder)) if not each.reached]
-    said += [f"{each.row}: {each.what} {each.found}, goal {each.goal}" for each in missed]
-    print("\n".join(["", *said]))
-    if any(folder.glob("*.jsonl")):
-        raise SystemExit(f"Some cases have failed: {folder}/*.jsonl")
+    ledger = Ledger(folder / "record.jsonl")
+    ledger.path.unlink(missing_ok=True)
+    selected = ["--benchmark-only", f"--rows={options.rows}", *["--goals"] * options.goals]
+    chosen, why = stems(options.only, "gpu" in where), "interrupted"
+    try:
+        files = [HERE / f"test_{stem}.py" for stem in chosen]
+        why = one_by_one.run(files, ledger, "ops", options=selected, silence=_SILENCE)
+    finally:
+        rows = file(ledger, "ops", chosen, where, keep_others=some)
+        report.write()
+        print(table(rows))
+    wrong = [*failures(ledger, "ops"), *filter(None, [why])]
+    missed = [
+        f"{each.row}: {each.what} {each.found}, goal {each.goal}"
+        for each in goals.judge({row["name"]: row for row in rows})
+        if not each.reached
+    ]
+    print("\n".join(["", *unsteady(rows), *missed, *wrong]))
+    if wrong:
+        raise SystemExit(f"Some cases have failed: {ledger.path} has what they said.")
+    ledger.path.unlink()
 
 
 if __name__ == "__main__":

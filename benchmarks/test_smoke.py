@@ -34,7 +34,7 @@ GPU, BF16 = DEVICE == "cuda", torch.bfloat16
 CLASSES = 128_256 if GPU else 128
 ATTENTION = ("flash_cuda", "blocks") if GPU else ("flash_cpu", "blocks")
 # of keeping a bf16 parameter
-WAYS = (("exact", "fp32"), ("stochastic", "bf16"), ("stochastic", "8bit"))
+WAYS = (("exact", "fp32"), ("stochastic", "bf16"), ("stochastic", "8bit"), ("exact", "4bit"))
 Keep = Callable[[str, object], None]
 
 
@@ -134,7 +134,7 @@ def test_adamw(engine: str, rounding: str, moments: str, record_property: Keep) 
     param.grad = torch.randn_like(param)
     optimizer = AdamW([param], **options)
     ms = milliseconds(optimizer.step) * 1e9 / elements
-    name = f"{engine}, AdamW, {rounding}, moments {moments.replace('8bit', '8-bit')}"
+    name = f"{engine}, AdamW, {rounding}, moments {moments.replace('bit', '-bit')}"
     keep(record_property, name, ms, error=off)
     assert off < 1e-2
 

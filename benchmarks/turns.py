@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 STEADY, FAILED = 0.05, 0.10  # interquartile range over median: measured again, a failure
-ATTEMPTS, FEWEST, MOST = 4, 5, 41  # attempts; samples of one
-SECONDS = 1.5  # of one attempt where the fewest samples allow it
+ATTEMPTS, FEWEST = 4, 5  # attempts; samples of one
+SECONDS = 0.8  # of one attempt where the fewest samples allow it
 _PATIENCE = 3.0  # times the seconds of an attempt: for more no other one begins
 _SAMPLE = 0.06
 _AS_FAST = 0.95
@@ -86,7 +86,7 @@ def _samples(
     runs: Mapping[str, Callable[[], float]], seconds: float, a_turn: float
 ) -> dict[str, list[float]]:
     turns = math.ceil(_SAMPLE / a_turn)
-    count = min(max(int(seconds / (turns * a_turn)), FEWEST), MOST)
+    count = max(int(seconds / (turns * a_turn)), FEWEST)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(count):
         took: dict[str, list[float]] = {name: [] for name in runs}

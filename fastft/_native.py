@@ -74,9 +74,7 @@ def expect_use(tensor: Tensor) -> Tensor:
     # neither a compiler's nor a subclass's tensor need have memory
     has_memory = type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
     if has_memory and not isinstance(loaded, str):
-        loaded.fastft_expect_use(
-            ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
-        )
+        loaded.fastft_expect_use(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
     return tensor
 
 

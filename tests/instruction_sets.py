@@ -34,6 +34,8 @@ ROOMS = (
         "row_functions",
     ),
     *(
+        "moments_4bit",
+        "moments_4bit_lanes",
         "moments_8bit",
         "packed",
         "packing_callback",

@@ -75,7 +75,7 @@ def test_a_slow_moment_of_the_machine_hits_all_alike() -> None:
 
 
 def test_a_row_that_scatters_is_measured_again_and_the_steadiest_is_kept() -> None:
-    noisy, noise = 20, random.Random(0)
+    noisy, noise = 10, random.Random(0)
     times = measured(ours=lambda call: 0.05 * (1 if call > noisy else noise.uniform(1, 2)))
     assert times.attempts == 2 and times.spread() < 1e-9
     assert times.median("ours") == pytest.approx(0.05)
@@ -96,10 +96,9 @@ def test_of_short_calls_a_sample_is_the_median_of_many() -> None:
     assert times.median("ours") == pytest.approx(1e-4) and times.spread() < 1e-9
 
 
-def test_a_slow_rival_has_the_fewest_samples_and_a_quick_one_no_more_than_the_most() -> None:
-    slow, quick = measured(ours=lambda call: 4.0), measured(ours=lambda call: 0.02)
-    assert len(slow.samples["ours"]) == turns.FEWEST
-    assert len(quick.samples["ours"]) == turns.MOST
+def test_a_slow_run_has_the_fewest_samples() -> None:
+    assert len(measured(ours=lambda call: 4.0).samples["ours"]) == turns.FEWEST
+    assert len(measured(ours=lambda call: 0.1).samples["ours"]) == int(turns.SECONDS / 0.1)
 
 
 class Benchmark:

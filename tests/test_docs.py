@@ -310,7 +310,7 @@ LIMITS = {
     "adamw.md: With `offload` steps": [
         "test_states.py::test_a_group_that_becomes_capturable_later_is_refused",
     ],
-    "adamw.md: There are no 4-bit": [
+    "adamw.md: Both moments in 4 bits": [
         "test_adamw.py::test_bad_options",
     ],
     "loss.md: Not yet run on a GPU": [

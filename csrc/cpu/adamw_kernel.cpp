@@ -9,7 +9,7 @@
 #include "philox_lanes.h"
 
 namespace {
-constexpr int kBlock = 512;  // elements
+constexpr int kBlock = kMomentsTogether;  // elements
 
 struct alignas(64) Block {
   float exp_avg[kBlock], exp_avg_sq[kBlock];
@@ -200,7 +200,7 @@ extern "C" void FASTFT_KERNEL(adamw)(const AdamwTensor* tensor, int64_t begin, i
   while (begin < end) {
     const Random random{seed, uint64_t(t.first + begin), uint32_t(hyper->step)};
     const int64_t room = kBlock - int64_t(random.first % kBlock);
-    const int n = t.columns ? whole_moment_blocks(t, begin, end, kBlock)
+    const int n = t.columns ? whole_moment_blocks(t, begin, end)
                             : int(end - begin < room ? end - begin : room);
     const Bits bits = draw(t, random, n, block);
     if (t.columns) decode_moments(t, begin, n, block.exp_avg, block.exp_avg_sq);

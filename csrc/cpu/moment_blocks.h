@@ -4,6 +4,8 @@
 #include "moments_4bit_lanes.h"
 #include "philox.h"
 
+constexpr int kMomentsTogether = 4 * kMomentBlock;  // elements, in whole blocks
+
 // A block of codes in some neighbouring elements.
 struct MomentCodes {
   int from, size;  // its elements among these
@@ -31,13 +33,14 @@ void each_moment_block(const AdamwTensor& t, int64_t i, int n, F f) {
   }
 }
 
-// How many elements from `begin` on, the first of a block, make whole blocks and at most `most`.
-static inline int whole_moment_blocks(const AdamwTensor& t, int64_t begin, int64_t end, int most) {
+// How many elements from `begin` on, the first of a block, make whole blocks and at most
+// kMomentsTogether.
+static inline int whole_moment_blocks(const AdamwTensor& t, int64_t begin, int64_t end) {
   int64_t n = 0;
   for (int64_t column = begin % t.columns; n < end - begin;) {
     const int64_t left = t.columns - column;
     const int64_t size = left < kMomentBlock ? left : int64_t(kMomentBlock);
-    if (n + size > most) break;
+    if (n + size > kMomentsTogether) break;
     n += size;
     column = column + size == t.columns ? 0 : column + size;
   }
@@ -61,29 +64,25 @@ static inline void decode_4bit(const MomentCodes& at, float* __restrict m, float
     m[j] = nibble_decode(nibble_of(bytes[j / 2], j % 2), m_scale, ft_sqrt(v[j]));
 }
 
-// The bits of a block's largest finite moments.
-struct Largest {
-  int32_t m = 0, v = 0;
-  Largest(const float* __restrict m_of, const float* __restrict v_of, int size) {
-    for (int j = 0; j < size; j++) {
-      const bool finite = both_finite(m_of[j], v_of[j]);
-      const int32_t a = finite ? magnitude(m_of[j]) : 0, b = finite ? magnitude(v_of[j]) : 0;
-      m = a > m ? a : m;
-      v = b > v ? b : v;
-    }
+// The scales of the finite moments of a block.
+static inline void store_scales(const MomentCodes& at, const float* __restrict m,
+                                const float* __restrict v) {
+  int32_t largest = 0, largest_sq = 0;
+  for (int j = 0; j < at.size; j++) {
+    const bool finite = both_finite(m[j], v[j]);
+    const int32_t a = finite ? magnitude(m[j]) : 0, b = finite ? magnitude(v[j]) : 0;
+    largest = a > largest ? a : largest;
+    largest_sq = b > largest_sq ? b : largest_sq;
   }
-};
-
-// The scale with these bits, and what a block's values are divided by.
-FASTFT_HD float store_scale(int32_t largest, float* scale) {
-  *scale = bits_float(uint32_t(largest));
-  return largest ? *scale : 1.0f;
+  *at.m_scale = bits_float(uint32_t(largest)), *at.v_scale = bits_float(uint32_t(largest_sq));
 }
 
+FASTFT_HD float divisor_of(float scale) { return scale == 0.0f ? 1.0f : scale; }
+
 static inline void encode_sq(const MomentCodes& at, const float* __restrict m,
-                             const float* __restrict v, const uint16_t* __restrict random,
-                             float divisor) {
+                             const float* __restrict v, const uint16_t* __restrict random) {
   uint8_t* __restrict codes = at.v;
+  const float divisor = divisor_of(*at.v_scale);
   for (int j = 0; j < at.size; j++)
     codes[j] = exp_avg_sq_encode(v[j], both_finite(m[j], v[j]), divisor, swap_bytes(random[j]));
 }
@@ -91,33 +90,71 @@ static inline void encode_sq(const MomentCodes& at, const float* __restrict m,
 static inline void encode_8bit(const MomentCodes& at, const float* __restrict m,
                                const float* __restrict v, const uint16_t* __restrict random) {
   int8_t* __restrict codes = static_cast<int8_t*>(at.m);
-  if (encode_block(m, v, random, at.size, codes, at.v, at.m_scale, at.v_scale)) return;
-  const Largest largest(m, v, at.size);
-  const float divisor = store_scale(largest.m, at.m_scale);
+  const float divisor = divisor_of(*at.m_scale);
   for (int j = 0; j < at.size; j++)
     codes[j] = exp_avg_encode(m[j], both_finite(m[j], v[j]), divisor, random[j]);
-  encode_sq(at, m, v, random, store_scale(largest.v, at.v_scale));
 }
 
+// Once v has its codes, and m's scale is to be found.
 static inline void encode_4bit(const MomentCodes& at, const float* __restrict m,
                                const float* __restrict v, const uint16_t* __restrict random) {
-  uint8_t* __restrict bytes = static_cast<uint8_t*>(at.m);
-  if (encode_block(m, v, random, at.size, bytes, at.v, at.m_scale, at.v_scale)) return;
-  encode_sq(at, m, v, random, store_scale(Largest(m, v, at.size).v, at.v_scale));
-  float ratio[kMomentBlock];
+  float ratios[kMomentBlock];
   const float v_scale = *at.v_scale;
   int32_t largest = 0;
   for (int j = 0; j < at.size; j++) {
-    ratio[j] = nibble_ratio(m[j], both_finite(m[j], v[j]), kept_root(at.v[j], v_scale));
-    largest = magnitude(ratio[j]) > largest ? magnitude(ratio[j]) : largest;
+    ratios[j] = nibble_ratio(m[j], both_finite(m[j], v[j]), kept_root(at.v[j], v_scale));
+    largest = magnitude(ratios[j]) > largest ? magnitude(ratios[j]) : largest;
   }
-  const float divisor = store_scale(largest, at.m_scale);
+  *at.m_scale = bits_float(uint32_t(largest));
+  const float divisor = divisor_of(*at.m_scale);
   const auto code = [&](int j) {
-    return nibble_encode(m[j], ratio[j], both_finite(m[j], v[j]), divisor, random[j]);
+    return nibble_encode(m[j], ratios[j], both_finite(m[j], v[j]), divisor, random[j]);
   };
+  uint8_t* __restrict bytes = static_cast<uint8_t*>(at.m);
   for (int j = 0; j + 1 < at.size; j += 2) bytes[j / 2] = nibble_pair(code(j), code(j + 1));
   if (at.size % 2) bytes[at.size / 2] = nibble_pair(code(at.size - 1), 0);
 }
+
+#if defined(FASTFT_WIDE)
+// Pass by pass over all blocks: the next block's work hides how long the largest of one takes to
+// come out. Returns false where a block is left to the element by element way.
+static bool encode_wide(const AdamwTensor& t, int64_t i, int n, const uint16_t* random,
+                        const float* m, const float* v) {
+  bool plain = true;
+  each_moment_block(t, i, n, [&](const MomentCodes& at) {
+    const Largest largest = largest_of(m + at.from, v + at.from, at.size);
+    plain &=
+        plain_scale(largest.v) & (t.four_bit ? largest.m < 0x7f800000u : plain_scale(largest.m));
+    *at.m_scale = bits_float(largest.m), *at.v_scale = bits_float(largest.v);
+  });
+  if (!plain) return false;
+  if (!t.four_bit) {
+    each_moment_block(t, i, n, [&](const MomentCodes& at) {
+      encode_block(m + at.from, v + at.from, random + at.from, at.size, *at.m_scale, *at.v_scale,
+                   static_cast<int8_t*>(at.m), at.v);
+    });
+    return true;
+  }
+  float ratios[kMomentsTogether];
+  each_moment_block(t, i, n, [&](const MomentCodes& at) {
+    const uint32_t largest = encode_v(m + at.from, v + at.from, random + at.from, at.size,
+                                      *at.v_scale, at.v, ratios + at.from);
+    plain &= plain_scale(largest);
+    *at.m_scale = bits_float(largest);
+  });
+  if (!plain) return false;
+  each_moment_block(t, i, n, [&](const MomentCodes& at) {
+    encode_ratios(m + at.from, ratios + at.from, random + at.from, at.size, *at.m_scale,
+                  static_cast<uint8_t*>(at.m));
+  });
+  return true;
+}
+#else
+static inline bool encode_wide(const AdamwTensor&, int64_t, int, const uint16_t*, const float*,
+                               const float*) {
+  return false;
+}
+#endif
 
 // `n` elements from element `i` on, the first of a block, in whole blocks.
 static inline void decode_moments(const AdamwTensor& t, int64_t i, int n, float* m, float* v) {
@@ -128,7 +165,10 @@ static inline void decode_moments(const AdamwTensor& t, int64_t i, int n, float*
 
 static inline void encode_moments(const AdamwTensor& t, int64_t i, int n, const uint16_t* random,
                                   const float* m, const float* v) {
+  if (encode_wide(t, i, n, random, m, v)) return;
   each_moment_block(t, i, n, [&](const MomentCodes& at) {
+    store_scales(at, m + at.from, v + at.from);
+    encode_sq(at, m + at.from, v + at.from, random + at.from);
     (t.four_bit ? encode_4bit : encode_8bit)(at, m + at.from, v + at.from, random + at.from);
   });
 }

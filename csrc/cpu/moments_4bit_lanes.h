@@ -105,100 +105,99 @@ FASTFT_HD void store_nibbles(const WideInt (&code)[4], uint8_t* bytes) {
 }
 #endif
 
-// For `n` codes, a multiple of kCodesTogether.
-FASTFT_HD void decode_nibbles(const uint8_t* bytes, const uint8_t* sq_codes, float scale,
-                              float sq_scale, int n, float* m, float* v) {
-  const KeptV kept = kept_v(sq_scale);
-  for (int i = 0; i < n; i += kWide) {
-    const WideInt codes = wide_unsigned(sq_codes + i);
-    const Wide root = wide_mul(wide(scale), root_of(codes, kept));
+FASTFT_HD void decode_together(const uint8_t* bytes, const uint8_t* sq_codes, Wide scale,
+                               const KeptV& kept, float* m, float* v) {
+  for (int i = 0; i < kCodesTogether; i += kWide) {
+    const WideInt code = wide_unsigned(sq_codes + i);
+    const Wide root = wide_mul(scale, root_of(code, kept));
     FASTFT_OF_WIDE(storeu_ps)(m + i, wide_mul(nibble_sevenths(bytes + i / 2), root));
-    FASTFT_OF_WIDE(storeu_ps)(v + i, v_of(codes, kept));
+    FASTFT_OF_WIDE(storeu_ps)(v + i, v_of(code, kept));
   }
 }
 
 static bool decode_block(const uint8_t* bytes, const uint8_t* sq_codes, float scale, float sq_scale,
                          int n, float* m, float* v) {
   if (!plain_scale(float_bits(sq_scale))) return false;
+  const KeptV kept = kept_v(sq_scale);
   const int left = n % kCodesTogether, whole = n - left;
-  decode_nibbles(bytes, sq_codes, scale, sq_scale, whole, m, v);
-  if (left) {
-    uint8_t last[kCodesTogether / 2], sq_last[kCodesTogether] = {};
-    float last_m[kCodesTogether], last_v[kCodesTogether];
-    memcpy(last, bytes + whole / 2, size_t(nibble_bytes_of_row(left)));
-    memcpy(sq_last, sq_codes + whole, size_t(left));
-    decode_nibbles(last, sq_last, scale, sq_scale, kCodesTogether, last_m, last_v);
-    memcpy(m + whole, last_m, size_t(left) * 4), memcpy(v + whole, last_v, size_t(left) * 4);
-  }
+  for (int i = 0; i < whole; i += kCodesTogether)
+    decode_together(bytes + i / 2, sq_codes + i, wide(scale), kept, m + i, v + i);
+  if (!left) return true;
+  uint8_t last[kCodesTogether / 2] = {}, sq_last[kCodesTogether] = {};
+  float last_m[kCodesTogether], last_v[kCodesTogether];
+  memcpy(last, bytes + whole / 2, size_t(nibble_bytes_of_row(left)));
+  memcpy(sq_last, sq_codes + whole, size_t(left));
+  decode_together(last, sq_last, wide(scale), kept, last_m, last_v);
+  memcpy(m + whole, last_m, size_t(left) * 4), memcpy(v + whole, last_v, size_t(left) * 4);
   return true;
 }
 
-// Rounded up but where the random share of a place is no less than the rest.
+// The codes of a block's v, and the ratios of m to the roots for which these stand. Returns the
+// bits of the largest ratio.
+static inline uint32_t encode_v(const float* m, const float* v, const uint16_t* bits, int n,
+                                float sq_scale, uint8_t* sq_codes, float* ratios) {
+  const Wide reciprocal = reciprocal_of(sq_scale);
+  // where all of v is zero, so are the ratios
+  const KeptV kept = kept_v(sq_scale == 0.0f ? 1.0f : sq_scale);
+  const WideInt size = wide(sq_scale == 0.0f ? 0u : 0x7fffffffu);
+  WideInt most = wide(0u);
+  const auto together = [&](const float* m, const float* v, const uint16_t* bits, uint8_t* sq_codes,
+                            float* ratios) __attribute__((always_inline)) {
+    WideInt code[kCodesTogether / kWide];
+    for (int k = 0; k < kCodesTogether / kWide; k++) {
+      code[k] = exp_avg_sq_encode(FASTFT_OF_WIDE(loadu_ps)(v + kWide * k), reciprocal,
+                                  wide_random(bits + kWide * k));
+      const Wide value = as_floats(as_bits(FASTFT_OF_WIDE(loadu_ps)(m + kWide * k)) & size);
+      const Wide ratio = wide_min(FASTFT_OF_WIDE(div_ps)(value, root_of(code[k], kept)),
+                                  wide(FASTFT_LARGEST_FLOAT));
+      FASTFT_OF_WIDE(storeu_ps)(ratios + kWide * k, ratio);
+      most = wide_max_bits(most, as_bits(ratio));
+    }
+    store_sq_codes(code, sq_codes);
+  };
+  const int left = n % kCodesTogether, whole = n - left;
+  for (int i = 0; i < whole; i += kCodesTogether)
+    together(m + i, v + i, bits + i, sq_codes + i, ratios + i);
+  if (left) {
+    Rest rest(m + whole, v + whole, bits + whole, left);
+    together(rest.m, rest.v, rest.bits, rest.sq_codes, rest.m);
+    memcpy(sq_codes + whole, rest.sq_codes, size_t(left));
+    memcpy(ratios + whole, rest.m, size_t(left) * 4);
+  }
+  return wide_largest(most);
+}
+
+// Rounded up unless the random share is no less than the rest above the code below.
 FASTFT_HD WideInt nibble_encode(Wide m, Wide ratio, Wide reciprocal, WideInt random) {
   const Wide y = wide_mul(wide_mul(ratio, reciprocal), wide((float)kNibbleMost));
   const Wide most = wide_min(y, wide((float)kNibbleMost));
   return wide_with_sign(wide_ceil(wide_sub(most, random_share(random))), m);
 }
 
-// For `n` moments, a multiple of kCodesTogether.
-FASTFT_HD bool encode_nibbles(const float* m, const float* v, const uint16_t* bits, int n,
-                              uint8_t* bytes, uint8_t* sq_codes, float* scale, float* sq_scale) {
-  LargestBits largest;
-  for (int i = 0; i < n; i += kCodesTogether) largest.take(m + i, v + i);
-  const uint32_t v_scale = wide_largest(largest.v);
-  if (wide_largest(largest.m) >= 0x7f800000u || !plain_scale(v_scale)) return false;
-  *sq_scale = bits_float(v_scale);
-  const Wide sq_reciprocal = wide(v_scale ? 1.0f / *sq_scale : 1.0f);
-  // where all of v is zero, so are the ratios
-  const KeptV kept = kept_v(v_scale ? *sq_scale : 1.0f);
-  const WideInt size = wide(v_scale ? 0x7fffffffu : 0u);
-  float ratios[kMomentBlock];
-  WideInt most = wide(0u), code[kCodesTogether / kWide];
-  for (int i = 0; i < n; i += kCodesTogether) {
-    for (int k = 0, j = i; k < kCodesTogether / kWide; k++, j += kWide) {
-      code[k] =
-          exp_avg_sq_encode(FASTFT_OF_WIDE(loadu_ps)(v + j), sq_reciprocal, wide_random(bits + j));
-      const Wide value = as_floats(as_bits(FASTFT_OF_WIDE(loadu_ps)(m + j)) & size);
-      const Wide ratio = wide_min(FASTFT_OF_WIDE(div_ps)(value, root_of(code[k], kept)),
-                                  wide(FASTFT_LARGEST_FLOAT));
-      FASTFT_OF_WIDE(storeu_ps)(ratios + j, ratio);
-      most = wide_max_bits(most, as_bits(ratio));
-    }
-    store_sq_codes(code, sq_codes + i);
-  }
-  const uint32_t m_scale = wide_largest(most);
-  if (!plain_scale(m_scale)) return false;
-  *scale = bits_float(m_scale);
-  const Wide reciprocal = wide(m_scale ? 1.0f / *scale : 1.0f);
-  for (int i = 0; i < n; i += kCodesTogether) {
-    for (int k = 0, j = i; k < kCodesTogether / kWide; k++, j += kWide)
-      code[k] = nibble_encode(FASTFT_OF_WIDE(loadu_ps)(m + j), FASTFT_OF_WIDE(loadu_ps)(ratios + j),
-                              reciprocal, wide_random(bits + j));
-    store_nibbles(code, bytes + i / 2);
-  }
-  return true;
+FASTFT_HD void encode_together(const float* m, const float* ratios, Wide reciprocal,
+                               const uint16_t* bits, uint8_t* bytes) {
+  WideInt code[kCodesTogether / kWide];
+  for (int k = 0; k < kCodesTogether / kWide; k++)
+    code[k] = nibble_encode(FASTFT_OF_WIDE(loadu_ps)(m + kWide * k),
+                            FASTFT_OF_WIDE(loadu_ps)(ratios + kWide * k), reciprocal,
+                            wide_random(bits + kWide * k));
+  store_nibbles(code, bytes);
 }
 
-static bool encode_block(const float* m, const float* v, const uint16_t* bits, int n,
-                         uint8_t* bytes, uint8_t* sq_codes, float* scale, float* sq_scale) {
-  if (n % kCodesTogether == 0)
-    return encode_nibbles(m, v, bits, n, bytes, sq_codes, scale, sq_scale);
-  float all_m[kMomentBlock] = {}, all_v[kMomentBlock] = {};
-  uint16_t all_bits[kMomentBlock] = {};
-  uint8_t all[kMomentBlock / 2], sq_all[kMomentBlock];
-  memcpy(all_m, m, size_t(n) * 4), memcpy(all_v, v, size_t(n) * 4);
-  memcpy(all_bits, bits, size_t(n) * 2);
-  const int up = n + kCodesTogether - n % kCodesTogether;
-  if (!encode_nibbles(all_m, all_v, all_bits, up, all, sq_all, scale, sq_scale)) return false;
-  memcpy(bytes, all, size_t(nibble_bytes_of_row(n))), memcpy(sq_codes, sq_all, size_t(n));
-  return true;
+// The codes of a block's m, whose ratios have this largest one.
+static inline void encode_ratios(const float* m, const float* ratios, const uint16_t* bits, int n,
+                                 float scale, uint8_t* bytes) {
+  const Wide reciprocal = reciprocal_of(scale);
+  const int left = n % kCodesTogether, whole = n - left;
+  for (int i = 0; i < whole; i += kCodesTogether)
+    encode_together(m + i, ratios + i, reciprocal, bits + i, bytes + i / 2);
+  if (!left) return;
+  Rest rest(m + whole, ratios + whole, bits + whole, left);
+  encode_together(rest.m, rest.v, reciprocal, rest.bits, rest.codes);
+  memcpy(bytes + whole / 2, rest.codes, size_t(nibble_bytes_of_row(left)));
 }
 #else
 static inline bool decode_block(const uint8_t*, const uint8_t*, float, float, int, float*, float*) {
-  return false;
-}
-static inline bool encode_block(const float*, const float*, const uint16_t*, int, uint8_t*,
-                                uint8_t*, float*, float*) {
   return false;
 }
 #endif

@@ -1,7 +1,7 @@
 // 8-bit moments of a block to and from floats with AVX2 and AVX-512, by hand: compilers do the
 // widths of 8, 16 and 32 bits one by one. The bits of moments_8bit.h in fewer instructions. Blocks
-// that are rare are left to it: both functions return false, with nothing done, for the code of
-// NaN, for Inf and NaN, for a scale whose reciprocal may overflow.
+// that are rare are left to it: those with the code of NaN, with Inf or NaN, with a scale whose
+// reciprocal may overflow.
 #pragma once
 #include "moments_8bit.h"
 #include "wide.h"
@@ -174,6 +174,47 @@ static bool decode_block(const int8_t* codes, const uint8_t* sq_codes, float sca
   return true;
 }
 
+// The last elements of a block, fewer than kCodesTogether, with zeros behind them.
+struct Rest {
+  float m[kCodesTogether] = {}, v[kCodesTogether] = {};
+  uint16_t bits[kCodesTogether] = {};
+  uint8_t codes[kCodesTogether], sq_codes[kCodesTogether];
+
+  Rest(const float* m_of, const float* v_of, const uint16_t* bits_of, int left) {
+    memcpy(m, m_of, size_t(left) * 4), memcpy(v, v_of, size_t(left) * 4);
+    if (bits_of) memcpy(bits, bits_of, size_t(left) * 2);
+  }
+};
+
+// The bits of a block's largest moments.
+struct Largest {
+  uint32_t m, v;
+};
+
+static inline Largest largest_of(const float* m, const float* v, int n) {
+  WideInt largest = wide(0u), largest_sq = wide(0u);
+  const auto take = [&](const float* m, const float* v) __attribute__((always_inline)) {
+    for (int i = 0; i < kCodesTogether; i += kWide) {
+      largest = wide_max_bits(largest, as_bits(wide_size(FASTFT_OF_WIDE(loadu_ps)(m + i))));
+      largest_sq = wide_max_bits(largest_sq, as_bits(FASTFT_OF_WIDE(loadu_ps)(v + i)));
+    }
+  };
+  const int left = n % kCodesTogether, whole = n - left;
+  for (int i = 0; i < whole; i += kCodesTogether) take(m + i, v + i);
+  if (left) {
+    const Rest rest(m + whole, v + whole, nullptr, left);
+    take(rest.m, rest.v);
+  }
+  return {wide_largest(largest), wide_largest(largest_sq)};
+}
+
+// Says whether a scale, by its bits, is 0 or a number whose reciprocal is one.
+FASTFT_HD bool plain_scale(uint32_t scale) {
+  return scale == 0 || (scale >= float_bits(FASTFT_SMALL_SCALE) && scale < 0x7f800000u);
+}
+
+FASTFT_HD Wide reciprocal_of(float scale) { return wide(scale == 0.0f ? 1.0f : 1.0f / scale); }
+
 FASTFT_HD void encode_together(const float* m, const float* v, Wide reciprocal, Wide sq_reciprocal,
                                const uint16_t* bits, void* codes, void* sq_codes) {
   WideInt code[kCodesTogether / kWide], sq_code[kCodesTogether / kWide];
@@ -187,56 +228,21 @@ FASTFT_HD void encode_together(const float* m, const float* v, Wide reciprocal, 
   store_codes(code, codes), store_sq_codes(sq_code, sq_codes);
 }
 
-// Says whether a block with such largest moments, by their bits, has no Inf or NaN, and a scale
-// that is 0 or whose reciprocal is a number.
-FASTFT_HD bool plain_scale(uint32_t largest) {
-  return largest == 0 || (largest >= float_bits(FASTFT_SMALL_SCALE) && largest < 0x7f800000u);
-}
-
-// The bits of a block's largest moments.
-struct LargestBits {
-  WideInt m = wide(0u), v = wide(0u);
-  __attribute__((always_inline)) inline void take(const float* m_of, const float* v_of) {
-    for (int i = 0; i < kCodesTogether; i += kWide) {
-      m = wide_max_bits(m, as_bits(wide_size(FASTFT_OF_WIDE(loadu_ps)(m_of + i))));
-      v = wide_max_bits(v, as_bits(FASTFT_OF_WIDE(loadu_ps)(v_of + i)));
-    }
-  }
-};
-
-static bool encode_block(const float* m, const float* v, const uint16_t* bits, int n, int8_t* codes,
-                         uint8_t* sq_codes, float* scale, float* sq_scale) {
-  const int whole = n - n % kCodesTogether, left = n - whole;
-  float last_m[kCodesTogether], last_v[kCodesTogether];
-  LargestBits largest;
-  for (int i = 0; i < whole; i += kCodesTogether) largest.take(m + i, v + i);
-  if (left) {
-    memset(last_m, 0, sizeof last_m), memset(last_v, 0, sizeof last_v);
-    memcpy(last_m, m + whole, size_t(left) * 4), memcpy(last_v, v + whole, size_t(left) * 4);
-    largest.take(last_m, last_v);
-  }
-  const uint32_t m_scale = wide_largest(largest.m), v_scale = wide_largest(largest.v);
-  if (!plain_scale(m_scale) || !plain_scale(v_scale)) return false;
-  *scale = bits_float(m_scale), *sq_scale = bits_float(v_scale);
-  const Wide reciprocal = wide(m_scale ? 1.0f / *scale : 1.0f);
-  const Wide sq_reciprocal = wide(v_scale ? 1.0f / *sq_scale : 1.0f);
+// The codes of a block whose scales are plain.
+static inline void encode_block(const float* m, const float* v, const uint16_t* bits, int n,
+                                float scale, float sq_scale, int8_t* codes, uint8_t* sq_codes) {
+  const Wide reciprocal = reciprocal_of(scale), sq_reciprocal = reciprocal_of(sq_scale);
+  const int left = n % kCodesTogether, whole = n - left;
   for (int i = 0; i < whole; i += kCodesTogether)
     encode_together(m + i, v + i, reciprocal, sq_reciprocal, bits + i, codes + i, sq_codes + i);
-  if (left) {
-    uint16_t last_bits[kCodesTogether] = {};
-    int8_t last[kCodesTogether], sq_last[kCodesTogether];
-    memcpy(last_bits, bits + whole, size_t(left) * 2);
-    encode_together(last_m, last_v, reciprocal, sq_reciprocal, last_bits, last, sq_last);
-    memcpy(codes + whole, last, size_t(left)), memcpy(sq_codes + whole, sq_last, size_t(left));
-  }
-  return true;
+  if (!left) return;
+  Rest rest(m + whole, v + whole, bits + whole, left);
+  encode_together(rest.m, rest.v, reciprocal, sq_reciprocal, rest.bits, rest.codes, rest.sq_codes);
+  memcpy(codes + whole, rest.codes, size_t(left));
+  memcpy(sq_codes + whole, rest.sq_codes, size_t(left));
 }
 #else
 static inline bool decode_block(const int8_t*, const uint8_t*, float, float, int, float*, float*) {
-  return false;
-}
-static inline bool encode_block(const float*, const float*, const uint16_t*, int, int8_t*, uint8_t*,
-                                float*, float*) {
   return false;
 }
 #endif

@@ -3,8 +3,8 @@
 //
 // Memory-bound, bytes in adamw_update.py: accesses are of 16 bytes, and of 8 or 4 where narrower
 // values lie beside fp32 ones, but for the last elements of a tensor, for tensors that do not begin
-// on 16 bytes, and for 8-bit moments in rows of another length than a multiple of four. Not yet run
-// on a GPU.
+// on 16 bytes, and for codes in rows of another length than a multiple of eight. Not yet run on a
+// GPU.
 #pragma once
 #include "adamw_4bit.cuh"
 #include "adamw_8bit.cuh"

@@ -14,8 +14,9 @@ is rounded, which stays below the rounding of the operands and saves V H 4 bytes
 chunks it doubles the error).
 
 A processor without 16-bit matrix units emulates 16-bit products: with AVX2 twenty times slower than
-fp32 ones, with AVX-512 as fast, but in copies of the operands. There the weight is taken to fp32, by
-`matrix_product` or a slab of classes at a time; the logits then are not rounded to 16 bits at all.
+fp32 ones, with AVX-512 as fast, but in copies of the operands. There the weight is taken to fp32
+by `matrix_product`, or a slab of classes at a time; the logits then are not rounded to 16 bits at
+all.
 """
 
 from __future__ import annotations

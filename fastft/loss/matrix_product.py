@@ -7,8 +7,8 @@ AVX-512, half of their speed. Factors are float32 or bfloat16, which is widened 
 nobody holds a copy of it in float32. 192 terms of a sum at most are added up in a row, then these
 sums, which is what keeps the error at that of MKL.
 
-Bytes moved: `right` once, `left` once for each 1024 columns of `right`, `out` once, or once read
-and written for each 2 MiB of one of its 1024 columns of `right`.
+Bytes moved: `right` is read once, `left` once for each 1024 columns of `right`; `out` is written
+once where 2 MiB hold those columns of all terms, else read and written again for each 2 MiB.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def _inner(loaded: dict[str, Any]) -> dict[str, Any]:
     """The state dict itself, or that inside apex's FP16_Optimizer with its masters in their groups.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or a group names no parameters.
     """
     is_apex = "fp32_from_fp16" in loaded
     needed = {"optimizer_state_dict", "fp32_from_fp16"} if is_apex else {"state", "param_groups"}
@@ -203,9 +203,15 @@ def _inner(loaded: dict[str, Any]) -> dict[str, Any]:
             f"this is no optimizer's state dict: {', '.join(sorted(missing))} missing, found "
             f"{found}"
         )
+    inner = loaded["optimizer_state_dict"] if is_apex else loaded
+    for number, group in enumerate(inner["param_groups"]):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(
+                f"param_groups[{number}] of the loaded state dict must be a dict with a list of "
+                f"params, got {group!r:.60}"
+            )
     if not is_apex:
         return loaded
-    inner = loaded["optimizer_state_dict"]
     pairs = zip(inner["param_groups"], loaded["fp32_from_fp16"], strict=True)
     return {**inner, "param_groups": [{**group, "master": masters} for group, masters in pairs]}
 

@@ -60,7 +60,7 @@ _BY_DTYPE = {code.dtype: code for code in CODES.values()}
 
 def code_of(exp_avg: Any) -> Code | None:
     """The kind of codes in a state's `exp_avg`; None where they are numbers."""
-    return _BY_DTYPE.get(getattr(exp_avg, "dtype", None))
+    return _BY_DTYPE.get(exp_avg.dtype) if isinstance(exp_avg, Tensor) else None
 
 
 def new_entries(param: Any, moments: str, where: str | None = None) -> dict[str, Tensor]:

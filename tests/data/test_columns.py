@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.packed_examples import FORMS, assert_same, make
 
 from fastft.data.collator import PackingCollator
@@ -89,6 +91,34 @@ def test_dtypes(dtype):
         for value in values
     ]
     assert flatten("x", tensors).tolist() == [1, 0, 1]
+
+
+INTEGERS = (
+    st.integers(-(2**63), 2**63 - 1)
+    | st.booleans()
+    | st.integers(-9, 9).map(np.int16)
+    | st.integers(0, 2**63 - 1).map(np.uint64)
+)
+OTHERS = st.floats(width=32, allow_nan=False) | st.sampled_from([2**63, -(2**63) - 1])
+
+
+@given(st.lists(st.lists(INTEGERS, max_size=5), max_size=4), st.none() | OTHERS, st.data())
+def test_lists_of_integers_lose_none_and_others_are_found(lists, other, data):
+    if other is None or not lists:
+        flat = flatten("x", lists)
+        assert flat.dtype == torch.int64
+        assert flat.tolist() == [int(number) for one in lists for number in one]
+        return
+    place = data.draw(st.integers(0, len(lists) - 1))
+    lists[place].append(other)
+    if isinstance(other, int):
+        with pytest.raises(ValueError, match="x holds an integer that does not fit into int64"):
+            flatten("x", lists)
+    else:
+        assert torch.equal(
+            flatten("x", lists),
+            torch.tensor([float(number) for one in lists for number in one]),
+        )
 
 
 def test_arrow_tables_are_rows_of_examples():

@@ -27,7 +27,7 @@ def kernels(gpu: ptx.Gpu, begin: int = 0) -> list[str]:
 
 
 def update(adamw_: Callable[..., None]) -> None:
-    ours, theirs = (past_two_to_the_31(coded=True).end for _ in range(2))
+    ours, theirs = (past_two_to_the_31("8bit").end for _ in range(2))
     adamw_(*ours)
     torch.ops.fastft.adamw_(*theirs)
     assert_same_bits(list(tensors_in(ours)), list(tensors_in(theirs)))

@@ -83,10 +83,10 @@ def test_adamw_over_a_thousand_small_tensors(adamw_engine: str) -> None:
 
 
 @large
-@pytest.mark.parametrize("coded", [False, True])
-def test_adamw_past_two_to_the_31(adamw_engine: str, coded: bool) -> None:
+@pytest.mark.parametrize("moments", ["bf16", "8bit", "4bit"])
+def test_adamw_past_two_to_the_31(adamw_engine: str, moments: str) -> None:
     needs_gib(20)
-    problem = past_two_to_the_31(coded, "cuda")
+    problem = past_two_to_the_31(moments, "cuda")
     ADAMW.native(*problem.end)
     ADAMW.implementation(adamw_engine, torch.device("cuda", 0))(*problem.whole)
     problem.assert_same_ends()

@@ -298,6 +298,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "kahan": {"rounding": "kahan"},
     "stochastic, bf16 moments": {"rounding": "stochastic", "moments": "bf16"},
     "8-bit moments": {"rounding": "stochastic", "moments": "8bit"},
+    "4-bit moments": {"rounding": "stochastic", "moments": "4bit"},
     "amsgrad": {"amsgrad": True},
     "counted there": {"capturable": True},
     "counted there, clipped": {"capturable": True, "max_grad_norm": 0.1},

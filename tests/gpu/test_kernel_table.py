@@ -44,12 +44,14 @@ SAMPLE = (
     "cuda, cross-entropy, all options, bf16, V=50257, sm_80",
     "cuda, AdamW, exact, moments fp32, sm_90",
     "cuda, AdamW, stochastic, moments 8-bit, sm_90",
+    "cuda, AdamW, exact, moments 4-bit, sm_90",
     "cuda, norm of gradients, bf16, sm_90",
     "cuda, boundaries, tokens, sm_90",
     "cuda, scaling of gradients, bf16, sm_90",
     "triton, cross-entropy, plain, bf16, V=128256, sm_90",
     "triton, AdamW, exact, moments fp32, sm_80",
     "triton, AdamW, stochastic, moments 8-bit, sm_90",
+    "triton, AdamW, exact, moments 4-bit, sm_90",
     "triton, boundaries, tokens, sm_90",
     "triton, scaling of gradients, bf16, sm_90",
 )
@@ -196,8 +198,11 @@ def test_the_row_kernel_needs_32_instructions_a_logit_and_stores_16_bytes(chip: 
 
 @pytest.mark.parametrize("rounding", ["fp32", "exact", "kahan", "stochastic", "nearest"])
 @pytest.mark.parametrize("chip", CHIPS)
-def test_8bit_adamw_needs_120_instructions_an_element(rounding: str, chip: int) -> None:
-    figures = counted(f"cuda, AdamW, {rounding}, moments 8-bit, sm_{chip}")
+@pytest.mark.parametrize("moments", ["8-bit", "4-bit"])
+def test_coded_adamw_needs_120_instructions_an_element(
+    moments: str, rounding: str, chip: int
+) -> None:
+    figures = counted(f"cuda, AdamW, {rounding}, moments {moments}, sm_{chip}")
     assert figures.instructions <= 120
 
 

@@ -12,7 +12,7 @@ from support.row_problems import CASES, EVERYTHING, Case, run
 pytest.importorskip("triton")
 
 from support.machine_code import Binary
-from support.triton_calls import CODES, FULL, HALF, adamw_on_meta, no_cache, rows_on_meta
+from support.triton_calls import CODES, FULL, HALF, NIBBLES, adamw_on_meta, no_cache, rows_on_meta
 from support.triton_compiler import binary, compiled_for
 
 from fastft.loss.cross_entropy_rows_triton import cross_entropy_rows
@@ -83,6 +83,10 @@ def test_a_number_that_changes_compiles_nothing() -> None:
         (80, Rounding.STOCHASTIC, CODES, False),
         (90, Rounding.FP32, CODES, False),
         (100, Rounding.EXACT, CODES, False),
+        (75, Rounding.STOCHASTIC, NIBBLES, False),
+        (80, Rounding.KAHAN, NIBBLES, False),
+        (90, Rounding.FP32, NIBBLES, False),
+        (100, Rounding.EXACT, NIBBLES, False),
     ],
 )
 def test_adamw_has_no_spills(

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from support.amd_code import AmdCode, amd_code, of_cuda
-from support.triton_calls import CODES, FULL, HALF, adamw_on_meta, no_cache, rows_on_meta
+from support.triton_calls import CODES, FULL, HALF, NIBBLES, adamw_on_meta, no_cache, rows_on_meta
 from support.triton_compiler import compiled_for
 
 from fastft.data.boundaries_triton import packed_boundaries
@@ -37,6 +37,8 @@ MODES = [
     (Rounding.STOCHASTIC, HALF),
     (Rounding.STOCHASTIC, CODES),
     (Rounding.EXACT, CODES),
+    (Rounding.STOCHASTIC, NIBBLES),
+    (Rounding.EXACT, NIBBLES),
 ]
 
 

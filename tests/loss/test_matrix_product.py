@@ -13,6 +13,7 @@ from fastft.loss import matrix_product
 
 PRODUCT = matrix_product.PRODUCT
 SHAPES = [(1, 1, 1), (5, 3, 7), (14, 192, 32), (63, 507, 65), (169, 193, 2049), (3, 8193, 47)]
+DTYPES = [torch.float32, torch.bfloat16]
 needs_kernel = pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")
 
 
@@ -22,7 +23,7 @@ def error(found, best):
 
 @needs_kernel
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtypes", itertools.product([torch.float32, torch.bfloat16], repeat=2))
+@pytest.mark.parametrize("dtypes", [*itertools.product(DTYPES, repeat=2)], ids=str)
 def test_any_shape_dtypes_and_strides(shape, dtypes):
     rows, terms, columns = shape
     torch.manual_seed(0)

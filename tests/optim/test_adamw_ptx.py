@@ -69,7 +69,7 @@ def every_mode(*quick: Engine, some: tuple[str, ...] = ()) -> pytest.MarkDecorat
     return pytest.mark.parametrize(("engine", "mode"), rows)
 
 
-@every_mode(CUDA_90, some=("fp32-fp32", "stochastic-bf16", "exact-8bit"))
+@every_mode(CUDA_90, some=("fp32-fp32", "stochastic-bf16", "exact-8bit", "exact-4bit"))
 def test_every_mode(engine: Engine, mode: str) -> None:
     assert_the_same_step(
         engine,
@@ -78,7 +78,7 @@ def test_every_mode(engine: Engine, mode: str) -> None:
     )
 
 
-@every_mode(some=("stochastic-bf16",))
+@every_mode(some=("stochastic-bf16", "stochastic-4bit"))
 def test_tensors_that_begin_in_the_middle_of_a_vector(engine: Engine, mode: str) -> None:
     assert_the_same_step(engine, MODES[mode], (507, 3), offset=1)
 
@@ -86,22 +86,26 @@ def test_tensors_that_begin_in_the_middle_of_a_vector(engine: Engine, mode: str)
 @pytest.mark.ptx
 @engines
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("mode", ["stochastic-bf16", "stochastic-8bit", "exact-fp32"])
+@pytest.mark.parametrize(
+    "mode", ["stochastic-bf16", "stochastic-8bit", "stochastic-4bit", "exact-fp32"]
+)
 def test_no_order_of_the_blocks_changes_a_bit(engine: Engine, mode: str, order: int) -> None:
     assert_the_same_step(engine, MODES[mode], (20_480, 16_384, 9_000), order=order)
 
 
 @pytest.mark.parametrize("engine", [CUDA_80, CUDA_90], ids=str)
-def test_no_order_of_cuda_s_blocks_changes_a_bit(engine: Engine) -> None:
-    assert_the_same_step(engine, MODES["stochastic-8bit"], (8_192, 9_000, 63), order=1)
+@pytest.mark.parametrize("mode", ["stochastic-8bit", "stochastic-4bit"])
+def test_no_order_of_cuda_s_blocks_changes_a_bit(engine: Engine, mode: str) -> None:
+    assert_the_same_step(engine, MODES[mode], (8_192, 9_000, 63), order=1)
 
 
 @pytest.mark.parametrize(
     "engine", [CUDA_90, pytest.param(TRITON_90, marks=pytest.mark.ptx)], ids=str
 )
 @pytest.mark.parametrize("sizes", [(2080,), (32, 4096, 9216)], ids=["short blocks", "whole blocks"])
-def test_rows_that_vectors_divide(engine: Engine, sizes: tuple[int, ...]) -> None:
-    assert_the_same_step(engine, MODES["stochastic-8bit"], sizes)
+@pytest.mark.parametrize("mode", ["stochastic-8bit", "stochastic-4bit"])
+def test_rows_that_vectors_divide(engine: Engine, mode: str, sizes: tuple[int, ...]) -> None:
+    assert_the_same_step(engine, MODES[mode], sizes)
 
 
 @engines
@@ -142,8 +146,11 @@ def test_numbers_that_are_none(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("engine", [CUDA_80, CUDA_90, TRITON_90], ids=str)
-def test_8_bit_moments_of_numbers_that_are_none(engine: Engine) -> None:
-    ours, theirs = (Training(MODES["exact-8bit"], "cpp", sizes=(1, 507)).step() for _ in range(2))
+@pytest.mark.parametrize("columns", [169, 168])
+@pytest.mark.parametrize("moments", ["8bit", "4bit"])
+def test_codes_of_numbers_that_are_none(engine: Engine, moments: str, columns: int) -> None:
+    mode, sizes = MODES[f"exact-{moments}"], (1, 3 * columns)
+    ours, theirs = (Training(mode, "cpp", sizes=sizes).step() for _ in range(2))
     with adamw_by(engine) as launches:
         for training in (unbound(ours), theirs):
             training.params[1].grad[-1, -3:] = torch.tensor([torch.nan, torch.inf, -torch.inf])
@@ -154,11 +161,31 @@ def test_8_bit_moments_of_numbers_that_are_none(engine: Engine) -> None:
     assert ours.values()[1][-1, -3:].isnan().all()
 
 
+@pytest.mark.parametrize("engine", [CUDA_90, TRITON_90], ids=str)
+@pytest.mark.parametrize("columns", [169, 168])
+def test_quotients_by_roots_that_are_zero_or_nearly(engine: Engine, columns: int) -> None:
+    """Of 4-bit moments: rows without a gradient, and some whose squares are denormal or 0."""
+    ours, theirs = (
+        Training(MODES["fp32-4bit"], "cpp", sizes=(4 * columns,)).step() for _ in range(2)
+    )
+    scales = torch.tensor([[0.0], [1.0], [1e-20], [3e-23]])
+    with adamw_by(engine) as launches:
+        for training in (unbound(ours), theirs):
+            (param,) = training.params
+            state = training.optimizer.state[param]
+            state["exp_avg_sq_scale"].copy_(torch.tensor([[0.0], [1e-44], [1e-38], [0.0]]))
+            state["exp_avg_scale"].copy_(torch.tensor([[3.0], [3e38], [1e38], [0.0]]))
+            param.grad *= scales
+            training.optimizer.step()
+    assert launches
+    assert_same_bits(ours.values(), theirs.values())
+
+
 @engines
-@pytest.mark.parametrize("coded", [False, True])
-def test_more_than_2_31_elements_in_a_step(engine: Engine, coded: bool) -> None:
+@pytest.mark.parametrize("moments", ["bf16", "8bit", "4bit"])
+def test_more_than_2_31_elements_in_a_step(engine: Engine, moments: str) -> None:
     """The last blocks, over a tensor that they alone touch."""
-    problem = past_two_to_the_31(coded)
+    problem = past_two_to_the_31(moments)
     torch.ops.fastft.adamw_(*problem.end)
     last = {"only": lambda blocks: range(max(0, blocks - 2), blocks)}
     with operator(engine, "adamw_", **last) as (update, _):
@@ -168,10 +195,10 @@ def test_more_than_2_31_elements_in_a_step(engine: Engine, coded: bool) -> None:
 
 
 @engines
-@pytest.mark.parametrize("coded", [False, True])
-def test_random_bits_of_a_place_past_two_to_the_36(engine: Engine, coded: bool) -> None:
+@pytest.mark.parametrize("moments", ["bf16", "8bit", "4bit"])
+def test_random_bits_of_a_place_past_two_to_the_36(engine: Engine, moments: str) -> None:
     """As in a shard: the number of its eight elements has more than 32 bits."""
-    ours, theirs = (past_two_to_the_31(coded).end for _ in range(2))
+    ours, theirs = (past_two_to_the_31(moments).end for _ in range(2))
     for arguments in (ours, theirs):
         arguments[6][0, 3] = 5 * 2**36 + 8
     torch.ops.fastft.adamw_(*theirs)
@@ -198,12 +225,15 @@ def test_triton_refuses_what_does_not_fit() -> None:
     for fitting, words in (
         (matrix[0, 0], "contiguous"),
         (matrix.t(), "contiguous"),
-        (p[0], "a scale"),
-        (matrix, "a scale of parameter 0"),
+        (p[0], "exp_avg_scale"),
+        (matrix, "exp_avg_sq_scale of parameter 0"),
     ):
         codes = [fitting], [fitting], [fitting.to(torch.int8)], [fitting.to(torch.uint8)], []
         with pytest.raises(RuntimeError, match=words):
             adamw_(*codes, scales, table, hyper, one, 0)
+    codes = [[matrix], [matrix], *[[matrix.to(torch.uint8)]] * 2, []]
+    with pytest.raises(RuntimeError, match=r"exp_avg of parameter 0 must have .*\(5, 2\)"):
+        adamw_(*codes, [scales[0]] * 2, table, hyper, one, 0)
 
 
 def test_triton_refuses_a_graph_that_would_repeat_the_numbers_of_its_capture(
@@ -236,9 +266,28 @@ def assert_the_same_training(gpu: ptx.Gpu, train: Callable[[], list[torch.Tensor
     assert gpu.launches and not gpu.waits
 
 
-@pytest.mark.parametrize("mode", ["fp32-fp32", "exact-8bit", "stochastic-bf16"])
+@pytest.mark.parametrize("mode", ["fp32-fp32", "exact-8bit", "exact-4bit", "stochastic-bf16"])
 def test_bound_steps(gpu: ptx.Gpu, mode: str) -> None:
     assert_the_same_training(gpu, lambda: Training(MODES[mode], "cpp").step(3).values())
+
+
+def test_every_kind_of_moments_in_one_launch(gpu: ptx.Gpu) -> None:
+    kinds = ("4bit", "bf16", "8bit", "fp32", "4bit")
+
+    def train() -> list[torch.Tensor]:
+        params = [Parameter(torch.linspace(-1, 1, 3 * 168).view(3, 168)) for _ in kinds]
+        groups = [{"params": [p], "moments": k} for p, k in zip(params, kinds, strict=True)]
+        optimizer = fastft.AdamW(groups, impl="cpp", seed=5)
+        for _ in range(2):
+            for param in params:
+                param.grad = param.detach().sin()
+            optimizer.step()
+        states = [optimizer.state[param] for param in params]
+        return [*map(Parameter.detach, params), *(state["exp_avg"] for state in states)]
+
+    assert_the_same_training(gpu, train)
+    launches = [launch for launch in gpu.launches if "adamw_kernel" in launch.kernel]
+    assert len(launches) == 2
 
 
 @pytest.mark.parametrize("on_16_bytes", [False, True])

@@ -79,6 +79,29 @@ def test_chunk_sums_and_their_total_in_every_engine(dtype):
     assert total == other == at_once
 
 
+def of_sixteen_lanes(grad):
+    """The sum of squares in double precision that every instruction set has to the bit."""
+    padded = torch.nn.functional.pad(grad.double(), (0, -grad.numel() % 16)).square()
+    lanes = torch.zeros(16, dtype=torch.float64)
+    for squares in padded.view(-1, 16):
+        lanes += squares
+    while lanes.numel() > 1:
+        lanes = lanes[: lanes.numel() // 2] + lanes[lanes.numel() // 2 :]
+    return lanes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numel", [1, 15, 16, 17, 31, 32, 33, 47, 63, 507, 4097])
+def test_every_instruction_set_adds_in_the_same_order(dtype, numel):
+    if GRAD_NORM.resolve("auto", torch.device("cpu")) != "cpp":
+        pytest.skip("of the C++ engine alone")
+    # magnitudes so far apart that the order shows
+    grad = (torch.randn(numel) * torch.logspace(-12, 12, numel)[torch.randperm(numel)]).to(dtype)
+    total = torch.empty(1, dtype=torch.float64)
+    GRAD_NORM.native(total, [grad])
+    assert torch.equal(total, of_sixteen_lanes(grad))
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [

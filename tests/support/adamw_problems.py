@@ -104,19 +104,18 @@ class Past(NamedTuple):
             assert_same_bits(*ends, [other.reshape(-1) for other in others])
 
 
-def past_two_to_the_31(coded: bool, device: str = "cpu") -> Past:
-    """Of a bf16 parameter, rounded stochastically, with 8-bit moments if `coded` and bf16 moments
-    else."""
-    elements = 128 if coded else 70
-    shape, small = ((2**24 + 1, 128), (1, 128)) if coded else ((2**31 + 70,), (70,))
-    moments = [torch.int8, torch.uint8] if coded else [torch.bfloat16, torch.bfloat16]
-    whole = [_zeros(shape, dtype, device) for dtype in (torch.bfloat16, torch.bfloat16, *moments)]
-    scales = [torch.zeros(shape[0], 1, device=device) for _ in range(2 * coded)]
+def past_two_to_the_31(moments: str, device: str = "cpu") -> Past:
+    """Of a bf16 parameter, rounded stochastically, with bf16 moments or codes."""
+    code, bf16 = CODES.get(moments), torch.bfloat16
+    shape, last = ((2**24 + 1, 128), 1) if code else ((2**31 + 70,), 70)  # and its last entries
+    forms = list(code.forms(shape).values()) if code else [(bf16, shape)] * 2
+    whole = [_zeros(of, dtype, device) for dtype, of in [(bf16, shape)] * 2 + forms[:2]]
+    scales = [torch.zeros(of, device=device) for _, of in forms[2:]]
     generator = torch.Generator().manual_seed(0)
-    for tensor in (*whole[:2], *(whole[2:] if not coded else [])):
-        tensor.view(-1)[-elements:] = torch.rand(elements, generator=generator).to(tensor)
-    end = [tensor.view(-1)[-elements:].cpu().clone().view(small) for tensor in whole]
-    ends_scales = [scale[-1:].cpu().clone() for scale in scales]
+    for tensor in whole[:2] if code else whole:
+        tensor[-last:] = torch.rand(tensor[-last:].shape, generator=generator).to(tensor)
+    end = [tensor[-last:].cpu().clone() for tensor in whole]
+    ends_scales = [scale[-last:].cpu().clone() for scale in scales]
     hyper = torch.tensor([[0.99, 0.1, 0.999, 0.001, -0.01, 0.03, 1e-8, 1.0, 1.0]])
 
     def arguments(tensors: list[Tensor], scales: list[Tensor], first: int) -> tuple[Any, ...]:

@@ -31,7 +31,10 @@ from support.row_problems import CASES, Case, draw, run
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CHIPS, ENGINES = (80, 90), ("cuda", "triton")
 CLASSES = (32_000, 50_257, 128_256, 151_936)
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "8-bit"}
+SHORT = {
+    **{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"},
+    **{torch.int8: "8-bit", torch.uint8: "4-bit"},
+}
 _OPTIONS = {"plain": CASES["in place"], "all options": CASES["everything in place"]}
 _APPROXIMATIONS = ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "div", "tanh", "sin", "cos")
 
@@ -162,7 +165,7 @@ def _rows(case: Case, classes: int, dtype: torch.dtype, operators: Any) -> None:
 
 def _adamw_kernels(engine: str) -> Iterator[Kernel]:
     for rounding in Rounding:
-        for moment in (torch.float32, torch.bfloat16, torch.int8):
+        for moment in (torch.float32, torch.bfloat16, torch.int8, torch.uint8):
             tensors = adamw_arguments(rounding, moment, 1, 8192)
             updated = [*tensors[0], *tensors[2], *tensors[3], *tensors[5]]
             moved = sum(tensor.numel() * tensor.element_size() for tensor in updated) / 8192
@@ -198,9 +201,12 @@ def adamw_arguments(
             torch.randint(low, high, shape, dtype=dtype, generator=generator) for _ in range(count)
         ]
 
-    params, grads, coded = random(0.05, kept), random(1e-3, kept), moment == torch.int8
+    params, grads, coded = random(0.05, kept), random(1e-3, kept), not moment.is_floating_point
     if coded:
         moments, squares = codes(-127, 128, torch.int8), codes(0, 256, torch.uint8)
+        if moment == torch.uint8:  # 4 bits each, none of them NaN
+            halves = [(code.view(-1, 2) % 15 - 7).view(*shape[:1], -1, 2) for code in moments]
+            moments = [(half[..., 0] & 15 | half[..., 1] << 4).view(moment) for half in halves]
     else:
         moments, squares = random(1e-4, moment), [t.abs() for t in random(1e-7, moment)]
     residues: list[Tensor] = []

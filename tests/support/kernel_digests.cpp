@@ -283,8 +283,8 @@ class Digest {
 
 enum Rounding { kFp32, kExact, kKahan, kStochastic, kNearest };
 const char* const kRoundings[] = {"fp32", "exact", "kahan", "stochastic", "nearest"};
-enum Moments { kFp32Moments, kBf16Moments, k8BitMoments };
-const char* const kMoments[] = {"fp32", "bf16", "8-bit"};
+enum Moments { kFp32Moments, kBf16Moments, k8BitMoments, k4BitMoments };
+const char* const kMoments[] = {"fp32", "bf16", "8-bit", "4-bit"};
 
 struct Training {
   Arrays params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues;
@@ -302,8 +302,12 @@ struct Training {
     for (const auto& shape : shapes) {
       params.push_back(filled(kept, shape, [&] { return numbers.uniform(); }));
       grads.push_back(Array(kept, shape));
-      if (moments == k8BitMoments) {
-        exp_avgs.push_back(Array(kInt8, shape)), exp_avg_sqs.push_back(Array(kUint8, shape));
+      const int64_t lines = shape.size() == 1 ? 1 : shape[0], columns = product(shape) / lines;
+      const bool codes = moments == k8BitMoments || moments == k4BitMoments;
+      if (codes) {
+        exp_avgs.push_back(moments == k8BitMoments ? Array(kInt8, shape)
+                                                   : Array(kUint8, {lines, (columns + 1) / 2}));
+        exp_avg_sqs.push_back(Array(kUint8, shape));
       } else {
         exp_avgs.push_back(filled(moment, shape, zero));
         exp_avg_sqs.push_back(filled(moment, shape, zero));
@@ -311,11 +315,8 @@ struct Training {
       if (amsgrad) max_exp_avg_sqs.push_back(filled(moment, shape, zero));
       if (rounding == kExact) residues.push_back(Array(kInt16, shape));
       if (rounding == kKahan) residues.push_back(filled(kBfloat16, shape, zero));
-      if (moments == k8BitMoments)
-        for (int scale = 0; scale < 2; scale++) {
-          const int64_t lines = shape.size() == 1 ? 1 : shape[0], columns = product(shape) / lines;
-          residues.push_back(filled(kFloat, {lines, (columns + 127) / 128}, zero));
-        }
+      for (int scale = 0; scale < (codes ? 2 : 0); scale++)
+        residues.push_back(filled(kFloat, {lines, (columns + 127) / 128}, zero));
       *row++ = 0, *row++ = rounding, *row++ = amsgrad, *row++ = first;
       first += (product(shape) + 511) / 512 * 512;
     }
@@ -458,9 +459,9 @@ int main() {
     return 1;
   }
   for (const Rounding rounding : {kFp32, kExact, kKahan, kStochastic, kNearest})
-    for (const Moments moments : {kFp32Moments, kBf16Moments, k8BitMoments})
+    for (const Moments moments : {kFp32Moments, kBf16Moments, k8BitMoments, k4BitMoments})
       for (const bool amsgrad : {false, true})
-        if (!amsgrad || moments != k8BitMoments) adamw(rounding, moments, amsgrad);
+        if (!amsgrad || moments <= kBf16Moments) adamw(rounding, moments, amsgrad);
   bound_adamw();
   for (const int32_t dtype : {kFloat, kBfloat16}) {
     grad_norm(dtype);

@@ -11,7 +11,7 @@ import torch
 from fastft.optim.adamw_update import RESIDUES, Rounding
 from support.row_problems import Case, Problem
 
-HALF, FULL, CODES = torch.bfloat16, torch.float32, torch.int8
+HALF, FULL, CODES, NIBBLES = torch.bfloat16, torch.float32, torch.int8, torch.uint8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,10 +36,11 @@ def adamw_on_meta(rounding: Rounding, moment: torch.dtype, amsgrad: bool) -> lis
     def one(dtype: torch.dtype, shape: tuple[int, ...] = (5, 1024)) -> list[torch.Tensor]:
         return [torch.empty(shape, dtype=dtype, device="meta")]
 
-    kept, eight_bit = FULL if rounding == Rounding.FP32 else HALF, moment == CODES
+    kept, coded = FULL if rounding == Rounding.FP32 else HALF, moment in (CODES, NIBBLES)
     residues = one(RESIDUES[rounding][1]) if rounding in RESIDUES else []
-    scales = [*one(FULL, (5, 8)), *one(FULL, (5, 8))] if eight_bit else []
-    tensors = [one(kept), one(kept), one(moment), one(torch.uint8 if eight_bit else moment)]
+    scales = [*one(FULL, (5, 8)), *one(FULL, (5, 8))] if coded else []
+    exp_avg = one(moment, (5, 512)) if moment == NIBBLES else one(moment)
+    tensors = [one(kept), one(kept), exp_avg, one(torch.uint8 if coded else moment)]
     tensors += [one(moment) if amsgrad else [], [*residues, *scales]]
     table, hyper = torch.tensor([[0, rounding, amsgrad, 0]]), torch.zeros(1, 9)
     return [*tensors, table, hyper, torch.ones((), device="meta"), 5]

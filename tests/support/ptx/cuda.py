@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fastft  # noqa: F401  (defines the operators)
+import fastft
 from support.ptx.checks import Extent, Fault, GlobalMemory
 from support.ptx.compiled import ROOT, compiled
 from support.ptx.executor import Options, run_launch
 from support.ptx.lanes import Launch
 from support.ptx.parser import Kernel, Module
 
+fastft._import_rooms()  # they define the operators
 HOST = -1
 OPERATORS = (
     "adamw_",
