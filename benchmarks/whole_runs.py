@@ -247,9 +247,11 @@ def train(variant: Variant, workload: Workload, steps: int) -> Run:
     return recorder.run
 
 
-def by_turns(names: list[str], workload: Workload, steps: int, rounds: int) -> dict[str, list[Run]]:
+def by_turns(
+    names: list[str], workload: Workload, steps: int, rounds: int, failed: dict[str, str]
+) -> dict[str, list[Run]]:
     """Each variant's runs: in a process of its own, which a small one forks that holds no
-    tensors; forth and back through the variants."""
+    tensors; forth and back through the variants. `failed` gets why one could not run."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.trainer", "finetune", "fastft"])
     runs: dict[str, list[Run]] = {name: [] for name in names}
@@ -257,11 +259,17 @@ def by_turns(names: list[str], workload: Workload, steps: int, rounds: int) -> d
         for name in names if turn % 2 == 0 else names[::-1]:
             if turn and name in COMPILED:  # minutes of compiling, once
                 continue
-            with ProcessPoolExecutor(1, mp_context=context) as process:
-                run = process.submit(train, VARIANTS[name], workload, steps).result()
+            if name in failed:
+                continue
+            try:
+                with ProcessPoolExecutor(1, mp_context=context) as process:
+                    run = process.submit(train, VARIANTS[name], workload, steps).result()
+            except Exception as error:  # a rival's own; the others' minutes must not be lost for it
+                failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                continue
             print(f"  {name}: {statistics.median(run.seconds[WARM:]):.2f} s a step", flush=True)
             runs[name].append(run)
-    return runs
+    return {name: turns for name, turns in runs.items() if name not in failed}
 
 
 def compared(runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -357,16 +365,17 @@ def _measured(name: str, options: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         workload = WORKLOADS[name](Path(folder))
         print(workload.title, flush=True)
-        left = {each: VARIANTS[each].missing() for each in options.variants}
-        there = [each for each in options.variants if left[each] is None]
-        runs = by_turns(there, workload, options.steps or workload.steps, options.rounds)
+        missing = {each: VARIANTS[each].missing() for each in options.variants}
+        left = {each: why for each, why in missing.items() if why is not None}
+        there = [each for each in options.variants if each not in left]
+        runs = by_turns(there, workload, options.steps or workload.steps, options.rounds, left)
     results = {
         "title": workload.title,
         "command": " ".join(["python", "benchmarks/whole_runs.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine.facts(),
         **compared(runs),
-        "left_out": {VARIANTS[each].name: why for each, why in left.items() if why is not None},
+        "left_out": {VARIANTS[each].name: why for each, why in left.items()},
     }
     (options.to / f"whole_{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.to / f"whole_{name}.md").write_text(page(results))
