@@ -7,7 +7,7 @@ Workloads and variants are those of whole_runs.py. Each operation belongs to the
 that is running, or in backward to the one that ran when its forward operation did (autograd's
 sequence numbers say so); what is left of a step is Python, Trainer and accelerate. In the same
 process the model's own products are then done alone, as often and with the same shapes, by torch's
-mm into memory that is there: the bare work of a step, by MKL, and by oneDNN where that is faster.
+mm into memory that is there, and by fastft's kernel where it is ahead: the bare work of a step.
 
 Writes profile_<workload>.json and .md to FOLDER.
 """
@@ -35,13 +35,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 from whole_runs import VARIANTS, WORKLOADS, Workload, described, grid, trainer_of
 
-from fastft.foreign import onednn
 from fastft.foreign.models import base_model, output_embeddings
+from fastft.loss import matrix_product
 
 PARTS = ["linear layers", "attention", "norms", "rotary", "activation", "embedding"]
 PARTS += ["head and loss", "model, between its layers"]
 OTHERS = ["optimizer", "clipping", "batches", "Trainer, accelerate, Python"]
-_PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise"}
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "fastft::matrix_product"}
 
 
 def part_of(module: nn.Module, head: nn.Module | None) -> str | None:
@@ -163,8 +163,8 @@ def products_alone(events: Any) -> dict[str, float]:
         _shape(event) for event in events if event.name in _PRODUCTS and _shape(event) is not None
     )
     ways: dict[str, Callable[..., Any]] = {"mm": torch.mm}
-    if onednn.is_faster():
-        ways["oneDNN"] = lambda a, b, out: onednn.product(a, b.T)
+    if matrix_product.is_ahead():
+        ways["fastft's kernel"] = lambda a, b, out: matrix_product.PRODUCT.native(out, a, b, False)
     total = dict.fromkeys(ways, 0.0)
     for shape, count in shapes.items():
         assert shape is not None
@@ -183,13 +183,12 @@ def products_alone(events: Any) -> dict[str, float]:
 
 def _shape(event: Any) -> tuple[int, int, int] | None:
     shapes = [shape for shape in event.input_shapes if len(shape) == 2]
-    if event.name.startswith("aten::addmm"):
-        shapes = shapes[-2:]
+    if event.name.startswith(("aten::addmm", "fastft::")):  # a sum, or the result, comes first
+        shapes = shapes[1:]
     if len(shapes) < 2:
         return None
     (rows, inner), other = shapes[:2]
-    of_linear = event.name.startswith("mkldnn")
-    return rows, inner, other[0 if of_linear else 1]
+    return rows, inner, other[1]
 
 
 def measure(name: str, workload: Workload, steps: int, warm: int) -> dict[str, Any]:
@@ -230,7 +229,7 @@ def page(results: dict[str, Any]) -> str:
                 ]
                 body.append([key, *shares])
     body.append(["**a step**", *[f"**{run['step_ms']:,.1f}**" for run in runs]])
-    for way, words in {"mm": "torch.mm", "oneDNN": "oneDNN"}.items():
+    for way, words in {"mm": "torch.mm", "fastft's kernel": "fastft's kernel"}.items():
         if all(way in run["bare_products_ms"] for run in runs):
             times = [f"{run['bare_products_ms'][way]:,.1f}" for run in runs]
             body.append([f"bare work: its products alone, {words}", *times])
@@ -250,7 +249,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=4, help="steps before these (4)")
     parser.add_argument("--to", type=Path, required=True, help="the folder of the results")
     options = parser.parse_args()
-    names = options.variants or ["stock", "fastft", "onednn"]
+    names = options.variants or ["stock", "fastft", "linear"]
     context, runs = multiprocessing.get_context("forkserver"), {}
     with tempfile.TemporaryDirectory() as folder:
         workload = WORKLOADS[options.workload](Path(folder))

@@ -43,10 +43,11 @@ from transformers import (
 )
 
 import fastft
-from fastft.foreign import onednn
+from fastft.integrations.linear_products import NOT_AHEAD
+from fastft.loss import matrix_product
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))  # whose report.py is meant, not the one beside this
 SMOLLM2 = ROOT / "build" / "smollm2"
 WARM, TOLERANCE = 3, 1e-4  # steps; of a loss
 Examples = list[dict[str, list[int]]]
@@ -58,7 +59,7 @@ class Variant:
 
     name: str
     ours: bool = False
-    onednn: bool = False
+    linear: bool = False
     compiled: bool = False
     sft: dict[str, Any] | None = None
     liger: bool = False
@@ -71,13 +72,13 @@ class Variant:
             return "liger_kernel is not importable"
         if self.liger:
             return "Liger's kernels are Triton's, which runs on no CPU"
-        return onednn.reason_against() if self.onednn else None
+        return NOT_AHEAD if self.linear and not matrix_product.is_ahead() else None
 
 
 VARIANTS = {
     "stock": Variant("stock Trainer"),
     "fastft": Variant("fastft", ours=True),
-    "onednn": Variant("fastft, onednn=True", ours=True, onednn=True),
+    "linear": Variant("fastft, linear=True", ours=True, linear=True),
     "stock_compiled": Variant("stock Trainer, torch.compile", compiled=True),
     "fastft_compiled": Variant("fastft, torch.compile", ours=True, compiled=True),
     "trl": Variant("TRL's SFTTrainer (its fused head)", sft={}),
@@ -208,7 +209,7 @@ def trainer_of(variant: Variant, workload: Workload, steps: int, folder: str) ->
             packs or DataCollatorForSeq2Seq(tokenizer),
             workload.examples,
             optimizers=fastft.adamw(model, args) if variant.ours else (None, None),
-            callbacks=[fastft.FusedLossCallback(onednn=variant.onednn)] if variant.ours else [],
+            callbacks=[fastft.FusedLossCallback(linear=variant.linear)] if variant.ours else [],
         )
         if variant.ours:
             fastft.fuse_clipping(trainer)
@@ -246,9 +247,11 @@ def train(variant: Variant, workload: Workload, steps: int) -> Run:
     return recorder.run
 
 
-def by_turns(names: list[str], workload: Workload, steps: int, rounds: int) -> dict[str, list[Run]]:
+def by_turns(
+    names: list[str], workload: Workload, steps: int, rounds: int, failed: dict[str, str]
+) -> dict[str, list[Run]]:
     """Each variant's runs: in a process of its own, which a small one forks that holds no
-    tensors; forth and back through the variants."""
+    tensors; forth and back through the variants. `failed` gets why one could not run."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.trainer", "finetune", "fastft"])
     runs: dict[str, list[Run]] = {name: [] for name in names}
@@ -256,11 +259,17 @@ def by_turns(names: list[str], workload: Workload, steps: int, rounds: int) -> d
         for name in names if turn % 2 == 0 else names[::-1]:
             if turn and name in COMPILED:  # minutes of compiling, once
                 continue
-            with ProcessPoolExecutor(1, mp_context=context) as process:
-                run = process.submit(train, VARIANTS[name], workload, steps).result()
+            if name in failed:
+                continue
+            try:
+                with ProcessPoolExecutor(1, mp_context=context) as process:
+                    run = process.submit(train, VARIANTS[name], workload, steps).result()
+            except Exception as error:  # a rival's own; the others' minutes must not be lost for it
+                failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                continue
             print(f"  {name}: {statistics.median(run.seconds[WARM:]):.2f} s a step", flush=True)
             runs[name].append(run)
-    return runs
+    return {name: turns for name, turns in runs.items() if name not in failed}
 
 
 def compared(runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -356,16 +365,17 @@ def _measured(name: str, options: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         workload = WORKLOADS[name](Path(folder))
         print(workload.title, flush=True)
-        left = {each: VARIANTS[each].missing() for each in options.variants}
-        there = [each for each in options.variants if left[each] is None]
-        runs = by_turns(there, workload, options.steps or workload.steps, options.rounds)
+        missing = {each: VARIANTS[each].missing() for each in options.variants}
+        left = {each: why for each, why in missing.items() if why is not None}
+        there = [each for each in options.variants if each not in left]
+        runs = by_turns(there, workload, options.steps or workload.steps, options.rounds, left)
     results = {
         "title": workload.title,
         "command": " ".join(["python", "benchmarks/whole_runs.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine.facts(),
         **compared(runs),
-        "left_out": {VARIANTS[each].name: why for each, why in left.items() if why is not None},
+        "left_out": {VARIANTS[each].name: why for each, why in left.items()},
     }
     (options.to / f"whole_{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.to / f"whole_{name}.md").write_text(page(results))

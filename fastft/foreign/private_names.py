@@ -29,7 +29,6 @@ PRIVATE_NAMES = {
     ),
     "torch._C:_len_torch_function_stack": "does a mode answer functions",
     "torch._C:_len_torch_dispatch_stack": "does a mode watch operations",
-    "torch:ops.mkldnn._linear_pointwise": "fp32 products by oneDNN",
     "torch._C:_current_graph_task_id": (
         "is a backward pass under way, as torch.utils.checkpoint asks"
     ),

@@ -16,7 +16,7 @@ from fastft.data.batch import known_count
 from fastft.foreign.compiling import is_compiled
 from fastft.foreign.engines import engine_of
 from fastft.foreign.models import unwrapped, whose_forward
-from fastft.integrations.linear_products import reason_against_onednn, use_onednn
+from fastft.integrations.linear_products import reason_against, use_own_products
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.run_record import record_run
 from fastft.loss.counted_labels import give_counted_labels
@@ -60,9 +60,10 @@ class FusedLossCallback(PackingCallback):
             goes on.
         attention: False leaves the attention implementation alone, which the callback else switches
             for packed batches, as `fastft.PackingCallback` does.
-        onednn: True lets the model's linear layers compute their fp32 products by torch's oneDNN,
-            where MKL, which torch takes for them, leaves the processor's AVX-512 unused (AMD's).
-            The order of sums is another one then. Anywhere else a warning says why not.
+        linear: True lets the model's linear layers compute their fp32 products on a CPU by fastft's
+            kernel, where MKL, which torch takes for them, leaves the processor's instructions
+            unused (it is not Intel's). The order of sums is another one then. Anywhere else a
+            warning says why not.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which
@@ -70,7 +71,7 @@ class FusedLossCallback(PackingCallback):
             training.
         evaluation: the same of the evaluations inside it, where `fused` counts all that was
             computed chunk by chunk.
-        linear_layers: how many had oneDNN's products in the latest training.
+        linear_layers: how many had fastft's products in the latest training.
         switched: as in `fastft.PackingCallback`.
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
@@ -98,12 +99,12 @@ class FusedLossCallback(PackingCallback):
         verify: bool = False,
         on_leak: str = "error",
         attention: bool = True,
-        onednn: bool = False,
+        linear: bool = False,
     ) -> None:
         super().__init__(on_leak, attention)
-        if not isinstance(onednn, bool):
-            raise TypeError(f"onednn must be True or False, got {onednn!r}")
-        self.verify, self.onednn = verify, onednn
+        if not isinstance(linear, bool):
+            raise TypeError(f"linear must be True or False, got {linear!r}")
+        self.verify, self.linear = verify, linear
         self.linear_layers = 0
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
@@ -130,8 +131,8 @@ class FusedLossCallback(PackingCallback):
         self._trainer_name = type(_trainer()).__name__
         self._attachment = Attachment(model, evaluation, _other_models(), self._steps)
         self._kept.callback(self._attachment.remove)
-        if self.onednn:
-            self._use_onednn(model, args)
+        if self.linear:
+            self._use_own_products(model, args)
         if collator is not None:
             self._kept.callback(give_counted_labels(model, known_count))
         self.report = self._attachment.report
@@ -140,16 +141,14 @@ class FusedLossCallback(PackingCallback):
         if self.verify and self._attachment.heads:
             self._verify_first_batch(model)
 
-    def _use_onednn(self, model: nn.Module, args: TrainingArguments) -> None:
+    def _use_own_products(self, model: nn.Module, args: TrainingArguments) -> None:
         compiled = args.torch_compile or is_compiled(model)
-        why = reason_against_onednn(model, "torch.compile" if compiled else engine_of(args))
+        why = reason_against(model, "torch.compile" if compiled else engine_of(args))
         if why is not None:
-            logger.warning(f"fastft: onednn=True does nothing: {why}")
+            logger.warning(f"fastft: linear=True does nothing: {why}")
             return
-        self.linear_layers = use_onednn(model, self._kept)
-        logger.warning(
-            f"fastft: {self.linear_layers} linear layers multiply by oneDNN in this training"
-        )
+        self.linear_layers = use_own_products(model, self._kept)
+        logger.warning(f"fastft: {self.linear_layers} linear layers multiply by fastft's kernel")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""The linear layers of a model in training, by oneDNN (`foreign/onednn.py`), where asked for.
+"""The linear layers of a model in training, by `loss/matrix_product.py`, where asked for.
 
     y  = x W^T + b         (T, N)      x (T, K), W (N, K)
     dx = dy W              (T, K)
@@ -8,7 +8,8 @@
 2 T N K floating-point operations a product, all in fp32. Only `forward` of each `nn.Linear` is
 hidden by an attribute of that one instance, as the output head's is (`loss/lazy/output_head.py`):
 state dicts, hooks and classes stay, and a copy of the model is a stock one. What is not a plain
-fp32 product of enough rows is `nn.Linear`'s own: autocast, DTensors, other dtypes, compiled code.
+fp32 product, large enough to be faster, is `nn.Linear`'s own: autocast, DTensors, other dtypes,
+compiled code.
 """
 
 from __future__ import annotations
@@ -20,43 +21,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastft.foreign import onednn
 from fastft.foreign.compiling import is_watched
 from fastft.foreign.objects import put_attributes
+from fastft.loss import matrix_product
 
-_ROWS = 8  # with fewer, a product is bound by the bytes of W, and MKL has less to prepare
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    out = left.new_empty(len(left), right.shape[1])
+    if not matrix_product.takes(out, left, right):
+        return torch.mm(left, right, out=out)
+    matrix_product.PRODUCT.native(out, left, right, False)
+    return out
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b; its gradients are products of its own kind, so that these have gradients too."""
-
-    generate_vmap_rule = True
+    """left right; its gradients are products of its own kind, so that these have gradients too."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return onednn.product(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _ = inputs
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
+        ctx.save_for_backward(left if needs[1] else None, right if needs[0] else None)
+        return _times(left, right)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dy = dy.contiguous()  # an expanded one has strides that oneDNN does not know
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
         return (
-            None if weight is None else _Product.apply(dy, weight.T, None),
-            None if x is None else _Product.apply(dy.T, x.T, None),
-            dy.sum(0) if ctx.needs_input_grad[2] else None,
+            None if right is None else _Product.apply(grad, right.T),
+            # not (left^T grad): a weight comes transposed, and its gradient is to lie as it does
+            None if left is None else _Product.apply(grad.T, left).T,
         )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of fp32 tensors (..., K), (N, K) and (N,), by oneDNN."""
-    rows: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias)
-    return rows.view(*x.shape[:-1], len(weight))
+    """`F.linear` of fp32 tensors (..., K), (N, K) and (N,)."""
+    rows: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight.T)
+    return (rows if bias is None else rows + bias).view(*x.shape[:-1], len(weight))
 
 
 class _ProductForward:
@@ -81,14 +81,19 @@ class _ProductForward:
 
 def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        onednn.takes(input, weight, *([] if bias is None else [bias]))
+        _is_fp32(input)
+        and _is_fp32(weight)
+        and (bias is None or _is_fp32(bias))
         and input.shape[-1:] == weight.shape[1:]  # else torch says what is wrong
-        and input.numel() >= _ROWS * weight.shape[1]
-        and weight.is_contiguous()
+        and input.numel() >= matrix_product.LEAST * weight.shape[1]
         and not torch.is_autocast_enabled("cpu")
-        and bool(torch.backends.mkldnn.enabled)
         and not is_watched()
     )
+
+
+def _is_fp32(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
@@ -97,11 +102,11 @@ def _layers(model: nn.Module) -> list[nn.Linear]:
     return [
         layer
         for layer in model.modules()
-        if type(layer) is nn.Linear and "forward" not in vars(layer) and onednn.takes(layer.weight)
+        if type(layer) is nn.Linear and "forward" not in vars(layer) and _is_fp32(layer.weight)
     ]
 
 
-def reason_against_onednn(model: nn.Module, engine: str | None) -> str | None:
+def reason_against(model: nn.Module, engine: str | None) -> str | None:
     """Why the linear layers of `model` keep torch's products; None where they need not.
 
     Args:
@@ -111,11 +116,14 @@ def reason_against_onednn(model: nn.Module, engine: str | None) -> str | None:
         return f"the linear layers are {engine}'s"
     if not _layers(model):
         return f"{type(model).__name__} has no linear layers with fp32 weights on the CPU"
-    return onednn.reason_against()
+    return None if matrix_product.is_ahead() else NOT_AHEAD
 
 
-def use_onednn(model: nn.Module, stack: contextlib.ExitStack) -> int:
-    """Gives the plain linear layers of `model` oneDNN's products until `stack` is closed; returns
+NOT_AHEAD = "torch's products use all of this processor, or fastft's kernels are not there"
+
+
+def use_own_products(model: nn.Module, stack: contextlib.ExitStack) -> int:
+    """Gives the plain linear layers of `model` fastft's products until `stack` is closed; returns
     how many there are."""
     layers = _layers(model)
     for layer in layers:

@@ -21,7 +21,7 @@ from fastft.foreign.compiling import constant_when_compiled
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # of rows, columns and terms: below, packing takes longer than the products
-_LEAST = 64
+LEAST = 64
 
 
 def _matrix_product(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
@@ -55,5 +55,5 @@ def takes(out: Tensor, left: Tensor, right: Tensor) -> bool:
         and out.stride(1) == 1
         and left.dtype in _DTYPES
         and right.dtype in _DTYPES
-        and min(*out.shape, len(right)) >= _LEAST
+        and min(*out.shape, len(right)) >= LEAST
     )

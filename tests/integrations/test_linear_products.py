@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: F.linear's numbers and gradients, and stock's where it is not for us."""
+"""Linear layers by our own product: F.linear's numbers and gradients, or F.linear itself."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ from support.fused_trainings import llama, train
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastft.foreign import onednn
+from fastft import _native
 from fastft.integrations import fused_loss as fused_loss_module
+from fastft.integrations import linear_products
 from fastft.integrations.fused_loss import FusedLossCallback
-from fastft.integrations.linear_products import linear, use_onednn
+from fastft.integrations.linear_products import linear, use_own_products
+from fastft.loss import matrix_product
 
-needs_onednn = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN"
+needs_kernel = pytest.mark.skipif(
+    _native.missing("cpu") is not None, reason="there is no library for CPUs"
 )
 
 
 @pytest.fixture
 def faster(monkeypatch):
-    """As on a processor whose AVX-512 MKL does not use."""
-    monkeypatch.setattr(onednn, "reason_against", lambda: None)
+    """As on a processor that MKL does not use, for the smallest products too."""
+    monkeypatch.setattr(matrix_product, "is_ahead", lambda: True)
+    monkeypatch.setattr(matrix_product, "LEAST", 4)
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """How often oneDNN is asked."""
-    asked, product = [], onednn.product
+    """The layers' products."""
+    asked, times = [], linear_products._times
 
     def counting(*operands):
         asked.append(1)
-        return product(*operands)
+        return times(*operands)
 
-    monkeypatch.setattr(onednn, "product", counting)
+    monkeypatch.setattr(linear_products, "_times", counting)
     return asked
 
 
@@ -49,7 +52,7 @@ def tensors(shape, features, outputs, bias):
     return [tensor.requires_grad_() for tensor in made]
 
 
-@needs_onednn
+@needs_kernel
 @pytest.mark.parametrize(
     "shape, features, outputs, bias",
     [
@@ -60,7 +63,7 @@ def tensors(shape, features, outputs, bias):
     ],
 )
 def test_results_and_gradients_are_no_further_from_float64_than_torch(
-    shape, features, outputs, bias
+    shape, features, outputs, bias, faster
 ):
     operands = tensors(shape, features, outputs, bias)
     upstream = torch.randn(*shape, outputs)
@@ -75,7 +78,7 @@ def test_results_and_gradients_are_no_further_from_float64_than_torch(
         assert (ours - exact).norm() <= limit
 
 
-@needs_onednn
+@needs_kernel
 def test_gradients_have_gradients_and_take_what_is_expanded_or_transposed():
     x, weight = tensors((12,), 6, 9, False)
     found = []
@@ -86,13 +89,13 @@ def test_gradients_have_gradients_and_take_what_is_expanded_or_transposed():
     torch.testing.assert_close(*found)
 
 
-@needs_onednn
+@needs_kernel
 def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False))
     x = torch.randn(16, 8)
     expected = model(x)
     with contextlib.ExitStack() as stack:
-        assert use_onednn(model, stack) == 2
+        assert use_own_products(model, stack) == 2
         torch.testing.assert_close(model(x), expected)
         assert len(products) == 2
         for context in (
@@ -113,12 +116,10 @@ def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products):
     assert all("forward" not in vars(layer) for layer in model)
 
 
-@needs_onednn
-@pytest.mark.parametrize("onednn", [True, False])
+@needs_kernel
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_training_has_stocks_losses_and_leaves_nothing(
-    adapter, onednn, faster, products, tmp_path
-):
+def test_a_training_has_stocks_losses_and_leaves_nothing(adapter, own, faster, products, tmp_path):
     def model():
         made = llama()
         if adapter:
@@ -128,12 +129,12 @@ def test_a_training_has_stocks_losses_and_leaves_nothing(
         return made
 
     stock, _, _ = train(tmp_path, model())
-    callback, trained = FusedLossCallback(onednn=onednn), model()
+    callback, trained = FusedLossCallback(linear=own), model()
     fused, _, _ = train(tmp_path, trained, [callback])
     assert fused.losses == pytest.approx(stock.losses, rel=1e-6)
-    assert bool(products) == onednn
+    assert bool(products) == own
     count = sum(type(module) is nn.Linear for module in trained.modules()) - 1  # but the head
-    assert callback.linear_layers == (count if onednn else 0)
+    assert callback.linear_layers == (count if own else 0)
     assert all("forward" not in vars(module) for module in trained.modules())
 
 
@@ -141,20 +142,19 @@ def test_a_training_has_stocks_losses_and_leaves_nothing(
     "change, reason",
     [
         ({"torch_compile": True, "torch_compile_backend": "eager"}, "torch.compile's"),
-        ({}, "MKL has the same instructions"),
+        ({}, "torch's products use all of this processor"),
     ],
 )
 def test_who_asks_for_nothing_is_told_so(change, reason, monkeypatch, products, tmp_path):
     said = []
-    why = None if change else "MKL has the same instructions"
-    monkeypatch.setattr(onednn, "reason_against", lambda: why)
+    monkeypatch.setattr(matrix_product, "is_ahead", lambda: bool(change))
     monkeypatch.setattr(fused_loss_module.logger, "warning", said.append)
-    callback = FusedLossCallback(onednn=True)
+    callback = FusedLossCallback(linear=True)
     train(tmp_path, llama(), [callback], **change)
-    assert [line for line in said if "onednn=True does nothing" in line and reason in line]
+    assert [line for line in said if "linear=True does nothing" in line and reason in line]
     assert callback.linear_layers == 0 and not products
 
 
 def test_it_is_a_switch():
-    with pytest.raises(TypeError, match="onednn must be True or False, got 'no'"):
-        FusedLossCallback(onednn="no")
+    with pytest.raises(TypeError, match="linear must be True or False, got 'no'"):
+        FusedLossCallback(linear="no")

@@ -30,7 +30,7 @@ class LossPiece:
         trainer: a Trainer before `train()`.
         wanted: `loss` of `plug`.
         packs: whether batches are packed.
-        attention, onednn: of `plug`.
+        attention, linear: of `plug`.
 
     Attributes:
         callback: what fuses the loss and keeps packed sequences apart: the Trainer's own, if it has
@@ -38,7 +38,7 @@ class LossPiece:
     """
 
     def __init__(
-        self, trainer: Trainer, wanted: bool, packs: bool, attention: bool, onednn: bool
+        self, trainer: Trainer, wanted: bool, packs: bool, attention: bool, linear: bool
     ) -> None:
         self._trainer: Any = trainer
         self._wanted = wanted
@@ -48,7 +48,7 @@ class LossPiece:
         self._is_new = given is None
         self.callback: PackingCallback | None = given
         if given is None and wanted:
-            self.callback = _PluggedLoss(attention=attention, onednn=onednn)
+            self.callback = _PluggedLoss(attention=attention, linear=linear)
         elif given is None and packs:
             self.callback = PackingCallback(attention=attention)
 

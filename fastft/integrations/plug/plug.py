@@ -182,7 +182,7 @@ def plug(
     optimizer: bool = True,
     packing: int | str | None = None,
     attention: bool = True,
-    onednn: bool = False,
+    linear: bool = False,
     **adamw_options: Any,
 ) -> Plugged:
     """Does for a built Trainer what fits it: the fused loss, AdamW, packed batches.
@@ -204,8 +204,8 @@ def plug(
             batch; `"collate"` keeps the batches and leaves out their padding; None leaves them as
             they are. Labels are those of the Trainer's own collator.
         attention: let packed batches have `attn_implementation="fastft"` where it is exact.
-        onednn: let the model's linear layers multiply by oneDNN, as `FusedLossCallback` does; of no
-            effect without the loss.
+        linear: let the model's linear layers multiply by fastft's kernel, as `FusedLossCallback`
+            does; of no effect without the loss.
         adamw_options: keywords of `fastft.AdamW`: `moments`, `rounding`, `offload`, `seed`, ...;
             what `args` have comes from there, when Trainer makes the optimizer.
 
@@ -225,7 +225,7 @@ def plug(
             f"trainer must be a transformers.Trainer, got {type(trainer).__name__}; a loop of your "
             "own takes fastft.fused_loss(model) and fastft.adamw(model)"
         )
-    switches = {"loss": loss, "optimizer": optimizer, "attention": attention, "onednn": onednn}
+    switches = {"loss": loss, "optimizer": optimizer, "attention": attention, "linear": linear}
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -233,6 +233,6 @@ def plug(
         raise ValueError(
             "this Trainer is plugged already: call restore() of what plug returned first"
         )
-    losses = LossPiece(trainer, loss, packing is not None, attention, onednn)
+    losses = LossPiece(trainer, loss, packing is not None, attention, linear)
     adamw = OptimizerPiece(trainer, optimizer, adamw_options, loss=loss, packing=packing)
     return Plugged(trainer, losses, adamw, PackingPiece(trainer, packing, losses.callback))
