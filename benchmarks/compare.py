@@ -99,16 +99,22 @@ def bytes_a_second() -> float:
 @functools.cache
 def flops_a_second(dtype: torch.dtype) -> float:
     """The most of a square product, of `dtype` or of fp32 (a processor may have no units for
-    `dtype`), by torch or by its oneDNN."""
-    from fastft.foreign import onednn
+    `dtype`), by torch, by its oneDNN where it has that for fp32, or by fastft."""
+    from fastft.loss import matrix_product
     from fastft.loss.head_gemms import is_emulated
 
     size, rates = 8192 if DEVICE == "cuda" else 2048, []
     for factors in {torch.float32} if is_emulated(dtype, DEVICE) else {dtype, torch.float32}:
         left, right = (torch.randn(size, size, device=DEVICE).to(factors) for _ in range(2))
         runs = [functools.partial(torch.mm, left, right)]
-        if factors == torch.float32 and onednn.is_faster():
-            runs.append(functools.partial(onednn.product, left, right))
+        if factors == torch.float32 and DEVICE == "cpu":
+            onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+            if onednn is not None:
+                runs.append(functools.partial(onednn, left, right, None, "none", [], ""))
+            if matrix_product.is_ahead():
+                out = torch.empty_like(left)
+                ours = matrix_product.PRODUCT.implementation("cpp", left.device)
+                runs.append(functools.partial(ours, out, left, right, False))
         rates += [2 * size**3 / _fastest(run) for run in runs]
     return max(rates)
 
