@@ -61,14 +61,20 @@ void matrix_product(StableIValue* stack, uint64_t nargs, uint64_t) {
   fastft::ProductPart part{};
   part.left = factor(left, "left"), part.right = factor(right, "right");
   FT_CHECK(out.on_cpu() && out.dim() == 2 && out.dtype() == aoti_torch_dtype_float32() &&
-               (out.size(1) <= 1 || out.stride(1) == 1),
-           "matrix_product: out must be a float32 matrix with contiguous rows");
+               (out.size(1) <= 1 || out.stride(1) == 1) &&
+               (out.size(0) <= 1 || out.stride(0) >= out.size(1)),
+           "matrix_product: out must be a float32 matrix with contiguous rows of their own");
   FT_CHECK(out.size(0) == part.left.rows && out.size(1) == part.right.columns &&
-               part.left.columns == part.right.rows && part.left.columns > 0,
+               part.left.columns == part.right.rows,
            "matrix_product: shapes do not fit");
   part.out = static_cast<float*>(out.mutable_data());
   part.out_stride = out.stride(0);
-  compute(part, fastft::as_int(stack[3]) != 0);
+  const bool add = fastft::as_int(stack[3]) != 0;
+  if (part.left.columns == 0 && !add)
+    for (int64_t row = 0; row < part.left.rows; row++)
+      std::fill_n(part.out + row * part.out_stride, part.right.columns, 0.0f);
+  else if (part.left.rows > 0 && part.left.columns > 0 && part.right.columns > 0)
+    compute(part, add);
 }
 
 fastft::Kernel kernel("matrix_product", matrix_product);

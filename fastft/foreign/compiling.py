@@ -33,12 +33,13 @@ def is_exporting() -> bool:
 
 def is_watched() -> bool:
     """Whether somebody records, counts or answers the operations that run now: a compiler, a
-    tracer, a mode of torch's."""
+    tracer, a mode of torch's, a transformation of torch.func."""
     return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
     )
 
 

@@ -29,6 +29,7 @@ PRIVATE_NAMES = {
     ),
     "torch._C:_len_torch_function_stack": "does a mode answer functions",
     "torch._C:_len_torch_dispatch_stack": "does a mode watch operations",
+    "torch._C:_are_functorch_transforms_active": "does torch.func map or derive what runs",
     "torch._C:_current_graph_task_id": (
         "is a backward pass under way, as torch.utils.checkpoint asks"
     ),

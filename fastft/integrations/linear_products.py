@@ -97,12 +97,14 @@ def _is_fp32(tensor: Tensor) -> bool:
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
-    """The plain ones. Whose `forward` is an attribute already (a head with lazy logits,
-    accelerate's offloading, a tensor-parallel plan) is somebody's."""
+    """The plain ones. Whose `forward` is not the class's (a head with lazy logits, accelerate's
+    offloading, a tensor-parallel plan) is somebody's."""
     return [
         layer
         for layer in model.modules()
-        if type(layer) is nn.Linear and "forward" not in vars(layer) and _is_fp32(layer.weight)
+        if type(layer) is nn.Linear
+        and getattr(layer.forward, "__func__", None) is nn.Linear.forward
+        and _is_fp32(layer.weight)
     ]
 
 

@@ -106,9 +106,12 @@ def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products):
             with context:
                 model(x)
         model(x[:2])
-        copy.deepcopy(model)(x)
-        pickle.loads(pickle.dumps(model))(x)
-        assert len(products) == 2
+        torch.func.jacfwd(model)(x)
+        torch.func.vmap(torch.func.grad(lambda rows: model(rows).sum()))(x.expand(3, 16, 8))
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            copied(x)
+            assert len(linear_products._layers(copied)) == 2  # of a training of its own
+        assert len(products) == 2 and not linear_products._layers(model)
         with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size"):
             model(torch.randn(16, 9))
         model.to(torch.bfloat16)(x.bfloat16())

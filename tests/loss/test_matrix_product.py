@@ -42,6 +42,33 @@ def test_any_shape_dtypes_and_strides(shape, dtypes):
 
 
 @needs_kernel
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)], ids=str)
+def test_nothing_to_add_up(shape):
+    rows, terms, columns = shape
+    left, right = torch.empty(rows, terms), torch.empty(terms, columns)
+    out = torch.full((rows, columns), torch.nan)
+    PRODUCT.native(out, left, right, False)
+    assert torch.equal(out, left @ right)
+    PRODUCT.native(out.fill_(2.0), left, right, True)
+    assert (out == 2.0).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e-42], ids=str)
+def test_what_is_no_normal_number_goes_where_torch_lets_it(value, dtype):
+    torch.manual_seed(0)
+    left, right = torch.randn(15, 200).to(dtype), torch.randn(200, 33).to(dtype)
+    left[:, ::5], right[3] = 0.0, 0.0  # 0 * Inf is NaN
+    left[7, 3], left[14, 0], right[199, 32] = value, value, value
+    expected = (left.double() @ right.double()).float()
+    for add in (False, True):
+        out = torch.full((15, 33), 1.0 if add else torch.nan)
+        PRODUCT.native(out, left, right, add)
+        torch.testing.assert_close(out, expected + add, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@needs_kernel
 def test_threads_change_no_bit():
     left, right = torch.randn(507, 511), torch.randn(511, 130)
     results, threads = [], torch.get_num_threads()
@@ -59,6 +86,7 @@ def test_threads_change_no_bit():
     [
         (torch.empty(2, 3), torch.empty(2, 4), torch.empty(5, 3), "shapes do not fit"),
         (torch.empty(3, 2).T, torch.empty(2, 4), torch.empty(4, 3), "contiguous rows"),
+        (torch.empty(3).expand(2, 3), torch.empty(2, 4), torch.empty(4, 3), "rows of their own"),
         (torch.empty(2, 3), torch.empty(2, 4).half(), torch.empty(4, 3), "left must be float32"),
         (torch.empty(2, 3), torch.empty(2, 4), torch.empty(4), "right must be a matrix"),
     ],
