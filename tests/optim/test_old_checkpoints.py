@@ -1,4 +1,4 @@
-"""Checkpoints of commit a25eaea (moments of 4 bits: efcc782) load with the bits that they had there,
+"""Checkpoints of commit a25eaea (4-bit moments: of efcc782) load with the bits that they had there,
 and train on as they did there."""
 
 from __future__ import annotations
