@@ -42,6 +42,7 @@ import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -277,6 +278,27 @@ ops.library.define(
 # Of the C++ engine only.
 ops.library.define("adamw_written(Tensor(a!) sums, int bound) -> ()")
 
+
+def _with_own_signs(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients that are minus their memory (`imag` of a conjugate), with memory of their own.
+
+    torch's fallback would make it too, but end it before the kernel reads it.
+    """
+    return [grad.resolve_neg() for grad in grads]
+
+
+def _adamw_of_negated(params: list[Tensor], grads: list[Tensor], *others: Any) -> None:
+    if any(param.is_neg() for param in params):
+        raise RuntimeError("AdamW does not train parameters that are minus their memory (is_neg())")
+    torch.ops.fastft.adamw_.default(params, _with_own_signs(grads), *others)
+
+
+def _bound_of_negated(grads: list[Tensor], *others: Any) -> int:
+    return torch.ops.fastft.adamw_bound_.default(_with_own_signs(grads), *others)
+
+
+ops.library.impl("adamw_", _adamw_of_negated, "Negative")
+ops.library.impl("adamw_bound_", _bound_of_negated, "Negative")
 
 _OUTCOMES = (True, False, None)  # by the number that `adamw_bound_` returns
 

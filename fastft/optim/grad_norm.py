@@ -61,6 +61,9 @@ SQUARE_SUMS = ops.Operator(
     _square_sums_reference,
     engines=GRAD_NORM.engines,
 )
+for _name in ("grad_norm_squared_", "grad_square_sums_"):
+    # a gradient that is minus its memory: squares have no sign
+    ops.library.impl(_name, torch.library.fallthrough_kernel, "Negative")
 NORM_TOTAL = ops.Operator(
     "grad_norm_total_(Tensor(a!) total, Tensor sums) -> ()",
     _norm_total_reference,

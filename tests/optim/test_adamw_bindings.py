@@ -186,3 +186,29 @@ def test_memory_that_was_freed(freed: str, clip: float | None) -> None:
     with pytest.raises(RuntimeError, match="has been freed"):
         optimizer.step()
     assert torch.equal(params[0], before)
+
+
+@pytest.mark.parametrize("offload", [None, "states"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_gradients_that_are_minus_their_memory(clip: float | None, offload: str | None) -> None:
+    """What `imag` of a conjugate returns; a kernel sees the memory alone."""
+    trained = []
+    for negated in (False, True):
+        params = [torch.ones(size, requires_grad=True) for size in ((7,), (3, 130))]
+        optimizer = fastft.AdamW(params, max_grad_norm=clip, offload=offload)
+        for scale in (1.0, 3.0):
+            for param in params:
+                minus = torch.linspace(-2, scale, param.numel()).view(param.shape)
+                param.grad = torch._neg_view(minus) if negated else -minus
+            optimizer.step()
+        trained.append(torch.cat([param.detach().flatten() for param in params]))
+    assert torch.equal(*trained)
+
+
+@pytest.mark.parametrize("offload", [None, "states"])
+def test_a_parameter_that_is_minus_its_memory(offload: str | None) -> None:
+    param = torch.ones(7, requires_grad=True)
+    param.grad = torch.ones(7)
+    param.data = torch._neg_view(param.data)
+    with pytest.raises(RuntimeError, match="is_neg|negation"):
+        fastft.AdamW([param], impl="cpp", offload=offload).step()
