@@ -9,10 +9,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fused_trainings import llama, train
+from support.fused_trainings import arguments, llama, train
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer
 
+import fastft
 from fastft import _native
 from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations import linear_products
@@ -156,6 +158,14 @@ def test_who_asks_for_nothing_is_told_so(change, reason, monkeypatch, products, 
     train(tmp_path, llama(), [callback], **change)
     assert [line for line in said if "linear=True does nothing" in line and reason in line]
     assert callback.linear_layers == 0 and not products
+
+
+@pytest.mark.parametrize("callbacks, loss", [([], False), ([FusedLossCallback], True)])
+def test_plug_says_where_it_cannot_ask_for_it(callbacks, loss, tmp_path):
+    trainer = Trainer(llama(), arguments(tmp_path), callbacks=[made() for made in callbacks])
+    with pytest.raises(ValueError, match="linear=True needs loss=True"):
+        fastft.plug(trainer, loss=loss, linear=True)
+    fastft.plug(trainer, loss=loss).restore()
 
 
 def test_it_is_a_switch():

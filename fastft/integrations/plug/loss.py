@@ -45,6 +45,11 @@ class LossPiece:
         there = trainer.callback_handler.callbacks
         kind = FusedLossCallback if wanted else PackingCallback
         given = next((callback for callback in there if isinstance(callback, kind)), None)
+        if linear and not getattr(given, "linear", wanted):
+            raise ValueError(
+                "linear=True needs loss=True and, where the Trainer has a FusedLossCallback of its "
+                "own, that callback's linear=True"
+            )
         self._is_new = given is None
         self.callback: PackingCallback | None = given
         if given is None and wanted:

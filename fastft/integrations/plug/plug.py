@@ -205,7 +205,7 @@ def plug(
             they are. Labels are those of the Trainer's own collator.
         attention: let packed batches have `attn_implementation="fastft"` where it is exact.
         linear: let the model's linear layers multiply by fastft's kernel, as `FusedLossCallback`
-            does; of no effect without the loss.
+            does, with `loss` alone.
         adamw_options: keywords of `fastft.AdamW`: `moments`, `rounding`, `offload`, `seed`, ...;
             what `args` have comes from there, when Trainer makes the optimizer.
 
