@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from fastft.optim.adamw_state import State
 EXAMPLES = 40
 SHAPES = ((1,), (63,), (5, 7), (3, 130), (2, 3, 5), (0, 4), (4097,), (1, 257), ())
 EVENTS = ("step", "step", "step", "accumulate", "discard", "freeze", "thaw", "rate", "add")
-EVENTS += ("closure", "write", "save", "copy", "decay")
+EVENTS += ("closure", "write", "save", "copy", "decay", "negated", "strides")
 
 
 class Case(NamedTuple):
@@ -132,6 +133,22 @@ class _Life:
 
         self.optimizer.step(closure)
         self._discard()
+
+    def _negated_(self, number: int) -> None:
+        """Gradients that are minus their memory."""
+        self._step_with(lambda grad: torch._neg_view(-grad), number)
+
+    def _strides_(self, number: int) -> None:
+        """Gradients whose last dimension is not the one that lies together."""
+        self._step_with(lambda grad: grad.movedim(-1, 0).contiguous().movedim(0, -1), number)
+
+    def _step_with(self, put: Callable[[Tensor], Tensor], number: int) -> None:
+        self._backward(number)
+        for param in self.params:
+            # torch refuses the first
+            if param.grad is not None and param.ndim and not self.kind.startswith("torch"):
+                param.grad = put(param.grad.clone())
+        self._step()
 
     def _freeze_(self, number: int) -> None:
         self.params[number % len(self.params)].requires_grad_(False)
