@@ -12,7 +12,7 @@ from torch import Tensor
 from fastft import ops
 from fastft.foreign.tensors import local
 from fastft.optim import weight_bits
-from fastft.optim.adamw_state import State, residue_names
+from fastft.optim.adamw_state import State, check_gradient, residue_names
 from fastft.optim.adamw_update import ADAMW, RESIDUES, Binding, Rounding
 
 
@@ -117,6 +117,8 @@ class Part:
     ) -> None:
         """Updates by way of the operator, with copies of what lies otherwise than its state."""
         check_dense(grads)
+        for param, grad in zip(self.tensors.params, grads, strict=True):
+            check_gradient(param, grad)  # plain torch would say it between two of them
         # under `.data` torch counts no change: the plan counts one for every engine
         targets = [param.data for param in self.tensors.params]
         params, grads = (

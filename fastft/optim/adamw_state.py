@@ -135,17 +135,22 @@ def _forms(param: Tensor, group: dict[str, Any], rounding: str) -> Forms:
     return dict.fromkeys(names, (dtype, param.shape)) | kept
 
 
+def check_gradient(param: Tensor, grad: Tensor) -> None:
+    """Raises where a gradient does not fit its parameter, which `.data = ...` can make so."""
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"a gradient has shape {tuple(grad.shape)} on {grad.device}, its parameter "
+            f"{tuple(param.shape)} on {param.device}"
+        )
+
+
 def _check_fit(param: Tensor, entries: State, forms: Forms) -> None:
     if param.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(
             f"AdamW trains float32 and bfloat16 parameters, one has become {param.dtype}"
         )
-    grad = param.grad
-    if grad is not None and (grad.shape != param.shape or grad.device != param.device):
-        raise RuntimeError(
-            f"a gradient has shape {tuple(grad.shape)} on {grad.device}, its parameter "
-            f"{tuple(param.shape)} on {param.device}"
-        )
+    if param.grad is not None:
+        check_gradient(param, param.grad)
     for name, (dtype, shape) in forms.items():
         entry = entries[name]
         if entry.shape != shape or entry.dtype != dtype:

@@ -210,5 +210,20 @@ def test_a_parameter_that_is_minus_its_memory(offload: str | None) -> None:
     param = torch.ones(7, requires_grad=True)
     param.grad = torch.ones(7)
     param.data = torch._neg_view(param.data)
-    with pytest.raises(RuntimeError, match="is_neg|negation"):
+    with pytest.raises(RuntimeError, match=r"is_neg|negation"):
         fastft.AdamW([param], impl="cpp", offload=offload).step()
+
+
+@pytest.mark.parametrize("impl", ["cpp", "eager"])
+def test_a_gradient_that_gets_another_size_leaves_no_half_step(impl: str) -> None:
+    params = [torch.ones(7, requires_grad=True) for _ in range(3)]
+    optimizer = fastft.AdamW(params, impl=impl)
+    for param in params:
+        param.grad = torch.ones(7)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    params[1].grad.data = torch.ones(9)
+    with pytest.raises(RuntimeError, match=r"a gradient has shape \(9,\)"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+    assert all(optimizer.state[param]["step"] == 1 for param in params)
