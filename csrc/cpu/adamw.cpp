@@ -73,10 +73,26 @@ struct Bound {
       : tensors(std::move(checked)), written(tensors.rows.size()) {}
 };
 
-// Says whether sections of the checksum are parts of a processor's part: rows of codes may cut them
-// otherwise.
+// Says whether sections of the checksum are parts of a processor's part. Rows of codes may cut them
+// otherwise: these are summed when all is written.
 bool summed(const AdamwTensor& t) {
   return t.residue && (t.columns == t.numel || t.columns % fastft::kSection == 0);
+}
+
+// The checksum of every so many sections.
+uint64_t sum_of_sections(const int16_t* bits, int64_t numel, int64_t every) {
+  const int64_t sections = (numel + fastft::kSection - 1) / fastft::kSection;
+  std::atomic<uint64_t> total{0};
+  fastft::parallel_for((sections + every - 1) / every, kGrain / fastft::kSection,
+                       [&](int64_t begin, int64_t end) {
+                         uint64_t part = 0;
+                         for (int64_t section = begin * every;
+                              section < end * every && section < sections; section += every)
+                           part += fastft::section_sum(bits + section * fastft::kSection, section,
+                                                       numel - section * fastft::kSection);
+                         total += part;
+                       });
+  return total;
 }
 
 // Calls `kernel(begin, end)` for parts of elements [from, to); after each the section with which it
@@ -119,7 +135,14 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step,
         kernel(from, to);
     }
   });
-  if (written) written->finish();
+  if (!written) return;
+  written->finish();
+  for (size_t i = 0; i < tensors.rows.size(); i++) {
+    const AdamwTensor& t = tensors.rows[i];
+    if (t.residue && !summed(t))
+      written->sums[i] =
+          sum_of_sections(static_cast<const int16_t*>(t.param), t.numel, fastft::kEvery);
+  }
 }
 
 void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
@@ -182,19 +205,8 @@ void checksum(StableIValue* stack, uint64_t nargs, uint64_t) {
            "weight_checksum_: sum must be one int64");
   FT_CHECK(weight.dtype() == aoti_torch_dtype_bfloat16() && weight.contiguous() && every > 0,
            "weight_checksum_: weight must be contiguous bfloat16, every above 0");
-  const int16_t* bits = static_cast<const int16_t*>(weight.data());
-  const int64_t sections = (numel + fastft::kSection - 1) / fastft::kSection;
-  std::atomic<uint64_t> total{0};
-  fastft::parallel_for((sections + every - 1) / every, kGrain / fastft::kSection,
-                       [&](int64_t begin, int64_t end) {
-                         uint64_t part = 0;
-                         for (int64_t section = begin * every;
-                              section < end * every && section < sections; section += every)
-                           part += fastft::section_sum(bits + section * fastft::kSection, section,
-                                                       numel - section * fastft::kSection);
-                         total += part;
-                       });
-  *static_cast<uint64_t*>(sum.mutable_data()) = total;
+  *static_cast<uint64_t*>(sum.mutable_data()) =
+      sum_of_sections(static_cast<const int16_t*>(weight.data()), numel, every);
 }
 
 fastft::Kernel kernel_adamw("adamw_", adamw), kernel_bind("adamw_bind", bind),
