@@ -137,7 +137,7 @@ class AdamwTensors {
         !(kept.contiguous ? grad.contiguous() : same_layout(kept.param, grad)))
       return false;
     rows[i].grad = grad.data();
-    return true;
+    return rows[i].grad || rows[i].numel == 0;
   }
 
   // Limits with which no sum of what a table says overflows.
@@ -193,8 +193,8 @@ class AdamwTensors {
               scale->device_index() == device_index && (row.numel == 0 || scale->numel() == blocks),
           "adamw_: tensor %zu: scales must be contiguous float32 on its device, one for each block",
           i);
-    row.exp_avg_scale = static_cast<float*>(kept.exp_avg_scale.mutable_data());
-    row.exp_avg_sq_scale = static_cast<float*>(kept.exp_avg_sq_scale.mutable_data());
+    row.exp_avg_scale = static_cast<float*>(memory(i, kept.exp_avg_scale));
+    row.exp_avg_sq_scale = static_cast<float*>(memory(i, kept.exp_avg_sq_scale));
     return row;
   }
 
@@ -207,7 +207,7 @@ class AdamwTensors {
              "on the parameter's device",
              i, static_cast<long long>(lines),
              static_cast<long long>(nibble_bytes_of_row(row.columns)));
-    return exp_avg.mutable_data();
+    return memory(i, exp_avg);
   }
 
   // What all forms of the first moment have in common.
@@ -220,7 +220,7 @@ class AdamwTensors {
     if (i == 0) device_index = param.device_index();
     FT_CHECK(param.device_index() == device_index, "adamw_: tensor %zu is on another device", i);
     AdamwTensor row{};
-    row.param = param.mutable_data(), row.numel = param.numel(), row.rounding = rounding;
+    row.param = memory(i, param), row.numel = param.numel(), row.rounding = rounding;
     row.exp_avg_sq = checked(i, param, kept.exp_avg_sq, moment_sq, "exp_avg_sq");
     if (kept.residue.handle)
       row.residue = checked(i, param, kept.residue,
@@ -236,7 +236,15 @@ class AdamwTensors {
              "adamw_: tensor %zu: the %s does not have the parameter's shape, strides and device "
              "or has a wrong dtype",
              i, what);
-    return other.mutable_data();
+    return memory(i, other);
+  }
+
+  // A storage that was freed (`untyped_storage().resize_(0)`) leaves shape and strides.
+  static void* memory(size_t i, const Tensor& tensor) {
+    void* data = tensor.mutable_data();
+    FT_CHECK(data || tensor.numel() == 0,
+             "adamw_: tensor %zu: the memory of the parameter or of its state has been freed", i);
+    return data;
   }
 };
 
@@ -283,9 +291,11 @@ struct AdamwCall {
     step.check(tensors);
     FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
     const int64_t misfit = tensors.take(grads);
-    FT_CHECK(misfit < 0,
-             "adamw_: gradient %d does not have its parameter's dtype, shape, strides and device",
-             int(misfit));
+    FT_CHECK(
+        misfit < 0,
+        "adamw_: gradient %d does not have its parameter's dtype, shape, strides and device, or "
+        "its memory has been freed",
+        int(misfit));
   }
 };
 }  // namespace fastft

@@ -55,6 +55,8 @@ class GradNormArgs {
                    grad.device_index() == result.device_index,
                "%s: gradient %zu is not a contiguous float32 or bfloat16 tensor on the %s' device",
                operation, i, name);
+      FT_CHECK(grad.data() || grad.numel() == 0, "%s: the memory of gradient %zu has been freed",
+               operation, i);
       gradients.push_back({grad.data(), grad.numel(), bf16});
       chunks += norm_chunks(grad.numel());
     }

@@ -112,14 +112,14 @@ def load(optimizer: AdamW, state_dict: dict[str, Any]) -> None:
 
     def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
         loaded = _inner(loaded)
+        _check_groups(loaded["param_groups"], optimizer.param_groups)
         state, checksums = dict(loaded["state"]), _checksums_of(loaded)
         groups = [
             {name: value for name, value in saved.items() if name not in _OF_APEX}
             for saved in loaded["param_groups"]
         ]
-        # a group more or less, or other sizes: torch raises after this
         for saved, restored, group in zip(
-            loaded["param_groups"], groups, optimizer.param_groups, strict=False
+            loaded["param_groups"], groups, optimizer.param_groups, strict=True
         ):
             masters.extend(_restore_group(optimizer, group, saved, state, checksums))
             restored["moments"] = group["moments"]
@@ -150,7 +150,7 @@ def _restore_group(
     whole_group = {**optimizer.defaults, **saved, "moments": group["moments"]}
     check_group(whole_group)
     masters = []
-    for position, (key, param) in enumerate(zip(saved["params"], group["params"], strict=False)):
+    for position, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
         owner = f"parameter {key}"
         entries, master = _torch_form(state.get(key, {}), saved, position, owner)
         if not entries:
@@ -214,6 +214,17 @@ def _inner(loaded: dict[str, Any]) -> dict[str, Any]:
         return loaded
     pairs = zip(inner["param_groups"], loaded["fp32_from_fp16"], strict=True)
     return {**inner, "param_groups": [{**group, "master": masters} for group, masters in pairs]}
+
+
+def _check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    there, here = ([len(group["params"]) for group in of] for of in (saved, groups))
+    if there != here:
+        raise ValueError(
+            f"the loaded state dict has groups of {there} parameters, this optimizer of {here}: "
+            'they must be the same. With moments="8bit" or "4bit" fastft.adamw and plug make '
+            "groups of their own for embeddings and head; adamw_spec, whose groups are always "
+            "Trainer's, can go on with other moments"
+        )
 
 
 def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:

@@ -14,6 +14,7 @@ from support import ptx
 from support.ptx.engines import require_cuda
 from torch import Tensor
 
+import fastft
 from fastft import _native
 
 pytestmark = pytest.mark.skipif(_native.missing("cpu") is not None, reason="no native CPU library")
@@ -167,3 +168,21 @@ def test_a_batch_that_ignores_more_tokens_than_there_are() -> None:
         == [[0, 1, *[-100] * 3], [0, 1, 0, 1, 2], [0, 0, 1, 1, 1], [0, 2, 5]]
     )
     assert filled(-HUGE - 1) == filled(0)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("freed", ["param", "grad", "exp_avg", "exp_avg_sq_scale"])
+def test_memory_that_was_freed(freed: str, clip: float | None) -> None:
+    """`untyped_storage().resize_(0)` leaves shape and strides and takes the memory."""
+    params = [torch.ones(size, requires_grad=True) for size in ((7,), (3, 130))]
+    optimizer = fastft.AdamW(params, moments="4bit", max_grad_norm=clip, impl="cpp")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = params[0].detach().clone()
+    last = params[1]
+    owner = {"param": last, "grad": last.grad, **optimizer.state[last]}[freed]
+    owner.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has been freed"):
+        optimizer.step()
+    assert torch.equal(params[0], before)

@@ -144,11 +144,11 @@ def bad_checkpoints():
     return {
         "more groups": (
             {**good, "param_groups": [group, group]},
-            "different number of parameter groups",
+            r"groups of \[3, 3\] parameters, this optimizer of \[3\]",
         ),
         "fewer parameters": (
             {**good, "param_groups": [{**group, "params": [0], "master": masters[:1]}]},
-            "size of",
+            r"groups of \[1\] parameters, this optimizer of \[3\]",
         ),
         "masters": (
             {**good, "param_groups": [{**group, "master": masters[:1]}]},

@@ -1,5 +1,5 @@
-"""Checkpoints of commit a25eaea load with the bits that they had there, and train on as they did
-there."""
+"""Checkpoints of commit a25eaea (4-bit moments: of efcc782) load with the bits that they had there,
+and train on as they did there."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from support.old_checkpoints import (
     AFTER,
     BEFORE,
     FOLDER,
+    FOLDER_4BIT,
     LONG,
     Model,
     bytes_of,
     digests,
+    folder_of,
     optimizer_of,
     start,
     step,
@@ -30,14 +32,14 @@ from fastft.optim import moment_blocks, moments_8bit
 from fastft.optim.adamw_update import load_value
 
 
-def read(name: str) -> Any:
-    return torch.load(FOLDER / name, weights_only=True)
+def read(name: str, folder: Path = FOLDER) -> Any:
+    return torch.load(folder / name, weights_only=True)
 
 
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_next_steps_have_the_bits_of_then(mode: str, impl: str) -> None:
-    file = read(f"{mode}.pt")
+    file = read(f"{mode}.pt", folder_of(MODES[mode]))
     params = [Parameter(weight) for weight in file["weights"]]
     optimizer = optimizer_of(params, MODES[mode], impl=impl)  # the seed is the checkpoint's
     optimizer.load_state_dict(file["optimizer"])
@@ -52,7 +54,7 @@ def test_the_next_steps_have_the_bits_of_then(mode: str, impl: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_entry_keeps_its_bits(mode: str) -> None:
-    file = read(f"{mode}.pt")
+    file = read(f"{mode}.pt", folder_of(MODES[mode]))
     optimizer = optimizer_of(start(MODES[mode]), MODES[mode], seed=1)
     optimizer.load_state_dict(file["optimizer"])
     loaded = optimizer.state_dict()
@@ -132,5 +134,8 @@ def assert_equal(now: dict[str, torch.Tensor], then: dict[str, torch.Tensor]) ->
 
 
 def test_the_table_of_modes_has_a_file_each() -> None:
-    assert {file.stem for file in FOLDER.glob("*.pt")} == {*MODES, "exact-8bit-long", "model"}
+    of_4bit = {name for name, mode in MODES.items() if mode.moments == "4bit"}
+    others = {*MODES} - of_4bit | {"exact-8bit-long", "model"}
+    assert {file.stem for file in FOLDER.glob("*.pt")} == others
+    assert {file.stem for file in FOLDER_4BIT.glob("*.pt")} == of_4bit
     assert old_checkpoints.FOLDER.name == "checkpoints_a25eaea"

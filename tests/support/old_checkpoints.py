@@ -1,12 +1,14 @@
-"""What a checkpoint of commit a25eaea must load as, for ever: tests/fixtures/checkpoints_a25eaea.
+"""What a checkpoint of an earlier commit must load as, for ever: tests/fixtures/checkpoints_*.
 
     git worktree add a25eaea a25eaea
     cp tests/support/{old_checkpoints,adamw_modes}.py a25eaea/tests/support/
     cd a25eaea/tests; PYTHONPATH=.. python -m support.old_checkpoints ../../tests/fixtures
 
-wrote that folder. It was run once, at a25eaea with the C++ engine, and is not to be run again: a
-change which makes the files differ breaks the checkpoints that people have. Values and gradients
-are integers over powers of two, so that no version of torch draws others.
+wrote checkpoints_a25eaea. It was run once, at a25eaea with the C++ engine, and is not to be run
+again: a change which makes the files differ breaks the checkpoints that people have. Moments of 4
+bits, which that commit did not know, are in checkpoints_efcc782, written likewise at that one with
+`4bit` for a last argument. Values and gradients are integers over powers of two, so that no version
+of torch draws others.
 
 `<mode>.pt` has the `weights` and the `optimizer`'s state dict after two steps, and what three more
 steps make of them: the bytes of the `expected` weights after each, and `digests` of the states at
@@ -29,7 +31,9 @@ from torch.nn import Parameter
 import fastft
 from support.adamw_modes import MODES, Mode
 
-FOLDER = Path(__file__).resolve().parent.parent / "fixtures" / "checkpoints_a25eaea"
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+FOLDER = FIXTURES / "checkpoints_a25eaea"
+FOLDER_4BIT = FIXTURES / "checkpoints_efcc782"
 SHAPES = [(5, 7), (63,), (), (2, 3, 5), (1,), (2, 130)]
 LONG = [(4099,), (3, 5)]  # a vector which a later fastft keeps in 8 bits
 BEFORE, AFTER = 2, 3  # steps
@@ -50,7 +54,8 @@ def start(mode: Mode, shapes: list[tuple[int, ...]] = SHAPES) -> list[Parameter]
 def optimizer_of(params: list[Parameter], mode: Mode, **options: Any) -> fastft.AdamW:
     """Two groups, the second with amsgrad where that may be."""
     half = len(params) // 2
-    rest = {"lr": 3e-3, "betas": (0.4, 0.99), "maximize": True, "amsgrad": mode.moments != "8bit"}
+    amsgrad = mode.moments in ("fp32", "bf16")
+    rest = {"lr": 3e-3, "betas": (0.4, 0.99), "maximize": True, "amsgrad": amsgrad}
     groups = [{"params": params[:half], "weight_decay": 0.1}, {"params": params[half:], **rest}]
     return fastft.AdamW(groups, **mode.options, **options)
 
@@ -140,10 +145,16 @@ def _write_fp32(folder: Path) -> None:
     torch.save({**saved, "expected": expected}, folder / "model.pt")
 
 
+def folder_of(mode: Mode) -> Path:
+    return FOLDER_4BIT if mode.moments == "4bit" else FOLDER
+
+
 if __name__ == "__main__":
-    into = Path(sys.argv[1]) / "checkpoints_a25eaea"
+    into = Path(sys.argv[1]) / (FOLDER_4BIT if sys.argv[2:] == ["4bit"] else FOLDER).name
     into.mkdir(parents=True)
     for name, of_mode in MODES.items():
-        _write(into / f"{name}.pt", of_mode, SHAPES)
-    _write(into / "exact-8bit-long.pt", MODES["exact-8bit"], LONG)
-    _write_fp32(into)
+        if folder_of(of_mode).name == into.name:
+            _write(into / f"{name}.pt", of_mode, SHAPES)
+    if into.name == FOLDER.name:
+        _write(into / "exact-8bit-long.pt", MODES["exact-8bit"], LONG)
+        _write_fp32(into)
