@@ -106,23 +106,14 @@ def _leaves(case: Case, generator: torch.Generator, dtype: torch.dtype) -> list[
 Computed = Callable[..., list[Tensor]]
 
 
-def _reduced(losses: Tensor, case: Case, target: Tensor, weight: Tensor | None) -> list[Tensor]:
-    """As `mean` with `num_items`, and over no row at all, is documented."""
+def _reduced(losses: Tensor, case: Case, target: Tensor) -> Tensor:
+    """As `num_items`, and the mean over no row at all, are documented."""
     if case.reduction == "none":
-        return [losses]
+        return losses
     total = losses.sum()
     if case.reduction == "sum":
-        return [total]
-    return [total / case.num_items] if case.num_items else [_mean(losses, target, weight, case)]
-
-
-def _mean(losses: Tensor, target: Tensor, weight: Tensor | None, case: Case) -> Tensor:
-    counted = target != IGNORED
-    if not counted.any():
-        return losses.sum() * 0.0
-    if weight is None:
-        return losses.sum() / counted.sum()
-    raise AssertionError("a weighted mean is torch's own")
+        return total
+    return total / (case.num_items or max(1, int((target != IGNORED).sum())))
 
 
 def _of_logits(case: Case, target: Tensor, weight: Tensor | None) -> tuple[Computed, Computed]:
@@ -178,14 +169,15 @@ def _asked(case: Case) -> dict[str, Any]:
 
 
 def _plain(case: Case, target: Tensor, weight: Tensor | None, options: dict[str, Any]) -> Computed:
+    # torch's own mean is by the weights of the rows
+    weighted = case.reduction == "mean" and weight is not None and not case.num_items
+    reduction = "mean" if weighted and bool((target != IGNORED).any()) else "none"
+
     def plain(logits: Tensor) -> list[Tensor]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        asked = options | {"weight": weight}
-        weighted_mean = case.reduction == "mean" and weight is not None and not case.num_items
-        if weighted_mean and (target != IGNORED).any():
-            return [oracle.cross_entropy(logits, target, reduction="mean", **asked)]
-        losses = oracle.cross_entropy(logits, target, reduction="none", **asked)
-        return _reduced(losses, case, target, None)
+        asked = options | {"weight": weight, "reduction": reduction}
+        losses = oracle.cross_entropy(logits, target, **asked)
+        return [losses if reduction == "mean" else _reduced(losses, case, target)]
 
     return plain
 
