@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastft.optim.adamw import AdamW
-from fastft.optim.moments_8bit import dequantise
+from fastft.optim.moment_codes import dequantise
 
 ELEMENTS, BETA1, BETA2, EPS = 8192, 0.9, 0.999, 1e-8
 Rounder = Callable[[Tensor], Tensor]

@@ -15,7 +15,10 @@ from fastft.optim.moment_blocks import (
     NEAREST,
     SCALES,
     Entries,
+    decode_v,
+    encode_v,
     scale_shape,
+    without_spoilt,
     write_largest,
 )
 
@@ -30,14 +33,14 @@ class Code(NamedTuple):
         dtype: of `exp_avg`.
         packed: how many codes of neighbours an entry of `exp_avg` has.
         shape: of `exp_avg`, from the parameter's.
-        dequantise, quantise: to fp32 moments and back.
+        decode_m, encode_m: to fp32 first moments and back.
     """
 
     dtype: torch.dtype
     packed: int
     shape: Callable[[Shape], Shape]
-    dequantise: Callable[..., tuple[Tensor, Tensor]]
-    quantise: Callable[..., None]
+    decode_m: Callable[[Entries, Tensor], Tensor]
+    encode_m: Callable[[Tensor, Tensor, Entries, Tensor | int], None]
 
     def forms(self, shape: Shape) -> Forms:
         """Dtypes and shapes of the moments' entries of a parameter of this shape."""
@@ -50,9 +53,9 @@ class Code(NamedTuple):
 
 # by what the option `moments` calls them
 CODES = {
-    "8bit": Code(torch.int8, 1, tuple, moments_8bit.dequantise, moments_8bit.quantise),
+    "8bit": Code(torch.int8, 1, tuple, moments_8bit.decode_m, moments_8bit.encode_m),
     "4bit": Code(
-        torch.uint8, 2, moments_4bit.codes_shape, moments_4bit.dequantise, moments_4bit.quantise
+        torch.uint8, 2, moments_4bit.codes_shape, moments_4bit.decode_m, moments_4bit.encode_m
     ),
 }
 _BY_DTYPE = {code.dtype: code for code in CODES.values()}
@@ -102,8 +105,9 @@ def dequantise(
     exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor, exp_avg_sq_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The fp32 moments, of the parameter's shape, of codes and scales."""
-    code = _BY_DTYPE[exp_avg.dtype]
-    return code.dequantise(exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale)
+    v = decode_v(exp_avg_sq, exp_avg_sq_scale)
+    state = exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale
+    return _BY_DTYPE[exp_avg.dtype].decode_m(state, v), v
 
 
 def quantise(
@@ -113,8 +117,19 @@ def quantise(
     m_bits: Tensor | int = NEAREST,
     v_bits: Tensor | int = NEAREST,
 ) -> None:
-    """Writes fp32 moments into codes and scales, the arguments as `moments_8bit.quantise`'s."""
-    _BY_DTYPE[state[0].dtype].quantise(m, v, state, m_bits, v_bits)
+    """Writes fp32 moments into codes and scales.
+
+    Args:
+        m, v: of the parameter's shape.
+        state: codes and scales, in the order of `dequantise`.
+        m_bits, v_bits: random bits, int32 in [0, 65535], of the parameter's shape; by default those
+            of nearest.
+    """
+    if m.numel() == 0:
+        return
+    spoilt, m, v = without_spoilt(m, v)
+    encode_v(v, state[1], state[3], v_bits)
+    _BY_DTYPE[state[0].dtype].encode_m(m, spoilt, state, m_bits)
 
 
 def restore(m: Tensor, v: Tensor, state: Entries) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastft.optim import moment_blocks as blocks
-from fastft.optim.moment_blocks import NEAREST, Entries
+from fastft.optim.moment_blocks import Entries
 
 _NAN = -8
 _LARGEST = torch.finfo(torch.float32).max
@@ -39,44 +39,25 @@ def codes_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:
     return rows, -(-columns // 2)
 
 
-def dequantise(
-    exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor, exp_avg_sq_scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The fp32 moments, of the shape of `exp_avg_sq`, of codes and scales."""
-    v = blocks.decode_v(exp_avg_sq, exp_avg_sq_scale)
-    code = _unpacked(exp_avg, v)
-    m = (code.float() * (1 / 7)) * (blocks.of_elements(exp_avg_scale, v) * blocks.root(v))
-    return m.masked_fill_(code == _NAN, torch.nan), v
+def decode_m(state: Entries, v: Tensor) -> Tensor:
+    """The fp32 first moments of codes and scales, beside the second ones as they are kept."""
+    code = _unpacked(state[0], v)
+    m = (code.float() * (1 / 7)) * (blocks.of_elements(state[2], v) * blocks.root(v))
+    return m.masked_fill_(code == _NAN, torch.nan)
 
 
-def quantise(
-    m: Tensor,
-    v: Tensor,
-    state: Entries,
-    m_bits: Tensor | int = NEAREST,
-    v_bits: Tensor | int = NEAREST,
-) -> None:
-    """Writes fp32 moments into codes and scales.
-
-    Args:
-        m, v: of the parameter's shape.
-        state: codes and scales, in the order of `dequantise`.
-        m_bits, v_bits: random bits, int32 in [0, 65535], of the parameter's shape; by default those
-            of nearest.
-    """
-    codes_m, codes_v, scale_m, scale_v = state
-    if m.numel() == 0:
-        return
-    spoilt, m, v = blocks.without_spoilt(m, v)
-    blocks.encode_v(v, codes_v, scale_v, v_bits)
+def encode_m(m: Tensor, spoilt: Tensor, state: Entries, bits: Tensor | int) -> None:
+    """Writes finite first moments into codes and scales, rounded by `bits`; NaN where `spoilt`. The
+    codes of v are there already."""
+    codes, codes_v, scale, scale_v = state
     root = blocks.root(blocks.decode_v(codes_v, scale_v))
     x = (m.abs() / root).clamp_(max=_LARGEST).masked_fill_((root == 0) | spoilt, 0.0)
-    blocks.write_largest(x, scale_m)
-    y = blocks.share(x, scale_m) * 7.0
+    blocks.write_largest(x, scale)
+    y = blocks.share(x, scale) * 7.0
     low = y.int().clamp_(max=6)
-    up = m_bits < (y - low) * 65536.0
+    up = bits < (y - low) * 65536.0
     code = (low + up) * m.sign().int()
-    _pack(code.masked_fill_(spoilt, _NAN), codes_m)
+    _pack(code.masked_fill_(spoilt, _NAN), codes)
 
 
 def _unpacked(packed: Tensor, like: Tensor) -> Tensor:

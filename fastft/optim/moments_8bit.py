@@ -21,45 +21,27 @@ import torch
 from torch import Tensor
 
 from fastft.optim import moment_blocks as blocks
-from fastft.optim.moment_blocks import NEAREST, Entries
+from fastft.optim.moment_blocks import Entries
 
 _NAN = -128
 _UNITS = 127.0**4
 
 
-def dequantise(
-    exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor, exp_avg_sq_scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The fp32 moments of codes (shape of the parameter) and scales."""
-    root = exp_avg.float() * (1 / 127)
-    m = (root * root.abs()) * (root * root) * blocks.of_elements(exp_avg_scale, exp_avg)
-    return m.masked_fill_(exp_avg == _NAN, torch.nan), blocks.decode_v(exp_avg_sq, exp_avg_sq_scale)
+def decode_m(state: Entries, v: Tensor) -> Tensor:
+    """The fp32 first moments of codes and scales, which need no v."""
+    codes, _, scale, _ = state
+    root = codes.float() * (1 / 127)
+    m = (root * root.abs()) * (root * root) * blocks.of_elements(scale, v)
+    return m.masked_fill_(codes == _NAN, torch.nan)
 
 
-def quantise(
-    m: Tensor,
-    v: Tensor,
-    state: Entries,
-    m_bits: Tensor | int = NEAREST,
-    v_bits: Tensor | int = NEAREST,
-) -> None:
-    """Writes fp32 moments into codes and scales.
-
-    Args:
-        m, v: of the parameter's shape.
-        state: codes and scales, in the order of `dequantise`.
-        m_bits, v_bits: random bits, int32 in [0, 65535], of the parameter's shape; by default those
-            of nearest.
-    """
-    codes_m, codes_v, scale_m, scale_v = state
-    if m.numel() == 0:
-        return
-    spoilt, m, v = blocks.without_spoilt(m, v)
-    blocks.encode_v(v, codes_v, scale_v, v_bits)
-    blocks.write_largest(m, scale_m)
-    x = blocks.share(m.abs(), scale_m) * _UNITS
+def encode_m(m: Tensor, spoilt: Tensor, state: Entries, bits: Tensor | int) -> None:
+    """Writes finite first moments into codes and scales, rounded by `bits`; NaN where `spoilt`."""
+    codes, _, scale, _ = state
+    blocks.write_largest(m, scale)
+    x = blocks.share(m.abs(), scale) * _UNITS
     low = blocks.root(blocks.root(x)).int().clamp_(max=126)
     below, above = (low * low).float().square(), ((low + 1) * (low + 1)).float().square()
-    up = m_bits * (above - below) < (x - below) * 65536.0
+    up = bits * (above - below) < (x - below) * 65536.0
     code = (low + up) * m.sign().int()
-    codes_m.copy_(code.masked_fill_(spoilt, _NAN))
+    codes.copy_(code.masked_fill_(spoilt, _NAN))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.adamw_steps import ENGINES, gradients, start, train
 
-from fastft.optim import moment_codes, moments_4bit
+from fastft.optim import moment_codes
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import STREAMS, random_bits, swap_bytes
 from fastft.optim.moment_blocks import BLOCK, ENTRIES
@@ -120,11 +120,11 @@ def test_codes_are_the_contracts(columns, kind, poisoned_empty):
     bits = np.random.default_rng(1).integers(0, 65536, m.shape, np.int32)
     tensors = torch.from_numpy(m), torch.from_numpy(v)
     state, drawn = new_state(tensors[0]), torch.from_numpy(bits)
-    moments_4bit.quantise(*tensors, state, drawn, swap_bytes(drawn))
+    moment_codes.quantise(*tensors, state, drawn, swap_bytes(drawn))
     wanted, kept = expected(m, v, bits)
     for name, entry, other in zip(ENTRIES, state, wanted, strict=True):
         assert np.array_equal(entry.numpy(), other, equal_nan=True), name
-    for entry, other in zip(moments_4bit.dequantise(*state), kept, strict=True):
+    for entry, other in zip(moment_codes.dequantise(*state), kept, strict=True):
         assert np.array_equal(entry.numpy(), other, equal_nan=True)
 
 
@@ -163,11 +163,11 @@ def test_every_code_stands_for_itself():
     # each in a block of its own, beside the largest
     codes = torch.arange(-8, 8).clamp(min=-7).to(torch.uint8) & 15
     state = 7 | codes[:, None] << 4, torch.full((16, 2), 255, dtype=torch.uint8)
-    m, v = moments_4bit.dequantise(*state, torch.ones(16, 1), torch.ones(16, 1))
+    m, v = moment_codes.dequantise(*state, torch.ones(16, 1), torch.ones(16, 1))
     assert torch.equal(m[:, 0], torch.ones(16)) and torch.equal(v, torch.ones(16, 2))
     assert (m[1:, 1].diff() > 0).all() and m[8, 1] == 0
     again = new_state(m)
-    moments_4bit.quantise(m, v, again)
+    moment_codes.quantise(m, v, again)
     assert all(map(torch.equal, again[:2], state))
 
 
@@ -178,7 +178,7 @@ def test_rounding_is_right_in_the_mean(scale):
     bits = torch.arange(0, 65536, 64, dtype=torch.int32)
     many = m.expand(len(bits), 100).contiguous()
     drawn, state = bits[:, None].expand_as(many), new_state(many)
-    moments_4bit.quantise(many, torch.full_like(many, scale * scale), state, drawn, drawn)
-    kept, _ = moments_4bit.dequantise(*state)
+    moment_codes.quantise(many, torch.full_like(many, scale * scale), state, drawn, drawn)
+    kept, _ = moment_codes.dequantise(*state)
     assert all(len(column.unique()) <= 2 for column in kept.T) and not kept[:, 1].any()
     torch.testing.assert_close(kept.double().mean(0), m[0].double(), rtol=2e-3, atol=1e-3 * scale)

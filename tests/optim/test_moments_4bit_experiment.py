@@ -11,7 +11,7 @@ import torch
 
 from fastft.optim.adamw import AdamW
 from fastft.optim.moment_blocks import ENTRIES
-from fastft.optim.moments_8bit import dequantise
+from fastft.optim.moment_codes import dequantise
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -7,14 +7,14 @@ import torch
 from support.adamw_steps import needs_native
 from torch.nn import Parameter
 
-from fastft.optim import moment_codes, moments_8bit
+from fastft.optim import moment_codes
 from fastft.optim.adamw import AdamW
 from fastft.optim.moment_blocks import ENTRIES
 
 
 def codes_of(m, v):
     state = moment_codes.entries_of(moment_codes.new_entries(m, "8bit"))
-    moments_8bit.quantise(m, v, state)
+    moment_codes.quantise(m, v, state)
     return state
 
 
@@ -25,7 +25,7 @@ def test_every_code_stands_for_itself():
         torch.full((256, 2), 255, dtype=torch.uint8),
     )
     codes[0][:, 1], codes[1][:, 1] = torch.arange(256).sub(127).clamp(max=127), torch.arange(256)
-    m, v = moments_8bit.dequantise(*codes, *torch.ones(2, 256, 1).unbind())
+    m, v = moment_codes.dequantise(*codes, *torch.ones(2, 256, 1).unbind())
     assert torch.equal(m[:, 0], torch.ones(256)) and torch.equal(v[:, 0], torch.ones(256))
     assert (
         (m[:255, 1].diff() > 0).all()
@@ -50,8 +50,8 @@ def test_rounding_is_right_in_the_mean(scale):
             ((len(bits), 1), torch.float32),
         )
     )
-    moments_8bit.quantise(many, many, state, *[bits[:, None].expand_as(many)] * 2)
-    m, v = moments_8bit.dequantise(*state)
+    moment_codes.quantise(many, many, state, *[bits[:, None].expand_as(many)] * 2)
+    m, v = moment_codes.dequantise(*state)
     assert torch.equal(state[2], many.amax(1, keepdim=True)) and torch.equal(state[2], state[3])
     large = value[0] > value.max() / 2e6  # smaller ones become the smallest value of v
     torch.testing.assert_close(m.double().mean(0), value[0].double(), rtol=2e-3, atol=1e-9 * scale)

@@ -28,7 +28,7 @@ from support.old_checkpoints import (
 from torch.nn import Parameter
 
 import fastft
-from fastft.optim import moment_blocks, moments_8bit
+from fastft.optim import moment_blocks, moment_codes
 from fastft.optim.adamw_update import load_value
 
 
@@ -83,7 +83,7 @@ def test_fp32_moments_of_a_long_vector_become_8_bit_ones() -> None:
         torch.equal(params[0], read("exact-8bit-long.pt")["weights"][0]) and state["step"] == BEFORE
     )
     assert torch.equal(state["remainder"], then["remainder"].view(torch.int16))
-    m, v = moments_8bit.dequantise(*(state[name] for name in moment_blocks.ENTRIES))
+    m, v = moment_codes.dequantise(*(state[name] for name in moment_blocks.ENTRIES))
     torch.testing.assert_close(
         m, then["exp_avg"], rtol=0.02, atol=float(then["exp_avg"].abs().max()) * 1e-3
     )
