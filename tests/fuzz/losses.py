@@ -5,6 +5,7 @@ Values and all gradients are at most twice as far from it as plain torch in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -85,10 +86,28 @@ def check(case: Case) -> None:
     rival = _with_gradients(plain, leaves, generator.manual_seed(case.seed))
     truth = _with_gradients(plain, exact, generator.manual_seed(case.seed))
     terms = case.rows + case.hidden + case.classes
+    summed = _of_row(case, target, exact)
     for at, results in enumerate(zip(found, rival, truth, strict=True)):
-        assert_no_worse(*results, f"result {at}", terms=terms)
+        assert_no_worse(*(_beside(summed, each) for each in results), f"result {at}", terms=terms)
     for leaf, gradient in zip(leaves, found[-len(leaves) :], strict=True):
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+
+
+def _of_row(case: Case, target: Tensor, leaves: list[Tensor]) -> float:
+    """The size of what is summed into a row's results, a power of two: at least 1, or the largest
+    logit. In one class, or a certain one, all of it cancels, and its roundings are left."""
+    x, *head = (float(leaf.abs().max()) if leaf.numel() else 0.0 for leaf in leaves)
+    logit = max(1.0, case.logit_scale) * max(1.0, x * head[0] * case.hidden if head else x)
+    size = 4.0 * logit  # upstream gradients, which are normal, are seldom above 4
+    if case.of == "log_probs" or case.z_loss:
+        size *= logit  # gradients of entropies and of z-losses multiply by one
+    if case.of != "log_probs" and case.reduction == "mean":
+        size /= case.num_items or max(1, int((target != IGNORED).sum()))
+    return 2.0 ** math.ceil(math.log2(size))
+
+
+def _beside(size: float, result: Tensor) -> Tensor:
+    return torch.cat([result.flatten(), result.new_tensor([size])])
 
 
 def _leaves(case: Case, generator: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
