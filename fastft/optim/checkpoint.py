@@ -25,7 +25,13 @@ from fastft.foreign.tensors import in_flat_parameter, local, placed_like, sharde
 from fastft.optim import weight_bits
 from fastft.optim.adamw_state import State, new_state
 from fastft.optim.adamw_update import RESIDUES, store_value
-from fastft.optim.foreign_states import OF_APEX, check_number, check_values, inner, torch_form
+from fastft.optim.foreign_states import (
+    OF_APEX,
+    check_number,
+    check_values,
+    state_dict_of,
+    torch_form,
+)
 from fastft.optim.groups import check_group
 from fastft.optim.moment_blocks import BLOCK, ENTRIES, SCALES
 from fastft.optim.moment_codes import CODES, code_of, dequantise, entries_of, restore
@@ -105,7 +111,7 @@ def load(optimizer: AdamW, state_dict: dict[str, Any]) -> None:
     masters: list[tuple[Tensor, Tensor, State]] = []
 
     def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-        loaded = inner(loaded)
+        loaded = state_dict_of(loaded, optimizer.param_groups)
         _check_groups(loaded["param_groups"], optimizer.param_groups)
         state, checksums = dict(loaded["state"]), _checksums_of(loaded)
         groups = [

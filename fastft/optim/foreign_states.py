@@ -15,6 +15,7 @@ all ZeRO's parts of all parameters in a row, are refused by name and with the wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -31,12 +32,18 @@ _OF_CPU_OFFLOAD = "offloaded"
 _AT_ONCE = 1 << 22  # elements that are looked at
 
 
-def inner(loaded: dict[str, Any]) -> dict[str, Any]:
-    """The state dict itself, or that inside apex's FP16_Optimizer with its masters in their groups.
+def state_dict_of(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state dict that a file has: itself, or what apex's FP16_Optimizer (with its masters in
+    their groups) or torchao's CPUOffloadOptimizer keep in its place.
+
+    Args:
+        groups: the optimizer's that it is for.
 
     Raises:
-        ValueError: it is neither, or a group names no parameters.
+        ValueError: it has none, or a group names no parameters, or has the betas of another rule.
     """
+    if _OF_CPU_OFFLOAD in loaded:
+        return _of_cpu_offload(loaded, groups)
     is_apex = "fp32_from_fp16" in loaded
     needed = {"optimizer_state_dict", "fp32_from_fp16"} if is_apex else {"state", "param_groups"}
     if missing := needed - loaded.keys():
@@ -51,11 +58,16 @@ def inner(loaded: dict[str, Any]) -> dict[str, Any]:
                 f"param_groups[{number}] of the loaded state dict must be a dict with a list of "
                 f"params, got {group!r:.60}"
             )
+        if "t_beta3" in group and len(group.get("betas", ())) == 3:
+            raise ValueError(
+                "this is bitsandbytes' AdEMAMix, which has two first moments, not AdamW: begin "
+                "with new moments"
+            )
     if not is_apex:
         return loaded
     pairs = zip(state_dict["param_groups"], loaded["fp32_from_fp16"], strict=True)
-    groups = [{**group, "master": masters} for group, masters in pairs]
-    return {**state_dict, "param_groups": groups}
+    made = [{**group, "master": masters} for group, masters in pairs]
+    return {**state_dict, "param_groups": made}
 
 
 def torch_form(
@@ -132,6 +144,40 @@ def check_values(
         )
 
 
+def _of_cpu_offload(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state dict that torchao's CPUOffloadOptimizer keeps in pieces: of one optimizer for each
+    parameter of some size or more, in their order, and of one for all others that are trained."""
+    large = [(saved["state"].get(0, {}), saved["param_groups"][0]) for saved in loaded["offloaded"]]
+    rest = loaded.get("on-device", {"state": {}, "param_groups": []})
+    small = [
+        (rest["state"].get(key, {}), group)
+        for group in rest["param_groups"]
+        for key in group["params"]
+    ]
+    trained = [p for group in groups for p in group["params"] if p.requires_grad]
+    sizes = sorted((param.numel() for param in trained), reverse=True)
+    least = sizes[len(large) - 1] if 0 < len(large) <= len(sizes) else float("inf")
+    if (len(large), len(sizes)) != (
+        sum(size >= least for size in sizes),
+        len(large) + len(small),
+    ):
+        raise ValueError(
+            f"the state dict of torchao's CPUOffloadOptimizer is of {len(large)} large and "
+            f"{len(small)} small parameters, this optimizer trains {len(sizes)}: they must be the "
+            "same"
+        )
+    state: dict[int, Any] = {}
+    made, pieces, keys = [], {True: iter(large), False: iter(small)}, count()
+    for group in groups:
+        options: dict[str, Any] = {}
+        params = list(zip(group["params"], keys, strict=False))
+        for param, key in params:
+            if param.requires_grad:
+                state[key], options = next(pieces[param.numel() >= least])
+        made.append({**options, "params": [key for _, key in params]})
+    return {"state": state, "param_groups": made}
+
+
 def _of_bitsandbytes(entries: dict[str, Any], owner: str) -> dict[str, Any]:
     if "state2" not in entries:
         raise ValueError(
@@ -184,16 +230,11 @@ def _what_it_is(loaded: dict[str, Any]) -> str:
             "parameters in a row: resume under DeepSpeed, or let its ds_to_universal.py write the "
             "whole states (docs/adamw.md, Checkpoints, shows how they load)"
         )
-    if _OF_CPU_OFFLOAD in loaded:
-        return (
-            ". It is of torchao's CPUOffloadOptimizer, which has an optimizer of its own for each "
-            "parameter: give each state its parameter's number (docs/adamw.md, Checkpoints, shows "
-            "how)"
-        )
     if any(str(key).startswith("param_groups.") for key in loaded):
         return (
-            ". It is flattened: load it with torch.distributed.checkpoint.state_dict."
-            "set_optimizer_state_dict and StateDictOptions(flatten_optimizer_state_dict=True)"
+            ". It is flattened: load it, with torch.distributed.checkpoint.state_dict."
+            "set_optimizer_state_dict, into an optimizer of the class that saved it, whose "
+            "state_dict() loads here"
         )
     places = list(_state_dicts_in(loaded))
     return f". Its {', '.join(places)} is one: load that" if places else ""
