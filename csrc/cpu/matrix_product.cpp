@@ -2,7 +2,8 @@
 //
 // out (+)= left right in fp32, of float32 or bfloat16 matrices with any strides. A part of `right`
 // that stays in the second- or third-level cache is packed once for all threads; each thread packs
-// its rows of `left`, a block at a time that stays in its first two.
+// its rows of `left`, a block at a time that stays in its first two. Threads share tiles of rows,
+// of which a few have few, by columns.
 #include "matrix_product.h"
 
 #include <algorithm>
@@ -51,7 +52,7 @@ void compute(fastft::ProductPart part, bool add) {
         return [&, kernel](int64_t begin, int64_t end) { kernel(&part, begin, end); };
       };
       fastft::parallel_for(part.panels(), 1, call(pack));
-      fastft::parallel_for(parts_of(part.left.rows, rows), 1, call(multiply));
+      fastft::parallel_for(parts_of(part.left.rows, rows) * part.panels(), 1, call(multiply));
     }
 }
 
