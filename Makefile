@@ -24,6 +24,8 @@
 # make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program
 # make sanitize [ONLY=cpu]    the native code and its tests under the address, undefined-behaviour and thread sanitizers, on every
 #                instruction set; the CUDA launchers over a fake runtime, too; a quarter of an hour
+# make planted    faults that fastft once had, planted back one at a time: is each found, and how soon?
+#                benchmarks/results/planted_faults.md; FAULTS="r05 r12": these alone
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
@@ -51,7 +53,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz sanitize lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz planted sanitize lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -163,6 +165,9 @@ sanitize: native
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
+
+planted: native
+	$(BIN)/python benchmarks/planted_faults.py $(FAULTS)
 
 # The wheel needs the glibc of the machine that builds it: for older ones cibuildwheel builds it (pyproject.toml).
 dist: $(PACKERS)
