@@ -192,7 +192,7 @@ def plug(
     optimizer: bool = True,
     packing: int | str | None = None,
     attention: bool = True,
-    linear: bool = False,
+    linear: bool | None = None,
     **adamw_options: Any,
 ) -> Plugged:
     """Does for a built Trainer what fits it: the fused loss, AdamW, packed batches.
@@ -214,8 +214,8 @@ def plug(
             batch; `"collate"` keeps the batches and leaves out their padding; None leaves them as
             they are. Labels are those of the Trainer's own collator.
         attention: let packed batches have `attn_implementation="fastft"` where it is exact.
-        linear: let the model's linear layers multiply by fastft's kernel, as `FusedLossCallback`
-            does, with `loss` alone.
+        linear: whether the model's linear layers multiply by fastft's kernel, as
+            `FusedLossCallback` has it, with `loss` alone. None (default): where it is faster.
         adamw_options: keywords of `fastft.AdamW`: `moments`, `rounding`, `offload`, `seed`, ...;
             what `args` have comes from there, when Trainer makes the optimizer.
 
@@ -235,7 +235,8 @@ def plug(
             f"trainer must be a transformers.Trainer, got {type(trainer).__name__}; a loop of your "
             "own takes fastft.fused_loss(model) and fastft.adamw(model)"
         )
-    switches = {"loss": loss, "optimizer": optimizer, "attention": attention, "linear": linear}
+    switches = {"loss": loss, "optimizer": optimizer, "attention": attention}
+    switches |= {} if linear is None else {"linear": linear}
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
