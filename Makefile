@@ -22,6 +22,7 @@
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
 # make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program
+# make soak       2,000 steps of a training, 200 trainings in a process, 1,000 attachments, 3,000 optimizers: nothing may grow
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
@@ -49,7 +50,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz soak lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -84,14 +85,14 @@ test: native
 test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
 
 test-slow: native $(WAYS)
-	$(PYTEST) -m "not sweep and not ptx"
+	$(PYTEST) -m "not sweep and not ptx and not soak"
 
 test-isa: native
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
 
 # the tables are written if tests fail, too, and say it
 matrix: native $(WAYS)
-	$(PYTEST) -m "way and not sweep and not ptx" --ways benchmarks/results/ways.json $(ONLY); tested=$$?; \
+	$(PYTEST) -m "way and not sweep and not ptx and not soak" --ways benchmarks/results/ways.json $(ONLY); tested=$$?; \
 	$(BIN)/python -m pytest -q --collect-only --ways-tables > build/ways.txt || { tail build/ways.txt; exit 1; }; \
 	exit $$tested
 
@@ -155,6 +156,10 @@ sweep: native
 fuzz: native
 	$(PYTEST) tests/fuzz --fuzz-seconds $(SECONDS) --fuzz-seed $(SEED) --junit-xml build/fuzz.xml; tested=$$?; \
 	grep -o 'name="fuzzed" value="[^"]*"' build/fuzz.xml | cut -d '"' -f 4; exit $$tested
+
+soak: native
+	$(PYTEST) -m soak tests/soak --junit-xml build/soak.xml; tested=$$?; \
+	grep -o 'name="soaked" value="[^"]*"' build/soak.xml | cut -d '"' -f 4; exit $$tested
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
