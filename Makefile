@@ -22,13 +22,15 @@
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
 # make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program
+# make sanitize [ONLY=cpu]    the native code and its tests under the address, undefined-behaviour and thread sanitizers, on every
+#                instruction set; the CUDA launchers over a fake runtime, too; a quarter of an hour
 # make soak       2,000 steps of a training, 200 trainings in a process, 1,000 attachments, 3,000 optimizers: nothing may grow
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
 # make dist       what goes to PyPI: the source distribution and the wheel with its manylinux name, checked, with hashes
-# make gpu-check PYTHON=python3    build, smoke, tests, ops, train with the torch of that Python, on its GPU, in under ten
-#                minutes; PART="smoke ops": only these; results go to $OUT if that is set, else to benchmarks/results
+# make gpu-check PYTHON=python3    build, smoke, tests, sanitize, ops, train with the torch of that Python, on its GPU, in under
+#                ten minutes; PART="smoke ops": only these; results go to $OUT if that is set, else to benchmarks/results
 
 # The environment that demo, test and bench make for themselves: the versions of LOCKED, or without it the newest. On Linux
 # PyPI's torch brings 3 GB of CUDA; make test TORCH="torch --extra-index-url https://download.pytorch.org/whl/cpu" does not.
@@ -50,7 +52,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz soak lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz sanitize soak lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -160,6 +162,9 @@ fuzz: native
 soak: native
 	$(PYTEST) -m soak tests/soak --junit-xml build/soak.xml; tested=$$?; \
 	grep -o 'name="soaked" value="[^"]*"' build/soak.xml | cut -d '"' -f 4; exit $$tested
+
+sanitize: native
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitized.py -n 2 $(if $(ONLY),--only $(ONLY))
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
