@@ -1,7 +1,7 @@
 // One row of logits: loss, log sum exp, entropy and gradient. Written with the compiler's vector
 // types at the width of the instruction set; sums always run in 16 lanes that are added up in one
-// order, so that every instruction set gives the same bits, but for the payload of a NaN: which of
-// two an operation keeps depends on the order of its operands.
+// order, so that every instruction set gives the same bits, but for sign and payload of a NaN:
+// which of two an operation keeps depends on the order of its operands.
 #include "bf16.h"
 #include "cross_entropy.h"
 #include "cross_entropy_math.h"

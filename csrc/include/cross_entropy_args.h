@@ -77,7 +77,7 @@ class CrossEntropyArgs {
       entropy = vector<float>(statistics_, 0, "entropy", fp32, rows);
     is_top1 = vector<bool>(statistics_, 1, "is_top1", aoti_torch_dtype_bool(), rows);
     if (grad_.size == 0) return;
-    const Tensor tensor = grad_[0];
+    const Tensor& tensor = grad_[0];
     grad_stride = check_matrix(tensor, "grad");
     grad = tensor.mutable_data();
   }
@@ -111,7 +111,7 @@ class CrossEntropyArgs {
   template <class T>
   T* vector(const TensorList& list, size_t i, const char* name, int32_t dtype, int64_t size) const {
     if (i >= list.size) return nullptr;
-    const Tensor tensor = list[i];
+    const Tensor& tensor = list[i];
     check_vector(tensor, name, dtype, size);
     return static_cast<T*>(tensor.mutable_data());
   }

@@ -14,7 +14,8 @@ weights as torch defines them, the z-loss as PaLM does (arXiv 2204.02311). A row
 `ignore_index` has loss 0 and gradient 0. All maths is fp32 for 16-bit logits. Sums leave the target
 out (`others`), and its gradient is -others / sum: a row whose target leads by 25 nats has a loss
 and a gradient, where `1 - softmax` rounds both to zero. A row that holds NaN or +Inf is NaN, as
-torch's.
+torch's. The C++ engine has the same bits on every instruction set, but for the sign and the payload
+of a NaN.
 
 Bytes moved: without a gradient the logits are read twice (maximum, sum), with one three times, and
 their gradient is written; all but the first read of a row hit the cache.

@@ -225,21 +225,29 @@ def test_deterministic_whatever_the_threads(impl):
 PROBE = """
 import hashlib, torch
 from fastft.loss.cross_entropy import cross_entropy
+from fastft.optim.grad_norm import grad_norm
 torch.manual_seed(0)
 digest = hashlib.sha256()
+# Inf, and NaNs of other signs and payloads, two of them in a row where there is room
+odd = torch.tensor([0x7F800000, -0x800000, 0x7FC00000, -0x2ABCDF, 0x7FA12345], dtype=torch.int32)
 for dtype in (torch.float32, torch.bfloat16):
     for classes in (1, 15, 16, 507, 1000):
-        logits = (9 * torch.randn(33, classes)).to(dtype).requires_grad_()
+        logits = (9 * torch.randn(33, classes)).to(dtype)
+        logits[5:10, 0] = logits[6:11, classes // 2] = odd.view(torch.float32).to(dtype)
+        norms = [grad_norm([row.clone()], "cpp") for row in logits]
+        logits.requires_grad_()
         loss = cross_entropy(logits, torch.randint(0, classes, (33,)), reduction="none", impl="cpp")
         (grad,) = torch.autograd.grad(loss.sum(), logits)
-        for tensor in (loss.detach(), grad.float()):
-            digest.update(tensor.numpy().tobytes())
+        for tensor in (loss.detach(), grad.float(), torch.stack(norms)):
+            assert tensor.isnan().any()
+            digest.update(tensor.where(tensor == tensor, torch.nan).numpy().tobytes())
 print(digest.hexdigest())
 """
 
 
 @pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")
 def test_every_instruction_set_gives_the_same_bits():
+    """But for the sign and the payload of a NaN."""
     digests = {
         isa: subprocess.run(
             [sys.executable, "-c", PROBE],

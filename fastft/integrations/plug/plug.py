@@ -7,8 +7,9 @@ called, so that nothing is half done where one raises, and then
     train_begins(stack)   what belongs to one training, until that ends, whichever way
     line()                one sentence, up to date
 
-On the Trainer itself there are only attributes of this one instance and callbacks; `train` is one
-of them, because after an exception Trainer calls no callback.
+On the Trainer itself there are only attributes of this one instance and callbacks. `train` is one
+of them, because after an exception Trainer calls no callback, and because checkpoints are looked at
+before Trainer loads one; `save_model` is another, with which each checkpoint begins.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from fastft.foreign import objects
+from fastft.integrations.checkpoint_folder import check_checkpoints, forget_earlier_save
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.plug.loss import LossPiece
 from fastft.integrations.plug.optimizer import OptimizerPiece
@@ -98,9 +100,11 @@ class Plugged:
         for piece in (self._loss, self._optimizer, self._packing):
             piece.install(stack)
         train = functools.wraps(trainer.train)(functools.partial(self._train, trainer.train))
-        stack.callback(objects.put_attributes(trainer, train=train))
+        save = functools.wraps(trainer.save_model)(functools.partial(_save, trainer.save_model))
+        stack.callback(objects.put_attributes(trainer, train=train, save_model=save))
 
     def _train(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        check_checkpoints(self._trainer, args[0] if args else kwargs.get("resume_from_checkpoint"))
         self._optimizer.refresh()
         try:
             return stock(*args, **kwargs)
@@ -167,6 +171,12 @@ class _Course(TrainerCallback):
     ) -> None:
         """Leaves nothing on the model."""
         self.plugged._training_ends()
+
+
+def _save(stock: Any, output_dir: str | None = None, _internal_call: bool = False) -> Any:
+    if _internal_call and output_dir is not None:
+        forget_earlier_save(output_dir)
+    return stock(output_dir, _internal_call=_internal_call)
 
 
 def _remove(handler: Any, callback: Any) -> None:
