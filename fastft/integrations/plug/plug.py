@@ -203,7 +203,9 @@ def plug(
         trainer.train()
 
     What does not fit is left as it is, and a line says why. Losses stay those of the Trainer
-    without it, up to rounding, but for `packing` as a number, which makes other batches.
+    without it, up to rounding, but for `packing` as a number, which makes other batches. `train`
+    raises a ValueError before it begins where `output_dir` cannot take checkpoints, or the one to
+    resume from is half; the sentence has the file and the way out.
 
     Args:
         trainer: a `transformers.Trainer` or a subclass, before `train()`.
