@@ -9,6 +9,8 @@ from __future__ import annotations
 # "module:qualified name" and what it is for; "a|b" is one name of several versions. What no class
 # has, only its instances, is looked for in the module's text.
 PRIVATE_NAMES = {
+    "_signal:getsignal": "handlers of signals, without the enums of `signal`",
+    "_signal:signal": "the same",
     "torch:_disable_dynamo": "torch.compiler.disable without importing the compiler",
     "torch._dynamo.decorators:_dynamo_marked_constant": (
         "torch.compiler.assume_constant_result, without the compiler"
@@ -30,6 +32,9 @@ PRIVATE_NAMES = {
     "torch._C:_len_torch_function_stack": "does a mode answer functions",
     "torch._C:_len_torch_dispatch_stack": "does a mode watch operations",
     "torch._C:_are_functorch_transforms_active": "does torch.func map or derive what runs",
+    "torch._C:_functorch.is_legacy_batchedtensor": (
+        "do many gradients stand as one (is_grads_batched)"
+    ),
     "torch._C:_current_graph_task_id": (
         "is a backward pass under way, as torch.utils.checkpoint asks"
     ),

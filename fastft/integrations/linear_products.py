@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastft.foreign.compiling import is_watched
 from fastft.foreign.objects import put_attributes
+from fastft.foreign.tensors import is_batched
 from fastft.loss import matrix_product
 
 
@@ -46,10 +47,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
+        # many gradients at once (is_grads_batched) are one matrix to torch's products alone
+        times = torch.matmul if is_batched(grad) else _Product.apply
         return (
-            None if right is None else _Product.apply(grad, right.T),
+            None if right is None else times(grad, right.T),
             # not (left^T grad): a weight comes transposed, and its gradient is to lie as it does
-            None if left is None else _Product.apply(grad.T, left).T,
+            None if left is None else times(grad.T, left).T,
         )
 
 

@@ -92,6 +92,17 @@ def test_gradients_have_gradients_and_take_what_is_expanded_or_transposed():
 
 
 @needs_kernel
+def test_many_gradients_at_once_are_those_of_one_by_one(faster):
+    layer, x = nn.Linear(9, 7), torch.randn(17, 9, requires_grad=True)
+    y, inputs = linear(x, layer.weight, layer.bias), [x, layer.weight, layer.bias]
+    upstream = torch.randn(3, 17, 7)
+    found = torch.autograd.grad(y, inputs, upstream, retain_graph=True, is_grads_batched=True)
+    for number, one in enumerate(upstream):
+        expected = torch.autograd.grad(y, inputs, one, retain_graph=True)
+        torch.testing.assert_close([each[number] for each in found], list(expected))
+
+
+@needs_kernel
 def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False))
     x = torch.randn(16, 8)
