@@ -86,7 +86,7 @@ test: native
 	$(PYTEST)
 	$(PYTEST) benchmarks --benchmark-disable
 
-test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
+test-all: lint docs test-slow test-isa sanitize ptx sweep test-oldest test-latest
 
 test-slow: native $(WAYS)
 	$(PYTEST) -m "not sweep and not ptx and not soak"
