@@ -162,7 +162,9 @@ def write_rules(kind, folder):
             "stub", f"{quote(cxx)} -shared -nostdlib -Wl,-soname,$out -x c++ /dev/null -o $out"
         )
         # linked aside and renamed: an interrupted build leaves no half library behind
-        link = f"{quote([*cxx, *extra])} -shared -s -o $out.part $in"
+        # with -g somebody wants to read names and lines in what a sanitizer reports
+        strip = "" if "-g" in extra else " -s"
+        link = f"{quote([*cxx, *extra])} -shared{strip} -o $out.part $in"
         link += " -Wl,--no-as-needed -L. $torch -Wl,--as-needed"
         exports = quote([f"-Wl,--version-script={CSRC / 'exports.map'}"])
         link += f" {quote(libs)} {exports} -Wl,-z,relro -Wl,--gc-sections && mv $out.part $out"

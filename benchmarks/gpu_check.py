@@ -1,15 +1,16 @@
 """What only a GPU can show: builds against the torch of this Python, tests, measures, trains; in
 under ten minutes.
 
-make gpu-check PYTHON=python3 [PART="smoke tests ops train"]
+make gpu-check PYTHON=python3 [PART="smoke tests sanitize ops train"]
 
 First the machine and a build for its GPU alone, then parts in the order of their worth:
 
-    smoke   one case of each kernel and engine: is it right, and how long does it take
-    tests   the tests marked gpu, in several processes where pytest-xdist is importable
-    ops     the benchmarks, with the rivals that are importable
-    train   a training against stock and Liger; 8 billion parameters under 24 GiB against the same
-            without a limit
+    smoke     one case of each kernel and engine: is it right, and how long does it take
+    tests     the tests marked gpu, in several processes where pytest-xdist is importable
+    sanitize  launches.py under the tools of compute-sanitizer, where that is found
+    ops       the benchmarks, with the rivals that are importable
+    train     a training against stock and Liger; 8 billion parameters under 24 GiB against the same
+              without a limit
 
 Each has a share of the time and what those before it have left of theirs; one that is not finished
 then is ended, with all that it has started. Whatever ends is on the disk at once, in the folder
@@ -25,6 +26,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -41,9 +43,10 @@ from tables import failures
 
 HERE = Path(__file__).resolve().parent
 # seconds of TOTAL
-SHARES = {"machine": 30, "build": 90, "smoke": 40, "tests": 150, "ops": 130, "train": 140}
+SHARES = {"machine": 30, "build": 90, "smoke": 40, "tests": 130}
+SHARES |= {"sanitize": 60, "ops": 110, "train": 120}
 TOTAL = 580.0
-PARTS = ("smoke", "tests", "ops", "train")
+PARTS = ("smoke", "tests", "sanitize", "ops", "train")
 # the kernels whose speed is least known first
 OPS = (
     "cross_entropy",
@@ -57,6 +60,8 @@ VARIANTS = ("stock", "fastft", "liger")
 BIG, BIG_SHARE = "8B under 24 GiB", 3  # times the seconds of a variant
 SILENCE = {"smoke": 20.0, "tests": 60.0, "ops": 45.0}  # seconds after which what runs hangs
 WORKERS = 8
+SANITIZERS = ("memcheck", "racecheck")
+REPORTED = 86  # the status of who has something to report
 
 
 class Check:
@@ -219,6 +224,33 @@ class Check:
         if ended.why:
             return ended.why
         return "" if ended.status in (0, 1) else f"pytest ended with status {ended.status}"
+
+    def sanitize(self, limit: float) -> str:
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        places = [None, f"{home}/bin", f"{home}/compute-sanitizer"]
+        found = (shutil.which("compute-sanitizer", path=place) for place in places)
+        sanitizer = next(filter(None, found), None)
+        # the launches are ours, what torch asks of the runtime by trial is not
+        options = [f"--error-exitcode={REPORTED}", "--report-api-errors=no", "--print-limit=20"]
+        # each tensor is then memory of its own, whose ends are known
+        more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        end = time.monotonic() + limit
+        for number, tool in enumerate(SANITIZERS):
+            line = {"part": "sanitize", "case": f"compute-sanitizer[{tool}]"}
+            if sanitizer is None:
+                self.ledger.append(**line, outcome="skipped", said="no compute-sanitizer is found")
+                continue
+            command = [sanitizer, f"--tool={tool}", *options, sys.executable]
+            share = (end - time.monotonic()) / (len(SANITIZERS) - number)
+            ended = bounded.run(
+                [*command, str(HERE / "launches.py")], seconds=share, log=self.log, more=more
+            )
+            outcome = "cut off" if ended.why else "failed" if ended.status else "passed"
+            reported = f"{self.log.name} has its reports" if ended.status == REPORTED else ""
+            said = ended.why or reported or f"status {ended.status}"
+            self.ledger.append(**line, outcome=outcome, seconds=round(ended.seconds, 1), said=said)
+        self.ledger.news()
+        return ""
 
     def train(self, limit: float) -> str:
         end, said, cases = time.monotonic() + limit, [], [*VARIANTS, BIG]

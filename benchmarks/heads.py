@@ -69,8 +69,8 @@ def stepping(
     loss: Callable[..., Tensor], x: Tensor, weight: Tensor, target: Tensor
 ) -> Callable[[], None]:
     def step() -> None:
-        x.grad = weight.grad = None
         loss(x, weight, target).backward()
+        x.grad = weight.grad = None  # else the next run gives this one's memory back
 
     return step
 

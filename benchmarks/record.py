@@ -105,7 +105,7 @@ def main() -> None:
         print(table(rows))
     wrong = [*failures(ledger, "ops"), *filter(None, [why])]
     missed = [
-        f"{each.row}: {each.what} {each.found}, goal {each.goal}"
+        f"{each.row}: {each.what} {each.found}, goal {each.goal}: {each.verdict}"
         for each in goals.judge({row["name"]: row for row in rows})
         if not each.reached
     ]

@@ -37,8 +37,8 @@ def measure(benchmark, device, rows, classes, dtype, options):
 
     def stepping(function, **options):
         def step():
-            logits.grad = None
             function(logits, target, **options).backward()
+            logits.grad = None  # else the next run gives this one's memory back
 
         return step
 

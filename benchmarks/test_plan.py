@@ -17,7 +17,8 @@ import texts
 import torch
 from compare import compare
 
-from fastft.data.balance import balanced, pack_costs
+from fastft.data.balance import balanced
+from fastft.data.even_packs import pack_costs
 from fastft.data.packed import pack
 from fastft.data.plan import PackPlan, plan_packs
 

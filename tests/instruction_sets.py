@@ -61,14 +61,19 @@ PROCESSORS = {
 }
 
 
-def settings() -> dict[str, tuple[str, ...]]:
-    """What this machine can pass for, and the farthest crossed: our kernels of one processor,
-    torch's of another."""
+def processors() -> dict[str, tuple[str, ...]]:
+    """What this machine can pass for, the best last."""
     best = _native.cpu_isa()
     if best is None:
         raise SystemExit(f"no CPU kernels: {_native.missing('cpu')}")
     names = list(PROCESSORS)
-    had = {name: PROCESSORS[name] for name in names[: names.index(best) + 1]}
+    return {name: PROCESSORS[name] for name in names[: names.index(best) + 1]}
+
+
+def settings() -> dict[str, tuple[str, ...]]:
+    """The processors, and the farthest crossed: our kernels of one, torch's of another."""
+    had = processors()
+    best = list(had)[-1]
     if best != "baseline":
         had["ours baseline"] = ("baseline", *PROCESSORS[best][1:])
         had["torch baseline"] = (best, *PROCESSORS["baseline"][1:])

@@ -56,7 +56,13 @@ def program(folder: Path, cxx: str) -> tuple[Path, Path]:
     )
     libraries, driver = folder / "build" / "native" / "cpu", folder / "driver"
     compile_driver = [cxx, "-std=c++17", "-O1", f"-I{folder / 'csrc' / 'include'}", str(DRIVER)]
-    link = ["-rdynamic", f"-L{libraries}", "-lfastft_cpu", f"-Wl,-rpath-link,{libraries}"]
+    link = [
+        "-pthread",
+        "-rdynamic",
+        f"-L{libraries}",
+        "-lfastft_cpu",
+        f"-Wl,-rpath-link,{libraries}",
+    ]
     run([*compile_driver, *link, "-o", str(driver)])
     return driver, libraries
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastft
 from fastft import _native
@@ -118,6 +119,36 @@ def test_an_unknown_instruction_set_is_named(copied_package: Path) -> None:
         in printed
     )
     assert f"kernels for {_native.cpu_isa()}," in printed
+
+
+KERNELS = re.findall(
+    r'\bkernel\w*\("(\w+)"', "".join(path.read_text() for path in (CSRC / "cpu").glob("*.cpp"))
+)
+
+
+@needs_cpu_library
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_call_that_is_refused_lets_go_of_its_tensors(name: str) -> None:
+    """Of those in lists too, which torch leaves to whoever reads them."""
+    fastft._import_rooms()
+    function, given = getattr(torch.ops.fastft, name).default, []
+
+    def refused() -> torch.Tensor:
+        given.append(torch.zeros(2, 2, dtype=torch.complex64))
+        return given[-1]
+
+    plain = {"int": 0, "float": 0.0, "bool": False}
+    types = [str(argument.type) for argument in function._schema.arguments]
+    arguments = [
+        refused() if each == "Tensor" else plain[each] if each in plain else [refused(), refused()]
+        for each in types
+    ]
+    with pytest.raises(RuntimeError, match="fastft: "):
+        function(*arguments)
+    watched = [StorageWeakRef(tensor.untyped_storage()) for tensor in given]
+    del arguments
+    given.clear()
+    assert watched and all(storage.expired() for storage in watched)
 
 
 def test_the_names_of_instruction_sets_are_those_of_the_kernels() -> None:

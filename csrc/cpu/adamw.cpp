@@ -69,6 +69,7 @@ bool summed(const AdamwTensor& t) {
 // The checksum of every so many sections.
 uint64_t sum_of_sections(const int16_t* bits, int64_t numel, int64_t every) {
   const int64_t sections = (numel + fastft::kSection - 1) / fastft::kSection;
+  every = std::min(every, std::max<int64_t>(sections, 1));
   std::atomic<uint64_t> total{0};
   fastft::parallel_for((sections + every - 1) / every, kGrain / fastft::kSection,
                        [&](int64_t begin, int64_t end) {
@@ -146,7 +147,7 @@ fastft::LiveTable<Bound>& bindings() {
 //            Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table) -> int
 void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 6, "adamw_bind: 6 arguments expected, got %d", int(nargs));
-  const fastft::TensorList params(stack[0]), exp_avgs(stack[1]), exp_avg_sqs(stack[2]),
+  fastft::TensorList params(stack[0]), exp_avgs(stack[1]), exp_avg_sqs(stack[2]),
       max_exp_avg_sqs(stack[3]), residues(stack[4]);
   const fastft::Tensor table(stack[5]);
   fastft::AdamwTensors tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
@@ -158,7 +159,7 @@ void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
 // its parameter. `bound` is what adamw_bind returned.
 void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 5, "adamw_bound_: 5 arguments expected, got %d", int(nargs));
-  const fastft::TensorList grads(stack[0]);
+  fastft::TensorList grads(stack[0]);
   const fastft::AdamwStep step(stack + 1);
   const auto bound = bindings().get(fastft::as_int(stack[4]), "adamw_bound_");
   fastft::AdamwTensors& tensors = bound->tensors;

@@ -63,7 +63,9 @@ struct Rows {
     row.upstream_entropy = job.upstream[2] ? job.upstream[2][i] : 0.0f;
     row.bfloat16 = bfloat16;
     row.statistics = job.entropy != nullptr;
+    row.sums = job.sums ? job.sums + 2 * i : nullptr;
     kernel(&row);
+    if (job.sums && job.grad) return;
     job.losses[i] = row.loss;
     job.lse[i] = row.lse;
     if (job.entropy) job.entropy[i] = row.entropy, job.is_top1[i] = row.is_top1;

@@ -13,7 +13,9 @@ struct CrossEntropyRow {
   float softcap;  // 0: none
   float upstream_loss, upstream_lse, upstream_entropy;
   bool bfloat16, statistics;
-  float loss, lse, entropy;  // results; entropy and is_top1 only with `statistics`
+  double* sums;  // null, or maximum and `others`: with `grad` known, else a result
+  float loss, lse,
+      entropy;  // results, but where sums are known; entropy and is_top1 only with `statistics`
   bool is_top1;
 };
 }  // namespace fastft

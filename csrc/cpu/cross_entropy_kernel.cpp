@@ -1,7 +1,7 @@
 // One row of logits: loss, log sum exp, entropy and gradient. Written with the compiler's vector
 // types at the width of the instruction set; sums always run in 16 lanes that are added up in one
-// order, so that every instruction set gives the same bits, but for the payload of a NaN: which of
-// two an operation keeps depends on the order of its operands.
+// order, so that every instruction set gives the same bits, but for sign and payload of a NaN:
+// which of two an operation keeps depends on the order of its operands.
 #include "bf16.h"
 #include "cross_entropy.h"
 #include "cross_entropy_math.h"
@@ -276,11 +276,12 @@ void write_gradient(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow
 }
 
 template <class T, bool kCap>
-void compute_row(fastft::CrossEntropyRow& row) {
-  const Logits<T, kCap> logits(row);
+fastft::RowSums sums_of(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow& row) {
+  const float target_logit = logits.one(row.target);
+  if (row.sums && row.grad)
+    return {static_cast<float>(row.sums[0]), target_logit, row.sums[1], 0.0, 0.0};
   const float max = row_max(logits, row.classes);
-  const float target_weight = row.weight ? row.weight[row.target] : 1.0f;
-  fastft::RowSums sums{max, logits.one(row.target), 0.0, 0.0, 0.0};
+  fastft::RowSums sums{max, target_logit, 0.0, 0.0, 0.0};
   sums.others = sum_row(logits, row.classes, row.target,
                         [=](Floats z, int64_t) { return exp_negative(z - max); });
   if (row.label_smoothing != 0.0f) sums.below = sum_below(logits, row, max);
@@ -288,6 +289,15 @@ void compute_row(fastft::CrossEntropyRow& row) {
     sums.moment = sum_row(logits, row.classes, -1, [=](Floats z, int64_t) {
       return exp_negative(z - max) * finite(z - max);
     });
+  if (row.sums) row.sums[0] = max, row.sums[1] = sums.others;
+  return sums;
+}
+
+template <class T, bool kCap>
+void compute_row(fastft::CrossEntropyRow& row) {
+  const Logits<T, kCap> logits(row);
+  const fastft::RowSums sums = sums_of(logits, row);
+  const float max = sums.max, target_weight = row.weight ? row.weight[row.target] : 1.0f;
   const double smoothing = row.label_smoothing;
   const fastft::RowResult result = fastft::finish_row(
       sums, {(1.0 - smoothing) * target_weight, smoothing / row.classes, row.weight_sum,

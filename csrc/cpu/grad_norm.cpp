@@ -56,8 +56,9 @@ void grad_square_sums(StableIValue* stack, uint64_t nargs, uint64_t) {
 
 void grad_norm_total(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 2, "grad_norm_total_: 2 arguments expected, got %d", int(nargs));
-  const fastft::Doubles total(stack[0], "grad_norm_total_", "total");
-  const fastft::Doubles sums(stack[1], "grad_norm_total_", "sums");
+  fastft::Tensor tensors[] = {fastft::Tensor(stack[0]), fastft::Tensor(stack[1])};
+  const fastft::Doubles total(std::move(tensors[0]), "grad_norm_total_", "total");
+  const fastft::Doubles sums(std::move(tensors[1]), "grad_norm_total_", "sums");
   total.check_size(1, "grad_norm_total_", "total");
   *total.writable() = total_of(sums.data(), sums.size);
 }

@@ -1,7 +1,7 @@
 // Sum of squares of a run of gradients; compiled once per instruction set (isa.h). In double, whose
 // range squares of float32 cannot leave: the sum is finite if and only if every gradient is. The
 // lanes are fixed, so that every instruction set adds in the same order, and has the same bits but
-// for the payload of a NaN.
+// for the sign and the payload of a NaN.
 #include "bf16.h"
 #include "isa.h"
 #include "wide.h"

@@ -2,7 +2,8 @@
 //
 // out (+)= left right in fp32, of float32 or bfloat16 matrices with any strides. A part of `right`
 // that stays in the second- or third-level cache is packed once for all threads; each thread packs
-// its rows of `left`, a block at a time that stays in its first two.
+// its rows of `left`, a block at a time that stays in its first two. Threads share tiles of rows,
+// of which a few have few, by columns.
 #include "matrix_product.h"
 
 #include <algorithm>
@@ -30,6 +31,22 @@ fastft::Factor factor(const Tensor& tensor, const char* name) {
           tensor.size(1), tensor.stride(0), tensor.stride(1)};
 }
 
+// Where a matrix' memory begins and ends, with the gaps between its rows.
+std::pair<uintptr_t, uintptr_t> extent(const Tensor& matrix) {
+  const auto begin = reinterpret_cast<uintptr_t>(matrix.data());
+  if (matrix.numel() == 0) return {begin, begin};
+  const int64_t last =
+      (matrix.size(0) - 1) * matrix.stride(0) + (matrix.size(1) - 1) * matrix.stride(1);
+  const uintptr_t item = matrix.dtype() == aoti_torch_dtype_bfloat16() ? 2 : 4;
+  return {begin, begin + uintptr_t(last + 1) * item};
+}
+
+bool apart(const Tensor& a, const Tensor& b) {
+  const auto [begin_a, end_a] = extent(a);
+  const auto [begin_b, end_b] = extent(b);
+  return std::min(end_a, end_b) <= std::max(begin_a, begin_b);
+}
+
 int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
 
 void compute(fastft::ProductPart part, bool add) {
@@ -51,7 +68,7 @@ void compute(fastft::ProductPart part, bool add) {
         return [&, kernel](int64_t begin, int64_t end) { kernel(&part, begin, end); };
       };
       fastft::parallel_for(part.panels(), 1, call(pack));
-      fastft::parallel_for(parts_of(part.left.rows, rows), 1, call(multiply));
+      fastft::parallel_for(parts_of(part.left.rows, rows) * part.panels(), 1, call(multiply));
     }
 }
 
@@ -67,6 +84,8 @@ void matrix_product(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(out.size(0) == part.left.rows && out.size(1) == part.right.columns &&
                part.left.columns == part.right.rows,
            "matrix_product: shapes do not fit");
+  FT_CHECK(apart(out, left) && apart(out, right),
+           "matrix_product: out must not share memory with a factor");
   part.out = static_cast<float*>(out.mutable_data());
   part.out_stride = out.stride(0);
   const bool add = fastft::as_int(stack[3]) != 0;

@@ -25,17 +25,44 @@ FASTFT_HD void store(float* p, Wide x) { __builtin_memcpy(p, &x, sizeof x); }
 constexpr int kRows = kWide == 16 ? 14 : 6, kColumns = 2 * kWide, kBlock = 12 * kRows;
 static_assert(fastft::kPanel % kColumns == 0, "tiles divide a panel");
 
+#if defined(FASTFT_WIDE)
+FASTFT_HD __m128 four(const float* p) { return _mm_loadu_ps(p); }
+FASTFT_HD __m128 four(const uint16_t* p) {
+  const __m128i words = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm_castsi128_ps(_mm_slli_epi32(words, 16));
+}
+#endif
+
+// to[k, lane] = from[lane, k] for four terms, which lie side by side, of four lanes.
+template <int kLanes, class T>
+FASTFT_HD void pack_square(const T* from, int64_t stride, float* to) {
+#if defined(FASTFT_WIDE)
+  __m128 x[4];
+  for (int i = 0; i < 4; i++) x[i] = four(from + i * stride);
+  _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+  for (int k = 0; k < 4; k++) _mm_storeu_ps(to + k * kLanes, x[k]);
+#else
+  for (int k = 0; k < 4; k++)
+    for (int i = 0; i < 4; i++) to[k * kLanes + i] = widened(from[i * stride + k]);
+#endif
+}
+
 // to[k, lane] = from[lane, k] for `lanes` of kLanes, 0 for the others.
 template <int kLanes, class T>
 void pack(const T* from, int64_t stride, int64_t step, int64_t lanes, int64_t depth, float* to) {
-  if (stride == 1 && lanes == kLanes)
+  if (stride == 1 && lanes == kLanes) {
     for (int64_t k = 0; k < depth; k++)
       for (int lane = 0; lane < kLanes; lane++)
         to[k * kLanes + lane] = widened(from[k * step + lane]);
-  else
-    for (int64_t lane = 0; lane < kLanes; lane++)
-      for (int64_t k = 0; k < depth; k++)
-        to[k * kLanes + lane] = lane < lanes ? widened(from[lane * stride + k * step]) : 0.0f;
+    return;
+  }
+  const int64_t fours = step == 1 ? lanes - lanes % 4 : 0, whole = depth - depth % 4;
+  for (int64_t lane = 0; lane < fours; lane += 4)
+    for (int64_t k = 0; k < whole; k += 4)
+      pack_square<kLanes>(from + lane * stride + k, stride, to + k * kLanes + lane);
+  for (int64_t lane = 0; lane < kLanes; lane++)
+    for (int64_t k = lane < fours ? whole : 0; k < depth; k++)
+      to[k * kLanes + lane] = lane < lanes ? widened(from[lane * stride + k * step]) : 0.0f;
 }
 
 template <int kLanes>
@@ -81,22 +108,41 @@ void part_of_tile(int64_t depth, const float* left, const float* right, float* o
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Rows that are packed, `depth` terms from `begin` on, times all columns of the part.
-void multiply_block(const fastft::ProductPart& part, const float* packed, int64_t row, int64_t end,
-                    int64_t begin) {
+// Rows of `left` and columns of the part.
+struct Block {
+  int64_t row, last_row, column, last_column;
+};
+
+// Rows that are packed, `depth` terms from `begin` on, times columns of the part.
+void multiply_packed(const fastft::ProductPart& part, const float* packed, const Block& block,
+                     int64_t begin) {
   const int64_t depth = part.depth_at(begin);
   const bool add = part.add || begin > 0;
-  for (int64_t column = 0; column < part.columns; column += kColumns) {
+  for (int64_t column = block.column; column < block.last_column; column += kColumns) {
     const float* right = part.panel(begin, column / fastft::kPanel) + column % fastft::kPanel;
-    for (int64_t i = row; i < end; i += kRows) {
-      const float* left = packed + (i - row) * depth;
+    for (int64_t i = block.row; i < block.last_row; i += kRows) {
+      const float* left = packed + (i - block.row) * depth;
       float* out = part.out + i * part.out_stride + part.first_column + column;
-      const int64_t rows = least(kRows, end - i), columns = least(kColumns, part.columns - column);
+      const int64_t rows = least(kRows, block.last_row - i),
+                    columns = least(kColumns, block.last_column - column);
       if (rows == kRows && columns == kColumns)
         tile(depth, left, right, out, part.out_stride, add);
       else
         part_of_tile(depth, left, right, out, part.out_stride, rows, columns, add);
     }
+  }
+}
+
+// `packed` has room for kBlock rows: what is packed stays in the second-level cache, as results do
+// from one depth to the next.
+void multiply_block(const fastft::ProductPart& part, float* packed, const Block& block) {
+  const fastft::Factor& left = part.left;
+  for (int64_t begin = 0; begin < part.terms; begin += part.depth) {
+    const int64_t depth = part.depth_at(begin);
+    for (int64_t i = block.row; i < block.last_row; i += kRows)
+      pack<kRows>(left, i * left.stride + (part.from + begin) * left.step, left.stride, left.step,
+                  least(kRows, block.last_row - i), depth, packed + (i - block.row) * depth);
+    multiply_packed(part, packed, block, begin);
   }
 }
 }  // namespace
@@ -114,19 +160,19 @@ extern "C" void FASTFT_KERNEL(pack_panels)(const fastft::ProductPart* part, int6
     }
 }
 
-// Tiles of rows, a block of them at a time: what is packed of it stays in the second-level cache,
-// as its results do from one depth to the next.
+// Panels of one tile of rows after the other; where it is all of them, of a block of tiles at once.
 extern "C" void FASTFT_KERNEL(multiply_tiles)(const fastft::ProductPart* part, int64_t first,
                                               int64_t last) {
   alignas(64) float packed[kBlock * fastft::kMostDepth];
-  const fastft::Factor& left = part->left;
-  const int64_t end = least(last * kRows, left.rows);
-  for (int64_t row = first * kRows; row < end; row += kBlock)
-    for (int64_t begin = 0; begin < part->terms; begin += part->depth) {
-      const int64_t depth = part->depth_at(begin), block_end = least(row + kBlock, end);
-      for (int64_t i = row; i < block_end; i += kRows)
-        pack<kRows>(left, i * left.stride + (part->from + begin) * left.step, left.stride,
-                    left.step, least(kRows, block_end - i), depth, packed + (i - row) * depth);
-      multiply_block(*part, packed, row, block_end, begin);
-    }
+  const int64_t panels = part->panels();
+  while (first < last) {
+    const int64_t panel = first % panels, row = first / panels * kRows;
+    const bool whole = panel == 0 && last - first >= panels;
+    const int64_t tiles = whole ? least((last - first) / panels, kBlock / kRows) : 1;
+    const int64_t count = whole ? panels : least(panels - panel, last - first);
+    multiply_block(*part, packed,
+                   {row, least(row + tiles * kRows, part->left.rows), panel * fastft::kPanel,
+                    least((panel + count) * fastft::kPanel, part->columns)});
+    first += tiles * count;
+  }
 }

@@ -183,7 +183,7 @@ fastft::LiveTable<Bound>& bindings() {
 //            Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor table) -> int
 void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 6, "adamw_bind: 6 arguments expected, got %d", int(nargs));
-  const fastft::TensorList params(stack[0]), exp_avgs(stack[1]), exp_avg_sqs(stack[2]),
+  fastft::TensorList params(stack[0]), exp_avgs(stack[1]), exp_avg_sqs(stack[2]),
       max_exp_avg_sqs(stack[3]), residues(stack[4]);
   const fastft::Tensor table(stack[5]);
   fastft::AdamwTensors tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table);
@@ -195,7 +195,7 @@ void bind(StableIValue* stack, uint64_t nargs, uint64_t) {
 // its parameter. `bound` is what adamw_bind returned.
 void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
   FT_CHECK(nargs == 5, "adamw_bound_: 5 arguments expected, got %d", int(nargs));
-  const fastft::TensorList grads(stack[0]);
+  fastft::TensorList grads(stack[0]);
   const fastft::AdamwStep step(stack + 1);
   const auto held = bindings().get(fastft::as_int(stack[4]), "adamw_bound_");
   Bound& bound = *held;

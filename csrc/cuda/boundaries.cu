@@ -25,24 +25,24 @@ struct Job {
 // thread writes.
 __global__ void scan_kernel(Job job) {
   extern __shared__ __align__(16) unsigned char shared[];
-  int64_t* sums = reinterpret_cast<int64_t*>(shared);
+  uint64_t* sums = reinterpret_cast<uint64_t*>(shared);  // of lengths that nobody has checked
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t stretch = (job.segments + threads - 1) / threads, begin = thread * stretch;
   const int64_t end = begin + stretch < job.segments ? begin + stretch : job.segments;
-  int64_t sum = 0;
-  for (int64_t s = begin; s < end; s++) sum += job.lengths[s];
+  uint64_t sum = 0;
+  for (int64_t s = begin; s < end; s++) sum += uint64_t(job.lengths[s]);
   sums[thread] = sum;
   __syncthreads();
   for (int distance = 1; distance < threads; distance *= 2) {
-    const int64_t before = thread >= distance ? sums[thread - distance] : 0;
+    const uint64_t before = thread >= distance ? sums[thread - distance] : 0;
     __syncthreads();
     sums[thread] += before;
     __syncthreads();
   }
-  int64_t first = sums[thread] - sum;
+  uint64_t first = sums[thread] - sum;
   if (thread == 0) job.cu_seqlens[0] = 0;
   for (int64_t s = begin; s < end; s++) {
-    first += job.lengths[s];
+    first += uint64_t(job.lengths[s]);
     job.cu_seqlens[s + 1] = static_cast<int32_t>(first);
   }
 }
@@ -53,7 +53,7 @@ __global__ void fill_kernel(Job job) {
   const int64_t segment = last_not_after(job.cu_seqlens, job.segments, t);
   const int64_t offset = t - job.cu_seqlens[segment];
   job.labels[t] = offset < job.ignored[segment] ? fastft::kIgnoredLabel : job.source[t];
-  job.position_ids[t] = job.start + offset;
+  job.position_ids[t] = int64_t(uint64_t(job.start) + uint64_t(offset));
   job.seq_idx[t] = static_cast<int32_t>(segment);
 }
 

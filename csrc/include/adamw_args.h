@@ -35,8 +35,8 @@ class AdamwTensors {
 
   // Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, Tensor[]
   // residues, Tensor table
-  AdamwTensors(const TensorList& params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-               const TensorList& max_exp_avg_sqs, const TensorList& residues, const Tensor& table) {
+  AdamwTensors(TensorList& params, TensorList& exp_avgs, TensorList& exp_avg_sqs,
+               TensorList& max_exp_avg_sqs, TensorList& residues, const Tensor& table) {
     const size_t n = params.size;
     FT_CHECK(exp_avgs.size == n && exp_avg_sqs.size == n,
              "adamw_: lists of %zu, %zu and %zu tensors", n, exp_avgs.size, exp_avg_sqs.size);
@@ -56,17 +56,17 @@ class AdamwTensors {
                "adamw_: tensor %zu has no max_exp_avg_sq", i);
       FT_CHECK(!keeps || next_residue < residues.size, "adamw_: bfloat16 tensor %zu has no residue",
                i);
-      Tensor exp_avg = exp_avgs[i];
+      Tensor exp_avg = exp_avgs.take(i);
       const bool codes =
           exp_avg.dtype() == aoti_torch_dtype_int8() || exp_avg.dtype() == aoti_torch_dtype_uint8();
       FT_CHECK(!codes || next_residue + keeps + 2 <= residues.size,
                "adamw_: tensor %zu has no scales", i);
-      const auto next = [&](bool there, const TensorList& list, size_t& index) {
-        return there ? list[index++] : Tensor(StableIValue(0));
+      const auto next = [&](bool there, TensorList& list, size_t& index) {
+        return there ? list.take(index++) : Tensor(StableIValue(0));
       };
-      Kept kept{params[i],
+      Kept kept{params.take(i),
                 std::move(exp_avg),
-                exp_avg_sqs[i],
+                exp_avg_sqs.take(i),
                 next(amsgrad, max_exp_avg_sqs, next_max),
                 next(keeps, residues, next_residue),
                 next(codes, residues, next_residue),
@@ -84,7 +84,7 @@ class AdamwTensors {
   // Takes the pointers of a step's gradients: 0, or 1 where a bound tensor has changed since it was
   // checked and 2 where a gradient does not fit its parameter. All in one pass by all threads: what
   // it reads has left the caches since the last step.
-  int64_t look_and_take(const TensorList& grads) {
+  int64_t look_and_take(TensorList& grads) {
     std::atomic<bool> changed{false}, misfit{false};
     constexpr int64_t kGrain = 128;  // tensors: about 40 microseconds where no cache has them
     check_count(grads);
@@ -93,7 +93,7 @@ class AdamwTensors {
         constexpr int64_t kAhead = 6;
         if (i + kAhead < end) kept_[size_t(i + kAhead)].prefetch();
         if (!matches(kept_[size_t(i)], rows[size_t(i)])) changed = true;
-        if (!take(size_t(i), grads[size_t(i)])) misfit = true;
+        if (!take(size_t(i), grads.take(size_t(i)))) misfit = true;
       }
     });
     return changed ? 1 : misfit ? 2 : 0;
@@ -275,8 +275,8 @@ struct AdamwStep {
 struct AdamwCall {
   TensorList params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues;
   Tensor table;
-  AdamwTensors tensors;
   AdamwStep step;
+  AdamwTensors tensors;
 
   AdamwCall(const StableIValue* stack, uint64_t nargs)
       : params(stack[0]),
@@ -286,8 +286,8 @@ struct AdamwCall {
         max_exp_avg_sqs(stack[4]),
         residues(stack[5]),
         table(stack[6]),
-        tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table),
-        step(stack + 7) {
+        step(stack + 7),
+        tensors(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, table) {
     step.check(tensors);
     FT_CHECK(nargs == 10, "adamw_: 10 arguments expected, got %d", int(nargs));
     const int64_t misfit = tensors.take(grads);

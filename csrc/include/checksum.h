@@ -17,11 +17,11 @@ constexpr SectionWeights kSectionWeights;
 
 // The part of section `section`, where `n` elements or more are left.
 inline uint64_t section_sum(const int16_t* bits, int64_t section, int64_t n) {
-  int32_t sum = 0;
+  uint32_t sum = 0;  // wraps
   if (n >= kSection)
-    for (int64_t j = 0; j < kSection; j++) sum += int32_t(bits[j]) * kSectionWeights.at[j];
+    for (int64_t j = 0; j < kSection; j++) sum += uint32_t(bits[j] * kSectionWeights.at[j]);
   else
-    for (int64_t j = 0; j < n; j++) sum += int32_t(bits[j]) * kSectionWeights.at[j];
-  return uint64_t(uint32_t(sum)) * ((2 * uint64_t(section) + 1) * 0x9E3779B97F4A7C15u);
+    for (int64_t j = 0; j < n; j++) sum += uint32_t(bits[j] * kSectionWeights.at[j]);
+  return uint64_t(sum) * ((2 * uint64_t(section) + 1) * 0x9E3779B97F4A7C15u);
 }
 }  // namespace fastft

@@ -21,6 +21,7 @@ class CrossEntropyArgs {
   const float *weight = nullptr, *upstream[3] = {};  // null where not given, as is all below
   float* entropy = nullptr;
   bool* is_top1 = nullptr;
+  double* sums = nullptr;  // two for each row
   void* grad = nullptr;
   int64_t stride, grad_stride = 0;
   const int64_t ignore_index;
@@ -64,15 +65,19 @@ class CrossEntropyArgs {
              "cross_entropy_rows: weight and grad hold at most one tensor");
     FT_CHECK(upstream_.size <= 1 || upstream_.size == 3,
              "cross_entropy_rows: upstream holds 0, 1 or 3 tensors");
-    FT_CHECK(statistics_.size == 0 || statistics_.size == 2,
-             "cross_entropy_rows: statistics holds 0 or 2 tensors");
+    FT_CHECK(statistics_.size <= 2, "cross_entropy_rows: statistics holds 0, 1 or 2 tensors");
+    FT_CHECK(statistics_.size != 1 || (!takes_half && upstream_.size <= 1),
+             "cross_entropy_rows: sums are kept on a CPU, and have no entropy");
     weight = vector<const float>(weight_, 0, "weight", fp32, classes);
     for (size_t i = 0; i < 3; i++)
       upstream[i] = vector<const float>(upstream_, i, "upstream", fp32, rows);
-    entropy = vector<float>(statistics_, 0, "entropy", fp32, rows);
+    if (statistics_.size == 1)
+      sums = vector<double>(statistics_, 0, "sums", aoti_torch_dtype_float64(), 2 * rows);
+    else
+      entropy = vector<float>(statistics_, 0, "entropy", fp32, rows);
     is_top1 = vector<bool>(statistics_, 1, "is_top1", aoti_torch_dtype_bool(), rows);
     if (grad_.size == 0) return;
-    const Tensor tensor = grad_[0];
+    const Tensor& tensor = grad_[0];
     grad_stride = check_matrix(tensor, "grad");
     grad = tensor.mutable_data();
   }
@@ -106,7 +111,7 @@ class CrossEntropyArgs {
   template <class T>
   T* vector(const TensorList& list, size_t i, const char* name, int32_t dtype, int64_t size) const {
     if (i >= list.size) return nullptr;
-    const Tensor tensor = list[i];
+    const Tensor& tensor = list[i];
     check_vector(tensor, name, dtype, size);
     return static_cast<T*>(tensor.mutable_data());
   }

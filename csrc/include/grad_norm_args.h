@@ -17,8 +17,8 @@ class Doubles {
   const int64_t size;
   const int32_t device_index;
 
-  Doubles(StableIValue value, const char* operation, const char* name)
-      : tensor_(value), size(tensor_.numel()), device_index(tensor_.device_index()) {
+  Doubles(Tensor&& tensor, const char* operation, const char* name)
+      : tensor_(std::move(tensor)), size(tensor_.numel()), device_index(tensor_.device_index()) {
     FT_CHECK(tensor_.dtype() == aoti_torch_dtype_float64() && tensor_.contiguous(),
              "%s: %s must be contiguous float64", operation, name);
   }
@@ -46,10 +46,10 @@ class GradNormArgs {
   int64_t chunks = 0;  // of all gradients
 
   GradNormArgs(StableIValue* stack, const char* operation, const char* name)
-      : list_(stack[1]), result(stack[0], operation, name) {
+      : list_(stack[1]), result(Tensor(stack[0]), operation, name) {
     gradients.reserve(list_.size);
     for (size_t i = 0; i < list_.size; i++) {
-      const Tensor grad = list_[i];
+      const Tensor& grad = list_[i];
       const bool bf16 = grad.dtype() == aoti_torch_dtype_bfloat16();
       FT_CHECK((bf16 || grad.dtype() == aoti_torch_dtype_float32()) && grad.contiguous() &&
                    grad.device_index() == result.device_index,

@@ -28,7 +28,7 @@ class ScaleGradientsArgs {
     FT_CHECK(scale_.dtype() == aoti_torch_dtype_float32() && scale_.numel() == 1,
              "scale_gradients_: scale must be one float32");
     for (size_t i = 0; i < list_.size; i++) {
-      const Tensor tensor = list_[i];
+      const Tensor& tensor = list_[i];
       const int32_t dtype = tensor.dtype();
       FT_CHECK(tensor.is_beside(scale_),
                "scale_gradients_: gradient %zu must be on the device of scale", i);

@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 struct TorchLibraryOpaque;
 using TorchLibraryHandle = TorchLibraryOpaque*;
@@ -130,19 +132,27 @@ struct Tensor {  // owns its handle
   }
 };
 
-struct TensorList {  // owns the list; an element owns its own handle
-  StableListHandle handle;
+// Owns its tensors. A list of torch's has one handle of each and frees none: whoever reads it has
+// to, so that all are read once, here, and none is left behind by a call that is refused.
+class TensorList {
+  std::vector<Tensor> tensors_;
+
+ public:
   size_t size = 0;
-  explicit TensorList(StableIValue value) : handle(reinterpret_cast<StableListHandle>(value)) {
-    torch_list_size(handle, &size);
+  explicit TensorList(StableIValue value) {
+    const std::unique_ptr<StableListOpaque, AOTITorchError (*)(StableListHandle)> list(
+        reinterpret_cast<StableListHandle>(value), torch_delete_list);
+    FT_CALL(torch_list_size(list.get(), &size));
+    tensors_.reserve(size);
+    for (size_t i = 0; i < size; i++) {
+      StableIValue tensor;
+      FT_CALL(torch_list_get_item(list.get(), i, &tensor));
+      tensors_.emplace_back(tensor);
+    }
   }
-  TensorList(const TensorList&) = delete;
-  ~TensorList() { torch_delete_list(handle); }
-  Tensor operator[](size_t i) const {
-    StableIValue value;
-    FT_CALL(torch_list_get_item(handle, i, &value));
-    return Tensor(value);
-  }
+  const Tensor& operator[](size_t i) const { return tensors_[i]; }
+  // Gives a tensor away, from any thread.
+  Tensor take(size_t i) { return std::move(tensors_[i]); }
 };
 
 inline double as_double(StableIValue value) {

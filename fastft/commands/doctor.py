@@ -88,7 +88,7 @@ def _script(script: Script) -> int:
     return _cannot(f"{script.target} called no Trainer.train()")
 
 
-def _diagnose(trainer: Trainer) -> NoReturn:
+def _diagnose(trainer: Trainer, resume: str | bool | None) -> NoReturn:
     """Says what there is to say of a training that is about to begin, and ends the process.
 
     An exception would let the script go on: it could save the untrained model over another.

@@ -164,7 +164,7 @@ class RecordedScript:
         module.TrainingArguments.__post_init__ = __post_init__
         self._work.callback(setattr, module.TrainingArguments, "__post_init__", stock)
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: Trainer, resume: str | bool | None) -> None:
         """A Trainer is going to train; the latest is the one that is recorded."""
         from fastft.integrations.recorder.recorder import record
 

@@ -154,13 +154,15 @@ class _Run:
         finally:
             self._close(error)
 
-    def _begin(self, trainer: Trainer) -> None:
+    def _begin(self, trainer: Trainer, resume: str | bool | None) -> None:
+        from fastft.integrations.checkpoint_folder import check_checkpoints
         from fastft.integrations.plug.plug import Plugged, plug  # it imports transformers
 
         if trainer not in self._trainers:
             self._trainers[trainer] = _Training(type(trainer).__name__)
             self._trainings.append(self._trainers[trainer])
         if Plugged.of(trainer) is None:
+            check_checkpoints(trainer, resume)  # as `train` of a plugged Trainer does
             loss, optimizer = "loss" in self._pieces, "optimizer" in self._pieces
             plug(trainer, loss=loss, optimizer=optimizer, packing=self._packing)
             self._ours.add(trainer)

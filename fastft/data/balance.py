@@ -4,7 +4,8 @@ each other.
 With n_s the lengths of a pack's sequences, its tokens sum n_s are what its linear layers cost and
 sum n_s^2 is what its attention costs. Best-fit packs have nearly equal tokens, but sum n_s^2
 differs several times between them. Sorted by both, `group` neighbours are alike in both, whichever
-rank takes which of them and whatever the model weighs them with.
+rank takes which of them and whatever the model weighs them with. Where neighbours still differ,
+among the longest examples, their examples are exchanged (`even_packs.py`).
 
 The number of packs becomes a multiple of `group`: else accelerate would give some packs out twice
 to keep the ranks in step. The packs that are least full and easiest to divide share their examples
@@ -21,20 +22,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from fastft.data.even_packs import even_packs, pack_costs, turned
 from fastft.data.plan import PackPlan
 
 # packs whose tokens differ by less than 1 / LEVELS of the capacity count as equal in tokens
 LEVELS = 200
-
-
-def pack_costs(plan: PackPlan) -> tuple[Tensor, Tensor]:
-    """Sums up the tokens of each pack, int64, and their sequences' squared lengths, float64."""
-    tokens = functional.pad(plan.lengths.cumsum(0), (1, 0))[plan.offsets].diff()
-    pack = torch.repeat_interleave(plan.offsets.diff())
-    squares = torch.zeros(len(plan), dtype=torch.float64)
-    return tokens, squares.index_add_(0, pack, plan.lengths.double().square())
 
 
 def balanced(plan: PackPlan, group: int, max_sequences: int | None = None) -> PackPlan:
@@ -43,16 +36,31 @@ def balanced(plan: PackPlan, group: int, max_sequences: int | None = None) -> Pa
     A group is `group` consecutive packs. Within it the cheapest is followed by the dearest, these
     by the next cheapest and the next dearest: batches of several packs are nearer to each other
     than packs are. Groups stay in the order of their windows. A pack that had to be left empty is
-    one of the last.
+    one of the last. Which examples share a pack changes where groups are more equal for it.
     """
-    plan = _multiple(plan, group, max_sequences or plan.indices.numel())
+    most = max_sequences or plan.indices.numel()
+    plans = [plan, *filter(None, [even_packs(plan, group, most)])]
+    made = [_ordered(_multiple(each, group, most), group) for each in plans]
+    return min(made, key=lambda plan: _waited_for(plan, group))
+
+
+def _ordered(plan: PackPlan, group: int) -> PackPlan:
+    """Sorts the packs by their costs, and so into groups."""
     tokens, squares = pack_costs(plan)
-    level = tokens * LEVELS // plan.max_tokens
-    # up and down in turn: a group across two levels has neighbours in the squares as well
-    order = torch.where(level % 2 == 0, squares, -squares).argsort(stable=True)
-    order = order[level[order].argsort(stable=True, descending=True)]
+    # from the capacity down: best fit leaves most packs full, or nearly
+    level = (plan.max_tokens - tokens) * LEVELS // plan.max_tokens
+    # down and up in turn: a group across two levels, or two windows, has neighbours as well
+    turn = torch.where(turned(plan.windows), -1, 1)
+    order = (squares * turn * torch.where(level % 2 == 0, -1, 1)).argsort(stable=True)
+    order = order[(level * turn)[order].argsort(stable=True)]
     order = order[plan.windows[order].argsort(stable=True)].view(-1, group)
     return plan.reordered(torch.stack([order, order.flip(1)], 2).flatten(1)[:, :group].flatten())
+
+
+def _waited_for(plan: PackPlan, group: int) -> float:
+    """Sums up the dearest packs of the groups, of both costs, as shares of all."""
+    shares = [cost.view(-1, group).amax(1).sum() / cost.sum() for cost in pack_costs(plan)]
+    return float(sum(shares))
 
 
 def _multiple(plan: PackPlan, group: int, max_sequences: int) -> PackPlan:

@@ -249,7 +249,13 @@ def _entries(
                 f"max_tokens={max_tokens}"
             )
         return kept, None, lengths[kept]
-    pieces = (lengths + max_tokens - 1) // max_tokens
+    pieces = (lengths - 1) // max_tokens + 1
+    if (many := float(pieces.sum(dtype=torch.float64))) >= 2**31:
+        longest, index = lengths.max(0)
+        raise ValueError(
+            f"overlong='split' would make {many:.0f} pieces of at most {max_tokens} tokens, fewer "
+            f"than 2^31 can be planned; example {index} has {longest} tokens"
+        )
     examples = torch.repeat_interleave(pieces)
     starts = (torch.arange(examples.numel()) - (pieces.cumsum(0) - pieces)[examples]) * max_tokens
     return examples, starts, (lengths[examples] - starts).clamp(max=max_tokens)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastft.foreign.objects import class_names
 
@@ -33,14 +33,20 @@ def is_exporting() -> bool:
 
 def is_watched() -> bool:
     """Whether somebody records, counts or answers the operations that run now: a compiler, a
-    tracer, a mode of torch's, a transformation of torch.func."""
+    tracer, a mode of torch's, a transformation of torch.func, forward-mode differentiation."""
     return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether `torch.autograd.grad(..., is_grads_batched=True)` has made many of `tensor`."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
 
 
 def is_compiled(model: nn.Module) -> bool:

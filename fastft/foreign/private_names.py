@@ -32,9 +32,8 @@ PRIVATE_NAMES = {
     "torch._C:_len_torch_function_stack": "does a mode answer functions",
     "torch._C:_len_torch_dispatch_stack": "does a mode watch operations",
     "torch._C:_are_functorch_transforms_active": "does torch.func map or derive what runs",
-    "torch._C:_functorch.is_legacy_batchedtensor": (
-        "do many gradients stand as one (is_grads_batched)"
-    ),
+    "torch._C:_functorch.is_legacy_batchedtensor": "is a gradient many gradients at once",
+    "torch.autograd.forward_ad:_current_level": "are there numbers with derivatives of their own",
     "torch._C:_current_graph_task_id": (
         "is a backward pass under way, as torch.utils.checkpoint asks"
     ),

@@ -20,11 +20,6 @@ def write_stamp(tensor: Tensor) -> tuple[int, int] | None:
     return None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Whether it stands for many, in a backward pass of all of them at once."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
-
-
 def is_dtensor(tensor: Any) -> bool:
     """Whether it is one; torch's module of them, a second of import time, is not needed to know."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -51,7 +51,7 @@ class FusedLossCallback(PackingCallback):
     `train()` are stock.
 
     Args:
-        verify: compute the loss of the first batch by the stock model as well, and raise
+        verify: compute the loss of the first batch by the model's own loss as well, and raise
             `RuntimeError` if the two differ by more than rounding explains. Costs one more forward
             pass. Needs a model that returns its own loss.
         on_leak: where batches come from a `PackingCollator`, the callback does what
@@ -60,10 +60,11 @@ class FusedLossCallback(PackingCallback):
             goes on.
         attention: False leaves the attention implementation alone, which the callback else switches
             for packed batches, as `fastft.PackingCallback` does.
-        linear: True lets the model's linear layers compute their fp32 products on a CPU by fastft's
-            kernel, where MKL, which torch takes for them, leaves the processor's instructions
-            unused (it is not Intel's). The order of sums is another one then. Anywhere else a
-            warning says why not.
+        linear: whether the model's linear layers compute their fp32 products on a CPU by fastft's
+            kernel. None (default): where it is faster, because MKL, which torch takes for them,
+            leaves the processor's instructions unused (it is not Intel's). The order of sums is
+            another one then, their error is not. True: the same, and anywhere else a warning says
+            why not. False: never.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which
@@ -99,11 +100,11 @@ class FusedLossCallback(PackingCallback):
         verify: bool = False,
         on_leak: str = "error",
         attention: bool = True,
-        linear: bool = False,
+        linear: bool | None = None,
     ) -> None:
         super().__init__(on_leak, attention)
-        if not isinstance(linear, bool):
-            raise TypeError(f"linear must be True or False, got {linear!r}")
+        if linear is not None and not isinstance(linear, bool):
+            raise TypeError(f"linear must be True, False or None, got {linear!r}")
         self.verify, self.linear = verify, linear
         self.linear_layers = 0
         self.report, self.evaluation = Report(), Report()
@@ -131,7 +132,7 @@ class FusedLossCallback(PackingCallback):
         self._trainer_name = type(_trainer()).__name__
         self._attachment = Attachment(model, evaluation, _other_models(), self._steps)
         self._kept.callback(self._attachment.remove)
-        if self.linear:
+        if self.linear is not False:
             self._use_own_products(model, args)
         if collator is not None:
             self._kept.callback(give_counted_labels(model, known_count))
@@ -144,11 +145,11 @@ class FusedLossCallback(PackingCallback):
     def _use_own_products(self, model: nn.Module, args: TrainingArguments) -> None:
         compiled = args.torch_compile or is_compiled(model)
         why = reason_against(model, "torch.compile" if compiled else engine_of(args))
-        if why is not None:
+        if why is None:
+            self.linear_layers = use_own_products(model, self._kept)
+            logger.info(f"fastft: {self.linear_layers} linear layers multiply by fastft's kernel")
+        elif self.linear:
             logger.warning(f"fastft: linear=True does nothing: {why}")
-            return
-        self.linear_layers = use_own_products(model, self._kept)
-        logger.warning(f"fastft: {self.linear_layers} linear layers multiply by fastft's kernel")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,4 @@
-"""The linear layers of a model in training, by `loss/matrix_product.py`, where asked for.
+"""The linear layers of a model in training, by `loss/matrix_product.py`, where that is faster.
 
     y  = x W^T + b         (T, N)      x (T, K), W (N, K)
     dx = dy W              (T, K)
@@ -9,28 +9,29 @@
 hidden by an attribute of that one instance, as the output head's is (`loss/lazy/output_head.py`):
 state dicts, hooks and classes stay, and a copy of the model is a stock one. What is not a plain
 fp32 product, large enough to be faster, is `nn.Linear`'s own: autocast, DTensors, other dtypes,
-compiled code.
+compiled code, adapters of a low rank.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastft.foreign.compiling import is_watched
+from fastft.foreign.compiling import is_batched, is_watched
 from fastft.foreign.objects import put_attributes
-from fastft.foreign.tensors import is_batched
 from fastft.loss import matrix_product
+
+# multiplications of a product: with fewer, Python's part of a layer takes what its products save
+LEAST_WORK = 1 << 24
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:
     out = left.new_empty(len(left), right.shape[1])
-    if not matrix_product.takes(out, left, right):
-        return torch.mm(left, right, out=out)
     matrix_product.PRODUCT.native(out, left, right, False)
     return out
 
@@ -47,8 +48,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
-        # many gradients at once (is_grads_batched) are one matrix to torch's products alone
-        times = torch.matmul if is_batched(grad) else _Product.apply
+        times = torch.matmul if is_watched() or is_batched(grad) else _Product.apply
         return (
             None if right is None else times(grad, right.T),
             # not (left^T grad): a weight comes transposed, and its gradient is to lie as it does
@@ -59,7 +59,7 @@ class _Product(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of fp32 tensors (..., K), (N, K) and (N,)."""
     rows: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight.T)
-    return (rows if bias is None else rows + bias).view(*x.shape[:-1], len(weight))
+    return (rows if bias is None else rows.add_(bias)).view(*x.shape[:-1], len(weight))
 
 
 class _ProductForward:
@@ -88,10 +88,14 @@ def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _is_fp32(weight)
         and (bias is None or _is_fp32(bias))
         and input.shape[-1:] == weight.shape[1:]  # else torch says what is wrong
-        and input.numel() >= matrix_product.LEAST * weight.shape[1]
+        and _is_worth_it(input.numel() // weight.shape[1], *weight.shape)
         and not torch.is_autocast_enabled("cpu")
         and not is_watched()
     )
+
+
+def _is_worth_it(*sizes: int) -> bool:
+    return min(sizes) >= matrix_product.LEAST and math.prod(sizes) >= LEAST_WORK
 
 
 def _is_fp32(tensor: Tensor) -> bool:
@@ -100,14 +104,15 @@ def _is_fp32(tensor: Tensor) -> bool:
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
-    """The plain ones. Whose `forward` is not the class's (a head with lazy logits, accelerate's
-    offloading, a tensor-parallel plan) is somebody's."""
+    """The plain ones that are large enough. Whose `forward` is not the class's (a head with lazy
+    logits, accelerate's offloading, a tensor-parallel plan) is somebody's."""
     return [
         layer
         for layer in model.modules()
         if type(layer) is nn.Linear
         and getattr(layer.forward, "__func__", None) is nn.Linear.forward
         and _is_fp32(layer.weight)
+        and min(layer.weight.shape) >= matrix_product.LEAST
     ]
 
 
@@ -119,9 +124,11 @@ def reason_against(model: nn.Module, engine: str | None) -> str | None:
     """
     if engine is not None:
         return f"the linear layers are {engine}'s"
-    if not _layers(model):
-        return f"{type(model).__name__} has no linear layers with fp32 weights on the CPU"
-    return None if matrix_product.is_ahead() else NOT_AHEAD
+    if not matrix_product.is_ahead():
+        return NOT_AHEAD
+    name = type(model).__name__
+    has_none = f"{name} has no large linear layers with fp32 weights on the CPU"
+    return None if _layers(model) else has_none
 
 
 NOT_AHEAD = "torch's products use all of this processor, or fastft's kernels are not there"

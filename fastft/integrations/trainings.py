@@ -27,10 +27,11 @@ _LOOP = "_inner_training_loop"
 
 @contextlib.contextmanager
 def at_train(
-    apply: Callable[[Trainer], None],
+    apply: Callable[[Trainer, str | bool | None], None],
     ended: Callable[[Trainer, BaseException | None], None] | None = None,
 ) -> Iterator[None]:
-    """While the context is open, `apply` gets every Trainer whose `train()` is called.
+    """While the context is open, `apply` gets every Trainer whose `train()` is called, and the
+    `resume_from_checkpoint` of the call.
 
     It does before stock `train` begins, at each call; a subclass with a `train` of its own counts
     when it calls that of Trainer. Processes which this one has forked train stock.
@@ -46,7 +47,7 @@ def at_train(
         def train(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
             if not here():
                 return stock(trainer, *args, **kwargs)
-            apply(trainer)
+            apply(trainer, args[0] if args else kwargs.get("resume_from_checkpoint"))
             error: BaseException | None = None
             try:
                 return stock(trainer, *args, **kwargs)

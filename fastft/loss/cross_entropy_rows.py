@@ -14,7 +14,8 @@ weights as torch defines them, the z-loss as PaLM does (arXiv 2204.02311). A row
 `ignore_index` has loss 0 and gradient 0. All maths is fp32 for 16-bit logits. Sums leave the target
 out (`others`), and its gradient is -others / sum: a row whose target leads by 25 nats has a loss
 and a gradient, where `1 - softmax` rounds both to zero. A row that holds NaN or +Inf is NaN, as
-torch's.
+torch's. The C++ engine has the same bits on every instruction set, but for the sign and the payload
+of a NaN.
 
 Bytes moved: without a gradient the logits are read twice (maximum, sum), with one three times, and
 their gradient is written; all but the first read of a row hit the cache.
@@ -63,7 +64,8 @@ class RowStatistics:
     ) -> None:
         self.picked, self.options = picked, options
         self.z = capped(logits.to(dtype), options)
-        highest, target_logit = self.z.amax(1, keepdim=True), self.z.gather(1, picked)
+        target_logit = self.z.gather(1, picked)
+        self.highest = highest = self.z.amax(1, keepdim=True)
         self.exps = (self.z - highest).exp()
         # from the maximum, 0 where the exponential is 0
         self.distance = (self.z - highest).masked_fill_(self.exps == 0, 0.0)
@@ -86,12 +88,11 @@ class RowStatistics:
 
     def losses(self) -> Tensor:
         """The losses (T, 1)."""
-        highest = self.z.amax(1, keepdim=True)
-        losses = self.hits * (highest - self.z.gather(1, self.picked) + self.log_sum)
+        losses = self.hits * (self.highest - self.z.gather(1, self.picked) + self.log_sum)
         if self.options.z_loss:  # 0 times Inf is NaN
             losses += self.options.z_loss * self.lse.square()
         if self.spread:
-            below = ((highest - self.z) * self.weight).sum(1, keepdim=True)
+            below = ((self.highest - self.z) * self.weight).sum(1, keepdim=True)
             losses += self.spread * (self.weight_sum * self.log_sum + below)
         return losses
 
@@ -101,7 +102,7 @@ class RowStatistics:
 
     def is_top1(self) -> Tensor:
         """Whether the target is the first maximum (T, 1)."""
-        best = self.z == self.z.amax(1, keepdim=True)
+        best = self.z == self.highest
         before = torch.arange(best.shape[1], device=best.device) < self.picked
         return best.gather(1, self.picked) & ~(best & before).any(1, keepdim=True)
 
@@ -148,7 +149,9 @@ def _cross_entropy_rows(
 
     losses.copy_(masked(rows.losses())[:, 0])
     lse.copy_(rows.lse.masked_fill(ignored, 0.0)[:, 0])
-    if statistics:
+    if len(statistics) == 1:
+        statistics[0].copy_(torch.cat([rows.highest, rows.others], 1))
+    elif statistics:
         statistics[0].copy_(rows.entropy().masked_fill_(ignored, 0.0)[:, 0])
         statistics[1].copy_((rows.is_top1() & ~ignored & ~wrong)[:, 0])
     if grad:
@@ -157,8 +160,10 @@ def _cross_entropy_rows(
 
 # weight, upstream, statistics and grad may be empty lists. weight: one vector, of the classes.
 # upstream: the gradients of losses (1 where it is empty), or of losses, lse and entropy.
-# statistics: entropy and is_top1, whether the target is the first maximum. grad: like the logits,
-# or the logits themselves. Vectors over rows are fp32 (fp64 for fp64 logits).
+# statistics: entropy and is_top1, whether the target is the first maximum; or, on a CPU, `sums`
+# (T, 2) alone, in fp64: maximum and `others` of each row, which a call without grad writes, and one
+# with grad takes, in the place of two passes, and then writes no losses. grad: like the logits, or
+# the logits themselves. Vectors over rows are fp32 (fp64 for fp64 logits).
 ROWS = ops.Operator(
     "cross_entropy_rows("
     "Tensor logits, Tensor target, Tensor[] weight, Tensor[] upstream, "

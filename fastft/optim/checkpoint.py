@@ -1,17 +1,13 @@
 """Loading optimizer states: without a lost bit, and also those that other optimizers saved.
 
 `torch.optim.Optimizer.load_state_dict` casts every state to its parameter's dtype; here each state
-keeps the dtype that it has in training. What is read, beside our own state dicts:
-
-    torch.optim.AdamW       any dtype, fused, foreach or neither, with amsgrad
-    bitsandbytes AdamW*     32-bit and block-wise 8-bit `state1`, `state2`, nested or not:
-                            qmap[code] * absmax[block]
-    apex FusedAdam          `step` in the group; masters as a list `master` of the group, or
-                            FP16_Optimizer's own dict
-    TransformerEngine       `master_param`: the fp32 master, or the int16 remainder, which is ours
-
-Where a checkpoint has masters, they overwrite the parameters (of which the model's file has the
+keeps the dtype that it has in training. foreign_states.py has the forms of other optimizers. Where
+a checkpoint has masters, they overwrite the parameters (of which the model's file has the
 roundings).
+
+Values that no step writes are refused: a second moment below zero, which makes its weight NaN, and
+a scale of codes which is not finite or below zero, which makes its block so. NaN and Inf in moments
+are what a training with such gradients has: they come back as they were.
 
 A state dict holds the 16 bits of a `remainder` under the dtype bfloat16: neither gloo nor NCCL
 sends int16, so that FSDP could not gather it, and torch's own optimizers would cast it. Loading
@@ -29,6 +25,13 @@ from fastft.foreign.tensors import in_flat_parameter, local, placed_like, sharde
 from fastft.optim import weight_bits
 from fastft.optim.adamw_state import State, new_state
 from fastft.optim.adamw_update import RESIDUES, store_value
+from fastft.optim.foreign_states import (
+    OF_APEX,
+    check_number,
+    check_values,
+    state_dict_of,
+    torch_form,
+)
 from fastft.optim.groups import check_group
 from fastft.optim.moment_blocks import BLOCK, ENTRIES, SCALES
 from fastft.optim.moment_codes import CODES, code_of, dequantise, entries_of, restore
@@ -37,15 +40,12 @@ from fastft.optim.weight_bits import residue_of
 if TYPE_CHECKING:
     from fastft.optim.adamw import AdamW
 
-_NESTED_BY_BITSANDBYTES = "__bnb_optimizer_quant_state__"
 # what an optimizer of another `rounding` has no use for
 _RESIDUES = {name for name, _ in RESIDUES.values()}
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _OWN_OPTIONS = ("seed", "moments")
 # beside torch's `state` and `param_groups`, where nobody who cuts states sees it
 CHECKSUMS = "weight_checksums"
-_OF_APEX = ("step", "master", "bias_correction")  # entries of its groups
-_BLOCK_SIZES = (256, 2048)  # of bitsandbytes since 0.45, and before
 
 
 class _Verbatim:
@@ -111,11 +111,11 @@ def load(optimizer: AdamW, state_dict: dict[str, Any]) -> None:
     masters: list[tuple[Tensor, Tensor, State]] = []
 
     def restore(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-        loaded = _inner(loaded)
+        loaded = state_dict_of(loaded, optimizer.param_groups)
         _check_groups(loaded["param_groups"], optimizer.param_groups)
         state, checksums = dict(loaded["state"]), _checksums_of(loaded)
         groups = [
-            {name: value for name, value in saved.items() if name not in _OF_APEX}
+            {name: value for name, value in saved.items() if name not in OF_APEX}
             for saved in loaded["param_groups"]
         ]
         for saved, restored, group in zip(
@@ -152,7 +152,7 @@ def _restore_group(
     masters = []
     for position, (key, param) in enumerate(zip(saved["params"], group["params"], strict=True)):
         owner = f"parameter {key}"
-        entries, master = _torch_form(state.get(key, {}), saved, position, owner)
+        entries, master = torch_form(state.get(key, {}), saved, position, owner)
         if not entries:
             continue
         _check_entries(entries, owner)
@@ -164,7 +164,7 @@ def _restore_group(
         if key in checksums and weight_bits.claim_applies(param):
             restored.mark = weight_bits.Mark(checksum=checksums[key])
         if master is not None:
-            _check_number(master, "master", owner)
+            check_number(master, "master", owner)
             _same_shape(master, param, "master", owner)
             masters.append((param, master, restored))
     return masters
@@ -187,33 +187,6 @@ def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     if there is not kept:
         kept.copy_(there)
     weight_bits.mark_written(param, state)
-
-
-def _inner(loaded: dict[str, Any]) -> dict[str, Any]:
-    """The state dict itself, or that inside apex's FP16_Optimizer with its masters in their groups.
-
-    Raises:
-        ValueError: it is neither, or a group names no parameters.
-    """
-    is_apex = "fp32_from_fp16" in loaded
-    needed = {"optimizer_state_dict", "fp32_from_fp16"} if is_apex else {"state", "param_groups"}
-    if missing := needed - loaded.keys():
-        found = ", ".join(map(str, loaded)) or "nothing"
-        raise ValueError(
-            f"this is no optimizer's state dict: {', '.join(sorted(missing))} missing, found "
-            f"{found}"
-        )
-    inner = loaded["optimizer_state_dict"] if is_apex else loaded
-    for number, group in enumerate(inner["param_groups"]):
-        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
-            raise ValueError(
-                f"param_groups[{number}] of the loaded state dict must be a dict with a list of "
-                f"params, got {group!r:.60}"
-            )
-    if not is_apex:
-        return loaded
-    pairs = zip(inner["param_groups"], loaded["fp32_from_fp16"], strict=True)
-    return {**inner, "param_groups": [{**group, "master": masters} for group, masters in pairs]}
 
 
 def _check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
@@ -252,17 +225,18 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
             f"got {count}"
         )
     _check_codes(entries, owner)
-    _check_no_codes_as_numbers(entries, owner)
     coded = SCALES[0] in entries
     for name in (*_MOMENTS, *_RESIDUES):
         if name in entries and not (coded and name in ENTRIES):
-            _check_number(
+            check_number(
                 entries[name], name, owner, *((torch.int16,) if name == "remainder" else ())
             )
     if "remainder" in entries and entries["remainder"].itemsize != 2:
         raise ValueError(
             f"the loaded remainder of {owner} must have 16 bits, is {entries['remainder'].dtype}"
         )
+    _check_no_codes_as_numbers(entries, owner)
+    _check_values(entries, owner)
 
 
 def _check_codes(entries: dict[str, Any], owner: str) -> None:
@@ -287,6 +261,7 @@ def _check_codes(entries: dict[str, Any], owner: str) -> None:
                 f"the loaded {name} of {owner}, of moments that are codes, must be "
                 f"{' or '.join(map(str, dtypes))}, is {found}"
             )
+        check_number(entries[name], name, owner, *dtypes)
     assert code is not None
     shape = entries["exp_avg_sq"].shape
     for name, (_, needed) in code.forms(shape).items():
@@ -295,6 +270,20 @@ def _check_codes(entries: dict[str, Any], owner: str) -> None:
                 f"the loaded {name} of {owner} has shape {tuple(entries[name].shape)}; "
                 f"{tuple(shape)} codes need {tuple(needed)}"
             )
+
+
+def _check_values(entries: dict[str, Any], owner: str) -> None:
+    """Raises where numbers are such as no step writes. NaN is not: of a moment, a step does."""
+    for name in ("exp_avg_sq", "max_exp_avg_sq"):
+        if name in entries and entries[name].is_floating_point():
+            check_values(entries[name], name, owner, lambda part: part < 0, "below zero")
+
+    def no_scale(part: Tensor) -> Tensor:
+        return ~((part >= 0) & part.isfinite())
+
+    for name in SCALES:
+        if name in entries:
+            check_values(entries[name], name, owner, no_scale, "NaN, infinite or below zero")
 
 
 def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
@@ -318,83 +307,6 @@ def _check_no_codes_as_numbers(entries: dict[str, Any], owner: str) -> None:
         "moments of 8 or 4 bits where this optimizer has none. Give both the same `moments`; long "
         'vectors, which have none under FSDP2, need "fp32"'
     )
-
-
-def _check_number(value: Any, name: str, owner: str, *others: torch.dtype) -> None:
-    """Raises unless `value` is a tensor of floating-point numbers, or of one of the `others`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"the loaded {name} of {owner} must be a tensor, got {value!r}")
-    if not value.is_floating_point() and value.dtype not in others:
-        raise TypeError(
-            f"the loaded {name} of {owner} must be floating-point numbers, is {value.dtype}"
-        )
-
-
-def _torch_form(
-    saved: dict[str, Any], group: dict[str, Any], position: int, owner: str
-) -> tuple[dict[str, Any], Tensor | None]:
-    """A parameter's saved state under torch's names, and its fp32 master where there is one."""
-    if not isinstance(saved, dict):
-        raise TypeError(f"the loaded state of {owner} must be a dict, got {type(saved).__name__}")
-    if not saved:
-        return {}, None
-    if not group.get("bias_correction", True):
-        raise ValueError(
-            "the checkpoint was trained with bias_correction=False, which AdamW does not do"
-        )
-    of_group = {"step": group["step"]} if "step" in group else {}
-    entries = {**of_group, **saved, **saved.get(_NESTED_BY_BITSANDBYTES, {})}
-    entries.pop(_NESTED_BY_BITSANDBYTES, None)
-    if "state1" in entries:
-        entries = _of_bitsandbytes(entries, owner)
-    masters = group.get("master")
-    if masters is not None and len(masters) != len(group["params"]):
-        raise ValueError(
-            f"the checkpoint has {len(masters)} masters for a group of {len(group['params'])} "
-            f"parameters"
-        )
-    master = entries.pop("master_param", None if masters is None else masters[position])
-    if isinstance(master, Tensor) and master.dtype == torch.int16:
-        entries["remainder"], master = master, None
-    if missing := {"step", "exp_avg", "exp_avg_sq"} - entries.keys():
-        found = ", ".join(map(str, entries))
-        raise ValueError(
-            f"{owner} has no AdamW state: {', '.join(sorted(missing))} missing, found {found}"
-        )
-    return entries, master
-
-
-def _of_bitsandbytes(entries: dict[str, Any], owner: str) -> dict[str, Any]:
-    if "state2" not in entries:
-        raise ValueError(
-            "this is a bitsandbytes optimizer with one moment, not AdamW: it has state1 and no "
-            "state2"
-        )
-    return {name: value for name, value in entries.items() if name == "step"} | {
-        "exp_avg": _dequantised(entries, "1", owner),
-        "exp_avg_sq": _dequantised(entries, "2", owner),
-    }
-
-
-def _dequantised(entries: dict[str, Any], number: str, owner: str) -> Tensor:
-    codes: Tensor = entries["state" + number]
-    _check_number(codes, "state" + number, owner, torch.uint8)
-    if codes.dtype != torch.uint8:
-        return codes
-    if missing := {"qmap" + number, "absmax" + number} - entries.keys():
-        raise ValueError(
-            f"the 8-bit bitsandbytes state lacks {', '.join(sorted(missing))}: it is not block-wise"
-        )
-    for name in ("qmap" + number, "absmax" + number):
-        _check_number(entries[name], name, owner)
-    scale: Tensor = entries["absmax" + number].float()
-    block = next(
-        (size for size in _BLOCK_SIZES if -(-codes.numel() // size) == scale.numel()), None
-    )
-    if block is None:
-        raise ValueError(f"absmax{number} has {scale.numel()} blocks for {codes.numel()} elements")
-    values = entries["qmap" + number].float()[codes.flatten().int()]
-    return (values * scale.repeat_interleave(block)[: values.numel()]).view(codes.shape)
 
 
 def _restored(saved: dict[str, Any], fresh: State, owner: str) -> State:

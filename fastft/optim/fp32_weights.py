@@ -8,7 +8,9 @@ shard is in memory.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,8 @@ def save_fp32(
 
     Of 16-bit parameters without a remainder (frozen, or of another `rounding`) the values are
     written as fp32; tensors of other dtypes are written as they are, tied weights once. Under FSDP2
-    every rank must call this; rank 0 writes. New files are written aside: whatever ends the
-    process, earlier weights in the folder or the new ones can be loaded.
+    every rank must call this; rank 0 writes. New files are written aside, which takes room for
+    both: whatever ends the process, earlier weights in the folder or the new ones can be loaded.
 
     Args:
         model: the model that is trained; DistributedDataParallel and torch.compile are looked
@@ -56,11 +58,16 @@ def save_fp32(
 
     Raises:
         TypeError: `optimizer` is not fastft's AdamW.
-        ValueError: `optimizer` trains no parameter of `model`.
+        ValueError: `optimizer` trains no parameter of `model`; `path` is a file.
+        OSError: the files cannot be written there (no space left, read-only). Earlier weights are
+            whole, and nothing of the new ones remains.
         ImportError: huggingface_hub or safetensors is missing.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"path must be a folder, and {folder} is a file")
     adamw, tensors, untied = _trained(model, optimizer)
     sizes = {
         names[0]: _as_saved(torch.empty_like(tensor, device="meta")) for names, tensor in untied
@@ -68,22 +75,14 @@ def save_fp32(
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     writes = world_size() == 1 or torch.distributed.get_rank() == 0
     stale = adamw.stale_weights()
-    folder = Path(path)
-    if writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        weight_files.remove_aside(folder)
-    try:
+    with weight_files.saving(folder) if writes else contextlib.nullcontext():
         for file, names in plan.filename_to_tensors.items():
             # by every rank, also where it writes nothing: a collective where tensors are sharded
             shard = {name: _master(tensors[name], adamw, stale) for name in names}
             if writes:
-                weight_files.write_aside(folder, file, shard)
+                weight_files.write_aside(folder, file, shard, _step_of(adamw))
         if writes:
             weight_files.publish(folder, plan.tensor_to_filename, plan.metadata)
-    except BaseException:
-        if writes:
-            weight_files.remove_aside(folder)
-        raise
 
 
 @torch.no_grad()
@@ -93,7 +92,7 @@ def load_fp32(
     """Restores what `save_fp32` wrote: each weight and, with `rounding="exact"`, its remainder.
 
     The moments come from `optimizer.load_state_dict`, before or after; without it they start from
-    zero.
+    zero. A warning says so where they are there already, and of another step than the weights.
 
     Args:
         model: of the same keys and shapes, in bf16 or fp32. An fp32 model takes the masters as they
@@ -105,11 +104,10 @@ def load_fp32(
         FileNotFoundError: there are no weights in the folder.
         TypeError: `optimizer` is not fastft's AdamW.
         ValueError: `optimizer` trains no parameter of `model`; keys, shapes or dtypes differ (fp32,
-            bf16 and fp16 become each other, any other dtype must be the model's); the index is
-            damaged, or names a file outside the folder. Nothing has changed then.
+            bf16 and fp16 become each other, any other dtype must be the model's); files are of
+            several saves; the index or a file is damaged, or the index names a file outside the
+            folder. Nothing has changed then.
     """
-    from safetensors import safe_open
-
     adamw, tensors, untied = _trained(model, optimizer)
     headers = weight_files.read_headers(Path(path))
     chosen = [
@@ -117,9 +115,10 @@ def load_fp32(
         for names, tensor in untied
     ]
     _check_fit(chosen, headers, tensors, path)
+    _check_steps(adamw, {headers[name].step for name, _ in chosen} - {None}, path)
     group_of = {param: group for group in adamw.param_groups for param in group["params"]}
     for file in sorted({headers[name].file for name, _ in chosen}):
-        with safe_open(file, framework="pt") as weights:
+        with weight_files.opened(file) as weights:
             for name, tensor in chosen:
                 if headers[name].file != file:
                     continue
@@ -145,8 +144,6 @@ def _check_fit(
     path: Any,
 ) -> None:
     """Raises where keys, shapes or dtypes of the files are not the model's."""
-    from safetensors import safe_open
-
     missing = [name for name, _ in chosen if name not in headers]
     unknown = sorted(headers.keys() - tensors.keys())
     if missing or unknown:
@@ -154,7 +151,7 @@ def _check_fit(
             f"the weights in {path} do not fit the model: missing {missing}, unknown {unknown}"
         )
     for name, tensor in chosen:
-        file, shape, dtype = headers[name]
+        file, shape, dtype, _ = headers[name]
         if shape != tuple(tensor.shape):
             raise ValueError(
                 f"{name} has shape {shape} in {path} and {tuple(tensor.shape)} in the model"
@@ -162,7 +159,7 @@ def _check_fit(
         if dtype in _FLOATS:
             fits, found = tensor.dtype in _FLOATS.values(), _FLOATS[dtype]
         else:
-            with safe_open(file, framework="pt") as weights:
+            with weight_files.opened(file) as weights:
                 found = weights.get_tensor(name).dtype
             fits = found == tensor.dtype
         if not fits:
@@ -170,6 +167,25 @@ def _check_fit(
                 f"{name} is {found} in {path} and {tensor.dtype} in the model, which it does not "
                 "convert to"
             )
+
+
+def _check_steps(optimizer: AdamW, saved: set[int | None], path: Any) -> None:
+    """Raises for files of several saves; warns where the optimizer is not where they were saved."""
+    if len(saved) > 1:
+        raise ValueError(f"the files in {path} are of several saves, at the steps {sorted(saved)}")
+    held = _step_of(optimizer)
+    if held and saved - {held}:
+        warnings.warn(
+            f"the weights in {path} were saved at the optimizer's step {saved.pop()}, and its "
+            f"moments here are of step {held}: load the state dict of the same save, or weights "
+            "saved with it, unless you mean to go on with both",
+            stacklevel=3,
+        )
+
+
+def _step_of(optimizer: AdamW) -> int:
+    """The steps that it has taken, or another of which it has loaded the states; 0 without."""
+    return max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
 
 
 def _trained(

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastft.data.balance import _shared_out, balanced, pack_costs
+from fastft.data.balance import _shared_out, balanced
 from fastft.data.collator import PackingCollator
+from fastft.data.even_packs import pack_costs
 from fastft.data.packed import pack
 from fastft.data.plan import PackPlan, plan_packs
 
@@ -81,11 +82,6 @@ def test_many_examples_are_shared_out_without_comparing_each_with_each():
     tokens = [sum(lengths[entry] for entry in pack.tolist()) for pack in packs]
     assert max(tokens) - min(tokens) <= 30
     assert compared < 4000 * 100
-
-
-def test_costs():
-    tokens, squares = pack_costs(plan_packs([5, 3, 4, 4], 8))
-    assert tokens.tolist() == [8, 8] and squares.tolist() == [34, 32]
 
 
 @pytest.mark.parametrize("group", [3, 4])

@@ -58,6 +58,18 @@ def test_kernel_refuses_lengths_that_do_not_add_up(lengths: list[int]) -> None:
         )
 
 
+@pytest.mark.parametrize("far", [2**63 - 1, -(2**63)])
+def test_numbers_at_the_ends_of_int64(far: int) -> None:
+    """No sum of them and a position leaves int64 unseen: positions wrap, lengths are refused."""
+    lengths, _, source = draw([2, 3])
+    wrapped = torch.tensor([(far + i + 2**63) % 2**64 - 2**63 for i in (0, 1, 0, 1, 2)])
+    found = run(BOUNDARIES.native, lengths, torch.tensor([far, far]), source, far)
+    labels = torch.full_like(source, -100) if far > 0 else source
+    assert torch.equal(found["position_ids"], wrapped) and torch.equal(found["labels"], labels)
+    with pytest.raises(RuntimeError, match="lengths do not add up"):
+        run(BOUNDARIES.native, torch.tensor([2, far]), torch.zeros(2).long(), source)
+
+
 @pytest.mark.parametrize("broken", range(7))
 def test_kernel_checks_its_arguments(broken: int) -> None:
     lengths, ignored, source = draw([2, 3])

@@ -10,7 +10,7 @@ import pytest
 import fastft
 
 DATA = Path(fastft.__file__).parent / "data"
-PLANNING = ("plan", "packed", "streaming", "balance", "lengths")
+PLANNING = ("plan", "packed", "streaming", "balance", "even_packs", "lengths")
 COMMON = ("pack", "processed", "arrow_rows", "keys")
 
 

@@ -223,6 +223,27 @@ def test_totals_beyond_int32():
     assert len(plan_packs([2**33], 2**31 - 1, overlong="split")) == 5
 
 
+@pytest.mark.parametrize("impl", ["cpp", "eager"])
+def test_lengths_whose_sum_does_not_fit_into_int64(impl):
+    """Nor does one of them and the capacity."""
+    largest = 2**63 - 1
+    plan = plan_packs([largest, 3, largest], 5, overlong="truncate", impl=impl)
+    assert as_lists(plan) == [[0], [2], [1]]
+    assert as_lists(plan_packs([largest, 3, largest], 5, overlong="drop", impl=impl)) == [[1]]
+    for lengths in ([largest], [5, 2**33, largest], [2**32] * 3):
+        with pytest.raises(ValueError, match=r"would make \d+ pieces of at most 5 tokens"):
+            plan_packs(lengths, 5, overlong="split", impl=impl)
+
+
+@pytest.mark.parametrize("wide", [torch.int32, torch.int64])
+def test_the_kernel_refuses_lengths_that_nobody_has_checked(wide):
+    """Their sum fits into no integer, and each is outside of the tables."""
+    for lengths in ([torch.iinfo(wide).max] * 3, [torch.iinfo(wide).min] * 3, [1, 6, 1], [0, 1, 1]):
+        made = [torch.empty(3 + extra, dtype=torch.int64) for extra in (0, 0, 1, -2)]
+        with pytest.raises(RuntimeError, match=r"length -?\d+ at \d of a window is not in \[1, "):
+            PLAN.native(torch.tensor(lengths, dtype=wide), torch.tensor([0, 3]), 5, 0, *made)
+
+
 def test_noncontiguous_lengths():
     lengths = torch.tensor([[3, 9], [1, 9], [2, 9]])[:, 0]
     assert as_lists(plan_packs(lengths, 3, impl="cpp")) == [[0], [2, 1]]

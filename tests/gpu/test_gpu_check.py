@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.gpu_checkout import GPU, ROOT, Checkout, lines, lives
+from support.gpu_checkout import COMPUTE_SANITIZER, GPU, ROOT, Checkout, lines, lives
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the tests: some names are in both
 
@@ -77,9 +78,10 @@ def test_all_parts_of_a_good_day(tmp_path: Path) -> None:
     assert "* commit: None" in table and "torch: 2.11.0+stub" in table
     assert "built for 90\n" in stem.with_suffix(".log").read_text()
     done = [line["part"] for line in lines(stem.with_suffix(".jsonl")) if "took" in line]
-    assert done == ["machine", "build", "smoke", "tests", "ops", "train"]
+    assert done == ["machine", "build", "smoke", "tests", "sanitize", "ops", "train"]
     assert set(outcomes(stem.with_suffix(".jsonl")).values()) == {"passed", "skipped"}
     assert "skipped: the host has 1 GiB available" in table
+    assert "skipped  compute-sanitizer[memcheck]: no compute-sanitizer is found" in ran.printed
     assert 'tests="5"' in (checkout.results / f"{GPU}-tests.xml").read_text()
     assert {path.name for path in checkout.results.iterdir()} == {
         "kernels.md",
@@ -124,6 +126,25 @@ def test_cases_that_crash_fail_and_hang_stop_no_other(tmp_path: Path) -> None:
         assert said in table and said in ran.printed
     assert not any(checkout.results.iterdir())
     assert len(checkout.children()) == 1 and not any(map(lives, checkout.children()))
+
+
+def test_what_compute_sanitizer_reports_is_a_failure(tmp_path: Path) -> None:
+    checkout = Checkout(tmp_path, goes_wrong=False)
+    checkout.put("tools/compute-sanitizer", textwrap.dedent(COMPUTE_SANITIZER))
+    (tmp_path / "tools" / "compute-sanitizer").chmod(0o755)
+    ran = checkout.check("sanitize", "--seconds", "60", out=tmp_path / "out")
+    stem = tmp_path / "out" / f"{GPU}-sanitize"
+    assert ran.status == 1 and outcomes(stem.with_suffix(".jsonl")) == {
+        "compute-sanitizer[memcheck]": "passed",
+        "compute-sanitizer[racecheck]": "failed",
+    }
+    assert f"compute-sanitizer[racecheck]: {stem.name}.log has its reports" in ran.printed
+    log = stem.with_suffix(".log").read_text()
+    assert log.count("launched") == 2 and "Race reported" in log
+
+
+def test_the_launches_for_compute_sanitizer_launch_here() -> None:
+    module("launches").main()
 
 
 def test_tests_that_hang_are_ended_with_their_children(tmp_path: Path) -> None:
@@ -184,7 +205,7 @@ def test_an_unknown_part_is_named(tmp_path: Path) -> None:
     ran = Checkout(tmp_path, goes_wrong=False).check("test")
     assert (
         ran.status == 2
-        and "a part must be one of smoke, tests, ops, train, got test" in ran.printed
+        and "a part must be one of smoke, tests, sanitize, ops, train, got test" in ran.printed
     )
 
 

@@ -1,62 +1,37 @@
-"""A training that was killed in the middle of an epoch goes on from its last checkpoint to the bits
-of one that was not."""
+"""A training that was killed goes on from its last checkpoint to the bits of one that was not."""
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
-import torch
-from support.plugged import examples, llama
-from support.trainers import logged, quiet_arguments
-from transformers import Trainer, TrainerCallback
+import torch.distributed as dist
+from support import system_calls
+from support.killed import KINDS, apart
 
-import fastft
-
-STEPS, SAVED, KILLED = 6, 2, 5
-
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == KILLED:
-            os.kill(os.getpid(), signal.SIGKILL)
+pytestmark = [pytest.mark.slow, system_calls.needs_ptrace]
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"
+)
+# the first kind at every place, the others at each so-manieth
+EVERY = {"8-bit moments": 1}
+OF_TWO = ["packs, stochastic rounding, bf16 moments", "states on the host", "4-bit moments"]
 
 
-def training(folder, callbacks=()):
-    """Packs in random order, bf16 weights that are rounded stochastically, bf16 moments."""
-    torch.manual_seed(0)
-    fastft.register_attention()
-    saving = {"save_strategy": "steps", "save_steps": SAVED, "gradient_accumulation_steps": 2}
-    args = quiet_arguments(
-        folder, max_steps=STEPS, per_device_train_batch_size=1, learning_rate=1e-2, seed=3, **saving
-    )
-    model = llama(attn_implementation="fastft").to(torch.bfloat16)
-    return Trainer(
-        model,
-        args,
-        train_dataset=fastft.pack(examples(), max_tokens=32),
-        data_collator=fastft.PackingCollator(),
-        optimizers=fastft.adamw(model, args, rounding="stochastic", moments="bf16", seed=5),
-        callbacks=[fastft.FusedLossCallback(), *callbacks],
-    )
-
-
-def killed(_, folder):
-    training(folder, [Kill()]).train()
-
-
-@pytest.mark.slow
 @pytest.mark.way("killed in the middle, resumed", loss="exact", optimizer="exact", packing="exact")
-def test_a_killed_training_goes_on_to_the_bit(tmp_path):
-    whole = training(tmp_path / "whole")
-    whole.train()
-    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        torch.multiprocessing.spawn(killed, (str(tmp_path / "killed"),))
-    saved = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert saved == {"checkpoint-2", "checkpoint-4"}
-    again = training(tmp_path / "killed")
-    again.train(resume_from_checkpoint=True)
-    assert logged(again) == logged(whole) and len(logged(whole)) == STEPS
-    for name, param in again.model.named_parameters():
-        assert torch.equal(param, whole.model.get_parameter(name)), name
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_any_place_of_a_save_and_of_a_step(kind, tmp_path):
+    given = f"Path({str(tmp_path / 'out')!r}), {kind!r}, {EVERY.get(kind, 7)}"
+    print(apart("support.killed", f"kill_everywhere({given})"))
+
+
+@needs_gloo
+@pytest.mark.way("killed in the middle, resumed", loss="exact", optimizer="exact", packing="exact")
+@pytest.mark.parametrize("kind", OF_TWO)
+def test_one_of_two_processes_is_killed_at_any_place(kind, tmp_path):
+    given = f"Path({str(tmp_path / 'out')!r}), {kind!r}, 8"
+    print(apart("support.killed_ranks", f"kill_one_of_two({given})"))
+
+
+@needs_gloo
+def test_one_of_two_processes_is_killed_in_a_collective(tmp_path):
+    given = f"Path({str(tmp_path / 'out')!r})"
+    print(apart("support.killed_ranks", f"kill_at_collectives({given})"))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.fused_trainings import arguments, llama, train
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
@@ -32,6 +33,7 @@ def faster(monkeypatch):
     """As on a processor that MKL does not use, for the smallest products too."""
     monkeypatch.setattr(matrix_product, "is_ahead", lambda: True)
     monkeypatch.setattr(matrix_product, "LEAST", 4)
+    monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
 
 
 @pytest.fixture
@@ -92,18 +94,30 @@ def test_gradients_have_gradients_and_take_what_is_expanded_or_transposed():
 
 
 @needs_kernel
-def test_many_gradients_at_once_are_those_of_one_by_one(faster):
-    layer, x = nn.Linear(9, 7), torch.randn(17, 9, requires_grad=True)
-    y, inputs = linear(x, layer.weight, layer.bias), [x, layer.weight, layer.bias]
-    upstream = torch.randn(3, 17, 7)
-    found = torch.autograd.grad(y, inputs, upstream, retain_graph=True, is_grads_batched=True)
-    for number, one in enumerate(upstream):
-        expected = torch.autograd.grad(y, inputs, one, retain_graph=True)
-        torch.testing.assert_close([each[number] for each in found], list(expected))
+def test_batches_of_gradients_and_forward_mode_are_torchs(faster, products):
+    x, weight, bias = tensors((12,), 6, 9, True)
+    layer = nn.Linear(6, 9)
+    layer.weight.data, layer.bias.data = weight.data, bias.data
+    expected = torch.autograd.functional.jacobian(layer, x)
+
+    def tangent():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
+
+    expected_tangent = tangent()
+    with contextlib.ExitStack() as stack:
+        assert use_own_products(nn.Sequential(layer), stack) == 1
+        y = layer(x)
+        assert products
+        (rows,) = torch.autograd.grad(
+            y, x, torch.eye(y.numel()).view(-1, *y.shape), is_grads_batched=True
+        )
+        torch.testing.assert_close(rows.view(expected.shape), expected)
+        torch.testing.assert_close(tangent(), expected_tangent)
 
 
 @needs_kernel
-def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products):
+def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products, monkeypatch):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False))
     x = torch.randn(16, 8)
     expected = model(x)
@@ -119,6 +133,9 @@ def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products):
             with context:
                 model(x)
         model(x[:2])
+        monkeypatch.setattr(linear_products, "LEAST_WORK", 2000)
+        model(x)
+        monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
         torch.func.jacfwd(model)(x)
         torch.func.vmap(torch.func.grad(lambda rows: model(rows).sum()))(x.expand(3, 16, 8))
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -133,7 +150,7 @@ def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products):
 
 
 @needs_kernel
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("own", [None, True, False])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_training_has_stocks_losses_and_leaves_nothing(adapter, own, faster, products, tmp_path):
     def model():
@@ -148,12 +165,13 @@ def test_a_training_has_stocks_losses_and_leaves_nothing(adapter, own, faster, p
     callback, trained = FusedLossCallback(linear=own), model()
     fused, _, _ = train(tmp_path, trained, [callback])
     assert fused.losses == pytest.approx(stock.losses, rel=1e-6)
-    assert bool(products) == own
+    assert bool(products) == (own is not False)
     count = sum(type(module) is nn.Linear for module in trained.modules()) - 1  # but the head
-    assert callback.linear_layers == (count if own else 0)
+    assert callback.linear_layers == (0 if own is False else count)
     assert all("forward" not in vars(module) for module in trained.modules())
 
 
+@pytest.mark.parametrize("linear", [None, True])
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -161,13 +179,14 @@ def test_a_training_has_stocks_losses_and_leaves_nothing(adapter, own, faster, p
         ({}, "torch's products use all of this processor"),
     ],
 )
-def test_who_asks_for_nothing_is_told_so(change, reason, monkeypatch, products, tmp_path):
+def test_who_asks_for_nothing_is_told_so(change, reason, linear, monkeypatch, products, tmp_path):
     said = []
     monkeypatch.setattr(matrix_product, "is_ahead", lambda: bool(change))
     monkeypatch.setattr(fused_loss_module.logger, "warning", said.append)
-    callback = FusedLossCallback(linear=True)
+    callback = FusedLossCallback(linear=linear)
     train(tmp_path, llama(), [callback], **change)
-    assert [line for line in said if "linear=True does nothing" in line and reason in line]
+    told = [line for line in said if "linear=True does nothing" in line and reason in line]
+    assert bool(told) == (linear is True)
     assert callback.linear_layers == 0 and not products
 
 
@@ -177,8 +196,10 @@ def test_plug_says_where_it_cannot_ask_for_it(callbacks, loss, tmp_path):
     with pytest.raises(ValueError, match="linear=True needs loss=True"):
         fastft.plug(trainer, loss=loss, linear=True)
     fastft.plug(trainer, loss=loss).restore()
+    with pytest.raises(TypeError, match="linear must be True or False, got 1"):
+        fastft.plug(trainer, linear=1)
 
 
 def test_it_is_a_switch():
-    with pytest.raises(TypeError, match="linear must be True or False, got 'no'"):
+    with pytest.raises(TypeError, match="linear must be True, False or None, got 'no'"):
         FusedLossCallback(linear="no")

@@ -225,21 +225,29 @@ def test_deterministic_whatever_the_threads(impl):
 PROBE = """
 import hashlib, torch
 from fastft.loss.cross_entropy import cross_entropy
+from fastft.optim.grad_norm import grad_norm
 torch.manual_seed(0)
 digest = hashlib.sha256()
+# Inf, and NaNs of other signs and payloads, two of them in a row where there is room
+odd = torch.tensor([0x7F800000, -0x800000, 0x7FC00000, -0x2ABCDF, 0x7FA12345], dtype=torch.int32)
 for dtype in (torch.float32, torch.bfloat16):
     for classes in (1, 15, 16, 507, 1000):
-        logits = (9 * torch.randn(33, classes)).to(dtype).requires_grad_()
+        logits = (9 * torch.randn(33, classes)).to(dtype)
+        logits[5:10, 0] = logits[6:11, classes // 2] = odd.view(torch.float32).to(dtype)
+        norms = [grad_norm([row.clone()], "cpp") for row in logits]
+        logits.requires_grad_()
         loss = cross_entropy(logits, torch.randint(0, classes, (33,)), reduction="none", impl="cpp")
         (grad,) = torch.autograd.grad(loss.sum(), logits)
-        for tensor in (loss.detach(), grad.float()):
-            digest.update(tensor.numpy().tobytes())
+        for tensor in (loss.detach(), grad.float(), torch.stack(norms)):
+            assert tensor.isnan().any()
+            digest.update(tensor.where(tensor == tensor, torch.nan).numpy().tobytes())
 print(digest.hexdigest())
 """
 
 
 @pytest.mark.skipif(bool(_native.missing("cpu")), reason="not built")
 def test_every_instruction_set_gives_the_same_bits():
+    """But for the sign and the payload of a NaN."""
     digests = {
         isa: subprocess.run(
             [sys.executable, "-c", PROBE],
@@ -289,6 +297,9 @@ def test_operator_contract():
         ROWS.native,
         tuple(operator_arguments(dtype=torch.bfloat16, weight=False, upstream=0, statistics=False)),
     )
+    arguments = operator_arguments(upstream=1)
+    arguments[6] = [torch.empty(7, 2, dtype=torch.float64)]
+    torch.library.opcheck(ROWS.native, tuple([*arguments[:7], [], *arguments[8:]]))
 
 
 def row_truth(logits, target, weight, upstream, options):
@@ -320,6 +331,29 @@ def test_operator_writes_every_output(impl, in_place, classes):
     ):
         torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=2e-6)
     assert torch.equal(statistics[1], truth[3]) and not output[2].any() and losses[2] == lse[2] == 0
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 63, 4097])
+def test_sums_of_forward_change_no_bit_of_the_gradient(impl, dtype, classes):
+    logits, target, weight, upstream, losses, lse, _, grad, *options = operator_arguments(
+        5, classes, dtype, upstream=1, statistics=False
+    )
+    logits[1, 0], target[2] = torch.inf, -100
+    row_kernel = ROWS.implementation(impl, logits.device)
+    row_kernel(logits, target, weight, upstream, losses, lse, [], grad, *options)
+    sums, again = torch.full((5, 2), torch.nan, dtype=torch.float64), torch.empty_like(logits)
+    known, kept = torch.empty(5), torch.empty(5)
+    row_kernel(logits, target, weight, [], known, kept, [sums], [], *options)
+    assert torch.equal(known.nan_to_num(), losses.nan_to_num())
+    row_kernel(logits, target, weight, upstream, known, kept, [sums], [again], *options)
+    assert torch.equal(again.nan_to_num(), grad[0].nan_to_num())
+    if impl == "cpp":  # they are taken: other sums are another gradient
+        row_kernel(logits, target, weight, upstream, known, kept, [2 * sums + 1], [again], *options)
+        assert not torch.equal(again.nan_to_num(), grad[0].nan_to_num())
+        with pytest.raises(RuntimeError, match="sums must be a contiguous vector of 10"):
+            row_kernel(logits, target, weight, [], known, kept, [sums.float()], [], *options)
 
 
 @pytest.mark.parametrize("impl", ENGINES)
@@ -381,7 +415,8 @@ def test_a_target_that_nobody_checked_poisons_its_row():
         (3, [torch.ones(6)], "upstream must be a contiguous vector of 7"),
         (3, list(torch.ones(2, 7)), "upstream holds 0, 1 or 3"),
         (4, torch.empty(7, dtype=torch.float64), "losses must be"),
-        (6, [torch.empty(7)], "statistics holds 0 or 2"),
+        (6, [torch.empty(7)], "sums are kept on a CPU, and have no entropy"),
+        (6, [torch.empty(7)] * 3, "statistics holds 0, 1 or 2"),
         (6, [torch.empty(7), torch.empty(7)], "is_top1 must be"),
         (7, [torch.empty(7, 32)], "grad must have the shape and dtype of logits"),
     ],

@@ -96,6 +96,24 @@ def test_what_does_not_fit_is_refused(out, left, right, message):
         PRODUCT.native(out, left, right, False)
 
 
+@needs_kernel
+def test_out_that_shares_memory_with_a_factor_is_refused():
+    """It would be read after it was written."""
+    memory, other = torch.ones(300), torch.ones(10, 10)
+    out, beside = memory[:100].view(10, 10), memory[100:200].view(10, 10)
+    # at one number, and seen as other numbers
+    end, halves = memory[99:199].view(10, 10), memory[50:100].view(torch.bfloat16).view(10, 10)
+    for factor in (out, out.T, end, halves):
+        for factors in ((factor, other), (other, factor)):
+            with pytest.raises(RuntimeError, match="must not share memory with a factor"):
+                PRODUCT.native(out, *factors, False)
+    PRODUCT.native(out, beside, other, False)
+    assert (out == 10).all()
+    # nothing is read of a factor without terms
+    PRODUCT.native(out, memory[50:50].view(10, 0), memory[60:60].view(0, 10), False)
+    assert (out == 0).all()
+
+
 def test_the_reference():
     a, b = torch.randn(5, 7, dtype=torch.bfloat16), torch.randn(7, 3)
     out = torch.empty(5, 3)

@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 from support.adamw_modes import MODES
-from support.adamw_steps import assert_same, clones, gradients, on_disk, params_of, start, train
+from support.adamw_steps import (
+    ENGINES,
+    assert_same,
+    assert_same_bits,
+    clones,
+    gradients,
+    on_disk,
+    params_of,
+    snapshot,
+    start,
+    train,
+)
 from support.foreign_checkpoints import (
     SHAPES,
     apex_group,
@@ -15,6 +26,7 @@ from support.foreign_checkpoints import (
 )
 
 from fastft.optim.adamw import AdamW
+from fastft.optim.moment_blocks import SCALES
 from fastft.optim.moment_codes import CODES
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -246,6 +258,26 @@ REFUSED = {  # of the first parameter's state: what it has become, the error, an
         ValueError,
         "remainder of parameter 0.*16 bits",
     ),
+    "second moment below zero": (
+        {"exp_avg_sq": torch.ones(70, 73).index_fill(0, torch.tensor(69), -1e-30)},
+        ValueError,
+        "exp_avg_sq of parameter 0 has 73 values of 5110 that are below zero, which no step writes",
+    ),
+    "one below zero beside NaN": (
+        {"exp_avg_sq": torch.full((70, 73), float("nan")).index_fill(0, torch.tensor(3), -1.0)},
+        ValueError,
+        "exp_avg_sq of parameter 0 has 73 values",
+    ),
+    "maximum below zero": (
+        {"max_exp_avg_sq": -torch.ones(70, 73)},
+        ValueError,
+        "max_exp_avg_sq of parameter 0 has 5110 values",
+    ),
+    "moment without numbers": (
+        {"exp_avg": torch.empty(70, 73, device="meta")},
+        ValueError,
+        "exp_avg of parameter 0 is on the meta device",
+    ),
     "compensation in integers": (
         {"kahan": torch.zeros(70, 73).int()},
         TypeError,
@@ -286,6 +318,20 @@ CODED = {  # the same, of 8-bit moments
         ValueError,
         "exp_avg_sq_scale of parameter 0.*is NoneType",
     ),
+    **{
+        f"{name} with {value}": (
+            {name: torch.ones(70, 1).index_fill(0, torch.tensor(2), value)},
+            ValueError,
+            f"{name} of parameter 0 has 1 values of 70 that are NaN, infinite or below zero",
+        )
+        for name in SCALES
+        for value in (float("nan"), float("inf"), -1e-30)
+    },
+    "scale without numbers": (
+        {"exp_avg_scale": torch.empty(70, 1, device="meta")},
+        ValueError,
+        "exp_avg_scale of parameter 0 is on the meta device",
+    ),
     "one moment in fp32": (
         {"exp_avg": torch.ones(70, 73)},
         ValueError,
@@ -302,6 +348,30 @@ CODED = {  # the same, of 8-bit moments
         r"exp_avg of parameter 0 has shape \(70, 73\); \(70, 73\) codes need \(70, 37\)",
     ),
 }
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_spoilt_training_has_comes_back_as_it_was(mode, impl):
+    kept, grads = MODES[mode], gradients(SHAPES, 4)
+    for position, value in enumerate((float("nan"), float("inf"), -float("inf"), 3e38)):
+        grads[1][0][position, 5] = grads[2][2][position] = value
+    twins = [AdamW(start(SHAPES, kept.dtype), **kept.options, impl=impl, seed=1) for _ in range(2)]
+    train(twins[0], grads[:3])
+    assert not twins[0].state_dict()["state"][2]["exp_avg"].isfinite().all()
+    twins[1].load_state_dict(on_disk(twins[0].state_dict()))
+    for trained, loaded in zip(*map(params_of, twins), strict=True):
+        loaded.data.copy_(trained.data)
+    assert_bits(*twins)
+    for twin in twins:
+        train(twin, grads[3:])
+    assert_bits(*twins)
+
+
+def assert_bits(*twins):
+    for mine, theirs in zip(*map(snapshot, twins), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert_same_bits(list(mine.values()), [theirs[name] for name in mine])
 
 
 def check_refused(moments, change, error, sentence):

@@ -1,17 +1,23 @@
-"""`save_fp32` over an earlier save, interrupted at every step; indices and files which somebody
-else has made."""
+"""`save_fp32` over an earlier save, with a fault at each call that changes a file; indices and
+files which somebody else has made, or cut off."""
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import os
-import signal
-from collections.abc import Callable
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import system_calls
 from torch.nn import Parameter
 
 import fastft
@@ -20,9 +26,19 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 pytest.importorskip("huggingface_hub")
 
 SIZES = {"one file": "5GB", "three files": 40, "four files": 24}
-PAIRS = [("one file", "one file"), ("one file", "three files"), ("three files", "one file")]
-PAIRS += [("three files", "three files"), ("three files", "four files")]
-STEPS = [(os, "replace"), (os, "unlink"), (os, "fsync"), (safetensors_torch, "save_file")]
+# of the earlier save and the next; the others are repetitions
+PAIRS = [
+    pytest.param("three files", "three files"),
+    *(
+        pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in [
+            ("one file", "one file"),
+            ("one file", "three files"),
+            ("three files", "one file"),
+            ("three files", "four files"),
+        ]
+    ),
+]
 
 
 class Weights(torch.nn.Module):
@@ -44,115 +60,111 @@ def load(folder: Path) -> set[float]:
     return {value for param in model.parameters() for value in param.tolist()}
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def files_that_count(folder: Path) -> set[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return {"model.safetensors"}
+    return {index.name, *json.loads(index.read_text())["weight_map"].values()}
 
 
-def interrupted(
-    patch: pytest.MonkeyPatch,
-    number: int,
-    end: Callable[[], None],
-    *,
-    after: bool = False,
-    once: bool = False,
-) -> list[int]:
-    """From the `number`-th change of a file on, `end` is called before it, or after it; files are
-    then half written."""
-    count = [0]
-
-    def replaced(module: Any, name: str) -> None:
-        original = getattr(module, name)
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            count[0] += 1
-            if count[0] - 1 < number or (once and count[0] - 1 > number):
-                return original(*args, **kwargs)
-            if name == "save_file":
-                original(*args, **kwargs)
-                Path(args[1]).write_bytes(Path(args[1]).read_bytes()[:-9])
-            elif after:
-                original(*args, **kwargs)
-            return end()
-
-        patch.setattr(module, name, step)
-
-    for module, name in STEPS:
-        replaced(module, name)
-    return count
-
-
-def steps_of(tmp_path: Path, before: str, now: str) -> int:
-    folder = tmp_path / "counted"
+def faulty_saves(tmp_path: Path, before: str, now: str, *kinds: str) -> Iterator[Any]:
+    """Saves over an earlier one, each with a fault at another change of a file: the fault, how it
+    ended, the folder."""
+    folder = tmp_path / "weights"
     save(folder, 1.0, SIZES[before])
-    with pytest.MonkeyPatch.context() as patch:
-        count = interrupted(patch, 1000, lambda: None)
+    shutil.copytree(folder, tmp_path / "earlier")
+
+    def work() -> None:
         save(folder, 2.0, SIZES[now])
-    assert load(folder) == {2.0}
-    return count[0]
+
+    for fault in system_calls.faults_of(work, folder, *kinds):
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "earlier", folder)
+        yield fault, system_calls.run(work, folder, fault), folder
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@system_calls.needs_ptrace
 @pytest.mark.parametrize(("before", "now"), PAIRS)
-def test_killed_at_any_step_the_old_or_the_new_save_is_whole(
+def test_killed_at_any_call_the_old_or_the_new_save_is_whole(
     before: str, now: str, tmp_path: Path
 ) -> None:
     found = set()
-    for number in range(steps_of(tmp_path, before, now)):
-        folder = tmp_path / str(number)
-        save(folder, 1.0, SIZES[before])
-        child = os.fork()
-        if child == 0:
-            try:
-                interrupted(
-                    pytest.MonkeyPatch(), number, lambda: os.kill(os.getpid(), signal.SIGKILL)
-                )
-                save(folder, 2.0, SIZES[now])
-            finally:
-                os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    for fault, ended, folder in faulty_saves(tmp_path, before, now, "before", "half", "after"):
+        assert ended.killed, (fault, ended)
         values = load(folder)
-        assert values in ({1.0}, {2.0}), (number, sorted(os.listdir(folder)))
+        assert values in ({1.0}, {2.0}), (fault, sorted(os.listdir(folder)))
         found |= values
         save(folder, 3.0, SIZES[now])  # over what was left
         assert load(folder) == {3.0}
-        assert not [file for file in os.listdir(folder) if file.endswith(".part")]
-        index = folder / "model.safetensors.index.json"
-        names = (
-            set(json.loads(index.read_text())["weight_map"].values())
-            if index.exists()
-            else {"model.safetensors"}
-        )
-        assert {file.name for file in folder.glob("*.safetensors")} == names
-    assert found >= {1.0}
+        assert set(os.listdir(folder)) == files_that_count(folder), fault
+    assert found == {1.0, 2.0}
 
 
+@system_calls.needs_ptrace
+@pytest.mark.parametrize("kind", ["full", "read-only", "Ctrl-C"])
 @pytest.mark.parametrize(("before", "now"), PAIRS)
-def test_out_of_disk_at_any_step_the_old_or_the_new_save_is_whole(
-    before: str, now: str, tmp_path: Path
+def test_a_save_that_fails_at_any_call_leaves_one_whole_save_and_nothing_else(
+    before: str, now: str, kind: str, tmp_path: Path
 ) -> None:
-    def full() -> None:
-        raise OSError(28, "No space left on device")
+    words = {"full": "No space left on device", "read-only": "Read-only file system"}
+    for fault, ended, folder in faulty_saves(tmp_path, before, now, kind):
+        assert load(folder) in ({1.0}, {2.0}), (fault, ended)
+        change = ended.changes[fault.at]
+        if kind != "read-only" and change.call not in ("unlink", "unlinkat", "rmdir"):
+            assert set(os.listdir(folder)) == files_that_count(folder), (fault, change)
+        if kind != "Ctrl-C" and change.call in ("write", "openat", "mkdir", "fsync"):
+            assert f"could not be written to {folder} (" in ended.error, (fault, ended)
+            assert words[kind] in ended.error and "earlier ones are whole" in ended.error
 
-    for number in range(steps_of(tmp_path, before, now)):
-        folder = tmp_path / str(number)
-        save(folder, 1.0, SIZES[before])
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
-            interrupted(patch, number, full, after=True)
-            save(folder, 2.0, SIZES[now])
-        assert load(folder) in ({1.0}, {2.0}), (number, sorted(os.listdir(folder)))
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a small file system")
+def test_a_full_disk_is_free_again(tmp_path: Path) -> None:
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)]
+    if subprocess.run(mounted, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no right to mount a file system")
+    try:
+        model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(9)])
+        optimizer = fastft.AdamW(model.parameters())
+        fastft.save_fp32(model, optimizer, tmp_path, max_shard_size=20_000)
+        used, files = shutil.disk_usage(tmp_path).used, set(os.listdir(tmp_path))
+        with pytest.raises(OSError, match="No space left") as raised:
+            fastft.save_fp32(model, optimizer, tmp_path, max_shard_size=20_000)
+        assert raised.value.errno == errno.ENOSPC
+        assert shutil.disk_usage(tmp_path).used == used and set(os.listdir(tmp_path)) == files
+        fastft.load_fp32(model, optimizer, tmp_path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("")
+    with pytest.raises(ValueError, match=r"path must be a folder, and .*weights is a file"):
+        save(tmp_path / "weights", 1.0, 40)
+    with pytest.raises(OSError, match=r"could not be written to .* \(.*Not a directory"):
+        save(tmp_path / "weights" / "below", 1.0, 40)
+
+
+@system_calls.needs_ptrace
 def test_what_an_interrupted_first_save_leaves_is_no_save(tmp_path: Path) -> None:
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupted(patch, 2, stop, once=True)
-        save(tmp_path, 1.0, 40)
-    assert not list(tmp_path.iterdir())
+    folder = tmp_path / "weights"
+    ended = system_calls.run(lambda: save(folder, 1.0, 40), folder, system_calls.Fault(8, "Ctrl-C"))
+    assert "KeyboardInterrupt" in ended.error and not list(folder.iterdir())
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
-        load(tmp_path)
+        load(folder)
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, -1])
+@pytest.mark.parametrize("size", ["one file", "three files"])
+def test_a_file_that_was_cut_off_is_named_and_nothing_is_loaded(
+    size: str, length: int, tmp_path: Path
+) -> None:
+    save(tmp_path, 1.0, SIZES[size])
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:length])
+    model = Weights(0.0)
+    with pytest.raises(ValueError, match=f"{file} is no whole safetensors file .* was cut off"):
+        fastft.load_fp32(model, fastft.AdamW(model.parameters()), tmp_path)
+    assert not any(param.any() for param in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -196,6 +208,43 @@ def test_an_index_that_names_a_file_without_the_tensor_is_refused(tmp_path: Path
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="names tensors that their files lack: a "):
         load(tmp_path)
+
+
+def test_weights_of_another_step_than_the_moments_are_told(tmp_path: Path) -> None:
+    def steps(model: Weights, optimizer: fastft.AdamW, number: int) -> None:
+        for _ in range(number):
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+
+    model = Weights(1.0)
+    optimizer = fastft.AdamW(model.parameters())
+    steps(model, optimizer, 2)
+    fastft.save_fp32(model, optimizer, tmp_path, max_shard_size=40)
+    state = copy.deepcopy(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastft.load_fp32(model, optimizer, tmp_path)
+    steps(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="step 2, and its moments here are of step 3"):
+        fastft.load_fp32(model, optimizer, tmp_path)
+    again = Weights(0.0)
+    resumed = fastft.AdamW(again.parameters())
+    resumed.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastft.load_fp32(again, resumed, tmp_path)
+
+
+def test_files_of_several_saves_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1.0, 40)
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    tensors = safetensors_torch.load_file(file)
+    safetensors_torch.save_file(tensors, file, metadata={"format": "pt", "step": "7"})
+    model = Weights(0.0)
+    with pytest.raises(ValueError, match=r"are of several saves, at the steps \[0, 7\]"):
+        fastft.load_fp32(model, fastft.AdamW(model.parameters()), tmp_path)
+    assert not any(param.any() for param in model.parameters())
 
 
 EXACT = {  # buffers that fp32 does not hold

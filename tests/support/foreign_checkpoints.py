@@ -1,10 +1,29 @@
-"""AdamW checkpoints of bitsandbytes, apex and Transformer Engine, and what each stands for."""
+"""AdamW checkpoints of other libraries: made by bitsandbytes and torchao themselves, or after the
+sources of apex and Transformer Engine; and what each stands for.
+
+    PYTHONPATH=.:tests python -m support.foreign_checkpoints tests/fixtures/foreign
+
+keeps some of those of bitsandbytes, for where it is not installed (0.50.2 made those that are
+there).
+"""
 
 from __future__ import annotations
 
-import torch
+import importlib
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from support.adamw_steps import start
+import torch
+from torch import Tensor
+
+from support.adamw_steps import Shapes, clones, gradients, on_disk, start, train
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "foreign"
+KEPT = ["AdamW8bit", "AdamW32bit"]
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+# codes in bitsandbytes (no whole blocks) and torchao, none in either, and of two dimensions
+GENUINE_SHAPES: Shapes = [(70, 73), (63,), (64, 96)]
 
 # the first is large enough for 8-bit states in bitsandbytes, and no whole blocks
 SHAPES = [(70, 73), (63,), (507,)]
@@ -63,3 +82,71 @@ def with_masters(form, masters, moments):
         return {"loss_scaler": None, "optimizer_state_dict": inner, "fp32_from_fp16": [masters]}
     state = {i: {**stepped[i], "master_param": master} for i, master in enumerate(masters)}
     return {"state": state, "param_groups": [apex_group(params=params)]}
+
+
+class Genuine(NamedTuple):
+    """What an optimizer of another library saved after three steps, and its next step.
+
+    `moments` are m and v of each parameter, as the library itself reads its codes.
+    """
+
+    saved: dict[str, Any]
+    weights: list[Tensor]
+    moments: list[list[Tensor]]
+    gradients: list[Tensor]
+    next_weights: list[Tensor]
+
+
+def genuine(name: str, dtype: torch.dtype, shapes: Shapes = GENUINE_SHAPES) -> Genuine:
+    """A checkpoint made by the class of this full name."""
+    module, _, kind = name.rpartition(".")
+    optimizer = getattr(importlib.import_module(module), kind)(start(shapes, dtype), **OPTIONS)
+    # torchao compiles its step, which takes longer than all of this
+    stance = torch.compiler.set_stance("force_eager")
+    with stance:
+        params = train(optimizer, gradients(shapes, 3))
+        saved = on_disk(optimizer.state_dict())
+        weights = [param.detach() for param in clones(params)]
+        numbers = _of_bitsandbytes if module.startswith("bitsandbytes") else _of_torchao
+        moments = [numbers(optimizer.state[param]) for param in params]
+        (last,) = gradients(shapes, 1, seed=5)
+        train(optimizer, [last])
+    last = [grad.to(dtype) for grad in last]
+    return Genuine(saved, weights, moments, last, [param.detach() for param in params])
+
+
+def _of_bitsandbytes(state: dict[str, Any]) -> list[Tensor]:
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return [
+        dequantize_blockwise(
+            state[f"state{i}"], absmax=state[f"absmax{i}"], code=state[f"qmap{i}"], blocksize=256
+        )
+        if state[f"state{i}"].dtype == torch.uint8
+        else state[f"state{i}"].clone()
+        for i in "12"
+    ]
+
+
+def _of_torchao(state: dict[str, Any]) -> list[Tensor]:
+    pair = state["exp_avg"], state["exp_avg_sq"]
+    return [(each.dequantize() if hasattr(each, "scale") else each).clone() for each in pair]
+
+
+def next_weights(made: Genuine) -> list[Tensor]:
+    """The fourth step from its moments, in float64."""
+    beta1, beta2 = OPTIONS["betas"]
+    found = []
+    for weight, (m, v), grad in zip(made.weights, made.moments, made.gradients, strict=True):
+        g = grad.double()
+        m = (beta1 * m.double() + (1 - beta1) * g) / (1 - beta1**4)
+        v = (beta2 * v.double() + (1 - beta2) * g * g) / (1 - beta2**4)
+        decayed = weight.double() * (1 - OPTIONS["lr"] * OPTIONS["weight_decay"])
+        found.append(decayed - OPTIONS["lr"] * m / (v.sqrt() + OPTIONS["eps"]))
+    return found
+
+
+if __name__ == "__main__":
+    for each in KEPT:
+        kept = genuine(f"bitsandbytes.optim.{each}", torch.float32, [(33, 125), (63,)])
+        torch.save(kept._asdict(), Path(sys.argv[1]) / f"bitsandbytes-{each}.pt")

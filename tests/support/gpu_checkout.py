@@ -134,6 +134,14 @@ OFFLOADING = """
     line = {"part": "train", "case": "training[8B under 24 GiB]"}
     ledger.append(**line, outcome="skipped", said="the host has 1 GiB available")
 """
+# runs the command behind its options; it has something to report of races
+COMPUTE_SANITIZER = """#!/bin/sh
+    tool=$1
+    case "$PYTORCH_NO_CUDA_MEMORY_CACHING $2" in "1 --error-exitcode="*) ;; *) exit 3 ;; esac
+    while case "$1" in --*) ;; *) false ;; esac; do shift; done
+    "$@" || exit
+    case $tool in --tool=racecheck) echo "Race reported" >&2; exit 86 ;; esac
+"""
 # starts a process that outlives who started it, and waits for it
 CHILD = "import subprocess; subprocess.run(['sh', '-c', 'echo $$ >> children; exec sleep 300'])"
 
@@ -153,7 +161,7 @@ class Checkout:
             self.put(f"benchmarks/{name}.py", (ROOT / "benchmarks" / f"{name}.py").read_text())
         child = CHILD if goes_wrong else "pass"
         texts = {"stub/torch/__init__": TORCH, "setup": SETUP, "benchmarks/training": TRAINING}
-        texts |= {"benchmarks/offloading": OFFLOADING}
+        texts |= {"benchmarks/offloading": OFFLOADING, "benchmarks/launches": "print('launched')"}
         texts |= {
             "benchmarks/test_smoke": SMOKE if goes_wrong else SMOKE.replace("os._exit(11)", "pass")
         }

@@ -1,13 +1,21 @@
 // Runs the CPU library without torch, on whatever processor this is compiled for, and prints a
 // digest of the bits of each result. Two processors, or two instruction sets, must print the same.
 //
-// Its own functions stand for those of libtorch's C shim. Its numbers come out of integers, and it
-// calls nothing of libm. A NaN counts as one value: its payload is the processor's.
+// Its own functions stand for those of libtorch's C shim; kernels run on two threads. Its numbers
+// come out of integers, and it calls nothing of libm. A NaN counts as one value: its payload is the
+// processor's. Handles that nobody has freed are an error, of calls that are refused too.
+//
+// Sanitizers see all of it, torch's thread pool and Python's memory not being there: make sanitize.
+// PLANTED=race gives an element to both threads, PLANTED=leak frees no handle: what must be
+// reported.
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define FASTFT_SHIM_DECLARATIONS_ONLY
@@ -46,27 +54,35 @@ int64_t product(const std::vector<int64_t>& shape) {
 struct Array {
   int32_t dtype;
   std::vector<int64_t> shape;
-  std::vector<uint64_t> words;  // its memory, on 8 bytes
+  std::vector<char> memory;  // not a byte more than it needs
 
   Array(int32_t dtype, std::vector<int64_t> shape)
-      : dtype(dtype), shape(shape), words(product(shape) * item_size(dtype) / 8 + 1) {}
+      : dtype(dtype), shape(shape), memory(product(shape) * item_size(dtype)) {}
   int64_t numel() const { return product(shape); }
   template <class T>
   T* as() {
-    return reinterpret_cast<T*>(words.data());
+    return reinterpret_cast<T*>(memory.data());
   }
 };
 
 using Arrays = std::vector<Array>;
 std::map<std::string, void (*)(StableIValue*, uint64_t, uint64_t)> kernels;
+std::atomic<int64_t> handles{0};  // that nobody has freed
+
+bool planted(const char* fault) {
+  const char* wanted = std::getenv("PLANTED");
+  return wanted && !strcmp(wanted, fault);
+}
 }  // namespace
 
 // What libtorch would hold behind the handles.
 struct AtenTensorOpaque {
   Array* array;
+  explicit AtenTensorOpaque(Array* array) : array(array) { handles++; }
+  ~AtenTensorOpaque() { handles--; }
 };
-struct StableListOpaque {
-  std::vector<Array*> arrays;
+struct StableListOpaque {  // frees no tensor, as libtorch's
+  std::vector<AtenTensorHandle> tensors;
 };
 
 extern "C" {
@@ -81,11 +97,11 @@ AOTITorchError torch_library_impl(TorchLibraryHandle, const char* name,
 }
 uint64_t aoti_torch_abi_version() { return ~uint64_t(0); }
 AOTITorchError torch_list_size(StableListHandle list, size_t* size) {
-  *size = list->arrays.size();
+  *size = list->tensors.size();
   return 0;
 }
 AOTITorchError torch_list_get_item(StableListHandle list, size_t i, StableIValue* value) {
-  *value = reinterpret_cast<StableIValue>(new AtenTensorOpaque{list->arrays[i]});
+  *value = reinterpret_cast<StableIValue>(list->tensors[i]);
   return 0;
 }
 AOTITorchError torch_delete_list(StableListHandle list) {
@@ -93,15 +109,16 @@ AOTITorchError torch_delete_list(StableListHandle list) {
   return 0;
 }
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
-  delete tensor;
+  static const bool leaks = planted("leak");
+  if (!leaks) delete tensor;
   return 0;
 }
 AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data) {
-  *data = tensor->array->words.data();
+  *data = tensor->array->memory.data();
   return 0;
 }
 AOTITorchError torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data) {
-  *data = tensor->array->words.data();
+  *data = tensor->array->memory.data();
   return 0;
 }
 AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* numel) {
@@ -150,23 +167,26 @@ int32_t aoti_torch_dtype_int16() { return kInt16; }
 int32_t aoti_torch_dtype_int32() { return kInt32; }
 int32_t aoti_torch_dtype_int64() { return kInt64; }
 int32_t aoti_torch_dtype_bool() { return kBool; }
-// Two pieces, one after the other, where `grain` allows two.
+// Two pieces at the same time, where `grain` allows two.
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc function,
                                   void* context) {
   const int64_t middle = end - begin > grain ? begin + std::max(grain, (end - begin) / 2) : end;
+  static const int64_t overlap = planted("race");
+  std::thread second;
+  if (middle < end) second = std::thread(function, middle - overlap, end, context);
   function(begin, middle, context);
-  if (middle < end) function(middle, end, context);
+  if (second.joinable()) second.join();
   return 0;
 }
 }
 
 namespace {
 StableIValue passed(Array& array) {
-  return reinterpret_cast<StableIValue>(new AtenTensorOpaque{&array});
+  return reinterpret_cast<StableIValue>(new AtenTensorOpaque(&array));
 }
 StableIValue passed(Arrays& arrays) {
   auto* list = new StableListOpaque;
-  for (Array& array : arrays) list->arrays.push_back(&array);
+  for (Array& array : arrays) list->tensors.push_back(new AtenTensorOpaque(&array));
   return reinterpret_cast<StableIValue>(list);
 }
 StableIValue passed(int64_t number) { return StableIValue(number); }
@@ -217,6 +237,14 @@ Array filled(int32_t dtype, std::vector<int64_t> shape, Draw draw) {
       array.as<uint16_t>()[i] = bf16_of(value);
   }
   return array;
+}
+
+// The bits of a float32, of which bf16 keeps the upper half.
+void put(Array& array, int64_t i, uint32_t bits) {
+  if (array.dtype == kFloat)
+    array.as<uint32_t>()[i] = bits;
+  else
+    array.as<uint16_t>()[i] = uint16_t(bits >> 16);
 }
 
 Array integers(int32_t dtype, const std::vector<int64_t>& values) {
@@ -328,12 +356,8 @@ struct Training {
     for (Array& grad : grads) {
       grad = filled(grad.dtype, grad.shape, [&] { return numbers.wide(); });
       if (steps != 3 || grad.numel() < 200) continue;
-      for (int64_t i = 5; i < grad.numel(); i += 911) {
-        if (grad.dtype == kFloat)
-          grad.as<uint32_t>()[i] = i % 2 ? 0x7f800000u : 0x7fc00000u;
-        else
-          grad.as<uint16_t>()[i] = i % 2 ? 0xff80u : 0x7fc0u;
-      }
+      for (int64_t i = 5; i < grad.numel(); i += 911)
+        put(grad, i, i % 2 ? 0xff800000u : 0x7fc00000u);
     }
     const float numbers_of_step[] = {0.9999f, 0.1f, 0.999f, 0.001f, -0.01f, 0.04f, 1e-8f, 1.0f};
     std::copy(std::begin(numbers_of_step), std::end(numbers_of_step), hyper.as<float>());
@@ -359,7 +383,7 @@ void adamw(Rounding rounding, Moments moments, bool amsgrad) {
                (amsgrad ? ", amsgrad" : ""));
 }
 
-void bound_adamw() {
+Digest bound_adamw() {
   Training t(kExact, kFp32Moments, false);
   Digest digest;
   const int64_t bound = call("adamw_bind", t.params, t.exp_avgs, t.exp_avg_sqs, t.max_exp_avg_sqs,
@@ -375,7 +399,17 @@ void bound_adamw() {
   digest.add(sums);
   call("weight_checksum_", sum, t.params.back(), int64_t(3));
   digest.add(sum);
+  return digest;
+}
+
+// Two trainings that know nothing of one another.
+void two_bound_adamws() {
+  Digest other;
+  std::thread training([&] { other = bound_adamw(); });
+  const Digest digest = bound_adamw();
+  training.join();
   digest.print("AdamW, bound, and checksums of weights");
+  other.print("AdamW, bound, and checksums of weights, in another thread");
 }
 
 // ---- the others
@@ -385,10 +419,16 @@ void grad_norm(int32_t dtype) {
   Arrays grads;
   for (const int64_t size : {1, 15, 16, 1001, 40000})
     grads.push_back(filled(dtype, {size}, [&] { return numbers.wide(); }));
-  Array total(kDouble, {});
+  Array total(kDouble, {}), sums(kDouble, {7});
   Digest digest;
-  call("grad_norm_squared_", total, grads);
-  digest.add(total);
+  for (const uint32_t bits : {0u, 0x7f800000u, 0x7fc12345u}) {
+    if (bits) put(grads[3], 700, bits);
+    call("grad_norm_squared_", total, grads);
+    call("grad_square_sums_", sums, grads);
+    digest.add(total), digest.add(sums);
+    call("grad_norm_total_", total, sums);
+    digest.add(total);
+  }
   digest.print(std::string("norm of gradients, ") + (dtype == kFloat ? "fp32" : "bf16"));
 }
 
@@ -396,6 +436,12 @@ void cross_entropy(int32_t dtype, bool options, int64_t classes) {
   Numbers numbers{uint64_t(classes)};
   const int64_t rows = 37;
   Array logits = filled(dtype, {rows, classes}, [&] { return 12.0f * numbers.uniform(); });
+  // rows with Inf, with a NaN, and with two whose payloads and signs differ
+  const uint32_t odd[] = {0x7f800000u, 0xff800000u, 0x7fc12345u, 0xffd54321u};
+  for (int64_t i = 0; i < 16; i++) {
+    put(logits, (20 + i) * classes + numbers.next() % classes, odd[i % 4]);
+    if (i % 4 == 3) put(logits, (20 + i) * classes + numbers.next() % classes, odd[2]);
+  }
   std::vector<int64_t> labels;
   for (int64_t i = 0; i < rows; i++) labels.push_back(i % 9 ? numbers.next() % classes : -100);
   Array target = integers(kInt64, labels), losses(kFloat, {rows}), lse(kFloat, {rows});
@@ -451,6 +497,50 @@ void plan(int32_t dtype) {
   for (Array* array : {&indices, &entries, &counts}) digest.add(*array);
   digest.print(std::string("plan, lengths ") + (dtype == kInt64 ? "int64" : "int32"));
 }
+
+// Of small integers, whose sums are exact: FMA or not, and in any order.
+void matrix_product(int32_t dtype) {
+  Numbers numbers{5};
+  const auto integer = [&] { return float(int(numbers.next() % 15) - 7); };
+  Array left = filled(dtype, {63, 507}, integer), right = filled(kBfloat16, {507, 1030}, integer);
+  Array out(kFloat, {63, 1030});
+  Digest digest;
+  for (const int64_t add : {0, 1}) call("matrix_product", out, left, right, add), digest.add(out);
+  digest.print(std::string("matrix product, ") + (dtype == kFloat ? "fp32" : "bf16"));
+}
+
+template <class... Arguments>
+void refused(const char* name, Arguments&&... arguments) {
+  const int64_t before = handles;
+  try {
+    call(name, arguments...);
+  } catch (const std::runtime_error&) {
+    if (handles == before || planted("leak")) return;
+    std::fprintf(stderr, "%s keeps what it has refused\n", name);
+    std::exit(1);
+  }
+  std::fprintf(stderr, "%s refuses nothing\n", name);
+  std::exit(1);
+}
+
+// Of each operator a call with tensors of a dtype that none takes.
+void refusals() {
+  Array half(kHalf, {2, 2});
+  Arrays two(2, half);
+  const int64_t n = 0;
+  refused("adamw_", two, two, two, two, two, two, half, half, half, n);
+  refused("adamw_bind", two, two, two, two, two, half);
+  refused("adamw_bound_", two, half, half, n, n);
+  refused("adamw_written", half, n);
+  refused("weight_checksum_", half, half, int64_t(1));
+  refused("grad_norm_squared_", half, two);
+  refused("grad_square_sums_", half, two);
+  refused("grad_norm_total_", half, half);
+  refused("cross_entropy_rows", half, half, two, two, half, half, two, two, n, 0.0, 0.0, 0.0, 1.0);
+  refused("packed_boundaries", half, half, half, n, half, half, half, half);
+  refused("plan_packs", half, half, int64_t(1), n, half, half, half, half);
+  refused("matrix_product", half, half, half, n);
+}
 }  // namespace
 
 int main() {
@@ -462,7 +552,7 @@ int main() {
     for (const Moments moments : {kFp32Moments, kBf16Moments, k8BitMoments, k4BitMoments})
       for (const bool amsgrad : {false, true})
         if (!amsgrad || moments <= kBf16Moments) adamw(rounding, moments, amsgrad);
-  bound_adamw();
+  two_bound_adamws();
   for (const int32_t dtype : {kFloat, kBfloat16}) {
     grad_norm(dtype);
     for (const bool options : {false, true})
@@ -470,5 +560,8 @@ int main() {
   }
   boundaries();
   plan(kInt64), plan(kInt32);
-  return 0;
+  for (const int32_t dtype : {kFloat, kBfloat16}) matrix_product(dtype);
+  refusals();
+  if (handles) std::fprintf(stderr, "%lld handles are left\n", static_cast<long long>(handles));
+  return handles != 0;
 }

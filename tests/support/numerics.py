@@ -24,14 +24,20 @@ _ROUNDINGS = 4  # of the result's own dtype
 
 
 def assert_no_worse(
-    actual: Tensor, plain: Tensor, truth: Tensor, what: str = "result", *, terms: int = 1
+    actual: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    what: str = "result",
+    *,
+    terms: int = 1,
+    size: float = 0.0,
 ) -> None:
     """Compares `actual` (ours) and `plain` (torch, same dtype) with `truth` (float64); NaN and Inf
     must coincide.
 
     `terms`: how many numbers are added into one element, over all the sums that lie one behind
     another (a gradient of a loss over T rows, H features and V classes: T + H + V); 1 where there
-    is no sum.
+    is no sum. `size`: of what is added up, where it may cancel and be larger than any result.
     """
     assert actual.shape == truth.shape, (
         f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
@@ -46,7 +52,7 @@ def assert_no_worse(
     finite = torch.isfinite(exact)
     if not finite.any():
         return
-    largest = float(exact[finite].abs().max())
+    largest = max(size, float(exact[finite].abs().max()))
     error = torch.where(finite, (ours - exact).abs(), 0.0)
     rival = float(torch.where(finite, (theirs - exact).abs(), 0.0).max())
     allowed = 2 * rival + floor(actual.dtype, terms) * largest

@@ -141,14 +141,16 @@ def trainer_of(
     folder,
     task="causal",
     *,
+    model=None,
     kind=Trainer,
     arguments=transformers.TrainingArguments,
     options=None,
     **changes,
 ):
-    """A Trainer of a task; `options` are Trainer's, `changes` those of its arguments."""
+    """A Trainer of a task and a new model, or this one; `options` are Trainer's, `changes` those of
+    its arguments."""
     make, labels, collate = TASKS[task]
-    model = make()
+    model = make() if model is None else model
     usual = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     usual |= {"weight_decay": 0.1, "seed": 7, "max_grad_norm": 0.5, "optim": "adamw_torch"}
     given = {"train_dataset": examples(labels), "data_collator": collate(model)}

@@ -38,17 +38,18 @@ class LossPiece:
     """
 
     def __init__(
-        self, trainer: Trainer, wanted: bool, packs: bool, attention: bool, linear: bool
+        self, trainer: Trainer, wanted: bool, packs: bool, attention: bool, linear: bool | None
     ) -> None:
         self._trainer: Any = trainer
         self._wanted = wanted
         there = trainer.callback_handler.callbacks
         kind = FusedLossCallback if wanted else PackingCallback
         given = next((callback for callback in there if isinstance(callback, kind)), None)
-        if linear and not getattr(given, "linear", wanted):
+        of_given = getattr(given, "linear", linear)
+        if (linear and not wanted) or linear not in (None, of_given):
             raise ValueError(
-                "linear=True needs loss=True and, where the Trainer has a FusedLossCallback of its "
-                "own, that callback's linear=True"
+                f"linear={linear} needs loss=True and, where the Trainer has a FusedLossCallback "
+                f"of its own, that callback's linear={linear}"
             )
         self._is_new = given is None
         self.callback: PackingCallback | None = given

@@ -7,8 +7,9 @@ called, so that nothing is half done where one raises, and then
     train_begins(stack)   what belongs to one training, until that ends, whichever way
     line()                one sentence, up to date
 
-On the Trainer itself there are only attributes of this one instance and callbacks; `train` is one
-of them, because after an exception Trainer calls no callback.
+On the Trainer itself there are only attributes of this one instance and callbacks. `train` is one
+of them, because after an exception Trainer calls no callback, and because checkpoints are looked at
+before Trainer loads one; `save_model` is another, with which each checkpoint begins.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from fastft.foreign import objects
+from fastft.integrations.checkpoint_folder import check_checkpoints, forget_earlier_save
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.plug.loss import LossPiece
 from fastft.integrations.plug.optimizer import OptimizerPiece
@@ -98,9 +100,11 @@ class Plugged:
         for piece in (self._loss, self._optimizer, self._packing):
             piece.install(stack)
         train = functools.wraps(trainer.train)(functools.partial(self._train, trainer.train))
-        stack.callback(objects.put_attributes(trainer, train=train))
+        save = functools.wraps(trainer.save_model)(functools.partial(_save, trainer.save_model))
+        stack.callback(objects.put_attributes(trainer, train=train, save_model=save))
 
     def _train(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
+        check_checkpoints(self._trainer, args[0] if args else kwargs.get("resume_from_checkpoint"))
         self._optimizer.refresh()
         try:
             return stock(*args, **kwargs)
@@ -169,6 +173,12 @@ class _Course(TrainerCallback):
         self.plugged._training_ends()
 
 
+def _save(stock: Any, output_dir: str | None = None, _internal_call: bool = False) -> Any:
+    if _internal_call and output_dir is not None:
+        forget_earlier_save(output_dir)
+    return stock(output_dir, _internal_call=_internal_call)
+
+
 def _remove(handler: Any, callback: Any) -> None:
     # the list of now: a training may have given the handler another one
     if callback in handler.callbacks:
@@ -182,7 +192,7 @@ def plug(
     optimizer: bool = True,
     packing: int | str | None = None,
     attention: bool = True,
-    linear: bool = False,
+    linear: bool | None = None,
     **adamw_options: Any,
 ) -> Plugged:
     """Does for a built Trainer what fits it: the fused loss, AdamW, packed batches.
@@ -204,8 +214,8 @@ def plug(
             batch; `"collate"` keeps the batches and leaves out their padding; None leaves them as
             they are. Labels are those of the Trainer's own collator.
         attention: let packed batches have `attn_implementation="fastft"` where it is exact.
-        linear: let the model's linear layers multiply by fastft's kernel, as `FusedLossCallback`
-            does, with `loss` alone.
+        linear: whether the model's linear layers multiply by fastft's kernel, as
+            `FusedLossCallback` has it, with `loss` alone. None (default): where it is faster.
         adamw_options: keywords of `fastft.AdamW`: `moments`, `rounding`, `offload`, `seed`, ...;
             what `args` have comes from there, when Trainer makes the optimizer.
 
@@ -225,7 +235,8 @@ def plug(
             f"trainer must be a transformers.Trainer, got {type(trainer).__name__}; a loop of your "
             "own takes fastft.fused_loss(model) and fastft.adamw(model)"
         )
-    switches = {"loss": loss, "optimizer": optimizer, "attention": attention, "linear": linear}
+    switches = {"loss": loss, "optimizer": optimizer, "attention": attention}
+    switches |= {} if linear is None else {"linear": linear}
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -3,7 +3,8 @@ tensors.
 
 Object files of csrc/cuda (host code as in the library, the PTX of each kernel beside them) are
 linked with fake_runtime.cpp. Every tensor is memory of device 0, but for the arguments that live on
-the host and for what `Gpu.place` puts elsewhere.
+the host and for what `Gpu.place` puts elsewhere. FASTFT_HOST_FLAGS has more flags for the host's
+code: sanitizers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ctypes
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -100,6 +102,7 @@ def _build(sources: tuple[Path, ...]) -> tuple[Path, list[Path]]:
         "-fvisibility=hidden",
         f"-I{include}",
         f"-I{_cuda_include()}",
+        *_host_flags(),
     ]
     folders = [_objects(source) for source in sources]
     objects = [
@@ -119,11 +122,16 @@ def _objects(source: Path) -> Path:
     targets = [f"-gencode=arch=compute_{chip},code=compute_{chip}" for chip in CAPABILITIES]
     includes = [f"-I{ROOT / 'csrc' / folder}" for folder in ("include", "cuda")]
     nvcc = [str(_nvcc()), *_nvcc_flags(), "-lineinfo", *targets, "--keep", *includes]
+    nvcc += [f"-Xcompiler={flag}" for flag in _host_flags()]
     commands = [
         [*nvcc, "-c", str(source), "-o", f"{source.stem}.o"],
         ["find", ".", "-name", "*.ii", "-delete"],
     ]
     return compiled(source.stem, [source, *_headers()], commands)
+
+
+def _host_flags() -> list[str]:
+    return shlex.split(os.environ.get("FASTFT_HOST_FLAGS", ""))
 
 
 def _headers() -> list[Path]:

@@ -1,0 +1,189 @@
+"""Trainer's checkpoints: can they be written, and is the one that a training goes on from whole?
+
+Trainer writes a checkpoint file by file, `trainer_state.json` last. It finds out at its first save
+that it cannot, and of a half checkpoint it says little:
+
+    optimizer.pt or scheduler.pt is missing    both begin anew, without a word
+    rng_state_1.pth is missing                 process 1 draws other numbers, without a word
+    the rest is missing, or a file is cut off  an error that names no file and no way out, when the
+                                               model has its weights already
+    saved over a checkpoint of another         what was not reached yet is the other's
+    training
+
+So all files are looked at before anything is loaded: their names, the headers of safetensors, the
+directories of torch's zip files, JSON. And a checkpoint that is saved again loses its
+`trainer_state.json` first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+from transformers.utils import logging
+
+from fastft.optim import weight_files
+
+# below "transformers", so that its verbosity rules
+logger = logging.get_logger(f"transformers.{__name__}")
+
+STATE = "trainer_state.json"
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+# each begins the names that it has for FSDP, or on several processes
+_TOGETHER = {
+    "optimizer.pt": "optimizer",
+    "scheduler.pt": "scheduler.pt",
+    "rng_state.pth": "rng_state",
+}
+_NOT_READ = "training_args.bin"  # when a training goes on
+
+
+def check_checkpoints(trainer: Any, resume: str | bool | None) -> None:
+    """Raises where a training could not save, or would go on from a half checkpoint.
+
+    To be called by every process, before anything is loaded: what one finds, all raise.
+
+    Args:
+        trainer: a `transformers.Trainer`.
+        resume: `resume_from_checkpoint` of its `train()`.
+
+    Raises:
+        ValueError: with the file, and with the way out.
+    """
+    folder = get_last_checkpoint(trainer.args.output_dir) if resume is True else resume
+    problem = _why_not_written(trainer.args)
+    if problem is None and folder and os.path.isdir(folder):
+        problem = _why_not_loaded(Path(folder), trainer)
+    processes = trainer.args.world_size
+    if processes > 1:
+        found = torch.tensor([problem is not None], device=trainer.accelerator.device)
+        others = trainer.accelerator.gather(found.int()).nonzero().flatten().tolist()
+        if problem is None and others:
+            problem = f"process {others[0]} has said why this training does not begin"
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def forget_earlier_save(folder: str | os.PathLike[str]) -> None:
+    """Before a checkpoint is saved: one that is there already is no whole one from now on."""
+    (Path(folder) / STATE).unlink(missing_ok=True)
+
+
+def _why_not_written(args: Any) -> str | None:
+    if args.save_strategy == SaveStrategy.NO or not args.should_save:
+        return None
+    folder, why = Path(args.output_dir), None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            why = "it is read-only"
+        for path in folder.iterdir():
+            if _FOLDER.fullmatch(path.name) and not path.is_dir():
+                why = f"{path.name} in it is a file"
+    except OSError as error:
+        why = str(error)
+    return why and (
+        f"args.output_dir={args.output_dir!r} cannot take the checkpoints of this training: {why}. "
+        "Choose another folder, or save_strategy='no'"
+    )
+
+
+def _why_not_loaded(folder: Path, trainer: Any) -> str | None:
+    fault = _fault_of(folder, trainer)
+    if fault is None:
+        return None
+    number = _number(folder)
+    others = [path for path in folder.parent.iterdir() if path.is_dir() and _number(path) < number]
+    others.sort(key=_number, reverse=True)
+    whole = next((path for path in others if _fault_of(path, trainer) is None), None)
+    way_out = (
+        "Begin anew, without resume_from_checkpoint: no checkpoint before it is whole"
+        if whole is None
+        else f"Go on from the one before, resume_from_checkpoint={str(whole)!r}, or delete this one"
+    )
+    return f"the checkpoint {folder} is not whole: {fault}. {way_out}"
+
+
+def _number(folder: Path) -> int:
+    """The step of a checkpoint's name; -1 of another name."""
+    found = _FOLDER.fullmatch(folder.name)
+    return int(found[1]) if found else -1
+
+
+def _fault_of(folder: Path, trainer: Any) -> str | None:
+    """What is missing, or cut off, of a checkpoint's files; None of a whole one."""
+    names = {path.name for path in folder.iterdir()}
+    of_all = _files_missing(folder, names, bool(trainer.is_deepspeed_enabled))
+    of_own = _random_state_missing(names, trainer.args)
+    cut = (_why_cut_off(folder / name) for name in sorted(names - {_NOT_READ}))
+    return next((fault for faults in (of_all, of_own, cut) for fault in faults if fault), None)
+
+
+def _files_missing(folder: Path, names: set[str], by_deepspeed: bool) -> Iterator[str]:
+    if STATE not in names:
+        yield f"{STATE} is missing, which Trainer writes last"
+    weights = (name for name in names if name.endswith((".safetensors", ".bin")))
+    # those of several adapters, of FSDP and of DeepSpeed are in folders
+    if not set(weights) - {_NOT_READ} and not any(path.is_dir() for path in folder.iterdir()):
+        yield "model.safetensors is missing, or adapter_model.safetensors"
+    missing = [
+        file
+        for file, begin in _TOGETHER.items()
+        if not any(name.startswith(begin) for name in names)
+    ]
+    # DeepSpeed has its own; none of them: saved with save_only_model
+    if not by_deepspeed and len(missing) < len(_TOGETHER):
+        yield from (f"{file} is missing" for file in missing)
+
+
+def _random_state_missing(names: set[str], args: Any) -> Iterator[str]:
+    """That of this process, in a checkpoint of as many processes as far as is known."""
+    of_processes = [re.fullmatch(r"rng_state_(\d+)\.pth", name) for name in names]
+    known = {int(found[1]) for found in of_processes if found}
+    own = args.process_index
+    if args.world_size > 1 and known and own not in known:
+        if own < max(known) or len(known) == 1:
+            yield f"rng_state_{own}.pth is missing, of process {own}"
+        logger.warning(
+            f"fastft: the checkpoint has no rng_state_{own}.pth: process {own} draws random "
+            "numbers anew"
+        )
+
+
+def _why_cut_off(file: Path) -> str | None:
+    try:
+        if file.name.endswith(".safetensors"):
+            with weight_files.opened(file):
+                pass
+        elif file.suffix == ".json":
+            content = json.loads(file.read_text())
+            shards = set(content["weight_map"].values()) if ".index." in file.name else set()
+            missing = sorted(shard for shard in shards if not (file.parent / shard).exists())
+            if missing:
+                return f"{missing[0]} is missing, which {file.name} names"
+        elif file.suffix in (".pt", ".pth", ".bin") and file.is_file():
+            if not _is_whole_zip(file):
+                return f"{file.name} is cut off"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{file.name} is cut off, or damaged"
+    return None
+
+
+def _is_whole_zip(file: Path) -> bool:
+    """Whether torch can have written it; of its files from before 1.6 nobody can tell."""
+    with open(file, "rb") as content:
+        begin = content.read(4)
+    if begin and not begin.startswith(b"PK"):
+        return True
+    try:
+        with zipfile.ZipFile(file) as content:
+            return bool(content.infolist())
+    except zipfile.BadZipFile:
+        return False
