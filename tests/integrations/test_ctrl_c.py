@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from support.planted_faults import WAYS, Course, made, outcome, traces
+from support.courses import WAYS, Course, made, outcome, traces
 
 SEEDS = 8
 QUICK = ("packs", "gradients on the host", "overlapped steps")

@@ -12,9 +12,10 @@ from collections import Counter
 
 import pytest
 import torch
-from support.planted_faults import EVENTS, WAYS, Course, made, outcome, traces
+from support.courses import EVENTS, WAYS, Course, made, outcome, traces
 
 import fastft
+from fastft.integrations import linear_products
 from fastft.loss import matrix_product
 
 ERRORS = (RuntimeError, KeyboardInterrupt, SystemExit, StopIteration, MemoryError)
@@ -58,6 +59,7 @@ class Fault:
 def small_products(monkeypatch):
     """The layers of a tiny model have fastft's products too."""
     monkeypatch.setattr(matrix_product, "LEAST", 4)
+    monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
 
 
 @pytest.fixture(autouse=True, scope="module")
