@@ -155,7 +155,8 @@ class PackedDataset(Dataset[Pack]):
         )
         fillers = sum(begin == end for begin, end in bounds)
         table = self._table()
-        if table is not None and not fillers and not any(starts):
+        # a processor's (1, n) has the length 1, too, and is not whole for it
+        if table is not None and not fillers and not any(starts) and 1 not in lengths:
             columns = table.columns(examples)
             if [*map(len, columns.get("input_ids", ()))] == lengths:  # all are whole, as a rule
                 return packs_of_columns(columns, [end - begin for begin, end in bounds])
@@ -163,7 +164,7 @@ class PackedDataset(Dataset[Pack]):
         # an example is whole as a rule: for that, no function is called
         parts = [
             example
-            if start == 0 and len(example["input_ids"]) == length
+            if start == 0 and len(example["input_ids"]) == length > 1
             else self._part(example, index, start, length)
             for example, index, start, length in zip(
                 fetched, examples, starts, lengths, strict=False
@@ -199,7 +200,7 @@ class PackedDataset(Dataset[Pack]):
     def _watch_order(self, indices: list[int]) -> None:
         """Warns once where packs do not come in their order, although `seed` or `balance` made
         one."""
-        if self.seed is None or self._last is None:
+        if self.seed is None or self._last is None or not indices:
             return
         onwards = indices[0] > self._last or indices[0] < self.group  # or the next epoch begins
         if onwards and indices == sorted(indices):
@@ -283,10 +284,12 @@ def pack(
         plan, seed = balanced(plan, balance, max_sequences), seed or 0
     # the policies after which a full pack may hold a part of an example
     may_cut = overlong in ("truncate", "split")
+    packed = PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=may_cut)
     # the first that is too long tells now what would be an error in training
     if may_cut and bool((lengths > max_tokens).any()):
-        refuse_images(dataset[int((lengths > max_tokens).nonzero()[0])], max_tokens)
-    return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=may_cut)
+        (example,) = packed._fetch([int((lengths > max_tokens).nonzero()[0])])
+        refuse_images(example, max_tokens)
+    return packed
 
 
 def packs_of(loader: Any) -> PackedDataset | PackedStream | None:
