@@ -24,7 +24,10 @@
 # make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program
 # make sanitize [ONLY=cpu]    the native code and its tests under the address, undefined-behaviour and thread sanitizers, on every
 #                instruction set; the CUDA launchers over a fake runtime, too; a quarter of an hour
+# make planted    faults that fastft once had, planted back one at a time: is each found, and how soon?
+#                benchmarks/results/planted_faults.md; FAULTS="r05 r12": these alone
 # make soak       2,000 steps of a training, 200 trainings in a process, 1,000 attachments, 3,000 optimizers: nothing may grow
+# make campaign    fuzz for ten minutes a room, sanitize and soak, two hours: benchmarks/results/campaign.md
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
@@ -52,7 +55,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz sanitize soak lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz planted sanitize soak campaign lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -69,7 +72,7 @@ MACHINE = benchmarks/results/$(shell $(BIN)/python benchmarks/machine.py --name)
 whole-runs: native $(RIVALS) build/smollm2/model.safetensors
 	$(BIN)/python benchmarks/whole_runs.py demo --to $(MACHINE)
 	$(BIN)/python benchmarks/whole_runs.py smollm2 smollm2_rows --rounds 1 \
-		--variants stock fastft linear trl trl_flat liger --to $(MACHINE)
+		--variants stock fastft torchs_products trl trl_flat liger --to $(MACHINE)
 
 profile: native build/smollm2/model.safetensors
 	$(BIN)/python benchmarks/profile_step.py demo --to $(MACHINE)
@@ -84,7 +87,7 @@ test: native
 	$(PYTEST)
 	$(PYTEST) benchmarks --benchmark-disable
 
-test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
+test-all: lint docs test-slow test-isa sanitize ptx sweep test-oldest test-latest
 
 test-slow: native $(WAYS)
 	$(PYTEST) -m "not sweep and not ptx and not soak"
@@ -168,6 +171,12 @@ sanitize: native
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
+
+campaign: native
+	$(BIN)/python benchmarks/campaign.py
+
+planted: native
+	$(BIN)/python benchmarks/planted_faults.py $(FAULTS)
 
 # The wheel needs the glibc of the machine that builds it: for older ones cibuildwheel builds it (pyproject.toml).
 dist: $(PACKERS)

@@ -188,6 +188,24 @@ def test_a_goal_is_judged_by_what_was_measured() -> None:
     assert judged == {"adamw[50M_fp32]": False, goals.EXACT_BF16: True}
 
 
+@pytest.mark.parametrize(
+    ("times_the_bare_work", "verdict"),
+    [
+        (None, "**no**"),
+        (1.3, "**no**"),  # allows 2.6
+        (1.1, "bounded: the bare work alone allows 2.20"),
+        (0.97, "bounded: the bare work alone allows 2.00"),  # ours, which has been seen
+        (0.9, "**no**"),  # whoever beats it so is not bounded by it
+    ],
+)
+def test_a_goal_beyond_the_bare_work_is_bounded(times_the_bare_work, verdict: str) -> None:
+    row: dict[str, Any] = {"times_faster_than": {goals.FUSED: 2.0}}
+    if times_the_bare_work is not None:
+        row["times_the_bare_work"] = times_the_bare_work
+    (judged,) = goals.judge({"adamw[400_bf16]": row})
+    assert judged.goal == "at least 2.5" and judged.verdict == verdict and not judged.reached
+
+
 def test_the_page_of_results_is_what_is_made_of_the_recorded_rows() -> None:
     assert report.PAGE.read_text() == report.page(), "python benchmarks/report.py"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def save_fp32(
             # by every rank, also where it writes nothing: a collective where tensors are sharded
             shard = {name: _master(tensors[name], adamw, stale) for name in names}
             if writes:
-                weight_files.write_aside(folder, file, shard)
+                weight_files.write_aside(folder, file, shard, _step_of(adamw))
         if writes:
             weight_files.publish(folder, plan.tensor_to_filename, plan.metadata)
 
@@ -91,7 +92,7 @@ def load_fp32(
     """Restores what `save_fp32` wrote: each weight and, with `rounding="exact"`, its remainder.
 
     The moments come from `optimizer.load_state_dict`, before or after; without it they start from
-    zero.
+    zero. A warning says so where they are there already, and of another step than the weights.
 
     Args:
         model: of the same keys and shapes, in bf16 or fp32. An fp32 model takes the masters as they
@@ -103,9 +104,9 @@ def load_fp32(
         FileNotFoundError: there are no weights in the folder.
         TypeError: `optimizer` is not fastft's AdamW.
         ValueError: `optimizer` trains no parameter of `model`; keys, shapes or dtypes differ (fp32,
-            bf16 and fp16 become each other, any other dtype must be the model's); the index or
-            a file is damaged, or the index names a file outside the folder. Nothing has changed
-            then.
+            bf16 and fp16 become each other, any other dtype must be the model's); files are of
+            several saves; the index or a file is damaged, or the index names a file outside the
+            folder. Nothing has changed then.
     """
     adamw, tensors, untied = _trained(model, optimizer)
     headers = weight_files.read_headers(Path(path))
@@ -114,6 +115,7 @@ def load_fp32(
         for names, tensor in untied
     ]
     _check_fit(chosen, headers, tensors, path)
+    _check_steps(adamw, {headers[name].step for name, _ in chosen} - {None}, path)
     group_of = {param: group for group in adamw.param_groups for param in group["params"]}
     for file in sorted({headers[name].file for name, _ in chosen}):
         with weight_files.opened(file) as weights:
@@ -149,7 +151,7 @@ def _check_fit(
             f"the weights in {path} do not fit the model: missing {missing}, unknown {unknown}"
         )
     for name, tensor in chosen:
-        file, shape, dtype = headers[name]
+        file, shape, dtype, _ = headers[name]
         if shape != tuple(tensor.shape):
             raise ValueError(
                 f"{name} has shape {shape} in {path} and {tuple(tensor.shape)} in the model"
@@ -165,6 +167,25 @@ def _check_fit(
                 f"{name} is {found} in {path} and {tensor.dtype} in the model, which it does not "
                 "convert to"
             )
+
+
+def _check_steps(optimizer: AdamW, saved: set[int | None], path: Any) -> None:
+    """Raises for files of several saves; warns where the optimizer is not where they were saved."""
+    if len(saved) > 1:
+        raise ValueError(f"the files in {path} are of several saves, at the steps {sorted(saved)}")
+    held = _step_of(optimizer)
+    if held and saved - {held}:
+        warnings.warn(
+            f"the weights in {path} were saved at the optimizer's step {saved.pop()}, and its "
+            f"moments here are of step {held}: load the state dict of the same save, or weights "
+            "saved with it, unless you mean to go on with both",
+            stacklevel=3,
+        )
+
+
+def _step_of(optimizer: AdamW) -> int:
+    """The steps that it has taken, or another of which it has loaded the states; 0 without."""
+    return max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
 
 
 def _trained(

@@ -31,11 +31,15 @@ _ASIDE = "save_fp32.part"  # a folder
 
 
 class Header(NamedTuple):
-    """The place and form of a saved tensor; `dtype` under safetensors' name."""
+    """The place and form of a saved tensor; `dtype` under safetensors' name.
+
+    `step`: how many the optimizer had taken; None in files of others.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    step: int | None
 
 
 @contextlib.contextmanager
@@ -60,12 +64,12 @@ def saving(folder: Path) -> Iterator[None]:
         _remove_aside(folder)
 
 
-def write_aside(folder: Path, file: str, tensors: Mapping[str, Tensor]) -> None:
-    """Writes what `publish` will put into the place of `file`."""
+def write_aside(folder: Path, file: str, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Writes, with the optimizer's step, what `publish` will put into the place of `file`."""
     from safetensors.torch import save_file
 
     aside = folder / _ASIDE / file
-    save_file(dict(tensors), aside, metadata={"format": "pt"})
+    save_file(dict(tensors), aside, metadata={"format": "pt", "step": str(step)})
     _sync(aside)
 
 
@@ -117,10 +121,13 @@ def read_headers(folder: Path) -> dict[str, Header]:
     headers = {}
     for file in names:
         with opened(folder / file) as weights:
+            step = (weights.metadata() or {}).get("step", "")
+            saved = int(step) if step.isdecimal() else None
             for name in weights.keys():
                 if weight_map is None or weight_map.get(name) == file:
                     part = weights.get_slice(name)
-                    headers[name] = Header(folder / file, tuple(part.get_shape()), part.get_dtype())
+                    form = tuple(part.get_shape()), part.get_dtype()
+                    headers[name] = Header(folder / file, *form, saved)
     if absent := [
         f"{name} ({file})" for name, file in (weight_map or {}).items() if name not in headers
     ]:

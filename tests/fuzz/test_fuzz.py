@@ -21,7 +21,8 @@ ROOMS = sorted(
 @pytest.mark.parametrize("room", ROOMS)
 def test_room(room: str, request: pytest.FixtureRequest, record_property) -> None:
     options = request.config.option
-    tried = fuzz(importlib.import_module(f"fuzz.{room}"), options.fuzz_seed, options.fuzz_seconds)
+    asked = options.fuzz_seed, options.fuzz_seconds, not options.fuzz_first
+    tried = fuzz(importlib.import_module(f"fuzz.{room}"), *asked)
     record_property("fuzzed", f"{room}: {tried.cases:,} cases in {tried.seconds:.0f} s")
     assert tried.cases > 0
 

@@ -3,12 +3,14 @@ files which somebody else has made, or cut off."""
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,43 @@ def test_an_index_that_names_a_file_without_the_tensor_is_refused(tmp_path: Path
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="names tensors that their files lack: a "):
         load(tmp_path)
+
+
+def test_weights_of_another_step_than_the_moments_are_told(tmp_path: Path) -> None:
+    def steps(model: Weights, optimizer: fastft.AdamW, number: int) -> None:
+        for _ in range(number):
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+
+    model = Weights(1.0)
+    optimizer = fastft.AdamW(model.parameters())
+    steps(model, optimizer, 2)
+    fastft.save_fp32(model, optimizer, tmp_path, max_shard_size=40)
+    state = copy.deepcopy(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastft.load_fp32(model, optimizer, tmp_path)
+    steps(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="step 2, and its moments here are of step 3"):
+        fastft.load_fp32(model, optimizer, tmp_path)
+    again = Weights(0.0)
+    resumed = fastft.AdamW(again.parameters())
+    resumed.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastft.load_fp32(again, resumed, tmp_path)
+
+
+def test_files_of_several_saves_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1.0, 40)
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    tensors = safetensors_torch.load_file(file)
+    safetensors_torch.save_file(tensors, file, metadata={"format": "pt", "step": "7"})
+    model = Weights(0.0)
+    with pytest.raises(ValueError, match=r"are of several saves, at the steps \[0, 7\]"):
+        fastft.load_fp32(model, fastft.AdamW(model.parameters()), tmp_path)
+    assert not any(param.any() for param in model.parameters())
 
 
 EXACT = {  # buffers that fp32 does not hold

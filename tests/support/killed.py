@@ -171,11 +171,11 @@ def _copy(folder: Path, name: str) -> Path:
 
 
 class Places:
-    """The places by which this thread comes, each a function that is entered or left for the first
-    time; at number `at` the process is killed."""
+    """The places by which this thread comes, each a function of the modules of `code` that is
+    entered or left for the first time; at number `at` the process is killed."""
 
-    def __init__(self, at: int | None = None) -> None:
-        self.at, self.seen = at, set[tuple[Any, str]]()
+    def __init__(self, at: int | None = None, code: tuple[str, ...] = _CODE) -> None:
+        self.at, self.code, self.seen = at, code, set[tuple[Any, str]]()
 
     def begin(self) -> None:
         """From now on."""
@@ -190,7 +190,7 @@ class Places:
         if event not in ("call", "return"):
             return
         place = frame.f_code, event
-        if place in self.seen or not frame.f_globals.get("__name__", "").startswith(_CODE):
+        if place in self.seen or not frame.f_globals.get("__name__", "").startswith(self.code):
             return
         self.seen.add(place)
         if len(self.seen) - 1 == self.at:

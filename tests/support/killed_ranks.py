@@ -6,13 +6,14 @@ As in `killed.py`, a process that has imported everything forks both for each ki
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.tensor import Shard, distribute_tensor
 
+import fastft
 from fastft.integrations.checkpoint_folder import _fault_of
 from support import peers, system_calls
 from support.killed import SAVED, Places, digest, training
@@ -54,8 +57,40 @@ class InStep(transformers.TrainerCallback):
             self.counted.write_text(str(self.places.end()))
 
 
-def _work(rank: int, port: int, folder: Path, kind: str, resume: Any, *callbacks: Any) -> None:
-    """What a process does: it joins the other, trains, and leaves its weights."""
+def _trained(rank: int, folder: Path, kind: str, resume: Any, *callbacks: Any) -> None:
+    """A training by Trainer, which leaves its weights."""
+    trainer = training(folder, kind, *callbacks, per_device_train_batch_size=1)
+    trainer.train(resume_from_checkpoint=resume)
+    found = {name: value.detach() for name, value in trainer.model.named_parameters()}
+    torch.save(found, _beside(folder, f"{rank}.pt"))
+
+
+def _spread(places: Places, counted: Path) -> None:
+    """A loop with every collective of fastft's own: classes spread over the processes by `group=`
+    and as a DTensor, log-probabilities, the norm of gradients that are DTensors."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
+    torch.manual_seed(0)
+    hidden = torch.nn.Linear(8, 8)
+    sharded = torch.nn.Parameter(distribute_tensor(torch.randn(32, 8), mesh, [Shard(0)]))
+    own, target = torch.nn.Parameter(torch.randn(16, 8)), torch.arange(9)
+    params = [sharded, own, *hidden.parameters()]
+    optimizer = fastft.AdamW(params, lr=1e-2, max_grad_norm=0.1)
+    for step in range(3):
+        if step == 1:
+            places.begin()
+        x = hidden(torch.randn(9, 8))
+        loss = fastft.linear_cross_entropy(x, sharded, target)
+        loss = loss + fastft.linear_cross_entropy(x, own, target, group=dist.group.WORLD)
+        log_probs = fastft.linear_log_probs(x, sharded, target)
+        (loss - log_probs.log_probs.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            counted.write_text(str(places.end()))
+
+
+def _join(rank: int, port: int, folder: Path, work: Callable[[], None]) -> None:
+    """What a process does: it joins the other, works, and says why it fails."""
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS}
     os.environ |= {name: str(value) for name, value in places.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -64,10 +99,7 @@ def _work(rank: int, port: int, folder: Path, kind: str, resume: Any, *callbacks
     os.dup2(log.fileno(), 2)
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
-        trainer = training(folder, kind, *callbacks, per_device_train_batch_size=1)
-        trainer.train(resume_from_checkpoint=resume)
-        found = {name: value.detach() for name, value in trainer.model.named_parameters()}
-        torch.save(found, _beside(folder, f"{rank}.pt"))
+        work()
         dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
@@ -81,28 +113,22 @@ def _beside(folder: Path, name: str) -> Path:
     return folder.with_name(f"{folder.name} {name}")
 
 
-def run(
+def both(
     folder: Path,
-    kind: str,
-    resume: Any,
+    works: Sequence[Callable[[], None]],
     watched: int = 0,
     fault: Fault | None = None,
-    in_step: Places | None = None,
 ) -> tuple[Ended, Left]:
-    """Both processes; rank `watched` has the fault, or the places of a step."""
+    """The work of each process; rank `watched` may meet a fault."""
     port = peers.free_port()
     other = os.fork()
     if other == 0:
         try:
-            _work(1 - watched, port, folder, kind, resume)
+            _join(1 - watched, port, folder, works[1 - watched])
             os._exit(0)
         finally:
             os._exit(1)
-    counted = _beside(folder, "places")
-    callbacks = [] if in_step is None else [InStep(in_step, counted)]
-    ended = system_calls.run(
-        lambda: _work(watched, port, folder, kind, resume, *callbacks), folder, fault
-    )
+    ended = system_calls.run(lambda: _join(watched, port, folder, works[watched]), folder, fault)
     begin, status = time.monotonic(), None
     while status is None and time.monotonic() < begin + LIMIT + MARGIN:
         found, code = os.waitpid(other, os.WNOHANG)
@@ -113,6 +139,26 @@ def run(
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
     return ended, Left(status, seconds, _beside(folder, f"{1 - watched}.log").read_text())
+
+
+def run(
+    folder: Path,
+    kind: str,
+    resume: Any,
+    watched: int = 0,
+    fault: Fault | None = None,
+    in_step: Places | None = None,
+) -> tuple[Ended, Left]:
+    """A training by both; rank `watched` has the fault, or the places of a step."""
+    counted = _beside(folder, "places")
+    callbacks: list[list[Any]] = [[], []]
+    if in_step is not None:
+        callbacks[watched].append(InStep(in_step, counted))
+    works = [
+        functools.partial(_trained, rank, folder, kind, resume, *callbacks[rank])
+        for rank in range(RANKS)
+    ]
+    return both(folder, works, watched, fault)
 
 
 def _assert_ended_in_time(left: Left) -> None:
@@ -174,6 +220,28 @@ def kill_one_of_two(folder: Path, kind: str, every: int = 1) -> str:
         f"{kills} kills of one of two, the other ended within {slowest:.1f} seconds, {refused} of "
         f"{len(kept)} folders refused"
     )
+
+
+def kill_at_collectives(folder: Path, every: int = 1) -> str:
+    """A loop of two, one of them killed inside each function of torch.distributed; what came of it,
+    in a line."""
+    folder.mkdir(parents=True)
+    code = ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives")
+    counted = _beside(folder, "places")
+
+    def works(at: int | None) -> list[Callable[[], None]]:
+        ranks = (Places(None, code), Places(at, code))
+        return [functools.partial(_spread, places, counted) for places in ranks]
+
+    ended, left = both(folder, works(None), 1)
+    assert ended.status == left.status == 0, (ended.error, left)
+    slowest, kills = 0.0, 0
+    for number in range(0, int(counted.read_text()), every):
+        ended, left = both(folder, works(number), 1)
+        assert ended.killed, (ended, left)
+        _assert_ended_in_time(left)
+        slowest, kills = max(slowest, left.seconds), kills + 1
+    return f"{kills} kills in a collective, the other ended within {slowest:.1f} seconds"
 
 
 def _restart(folder: Path, earlier: Path) -> None:
