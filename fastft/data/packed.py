@@ -31,9 +31,10 @@ ROWS_OF_A_TABLE = 1024  # of `to_dataset`: so many packs are in memory twice
 class PackedDataset(Dataset[Pack]):
     """A map-style dataset of `Pack`s, as `pack` returns it.
 
-    Its length and the lengths in its packs never change. With a seed, `set_epoch` changes the order
-    of the packs, and which of equally long examples (of the same window) is in which pack.
-    accelerate, and therefore Trainer, calls it.
+    Its length and the lengths in its packs never change: examples may have other tokens in the next
+    epoch, but where there are more or fewer of them, or of their tokens, the next batch raises a
+    ValueError. With a seed, `set_epoch` changes the order of the packs, and which of equally long
+    examples (of the same window) is in which pack. accelerate, and therefore Trainer, calls it.
 
     Attributes:
         dataset: the examples.
@@ -49,7 +50,7 @@ class PackedDataset(Dataset[Pack]):
         may_cut: bool = True,
     ) -> None:
         self.dataset, self.seed, self.group, self.may_cut = dataset, seed, group, may_cut
-        self._base = plan
+        self._base, self._examples = plan, len(dataset)
         # in shared memory, because persistent workers keep a copy of this dataset over many epochs
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._forget()
@@ -146,6 +147,11 @@ class PackedDataset(Dataset[Pack]):
         return datasets.Dataset(pyarrow.concat_tables(tables))
 
     def _packs(self, indices: Sequence[int]) -> list[Pack]:
+        if len(self.dataset) != self._examples:
+            raise ValueError(
+                f"the dataset has {len(self.dataset)} examples, but had {self._examples} when it "
+                "was packed, and the packs are of those: call pack again when a dataset has changed"
+            )
         plan = self.plan
         bounds = [plan.bounds(index) for index in indices]
         # numpy, as a few numbers of torch's cost several times more

@@ -41,6 +41,16 @@ def test_what_is_found_is_the_smallest_case_and_a_program() -> None:
         fuzz(_room(check), 0)
 
 
+def test_what_does_not_raise_is_found_too() -> None:
+    def check(case):
+        with pytest.raises(ValueError, match="refused"):
+            if case[0] < 10:
+                raise ValueError("refused")
+
+    with pytest.raises(Found, match=r"check\(\(10,\)\)"):
+        fuzz(_room(check), 0)
+
+
 def test_a_fixed_seed_tries_the_same() -> None:
     seen: list[list[tuple[int]]] = [[], []]
     for each in seen:

@@ -13,6 +13,7 @@ from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 ROUND = 100  # cases of a seed
@@ -83,7 +84,7 @@ def _round(room: ModuleType, seed_of_round: int, examples: int, before: int, shr
 
     try:
         every()
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:  # the second is none, of pytest.raises
         # hypothesis runs the smallest one last
         first = f"first seen in case {failed[0]:,}"
         raise Found(f"{error!r}\n{first}:\n\n{program(room, tried[-1])}") from error
