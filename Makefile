@@ -27,6 +27,7 @@
 # make planted    faults that fastft once had, planted back one at a time: is each found, and how soon?
 #                benchmarks/results/planted_faults.md; FAULTS="r05 r12": these alone
 # make soak       2,000 steps of a training, 200 trainings in a process, 1,000 attachments, 3,000 optimizers: nothing may grow
+# make campaign    fuzz for ten minutes a room, sanitize and soak, two hours: benchmarks/results/campaign.md
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
@@ -54,7 +55,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz planted sanitize soak lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz planted sanitize soak campaign lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -86,7 +87,7 @@ test: native
 	$(PYTEST)
 	$(PYTEST) benchmarks --benchmark-disable
 
-test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
+test-all: lint docs test-slow test-isa sanitize ptx sweep test-oldest test-latest
 
 test-slow: native $(WAYS)
 	$(PYTEST) -m "not sweep and not ptx and not soak"
@@ -170,6 +171,9 @@ sanitize: native
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
+
+campaign: native
+	$(BIN)/python benchmarks/campaign.py
 
 planted: native
 	$(BIN)/python benchmarks/planted_faults.py $(FAULTS)

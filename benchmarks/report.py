@@ -55,8 +55,8 @@ above 10 % the row counts as failed. Above 1 ours is faster; **bold** is slower.
 *Bare work* is what cannot be left out, done alone: products, or reading and writing as many bytes.
 It can be beaten, by who is spared a part of it. The *bound* cannot: bytes (of rows that no cache
 holds) and products at the highest rate that this machine showed. *Share of the bound* is bound /
-ours. A goal is *bounded* where it lies beyond the rival's time / that of the bare work, both of the
-row's run, and ours does not beat this work: whoever does it cannot reach the goal."""
+ours. A goal is *bounded* where it lies beyond the rival's time / the bound, or that of the bare
+work, of the row's run, and ours does not beat it: whoever does this work cannot reach the goal."""
 
 
 def machines() -> dict[str, Path]:

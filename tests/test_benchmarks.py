@@ -189,19 +189,22 @@ def test_a_goal_is_judged_by_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("times_the_bare_work", "verdict"),
+    ("of_the_row", "verdict"),
     [
-        (None, "**no**"),
-        (1.3, "**no**"),  # allows 2.6
-        (1.1, "bounded: the bare work alone allows 2.20"),
-        (0.97, "bounded: the bare work alone allows 2.00"),  # ours, which has been seen
-        (0.9, "**no**"),  # whoever beats it so is not bounded by it
+        ({}, "**no**"),
+        ({"times_the_bare_work": 1.3}, "**no**"),  # allows 2.6
+        ({"times_the_bare_work": 1.1}, "bounded: the bare work alone allows 2.20"),
+        # ours, which has been seen
+        ({"times_the_bare_work": 0.97}, "bounded: the bare work alone allows 2.00"),
+        ({"times_the_bare_work": 0.9}, "**no**"),  # whoever beats it so is not bounded by it
+        ({"bound_ms": 90.0}, "bounded: the bound alone allows 2.22"),
+        ({"bound_ms": 92.0, "times_the_bare_work": 1.1}, "bounded: the bound alone allows 2.17"),
+        ({"bound_ms": 70.0}, "**no**"),
     ],
 )
-def test_a_goal_beyond_the_bare_work_is_bounded(times_the_bare_work, verdict: str) -> None:
-    row: dict[str, Any] = {"times_faster_than": {goals.FUSED: 2.0}}
-    if times_the_bare_work is not None:
-        row["times_the_bare_work"] = times_the_bare_work
+def test_a_goal_beyond_the_bare_work_or_the_bound_is_bounded(of_the_row, verdict: str) -> None:
+    row: dict[str, Any] = {"times_faster_than": {goals.FUSED: 2.0}, "median_ms": {"ours": 100.0}}
+    row |= of_the_row
     (judged,) = goals.judge({"adamw[400_bf16]": row})
     assert judged.goal == "at least 2.5" and judged.verdict == verdict and not judged.reached
 

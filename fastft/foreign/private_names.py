@@ -9,8 +9,6 @@ from __future__ import annotations
 # "module:qualified name" and what it is for; "a|b" is one name of several versions. What no class
 # has, only its instances, is looked for in the module's text.
 PRIVATE_NAMES = {
-    "_signal:getsignal": "handlers of signals, without the enums of `signal`",
-    "_signal:signal": "the same",
     "torch:_disable_dynamo": "torch.compiler.disable without importing the compiler",
     "torch._dynamo.decorators:_dynamo_marked_constant": (
         "torch.compiler.assume_constant_result, without the compiler"

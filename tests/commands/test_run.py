@@ -94,6 +94,12 @@ def script(tmp_path, monkeypatch):
     assert not any(type(finder).__module__.startswith("fastft") for finder in sys.meta_path)
 
 
+def test_a_half_checkpoint_is_refused_before_anything_is_loaded(script, tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match=r"checkpoint-3 is not whole: trainer_state.json is miss"):
+        script(BEGINS + "made().train(resume_from_checkpoint=True)")
+
+
 @pytest.mark.parametrize("source", TRAININGS.values(), ids=TRAININGS)
 def test_its_losses_are_those_of_stock(script, tmp_path, source):
     names = "loss", "grad_norm", "learning_rate", "eval_loss"

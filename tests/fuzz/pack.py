@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 import fastft
 
-EXAMPLES = 50
+EXAMPLES = 100
 IGNORED = -100
 SENTENCE = 3  # tokens of a document, where a row is several
 PROCESSED = "batches of one"

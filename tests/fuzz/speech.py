@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fastft
 from fuzz.collator import FORMS, IGNORED, START
 
-EXAMPLES = 100
+EXAMPLES = 150
 Row = dict[str, Any]
 
 

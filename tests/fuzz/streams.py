@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 import fastft
 
-EXAMPLES = 60
+EXAMPLES = 100
 Row = dict[str, Any]
 Parts = list[tuple[int, int, int]]  # example, first token, tokens
 

@@ -16,7 +16,7 @@ import fastft
 
 TURNS, EVERY = 1000, 25
 BRIEF = 24, 2
-BYTES = {}
+BOUNDS: dict[str, float] = {}
 
 
 def soak(watch: Watch, turns: int, every: int, folder: Path, each: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ import fastft
 
 TURNS, EVERY = 3000, 75
 BRIEF = 60, 4
-BYTES = {}
+BOUNDS: dict[str, float] = {}
 RAISING = 10  # of each kind, a turn
 
 

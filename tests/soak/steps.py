@@ -16,7 +16,9 @@ import fastft
 
 TURNS, EVERY = 2000, 50
 BRIEF = 24, 2
-BYTES = {}  # those of all
+EVALUATED = 50, 12  # steps between evaluations, and saves; briefly, none among the later looks
+# accelerate keeps the loader of each evaluation that Trainer makes, about ten objects
+BOUNDS = {"objects": 0.2 + 12 / EVALUATED[0]}
 
 
 class _Each(TrainerCallback):
@@ -37,6 +39,7 @@ def soak(watch: Watch, turns: int, every: int, folder: Path, each: Callable[[], 
         {"input_ids": torch.randint(3, 97, (length,), generator=draw).tolist()}
         for length in lengths
     ]
+    evaluated = EVALUATED[turns < TURNS]
     model = tiny_llama(attn_implementation="fastft").bfloat16()
     args = quiet_arguments(
         folder,
@@ -47,9 +50,9 @@ def soak(watch: Watch, turns: int, every: int, folder: Path, each: Callable[[], 
         max_grad_norm=0.5,
         logging_steps=every,
         eval_strategy="steps",
-        eval_steps=every,
+        eval_steps=evaluated,
         save_strategy="steps",
-        save_steps=every,
+        save_steps=evaluated,
         save_total_limit=2,
     )
     trainer = Trainer(

@@ -15,7 +15,7 @@ import fastft
 
 TURNS, EVERY = 200, 8
 BRIEF = 12, 1
-BYTES = {"allocated": 16384.0, "resident": 65536.0, "proportional": 65536.0}  # a model has more
+BOUNDS = {"allocated": 16384.0, "resident": 65536.0, "anonymous": 65536.0}  # a model has more
 
 
 def soak(watch: Watch, turns: int, every: int, folder: Path, each: Callable[[], None]) -> None:

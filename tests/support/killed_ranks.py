@@ -30,7 +30,7 @@ from support import peers, system_calls
 from support.killed import SAVED, Places, digest, training
 from support.system_calls import Ended, Fault
 
-RANKS, LIMIT, MARGIN = 2, 20, 100  # seconds of a collective; more for a machine that is busy
+RANKS, LIMIT, MARGIN = 2, 60, 60  # seconds of a collective; more for a machine that is busy
 _WORDS = ("Timed out", "closed by peer", "reset by peer", "Broken pipe")
 
 

@@ -173,10 +173,11 @@ class _Course(TrainerCallback):
         self.plugged._training_ends()
 
 
-def _save(stock: Any, output_dir: str | None = None, _internal_call: bool = False) -> Any:
-    if _internal_call and output_dir is not None:
-        forget_earlier_save(output_dir)
-    return stock(output_dir, _internal_call=_internal_call)
+def _save(stock: Any, *args: Any, **kwargs: Any) -> Any:
+    folder = args[0] if args else kwargs.get("output_dir")
+    if folder is not None and kwargs.get("_internal_call"):  # a checkpoint's
+        forget_earlier_save(folder)
+    return stock(*args, **kwargs)
 
 
 def _remove(handler: Any, callback: Any) -> None:
@@ -202,7 +203,9 @@ def plug(
         trainer.train()
 
     What does not fit is left as it is, and a line says why. Losses stay those of the Trainer
-    without it, up to rounding, but for `packing` as a number, which makes other batches.
+    without it, up to rounding, but for `packing` as a number, which makes other batches. `train`
+    raises a ValueError before it begins where `output_dir` cannot take checkpoints, or the one to
+    resume from is half; the sentence has the file and the way out.
 
     Args:
         trainer: a `transformers.Trainer` or a subclass, before `train()`.
