@@ -178,7 +178,8 @@ class Plan:
 
     def check_whole(self) -> None:
         """Raises RuntimeError where a step has broken off in its middle."""
-        torn = next((each.torn for each in (self, *self.parts) if each.torn is not None), None)
+        every: list[BaseException | None] = [self.torn, *(part.torn for part in self.parts)]
+        torn = next(filter(None, every), None)
         if torn is not None:
             raise RuntimeError(
                 f"a step of AdamW broke off in its middle ({type(torn).__name__}: {torn}): some "

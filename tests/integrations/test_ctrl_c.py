@@ -12,10 +12,11 @@ import time
 
 import pytest
 import torch
-from support.courses import WAYS, Course, made, outcome, traces
+from support.courses import WAYS, Course, frozen_objects, made, outcome, traces
 
 SEEDS = 8
-QUICK = ("packs", "gradients on the host", "overlapped steps")
+QUICK = ("packs", "overlapped steps")
+frozen = pytest.fixture(autouse=True, scope="module")(frozen_objects)
 
 
 class Interrupt:

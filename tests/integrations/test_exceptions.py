@@ -4,7 +4,6 @@ model is stock, and the next training of it is one that follows none."""
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import tempfile
 import threading
@@ -12,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from support.courses import EVENTS, WAYS, Course, made, outcome, traces
+from support.courses import EVENTS, WAYS, Course, frozen_objects, made, outcome, traces
 
 import fastft
 from fastft.integrations import linear_products
@@ -55,19 +54,14 @@ class Fault:
             raise self.error("planted")
 
 
+frozen = pytest.fixture(autouse=True, scope="module")(frozen_objects)
+
+
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
     """The layers of a tiny model have fastft's products too."""
     monkeypatch.setattr(matrix_product, "LEAST", 4)
     monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen_objects():
-    """accelerate collects garbage before each training: four fifths of a small one's time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @functools.cache
