@@ -24,6 +24,10 @@
 # make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program
 # make sanitize [ONLY=cpu]    the native code and its tests under the address, undefined-behaviour and thread sanitizers, on every
 #                instruction set; the CUDA launchers over a fake runtime, too; a quarter of an hour
+# make planted    faults that fastft once had, planted back one at a time: is each found, and how soon?
+#                benchmarks/results/planted_faults.md; FAULTS="r05 r12": these alone
+# make soak       2,000 steps of a training, 200 trainings in a process, 1,000 attachments, 3,000 optimizers: nothing may grow
+# make campaign    fuzz for ten minutes a room, sanitize and soak, two hours: benchmarks/results/campaign.md
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10
@@ -51,7 +55,7 @@ DOCS := $(VENV)/.docs
 PACKERS := $(VENV)/.packers
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz sanitize lock wheel dist gpu-check native clean
+.PHONY: demo demo-smollm2 whole-runs profile test test-all test-slow test-isa aarch64 ptx test-latest test-oldest matrix lint format docs bench bench-avx2 estimates kernels compare-public sweep fuzz planted sanitize soak campaign lock wheel dist gpu-check native clean
 
 demo: native
 	$(BIN)/python examples/finetune.py
@@ -68,7 +72,7 @@ MACHINE = benchmarks/results/$(shell $(BIN)/python benchmarks/machine.py --name)
 whole-runs: native $(RIVALS) build/smollm2/model.safetensors
 	$(BIN)/python benchmarks/whole_runs.py demo --to $(MACHINE)
 	$(BIN)/python benchmarks/whole_runs.py smollm2 smollm2_rows --rounds 1 \
-		--variants stock fastft linear trl trl_flat liger --to $(MACHINE)
+		--variants stock fastft torchs_products trl trl_flat liger --to $(MACHINE)
 
 profile: native build/smollm2/model.safetensors
 	$(BIN)/python benchmarks/profile_step.py demo --to $(MACHINE)
@@ -83,17 +87,17 @@ test: native
 	$(PYTEST)
 	$(PYTEST) benchmarks --benchmark-disable
 
-test-all: lint docs test-slow test-isa ptx sweep test-oldest test-latest
+test-all: lint docs test-slow test-isa sanitize ptx sweep test-oldest test-latest
 
 test-slow: native $(WAYS)
-	$(PYTEST) -m "not sweep and not ptx"
+	$(PYTEST) -m "not sweep and not ptx and not soak"
 
 test-isa: native
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
 
 # the tables are written if tests fail, too, and say it
 matrix: native $(WAYS)
-	$(PYTEST) -m "way and not sweep and not ptx" --ways benchmarks/results/ways.json $(ONLY); tested=$$?; \
+	$(PYTEST) -m "way and not sweep and not ptx and not soak" --ways benchmarks/results/ways.json $(ONLY); tested=$$?; \
 	$(BIN)/python -m pytest -q --collect-only --ways-tables > build/ways.txt || { tail build/ways.txt; exit 1; }; \
 	exit $$tested
 
@@ -158,11 +162,21 @@ fuzz: native
 	$(PYTEST) tests/fuzz --fuzz-seconds $(SECONDS) --fuzz-seed $(SEED) --junit-xml build/fuzz.xml; tested=$$?; \
 	grep -o 'name="fuzzed" value="[^"]*"' build/fuzz.xml | cut -d '"' -f 4; exit $$tested
 
+soak: native
+	$(PYTEST) -m soak tests/soak --junit-xml build/soak.xml; tested=$$?; \
+	grep -o 'name="soaked" value="[^"]*"' build/soak.xml | cut -d '"' -f 4; exit $$tested
+
 sanitize: native
 	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitized.py -n 2 $(if $(ONLY),--only $(ONLY))
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
+
+campaign: native
+	$(BIN)/python benchmarks/campaign.py
+
+planted: native
+	$(BIN)/python benchmarks/planted_faults.py $(FAULTS)
 
 # The wheel needs the glibc of the machine that builds it: for older ones cibuildwheel builds it (pyproject.toml).
 dist: $(PACKERS)

@@ -9,12 +9,13 @@ it: where it is the longer of the two, a training that does nothing else would w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -168,12 +169,12 @@ def compare(
 
         return once
 
-    gc.collect()
     seconds = 0.4 if DEVICE == "cuda" else turns.SECONDS  # a device's times hardly vary
-    pairs = {
-        name: turns.by_turns({each: timing(each) for each in {"ours", name}}, seconds)
-        for name in [*runs][1:] or ["ours"]
-    }
+    with _without_garbage():
+        pairs = {
+            name: turns.by_turns({each: timing(each) for each in ("ours", name)}, seconds)
+            for name in [*runs][1:] or ["ours"]
+        }
     benchmark.pedantic(ours)  # pytest-benchmark's table has one run more
     info = benchmark.extra_info
     keep(info, pairs)
@@ -190,6 +191,17 @@ def compare(
         info["bound_ms"] = round(1e3 * max(bounds), 4)
     shown = ", ".join(f"{key} {value}" for key, value in info.items())
     print(f"\n{benchmark.name}: {shown}")
+
+
+@contextlib.contextmanager
+def _without_garbage() -> Iterator[None]:
+    """Nobody's time has a collection in it that another one's objects set off."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def keep(info: dict[str, Any], pairs: dict[str, turns.Times]) -> None:

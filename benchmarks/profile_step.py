@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=4, help="steps before these (4)")
     parser.add_argument("--to", type=Path, required=True, help="the folder of the results")
     options = parser.parse_args()
-    names = options.variants or ["stock", "fastft", "linear"]
+    names = options.variants or ["stock", "torchs_products", "fastft"]
     context, runs = multiprocessing.get_context("forkserver"), {}
     with tempfile.TemporaryDirectory() as folder:
         workload = WORKLOADS[options.workload](Path(folder))

@@ -4,11 +4,12 @@ renews the pages that are made of these files (report.py).
 python benchmarks/record.py [--only adamw collator] [--goals] [--rows EXPRESSION]
 python benchmarks/record.py --ledger FILE
 
-Each case is in results/<machine>/record.jsonl as soon as it ends, and a failing one stops no other;
-that file goes when all have passed. --ledger takes what `make gpu-check` has measured. Rows that
-were measured anew take the place of those of that name; with --goals and --rows the others stay.
-What failed is printed at the end: rows whose times scatter, goals that were missed, and cases, for
-which the exit status is 1.
+A file's cases have a process of their own: what another operation has left in malloc's hands would
+spare some of these the pages of new memory. Each case is in results/<machine>/record.jsonl as soon
+as it ends, and a failing one stops no other; that file goes when all have passed. --ledger takes
+what `make gpu-check` has measured. Rows that were measured anew take the place of those of that
+name; with --goals and --rows the others stay. What failed is printed at the end: rows whose times
+scatter, goals that were missed, and cases, for which the exit status is 1.
 """
 
 from __future__ import annotations
@@ -95,17 +96,21 @@ def main() -> None:
     ledger = Ledger(folder / "record.jsonl")
     ledger.path.unlink(missing_ok=True)
     selected = ["--benchmark-only", f"--rows={options.rows}", *["--goals"] * options.goals]
-    chosen, why = stems(options.only, "gpu" in where), "interrupted"
+    chosen, why = stems(options.only, "gpu" in where), ["interrupted"]
     try:
-        files = [HERE / f"test_{stem}.py" for stem in chosen]
-        why = one_by_one.run(files, ledger, "ops", options=selected, silence=_SILENCE)
+        why = [
+            one_by_one.run(
+                [HERE / f"test_{stem}.py"], ledger, "ops", options=selected, silence=_SILENCE
+            )
+            for stem in chosen
+        ]
     finally:
         rows = file(ledger, "ops", chosen, where, keep_others=some)
         report.write()
         print(table(rows))
-    wrong = [*failures(ledger, "ops"), *filter(None, [why])]
+    wrong = [*failures(ledger, "ops"), *filter(None, why)]
     missed = [
-        f"{each.row}: {each.what} {each.found}, goal {each.goal}"
+        f"{each.row}: {each.what} {each.found}, goal {each.goal}: {each.verdict}"
         for each in goals.judge({row["name"]: row for row in rows})
         if not each.reached
     ]

@@ -1,5 +1,5 @@
-"""Attention of packed rows, forward and backward: documents of 512 tokens, one layer's heads as in
-Llama 3.2 1B / 4.
+"""Attention of packed rows, forward and backward: documents of 512 tokens, a quarter of the heads
+of a layer of Llama 3.2 1B, or all of a named model's.
 
 Rivals are the attention functions of transformers with the mask that it builds for packed batches;
 the mask itself is built before, as all layers share it. transformers' eager attention keeps T x T
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,18 @@ from errors import check, peaks_mib
 from fastft.attention.segment_attention import segment_attention
 from fastft.attention.segments import Segments
 
-HEADS, GROUPS, SIZE, DOCUMENT, WINDOW = 8, 2, 64, 512, 128
+DOCUMENT, WINDOW = 512, 128
+
+
+class Layer(NamedTuple):
+    """Query heads, key heads, numbers of each."""
+
+    heads: int
+    groups: int
+    size: int
+
+
+QUARTER = Layer(8, 2, 64)  # of a layer of Llama 3.2 1B
 OPTIONS = {
     "causal": {"causal": True},
     "both_ways": {"causal": False},
@@ -32,17 +45,17 @@ OPTIONS = {
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def make(tokens, device, dtype):
+def make(layer, tokens, device, dtype):
     """q, k, v as projections give them, the gradient of the output, and the boundaries."""
     torch.manual_seed(0)
     q, k, v = (
-        torch.randn(1, tokens, heads, SIZE, device=device)
+        torch.randn(1, tokens, heads, layer.size, device=device)
         .to(dtype)
         .transpose(1, 2)
         .requires_grad_()
-        for heads in (HEADS, GROUPS, GROUPS)
+        for heads in (layer.heads, layer.groups, layer.groups)
     )
-    d_out = torch.randn(1, tokens, HEADS, SIZE, device=device).to(dtype)
+    d_out = torch.randn(1, tokens, layer.heads, layer.size, device=device).to(dtype)
     cu_seqlens = torch.arange(0, tokens + 1, DOCUMENT, dtype=torch.int32, device=device)
     return q, k, v, d_out, Segments(cu_seqlens, cu_seqlens, DOCUMENT, DOCUMENT)
 
@@ -74,25 +87,28 @@ def masks(tokens, options, device, dtype):
     return lambda: sdpa_mask(**shape), lambda: eager_mask(dtype=dtype, **shape)
 
 
-def attentions(tokens, options, device, dtype, segments):
+def attentions(layer, tokens, options, device, dtype, segments):
     """Ours and transformers' by name, each from q, k, v to (1, T, H, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-    layer = SimpleNamespace(
-        num_key_value_groups=HEADS // GROUPS, is_causal=True, training=True, head_dim=SIZE
+    module = SimpleNamespace(
+        num_key_value_groups=layer.heads // layer.groups,
+        is_causal=True,
+        training=True,
+        head_dim=layer.size,
     )
     sdpa, eager = masks(tokens, options, device, dtype)
     found = {"ours": lambda q, k, v: segment_attention(q, k, v, segments, **options)}
     if "softcap" not in options:
         mask = sdpa()
         found["transformers sdpa"] = lambda q, k, v: sdpa_attention_forward(
-            layer, q, k, v, mask, scaling=SIZE**-0.5
+            module, q, k, v, mask, scaling=layer.size**-0.5
         )[0]
     if tokens <= 2048 and dtype == torch.float32:
         added, cap = eager(), options.get("softcap")
         found["transformers eager"] = lambda q, k, v: eager_attention_forward(
-            layer, q, k, v, added, scaling=SIZE**-0.5, softcap=cap
+            module, q, k, v, added, scaling=layer.size**-0.5, softcap=cap
         )[0]
     return found
 
@@ -120,7 +136,7 @@ def each_document(q, k, v, d_out, options):
     return run
 
 
-def truth(options):
+def truth(layer, options):
     """Plain attention, a document at a time."""
 
     def attention(q, k, v):
@@ -128,9 +144,10 @@ def truth(options):
         for at in range(0, q.shape[2], DOCUMENT):
             one, keys, values = (tensor[:, :, at : at + DOCUMENT] for tensor in (q, k, v))
             keys, values = (
-                tensor.repeat_interleave(HEADS // GROUPS, 1) for tensor in (keys, values)
+                tensor.repeat_interleave(layer.heads // layer.groups, 1)
+                for tensor in (keys, values)
             )
-            scores = one @ keys.mT * SIZE**-0.5
+            scores = one @ keys.mT * layer.size**-0.5
             if "softcap" in options:
                 scores = options["softcap"] * torch.tanh(scores / options["softcap"])
             places = torch.arange(one.shape[2], device=q.device)
@@ -157,15 +174,35 @@ def test_packed_attention(benchmark, device, small, tokens, options, dtype):
     if device == "cuda" and tokens > 2048 and dtype == torch.float32:
         pytest.skip("long rows are not trained in fp32 on a GPU")
     tokens = 2 * DOCUMENT if small else tokens
-    q, k, v, d_out, segments = make(tokens, device, dtype)
-    found = attentions(tokens, options, device, dtype, segments)
-    info = benchmark.extra_info
-    info["shape"] = f"T={tokens} of {DOCUMENT}, H={HEADS}, G={GROUPS}, D={SIZE}"
+    measure(benchmark, QUARTER, tokens, options, device, dtype)
+
+
+@pytest.mark.parametrize("model", models.NAMES)
+def test_attention_of_model(benchmark, device, small, model):
+    """A whole layer of a named model, with its softcap, or its window where a document is longer;
+    on two cores 1024 tokens in fp32."""
+    config = models.config(model)
+    layer = Layer(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    options = {"causal": True}
+    if cap := getattr(config, "attn_logit_softcapping", None):
+        options["softcap"] = cap
+    if (getattr(config, "sliding_window", None) or DOCUMENT) < DOCUMENT:
+        options["window"] = config.sliding_window
+    dtype, tokens = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 1024)
+    layer = Layer(4, 2, 16) if small else layer
+    measure(benchmark, layer, 2 * DOCUMENT if small else tokens, options, device, dtype)
+
+
+def measure(benchmark, layer, tokens, options, device, dtype):
+    q, k, v, d_out, segments = make(layer, tokens, device, dtype)
+    found = attentions(layer, tokens, options, device, dtype, segments)
+    info, (heads, groups, size) = benchmark.extra_info, layer
+    info["shape"] = f"T={tokens} of {DOCUMENT}, H={heads}, G={groups}, D={size}"
 
     def checked():
         info["relative_errors"] = check(
-            {**found, "plain torch": truth(options)},
-            truth(options),
+            {**found, "plain torch": truth(layer, options)},
+            truth(layer, options),
             (q, k, v),
             ("out", "d_query", "d_key", "d_value"),
             plain="plain torch",
@@ -176,12 +213,7 @@ def test_packed_attention(benchmark, device, small, tokens, options, dtype):
     steps = {name: lambda run=run: step(run, q, k, v, d_out) for name, run in found.items()}
     bare = each_document(q, k, v, d_out, options) if options.keys() == {"causal"} else None
     # read q, k, v, out, dout twice, write out, dq, dk, dv
-    moved = (
-        dtype.itemsize
-        * tokens
-        * SIZE
-        * (2 * (2 * HEADS + 2 * GROUPS) + HEADS + 2 * HEADS + 2 * GROUPS)
-    )
+    moved = dtype.itemsize * tokens * size * (2 * (2 * heads + 2 * groups) + 3 * heads + 2 * groups)
     rivals = {name: run for name, run in steps.items() if name != "ours"}
     compare(benchmark, steps["ours"], rivals, check=checked, bytes_moved=moved, bare=bare)
     info["peak_mib"] = peaks_mib(steps, q, k, v)
@@ -194,7 +226,7 @@ def test_memory_growth(benchmark, device, small, name):
     ours, stock = {}, {}
     options = OPTIONS[name]
     for tokens in (1024, 2048) if small else (4096, 8192, 16384, 32768):
-        q, k, v, d_out, segments = make(tokens, device, torch.float32)
+        q, k, v, d_out, segments = make(QUARTER, tokens, device, torch.float32)
 
         def run(q=q, k=k, v=v, d_out=d_out, segments=segments):
             return step(lambda *qkv: segment_attention(*qkv, segments, **options), q, k, v, d_out)
@@ -203,10 +235,8 @@ def test_memory_growth(benchmark, device, small, name):
         if tokens <= 8192 and name != "softcap":
 
             def with_mask(tokens=tokens, q=q, k=k, v=v, d_out=d_out, segments=segments):
-                rival = attentions(tokens, options, device, torch.float32, segments)[
-                    "transformers sdpa"
-                ]
-                return step(rival, q, k, v, d_out)
+                found = attentions(QUARTER, tokens, options, device, torch.float32, segments)
+                return step(found["transformers sdpa"], q, k, v, d_out)
 
             stock[tokens] = peaks_mib({"stock": with_mask}, q, k, v)["stock"]
     info = benchmark.extra_info

@@ -37,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             option, metavar="FILE", help=f"where the page of {name!r} is written (make sweep)"
         )
     parser.addoption("--fuzz-seconds", type=float, help="how long each room of tests/fuzz is tried")
+    parser.addoption(
+        "--fuzz-first", action="store_true", help="end with the first failure, not the smallest"
+    )
     parser.addoption("--fuzz-seed", type=int, default=0, help="of the first round of cases")
 
 

@@ -188,6 +188,27 @@ def test_a_goal_is_judged_by_what_was_measured() -> None:
     assert judged == {"adamw[50M_fp32]": False, goals.EXACT_BF16: True}
 
 
+@pytest.mark.parametrize(
+    ("of_the_row", "verdict"),
+    [
+        ({}, "**no**"),
+        ({"times_the_bare_work": 1.3}, "**no**"),  # allows 2.6
+        ({"times_the_bare_work": 1.1}, "bounded: the bare work alone allows 2.20"),
+        # ours, which has been seen
+        ({"times_the_bare_work": 0.97}, "bounded: the bare work alone allows 2.00"),
+        ({"times_the_bare_work": 0.9}, "**no**"),  # whoever beats it so is not bounded by it
+        ({"bound_ms": 90.0}, "bounded: the bound alone allows 2.22"),
+        ({"bound_ms": 92.0, "times_the_bare_work": 1.1}, "bounded: the bound alone allows 2.17"),
+        ({"bound_ms": 70.0}, "**no**"),
+    ],
+)
+def test_a_goal_beyond_the_bare_work_or_the_bound_is_bounded(of_the_row, verdict: str) -> None:
+    row: dict[str, Any] = {"times_faster_than": {goals.FUSED: 2.0}, "median_ms": {"ours": 100.0}}
+    row |= of_the_row
+    (judged,) = goals.judge({"adamw[400_bf16]": row})
+    assert judged.goal == "at least 2.5" and judged.verdict == verdict and not judged.reached
+
+
 def test_the_page_of_results_is_what_is_made_of_the_recorded_rows() -> None:
     assert report.PAGE.read_text() == report.page(), "python benchmarks/report.py"
 

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <mutex>
+#include <vector>
 
 #include "adamw_args.h"
 #include "checksum.h"
@@ -38,39 +38,26 @@ void prefetch(const AdamwTensor& t) {
 }
 
 // The checksum of what the last step has written into each bf16 weight that has a residue; 0 where
-// nobody knows.
-class Written {
- public:
-  explicit Written(size_t tensors) : sums(tensors) {}
+// nobody knows. Nothing is allocated while weights are written: it could fail with half of them.
+struct Written {
+  std::vector<uint64_t> sums;
+
+  void begin() { std::fill(sums.begin(), sums.end(), 0); }
 
   // Each processor adds the sum of its part, which may be the whole tensor.
   void add(size_t i, uint64_t sum, bool whole) {
-    if (whole) {
+    if (whole)
       sums[i] = sum;
-      return;
-    }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    parts_.emplace_back(i, sum);
+    else
+      __atomic_fetch_add(&sums[i], sum, __ATOMIC_RELAXED);
   }
-
-  void finish() {
-    for (const auto& part : parts_) sums[part.first] = 0;
-    for (const auto& part : parts_) sums[part.first] += part.second;
-    parts_.clear();
-  }
-
-  std::vector<uint64_t> sums;
-
- private:
-  std::mutex mutex_;
-  std::vector<std::pair<size_t, uint64_t>> parts_;
 };
 
 struct Bound {
   fastft::AdamwTensors tensors;
   Written written;
   explicit Bound(fastft::AdamwTensors&& checked)
-      : tensors(std::move(checked)), written(tensors.rows.size()) {}
+      : tensors(std::move(checked)), written{std::vector<uint64_t>(tensors.rows.size())} {}
 };
 
 // Says whether sections of the checksum are parts of a processor's part. Rows of codes may cut them
@@ -119,6 +106,7 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step,
   const AdamwHyper* hyper = step.rows();
   const std::vector<int64_t>& starts = tensors.starts;
   const auto update_kernel = adamw_kernel();
+  if (written) written->begin();
   fastft::parallel_for(starts.back(), kGrain, [&](int64_t begin, int64_t end) {
     for (size_t i = last_not_after(starts.data(), tensors.rows.size(), begin); begin < end; i++) {
       const AdamwTensor& t = tensors.rows[i];
@@ -137,7 +125,6 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step,
     }
   });
   if (!written) return;
-  written->finish();
   for (size_t i = 0; i < tensors.rows.size(); i++) {
     const AdamwTensor& t = tensors.rows[i];
     if (t.residue && !summed(t))

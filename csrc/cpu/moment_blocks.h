@@ -116,6 +116,22 @@ static inline void encode_4bit(const MomentCodes& at, const float* __restrict m,
 }
 
 #if defined(FASTFT_WIDE)
+// Each block while the first roots of the next one are drawn.
+static void encode_8bit_wide(const AdamwTensor& t, int64_t i, int n, const uint16_t* random,
+                             const float* m, const float* v) {
+  Encoded last{};
+  Roots roots;
+  each_moment_block(t, i, n, [&](const MomentCodes& at) {
+    int8_t* codes = static_cast<int8_t*>(at.m);
+    const Encoded block{at.size,     m + at.from, v + at.from, random + at.from,
+                        *at.m_scale, *at.v_scale, codes,       at.v};
+    if (at.from == 0) draw_roots(roots, block);
+    if (at.from > 0) encode_block(last, roots, block);
+    last = block;
+  });
+  encode_block(last, roots, last);
+}
+
 // Pass by pass over all blocks: the next block's work hides how long the largest of one takes to
 // come out. Returns false where a block is left to the element by element way.
 static bool encode_wide(const AdamwTensor& t, int64_t i, int n, const uint16_t* random,
@@ -129,10 +145,7 @@ static bool encode_wide(const AdamwTensor& t, int64_t i, int n, const uint16_t* 
   });
   if (!plain) return false;
   if (!t.four_bit) {
-    each_moment_block(t, i, n, [&](const MomentCodes& at) {
-      encode_block(m + at.from, v + at.from, random + at.from, at.size, *at.m_scale, *at.v_scale,
-                   static_cast<int8_t*>(at.m), at.v);
-    });
+    encode_8bit_wide(t, i, n, random, m, v);
     return true;
   }
   float ratios[kMomentsTogether];

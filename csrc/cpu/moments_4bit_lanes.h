@@ -8,43 +8,25 @@
 
 #if defined(FASTFT_WIDE)
 #if defined(__AVX512F__)
-// What a block's codes of v stand for. One that is 24 higher stands for v 4 times as large, whose
-// root is twice as large: so roots are drawn of the lowest 24 alone, and looked up by a code's
-// place, which is then added to their bits for the power of 2.
+// What a block's codes of v stand for, and the roots of it. A code that is 24 higher stands for v 4
+// times as large, whose root is twice as large: so roots are drawn of the lowest 24 alone.
 struct KeptV {
-  WideInt step;  // what 24 add to a place besides themselves
-  WideInt v[2], root[2];
+  SqTable v;
+  WideInt root[2];  // of the octaves 0 and 1
 };
 
-// The rest of a code by 24 in the lowest bits, and how many 24s it has in the topmost byte.
-FASTFT_HD WideInt place_of(WideInt sq_codes, const KeptV& kept) {
-  const WideInt times = _mm512_srli_epi32(_mm512_mullo_epi16(sq_codes, wide(171u)), 12);
-  return wide_add(sq_codes, _mm512_mullo_epi32(times, kept.step));
-}
-FASTFT_HD WideInt half_of(WideInt place) { return _mm512_srli_epi32(place, 1); }
-
 FASTFT_HD KeptV kept_v(float sq_scale) {
-  KeptV kept;
-  kept.step = wide((sq_scale == 0.0f ? 0u : 1u << 24) - 24u);
-  WideInt place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int half = 0; half < 2; half++, place = wide_add(place, wide(16u))) {
-    const Wide v = exp_avg_sq_decode(place, wide(sq_scale));
-    kept.v[half] = _mm512_sub_epi32(as_bits(v), place);
-    kept.root[half] = _mm512_sub_epi32(as_bits(_mm512_sqrt_ps(v)), half_of(place));
-  }
+  KeptV kept{sq_table(sq_scale), {}};
+  const WideInt v = as_bits(kept.v.places[0]), octave = kept.v.octaves & wide(1u << 23);
+  kept.root[0] = as_bits(_mm512_sqrt_ps(as_floats(v)));
+  kept.root[1] = as_bits(_mm512_sqrt_ps(as_floats(wide_add(v, octave))));
   return kept;
 }
 
-FASTFT_HD Wide looked_up(const WideInt (&table)[2], WideInt place, WideInt added) {
-  return as_floats(wide_add(_mm512_permutex2var_epi32(table[0], place, table[1]), added));
-}
-FASTFT_HD Wide v_of(WideInt sq_codes, const KeptV& kept) {
-  const WideInt place = place_of(sq_codes, kept);
-  return looked_up(kept.v, place, place);
-}
-FASTFT_HD Wide root_of(WideInt sq_codes, const KeptV& kept) {
-  const WideInt place = place_of(sq_codes, kept);
-  return looked_up(kept.root, place, half_of(place));
+FASTFT_HD Wide root_of(WideInt parts, const KeptV& kept) {
+  const WideInt low = _mm512_permutex2var_epi32(kept.root[0], sq_place(parts), kept.root[1]);
+  const WideInt pairs = parts & kept.v.octaves & wide(0xff000000u);
+  return as_floats(wide_add(low, _mm512_srli_epi32(pairs, 1)));
 }
 
 // The codes of 16 elements, each by 1/7.
@@ -70,14 +52,11 @@ FASTFT_HD void store_nibbles(const WideInt (&code)[2], uint8_t* bytes) {
 }
 #else
 struct KeptV {
-  Wide scale;
+  SqTable v;
 };
-FASTFT_HD KeptV kept_v(float sq_scale) { return {wide(sq_scale)}; }
-FASTFT_HD Wide v_of(WideInt sq_codes, const KeptV& kept) {
-  return exp_avg_sq_decode(sq_codes, kept.scale);
-}
-FASTFT_HD Wide root_of(WideInt sq_codes, const KeptV& kept) {
-  return _mm256_sqrt_ps(v_of(sq_codes, kept));
+FASTFT_HD KeptV kept_v(float sq_scale) { return {sq_table(sq_scale)}; }
+FASTFT_HD Wide root_of(WideInt parts, const KeptV& kept) {
+  return _mm256_sqrt_ps(v_of(parts, kept.v));
 }
 
 // The codes of 8 elements, each by 1/7.
@@ -108,10 +87,10 @@ FASTFT_HD void store_nibbles(const WideInt (&code)[4], uint8_t* bytes) {
 FASTFT_HD void decode_together(const uint8_t* bytes, const uint8_t* sq_codes, Wide scale,
                                const KeptV& kept, float* m, float* v) {
   for (int i = 0; i < kCodesTogether; i += kWide) {
-    const WideInt code = wide_unsigned(sq_codes + i);
-    const Wide root = wide_mul(scale, root_of(code, kept));
+    const WideInt parts = sq_parts(wide_unsigned(sq_codes + i));
+    const Wide root = wide_mul(scale, root_of(parts, kept));
     FASTFT_OF_WIDE(storeu_ps)(m + i, wide_mul(nibble_sevenths(bytes + i / 2), root));
-    FASTFT_OF_WIDE(storeu_ps)(v + i, v_of(code, kept));
+    FASTFT_OF_WIDE(storeu_ps)(v + i, v_of(parts, kept.v));
   }
 }
 
@@ -148,7 +127,7 @@ static inline uint32_t encode_v(const float* m, const float* v, const uint16_t* 
       code[k] = exp_avg_sq_encode(FASTFT_OF_WIDE(loadu_ps)(v + kWide * k), reciprocal,
                                   wide_random(bits + kWide * k));
       const Wide value = as_floats(as_bits(FASTFT_OF_WIDE(loadu_ps)(m + kWide * k)) & size);
-      const Wide ratio = wide_min(FASTFT_OF_WIDE(div_ps)(value, root_of(code[k], kept)),
+      const Wide ratio = wide_min(FASTFT_OF_WIDE(div_ps)(value, root_of(sq_parts(code[k]), kept)),
                                   wide(FASTFT_LARGEST_FLOAT));
       FASTFT_OF_WIDE(storeu_ps)(ratios + kWide * k, ratio);
       most = wide_max_bits(most, as_bits(ratio));

@@ -1,7 +1,7 @@
 // 8-bit moments of a block to and from floats with AVX2 and AVX-512, by hand: compilers do the
 // widths of 8, 16 and 32 bits one by one. The bits of moments_8bit.h in fewer instructions. Blocks
 // that are rare are left to it: those with the code of NaN, with Inf or NaN, with a scale whose
-// reciprocal may overflow.
+// reciprocal may overflow or be denormal.
 #pragma once
 #include "moments_8bit.h"
 #include "wide.h"
@@ -96,20 +96,55 @@ FASTFT_HD void store_sq_codes(const WideInt (&code)[4], void* to) {
 }
 #endif
 
+// Says whether a scale, by its bits, is 0 or a number whose reciprocal is a normal one.
+FASTFT_HD bool plain_scale(uint32_t scale) {
+  return scale == 0 || (scale >= float_bits(FASTFT_SMALL_SCALE) && scale <= float_bits(0x1p126f));
+}
+
+// Of plain scales. No number of a block times it is above 1: at most 1 + 2^-24, which rounds to 1.
+FASTFT_HD Wide reciprocal_of(float scale) { return wide(scale == 0.0f ? 1.0f : 1.0f / scale); }
+
 FASTFT_HD Wide exp_avg_decode(const int8_t* codes, Wide scale) {
   const Wide root = wide_mul(FASTFT_OF_WIDE(cvtepi32_ps)(wide_signed(codes)), wide(1.0f / 127.0f));
   return wide_mul(wide_mul(wide_mul(root, wide_size(root)), wide_mul(root, root)), scale);
 }
 
-FASTFT_HD Wide exp_avg_sq_decode(WideInt codes, Wide scale) {
-  const Wide above = wide_add(FASTFT_OF_WIDE(cvtepi32_ps)(codes), wide((float)kSqOctave));
-  // code / 12, rounded down: to nearest after half of a unit less, but for rounding errors
-  const Wide octave = wide_add(wide_fma(above, wide(1.0f / kSqOctave), wide(-1.0f - 11.0f / 24.0f)),
-                               wide(kToInteger));
-  const Wide place = wide_fma(wide_sub(octave, wide(kToInteger)), wide(-(float)kSqOctave), above);
-  const Wide unit = wide_mul(place, wide(1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS)));
-  const WideInt exponent = FASTFT_OF_WIDE(slli_epi32)(as_bits(octave), 23);
-  return wide_mul(as_floats(wide_add(as_bits(unit), exponent)), scale);
+// v's code, 12 * octave + place, times 2^23 / 12 rounded up: the octave is where a float has its
+// exponent, and the four bits below are another number for each place.
+FASTFT_HD WideInt sq_parts(WideInt codes) {
+  return FASTFT_OF_WIDE(mullo_epi32)(codes, wide(699051u));
+}
+FASTFT_HD WideInt sq_place(WideInt parts) { return FASTFT_OF_WIDE(srli_epi32)(parts, 19); }
+
+// What the codes of a block's v stand for, whose scale is plain.
+struct SqTable {
+  Wide places[16 / kWide];  // of octave 0, by those four bits
+  WideInt octaves;          // the bits that an octave adds: none to 0
+};
+
+FASTFT_HD SqTable sq_table(float scale) {
+  constexpr auto of = [](int place) {
+    return float(kSqOctave + place) * (1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS));
+  };
+  alignas(64) static constexpr float unit[16] = {of(0), of(1), of(2), 0, of(3), of(4),  of(5),  0,
+                                                 of(6), of(7), of(8), 0, of(9), of(10), of(11), 0};
+  SqTable table;
+  table.octaves = wide(scale == 0.0f ? 0u : 0xff800000u);
+  for (int k = 0; k < 16 / kWide; k++)
+    table.places[k] = wide_mul(FASTFT_OF_WIDE(loadu_ps)(unit + k * kWide), wide(scale));
+  return table;
+}
+
+FASTFT_HD Wide v_of(WideInt parts, const SqTable& table) {
+#if defined(__AVX512F__)
+  const Wide found = _mm512_permutexvar_ps(sq_place(parts), table.places[0]);
+#else
+  const WideInt place = sq_place(parts), upper_half = _mm256_slli_epi32(parts, 9);
+  const Wide found =
+      _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.places[0], place),
+                       _mm256_permutevar8x32_ps(table.places[1], place), as_floats(upper_half));
+#endif
+  return as_floats(wide_add(as_bits(found), parts & table.octaves));
 }
 
 // The random numbers / 2^16.
@@ -117,26 +152,22 @@ FASTFT_HD Wide random_share(WideInt random) {
   return wide_sub(as_floats(random | wide(0x43000000u)), wide(128.0f));
 }
 
-FASTFT_HD WideInt exp_avg_encode(Wide m, Wide reciprocal, WideInt random) {
-  const Wide size = wide_mul(wide_mul(wide_size(m), reciprocal), wide(FASTFT_EXP_AVG_UNITS));
-  const Wide x = wide_min(size, wide(FASTFT_EXP_AVG_UNITS - 64.0f));  // code 127, whatever is drawn
-  const WideInt low =
-      FASTFT_OF_WIDE(cvttps_epi32)(FASTFT_OF_WIDE(sqrt_ps)(FASTFT_OF_WIDE(sqrt_ps)(x)));
+// `share` of the scale is in units, `fourth_root` its own.
+FASTFT_HD WideInt exp_avg_encode(Wide m, Wide share, Wide fourth_root, WideInt random) {
+  const WideInt low = FASTFT_OF_WIDE(cvttps_epi32)(fourth_root);
   const Wide root = FASTFT_OF_WIDE(cvtepi32_ps)(low), next = wide_add(root, wide(1.0f));
   const Wide square = wide_mul(root, root), next_square = wide_mul(next, next);
   const Wide below = wide_mul(square, square), above = wide_mul(next_square, next_square);
-  const Wide share = random_share(random);
-  return wide_with_sign(
-      wide_one_more(low, wide_mul(share, wide_sub(above, below)), wide_sub(x, below)), m);
+  const Wide step = wide_mul(random_share(random), wide_sub(above, below));
+  return wide_with_sign(wide_one_more(low, step, wide_sub(share, below)), m);
 }
 
 FASTFT_HD WideInt exp_avg_sq_encode(Wide v, Wide reciprocal, WideInt random) {
-  const Wide units = wide_mul(wide_mul(v, reciprocal), wide(FASTFT_EXP_AVG_SQ_UNITS));
-  const Wide kept = wide_max(wide_min(units, wide(FASTFT_EXP_AVG_SQ_UNITS)), wide(1.0f));
-  // 24 * (bits of kept - bits of 1) + (random number, bytes swapped, << 8): the code is the topmost
-  // byte
+  const Wide units = wide_mul(wide_mul(v, reciprocal), wide(2.0f * FASTFT_EXP_AVG_SQ_UNITS));
+  // 24 * (bits of units - bits of 2) + (random number, bytes swapped, << 8): the code is the
+  // topmost byte. 24 * (bits of 2) is 0 modulo 2^32.
   const WideInt place =
-      FASTFT_OF_WIDE(mullo_epi32)(wide_add(as_bits(kept), wide(0u - 0x3f800000u)), wide(24u));
+      FASTFT_OF_WIDE(mullo_epi32)(as_bits(wide_max(units, wide(2.0f))), wide(24u));
   return FASTFT_OF_WIDE(srli_epi32)(wide_add(place, wide_swapped(random)), 24);
 }
 
@@ -146,10 +177,10 @@ FASTFT_HD bool has_nan_code(const int8_t* codes) {
 }
 
 FASTFT_HD void decode_together(const int8_t* codes, const uint8_t* sq_codes, Wide scale,
-                               Wide sq_scale, float* m, float* v) {
+                               const SqTable& table, float* m, float* v) {
   for (int i = 0; i < kCodesTogether; i += kWide) {
     FASTFT_OF_WIDE(storeu_ps)(m + i, exp_avg_decode(codes + i, scale));
-    FASTFT_OF_WIDE(storeu_ps)(v + i, exp_avg_sq_decode(wide_unsigned(sq_codes + i), sq_scale));
+    FASTFT_OF_WIDE(storeu_ps)(v + i, v_of(sq_parts(wide_unsigned(sq_codes + i)), table));
   }
 }
 
@@ -162,13 +193,14 @@ static bool decode_block(const int8_t* codes, const uint8_t* sq_codes, float sca
       memcpy(sq_last, sq_codes + whole, size_t(n - whole));
   bool spoilt = has_nan_code(last);
   for (int i = 0; i < whole; i += kCodesTogether) spoilt |= has_nan_code(codes + i);
-  if (spoilt) return false;
-  const Wide scales = wide(scale), sq_scales = wide(sq_scale);
+  if (spoilt || !plain_scale(float_bits(sq_scale))) return false;
+  const Wide scales = wide(scale);
+  const SqTable table = sq_table(sq_scale);
   for (int i = 0; i < whole; i += kCodesTogether)
-    decode_together(codes + i, sq_codes + i, scales, sq_scales, m + i, v + i);
+    decode_together(codes + i, sq_codes + i, scales, table, m + i, v + i);
   if (whole == n) return true;
   float last_m[kCodesTogether], last_v[kCodesTogether];
-  decode_together(last, sq_last, scales, sq_scales, last_m, last_v);
+  decode_together(last, sq_last, scales, table, last_m, last_v);
   memcpy(m + whole, last_m, size_t(n - whole) * 4),
       memcpy(v + whole, last_v, size_t(n - whole) * 4);
   return true;
@@ -208,38 +240,63 @@ static inline Largest largest_of(const float* m, const float* v, int n) {
   return {wide_largest(largest), wide_largest(largest_sq)};
 }
 
-// Says whether a scale, by its bits, is 0 or a number whose reciprocal is one.
-FASTFT_HD bool plain_scale(uint32_t scale) {
-  return scale == 0 || (scale >= float_bits(FASTFT_SMALL_SCALE) && scale < 0x7f800000u);
+// A block to be encoded: `n` moments, their random bits and the codes that they get; its scales are
+// plain.
+struct Encoded {
+  int n;
+  const float *m, *v;
+  const uint16_t* bits;
+  float scale, sq_scale;
+  int8_t* codes;
+  uint8_t* sq_codes;
+};
+
+// The shares that some m have of their scale, in units, and the fourth roots of these.
+struct Roots {
+  Wide share[kCodesTogether / kWide], root[kCodesTogether / kWide];
+};
+
+FASTFT_HD void draw_root(Roots& roots, int k, const float* m, Wide reciprocal) {
+  const Wide size = wide_size(FASTFT_OF_WIDE(loadu_ps)(m + k * kWide));
+  roots.share[k] = wide_mul(wide_mul(size, reciprocal), wide(FASTFT_EXP_AVG_UNITS));
+  roots.root[k] = FASTFT_OF_WIDE(sqrt_ps)(FASTFT_OF_WIDE(sqrt_ps)(roots.share[k]));
 }
 
-FASTFT_HD Wide reciprocal_of(float scale) { return wide(scale == 0.0f ? 1.0f : 1.0f / scale); }
+// The first of a block.
+FASTFT_HD void draw_roots(Roots& roots, const Encoded& of) {
+  for (int k = 0; k < kCodesTogether / kWide; k++)
+    draw_root(roots, k, of.m, reciprocal_of(of.scale));
+}
 
-FASTFT_HD void encode_together(const float* m, const float* v, Wide reciprocal, Wide sq_reciprocal,
-                               const uint16_t* bits, void* codes, void* sq_codes) {
+// Uses up `roots`, and leaves those of the m at `next`.
+FASTFT_HD void encode_together(const Encoded& of, int i, Wide sq_reciprocal, Roots& roots,
+                               const float* next, Wide reciprocal, void* codes, void* sq_codes) {
   WideInt code[kCodesTogether / kWide], sq_code[kCodesTogether / kWide];
   for (int k = 0; k < kCodesTogether / kWide; k++) {
-    const WideInt random = wide_random(bits + kWide * k);
-    const Wide value = FASTFT_OF_WIDE(loadu_ps)(m + kWide * k);
-    const Wide sq = FASTFT_OF_WIDE(loadu_ps)(v + kWide * k);
-    code[k] = exp_avg_encode(value, reciprocal, random);
-    sq_code[k] = exp_avg_sq_encode(sq, sq_reciprocal, random);
+    const Wide share = roots.share[k], root = roots.root[k];
+    draw_root(roots, k, next, reciprocal);
+    const int at = i + kWide * k;
+    const WideInt random = wide_random(of.bits + at);
+    code[k] = exp_avg_encode(FASTFT_OF_WIDE(loadu_ps)(of.m + at), share, root, random);
+    sq_code[k] = exp_avg_sq_encode(FASTFT_OF_WIDE(loadu_ps)(of.v + at), sq_reciprocal, random);
   }
   store_codes(code, codes), store_sq_codes(sq_code, sq_codes);
 }
 
-// The codes of a block whose scales are plain.
-static inline void encode_block(const float* m, const float* v, const uint16_t* bits, int n,
-                                float scale, float sq_scale, int8_t* codes, uint8_t* sq_codes) {
-  const Wide reciprocal = reciprocal_of(scale), sq_reciprocal = reciprocal_of(sq_scale);
-  const int left = n % kCodesTogether, whole = n - left;
-  for (int i = 0; i < whole; i += kCodesTogether)
-    encode_together(m + i, v + i, reciprocal, sq_reciprocal, bits + i, codes + i, sq_codes + i);
-  if (!left) return;
-  Rest rest(m + whole, v + whole, bits + whole, left);
-  encode_together(rest.m, rest.v, reciprocal, sq_reciprocal, rest.bits, rest.codes, rest.sq_codes);
-  memcpy(codes + whole, rest.codes, size_t(left));
-  memcpy(sq_codes + whole, rest.sq_codes, size_t(left));
+// Makes a block's codes with its first roots, and leaves those of the next block. Square roots take
+// the processor as long as all else: drawn ahead, they keep nobody waiting.
+static inline void encode_block(const Encoded& of, Roots& roots, const Encoded& next) {
+  const Wide reciprocal = reciprocal_of(of.scale), next_reciprocal = reciprocal_of(next.scale);
+  const Wide sq_reciprocal = reciprocal_of(of.sq_scale);
+  int i = 0;
+  for (; i + kCodesTogether < of.n; i += kCodesTogether)
+    encode_together(of, i, sq_reciprocal, roots, of.m + i + kCodesTogether, reciprocal,
+                    of.codes + i, of.sq_codes + i);
+  const size_t left = size_t(of.n - i);
+  int8_t last[kCodesTogether];
+  uint8_t sq_last[kCodesTogether];
+  encode_together(of, i, sq_reciprocal, roots, next.m, next_reciprocal, last, sq_last);
+  memcpy(of.codes + i, last, left), memcpy(of.sq_codes + i, sq_last, left);
 }
 #else
 static inline bool decode_block(const int8_t*, const uint8_t*, float, float, int, float*, float*) {

@@ -31,9 +31,10 @@ ROWS_OF_A_TABLE = 1024  # of `to_dataset`: so many packs are in memory twice
 class PackedDataset(Dataset[Pack]):
     """A map-style dataset of `Pack`s, as `pack` returns it.
 
-    Its length and the lengths in its packs never change. With a seed, `set_epoch` changes the order
-    of the packs, and which of equally long examples (of the same window) is in which pack.
-    accelerate, and therefore Trainer, calls it.
+    Its length and the lengths in its packs never change: examples may have other tokens in the next
+    epoch, but where there are more or fewer of them, or of their tokens, the next batch raises a
+    ValueError. With a seed, `set_epoch` changes the order of the packs, and which of equally long
+    examples (of the same window) is in which pack. accelerate, and therefore Trainer, calls it.
 
     Attributes:
         dataset: the examples.
@@ -49,7 +50,7 @@ class PackedDataset(Dataset[Pack]):
         may_cut: bool = True,
     ) -> None:
         self.dataset, self.seed, self.group, self.may_cut = dataset, seed, group, may_cut
-        self._base = plan
+        self._base, self._examples = plan, len(dataset)
         # in shared memory, because persistent workers keep a copy of this dataset over many epochs
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._forget()
@@ -146,6 +147,11 @@ class PackedDataset(Dataset[Pack]):
         return datasets.Dataset(pyarrow.concat_tables(tables))
 
     def _packs(self, indices: Sequence[int]) -> list[Pack]:
+        if len(self.dataset) != self._examples:
+            raise ValueError(
+                f"the dataset has {len(self.dataset)} examples, but had {self._examples} when it "
+                "was packed, and the packs are of those: call pack again when a dataset has changed"
+            )
         plan = self.plan
         bounds = [plan.bounds(index) for index in indices]
         # numpy, as a few numbers of torch's cost several times more
@@ -155,7 +161,8 @@ class PackedDataset(Dataset[Pack]):
         )
         fillers = sum(begin == end for begin, end in bounds)
         table = self._table()
-        if table is not None and not fillers and not any(starts):
+        # a processor's (1, n) has the length 1, too, and is not whole for it
+        if table is not None and not fillers and not any(starts) and 1 not in lengths:
             columns = table.columns(examples)
             if [*map(len, columns.get("input_ids", ()))] == lengths:  # all are whole, as a rule
                 return packs_of_columns(columns, [end - begin for begin, end in bounds])
@@ -163,7 +170,7 @@ class PackedDataset(Dataset[Pack]):
         # an example is whole as a rule: for that, no function is called
         parts = [
             example
-            if start == 0 and len(example["input_ids"]) == length
+            if start == 0 and len(example["input_ids"]) == length > 1
             else self._part(example, index, start, length)
             for example, index, start, length in zip(
                 fetched, examples, starts, lengths, strict=False
@@ -199,7 +206,7 @@ class PackedDataset(Dataset[Pack]):
     def _watch_order(self, indices: list[int]) -> None:
         """Warns once where packs do not come in their order, although `seed` or `balance` made
         one."""
-        if self.seed is None or self._last is None:
+        if self.seed is None or self._last is None or not indices:
             return
         onwards = indices[0] > self._last or indices[0] < self.group  # or the next epoch begins
         if onwards and indices == sorted(indices):
@@ -283,10 +290,12 @@ def pack(
         plan, seed = balanced(plan, balance, max_sequences), seed or 0
     # the policies after which a full pack may hold a part of an example
     may_cut = overlong in ("truncate", "split")
+    packed = PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=may_cut)
     # the first that is too long tells now what would be an error in training
     if may_cut and bool((lengths > max_tokens).any()):
-        refuse_images(dataset[int((lengths > max_tokens).nonzero()[0])], max_tokens)
-    return PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=may_cut)
+        (example,) = packed._fetch([int((lengths > max_tokens).nonzero()[0])])
+        refuse_images(example, max_tokens)
+    return packed
 
 
 def packs_of(loader: Any) -> PackedDataset | PackedStream | None:

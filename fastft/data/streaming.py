@@ -141,7 +141,8 @@ class PackedStream(IterableDataset[Pack]):
         # in shared memory, because persistent workers keep a copy of this dataset over many epochs
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._packer = _Packer(max_tokens, max_sequences, open_packs)
-        self._seen = 0  # examples that the iteration took
+        self._begun: int | None = None  # the epoch of the iteration
+        self._seen = 0  # examples that it took
         self._loaded: dict[str, Any] | None = None  # the state to begin the next iteration with
         # the dataset's state of a loaded one, until its first example comes
         self._source: Any = None
@@ -154,14 +155,18 @@ class PackedStream(IterableDataset[Pack]):
             self.dataset.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tells where the iteration stands: after the pack that it last yielded."""
-        if self._loaded is not None:
+        """Tells where the iteration stands: after the pack that it last yielded, or where an epoch
+        begins that was set since."""
+        epoch = int(self._epoch)
+        if self._loaded is not None and self._loaded["epoch"] == epoch:
             return self._loaded
+        if self._begun != epoch:
+            return {"epoch": epoch, **BEGINNING}
         source = self._source
         if source is None and hasattr(self.dataset, "state_dict"):
             source = self.dataset.state_dict()
         return {
-            "epoch": int(self._epoch),
+            "epoch": epoch,
             "seen": self._seen,
             "source": source,
             **self._packer.state_dict(),
@@ -170,12 +175,13 @@ class PackedStream(IterableDataset[Pack]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lets the next iteration go on from a state, with the options and dataset of then."""
         self.set_epoch(state_dict["epoch"])
-        self._loaded = state_dict
+        self._loaded, self._begun = state_dict, None
 
     def __iter__(self) -> Iterator[Pack]:
         refuse_dispatch(self)
         state, self._loaded = self._loaded, None
-        if state is None or state["epoch"] != int(self._epoch):
+        self._begun = int(self._epoch)
+        if state is None or state["epoch"] != self._begun:
             state = BEGINNING
         packer = self._packer = _Packer(self.max_tokens, self.max_sequences, self.open_packs)
         packer.load_state_dict(state)

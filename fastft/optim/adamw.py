@@ -44,6 +44,7 @@ from fastft.optim.offload.refused import (
 from fastft.optim.offload.released import ReleasedGradients
 from fastft.optim.offload.tiers import OF_GRADIENTS
 from fastft.optim.origin import Origin
+from fastft.signals import Held
 
 ROUNDINGS = tuple(rounding.name.lower() for rounding in Rounding if rounding != Rounding.FP32)
 # what every AdamW has, of a group and of the whole; another value is lost where a library puts its
@@ -358,9 +359,10 @@ class AdamW(torch.optim.AdamW):
         checkpoint.load(self, state_dict)
 
     @torch._disable_dynamo
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
+
+        It is done whole: Ctrl-C, and other signals, wait for its end.
 
         Args:
             closure: evaluates the model again, with gradients enabled, and returns the loss.
@@ -370,8 +372,8 @@ class AdamW(torch.optim.AdamW):
 
         Raises:
             RuntimeError: a sparse gradient, a gradient that was changed after `clip_at_step`, an
-                explicit `impl` that cannot be used on these parameters, or a CUDA graph that
-                captures a step it could only repeat.
+                explicit `impl` that cannot be used on these parameters, a CUDA graph that captures
+                a step it could only repeat, or an earlier step broke off in its middle.
         """
         if self.frees_gradients:
             check_step(self, closure)
@@ -379,6 +381,11 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with Held(), torch.no_grad():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         self.flush()
         params, grads, present = self._with_gradients()
         if grads and device_counts.is_capturing():
@@ -405,7 +412,6 @@ class AdamW(torch.optim.AdamW):
                 plan = self._new_plan(present)
             if self.offload == "overlap":
                 self._pending = PendingStep(plan.placed(), self._together())
-        return loss
 
     def follow(self, model: nn.Module | None) -> None:
         """Lets updates overlap with the forwards of `model` (`offload="overlap"`).
@@ -442,11 +448,14 @@ class AdamW(torch.optim.AdamW):
         kernel that gets them without torch, by a CUDA graph. Nothing but `offload="overlap"` leaves
         any.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.flush()
-            if self._followed is not None:
-                self._followed.learn(pending.asked)
+        if self._pending is None:
+            return
+        with Held():
+            pending, self._pending = self._pending, None
+            if pending is not None:  # a handler of signals has not been here meanwhile
+                pending.flush()
+                if self._followed is not None:
+                    self._followed.learn(pending.asked)
 
     def _together(self) -> list[list[Tensor]]:
         if self._followed is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.foreign.tensors import local
+from fastft.foreign.tensors import local, write_stamp
 from fastft.optim import weight_bits
 from fastft.optim.adamw_state import State, check_gradient, residue_names
 from fastft.optim.adamw_update import ADAMW, RESIDUES, Binding, Rounding
@@ -70,7 +70,13 @@ class PartTensors:
 
 
 class Part:
-    """The step over parameters whose states are on their device."""
+    """The step over parameters whose states are on their device.
+
+    Attributes:
+        torn: what has broken off a step in its middle.
+    """
+
+    torn: BaseException | None = None
 
     def __init__(
         self, device: torch.device, positions: list[int] | None, tensors: PartTensors, impl: str
@@ -126,11 +132,20 @@ class Part:
             for of in (targets, grads)
         )
         update = ADAMW.implementation(self.impl, self.device, params, grads)
-        update(params, grads, *self.states, self.table, hyper, factor, seed)
-        for target, updated in zip(targets, params, strict=True):
-            if target is not updated:
-                target.copy_(updated)
-        self.eager_samples = samples_of(self.tensors, self.device)
+        written = [*params, *chain(*self.states)]
+        stamps, updated = list(map(write_stamp, written)), False
+        try:
+            update(params, grads, *self.states, self.table, hyper, factor, seed)
+            updated = True
+            for target, laid in zip(targets, params, strict=True):
+                if target is not laid:
+                    target.copy_(laid)
+            self.eager_samples = samples_of(self.tensors, self.device)
+        except BaseException as error:
+            # a kernel raises before it writes anything, plain torch anywhere
+            if updated or stamps != list(map(write_stamp, written)):
+                self.torn = error
+            raise
 
     def samples(self) -> list[tuple[Tensor, int]]:
         """The weights whose sampled checksum of what the last step wrote is known, with it."""

@@ -54,7 +54,12 @@ class Plan:
         state: the optimizer's `state`; entries which are missing are made.
         present: for each parameter of the groups, whether it has a gradient.
         rounding, impl, offload: the optimizer's.
+
+    Attributes:
+        torn: what has broken off a step behind a part of it.
     """
+
+    torn: BaseException | None = None
 
     def __init__(
         self,
@@ -173,14 +178,14 @@ class Plan:
 
     def check_whole(self) -> None:
         """Raises RuntimeError where a step has broken off in its middle."""
-        for part in self.parts:
-            if isinstance(part, StreamedPart) and part.torn is not None:
-                raise RuntimeError(
-                    "a step of AdamW broke off in its middle "
-                    f"({type(part.torn).__name__}: {part.torn}): some weights and their states are "
-                    "of that step, others of the one before. Load the weights and this optimizer "
-                    "from a checkpoint"
-                ) from part.torn
+        every: list[BaseException | None] = [self.torn, *(part.torn for part in self.parts)]
+        torn = next(filter(None, every), None)
+        if torn is not None:
+            raise RuntimeError(
+                f"a step of AdamW broke off in its middle ({type(torn).__name__}: {torn}): some "
+                "weights and their states are of that step, others of the one before. Load the "
+                "weights and this optimizer from a checkpoint"
+            ) from torn
 
     def step(
         self,
@@ -202,20 +207,31 @@ class Plan:
             of_host = torch.tensor(rows, dtype=torch.float32)
         if self.sharded:
             grads = list(map(local_gradient, grads, self.params))
-        for part in self.parts:
-            counts = self.counts.get(part.device)
-            hyper = counts.hyper(groups, found_inf) if counts else of_host
-            if not part.step(grads, hyper, grad_factor, seed):
-                return False
-            if counts:
-                counts.count()
+        begun = False
+        try:
+            for part in self.parts:
+                counts = self.counts.get(part.device)
+                hyper = counts.hyper(groups, found_inf) if counts else of_host
+                if not part.step(grads, hyper, grad_factor, seed):
+                    return False
+                begun = True
+                if counts:
+                    counts.count()
+            self._count()
+        except BaseException as error:
+            if begun:
+                self.torn = error
+            raise
+        return True
+
+    def _count(self) -> None:
+        """Counts a step that all parts have taken."""
         self.rows = [(index, step + 1) for index, step in self.rows]
         self.steps.add_(1)
         self.stamps = list(map(write_stamp, self.first_counts))
         # the kernels write outside autograd's sight
         torch.autograd.graph.increment_version(self.params)
         self.kept.wrote()
-        return True
 
 
 def same_objects(these: Collection[Any], those: Collection[Any]) -> bool:

@@ -144,6 +144,26 @@ def test_overlong_examples(sizes, max_tokens, overlong, max_sequences, kind):
     assert pieces == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_dataset_is_cut(kind):
+    """Where examples are too long one is looked at, whose images could not be cut."""
+    packed = pack(KINDS[kind](make()), 8, overlong="split")
+    found = [len(example["input_ids"]) for one in packed for example in one.examples]
+    expected = [min(8, size - start) for size in SIZES for start in range(0, size, 8)]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_a_batch_of_one_is_not_taken_for_one_token(kind):
+    rows = [{"input_ids": [[4, 5, 6]], "labels": [[4, 5, 6]]}]
+    (one,) = pack(KINDS[kind](rows), 1, overlong="truncate")
+    assert [list(value) for value in one.examples[0].values()] == [[4], [4]]
+
+
+def test_no_packs_are_a_batch_of_none():
+    assert pack(make(), 32, seed=0).__getitems__([]) == []
+
+
 def test_length_column_spares_the_tokens_of_a_transform():
     dataset = from_list([{"text": "x" * size, "length": size} for size in SIZES])
 

@@ -161,6 +161,16 @@ def test_state_of_another_epoch_is_not_resumed():
     assert ids(resumed) == ids(stream("datasets"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_after_the_epoch_was_set_is_that_epochs_beginning(kind):
+    packed = stream(kind)
+    before = ids(packed)
+    packed.set_epoch(1)
+    resumed = stream(kind)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(packed.state_dict())))
+    assert sorted(ids(resumed)) == sorted(before)  # all of them
+
+
 def test_epoch_reaches_the_dataset():
     shuffled = (
         datasets.Dataset.from_list(examples(LENGTHS))

@@ -6,16 +6,19 @@ rates, closures, weights that somebody else writes, saving and loading, copies.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 from support.numerics import assert_no_worse
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastft
 from fastft.optim.adamw_state import State
@@ -23,7 +26,7 @@ from fastft.optim.adamw_state import State
 EXAMPLES = 40
 SHAPES = ((1,), (63,), (5, 7), (3, 130), (2, 3, 5), (0, 4), (4097,), (1, 257), ())
 EVENTS = ("step", "step", "step", "accumulate", "discard", "freeze", "thaw", "rate", "add")
-EVENTS += ("closure", "write", "save", "copy", "decay", "negated", "strides")
+EVENTS += ("closure", "write", "save", "copy", "decay", "negated", "strides", "weights", "broken")
 
 
 class Case(NamedTuple):
@@ -60,8 +63,8 @@ class _Life:
         dtype = getattr(torch, case.dtype)
         own = {"torch64": torch.float64, "torch32": torch.float32}.get(kind, dtype)
         generator = torch.Generator().manual_seed(0)
-        self.params = [
-            torch.randn(shape, generator=generator).to(dtype).to(own).requires_grad_()
+        self.params: list[Tensor] = [
+            nn.Parameter(torch.randn(shape, generator=generator).to(dtype).to(own))
             for shape in case.shapes
         ]
         self.late = self.params[len(self.params) // 2 + 1 :]
@@ -133,6 +136,33 @@ class _Life:
 
         self.optimizer.step(closure)
         self._discard()
+
+    def _broken_(self, number: int) -> None:
+        """A closure that raises behind its backward pass: nothing has moved."""
+
+        def closure() -> Tensor:
+            self._backward(number)
+            raise ArithmeticError
+
+        if not self.kind.startswith("torch"):
+            with contextlib.suppress(ArithmeticError):
+                self.optimizer.step(closure)
+            self.optimizer.zero_grad()
+            self._discard()
+
+    def _weights_(self, _: int) -> None:
+        """All weights into a folder, with their low bits, and from there."""
+        if self.kind.startswith("torch"):
+            return
+        model = nn.ParameterList(self.params)
+        # the disk need not be waited for
+        with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
+            fastft.save_fp32(model, self.optimizer, folder, max_shard_size=2000)
+            if self.case.rounding == "exact":
+                with torch.no_grad():
+                    for param in self.params:
+                        param.fill_(0.25)
+            fastft.load_fp32(model, self.optimizer, folder)
 
     def _negated_(self, number: int) -> None:
         """Gradients that are minus their memory."""

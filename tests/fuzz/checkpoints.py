@@ -39,6 +39,9 @@ ODD: dict[str, Any] = {
     "scales": torch.ones(3, 2),
     "huge": torch.full((3, 130), 3e38),
 }
+# without these a state means nothing
+NEEDED = ("step", "exp_avg", "exp_avg_sq")
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 ENTRIES = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "remainder")
 ENTRIES += ("master_param", "kahan", "max_exp_avg_sq", "lr", "betas", "moments", "seed", "params")
 
@@ -122,6 +125,10 @@ def _check_state_dict(case: Case) -> None:
         after = optimizer.state_dict(), list(model.parameters())
         assert _same(before[0], after[0]), "an error has left something behind"
         assert _same([p.detach() for p in before[1]], [p.detach() for p in after[1]])
+    else:
+        needed = NEEDED + (SCALES if case.moments in ("8bit", "4bit") else ())
+        lost = [name for name in needed if name not in given["state"][0]]
+        assert not lost, f"a state without its {', '.join(lost)} is loaded"
     _step(model, optimizer)
 
 

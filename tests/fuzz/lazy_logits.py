@@ -9,6 +9,8 @@ of it.
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -47,6 +49,49 @@ def through_reshape(z):
     return z
 
 
+def row_set(z):
+    z[-1] = 0.5
+    return z
+
+
+def rows_set_by_mask(z):
+    z[torch.arange(z.shape[0]) % 2 == 1] = -0.5
+    return z
+
+
+def some_classes_added_to(z):
+    z[..., 1:3] += 1.0
+    return z
+
+
+def scattered_(z):
+    return z.scatter_(-1, torch.ones(*z.shape[:-1], 1, dtype=torch.int64), 0.75)
+
+
+def copied_into(z):
+    return z.copy_(ROW.expand(z.shape))
+
+
+def without_gradients(z):
+    with torch.no_grad():
+        return z.tanh()
+
+
+def read(z):
+    z.detach().double().sum().item()
+    return z
+
+
+def hooked(z):
+    z.register_hook(lambda gradient: gradient * 0.5)
+    return z
+
+
+def retained(z):
+    z.retain_grad()
+    return z
+
+
 def in_inference_mode(z):
     with torch.inference_mode():
         (z * 1.0).view(-1, V).argmax(-1)
@@ -65,6 +110,14 @@ VIEWS = {
     "squeeze": lambda z: z.squeeze(0) if z.dim() > 1 else z,
     "flatten": lambda z: z.flatten(0, -2) if z.dim() > 1 else z,
     "split": lambda z: z.split(1)[0] if z.dim() > 1 else z,
+    "chunk": lambda z: z.chunk(2)[-1] if z.dim() > 1 else z,
+    "unbind": lambda z: z.unbind(0)[-1] if z.dim() > 1 else z,
+    "iterate": lambda z: next(iter(z)) if z.dim() > 1 else z,
+    "movedim": lambda z: z.movedim(0, -2) if z.dim() > 1 else z,
+    "swapaxes": lambda z: z.swapaxes(0, -2) if z.dim() > 1 else z,
+    "new axis": lambda z: z[None] if z.dim() < 4 else z,
+    "expand": lambda z: z[:1].expand(2, *z.shape[1:]) if z.dim() > 1 else z,
+    "classes": lambda z: z[..., torch.arange(V)] if z.dim() > 1 else z,
     "reshape": lambda z: z.reshape(-1, V),
     "all": lambda z: z[..., :V],
 }
@@ -81,6 +134,12 @@ COPIES = {
     "mask of rows": lambda z: (
         z[torch.ones(z.shape[:-1], dtype=torch.uint8).bool()] if z.dim() > 2 else z.clone()
     ),
+    "index of a list": lambda z: z[[0, -1]] if z.dim() > 1 else z.clone(),
+    "pairs": lambda z: z[[0, -1], [-1, 0]] if z.dim() > 2 else z.clone(),
+    "rows that are true": lambda z: z[z.detach().sum(-1) > -1e9] if z.dim() > 2 else z.clone(),
+    "cat": lambda z: torch.cat([z, z]) if z.dim() > 1 else z.clone(),
+    "flip": lambda z: z.flip(0) if z.dim() > 1 else z.clone(),
+    "deepcopy": copy.deepcopy,  # which torch refuses where there is a history
     "index_select": lambda z: z.index_select(0, torch.tensor([0])) if z.dim() > 1 else z.clone(),
     "to copy": lambda z: z.to(z.dtype, copy=True),
     "to copy by position": lambda z: z.to(z.dtype, False, True),
@@ -98,6 +157,9 @@ FUNCTIONS = {
     "row": lambda z: z + ROW,
     "row in front": lambda z: torch.sub(ROW.view(1, V), z) if z.dim() > 1 else ROW - z,
     "square": lambda z: z * z,
+    "negated": lambda z: -z,
+    "divided": lambda z: z / 2,
+    "without gradients": without_gradients,
     "float": lambda z: z.float(),
     "bfloat16": lambda z: z.bfloat16(),
     "double": lambda z: z.to(torch.float64),
@@ -112,6 +174,18 @@ IN_PLACE = {
     "add_ row": lambda z: z.add_(ROW),
     "tanh_": lambda z: z.tanh_(),
     "masked_fill_": lambda z: z.masked_fill_(MASK, 0.25),
+    "sub_": lambda z: z.sub_(0.25),
+    "div_": lambda z: z.div_(2),
+    "clamp_": lambda z: z.clamp_(-1, 1),
+    "relu_": lambda z: z.relu_(),
+    "sigmoid_": lambda z: z.sigmoid_(),
+    "zero_": lambda z: z.zero_(),
+    "index_fill_": lambda z: z.index_fill_(-1, torch.tensor([2]), 0.5),
+    "scatter_": scattered_,
+    "copy_": copied_into,
+    "row set": row_set,
+    "rows set by mask": rows_set_by_mask,
+    "some classes added to": some_classes_added_to,
     "row zeroed": row_zeroed,
     "through reshape": through_reshape,
     "in place, unrecorded": in_place_unrecorded,
@@ -144,14 +218,22 @@ REDUCTIONS = {
         z.log_softmax(-1).reshape(-1, V), torch.zeros(z.numel() // V, dtype=torch.int64)
     ),
 }
-STEPS = {**VIEWS, **COPIES, **FUNCTIONS, **IN_PLACE, **REDUCTIONS}
+LOOKS = {"read": read, "hooked": hooked, "retained": retained}
+STEPS = {**VIEWS, **COPIES, **FUNCTIONS, **IN_PLACE, **REDUCTIONS, **LOOKS}
+# torch forbids to change one of them in place
+SEVERAL = ("split", "chunk", "unbind", "iterate")
+# whose result jumps where a number is rounded otherwise
+JUMPS = ("where it is more than its mean", "argmax", "rows that are true")
 
 
 def made_by(chain, logits):
     """All that a chain makes and how it lay when it was made; what raises ends it."""
-    made, layouts = [logits], []
+    made, layouts, used = [logits], [], False
     for name, back in chain:
         source = made[-1 - back % len(made)]
+        used |= name not in VIEWS and name not in LOOKS
+        if used and name in ("hooked", "retained"):
+            continue  # gradients that are watched too late are an error, which says so
         if name not in VIEWS and source.shape[-1:] != (V,) and name != "clone":
             continue
         try:
@@ -187,6 +269,11 @@ class Kind(NamedTuple):
     autocast: bool = False
     evaluation: bool = False  # nothing is recorded, and what is lazy is handed on
 
+    @property
+    def rounds(self):
+        """Whether it rounds to 16 bits."""
+        return self.autocast or self.dtype == torch.bfloat16
+
     def __str__(self):
         return (
             f"{self.dtype}".removeprefix("torch.")
@@ -216,7 +303,7 @@ def run(chain, lazy, kind):
 
 
 def made_of_several_views(chain):
-    return any(name == "split" for name, _ in chain)
+    return any(name in SEVERAL for name, _ in chain)
 
 
 def compare(chain, kind):
@@ -230,23 +317,41 @@ def compare(chain, kind):
     ):
         return  # which torch forbids to change in place
     assert actual == expected
-    if kind.dtype != torch.float64 or any(name == "bfloat16" for name, _ in chain):
-        return  # other orders of summation round differently: `test_lazy_logits.py` looks at that
-    wanted = None
+    wanted, found = None, []
     if not kind.evaluation:
         # changed in place what backward needs: lazily, it may not need it
         with contextlib.suppress(RuntimeError):
             wanted = gradients_of(dense, leaves)
-    for mine, theirs in zip(lazy, dense, strict=True):
-        torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-5, atol=1e-5)
     if wanted is not None:
-        for mine, theirs in zip(gradients_of(lazy, lazy_leaves), wanted, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        found = gradients_of(lazy, lazy_leaves)
+    names = {name for name, _ in chain}
+    if kind.rounds or "bfloat16" in names:
+        # other orders of summation round differently
+        if not names & {*JUMPS}:
+            assert_roughly_alike(lazy, dense)
+        return
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    if kind.dtype == torch.float32:
+        if names & {*JUMPS}:
+            return
+        near = {"rtol": 1e-3, "atol": 1e-4}
+    for mine, theirs in zip(lazy, dense, strict=True):
+        torch.testing.assert_close(mine.detach(), theirs.detach(), **near)
+    for mine, theirs in zip(found, wanted or [], strict=True):
+        torch.testing.assert_close(mine, theirs, **near)
 
 
-STEP = st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from([0, 0, 0, 1, 2]))
+def assert_roughly_alike(lazy, dense):
+    """A wrong number is found, and a rounding of 16 bits is none."""
+    for mine, theirs in zip(lazy, dense, strict=True):
+        allowed = 0.1 * max(1.0, float(theirs.detach().abs().max()) if theirs.numel() else 1.0)
+        torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=0.0, atol=allowed)
+
+
+STEP = st.tuples(st.sampled_from(sorted(STEPS)), st.sampled_from([0, 0, 0, 0, 1, 2]))
 KINDS = [Kind(torch.float64), Kind(torch.float32, autocast=True), Kind(torch.bfloat16)]
-KINDS.append(Kind(torch.float64, evaluation=True))
+KINDS += [Kind(torch.float64, evaluation=True), Kind(torch.float32)]
+KINDS += [Kind(torch.bfloat16, evaluation=True), Kind(torch.float32, True, True)]
 
 
 class Case(NamedTuple):
@@ -258,4 +363,6 @@ CASES = st.builds(Case, st.lists(STEP, min_size=1, max_size=9), st.sampled_from(
 
 
 def check(case):
-    compare(*case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of expanded tensors that are changed in place
+        compare(*case)

@@ -21,7 +21,8 @@ ROOMS = sorted(
 @pytest.mark.parametrize("room", ROOMS)
 def test_room(room: str, request: pytest.FixtureRequest, record_property) -> None:
     options = request.config.option
-    tried = fuzz(importlib.import_module(f"fuzz.{room}"), options.fuzz_seed, options.fuzz_seconds)
+    asked = options.fuzz_seed, options.fuzz_seconds, not options.fuzz_first
+    tried = fuzz(importlib.import_module(f"fuzz.{room}"), *asked)
     record_property("fuzzed", f"{room}: {tried.cases:,} cases in {tried.seconds:.0f} s")
     assert tried.cases > 0
 
@@ -37,6 +38,16 @@ def test_what_is_found_is_the_smallest_case_and_a_program() -> None:
         assert case[0] < 1000
 
     with pytest.raises(Found, match=r"check\(\(1000,\)\)"):
+        fuzz(_room(check), 0)
+
+
+def test_what_does_not_raise_is_found_too() -> None:
+    def check(case):
+        with pytest.raises(ValueError, match="refused"):
+            if case[0] < 10:
+                raise ValueError("refused")
+
+    with pytest.raises(Found, match=r"check\(\(10,\)\)"):
         fuzz(_room(check), 0)
 
 

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from support import documentation, zero_checkpoints
 from support.adamw_steps import (
     assert_same,
     assert_same_bits,
@@ -196,3 +197,30 @@ def test_torch_distributed_checkpoint_loads_what_it_has_of_torchs():
     for param in model.parameters():
         for name, value in optimizer.state[param].items():
             assert torch.equal(ours.state[param][name], value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zeros_parts_are_refused_and_what_deepspeed_writes_of_them_goes_on(stage, tmp_path):
+    pytest.importorskip("deepspeed")
+    truth = zero_checkpoints.made(tmp_path, stage)
+    model = zero_checkpoints.model()
+    optimizer = AdamW(model.parameters(), **zero_checkpoints.OPTIONS)
+    parts = sorted((tmp_path / f"global_step{zero_checkpoints.STEPS}").glob("*.pt"))
+    assert len(parts) >= 3
+    for part in parts:
+        with pytest.raises(ValueError, match="of a DeepSpeed checkpoint"):
+            # genuine, and of our own making: it has a class of DeepSpeed in it
+            optimizer.load_state_dict(torch.load(part, weights_only=False))
+    assert not optimizer.state
+    scope = {"torch": torch}
+    (recipe,) = (text for text in documentation.python_blocks().values() if "ds_to_univ" in text)
+    exec(recipe, scope)
+    loaded = scope["whole_states"](tmp_path / "whole", model, optimizer, zero_checkpoints.STEPS)
+    optimizer.load_state_dict(loaded)
+    for name, param in model.named_parameters():
+        assert torch.equal(param, truth["weights"][name])
+        param.grad = truth["gradients"][name]
+    optimizer.step()
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(param.detach(), truth["next"][name], rtol=1e-6, atol=1e-7)

@@ -108,9 +108,9 @@ def test_a_bad_gradient_spoils_its_own_element(impl, bad, moments):
 
 @needs_native
 @pytest.mark.parametrize("mode", [mode for mode, kept in MODES.items() if kept.moments in CODES])
-@pytest.mark.parametrize("size", [1e-17, 1e-33])
-def test_engines_have_the_same_bits_of_tiny_gradients(mode, size, poisoned_empty):
-    """Where the reciprocal of a scale overflows."""
+@pytest.mark.parametrize("size", [1e-17, 1e-33, 1.5e20])
+def test_engines_have_the_same_bits_of_tiny_and_huge_gradients(mode, size, poisoned_empty):
+    """Where the reciprocal of a scale overflows, or is denormal and times the scale above 1."""
     optimizers = [
         AdamW(start(SHAPES, MODES[mode].dtype), impl=impl, seed=3, **MODES[mode].options)
         for impl in ("eager", "cpp")

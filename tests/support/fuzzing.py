@@ -13,6 +13,7 @@ from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 ROUND = 100  # cases of a seed
@@ -36,11 +37,14 @@ def program(room: ModuleType, case: Any) -> str:
     )
 
 
-def fuzz(room: ModuleType, first_seed: int, seconds: float | None = None) -> Tried:
+def fuzz(
+    room: ModuleType, first_seed: int, seconds: float | None = None, shrink: bool = True
+) -> Tried:
     """Tries a room.
 
     Args:
         seconds: how long; None for the room's number of `EXAMPLES`.
+        shrink: looks for the smallest case where one has failed.
 
     Raises:
         Found: `check` has raised, whose exception is the cause.
@@ -48,33 +52,40 @@ def fuzz(room: ModuleType, first_seed: int, seconds: float | None = None) -> Tri
     begin, tried = time.monotonic(), 0
     for seed_of_round in count(first_seed):
         examples = room.EXAMPLES if seconds is None else min(ROUND, room.EXAMPLES)
-        tried += _round(room, seed_of_round, examples)
+        tried += _round(room, seed_of_round, examples, tried, shrink)
         passed = time.monotonic() - begin
         if seconds is None or passed >= seconds:
             return Tried(tried, passed)
     raise AssertionError("unreachable")
 
 
-def _round(room: ModuleType, seed_of_round: int, examples: int) -> int:
+def _round(room: ModuleType, seed_of_round: int, examples: int, before: int, shrink: bool) -> int:
+    """The number of cases, where `before` have been tried without a failure."""
     tried: list[Any] = []
+    failed: list[int] = []
 
     @seed(seed_of_round)
     @settings(
         max_examples=examples,
         deadline=None,
         database=None,
-        phases=[Phase.generate, Phase.shrink],
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
     )
     @given(room.CASES)
     def every(case: Any) -> None:
         tried.append(case)
-        room.check(case)
+        try:
+            room.check(case)
+        except BaseException:
+            failed.append(before + len(tried))
+            raise
 
     try:
         every()
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:  # the second is none, of pytest.raises
         # hypothesis runs the smallest one last
-        raise Found(f"{error!r}\n\n{program(room, tried[-1])}") from error
+        first = f"first seen in case {failed[0]:,}"
+        raise Found(f"{error!r}\n{first}:\n\n{program(room, tried[-1])}") from error
     return len(tried)

@@ -76,7 +76,9 @@ def program(kind: str) -> list[str]:
     """The command of support/kernel_digests.cpp with the library of `package(kind)`."""
     libraries, driver = FOLDER / kind / "build" / "native" / "cpu", FOLDER / kind / "digests"
     source = ROOT / "tests" / "support" / "kernel_digests.cpp"
-    command = ["g++", "-std=c++17", *flags(kind), "-pthread", f"-I{ROOT / 'csrc' / 'include'}"]
+    # of undefined behaviour the library's runtime alone is there: see FLAGS
+    own = [*shlex.split(_ALWAYS), f"-fsanitize={kind}", "-pthread"]
+    command = ["g++", "-std=c++17", *own, f"-I{ROOT / 'csrc' / 'include'}"]
     link = ["-rdynamic", f"-L{libraries}", "-lfastft_cpu", f"-Wl,-rpath-link,{libraries}"]
     subprocess.run([*command, str(source), *link, "-o", str(driver)], check=True)
     return ["env", f"LD_LIBRARY_PATH={libraries}", str(driver)]
@@ -99,7 +101,6 @@ class Watched:
     ) -> int:
         options = {
             "ASAN_OPTIONS": f"log_path={self.folder}/address",
-            "LSAN_OPTIONS": "report_objects=1",
             "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={self.folder}/undefined",
             "TSAN_OPTIONS": f"log_path={self.folder}/thread",
         }
@@ -113,7 +114,8 @@ class Watched:
         """
         options = {
             "ASAN_OPTIONS": f"detect_leaks=0:log_path={self.folder}/address",
-            "LD_PRELOAD": _of_compiler("libasan.so"),
+            # Python knows no C++, whose exceptions the sanitizer has to find when it begins
+            "LD_PRELOAD": f"{_of_compiler('libasan.so')} {_of_compiler('libstdc++.so')}",
             "PYTHONMALLOC": "malloc",
             "PYTHONPATH": os.pathsep.join([str(package), str(ROOT / "tests")]),
         }

@@ -41,6 +41,7 @@ from fastft.optim import device_counts
 from fastft.optim.offload import device as devices
 from fastft.optim.offload.device import Event
 from fastft.optim.offload.streamed import StreamedPart
+from fastft.signals import Held
 
 # Elements behind a weight in use whose updates are under way: two layers of a model of 8 B. With
 # all of a model's copies in its queues at once a device would keep the host waiting.
@@ -135,7 +136,9 @@ class PendingStep:
                 '(offload="overlap"), and its replays would repeat that: call the optimizer\'s '
                 "flush() before capturing"
             )
-        with awaited.undisturbed():
+        with Held(), awaited.undisturbed():
+            if id(group) not in self._at:
+                return  # the handler of a signal has asked first
             group.launch()
             group.wait()
             for param in group.params:

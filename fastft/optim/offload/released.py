@@ -31,6 +31,7 @@ from fastft.optim.adamw_plan import Plan
 from fastft.optim.grad_norm import norm_engine, parts_of, write_parts
 from fastft.optim.offload.absent import AbsentGradient
 from fastft.optim.offload.hooks import Hooks, check_gradient
+from fastft.signals import Held
 
 if TYPE_CHECKING:
     from fastft.optim.adamw import AdamW
@@ -100,7 +101,6 @@ class ReleasedGradients:
             for kept in (self._plans, self._sums, self._pending):
                 kept.pop(gone, None)
 
-    @torch.no_grad()
     def use(self, param: Any) -> None:
         """Updates a parameter with `p.grad`, if that is there, and leaves an absent one."""
         optimizer, gradient = self._optimizer(), param.grad
@@ -112,11 +112,12 @@ class ReleasedGradients:
         if param in self._pending:
             self._warn_of_thrown_away()
         gradient = gradient.detach()
-        used = Used(self._part_of_the_norm(optimizer, param, local(gradient)))
-        self._update(optimizer, param, gradient)
-        used.after = self._now(optimizer, param)
-        self._pending[param] = used
-        param.grad = sharded_like(AbsentGradient(local(gradient), used), gradient)
+        with Held(), torch.no_grad():
+            used = Used(self._part_of_the_norm(optimizer, param, local(gradient)))
+            self._update(optimizer, param, gradient)
+            used.after = self._now(optimizer, param)
+            self._pending[param] = used
+            param.grad = sharded_like(AbsentGradient(local(gradient), used), gradient)
 
     def _part_of_the_norm(self, optimizer: AdamW, param: Any, part: Tensor) -> Tensor:
         engine = norm_engine(optimizer.impl, part.device)

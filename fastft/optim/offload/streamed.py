@@ -201,12 +201,13 @@ class StreamedPart:
             for number in chosen:
                 self._run_piece(self._pieces[number])
                 self._left.remove(number)
+            # before anybody else can write there, or change what they are
+            if not self._there.separate:
+                self._samples += samples_of(self.tensors, self.device, places)
         except BaseException as error:
             self.torn = error
             self.settle()
             raise
-        if not self._there.separate:  # before anybody else can write there, or change what they are
-            self._samples += samples_of(self.tensors, self.device, places)
         return self._work.record()
 
     def _run_piece(self, piece: _Piece) -> None:
