@@ -115,7 +115,8 @@ def load_fp32(
         for names, tensor in untied
     ]
     _check_fit(chosen, headers, tensors, path)
-    _check_steps(adamw, {headers[name].step for name, _ in chosen} - {None}, path)
+    steps = {headers[name].step for name, _ in chosen}
+    _check_steps(adamw, {step for step in steps if step is not None}, path)
     group_of = {param: group for group in adamw.param_groups for param in group["params"]}
     for file in sorted({headers[name].file for name, _ in chosen}):
         with weight_files.opened(file) as weights:
@@ -169,7 +170,7 @@ def _check_fit(
             )
 
 
-def _check_steps(optimizer: AdamW, saved: set[int | None], path: Any) -> None:
+def _check_steps(optimizer: AdamW, saved: set[int], path: Any) -> None:
     """Raises for files of several saves; warns where the optimizer is not where they were saved."""
     if len(saved) > 1:
         raise ValueError(f"the files in {path} are of several saves, at the steps {sorted(saved)}")

@@ -52,7 +52,7 @@ STOPS = tuple(
     "step_end log evaluate prediction_step epoch_end train_end".split()
 )
 EVENTS = ("plug", "plug", "train", "train", "broken", "broken", "restore", "callback", "trainer")
-EVENTS += ("remove", "evaluate", "predict", "context", "copy")
+EVENTS += ("remove", "evaluate", "predict", "context", "copy", "cell", "cell", "cell")
 ROUNDING = {"rtol": 5e-4, "atol": 1e-4}
 
 
@@ -121,6 +121,16 @@ class _Life:
             self.trainer.remove_callback(stopper)
         return "to the end"
 
+    def _cell(self, number: int) -> str:
+        """A notebook's cell, which is run again and again: a Trainer, what is given to it, and a
+        training that may be stopped."""
+        self._trainer(0)
+        (self._plug, self._callback, self._evaluate)[number % 3](number // 3)
+        if number // 3 % 2:
+            return self._broken(number // 6)
+        self._train(number // 6)
+        return "to the end"
+
     def _evaluate(self, _: int) -> float:
         return float(self.trainer.evaluate()["eval_loss"])
 
@@ -175,6 +185,14 @@ class _Life:
             handler = self.trainer.callback_handler
             handler.callbacks = [each for each in handler.callbacks if each is not callback]
 
+    def is_clean(self, before: bool, ended: bool) -> bool:
+        """Whether nothing may be on the model behind a training: what a loose callback has left
+        there when an exception came, the next training takes off that has a callback."""
+        callbacks = self.trainer.callback_handler.callbacks
+        if not any(isinstance(each, fastft.PackingCallback) for each in callbacks):
+            return before
+        return ended or Plugged.of(self.trainer) is not None
+
     def take_off(self) -> None:
         for plug in reversed(self.plugs):
             plug.restore()
@@ -206,12 +224,13 @@ def check(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder, _quietly():
         stock, ours = (_Life(case, folder, stock) for stock in (True, False))
         before = copy.deepcopy(ours.model.state_dict())
-        clean = True  # a loose callback stays on a model whose training an exception has ended
+        clean = True
         for event, number in case.events:
             expected, found = (life.take(event, number) for life in (stock, ours))
             _assert_same(found, expected, event)
-            if event in ("broken", "train", "trainer", "remove"):
-                clean = event == "train" or not ours.callbacks
+            if event in ("train", "broken", "cell"):
+                clean = ours.is_clean(clean, event == "train" or found == "to the end")
+            clean |= event == "remove" and not ours.callbacks
             if clean:
                 assert _traces(ours.model) == _traces(stock.model), f"left on the model: {event}"
         ours.take_off()
@@ -219,7 +238,7 @@ def check(case: Case) -> None:
 
 
 def _assert_same(found: Any, expected: Any, event: str) -> None:
-    if event in ("broken", "copy"):
+    if event in ("broken", "copy", "cell"):
         assert found == expected, f"{event}: {found}, stock {expected}"
     elif expected is not None:
         pairs = zip(_tensors(found), _tensors(expected), strict=True)

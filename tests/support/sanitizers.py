@@ -114,7 +114,8 @@ class Watched:
         """
         options = {
             "ASAN_OPTIONS": f"detect_leaks=0:log_path={self.folder}/address",
-            "LD_PRELOAD": _of_compiler("libasan.so"),
+            # Python knows no C++, whose exceptions the sanitizer has to find when it begins
+            "LD_PRELOAD": f"{_of_compiler('libasan.so')} {_of_compiler('libstdc++.so')}",
             "PYTHONMALLOC": "malloc",
             "PYTHONPATH": os.pathsep.join([str(package), str(ROOT / "tests")]),
         }

@@ -41,7 +41,7 @@ def made(folder: Path, stage: int) -> dict[str, Any]:
 def _run(module: list[Any], environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", *map(str, module)]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+        command, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
