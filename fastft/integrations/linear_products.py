@@ -105,10 +105,12 @@ def _is_worth_it(*sizes: int) -> bool:
     return min(sizes) >= matrix_product.LEAST and math.prod(sizes) >= LEAST_WORK
 
 
-def _is_fp32(tensor: Tensor) -> bool:
+def _is_fp32(tensor: Tensor | None) -> bool:
+    # what it is, before it is asked for more: a layer may have lost its weight
+    if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
+        return False
     dense = tensor.layout == torch.strided and not tensor.is_nested
-    plain = dense and type(tensor) in (Tensor, nn.Parameter)
-    return plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return dense and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:

@@ -160,6 +160,8 @@ def test_only_dense_inputs_are_its(faster, products):
         with contextlib.ExitStack() as stack:
             assert use_own_products(nn.Sequential(layer), stack) == 1
             found = [layer(x) for x in of_inputs]
+        layer.weight = None
+        assert use_own_products(nn.Sequential(layer), stack) == 0
     assert not products
     assert [y.layout for y in found] == [y.layout for y in expected]
 
