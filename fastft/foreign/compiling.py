@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 
 from fastft.foreign.objects import class_names
 
@@ -46,7 +47,7 @@ def is_watched() -> bool:
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether `torch.autograd.grad(..., is_grads_batched=True)` has made many of `tensor`."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
+    return bool(_functorch.is_legacy_batchedtensor(tensor))
 
 
 def is_compiled(model: nn.Module) -> bool:

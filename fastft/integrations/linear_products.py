@@ -48,7 +48,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
-        times = torch.matmul if is_watched() or is_batched(grad) else _Product.apply
+        times: Any = torch.matmul if is_watched() or is_batched(grad) else _Product.apply
         return (
             None if right is None else times(grad, right.T),
             # not (left^T grad): a weight comes transposed, and its gradient is to lie as it does

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from support.trainers import logged
+from support.trainers import logged, quiet_arguments, tiny_llama
 
 from fastft.__main__ import main as command_line
 from fastft.commands import run
@@ -94,10 +94,14 @@ def script(tmp_path, monkeypatch):
     assert not any(type(finder).__module__.startswith("fastft") for finder in sys.meta_path)
 
 
-def test_a_half_checkpoint_is_refused_before_anything_is_loaded(script, tmp_path):
+def test_a_half_checkpoint_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint-3 is not whole: trainer_state.json is miss"):
-        script(BEGINS + "made().train(resume_from_checkpoint=True)")
+    trainer = transformers.Trainer(tiny_llama(), quiet_arguments(tmp_path), train_dataset=[])
+    asked = run._Run(run._parser().parse_args([]), run.Script("script.py", False, []))
+    lacks = r"checkpoint-3 is not whole: trainer_state.json is missing"
+    with pytest.raises(ValueError, match=lacks), asked.at_work():
+        trainer.train(resume_from_checkpoint=True)
+    assert Plugged.of(trainer) is None
 
 
 @pytest.mark.parametrize("source", TRAININGS.values(), ids=TRAININGS)

