@@ -21,12 +21,14 @@
 #                qemu-user; part of test-all)
 # make ptx        every case of the GPU kernels, compiled and executed as PTX; TRITON=3.6.0 with another Triton
 # make sweep      the fused loss, and packed batches, on every architecture of transformers
-# make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program
+# make fuzz SECONDS=60 SEED=0    each room of tests/fuzz so long, with cases of these seeds; a failure prints its program;
+#                ONLY="plan pack": these rooms
 # make sanitize [ONLY=cpu]    the native code and its tests under the address, undefined-behaviour and thread sanitizers, on every
 #                instruction set; the CUDA launchers over a fake runtime, too; a quarter of an hour
 # make planted    faults that fastft once had, planted back one at a time: is each found, and how soon?
 #                benchmarks/results/planted_faults.md; FAULTS="r05 r12": these alone
-# make soak       2,000 steps of a training, 200 trainings in a process, 1,000 attachments, 3,000 optimizers: nothing may grow
+# make soak       2,000 steps of a training, 200 trainings in a process, 1,000 attachments, 3,000 optimizers: nothing may grow;
+#                ONLY="steps": this room
 # make campaign    fuzz for ten minutes a room, sanitize and soak, two hours: benchmarks/results/campaign.md
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
@@ -158,12 +160,15 @@ sweep: native
 	$(PYTEST) -m "sweep or not sweep" tests/integrations/test_image_packing.py \
 		--image-packing benchmarks/results/packing-images.md
 
+# a test for each room of ONLY, or its whole file
+ROOMS = $(if $(ONLY),$(foreach room,$(ONLY),"$(1)[$(room)]"),$(firstword $(subst ::, ,$(1))))
+
 fuzz: native
-	$(PYTEST) tests/fuzz --fuzz-seconds $(SECONDS) --fuzz-seed $(SEED) --junit-xml build/fuzz.xml; tested=$$?; \
+	$(PYTEST) $(call ROOMS,tests/fuzz/test_fuzz.py::test_room) --fuzz-seconds $(SECONDS) --fuzz-seed $(SEED) --junit-xml build/fuzz.xml; tested=$$?; \
 	grep -o 'name="fuzzed" value="[^"]*"' build/fuzz.xml | cut -d '"' -f 4; exit $$tested
 
 soak: native
-	$(PYTEST) -m soak tests/soak --junit-xml build/soak.xml; tested=$$?; \
+	$(PYTEST) -m soak $(call ROOMS,tests/soak/test_soak.py::test_nothing_grows) --junit-xml build/soak.xml; tested=$$?; \
 	grep -o 'name="soaked" value="[^"]*"' build/soak.xml | cut -d '"' -f 4; exit $$tested
 
 sanitize: native

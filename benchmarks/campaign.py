@@ -23,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # what to run, and the lines of its output that say what came of it
 TARGETS = {
-    "fuzz": (["fuzz", "SECONDS=600"], r"\w+: [\d,]+ cases in .*"),
-    "sanitize": (["sanitize"], r" +files +tests.*|[\w, ]+(?: +\d+){5}|\d+ runs, .*"),
-    "soak": (["soak"], r"\w+: (?!.*\bcases in\b).*\d.*"),
+    "fuzz": (["fuzz", "SECONDS=600"], r"\w+: [\d,]+ cases in \d+ s"),
+    "sanitize": (["sanitize"], r".{22} +files +tests .*|.{22}(?: +\d+){5}|\d+ runs, .*"),
+    "soak": (["soak"], r"\w+: [\d,]+ turns: .*"),
 }
+FAILED = r"FAILED .*|ERROR .*|.*: it ended with status \d+|.*Sanitizer: .*|.*runtime error: .*"
 
 
 def run(name: str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def run(name: str) -> dict[str, Any]:
         "command": " ".join(command),
         "clean": process.returncode == 0,
         "minutes": round((time.monotonic() - begin) / 60, 1),
-        "said": [line for line in lines if re.fullmatch(said, line)],
+        "said": [line for line in lines if re.fullmatch(f"{said}|{FAILED}", line)],
         "commit": facts["commit"],
         "machine": f"{facts['cpu']}, {facts['processor_isa']}",
         "versions": f"torch {facts['torch']}, transformers {facts['packages']['transformers']}",
@@ -70,8 +71,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], default=list(TARGETS))
-    wanted = parser.parse_args().targets
+    # an empty list is what argparse checks where none is named
+    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], default=[])
+    wanted = parser.parse_args().targets or list(TARGETS)
     file = RESULTS / "campaign.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
     for name in wanted:

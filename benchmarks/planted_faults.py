@@ -226,7 +226,7 @@ FAULTS = (
         ),
     ),
     Fault(
-        "r13, its second part",
+        "r13b",
         "a tensor that two files have comes from the last",
         "fp32_weights",
         (

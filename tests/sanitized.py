@@ -16,6 +16,7 @@ sanitizer does not see the library that is tested.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shlex
@@ -39,7 +40,7 @@ OTHERS += ["native::test_a_call_that_is_refused_lets_go_of_its_tensors", "fuzz::
 # no code of ours: plain torch, PTX in numpy, Triton, what inductor compiles; and what has processes
 # of its own
 WITHOUT = "not eager and not ptx and not triton and not compile and not instruction_set"
-WITHOUT += " and not where_bf16"
+WITHOUT += " and not where_bf16 and not another_library"
 LAUNCHERS = "cuda_launchers scale_gradients".split()
 
 
@@ -94,7 +95,7 @@ def tests(name: str, files: Sequence[str], package: Path, more: list[str], witho
 
 def cpu(more: list[str]) -> list[Row]:
     package, program = sanitizers.package("address"), sanitizers.program("address")
-    see("leaks", lambda watched: watched.program(program, PLANTED="leak"), "LeakSanitizer")
+    see("leaks", lambda watched: watched.program([*program, "leak"]), "LeakSanitizer")
     rows = []
     for isa in processors():
         see(isa, plant("heap", package, FASTFT_CPU_ISA=isa), "heap-buffer-overflow")
@@ -110,8 +111,8 @@ def threads(more: list[str]) -> list[Row]:
     sanitizers.package("thread")
     program, rows = sanitizers.program("thread"), []
     for isa in processors():
-        planted = {"PLANTED": "race", "FASTFT_CPU_ISA": isa}
-        see(isa, lambda watched, planted=planted: watched.program(program, **planted), "data race")
+        race = functools.partial(Watched.program, command=[*program, "race"], FASTFT_CPU_ISA=isa)
+        see(isa, race, "data race")
         watched = Watched(sanitizers.FOLDER / f"{isa}-threads")
         rows.append(Row(f"{isa}, threads", watched, watched.program(program, FASTFT_CPU_ISA=isa)))
     return rows

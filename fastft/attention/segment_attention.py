@@ -69,10 +69,12 @@ def _attention_reference(
             scores = torch.cat(
                 [scores, sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)], -1
             )
-        p = scores.softmax(
+        # a query that a mask leaves no key has p = 0, not NaN
+        blind = scores.isneginf().all(-1, keepdim=True)
+        p = scores.masked_fill(blind, 0.0).softmax(
             -1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32
         )
-        p = p[..., : k.shape[1]].to(v.dtype)
+        p = p.masked_fill(blind, 0.0)[..., : k.shape[1]].to(v.dtype)
         if generator is not None:
             p = p * _kept(p, call.dropout, generator)
         out.append((p @ v.repeat_interleave(group, 0)).transpose(0, 1))
@@ -423,7 +425,7 @@ def segment_attention(
         softcap: scores become softcap tanh(scores / softcap).
         sinks: (H,), one more score for each query, whose probability goes nowhere.
         mask: (1 or R, 1 or H, 1 or T, 1 or U); bool, False where a query may not look, or added to
-            the scores. A gradient for it is not computed.
+            the scores. A gradient for it is not computed. A query that may look at nothing gets 0.
         bias: as a floating-point mask, differentiable.
         dropout: of the probabilities; its random numbers come from torch's default generator of the
             CPU.

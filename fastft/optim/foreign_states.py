@@ -157,10 +157,8 @@ def _of_cpu_offload(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> dic
     trained = [p for group in groups for p in group["params"] if p.requires_grad]
     sizes = sorted((param.numel() for param in trained), reverse=True)
     least = sizes[len(large) - 1] if 0 < len(large) <= len(sizes) else float("inf")
-    if (len(large), len(sizes)) != (
-        sum(size >= least for size in sizes),
-        len(large) + len(small),
-    ):
+    many = sum(size >= least for size in sizes)
+    if (len(large), len(small)) != (many, len(sizes) - many):
         raise ValueError(
             f"the state dict of torchao's CPUOffloadOptimizer is of {len(large)} large and "
             f"{len(small)} small parameters, this optimizer trains {len(sizes)}: they must be the "
@@ -251,6 +249,5 @@ def _state_dicts_in(loaded: dict[str, Any]) -> Iterator[str]:
 
 def _first_of(entries: dict[Any, Any]) -> str:
     names = [str(name) for name in entries]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or (
-        "nothing"
-    )
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more or "nothing"

@@ -6,8 +6,8 @@
 Squares are summed in double; on CUDA 64 at a time in float32, whose rounding errors are summed
 beside them, which is off by less than 2e-11. The norm is finite if and only if every gradient is,
 and sums over any number of threads, with any instruction set, are the same to the bit, but for the
-sign and the payload of a NaN. Bytes moved for each element: 4 (fp32)
-or 2 (bf16), the gradient read once; torch's clipping reads it twice and writes it once.
+sign and the payload of a NaN. Bytes moved for each element: 4 (fp32) or 2 (bf16), the gradient read
+once; torch's clipping reads it twice and writes it once.
 
 A gradient that lies on the host (offload/gradients.py) comes with its part of the norm, taken while
 it was on its device: sums over chunks of it (of plain torch, one over all of it). Their total in

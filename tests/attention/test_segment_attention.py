@@ -133,12 +133,14 @@ def test_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_as_each_segment("long", OPTIONS["all"], torch.float32, "blocks")
 
 
-def test_query_that_sees_nothing() -> None:
+@pytest.mark.parametrize("impl", ["eager", "blocks"])
+def test_query_that_sees_nothing(impl: str) -> None:
     """A mask may leave a padding token no key: zeros, no NaN."""
     call = inputs("ragged", {"causal": False}, torch.float32)
     mask = torch.ones(1, 1, 31, 31, dtype=torch.bool)
     mask[..., 3, :] = False
-    ours = results(segment_attention, segments_of_lengths((11, 7, 0, 13)), call, mask=mask)
+    segments = segments_of_lengths((11, 7, 0, 13))
+    ours = results(segment_attention, segments, call, mask=mask, impl=impl)
     assert all(tensor.isfinite().all() for tensor in ours)
     assert (ours[0][0, 3] == 0).all()
 

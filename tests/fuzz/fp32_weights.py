@@ -293,16 +293,16 @@ def _other_file(index: Path, file: Path, number: int) -> None:
     _in_map(index, change)
 
 
+def _no_map(index: Path, file: Path, number: int) -> None:
+    contents = ("{}", "[]", '{"weight_map": [1]}', "", '{"weight_map": {"a": 1}}')
+    index.write_text(contents[number % len(contents)])
+
+
 INDICES: dict[str, Callable[[Path, Path, int], None]] = {
     "other file": _other_file,
     "outside": _outside,
     "twice": _twice,
-    "no map": lambda index, file, number: (
-        index.write_text(
-            ("{}", "[]", '{"weight_map": [1]}', "", '{"weight_map": {"a": 1}}')[number % 5]
-        )
-        and None
-    ),
+    "no map": _no_map,
     "no index": lambda index, file, number: index.unlink(),
 }
 

@@ -65,9 +65,7 @@ def check(case: Case) -> None:
     target = drawn_losses.targets(case.rows, case.classes, case.ignored, generator)
     weight = torch.rand(case.classes, generator=generator) + 0.1 if case.weight else None
     compute = {"logits": _of_logits, "head": _of_head}[case.of]
-    size = drawn_losses.size_of_sums(leaves, case.logit_scale, case.z_loss > 0)
-    if case.reduction == "mean":
-        size /= case.num_items or max(1, int((target != IGNORED).sum()))
+    size = drawn_losses.size_of_loss(case, leaves, target)
     terms = case.rows + case.hidden + case.classes
     pair = compute(case, target, weight)
     drawn_losses.check_against_float64(*pair, leaves, generator, terms=terms, size=size)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
+from support.packed_examples import parts_of_example
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 import fastft
@@ -236,11 +237,8 @@ def _examples(one: Any) -> list[Row]:
 def _pieces(case: Case) -> Iterator[tuple[int, int, int]]:
     """Example, first token and tokens of each part that is to be in a pack."""
     for example, length in enumerate(case.lengths):
-        if case.overlong == "drop" and length > case.max_tokens:
-            continue
-        kept = min(length, case.max_tokens) if case.overlong == "truncate" else length
-        for start in range(0, kept, case.max_tokens):
-            yield example, start, min(case.max_tokens, kept - start)
+        for part in parts_of_example(length, case.max_tokens, case.overlong):
+            yield example, *part
 
 
 def _is_filler(example: Row) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
+from support.packed_examples import parts_of_example
 
 from fastft.data.balance import balanced
 from fastft.data.plan import LARGEST_TABLES, PackPlan, epoch_plan, plan_packs
@@ -88,11 +89,11 @@ def _as_entries(plan: PackPlan) -> list[list[tuple[int, int, int]]]:
 def _check_tokens(case: Case, plan: PackPlan) -> None:
     """Each example's tokens are there once, in pieces as `overlong` says, and no pack is full."""
     pieces = sorted(entry for pack in _as_entries(plan) for entry in pack)
-    expected = []
-    for example, length in enumerate(case.lengths):
-        kept = min(length, case.max_tokens) if case.overlong == "truncate" else length
-        for start in range(0, kept, case.max_tokens):
-            expected.append((example, start, min(case.max_tokens, kept - start)))
+    expected = [
+        (example, *part)
+        for example, length in enumerate(case.lengths)
+        for part in parts_of_example(length, case.max_tokens, case.overlong)
+    ]
     assert pieces == expected, "tokens are missing or twice"
     for pack in _as_entries(plan):
         assert sum(length for *_, length in pack) <= case.max_tokens, "a pack is too full"

@@ -257,12 +257,12 @@ def _check_stock(
 ) -> None:
     """What is left is a stock Trainer, and a stock model that trains as a new one does."""
     assert _traces(ours.model) == _traces(stock.model), "something is left on the model"
-    for mine, theirs in ((ours.trainer, stock.trainer),):
-        assert vars(mine).keys() == vars(theirs).keys(), "something is left on the Trainer"
-        assert vars(mine.accelerator).keys() == vars(theirs.accelerator).keys()
-        kinds = ([type(each) for each in of.callback_handler.callbacks] for of in (mine, theirs))
-        assert next(kinds) == next(kinds), "a callback is left"
-        assert mine.train.__func__ is Trainer.train  # type: ignore[attr-defined]
+    mine, theirs = ours.trainer, stock.trainer
+    assert vars(mine).keys() == vars(theirs).keys(), "something is left on the Trainer"
+    assert vars(mine.accelerator).keys() == vars(theirs.accelerator).keys()
+    kinds = ([type(each) for each in of.callback_handler.callbacks] for of in (mine, theirs))
+    assert next(kinds) == next(kinds), "a callback is left"
+    assert mine.train.__func__ is Trainer.train  # type: ignore[attr-defined]
     ours.model.load_state_dict(before)
     trainer = _trainer(case, folder, ours.model)
     assert _losses(trainer) == _of_stock(case.task, case.setting), "it does not train as stock"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import datasets
 from hypothesis import strategies as st
+from support.packed_examples import parts_of_example
 from torch.utils.data import IterableDataset
 
 import fastft
@@ -216,11 +217,8 @@ def _best_fit(case: Case, examples: Parts) -> list[Parts]:
         return case.max_tokens - sum(length for *_, length in pack)
 
     for number, _, length in examples:
-        if case.overlong == "drop" and length > case.max_tokens:
-            continue
-        kept = min(length, case.max_tokens) if case.overlong == "truncate" else length
-        for first in range(0, kept, case.max_tokens):
-            part = number, first, min(case.max_tokens, kept - first)
+        for first, tokens in parts_of_example(length, case.max_tokens, case.overlong):
+            part = number, first, tokens
             fitting = [pack for pack in waiting if room(pack) >= part[2]]
             if not fitting and len(waiting) == (case.open_packs or 32):
                 done.append(min(waiting, key=room))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from support import drawn_losses
-from support.drawn_losses import IGNORED, drawn
+from support.drawn_losses import drawn
 from support.numerics import assert_no_worse
 from torch import Tensor
 from torch.testing._internal.distributed import multi_threaded_pg
@@ -80,9 +80,7 @@ def check(case: Case) -> None:
     found = in_threads(case.world, here)
     plain = drawn_losses.plain(case, target, weight)
     whole = [_plain(case, plain, leaves, upstream, dtype) for dtype in (None, torch.float64)]
-    size = drawn_losses.size_of_sums(leaves, case.logit_scale, case.z_loss > 0)
-    if case.reduction == "mean":
-        size /= case.num_items or max(1, int((target != IGNORED).sum()))
+    size = drawn_losses.size_of_loss(case, leaves, target)
     terms = case.rows + case.hidden + classes
     for rank, results in enumerate(found):
         parts = [[of[0], *_shards(case, of[1:], needs, rank)] for of in whole]

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.slow, system_calls.needs_ptrace]
 needs_gloo = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"
 )
-# the first kind at every place, the others at each so-manieth
+# one kind at every place, the others at every seventh
 EVERY = {"8-bit moments": 1}
 OF_TWO = ["packs, stochastic rounding, bf16 moments", "states on the host", "4-bit moments"]
 

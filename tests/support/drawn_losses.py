@@ -42,6 +42,10 @@ class Loss(Protocol):
     def reduction(self) -> str: ...
     @property
     def num_items(self) -> float | None: ...
+    @property
+    def logit_scale(self) -> float: ...
+    @property
+    def z_loss(self) -> float: ...
 
 
 def options_of(case: Loss) -> dict[str, Any]:
@@ -78,7 +82,11 @@ def _reduced(losses: Tensor, case: Loss, target: Tensor) -> Tensor:
     total = losses.sum()
     if case.reduction == "sum":
         return total
-    return total / (case.num_items or max(1, int((target != IGNORED).sum())))
+    return total / _divisor(case, target)
+
+
+def _divisor(case: Loss, target: Tensor) -> float:
+    return case.num_items or max(1, int((target != IGNORED).sum()))
 
 
 def targets(rows: int, classes: int, ignored: float, generator: torch.Generator) -> Tensor:
@@ -103,6 +111,12 @@ def size_of_sums(leaves: Sequence[Tensor], scale: float, squared: bool) -> float
     x, *head = (float(leaf.abs().max()) if leaf.numel() else 0.0 for leaf in leaves[:2])
     logit = max(1.0, scale) * max(1.0, x * head[0] * leaves[0].shape[-1] if head else x)
     return 4.0 * logit * (logit if squared else 1.0)  # upstream gradients are seldom above 4
+
+
+def size_of_loss(case: Loss, leaves: Sequence[Tensor], target: Tensor) -> float:
+    """The size of what is summed into a loss and its gradients."""
+    size = size_of_sums(leaves, case.logit_scale, case.z_loss > 0)
+    return size / _divisor(case, target) if case.reduction == "mean" else size
 
 
 def with_gradients(

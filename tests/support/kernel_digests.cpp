@@ -6,7 +6,7 @@
 // processor's. Handles that nobody has freed are an error, of calls that are refused too.
 //
 // Sanitizers see all of it, torch's thread pool and Python's memory not being there: make sanitize.
-// PLANTED=race gives an element to both threads, PLANTED=leak frees no handle: what must be
+// The argument `race` gives an element to both threads, `leak` frees no handle: what must be
 // reported.
 #include <algorithm>
 #include <atomic>
@@ -69,10 +69,9 @@ using Arrays = std::vector<Array>;
 std::map<std::string, void (*)(StableIValue*, uint64_t, uint64_t)> kernels;
 std::atomic<int64_t> handles{0};  // that nobody has freed
 
-bool planted(const char* fault) {
-  const char* wanted = std::getenv("PLANTED");
-  return wanted && !strcmp(wanted, fault);
-}
+const char* fault = "";  // that is planted
+
+bool planted(const char* name) { return !strcmp(fault, name); }
 }  // namespace
 
 // What libtorch would hold behind the handles.
@@ -109,8 +108,7 @@ AOTITorchError torch_delete_list(StableListHandle list) {
   return 0;
 }
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
-  static const bool leaks = planted("leak");
-  if (!leaks) delete tensor;
+  if (!planted("leak")) delete tensor;
   return 0;
 }
 AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data) {
@@ -171,7 +169,7 @@ int32_t aoti_torch_dtype_bool() { return kBool; }
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc function,
                                   void* context) {
   const int64_t middle = end - begin > grain ? begin + std::max(grain, (end - begin) / 2) : end;
-  static const int64_t overlap = planted("race");
+  const int64_t overlap = planted("race");
   std::thread second;
   if (middle < end) second = std::thread(function, middle - overlap, end, context);
   function(begin, middle, context);
@@ -543,7 +541,8 @@ void refusals() {
 }
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 1) fault = arguments[1];
   if (const char* failed = fastft_register()) {
     std::fprintf(stderr, "%s could not be registered\n", failed);
     return 1;

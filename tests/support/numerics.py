@@ -3,8 +3,7 @@ plus a floor.
 
 The floor is what rounding alone can do to a result, whichever processor adds the numbers up, for
 plain torch may happen to be exact. With m the largest element of the truth, eps the dtype's and acc
-the spacing of the dtype in which sums are
-kept (fp32, or float64 for float64):
+the spacing of the dtype in which sums are kept (fp32, or float64 for float64):
 
     floor = (4 eps + sqrt(terms) acc) m
 

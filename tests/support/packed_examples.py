@@ -33,6 +33,14 @@ def make(sizes: list[int], form: str = "list", **others: int) -> list[dict[str, 
     ]
 
 
+def parts_of_example(length: int, max_tokens: int, overlong: str) -> list[tuple[int, int]]:
+    """First token and tokens of each part of an example that packs of `max_tokens` are to have."""
+    if overlong == "drop" and length > max_tokens:
+        return []
+    kept = min(length, max_tokens) if overlong == "truncate" else length
+    return [(first, min(max_tokens, kept - first)) for first in range(0, kept, max_tokens)]
+
+
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Raises unless both have the same keys, and equal values of the same types."""
     assert set(ours) == set(theirs)
