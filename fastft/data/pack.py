@@ -15,12 +15,14 @@ from torch import Tensor
 
 from fastft.data.columns import (
     Columns,
+    flatten,
     flatten_column,
     integers_of,
     token_columns,
 )
 from fastft.data.documents import (
     KEYS,
+    MASK,
     SIZES,
     cut_documents,
     documents_of,
@@ -156,6 +158,21 @@ def refuse_images(example: dict[str, Any], length: int) -> None:
                 "images would meet no token. overlong='drop' leaves such examples out, a larger "
                 "max_tokens keeps them"
             )
+
+
+def refuse_masked_pieces(example: dict[str, Any], length: int) -> None:
+    """Raises ValueError where an example, cut into pieces of `length` tokens, has one of padding
+    alone."""
+    mask, tokens = example.get(MASK), len(example["input_ids"])
+    if mask is None or not is_per_token(mask, tokens):
+        return
+    kept = flatten(MASK, [mask]) != 0
+    if not all(bool(piece.any()) for piece in kept.split(length)):
+        raise ValueError(
+            f"overlong='split' would make a piece of padding alone: an example has {tokens} tokens "
+            f"of which its {MASK} keeps {int(kept.sum())}, max_tokens is {length}. Leave the "
+            "padding out (tokenize with padding=False), packs need none"
+        )
 
 
 def cut(example: dict[str, Any], start: int, length: int) -> dict[str, Any]:

@@ -18,7 +18,14 @@ from fastft.checks import optional_integer
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
 from fastft.data.lengths import scan_lengths
-from fastft.data.pack import Pack, cut, filler, packs_of_columns, refuse_images
+from fastft.data.pack import (
+    Pack,
+    cut,
+    filler,
+    packs_of_columns,
+    refuse_images,
+    refuse_masked_pieces,
+)
 from fastft.data.plan import PackPlan, checked_limits, epoch_plan, plan_packs
 from fastft.data.processed import unbatched
 from fastft.data.streaming import OPEN_PACKS, PackedStream, refuse_dispatch
@@ -47,10 +54,12 @@ class PackedDataset(Dataset[Pack]):
         *,
         seed: int | None = None,
         group: int = 1,
-        may_cut: bool = True,
+        overlong: str = "error",
     ) -> None:
-        self.dataset, self.seed, self.group, self.may_cut = dataset, seed, group, may_cut
+        self.dataset, self.seed, self.group, self.overlong = dataset, seed, group, overlong
         self._base, self._examples = plan, len(dataset)
+        # of each example, as its last piece may be a full pack, like one that is cut off
+        self._tokens = _tokens_of(plan) if overlong == "split" else None
         # in shared memory, because persistent workers keep a copy of this dataset over many epochs
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._forget()
@@ -196,10 +205,11 @@ class PackedDataset(Dataset[Pack]):
         """Cuts out the tokens of an example that the plan wants."""
         example = unbatched(example)
         tokens = len(example["input_ids"])
-        cut_short = self.may_cut and length == self._base.max_tokens
-        if tokens < start + length or (tokens > start + length and not cut_short):
+        planned = start + length if self._tokens is None else int(self._tokens[index])
+        cut_short = self.overlong == "truncate" and length == self._base.max_tokens
+        if tokens < planned or (tokens > planned and not cut_short):
             raise ValueError(
-                f"example {index} has {tokens} tokens, but had {start + length} when it was packed"
+                f"example {index} has {tokens} tokens, but had {planned} when it was packed"
             )
         return cut(example, start, length)
 
@@ -288,14 +298,21 @@ def pack(
     plan = plan_packs(lengths, max_tokens, window=window, **limits)
     if balance is not None:
         plan, seed = balanced(plan, balance, max_sequences), seed or 0
-    # the policies after which a full pack may hold a part of an example
-    may_cut = overlong in ("truncate", "split")
-    packed = PackedDataset(dataset, plan, seed=seed, group=balance or 1, may_cut=may_cut)
+    packed = PackedDataset(dataset, plan, seed=seed, group=balance or 1, overlong=overlong)
     # the first that is too long tells now what would be an error in training
-    if may_cut and bool((lengths > max_tokens).any()):
+    if overlong in ("truncate", "split") and bool((lengths > max_tokens).any()):
         (example,) = packed._fetch([int((lengths > max_tokens).nonzero()[0])])
         refuse_images(example, max_tokens)
+        if overlong == "split":
+            refuse_masked_pieces(unbatched(example), max_tokens)
     return packed
+
+
+def _tokens_of(plan: PackPlan) -> Tensor:
+    """How many tokens each example has, int64 (N,): where its last piece ends."""
+    ends = plan.starts + plan.lengths
+    tokens = ends.new_zeros(int(plan.indices.max()) + 1)
+    return tokens.scatter_reduce_(0, plan.indices, ends, "amax")
 
 
 def packs_of(loader: Any) -> PackedDataset | PackedStream | None:

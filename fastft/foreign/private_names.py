@@ -112,6 +112,9 @@ PRIVATE_NAMES = {
     ),
     "transformers:PreTrainedModel._loss_function": "what setting loss_function leaves on a model",
     "transformers:Trainer._train_batch_size": "how many packs a packed batch of `plug` has",
+    "transformers:Trainer._load_from_checkpoint": (
+        "does a trainer read weights of other names than Trainer's"
+    ),
     "transformers:Trainer._loss_shifts_labels": "does it count first labels, unpredicted ones",
     "accelerate.accelerator:_original_forward": "accelerate's mixed precision runs inside forward",
     "accelerate:Accelerator._dataloaders": "which loaders it has prepared",

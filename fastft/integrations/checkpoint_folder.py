@@ -10,9 +10,9 @@ that it cannot, and of a half checkpoint it says little:
     saved over a checkpoint of another         what was not reached yet is the other's
     training
 
-So all files are looked at before anything is loaded: their names, the headers of safetensors, the
-directories of torch's zip files, JSON. And a checkpoint that is saved again loses its
-`trainer_state.json` first.
+So all files that Trainer would read are looked at before anything is loaded: their names, the
+headers of safetensors, the directories of torch's zip files, JSON. What else lies there is the
+user's. And a checkpoint that is saved again loses its `trainer_state.json` first.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from transformers.utils import logging
 
@@ -43,6 +44,9 @@ _TOGETHER = {
     "rng_state.pth": "rng_state",
 }
 _NOT_READ = "training_args.bin"  # when a training goes on
+_JSON = {STATE, "config.json", "adapter_config.json"}
+_INDEX = (".safetensors.index.json", ".bin.index.json")
+_SINGLE = {"model.safetensors", "pytorch_model.bin"}  # where one is, no index is read
 
 
 def check_checkpoints(trainer: Any, resume: str | bool | None) -> None:
@@ -57,9 +61,11 @@ def check_checkpoints(trainer: Any, resume: str | bool | None) -> None:
     Raises:
         ValueError: with the file, and with the way out.
     """
-    folder = get_last_checkpoint(trainer.args.output_dir) if resume is True else resume
     problem = _why_not_written(trainer.args)
-    if problem is None and folder and os.path.isdir(folder):
+    folder = resume
+    if resume is True and os.path.isdir(trainer.args.output_dir):
+        folder = get_last_checkpoint(trainer.args.output_dir)
+    if problem is None and isinstance(folder, str | os.PathLike) and os.path.isdir(folder):
         problem = _why_not_loaded(Path(folder), trainer)
     processes = trainer.args.world_size
     if processes > 1:
@@ -120,18 +126,22 @@ def _number(folder: Path) -> int:
 def _fault_of(folder: Path, trainer: Any) -> str | None:
     """What is missing, or cut off, of a checkpoint's files; None of a whole one."""
     names = {path.name for path in folder.iterdir()}
-    of_all = _files_missing(folder, names, bool(trainer.is_deepspeed_enabled))
+    of_all = _files_missing(folder, names, trainer)
     of_own = _random_state_missing(names, trainer.args)
-    cut = (_why_cut_off(folder / name) for name in sorted(names - {_NOT_READ}))
+    adapters = sorted(folder.glob("*/adapter_*"))  # of several, each in a folder
+    cut = (_why_cut_off(path) for path in [*(folder / name for name in sorted(names)), *adapters])
     return next((fault for faults in (of_all, of_own, cut) for fault in faults if fault), None)
 
 
-def _files_missing(folder: Path, names: set[str], by_deepspeed: bool) -> Iterator[str]:
+def _files_missing(folder: Path, names: set[str], trainer: Any) -> Iterator[str]:
     if STATE not in names:
         yield f"{STATE} is missing, which Trainer writes last"
     weights = (name for name in names if name.endswith((".safetensors", ".bin")))
+    # a Trainer that loads weights in its own way knows their names
+    theirs = type(trainer)._load_from_checkpoint is Trainer._load_from_checkpoint
     # those of several adapters, of FSDP and of DeepSpeed are in folders
-    if not set(weights) - {_NOT_READ} and not any(path.is_dir() for path in folder.iterdir()):
+    in_folders = any(path.is_dir() for path in folder.iterdir())
+    if theirs and not set(weights) - {_NOT_READ} and not in_folders:
         yield "model.safetensors is missing, or adapter_model.safetensors"
     missing = [
         file
@@ -139,41 +149,55 @@ def _files_missing(folder: Path, names: set[str], by_deepspeed: bool) -> Iterato
         if not any(name.startswith(begin) for name in names)
     ]
     # DeepSpeed has its own; none of them: saved with save_only_model
-    if not by_deepspeed and len(missing) < len(_TOGETHER):
+    if not trainer.is_deepspeed_enabled and len(missing) < len(_TOGETHER):
         yield from (f"{file} is missing" for file in missing)
 
 
 def _random_state_missing(names: set[str], args: Any) -> Iterator[str]:
     """That of this process, in a checkpoint of as many processes as far as is known."""
+    if not any(name.startswith("rng_state") for name in names):
+        return  # saved without
     of_processes = [re.fullmatch(r"rng_state_(\d+)\.pth", name) for name in names]
     known = {int(found[1]) for found in of_processes if found}
-    own = args.process_index
-    if args.world_size > 1 and known and own not in known:
-        if own < max(known) or len(known) == 1:
-            yield f"rng_state_{own}.pth is missing, of process {own}"
-        logger.warning(
-            f"fastft: the checkpoint has no rng_state_{own}.pth: process {own} draws random "
-            "numbers anew"
-        )
+    own, several = args.process_index, args.world_size > 1
+    file = f"rng_state_{own}.pth" if several else "rng_state.pth"
+    if file in names:
+        return
+    if several and known and (own < max(known) or len(known) == 1):
+        yield f"{file} is missing, of process {own}"
+    logger.warning(
+        f"fastft: the checkpoint has no {file}, it is of another number of processes: process "
+        f"{own} draws random numbers anew"
+    )
 
 
 def _why_cut_off(file: Path) -> str | None:
+    if file.is_dir() or file.name == _NOT_READ:
+        return None
     try:
         if file.name.endswith(".safetensors"):
             with weight_files.opened(file):
                 pass
-        elif file.suffix == ".json":
-            content = json.loads(file.read_text())
-            shards = set(content["weight_map"].values()) if ".index." in file.name else set()
-            missing = sorted(shard for shard in shards if not (file.parent / shard).exists())
-            if missing:
-                return f"{missing[0]} is missing, which {file.name} names"
-        elif file.suffix in (".pt", ".pth", ".bin") and file.is_file():
-            if not _is_whole_zip(file):
-                return f"{file.name} is cut off"
+        elif file.name in _JSON:
+            json.loads(file.read_bytes())
+        elif file.name.endswith(_INDEX):
+            return _shard_missing(file)
+        elif file.suffix in (".pt", ".pth", ".bin") and not _is_whole_zip(file):
+            return f"{file.name} is cut off"
+    except OSError as error:
+        return f"{file.name} is there, but cannot be read ({error})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{file.name} is cut off, or damaged"
     return None
+
+
+def _shard_missing(index: Path) -> str | None:
+    there = {path.name for path in index.parent.iterdir()}
+    if there & _SINGLE:
+        return None
+    shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    missing = sorted(shards - there)
+    return f"{missing[0]} is missing, which {index.name} names" if missing else None
 
 
 def _is_whole_zip(file: Path) -> bool:

@@ -55,6 +55,26 @@ def test_what_does_not_fit_the_plan_raises(change, seed):
         assert tokens_of(packs) == given(rows)
 
 
+@pytest.mark.parametrize("tokens", [8, 16, 9])
+@pytest.mark.parametrize("more", [-1, 1, 8])
+def test_what_is_split_must_keep_its_length(tokens, more):
+    """Also where the last piece is a full pack, as one would be that is cut off."""
+    rows = [{"input_ids": [3] * 5}, {"input_ids": [4] * tokens}]
+    packs = fastft.pack(rows, 8, overlong="split")
+    rows[1]["input_ids"] = [4] * (tokens + more)
+    with pytest.raises(
+        ValueError, match=f"example 1 has {tokens + more} tokens, but had {tokens} "
+    ):
+        list(packs)
+
+
+def test_what_is_truncated_may_grow():
+    rows = [{"input_ids": [3] * 5}, {"input_ids": [4] * 8}]
+    packs = fastft.pack(rows, 8, overlong="truncate")
+    rows[1]["input_ids"] = [4] * 11
+    assert tokens_of(packs) == [[3] * 5, [4] * 8]
+
+
 def test_other_tokens_of_the_same_lengths_are_those_of_the_next_epoch():
     rows = examples()
     packs = fastft.pack(rows, 24, seed=3)

@@ -153,6 +153,16 @@ def test_every_kind_of_dataset_is_cut(kind):
     assert sorted(found) == sorted(expected)
 
 
+def test_a_piece_of_padding_alone_is_refused_at_once():
+    row = {"input_ids": [5, 6, 7, 0, 0, 0, 0, 0], "attention_mask": [1, 1, 1] + [0] * 5}
+    with pytest.raises(ValueError, match=r"has 8 tokens .* keeps 3, max_tokens is 4.*padding=F"):
+        pack([row] * 3, 4, overlong="split")
+    assert len(pack([row] * 3, 4, overlong="truncate")) == 3
+    assert len(pack([row] * 3, 6, overlong="truncate")) == 3
+    two = {"input_ids": [5] * 8, "attention_mask": [1] * 5 + [0] * 3}
+    assert [len(one.joined()["input_ids"]) for one in pack([two], 4, overlong="split")] == [4, 1]
+
+
 @pytest.mark.parametrize("kind", ["list", "datasets"])
 def test_a_batch_of_one_is_not_taken_for_one_token(kind):
     rows = [{"input_ids": [[4, 5, 6]], "labels": [[4, 5, 6]]}]

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import functools
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from support.plugged import trainer_of
 from support.trainers import logged
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import fastft
 from fastft.integrations import checkpoint_folder
@@ -104,6 +105,72 @@ def test_a_missing_shard_is_named(folder):
     assert f"{shards[1].name} is missing, which model.safetensors.index.json" in refusal(folder)
 
 
+def test_files_that_trainer_does_not_read_may_be_anything(folder, whole):
+    """The user's, and an index of shards that a save into one file has left."""
+    first = folder / f"checkpoint-{SAVED}"
+    for name in ("notes.json", "chat.index.json", "merges.safetensors.index.json"):
+        (first / name).write_text("half of {")
+    (first / "folder.json").mkdir()
+    (first / "gone").symlink_to(first / "nowhere")
+    (first / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1"}}')
+    goes_on(folder, whole, str(first))
+
+
+def test_links_to_files_and_folders(folder, whole):
+    first = folder / f"checkpoint-{SAVED}"
+    shutil.move(first, folder / "elsewhere")
+    first.symlink_to(folder / "elsewhere")
+    weights = first / "model.safetensors"
+    weights.rename(folder / "blob")
+    weights.symlink_to(folder / "blob")
+    goes_on(folder, whole, str(first))
+    (folder / "blob").unlink()
+    assert "model.safetensors is there, but cannot be read" in refusal(folder, str(first))
+
+
+def test_half_an_adapter_in_a_folder_of_its_own_is_named(folder):
+    own = folder / f"checkpoint-{STEPS}" / "second"
+    own.mkdir()
+    (own / "adapter_model.safetensors").write_bytes(b"half")
+    assert "adapter_model.safetensors is cut off" in refusal(folder)
+
+
+class OwnWeights(Trainer):
+    """Keeps weights under a name of its own."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        Path(output_dir).mkdir(exist_ok=True)
+        torch.save(self.model.state_dict(), f"{output_dir}/weights.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self.model.load_state_dict(torch.load(f"{resume_from_checkpoint}/weights.pt"))
+
+
+def test_a_trainer_with_weights_of_its_own(tmp_path, whole):
+    training(tmp_path, kind=OwnWeights).train()
+    again = training(tmp_path, kind=OwnWeights)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
+    assert logged(again) == logged(whole)
+
+
+def test_a_process_that_does_not_save_leaves_what_is_saved(folder, monkeypatch):
+    """It may come to the save when the one that does has written everything."""
+    last = folder / f"checkpoint-{STEPS}"
+    trainer = training(folder)
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda self: False))
+    trainer.save_model(str(last), _internal_call=True)
+    assert (last / "trainer_state.json").exists()
+
+
+def test_an_output_folder_that_is_not_there_yet(tmp_path):
+    trainer = training(tmp_path / "out")
+    (tmp_path / "out").rmdir()
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+
+
 def test_where_none_is_whole_it_says_to_begin_anew(folder):
     for step in (SAVED, STEPS):
         (folder / f"checkpoint-{step}" / "trainer_state.json").unlink()
@@ -176,12 +243,13 @@ def test_plug_takes_off_what_it_put_on(tmp_path):
         ([0, 2], 3, 1, True),
         ([0, 1], 4, 2, False),  # saved by two processes, for all that is known
         ([], 2, 1, False),  # by one
+        ([0, 1], 1, 0, False),  # by two
     ],
 )
 def test_random_states_of_processes(known, processes, rank, missing):
     class Arguments:
         world_size, process_index = processes, rank
 
-    names = {f"rng_state_{number}.pth" for number in known} | {"rng_state.pth"}
+    names = {f"rng_state_{number}.pth" for number in known} or {"rng_state.pth"}
     found = list(checkpoint_folder._random_state_missing(names, Arguments))
     assert bool(found) == missing and all(f"rng_state_{rank}.pth is missing" in x for x in found)

@@ -100,7 +100,8 @@ class Plugged:
         for piece in (self._loss, self._optimizer, self._packing):
             piece.install(stack)
         train = functools.wraps(trainer.train)(functools.partial(self._train, trainer.train))
-        save = functools.wraps(trainer.save_model)(functools.partial(_save, trainer.save_model))
+        saving = functools.partial(_save, trainer, trainer.save_model)
+        save = functools.wraps(trainer.save_model)(saving)
         stack.callback(objects.put_attributes(trainer, train=train, save_model=save))
 
     def _train(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
@@ -173,9 +174,10 @@ class _Course(TrainerCallback):
         self.plugged._training_ends()
 
 
-def _save(stock: Any, *args: Any, **kwargs: Any) -> Any:
+def _save(trainer: Trainer, stock: Any, *args: Any, **kwargs: Any) -> Any:
     folder = args[0] if args else kwargs.get("output_dir")
-    if folder is not None and kwargs.get("_internal_call"):  # a checkpoint's
+    # another process may come here when the one that saves has written all of it
+    if folder is not None and kwargs.get("_internal_call") and trainer.args.should_save:
         forget_earlier_save(folder)
     return stock(*args, **kwargs)
 
