@@ -40,7 +40,7 @@ OTHERS += ["native::test_a_call_that_is_refused_lets_go_of_its_tensors", "fuzz::
 # no code of ours: plain torch, PTX in numpy, Triton, what inductor compiles; and what has processes
 # of its own
 WITHOUT = "not eager and not ptx and not triton and not compile and not instruction_set"
-WITHOUT += " and not where_bf16"
+WITHOUT += " and not where_bf16 and not another_library"
 LAUNCHERS = "cuda_launchers scale_gradients".split()
 
 

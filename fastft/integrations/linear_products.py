@@ -8,8 +8,8 @@
 2 T N K floating-point operations a product, all in fp32. Only `forward` of each `nn.Linear` is
 hidden by an attribute of that one instance, as the output head's is (`loss/lazy/output_head.py`):
 state dicts, hooks and classes stay, and a copy of the model is a stock one. What is not a plain
-fp32 product, large enough to be faster, is `nn.Linear`'s own: autocast, DTensors, other dtypes,
-compiled code, adapters of a low rank.
+fp32 product, large enough to be faster, is `nn.Linear`'s own: autocast, DTensors, other dtypes and
+layouts, compiled code, adapters of a low rank.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
         needs = ctx.needs_input_grad
         ctx.save_for_backward(left if needs[1] else None, right if needs[0] else None)
+        # zeros would be a weight's gradient, and train it, where torch leaves none
+        ctx.set_materialize_grads(False)
         return _times(left, right)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None
         left, right = ctx.saved_tensors
-        times: Any = torch.matmul if is_watched() or is_batched(grad) else _Product.apply
+        times: Any = torch.matmul if _is_torchs() or is_batched(grad) else _Product.apply
         return (
             None if right is None else times(grad, right.T),
             # not (left^T grad): a weight comes transposed, and its gradient is to lie as it does
@@ -89,9 +93,12 @@ def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or _is_fp32(bias))
         and input.shape[-1:] == weight.shape[1:]  # else torch says what is wrong
         and _is_worth_it(input.numel() // weight.shape[1], *weight.shape)
-        and not torch.is_autocast_enabled("cpu")
-        and not is_watched()
+        and not _is_torchs()
     )
+
+
+def _is_torchs() -> bool:
+    return torch.is_autocast_enabled("cpu") or is_watched()
 
 
 def _is_worth_it(*sizes: int) -> bool:
@@ -99,7 +106,8 @@ def _is_worth_it(*sizes: int) -> bool:
 
 
 def _is_fp32(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter)
+    dense = tensor.layout == torch.strided and not tensor.is_nested
+    plain = dense and type(tensor) in (Tensor, nn.Parameter)
     return plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 

@@ -150,7 +150,8 @@ def _cross_entropy_rows(
     losses.copy_(masked(rows.losses())[:, 0])
     lse.copy_(rows.lse.masked_fill(ignored, 0.0)[:, 0])
     if len(statistics) == 1:
-        statistics[0].copy_(torch.cat([rows.highest, rows.others], 1))
+        if not grad:  # what autograd has kept would count as changed
+            statistics[0].copy_(torch.cat([rows.highest, rows.others], 1))
     elif statistics:
         statistics[0].copy_(rows.entropy().masked_fill_(ignored, 0.0)[:, 0])
         statistics[1].copy_((rows.is_top1() & ~ignored & ~wrong)[:, 0])

@@ -116,6 +116,54 @@ def test_batches_of_gradients_and_forward_mode_are_torchs(faster, products):
         torch.testing.assert_close(tangent(), expected_tangent)
 
 
+class _Unused(torch.autograd.Function):
+    """A function whose backward says that nobody needs its input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@needs_kernel
+def test_a_weight_that_nobody_needs_has_no_gradient_as_in_torch(faster, products):
+    x, weight = tensors((12,), 6, 9, False)
+    for function in (linear, F.linear):
+        y = function(x, weight)
+        found = torch.autograd.grad(_Unused.apply(y).sum(), (x, weight), allow_unused=True)
+        assert found == (None, None)
+    assert products == [1]
+
+
+@needs_kernel
+def test_backward_under_autocast_is_torchs(faster, products):
+    x, weight = tensors((12,), 64, 9, False)
+    found = []
+    for function in (linear, F.linear):
+        y = function(x, weight).pow(2).sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(torch.autograd.grad(y, (x, weight)))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    assert products == [1]
+
+
+@needs_kernel
+def test_only_dense_inputs_are_its(faster, products):
+    layer, dense = nn.Linear(8, 8), torch.randn(16, 8)
+    nested = torch.nested.nested_tensor([dense, dense[:3]])
+    of_inputs = [dense.to_sparse(), dense.to_sparse_csr(), dense.to_mkldnn(), nested]
+    with torch.no_grad():
+        expected = [layer(x) for x in of_inputs]
+        with contextlib.ExitStack() as stack:
+            assert use_own_products(nn.Sequential(layer), stack) == 1
+            found = [layer(x) for x in of_inputs]
+    assert not products
+    assert [y.layout for y in found] == [y.layout for y in expected]
+
+
 @needs_kernel
 def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products, monkeypatch):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False))

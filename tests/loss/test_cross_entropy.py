@@ -356,6 +356,15 @@ def test_sums_of_forward_change_no_bit_of_the_gradient(impl, dtype, classes):
             row_kernel(logits, target, weight, [], known, kept, [sums.float()], [], *options)
 
 
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+def test_a_graph_that_is_kept_has_its_gradient_again(impl, dtype):
+    logits = torch.randn(5, 63, dtype=dtype, requires_grad=True)
+    loss = cross_entropy(logits, torch.tensor([3, 62, -100, 0, 9]), impl=impl)
+    first, again = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("softcap", [0.0, 1.0])
 @pytest.mark.parametrize("target", [3, 40, 506])

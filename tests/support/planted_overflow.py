@@ -45,7 +45,7 @@ def bind_on_cuda(table: Tensor) -> None:
 FAULTS = {
     "heap": lambda: norm_of(lying(16, torch.float32, short=4)),
     "alignment": lambda: norm_of(lying(16, torch.float32, askew=1)),
-    "cuda": lambda: bind_on_cuda(lying(4, torch.int64, short=8)),
+    "cuda": lambda: bind_on_cuda(lying(4, torch.int64, short=24)),
 }
 
 if __name__ == "__main__":
