@@ -305,7 +305,9 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("rounding", "impl", "max_grad_norm", "offload", "release_gradients", "_warned")
-        self._settle()
+        # a copy cannot tell which weights others have written
+        for weight in self.stale_weights(awaited=False):
+            weight_bits.forget(weight, self.state[weight])
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -98,9 +98,13 @@ class _Life:
             torch.stack(losses).sum().backward()
 
     def _step(self) -> None:
-        if self.kind.startswith("torch") and self.case.clip is not None:
+        if self.kind.startswith("torch"):
             given = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(given, self.case.clip)
+            for param in given:
+                if param.grad is not None:  # accumulated in the dtype of the others
+                    param.grad = param.grad.to(getattr(torch, self.case.dtype)).to(param.dtype)
+            if self.case.clip is not None:
+                torch.nn.utils.clip_grad_norm_(given, self.case.clip)
         self.optimizer.step()
         self._discard()
 
@@ -216,6 +220,10 @@ class _Life:
         together = {"params": self.params, "late": self.late, "optimizer": self.optimizer}
         vars(self).update(copy.deepcopy(together))
 
+    def masters(self) -> list[Tensor]:
+        """The parameters, of 16 bits with their low ones."""
+        return [_master(param, self.optimizer.state.get(param, {})) for param in self.params]
+
     def values(self) -> list[Tensor]:
         """What was trained, in the form that this life keeps it in."""
         states = self.optimizer.state_dict()["state"]
@@ -232,7 +240,8 @@ def check(case: Case) -> None:
 def _check(case: Case) -> None:
     kinds = ["ours", "eager", *([case.offload] if case.offload else [])]
     # what fp32 is to follow: everything but moments that are rounded, and weights that are
-    followed = case.moments == "fp32" and case.dtype == "float32"
+    exact = case.dtype == "float32" or case.rounding == "exact"
+    followed = case.moments == "fp32" and exact
     lives = {kind: _Life(case, kind) for kind in kinds}
     torchs = {kind: _Life(case, kind) for kind in ("torch32", "torch64") if followed}
     for event, number in [*case.events, ("step", 3)]:
@@ -245,9 +254,18 @@ def _check(case: Case) -> None:
             same = mine.dtype == other.dtype and torch.equal(_bytes(mine), _bytes(other))
             assert same, f"value {at} of {kind!r} differs from the resident optimizer's"
     if followed:
-        results = (life.params for life in (ours, torchs["torch32"], torchs["torch64"]))
+        results = (life.masters() for life in (ours, torchs["torch32"], torchs["torch64"]))
         for at, each in enumerate(zip(*results, strict=True)):
             assert_no_worse(*each, f"parameter {at}", terms=20)
+
+
+def _master(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """What a bf16 weight and its remainder are together: the topmost 16 bits are the weight's,
+    one more where the remainder is below zero."""
+    if "remainder" not in state:
+        return param.detach()
+    bits = param.detach().view(torch.int16).int() << 16
+    return (bits + state["remainder"].view(torch.int16).int()).view(torch.float32)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

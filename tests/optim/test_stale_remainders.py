@@ -340,6 +340,16 @@ def test_a_copy_knows_nothing_and_forgets_nothing(how: str) -> None:
     assert all(map(torch.equal, masters(again, copied), masters(model, optimizer)))
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_made_after_others_wrote_has_their_weights(how: Callable[[Any], Any]) -> None:
+    model, optimizer = trained()
+    copy_in_place(model)
+    again, copied = how((model, optimizer))
+    exact = [param.detach().float() for param in model.weights]
+    assert all(map(torch.equal, masters(again, copied), exact))
+    assert all(map(torch.equal, masters(model, optimizer), exact))
+
+
 def test_a_weight_whose_low_bits_are_zero_already_is_not_told_of() -> None:
     model = Model()
     optimizer = fastft.AdamW(model.parameters(), lr=0.0)
