@@ -146,6 +146,7 @@ class PackedStream(IterableDataset[Pack]):
         self._loaded: dict[str, Any] | None = None  # the state to begin the next iteration with
         # the dataset's state of a loaded one, until its first example comes
         self._source: Any = None
+        self._is_placed = False  # whether the dataset was given a place to begin at
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the dataset the epoch; a state of another epoch is not resumed."""
@@ -195,16 +196,22 @@ class PackedStream(IterableDataset[Pack]):
             yield from packer.take()
         packer.close()
         yield from packer.take()
-        if state["source"] is not None and is_iterable_dataset(self.dataset):
-            # it would begin the next iteration where this one began
-            self.dataset.load_state_dict({})
+        self._forget_place()
 
     def _examples(self, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        self._forget_place()  # of an iteration that was left before its end
         if state["seen"] > 0 and state["source"] is None:
             return islice(self.dataset, state["seen"], None)
         if state["seen"] > 0:
             self.dataset.load_state_dict(state["source"])
+            self._is_placed = True
         return iter(self.dataset)
+
+    def _forget_place(self) -> None:
+        if self._is_placed and is_iterable_dataset(self.dataset):
+            # it would begin every iteration at the place that it was given
+            self.dataset.load_state_dict({})
+        self._is_placed = False
 
     def _put(self, packer: _Packer, example: dict[str, Any]) -> None:
         number = self._seen - 1

@@ -153,6 +153,15 @@ def test_resumes_anywhere(kind, overlong):
         assert ids(resumed) == whole  # the next epoch begins at the beginning
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_follows_a_resumed_iteration_that_was_left_begins_at_the_beginning(kind):
+    packed = stream(kind)
+    next(iter(packed))
+    packed.load_state_dict(pickle.loads(pickle.dumps(packed.state_dict())))
+    next(iter(packed))
+    assert ids(packed) == ids(stream(kind))
+
+
 def test_state_of_another_epoch_is_not_resumed():
     begun, resumed = stream("datasets"), stream("datasets")
     next(iter(begun))

@@ -253,22 +253,28 @@ TENSORS: dict[str, Callable[[dict[str, Tensor], str, int], dict[str, Tensor]]] =
 
 
 def _in_map(index: Path, change: Callable[[dict[str, str]], None]) -> None:
-    content = json.loads(index.read_text())
-    if "weight_map" in content:
+    try:
+        content = json.loads(index.read_text())
+    except ValueError:  # other damage has emptied it
+        return
+    if isinstance(content, dict) and isinstance(content.get("weight_map"), dict):
         change(content["weight_map"])
         index.write_text(json.dumps(content))
 
 
 def _twice(index: Path, file: Path, number: int) -> None:
     """A tensor that the map has elsewhere is in this file too, with other numbers."""
-    weight_map = json.loads(index.read_text()).get("weight_map", {})
-    with contextlib.suppress(SafetensorError, FileNotFoundError):
+
+    def change(weight_map: dict[str, str]) -> None:
         tensors = safetensors.torch.load_file(file)
         others = sorted(name for name in weight_map if name not in tensors)
         if others:
             place = index.parent / weight_map[others[0]]
             other = safetensors.torch.load_file(place)[others[0]]
             safetensors.torch.save_file({**tensors, others[0]: torch.zeros_like(other)}, file)
+
+    with contextlib.suppress(SafetensorError, FileNotFoundError, TypeError):
+        _in_map(index, change)
 
 
 def _outside(index: Path, file: Path, number: int) -> None:
