@@ -94,7 +94,8 @@ def script(tmp_path, monkeypatch):
     assert not any(type(finder).__module__.startswith("fastft") for finder in sys.meta_path)
 
 
-def test_a_half_checkpoint_is_refused_before_anything_is_loaded(tmp_path):
+def test_a_half_checkpoint_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     (tmp_path / "checkpoint-3").mkdir()
     trainer = transformers.Trainer(tiny_llama(), quiet_arguments(tmp_path), train_dataset=[])
     asked = run._Run(run._parser().parse_args([]), run.Script("script.py", False, []))

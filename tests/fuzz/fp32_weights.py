@@ -338,4 +338,6 @@ def _check_taken(folder: Path, loaded: Life) -> None:
         found = files_have.get(name, files_have.get(tied))
         assert found is not None, f"{name} is in no file"
         if found.numel() == value.numel() * value.element_size():
+            if value.dtype == torch.bool:  # true by any byte but 0
+                found = (found != 0).to(found.dtype)
             assert torch.equal(_bytes(value), found), f"{name} is not the file's"
