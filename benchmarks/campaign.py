@@ -65,6 +65,8 @@ def page(kept: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield from ("", f"## `{row['command']}`: {outcome}", "")
             yield f"{row['minutes']} minutes; commit {row['commit']}; {row['machine']};"
             yield from (f"{row['versions']}.", "", "```text", *row["said"], "```")
+            if note := row.get("note"):  # by hand, until the target runs again
+                yield from ("", note)
 
 
 def main() -> int:
