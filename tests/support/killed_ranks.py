@@ -267,5 +267,8 @@ def _goes_on(folder: Path, kind: str, whole: dict[str, torch.Tensor], earlier: P
 
 
 def _trainer(rank: int) -> Any:
-    args = SimpleNamespace(world_size=RANKS, process_index=rank)
-    return SimpleNamespace(args=args, is_deepspeed_enabled=False)
+    """What a checkpoint of a process is looked at for."""
+    trainer: Any = object.__new__(transformers.Trainer)
+    trainer.args = SimpleNamespace(world_size=RANKS, process_index=rank)
+    trainer.is_deepspeed_enabled = False
+    return trainer
