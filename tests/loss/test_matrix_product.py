@@ -142,7 +142,7 @@ def test_a_head_whose_products_they_are_is_as_exact_as_with_torchs(dtype, monkey
     exact = gradients(lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target), torch.float64)
     errors = []
     for ahead in (False, True):
-        monkeypatch.setattr(matrix_product, "is_ahead", lambda ahead=ahead: ahead)
+        monkeypatch.setattr(matrix_product, "is_ahead", lambda _, ahead=ahead: ahead)
         found = gradients(
             lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, chunk_rows=65), dtype
         )
