@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch.utils._device import DeviceContext
 
 from fastft.foreign.objects import class_names
 
@@ -34,15 +35,24 @@ def is_exporting() -> bool:
 
 def is_watched() -> bool:
     """Whether somebody records, counts or answers the operations that run now: a compiler, a
-    tracer, a mode of torch's, a transformation of torch.func, forward-mode differentiation."""
+    tracer, a mode of torch's, a transformation of torch.func, forward-mode differentiation.
+
+    `torch.set_default_device` is no such mode: it says where new tensors lie."""
     return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._len_torch_function_stack()
+        or _len_function_modes()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def _len_function_modes() -> int:
+    count = torch._C._len_torch_function_stack()
+    # torch keeps its one mode of a device below all others
+    of_device = count and isinstance(torch._C._get_function_stack_at(0), DeviceContext)
+    return count - bool(of_device)
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -28,6 +28,8 @@ PRIVATE_NAMES = {
         "computing inside __torch_function__ without entering it again"
     ),
     "torch._C:_len_torch_function_stack": "does a mode answer functions",
+    "torch._C:_get_function_stack_at": "is that mode torch.set_default_device's",
+    "torch.utils._device:DeviceContext": "the class of that mode",
     "torch._C:_len_torch_dispatch_stack": "does a mode watch operations",
     "torch._C:_are_functorch_transforms_active": "does torch.func map or derive what runs",
     "torch._C:_functorch.is_legacy_batchedtensor": "is a gradient many gradients at once",
@@ -43,6 +45,7 @@ PRIVATE_NAMES = {
     ),
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "its gradients",
     "torch._dynamo.eval_frame:OptimizedModule._orig_mod": "the model inside torch.compile",
+    "torch.nn:Module._replicate_for_data_parallel": "replicas of a layer are stock ones",
     "torch.nn:Module._compiled_call_impl": "has a module been compiled in its place",
     "torch.distributed.fsdp:FullyShardedDataParallel._fsdp_wrapped_module": (
         "the model inside FSDP1"

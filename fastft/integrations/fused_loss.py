@@ -62,9 +62,9 @@ class FusedLossCallback(PackingCallback):
             for packed batches, as `fastft.PackingCallback` does.
         linear: whether the model's linear layers compute their fp32 products on a CPU by fastft's
             kernel. None (default): where it is faster, because MKL, which torch takes for them,
-            leaves the processor's instructions unused (it is not Intel's). The order of sums is
-            another one then, their error is not. True: the same, and anywhere else a warning says
-            why not. False: never.
+            leaves AVX-512 unused (on processors that are not Intel's). The order of sums is another
+            one then, their error is not. True: the same, and anywhere else a warning says why not.
+            False: never.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which
@@ -72,7 +72,7 @@ class FusedLossCallback(PackingCallback):
             training.
         evaluation: the same of the evaluations inside it, where `fused` counts all that was
             computed chunk by chunk.
-        linear_layers: how many had fastft's products in the latest training.
+        linear_layers: how many have had one of fastft's products in the latest training.
         switched: as in `fastft.PackingCallback`.
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
@@ -106,7 +106,7 @@ class FusedLossCallback(PackingCallback):
         if linear is not None and not isinstance(linear, bool):
             raise TypeError(f"linear must be True, False or None, got {linear!r}")
         self.verify, self.linear = verify, linear
-        self.linear_layers = 0
+        self._own_products: set[int] | None = None  # of layers; None where none may have one
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
         self._trainer_name = ""
@@ -122,7 +122,7 @@ class FusedLossCallback(PackingCallback):
         model = kwargs["model"]
         self._said, self._said_places, self._said_size = False, 0, False
         evaluation = Evaluation(_in_evaluation_loop)
-        self.evaluation, self.linear_layers = evaluation.report, 0
+        self.evaluation, self._own_products = evaluation.report, None
         self._kept.callback(record_run(model, args))
         if args.n_gpu > 1:
             self.report = Report(
@@ -146,10 +146,14 @@ class FusedLossCallback(PackingCallback):
         compiled = args.torch_compile or is_compiled(model)
         why = reason_against(model, "torch.compile" if compiled else engine_of(args))
         if why is None:
-            self.linear_layers = use_own_products(model, self._kept)
-            logger.info(f"fastft: {self.linear_layers} linear layers multiply by fastft's kernel")
+            self._own_products = use_own_products(model, self._kept)
         elif self.linear:
             logger.warning(f"fastft: linear=True does nothing: {why}")
+
+    @property
+    def linear_layers(self) -> int:
+        """How many have had one of fastft's products in the latest training."""
+        return len(self._own_products or ())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,6 +170,15 @@ class FusedLossCallback(PackingCallback):
         if not self._said:
             self._said = True
             self._say_outcome(kwargs["model"])
+            self._say_linear_layers()
+
+    def _say_linear_layers(self) -> None:
+        """Says after the first step how many layers had fastft's products: until then nobody knows
+        how large these are."""
+        if self.linear_layers:
+            logger.info(f"fastft: {self.linear_layers} linear layers multiply by fastft's kernel")
+        elif self.linear and self._own_products is not None:
+            logger.warning(f"fastft: linear=True did nothing in the first step: {_NO_PRODUCT}")
 
     def _say_outcome(self, model: nn.Module) -> None:
         """Says after the first step what became of the loss."""
@@ -300,6 +313,12 @@ _OTHER_HEAD = (
     "the log-probabilities are those of the model's own logits. TRL's fused head alone would give "
     "others: {}. Where it has computed a reference before the training (precompute_ref_log_probs), "
     "leave that option out"
+)
+
+
+_NO_PRODUCT = (
+    "no linear layer had a plain fp32 product with enough rows; under autocast, and while a mode "
+    "of torch's watches operations, the products are torch's too"
 )
 
 

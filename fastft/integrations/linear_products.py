@@ -7,15 +7,18 @@
 
 2 T N K floating-point operations a product, all in fp32. Only `forward` of each `nn.Linear` is
 hidden by an attribute of that one instance, as the output head's is (`loss/lazy/output_head.py`):
-state dicts, hooks and classes stay, and a copy of the model is a stock one. What is not a plain
-fp32 product, large enough to be faster, is `nn.Linear`'s own: autocast, DTensors, other dtypes and
-layouts, compiled code, adapters of a low rank.
+state dicts, hooks and classes stay. Every copy of a layer (`copy`, pickles, the replicas of
+`nn.DataParallel`) is a stock one with weights of its own, and so is what `torch.jit.script` makes
+of it. What is not a plain fp32 product, large enough to be faster, is `nn.Linear`'s own: autocast,
+DTensors, other dtypes and layouts, compiled code, adapters of a low rank.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,34 +69,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (rows if bias is None else rows.add_(bias)).view(*x.shape[:-1], len(weight))
 
 
-class _ProductForward:
-    """The `forward` of a linear layer while the products are on.
+def _forward_of(used: set[int]) -> Callable[[nn.Linear, Tensor], Tensor]:
+    """`nn.Linear.forward` while the products are on; ids of layers that had one go into `used`."""
 
-    It copies and pickles as the method that the layer's class has.
-    """
+    # of this name and a function, so that the layer's method pickles and torch.jit compiles it
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if _is_plain(input, self.weight, self.bias):
+                used.add(id(self))
+                return linear(input, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
+    return forward
 
-    def __call__(self, input: Tensor) -> Tensor:
-        """`nn.Linear.forward`."""
-        weight, bias = self.layer.weight, self.layer.bias
-        if _is_plain(input, weight, bias):
-            return linear(input, weight, bias)
-        return F.linear(input, weight, bias)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.layer, "forward")
+def _put_on(layer: nn.Linear, forward: Callable[[nn.Linear, Tensor], Tensor]) -> Callable[[], None]:
+    """Gives one layer a method in the place of its `forward`, which no copy of it has: a method in
+    a copied `__dict__` would still be the first layer's. Returns what takes it off again."""
+
+    def stock(state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in state.items() if name not in _PUT}
+
+    def replicate() -> nn.Linear:
+        replica = nn.Linear._replicate_for_data_parallel(layer)
+        replica.__dict__ = stock(vars(replica))
+        return replica
+
+    method = types.MethodType(forward, layer)
+    values = (method, lambda: stock(vars(layer)), replicate)
+    return put_attributes(layer, **dict(zip(_PUT, values, strict=True)))
+
+
+_PUT = ("forward", "__getstate__", "_replicate_for_data_parallel")
 
 
 def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        _is_fp32(input)
+        not _is_torchs()
+        and _is_fp32(input)
         and _is_fp32(weight)
         and (bias is None or _is_fp32(bias))
         and input.shape[-1:] == weight.shape[1:]  # else torch says what is wrong
         and _is_worth_it(input.numel() // weight.shape[1], *weight.shape)
-        and not _is_torchs()
     )
 
 
@@ -120,7 +137,7 @@ def _layers(model: nn.Module) -> list[nn.Linear]:
         layer
         for layer in model.modules()
         if type(layer) is nn.Linear
-        and getattr(layer.forward, "__func__", None) is nn.Linear.forward
+        and layer.forward == types.MethodType(nn.Linear.forward, layer)
         and _is_fp32(layer.weight)
         and min(layer.weight.shape) >= matrix_product.LEAST
     ]
@@ -144,10 +161,11 @@ def reason_against(model: nn.Module, engine: str | None) -> str | None:
 NOT_AHEAD = "torch's products use all of this processor, or fastft's kernels are not there"
 
 
-def use_own_products(model: nn.Module, stack: contextlib.ExitStack) -> int:
+def use_own_products(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
     """Gives the plain linear layers of `model` fastft's products until `stack` is closed; returns
-    how many there are."""
-    layers = _layers(model)
-    for layer in layers:
-        stack.callback(put_attributes(layer, forward=_ProductForward(layer)))
-    return len(layers)
+    the ids of those that have had one, which grow with the first forward passes."""
+    used: set[int] = set()
+    forward = _forward_of(used)
+    for layer in _layers(model):
+        stack.callback(_put_on(layer, forward))
+    return used

@@ -9,9 +9,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fused_trainings import arguments, llama, train
+from support.fused_trainings import arguments, examples, llama, train
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
@@ -31,7 +32,7 @@ needs_kernel = pytest.mark.skipif(
 @pytest.fixture
 def faster(monkeypatch):
     """As on a processor that MKL does not use, for the smallest products too."""
-    monkeypatch.setattr(matrix_product, "is_ahead", lambda: True)
+    monkeypatch.setattr(matrix_product, "is_ahead", lambda *_: True)
     monkeypatch.setattr(matrix_product, "LEAST", 4)
     monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
 
@@ -106,9 +107,9 @@ def test_batches_of_gradients_and_forward_mode_are_torchs(faster, products):
 
     expected_tangent = tangent()
     with contextlib.ExitStack() as stack:
-        assert use_own_products(nn.Sequential(layer), stack) == 1
+        used = use_own_products(nn.Sequential(layer), stack)
         y = layer(x)
-        assert products
+        assert products and used == {id(layer)}
         (rows,) = torch.autograd.grad(
             y, x, torch.eye(y.numel()).view(-1, *y.shape), is_grads_batched=True
         )
@@ -158,11 +159,11 @@ def test_only_dense_inputs_are_its(faster, products):
     with torch.no_grad():
         expected = [layer(x) for x in of_inputs]
         with contextlib.ExitStack() as stack:
-            assert use_own_products(nn.Sequential(layer), stack) == 1
+            used = use_own_products(nn.Sequential(layer), stack)
             found = [layer(x) for x in of_inputs]
         layer.weight = None
-        assert use_own_products(nn.Sequential(layer), stack) == 0
-    assert not products
+        use_own_products(nn.Sequential(layer), stack)
+    assert not products and not used and "forward" not in vars(layer)
     assert [y.layout for y in found] == [y.layout for y in expected]
 
 
@@ -172,13 +173,13 @@ def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products, monke
     x = torch.randn(16, 8)
     expected = model(x)
     with contextlib.ExitStack() as stack:
-        assert use_own_products(model, stack) == 2
+        used = use_own_products(model, stack)
         torch.testing.assert_close(model(x), expected)
-        assert len(products) == 2
+        assert len(products) == 2 and used == {id(model[0]), id(model[2])}
         for context in (
             torch.autocast("cpu", torch.bfloat16),
             FlopCounterMode(display=False),
-            torch.device("cpu"),  # a mode of functions
+            BaseTorchFunctionMode(),
         ):
             with context:
                 model(x)
@@ -188,15 +189,53 @@ def test_only_plain_fp32_products_of_enough_rows_are_its(faster, products, monke
         monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
         torch.func.jacfwd(model)(x)
         torch.func.vmap(torch.func.grad(lambda rows: model(rows).sum()))(x.expand(3, 16, 8))
-        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            copied(x)
-            assert len(linear_products._layers(copied)) == 2  # of a training of its own
         assert len(products) == 2 and not linear_products._layers(model)
         with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size"):
             model(torch.randn(16, 9))
         model.to(torch.bfloat16)(x.bfloat16())
         assert len(products) == 2
     assert all("forward" not in vars(layer) for layer in model)
+
+
+def _replica(layer):
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.weight, layer.bias
+    return replica
+
+
+def _pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def _of_its_method(layer):
+    return pickle.loads(pickle.dumps(layer.forward)).__self__
+
+
+@needs_kernel
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, _pickled, _of_its_method, _replica])
+def test_a_copy_of_a_layer_is_a_stock_one_with_weights_of_its_own(copied, faster, products):
+    layer, x = nn.Linear(8, 8), torch.randn(16, 8)
+    with contextlib.ExitStack() as stack:
+        use_own_products(nn.Sequential(layer), stack)
+        made = copied(layer)
+        torch.testing.assert_close(made(x), layer(x))
+        made.weight = nn.Parameter(torch.zeros(8, 8))
+        torch.testing.assert_close(made(x), made.bias.expand(16, 8))
+        assert len(products) == 1 and type(made) is nn.Linear
+        # of a training of its own
+        assert linear_products._layers(nn.Sequential(layer, made)) == [made]
+    assert vars(layer).keys() == vars(nn.Linear(8, 8)).keys()
+
+
+@needs_kernel
+def test_a_script_of_a_model_is_torchs(faster, products):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(16, 8)
+    with contextlib.ExitStack() as stack:
+        use_own_products(model, stack)
+        scripted = torch.jit.script(model)
+        torch.testing.assert_close(scripted(x), model(x))
+        assert len(products) == 1
+    torch.testing.assert_close(scripted(x), model(x))
 
 
 @needs_kernel
@@ -221,6 +260,36 @@ def test_a_training_has_stocks_losses_and_leaves_nothing(adapter, own, faster, p
     assert all("forward" not in vars(module) for module in trained.modules())
 
 
+@needs_kernel
+@pytest.mark.parametrize("case", ["device", "mode", "rows"])
+@pytest.mark.parametrize("own", [None, True])
+def test_it_counts_and_says_the_layers_that_had_products(
+    own, case, faster, products, monkeypatch, tmp_path
+):
+    said = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(fused_loss_module.logger, level, said.append)
+    if case == "rows":
+        monkeypatch.setattr(linear_products, "LEAST_WORK", 1 << 60)
+    model, callback = llama(), FusedLossCallback(linear=own)
+    mode = {"device": torch.device("cpu"), "mode": BaseTorchFunctionMode()}
+    with mode.get(case, contextlib.nullcontext()):
+        train(tmp_path, model, [callback])
+    count = 7 if case == "device" else 0
+    assert callback.linear_layers == count and bool(products) == bool(count)
+    told = [line for line in said if "linear layers multiply by fastft's kernel" in line]
+    assert told == ([f"fastft: {count} linear layers multiply by fastft's kernel"] if count else [])
+    assert any("linear=True did nothing" in line for line in said) == (own is True and not count)
+
+
+@needs_kernel
+def test_the_line_of_plug_names_it(faster, tmp_path):
+    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=examples())
+    plugged = fastft.plug(trainer)
+    trainer.train()
+    assert plugged.lines["loss"] == "fused at lm_head; 7 linear layers by fastft's products"
+
+
 @pytest.mark.parametrize("linear", [None, True])
 @pytest.mark.parametrize(
     "change, reason",
@@ -231,7 +300,7 @@ def test_a_training_has_stocks_losses_and_leaves_nothing(adapter, own, faster, p
 )
 def test_who_asks_for_nothing_is_told_so(change, reason, linear, monkeypatch, products, tmp_path):
     said = []
-    monkeypatch.setattr(matrix_product, "is_ahead", lambda: bool(change))
+    monkeypatch.setattr(matrix_product, "is_ahead", lambda *_: bool(change))
     monkeypatch.setattr(fused_loss_module.logger, "warning", said.append)
     callback = FusedLossCallback(linear=linear)
     train(tmp_path, llama(), [callback], **change)

@@ -142,10 +142,30 @@ def test_a_head_whose_products_they_are_is_as_exact_as_with_torchs(dtype, monkey
     exact = gradients(lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target), torch.float64)
     errors = []
     for ahead in (False, True):
-        monkeypatch.setattr(matrix_product, "is_ahead", lambda ahead=ahead: ahead)
+        monkeypatch.setattr(matrix_product, "is_ahead", lambda _, ahead=ahead: ahead)
         found = gradients(
             lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, chunk_rows=65), dtype
         )
         errors.append([error(mine, best) for mine, best in zip(found, exact, strict=True)])
         assert len(calls) == (6 if ahead else 0)
     assert all(mine <= 1.1 * torchs for torchs, mine in zip(*errors, strict=True)), errors
+
+
+@pytest.mark.parametrize(
+    "isa, of_fp32, of_bf16",
+    [
+        ("avx512bf16", True, True),
+        ("avx512", True, True),
+        ("avx2", False, True),
+        ("baseline", False, False),
+        (None, False, False),
+    ],
+)
+def test_it_is_ahead_where_mkl_leaves_instructions_unused(isa, of_fp32, of_bf16, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(_native, "is_intel", lambda: False)
+    monkeypatch.setattr(_native, "cpu_isa", lambda: isa)
+    assert matrix_product.is_ahead() == of_fp32
+    assert matrix_product.is_ahead(widens=True) == of_bf16
+    monkeypatch.setattr(_native, "is_intel", lambda: True)
+    assert not matrix_product.is_ahead() and not matrix_product.is_ahead(widens=True)

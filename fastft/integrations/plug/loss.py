@@ -99,7 +99,7 @@ class LossPiece:
         if report.fused:
             also = ", ".join(report.materialised)
             asked = f"; real logits were asked for by {also}" if also else ""
-            return f"fused at {heads}{_softcap(model)}{asked}"
+            return f"fused at {heads}{_softcap(model)}{_linear(callback)}{asked}"
         if report.materialised:
             return f"left alone: real logits were asked for by {', '.join(report.materialised)}"
         if trained:
@@ -130,6 +130,11 @@ def _without_callback(trainer: Trainer, callback: Any) -> None:
 def _names(model: nn.Module, heads: list[nn.Linear]) -> list[str]:
     names = {id(module): name for name, module in models.base_model(model).named_modules()}
     return [names.get(id(head), "the output head") for head in heads]
+
+
+def _linear(callback: FusedLossCallback) -> str:
+    count = callback.linear_layers
+    return f"; {count} linear layers by fastft's products" if count else ""
 
 
 def _softcap(model: nn.Module) -> str:
