@@ -141,7 +141,8 @@ class PackPlan:
 
     def all_bounds(self, packs: Sequence[int]) -> list[tuple[int, int]]:
         """Finds the bounds of several packs; see `bounds`."""
-        offsets, count, found = self.offsets.numpy(), len(self), []
+        offsets, count = self.offsets.numpy(), len(self)
+        found: list[tuple[int, int]] = []
         for pack in packs:
             position = pack + count if pack < 0 else pack
             if not 0 <= position < count:
