@@ -16,6 +16,9 @@ crosses the bus.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,6 +58,11 @@ BOUNDARIES = ops.Operator(
 )
 
 
+@functools.cache  # of the same answer: finding it takes as long as some thousand tokens
+def _implementation(impl: str, device: torch.device) -> Callable[..., None]:
+    return BOUNDARIES.implementation(impl, device)
+
+
 def packed_boundaries(
     lengths: Tensor,
     ignored: Tensor,
@@ -77,9 +85,10 @@ def packed_boundaries(
         position_ids, int64, and seq_idx, int32, in the shape of `source`; cu_seqlens, int32
         (S + 1,).
     """
-    position_ids = torch.empty_like(source)
-    seq_idx = torch.empty_like(source, dtype=torch.int32)
-    cu_seqlens = torch.empty(lengths.numel() + 1, dtype=torch.int32, device=source.device)
-    fill = BOUNDARIES.implementation(impl, source.device)
+    shape, device = source.shape, source.device
+    position_ids = torch.empty(shape, dtype=torch.int64, device=device)
+    seq_idx = torch.empty(shape, dtype=torch.int32, device=device)
+    cu_seqlens = torch.empty(lengths.numel() + 1, dtype=torch.int32, device=device)
+    fill = _implementation(impl, device)
     fill(lengths, ignored, source, position_ids_start, labels, position_ids, seq_idx, cu_seqlens)
     return position_ids, seq_idx, cu_seqlens

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -230,10 +230,10 @@ class PackingCollator:
         task.finish(batch, layout)
         return self._packed(task, batch, layout)
 
-    def _rows(self, counts: list[int], lengths: list[int], task: Task) -> list[list[int]]:
+    def _rows(self, counts: list[int], lengths: list[int], task: Task) -> Sequence[Sequence[int]]:
         """Shares the examples out over rows; `counts` are those which must stay in one."""
         if self.rows == 1:
-            return [list(range(len(lengths)))]
+            return [range(len(lengths))]
         starts = itertools.accumulate(counts, initial=0)
         members = [range(begin, end) for begin, end in itertools.pairwise(starts)]
         tokens = [*map(sum, itertools.zip_longest(lengths, task.beside, fillvalue=0))]

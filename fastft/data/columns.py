@@ -6,6 +6,7 @@ for the whole column and none for a token; only what is wrong is looked at one b
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import struct
 from array import array
@@ -15,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.data import listed
+
 MAX_TOKENS = 2**31 - 1  # what int32 boundaries can count
 INTEGERS = ("input_ids", "labels", "decoder_input_ids")  # columns in which nothing else makes sense
 Columns = dict[str, list[Any]]  # the values by key, one of each example
+_NDIM = operator.attrgetter("ndim")
 
 
 def _are_vectors(values: list[Any]) -> bool:
     """Recognises the usual columns without a loop: lists alone, or vectors alone."""
     try:
-        return {*map(type, values)} == {list} or {*map(operator.attrgetter("ndim"), values)} == {1}
+        return {*map(type, values)} == {list} or {*map(_NDIM, values)} == {1}
     except AttributeError:
         return False
 
@@ -145,10 +149,10 @@ def flatten(key: str, values: Sequence[Any]) -> Tensor:
     kinds = {*map(type, values)}
     if kinds <= {list, tuple}:
         return _flat_lists(key, values if kinds == {list} else [*map(list, values)])
+    if {kind.__module__ for kind in kinds} == {"numpy"}:
+        return _flat_arrays(key, values)
     if all(issubclass(kind, Tensor) for kind in kinds):
         return _flat_tensors(key, values)
-    if all(kind.__module__ == "numpy" for kind in kinds):
-        return _flat_arrays(key, values)
     return torch.cat(
         [flatten(key, [value if hasattr(value, "dtype") else list(value)]) for value in values]
     )
@@ -173,7 +177,9 @@ def integers_of(numbers: Sequence[int]) -> Tensor:
 
 
 def _flat_integers(values: Sequence[list[Any]]) -> Tensor | None:
-    """Joins lists of integers by the fastest way that Python has; None where something is none."""
+    """Joins lists of integers by the fastest way there is; None where something is none."""
+    if listed.can_read():
+        return listed.integers_of_lists([*values])
     memory, end = bytearray(8 * sum(map(len, values))), 0
     try:
         for value in values:
@@ -224,6 +230,12 @@ def _flat_arrays(key: str, values: Sequence[Any]) -> Tensor:
     import numpy
 
     # numpy, because its concatenation takes arrays that are read-only, as those from Arrow are
+    if values[0].dtype == numpy.int64:
+        with contextlib.suppress(TypeError):  # of dtypes that numpy cannot join: named below
+            joined = numpy.concatenate(values)
+            # with any other kind of numbers, uint64 too, it has another dtype
+            if joined.dtype == numpy.int64:
+                return torch.from_numpy(joined)
     dtypes = {value.dtype for value in values}
     kinds = {dtype.kind for dtype in dtypes}
     if kinds <= {*"iub"}:

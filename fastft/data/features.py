@@ -41,6 +41,23 @@ def _units_of(features: list[Any]) -> list[list[dict[str, Any]]]:
     return units
 
 
+def _columns_of_alike(features: list[Any]) -> Columns | None:
+    """Turns dicts that have the same keys into columns, without a look at the keys of each; None
+    for other features."""
+    # in a subclass of dict, looking a key up may invent it
+    if {*map(type, features)} != {dict}:
+        return None
+    keys = features[0].keys()
+    if {*map(len, features)} != {len(keys)}:
+        return None
+    try:
+        columns = {key: [feature[key] for feature in features] for key in keys}
+    except KeyError:
+        return None
+    ids = columns.get("input_ids")
+    return None if ids is None or Values in {*map(type, ids)} else columns
+
+
 def columns_of(features: list[Any], required: Iterable[str] = ()) -> tuple[Columns, list[int]]:
     """Turns features into columns: of the keys that may hold numbers for tokens.
 
@@ -56,10 +73,9 @@ def columns_of(features: list[Any], required: Iterable[str] = ()) -> tuple[Colum
         TypeError: a feature is neither a dict nor a pack nor an Arrow table.
         ValueError: there are no examples, input_ids are missing, or the examples' keys differ.
     """
-    if {*map(type, features)} == {dict} and Values not in {
-        type(feature.get("input_ids")) for feature in features
-    }:
-        columns, counts = transposed(features), [1] * len(features)
+    alike = _columns_of_alike(features)
+    if alike is not None:
+        columns, counts = alike, [1] * len(features)
     elif (
         features
         and all(map(is_pack, features))

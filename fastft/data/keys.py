@@ -62,8 +62,8 @@ def is_of_images(key: str) -> bool:
 
 def refuse_reserved(columns: Collection[str], also: Collection[str] = ()) -> None:
     """Raises ValueError where a column has a name of `RESERVED` or `also`."""
-    for key in (*also, *RESERVED):
-        if key in columns:
-            raise ValueError(
-                f"the examples have a column {key!r}, which the collator makes itself: rename it"
-            )
+    taken = next(filter(columns.__contains__, (*also, *RESERVED)), None)
+    if taken is not None:
+        raise ValueError(
+            f"the examples have a column {taken!r}, which the collator makes itself: rename it"
+        )

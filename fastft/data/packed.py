@@ -162,7 +162,7 @@ class PackedDataset(Dataset[Pack]):
                 "was packed, and the packs are of those: call pack again when a dataset has changed"
             )
         plan = self.plan
-        bounds = [plan.bounds(index) for index in indices]
+        bounds = plan.all_bounds(indices)
         # numpy, as a few numbers of torch's cost several times more
         examples, starts, lengths = (
             [*itertools.chain(*[numbers[begin:end].tolist() for begin, end in bounds])]

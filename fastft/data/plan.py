@@ -15,7 +15,7 @@ import itertools
 from array import array
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -137,11 +137,18 @@ class PackPlan:
         Raises:
             IndexError: there is no such pack.
         """
-        position = pack + len(self) if pack < 0 else pack
-        if not 0 <= position < len(self):
-            raise IndexError(f"pack {pack} of a plan with {len(self)} packs")
-        begin, end = self.offsets.numpy()[position : position + 2].tolist()
-        return begin, end
+        return self.all_bounds([pack])[0]
+
+    def all_bounds(self, packs: Sequence[int]) -> list[tuple[int, int]]:
+        """Finds the bounds of several packs; see `bounds`."""
+        offsets, count = self.offsets.numpy(), len(self)
+        found: list[tuple[int, int]] = []
+        for pack in packs:
+            position = pack + count if pack < 0 else pack
+            if not 0 <= position < count:
+                raise IndexError(f"pack {pack} of a plan with {count} packs")
+            found.append((int(offsets[position]), int(offsets[position + 1])))
+        return found
 
     def reordered(self, order: Tensor) -> PackPlan:
         """Puts the packs in another order: pack p of the result is pack `order[p]` of this plan."""

@@ -7,7 +7,6 @@ row is then longer than 4/3 of the best possible (Graham 1969).
 
 from __future__ import annotations
 
-import functools
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ def balanced_rows(sizes: Sequence[int], rows: int) -> list[list[int]]:
     return sorted(map(sorted, members))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Layout:
     """The places of examples: each row has a segment for each, and one of padding if it needs it.
 
@@ -51,10 +50,11 @@ class Layout:
     order: list[int | None]
     padding: list[int]
 
-    @functools.cached_property
+    @property
     def is_plain(self) -> bool:
         """True where the examples lie as they came, without padding."""
-        return self.order == list(range(len(self.order)))
+        every = range(len(self.order))
+        return [*self.members] == [every] or self.order == [*every]
 
     def tensors(self, columns: Columns, fills: Mapping[str, int]) -> dict[str, Tensor]:
         """Lays columns out, (R, T) each; padding holds `fills`, or 0 where they have no number."""
@@ -82,9 +82,16 @@ class Layout:
         return _laid_out(lengths, self.members, _width(lengths, self.members, multiple), padded)
 
 
+def _of_row(lengths: Sequence[int], row: Sequence[int]) -> Sequence[int]:
+    # one row of all examples, as a rule
+    if row == range(len(lengths)):
+        return lengths
+    return [lengths[example] for example in row]
+
+
 def _width(lengths: Sequence[int], rows: Sequence[Sequence[int]], multiple: int) -> int:
     """Counts the tokens of the longest row, rounded up to a multiple."""
-    longest = max(sum([lengths[example] for example in row]) for row in rows)
+    longest = max([sum(_of_row(lengths, row)) for row in rows])
     return longest + -longest % multiple
 
 
@@ -125,7 +132,7 @@ def _laid_out(
     segment_lengths: list[int] = []
     order: list[int | None] = []
     for row, ends_with_padding in zip(rows, padded, strict=True):
-        of_row = [lengths[example] for example in row]
+        of_row = _of_row(lengths, row)
         rest = width - sum(of_row)
         padding.append(rest)
         segment_lengths += of_row

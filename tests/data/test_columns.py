@@ -9,10 +9,66 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.packed_examples import FORMS, assert_same, make
 
+from fastft.data import listed
 from fastft.data.collator import PackingCollator
 from fastft.data.columns import flatten, padding_like
 from fastft.data.features import arrow_examples, columns_of
 from fastft.data.pack import Pack
+
+
+class _Number:
+    """An integer by its __index__, which does as it is told before it answers."""
+
+    def __init__(self, number, before=lambda: None):
+        self.number, self.before = number, before
+
+    def __index__(self):
+        self.before()
+        return self.number
+
+
+@pytest.fixture(params=["native", "python"])
+def reader(request, monkeypatch):
+    """Lists are read by the native library, and as they are without it."""
+    if request.param == "python":
+        monkeypatch.setattr(listed, "_reader", lambda: None)
+    elif not listed.can_read():
+        pytest.skip("the native library does not read lists here")
+
+
+@pytest.mark.usefixtures("reader")
+def test_what_is_an_integer_in_a_list():
+    kinds = [[-1, True, 2**63 - 1, -(2**63)], [], [np.int32(7), _Number(8), torch.tensor(9)]]
+    found = flatten("labels", kinds)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [-1, 1, 2**63 - 1, -(2**63), 7, 8, 9]
+    assert flatten("weights", [[1, -1], [0.5]]).tolist() == [1.0, -1.0, 0.5]
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("beyond", [2**63, -(2**63) - 1, 2**200])
+def test_what_is_no_integer_of_int64_in_a_list(beyond):
+    with pytest.raises(ValueError, match="labels holds an integer that does not fit into int64"):
+        flatten("labels", [[1], [2, beyond]])
+    for wrong in ("a", None, [1], 1j):
+        with pytest.raises(ValueError, match="labels must hold one number per token"):
+            flatten("labels", [[1], [2, wrong]])
+
+
+@pytest.mark.usefixtures("reader")
+def test_an_error_of_a_numbers_own_is_passed_on():
+    def fail():
+        raise LookupError("no number yet")
+
+    with pytest.raises(LookupError, match="no number yet"):
+        flatten("labels", [[1], [2, _Number(3, fail), 4]])
+
+
+@pytest.mark.skipif(not listed.can_read(), reason="the native library does not read lists here")
+def test_a_list_that_shrinks_while_it_is_read_is_refused():
+    shrinking = [1, 2, 3, 4]
+    shrinking[1] = _Number(2, lambda: shrinking.__delitem__(slice(2, None)))
+    assert listed.integers_of_lists([shrinking]) is None
 
 
 @pytest.mark.parametrize("form", FORMS)
