@@ -98,6 +98,11 @@ struct Kept<kFp32> {
   using Element = float;
 };
 
+template <class Number>
+struct Begun {
+  Number exp_avg, root;
+};
+
 template <AdamwRounding rounding, class Moment, bool amsgrad,
           class Element = typename Kept<rounding>::Element>
 void update(Element* __restrict param, const Element* __restrict grad, void* __restrict residue,
@@ -105,26 +110,47 @@ void update(Element* __restrict param, const Element* __restrict grad, void* __r
             Moment* __restrict max_exp_avg_sq, int64_t n, float factor, const AdamwHyper& hyper,
             const Bits& bits) {
   const AdamwHyper h = hyper;
-  const auto at = [&](int64_t i, auto g) __attribute__((always_inline)) {
-    using Number = decltype(g);
-    Number m, v, largest;
+  const auto begin = [&](int64_t i, auto g) __attribute__((always_inline)) {
+    Begun<decltype(g)> begun;
+    decltype(g) v, largest;
     load(grad + i, &g);
-    load(exp_avg + i, &m);
+    load(exp_avg + i, &begun.exp_avg);
     load(exp_avg_sq + i, &v);
     if constexpr (amsgrad) load(max_exp_avg_sq + i, &largest);
-    const Number value = adamw_element(load_param<rounding, Number>(param, residue, i), g, factor,
-                                       &m, &v, amsgrad ? &largest : nullptr, h);
-    store_param<rounding>(value, bits.param, param, residue, i);
-    store_moment(m, bits.exp_avg, exp_avg, i);
+    begun.root = adamw_root(g, factor, &begun.exp_avg, &v, amsgrad ? &largest : nullptr, h);
+    store_moment(begun.exp_avg, bits.exp_avg, exp_avg, i);
     store_moment(v, bits.exp_avg_sq, exp_avg_sq, i);
     if constexpr (amsgrad) store_moment(largest, bits.max_exp_avg_sq, max_exp_avg_sq, i);
+    return begun;
+  };
+  const auto end = [&](int64_t i, auto change) __attribute__((always_inline)) {
+    const auto old = load_param<rounding, decltype(change)>(param, residue, i);
+    store_param<rounding>(adamw_changed(old, change, h), bits.param, param, residue, i);
+  };
+  const auto change_of = [&](auto begun) __attribute__((always_inline)) {
+    return adamw_change(begun.exp_avg, begun.root, h);
   };
   int64_t i = 0;
 #if defined(FASTFT_LANES)
-  constexpr bool floats = sizeof(Element) == 4 || sizeof(Moment) == 4;
-  for (; i + FASTFT_LANES <= n; i += FASTFT_LANES) at(i, Lanes<floats>());
+  // Roots and quotients come late, and a processor looks only some sixty operations ahead for one
+  // that it can do: so each is used one turn after it has been begun.
+  constexpr int64_t kLanes = FASTFT_LANES;
+  using Number = Lanes<sizeof(Element) == 4 || sizeof(Moment) == 4>;
+  if (n >= 2 * kLanes) {
+    auto change = change_of(begin(0, Number()));
+    auto begun = begin(kLanes, Number());
+    for (; i + 3 * kLanes <= n; i += kLanes) {
+      const auto next = begin(i + 2 * kLanes, Number());
+      const auto next_change = change_of(begun);
+      end(i, change);
+      begun = next, change = next_change;
+    }
+    end(i, change), end(i + kLanes, change_of(begun));
+    i += 2 * kLanes;
+  }
+  for (; i + kLanes <= n; i += kLanes) end(i, change_of(begin(i, Number())));
 #endif
-  for (; i < n; i++) at(i, float());
+  for (; i < n; i++) end(i, change_of(begin(i, float())));
 }
 
 // The bits for `n` elements of whatever is rounded stochastically.

@@ -17,7 +17,7 @@ struct KeptV {
 
 FASTFT_HD KeptV kept_v(float sq_scale) {
   KeptV kept{sq_table(sq_scale), {}};
-  const WideInt v = as_bits(kept.v.places[0]), octave = kept.v.octaves & wide(1u << 23);
+  const WideInt v = as_bits(kept.v.places), octave = kept.v.octaves & wide(1u << 23);
   kept.root[0] = as_bits(_mm512_sqrt_ps(as_floats(v)));
   kept.root[1] = as_bits(_mm512_sqrt_ps(as_floats(wide_add(v, octave))));
   return kept;

@@ -114,38 +114,43 @@ FASTFT_HD Wide exp_avg_decode(const int8_t* codes, Wide scale) {
 FASTFT_HD WideInt sq_parts(WideInt codes) {
   return FASTFT_OF_WIDE(mullo_epi32)(codes, wide(699051u));
 }
+constexpr float kSqUnit = 1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS);
 FASTFT_HD WideInt sq_place(WideInt parts) { return FASTFT_OF_WIDE(srli_epi32)(parts, 19); }
 
+#if defined(__AVX512F__)
 // What the codes of a block's v stand for, whose scale is plain.
 struct SqTable {
-  Wide places[16 / kWide];  // of octave 0, by those four bits
-  WideInt octaves;          // the bits that an octave adds: none to 0
+  Wide places;      // of octave 0, by those four bits
+  WideInt octaves;  // the bits that an octave adds: none to 0
 };
 
 FASTFT_HD SqTable sq_table(float scale) {
-  constexpr auto of = [](int place) {
-    return float(kSqOctave + place) * (1.0f / (kSqOctave * FASTFT_EXP_AVG_SQ_UNITS));
-  };
+  constexpr auto of = [](int place) { return float(kSqOctave + place) * kSqUnit; };
   alignas(64) static constexpr float unit[16] = {of(0), of(1), of(2), 0, of(3), of(4),  of(5),  0,
                                                  of(6), of(7), of(8), 0, of(9), of(10), of(11), 0};
-  SqTable table;
-  table.octaves = wide(scale == 0.0f ? 0u : 0xff800000u);
-  for (int k = 0; k < 16 / kWide; k++)
-    table.places[k] = wide_mul(FASTFT_OF_WIDE(loadu_ps)(unit + k * kWide), wide(scale));
-  return table;
+  return {wide_mul(_mm512_loadu_ps(unit), wide(scale)), wide(scale == 0.0f ? 0u : 0xff800000u)};
 }
 
 FASTFT_HD Wide v_of(WideInt parts, const SqTable& table) {
-#if defined(__AVX512F__)
-  const Wide found = _mm512_permutexvar_ps(sq_place(parts), table.places[0]);
-#else
-  const WideInt place = sq_place(parts), upper_half = _mm256_slli_epi32(parts, 9);
-  const Wide found =
-      _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.places[0], place),
-                       _mm256_permutevar8x32_ps(table.places[1], place), as_floats(upper_half));
-#endif
+  const Wide found = _mm512_permutexvar_ps(sq_place(parts), table.places);
   return as_floats(wide_add(as_bits(found), parts & table.octaves));
 }
+#else
+struct SqTable {
+  Wide scale;
+};
+
+FASTFT_HD SqTable sq_table(float scale) { return {wide(scale)}; }
+
+// A table of 12 does not fit in a register. As a float's bits, 12 * octave + place in such units is
+// 2^octave * (1 + place / 12) and at most 85 last places more: 12 times it is an integer again once
+// its lower bits are cut off.
+FASTFT_HD Wide v_of(WideInt parts, const SqTable& table) {
+  const Wide twelfth = as_floats(wide_add(parts, wide(float_bits(1.0f))));
+  const WideInt units = as_bits(wide_mul(twelfth, wide(float(kSqOctave)))) & wide(0xfff80000u);
+  return wide_mul(wide_mul(as_floats(units), wide(kSqUnit)), table.scale);
+}
+#endif
 
 // The random numbers / 2^16.
 FASTFT_HD Wide random_share(WideInt random) {
@@ -186,11 +191,9 @@ FASTFT_HD void decode_together(const int8_t* codes, const uint8_t* sq_codes, Wid
 
 static bool decode_block(const int8_t* codes, const uint8_t* sq_codes, float scale, float sq_scale,
                          int n, float* m, float* v) {
-  const int whole = n - n % kCodesTogether;
+  const int left = n % kCodesTogether, whole = n - left;
   int8_t last[kCodesTogether] = {};
-  uint8_t sq_last[kCodesTogether] = {};
-  memcpy(last, codes + whole, size_t(n - whole)),
-      memcpy(sq_last, sq_codes + whole, size_t(n - whole));
+  if (left) memcpy(last, codes + whole, size_t(left));
   bool spoilt = has_nan_code(last);
   for (int i = 0; i < whole; i += kCodesTogether) spoilt |= has_nan_code(codes + i);
   if (spoilt || !plain_scale(float_bits(sq_scale))) return false;
@@ -198,11 +201,12 @@ static bool decode_block(const int8_t* codes, const uint8_t* sq_codes, float sca
   const SqTable table = sq_table(sq_scale);
   for (int i = 0; i < whole; i += kCodesTogether)
     decode_together(codes + i, sq_codes + i, scales, table, m + i, v + i);
-  if (whole == n) return true;
+  if (!left) return true;
+  uint8_t sq_last[kCodesTogether] = {};
   float last_m[kCodesTogether], last_v[kCodesTogether];
+  memcpy(sq_last, sq_codes + whole, size_t(left));
   decode_together(last, sq_last, scales, table, last_m, last_v);
-  memcpy(m + whole, last_m, size_t(n - whole) * 4),
-      memcpy(v + whole, last_v, size_t(n - whole) * 4);
+  memcpy(m + whole, last_m, size_t(left) * 4), memcpy(v + whole, last_v, size_t(left) * 4);
   return true;
 }
 

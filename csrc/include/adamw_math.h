@@ -79,13 +79,12 @@ FASTFT_HD Number ft_div_by(Number value, float divisor) {
 #endif
 }
 
-// Updates the moments in place and returns the new parameter. `factor` is grad_sign times what
+// Updates the moments in place and returns the second one's root. `factor` is grad_sign times what
 // clipping and loss scaling ask for; `max_exp_avg_sq` is nullptr without amsgrad. A Number is a
 // float, or what csrc/cpu/lanes.h makes one.
 template <class Number>
-FASTFT_HD Number adamw_element(Number param, Number grad, float factor, Number* exp_avg,
-                               Number* exp_avg_sq, typename Just<Number>::Type* max_exp_avg_sq,
-                               const AdamwHyper& h) {
+FASTFT_HD Number adamw_root(Number grad, float factor, Number* exp_avg, Number* exp_avg_sq,
+                            typename Just<Number>::Type* max_exp_avg_sq, const AdamwHyper& h) {
   grad = ft_mul(grad, Number(factor));
   const bool near = h.lerp_weight < 0.5f;  // torch's lerp starts from the nearer end
   const Number change = ft_sub(grad, *exp_avg);
@@ -95,11 +94,30 @@ FASTFT_HD Number adamw_element(Number param, Number grad, float factor, Number* 
       ft_fma(ft_mul(Number(h.one_minus_beta2), grad), grad, ft_mul(*exp_avg_sq, Number(h.beta2)));
   const Number largest = max_exp_avg_sq ? ft_larger(*max_exp_avg_sq, v) : v;
   if (max_exp_avg_sq) *max_exp_avg_sq = largest;
-  const Number denominator = ft_add(ft_div_by(ft_sqrt(largest), h.correction2_sqrt), Number(h.eps));
   *exp_avg = m;
   *exp_avg_sq = v;
-  return ft_add(ft_mul(param, Number(h.decay)),
-                ft_div(ft_mul(Number(h.negative_step), m), denominator));
+  return ft_sqrt(largest);
+}
+
+// What is added to the decayed parameter.
+template <class Number>
+FASTFT_HD Number adamw_change(Number exp_avg, Number root, const AdamwHyper& h) {
+  const Number denominator = ft_add(ft_div_by(root, h.correction2_sqrt), Number(h.eps));
+  return ft_div(ft_mul(Number(h.negative_step), exp_avg), denominator);
+}
+
+template <class Number>
+FASTFT_HD Number adamw_changed(Number param, Number change, const AdamwHyper& h) {
+  return ft_add(ft_mul(param, Number(h.decay)), change);
+}
+
+// All of it: returns the new parameter.
+template <class Number>
+FASTFT_HD Number adamw_element(Number param, Number grad, float factor, Number* exp_avg,
+                               Number* exp_avg_sq, typename Just<Number>::Type* max_exp_avg_sq,
+                               const AdamwHyper& h) {
+  const Number root = adamw_root(grad, factor, exp_avg, exp_avg_sq, max_exp_avg_sq, h);
+  return adamw_changed(param, adamw_change(*exp_avg, root, h), h);
 }
 
 // A bf16 parameter and the int16 remainder together are the fp32 master, whose bits are (param <<

@@ -71,6 +71,17 @@ def test_pieces_of_a_tensor_get_the_bits_of_the_whole(impl, rounding, moments):
     torch.testing.assert_close(param, expected.detach(), rtol=1e-2, atol=1e-2)
 
 
+@needs_native
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_no_element_is_left_out_at_any_size(rounding, moments):
+    shapes = [(size,) for size in range(1, 70)]
+    grads = [[grad.to(BF16) for grad in row] for row in gradients(shapes, 2)]
+    options = {"rounding": rounding, "moments": moments, "seed": 3}
+    native, eager = (AdamW(start(shapes, BF16), impl=impl, **options) for impl in ("cpp", "eager"))
+    equal(train(native, grads), train(eager, grads))
+
+
 def distance(rounding, moments, steps=400):
     """Largest distance from fp32 AdamW, in units of the largest error of rounding to bf16."""
     wide = [Parameter(param.detach().float()) for param in start([(507,)], BF16)]
