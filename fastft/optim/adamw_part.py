@@ -132,7 +132,7 @@ class Part:
             for of in (targets, grads)
         )
         update = ADAMW.implementation(self.impl, self.device, params, grads)
-        # what plain torch writes between two operations it counts; a kernel writes behind its checks
+        # plain torch may end between two operations, and counts what it wrote; a kernel cannot
         written = [*params, *chain(*self.states)] if update is ADAMW.reference else []
         stamps, updated = list(map(write_stamp, written)), False
         try:
