@@ -16,9 +16,6 @@ crosses the bus.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -58,11 +55,6 @@ BOUNDARIES = ops.Operator(
 )
 
 
-@functools.cache  # of the same answer: finding it takes as long as some thousand tokens
-def _implementation(impl: str, device: torch.device) -> Callable[..., None]:
-    return BOUNDARIES.implementation(impl, device)
-
-
 def packed_boundaries(
     lengths: Tensor,
     ignored: Tensor,
@@ -89,6 +81,6 @@ def packed_boundaries(
     position_ids = torch.empty(shape, dtype=torch.int64, device=device)
     seq_idx = torch.empty(shape, dtype=torch.int32, device=device)
     cu_seqlens = torch.empty(lengths.numel() + 1, dtype=torch.int32, device=device)
-    fill = _implementation(impl, device)
+    fill = BOUNDARIES.implementation(impl, device)
     fill(lengths, ignored, source, position_ids_start, labels, position_ids, seq_idx, cu_seqlens)
     return position_ids, seq_idx, cu_seqlens
