@@ -74,15 +74,15 @@ class LiveMemory(TorchDispatchMode):
             self._see(tensor)  # made where no operation shows it, such as out of numpy's memory
         if func is HEAD.native:
             with self:
-                result = HEAD.reference(*self._of_head(args), **kwargs)
+                result = self._run_head(args, kwargs)
         else:
             result = self._run(func, args, kwargs)
         for tensor in tensors_in(result):
             self._see(tensor)
         return result
 
-    def _of_head(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args
+    def _run_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return HEAD.reference(*args, **kwargs)
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)

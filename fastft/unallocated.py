@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from fastft.live_memory import LiveMemory, tensors_in
+from fastft.loss.head_gemms import imagined_products
 from fastft.loss.head_sweep import HeadCall, chunk_rows
 
 _REGION = 1 << 42  # bytes of addresses: more than any one tensor takes
@@ -37,7 +38,8 @@ class Unallocated(LiveMemory):
 
     Args:
         classes: as of `LiveMemory`.
-        device: "cpu" or "cuda": of which a fused loss takes the size of its workspace.
+        device: "cpu" or "cuda": of which a fused loss takes the size of its workspace, and the
+            dtypes of its products.
 
     Raises:
         OSError: the system has no such region of addresses.
@@ -59,6 +61,10 @@ class Unallocated(LiveMemory):
     def _is_unknown(self, tensor: Tensor) -> bool:
         inexact = tensor.is_floating_point() or tensor.is_complex()
         return inexact or tensor.untyped_storage()._cdata in self._unknown
+
+    def _run_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with imagined_products(self.imagined.type):
+            return super()._run_head(self._of_head(args), kwargs)
 
     def _of_head(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments of a head's operator with the chunks of the imagined device."""

@@ -21,6 +21,7 @@ all.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -39,9 +40,28 @@ _SLAB_BYTES = 4 << 20
 _DEVICE_SLAB_BYTES = 256 << 20
 
 
-@functools.cache
+_imagined: str | None = None  # see `imagined_products`
+
+
+@contextlib.contextmanager
+def imagined_products(device_type: str) -> Iterator[None]:
+    """Takes products as they are on another device, of which tensors on the CPU have the shapes
+    alone."""
+    global _imagined
+    before, _imagined = _imagined, device_type
+    try:
+        yield
+    finally:
+        _imagined = before
+
+
 def is_emulated(dtype: torch.dtype, device_type: str) -> bool:
     """Whether matrix products of `dtype` are emulated on this device."""
+    return _is_emulated(dtype, _imagined or device_type)
+
+
+@functools.cache
+def _is_emulated(dtype: torch.dtype, device_type: str) -> bool:
     if (
         device_type != "cpu"
         or dtype not in (torch.bfloat16, torch.float16)

@@ -14,6 +14,7 @@ import fastft
 from fastft.commands import estimate
 from fastft.integrations.estimated_training import Memory, Training, measure
 from fastft.live_memory import ROLES, LiveMemory, Peak
+from fastft.loss import head_gemms
 from fastft.optim.adamw import ROUNDINGS
 from fastft.optim.offload import gradients, pieces, tiers
 from fastft.unallocated import Unallocated, UnknownNumbers
@@ -155,6 +156,18 @@ class TestOffload:
         assert 0 < more <= one.training.parts["weights"]  # those of two micro-steps are in flight
         more = three.training.parts["optimizer"] - one.training.parts["optimizer"]
         assert more == 2 * 16384 * 2
+
+
+def test_a_gpu_is_the_same_whatever_the_processor_emulates(monkeypatch):
+    training, found = Training(llama(vocab_size=32_003), dtype="bf16", tokens=16), []
+    for emulated in (True, False):
+        monkeypatch.setattr(
+            head_gemms,
+            "_is_emulated",
+            lambda dtype, device, is_so=emulated: is_so and device == "cpu",
+        )
+        found.append(measure(training, ALL, Unallocated(device="cuda")).training)
+    assert found[0] == found[1]
 
 
 def test_attention_with_dropout_holds_no_scores_on_a_gpu():
