@@ -491,7 +491,9 @@ def test_preprocessing_changes_logits_in_place(tmp_path):
         logits.div_(0.5)
         return logits
 
-    compare(tmp_path, options={"preprocess_logits_for_metrics": preprocess}, rtol=1e-4)
+    # what Adam makes of other roundings is doubled, too
+    options = {"preprocess_logits_for_metrics": preprocess}
+    compare(tmp_path, options=options, rtol=1e-4, atol=4e-5)
 
 
 def test_prediction_inside_a_callback(tmp_path):
