@@ -63,17 +63,19 @@ def test_ten_steps_in_fp32_are_stock(name, tmp_path):
 
 
 def test_ten_steps_in_bf16_are_no_further_from_fp32_than_stock(tmp_path):
-    truth, _, _ = train(tmp_path, llama().double())
-    stock, _, _ = train(tmp_path, bf16=True)
-    callback = FusedLossCallback()
-    fused, _, _ = train(tmp_path, callbacks=[callback], bf16=True)
-    assert callback.report.fused == 2 * STEPS and not callback.report.materialised, callback.report
-    for what in ("losses", "norms"):
-        curves = [
-            torch.tensor(getattr(curve, what), dtype=torch.float64)
-            for curve in (fused, stock, truth)
-        ]
-        assert_no_worse(curves[0], curves[1], curves[2], what)
+    curves = {"losses": ([], [], []), "norms": ([], [], [])}
+    for seed in range(3):  # of which one alone may be lucky
+        truth, _, _ = train(tmp_path, llama().double(), seed=seed)
+        stock, _, _ = train(tmp_path, bf16=True, seed=seed)
+        callback = FusedLossCallback()
+        fused, _, _ = train(tmp_path, callbacks=[callback], bf16=True, seed=seed)
+        report = callback.report
+        assert report.fused == 2 * STEPS and not report.materialised, report
+        for what, found in curves.items():
+            for curve, of_run in zip(found, (fused, stock, truth), strict=True):
+                curve += getattr(of_run, what)
+    for what, found in curves.items():
+        assert_no_worse(*(torch.tensor(curve, dtype=torch.float64) for curve in found), what)
 
 
 def test_evaluation_saving_and_copies_in_the_middle(tmp_path):
