@@ -3,7 +3,7 @@
 #                an hour on two cores that do nothing else
 # make whole-runs    the demos' trainings with stock, fastft and rivals by turns: ten minutes on two cores; make profile: where
 #                a step's time goes, in three. Results: benchmarks/results/<machine>
-# make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores
+# make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores; JOBS=8 for more
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,
 #                oldest and newest packages; make lint docs
 # make matrix     every test that has a mark of a way of training, slow ones too; keeps what came of them in
@@ -43,11 +43,12 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
 LOCKED ?= requirements/locked.txt
+JOBS ?= 2
 SECONDS ?= 60
 SEED ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --no-compile $(addprefix -c ,$(LOCKED))
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 READY := $(VENV)/.ready
 RIVALS := $(VENV)/.rivals
 PUBLIC := $(VENV)/.public
@@ -95,7 +96,7 @@ test-slow: native $(WAYS)
 	$(PYTEST) -m "not sweep and not ptx and not soak"
 
 test-isa: native
-	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n $(JOBS)
 
 # the tables are written if tests fail, too, and say it
 matrix: native $(WAYS)
@@ -172,7 +173,7 @@ soak: native
 	grep -o 'name="soaked" value="[^"]*"' build/soak.xml | cut -d '"' -f 4; exit $$tested
 
 sanitize: native
-	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitized.py -n 2 $(if $(ONLY),--only $(ONLY))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sanitized.py -n $(JOBS) $(if $(ONLY),--only $(ONLY))
 
 wheel: $(LINTERS)
 	$(BIN)/python -m build --wheel --outdir dist
