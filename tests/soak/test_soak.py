@@ -44,7 +44,11 @@ def test_nothing_grows(room, folder, record_property):
 @pytest.mark.parametrize("room", ROOMS)
 def test_nothing_is_counted_more_often(room, folder):
     watch, _ = soaked(room, folder)
-    watch.check(COUNTS)
+    try:
+        watch.check(COUNTS)
+    except Grown:  # by what other tests of this process have begun, too, but that no second time
+        watch, _ = soaked(room, folder)
+        watch.check(COUNTS)
 
 
 class Leaks:
