@@ -314,7 +314,8 @@ class AdamW(torch.optim.AdamW):
         # torch.optim.AdamW's looks into states that are still hidden
         torch.optim.Optimizer.__setstate__(self, state)
         self._plan = self._clipping = None
-        if "_held" not in vars(self):  # a copy, or out of a pickle
+        is_copy = "_held" not in vars(self)  # or out of a pickle
+        if is_copy:
             self._make_keepers()
             self.watch_gradients()
         for group in self.param_groups:
@@ -325,6 +326,8 @@ class AdamW(torch.optim.AdamW):
             if self.offload is not None or self.release_gradients:
                 group["capturable"] = False  # a checkpoint of another `offload` may say otherwise
         checkpoint.reveal(self)
+        for weight, kept in self.state.items() if is_copy else ():
+            weight_bits.mark_copied(weight, kept)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class Claim:
 class State(dict[str, Any]):
     """A parameter's state. Replacing an entry breaks the claim of the plan that works with them.
 
-    `mark` says which bits of the parameter its low bits belong to. Copies and pickles have neither.
+    `mark` says which bits of the parameter its low bits belong to. Copies and pickles have neither;
+    a copied optimizer makes marks of its own.
     """
 
     mark: Mark | None = None

@@ -118,6 +118,12 @@ def mark_written(weight: Tensor, state: Any) -> None:
     """Notes that weight and low bits have just been written together, which no version shows."""
     if hasattr(state, "mark") and residue_of(state) is not None:
         torch.autograd.graph.increment_version(weight)
+        mark_copied(weight, state)
+
+
+def mark_copied(weight: Tensor, state: Any) -> None:
+    """Notes of a weight and low bits that have just been copied together that they fit."""
+    if hasattr(state, "mark") and residue_of(state) is not None:
         place = local(weight).data_ptr(), order_of(weight)
         state.mark = Mark(weakref.ref(weight), weight._version, *place, sample(weight))
 

@@ -197,7 +197,15 @@ def _row(case: Case, example: int, length: int) -> Row:
 def _is_refused(case: Case) -> bool:
     too_long = [length > case.max_tokens for length in case.lengths]
     nothing_left = case.overlong == "drop" and all(too_long)
-    return 0 in case.lengths or nothing_left or (case.overlong == "error" and any(too_long))
+    masks = [_row(case, 0, length).get("attention_mask", [1]) for length in case.lengths]
+    pieces = [
+        mask[at : at + case.max_tokens]
+        for mask in masks
+        for at in range(len(mask))[:: case.max_tokens]
+    ]
+    only_padding = case.overlong == "split" and not all(map(any, pieces))
+    refused = 0 in case.lengths or nothing_left or only_padding
+    return refused or (case.overlong == "error" and any(too_long))
 
 
 def _packed(case: Case, form: str, rows: list[Row]) -> Any:

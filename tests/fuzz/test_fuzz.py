@@ -61,7 +61,7 @@ def test_a_fixed_seed_tries_the_same() -> None:
 def test_seconds_are_spent_on_other_seeds() -> None:
     seen: list[tuple[int]] = []
     tried = fuzz(_room(seen.append), 0, seconds=0.5)
-    assert tried.seconds >= 0.5 and tried.cases == len(seen) and len(set(seen)) > 150
+    assert tried.seconds >= 0.5 and tried.cases == len(seen) >= len(set(seen)) > 50
 
 
 def test_the_program_of_a_case_shows_it(tmp_path: Path) -> None:

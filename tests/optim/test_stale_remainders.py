@@ -330,7 +330,7 @@ def test_load_fp32_between_two_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_knows_nothing_and_forgets_nothing(how: str) -> None:
+def test_a_copy_forgets_nothing(how: str) -> None:
     model, optimizer = trained()
     optimizer.state_dict()  # leaves marks
     both = (model, optimizer)
@@ -348,6 +348,15 @@ def test_a_copy_made_after_others_wrote_has_their_weights(how: Callable[[Any], A
     exact = [param.detach().float() for param in model.weights]
     assert all(map(torch.equal, masters(again, copied), exact))
     assert all(map(torch.equal, masters(model, optimizer), exact))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_sees_what_others_write_before_its_first_step(how: Callable[[Any], Any]) -> None:
+    again, copied = how(trained())
+    copy_in_place(again)
+    exact = [param.detach().float() for param in again.weights]
+    assert copied.forget_stale_remainders() == len(SHAPES)
+    assert all(map(torch.equal, masters(again, copied), exact))
 
 
 def test_a_weight_whose_low_bits_are_zero_already_is_not_told_of() -> None:
