@@ -197,12 +197,10 @@ def _row(case: Case, example: int, length: int) -> Row:
 def _is_refused(case: Case) -> bool:
     too_long = [length > case.max_tokens for length in case.lengths]
     nothing_left = case.overlong == "drop" and all(too_long)
-    masks = [_row(case, 0, length).get("attention_mask", [1]) for length in case.lengths]
-    pieces = [
-        mask[at : at + case.max_tokens]
-        for mask in masks
-        for at in range(len(mask))[:: case.max_tokens]
-    ]
+    # of the first that is too long no piece may be of padding alone
+    first = next((length for length in case.lengths if length > case.max_tokens), 0)
+    mask = _row(case, 0, first).get("attention_mask", [1] * first)
+    pieces = [mask[at : at + case.max_tokens] for at in range(0, first, case.max_tokens)]
     only_padding = case.overlong == "split" and not all(map(any, pieces))
     refused = 0 in case.lengths or nothing_left or only_padding
     return refused or (case.overlong == "error" and any(too_long))
