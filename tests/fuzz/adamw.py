@@ -67,6 +67,7 @@ class _Life:
             nn.Parameter(torch.randn(shape, generator=generator).to(dtype).to(own))
             for shape in case.shapes
         ]
+        self.writes = 0
         self.late = self.params[len(self.params) // 2 + 1 :]
         self.optimizer = self._made(self.params[: len(self.params) // 2 + 1])
 
@@ -202,8 +203,9 @@ class _Life:
 
     def _write_(self, number: int) -> None:
         param = self.params[number % len(self.params)]
+        self.writes += 1  # a value that no weight has yet: the same bits again would be no change
         with torch.no_grad():
-            param.copy_(torch.full_like(param, 0.5))
+            param.copy_(torch.full_like(param, 8.0 + self.writes))
 
     def _save_(self, _: int) -> None:
         file = io.BytesIO()
