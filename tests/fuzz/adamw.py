@@ -224,6 +224,9 @@ class _Life:
 
     def masters(self) -> list[Tensor]:
         """The parameters, of 16 bits with their low ones."""
+        if isinstance(self.optimizer, fastft.AdamW):
+            # a write to a weight that had no gradient since is told of when it is asked for
+            self.optimizer.forget_stale_remainders()
         return [_master(param, self.optimizer.state.get(param, {})) for param in self.params]
 
     def values(self) -> list[Tensor]:
