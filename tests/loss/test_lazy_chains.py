@@ -4,7 +4,8 @@ each step on each layout. `tests/fuzz/lazy_logits.py` says what is looked at, an
 from __future__ import annotations
 
 import pytest
-from fuzz.lazy_logits import KINDS, STEPS, compare
+import torch
+from fuzz.lazy_logits import KINDS, STEPS, Kind, compare
 
 ONCE_WRONG = [
     ([("tanh", 0), ("clone", 0), ("masked_fill_", 0)], KINDS[0]),
@@ -15,6 +16,7 @@ ONCE_WRONG = [
     ([("detached, in place", 0)], KINDS[0]),
     ([("to copy by position", 0), ("mul_", 0)], KINDS[0]),
     ([("cross entropy of probabilities", 0)], KINDS[2]),
+    ([("sigmoid", 0), ("cat", 0), ("relu_", 0)], Kind(torch.float64)),
 ]
 
 

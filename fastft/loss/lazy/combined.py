@@ -126,10 +126,14 @@ def operands_of(
 
 
 def together(
-    logits: list[LazyLogits], expression: Expression, shadow: Tensor, source: Source
+    logits: list[LazyLogits],
+    expression: Expression,
+    shadow: Tensor,
+    source: Source,
+    is_copy: bool = False,
 ) -> LazyLogits:
-    """Lazy logits made of several."""
-    result = logits[0].derived(expression, shadow, source)
+    """Lazy logits made of several; `is_copy` as of `LazyLogits.derived`."""
+    result = logits[0].derived(expression, shadow, source, is_copy)
     for lazy in logits:
         lazy._family()._used |= result.requires_grad
     return result
@@ -201,7 +205,7 @@ def cat(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     source = Source(heads).with_operands(
         same[0] if same[0].dim() == 1 else torch.cat(same, dim) for same in rows
     )
-    return together(list(parts), first.expression, shadow, source)
+    return together(list(parts), first.expression, shadow, source, is_copy=True)
 
 
 def _of_one_head(one: Source, other: Source) -> bool:

@@ -197,15 +197,20 @@ class LazyLogits(Tensor):
         return over_rows(self.checked(), self.expression, function, *arguments, **options)
 
     def derived(
-        self, expression: Expression, shadow: Tensor, source: Source | None = None
+        self,
+        expression: Expression,
+        shadow: Tensor,
+        source: Source | None = None,
+        is_copy: bool = False,
     ) -> LazyLogits:
         """Another expression (or another source) of the same rows, in memory of its own.
 
         `shadow` has the shape and strides that torch gives it; its dtype is that of the expression.
+        `is_copy`: torch copies what the expression's last function has made.
         """
         source = source or self.source
         shadow = shadow.to(source.no_rows(expression).dtype)
-        result = self._make(source, expression, shadow, self._recipe.report)
+        result = self._make(source, expression, shadow, self._recipe.report, is_copy)
         self._family()._used |= result.requires_grad
         return result
 
