@@ -60,10 +60,10 @@ def by_turns(
         clock: what the time for all of it is taken from.
     """
     began, steadiest = clock(), None
-    fastest, a_turn = _warm(runs, seconds, clock)
+    lasted = _warm(runs, seconds, clock)
+    a_turn = sum(lasted.values())
     repeats = {
-        name: min(max(int(_OF_A_TURN * a_turn / took), 1), _REPEATED)
-        for name, took in fastest.items()
+        name: min(max(int(_OF_A_TURN * a_turn / lasted[name]), 1), _REPEATED) for name in runs
     }
     for attempt in range(1, ATTEMPTS + 1):
         times = Times(_samples(runs, repeats, seconds, a_turn), attempt)
@@ -76,18 +76,21 @@ def by_turns(
 
 def _warm(
     runs: Mapping[str, Callable[[], float]], seconds: float, clock: Callable[[], float]
-) -> tuple[dict[str, float], float]:
-    """The seconds of each run and of a turn, once no run is faster than before, or time is up."""
-    began, fastest = clock(), dict.fromkeys(runs, math.inf)
+) -> dict[str, float]:
+    """How long each run lasted at last, once none is faster than before, or time is up.
+
+    That is more than what it returns where a process begins before it does its work.
+    """
+    began, fastest, lasted = clock(), dict.fromkeys(runs, math.inf), dict.fromkeys(runs, 0.0)
     while True:
-        before, turn_began = dict(fastest), clock()
+        before = dict(fastest)
         for name, run in runs.items():
+            run_began = clock()
             fastest[name] = min(run(), fastest[name])
-        now = clock()
+            lasted[name] = max(clock() - run_began, 1e-9)
         settled = all(fastest[name] > _AS_FAST * before[name] for name in runs)
-        if settled or now - began > seconds:
-            of_each = {name: max(took, 1e-9) for name, took in fastest.items()}
-            return of_each, max(now - turn_began, 1e-9)
+        if settled or clock() - began > seconds:
+            return lasted
 
 
 def _samples(
