@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).resolve().parent / "_lib"
 _INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")  # as in csrc/cpu/library.cpp
+_DISABLED = ("cpu", "cuda", "all")
 
 
 @functools.cache
@@ -79,8 +80,7 @@ def expect_use(tensor: Tensor) -> Tensor:
 
 
 def _load(kind: str) -> ctypes.CDLL | str:
-    disabled = os.environ.get("FASTFT_DISABLE", "").split(",")
-    if kind in disabled or "all" in disabled:
+    if not _disabled(os.environ.get("FASTFT_DISABLE", "")).isdisjoint((kind, "all")):
         return "disabled by FASTFT_DISABLE"
     if kind == "cuda" and torch.version.hip:  # its torch calls AMD's devices "cuda" too
         return "it is for NVIDIA's GPUs, this torch is built for AMD's ROCm"
@@ -105,6 +105,20 @@ def _load(kind: str) -> ctypes.CDLL | str:
     if kind == "cpu":
         _check_instruction_set(loaded)
     return loaded
+
+
+@functools.cache
+def _disabled(asked: str) -> set[str]:
+    """The libraries that FASTFT_DISABLE names; says once what is none."""
+    names = {name.strip() for name in asked.split(",")} - {""}
+    for name in sorted(names - {*_DISABLED}):
+        logger.warning(
+            "FASTFT_DISABLE=%s: %r is ignored: it must be one of %s",
+            asked,
+            name,
+            ", ".join(_DISABLED),
+        )
+    return names
 
 
 def _check_instruction_set(loaded: ctypes.CDLL) -> None:

@@ -99,6 +99,15 @@ def test_libraries_can_be_disabled(copied_package: Path) -> None:
 
 
 @needs_cpu_library
+def test_an_unknown_library_to_disable_is_named_once(copied_package: Path) -> None:
+    printed = report(copied_package, FASTFT_DISABLE="cpus, cuda,")
+    assert "libfastft_cpu: loaded" in printed
+    assert "libfastft_cuda: disabled by FASTFT_DISABLE" in printed
+    said = "FASTFT_DISABLE=cpus, cuda,: 'cpus' is ignored: it must be one of cpu, cuda, all"
+    assert printed.count("is ignored") == printed.count(said) == 1
+
+
+@needs_cpu_library
 @pytest.mark.parametrize("isa", _native._INSTRUCTION_SETS)
 def test_the_instruction_set_can_be_capped(copied_package: Path, isa: str) -> None:
     best, printed = _native.cpu_isa(), report(copied_package, FASTFT_CPU_ISA=isa)
