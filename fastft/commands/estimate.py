@@ -250,6 +250,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Training, _Measure]:
     except ImportError as error:
         raise ValueError("this needs transformers: pip install transformers") from error
     from fastft.integrations import estimated_training
+    from fastft.integrations.configuration import load_config
     from fastft.unallocated import Unallocated, UnknownNumbers
 
     transformers.logging.set_verbosity_error()
@@ -275,7 +276,7 @@ def _prepared(options: argparse.Namespace) -> tuple[Training, _Measure]:
 
     same = {field.name for field in dataclasses.fields(estimated_training.Training)}
     given = {name: value for name, value in vars(options).items() if name in same}
-    config = estimated_training.load_config(options.model)
+    config = load_config(options.model)
     estimated_training.task_of(config)
     given["offload"] = TIERS.get(options.offload)
     training = estimated_training.Training(config, tokens=options.max_tokens, **given)

@@ -11,18 +11,17 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -126,25 +125,6 @@ class Memory:
     def host(self) -> int:
         """On the host."""
         return max(self.training.host, self.evaluation.host)
-
-
-def load_config(name: str) -> PreTrainedConfig:
-    """The configuration in a folder or a file, or of a model of the hub.
-
-    Raises:
-        ValueError: there is none, or transformers does not know its model type.
-    """
-    local = Path(name).expanduser()
-    if (local.suffix == ".json" or name.startswith((".", "/", "~"))) and not local.exists():
-        raise ValueError(f"there is no file or folder {name!r}")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(local) if local.exists() else name
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no configuration of a model in {name!r}: {reason}") from error
-    return config
 
 
 def task_of(config: PreTrainedConfig) -> tuple[str, Any]:
@@ -308,9 +288,13 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _model(training: Training, kind: Any) -> nn.Module:
-    options = {} if training.attention is None else {"attn_implementation": training.attention}
-    make = getattr(kind, "from_config", None) or kind._from_config
-    model: nn.Module = make(training.config, dtype=_DTYPES[training.dtype], **options)
+    options: dict[str, Any] = {"dtype": _DTYPES[training.dtype]}
+    if training.attention is not None:
+        options["attn_implementation"] = training.attention
+    if issubclass(kind, PreTrainedModel):
+        model: nn.Module = kind._from_config(training.config, **options)
+    else:
+        model = kind.from_config(training.config, trust_remote_code=False, **options)
     if training.lora:
         try:
             from peft import LoraConfig, get_peft_model

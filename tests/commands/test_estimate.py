@@ -415,10 +415,10 @@ class TestBadInput:
         assert code == 2 and "no configuration of a model in" in said.err
 
     def test_a_hub_that_is_not_reached(self, capsys, monkeypatch):
-        def unreachable(name):
+        def unreachable(name, **options):
             raise OSError(f"We couldn't connect to 'https://huggingface.co' to load {name}")
 
-        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+        monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", unreachable)
         code, said = run(capsys, "somebody/some-model")
         assert code == 2 and "couldn't connect" in said.err
 

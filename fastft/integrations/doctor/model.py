@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from fastft.integrations.configuration import load_config
 from fastft.integrations.doctor.finding import Finding
 
 # packages with kernels for layers of a model, by the name under which code imports them
@@ -59,19 +60,23 @@ def described(target: str) -> Subject:
     Raises:
         ValueError: nothing of this kind has the name, or the model cannot be built without weights.
     """
-    kind = getattr(transformers, target, None) if target.isidentifier() else None
+    kind: Any = getattr(transformers, target, None) if target.isidentifier() else None
     tokenizer = None
     try:
         if target.isidentifier() and target[0].isupper():
-            if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+            if not _is_model(kind):
                 raise ValueError(f"transformers has no model {target}")
-            config = kind.config_class()  # type: ignore[misc]
+            config = kind.config_class()
         else:
-            config = AutoConfig.from_pretrained(target)
+            config = load_config(target)
             tokenizer = _tokenizer(target)
             kind = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
-            model = kind(config) if kind else AutoModelForCausalLM.from_config(config)
+            # the configuration may name whatever transformers has, a function too
+            if _is_model(kind):
+                model = kind(config)
+            else:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -82,11 +87,15 @@ def described(target: str) -> Subject:
     return Subject(model, torch.cuda.is_available(), tokenizer)
 
 
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+
+
 def _tokenizer(target: str) -> Any:
     folder = target if os.path.isdir(target) else os.path.dirname(target)
     if not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def missing_kernels(subject: Subject) -> Finding | None:
