@@ -22,8 +22,8 @@ REVIEWED = set(
     hashlib heapq inspect io itertools json logging math mmap operator pathlib random re resource
     shlex shutil signal statistics struct sys sysconfig tempfile textwrap threading time traceback
     types typing warnings weakref zipfile
-    __main__ _signal fastft accelerate bitsandbytes datasets flash_attn matplotlib numpy peft pyarrow
-    rich safetensors torch transformers triton
+    __main__ _signal fastft accelerate bitsandbytes datasets flash_attn matplotlib numpy peft
+    pyarrow rich safetensors torch transformers triton
     importlib.abc importlib.machinery.ModuleSpec importlib.metadata importlib.util.find_spec
     platform.machine platform.python_version
     os.PathLike os.access os.close os.cpu_count os.environ os.fsync os.getcwd os.getpid os.open
