@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
 
-def integer(
-    name: str,
-    value: Any,
-    what: str = "a positive integer",
-    *,
-    least: float = 1,
-    below: float = math.inf,
-) -> int:
+def integer(name: str, value: Any, *, least: int = 1, bits: int = 63, otherwise: str = "") -> int:
     """Turns `value` into a Python integer: one already, or of numpy or torch, but no bool.
 
     Args:
         name: of the argument.
         value: what came.
-        what: what is needed, for the message.
         least: the smallest integer that will do.
-        below: the smallest that is too large.
+        bits: it must be below 2^bits; 63 are those of int64, which operators take.
+        otherwise: what else would do, for the message.
 
     Raises:
         ValueError: `value` is no such integer.
@@ -31,11 +23,20 @@ def integer(
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or not least <= number < below:
-        raise ValueError(f"{name} must be {what}, got {value!r}")
+    if number is None or isinstance(value, bool) or not least <= number < 2**bits:
+        raise ValueError(
+            f"{name} must be an integer in [{least}, 2^{bits}){otherwise}, got {value!r}"
+        )
     return number
 
 
-def optional_integer(name: str, value: Any, **limits: Any) -> int | None:
+def optional_integer(name: str, value: Any, **limits: int) -> int | None:
     """Turns `value` into a Python integer as `integer` does; None stays."""
-    return None if value is None else integer(name, value, "a positive integer or None", **limits)
+    return None if value is None else integer(name, value, otherwise=" or None", **limits)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Returns `value`; raises ValueError where it is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value

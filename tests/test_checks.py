@@ -20,11 +20,21 @@ def test_every_kind_of_integer_becomes_pythons(value):
 
 
 @pytest.mark.parametrize(
-    "value", [True, np.True_, 2.0, "2", None, torch.ones(2), torch.tensor(2.0), 1, 10, -3], ids=repr
+    "value", [True, np.True_, 2.0, "2", None, torch.ones(2), torch.tensor(2.0), 1, 8, -3], ids=repr
 )
 def test_others_are_named(value):
-    with pytest.raises(ValueError, match=re.escape(f"n must be in [2, 9], got {value!r}")):
-        integer("n", value, "in [2, 9]", least=2, below=10)
+    message = f"n must be an integer in [2, 2^3), got {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        integer("n", value, least=2, bits=3)
+    with pytest.raises(ValueError, match=re.escape(message.replace("2^3)", "2^3) or a list"))):
+        integer("n", value, least=2, bits=3, otherwise=" or a list")
+
+
+def test_limits_are_those_of_int64_if_nobody_says_others():
+    assert integer("n", 2**63 - 1) == 2**63 - 1
+    for value in (0, 2**63, 2**80):
+        with pytest.raises(ValueError, match=rf"n must be an integer in \[1, 2\^63\), got {value}"):
+            integer("n", value)
 
 
 def test_options_may_come_from_numpy():

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastft.checks import integer
+from fastft.checks import boolean, integer, optional_integer
 from fastft.data.batch import Expansion, FlatBatch, PackedBatch, count_labels
 from fastft.data.boundaries import BOUNDARIES
 from fastft.data.columns import integers_of
@@ -122,14 +122,15 @@ class PackingCollator:
             longest ends with padding.
         pad_to_multiple_of: T (and U) is rounded up to a multiple; padding is a segment, labels
             -100, other keys 0.
-        position_ids_start: position of an example's first token; RoBERTa-like models need 2.
+        position_ids_start: position of an example's first token, below 2^31; RoBERTa-like models
+            need 2.
         pad_token_id: the token used for padding.
         supervised_only: False; True; or the model that the batches are for, which is then checked.
             Needs transformers 5.23 and a causal model that uses its `slice_logits_to_keep`.
         tokenizer: for `masked_lm`: its mask token, vocabulary and special tokens (unless the
             examples have a `special_tokens_mask`).
         mlm_probability: share of the tokens that `masked_lm` masks.
-        seed: of the masks; None draws from torch's global generator.
+        seed: of the masks, in [0, 2^63); None draws from torch's global generator.
         decoder_start_token_id: for `seq2seq` and `speech_seq2seq`, from the model's config; not
             needed if examples have decoder_input_ids.
         row_tokens: for `speech_seq2seq`: tokens of a decoder's row, at most, or one example.
@@ -177,29 +178,30 @@ class PackingCollator:
         pad_examples: bool = False,
         impl: str = "auto",
     ) -> None:
-        if task not in TASKS:
+        if not isinstance(task, str) or task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(map(repr, TASKS))}, got {task!r}")
         self.task, self.rows = task, integer("rows", rows)
-        self.pad_to_multiple_of = (
-            None
-            if pad_to_multiple_of is None
-            else integer("pad_to_multiple_of", pad_to_multiple_of)
+        self.pad_to_multiple_of = optional_integer("pad_to_multiple_of", pad_to_multiple_of)
+        self.position_ids_start = integer(
+            "position_ids_start", position_ids_start, least=0, bits=31
         )
-        from_0 = functools.partial(integer, what="an integer from 0 on", least=0)
-        self.position_ids_start = from_0("position_ids_start", position_ids_start)
-        self.pad_token_id = from_0("pad_token_id", pad_token_id)
+        self.pad_token_id = integer("pad_token_id", pad_token_id, least=0)
+        self.decoder_start_token_id = optional_integer(
+            "decoder_start_token_id", decoder_start_token_id, least=0
+        )
+        self.pad_examples = boolean("pad_examples", pad_examples)
+        seed = optional_integer("seed", seed, least=0)
         self.supervised_only = supervised_only is not False
         if self.supervised_only:
             check_supervised(supervised_only, task, expand_on_device)
         self.row_tokens = integer("row_tokens", row_tokens)
         if task == "speech_seq2seq":
             check_speech(rows, expand_on_device)
-        if expand_on_device:
+        if boolean("expand_on_device", expand_on_device):
             check_impl(impl)
         else:
             BOUNDARIES.resolve(impl, torch.device("cpu"))
         self.expand_on_device, self.impl = expand_on_device, impl
-        self.decoder_start_token_id, self.pad_examples = decoder_start_token_id, pad_examples
         if model is not None and task != "image_text_to_text":
             raise ValueError(f"model is for task 'image_text_to_text', task is {task!r}")
         self.positions = None if model is None else positions_of(model)

@@ -46,7 +46,7 @@ def _check_vector(key: str, index: int, value: Any) -> None:
 def token_columns(columns: Columns, required: Iterable[str] = ()) -> Columns:
     """Chooses the columns that may hold numbers for tokens, `input_ids` first, and those required.
 
-    Text, single numbers and None go nowhere near a model.
+    Text, single numbers and None of the others go nowhere near a model.
     """
     return {"input_ids": columns.pop("input_ids")} | {
         key: values
@@ -100,15 +100,26 @@ def check_lengths(key: str, values: list[Any], lengths: list[int], of: str) -> N
 
 
 def take_mask(key: str, columns: Columns) -> Tensor | None:
-    """Takes the masks `key` out of the columns: (T,), or None if nothing is masked or numbered."""
+    """Takes the masks `key` out of the columns: int64 (T,), or None if nothing is masked or
+    numbered.
+
+    Raises:
+        ValueError: they hold something else than integers from 0 on.
+    """
     masks = columns.pop(key, None)
     if masks is None or (
         {*map(type, masks)} == {list} and all(mask.count(1) == len(mask) for mask in masks)
     ):
         return None
     flat = flatten(key, masks)
-    low, high = flat.aminmax()
-    return None if low == high == 1 else flat
+    whole = flat.long()
+    low, high = map(int, whole.aminmax())
+    if low < 0 or (flat.is_floating_point() and not torch.equal(whole.to(flat.dtype), flat)):
+        wrong = flat[(whole < 0) | (whole != flat)][0].item()
+        raise ValueError(
+            f"{key} must be 0 where a token is masked, else 1 or its document's number, got {wrong}"
+        )
+    return None if low == high == 1 else whole
 
 
 def drop_masked(

@@ -41,6 +41,25 @@ LIST_KEYS = (SIZES, *BORDERS)  # with as many numbers as there are documents, no
 KEYS = frozenset((POSITIONS, NUMBERS, *LIST_KEYS))
 
 
+def telling(columns: Columns) -> list[str]:
+    """Names the columns that tell which tokens are real, and where documents begin.
+
+    A list there counts whatever it holds: left out, the tokens would be laid out as if nobody had
+    told anything.
+    """
+    return [
+        key
+        for key, values in columns.items()
+        if (key == MASK or key in KEYS) and any(map(_is_listed, values))
+    ]
+
+
+def _is_listed(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value)
+    return getattr(value, "ndim", 0) > 0 and len(value) > 0
+
+
 def split_documents(
     columns: Columns, counts: list[int], start: int = 0, undivided: str = ""
 ) -> tuple[Columns, list[int], list[int]]:

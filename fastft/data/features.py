@@ -8,6 +8,7 @@ from typing import Any
 
 from fastft.data.arrow_rows import fetcher
 from fastft.data.columns import Columns, token_columns
+from fastft.data.documents import telling
 from fastft.data.pack import Pack, Values, examples_of, is_pack, transposed
 
 
@@ -91,4 +92,4 @@ def columns_of(features: list[Any], required: Iterable[str] = ()) -> tuple[Colum
         columns, counts = transposed([*itertools.chain(*units)]), [*filter(None, map(len, units))]
     if not columns:
         raise ValueError("the collator got no examples")
-    return token_columns(columns, required), counts
+    return token_columns(columns, {*required, *telling(columns)}), counts

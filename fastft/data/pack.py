@@ -29,6 +29,7 @@ from fastft.data.documents import (
     is_per_token,
     shortened,
     split_documents,
+    telling,
 )
 from fastft.data.keys import IGNORE_INDEX, is_of_images, refuse_reserved
 from fastft.data.processed import holds_images, unbatched
@@ -95,7 +96,8 @@ class Pack(dict[str, Values]):
         Raises:
             ValueError: a column has not one number for each token.
         """
-        columns = token_columns({key: column.values for key, column in self.items()}, ["labels"])
+        columns = {key: column.values for key, column in self.items()}
+        columns = token_columns(columns, ["labels", *telling(columns)])
         refuse_reserved(columns)
         columns, lengths, _ = split_documents(columns, [len(columns["input_ids"])])
         row = {key: flatten_column(key, values) for key, values in columns.items()}

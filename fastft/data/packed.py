@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from fastft.checks import optional_integer
+from fastft.checks import integer, optional_integer
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
 from fastft.data.lengths import scan_lengths
@@ -84,11 +84,16 @@ class PackedDataset(Dataset[Pack]):
         self._epoch.share_memory_()
         self._forget()
 
+    def __copy__(self) -> PackedDataset:
+        copied = self.__new__(type(self))
+        copied.__setstate__({**self.__getstate__(), "_epoch": self._epoch.clone()})
+        return copied
+
     def set_epoch(self, epoch: int) -> None:
         """Draws the packs of an epoch anew, out of the seed and its number; nothing happens without
         a seed."""
         refuse_dispatch(self)
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(integer("epoch", epoch, least=0))
 
     @property
     def plan(self) -> PackPlan:
@@ -263,10 +268,10 @@ def pack(
             size. Each so many consecutive packs cost nearly equal, and their number is a multiple
             of it, so that no rank gets a pack twice. The order is shuffled group by group, with
             seed 0 if there is none; it needs a sampler that keeps it,
-            `TrainingArguments(train_sampling_strategy="sequential")`.
-        seed: shuffles the packs, anew in each epoch, the same way for the same seed and epoch; for
-            a sampler that keeps the order, too. None leaves those of the longest examples first
-            (Trainer's own sampler shuffles).
+            `TrainingArguments(train_sampling_strategy="sequential")`. Below 2^20.
+        seed: in [0, 2^63), shuffles the packs, anew in each epoch, the same way for the same seed
+            and epoch; for a sampler that keeps the order, too. None leaves those of the longest
+            examples first (Trainer's own sampler shuffles).
         length_column: the column or key which says how many tokens an example has. None: they are
             counted, in a `datasets.Dataset` without reading them.
         open_packs: of an iterable dataset: packs that wait for more examples at the same time; 32
@@ -278,7 +283,9 @@ def pack(
             for such a dataset; an example with images would be cut.
     """
     max_tokens, max_sequences = checked_limits(max_tokens, max_sequences, overlong)
-    window, balance = optional_integer("window", window), optional_integer("balance", balance)
+    window, seed = optional_integer("window", window), optional_integer("seed", seed, least=0)
+    # each of so many packs is there, be it empty: no machine has as many ranks
+    balance = optional_integer("balance", balance, bits=20)
     open_packs = optional_integer("open_packs", open_packs)
     limits: dict[str, Any] = {"overlong": overlong, "max_sequences": max_sequences}
     if isinstance(dataset, IterableDataset):

@@ -296,7 +296,7 @@ def checked_limits(max_tokens: Any, max_sequences: Any, overlong: Any) -> tuple[
     if overlong not in OVERLONG:
         raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}")
     return (
-        integer("max_tokens", max_tokens, "an integer in [1, 2^31)", below=2**31),
+        integer("max_tokens", max_tokens, bits=31),
         optional_integer("max_sequences", max_sequences),
     )
 
@@ -324,8 +324,8 @@ def plan_packs(
         window: only examples of the same `window` consecutive ones share a pack, and the packs come
             window by window: the order of the dataset (a curriculum) is kept but for that much.
             None for one window of all examples.
-        seed: shuffles the order of a window's packs, the same way for the same seed; None begins
-            with the longest.
+        seed: in [0, 2^63), shuffles the order of a window's packs, the same way for the same seed;
+            None begins with the longest.
         impl: `"auto"`, `"cpp"` or `"eager"`; all give the same plan.
 
     Raises:
@@ -336,7 +336,7 @@ def plan_packs(
             more than 2^26 tokens.
     """
     max_tokens, max_sequences = checked_limits(max_tokens, max_sequences, overlong)
-    window = optional_integer("window", window)
+    window, seed = optional_integer("window", window), optional_integer("seed", seed, least=0)
     PLAN.resolve(impl, torch.device("cpu"))
     checked = _checked_lengths(lengths)
     examples, starts, sizes = _entries(checked, max_tokens, overlong)

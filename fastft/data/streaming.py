@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
+from fastft.checks import integer
 from fastft.data.pack import Pack, cut
 from fastft.data.processed import unbatched
 from fastft.foreign.loaders import active_dataloader, dispatches, is_iterable_dataset
 
 OPEN_PACKS = 32
-# the state of a stream that has yielded nothing
+# the state of a stream that has yielded nothing, but for its epoch
 BEGINNING: dict[str, Any] = {"seen": 0, "source": None, "ready": [], "open": []}
 REFUSAL = (
     "accelerate would slice packed batches along dimension 0, and their boundaries with them "
@@ -98,6 +99,27 @@ class _Packer:
             insort(self._rooms, (self.max_tokens - tokens, self._open(list(examples))))
 
 
+def _check_state(state: Any) -> None:
+    """Raises where a state is not one that `PackedStream.state_dict` makes."""
+    if not isinstance(state, dict):
+        raise TypeError(f"state_dict must be a dict, got {type(state).__name__}")
+    missing = {"epoch", *BEGINNING} - state.keys()
+    if missing:
+        raise ValueError(
+            f"state_dict must be one of PackedStream.state_dict(), it lacks {sorted(missing)}"
+        )
+    for key in ("epoch", "seen"):
+        integer(f"state_dict[{key!r}]", state[key], least=0)
+    for key in ("ready", "open"):
+        packs = state[key]
+        if not isinstance(packs, list) or not all(
+            isinstance(pack, list)
+            and all(isinstance(one, dict) and "input_ids" in one for one in pack)
+            for pack in packs
+        ):
+            raise ValueError(f"state_dict[{key!r}] must be lists of examples, got {packs!r}")
+
+
 class PackedStream(IterableDataset[Pack]):
     """An iterable dataset of `Pack`s without a length, as `pack` returns it for one of examples.
 
@@ -105,6 +127,10 @@ class PackedStream(IterableDataset[Pack]):
     stands, in the convention of `datasets` and of torchdata's `StatefulDataLoader`: a stream that
     resumes yields the packs that were left. A dataset without a `state_dict` is read again up to
     where it stood.
+
+    A copy or a pickle, which a DataLoader's worker gets, begins where another iteration of this
+    stream would: at the beginning, or at a state that was loaded and not gone on from. Its
+    `state_dict` is the one that this stream had then; loaded, it goes on there.
 
     With DataLoader workers each packs what its copy of the dataset yields. A
     `datasets.IterableDataset` gives each worker shards of its own; one of torch has to do so itself
@@ -148,10 +174,20 @@ class PackedStream(IterableDataset[Pack]):
         self._source: Any = None
         self._is_placed = False  # whether the dataset was given a place to begin at
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: it stands still, however far an iteration of this stream goes on."""
+        packer = _Packer(self.max_tokens, self.max_sequences, self.open_packs)
+        packer.load_state_dict(self._packer.state_dict())
+        return {**vars(self), "_packer": packer, "_source": self.state_dict()["source"]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._epoch.share_memory_()
+
     def set_epoch(self, epoch: int) -> None:
         """Tells the dataset the epoch; a state of another epoch is not resumed."""
         refuse_dispatch(self)
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(integer("epoch", epoch, least=0))
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
@@ -174,7 +210,13 @@ class PackedStream(IterableDataset[Pack]):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lets the next iteration go on from a state, with the options and dataset of then."""
+        """Lets the next iteration go on from a state, with the options and dataset of then.
+
+        Raises:
+            TypeError: it is no dict.
+            ValueError: it is not the state of such a stream.
+        """
+        _check_state(state_dict)
         self.set_epoch(state_dict["epoch"])
         self._loaded, self._begun = state_dict, None
 

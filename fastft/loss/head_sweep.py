@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastft import _native
-from fastft.checks import integer
+from fastft.checks import optional_integer
 from fastft.loss.head_gemms import NARROW_CHUNKS, HeadTerm, is_emulated, working_dtype
 from fastft.loss.options import RowOptions, statistics_dtype, times
 from fastft.loss.scale_gradients import scale_gradients
@@ -211,9 +211,8 @@ class HeadCall(NamedTuple):
                 `max_counted` none from 0 on.
         """
         check_impl(impl)
-        for name, value, least in (("chunk_rows", chunk_rows, 1), ("max_counted", max_counted, 0)):
-            if value is not None:
-                integer(name, value, f"None or an integer of at least {least}", least=least)
+        chunk_rows = optional_integer("chunk_rows", chunk_rows)
+        max_counted = optional_integer("max_counted", max_counted, least=0)
         x, weight, bias = (
             torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
             for tensor in operands

@@ -82,10 +82,12 @@ def times(tensor: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Te
 
 
 def check_tensors(**arguments: Any) -> None:
-    """Raises TypeError unless all arguments are tensors."""
+    """Raises TypeError unless all arguments are dense tensors."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got the layout {value.layout}")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, other: str = "input") -> None:

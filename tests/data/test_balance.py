@@ -147,7 +147,7 @@ def test_a_sampler_that_shuffles_is_noticed(order):
             )
 
 
-@pytest.mark.parametrize("balance", [0, -1, 2.0, True])
+@pytest.mark.parametrize("balance", [0, -1, 2.0, True, 2**20])
 def test_bad_balance(balance):
-    with pytest.raises(ValueError, match="balance must be a positive integer or None"):
+    with pytest.raises(ValueError, match=r"balance must be an integer in \[1, 2\^20\) or None"):
         pack(examples_of([1]), 8, balance=balance)

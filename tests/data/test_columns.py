@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -102,6 +104,8 @@ def test_other_keys_per_token_are_kept_and_the_rest_left_out():
             "text": "ab",
             "length": 2,
             "tags": ["a"],
+            "seq_idx": 5,
+            "attention_mask": None,
         },
         {
             "input_ids": [3],
@@ -110,6 +114,8 @@ def test_other_keys_per_token_are_kept_and_the_rest_left_out():
             "text": "c",
             "length": 1,
             "tags": ["b"],
+            "seq_idx": 6,
+            "attention_mask": None,
         },
     ]
     batch = PackingCollator()(examples)
@@ -269,6 +275,27 @@ HUGE = np.broadcast_to(np.int64(1), (2**30,))  # no memory
         ),
         (
             [{"input_ids": [1, 2], "attention_mask": [1, None]}],
+            "attention_mask must hold one number per token",
+        ),
+        *[
+            ([{"input_ids": [1, 2], key: value}], f"{key} must hold one number per token")
+            for key in ("attention_mask", "position_ids", "seq_idx", "seq_lengths", "cu_seq_lens")
+            for value in ([None, 1], ["a", 1], np.array(["a", "b"]))
+        ],
+        *[
+            (
+                [{"input_ids": [1, 2], "attention_mask": mask}],
+                f"attention_mask must be 0 where a token is masked, .*, got {wrong}",
+            )
+            for mask, wrong in (
+                ([-1, 1], -1),
+                ([1, 0.5], 0.5),
+                ([1, math.nan], math.nan),
+                (torch.tensor([math.inf, 1.0]), math.inf),
+            )
+        ],
+        (
+            [Pack([{"input_ids": [1, 2], "attention_mask": ["a", 1]}])],
             "attention_mask must hold one number per token",
         ),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from support.packed_examples import make, unpacked
@@ -128,6 +129,7 @@ def test_the_seed_decides(tokenizer):
         return PackingCollator(task="masked_lm", tokenizer=tokenizer, seed=seed)
 
     first = labels(collator(5))
+    assert torch.equal(labels(collator(np.int64(5))), first)
     assert torch.equal(labels(collator(5)), first) and not torch.equal(first[0], first[1])
     assert not torch.equal(labels(collator(6)), first)
     assert torch.equal(labels(pickle.loads(pickle.dumps(collator(5)))), first)
@@ -153,5 +155,7 @@ def test_without_a_tokenizer_the_examples_are_masked_already():
 def test_bad_arguments(tokenizer):
     with pytest.raises(ValueError, match=r"mlm_probability must be from 0 to 1, got 1\.5"):
         PackingCollator(task="masked_lm", tokenizer=tokenizer, mlm_probability=1.5)
+    with pytest.raises(ValueError, match=r"mlm_probability must be from 0 to 1, got '0\.15'"):
+        PackingCollator(task="masked_lm", tokenizer=tokenizer, mlm_probability="0.15")
     with pytest.raises(ValueError, match="tokenizer must have a mask token, str has none"):
         PackingCollator(task="masked_lm", tokenizer="bert")

@@ -235,6 +235,24 @@ def test_data_loader(kind, workers, context):
     assert epochs[0] != epochs[1]
 
 
+def test_an_epoch_is_a_count_and_of_one_dataset():
+    packed = pack(make(), 32, seed=np.int64(1))
+    first = [tokens(packed, p) for p in range(len(packed))]
+    for other in (copy.copy(packed), copy.deepcopy(packed)):
+        other.set_epoch(np.int64(3))
+        assert [tokens(other, p) for p in range(len(other))] != first
+    assert [tokens(packed, p) for p in range(len(packed))] == first
+    for epoch in (1.5, -1, 2**63):
+        with pytest.raises(ValueError, match=r"epoch must be an integer in \[0, 2\^63\), got "):
+            packed.set_epoch(epoch)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, True, 1.5, "x"])
+def test_a_seed_is_checked_at_the_door(seed):
+    with pytest.raises(ValueError, match=r"seed must be an integer in \[0, 2\^63\) or None, got "):
+        pack(make(), 32, seed=seed)
+
+
 @pytest.mark.parametrize("kind", ["list", "torch", "datasets"])
 def test_pickles(kind):
     packed = pack(KINDS[kind](make()), 32)

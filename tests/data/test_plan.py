@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.packed_examples import best_fit_decreasing
 
 from fastft.data.plan import OVERLONG, PLAN, PackPlan, plan_packs
 
@@ -19,33 +20,6 @@ except ImportError:
 
 FIELDS = ("indices", "offsets", "starts", "lengths", "windows")
 ENGINES = ["eager", "cpp"]
-
-
-def best_fit_decreasing(
-    lengths: list[int], max_tokens: int, max_sequences: int | None = None
-) -> list[list[int]]:
-    """The oracle: looks at every open pack for every example; among equals the one wins that was
-    filled longest ago."""
-    packs: list[list[int]] = []
-    room: list[int] = []
-    filled: list[int] = []
-    for now, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
-        fits = [
-            p
-            for p in range(len(packs))
-            if room[p] >= lengths[i] and (max_sequences is None or len(packs[p]) < max_sequences)
-        ]
-        if fits:
-            p = min(fits, key=lambda p: (room[p], filled[p]))
-        else:
-            p = len(packs)
-            packs.append([])
-            room.append(max_tokens)
-            filled.append(now)
-        packs[p].append(i)
-        room[p] -= lengths[i]
-        filled[p] = now
-    return packs
 
 
 def as_lists(plan: PackPlan) -> list[list[int]]:
@@ -271,8 +245,13 @@ def test_plan_is_a_sequence_that_pickles():
         ([11, 12], {"overlong": "drop"}, "leaves nothing"),
         ([1], {"overlong": "wrap"}, f"overlong must be one of {', '.join(OVERLONG)}, got 'wrap'"),
         ([1, 2.5], {}, "one-dimensional integers"),
-        ([1], {"window": 0}, "window must be a positive integer or None, got 0"),
-        ([1], {"max_sequences": 0}, "max_sequences must be a positive integer or None, got 0"),
+        ([1], {"window": 0}, r"window must be an integer in \[1, 2\^63\) or None, got 0"),
+        ([1], {"max_sequences": 0}, "max_sequences must be an integer .* or None, got 0"),
+        ([1], {"max_sequences": 2**63}, "max_sequences must be an integer .* or None, got 9223"),
+        *[
+            ([1], {"seed": seed}, r"seed must be an integer in \[0, 2\^63\) or None, got ")
+            for seed in (-1, 2**63, True, 1.5, "x")
+        ],
         ([1], {"impl": "numba"}, "impl must be"),
         ([1, 2**70], {}, "lengths must fit into int64"),
         (np.array([1, 2**63], np.uint64), {}, "lengths must fit into int64"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import pickle
 
 import numpy as np
@@ -68,6 +69,10 @@ def stream(kind: str = "torch", lengths: list[int] = LENGTHS, **options) -> Pack
 
 def ids(packs) -> list[list[int]]:
     return [[int(example["id"]) for example in one.examples] for one in packs]
+
+
+def pickled(one):
+    return pickle.loads(pickle.dumps(one))
 
 
 def online_best_fit(lengths: list[int], open_packs: int, max_sequences: int) -> list[list[int]]:
@@ -162,6 +167,62 @@ def test_what_follows_a_resumed_iteration_that_was_left_begins_at_the_beginning(
     assert ids(packed) == ids(stream(kind))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("travels", [copy.copy, copy.deepcopy, pickled])
+def test_a_copy_begins_anew_and_its_state_is_where_the_stream_stood(kind, travels):
+    packed, whole = stream(kind), ids(stream(kind))
+    iterator = iter(packed)
+    first = ids(next(iterator) for _ in range(3))
+    copied = travels(packed)
+    between = ids(next(iterator) for _ in range(2))
+    state = pickled(copied.state_dict())
+    # of a shallow copy the dataset is this one's
+    rest = ids(iterator) if travels is copy.copy else None
+    assert ids(copied) == whole
+    copied.load_state_dict(state)
+    assert ids(copied) == whole[3:]
+    assert first + between + (ids(iterator) if rest is None else rest) == whole
+    assert copied._epoch.is_shared()  # persistent workers follow the epochs
+
+
+def test_a_copy_goes_on_from_a_state_that_was_loaded():
+    packed, whole = stream(), ids(stream())
+    next(iter(packed))
+    packed.load_state_dict(packed.state_dict())
+    assert ids(copy.deepcopy(packed)) == ids(packed) == whole[1:]
+
+
+BEGUN = {"epoch": 0, "seen": 0, "source": None, "ready": [], "open": []}
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        (None, TypeError, "state_dict must be a dict, got NoneType"),
+        ({}, ValueError, r"it lacks \['epoch', 'open', 'ready', 'seen', 'source'\]"),
+        ({**BEGUN, "epoch": 2**70}, ValueError, r"state_dict\['epoch'\] must be an integer"),
+        ({**BEGUN, "seen": -1}, ValueError, r"state_dict\['seen'\] must be an integer"),
+        (
+            {**BEGUN, "open": 3},
+            ValueError,
+            r"state_dict\['open'\] must be lists of examples, got 3",
+        ),
+        ({**BEGUN, "ready": [[{}]]}, ValueError, r"state_dict\['ready'\] must be lists"),
+    ],
+)
+def test_bad_states(state, error, message):
+    packed = stream()
+    with pytest.raises(error, match=message):
+        packed.load_state_dict(state)
+    assert ids(packed) == ids(stream())
+
+
+@pytest.mark.parametrize("epoch", [1.5, -1, 2**63])
+def test_bad_epochs(epoch):
+    with pytest.raises(ValueError, match=r"epoch must be an integer in \[0, 2\^63\), got "):
+        stream().set_epoch(epoch)
+
+
 def test_state_of_another_epoch_is_not_resumed():
     begun, resumed = stream("datasets"), stream("datasets")
     next(iter(begun))
@@ -210,7 +271,7 @@ def test_workers_pack_what_their_copy_yields(kind):
         ([{"input_ids": [1] * 65}], {}, "example 0 has 65 tokens, more than max_tokens=64"),
         ([], {"seed": 1}, "seed is only for a map-style dataset, got 1"),
         ([], {"balance": 2}, "balance is only for a map-style dataset, got 2"),
-        ([], {"open_packs": 0}, "open_packs must be a positive integer or None, got 0"),
+        ([], {"open_packs": 0}, "open_packs must be an integer .* or None, got 0"),
         ([], {"overlong": "wrap"}, "overlong must be one of"),
     ],
 )

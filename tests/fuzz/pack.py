@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from support.packed_examples import parts_of_example
+from support.packed_examples import best_fit_decreasing, parts_of_example
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 import fastft
@@ -252,7 +252,7 @@ def _is_filler(example: Row) -> bool:
 
 
 def _check_packs(case: Case, rows: list[Row], packs: list[list[Row]]) -> None:
-    found, windows = [], []
+    found, windows, shapes = [], [], []
     fillers = [pack for pack in packs if len(pack) == 1 and _is_filler(pack[0])]
     for pack in packs:
         if pack in fillers:
@@ -263,15 +263,29 @@ def _check_packs(case: Case, rows: list[Row], packs: list[list[Row]]) -> None:
         of_pack = {example // (case.window or len(rows)) for example, *_ in parts}
         assert len(of_pack) == 1, "a pack has examples of several windows"
         windows += of_pack
+        shapes.append(sorted(length for *_, length in parts))
         found += parts
     assert sorted(found) == [*_pieces(case)], "tokens are missing or twice"
+    expected = _best_fit(case)
     if case.balance is None:
         assert windows == sorted(windows), "windows have changed places"
         assert not fillers
+        assert sorted(zip(windows, shapes, strict=True)) == expected, "packs are not best fit's"
     else:
-        assert len(packs) % case.balance == 0
+        assert len(packs) == -(-len(expected) // case.balance) * case.balance
         # as few packs as there can be, where one stays empty
         assert not fillers or len(packs) - case.balance < len(found)
+
+
+def _best_fit(case: Case) -> list[tuple[int, list[int]]]:
+    """The window of each pack of the textbook, and its parts' lengths, which no epoch changes."""
+    size = case.window or len(case.lengths)
+    packs = list[tuple[int, list[int]]]()
+    for window in range(-(-len(case.lengths) // size)):
+        lengths = [length for example, _, length in _pieces(case) if example // size == window]
+        made = best_fit_decreasing(lengths, case.max_tokens, case.max_sequences)
+        packs += [(window, sorted(lengths[part] for part in pack)) for pack in made]
+    return sorted(packs)
 
 
 def _parts(case: Case, rows: list[Row], pack: list[Row]) -> list[tuple[int, int, int]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-import torch
+import pytest
 from hypothesis import strategies as st
-from support.packed_examples import parts_of_example
+from support.packed_examples import best_fit_decreasing, parts_of_example
 
 from fastft.data.balance import balanced
 from fastft.data.plan import LARGEST_TABLES, PackPlan, epoch_plan, plan_packs
@@ -33,12 +33,13 @@ def _cases(draw: st.DrawFn) -> Case:
     some = st.integers(1, longest) | st.integers(1, min(8, longest)) | st.just(max_tokens)
     lengths = draw(st.lists(some, min_size=1, max_size=60))
     fits = max(lengths) <= max_tokens
+    policies = ["truncate", "split", "drop", *["error"] * fits]
     return Case(
         lengths,
         max_tokens,
         draw(st.none() | st.integers(1, 6)),
         draw(st.none() | st.integers(1, 70)),
-        draw(st.sampled_from(["error", "truncate", "split"] if fits else ["truncate", "split"])),
+        draw(st.sampled_from(policies)),
         draw(st.none() | st.integers(0, 2**63 - 1)),
         draw(st.integers(1, 9)),
         draw(st.integers(0, 3)),
@@ -49,23 +50,17 @@ CASES = _cases()
 
 
 def check(case: Case) -> None:
+    if case.overlong == "drop" and min(case.lengths) > case.max_tokens:
+        with pytest.raises(ValueError, match="leaves nothing"):
+            _planned(case, "eager")
+        return
     # beyond that the C++ engine refuses
     small = min(case.max_tokens, sum(case.lengths)) <= LARGEST_TABLES
-    plans = {
-        impl: plan_packs(
-            case.lengths,
-            case.max_tokens,
-            max_sequences=case.max_sequences,
-            window=case.window,
-            overlong=case.overlong,
-            seed=case.seed,
-            impl=impl,
-        )
-        for impl in ("eager", "cpp" if small else "auto")
-    }
-    assert _as_entries(plans["eager"]) == _as_entries(plans.popitem()[1]), "engines differ"
-    plan = plans["eager"]
+    plan = _planned(case, "eager")
+    other = _planned(case, "cpp" if small else "auto")
+    assert _as_entries(plan) == _as_entries(other), "engines differ"
     _check_tokens(case, plan)
+    _check_windows(case, plan)
     _check_best_fit(case, plan)
     groups = balanced(plan, case.group, case.max_sequences)
     assert len(groups) % case.group == 0 and 0 <= len(groups) - len(plan) < case.group
@@ -76,6 +71,18 @@ def check(case: Case) -> None:
     _check_windows(case, epoch)
     again = epoch_plan(groups, case.seed or 0, case.epoch, case.group)
     assert _as_entries(again) == _as_entries(epoch), "an epoch differs when it is drawn again"
+
+
+def _planned(case: Case, impl: str) -> PackPlan:
+    return plan_packs(
+        case.lengths,
+        case.max_tokens,
+        max_sequences=case.max_sequences,
+        window=case.window,
+        overlong=case.overlong,
+        seed=case.seed,
+        impl=impl,
+    )
 
 
 def _as_entries(plan: PackPlan) -> list[list[tuple[int, int, int]]]:
@@ -108,25 +115,19 @@ def _check_windows(case: Case, plan: PackPlan) -> None:
 
 
 def _check_best_fit(case: Case, plan: PackPlan) -> None:
-    """The fullest packs by the textbook: longest first, into the open pack with the least room."""
+    """The packs of the textbook, window by window: in its order unless a seed has shuffled them."""
     size = case.window or len(case.lengths)
-    entries = sorted(entry for pack in _as_entries(plan) for entry in pack)
-    for window in range(-(-len(case.lengths) // size)):
-        mine = [entry for entry in entries if entry[0] // size == window]
-        rooms: list[tuple[int, int]] = []  # room, sequences
-        for _, _, length in sorted(mine, key=lambda entry: -entry[2]):
-            fitting = [
-                (room, at)
-                for at, (room, sequences) in enumerate(rooms)
-                if room >= length and sequences < (case.max_sequences or len(mine))
-            ]
-            if fitting:
-                room, at = min(fitting)
-                rooms[at] = room - length, rooms[at][1] + 1
-            else:
-                rooms.append((case.max_tokens - length, 1))
-        packs = (plan.windows == window).nonzero().flatten().tolist()
-        tokens = [int(plan.lengths[torch.arange(*plan.bounds(pack))].sum()) for pack in packs]
-        if case.max_sequences is None:  # else ties among packs decide, which test_plan.py knows
-            expected = sorted(case.max_tokens - room for room, _ in rooms)
-            assert sorted(tokens) == expected, "the packs are not those of best fit decreasing"
+    expected = []
+    for first in range(0, len(case.lengths), size):
+        parts = [
+            (example, *part)
+            for example, length in enumerate(case.lengths[first : first + size], first)
+            for part in parts_of_example(length, case.max_tokens, case.overlong)
+        ]
+        lengths = [length for *_, length in parts]
+        packs = best_fit_decreasing(lengths, case.max_tokens, case.max_sequences)
+        expected += [[parts[place] for place in pack] for pack in packs]
+    found = _as_entries(plan)
+    if case.seed is not None:
+        found, expected = sorted(found), sorted(expected)
+    assert found == expected, "the packs are not those of best fit decreasing"

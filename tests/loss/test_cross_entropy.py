@@ -496,6 +496,11 @@ GOOD = {"input": torch.randn(4, 7), "target": torch.tensor([0, 6, -100, 3])}
             "input must be a torch.Tensor, got ndarray",
         ),
         ({"target": [0, 1, 1, 1]}, TypeError, "target must be a torch.Tensor, got list"),
+        (
+            {"input": torch.ones(4, 7).to_sparse()},
+            TypeError,
+            "input must be a dense tensor, got the layout torch.sparse_coo",
+        ),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -41,6 +41,33 @@ def parts_of_example(length: int, max_tokens: int, overlong: str) -> list[tuple[
     return [(first, min(max_tokens, kept - first)) for first in range(0, kept, max_tokens)]
 
 
+def best_fit_decreasing(
+    lengths: list[int], max_tokens: int, max_sequences: int | None = None
+) -> list[list[int]]:
+    """The packs of the textbook, by examples: looks at every open pack for every example; among
+    equals the one wins that was filled longest ago."""
+    packs: list[list[int]] = []
+    room: list[int] = []
+    filled: list[int] = []
+    for now, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
+        fits = [
+            p
+            for p in range(len(packs))
+            if room[p] >= lengths[i] and (max_sequences is None or len(packs[p]) < max_sequences)
+        ]
+        if fits:
+            p = min(fits, key=lambda p: (room[p], filled[p]))
+        else:
+            p = len(packs)
+            packs.append([])
+            room.append(max_tokens)
+            filled.append(now)
+        packs[p].append(i)
+        room[p] -= lengths[i]
+        filled[p] = now
+    return packs
+
+
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Raises unless both have the same keys, and equal values of the same types."""
     assert set(ours) == set(theirs)

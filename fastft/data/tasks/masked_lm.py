@@ -9,6 +9,7 @@ same shape.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class TokenMasking:
             raise ValueError(
                 f"tokenizer must have a mask token, {type(tokenizer).__name__} has none"
             )
-        if not 0.0 <= probability <= 1.0:
+        if not isinstance(probability, Real) or not 0.0 <= probability <= 1.0:
             raise ValueError(f"mlm_probability must be from 0 to 1, got {probability!r}")
         self.tokenizer, self.probability, self.seed = tokenizer, float(probability), seed
         self._generator: torch.Generator | None = None
