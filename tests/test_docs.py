@@ -374,6 +374,7 @@ LIMITS = {
         "test_collator.py::test_bad_labels",
         "test_collator.py::test_columns_named_as_the_collators_own_are_kept_or_refused",
     ],
+    "collator.md: A list that is to say": ["test_columns.py::test_bad_examples"],
     "collator.md: A `FlatBatch`": [
         "test_packing_callback.py::test_dispatched_batches_are_refused",
         "test_packing_callback.py::test_data_parallel_is_refused",
@@ -415,6 +416,7 @@ LIMITS = {
     ],
     "collator.md: A `seed` of masks": [
         "test_masking.py::test_workers_draw_masks_of_their_own",
+        "test_masking.py::test_one_that_is_made_anew_draws_from_the_beginning_as_transformers",
     ],
     "collator.md: Task `speech_seq2seq`": [
         "test_speech_batches.py::test_options_that_are_refused",

@@ -135,6 +135,26 @@ def test_the_seed_decides(tokenizer):
     assert torch.equal(labels(pickle.loads(pickle.dumps(collator(5)))), first)
 
 
+def test_one_that_is_made_anew_draws_from_the_beginning_as_transformers(tokenizer):
+    """A run that resumes has other masks than it would have had."""
+    examples = sentences([90])
+
+    def draws(made, calls):
+        return [made([dict(one) for one in examples])["labels"].flatten() for _ in range(calls)]
+
+    def ours():
+        return PackingCollator(task="masked_lm", tokenizer=tokenizer, seed=5)
+
+    def theirs():
+        return transformers.DataCollatorForLanguageModeling(tokenizer, seed=5)
+
+    for collator in (ours, theirs):
+        whole = draws(collator(), 4)
+        resumed = draws(collator(), 2)
+        assert all(map(torch.equal, resumed, whole[:2]))
+        assert not any(map(torch.equal, resumed, whole[2:]))
+
+
 def test_workers_draw_masks_of_their_own(tokenizer):
     collator = PackingCollator(task="masked_lm", tokenizer=tokenizer, seed=5)
     here = collator(sentences([90]))["labels"]

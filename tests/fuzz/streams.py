@@ -1,14 +1,14 @@
 """pack of an iterable dataset: best fit as examples come, wherever it stops and is taken up again.
 
-A consumer takes packs, saves, loads what it saved before, begins an epoch or moves to another
-process; the oracle knows all packs of each epoch, and where the consumer stands in them.
+A consumer takes packs, saves, loads what it saved before, begins an epoch, copies or moves to
+another process; the oracle knows all packs of each epoch, and where the consumer stands in them.
 """
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -126,6 +126,7 @@ def check(case: Case) -> None:
     consumer = _Consumer(case)
     for action, number in [*case.actions, ("take", 100)]:
         getattr(consumer, f"{action}_")(number)
+    consumer.check_copies()
 
 
 class _Consumer:
@@ -142,6 +143,7 @@ class _Consumer:
         self.next = 0  # where the next iteration begins
         self.running: Iterator[Any] | None = None
         self.saved: list[tuple[Any, int, int]] = []
+        self.copies: list[tuple[Any, int, int]] = []  # of a running iteration
 
     def _made(self) -> Any:
         case = self.case
@@ -149,20 +151,19 @@ class _Consumer:
         data = FORMS[case.form](self.rows)
         return fastft.pack(data, case.max_tokens, open_packs=case.open_packs, **limits)
 
-    def _expected(self) -> list[Parts]:
+    def _expected(self, epoch: int) -> list[Parts]:
         data = FORMS[self.case.form](self.rows)
         if hasattr(data, "set_epoch"):
-            data.set_epoch(self.epoch)
+            data.set_epoch(epoch)
         return _best_fit(self.case, [_parts_of(row) for row in data])
 
     def take_(self, number: int) -> None:
         if self.running is None:
             self.running, self.place, self.next = iter(self.stream), self.next, 0
-        packs = [*islice(self.running, number)]
-        found = [[_parts_of(example) for example in pack.examples] for pack in packs]
-        expected = self._expected()[self.place : self.place + number]
+        found = _packs_of(islice(self.running, number))
+        expected = self._expected(self.epoch)[self.place : self.place + number]
         assert found == expected, f"packs from {self.place} on are others"
-        self.place += len(packs)
+        self.place += len(found)
 
     def save_(self, _: int) -> None:
         self.saved.append((pickle.dumps(self.stream.state_dict()), self.epoch, self.place))
@@ -190,9 +191,23 @@ class _Consumer:
         self.stream.set_epoch(self.epoch)
 
     def copy_(self, number: int) -> None:
+        copied = copy.deepcopy(self.stream) if number % 2 else _pickled(self.stream)
         if self.running is None:
-            travels = copy.deepcopy if number % 2 else _pickled
-            self.stream = travels(self.stream)
+            self.stream = copied
+        else:
+            self.copies.append((copied, self.epoch, self.place))
+
+    def check_copies(self) -> None:
+        """Wherever the stream has gone meanwhile, a copy stands where it stood, and begins anew."""
+        for copied, epoch, place in self.copies:
+            state = copied.state_dict()
+            assert _packs_of(copied) == self._expected(epoch), "a copy has other packs"
+            copied.load_state_dict(state)
+            assert _packs_of(copied) == self._expected(epoch)[place:], "a copy stands elsewhere"
+
+
+def _packs_of(packs: Iterable[Any]) -> list[Parts]:
+    return [[_parts_of(example) for example in pack.examples] for pack in packs]
 
 
 def _pickled(stream: Any) -> Any:

@@ -244,7 +244,9 @@ SECTIONS = {
             "",
             "",
         ),
-        Way("resuming", "to the bit of a run that was not interrupted", _RESUME),
+        Way(
+            "resuming", "to the bit, where stock's is; drawn masks are others, as stock's", _RESUME
+        ),
         Way("killed in the middle, resumed", "packs too", _RESUME, "loss optimizer packing"),
         Way("from stock to fastft, and back", "a checkpoint of either", _RESUME),
     ],
