@@ -37,12 +37,12 @@ class TokenMasking:
         ValueError: the tokenizer has no mask token, or `probability` is no probability.
     """
 
-    def __init__(self, tokenizer: Any, probability: float, seed: int | None) -> None:
+    def __init__(self, tokenizer: Any, probability: Any, seed: int | None) -> None:
         if getattr(tokenizer, "mask_token_id", None) is None:
             raise ValueError(
                 f"tokenizer must have a mask token, {type(tokenizer).__name__} has none"
             )
-        if not isinstance(probability, Real) or not 0.0 <= probability <= 1.0:
+        if not isinstance(probability, Real) or not 0.0 <= float(probability) <= 1.0:
             raise ValueError(f"mlm_probability must be from 0 to 1, got {probability!r}")
         self.tokenizer, self.probability, self.seed = tokenizer, float(probability), seed
         self._generator: torch.Generator | None = None
