@@ -185,9 +185,16 @@ class PackedStream(IterableDataset[Pack]):
         self._epoch.share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the dataset the epoch; a state of another epoch is not resumed."""
+        """Tells the dataset the epoch.
+
+        A state that was loaded waits for the first iteration: it is resumed where that is of the
+        state's epoch, whatever was set between, and let go of where it is not.
+        """
         refuse_dispatch(self)
-        self._epoch.fill_(integer("epoch", epoch, least=0))
+        epoch = integer("epoch", epoch, least=0)
+        if epoch != int(self._epoch):
+            self._begun = None  # going back to an epoch begins it anew
+        self._epoch.fill_(epoch)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 

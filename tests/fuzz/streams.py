@@ -140,7 +140,7 @@ class _Consumer:
         ]
         self.stream = self._made()
         self.epoch, self.place = 0, 0
-        self.next = 0  # where the next iteration begins
+        self.loaded: tuple[int, int] | None = None  # waits for an iteration of its epoch
         self.running: Iterator[Any] | None = None
         self.saved: list[tuple[Any, int, int]] = []
         self.copies: list[tuple[Any, int, int]] = []  # of a running iteration
@@ -157,9 +157,13 @@ class _Consumer:
             data.set_epoch(epoch)
         return _best_fit(self.case, [_parts_of(row) for row in data])
 
+    def _beginning(self) -> int:
+        """Where the next iteration begins."""
+        return self.loaded[1] if self.loaded and self.loaded[0] == self.epoch else 0
+
     def take_(self, number: int) -> None:
         if self.running is None:
-            self.running, self.place, self.next = iter(self.stream), self.next, 0
+            self.running, self.place, self.loaded = iter(self.stream), self._beginning(), None
         found = _packs_of(islice(self.running, number))
         expected = self._expected(self.epoch)[self.place : self.place + number]
         assert found == expected, f"packs from {self.place} on are others"
@@ -172,7 +176,7 @@ class _Consumer:
         if not self.saved:
             return
         state, self.epoch, self.place = self.saved[number % len(self.saved)]
-        self.running, self.next = None, self.place
+        self.running, self.loaded = None, (self.epoch, self.place)
         self.stream.load_state_dict(pickle.loads(state))
 
     def move_(self, number: int) -> None:
@@ -185,9 +189,10 @@ class _Consumer:
         self.running = None
 
     def epoch_(self, number: int) -> None:
-        if number % 3 != self.epoch:  # a state of another is not resumed, and none is written
-            self.place, self.next = 0, 0
-        self.running, self.epoch = None, number % 3
+        is_another, self.epoch = number % 3 != self.epoch, number % 3
+        if is_another:  # what was left of the one before is neither resumed nor written
+            self.place = self._beginning()
+        self.running = None
         self.stream.set_epoch(self.epoch)
 
     def copy_(self, number: int) -> None:
