@@ -4,6 +4,7 @@ Trainer writes a checkpoint file by file, `trainer_state.json` last. It finds ou
 that it cannot, and of a half checkpoint it says little:
 
     optimizer.pt or scheduler.pt is missing    both begin anew, without a word
+    all of optimizer, scheduler, random state  the same; and that is a checkpoint of save_only_model
     rng_state_1.pth is missing                 process 1 draws other numbers, without a word
     the rest is missing, or a file is cut off  an error that names no file and no way out, when the
                                                model has its weights already
@@ -37,15 +38,19 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 STATE = "trainer_state.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-# each begins the names that it has for FSDP, or on several processes
+# with the names that each has for FSDP, XLA or SageMaker, or on several processes
 _TOGETHER = {
-    "optimizer.pt": "optimizer",
-    "scheduler.pt": "scheduler.pt",
-    "rng_state.pth": "rng_state",
+    "optimizer.pt": re.compile(
+        r"optimizer(\.pt(_\d+)*|(_\d+)?(_rank\d+)?\.bin|_\d+)|rank\d+-of-\d+-optimizer\.pt"
+    ),
+    "scheduler.pt": re.compile(r"scheduler\.pt"),
+    "rng_state.pth": re.compile(r"rng_state(_\d+)?\.pth"),
 }
 _NOT_READ = "training_args.bin"  # when a training goes on
-_JSON = {STATE, "config.json", "adapter_config.json"}
+_OF_STATE = ("global_step", "train_batch_size")
+_JSON = {"config.json", "adapter_config.json"}
 _INDEX = (".safetensors.index.json", ".bin.index.json")
+_ZIP, _PICKLE = b"PK", b"\x80"
 _SINGLE = {"model.safetensors", "pytorch_model.bin"}  # where one is, no index is read
 
 
@@ -144,9 +149,7 @@ def _files_missing(folder: Path, names: set[str], trainer: Any) -> Iterator[str]
     if theirs and not set(weights) - {_NOT_READ} and not in_folders:
         yield "model.safetensors is missing, or adapter_model.safetensors"
     missing = [
-        file
-        for file, begin in _TOGETHER.items()
-        if not any(name.startswith(begin) for name in names)
+        file for file, pattern in _TOGETHER.items() if not any(map(pattern.fullmatch, names))
     ]
     # DeepSpeed has its own; none of them: saved with save_only_model
     if not trainer.is_deepspeed_enabled and len(missing) < len(_TOGETHER):
@@ -155,7 +158,7 @@ def _files_missing(folder: Path, names: set[str], trainer: Any) -> Iterator[str]
 
 def _random_state_missing(names: set[str], args: Any) -> Iterator[str]:
     """That of this process, in a checkpoint of as many processes as far as is known."""
-    if not any(name.startswith("rng_state") for name in names):
+    if not any(map(_TOGETHER["rng_state.pth"].fullmatch, names)):
         return  # saved without
     of_processes = [re.fullmatch(r"rng_state_(\d+)\.pth", name) for name in names]
     known = {int(found[1]) for found in of_processes if found}
@@ -178,6 +181,8 @@ def _why_cut_off(file: Path) -> str | None:
         if file.name.endswith(".safetensors"):
             with weight_files.opened(file):
                 pass
+        elif file.name == STATE:
+            return _not_a_state(file)
         elif file.name in _JSON:
             json.loads(file.read_bytes())
         elif file.name.endswith(_INDEX):
@@ -191,6 +196,14 @@ def _why_cut_off(file: Path) -> str | None:
     return None
 
 
+def _not_a_state(file: Path) -> str | None:
+    """What JSON lacks without which Trainer ends with an error that names no file."""
+    content = json.loads(file.read_bytes())
+    if isinstance(content, dict) and all(isinstance(content.get(name), int) for name in _OF_STATE):
+        return None
+    return f"{file.name} is damaged: it has not what Trainer writes there"
+
+
 def _shard_missing(index: Path) -> str | None:
     there = {path.name for path in index.parent.iterdir()}
     if there & _SINGLE:
@@ -201,10 +214,14 @@ def _shard_missing(index: Path) -> str | None:
 
 
 def _is_whole_zip(file: Path) -> bool:
-    """Whether torch can have written it; of its files from before 1.6 nobody can tell."""
+    """Whether torch can have written it; of its files from before 1.6, pickles, nobody can tell.
+
+    What others have written under a name that Trainer does not read is theirs.
+    """
     with open(file, "rb") as content:
-        begin = content.read(4)
-    if begin and not begin.startswith(b"PK"):
+        begin = content.read(2)
+    read = any(pattern.fullmatch(file.name) for pattern in _TOGETHER.values())
+    if begin.startswith(_PICKLE) or (not read and not _ZIP.startswith(begin)):
         return True
     try:
         with zipfile.ZipFile(file) as content:

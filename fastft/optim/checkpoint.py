@@ -5,9 +5,14 @@ keeps the dtype that it has in training. foreign_states.py has the forms of othe
 a checkpoint has masters, they overwrite the parameters (of which the model's file has the
 roundings).
 
-Values that no step writes are refused: a second moment below zero, which makes its weight NaN, and
-a scale of codes which is not finite or below zero, which makes its block so. NaN and Inf in moments
-are what a training with such gradients has: they come back as they were.
+Values that no step writes are refused: a second moment below zero, which makes its weight NaN, a
+scale of codes which is not finite or below zero, which makes its block so, and a number that would
+be Inf in the dtype in which it is kept. NaN and Inf in moments are what a training with such
+gradients has: they come back as they were.
+
+What is missing starts from zero where the other optimizer may have had none. Where the state dict
+says otherwise a maximum, by amsgrad in its group, is refused; of low bits, by their checksums, a
+warning speaks, for `load_fp32` may still bring them.
 
 A state dict holds the 16 bits of a `remainder` under the dtype bfloat16: neither gloo nor NCCL
 sends int16, so that FSDP could not gather it, and torch's own optimizers would cast it. Loading
@@ -16,6 +21,7 @@ takes either dtype.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +35,7 @@ from fastft.optim.foreign_states import (
     OF_APEX,
     check_number,
     check_values,
+    in_dtype,
     state_dict_of,
     torch_form,
 )
@@ -43,6 +50,7 @@ if TYPE_CHECKING:
 # what an optimizer of another `rounding` has no use for
 _RESIDUES = {name for name, _ in RESIDUES.values()}
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_OF_REMAINDERS = (torch.int16, torch.bfloat16)
 _OWN_OPTIONS = ("seed", "moments")
 # beside torch's `state` and `param_groups`, where nobody who cuts states sees it
 CHECKSUMS = "weight_checksums"
@@ -62,11 +70,14 @@ def packed(
 
     Codes of FSDP1's vectors become fp32 moments: it gathers, and cuts into parameters, what has the
     vector's shape only. Loading makes codes of them which mean the same. Beside `stale` weights the
-    low bits are zero.
+    low bits are zero; so is the maximum of a group which has got amsgrad since its last step.
     """
     keys = (key for group in state_dict["param_groups"] for key in group["params"])
     params = (param for group in optimizer.param_groups for param in group["params"])
     param_of, checksums = dict(zip(keys, params, strict=False)), {}
+    with_maximum = {
+        key for group in state_dict["param_groups"] if group["amsgrad"] for key in group["params"]
+    }
 
     def entries_of(key: Any, state: Any) -> Any:
         param = param_of.get(key)
@@ -79,6 +90,10 @@ def packed(
             checksums[key] = weight_bits.claim(param, optimizer.state.get(param))
         if "remainder" in state:
             state["remainder"] = _reinterpreted(state["remainder"], torch.bfloat16)
+        if key in with_maximum and state.keys() & {"exp_avg_sq", "max_exp_avg_sq"} == {
+            "exp_avg_sq"
+        }:
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
         return state
 
     state = {key: entries_of(key, entries) for key, entries in state_dict["state"].items()}
@@ -123,6 +138,7 @@ def load(optimizer: AdamW, state_dict: dict[str, Any]) -> None:
         ):
             masters.extend(_restore_group(optimizer, group, saved, state, checksums))
             restored["moments"] = group["moments"]
+        _warn_of_lost(loaded["state"], state, checksums)
         return {**loaded, "state": state, "param_groups": groups}
 
     # the last one: the user's hooks see the file's form
@@ -159,6 +175,8 @@ def _restore_group(
         fresh = new_state(
             param, whole_group, optimizer.rounding, "cpu" if optimizer.offload else None
         )
+        if saved.get("amsgrad"):
+            _check_maximum(entries, owner)
         restored = _restored(entries, fresh, owner)
         state[key] = _Verbatim(restored)
         if key in checksums and weight_bits.claim_applies(param):
@@ -166,8 +184,29 @@ def _restore_group(
         if master is not None:
             check_number(master, "master", owner)
             _same_shape(master, param, "master", owner)
-            masters.append((param, master, restored))
+            masters.append((param, in_dtype(master, torch.float32, "master", owner), restored))
     return masters
+
+
+def _warn_of_lost(saved: dict[Any, Any], restored: dict[Any, Any], checksums: Any) -> None:
+    """Warns of low bits that are needed here, and that the saved states had and have no more."""
+    needed = [
+        key
+        for key in checksums
+        if isinstance(restored.get(key), _Verbatim)
+        and residue_of(restored[key].entries) is not None
+    ]
+    lost = [
+        key for key in needed if residue_of(saved[key]) is None and "master_param" not in saved[key]
+    ]
+    if lost:
+        warnings.warn(
+            f"the loaded states of {len(lost)} bf16 parameters ({lost!r:.60}) "
+            f"have neither remainder nor kahan, and {CHECKSUMS} of the state dict says that they "
+            "had: the weights count as their bf16 values, unless load_fp32 brings these bits. If "
+            "nobody has taken them out, the checkpoint is damaged: take another",
+            stacklevel=2,
+        )
 
 
 def reveal(optimizer: torch.optim.Optimizer) -> None:
@@ -186,6 +225,10 @@ def write_master(param: Tensor, master: Tensor, state: dict[str, Any]) -> None:
     store_value(value, part, there)
     if there is not kept:
         kept.copy_(there)
+    if part.dtype == torch.bfloat16 and value.isnan().any():
+        # rounding has one NaN; sign and payload are in the 16 bits that a weight has
+        bits, high = part.view(torch.int16), (value.view(torch.int32) >> 16).short()
+        bits.copy_(torch.where(high.view(torch.bfloat16).isnan(), high, bits))
     weight_bits.mark_written(param, state)
 
 
@@ -197,6 +240,16 @@ def _check_groups(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> 
             'they must be the same. With moments="8bit" or "4bit" fastft.adamw and plug make '
             "groups of their own for embeddings and head; adamw_spec, whose groups are always "
             "Trainer's, can go on with other moments"
+        )
+    keys = [key for group in saved for key in group["params"]]
+    try:
+        distinct = len(set(keys)) == len(keys)
+    except TypeError:  # lists, say
+        distinct = False
+    if not distinct:
+        raise ValueError(
+            "params of the loaded state dict's groups must name each parameter once, by an integer "
+            f"or a string, got {keys!r:.60}"
         )
 
 
@@ -214,16 +267,7 @@ def _checksums_of(loaded: dict[str, Any]) -> dict[Any, int]:
 
 def _check_entries(entries: dict[str, Any], owner: str) -> None:
     """Raises where an entry under one of our names is not what that says, or is missing."""
-    step = entries["step"]
-    try:
-        count = float(step)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"the loaded step of {owner} must be a number, got {step!r}") from None
-    if not 0 <= count < float("inf") or count % 1:
-        raise ValueError(
-            f"the loaded step of {owner} must be a whole number, finite and not negative, "
-            f"got {count}"
-        )
+    _check_step(entries["step"], owner)
     _check_codes(entries, owner)
     coded = SCALES[0] in entries
     for name in (*_MOMENTS, *_RESIDUES):
@@ -231,12 +275,35 @@ def _check_entries(entries: dict[str, Any], owner: str) -> None:
             check_number(
                 entries[name], name, owner, *((torch.int16,) if name == "remainder" else ())
             )
-    if "remainder" in entries and entries["remainder"].itemsize != 2:
+    if "remainder" in entries and entries["remainder"].dtype not in _OF_REMAINDERS:
         raise ValueError(
-            f"the loaded remainder of {owner} must have 16 bits, is {entries['remainder'].dtype}"
+            f"the loaded remainder of {owner} must be 16 bits as int16 or bfloat16, is "
+            f"{entries['remainder'].dtype}"
         )
     _check_no_codes_as_numbers(entries, owner)
     _check_values(entries, owner)
+
+
+def _check_step(step: Any, owner: str) -> None:
+    try:
+        count = float(step)
+    except OverflowError:
+        count = float("inf")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"the loaded step of {owner} must be a number, got {step!r}") from None
+    if not 0 <= count <= torch.finfo(torch.float32).max or count % 1:
+        raise ValueError(
+            f"the loaded step of {owner} must be a whole number, finite in float32 and not "
+            f"negative, got {count}"
+        )
+
+
+def _check_maximum(entries: dict[str, Any], owner: str) -> None:
+    if "max_exp_avg_sq" not in entries:
+        raise ValueError(
+            f"{owner} has no max_exp_avg_sq, and its group has amsgrad: its largest second moments "
+            "so far are lost. Take another checkpoint, or set amsgrad to False in its group"
+        )
 
 
 def _check_codes(entries: dict[str, Any], owner: str) -> None:
@@ -325,7 +392,8 @@ def _restored(saved: dict[str, Any], fresh: State, owner: str) -> State:
                 value = _reinterpreted(value, torch.int16)
             _same_shape(value, template, name, owner)
             # cutting a whole tensor leaves its part on the mesh's device
-            value = placed_like(value.to(template.dtype), template).to(template.device)
+            value = in_dtype(value, template.dtype, name, owner)
+            value = placed_like(value, template).to(template.device)
             fresh[name] = value if value.stride() == template.stride() else template.copy_(value)
     return fresh
 
@@ -341,7 +409,7 @@ def _in_form_of(fresh: dict[str, Any], saved: dict[str, Any], owner: str) -> dic
     values, template = [], fresh["exp_avg_sq"]  # of the parameter's shape
     for name in ("exp_avg", "exp_avg_sq"):
         _same_shape(saved[name], template, name, owner)
-        placed = placed_like(saved[name].float(), template)
+        placed = placed_like(in_dtype(saved[name], torch.float32, name, owner), template)
         values.append(local(placed.to(template.device)).contiguous())
     restore(values[0], values[1], entries_of(fresh))
     return saved | {name: fresh[name] for name in ENTRIES}

@@ -40,6 +40,7 @@ def state_dict_of(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> dict[
         groups: the optimizer's that it is for.
 
     Raises:
+        TypeError: its states or groups are none.
         ValueError: it has none, or a group names no parameters, or has the betas of another rule.
     """
     if _OF_CPU_OFFLOAD in loaded:
@@ -52,6 +53,12 @@ def state_dict_of(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> dict[
             f"{_first_of(loaded)}{_what_it_is(loaded)}"
         )
     state_dict = loaded["optimizer_state_dict"] if is_apex else loaded
+    for name, kinds in (("state", (dict,)), ("param_groups", (list, tuple))):
+        if not isinstance(state_dict[name], kinds):
+            raise TypeError(
+                f"{name} of the loaded state dict must be a {kinds[0].__name__}, got "
+                f"{type(state_dict[name]).__name__}"
+            )
     for number, group in enumerate(state_dict["param_groups"]):
         if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
             raise ValueError(
@@ -113,9 +120,13 @@ def torch_form(
 
 
 def check_number(value: Any, name: str, owner: str, *others: torch.dtype) -> None:
-    """Raises unless `value` is a tensor of floating-point numbers, or of one of the `others`."""
+    """Raises unless `value` is a dense tensor of floating-point numbers, or of one of `others`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"the loaded {name} of {owner} must be a tensor, got {value!r}")
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"the loaded {name} of {owner} must be a dense tensor, has the layout {value.layout}"
+        )
     if not value.is_floating_point() and value.dtype not in others:
         raise TypeError(
             f"the loaded {name} of {owner} must be floating-point numbers, is {value.dtype}"
@@ -142,6 +153,20 @@ def check_values(
             "which no step writes and every later one would spread: the checkpoint is damaged or "
             "of another optimizer. Take an earlier one, or begin with new moments"
         )
+
+
+def in_dtype(value: Tensor, dtype: torch.dtype, name: str, owner: str) -> Tensor:
+    """`value` in the dtype in which it is kept; raises where a finite number would become Inf."""
+    floats = value.is_floating_point() and dtype.is_floating_point
+    if floats and torch.finfo(value.dtype).max > torch.finfo(dtype).max:
+        check_values(
+            value,
+            name,
+            owner,
+            lambda part: part.isfinite() & part.to(dtype).isinf(),
+            f"too large for {dtype}",
+        )
+    return value.to(dtype)
 
 
 def _of_cpu_offload(loaded: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:

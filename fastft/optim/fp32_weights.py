@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft import checks
 from fastft.foreign.engines import inner_optimizer
 from fastft.foreign.models import unwrapped
 from fastft.foreign.sharding import world_size
@@ -29,6 +31,7 @@ from fastft.optim.checkpoint import write_master
 from fastft.optim.weight_bits import residue_of
 from fastft.optim.weight_files import Header
 
+_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d*)?)\s*([KMGT])B\s*")
 # what goes through fp32
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -57,22 +60,23 @@ def save_fp32(
         max_shard_size: bytes of a file, or a string such as "5GB".
 
     Raises:
-        TypeError: `optimizer` is not fastft's AdamW.
-        ValueError: `optimizer` trains no parameter of `model`; `path` is a file.
+        TypeError: `model` is no module, or `optimizer` is not fastft's AdamW.
+        ValueError: `optimizer` trains no parameter of `model`; `path` is a file; `max_shard_size`
+            is no number of bytes.
         OSError: the files cannot be written there (no space left, read-only). Earlier weights are
             whole, and nothing of the new ones remains.
         ImportError: huggingface_hub or safetensors is missing.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    folder = Path(path)
+    folder, most = Path(path), _bytes_of(max_shard_size)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"path must be a folder, and {folder} is a file")
     adamw, tensors, untied = _trained(model, optimizer)
     sizes = {
         names[0]: _as_saved(torch.empty_like(tensor, device="meta")) for names, tensor in untied
     }
-    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=most)
     writes = world_size() == 1 or torch.distributed.get_rank() == 0
     stale = adamw.stale_weights()
     with weight_files.saving(folder) if writes else contextlib.nullcontext():
@@ -102,7 +106,7 @@ def load_fp32(
 
     Raises:
         FileNotFoundError: there are no weights in the folder.
-        TypeError: `optimizer` is not fastft's AdamW.
+        TypeError: `model` is no module, or `optimizer` is not fastft's AdamW.
         ValueError: `optimizer` trains no parameter of `model`; keys, shapes or dtypes differ (fp32,
             bf16 and fp16 become each other, any other dtype must be the model's); files are of
             several saves; the index or a file is damaged, or the index names a file outside the
@@ -198,6 +202,8 @@ def _trained(
     one with its names, first that which `save_pretrained` keeps.
     """
     inner, model = inner_optimizer(optimizer), unwrapped(model)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(inner, AdamW):
         raise TypeError(
             f"optimizer must be fastft's AdamW or a wrapper around it, got {type(inner).__name__}"
@@ -215,6 +221,16 @@ def _trained(
     tied = getattr(model, "all_tied_weights_keys", {})
     every = (sorted(names, key=tied.__contains__) for names in names_of.values())
     return inner, tensors, [(names, tensors[names[0]]) for names in every]
+
+
+def _bytes_of(max_shard_size: Any) -> int:
+    """The bytes of a string as huggingface_hub reads it, or of a number."""
+    size = isinstance(max_shard_size, str) and _SIZE.fullmatch(max_shard_size.upper())
+    return checks.integer(
+        "max_shard_size",
+        int(float(size[1]) * 1000 ** (" KMGT".index(size[2]))) if size else max_shard_size,
+        'a positive number of bytes, or a string such as "5GB"',
+    )
 
 
 def _as_saved(tensor: Tensor) -> Tensor:

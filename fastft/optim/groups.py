@@ -24,6 +24,9 @@ def check_group(group: dict[str, Any]) -> None:
     for name, beta in zip(("beta1", "beta2"), betas, strict=True):
         if not 0.0 <= _number(name, beta) < 1.0:
             raise ValueError(f"betas must both be in [0, 1), got {betas!r}")
+    for name in ("amsgrad", "maximize", "capturable", "differentiable"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
     if group["differentiable"]:
         raise ValueError(
             "differentiable=True is not implemented by fastft's AdamW; use torch.optim.AdamW for it"
@@ -82,4 +85,11 @@ def _number(name: str, value: Any) -> float:
         raise ValueError(
             f"{name} as a tensor must have one element, got shape {tuple(value.shape)}"
         )
-    return 0.0 if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return 0.0
+    try:
+        return float(value)
+    except (OverflowError, RuntimeError):  # an integer of that size, a complex tensor
+        raise ValueError(
+            f"{name} must be a number that a float can be, got {value!r:.60}"
+        ) from None

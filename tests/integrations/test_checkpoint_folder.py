@@ -17,6 +17,7 @@ import fastft
 from fastft.integrations import checkpoint_folder
 
 STEPS, SAVED = 4, 2
+STATE = checkpoint_folder.STATE
 # which nobody reads when a training goes on
 NOT_NEEDED = {"config.json", "generation_config.json", "training_args.bin"}
 NOT_NEEDED |= {"tokenizer.json", "tokenizer_config.json"}
@@ -68,7 +69,7 @@ def goes_on(folder, whole, resume):
 def damages(path):
     """Ways in which a file may be half, or not there."""
     content = path.read_bytes()
-    for length in (0, len(content) // 2, len(content) - 2):  # the last byte of JSON ends a line
+    for length in (0, 1, len(content) // 2, len(content) - 2):  # the last byte of JSON ends a line
         yield functools.partial(path.write_bytes, content[:length])
     yield path.unlink
 
@@ -86,6 +87,57 @@ def test_each_file_of_a_checkpoint_is_whole_or_named(folder, whole):
             assert f"resume_from_checkpoint={str(before)!r}" in text
             (last / name).write_bytes(content)
     goes_on(folder, whole, str(before))
+
+
+@pytest.mark.parametrize(
+    ("file", "beside"),
+    [
+        ("optimizer.pt", "optimizer_notes.txt"),
+        ("optimizer.pt", "optimizer.pt.bak"),
+        ("scheduler.pt", "scheduler.pth"),
+        ("rng_state.pth", "rng_state.txt"),
+    ],
+)
+def test_a_file_of_the_users_hides_none_that_is_missing(folder, file, beside):
+    last = folder / f"checkpoint-{STEPS}"
+    (last / file).rename(last / beside)
+    assert f"{file} is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"optimizer.bin", "scheduler.pt", "rng_state_0.pth"},  # FSDP, whole
+        {"optimizer_0", "scheduler.pt", "rng_state_1.pth"},  # FSDP, in parts
+        {"optimizer_0_rank1.bin", "scheduler.pt", "rng_state_1.pth"},
+        {"rank0-of-8-optimizer.pt", "scheduler.pt", "rng_state.pth"},  # XLA
+        {"optimizer.pt_0_1", "scheduler.pt", "rng_state.pth"},  # SageMaker
+    ],
+)
+def test_names_that_other_ways_of_training_have(folder, names):
+    last = folder / f"checkpoint-{STEPS}"
+    found = checkpoint_folder._files_missing(last, {STATE, "a.bin", *names}, training(folder))
+    assert list(found) == []
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{}", '"x"', "3", '{"global_step": 2}'])
+def test_json_that_is_no_state_is_named(folder, content):
+    (folder / f"checkpoint-{STEPS}" / STATE).write_text(content)
+    assert f"{STATE} is damaged: it has not what Trainer writes there. Go on from" in refusal(
+        folder
+    )
+
+
+def test_torchs_files_of_old_are_taken(folder, whole):
+    first = folder / f"checkpoint-{SAVED}"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save(
+            torch.load(first / name, weights_only=True),
+            first / name,
+            _use_new_zipfile_serialization=False,
+        )
+    (first / "notes.bin").write_text("a user's")
+    goes_on(folder, whole, str(first))
 
 
 def test_files_that_nobody_reads_may_be_missing(folder, whole):

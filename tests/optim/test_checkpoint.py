@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -227,6 +228,27 @@ REFUSED = {  # of the first parameter's state: what it has become, the error, an
     ),
     "step None": ({"step": None}, TypeError, "step of parameter 0 must be a number"),
     "step of many": ({"step": torch.ones(2)}, TypeError, "step of parameter 0 must be a number"),
+    "step too large for float32": (
+        {"step": 1e300},
+        ValueError,
+        r"step of parameter 0.*finite in float32.*got 1e\+300",
+    ),
+    "step too large for a float": ({"step": 2**2000}, ValueError, "step of parameter 0.*got inf"),
+    "moment too large for float32": (
+        {"exp_avg": torch.full((70, 73), 1e300, dtype=torch.float64)},
+        ValueError,
+        "exp_avg of parameter 0 has 5110 values of 5110 that are too large for torch.float32",
+    ),
+    "second moment too large for float32": (
+        {"exp_avg_sq": torch.full((70, 73), 1e39, dtype=torch.float64)},
+        ValueError,
+        "exp_avg_sq of parameter 0 has 5110 values of 5110 that are too large for torch.float32",
+    ),
+    "moment sparse": (
+        {"exp_avg": torch.ones(70, 73).to_sparse()},
+        TypeError,
+        "exp_avg of parameter 0 must be a dense tensor, has the layout torch.sparse_coo",
+    ),
     "moment None": (
         {"exp_avg": None},
         TypeError,
@@ -258,6 +280,11 @@ REFUSED = {  # of the first parameter's state: what it has become, the error, an
         ValueError,
         "remainder of parameter 0.*16 bits",
     ),
+    "remainder in fp16": (
+        {"remainder": torch.zeros(70, 73).half()},
+        ValueError,
+        "remainder of parameter 0 must be 16 bits as int16 or bfloat16, is torch.float16",
+    ),
     "second moment below zero": (
         {"exp_avg_sq": torch.ones(70, 73).index_fill(0, torch.tensor(69), -1e-30)},
         ValueError,
@@ -287,6 +314,11 @@ REFUSED = {  # of the first parameter's state: what it has become, the error, an
         {"master_param": "x"},
         TypeError,
         "master of parameter 0 must be a tensor, got 'x'",
+    ),
+    "master too large for float32": (
+        {"master_param": torch.full((70, 73), 1e39, dtype=torch.float64)},
+        ValueError,
+        "master of parameter 0 has 5110 values",
     ),
     "master complex": (
         {"master_param": torch.ones(70, 73) * 1j},
@@ -400,6 +432,97 @@ def test_an_entry_which_is_no_number_is_refused_by_name(what):
     check_refused("fp32", *REFUSED[what])
 
 
+@pytest.mark.parametrize("moments", ["bf16", "8bit"])
+def test_a_moment_that_the_optimizers_own_form_has_not_is_refused(moments):
+    optimizer = AdamW(start(SHAPES), moments=moments, seed=1)
+    saved = on_disk(torch.optim.AdamW(start(SHAPES)).state_dict())
+    huge = torch.full((70, 73), 1e39, dtype=torch.float64)
+    saved["state"] = {0: {"step": 1, "exp_avg": huge, "exp_avg_sq": huge}}
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has 5110 values.*too large"):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+
+
+OPTIONS = {
+    **{
+        f"{name}={value!r}": (
+            {name: value},
+            TypeError,
+            f"{name} must be True or False, got {value!r}",
+        )
+        for name in ("amsgrad", "maximize", "capturable", "differentiable")
+        for value in ("x", None, 1)
+    },
+    "lr too large": ({"lr": 2**2000}, ValueError, "lr must be a number that a float can be"),
+    "lr complex": ({"lr": torch.tensor(1j)}, ValueError, "lr must be a number that a float can be"),
+    "params twice": ({"params": [0, 0, 1]}, ValueError, r"name each parameter once.*got \[0, 0, 1"),
+    "params lists": ({"params": [[0], [1], [2]]}, ValueError, "name each parameter once"),
+    "amsgrad without its maximum": (
+        {"amsgrad": True},
+        ValueError,
+        "parameter 0 has no max_exp_avg_sq, and its group has amsgrad",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_an_option_which_a_step_cannot_have_is_refused_by_name(what):
+    change, error, sentence = OPTIONS[what]
+    optimizer = AdamW(start(SHAPES, torch.bfloat16), seed=1)
+    train(optimizer, gradients(SHAPES, 1))
+    before, groups = copy.deepcopy(states(optimizer)), optimizer.state_dict()["param_groups"]
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0].update(change)
+    with pytest.raises(error, match=sentence):
+        optimizer.load_state_dict(saved)
+    assert_same(states(optimizer), before)
+    assert optimizer.state_dict()["param_groups"] == groups
+    if "params" not in change and "amsgrad without" not in what:
+        with pytest.raises(error, match=sentence):
+            AdamW(start(SHAPES), **change)
+
+
+def test_torchs_amsgrad_without_its_maximum_is_refused():
+    torchs = torch.optim.AdamW(start(SHAPES), amsgrad=True)
+    train(torchs, gradients(SHAPES, 1))
+    saved = torchs.state_dict()
+    del saved["state"][1]["max_exp_avg_sq"]
+    with pytest.raises(ValueError, match="parameter 1 has no max_exp_avg_sq"):
+        AdamW(start(SHAPES)).load_state_dict(saved)
+
+
+def test_amsgrad_that_a_group_has_got_since_its_last_step_is_saved():
+    optimizer = AdamW(start(SHAPES))
+    params = train(optimizer, gradients(SHAPES, 1))
+    optimizer.param_groups[0]["amsgrad"] = True
+    loaded = AdamW(clones(params))
+    loaded.load_state_dict(on_disk(optimizer.state_dict()))
+    for each in (optimizer, loaded):
+        train(each, gradients(SHAPES, 1, seed=2))
+    assert_same(states(loaded), states(optimizer))
+    assert all(map(torch.equal, params_of(loaded), params))
+
+
+@pytest.mark.parametrize("rounding", ["exact", "kahan"])
+def test_low_bits_that_are_gone_are_named(rounding):
+    optimizer = AdamW(start(SHAPES, torch.bfloat16), rounding=rounding)
+    train(optimizer, gradients(SHAPES, 1))
+    saved = on_disk(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(saved)
+    del saved["state"][1][{"exact": "remainder"}.get(rounding, rounding)]
+    loaded = AdamW(start(SHAPES, torch.bfloat16), rounding=rounding)
+    with pytest.warns(UserWarning, match=r"1 bf16 parameters \(\[1\]\) have neither remainder nor"):
+        loaded.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # nobody can tell: of another rounding, or without need of them
+        AdamW(start(SHAPES, torch.bfloat16), rounding="nearest").load_state_dict(saved)
+        del saved["weight_checksums"][1]
+        loaded.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("moments", ["8bit", "fp32"])
 @pytest.mark.parametrize("what", CODED)
 def test_8_bit_moments_without_all_their_parts_are_refused(what, moments):
@@ -428,6 +551,21 @@ def test_8_bit_moments_without_all_their_parts_are_refused(what, moments):
         ),
         ({"state": {}}, ValueError, "param_groups missing, found state"),
         ({"fp32_from_fp16": []}, ValueError, "optimizer_state_dict missing"),
+        (
+            {"state": None, "param_groups": []},
+            TypeError,
+            "state of the loaded state dict must be a dict, got NoneType",
+        ),
+        (
+            {"state": [1, 2], "param_groups": []},
+            TypeError,
+            "state of the loaded state dict must be a dict, got list",
+        ),
+        (
+            {"state": {}, "param_groups": None},
+            TypeError,
+            "param_groups of the loaded state dict must be a list, got NoneType",
+        ),
         (
             {"state": {0: 5}, "param_groups": [apex_group(params=[0, 1, 2])]},
             TypeError,

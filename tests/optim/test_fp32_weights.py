@@ -169,6 +169,42 @@ def test_an_fp32_model_takes_the_masters(tmp_path):
     assert not torch.equal(wide.embed.weight, model.embed.weight)
 
 
+@pytest.mark.parametrize("rounding", ["exact", "kahan", "stochastic"])
+def test_weights_that_are_no_numbers_come_back_to_the_bit(rounding, tmp_path):
+    """Signs and payloads of NaN, which rounding to bf16 has one of."""
+    high = torch.tensor([0x7F80, -0x80, 0x7FC0, 0x7F81, -0x7F, -0x3F], dtype=torch.int16)
+    if rounding == "kahan":
+        quiet = high.view(torch.bfloat16).isnan().short() * 0x40  # as its sum makes them
+        high = high | quiet
+    for dtype in (torch.bfloat16, torch.float32):
+        model = torch.nn.Linear(6, 2, bias=False).to(dtype)
+        optimizer = AdamW(model.parameters(), rounding=rounding)
+        model.weight.detach()[0] = high.view(torch.bfloat16)
+        fastft.save_fp32(model, optimizer, tmp_path)
+        again = torch.nn.Linear(6, 2, bias=False).to(dtype)
+        resumed = AdamW(again.parameters(), rounding=rounding)
+        fastft.load_fp32(again, resumed, tmp_path)
+        assert torch.equal(bits_of(again.weight), bits_of(model.weight))
+        fastft.save_fp32(again, resumed, tmp_path / "again")
+        assert torch.equal(
+            *(bits_of(weights_in(of)["weight"]) for of in (tmp_path, tmp_path / "again"))
+        )
+
+
+def bits_of(tensor):
+    return tensor.detach().view(torch.int16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_fp32_nan_that_bf16_has_not_stays_nan(dtype, tmp_path):
+    wide, narrow = (torch.nn.Linear(2, 1, bias=False).to(of) for of in (torch.float32, dtype))
+    optimizer = AdamW(wide.parameters())
+    wide.weight.detach().view(torch.int32)[0] = torch.tensor([0x7F800001, 0x7FFFFFFF])
+    fastft.save_fp32(wide, optimizer, tmp_path)
+    fastft.load_fp32(narrow, AdamW(narrow.parameters()), tmp_path)
+    assert narrow.weight.isnan().all()
+
+
 def test_shards_are_small_and_replaced(tmp_path):
     model, optimizer = trained()
     (tmp_path / "notes.txt").write_text("kept")
@@ -225,6 +261,15 @@ def test_bad_input(tmp_path):
     model, optimizer = trained(1)
     with pytest.raises(TypeError, match=r"fastft's AdamW.*got SGD"):
         fastft.save_fp32(model, torch.optim.SGD(trainable(model)), tmp_path)
+    for call in (fastft.save_fp32, fastft.load_fp32):
+        with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got NoneType"):
+            call(None, optimizer, tmp_path)
+        with pytest.raises(TypeError, match=r"fastft's AdamW.*got NoneType"):
+            call(model, None, tmp_path)
+    for size in ("x", 0, -1, "0GB", "-1GB", "5", 1.5, True, None):
+        with pytest.raises(ValueError, match="max_shard_size must be a positive number of bytes"):
+            fastft.save_fp32(model, optimizer, tmp_path / "not made", max_shard_size=size)
+    assert not (tmp_path / "not made").exists()
     with pytest.raises(ValueError, match="no parameter of model"):
         fastft.save_fp32(Tiny(), optimizer, tmp_path)
     with pytest.raises(ValueError, match="no parameter of model"):
