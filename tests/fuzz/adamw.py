@@ -103,7 +103,11 @@ class _Life:
             "eager": {"impl": "eager"},
             "released": {"release_gradients": True},
         }.get(self.kind, {"offload": self.kind})
-        return fastft.AdamW(groups, seed=7, **options, **how)
+        made = fastft.AdamW(groups, seed=7, **options, **how)
+        # the steps by hand take what the groups say
+        asked = {name: made.param_groups[0][name] for name in ("betas", "eps", "maximize")}
+        assert all(options[name] == asked[name] for name in asked), f"the group has {asked}"
+        return made
 
     def _rate(self, value: float) -> Any:
         return torch.tensor(value) if self.case.tensors else value
