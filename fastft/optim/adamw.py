@@ -30,7 +30,7 @@ from fastft.optim.adamw_plan import Plan, same_objects
 from fastft.optim.adamw_state import state_bytes
 from fastft.optim.adamw_update import Rounding
 from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
-from fastft.optim.groups import check_group
+from fastft.optim.groups import check_group, check_max_grad_norm
 from fastft.optim.offload.choice import Choice, choose_for
 from fastft.optim.offload.deferred import Followed, PendingStep
 from fastft.optim.offload.gradients import HeldGradients
@@ -148,7 +148,7 @@ class AdamW(torch.optim.AdamW):
 
     Raises:
         TypeError: a parameter that is neither float32 nor bfloat16, or a hyper-parameter that is no
-            number.
+            number, or no bool where one is needed.
         ValueError: a hyper-parameter out of range, betas of mixed kinds, an option that is not
             implemented, an empty parameter list; or where accelerate's DeepSpeed is going to put
             DeepSpeedCPUAdam in this optimizer's place, an option that this does not have.
@@ -193,10 +193,7 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(
                 f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}"
             )
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(
-                f"max_grad_norm must be above 0, or None for no clipping, got {max_grad_norm!r}"
-            )
+        check_max_grad_norm(max_grad_norm)
         if max_grad_norm is not None and impl not in ("auto", "eager", *GRAD_NORM.engines):
             raise ValueError(
                 f"max_grad_norm needs a norm that impl={impl!r} has no kernel for; impl='auto' has "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastft.optim.moment_codes import CODES
 
 MOMENTS = ("fp32", "bf16", *CODES)
+FLAGS = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -19,14 +21,13 @@ def check_group(group: dict[str, Any]) -> None:
     if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
         raise ValueError(f"betas must be either both numbers or both tensors, got {betas!r}")
     for name in ("lr", "eps", "weight_decay"):
-        if not 0.0 <= _number(name, group[name]) < float("inf"):
+        if not 0.0 <= number(name, group[name]) < float("inf"):
             raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
     for name, beta in zip(("beta1", "beta2"), betas, strict=True):
-        if not 0.0 <= _number(name, beta) < 1.0:
+        if not 0.0 <= number(name, beta) < 1.0:
             raise ValueError(f"betas must both be in [0, 1), got {betas!r}")
-    for name in ("amsgrad", "maximize", "capturable", "differentiable"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+    for name in FLAGS:
+        check_flag(name, group[name])
     if group["differentiable"]:
         raise ValueError(
             "differentiable=True is not implemented by fastft's AdamW; use torch.optim.AdamW for it"
@@ -77,19 +78,43 @@ def hyper_columns(
     ]
 
 
-def _number(name: str, value: Any) -> float:
-    """The value of a hyper-parameter; 0 of one on a device, for looking there would wait for it."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if isinstance(value, Tensor) and value.numel() != 1:
+def check_flag(name: str, value: Any) -> None:
+    """Raises where `value` is anything but a bool: a text that says no counts as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_max_grad_norm(value: Any) -> None:
+    """Raises where `value` is no norm to clip to; infinity is one, which scales nothing."""
+    if value is None:
+        return
+    needed = "must be a number above 0, or None for no clipping"
+    if not number("max_grad_norm", value, needed, elsewhere=1.0) > 0:
+        raise ValueError(f"max_grad_norm {needed}, got {value!r}")
+
+
+def number(
+    name: str, value: Any, needed: str = "must be a number", *, elsewhere: float = 0.0
+) -> float:
+    """The value of a hyper-parameter; `elsewhere` of a tensor on a device, for looking there would
+    wait for it.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is a tensor of several, or an integer that no float can be.
+    """
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} {needed}, got {value!r}")
+        try:
+            return float(value)
+        except OverflowError:
+            message = f"{name} must be a number that a float can be, got {value!r:.60}"
+            raise ValueError(message) from None
+    if value.numel() != 1:
         raise ValueError(
             f"{name} as a tensor must have one element, got shape {tuple(value.shape)}"
         )
-    if isinstance(value, Tensor) and value.device.type != "cpu":
-        return 0.0
-    try:
-        return float(value)
-    except (OverflowError, RuntimeError):  # an integer of that size, a complex tensor
-        raise ValueError(
-            f"{name} must be a number that a float can be, got {value!r:.60}"
-        ) from None
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} {needed}, got a tensor of {value.dtype}")
+    return elsewhere if value.device.type != "cpu" else float(value)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -23,6 +24,7 @@ from support.adamw_steps import (
 )
 from torch.nn import Parameter
 
+import fastft
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw_update import join_master
 
@@ -234,22 +236,54 @@ BAD = [
     ({"moments": "2bit"}, ValueError, "moments"),
     ({"rounding": "down"}, ValueError, "rounding"),
     ({"impl": "metal"}, ValueError, "impl"),
-    ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
+    ({"lr": torch.tensor(1j)}, TypeError, "lr must be a number, got a tensor of torch.complex64"),
+    ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be a number above 0.*got 0.0"),
+    ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm .*above 0.*got nan"),
+    ({"max_grad_norm": "x"}, TypeError, "max_grad_norm .*above 0.*or None.*got 'x'"),
+    ({"max_grad_norm": True}, TypeError, "max_grad_norm .*got True"),
+    ({"max_grad_norm": torch.ones(2)}, ValueError, r"max_grad_norm .*one element.*\(2,\)"),
+    ({"max_grad_norm": torch.tensor(-1.0)}, ValueError, "max_grad_norm .*got tensor"),
+    ({"amsgrad": "x"}, TypeError, "amsgrad must be True or False, got 'x'"),
+    ({"amsgrad": None}, TypeError, "amsgrad must be True or False, got None"),
+    ({"maximize": "no"}, TypeError, "maximize must be True or False, got 'no'"),
+    ({"maximize": 1}, TypeError, "maximize must be True or False, got 1"),
+    ({"capturable": "no"}, TypeError, "capturable must be True or False, got 'no'"),
+    ({"differentiable": "no"}, TypeError, "differentiable must be True or False, got 'no'"),
+    ({"release_gradients": "no"}, TypeError, "release_gradients must be True or False, got 'no'"),
     ({"seed": -1}, ValueError, "seed"),
     ({"seed": 0.5}, TypeError, "seed"),
     ({"differentiable": True}, ValueError, "differentiable"),
 ]
 
 
+# of the whole optimizer: in a group they are keys that nobody reads, as with torch
+OF_THE_WHOLE = {"rounding", "impl", "max_grad_norm", "release_gradients"}
+
+
 @pytest.mark.parametrize(("options", "error", "match"), BAD)
 def test_bad_options(options, error, match):
-    with pytest.raises(error, match=match):
-        AdamW(start([(3,)]), **options)
+    for make in (AdamW, fastft.adamw, functools.partial(fastft.adamw_spec, None)):
+        given = [] if isinstance(make, functools.partial) else [start([(3,)])]
+        with pytest.raises(error, match=match):
+            make(*given, **options)
     optimizer = AdamW(start([(3,)]))
-    if match not in ("moments", "rounding", "impl", "max_grad_norm"):
+    if not OF_THE_WHOLE & options.keys():
         with pytest.raises(error, match=match):
             optimizer.add_param_group({"params": start([(4,)]), **options})
         assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("norm", [1, 0.5, float("inf"), torch.tensor(0.5), torch.tensor([0.5])])
+def test_norms_to_clip_to(norm):
+    """A number, an integer, infinity (which scales nothing) or a tensor of one element."""
+    (param,), (other,) = start([(64,)]), start([(64,)])
+    rival = torch.optim.AdamW([other])
+    optimizer = AdamW([param], max_grad_norm=norm)
+    param.grad, other.grad = torch.ones(64), torch.ones(64)
+    torch.nn.utils.clip_grad_norm_([other], float(norm))
+    for each in (optimizer, rival):
+        each.step()
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"], rival.state[other]["exp_avg"])
 
 
 @pytest.mark.way("fp16 parameters", optimizer="refused")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastft.foreign import engines
+from fastft.optim.groups import check_flag
 from fastft.optim.offload.tiers import TIERS
 
 if TYPE_CHECKING:
@@ -24,8 +25,7 @@ def check_offload(
         raise ValueError(
             f"offload must be one of {', '.join(map(repr, OFFLOADS))}, got {offload!r}"
         )
-    if not isinstance(release_gradients, bool):
-        raise TypeError(f"release_gradients must be True or False, got {release_gradients!r}")
+    check_flag("release_gradients", release_gradients)
     if release_gradients and offload is not None:
         raise ValueError(
             f"release_gradients=True with offload={offload!r}: the one uses gradients up inside "
