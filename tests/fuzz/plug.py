@@ -29,7 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 import fastft
 from fastft.integrations.plug.plug import Plugged
 
-EXAMPLES = 20
+EXAMPLES = 16
 TASKS = ("causal", "causal, labels of its own", "masked", "classes")
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
