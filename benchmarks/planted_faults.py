@@ -553,9 +553,10 @@ def page(kept: dict[str, Any]) -> Iterator[str]:
         yield from ("", f"## {heading}", "")
         yield from ("| | fault | target | found in | case | by |", "|---|---|---|---:|---:|---|")
         yield from (_line(rows[fault.name]) for fault in faults if fault.name in rows)
-    yield from ("", "## Without a fault", "")
-    yield from ("The targets on a copy as it is; each room for as long as its last fault took:", "")
-    yield from ("| target | | cases |", "|---|---|---:|")
+    if kept["controls"]:
+        yield from ("", "## Without a fault", "")
+        yield "The targets on a copy as it is; each room for as long as its last fault took:"
+        yield from ("", "| target | | cases |", "|---|---|---:|")
     for row in kept["controls"]:
         said = "finds a fault where none is" if row["found"] else "passes"
         yield f"| {_target(row['target'])} | {said} | {row['cases'] or ''} |"
