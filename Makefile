@@ -25,11 +25,12 @@
 #                ONLY="plan pack": these rooms
 # make sanitize [ONLY=cpu]    the native code and its tests under the address, undefined-behaviour and thread sanitizers, on every
 #                instruction set; the CUDA launchers over a fake runtime, too; a quarter of an hour
-# make planted    faults that fastft once had, planted back one at a time: is each found, and how soon?
+# make planted    faults, former and likely ones, planted one at a time: is each found, and how soon?
 #                benchmarks/results/planted_faults.md; FAULTS="r05 r12": these alone
 # make soak       2,000 steps of a training, 200 trainings in a process, 1,000 attachments, 3,000 optimizers: nothing may grow;
 #                ONLY="steps": this room
-# make campaign    fuzz for ten minutes a room, sanitize and soak, two hours: benchmarks/results/campaign.md
+# make campaign    fuzz for ten minutes a room, sanitize and soak, about 100 minutes with JOBS=2:
+#                benchmarks/results/campaign.md
 # make docs       the site of all pages with the API reference, in build/site; broken links are errors
 # make lock       resolves requirements/*.txt anew from pyproject.toml and requirements/*.in
 # make wheel      one wheel for every Python >= 3.10, torch >= 2.10

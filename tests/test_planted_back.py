@@ -1,5 +1,5 @@
-"""Faults that fastft once had, planted back (benchmarks/planted_faults.py): each still can be, and
-the quick ones are found."""
+"""Faults that are planted (benchmarks/planted_faults.py): each still can be, each room has one to
+find, the quick ones are found, and what is no finding is not taken for one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -49,8 +50,57 @@ def test_each_target_is_there(planted: ModuleType) -> None:
         assert (ROOT / (f"tests/fuzz/{fault.target}.py" if room else fault.target)).exists()
 
 
+def test_each_room_has_something_to_find(planted: ModuleType) -> None:
+    files = (ROOT / "tests" / "fuzz").glob("*.py")
+    rooms = {file.stem for file in files if not file.stem.startswith(("_", "test_"))}
+    assert rooms <= {fault.target for fault in planted.FAULTS}
+
+
+FINDING = "def test_it():\n    assert 1 == 2, 'another number'"
+NO_FINDING = {
+    "the copy cannot be imported": "import nowhere",
+    "a text that is no Python": "def test_it(:",
+    "a fixture": "import pytest\n\n@pytest.fixture\ndef one():\n    assert False\n\n"
+    "def test_it(one):\n    pass",
+    "no test at all": "",
+}
+
+
+def _ordinary(planted: ModuleType, root: Path, text: str) -> Any:
+    (root / "tests").mkdir()
+    (root / "tests" / "test_one.py").write_text(text)
+    return planted.run("tests/test_one.py", root, 1)
+
+
+def test_a_test_that_fails_is_a_finding(planted: ModuleType, tmp_path: Path) -> None:
+    outcome = _ordinary(planted, tmp_path, FINDING)
+    assert outcome.found and "another number" in outcome.shown
+
+
+def test_an_import_that_fails_is_no_finding(planted: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="not by a fault"):
+        _ordinary(planted, tmp_path, "def test_it():\n    import nowhere")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["r04", "r05", "r10", "r13"])
+@pytest.mark.parametrize("what", NO_FINDING)
+def test_what_cannot_be_tested_is_no_finding(
+    planted: ModuleType, tmp_path: Path, what: str
+) -> None:
+    with pytest.raises(RuntimeError, match=r"tested nothing|not by a fault|could not be run"):
+        _ordinary(planted, tmp_path, NO_FINDING[what])
+
+
+@pytest.mark.slow
+def test_a_room_that_cannot_be_imported_is_no_finding(planted: ModuleType, tmp_path: Path) -> None:
+    planted.copied(tmp_path)
+    (tmp_path / "tests" / "fuzz" / "plan.py").write_text("import nowhere")
+    with pytest.raises(RuntimeError, match="not by a fault"):
+        planted.run("plan", tmp_path, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["r04", "r05", "r10", "r13", "n01", "n04", "n10"])
 def test_a_planted_fault_is_found(planted: ModuleType, name: str) -> None:
     (fault,) = (fault for fault in planted.FAULTS if fault.name == name)
     outcome = planted.find(fault)
@@ -59,5 +109,5 @@ def test_a_planted_fault_is_found(planted: ModuleType, name: str) -> None:
 
 @pytest.mark.slow
 def test_without_a_fault_nothing_is_found(planted: ModuleType) -> None:
-    nothing = planted.Fault("none", "", "plan", ())
-    assert not planted.find(nothing, seconds=1).found
+    outcome = planted.find(planted.Fault("none", "", "plan", ()), seconds=1)
+    assert not outcome.found and outcome.cases

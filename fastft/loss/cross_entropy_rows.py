@@ -64,7 +64,6 @@ class RowStatistics:
     ) -> None:
         self.picked, self.options = picked, options
         self.z = capped(logits.to(dtype), options)
-        target_logit = self.z.gather(1, picked)
         self.highest = highest = self.z.amax(1, keepdim=True)
         self.exps = (self.z - highest).exp()
         # from the maximum, 0 where the exponential is 0
@@ -73,8 +72,8 @@ class RowStatistics:
         self.others = self.exps.scatter(1, picked, 0.0).sum(1, keepdim=True)
         self.total = self.others + target_exp
         # log of the sum is log1p of the sum without the class that holds the maximum, whose
-        # exponential is exactly 1
-        without = torch.where(target_logit == highest, self.others, self.others - 1 + target_exp)
+        # exponential is exactly 1; NaN where the maximum is infinite
+        without = torch.where(target_exp == 1, self.others, self.others - 1 + target_exp)
         self.log_sum = without.log1p()
         self.lse = highest + self.log_sum
         self.weight: Tensor | float = weight[0].to(dtype) if weight else 1.0

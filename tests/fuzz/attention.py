@@ -50,7 +50,7 @@ def _cases(draw: st.DrawFn) -> Case:
     local = st.none() | st.sampled_from([1, 2, 5, 64, 100])
     size = draw(st.sampled_from([1, 8, 16]))
     return Case(
-        draw(st.sampled_from(["float32", "bfloat16", "float64"])),
+        draw(drawn_losses.DTYPES),
         draw(st.sampled_from(["auto", "auto", "eager", "blocks", "flash_cpu"])),
         lengths,
         [draw(st.integers(1, 20)) for _ in lengths] if crossed else None,
@@ -109,7 +109,10 @@ def check(case: Case) -> None:
 
 
 def _possible(case: Case) -> Case:
-    """torch's flash kernel knows less, and says so."""
+    """torch's flash kernel knows less, and says so; what fp16 cannot hold is Inf in plain torch,
+    too."""
+    if case.dtype == "float16":
+        case = case._replace(spread=min(case.spread, 1.0))
     unknown = case.mask or case.bias or case.softcap or case.size != case.value_size
     return case._replace(impl="auto") if case.impl == "flash_cpu" and unknown else case
 

@@ -1,7 +1,8 @@
 """What a head says about each token, every option, against float64: log-probabilities, entropies,
 means, which class comes first; and losses made of them, also with gradients in the forward pass.
 
-Values and all gradients are at most twice as far from it as plain torch in the same dtype.
+Values and all gradients are at most twice as far from it as plain torch in the same dtype; NaN and
+Inf are in the same places.
 """
 
 from __future__ import annotations
@@ -31,36 +32,37 @@ class Case(NamedTuple):
     ignored: float
     softcap: float | None
     logit_scale: float
+    ignore_index: int
     bias: bool
     mean_logits: bool
     log_sum_sq_probs: bool
-    ignore_index: int
     index: str  # the dtype of targets
     cube: bool  # a batch of sequences
     chunk_rows: int | None
     counted: bool
     columns_first: bool
     autocast: bool
+    unusual: float | None
     seed: int
 
 
 CASES = st.builds(
     Case,
     of=st.sampled_from(["log_probs", "dft", "policy", "entropy"]),
-    dtype=st.sampled_from(["float32", "bfloat16", "float64"]),
+    dtype=drawn_losses.DTYPES,
     impl=st.sampled_from(["auto", "eager", "cpp"]),
     **drawn_losses.SHAPES,
     **drawn_losses.OF_LOGITS,
     bias=st.booleans(),
     mean_logits=st.booleans(),
     log_sum_sq_probs=st.booleans(),
-    ignore_index=st.sampled_from([-100, -1, 0]),
     index=st.sampled_from(["int64", "int32"]),
     cube=st.booleans(),
     chunk_rows=st.none() | st.sampled_from([1, 7, 64]),
     counted=st.booleans(),
     columns_first=st.booleans(),
     autocast=st.booleans(),
+    unusual=drawn_losses.UNUSUAL,
     seed=drawn_losses.SEED,
 )
 # of a token and what belongs to it: old log-probabilities, an advantage
@@ -78,24 +80,26 @@ def check(case: Case) -> None:
     leaves = [drawn(shape, generator, case.columns_first) for shape in shapes[: 2 + case.bias]]
     leaves[1] *= case.spread
     leaves = [leaf.to(getattr(torch, case.dtype)) for leaf in leaves]
-    target = drawn_losses.targets(case.rows, case.classes, case.ignored, generator)
-    target[target == drawn_losses.IGNORED] = case.ignore_index
+    target = drawn_losses.targets(
+        case.rows, case.classes, case.ignored, generator, case.ignore_index
+    )
     ours, plain = (_log_probs if case.of == "log_probs" else _losses)(case, target, generator)
     size = drawn_losses.size_of_sums(leaves, case.logit_scale, True)
     size *= 1 if case.of == "log_probs" else max(1, case.rows)  # summed over the tokens
     terms = case.rows + case.hidden + case.classes
+    drawn_losses.put_unusual(leaves[case.seed % 2], case.unusual, generator)
     drawn_losses.check_against_float64(
         ours, plain, leaves, generator, case.autocast, terms=terms, size=size
     )
-    if not case.autocast:
+    if not case.autocast and case.unusual is None:
         _check_unrecorded(case, leaves, target)
 
 
 def _possible(case: Case) -> Case:
-    """C++ has no kernel for float64, and says so; autocast leaves float64 alone."""
-    if case.dtype == "float64":
-        return case._replace(impl=case.impl.replace("cpp", "auto"), autocast=False)
-    return case
+    """Autocast leaves float64 alone."""
+    impl, spread = drawn_losses.within_dtype(case.dtype, case.impl, case.spread)
+    autocast = case.autocast and case.dtype != "float64"
+    return case._replace(impl=impl, spread=spread, autocast=autocast)
 
 
 def _given(case: Case, target: Tensor) -> dict[str, object]:
@@ -119,11 +123,18 @@ def _operands(case: Case, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _plain(
     case: Case, x: Tensor, head: Tensor, bias: Tensor | None, target: Tensor
 ) -> list[Tensor]:
-    logits = F.linear(x, head, bias)
+    # a row that is ignored is no part of any gradient, whatever it holds
+    ignored = (target == case.ignore_index)[:, None]
+    logits = F.linear(x.masked_fill(ignored, 0.0), head, bias).masked_fill(ignored, 0.0)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     with torch.autocast("cpu", enabled=False):
         options = {"softcap": case.softcap, "logit_scale": case.logit_scale}
-        return list(oracle.log_probs(logits, target, ignore_index=case.ignore_index, **options))
+        found = oracle.log_probs(logits, target, ignore_index=case.ignore_index, **options)
+        log_probs, entropy, lse, is_top1 = found
+        # of a row whose largest logit is infinite all is NaN, as torch's log_softmax
+        largest = oracle.capped(logits, **options).amax(1)
+        unknown = largest.isinf() & (target != case.ignore_index)
+        return [log_probs, entropy, torch.where(unknown, torch.nan, lse), is_top1]
 
 
 def _log_probs(case: Case, target: Tensor, generator: torch.Generator) -> tuple[Computed, Computed]:

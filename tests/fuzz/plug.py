@@ -3,8 +3,8 @@ stock Trainer that goes through the same: trainings, evaluations, exceptions fro
 Trainers of the same model.
 
 Losses, evaluations and predictions are those of stock but for rounding; after each event a plugged
-model that nobody trains is a stock one; when all is taken off, a training has stock's losses to the
-bit.
+model that nobody trains is a stock one; when all is taken off, a training has stock's losses and
+weights to the bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import gc
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 import fastft
 from fastft.integrations.plug.plug import Plugged
 
-EXAMPLES = 20
+EXAMPLES = 16
 TASKS = ("causal", "causal, labels of its own", "masked", "classes")
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing_factor": 0.1},
     "no clipping": {"max_grad_norm": 0.0},
     "evaluations": {"eval_strategy": "steps", "eval_steps": 1},
+    "checkpoints": {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1},
 }
 PLUGS: tuple[dict[str, Any], ...] = (
     {},
@@ -46,11 +47,7 @@ PLUGS: tuple[dict[str, Any], ...] = (
     {"linear": True},
     {"offload": "states"},
 )
-STOPS = tuple(
-    f"on_{event}"
-    for event in "train_begin epoch_begin step_begin substep_end pre_optimizer_step optimizer_step "
-    "step_end log evaluate prediction_step epoch_end train_end".split()
-)
+STOPS = tuple(sorted(name for name in dir(TrainerCallback) if name.startswith("on_")))
 EVENTS = ("plug", "plug", "train", "train", "broken", "broken", "restore", "callback", "trainer")
 EVENTS += ("remove", "evaluate", "predict", "context", "copy", "cell", "cell", "cell")
 ROUNDING = {"rtol": 5e-4, "atol": 1e-4}
@@ -110,11 +107,15 @@ class _Life:
         return logged(self.trainer, "loss") + logged(self.trainer, "eval_loss")
 
     def _broken(self, number: int) -> str:
-        """How the training ended: not every event comes in each."""
+        """How the training, or what has the event, ended: not every event comes in each."""
         stopper = _Stopper(number)
         self.trainer.add_callback(stopper)
         try:
             self._train(number)
+            if stopper.event == "on_predict":
+                self._predict(number)
+            elif stopper.event == "on_init_end":
+                _trainer(self.case, self.folder, self.model, [stopper])
         except (Stop, KeyboardInterrupt) as error:
             return type(error).__name__
         finally:
@@ -200,9 +201,15 @@ class _Life:
             self._remove(0)
 
 
-def _trainer(case: Case, folder: str, model: nn.Module | None = None) -> Trainer:
+def _trainer(
+    case: Case,
+    folder: str,
+    model: nn.Module | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
     changes = {"learning_rate": 1e-3, "max_steps": 2, **SETTINGS[case.setting]}
-    trainer = trainer_of(folder, case.task, model=model, **changes)
+    options = {"callbacks": [*callbacks]}
+    trainer = trainer_of(folder, case.task, model=model, options=options, **changes)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -222,7 +229,7 @@ def _traces(model: nn.Module) -> list[Any]:
 
 def check(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder, _quietly():
-        stock, ours = (_Life(case, folder, stock) for stock in (True, False))
+        stock, ours = (_Life(case, f"{folder}/{stock}", stock) for stock in (True, False))
         before = copy.deepcopy(ours.model.state_dict())
         clean = True
         for event, number in case.events:
@@ -265,20 +272,25 @@ def _check_stock(
     assert mine.train.__func__ is Trainer.train  # type: ignore[attr-defined]
     ours.model.load_state_dict(before)
     trainer = _trainer(case, folder, ours.model)
-    assert _losses(trainer) == _of_stock(case.task, case.setting), "it does not train as stock"
+    losses, weights = _trained(trainer)
+    expected, expected_weights = _of_stock(case.task, case.setting)
+    assert losses == expected, "it does not train as stock"
+    others = [name for name in weights if not torch.equal(weights[name], expected_weights[name])]
+    assert not others, f"trained weights are not stock's: {others}"
 
 
 @functools.cache
-def _of_stock(task: str, setting: str) -> list[float]:
-    """The losses of a new model's training."""
+def _of_stock(task: str, setting: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """What a new model's training comes to."""
     with tempfile.TemporaryDirectory() as folder:
-        return _losses(_trainer(Case(task, setting, []), folder))
+        return _trained(_trainer(Case(task, setting, []), folder))
 
 
-def _losses(trainer: Trainer) -> list[float]:
+def _trained(trainer: Trainer) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """What was logged, and the weights."""
     set_seed(0)
     trainer.train()
-    return logged(trainer, "loss", "grad_norm")
+    return logged(trainer, "loss", "grad_norm"), copy.deepcopy(trainer.model.state_dict())
 
 
 @contextlib.contextmanager

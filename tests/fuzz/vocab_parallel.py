@@ -38,6 +38,7 @@ class Case(NamedTuple):
     ignored: float
     softcap: float | None
     logit_scale: float
+    ignore_index: int
     label_smoothing: float
     z_loss: float
     weight: bool
@@ -70,7 +71,7 @@ def check(case: Case) -> None:
     classes = case.world * case.classes
     leaves = _leaves(case, classes, generator)
     needs = [need or case.of == "logits" for need in case.needs[: len(leaves)]]
-    target = drawn_losses.targets(case.rows, classes, case.ignored, generator)
+    target = drawn_losses.targets(case.rows, classes, case.ignored, generator, case.ignore_index)
     weight = torch.rand(classes, generator=generator) + 0.1 if case.weight else None
     upstream = torch.randn(case.rows if case.reduction == "none" else (), generator=generator)
 

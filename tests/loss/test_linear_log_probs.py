@@ -313,3 +313,12 @@ def test_moments_under_autocast_and_compiled(name):
     torch.testing.assert_close(
         result.double(), truth[list(MOMENTS).index(name)], rtol=2e-2, atol=2e-2
     )
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_row_without_a_finite_largest_logit_is_nan(impl, value):
+    x, head = torch.tensor([[1.0], [value]]), torch.ones(1, 1)
+    tokens = linear_log_probs(x, head, torch.zeros(2, dtype=torch.int64), impl=impl)
+    for numbers in (tokens.log_probs, tokens.entropy, tokens.lse):
+        assert numbers.isnan().tolist() == [False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -24,7 +25,11 @@ SHAPES = {
 OF_LOGITS = {
     "softcap": st.none() | st.sampled_from([0.5, 5.0, 50.0]),
     "logit_scale": st.sampled_from([1.0, 0.1, 3.0]),
+    "ignore_index": st.sampled_from([IGNORED, IGNORED, -1, 0]),
 }
+# what a matrix has in one place: mostly a number
+UNUSUAL = st.sampled_from([None, None, None, None, math.nan, math.inf, -math.inf])
+DTYPES = st.sampled_from(["float32", "bfloat16", "float16", "float64"])
 OPTIONS = OF_LOGITS | {
     "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
     "z_loss": st.sampled_from([0.0, 1e-4, 0.1]),
@@ -39,6 +44,8 @@ class Loss(Protocol):
     """A case that has what `OPTIONS` draws."""
 
     @property
+    def ignore_index(self) -> int: ...
+    @property
     def reduction(self) -> str: ...
     @property
     def num_items(self) -> float | None: ...
@@ -50,7 +57,7 @@ class Loss(Protocol):
 
 def options_of(case: Loss) -> dict[str, Any]:
     """The options of a row, which the oracle knows by the same names."""
-    names = ("softcap", "logit_scale", "label_smoothing", "z_loss")
+    names = ("softcap", "logit_scale", "label_smoothing", "z_loss", "ignore_index")
     return {name: getattr(case, name) for name in names}
 
 
@@ -64,9 +71,11 @@ def plain(case: Loss, target: Tensor, weight: Tensor | None) -> Computed:
     """The loss of logits (T, V) in plain torch, kept in fp32 at least."""
     # torch's own mean is by the weights of the rows
     weighted = case.reduction == "mean" and weight is not None and not case.num_items
-    reduction = "mean" if weighted and bool((target != IGNORED).any()) else "none"
+    reduction = "mean" if weighted and bool((target != case.ignore_index).any()) else "none"
 
     def compute(logits: Tensor) -> list[Tensor]:
+        # a row that is ignored has no gradient, whatever it holds; torch's may be NaN
+        logits = logits.masked_fill((target == case.ignore_index)[:, None], 0.0)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         given = options_of(case) | {"weight": weight, "reduction": reduction}
         losses = oracle.cross_entropy(logits, target, **given)
@@ -86,13 +95,30 @@ def _reduced(losses: Tensor, case: Loss, target: Tensor) -> Tensor:
 
 
 def _divisor(case: Loss, target: Tensor) -> float:
-    return case.num_items or max(1, int((target != IGNORED).sum()))
+    return case.num_items or max(1, int((target != case.ignore_index).sum()))
 
 
-def targets(rows: int, classes: int, ignored: float, generator: torch.Generator) -> Tensor:
-    """Class indices, this part of which is `IGNORED`."""
+def targets(
+    rows: int, classes: int, ignored: float, generator: torch.Generator, ignore_index: int
+) -> Tensor:
+    """Class indices, this part of which is `ignore_index`, which may be a class."""
     target = torch.randint(0, classes, (rows,), generator=generator)
-    return target.masked_fill_(torch.rand(rows, generator=generator) < ignored, IGNORED)
+    return target.masked_fill_(torch.rand(rows, generator=generator) < ignored, ignore_index)
+
+
+def within_dtype(dtype: str, impl: str, spread: float) -> tuple[str, float]:
+    """The engine and the spread that there are: C++ has no kernel for these, and says so; what is
+    larger than numbers of fp16 are is Inf in plain torch, too."""
+    if dtype not in ("float16", "float64"):
+        return impl, spread
+    return impl.replace("cpp", "auto"), min(spread, 1.0) if dtype == "float16" else spread
+
+
+def put_unusual(matrix: Tensor, value: float | None, generator: torch.Generator) -> None:
+    """Into a place of the matrix that is drawn."""
+    at = [torch.randint(0, max(1, size), (), generator=generator) for size in matrix.shape]
+    if value is not None and matrix.numel():
+        matrix[tuple(at)] = value
 
 
 def drawn(shape: Sequence[int], generator: torch.Generator, columns_first: bool = False) -> Tensor:
@@ -120,15 +146,23 @@ def size_of_loss(case: Loss, leaves: Sequence[Tensor], target: Tensor) -> float:
 
 
 def with_gradients(
-    compute: Computed, leaves: Sequence[Tensor], generator: torch.Generator
+    compute: Computed,
+    leaves: Sequence[Tensor],
+    generator: torch.Generator,
+    accumulated: bool = False,
 ) -> list[Tensor]:
-    """Results, and the gradients of all leaves for drawn gradients of the results."""
+    """Results, and the gradients of all leaves for drawn gradients of the results; of two backward
+    passes where they are `accumulated` in `grad`."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     results = compute(*leaves)
     upstream = [
         torch.randn(result.shape, generator=generator).to(result.dtype) for result in results
     ]
-    return [*results, *torch.autograd.grad(results, leaves, upstream)]
+    if not accumulated:
+        return [*results, *torch.autograd.grad(results, leaves, upstream)]
+    for again in (True, False):
+        torch.autograd.backward(results, upstream, retain_graph=again)
+    return [*results, *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
 
 def check_against_float64(
@@ -137,9 +171,11 @@ def check_against_float64(
     leaves: Sequence[Tensor],
     generator: torch.Generator,
     autocast: bool = False,
+    accumulated: bool = False,
     **of_sums: Any,
 ) -> None:
-    """Values and gradients, whose products are those of bf16 under `autocast`.
+    """Values and gradients, whose products are those of bf16 under `autocast`, `accumulated` as in
+    `with_gradients`.
 
     `of_sums`: `terms` and `size` of `assert_no_worse`.
     """
@@ -150,7 +186,7 @@ def check_against_float64(
         generator.set_state(state)
         rounded = autocast and given is leaves
         with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
-            every.append(with_gradients(compute, given, generator))
+            every.append(with_gradients(compute, given, generator, accumulated))
     for at, (found, *others) in enumerate(zip(*every, strict=True)):
         known = found.bfloat16() if autocast else found  # the dtype says what roundings may do
         assert_no_worse(known, *others, f"result {at}", **of_sums)

@@ -93,7 +93,8 @@ def log_probs(logits, target, *, ignore_index=-100, softcap=None, logit_scale=1.
     counted = target != ignore_index
     index = torch.where(counted, target, 0).long()[:, None]
     log_p = z.log_softmax(1)
-    entropy = -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(1)
+    # filled before the product, whose gradient would be 0 times Inf
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(1)
     top = (z.argmax(1) == index[:, 0]) & counted
     return (
         *(
