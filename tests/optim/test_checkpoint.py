@@ -454,7 +454,7 @@ OPTIONS = {
         for value in ("x", None, 1)
     },
     "lr too large": ({"lr": 2**2000}, ValueError, "lr must be a number that a float can be"),
-    "lr complex": ({"lr": torch.tensor(1j)}, ValueError, "lr must be a number that a float can be"),
+    "lr complex": ({"lr": torch.tensor(1j)}, TypeError, "lr must be a number, got a tensor"),
     "params twice": ({"params": [0, 0, 1]}, ValueError, r"name each parameter once.*got \[0, 0, 1"),
     "params lists": ({"params": [[0], [1], [2]]}, ValueError, "name each parameter once"),
     "amsgrad without its maximum": (
