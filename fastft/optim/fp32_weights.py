@@ -229,7 +229,7 @@ def _bytes_of(max_shard_size: Any) -> int:
     return checks.integer(
         "max_shard_size",
         int(float(size[1]) * 1000 ** (" KMGT".index(size[2]))) if size else max_shard_size,
-        'a positive number of bytes, or a string such as "5GB"',
+        otherwise=' bytes, or a string such as "5GB"',
     )
 
 

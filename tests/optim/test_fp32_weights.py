@@ -267,7 +267,7 @@ def test_bad_input(tmp_path):
         with pytest.raises(TypeError, match=r"fastft's AdamW.*got NoneType"):
             call(model, None, tmp_path)
     for size in ("x", 0, -1, "0GB", "-1GB", "5", 1.5, True, None):
-        with pytest.raises(ValueError, match="max_shard_size must be a positive number of bytes"):
+        with pytest.raises(ValueError, match=r"max_shard_size must be an integer in .* bytes, or"):
             fastft.save_fp32(model, optimizer, tmp_path / "not made", max_shard_size=size)
     assert not (tmp_path / "not made").exists()
     with pytest.raises(ValueError, match="no parameter of model"):
