@@ -19,9 +19,9 @@ FILES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*
 REVIEWED = set(
     """
     __future__ argparse array bisect collections contextlib copy dataclasses enum functools gc
-    hashlib heapq inspect io itertools json logging math mmap operator pathlib random re resource
-    shlex shutil signal statistics struct sys sysconfig tempfile textwrap threading time traceback
-    types typing warnings weakref zipfile
+    hashlib heapq inspect io itertools json logging math mmap numbers operator pathlib random re
+    resource shlex shutil signal statistics struct sys sysconfig tempfile textwrap threading time
+    traceback types typing warnings weakref zipfile
     __main__ _signal fastft accelerate bitsandbytes datasets flash_attn matplotlib numpy peft
     pyarrow rich safetensors torch transformers triton
     importlib.abc importlib.machinery.ModuleSpec importlib.metadata importlib.util.find_spec
