@@ -248,6 +248,9 @@ def _master(tensor: Any, optimizer: AdamW, stale: set[Tensor]) -> Tensor:
         master = _as_saved(tensor.detach())
     else:
         part = local(tensor.detach())
-        master = sharded_like(load_value(part, local(residue).to(part.device)), tensor)
+        value = load_value(part, local(residue).to(part.device))
+        # a write to one weight may be unnoticed: its old low bits would make NaN of Inf
+        value = torch.where(part.isfinite(), value, part.float())
+        master = sharded_like(value, tensor)
     whole: Tensor = master.full_tensor() if hasattr(master, "full_tensor") else master
     return whole.to("cpu", copy=True, memory_format=torch.contiguous_format)

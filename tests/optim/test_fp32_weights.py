@@ -191,6 +191,21 @@ def test_weights_that_are_no_numbers_come_back_to_the_bit(rounding, tmp_path):
         )
 
 
+@pytest.mark.parametrize("rounding", ["exact", "kahan"])
+def test_an_inf_written_to_one_weight_is_saved_as_inf(rounding, tmp_path):
+    """Where nobody has noticed the write: low bits of before lie beside it."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(73, 70, bias=False, dtype=torch.bfloat16)
+    optimizer = AdamW(model.parameters(), lr=1e-3, rounding=rounding)
+    for _ in range(2):
+        model.weight.grad = torch.randn_like(model.weight)
+        optimizer.step()
+    model.weight.detach()[10, :9] = -torch.inf  # of which no sample is taken
+    fastft.save_fp32(model, optimizer, tmp_path)
+    saved = weights_in(tmp_path)["weight"]
+    assert saved.isneginf().sum() == 9 and not saved.isnan().any()
+
+
 def bits_of(tensor):
     return tensor.detach().view(torch.int16)
 
