@@ -36,7 +36,7 @@ def optional_integer(name: str, value: Any, **limits: int) -> int | None:
 
 
 def boolean(name: str, value: Any) -> bool:
-    """Returns `value`; raises ValueError where it is neither True nor False."""
+    """Returns `value`; raises TypeError where it is no bool: a text that says no counts as true."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value

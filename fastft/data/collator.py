@@ -155,7 +155,8 @@ class PackingCollator:
             which nothing says what is real, positions that do not count from
             where a document begins (0 or `position_ids_start`), several documents where a task has
             labels for none of them, more tokens than int32 counts.
-        TypeError: `model` is no module; in a call, a feature that is neither a dict nor a pack.
+        TypeError: `model` is no module, an option no bool; in a call, a feature that is neither a
+            dict nor a pack.
         RuntimeError: the engine asked for is not available.
     """
 

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from fastft.attention.segments import packed_attention
+from fastft.checks import boolean
 from fastft.data.collator import PackingCollator
 from fastft.data.multi_axis import has_several_axes
 from fastft.data.streaming import REFUSAL
@@ -111,9 +112,7 @@ class PackingCallback(TrainerCallback):
     def __init__(self, on_leak: str = "error", attention: bool = True) -> None:
         if on_leak not in ("error", "warn"):
             raise ValueError(f"on_leak must be 'error' or 'warn', got {on_leak!r}")
-        if not isinstance(attention, bool):
-            raise TypeError(f"attention must be True or False, got {attention!r}")
-        self.on_leak, self.attention = on_leak, attention
+        self.on_leak, self.attention = on_leak, boolean("attention", attention)
         self.switched: str | None = None
         self.probe: str | None = None
         self._warned_of_repeats = self._warned_of_lost = False

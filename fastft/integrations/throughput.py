@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from fastft.checks import boolean
 from fastft.flops.document_alone import more_than_tokens
 from fastft.flops.document_flops import DocumentFlops, FlopsUnknownError, document_flops
 from fastft.foreign.compiling import is_compiled
@@ -73,9 +74,7 @@ class ThroughputCallback(TrainerCallback):
             raise TypeError(f"peak_flops must be a number of FLOP/s, got {peak_flops!r}")
         if peak_flops is not None and not peak_flops > 0:
             raise ValueError(f"peak_flops must be positive FLOP/s, got {peak_flops!r}")
-        if not isinstance(flops, bool):
-            raise TypeError(f"flops must be True or False, got {flops!r}")
-        self.peak_flops, self.flops = peak_flops, flops
+        self.peak_flops, self.flops = peak_flops, boolean("flops", flops)
         self._kept = contextlib.ExitStack()
         self._counting: _Counting | None = None
 

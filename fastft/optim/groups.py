@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.checks import boolean
 from fastft.optim.moment_codes import CODES
 
 MOMENTS = ("fp32", "bf16", *CODES)
@@ -27,7 +28,7 @@ def check_group(group: dict[str, Any]) -> None:
         if not 0.0 <= number(name, beta) < 1.0:
             raise ValueError(f"betas must both be in [0, 1), got {betas!r}")
     for name in FLAGS:
-        check_flag(name, group[name])
+        boolean(name, group[name])
     if group["differentiable"]:
         raise ValueError(
             "differentiable=True is not implemented by fastft's AdamW; use torch.optim.AdamW for it"
@@ -76,12 +77,6 @@ def hyper_columns(
         eps,
         sign,
     ]
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Raises where `value` is anything but a bool: a text that says no counts as true."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_max_grad_norm(value: Any) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from fastft.checks import boolean
 from fastft.foreign import objects
 from fastft.integrations.checkpoint_folder import check_checkpoints, forget_earlier_save
 from fastft.integrations.packing import PackingCallback
@@ -243,8 +244,7 @@ def plug(
     switches = {"loss": loss, "optimizer": optimizer, "attention": attention}
     switches |= {} if linear is None else {"linear": linear}
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
+        boolean(name, value)
     if Plugged.of(trainer) is not None:
         raise ValueError(
             "this Trainer is plugged already: call restore() of what plug returned first"

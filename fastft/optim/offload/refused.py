@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastft.checks import boolean
 from fastft.foreign import engines
-from fastft.optim.groups import check_flag
 from fastft.optim.offload.tiers import TIERS
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def check_offload(
         raise ValueError(
             f"offload must be one of {', '.join(map(repr, OFFLOADS))}, got {offload!r}"
         )
-    check_flag("release_gradients", release_gradients)
+    boolean("release_gradients", release_gradients)
     if release_gradients and offload is not None:
         raise ValueError(
             f"release_gradients=True with offload={offload!r}: the one uses gradients up inside "
