@@ -25,14 +25,17 @@ def small(benchmark) -> bool:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--goals", action="store_true", help="the rows of goals.py alone")
     parser.addoption("--rows", default="", help="part of the names of rows, e.g. [50M")
+    parser.addoption("--row", action="append", help="a row's whole name; others may follow")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    part, goals_alone = config.getoption("--rows"), config.getoption("--goals")
+    part, named = config.getoption("--rows"), config.getoption("--row")
+    goals_alone = config.getoption("--goals")
 
     def chosen(item: pytest.Item) -> bool:
         row = item.name.removeprefix("test_")
-        return part in row and (row in goals.ROWS or not goals_alone)
+        among = named is None or row in named
+        return among and part in row and (row in goals.ROWS or not goals_alone)
 
     items[:] = [item for item in items if chosen(item)]
 

@@ -324,17 +324,42 @@ def test_rows_of_a_name_are_merged_with_those_that_were_there(
     assert two["command"] == "python benchmarks/record.py --rows 'a b'"
 
 
+def test_of_two_measurements_of_the_same_code_the_steadier_stays(tmp_path: Path) -> None:
+    record = pytest.importorskip("record")
+    path = tmp_path / "op.json"
+
+    def found(**spreads: float) -> list[dict[str, Any]]:
+        return [{"name": name, "spread": spread} for name, spread in spreads.items()]
+
+    old = found(steady=0.02, loose=0.3, failed=0.2, again=0.4)
+    record.write(path, {"commit": "abc", "sources": "s"}, old, keep_others=False)
+    assert record.scattering(path) == ["--row=loose", "--row=failed", "--row=again"]
+    new = found(loose=0.04, failed=0.5, again=0.4)
+    record.write(path, {"commit": "def", "sources": "s"}, new, True, keep_steadier=True)
+    kept = {row["name"]: (row["spread"], row["commit"]) for row in record.rows_of_file(path)}
+    assert kept == {
+        "steady": (0.02, "abc"),
+        "loose": (0.04, "def"),
+        "failed": (0.2, "abc"),
+        "again": (0.4, "abc"),
+    }
+    record.write(path, {"commit": "ghi", "sources": "t"}, new, True, keep_steadier=True)
+    failed = next(row for row in record.rows_of_file(path) if row["name"] == "failed")
+    assert failed["commit"] == "ghi"  # other code
+
+
 def test_goals_and_rows_choose_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["test_adamw[50M_fp32]", "test_adamw[400_mixed]", "test_stream[8]"]
 
     def chosen(**options: Any) -> list[str]:
         items = [SimpleNamespace(name=name) for name in names]
-        config = SimpleNamespace(getoption=lambda option: options[option.lstrip("-")])
+        config = SimpleNamespace(getoption=lambda option: options.get(option.lstrip("-")))
         of_benchmarks().pytest_collection_modifyitems(config, items)
         return [item.name for item in items]
 
     assert chosen(goals=True, rows="") == names[:2]
     assert chosen(goals=False, rows="[50M") == names[:1]
+    assert chosen(rows="", row=["stream[8]", "adamw"]) == names[2:]
 
 
 def of_benchmarks() -> Any:
