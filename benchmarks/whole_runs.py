@@ -1,11 +1,12 @@
 """Whole trainings with Trainer: stock, fastft and its rivals, the same batches, steps by turns.
 
     python benchmarks/whole_runs.py demo smollm2 smollm2_rows
-    python benchmarks/whole_runs.py demo --variants stock fastft --rounds 1 --steps 8
+    python benchmarks/whole_runs.py demo --variants stock fastft --steps 8
 
 demo: the 12.6 M parameter Llama of `make demo`. smollm2: SmolLM2-135M on the dialogues of
 `make demo-smollm2`, which makes its folder. smollm2_rows: the same text in full rows, without
-padding. Every run is in a process of its own, forth and back through the variants; the same step
+padding. Every run is in a process of its own, and each takes one step while the others wait, forth
+and back through the variants: a minute in which the machine is slow hits all of them. The same step
 of two runs has the same examples, so that a ratio is the median over steps of seconds / seconds.
 The first steps (compiling, first touches of memory) are left out. Losses must be stock's.
 
@@ -24,8 +25,9 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,6 @@ VARIANTS = {
     "trl_flat": Variant("TRL's SFTTrainer, padding-free", sft={"padding_free": True}),
     "liger": Variant("stock Trainer, Liger", liger=True),
 }
-COMPILED = {"stock_compiled", "fastft_compiled"}
 
 
 @dataclass
@@ -101,12 +102,13 @@ class Run:
 
 
 class Recorder(TrainerCallback):
-    """Fills a `Run`; around a Trainer's collator it counts what the batches hold."""
+    """Fills a `Run`; around a Trainer's collator it counts what the batches hold. `hand_over` gives
+    the machine to the other runs before each step, and returns when it is this one's turn."""
 
     data_collator: Any
 
-    def __init__(self) -> None:
-        self.run, self.began = Run(), 0.0
+    def __init__(self, hand_over: Callable[[], None]) -> None:
+        self.run, self.hand_over, self.began = Run(), hand_over, 0.0
 
     def __call__(self, examples: Examples) -> Any:
         batch = self.data_collator(examples)
@@ -115,12 +117,13 @@ class Recorder(TrainerCallback):
         return batch
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.hand_over()
         self.began = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
-        self.run.seconds.append(now - self.began)
-        self.began = now
+        self.run.seconds.append(time.perf_counter() - self.began)
+        self.hand_over()
+        self.began = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -181,7 +184,13 @@ def _dialogues() -> Any:
 WORKLOADS = {"demo": demo, "smollm2": smollm2, "smollm2_rows": smollm2_rows}
 
 
-def trainer_of(variant: Variant, workload: Workload, steps: int, folder: str) -> Any:
+def trainer_of(
+    variant: Variant,
+    workload: Workload,
+    steps: int,
+    folder: str,
+    hand_over: Callable[[], None] = lambda: None,
+) -> Any:
     """The Trainer, and the `Recorder` of its training."""
     set_seed(7)
     model, tokenizer = workload.model(), AutoTokenizer.from_pretrained(workload.folder)
@@ -200,7 +209,7 @@ def trainer_of(variant: Variant, workload: Workload, steps: int, folder: str) ->
         "torch_compile": variant.compiled,
         "use_liger_kernel": variant.liger,
     }
-    recorder = Recorder()
+    recorder = Recorder(hand_over)
     if variant.sft is None:
         args = TrainingArguments(**options)
         packs = fastft.PackingCollator() if variant.ours else None
@@ -236,51 +245,72 @@ def _of_trl(model: Any, tokenizer: Any, workload: Workload, options: dict[str, A
     )
 
 
-def train(variant: Variant, workload: Workload, steps: int) -> Run:
+def train(variant: Variant, workload: Workload, steps: int, hand_over: Callable[[], None]) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         # what every Trainer imports on its way (accelerate's engines, loggers) is none of its peak
         Trainer(nn.Linear(1, 1), TrainingArguments(folder, use_cpu=True, report_to="none"))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        trainer, recorder = trainer_of(variant, workload, steps, folder)
+        trainer, recorder = trainer_of(variant, workload, steps, folder, hand_over)
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     recorder.run.peak_bytes = 1024 * (peak - before)
     return recorder.run
 
 
+def _trained(pipe: Connection, variant: Variant, workload: Workload, steps: int) -> None:
+    """Sends None when its turn is over, and in the end the `Run` or a sentence; waits for answers."""
+
+    def hand_over() -> None:
+        pipe.send(None)
+        pipe.recv()
+
+    try:
+        pipe.send(train(variant, workload, steps, hand_over))
+    except Exception as error:  # a rival's own; the others' minutes must not be lost for it
+        pipe.send(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+
 def by_turns(
-    names: list[str], workload: Workload, steps: int, rounds: int, failed: dict[str, str]
-) -> dict[str, list[Run]]:
-    """Each variant's runs: in a process of its own, which a small one forks that holds no
-    tensors; forth and back through the variants. `failed` gets why one could not run."""
+    names: list[str], workload: Workload, steps: int, failed: dict[str, str]
+) -> dict[str, Run]:
+    """Each variant's run, all step by step; a small process that holds no tensors forks theirs.
+    `failed` gets why one could not run."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.trainer", "finetune", "fastft"])
-    runs: dict[str, list[Run]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names if turn % 2 == 0 else names[::-1]:
-            if turn and name in COMPILED:  # minutes of compiling, once
-                continue
-            if name in failed:
-                continue
-            try:
-                with ProcessPoolExecutor(1, mp_context=context) as process:
-                    run = process.submit(train, VARIANTS[name], workload, steps).result()
-            except Exception as error:  # a rival's own; the others' minutes must not be lost for it
-                failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                continue
-            print(f"  {name}: {statistics.median(run.seconds[WARM:]):.2f} s a step", flush=True)
-            runs[name].append(run)
-    return {name: turns for name, turns in runs.items() if name not in failed}
+    pipes: dict[str, Connection] = {}
+    runs: dict[str, Run] = {}
+
+    def turn(name: str) -> None:
+        try:
+            said = pipes[name].recv()
+        except EOFError:
+            said = "its process died"
+        if said is not None:
+            (failed if isinstance(said, str) else runs)[name] = said
+            del pipes[name]
+
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        arguments = (theirs, VARIANTS[name], workload, steps)
+        context.Process(target=_trained, args=arguments, daemon=True).start()
+        theirs.close()  # or the end of its process would not be seen
+        turn(name)
+    forth = True
+    while pipes:
+        for name in [*pipes] if forth else [*pipes][::-1]:
+            pipes[name].send(None)
+            turn(name)
+        forth = not forth
+    return {name: runs[name] for name in names if name in runs}
 
 
-def compared(runs: dict[str, list[Run]]) -> dict[str, Any]:
+def compared(runs: dict[str, Run]) -> dict[str, Any]:
     """`runs`: speed and memory of each variant, and what they are of the first one's;
     `agreement`: how far its losses are from that one's. As `make demo` has them, and more."""
     first = next(iter(runs))
-    seconds = {name: _mean_seconds(turns) for name, turns in runs.items()}
-    peaks = {name: max(run.peak_bytes for run in turns) for name, turns in runs.items()}
+    seconds = {name: run.seconds[WARM:] for name, run in runs.items()}
     rows, agreement = [], []
-    for name, (run, *_) in runs.items():
+    for name, run in runs.items():
         ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         tokens, total = sum(run.tokens[WARM : len(run.seconds)]), sum(seconds[name])
@@ -293,23 +323,16 @@ def compared(runs: dict[str, list[Run]]) -> dict[str, Any]:
                 "tokens_per_second": tokens / total,
                 "times_faster": round(statistics.median(ratios), 3),
                 "quartiles": [round(low, 3), round(high, 3)],
-                "peak_bytes": peaks[name],
-                "share_of_peak": round(peaks[name] / peaks[first], 3),
+                "peak_bytes": run.peak_bytes,
+                "share_of_peak": round(run.peak_bytes / runs[first].peak_bytes, 3),
                 "padding": 1 - sum(run.tokens) / run.positions,
             }
         )
-        pairs = zip(run.losses, runs[first][0].losses, strict=True)
+        pairs = zip(run.losses, runs[first].losses, strict=True)
         off = max(abs(a - b) / abs(b) for a, b in pairs)
         line = {"name": VARIANTS[name].name, "largest_difference": off, "agrees": off <= TOLERANCE}
         agreement.append(line)
     return {"runs": rows, "agreement": agreement}
-
-
-def _mean_seconds(turns: list[Run]) -> list[float]:
-    """Of each step behind the first ones."""
-    return [statistics.mean(step) for step in zip(*(run.seconds for run in turns), strict=True)][
-        WARM:
-    ]
 
 
 def page(results: dict[str, Any]) -> str:
@@ -351,7 +374,6 @@ def main() -> None:
     )
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each (2)")
     parser.add_argument("--steps", type=int, help="of a run; default: by workload")
     parser.add_argument("--to", type=Path, required=True, help="the folder of the results")
     options = parser.parse_args()
@@ -369,7 +391,7 @@ def _measured(name: str, options: argparse.Namespace) -> bool:
         missing = {each: VARIANTS[each].missing() for each in options.variants}
         left = {each: why for each, why in missing.items() if why is not None}
         there = [each for each in options.variants if each not in left]
-        runs = by_turns(there, workload, options.steps or workload.steps, options.rounds, left)
+        runs = by_turns(there, workload, options.steps or workload.steps, left)
     results = {
         "title": workload.title,
         "command": " ".join(["python", "benchmarks/whole_runs.py", *sys.argv[1:]]),
