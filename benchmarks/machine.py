@@ -83,9 +83,15 @@ def facts() -> dict[str, Any]:
 _DRIVER = ("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
 
 
+# what a measurement writes itself, and the pages that are made of it
+_WRITTEN = (":(exclude)benchmarks/results", ":(exclude)docs", ":(exclude)*.md")
+
+
 def commit() -> str | None:
-    """The commit, with "-dirty" where files differ from it."""
-    return _printed("git", "describe", "--always", "--dirty")
+    """The commit, with "-dirty" where files differ from it that a measurement does not write."""
+    described = _printed("git", "describe", "--always")
+    changed = _printed("git", "status", "--porcelain", "--untracked-files=no", ".", *_WRITTEN)
+    return f"{described}-dirty" if described and changed else described
 
 
 def sources() -> str:

@@ -258,7 +258,7 @@ def train(variant: Variant, workload: Workload, steps: int, hand_over: Callable[
 
 
 def _trained(pipe: Connection, variant: Variant, workload: Workload, steps: int) -> None:
-    """Sends None when its turn is over, and in the end the `Run` or a sentence; waits for answers."""
+    """Sends None when its turn is over, and waits for the next; at last the `Run` or a sentence."""
 
     def hand_over() -> None:
         pipe.send(None)

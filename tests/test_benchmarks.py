@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,3 +391,70 @@ def test_rows_of_a_day_with_a_gpu_are_filed(
     assert record.taken(ledger.path) == ["benchmarks/test_plan.py::test_plan failed: no"]
     (row,) = json.loads((tmp_path / "stub-h100-80gb" / "adamw.json").read_text())["rows"]
     assert row["name"] == "adamw[50M_fp32]" and row["median_ms"] == {"ours": 2.0}
+
+
+def test_results_and_pages_leave_a_commit_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement writes them; that they differ tells nothing of the code it ran."""
+
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    files = ["benchmarks/results/m/adamw.json", "docs/adamw.md", "README.md", "fastft/adamw.py"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    clean = machine.commit()
+    assert clean and not clean.endswith("-dirty")
+    for name in files[:-1]:
+        (tmp_path / name).write_text("2")
+    assert machine.commit() == clean
+    (tmp_path / files[-1]).write_text("2")
+    assert machine.commit() == f"{clean}-dirty"
+
+
+@pytest.fixture
+def whole_runs() -> Any:
+    pytest.importorskip("transformers")
+    return pytest.importorskip("whole_runs")
+
+
+def test_a_step_is_timed_without_the_turns_of_others(whole_runs: Any) -> None:
+    waits = []
+    recorder = whole_runs.Recorder(lambda: waits.append(time.sleep(0.2)))
+    recorder.on_train_begin()
+    for _ in range(2):
+        recorder.on_step_end()
+    assert len(waits) == 3 and max(recorder.run.seconds) < 0.1
+
+
+@pytest.mark.slow
+def test_whole_runs_by_turns(
+    whole_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both train to the end with the same losses; whoever fails stops no other."""
+    from support.plugged import tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, num_hidden_layers=1, **sizes))
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    rows = [list(range(3, 3 + length)) for length in (5, 9, 17, 4) * 5]
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    broken = whole_runs.Variant("broken", sft={"no_such_option": 1})
+    monkeypatch.setitem(whole_runs.VARIANTS, "broken", broken)
+    workload = whole_runs.Workload("tiny", tmp_path, examples, 5, batch=4)
+    failed: dict[str, str] = {}
+    runs = whole_runs.by_turns(["stock", "broken", "fastft"], workload, 5, failed)
+    assert list(runs) == ["stock", "fastft"] and list(failed) == ["broken"]
+    assert [len(run.seconds) for run in runs.values()] == [5, 5]
+    found = whole_runs.compared(runs)
+    assert all(line["agrees"] for line in found["agreement"])
+    assert found["runs"][0]["padding"] > 0 and found["runs"][1]["padding"] == 0
