@@ -57,10 +57,11 @@ Examples = list[dict[str, list[int]]]
 
 @dataclass(frozen=True)
 class Variant:
-    """How a training is done. `sft`: by TRL's SFTTrainer, with these options."""
+    """How a training is done. `pieces`: of fastft; `sft`: by TRL's SFTTrainer, with these
+    options."""
 
     name: str
-    ours: bool = False
+    pieces: tuple[str, ...] = ()
     linear: bool | None = None
     compiled: bool = False
     sft: dict[str, Any] | None = None
@@ -78,12 +79,16 @@ class Variant:
         return f"as fastft: {NOT_AHEAD}" if same else None
 
 
+ALL = ("loss", "AdamW", "packing")
 VARIANTS = {
     "stock": Variant("stock Trainer"),
-    "fastft": Variant("fastft", ours=True),
-    "torchs_products": Variant("fastft, linear=False", ours=True, linear=False),
+    "fastft": Variant("fastft", ALL),
+    "only_loss": Variant("only the loss", ("loss",)),
+    "only_adamw": Variant("only AdamW", ("AdamW",)),
+    "only_packing": Variant("only packing", ("packing",)),
+    "torchs_products": Variant("fastft, linear=False", ALL, linear=False),
     "stock_compiled": Variant("stock Trainer, torch.compile", compiled=True),
-    "fastft_compiled": Variant("fastft, torch.compile", ours=True, compiled=True),
+    "fastft_compiled": Variant("fastft, torch.compile", ALL, compiled=True),
     "trl": Variant("TRL's SFTTrainer (its fused head)", sft={}),
     "trl_flat": Variant("TRL's SFTTrainer, padding-free", sft={"padding_free": True}),
     "liger": Variant("stock Trainer, Liger", liger=True),
@@ -212,16 +217,17 @@ def trainer_of(
     recorder = Recorder(hand_over)
     if variant.sft is None:
         args = TrainingArguments(**options)
-        packs = fastft.PackingCollator() if variant.ours else None
+        packs = fastft.PackingCollator() if "packing" in variant.pieces else None
+        loss = [fastft.FusedLossCallback(linear=variant.linear)] if "loss" in variant.pieces else []
         trainer = Trainer(
             model,
             args,
             packs or DataCollatorForSeq2Seq(tokenizer),
             workload.examples,
-            optimizers=fastft.adamw(model, args) if variant.ours else (None, None),
-            callbacks=[fastft.FusedLossCallback(linear=variant.linear)] if variant.ours else [],
+            optimizers=fastft.adamw(model, args) if "AdamW" in variant.pieces else (None, None),
+            callbacks=loss,
         )
-        if variant.ours:
+        if "AdamW" in variant.pieces:
             fastft.fuse_clipping(trainer)
     else:
         trainer = _of_trl(model, tokenizer, workload, {**options, **variant.sft})
