@@ -56,7 +56,8 @@ above 10 % the row counts as failed. Above 1 ours is faster; **bold** is slower.
 It can be beaten, by who is spared a part of it. The *bound* cannot: bytes (of rows that no cache
 holds) and products at the highest rate that this machine showed. *Share of the bound* is bound /
 ours. A goal is *bounded* where it lies beyond the rival's time / the bound, or that of the bare
-work, of the row's run, and ours does not beat it: whoever does this work cannot reach the goal."""
+work, of the row's run, and ours does not beat it: whoever does this work cannot reach the goal.
+A row that has failed reaches one by its worse quartiles alone, and bounds nothing."""
 
 
 def machines() -> dict[str, Path]:

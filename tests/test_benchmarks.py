@@ -393,6 +393,27 @@ def test_rows_of_a_day_with_a_gpu_are_filed(
     assert row["name"] == "adamw[50M_fp32]" and row["median_ms"] == {"ours": 2.0}
 
 
+@pytest.mark.parametrize(
+    ("spread", "high", "reached", "found"),
+    [
+        (0.04, 1.3, True, "20.00"),
+        (0.2, 1.3, True, "20.00; scatters, at worst 15.38"),
+        (0.2, 1.4, False, "20.00; scatters, at worst 14.29"),
+    ],
+)
+def test_what_scatters_reaches_a_goal_by_its_worse_quartiles(
+    spread: float, high: float, reached: bool, found: str
+) -> None:
+    row = {
+        "median_ms": {"ours": 1.0, "bitsandbytes": 20.0},
+        "quartiles_ms": {"ours": [0.9, high], "bitsandbytes": [20.0, 21.0]},
+        "times_faster_than": {"bitsandbytes": 20.0},
+        "spread": spread,
+    }
+    (judged,) = goals.judge({"adamw_8bit[float32]": row})
+    assert (judged.reached, judged.found) == (reached, found)
+
+
 def test_results_and_pages_leave_a_commit_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
