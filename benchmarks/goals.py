@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from turns import FAILED, STEADY
+from tables import scatters
+from turns import STEADY
 
 FLATTENING = "transformers flattening"
 FUSED, CLIPPED = "torch fused", "torch clip_grad_norm_ + fused"
@@ -74,13 +75,9 @@ def _allowed(row: dict[str, Any], rival: str, goal: float) -> tuple[float | None
     return (least, by) if least < goal else (None, "")
 
 
-def _scatters(row: dict[str, Any]) -> bool:
-    return bool(row.get("spread", 0.0) > FAILED)
-
-
 def _surely(row: dict[str, Any], ratio: float, rival: str) -> float:
     """How many times faster ours is; of times that scatter, by the unfavourable quartiles."""
-    if not _scatters(row):
+    if not scatters(row):
         return ratio
     medians, quartiles = row["median_ms"], row["quartiles_ms"]
     ours = medians["ours"] / quartiles["ours"][1]
@@ -101,13 +98,13 @@ def judge(rows: dict[str, dict[str, Any]]) -> list[Reached]:
             if rival in ratios:
                 row, said = rows[name], f"at least {goal:.3g}"
                 sure = _surely(row, ratios[rival], rival)
-                allowed = (None, "") if _scatters(row) else _allowed(row, rival, goal)
+                allowed = (None, "") if scatters(row) else _allowed(row, rival, goal)
                 told = _told(ratios[rival], sure)
                 found.append(Reached(name, rival, said, told, sure >= goal, *allowed))
     for name, most in OF_THE_BARE_WORK.items():
         if (ratio := rows.get(name, {}).get("times_the_bare_work")) is not None:
             row, said, sure = rows[name], f"at most {most}", ratio
-            if _scatters(row):
+            if scatters(row):
                 sure = 1 / _surely(row, 1 / ratio, "bare work")
             told = _told(ratio, sure)
             found.append(Reached(name, "ours / bare work", said, told, sure <= most))

@@ -31,8 +31,7 @@ import machine
 import one_by_one
 import report
 from ledger import Ledger
-from tables import Row, failures, rows_of, table, unsteady
-from turns import FAILED
+from tables import Row, failures, rows_of, scatters, table, unsteady
 
 HERE = Path(__file__).resolve().parent
 _SILENCE = 240.0  # seconds of a case, after which it hangs
@@ -97,7 +96,7 @@ def file(
 
 def scattering(path: Path) -> list[str]:
     """Options of pytest that choose the rows of a file that have failed."""
-    return [f"--row={row['name']}" for row in rows_of_file(path) if row.get("spread", 0.0) > FAILED]
+    return [f"--row={row['name']}" for row in rows_of_file(path) if scatters(row)]
 
 
 def taken(path: Path) -> list[str]:

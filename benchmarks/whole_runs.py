@@ -286,10 +286,12 @@ def by_turns(
     pipes: dict[str, Connection] = {}
     runs: dict[str, Run] = {}
 
-    def turn(name: str) -> None:
+    def turn(name: str, waits: bool = True) -> None:
         try:
+            if waits:
+                pipes[name].send(None)
             said = pipes[name].recv()
-        except EOFError:
+        except (EOFError, OSError):
             said = "its process died"
         if said is not None:
             (failed if isinstance(said, str) else runs)[name] = said
@@ -300,11 +302,10 @@ def by_turns(
         arguments = (theirs, VARIANTS[name], workload, steps)
         context.Process(target=_trained, args=arguments, daemon=True).start()
         theirs.close()  # or the end of its process would not be seen
-        turn(name)
+        turn(name, waits=False)
     forth = True
     while pipes:
         for name in [*pipes] if forth else [*pipes][::-1]:
-            pipes[name].send(None)
             turn(name)
         forth = not forth
     return {name: runs[name] for name in names if name in runs}
