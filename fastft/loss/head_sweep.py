@@ -12,6 +12,7 @@ A chunk has R rows. A product over R rows runs at about R / (R + 16) of its best
 R / (R + 256) on a GPU, and every chunk reads and writes dW once. Both costs fall as R grows, so R
 is what the workspace's budget holds, but at least 256 rows on a CPU, and from 1024 to 4096 on a
 GPU. There the budget is 512 MiB or, where dW is held, as much as that takes: then R is H or more.
+So it is on a CPU up to 512 rows, which take 0.90 to 0.95 of the time of 256.
 Free memory is never asked for: the chunks, and with them the roundings, are the same on every run.
 """
 
@@ -40,6 +41,7 @@ Where: TypeAlias = "slice | Tensor"  # positions of rows
 # CPU's should stay near its last-level cache, a GPU's products want a thousand rows
 _LIMITS = {"cpu": (32 << 20, 256, 1 << 31)}
 _DEVICE_LIMITS = (512 << 20, 1024, 4096)
+_HELD_ROWS = 512  # of a CPU, where they take no more than dW
 
 
 def chunk_rows(
@@ -50,7 +52,9 @@ def chunk_rows(
     `hidden`: H, where a gradient (V, H) is summed over the chunks, which read and write it.
     """
     budget, least, most = _LIMITS.get(device.type, _DEVICE_LIMITS)
-    if device.type != "cpu":
+    if device.type == "cpu":
+        least = max(least, min(hidden, _HELD_ROWS))
+    else:
         budget = max(budget, classes * hidden * dtype.itemsize)
     if is_emulated(dtype, device.type):
         budget //= 2  # the other half is for slabs of the weight in fp32

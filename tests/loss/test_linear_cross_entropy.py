@@ -300,12 +300,14 @@ def test_chunk_rows_fill_the_workspace_evenly(device, count, classes, dtype, exp
         ("cuda", 256000, 2304, torch.bfloat16, 2048),
         ("cuda", 128256, 16384, torch.bfloat16, 4096),
         ("cuda", 50257, 768, torch.float32, 2048),
-        ("cpu", 128256, 4096, torch.float32, 256),
+        ("cpu", 128256, 4096, torch.float32, 512),
+        ("cpu", 49152, 576, torch.float32, 512),
+        ("cpu", 50257, 300, torch.float32, 293),  # 28 chunks of at most 300
+        ("cpu", 50257, 64, torch.float32, 256),
+        ("cpu", 8192, 512, torch.float32, 1024),  # whose 32 MiB hold more
     ],
 )
-def test_chunk_rows_of_a_device_grow_with_the_weight_gradient(
-    device, classes, hidden, dtype, expected
-):
+def test_chunk_rows_grow_with_the_weight_gradient(device, classes, hidden, dtype, expected):
     """As much workspace as the gradient takes, which every chunk reads and writes."""
     assert chunk_rows(8192, classes, dtype, torch.device(device), hidden) == expected
 
