@@ -450,9 +450,21 @@ def test_a_step_is_timed_without_the_turns_of_others(whole_runs: Any) -> None:
     waits = []
     recorder = whole_runs.Recorder(lambda: waits.append(time.sleep(0.2)))
     recorder.on_train_begin()
-    for _ in range(2):
+    for _ in range(2 * whole_runs.TURN):
         recorder.on_step_end()
     assert len(waits) == 3 and max(recorder.run.seconds) < 0.1
+
+
+def test_steps_that_others_have_been_before_do_not_count(whole_runs: Any) -> None:
+    """Nor those of the first turn."""
+    turn, times = whole_runs.TURN, {"stock": 6.0, "fastft": 2.0}
+    runs = {}
+    for name, seconds in times.items():
+        steps = [99.0] * turn + 2 * [99.0, *[seconds] * (turn - 1)]
+        tokens = [1000 if each == 99.0 else 12 for each in steps]
+        runs[name] = whole_runs.Run([1.0] * len(steps), steps, [*tokens, 1000], 10**6, 1)
+    row = whole_runs.compared(runs)["runs"][1]
+    assert row["times_faster"] == 3 and row["tokens_per_second"] == 6
 
 
 @pytest.mark.slow
@@ -471,11 +483,11 @@ def test_whole_runs_by_turns(
     examples = [{"input_ids": row, "labels": row} for row in rows]
     broken = whole_runs.Variant("broken", sft={"no_such_option": 1})
     monkeypatch.setitem(whole_runs.VARIANTS, "broken", broken)
-    workload = whole_runs.Workload("tiny", tmp_path, examples, 5, batch=4)
+    workload = whole_runs.Workload("tiny", tmp_path, examples, 6, batch=4)
     failed: dict[str, str] = {}
-    runs = whole_runs.by_turns(["stock", "broken", "fastft"], workload, 5, failed)
+    runs = whole_runs.by_turns(["stock", "broken", "fastft"], workload, 6, failed)
     assert list(runs) == ["stock", "fastft"] and list(failed) == ["broken"]
-    assert [len(run.seconds) for run in runs.values()] == [5, 5]
+    assert [len(run.seconds) for run in runs.values()] == [6, 6]
     found = whole_runs.compared(runs)
     assert all(line["agrees"] for line in found["agreement"])
     assert found["runs"][0]["padding"] > 0 and found["runs"][1]["padding"] == 0
