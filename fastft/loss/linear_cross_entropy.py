@@ -113,10 +113,11 @@ def linear_cross_entropy(
     logits.
 
     `torch.nn.functional.linear_cross_entropy` with more options. The workspace is at most 32 MB on
-    the CPU, or 256 rows of logits where these are larger; on a GPU 512 MB, or as much as the
-    weight's gradient takes, or 1024 rows. Obeys autocast as `F.linear` does. Changes no input;
-    works under gradient checkpointing and `torch.compile(fullgraph=True)`; a retained graph gives
-    the same gradients again; differentiating twice raises.
+    the CPU, or 256 rows of logits where these are larger, or up to 512 that take no more than the
+    weight's gradient; on a GPU 512 MB, or as much as that takes, or 1024 rows. Obeys autocast as
+    `F.linear` does. Changes no input; works under gradient checkpointing and
+    `torch.compile(fullgraph=True)`; a retained graph gives the same gradients again;
+    differentiating twice raises.
 
     Args:
         input: hidden states (..., H), floating point.
