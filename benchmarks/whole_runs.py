@@ -5,12 +5,12 @@
 
 demo: the 12.6 M parameter Llama of `make demo`. smollm2: SmolLM2-135M on the dialogues of
 `make demo-smollm2`, which makes its folder. smollm2_rows: the same text in full rows, without
-padding. Every run is in a process of its own, and each takes TURN steps while the others wait, forth
-and back through the variants: minutes in which the machine is slow hit all of them. The same step
-of two runs has the same examples, so that a ratio is the median over steps of seconds / seconds.
-Left out are the first turn (compiling, first touches of memory) and the first step of each, which
-no training by itself has: others have had the caches since, and a virtual machine's host may have
-taken what was free. Losses must be stock's.
+padding. Every run is in a process of its own, and each takes TURN steps while the others wait,
+forth and back through the variants: minutes in which the machine is slow hit all of them. The same
+step of two runs has the same examples, so that a ratio is the median over steps of seconds /
+seconds. Left out are the first turn (compiling, first touches of memory) and the first step of
+each, which no training by itself has: others have had the caches since, and a virtual machine's
+host may have taken what was free. Losses must be stock's.
 
 Writes whole_<workload>.json and .md to the folder of --to.
 """
