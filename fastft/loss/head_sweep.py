@@ -12,7 +12,7 @@ A chunk has R rows. A product over R rows runs at about R / (R + 16) of its best
 R / (R + 256) on a GPU, and every chunk reads and writes dW once. Both costs fall as R grows, so R
 is what the workspace's budget holds, but at least 256 rows on a CPU, and from 1024 to 4096 on a
 GPU. There the budget is 512 MiB or, where dW is held, as much as that takes: then R is H or more.
-So it is on a CPU up to 512 rows, which take 0.90 to 0.95 of the time of 256.
+So it is on a CPU up to 512 rows, which take 0.90 to 0.96 of the time of 256.
 Free memory is never asked for: the chunks, and with them the roundings, are the same on every run.
 """
 
