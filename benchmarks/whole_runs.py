@@ -392,6 +392,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a run; default: by workload")
     parser.add_argument("--to", type=Path, required=True, help="the folder of the results")
     options = parser.parse_args()
+    if options.steps is not None and options.steps < 2 * TURN:
+        parser.error(f"--steps must be at least {2 * TURN}, two turns, got {options.steps}")
     options.to.mkdir(parents=True, exist_ok=True)
     agrees = [_measured(name, options) for name in options.workloads]
     if not all(agrees):

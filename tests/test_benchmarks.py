@@ -8,7 +8,6 @@ import random
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -446,13 +445,31 @@ def whole_runs() -> Any:
     return pytest.importorskip("whole_runs")
 
 
-def test_a_step_is_timed_without_the_turns_of_others(whole_runs: Any) -> None:
-    waits = []
-    recorder = whole_runs.Recorder(lambda: waits.append(time.sleep(0.2)))
+def test_a_step_is_timed_without_the_turns_of_others(
+    whole_runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, waits = [0.0], []
+
+    def others() -> None:
+        now[0] += 100
+        waits.append(len(recorder.run.seconds))
+
+    recorder = whole_runs.Recorder(others)
+    monkeypatch.setattr(whole_runs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     recorder.on_train_begin()
     for _ in range(2 * whole_runs.TURN):
+        now[0] += 1
         recorder.on_step_end()
-    assert len(waits) == 3 and max(recorder.run.seconds) < 0.1
+    assert recorder.run.seconds == [1] * 2 * whole_runs.TURN
+    assert waits == [0, whole_runs.TURN, 2 * whole_runs.TURN]
+
+
+def test_two_turns_are_the_least(whole_runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is trained that nobody could compare."""
+    monkeypatch.setattr(sys, "argv", ["whole_runs.py", "demo", "--steps", "3", "--to", "x"])
+    with pytest.raises(SystemExit) as refused:
+        whole_runs.main()
+    assert refused.value.code == 2 and not Path("x").exists()
 
 
 def test_steps_that_others_have_been_before_do_not_count(whole_runs: Any) -> None:

@@ -263,7 +263,7 @@ ON_HEAD = [
 
 @pytest.mark.parametrize(("name", "target"), ON_HEAD)
 def test_a_method_on_the_head_has_the_gradients_of_stock_and_no_logits(name, target, monkeypatch):
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 16, 1 << 31))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 16, 1 << 31, 0))
     ids = torch.randint(3, V, (4, 60), generator=torch.Generator().manual_seed(6))
     results = []
     for ours in (False, True):

@@ -207,7 +207,7 @@ HEADS = {
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_of_4_bits_is_fused(name, autocast, monkeypatch):
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 16, 1 << 31))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 16, 1 << 31, 0))
     ids = torch.randint(3, V, (4, 60), generator=torch.Generator().manual_seed(6))
     results = []
     for ours in (False, True):

@@ -71,7 +71,7 @@ TOKENS = {"SFT": 4 * 12, "DPO": 8 * 13, "KTO": 4 * 12, "GRPO": 4 * 6, "RLOO": 4 
 @pytest.mark.parametrize("name", TOKENS)
 def test_logits_are_never_there(tmp_path, monkeypatch, name):
     """Neither of the policy nor of the reference, in training, generation and evaluation."""
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 4, 4))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 4, 4, 0))
     changes = with_evaluation(name) if name in EVALUATED else {}
     largest, logits = [], TOKENS[name] * V
     for trainer in trainers(tmp_path, name, **changes, max_steps=2):

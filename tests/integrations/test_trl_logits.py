@@ -51,7 +51,7 @@ def trained(folder, member, monkeypatch, *, fused, **changes):
 
 def compare(folder, member, monkeypatch, tolerance=1e-6, **changes):
     """Trains stock and fused; returns what `trained` does of the fused one."""
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 8, 1 << 31))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 8, 1 << 31, 0))
     expected, stock_elements, *_ = trained(folder, member, monkeypatch, fused=False, **changes)
     ours, elements, callback, trainer = trained(folder, member, monkeypatch, fused=True, **changes)
     assert len(ours) == len(expected) > STEPS

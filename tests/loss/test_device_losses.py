@@ -228,7 +228,7 @@ def test_num_items_costs_no_wait(items, ignored):
 def test_another_loss_on_lazy_logits_has_the_chunks_and_products_of_ours(
     dtype, known, asked_again, monkeypatch
 ):
-    monkeypatch.setattr(head_sweep, "_DEVICE_LIMITS", (1, 100, 4096))
+    monkeypatch.setattr(head_sweep, "_DEVICE_LIMITS", (1, 100, 4096, 0))
     x, head, target = make(dtype, 300)
     truth, model = truth_of(x, head, target), Model(head.detach())
     rival = [tensor.detach().clone().requires_grad_() for tensor in (x, head)]

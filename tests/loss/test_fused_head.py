@@ -178,7 +178,7 @@ def test_where_the_formula_of_trl_is_not_the_models_it_is_said(name):
 def test_without_gradients_and_in_evaluation_mode(training, dtype, monkeypatch):
     model, (ids, labels) = build("Llama").to(dtype).train(training), inputs()
     add_fused_lm_head(model, outputs=OUTPUTS)
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 4, 4))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 4, 4, 0))
     with torch.no_grad():
         truth = plain(model, ids, labels)
         with fastft.fused_loss(model) as report, Watch() as watch:

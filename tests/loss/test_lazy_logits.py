@@ -325,7 +325,7 @@ def run(use, lazy: bool, dtype=torch.float32):
 
 
 def small_chunks(monkeypatch, rows):
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, rows, 1 << 31))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, rows, 1 << 31, 0))
 
 
 @pytest.mark.parametrize("name", [*LAZY, *MATERIALISED])

@@ -30,7 +30,7 @@ SHAPES = [(1, 1, 1), (1, 63, 507), (63, 1, 15), (63, 33, 507), (130, 16, 1)]  # 
 @pytest.fixture
 def small_workspace(monkeypatch):
     """Room for 8 rows of 507 fp32 logits: every larger test runs in several chunks."""
-    monkeypatch.setitem(room._LIMITS, "cpu", (8 * 507 * 4, 1, 1 << 31))
+    monkeypatch.setitem(room._LIMITS, "cpu", (8 * 507 * 4, 1, 1 << 31, 0))
 
 
 def make(rows, hidden, classes, dtype=torch.float32, ignored=0.2, bias=True):
@@ -420,7 +420,7 @@ def test_any_shape_chunking_and_ignore_pattern(hidden, classes, targets, budget,
     target = torch.tensor([min(t, classes - 1) for t in targets], dtype=torch.int64)
     upstream = torch.randn(len(targets)) if reduction == "none" else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(room._LIMITS, "cpu", (budget, 1, 1 << 31))
+        patch.setitem(room._LIMITS, "cpu", (budget, 1, 1 << 31, 0))
         for impl in ("eager", "auto"):
             check(x, weight, bias, target, impl, upstream, reduction=reduction, ignore_index=-1)
 

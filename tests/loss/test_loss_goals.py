@@ -304,7 +304,7 @@ def test_prob_targets():
 def test_lora_on_lm_head(monkeypatch):
     """PEFT's head, base(x) + scale * B(A(x)), is one linear layer: the gradients of A and B, and no
     logits."""
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, CHUNK, 1 << 31))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, CHUNK, 1 << 31, 0))
     (x, head, _), target = make()
     operands, report = [x, head, torch.randn(4, H), torch.randn(V, 4)], Report()
 

@@ -30,7 +30,7 @@ ROWS = re.findall(r"(?m)^\| `(.+)` \| ([\d.]+) \| ([\d.]+) \| (\w+) \|$", DOCS.r
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, CHUNK, 1 << 31))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, CHUNK, 1 << 31, 0))
 
 
 def operands(dtype=torch.float32, hidden=H):
@@ -418,7 +418,7 @@ SELECTIONS = {
 @pytest.mark.parametrize("chunk", [1, 3, CHUNK])
 def test_a_number_that_was_picked_is_equal_to_itself(name, chunk, monkeypatch):
     """A product of other rows rounds differently."""
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, chunk, 1 << 31))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, chunk, 1 << 31, 0))
     results, gradients = [], []
     for lazy in (False, True):
         report = Report()

@@ -123,7 +123,7 @@ def test_rows_that_do_not_count_are_left_out(dtypes, emulated, summed, monkeypat
             module, "is_emulated", lambda dtype, _: emulated and dtype == torch.bfloat16
         )
     monkeypatch.setattr(head_gemms, "_SLAB_BYTES", 4 * H * 100)
-    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 16, 1 << 31))
+    monkeypatch.setitem(head_sweep._LIMITS, "cpu", (0, 16, 1 << 31, 0))
     target = make(torch.float32)[2]
     terms = [[tensor.requires_grad_() for tensor in make(dtype)[:2]] for dtype in dtypes]
     upstream = torch.rand(()) if summed else torch.rand(T)

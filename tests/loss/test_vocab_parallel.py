@@ -136,7 +136,7 @@ def check_logits_in_chunks():
     logits = mine(whole.detach().T).T.clone().requires_grad_()
     target = torch.randint(0, whole.shape[1], (ROWS,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(head_sweep._LIMITS, "cpu", (8 * 40 * 4, 1, 1 << 31))
+        patch.setitem(head_sweep._LIMITS, "cpu", (8 * 40 * 4, 1, 1 << 31, 0))
         with counted("all_reduce") as sizes:
             loss = fastft.cross_entropy(logits, target, group=dist.group.WORLD)
             (gradient,) = torch.autograd.grad(loss, logits)
