@@ -32,7 +32,7 @@ from fastft.optim.grad_norm import GRAD_NORM, grad_norm
 
 GPU, BF16 = DEVICE == "cuda", torch.bfloat16
 CLASSES = 128_256 if GPU else 128
-ATTENTION = ("flash_cuda", "blocks") if GPU else ("flash_cpu", "blocks")
+ATTENTION = ("flash_cuda", "blocks") if GPU else ("cpp", "flash_cpu", "blocks")
 # of keeping a bf16 parameter
 WAYS = (("exact", "fp32"), ("stochastic", "bf16"), ("stochastic", "8bit"), ("exact", "4bit"))
 Keep = Callable[[str, object], None]

@@ -457,7 +457,8 @@ class TestTheReport:
         monkeypatch.setattr(engines, "_devices", lambda: [CPU])
         engines.main()
         assert re.search(
-            r"softcap +blocks +\(flash_cpu: its kernel knows no softcap", capsys.readouterr().out
+            r"dropout +blocks +\(cpp: its kernel takes no dropout; flash_cpu: its kernel knows no",
+            capsys.readouterr().out,
         )
 
 

@@ -33,6 +33,15 @@ class Piece(NamedTuple):
     k1: int
 
 
+class Pieces(list[Piece]):
+    """The pieces of a batch."""
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """The pieces as a tensor of the host, int64 (pieces, 5)."""
+        return torch.tensor(self, dtype=torch.int64, device="cpu").reshape(len(self), 5)
+
+
 class Tile(NamedTuple):
     """Queries and the keys that they may see; query i of the tile stands at its key `shift + i`."""
 
@@ -57,7 +66,7 @@ class AttentionCall:
     """One attention call without its differentiable tensors."""
 
     segments: Segments
-    pieces: list[Piece]
+    pieces: Pieces
     length: int  # queries of a row
     causal: bool
     window: int | None
@@ -159,7 +168,7 @@ def _check(name: str, ends: list[int], rows: int, length: int) -> None:
 
 def pieces_of(
     segments: Segments, rows: int, length_q: int, length_k: int, same: bool, chunk: int | None
-) -> list[Piece]:
+) -> Pieces:
     """Finds the segments that have queries, or their chunks, as places in their rows.
 
     With `same` a segment must have as many keys as queries, as causality, a window and chunks need.
@@ -168,17 +177,17 @@ def pieces_of(
     key = ("pieces", rows, length_q, length_k, same, chunk)
     if key not in segments.made:
         segments.made[key] = _pieces(segments, rows, length_q, length_k, same, chunk)
-    pieces: list[Piece] = segments.made[key]
+    pieces: Pieces = segments.made[key]
     return pieces
 
 
 def _pieces(
     segments: Segments, rows: int, length_q: int, length_k: int, same: bool, chunk: int | None
-) -> list[Piece]:
+) -> Pieces:
     _check("cu_seqlens_q", segments.bounds_q, rows, length_q)
     if not segments.alike or length_k != length_q:
         _check("cu_seqlens_k", segments.bounds_k, rows, length_k)
-    pieces = []
+    pieces = Pieces()
     for (begin_q, end_q), (begin_k, end_k) in zip(
         itertools.pairwise(segments.bounds_q), itertools.pairwise(segments.bounds_k), strict=True
     ):

@@ -15,10 +15,10 @@ and lse:
 A kernel that knows no sinks still serves: out sigmoid(lse - sink) and log(exp(lse) + exp(sink)) are
 the output and the lse with them, and its backward is right for whatever out and lse it is given.
 
-Engines: torch's CPU flash attention kernel, a segment a call (a window that binds: a band of
-queries a call); torch's CUDA flash attention kernel for variable lengths; flash-attn, if installed,
-for softcap on CUDA; and blocks of queries in plain torch, on any device, for softcap, bias, masks,
-dropout on a CPU and dtypes that the kernels lack.
+Engines: fastft's own CPU kernel, a batch a call; torch's CPU flash attention kernel, a segment a
+call (a window that binds: a band of queries a call); torch's CUDA flash attention kernel for
+variable lengths; flash-attn, if installed, for softcap on CUDA; and blocks of queries in plain
+torch, on any device, for bias, masks, dropout on a CPU, and for what else the kernels lack.
 
 Bytes moved: q, k, v and out, each 2 or 4 bytes x R T H D, and lse; the scores of one block live in
 cache.
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fastft import ops
-from fastft.attention import attention_flash
+from fastft.attention import attention_cpp, attention_flash
 from fastft.attention.attention_tiles import AttentionCall, Tile, mask_scores, part_of, pieces_of
 from fastft.attention.segments import Segments
 
@@ -203,6 +203,13 @@ def _gradients_to_fill(
     return torch.empty_like(query), like(key, dtype=summed_in), like(value, dtype=summed_in)
 
 
+_FORWARD = {
+    "cpp": attention_cpp.forward,
+    "flash_cpu": attention_flash.cpu_forward,
+    "flash_cuda": attention_flash.cuda_forward,
+}
+
+
 class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -219,12 +226,7 @@ class _SegmentAttention(torch.autograd.Function):
             if engine == "blocks":
                 out, lse, *saved = _blocks_forward(query, key, value, bias, call)
             else:
-                forward = (
-                    attention_flash.cpu_forward
-                    if engine == "flash_cpu"
-                    else attention_flash.cuda_forward
-                )
-                out, lse, *saved = forward(query, key, value, call)
+                out, lse, *saved = _FORWARD[engine](query, key, value, call)
             if sinks is not None:
                 sink = sinks.to(lse.dtype)[:, None]
                 out.mul_(torch.sigmoid(lse - sink).transpose(1, 2)[..., None])
@@ -244,10 +246,13 @@ class _SegmentAttention(torch.autograd.Function):
             if ctx.engine == "flash_cuda":
                 grads = attention_flash.cuda_backward(tensors, tuple(saved), call)
             else:
-                summed = ctx.engine == "blocks" or call.window is not None
+                bands = ctx.engine == "flash_cpu" and call.window is not None
+                summed = bands or ctx.engine == "blocks"
                 grads = _gradients_to_fill(query, key, value, call, lse.dtype if summed else None)
                 if ctx.engine == "blocks":
                     _blocks_backward(tensors, bias, d_bias, call, grads)
+                elif ctx.engine == "cpp":
+                    attention_cpp.backward(tensors, call, grads)
                 else:
                     attention_flash.cpu_backward(tensors, call, grads)
             d_sinks = None
@@ -279,6 +284,17 @@ class _Asked(NamedTuple):
     softcap: bool = False
     sinks: bool = False
     dropout: bool = False
+    by_name: bool = False  # the engine is asked for
+
+
+def _cpp(device: torch.device, asked: _Asked) -> str | None:
+    if asked.masked or asked.dropout:
+        return f"its kernel takes {'neither bias nor mask' if asked.masked else 'no dropout'}"
+    if asked.dtype not in attention_cpp.DTYPES:
+        return f"its kernel takes float32 and bfloat16, got {asked.dtype}"
+    if asked.by_name or attention_cpp.is_ahead(asked.dtype):
+        return None
+    return "torch's kernel is thought to be faster with this processor's instructions"
 
 
 def _any_flash(device: torch.device, asked: _Asked) -> str | None:
@@ -345,12 +361,14 @@ ATTENTION = ops.Operation(
     "packed attention",
     _attention_reference,
     engines={
+        "cpp": _cpp,
         "flash_cpu": _flash_cpu,
         "flash_cuda": _flash_cuda,
         "flash_attn": _flash_attn,
         "blocks": None,
     },
     table={
+        "cpp": ops.ENGINES["cpp"],
         "flash_cpu": ops.Engine(("cpu",)),
         "flash_cuda": ops.Engine(("cuda",), _no_flash_cuda_on),
         "flash_attn": ops.Engine(("cuda",), _no_flash_attn_on),
@@ -429,7 +447,8 @@ def segment_attention(
         bias: as a floating-point mask, differentiable.
         dropout: of the probabilities; its random numbers come from torch's default generator of the
             CPU.
-        impl: `"auto"`, `"eager"`, `"blocks"`, `"flash_cpu"`, `"flash_cuda"` or `"flash_attn"`.
+        impl: `"auto"`, `"eager"`, `"blocks"`, `"cpp"`, `"flash_cpu"`, `"flash_cuda"` or
+            `"flash_attn"`.
 
     Raises:
         ValueError: shapes that do not fit, boundaries that do not cover the tokens, an argument out
@@ -447,7 +466,8 @@ def segment_attention(
         segments, pieces, length, causal, window, chunk, scale, softcap, mask, dropout, seed
     )
     masked, sizes = bias is not None or mask is not None, (size, value.shape[3])
-    asked = _Asked(query.dtype, *sizes, masked, softcap is not None, sinks is not None, dropout > 0)
+    options = (masked, softcap is not None, sinks is not None, dropout > 0, impl != "auto")
+    asked = _Asked(query.dtype, *sizes, *options)
     engine = ATTENTION.resolve(impl, query.device, asked)
     if engine == "eager":
         return _attention_reference(query, key, value, sinks, bias, call)

@@ -36,18 +36,121 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastft.attention import segment_attention as room
 from fastft.attention.segment_attention import segment_attention
 
+MASKED = {"bias", "bool_mask", "float_mask", "all"}
+KNOWN = {  # the options that an engine knows
+    "auto": set(OPTIONS),
+    "blocks": set(OPTIONS),
+    "cpp": set(OPTIONS) - MASKED,
+    "flash_cpu": set(OPTIONS) - MASKED - {"softcap"},
+}
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+@pytest.mark.parametrize(
+    ("impl", "name"), [(impl, name) for impl in KNOWN for name in OPTIONS if name in KNOWN[impl]]
+)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("impl", ["auto", "blocks"])
-def test_each_option(batch: str, options: dict[str, Any], impl: str, poisoned_empty: None) -> None:
-    assert_as_each_segment(batch, options, torch.float32, impl)
+def test_each_option(batch: str, name: str, impl: str, poisoned_empty: None) -> None:
+    assert_as_each_segment(batch, OPTIONS[name], torch.float32, impl)
 
 
+@pytest.mark.parametrize(
+    ("impl", "name"),
+    [("auto", "all"), *((impl, "sinks_and_window") for impl in KNOWN), ("cpp", "softcap")],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["causal", "sinks_and_window", "all"])
-def test_each_dtype(name: str, dtype: torch.dtype, poisoned_empty: None) -> None:
-    assert_as_each_segment("ragged", OPTIONS[name], dtype, "auto")
+def test_each_dtype(name: str, impl: str, dtype: torch.dtype, poisoned_empty: None) -> None:
+    if (impl, dtype) == ("cpp", torch.float16):
+        with pytest.raises(RuntimeError, match=r"takes float32 and bfloat16, got torch\.float16"):
+            assert_as_each_segment("ragged", OPTIONS[name], dtype, impl)
+    else:
+        assert_as_each_segment("ragged", OPTIONS[name], dtype, impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"causal": False},
+        {"causal": True, "window": 70, "softcap": 3.0},
+        {"causal": False, "window": 130},
+    ],
+)
+@pytest.mark.parametrize("sizes", [(1, 1), (63, 5), (64, 64), (80, 96), (256, 128)])
+def test_kernel_of_any_size(
+    sizes: tuple[int, int], options: dict[str, Any], dtype: torch.dtype, poisoned_empty: None
+) -> None:
+    """Heads that are no multiple of a tile, segments about the length of its blocks, tokens that
+    lie end to end."""
+    lengths, generator = (47, 0, 1, 193, 100), torch.Generator().manual_seed(0)
+
+    def draw(heads: int, size: int) -> Tensor:
+        drawn = torch.randn(1, heads, sum(lengths), size, generator=generator)
+        return drawn.to(dtype).requires_grad_()
+
+    size, value_size = sizes
+    call = {"query": draw(6, size), "key": draw(2, size), "value": draw(2, value_size), **options}
+    segments = segments_of_lengths(lengths)
+    found, plain = (
+        results(segment_attention, segments, call, impl=impl) for impl in ("cpp", "eager")
+    )
+    wide = {
+        name: value.detach().double().requires_grad_() if isinstance(value, Tensor) else value
+        for name, value in call.items()
+    }
+    exact = results(segment_attention, segments, wide, impl="eager")
+    for mine, torchs, truth in zip(found, plain, exact, strict=True):
+        assert_no_worse(mine, torchs, truth, "attention", terms=sum(lengths) + size)
+
+
+def test_kernel_reads_no_keys_that_nobody_sees() -> None:
+    """What lies beyond the window of a whole block of queries is left out, and not weighed with
+    0."""
+    q, k, v = (torch.randn(1, 1, 1024, 8, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        k[:, :, :512], v[:, :, :512] = torch.nan, torch.nan
+    out = segment_attention(
+        q, k, v, segments_of_lengths((1024,)), causal=True, window=64, impl="cpp"
+    )[:, 768:]
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.isfinite().all()
+    assert all(grad[:, :, 768:].isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("what", ["query", "key", "value"])
+def test_kernel_keeps_nan(what: str) -> None:
+    """NaN reaches those who see it; in values also neighbours, whose weight for it is 0, as in any
+    product, but no other segment."""
+    call = {
+        name: torch.randn(1, 1, 150, 16, requires_grad=True) for name in ("query", "key", "value")
+    }
+    with torch.no_grad():
+        call[what][:, :, 30] = torch.nan
+    out = segment_attention(
+        **call, segments=segments_of_lengths((100, 50)), causal=True, impl="cpp"
+    )
+    reached = out.isnan().any(-1).flatten()
+    seen = torch.zeros(150, dtype=torch.bool)
+    seen[30 : 31 if what == "query" else 100] = True
+    assert reached[seen].all()
+    assert not reached[~seen][0 if what != "value" else 30 :].any()
+
+
+def test_kernel_computes_in_any_number_of_threads() -> None:
+    """Gradients of shared keys are added up in one order, in waves of any size."""
+    call = inputs("long", {"causal": True}, torch.float32)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(
+                results(segment_attention, segments_of_lengths((507, 130)), call, impl="cpp")
+            )
+    finally:
+        torch.set_num_threads(before)
+    for tensors in zip(*found, strict=True):
+        assert all(torch.equal(tensors[0], other) for other in tensors[1:])
 
 
 def test_gradients_of_shared_key_heads_are_as_exact_as_sdpas() -> None:
@@ -165,11 +268,11 @@ def test_any_strides(impl: str) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
-    window=st.none() | st.integers(1, 50),
+    lengths=st.lists(st.integers(0, 40) | st.just(150), min_size=1, max_size=6),
+    window=st.none() | st.integers(1, 50) | st.just(110),
     chunk=st.none() | st.integers(1, 50),
     causal=st.booleans(),
-    impl=st.sampled_from(["auto", "blocks"]),
+    impl=st.sampled_from(["cpp", "flash_cpu", "blocks"]),
 )
 def test_any_lengths(
     lengths: list[int], window: int | None, chunk: int | None, causal: bool, impl: str
@@ -178,9 +281,15 @@ def test_any_lengths(
     q, k, v = (
         torch.randn(1, heads, sum(lengths), SIZE).double() for heads in (HEADS, GROUPS, GROUPS)
     )
-    ours = segment_attention(q, k, v, segments_of_lengths(tuple(lengths)), impl=impl, **options)
+    dtype, tolerance = (torch.float32, 1e-5) if impl == "cpp" else (torch.float64, 1e-12)
+    ours = segment_attention(
+        *(tensor.to(dtype) for tensor in (q, k, v)),
+        segments_of_lengths(tuple(lengths)),
+        impl=impl,
+        **options,
+    )
     truth = each_segment(tuple(lengths), query=q, key=k, value=v, **options)
-    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("impl", ["eager", "blocks"])
@@ -206,7 +315,7 @@ def test_dropout_keeps_the_mean() -> None:
     assert out.std() > 0.01
 
 
-@pytest.mark.parametrize("impl", ["flash_cpu", "blocks"])
+@pytest.mark.parametrize("impl", ["cpp", "flash_cpu", "blocks"])
 def test_the_same_bits_each_time(impl: str) -> None:
     call = inputs("long", OPTIONS["window"], torch.float32)
     runs = [
@@ -360,6 +469,8 @@ def _bad(**changes: Any) -> dict[str, Any]:
         (_bad(segments=segments_of_lengths((2, 4), (0, 6)), causal=False), ValueError, "have keys"),
         (_bad(impl="fast"), ValueError, "impl must be one of"),
         (_bad(impl="flash_cuda"), RuntimeError, "these are on cpu"),
+        (_bad(impl="cpp", dropout=0.5), RuntimeError, "no dropout"),
+        (_bad(impl="cpp", bias=torch.ones(1, 1, 6, 6)), RuntimeError, "neither bias nor mask"),
         (_bad(impl="flash_cpu", softcap=1.0), RuntimeError, "no softcap"),
         (_bad(impl="flash_cpu", dropout=0.5), RuntimeError, "no dropout"),
         (
@@ -395,7 +506,9 @@ def test_tiles_of_a_window_are_linear() -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", count)
-            segment_attention(q, q, q, segments_of_lengths((length,)), causal=True, window=64)
+            segment_attention(
+                q, q, q, segments_of_lengths((length,)), causal=True, window=64, impl="flash_cpu"
+            )
         return sum(seen)
 
     assert read(4096) < 2.1 * read(2048)

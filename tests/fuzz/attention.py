@@ -51,7 +51,7 @@ def _cases(draw: st.DrawFn) -> Case:
     size = draw(st.sampled_from([1, 8, 16]))
     return Case(
         draw(drawn_losses.DTYPES),
-        draw(st.sampled_from(["auto", "auto", "eager", "blocks", "flash_cpu"])),
+        draw(st.sampled_from(["auto", "auto", "eager", "blocks", "cpp", "flash_cpu"])),
         lengths,
         [draw(st.integers(1, 20)) for _ in lengths] if crossed else None,
         draw(st.integers(1, 3)),
@@ -109,12 +109,15 @@ def check(case: Case) -> None:
 
 
 def _possible(case: Case) -> Case:
-    """torch's flash kernel knows less, and says so; what fp16 cannot hold is Inf in plain torch,
-    too."""
+    """The kernels know less, and say so; what fp16 cannot hold is Inf in plain torch, too."""
     if case.dtype == "float16":
         case = case._replace(spread=min(case.spread, 1.0))
-    unknown = case.mask or case.bias or case.softcap or case.size != case.value_size
-    return case._replace(impl="auto") if case.impl == "flash_cpu" and unknown else case
+    added = bool(case.mask or case.bias)
+    unknown = {
+        "cpp": added or case.dtype not in ("float32", "bfloat16"),
+        "flash_cpu": added or case.softcap is not None or case.size != case.value_size,
+    }
+    return case._replace(impl="auto") if unknown.get(case.impl) else case
 
 
 def _size_of_sums(case: Case, leaves: list[Tensor]) -> float:

@@ -1,0 +1,442 @@
+// The inner loops of attention. Scores lie transposed, (keys, queries): a softmax then runs down
+// registers, with no sum across one, and every product reads rows of its factors as they are. Only
+// a block of queries is packed, once for all of its keys.
+#include "floats.h"
+#include "isa.h"
+#include "packing.h"
+#include "segment_attention.h"
+
+namespace {
+using fastft::Attention;
+using fastft::AttentionTask;
+using fastft::Heads;
+using fastft::Piece;
+
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kQueries = 64;
+#else
+constexpr int kRows = 6, kQueries = 48;
+#endif
+constexpr int kColumns = 16 > 2 * kWidth ? 16 : 2 * kWidth, kVectors = kColumns / kWidth;
+constexpr int64_t kKeys = fastft::kKeyBlock;
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+constexpr float kLowest = -__FLT_MAX__;
+static_assert(kQueries % kRows == 0 && kQueries % kColumns == 0 && kKeys % kRows == 0, "tiles");
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t padded(int64_t size) { return (size + kColumns - 1) / kColumns * kColumns; }
+
+#if defined(FASTFT_WIDE)
+FASTFT_HD Floats multiply_add(Floats a, Floats b, Floats c) { return fused(a, b, c); }
+#else
+FASTFT_HD Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+#endif
+
+// Rows of numbers, `stride` apart.
+struct Rows {
+  const float* data;
+  int64_t stride;
+  const float* at(int64_t row) const { return data + row * stride; }
+};
+
+// out[rows, kColumns] (+)= left right, `rows` at most kRows. `left` is read along its rows, or
+// with kAcross along its columns: left[i, k] is then left[k * stride + i], of all kRows.
+template <bool kAcross>
+void tile(int64_t depth, Rows left, Rows right, float* out, int64_t stride, int64_t rows,
+          bool add) {
+  const float* row[kRows];
+  for (int i = 0; i < kRows; i++)
+    row[i] = left.data + (kAcross ? i : left.stride * least(i, rows - 1));
+  const int64_t step = kAcross ? left.stride : 1;
+  Floats sums[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; k++) {
+    const float* from = right.at(k);
+    Floats across[kVectors];
+    for (int v = 0; v < kVectors; v++) across[v] = load(from + v * kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++) {
+      const Floats x = broadcast(row[kAcross ? 0 : i][k * step + (kAcross ? i : 0)]);
+      for (int v = 0; v < kVectors; v++) sums[i][v] = multiply_add(x, across[v], sums[i][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; i++) {
+    if (i >= rows) break;
+    for (int v = 0; v < kVectors; v++) {
+      float* to = out + i * stride + v * kWidth;
+      store(to, add ? load(to) + sums[i][v] : sums[i][v]);
+    }
+  }
+}
+
+int64_t offset(const Heads& heads, int64_t row, int64_t head, int64_t token) {
+  return row * heads.row + head * heads.head + token * heads.token;
+}
+
+template <class T>
+void widen_row(const T* from, int64_t size, int64_t width, float* to) {
+  int64_t k = 0;
+  for (; k + kWidth <= size; k += kWidth) store(to + k, load(from + k));
+  for (; k < width; k++) to[k] = k < size ? widened(from[k]) : 0.0f;
+}
+
+// Tokens of a head in float32, as wide as tiles need them: where they are, or in `room`. Tokens
+// that are a power of two apart, as those of projections are, would push each other out of the
+// caches.
+Rows rows_of(const Heads& heads, int64_t at, int64_t count, float* room) {
+  if (!heads.bfloat16 && heads.size % kColumns == 0 && heads.token == heads.size)
+    return {static_cast<const float*>(heads.data) + at, heads.token};
+  const int64_t width = padded(heads.size);
+  for (int64_t i = 0; i < count; i++, at += heads.token)
+    if (heads.bfloat16)
+      widen_row(static_cast<const uint16_t*>(heads.data) + at, heads.size, width, room + i * width);
+    else
+      widen_row(static_cast<const float*>(heads.data) + at, heads.size, width, room + i * width);
+  return {room, width};
+}
+
+// to[k, query] = scale * the query's number k, 0 beyond `count`.
+void pack_queries(const Heads& heads, int64_t at, int64_t count, float scale, float* to) {
+  const int64_t size = heads.size;
+  if (heads.bfloat16)
+    pack<kQueries>(static_cast<const uint16_t*>(heads.data) + at, heads.token, 1, count, size, to);
+  else
+    pack<kQueries>(static_cast<const float*>(heads.data) + at, heads.token, 1, count, size, to);
+  for (int64_t i = 0; i < size * kQueries; i += kWidth) store(to + i, load(to + i) * scale);
+}
+
+template <class T>
+void write_row(T* to, const float* from, int64_t size, float factor) {
+  int64_t k = 0;
+  for (; k + kWidth <= size; k += kWidth) store(to + k, load(from + k) * factor);
+  for (; k < size; k++) put(to + k, from[k] * factor);
+}
+
+void write_row(const Heads& heads, int64_t at, const float* from, float factor) {
+  if (heads.bfloat16)
+    write_row(static_cast<uint16_t*>(heads.data) + at, from, heads.size, factor);
+  else
+    write_row(static_cast<float*>(heads.data) + at, from, heads.size, factor);
+}
+
+// Which keys of a block a register of queries sees. Queries and keys are counted from the first of
+// the piece; the register's first query is `query`, the block's first key `key`.
+struct Sight {
+  int64_t begin, end;          // keys that any of them sees, from the block's first
+  int64_t all_begin, all_end;  // that all of them see
+  bool causal;
+  int64_t window, ahead;  // ahead: of the first query, how many keys
+
+  Sight(const Attention& call, int64_t query, int64_t last_query, int64_t key, int64_t keys)
+      : begin(0),
+        end(keys),
+        all_begin(0),
+        all_end(keys),
+        causal(call.causal),
+        window(call.window),
+        ahead(query - key) {
+    const int64_t last = last_query - key;
+    if (call.causal) end = last + 1, all_end = ahead + 1;
+    if (call.window > 0) {
+      begin = ahead - call.window + 1, all_begin = last - call.window + 1;
+      end = least(end, last + call.window), all_end = least(all_end, ahead + call.window);
+    }
+    begin = least(most(begin, 0), keys), end = most(least(end, keys), begin);
+    all_begin = least(most(all_begin, begin), end), all_end = most(least(all_end, end), all_begin);
+  }
+  // -Inf for the queries that do not see key `j`, which some do.
+  Floats hidden(Floats scores, int64_t j) const {
+    constexpr int kFar = 0x7fffffff;
+    Ints behind;
+    for (int lane = 0; lane < kWidth; lane++) behind[lane] = lane;
+    behind += static_cast<int>(ahead - j);
+    const int near = static_cast<int>(least(window > 0 ? window : kFar, kFar));
+    const Ints seen = (behind >= (causal ? 0 : -near + 1)) & (behind < near);
+    return seen ? scores : Floats{} - __builtin_inff();
+  }
+};
+
+// A block of queries and one of keys.
+struct Block {
+  int64_t query, queries;  // the first, and how many
+  int64_t key, keys;
+};
+
+// scores[key, query] = left[key] . packed[:, query], of the tiles that have anything to see.
+void scores_of(const Attention& call, const Block& block, int64_t size, Rows left,
+               const float* packed, float* scores) {
+  for (int64_t column = 0; column < block.queries; column += kColumns) {
+    const int64_t first = block.query + column;
+    const Sight sight(call, first, first + kColumns - 1, block.key, block.keys);
+    for (int64_t j = sight.begin / kRows * kRows; j < sight.end; j += kRows)
+      tile<false>(size, {left.at(j), left.stride}, {packed + column, kQueries},
+                  scores + j * kQueries + column, kQueries, least(kRows, block.keys - j), false);
+  }
+}
+
+// sums[query] (+)= sum over keys of weights[key, query] right[key].
+void mix(const Attention& call, const Block& block, const float* weights, Rows right, int64_t width,
+         float* sums, bool add) {
+  for (int64_t i = 0; i < block.queries; i += kRows) {
+    const Sight sight(call, block.query + i, block.query + i + kRows - 1, block.key, block.keys);
+    for (int64_t column = 0; column < width; column += kColumns)
+      tile<true>(sight.end - sight.begin, {weights + sight.begin * kQueries + i, kQueries},
+                 {right.at(sight.begin) + column, right.stride}, sums + i * width + column, width,
+                 kRows, add);
+  }
+}
+
+// sums[key] += sum over queries of weights[key, query] right[query].
+void give(const Attention& call, const Block& block, const float* weights, Rows right,
+          int64_t width, float* sums) {
+  for (int64_t j = 0; j < block.keys; j += kRows) {
+    // queries that see any of these keys, from the block's first
+    int64_t begin = 0, end = block.queries;
+    const int64_t last = least(j + kRows, block.keys) - 1, key = block.key - block.query;
+    if (call.causal) begin = key + j;
+    if (call.window > 0) {
+      begin = most(begin, key + j - call.window + 1);
+      end = least(end, key + last + call.window);
+    }
+    begin = most(begin, 0);
+    if (begin >= end) continue;
+    for (int64_t column = 0; column < width; column += kColumns)
+      tile<false>(end - begin, {weights + j * kQueries + begin, kQueries},
+                  {right.at(begin) + column, right.stride}, sums + j * width + column, width,
+                  last + 1 - j, true);
+  }
+}
+
+// The first and the last key + 1 that any query from `query` to `last` sees.
+void keys_seen(const Attention& call, const Piece& piece, int64_t query, int64_t last,
+               int64_t* begin, int64_t* end) {
+  const Sight sight(call, query, last, 0, piece.k1 - piece.k0);
+  *begin = sight.begin, *end = sight.end;
+}
+
+FASTFT_HD Floats capped(Floats scores, float softcap) {
+  return softcap > 0.0f ? hyperbolic_tangent(scores) * softcap : scores;
+}
+
+// Calls f(j, whether some of its queries do not see j) for the keys that a register sees.
+template <class F>
+void each_key(const Sight& sight, F f) {
+  for (int64_t j = sight.begin; j < sight.all_begin; j++) f(j, true);
+  for (int64_t j = sight.all_begin; j < sight.all_end; j++) f(j, false);
+  for (int64_t j = sight.all_end; j < sight.end; j++) f(j, true);
+}
+
+// Writes 0 for the keys of a block that a register does not see.
+void clear(float* scores, const Sight& sight, int64_t keys) {
+  for (int64_t j = 0; j < sight.begin; j++) store(scores + j * kQueries, Floats{});
+  for (int64_t j = sight.end; j < keys; j++) store(scores + j * kQueries, Floats{});
+}
+
+// Scores become exp(score - largest); `factor` is what earlier sums are to be multiplied with.
+void online_softmax(const Attention& call, const Block& block, float* scores, float* largest,
+                    float* sum, float* factor) {
+  for (int64_t column = 0; column < block.queries; column += kWidth) {
+    const int64_t first = block.query + column;
+    const Sight sight(call, first, first + kWidth - 1, block.key, block.keys);
+    float* at = scores + column;
+    const Floats before = load(largest + column);
+    Floats now = before, total = {};
+    each_key(sight, [&](int64_t j, bool hide) {
+      Floats score = capped(load(at + j * kQueries), call.softcap);
+      if (hide) score = sight.hidden(score, j);
+      if (hide || call.softcap > 0.0f) store(at + j * kQueries, score);
+      now = larger(score, now);
+    });
+    for (int64_t j = sight.begin; j < sight.end; j++) {
+      const Floats p = exp_negative(load(at + j * kQueries) - now);
+      store(at + j * kQueries, p);
+      total += p;
+    }
+    clear(at, sight, block.keys);
+    const Floats rescale = exp_negative(before - now);
+    store(largest + column, now);
+    store(factor + column, rescale);
+    store(sum + column, fused(load(sum + column), rescale, total));
+  }
+}
+
+// Scores become probabilities p, and `grads`, the gradients of p, those of the scores.
+void backward_softmax(const Attention& call, const Block& block, float* scores, float* grads,
+                      const float* lse, const float* delta) {
+  for (int64_t column = 0; column < block.queries; column += kWidth) {
+    const int64_t first = block.query + column;
+    const Sight sight(call, first, first + kWidth - 1, block.key, block.keys);
+    float *at = scores + column, *grad = grads + column;
+    const Floats total = load(lse + column), mean = load(delta + column);
+    each_key(sight, [&](int64_t j, bool hide) {
+      const Floats score = capped(load(at + j * kQueries), call.softcap);
+      const Floats p = exp_negative((hide ? sight.hidden(score, j) : score) - total);
+      Floats g = (load(grad + j * kQueries) - mean) * p;
+      if (call.softcap > 0.0f) {
+        const Floats t = score / call.softcap;
+        g *= 1.0f - t * t;
+      }
+      store(at + j * kQueries, p);
+      store(grad + j * kQueries, g);
+    });
+    clear(at, sight, block.keys);
+    clear(grad, sight, block.keys);
+  }
+}
+
+// Memory of a task, one part after the other.
+struct Room {
+  float* next;
+  float* take(int64_t count) {
+    float* taken = next;
+    next += (count + 15) / 16 * 16;
+    return taken;
+  }
+};
+
+float scale_of(const Attention& call) {
+  return call.softcap > 0.0f ? call.scale / call.softcap : call.scale;
+}
+
+void finish_forward(const Attention& call, const AttentionTask& task, const float* sums,
+                    const float* largest, const float* sum) {
+  const Piece& piece = *task.piece;
+  const int64_t width = padded(call.value.size), token = piece.q0 + task.begin;
+  for (int64_t i = 0; i < task.end - task.begin; i++) {
+    // a query that sees nothing but -Inf gets 0
+    const float factor = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
+    write_row(call.out, offset(call.out, piece.row, task.head, token + i), sums + i * width,
+              factor);
+    call.lse[(piece.row * call.heads + task.head) * call.length + token + i] =
+        largest[i] + __builtin_logf(sum[i]);
+  }
+}
+
+void forward(const Attention& call, const AttentionTask& task, Room room) {
+  const Piece& piece = *task.piece;
+  const int64_t size = call.query.size, width = padded(call.value.size);
+  const int64_t queries = task.end - task.begin, key_head = task.head / call.group;
+  float* const packed = room.take(size * kQueries);
+  float* const scores = room.take(kKeys * kQueries);
+  float* const sums = room.take(kQueries * width);
+  float* const keys = room.take(kKeys * padded(size));
+  float* const values = room.take(kKeys * width);
+  float largest[kQueries], sum[kQueries], factor[kQueries];
+  for (int i = 0; i < kQueries; i++) largest[i] = kLowest, sum[i] = 0.0f;
+  pack_queries(call.query, offset(call.query, piece.row, task.head, piece.q0 + task.begin), queries,
+               scale_of(call), packed);
+  int64_t begin, end;
+  keys_seen(call, piece, task.begin, task.end - 1, &begin, &end);
+  for (int64_t key = begin; key < end; key += kKeys) {
+    const Block block{task.begin, queries, key, least(kKeys, end - key)};
+    const int64_t token = piece.k0 + key;
+    const Rows k =
+        rows_of(call.key, offset(call.key, piece.row, key_head, token), block.keys, keys);
+    const Rows v =
+        rows_of(call.value, offset(call.value, piece.row, key_head, token), block.keys, values);
+    scores_of(call, block, size, k, packed, scores);
+    online_softmax(call, block, scores, largest, sum, factor);
+    if (key > begin)
+      for (int64_t i = 0; i < queries; i++)
+        for (int64_t d = 0; d < width; d += kWidth)
+          store(sums + i * width + d, load(sums + i * width + d) * factor[i]);
+    mix(call, block, scores, v, width, sums, key > begin);
+  }
+  finish_forward(call, task, sums, largest, sum);
+}
+
+// delta and lse of a block of queries; 0 beyond.
+void rows_of_backward(const Attention& call, const AttentionTask& task, int64_t first,
+                      int64_t queries, Rows d_out, float* room, float* lse, float* delta) {
+  const Piece& piece = *task.piece;
+  const int64_t token = piece.q0 + first;
+  const Rows out = rows_of(call.out, offset(call.out, piece.row, task.head, token), queries, room);
+  for (int64_t i = 0; i < kQueries; i++) {
+    lse[i] = delta[i] = 0.0f;
+    if (i >= queries) continue;
+    Floats products = {};
+    for (int64_t d = 0; d < padded(call.out.size); d += kWidth)
+      products = multiply_add(load(out.at(i) + d), load(d_out.at(i) + d), products);
+    for (int lane = 0; lane < kWidth; lane++) delta[i] += products[lane];
+    const float total = call.lse[(piece.row * call.heads + task.head) * call.length + token + i];
+    lse[i] = total < kLowest ? kLowest : total;
+  }
+}
+
+void backward(const Attention& call, const AttentionTask& task, Room room) {
+  const Piece& piece = *task.piece;
+  const int64_t size = call.query.size, width = padded(size), key_head = task.head / call.group;
+  const int64_t value_size = call.value.size, value_width = padded(value_size);
+  float *const packed = room.take(size * kQueries), *const d_packed =
+                                                        room.take(value_size * kQueries);
+  float *const scores = room.take(kKeys * kQueries), *const grads = room.take(kKeys * kQueries);
+  float *const d_query = room.take(kQueries * width), *const query_room =
+                                                          room.take(kQueries * width);
+  float *const d_out_room = room.take(kQueries * value_width), *const out_room = room.take(
+                                                                   kQueries * value_width);
+  float *const key_room = room.take(kKeys * width), *const value_room =
+                                                        room.take(kKeys * value_width);
+  float lse[kQueries], delta[kQueries];
+  for (int64_t i = 0; i < (piece.k1 - piece.k0) * width; i++) task.d_key[i] = 0.0f;
+  for (int64_t i = 0; i < (piece.k1 - piece.k0) * value_width; i++) task.d_value[i] = 0.0f;
+  for (int64_t first = task.begin; first < task.end; first += kQueries) {
+    const int64_t queries = least(kQueries, task.end - first), token = piece.q0 + first;
+    const int64_t query_at = offset(call.query, piece.row, task.head, token);
+    const int64_t d_out_at = offset(call.d_out, piece.row, task.head, token);
+    pack_queries(call.query, query_at, queries, scale_of(call), packed);
+    pack_queries(call.d_out, d_out_at, queries, 1.0f, d_packed);
+    const Rows q = rows_of(call.query, query_at, queries, query_room);
+    const Rows d_o = rows_of(call.d_out, d_out_at, queries, d_out_room);
+    rows_of_backward(call, task, first, queries, d_o, out_room, lse, delta);
+    int64_t begin, end;
+    keys_seen(call, piece, first, first + queries - 1, &begin, &end);
+    for (int64_t key = begin; key < end; key += kKeys) {
+      const Block block{first, queries, key, least(kKeys, end - key)};
+      const Rows k = rows_of(call.key, offset(call.key, piece.row, key_head, piece.k0 + key),
+                             block.keys, key_room);
+      const Rows v = rows_of(call.value, offset(call.value, piece.row, key_head, piece.k0 + key),
+                             block.keys, value_room);
+      scores_of(call, block, size, k, packed, scores);
+      scores_of(call, block, value_size, v, d_packed, grads);
+      backward_softmax(call, block, scores, grads, lse, delta);
+      give(call, block, scores, d_o, value_width, task.d_value + key * value_width);
+      give(call, block, grads, q, width, task.d_key + key * width);
+      mix(call, block, grads, k, width, d_query, key > begin);
+    }
+    for (int64_t i = 0; i < queries; i++)
+      write_row(call.d_query, offset(call.d_query, piece.row, task.head, token + i),
+                d_query + i * width, call.scale);
+  }
+}
+
+// What the query heads of a key head give, added up in their order.
+void add_up(const Heads& to, const Piece& piece, int64_t key_head, int64_t group, float* first,
+            int64_t apart, float factor) {
+  const int64_t width = padded(to.size), keys = piece.k1 - piece.k0;
+  for (int64_t other = 1; other < group; other++)
+    for (int64_t i = 0; i < keys * width; i += kWidth)
+      store(first + i, load(first + i) + load(first + other * apart + i));
+  for (int64_t j = 0; j < keys; j++)
+    write_row(to, offset(to, piece.row, key_head, piece.k0 + j), first + j * width, factor);
+}
+}  // namespace
+
+extern "C" void FASTFT_KERNEL(attention_forward)(const Attention* call, const AttentionTask* task,
+                                                 float* room) {
+  forward(*call, *task, {room});
+}
+
+extern "C" void FASTFT_KERNEL(attention_backward)(const Attention* call, const AttentionTask* task,
+                                                  float* room) {
+  backward(*call, *task, {room});
+}
+
+// `task` is that of a key head's first query head, of which `apart_key` and `apart_value` floats
+// further the next one has its sums.
+extern "C" void FASTFT_KERNEL(attention_add_up)(const Attention* call, const AttentionTask* task,
+                                                int64_t apart) {
+  const int64_t key_head = task->head / call->group;
+  add_up(call->d_key, *task->piece, key_head, call->group, task->d_key, apart, call->scale);
+  add_up(call->d_value, *task->piece, key_head, call->group, task->d_value, apart, 1.0f);
+}
