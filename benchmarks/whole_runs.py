@@ -1,16 +1,17 @@
 """Whole trainings with Trainer: stock, fastft and its rivals, the same batches, steps by turns.
 
     python benchmarks/whole_runs.py demo smollm2 smollm2_rows
-    python benchmarks/whole_runs.py demo --variants stock fastft --steps 8
+    python benchmarks/whole_runs.py demo --variants stock fastft --steps 24
 
 demo: the 12.6 M parameter Llama of `make demo`. smollm2: SmolLM2-135M on the dialogues of
 `make demo-smollm2`, which makes its folder. smollm2_rows: the same text in full rows, without
-padding. Every run is in a process of its own, and each takes TURN steps while the others wait,
-forth and back through the variants: minutes in which the machine is slow hit all of them. The same
-step of two runs has the same examples, so that a ratio is the median over steps of seconds /
-seconds. Left out are the first turn (compiling, first touches of memory) and the first step of
+padding. Every run is in a process of its own, and each takes a turn of some steps while the others
+wait, forth and back through the variants: minutes in which the machine is slow hit all of them. The
+same step of two runs has the same examples, so that a ratio is the median over steps of seconds /
+seconds. Left out are the first turn (compiling, first touches of memory) and the first third of
 each, which no training by itself has: others have had the caches since, and a virtual machine's
-host may have taken what was free. Losses must be stock's.
+host may have taken what was free. A turn takes stock some 15 seconds or more, as it is told of
+memory that is free after two. Losses must be stock's.
 
 Writes whole_<workload>.json and .md to the folder of --to.
 """
@@ -53,7 +54,8 @@ from fastft.loss import matrix_product
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))  # whose report.py is meant, not the one beside this
 SMOLLM2 = ROOT / "build" / "smollm2"
-TURN, TOLERANCE = 3, 1e-4  # steps; of a loss
+TOLERANCE = 1e-4  # of a loss
+TURN = {"demo": 12, "smollm2": 3, "smollm2_rows": 3}  # steps
 Examples = list[dict[str, list[int]]]
 
 
@@ -114,8 +116,8 @@ class Recorder(TrainerCallback):
 
     data_collator: Any
 
-    def __init__(self, hand_over: Callable[[], None]) -> None:
-        self.run, self.hand_over, self.began = Run(), hand_over, 0.0
+    def __init__(self, hand_over: Callable[[], None], turn: int) -> None:
+        self.run, self.hand_over, self.turn, self.began = Run(), hand_over, turn, 0.0
 
     def __call__(self, examples: Examples) -> Any:
         batch = self.data_collator(examples)
@@ -129,7 +131,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.run.seconds.append(time.perf_counter() - self.began)
-        if len(self.run.seconds) % TURN == 0:
+        if len(self.run.seconds) % self.turn == 0:
             self.hand_over()
         self.began = time.perf_counter()
 
@@ -146,8 +148,16 @@ class Workload:
     folder: Path
     examples: Examples
     steps: int
+    turn: int
     batch: int = 8
     random: bool = False
+
+    def counted(self, steps: list[Any]) -> list[Any]:
+        """Those that are timed."""
+        left_out = self.turn // 3
+        return [
+            step for i, step in enumerate(steps) if i >= self.turn and i % self.turn >= left_out
+        ]
 
     def model(self) -> Any:
         if not self.random:
@@ -164,19 +174,20 @@ def demo(folder: Path) -> Workload:
     tokenizer, examples = stdlib_text.load(VOCABULARY, 320)
     tokenizer.save_pretrained(folder)
     title = "12.6 M parameter Llama, Python's standard library, 8 examples a step"
-    return Workload(title, folder, examples, 18, random=True)
+    return Workload(title, folder, examples, 36, TURN["demo"], random=True)
 
 
 def smollm2(folder: Path) -> Workload:
     title = "SmolLM2-135M, Shakespeare's dialogues, 8 a step"
-    return Workload(title, SMOLLM2, list(itertools.islice(_dialogues(), 1000)), 12)
+    return Workload(title, SMOLLM2, list(itertools.islice(_dialogues(), 1000)), 12, TURN["smollm2"])
 
 
 def smollm2_rows(folder: Path) -> Workload:
     ids = [token for each in itertools.islice(_dialogues(), 1000) for token in each["input_ids"]]
     rows = [ids[begin : begin + 256] for begin in range(0, len(ids) - 255, 256)]
     title = "SmolLM2-135M, full rows of 256 tokens, 4 a step, every label counts"
-    return Workload(title, SMOLLM2, [{"input_ids": row, "labels": row} for row in rows], 12, 4)
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    return Workload(title, SMOLLM2, examples, 12, TURN["smollm2_rows"], batch=4)
 
 
 def _dialogues() -> Any:
@@ -217,7 +228,7 @@ def trainer_of(
         "torch_compile": variant.compiled,
         "use_liger_kernel": variant.liger,
     }
-    recorder = Recorder(hand_over)
+    recorder = Recorder(hand_over, workload.turn)
     if variant.sft is None:
         args = TrainingArguments(**options)
         packs = fastft.PackingCollator() if "packing" in variant.pieces else None
@@ -314,21 +325,16 @@ def by_turns(
     return {name: runs[name] for name in names if name in runs}
 
 
-def _counted(steps: list[Any]) -> list[Any]:
-    """Those that are timed."""
-    return [step for i, step in enumerate(steps) if i >= TURN and i % TURN]
-
-
-def compared(runs: dict[str, Run]) -> dict[str, Any]:
+def compared(workload: Workload, runs: dict[str, Run]) -> dict[str, Any]:
     """`runs`: speed and memory of each variant, and what they are of the first one's;
     `agreement`: how far its losses are from that one's. As `make demo` has them, and more."""
     first = next(iter(runs))
-    seconds = {name: _counted(run.seconds) for name, run in runs.items()}
+    seconds = {name: workload.counted(run.seconds) for name, run in runs.items()}
     rows, agreement = [], []
     for name, run in runs.items():
         ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        tokens, total = sum(_counted(run.tokens[: len(run.seconds)])), sum(seconds[name])
+        tokens, total = sum(workload.counted(run.tokens[: len(run.seconds)])), sum(seconds[name])
         rows.append(
             {
                 "name": VARIANTS[name].name,
@@ -392,8 +398,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a run; default: by workload")
     parser.add_argument("--to", type=Path, required=True, help="the folder of the results")
     options = parser.parse_args()
-    if options.steps is not None and options.steps < 2 * TURN:
-        parser.error(f"--steps must be at least {2 * TURN}, two turns, got {options.steps}")
+    least = 2 * max(TURN[name] for name in options.workloads)
+    if options.steps is not None and options.steps < least:
+        parser.error(f"--steps must be at least {least}, two turns, got {options.steps}")
     options.to.mkdir(parents=True, exist_ok=True)
     agrees = [_measured(name, options) for name in options.workloads]
     if not all(agrees):
@@ -414,7 +421,7 @@ def _measured(name: str, options: argparse.Namespace) -> bool:
         "command": " ".join(["python", "benchmarks/whole_runs.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine.facts(),
-        **compared(runs),
+        **compared(workload, runs),
         "left_out": {VARIANTS[each].name: why for each, why in left.items()},
     }
     (options.to / f"whole_{name}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -454,14 +454,14 @@ def test_a_step_is_timed_without_the_turns_of_others(
         now[0] += 100
         waits.append(len(recorder.run.seconds))
 
-    recorder = whole_runs.Recorder(others)
+    recorder = whole_runs.Recorder(others, 4)
     monkeypatch.setattr(whole_runs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     recorder.on_train_begin()
-    for _ in range(2 * whole_runs.TURN):
+    for _ in range(8):
         now[0] += 1
         recorder.on_step_end()
-    assert recorder.run.seconds == [1] * 2 * whole_runs.TURN
-    assert waits == [0, whole_runs.TURN, 2 * whole_runs.TURN]
+    assert recorder.run.seconds == [1] * 8
+    assert waits == [0, 4, 8]
 
 
 def test_two_turns_are_the_least(whole_runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,13 +474,13 @@ def test_two_turns_are_the_least(whole_runs: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_steps_that_others_have_been_before_do_not_count(whole_runs: Any) -> None:
     """Nor those of the first turn."""
-    turn, times = whole_runs.TURN, {"stock": 6.0, "fastft": 2.0}
-    runs = {}
+    turn, times, runs = 7, {"stock": 6.0, "fastft": 2.0}, {}
+    workload = whole_runs.Workload("", Path(), [], 3 * turn, turn)
     for name, seconds in times.items():
-        steps = [99.0] * turn + 2 * [99.0, *[seconds] * (turn - 1)]
+        steps = [99.0] * turn + 2 * [99.0, 99.0, *[seconds] * (turn - 2)]
         tokens = [1000 if each == 99.0 else 12 for each in steps]
         runs[name] = whole_runs.Run([1.0] * len(steps), steps, [*tokens, 1000], 10**6, 1)
-    row = whole_runs.compared(runs)["runs"][1]
+    row = whole_runs.compared(workload, runs)["runs"][1]
     assert row["times_faster"] == 3 and row["tokens_per_second"] == 6
 
 
@@ -500,11 +500,11 @@ def test_whole_runs_by_turns(
     examples = [{"input_ids": row, "labels": row} for row in rows]
     broken = whole_runs.Variant("broken", sft={"no_such_option": 1})
     monkeypatch.setitem(whole_runs.VARIANTS, "broken", broken)
-    workload = whole_runs.Workload("tiny", tmp_path, examples, 6, batch=4)
+    workload = whole_runs.Workload("tiny", tmp_path, examples, 6, 3, batch=4)
     failed: dict[str, str] = {}
     runs = whole_runs.by_turns(["stock", "broken", "fastft"], workload, 6, failed)
     assert list(runs) == ["stock", "fastft"] and list(failed) == ["broken"]
     assert [len(run.seconds) for run in runs.values()] == [6, 6]
-    found = whole_runs.compared(runs)
+    found = whole_runs.compared(workload, runs)
     assert all(line["agrees"] for line in found["agreement"])
     assert found["runs"][0]["padding"] > 0 and found["runs"][1]["padding"] == 0
