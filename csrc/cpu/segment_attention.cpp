@@ -12,14 +12,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "isa.h"
 #include "shim.h"
 
+FASTFT_DECLARE_KERNEL(attention_room, const fastft::Attention*, int64_t*)
 FASTFT_DECLARE_KERNEL(attention_forward, const fastft::Attention*, const fastft::AttentionTask*,
                       float*)
 FASTFT_DECLARE_KERNEL(attention_backward, const fastft::Attention*, const fastft::AttentionTask*,
@@ -35,21 +34,23 @@ using fastft::Piece;
 using fastft::Tensor;
 
 constexpr int64_t kSums = 1 << 22;  // floats of a wave: 16 MiB
-constexpr int64_t kAligned = 16;    // floats of a cache line
 
 bool wide() { return fastft::isa() >= fastft::Isa::avx512; }
 
-// Memory that begins with a cache line.
-class Floats {
-  std::unique_ptr<float[]> memory_;
+// Memory of torch's allocator.
+Tensor floats(int64_t count) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  FT_CALL(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_float32(),
+                                   aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(reinterpret_cast<StableIValue>(handle));
+}
 
- public:
-  explicit Floats(int64_t count) : memory_(new float[count + kAligned]) {}
-  float* data() const {
-    const auto line = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory_.get()) / 4);
-    return memory_.get() + (kAligned - line % kAligned) % kAligned;
-  }
-};
+int64_t threads() {
+  uint32_t count;
+  FT_CALL(torch_get_num_threads(&count));
+  return std::max<int64_t>(count, 1);
+}
 
 Heads heads(const Tensor& tensor, const char* name) {
   FT_CHECK(tensor.on_cpu() && tensor.dim() == 4, "segment_attention: %s must be (R, H, T, D)",
@@ -119,22 +120,18 @@ std::pair<const Piece*, int64_t> pieces_of(const Tensor& table, const Attention&
 }
 
 // Tasks go to whoever is free, as those at the end of a causal piece take longer.
-template <class Body>
-void share(int64_t tasks, Body&& body) {
-  std::atomic<int64_t> next{0};
-  fastft::parallel_for(tasks, 1, [&](int64_t, int64_t) { body(next); });
-}
-
 template <class Kernel>
 void run(const Attention& call, const std::vector<AttentionTask>& tasks, Kernel kernel) {
-  const int64_t room = fastft::attention_room(call.query.size, call.value.size, wide());
-  const auto count = static_cast<int64_t>(tasks.size());
-  share(count, [&](std::atomic<int64_t>& next) {
-    std::unique_ptr<Floats> memory;
-    for (int64_t i; (i = next++) < count;) {
-      if (!memory) memory = std::make_unique<Floats>(room);
-      kernel(&call, &tasks[static_cast<size_t>(i)], memory->data());
-    }
+  int64_t room;
+  attention_room_kernel()(&call, &room);
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  const int64_t workers = std::min(count, threads());
+  const Tensor memory = floats(workers * room);
+  float* const first = static_cast<float*>(memory.mutable_data());
+  std::atomic<int64_t> next{0};
+  fastft::parallel_for(workers, 1, [&](int64_t begin, int64_t) {
+    for (int64_t i; (i = next++) < count;)
+      kernel(&call, &tasks[static_cast<size_t>(i)], first + begin * room);
   });
 }
 
@@ -163,13 +160,13 @@ struct KeyHead {
   int64_t keys() const { return piece->k1 - piece->k0; }
 };
 
-// Computes the gradients of some key heads, whose sums are `floats` in all.
+// Computes the gradients of some key heads, whose sums are `count` floats in all.
 void backward_wave(const Attention& call, const KeyHead* first, const KeyHead* last,
-                   int64_t floats) {
+                   int64_t count) {
   const int64_t key_width = fastft::padded(call.query.size, wide());
   const int64_t width = key_width + fastft::padded(call.value.size, wide());
-  const Floats sums(floats);
-  float* next = sums.data();
+  const Tensor sums = floats(count);
+  auto* next = static_cast<float*>(sums.mutable_data());
   std::vector<AttentionTask> tasks;
   for (const KeyHead* one = first; one < last; one++)
     for (int64_t member = 0; member < call.group; member++, next += one->keys() * width)
@@ -186,20 +183,20 @@ void backward_wave(const Attention& call, const KeyHead* first, const KeyHead* l
 void backward_in_waves(const Attention& call, const Piece* pieces, int64_t count) {
   const int64_t width =
       fastft::padded(call.query.size, wide()) + fastft::padded(call.value.size, wide());
-  const int64_t busy = 2 * static_cast<int64_t>(std::thread::hardware_concurrency());
+  const int64_t busy = 2 * threads();
   std::vector<KeyHead> all;
   for (const Piece* piece = pieces; piece < pieces + count; piece++)
     for (int64_t head = 0; head < call.heads / call.group; head++) all.push_back({piece, head});
   const KeyHead* const end = all.data() + all.size();
   for (const KeyHead *first = all.data(), *last; first < end; first = last) {
-    int64_t floats = 0;
+    int64_t sums = 0;
     for (last = first; last < end; last++) {
       const int64_t more = last->keys() * call.group * width;
-      const bool enough = floats + more > kSums && (last - first) * call.group >= busy;
+      const bool enough = sums + more > kSums && (last - first) * call.group >= busy;
       if (last > first && enough) break;
-      floats += more;
+      sums += more;
     }
-    backward_wave(call, first, last, floats);
+    backward_wave(call, first, last, sums);
   }
 }
 

@@ -35,18 +35,10 @@ struct AttentionTask {
 };
 
 // Queries whose scores lie side by side: of whole registers, and of whole tiles.
-inline int64_t query_block(bool avx512) { return avx512 ? 64 : 48; }
-// Columns of a tile, a multiple of which every row of a factor has.
-inline int64_t padded(int64_t size, bool avx512) {
+constexpr int64_t query_block(bool avx512) { return avx512 ? 64 : 48; }
+// Of a head's numbers, what tiles read: whole ones.
+constexpr int64_t padded(int64_t size, bool avx512) {
   const int64_t columns = avx512 ? 32 : 16;
   return (size + columns - 1) / columns * columns;
-}
-constexpr int64_t kKeyBlock = 96;  // keys whose scores are in the second-level cache
-
-// Floats that a task needs beside its tensors.
-inline int64_t attention_room(int64_t size, int64_t value_size, bool avx512) {
-  const int64_t queries = query_block(avx512);
-  return (padded(size, avx512) + padded(value_size, avx512)) * (3 * queries + kKeyBlock) +
-         2 * queries * kKeyBlock;
 }
 }  // namespace fastft

@@ -1,6 +1,6 @@
 // The inner loops of attention. Scores lie transposed, (keys, queries): a softmax then runs down
-// registers, with no sum across one, and every product reads rows of its factors as they are. Only
-// a block of queries is packed, once for all of its keys.
+// registers, with no sum across one, and products read rows of their factors, which are packed for
+// none but a block of queries, once for all of its keys.
 #include "floats.h"
 #include "isa.h"
 #include "packing.h"
@@ -13,19 +13,22 @@ using fastft::Heads;
 using fastft::Piece;
 
 #if defined(__AVX512F__)
-constexpr int kRows = 8, kQueries = 64;
+constexpr bool kAvx512 = true;
+constexpr int kRows = 8;
 #else
-constexpr int kRows = 6, kQueries = 48;
+constexpr bool kAvx512 = false;
+constexpr int kRows = 6;
 #endif
-constexpr int kColumns = 16 > 2 * kWidth ? 16 : 2 * kWidth, kVectors = kColumns / kWidth;
-constexpr int64_t kKeys = fastft::kKeyBlock;
+constexpr int kQueries = fastft::query_block(kAvx512), kColumns = fastft::padded(1, kAvx512);
+constexpr int kVectors = kColumns / kWidth;
+constexpr int64_t kKeys = 96;  // of a block: their scores are in the second-level cache
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 constexpr float kLowest = -__FLT_MAX__;
 static_assert(kQueries % kRows == 0 && kQueries % kColumns == 0 && kKeys % kRows == 0, "tiles");
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t padded(int64_t size) { return (size + kColumns - 1) / kColumns * kColumns; }
+constexpr int64_t padded(int64_t size) { return fastft::padded(size, kAvx512); }
 
 #if defined(FASTFT_WIDE)
 FASTFT_HD Floats multiply_add(Floats a, Floats b, Floats c) { return fused(a, b, c); }
@@ -208,13 +211,6 @@ void give(const Attention& call, const Block& block, const float* weights, Rows 
   }
 }
 
-// The first and the last key + 1 that any query from `query` to `last` sees.
-void keys_seen(const Attention& call, const Piece& piece, int64_t query, int64_t last,
-               int64_t* begin, int64_t* end) {
-  const Sight sight(call, query, last, 0, piece.k1 - piece.k0);
-  *begin = sight.begin, *end = sight.end;
-}
-
 FASTFT_HD Floats capped(Floats scores, float softcap) {
   return softcap > 0.0f ? hyperbolic_tangent(scores) * softcap : scores;
 }
@@ -287,11 +283,22 @@ void backward_softmax(const Attention& call, const Block& block, float* scores, 
 
 // Memory of a task, one part after the other.
 struct Room {
-  float* next;
+  float* memory;  // null: only to be counted
+  int64_t taken = 0;
+  float *packed, *d_packed, *scores, *grads, *query, *d_query, *key, *value, *out, *d_out;
+
+  Room(const Attention& call, float* memory) : memory(memory) {
+    const int64_t size = call.query.size, value_size = call.value.size;
+    packed = take(size * kQueries), d_packed = take(value_size * kQueries);
+    scores = take(kKeys * kQueries), grads = take(kKeys * kQueries);
+    query = take(kQueries * padded(size)), d_query = take(kQueries * padded(size));
+    out = take(kQueries * padded(value_size)), d_out = take(kQueries * padded(value_size));
+    key = take(kKeys * padded(size)), value = take(kKeys * padded(value_size));
+  }
   float* take(int64_t count) {
-    float* taken = next;
-    next += (count + 15) / 16 * 16;
-    return taken;
+    float* const part = memory ? memory + taken : nullptr;
+    taken += count;
+    return part;
   }
 };
 
@@ -313,101 +320,97 @@ void finish_forward(const Attention& call, const AttentionTask& task, const floa
   }
 }
 
+Rows key_rows(const Attention& call, const AttentionTask& task, const Block& block, Room& room) {
+  const int64_t token = task.piece->k0 + block.key;
+  return rows_of(call.key, offset(call.key, task.piece->row, task.head / call.group, token),
+                 block.keys, room.key);
+}
+
+Rows value_rows(const Attention& call, const AttentionTask& task, const Block& block, Room& room) {
+  const int64_t token = task.piece->k0 + block.key;
+  return rows_of(call.value, offset(call.value, task.piece->row, task.head / call.group, token),
+                 block.keys, room.value);
+}
+
 void forward(const Attention& call, const AttentionTask& task, Room room) {
   const Piece& piece = *task.piece;
-  const int64_t size = call.query.size, width = padded(call.value.size);
-  const int64_t queries = task.end - task.begin, key_head = task.head / call.group;
-  float* const packed = room.take(size * kQueries);
-  float* const scores = room.take(kKeys * kQueries);
-  float* const sums = room.take(kQueries * width);
-  float* const keys = room.take(kKeys * padded(size));
-  float* const values = room.take(kKeys * width);
+  const int64_t width = padded(call.value.size), queries = task.end - task.begin;
+  float* const sums = room.out;
   float largest[kQueries], sum[kQueries], factor[kQueries];
   for (int i = 0; i < kQueries; i++) largest[i] = kLowest, sum[i] = 0.0f;
   pack_queries(call.query, offset(call.query, piece.row, task.head, piece.q0 + task.begin), queries,
-               scale_of(call), packed);
-  int64_t begin, end;
-  keys_seen(call, piece, task.begin, task.end - 1, &begin, &end);
-  for (int64_t key = begin; key < end; key += kKeys) {
-    const Block block{task.begin, queries, key, least(kKeys, end - key)};
-    const int64_t token = piece.k0 + key;
-    const Rows k =
-        rows_of(call.key, offset(call.key, piece.row, key_head, token), block.keys, keys);
-    const Rows v =
-        rows_of(call.value, offset(call.value, piece.row, key_head, token), block.keys, values);
-    scores_of(call, block, size, k, packed, scores);
-    online_softmax(call, block, scores, largest, sum, factor);
-    if (key > begin)
+               scale_of(call), room.packed);
+  const Sight seen(call, task.begin, task.end - 1, 0, piece.k1 - piece.k0);
+  for (int64_t key = seen.begin; key < seen.end; key += kKeys) {
+    const Block block{task.begin, queries, key, least(kKeys, seen.end - key)};
+    const Rows k = key_rows(call, task, block, room), v = value_rows(call, task, block, room);
+    scores_of(call, block, call.query.size, k, room.packed, room.scores);
+    online_softmax(call, block, room.scores, largest, sum, factor);
+    if (key > seen.begin)
       for (int64_t i = 0; i < queries; i++)
         for (int64_t d = 0; d < width; d += kWidth)
           store(sums + i * width + d, load(sums + i * width + d) * factor[i]);
-    mix(call, block, scores, v, width, sums, key > begin);
+    mix(call, block, room.scores, v, width, sums, key > seen.begin);
   }
   finish_forward(call, task, sums, largest, sum);
 }
 
-// delta and lse of a block of queries; 0 beyond.
-void rows_of_backward(const Attention& call, const AttentionTask& task, int64_t first,
-                      int64_t queries, Rows d_out, float* room, float* lse, float* delta) {
-  const Piece& piece = *task.piece;
-  const int64_t token = piece.q0 + first;
-  const Rows out = rows_of(call.out, offset(call.out, piece.row, task.head, token), queries, room);
-  for (int64_t i = 0; i < kQueries; i++) {
-    lse[i] = delta[i] = 0.0f;
-    if (i >= queries) continue;
-    Floats products = {};
-    for (int64_t d = 0; d < padded(call.out.size); d += kWidth)
-      products = multiply_add(load(out.at(i) + d), load(d_out.at(i) + d), products);
-    for (int lane = 0; lane < kWidth; lane++) delta[i] += products[lane];
-    const float total = call.lse[(piece.row * call.heads + task.head) * call.length + token + i];
-    lse[i] = total < kLowest ? kLowest : total;
+// What a block of queries needs of forward: lse and delta, 0 beyond.
+struct Sums {
+  float lse[kQueries], delta[kQueries];
+
+  Sums(const Attention& call, const AttentionTask& task, int64_t first, int64_t queries, Rows out,
+       Rows d_out) {
+    const int64_t row = task.piece->row * call.heads + task.head;
+    const float* const totals = call.lse + row * call.length + task.piece->q0 + first;
+    for (int64_t i = 0; i < kQueries; i++) {
+      lse[i] = delta[i] = 0.0f;
+      if (i >= queries) continue;
+      Floats products = {};
+      for (int64_t d = 0; d < padded(call.out.size); d += kWidth)
+        products = multiply_add(load(out.at(i) + d), load(d_out.at(i) + d), products);
+      for (int lane = 0; lane < kWidth; lane++) delta[i] += products[lane];
+      lse[i] = totals[i] < kLowest ? kLowest : totals[i];
+    }
   }
+};
+
+// The gradients of `queries` queries from `first` on, and what they give to keys and values.
+void backward_block(const Attention& call, const AttentionTask& task, int64_t first,
+                    int64_t queries, Room& room) {
+  const Piece& piece = *task.piece;
+  const int64_t width = padded(call.query.size), value_width = padded(call.value.size);
+  const auto at = [&](const Heads& heads) {
+    return offset(heads, piece.row, task.head, piece.q0 + first);
+  };
+  pack_queries(call.query, at(call.query), queries, scale_of(call), room.packed);
+  pack_queries(call.d_out, at(call.d_out), queries, 1.0f, room.d_packed);
+  const Rows q = rows_of(call.query, at(call.query), queries, room.query);
+  const Rows d_o = rows_of(call.d_out, at(call.d_out), queries, room.d_out);
+  const Rows out = rows_of(call.out, at(call.out), queries, room.out);
+  const Sums sums(call, task, first, queries, out, d_o);
+  const Sight seen(call, first, first + queries - 1, 0, piece.k1 - piece.k0);
+  for (int64_t key = seen.begin; key < seen.end; key += kKeys) {
+    const Block block{first, queries, key, least(kKeys, seen.end - key)};
+    const Rows k = key_rows(call, task, block, room), v = value_rows(call, task, block, room);
+    scores_of(call, block, call.query.size, k, room.packed, room.scores);
+    scores_of(call, block, call.value.size, v, room.d_packed, room.grads);
+    backward_softmax(call, block, room.scores, room.grads, sums.lse, sums.delta);
+    give(call, block, room.scores, d_o, value_width, task.d_value + key * value_width);
+    give(call, block, room.grads, q, width, task.d_key + key * width);
+    mix(call, block, room.grads, k, width, room.d_query, key > seen.begin);
+  }
+  for (int64_t i = 0; i < queries; i++)
+    write_row(call.d_query, at(call.d_query) + i * call.d_query.token, room.d_query + i * width,
+              call.scale);
 }
 
 void backward(const Attention& call, const AttentionTask& task, Room room) {
-  const Piece& piece = *task.piece;
-  const int64_t size = call.query.size, width = padded(size), key_head = task.head / call.group;
-  const int64_t value_size = call.value.size, value_width = padded(value_size);
-  float *const packed = room.take(size * kQueries), *const d_packed =
-                                                        room.take(value_size * kQueries);
-  float *const scores = room.take(kKeys * kQueries), *const grads = room.take(kKeys * kQueries);
-  float *const d_query = room.take(kQueries * width), *const query_room =
-                                                          room.take(kQueries * width);
-  float *const d_out_room = room.take(kQueries * value_width), *const out_room = room.take(
-                                                                   kQueries * value_width);
-  float *const key_room = room.take(kKeys * width), *const value_room =
-                                                        room.take(kKeys * value_width);
-  float lse[kQueries], delta[kQueries];
-  for (int64_t i = 0; i < (piece.k1 - piece.k0) * width; i++) task.d_key[i] = 0.0f;
-  for (int64_t i = 0; i < (piece.k1 - piece.k0) * value_width; i++) task.d_value[i] = 0.0f;
-  for (int64_t first = task.begin; first < task.end; first += kQueries) {
-    const int64_t queries = least(kQueries, task.end - first), token = piece.q0 + first;
-    const int64_t query_at = offset(call.query, piece.row, task.head, token);
-    const int64_t d_out_at = offset(call.d_out, piece.row, task.head, token);
-    pack_queries(call.query, query_at, queries, scale_of(call), packed);
-    pack_queries(call.d_out, d_out_at, queries, 1.0f, d_packed);
-    const Rows q = rows_of(call.query, query_at, queries, query_room);
-    const Rows d_o = rows_of(call.d_out, d_out_at, queries, d_out_room);
-    rows_of_backward(call, task, first, queries, d_o, out_room, lse, delta);
-    int64_t begin, end;
-    keys_seen(call, piece, first, first + queries - 1, &begin, &end);
-    for (int64_t key = begin; key < end; key += kKeys) {
-      const Block block{first, queries, key, least(kKeys, end - key)};
-      const Rows k = rows_of(call.key, offset(call.key, piece.row, key_head, piece.k0 + key),
-                             block.keys, key_room);
-      const Rows v = rows_of(call.value, offset(call.value, piece.row, key_head, piece.k0 + key),
-                             block.keys, value_room);
-      scores_of(call, block, size, k, packed, scores);
-      scores_of(call, block, value_size, v, d_packed, grads);
-      backward_softmax(call, block, scores, grads, lse, delta);
-      give(call, block, scores, d_o, value_width, task.d_value + key * value_width);
-      give(call, block, grads, q, width, task.d_key + key * width);
-      mix(call, block, grads, k, width, d_query, key > begin);
-    }
-    for (int64_t i = 0; i < queries; i++)
-      write_row(call.d_query, offset(call.d_query, piece.row, task.head, token + i),
-                d_query + i * width, call.scale);
-  }
+  const int64_t keys = task.piece->k1 - task.piece->k0;
+  for (int64_t i = 0; i < keys * padded(call.query.size); i++) task.d_key[i] = 0.0f;
+  for (int64_t i = 0; i < keys * padded(call.value.size); i++) task.d_value[i] = 0.0f;
+  for (int64_t first = task.begin; first < task.end; first += kQueries)
+    backward_block(call, task, first, least(kQueries, task.end - first), room);
 }
 
 // What the query heads of a key head give, added up in their order.
@@ -422,18 +425,22 @@ void add_up(const Heads& to, const Piece& piece, int64_t key_head, int64_t group
 }
 }  // namespace
 
+// How many floats a task needs beside its tensors.
+extern "C" void FASTFT_KERNEL(attention_room)(const Attention* call, int64_t* floats) {
+  *floats = Room(*call, nullptr).taken;
+}
+
 extern "C" void FASTFT_KERNEL(attention_forward)(const Attention* call, const AttentionTask* task,
-                                                 float* room) {
-  forward(*call, *task, {room});
+                                                 float* memory) {
+  forward(*call, *task, Room(*call, memory));
 }
 
 extern "C" void FASTFT_KERNEL(attention_backward)(const Attention* call, const AttentionTask* task,
-                                                  float* room) {
-  backward(*call, *task, {room});
+                                                  float* memory) {
+  backward(*call, *task, Room(*call, memory));
 }
 
-// `task` is that of a key head's first query head, of which `apart_key` and `apart_value` floats
-// further the next one has its sums.
+// `task` is that of a key head's first query head; the next one's sums are `apart` floats further.
 extern "C" void FASTFT_KERNEL(attention_add_up)(const Attention* call, const AttentionTask* task,
                                                 int64_t apart) {
   const int64_t key_head = task->head / call->group;

@@ -61,6 +61,7 @@ int32_t aoti_torch_dtype_int32();
 int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_bool();
 AOTITorchError torch_parallel_for(int64_t, int64_t, int64_t, ParallelFunc, void*);
+AOTITorchError torch_get_num_threads(uint32_t*);
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*);
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle);
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);

@@ -2,12 +2,13 @@
 
 Forward takes q, k, v (R, H, T, D), in float32 or bfloat16, and gives out (R, T, H, Dv) and lse
 (R, H, T); backward takes out and its gradient as (R, H, T, Dv). All pieces of a batch are one call,
-with causality, a window and softcap; scores are float32, a block of some thousand at a time, and
-products read their factors where these lie. What the query heads of a shared key head give to its
-gradients is added up in float32, in one order.
+with causality, a window and softcap. Scores are float32, of a block of queries and keys at a time;
+what the query heads of a shared key head give to its gradients is added up in float32, in one
+order, whatever number of threads there is. Weights are divided by their sum at the end: values
+above 3e38 / keys may overflow.
 
-Bytes moved: q, k, v and out once, keys and values again for each 48 queries (64 with AVX-512) that
-see them; backward writes and reads 4 bytes (D + Dv) for each key and query head.
+Bytes moved: q and out once, keys and values for each 48 queries (64 with AVX-512) that see them;
+backward also reads and writes 4 bytes x (D + Dv) for each such block, key and query head.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from fastft import _native, ops
 from fastft.attention.attention_tiles import AttentionCall
-from fastft.foreign.compiling import constant_when_compiled
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -52,7 +52,8 @@ def _forward(
         q, k, v = query[row, :, q0:q1], key[row, :, k0:k1], value[row, :, k0:k1]
         scores = _piece_scores(q.float(), k.float(), scale, causal, window, softcap)
         total = scores.logsumexp(-1)
-        p = (scores - total[..., None]).exp()
+        # a query that sees nothing but -Inf gets 0
+        p = (scores - total.clamp(min=torch.finfo(total.dtype).min)[..., None]).exp()
         lse[row, :, q0:q1] = total
         out[row, :, q0:q1] = p @ v.float().repeat_interleave(len(q) // len(k), 0)
 
@@ -79,7 +80,8 @@ def _backward(
             parts = (query[row, :, q0:q1], key[row, :, k0:k1])
             q, k = (part.detach().float().requires_grad_() for part in parts)
             scores = _piece_scores(q, k, scale, causal, window, softcap)
-        p = (scores.detach() - lse[row, :, q0:q1, None]).exp()
+        total = lse[row, :, q0:q1, None].clamp(min=torch.finfo(lse.dtype).min)
+        p = (scores.detach() - total).exp()
         group = len(q) // len(k)
         v = value[row, :, k0:k1].float().repeat_interleave(group, 0)
         d_s = p * (d_o @ v.mT - (d_o * o).sum(-1, keepdim=True))
@@ -93,23 +95,25 @@ FORWARD = ops.Operator(
     f"Tensor value, {_OPTIONS}",
     _forward,
     engines={"cpp": ops.takes(*DTYPES)},
-    samples={"float16": (torch.float16,)},
 )
 BACKWARD = ops.Operator(
     "segment_attention_backward(Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value, "
     f"Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_OPTIONS}",
     _backward,
     engines={"cpp": ops.takes(*DTYPES)},
-    samples={"float16": (torch.float16,)},
 )
 
 
-@constant_when_compiled
 def is_ahead(dtype: torch.dtype) -> bool:
-    """Whether these kernels are known to be faster than torch's on this machine."""
+    """Whether `impl="auto"` takes these kernels: with AVX2 they take half of the time of torch's
+    or less (NOTES.md)."""
     isa = _native.cpu_isa()
-    # torch has bf16 products of its own where there are units for them
-    return isa is not None and isa.startswith("avx") and (isa, dtype) != ("avx512bf16", DTYPES[1])
+    if isa is None or not isa.startswith("avx512"):
+        return isa == "avx2"
+    # Not timed with AVX-512. Torch's kernel multiplies by MKL, which keeps to AVX2 on processors
+    # that are not Intel's; where there are units for bf16 it multiplies by oneDNN, which uses them.
+    units = isa == "avx512bf16" and dtype == torch.bfloat16
+    return not units and not _native.is_intel()
 
 
 def _options(call: AttentionCall) -> tuple[Tensor, float, bool, int, float]:

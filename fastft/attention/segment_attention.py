@@ -294,7 +294,7 @@ def _cpp(device: torch.device, asked: _Asked) -> str | None:
         return f"its kernel takes float32 and bfloat16, got {asked.dtype}"
     if asked.by_name or attention_cpp.is_ahead(asked.dtype):
         return None
-    return "torch's kernel is thought to be faster with this processor's instructions"
+    return "it has not been compared with torch's on such a processor"
 
 
 def _any_flash(device: torch.device, asked: _Asked) -> str | None:
@@ -385,7 +385,13 @@ ATTENTION = ops.Operation(
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, chunk: int | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    dropout: float,
 ) -> None:
     shapes = [tuple(tensor.shape) for tensor in (query, key, value)]
     if (
@@ -408,6 +414,8 @@ def _check(
     for name, size in (("window", window), ("chunk", chunk)):
         if size is not None and size < 1:
             raise ValueError(f"{name} must be positive or None, got {size}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
@@ -456,7 +464,7 @@ def segment_attention(
         TypeError: dtypes that differ.
         RuntimeError: the engine asked for cannot compute this; says why.
     """
-    _check(query, key, value, window, chunk, dropout)
+    _check(query, key, value, window, chunk, softcap, dropout)
     rows, _, length, size = query.shape
     local = causal or window is not None or chunk is not None
     pieces = pieces_of(segments, rows, length, key.shape[2], local, chunk)

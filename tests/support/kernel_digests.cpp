@@ -10,6 +10,7 @@
 // reported.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -77,8 +78,14 @@ bool planted(const char* name) { return !strcmp(fault, name); }
 // What libtorch would hold behind the handles.
 struct AtenTensorOpaque {
   Array* array;
-  explicit AtenTensorOpaque(Array* array) : array(array) { handles++; }
-  ~AtenTensorOpaque() { handles--; }
+  bool owns;
+  explicit AtenTensorOpaque(Array* array, bool owns = false) : array(array), owns(owns) {
+    handles++;
+  }
+  ~AtenTensorOpaque() {
+    handles--;
+    if (owns) delete array;
+  }
 };
 struct StableListOpaque {  // frees no tensor, as libtorch's
   std::vector<AtenTensorHandle> tensors;
@@ -143,6 +150,15 @@ AOTITorchError aoti_torch_get_stride(AtenTensorHandle tensor, int64_t d, int64_t
 }
 AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle, bool* contiguous) {
   *contiguous = true;
+  return 0;
+}
+AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t*,
+                                        int32_t dtype, int32_t, int32_t, AtenTensorHandle* made) {
+  *made = new AtenTensorOpaque(new Array(dtype, {sizes, sizes + dims}), true);
+  return 0;
+}
+AOTITorchError torch_get_num_threads(uint32_t* count) {
+  *count = 2;
   return 0;
 }
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
@@ -222,6 +238,13 @@ uint16_t bf16_of(float value) {  // cut off
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return uint16_t(bits >> 16);
+}
+
+float bf16_widened(uint16_t bits) {
+  const uint32_t word = uint32_t(bits) << 16;
+  float value;
+  memcpy(&value, &word, sizeof value);
+  return value;
 }
 
 template <class Draw>
@@ -507,6 +530,41 @@ void matrix_product(int32_t dtype) {
   digest.print(std::string("matrix product, ") + (dtype == kFloat ? "fp32" : "bf16"));
 }
 
+// All keys are 0: weights are 1 / n, results sums of small integers, divided at the end, and no
+// query has a gradient. lse comes of libm, and with it what values get, of which the sum is known.
+void attention(int32_t dtype, int64_t size, int64_t window) {
+  Numbers numbers{6};
+  const auto integer = [&] { return float(int(numbers.next() % 15) - 7); };
+  const auto zero = [] { return 0.0f; };
+  const int64_t tokens = 333, heads = 4, key_heads = 2;
+  Array query = filled(dtype, {1, heads, tokens, size}, integer);
+  Array key = filled(dtype, {1, key_heads, tokens, size}, zero);
+  Array value = filled(dtype, {1, key_heads, tokens, size}, integer);
+  Array d_out = filled(dtype, query.shape, integer), out(dtype, query.shape), d_query(kFloat, query.shape);
+  Array d_key(kFloat, key.shape), d_value(kFloat, key.shape), lse(kFloat, {1, heads, tokens});
+  Array pieces = integers(kInt64, {0, 0, 200, 0, 200, 0, 200, tokens, 200, tokens});
+  pieces.shape = {2, 5};
+  call("segment_attention_forward", out, lse, query, key, value, pieces, 0.125, int64_t(1), window,
+       0.0);
+  call("segment_attention_backward", d_query, d_key, d_value, d_out, query, key, value, out, lse,
+       pieces, 0.125, int64_t(1), window, 0.0);
+  double given = 0.0, taken = 0.0;
+  for (int64_t i = 0; i < d_value.numel(); i++) taken += double(d_value.as<float>()[i]);
+  for (int64_t i = 0; i < d_out.numel(); i++)
+    if (dtype == kFloat)
+      given += double(d_out.as<float>()[i]);
+    else
+      given += double(bf16_widened(d_out.as<uint16_t>()[i]));
+  if (std::abs(given - taken) > 0.05) {
+    std::fprintf(stderr, "values got %g of %g\n", taken, given);
+    std::exit(1);
+  }
+  Digest digest;
+  digest.add(out), digest.add(d_query);
+  digest.print(std::string("attention, ") + (dtype == kFloat ? "fp32" : "bf16") +
+               ", window " + std::to_string(window));
+}
+
 template <class... Arguments>
 void refused(const char* name, Arguments&&... arguments) {
   const int64_t before = handles;
@@ -538,6 +596,9 @@ void refusals() {
   refused("packed_boundaries", half, half, half, n, half, half, half, half);
   refused("plan_packs", half, half, int64_t(1), n, half, half, half, half);
   refused("matrix_product", half, half, half, n);
+  refused("segment_attention_forward", half, half, half, half, half, half, 1.0, n, n, 0.0);
+  refused("segment_attention_backward", half, half, half, half, half, half, half, half, half, half,
+          1.0, n, n, 0.0);
 }
 }  // namespace
 
@@ -560,6 +621,8 @@ int main(int count, char** arguments) {
   boundaries();
   plan(kInt64), plan(kInt32);
   for (const int32_t dtype : {kFloat, kBfloat16}) matrix_product(dtype);
+  for (const int32_t dtype : {kFloat, kBfloat16})
+    for (const int64_t window : {0, 70}) attention(dtype, 40, window);
   refusals();
   if (handles) std::fprintf(stderr, "%lld handles are left\n", static_cast<long long>(handles));
   return handles != 0;
