@@ -562,7 +562,7 @@ void attention(int32_t dtype, int64_t size, int64_t window) {
   Digest digest;
   digest.add(out), digest.add(d_query);
   digest.print(std::string("attention, ") + (dtype == kFloat ? "fp32" : "bf16") +
-               ", window " + std::to_string(window));
+               ", D=" + std::to_string(size) + ", window " + std::to_string(window));
 }
 
 template <class... Arguments>
@@ -622,7 +622,8 @@ int main(int count, char** arguments) {
   plan(kInt64), plan(kInt32);
   for (const int32_t dtype : {kFloat, kBfloat16}) matrix_product(dtype);
   for (const int32_t dtype : {kFloat, kBfloat16})
-    for (const int64_t window : {0, 70}) attention(dtype, 40, window);
+    for (const int64_t size : {1, 40, 64})
+      for (const int64_t window : {0, 70}) attention(dtype, size, window);
   refusals();
   if (handles) std::fprintf(stderr, "%lld handles are left\n", static_cast<long long>(handles));
   return handles != 0;
