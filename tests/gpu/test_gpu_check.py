@@ -362,7 +362,7 @@ def test_the_smoke_cases_are_right_on_this_machine() -> None:
         smoke.test_head(name, keep)
     for engine in smoke.ATTENTION:
         smoke.test_attention(engine, keep)
-    assert all(each["ms"] > 0 for each in found if "kernel" in each) and len(found) == 13
+    assert all(each["ms"] > 0 for each in found if "kernel" in each) and len(found) == 14
 
 
 def test_the_training_is_stocks() -> None:
