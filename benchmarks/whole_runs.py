@@ -10,8 +10,8 @@ wait, forth and back through the variants: minutes in which the machine is slow 
 same step of two runs has the same examples, so that a ratio is the median over steps of seconds /
 seconds. Left out are the first turn (compiling, first touches of memory) and the first third of
 each, which no training by itself has: others have had the caches since, and a virtual machine's
-host may have taken what was free. A turn takes stock some 15 seconds or more, as it is told of
-memory that is free after two. Losses must be stock's.
+host, which is told of free memory after two seconds, may have taken it; so a turn takes stock some
+15 seconds or more. Losses must be stock's.
 
 Writes whole_<workload>.json and .md to the folder of --to.
 """

@@ -89,6 +89,15 @@ FASTFT_HD Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
+// a b + c, rounded once where the instruction set does so.
+FASTFT_HD Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(FASTFT_WIDE)
+  return fused(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Numbers kept as float32 or as bfloat16, of which a uint16_t has the bits.
 FASTFT_HD Floats load(const float* p) {
   Floats x;

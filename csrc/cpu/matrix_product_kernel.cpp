@@ -3,25 +3,10 @@
 #include "isa.h"
 #include "matrix_product.h"
 #include "packing.h"
+#include "tiles.h"
 
 namespace {
-#if defined(FASTFT_WIDE)
-FASTFT_HD Wide broadcast(float x) { return FASTFT_OF_WIDE(set1_ps)(x); }
-FASTFT_HD Wide fused(Wide a, Wide b, Wide c) { return FASTFT_OF_WIDE(fmadd_ps)(a, b, c); }
-#else
-constexpr int kWide = 4;
-typedef float Wide __attribute__((vector_size(16)));
-FASTFT_HD Wide broadcast(float x) { return Wide{x, x, x, x}; }
-FASTFT_HD Wide fused(Wide a, Wide b, Wide c) { return a * b + c; }
-#endif
-FASTFT_HD Wide load(const float* p) {
-  Wide x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-FASTFT_HD void store(float* p, Wide x) { __builtin_memcpy(p, &x, sizeof x); }
-
-constexpr int kRows = kWide == 16 ? 14 : 6, kColumns = 2 * kWide, kBlock = 12 * kRows;
+constexpr int kRows = kWidth == 16 ? 14 : 6, kColumns = 2 * kWidth, kBlock = 12 * kRows;
 static_assert(fastft::kPanel % kColumns == 0, "tiles divide a panel");
 
 template <int kLanes>
@@ -34,38 +19,20 @@ void pack(const fastft::Factor& factor, int64_t at, int64_t stride, int64_t step
 }
 
 // left: depth x kRows; right: depth x kPanel, from the tile's first column on.
-void tile(int64_t depth, const float* left, const float* right, float* out, int64_t stride,
-          bool add) {
-  Wide sums[kRows][2] = {};
-  for (int64_t k = 0; k < depth; k++) {
-    const Wide low = load(right + k * fastft::kPanel),
-               high = load(right + k * fastft::kPanel + kWide);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; i++) {
-      const Wide x = broadcast(left[k * kRows + i]);
-      sums[i][0] = fused(x, low, sums[i][0]);
-      sums[i][1] = fused(x, high, sums[i][1]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; i++)
-    for (int half = 0; half < 2; half++) {
-      float* to = out + i * stride + half * kWide;
-      store(to, add ? load(to) + sums[i][half] : sums[i][half]);
-    }
+void whole_tile(int64_t depth, const float* left, const float* right, float* out, int64_t stride,
+                bool add) {
+  tile<kRows, 2, true>(depth, {left, kRows}, {right, fastft::kPanel}, out, stride, kRows, add);
 }
 
 // A tile of which the product has `rows` x `columns`.
 void part_of_tile(int64_t depth, const float* left, const float* right, float* out, int64_t stride,
                   int64_t rows, int64_t columns, bool add) {
   float whole[kRows * kColumns];
-  tile(depth, left, right, whole, kColumns, false);
+  whole_tile(depth, left, right, whole, kColumns, false);
   for (int64_t i = 0; i < rows; i++)
     for (int64_t j = 0; j < columns; j++)
       out[i * stride + j] = whole[i * kColumns + j] + (add ? out[i * stride + j] : 0.0f);
 }
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows of `left` and columns of the part.
 struct Block {
@@ -85,7 +52,7 @@ void multiply_packed(const fastft::ProductPart& part, const float* packed, const
       const int64_t rows = least(kRows, block.last_row - i),
                     columns = least(kColumns, block.last_column - column);
       if (rows == kRows && columns == kColumns)
-        tile(depth, left, right, out, part.out_stride, add);
+        whole_tile(depth, left, right, out, part.out_stride, add);
       else
         part_of_tile(depth, left, right, out, part.out_stride, rows, columns, add);
     }

@@ -37,13 +37,8 @@ constexpr int64_t kSums = 1 << 22;  // floats of a wave: 16 MiB
 
 bool wide() { return fastft::isa() >= fastft::Isa::avx512; }
 
-// Memory of torch's allocator.
 Tensor floats(int64_t count) {
-  const int64_t stride = 1;
-  AtenTensorHandle handle;
-  FT_CALL(aoti_torch_empty_strided(1, &count, &stride, aoti_torch_dtype_float32(),
-                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(reinterpret_cast<StableIValue>(handle));
+  return fastft::new_tensor(count, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0);
 }
 
 int64_t threads() {

@@ -1,10 +1,8 @@
 // The inner loops of attention. Scores lie transposed, (keys, queries): a softmax then runs down
 // registers, with no sum across one, and products read rows of their factors, which are packed for
 // none but a block of queries, once for all of its keys.
-#include "floats.h"
+#include "attention_rows.h"
 #include "isa.h"
-#include "packing.h"
-#include "segment_attention.h"
 
 namespace {
 using fastft::Attention;
@@ -12,116 +10,10 @@ using fastft::AttentionTask;
 using fastft::Heads;
 using fastft::Piece;
 
-#if defined(__AVX512F__)
-constexpr bool kAvx512 = true;
-constexpr int kRows = 8;
-#else
-constexpr bool kAvx512 = false;
-constexpr int kRows = 6;
-#endif
-constexpr int kQueries = fastft::query_block(kAvx512), kColumns = fastft::padded(1, kAvx512);
-constexpr int kVectors = kColumns / kWidth;
 constexpr int64_t kKeys = 96;  // of a block: their scores are in the second-level cache
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 constexpr float kLowest = -__FLT_MAX__;
 static_assert(kQueries % kRows == 0 && kQueries % kColumns == 0 && kKeys % kRows == 0, "tiles");
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t padded(int64_t size) { return fastft::padded(size, kAvx512); }
-
-#if defined(FASTFT_WIDE)
-FASTFT_HD Floats multiply_add(Floats a, Floats b, Floats c) { return fused(a, b, c); }
-#else
-FASTFT_HD Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
-#endif
-
-// Rows of numbers, `stride` apart.
-struct Rows {
-  const float* data;
-  int64_t stride;
-  const float* at(int64_t row) const { return data + row * stride; }
-};
-
-// out[rows, kColumns] (+)= left right, `rows` at most kRows. `left` is read along its rows, or
-// with kAcross along its columns: left[i, k] is then left[k * stride + i], of all kRows.
-template <bool kAcross>
-void tile(int64_t depth, Rows left, Rows right, float* out, int64_t stride, int64_t rows,
-          bool add) {
-  const float* row[kRows];
-  for (int i = 0; i < kRows; i++)
-    row[i] = left.data + (kAcross ? i : left.stride * least(i, rows - 1));
-  const int64_t step = kAcross ? left.stride : 1;
-  Floats sums[kRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; k++) {
-    const float* from = right.at(k);
-    Floats across[kVectors];
-    for (int v = 0; v < kVectors; v++) across[v] = load(from + v * kWidth);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; i++) {
-      const Floats x = broadcast(row[kAcross ? 0 : i][k * step + (kAcross ? i : 0)]);
-      for (int v = 0; v < kVectors; v++) sums[i][v] = multiply_add(x, across[v], sums[i][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; i++) {
-    if (i >= rows) break;
-    for (int v = 0; v < kVectors; v++) {
-      float* to = out + i * stride + v * kWidth;
-      store(to, add ? load(to) + sums[i][v] : sums[i][v]);
-    }
-  }
-}
-
-int64_t offset(const Heads& heads, int64_t row, int64_t head, int64_t token) {
-  return row * heads.row + head * heads.head + token * heads.token;
-}
-
-template <class T>
-void widen_row(const T* from, int64_t size, int64_t width, float* to) {
-  int64_t k = 0;
-  for (; k + kWidth <= size; k += kWidth) store(to + k, load(from + k));
-  for (; k < width; k++) to[k] = k < size ? widened(from[k]) : 0.0f;
-}
-
-// Tokens of a head in float32, as wide as tiles need them: where they are, or in `room`. Tokens
-// that are a power of two apart, as those of projections are, would push each other out of the
-// caches.
-Rows rows_of(const Heads& heads, int64_t at, int64_t count, float* room) {
-  if (!heads.bfloat16 && heads.size % kColumns == 0 && heads.token == heads.size)
-    return {static_cast<const float*>(heads.data) + at, heads.token};
-  const int64_t width = padded(heads.size);
-  for (int64_t i = 0; i < count; i++, at += heads.token)
-    if (heads.bfloat16)
-      widen_row(static_cast<const uint16_t*>(heads.data) + at, heads.size, width, room + i * width);
-    else
-      widen_row(static_cast<const float*>(heads.data) + at, heads.size, width, room + i * width);
-  return {room, width};
-}
-
-// to[k, query] = scale * the query's number k, 0 beyond `count`.
-void pack_queries(const Heads& heads, int64_t at, int64_t count, float scale, float* to) {
-  const int64_t size = heads.size;
-  if (heads.bfloat16)
-    pack<kQueries>(static_cast<const uint16_t*>(heads.data) + at, heads.token, 1, count, size, to);
-  else
-    pack<kQueries>(static_cast<const float*>(heads.data) + at, heads.token, 1, count, size, to);
-  for (int64_t i = 0; i < size * kQueries; i += kWidth) store(to + i, load(to + i) * scale);
-}
-
-template <class T>
-void write_row(T* to, const float* from, int64_t size, float factor) {
-  int64_t k = 0;
-  for (; k + kWidth <= size; k += kWidth) store(to + k, load(from + k) * factor);
-  for (; k < size; k++) put(to + k, from[k] * factor);
-}
-
-void write_row(const Heads& heads, int64_t at, const float* from, float factor) {
-  if (heads.bfloat16)
-    write_row(static_cast<uint16_t*>(heads.data) + at, from, heads.size, factor);
-  else
-    write_row(static_cast<float*>(heads.data) + at, from, heads.size, factor);
-}
 
 // Which keys of a block a register of queries sees. Queries and keys are counted from the first of
 // the piece; the register's first query is `query`, the block's first key `key`.
@@ -173,8 +65,9 @@ void scores_of(const Attention& call, const Block& block, int64_t size, Rows lef
     const int64_t first = block.query + column;
     const Sight sight(call, first, first + kColumns - 1, block.key, block.keys);
     for (int64_t j = sight.begin / kRows * kRows; j < sight.end; j += kRows)
-      tile<false>(size, {left.at(j), left.stride}, {packed + column, kQueries},
-                  scores + j * kQueries + column, kQueries, least(kRows, block.keys - j), false);
+      multiply<false>(size, {left.at(j), left.stride}, {packed + column, kQueries},
+                      scores + j * kQueries + column, kQueries, least(kRows, block.keys - j),
+                      false);
   }
 }
 
@@ -184,9 +77,9 @@ void mix(const Attention& call, const Block& block, const float* weights, Rows r
   for (int64_t i = 0; i < block.queries; i += kRows) {
     const Sight sight(call, block.query + i, block.query + i + kRows - 1, block.key, block.keys);
     for (int64_t column = 0; column < width; column += kColumns)
-      tile<true>(sight.end - sight.begin, {weights + sight.begin * kQueries + i, kQueries},
-                 {right.at(sight.begin) + column, right.stride}, sums + i * width + column, width,
-                 kRows, add);
+      multiply<true>(sight.end - sight.begin, {weights + sight.begin * kQueries + i, kQueries},
+                     {right.at(sight.begin) + column, right.stride}, sums + i * width + column,
+                     width, kRows, add);
   }
 }
 
@@ -205,9 +98,9 @@ void give(const Attention& call, const Block& block, const float* weights, Rows 
     begin = most(begin, 0);
     if (begin >= end) continue;
     for (int64_t column = 0; column < width; column += kColumns)
-      tile<false>(end - begin, {weights + j * kQueries + begin, kQueries},
-                  {right.at(begin) + column, right.stride}, sums + j * width + column, width,
-                  last + 1 - j, true);
+      multiply<false>(end - begin, {weights + j * kQueries + begin, kQueries},
+                      {right.at(begin) + column, right.stride}, sums + j * width + column, width,
+                      last + 1 - j, true);
   }
 }
 
@@ -320,16 +213,11 @@ void finish_forward(const Attention& call, const AttentionTask& task, const floa
   }
 }
 
-Rows key_rows(const Attention& call, const AttentionTask& task, const Block& block, Room& room) {
-  const int64_t token = task.piece->k0 + block.key;
-  return rows_of(call.key, offset(call.key, task.piece->row, task.head / call.group, token),
-                 block.keys, room.key);
-}
-
-Rows value_rows(const Attention& call, const AttentionTask& task, const Block& block, Room& room) {
-  const int64_t token = task.piece->k0 + block.key;
-  return rows_of(call.value, offset(call.value, task.piece->row, task.head / call.group, token),
-                 block.keys, room.value);
+// The keys of a block, or their values.
+Rows of_keys(const Attention& call, const AttentionTask& task, const Block& block,
+             const Heads& heads, float* room) {
+  const int64_t head = task.head / call.group, token = task.piece->k0 + block.key;
+  return rows_of(heads, offset(heads, task.piece->row, head, token), block.keys, room);
 }
 
 void forward(const Attention& call, const AttentionTask& task, Room room) {
@@ -343,7 +231,8 @@ void forward(const Attention& call, const AttentionTask& task, Room room) {
   const Sight seen(call, task.begin, task.end - 1, 0, piece.k1 - piece.k0);
   for (int64_t key = seen.begin; key < seen.end; key += kKeys) {
     const Block block{task.begin, queries, key, least(kKeys, seen.end - key)};
-    const Rows k = key_rows(call, task, block, room), v = value_rows(call, task, block, room);
+    const Rows k = of_keys(call, task, block, call.key, room.key);
+    const Rows v = of_keys(call, task, block, call.value, room.value);
     scores_of(call, block, call.query.size, k, room.packed, room.scores);
     online_softmax(call, block, room.scores, largest, sum, factor);
     if (key > seen.begin)
@@ -392,7 +281,8 @@ void backward_block(const Attention& call, const AttentionTask& task, int64_t fi
   const Sight seen(call, first, first + queries - 1, 0, piece.k1 - piece.k0);
   for (int64_t key = seen.begin; key < seen.end; key += kKeys) {
     const Block block{first, queries, key, least(kKeys, seen.end - key)};
-    const Rows k = key_rows(call, task, block, room), v = value_rows(call, task, block, room);
+    const Rows k = of_keys(call, task, block, call.key, room.key);
+    const Rows v = of_keys(call, task, block, call.value, room.value);
     scores_of(call, block, call.query.size, k, room.packed, room.scores);
     scores_of(call, block, call.value.size, v, room.d_packed, room.grads);
     backward_softmax(call, block, room.scores, room.grads, sums.lse, sums.delta);

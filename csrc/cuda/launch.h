@@ -21,11 +21,7 @@ inline cudaStream_t current_stream(int32_t device) {
 // Memory of torch's allocator, aligned for every type; may be freed while kernels of the current
 // stream still use it.
 inline Tensor device_memory(int64_t bytes, int32_t device) {
-  const int64_t stride = 1;
-  AtenTensorHandle handle;
-  FT_CALL(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
-                                   aoti_torch_device_type_cuda(), device, &handle));
-  return Tensor(reinterpret_cast<StableIValue>(handle));
+  return new_tensor(bytes, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
 }
 
 inline void check_launch(const char* name) {

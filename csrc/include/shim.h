@@ -133,6 +133,14 @@ struct Tensor {  // owns its handle
   }
 };
 
+// A new tensor of one dimension, whose memory is torch's allocator's and holds anything.
+inline Tensor new_tensor(int64_t count, int32_t dtype, int32_t device_type, int32_t device) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  FT_CALL(aoti_torch_empty_strided(1, &count, &stride, dtype, device_type, device, &handle));
+  return Tensor(reinterpret_cast<StableIValue>(handle));
+}
+
 // Owns its tensors. A list of torch's has one handle of each and frees none: whoever reads it has
 // to, so that all are read once, here, and none is left behind by a call that is refused.
 class TensorList {

@@ -13,6 +13,8 @@ backward also reads and writes 4 bytes x (D + Dv) for each such block, key and q
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,14 +45,11 @@ def _forward(
     key: Tensor,
     value: Tensor,
     pieces: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
+    *options: Any,
 ) -> None:
     for row, q0, q1, k0, k1 in pieces.tolist():
         q, k, v = query[row, :, q0:q1], key[row, :, k0:k1], value[row, :, k0:k1]
-        scores = _piece_scores(q.float(), k.float(), scale, causal, window, softcap)
+        scores = _piece_scores(q.float(), k.float(), *options)
         total = scores.logsumexp(-1)
         # a query that sees nothing but -Inf gets 0
         p = (scores - total.clamp(min=torch.finfo(total.dtype).min)[..., None]).exp()
@@ -69,17 +68,14 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     pieces: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
+    *options: Any,
 ) -> None:
     for row, q0, q1, k0, k1 in pieces.tolist():
         d_o, o = d_out[row, :, q0:q1].float(), out[row, :, q0:q1].float()
         with torch.enable_grad():
             parts = (query[row, :, q0:q1], key[row, :, k0:k1])
             q, k = (part.detach().float().requires_grad_() for part in parts)
-            scores = _piece_scores(q, k, scale, causal, window, softcap)
+            scores = _piece_scores(q, k, *options)
         total = lse[row, :, q0:q1, None].clamp(min=torch.finfo(lse.dtype).min)
         p = (scores.detach() - total).exp()
         group = len(q) // len(k)
@@ -105,8 +101,8 @@ BACKWARD = ops.Operator(
 
 
 def is_ahead(dtype: torch.dtype) -> bool:
-    """Whether `impl="auto"` takes these kernels: with AVX2 they take half of the time of torch's
-    or less (NOTES.md)."""
+    """Whether `impl="auto"` takes these kernels: with AVX2 they take less time than torch's,
+    half of it where attention is causal (NOTES.md)."""
     isa = _native.cpu_isa()
     if isa is None or not isa.startswith("avx512"):
         return isa == "avx2"
