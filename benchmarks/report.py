@@ -57,6 +57,7 @@ It can be beaten, by who is spared a part of it. The *bound* cannot: bytes (of r
 holds) and products at the highest rate that this machine showed. *Share of the bound* is bound /
 ours. A goal is *bounded* where it lies beyond the rival's time / the bound, or that of the bare
 work, of the row's run, and ours does not beat it: whoever does this work cannot reach the goal.
+Of a training it is the products of its layers and AdamW's bytes (`benchmarks/bare_step.py`).
 A row that has failed reaches one by its worse quartiles alone, and bounds nothing."""
 
 
@@ -108,11 +109,18 @@ def _promised() -> str:
     failed = []
     for name, folder in machines().items():
         rows = rows_by_name(folder)
-        for each in goals.judge(rows):
+        for each in [*goals.judge(rows), *_of_trainings(folder)]:
             lines.append([name, each.row, each.what, each.goal, each.found, each.verdict])
         failed += [f"* {name}: {sentence}" for sentence in unsteady(list(rows.values()))]
     told = grid(["machine", "row", "against", "goal", "found", "reached"], lines)
     return "\n\n".join(filter(None, [told, "Failed, as they scatter:" * bool(failed), *failed]))
+
+
+def _of_trainings(folder: Path) -> Iterator[goals.Reached]:
+    for name in goals.TRAININGS:
+        path = folder / f"{name}.json"
+        if path.exists():
+            yield from goals.judge_training(name, json.loads(path.read_text()))
 
 
 def _trainings() -> Iterator[str]:

@@ -11,7 +11,8 @@ same step of two runs has the same examples, so that a ratio is the median over 
 seconds. Left out are the first turn (compiling, first touches of memory) and the first third of
 each, which no training by itself has: others have had the caches since, and a virtual machine's
 host, which is told of free memory after two seconds, may have taken it; so a turn takes stock some
-15 seconds or more. Losses must be stock's.
+15 seconds or more. Losses must be stock's. One of the runs trains nothing: it does what no training
+is spared (bare_step.py), which bounds how many times as fast as stock anybody can be.
 
 Writes whole_<workload>.json and .md to the folder of --to.
 """
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from bare_step import BareTrainer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -62,7 +64,7 @@ Examples = list[dict[str, list[int]]]
 @dataclass(frozen=True)
 class Variant:
     """How a training is done. `pieces`: of fastft; `sft`: by TRL's SFTTrainer, with these
-    options."""
+    options; `bare`: nothing is trained."""
 
     name: str
     pieces: tuple[str, ...] = ()
@@ -70,6 +72,7 @@ class Variant:
     compiled: bool = False
     sft: dict[str, Any] | None = None
     liger: bool = False
+    bare: bool = False
 
     def missing(self) -> str | None:
         """Why it cannot be trained here."""
@@ -96,6 +99,7 @@ VARIANTS = {
     "trl": Variant("TRL's SFTTrainer (its fused head)", sft={}),
     "trl_flat": Variant("TRL's SFTTrainer, padding-free", sft={"padding_free": True}),
     "liger": Variant("stock Trainer, Liger", liger=True),
+    "bare": Variant("its products and AdamW's bytes", ("packing",), bare=True),
 }
 
 
@@ -233,7 +237,7 @@ def trainer_of(
         args = TrainingArguments(**options)
         packs = fastft.PackingCollator() if "packing" in variant.pieces else None
         loss = [fastft.FusedLossCallback(linear=variant.linear)] if "loss" in variant.pieces else []
-        trainer = Trainer(
+        trainer = (BareTrainer if variant.bare else Trainer)(
             model,
             args,
             packs or DataCollatorForSeq2Seq(tokenizer),
@@ -327,23 +331,30 @@ def by_turns(
 
 def compared(workload: Workload, runs: dict[str, Run]) -> dict[str, Any]:
     """`runs`: speed and memory of each variant, and what they are of the first one's;
-    `agreement`: how far its losses are from that one's. As `make demo` has them, and more."""
+    `agreement`: how far its losses are from that one's. As `make demo` has them, and more:
+    `bare_work`, which is `times_faster` than the first."""
     first = next(iter(runs))
     seconds = {name: workload.counted(run.seconds) for name, run in runs.items()}
-    rows, agreement = [], []
+    rows, agreement, bare_work = [], [], None
     for name, run in runs.items():
         ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        times = {
+            "name": VARIANTS[name].name,
+            "times_faster": round(statistics.median(ratios), 3),
+            "quartiles": [round(low, 3), round(high, 3)],
+        }
+        if VARIANTS[name].bare:
+            bare_work = times
+            continue
         tokens, total = sum(workload.counted(run.tokens[: len(run.seconds)])), sum(seconds[name])
         rows.append(
             {
-                "name": VARIANTS[name].name,
+                **times,
                 "losses": run.losses,
                 "seconds": total,
                 "tokens": tokens,
                 "tokens_per_second": tokens / total,
-                "times_faster": round(statistics.median(ratios), 3),
-                "quartiles": [round(low, 3), round(high, 3)],
                 "peak_bytes": run.peak_bytes,
                 "share_of_peak": round(run.peak_bytes / runs[first].peak_bytes, 3),
                 "padding": 1 - sum(run.tokens) / run.positions,
@@ -353,7 +364,7 @@ def compared(workload: Workload, runs: dict[str, Run]) -> dict[str, Any]:
         off = max(abs(a - b) / abs(b) for a, b in pairs)
         line = {"name": VARIANTS[name].name, "largest_difference": off, "agrees": off <= TOLERANCE}
         agreement.append(line)
-    return {"runs": rows, "agreement": agreement}
+    return {"runs": rows, "agreement": agreement, "bare_work": bare_work}
 
 
 def page(results: dict[str, Any]) -> str:
@@ -374,6 +385,13 @@ def page(results: dict[str, Any]) -> str:
         for run, line in zip(results["runs"], results["agreement"], strict=True)
     ]
     lines += grid(head, body)
+    if bare := results["bare_work"]:
+        lines += ["", "What nobody is spared (`benchmarks/bare_step.py`), by itself, is"]
+        lines += [
+            "{:.2f} ({:.2f} to {:.2f}) times as fast.".format(
+                bare["times_faster"], *bare["quartiles"]
+            )
+        ]
     lines += [f"\nNot run: {name}: {why}." for name, why in results["left_out"].items()]
     return "\n".join(lines) + "\n"
 

@@ -223,11 +223,28 @@ def test_a_goal_beyond_the_bare_work_or_the_bound_is_bounded(of_the_row, verdict
     assert judged.goal == "at least 2.5" and judged.verdict == verdict and not judged.reached
 
 
+@pytest.mark.parametrize(
+    ("bare", "verdict"), [(None, "**no**"), (2.9, "bounded: the bare work alone allows 2.90")]
+)
+def test_the_goals_of_a_training(bare: float | None, verdict: str) -> None:
+    stock = {"name": "stock Trainer", "peak_bytes": 100}
+    ours = {"name": "fastft", "peak_bytes": 49, "times_faster": 2.4, "quartiles": [2.0, 2.9]}
+    found = {"runs": [stock, ours], "machine": {"cpu_isa": "avx2"}}
+    found["bare_work"] = None if bare is None else {"times_faster": bare}
+    speed, peak = goals.judge_training("whole_smollm2", found)
+    assert (speed.goal, speed.found, speed.verdict) == (
+        "at least 3",
+        "2.40 (2.00 to 2.90)",
+        verdict,
+    )
+    assert (peak.goal, peak.found, peak.verdict) == ("at most 50%", "49.0%", "yes")
+
+
 def test_the_page_of_results_is_what_is_made_of_the_recorded_rows() -> None:
     assert report.PAGE.read_text() == report.page(), "python benchmarks/report.py"
 
 
-@pytest.mark.parametrize("path", report.pages(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", list(report.pages()), ids=lambda path: path.name)
 def test_the_tables_of_a_page_are_what_was_recorded(path: Path) -> None:
     assert path.read_text() == report.with_figures(path.read_text()), "python benchmarks/report.py"
 
@@ -484,6 +501,29 @@ def test_steps_that_others_have_been_before_do_not_count(whole_runs: Any) -> Non
     assert row["times_faster"] == 3 and row["tokens_per_second"] == 6
 
 
+def test_the_bare_work_of_a_step_is_its_linear_layers_and_the_head(whole_runs: Any) -> None:
+    """As torch counts the products of stock's step, whose head has a row for each token."""
+    import torch
+    from bare_step import layers_of
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, num_hidden_layers=2, **sizes))
+    ids = torch.arange(3, 51).view(3, 16)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    counted = sum(
+        flops
+        for op, flops in counter.get_flop_counts()["Global"].items()
+        if op in (torch.ops.aten.mm, torch.ops.aten.addmm)
+    )
+    layers = layers_of(model, ids.numel(), ids.numel())
+    in_all = sum(6 * rows * out * inner * times for (rows, out, inner), times in layers.items())
+    assert in_all == counted
+    assert (ids.numel() - 3, 61, 16) in layers_of(model, ids.numel(), ids.numel() - 3)
+
+
 @pytest.mark.slow
 def test_whole_runs_by_turns(
     whole_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -502,9 +542,11 @@ def test_whole_runs_by_turns(
     monkeypatch.setitem(whole_runs.VARIANTS, "broken", broken)
     workload = whole_runs.Workload("tiny", tmp_path, examples, 6, 3, batch=4)
     failed: dict[str, str] = {}
-    runs = whole_runs.by_turns(["stock", "broken", "fastft"], workload, 6, failed)
-    assert list(runs) == ["stock", "fastft"] and list(failed) == ["broken"]
-    assert [len(run.seconds) for run in runs.values()] == [6, 6]
+    runs = whole_runs.by_turns(["stock", "broken", "bare", "fastft"], workload, 6, failed)
+    assert list(runs) == ["stock", "bare", "fastft"] and list(failed) == ["broken"]
+    assert [len(run.seconds) for run in runs.values()] == [6, 6, 6]
     found = whole_runs.compared(workload, runs)
+    assert [run["name"] for run in found["runs"]] == ["stock Trainer", "fastft"]
+    assert found["bare_work"]["times_faster"] > 0
     assert all(line["agrees"] for line in found["agreement"])
     assert found["runs"][0]["padding"] > 0 and found["runs"][1]["padding"] == 0
