@@ -325,7 +325,7 @@ def test_adamw_8bit(benchmark, small, dtype):
         benchmark.pedantic(ours)
         if not small:
             runs = {"ours": ours, "bitsandbytes": theirs}
-            keep(benchmark.extra_info, {"bitsandbytes": turns.by_turns(runs, seconds=3.0)})
+            keep(benchmark.extra_info, {"bitsandbytes": turns.by_turns(runs, seconds=1.5)})
             print(f"\n{benchmark.name}: {benchmark.extra_info}")
 
 

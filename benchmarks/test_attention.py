@@ -1,9 +1,9 @@
 """Attention of packed rows, forward and backward: documents of 512 tokens, a quarter of the heads
 of a layer of Llama 3.2 1B, or all of a named model's.
 
-Rivals are the attention functions of transformers with the mask that it builds for packed batches;
-the mask itself is built before, as all layers share it. transformers' eager attention keeps T x T
-scores of every head and is there at 2048 tokens in float32 alone. The bare work is torch's
+The rival is transformers' sdpa attention with the mask that it builds for packed batches, which is
+built before, as all layers share it; with a softcap, which that does not know, its eager one, which
+keeps T x T scores of every head, at 2048 tokens in float32 alone. The bare work is torch's
 attention of each document by itself, from tensors cut out before. Errors are of the output and the
 gradients of q, k, v, as norms, against float64.
 """
@@ -100,13 +100,14 @@ def attentions(layer, tokens, options, device, dtype, segments):
     )
     sdpa, eager = masks(tokens, options, device, dtype)
     found = {"ours": lambda q, k, v: segment_attention(q, k, v, segments, **options)}
-    if "softcap" not in options:
+    cap = options.get("softcap")
+    if cap is None:
         mask = sdpa()
         found["transformers sdpa"] = lambda q, k, v: sdpa_attention_forward(
             module, q, k, v, mask, scaling=layer.size**-0.5
         )[0]
-    if tokens <= 2048 and dtype == torch.float32:
-        added, cap = eager(), options.get("softcap")
+    elif tokens <= 2048 and dtype == torch.float32:
+        added = eager()
         found["transformers eager"] = lambda q, k, v: eager_attention_forward(
             module, q, k, v, added, scaling=layer.size**-0.5, softcap=cap
         )[0]

@@ -19,7 +19,7 @@ OUTPUTS = {
     "DPO": ("log_probs", "entropy", "mean_logits", "is_top1"),
     "KTO": ("log_probs", "entropy", "mean_logits"),
 }
-TOKENS, HIDDEN, CLASSES = 512, 512, 65536
+TOKENS, HIDDEN, CLASSES = 512, 512, 32768
 
 
 @pytest.mark.parametrize("trainer", OUTPUTS)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 STEADY, FAILED = 0.05, 0.10  # interquartile range over median: measured again, a failure
 ATTEMPTS, FEWEST = 4, 5  # attempts; samples of one
-SECONDS = 0.6  # of one attempt where the fewest samples allow it
+SECONDS = 0.4  # of one attempt where the fewest samples allow it
 _PATIENCE = 3.0  # times the seconds of an attempt: for more no other one begins
 _SAMPLE = 0.06
 _OF_A_TURN, _REPEATED = 0.05, 9

@@ -49,9 +49,13 @@ class Clock:
         return work
 
 
+SECONDS = 0.6
+
+
 def measured(**runs: Callable[[int], float]) -> turns.Times:
     clock = Clock()
-    return turns.by_turns({name: clock.run(run) for name, run in runs.items()}, clock=clock)
+    works = {name: clock.run(run) for name, run in runs.items()}
+    return turns.by_turns(works, SECONDS, clock)
 
 
 @pytest.mark.parametrize("cold", [0, 1, 2, 3])
@@ -99,7 +103,7 @@ def test_of_short_calls_a_sample_is_the_median_of_many() -> None:
 
 def test_a_slow_run_has_the_fewest_samples() -> None:
     assert len(measured(ours=lambda call: 4.0).samples["ours"]) == turns.FEWEST
-    assert len(measured(ours=lambda call: 0.1).samples["ours"]) == int(turns.SECONDS / 0.1)
+    assert len(measured(ours=lambda call: 0.1).samples["ours"]) == int(SECONDS / 0.1)
 
 
 def test_what_takes_long_to_begin_is_not_repeated_for_its_short_work() -> None:
