@@ -205,22 +205,27 @@ def _without_garbage() -> Iterator[None]:
 
 
 def keep(info: dict[str, Any], pairs: dict[str, turns.Times]) -> None:
-    """Medians, quartiles and ratios, of ours by turns with each other run. Ours' own median is that
-    beside the first; the spread is that of all but the bare work, which nobody claims to be."""
+    """Medians and quartiles, and the ratios to ours with theirs, each of ours by turns with that
+    run. Ours' own times are those beside the first; the spread is that of all but the bare work,
+    which nobody claims to be."""
     first, *_ = pairs.values()
     of = {"ours": first, **pairs}
-    medians = {name: times.median(name) for name, times in of.items()}
-    info["median_ms"] = {name: _ms(seconds) for name, seconds in medians.items()}
+    info["median_ms"] = {name: _ms(times.median(name)) for name, times in of.items()}
     info["quartiles_ms"] = {
         name: [_ms(each) for each in times.quartiles(name)] for name, times in of.items()
     }
     claimed = [times for name, times in pairs.items() if name != BARE] or [first]
     info["spread"] = round(max(times.spread() for times in claimed), 4)
     info["attempts"] = max(times.attempts for times in pairs.values())
-    beside = {name: times.median("ours") for name, times in pairs.items() if name != "ours"}
-    if len(beside) > 1:
+    rivals = {name: times for name, times in pairs.items() if name != "ours"}
+    if len(rivals) > 1:
+        beside = {name: times.median("ours") for name, times in rivals.items()}
         info["ours_beside_ms"] = {name: _ms(seconds) for name, seconds in beside.items()}
-    ratios = {name: medians[name] / ours for name, ours in beside.items()}
+    of_ratios = {name: times.ratio(name, "ours") for name, times in rivals.items()}
+    info["ratio_quartiles"] = {
+        name: [round(low, 3), round(high, 3)] for name, (low, _, high) in of_ratios.items()
+    }
+    ratios = {name: median for name, (_, median, _) in of_ratios.items()}
     if BARE in ratios:
         info["times_the_bare_work"] = round(1 / ratios.pop(BARE), 3)
     info["times_faster_than"] = {name: round(ratio, 3) for name, ratio in ratios.items()}

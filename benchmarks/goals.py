@@ -83,9 +83,12 @@ def _allowed(row: dict[str, Any], rival: str, goal: float) -> tuple[float | None
 
 
 def _surely(row: dict[str, Any], ratio: float, rival: str) -> float:
-    """How many times faster ours is; of times that scatter, by the unfavourable quartiles."""
+    """How many times faster ours is; where that scatters, by the unfavourable quartile of the
+    ratio, or of rows that were measured before it was kept by those of both times."""
     if not scatters(row):
         return ratio
+    if "ratio_quartiles" in row:
+        return float(row["ratio_quartiles"][rival][0])
     medians, quartiles = row["median_ms"], row["quartiles_ms"]
     ours = medians["ours"] / quartiles["ours"][1]
     return float(ratio * ours * quartiles[rival][0] / medians[rival])

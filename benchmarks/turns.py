@@ -6,9 +6,11 @@ the first that counts warm what a run needs (first touches, thread pools, caches
 faster than it was: a row is the same whatever has run before it in its process. A sample is a run's
 median over as many turns as take 60 ms: one where they take longer. A run that takes less than a
 twentieth of a turn is done up to nine times in it, of which the median counts: one call behind a
-rival of a second tells how that left the caches. A row is steady where the quartiles of each run
-are at most 5 % of the median apart; else all is measured again, at most four times, and the
-steadiest attempt is kept, whomever it favours.
+rival of a second tells how that left the caches. What counts of two runs is the ratio of their
+samples, turn for turn, and its median: a machine that is slow for some turns is so for both. It is
+steady where its quartiles, or of a run by itself those of its times, are at most 5 % of the median
+apart; else all is measured again, at most four times, and the steadiest attempt is kept, whomever
+it favours.
 """
 
 from __future__ import annotations
@@ -38,13 +40,26 @@ class Times(NamedTuple):
         return statistics.median(self.samples[name])
 
     def quartiles(self, name: str) -> tuple[float, float]:
-        low, _, high = statistics.quantiles(self.samples[name], n=4, method="inclusive")
+        low, _, high = _quartiles(self.samples[name])
         return low, high
 
+    def ratio(self, name: str, other: str) -> tuple[float, float, float]:
+        """Quartiles of `name`'s time / that of `other` in the same turns; the second: the
+        median."""
+        pairs = zip(self.samples[name], self.samples[other], strict=True)
+        return _quartiles([one / another for one, another in pairs])
+
     def spread(self) -> float:
-        """The largest interquartile range of a run, as a share of its median."""
-        ranges = {name: self.quartiles(name) for name in self.samples}
-        return max((high - low) / self.median(name) for name, (low, high) in ranges.items())
+        """The largest interquartile range of a ratio to the first run, as a share of its median;
+        where there is one run, that of its times."""
+        first, *others = self.samples
+        of = [self.ratio(name, first) for name in others] or [_quartiles(self.samples[first])]
+        return max((high - low) / median for low, median, high in of)
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
 
 
 def by_turns(

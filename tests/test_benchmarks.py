@@ -76,7 +76,8 @@ def test_a_slow_moment_of_the_machine_hits_all_alike() -> None:
         ours=lambda call: 0.03 * (1 + (call % 9 < 3)),
         rival=lambda call: 0.06 * (1 + (call % 9 < 3)),
     )
-    assert times.median("rival") / times.median("ours") == pytest.approx(2)
+    assert times.ratio("rival", "ours") == pytest.approx((2, 2, 2))
+    assert times.attempts == 1 and times.spread() < 1e-9
 
 
 def test_a_row_that_scatters_is_measured_again_and_the_steadiest_is_kept() -> None:
@@ -432,6 +433,15 @@ def test_what_scatters_reaches_a_goal_by_its_worse_quartiles(
     }
     (judged,) = goals.judge({"adamw_8bit[float32]": row})
     assert (judged.reached, judged.found) == (reached, found)
+
+
+def test_a_ratio_that_was_kept_turn_for_turn_is_judged_by_its_own_quartile() -> None:
+    times = {"ours": [1.0, 2.0], "bitsandbytes": [20.0, 40.0]}
+    row = {"median_ms": {"ours": 1.5}, "quartiles_ms": times, "spread": 0.2}
+    row |= {"times_faster_than": {"bitsandbytes": 20.0}}
+    row |= {"ratio_quartiles": {"bitsandbytes": [17.0, 21.0]}}
+    (judged,) = goals.judge({"adamw_8bit[float32]": row})
+    assert judged.reached and judged.found == "20.00; scatters, at worst 17.00"
 
 
 def test_results_and_pages_leave_a_commit_as_it_is(
