@@ -76,7 +76,7 @@ MACHINE = benchmarks/results/$(shell $(BIN)/python benchmarks/machine.py --name)
 whole-runs: native $(RIVALS) build/smollm2/model.safetensors
 	$(BIN)/python benchmarks/whole_runs.py demo --to $(MACHINE)
 	$(BIN)/python benchmarks/whole_runs.py smollm2 smollm2_rows \
-		--variants stock fastft torchs_products trl trl_flat liger --to $(MACHINE)
+		--variants stock fastft torchs_products trl trl_flat liger bare --to $(MACHINE)
 
 profile: native build/smollm2/model.safetensors
 	$(BIN)/python benchmarks/profile_step.py demo --to $(MACHINE)

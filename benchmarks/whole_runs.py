@@ -11,8 +11,8 @@ same step of two runs has the same examples, so that a ratio is the median over 
 seconds. Left out are the first turn (compiling, first touches of memory) and the first third of
 each, which no training by itself has: others have had the caches since, and a virtual machine's
 host, which is told of free memory after two seconds, may have taken it; so a turn takes stock some
-15 seconds or more. Losses must be stock's. One of the runs trains nothing: it does what no training
-is spared (bare_step.py), which bounds how many times as fast as stock anybody can be.
+15 seconds or more. Losses must be stock's. One of the runs trains nothing: it does what no full
+fine-tune is spared (bare_step.py), which bounds how many times as fast as stock others can be.
 
 Writes whole_<workload>.json and .md to the folder of --to.
 """
@@ -386,7 +386,7 @@ def page(results: dict[str, Any]) -> str:
     ]
     lines += grid(head, body)
     if bare := results["bare_work"]:
-        lines += ["", "What nobody is spared (`benchmarks/bare_step.py`), by itself, is"]
+        lines += ["", "What no full fine-tune is spared (`benchmarks/bare_step.py`), by itself, is"]
         lines += [
             "{:.2f} ({:.2f} to {:.2f}) times as fast.".format(
                 bare["times_faster"], *bare["quartiles"]
