@@ -1,5 +1,5 @@
-"""What a step of a full fine-tune in fp32 is not spared on a CPU, done alone by turns with trainings
-(whole_runs.py).
+"""What a step of a full fine-tune in fp32 is not spared on a CPU, done alone by turns with the
+trainings of whole_runs.py.
 
 Of a layer of `out x in` weights over T tokens three products of T in out multiply-adds each,
 

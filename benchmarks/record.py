@@ -11,7 +11,7 @@ as it ends, and a failing one stops no other; that file goes when all have passe
 what `make gpu-check` has measured. Rows that were measured anew take the place of those of that
 name; with --goals and --rows the others stay. --unsteady measures again what scatters so much that
 it has failed; of two measurements of the same code the steadier one stays, whomever it favours.
-What failed is printed at the end: rows whose times scatter, goals that were missed, and cases, for
+What failed is printed at the end: rows that scatter, goals that were missed, and cases, for
 which the exit status is 1.
 """
 
@@ -71,8 +71,10 @@ def rows_of_file(path: Path) -> list[Row]:
 
 
 def _as_steady(old: Row | None, new: Row) -> bool:
-    """Whether an old row of the same code scatters no more than the new one."""
-    same = old is not None and old.get("sources") == new["sources"]
+    """Whether an old row of the same code, measured in the same way, scatters no more than the new
+    one."""
+    same = old is not None and all(old.get(key) == new.get(key) for key in ("sources", "shape"))
+    same = same and ("ratio_quartiles" in old) == ("ratio_quartiles" in new)
     return same and old.get("spread", math.inf) <= new.get("spread", math.inf)
 
 

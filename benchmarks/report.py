@@ -49,9 +49,9 @@ HEAD = """# Measured
 
 Ours runs by turns with each rival in one process, after its results passed a check
 (`benchmarks/compare.py`). A time is a median; rival / ours is the median of their ratios turn for
-turn, and IQR the largest interquartile range of these as a share of its median (before 30 November
-2026: ratios of medians, ranges of times): above 5 % all was measured again, up to four times, above
-10 % the row counts as failed. Above 1 ours is faster; **bold** is slower.
+turn, and IQR the largest interquartile range of these as a share of its median (rows without
+`ratio_quartiles` are older: ratios of medians, ranges of times): above 5 % all was measured again,
+up to four times, above 10 % the row counts as failed. Above 1 ours is faster; **bold** is slower.
 
 *Bare work* is what cannot be left out, done alone: products, or reading and writing as many bytes.
 It can be beaten, by who is spared a part of it. The *bound* cannot: bytes (of rows that no cache
@@ -59,7 +59,7 @@ holds) and products at the highest rate that this machine showed. *Share of the 
 ours. A goal is *bounded* where it lies beyond the rival's time / the bound, or that of the bare
 work, of the row's run, and ours does not beat it: whoever does this work cannot reach the goal.
 Of a training it is the products of its layers and AdamW's bytes (`benchmarks/bare_step.py`).
-A row that has failed reaches one by its worse quartile alone, and bounds nothing."""
+What scatters by more than 10 % reaches a goal by its worse quartile alone, and bounds nothing."""
 
 
 def machines() -> dict[str, Path]:
@@ -118,7 +118,7 @@ def _promised() -> str:
 
 
 def _of_trainings(folder: Path) -> Iterator[goals.Reached]:
-    for name in goals.TRAININGS:
+    for name in goals.WHOLE_RUNS:
         path = folder / f"{name}.json"
         if path.exists():
             yield from goals.judge_training(name, json.loads(path.read_text()))

@@ -32,12 +32,12 @@ def failures(ledger: Ledger, part: str) -> list[str]:
 
 
 def scatters(row: Row) -> bool:
-    """Whether its times lie so far apart that it has failed."""
+    """Whether its times, or their ratios, lie so far apart that it has failed."""
     return bool(row.get("spread", 0.0) > FAILED)
 
 
 def unsteady(rows: list[Row]) -> list[str]:
-    """A sentence for each row whose times scatter so much that it has failed."""
+    """A sentence for each row that scatters so much that it has failed."""
     return [
         f"{row['name']}: quartiles {row['spread']:.0%} of the median apart, after "
         f"{row['attempts']} attempts"

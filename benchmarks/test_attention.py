@@ -3,7 +3,7 @@ of a layer of Llama 3.2 1B, or all of a named model's.
 
 The rival is transformers' sdpa attention with the mask that it builds for packed batches, which is
 built before, as all layers share it; with a softcap, which that does not know, its eager one, which
-keeps T x T scores of every head, at 2048 tokens in float32 alone. The bare work is torch's
+keeps T x T scores of every head, up to 2048 tokens in float32. The bare work is torch's
 attention of each document by itself, from tensors cut out before. Errors are of the output and the
 gradients of q, k, v, as norms, against float64.
 """

@@ -122,6 +122,6 @@ def _samples(
         for _ in range(turns):
             for name, run in runs.items():
                 took[name].append(statistics.median(run() for _ in range(repeats[name])))
-        for name, seconds in took.items():
-            samples[name].append(statistics.median(seconds))
+        for name, times in took.items():
+            samples[name].append(statistics.median(times))
     return samples
