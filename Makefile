@@ -77,6 +77,7 @@ whole-runs: native $(RIVALS) build/smollm2/model.safetensors
 	$(BIN)/python benchmarks/whole_runs.py demo --to $(MACHINE)
 	$(BIN)/python benchmarks/whole_runs.py smollm2 smollm2_rows \
 		--variants stock fastft torchs_products trl trl_flat liger bare --to $(MACHINE)
+	$(BIN)/python benchmarks/report.py
 
 profile: native build/smollm2/model.safetensors
 	$(BIN)/python benchmarks/profile_step.py demo --to $(MACHINE)

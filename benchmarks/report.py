@@ -53,7 +53,8 @@ turn, and IQR the largest interquartile range of these as a share of its median 
 `ratio_quartiles` are older: ratios of medians, ranges of times): above 5 % all was measured again,
 up to four times, above 10 % the row counts as failed. Above 1 ours is faster; **bold** is slower.
 
-*Bare work* is what cannot be left out, done alone: products, or reading and writing as many bytes.
+*Bare work* is what cannot be left out, done alone: products, reading and writing as many bytes, or
+of attention each document by itself in torch's.
 It can be beaten, by who is spared a part of it. The *bound* cannot: bytes (of rows that no cache
 holds) and products at the highest rate that this machine showed. *Share of the bound* is bound /
 ours. A goal is *bounded* where it lies beyond the rival's time / the bound, or that of the bare

@@ -1,7 +1,7 @@
 """Whole trainings with Trainer: stock, fastft and its rivals, the same batches, steps by turns.
 
-    python benchmarks/whole_runs.py demo smollm2 smollm2_rows
-    python benchmarks/whole_runs.py demo --variants stock fastft --steps 24
+    python benchmarks/whole_runs.py demo smollm2 smollm2_rows --to FOLDER
+    python benchmarks/whole_runs.py demo --variants stock fastft --steps 24 --to FOLDER
 
 demo: the 12.6 M parameter Llama of `make demo`. smollm2: SmolLM2-135M on the dialogues of
 `make demo-smollm2`, which makes its folder. smollm2_rows: the same text in full rows, without

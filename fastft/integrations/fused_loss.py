@@ -92,7 +92,9 @@ class FusedLossCallback(PackingCallback):
     Raises:
         ValueError: from `train()`, before anything is trained, where an optimizer of fastft's does
             not hold what is trainable, is not the one that trains, or was made with other values
-            than `args` have (docs/adamw.md).
+            than `args` have (docs/adamw.md); another `on_leak`.
+        TypeError: `linear` or `attention` is no bool.
+        PackingLeakError: from `train()`, as of `fastft.PackingCallback`.
     """
 
     def __init__(

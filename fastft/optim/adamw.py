@@ -141,7 +141,7 @@ class AdamW(torch.optim.AdamW):
             "states" and "gradients" that fits the device (offload/choice.py). Not with
             `capturable`.
         release_gradients: use up each gradient inside backward, so that never all of them exist.
-            Not with `max_grad_norm` or `offload`.
+            Not with `max_grad_norm`, `offload` or `capturable`.
         impl: "auto", "eager" (plain torch), "cpp", "cuda" or "triton", of the update and of the
             norm that clipping takes, which Triton has no kernel for; an explicit one never falls
             back.
@@ -348,7 +348,8 @@ class AdamW(torch.optim.AdamW):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class, torch's AdamW, bitsandbytes, apex or TransformerEngine.
+        """Loads a state dict of this class, or of torch's, bitsandbytes', torchao's, apex',
+        DeepSpeed's or TransformerEngine's AdamW.
 
         What is read of each: checkpoint.py. Moments become what `moments` says; fp32 masters
         overwrite the parameters. As with torch, tensors which need no conversion are shared with
