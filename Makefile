@@ -9,7 +9,7 @@
 # make matrix     every test that has a mark of a way of training, slow ones too; keeps what came of them in
 #                benchmarks/results/ways.json, and writes the tables of docs/works-with.md and the README; ONLY="files": merges
 #                what came of these
-# make bench      every benchmark against its rivals, a quarter of an hour on two cores that do nothing else; renews
+# make bench      every benchmark against its rivals, twenty minutes on two busy cores; renews
 #                benchmarks/results and the tables of figures in all pages (benchmarks/report.py)
 # make bench-avx2 the rows for which issue 16 has a goal, ours and the rivals limited to AVX2
 # make estimates  estimates of memory against what forty trainings hold: benchmarks/results/estimate.md
