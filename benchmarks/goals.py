@@ -73,14 +73,13 @@ class Reached(NamedTuple):
 def _allowed(row: dict[str, Any], rival: str, goal: float) -> tuple[float | None, str]:
     """What the bare work or the bound allows, where that is less than the goal, and which of them;
     what ours beats by more than times may scatter bounds nothing, nor does what scatters itself."""
-    ratio = row["times_faster_than"][rival]
-    ours_of = {}
+    if _scatters(row, rival):
+        return None, ""
+    ratio, ours_of = row["times_faster_than"][rival], {}
     if "bound_ms" in row:
         ours_of["the bound"] = row["median_ms"]["ours"] / row["bound_ms"]
     if "times_the_bare_work" in row and not _scatters(row, BARE):
         ours_of["the bare work"] = row["times_the_bare_work"]
-    if _scatters(row, rival):
-        ours_of = {}
     allowed = [(ratio * max(t, 1.0), by) for by, t in ours_of.items() if t >= 1 - STEADY]
     least, by = min(allowed, default=(goal, ""))
     return (least, by) if least < goal else (None, "")
@@ -90,8 +89,13 @@ def _scatters(row: dict[str, Any], rival: str) -> bool:
     """Whether the ratio to a rival does, or where its quartiles were not kept the row."""
     if "ratio_quartiles" not in row:
         return scatters(row)
-    low, high = row["ratio_quartiles"][rival]
-    return bool(high - low > FAILED * (low + high) / 2)
+    ratio = 1 / row["times_the_bare_work"] if rival == BARE else row["times_faster_than"][rival]
+    return _apart(*row["ratio_quartiles"][rival], ratio)
+
+
+def _apart(low: float, high: float, median: float) -> bool:
+    """Whether quartiles are so far apart that a row has failed."""
+    return high - low > FAILED * median
 
 
 def _surely(row: dict[str, Any], ratio: float, rival: str) -> float:
@@ -162,7 +166,7 @@ def judge_training(name: str, found: dict[str, Any]) -> list[Reached]:
     goal = with_avx512 if "avx512" in found["machine"]["cpu_isa"] else with_avx2
     ratio, (low, high) = ours["times_faster"], ours["quartiles"]
     same = all(line["agrees"] for line in found["agreement"] if line["name"] == ours["name"])
-    reached = same and (low if high - low > FAILED * ratio else ratio) >= goal
+    reached = same and (low if _apart(low, high, ratio) else ratio) >= goal
     allowed, bare = None, found.get("bare_work")
     if bare is not None and bare["times_faster"] > ratio * (1 - STEADY):
         allowed = max(bare["quartiles"][1], ratio)

@@ -59,7 +59,8 @@ It can be beaten, by who is spared a part of it. The *bound* cannot: bytes (of r
 holds) and products at the highest rate that this machine showed. *Share of the bound* is bound /
 ours. A goal is *bounded* where it lies beyond the rival's time / the bound, or that of the bare
 work, of the row's run, and ours does not beat it: whoever does this work cannot reach the goal.
-Of a training it is the products of its layers and AdamW's bytes (`benchmarks/bare_step.py`).
+Of a training it is the products of its layers and AdamW's bytes (`benchmarks/bare_step.py`), and
+what is judged is the median of the steps' ratios, where the table of trainings has tokens/s.
 What scatters by more than 10 % reaches a goal by its worse quartile alone, and bounds nothing."""
 
 

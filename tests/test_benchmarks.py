@@ -482,6 +482,9 @@ def test_a_ratio_that_was_kept_turn_for_turn_is_judged_by_its_own_quartile() -> 
     row |= {"ratio_quartiles": {"bitsandbytes": [17.0, 21.0]}}
     (judged,) = goals.judge({"adamw_8bit[float32]": row})
     assert judged.reached and judged.found == "20.00; scatters, at worst 17.00"
+    row["ratio_quartiles"] = {"bitsandbytes": [18.1, 20.0]}  # within 10 % of the median
+    (judged,) = goals.judge({"adamw_8bit[float32]": row})
+    assert judged.reached and judged.found == "20.00"
 
 
 def test_results_and_pages_leave_a_commit_as_it_is(
