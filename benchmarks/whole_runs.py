@@ -50,8 +50,7 @@ from transformers import (
 )
 
 import fastft
-from fastft.integrations.linear_products import NOT_AHEAD
-from fastft.loss import matrix_product
+from fastft.integrations import linear_products
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))  # whose report.py is meant, not the one beside this
@@ -82,8 +81,8 @@ class Variant:
             return "liger_kernel is not importable"
         if self.liger:
             return "Liger's kernels are Triton's, which runs on no CPU"
-        same = self.linear is False and not matrix_product.is_ahead()
-        return f"as fastft: {NOT_AHEAD}" if same else None
+        same = self.linear is False and not linear_products.is_ahead()
+        return f"as fastft: {linear_products.NOT_AHEAD}" if same else None
 
 
 ALL = ("loss", "AdamW", "packing")

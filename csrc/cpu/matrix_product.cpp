@@ -49,15 +49,21 @@ bool apart(const Tensor& a, const Tensor& b) {
 
 int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
 
+// Floats in a register.
+int64_t width_of(fastft::Isa isa) {
+  return isa >= fastft::Isa::avx512 ? 16 : isa == fastft::Isa::avx2 ? 8 : 4;
+}
+
 void compute(fastft::ProductPart part, bool add) {
+  const fastft::Tile tile = fastft::tile_of(width_of(fastft::isa()));
   const int64_t terms = part.left.columns, columns = part.right.columns;
   part.depth = parts_of(terms, parts_of(terms, fastft::kMostDepth));
-  const int64_t width = std::min(kMostColumns, parts_of(columns, fastft::kPanel) * fastft::kPanel);
+  const int64_t width = std::min(kMostColumns, parts_of(columns, tile.columns) * tile.columns);
   const int64_t span = std::max<int64_t>(1, kPacked / (width * part.depth)) * part.depth;
+  part.tile_columns = tile.columns;
   const std::unique_ptr<float[]> memory(new float[width * std::min(span, terms) + kAligned]);
   const uintptr_t address = reinterpret_cast<uintptr_t>(memory.get()) / sizeof(float);
   part.packed = memory.get() + (kAligned - address % kAligned) % kAligned;
-  const int64_t rows = fastft::tile_rows(fastft::isa() >= fastft::Isa::avx512);
   const auto pack = pack_panels_kernel(), multiply = multiply_tiles_kernel();
   for (int64_t column = 0; column < columns; column += width)
     for (int64_t from = 0; from < terms; from += span) {
@@ -68,7 +74,7 @@ void compute(fastft::ProductPart part, bool add) {
         return [&, kernel](int64_t begin, int64_t end) { kernel(&part, begin, end); };
       };
       fastft::parallel_for(part.panels(), 1, call(pack));
-      fastft::parallel_for(parts_of(part.left.rows, rows) * part.panels(), 1, call(multiply));
+      fastft::parallel_for(parts_of(part.left.rows, tile.rows) * part.panels(), 1, call(multiply));
     }
 }
 

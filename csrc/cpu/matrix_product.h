@@ -4,7 +4,6 @@
 
 namespace fastft {
 constexpr int64_t kMostDepth = 192;  // terms that are added up in registers
-constexpr int64_t kPanel = 32;       // columns that are packed together
 
 struct Factor {
   const void* data;  // float32, or bfloat16
@@ -20,16 +19,20 @@ struct ProductPart {
   int64_t out_stride;
   int64_t from, terms, depth;  // the terms, `depth` at a time
   int64_t first_column, columns;
-  float* packed;  // of `right`: for each depth panels of kPanel columns, depth x kPanel
+  int64_t tile_columns;  // a panel: what is packed together
+  float* packed;         // of `right`: for each depth panels, depth x tile_columns
   bool add;
 
-  int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
+  int64_t panels() const { return (columns + tile_columns - 1) / tile_columns; }
   int64_t depth_at(int64_t begin) const { return begin + depth < terms ? depth : terms - begin; }
   float* panel(int64_t begin, int64_t index) const {
-    return packed + (begin * panels() + index * depth_at(begin)) * kPanel;
+    return packed + (begin * panels() + index * depth_at(begin)) * tile_columns;
   }
 };
 
-// Rows of a tile, whose sums all stay in registers.
-inline int64_t tile_rows(bool avx512) { return avx512 ? 14 : 6; }
+// A tile, whose sums all stay in registers of `width` floats.
+struct Tile {
+  int64_t rows, columns;
+};
+constexpr Tile tile_of(int64_t width) { return {width == 16 ? 14 : 6, 2 * width}; }
 }  // namespace fastft

@@ -6,8 +6,8 @@
 #include "tiles.h"
 
 namespace {
-constexpr int kRows = kWidth == 16 ? 14 : 6, kColumns = 2 * kWidth, kBlock = 12 * kRows;
-static_assert(fastft::kPanel % kColumns == 0, "tiles divide a panel");
+constexpr int kRows = fastft::tile_of(kWidth).rows, kColumns = fastft::tile_of(kWidth).columns;
+constexpr int kBlock = 12 * kRows;
 
 template <int kLanes>
 void pack(const fastft::Factor& factor, int64_t at, int64_t stride, int64_t step, int64_t lanes,
@@ -18,10 +18,10 @@ void pack(const fastft::Factor& factor, int64_t at, int64_t stride, int64_t step
     pack<kLanes>(static_cast<const float*>(factor.data) + at, stride, step, lanes, depth, to);
 }
 
-// left: depth x kRows; right: depth x kPanel, from the tile's first column on.
+// left: depth x kRows; right: depth x kColumns.
 void whole_tile(int64_t depth, const float* left, const float* right, float* out, int64_t stride,
                 bool add) {
-  tile<kRows, 2, true>(depth, {left, kRows}, {right, fastft::kPanel}, out, stride, kRows, add);
+  tile<kRows, 2, true>(depth, {left, kRows}, {right, kColumns}, out, stride, kRows, add);
 }
 
 // A tile of which the product has `rows` x `columns`.
@@ -45,7 +45,7 @@ void multiply_packed(const fastft::ProductPart& part, const float* packed, const
   const int64_t depth = part.depth_at(begin);
   const bool add = part.add || begin > 0;
   for (int64_t column = block.column; column < block.last_column; column += kColumns) {
-    const float* right = part.panel(begin, column / fastft::kPanel) + column % fastft::kPanel;
+    const float* right = part.panel(begin, column / kColumns);
     for (int64_t i = block.row; i < block.last_row; i += kRows) {
       const float* left = packed + (i - block.row) * depth;
       float* out = part.out + i * part.out_stride + part.first_column + column;
@@ -78,11 +78,11 @@ extern "C" void FASTFT_KERNEL(pack_panels)(const fastft::ProductPart* part, int6
   const fastft::Factor& right = part->right;
   for (int64_t begin = 0; begin < part->terms; begin += part->depth)
     for (int64_t index = first; index < last; index++) {
-      const int64_t column = index * fastft::kPanel;
-      pack<fastft::kPanel>(
+      const int64_t column = index * kColumns;
+      pack<kColumns>(
           right, (part->from + begin) * right.stride + (part->first_column + column) * right.step,
-          right.step, right.stride, least(fastft::kPanel, part->columns - column),
-          part->depth_at(begin), part->panel(begin, index));
+          right.step, right.stride, least(kColumns, part->columns - column), part->depth_at(begin),
+          part->panel(begin, index));
     }
 }
 
@@ -97,8 +97,8 @@ extern "C" void FASTFT_KERNEL(multiply_tiles)(const fastft::ProductPart* part, i
     const int64_t tiles = whole ? least((last - first) / panels, kBlock / kRows) : 1;
     const int64_t count = whole ? panels : least(panels - panel, last - first);
     multiply_block(*part, packed,
-                   {row, least(row + tiles * kRows, part->left.rows), panel * fastft::kPanel,
-                    least((panel + count) * fastft::kPanel, part->columns)});
+                   {row, least(row + tiles * kRows, part->left.rows), panel * kColumns,
+                    least((panel + count) * kColumns, part->columns)});
     first += tiles * count;
   }
 }

@@ -35,12 +35,13 @@ void pack(const T* from, int64_t stride, int64_t step, int64_t lanes, int64_t de
         to[k * kLanes + lane] = widened(from[k * step + lane]);
     return;
   }
-  const int64_t fours = step == 1 ? lanes - lanes % 4 : 0, whole = depth - depth % 4;
-  for (int64_t lane = 0; lane < fours; lane += 4)
-    for (int64_t k = 0; k < whole; k += 4)
+  const int64_t squared = step == 1 && lanes >= 4 ? depth - depth % 4 : 0;
+  // where lanes are no multiple of four, the last square has some of the one before
+  for (int64_t next = 0; next < lanes; next += 4)
+    for (int64_t k = 0, lane = next < lanes - 4 ? next : lanes - 4; k < squared; k += 4)
       pack_square<kLanes>(from + lane * stride + k, stride, to + k * kLanes + lane);
   for (int64_t lane = 0; lane < kLanes; lane++)
-    for (int64_t k = lane < fours ? whole : 0; k < depth; k++)
+    for (int64_t k = lane < lanes ? squared : 0; k < depth; k++)
       to[k * kLanes + lane] = lane < lanes ? widened(from[lane * stride + k * step]) : 0.0f;
 }
 }  // namespace

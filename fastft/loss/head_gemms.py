@@ -118,9 +118,7 @@ def slabs(matrix: Tensor) -> Iterator[slice]:
 def _is_ours(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """Whether a b is `matrix_product`'s: where torch has 16-bit matrix units, they are faster."""
     in_16_bits = a.dtype == b.dtype != torch.float32 and not is_emulated(a.dtype, a.device.type)
-    widens = torch.bfloat16 in (a.dtype, b.dtype)
-    is_ahead = not in_16_bits and matrix_product.is_ahead(widens)
-    return is_ahead and matrix_product.takes(out, a, b)
+    return not in_16_bits and matrix_product.is_ahead() and matrix_product.takes(out, a, b)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:

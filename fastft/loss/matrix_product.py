@@ -3,9 +3,10 @@
     out (M, N) = left (M, K) right (K, N)        or added to it
 
 MKL, which torch comes with, uses AVX2 at most on processors that are not Intel's: half of the speed
-of those that have AVX-512, all of that of others. Factors are float32 or bfloat16, which is widened
-on the way, so that nobody holds a copy of it in float32. 192 terms of a sum at most are added up in
-a row, then these sums, which is what keeps the error at that of MKL.
+of those that have AVX-512. With AVX2 alone these products take as long as MKL's, and up to a tenth
+less where other threads share the cores (NOTES.md). Factors are float32 or bfloat16, which is
+widened on the way, so that nobody holds a copy of it in float32. 192 terms of a sum at most are
+added up in a row, then these sums, which is what keeps the error at that of MKL.
 
 Bytes moved: `right` is read once, `left` once for each 1024 columns of `right`; `out` is written
 once where 2 MiB hold those columns of all terms, else read and written again for each 2 MiB.
@@ -38,14 +39,10 @@ PRODUCT = ops.Operator(
 
 
 @constant_when_compiled
-def is_ahead(widens: bool = False) -> bool:
-    """Whether these products are better than torch's on this machine: faster, or, where `widens`
-    says that a factor is bfloat16, as fast without torch's copies of it in float32."""
-    isa = _native.cpu_isa()
-    # fp32 factors on Zen 3, which has AVX2 alone: 1.03 to 1.13 times MKL's time (NOTES.md)
-    uses_more = isa is not None and isa.startswith("avx512")
-    enough = uses_more or (widens and isa == "avx2")
-    return enough and torch.backends.mkl.is_available() and not _native.is_intel()
+def is_ahead() -> bool:
+    """Whether these products are faster than torch's on this machine."""
+    has_kernel = _native.cpu_isa() in ("avx2", "avx512", "avx512bf16")
+    return has_kernel and torch.backends.mkl.is_available() and not _native.is_intel()
 
 
 def takes(out: Tensor, left: Tensor, right: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastft import _native, linear_cross_entropy
+from fastft.integrations import linear_products
 from fastft.loss import matrix_product
 
 PRODUCT = matrix_product.PRODUCT
@@ -142,7 +143,7 @@ def test_a_head_whose_products_they_are_is_as_exact_as_with_torchs(dtype, monkey
     exact = gradients(lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target), torch.float64)
     errors = []
     for ahead in (False, True):
-        monkeypatch.setattr(matrix_product, "is_ahead", lambda _, ahead=ahead: ahead)
+        monkeypatch.setattr(matrix_product, "is_ahead", lambda ahead=ahead: ahead)
         found = gradients(
             lambda x, w, b: linear_cross_entropy(x, w, target, linear_bias=b, chunk_rows=65), dtype
         )
@@ -152,20 +153,20 @@ def test_a_head_whose_products_they_are_is_as_exact_as_with_torchs(dtype, monkey
 
 
 @pytest.mark.parametrize(
-    "isa, of_fp32, of_bf16",
+    "isa, ahead, in_layers",
     [
         ("avx512bf16", True, True),
         ("avx512", True, True),
-        ("avx2", False, True),
+        ("avx2", True, False),
         ("baseline", False, False),
         (None, False, False),
     ],
 )
-def test_it_is_ahead_where_mkl_leaves_instructions_unused(isa, of_fp32, of_bf16, monkeypatch):
+def test_it_is_ahead_where_the_processor_is_not_intels(isa, ahead, in_layers, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(_native, "is_intel", lambda: False)
     monkeypatch.setattr(_native, "cpu_isa", lambda: isa)
-    assert matrix_product.is_ahead() == of_fp32
-    assert matrix_product.is_ahead(widens=True) == of_bf16
+    assert matrix_product.is_ahead() == ahead
+    assert linear_products.is_ahead() == in_layers
     monkeypatch.setattr(_native, "is_intel", lambda: True)
-    assert not matrix_product.is_ahead() and not matrix_product.is_ahead(widens=True)
+    assert not matrix_product.is_ahead() and not linear_products.is_ahead()
