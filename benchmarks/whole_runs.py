@@ -1,7 +1,7 @@
 """Whole trainings with Trainer: stock, fastft and its rivals, the same batches, steps by turns.
 
     python benchmarks/whole_runs.py demo smollm2 smollm2_rows --to FOLDER
-    python benchmarks/whole_runs.py demo --variants stock fastft --steps 24 --to FOLDER
+    python benchmarks/whole_runs.py demo --variants stock fastft --steps 24 --rounds 3 --to FOLDER
 
 demo: the 12.6 M parameter Llama of `make demo`. smollm2: SmolLM2-135M on the dialogues of
 `make demo-smollm2`, which makes its folder. smollm2_rows: the same text in full rows, without
@@ -11,8 +11,10 @@ same step of two runs has the same examples, so that a ratio is the median over 
 seconds. Left out are the first turn (compiling, first touches of memory) and the first third of
 each, which no training by itself has: others have had the caches since, and a virtual machine's
 host, which is told of free memory after two seconds, may have taken it; so a turn takes stock some
-15 seconds or more. Losses must be stock's. One of the runs trains nothing: it does what no full
-fine-tune is spared (bare_step.py), which bounds how many times as fast as stock others can be.
+15 seconds or more. Some processes have slower memory than others of the same code, and keep it: in
+each round every run has a new one. Losses must be stock's. One of the runs trains nothing: it does
+what no full fine-tune is spared (bare_step.py), which bounds how many times as fast as stock others
+can be.
 
 Writes whole_<workload>.json and .md to the folder of --to.
 """
@@ -29,7 +31,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -328,14 +330,19 @@ def by_turns(
     return {name: runs[name] for name in names if name in runs}
 
 
-def compared(workload: Workload, runs: dict[str, Run]) -> dict[str, Any]:
+def compared(workload: Workload, rounds: Sequence[dict[str, Run]]) -> dict[str, Any]:
     """`runs`: speed and memory of each variant, and what they are of the first one's;
     `agreement`: how far its losses are from that one's. As `make demo` has them, and more:
-    `bare_work`, which is `times_faster` than the first."""
-    first = next(iter(runs))
-    seconds = {name: workload.counted(run.seconds) for name, run in runs.items()}
+    `bare_work`, which is `times_faster` than the first. Of steps of all rounds."""
+    first = next(iter(rounds[0]))
+    of = {name: [runs[name] for runs in rounds] for name in rounds[0]}
+    seconds = {
+        name: [step for run in each for step in workload.counted(run.seconds)]
+        for name, each in of.items()
+    }
+    peaks = {name: statistics.median(run.peak_bytes for run in each) for name, each in of.items()}
     rows, agreement, bare_work = [], [], None
-    for name, run in runs.items():
+    for name, each in of.items():
         ratios = [a / b for a, b in zip(seconds[first], seconds[name], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         times = {
@@ -346,21 +353,25 @@ def compared(workload: Workload, runs: dict[str, Run]) -> dict[str, Any]:
         if VARIANTS[name].bare:
             bare_work = times
             continue
-        tokens, total = sum(workload.counted(run.tokens[: len(run.seconds)])), sum(seconds[name])
+        tokens = sum(sum(workload.counted(run.tokens[: len(run.seconds)])) for run in each)
+        total = sum(seconds[name])
         rows.append(
             {
                 **times,
-                "losses": run.losses,
+                "losses": each[0].losses,
                 "seconds": total,
                 "tokens": tokens,
                 "tokens_per_second": tokens / total,
-                "peak_bytes": run.peak_bytes,
-                "share_of_peak": round(run.peak_bytes / runs[first].peak_bytes, 3),
-                "padding": 1 - sum(run.tokens) / run.positions,
+                "peak_bytes": int(peaks[name]),
+                "share_of_peak": round(peaks[name] / peaks[first], 3),
+                "padding": 1 - sum(each[0].tokens) / each[0].positions,
             }
         )
-        pairs = zip(run.losses, runs[first].losses, strict=True)
-        off = max(abs(a - b) / abs(b) for a, b in pairs)
+        off = max(
+            abs(a - b) / abs(b)
+            for run, stock in zip(each, of[first], strict=True)
+            for a, b in zip(run.losses, stock.losses, strict=True)
+        )
         line = {"name": VARIANTS[name].name, "largest_difference": off, "agrees": off <= TOLERANCE}
         agreement.append(line)
     return {"runs": rows, "agreement": agreement, "bare_work": bare_work}
@@ -369,7 +380,10 @@ def compared(workload: Workload, runs: dict[str, Run]) -> dict[str, Any]:
 def page(results: dict[str, Any]) -> str:
     lines = [f"# {results['title']}", "", f"`{results['command']}`, {results['date']}."]
     lines += [f"{described()} Times as fast: the median over steps, quartiles behind it. Peak: of"]
-    lines += ["the process, above what it held before the model was there.", ""]
+    lines += ["the process, above what it held before the model was there."]
+    if results["rounds"] > 1:
+        lines += [f"{results['rounds']} rounds, each in new processes; the peak is their median."]
+    lines += [""]
     head = ["run", "tokens/s", "times as fast", "peak", "of stock's", "padding", "losses"]
     body = [
         [
@@ -413,8 +427,11 @@ def main() -> None:
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, help="of a run; default: by workload")
+    parser.add_argument("--rounds", type=int, default=1, help="in new processes each (1)")
     parser.add_argument("--to", type=Path, required=True, help="the folder of the results")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     least = 2 * max(TURN[name] for name in options.workloads)
     if options.steps is not None and options.steps < least:
         parser.error(f"--steps must be at least {least}, two turns, got {options.steps}")
@@ -432,13 +449,17 @@ def _measured(name: str, options: argparse.Namespace) -> bool:
         missing = {each: VARIANTS[each].missing() for each in options.variants}
         left = {each: why for each, why in missing.items() if why is not None}
         there = [each for each in options.variants if each not in left]
-        runs = by_turns(there, workload, options.steps or workload.steps, left)
+        rounds = []
+        for _ in range(options.rounds):
+            rounds.append(by_turns(there, workload, options.steps or workload.steps, left))
+            there = [each for each in there if each in rounds[-1]]
     results = {
         "title": workload.title,
         "command": " ".join(["python", "benchmarks/whole_runs.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine.facts(),
-        **compared(workload, runs),
+        "rounds": options.rounds,
+        **compared(workload, [{each: runs[each] for each in there} for runs in rounds]),
         "left_out": {VARIANTS[each].name: why for each, why in left.items()},
     }
     (options.to / f"whole_{name}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -554,8 +554,40 @@ def test_steps_that_others_have_been_before_do_not_count(whole_runs: Any) -> Non
         steps = [99.0] * turn + 2 * [99.0, 99.0, *[seconds] * (turn - 2)]
         tokens = [1000 if each == 99.0 else 12 for each in steps]
         runs[name] = whole_runs.Run([1.0] * len(steps), steps, [*tokens, 1000], 10**6, 1)
-    row = whole_runs.compared(workload, runs)["runs"][1]
+    row = whole_runs.compared(workload, [runs])["runs"][1]
     assert row["times_faster"] == 3 and row["tokens_per_second"] == 6
+
+
+def test_rounds_count_together(whole_runs: Any) -> None:
+    """The ratio of the same step of the same round; losses of every round; the middle peak."""
+    turn, rounds = 3, []
+    workload = whole_runs.Workload("", Path(), [], 2 * turn, turn)
+    for stock, ours, peak, loss in ((6.0, 2.0, 4, 1.0), (8.0, 1.0, 9, 1.0), (9.0, 9.0, 5, 1.5)):
+        steps = {"stock": [stock] * 2 * turn, "fastft": [ours] * 2 * turn}
+        losses = {"stock": [1.0] * 2 * turn, "fastft": [1.0] * (2 * turn - 1) + [loss]}
+        rounds.append(
+            {
+                name: whole_runs.Run(losses[name], times, [3] * 2 * turn, 36, peak)
+                for name, times in steps.items()
+            }
+        )
+    found = whole_runs.compared(workload, rounds)
+    stock, ours = found["runs"]
+    assert ours["times_faster"] == 3 and ours["quartiles"] == [1.5, 6.75]
+    assert stock["seconds"] == 46 and ours["tokens_per_second"] == 18 / 24
+    assert stock["peak_bytes"] == ours["peak_bytes"] == 5 and ours["padding"] == 0.5
+    assert found["agreement"][1] == {
+        "name": "fastft",
+        "largest_difference": 0.5,
+        "agrees": False,
+    }
+
+
+def test_there_is_a_round(whole_runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["whole_runs.py", "demo", "--rounds", "0", "--to", "x"])
+    with pytest.raises(SystemExit) as refused:
+        whole_runs.main()
+    assert refused.value.code == 2 and not Path("x").exists()
 
 
 def test_the_bare_work_of_a_step_is_its_linear_layers_and_the_head(
@@ -614,7 +646,7 @@ def test_whole_runs_by_turns(
     runs = whole_runs.by_turns(["stock", "broken", "bare", "fastft"], workload, 6, failed)
     assert list(runs) == ["stock", "bare", "fastft"] and list(failed) == ["broken"]
     assert [len(run.seconds) for run in runs.values()] == [6, 6, 6]
-    found = whole_runs.compared(workload, runs)
+    found = whole_runs.compared(workload, [runs])
     assert [run["name"] for run in found["runs"]] == ["stock Trainer", "fastft"]
     assert set(found["bare_work"]) == {"name", "times_faster", "quartiles"}
     assert all(line["agrees"] for line in found["agreement"])
