@@ -74,7 +74,7 @@ MACHINE = benchmarks/results/$(shell $(BIN)/python benchmarks/machine.py --name)
 
 # compiling takes SmolLM2 minutes: torch.compile has rows of the demo alone
 whole-runs: native $(RIVALS) build/smollm2/model.safetensors
-	$(BIN)/python benchmarks/whole_runs.py demo --to $(MACHINE)
+	$(BIN)/python benchmarks/whole_runs.py demo --rounds 2 --to $(MACHINE)
 	$(BIN)/python benchmarks/whole_runs.py smollm2 smollm2_rows \
 		--variants stock fastft torchs_products trl trl_flat liger bare --to $(MACHINE)
 	$(BIN)/python benchmarks/report.py
