@@ -1,7 +1,7 @@
 # make demo       fine-tune on this machine and measure it
 # make demo-smollm2    fine-tune a pretrained model, SmolLM2-135M, stock and with fastft by turns, and compare: a quarter of
 #                an hour on two cores that do nothing else
-# make whole-runs    the demos' trainings with stock, fastft and rivals by turns: half an hour on two cores; make profile: where
+# make whole-runs    the demos' trainings with stock, fastft and rivals by turns: an hour on two cores; make profile: where
 #                a step's time goes, in three. Results: benchmarks/results/<machine>
 # make test       what CI runs beside make lint: every room, a case of each engine; under 30 minutes on two cores; JOBS=8 for more
 # make test-all   the same, real DeepSpeed and FSDP2, every instruction set, every case of the GPU kernels, every architecture,

@@ -40,7 +40,7 @@ PRODUCT = ops.Operator(
 
 @constant_when_compiled
 def is_ahead() -> bool:
-    """Whether these products are faster than torch's on this machine."""
+    """Whether these products are at least as fast as torch's on this machine."""
     has_kernel = _native.cpu_isa() in ("avx2", "avx512", "avx512bf16")
     return has_kernel and torch.backends.mkl.is_available() and not _native.is_intel()
 
