@@ -292,7 +292,7 @@ def _cpp(device: torch.device, asked: _Asked) -> str | None:
         return f"its kernel takes {'neither bias nor mask' if asked.masked else 'no dropout'}"
     if asked.dtype not in attention_cpp.DTYPES:
         return f"its kernel takes float32 and bfloat16, got {asked.dtype}"
-    if asked.by_name or attention_cpp.is_ahead(asked.dtype):
+    if asked.by_name or attention_cpp.is_ahead():
         return None
     return "it has not been compared with torch's on such a processor"
 
