@@ -79,6 +79,13 @@ def expect_use(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def keep_freed(keep: bool) -> bool:
+    """Tells malloc to keep the end of its heap when it is free, or to give back all that is; False
+    where this malloc is not glibc's."""
+    loaded = library("cpu")
+    return not isinstance(loaded, str) and bool(loaded.fastft_keep_freed(int(keep)))
+
+
 def _load(kind: str) -> ctypes.CDLL | str:
     if not _disabled(os.environ.get("FASTFT_DISABLE", "")).isdisjoint((kind, "all")):
         return "disabled by FASTFT_DISABLE"

@@ -6,6 +6,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 void fastft::expect_use([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
@@ -19,4 +22,19 @@ void fastft::expect_use([[maybe_unused]] void* memory, [[maybe_unused]] size_t b
 
 FASTFT_EXPORT void fastft_expect_use(void* memory, size_t bytes) {
   fastft::expect_use(memory, bytes);
+}
+
+// Whether this malloc can. Blocks beyond 32 MiB come from the system and go back to it one by one,
+// and where the heap's end goes back, it does from twice as many bytes on: glibc's own rules lead
+// there as soon as such a block was freed, but are off once one of the two was set.
+FASTFT_EXPORT int fastft_keep_freed([[maybe_unused]] int keep) {
+#ifdef __GLIBC__
+  constexpr int kMost = 32 << 20, kNever = -1;
+  const bool known =
+      mallopt(M_MMAP_THRESHOLD, kMost) && mallopt(M_TRIM_THRESHOLD, keep ? kNever : 2 * kMost);
+  if (!keep) malloc_trim(0);
+  return known;
+#else
+  return 0;
+#endif
 }

@@ -23,6 +23,7 @@ from fastft.foreign.loaders import dispatches
 from fastft.foreign.models import base_model, class_name, unwrapped
 from fastft.foreign.sharding import reason_not_to_run
 from fastft.integrations.block_mask import block_mask
+from fastft.integrations.freed_memory import keep_freed_memory
 from fastft.integrations.implementations import switched
 from fastft.integrations.optimizer_check import check_optimizer, gradients_are_lost
 from fastft.integrations.packed_loader import (
@@ -154,6 +155,7 @@ class PackingCallback(TrainerCallback):
         _training_begins(model, state, self)
         check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed is args)
         follow_training(args, model, kwargs.get("optimizer"), self._kept)
+        keep_freed_memory(model, self._kept)
         collator = packing_collator(loader)
         if collator is None:
             return None
