@@ -24,9 +24,10 @@ FASTFT_EXPORT void fastft_expect_use(void* memory, size_t bytes) {
   fastft::expect_use(memory, bytes);
 }
 
-// Whether this malloc can. Blocks beyond 32 MiB come from the system and go back to it one by one,
-// and where the heap's end goes back, it does from twice as many bytes on: glibc's own rules lead
-// there as soon as such a block was freed, but are off once one of the two was set.
+// Whether glibc can. Blocks beyond 32 MiB for which the heap has no room come from the system and
+// go back to it one by one, and where the heap's end goes back, it does from twice as many bytes
+// on: glibc's own rules come near this once a block of almost 32 MiB was freed, but are off for
+// good where one of the two was set.
 FASTFT_EXPORT int fastft_keep_freed([[maybe_unused]] int keep) {
 #ifdef __GLIBC__
   constexpr int kMost = 32 << 20, kNever = -1;

@@ -105,7 +105,8 @@ def is_ahead() -> bool:
     torch's, with AVX2 half of it and with AVX-512 on processors that are not Intel's a third where
     attention is causal (NOTES.md)."""
     isa = _native.cpu_isa() or ""
-    # torch's kernel multiplies by MKL, which keeps to AVX2 on processors that are not Intel's
+    # torch's kernel multiplies by MKL in fp32, in which its backward for bf16 is called as well,
+    # and MKL keeps to AVX2 on processors that are not Intel's
     return isa == "avx2" or (isa.startswith("avx512") and not _native.is_intel())
 
 

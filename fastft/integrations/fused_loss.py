@@ -16,6 +16,7 @@ from fastft.data.batch import known_count
 from fastft.foreign.compiling import is_compiled
 from fastft.foreign.engines import engine_of
 from fastft.foreign.models import unwrapped, whose_forward
+from fastft.integrations.freed_memory import keep_freed_memory
 from fastft.integrations.linear_products import reason_against, use_own_products
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.run_record import record_run
@@ -143,6 +144,7 @@ class FusedLossCallback(PackingCallback):
             _keep_loss_uncompiled(unwrapped(model), self._kept)
         if self.verify and self._attachment.heads:
             self._verify_first_batch(model)
+        keep_freed_memory(model, self._kept)
 
     def _use_own_products(self, model: nn.Module, args: TrainingArguments) -> None:
         compiled = args.torch_compile or is_compiled(model)

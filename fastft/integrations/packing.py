@@ -138,6 +138,7 @@ class PackingCallback(TrainerCallback):
         begins anew."""
         if self._begin(args, state, **kwargs) is not None:
             self._kept.callback(record_run(kwargs["model"], args))
+            keep_freed_memory(kwargs["model"], self._kept)
         else:
             logger.warning(
                 "fastft: PackingCallback does nothing: batches do not come from a "
@@ -155,7 +156,6 @@ class PackingCallback(TrainerCallback):
         _training_begins(model, state, self)
         check_optimizer(args, state, model, kwargs.get("optimizer"), self._handed is args)
         follow_training(args, model, kwargs.get("optimizer"), self._kept)
-        keep_freed_memory(model, self._kept)
         collator = packing_collator(loader)
         if collator is None:
             return None

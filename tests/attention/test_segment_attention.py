@@ -33,6 +33,7 @@ from support.numerics import assert_no_worse
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastft import _native
 from fastft.attention import attention_cpp
 from fastft.attention import segment_attention as room
 from fastft.attention.segment_attention import segment_attention
@@ -576,3 +577,19 @@ def test_tiles_of_a_window_are_linear() -> None:
         return sum(seen)
 
     assert read(4096) < 2.1 * read(2048)
+
+
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "baseline", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_taken_where_it_was_timed(isa, dtype, monkeypatch):
+    asked = room._Asked(dtype)
+    monkeypatch.setattr(_native, "cpu_isa", lambda: isa)
+    for intel, expected in (
+        (False, isa not in ("baseline", None)),
+        (True, isa == "avx2"),
+    ):
+        monkeypatch.setattr(_native, "is_intel", lambda intel=intel: intel)
+        assert attention_cpp.is_ahead() == expected
+        reason = room._cpp(torch.device("cpu"), asked)
+        assert (reason is None) == expected
+        assert room._cpp(torch.device("cpu"), asked._replace(by_name=True)) is None
