@@ -86,6 +86,8 @@ class FusedLossCallback(PackingCallback):
     Trainer's last log of a training has the numbers of `report` and the share of padding, as
     `fastft/fused` and others (docs/throughput.md).
 
+    On a CPU malloc keeps what a step frees until train end (docs/environment.md).
+
     An exception out of `train()` leaves the model attached, because Trainer then calls no callback:
     `restore()` takes it off, and so does the next training of the model that has this callback, a
     new one or a `PackingCallback`.

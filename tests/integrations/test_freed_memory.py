@@ -1,6 +1,7 @@
 """Memory that a training frees stays with the process until its end, and goes back then."""
 
 import contextlib
+import gc
 import os
 import platform
 import subprocess
@@ -32,6 +33,7 @@ def asked(monkeypatch):
     for name in ("GLIBC_TUNABLES", *freed_memory._SETTINGS):
         monkeypatch.delenv(name, raising=False)
     told = []
+    gc.collect()  # the trainings of other tests, which would end in this one
     monkeypatch.setattr(freed_memory, "_trainings", 0)
     monkeypatch.setattr(_native, "keep_freed", lambda keep: told.append(keep) or True)
     return told
