@@ -106,21 +106,23 @@ def test_the_heap_stays_and_goes():
         from fastft.integrations.process_memory import resident
 
         libc = ctypes.CDLL(None)
-        libc.malloc.restype = ctypes.c_void_p
+        libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+        blocks = (ctypes.c_void_p * 200)()  # all of it now: a list that grows would pin the heap
 
         def left_behind():
-            before = resident()
-            blocks = [libc.malloc({MIB}) for _ in range(200)]
-            for block in blocks:
-                ctypes.memset(block, 1, {MIB})
+            before, heap = resident(), libc.sbrk(0)
+            for index in range(200):
+                blocks[index] = libc.malloc({MIB})
+                ctypes.memset(blocks[index], 1, {MIB})
+            grown = libc.sbrk(0) - heap
             for block in reversed(blocks):
                 libc.free(ctypes.c_void_p(block))
-            return resident() - before
+            return resident() - before, grown
 
         assert _native.keep_freed(True)
-        kept, again, held = left_behind(), left_behind(), resident()
+        (kept, _), (again, _), held = left_behind(), left_behind(), resident()
         assert _native.keep_freed(False)
-        print(kept, again, held - resident(), left_behind())
+        print(kept, again, held - resident(), *left_behind())
     """
     environment = {
         name: value
@@ -134,11 +136,12 @@ def test_the_heap_stays_and_goes():
         text=True,
         check=True,
     )
-    kept, again, given_back, afterwards = (int(number) for number in done.stdout.split())
+    kept, again, given_back, afterwards, grown = (int(word) for word in done.stdout.split())
     assert kept > 150 * MIB
     assert again < 40 * MIB
     assert given_back > 150 * MIB
-    assert afterwards < 100 * MIB
+    # where the system has no room behind the heap, glibc's goes on elsewhere and stays
+    assert afterwards < 100 * MIB or grown < 150 * MIB
 
 
 class Interrupts(TrainerCallback):
