@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fastft.foreign.models import base_model, output_embeddings
-from fastft.loss import matrix_product
+from fastft.layers import matrix_product
 
 _PART = 2**24  # elements of AdamW's that are one after the other in the same memory
 _ROOM = 1.5  # of what a batch needs, for longer ones

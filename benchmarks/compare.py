@@ -101,7 +101,7 @@ def bytes_a_second() -> float:
 def flops_a_second(dtype: torch.dtype) -> float:
     """The most of a square product, of `dtype` or of fp32 (a processor may have no units for
     `dtype`), by torch, by its oneDNN where it has that for fp32, or by fastft."""
-    from fastft.loss import matrix_product
+    from fastft.layers import matrix_product
     from fastft.loss.head_gemms import is_emulated
 
     size, rates = 8192 if DEVICE == "cuda" else 2048, []

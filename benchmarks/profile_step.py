@@ -36,7 +36,7 @@ from transformers import TrainerCallback
 from whole_runs import VARIANTS, WORKLOADS, Workload, described, grid, trainer_of
 
 from fastft.foreign.models import base_model, output_embeddings
-from fastft.loss import matrix_product
+from fastft.layers import matrix_product
 
 PARTS = ["linear layers", "attention", "norms", "rotary", "activation", "embedding"]
 PARTS += ["head and loss", "model, between its layers"]

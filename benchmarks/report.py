@@ -37,6 +37,7 @@ OPS = {
     "trl_head": "TRL's fused head",
     "cross_entropy": "Cross-entropy over logits",
     "attention": "Attention of packed rows",
+    "swiglu": "Gated units",
     "collator": "Collating",
     "boundaries": "Boundaries of a batch",
     "plan": "Planning packs",

@@ -42,6 +42,7 @@ ROOMS = (
         "pool_segments",
         "segment_attention",
         "seq2seq",
+        "swiglu",
     ),
     "vocab_parallel",
 )

@@ -46,6 +46,7 @@ PRIVATE_NAMES = {
     "torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward": "its gradients",
     "torch._dynamo.eval_frame:OptimizedModule._orig_mod": "the model inside torch.compile",
     "torch.nn:Module._replicate_for_data_parallel": "replicas of a layer are stock ones",
+    "torch.nn.modules.module:_has_any_global_hook": "does somebody see what every module does",
     "torch.nn:Module._compiled_call_impl": "has a module been compiled in its place",
     "torch.distributed.fsdp:FullyShardedDataParallel._fsdp_wrapped_module": (
         "the model inside FSDP1"

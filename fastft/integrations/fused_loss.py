@@ -12,11 +12,13 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from fastft.checks import boolean
 from fastft.data.batch import known_count
 from fastft.foreign.compiling import is_compiled
 from fastft.foreign.engines import engine_of
 from fastft.foreign.models import unwrapped, whose_forward
 from fastft.integrations.freed_memory import keep_freed_memory
+from fastft.integrations.gated_units import use_own_units
 from fastft.integrations.linear_products import reason_against, use_own_products
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.run_record import record_run
@@ -66,6 +68,9 @@ class FusedLossCallback(PackingCallback):
             leaves AVX-512 unused (on processors that are not Intel's). The order of sums is another
             one then, their error is not. True: the same, and anywhere else a warning says why not.
             False: never.
+        swiglu: whether gated units, `down_proj(silu(gate_proj(x)) * up_proj(x))`, are computed on a
+            CPU in one pass that keeps no silu for backward, where they are large enough; False:
+            never.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which
@@ -74,6 +79,7 @@ class FusedLossCallback(PackingCallback):
         evaluation: the same of the evaluations inside it, where `fused` counts all that was
             computed chunk by chunk.
         linear_layers: how many have had one of fastft's products in the latest training.
+        gated_units: how many have had that pass in it.
         switched: as in `fastft.PackingCallback`.
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
@@ -96,7 +102,7 @@ class FusedLossCallback(PackingCallback):
         ValueError: from `train()`, before anything is trained, where an optimizer of fastft's does
             not hold what is trainable, is not the one that trains, or was made with other values
             than `args` have (docs/adamw.md); another `on_leak`.
-        TypeError: `linear` or `attention` is no bool.
+        TypeError: `linear`, `swiglu` or `attention` is no bool.
         PackingLeakError: from `train()`, as of `fastft.PackingCallback`.
     """
 
@@ -106,12 +112,15 @@ class FusedLossCallback(PackingCallback):
         on_leak: str = "error",
         attention: bool = True,
         linear: bool | None = None,
+        swiglu: bool = True,
     ) -> None:
         super().__init__(on_leak, attention)
+        self.swiglu = boolean("swiglu", swiglu)
         if linear is not None and not isinstance(linear, bool):
             raise TypeError(f"linear must be True, False or None, got {linear!r}")
         self.verify, self.linear = verify, linear
         self._own_products: set[int] | None = None  # of layers; None where none may have one
+        self._own_units: set[int] = set()
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
         self._trainer_name = ""
@@ -127,7 +136,7 @@ class FusedLossCallback(PackingCallback):
         model = kwargs["model"]
         self._said, self._said_places, self._said_size = False, 0, False
         evaluation = Evaluation(_in_evaluation_loop)
-        self.evaluation, self._own_products = evaluation.report, None
+        self.evaluation, self._own_products, self._own_units = evaluation.report, None, set()
         self._kept.callback(record_run(model, args))
         if args.n_gpu > 1:
             self.report = Report(
@@ -137,8 +146,7 @@ class FusedLossCallback(PackingCallback):
         self._trainer_name = type(_trainer()).__name__
         self._attachment = Attachment(model, evaluation, _other_models(), self._steps)
         self._kept.callback(self._attachment.remove)
-        if self.linear is not False:
-            self._use_own_products(model, args)
+        self._use_own_layers(model, args)
         if collator is not None:
             self._kept.callback(give_counted_labels(model, known_count))
         self.report = self._attachment.report
@@ -148,10 +156,13 @@ class FusedLossCallback(PackingCallback):
             self._verify_first_batch(model)
         keep_freed_memory(model, self._kept)
 
-    def _use_own_products(self, model: nn.Module, args: TrainingArguments) -> None:
+    def _use_own_layers(self, model: nn.Module, args: TrainingArguments) -> None:
         compiled = args.torch_compile or is_compiled(model)
-        why = reason_against(model, "torch.compile" if compiled else engine_of(args))
-        if why is None:
+        engine = "torch.compile" if compiled else engine_of(args)
+        if self.swiglu and engine is None:
+            self._own_units = use_own_units(model, self._kept)
+        why = None if self.linear is False else reason_against(model, engine)
+        if why is None and self.linear is not False:
             self._own_products = use_own_products(model, self._kept)
         elif self.linear:
             logger.warning(f"fastft: linear=True does nothing: {why}")
@@ -160,6 +171,11 @@ class FusedLossCallback(PackingCallback):
     def linear_layers(self) -> int:
         """How many have had one of fastft's products in the latest training."""
         return len(self._own_products or ())
+
+    @property
+    def gated_units(self) -> int:
+        """How many have been computed by fastft's kernel in the latest training."""
+        return len(self._own_units)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,11 +192,14 @@ class FusedLossCallback(PackingCallback):
         if not self._said:
             self._said = True
             self._say_outcome(kwargs["model"])
-            self._say_linear_layers()
+            self._say_own_layers()
 
-    def _say_linear_layers(self) -> None:
-        """Says after the first step how many layers had fastft's products: until then nobody knows
+    def _say_own_layers(self) -> None:
+        """Says after the first step how many layers had fastft's kernels: until then nobody knows
         how large these are."""
+        if self.gated_units:
+            one = "unit is" if self.gated_units == 1 else "units are"
+            logger.info(f"fastft: {self.gated_units} gated {one} computed in one pass")
         if self.linear_layers:
             logger.info(f"fastft: {self.linear_layers} linear layers multiply by fastft's kernel")
         elif self.linear and self._own_products is not None:

@@ -1,4 +1,4 @@
-"""The linear layers of a model in training, by `loss/matrix_product.py`, where that is faster.
+"""The linear layers of a model in training, by `layers/matrix_product.py`, where that is faster.
 
     y  = x W^T + b         (T, N)      x (T, K), W (N, K)
     dx = dy W              (T, K)
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 
 from fastft import _native
 from fastft.foreign.compiling import is_batched, is_watched
-from fastft.foreign.objects import put_attributes
-from fastft.loss import matrix_product
+from fastft.integrations.own_forward import is_stock, put_forward
+from fastft.layers import matrix_product
 
 # multiplications of a product: with fewer, Python's part of a layer takes what its products save
 LEAST_WORK = 1 << 24
@@ -84,26 +83,6 @@ def _forward_of(used: set[int]) -> Callable[[nn.Linear, Tensor], Tensor]:
     return forward
 
 
-def _put_on(layer: nn.Linear, forward: Callable[[nn.Linear, Tensor], Tensor]) -> Callable[[], None]:
-    """Gives one layer a method in the place of its `forward`, which no copy of it has: a method in
-    a copied `__dict__` would still be the first layer's. Returns what takes it off again."""
-
-    def stock(state: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in state.items() if name not in _PUT}
-
-    def replicate() -> nn.Linear:
-        replica = nn.Linear._replicate_for_data_parallel(layer)
-        replica.__dict__ = stock(vars(replica))
-        return replica
-
-    method = types.MethodType(forward, layer)
-    values = (method, lambda: stock(vars(layer)), replicate)
-    return put_attributes(layer, **dict(zip(_PUT, values, strict=True)))
-
-
-_PUT = ("forward", "__getstate__", "_replicate_for_data_parallel")
-
-
 def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not _is_torchs()
@@ -138,7 +117,7 @@ def _layers(model: nn.Module) -> list[nn.Linear]:
         layer
         for layer in model.modules()
         if type(layer) is nn.Linear
-        and layer.forward == types.MethodType(nn.Linear.forward, layer)
+        and is_stock(layer)
         and _is_fp32(layer.weight)
         and min(layer.weight.shape) >= matrix_product.LEAST
     ]
@@ -174,5 +153,5 @@ def use_own_products(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
     used: set[int] = set()
     forward = _forward_of(used)
     for layer in _layers(model):
-        stack.callback(_put_on(layer, forward))
+        stack.callback(put_forward(layer, forward))
     return used

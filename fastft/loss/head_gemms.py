@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fastft import _native
-from fastft.loss import matrix_product
+from fastft.layers import matrix_product
 from fastft.loss.options import times
 
 # a 16-bit parameter's gradient is summed in 16 bits over this many chunks at most

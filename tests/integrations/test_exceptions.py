@@ -16,7 +16,7 @@ from support.courses import EVENTS, WAYS, Course, frozen_objects, made, outcome,
 import fastft
 from fastft import _native
 from fastft.integrations import linear_products
-from fastft.loss import matrix_product
+from fastft.layers import matrix_product, swiglu
 
 ERRORS = (RuntimeError, KeyboardInterrupt, SystemExit, StopIteration, MemoryError)
 PLACES = (
@@ -64,6 +64,7 @@ def small_products(monkeypatch):
     monkeypatch.setattr(linear_products, "is_ahead", lambda: _native.missing("cpu") is None)
     monkeypatch.setattr(matrix_product, "LEAST", 4)
     monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
+    monkeypatch.setattr(swiglu, "LEAST", 1)
 
 
 @functools.cache

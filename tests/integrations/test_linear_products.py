@@ -22,7 +22,7 @@ from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations import linear_products
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.integrations.linear_products import linear, use_own_products
-from fastft.loss import matrix_product
+from fastft.layers import matrix_product
 
 needs_kernel = pytest.mark.skipif(
     _native.missing("cpu") is not None, reason="there is no library for CPUs"

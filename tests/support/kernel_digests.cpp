@@ -530,6 +530,20 @@ void matrix_product(int32_t dtype) {
   digest.print(std::string("matrix product, ") + (dtype == kFloat ? "fp32" : "bf16"));
 }
 
+void swiglu(int32_t dtype) {
+  Numbers numbers{7};
+  const auto number = [&] { return float(int(numbers.next() % 4001) - 2000) / 16.0f; };
+  const std::vector<int64_t> shape{3, 4099};
+  Array gate = filled(dtype, shape, number), up = filled(dtype, shape, number);
+  Array grad = filled(dtype, shape, number), out(dtype, shape), grad_gate(dtype, shape);
+  Array grad_up(dtype, shape);
+  call("swiglu", out, gate, up);
+  call("swiglu_backward", grad_gate, grad_up, grad, gate, up);
+  Digest digest;
+  for (Array* array : {&out, &grad_gate, &grad_up}) digest.add(*array);
+  digest.print(std::string("swiglu, ") + (dtype == kFloat ? "fp32" : "bf16"));
+}
+
 // All keys are 0: weights are 1 / n, results sums of small integers, divided at the end, and no
 // query has a gradient. lse comes of libm, and with it what values get, of which the sum is known.
 void attention(int32_t dtype, int64_t size, int64_t window) {
@@ -596,6 +610,8 @@ void refusals() {
   refused("packed_boundaries", half, half, half, n, half, half, half, half);
   refused("plan_packs", half, half, int64_t(1), n, half, half, half, half);
   refused("matrix_product", half, half, half, n);
+  refused("swiglu", half, half, half);
+  refused("swiglu_backward", half, half, half, half, half);
   refused("segment_attention_forward", half, half, half, half, half, half, 1.0, n, n, 0.0);
   refused("segment_attention_backward", half, half, half, half, half, half, half, half, half, half,
           1.0, n, n, 0.0);
@@ -620,7 +636,7 @@ int main(int count, char** arguments) {
   }
   boundaries();
   plan(kInt64), plan(kInt32);
-  for (const int32_t dtype : {kFloat, kBfloat16}) matrix_product(dtype);
+  for (const int32_t dtype : {kFloat, kBfloat16}) matrix_product(dtype), swiglu(dtype);
   for (const int32_t dtype : {kFloat, kBfloat16})
     for (const int64_t size : {1, 40, 64})
       for (const int64_t window : {0, 70}) attention(dtype, size, window);

@@ -30,7 +30,7 @@ class LossPiece:
         trainer: a Trainer before `train()`.
         wanted: `loss` of `plug`.
         packs: whether batches are packed.
-        attention, linear: of `plug`.
+        attention, linear, swiglu: of `plug`.
 
     Attributes:
         callback: what fuses the loss and keeps packed sequences apart: the Trainer's own, if it has
@@ -38,7 +38,13 @@ class LossPiece:
     """
 
     def __init__(
-        self, trainer: Trainer, wanted: bool, packs: bool, attention: bool, linear: bool | None
+        self,
+        trainer: Trainer,
+        wanted: bool,
+        packs: bool,
+        attention: bool,
+        linear: bool | None,
+        swiglu: bool,
     ) -> None:
         self._trainer: Any = trainer
         self._wanted = wanted
@@ -54,7 +60,7 @@ class LossPiece:
         self._is_new = given is None
         self.callback: PackingCallback | None = given
         if given is None and wanted:
-            self.callback = _PluggedLoss(attention=attention, linear=linear)
+            self.callback = _PluggedLoss(attention=attention, linear=linear, swiglu=swiglu)
         elif given is None and packs:
             self.callback = PackingCallback(attention=attention)
 
@@ -99,7 +105,7 @@ class LossPiece:
         if report.fused:
             also = ", ".join(report.materialised)
             asked = f"; real logits were asked for by {also}" if also else ""
-            return f"fused at {heads}{_softcap(model)}{_linear(callback)}{asked}"
+            return f"fused at {heads}{_softcap(model)}{_layers(callback)}{asked}"
         if report.materialised:
             return f"left alone: real logits were asked for by {', '.join(report.materialised)}"
         if trained:
@@ -132,9 +138,11 @@ def _names(model: nn.Module, heads: list[nn.Linear]) -> list[str]:
     return [names.get(id(head), "the output head") for head in heads]
 
 
-def _linear(callback: FusedLossCallback) -> str:
-    count = callback.linear_layers
-    return f"; {count} linear layers by fastft's products" if count else ""
+def _layers(callback: FusedLossCallback) -> str:
+    linear, gated = callback.linear_layers, callback.gated_units
+    said = f"; {linear} linear layers by fastft's products" if linear else ""
+    units = "unit" if gated == 1 else "units"
+    return said + (f"; {gated} gated {units} in one pass" if gated else "")
 
 
 def _softcap(model: nn.Module) -> str:

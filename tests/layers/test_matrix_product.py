@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastft import _native, linear_cross_entropy
 from fastft.integrations import linear_products
-from fastft.loss import matrix_product
+from fastft.layers import matrix_product
 
 PRODUCT = matrix_product.PRODUCT
 SHAPES = [(1, 1, 1), (5, 3, 7), (14, 192, 32), (63, 507, 65), (169, 193, 2049), (3, 8193, 47)]

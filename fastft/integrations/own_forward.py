@@ -1,0 +1,46 @@
+"""A `forward` of fastft's on one module of a model, for the time of a training.
+
+It hides the class's by an attribute of that one instance: state dicts, hooks and classes stay.
+Every copy of the module (`copy`, pickles, the replicas of `nn.DataParallel`) is a stock one with
+weights of its own, and so is what `torch.jit.script` makes of it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastft.foreign.objects import put_attributes
+
+_PUT = ("forward", "__getstate__", "_replicate_for_data_parallel")
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether its `forward` is its class's. Another one (lazy logits, accelerate's offloading, a
+    tensor-parallel plan) is somebody's."""
+    return bool(module.forward == types.MethodType(type(module).forward, module))
+
+
+def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Gives a stock module a method in the place of its `forward`, which no copy of it has: a
+    method in a copied `__dict__` would still be the first module's. Returns what takes it off
+    again.
+
+    Args:
+        forward: a function of this name, so that the method pickles and torch.jit compiles it.
+    """
+
+    def stock(state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in state.items() if name not in _PUT}
+
+    def replicate() -> nn.Module:
+        replica = type(module)._replicate_for_data_parallel(module)
+        replica.__dict__ = stock(vars(replica))
+        return replica
+
+    method = types.MethodType(forward, module)
+    values = (method, lambda: stock(vars(module)), replicate)
+    return put_attributes(module, **dict(zip(_PUT, values, strict=True)))

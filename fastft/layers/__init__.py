@@ -1,0 +1,1 @@
+"""What layers of models compute, apart from loss and attention."""

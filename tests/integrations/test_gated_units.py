@@ -1,0 +1,301 @@
+"""Gated units of models by our own kernel: which they are, and that a training stays stock's."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+
+import pytest
+import torch
+from support.fused_trainings import SIZES, arguments, examples, gemma, llama, train
+from torch import nn
+from torch.overrides import BaseTorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import fastft
+from fastft import _native
+from fastft.integrations import fused_loss as fused_loss_module
+from fastft.integrations import gated_units
+from fastft.integrations.fused_loss import FusedLossCallback
+from fastft.integrations.gated_units import use_own_units
+from fastft.layers import swiglu as swiglu_room
+
+needs_kernel = pytest.mark.skipif(
+    _native.missing("cpu") is not None, reason="there is no library for CPUs"
+)
+
+
+@pytest.fixture
+def units(monkeypatch):
+    """The units that the kernel has computed, small ones too and on every processor."""
+    monkeypatch.setattr(gated_units, "is_ahead", lambda: True)
+    monkeypatch.setattr(swiglu_room, "LEAST", 1)
+    computed, real = [], gated_units.swiglu
+    monkeypatch.setattr(gated_units, "swiglu", lambda *two: computed.append(1) or real(*two))
+    return computed
+
+
+def unit(**changes):
+    return llama(**changes).model.layers[0].mlp
+
+
+def inputs(module):
+    torch.manual_seed(1)
+    return torch.randn(3, 11, module.gate_proj.in_features, requires_grad=True)
+
+
+def results(module, x):
+    y = module(x)
+    y.square().sum().backward()
+    found = [y.detach(), x.grad, *(p.grad for p in module.parameters() if p.grad is not None)]
+    x.grad = None
+    module.zero_grad()
+    return found
+
+
+@needs_kernel
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2"])
+def test_units_of_decoders_are_known_by_their_code(family, units):
+    config = AutoConfig.for_model(family, **SIZES, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.arange(3, 40).view(1, -1)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        with contextlib.ExitStack() as stack:
+            used = use_own_units(model, stack)
+            torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    assert len(units) == len(used) == 1
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+class Doubled(LlamaMLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Limited(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7.0) * self.up_proj(x))
+
+
+class Swapped(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Subclass(LlamaMLP):
+    pass
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", [Doubled, Limited, Swapped, Subclass])
+def test_another_forward_is_left_alone(kind, units):
+    module = unit()
+    module.__class__ = kind
+    x = inputs(module)
+    expected = results(module, x)
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        torch.testing.assert_close(results(module, x), expected)
+    assert len(units) == (kind is Subclass)
+
+
+@needs_kernel
+def test_another_activation_is_left_alone(units):
+    for model in (gemma(), llama(hidden_act="gelu")):
+        with contextlib.ExitStack() as stack:
+            use_own_units(model, stack)
+            model(torch.arange(3, 20).view(1, -1))
+    assert not units
+
+
+class Seen(nn.SiLU):
+    pass
+
+
+def _with_hook(module):
+    module.act_fn.register_forward_hook(lambda *call: call[-1] + 1)
+
+
+def _with_pre_hook(module):
+    module.act_fn.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+
+def _of_another_class(module):
+    module.act_fn = Seen()
+
+
+def _with_a_forward_of_its_own(module):
+    module.act_fn.forward = torch.tanh
+
+
+def _that_writes(module):
+    module.act_fn = nn.SiLU(inplace=True)
+
+
+CHANGES = [_with_hook, _with_pre_hook, _of_another_class, _with_a_forward_of_its_own, _that_writes]
+
+
+@needs_kernel
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_activation_that_somebody_sees_or_changes_runs(change, late, units):
+    module = unit()
+    changed = copy.deepcopy(module)
+    change(changed)
+    x = inputs(module)
+    expected = results(changed, x)
+    with contextlib.ExitStack() as stack:
+        if not late:
+            change(module)
+        use_own_units(nn.Sequential(module), stack)
+        if late:
+            change(module)
+        torch.testing.assert_close(results(module, x), expected)
+    assert not units
+
+
+@needs_kernel
+def test_a_hook_on_all_modules_sees_the_activation(units):
+    module, seen = unit(), []
+    x = inputs(module)
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *call: seen.append(module)
+        )
+        stack.callback(handle.remove)
+        module(x)
+    assert module.act_fn in seen and not units
+
+
+@needs_kernel
+def test_the_layers_are_called_with_their_hooks_and_in_their_order(units):
+    module, seen = unit(), []
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(module, name).register_forward_hook(lambda *call, name=name: seen.append(name))
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        module(inputs(module))
+    assert seen == ["gate_proj", "up_proj", "down_proj"] and units
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_results_and_gradients_by_dtype(dtype, units):
+    module = unit().to(dtype)
+    x = inputs(module).detach().to(dtype).requires_grad_()
+    expected = results(module, x)
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        found = results(module, x)
+    close = {"rtol": 3e-2, "atol": 3e-2} if dtype != torch.float32 else {}
+    torch.testing.assert_close(found, expected, **close)
+    assert len(units) == (dtype != torch.float16)
+
+
+@needs_kernel
+def test_under_autocast_the_kernel_takes_what_the_layers_give(units):
+    module = unit()
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(inputs(module)).dtype == torch.bfloat16
+    assert units
+
+
+@needs_kernel
+def test_who_watches_sees_torchs_operations(units):
+    module = unit()
+    x = inputs(module)
+    expected = module(x)
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        with BaseTorchFunctionMode():
+            torch.testing.assert_close(module(x), expected)
+        torch.func.vmap(module)(x)
+        assert not units
+        scripted = torch.jit.trace(module, x, check_trace=False)
+        torch.testing.assert_close(scripted(x), expected)
+    assert not units
+
+
+@needs_kernel
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_a_stock_one_with_weights_of_its_own(copied, units):
+    module = unit()
+    x = inputs(module)
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        made = copied(module)
+        torch.testing.assert_close(made(x), module(x))
+        nn.init.zeros_(made.down_proj.weight)
+        assert not made(x).any()
+    assert len(units) == 1
+
+
+@needs_kernel
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("way", ["plain", "adapter", "checkpointing", "accumulation"])
+def test_a_training_has_stocks_losses_and_leaves_nothing(way, own, units, tmp_path):
+    def model():
+        made = llama()
+        if way == "adapter":
+            peft = pytest.importorskip("peft")
+            torch.manual_seed(1)
+            made = peft.get_peft_model(made, peft.LoraConfig(target_modules="all-linear"))
+        return made
+
+    changes = {
+        "checkpointing": {"gradient_checkpointing": True},
+        "accumulation": {"gradient_accumulation_steps": 3},
+    }.get(way, {})
+    stock, weights, _ = train(tmp_path, model(), **changes)
+    callback, trained = FusedLossCallback(swiglu=own), model()
+    fused, others, _ = train(tmp_path, trained, [callback], **changes)
+    assert fused.losses == pytest.approx(stock.losses, rel=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=1e-3, atol=1e-4)
+    assert callback.gated_units == int(own) and bool(units) == own
+    assert all("forward" not in vars(module) for module in trained.modules())
+
+
+@needs_kernel
+def test_it_says_what_it_did(units, monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(fused_loss_module.logger, "info", said.append)
+    callback = FusedLossCallback()
+    train(tmp_path, llama(), [callback])
+    assert "fastft: 1 gated unit is computed in one pass" in said
+    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=examples())
+    plugged = fastft.plug(trainer)
+    trainer.train()
+    assert "; 1 gated unit in one pass" in plugged.lines["loss"]
+
+
+@needs_kernel
+def test_small_units_and_compiled_models_are_left_alone(units, monkeypatch, tmp_path):
+    callback = FusedLossCallback()
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    train(tmp_path, llama(), [callback], **compiled)
+    assert callback.gated_units == 0
+    monkeypatch.setattr(swiglu_room, "LEAST", 1 << 40)
+    train(tmp_path, llama(), [callback])
+    assert callback.gated_units == 0 and not units
+
+
+def test_processors_without_wide_registers_keep_torchs(monkeypatch):
+    for isa, ahead in (("baseline", False), ("avx2", True), ("avx512", True), (None, False)):
+        monkeypatch.setattr(_native, "cpu_isa", lambda isa=isa: isa)
+        assert swiglu_room.is_ahead() == ahead
+
+
+def test_it_is_a_switch(tmp_path):
+    with pytest.raises(TypeError, match="swiglu must be True or False, got 'no'"):
+        FusedLossCallback(swiglu="no")
+    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=examples())
+    with pytest.raises(TypeError, match="swiglu must be True or False, got 1"):
+        fastft.plug(trainer, swiglu=1)
