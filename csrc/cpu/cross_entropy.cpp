@@ -1,6 +1,8 @@
 // cross_entropy_rows on the CPU: checks the arguments and spreads the rows over torch's threads.
 #include "cross_entropy.h"
 
+#include <memory>
+
 #include "cross_entropy_args.h"
 #include "isa.h"
 #include "pages.h"
@@ -46,8 +48,15 @@ struct Rows {
     if (job.grad) std::memset(grad(i), 0, job.classes * itemsize);
   }
 
-  void compute(int64_t i, void (*kernel)(fastft::CrossEntropyRow*)) const {
+  // Whether a row's gradient is its exponentials times one number, and neither is known yet.
+  bool keeps_exponentials() const {
+    const bool more = job.upstream[2] || job.label_smoothing != 0.0f || job.softcap != 0.0f;
+    return job.grad && !job.sums && !more;
+  }
+
+  void compute(int64_t i, void (*kernel)(fastft::CrossEntropyRow*), float* exponentials) const {
     fastft::CrossEntropyRow row{};
+    row.exponentials = exponentials;
     row.logits = static_cast<const char*>(job.logits) + i * job.stride * itemsize;
     row.grad = grad(i);
     row.weight = job.weight;
@@ -83,11 +92,14 @@ void cross_entropy_rows(StableIValue* stack, uint64_t nargs, uint64_t) {
   if (job.grad && job.grad != job.logits)
     fastft::expect_use(job.grad, rows.itemsize * ((job.rows - 1) * job.grad_stride + job.classes));
   fastft::parallel_for(job.rows, 1 + 16384 / job.classes, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<float[]> exponentials;
+    if (rows.keeps_exponentials())
+      exponentials.reset(new float[size_t(job.classes + fastft::kExponentials)]);
     for (int64_t i = begin; i < end; i++)
       if (target_of(job, i) == job.ignore_index)
         rows.ignore(i);
       else
-        rows.compute(i, kernel);
+        rows.compute(i, kernel, exponentials.get());
   });
 }
 

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 namespace fastft {
+constexpr int64_t kExponentials = 16;
 struct CrossEntropyRow {
   const void* logits;   // `classes` floats or bfloat16s, one after another
   void* grad;           // as many of the same type, or null; may be `logits`
@@ -13,7 +14,8 @@ struct CrossEntropyRow {
   float softcap;  // 0: none
   float upstream_loss, upstream_lse, upstream_entropy;
   bool bfloat16, statistics;
-  double* sums;  // null, or maximum and `others`: with `grad` known, else a result
+  float* exponentials;  // null, or room for those of a row, rounded up to kExponentials
+  double* sums;         // null, or maximum and `others`: with `grad` known, else a result
   float loss, lse,
       entropy;  // results, but where sums are known; entropy and is_top1 only with `statistics`
   bool is_top1;

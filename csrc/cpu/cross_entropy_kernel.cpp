@@ -8,7 +8,7 @@
 #include "isa.h"
 
 namespace {
-constexpr int kLanes = 16, kVectors = kLanes / kWidth;
+constexpr int kLanes = fastft::kExponentials, kVectors = kLanes / kWidth;
 
 // The factor of exp_negative(x): 0 where that is 0, because 0 * -Inf is NaN.
 FASTFT_HD Floats finite(Floats x) { return x < -87.0f ? Floats{} : x; }
@@ -138,6 +138,21 @@ void write_gradient(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow
       (kCap ? target_grad * logits.slope(Floats{} + target_logit) : target_grad)[0]);
 }
 
+// The gradient where the exponentials are there: the softmax's alone, without a softcap.
+template <class T>
+void scale_exponentials(const fastft::CrossEntropyRow& row, const fastft::RowResult& result) {
+  T* grad = static_cast<T*>(row.grad);
+  const float scale = row.logit_scale, base = result.base * scale;
+  int64_t i = 0;
+  for (; i + kLanes <= row.classes; i += kLanes)
+    for (int v = 0; v < kVectors; v++) {
+      const int64_t at = i + v * kWidth;
+      store(grad + at, load(row.exponentials + at) * base);
+    }
+  for (; i < row.classes; i++) put(grad + i, row.exponentials[i] * base);
+  put(grad + row.target, result.target_grad * scale);
+}
+
 template <class T, bool kCap>
 fastft::RowSums sums_of(const Logits<T, kCap>& logits, const fastft::CrossEntropyRow& row) {
   const float target_logit = logits.one(row.target);
@@ -145,8 +160,15 @@ fastft::RowSums sums_of(const Logits<T, kCap>& logits, const fastft::CrossEntrop
     return {static_cast<float>(row.sums[0]), target_logit, row.sums[1], 0.0, 0.0};
   const float max = row_max(logits, row.classes);
   fastft::RowSums sums{max, target_logit, 0.0, 0.0, 0.0};
-  sums.others = sum_row(logits, row.classes, row.target,
-                        [=](Floats z, int64_t) { return exp_negative(z - max); });
+  if (row.exponentials)
+    sums.others = sum_row(logits, row.classes, row.target, [=, &row](Floats z, int64_t i) {
+      const Floats e = exp_negative(z - max);
+      store(row.exponentials + i, e);
+      return e;
+    });
+  else
+    sums.others = sum_row(logits, row.classes, row.target,
+                          [=](Floats z, int64_t) { return exp_negative(z - max); });
   if (row.label_smoothing != 0.0f) sums.below = sum_below(logits, row, max);
   if (row.statistics || row.upstream_entropy != 0.0f)
     sums.moment = sum_row(logits, row.classes, -1, [=](Floats z, int64_t) {
@@ -170,7 +192,9 @@ void compute_row(fastft::CrossEntropyRow& row) {
   row.entropy = result.entropy;
   row.is_top1 = row.statistics && is_first_maximum(logits, row.target, max);
   if (!row.grad) return;
-  if (result.slope != 0.0f || result.spread != 0.0f)
+  if (row.exponentials)
+    scale_exponentials<T>(row, result);
+  else if (result.slope != 0.0f || result.spread != 0.0f)
     write_gradient<T, kCap, true>(logits, row, max, result);
   else
     write_gradient<T, kCap, false>(logits, row, max, result);

@@ -121,14 +121,18 @@ def _is_ours(a: Tensor, b: Tensor, out: Tensor) -> bool:
     return not in_16_bits and matrix_product.is_ahead() and matrix_product.takes(out, a, b)
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:
-    """Adds a b to `out`, which may be wider than both; `first`: writes it there."""
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool, alpha: float = 1.0) -> None:
+    """Adds alpha a b to `out`, which may be wider than both; `first`: writes it there. An alpha is
+    for torch's products on a CPU."""
     if _is_ours(a, b, out):
         matrix_product.PRODUCT.native(out, a, b, not first)
         return
     b = b.to(a.dtype)
     if out.dtype == a.dtype:
-        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
+        if first and alpha == 1.0:
+            torch.mm(a, b, out=out)
+        else:
+            torch.addmm(out, a, b, beta=int(not first), alpha=alpha, out=out)
         return
     widens = out.dtype == torch.float32 and knows_out_dtype("mm", a.dtype, a.device)
     if widens and first:
@@ -138,7 +142,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool) -> None:
     else:  # there is no product that adds to another dtype: it goes through a slab
         for slab in slabs(out):
             part = out.new_empty(out[slab].shape, dtype=out.dtype if widens else a.dtype)
-            multiply(a[slab], b, part, first=True)
+            multiply(a[slab], b, part, first=True, alpha=alpha)
             out[slab].copy_(part) if first else out[slab].add_(part)
 
 
@@ -185,14 +189,18 @@ class HeadTerm:
     ) -> None:
         """Writes dx of these rows, and adds their part to dW and db.
 
-        `inverse`: () times which x goes into dW.
+        `inverse`: () times which dW is summed.
         """
         dz = dz.to(self.dtype)  # as torch's sum of terms of two dtypes hands it to the narrower
         if self.d_input is not None:
             self.d_input[where] = self._input_gradient(dz).to(self.d_input.dtype)
         if self.d_weight is not None:
-            x = x if inverse is None else times(x, inverse)
-            multiply(dz.T, x.to(dz.dtype), self.d_weight, first=self.is_first)
+            alpha = 1.0
+            if inverse is not None and inverse.device.type == "cpu":
+                alpha = float(inverse)  # of the sums in fp32, before they are rounded
+            elif inverse is not None:
+                x = times(x, inverse)
+            multiply(dz.T, x.to(dz.dtype), self.d_weight, first=self.is_first, alpha=alpha)
         if self.d_bias is not None:
             self.d_bias += dz.sum(0, dtype=self.d_bias.dtype)
         self.is_first = False

@@ -15,9 +15,9 @@ computed when, in products of 2 T H V flops, depends on who needs a gradient:
     nobody needs one           forward: z (1)
 
 Products run in the dtype of the operands (`head_gemms` says how), statistics and sums in fp32. dz
-is between -1 and 1, unnormalised, and so are the gradients of a sum, and on a CPU and in fp16
-(which loses nothing so under a GradScaler) those of a mean, a sum over N. A device's fp32 and bf16
-gradients of a mean are divided in the forward pass:
+is between -1 and 1, unnormalised, and so are the gradients of a sum, and in fp16 (which loses
+nothing so under a GradScaler) and in fp32 products on a CPU those of a mean, a sum over N. A
+device's fp32 and bf16 gradients of a mean are divided in the forward pass:
 
     dW = sum over chunks of dz^T round(x / N)
     dx = round(round(dz W) / N),     db = round(sum dz / N)
@@ -25,7 +25,8 @@ gradients of a mean are divided in the forward pass:
 What backward scales by is 1 then, as a rule, and the scaling (`scale_gradients`) leaves them alone.
 It is x that is divided and not dz: where a target has a small probability dz is near -1, and all
 these would be rounded alike in bf16, by up to 0.39 %. The roundings of x differ, and there is one
-of dW less.
+of dW less. A CPU's bf16 products are divided themselves, before they are rounded:
+dW = sum over chunks of round(dz^T x / N).
 
 Kept for backward: dx, dW and db, or only the operands where backward makes z again. Bytes moved on
 top of the products' operands: for each chunk, 4 passes over the workspace (R V) and 2 over dW.
@@ -49,7 +50,9 @@ from fastft.loss.options import refuse_second_derivative, statistics_dtype
 
 def divides_rows(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the gradients of a mean are divided where they are made, for products in `dtype`."""
-    return device.type != "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if device.type == "cpu":
+        return working_dtype(dtype, device.type) == torch.bfloat16
+    return dtype in (torch.float32, torch.bfloat16)
 
 
 def _linear_cross_entropy_rows(
