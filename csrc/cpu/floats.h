@@ -128,8 +128,8 @@ FASTFT_HD void store(uint16_t* p, Floats x) {
 FASTFT_HD void put(float* p, float x) { *p = x; }
 FASTFT_HD void put(uint16_t* p, float x) { *p = bf16_nearest(x); }
 
-// exp for x <= 0, within 1 ulp: 2^n * e^r with Cephes' minimax polynomial for e^r. Below the
-// smallest normal number it is 0; NaN stays NaN.
+// exp for x <= 0, within 1 ulp: 2^n * e^r with Cephes' minimax polynomial for e^r. Below -87,
+// where it is near the smallest normal number, it is 0; NaN stays NaN.
 FASTFT_HD Floats exp_negative(Floats x) {
   constexpr float kSmallest = -87.0f;
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits

@@ -4,20 +4,23 @@
 
 Which modules are such units their code says: the instructions of their class's `forward` are those
 of a function that stands here, as in most decoders of transformers (Llama, Mistral, Qwen, SmolLM),
-so that nobody keeps a list of their classes. The three layers are called as ever, with their hooks
-and adapters. Under autocast the kernel takes the dtypes that the layers give. Whatever differs,
-another activation or one with hooks, another shape or dtype, a GPU, compiled code, is the model's.
+so that nobody keeps a list of their classes. The three layers are called in their order, with their
+hooks and adapters. Under autocast the kernel takes the dtypes that the layers give. Whatever
+differs, another activation or one with hooks, another shape or dtype, a GPU, compiled code, is the
+model's, and so are passes without gradients: there a layer may write its result where another one
+had its own, and the activation waits for `up_proj` here.
 """
 
 from __future__ import annotations
-import __future__
 
 import contextlib
+import inspect
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
@@ -34,59 +37,89 @@ def _assigned(self: Any, x: Tensor) -> Any:
     return down_proj
 
 
+# what makes more of a function than a call with one result
+_KINDS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR
+_KINDS |= inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
 def _instructions(code: CodeType) -> tuple[Any, ...]:
-    """What a function does, but for the names of its variables."""
-    kind = code.co_flags & ~__future__.annotations.compiler_flag
-    return code.co_code, code.co_names, code.co_argcount, code.co_freevars, kind
+    """What a function does, but for the names of its variables and where it was defined."""
+    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
+    return code.co_code, code.co_names, code.co_freevars, counts, code.co_flags & _KINDS
 
 
 _FORMS = {_instructions(form.__code__) for form in (_returned, _assigned)}
+# as they were found: whoever replaces one of them wants another activation
+_SILU, _FORWARDS = F.silu, {kind: kind.forward for kind in (nn.SiLU, SiLUActivation)}
 
 
-def _is_unit(module: nn.Module) -> bool:
-    code = getattr(type(module).forward, "__code__", None)
-    return isinstance(code, CodeType) and _instructions(code) in _FORMS and is_stock(module)
+def _argument_of(module: nn.Module) -> str | None:
+    """The name of the argument of a unit's `forward`; None where the module is no unit."""
+    function = type(module).forward
+    if not isinstance(function, FunctionType) or function.__defaults__ or not is_stock(module):
+        return None
+    code = function.__code__
+    return code.co_varnames[1] if _instructions(code) in _FORMS else None
 
 
 def _is_plain_silu(activation: Any) -> bool:
     """Whether it is silu, and nobody else sees what it is given or gives."""
+    forward = _FORWARDS.get(type(activation))
     hooks = (
         "_forward_pre_hooks _forward_hooks _backward_pre_hooks _backward_hooks "
         "_forward_hooks_always_called"
     )
     return (
-        type(activation) in (nn.SiLU, SiLUActivation)
+        forward is not None
+        and getattr(activation.forward, "__func__", None) is forward
+        and F.silu is _SILU
         and not getattr(activation, "inplace", False)
-        and is_stock(activation)
         and not any(getattr(activation, name) for name in hooks.split())
         and not nn.modules.module._has_any_global_hook()
     )
 
 
-def _forward_of(used: set[int]) -> Callable[[Any, Tensor], Any]:
-    """The units' `forward` while the kernel is on; ids of those that had it go into `used`."""
+def _forwards_of(used: set[int], on: list[bool]) -> dict[str, Callable[[Any, Tensor], Any]]:
+    """The units' `forward` while the kernel is `on`, by the name of its argument; ids of those that
+    had it go into `used`."""
 
+    def computed(self: Any, x: Tensor) -> Any:
+        gate = self.gate_proj(x)
+        if not (on and gate.requires_grad and takes(gate) and _is_plain_silu(self.act_fn)):
+            return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+        up = self.up_proj(x)
+        if not takes(gate, up):
+            return self.down_proj(self.act_fn(gate) * up)
+        used.add(id(self))
+        return self.down_proj(swiglu(gate, up))
+
+    # of this name and functions, so that the units' methods pickle and torch.jit compiles them
     def forward(self: Any, x: Tensor) -> Any:
         if not torch.jit.is_scripting():
-            gate = self.gate_proj(x)
-            if not (takes(gate) and _is_plain_silu(self.act_fn)):
-                return self.down_proj(self.act_fn(gate) * self.up_proj(x))
-            up = self.up_proj(x)
-            if not takes(gate, up):
-                return self.down_proj(self.act_fn(gate) * up)
-            used.add(id(self))
-            return self.down_proj(swiglu(gate, up))
+            return computed(self, x)
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
-    return forward
+    found = {"x": forward}
+
+    def forward(self: Any, hidden_state: Tensor) -> Any:  # type: ignore[no-redef]
+        if not torch.jit.is_scripting():
+            return computed(self, hidden_state)
+        return self.down_proj(
+            self.act_fn(self.gate_proj(hidden_state)) * self.up_proj(hidden_state)
+        )
+
+    return {**found, "hidden_state": forward}
 
 
 def use_own_units(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
     """Gives the gated units of `model` fastft's kernel until `stack` is closed, where it is faster;
     returns the ids of those that have had it, which grow with the first forward passes."""
     used: set[int] = set()
-    forward = _forward_of(used)
-    for module in model.modules():
-        if is_ahead() and _is_unit(module) and _is_plain_silu(getattr(module, "act_fn", None)):
+    on = [True]  # empty from the end on, also for who has kept a unit's method
+    forwards = _forwards_of(used, on)
+    stack.callback(on.clear)
+    for module in model.modules() if is_ahead() else ():
+        forward = forwards.get(_argument_of(module) or "")
+        if forward is not None and _is_plain_silu(getattr(module, "act_fn", None)):
             stack.callback(put_forward(module, forward))
     return used

@@ -33,8 +33,17 @@ def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], 
         forward: a function of this name, so that the method pickles and torch.jit compiles it.
     """
 
-    def stock(state: dict[str, Any]) -> dict[str, Any]:
+    def stock(state: Any) -> Any:
+        if not isinstance(state, dict):
+            return state
         return {name: value for name, value in state.items() if name not in _PUT}
+
+    def state() -> Any:
+        own = getattr(type(module), "__getstate__", None)
+        # what every object has, from Python 3.11 on, would find this one
+        if own is None or own is getattr(object, "__getstate__", None):
+            return stock(vars(module))
+        return stock(own(module))
 
     def replicate() -> nn.Module:
         replica = type(module)._replicate_for_data_parallel(module)
@@ -42,5 +51,5 @@ def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], 
         return replica
 
     method = types.MethodType(forward, module)
-    values = (method, lambda: stock(vars(module)), replicate)
+    values = (method, state, replicate)
     return put_attributes(module, **dict(zip(_PUT, values, strict=True)))

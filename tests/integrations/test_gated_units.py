@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -61,11 +62,10 @@ def test_units_of_decoders_are_known_by_their_code(family, units):
     config = AutoConfig.for_model(family, **SIZES, num_key_value_heads=2)
     model = AutoModelForCausalLM.from_config(config)
     tokens = torch.arange(3, 40).view(1, -1)
-    with torch.no_grad():
-        expected = model(tokens).logits
-        with contextlib.ExitStack() as stack:
-            used = use_own_units(model, stack)
-            torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    expected = model(tokens).logits
+    with contextlib.ExitStack() as stack:
+        used = use_own_units(model, stack)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
     assert len(units) == len(used) == 1
     assert all("forward" not in vars(module) for module in model.modules())
 
@@ -85,12 +85,52 @@ class Swapped(LlamaMLP):
         return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
+class WithOptions(LlamaMLP):
+    def forward(self, x, *, scale=None):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class WithDefault(LlamaMLP):
+    def forward(self, x=torch.ones(3, 32)):  # noqa: B008
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class OtherName(LlamaMLP):
+    def forward(self, states):
+        return self.down_proj(self.act_fn(self.gate_proj(states)) * self.up_proj(states))
+
+
 class Subclass(LlamaMLP):
     pass
 
 
 @needs_kernel
-@pytest.mark.parametrize("kind", [Doubled, Limited, Swapped, Subclass])
+def test_an_argument_keeps_its_name(units):
+    """Also of a class that is defined in a function."""
+
+    class Named(LlamaMLP):
+        def forward(self, hidden_state):
+            """With a docstring."""
+            return self.down_proj(
+                self.act_fn(self.gate_proj(hidden_state)) * self.up_proj(hidden_state)
+            )
+
+    for kind, name in ((Named, "hidden_state"), (LlamaMLP, "x")):
+        module = unit()
+        module.__class__ = kind
+        x = inputs(module)
+        expected = module(x)
+        with contextlib.ExitStack() as stack:
+            use_own_units(nn.Sequential(module), stack)
+            torch.testing.assert_close(module(**{name: x}), expected)
+    assert len(units) == 2
+
+
+OTHERS = [Doubled, Limited, Swapped, WithOptions, WithDefault, OtherName]
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", [*OTHERS, Subclass])
 def test_another_forward_is_left_alone(kind, units):
     module = unit()
     module.__class__ = kind
@@ -155,6 +195,77 @@ def test_an_activation_that_somebody_sees_or_changes_runs(change, late, units):
             change(module)
         torch.testing.assert_close(results(module, x), expected)
     assert not units
+
+
+@needs_kernel
+@pytest.mark.parametrize("owner, name", [("SiLU", "forward"), ("functional", "silu")])
+def test_a_silu_that_somebody_has_replaced_is_his(owner, name, units, monkeypatch):
+    module = unit()
+    module.act_fn = nn.SiLU()
+    x = inputs(module)
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        monkeypatch.setattr(
+            getattr(nn, owner), name, lambda *args, **options: args[-1].tanh(), raising=True
+        )
+        y = module(x)
+    torch.testing.assert_close(y, module.down_proj(module.gate_proj(x).tanh() * module.up_proj(x)))
+    assert not units
+
+
+class Workspace(nn.Linear):
+    """Writes each result where the one before was."""
+
+    memory = torch.empty(33, 64)
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        rows = x.flatten(0, -2)
+        out = self.memory[:, : self.out_features]
+        return torch.mm(rows, self.weight.T, out=out).view(*x.shape[:-1], -1)
+
+
+@needs_kernel
+def test_passes_without_gradients_have_the_layers_order(units):
+    module = unit()
+    for name in ("gate_proj", "up_proj"):
+        getattr(module, name).__class__ = Workspace
+    x = inputs(module).detach()
+    with torch.no_grad():
+        expected = module(x)
+        with contextlib.ExitStack() as stack:
+            use_own_units(nn.Sequential(module), stack)
+            assert torch.equal(module(x), expected)
+    assert not units
+
+
+@needs_kernel
+def test_who_keeps_its_method_has_the_models_own_afterwards(units):
+    module = unit()
+    x = inputs(module)
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        kept = module.forward
+        module.forward = lambda y: kept(y)
+    module(x)
+    assert not units
+
+
+class Locked(LlamaMLP):
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+
+@needs_kernel
+def test_a_copy_has_what_its_class_says(units):
+    module = unit()
+    module.__class__ = Locked
+    module.lock = threading.Lock()
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        made = copy.deepcopy(module)
+    assert not hasattr(made, "lock") and "forward" not in vars(made)
 
 
 @needs_kernel

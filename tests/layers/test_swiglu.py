@@ -205,6 +205,20 @@ def test_a_result_that_nobody_needs():
 
 
 @needs_kernel
+def test_hooks_may_give_saved_tensors_back_in_other_ways():
+    gate, up, grad = (each.requires_grad_() for each in operands(6, 8, dtype=torch.float32))
+    expected = torch.autograd.grad(plain(gate, up), (gate, up), grad)
+    for pack, unpack in (
+        (lambda kept: kept.mT.contiguous(), lambda kept: kept.mT),
+        (lambda kept: kept.double(), lambda kept: kept),
+    ):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            y = swiglu(gate, up)
+        found = torch.autograd.grad(y, (gate, up), grad)
+        torch.testing.assert_close([each.float() for each in found], [*expected])
+
+
+@needs_kernel
 def test_backward_twice_and_operands_that_have_changed():
     gate, up, grad = operands(50, dtype=torch.float32)
     gate.requires_grad_()
