@@ -12,7 +12,7 @@ from errors import check
 
 from fastft.layers.swiglu import FORWARD, swiglu
 
-TOKENS = 512  # of which no tensor is too large for the heap
+TOKENS = 256  # of which no tensor is too large for the heap
 MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-3-8b")
 
 
