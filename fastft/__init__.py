@@ -108,7 +108,7 @@ _ROOMS_OF_TRANSFORMERS = {
 
 def _import_rooms() -> None:
     """Imports all that needs no transformers: `torch.ops.fastft` then has every operator."""
-    for room in _ROOMS:
+    for room in (*_ROOMS, "fastft.layers.swiglu"):  # whose operators no other room needs
         importlib.import_module(room)
 
 
