@@ -21,6 +21,7 @@ from fastft.integrations import fused_loss as fused_loss_module
 from fastft.integrations import gated_units
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.integrations.gated_units import use_own_units
+from fastft.integrations.probe import verdicts
 from fastft.layers import swiglu as swiglu_room
 
 needs_kernel = pytest.mark.skipif(
@@ -410,3 +411,18 @@ def test_it_is_a_switch(tmp_path):
     trainer = Trainer(llama(), arguments(tmp_path), train_dataset=examples())
     with pytest.raises(TypeError, match="swiglu must be True or False, got 1"):
         fastft.plug(trainer, swiglu=1)
+
+
+@needs_kernel
+def test_the_probe_knows_a_model_with_our_layers(units, monkeypatch, tmp_path):
+    """Both callbacks ask it, the second one while the units are ours."""
+    asked, real = [], verdicts.judge
+    monkeypatch.setattr(verdicts, "_verdicts", {})
+    monkeypatch.setattr(verdicts, "judge", lambda *a, **k: asked.append(1) or real(*a, **k))
+    counts = []
+    for _ in range(2):
+        callbacks = [FusedLossCallback(), fastft.PackingCallback()]
+        options = {"data_collator": fastft.PackingCollator()}
+        train(tmp_path, llama(), callbacks, options)
+        counts.append(len(asked))
+    assert counts[0] and counts == [counts[0]] * 2 and units

@@ -8,6 +8,7 @@ elsewhere.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import types
 from functools import partial
@@ -608,10 +609,8 @@ def test_accumulate_into_weight_grad(dtype):
 def test_accumulating_into_weight_grad_is_heard_by_ddp(tmp_path):
     """DDP waits for the weight's node in the graph, and complains at the next step if it never
     ran."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
-    )
-    try:
+
+    def steps():
         head = nn.Linear(H, V, bias=False)
         head.forward = lambda x, target: fastft.linear_cross_entropy(
             x, head.weight, target, accumulate_weight_grad=True
@@ -623,7 +622,16 @@ def test_accumulating_into_weight_grad_is_heard_by_ddp(tmp_path):
         expected = eager(operands[0], head.weight, None, target)
         (gradient,) = torch.autograd.grad(expected, head.weight)
         torch.testing.assert_close(head.weight.grad, 2 * gradient)
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        steps()
     finally:
+        # DDP first: as the last owner of the group it would wait for gloo's threads with the GIL,
+        # for which they may wait to let go of a reduction
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

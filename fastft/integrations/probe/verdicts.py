@@ -13,6 +13,7 @@ from transformers.utils import logging
 from fastft.attention.segments import keeps_segments, packed_attention
 from fastft.foreign.models import base_model, class_name, modules_with_hooks
 from fastft.foreign.sharding import reason_not_to_run
+from fastft.integrations import own_forward
 from fastft.integrations.implementations import attention_configs
 from fastft.integrations.probe.check_packing import Verdict, judge
 from fastft.integrations.probe.rows import Batches
@@ -70,7 +71,7 @@ def _key(model: nn.Module, batches: Batches, args: Any) -> Any:
 
 def _attributes(module: nn.Module) -> tuple[Any, ...]:
     """Plain attributes of a module, which may be changed after it was made, and functions that were
-    put on it."""
+    put on it, but for those of our own layers, which compute the same."""
     plain = [
         (name, value)
         for name, value in vars(module).items()
@@ -79,6 +80,6 @@ def _attributes(module: nn.Module) -> tuple[Any, ...]:
     functions = [
         (name, id(value))
         for name, value in vars(module).items()
-        if isinstance(value, types.FunctionType)
+        if isinstance(value, types.FunctionType) and value.__module__ != own_forward.__name__
     ]
     return (*plain, *functions)
