@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.fused_trainings import arguments, examples, llama, train
+from support.unneeded import Unneeded
 from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
@@ -117,24 +118,12 @@ def test_batches_of_gradients_and_forward_mode_are_torchs(faster, products):
         torch.testing.assert_close(tangent(), expected_tangent)
 
 
-class _Unused(torch.autograd.Function):
-    """A function whose backward says that nobody needs its input."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
-
-
 @needs_kernel
 def test_a_weight_that_nobody_needs_has_no_gradient_as_in_torch(faster, products):
     x, weight = tensors((12,), 6, 9, False)
     for function in (linear, F.linear):
         y = function(x, weight)
-        found = torch.autograd.grad(_Unused.apply(y).sum(), (x, weight), allow_unused=True)
+        found = torch.autograd.grad(Unneeded.apply(y).sum(), (x, weight), allow_unused=True)
         assert found == (None, None)
     assert products == [1]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.numerics import assert_no_worse
+from support.unneeded import Unneeded
 from torch import Tensor
 
 from fastft import _native
@@ -191,16 +192,7 @@ def test_gradients_have_gradients_and_may_be_many():
 def test_a_result_that_nobody_needs():
     gate, up, _ = (each.requires_grad_() for each in operands(9, dtype=torch.float32))
 
-    class Unused(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return None
-
-    y = Unused.apply(swiglu(gate, up)).sum()
+    y = Unneeded.apply(swiglu(gate, up)).sum()
     assert torch.autograd.grad(y, (gate, up), allow_unused=True) == (None, None)
 
 
