@@ -36,13 +36,8 @@ from tables import Row, failures, rows_of, scatters, table, unsteady
 HERE = Path(__file__).resolve().parent
 _SILENCE = 240.0  # seconds of a case, after which it hangs
 OF_GPU_CHECK = ("smoke",)
-OF_THE_HOST = (
-    "collator",
-    "import",
-    "memory",
-    "plan",
-    "swiglu",
-)  # minutes that a GPU has better uses for
+# minutes that a GPU has better uses for
+OF_THE_HOST = ("collator", "import", "memory", "plan", "swiglu")
 
 
 def stems(only: list[str] | None, gpu: bool) -> list[str]:

@@ -77,12 +77,13 @@ class _Swiglu(torch.autograd.Function):
         if grad is None:
             return None, None
         gate, up = (saved.contiguous() for saved in ctx.saved_tensors)  # as hooks give them back
-        found: Any = torch.empty_like(gate), torch.empty_like(up)
+        found: tuple[Tensor, Tensor]
         # gradients that have gradients themselves, or are many at once, are plain torch's
         plain = gate.dtype == up.dtype == grad.dtype and not is_batched(grad)
         if torch.is_grad_enabled() or is_watched() or not plain:
             found = _gradients(grad, gate, up)
         else:
+            found = torch.empty_like(gate), torch.empty_like(up)
             BACKWARD.native(*found, grad.contiguous(), gate, up)
         needed = zip(ctx.needs_input_grad, found, strict=True)
         return tuple(each.to(gate.dtype) if needs else None for needs, each in needed)

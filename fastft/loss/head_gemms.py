@@ -122,9 +122,9 @@ def _is_ours(a: Tensor, b: Tensor, out: Tensor) -> bool:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, first: bool, alpha: float = 1.0) -> None:
-    """Adds alpha a b to `out`, which may be wider than both; `first`: writes it there. An alpha is
-    for torch's products on a CPU."""
-    if _is_ours(a, b, out):
+    """Adds alpha a b to `out`, which may be wider than both; `first`: writes it there. Another
+    alpha than 1 is for a CPU."""
+    if alpha == 1.0 and _is_ours(a, b, out):
         matrix_product.PRODUCT.native(out, a, b, not first)
         return
     b = b.to(a.dtype)

@@ -413,6 +413,18 @@ def test_it_is_a_switch(tmp_path):
         fastft.plug(trainer, swiglu=1)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_plug_does_not_overrule_the_trainers_own_callback(own, tmp_path):
+    callbacks = [FusedLossCallback(swiglu=own)]
+    trainer = Trainer(llama(), arguments(tmp_path), callbacks=callbacks)
+    if own:
+        with pytest.raises(ValueError, match="swiglu=False needs swiglu=False of the Trainer's"):
+            fastft.plug(trainer, swiglu=False)
+    else:
+        fastft.plug(trainer, swiglu=False).restore()
+    fastft.plug(trainer).restore()
+
+
 @needs_kernel
 def test_the_probe_knows_a_model_with_our_layers(units, monkeypatch, tmp_path):
     """Both callbacks ask it, the second one while the units are ours."""

@@ -57,6 +57,10 @@ class LossPiece:
                 f"linear={linear} needs loss=True and, where the Trainer has a FusedLossCallback "
                 f"of its own, that callback's linear={linear}"
             )
+        if wanted and not swiglu and getattr(given, "swiglu", False):
+            raise ValueError(
+                "swiglu=False needs swiglu=False of the Trainer's own FusedLossCallback"
+            )
         self._is_new = given is None
         self.callback: PackingCallback | None = given
         if given is None and wanted:

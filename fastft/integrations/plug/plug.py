@@ -224,7 +224,7 @@ def plug(
         linear: whether the model's linear layers multiply by fastft's kernel, as
             `FusedLossCallback` has it, with `loss` alone. None (default): where it is faster.
         swiglu: whether large gated units are computed in one pass on a CPU, as `FusedLossCallback`
-            has it, with `loss` alone; a callback of that kind that the Trainer has keeps its own.
+            has it, with `loss` alone; one that the Trainer has keeps its own, and False needs that.
         adamw_options: keywords of `fastft.AdamW`: `moments`, `rounding`, `offload`, `seed`, ...;
             what `args` have comes from there, when Trainer makes the optimizer.
 
