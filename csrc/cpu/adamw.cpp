@@ -5,12 +5,14 @@
 // more than the arithmetic of a small tensor.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <vector>
 
 #include "adamw_args.h"
 #include "checksum.h"
 #include "first_block.h"
+#include "grad_norm.h"
 #include "isa.h"
 #include "live_table.h"
 
@@ -100,10 +102,8 @@ uint64_t update_and_sum(const AdamwTensor& t, int64_t from, int64_t to, Kernel k
   return sum;
 }
 
-void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step,
-            Written* written = nullptr) {
-  const float factor = *static_cast<const float*>(step.grad_factor.data());
-  const AdamwHyper* hyper = step.rows();
+void update(const fastft::AdamwTensors& tensors, const AdamwHyper* hyper, float factor,
+            int64_t seed, Written* written = nullptr) {
   const std::vector<int64_t>& starts = tensors.starts;
   const auto update_kernel = adamw_kernel();
   if (written) written->begin();
@@ -116,7 +116,7 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step,
       begin = stop;
       if (to <= from || hyper[t.row].step == 0.0f) continue;
       const auto kernel = [&](int64_t from, int64_t to) {
-        update_kernel(&t, from, to, hyper + t.row, factor, uint64_t(step.seed));
+        update_kernel(&t, from, to, hyper + t.row, factor, uint64_t(seed));
       };
       if (written && summed(t))
         written->add(i, update_and_sum(t, from, to, kernel), to - from == t.numel);
@@ -135,7 +135,7 @@ void update(const fastft::AdamwTensors& tensors, const fastft::AdamwStep& step,
 
 void adamw(StableIValue* stack, uint64_t nargs, uint64_t) {
   const fastft::AdamwCall call(stack, nargs);
-  update(call.tensors, call.step);
+  update(call.tensors, call.step.rows(), call.step.factor(), call.step.seed);
 }
 
 fastft::LiveTable<Bound>& bindings() {
@@ -165,7 +165,42 @@ void step_bound(StableIValue* stack, uint64_t nargs, uint64_t) {
   fastft::AdamwTensors& tensors = bound->tensors;
   step.check(tensors);
   const int64_t code = tensors.look_and_take(grads);
-  if (code == 0) update(tensors, step, &bound->written);
+  if (code == 0) update(tensors, step.rows(), step.factor(), step.seed, &bound->written);
+  stack[0] = StableIValue(code);
+}
+
+// The norm of the gradients that were taken, of memory in the order of their elements.
+float norm_of(const fastft::AdamwTensors& tensors) {
+  std::vector<fastft::Gradient> gradients;
+  gradients.reserve(tensors.rows.size());
+  int64_t chunks = 0;
+  for (const AdamwTensor& t : tensors.rows) {
+    gradients.push_back({t.grad, t.numel, t.rounding != kFp32});
+    chunks += fastft::norm_chunks(t.numel);
+  }
+  return float(std::sqrt(fastft::squares_of(gradients, chunks)));
+}
+
+// adamw_clipped_(Tensor[] grads, Tensor hyper, Tensor(a!) norm, float max_norm, int seed, int
+// bound) -> int: adamw_bound_ that takes the norm of the gradients first, writes it, and clips to
+// `max_norm`. One look at 1000 small gradients in the place of two.
+void step_clipped(StableIValue* stack, uint64_t nargs, uint64_t) {
+  FT_CHECK(nargs == 6, "adamw_clipped_: 6 arguments expected, got %d", int(nargs));
+  fastft::TensorList grads(stack[0]);
+  const fastft::AdamwStep step(stack[1], stack[2], stack[4]);
+  const float max_norm = float(fastft::as_double(stack[3]));
+  const auto bound = bindings().get(fastft::as_int(stack[5]), "adamw_clipped_");
+  fastft::AdamwTensors& tensors = bound->tensors;
+  step.check(tensors);
+  int64_t code = tensors.look_and_take(grads);
+  if (code == 0 && !tensors.contiguous) code = 2;
+  if (code == 0) {
+    const float norm = norm_of(tensors);
+    *static_cast<float*>(step.grad_factor.mutable_data()) = norm;
+    // in the roundings of clip_factor's operations (grad_norm.py)
+    const float factor = 1.0f / (norm + 1e-6f) * max_norm;
+    update(tensors, step.rows(), factor > 1.0f ? 1.0f : factor, step.seed, &bound->written);
+  }
   stack[0] = StableIValue(code);
 }
 
@@ -198,8 +233,8 @@ void checksum(StableIValue* stack, uint64_t nargs, uint64_t) {
 }
 
 fastft::Kernel kernel_adamw("adamw_", adamw), kernel_bind("adamw_bind", bind),
-    kernel_bound("adamw_bound_", step_bound), kernel_written("adamw_written", written),
-    kernel_checksum("weight_checksum_", checksum);
+    kernel_bound("adamw_bound_", step_bound), kernel_clipped("adamw_clipped_", step_clipped),
+    kernel_written("adamw_written", written), kernel_checksum("weight_checksum_", checksum);
 }  // namespace
 
 // Lets go of what adamw_bind returned.

@@ -6,6 +6,7 @@
 #include "isa.h"
 #include "lanes.h"
 #include "moment_blocks.h"
+#include "pair_lanes.h"
 #include "philox_lanes.h"
 
 namespace {
@@ -103,6 +104,28 @@ struct Begun {
   Number exp_avg, root;
 };
 
+// Updates as many of `n` elements as are whole Numbers; returns how many. Roots and quotients come
+// late, and a processor looks only some sixty operations ahead for one that it can do: so each is
+// used one turn after it has been begun.
+template <class Number, int64_t kLanes, class Begin, class Change, class End>
+FASTFT_HD int64_t in_turns(int64_t n, Begin begin, Change change_of, End end) {
+  int64_t i = 0;
+  if (n >= 2 * kLanes) {
+    auto change = change_of(begin(0, Number()));
+    auto begun = begin(kLanes, Number());
+    for (; i + 3 * kLanes <= n; i += kLanes) {
+      const auto next = begin(i + 2 * kLanes, Number());
+      const auto next_change = change_of(begun);
+      end(i, change);
+      begun = next, change = next_change;
+    }
+    end(i, change), end(i + kLanes, change_of(begun));
+    i += 2 * kLanes;
+  }
+  for (; i + kLanes <= n; i += kLanes) end(i, change_of(begin(i, Number())));
+  return i;
+}
+
 template <AdamwRounding rounding, class Moment, bool amsgrad,
           class Element = typename Kept<rounding>::Element>
 void update(Element* __restrict param, const Element* __restrict grad, void* __restrict residue,
@@ -132,23 +155,11 @@ void update(Element* __restrict param, const Element* __restrict grad, void* __r
   };
   int64_t i = 0;
 #if defined(FASTFT_LANES)
-  // Roots and quotients come late, and a processor looks only some sixty operations ahead for one
-  // that it can do: so each is used one turn after it has been begun.
-  constexpr int64_t kLanes = FASTFT_LANES;
   using Number = Lanes<sizeof(Element) == 4 || sizeof(Moment) == 4>;
-  if (n >= 2 * kLanes) {
-    auto change = change_of(begin(0, Number()));
-    auto begun = begin(kLanes, Number());
-    for (; i + 3 * kLanes <= n; i += kLanes) {
-      const auto next = begin(i + 2 * kLanes, Number());
-      const auto next_change = change_of(begun);
-      end(i, change);
-      begun = next, change = next_change;
-    }
-    end(i, change), end(i + kLanes, change_of(begun));
-    i += 2 * kLanes;
-  }
-  for (; i + kLanes <= n; i += kLanes) end(i, change_of(begin(i, Number())));
+  i = in_turns<Number, FASTFT_LANES>(n, begin, change_of, end);
+#elif defined(FASTFT_PAIR_LANES)
+  if constexpr (sizeof(Element) == 2 && sizeof(Moment) == 2)
+    i = in_turns<PairLanes, PairLanes::kCount>(n, begin, change_of, end);
 #endif
   for (; i < n; i++) end(i, change_of(begin(i, float())));
 }

@@ -32,6 +32,7 @@ class AdamwTensors {
   std::vector<int64_t> starts{0};  // elements before each tensor, and all of them
   int32_t device_index = -1;
   int64_t hyper_rows = 0;
+  bool contiguous = true;  // the elements of each lie in memory in their order
 
   // Tensor[] params, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, Tensor[]
   // residues, Tensor table
@@ -75,6 +76,7 @@ class AdamwTensors {
       rows.back().row = entry[0], rows.back().first = entry[3];
       hyper_rows = entry[0] >= hyper_rows ? entry[0] + 1 : hyper_rows;
       starts.push_back(starts.back() + rows.back().numel);
+      contiguous = contiguous && kept.contiguous;
       kept_.push_back(std::move(kept));
     }
     FT_CHECK(next_max == max_exp_avg_sqs.size && next_residue == residues.size,
@@ -253,8 +255,9 @@ struct AdamwStep {
   Tensor hyper, grad_factor;
   int64_t seed;
 
-  explicit AdamwStep(const StableIValue* stack)
-      : hyper(stack[0]), grad_factor(stack[1]), seed(as_int(stack[2])) {}
+  AdamwStep(StableIValue hyper, StableIValue grad_factor, StableIValue seed)
+      : hyper(hyper), grad_factor(grad_factor), seed(as_int(seed)) {}
+  explicit AdamwStep(const StableIValue* stack) : AdamwStep(stack[0], stack[1], stack[2]) {}
 
   void check(const AdamwTensors& tensors) const {
     FT_CHECK(hyper.dtype() == aoti_torch_dtype_float32() && hyper.contiguous() &&
@@ -267,6 +270,7 @@ struct AdamwStep {
              "adamw_: grad_factor must be one float32");
   }
   const AdamwHyper* rows() const { return static_cast<const AdamwHyper*>(hyper.data()); }
+  float factor() const { return *static_cast<const float*>(grad_factor.data()); }  // on a CPU
 };
 
 // adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,

@@ -9,6 +9,12 @@ constexpr int64_t kNormChunk = 16384;  // elements whose squares are one sum, on
 
 inline int64_t norm_chunks(int64_t numel) { return (numel + kNormChunk - 1) / kNormChunk; }
 
+struct Gradient {
+  const void* data;
+  int64_t numel;
+  bool bf16;  // else float32
+};
+
 // float64 numbers that lie one after the other.
 class Doubles {
   Tensor tensor_;
@@ -36,11 +42,6 @@ class GradNormArgs {
   TensorList list_;
 
  public:
-  struct Gradient {
-    const void* data;
-    int64_t numel;
-    bool bf16;  // else float32
-  };
   std::vector<Gradient> gradients;
   const Doubles result;
   int64_t chunks = 0;  // of all gradients

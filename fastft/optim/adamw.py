@@ -29,7 +29,7 @@ from fastft.optim import checkpoint, device_counts, weight_bits
 from fastft.optim.adamw_plan import Plan, same_objects
 from fastft.optim.adamw_state import state_bytes
 from fastft.optim.adamw_update import Rounding
-from fastft.optim.grad_norm import GRAD_NORM, clip_factor, grad_norm
+from fastft.optim.grad_norm import GRAD_NORM, ToClip, clip_factor, grad_norm
 from fastft.optim.groups import check_group, check_max_grad_norm
 from fastft.optim.offload.choice import Choice, choose_for
 from fastft.optim.offload.deferred import Followed, PendingStep
@@ -406,13 +406,15 @@ class AdamW(torch.optim.AdamW):
             or device_counts.all_counted_there(grads, self.param_groups)
             or not self.step_was_skipped
         ):
-            factor = self._grad_factor(grads, clipping)
+            factor = self._to_clip(clipping) or self._grad_factor(grads, clipping)
             plan = self._plan_of(params, present)
             seed = self.param_groups[0]["seed"] or 0
             if self._held is not None:
                 grads = self._held.on_host(grads)
             while not plan.step(self.param_groups, grads, factor, seed, found_inf):
                 plan = self._new_plan(present)
+            if isinstance(factor, ToClip):
+                self.grad_norm = factor.norm
             if self.offload == "overlap":
                 self._pending = PendingStep(plan.placed(), self._together())
 
@@ -675,6 +677,13 @@ class AdamW(torch.optim.AdamW):
             self.grad_norm, max_norm, list(grads), [grad._version for grad in grads]
         )
         return self.grad_norm
+
+    def _to_clip(self, clipping: _Clipping | None) -> ToClip | None:
+        """Clipping that may be left to the update, with its norm."""
+        scaled = self._held is not None or getattr(self, "grad_scale", None) is not None
+        if clipping is None and not scaled and isinstance(self.max_grad_norm, (int, float)):
+            return ToClip(self.max_grad_norm, self.impl)
+        return None
 
     def _grad_factor(self, grads: list[Tensor], clipping: _Clipping | None) -> Tensor | None:
         """Computes what clipping and loss scaling multiply every gradient by; None for 1."""

@@ -14,6 +14,7 @@ from fastft.foreign.tensors import local, write_stamp
 from fastft.optim import weight_bits
 from fastft.optim.adamw_state import State, check_gradient, residue_names
 from fastft.optim.adamw_update import ADAMW, RESIDUES, Binding, Rounding
+from fastft.optim.grad_norm import ToClip
 
 
 class Row(NamedTuple):
@@ -103,20 +104,34 @@ class Part:
         looks_itself = self.binding is not None and self.positions is None
         return looks_itself or self.tensors.memory() == self.memory
 
+    @property
+    def takes_norms(self) -> bool:
+        """Whether a step may be given clipping whose norm is still to be taken."""
+        return self.binding is not None and self.binding.takes_norms and self.positions is None
+
     def step(
-        self, all_grads: Sequence[Tensor], hyper: Tensor, grad_factor: Tensor | None, seed: int
+        self,
+        all_grads: Sequence[Tensor],
+        hyper: Tensor,
+        grad_factor: Tensor | ToClip | None,
+        seed: int,
     ) -> bool:
         """Updates; False, with nothing done, if what is bound has other memory than before."""
         grads = all_grads if self.positions is None else [all_grads[i] for i in self.positions]
-        factor = self.one if grad_factor is None else grad_factor.to(self.one.device)
-        if self.binding is not None:
+        done, factor = None, self.one
+        if isinstance(grad_factor, ToClip):
+            if self.binding is not None and self.takes_norms:
+                done = self.binding.clip_and_step(grads, hyper, grad_factor, seed)
+            factor = factor if done is not None else grad_factor.factor(grads)
+        elif grad_factor is not None:
+            factor = grad_factor.to(self.one.device)
+        if done is None and self.binding is not None:
             done = self.binding.step(grads, hyper, factor, seed)
-            if done is not None:
-                if done:  # else those of the last step are still to be asked for
-                    self.eager_samples = None
-                return done
-        self._step_unbound(grads, hyper, factor, seed)
-        return True
+        if done is None:
+            self._step_unbound(grads, hyper, factor, seed)
+        elif done:  # else those of the last step are still to be asked for
+            self.eager_samples = None
+        return done is not False
 
     def _step_unbound(
         self, grads: Sequence[Tensor], hyper: Tensor, factor: Tensor, seed: int

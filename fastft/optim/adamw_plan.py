@@ -38,6 +38,7 @@ from fastft.optim.adamw_part import Part, PartTensors, Row
 from fastft.optim.adamw_state import Claim, State, ready_state, rounding_of
 from fastft.optim.adamw_update import RESIDUES
 from fastft.optim.device_counts import DeviceCounts
+from fastft.optim.grad_norm import ToClip
 from fastft.optim.groups import check_amsgrad, hyper_row
 from fastft.optim.offload.deferred import LatePart
 from fastft.optim.offload.streamed import StreamedPart
@@ -163,6 +164,12 @@ class Plan:
         """Bytes of the buffers on the devices through which states stream."""
         return sum(part.staging for part in self.parts if isinstance(part, StreamedPart))
 
+    @property
+    def takes_norms(self) -> bool:
+        """Whether a step's only call may take the norm of all gradients itself."""
+        (part, *others) = self.parts
+        return not (others or self.sharded) and isinstance(part, Part) and part.takes_norms
+
     def placed(self) -> list[tuple[Any, list[Any]]]:
         """Each part with its parameters, as they are at its places."""
         return [
@@ -191,7 +198,7 @@ class Plan:
         self,
         groups: list[dict[str, Any]],
         grads: Sequence[Tensor],
-        grad_factor: Tensor | None,
+        grad_factor: Tensor | ToClip | None,
         seed: int,
         found_inf: Tensor | None = None,
     ) -> bool:
@@ -201,6 +208,8 @@ class Plan:
         `found_inf` is not 0.
         """
         self.check_whole()
+        if isinstance(grad_factor, ToClip) and not self.takes_norms:
+            grad_factor = grad_factor.factor(grads)
         # reading the counts or a learning rate of a device would wait for it
         if len(self.counts) < len(self.parts):
             rows = [hyper_row(groups[index], step + 1) for index, step in self.rows]
@@ -212,7 +221,8 @@ class Plan:
             for part in self.parts:
                 counts = self.counts.get(part.device)
                 hyper = counts.hyper(groups, found_inf) if counts else of_host
-                if not part.step(grads, hyper, grad_factor, seed):
+                # of both kinds of parts the one that takes norms gets clipping
+                if not part.step(grads, hyper, grad_factor, seed):  # type: ignore[arg-type]
                     return False
                 begun = True
                 if counts:

@@ -49,6 +49,7 @@ from torch import Tensor
 
 from fastft import _native, ops
 from fastft.optim import moment_codes
+from fastft.optim.grad_norm import ToClip
 from fastft.optim.moment_blocks import Entries
 
 
@@ -276,6 +277,10 @@ ops.library.define(
     "adamw_bound_(Tensor[] grads, Tensor hyper, Tensor grad_factor, int seed, int bound) -> int"
 )
 # Of the C++ engine only.
+ops.library.define(
+    "adamw_clipped_(Tensor[] grads, Tensor hyper, Tensor(a!) norm, float max_norm, int seed, "
+    "int bound) -> int"
+)
 ops.library.define("adamw_written(Tensor(a!) sums, int bound) -> ()")
 
 
@@ -297,8 +302,13 @@ def _bound_of_negated(grads: list[Tensor], *others: Any) -> int:
     return torch.ops.fastft.adamw_bound_.default(_with_own_signs(grads), *others)
 
 
+def _clipped_of_negated(grads: list[Tensor], *others: Any) -> int:
+    return torch.ops.fastft.adamw_clipped_.default(_with_own_signs(grads), *others)
+
+
 ops.library.impl("adamw_", _adamw_of_negated, "Negative")
 ops.library.impl("adamw_bound_", _bound_of_negated, "Negative")
+ops.library.impl("adamw_clipped_", _clipped_of_negated, "Negative")
 
 _OUTCOMES = (True, False, None)  # by the number that `adamw_bound_` returns
 
@@ -313,10 +323,13 @@ class Binding:
         engine: "cpp" or "cuda".
         tensors: the operator's arguments from `params` to `residues`, without `grads`.
         table: the operator's.
+
+    Attributes:
+        takes_norms: whether there is `clip_and_step`.
     """
 
     def __init__(self, engine: str, tensors: Sequence[list[Tensor]], table: Tensor) -> None:
-        self.size = len(table)
+        self.size, self.takes_norms = len(table), engine == "cpp"
         self._number = torch.ops.fastft.adamw_bind.default(*tensors, table)
         weakref.finalize(self, _release, self._number, ops.LIBRARIES[engine])
 
@@ -331,6 +344,17 @@ class Binding:
         step = torch.ops.fastft.adamw_bound_.default
         try:
             return _OUTCOMES[step(grads, hyper, grad_factor, seed, self._number)]
+        except NotImplementedError:  # no such kernel for sparse tensors
+            return None
+
+    def clip_and_step(
+        self, grads: Sequence[Tensor], hyper: Tensor, to: ToClip, seed: int
+    ) -> bool | None:
+        """Takes the norm of the gradients, which it writes into `to`, and updates; returns as
+        `step`, and None also where a parameter is not contiguous."""
+        step = torch.ops.fastft.adamw_clipped_.default
+        try:
+            return _OUTCOMES[step(grads, hyper, to.norm, to.max_norm, seed, self._number)]
         except NotImplementedError:  # no such kernel for sparse tensors
             return None
 

@@ -140,6 +140,23 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
+class ToClip:
+    """Clipping to `max_norm` by a step that may take the norm itself, together with its update.
+
+    Attributes:
+        norm: that of the gradients, once it was taken: float32, shape ().
+    """
+
+    def __init__(self, max_norm: float, impl: str) -> None:
+        self.max_norm, self._impl = max_norm, impl
+        self.norm = torch.empty((), dtype=torch.float32)
+
+    def factor(self, grads: Sequence[Tensor]) -> Tensor:
+        """Takes the norm here; returns what every gradient is multiplied by."""
+        self.norm = grad_norm(grads, self._impl)
+        return clip_factor(self.norm, self.max_norm)
+
+
 def _total(grads: Sequence[Tensor], impl: str) -> Tensor:
     """The sum of squares of tensors on one device."""
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from support.adamw_steps import ENGINES, equal, gradients, start, states, train
+from support.adamw_steps import (
+    ENGINES,
+    equal,
+    gradients,
+    needs_native,
+    snapshot,
+    start,
+    states,
+    train,
+)
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.optim.adamw import AdamW
+from fastft.optim.adamw_part import Part
 
 SHAPES = [(507,), (64, 3), (0,)]
 
@@ -72,6 +85,102 @@ def test_clipping_a_gradient_that_is_not_finite_does_what_torch_does(impl, bad):
         optimizer.step()
         results.append(param.detach())
     equal(results[:1], results[1:])
+
+
+class Counted(TorchDispatchMode):
+    """How often each of fastft's operators is called within it."""
+
+    def __enter__(self):
+        self.names = Counter()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.name()] += func.namespace == "fastft"
+        return func(*args, **(kwargs or {}))
+
+
+@needs_native
+@pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1, 1e30, float("inf")])
+@pytest.mark.parametrize("size", [1, 63, 507, 40_000])
+def test_a_norm_taken_by_the_update_has_the_bits_of_one_taken_before(size, max_norm, monkeypatch):
+    def trained(by_update):
+        monkeypatch.setattr(Part, "takes_norms", by_update)
+        torch.manual_seed(0)
+        shapes = [(size,), (3, 5), (0,), (2, size)]
+        params = [Parameter(torch.randn(shape)) for shape in shapes]
+        params += [Parameter(torch.randn(shape).bfloat16()) for shape in shapes]
+        optimizer, norms = AdamW(params, max_grad_norm=max_norm, seed=1, impl="cpp"), []
+        for scale in (1e-6, 1.0, 1e6):
+            for param in params:
+                param.grad = torch.randn_like(param) * scale
+            with Counted() as calls:
+                optimizer.step()
+            assert calls.names["fastft::adamw_clipped_"] == by_update
+            assert calls.names["fastft::grad_norm_squared_"] == (not by_update)
+            norms.append(optimizer.grad_norm)
+            oracle = sum(param.grad.double().square().sum() for param in params).sqrt()
+            torch.testing.assert_close(norms[-1].double(), oracle, rtol=2e-7, atol=0)
+        return [*(value for kept in snapshot(optimizer) for value in kept.values()), *norms]
+
+    equal(trained(True), trained(False))
+
+
+CLIPPED_BY_PARTS = {
+    "a parameter of another layout": "channels_last",
+    "a gradient of another layout": "strides",
+    "a norm that is a tensor": "tensor",
+    "a loss scale": "scale",
+    "plain torch": "eager",
+}
+
+
+@needs_native
+@pytest.mark.parametrize("case", CLIPPED_BY_PARTS.values(), ids=CLIPPED_BY_PARTS)
+def test_what_the_update_cannot_clip_is_clipped_before(case):
+    results = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        layout = torch.channels_last if case == "channels_last" else torch.contiguous_format
+        params = [Parameter(torch.randn(2, 3, 4, 5).to(memory_format=layout)) for _ in range(2)]
+        optimizer = (
+            AdamW(params, impl="eager" if case == "eager" else "auto")
+            if ours
+            else torch.optim.AdamW(params)
+        )
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.randn_like(param) * 9
+                if case == "strides":
+                    param.grad = param.grad.mT.contiguous().mT
+            if ours:
+                norm = torch.tensor(0.5) if case == "tensor" else 0.5
+                optimizer.max_grad_norm = norm
+                if case == "scale":
+                    for param in params:
+                        param.grad.mul_(64)
+                    optimizer.grad_scale = torch.tensor(64.0)
+            else:
+                torch.nn.utils.clip_grad_norm_(params, 0.5)
+            optimizer.step()
+        results.append([param.detach().clone() for param in params])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@needs_native
+def test_weights_that_are_given_other_memory_are_clipped_and_updated_once():
+    """The plan made anew takes the norm anew."""
+    plain, moved = start(SHAPES), start(SHAPES)
+    optimizers = [AdamW(params, max_grad_norm=0.1, impl="cpp") for params in (plain, moved)]
+    for i, grads in enumerate(gradients(SHAPES, 3)):
+        for optimizer, params in zip(optimizers, (plain, moved), strict=True):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad.clone()
+                if params is moved and i:
+                    param.data = param.data.clone()
+            optimizer.step()
+    equal(plain, moved)
+    assert all(float(step) == 3 for step in states(optimizers[1], "step"))
 
 
 def test_a_skipped_step_does_not_advance_accelerates_schedule():

@@ -414,6 +414,11 @@ Digest bound_adamw() {
     if (call("adamw_bound_", t.grads, t.hyper, t.factor, int64_t(7), bound) != 0) std::abort();
     t.add_to(digest);
   }
+  Array norm(kFloat, {1});
+  t.prepare();
+  if (call("adamw_clipped_", t.grads, t.hyper, norm, 0.5, int64_t(7), bound) != 0) std::abort();
+  t.add_to(digest);
+  digest.add(norm);
   Array sums(kInt64, {int64_t(t.params.size())}), sum(kInt64, {1});
   call("adamw_written", sums, bound);
   fastft_adamw_release(bound);
@@ -601,6 +606,7 @@ void refusals() {
   refused("adamw_", two, two, two, two, two, two, half, half, half, n);
   refused("adamw_bind", two, two, two, two, two, half);
   refused("adamw_bound_", two, half, half, n, n);
+  refused("adamw_clipped_", two, half, half, 1.0, n, n);
   refused("adamw_written", half, n);
   refused("weight_checksum_", half, half, int64_t(1));
   refused("grad_norm_squared_", half, two);

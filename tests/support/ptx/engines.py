@@ -11,6 +11,7 @@ import torch
 
 from fastft.ops import OPERATORS
 from fastft.optim import adamw_update
+from fastft.optim.adamw_part import Part
 from support.ptx import cuda
 from support.ptx.cuda import Gpu, tensors_in
 from support.ptx.lanes import Launch
@@ -70,6 +71,7 @@ def cuda_for_cpp(gpu: Gpu) -> Iterator[None]:
         patch.setattr(torch.ops.fastft, "adamw_bind", gpu.ops.adamw_bind)
         patch.setattr(torch.ops.fastft, "adamw_bound_", gpu.ops.adamw_bound_)
         patch.setattr(torch.ops.fastft, "adamw_written", lambda sums, bound: None)
+        patch.setattr(Part, "takes_norms", False)
         patch.setattr(adamw_update, "_release", lambda bound, kind: gpu.release(bound))
         yield
 
