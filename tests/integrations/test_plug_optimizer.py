@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.state import GradientState
 from support.plugged import curves, examples, stock_and_plugged, trainer_of
 from support.trainers import logged
 from torch import nn
@@ -248,6 +249,8 @@ def test_trials_of_a_search_train_at_their_own_values(tmp_path, monkeypatch):
 
 def test_a_trainer_that_ray_has_sent_to_a_process_trains_at_the_values_of_its_copy(tmp_path):
     cloudpickle = pytest.importorskip("cloudpickle")
+    # accelerate refers in every process to loaders whose training was broken off, by other tests
+    GradientState._reset_state()
     trainer = trainer_of(tmp_path)
     fastft.plug(trainer)
     sent = cloudpickle.loads(cloudpickle.dumps(trainer))
