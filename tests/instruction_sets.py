@@ -34,6 +34,7 @@ ROOMS = (
         "row_functions",
     ),
     *(
+        "gated_down",
         "moments_4bit",
         "moments_4bit_lanes",
         "moments_8bit",

@@ -69,8 +69,8 @@ class FusedLossCallback(PackingCallback):
             one then, their error is not. True: the same, and anywhere else a warning says why not.
             False: never.
         swiglu: whether gated units, `down_proj(silu(gate_proj(x)) * up_proj(x))`, are computed on a
-            CPU in one pass that keeps no silu for backward, where they are large enough; False:
-            never.
+            CPU in one pass that keeps no silu for backward, where they are large enough, and a
+            plain `down_proj` makes its input again instead of keeping it; False: never.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which

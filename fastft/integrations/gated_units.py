@@ -5,10 +5,11 @@
 Which modules are such units their code says: the instructions of their class's `forward` are those
 of a function that stands here, as in most decoders of transformers (Llama, Mistral, Qwen, SmolLM),
 so that nobody keeps a list of their classes. The three layers are called in their order, with their
-hooks and adapters. Under autocast the kernel takes the dtypes that the layers give. Whatever
-differs, another activation or one with hooks, another shape or dtype, a GPU, compiled code, is the
-model's, and so are passes without gradients: there a layer may write its result where another one
-had its own, and the activation waits for `up_proj` here.
+hooks and adapters; a `down_proj` that is a trained `nn.Linear` and nothing more is a product whose
+input is not kept (layers/gated_down.py). Under autocast the kernel takes the dtypes that the layers
+give. Whatever differs, another activation or one with hooks, another shape or dtype, a GPU,
+compiled code, is the model's, and so are passes without gradients: there a layer may write its
+result where another one had its own, and the activation waits for `up_proj` here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from fastft.integrations.own_forward import is_stock, put_forward
+from fastft.integrations.linear_products import times_of
+from fastft.integrations.own_forward import is_stock, is_unseen, put_forward
+from fastft.layers.gated_down import gated_down
 from fastft.layers.swiglu import is_ahead, swiglu, takes
 
 
@@ -65,17 +68,12 @@ def _argument_of(module: nn.Module) -> str | None:
 def _is_plain_silu(activation: Any) -> bool:
     """Whether it is silu, and nobody else sees what it is given or gives."""
     forward = _FORWARDS.get(type(activation))
-    hooks = (
-        "_forward_pre_hooks _forward_hooks _backward_pre_hooks _backward_hooks "
-        "_forward_hooks_always_called"
-    )
     return (
         forward is not None
         and getattr(activation.forward, "__func__", None) is forward
         and F.silu is _SILU
         and not getattr(activation, "inplace", False)
-        and not any(getattr(activation, name) for name in hooks.split())
-        and not nn.modules.module._has_any_global_hook()
+        and is_unseen(activation)
     )
 
 
@@ -91,7 +89,10 @@ def _forwards_of(used: set[int], on: list[bool]) -> dict[str, Callable[[Any, Ten
         if not takes(gate, up):
             return self.down_proj(self.act_fn(gate) * up)
         used.add(id(self))
-        return self.down_proj(swiglu(gate, up))
+        times = times_of(self.down_proj, gate)
+        if times is None:
+            return self.down_proj(swiglu(gate, up))
+        return gated_down(gate, up, self.down_proj.weight, times)
 
     # of this name and functions, so that the units' methods pickle and torch.jit compiles them
     def forward(self: Any, x: Tensor) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fastft import _native
 from fastft.foreign.compiling import is_batched, is_watched
-from fastft.integrations.own_forward import is_stock, put_forward
+from fastft.integrations.own_forward import is_stock, is_unseen, put_forward
 from fastft.layers import matrix_product
 
 # multiplications of a product: with fewer, Python's part of a layer takes what its products save
@@ -80,7 +80,32 @@ def _forward_of(used: set[int]) -> Callable[[nn.Linear, Tensor], Tensor]:
                 return linear(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
+    forward.used = used  # type: ignore[attr-defined]
     return forward
+
+
+def times_of(layer: nn.Module, input: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What multiplies matrices where `layer`, for such an input, is the product with a weight that
+    is trained: torch, or the kernel, which the layer has had then. None where it is more than that
+    (hooks, a bias, an adapter, autocast), or another one."""
+    if type(layer) is not nn.Linear or not is_unseen(layer) or torch.is_autocast_enabled("cpu"):
+        return None
+    put, weight = vars(layer).get("forward"), layer.weight
+    used: set[int] | None = getattr(getattr(put, "__func__", None), "used", None)
+    if (
+        not (used is not None or is_stock(layer))
+        or layer._compiled_call_impl is not None
+        or layer.bias is not None
+        or type(weight) is not nn.Parameter
+        or not (weight.requires_grad and weight.dtype == input.dtype)
+        or (weight.device.type, weight.layout) != ("cpu", torch.strided)
+        or weight.shape[1:] != input.shape[-1:]
+    ):
+        return None
+    if used is None or not _is_plain(input, weight, None):
+        return torch.mm
+    used.add(id(layer))
+    return _times
 
 
 def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

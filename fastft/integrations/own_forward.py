@@ -24,6 +24,16 @@ def is_stock(module: nn.Module) -> bool:
     return bool(module.forward == types.MethodType(type(module).forward, module))
 
 
+def is_unseen(module: nn.Module) -> bool:
+    """Whether nobody else sees what its `forward` is given or gives."""
+    hooks = (
+        "_forward_pre_hooks _forward_hooks _backward_pre_hooks _backward_hooks "
+        "_forward_hooks_always_called"
+    )
+    seen = any(getattr(module, name) for name in hooks.split())
+    return not (seen or nn.modules.module._has_any_global_hook())
+
+
 def put_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Gives a stock module a method in the place of its `forward`, which no copy of it has: a
     method in a copied `__dict__` would still be the first module's. Returns what takes it off

@@ -60,6 +60,30 @@ BACKWARD = ops.Operator(
 )
 
 
+def multiplied(gate: Tensor, up: Tensor) -> Tensor:
+    """y of contiguous tensors, without a graph."""
+    out = torch.empty_like(gate)
+    FORWARD.native(out, gate, up)
+    return out
+
+
+def is_plain(grad: Tensor, *kept: Tensor) -> bool:
+    """Whether kernels may compute gradients: not those that have gradients themselves or are many
+    at once, nor of what hooks have given back in another dtype."""
+    alike = all(tensor.dtype == grad.dtype for tensor in kept)
+    return alike and not (torch.is_grad_enabled() or is_watched() or is_batched(grad))
+
+
+def gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """dg and du of contiguous g and u, in the dtype of these."""
+    if not is_plain(grad, gate, up):
+        of_gate, of_up = _gradients(grad, gate, up)
+        return of_gate.to(gate.dtype), of_up.to(gate.dtype)
+    found = torch.empty_like(gate), torch.empty_like(up)
+    BACKWARD.native(*found, grad.contiguous(), gate, up)
+    return found
+
+
 class _Swiglu(torch.autograd.Function):
     """Of contiguous tensors, as the kernels take them."""
 
@@ -68,25 +92,15 @@ class _Swiglu(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         # a unit whose result nobody needs leaves no gradient, as in torch
         ctx.set_materialize_grads(False)
-        out = torch.empty_like(gate)
-        FORWARD.native(out, gate, up)
-        return out
+        return multiplied(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None
         gate, up = (saved.contiguous() for saved in ctx.saved_tensors)  # as hooks give them back
-        found: tuple[Tensor, Tensor]
-        # gradients that have gradients themselves, or are many at once, are plain torch's
-        plain = gate.dtype == up.dtype == grad.dtype and not is_batched(grad)
-        if torch.is_grad_enabled() or is_watched() or not plain:
-            found = _gradients(grad, gate, up)
-        else:
-            found = torch.empty_like(gate), torch.empty_like(up)
-            BACKWARD.native(*found, grad.contiguous(), gate, up)
-        needed = zip(ctx.needs_input_grad, found, strict=True)
-        return tuple(each.to(gate.dtype) if needs else None for needs, each in needed)
+        needed = zip(ctx.needs_input_grad, gradients(grad, gate, up), strict=True)
+        return tuple(each if needs else None for needs, each in needed)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

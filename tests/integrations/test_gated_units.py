@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.fused_trainings import SIZES, arguments, examples, gemma, llama, train
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import fastft
 from fastft import _native
 from fastft.integrations import fused_loss as fused_loss_module
-from fastft.integrations import gated_units
+from fastft.integrations import gated_units, linear_products
 from fastft.integrations.fused_loss import FusedLossCallback
 from fastft.integrations.gated_units import use_own_units
 from fastft.integrations.probe import verdicts
@@ -34,8 +35,14 @@ def units(monkeypatch):
     """The units that the kernel has computed, small ones too and on every processor."""
     monkeypatch.setattr(gated_units, "is_ahead", lambda: True)
     monkeypatch.setattr(swiglu_room, "LEAST", 1)
-    computed, real = [], gated_units.swiglu
-    monkeypatch.setattr(gated_units, "swiglu", lambda *two: computed.append(1) or real(*two))
+    computed = []
+    for name in ("swiglu", "gated_down"):
+        real = getattr(gated_units, name)
+        monkeypatch.setattr(
+            gated_units,
+            name,
+            lambda *all, real=real, name=name: computed.append(name) or real(*all),
+        )
     return computed
 
 
@@ -294,6 +301,96 @@ def test_the_layers_are_called_with_their_hooks_and_in_their_order(units):
     assert seen == ["gate_proj", "up_proj", "down_proj"] and units
 
 
+def _stock(layer):
+    pass
+
+
+def _that_has_a_bias(layer):
+    layer.bias = nn.Parameter(torch.ones(layer.out_features))
+
+
+def _that_is_seen(layer):
+    layer.register_forward_hook(lambda *call: call[-1] * 2)
+
+
+def _that_is_frozen(layer):
+    layer.weight.requires_grad_(False)
+
+
+def _of_another_kind(layer):
+    layer.__class__ = Workspace
+
+
+def _with_a_forward(layer):
+    layer.forward = lambda y: F.linear(y, layer.weight) * 2
+
+
+def _that_is_compiled(layer):
+    layer.compile(backend="eager")
+
+
+def _of_another_dtype(layer):
+    layer.weight.data = layer.weight.data.double()
+    layer.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+
+
+def _that_is_parametrized(layer):
+    nn.utils.parametrizations.weight_norm(layer)
+
+
+MORE = [
+    _that_has_a_bias,
+    _that_is_seen,
+    _that_is_frozen,
+    _of_another_kind,
+    _with_a_forward,
+    _that_is_compiled,
+    _of_another_dtype,
+    _that_is_parametrized,
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("change", [_stock, *MORE])
+def test_a_last_layer_that_is_more_than_a_product_is_called(change, products, units, monkeypatch):
+    """With the input that it expects; one that is a product keeps none, whoever multiplies."""
+    monkeypatch.setattr(linear_products, "LEAST_WORK", 1)
+    monkeypatch.setattr(linear_products.matrix_product, "LEAST", 1)
+    module = unit()
+    change(module.down_proj)
+    x = inputs(module)
+    expected = results(module, x)
+    with contextlib.ExitStack() as stack:
+        used = linear_products.use_own_products(module, stack) if products else set()
+        use_own_units(nn.Sequential(module), stack)
+        found = results(module, x)
+    torch.testing.assert_close(found, expected)
+    assert units == ["gated_down" if change is _stock else "swiglu"]
+    if change is _stock:
+        assert (id(module.down_proj) in used) == products
+
+
+@needs_kernel
+def test_two_thirds_of_a_unit_are_kept(units):
+    def kept():
+        memory = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: memory.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ):
+            y = module(x)
+        of_model = {each.data_ptr() for each in (*module.parameters(), x)}
+        return sum(size for place, size in memory.items() if place not in of_model), y
+
+    module = unit()
+    x = inputs(module)
+    size = 3 * 11 * module.gate_proj.out_features
+    assert kept()[0] == 4 * size  # gate, up, silu and y
+    with contextlib.ExitStack() as stack:
+        use_own_units(nn.Sequential(module), stack)
+        assert kept()[0] == 2 * size
+
+
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_results_and_gradients_by_dtype(dtype, units):
@@ -315,7 +412,7 @@ def test_under_autocast_the_kernel_takes_what_the_layers_give(units):
         use_own_units(nn.Sequential(module), stack)
         with torch.autocast("cpu", torch.bfloat16):
             assert module(inputs(module)).dtype == torch.bfloat16
-    assert units
+    assert units == ["swiglu"]
 
 
 @needs_kernel
