@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 _SILENCE = 240.0  # seconds of a case, after which it hangs
 OF_GPU_CHECK = ("smoke",)
 # minutes that a GPU has better uses for
-OF_THE_HOST = ("collator", "import", "memory", "plan", "swiglu")
+OF_THE_HOST = ("collator", "import", "memory", "plan", "rms_norm", "swiglu")
 
 
 def stems(only: list[str] | None, gpu: bool) -> list[str]:

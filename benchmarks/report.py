@@ -38,6 +38,7 @@ OPS = {
     "cross_entropy": "Cross-entropy over logits",
     "attention": "Attention of packed rows",
     "swiglu": "Gated units",
+    "rms_norm": "Norms",
     "collator": "Collating",
     "boundaries": "Boundaries of a batch",
     "plan": "Planning packs",

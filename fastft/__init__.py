@@ -108,7 +108,8 @@ _ROOMS_OF_TRANSFORMERS = {
 
 def _import_rooms() -> None:
     """Imports all that needs no transformers: `torch.ops.fastft` then has every operator."""
-    for room in (*_ROOMS, "fastft.layers.swiglu"):  # whose operators no other room needs
+    # whose operators no other room needs
+    for room in (*_ROOMS, "fastft.layers.rms_norm", "fastft.layers.swiglu"):
         importlib.import_module(room)
 
 

@@ -41,6 +41,7 @@ ROOMS = (
         "packed",
         "packing_callback",
         "pool_segments",
+        "rms_norm",
         "segment_attention",
         "seq2seq",
         "swiglu",

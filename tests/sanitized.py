@@ -32,7 +32,7 @@ TESTS = Path(__file__).resolve().parent
 
 # what depends on the instruction set, and, once, what else calls the CPU library
 KERNELS = "adamw adamw_update grad_norm moment_codes moments_4bit moments_4bit_lanes".split()
-KERNELS += "moments_8bit cross_entropy matrix_product segment_attention swiglu".split()
+KERNELS += "moments_8bit cross_entropy matrix_product segment_attention swiglu rms_norm".split()
 KERNELS += ["fuzz::test_room[adamw]", "fuzz::test_room[losses]"]
 OTHERS = "adamw_bindings adamw_input adamw_plan adamw_scaling stale_remainders plan".split()
 OTHERS += "linear_cross_entropy linear_log_probs row_functions boundaries collator".split()

@@ -125,6 +125,23 @@ FASTFT_HD void store(uint16_t* p, Floats x) {
   __builtin_memcpy(p, &halves, sizeof halves);
 }
 
+// What is left behind the last whole register.
+template <class T>
+struct Rest {
+  T values[kWidth] = {};
+  size_t bytes;
+
+  explicit Rest(int64_t count) : bytes(size_t(count) * sizeof(T)) {}
+  Floats read(const T* from) {
+    __builtin_memcpy(values, from, bytes);
+    return load(values);
+  }
+  void write(T* to, Floats x) {
+    store(values, x);
+    __builtin_memcpy(to, values, bytes);
+  }
+};
+
 FASTFT_HD void put(float* p, float x) { *p = x; }
 FASTFT_HD void put(uint16_t* p, float x) { *p = bf16_nearest(x); }
 

@@ -26,23 +26,6 @@ FASTFT_HD Gradients gradients(Floats grad, Floats gate, Floats up) {
   return {grad * up * slope, grad * (gate * sigmoid.of)};
 }
 
-// What is left behind the last whole register.
-template <class T>
-struct Rest {
-  T values[kWidth] = {};
-  size_t bytes;
-
-  explicit Rest(int64_t count) : bytes(size_t(count) * sizeof(T)) {}
-  Floats read(const T* from) {
-    __builtin_memcpy(values, from, bytes);
-    return load(values);
-  }
-  void write(T* to, Floats x) {
-    store(values, x);
-    __builtin_memcpy(to, values, bytes);
-  }
-};
-
 template <class T>
 void multiply(const fastft::SwigluElements& job) {
   const T *gate = static_cast<const T*>(job.gate), *up = static_cast<const T*>(job.up);

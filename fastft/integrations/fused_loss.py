@@ -20,6 +20,7 @@ from fastft.foreign.models import unwrapped, whose_forward
 from fastft.integrations.freed_memory import keep_freed_memory
 from fastft.integrations.gated_units import use_own_units
 from fastft.integrations.linear_products import reason_against, use_own_products
+from fastft.integrations.norms import use_own_norms
 from fastft.integrations.packing import PackingCallback
 from fastft.integrations.run_record import record_run
 from fastft.loss.counted_labels import give_counted_labels
@@ -71,6 +72,8 @@ class FusedLossCallback(PackingCallback):
         swiglu: whether gated units, `down_proj(silu(gate_proj(x)) * up_proj(x))`, are computed on a
             CPU in one pass that keeps no silu for backward, where they are large enough, and a
             plain `down_proj` makes its input again instead of keeping it; False: never.
+        rms_norm: whether root mean square norms are computed on a CPU in one pass that keeps
+            nothing normalised for backward, where they are large enough; False: never.
 
     Attributes:
         report: `fused`, how many losses were fused; `materialised`, the places (file:line) which
@@ -79,7 +82,7 @@ class FusedLossCallback(PackingCallback):
         evaluation: the same of the evaluations inside it, where `fused` counts all that was
             computed chunk by chunk.
         linear_layers: how many have had one of fastft's products in the latest training.
-        gated_units: how many have had that pass in it.
+        gated_units, norms: how many have had that pass in it.
         switched: as in `fastft.PackingCallback`.
 
     Under FSDP and ZeRO-3 the loss is fused where the model computes it from its `labels`; with
@@ -102,7 +105,7 @@ class FusedLossCallback(PackingCallback):
         ValueError: from `train()`, before anything is trained, where an optimizer of fastft's does
             not hold what is trainable, is not the one that trains, or was made with other values
             than `args` have (docs/adamw.md); another `on_leak`.
-        TypeError: `linear`, `swiglu` or `attention` is no bool.
+        TypeError: `linear`, `swiglu`, `rms_norm` or `attention` is no bool.
         PackingLeakError: from `train()`, as of `fastft.PackingCallback`.
     """
 
@@ -113,14 +116,16 @@ class FusedLossCallback(PackingCallback):
         attention: bool = True,
         linear: bool | None = None,
         swiglu: bool = True,
+        rms_norm: bool = True,
     ) -> None:
         super().__init__(on_leak, attention)
-        self.swiglu = boolean("swiglu", swiglu)
+        self.swiglu, self.rms_norm = boolean("swiglu", swiglu), boolean("rms_norm", rms_norm)
         if linear is not None and not isinstance(linear, bool):
             raise TypeError(f"linear must be True, False or None, got {linear!r}")
         self.verify, self.linear = verify, linear
         self._own_products: set[int] | None = None  # of layers; None where none may have one
         self._own_units: set[int] = set()
+        self._own_norms: set[int] = set()
         self.report, self.evaluation = Report(), Report()
         self._attachment: Attachment | None = None
         self._trainer_name = ""
@@ -136,7 +141,8 @@ class FusedLossCallback(PackingCallback):
         model = kwargs["model"]
         self._said, self._said_places, self._said_size = False, 0, False
         evaluation = Evaluation(_in_evaluation_loop)
-        self.evaluation, self._own_products, self._own_units = evaluation.report, None, set()
+        self.evaluation, self._own_products = evaluation.report, None
+        self._own_units, self._own_norms = set(), set()
         self._kept.callback(record_run(model, args))
         if args.n_gpu > 1:
             self.report = Report(
@@ -161,6 +167,8 @@ class FusedLossCallback(PackingCallback):
         engine = "torch.compile" if compiled else engine_of(args)
         if self.swiglu and engine is None:
             self._own_units = use_own_units(model, self._kept)
+        if self.rms_norm and engine is None:
+            self._own_norms = use_own_norms(model, self._kept)
         why = None if self.linear is False else reason_against(model, engine)
         if why is None and self.linear is not False:
             self._own_products = use_own_products(model, self._kept)
@@ -176,6 +184,11 @@ class FusedLossCallback(PackingCallback):
     def gated_units(self) -> int:
         """How many have been computed by fastft's kernel in the latest training."""
         return len(self._own_units)
+
+    @property
+    def norms(self) -> int:
+        """The same of root mean square norms."""
+        return len(self._own_norms)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,9 +210,10 @@ class FusedLossCallback(PackingCallback):
     def _say_own_layers(self) -> None:
         """Says after the first step how many layers had fastft's kernels: until then nobody knows
         how large these are."""
-        if self.gated_units:
-            one = "unit is" if self.gated_units == 1 else "units are"
-            logger.info(f"fastft: {self.gated_units} gated {one} computed in one pass")
+        for count, what in ((self.gated_units, "gated unit"), (self.norms, "norm")):
+            if count:
+                said = f"{what} is" if count == 1 else f"{what}s are"
+                logger.info(f"fastft: {count} {said} computed in one pass")
         if self.linear_layers:
             logger.info(f"fastft: {self.linear_layers} linear layers multiply by fastft's kernel")
         elif self.linear and self._own_products is not None:

@@ -15,9 +15,8 @@ result where another one had its own, and the activation waits for `up_proj` her
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from fastft.integrations.linear_products import times_of
-from fastft.integrations.own_forward import is_stock, is_unseen, put_forward
+from fastft.integrations.own_forward import instructions, is_stock, is_unseen, put_forward
 from fastft.layers.gated_down import gated_down
 from fastft.layers.swiglu import is_ahead, swiglu, takes
 
@@ -40,18 +39,7 @@ def _assigned(self: Any, x: Tensor) -> Any:
     return down_proj
 
 
-# what makes more of a function than a call with one result
-_KINDS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR
-_KINDS |= inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
-
-def _instructions(code: CodeType) -> tuple[Any, ...]:
-    """What a function does, but for the names of its variables and where it was defined."""
-    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
-    return code.co_code, code.co_names, code.co_freevars, counts, code.co_flags & _KINDS
-
-
-_FORMS = {_instructions(form.__code__) for form in (_returned, _assigned)}
+_FORMS = {instructions(form.__code__) for form in (_returned, _assigned)}
 # as they were found: whoever replaces one of them wants another activation
 _SILU, _FORWARDS = F.silu, {kind: kind.forward for kind in (nn.SiLU, SiLUActivation)}
 
@@ -62,7 +50,7 @@ def _argument_of(module: nn.Module) -> str | None:
     if not isinstance(function, FunctionType) or function.__defaults__ or not is_stock(module):
         return None
     code = function.__code__
-    return code.co_varnames[1] if _instructions(code) in _FORMS else None
+    return code.co_varnames[1] if instructions(code) in _FORMS else None
 
 
 def _is_plain_silu(activation: Any) -> bool:

@@ -7,8 +7,10 @@ weights of its own, and so is what `torch.jit.script` makes of it.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,22 @@ from torch import nn
 from fastft.foreign.objects import put_attributes
 
 _PUT = ("forward", "__getstate__", "_replicate_for_data_parallel")
+
+
+# what makes more of a function than a call with one result
+_KINDS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR
+_KINDS |= inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def instructions(code: CodeType) -> tuple[Any, ...]:
+    """What a function does, but for its docstring, the names of its variables and where it was
+    defined."""
+    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
+    described = bool(code.co_consts) and isinstance(code.co_consts[0], str | None)
+    # by type and text: 2, 2.0 and True are equal
+    constants = tuple((type(value), repr(value)) for value in code.co_consts[described:])
+    flags = code.co_flags & _KINDS
+    return code.co_code, code.co_names, code.co_freevars, constants, counts, flags
 
 
 def is_stock(module: nn.Module) -> bool:

@@ -221,8 +221,9 @@ def test_small_leaks_and_noise(change, found):
 
 
 def count(module, args):
-    """A model that writes into a buffer in each forward."""
+    """A model that writes into a buffer in each forward, and thaws a weight."""
     module.counted += 1
+    next(module.parameters()).requires_grad_()
 
 
 def generators():
@@ -236,6 +237,7 @@ def state(model):
             name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
         },
         "buffers": {name: value.clone() for name, value in model.named_buffers()},
+        "trained": [parameter.requires_grad for parameter in model.parameters()],
         "modes": [module.training for module in model.modules()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
         "config": (model.config.to_json_string(), model.config._attn_implementation),
@@ -252,6 +254,7 @@ def test_leaves_no_trace(make):
     model.register_forward_pre_hook(count)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
+    next(model.parameters()).requires_grad_(False)
     before, random_before = state(model), generators()
     find_leak(model)
     after = state(model)
@@ -259,7 +262,7 @@ def test_leaves_no_trace(make):
     for name in ("weights", "gradients", "buffers"):
         assert before[name].keys() == after[name].keys()
         assert all(torch.equal(before[name][key], after[name][key]) for key in before[name])
-    for name in ("modes", "hooks", "config"):
+    for name in ("trained", "modes", "hooks", "config"):
         assert before[name] == after[name], name
 
 

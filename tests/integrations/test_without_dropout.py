@@ -3,10 +3,12 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fastft.integrations.without_dropout import switch_off_dropout
 
+OLDER = Version(transformers.__version__) < Version("5.24")
 SIZES = {
     "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64},
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
@@ -37,9 +39,15 @@ def test_nothing_is_drawn(name, attention):
         model(input_ids=ids, labels=ids).loss.backward()
         return not torch.equal(before, torch.get_rng_state())
 
+    def loss(seed):
+        torch.manual_seed(seed)
+        return float(model(input_ids=ids, labels=ids).loss)
+
     assert drew()
     switch_off_dropout(model)
-    assert model.training and not drew()
+    assert model.training and loss(0) == loss(1)
+    # older ones draw whether a layer is dropped also where none ever is
+    assert not drew() or (name in ("opt", "bart") and OLDER)
 
 
 def test_the_configuration_of_a_part():

@@ -549,6 +549,21 @@ void swiglu(int32_t dtype) {
   digest.print(std::string("swiglu, ") + (dtype == kFloat ? "fp32" : "bf16"));
 }
 
+void rms_norm(int32_t dtype, int64_t width) {
+  Numbers numbers{8};
+  const auto number = [&] { return float(int(numbers.next() % 4001) - 2000) / 16.0f; };
+  const std::vector<int64_t> shape{131, width};
+  Array x = filled(dtype, shape, number), weight = filled(dtype, {width}, number);
+  Array grad = filled(dtype, shape, number), out(dtype, shape), grad_x(dtype, shape);
+  Array grad_weight(dtype, {width}), rstd(kFloat, {131});
+  call("rms_norm", out, rstd, x, weight, 1e-6, 1.0);
+  call("rms_norm_backward", grad_x, grad_weight, grad, x, weight, rstd, 1.0);
+  Digest digest;
+  for (Array* array : {&out, &rstd, &grad_x, &grad_weight}) digest.add(*array);
+  digest.print(std::string("rms_norm, ") + (dtype == kFloat ? "fp32" : "bf16") + ", " +
+               std::to_string(width));
+}
+
 // All keys are 0: weights are 1 / n, results sums of small integers, divided at the end, and no
 // query has a gradient. lse comes of libm, and with it what values get, of which the sum is known.
 void attention(int32_t dtype, int64_t size, int64_t window) {
@@ -618,6 +633,8 @@ void refusals() {
   refused("matrix_product", half, half, half, n);
   refused("swiglu", half, half, half);
   refused("swiglu_backward", half, half, half, half, half);
+  refused("rms_norm", half, half, half, half, 1.0, 1.0);
+  refused("rms_norm_backward", half, half, half, half, half, half, 1.0);
   refused("segment_attention_forward", half, half, half, half, half, half, 1.0, n, n, 0.0);
   refused("segment_attention_backward", half, half, half, half, half, half, half, half, half, half,
           1.0, n, n, 0.0);
@@ -643,6 +660,8 @@ int main(int count, char** arguments) {
   boundaries();
   plan(kInt64), plan(kInt32);
   for (const int32_t dtype : {kFloat, kBfloat16}) matrix_product(dtype), swiglu(dtype);
+  for (const int32_t dtype : {kFloat, kBfloat16})
+    for (const int64_t width : {7, 64, 515}) rms_norm(dtype, width);
   for (const int32_t dtype : {kFloat, kBfloat16})
     for (const int64_t size : {1, 40, 64})
       for (const int64_t window : {0, 70}) attention(dtype, size, window);

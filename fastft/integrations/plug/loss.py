@@ -30,7 +30,7 @@ class LossPiece:
         trainer: a Trainer before `train()`.
         wanted: `loss` of `plug`.
         packs: whether batches are packed.
-        attention, linear, swiglu: of `plug`.
+        attention, linear, layers: of `plug`; `layers` its switches of the model's layers.
 
     Attributes:
         callback: what fuses the loss and keeps packed sequences apart: the Trainer's own, if it has
@@ -44,7 +44,7 @@ class LossPiece:
         packs: bool,
         attention: bool,
         linear: bool | None,
-        swiglu: bool,
+        layers: dict[str, Any],
     ) -> None:
         self._trainer: Any = trainer
         self._wanted = wanted
@@ -57,14 +57,15 @@ class LossPiece:
                 f"linear={linear} needs loss=True and, where the Trainer has a FusedLossCallback "
                 f"of its own, that callback's linear={linear}"
             )
-        if wanted and not swiglu and getattr(given, "swiglu", False):
-            raise ValueError(
-                "swiglu=False needs swiglu=False of the Trainer's own FusedLossCallback"
-            )
+        for name, on in layers.items():
+            if wanted and not on and getattr(given, name, False):
+                raise ValueError(
+                    f"{name}=False needs {name}=False of the Trainer's own FusedLossCallback"
+                )
         self._is_new = given is None
         self.callback: PackingCallback | None = given
         if given is None and wanted:
-            self.callback = _PluggedLoss(attention=attention, linear=linear, swiglu=swiglu)
+            self.callback = _PluggedLoss(attention=attention, linear=linear, **layers)
         elif given is None and packs:
             self.callback = PackingCallback(attention=attention)
 
@@ -143,10 +144,11 @@ def _names(model: nn.Module, heads: list[nn.Linear]) -> list[str]:
 
 
 def _layers(callback: FusedLossCallback) -> str:
-    linear, gated = callback.linear_layers, callback.gated_units
+    linear = callback.linear_layers
     said = f"; {linear} linear layers by fastft's products" if linear else ""
-    units = "unit" if gated == 1 else "units"
-    return said + (f"; {gated} gated {units} in one pass" if gated else "")
+    for count, what in ((callback.gated_units, "gated unit"), (callback.norms, "norm")):
+        said += f"; {count} {what}{'s' * (count != 1)} in one pass" if count else ""
+    return said
 
 
 def _softcap(model: nn.Module) -> str:

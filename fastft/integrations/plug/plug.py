@@ -198,6 +198,7 @@ def plug(
     attention: bool = True,
     linear: bool | None = None,
     swiglu: bool = True,
+    rms_norm: bool = True,
     **adamw_options: Any,
 ) -> Plugged:
     """Does for a built Trainer what fits it: the fused loss, AdamW, packed batches.
@@ -223,8 +224,9 @@ def plug(
         attention: let packed batches have `attn_implementation="fastft"` where it is exact.
         linear: whether the model's linear layers multiply by fastft's kernel, as
             `FusedLossCallback` has it, with `loss` alone. None (default): where it is faster.
-        swiglu: whether large gated units are computed in one pass on a CPU, as `FusedLossCallback`
-            has it, with `loss` alone; one that the Trainer has keeps its own, and False needs that.
+        swiglu, rms_norm: whether large gated units, and root mean square norms, are computed in one
+            pass on a CPU, as `FusedLossCallback` has it, with `loss` alone; one that the Trainer
+            has keeps its own, and False needs that.
         adamw_options: keywords of `fastft.AdamW`: `moments`, `rounding`, `offload`, `seed`, ...;
             what `args` have comes from there, when Trainer makes the optimizer.
 
@@ -244,7 +246,8 @@ def plug(
             f"trainer must be a transformers.Trainer, got {type(trainer).__name__}; a loop of your "
             "own takes fastft.fused_loss(model) and fastft.adamw(model)"
         )
-    switches = {"loss": loss, "optimizer": optimizer, "attention": attention, "swiglu": swiglu}
+    layers = {"swiglu": swiglu, "rms_norm": rms_norm}
+    switches = {"loss": loss, "optimizer": optimizer, "attention": attention, **layers}
     switches |= {} if linear is None else {"linear": linear}
     for name, value in switches.items():
         boolean(name, value)
@@ -252,6 +255,6 @@ def plug(
         raise ValueError(
             "this Trainer is plugged already: call restore() of what plug returned first"
         )
-    losses = LossPiece(trainer, loss, packing is not None, attention, linear, swiglu)
+    losses = LossPiece(trainer, loss, packing is not None, attention, linear, layers)
     adamw = OptimizerPiece(trainer, optimizer, adamw_options, loss=loss, packing=packing)
     return Plugged(trainer, losses, adamw, PackingPiece(trainer, packing, losses.callback))

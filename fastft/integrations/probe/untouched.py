@@ -42,8 +42,9 @@ class RandomStates:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[RandomStates]:
-    """Evaluation mode without gradients; afterwards modes, buffers and random states are what they
-    were."""
+    """Evaluation mode without gradients; afterwards modes, buffers, random states and what is
+    trained are what they were (a forward of PEFT's X-LoRA before 0.21 thaws its adapters)."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.numel() <= SMALL]
     states = RandomStates(model)
@@ -55,6 +56,9 @@ def untouched(model: nn.Module) -> Iterator[RandomStates]:
     finally:
         for module, training in modes:
             module.training = training
+        for parameter, trains in trained:
+            if parameter.requires_grad != trains:
+                parameter.requires_grad_(trains)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -1,0 +1,136 @@
+"""The root mean square norms of a model in training, by `layers/rms_norm.py`, where that is faster.
+
+    weight * (x / sqrt(mean(x^2) + eps))
+
+Which modules are such norms their code says, as for gated units: the instructions of their class's
+`forward` (and `_norm`) are those of a function that stands here. Known are the norms of Llama,
+which most decoders of transformers have (Mistral, Qwen, SmolLM), of OLMo 2, and of Gemma, which
+adds 1 to the weight. Whatever differs, a shape or dtype, weights of another dtype, a GPU, compiled
+code, passes without gradients, is the model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastft.integrations.own_forward import instructions, is_stock, put_forward
+from fastft.layers.rms_norm import is_ahead, rms_norm, takes
+
+
+def _as_llama(self: Any, hidden_states: Tensor) -> Any:
+    input_dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    return self.weight * hidden_states.to(input_dtype)
+
+
+def _as_olmo(self: Any, hidden_states: Tensor) -> Any:
+    input_dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    return (self.weight * hidden_states).to(input_dtype)
+
+
+def _as_gemma(self: Any, x: Tensor) -> Any:
+    output = self._norm(x.float())
+    output = output * (1.0 + self.weight.float())
+    return output.type_as(x)
+
+
+def _norm(self: Any, x: Tensor) -> Any:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+_FORMS = {
+    (instructions(forward.__code__), inner and instructions(inner.__code__)): forward
+    for forward, inner in ((_as_llama, None), (_as_olmo, None), (_as_gemma, _norm))
+}
+
+
+def _form_of(module: nn.Module) -> Callable[[Any, Tensor], Any] | None:
+    """Which of the norms above it is; None where it is none."""
+    function, inner = type(module).forward, getattr(type(module), "_norm", None)
+    if not isinstance(function, FunctionType) or function.__defaults__ or not is_stock(module):
+        return None
+    if inner is not None and (not isinstance(inner, FunctionType) or "_norm" in vars(module)):
+        return None
+    code = function.__code__
+    if "_norm" not in code.co_names:
+        inner = None
+    if (inner or function).__globals__.get("torch") is not torch:
+        return None
+    found = _FORMS.get((instructions(code), inner and instructions(inner.__code__)))
+    same = found is not None and code.co_varnames[1] == found.__code__.co_varnames[1]
+    return found if same else None
+
+
+def _forwards(used: set[int], on: list[bool]) -> dict[Any, Callable[[Any, Tensor], Any]]:
+    """The norms' `forward` while the kernel is `on`, by what it is in the place of; ids of those
+    that had it go into `used`."""
+
+    def computed(self: Any, x: Tensor, eps: Any, offset: float) -> Tensor | None:
+        trains = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if not (on and trains and isinstance(eps, float) and takes(x, self.weight)):
+            return None
+        used.add(id(self))
+        return rms_norm(x, self.weight, eps, offset)
+
+    found: dict[Any, Callable[[Any, Tensor], Any]] = {}
+
+    # of this name and functions, so that the norms' methods pickle and torch.jit compiles them
+    def forward(self: Any, hidden_states: Tensor) -> Any:
+        if not torch.jit.is_scripting():
+            y = computed(self, hidden_states, self.variance_epsilon, 0.0)
+            return type(self).forward(self, hidden_states) if y is None else y
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    found[_as_llama] = forward
+
+    def forward(self: Any, hidden_states: Tensor) -> Any:  # type: ignore[no-redef]
+        if not torch.jit.is_scripting():
+            y = computed(self, hidden_states, self.variance_epsilon, 0.0)
+            return type(self).forward(self, hidden_states) if y is None else y
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return (self.weight * hidden_states).to(input_dtype)
+
+    found[_as_olmo] = forward
+
+    def forward(self: Any, x: Tensor) -> Any:  # type: ignore[no-redef]
+        if not torch.jit.is_scripting():
+            y = computed(self, x, self.eps, 1.0)
+            return type(self).forward(self, x) if y is None else y
+        output = self._norm(x.float())
+        output = output * (1.0 + self.weight.float())
+        return output.type_as(x)
+
+    found[_as_gemma] = forward
+    return found
+
+
+def use_own_norms(model: nn.Module, stack: contextlib.ExitStack) -> set[int]:
+    """Gives the norms of `model` fastft's kernel until `stack` is closed, where it is faster;
+    returns the ids of those that have had it, which grow with the first forward passes."""
+    used: set[int] = set()
+    on = [True]  # empty from the end on, also for who has kept a norm's method
+    stack.callback(on.clear)
+    forwards = _forwards(used, on)
+    for module in model.modules() if is_ahead() else ():
+        form = _form_of(module)
+        if form is not None:
+            stack.callback(put_forward(module, forwards[form]))
+    return used
