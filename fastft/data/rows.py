@@ -10,10 +10,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from fastft.data.column_rows import Column
 from fastft.data.columns import MAX_TOKENS, Columns, flatten_column, padding_like
 
 
@@ -64,7 +64,7 @@ class Layout:
             for key, values in columns.items()
         }
 
-    def _arranged(self, values: list[Any], fill: int) -> list[Any]:
+    def _arranged(self, values: Column, fill: int) -> Column:
         """Sorts the values of a column as the segments lie."""
         if self.is_plain:
             return values
