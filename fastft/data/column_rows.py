@@ -11,6 +11,7 @@ import bisect
 import ctypes
 import functools
 import itertools
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
@@ -131,22 +132,29 @@ class ColumnRows:
             self._lengths = self.column.lengths(self.rows)
         return self._lengths
 
-    def joined(self) -> Tensor:
-        """Joins them in a new CPU tensor, int64 (T,).
+    def joined(self, *shape: int) -> Tensor:
+        """Joins their T numbers in a new CPU tensor, int64.
+
+        Args:
+            shape: of T numbers in all; (T,) if none is given.
 
         Raises:
             ValueError: the offsets of the column lead out of its memory.
         """
-        total, join = sum(self.lengths), self.column.join
+        shape = shape or (max(sum(self.lengths), 0),)
+        tensor, room, join = (
+            torch.empty(shape, dtype=torch.int64),
+            math.prod(shape),
+            self.column.join,
+        )
         assert join is not None
-        flat = torch.empty(max(total, 0), dtype=torch.int64)
         rows, count = self.rows.buffer_info()
-        if join(self.column.address, rows, count, flat.data_ptr(), total) != total:
+        if join(self.column.address, rows, count, tensor.data_ptr(), room) != room:
             raise ValueError(
                 "rows of a column lie outside of the column's memory: the file that it comes from "
                 "is damaged"
             )
-        return flat
+        return tensor
 
 
 Column = list[Any] | ColumnRows  # the values of a key, one of each example

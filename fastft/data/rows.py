@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastft.data.column_rows import Column
+from fastft.data.column_rows import Column, ColumnRows
 from fastft.data.columns import MAX_TOKENS, Columns, flatten_column, padding_like
 
 
@@ -58,11 +58,16 @@ class Layout:
 
     def tensors(self, columns: Columns, fills: Mapping[str, int]) -> dict[str, Tensor]:
         """Lays columns out, (R, T) each; padding holds `fills`, or 0 where they have no number."""
-        shape = len(self.members), self.width
         return {
-            key: flatten_column(key, self._arranged(values, fills.get(key, 0))).view(shape)
+            key: self._tensor(key, self._arranged(values, fills.get(key, 0)))
             for key, values in columns.items()
         }
+
+    def _tensor(self, key: str, arranged: Column) -> Tensor:
+        shape = len(self.members), self.width
+        if isinstance(arranged, ColumnRows):
+            return arranged.joined(*shape)
+        return flatten_column(key, arranged).view(shape)
 
     def _arranged(self, values: Column, fill: int) -> Column:
         """Sorts the values of a column as the segments lie."""
