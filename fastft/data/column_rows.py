@@ -54,7 +54,9 @@ class ListColumn:
         (numbers, offsets), kind = chunks[0], chunks[0][0].dtype.kind
         # int64 has no room for all of uint64
         is_read = kind == "i" or (kind == "u" and numbers.itemsize < 8)
-        self.join = _joiner() if is_read else None
+        # Arrow asks for it, but who makes a buffer by hand need not
+        is_aligned = all(one.flags.aligned for chunk in chunks for one in chunk)
+        self.join = _joiner() if is_read and is_aligned else None
         # as csrc/cpu/column_rows.cpp has its structs
         self._table = array("q")
         for (of_rows, places), first, count in zip(chunks, self._firsts, rows, strict=True):

@@ -271,6 +271,12 @@ def test_offsets_of_a_damaged_file_are_an_error(offsets, wide):
             values.joined()
 
 
+def test_numbers_that_are_not_aligned_are_views():
+    numbers = np.frombuffer(b"-" + np.arange(5).tobytes(), np.int64, offset=1)
+    values = ListColumn([(numbers, np.array([0, 2, 5]))]).fetch(array("q", [1, 0]))
+    assert isinstance(values, list) and flatten("x", values).tolist() == [2, 3, 4, 0, 1]
+
+
 def test_the_native_function_reads_no_row_that_is_not_there():
     join = column_rows._joiner()
     if join is None:
