@@ -362,9 +362,9 @@ LIKELY = (
         "pack",
         (
             Change(
-                "fastft/data/arrow_rows.py",
-                "bisect.bisect_right(begins, row) - 1",
-                "max(0, bisect.bisect_left(begins, row) - 1)",
+                "fastft/data/column_rows.py",
+                "bisect.bisect_right(self._firsts, row) - 1",
+                "max(0, bisect.bisect_left(self._firsts, row) - 1)",
             ),
         ),
     ),

@@ -7,15 +7,15 @@ file): nothing is read but the numbers, and no Python object is made of a token.
 
 from __future__ import annotations
 
-import bisect
-import itertools
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastft.data.column_rows import Column, ListColumn
 from fastft.data.columns import Columns
 from fastft.foreign.loaders import chosen_rows
 
-Fetch = Callable[[Sequence[int]], list[Any]]
+Fetch = Callable[["array[int]"], Column]
 
 
 def _list_memory(array: Any) -> tuple[Any, Any] | None:
@@ -37,33 +37,10 @@ def _list_memory(array: Any) -> tuple[Any, Any] | None:
 
 def fetcher(column: Any) -> Fetch:
     """Makes the function that gives the values of a column's rows; lists of numbers as views."""
-    memory = [_list_memory(chunk) for chunk in column.chunks]
-    if None in memory or not memory:
+    chunks = [memory for chunk in column.chunks if (memory := _list_memory(chunk)) is not None]
+    if len(chunks) < len(column.chunks) or not chunks:
         return lambda rows: [column[row].as_py() for row in rows]
-    # the first row of each chunk
-    begins = list(itertools.accumulate(map(len, column.chunks), initial=0))[:-1]
-
-    def of_chunk(chunk: int, rows: Any) -> list[Any]:
-        numbers, offsets = memory[chunk]  # type: ignore[misc]
-        places = rows - begins[chunk]
-        bounds = zip(offsets[places].tolist(), offsets[places + 1].tolist(), strict=True)
-        return [numbers[begin:end] for begin, end in bounds]
-
-    def fetch(rows: Sequence[int]) -> list[Any]:
-        import numpy
-
-        if len(begins) == 1:
-            return of_chunk(0, numpy.asarray(rows, numpy.int64))
-        chunks = [bisect.bisect_right(begins, row) - 1 for row in rows]
-        every = numpy.asarray(rows, numpy.int64)
-        views: list[Any] = [None] * len(rows)
-        for chunk in set(chunks):
-            members = [place for place, one in enumerate(chunks) if one == chunk]
-            for place, view in zip(members, of_chunk(chunk, every[members]), strict=True):
-                views[place] = view
-        return views
-
-    return fetch
+    return ListColumn(chunks).fetch
 
 
 class ArrowRows:
@@ -83,7 +60,8 @@ class ArrowRows:
 
     def columns(self, examples: Sequence[int]) -> Columns:
         """Reads the examples of the given numbers, key by key."""
-        rows = examples if self._rows is None else self._rows[list(examples)].tolist()
+        chosen = examples if self._rows is None else self._rows[list(examples)].tolist()
+        rows = array("q", chosen)  # once for all columns
         return {key: fetch(rows) for key, fetch in self._fetchers.items()}
 
     def __call__(self, examples: Sequence[int]) -> list[dict[str, Any]]:

@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 from fastft.data import listed
+from fastft.data.column_rows import Column, ColumnRows, lengths_in
 
 MAX_TOKENS = 2**31 - 1  # what int32 boundaries can count
 INTEGERS = ("input_ids", "labels", "decoder_input_ids")  # columns in which nothing else makes sense
-Columns = dict[str, list[Any]]  # the values by key, one of each example
+Columns = dict[str, Column]
 _NDIM = operator.attrgetter("ndim")
 
 
-def _are_vectors(values: list[Any]) -> bool:
+def _are_vectors(values: Column) -> bool:
     """Recognises the usual columns without a loop: lists alone, or vectors alone."""
+    if isinstance(values, ColumnRows):
+        return True
     try:
         return {*map(type, values)} == {list} or {*map(_NDIM, values)} == {1}
     except AttributeError:
@@ -66,7 +69,7 @@ def may_hold_numbers(value: Any) -> bool:
     )
 
 
-def lengths_of(key: str, values: list[Any]) -> list[int]:
+def lengths_of(key: str, values: Column) -> list[int]:
     """Measures a column's values.
 
     Raises:
@@ -76,7 +79,7 @@ def lengths_of(key: str, values: list[Any]) -> list[int]:
     if not _are_vectors(values):
         for index, value in enumerate(values):
             _check_vector(key, index, value)
-    lengths = [*map(len, values)]
+    lengths = lengths_in(values)
     if 0 in lengths:
         raise ValueError(f"example {lengths.index(0)} has no tokens: {key} is empty")
     if sum(lengths) > MAX_TOKENS:
@@ -87,9 +90,9 @@ def lengths_of(key: str, values: list[Any]) -> list[int]:
     return lengths
 
 
-def check_lengths(key: str, values: list[Any], lengths: list[int], of: str) -> None:
+def check_lengths(key: str, values: Column, lengths: list[int], of: str) -> None:
     """Raises ValueError unless the values of `key` are as long as those of `of`, `lengths`."""
-    if _are_vectors(values) and [*map(len, values)] == lengths:
+    if _are_vectors(values) and lengths_in(values) == lengths:
         return
     for index, value in enumerate(values):
         _check_vector(key, index, value)
@@ -108,7 +111,9 @@ def take_mask(key: str, columns: Columns) -> Tensor | None:
     """
     masks = columns.pop(key, None)
     if masks is None or (
-        {*map(type, masks)} == {list} and all(mask.count(1) == len(mask) for mask in masks)
+        isinstance(masks, list)
+        and {*map(type, masks)} == {list}
+        and all(mask.count(1) == len(mask) for mask in masks)
     ):
         return None
     flat = flatten(key, masks)
@@ -139,16 +144,18 @@ def drop_masked(
     if mask is None or bool(mask.all()):
         return lengths
     left = list(lengths)
+    cut = {name: [*values] for name, values in columns.items()}
     for index, kept in enumerate((mask != 0).split(lengths)):
         left[index] = int(kept.sum())
         if left[index] == 0:
             raise ValueError(f"example {index} has no tokens: its {key} is all zeros")
-        for name, values in columns.items():
+        for name, values in cut.items():
             values[index] = flatten(name, [values[index]])[kept]
+    columns.update(cut)
     return left
 
 
-def flatten(key: str, values: Sequence[Any]) -> Tensor:
+def flatten(key: str, values: Sequence[Any] | ColumnRows) -> Tensor:
     """Joins the values of a column in a new CPU tensor (T,).
 
     It is int64, or of the floating-point dtype that they have; numbers from lists that are no
@@ -157,6 +164,8 @@ def flatten(key: str, values: Sequence[Any]) -> Tensor:
     Raises:
         ValueError: something in it is no number, or an integer too large for int64.
     """
+    if isinstance(values, ColumnRows):
+        return values.joined()
     kinds = {*map(type, values)}
     if kinds <= {list, tuple}:
         return _flat_lists(key, values if kinds == {list} else [*map(list, values)])
@@ -169,7 +178,7 @@ def flatten(key: str, values: Sequence[Any]) -> Tensor:
     )
 
 
-def flatten_integers(key: str, values: Sequence[Any]) -> Tensor:
+def flatten_integers(key: str, values: Sequence[Any] | ColumnRows) -> Tensor:
     """Joins integers as `flatten` does; raises ValueError for other numbers."""
     flat = flatten(key, values)
     if flat.is_floating_point():
@@ -177,7 +186,7 @@ def flatten_integers(key: str, values: Sequence[Any]) -> Tensor:
     return flat
 
 
-def flatten_column(key: str, values: Sequence[Any]) -> Tensor:
+def flatten_column(key: str, values: Sequence[Any] | ColumnRows) -> Tensor:
     """Joins what `key` may hold: integers for tokens and labels, any numbers for others."""
     return (flatten_integers if key in INTEGERS else flatten)(key, values)
 

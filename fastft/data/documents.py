@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.data.column_rows import Column
 from fastft.data.columns import (
     Columns,
     check_lengths,
@@ -147,7 +148,7 @@ def document_lengths(
     return [list(itertools.islice(sizes, count)) for count in counts]
 
 
-def _numbers(key: str, values: list[Any], lengths: Sequence[int]) -> Tensor:
+def _numbers(key: str, values: Column, lengths: Sequence[int]) -> Tensor:
     """Numbers the document of each token, (T,), by their lengths or borders in `values`."""
     made = []
     for index, (value, length) in enumerate(zip(values, lengths, strict=True)):
@@ -263,7 +264,7 @@ def shortened(example: dict[str, Any], begin: int, length: int) -> dict[str, Any
     The part is `length` tokens from `begin`. A document of which the first tokens are missing is
     one of its own, which begins where the part does.
     """
-    columns = {key: [value] for key, value in example.items()}
+    columns: Columns = {key: [value] for key, value in example.items()}
     sizes = documents_of(columns, [len(example["input_ids"])])[0]
     ends = list(itertools.accumulate(sizes))
     overlaps = [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterable
 from typing import Any
 
 from fastft.data.arrow_rows import fetcher
+from fastft.data.column_rows import chained
 from fastft.data.columns import Columns, token_columns
 from fastft.data.documents import telling
 from fastft.data.pack import Pack, Values, examples_of, is_pack, transposed
@@ -17,7 +19,8 @@ def arrow_examples(table: Any) -> list[dict[str, Any]]:
     import pyarrow
 
     whole = table if isinstance(table, pyarrow.Table) else pyarrow.Table.from_batches([table])
-    columns = [fetcher(column)(range(len(whole))) for column in whole.columns]
+    every = array("q", range(len(whole)))
+    columns = [fetcher(column)(every) for column in whole.columns]
     return [dict(zip(whole.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
@@ -52,7 +55,7 @@ def _columns_of_alike(features: list[Any]) -> Columns | None:
     if {*map(len, features)} != {len(keys)}:
         return None
     try:
-        columns = {key: [feature[key] for feature in features] for key in keys}
+        columns: Columns = {key: [feature[key] for feature in features] for key in keys}
     except KeyError:
         return None
     ids = columns.get("input_ids")
@@ -83,10 +86,8 @@ def columns_of(features: list[Any], required: Iterable[str] = ()) -> tuple[Colum
         and all(features)
         and all(one.keys() == features[0].keys() for one in features)
     ):
-        columns = {
-            key: [*itertools.chain(*[pack[key].values for pack in features])] for key in features[0]
-        }
-        counts = [len(pack["input_ids"].values) for pack in features]
+        columns = {key: chained([pack[key].held for pack in features]) for key in features[0]}
+        counts = [len(pack["input_ids"].held) for pack in features]
     else:
         units = _units_of(features)
         columns, counts = transposed([*itertools.chain(*units)]), [*filter(None, map(len, units))]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastft.data.processed import token_count
-from fastft.foreign.loaders import chosen_rows, is_dataset
+from fastft.foreign.loaders import chosen_rows, is_dataset, is_transformed
 
 
 def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
@@ -31,7 +31,7 @@ def scan_lengths(dataset: Any, length_column: str | None = None) -> Tensor:
     if is_dataset(dataset):
         stored = dataset.column_names
         shown = dataset.format["columns"]
-        transformed = dataset.format["type"] == "custom"
+        transformed = is_transformed(dataset)
         if length_column is not None and length_column not in stored:
             raise ValueError(
                 f"length_column={length_column!r} is none of the dataset's columns {stored}"

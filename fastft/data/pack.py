@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.data.column_rows import Column, ColumnRows, lengths_in
 from fastft.data.columns import (
     Columns,
     flatten,
@@ -40,15 +41,34 @@ class Values:
 
     Its length is that of all of them together, in `input_ids` tokens: `Trainer` asks a feature for
     that where it groups by length.
+
+    Attributes:
+        held: the values, or the rows of a column that become `values` when somebody asks for these.
     """
 
-    __slots__ = ("values",)
+    __slots__ = ("held",)
 
-    def __init__(self, values: list[Any]) -> None:
-        self.values = values
+    def __init__(self, values: Column) -> None:
+        self.held = values
+
+    @property
+    def values(self) -> list[Any]:
+        """The values, which may be written to."""
+        if isinstance(self.held, ColumnRows):
+            self.held = [*self.held]
+        return self.held
+
+    @values.setter
+    def values(self, values: list[Any]) -> None:
+        self.held = values
+
+    def __reduce__(self) -> Any:
+        return Values, (self.values,)
 
     def __len__(self) -> int:
-        return sum(len(value) for value in self.values if hasattr(value, "__len__"))
+        if isinstance(self.held, ColumnRows):
+            return sum(self.held.lengths)
+        return sum(len(value) for value in self.held if hasattr(value, "__len__"))
 
     def __getitem__(self, place: Any) -> Any:
         raise TypeError(
@@ -72,12 +92,18 @@ class Pack(dict[str, Values]):
     """
 
     def __init__(self, examples: Sequence[dict[str, Any]] = ()) -> None:
-        self.hold(transposed(examples))
+        self._hold(transposed(examples))
 
-    def hold(self, columns: Columns) -> None:
-        """Takes the columns of its examples, `input_ids` among them."""
-        if columns.keys() & KEYS:
-            lengths = [*map(len, columns["input_ids"])]
+    @staticmethod
+    def of_columns(columns: Columns) -> Pack:
+        """Makes a pack of the columns of its examples, `input_ids` among them."""
+        pack = Pack.__new__(Pack)
+        pack._hold(columns)
+        return pack
+
+    def _hold(self, columns: Columns) -> None:
+        if not KEYS.isdisjoint(columns):
+            lengths = lengths_in(columns["input_ids"])
             columns = cut_documents(columns, lengths, documents_of(columns, lengths))
         for key, values in columns.items():
             self[key] = Values(values)
@@ -96,7 +122,7 @@ class Pack(dict[str, Values]):
         Raises:
             ValueError: a column has not one number for each token.
         """
-        columns = {key: column.values for key, column in self.items()}
+        columns: Columns = {key: column.held for key, column in self.items()}
         columns = token_columns(columns, ["labels", *telling(columns)])
         refuse_reserved(columns)
         columns, lengths, _ = split_documents(columns, [len(columns["input_ids"])])
@@ -109,10 +135,11 @@ class Pack(dict[str, Values]):
 
 def packs_of_columns(columns: Columns, sizes: Sequence[int]) -> list[Pack]:
     """Makes packs of so many examples each, which follow one another in the columns."""
-    packs = [Pack() for _ in sizes]
-    for pack, end, size in zip(packs, itertools.accumulate(sizes), sizes, strict=True):
-        pack.hold({key: values[end - size : end] for key, values in columns.items()})
-    return packs
+    of_packs = [
+        {key: values[end - size : end] for key, values in columns.items()}
+        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)
+    ]
+    return [Pack.of_columns(part) for part in of_packs]
 
 
 def transposed(examples: Sequence[dict[str, Any]]) -> Columns:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from fastft.checks import integer, optional_integer
 from fastft.data.arrow_rows import ArrowRows
 from fastft.data.balance import balanced
+from fastft.data.column_rows import lengths_in
 from fastft.data.lengths import scan_lengths
 from fastft.data.pack import (
     Pack,
@@ -26,10 +27,10 @@ from fastft.data.pack import (
     refuse_images,
     refuse_masked_pieces,
 )
-from fastft.data.plan import PackPlan, checked_limits, epoch_plan, plan_packs
+from fastft.data.plan import PackPlan, PlanNumbers, checked_limits, epoch_plan, plan_packs
 from fastft.data.processed import unbatched
 from fastft.data.streaming import OPEN_PACKS, PackedStream, refuse_dispatch
-from fastft.foreign.loaders import is_dataset
+from fastft.foreign.loaders import is_dataset, is_transformed
 from fastft.foreign.sharding import world_size
 
 ROWS_OF_A_TABLE = 1024  # of `to_dataset`: so many packs are in memory twice
@@ -69,6 +70,8 @@ class PackedDataset(Dataset[Pack]):
         # the dataset, and views of its Arrow tables
         self._rows: tuple[Any, ArrowRows] | None = None
         self._drawn: tuple[int, PackPlan] | None = None
+        # a plan, and its numbers
+        self._read: tuple[PackPlan, PlanNumbers] | None = None
         # the pack that a batch last ended with; None: no longer watched
         self._last: int | None = -1
 
@@ -76,7 +79,7 @@ class PackedDataset(Dataset[Pack]):
         return {
             key: value
             for key, value in vars(self).items()
-            if key not in ("_rows", "_drawn", "_last")
+            if key not in ("_rows", "_drawn", "_read", "_last")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,18 +170,15 @@ class PackedDataset(Dataset[Pack]):
                 "was packed, and the packs are of those: call pack again when a dataset has changed"
             )
         plan = self.plan
-        bounds = plan.all_bounds(indices)
-        # numpy, as a few numbers of torch's cost several times more
-        examples, starts, lengths = (
-            [*itertools.chain(*[numbers[begin:end].tolist() for begin, end in bounds])]
-            for numbers in map(Tensor.numpy, (plan.indices, plan.starts, plan.lengths))
-        )
+        if self._read is None or self._read[0] is not plan:
+            self._read = plan, plan.numbers()
+        bounds, (examples, lengths, starts) = self._read[1].packs(indices)
         fillers = sum(begin == end for begin, end in bounds)
         table = self._table()
         # a processor's (1, n) has the length 1, too, and is not whole for it
         if table is not None and not fillers and not any(starts) and 1 not in lengths:
             columns = table.columns(examples)
-            if [*map(len, columns.get("input_ids", ()))] == lengths:  # all are whole, as a rule
+            if lengths_in(columns.get("input_ids", ())) == lengths:  # all are whole, as a rule
                 return packs_of_columns(columns, [end - begin for begin, end in bounds])
         fetched = self._fetch(examples + plan.indices[:1].tolist() * fillers)
         # an example is whole as a rule: for that, no function is called
@@ -196,7 +196,7 @@ class PackedDataset(Dataset[Pack]):
     def _table(self) -> ArrowRows | None:
         """Reads a `datasets.Dataset` straight from Arrow, whatever its format: no Python object is
         made of a token. None for another dataset."""
-        if not is_dataset(self.dataset) or self.dataset.format["type"] == "custom":
+        if not is_dataset(self.dataset) or is_transformed(self.dataset):
             return None
         if self._rows is None or self._rows[0] is not self.dataset:
             self._rows = self.dataset, ArrowRows(self.dataset)

@@ -17,7 +17,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,37 @@ PLAN = ops.Operator(
 )
 
 
+def _bounds(offsets: memoryview, packs: Sequence[int]) -> list[tuple[int, int]]:
+    """Finds the bounds of packs; see `PackPlan.bounds`."""
+    count = len(offsets) - 1
+    found: list[tuple[int, int]] = []
+    for pack in packs:
+        position = pack + count if pack < 0 else pack
+        if not 0 <= position < count:
+            raise IndexError(f"pack {pack} of a plan with {count} packs")
+        found.append((offsets[position], offsets[position + 1]))
+    return found
+
+
+class PlanNumbers(NamedTuple):
+    """The numbers of a `PackPlan`, int64 each; no `starts` where all are 0."""
+
+    offsets: memoryview
+    indices: memoryview
+    lengths: memoryview
+    starts: memoryview | None
+
+    def packs(self, packs: Sequence[int]) -> tuple[list[tuple[int, int]], list[list[int]]]:
+        """Reads the bounds of packs, and all their entries' `indices`, `lengths` and `starts`."""
+        bounds = _bounds(self.offsets, packs)
+        read = [
+            [*itertools.chain(*[numbers[begin:end].tolist() for begin, end in bounds])]
+            for numbers in self[1:]
+            if numbers is not None
+        ]
+        return bounds, read if len(read) == 3 else [*read, [0] * len(read[0])]
+
+
 @dataclass(frozen=True, eq=False)
 class PackPlan:
     """Packs of example indices: `plan[p]` are those of pack p, an int64 tensor.
@@ -137,18 +168,18 @@ class PackPlan:
         Raises:
             IndexError: there is no such pack.
         """
-        return self.all_bounds([pack])[0]
+        return _bounds(self.offsets.numpy().data, [pack])[0]
 
-    def all_bounds(self, packs: Sequence[int]) -> list[tuple[int, int]]:
-        """Finds the bounds of several packs; see `bounds`."""
-        offsets, count = self.offsets.numpy(), len(self)
-        found: list[tuple[int, int]] = []
-        for pack in packs:
-            position = pack + count if pack < 0 else pack
-            if not 0 <= position < count:
-                raise IndexError(f"pack {pack} of a plan with {count} packs")
-            found.append((int(offsets[position]), int(offsets[position + 1])))
-        return found
+    def numbers(self) -> PlanNumbers:
+        """Its numbers as Python reads them: a few of torch's, or numpy's, cost several times more.
+
+        They share the plan's memory.
+        """
+        offsets, indices, lengths, starts = (
+            tensor.numpy().data
+            for tensor in (self.offsets, self.indices, self.lengths, self.starts)
+        )
+        return PlanNumbers(offsets, indices, lengths, starts if self.starts.any() else None)
 
     def reordered(self, order: Tensor) -> PackPlan:
         """Puts the packs in another order: pack p of the result is pack `order[p]` of this plan."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
+from fastft.data.column_rows import Column, ColumnRows
 from fastft.data.columns import MAX_TOKENS, Columns, flatten_column, padding_like
 
 
@@ -58,13 +58,18 @@ class Layout:
 
     def tensors(self, columns: Columns, fills: Mapping[str, int]) -> dict[str, Tensor]:
         """Lays columns out, (R, T) each; padding holds `fills`, or 0 where they have no number."""
-        shape = len(self.members), self.width
         return {
-            key: flatten_column(key, self._arranged(values, fills.get(key, 0))).view(shape)
+            key: self._tensor(key, self._arranged(values, fills.get(key, 0)))
             for key, values in columns.items()
         }
 
-    def _arranged(self, values: list[Any], fill: int) -> list[Any]:
+    def _tensor(self, key: str, arranged: Column) -> Tensor:
+        shape = len(self.members), self.width
+        if isinstance(arranged, ColumnRows):
+            return arranged.joined(*shape)
+        return flatten_column(key, arranged).view(shape)
+
+    def _arranged(self, values: Column, fill: int) -> Column:
         """Sorts the values of a column as the segments lie."""
         if self.is_plain:
             return values

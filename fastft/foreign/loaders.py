@@ -22,6 +22,14 @@ def is_iterable_dataset(dataset: Any) -> bool:
     return datasets is not None and isinstance(dataset, datasets.IterableDataset)
 
 
+def is_transformed(dataset: Any) -> bool:
+    """Whether a function of the user's makes the rows of a `datasets.Dataset` of what it stores.
+
+    `dataset.format` says so too, but lists the columns each time.
+    """
+    return bool(dataset._format_type == "custom")
+
+
 def chosen_rows(dataset: Any) -> Any:
     """Which rows of its table a `datasets.Dataset` has, numpy integers (N,); None: all of them, in
     order."""

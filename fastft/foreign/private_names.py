@@ -122,6 +122,7 @@ PRIVATE_NAMES = {
     "transformers:Trainer._loss_shifts_labels": "does it count first labels, unpredicted ones",
     "accelerate.accelerator:_original_forward": "accelerate's mixed precision runs inside forward",
     "accelerate:Accelerator._dataloaders": "which loaders it has prepared",
+    "datasets:Dataset._format_type": "whether a transform makes its rows, asked for each batch",
     "datasets:Dataset._indices": "which rows select or shuffle left, in which order",
     "trl.trainer.utils:add_fused_lm_head._fused_forward": (
         "the forward that TRL gives a model, which computes log-probabilities"

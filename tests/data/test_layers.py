@@ -11,7 +11,7 @@ import fastft
 
 DATA = Path(fastft.__file__).parent / "data"
 PLANNING = ("plan", "packed", "streaming", "balance", "even_packs", "lengths")
-COMMON = ("pack", "processed", "arrow_rows", "keys")
+COMMON = ("pack", "processed", "arrow_rows", "column_rows", "keys")
 
 
 def imported(room: Path) -> set[str]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastft.data.column_rows import Column
 from fastft.data.columns import Columns
 from fastft.data.keys import is_of_images
 from fastft.data.processed import holds_images, tensor_of, unbatched
@@ -87,7 +88,7 @@ class ImageText(CausalLM):
         return {key: value for key, value in images.items() if value is not None}
 
 
-def _tensors(key: str, values: Sequence[Any]) -> list[Tensor | None]:
+def _tensors(key: str, values: Column) -> list[Tensor | None]:
     """Turns what examples have of their images into tensors; None stays where there is no image."""
     made = list[Tensor | None]()
     for index, value in enumerate(values):
