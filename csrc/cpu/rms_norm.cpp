@@ -72,7 +72,8 @@ void add_parts(const float* parts, int64_t count, int64_t width, const Tensor& g
   if (grad_weight.dtype() == aoti_torch_dtype_float32())
     std::copy(sums.begin(), sums.end(), static_cast<float*>(out));
   else
-    std::transform(sums.begin(), sums.end(), static_cast<uint16_t*>(out), bf16_nearest);
+    for (int64_t i = 0; i < width; i++)
+      static_cast<uint16_t*>(out)[i] = bf16_nearest(sums[size_t(i)]);
 }
 
 void rms_norm_backward(StableIValue* stack, uint64_t nargs, uint64_t) {
